@@ -1,0 +1,98 @@
+"""Flax Linen ports of vision-language models.
+
+    vlm = ports.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    inputs = vlm.processor(images=image, text=prompt, return_tensors="np")
+    answer = vlm.generate(inputs, max_new_tokens=20)
+
+This package knows nothing of the toolkit: it can be used alone.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ports import llava
+from ports.generate import Generation, Sampling
+from ports.sharding import make_mesh
+from ports.sites import capture, list_sites
+from ports.vlm import VLM, Output, load_module
+
+__all__ = [
+    "VLM",
+    "Generation",
+    "Output",
+    "Sampling",
+    "capture",
+    "list_sites",
+    "load",
+    "make_mesh",
+]
+
+# config.json's model_type -> the port and its Linen module.
+_PORTS = {"llava": (llava, llava.Llava)}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> VLM:
+    """Loads a Hugging Face checkpoint.
+
+    Args:
+        path: a directory that holds config.json and safetensors, or the id of a repository on the
+            hub, which is then downloaded into its usual cache.
+        dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
+        mesh: places the parameters on its devices (axes "data" and "model"); default: one device.
+
+    Raises:
+        FileNotFoundError: no such directory, or a file is missing in it.
+        ValueError: a model_type or a configuration value without a port, parameters that do not
+            match the model's (all of them listed), or a damaged file.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    directory = _directory(path)
+    config = _read_config(directory)
+    port, kind = _PORTS[config.model_type]
+    module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
+    params = load_module(module, port, directory, jnp.dtype(dtype), mesh)
+    return VLM(module, params, config, port, directory, mesh)
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    parts = str(path).split("/")
+    if len(parts) != 2 or directory.is_absolute() or str(path).startswith("."):
+        raise FileNotFoundError(
+            f"no directory {str(path)!r}; expected one with config.json and safetensors, or a hub "
+            "id such as llava-hf/llava-1.5-7b-hf"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{str(path)!r} is no directory here and could not be had from the hub: {first}"
+        ) from error
+
+
+def _read_config(directory: Path):
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    if model_type not in _PORTS:
+        raise ValueError(
+            f"{file}: model_type is {model_type!r}, which has no port; "
+            f"supported: {', '.join(_PORTS)}"
+        )
+    return AutoConfig.from_pretrained(directory)

@@ -1,0 +1,138 @@
+"""Hugging Face checkpoints <-> Flax parameters: one rule, strict on both sides.
+
+The modules carry the checkpoint's names, so a parameter's name follows from its Flax path:
+    (..., "layers_3", "q_proj", "kernel") -> "...layers.3.q_proj.weight"
+and its layout from its last part:
+    kernel of a linear layer       weight (out, in)                -> (in, out)
+    kernel of a convolution        weight (out, in, height, width) -> (height, width, in, out)
+    embedding, scale, bias, other  as stored
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from ports import safetensors_io
+from ports.sites import site_name
+
+Rename = Callable[[str], str | None]
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """The checkpoint's name of the parameter at a Flax path."""
+    return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))
+
+
+def _stored_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
+    """The axes of a parameter in the order in which the checkpoint stores them."""
+    if path[-1] != "kernel":
+        return tuple(range(ndim))
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+
+
+def abstract_params(module: nn.Module, inputs: Mapping[str, Any]) -> dict:
+    """The module's parameters as a tree of `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    return jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+
+
+def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape as stored, for a tree of (abstract) parameters."""
+    return {
+        tensor_name(path): tuple(leaf.shape[axis] for axis in _stored_axes(path, leaf.ndim))
+        for path, leaf in traverse_util.flatten_dict(abstract).items()
+    }
+
+
+def _match(
+    abstract: dict, stored: Mapping[str, Any], rename: Rename, ignore: frozenset[str], where: str
+) -> dict[tuple[str, ...], str]:
+    """Flax path -> name in the file. ValueError that lists all that is missing, left, misshapen."""
+    expected = stored_shapes(abstract)
+    names: dict[str, str] = {}
+    unexpected = []
+    for name in stored:
+        canonical = rename(name)
+        if canonical is None or canonical in ignore:
+            continue
+        if canonical in expected:
+            names[canonical] = name
+        else:
+            unexpected.append(name)
+    missing = sorted(set(expected) - set(names))
+    misshapen = [
+        f"{names[name]} {tuple(stored[names[name]].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in names and tuple(stored[names[name]].shape) != shape
+    ]
+    problems = [
+        f"{len(found)} {what}: {', '.join(sorted(found))}"
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{where} does not hold this model's parameters. {'; '.join(problems)}")
+    return {path: names[tensor_name(path)] for path in traverse_util.flatten_dict(abstract)}
+
+
+def load_params(
+    directory: Path,
+    abstract: dict,
+    rename: Rename,
+    *,
+    dtype: jnp.dtype,
+    ignore: frozenset[str] = frozenset(),
+    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+) -> dict:
+    """Reads a checkpoint into parameters, tensor by tensor, each placed as it is read.
+
+    Args:
+        directory: holds model.safetensors, or an index and its shards.
+        abstract: the tree of parameters that the model needs (`abstract_params`).
+        rename: a name in the file -> the port's name, or None to leave it out.
+        dtype: of the parameters; stored float16, bfloat16 and float32 are converted.
+        ignore: port names that may be in the file and are not needed (a tied head).
+        place: puts the parameter at a Flax path on its device(s); default: the default device.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated, or names or shapes differ (all of them are listed).
+    """
+    stored = safetensors_io.open_directory(directory)
+    names = _match(abstract, stored, rename, ignore, str(directory))
+    place = place or (lambda path, value: jax.device_put(value))
+    params = {}
+    for path, name in names.items():
+        ndim = len(stored[name].shape)
+        axes = np.argsort(_stored_axes(path, ndim))
+        value = stored[name].read().transpose(axes).astype(dtype)
+        # Waiting keeps one host copy alive at a time.
+        params[path] = place(path, value).block_until_ready()
+    return traverse_util.unflatten_dict(params)
+
+
+def stored_tensors(params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(checkpoint name, tensor as stored) of each parameter."""
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        yield (
+            tensor_name(path),
+            np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim)).astype(dtype),
+        )
+
+
+def save_params(params: dict, directory: Path, *, dtype: Any = np.float32) -> None:
+    """Writes parameters as `model.safetensors` under the hub's names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors_io.write_file(
+        directory / "model.safetensors", dict(stored_tensors(params, np.dtype(dtype)))
+    )

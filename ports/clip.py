@@ -1,0 +1,200 @@
+"""CLIP (Radford et al. 2021): an image tower and a text tower with a common space.
+
+B texts, T positions, I images, D width, E width of the common space.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import checkpoint, layers, vision
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(vision.EncoderConfig):
+    """A text tower: an encoder with its vocabulary."""
+
+    vocab_size: int = 0
+    max_positions: int = 77
+    eos_token: int = 2
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "TextConfig":
+        """Reads a transformers CLIPTextConfig."""
+        return cls(
+            **dataclasses.asdict(vision.EncoderConfig.from_hf(config)),
+            vocab_size=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            eos_token=config.eos_token_id,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a transformers CLIPConfig."""
+
+    text: TextConfig
+    vision: vision.VisionConfig
+    projection_dim: int
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads a transformers CLIPConfig."""
+        return cls(
+            text=TextConfig.from_hf(config.text_config),
+            vision=vision.VisionConfig.from_hf(config.vision_config),
+            projection_dim=config.projection_dim,
+        )
+
+
+class TextEmbeddings(nn.Module):
+    """Token and position embeddings."""
+
+    config: TextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """tokens int[B, T] -> [B, T, D]."""
+        cfg = self.config
+
+        def table(size: int, name: str) -> nn.Embed:
+            return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, name=name)
+
+        positions = table(cfg.max_positions, "position_embedding")(jnp.arange(tokens.shape[1]))
+        return table(cfg.vocab_size, "token_embedding")(tokens) + positions
+
+
+class TextTransformer(nn.Module):
+    """CLIP's text tower: causal, read out at the end-of-text token."""
+
+    config: TextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.embeddings = TextEmbeddings(cfg, self.dtype)
+        self.encoder = vision.Encoder(cfg, self.dtype)
+        self.final_layer_norm = layers.layer_norm(cfg.norm_eps, self.dtype)
+
+    def __call__(self, tokens: Array, attention_mask: Array) -> Array:
+        """tokens and attention_mask int[B, T], padded on the right -> [B, D]."""
+        length = tokens.shape[1]
+        mask = attention_mask.astype(bool)[:, None, None, :] & jnp.tri(length, dtype=bool)
+        states = self.final_layer_norm(self.encoder(self.embeddings(tokens), mask)[-1])
+        if self.config.eos_token == 2:
+            # Configurations older than their tokenizer's fix say 2, but mean the highest id.
+            end = jnp.argmax(tokens, axis=-1)
+        else:
+            end = jnp.argmax(tokens == self.config.eos_token, axis=-1)
+        return jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
+
+
+class CLIP(nn.Module):
+    """The dual encoder; parameters carry the names of transformers' CLIPModel."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.text_model = TextTransformer(cfg.text, self.dtype)
+        self.vision_model = vision.CLIPVisionTransformer(cfg.vision, self.dtype)
+        self.text_projection = nn.Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = nn.Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
+
+    def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
+        """tokens and attention_mask int[B, T] -> unit vectors [B, E]."""
+        return _unit(self.text_projection(self.text_model(tokens, attention_mask)))
+
+    def embed_images(self, pixels: Array) -> Array:
+        """pixels[I, 3, height, width] -> unit vectors [I, E]."""
+        return _unit(self.visual_projection(self.vision_model(pixels).pooled))
+
+    def __call__(self, tokens: Array, attention_mask: Array, pixels: Array) -> Array:
+        """Scaled cosines [B, I] of every text with every image."""
+        text = self.embed_text(tokens, attention_mask)
+        return jnp.exp(self.logit_scale) * text @ self.embed_images(pixels).T
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def example_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of one text and one image: what initialisation is traced with."""
+    size = config.vision.image_size
+    ids = jax.ShapeDtypeStruct((1, min(8, config.text.max_positions)), np.int32)
+    pixels = jax.ShapeDtypeStruct((1, config.vision.num_channels, size, size), np.float32)
+    return ids, ids, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class DualEncoder:
+    """A loaded CLIP: `load` makes it."""
+
+    module: CLIP
+    params: dict
+    directory: Path
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The checkpoint's own processor, from transformers."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self.directory)
+
+    def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
+        """tokens and attention_mask int[B, T], padded on the right -> unit vectors [B, E]."""
+        return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
+
+    def embed_images(self, pixels: Array) -> Array:
+        """pixels[I, 3, height, width] -> unit vectors [I, E]."""
+        return _embed_images(self.module, self.params, jnp.asarray(pixels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_text(module: CLIP, params: dict, tokens: Array, attention_mask: Array) -> Array:
+    return module.apply({"params": params}, tokens, attention_mask, method="embed_text")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_images(module: CLIP, params: dict, pixels: Array) -> Array:
+    return module.apply({"params": params}, pixels, method="embed_images")
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in the file -> the port's; None for a mere buffer."""
+    return None if name.endswith("position_ids") else name
+
+
+def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
+    """Loads a Hugging Face directory of model_type clip.
+
+    Raises FileNotFoundError or ValueError as `ports.load` does.
+    """
+    from transformers import AutoConfig
+
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
+    config = AutoConfig.from_pretrained(directory)
+    if config.model_type != "clip":
+        raise ValueError(
+            f"{directory}: model_type is {config.model_type!r}; expected 'clip', a dual encoder"
+        )
+    module = CLIP(Config.from_hf(config), dtype=jnp.dtype(dtype))
+    abstract = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module.config))
+    params = checkpoint.load_params(
+        directory, abstract["params"], canonical_name, dtype=jnp.dtype(dtype)
+    )
+    return DualEncoder(module, params, directory)

@@ -1,0 +1,202 @@
+"""The decoder of the Llama family and its key-value cache.
+
+B batch, T query positions, S key positions (cache slots), D width, V vocabulary,
+H query heads, N key-value heads, C head width.
+
+The cache is Linen's variable collection "cache": `init_cache` makes it, and a call with it in the
+variables (and mutable) writes keys and values into it. Without it the call is a plain forward pass.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ports import layers
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a decoder, from a Hugging Face text configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    mlp_bias: bool
+    tie_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, text: Any, tie_embeddings: bool) -> "DecoderConfig":
+        """Reads a transformers LlamaConfig; ValueError for a value that is not implemented."""
+        if text.model_type != "llama":
+            raise ValueError(
+                f"text_config.model_type is {text.model_type!r}; this port implements 'llama'"
+            )
+        rope = dict(text.rope_parameters)
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"text_config asks for rope_type {rope['rope_type']!r}; "
+                "only 'default' (unscaled) rotary embedding is implemented"
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("text_config.partial_rotary_factor other than 1 is not implemented")
+        layers.activation(text.hidden_act)
+        if text.num_attention_heads % text.num_key_value_heads:
+            raise ValueError(
+                f"text_config has {text.num_attention_heads} attention heads, which is no multiple "
+                f"of its {text.num_key_value_heads} key-value heads"
+            )
+        return cls(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+            rope_theta=float(rope["rope_theta"]),
+            norm_eps=text.rms_norm_eps,
+            hidden_act=text.hidden_act,
+            attention_bias=text.attention_bias,
+            mlp_bias=text.mlp_bias,
+            tie_embeddings=tie_embeddings,
+        )
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, grouped queries and an optional cache."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None):
+        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D].
+
+        start: None for a forward pass or a prefill (the keys are those of x, S = T); in a decode
+        step the cache slot of x's first position (the keys are the whole cache).
+        """
+        cfg = self.config
+
+        def heads(name: str, count: int) -> Array:
+            y = nn.Dense(
+                count * cfg.head_dim, use_bias=cfg.attention_bias, dtype=self.dtype, name=name
+            )(x)
+            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+
+        query = layers.rotate(heads("q_proj", cfg.num_heads), *angles)
+        key = layers.rotate(heads("k_proj", cfg.num_kv_heads), *angles)
+        value = heads("v_proj", cfg.num_kv_heads)
+        if self.has_variable("cache", "key"):
+            slot = (0, 0 if start is None else start, 0, 0)
+            cached = []
+            for name, new in (("key", key), ("value", value)):
+                variable = self.variable("cache", name, jnp.zeros_like, new)
+                variable.value = jax.lax.dynamic_update_slice(variable.value, new, slot)
+                cached.append(variable.value)
+            if start is not None:
+                key, value = cached
+        y = layers.attend(query, key, value, mask).reshape(*x.shape[:2], -1)
+        return nn.Dense(x.shape[-1], use_bias=cfg.attention_bias, dtype=self.dtype, name="o_proj")(
+            y
+        )
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None):
+        """x[B, T, D] -> [B, T, D]: the residual stream after this layer."""
+        cfg = self.config
+
+        def norm(name: str) -> nn.RMSNorm:
+            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+
+        y = norm("input_layernorm")(x)
+        x = x + Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start)
+        y = norm("post_attention_layernorm")(x)
+        mlp = layers.GatedMLP(
+            cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias, self.dtype, name="mlp"
+        )
+        return x + mlp(y)
+
+
+class Decoder(nn.Module):
+    """Embeddings in, states after the final norm out. Layers are unrolled (see `capture`)."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype)
+        self.layers = [DecoderLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
+        self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
+
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, start: Array | None = None
+    ) -> Array:
+        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D]."""
+        angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            x = layer(x, angles, mask, start)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder and its language-model head, with the module names of the checkpoints."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.model = Decoder(self.config, self.dtype)
+        if not self.config.tie_embeddings:
+            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the head alone, without the final norm."""
+        if self.config.tie_embeddings:
+            return self.model.embed_tokens.attend(x)
+        return self.lm_head(x)
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> dict:
+    """A decoder's empty cache: {layers_i: {self_attn: {key, value: zeros [B, slots, N, C]}}}."""
+    zeros = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
+    block = {"self_attn": {"key": zeros, "value": zeros}}
+    return {f"layers_{i}": block for i in range(config.num_layers)}
+
+
+def causal_mask(attention_mask: Array) -> Array:
+    """attention_mask int[B, T] -> bool[B, 1, T, T]: each position sees itself and what precedes.
+
+    A mask that is three-dimensional already, bool[B, T, T], says itself which position sees which
+    (packed sequences) and only gains the axis of the heads.
+    """
+    if attention_mask.ndim == 3:
+        return attention_mask.astype(bool)[:, None]
+    length = attention_mask.shape[-1]
+    visible = attention_mask.astype(bool)[:, None, None, :]
+    return visible & jnp.tri(length, dtype=bool)
+
+
+def token_positions(attention_mask: Array) -> Array:
+    """int[B, T] -> int32[B, T]: positions counted over the tokens, so that padding changes none."""
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)

@@ -1,0 +1,86 @@
+"""What the ported models have in common: image features joined to token embeddings, one decoder.
+
+B batch, T positions of the prompt, S cache slots, D width, V vocabulary.
+
+A model file subclasses `VisionLanguageModel` with its towers and `embed_inputs`; forward pass,
+prefill and decode step are the same for all and stand here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ports import decoder
+
+Array = jax.Array
+Inputs = Mapping[str, Any]
+
+
+class VisionLanguageModel(nn.Module):
+    """A vision tower joined to a decoder. Subclasses set what raises here."""
+
+    config: Any
+    dtype: jnp.dtype = jnp.float32
+    # The path of the decoder's module, which is where its cache lies among the variables.
+    decoder_path: ClassVar[tuple[str, ...]]
+
+    @property
+    def causal_lm(self) -> decoder.CausalLM:
+        """The decoder with its head."""
+        raise NotImplementedError
+
+    def embed_inputs(self, inputs: Inputs) -> Array:
+        """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
+        raise NotImplementedError
+
+    def __call__(self, inputs: Inputs) -> Array:
+        """The processor's arrays -> logits[B, T, V] at every position."""
+        return self.unembed(self.states(inputs))
+
+    def states(self, inputs: Inputs) -> Array:
+        """The processor's arrays -> states after the final norm [B, T, D]."""
+        x = self.embed_inputs(inputs)
+        mask = attention_mask(inputs)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = decoder.token_positions(mask)
+        return self.causal_lm.model(x, positions, decoder.causal_mask(mask))
+
+    def prefill(self, inputs: Inputs) -> Array:
+        """As `__call__`, but the logits [B, V] of the last position only; fills the cache."""
+        return self.unembed(self.states(inputs)[:, -1])
+
+    def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
+        """One token a row through the decoder, with the keys and values of the cache.
+
+        tokens int32[B]; positions int32[B], their rotary positions; valid bool[B, S], which cache
+        slots hold tokens, this one included; slot int32[], where this token goes -> logits[B, V].
+        """
+        lm = self.causal_lm
+        x = lm.model.embed_tokens(tokens[:, None])
+        states = lm.model(x, positions[:, None], valid[:, None, None, :], start=slot)
+        return self.unembed(states[:, 0])
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        return self.causal_lm.unembed(x)
+
+
+def attention_mask(inputs: Inputs) -> Array:
+    """The inputs' attention mask; without one, every position is a token."""
+    mask = inputs.get("attention_mask")
+    return jnp.ones_like(inputs["input_ids"]) if mask is None else jnp.asarray(mask)
+
+
+def place_images(x: Array, is_image: Array, features: Array) -> Array:
+    """Puts image features, in order, where the image tokens are.
+
+    x[B, T, D], is_image bool[B, T], features[F, D] with F = the number of image tokens of the
+    batch, read row by row -> [B, T, D].
+    """
+    index = jnp.cumsum(is_image.reshape(-1)) - 1
+    features = features[jnp.clip(index, 0, len(features) - 1)].reshape(x.shape)
+    return jnp.where(is_image[..., None], features.astype(x.dtype), x)

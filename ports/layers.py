@@ -1,0 +1,106 @@
+"""Layers that the decoders and the vision towers share.
+
+B batch, T query positions, S key positions, D width,
+H query heads, N key-value heads, C head width.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Array = jax.Array
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+# The activations by the names that Hugging Face configurations use.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": quick_gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation of that Hugging Face name; ValueError for one that no port implements."""
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"config asks for the activation {name!r}; the ports implement {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with the two-pass variance, which agrees with PyTorch to the last few bits."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """The cosines and sines float32[B, T, C] of rotary position embedding (Su et al. 2021).
+
+    positions: int32[B, T]. The frequencies are laid out for rotating the two halves of a head
+    against each other, as in the Llama family.
+    """
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the heads x[B, T, H, C] by the angles [B, T, C]; keeps the dtype of x."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return (x * cos + turned * sin).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)): the feed-forward layer of the Llama family."""
+
+    intermediate_size: int
+    hidden_act: str = "silu"
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[B, T, D] -> [B, T, D]."""
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        gate = dense(self.intermediate_size, "gate_proj")(x)
+        up = dense(self.intermediate_size, "up_proj")(x)
+        return dense(x.shape[-1], "down_proj")(activation(self.hidden_act)(gate) * up)
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))): the feed-forward layer of the vision towers and of CLIP's text tower."""
+
+    intermediate_size: int
+    hidden_act: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[B, T, D] -> [B, T, D]."""
+        width = x.shape[-1]
+        x = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(width, dtype=self.dtype, name="fc2")(activation(self.hidden_act)(x))
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    query[B, T, H, C], key and value[B, S, N, C] with H a multiple of N (grouped queries),
+    mask bool[B, 1, T, S] or None -> [B, T, H, C].
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)

@@ -1,0 +1,184 @@
+"""LLaVA-1.5 (Liu et al. 2023): a CLIP tower, a two-layer projector, a Llama decoder.
+
+B batch, T positions, D width, I images, P patches that an image contributes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import decoder, joiner, layers, vision
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a transformers LlavaConfig."""
+
+    text: decoder.DecoderConfig
+    vision: vision.VisionConfig
+    image_token: int
+    feature_layers: tuple[int, ...]
+    keep_class_position: bool
+    projector_act: str
+    projector_bias: bool
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads a transformers LlavaConfig; ValueError for a value that is not implemented."""
+        strategy = config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'"
+            )
+        tower = vision.VisionConfig.from_hf(config.vision_config)
+        chosen = config.vision_feature_layer
+        chosen = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+        for layer in chosen:
+            if not -tower.num_layers - 1 <= layer <= tower.num_layers:
+                raise ValueError(
+                    f"vision_feature_layer is {layer}; the vision tower has {tower.num_layers} "
+                    f"layers, so {-tower.num_layers - 1} to {tower.num_layers} can be asked for"
+                )
+        layers.activation(config.projector_hidden_act)
+        # Older checkpoints say it in text_config, newer ones at the top.
+        tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        return cls(
+            text=decoder.DecoderConfig.from_hf(config.text_config, tied),
+            vision=tower,
+            image_token=config.image_token_index,
+            feature_layers=chosen,
+            keep_class_position=strategy == "full",
+            projector_act=config.projector_hidden_act,
+            projector_bias=config.multimodal_projector_bias,
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens that one image takes in a prompt."""
+        return self.vision.num_patches + self.keep_class_position
+
+
+class Projector(nn.Module):
+    """The two-layer perceptron from the tower's width to the decoder's."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        """features[I, P, tower width x chosen layers] -> [I, P, D]."""
+        cfg = self.config
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(
+                cfg.text.hidden_size, use_bias=cfg.projector_bias, dtype=self.dtype, name=name
+            )
+
+        return dense("linear_2")(layers.activation(cfg.projector_act)(dense("linear_1")(features)))
+
+
+class Llava(joiner.VisionLanguageModel):
+    """The features of the chosen tower layers, projected, take the places of the image tokens."""
+
+    config: Config
+    decoder_path = ("language_model", "model")
+
+    def setup(self):
+        self.vision_tower = vision.CLIPVisionModel(self.config.vision, self.dtype)
+        self.multi_modal_projector = Projector(self.config, self.dtype)
+        self.language_model = decoder.CausalLM(self.config.text, self.dtype)
+
+    @property
+    def causal_lm(self) -> decoder.CausalLM:
+        """The decoder with its head."""
+        return self.language_model
+
+    def image_features(self, pixels: Array) -> Array:
+        """pixels[I, 3, height, width] -> [I, P, D], as they enter the decoder."""
+        states = self.vision_tower(pixels).states
+        features = jnp.concatenate([states[i] for i in self.config.feature_layers], axis=-1)
+        if not self.config.keep_class_position:
+            features = features[:, 1:]
+        return self.multi_modal_projector(features)
+
+    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+        """input_ids int[B, T], pixel_values[I, 3, height, width] or none -> [B, T, D]."""
+        tokens = jnp.asarray(inputs["input_ids"])
+        is_image = tokens == self.config.image_token
+        # The image token may lie outside the embedding table.
+        x = self.language_model.model.embed_tokens(jnp.where(is_image, 0, tokens))
+        if inputs.get("pixel_values") is None:
+            return x
+        features = self.image_features(jnp.asarray(inputs["pixel_values"]))
+        return joiner.place_images(x, is_image, features.reshape(-1, features.shape[-1]))
+
+
+def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a batch with one image a row: what initialisation is traced with."""
+    cfg = config.vision
+    length = length or config.tokens_per_image + 8
+    ids = jax.ShapeDtypeStruct((batch, length), np.int32)
+    pixels = (batch, cfg.num_channels, cfg.image_size, cfg.image_size)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "pixel_values": jax.ShapeDtypeStruct(pixels, np.float32),
+    }
+
+
+def check_inputs(config: Config, inputs: Mapping[str, Any]) -> None:
+    """ValueError when images and image tokens of the processor's arrays do not fit each other."""
+    is_image = np.asarray(inputs["input_ids"]) == config.image_token
+    pixels = inputs.get("pixel_values")
+    num_images = 0 if pixels is None else len(pixels)
+    expected = num_images * config.tokens_per_image
+    if num_images and not is_image.any():
+        raise ValueError(
+            f"the batch has {num_images} images but no image token (id {config.image_token}) in "
+            "its prompts; put <image> into each prompt that goes with an image"
+        )
+    if expected != is_image.sum():
+        raise ValueError(
+            f"{num_images} images give {expected} image features, but the prompts hold "
+            f"{is_image.sum()} image tokens; expected {config.tokens_per_image} a picture "
+            "(a processor without patch_size does not expand the image token)"
+        )
+    if num_images:
+        size = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+        if tuple(pixels.shape[1:]) != size:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixels.shape)}; expected [images, "
+                f"{', '.join(map(str, size))}]"
+            )
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+
+    The port carries the hub's names. transformers 5 writes `model.vision_tower.`,
+    `model.language_model.` (the decoder without its own `model.`) and `lm_head.`, and drops the
+    `vision_model.` in the tower.
+    """
+    if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+        return None
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    if name.startswith("model."):
+        name = name.removeprefix("model.")
+        if name.startswith("language_model.") and not name.startswith("language_model.model."):
+            name = name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name
+
+
+def ignored_names(config: Config) -> frozenset[str]:
+    """Parameters that a checkpoint may hold although the port does not need them."""
+    return frozenset({"language_model.lm_head.weight"} if config.text.tie_embeddings else ())

@@ -1,0 +1,131 @@
+"""Reads and writes safetensors files one tensor at a time.
+
+The safetensors library maps a whole file into memory, where pages once read count as the
+process's own until the file is closed; here a tensor is read into its own buffer, so that loading
+a checkpoint peaks at the parameters' size and one tensor more.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `read` gets it."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """The tensor, in its stored shape and dtype."""
+        count = math.prod(self.shape)
+        values = np.fromfile(self.file, self.dtype, count, offset=self.offset)
+        if values.size != count:
+            raise ValueError(f"{self.file}: ends early; download the file again")
+        return values.reshape(self.shape)
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name, none of them read yet.
+
+    Raises ValueError, naming the file, if it is truncated or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{path}: {size} bytes, shorter than its own header; download the file again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+                if dtype is None:
+                    raise ValueError(
+                        f"{path}: tensor {name!r} has dtype {entry['dtype']}; "
+                        f"expected one of {', '.join(_DTYPES)}"
+                    )
+                if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+                    raise KeyError(name)
+                if 8 + length + end > size:
+                    raise ValueError(
+                        f"{path}: truncated, tensor {name!r} ends at byte {8 + length + end} of a "
+                        f"file of {size} bytes; download the file again"
+                    )
+                tensors[name] = StoredTensor(path, 8 + length + begin, shape, dtype)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(
+                f"{path}: its header is not one of a safetensors file; download the file again"
+            ) from None
+    return tensors
+
+
+def open_directory(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint directory: one file, or those that its index names.
+
+    Raises FileNotFoundError for missing files and ValueError as `open_file` does.
+    """
+    index = directory / _INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+            raise ValueError(f"{index}: expected a JSON object with a 'weight_map'") from None
+        unsafe = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(n))]
+        if unsafe:
+            raise ValueError(f"{index}: {unsafe[0]!r} is no name of a safetensors file beside it")
+        files = [directory / name for name in names]
+    else:
+        files = [directory / _SINGLE]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(missing)}; expected {_SINGLE}, or {_INDEX} and every "
+            "file that it names (PyTorch .bin files are not read: convert them to safetensors)"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors.update(open_file(file))
+    return tensors
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file under a temporary name, then renames it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        # The format stores bytes in C order and the writer takes them from the buffer as they lie.
+        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

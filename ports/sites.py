@@ -1,0 +1,122 @@
+"""Sites: the modules whose outputs can be read, and `capture`, which reads them.
+
+A site is named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
+the site "language_model.model.layers.19".
+
+Layers of the ports are unrolled, not scanned: when the states of one layer are all that a jitted
+function returns, XLA drops every later layer.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+# Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
+_NUMBERED = re.compile(r"^(layers|blocks|resblocks)_(\d+)$")
+
+
+def site_name(path: Iterable[str]) -> str:
+    """The path of a Flax module, ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
+    return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
+
+
+def _normal(name: str) -> str:
+    """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))
+
+
+def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError for the first of `sites` that is not among `known`, with the nearest names."""
+    normal = {_normal(name): name for name in known}
+    for site in sites:
+        if _normal(site) not in normal:
+            # The last part of a wrong name is usually right: prefer names that end alike.
+            tail = "." + ".".join(_normal(site).split(".")[-2:])
+            ends = [name for key, name in normal.items() if ("." + key).endswith(tail)]
+            close = [
+                normal[k] for k in difflib.get_close_matches(_normal(site), normal, 3, cutoff=0.3)
+            ]
+            nearest = list(dict.fromkeys(ends[:2] + close))[:3]
+            raise ValueError(f"no site matches {site!r}; nearest: {', '.join(nearest) or 'none'}")
+
+
+def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., Any]:
+    """Wraps a Linen `apply` so that it also returns what the modules at `sites` put out.
+
+    Args:
+        apply: `module.apply` of any Linen module, or a function that passes its keyword arguments
+            on to one (as `VLM.apply` does).
+        sites: names of modules, such as "language_model.model.layers.19". The spelling of the Flax
+            path ("language_model/model/layers_19") is understood as well.
+
+    Returns:
+        A pure function of the same arguments that returns `(out, {site: states})`. States are
+        those after any steering edit. A module that is called several times gives a tuple.
+
+    Raises:
+        ValueError: when called, if a site names no module that ran; lists the nearest names.
+    """
+    sites = tuple(sites)
+    wanted = {_normal(site): site for site in sites}
+
+    @functools.wraps(apply)
+    def captured(*args: Any, mutable: Any = False, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        ran: list[str] = []
+
+        def is_wanted(module: nn.Module, method: str) -> bool:
+            if method != "__call__":
+                return False
+            ran.append(site_name(module.path))
+            return _normal(ran[-1]) in wanted
+
+        collections = [mutable] if isinstance(mutable, str) else list(mutable or ())
+        out, variables = apply(
+            *args,
+            capture_intermediates=is_wanted,
+            mutable=[*collections, "intermediates"],
+            **kwargs,
+        )
+        require_sites(sites, ran)
+        variables = dict(variables)
+        states = {}
+        for path, value in _outputs(variables.pop("intermediates", {})):
+            site = wanted.get(_normal(site_name(path)))
+            if site is not None:
+                states[site] = value[0] if len(value) == 1 else value
+        states = {site: states[site] for site in sites}
+        return ((out, variables) if collections else out), states
+
+    return captured
+
+
+def _outputs(tree: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], tuple]]:
+    """The (module path, captured outputs) pairs in Linen's "intermediates" collection."""
+    for key, value in tree.items():
+        if key == "__call__":
+            yield path, value
+        elif hasattr(value, "items"):
+            yield from _outputs(value, (*path, key))
+
+
+def list_sites(apply: Callable[..., Any], *args: Any) -> tuple[str, ...]:
+    """Names, in the order of the computation, of the modules that put out one floating array.
+
+    Traces `apply(*args)` without computing anything (arguments may be `jax.ShapeDtypeStruct`s).
+    """
+    names: list[str] = []
+
+    def record(next_method, call_args, call_kwargs, context):
+        out = next_method(*call_args, **call_kwargs)
+        single = isinstance(out, jax.Array) and jax.numpy.issubdtype(out.dtype, jax.numpy.floating)
+        if context.method_name == "__call__" and context.module.path and single:
+            names.append(site_name(context.module.path))
+        return out
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(apply, *args)
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,299 @@
+"""`VLM`: a loaded vision-language model with its processor, the same object for every port."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ports import checkpoint, generate, joiner, sharding
+from ports.sites import capture, list_sites, require_sites
+
+Array = jax.Array
+# What the ports understand of a processor's arrays; the rest (token types, sizes) is left aside.
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+# Those that have one row a sample and one column a position.
+_PER_POSITION = ("input_ids", "attention_mask", "position_ids")
+
+
+class Output(NamedTuple):
+    """What `VLM.forward` returns."""
+
+    logits: Array  # [B, T, V]
+    states: dict[str, Array]  # site -> [B, T, D]; of a vision site [images, patches, width]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def _forward(
+    model: joiner.VisionLanguageModel, params: dict, inputs: dict, sites: tuple[str, ...]
+) -> tuple[Array, dict[str, Array]]:
+    return capture(model.apply, sites)({"params": params}, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _unembed(model: joiner.VisionLanguageModel, params: dict, x: Array) -> Array:
+    return model.apply({"params": params}, x, method="unembed")
+
+
+_generate = jax.jit(
+    generate.generate,
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "eos_tokens",
+        "pad_token",
+        "sites",
+        "prompt_states",
+    ),
+)
+
+
+class VLM:
+    """A vision-language model with its parameters. `ports.load` makes it.
+
+    Attributes:
+        config: the transformers configuration, as read from config.json.
+        params: the tree of parameters, as the Linen module takes it under "params".
+        module: the Linen module.
+        directory: where the checkpoint lies, or None.
+        eos_tokens, pad_token: ids that end a generated row and that fill it up afterwards.
+    """
+
+    def __init__(
+        self,
+        module: joiner.VisionLanguageModel,
+        params: dict,
+        config: Any,
+        port: ModuleType,
+        directory: Path | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.module, self.params, self.config, self.directory = module, params, config, directory
+        self._port, self._mesh = port, mesh
+        self.eos_tokens, self.pad_token = _special_tokens(config, directory)
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The checkpoint's own processor, from transformers; read when first asked for."""
+        from transformers import AutoProcessor
+
+        return self._read(AutoProcessor, "processor")
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own tokenizer, from transformers; read when first asked for."""
+        from transformers import AutoTokenizer
+
+        return self._read(AutoTokenizer, "tokenizer")
+
+    def _read(self, kind: Any, what: str) -> Any:
+        try:
+            return kind.from_pretrained(self.directory)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error
+
+    @property
+    def image_token(self) -> int:
+        """The id of the token whose place an image feature takes."""
+        return self.module.config.image_token
+
+    def apply(self, params: dict, inputs: joiner.Inputs, **kwargs: Any) -> Any:
+        """Pure: logits[B, T, V] of the processor's arrays. What `capture` and `steer` wrap.
+
+        Keyword arguments go to Linen's `Module.apply`.
+        """
+        return self.module.apply({"params": params}, inputs, **kwargs)
+
+    @functools.cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Names, in network order, of the modules that can be captured or steered."""
+        inputs = self._port.example_inputs(self.module.config)
+        return list_sites(self.apply, self.params, inputs)
+
+    def forward(self, inputs: joiner.Inputs, *, sites: Sequence[str] = ()) -> Output:
+        """One jitted pass over a batch.
+
+        Args:
+            inputs: the numpy arrays of the checkpoint's processor.
+            sites: whose states to return.
+
+        Raises:
+            ValueError: an unknown site, or images that do not fit the prompt.
+        """
+        require_sites(sites, self.sites)
+        arrays = self._check(inputs)
+        length = arrays["input_ids"].shape[1]
+        logits, states = _forward(self.module, self.params, self._place(arrays), tuple(sites))
+        # Positions that only fill up the bucket are cut off again.
+        return Output(
+            logits[:, -length:],
+            {
+                site: value[:, -length:] if self._is_of_decoder(site) else value
+                for site, value in states.items()
+            },
+        )
+
+    def generate(
+        self,
+        inputs: joiner.Inputs,
+        *,
+        max_new_tokens: int,
+        sites: Sequence[str] = (),
+        sampling: generate.Sampling | None = None,
+        prompt_states: bool = False,
+    ) -> generate.Generation:
+        """Answers a batch of prompts; prefill and decoding are one compiled program.
+
+        Args:
+            inputs: the numpy arrays of the checkpoint's processor; rows may be padded on either
+                side, and are padded on the left up to one of few lengths.
+            max_new_tokens: M. A row ends by itself with an end-of-sequence token.
+            sites: sites of the decoder whose states to return.
+            sampling: `ports.Sampling(key, temperature, top_p)`; None decodes greedily.
+            prompt_states: also return the states at the T prompt positions.
+
+        Raises:
+            ValueError: an unknown site, a site outside the decoder, no room for a new token, or
+                images that do not fit the prompt.
+        """
+        require_sites(sites, self.sites)
+        outside = [site for site in sites if not self._is_of_decoder(site)]
+        if outside:
+            raise ValueError(
+                f"site {outside[0]!r} has no state a generated token; "
+                f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        arrays = align_right(self._check(inputs))
+        length = arrays["input_ids"].shape[1]
+        result = _generate(
+            self.module,
+            self.params,
+            self._place(arrays),
+            sampling,
+            max_new_tokens=max_new_tokens,
+            eos_tokens=self.eos_tokens,
+            pad_token=self.pad_token,
+            sites=tuple(sites),
+            prompt_states=prompt_states,
+        )
+        cut = {site: value[:, -length:] for site, value in result.prompt_states.items()}
+        return result._replace(prompt_states=cut)
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
+        return _unembed(self.module, self.params, jnp.asarray(x))
+
+    def _is_of_decoder(self, site: str) -> bool:
+        path = ".".join(self.module.decoder_path)
+        head = ".".join((*self.module.decoder_path[:-1], "lm_head"))
+        return site.replace("/", ".").startswith(path + ".") or site == head
+
+    def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
+        arrays = {
+            name: np.asarray(inputs[name]) for name in _INPUTS if inputs.get(name) is not None
+        }
+        if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
+            raise ValueError(
+                "inputs have no input_ids of shape [batch, positions]; pass what the processor "
+                "returns with return_tensors='np'"
+            )
+        mask = arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
+        if mask.shape != arrays["input_ids"].shape:
+            raise ValueError(
+                f"attention_mask has shape {mask.shape}; expected that of input_ids, "
+                f"{arrays['input_ids'].shape}"
+            )
+        self._port.check_inputs(self.module.config, arrays)
+        return arrays
+
+    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
+        arrays = pad_to_bucket(arrays, self.pad_token)
+        if self._mesh is None:
+            return {name: jnp.asarray(value) for name, value in arrays.items()}
+        return {
+            name: jax.device_put(value, sharding.batch_sharding(self._mesh, value.shape))
+            for name, value in arrays.items()
+        }
+
+
+def bucket_length(length: int) -> int:
+    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
+
+    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
+    computes at most a quarter of its positions in vain.
+    """
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str, np.ndarray]:
+    """Pads what has a column a position on the left, up to the bucket's length."""
+    length = arrays["input_ids"].shape[1]
+    missing = bucket_length(length) - length
+    fill = {"input_ids": pad_token}
+    return {
+        name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
+        if name in _PER_POSITION
+        else value
+        for name, value in arrays.items()
+    }
+
+
+def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Moves the tokens of each row to its end, where generation goes on."""
+    order = np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
+    return {
+        name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
+        for name, value in arrays.items()
+    }
+
+
+def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...], int]:
+    """The ids that end a row, and the one that fills it; generation_config.json goes first."""
+    chosen: dict[str, Any] = {}
+    if directory is not None and (directory / "generation_config.json").exists():
+        chosen = json.loads((directory / "generation_config.json").read_text())
+    text = config.get_text_config()
+    eos = chosen.get("eos_token_id", text.eos_token_id)
+    eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
+    candidates = (
+        chosen.get("pad_token_id"),
+        getattr(config, "pad_token_id", None),
+        text.pad_token_id,
+        *eos[:1],
+        0,
+    )
+    return eos, next(token for token in candidates if token is not None)
+
+
+def load_module(
+    module: joiner.VisionLanguageModel,
+    port: ModuleType,
+    directory: Path,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None,
+) -> dict:
+    """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
+    abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
+    place = None
+    if mesh is not None:
+
+        def place(path: tuple[str, ...], value: np.ndarray) -> Array:
+            return jax.device_put(value, sharding.param_sharding(mesh, path, value.shape))
+
+    return checkpoint.load_params(
+        directory,
+        abstract,
+        port.canonical_name,
+        dtype=dtype,
+        ignore=port.ignored_names(module.config),
+        place=place,
+    )
