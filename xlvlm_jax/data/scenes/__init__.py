@@ -1,0 +1,32 @@
+"""Scenes: drawn pictures with captions and questions, an embedded data set with a ground truth.
+
+`sample_scene` chooses what a picture holds, `draw` draws it, `captions` and `questions` say what a
+person might say about it, and `write` stores all in the layouts of COCO (Karpathy's splits) and
+VQAv2. Everything follows from a seed.
+"""
+
+from .ask import Question, questions, vocabulary
+from .dataset import image_id, write
+from .draw import draw, training_image
+from .language import captions, named
+from .scene import ANIMALS, COLOURS, KINDS, MOODS, PLACES, Scene, attributes, sample_scene
+
+__all__ = [
+    "ANIMALS",
+    "COLOURS",
+    "KINDS",
+    "MOODS",
+    "PLACES",
+    "Question",
+    "Scene",
+    "attributes",
+    "captions",
+    "draw",
+    "image_id",
+    "named",
+    "questions",
+    "sample_scene",
+    "training_image",
+    "vocabulary",
+    "write",
+]

@@ -1,0 +1,158 @@
+"""Scenes on disk, in the layouts of COCO (Karpathy's file) and VQAv2.
+
+Pictures of the validation and test splits both are under val2014, and in the val2014 question
+files, as in the real data; Karpathy's file tells them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from .ask import Question, questions
+from .draw import encode
+from .language import captions, split_words
+from .scene import SPLITS, Split, attributes, sample_scene
+
+# First image id of a split; COCO's ids end below 600,000.
+FIRST_ID = {"train": 1, "val": 400_001, "test": 500_001}
+LARGEST = {"train": 400_000, "val": 100_000, "test": 100_000}
+FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
+
+# VQAv2 files a question under its first words; the longest that fits.
+QUESTION_TYPES = (
+    "is there a", "are there any", "can you", "do you", "does this", "does the", "how many",
+    "what number is", "what color is the", "what color are the", "what color", "what is the",
+    "what is in the", "what is on the", "what is", "what animal is", "what kind of", "what does the",
+    "what", "which", "where is the", "where are the", "how", "is the", "are the", "is this", "was",
+    "is", "are", "do", "where",
+)
+
+
+def image_id(split: Split, index: int) -> int:
+    """The picture's COCO id, which no other split uses."""
+    return FIRST_ID[split] + index
+
+
+def _question_type(question: str) -> str:
+    text = question.lower()
+    fitting = [t for t in QUESTION_TYPES if text.startswith(t + " ")]
+    return max(fitting, key=len, default="none of the above")
+
+
+def _annotation(question: Question, question_id: int, picture: int) -> dict:
+    answers = []
+    for k, answer in enumerate(question.answers):
+        sure = "yes" if answer == question.answer else "maybe"
+        answers.append({"answer": answer, "answer_confidence": sure, "answer_id": k + 1})
+    return {
+        "question_type": _question_type(question.question),
+        "multiple_choice_answer": question.answer,
+        "answers": answers,
+        "image_id": picture,
+        "answer_type": question.answer_type,
+        "question_id": question_id,
+    }
+
+
+def _store(path: Path, content: bytes) -> None:
+    """Whole or not at all: written under a temporary name, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _store_json(path: Path, content) -> None:
+    _store(path, json.dumps(content).encode())
+
+
+def write(
+    directory: str | os.PathLike[str],
+    *,
+    train: int = 0,
+    val: int = 0,
+    test: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the first scenes of each split below `directory`; same arguments, same bytes.
+
+    Files: `{train,val}2014/COCO_*.jpg`, `dataset_coco.json` (Karpathy),
+    `v2_OpenEnded_mscoco_{train,val}2014_questions.json`, `v2_mscoco_{train,val}2014_annotations.json`
+    and `attributes.json`, {image id: attributes}. The index files come last: where they are, the
+    pictures are too.
+
+    Args:
+      progress: called after each picture with how many are done and how many there are to do.
+
+    Raises:
+      ValueError: a negative number of scenes, or more than a split has ids for.
+      OSError: the directory can't be written; the message names it.
+    """
+    counts: dict[Split, int] = {"train": train, "val": val, "test": test}
+    for split, count in counts.items():
+        if not 0 <= count <= LARGEST[split]:
+            raise ValueError(f"{split} must be 0 to {LARGEST[split]} scenes, got {count}")
+    root = Path(directory)
+    try:
+        for folder in ("train2014", "val2014"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write scenes to {root}: {error.strerror}") from error
+
+    images, truths = [], {}
+    asked = {"train2014": [], "val2014": []}
+    answered = {"train2014": [], "val2014": []}
+    total, sentence = sum(counts.values()), 0
+    for split in SPLITS:
+        for index in range(counts[split]):
+            scene = sample_scene(split, index, seed)
+            number, folder = image_id(split, index), FOLDER[split]
+            name = f"COCO_{folder}_{number:012d}.jpg"
+            _store(root / folder / name, encode(scene))
+            texts = captions(scene)
+            sentence_ids = list(range(sentence, sentence + len(texts)))
+            sentence += len(texts)
+            imgid = len(images)
+            images.append(
+                {
+                    "filepath": folder,
+                    "sentids": sentence_ids,
+                    "filename": name,
+                    "imgid": imgid,
+                    "split": split,
+                    "sentences": [
+                        {"tokens": split_words(t), "raw": t, "imgid": imgid, "sentid": s}
+                        for t, s in zip(texts, sentence_ids, strict=True)
+                    ],
+                    "cocoid": number,
+                }
+            )
+            truths[str(number)] = attributes(scene)
+            for k, question in enumerate(questions(scene)):
+                question_id = 1000 * number + k
+                asked[folder].append(
+                    {"image_id": number, "question": question.question, "question_id": question_id}
+                )
+                answered[folder].append(_annotation(question, question_id, number))
+            if progress is not None:
+                progress(len(images), total)
+
+    about = {
+        "info": {"description": "xlvlm scenes, in the layout of VQA v2.0", "version": "2.0"},
+        "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        "data_type": "mscoco",
+    }
+    for folder in ("train2014", "val2014"):
+        part = about | {"data_subtype": folder}
+        _store_json(
+            root / f"v2_OpenEnded_mscoco_{folder}_questions.json",
+            part | {"task_type": "Open-Ended", "questions": asked[folder]},
+        )
+        _store_json(
+            root / f"v2_mscoco_{folder}_annotations.json", part | {"annotations": answered[folder]}
+        )
+    _store_json(root / "attributes.json", truths)
+    _store_json(root / "dataset_coco.json", {"images": images, "dataset": "coco"})

@@ -1,0 +1,110 @@
+"""A scene as pixels."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .draw_objects import ANIMAL_SHAPES, PAINT, THING_SHAPES, Paint
+from .draw_places import PLACE_DRAWERS, snowflakes
+from .pen import SIZE, SUPER, Pen
+from .scene import Scene, pick
+
+JPEG_QUALITY = 95
+NOISE = 4  # pixels move by at most this much, uniformly
+
+# Where objects stand: (x, y of the ground, scale). Wide things take two rows, tall ones one; all
+# arrangements leave at least about 70 % of each object in sight.
+TALL = {
+    1: [[(56, 102, 1.5)]],
+    2: [[(32, 99, 1.2), (80, 102, 1.2)], [(32, 102, 1.2), (80, 96, 1.2)]],
+    3: [
+        [(20, 102, 1.0), (56, 92, 1.0), (92, 103, 1.0)],
+        [(20, 94, 1.0), (56, 104, 1.0), (92, 93, 1.0)],
+        [(21, 105, 1.0), (55, 98, 1.0), (91, 92, 1.0)],
+    ],
+}
+WIDE = {
+    1: [[(56, 96, 1.75)]],
+    2: [[(38, 72, 1.25), (74, 104, 1.25)], [(72, 70, 1.25), (38, 103, 1.25)]],
+    3: [
+        [(28, 70, 1.0), (84, 72, 1.0), (56, 104, 1.0)],
+        [(56, 68, 1.0), (28, 104, 1.0), (84, 102, 1.0)],
+        [(30, 66, 0.95), (82, 80, 0.95), (34, 105, 0.95)],
+    ],
+}
+ROUND = {
+    1: [[(56, 98, 1.7)]],
+    2: [[(34, 96, 1.35), (78, 102, 1.35)], [(36, 102, 1.35), (78, 90, 1.35)]],
+    3: [
+        [(22, 100, 1.1), (56, 88, 1.1), (90, 102, 1.1)],
+        [(30, 80, 1.1), (80, 84, 1.1), (56, 106, 1.1)],
+    ],
+}
+ARRANGEMENTS = {"ball": ROUND, "bus": WIDE, "train": WIDE, "car": WIDE, "boat": WIDE, "plane": WIDE}
+LARGEST = {"rabbit": 1.4, "bird": 1.45, "train": 1.6, "boat": 1.65, "bus": 1.75}
+SMALLER = {"train": 0.86, "boat": 0.88, "bus": 0.96}  # in company
+
+
+def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
+    """Ground points and scales, the farthest first."""
+    shapes = pick(rng, ARRANGEMENTS.get(scene.kind, TALL)[scene.count])
+    _, width, height = (ANIMAL_SHAPES | THING_SHAPES)[scene.kind]
+    placed = []
+    turned = rng.random() < 0.5
+    for x, y, scale in shapes:
+        if scene.count == 1:
+            scale = min(scale, LARGEST.get(scene.kind, scale))
+        else:
+            scale *= SMALLER.get(scene.kind, 1.0)
+        scale *= 1 + 0.1 * (rng.random() - 0.5)
+        wander = 9 if scene.count == 1 else 2.5
+        x = (SIZE - x if turned else x) + wander * (2 * rng.random() - 1)
+        y = y + 3 * (2 * rng.random() - 1)
+        if scene.kind == "plane":
+            y -= 14
+        half = width * scale / 2
+        x = min(max(x, half + 1), SIZE - half - 1)
+        y = min(max(y, height * scale + 2), SIZE - 3)
+        placed.append((x, y, scale))
+    return sorted(placed, key=lambda place: place[1])
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The picture of a scene: uint8[112, 112, 3], RGB."""
+    rng = random.Random(scene.seed)
+    image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER))
+    pen = Pen(ImageDraw.Draw(image))
+    PLACE_DRAWERS[scene.place](pen, rng, scene.weather)
+    # Greys stay grey: one shift for all channels.
+    grey = scene.colour in ("black", "white")
+    shift = 8 * (2 * rng.random() - 1)
+    shade = [shift if grey else 12 * (2 * rng.random() - 1) for _ in range(3)]
+    main = tuple(int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True))
+    paint = Paint.of(scene.colour, main)
+    for x, y, scale in _places(scene, rng):
+        own = Pen(pen.canvas, x, y, scale, mirrored=rng.random() < 0.5)
+        if scene.kind in ANIMAL_SHAPES:
+            ANIMAL_SHAPES[scene.kind][0](own, paint, scene.mood == "happy")
+        else:
+            THING_SHAPES[scene.kind][0](own, paint)
+    if scene.place == "snow":
+        snowflakes(pen, rng)
+    pixels = np.asarray(image.reduce(SUPER), np.int16)
+    noise = np.random.default_rng(scene.seed).integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def encode(scene: Scene) -> bytes:
+    """The picture as the JPEG file that `write` stores."""
+    out = io.BytesIO()
+    Image.fromarray(draw(scene)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
+
+
+def training_image(scene: Scene) -> np.ndarray:
+    """The picture after the JPEG round trip, as a reader of the files sees it: uint8[112, 112, 3]."""
+    return np.asarray(Image.open(io.BytesIO(encode(scene))).convert("RGB"))
