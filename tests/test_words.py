@@ -1,0 +1,50 @@
+import pytest
+
+from xlvlm_jax import words
+
+
+def test_classes_are_lists_of_different_lower_case_words():
+    for name, members in words.CLASSES.items():
+        assert len(set(members)) == len(members) >= 15, name
+        assert all(word == word.lower() and word.isalpha() for word in members), name
+    assert {"gray", "grey"} <= set(words.COLOURS)
+    assert len(words.PLACES) >= 60 and len(words.SENTIMENTS) >= 60
+
+
+def test_classes_do_not_overlap():
+    classes = [set(members) for members in words.CLASSES.values()]
+    assert sum(map(len, classes)) == len(set.union(*classes))
+
+
+def test_class_words_takes_a_name_an_alias_or_words_of_ones_own():
+    assert words.class_words("colors") == words.class_words("colours") == words.COLOURS
+    assert words.class_words("cup, mug,, cup") == ("cup", "mug")
+
+
+def test_class_words_names_the_classes():
+    with pytest.raises(ValueError, match="no word class 'fruit'; expected one of colours, places"):
+        words.class_words("fruit")
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("dog", True),
+        ("7", True),
+        ("2014", True),
+        ("the", False),  # a stop word
+        ("ox", False),  # English, and too short
+        ("zzxy", False),
+        ("", False),
+        ("7th", False),
+        ("▁dog", False),
+    ],
+)
+def test_concept_words_are_english_or_numbers(word, kept):
+    assert words.is_concept_word(word) == kept
+
+
+def test_concept_words_come_once_in_the_order_of_the_candidates():
+    candidates = ["▁", " Dog", "the", "dog", "beach", "3", "xq", " GRASS ", "tree"]
+    assert words.concept_words(candidates, 4) == ["dog", "beach", "3", "grass"]
+    assert words.concept_words(candidates, 99) == ["dog", "beach", "3", "grass", "tree"]

@@ -1,0 +1,249 @@
+"""Which position of which sample: the token selections.
+
+The state that belongs to a token is the state from which that token was predicted: at index p,
+`states[:, p]` is the state and `positions.predicted[:, p]` the token that it predicted. The last
+prompt position therefore belongs to the prompt and, as the state that predicted the first answer
+token, to the generated part as well.
+
+Everything here is a pure function over arrays and masks and can be jitted; what it returns for a
+sample does not depend on how that sample is padded. Axes: B batch, T prompt positions, M generated
+tokens, P positions of the selection, R rows a sample, D width. The selections are those of CoX-LMM
+(NeurIPS 2024), section 3.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+AnyArray = jax.Array | np.ndarray
+Ids = int | Sequence[int] | AnyArray  # one token id or several
+
+
+class Positions(NamedTuple):
+    """What is known of every position, each field [B, P].
+
+    A position may be in the prompt and generated at once: the last one of the prompt is. Padding
+    is whatever no selection may keep: input padding, and states that predicted nothing (after the
+    end-of-sequence token, or at the end of a sequence under teacher forcing).
+    """
+
+    predicted: AnyArray  # int32, the token that was predicted from the state here
+    is_prompt: AnyArray  # bool, the token that was read here belongs to the prompt
+    is_generated: AnyArray  # bool, the token that was predicted here belongs to the answer
+    is_image: AnyArray  # bool, the token that was read here stands for a part of an image
+    is_padding: AnyArray  # bool
+
+    @staticmethod
+    def of_generation(
+        prompt_ids: Int[AnyArray, "B T"],
+        attention_mask: Int[AnyArray, "B T"] | Bool[AnyArray, "B T"],
+        tokens: Int[AnyArray, "B M"],
+        *,
+        image_token_ids: Ids = (),
+        end_ids: Ids = (),
+    ) -> "Positions":
+        """Prompt and generated part: P = T + M - 1, states of the prompt, then of tokens[:, :-1].
+
+        Prompts may be padded on either side. `tokens` after one of `end_ids` count as padding; the
+        state that predicted the end token itself does not.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        real = jnp.asarray(attention_mask, bool)
+        B, T = real.shape
+        M = tokens.shape[1]
+        # where the last prompt token stands: T - 1 unless padded on the right
+        last = T - 1 - jnp.argmax(real[:, ::-1], axis=1)
+        at_last = jnp.arange(T) == last[:, None]  # [B, T]
+        following = jnp.roll(jnp.asarray(prompt_ids, jnp.int32), -1, axis=1)
+        in_prompt = jnp.where(at_last, tokens[:, :1], following)
+        after = jnp.zeros((B, M - 1), bool)
+
+        return Positions(
+            predicted=jnp.concatenate([in_prompt, tokens[:, 1:]], axis=1),
+            is_prompt=jnp.concatenate([real, after], axis=1),
+            is_generated=jnp.concatenate([at_last, ~after], axis=1),
+            is_image=jnp.concatenate([_isin(prompt_ids, image_token_ids) & real, after], axis=1),
+            is_padding=jnp.concatenate([~real, _ended(tokens, end_ids)[:, 1:]], axis=1),
+        )
+
+    @staticmethod
+    def of_generated(tokens: Int[AnyArray, "B M"], *, end_ids: Ids = ()) -> "Positions":
+        """The generated part alone: P = M, position m is the state that predicted tokens[:, m]."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        none = jnp.zeros(tokens.shape, bool)
+        return Positions(
+            predicted=tokens,
+            is_prompt=none.at[:, 0].set(True),
+            is_generated=~none,
+            is_image=none,
+            is_padding=_ended(tokens, end_ids),
+        )
+
+    @staticmethod
+    def of_teacher_forcing(
+        input_ids: Int[AnyArray, "B T"],
+        attention_mask: Int[AnyArray, "B T"] | Bool[AnyArray, "B T"],
+        answer_mask: Int[AnyArray, "B T"] | Bool[AnyArray, "B T"],
+        *,
+        image_token_ids: Ids = (),
+    ) -> "Positions":
+        """Prompt and given answer in one forward pass: P = T.
+
+        `answer_mask` marks the tokens of the answer among `input_ids`. The last state of a row
+        predicts nothing that is known, and counts as padding.
+        """
+        real = jnp.asarray(attention_mask, bool)
+        answer = jnp.asarray(answer_mask, bool) & real
+
+        def following(x: AnyArray) -> jax.Array:
+            return jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+
+        return Positions(
+            predicted=following(jnp.asarray(input_ids, jnp.int32)),
+            is_prompt=real & ~answer,
+            is_generated=following(answer),
+            is_image=_isin(input_ids, image_token_ids) & real,
+            is_padding=~(real & following(real)),
+        )
+
+
+def _isin(tokens: AnyArray, ids: Ids) -> jax.Array:
+    return jnp.isin(jnp.asarray(tokens), jnp.asarray(ids, jnp.int32).reshape(-1))
+
+
+def _ended(tokens: AnyArray, end_ids: Ids) -> jax.Array:
+    """bool[B, M]: an end token stands before this one."""
+    is_end = _isin(tokens, end_ids).astype(jnp.int32)
+    return jnp.cumsum(is_end, axis=1) - is_end > 0
+
+
+# Selections: Positions -> keep, bool[B, P]. A sample where nothing is kept has no row in Z.
+
+
+def everything(positions: Positions, *, generated_only: bool = False) -> Bool[AnyArray, "B P"]:
+    """Every position that is not padding."""
+    keep = ~positions.is_padding
+    return keep & positions.is_generated if generated_only else keep
+
+
+def index(
+    positions: Positions, i: int | Int[AnyArray, ""], *, generated_only: bool = False
+) -> Bool[AnyArray, "B P"]:
+    """The position number `i`, padding not counted; a negative number counts from the end.
+
+    Samples that are too short keep nothing.
+    """
+    eligible = everything(positions, generated_only=generated_only)
+    rank, count = _rank(eligible)
+    return eligible & (rank == jnp.where(i < 0, i + count, i))
+
+
+def interval(
+    positions: Positions,
+    start: int | None = None,
+    stop: int | None = None,
+    *,
+    generated_only: bool = False,
+) -> Bool[AnyArray, "B P"]:
+    """The positions start <= p < stop, counted and clipped as Python's slices are."""
+    eligible = everything(positions, generated_only=generated_only)
+    rank, count = _rank(eligible)
+    first = 0 if start is None else jnp.where(start < 0, start + count, start)
+    end = count if stop is None else jnp.where(stop < 0, stop + count, stop)
+    return eligible & (rank >= first) & (rank < end)
+
+
+def token_of_interest(
+    positions: Positions, token_ids: Ids, *, generated_only: bool = True
+) -> Bool[AnyArray, "B P"]:
+    """The first position whose predicted token is one of `token_ids`.
+
+    `token_ids` are the spellings of one word, or of all words of a class (see `spellings`). The
+    prompt is not searched by default: its stray tokens would match before the answer's.
+    """
+    eligible = everything(positions, generated_only=generated_only)
+    return _first(eligible & _isin(positions.predicted, token_ids))
+
+
+def before_special_tokens(positions: Positions, end_ids: Ids) -> Bool[AnyArray, "B P"]:
+    """The positions that predicted the answer, up to and without its first end token."""
+    answer = everything(positions, generated_only=True)
+    is_end = answer & _isin(positions.predicted, end_ids)
+    return answer & (jnp.cumsum(is_end, axis=1) == 0)
+
+
+def _rank(eligible: AnyArray) -> tuple[jax.Array, jax.Array]:
+    """int32[B, P], the number of eligible positions before this one; int32[B, 1], of all."""
+    counted = jnp.cumsum(eligible.astype(jnp.int32), axis=1)
+    return counted - eligible, counted[:, -1:]
+
+
+def _first(keep: AnyArray) -> jax.Array:
+    return keep & (_rank(keep)[0] == 0)
+
+
+# Rows: the kept states, and where each comes from.
+
+
+HOWS = ("first", "mean", "each")
+
+
+class Rows(NamedTuple):
+    """The rows of Z that a batch gives, R places for each sample.
+
+    `states` is the tree of arrays that `reduce` was given, each [B, R, D] here.
+    """
+
+    states: Any
+    valid: AnyArray  # bool[B, R]; the rest are places that a sample left empty
+    position: AnyArray  # int32[B, R], padding not counted; of a mean, where it begins
+    token: AnyArray  # int32[B, R], predicted from that position
+
+    def flat(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """On the host: states [N, D], sample in the batch int64[N], position and token int32[N]."""
+        valid, position, token = jax.device_get((self.valid, self.position, self.token))
+        states = jax.tree.map(lambda x: np.asarray(x)[valid], jax.device_get(self.states))
+        return states, np.nonzero(valid)[0], position[valid], token[valid]
+
+
+def reduce(
+    states: Any,
+    positions: Positions,
+    keep: Bool[AnyArray, "B P"],
+    how: str = "first",
+    *,
+    max_rows: int | None = None,
+) -> Rows:
+    """The rows that the kept positions give.
+
+    Args:
+        states: an array [B, P, D], or a tree of them ({site: states}).
+        how: "first" kept position, the "mean" of the kept positions (in float32), both R = 1; or
+            "each" kept position as its own row, R = `max_rows`, by default P. Later ones are
+            dropped, so give a bound that holds for every sample.
+    """
+    if how not in HOWS:
+        raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
+    R = 1 if how != "each" else keep.shape[1] if max_rows is None else min(max_rows, keep.shape[1])
+    # stable sort: the kept positions first, in their order
+    where = jnp.argsort(~keep, axis=1, stable=True)[:, :R]
+    real, _ = _rank(~positions.is_padding)
+
+    def mean(x: AnyArray) -> jax.Array:
+        # where, not a product with the mask: states of padding may be NaN
+        total = jnp.where(keep[..., None], x.astype(jnp.float32), 0).sum(axis=1)
+        return (total / jnp.maximum(keep.sum(axis=1), 1)[:, None])[:, None]
+
+    def gather(x: AnyArray) -> jax.Array:
+        return jnp.take_along_axis(x, where[..., None], axis=1)
+
+    return Rows(
+        states=jax.tree.map(mean if how == "mean" else gather, states),
+        valid=jnp.take_along_axis(keep, where, axis=1),
+        position=jnp.take_along_axis(real, where, axis=1),
+        token=jnp.take_along_axis(positions.predicted, where, axis=1),
+    )

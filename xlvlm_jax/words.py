@@ -1,0 +1,94 @@
+"""Word lists: the classes that samples and tokens are selected by, and filters for concept words.
+
+The lists are single lower-case words: a token selection looks for a word's first sub-token, which
+for "train station" would be that of "train". British and American spellings stand side by side.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+COLOURS = _words(
+    """
+    red orange yellow green blue purple violet pink brown black white gray grey gold silver
+    beige tan turquoise
+    """
+)
+
+PLACES = _words(
+    """
+    airport alley apartment barn bathroom beach bedroom bridge building cafe campground church
+    city classroom coast corner countryside court desert dock driveway farm field forest garage
+    garden grass gym harbor harbour highway hill home hotel house island kitchen lake lawn
+    library market meadow mountain museum ocean office park path pasture pier playground pool
+    porch restaurant river road room school sea shop shore sidewalk sky snow stadium station
+    store street theater theatre town village yard zoo
+    """
+)
+
+SENTIMENTS = _words(
+    """
+    afraid amazed amused angry annoyed anxious awful bad beautiful bored brave calm cheerful
+    comfortable confident confused content cozy curious cute delighted depressed disappointed
+    disgusted eager embarrassed excited fearful friendly frightened frustrated funny furious
+    gentle gloomy good grateful great grumpy happy hopeful horrible joyful lonely lovely mad
+    miserable nervous nice peaceful playful pleasant pleased proud relaxed sad scared scary
+    serious shy sleepy surprised terrible tired ugly unhappy upset wonderful worried
+    """
+)
+
+CLASSES = {"colours": COLOURS, "places": PLACES, "sentiments": SENTIMENTS}
+_ALIASES = {"colors": "colours"}
+
+
+def class_words(name: str) -> tuple[str, ...]:
+    """The words of a class: "colours" (or "colors"), "places", "sentiments".
+
+    Several words of one's own, separated by commas, make a class too: "cup, mug, glass".
+    Raises ValueError for a single name that is no class.
+    """
+    name = _ALIASES.get(name, name)
+    if "," in name:
+        return tuple(dict.fromkeys(word for part in name.split(",") if (word := part.strip())))
+    if name not in CLASSES:
+        raise ValueError(
+            f"no word class {name!r}; expected one of {', '.join(CLASSES)},"
+            " or your own words separated by commas"
+        )
+    return CLASSES[name]
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """English stop words (scikit-learn's list)."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return ENGLISH_STOP_WORDS
+
+
+@cache
+def english_words() -> frozenset[str]:
+    """Webster's second edition ("web2"), lower-cased: the list that the papers filter with."""
+    from english_words import get_english_words_set
+
+    return frozenset(get_english_words_set(["web2"], lower=True))
+
+
+def is_concept_word(word: str) -> bool:
+    """Whether a lower-case, stripped word may stand for a concept.
+
+    It may when it is an English word of more than two letters and no stop word, or a number.
+    """
+    if word.isdecimal():
+        return True
+    return len(word) > 2 and word in english_words() and word not in stop_words()
+
+
+def concept_words(candidates: Iterable[str], limit: int) -> list[str]:
+    """The first `limit` different words of `candidates` that may stand for a concept."""
+    words = dict.fromkeys(text.lower().strip() for text in candidates)
+    return [word for word in words if is_concept_word(word)][:limit]
