@@ -1,0 +1,85 @@
+"""Arrays on disk that grow row by row: Zarr v3 through TensorStore, [rows, ...].
+
+They are not compressed (hidden states hardly shrink), so that a missing or truncated chunk shows in
+the size of its file, and chunks depend on the width alone, so that the bytes are the same however
+the rows came.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+_CHUNK_BYTES = 2**20
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
+        # a chunk of zeros is a file too: one that is absent is then known to be lost
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
+    """A new Zarr v3 array; every chunk of `_CHUNK_BYTES`, or of one row where a row is larger."""
+    row_bytes = ts.dtype(dtype).numpy_dtype.itemsize * math.prod(shape[1:])
+    chunk = [max(_CHUNK_BYTES // row_bytes, 1), *shape[1:]]
+    metadata = {
+        "data_type": dtype,
+        "shape": shape,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+    return wait(ts.open(_spec(path) | {"metadata": metadata}, create=True))
+
+
+def open_array(path: Path) -> ts.TensorStore:
+    """An existing array. Raises ValueError, one line, when there is none that can be read."""
+    try:
+        return ts.open(_spec(path), open=True).result()
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable Zarr v3 array ({reason(error)})") from None
+
+
+def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
+    """Raises ValueError for the first chunk that is absent or has not the size of whole rows."""
+    if array.shape[0] < rows:
+        raise ValueError(
+            f"{path}: {array.shape[0]} rows, expected {rows}; extract the features again"
+        )
+    chunk = array.chunk_layout.write_chunk.shape
+    size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+    for i in range(-(-rows // chunk[0])):
+        file = path.joinpath("c", str(i), *["0"] * (len(chunk) - 1))
+        got = file.stat().st_size if file.exists() else None
+        if got != size:
+            state = "missing" if got is None else f"{got} bytes, expected {size}"
+            raise ValueError(f"{file}: chunk is {state}; extract the features again")
+
+
+def cut(array: ts.TensorStore, rows: int) -> None:
+    """Keep the first `rows` rows, and zeros in the rest of their last chunk."""
+    chunk = array.chunk_layout.write_chunk.shape[0]
+    whole = -(-rows // chunk) * chunk
+    array = wait(array.resize(exclusive_max=[whole, *array.shape[1:]]))
+    if whole > rows:
+        wait(array[rows:whole].write(np.zeros((), array.dtype.numpy_dtype)))
+    wait(array.resize(exclusive_max=[rows, *array.shape[1:]]))
+
+
+def wait(future: ts.Future) -> Any:
+    """The result of a write, whose failures TensorStore reports under many types."""
+    try:
+        return future.result()
+    except Exception as error:
+        raise OSError(reason(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, or the operating system's words for it."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0] if text else type(error).__name__
