@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from . import words
-from .language import _texts, caption_words, choose, split_words
+from .language import caption_words, split_words, strings
 from .scene import ANIMALS, COLOURS, COUNTS, DOG_SHARE, KINDS, MOODS, PLACES, Scene, pick
 
 ANSWERS = 10
@@ -93,8 +94,16 @@ OBJECT = (
     "What does the image show?",
     "What can you see {at}?",
 )
-ANIMAL_OBJECT = ("What animal is this?", "What kind of animal is {at}?", "Which animal can you see?")
-VEHICLE_OBJECT = ("What vehicle is this?", "What kind of vehicle is {at}?", "Which vehicle can you see?")
+ANIMAL_OBJECT = (
+    "What animal is this?",
+    "What kind of animal is {at}?",
+    "Which animal can you see?",
+)
+VEHICLE_OBJECT = (
+    "What vehicle is this?",
+    "What kind of vehicle is {at}?",
+    "Which vehicle can you see?",
+)
 MOOD = (
     "How {do} the {x} feel?",
     "How {do} the {x} look?",
@@ -232,8 +241,18 @@ def questions(scene: Scene) -> list[Question]:
 
 
 PHRASINGS = (
-    EXISTS, COUNT, COUNT_CHECK, COLOUR, COLOUR_CHECK, PLACE, PLACE_CHECK, OBJECT, ANIMAL_OBJECT,
-    VEHICLE_OBJECT, MOOD, MOOD_CHECK,
+    EXISTS,
+    COUNT,
+    COUNT_CHECK,
+    COLOUR,
+    COLOUR_CHECK,
+    PLACE,
+    PLACE_CHECK,
+    OBJECT,
+    ANIMAL_OBJECT,
+    VEHICLE_OBJECT,
+    MOOD,
+    MOOD_CHECK,
 )
 
 
@@ -243,14 +262,12 @@ def vocabulary() -> list[str]:
     Lower case, except for the words that begin a question; plurals are words of their own.
     """
     found = caption_words()
-    for text in _texts(PHRASINGS):
-        bare = text
-        for slot in ("one", "many", "x", "be", "Be", "do", "Do", "at", "colour", "number",
-                     "noun", "mood", "place_noun"):
-            bare = bare.replace("{" + slot + "}", " ")
-        found |= set(split_words(bare))
+    for text in strings(PHRASINGS):
+        found |= set(split_words(re.sub(r"\{\w+\}", " ", text)))
     found |= set(split_words("Is Are Do Does is are do does a"))
     for table in (AT, PLACE_NOUN, NUMBER_WORDS, NEAR_MISSES):
-        found |= {w for text in table.values() for w in split_words(" ".join(_texts(text)))}
-    found |= set(NEAR_MISSES) | {w for pair in words.NOUNS.values() for p in pair for w in p if pair[p]}
+        found |= {w for text in table.values() for w in split_words(" ".join(strings(text)))}
+    found |= set(NEAR_MISSES) | {
+        w for pair in words.NOUNS.values() for p in pair for w in p if pair[p]
+    }
     return sorted(found)

@@ -23,11 +23,37 @@ FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
 
 # VQAv2 files a question under its first words; the longest that fits.
 QUESTION_TYPES = (
-    "is there a", "are there any", "can you", "do you", "does this", "does the", "how many",
-    "what number is", "what color is the", "what color are the", "what color", "what is the",
-    "what is in the", "what is on the", "what is", "what animal is", "what kind of", "what does the",
-    "what", "which", "where is the", "where are the", "how", "is the", "are the", "is this", "was",
-    "is", "are", "do", "where",
+    "is there a",
+    "are there any",
+    "can you",
+    "do you",
+    "does this",
+    "does the",
+    "how many",
+    "what number is",
+    "what color is the",
+    "what color are the",
+    "what color",
+    "what is the",
+    "what is in the",
+    "what is on the",
+    "what is",
+    "what animal is",
+    "what kind of",
+    "what does the",
+    "what",
+    "which",
+    "where is the",
+    "where are the",
+    "how",
+    "is the",
+    "are the",
+    "is this",
+    "was",
+    "is",
+    "are",
+    "do",
+    "where",
 )
 
 
@@ -80,9 +106,9 @@ def write(
     """Writes the first scenes of each split below `directory`; same arguments, same bytes.
 
     Files: `{train,val}2014/COCO_*.jpg`, `dataset_coco.json` (Karpathy),
-    `v2_OpenEnded_mscoco_{train,val}2014_questions.json`, `v2_mscoco_{train,val}2014_annotations.json`
-    and `attributes.json`, {image id: attributes}. The index files come last: where they are, the
-    pictures are too.
+    `v2_OpenEnded_mscoco_{train,val}2014_questions.json`,
+    `v2_mscoco_{train,val}2014_annotations.json` and `attributes.json`,
+    {image id: attributes}. The index files come last: where they are, the pictures are too.
 
     Args:
       progress: called after each picture with how many are done and how many there are to do.
@@ -142,7 +168,10 @@ def write(
 
     about = {
         "info": {"description": "xlvlm scenes, in the layout of VQA v2.0", "version": "2.0"},
-        "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        "license": {
+            "name": "Apache License 2.0",
+            "url": "https://www.apache.org/licenses/LICENSE-2.0",
+        },
         "data_type": "mscoco",
     }
     for folder in ("train2014", "val2014"):

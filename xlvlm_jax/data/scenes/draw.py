@@ -83,7 +83,9 @@ def draw(scene: Scene) -> np.ndarray:
     grey = scene.colour in ("black", "white")
     shift = 8 * (2 * rng.random() - 1)
     shade = [shift if grey else 12 * (2 * rng.random() - 1) for _ in range(3)]
-    main = tuple(int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True))
+    main = tuple(
+        int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True)
+    )
     paint = Paint.of(scene.colour, main)
     for x, y, scale in _places(scene, rng):
         own = Pen(pen.canvas, x, y, scale, mirrored=rng.random() < 0.5)
@@ -106,5 +108,5 @@ def encode(scene: Scene) -> bytes:
 
 
 def training_image(scene: Scene) -> np.ndarray:
-    """The picture after the JPEG round trip, as a reader of the files sees it: uint8[112, 112, 3]."""
+    """The picture as a reader of the files sees it, after the JPEG: uint8[112, 112, 3]."""
     return np.asarray(Image.open(io.BytesIO(encode(scene))).convert("RGB"))

@@ -29,6 +29,7 @@ def _sky(pen: Pen, rng: random.Random, colour, weather: str, cloud=CLOUD) -> Non
 
 
 def beach(pen: Pen, rng: random.Random, weather: str) -> None:
+    """Sea with waves, sand with shells, one palm."""
     _sky(pen, rng, (158, 212, 240), weather)
     sea = _between(rng, 34, 40)
     shore = sea + _between(rng, 15, 20)
@@ -59,6 +60,7 @@ def beach(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def street(pen: Pen, rng: random.Random, weather: str) -> None:
+    """A row of houses, a pavement with a lamppost, the road."""
     _sky(pen, rng, (196, 216, 232), weather)
     kerb = _between(rng, 54, 60)
     u = -_between(rng, 0, 12)
@@ -70,7 +72,14 @@ def street(pen: Pen, rng: random.Random, weather: str) -> None:
         pen.rectangle(u, top, u + width, kerb, wall)
         pen.polygon([(u - 1, top), (u + width / 2, top - 8), (u + width + 1, top)], (140, 84, 72))
         for a in (0.14, 0.6):
-            pen.rectangle(u + width * a, top + 5, u + width * (a + 0.26), top + 13, (236, 240, 232), (110, 92, 86))
+            pen.rectangle(
+                u + width * a,
+                top + 5,
+                u + width * (a + 0.26),
+                top + 13,
+                (236, 240, 232),
+                (110, 92, 86),
+            )
         pen.rectangle(u + width * 0.36, kerb - 14, u + width * 0.64, kerb, (118, 86, 70))
         u += width + 1
     pen.rectangle(0, kerb, SIZE, kerb + 9, (206, 202, 194))
@@ -83,13 +92,19 @@ def street(pen: Pen, rng: random.Random, weather: str) -> None:
     middle = (kerb + SIZE) / 2 + 8
     for k in range(-1, 5):
         u = 28 * k + shift
-        pen.polygon([(u, middle), (u + 16, middle), (u + 14, middle + 3.4), (u - 2, middle + 3.4)], (242, 238, 222))
+        pen.polygon(
+            [(u, middle), (u + 16, middle), (u + 14, middle + 3.4), (u - 2, middle + 3.4)],
+            (242, 238, 222),
+        )
     u = _between(rng, 4, 12) if rng.random() < 0.5 else _between(rng, 100, 108)
     pen.rectangle(u - 1, 22, u + 1, kerb + 6, (70, 74, 80))
-    pen.polygon([(u - 4, 16), (u + 4, 16), (u + 2.4, 23), (u - 2.4, 23)], (255, 236, 160), (70, 74, 80))
+    pen.polygon(
+        [(u - 4, 16), (u + 4, 16), (u + 2.4, 23), (u - 2.4, 23)], (255, 236, 160), (70, 74, 80)
+    )
 
 
 def forest(pen: Pen, rng: random.Random, weather: str) -> None:
+    """Trunks and leaves, a brown floor with mushrooms."""
     _sky(pen, rng, (190, 220, 214), weather)
     for _ in range(9):
         u, v = _between(rng, 0, SIZE), _between(rng, 24, 40)
@@ -102,7 +117,15 @@ def forest(pen: Pen, rng: random.Random, weather: str) -> None:
         u = start + 25 * k + _between(rng, -4, 4)
         wide = _between(rng, 3, 4.4)
         foot = floor + _between(rng, 0, 10)
-        pen.polygon([(u - wide * 0.7, 0), (u + wide * 0.7, 0), (u + wide * 1.3, foot), (u - wide * 1.3, foot)], (112, 82, 58))
+        pen.polygon(
+            [
+                (u - wide * 0.7, 0),
+                (u + wide * 0.7, 0),
+                (u + wide * 1.3, foot),
+                (u - wide * 1.3, foot),
+            ],
+            (112, 82, 58),
+        )
         pen.line([(u, 34), (u + 8, 26)], (112, 82, 58), 2)
         green = mix((66, 118, 74), (96, 148, 84), rng.random())
         for a in (-8, 8, 0):
@@ -118,16 +141,24 @@ def forest(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def snow(pen: Pen, rng: random.Random, weather: str) -> None:
+    """White peaks, drifts, two pines; `snowflakes` comes on top."""
     _sky(pen, rng, (186, 202, 222), weather, cloud=(226, 231, 238))
     base = _between(rng, 52, 58)
     for _ in range(3):
         u, top, wide = _between(rng, 6, 106), _between(rng, 16, 28), _between(rng, 26, 38)
         pen.polygon([(u - wide, base + 2), (u, top), (u + wide, base + 2)], (150, 166, 190))
         share = 0.36
-        peak = [(u - wide * share, top + (base - top) * share), (u, top), (u + wide * share, top + (base - top) * share)]
+        peak = [
+            (u - wide * share, top + (base - top) * share),
+            (u, top),
+            (u + wide * share, top + (base - top) * share),
+        ]
         pen.polygon([*peak, (u + 4, top + 6), (u - 3, top + 9)], (244, 247, 252))
     drift = [(0, SIZE), (0, base + 2)]
-    drift += [(16 * k, base + _between(rng, -3, 3)) for k in range(1, 7)] + [(SIZE, base), (SIZE, SIZE)]
+    drift += [(16 * k, base + _between(rng, -3, 3)) for k in range(1, 7)] + [
+        (SIZE, base),
+        (SIZE, SIZE),
+    ]
     pen.polygon(drift, (226, 233, 243))
     for _ in range(5):
         u, v = _between(rng, 0, 100), _between(rng, base + 8, 108)
@@ -138,21 +169,32 @@ def snow(pen: Pen, rng: random.Random, weather: str) -> None:
         for k in range(3):
             v, wide = foot - 4 - 8 * k, 10 - 2.4 * k
             pen.polygon([(u - wide, v), (u, v - 13), (u + wide, v)], (70, 112, 104))
-            pen.polygon([(u - wide * 0.5, v - 6.5), (u, v - 13), (u + wide * 0.5, v - 6.5)], (248, 250, 253))
+            pen.polygon(
+                [(u - wide * 0.5, v - 6.5), (u, v - 13), (u + wide * 0.5, v - 6.5)], (248, 250, 253)
+            )
 
 
 def snowflakes(pen: Pen, rng: random.Random) -> None:
-    """Falling flakes, before the objects too: drawn last."""
+    """Falling flakes: drawn last, for they fall in front of the objects too."""
     for _ in range(22):
-        pen.circle(_between(rng, 0, SIZE), _between(rng, 0, SIZE), _between(rng, 0.8, 1.5), (255, 255, 255))
+        pen.circle(
+            _between(rng, 0, SIZE), _between(rng, 0, SIZE), _between(rng, 0.8, 1.5), (255, 255, 255)
+        )
 
 
 def field(pen: Pen, rng: random.Random, weather: str) -> None:
+    """Hills, a barn, a fence, grass with flowers."""
     _sky(pen, rng, (150, 204, 242), weather)
     base = _between(rng, 46, 52)
     for k in range(3):
         u = 56 * k + _between(rng, -16, 16)
-        pen.ellipse(u - 42, base - _between(rng, 8, 14), u + 42, base + 30, mix((150, 190, 112), (172, 204, 122), k / 2))
+        pen.ellipse(
+            u - 42,
+            base - _between(rng, 8, 14),
+            u + 42,
+            base + 30,
+            mix((150, 190, 112), (172, 204, 122), k / 2),
+        )
     pen.rectangle(0, base + 4, SIZE, SIZE, (176, 208, 118))
     for k in range(4):
         v = base + 10 + 14 * k
@@ -178,6 +220,7 @@ def field(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def city(pen: Pen, rng: random.Random, weather: str) -> None:
+    """Towers with lit windows at dusk, a tiled square."""
     _sky(pen, rng, (244, 206, 186), weather, cloud=(252, 234, 226))
     base = _between(rng, 58, 64)
     u = -_between(rng, 0, 8)
@@ -206,7 +249,11 @@ def city(pen: Pen, rng: random.Random, weather: str) -> None:
         v = base + 2 + 2.4 * k * (k + 1) / 1.2
         pen.line([(0, v), (SIZE, v)], (168, 162, 172), 0.8)
     for k in range(-4, 13):
-        pen.line([(56 + (14 * k - 56) * 0.6, base), (56 + (14 * k - 56) * 1.6, SIZE)], (168, 162, 172), 0.8)
+        pen.line(
+            [(56 + (14 * k - 56) * 0.6, base), (56 + (14 * k - 56) * 1.6, SIZE)],
+            (168, 162, 172),
+            0.8,
+        )
 
 
 PLACE_DRAWERS = {

@@ -76,7 +76,9 @@ class _Writer:
                 # "a {colour} coat" is said of one animal only.
                 if self.several:
                     coat = coat.replace("a {colour} coat", "{colour} coats")
-                back.append(coat.replace("a {colour}", "{a} {colour}").format(colour=colour, a="{a}"))
+                back.append(
+                    coat.replace("a {colour}", "{a} {colour}").format(colour=colour, a="{a}")
+                )
             else:
                 front.append(colour)
         noun = choose(rng, words.NOUNS[scene.kind])[self.several]
@@ -233,17 +235,17 @@ def named(caption: str) -> dict[str, str | int | None]:
     return said
 
 
-def _texts(value) -> Iterator[str]:
+def strings(value) -> Iterator[str]:
     """All strings of nested tables; entries of weight 0 are never said."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
             if item != 0:
-                yield from _texts(key) if isinstance(item, int) else _texts(item)
+                yield from strings(key) if isinstance(item, int) else strings(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _texts(item)
+            yield from strings(item)
 
 
 def caption_words() -> set[str]:
@@ -251,7 +253,9 @@ def caption_words() -> set[str]:
     spoken = ["there is are with that a an"]
     for name, table in vars(words).items():
         if name.isupper() and name not in ("MOOD_LOOKS", "PLACE_WORDS"):
-            spoken += _texts(table)
+            spoken += strings(table)
     spoken += [w for pair in words.MOOD_LOOKS.items() for w in pair]
     spoken += ["coats"]
-    return {w for text in spoken for w in split_words(text.replace("{colour}", "").replace("{a}", ""))}
+    return {
+        w for text in spoken for w in split_words(text.replace("{colour}", "").replace("{a}", ""))
+    }

@@ -42,6 +42,7 @@ class Pen:
         return max(1, round(width * self.scale * SUPER))
 
     def rectangle(self, u0, v0, u1, v1, fill, edge=None, radius: float = 0) -> None:
+        """From the corner (u0, v0) to (u1, v1); `radius` rounds the corners."""
         box = self._box(u0, v0, u1, v1)
         width = self._width(0.9) if edge else 0
         if radius:
@@ -52,13 +53,16 @@ class Pen:
             self.canvas.rectangle(box, fill=fill, outline=edge, width=width)
 
     def ellipse(self, u0, v0, u1, v1, fill, edge=None) -> None:
+        """The ellipse that fills the box from (u0, v0) to (u1, v1)."""
         width = self._width(0.9) if edge else 0
         self.canvas.ellipse(self._box(u0, v0, u1, v1), fill=fill, outline=edge, width=width)
 
     def circle(self, u, v, radius, fill, edge=None) -> None:
+        """Around (u, v)."""
         self.ellipse(u - radius, v - radius, u + radius, v + radius, fill, edge)
 
     def polygon(self, points, fill, edge=None) -> None:
+        """Through (u, v) points, closed."""
         corners = [self._point(u, v) for u, v in points]
         self.canvas.polygon(corners, fill=fill)
         if edge:
@@ -87,5 +91,7 @@ def bezier(start, control, end, steps: int = 8) -> list[tuple[float, float]]:
     for k in range(steps + 1):
         t = k / steps
         a, b, c = (1 - t) ** 2, 2 * t * (1 - t), t * t
-        points.append(tuple(a * p + b * q + c * r for p, q, r in zip(start, control, end)))
+        points.append(
+            tuple(a * p + b * q + c * r for p, q, r in zip(start, control, end, strict=True))
+        )
     return points

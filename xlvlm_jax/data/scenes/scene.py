@@ -38,7 +38,7 @@ class Scene:
 
     @property
     def weather(self) -> str:
-        """"sunny", "cloudy" or "clear": drawn, and said by some of the captions."""
+        """ "sunny", "cloudy" or "clear": drawn, and said by some of the captions."""
         return ("sunny", "cloudy", "clear")[self.seed // len(SPLITS) % 3]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 # kind: {(singular, plural): weight}
 NOUNS = {
-    "dog": {("dog", "dogs"): 20, ("puppy", "puppies"): 2, ("hound", "hounds"): 1, ("pup", "pups"): 1},
+    "dog": {
+        ("dog", "dogs"): 20, ("puppy", "puppies"): 2, ("hound", "hounds"): 1, ("pup", "pups"): 1,
+    },
     "cat": {("cat", "cats"): 16, ("kitten", "kittens"): 2, ("kitty", "kitties"): 2},
     "bird": {("bird", "birds"): 17, ("songbird", "songbirds"): 2, ("birdie", "birdies"): 1},
     "rabbit": {("rabbit", "rabbits"): 16, ("bunny", "bunnies"): 3, ("hare", "hares"): 1},
@@ -83,17 +85,13 @@ MOOD_VERBS = {
 # (one, several)
 MOOD_CLAUSES = {
     "happy": {
-        ("with a big smile", "with big smiles"): 4,
-        ("with a wide grin", "with wide grins"): 3,
-        ("with a joyful face", "with joyful faces"): 2,
-        ("full of joy", "full of joy"): 1,
+        ("with a big smile", "with big smiles"): 4, ("with a wide grin", "with wide grins"): 3,
+        ("with a joyful face", "with joyful faces"): 2, ("full of joy", "full of joy"): 1,
     },
     "sad": {
         ("with tears in its eyes", "with tears in their eyes"): 4,
-        ("with a gloomy face", "with gloomy faces"): 3,
-        ("with a frown", "with frowns"): 2,
-        ("in tears", "in tears"): 2,
-        ("full of sorrow", "full of sorrow"): 1,
+        ("with a gloomy face", "with gloomy faces"): 3, ("with a frown", "with frowns"): 2,
+        ("in tears", "in tears"): 2, ("full of sorrow", "full of sorrow"): 1,
     },
 }
 MOOD_LOOKS = {"looks": "look", "seems": "seem", "feels": "feel"}
@@ -195,14 +193,23 @@ AIR_PHRASES = {
         "over the beach": 20, "above the sea": 4, "above the waves": 3, "over the sand": 3,
         "along the coast": 2,
     },
-    "street": {"over the street": 20, "above the road": 4, "above the houses": 4, "past the rooftops": 2},
-    "forest": {"over the forest": 20, "above the woods": 4, "above the trees": 4, "among the branches": 2},
+    "street": {
+        "over the street": 20, "above the road": 4, "above the houses": 4, "past the rooftops": 2,
+    },
+    "forest": {
+        "over the forest": 20, "above the woods": 4, "above the trees": 4, "among the branches": 2,
+    },
     "snow": {
         "over the snow": 20, "above the snowy mountains": 4, "past the icy peaks": 3,
         "among the snowflakes": 3,
     },
-    "field": {"over the field": 20, "above the meadow": 4, "above the grass": 3, "past the barn": 2},
-    "city": {"over the city": 20, "above the skyscrapers": 4, "past the towers": 4, "above the skyline": 2},
+    "field": {
+        "over the field": 20, "above the meadow": 4, "above the grass": 3, "past the barn": 2,
+    },
+    "city": {
+        "over the city": 20, "above the skyscrapers": 4, "past the towers": 4,
+        "above the skyline": 2,
+    },
 }
 PLACE_NOUNS = {
     "beach": {"{a} sandy beach": 5, "{a} beach": 5, "{a} seashore": 1, "{a} sunlit shore": 1},
@@ -223,8 +230,8 @@ PLACE_TAILS = {
         "next to the sidewalk": 2, "beside the pavement": 1,
     },
     "forest": {
-        "under the trees": 3, "among the trunks": 2, "with fallen leaves": 1, "near the mushrooms": 2,
-        "beneath the branches": 1, "between mossy trunks": 1,
+        "under the trees": 3, "among the trunks": 2, "with fallen leaves": 1,
+        "near the mushrooms": 2, "beneath the branches": 1, "between mossy trunks": 1,
     },
     "snow": {
         "near the mountains": 3, "under the snowflakes": 2, "by the pines": 2, "in the cold": 1,
@@ -249,27 +256,30 @@ WEATHER_TAILS = {
 PARTS = {
     "dog": {
         ("floppy ears", "floppy ears"): 4, ("a long tail", "long tails"): 2,
-        ("a shiny nose", "shiny noses"): 2, ("a collar", "collars"): 2, ("soft paws", "soft paws"): 1,
-        ("a big snout", "big snouts"): 1,
+        ("a shiny nose", "shiny noses"): 2, ("a collar", "collars"): 2,
+        ("soft paws", "soft paws"): 1, ("a big snout", "big snouts"): 1,
     },
     "cat": {
         ("long whiskers", "long whiskers"): 4, ("pointed ears", "pointed ears"): 3,
-        ("a curly tail", "curly tails"): 2, ("soft paws", "soft paws"): 1, ("a striped head", "striped heads"): 1,
+        ("a curly tail", "curly tails"): 2, ("soft paws", "soft paws"): 1,
+        ("a striped head", "striped heads"): 1,
     },
     "bird": {
         ("a big beak", "big beaks"): 4, ("feathery wings", "feathery wings"): 3,
-        ("a feather crest", "feather crests"): 1, ("thin legs", "thin legs"): 2, ("small claws", "small claws"): 1,
+        ("a feather crest", "feather crests"): 1, ("thin legs", "thin legs"): 2,
+        ("small claws", "small claws"): 1,
     },
     "rabbit": {
-        ("long ears", "long ears"): 5, ("a fluffy tail", "fluffy tails"): 3, ("soft paws", "soft paws"): 1,
-        ("a tiny nose", "tiny noses"): 1,
+        ("long ears", "long ears"): 5, ("a fluffy tail", "fluffy tails"): 3,
+        ("soft paws", "soft paws"): 1, ("a tiny nose", "tiny noses"): 1,
     },
     "bus": {
-        ("many windows", "many windows"): 5, ("big wheels", "big wheels"): 3, ("an upper deck", "upper decks"): 2,
-        ("seats for passengers", "seats for passengers"): 1,
+        ("many windows", "many windows"): 5, ("big wheels", "big wheels"): 3,
+        ("an upper deck", "upper decks"): 2, ("seats for passengers", "seats for passengers"): 1,
     },
     "train": {
-        ("a tall chimney", "tall chimneys"): 4, ("a wagon", "wagons"): 3, ("puffs of smoke", "puffs of smoke"): 3,
+        ("a tall chimney", "tall chimneys"): 4, ("a wagon", "wagons"): 3,
+        ("puffs of smoke", "puffs of smoke"): 3,
         ("iron wheels on rails", "iron wheels on rails"): 2, ("a steam engine", "steam engines"): 2,
     },
     "car": {
@@ -279,15 +289,17 @@ PARTS = {
     },
     "boat": {
         ("a tall mast", "tall masts"): 3, ("a big sail", "big sails"): 4,
-        ("a wooden hull", "wooden hulls"): 3, ("a small flag", "small flags"): 2, ("portholes", "portholes"): 1,
+        ("a wooden hull", "wooden hulls"): 3, ("a small flag", "small flags"): 2,
+        ("portholes", "portholes"): 1,
     },
     "plane": {
-        ("wide wings", "wide wings"): 4, ("small windows", "small windows"): 2, ("a cockpit", "cockpits"): 2,
+        ("wide wings", "wide wings"): 4, ("small windows", "small windows"): 2,
+        ("a cockpit", "cockpits"): 2,
         ("a pointed tail", "pointed tails"): 1, ("pilots inside", "pilots inside"): 1,
     },
     "ball": {
-        ("curved stripes", "curved stripes"): 4, ("stripes", "stripes"): 3, ("a glossy surface", "glossy surfaces"): 2,
-        ("a rubber skin", "rubber skins"): 1,
+        ("curved stripes", "curved stripes"): 4, ("stripes", "stripes"): 3,
+        ("a glossy surface", "glossy surfaces"): 2, ("a rubber skin", "rubber skins"): 1,
     },
 }
 # How the colour is said behind the noun.
@@ -299,14 +311,24 @@ COATS = {
 }
 THING_COAT = {"painted {colour}": 4, "in {colour}": 2}
 
-PICTURES = {"a picture of": 4, "a drawing of": 2, "an image of": 1, "a cartoon of": 1, "a view of": 1}
+PICTURES = {
+    "a picture of": 4, "a drawing of": 2, "an image of": 1, "a cartoon of": 1, "a view of": 1,
+}
 
 # Words that say where a picture is taken; each belongs to one place.
 PLACE_WORDS = {
-    "beach": "beach sandy sand shore sea seaside seashore waves ocean palm ashore coast seashells surf",
-    "street": "street road asphalt houses lamppost sidewalk curb roadside rooftops roofs pavement paved",
-    "forest": "forest woods woodland trunks branches leaves mushrooms mossy grove",
-    "snow": "snow snowy snowflakes snowdrifts mountains mountain peaks icy pines frosty winter fir",
-    "field": "field grassy meadow grass flowers flowery barn fence daisies blossoms pasture hills farm",
+    "beach": (
+        "beach sandy sand shore sea seaside seashore waves ocean palm ashore coast seashells surf"
+    ),
+    "street": (
+        "street road asphalt houses lamppost sidewalk curb roadside rooftops roofs pavement paved"
+    ),
+    "forest": "forest woods woodland trees trunks branches leaves mushrooms mossy grove",
+    "snow": (
+        "snow snowy snowflakes snowdrifts mountains mountain peaks icy pines frosty winter fir"
+    ),
+    "field": (
+        "field grassy meadow grass flowers flowery barn fence daisies blossoms pasture hills farm"
+    ),
     "city": "city downtown towers skyscrapers plaza buildings skyline urban offices",
 }
