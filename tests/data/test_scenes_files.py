@@ -1,0 +1,107 @@
+"""Scenes on disk: the layouts of Karpathy's file and of VQAv2."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xlvlm_jax.data import scenes
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    calls = []
+    scenes.write(root, train=4, val=3, test=2, progress=lambda *done: calls.append(done))
+    assert calls == [(k, 9) for k in range(1, 10)]
+    return root
+
+
+def _json(path):
+    return json.loads(path.read_text())
+
+
+def test_karpathy_layout(written):
+    content = _json(written / "dataset_coco.json")
+    assert set(content) == {"images", "dataset"} and content["dataset"] == "coco"
+    images = content["images"]
+    assert [image["split"] for image in images] == ["train"] * 4 + ["val"] * 3 + ["test"] * 2
+    assert [image["imgid"] for image in images] == list(range(9))
+    assert len({image["cocoid"] for image in images}) == 9
+    first = images[0]
+    assert first["filepath"] == "train2014"
+    assert first["filename"] == "COCO_train2014_000000000001.jpg" and first["cocoid"] == 1
+    assert {image["filepath"] for image in images[4:]} == {"val2014"}
+    sentence_ids = [k for image in images for k in image["sentids"]]
+    assert sentence_ids == list(range(5 * 9))
+    for image in images:
+        assert (written / image["filepath"] / image["filename"]).is_file()
+        assert image["sentids"] == [sentence["sentid"] for sentence in image["sentences"]]
+        for sentence in image["sentences"]:
+            assert set(sentence) == {"tokens", "raw", "imgid", "sentid"}
+            assert sentence["tokens"] == sentence["raw"].replace(",", "").split()
+            assert sentence["imgid"] == image["imgid"]
+    raw = [sentence["raw"] for sentence in first["sentences"]]
+    assert raw == scenes.captions(scenes.sample_scene("train", 0))
+
+
+@pytest.mark.parametrize(("folder", "pictures"), [("train2014", 4), ("val2014", 5)])
+def test_vqa_layout(written, folder, pictures):
+    asked = _json(written / f"v2_OpenEnded_mscoco_{folder}_questions.json")
+    answered = _json(written / f"v2_mscoco_{folder}_annotations.json")
+    assert asked["task_type"] == "Open-Ended" and asked["data_subtype"] == folder
+    assert len({question["image_id"] for question in asked["questions"]}) == pictures
+    assert [q["question_id"] for q in asked["questions"]] == [
+        a["question_id"] for a in answered["annotations"]
+    ]
+    for question, annotation in zip(asked["questions"], answered["annotations"], strict=True):
+        assert set(question) == {"image_id", "question", "question_id"}
+        assert question["image_id"] == annotation["image_id"]
+        assert question["question"].lower().startswith(annotation["question_type"])
+        assert annotation["answer_type"] in ("yes/no", "number", "other")
+        assert [answer["answer_id"] for answer in annotation["answers"]] == list(range(1, 11))
+        given = [answer["answer"] for answer in annotation["answers"]]
+        assert max(set(given), key=given.count) == annotation["multiple_choice_answer"]
+        assert {a["answer_confidence"] for a in annotation["answers"]} <= {"yes", "maybe", "no"}
+
+
+def test_attributes_are_kept_beside_the_pictures(written):
+    truths = _json(written / "attributes.json")
+    assert len(truths) == 9
+    for split, count in (("train", 4), ("val", 3), ("test", 2)):
+        for index in range(count):
+            scene = scenes.sample_scene(split, index)
+            assert truths[str(scenes.image_id(split, index))] == scenes.attributes(scene)
+
+
+def test_training_sees_what_the_files_hold(written):
+    stored = Image.open(written / "val2014" / f"COCO_val2014_{scenes.image_id('test', 1):012d}.jpg")
+    assert stored.mode == "RGB"
+    seen = scenes.training_image(scenes.sample_scene("test", 1))
+    np.testing.assert_array_equal(np.asarray(stored), seen)
+
+
+def test_same_seed_same_bytes(written, tmp_path):
+    scenes.write(tmp_path / "again", train=4, val=3, test=2)
+    scenes.write(tmp_path / "other", train=1, seed=1)
+
+    def files(root):
+        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    first, again = files(written), files(tmp_path / "again")
+    assert first == again
+    assert not [name for name in first if name.name.endswith(".partial")]
+    picture = next(name for name in files(tmp_path / "other") if name.suffix == ".jpg")
+    assert files(tmp_path / "other")[picture] != first[picture]
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "taken").write_text("not a directory")
+    with pytest.raises(OSError, match=r"cannot write scenes to .*taken: Not a directory"):
+        scenes.write(tmp_path / "taken", train=1)
+
+
+def test_a_negative_number_of_scenes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="val must be 0 to 100000 scenes, got -1"):
+        scenes.write(tmp_path, val=-1)
