@@ -1,4 +1,4 @@
-"""Features on disk: what is written comes back, and a run that was killed ends with the same bytes."""
+"""Features on disk: what is written comes back; a run that was killed ends with the same bytes."""
 
 import json
 import os
@@ -230,7 +230,7 @@ def test_other_arguments_are_refused_key_by_key(tmp_path):
     other = {"model": "tiny", "tokens": "all", "seeds": (0, 1), "data": {"split": "val"}}
     message = (
         r"begun with other arguments \(batch_size: expected 4, got nothing; data.split: expected"
-        r' nothing, got "val"; dtype: expected "float32", got "float16"; tokens: expected'
+        r' nothing, got "val"; states on disk: expected "float32", got "float16"; tokens: expected'
         r' "index:-1", got "all"\); give the same ones to go on, or another directory'
     )
     with pytest.raises(ValueError, match=message):
@@ -256,14 +256,16 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot write features to .*file/features: Not a directory;"):
+    with pytest.raises(
+        OSError, match=r"cannot write features to .*file/features: Not a directory;"
+    ):
         FeaturesWriter(tmp_path / "file" / "features", ARGUMENTS)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_directory(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="cannot write features to .*: Permission denied;"):
+    with pytest.raises(OSError, match=r"cannot write features to .*: Permission denied;"):
         FeaturesWriter(tmp_path, ARGUMENTS)
 
 
@@ -275,7 +277,7 @@ def test_an_append_that_failed_may_be_tried_again(tmp_path, monkeypatch):
         writer.append(*batch(0))
         with monkeypatch.context() as patch:
             patch.setattr(store, "_replace", full)
-            with pytest.raises(OSError, match="cannot write features to .*: No space left"):
+            with pytest.raises(OSError, match=r"cannot write features to .*: No space left"):
                 writer.append(*batch(1))
         writer.append(*batch(1))
         writer.close()
@@ -323,7 +325,7 @@ def test_opening_what_is_not_there(tmp_path):
 
 def test_an_unknown_site_and_dtype(tmp_path):
     features = Features.open(write(tmp_path / "features"))
-    with pytest.raises(ValueError, match="no site 'norm'; expected one of language_model.model.l"):
+    with pytest.raises(ValueError, match=r"no site 'norm'; expected one of language_model.model.l"):
         features.matrix("norm")
     with pytest.raises(ValueError, match="one of float32, float16, bfloat16; got dtype 'int8'"):
         FeaturesWriter(tmp_path / "other", ARGUMENTS, dtype="int8")

@@ -389,8 +389,8 @@ class FeaturesWriter:
             )
 
     def _refuse_other(self, arguments: dict[str, Any], dtype: str) -> None:
-        there = dict(_leaves(self._state["arguments"] | {"dtype": self._state["dtype"]}))
-        now = dict(_leaves(arguments | {"dtype": dtype}))
+        there = dict(_leaves(self._state["arguments"] | {"states on disk": self._state["dtype"]}))
+        now = dict(_leaves(arguments | {"states on disk": dtype}))
         absent = "nothing"
         differing = [
             f"{key}: expected {json.dumps(there[key]) if key in there else absent},"

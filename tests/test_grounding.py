@@ -1,0 +1,90 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from xlvlm_jax.grounding import ground_images, ground_text
+
+VOCABULARY = ["▁Dog", "▁the", "dog", "ab", "▁grass ", "xqz", "12", "tree", "cat"]
+
+
+class Decoder:
+    def decode(self, ids):
+        return VOCABULARY[ids[0]].replace("▁", " ")
+
+
+def head(x):
+    """V = 9 tokens from D = 2: the first direction reads the list forwards, the other backwards."""
+    falling = jnp.arange(9.0)[::-1]
+    return jnp.asarray(x) @ jnp.stack([falling, falling[::-1]])
+
+
+def test_words_by_hand():
+    components = np.eye(2, dtype=np.float32)
+    forwards, backwards = ground_text(components, head, Decoder())
+    assert forwards == ["dog", "grass", "12", "tree", "cat"]
+    assert backwards == ["cat", "tree", "12", "grass", "dog"]
+
+
+def test_words_are_limited_by_candidates_and_by_words():
+    components = np.eye(2, dtype=np.float32)
+    assert ground_text(components, head, Decoder(), num_words=2)[0] == ["dog", "grass"]
+    assert ground_text(components, head, Decoder(), num_candidates=2) == [["dog"], ["cat", "tree"]]
+
+
+def test_a_concept_may_have_no_words():
+    component = np.float32([[1.0, 0.0]])
+    words = ground_text(component, lambda x: -abs(head(x) - 7), Decoder(), num_candidates=1)
+    assert words == [[]]  # its one candidate is a stop word
+
+
+@given(scale=st.floats(0.1, 10), order=st.permutations(range(4)))
+@settings(max_examples=10, deadline=None)
+def test_words_depend_on_the_direction_alone(scale, order):
+    components = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    words = ground_text(components, head, Decoder())
+    again = ground_text(np.float32(scale) * components[list(order)], head, Decoder())
+    assert again == [words[k] for k in order]
+
+
+@pytest.mark.parametrize(
+    ("components", "options", "message"),
+    [
+        (np.ones((2, 3)), {}, "components are 3 wide, which the language-model head does not take"),
+        (np.float32([[1, 1], [1, np.nan]]), {}, "concept 1 holds NaN or Inf"),
+        (np.ones((2, 2)), {"num_words": 0}, "num_words must be at least 1, got 0"),
+        (np.ones((2, 2)), {"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
+    ],
+)
+def test_bad_components_are_one_line(components, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ground_text(components, head, Decoder(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_by_hand():
+    activations = np.float32([[0.0, 2.0], [3.0, 1.0], [1.0, 2.0]])
+    assert ground_images(activations, 2).tolist() == [[1, 2], [0, 2]]
+    assert ground_images(jnp.asarray(activations), 3).tolist() == [[1, 2, 0], [0, 2, 1]]
+
+
+@given(arrays(np.float32, (7, 3), elements=st.floats(0, 4, width=32)), st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_images_are_those_of_largest_activation(activations, num_images):
+    images = ground_images(activations, num_images)
+    got = np.take_along_axis(activations, images.T, axis=0)
+    np.testing.assert_array_equal(got, -np.sort(-activations, axis=0)[:num_images])
+    assert all(len(set(row)) == num_images for row in images.tolist())
+
+
+@pytest.mark.parametrize("num_images", [0, 4])
+def test_images_can_not_be_more_than_samples(num_images):
+    with pytest.raises(ValueError, match=rf"must lie in 1\.\.3, the number of .* got {num_images}"):
+        ground_images(np.ones((3, 2), np.float32), num_images)
+
+
+def test_images_need_finite_activations():
+    with pytest.raises(ValueError, match="activations of sample 1 hold NaN or Inf"):
+        ground_images(np.float32([[1, 1], [np.inf, 1]]), 1)
