@@ -71,7 +71,7 @@ def cut(array: ts.TensorStore, rows: int) -> None:
     wait(array.resize(exclusive_max=[rows, *array.shape[1:]]))
 
 
-def wait(future: ts.Future) -> Any:
+def wait(future: ts.Future | ts.WriteFutures) -> Any:
     """The result of a write, whose failures TensorStore reports under many types."""
     try:
         return future.result()

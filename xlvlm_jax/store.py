@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -339,7 +339,7 @@ class FeaturesWriter:
                 self._state = done
         self._release()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "FeaturesWriter":
         return self
 
     def __exit__(

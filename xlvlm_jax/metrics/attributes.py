@@ -2,8 +2,8 @@
 
 Each sample is assigned to its most activated concept; the score is the normalised mutual
 information of that assignment with an attribute, NMI = I(concept; attribute) / mean of their
-entropies. It is 1 where each tells the other, and near 0 where they are independent; but above 0 for
-few samples and many concepts, how much above is what shuffled assignments get.
+entropies. It is 1 where each tells the other, and near 0 where they are independent; but above 0
+for few samples and many concepts, how much above is what shuffled assignments get.
 """
 
 from collections.abc import Mapping, Sequence
