@@ -91,9 +91,7 @@ class Attention(nn.Module):
         cfg = self.config
 
         def heads(name: str, count: int) -> Array:
-            y = nn.Dense(
-                count * cfg.head_dim, use_bias=cfg.attention_bias, dtype=self.dtype, name=name
-            )(x)
+            y = layers.dense(count * cfg.head_dim, cfg.attention_bias, self.dtype, name)(x)
             return y.reshape(*x.shape[:2], count, cfg.head_dim)
 
         query = layers.rotate(heads("q_proj", cfg.num_heads), *angles)
@@ -109,9 +107,7 @@ class Attention(nn.Module):
             if start is not None:
                 key, value = cached
         y = layers.attend(query, key, value, mask).reshape(*x.shape[:2], -1)
-        return nn.Dense(x.shape[-1], use_bias=cfg.attention_bias, dtype=self.dtype, name="o_proj")(
-            y
-        )
+        return layers.dense(x.shape[-1], cfg.attention_bias, self.dtype, "o_proj")(y)
 
 
 class DecoderLayer(nn.Module):
@@ -168,7 +164,7 @@ class CausalLM(nn.Module):
     def setup(self):
         self.model = Decoder(self.config, self.dtype)
         if not self.config.tie_embeddings:
-            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=self.dtype)
+            self.lm_head = layers.dense(self.config.vocab_size, False, self.dtype)
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the head alone, without the final norm."""

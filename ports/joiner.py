@@ -51,18 +51,21 @@ class VisionLanguageModel(nn.Module):
 
     def prefill(self, inputs: Inputs) -> Array:
         """As `__call__`, but the logits [B, V] of the last position only; fills the cache."""
-        return self.unembed(self.states(inputs)[:, -1])
+        return self.unembed(self.states(inputs)[:, -1:])[:, 0]
 
-    def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
-        """One token a row through the decoder, with the keys and values of the cache.
+    def extend(self, tokens: Array, positions: Array, mask: Array, slot: Array) -> Array:
+        """Text tokens behind what the cache holds, whose keys and values they see and add to.
 
-        tokens int32[B]; positions int32[B], their rotary positions; valid bool[B, S], which cache
-        slots hold tokens, this one included; slot int32[], where this token goes -> logits[B, V].
+        tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
+        each of them sees; slot int32[], where the first of them goes -> final states [B, T, D].
         """
         lm = self.causal_lm
-        x = lm.model.embed_tokens(tokens[:, None])
-        states = lm.model(x, positions[:, None], valid[:, None, None, :], start=slot)
-        return self.unembed(states[:, 0])
+        return lm.model(lm.model.embed_tokens(tokens), positions, mask, start=slot)
+
+    def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
+        """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
+        mask = valid[:, None, None, :]
+        return self.unembed(self.extend(tokens[:, None], positions[:, None], mask, slot))[:, 0]
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone."""

@@ -5,6 +5,7 @@ H query heads, N key-value heads, C head width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,21 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def _flat_dot(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
+    """x[..., D] @ kernel[D, E] with all positions as rows of one matrix.
+
+    XLA's CPU backend takes half the time for the gradients of this product; elsewhere it is the
+    same computation.
+    """
+    y = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:
+    """A linear layer; its kernel is (in, out), the transpose of PyTorch's."""
+    return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
+
+
 def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """The cosines and sines float32[B, T, C] of rotary position embedding (Su et al. 2021).
 
@@ -74,12 +90,12 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x[B, T, D] -> [B, T, D]."""
 
-        def dense(width: int, name: str) -> nn.Dense:
-            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, name=name)
+        def linear(width: int, name: str) -> nn.Dense:
+            return dense(width, self.use_bias, self.dtype, name)
 
-        gate = dense(self.intermediate_size, "gate_proj")(x)
-        up = dense(self.intermediate_size, "up_proj")(x)
-        return dense(x.shape[-1], "down_proj")(activation(self.hidden_act)(gate) * up)
+        gate = linear(self.intermediate_size, "gate_proj")(x)
+        up = linear(self.intermediate_size, "up_proj")(x)
+        return linear(x.shape[-1], "down_proj")(activation(self.hidden_act)(gate) * up)
 
 
 class MLP(nn.Module):
@@ -93,8 +109,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x[B, T, D] -> [B, T, D]."""
         width = x.shape[-1]
-        x = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(width, dtype=self.dtype, name="fc2")(activation(self.hidden_act)(x))
+        x = dense(self.intermediate_size, True, self.dtype, "fc1")(x)
+        return dense(width, True, self.dtype, "fc2")(activation(self.hidden_act)(x))
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:

@@ -76,12 +76,12 @@ class Projector(nn.Module):
         """features[I, P, tower width x chosen layers] -> [I, P, D]."""
         cfg = self.config
 
-        def dense(name: str) -> nn.Dense:
-            return nn.Dense(
-                cfg.text.hidden_size, use_bias=cfg.projector_bias, dtype=self.dtype, name=name
-            )
+        def linear(name: str) -> nn.Dense:
+            return layers.dense(cfg.text.hidden_size, cfg.projector_bias, self.dtype, name)
 
-        return dense("linear_2")(layers.activation(cfg.projector_act)(dense("linear_1")(features)))
+        return linear("linear_2")(
+            layers.activation(cfg.projector_act)(linear("linear_1")(features))
+        )
 
 
 class Llava(joiner.VisionLanguageModel):

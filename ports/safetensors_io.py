@@ -124,7 +124,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         # The format stores bytes in C order and the writer takes them from the buffer as they lie.
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
     finally:

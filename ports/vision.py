@@ -86,11 +86,11 @@ class EncoderAttention(nn.Module):
         width = x.shape[-1]
 
         def heads(name: str) -> Array:
-            y = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            y = layers.dense(width, True, self.dtype, name)(x)
             return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
 
         y = layers.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(y.reshape(x.shape))
+        return layers.dense(width, True, self.dtype, "out_proj")(y.reshape(x.shape))
 
 
 class EncoderLayer(nn.Module):

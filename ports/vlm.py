@@ -156,7 +156,8 @@ class VLM:
             max_new_tokens: M. A row ends by itself with an end-of-sequence token.
             sites: sites of the decoder whose states to return.
             sampling: `ports.Sampling(key, temperature, top_p)`; None decodes greedily.
-            prompt_states: also return the states at the T prompt positions.
+            prompt_states: also return the states at the T prompt positions (of the head, which
+                the prefill applies to the last position only, the state at that one).
 
         Raises:
             ValueError: an unknown site, a site outside the decoder, no room for a new token, or
@@ -194,7 +195,8 @@ class VLM:
     def _is_of_decoder(self, site: str) -> bool:
         path = ".".join(self.module.decoder_path)
         head = ".".join((*self.module.decoder_path[:-1], "lm_head"))
-        return site.replace("/", ".").startswith(path + ".") or site == head
+        site = site.replace("/", ".")
+        return site in (path, head) or site.startswith(path + ".")
 
     def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
         arrays = {

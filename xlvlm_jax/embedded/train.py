@@ -1,0 +1,285 @@
+"""Trains the embedded model from nothing: `xlvlm train-demo`.
+
+Three stages, each AdamW (Loshchilov and Hutter 2019) with warm-up and cosine decay:
+    contrast   a CLIP pair on pictures and captions; its image tower becomes the LLaVA's
+    align      projector and decoder, the tower frozen (the decoder has no training of its own yet)
+    whole      everything
+A stage saves its state every `SAVE_EVERY` steps; started again, training goes on from there. The
+data of a step follow from seed and step, so that an interrupted run ends like an undisturbed one.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from ports import checkpoint, clip, llava
+from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.embedded import blueprint, sequences
+
+SAVE_EVERY = 200
+POOL = 40_000  # training pictures; captions and questions are drawn anew each time
+CONTINUATIONS, LENGTH = 7, 28  # captions and questions behind a picture, and their positions
+CLIP_TEXT = "A photo is described by the words"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How one stage is trained."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    frozen: tuple[str, ...] = ()  # top-level modules that stay as they are
+
+
+STAGES = (
+    Stage("contrast", steps=300, batch=96, rate=1.5e-3),
+    Stage("align", steps=150, batch=32, rate=1.5e-3, frozen=("vision_tower",)),
+    Stage("whole", steps=1300, batch=32, rate=1.5e-3),
+)
+
+
+class Pictures:
+    """The pool of training pictures, drawn when first asked for and then kept (1.5 GB)."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        size = blueprint.IMAGE_SIZE
+        self._pixels = np.empty((POOL, size, size, 3), np.uint8)
+        self._drawn = np.zeros(POOL, bool)
+
+    def scene(self, index: int) -> scenes.Scene:
+        """Scene number `index` of the training split."""
+        return scenes.sample_scene("train", index, self.seed)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8[112, 112, 3], as a reader of the written files gets it."""
+        if not self._drawn[index]:
+            self._pixels[index] = scenes.training_image(self.scene(index))
+            self._drawn[index] = True
+        return self._pixels[index]
+
+
+def contrast_example(
+    pictures: Pictures, tokenizer: Any, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A picture and one caption of it, or the words of one, as CLIPScore presents words."""
+    index = int(rng.integers(POOL))
+    caption = str(rng.choice(scenes.captions(pictures.scene(index))))
+    if rng.random() < 0.3:
+        words = sorted(set(caption.replace(",", "").split()) - {"a", "the", "of", "in", "on"})
+        chosen = rng.permutation(words)[: rng.integers(3, 11)]
+        caption = f"{CLIP_TEXT} {', '.join(chosen)}."
+    text = tokenizer(caption, padding="max_length", max_length=48, truncation=True)
+    return {
+        "pictures": pictures[index],
+        "tokens": np.array(text["input_ids"], np.int32),
+        "mask": np.array(text["attention_mask"], np.int32),
+    }
+
+
+def answer_example(
+    pictures: Pictures, tokenizer: Any, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A picture with two captions and five questions about it."""
+    index = int(rng.integers(POOL))
+    scene = pictures.scene(index)
+    captions = rng.permutation(scenes.captions(scene))[:2]
+    turns = [sequences.Turn(prompts.CAPTION, str(caption)) for caption in captions]
+    questions = scenes.questions(scene)
+    turns += [
+        # An answer is one or two tokens, a caption a dozen: weight brings them level.
+        sequences.Turn(prompts.question(q.question), q.answer, weight=2.0)
+        for q in (questions[i] for i in rng.permutation(len(questions)))
+    ]
+    rows = sequences.continuations(tokenizer, turns, CONTINUATIONS, LENGTH)
+    return {"pictures": pictures[index], **rows._asdict()}
+
+
+def batches(
+    example: Callable[[np.random.Generator], dict], stage: Stage, seed: int, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The stage's batches from step `start` on, made ahead of the training by two threads."""
+    number = [s.name for s in STAGES].index(stage.name)
+
+    def make(i: int) -> dict[str, np.ndarray]:
+        return example(np.random.default_rng([seed, number, i]))
+
+    dataset = grain.MapDataset.range(start * stage.batch, stage.steps * stage.batch)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * stage.batch)
+    return iter(dataset.map(make).to_iter_dataset(options).batch(stage.batch))
+
+
+def normalise(pictures: jax.Array) -> jax.Array:
+    """uint8[B, H, W, 3] -> pixel_values float32[B, 3, H, W], as the image processor makes them."""
+    mean = jnp.array([0.48145466, 0.4578275, 0.40821073])
+    deviation = jnp.array([0.26862954, 0.26130258, 0.27577711])
+    return jnp.moveaxis((pictures / 255.0 - mean) / deviation, -1, 1)
+
+
+def contrast_loss(module: clip.CLIP, params: dict, batch: dict) -> tuple[jax.Array, dict]:
+    """CLIP's symmetric cross-entropy; a picture's caption is to be found among the batch's."""
+    logits = module.apply(
+        {"params": params}, batch["tokens"], batch["mask"], normalise(batch["pictures"])
+    )
+    labels = jnp.arange(len(logits))
+    both = jnp.stack([logits, logits.T])
+    loss = optax.softmax_cross_entropy_with_integer_labels(both, labels[None]).mean()
+    return loss, {"found": (both.argmax(-1) == labels).mean()}
+
+
+def answer_loss(
+    module: llava.Llava, prefix: np.ndarray, params: dict, batch: dict
+) -> tuple[jax.Array, dict]:
+    """Cross-entropy of the answers' tokens."""
+    pixels = normalise(batch["pictures"])
+    logits = sequences.logits(module, params, prefix, pixels, batch["input_ids"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"])
+    weight = batch["weight"]
+    right = logits.argmax(-1) == batch["target"]
+    is_answer = weight > 1
+    figures = {
+        "answers": (right & is_answer).sum() / is_answer.sum(),
+        "captions": (right & (weight == 1)).sum() / (weight == 1).sum(),
+    }
+    return (losses * weight).sum() / weight.sum(), figures
+
+
+def optimizer(stage: Stage, params: dict) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and cosine decay; frozen modules do not move."""
+    warm = min(100, stage.steps // 4)
+    schedule = optax.warmup_cosine_decay_schedule(0, stage.rate, warm, stage.steps, 0.01 * stage.rate)
+    decayed = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    train = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed),
+    )
+    labels = {
+        name: jax.tree.map(lambda _, n=name: "frozen" if n in stage.frozen else "train", tree)
+        for name, tree in params.items()
+    }
+    return optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
+
+
+def run_stage(
+    stage: Stage,
+    loss: Callable[[dict, dict], tuple[jax.Array, dict]],
+    params: dict,
+    example: Callable[[np.random.Generator], dict],
+    directory: Path,
+    seed: int,
+    log: Callable[[dict], None],
+) -> dict:
+    """Trains `params` through one stage, going on from what `directory` holds of it."""
+    transform = optimizer(stage, params)
+    state = {"params": params, "optimizer": transform.init(params)}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: dict, batch: dict) -> tuple[dict, dict]:
+        (value, figures), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
+        change, moments = transform.update(gradient, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], change)
+        return {"params": params, "optimizer": moments}, {"loss": value, **figures}
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=SAVE_EVERY)
+    with ocp.CheckpointManager(directory.absolute() / stage.name, options=options) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            state = manager.restore(start, args=ocp.args.StandardRestore(state))
+        began = time.perf_counter()
+        recent: list[dict] = []
+        for step, batch in enumerate(batches(example, stage, seed, start), start + 1):
+            state, figures = update(state, batch)
+            recent.append(figures)
+            if step % 25 == 0 or step == stage.steps:
+                means = {k: float(np.mean([f[k] for f in recent])) for k in recent[0]}
+                seconds = (time.perf_counter() - began) / (step - start)
+                log({"stage": stage.name, "step": step, "of": stage.steps, **means, "s": seconds})
+                recent = []
+            manager.save(step, args=ocp.args.StandardSave(state), force=step == stage.steps)
+        manager.wait_until_finished()
+    return state["params"]
+
+
+def train(
+    work: Path,
+    clip_directory: Path = Path("clip"),
+    llava_directory: Path = Path("llava"),
+    *,
+    seed: int = 0,
+    stages: tuple[Stage, ...] = STAGES,
+    log: Callable[[dict], None] | None = None,
+) -> None:
+    """Trains both models and writes them, in float16, in the Hugging Face layout.
+
+    Args:
+        work: holds the stages' checkpoints and the log; a later call goes on from it.
+        clip_directory, llava_directory: where the trained models are written.
+        seed: of the pictures, the data's order and the initial parameters.
+        stages: the three stages.
+        log: called every 25 steps with a dict of figures; they are also written to work/log.jsonl.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+
+    def record(figures: dict) -> None:
+        with (work / "log.jsonl").open("a") as file:
+            file.write(json.dumps({k: _short(v) for k, v in figures.items()}) + "\n")
+        if log is not None:
+            log(figures)
+
+    contrast, align, whole = stages
+    pictures = Pictures(seed)
+    keys = jax.random.split(jax.random.key(seed), 2)
+
+    tokenizer = blueprint.make_tokenizer(end=True)
+    config = blueprint.clip_config(len(tokenizer))
+    pair = clip.CLIP(clip.Config.from_hf(config))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), clip.example_inputs(pair.config))
+    params = run_stage(
+        contrast,
+        functools.partial(contrast_loss, pair),
+        jax.jit(pair.init)(keys[0], *zeros)["params"],
+        functools.partial(contrast_example, pictures, tokenizer),
+        work,
+        seed,
+        record,
+    )
+    blueprint.save_clip(clip_directory, config)
+    checkpoint.save_params(params, clip_directory, dtype=np.float16)
+    tower = params["vision_model"]
+
+    tokenizer = blueprint.make_tokenizer()
+    config = blueprint.llava_config(len(tokenizer))
+    model = llava.Llava(llava.Config.from_hf(config))
+    shapes = llava.example_inputs(model.config)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    params = jax.jit(model.init)(keys[1], zeros)["params"]
+    params["vision_tower"]["vision_model"] = tower
+    for stage in (align, whole):
+        params = run_stage(
+            stage,
+            functools.partial(answer_loss, model, sequences.prefix(tokenizer)),
+            params,
+            functools.partial(answer_example, pictures, tokenizer),
+            work,
+            seed,
+            record,
+        )
+    blueprint.save_llava(llava_directory, config)
+    checkpoint.save_params(params, llava_directory, dtype=np.float16)
+
+
+def _short(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
