@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlvlm_jax.data import Sample, select
+from xlvlm_jax.words import COLOURS
+
+
+def sample(number, *references, **metadata):
+    image = Path(f"{number}.jpg")
+    return Sample(str(number), image, str(number // 10), "Describe it.", references, metadata)
+
+
+SAMPLES = [
+    sample(1, "A dog on a beach.", "An animal at the sea"),
+    sample(2, "Two hotdogs", answer="red-brown"),
+    sample(3, "Dog, asleep", answer="Red"),
+    sample(14, "a dog's tail", answer="reddish"),
+]
+
+
+def ids(samples):
+    return [int(s.id) for s in samples]
+
+
+def test_words_by_hand():
+    assert ids(select.containing(SAMPLES, "dog")) == [1, 14]  # whole words, as they are written
+    assert ids(select.containing(SAMPLES, "dog", any_case=True)) == [1, 3, 14]
+    assert ids(select.containing(SAMPLES, ["sea", "hotdogs"])) == [1, 2]
+    assert ids(select.containing(SAMPLES, COLOURS, key="answer", any_case=True)) == [2, 3]
+    assert ids(select.containing(SAMPLES, "Describe", key="prompt")) == [1, 2, 3, 14]
+
+
+def test_words_may_hold_signs_and_spaces():
+    samples = [sample(1, "a c++ book"), sample(2, "a train station"), sample(3, "a c book")]
+    assert ids(select.containing(samples, "c++")) == [1]
+    assert ids(select.containing(samples, "train station")) == [2]
+
+
+def test_words_that_are_nowhere():
+    with pytest.raises(ValueError, match="no sample of 4 holds 'bus' in its references; look for"):
+        select.containing(SAMPLES, "bus")
+    with pytest.raises(ValueError, match="'0', '1', '2', '3', '4' or 3 more words in its answer"):
+        select.containing(SAMPLES, map(str, range(8)), key="answer")
+
+
+def test_a_key_that_no_sample_has():
+    with pytest.raises(ValueError, match="no 'caption'; expected one of references, prompt"):
+        select.containing(SAMPLES, "dog", key="caption")
+
+
+def test_images_in_a_list():
+    assert ids(select.of_images(SAMPLES, [1])) == [14]
+    assert ids(select.of_images(SAMPLES, ["0", 7])) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"no sample of 4 has one of the 2 image ids; .* like '0'"):
+        select.of_images(SAMPLES, [8, 9])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '[4, "x"]'), ("a.txt", "4\n\n x \n")])
+def test_read_image_ids(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert select.read_image_ids(tmp_path / name) == ["4", "x"]
+
+
+def test_bad_lists_of_image_ids(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"a.json: expected a list of image ids"):
+        select.read_image_ids(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a.txt: holds no image ids; expected a JSON list, or"):
+        select.read_image_ids(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"b.txt: no such file; expected image ids"):
+        select.read_image_ids(tmp_path / "b.txt")
+
+
+MANY = [sample(number) for number in range(60)]
+
+
+@given(st.permutations(MANY), st.integers(1, 70), st.integers(1, 70), st.integers(0, 5))
+def test_a_draw_depends_on_ids_and_seed_alone(shuffled, n, more, seed):
+    drawn = select.subsample(MANY, n, seed)
+    assert select.subsample(shuffled, n, seed) == drawn
+    assert len(drawn) == len(set(ids(drawn))) == min(n, 60)
+    assert select.subsample(MANY, n + more, seed)[:n] == drawn
+
+
+def test_draws_of_different_seeds_differ_and_are_even():
+    draws = [select.subsample(MANY, 20, seed) for seed in range(60)]
+    assert len({tuple(ids(draw)) for draw in draws}) == 60
+    counts = [sum(s in draw for draw in draws) for s in MANY]
+    assert sum(counts) == 60 * 20
+    assert min(counts) >= 8 and max(counts) <= 34  # 20 expected, deviation 3.7
+
+
+def test_without_a_seed_or_a_number_samples_stay_as_they_stand():
+    assert select.subsample(MANY, 3, None) == MANY[:3]
+    assert select.subsample(MANY, None, 4) == MANY
+
+
+def test_a_draw_of_none():
+    with pytest.raises(ValueError, match="number of samples must be at least 1, got 0"):
+        select.subsample(MANY, 0)

@@ -1,0 +1,72 @@
+"""Image files -> RGB images, as a person sees them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_SIDE = 12_000
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The first frame of an image file, in mode RGB, turned as its EXIF orientation says.
+
+    Transparent parts are laid on white; 16-bit values are scaled to 8 bits.
+
+    Raises FileNotFoundError; ValueError for an image larger than MAX_SIDE on a side, refused before
+    it is decoded, and for pixels that have no 8-bit meaning; OSError for a file that can't be
+    decoded. Each is one line with the file's name.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > MAX_SIDE:
+                raise _TooLargeError(f"{image.width} x {image.height} pixels")
+            image.load()
+            return _rgb(_upright(image))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file") from None
+    except (_TooLargeError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path}: {error}, at most {MAX_SIDE} x {MAX_SIDE} are read; make it smaller"
+        ) from None
+    except _DepthError as error:
+        raise ValueError(f"{path}: {error}; save it with 8 bits a channel") from None
+    except UnidentifiedImageError:
+        empty = path.is_file() and path.stat().st_size == 0
+        reason = "the file is empty" if empty else "not an image of a known format"
+        raise OSError(f"{path}: {reason}") from None
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(f"{path}: cannot be decoded ({reason.splitlines()[0]})") from error
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class _DepthError(Exception):
+    pass
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data are no reason to do without the picture
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise _DepthError("floating-point pixels")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts off all above 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise _DepthError("32-bit pixels")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
