@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -58,36 +59,43 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
             raise ValueError(
                 f"{path}: {size} bytes, shorter than its own header; download the file again"
             )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-                if dtype is None:
-                    raise ValueError(
-                        f"{path}: tensor {name!r} has dtype {entry['dtype']}; "
-                        f"expected one of {', '.join(_DTYPES)}"
-                    )
-                if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-                    raise KeyError(name)
-                if 8 + length + end > size:
-                    raise ValueError(
-                        f"{path}: truncated, tensor {name!r} ends at byte {8 + length + end} of a "
-                        f"file of {size} bytes; download the file again"
-                    )
-                tensors[name] = StoredTensor(path, 8 + length + begin, shape, dtype)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+        text = file.read(start - 8)
+    strange = f"{path}: its header is not one of a safetensors file; download the file again"
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [(name, *_entry(entry)) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(strange) from None
+    tensors = {}
+    for name, dtype, shape, begin, end in entries:
+        if dtype not in _DTYPES:
             raise ValueError(
-                f"{path}: its header is not one of a safetensors file; download the file again"
-            ) from None
+                f"{path}: tensor {name!r} has dtype {dtype!r}; expected one of {', '.join(_DTYPES)}"
+            )
+        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(strange)
+        if start + end > size:
+            raise ValueError(
+                f"{path}: truncated, tensor {name!r} ends at byte {start + end} of a file of "
+                f"{size} bytes; download the file again"
+            )
+        tensors[name] = StoredTensor(path, start + begin, shape, _DTYPES[dtype])
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """An entry of a header -> dtype, shape, begin and end; TypeError if it is something else."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    natural = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, begin, end))
+    if not natural or not isinstance(dtype, str):
+        raise TypeError
+    return dtype, shape, begin, end
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
@@ -99,7 +107,7 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{index}: expected a JSON object with a 'weight_map'") from None
         unsafe = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(n))]
         if unsafe:

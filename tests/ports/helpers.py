@@ -1,0 +1,260 @@
+"""Small random checkpoints, what PyTorch computes with them, and comparisons.
+
+Sizes are odd on purpose: heads of 14 in a width of 60, an image that its patches do not fill, a
+vocabulary that nothing divides.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import ports
+from ports import llava
+
+PAD, BOS, EOS, IMAGE, VOCABULARY = 0, 1, 2, 101, 103
+ROOT = Path(__file__).parents[2]
+
+torch.set_num_threads(1)
+
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 60,
+    "intermediate_size": 77,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    # No row ends before its time, unless a test asks for it.
+    "eos_token_id": None,
+}
+VISION = {
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 23,
+    "patch_size": 7,
+}
+PATCHES = 9
+
+# Name -> changes to (the text configuration, the whole configuration).
+VARIANTS: dict[str, tuple[dict, dict]] = {
+    "grouped queries": ({}, {}),
+    "tied embeddings, class position kept": (
+        {"num_key_value_heads": 6, "head_dim": 10, "rope_theta": 500.0},
+        {"tie_word_embeddings": True, "vision_feature_select_strategy": "full"},
+    ),
+    "several vision layers, other biases": (
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {
+            "vision_feature_layer": [1, -1, 0],
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "relu",
+        },
+    ),
+}
+
+# Name -> (images in each row, text tokens in each row).
+PROMPTS: dict[str, tuple[list[int], list[int]]] = {
+    "padded on the left": ([1, 1, 1], [3, 11, 6]),
+    "two images": ([2], [7]),
+    "none, one and two images": ([2, 0, 1], [4, 9, 8]),
+    "no image": ([0, 0], [5, 12]),
+}
+
+
+def llava_config(
+    text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None, **top: Any
+) -> transformers.LlavaConfig:
+    """The small configuration with changes to its parts."""
+    # Older text configurations say themselves that the embeddings are tied.
+    tied = {"tie_word_embeddings": top.get("tie_word_embeddings", False)}
+    return transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**{**TEXT, **tied, **(text or {})}),
+        vision_config=transformers.CLIPVisionConfig(**{**VISION, **(vision or {})}),
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        **top,
+    )
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights under which every layer changes the states by about their own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1 and "embedding." not in name and "embed_tokens" not in name:
+                noise *= 1.5 * (parameter.shape[0] / parameter.numel()) ** 0.5
+            elif "embed_tokens" in name and model.config.tie_word_embeddings:
+                noise /= 5  # or each token would predict itself
+            elif parameter.ndim == 1 and "class_embedding" not in name:
+                noise = noise / 5 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            if parameter.ndim:
+                parameter.copy_(noise)
+
+
+@dataclasses.dataclass
+class Pair:
+    """A checkpoint on disk, as PyTorch and as the port load it."""
+
+    directory: Path
+    torch_model: Any
+
+    @functools.cached_property
+    def vlm(self) -> ports.VLM:
+        """The port's model in float32."""
+        return ports.load(self.directory)
+
+
+def make_llava(
+    directory: Path, config: transformers.LlavaConfig | None = None, **options: Any
+) -> Pair:
+    """A random LLaVA, saved by transformers; options go to save_pretrained."""
+    model = transformers.LlavaForConditionalGeneration(config or llava_config()).eval()
+    randomise(model)
+    model.save_pretrained(directory, **options)
+    return Pair(directory, model)
+
+
+def make_inputs(
+    images: Sequence[int], texts: Sequence[int], *, tokens_per_image: int = PATCHES, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """What a processor would return for rows of so many images and text tokens, padded left."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for count, text in zip(images, texts, strict=True):
+        row = list(random.integers(3, IMAGE, text))
+        for _ in range(count):
+            place = random.integers(0, len(row))
+            row[place:place] = [IMAGE] * tokens_per_image
+        rows.append([BOS, *row])
+    length = max(map(len, rows))
+    inputs = {
+        "input_ids": np.array([[PAD] * (length - len(row)) + row for row in rows]),
+        "attention_mask": np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+    }
+    if sum(images):
+        size = (sum(images), 3, VISION["image_size"], VISION["image_size"])
+        inputs["pixel_values"] = random.standard_normal(size, np.float32)
+    return inputs
+
+
+def pad_right(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same rows with their padding moved behind them."""
+    padding = (inputs["attention_mask"] == 0).sum(1)
+    moved = {
+        name: np.stack([np.roll(row, -n) for row, n in zip(inputs[name], padding, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**inputs, **moved}
+
+
+def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+
+def torch_forward(
+    model: Any, inputs: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """PyTorch's logits, and the output of each of its modules by the port's name for it."""
+    states: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            if hasattr(out, "last_hidden_state"):
+                out = out.last_hidden_state
+            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, torch.Tensor):
+                states[name] = out.numpy()
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name in ("", "model"):
+            continue
+        site = (llava.canonical_name(f"{name}.weight") or "").removesuffix(".weight")
+        hooks.append(module.register_forward_hook(keep(site)))
+    with torch.no_grad():
+        logits = model(**to_torch(inputs)).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, states
+
+
+def torch_generate(model: Any, inputs: Mapping[str, np.ndarray], count: int, **options: Any) -> Any:
+    """PyTorch's greedy generation."""
+    with torch.no_grad():
+        return model.generate(
+            **to_torch(inputs),
+            max_new_tokens=count,
+            do_sample=False,
+            return_dict_in_generate=True,
+            pad_token_id=PAD,
+            **options,
+        )
+
+
+def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> float:
+    """The largest difference over the largest value, at the positions bool[B, T] `where`."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    if theirs.ndim == 4:
+        theirs = np.moveaxis(theirs, 1, -1)  # a convolution's channels
+    ours = ours.reshape(theirs.shape)
+    if where is not None:
+        ours, theirs = ours[where], theirs[where]
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def site_errors(
+    ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Site -> relative error over the positions that mean something in both models."""
+    tokens = inputs["attention_mask"].astype(bool)
+    errors = {}
+    for site, states in ours.items():
+        where = tokens if site.startswith("language_model") else None
+        if site.endswith("embed_tokens"):
+            # What is looked up where an image goes is overwritten: each model looks up its own.
+            where = tokens & (inputs["input_ids"] != IMAGE)
+        errors[site] = relative_error(states, theirs[site], where)
+    return errors
+
+
+@contextlib.contextmanager
+def raises_line(kind: type[Exception], *parts: str) -> Iterator[None]:
+    """Expects an exception whose message is one line and holds all of `parts`."""
+    with pytest.raises(kind, match=re.escape(parts[0])) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def run_python(script: str, *arguments: Any, **environment: str) -> str:
+    """Runs a script in a process of its own and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,108 @@
+"""The shared layers: by hand, and against transformers' modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama
+
+from ports import layers
+
+from . import helpers
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_equal_transformers(name):
+    x = np.linspace(-8, 8, 101, dtype=np.float32)
+    expected = ACT2FN[name](torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(layers.activation(name)(x), expected, rtol=0, atol=2e-6)
+
+
+def test_an_unknown_activation_is_named_with_those_that_are_known():
+    with helpers.raises_line(ValueError, "the activation 'swoosh'", "silu", "quick_gelu"):
+        layers.activation("swoosh")
+
+
+def test_rotary_angles_by_hand():
+    # Heads of four: frequencies 1 and 100 ** -(2 / 4) = 0.1.
+    cos, sin = layers.rotary_angles(jnp.array([[0, 3]]), head_dim=4, theta=100.0)
+    np.testing.assert_allclose(cos[0, 0], 1)
+    np.testing.assert_allclose(sin[0, 1], np.sin([3, 0.3, 3, 0.3]), rtol=1e-6)
+
+
+def test_rotation_by_a_quarter_turn():
+    # The halves of a head turn against each other: (a, b) -> (-b, a).
+    x = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
+    turned = layers.rotate(x, jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 4)))
+    np.testing.assert_array_equal(turned.ravel(), [-3, -4, 1, 2])
+
+
+def test_rotation_equals_transformers():
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, 14), np.float32)
+    cos, sin = layers.rotary_angles(jnp.arange(7, 17).reshape(2, 5), 14, 10000.0)
+    expected, _ = modeling_llama.apply_rotary_pos_emb(
+        *(torch.from_numpy(np.array(y)) for y in (x, x, cos, sin)), unsqueeze_dim=2
+    )
+    np.testing.assert_allclose(layers.rotate(x, cos, sin), expected, rtol=0, atol=1e-6)
+
+
+@jax.jit
+def _rotate_to(x, positions):
+    return layers.rotate(x, *layers.rotary_angles(positions, 14, 10000.0))
+
+
+@given(shift=st.integers(0, 3000))
+def test_rotated_products_depend_on_distances_alone(shift):
+    query, key = np.random.default_rng(1).standard_normal((2, 1, 1, 1, 14), np.float32)
+
+    def product(i, j):
+        q, k = (_rotate_to(x, jnp.array([[p]])) for x, p in ((query, i), (key, j)))
+        return float(jnp.vdot(q, k))
+
+    assert product(9 + shift, 2 + shift) == pytest.approx(product(9, 2), abs=5e-3)
+
+
+def test_rotation_keeps_the_dtype():
+    angles = layers.rotary_angles(jnp.array([[5]]), 4, 100.0)
+    assert layers.rotate(jnp.ones((1, 1, 1, 4), jnp.bfloat16), *angles).dtype == jnp.bfloat16
+
+
+def test_attention_equals_its_formula_with_grouped_queries():
+    random = np.random.default_rng(2)
+    query = random.standard_normal((2, 5, 6, 4))
+    key, value = random.standard_normal((2, 2, 5, 2, 4))
+    mask = np.tril(np.ones((5, 5), bool))[None, None].repeat(2, 0)
+    # Three neighbouring query heads share a key-value head.
+    scores = np.einsum("bthc,bshc->bhts", query, key.repeat(3, 2)) / 2
+    scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bshc->bthc", weights, value.repeat(3, 2))
+    ours = layers.attend(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), mask)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+
+
+def test_a_position_that_sees_nothing_gives_numbers():
+    # Padding on the left sees no key at all; NaN there would spread through the cache.
+    x = jnp.ones((1, 3, 2, 4))
+    assert np.isfinite(layers.attend(x, x, x, jnp.zeros((1, 1, 3, 3), bool))).all()
+
+
+def test_the_gated_mlp_by_hand():
+    kernels = {"gate_proj": [[1.0, -1.0]], "up_proj": [[2.0, 5.0]], "down_proj": [[3.0], [1.0]]}
+    params = {name: {"kernel": jnp.array(kernel)} for name, kernel in kernels.items()}
+    out = jax.jit(layers.GatedMLP(2, "relu").apply)({"params": params}, jnp.array([[[4.0]]]))
+    # gate (4, 0), up (8, 20): down 3 x 4 x 8 + 1 x 0 x 20.
+    np.testing.assert_array_equal(out, [[[96.0]]])
+
+
+def test_layer_norm_is_exact_far_from_zero():
+    # The variance as the difference of two moments loses all digits here.
+    x = np.float32(1000.0) + np.random.default_rng(3).standard_normal((4, 37), np.float32) / 10
+    params = {"params": {"scale": np.ones(37), "bias": np.zeros(37)}}
+    ours = jax.jit(layers.layer_norm(1e-5, jnp.float32).apply)(params, x)
+    theirs = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (37,))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-3)
