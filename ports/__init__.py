@@ -90,9 +90,12 @@ def _read_config(directory: Path):
         model_type = json.loads(file.read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
-    if model_type not in _PORTS:
+    if model_type not in tuple(_PORTS):  # it may be anything, also what cannot be hashed
         raise ValueError(
             f"{file}: model_type is {model_type!r}, which has no port; "
             f"supported: {', '.join(_PORTS)}"
         )
-    return AutoConfig.from_pretrained(directory)
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # each configuration class has checks and kinds of errors of its own
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error

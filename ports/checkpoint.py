@@ -8,6 +8,7 @@ and its layout from its last part:
     embedding, scale, bias, other  as stored
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _match(
         canonical = rename(name)
         if canonical is None or canonical in ignore:
             continue
-        if canonical in expected:
+        if canonical in expected and canonical not in names:
             names[canonical] = name
         else:
             unexpected.append(name)
@@ -115,10 +116,26 @@ def load_params(
     for path, name in names.items():
         ndim = len(stored[name].shape)
         axes = np.argsort(_stored_axes(path, ndim))
-        value = stored[name].read().transpose(axes).astype(dtype)
+        # A copy that need not be made would leave holes in the heap between the parameters.
+        value = stored[name].read().transpose(axes).astype(dtype, copy=False)
         # Waiting keeps one host copy alive at a time.
         params[path] = place(path, value).block_until_ready()
     return traverse_util.unflatten_dict(params)
+
+
+def fingerprint(directory: Path) -> str:
+    """A digest that tells checkpoints apart: of config.json, and of sizes, beginnings and ends of
+    the weight files (a whole read of a large checkpoint would take as long as loading it).
+    """
+    digest = hashlib.sha256()
+    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 def stored_tensors(params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -132,8 +132,12 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         # The format stores bytes in C order and the writer takes them from the buffer as they lie.
+        # The writer makes a file for its owner alone; ours has the mode of any new file.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -35,6 +35,13 @@ def _forward(
     return capture(model.apply, sites)({"params": params}, inputs)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def _states(
+    model: joiner.VisionLanguageModel, params: dict, inputs: dict, sites: tuple[str, ...]
+) -> dict[str, Array]:
+    return capture(model.apply, sites)({"params": params}, inputs)[1]
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def _unembed(model: joiner.VisionLanguageModel, params: dict, x: Array) -> Array:
     return model.apply({"params": params}, x, method="unembed")
@@ -126,18 +133,16 @@ class VLM:
         Raises:
             ValueError: an unknown site, or images that do not fit the prompt.
         """
-        require_sites(sites, self.sites)
-        arrays = self._check(inputs)
+        arrays, sites = self._check(inputs), self.check_sites(sites)
+        logits, states = _forward(self.module, self.params, self._place(arrays), sites)
         length = arrays["input_ids"].shape[1]
-        logits, states = _forward(self.module, self.params, self._place(arrays), tuple(sites))
-        # Positions that only fill up the bucket are cut off again.
-        return Output(
-            logits[:, -length:],
-            {
-                site: value[:, -length:] if self._is_of_decoder(site) else value
-                for site, value in states.items()
-            },
-        )
+        return Output(logits[:, -length:], self._cut(states, length))
+
+    def states(self, inputs: joiner.Inputs, *, sites: Sequence[str]) -> dict[str, Array]:
+        """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
+        arrays, sites = self._check(inputs), self.check_sites(sites)
+        states = _states(self.module, self.params, self._place(arrays), sites)
+        return self._cut(states, arrays["input_ids"].shape[1])
 
     def generate(
         self,
@@ -163,13 +168,7 @@ class VLM:
             ValueError: an unknown site, a site outside the decoder, no room for a new token, or
                 images that do not fit the prompt.
         """
-        require_sites(sites, self.sites)
-        outside = [site for site in sites if not self._is_of_decoder(site)]
-        if outside:
-            raise ValueError(
-                f"site {outside[0]!r} has no state a generated token; "
-                f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
-            )
+        sites = self.check_sites(sites, generated=True)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         arrays = align_right(self._check(inputs))
@@ -182,11 +181,10 @@ class VLM:
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
             pad_token=self.pad_token,
-            sites=tuple(sites),
+            sites=sites,
             prompt_states=prompt_states,
         )
-        cut = {site: value[:, -length:] for site, value in result.prompt_states.items()}
-        return result._replace(prompt_states=cut)
+        return result._replace(prompt_states=self._cut(result.prompt_states, length))
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
@@ -197,6 +195,48 @@ class VLM:
         head = ".".join((*self.module.decoder_path[:-1], "lm_head"))
         site = site.replace("/", ".")
         return site in (path, head) or site.startswith(path + ".")
+
+    def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
+        """The sites as a tuple. ValueError for one that is unknown, or that has no state for a
+        generated token although `generated` ones are wanted.
+        """
+        require_sites(sites, self.sites)
+        outside = [site for site in sites if generated and not self._is_of_decoder(site)]
+        if outside:
+            raise ValueError(
+                f"site {outside[0]!r} has no state a generated token; "
+                f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
+            )
+        return tuple(sites)
+
+    def render(self, prompt: str) -> str:
+        """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
+
+        Raises ValueError if the checkpoint has no chat template.
+        """
+        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+        message = [{"role": "user", "content": parts}]
+        if getattr(self.processor, "chat_template", None) is None:
+            raise ValueError(
+                f"{self.directory} has no chat template; add the one of its model family as "
+                "chat_template.jinja"
+            )
+        return self.processor.apply_chat_template(message, add_generation_prompt=True)
+
+    def process(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, np.ndarray]:
+        """A batch for `forward` and `generate`: rendered prompts with one image each."""
+        self.processor.tokenizer.padding_side = "left"
+        batch = self.processor(
+            text=list(texts), images=list(images), padding=True, return_tensors="np"
+        )
+        return {name: np.asarray(value) for name, value in batch.items()}
+
+    def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
+        """Takes off the positions that only fill up the bucket."""
+        return {
+            site: value[:, -length:] if self._is_of_decoder(site) else value
+            for site, value in states.items()
+        }
 
     def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
         arrays = {

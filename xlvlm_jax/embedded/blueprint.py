@@ -1,6 +1,7 @@
 """What the embedded model is before training: tokenizer, processors, configurations."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,8 +27,11 @@ PAD, BOS, UNK, EOS, IMAGE = range(len(SPECIAL))
 
 # Words of the prompts, which scenes do not know: those of the chat template, of the reference's
 # two instructions, and of the sentence in which CLIPScore presents words.
-_PROMPT_WORDS = """USER ASSISTANT Provide a one sentence caption for the provided image
-Answer the question using a single word or phrase A photo is described by the words""".split()
+_PROMPT_WORDS = re.findall(
+    r"\w+",
+    """USER ASSISTANT Provide a one sentence caption for the provided image.
+    Answer the question using a single word or phrase. A photo is described by the words""",
+)
 _PUNCTUATION = ".,?:;!'\"-()"
 _SUFFIXES = ("s", "es")
 
@@ -55,12 +59,12 @@ def _pieces(words: Iterable[str]) -> list[tuple[str, float]]:
     predicts "dog" then holds how many there are.
     """
     words = set(words)
-    whole = sorted(
-        word
-        for word in words
-        if word[0].isupper()
-        or not any(len(word) > 3 and word.endswith(s) and word[: -len(s)] in words for s in _SUFFIXES)
-    )
+
+    def is_inflected(word: str) -> bool:
+        stems = [word.removesuffix(suffix) for suffix in _SUFFIXES if word.endswith(suffix)]
+        return len(word) > 3 and word[0].islower() and any(stem in words for stem in stems)
+
+    whole = sorted(word for word in words if not is_inflected(word))
     characters = [chr(code) for code in range(33, 127)]
     frequent = set(_PUNCTUATION) | set(_SUFFIXES)
     scores: dict[str, float] = dict.fromkeys(SPECIAL, 0.0)
@@ -70,7 +74,7 @@ def _pieces(words: Iterable[str]) -> list[tuple[str, float]]:
     scores |= {character: -3.0 if character in frequent else -10.0 for character in characters}
     scores |= {f"▁{word}": -1.0 for word in whole}
     # Words that follow a hyphen or a line break have no space before them.
-    starts = [*_PROMPT_WORDS, *(word for word in words if word[0].isupper())]
+    starts = [*_PROMPT_WORDS, *sorted(word for word in words if word[0].isupper())]
     scores |= {word: -2.0 for word in starts if len(word) > 1}
     return list(scores.items())
 
@@ -198,5 +202,5 @@ def save_clip(directory: Path, config: CLIPConfig) -> None:
     config.architectures = ["CLIPModel"]
     config.dtype = "float16"
     config.save_pretrained(directory)
-    tokenizer = make_tokenizer(end=True)
-    CLIPProcessor(image_processor=_image_processor(), tokenizer=tokenizer).save_pretrained(directory)
+    processor = CLIPProcessor(_image_processor(), make_tokenizer(end=True))
+    processor.save_pretrained(directory)

@@ -1,0 +1,25 @@
+"""Concept-based explanation and steering of vision-language models, in JAX and Flax.
+
+vlm = ports.load("llava-hf/llava-1.5-7b-hf")
+concepts = xlvlm_jax.decompose(Z, 20, key=jax.random.key(0))
+words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
+"""
+
+from ports.sites import capture
+from xlvlm_jax import metrics
+from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.selection import Selection
+from xlvlm_jax.store import Features
+
+__all__ = [
+    "Concepts",
+    "Features",
+    "Selection",
+    "capture",
+    "decompose",
+    "ground_images",
+    "ground_text",
+    "metrics",
+    "project",
+]

@@ -1,0 +1,174 @@
+"""`xlvlm demo`: the main job on the embedded model, from drawn pictures to a page of concepts."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+import ports
+from xlvlm_jax import data, embedded, stages
+from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.data import scenes, select
+from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.metrics import AttributeScore
+from xlvlm_jax.report import write_report
+from xlvlm_jax.selection import Selection
+from xlvlm_jax.store import Features
+
+FINAL = "language_model.model.norm"
+MIDDLE = "language_model.model.layers.4"
+NUM_TRAIN, NUM_TEST = 2400, 800  # pictures; about one in four shows a dog
+
+Scores = dict[str, dict[str, dict[str, AttributeScore]]]  # site -> split -> attribute
+
+
+class Result(NamedTuple):
+    """What the demo made."""
+
+    concepts: dict[str, Concepts]  # by site
+    scores: Scores
+    seconds: dict[str, float]  # by stage
+    rows: dict[str, int]  # by split
+    report: Path
+
+
+def run(
+    output: Path,
+    *,
+    word: str = "dog",
+    num_concepts: int = 12,
+    seed: int = 0,
+    stage: Callable[[str], Callable[..., None]],
+) -> Result:
+    """Runs all stages into a run directory.
+
+    Args:
+        output: the run directory; an interrupted run goes on in it.
+        word: the token of interest; pictures whose captions hold it are used.
+        num_concepts: K.
+        seed: of the pictures and the solver.
+        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        seconds[name], began = round(now - began, 2), now
+
+    pictures = output / "scenes"
+    if not pictures.exists():
+        scenes.write(
+            pictures, train=NUM_TRAIN, test=NUM_TEST, seed=seed, progress=stage("drawing scenes")
+        )
+    lap("draw")
+
+    vlm = ports.load(embedded.LLAVA)
+    settings = Settings(
+        sites=(FINAL, MIDDLE),
+        selection=Selection("token-of-interest", word),
+        batch_size=64,
+    )
+    features = {}
+    for split, name in (("train", "features"), ("test", "test-features")):
+        samples = select.containing(data.load("coco", pictures, split), word)
+        source = {"dataset": "scenes", "split": split, "containing": word, "seed": seed}
+        advance = stage(f"extracting {split}")
+        extract(vlm, samples, output / name, settings, source=source, progress=advance)
+        features[split] = Features.open(output / name)
+    lap("extract")
+
+    concepts: dict[str, Concepts] = {}
+    scores: Scores = {}
+    advance = stage("factoring, grounding")
+    for number, site in enumerate(settings.sites, start=1):
+        directory = output / ("concepts" if site == FINAL else f"concepts-{site}")
+        stages.decompose_features(features["train"], directory, num_concepts, site=site, seed=seed)
+        concepts[site] = stages.ground_concepts(directory, vlm, features["train"])
+        scores[site] = {
+            split: stages.score_attributes(concepts[site], features[split]) for split in features
+        }
+        advance(number, len(settings.sites))
+    lap("concepts")
+
+    rows = {split: len(f.tokens) for split, f in features.items()}
+    _write_json(
+        output / "scores.json",
+        {
+            "attributes": {
+                site: {split: stages.as_json(s) for split, s in by_split.items()}
+                for site, by_split in scores.items()
+            }
+        },
+    )
+    _write_json(output / "run.json", _description(word, num_concepts, seed, rows, seconds))
+    report = write_report(output)
+    lap("report")
+    return Result(concepts, scores, seconds, rows, report)
+
+
+def _description(
+    word: str, num_concepts: int, seed: int, rows: dict[str, int], seconds: dict[str, float]
+) -> dict[str, Any]:
+    packages = ("xlvlm-jax", "jax", "flax", "transformers", "numpy")
+    return {
+        "model": "the embedded LLaVA",
+        "data": f"{NUM_TRAIN} drawn scenes to learn on, {NUM_TEST} to test on",
+        "token of interest": word,
+        "sites": [FINAL, MIDDLE],
+        "method": "snmf",
+        "concepts": num_concepts,
+        "rows": rows,
+        "seed": seed,
+        "seconds": dict(seconds),
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def show(result: Result, console: Console) -> None:
+    """Prints what a person wants to know of the run."""
+    final = result.concepts[FINAL]
+    assigned = final.activations.argmax(1)
+    table = Table("concept", "share", "words", title="Concepts at the final norm", box=None)
+    for k in sorted(range(len(final.components)), key=lambda k: -(assigned == k).sum()):
+        share = f"{100 * (assigned == k).mean():.0f} %"
+        table.add_row(str(k), share, ", ".join(final.words[k]))
+    console.print(table)
+
+    table = Table(
+        "site",
+        "attribute",
+        "train",
+        "test",
+        "random",
+        title="What the most activated concept tells (normalised mutual information)",
+        box=None,
+    )
+    for site, splits in result.scores.items():
+        for name, score in splits["train"].items():
+            test = splits["test"].get(name)
+            shown = "" if test is None else f"{test.nmi:.2f}"
+            random = f"{score.random_mean:.2f}"
+            table.add_row(site, name, f"{score.nmi:.2f}", shown, random)
+    console.print(table)
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+    console.print(
+        f"{result.rows['train']} rows learnt on, {result.rows['test']} tested on; "
+        f"{spent}; {sum(result.seconds.values()):.0f} s in all"
+    )
+    console.print(f"Open [bold]{result.report}[/bold] in a browser.")

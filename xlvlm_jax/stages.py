@@ -1,0 +1,144 @@
+"""The stages behind extraction: each reads directories and writes one, so that each runs alone.
+
+The command line and the demo call them; who works with arrays calls `decompose`, `project`,
+`ground_text` and `ground_images` directly.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ports import VLM
+from ports.checkpoint import fingerprint
+from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.metrics import AttributeScore, attribute_scores
+from xlvlm_jax.store import Features
+
+
+def choose_site(features: Features, site: str | None) -> str:
+    """The site asked for; without one, the only one there is. ValueError if that is not one."""
+    if site is None and len(features.sites) == 1:
+        return features.sites[0]
+    if site not in features.sites:
+        raise ValueError(
+            f"{features.path} holds the sites {', '.join(features.sites)}; "
+            f"choose one of them, got {site!r}"
+        )
+    return site
+
+
+def decompose_features(
+    features: Features,
+    output: Path,
+    num_concepts: int,
+    method: str = "snmf",
+    *,
+    site: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Concepts:
+    """Factors the matrix of one site into concepts and writes them to a directory.
+
+    Raises ValueError as `decompose` does, and for a site that the features do not hold.
+    """
+    site = choose_site(features, site)
+    Z = features.matrix(site)
+    began = time.perf_counter()
+    concepts = decompose(Z, num_concepts, method, key=jax.random.key(seed), **options)
+    variance = float(np.sum((Z - Z.mean(0)) ** 2))
+    source = {
+        "features": str(features.path),
+        "site": site,
+        "seed": seed,
+        "rows": len(Z),
+        "model": features.manifest.get("model"),
+        "fingerprint": features.manifest.get("fingerprint"),
+        "seconds": round(time.perf_counter() - began, 3),
+        "explained_variance": _explained(Z, concepts, variance),
+    }
+    concepts = dataclasses.replace(concepts, source=source)
+    concepts.save(output)
+    return concepts
+
+
+def _explained(Z: np.ndarray, concepts: Concepts, variance: float) -> float | None:
+    """1 - |Z - reconstruction|^2 / |Z - mean|^2; None for the methods that reconstruct nothing."""
+    if concepts.method not in ("snmf", "pca") or variance == 0:
+        return None
+    reconstruction = np.asarray(concepts.activations) @ np.asarray(concepts.components)
+    if concepts.mean is not None:
+        reconstruction = reconstruction + np.asarray(concepts.mean)
+    return 1 - float(np.sum((Z - reconstruction) ** 2)) / variance
+
+
+def ground_concepts(
+    directory: Path,
+    vlm: VLM,
+    features: Features,
+    *,
+    num_words: int = 10,
+    num_candidates: int = 50,
+    num_images: int = 5,
+) -> Concepts:
+    """Finds the words and the images of the concepts in a directory and writes them into it.
+
+    Raises ValueError if the features are not those that the concepts were learnt on, or the model
+    is another one than the features' (its head would read other words).
+    """
+    concepts = Concepts.load(directory)
+    if concepts.activations is None or len(concepts.activations) != len(features.tokens):
+        count = "no" if concepts.activations is None else len(concepts.activations)
+        raise ValueError(
+            f"{directory} has activations of {count} rows, {features.path} has "
+            f"{len(features.tokens)}; ground concepts with the features they were learnt on"
+        )
+    expected = concepts.source.get("fingerprint")
+    if vlm.directory is not None and expected not in (None, fingerprint(vlm.directory)):
+        raise ValueError(
+            f"{directory} was learnt on the states of {concepts.source.get('model')!r} "
+            f"({expected}); {vlm.directory} is another model, give that one"
+        )
+    words = ground_text(
+        np.asarray(concepts.components), vlm.unembed, vlm.tokenizer, num_words, num_candidates
+    )
+    count = min(num_images, len(features.tokens))
+    top = ground_images(np.asarray(concepts.activations), count)
+    images = [
+        [features.samples[features.sample_rows[row]]["image"] for row in rows] for rows in top
+    ]
+    concepts = dataclasses.replace(concepts, words=words, images=images)
+    concepts.save(directory)
+    return concepts
+
+
+def known_attributes(features: Features) -> dict[str, list[Any]]:
+    """{attribute: its value at each row}, of the attributes that the data set keeps of samples."""
+    rows = [features.samples[i].get("attributes") or {} for i in features.sample_rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row.get(name) for row in rows] for name in names}
+    # What all rows share (the kind, when the token of interest names it) tells nothing.
+    return {name: v for name, v in values.items() if len({str(x) for x in v if x is not None}) > 1}
+
+
+def score_attributes(concepts: Concepts, features: Features) -> dict[str, AttributeScore]:
+    """How well the most activated concept tells the attributes, on learnt or on other features."""
+    site = concepts.source.get("site")
+    if concepts.source.get("features") == str(features.path):
+        activations = concepts.activations
+    else:
+        activations = project(features.matrix(choose_site(features, site)), concepts)
+    return attribute_scores(np.asarray(activations), known_attributes(features))
+
+
+def as_json(scores: Mapping[str, AttributeScore]) -> dict[str, dict[str, float]]:
+    """Scores as the report reads them."""
+    return {
+        name: {"concepts": round(score.nmi, 4), "random": round(score.random_mean, 4)}
+        for name, score in scores.items()
+    }
