@@ -1,0 +1,1 @@
+"""What is fast, against what, measured side by side in one process."""

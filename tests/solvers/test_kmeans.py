@@ -1,0 +1,112 @@
+"""K-means: by hand, against scikit-learn, and what must hold for any matrix."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from sklearn.datasets import make_blobs
+
+from xlvlm_jax.solvers import kmeans
+
+KEY = jax.random.key(0)
+N, D, K = 40, 6, 5
+solve = partial(kmeans.solve, num_samples=N, num_concepts=K)
+
+
+def blobs(seed, n=N, d=D, k=K):
+    return make_blobs(n, d, centers=k, cluster_std=3.0, random_state=seed)[0].astype(np.float32)
+
+
+def labels(result):
+    return np.argmax(np.asarray(result.activations), axis=1)
+
+
+def test_four_points_by_hand():
+    Z = jnp.array([[0.0], [1.0], [10.0], [11.0]])
+    init = jnp.array([[0.0], [10.0]])
+    result = kmeans.solve(Z, KEY, num_samples=4, num_concepts=2, init_centroids=init)
+    np.testing.assert_allclose(result.components, [[0.5], [10.5]], atol=1e-6)
+    np.testing.assert_allclose(result.objective, 1, rtol=1e-6)
+    np.testing.assert_allclose(result.activations[0], [1 / 1.5, 1 / 11.5], rtol=1e-6)
+    # From inertia 2 to 1; the second update changes nothing, which is how it is known to be over.
+    np.testing.assert_allclose(result.history[:3], [2, 1, 1], rtol=1e-6)
+    assert (result.iterations, result.converged) == (2, True)
+
+
+@pytest.mark.parametrize("common", [0.0, 300.0])
+@pytest.mark.parametrize("tol", [0.0, 1e-2])
+def test_same_start_as_scikit_learn_same_end(common, tol):
+    Z = blobs(3, 200, 16, 8) + np.float32(common)
+    theirs = KMeans(8, init=Z[:8], n_init=1, algorithm="lloyd", tol=tol).fit(Z)
+    ours = kmeans.solve(
+        jnp.asarray(Z),
+        KEY,
+        num_samples=200,
+        num_concepts=8,
+        tol=tol,
+        init_centroids=jnp.asarray(Z[:8]),
+    )
+    np.testing.assert_allclose(ours.components, theirs.cluster_centers_, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(labels(ours), theirs.labels_)
+    np.testing.assert_allclose(ours.objective, theirs.inertia_, rtol=1e-4)
+    assert ours.iterations == theirs.n_iter_
+
+
+def test_empty_clusters_move_where_scikit_learn_moves_them():
+    Z = blobs(4)
+    init = Z[:K].copy()
+    init[1], init[3] = 1e3, -1e3
+    theirs = KMeans(K, init=init, n_init=1, algorithm="lloyd").fit(Z)
+    ours = solve(jnp.asarray(Z), KEY, init_centroids=jnp.asarray(init))
+    np.testing.assert_array_equal(labels(ours), theirs.labels_)
+    np.testing.assert_allclose(ours.components, theirs.cluster_centers_, atol=1e-4)
+
+
+def test_seeding_finds_separated_clusters():
+    Z, truth = make_blobs(300, 300, centers=10, cluster_std=1.0, random_state=0)
+    result = kmeans.solve(jnp.asarray(Z, jnp.float32), KEY, num_samples=300, num_concepts=10)
+    # Every true cluster is one found cluster.
+    assert len(set(zip(truth, labels(result), strict=True))) == 10
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_inertia_never_rises_and_is_that_of_the_result(seed):
+    Z = blobs(seed)
+    result = solve(jnp.asarray(Z), jax.random.key(seed))
+    history = np.asarray(result.history)[: int(result.iterations) + 1]
+    assert np.all(np.diff(history) <= 1e-5 * history[0])
+    distances = np.linalg.norm(Z[:, None] - np.asarray(result.components), axis=2)
+    np.testing.assert_allclose(np.sum(distances.min(axis=1) ** 2), result.objective, rtol=1e-4)
+    np.testing.assert_allclose(result.activations, 1 / (1 + distances), rtol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_permuting_rows_permutes_activations(seed):
+    Z = blobs(seed)
+    order = np.random.default_rng(seed).permutation(N)
+    plain = solve(jnp.asarray(Z), KEY, init_centroids=jnp.asarray(Z[:K]))
+    permuted = solve(jnp.asarray(Z[order]), KEY, init_centroids=jnp.asarray(Z[:K]))
+    np.testing.assert_allclose(plain.activations[order], permuted.activations, atol=1e-4)
+
+
+def test_a_row_on_its_centroid_has_activation_one():
+    # Far from the origin, where |z|^2 - 2 z c + |c|^2 would leave a distance by rounding alone.
+    Z = jnp.asarray(blobs(1) + np.float32(1e3))
+    activations = kmeans.activations(Z, jnp.concatenate([Z[:2], Z[:1]]))
+    np.testing.assert_array_equal(activations[0, [0, 2]], [1, 1])
+    assert activations[1, 1] == 1
+
+
+def test_padding_rows_count_for_nothing():
+    Z = blobs(2) + np.float32(50)
+    plain = solve(jnp.asarray(Z), KEY, init_centroids=jnp.asarray(Z[:K]))
+    padded = solve(jnp.pad(Z, ((0, 8), (0, 0))), KEY, init_centroids=jnp.asarray(Z[:K]))
+    np.testing.assert_allclose(padded.components, plain.components, atol=1e-4)
+    np.testing.assert_allclose(padded.objective, plain.objective, rtol=1e-5)

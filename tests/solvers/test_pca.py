@@ -1,0 +1,73 @@
+"""PCA: by hand, against scikit-learn, and what must hold for any matrix."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+from xlvlm_jax.solvers import pca
+
+KEY = jax.random.key(0)
+N, D, K = 30, 8, 3
+solve = partial(pca.solve, num_samples=N, num_concepts=K)
+
+
+def correlated(seed, n=N, d=D, common=0.0):
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    scales = 20 * 0.7 ** np.arange(d)
+    return (rng.normal(size=(n, d)) * scales @ axes + common).astype(np.float32)
+
+
+def test_points_on_a_line_by_hand():
+    Z = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    result = pca.solve(Z, KEY, num_samples=3, num_concepts=1)
+    np.testing.assert_allclose(result.components, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+    np.testing.assert_allclose(result.activations[:, 0], [-(2**0.5), 0, 2**0.5], atol=1e-6)
+    np.testing.assert_allclose(result.mean, [2, 2])
+    np.testing.assert_allclose(result.objective, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (400, 270)], ids=str)
+@pytest.mark.parametrize("common", [0.0, 100.0])
+def test_components_and_scores_of_scikit_learn(shape, common):
+    # The last shape is above EXACT: subspace iteration.
+    Z = correlated(0, *shape, common)
+    theirs = PCA(6, svd_solver="full").fit(Z.astype(np.float64))
+    ours = pca.solve(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=6)
+    np.testing.assert_allclose(ours.components, theirs.components_, atol=1e-3)
+    np.testing.assert_allclose(ours.activations, theirs.transform(Z), atol=2e-2)
+    explained = np.sum(np.var(np.asarray(ours.activations), axis=0, ddof=1))
+    np.testing.assert_allclose(explained, theirs.explained_variance_.sum(), rtol=1e-5)
+    residual = Z - theirs.inverse_transform(theirs.transform(Z))
+    np.testing.assert_allclose(ours.objective, 0.5 * np.sum(residual**2), rtol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-10, 10))
+def test_orthonormal_ordered_and_blind_to_a_shift(seed, shift):
+    Z = correlated(seed)
+    plain = solve(jnp.asarray(Z), KEY)
+    np.testing.assert_allclose(plain.components @ plain.components.T, np.eye(K), atol=1e-5)
+    assert np.all(np.diff(np.var(np.asarray(plain.activations), axis=0)) <= 0)
+    history = np.asarray(plain.history)[: int(plain.iterations) + 1]
+    assert np.all(np.diff(history) <= 1e-6 * np.sum(Z**2))
+    shifted = solve(jnp.asarray(Z + np.float32(shift)), KEY)
+    np.testing.assert_allclose(shifted.objective, plain.objective, rtol=1e-3)
+    # Axes of nearly equal variance may turn into each other: compare what they span.
+    spans = [np.asarray(r.components).T @ np.asarray(r.components) for r in (plain, shifted)]
+    np.testing.assert_allclose(*spans, atol=2e-2)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_permuting_rows_permutes_scores(seed):
+    Z = correlated(7)
+    order = np.random.default_rng(seed).permutation(N)
+    plain, permuted = solve(jnp.asarray(Z), KEY), solve(jnp.asarray(Z[order]), KEY)
+    np.testing.assert_allclose(plain.activations[order], permuted.activations, atol=1e-3)

@@ -1,0 +1,304 @@
+"""From states to concepts and back: every method, every input, every complaint, the files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xlvlm_jax.concepts import METHODS, Concepts, decompose, project
+
+KEY = jax.random.key(0)
+N, D, K = 20, 6, 3
+QUICK = {"snmf": {"n_init": 2, "max_iter": 50}, "kmeans": {}, "pca": {}, "simple": {}}
+
+
+def rows(seed=0):
+    rng = np.random.default_rng(seed)
+    codes = 5 * rng.exponential(size=(N, K)) * (rng.random((N, K)) < 0.6)
+    return (codes @ rng.normal(size=(K, D)) + 0.1 * rng.normal(size=(N, D))).astype(np.float32)
+
+
+def quick(Z, method="snmf", num_concepts=K, **options):
+    return decompose(Z, num_concepts, method, key=KEY, **QUICK[method] | options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_projecting_the_same_rows_gives_the_activations_again(method):
+    Z = rows()
+    concepts = quick(Z, method)
+    assert concepts.components.shape == (K, D)
+    assert concepts.activations.shape == (N, K)
+    assert len(concepts.history) == concepts.iterations + 1
+    assert isinstance(concepts.objective, float)
+    largest = np.max(np.abs(concepts.activations))
+    np.testing.assert_allclose(project(Z, concepts), concepts.activations, atol=1e-4 * largest)
+    assert project(Z[:1], concepts).shape == (1, K)
+    assert project(Z[:0], concepts).shape == (0, K)
+
+
+def test_nndl_is_snmf():
+    assert quick(rows()).method == "snmf"
+    named = decompose(rows(), K, "nndl", key=KEY, **QUICK["snmf"])
+    assert named.method == "snmf"
+    np.testing.assert_array_equal(named.components, quick(rows()).components)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.25, 8.0]))
+def test_scaling_by_a_power_of_two_scales_centroids_and_scores(seed, scale):
+    Z = rows(seed)
+    for method in ("kmeans", "pca", "simple"):
+        plain, scaled = quick(Z, method), quick(Z * np.float32(scale), method)
+        factor = 1 if method == "pca" else scale
+        np.testing.assert_allclose(
+            scaled.components, factor * plain.components, rtol=1e-4, atol=1e-3
+        )
+        np.testing.assert_allclose(scaled.objective, scale**2 * plain.objective, rtol=1e-3)
+
+
+# Concepts that were given.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_given_components_project_like_learnt_ones(method):
+    learnt = quick(rows(), method)
+    given_concepts = Concepts.from_components(
+        np.asarray(learnt.components),
+        method,
+        **({"mean": np.asarray(learnt.mean)} if method == "pca" else {}),
+    )
+    assert given_concepts.activations is None
+    new = rows(1)
+    np.testing.assert_array_equal(project(new, given_concepts), project(new, learnt))
+
+
+def test_given_components_by_hand():
+    Z = np.array([[3.0, -4.0]])
+    axes = np.eye(2)
+    for method, expected, options in (
+        ("snmf", [[1, 0]], {"alpha": 2}),
+        ("kmeans", [[1 / (1 + 20**0.5), 1 / (1 + 34**0.5)]], {}),
+        ("simple", [[1 / (1 + 20**0.5), 1 / (1 + 34**0.5)]], {}),
+        ("pca", [[3, -4]], {}),
+        ("pca", [[2, -4]], {"mean": np.array([1.0, 0.0])}),
+    ):
+        concepts = Concepts.from_components(axes, method, **options)
+        np.testing.assert_allclose(project(Z, concepts), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("components", "method", "options", "message"),
+    [
+        (np.ones(3), "snmf", {}, r"components must be a matrix .* got shape \(3,\)"),
+        (np.array([[1.0, np.nan]]), "snmf", {}, "components has NaN or Inf in row 0"),
+        (np.ones((2, 3)), "pca", {"mean": np.ones(2)}, r"mean must have shape \(3,\).*got \(2,\)"),
+        (np.ones((2, 3)), "kmeans", {"mean": np.ones(3)}, "'kmeans' subtracts no mean"),
+        (np.ones((2, 3)), "svd", {}, "unknown method 'svd'"),
+        (np.ones((2, 3)), "snmf", {"beta": 1}, "no option 'beta'"),
+    ],
+)
+def test_bad_given_components(components, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        Concepts.from_components(components, method, **options)
+
+
+# Input of other types, and matrices that have little to say.
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.int32, np.float64, ml_dtypes.bfloat16])
+def test_other_types_give_what_their_values_give_as_float32(method, dtype):
+    Z = (4 * rows()).astype(dtype)
+    for array in (Z, jnp.asarray(Z)):
+        concepts = quick(array, method)
+        assert concepts.components.dtype == concepts.activations.dtype == jnp.float32
+        wide = quick(Z.astype(np.float32), method)
+        np.testing.assert_allclose(concepts.objective, wide.objective, rtol=1e-4, atol=1e-3)
+        assert np.all(np.isfinite(project(array, concepts)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "Z",
+    [np.zeros((N, D)), np.ones((N, D)), np.repeat(np.eye(2, D), N // 2, axis=0)],
+    ids=["zero", "constant", "duplicates"],
+)
+def test_matrices_of_lower_rank_than_concepts(method, Z):
+    concepts = quick(Z, method)
+    assert np.all(np.isfinite(concepts.components))
+    assert np.all(np.isfinite(concepts.activations))
+    assert concepts.converged
+    if method in ("kmeans", "pca"):
+        np.testing.assert_allclose(concepts.objective, 0, atol=1e-5)
+    if method in ("snmf", "pca"):
+        np.testing.assert_allclose(np.linalg.norm(concepts.components, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_sample(method):
+    Z = np.array([[3.0, 4.0]])
+    concepts = quick(Z, method, 1)
+    expected = {"snmf": [[0.6, 0.8]], "kmeans": Z, "simple": Z}
+    if method in expected:
+        np.testing.assert_allclose(concepts.components, expected[method], rtol=1e-5)
+    assert concepts.activations.shape == (1, 1)
+    assert np.all(np.isfinite(concepts.activations))
+
+
+# Complaints.
+
+
+def spoilt(row, value):
+    Z = rows()
+    Z[row:, 1] = value
+    return Z
+
+
+@pytest.mark.parametrize(
+    ("Z", "num_concepts", "method", "options", "message"),
+    [
+        (rows(), 50, "snmf", {}, "num_concepts=50 is larger than the 20 rows of Z; ask for fewer"),
+        (rows(), 7, "pca", {}, r"num_concepts=7 is larger than min\(N, D\) = 6"),
+        (rows(), 0, "kmeans", {}, "num_concepts must be a whole number of at least 1; got 0"),
+        (rows(), 2.5, "kmeans", {}, "num_concepts must be a whole number of at least 1; got 2.5"),
+        (spoilt(19, np.nan), 2, "snmf", {}, "Z has NaN or Inf in row 19, "),
+        (spoilt(17, np.inf), 2, "kmeans", {}, r"Z has NaN or Inf in row 17 \(and 2 more rows\)"),
+        (np.full((4, 2), 1e300), 2, "pca", {}, "in row 0 .*values beyond float32"),
+        (np.ones(5), 2, "snmf", {}, r"Z must be a matrix .* a sample; got shape \(5,\)"),
+        (np.ones((2, 3, 4)), 2, "snmf", {}, r"Z must be a matrix .* got shape \(2, 3, 4\)"),
+        (np.ones((5, 0)), 2, "snmf", {}, "Z has no columns"),
+        (np.ones((5, 2), complex), 2, "snmf", {}, "Z must hold real numbers; got complex128"),
+        (np.full((5, 2), "a"), 2, "snmf", {}, "Z must hold real numbers"),
+        (rows(), 2, "kmean", {}, "unknown method 'kmean'; .*did you mean 'kmeans'"),
+        (rows(), 2, "kmeans", {"alpha": 1}, "'kmeans' has no option 'alpha'; its options are tol"),
+        (rows(), 2, "snmf", {"max_iters": 1}, "no option 'max_iters'.*did you mean 'max_iter'"),
+        (rows(), 2, "simple", {"tol": 1}, "'simple' has no option 'tol'; it has none"),
+        (rows(), 2, "snmf", {"alpha": -1}, "alpha must be a finite number of at least 0; got -1"),
+        (rows(), 2, "snmf", {"tol": np.nan}, "tol must be a finite number of at least 0; got nan"),
+        (rows(), 2, "snmf", {"n_init": 0}, "n_init must be a whole number of at least 1; got 0"),
+        (rows(), 2, "kmeans", {"init": np.ones((3, D))}, r"init must have shape \(2, 6\)"),
+        (rows(), 2, "snmf", {"init": spoilt(0, np.inf)[:2]}, "init has NaN or Inf in row 0"),
+    ],
+)
+def test_bad_input(Z, num_concepts, method, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        decompose(Z, num_concepts, method, key=KEY, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_none():
+    with pytest.raises(ValueError, match=r"key must come from jax.random.key; got 0"):
+        decompose(rows(), 2, key=0)
+
+
+def test_a_mesh_without_rows_to_shard_on():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="mesh has no axis 'data' to shard rows on, only model"):
+        decompose(rows(), 2, key=KEY, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("Z", "message"),
+    [
+        (np.ones((4, 5)), "Z has 5 columns but the concepts have 6; project states of the site"),
+        (np.ones(6), r"Z must be a matrix .* got shape \(6,\)"),
+        (spoilt(4, np.nan), r"Z has NaN or Inf in row 4 \(and 15 more rows\)"),
+    ],
+)
+def test_bad_input_of_project(Z, message):
+    with pytest.raises(ValueError, match=message):
+        project(Z, Concepts.from_components(np.eye(6)))
+
+
+# On disk.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_concepts_come_back(tmp_path, method):
+    concepts = quick(rows(), method)
+    concepts.save(tmp_path / "new" / "concepts")
+    again = Concepts.load(tmp_path / "new" / "concepts")
+    for name in ("components", "activations", "history", "mean"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(concepts, name))
+    for name in ("method", "options", "objective", "iterations", "converged", "words", "source"):
+        assert getattr(again, name) == getattr(concepts, name)
+    assert sorted(path.name for path in (tmp_path / "new" / "concepts").iterdir()) == [
+        "concepts.json",
+        "concepts.safetensors",
+    ]
+    new = rows(1)
+    np.testing.assert_array_equal(project(new, again), project(new, concepts))
+
+
+def test_words_and_images_are_kept(tmp_path):
+    concepts = Concepts(np.eye(2, dtype=np.float32), words=[["hund"], []], images=[["a.jpg"], []])
+    concepts.save(tmp_path)
+    again = Concepts.load(tmp_path)
+    assert (again.words, again.images) == (concepts.words, concepts.images)
+    assert json.loads((tmp_path / "concepts.json").read_text())["num_concepts"] == 2
+
+
+def test_damaged_or_missing_files(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no concepts in .*concepts\.safetensors is missing"
+    ):
+        Concepts.load(tmp_path)
+    first, second = tmp_path / "first", tmp_path / "second"
+    Concepts(np.eye(2, dtype=np.float32)).save(first)
+    Concepts(np.eye(3, dtype=np.float32)).save(second)
+    (second / "concepts.safetensors").replace(first / "concepts.safetensors")
+    with pytest.raises(ValueError, match="are not of one save; decompose again"):
+        Concepts.load(first)
+    (first / "concepts.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a description of concepts"):
+        Concepts.load(first)
+
+
+def test_a_save_that_fails_leaves_the_old_concepts(tmp_path):
+    Concepts(np.eye(2, dtype=np.float32)).save(tmp_path)
+    with pytest.raises(TypeError):
+        Concepts(np.eye(3, dtype=np.float32), source={"not": {"JSON"}}).save(tmp_path)
+    assert Concepts.load(tmp_path).components.shape == (2, 2)
+
+
+# On a mesh.
+
+SHARDED = """
+import jax, numpy as np
+from xlvlm_jax.concepts import METHODS, decompose, project
+
+assert len(jax.devices()) == 8
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rng = np.random.default_rng(0)
+codes = 10 * rng.exponential(size=(61, 3)) * (rng.random((61, 3)) < 0.5)  # 8 does not divide 61
+Z = (codes @ rng.normal(size=(3, 10)) + 0.1 * rng.normal(size=(61, 10))).astype(np.float32)
+for method in METHODS:
+    # As far as float32 goes: with the default tol, equal objectives leave atoms 1e-4 apart.
+    options = {"n_init": 2, "tol": 0} if method == "snmf" else {}
+    one = decompose(Z, 3, method, key=jax.random.key(1), **options)
+    eight = decompose(Z, 3, method, key=jax.random.key(1), mesh=mesh, **options)
+    assert eight.activations.shape == one.activations.shape == (61, 3)
+    np.testing.assert_allclose(eight.objective, one.objective, rtol=1e-5)
+    for name in ("components", "activations"):
+        a, b = (np.asarray(getattr(c, name)) for c in (eight, one))
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method + name)
+    a, b = np.asarray(project(Z, one, mesh=mesh)), np.asarray(project(Z, one))
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method)
+print("equal")
+"""
+
+
+def test_eight_devices_give_the_result_of_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]

@@ -1,0 +1,337 @@
+"""From a matrix of states to concepts, and from new states to their activations.
+
+Z[N, D] ~ activations[N, K] components[K, D]: a row of Z is a sample, a row of components a concept.
+This file checks the input, calls the solver of the method, and keeps the result on disk.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf
+from xlvlm_jax.solvers.inputs import (
+    as_matrix,
+    check_finite,
+    check_num_concepts,
+    check_number,
+    check_whole,
+    shard_rows,
+)
+
+METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
+ALIASES = {"nndl": "snmf"}
+# What a user calls `init` is given to the solver under the name of what it holds.
+INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
+NOT_OPTIONS = ("num_samples", "num_concepts")
+TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
+
+Matrix = Float[Array | np.ndarray, "..."]
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """Concepts, how they were found, and how much of each is in each sample they were found on.
+
+    Attributes:
+        components: float32[K, D], one row a concept.
+        activations: float32[N, K], or None for concepts that were given.
+        method: "snmf", "kmeans", "pca" or "simple".
+        options: the options of the method, defaults included.
+        objective: what the method minimises, at these components and activations (for kmeans and
+            simple the sum of squared distances to the nearest component).
+        iterations: updates of the run that was kept.
+        converged: whether its stopping rule ended it, and not max_iter.
+        history: float32[iterations + 1], the objective at the start and after each update.
+        mean: float32[D], what pca subtracts from every row; None for the other methods.
+        words: for each concept the words it is read as, once grounded.
+        images: for each concept the images that show it, once grounded.
+        source: where Z came from, free for the caller.
+    """
+
+    components: Matrix
+    activations: Matrix | None = None
+    method: str = "snmf"
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: float | None = None
+    iterations: int = 0
+    converged: bool = True
+    history: Matrix | None = None
+    mean: Matrix | None = None
+    words: list[list[str]] | None = None
+    images: list[list[str]] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_components(
+        cls,
+        components: Shaped[Array | np.ndarray, "..."],
+        method: str = "snmf",
+        *,
+        mean: Shaped[Array | np.ndarray, "..."] | None = None,
+        **options: Any,
+    ) -> "Concepts":
+        """Concepts from components[K, D] that were not learnt here, to `project` on.
+
+        Components are taken as they are: snmf codes are relative to the atoms' norms, and pca
+        scores are not divided by them. `mean[D]` is what pca subtracts; zero when it is not given.
+
+        Raises:
+            ValueError: components are no finite matrix; mean is not [D] or the method is not pca;
+                unknown method or option.
+        """
+        method = _method(method)
+        options = _options(method, options)
+        components = as_matrix(components, "components", row="concept")
+        check_finite(components, "components")
+        D = components.shape[1]
+        if mean is not None:
+            if method != "pca":
+                raise ValueError(f"{method!r} subtracts no mean; leave mean out or use 'pca'")
+            mean = jnp.asarray(mean, jnp.float32)
+            if mean.shape != (D,):
+                raise ValueError(
+                    f"mean must have shape ({D},), one entry a column of components; "
+                    f"got {mean.shape}"
+                )
+        return cls(components.astype(jnp.float32), None, method, options, mean=mean)
+
+    def save(self, directory: str | Path) -> None:
+        """Write concepts.safetensors and concepts.json into a directory, made if it is missing.
+
+        Each file is written under a temporary name and renamed, tensors first; the description
+        holds their digest, so that `load` refuses a pair of which only one was renewed.
+        """
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        tensors = save_tensors(
+            {
+                name: np.ascontiguousarray(array, dtype=np.float32)
+                for name, array in arrays.items()
+                if array is not None
+            }
+        )
+        described = {name: getattr(self, name) for name in _DESCRIBED}
+        described |= {"num_concepts": len(self.components)}
+        described |= {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
+        description = (json.dumps(described, indent=2) + "\n").encode()
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / TENSORS, tensors)
+        _replace(directory / DESCRIPTION, description)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Concepts":
+        """Read what `save` wrote; arrays are numpy's.
+
+        Raises:
+            FileNotFoundError: the directory holds no concepts.
+            ValueError: a file is damaged, or the two are not of one save.
+        """
+        directory = Path(directory)
+        for name in (TENSORS, DESCRIPTION):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"no concepts in {directory}: {name} is missing; run `xlvlm decompose` first"
+                )
+        tensors = (directory / TENSORS).read_bytes()
+        try:
+            described = json.loads((directory / DESCRIPTION).read_text())
+            digest = described["tensors_sha256"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{directory / DESCRIPTION} is not a description of concepts ({error}); "
+                "decompose again"
+            ) from error
+        if digest != hashlib.sha256(tensors).hexdigest():
+            raise ValueError(
+                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
+            )
+        known = {name: described[name] for name in _DESCRIBED if name in described}
+        return cls(**load_tensors(tensors), **known)
+
+
+_ARRAYS = ("components", "activations", "history", "mean")
+_DESCRIBED = (
+    "method",
+    "options",
+    "objective",
+    "iterations",
+    "converged",
+    "words",
+    "images",
+    "source",
+)
+
+
+def decompose(
+    Z: Shaped[Array | np.ndarray, "..."],
+    num_concepts: int,
+    method: str = "snmf",
+    *,
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> Concepts:
+    """Factor Z[N, D] into K = num_concepts concepts.
+
+    Methods, and their options with defaults:
+        "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha sum(U), U >= 0, |V_k|_2 = 1. alpha=1.0,
+            tol=1e-6, max_iter=1000, n_init=8 starts, init=None (start from atoms [K, D] instead).
+            Source: Ding, Li and Jordan 2010; Mairal et al. 2009; see solvers/semi_nmf.py.
+        "kmeans": centroids; activations 1 / (1 + distance). tol=1e-4, max_iter=300, init=None
+            (start from centroids [K, D] instead of k-means++). Source: Lloyd 1982; Arthur and
+            Vassilvitskii 2007.
+        "pca": orthonormal components of the centred rows; activations are scores, of any sign.
+            tol=1e-6, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
+        "simple": the K rows of largest norm; activations as for kmeans. No options.
+
+    Args:
+        Z: float, bfloat16, float16 or integer[N, D], of numpy or JAX. bfloat16 and float16 stay as
+            they are, anything else becomes float32; sums are float32 always.
+        num_concepts: K, at least 1 and at most N (for pca at most min(N, D)).
+        key: from jax.random.key; the same key gives the same concepts.
+        mesh: rows of Z are sharded on its "data" axis. Where the axis does not divide N, rows that
+            count for nothing fill it up.
+
+    Returns:
+        Concepts with float32 JAX arrays.
+
+    A zero matrix, equal rows or fewer directions than concepts are no error: an atom that nothing
+    needs keeps a unit norm and codes of zero, surplus centroids coincide with rows.
+
+    Raises:
+        ValueError: Z is no matrix of finite real numbers (the first bad row is named), K does not
+            fit, unknown method or option, a bad option, a mesh without a "data" axis.
+    """
+    method = _method(method)
+    options = _options(method, options)
+    Z = as_matrix(Z, "Z", row="sample")
+    N, D = Z.shape
+    check_num_concepts(num_concepts, N, D, method)
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
+    if mesh is not None:
+        Z = shard_rows(Z, mesh)
+    check_finite(Z, "Z")
+
+    arguments = dict(options)
+    if (init := arguments.pop("init", None)) is not None:
+        init = as_matrix(init, "init", row="concept")
+        if init.shape != (num_concepts, D):
+            raise ValueError(
+                f"init must have shape ({num_concepts}, {D}), one row a concept; got {init.shape}"
+            )
+        check_finite(init, "init")
+        arguments[INIT[method]] = init
+        options["init"] = "given"
+    result = METHODS[method].solve(Z, key, num_samples=N, num_concepts=num_concepts, **arguments)
+    iterations = int(result.iterations)
+    return Concepts(
+        components=result.components,
+        activations=result.activations,
+        method=method,
+        options=options,
+        objective=float(result.objective),
+        iterations=iterations,
+        converged=bool(result.converged),
+        history=result.history[: iterations + 1],
+        mean=result.mean,
+    )
+
+
+def project(
+    Z: Shaped[Array | np.ndarray, "..."], concepts: Concepts, *, mesh: Mesh | None = None
+) -> Float[Array, "N K"]:
+    """Activations[N, K] of the rows of Z[N, D] on concepts, learnt or given.
+
+    snmf solves its lasso with the atoms fixed, kmeans and simple take 1 / (1 + distance), pca the
+    scores of the rows less its mean. On the rows that the concepts were learnt from it gives
+    `activations` again. Types and `mesh` as for `decompose`.
+
+    Raises:
+        ValueError: Z is no matrix of finite real numbers, or its width is not that of the concepts.
+    """
+    method = _method(concepts.method)
+    Z = as_matrix(Z, "Z", row="sample")
+    N, D = Z.shape
+    components = jnp.asarray(concepts.components, jnp.float32)
+    if components.shape[1] != D:
+        raise ValueError(
+            f"Z has {D} columns but the concepts have {components.shape[1]}; "
+            "project states of the site and model that the concepts were learnt on"
+        )
+    if mesh is not None:
+        Z = shard_rows(Z, mesh)
+    check_finite(Z, "Z")
+    if method == "snmf":
+        activations = semi_nmf.activations(Z, components, concepts.options.get("alpha", 1.0))
+    elif method == "pca":
+        mean = jnp.zeros(D) if concepts.mean is None else jnp.asarray(concepts.mean)
+        activations = pca.activations(Z, components, mean)
+    else:
+        activations = kmeans.activations(Z, components)
+    return activations[:N]
+
+
+def _method(name: str) -> str:
+    names = (*METHODS, *ALIASES)
+    if name not in names:
+        raise ValueError(
+            f"unknown method {name!r}; expected one of {', '.join(names)}" + _nearest(name, names)
+        )
+    return ALIASES.get(name, name)
+
+
+def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's defaults overlaid with the given options, checked."""
+    parameters = inspect.signature(METHODS[method].solve).parameters.values()
+    renamed = {INIT.get(method): "init"}
+    options = {
+        renamed.get(parameter.name, parameter.name): parameter.default
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
+    }
+    for name in given:
+        if name not in options:
+            known = f"its options are {', '.join(options)}" if options else "it has none"
+            raise ValueError(
+                f"method {method!r} has no option {name!r}; {known}" + _nearest(name, options)
+            )
+    options |= given
+    for name, lowest in {"alpha": 0, "tol": 0}.items():
+        if name in options:
+            check_number(name, options[name], lowest)
+            options[name] = float(options[name])
+    for name, lowest in {"max_iter": 0, "n_init": 1}.items():
+        if name in options:
+            check_whole(name, options[name], lowest)
+            options[name] = int(options[name])
+    return options
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=2)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Matrix factorisations on arrays: each method is a pair of pure functions and one shared loop."""
