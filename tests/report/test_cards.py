@@ -1,0 +1,57 @@
+"""The numbers of a card, by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from xlvlm_jax.report.cards import NONE, assign, typical_attributes
+from xlvlm_jax.report.page import number, percent
+
+
+def test_a_row_belongs_to_its_largest_activation_or_to_none():
+    activations = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [-1.0, -2.0]])
+    assert assign(activations).tolist() == [1, 0, NONE, 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    npst.arrays(np.float32, (6, 4), elements=st.floats(0, 8, width=16), unique=True),
+    st.permutations(range(4)),
+)
+def test_permuting_concepts_permutes_the_assignment(activations, order):
+    renamed = assign(activations[:, order])
+    assert [order[k] for k in renamed] == assign(activations).tolist()
+
+
+def test_attributes_that_stand_out():
+    # 30 of 100 rows are the concept's. It has all 20 red ones (p = 2/3, q = 1/5, lift 10/3), the
+    # share of large ones that all have, and every row is a dog.
+    own = np.arange(100) < 30
+    colours = ["red"] * 20 + ["blue"] * 80
+    sizes = ["large" if i % 2 else "small" for i in range(100)]
+    found = typical_attributes(own, {"colour": colours, "size": sizes, "kind": ["dog"] * 100})
+    assert [(a.name, a.value) for a in found] == [("colour", "red")]
+    assert found[0].share == pytest.approx(2 / 3)
+    assert found[0].base == pytest.approx(1 / 5)
+    assert found[0].lift == pytest.approx(10 / 3)
+
+
+def test_attributes_that_are_not_known_count_nowhere():
+    own = np.arange(40) < 20
+    moods = ["happy"] * 10 + [None] * 10 + ["sad"] * 10 + [None] * 10
+    (happy,) = typical_attributes(own, {"mood": moods})
+    assert (happy.value, happy.share, happy.base) == ("happy", 1.0, 0.5)
+    assert typical_attributes(own, {"mood": [None] * 40}) == []
+    assert typical_attributes(own & False, {"mood": moods}) == []
+
+
+def test_numbers_as_written():
+    narrow = "\N{NARROW NO-BREAK SPACE}"
+    assert [number(x) for x in (0.0, 12, 0.12345, 1e-6, 123.456, 3056.4)] == [
+        "0", "12", "0.123", "1.0e-06", "123", f"3{narrow}056",
+    ]  # fmt: skip
+    assert [percent(x) for x in (0.0, 0.001, 0.5, 1.0)] == [
+        f"{shown}{narrow}%" for shown in ("0", "<1", "50", "100")
+    ]

@@ -1,0 +1,191 @@
+"""The numbers of a directory of concepts: a section of the page, and a card for each concept.
+
+A row belongs to the concept that it activates most, and to none if it activates none at all. Axes:
+N rows of the features, K concepts.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.store import Features
+
+from .figures import Histogram, histogram
+
+NUM_PICTURES = 5
+NUM_ATTRIBUTES = 4
+NONE = -1  # in an assignment: the row activates no concept
+
+
+class Picture(NamedTuple):
+    """One of the samples that activate a concept most."""
+
+    image: str | None  # path
+    caption: str  # what the model said
+    activation: float
+    sample: str
+
+
+class Attribute(NamedTuple):
+    """A known attribute that a concept's rows have more often than others."""
+
+    name: str
+    value: str
+    share: float  # among the concept's rows of which the attribute is known
+    base: float  # among all rows of which it is known
+
+    @property
+    def lift(self) -> float:
+        """How many times as often as among all rows."""
+        return self.share / self.base
+
+
+@dataclass(frozen=True)
+class Card:
+    """One concept."""
+
+    number: int
+    words: list[str] | None  # None before grounding
+    count: int  # its rows
+    share: float  # of all rows
+    mean: float  # of its activations over all rows
+    active: int  # rows with an activation that is not zero
+    histogram: Histogram
+    pictures: list[Picture]  # the strongest first
+    attributes: list[Attribute]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One directory of concepts; cards in order of share."""
+
+    name: str
+    site: str | None
+    concepts: Concepts
+    cards: list[Card]
+    num_rows: int
+    unassigned: int  # rows that activate no concept
+
+    @property
+    def explained(self) -> float | None:
+        """The share of the variance that the concepts explain, where that is known."""
+        return self.concepts.source.get("explained_variance")
+
+
+def read_section(directory: Path, features: Features) -> Section:
+    """Reads a directory of concepts that were learnt on `features`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the concepts are not of these features.
+    """
+    concepts = Concepts.load(directory)
+    if concepts.activations is None:
+        raise ValueError(f"{directory}: concepts without activations; project the features on them")
+    activations = np.asarray(concepts.activations)
+    N, K = activations.shape
+    if len(features.tokens) != N:
+        raise ValueError(
+            f"{directory}: activations of {N} rows, but {features.path} has"
+            f" {len(features.tokens)}; decompose these features again"
+        )
+    if not np.isfinite(activations).all():
+        raise ValueError(f"{directory}: activations hold NaN or Inf; decompose again")
+    if concepts.words is not None and len(concepts.words) != K:
+        raise ValueError(
+            f"{directory}: words of {len(concepts.words)} concepts, expected {K}; ground again"
+        )
+
+    site = concepts.source.get("site")
+    if site is None and len(features.sites) == 1:
+        site = features.sites[0]
+    if site is not None and site not in features.sites:
+        raise ValueError(
+            f"{directory}: concepts of site {site!r}, but {features.path} holds"
+            f" {', '.join(features.sites)}; decompose these features again"
+        )
+
+    assignment = assign(activations)
+    attributes = known_attributes(features)
+    low, high = float(activations.min()), float(activations.max())
+    cards = []
+    for k in range(K):
+        own = assignment == k
+        cards.append(
+            Card(
+                number=k,
+                words=None if concepts.words is None else list(concepts.words[k]),
+                count=int(own.sum()),
+                share=float(own.mean()),
+                mean=float(activations[:, k].mean()),
+                active=int(np.count_nonzero(activations[:, k])),
+                histogram=histogram(activations[:, k], own, low, high),
+                pictures=top_pictures(activations[:, k], features),
+                attributes=typical_attributes(own, attributes),
+            )
+        )
+    cards.sort(key=lambda card: (-card.count, -card.mean, card.number))
+    unassigned = int((assignment == NONE).sum())
+    return Section(directory.name, site, concepts, cards, N, unassigned)
+
+
+def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, "N"]:
+    """The most activated concept of each row; NONE for a row of zeros."""
+    return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
+
+
+def top_pictures(
+    activations: Float[np.ndarray, "N"], features: Features, count: int = NUM_PICTURES
+) -> list[Picture]:
+    """The samples of the largest positive activations, each image once."""
+    pictures: dict[str, Picture] = {}
+    for row in np.argsort(-activations, kind="stable"):
+        if len(pictures) == count or activations[row] <= 0:
+            break
+        number = int(features.sample_rows[row])
+        sample = features.samples[number]
+        name = str(sample.get("id", number))
+        image = sample.get("image")
+        caption = str(sample.get("prediction") or "")
+        picture = Picture(image and str(image), caption, float(activations[row]), name)
+        pictures.setdefault(picture.image or f"sample {name}", picture)
+    return list(pictures.values())
+
+
+def known_attributes(features: Features) -> dict[str, list[str | None]]:
+    """{attribute: its value at each row}, None where it is not known."""
+    rows = [features.samples[sample].get("attributes") or {} for sample in features.sample_rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names
+    }
+
+
+def typical_attributes(
+    own: Bool[np.ndarray, "N"],
+    attributes: Mapping[str, Sequence[str | None]],
+    count: int = NUM_ATTRIBUTES,
+) -> list[Attribute]:
+    """The values that are over-represented among a concept's rows, the most telling first.
+
+    A value counts when its share p exceeds its share q of all rows by three standard errors,
+    sqrt(q (1 - q) / n) for n rows; values are in order of p log(p / q), their part of the
+    divergence between the two distributions.
+    """
+    found = []
+    for name, values in attributes.items():
+        everywhere = Counter(value for value in values if value is not None)
+        here = Counter(
+            value for value, mine in zip(values, own, strict=True) if mine and value is not None
+        )
+        for value, times in here.items():
+            p, q = times / here.total(), everywhere[value] / everywhere.total()
+            if q < 1 and p - q >= 3 * np.sqrt(q * (1 - q) / here.total()):
+                found.append(Attribute(name, value, p, q))
+    return sorted(found, key=lambda a: -a.share * np.log(a.lift))[:count]

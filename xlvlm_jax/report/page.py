@@ -1,0 +1,260 @@
+"""The page: what a run directory holds, read, put into the template, and written."""
+
+import importlib.resources
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from xlvlm_jax.store import Features
+
+from .cards import Section, read_section
+from .figures import thumbnails
+
+# Stands where CSS puts a thumbnail: one transparent pixel.
+BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+Rows = list[tuple[str, str]]
+
+
+def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the page of a run directory, by default as report.html in it, and returns its path.
+
+    Read are `features/`, each `concepts*/`, and `scores.json` and `run.json` where they are. The
+    page needs no other file and no network: pictures are in it as thumbnails, each once.
+
+    Raises:
+        FileNotFoundError: no such directory, no features or no concepts in it.
+        ValueError: a file is damaged, or the concepts are not of these features.
+        OSError: the page can't be written.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
+    if not (run / "features").is_dir():
+        raise FileNotFoundError(f"{run}: no features/ in it; run `xlvlm extract` first")
+    directories = sorted(path for path in run.glob("concepts*") if path.is_dir())
+    if not directories:
+        raise FileNotFoundError(f"{run}: no concepts*/ in it; run `xlvlm decompose` first")
+
+    features = Features.open(run / "features")
+    sections = [read_section(directory, features) for directory in directories]
+    settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
+    shown = (picture.image for s in sections for card in s.cards for picture in card.pictures)
+    page = _environment().get_template("page.html.jinja")
+    text = page.render(
+        about=_about(settings, features, sections),
+        sections=sections,
+        scores=_attribute_scores(scores),
+        groups=list(_settings(settings, scores, features, sections)),
+        attributes_known=any(sample.get("attributes") for sample in features.samples),
+        thumbnails=thumbnails((image for image in shown if image), (run, run.parent)),
+        unit="samples"
+        if len(set(features.sample_rows.tolist())) == len(features.tokens)
+        else "rows",
+        css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
+        blank=BLANK,
+    )
+    return _store(run / "report.html" if output is None else Path(output), text)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent}
+    return environment
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write it again or remove it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _store(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the report to {path}: {error.strerror};"
+            " give a file in a directory that can be written"
+        ) from error
+    return path
+
+
+# What was explained.
+
+
+class About(NamedTuple):
+    """The head of the page."""
+
+    token: str | None  # of interest
+    model: str | None
+    facts: Rows
+
+
+def _about(settings: Mapping[str, Any], features: Features, sections: Iterable[Section]) -> About:
+    manifest = features.manifest
+    selection = manifest.get("selection")
+    selection = selection if isinstance(selection, dict) else {}
+    token = settings.get("token of interest")
+    if token is None and selection.get("mode") == "token-of-interest":
+        token = selection.get("argument")
+    model = settings.get("model") or manifest.get("model")
+
+    rows, samples = len(features.tokens), len(features.samples)
+    prompts = {sample.get("prompt") for sample in features.samples}
+    methods = dict.fromkeys(f"{s.concepts.method}, {len(s.cards)} concepts" for s in sections)
+    facts = {
+        "Model": model,
+        "Token of interest": token,
+        "Prompt": prompts.pop() if len(prompts) == 1 else None,
+        "Data": settings.get("data") or manifest.get("source"),
+        "States": f"{number(rows)} from {number(samples)} samples",
+        "Method": "; ".join(methods),
+    }
+    return About(token and str(token), model and str(model), list(_rows(facts)))
+
+
+# Scores: {"attributes": {site: {split: {attribute: {"concepts": nmi, "random": nmi}}}}}.
+
+
+class Score(NamedTuple):
+    """How well one attribute is told by the concepts, and by a random assignment."""
+
+    concepts: float
+    random: float | None
+
+
+class ScoreTable(NamedTuple):
+    """The scores of one site."""
+
+    splits: list[str]
+    rows: list[tuple[str, list[Score | None]]]  # attribute, a score a split
+
+    @property
+    def best(self) -> list[tuple[str, Score]]:
+        """The attributes told best, on the last split (the test one, where there is one)."""
+        last = [(name, scores[-1]) for name, scores in self.rows if scores[-1]]
+        return sorted(last, key=lambda row: -row[1].concepts)[:3]
+
+
+def _attribute_scores(scores: Mapping[str, Any]) -> dict[str, ScoreTable]:
+    tables = {}
+    for site, by_split in _mapping(scores.get("attributes")).items():
+        by_split = _mapping(by_split)
+        splits = sorted(by_split, key=lambda split: (split != "train", split))
+        names = dict.fromkeys(name for split in splits for name in _mapping(by_split[split]))
+        rows = [(name, [_score(_mapping(by_split[s]).get(name)) for s in splits]) for name in names]
+        if rows:
+            tables[site] = ScoreTable(splits, rows)
+    return tables
+
+
+def _score(value: Any) -> Score | None:
+    value = _mapping(value)
+    if not isinstance(value.get("concepts"), int | float):
+        return None
+    return Score(value["concepts"], value.get("random"))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+# Settings.
+
+
+class Group(NamedTuple):
+    """A table of settings."""
+
+    title: str
+    rows: Rows
+
+
+def _settings(
+    settings: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    features: Features,
+    sections: Iterable[Section],
+) -> Iterator[Group]:
+    yield from _groups("Run", settings)
+    yield Group("Extraction", list(_rows(features.manifest)))
+    for section in sections:
+        concepts = section.concepts
+        solver = {
+            "site": section.site,
+            "method": concepts.method,
+            **concepts.options,
+            "objective": concepts.objective,
+            "iterations": concepts.iterations,
+            "converged": concepts.converged,
+            **{key: value for key, value in concepts.source.items() if key != "site"},
+        }
+        yield Group(section.name, list(_rows(solver)))
+    yield from _groups("Scores", {k: v for k, v in scores.items() if k != "attributes"})
+
+
+def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:
+    """The plain values as one table, each mapping among them as a table of its own."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    if rows := list(_rows(plain)):
+        yield Group(title, rows)
+    for key, value in values.items():
+        if key not in plain and (rows := list(_rows(value))):
+            yield Group(key.capitalize(), rows)
+
+
+def _rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value as text) of what is set; a mapping within gives a row for each of its keys."""
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{name}: ")
+        elif value is not None and value != "" and value != []:
+            yield name, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)
+
+
+# Numbers as a person writes them.
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all of an integer; thousands set apart."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage; one that is not zero is never shown as such."""
+    text = "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
+    return f"{text}\N{NARROW NO-BREAK SPACE}%"
