@@ -40,7 +40,8 @@ def _sample(logits: Array, sampling: Sampling, step: Array) -> Array:
     probabilities = jax.nn.softmax(ordered, axis=-1)
     # A token is kept while the probability of the likelier ones is below top_p: at least one is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    kept = (before < sampling.top_p) | (before == 0)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return jax.random.categorical(jax.random.fold_in(sampling.key, step), logits)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core.scope import union_filters
 
 # Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
 _NUMBERED = re.compile(r"^(layers|blocks|resblocks)_(\d+)$")
@@ -36,12 +37,12 @@ def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
     for site in sites:
         if _normal(site) not in normal:
             # The last part of a wrong name is usually right: prefer names that end alike.
-            tail = "." + ".".join(_normal(site).split(".")[-2:])
-            ends = [name for key, name in normal.items() if ("." + key).endswith(tail)]
-            close = [
-                normal[k] for k in difflib.get_close_matches(_normal(site), normal, 3, cutoff=0.3)
-            ]
-            nearest = list(dict.fromkeys(ends[:2] + close))[:3]
+            wrong = _normal(site)
+            tail = "." + ".".join(wrong.split(".")[-2:])
+            alike = [key for key in normal if ("." + key).endswith(tail)]
+            close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
+            close += difflib.get_close_matches(wrong, normal, 3, cutoff=0.3)
+            nearest = [normal[key] for key in dict.fromkeys(close)][:3]
             raise ValueError(f"no site matches {site!r}; nearest: {', '.join(nearest) or 'none'}")
 
 
@@ -74,11 +75,10 @@ def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., An
             ran.append(site_name(module.path))
             return _normal(ran[-1]) in wanted
 
-        collections = [mutable] if isinstance(mutable, str) else list(mutable or ())
         out, variables = apply(
             *args,
             capture_intermediates=is_wanted,
-            mutable=[*collections, "intermediates"],
+            mutable=union_filters(mutable, "intermediates"),
             **kwargs,
         )
         require_sites(sites, ran)
@@ -89,7 +89,7 @@ def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., An
             if site is not None:
                 states[site] = value[0] if len(value) == 1 else value
         states = {site: states[site] for site in sites}
-        return ((out, variables) if collections else out), states
+        return (out if mutable is False else (out, variables)), states
 
     return captured
 

@@ -1,0 +1,320 @@
+"""`ports.load` and `VLM`: what is refused, buckets, the checkpoint's processor, no torch."""
+
+import json
+import shutil
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from sklearn.datasets import load_sample_images
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import ports
+from ports import vlm
+
+from . import helpers
+
+PROMPT = "<image> w3 what is in the picture w4"
+
+
+class TestLoading:
+    @pytest.fixture
+    def directory(self, tmp_path, small):
+        """A copy of a good checkpoint, to be spoilt."""
+        return shutil.copytree(small.directory, tmp_path / "checkpoint")
+
+    def configure(self, directory, **changes):
+        file = directory / "config.json"
+        config = json.loads(file.read_text())
+        for key, value in changes.items():
+            if isinstance(value, dict):
+                config[key].update(value)
+            else:
+                config[key] = value
+        file.write_text(json.dumps(config))
+
+    def test_no_directory(self, tmp_path):
+        with helpers.raises_line(FileNotFoundError, "no directory", str(tmp_path / "x"), "hub id"):
+            ports.load(tmp_path / "x")
+
+    def test_a_hub_id_that_cannot_be_had(self):
+        with helpers.raises_line(FileNotFoundError, "'nobody/nothing' is no directory here"):
+            ports.load("nobody/nothing")
+
+    def test_no_configuration(self, tmp_path):
+        with helpers.raises_line(FileNotFoundError, f"{tmp_path} has no config.json"):
+            ports.load(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "[]", "5", "{", "\udcff"])
+    def test_a_configuration_that_is_no_json_object(self, directory, text):
+        (directory / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+        with helpers.raises_line(ValueError, "config.json: not a JSON object"):
+            ports.load(directory)
+
+    @pytest.mark.parametrize("kind", ["bert", None, 5, ["llava"]])
+    def test_a_model_type_without_a_port(self, directory, kind):
+        self.configure(directory, model_type=kind)
+        with helpers.raises_line(
+            ValueError, f"model_type is {kind!r}, which has no port; supported: llava"
+        ):
+            ports.load(directory)
+
+    @pytest.mark.parametrize(
+        ("changes", "part"),
+        [
+            ({"vision_feature_select_strategy": "odd"}, "odd"),
+            ({"vision_feature_layer": -9}, "vision_feature_layer is -9"),
+            ({"text_config": {"hidden_act": "swoosh"}}, "swoosh"),
+            ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "linear"),
+            ({"text_config": {"hidden_size": 61}}, "61"),
+            ({"text_config": {"model_type": "mistral"}}, "mistral"),
+            ({"text_config": {"model_type": "novel"}}, "novel"),
+            ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ],
+        ids=str,
+    )
+    def test_a_configuration_that_is_not_implemented(self, directory, changes, part):
+        self.configure(directory, **changes)
+        with helpers.raises_line(ValueError, part):
+            ports.load(directory)
+
+    def test_an_unknown_dtype(self, directory):
+        with helpers.raises_line(ValueError, "dtype is 'int8'", "float32, bfloat16, float16"):
+            ports.load(directory, dtype="int8")
+
+    def test_a_checkpoint_without_processor_still_loads(self, small):
+        for what in ("processor", "tokenizer"):
+            with helpers.raises_line(ValueError, f"{small.directory} has no {what} that loads"):
+                getattr(small.vlm, what)
+
+    @pytest.mark.parametrize(
+        ("generation", "eos", "pad"),
+        [
+            (None, (7,), 0),
+            ({"eos_token_id": 5}, (5,), 0),
+            ({"eos_token_id": [5, 6], "pad_token_id": 9}, (5, 6), 9),
+            ({"eos_token_id": None}, (), 0),
+        ],
+        ids=str,
+    )
+    def test_tokens_that_end_a_row(self, directory, generation, eos, pad):
+        self.configure(directory, text_config={"eos_token_id": 7, "pad_token_id": 0})
+        file = directory / "generation_config.json"
+        file.unlink()
+        if generation is not None:
+            file.write_text(json.dumps(generation))
+        loaded = ports.load(directory)
+        assert (loaded.eos_tokens, loaded.pad_token) == (eos, pad)
+
+
+class TestForward:
+    def test_sites_may_be_spelt_as_flax_paths(self, small):
+        inputs = helpers.make_inputs([1], [5])
+        name = "language_model.model.layers.1"
+        spelt = "language_model/model/layers_1"
+        states = small.vlm.forward(inputs, sites=[name, "language_model/lm_head"]).states
+        assert states["language_model/lm_head"].shape[:2] == inputs["input_ids"].shape
+        ours = small.vlm.forward(inputs, sites=[spelt]).states[spelt]
+        assert ours.shape == states[name].shape == (*inputs["input_ids"].shape, 60)
+        assert helpers.relative_error(ours, states[name]) < 1e-6
+
+    def test_states_alone_equal_those_beside_logits(self, small):
+        inputs = helpers.make_inputs([1], [5])
+        site = "language_model.model.layers.0"
+        expected = small.vlm.forward(inputs, sites=[site]).states[site]
+        alone = small.vlm.states(inputs, sites=[site])[site]
+        assert alone.shape == expected.shape
+        assert helpers.relative_error(alone, expected) < 1e-6
+
+    def test_the_head_alone(self, small):
+        kernel = np.asarray(small.vlm.params["language_model"]["lm_head"]["kernel"])
+        x = np.random.default_rng(0).standard_normal((2, 3, 60), np.float32)
+        np.testing.assert_allclose(small.vlm.unembed(x), x @ kernel, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(small.vlm.unembed(x[0, 0]), x[0, 0] @ kernel, rtol=0, atol=1e-4)
+
+    def test_the_head_of_tied_embeddings(self, llava_pair):
+        tied = llava_pair("tied embeddings, class position kept").vlm
+        table = np.asarray(tied.params["language_model"]["model"]["embed_tokens"]["embedding"])
+        x = np.random.default_rng(0).standard_normal((3, 60), np.float32)
+        np.testing.assert_allclose(tied.unembed(x), x @ table.T, rtol=0, atol=1e-4)
+
+    def test_inputs_without_tokens(self, small):
+        with helpers.raises_line(ValueError, "no input_ids of shape [batch, positions]"):
+            small.vlm.forward({"attention_mask": np.ones((1, 3))})
+
+    def test_a_single_row_without_batch(self, small):
+        with helpers.raises_line(ValueError, "no input_ids of shape [batch, positions]"):
+            small.vlm.forward({"input_ids": np.ones(3, int)})
+
+    def test_a_mask_of_another_shape(self, small):
+        with helpers.raises_line(ValueError, "attention_mask has shape (1, 2)", "(1, 3)"):
+            small.vlm.forward(
+                {"input_ids": np.ones((1, 3), int), "attention_mask": np.ones((1, 2), int)}
+            )
+
+
+class TestBuckets:
+    def test_by_hand(self):
+        expected = {1: 16, 16: 16, 17: 32, 97: 112, 128: 128, 129: 160, 257: 320, 600: 640}
+        assert {length: vlm.bucket_length(length) for length in expected} == expected
+
+    def test_are_few_and_waste_little(self):
+        buckets = [vlm.bucket_length(length) for length in range(1, 4097)]
+        assert len(set(buckets)) < 32
+        assert buckets == sorted(buckets)
+        assert all(n <= b <= max(n + 15, 1.25 * n) for n, b in enumerate(buckets, 1))
+
+    def test_fill_up_on_the_left(self):
+        arrays = {
+            "input_ids": np.array([[7, 8]]),
+            "attention_mask": np.array([[1, 1]]),
+            "pixel_values": np.zeros((1, 3, 5, 5)),
+        }
+        padded = vlm.pad_to_bucket(arrays, pad_token=4)
+        np.testing.assert_array_equal(padded["input_ids"], [[4] * 14 + [7, 8]])
+        np.testing.assert_array_equal(padded["attention_mask"], [[0] * 14 + [1, 1]])
+        assert padded["pixel_values"].shape == (1, 3, 5, 5)
+
+    def test_tokens_move_to_the_end_of_their_row_in_order(self):
+        arrays = {
+            "input_ids": np.array([[5, 6, 7, 0], [0, 8, 9, 0]]),
+            "attention_mask": np.array([[1, 1, 1, 0], [0, 1, 1, 0]]),
+        }
+        moved = vlm.align_right(arrays)
+        np.testing.assert_array_equal(moved["input_ids"], [[0, 5, 6, 7], [0, 0, 8, 9]])
+        np.testing.assert_array_equal(moved["attention_mask"], [[0, 1, 1, 1], [0, 0, 1, 1]])
+
+
+def make_processor() -> transformers.LlavaProcessor:
+    """A real processor: CLIP's images at 28 pixels, a tokenizer of whole words."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "in", "the", "picture", "USER", ":"]
+    words += [f"w{i}" for i in range(helpers.VOCABULARY - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    del vocabulary[words[helpers.IMAGE]]
+    vocabulary["<image>"] = helpers.IMAGE
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        ),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+            padding_side="left",
+        ),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(
+            "{% for m in messages %}USER : {% for part in m.content %}"
+            "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+            "{% if add_generation_prompt %} w0{% endif %}"
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def photographed(tmp_path_factory):
+    """A checkpoint with its processor in its directory, as on the hub."""
+    directory = tmp_path_factory.mktemp("photographed")
+    config = helpers.llava_config(vision={"image_size": 28})
+    pair = helpers.make_llava(directory, config)
+    make_processor().save_pretrained(directory)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """The two that scikit-learn ships: uint8[427, 640, 3]."""
+    return load_sample_images().images
+
+
+class TestProcessor:
+    @pytest.fixture(scope="class")
+    def inputs(self, photographed, photographs):
+        return photographed.vlm.processor(
+            images=photographs,
+            text=[PROMPT, "the picture <image>"],
+            padding=True,
+            return_tensors="np",
+        )
+
+    def test_is_transformers_pil_processor_to_the_bit(self, inputs, photographed, photographs):
+        directly = CLIPImageProcessorPil.from_pretrained(photographed.directory)
+        expected = directly(photographs, return_tensors="np")["pixel_values"]
+        assert inputs["pixel_values"].shape == (2, 3, 28, 28)
+        assert np.std(inputs["pixel_values"]) > 0.5
+        np.testing.assert_array_equal(inputs["pixel_values"], expected)
+
+    def test_expands_the_image_tokens(self, inputs):
+        np.testing.assert_array_equal((inputs["input_ids"] == helpers.IMAGE).sum(1), [16, 16])
+
+    def test_forward_on_photographs_equals_pytorchs(self, inputs, photographed):
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        logits, states = helpers.torch_forward(photographed.torch_model, arrays)
+        sites = ["multi_modal_projector", "language_model.model.layers.1"]
+        ours = photographed.vlm.forward(inputs, sites=sites)
+        assert max(helpers.site_errors(ours.states, states, arrays).values()) < 1e-5
+        valid = arrays["attention_mask"] == 1
+        np.testing.assert_allclose(np.asarray(ours.logits)[valid], logits[valid], rtol=0, atol=1e-4)
+
+    def test_tokens_on_photographs_equal_pytorchs(self, inputs, photographed):
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        theirs = helpers.torch_generate(photographed.torch_model, arrays, 32).sequences
+        ours = photographed.vlm.generate(inputs, max_new_tokens=32)
+        np.testing.assert_array_equal(ours.tokens, theirs[:, arrays["input_ids"].shape[1] :])
+
+    def test_renders_a_prompt_in_the_chat_template(self, photographed):
+        assert photographed.vlm.render("what is it") == "USER : <image> what is it w0"
+
+    def test_makes_a_batch_of_prompts_with_an_image_each(self, photographed, photographs):
+        batch = photographed.vlm.process(["<image> w1", "the <image> w2 w3"], photographs)
+        assert {type(value) for value in batch.values()} == {np.ndarray}
+        np.testing.assert_array_equal(batch["attention_mask"][:, :3], [[0, 0, 1], [1, 1, 1]])
+        photographed.vlm._check(batch)
+
+    def test_the_tokenizer_alone(self, photographed):
+        assert photographed.vlm.tokenizer.decode([4, 5, helpers.IMAGE]) == "what is <image>"
+        assert photographed.vlm.image_token == helpers.IMAGE
+
+
+WITHOUT_TORCH = """
+    import sys
+    sys.modules["torch"] = None
+    import numpy as np
+    import ports
+
+    vlm = ports.load(sys.argv[1])
+    inputs = vlm.processor(images=[np.load(sys.argv[2])], text=[sys.argv[3]], return_tensors="np")
+    print(vlm.generate(inputs, max_new_tokens=4).tokens.tolist())
+    assert sys.modules["torch"] is None
+"""
+
+
+@pytest.mark.slow
+def test_the_core_needs_no_torch(photographed, photographs, tmp_path):
+    inputs = photographed.vlm.processor(images=photographs[:1], text=[PROMPT], return_tensors="pt")
+    theirs = helpers.torch_generate(
+        photographed.torch_model, {name: value.numpy() for name, value in inputs.items()}, 4
+    ).sequences[:, inputs["input_ids"].shape[1] :]
+    np.save(tmp_path / "photograph.npy", photographs[0])
+    printed = helpers.run_python(
+        textwrap.dedent(WITHOUT_TORCH), photographed.directory, tmp_path / "photograph.npy", PROMPT
+    )
+    assert json.loads(printed.splitlines()[-1]) == theirs.tolist()
+
+
+def test_half_precision_generates(small):
+    loaded = ports.load(small.directory, dtype="bfloat16")
+    site = "language_model.model.norm"
+    out = loaded.generate(helpers.make_inputs([1], [4]), max_new_tokens=3, sites=[site])
+    assert out.tokens.shape == (1, 3)
+    assert out.states[site].dtype == jnp.bfloat16
