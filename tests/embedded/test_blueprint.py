@@ -1,0 +1,67 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import embedded
+from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.embedded import blueprint
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return blueprint.make_tokenizer()
+
+
+def test_whole_words_and_suffixes(tokenizer):
+    pieces = tokenizer.tokenize("three red dogs and buses, on the grass")
+    assert pieces == "▁three ▁red ▁dog s ▁and ▁bus es , ▁on ▁the ▁grass".split()  # noqa: SIM905
+
+
+def test_any_text_comes_back(tokenizer):
+    for text in ("a zebra with wheels", "What's 3.5 % of it?", "Grüße aus Köln", "line\nbreak"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+def test_no_word_of_the_scenes_is_spelt_out(tokenizer):
+    for index in range(200):
+        scene = scenes.sample_scene("train", index)
+        texts = [*scenes.captions(scene), *(q.answer for q in scenes.questions(scene))]
+        for piece in tokenizer.tokenize(" ".join(texts)):
+            assert len(piece) > 1 or piece in ("s", ",", "▁"), piece
+
+
+def test_the_vocabulary_does_not_depend_on_the_hash_seed(tokenizer):
+    code = (
+        "from xlvlm_jax.embedded import blueprint;"
+        "print(blueprint.make_tokenizer().backend_tokenizer.to_str())"
+    )
+    for seed in ("1", "2"):
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PATH": "", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert out.stdout.strip() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_the_shipped_tokenizer_is_this_one(tokenizer):
+    import ports
+
+    shipped = ports.load(embedded.LLAVA).tokenizer
+    assert shipped.get_vocab() == tokenizer.get_vocab()
+    text = f"USER: <image>\n{prompts.CAPTION} ASSISTANT: two dogs"
+    assert shipped(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_the_processor_gives_one_token_a_patch():
+    from PIL import Image
+
+    processor = blueprint.make_processor()
+    picture = Image.fromarray(np.zeros((112, 112, 3), np.uint8))
+    batch = processor(images=[picture], text=["USER: <image>\nHi ASSISTANT:"], return_tensors="np")
+    assert (batch["input_ids"] == blueprint.IMAGE).sum() == blueprint.TOKENS_PER_IMAGE == 64

@@ -1,0 +1,103 @@
+import jax
+import numpy as np
+import pytest
+
+import ports
+from xlvlm_jax import embedded
+from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.embedded import blueprint, sequences, train
+from xlvlm_jax.embedded.sequences import Turn
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return ports.load(embedded.LLAVA)
+
+
+def test_continuations_by_hand():
+    """The prompt's last position predicts the first token of the answer, and so on to the end."""
+    tokenizer = blueprint.make_tokenizer()
+    turns = [Turn(prompts.question("What color is the dog?"), "red", weight=2.0)]
+    rows = sequences.continuations(tokenizer, turns, count=2, length=28)
+    shown = tokenizer.convert_ids_to_tokens(rows.input_ids[0])
+    end = shown.index(":") + 1
+    assert shown[:3] == ["<0x0A>", "What", "▁color"]
+    assert shown[end] == "▁red"
+    assert tokenizer.convert_ids_to_tokens(rows.target[0, end - 1 : end + 1]) == ["▁red", "</s>"]
+    assert np.flatnonzero(rows.weight[0]).tolist() == [end - 1, end]
+    assert rows.weight[1].sum() == 0
+
+
+def test_a_prompt_that_does_not_fit_is_left_out():
+    turns = [Turn("A " * 40, "yes"), Turn("Is it?", "no")]
+    rows = sequences.continuations(blueprint.make_tokenizer(), turns, count=1, length=16)
+    assert "Is" in "".join(blueprint.make_tokenizer().convert_ids_to_tokens(rows.input_ids[0]))
+
+
+def test_the_text_is_that_of_the_chat_template(vlm):
+    assert sequences.render("\nWhat?") == vlm.render("\nWhat?")
+
+
+def test_continuations_see_what_single_prompts_see(vlm):
+    """Logits behind a shared picture equal those of a forward pass with each prompt alone."""
+    from PIL import Image
+
+    scene = scenes.sample_scene("test", 5)
+    picture = scenes.training_image(scene)
+    turns = [Turn(prompts.CAPTION, "two red dogs"), Turn(prompts.question("Is it?"), "yes")]
+    tokenizer = vlm.tokenizer
+    rows = sequences.continuations(tokenizer, turns, count=2, length=28)
+    pixels = train.normalise(picture[None])
+    got = sequences.logits(
+        vlm.module, vlm.params, sequences.prefix(tokenizer), pixels, rows.input_ids[None]
+    )
+    texts = [f"{vlm.render(t.prompt)} {t.answer}" for t in turns]
+    for row, text in enumerate(texts):
+        inputs = vlm.process([text], [Image.fromarray(picture)])
+        np.testing.assert_allclose(inputs["pixel_values"], pixels, atol=1e-5)
+        expected = np.asarray(vlm.forward(inputs).logits[0])
+        first = len(sequences.prefix(tokenizer))
+        count = len(expected) - first
+        np.testing.assert_allclose(got[0, row, :count], expected[first:], atol=2e-4)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    """Two steps, then four more on call again, equal a run of the whole."""
+    model, params, example = _tiny()
+
+    def loss(params, batch):
+        return train.answer_loss(*model, params, batch)
+
+    stage = train.Stage("whole", steps=4, batch=2, rate=1e-3, muon=True)
+    logs: list[dict] = []
+    whole = train.run_stage(stage, loss, params, example, tmp_path / "a", 0, logs.append)
+    assert logs[-1]["step"] == 4
+    again = train.run_stage(stage, loss, params, example, tmp_path / "a", 0, logs.append)
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), whole, again)
+    assert all(jax.tree.leaves(same))
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), whole, params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_frozen_modules_stay_as_they_are(tmp_path):
+    model, params, example = _tiny()
+
+    def loss(params, batch):
+        return train.answer_loss(*model, params, batch)
+
+    stage = train.Stage("align", steps=1, batch=2, rate=1e-2, frozen=("vision_tower",))
+    after = train.run_stage(stage, loss, params, example, tmp_path, 0, lambda figures: None)
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), after, params)
+    assert all(jax.tree.leaves(same["vision_tower"]))
+    assert not all(jax.tree.leaves(same["language_model"]))
+
+
+def _tiny():
+    vlm = ports.load(embedded.LLAVA)
+    tokenizer = blueprint.make_tokenizer()
+    pictures = train.Pictures(0)
+
+    def example(rng):
+        return train.answer_example(pictures, tokenizer, rng)
+
+    return (vlm.module, sequences.prefix(tokenizer)), vlm.params, example

@@ -1,0 +1,149 @@
+"""The command line end to end on a few drawn scenes, and what it says of bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlvlm_jax import Concepts, Features, cli
+from xlvlm_jax.data import scenes
+
+NORM = "language_model.model.norm"
+SITE = ("--output", "out", "--site", NORM)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    scenes.write(directory, train=16, seed=3)
+    return directory
+
+
+def run(*arguments: object, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Status, output and errors of `xlvlm ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def xlvlm(monkeypatch, capsys):
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_from_pictures_to_a_page(xlvlm, pictures, tmp_path):
+    """extract, decompose, ground and report, each from what the one before left on disk."""
+    features, concepts = tmp_path / "features", tmp_path / "concepts"
+    where = ["--output", features, "--site", NORM, "--batch-size", 8]
+    status, out, _ = xlvlm("extract", "embedded", pictures, *where, "--tokens", "index:-1")
+    assert status == 0
+    assert "16 samples, 16 rows" in out.replace("\n", " ")
+    assert Features.open(features).matrix(NORM).shape == (16, 192)
+
+    status, out, _ = xlvlm("decompose", features, "--output", concepts, "--num-concepts", 3)
+    assert status == 0
+    assert "snmf: 3 concepts of 16 rows" in out
+
+    status, out, _ = xlvlm("ground", concepts, "--model", "embedded", "--num-images", 2)
+    assert status == 0
+    grounded = Concepts.load(concepts)
+    assert len(grounded.words) == 3
+    assert [len(images) for images in grounded.images] == [2, 2, 2]
+
+    status, _, _ = xlvlm("report", tmp_path)
+    assert status == 0
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_sites_are_listed_in_network_order(xlvlm):
+    status, out, _ = xlvlm("sites", "embedded", "--pattern", "model.layers.")
+    names = out.split()
+    assert status == 0
+    assert "language_model.model.layers.0.self_attn" in names
+    assert names.index("language_model.model.layers.0") < names.index(
+        "language_model.model.layers.7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sites", "no/such/directory"], "no directory 'no/such/directory'; expected one with"),
+        (["decompose", "nowhere", "--output", "out"], "nowhere: no manifest.json"),
+        (["report", "nowhere"], "nowhere"),
+        (["ground", "nowhere", "--model", "embedded"], "run `xlvlm decompose` first"),
+        (["scenes", "out", "--train", "-1"], "-1"),
+        (
+            [
+                "extract",
+                "embedded",
+                "nowhere",
+                "--output",
+                "out",
+                "--site",
+                NORM,
+                "--tokens",
+                "index:-1",
+            ],
+            "nowhere",
+        ),
+        (
+            [
+                "extract",
+                "embedded",
+                "nowhere",
+                "--output",
+                "out",
+                "--site",
+                NORM,
+                "--tokens",
+                "every:third",
+            ],
+            "token selection must be one of all, index, range",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(xlvlm, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = xlvlm(*arguments)
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_option_is_named(xlvlm):
+    status, _, err = xlvlm("decompose", "x", "--concepts", "3")
+    assert status == 2
+    assert "--concepts" in err
+
+
+def test_a_bug_is_one_line_and_status_1(xlvlm, monkeypatch):
+    from xlvlm_jax import report
+
+    def fail(run, output):
+        raise RuntimeError("broken\nin two lines")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    status, _, err = xlvlm("report", "run")
+    assert status == 1
+    assert err.strip() == (
+        "error: RuntimeError: broken in two lines (--debug before the command shows where)"
+    )
+
+
+def test_every_command_explains_itself():
+    environment = {**os.environ, "COLUMNS": "100"}
+    commands = "demo sites scenes extract decompose ground report train-demo".split()  # noqa: SIM905
+    code = (
+        "from typer.testing import CliRunner; from xlvlm_jax.cli import app\n"
+        f"for command in {commands!r}:\n"
+        "    result = CliRunner().invoke(app, [command, '--help'])\n"
+        "    assert result.exit_code == 0 and 'Usage' in result.output, command\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

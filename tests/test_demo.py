@@ -1,0 +1,36 @@
+"""The demo on a twentieth of its pictures."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from xlvlm_jax import Concepts, Features, demo
+
+
+@pytest.mark.slow
+def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "NUM_TRAIN", 120)
+    monkeypatch.setattr(demo, "NUM_TEST", 40)
+    stages: list[str] = []
+
+    def stage(name):
+        stages.append(name)
+        return lambda done, total, rows=None: None
+
+    result = demo.run(tmp_path / "run", num_concepts=4, stage=stage)
+    assert stages[0] == "drawing scenes"
+    assert result.report.exists()
+    features = Features.open(tmp_path / "run" / "features")
+    assert {s["attributes"]["kind"] for s in features.samples} == {"dog"}
+    assert {s["attributes"]["count"] for s in features.samples} == {1, 2, 3}
+    for directory in ("concepts", f"concepts-{demo.MIDDLE}"):
+        assert len(Concepts.load(tmp_path / "run" / directory).words) == 4
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["attributes"]
+    assert set(scores) == {demo.FINAL, demo.MIDDLE}
+    assert set(scores[demo.FINAL]["test"]) == {"colour", "count", "place", "mood"}
+
+    console = Console(file=io.StringIO(), width=120)
+    demo.show(result, console)
+    assert "report.html" in console.file.getvalue().replace("\n", "")

@@ -1,0 +1,201 @@
+"""Extraction with the embedded model on a few drawn scenes."""
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ports
+from xlvlm_jax import Features, data, embedded
+from xlvlm_jax.data import scenes
+from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.selection import Selection
+
+NORM = "language_model.model.norm"
+LAYER = "language_model.model.layers.4"
+SETTINGS = Settings(
+    sites=(NORM, LAYER),
+    selection=Selection("class", "dog,cat,bird,rabbit"),
+    batch_size=4,
+    max_new_tokens=16,
+)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return ports.load(embedded.LLAVA)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    scenes.write(directory, train=10, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def samples(pictures):
+    return data.load("coco", pictures, "train")
+
+
+@pytest.fixture(scope="module")
+def features(vlm, samples, tmp_path_factory) -> Features:
+    output = tmp_path_factory.mktemp("run") / "features"
+    extract(vlm, samples, output, SETTINGS)
+    return Features.open(output)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_rows_hold_the_states_that_predicted_the_token(vlm, samples, features):
+    """Each row equals a teacher-forced pass over prompt and prediction, at its own position."""
+    from PIL import Image
+
+    assert len(features.tokens) > 0
+    for row, index in enumerate(features.sample_rows):
+        sample = features.samples[index]
+        text = f"{vlm.render(sample['prompt'])} {sample['prediction']}"
+        inputs = vlm.process([text], [Image.open(sample["image"])])
+        position = features.positions[row]
+        assert inputs["input_ids"][0, position + 1] == features.tokens[row]
+        states = vlm.states(inputs, sites=SETTINGS.sites)
+        for site in SETTINGS.sites:
+            expected = np.asarray(states[site][0, position])
+            got = features.matrix(site)[row]
+            assert np.abs(expected - got).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_predictions_are_stored_with_the_samples(features, samples):
+    assert [s["id"] for s in features.samples] == [s.id for s in samples]
+    assert all(s["prediction"] for s in features.samples)
+
+
+def test_batch_size_does_not_change_the_rows(vlm, samples, features, tmp_path):
+    settings = dataclasses.replace(SETTINGS, batch_size=3)
+    extract(vlm, samples, tmp_path / "features", settings)
+    other = Features.open(tmp_path / "features")
+    assert np.array_equal(other.tokens, features.tokens)
+    assert np.array_equal(other.positions, features.positions)
+    np.testing.assert_allclose(other.matrix(NORM), features.matrix(NORM), atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(vlm, samples, features, tmp_path):
+    class StopHereError(Exception):
+        pass
+
+    def interrupt(done, total, rows):
+        raise StopHereError
+
+    output = tmp_path / "features"
+    with pytest.raises(StopHereError):
+        extract(vlm, samples, output, SETTINGS, progress=interrupt)
+    with pytest.raises(ValueError, match="not finished"):
+        Features.open(output)
+    seen = []
+    extract(vlm, samples, output, SETTINGS, progress=lambda *figures: seen.append(figures[0]))
+    assert seen == [8, 10]
+    assert digests(output) == digests(features.path)
+
+
+def test_other_arguments_on_the_same_directory_are_refused(vlm, samples, features):
+    other = dataclasses.replace(SETTINGS, max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens: expected 16, got 5"):
+        extract(vlm, samples, features.path, other)
+
+
+@pytest.mark.parametrize(
+    ("selection", "rows_of"),
+    [
+        ("index:-1", lambda prediction: 1),
+        ("before-special-tokens", lambda prediction: 1),
+        ("range:0:3", lambda prediction: 1),
+    ],
+)
+def test_every_sample_has_a_row_where_the_selection_looks_for_no_word(
+    vlm, samples, tmp_path, selection, rows_of
+):
+    settings = dataclasses.replace(SETTINGS, selection=Selection.parse(selection), sites=(NORM,))
+    extract(vlm, samples[:4], tmp_path / "features", settings)
+    features = Features.open(tmp_path / "features")
+    assert [int((features.sample_rows == i).sum()) for i in range(4)] == [
+        rows_of(s["prediction"]) for s in features.samples
+    ]
+
+
+def test_the_first_positions_of_the_prompt_are_those_of_a_forward_pass(vlm, samples, tmp_path):
+    from PIL import Image
+
+    settings = dataclasses.replace(SETTINGS, selection=Selection.parse("index:70"), sites=(LAYER,))
+    extract(vlm, samples[:2], tmp_path / "features", settings)
+    features = Features.open(tmp_path / "features")
+    assert features.positions.tolist() == [70, 70]
+    for row, sample in enumerate(samples[:2]):
+        inputs = vlm.process([vlm.render(sample.prompt)], [Image.open(sample.image)])
+        expected = np.asarray(vlm.states(inputs, sites=[LAYER])[LAYER][0, 70])
+        np.testing.assert_allclose(features.matrix(LAYER)[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_teacher_forcing_reads_the_references(vlm, samples, tmp_path):
+    selection = Selection("token-of-interest", "the")
+    settings = dataclasses.replace(
+        SETTINGS, mode="teacher-forcing", selection=selection, sites=(NORM,)
+    )
+    summary = extract(vlm, samples, tmp_path / "features", settings)
+    holding = [s for s in samples if "the" in s.references[0].split()]
+    assert summary.rows == len(holding)
+    assert summary.without_token == len(samples) - len(holding)
+
+
+def test_an_unreadable_image_is_recorded_and_skipped(vlm, samples, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    mixed = [samples[0], dataclasses.replace(samples[1], image=broken), *samples[2:4]]
+    summary = extract(vlm, mixed, tmp_path / "features", SETTINGS)
+    assert [name for name, _ in summary.failed] == [samples[1].id]
+    features = Features.open(tmp_path / "features")
+    assert "not an image" in features.samples[1]["error"]
+    assert "prediction" not in features.samples[1]
+    assert 1 not in features.sample_rows
+    with pytest.raises(OSError, match="not an image"):
+        extract(vlm, mixed, tmp_path / "strict", SETTINGS, strict=True)
+
+
+def test_a_word_that_no_sample_predicts_is_named_with_its_spellings(vlm, samples, tmp_path):
+    settings = dataclasses.replace(
+        SETTINGS, selection=Selection("token-of-interest", "skyline"), max_new_tokens=1
+    )
+    output = tmp_path / "features"
+    with pytest.raises(ValueError, match=r"no sample of 2 predicted 'skyline'; .* '▁skyline'"):
+        extract(vlm, samples[:2], output, settings)
+    assert not output.exists()
+
+
+def test_an_unknown_site_lists_the_nearest(vlm, samples, tmp_path):
+    settings = dataclasses.replace(SETTINGS, sites=("language_model.layers.4",))
+    with pytest.raises(ValueError, match=r"nearest: language_model\.model\.layers\.4"):
+        extract(vlm, samples, tmp_path / "features", settings)
+    assert not (tmp_path / "features").exists()
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        dataclasses.replace(SETTINGS, batch_size=0)
+    with pytest.raises(ValueError, match="mode must be one of generate, teacher-forcing"):
+        dataclasses.replace(SETTINGS, mode="dream")
+
+
+def test_a_file_in_the_place_of_the_output_is_one_line(vlm, samples, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write features") as caught:
+        extract(vlm, samples, tmp_path / "file" / "features", SETTINGS)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,102 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Concepts, Features, stages
+from xlvlm_jax.store import FeaturesWriter
+
+RNG = np.random.default_rng(0)
+
+
+def write(path, Z, attributes, sites=("a",), model="m") -> Features:
+    """Features of one row a sample."""
+    with FeaturesWriter(path, {"model": model, "fingerprint": model}) as writer:
+        samples = [{"id": str(i), "image": f"{i}.jpg", "attributes": x} for i, x in attributes]
+        index = np.arange(len(Z))
+        writer.append(samples, dict.fromkeys(sites, Z), index, index, index)
+        writer.close()
+    return Features.open(path)
+
+
+@pytest.fixture
+def features(tmp_path) -> Features:
+    """Two groups of rows along two axes; the colour says which."""
+    group = np.arange(20) % 2
+    Z = np.eye(4, dtype="f4")[group] * 10 + RNG.normal(size=(20, 4)).astype("f4") * 0.01
+    colours = [(i, {"colour": ("red", "blue")[g], "kind": "dog"}) for i, g in enumerate(group)]
+    return write(tmp_path / "features", Z, colours)
+
+
+def test_concepts_that_are_the_groups_tell_the_attribute(features, tmp_path):
+    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    scores = stages.score_attributes(concepts, features)
+    assert set(scores) == {"colour"}  # all rows share the kind, which then tells nothing
+    assert scores["colour"].nmi == pytest.approx(1)
+    assert stages.as_json(scores)["colour"]["concepts"] == 1
+
+
+def test_the_directory_holds_what_is_returned(features, tmp_path):
+    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, alpha=0.1)
+    loaded = Concepts.load(tmp_path / "concepts")
+    np.testing.assert_array_equal(loaded.components, concepts.components)
+    assert loaded.source["site"] == "a"
+    assert 0.9 < loaded.source["explained_variance"] <= 1
+
+
+def test_explained_variance_of_pca_is_scikit_learns(tmp_path):
+    from sklearn.decomposition import PCA
+
+    Z = RNG.normal(size=(30, 6)).astype("f4")
+    features = write(tmp_path / "features", Z, [(i, {}) for i in range(30)])
+    concepts = stages.decompose_features(features, tmp_path / "concepts", 3, "pca")
+    expected = PCA(3).fit(Z).explained_variance_ratio_.sum()
+    assert concepts.source["explained_variance"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_site_must_be_chosen_among_several(tmp_path):
+    Z = np.eye(3, dtype="f4")
+    features = write(tmp_path / "f", Z, [(i, {}) for i in range(3)], sites=("a", "b"))
+    assert stages.choose_site(features, "b") == "b"
+    with pytest.raises(ValueError, match="holds the sites a, b; choose one of them, got None"):
+        stages.choose_site(features, None)
+
+
+class _Head:
+    """A head and a tokenizer of three words."""
+
+    directory = None
+
+    def unembed(self, x):
+        return x[:, :3]
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def decode(self, ids):
+        return ("dog", "beach", "the")[ids[0]]
+
+
+def test_grounding_writes_words_and_images(features, tmp_path):
+    stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    grounded = stages.ground_concepts(tmp_path / "concepts", _Head(), features, num_images=2)
+    assert sorted(words[0] for words in grounded.words) == ["beach", "dog"]
+    assert Concepts.load(tmp_path / "concepts").images == grounded.images
+    for words, images in zip(grounded.words, grounded.images, strict=True):
+        parity = {int(image.removesuffix(".jpg")) % 2 for image in images}
+        assert parity == {0 if words[0] == "dog" else 1}
+
+
+def test_features_of_another_run_are_refused(features, tmp_path):
+    stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    other = write(tmp_path / "other", np.eye(4, dtype="f4"), [(i, {}) for i in range(4)])
+    with pytest.raises(ValueError, match=r"activations of 20 rows, .* has 4; ground concepts with"):
+        stages.ground_concepts(tmp_path / "concepts", _Head(), other)
+
+
+def test_test_features_are_projected(features, tmp_path):
+    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    shutil.copytree(features.path, tmp_path / "other")
+    other = Features.open(tmp_path / "other")
+    assert stages.score_attributes(concepts, other)["colour"].nmi == pytest.approx(1)
