@@ -267,7 +267,7 @@ def train_demo(
         train.train(work, output / "clip", output / "llava", seed=seed, log=log)
         result = evaluate.evaluate(output / "llava", num_test, progress=stage("evaluating"))
     evaluate.show(result, console)
-    (output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output / "llava" / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _load(model: str, dtype: str = "float32") -> Any:

@@ -79,7 +79,9 @@ def run(
     )
     features = {}
     for split, name in (("train", "features"), ("test", "test-features")):
-        samples = select.containing(data.load("coco", pictures, split), word)
+        # The plural begins with the same token: "dogs" is "dog" and "s".
+        forms = (word, f"{word}s", f"{word}es")
+        samples = select.containing(data.load("coco", pictures, split), forms)
         source = {"dataset": "scenes", "split": split, "containing": word, "seed": seed}
         advance = stage(f"extracting {split}")
         extract(vlm, samples, output / name, settings, source=source, progress=advance)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import orbax.checkpoint as ocp
 
 from ports import checkpoint, clip, llava
@@ -30,6 +31,7 @@ from xlvlm_jax.embedded import blueprint, sequences
 SAVE_EVERY = 200
 POOL = 40_000  # training pictures; captions and questions are drawn anew each time
 CONTINUATIONS, LENGTH = 7, 28  # captions and questions behind a picture, and their positions
+HALVES_UNTIL = 0.3  # the share of a stage after which questions are asked without bias
 CLIP_TEXT = "A photo is described by the words"
 
 
@@ -42,12 +44,13 @@ class Stage:
     batch: int
     rate: float
     frozen: tuple[str, ...] = ()  # top-level modules that stay as they are
+    muon: bool = False  # instead of AdamW
 
 
 STAGES = (
     Stage("contrast", steps=850, batch=96, rate=1.5e-3),
     Stage("align", steps=150, batch=32, rate=1.5e-3, frozen=("vision_tower",)),
-    Stage("whole", steps=750, batch=32, rate=1.5e-3),
+    Stage("whole", steps=1800, batch=32, rate=1.5e-3, muon=True),
 )
 
 
@@ -73,7 +76,7 @@ class Pictures:
 
 
 def contrast_example(
-    pictures: Pictures, tokenizer: Any, rng: np.random.Generator
+    pictures: Pictures, tokenizer: Any, rng: np.random.Generator, progress: float = 1.0
 ) -> dict[str, np.ndarray]:
     """A picture and a text: a caption, or words as CLIPScore presents them.
 
@@ -98,15 +101,51 @@ def contrast_example(
     }
 
 
+def _shows_a_half(scene: scenes.Scene, question: scenes.Question) -> float:
+    """How readily a question is asked at the beginning.
+
+    Whether yes or no is right depends on question and picture together and on neither alone, so
+    that there is no slope to follow until both are looked at: training stays at chance for long.
+    Therefore, at first, one half of the values a question can name, and of those a picture can
+    have, come mostly with yes, the other half mostly with no. Each alone then tells something, both
+    are looked at, and the rest follows when the bias goes.
+    """
+    if question.answer_type != "yes/no":
+        return 1.0
+    attribute = "kind" if question.attribute == "exists" else question.attribute
+    values = {
+        "kind": scenes.KINDS,
+        "colour": scenes.COLOURS,
+        "count": (1, 2, 3),
+        "place": scenes.PLACES,
+        "mood": scenes.MOODS,
+    }[attribute]
+    names = ("one", "two", "three") if attribute == "count" else values
+    words = question.question.lower().rstrip("?").split()
+    asked = [i for i, name in enumerate(names) if {name, f"{name}s", f"{name}es"} & set(words)]
+    if not asked:
+        return 1.0
+    shown = values.index(scenes.attributes(scene)[attribute])
+    yes = question.answer == "yes"
+    agreeing = (yes == (asked[0] % 2 == 0)) + (yes == (shown % 2 == 0))
+    return (0.02, 0.5, 1.0)[agreeing]
+
+
 def answer_example(
-    pictures: Pictures, tokenizer: Any, rng: np.random.Generator
+    pictures: Pictures, tokenizer: Any, rng: np.random.Generator, progress: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """A picture with two captions and five questions about it."""
+    """A picture with a caption and six questions about it.
+
+    progress: how much of the stage is done; see `_shows_a_half`.
+    """
     index = int(rng.integers(POOL))
     scene = pictures.scene(index)
-    captions = rng.permutation(scenes.captions(scene))[:2]
-    turns = [sequences.Turn(prompts.CAPTION, str(caption)) for caption in captions]
-    questions = scenes.questions(scene)
+    turns = [sequences.Turn(prompts.CAPTION, str(rng.choice(scenes.captions(scene))))]
+    questions = [
+        q
+        for q in scenes.questions(scene)
+        if rng.random() < _shows_a_half(scene, q) + progress / HALVES_UNTIL
+    ]
     turns += [
         # An answer is one or two tokens, a caption a dozen: weight brings them level.
         sequences.Turn(prompts.question(q.question), q.answer, weight=2.0)
@@ -117,13 +156,14 @@ def answer_example(
 
 
 def batches(
-    example: Callable[[np.random.Generator], dict], stage: Stage, seed: int, start: int
+    example: Callable[..., dict[str, np.ndarray]], stage: Stage, seed: int, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The stage's batches from step `start` on, made ahead of the training by two threads."""
     number = [s.name for s in STAGES].index(stage.name)
 
     def make(i: int) -> dict[str, np.ndarray]:
-        return example(np.random.default_rng([seed, number, i]))
+        rng = np.random.default_rng([seed, number, i])
+        return example(rng, progress=i / (stage.steps * stage.batch))
 
     dataset = grain.MapDataset.range(start * stage.batch, stage.steps * stage.batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * stage.batch)
@@ -157,7 +197,8 @@ def answer_loss(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"])
     weight = batch["weight"]
     right = logits.argmax(-1) == batch["target"]
-    is_answer = weight > 1
+    # The first token is the answer, the second its end, which is no feat.
+    is_answer = (weight > 1) & (batch["target"] != blueprint.EOS)
     figures = {
         "answers": (right & is_answer).sum() / is_answer.sum(),
         "captions": (right & (weight == 1)).sum() / (weight == 1).sum(),
@@ -166,7 +207,11 @@ def answer_loss(
 
 
 def optimizer(stage: Stage, params: dict) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay; frozen modules do not move."""
+    """AdamW or Muon with clipping, warm-up and cosine decay; frozen modules do not move.
+
+    Muon (Jordan et al. 2024) takes the kernels inside the networks, scaled so that AdamW's rates
+    fit; embeddings, the head, norms and biases stay with Adam.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0,
         peak_value=stage.rate,
@@ -174,15 +219,33 @@ def optimizer(stage: Stage, params: dict) -> optax.GradientTransformation:
         decay_steps=stage.steps,
         end_value=0.01 * stage.rate,
     )
-    decayed = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-    train = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed),
-    )
+    if stage.muon:
+
+        def matrices(tree: dict) -> dict:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: (
+                    optax.contrib.MuonDimensionNumbers()
+                    if leaf.ndim == 2 and path[-1].key == "kernel" and path[-2].key != "lm_head"
+                    else None
+                ),
+                tree,
+            )
+
+        step = optax.contrib.muon(
+            schedule,
+            weight_decay=0.05,
+            adam_b2=0.98,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrices,
+        )
+    else:
+        decayed = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        step = optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed)
     labels = {
         name: jax.tree.map(lambda _, n=name: "frozen" if n in stage.frozen else "train", tree)
         for name, tree in params.items()
     }
+    train = optax.chain(optax.clip_by_global_norm(1.0), step)
     return optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
 
 
@@ -190,7 +253,7 @@ def run_stage(
     stage: Stage,
     loss: Callable[[dict, dict], tuple[jax.Array, dict]],
     params: dict,
-    example: Callable[[np.random.Generator], dict],
+    example: Callable[..., dict[str, np.ndarray]],
     directory: Path,
     seed: int,
     log: Callable[[dict], None],
