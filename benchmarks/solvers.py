@@ -2,23 +2,20 @@
 
     python -m benchmarks.solvers --quick     # planted matrix [600, 256], under a minute
     python -m benchmarks.solvers             # planted matrix and states, [600, 256], some minutes
-    python -m benchmarks.solvers --full      # [3000, 4096] as well; scikit-learn needs most of the
-    time python -m benchmarks.solvers --rows 5000 --width 512 --concepts 64
+    python -m benchmarks.solvers --full      # [3000, 4096] too: scikit-learn needs most of the time
+    python -m benchmarks.solvers --rows 5000 --width 512 --concepts 64
 
-Every case runs both sides in turn, `--repeats` times or until the slower side has used `--budget`
+Every case runs both sides in turn, `--repeats` times or until scikit-learn has used `--budget`
 seconds, and gives medians. The first run of ours is counted apart: it compiles. Objectives are
-computed by us in float64, for both sides in the same way. Peers run to convergence in their best
-setting:
+computed by us in float64, for both sides in the same way. Peers run to convergence:
 
     snmf      DictionaryLearning(positive_code, fit_algorithm="cd", transform_algorithm="lasso_cd")
     kmeans    KMeans(algorithm="lloyd", n_init=1) from the same centroids
-    pca       PCA with the solver that it picks itself; the objective is minus the explained
-    variance
+    pca       PCA with the solver that it picks; the objective is minus the explained variance
 
 "limit" is what an update cannot beat on this machine, measured in the same process: the longer of
 reading Z once and doing the update's two products with Z at the rate of a large matrix product.
-Measure with numpy's default BLAS kernel selection: unset OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE
-first.
+Measure with numpy's default BLAS kernel selection: unset OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE.
 """
 
 import argparse

@@ -195,7 +195,7 @@ def decompose(
             (start from centroids [K, D] instead of k-means++). Source: Lloyd 1982; Arthur and
             Vassilvitskii 2007.
         "pca": orthonormal components of the centred rows; activations are scores, of any sign.
-            tol=1e-6, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
+            tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
 
     Args:

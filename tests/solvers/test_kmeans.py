@@ -14,7 +14,8 @@ from sklearn.datasets import make_blobs
 from xlvlm_jax.solvers import kmeans
 
 KEY = jax.random.key(0)
-N, D, K = 40, 6, 5
+# One shape, so that most tests share a compiled solver.
+N, D, K = 200, 16, 8
 solve = partial(kmeans.solve, num_samples=N, num_concepts=K)
 
 
@@ -41,16 +42,9 @@ def test_four_points_by_hand():
 @pytest.mark.parametrize("common", [0.0, 300.0])
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
 def test_same_start_as_scikit_learn_same_end(common, tol):
-    Z = blobs(3, 200, 16, 8) + np.float32(common)
-    theirs = KMeans(8, init=Z[:8], n_init=1, algorithm="lloyd", tol=tol).fit(Z)
-    ours = kmeans.solve(
-        jnp.asarray(Z),
-        KEY,
-        num_samples=200,
-        num_concepts=8,
-        tol=tol,
-        init_centroids=jnp.asarray(Z[:8]),
-    )
+    Z = blobs(3) + np.float32(common)
+    theirs = KMeans(K, init=Z[:K], n_init=1, algorithm="lloyd", tol=tol).fit(Z)
+    ours = solve(jnp.asarray(Z), KEY, tol=tol, init_centroids=jnp.asarray(Z[:K]))
     np.testing.assert_allclose(ours.components, theirs.cluster_centers_, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(labels(ours), theirs.labels_)
     np.testing.assert_allclose(ours.objective, theirs.inertia_, rtol=1e-4)

@@ -74,7 +74,7 @@ def solve(
     *,
     num_samples: int,
     num_concepts: int,
-    tol: Float[Array, ""] | float = 1e-6,
+    tol: Float[Array, ""] | float = 1e-5,
     max_iter: int = 100,
 ) -> Result:
     """The leading components of the rows of Z; those from `num_samples` on are ignored."""

@@ -201,7 +201,7 @@ def solve(
     full = Problem(Z, energy, alpha)
 
     if init_atoms is None:
-        basis, compressed = compress(Z, sketch_key, num_concepts + OVERSAMPLE)
+        basis, compressed = compress(Z, sketch_key, min(num_concepts + OVERSAMPLE, num_samples))
         small = Problem(compressed, energy, alpha)
         progress = _best_start(small, start_key, num_samples, num_concepts, n_init, tol, max_iter)
         point = progress.state.point
@@ -233,9 +233,8 @@ def compress(
 
     One pass of the randomised range finder of Halko, Martinsson and Tropp, section 4.5.
     """
-    N, D = Z.shape
-    width = min(width, N, D)
-    sketch = matmul(Z, jax.random.normal(key, (D, width)))
+    D = Z.shape[1]
+    sketch = matmul(Z, jax.random.normal(key, (D, min(width, D))))
     # (Y^T Z)^T and not Z^T Y: the transposed read of Z costs twice as much on a CPU.
     basis = jnp.linalg.qr(matmul(sketch.T, Z).T)[0]
     compressed = matmul(Z, basis)
