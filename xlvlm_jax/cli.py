@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +33,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 _debug = False
+# Typer exports the parameter error, whose base is that of all errors in a command's arguments.
+_UsageError = typer.BadParameter.__base__
 
 Model = Annotated[
     str,
@@ -327,12 +328,12 @@ def _one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except click.exceptions.Exit as end:
+    except typer.Exit as end:
         sys.exit(end.exit_code)
-    except click.exceptions.ClickException as error:
+    except _UsageError as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; what was committed stays, the same command goes on from there")
         sys.exit(130)
     except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:

@@ -66,9 +66,7 @@ def update(problem: Problem, state: State) -> State:
     K = state.offsets.shape[0]
     scores = _scores(problem, state.offsets)
     labels = jnp.argmin(scores, axis=1)
-    members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.rows[:, None]
-    counts = jnp.sum(members, axis=0)
-    sums = matmul(members.T, problem.Z) - counts[:, None] * problem.mean
+    counts, sums = _totals(problem, labels, K)
     counts, sums = jax.lax.cond(
         jnp.any(counts == 0),
         lambda: _relocate(problem, scores, labels, counts, sums),
@@ -183,6 +181,28 @@ def _scores(problem: Problem, offsets: Float[Array, "K D"]) -> Float[Array, "N K
 def _inertia(problem: Problem, scores: Float[Array, "N K"]) -> Float[Array, ""]:
     squared = problem.energy + problem.rows * jnp.min(scores, axis=1)
     return jnp.sum(jnp.maximum(squared, 0))
+
+
+def _totals(
+    problem: Problem, labels: Int[Array, " N"], K: int
+) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
+    """How many rows each cluster has, and their sum, measured from the mean of Z."""
+
+    def by_product(labels: Array) -> tuple[Array, Array]:
+        members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.rows[:, None]
+        return jnp.sum(members, axis=0), matmul(members.T, problem.Z)
+
+    def by_segment(labels: Array) -> tuple[Array, Array]:
+        # Rows that pad Z are zero: they count for nothing in the sums.
+        Z = problem.Z.astype(jnp.float32)
+        return (
+            jax.ops.segment_sum(problem.rows, labels, K),
+            jax.ops.segment_sum(Z, labels, K),
+        )
+
+    # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading them.
+    counts, sums = jax.lax.platform_dependent(labels, cpu=by_segment, default=by_product)
+    return counts, sums - counts[:, None] * problem.mean
 
 
 def _relocate(

@@ -72,6 +72,12 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."
     return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
+def image(Z: Float[Array, "N D"], scores: Float[Array, "N R"]) -> Float[Array, "D R"]:
+    """`Z^T scores`, read along the rows of Z: half the time of the transposed product on a CPU."""
+    # The barrier keeps the compiler from turning it back into that one for the sake of a layout.
+    return jax.lax.optimization_barrier(matmul(scores.T, Z)).T
+
+
 def real_rows(Z: Float[Array, "N D"], num_samples: int) -> Float[Array, " N"]:
     """1 for each of the first `num_samples` rows, 0 for the zero rows that pad Z on a mesh."""
     return (jnp.arange(Z.shape[0]) < num_samples).astype(jnp.float32)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import Result, begin, matmul, real_rows, run
+from xlvlm_jax.solvers.loop import Result, begin, image, matmul, real_rows, run
 
 OVERSAMPLE = 20
 EXACT = 256
@@ -59,10 +59,9 @@ def init(problem: Problem, directions: Float[Array, "D R"], num_concepts: int) -
 
 def update(problem: Problem, state: State, num_concepts: int) -> State:
     """One product with the covariance, then the best axes within its image."""
-    # (S^T Z)^T and not Z^T S: the transposed read of Z costs twice as much on a CPU.
-    image = matmul(state.scores.T, problem.Z).T
-    image = image - jnp.outer(problem.mean, matmul(problem.rows, state.scores))
-    new, explained = _ritz(problem, image, num_concepts)
+    directions = image(problem.Z, state.scores)
+    directions = directions - jnp.outer(problem.mean, matmul(problem.rows, state.scores))
+    new, explained = _ritz(problem, directions, num_concepts)
     gain = (state.objective - new.objective) / jnp.maximum(explained, TINY)
     return new._replace(error=gain)
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import Progress, Result, begin, matmul, run
+from xlvlm_jax.solvers.loop import Progress, Result, begin, image, matmul, run
 
 WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
 SWEEPS = 2  # coordinate sweeps on the codes in one update; they are exact only in the limit
@@ -235,8 +235,7 @@ def compress(
     """
     D = Z.shape[1]
     sketch = matmul(Z, jax.random.normal(key, (D, min(width, D))))
-    # (Y^T Z)^T and not Z^T Y: the transposed read of Z costs twice as much on a CPU.
-    basis = jnp.linalg.qr(matmul(sketch.T, Z).T)[0]
+    basis = jnp.linalg.qr(image(Z, sketch))[0]
     compressed = matmul(Z, basis)
     _, axes = jnp.linalg.eigh(matmul(compressed.T, compressed))
     axes = axes[:, ::-1]
