@@ -260,6 +260,8 @@ def run_stage(
 ) -> dict:
     """Trains `params` through one stage, going on from what `directory` holds of it."""
     transform = optimizer(stage, params)
+    # Each update overwrites its state; the caller's parameters are not to go with it.
+    params = jax.tree.map(jnp.copy, params)
     state = {"params": params, "optimizer": transform.init(params)}
 
     @functools.partial(jax.jit, donate_argnums=0)
