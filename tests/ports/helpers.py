@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,8 @@ def raises_line(kind: type[Exception], *parts: str) -> Iterator[None]:
 
 
 def run_python(script: str, *arguments: Any, **environment: str) -> str:
-    """Runs a script in a process of its own and returns what it prints."""
+    """Runs a script in a process of its own, without torch, and returns what it prints."""
+    script = "import sys\nsys.modules['torch'] = None\n" + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},

@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -246,7 +245,6 @@ class TestFullSize:
 
 
 LOAD = """
-    import sys
     from pathlib import Path
     import jax, numpy as np, transformers
     import ports
@@ -292,8 +290,7 @@ def sizeable(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory's peak from /proc")
 @pytest.mark.parametrize("stored", ["float16", "float32"])
 def test_loading_peaks_below_1_3_times_the_parameters(small, sizeable, stored):
-    script = textwrap.dedent(LOAD)
-    ratio = float(helpers.run_python(script, small.directory, sizeable(stored)))
+    ratio = float(helpers.run_python(LOAD, small.directory, sizeable(stored)))
     print(f"{stored} loaded as float32: peak {ratio:.3f} x the parameters")
     assert 0.9 < ratio < 1.3
 

