@@ -7,13 +7,12 @@
 This package knows nothing of the toolkit: it can be used alone.
 """
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from ports import llava
+from ports import checkpoint, llava
 from ports.generate import Generation, Sampling
 from ports.sharding import make_mesh
 from ports.sites import capture, list_sites
@@ -52,7 +51,7 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     directory = _directory(path)
-    config = _read_config(directory)
+    config = checkpoint.read_config(directory, tuple(_PORTS))
     port, kind = _PORTS[config.model_type]
     module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
     params = load_module(module, port, directory, jnp.dtype(dtype), mesh)
@@ -78,24 +77,3 @@ def _directory(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{str(path)!r} is no directory here and could not be had from the hub: {first}"
         ) from error
-
-
-def _read_config(directory: Path):
-    from transformers import AutoConfig
-
-    file = directory / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
-    try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error})") from None
-    if model_type not in tuple(_PORTS):  # it may be anything, also what cannot be hashed
-        raise ValueError(
-            f"{file}: model_type is {model_type!r}, which has no port; "
-            f"supported: {', '.join(_PORTS)}"
-        )
-    try:
-        return AutoConfig.from_pretrained(directory)
-    except Exception as error:  # each configuration class has checks and kinds of errors of its own
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error

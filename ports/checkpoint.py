@@ -9,6 +9,7 @@ and its layout from its last part:
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,29 @@ from ports.sites import site_name
 
 Rename = Callable[[str], str | None]
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+def read_config(directory: Path, supported: tuple[str, ...]) -> Any:
+    """The transformers configuration of a checkpoint directory.
+
+    Raises FileNotFoundError if it has no config.json, and ValueError if that is damaged or its
+    model_type is not among `supported`.
+    """
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    if model_type not in supported:
+        raise ValueError(f"{file}: model_type is {model_type!r}; expected {' or '.join(supported)}")
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # each configuration class has checks and kinds of errors of its own
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def tensor_name(path: tuple[str, ...]) -> str:

@@ -108,8 +108,8 @@ class CLIP(nn.Module):
         cfg = self.config
         self.text_model = TextTransformer(cfg.text, self.dtype)
         self.vision_model = vision.CLIPVisionTransformer(cfg.vision, self.dtype)
-        self.text_projection = nn.Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
-        self.visual_projection = nn.Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
+        self.text_projection = layers.dense(cfg.projection_dim, False, self.dtype)
+        self.visual_projection = layers.dense(cfg.projection_dim, False, self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
@@ -182,16 +182,8 @@ def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
 
     Raises FileNotFoundError or ValueError as `ports.load` does.
     """
-    from transformers import AutoConfig
-
     directory = Path(directory)
-    if not (directory / "config.json").exists():
-        raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
-    config = AutoConfig.from_pretrained(directory)
-    if config.model_type != "clip":
-        raise ValueError(
-            f"{directory}: model_type is {config.model_type!r}; expected 'clip', a dual encoder"
-        )
+    config = checkpoint.read_config(directory, ("clip",))
     module = CLIP(Config.from_hf(config), dtype=jnp.dtype(dtype))
     abstract = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module.config))
     params = checkpoint.load_params(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ports import decoder, joiner
+from ports import joiner
 from ports.sites import capture
 
 Array = jax.Array
@@ -65,12 +65,7 @@ def generate(
     """
     mask = joiner.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
-    cache = decoder.init_cache(
-        model.config.text, batch, length + max_new_tokens, jnp.dtype(model.dtype)
-    )
-    for name in reversed(model.decoder_path):
-        cache = {name: cache}
-    variables = {"cache": cache}
+    variables = {"cache": model.init_cache(batch, length + max_new_tokens)}
     apply = capture(model.apply, sites)
 
     def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:

@@ -49,6 +49,13 @@ class VisionLanguageModel(nn.Module):
             positions = decoder.token_positions(mask)
         return self.causal_lm.model(x, positions, decoder.causal_mask(mask))
 
+    def init_cache(self, batch: int, slots: int) -> dict:
+        """An empty cache, as the variable collection "cache" of this module."""
+        cache = decoder.init_cache(self.config.text, batch, slots, jnp.dtype(self.dtype))
+        for name in reversed(self.decoder_path):
+            cache = {name: cache}
+        return cache
+
     def prefill(self, inputs: Inputs) -> Array:
         """As `__call__`, but the logits [B, V] of the last position only; fills the cache."""
         return self.unembed(self.states(inputs)[:, -1:])[:, 0]

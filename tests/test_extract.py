@@ -112,23 +112,14 @@ def test_other_arguments_on_the_same_directory_are_refused(vlm, samples, feature
         extract(vlm, samples, features.path, other)
 
 
-@pytest.mark.parametrize(
-    ("selection", "rows_of"),
-    [
-        ("index:-1", lambda prediction: 1),
-        ("before-special-tokens", lambda prediction: 1),
-        ("range:0:3", lambda prediction: 1),
-    ],
-)
+@pytest.mark.parametrize("selection", ["index:-1", "before-special-tokens", "range:0:3"])
 def test_every_sample_has_a_row_where_the_selection_looks_for_no_word(
-    vlm, samples, tmp_path, selection, rows_of
+    vlm, samples, tmp_path, selection
 ):
     settings = dataclasses.replace(SETTINGS, selection=Selection.parse(selection), sites=(NORM,))
     extract(vlm, samples[:4], tmp_path / "features", settings)
     features = Features.open(tmp_path / "features")
-    assert [int((features.sample_rows == i).sum()) for i in range(4)] == [
-        rows_of(s["prediction"]) for s in features.samples
-    ]
+    assert features.sample_rows.tolist() == [0, 1, 2, 3]
 
 
 def test_the_first_positions_of_the_prompt_are_those_of_a_forward_pass(vlm, samples, tmp_path):

@@ -252,7 +252,7 @@ def train_demo(
     seed: Seed = 0,
     num_test: Annotated[int, typer.Option(help="Test pictures to evaluate on.")] = 500,
 ) -> None:
-    """Makes the embedded model again, from nothing: about an hour on two free cores."""
+    """Makes the embedded model again, from nothing: some ninety minutes on two free cores."""
     from xlvlm_jax.embedded import evaluate, train
 
     with _progress() as progress:

@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from xlvlm_jax import atomic
 from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf
 from xlvlm_jax.solvers.inputs import (
     as_matrix,
@@ -129,8 +129,8 @@ class Concepts:
         description = (json.dumps(described, indent=2) + "\n").encode()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / TENSORS, tensors)
-        _replace(directory / DESCRIPTION, description)
+        atomic.write(directory / TENSORS, tensors)
+        atomic.write(directory / DESCRIPTION, description)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Concepts":
@@ -325,13 +325,3 @@ def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _nearest(name: str, names: Any) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=2)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ports
-from xlvlm_jax import data, embedded, stages
+from xlvlm_jax import atomic, data, embedded, stages
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.extract import Settings, extract
@@ -65,7 +65,7 @@ def run(
         seconds[name], began = round(now - began, 2), now
 
     pictures = output / "scenes"
-    if not pictures.exists():
+    if not (pictures / "dataset_coco.json").exists():  # written last
         scenes.write(
             pictures, train=NUM_TRAIN, test=NUM_TEST, seed=seed, progress=stage("drawing scenes")
         )
@@ -102,16 +102,13 @@ def run(
     lap("concepts")
 
     rows = {split: len(f.tokens) for split, f in features.items()}
-    _write_json(
-        output / "scores.json",
-        {
-            "attributes": {
-                site: {split: stages.as_json(s) for split, s in by_split.items()}
-                for site, by_split in scores.items()
-            }
-        },
-    )
-    _write_json(output / "run.json", _description(word, num_concepts, seed, rows, seconds))
+    attributes = {
+        site: {split: stages.as_json(score) for split, score in splits.items()}
+        for site, splits in scores.items()
+    }
+    atomic.write(output / "scores.json", json.dumps({"attributes": attributes}, indent=2) + "\n")
+    description = _description(word, num_concepts, seed, rows, seconds)
+    atomic.write(output / "run.json", json.dumps(description, indent=2) + "\n")
     report = write_report(output)
     lap("report")
     return Result(concepts, scores, seconds, rows, report)
@@ -134,12 +131,6 @@ def _description(
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def show(result: Result, console: Console) -> None:

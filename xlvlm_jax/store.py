@@ -30,6 +30,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Float, Int, Int32, Int64, Shaped
 
+from xlvlm_jax import atomic
 from xlvlm_jax.row_arrays import check_chunks, create_array, cut, open_array, reason, wait
 
 FORMAT = "xlvlm-features"
@@ -43,13 +44,7 @@ _ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
 
 
 def _replace(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader finds the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    atomic.write(path, json.dumps(value, indent=1) + "\n")
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_same_seed_same_bytes(written, tmp_path):
 
     first, again = files(written), files(tmp_path / "again")
     assert first == again
-    assert not [name for name in first if name.name.endswith(".partial")]
+    assert not [name for name in first if name.name.endswith(".tmp")]
     picture = next(name for name in files(tmp_path / "other") if name.suffix == ".jpg")
     assert files(tmp_path / "other")[picture] != first[picture]
 

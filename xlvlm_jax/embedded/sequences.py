@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ports import decoder, llava
+from ports import llava
 from xlvlm_jax.embedded.blueprint import IMAGE, TOKENS_PER_IMAGE
 
 
@@ -79,9 +79,7 @@ def logits(
     """Logits [B, G, S, V] of the continuations ids[B, G, S] of the pictures [B, 3, H, W]."""
     batch, count, length = ids.shape
     size = len(prefix_ids)
-    cache = decoder.init_cache(model.config.text, batch, size + length, model.dtype)
-    for name in reversed(model.decoder_path):
-        cache = {name: cache}
+    cache = model.init_cache(batch, size + length)
     inputs = {
         "input_ids": jnp.broadcast_to(prefix_ids, (batch, size)),
         "pixel_values": pixels,

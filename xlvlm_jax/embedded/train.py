@@ -1,9 +1,9 @@
 """Trains the embedded model from nothing: `xlvlm train-demo`.
 
-Three stages, each AdamW (Loshchilov and Hutter 2019) with warm-up and cosine decay:
-    contrast   a CLIP pair on pictures and captions; its image tower becomes the LLaVA's
+Three stages with warm-up and cosine decay, by AdamW (Loshchilov and Hutter 2019) or Muon:
+    contrast   a CLIP pair on pictures and texts; its image tower becomes the LLaVA's
     align      projector and decoder, the tower frozen (the decoder has no training of its own yet)
-    whole      everything
+    whole      everything, by Muon
 A stage saves its state every `SAVE_EVERY` steps; started again, training goes on from there. The
 data of a step follow from seed and step, so that an interrupted run ends like an undisturbed one.
 """
@@ -23,15 +23,19 @@ import numpy as np
 import optax
 import optax.contrib
 import orbax.checkpoint as ocp
+from flax import linen as nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ports import checkpoint, clip, llava
 from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.data.scenes.words import NOUNS
 from xlvlm_jax.embedded import blueprint, sequences
 
 SAVE_EVERY = 200
 POOL = 40_000  # training pictures; captions and questions are drawn anew each time
 CONTINUATIONS, LENGTH = 7, 28  # captions and questions behind a picture, and their positions
 HALVES_UNTIL = 0.3  # the share of a stage after which questions are asked without bias
+NUMBERS = {1: "one", 2: "two", 3: "three"}
 CLIP_TEXT = "A photo is described by the words"
 
 
@@ -87,10 +91,9 @@ def contrast_example(
     scene = pictures.scene(index)
     text = str(rng.choice(scenes.captions(scene)))
     if rng.random() < 0.6:
-        noun = (
-            scene.kind if scene.count == 1 else f"{scene.kind}{'es' * (scene.kind == 'bus') or 's'}"
-        )
-        words = [("one", "two", "three")[scene.count - 1], scene.colour, noun, scene.place]
+        one, many = next(iter(NOUNS[scene.kind]))  # the usual name comes first
+        noun = one if scene.count == 1 else many
+        words = [NUMBERS[scene.count], scene.colour, noun, scene.place]
         words = rng.permutation([*words, *([scene.mood] if scene.mood else [])])
         text = f"{CLIP_TEXT} {', '.join(words)}."
     tokens = tokenizer(text, padding="max_length", max_length=32, truncation=True)
@@ -116,18 +119,14 @@ def _shows_a_half(scene: scenes.Scene, question: scenes.Question) -> float:
     values = {
         "kind": scenes.KINDS,
         "colour": scenes.COLOURS,
-        "count": (1, 2, 3),
+        "count": tuple(NUMBERS),
         "place": scenes.PLACES,
         "mood": scenes.MOODS,
     }[attribute]
-    names = ("one", "two", "three") if attribute == "count" else values
-    words = question.question.lower().rstrip("?").split()
-    asked = [i for i, name in enumerate(names) if {name, f"{name}s", f"{name}es"} & set(words)]
-    if not asked:
-        return 1.0
+    asked = values.index(scenes.named(question.question)[attribute])
     shown = values.index(scenes.attributes(scene)[attribute])
     yes = question.answer == "yes"
-    agreeing = (yes == (asked[0] % 2 == 0)) + (yes == (shown % 2 == 0))
+    agreeing = (yes == (asked % 2 == 0)) + (yes == (shown % 2 == 0))
     return (0.02, 0.5, 1.0)[agreeing]
 
 
@@ -172,8 +171,7 @@ def batches(
 
 def normalise(pictures: jax.Array) -> jax.Array:
     """uint8[B, H, W, 3] -> pixel_values float32[B, 3, H, W], as the image processor makes them."""
-    mean = jnp.array([0.48145466, 0.4578275, 0.40821073])
-    deviation = jnp.array([0.26862954, 0.26130258, 0.27577711])
+    mean, deviation = jnp.array(OPENAI_CLIP_MEAN), jnp.array(OPENAI_CLIP_STD)
     return jnp.moveaxis((pictures / 255.0 - mean) / deviation, -1, 1)
 
 
@@ -324,11 +322,10 @@ def train(
     tokenizer = blueprint.make_tokenizer(end=True)
     config = blueprint.clip_config(len(tokenizer))
     pair = clip.CLIP(clip.Config.from_hf(config))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), clip.example_inputs(pair.config))
     params = run_stage(
         contrast,
         functools.partial(contrast_loss, pair),
-        jax.jit(pair.init)(keys[0], *zeros)["params"],
+        _initial(pair, keys[0], *clip.example_inputs(pair.config)),
         functools.partial(contrast_example, pictures, tokenizer),
         work,
         seed,
@@ -341,9 +338,7 @@ def train(
     tokenizer = blueprint.make_tokenizer()
     config = blueprint.llava_config(len(tokenizer))
     model = llava.Llava(llava.Config.from_hf(config))
-    shapes = llava.example_inputs(model.config)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    params = jax.jit(model.init)(keys[1], zeros)["params"]
+    params = _initial(model, keys[1], llava.example_inputs(model.config))
     params["vision_tower"]["vision_model"] = tower
     for stage in (align, whole):
         params = run_stage(
@@ -357,6 +352,12 @@ def train(
         )
     blueprint.save_llava(llava_directory, config)
     checkpoint.save_params(params, llava_directory, dtype=np.float16)
+
+
+def _initial(module: nn.Module, key: jax.Array, *shapes: Any) -> dict:
+    """Random parameters of a module that takes arguments of these shapes."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.jit(module.init)(key, *zeros)["params"]
 
 
 def _short(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from xlvlm_jax import atomic
 from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
@@ -87,10 +88,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _store(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+        atomic.write(path, text)
     except OSError as error:
         raise OSError(
             f"cannot write the report to {path}: {error.strerror};"

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from xlvlm_jax import atomic
+
 from .ask import Question, questions
 from .draw import encode
 from .language import captions, split_words
@@ -83,15 +85,8 @@ def _annotation(question: Question, question_id: int, picture: int) -> dict:
     }
 
 
-def _store(path: Path, content: bytes) -> None:
-    """Whole or not at all: written under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 def _store_json(path: Path, content) -> None:
-    _store(path, json.dumps(content).encode())
+    atomic.write(path, json.dumps(content))
 
 
 def write(
@@ -137,7 +132,8 @@ def write(
             scene = sample_scene(split, index, seed)
             number, folder = image_id(split, index), FOLDER[split]
             name = f"COCO_{folder}_{number:012d}.jpg"
-            _store(root / folder / name, encode(scene))
+            # The annotations come last: without them nothing here is a data set yet.
+            (root / folder / name).write_bytes(encode(scene))
             texts = captions(scene)
             sentence_ids = list(range(sentence, sentence + len(texts)))
             sentence += len(texts)

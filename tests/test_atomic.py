@@ -1,0 +1,25 @@
+import os
+
+import pytest
+
+from xlvlm_jax import atomic
+
+
+def test_the_new_content_takes_the_place_of_the_old(tmp_path):
+    atomic.write(tmp_path / "a", "old")
+    atomic.write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    atomic.write(tmp_path / "a", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

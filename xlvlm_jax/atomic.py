@@ -1,0 +1,21 @@
+"""Files that are there whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader finds the old one or the new one, and never a part.
+
+    It is written as `<name>.tmp` beside its place, flushed to the disk and renamed; what a killed
+    process left under that name is overwritten. Raises OSError when the file can't be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
