@@ -43,7 +43,9 @@ def read_config(directory: Path, supported: tuple[str, ...]) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
     if model_type not in supported:
-        raise ValueError(f"{file}: model_type is {model_type!r}; expected {' or '.join(supported)}")
+        raise ValueError(
+            f"{file}: model_type {model_type!r} is not supported; supported: {', '.join(supported)}"
+        )
     try:
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # each configuration class has checks and kinds of errors of its own

@@ -1,4 +1,4 @@
-"""The decoder of the Llama family and its key-value cache.
+"""The decoder of the Llama family (Llama, Mistral, Qwen2) and its key-value cache.
 
 B batch, T query positions, S key positions (cache slots), D width, V vocabulary,
 H query heads, N key-value heads, C head width.
@@ -33,25 +33,43 @@ class DecoderConfig:
     rope_theta: float
     norm_eps: float
     hidden_act: str
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     tie_embeddings: bool
+    # How many positions a query sees, itself counted; None: all that precede.
+    sliding_window: int | None = None
+    # Multimodal rotary embedding: how many frequencies turn with time, height and width.
+    rope_sections: tuple[int, ...] | None = None
 
     @classmethod
-    def from_hf(cls, text: Any, tie_embeddings: bool) -> "DecoderConfig":
-        """Reads a transformers LlamaConfig; ValueError for a value that is not implemented."""
-        if text.model_type != "llama":
+    def from_hf(cls, text: Any, tie_embeddings: bool, model_type: str) -> "DecoderConfig":
+        """Reads the transformers text configuration of that model_type.
+
+        model_type: "llama", "mistral" or "qwen2_vl_text"; what the joined model's decoder is.
+        ValueError for another one, or for a value that is not implemented.
+        """
+        if text.model_type != model_type:
             raise ValueError(
-                f"text_config.model_type is {text.model_type!r}; this port implements 'llama'"
+                f"text_config.model_type is {text.model_type!r}; this port implements "
+                f"{model_type!r}"
             )
         rope = dict(text.rope_parameters)
-        if rope.get("rope_type", "default") != "default":
+        # transformers calls rotary embedding in sections "default" or, in older files, "mrope".
+        if rope.get("rope_type", "default") not in ("default", "mrope"):
             raise ValueError(
                 f"text_config asks for rope_type {rope['rope_type']!r}; "
                 "only 'default' (unscaled) rotary embedding is implemented"
             )
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("text_config.partial_rotary_factor other than 1 is not implemented")
+        sections = rope.get("mrope_section")
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if sections is not None and sum(sections) != head_dim // 2:
+            raise ValueError(
+                f"mrope_section {list(sections)} adds up to {sum(sections)}; expected half the "
+                f"head width, {head_dim // 2}"
+            )
         layers.activation(text.hidden_act)
         if text.num_attention_heads % text.num_key_value_heads:
             raise ValueError(
@@ -65,14 +83,53 @@ class DecoderConfig:
             num_layers=text.num_hidden_layers,
             num_heads=text.num_attention_heads,
             num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+            head_dim=head_dim,
             rope_theta=float(rope["rope_theta"]),
             norm_eps=text.rms_norm_eps,
             hidden_act=text.hidden_act,
-            attention_bias=text.attention_bias,
-            mlp_bias=text.mlp_bias,
+            # Qwen2 has biases at query, key and value, without an entry in its configuration.
+            qkv_bias=getattr(text, "attention_bias", model_type == "qwen2_vl_text"),
+            output_bias=getattr(text, "attention_bias", False),
+            mlp_bias=getattr(text, "mlp_bias", False),
             tie_embeddings=tie_embeddings,
+            sliding_window=_sliding_window(text),
+            rope_sections=None if sections is None else tuple(sections),
         )
+
+
+def _sliding_window(text: Any) -> int | None:
+    """The window of a text configuration; ValueError if only some of the layers have one."""
+    window = getattr(text, "sliding_window", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return None
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise ValueError(
+            f"text_config.layer_types mixes {' and '.join(sorted(kinds))}; one kind for all layers "
+            "is implemented"
+        )
+    return window
+
+
+def through_cache(
+    module: nn.Module, key: Array, value: Array, start: Array | None
+) -> tuple[Array, Array]:
+    """Writes keys and values [B, T, N, C] into the module's cache, if the call has one.
+
+    Returns those to attend to: the given ones in a forward pass or a prefill (start is None), the
+    whole cache [B, S, N, C] in a decode step that begins at slot `start`.
+    """
+    if not module.has_variable("cache", "key"):
+        return key, value
+    slot = (0, 0 if start is None else start, 0, 0)
+    cached = []
+    for name, new in (("key", key), ("value", value)):
+        variable = module.variable("cache", name, jnp.zeros_like, new)
+        variable.value = jax.lax.dynamic_update_slice(variable.value, new, slot)
+        cached.append(variable.value)
+    return (key, value) if start is None else (cached[0], cached[1])
 
 
 class Attention(nn.Module):
@@ -91,23 +148,15 @@ class Attention(nn.Module):
         cfg = self.config
 
         def heads(name: str, count: int) -> Array:
-            y = layers.dense(count * cfg.head_dim, cfg.attention_bias, self.dtype, name)(x)
+            y = layers.dense(count * cfg.head_dim, cfg.qkv_bias, self.dtype, name)(x)
             return y.reshape(*x.shape[:2], count, cfg.head_dim)
 
         query = layers.rotate(heads("q_proj", cfg.num_heads), *angles)
         key = layers.rotate(heads("k_proj", cfg.num_kv_heads), *angles)
         value = heads("v_proj", cfg.num_kv_heads)
-        if self.has_variable("cache", "key"):
-            slot = (0, 0 if start is None else start, 0, 0)
-            cached = []
-            for name, new in (("key", key), ("value", value)):
-                variable = self.variable("cache", name, jnp.zeros_like, new)
-                variable.value = jax.lax.dynamic_update_slice(variable.value, new, slot)
-                cached.append(variable.value)
-            if start is not None:
-                key, value = cached
+        key, value = through_cache(self, key, value, start)
         y = layers.attend(query, key, value, mask).reshape(*x.shape[:2], -1)
-        return layers.dense(x.shape[-1], cfg.attention_bias, self.dtype, "o_proj")(y)
+        return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
 
 class DecoderLayer(nn.Module):
@@ -148,8 +197,15 @@ class Decoder(nn.Module):
     def __call__(
         self, x: Array, positions: Array, mask: Array, start: Array | None = None
     ) -> Array:
-        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D]."""
-        angles = layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D].
+
+        positions may have a last axis of three, (time, height, width), if the configuration
+        divides the rotary embedding in sections.
+        """
+        cfg = self.config
+        angles = layers.rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
+        if cfg.sliding_window is not None:
+            mask = mask & within_window(mask.shape, cfg.sliding_window, start)
         for layer in self.layers:
             x = layer(x, angles, mask, start)
         return self.norm(x)
@@ -191,6 +247,15 @@ def causal_mask(attention_mask: Array) -> Array:
     length = attention_mask.shape[-1]
     visible = attention_mask.astype(bool)[:, None, None, :]
     return visible & jnp.tri(length, dtype=bool)
+
+
+def within_window(shape: tuple[int, ...], window: int, start: Array | None) -> Array:
+    """bool[T, S]: whether the key in a slot is one of the `window` up to the query's own.
+
+    shape: [..., T, S]; the queries lie in the slots from `start` (None: 0) on.
+    """
+    query = (0 if start is None else start) + jnp.arange(shape[-2])
+    return query[:, None] - jnp.arange(shape[-1]) < window
 
 
 def token_positions(attention_mask: Array) -> Array:

@@ -85,7 +85,7 @@ def generate(
         .set(value[:, -1])
         for site, value in prefilled.items()
     }
-    prompt_lengths = mask.sum(-1)
+    next_positions = model.positions(inputs).reshape(batch, -1).max(-1) + 1
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
 
@@ -100,7 +100,7 @@ def generate(
         (logits, variables), new = apply(
             {"params": params, **variables},
             tokens[:, step - 1],
-            prompt_lengths + step - 1,
+            next_positions + step - 1,
             valid,
             slot,
             method="decode_step",

@@ -20,21 +20,39 @@ Inputs = Mapping[str, Any]
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision tower joined to a decoder. Subclasses set what raises here."""
+    """A vision tower joined to a decoder. Subclasses set what raises here.
+
+    `config` has `text`, the decoder's configuration, and `image_tokens`, the ids of the tokens
+    that stand for an image.
+    """
 
     config: Any
     dtype: jnp.dtype = jnp.float32
-    # The path of the decoder's module, which is where its cache lies among the variables.
+    # The paths of the decoder's module, which is where its cache lies among the variables, and of
+    # the language-model head.
     decoder_path: ClassVar[tuple[str, ...]]
+    head_path: ClassVar[tuple[str, ...]]
 
     @property
-    def causal_lm(self) -> decoder.CausalLM:
-        """The decoder with its head."""
+    def text_decoder(self) -> decoder.Decoder:
+        """The decoder: called with embeddings, and with `embed_tokens` for the tokens'."""
+        raise NotImplementedError
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
         raise NotImplementedError
 
     def embed_inputs(self, inputs: Inputs) -> Array:
         """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
         raise NotImplementedError
+
+    def positions(self, inputs: Inputs) -> Array:
+        """The tokens' rotary positions, int32[B, T] or [B, T, 3]; needs no parameters.
+
+        A generated token gets the position after the highest of its row.
+        """
+        given = inputs.get("position_ids")
+        return decoder.token_positions(attention_mask(inputs)) if given is None else given
 
     def __call__(self, inputs: Inputs) -> Array:
         """The processor's arrays -> logits[B, T, V] at every position."""
@@ -43,11 +61,8 @@ class VisionLanguageModel(nn.Module):
     def states(self, inputs: Inputs) -> Array:
         """The processor's arrays -> states after the final norm [B, T, D]."""
         x = self.embed_inputs(inputs)
-        mask = attention_mask(inputs)
-        positions = inputs.get("position_ids")
-        if positions is None:
-            positions = decoder.token_positions(mask)
-        return self.causal_lm.model(x, positions, decoder.causal_mask(mask))
+        mask = decoder.causal_mask(attention_mask(inputs))
+        return self.text_decoder(x, self.positions(inputs), mask)
 
     def init_cache(self, batch: int, slots: int) -> dict:
         """An empty cache, as the variable collection "cache" of this module."""
@@ -66,17 +81,14 @@ class VisionLanguageModel(nn.Module):
         tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
         each of them sees; slot int32[], where the first of them goes -> final states [B, T, D].
         """
-        lm = self.causal_lm
-        return lm.model(lm.model.embed_tokens(tokens), positions, mask, start=slot)
+        return self.text_decoder(
+            self.text_decoder.embed_tokens(tokens), positions, mask, start=slot
+        )
 
     def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
         """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
         mask = valid[:, None, None, :]
         return self.unembed(self.extend(tokens[:, None], positions[:, None], mask, slot))[:, 0]
-
-    def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
-        return self.causal_lm.unembed(x)
 
 
 def attention_mask(inputs: Inputs) -> Array:
@@ -85,12 +97,19 @@ def attention_mask(inputs: Inputs) -> Array:
     return jnp.ones_like(inputs["input_ids"]) if mask is None else jnp.asarray(mask)
 
 
-def place_images(x: Array, is_image: Array, features: Array) -> Array:
+def is_image(tokens: Array, image_tokens: tuple[int, ...]) -> Array:
+    """bool[B, T]: which of the tokens int[B, T] stand for an image."""
+    return jnp.isin(tokens, jnp.array(image_tokens))
+
+
+def place_images(x: Array, is_image: Array, features: Array, valid: Array | None = None) -> Array:
     """Puts image features, in order, where the image tokens are.
 
-    x[B, T, D], is_image bool[B, T], features[F, D] with F = the number of image tokens of the
-    batch, read row by row -> [B, T, D].
+    x[B, T, D], is_image bool[B, T], features[F, D]; valid bool[F] says which of the features count
+    (None: all), as many as there are image tokens in the batch, read row by row -> [B, T, D].
     """
     index = jnp.cumsum(is_image.reshape(-1)) - 1
+    if valid is not None:
+        features = features[jnp.argsort(~valid, stable=True)]
     features = features[jnp.clip(index, 0, len(features) - 1)].reshape(x.shape)
     return jnp.where(is_image[..., None], features.astype(x.dtype), x)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 Array = jax.Array
@@ -58,14 +59,23 @@ def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None)
     return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
 
 
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rotary_angles(
+    positions: Array, head_dim: int, theta: float, sections: tuple[int, ...] | None = None
+) -> tuple[Array, Array]:
     """The cosines and sines float32[B, T, C] of rotary position embedding (Su et al. 2021).
 
     positions: int32[B, T]. The frequencies are laid out for rotating the two halves of a head
     against each other, as in the Llama family.
+    sections: for positions int32[B, T, len(sections)], how many frequencies turn with each of the
+    components (Qwen2-VL, Wang et al. 2024, section 2.1); positions without that axis are the same
+    in all of them.
     """
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    if positions.ndim == 3:
+        component = np.repeat(np.arange(len(sections)), sections)
+        angles = positions[..., component].astype(jnp.float32) * frequencies
+    else:
+        angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -23,7 +23,7 @@ class Config:
 
     text: decoder.DecoderConfig
     vision: vision.VisionConfig
-    image_token: int
+    image_tokens: tuple[int, ...]
     feature_layers: tuple[int, ...]
     keep_class_position: bool
     projector_act: str
@@ -50,9 +50,9 @@ class Config:
         # Older checkpoints say it in text_config, newer ones at the top.
         tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
         return cls(
-            text=decoder.DecoderConfig.from_hf(config.text_config, tied),
+            text=decoder.DecoderConfig.from_hf(config.text_config, tied, "llama"),
             vision=tower,
-            image_token=config.image_token_index,
+            image_tokens=(config.image_token_index,),
             feature_layers=chosen,
             keep_class_position=strategy == "full",
             projector_act=config.projector_hidden_act,
@@ -84,11 +84,16 @@ class Projector(nn.Module):
         )
 
 
+# What the port understands of a processor's arrays; the rest is left aside.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+
+
 class Llava(joiner.VisionLanguageModel):
     """The features of the chosen tower layers, projected, take the places of the image tokens."""
 
     config: Config
     decoder_path = ("language_model", "model")
+    head_path = ("language_model", "lm_head")
 
     def setup(self):
         self.vision_tower = vision.CLIPVisionModel(self.config.vision, self.dtype)
@@ -96,9 +101,13 @@ class Llava(joiner.VisionLanguageModel):
         self.language_model = decoder.CausalLM(self.config.text, self.dtype)
 
     @property
-    def causal_lm(self) -> decoder.CausalLM:
-        """The decoder with its head."""
-        return self.language_model
+    def text_decoder(self) -> decoder.Decoder:
+        """The Llama decoder."""
+        return self.language_model.model
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        return self.language_model.unembed(x)
 
     def image_features(self, pixels: Array) -> Array:
         """pixels[I, 3, height, width] -> [I, P, D], as they enter the decoder."""
@@ -111,9 +120,9 @@ class Llava(joiner.VisionLanguageModel):
     def embed_inputs(self, inputs: joiner.Inputs) -> Array:
         """input_ids int[B, T], pixel_values[I, 3, height, width] or none -> [B, T, D]."""
         tokens = jnp.asarray(inputs["input_ids"])
-        is_image = tokens == self.config.image_token
+        is_image = joiner.is_image(tokens, self.config.image_tokens)
         # The image token may lie outside the embedding table.
-        x = self.language_model.model.embed_tokens(jnp.where(is_image, 0, tokens))
+        x = self.text_decoder.embed_tokens(jnp.where(is_image, 0, tokens))
         if inputs.get("pixel_values") is None:
             return x
         features = self.image_features(jnp.asarray(inputs["pixel_values"]))
@@ -133,16 +142,19 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     }
 
 
-def check_inputs(config: Config, inputs: Mapping[str, Any]) -> None:
-    """ValueError when images and image tokens of the processor's arrays do not fit each other."""
-    is_image = np.asarray(inputs["input_ids"]) == config.image_token
+def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The processor's arrays as the module takes them, which for LLaVA they are.
+
+    ValueError when images and image tokens do not fit each other.
+    """
+    is_image = np.isin(inputs["input_ids"], config.image_tokens)
     pixels = inputs.get("pixel_values")
     num_images = 0 if pixels is None else len(pixels)
     expected = num_images * config.tokens_per_image
     if num_images and not is_image.any():
         raise ValueError(
-            f"the batch has {num_images} images but no image token (id {config.image_token}) in "
-            "its prompts; put <image> into each prompt that goes with an image"
+            f"the batch has {num_images} images but no image token (id {config.image_tokens[0]}) "
+            "in its prompts; put <image> into each prompt that goes with an image"
         )
     if expected != is_image.sum():
         raise ValueError(
@@ -157,6 +169,7 @@ def check_inputs(config: Config, inputs: Mapping[str, Any]) -> None:
                 f"pixel_values has shape {tuple(pixels.shape)}; expected [images, "
                 f"{', '.join(map(str, size))}]"
             )
+    return dict(inputs)
 
 
 def canonical_name(name: str) -> str | None:

@@ -15,9 +15,7 @@ from ports import checkpoint, generate, joiner, sharding
 from ports.sites import capture, list_sites, require_sites
 
 Array = jax.Array
-# What the ports understand of a processor's arrays; the rest (token types, sizes) is left aside.
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-# Those that have one row a sample and one column a position.
+# The processor's arrays that have one row a sample and one column a position.
 _PER_POSITION = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -86,7 +84,9 @@ class VLM:
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The checkpoint's own processor, from transformers; read when first asked for."""
+        """The checkpoint's own processor, from transformers or the port; read when first asked for."""
+        if hasattr(self._port, "load_processor"):
+            return self._port.load_processor(self.directory)
         from transformers import AutoProcessor
 
         return self._read(AutoProcessor, "processor")
@@ -106,9 +106,9 @@ class VLM:
             raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error
 
     @property
-    def image_token(self) -> int:
-        """The id of the token whose place an image feature takes."""
-        return self.module.config.image_token
+    def image_tokens(self) -> tuple[int, ...]:
+        """The ids of the tokens that stand for an image."""
+        return self.module.config.image_tokens
 
     def apply(self, params: dict, inputs: joiner.Inputs, **kwargs: Any) -> Any:
         """Pure: logits[B, T, V] of the processor's arrays. What `capture` and `steer` wrap.
@@ -191,8 +191,7 @@ class VLM:
         return _unembed(self.module, self.params, jnp.asarray(x))
 
     def _is_of_decoder(self, site: str) -> bool:
-        path = ".".join(self.module.decoder_path)
-        head = ".".join((*self.module.decoder_path[:-1], "lm_head"))
+        path, head = ".".join(self.module.decoder_path), ".".join(self.module.head_path)
         site = site.replace("/", ".")
         return site in (path, head) or site.startswith(path + ".")
 
@@ -224,11 +223,13 @@ class VLM:
         return self.processor.apply_chat_template(message, add_generation_prompt=True)
 
     def process(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, np.ndarray]:
-        """A batch for `forward` and `generate`: rendered prompts with one image each."""
+        """A batch for `forward` and `generate`: rendered prompts with one image each.
+
+        Instead of an image there may be a list of those of that prompt.
+        """
         self.processor.tokenizer.padding_side = "left"
-        batch = self.processor(
-            text=list(texts), images=list(images), padding=True, return_tensors="np"
-        )
+        nested = [[image] if not isinstance(image, list) else image for image in images]
+        batch = self.processor(text=list(texts), images=nested, padding=True, return_tensors="np")
         return {name: np.asarray(value) for name, value in batch.items()}
 
     def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
@@ -240,7 +241,9 @@ class VLM:
 
     def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
         arrays = {
-            name: np.asarray(inputs[name]) for name in _INPUTS if inputs.get(name) is not None
+            name: np.asarray(inputs[name])
+            for name in self._port.INPUTS
+            if inputs.get(name) is not None
         }
         if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
             raise ValueError(
@@ -253,8 +256,7 @@ class VLM:
                 f"attention_mask has shape {mask.shape}; expected that of input_ids, "
                 f"{arrays['input_ids'].shape}"
             )
-        self._port.check_inputs(self.module.config, arrays)
-        return arrays
+        return self._port.prepare_inputs(self.module.config, arrays)
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         arrays = pad_to_bucket(arrays, self.pad_token)

@@ -215,7 +215,7 @@ def _reference(sample: Sample) -> str:
 def _compute(vlm: VLM, batch: _Batch, settings: Settings, token_ids: tuple[int, ...]) -> Any:
     """Runs a batch: (rows, predicted tokens or None), on the device and perhaps not there yet."""
     select = functools.partial(
-        _select, settings.selection, token_ids, vlm.eos_tokens, vlm.image_token
+        _select, settings.selection, token_ids, vlm.eos_tokens, vlm.image_tokens
     )
     inputs = batch.inputs
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -247,7 +247,7 @@ def _select(
     selection: Selection,
     token_ids: tuple[int, ...],
     end_ids: tuple[int, ...],
-    image_token: int,
+    image_tokens: tuple[int, ...],
     kind: str,
     ids: jax.Array,
     mask: jax.Array,
@@ -257,11 +257,11 @@ def _select(
     """The rows of a batch. answer: generated tokens [B, M], or the mask of forced ones [B, T]."""
     if kind == "forced":
         positions = tokens.Positions.of_teacher_forcing(
-            ids, mask, answer, image_token_ids=image_token
+            ids, mask, answer, image_token_ids=image_tokens
         )
     elif kind == "sequence":
         positions = tokens.Positions.of_generation(
-            ids, mask, answer, image_token_ids=image_token, end_ids=end_ids
+            ids, mask, answer, image_token_ids=image_tokens, end_ids=end_ids
         )
         # The last prompt state is the one that predicted the first token: it is there twice.
         states = {

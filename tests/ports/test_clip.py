@@ -110,7 +110,7 @@ def test_what_is_saved_loads_equal(tmp_path, models):
 
 
 def test_another_kind_of_model_is_refused(small):
-    with helpers.raises_line(ValueError, "model_type is 'llava'; expected clip"):
+    with helpers.raises_line(ValueError, "model_type 'llava' is not supported; supported: clip"):
         clip.load(small.directory)
 
 

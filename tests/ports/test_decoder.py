@@ -24,7 +24,8 @@ CONFIG = decoder.DecoderConfig(
     rope_theta=100.0,
     norm_eps=1e-6,
     hidden_act="silu",
-    attention_bias=False,
+    qkv_bias=False,
+    output_bias=False,
     mlp_bias=False,
     tie_embeddings=False,
 )
@@ -137,9 +138,9 @@ def test_the_cache_holds_the_key_value_heads_alone():
 def test_scaled_rotary_embedding_is_refused(rope, parts):
     config = transformers.LlamaConfig(rope_parameters={"rope_theta": 1e4, **rope})
     with helpers.raises_line(ValueError, *parts):
-        decoder.DecoderConfig.from_hf(config, tie_embeddings=False)
+        decoder.DecoderConfig.from_hf(config, False, "llama")
 
 
 def test_the_width_of_a_head_follows_from_the_width_when_it_is_not_said():
     config = transformers.LlamaConfig(hidden_size=48, num_attention_heads=4, head_dim=None)
-    assert decoder.DecoderConfig.from_hf(config, tie_embeddings=False).head_dim == 12
+    assert decoder.DecoderConfig.from_hf(config, False, "llama").head_dim == 12

@@ -78,7 +78,7 @@ def test_image_features_enter_the_decoder_where_the_image_tokens_are(small):
 
 
 def test_the_token_of_an_image_may_lie_outside_the_vocabulary(small):
-    config = dataclasses.replace(small.vlm.module.config, image_token=5000)
+    config = dataclasses.replace(small.vlm.module.config, image_tokens=(5000,))
     apply = jax.jit(small.vlm.module.clone(config=config).apply)
     inputs = helpers.make_inputs([1], [6])
     expected = small.vlm.forward(inputs).logits

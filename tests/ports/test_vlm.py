@@ -56,7 +56,7 @@ class TestLoading:
     @pytest.mark.parametrize("kind", ["bert", None, 5, ["llava"]])
     def test_a_model_type_without_a_port(self, directory, kind):
         self.configure(directory, model_type=kind)
-        with helpers.raises_line(ValueError, f"model_type is {kind!r}; expected llava"):
+        with helpers.raises_line(ValueError, f"model_type {kind!r} is not supported"):
             ports.load(directory)
 
     @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ class TestProcessor:
 
     def test_the_tokenizer_alone(self, photographed):
         assert photographed.vlm.tokenizer.decode([4, 5, helpers.IMAGE]) == "what is <image>"
-        assert photographed.vlm.image_token == helpers.IMAGE
+        assert photographed.vlm.image_tokens == (helpers.IMAGE,)
 
 
 WITHOUT_TORCH = """
