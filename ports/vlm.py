@@ -84,7 +84,7 @@ class VLM:
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The checkpoint's own processor, from transformers or the port; read when first asked for."""
+        """The checkpoint's own processor, from transformers or the port; read when asked for."""
         if hasattr(self._port, "load_processor"):
             return self._port.load_processor(self.directory)
         from transformers import AutoProcessor

@@ -287,6 +287,21 @@ def test_yes_and_no_cannot_be_guessed(many):
     assert 0.5 < disagree / questions < 0.95
 
 
+@pytest.mark.parametrize("attribute", ["exists", "colour", "place", "count", "mood"])
+def test_a_check_is_right_about_its_attribute(attribute):
+    """It names a value of that attribute, and says yes if the picture shows that value."""
+    name = "kind" if attribute == "exists" else attribute
+    shown = scenes.attributes(DOGS)[name]
+    drawn = [scenes.check(DOGS, attribute, random.Random(i)) for i in range(60)]
+    for question in drawn:
+        assert (question.attribute, question.answer_type) == (attribute, "yes/no")
+        said = scenes.named(question.question)[name]
+        assert question.answer == ("yes" if said == shown else "no"), question.question
+    assert len({question.question for question in drawn}) > 3
+    assert {question.answer for question in drawn} == {"yes", "no"}
+    assert scenes.check(DOGS, attribute, random.Random(7)) == drawn[7]
+
+
 def test_all_colours_are_asked_for(many):
     answers = Counter(
         question.answer

@@ -11,6 +11,7 @@ data of a step follow from seed and step, so that an interrupted run ends like a
 import dataclasses
 import functools
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,8 @@ from xlvlm_jax.embedded import blueprint, sequences
 
 SAVE_EVERY = 200
 POOL = 40_000  # training pictures; captions and questions are drawn anew each time
-CONTINUATIONS, LENGTH = 7, 28  # captions and questions behind a picture, and their positions
-HALVES_UNTIL = 0.3  # the share of a stage after which questions are asked without bias
+CONTINUATIONS, LENGTH = 8, 28  # captions and questions behind a picture, and their positions
+HALVES_UNTIL = 0.15  # the share of a stage after which questions are asked without bias
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 CLIP_TEXT = "A photo is described by the words"
 
@@ -133,23 +134,26 @@ def _shows_a_half(scene: scenes.Scene, question: scenes.Question) -> float:
 def answer_example(
     pictures: Pictures, tokenizer: Any, rng: np.random.Generator, progress: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """A picture with a caption and six questions about it.
+    """A picture with a caption, two open questions and a yes/no question on each attribute.
 
+    Yes/no questions are the hardest to learn, so there are more of them than a scene's own, drawn
+    anew each time, and none of the attributes goes short.
     progress: how much of the stage is done; see `_shows_a_half`.
     """
     index = int(rng.integers(POOL))
     scene = pictures.scene(index)
     turns = [sequences.Turn(prompts.CAPTION, str(rng.choice(scenes.captions(scene))))]
-    questions = [
-        q
-        for q in scenes.questions(scene)
-        if rng.random() < _shows_a_half(scene, q) + progress / HALVES_UNTIL
-    ]
-    turns += [
-        # An answer is one or two tokens, a caption a dozen: weight brings them level.
-        sequences.Turn(prompts.question(q.question), q.answer, weight=2.0)
-        for q in (questions[i] for i in rng.permutation(len(questions)))
-    ]
+    asked = [q for q in scenes.questions(scene) if q.answer_type != "yes/no"]
+    asked = [asked[i] for i in rng.permutation(len(asked))[:2]]
+    draw = random.Random(int(rng.integers(2**62)))
+    for attribute in ("exists", "colour", "place", "count", "mood" if scene.mood else "colour"):
+        while True:
+            question = scenes.check(scene, attribute, draw)
+            if draw.random() < _shows_a_half(scene, question) + progress / HALVES_UNTIL:
+                break
+        asked.append(question)
+    # An answer is one or two tokens, a caption a dozen: weight brings them level.
+    turns += [sequences.Turn(prompts.question(q.question), q.answer, weight=2.0) for q in asked]
     rows = sequences.continuations(tokenizer, turns, CONTINUATIONS, LENGTH)
     return {"pictures": pictures[index], **rows._asdict()}
 

@@ -1,11 +1,11 @@
 """Scenes: drawn pictures with captions and questions, an embedded data set with a ground truth.
 
-`sample_scene` chooses what a picture holds, `draw` draws it, `captions` and `questions` say what a
-person might say about it, and `write` stores all in the layouts of COCO (Karpathy's splits) and
-VQAv2. Everything follows from a seed.
+`sample_scene` chooses what a picture holds, `draw` draws it, `captions`, `questions` and `check`
+say what a person might say about it, and `write` stores all in the layouts of COCO (Karpathy's
+splits) and VQAv2. Everything follows from a seed.
 """
 
-from .ask import Question, questions, vocabulary
+from .ask import Question, check, questions, vocabulary
 from .dataset import image_id, write
 from .draw import draw, training_image
 from .language import captions, named
@@ -21,6 +21,7 @@ __all__ = [
     "Scene",
     "attributes",
     "captions",
+    "check",
     "draw",
     "image_id",
     "named",

@@ -240,6 +240,19 @@ def questions(scene: Scene) -> list[Question]:
     return asker.asked
 
 
+def check(scene: Scene, attribute: str, rng: random.Random) -> Question:
+    """One yes/no question drawn from `rng`; `questions` asks the same of a scene each time.
+
+    attribute: "exists", "colour", "place", "count", or for animals "mood".
+    """
+    asker = _Asker(scene, rng)
+    if attribute == "exists":
+        asker.exists()
+    else:
+        asker.check(attribute)
+    return asker.asked[0]
+
+
 PHRASINGS = (
     EXISTS,
     COUNT,
