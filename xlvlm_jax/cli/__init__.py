@@ -1,0 +1,82 @@
+"""The command line: parses, calls, saves. Every command is one stage between directories."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from xlvlm_jax.cli import concepts, embedded, features
+from xlvlm_jax.cli.console import errors
+
+app = typer.Typer(
+    help="Concept-based explanation and steering of vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+# Typer exports the parameter error, whose base is that of all errors in a command's arguments.
+_UsageError = typer.BadParameter.__base__
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Concept-based explanation and steering of vision-language models."""
+    global _debug
+    _debug = debug
+
+
+# In the order in which `xlvlm --help` lists them.
+for command in (
+    embedded.demo,
+    features.sites,
+    features.extract,
+    concepts.decompose,
+    concepts.ground,
+    concepts.report,
+    embedded.scenes,
+    embedded.train_demo,
+):
+    app.command()(command)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Ends the process with one line and a status: 2 for bad input, 1 for a failed run."""
+
+    def fail(message: str, status: int) -> None:
+        if _debug:
+            traceback.print_exc()
+        errors.print(f"error: {message}", style="red", markup=False)
+        sys.exit(status)
+
+    try:
+        yield
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except _UsageError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; what was committed stays, the same command goes on from there")
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        fail(" ".join(str(error).split()), 2)
+    except OSError as error:
+        fail(" ".join(str(error).split()), 2 if isinstance(error, FileExistsError) else 1)
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        fail(f"{type(error).__name__}: {text} (--debug before the command shows where)", 1)
+
+
+def main() -> None:
+    """The entry point of `xlvlm`."""
+    with _one_line_errors():
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)

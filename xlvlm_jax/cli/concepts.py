@@ -1,0 +1,74 @@
+"""Commands from features to concepts, their words and images, and the report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from xlvlm_jax.cli.console import Seed, Site, console, load_model
+
+
+def decompose(
+    features: Annotated[Path, typer.Argument(help="A directory of features.")],
+    output: Annotated[Path, typer.Option(help="The directory of concepts to write.")],
+    num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
+    method: Annotated[str, typer.Option(help="snmf (nndl), kmeans, pca or simple.")] = "snmf",
+    site: Site = None,
+    alpha: Annotated[float | None, typer.Option(help="snmf: weight of the codes' sum.")] = None,
+    tol: Annotated[float | None, typer.Option(help="When to stop; see the method.")] = None,
+    max_iter: Annotated[int | None, typer.Option(help="At most so many iterations.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """features/ -> concepts/."""
+    from xlvlm_jax import Features, stages
+
+    given = {"alpha": alpha, "tol": tol, "max_iter": max_iter}
+    given = {name: value for name, value in given.items() if value is not None}
+    concepts = stages.decompose_features(
+        Features.open(features), output, num_concepts, method, site=site, seed=seed, **given
+    )
+    ended = "converged" if concepts.converged else "not converged: raise --max-iter"
+    console.print(
+        f"{concepts.method}: {num_concepts} concepts of {concepts.source['rows']} rows, objective "
+        f"{concepts.objective:.6g} after {concepts.iterations} iterations ({ended}), "
+        f"{concepts.source['seconds']:.1f} s -> {output}"
+    )
+
+
+def ground(
+    concepts: Annotated[Path, typer.Argument(help="A directory of concepts.")],
+    model: Annotated[str, typer.Option(help="The model that the states came from.")],
+    features: Annotated[
+        Path | None, typer.Option(help="Where they were learnt from, if it was moved.")
+    ] = None,
+    num_words: Annotated[int, typer.Option(help="Words a concept.")] = 10,
+    num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 50,
+    num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
+) -> None:
+    """Concepts -> words and images, written into the same directory."""
+    from xlvlm_jax import Concepts, Features, stages
+
+    source = features or Path(Concepts.load(concepts).source.get("features", ""))
+    grounded = stages.ground_concepts(
+        concepts,
+        load_model(model),
+        Features.open(source),
+        num_words=num_words,
+        num_candidates=num_candidates,
+        num_images=num_images,
+    )
+    table = Table("concept", "words", box=None)
+    for number, words in enumerate(grounded.words):
+        table.add_row(str(number), ", ".join(words))
+    console.print(table)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
+    output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+) -> None:
+    """A run directory -> one self-contained HTML page."""
+    from xlvlm_jax.report import write_report
+
+    console.print(f"{write_report(run, output)}")

@@ -1,0 +1,75 @@
+"""What all commands share: the console, progress bars, common arguments, how a model is loaded."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A checkpoint directory, a hub id, or 'embedded' for the demo's model."),
+]
+Site = Annotated[str | None, typer.Option(help="Which site's states; may be left out if one.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+
+
+def load_model(model: str, dtype: str = "float32") -> Any:
+    """A model; 'embedded' is the one that ships with the package."""
+    import ports
+    from xlvlm_jax import embedded
+
+    with console.status(f"loading {model}"):
+        return ports.load(embedded.LLAVA if model == "embedded" else model, dtype=dtype)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
+
+
+def progress_bars() -> Progress:
+    """Bars with rate, time left and a note, to be used as a context."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def bars(progress: Progress) -> Callable[[str], Callable[..., None]]:
+    """A function that starts a bar: bars(name) -> advance(done, total, rows=None)."""
+
+    def start(name: str) -> Callable[..., None]:
+        task = progress.add_task(name, total=None, note="")
+
+        def advance(done: int, total: int, rows: int | None = None) -> None:
+            note = "" if rows is None else f"{rows} rows"
+            progress.update(task, completed=done, total=total, note=note)
+
+        return advance
+
+    return start

@@ -1,0 +1,96 @@
+"""Commands that run a model: which sites it has, and the states at them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlvlm_jax.cli.console import Model, Seed, bars, console, errors, load_model, progress_bars
+
+
+def sites(
+    model: Model,
+    pattern: Annotated[str, typer.Option(help="Only names that hold this text.")] = "",
+) -> None:
+    """Lists the names of a checkpoint's sites, in network order."""
+    for site in load_model(model).sites:
+        if pattern in site:
+            print(site)
+
+
+def extract(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="The directory of the data set.")],
+    output: Annotated[Path, typer.Option(help="The directory of features to write.")],
+    site: Annotated[list[str], typer.Option(help="A site to capture; may be repeated.")],
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Which positions: all, index:-1, range:3:7, token-of-interest:dog, class:colours "
+            "(places, sentiments, or words with commas), before-special-tokens."
+        ),
+    ],
+    dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
+    split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
+    rows: Annotated[str | None, typer.Option(help="first, mean or each kept position.")] = None,
+    include_prompt: Annotated[
+        bool | None,
+        typer.Option("--include-prompt/--generated-only", help="Where positions are looked for."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="generate or teacher-forcing.")] = "generate",
+    containing: Annotated[
+        str | None,
+        typer.Option(help="Only samples whose references hold this word, or a word of this class."),
+    ] = None,
+    key: Annotated[str, typer.Option(help="Where --containing looks.")] = "references",
+    any_case: Annotated[bool, typer.Option(help="--containing in any capitalisation.")] = False,
+    image_ids: Annotated[
+        Path | None, typer.Option(help="Only images whose ids this file lists.")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="At most so many samples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
+        "float32"
+    ),
+    states_dtype: Annotated[str, typer.Option(help="Of the states on disk.")] = "float32",
+    strict: Annotated[bool, typer.Option(help="Stop at an unreadable image.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Model x data -> features. The same command again goes on with an interrupted run."""
+    from xlvlm_jax import data as datasets
+    from xlvlm_jax import extract as module
+    from xlvlm_jax.data import select
+    from xlvlm_jax.selection import Selection
+    from xlvlm_jax.words import CLASSES, class_words
+
+    generated_only = None if include_prompt is None else not include_prompt
+    settings = module.Settings(
+        sites=tuple(site),
+        selection=Selection.parse(tokens, generated_only=generated_only, how=rows),
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        dtype=states_dtype,
+    )
+    samples = datasets.load(dataset, data, split)
+    if containing is not None:
+        words = class_words(containing) if containing in CLASSES else containing
+        samples = select.containing(samples, words, key=key, any_case=any_case)
+    if image_ids is not None:
+        samples = select.of_images(samples, select.read_image_ids(image_ids))
+    samples = select.subsample(samples, num_samples, seed)
+    vlm = load_model(model, dtype)
+    source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
+    with progress_bars() as progress:
+        advance = bars(progress)("extracting")
+        summary = module.extract(
+            vlm, samples, output, settings, source=source, strict=strict, progress=advance
+        )
+    for name, reason in summary.failed:
+        errors.print(f"skipped sample {name}: {reason}", style="yellow")
+    console.print(
+        f"{summary.samples} samples, {summary.rows} rows, {summary.seconds:.1f} s, "
+        f"{summary.without_token} samples without the token, {len(summary.failed)} unreadable "
+        f"images -> {output}"
+    )
