@@ -8,6 +8,8 @@ This package knows nothing of the toolkit: it can be used alone.
 """
 
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ __all__ = [
     "capture",
     "list_sites",
     "load",
+    "load_abstract",
     "make_mesh",
 ]
 
@@ -48,17 +51,35 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | 
         ValueError: a model_type or a configuration value without a port, parameters that do not
             match the model's (all of them listed), or a damaged file.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     directory = _directory(path)
-    config = checkpoint.read_config(directory, tuple(_PORTS))
-    port, kind = _PORTS[config.model_type]
-    module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
+    module, port, config = _build(directory, dtype)
     params = load_module(module, port, directory, jnp.dtype(dtype), mesh)
     return VLM(module, params, config, port, directory, mesh)
 
 
-def _directory(path: str | Path) -> Path:
+def load_abstract(path: str | Path, *, dtype: str = "float32") -> VLM:
+    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: nothing but config.json is read.
+
+    For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
+    compiling for other devices. The directory need hold no weights, and from the hub none are got.
+    """
+    directory = _directory(path, weights=False)
+    module, port, config = _build(directory, dtype)
+    params = checkpoint.abstract_params(module, port.example_inputs(module.config))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
+    return VLM(module, params, config, port, directory)
+
+
+def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any]:
+    """The Linen module of a checkpoint, its port, and the configuration as read."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    config = checkpoint.read_config(directory, tuple(_PORTS))
+    port, kind = _PORTS[config.model_type]
+    return kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype)), port, config
+
+
+def _directory(path: str | Path, weights: bool = True) -> Path:
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
@@ -71,7 +92,8 @@ def _directory(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+        ignored = ["*.bin", "*.pth", "*.gguf", *([] if weights else ["*.safetensors"])]
+        return Path(snapshot_download(str(path), ignore_patterns=ignored))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -103,20 +103,21 @@ def _outputs(tree: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str,
             yield from _outputs(value, (*path, key))
 
 
-def list_sites(apply: Callable[..., Any], *args: Any) -> tuple[str, ...]:
-    """Names, in the order of the computation, of the modules that put out one floating array.
+def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, in the order of the computation, of what modules put out.
 
-    Traces `apply(*args)` without computing anything (arguments may be `jax.ShapeDtypeStruct`s).
+    Listed are the modules that put out one floating array. Traces `apply(*args)` without computing
+    anything (arguments may be `jax.ShapeDtypeStruct`s).
     """
-    names: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def record(next_method, call_args, call_kwargs, context):
         out = next_method(*call_args, **call_kwargs)
         single = isinstance(out, jax.Array) and jax.numpy.issubdtype(out.dtype, jax.numpy.floating)
         if context.method_name == "__call__" and context.module.path and single:
-            names.append(site_name(context.module.path))
+            shapes.setdefault(site_name(context.module.path), out.shape)
         return out
 
     with nn.intercept_methods(record):
         jax.eval_shape(apply, *args)
-    return tuple(dict.fromkeys(names))
+    return shapes

@@ -105,6 +105,10 @@ class VLM:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error
 
+    def example_inputs(self, batch: int = 1) -> dict[str, Any]:
+        """Shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image a row."""
+        return self._port.example_inputs(self.module.config, batch)
+
     @property
     def image_tokens(self) -> tuple[int, ...]:
         """The ids of the tokens that stand for an image."""
@@ -120,8 +124,8 @@ class VLM:
     @functools.cached_property
     def sites(self) -> tuple[str, ...]:
         """Names, in network order, of the modules that can be captured or steered."""
-        inputs = self._port.example_inputs(self.module.config)
-        return list_sites(self.apply, self.params, inputs)
+        inputs = self.example_inputs()
+        return tuple(list_sites(self.apply, self.params, inputs))
 
     def forward(self, inputs: joiner.Inputs, *, sites: Sequence[str] = ()) -> Output:
         """One jitted pass over a batch.
@@ -257,6 +261,13 @@ class VLM:
                 f"{arrays['input_ids'].shape}"
             )
         return self._port.prepare_inputs(self.module.config, arrays)
+
+    def prepare(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
+        """The processor's arrays as `module` is compiled for them: checked, padded to the bucket.
+
+        Raises ValueError if images and prompts do not fit each other.
+        """
+        return pad_to_bucket(self._check(inputs), self.pad_token)
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         arrays = pad_to_bucket(arrays, self.pad_token)

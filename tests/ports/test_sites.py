@@ -153,8 +153,13 @@ class TestNames:
     def test_are_those_of_the_checkpoints(self, path, name):
         assert sites.site_name(path) == name
 
-    def test_are_listed_in_the_order_of_the_computation(self):
-        assert list_sites(Stack().apply, VARIABLES, X) == (
+    def test_are_listed_with_their_shapes_in_the_order_of_the_computation(self):
+        listed = list_sites(Stack().apply, VARIABLES, X)
+        _, states = capture(Stack().apply, list(listed))(VARIABLES, X)
+        # What is called twice gives a tuple.
+        first = {name: jax.tree.leaves(value)[0] for name, value in states.items()}
+        assert listed == {name: value.shape for name, value in first.items()}
+        assert tuple(listed) == (
             *(name for i in range(3) for name in (f"layers.{i}.up", f"layers.{i}")),
             "norm",
             "head",

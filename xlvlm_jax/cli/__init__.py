@@ -35,6 +35,7 @@ def options(
 # In the order in which `xlvlm --help` lists them.
 for command in (
     embedded.demo,
+    features.inspect,
     features.sites,
     features.extract,
     concepts.decompose,

@@ -28,13 +28,14 @@ Site = Annotated[str | None, typer.Option(help="Which site's states; may be left
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 
-def load_model(model: str, dtype: str = "float32") -> Any:
-    """A model; 'embedded' is the one that ships with the package."""
+def load_model(model: str, dtype: str = "float32", *, abstract: bool = False) -> Any:
+    """A model, or its shapes alone; 'embedded' is the one that ships with the package."""
     import ports
     from xlvlm_jax import embedded
 
     with console.status(f"loading {model}"):
-        return ports.load(embedded.LLAVA if model == "embedded" else model, dtype=dtype)
+        load = ports.load_abstract if abstract else ports.load
+        return load(embedded.LLAVA if model == "embedded" else model, dtype=dtype)
 
 
 class _Rate(ProgressColumn):

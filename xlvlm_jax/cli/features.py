@@ -18,6 +18,35 @@ def sites(
             print(site)
 
 
+def inspect(
+    model: Model,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of an image, in pixels.")] = (
+        "640x480"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
+    site: Annotated[list[str] | None, typer.Option(help="A site to keep; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """A checkpoint's parts, sites and prompt, and what a run needs; reads no weights."""
+    from xlvlm_jax import inspection as module
+
+    try:
+        width, height = (int(number) for number in image_size.lower().split("x"))
+    except ValueError:
+        raise ValueError(
+            f"--image-size is {image_size!r}; expected WIDTHxHEIGHT, such as 640x480"
+        ) from None
+    described = module.inspect(
+        load_model(model, dtype, abstract=True),
+        batch_size=batch_size,
+        image_size=(width, height),
+        new_tokens=max_new_tokens,
+        sites=site or (),
+    )
+    module.show(described, console)
+
+
 def extract(
     model: Model,
     data: Annotated[Path, typer.Argument(help="The directory of the data set.")],

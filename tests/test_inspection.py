@@ -1,0 +1,70 @@
+"""`xlvlm inspect`: what it says of the embedded model and of a configuration without weights."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+import ports
+from xlvlm_jax import embedded, inspection
+
+CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return ports.load_abstract(embedded.LLAVA)
+
+
+def test_the_embedded_model_by_hand(vlm):
+    site = "language_model.model.layers.3"
+    result = inspection.inspect(vlm, batch_size=3, image_size=(50, 70), new_tokens=5, sites=[site])
+    needs = result.needs
+    assert (needs.prompt_tokens, needs.image_tokens, needs.bucket) == (81, 64, 96)
+    # 8 layers, keys and values, 2 heads of width 32, float32.
+    assert needs.cache == 3 * (96 + 5) * 8 * 2 * 2 * 32 * 4
+    assert needs.states == 3 * 96 * 192 * 4
+    assert needs.logits == 3 * 96 * 708 * 4
+    assert needs.parameters == 4 * sum(result.parts.values()) == 4 * 4_244_208
+    assert result.sites["language_model.model.layers.{0-7}.mlp.up_proj"] == (8, 384)
+    assert result.prompt == "USER: <image>\nDescribe the image. ASSISTANT:"
+    assert result.fits
+
+
+def test_parts_and_sites_are_those_of_the_loaded_model(vlm):
+    loaded = ports.load(embedded.LLAVA)
+    result = inspection.inspect(vlm, batch_size=1)
+    assert sum(result.parts.values()) == sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    assert sum(count for count, _ in result.sites.values()) == len(loaded.sites)
+
+
+def test_the_configuration_alone_suffices(tmp_path):
+    shutil.copy(embedded.LLAVA / "config.json", tmp_path)
+    result = inspection.inspect(ports.load_abstract(tmp_path, dtype="bfloat16"), batch_size=2)
+    assert result.prompt is None
+    assert result.needs.image_size is None
+    assert result.needs.image_tokens == 64
+    assert result.needs.parameters == 2 * 4_244_208
+    out = io.StringIO()
+    inspection.show(result, Console(file=out, width=100))
+    assert "prompt: unknown" in out.getvalue()
+    assert "fits" in out.getvalue()
+
+
+@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the parameter lists")
+def test_a_model_of_seven_billion_parameters(tmp_path):
+    described = json.loads((CHECKPOINTS / "llava-1.5-7b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described["config"]))
+    result = inspection.inspect(ports.load_abstract(tmp_path, dtype="bfloat16"), batch_size=1)
+    assert sum(result.parts.values()) == pytest.approx(7.063e9, rel=1e-4)
+    # 32 layers x keys and values x 4096 x 2 bytes a position.
+    assert result.needs.cache == (result.needs.bucket + 20) * 32 * 2 * 4096 * 2
+
+
+def test_an_unknown_site(vlm):
+    with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
+        inspection.inspect(vlm, sites=["layers.99"])

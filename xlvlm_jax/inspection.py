@@ -1,0 +1,230 @@
+"""What a checkpoint is and what a run with it needs, from its configuration alone.
+
+B batch, T prompt positions, M new tokens, D width.
+"""
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import ports
+from ports.checkpoint import stored_shapes
+
+PROMPT = "Describe the image."
+
+
+class Needs(NamedTuple):
+    """What one batch takes, in tokens and bytes."""
+
+    batch_size: int
+    image_size: tuple[int, int] | None  # (width, height) in pixels; None: the port's example
+    prompt_tokens: int  # T of a sample, image tokens counted
+    image_tokens: int  # those of them that stand for the image
+    bucket: int  # T as compiled
+    new_tokens: int  # M
+    parameters: int
+    cache: int  # keys and values of T + M positions
+    states: int  # of the chosen sites, at all T positions
+    logits: int  # [B, T, V], which a forward pass puts out and generation does not
+    largest: int  # the largest output of one module, of which a few are alive at a time
+
+    @property
+    def total(self) -> int:
+        """Bytes that are needed at least: parameters, cache, states and the largest output."""
+        return self.parameters + self.cache + self.states + self.largest
+
+
+class Inspection(NamedTuple):
+    """A checkpoint's description."""
+
+    model_type: str
+    dtype: str
+    parts: dict[str, int]  # part of the model -> number of parameters
+    sites: dict[str, tuple[int, int]]  # pattern such as "layers.{0-31}.mlp" -> (how many, width)
+    prompt: str | None  # a rendered prompt; None without a processor beside the configuration
+    needs: Needs
+    devices: str
+    device_bytes: int | None  # of all devices together
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the devices at hand hold it; None if their memory is unknown."""
+        return None if self.device_bytes is None else self.needs.total <= self.device_bytes
+
+
+def inspect(
+    vlm: ports.VLM,
+    *,
+    batch_size: int = 16,
+    image_size: tuple[int, int] = (640, 480),
+    new_tokens: int = 20,
+    sites: Sequence[str] = (),
+) -> Inspection:
+    """Describes a model and what one batch needs.
+
+    Args:
+        vlm: of `ports.load_abstract` (or `load`).
+        batch_size: B.
+        image_size: (width, height) in pixels of the images. The checkpoint's processor says how
+            many tokens they become; without one, the port's example of an image is taken.
+        new_tokens: M.
+        sites: whose states are kept.
+
+    Raises ValueError for an unknown site, or an image that the processor refuses.
+    """
+    sites = vlm.check_sites(sites)
+    prompt, inputs = _batch(vlm, batch_size, image_size)
+    known = image_size if prompt is not None else None
+    rows, length = inputs["input_ids"].shape
+    shapes = ports.list_sites(vlm.apply, vlm.params, inputs)
+    width = jnp.dtype(vlm.module.dtype).itemsize
+    cache = jax.eval_shape(lambda: vlm.module.init_cache(rows, length + new_tokens))
+    logits, states = jax.eval_shape(ports.capture(vlm.apply, sites), vlm.params, inputs)
+    ids = inputs["input_ids"][0] if prompt is not None else None
+    image_tokens = _image_tokens(vlm, ids, length)
+    needs = Needs(
+        batch_size=rows,
+        image_size=known,
+        prompt_tokens=length if ids is None else int(inputs["attention_mask"][0].sum()),
+        image_tokens=image_tokens,
+        bucket=length,
+        new_tokens=new_tokens,
+        parameters=_bytes(vlm.params),
+        cache=_bytes(cache),
+        states=_bytes(states),
+        logits=_bytes(logits),
+        largest=max(width * math.prod(shape) for shape in shapes.values()),
+    )
+    devices, memory = _devices()
+    return Inspection(
+        model_type=vlm.config.model_type,
+        dtype=jnp.dtype(vlm.module.dtype).name,
+        parts=_parts(vlm),
+        sites=_patterns(shapes),
+        prompt=prompt,
+        needs=needs,
+        devices=devices,
+        device_bytes=memory,
+    )
+
+
+def _batch(
+    vlm: ports.VLM, batch_size: int, image_size: tuple[int, int]
+) -> tuple[str | None, dict[str, Any]]:
+    """(rendered prompt, inputs as compiled); (None, the port's example) without a processor."""
+    try:
+        prompt = vlm.render(PROMPT)
+    except ValueError:
+        return None, vlm.example_inputs(batch_size)
+    image = Image.new("RGB", image_size)
+    inputs = vlm.process([prompt] * batch_size, [image] * batch_size)
+    return prompt, vlm.prepare(inputs)
+
+
+def _image_tokens(vlm: ports.VLM, ids: Any, length: int) -> int:
+    if ids is None:
+        return getattr(vlm.module.config, "tokens_per_image", length)
+    return int(sum((ids == token).sum() for token in vlm.image_tokens))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _parts(vlm: ports.VLM) -> dict[str, int]:
+    """Parameters by part: what the decoder consists of, the head, and every other tower."""
+    decoder, head = ".".join(vlm.module.decoder_path), ".".join(vlm.module.head_path)
+    outer = {tuple(decoder.split(".")[:depth]) for depth in range(1, decoder.count(".") + 1)}
+    parts: dict[str, int] = defaultdict(int)
+    for name, shape in stored_shapes(vlm.params).items():
+        if name.startswith(head + "."):
+            part = head
+        elif name.startswith(decoder + "."):
+            part = f"{decoder}.{name.removeprefix(decoder + '.').split('.')[0]}"
+        else:
+            path = name.split(".")
+            part = ".".join(path[:2] if tuple(path[:1]) in outer else path[:1])
+        parts[part] += math.prod(shape)
+    return dict(parts)
+
+
+def _patterns(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Sites that differ in numbers only, as one pattern with its count and width."""
+    groups: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
+    for name, shape in shapes.items():
+        numbers = tuple(int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name))
+        groups[re.sub(r"\.\d+(?=\.|$)", ".{}", name), shape[-1]].append(numbers)
+    patterns = {}
+    for (pattern, width), numbers in groups.items():
+        spans = (sorted(set(column)) for column in zip(*numbers, strict=True))
+        spans = [f"{s[0]}" if len(s) == 1 else f"{{{s[0]}-{s[-1]}}}" for s in spans]
+        patterns[pattern.format(*spans)] = (len(numbers), width)
+    return patterns
+
+
+def _devices() -> tuple[str, int | None]:
+    devices = jax.devices()
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in s for s in stats):
+        return name, sum(s["bytes_limit"] for s in stats)
+    if devices[0].platform != "cpu":
+        return name, None
+    # CPU devices share the host's memory.
+    return name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def show(inspection: Inspection, console: Console) -> None:
+    """Prints it for a person."""
+    needs = inspection.needs
+    total = sum(inspection.parts.values())
+    console.print(f"{inspection.model_type}, {total:,} parameters, {inspection.dtype}\n")
+    table = Table("part", "parameters", "share", box=None)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for part, count in inspection.parts.items():
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    console.print(table)
+    table = Table("sites", "how many", "width", box=None)
+    table.columns[0].overflow = "fold"
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for pattern, (count, width) in inspection.sites.items():
+        table.add_row(pattern, str(count), str(width))
+    console.print()
+    console.print(table)
+    console.print()
+    if inspection.prompt is None:
+        console.print("prompt: unknown, there is no processor beside the configuration")
+    else:
+        console.print(f"prompt: {inspection.prompt!r}", markup=False)
+    what = "the port's example image"
+    if needs.image_size is not None:
+        what = "an image of {} x {} pixels".format(*needs.image_size)
+    console.print(
+        f"{what}: {needs.prompt_tokens} prompt tokens, {needs.image_tokens} of them for the "
+        f"image; compiled for {needs.bucket}"
+    )
+    table = Table(f"a batch of {needs.batch_size}, {needs.new_tokens} new tokens", "", box=None)
+    table.columns[1].justify = "right"
+    for label, size in (
+        ("parameters", needs.parameters),
+        ("keys and values", needs.cache),
+        ("kept states of the chosen sites", needs.states),
+        ("largest output of one module", needs.largest),
+        ("needed at least", needs.total),
+        ("logits of all positions (forward only)", needs.logits),
+    ):
+        table.add_row(label, f"{size / 1e9:,.3f} GB")
+    console.print(table)
+    memory = inspection.device_bytes
+    have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
+    verdict = {True: "fits", False: "does not fit", None: "can't be told"}[inspection.fits]
+    console.print(f"{inspection.devices} with {have}: {verdict}", highlight=False)
