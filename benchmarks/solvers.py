@@ -19,10 +19,6 @@ Measure with numpy's default BLAS kernel selection: unset OPENBLAS_CORETYPE and 
 """
 
 import argparse
-import json
-import os
-import platform
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn
 from rich.console import Console
 from rich.table import Table
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, DictionaryLearning
 
+from benchmarks.measure import save, seconds
 from xlvlm_jax.concepts import Concepts, decompose
 from xlvlm_jax.solvers import kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.loop import begin, run
@@ -67,13 +63,6 @@ def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
     within = 0.5 * rng.standard_t(4, size=(N, width)) * spread
     rows = common + (centres[rng.integers(0, K, N)] + within) @ basis
     return (rows + 0.2 * rng.standard_t(4, size=(N, D))).astype(np.float32)
-
-
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time of a call until its arrays are ready."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return time.perf_counter() - start, result
 
 
 # What each method minimises, from the arrays, in float64.
@@ -300,16 +289,7 @@ def main() -> None:
                 make = {"planted": planted, "states": states}[name]
                 rows.append(measure(method, make, shape, arguments.repeats, arguments.budget))
     console.print(table(rows))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "cores": os.cpu_count(),
-        "system": platform.machine(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "jax": jax.__version__,
-        "scikit-learn": sklearn.__version__,
-        "numpy": np.__version__,
-    }
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    save(arguments.output, rows, "scikit-learn")
     console.print(f"saved to {arguments.output}")
 
 

@@ -1,0 +1,64 @@
+"""What the benchmarks share: paired timing, and results on disk with the machine they came from."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Paired(NamedTuple):
+    """Two sides run in turn, so that a busy moment of the machine meets both."""
+
+    ours: float  # median seconds
+    theirs: float
+    ratio: float  # median of theirs / ours, pair by pair
+    first: float  # seconds of our first run, which compiles
+    runs: int
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall time of a call until its arrays are ready, and what it returned."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - start, result
+
+
+def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Paired:
+    """Runs both once to warm up, then in turn, `repeats` times."""
+    first, _ = seconds(ours)
+    seconds(theirs)
+    times = np.array([(seconds(ours)[0], seconds(theirs)[0]) for _ in range(repeats)])
+    mine, peer = np.median(times, axis=0)
+    ratio = np.median(times[:, 1] / times[:, 0])
+    return Paired(float(mine), float(peer), float(ratio), first, repeats)
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Cores, devices and the versions of packages."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "cores": os.cpu_count(),
+        "system": platform.machine(),
+        "devices": [device.device_kind for device in jax.devices()],
+        **{name: installed(name) for name in ("jax", "numpy", *packages)},
+    }
+
+
+def save(output: Path, rows: list[dict[str, Any]], *packages: str) -> None:
+    """Writes the rows and the machine as JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": machine(*packages), "rows": rows}, indent=1)
+    output.write_text(text + "\n")
