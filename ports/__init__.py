@@ -14,26 +14,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ports import checkpoint, llava
+from ports import checkpoint, idefics2, llava
 from ports.generate import Generation, Sampling
 from ports.sharding import make_mesh
 from ports.sites import capture, list_sites
+from ports.steering import (
+    Edit,
+    Places,
+    ablate,
+    add,
+    add_relative,
+    edit_with,
+    replace,
+    stacked,
+    steer,
+)
 from ports.vlm import VLM, Output, load_module
 
 __all__ = [
     "VLM",
+    "Edit",
     "Generation",
     "Output",
+    "Places",
     "Sampling",
+    "ablate",
+    "add",
+    "add_relative",
     "capture",
+    "edit_with",
     "list_sites",
     "load",
     "load_abstract",
     "make_mesh",
+    "replace",
+    "stacked",
+    "steer",
 ]
 
 # config.json's model_type -> the port and its Linen module.
-_PORTS = {"llava": (llava, llava.Llava)}
+_PORTS = {
+    "llava": (llava, llava.Llava),
+    "idefics2": (idefics2, idefics2.Idefics2),
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

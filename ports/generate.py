@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ports import joiner
+from ports import joiner, steering
 from ports.sites import capture
 
 Array = jax.Array
@@ -51,6 +51,7 @@ def generate(
     params: dict,
     inputs: joiner.Inputs,
     sampling: Sampling | None = None,
+    edits: steering.Edits | None = None,
     *,
     max_new_tokens: int,
     eos_tokens: tuple[int, ...],
@@ -61,12 +62,13 @@ def generate(
     """Prefills the cache with the prompt and decodes until every row has ended. Pure; jit it.
 
     inputs: the processor's arrays, rows padded on the left to T. sampling: None for greedy.
+    edits: of the residual stream, in the prefill and in every step.
     Rows end by themselves; the loop ends with the last of them.
     """
     mask = joiner.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
     variables = {"cache": model.init_cache(batch, length + max_new_tokens)}
-    apply = capture(model.apply, sites)
+    apply = capture(steering.steer(model.apply, edits or {}), sites)
 
     def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         logits = logits.astype(jnp.float32)

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from ports import decoder
+from ports import decoder, steering
 
 Array = jax.Array
 Inputs = Mapping[str, Any]
@@ -54,6 +55,17 @@ class VisionLanguageModel(nn.Module):
         given = inputs.get("position_ids")
         return decoder.token_positions(attention_mask(inputs)) if given is None else given
 
+    def places(self, inputs: Inputs) -> steering.Places:
+        """What a prompt's positions are, for edits that ask for some kinds of them."""
+        tokens, mask = jnp.asarray(inputs["input_ids"]), attention_mask(inputs) != 0
+        if mask.ndim == 3:
+            mask = jnp.diagonal(mask, axis1=1, axis2=2)
+        index = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+        kind = jnp.where(is_image(tokens, self.config.image_tokens), steering.IMAGE, steering.TEXT)
+        kind = jnp.where(index == index[:, -1:], steering.LAST_PROMPT, kind)
+        kind = jnp.where(mask, kind, steering.PADDING)
+        return steering.Places(kind, index, jnp.arange(tokens.shape[1]))
+
     def __call__(self, inputs: Inputs) -> Array:
         """The processor's arrays -> logits[B, T, V] at every position."""
         return self.unembed(self.states(inputs))
@@ -62,7 +74,8 @@ class VisionLanguageModel(nn.Module):
         """The processor's arrays -> states after the final norm [B, T, D]."""
         x = self.embed_inputs(inputs)
         mask = decoder.causal_mask(attention_mask(inputs))
-        return self.text_decoder(x, self.positions(inputs), mask)
+        with steering.at_places(self.places(inputs)):
+            return self.text_decoder(x, self.positions(inputs), mask)
 
     def init_cache(self, batch: int, slots: int) -> dict:
         """An empty cache, as the variable collection "cache" of this module."""
@@ -81,9 +94,13 @@ class VisionLanguageModel(nn.Module):
         tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
         each of them sees; slot int32[], where the first of them goes -> final states [B, T, D].
         """
-        return self.text_decoder(
-            self.text_decoder.embed_tokens(tokens), positions, mask, start=slot
-        )
+        # A token sees itself and what precedes it: its index is one less than their number.
+        index = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32) - 1, tokens.shape)
+        kind = jnp.full(tokens.shape, steering.GENERATED)
+        slots = slot + jnp.arange(tokens.shape[1])
+        with steering.at_places(steering.Places(kind, index, slots)):
+            x = self.text_decoder.embed_tokens(tokens)
+            return self.text_decoder(x, positions, mask, start=slot)
 
     def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
         """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
@@ -100,6 +117,30 @@ def attention_mask(inputs: Inputs) -> Array:
 def is_image(tokens: Array, image_tokens: tuple[int, ...]) -> Array:
     """bool[B, T]: which of the tokens int[B, T] stand for an image."""
     return jnp.isin(tokens, jnp.array(image_tokens))
+
+
+def check_image_tokens(
+    input_ids: np.ndarray,
+    image_tokens: tuple[int, ...],
+    num_images: int,
+    num_features: int,
+    expected: str,
+) -> None:
+    """ValueError unless the prompts int[B, T] hold as many image tokens as there are features.
+
+    expected: what the message says about the right number.
+    """
+    count = int(np.isin(input_ids, image_tokens).sum())
+    if num_images and not count:
+        raise ValueError(
+            f"the batch has {num_images} images but no image token (id {image_tokens[0]}) "
+            "in its prompts; put <image> into each prompt that goes with an image"
+        )
+    if count != num_features:
+        raise ValueError(
+            f"{num_images} images give {num_features} image features, but the prompts hold "
+            f"{count} image tokens; expected {expected}"
+        )
 
 
 def place_images(x: Array, is_image: Array, features: Array, valid: Array | None = None) -> Array:

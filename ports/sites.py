@@ -26,18 +26,18 @@ def site_name(path: Iterable[str]) -> str:
     return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
     """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
     return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))
 
 
 def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
     """ValueError for the first of `sites` that is not among `known`, with the nearest names."""
-    normal = {_normal(name): name for name in known}
+    normal = {normal_name(name): name for name in known}
     for site in sites:
-        if _normal(site) not in normal:
+        if normal_name(site) not in normal:
             # The last part of a wrong name is usually right: prefer names that end alike.
-            wrong = _normal(site)
+            wrong = normal_name(site)
             tail = "." + ".".join(wrong.split(".")[-2:])
             alike = [key for key in normal if ("." + key).endswith(tail)]
             close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
@@ -63,7 +63,7 @@ def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., An
         ValueError: when called, if a site names no module that ran; lists the nearest names.
     """
     sites = tuple(sites)
-    wanted = {_normal(site): site for site in sites}
+    wanted = {normal_name(site): site for site in sites}
 
     @functools.wraps(apply)
     def captured(*args: Any, mutable: Any = False, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -73,7 +73,7 @@ def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., An
             if method != "__call__":
                 return False
             ran.append(site_name(module.path))
-            return _normal(ran[-1]) in wanted
+            return normal_name(ran[-1]) in wanted
 
         out, variables = apply(
             *args,
@@ -85,7 +85,7 @@ def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., An
         variables = dict(variables)
         states = {}
         for path, value in _outputs(variables.pop("intermediates", {})):
-            site = wanted.get(_normal(site_name(path)))
+            site = wanted.get(normal_name(site_name(path)))
             if site is not None:
                 states[site] = value[0] if len(value) == 1 else value
         states = {site: states[site] for site in sites}

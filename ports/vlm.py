@@ -1,5 +1,6 @@
 """`VLM`: a loaded vision-language model with its processor, the same object for every port."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import checkpoint, generate, joiner, sharding
+from ports import checkpoint, generate, joiner, sharding, steering
+from ports.generate import Generation, Sampling
 from ports.sites import capture, list_sites, require_sites
 
 Array = jax.Array
@@ -28,16 +30,24 @@ class Output(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "sites"))
 def _forward(
-    model: joiner.VisionLanguageModel, params: dict, inputs: dict, sites: tuple[str, ...]
+    model: joiner.VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    edits: steering.Edits,
+    sites: tuple[str, ...],
 ) -> tuple[Array, dict[str, Array]]:
-    return capture(model.apply, sites)({"params": params}, inputs)
+    return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sites"))
 def _states(
-    model: joiner.VisionLanguageModel, params: dict, inputs: dict, sites: tuple[str, ...]
+    model: joiner.VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    edits: steering.Edits,
+    sites: tuple[str, ...],
 ) -> dict[str, Array]:
-    return capture(model.apply, sites)({"params": params}, inputs)[1]
+    return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -56,6 +66,18 @@ _generate = jax.jit(
         "prompt_states",
     ),
 )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "eos_tokens", "pad_token", "sites")
+)
+def _sweep(
+    model: joiner.VisionLanguageModel, params: dict, inputs: dict, edits: Any, **options: Any
+) -> Generation:
+    # vmap leaves what does not depend on the edits without the further axis.
+    return jax.vmap(
+        lambda variant: generate.generate(model, params, inputs, edits=variant, **options)
+    )(edits)
 
 
 class VLM:
@@ -127,25 +149,41 @@ class VLM:
         inputs = self.example_inputs()
         return tuple(list_sites(self.apply, self.params, inputs))
 
-    def forward(self, inputs: joiner.Inputs, *, sites: Sequence[str] = ()) -> Output:
+    def forward(
+        self,
+        inputs: joiner.Inputs,
+        *,
+        sites: Sequence[str] = (),
+        edits: steering.Edits | None = None,
+    ) -> Output:
         """One jitted pass over a batch.
 
         Args:
             inputs: the numpy arrays of the checkpoint's processor.
             sites: whose states to return.
+            edits: site -> edit or edits of its states (`ports.add` ...); see `ports.steer`.
 
         Raises:
-            ValueError: an unknown site, or images that do not fit the prompt.
+            ValueError: an unknown site, an edit that does not fit, or images that do not fit the
+                prompt.
         """
         arrays, sites = self._check(inputs), self.check_sites(sites)
-        logits, states = _forward(self.module, self.params, self._place(arrays), sites)
+        edits = self._place_edits(edits, arrays)
+        logits, states = _forward(self.module, self.params, self._place(arrays), edits, sites)
         length = arrays["input_ids"].shape[1]
         return Output(logits[:, -length:], self._cut(states, length))
 
-    def states(self, inputs: joiner.Inputs, *, sites: Sequence[str]) -> dict[str, Array]:
+    def states(
+        self,
+        inputs: joiner.Inputs,
+        *,
+        sites: Sequence[str],
+        edits: steering.Edits | None = None,
+    ) -> dict[str, Array]:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
         arrays, sites = self._check(inputs), self.check_sites(sites)
-        states = _states(self.module, self.params, self._place(arrays), sites)
+        edits = self._place_edits(edits, arrays)
+        states = _states(self.module, self.params, self._place(arrays), edits, sites)
         return self._cut(states, arrays["input_ids"].shape[1])
 
     def generate(
@@ -154,9 +192,10 @@ class VLM:
         *,
         max_new_tokens: int,
         sites: Sequence[str] = (),
-        sampling: generate.Sampling | None = None,
+        edits: steering.Edits | None = None,
+        sampling: Sampling | None = None,
         prompt_states: bool = False,
-    ) -> generate.Generation:
+    ) -> Generation:
         """Answers a batch of prompts; prefill and decoding are one compiled program.
 
         Args:
@@ -164,24 +203,29 @@ class VLM:
                 side, and are padded on the left up to one of few lengths.
             max_new_tokens: M. A row ends by itself with an end-of-sequence token.
             sites: sites of the decoder whose states to return.
+            edits: site -> edit or edits of its states (`ports.add` ...), in the prompt and at every
+                step; see `ports.steer`.
             sampling: `ports.Sampling(key, temperature, top_p)`; None decodes greedily.
             prompt_states: also return the states at the T prompt positions (of the head, which
                 the prefill applies to the last position only, the state at that one).
 
         Raises:
-            ValueError: an unknown site, a site outside the decoder, no room for a new token, or
-                images that do not fit the prompt.
+            ValueError: an unknown site, a site outside the decoder, no room for a new token, an
+                edit that does not fit, or images that do not fit the prompt.
         """
         sites = self.check_sites(sites, generated=True)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        arrays = align_right(self._check(inputs))
+        checked = self._check(inputs)
+        edits = self._place_edits(edits, checked, generated=True)
+        arrays = align_right(checked)
         length = arrays["input_ids"].shape[1]
         result = _generate(
             self.module,
             self.params,
             self._place(arrays),
             sampling,
+            edits,
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
             pad_token=self.pad_token,
@@ -189,6 +233,50 @@ class VLM:
             prompt_states=prompt_states,
         )
         return result._replace(prompt_states=self._cut(result.prompt_states, length))
+
+    def sweep(
+        self,
+        inputs: joiner.Inputs,
+        variants: Sequence[steering.Edits],
+        *,
+        max_new_tokens: int,
+        sites: Sequence[str] = (),
+    ) -> Generation:
+        """Greedy answers of one batch under each of A variants of the same edits, in one program.
+
+        Images are encoded once, and so are the prompts up to the first edited layer.
+
+        Args:
+            inputs: as for `generate`.
+            variants: A edits with the same sites and kinds; vectors, strengths and positions may
+                differ. Other sites: `ports.stacked` with a strength of zero at all sites but one.
+            max_new_tokens, sites: as for `generate`.
+
+        Returns:
+            A Generation whose arrays have a leading axis A.
+
+        Raises:
+            ValueError: as `generate`, or variants of another structure.
+        """
+        sites = self.check_sites(sites, generated=True)
+        checked = self._check(inputs)
+        placed = [self._place_edits(edits, checked, generated=True) for edits in variants]
+        structures = {jax.tree.structure(edits) for edits in placed}
+        if len(structures) != 1:
+            raise ValueError(
+                f"{len(placed)} variants of edits have {len(structures)} structures; expected one: "
+                "the same sites and kinds of edits, all with a mask or none (see ports.stacked)"
+            )
+        return _sweep(
+            self.module,
+            self.params,
+            self._place(align_right(checked)),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
+            max_new_tokens=max_new_tokens,
+            eos_tokens=self.eos_tokens,
+            pad_token=self.pad_token,
+            sites=sites,
+        )
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
@@ -235,6 +323,34 @@ class VLM:
         nested = [[image] if not isinstance(image, list) else image for image in images]
         batch = self.processor(text=list(texts), images=nested, padding=True, return_tensors="np")
         return {name: np.asarray(value) for name, value in batch.items()}
+
+    def _place_edits(
+        self,
+        edits: steering.Edits | None,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        generated: bool = False,
+    ) -> dict[str, tuple[steering.Edit, ...]]:
+        """The edits as arguments of a compiled program; their masks are laid out as the tokens."""
+        placed = {}
+        batch, length = arrays["input_ids"].shape
+        missing = bucket_length(length) - length
+        for site, listed in (edits or {}).items():
+            placed[site] = ()
+            for edit in (listed,) if isinstance(listed, steering.Edit) else listed:
+                steering.check_batch(edit, batch, length)
+                if edit.mask is not None:
+                    mask = np.asarray(edit.mask, bool)
+                    if generated:
+                        mask = np.take_along_axis(mask, right_order(arrays), axis=1)
+                    mask = np.pad(mask, ((0, 0), (missing, 0)))
+                    edit = dataclasses.replace(edit, mask=mask)
+                placed[site] = (*placed[site], edit)
+        require_sites(placed, self.sites)
+        for site in placed:
+            if not self._is_of_decoder(site):
+                steering.check_kinds(site, placed[site])
+        return placed
 
     def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
         """Takes off the positions that only fill up the bucket."""
@@ -302,9 +418,14 @@ def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str,
     }
 
 
+def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int[B, T]: the columns of each row, those of padding first."""
+    return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
+
+
 def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Moves the tokens of each row to its end, where generation goes on."""
-    order = np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
+    order = right_order(arrays)
     return {
         name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
         for name, value in arrays.items()

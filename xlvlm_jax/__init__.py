@@ -6,6 +6,7 @@ words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 """
 
 from ports.sites import capture
+from ports.steering import ablate, add, add_relative, edit_with, replace, stacked, steer
 from xlvlm_jax import metrics
 from xlvlm_jax.concepts import Concepts, decompose, project
 from xlvlm_jax.grounding import ground_images, ground_text
@@ -16,10 +17,17 @@ __all__ = [
     "Concepts",
     "Features",
     "Selection",
+    "ablate",
+    "add",
+    "add_relative",
     "capture",
     "decompose",
+    "edit_with",
     "ground_images",
     "ground_text",
     "metrics",
     "project",
+    "replace",
+    "stacked",
+    "steer",
 ]
