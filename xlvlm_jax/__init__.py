@@ -7,10 +7,11 @@ words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 
 from ports.sites import capture
 from ports.steering import ablate, add, add_relative, edit_with, replace, stacked, steer
-from xlvlm_jax import metrics
+from xlvlm_jax import metrics, shift
 from xlvlm_jax.concepts import Concepts, decompose, project
 from xlvlm_jax.grounding import ground_images, ground_text
 from xlvlm_jax.selection import Selection
+from xlvlm_jax.steering import fine_vectors, steering_vector
 from xlvlm_jax.store import Features
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "capture",
     "decompose",
     "edit_with",
+    "fine_vectors",
     "ground_images",
     "ground_text",
     "metrics",
     "project",
     "replace",
+    "shift",
     "stacked",
     "steer",
+    "steering_vector",
 ]

@@ -1,0 +1,115 @@
+"""Shift: by hand, against numpy and scipy, properties, messages."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import trim_mean
+
+from xlvlm_jax import shift
+
+RANDOM = np.random.default_rng(0)
+A = RANDOM.standard_normal((60, 7)).astype(np.float32)
+B = (A + RANDOM.standard_normal((60, 7)) + 2).astype(np.float32)
+# Concept 3 has one sample, concept 4 none.
+OF = np.append(RANDOM.integers(0, 3, 59), 3)
+K = 5
+
+
+def test_by_hand():
+    a = np.array([[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]])
+    b = np.array([[1.0, 0.0], [2.0, 1.0], [9.0, 9.0]])
+    of = shift.assign(np.array([[0.9, 0.1], [0.8, 0.0], [0.1, 0.3]]))
+    assert of.tolist() == [0, 0, 1]
+    assert shift.counts(of, 3).tolist() == [2, 1, 0]
+    moved = shift.concept_shift(a, b, of, 2)
+    np.testing.assert_allclose(moved, [[0.5, 0.5], [np.nan, np.nan]])
+    figures = shift.spread(a, b, of, 2)
+    np.testing.assert_allclose(figures.consistency, [0, np.nan], atol=1e-6)
+    np.testing.assert_allclose(figures.product, [0, np.nan], atol=1e-6)
+    np.testing.assert_allclose(figures.magnitude, [0.5**0.5, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(figures.cosine_with_mean, [0.5**0.5, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(figures.product_with_mean, [0.5, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(
+        shift.shifted(np.ones((2, 2)), moved, alpha=2), [[2, 2], [np.nan, np.nan]]
+    )
+
+
+@pytest.mark.parametrize("reduce", ["mean", "median", "trimmed_mean"])
+def test_the_shift_is_that_of_numpy_and_scipy(reduce):
+    centre = {
+        "mean": lambda x: x.mean(0),
+        "median": lambda x: np.median(x, axis=0),
+        "trimmed_mean": lambda x: trim_mean(x, 0.1),
+    }[reduce]
+    ours = jax.jit(shift.concept_shift, static_argnums=(3, 4))(A, B, OF, K, reduce)
+    for concept in range(3):
+        theirs = centre(B[concept == OF]) - centre(A[concept == OF])
+        np.testing.assert_allclose(ours[concept], theirs, rtol=1e-5, atol=1e-6)
+    assert np.isnan(ours[3:]).all()
+
+
+def test_the_spread_is_the_mean_over_pairs():
+    figures = shift.spread(A, B, OF, K)
+    np.testing.assert_array_equal(shift.consistency(A, B, OF, K), figures.consistency)
+    for concept in range(3):
+        moves = (B - A)[concept == OF]
+        units = moves / np.linalg.norm(moves, axis=1, keepdims=True)
+        mean = moves.mean(0)
+        pairs = ~np.eye(len(moves), dtype=bool)
+        expected = {
+            "consistency": (units @ units.T)[pairs].mean(),
+            "product": (moves @ moves.T)[pairs].mean(),
+            "cosine_with_mean": (units @ mean / np.linalg.norm(mean)).mean(),
+            "product_with_mean": (moves @ mean).mean(),
+            "magnitude": np.linalg.norm(mean),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(figures, name)[concept], value, rtol=1e-4)
+    assert np.isnan(np.stack(figures)[:, 3:]).all()
+
+
+def test_equal_shifts_are_consistent_and_hit():
+    """If all samples move alike, consistency is 1 and the shifted concept is the new one."""
+    step = np.arange(7, dtype=np.float32)
+    assert np.allclose(shift.consistency(A, A + step, OF, K)[:3], 1, atol=1e-4)
+    concepts = A[:3]
+    moved = shift.shifted(concepts, shift.concept_shift(A, A + step, OF, K)[:3])
+    np.testing.assert_allclose(moved, concepts + step, atol=1e-5)
+    np.testing.assert_allclose(
+        shift.recovery(concepts, moved, concepts + step, metric="l2"), 1, atol=1e-5
+    )
+
+
+def test_matching_undoes_a_permutation():
+    order = RANDOM.permutation(7)
+    concepts = RANDOM.standard_normal((7, 9))
+    found = shift.match(concepts, 3 * concepts[order] + 0.1 * RANDOM.standard_normal((7, 9)))
+    np.testing.assert_array_equal(order[found], np.arange(7))
+
+
+def test_recovery_by_hand():
+    u, v = np.array([[1.0, 1.0]]), np.array([[1.0, 0.0]])
+    np.testing.assert_allclose(shift.recovery(u, u, v), 0, atol=1e-6)
+    np.testing.assert_allclose(shift.recovery(u, v, v), 2**0.5 - 1, rtol=1e-6)
+    np.testing.assert_allclose(shift.recovery(u, (u + v) / 2, v, metric="l2"), 0.5, rtol=1e-6)
+
+
+def test_correlation():
+    a = np.array([1.0, 2.0, 3.0, np.nan, 5.0])
+    found = shift.correlation(a, np.array([2.0, 4.0, 6.0, 0.0, np.nan]))
+    assert (found.r, found.count) == (pytest.approx(1), 3)
+    assert np.isnan(shift.correlation(a[:2], a[:2]).r)
+    assert np.isnan(shift.correlation(a, np.ones(5)).r)
+
+
+def test_messages():
+    with pytest.raises(ValueError, match=r"shapes \(60, 7\) and \(59, 7\).*expected \[N, D\]"):
+        shift.concept_shift(A, B[1:], OF, K)
+    with pytest.raises(ValueError, match="reduce is 'mode'; expected 'mean'"):
+        shift.concept_shift(A, B, OF, K, "mode")
+    with pytest.raises(ValueError, match=r"\(60, 7\) and \(3, 7\)"):
+        shift.match(A, B[:3])
+    with pytest.raises(ValueError, match="metric is 'angle'; expected"):
+        shift.recovery(A, A, B, metric="angle")
+    with pytest.raises(ValueError, match="expected the same"):
+        shift.recovery(A, A, B[:3])
