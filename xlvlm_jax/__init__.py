@@ -9,15 +9,19 @@ from ports.sites import capture
 from ports.steering import ablate, add, add_relative, edit_with, replace, stacked, steer
 from xlvlm_jax import metrics, shift
 from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.grounding import ground_images, ground_text
 from xlvlm_jax.selection import Selection
 from xlvlm_jax.steering import fine_vectors, steering_vector
 from xlvlm_jax.store import Features
 
 __all__ = [
+    "PCA",
     "Concepts",
     "Features",
+    "KMeans",
     "Selection",
+    "SemiNMF",
     "ablate",
     "add",
     "add_relative",
