@@ -111,7 +111,8 @@ class VLM:
             return self._port.load_processor(self.directory)
         from transformers import AutoProcessor
 
-        return self._read(AutoProcessor, "processor")
+        # The backend that needs neither torch nor torchvision, and gives everyone the same numbers.
+        return self._read(AutoProcessor, "processor", backend="pil")
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -120,9 +121,9 @@ class VLM:
 
         return self._read(AutoTokenizer, "tokenizer")
 
-    def _read(self, kind: Any, what: str) -> Any:
+    def _read(self, kind: Any, what: str, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(self.directory)
+            return kind.from_pretrained(self.directory, **options)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error
