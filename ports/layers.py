@@ -95,17 +95,19 @@ class GatedMLP(nn.Module):
     hidden_act: str = "silu"
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    output_size: int | None = None  # None: the input's width
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[B, T, D] -> [B, T, D]."""
+        """x[B, T, D] -> [B, T, output_size]."""
 
         def linear(width: int, name: str) -> nn.Dense:
             return dense(width, self.use_bias, self.dtype, name)
 
         gate = linear(self.intermediate_size, "gate_proj")(x)
         up = linear(self.intermediate_size, "up_proj")(x)
-        return linear(x.shape[-1], "down_proj")(activation(self.hidden_act)(gate) * up)
+        width = self.output_size or x.shape[-1]
+        return linear(width, "down_proj")(activation(self.hidden_act)(gate) * up)
 
 
 class MLP(nn.Module):

@@ -147,21 +147,16 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 
     ValueError when images and image tokens do not fit each other.
     """
-    is_image = np.isin(inputs["input_ids"], config.image_tokens)
     pixels = inputs.get("pixel_values")
     num_images = 0 if pixels is None else len(pixels)
-    expected = num_images * config.tokens_per_image
-    if num_images and not is_image.any():
-        raise ValueError(
-            f"the batch has {num_images} images but no image token (id {config.image_tokens[0]}) "
-            "in its prompts; put <image> into each prompt that goes with an image"
-        )
-    if expected != is_image.sum():
-        raise ValueError(
-            f"{num_images} images give {expected} image features, but the prompts hold "
-            f"{is_image.sum()} image tokens; expected {config.tokens_per_image} a picture "
-            "(a processor without patch_size does not expand the image token)"
-        )
+    joiner.check_image_tokens(
+        inputs["input_ids"],
+        config.image_tokens,
+        num_images,
+        num_images * config.tokens_per_image,
+        f"{config.tokens_per_image} a picture "
+        "(a processor without patch_size does not expand the image token)",
+    )
     if num_images:
         size = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
         if tuple(pixels.shape[1:]) != size:

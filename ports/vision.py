@@ -1,4 +1,4 @@
-"""Vision towers: CLIP's.
+"""Vision towers: the blocks that CLIP and SigLIP share, and CLIP's.
 
 I images, P patches (and the class position), D width, H heads.
 """
@@ -17,7 +17,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and constants of a pre-norm transformer encoder (CLIP's vision and text towers)."""
+    """Sizes and constants of a pre-norm transformer encoder (CLIP's and SigLIP's towers)."""
 
     hidden_size: int
     intermediate_size: int
@@ -28,7 +28,7 @@ class EncoderConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> "EncoderConfig":
-        """Reads a transformers CLIPVisionConfig or CLIPTextConfig."""
+        """Reads a transformers CLIPVisionConfig, CLIPTextConfig or Idefics2VisionConfig."""
         layers.activation(config.hidden_act)
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
@@ -54,13 +54,22 @@ class VisionConfig(EncoderConfig):
     num_channels: int = 3
 
     @classmethod
-    def from_hf(cls, config: Any) -> "VisionConfig":
-        """Reads a transformers CLIPVisionConfig; ValueError for another kind of tower."""
-        if config.model_type != "clip_vision_model":
+    def from_hf(cls, config: Any, model_type: str = "clip_vision_model") -> "VisionConfig":
+        """Reads the transformers configuration of a tower of that model_type.
+
+        ValueError for another kind of tower, or for images or patches that are not square.
+        """
+        if config.model_type != model_type:
             raise ValueError(
                 f"vision_config.model_type is {config.model_type!r}; "
-                "this port implements 'clip_vision_model'"
+                f"this port implements {model_type!r}"
             )
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(config, name), int):
+                raise ValueError(
+                    f"vision_config.{name} is {getattr(config, name)!r}; "
+                    "expected one number, the side of a square"
+                )
         return cls(
             **dataclasses.asdict(EncoderConfig.from_hf(config)),
             image_size=config.image_size,
@@ -69,9 +78,14 @@ class VisionConfig(EncoderConfig):
         )
 
     @property
+    def side(self) -> int:
+        """Patches along one side of a square image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Patches of one image, without the class position."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
 
 class EncoderAttention(nn.Module):
@@ -82,7 +96,7 @@ class EncoderAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x[I, P, D], mask bool[I or 1, 1, P, P] or None -> [I, P, D]."""
+        """x[I, P, D], mask bool[I or 1, 1, P or 1, P] or None -> [I, P, D]."""
         width = x.shape[-1]
 
         def heads(name: str) -> Array:
@@ -94,7 +108,7 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm block of CLIP's towers."""
+    """A pre-norm block of CLIP's and SigLIP's towers."""
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -126,6 +140,23 @@ class Encoder(nn.Module):
         return tuple(states)
 
 
+def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels: Array) -> Array:
+    """pixels[I, 3, height, width], as the processors give them -> [I, P, D].
+
+    The strided convolution of the calling module; pixels that fill no patch are left out.
+    """
+    patches = nn.Conv(
+        config.hidden_size,
+        (config.patch_size, config.patch_size),
+        strides=(config.patch_size, config.patch_size),
+        padding="VALID",
+        use_bias=use_bias,
+        dtype=dtype,
+        name="patch_embedding",
+    )(jnp.moveaxis(pixels, 1, -1).astype(dtype))
+    return patches.reshape(len(pixels), -1, config.hidden_size)
+
+
 class VisionEmbeddings(nn.Module):
     """Patches by a strided convolution, a class position in front, learnt positions added."""
 
@@ -136,16 +167,7 @@ class VisionEmbeddings(nn.Module):
     def __call__(self, pixels: Array) -> Array:
         """pixels[I, 3, height, width], as the processors give them -> [I, 1 + P, D]."""
         cfg = self.config
-        patches = nn.Conv(
-            cfg.hidden_size,
-            (cfg.patch_size, cfg.patch_size),
-            strides=(cfg.patch_size, cfg.patch_size),
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(jnp.moveaxis(pixels, 1, -1).astype(self.dtype))
-        patches = patches.reshape(len(pixels), -1, cfg.hidden_size)
+        patches = embed_patches(cfg, False, self.dtype, pixels)
         first = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,))
         first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, cfg.hidden_size))
         table = nn.Embed(

@@ -12,12 +12,13 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -122,14 +123,40 @@ class Pair:
         return ports.load(self.directory)
 
 
+def make_pair(directory: Path, model: torch.nn.Module, **options: Any) -> Pair:
+    """The model with random weights, saved by transformers; options go to save_pretrained."""
+    randomise(model.eval())
+    model.save_pretrained(directory, **options)
+    return Pair(directory, model)
+
+
 def make_llava(
     directory: Path, config: transformers.LlavaConfig | None = None, **options: Any
 ) -> Pair:
-    """A random LLaVA, saved by transformers; options go to save_pretrained."""
-    model = transformers.LlavaForConditionalGeneration(config or llava_config()).eval()
-    randomise(model)
-    model.save_pretrained(directory, **options)
-    return Pair(directory, model)
+    """A random LLaVA; options go to save_pretrained."""
+    model = transformers.LlavaForConditionalGeneration(config or llava_config())
+    return make_pair(directory, model, **options)
+
+
+def make_tokenizer(words: Sequence[str], special: Mapping[str, int]) -> Any:
+    """A fast tokenizer of whole words: <pad>, <s>, </s>, <unk>, those given, then w0, w1 ...; at
+    their own ids the special ones.
+    """
+    words = ["<pad>", "<s>", "</s>", "<unk>", *words]
+    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
+    taken = set(special.values())
+    vocabulary = {word: i for i, word in enumerate(words) if i not in taken} | dict(special)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=list(special),
+        padding_side="left",
+    )
 
 
 def make_inputs(
@@ -170,7 +197,9 @@ def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def torch_forward(
-    model: Any, inputs: Mapping[str, np.ndarray]
+    model: Any,
+    inputs: Mapping[str, np.ndarray],
+    canonical_name: Callable[[str], str | None] = llava.canonical_name,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """PyTorch's logits, and the output of each of its modules by the port's name for it."""
     states: dict[str, np.ndarray] = {}
@@ -189,7 +218,7 @@ def torch_forward(
     for name, module in model.named_modules():
         if name in ("", "model"):
             continue
-        site = (llava.canonical_name(f"{name}.weight") or "").removesuffix(".weight")
+        site = (canonical_name(f"{name}.weight") or "").removesuffix(".weight")
         hooks.append(module.register_forward_hook(keep(site)))
     with torch.no_grad():
         logits = model(**to_torch(inputs)).logits.numpy()

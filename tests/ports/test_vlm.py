@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import transformers
 from sklearn.datasets import load_sample_images
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import ports
@@ -187,25 +186,12 @@ class TestBuckets:
 
 def make_processor() -> transformers.LlavaProcessor:
     """A real processor: CLIP's images at 28 pixels, a tokenizer of whole words."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "in", "the", "picture", "USER", ":"]
-    words += [f"w{i}" for i in range(helpers.VOCABULARY - len(words))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    del vocabulary[words[helpers.IMAGE]]
-    vocabulary["<image>"] = helpers.IMAGE
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
         ),
-        tokenizer=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            additional_special_tokens=["<image>"],
-            padding_side="left",
+        tokenizer=helpers.make_tokenizer(
+            ["what", "is", "in", "the", "picture", "USER", ":"], {"<image>": helpers.IMAGE}
         ),
         patch_size=7,
         vision_feature_select_strategy="default",

@@ -1,0 +1,377 @@
+"""Idefics2 (Laurençon et al. 2024): a SigLIP tower, a perceiver resampler, a Mistral decoder.
+
+B batch, T positions, D the decoder's width, I images, P = h x w patches of an image, L latents,
+which are also the tokens that an image takes in a prompt.
+
+Images keep their size and shape: the tower sees as many patches as there are, and the resampler
+makes L features of them. Image splitting is the processor's: five crops are five images.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import decoder, joiner, layers, siglip, vision
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverConfig:
+    """Sizes and constants of the resampler; its width is the decoder's."""
+
+    num_latents: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_act: str
+    norm_eps: float
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "PerceiverConfig":
+        """Reads a transformers Idefics2PerceiverConfig."""
+        layers.activation(config.hidden_act)
+        if config.resampler_n_heads % config.num_key_value_heads:
+            raise ValueError(
+                f"perceiver_config has {config.resampler_n_heads} attention heads, which is no "
+                f"multiple of its {config.num_key_value_heads} key-value heads"
+            )
+        return cls(
+            num_latents=config.resampler_n_latents,
+            num_layers=config.resampler_depth,
+            num_heads=config.resampler_n_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.resampler_head_dim,
+            hidden_act=config.hidden_act,
+            norm_eps=config.rms_norm_eps,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a transformers Idefics2Config."""
+
+    text: decoder.DecoderConfig
+    vision: vision.VisionConfig
+    perceiver: PerceiverConfig
+    image_tokens: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads a transformers Idefics2Config; ValueError for a value that is not implemented."""
+        return cls(
+            # Here the whole configuration alone says whether the head is tied: what its
+            # text_config says has no effect in transformers.
+            text=decoder.DecoderConfig.from_hf(
+                config.text_config, bool(config.tie_word_embeddings), "mistral"
+            ),
+            vision=vision.VisionConfig.from_hf(config.vision_config, "idefics2_vision"),
+            perceiver=PerceiverConfig.from_hf(config.perceiver_config),
+            image_tokens=(config.image_token_id,),
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens that one image (or one crop of it) takes in a prompt."""
+        return self.perceiver.num_latents
+
+
+class PerceiverAttention(nn.Module):
+    """The latents attend, with grouped queries, to the image and to themselves."""
+
+    config: PerceiverConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
+        """latents[I, L, D], context[I, P, D], mask bool[I, 1, 1, P + L] -> [I, L, D]."""
+        cfg = self.config
+
+        def heads(name: str, x: Array, count: int) -> Array:
+            y = layers.dense(count * cfg.head_dim, False, self.dtype, name)(x)
+            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+
+        both = jnp.concatenate([context, latents], axis=1)
+        query = heads("q_proj", latents, cfg.num_heads)
+        key = heads("k_proj", both, cfg.num_kv_heads)
+        value = heads("v_proj", both, cfg.num_kv_heads)
+        y = layers.attend(query, key, value, mask).reshape(*latents.shape[:2], -1)
+        return layers.dense(latents.shape[-1], False, self.dtype, "o_proj")(y)
+
+
+class PerceiverLayer(nn.Module):
+    """A pre-norm block on the latents; the image's features stay as they are."""
+
+    config: PerceiverConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
+        """latents[I, L, D], context[I, P, D], mask bool[I, 1, 1, P + L] -> latents[I, L, D]."""
+        cfg = self.config
+
+        def norm(name: str) -> nn.RMSNorm:
+            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+
+        y = norm("input_latents_norm")(latents)
+        context = norm("input_context_norm")(context)
+        latents = latents + PerceiverAttention(cfg, self.dtype, name="self_attn")(y, context, mask)
+        y = norm("post_attention_layernorm")(latents)
+        mlp = layers.GatedMLP(4 * y.shape[-1], cfg.hidden_act, dtype=self.dtype, name="mlp")
+        return latents + mlp(y)
+
+
+class PerceiverResampler(nn.Module):
+    """Learnt latents gather an image of any size into L features (Alayrac et al. 2022)."""
+
+    config: PerceiverConfig
+    width: int  # D
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        shape = (cfg.num_latents, self.width)
+        self.latents = self.param("latents", nn.initializers.ones, shape)
+        self.layers = [PerceiverLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
+        self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
+
+    def __call__(self, context: Array, mask: Array) -> Array:
+        """context[I, P, D], mask bool[I, P] -> [I, L, D]."""
+        images = len(context)
+        latents = jnp.broadcast_to(
+            self.latents.astype(self.dtype), (images, self.config.num_latents, self.width)
+        )
+        mask = jnp.concatenate([mask, jnp.ones(latents.shape[:2], bool)], axis=1)[:, None, None]
+        for layer in self.layers:
+            latents = layer(latents, context, mask)
+        return self.norm(latents)
+
+
+class Connector(nn.Module):
+    """From the tower's width to the decoder's, and from P patches to L features."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        text = self.config.text
+        self.modality_projection = layers.GatedMLP(
+            text.intermediate_size,
+            text.hidden_act,
+            dtype=self.dtype,
+            output_size=text.hidden_size,
+        )
+        self.perceiver_resampler = PerceiverResampler(
+            self.config.perceiver, text.hidden_size, self.dtype
+        )
+
+    def __call__(self, features: Array, mask: Array) -> Array:
+        """features[I, P, tower width], mask bool[I, P] -> [I, L, D]."""
+        return self.perceiver_resampler(self.modality_projection(features), mask)
+
+
+class Backbone(nn.Module):
+    """The level of nesting that the checkpoints' names have around all but the head."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.vision_model = siglip.SiglipVisionTransformer(self.config.vision, self.dtype)
+        self.connector = Connector(self.config, self.dtype)
+        self.text_model = decoder.Decoder(self.config.text, self.dtype)
+
+    def image_features(self, pixels: Array, pixel_mask: Array) -> Array:
+        """pixels[I, 3, height, width], pixel_mask[I, height, width] -> [I, L, D]."""
+        mask = siglip.patch_mask(pixel_mask, self.config.vision.patch_size)
+        return self.connector(self.vision_model(pixels, mask), mask.reshape(len(mask), -1))
+
+
+# What the port understands of a processor's arrays; the rest is left aside.
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "pixel_values",
+    "pixel_attention_mask",
+)
+
+
+class Idefics2(joiner.VisionLanguageModel):
+    """What the resampler makes of the images takes the places of the image tokens."""
+
+    config: Config
+    decoder_path = ("model", "text_model")
+    head_path = ("lm_head",)
+
+    def setup(self):
+        self.model = Backbone(self.config, self.dtype)
+        if not self.config.text.tie_embeddings:
+            self.lm_head = layers.dense(self.config.text.vocab_size, False, self.dtype)
+
+    @property
+    def text_decoder(self) -> decoder.Decoder:
+        """The Mistral decoder."""
+        return self.model.text_model
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        if self.config.text.tie_embeddings:
+            return self.text_decoder.embed_tokens.attend(x)
+        return self.lm_head(x)
+
+    def image_features(self, pixels: Array, pixel_mask: Array | None = None) -> Array:
+        """pixels[I, 3, height, width] -> [I, L, D], as they enter the decoder.
+
+        pixel_mask: bool or int[I, height, width], which pixels are the image's; None: all.
+        """
+        if pixel_mask is None:
+            pixel_mask = jnp.ones((len(pixels), *pixels.shape[2:]), bool)
+        return self.model.image_features(pixels, pixel_mask)
+
+    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+        """input_ids int[B, T] -> [B, T, D], with the images in rows, whichever rows those are:
+        pixel_values[R, I, 3, height, width], pixel_attention_mask[R, I, height, width] or none.
+        """
+        tokens = jnp.asarray(inputs["input_ids"])
+        x = self.text_decoder.embed_tokens(tokens)
+        if inputs.get("pixel_values") is None:
+            return x
+        pixels, mask = (
+            None if inputs.get(name) is None else _flat(jnp.asarray(inputs[name]))
+            for name in ("pixel_values", "pixel_attention_mask")
+        )
+        features = self.image_features(pixels, mask)
+        # What only fills up a row of images is zero, and gives no features.
+        valid = jnp.repeat((pixels != 0).any((1, 2, 3)), features.shape[1])
+        return joiner.place_images(
+            x,
+            joiner.is_image(tokens, self.config.image_tokens),
+            features.reshape(-1, features.shape[-1]),
+            valid,
+        )
+
+
+def _flat(x: Any) -> Any:
+    """[B, I, ...] -> [B * I, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a batch with one image a row, of the size that the tower is made for."""
+    cfg = config.vision
+    ids = jax.ShapeDtypeStruct((batch, length or config.tokens_per_image + 8), np.int32)
+    size = (cfg.image_size, cfg.image_size)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "pixel_values": jax.ShapeDtypeStruct((batch, 1, cfg.num_channels, *size), np.float32),
+        "pixel_attention_mask": jax.ShapeDtypeStruct((batch, 1, *size), bool),
+    }
+
+
+# The grid of a batch's patches is enlarged to multiples of this part of the tower's own.
+GRID_STEPS = 14
+
+
+def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The processor's arrays, laid out so that a run over images of all sizes compiles a few times.
+
+    The padding images are dropped, which leaves one image a row: pixel_values[I, 1, 3, height,
+    width]. Height and width are those of the largest image, cut to whole patches and padded to a
+    grid that is a multiple of 1/14 of the tower's (5 of 70 patches in Idefics2-8B). The tower's
+    states come in that grid; siglip.patch_mask of the mask returned says which of them count.
+
+    ValueError when images and image tokens do not fit each other.
+    """
+    arrays = dict(inputs)
+    pixels, mask = arrays.pop("pixel_values", None), arrays.pop("pixel_attention_mask", None)
+    num_images = 0
+    if pixels is not None:
+        pixels, mask = _real_images(config, pixels, mask)
+        num_images = len(pixels)
+    per_image = config.tokens_per_image
+    joiner.check_image_tokens(
+        arrays["input_ids"],
+        config.image_tokens,
+        num_images,
+        num_images * per_image,
+        f"{per_image} a picture or crop, the processor's image_seq_len "
+        "(a picture whose values are all zero counts as padding)",
+    )
+    if num_images:
+        patches = siglip.patch_mask(mask, config.vision.patch_size)
+        tiny = np.flatnonzero(~patches.any((1, 2)))
+        if len(tiny):
+            height, width = mask[tiny[0]].any(1).sum(), mask[tiny[0]].any(0).sum()
+            patch = config.vision.patch_size
+            raise ValueError(
+                f"image {tiny[0]} of the batch has {height} x {width} pixels, less than a patch of "
+                f"{patch} x {patch}; let the processor resize it, or leave it out"
+            )
+        height, width = (
+            _side(config.vision, patches.any(axes).nonzero()[0].max() + 1)
+            for axes in ((0, 2), (0, 1))
+        )
+        arrays["pixel_values"] = _fit(pixels, height, width)[:, None]
+        arrays["pixel_attention_mask"] = _fit(mask, height, width)[:, None]
+    return arrays
+
+
+def _real_images(
+    config: Config, pixels: np.ndarray, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images that are no padding: [I, 3, height, width] and their masks bool[I, height, width].
+
+    pixels[B, I, 3, height, width], mask[B, I, height, width] or None.
+    """
+    if pixels.ndim != 5 or pixels.shape[2] != config.vision.num_channels:
+        raise ValueError(
+            f"pixel_values has shape {pixels.shape}; expected [batch, images, "
+            f"{config.vision.num_channels}, height, width], as the processor pads it (do_pad)"
+        )
+    expected = (*pixels.shape[:2], *pixels.shape[3:])
+    if mask is None:
+        mask = np.ones(expected, bool)
+    elif mask.shape != expected:
+        raise ValueError(
+            f"pixel_attention_mask has shape {mask.shape}; expected that of pixel_values without "
+            f"the channels, {expected}"
+        )
+    pixels, mask = _flat(pixels), _flat(mask).astype(bool)
+    real = pixels.any((1, 2, 3))
+    return pixels[real], mask[real]
+
+
+def _side(tower: vision.VisionConfig, patches: int) -> int:
+    """The pixels to which so many patches in a line are padded."""
+    step = max(1, tower.side // GRID_STEPS)
+    return -(-patches // step) * step * tower.patch_size
+
+
+def _fit(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts or pads the last two axes, with zeros."""
+    x = x[..., :height, :width]
+    missing = (height - x.shape[-2], width - x.shape[-1])
+    return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, side) for side in missing])
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+
+    The port, the hub and transformers 5 have the same names.
+    """
+    if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+        return None
+    return name
+
+
+def ignored_names(config: Config) -> frozenset[str]:
+    """Parameters that a checkpoint may hold although the port does not need them."""
+    return frozenset({"lm_head.weight"} if config.text.tie_embeddings else ())

@@ -1,0 +1,86 @@
+"""SigLIP's vision tower (Zhai et al. 2023) for images of any size and shape.
+
+I images, P = h x w patches of the common grid, D width.
+
+The images of a batch lie in the upper left corner of a common canvas. A patch counts if all its
+pixels are the image's; what does not count is neither seen nor of any consequence. The learnt
+positions, those of one square grid, are spread over each image whatever its size (Dehghani et al.
+2023, Patch n' Pack).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import layers, vision
+
+Array = jax.Array
+
+
+def patch_mask(pixel_mask: Array | np.ndarray, patch_size: int) -> Array | np.ndarray:
+    """bool or int[I, height, width], which pixels are the image's -> bool[I, h, w], patches."""
+    images, height, width = pixel_mask.shape
+    h, w = height // patch_size, width // patch_size
+    whole = pixel_mask[:, : h * patch_size, : w * patch_size].astype(bool)
+    return whole.reshape(images, h, patch_size, w, patch_size).all((2, 4))
+
+
+def spread(longest: int, side: int) -> np.ndarray:
+    """int32[longest + 1, longest]: row n says where n patches in a line lie among `side` positions.
+
+    Patch i of n starts at the fraction i/n of the image and gets the last position that does not
+    start after it. Where both start at the same point, rounding decides: it is float32 as in the
+    original, whose factor 1/n is rounded before the product, so that some patches (of 25, 49, 50
+    and 55 in a line among 70 positions) get the position before.
+    """
+    counts = np.maximum(np.arange(longest + 1), 1).astype(np.float32)
+    starts = np.arange(longest, dtype=np.float32) * (np.float32(1) / counts)[:, None]
+    positions = (np.arange(1, side) / side).astype(np.float32)
+    return np.searchsorted(positions, starts, side="right").astype(np.int32)
+
+
+def position_ids(mask: Array, side: int) -> Array:
+    """bool[I, h, w], which patches count -> int32[I, h, w], their rows in the learnt table.
+
+    side: the table is that of side x side positions. Patches that do not count get row 0.
+    """
+    _, h, w = mask.shape
+    vertical = jnp.asarray(spread(h, side))[mask[:, :, 0].sum(1)]
+    horizontal = jnp.asarray(spread(w, side))[mask[:, 0, :].sum(1)]
+    return jnp.where(mask, vertical[:, :, None] * side + horizontal[:, None, :], 0)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches by a strided convolution, learnt positions added."""
+
+    config: vision.VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Array, mask: Array) -> Array:
+        """pixels[I, 3, height, width], mask bool[I, h, w] -> [I, P, D]."""
+        cfg = self.config
+        patches = vision.embed_patches(cfg, True, self.dtype, pixels)
+        table = nn.Embed(
+            cfg.num_patches, cfg.hidden_size, dtype=self.dtype, name="position_embedding"
+        )
+        return patches + table(position_ids(mask, cfg.side).reshape(len(pixels), -1))
+
+
+class SiglipVisionTransformer(nn.Module):
+    """The tower: embeddings, pre-norm blocks in which all patches see each other, a norm."""
+
+    config: vision.VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.embeddings = VisionEmbeddings(cfg, self.dtype)
+        self.encoder = vision.Encoder(cfg, self.dtype)
+        self.post_layernorm = layers.layer_norm(cfg.norm_eps, self.dtype)
+
+    def __call__(self, pixels: Array, mask: Array) -> Array:
+        """pixels[I, 3, height, width], mask bool[I, h, w] -> the normed last states [I, P, D]."""
+        visible = mask.reshape(len(pixels), 1, 1, -1)
+        return self.post_layernorm(self.encoder(self.embeddings(pixels, mask), visible)[-1])
