@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ports import checkpoint, idefics2, llava
+from ports import checkpoint, idefics2, llava, qwen2_vl
 from ports.generate import Generation, Sampling
 from ports.sharding import make_mesh
 from ports.sites import capture, list_sites
@@ -56,6 +56,7 @@ __all__ = [
 _PORTS = {
     "llava": (llava, llava.Llava),
     "idefics2": (idefics2, idefics2.Idefics2),
+    "qwen2_vl": (qwen2_vl, qwen2_vl.Qwen2VL),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 

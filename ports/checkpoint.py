@@ -5,6 +5,7 @@ The modules carry the checkpoint's names, so a parameter's name follows from its
 and its layout from its last part:
     kernel of a linear layer       weight (out, in)                -> (in, out)
     kernel of a convolution        weight (out, in, height, width) -> (height, width, in, out)
+    kernel over flattened patches  weight (out, in, time, height, width) -> the same with out last
     embedding, scale, bias, other  as stored
 """
 
@@ -61,7 +62,7 @@ def _stored_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
     """The axes of a parameter in the order in which the checkpoint stores them."""
     if path[-1] != "kernel":
         return tuple(range(ndim))
-    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+    return {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 0, 1, 2, 3)}[ndim]
 
 
 def abstract_params(module: nn.Module, inputs: Mapping[str, Any]) -> dict:

@@ -119,27 +119,38 @@ def is_image(tokens: Array, image_tokens: tuple[int, ...]) -> Array:
     return jnp.isin(tokens, jnp.array(image_tokens))
 
 
+def bucket_length(length: int) -> int:
+    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
+
+    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
+    computes at most a quarter of its positions in vain.
+    """
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
 def check_image_tokens(
     input_ids: np.ndarray,
     image_tokens: tuple[int, ...],
     num_images: int,
     num_features: int,
     expected: str,
+    what: str = "image",
 ) -> None:
     """ValueError unless the prompts int[B, T] hold as many image tokens as there are features.
 
-    expected: what the message says about the right number.
+    expected: what the message says about the right number; what: "image" or "video".
     """
     count = int(np.isin(input_ids, image_tokens).sum())
     if num_images and not count:
         raise ValueError(
-            f"the batch has {num_images} images but no image token (id {image_tokens[0]}) "
-            "in its prompts; put <image> into each prompt that goes with an image"
+            f"the batch has {num_images} {what}s but no {what} token (id {image_tokens[0]}) "
+            f"in its prompts; put <{what}> into each prompt that goes with one"
         )
     if count != num_features:
         raise ValueError(
-            f"{num_images} images give {num_features} image features, but the prompts hold "
-            f"{count} image tokens; expected {expected}"
+            f"{num_images} {what}s give {num_features} {what} features, but the prompts hold "
+            f"{count} {what} tokens; expected {expected}"
         )
 
 

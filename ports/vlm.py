@@ -14,6 +14,7 @@ import numpy as np
 
 from ports import checkpoint, generate, joiner, sharding, steering
 from ports.generate import Generation, Sampling
+from ports.joiner import bucket_length
 from ports.sites import capture, list_sites, require_sites
 
 Array = jax.Array
@@ -394,16 +395,6 @@ class VLM:
             name: jax.device_put(value, sharding.batch_sharding(self._mesh, value.shape))
             for name, value in arrays.items()
         }
-
-
-def bucket_length(length: int) -> int:
-    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
-
-    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
-    computes at most a quarter of its positions in vain.
-    """
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
 
 
 def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,262 @@
+"""Qwen2-VL (Wang et al. 2024): images and videos of any size, a Qwen2 decoder with M-RoPE.
+
+B batch, T positions, D width, I images (or videos), F frames, P patches of a frame, M the side of
+the square of patches that become one token.
+
+A grid (t, h, w) says how many frames, and rows and columns of patches, an image or video has; its
+tokens are t x h / M x w / M. Their rotary positions have three components, time, height and width,
+that start where the text before them ended; text has the same position in all three.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ports import decoder, joiner, layers, qwen2_vision
+
+Array = jax.Array
+
+# What the port understands of a processor's arrays; the rest (mm_token_type_ids) is left aside.
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+)
+# The arrays of patches and of their grids, for images and for videos.
+_KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a transformers Qwen2VLConfig."""
+
+    text: decoder.DecoderConfig
+    vision: qwen2_vision.VisionConfig
+    image_tokens: tuple[int, int]  # the token of an image's feature, and that of a video's
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads a transformers Qwen2VLConfig; ValueError for a value that is not implemented."""
+        text = decoder.DecoderConfig.from_hf(
+            config.text_config, bool(config.tie_word_embeddings), "qwen2_vl_text"
+        )
+        if text.rope_sections is None:
+            raise ValueError(
+                "text_config has no mrope_section; expected how many rotary frequencies turn with "
+                "time, height and width, such as [16, 24, 24]"
+            )
+        vision = qwen2_vision.VisionConfig.from_hf(config.vision_config)
+        if vision.output_size != text.hidden_size:
+            raise ValueError(
+                f"vision_config.hidden_size is {vision.output_size}, the decoder's width "
+                f"{text.hidden_size}; expected the same"
+            )
+        return cls(text, vision, (config.image_token_id, config.video_token_id))
+
+
+class Qwen2VL(joiner.VisionLanguageModel):
+    """Features of images and videos take the places of their tokens."""
+
+    config: Config
+    decoder_path = ("model",)
+    head_path = ("lm_head",)
+
+    def setup(self):
+        self.visual = qwen2_vision.Qwen2Vision(self.config.vision, self.dtype)
+        self.model = decoder.Decoder(self.config.text, self.dtype)
+        if not self.config.text.tie_embeddings:
+            self.lm_head = layers.dense(self.config.text.vocab_size, False, self.dtype)
+
+    @property
+    def text_decoder(self) -> decoder.Decoder:
+        """The Qwen2 decoder."""
+        return self.model
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        if self.config.text.tie_embeddings:
+            return self.model.embed_tokens.attend(x)
+        return self.lm_head(x)
+
+    def positions(self, inputs: joiner.Inputs) -> Array:
+        """Rotary positions int32[B, T, 3]: time, height and width of every token.
+
+        A text token takes one step; an image or video as many as the longer of its height and
+        width has tokens, at its last token.
+        """
+        tokens = jnp.asarray(inputs["input_ids"])
+        real = joiner.attention_mask(inputs) != 0
+        steps = jnp.where(real, 1, 0)
+        within = jnp.zeros((*tokens.shape, 3), jnp.int32)
+        for (_, grid), token in zip(_KINDS, self.config.image_tokens, strict=True):
+            if inputs.get(grid) is not None:
+                of_kind = (tokens == token) & real
+                place, step = _within(of_kind, jnp.asarray(inputs[grid]), self.config)
+                steps = jnp.where(of_kind, step, steps)
+                within = jnp.where(of_kind[..., None], place, within)
+        before = jnp.cumsum(steps, axis=1) - steps
+        return before[..., None].astype(jnp.int32) + within
+
+    def image_features(self, pixels: Array, grid: Array) -> tuple[Array, Array]:
+        """Patches and grids int[I, 3] -> features [F, P / M^2, D], and which of them count.
+
+        pixels: float[patches, values], all patches of a batch one after the other, as the
+        processor gives them (a patch sees all of them, masked); or float[F, P, values], the frames
+        padded to the same number of patches, as `prepare_inputs` lays them out.
+        """
+        merge = self.config.vision.merge_size
+        sizes = grid[:, 1] * grid[:, 2]  # patches of a frame
+        if pixels.ndim == 2:
+            index = jnp.arange(len(pixels))
+            image, within = _locate(index, grid[:, 0] * sizes)
+            frame = within // sizes[image]
+            place = within % sizes[image]
+            same = (image[:, None] == image) & (frame[:, None] == frame)
+            places = qwen2_vision.patch_places(place[None], grid[image, 2], merge)
+            features = self.visual(pixels[None], places, same[None, None])
+            return features, jnp.ones(features.shape[:2], bool)
+        image, _ = _locate(jnp.arange(len(pixels)), grid[:, 0])
+        index = jnp.arange(pixels.shape[1])
+        real = index < sizes[image, None]
+        places = qwen2_vision.patch_places(index, grid[image, 2:], merge)
+        features = self.visual(pixels, places, real[:, None, None])
+        return features, real[:, :: merge**2]
+
+    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+        """The processor's arrays, or those of `prepare_inputs` -> [B, T, D]."""
+        tokens = jnp.asarray(inputs["input_ids"])
+        x = self.model.embed_tokens(tokens)
+        for (pixels, grid), token in zip(_KINDS, self.config.image_tokens, strict=True):
+            if inputs.get(pixels) is not None:
+                features, counts = self.image_features(
+                    jnp.asarray(inputs[pixels]), jnp.asarray(inputs[grid])
+                )
+                flat = features.reshape(-1, features.shape[-1])
+                x = joiner.place_images(x, tokens == token, flat, counts.reshape(-1))
+        return x
+
+
+def _locate(index: Array, lengths: Array) -> tuple[Array, Array]:
+    """Which run of consecutive items each index lies in, and its index within that run."""
+    ends = jnp.cumsum(lengths)
+    run = jnp.clip(jnp.searchsorted(ends, index, side="right"), 0, len(lengths) - 1)
+    return run, index - (ends - lengths)[run]
+
+
+def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
+    """Positions of image tokens within their image int32[B, T, 3], and their steps int32[B, T].
+
+    of_kind: bool[B, T], the image tokens; they belong to the images in order.
+    """
+    tokens = grid // jnp.array([1, config.vision.merge_size, config.vision.merge_size])
+    ordinal = (jnp.cumsum(of_kind.reshape(-1)) - 1).reshape(of_kind.shape)
+    image, index = _locate(ordinal, tokens.prod(axis=1))
+    height, width = tokens[image, 1], tokens[image, 2]
+    place = jnp.stack([index // (height * width), index // width % height, index % width], axis=-1)
+    last = index == tokens.prod(axis=1)[image] - 1
+    return place.astype(jnp.int32), jnp.where(last, jnp.maximum(height, width), 0)
+
+
+def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a batch with one image of 16 x 16 patches a row."""
+    patches = 256
+    length = length or patches // config.vision.merge_size**2 + 8
+    ids = jax.ShapeDtypeStruct((batch, length), np.int32)
+    pixels = (batch, patches, config.vision.patch_values)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "pixel_values": jax.ShapeDtypeStruct(pixels, np.float32),
+        "image_grid_thw": jax.ShapeDtypeStruct((batch, 3), np.int32),
+    }
+
+
+def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The processor's arrays with one row a frame, so that few shapes compile and attention is
+    computed within frames: pixel_values[F, P, values], P the largest frame's patches, filled up.
+
+    ValueError when grids, patches and image tokens do not fit each other.
+    """
+    arrays = dict(inputs)
+    for (pixels, grid), token in zip(_KINDS, config.image_tokens, strict=True):
+        images = _grid(config, arrays, pixels, grid)
+        per_image = images.prod(axis=1) // config.vision.merge_size**2
+        what = "image" if pixels == "pixel_values" else "video"
+        joiner.check_image_tokens(
+            arrays["input_ids"],
+            (token,),
+            len(images),
+            int(per_image.sum()),
+            f"{', '.join(map(str, per_image.tolist()[:8])) or 'none'}, one group a picture, as "
+            f"{grid} says (pass it along with {pixels})",
+            what,
+        )
+        if len(images):
+            arrays[pixels] = _by_frame(arrays[pixels], images)
+    return arrays
+
+
+def _grid(config: Config, arrays: Mapping[str, np.ndarray], pixels: str, grid: str) -> np.ndarray:
+    """The checked grids int[I, 3]; of no images without any."""
+    patches, images = arrays.get(pixels), arrays.get(grid)
+    if patches is None and images is None:
+        return np.zeros((0, 3), int)
+    if patches is None or images is None:
+        there, missing = (grid, pixels) if patches is None else (pixels, grid)
+        raise ValueError(f"inputs have {there} without {missing}; pass both, as the processor does")
+    values, merge = config.vision.patch_values, config.vision.merge_size
+    if patches.ndim != 2 or patches.shape[1] != values:
+        raise ValueError(
+            f"{pixels} has shape {patches.shape}; expected [patches, {values}], flat patches of "
+            f"{config.vision.patch_size} x {config.vision.patch_size} pixels"
+        )
+    if images.ndim != 2 or images.shape[1] != 3:
+        raise ValueError(f"{grid} has shape {images.shape}; expected [images, 3]")
+    bad = np.flatnonzero((images < 1).any(1) | (images[:, 1:] % merge).any(1))
+    if len(bad):
+        raise ValueError(
+            f"{grid} of image {bad[0]} is {images[bad[0]].tolist()}; expected rows and columns of "
+            f"patches in multiples of {merge}: an image smaller than {merge} x {merge} patches "
+            "needs resizing by the processor"
+        )
+    if images.prod(axis=1).sum() != len(patches):
+        raise ValueError(
+            f"{grid} asks for {images.prod(axis=1).sum()} patches, but {pixels} has "
+            f"{len(patches)}; pass both from the same call of the processor"
+        )
+    return images
+
+
+def _by_frame(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """patches[sum, values] -> [F, P, values], frames filled up with zeros."""
+    sizes = np.repeat(grid[:, 1] * grid[:, 2], grid[:, 0])
+    longest = joiner.bucket_length(int(sizes.max()))
+    frames = np.zeros((len(sizes), longest, patches.shape[1]), np.float32)
+    for frame, part in zip(frames, np.split(patches, np.cumsum(sizes)[:-1]), strict=True):
+        frame[: len(part)] = part
+    return frames
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+
+    The port carries the hub's names. transformers 5 keeps them or writes `model.visual.` and
+    `model.language_model.`.
+    """
+    if name.endswith("rotary_pos_emb.inv_freq") or name.endswith("rotary_emb.inv_freq"):
+        return None
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def ignored_names(config: Config) -> frozenset[str]:
+    """Parameters that a checkpoint may hold although the port does not need them."""
+    return frozenset({"lm_head.weight"} if config.text.tie_embeddings else ())

@@ -1,0 +1,168 @@
+"""Small random Qwen2-VL checkpoints, inputs with images and videos of all sizes, comparisons.
+
+Sizes are odd on purpose: heads of 10, of which time, height and width turn 1, 2 and 2 frequencies.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from ports import qwen2_vl
+
+from . import helpers
+
+VIDEO, START, END = 100, 99, 98  # token ids
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 2, 2]}
+TEXT = {**helpers.TEXT, "head_dim": None, "rope_parameters": ROPE}
+VISION = {
+    "depth": 2,
+    "embed_dim": 36,
+    "num_heads": 3,
+    "mlp_ratio": 2,
+    "patch_size": 7,
+    "hidden_size": TEXT["hidden_size"],
+}
+PATCH_VALUES = 3 * 2 * 7 * 7
+
+# Name -> changes to (the text configuration, the vision configuration, the whole configuration).
+VARIANTS: dict[str, tuple[dict, dict, dict]] = {
+    "grouped queries": ({}, {}, {}),
+    "tied embeddings, other sections": (
+        {
+            "num_key_value_heads": 6,
+            "rope_parameters": {**ROPE, "rope_theta": 500.0, "mrope_section": [3, 1, 1]},
+        },
+        {"hidden_act": "gelu"},
+        {"tie_word_embeddings": True},
+    ),
+    "sliding window": (
+        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 0},
+        {},
+        {},
+    ),
+}
+
+# Name -> (grids of the images and videos in each row, text tokens in each row). A grid with more
+# than one frame is a video.
+PROMPTS: dict[str, tuple[list[list[tuple[int, int, int]]], list[int]]] = {
+    "images of several sizes": ([[(1, 4, 6), (1, 2, 2), (1, 10, 4)]], [7]),
+    "padded on the left, two, no and one image": (
+        [[(1, 6, 2), (1, 4, 4)], [], [(1, 2, 8)]],
+        [4, 9, 8],
+    ),
+    "a video and an image": ([[(3, 4, 2), (1, 4, 4)], [(2, 2, 2)]], [5, 9]),
+    "no image": ([[], []], [5, 12]),
+}
+
+
+def make_config(
+    text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None, **top: Any
+) -> transformers.Qwen2VLConfig:
+    """The small configuration with changes to its parts."""
+    return transformers.Qwen2VLConfig(
+        text_config={k: v for k, v in {**TEXT, **(text or {})}.items() if k != "head_dim"},
+        vision_config={**VISION, **(vision or {})},
+        image_token_id=helpers.IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        **top,
+    )
+
+
+def make_qwen2_vl(
+    directory: Path, config: transformers.Qwen2VLConfig | None = None, **options: Any
+) -> helpers.Pair:
+    """A random Qwen2-VL; options go to save_pretrained."""
+    model = transformers.Qwen2VLForConditionalGeneration(config or make_config())
+    return helpers.make_pair(directory, model, **options)
+
+
+def make_inputs(
+    images: Sequence[Sequence[tuple[int, int, int]]], texts: Sequence[int], *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """What the processor would return for rows of such images and text tokens, padded left."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for grids, text in zip(images, texts, strict=True):
+        row = [helpers.BOS]
+        for t, h, w in grids:
+            token = VIDEO if t > 1 else helpers.IMAGE
+            row += [*random.integers(3, END, 2), START, *[token] * (t * h * w // 4), END]
+        rows.append([*row, *random.integers(3, END, text)])
+    length = max(map(len, rows))
+    ids = np.array([[helpers.PAD] * (length - len(row)) + row for row in rows])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": np.array([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
+        "mm_token_type_ids": (ids == helpers.IMAGE) + 2 * (ids == VIDEO),
+    }
+    for pixels, grid, is_kind in (
+        ("pixel_values", "image_grid_thw", lambda t: t == 1),
+        ("pixel_values_videos", "video_grid_thw", lambda t: t > 1),
+    ):
+        grids = np.array([g for row in images for g in row if is_kind(g[0])])
+        if len(grids):
+            shape = (grids.prod(axis=1).sum(), PATCH_VALUES)
+            inputs |= {grid: grids, pixels: random.standard_normal(shape, np.float32)}
+    return inputs
+
+
+def torch_forward(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:
+    """As `helpers.torch_forward`, with this port's names."""
+    return helpers.torch_forward(model, inputs, qwen2_vl.canonical_name)
+
+
+def site_errors(
+    ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Site -> relative error at the tokens, and at the patches of images.
+
+    The port has one row a frame, filled up; PyTorch has all patches one after the other.
+    """
+    errors = {}
+    for site, states in ours.items():
+        # PyTorch's tower puts out its states beside what the merger makes of them.
+        states, expected = np.asarray(states), theirs["visual.merger" if site == "visual" else site]
+        if site.startswith("visual"):
+            grids = inputs["image_grid_thw"]
+            sizes = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
+            expected = expected.reshape(len(expected), -1)
+            # The merger joins squares of four patches.
+            sizes = sizes * len(expected) // sizes.sum()
+            states = np.concatenate([row[:n] for row, n in zip(states, sizes, strict=True)])
+            errors[site] = helpers.relative_error(states, expected)
+        else:
+            tokens = inputs["attention_mask"].astype(bool)
+            if site == "model.embed_tokens":
+                tokens &= ~np.isin(inputs["input_ids"], (helpers.IMAGE, VIDEO))
+            errors[site] = helpers.relative_error(states, expected, tokens)
+    return errors
+
+
+def make_processor() -> transformers.Qwen2VLProcessor:
+    """A real processor: images of 14 x 14 to 56 x 70 pixels, a tokenizer of whole words."""
+    special = {
+        "<|vision_start|>": START,
+        "<|vision_end|>": END,
+        "<|video_pad|>": VIDEO,
+        "<|image_pad|>": helpers.IMAGE,
+    }
+    words = ["user:", "assistant:", "what", "is", "in", "the", "picture"]
+    return transformers.Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(
+            patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 70}
+        ),
+        tokenizer=helpers.make_tokenizer(words, special),
+        video_processor=None,
+        chat_template=(
+            "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+            "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' "
+            "else part.text }}{% endfor %} {% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}"
+        ),
+    )

@@ -1,0 +1,407 @@
+"""Qwen2-VL against PyTorch: positions, every module's output, the logits, 32 greedy tokens."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import ports
+from ports import checkpoint, qwen2_vl
+
+from . import helpers
+from .qwen2_vl_helpers import (
+    PROMPTS,
+    VARIANTS,
+    VIDEO,
+    make_config,
+    make_inputs,
+    make_processor,
+    make_qwen2_vl,
+    site_errors,
+    torch_forward,
+)
+
+FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen2-vl-7b.json"
+LEFT = "padded on the left, two, no and one image"
+CASES = [
+    *(("grouped queries", prompt) for prompt in PROMPTS),
+    *((variant, LEFT) for variant in list(VARIANTS)[1:]),
+]
+parametrize_cases = pytest.mark.parametrize(
+    ("variant", "prompt"), CASES, ids=[": ".join(case) for case in CASES]
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
+    """pair(variant): the checkpoint of that name in `VARIANTS`."""
+    made: dict[str, helpers.Pair] = {}
+
+    def get(variant: str) -> helpers.Pair:
+        if variant not in made:
+            text, vision, top = VARIANTS[variant]
+            directory = tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-")
+            made[variant] = make_qwen2_vl(directory, make_config(text, vision, **top))
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def small(pair) -> helpers.Pair:
+    """The small checkpoint for tests that any checkpoint does for."""
+    return pair("grouped queries")
+
+
+@parametrize_cases
+def test_every_site_and_the_logits_equal_pytorchs(pair, variant, prompt):
+    pair = pair(variant)
+    inputs = make_inputs(*PROMPTS[prompt])
+    logits, states = torch_forward(pair.torch_model, inputs)
+    # A tower that ran for images and for videos was captured twice here, once there.
+    seen = "pixel_values" in inputs and "pixel_values_videos" not in inputs
+    sites = [site for site in pair.vlm.sites if seen or not site.startswith("visual")]
+    ours = pair.vlm.forward(inputs, sites=sites)
+
+    errors = site_errors(ours.states, states, inputs)
+    assert set(errors) == set(sites)
+    assert max(errors.values()) < 1e-5, errors
+    valid = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(ours.logits)[valid], logits[valid], rtol=0, atol=1e-4)
+
+
+@parametrize_cases
+def test_32_greedy_tokens_equal_pytorchs(pair, variant, prompt):
+    pair = pair(variant)
+    inputs = make_inputs(*PROMPTS[prompt])
+    theirs = helpers.torch_generate(pair.torch_model, inputs, 32).sequences
+    ours = pair.vlm.generate(inputs, max_new_tokens=32)
+    np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
+
+
+def test_the_sites_are_pytorchs_modules_but_for_activations_and_containers(small):
+    inputs = make_inputs([[(1, 4, 4)]], [4])
+    _, states = torch_forward(small.torch_model, inputs)
+    functions = (".act", ".act_fn", ".rotary_emb", ".rotary_pos_emb", ".mlp.1", "merger.mlp")
+    modules = {site for site in states if not site.endswith(functions)}
+    assert modules == set(small.vlm.sites)
+
+
+def test_the_sites_of_the_references_scripts_are_there(small):
+    names = ("model.layers.1", "model.norm", "visual.blocks.0", "visual.merger", "lm_head")
+    assert small.vlm.check_sites(names) == names
+
+
+class TestPositions:
+    def test_by_hand(self, small):
+        # One token before an image of 2 x 1 tokens, and two behind it.
+        image = helpers.IMAGE
+        inputs = {
+            "input_ids": np.array([[0, 7, image, image, 8, 9]]),
+            "attention_mask": np.array([[0, 1, 1, 1, 1, 1]]),
+            "image_grid_thw": np.array([[1, 4, 2]]),
+        }
+        positions = small.vlm.module.positions(inputs)[0, 1:]
+        assert positions.tolist() == [[0, 0, 0], [1, 1, 1], [1, 2, 1], [3, 3, 3], [4, 4, 4]]
+
+    @pytest.mark.parametrize("prompt", [name for name in PROMPTS if name != "no image"])
+    def test_are_pytorchs(self, small, prompt):
+        inputs = make_inputs(*PROMPTS[prompt])
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+        tensors = helpers.to_torch(inputs)
+        expected, _ = small.torch_model.model.get_rope_index(
+            **{name: tensors[name] for name in (*names, "attention_mask") if name in tensors}
+        )
+        ours = jax.jit(small.vlm.module.positions)(
+            {name: inputs[name] for name in qwen2_vl.INPUTS if name in inputs}
+        )
+        valid = inputs["attention_mask"].astype(bool)
+        np.testing.assert_array_equal(ours[valid], np.moveaxis(expected.numpy(), 0, -1)[valid])
+
+    def test_of_text_are_its_indices(self, small):
+        inputs = make_inputs([[], []], [3, 6])
+        positions = np.asarray(small.vlm.module.positions(inputs))
+        expected = np.cumsum(inputs["attention_mask"], axis=1) - 1
+        valid = inputs["attention_mask"].astype(bool)
+        for component in range(3):
+            np.testing.assert_array_equal(positions[valid][:, component], expected[valid])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_apply_takes_the_processors_arrays_as_they_are(small, prompt):
+    inputs = make_inputs(*PROMPTS[prompt])
+    expected, _ = torch_forward(small.torch_model, inputs)
+    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    logits = jax.jit(small.vlm.apply)(small.vlm.params, arrays)
+    valid = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=1e-4)
+
+
+def test_states_of_generated_tokens_are_those_that_predicted_them(small):
+    inputs = make_inputs(*PROMPTS[LEFT])
+    options = {"output_hidden_states": True, "output_logits": True}
+    theirs = helpers.torch_generate(small.torch_model, inputs, 4, **options)
+    expected = {
+        "model.layers.0": [step[1][:, -1] for step in theirs.hidden_states],
+        "model.norm": [step[2][:, -1] for step in theirs.hidden_states],
+        "lm_head": theirs.logits,
+    }
+    ours = small.vlm.generate(inputs, max_new_tokens=4, sites=list(expected)).states
+    for site, steps in expected.items():
+        assert helpers.relative_error(ours[site], np.stack(steps, axis=1)) < 1e-5
+
+
+def test_steering_changes_image_positions_alone(small):
+    inputs = make_inputs(*PROMPTS["a video and an image"])
+    edits = {"model.layers.0": ports.add(np.ones(60), where="image")}
+    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    _, masks = ports.steer(small.vlm.apply, edits, masks=True)(small.vlm.params, arrays)
+    expected = np.isin(inputs["input_ids"], (helpers.IMAGE, VIDEO))
+    np.testing.assert_array_equal(masks["model.layers.0"][0], expected)
+
+
+class TestLayout:
+    """What `VLM.prepare` makes of the processor's arrays."""
+
+    def test_has_a_row_a_frame_and_few_lengths(self, small):
+        shapes = set()
+        for side in (4, 6, 8, 10):
+            inputs = make_inputs([[(1, side, 4), (1, 2, 2)]], [5])
+            shapes.add(small.vlm.prepare(inputs)["pixel_values"].shape)
+        assert shapes == {(2, 16, 294), (2, 32, 294), (2, 48, 294)}
+        inputs = make_inputs([[(3, 4, 2)]], [5])
+        assert small.vlm.prepare(inputs)["pixel_values_videos"].shape == (3, 16, 294)
+
+    def test_keeps_every_patch(self, small):
+        inputs = make_inputs([[(1, 4, 6), (1, 2, 2)]], [5])
+        first, second = small.vlm.prepare(inputs)["pixel_values"]
+        np.testing.assert_array_equal(first[:24], inputs["pixel_values"][:24])
+        np.testing.assert_array_equal(second[:4], inputs["pixel_values"][24:])
+        assert not first[24:].any() and not second[4:].any()
+
+
+class TestMessages:
+    @pytest.fixture
+    def inputs(self):
+        return make_inputs([[(1, 4, 6)]], [5])
+
+    def check(self, small, inputs, *parts):
+        with helpers.raises_line(ValueError, *parts):
+            small.vlm.forward(inputs)
+
+    def test_no_image_token_in_the_prompt(self, small, inputs):
+        inputs["input_ids"] = np.where(inputs["input_ids"] == helpers.IMAGE, 7, inputs["input_ids"])
+        self.check(small, inputs, "1 images but no image token (id 101)")
+
+    def test_another_number_of_tokens(self, small, inputs):
+        inputs["input_ids"][inputs["input_ids"] == helpers.IMAGE] = [7] + [helpers.IMAGE] * 5
+        self.check(small, inputs, "1 images give 6 image features", "hold 5 image tokens")
+
+    def test_video_tokens_without_a_video(self, small, inputs):
+        inputs["input_ids"][0, -1] = VIDEO
+        self.check(small, inputs, "0 videos give 0 video features", "1 video tokens")
+
+    def test_a_grid_for_other_patches(self, small, inputs):
+        inputs["image_grid_thw"] = np.array([[1, 4, 8]])
+        self.check(small, inputs, "image_grid_thw asks for 32 patches", "pixel_values has 24")
+
+    def test_pixels_without_a_grid(self, small, inputs):
+        del inputs["image_grid_thw"]
+        self.check(small, inputs, "inputs have pixel_values without image_grid_thw")
+
+    def test_an_image_smaller_than_a_square_of_patches(self, small, inputs):
+        inputs["image_grid_thw"] = np.array([[1, 1, 24]])
+        self.check(small, inputs, "image_grid_thw of image 0 is [1, 1, 24]", "multiples of 2")
+
+    def test_patches_of_another_size(self, small, inputs):
+        inputs["pixel_values"] = inputs["pixel_values"][:, :-1]
+        self.check(small, inputs, "pixel_values has shape (24, 293); expected [patches, 294]")
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("text", "vision", "parts"),
+        [
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, {}, ("yarn",)),
+            ({}, {"embed_dim": 30}, ("embed_dim 30", "3 heads")),
+            ({}, {"hidden_size": 44}, ("44", "60", "the same")),
+            ({}, {"hidden_act": "swoosh"}, ("swoosh",)),
+            (
+                {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+                {},
+                ("layer_types mixes full_attention and sliding_attention",),
+            ),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_is_refused_by_name(self, text, vision, parts):
+        config = make_config()
+        for name, value in text.items():
+            setattr(config.text_config, name, value)
+        if "max_window_layers" in text:
+            config.text_config.layer_types = ["full_attention", "sliding_attention"]
+        for name, value in vision.items():
+            setattr(config.vision_config, name, value)
+        with helpers.raises_line(ValueError, *parts):
+            qwen2_vl.Config.from_hf(config)
+
+    def test_a_related_model(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+        with helpers.raises_line(ValueError, "'qwen2_5_vl' is not supported", "qwen2_vl"):
+            ports.load(tmp_path)
+
+
+class TestNames:
+    def test_of_transformers_5_are_those_of_the_hub(self, small):
+        names = set(checkpoint.stored_shapes(small.vlm.params))
+        theirs = {qwen2_vl.canonical_name(name) for name in small.torch_model.state_dict()}
+        assert theirs == names
+
+    @pytest.mark.parametrize(
+        ("name", "canonical"),
+        [
+            ("model.visual.blocks.3.attn.qkv.weight", "visual.blocks.3.attn.qkv.weight"),
+            (
+                "model.language_model.layers.2.mlp.up_proj.weight",
+                "model.layers.2.mlp.up_proj.weight",
+            ),
+            ("model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"),
+            ("lm_head.weight", "lm_head.weight"),
+            ("visual.rotary_pos_emb.inv_freq", None),
+            ("model.rotary_emb.inv_freq", None),
+        ],
+    )
+    def test_of_checkpoints(self, name, canonical):
+        assert qwen2_vl.canonical_name(name) == canonical
+
+    def test_written_by_transformers_load_as_well(self, small, tmp_path):
+        """A file with the new names in it gives the parameters of the one with the hub's."""
+        stored = {k: v.numpy() for k, v in small.torch_model.state_dict().items()}
+        assert any(name.startswith("model.language_model.") for name in stored)
+        (tmp_path / "config.json").write_text((small.directory / "config.json").read_text())
+        safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+        jax.tree.map(np.testing.assert_array_equal, ports.load(tmp_path).params, small.vlm.params)
+
+    def test_survive_saving(self, small, tmp_path):
+        checkpoint.save_params(small.vlm.params, tmp_path)
+        (tmp_path / "config.json").write_text((small.directory / "config.json").read_text())
+        jax.tree.map(np.testing.assert_array_equal, ports.load(tmp_path).params, small.vlm.params)
+
+
+class TestFullSize:
+    """The 7B checkpoint of the hub: names, shapes and the forward pass, without its weights."""
+
+    @pytest.fixture(scope="class")
+    def real(self):
+        return json.loads(FULL_SIZE.read_text())
+
+    @pytest.fixture(scope="class")
+    def module(self, real):
+        config = transformers.AutoConfig.for_model(**real["config"])
+        return qwen2_vl.Qwen2VL(qwen2_vl.Config.from_hf(config), dtype=jnp.bfloat16)
+
+    @pytest.fixture(scope="class")
+    def abstract(self, module):
+        return checkpoint.abstract_params(module, qwen2_vl.example_inputs(module.config))
+
+    def test_the_configuration(self, module):
+        config = module.config
+        assert config.text.rope_sections == (16, 24, 24)
+        assert config.text.sliding_window is None
+        assert (config.text.qkv_bias, config.text.output_bias) == (True, False)
+        assert config.text.rope_theta == 1e6
+        assert config.image_tokens == (151655, 151656)
+
+    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
+        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
+        assert len(expected) == 730
+        assert checkpoint.stored_shapes(abstract) == expected
+
+    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
+        stored = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
+            for name, shape in real["parameters"].items()
+        }
+        paths = checkpoint._match(abstract, stored, qwen2_vl.canonical_name, frozenset(), "here")
+        assert len(paths) == len(set(paths.values())) == 730
+
+    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
+        # Two photographs of 640 x 480 pixels: 34 x 46 patches, 391 tokens each.
+        ids = jax.ShapeDtypeStruct((2, 391 + 25), np.int32)
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": ids,
+            "pixel_values": jax.ShapeDtypeStruct((2, 1792, 1176), np.float32),
+            "image_grid_thw": jax.ShapeDtypeStruct((2, 3), np.int32),
+        }
+        sites = ["visual.blocks.31", "visual.merger", "model.layers.27"]
+        logits, states = jax.eval_shape(
+            ports.capture(module.apply, sites), {"params": abstract}, arrays
+        )
+        assert logits.shape == (2, 416, 152064)
+        assert [states[site].shape for site in sites] == [
+            (2, 1792, 1280),
+            (2, 448, 3584),
+            (2, 416, 3584),
+        ]
+
+
+class TestPhotographs:
+    """Those that scikit-learn ships, 640 x 427 pixels, through the checkpoint's processor."""
+
+    @pytest.fixture(scope="class")
+    def photographs(self):
+        return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+    @pytest.fixture(scope="class")
+    def photographed(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("photographed")
+        pair = make_qwen2_vl(directory)
+        make_processor().save_pretrained(directory)
+        return pair
+
+    @pytest.fixture(scope="class")
+    def inputs(self, photographed, photographs):
+        china, flower = photographs
+        upright = flower.transpose(Image.Transpose.ROTATE_90).resize((80, 300))
+        prompts = [
+            "is it <|image_pad|> or <|image_pad|> in the picture",
+            photographed.vlm.render("what is it"),
+        ]
+        return photographed.vlm.process(prompts, [[china, upright], flower])
+
+    def test_become_tokens_and_patches(self, inputs):
+        tokens = (inputs["input_ids"] == helpers.IMAGE).sum(1)
+        grid = inputs["image_grid_thw"]
+        assert len(grid) == 3
+        assert len({tuple(row) for row in grid.tolist()}) == 2
+        np.testing.assert_array_equal(
+            tokens, [grid[:2].prod(axis=1).sum() // 4, grid[2].prod() // 4]
+        )
+
+    def test_give_pytorchs_states_and_logits(self, photographed, inputs):
+        logits, states = torch_forward(photographed.torch_model, inputs)
+        sites = ["visual.blocks.1", "visual.merger", "model.layers.1"]
+        ours = photographed.vlm.forward(inputs, sites=sites)
+        errors = site_errors(ours.states, states, inputs)
+        assert max(errors.values()) < 1e-5, errors
+        valid = inputs["attention_mask"] == 1
+        np.testing.assert_allclose(np.asarray(ours.logits)[valid], logits[valid], rtol=0, atol=1e-4)
+
+    def test_give_pytorchs_tokens(self, photographed, inputs):
+        theirs = helpers.torch_generate(photographed.torch_model, inputs, 32).sequences
+        ours = photographed.vlm.generate(inputs, max_new_tokens=32)
+        np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
+
+    def test_of_an_extreme_shape_are_refused_in_one_line(self, photographed, photographs):
+        thin = photographs[0].resize((1000, 3))
+        with helpers.raises_line(ValueError, "aspect ratio", "200"):
+            photographed.vlm.process([photographed.vlm.render("what is it")], [thin])
