@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import decoder, joiner, layers, qwen2_vision
+from ports.qwen2_vl_processor import load as load_processor
+
+__all__ = ["Config", "Qwen2VL", "load_processor"]
 
 Array = jax.Array
 

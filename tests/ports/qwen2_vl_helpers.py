@@ -11,7 +11,7 @@ import numpy as np
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ports import qwen2_vl
+from ports import qwen2_vl, qwen2_vl_processor
 
 from . import helpers
 
@@ -144,8 +144,8 @@ def site_errors(
     return errors
 
 
-def make_processor() -> transformers.Qwen2VLProcessor:
-    """A real processor: images of 14 x 14 to 56 x 70 pixels, a tokenizer of whole words."""
+def make_processor() -> qwen2_vl_processor.Processor:
+    """A processor: images of 14 x 14 to 56 x 70 pixels, a tokenizer of whole words."""
     special = {
         "<|vision_start|>": START,
         "<|vision_end|>": END,
@@ -153,12 +153,11 @@ def make_processor() -> transformers.Qwen2VLProcessor:
         "<|image_pad|>": helpers.IMAGE,
     }
     words = ["user:", "assistant:", "what", "is", "in", "the", "picture"]
-    return transformers.Qwen2VLProcessor(
+    return qwen2_vl_processor.Processor(
         image_processor=Qwen2VLImageProcessorPil(
             patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 70}
         ),
         tokenizer=helpers.make_tokenizer(words, special),
-        video_processor=None,
         chat_template=(
             "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
             "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' "

@@ -401,6 +401,26 @@ class TestPhotographs:
         ours = photographed.vlm.generate(inputs, max_new_tokens=32)
         np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
 
+    def test_become_the_arrays_of_transformers_class(self, photographed, photographs, inputs):
+        """Its constructor wants torchvision, its text and image half does not."""
+        ours = photographed.vlm.processor
+        theirs = object.__new__(transformers.Qwen2VLProcessor)
+        theirs.image_processor, theirs.tokenizer = ours.image_processor, ours.tokenizer
+        theirs.video_processor = theirs.chat_template = None
+        theirs.image_token, theirs.video_token = "<|image_pad|>", "<|video_pad|>"
+        theirs.image_token_id, theirs.video_token_id = helpers.IMAGE, VIDEO
+        texts = ["is it <|image_pad|> or <|image_pad|>", "what <|image_pad|> is in the picture"]
+        images = [[photographs[0], photographs[1].resize((90, 300))], [photographs[1]]]
+        expected = theirs(text=texts, images=images, padding=True, return_tensors="np")
+        arrays = ours(text=texts, images=images, padding=True)
+        assert set(arrays) == set(expected)
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(value, expected[name])
+
+    def test_that_no_prompt_asks_for(self, photographed, photographs):
+        with helpers.raises_line(ValueError, "ask for 0 images", "there are 1"):
+            photographed.vlm.process(["what is it"], [photographs[0]])
+
     def test_of_an_extreme_shape_are_refused_in_one_line(self, photographed, photographs):
         thin = photographs[0].resize((1000, 3))
         with helpers.raises_line(ValueError, "aspect ratio", "200"):
