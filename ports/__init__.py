@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ports import checkpoint, idefics2, llava, qwen2_vl
+from ports import checkpoint, idefics2, llava, molmo, qwen2_vl
 from ports.generate import Generation, Sampling
 from ports.sharding import make_mesh
 from ports.sites import capture, list_sites
@@ -57,6 +57,7 @@ _PORTS = {
     "llava": (llava, llava.Llava),
     "idefics2": (idefics2, idefics2.Idefics2),
     "qwen2_vl": (qwen2_vl, qwen2_vl.Qwen2VL),
+    "molmo": (molmo, molmo.Molmo),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -98,7 +99,7 @@ def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any]:
     """The Linen module of a checkpoint, its port, and the configuration as read."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    config = checkpoint.read_config(directory, tuple(_PORTS))
+    config = checkpoint.read_config(directory, tuple(_PORTS), {"molmo": molmo.read_config})
     port, kind = _PORTS[config.model_type]
     return kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype)), port, config
 

@@ -25,11 +25,23 @@ from ports import safetensors_io
 from ports.sites import site_name
 
 Rename = Callable[[str], str | None]
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+_LEAVES = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "table": "embedding",  # a bare parameter of that name
+}
 
 
-def read_config(directory: Path, supported: tuple[str, ...]) -> Any:
+def read_config(
+    directory: Path,
+    supported: tuple[str, ...],
+    readers: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
+) -> Any:
     """The transformers configuration of a checkpoint directory.
+
+    readers: model_type -> what makes a configuration of config.json's values, for models that
+    transformers does not know.
 
     Raises FileNotFoundError if it has no config.json, and ValueError if that is damaged or its
     model_type is not among `supported`.
@@ -40,7 +52,8 @@ def read_config(directory: Path, supported: tuple[str, ...]) -> Any:
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
+        values = json.loads(file.read_text())
+        model_type = values.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
     if model_type not in supported:
@@ -48,6 +61,8 @@ def read_config(directory: Path, supported: tuple[str, ...]) -> Any:
             f"{file}: model_type {model_type!r} is not supported; supported: {', '.join(supported)}"
         )
     try:
+        if model_type in (readers or {}):
+            return readers[model_type](values)
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # each configuration class has checks and kinds of errors of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error

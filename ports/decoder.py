@@ -229,11 +229,23 @@ class CausalLM(nn.Module):
         return self.lm_head(x)
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> dict:
-    """A decoder's empty cache: {layers_i: {self_attn: {key, value: zeros [B, slots, N, C]}}}."""
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    slots: int,
+    dtype: jnp.dtype,
+    path: tuple[str, ...] = ("layers_{}", "self_attn"),
+) -> dict:
+    """A decoder's empty cache: {layers_i: {self_attn: {key, value: zeros [B, slots, N, C]}}}.
+
+    path: the modules, {} for the number of the layer, in which the cache lies.
+    """
     zeros = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
-    block = {"self_attn": {"key": zeros, "value": zeros}}
-    return {f"layers_{i}": block for i in range(config.num_layers)}
+    block = {"key": zeros, "value": zeros}
+    layer, *inner = path
+    for name in reversed(inner):
+        block = {name: block}
+    return {layer.format(i): block for i in range(config.num_layers)}
 
 
 def causal_mask(attention_mask: Array) -> Array:

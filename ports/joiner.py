@@ -33,6 +33,8 @@ class VisionLanguageModel(nn.Module):
     # the language-model head.
     decoder_path: ClassVar[tuple[str, ...]]
     head_path: ClassVar[tuple[str, ...]]
+    # Below the decoder, the module of layer {} that has the cache.
+    cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
 
     @property
     def text_decoder(self) -> decoder.Decoder:
@@ -79,7 +81,8 @@ class VisionLanguageModel(nn.Module):
 
     def init_cache(self, batch: int, slots: int) -> dict:
         """An empty cache, as the variable collection "cache" of this module."""
-        cache = decoder.init_cache(self.config.text, batch, slots, jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        cache = decoder.init_cache(self.config.text, batch, slots, dtype, self.cache_path)
         for name in reversed(self.decoder_path):
             cache = {name: cache}
         return cache

@@ -19,7 +19,7 @@ from ports.sites import capture, list_sites, require_sites
 
 Array = jax.Array
 # The processor's arrays that have one row a sample and one column a position.
-_PER_POSITION = ("input_ids", "attention_mask", "position_ids")
+_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index")
 
 
 class Output(NamedTuple):
@@ -401,7 +401,7 @@ def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str,
     """Pads what has a column a position on the left, up to the bucket's length."""
     length = arrays["input_ids"].shape[1]
     missing = bucket_length(length) - length
-    fill = {"input_ids": pad_token}
+    fill = {"input_ids": pad_token, "feature_index": -1}
     return {
         name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
         if name in _PER_POSITION

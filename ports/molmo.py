@@ -1,0 +1,374 @@
+"""Molmo (Deitke et al. 2024), Molmo-7B-D: overlapping crops of an image beside the whole of it, a
+CLIP tower, a Qwen2 decoder with fused projections.
+
+B batch, T positions, D width, C crops of a row, P patches of a crop, K features of a crop.
+
+Features are added to the embeddings of the image tokens; the processor says in `image_input_idx`
+which feature goes to which position.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import decoder, joiner, layers, molmo_vision
+from ports.molmo_processor import load as load_processor
+
+__all__ = ["Config", "Molmo", "load_processor"]
+
+Array = jax.Array
+
+# What the port understands of a processor's arrays.
+INPUTS = ("input_ids", "attention_mask", "images", "image_masks", "image_input_idx")
+
+# What the real checkpoint's config.json leaves to its code: the tower, and the tokens' ids.
+DEFAULTS = {
+    "vision_config": {
+        "image_size": [336, 336],
+        "patch_size": 14,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "num_hidden_layers": 23,
+        "intermediate_size": 4096,
+        "num_positions": 577,
+        "layer_norm_eps": 1e-5,
+        "vit_layers": [-2, -9],
+    },
+    "additional_vocab_size": 128,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "image_start_token_id": 152064,
+    "image_end_token_id": 152065,
+    "image_patch_token_id": 152066,
+    "image_col_token_id": 152067,
+}
+# Values that change what is computed, and the ones that this port implements.
+_IMPLEMENTED = {
+    "layer_norm_type": "rms",
+    "attention_layer_norm": False,
+    "norm_after": False,
+    "clip_qkv": None,
+    "weight_tying": False,
+    "tie_word_embeddings": False,
+    "use_position_ids": True,
+}
+
+
+def read_config(values: Mapping[str, Any]) -> Any:
+    """config.json -> a transformers configuration, whose own class is remote code."""
+    from transformers import PretrainedConfig
+
+    merged = {"pad_token_id": None, **DEFAULTS, **values}
+    merged["vision_config"] = {**DEFAULTS["vision_config"], **values.get("vision_config", {})}
+    merged.pop("auto_map", None)
+    config = PretrainedConfig()
+    for name, value in merged.items():
+        setattr(config, name, value)
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a Molmo configuration."""
+
+    text: decoder.DecoderConfig
+    vision: molmo_vision.VisionConfig
+    additional_vocab_size: int  # rows of the embedding behind the vocabulary: the image tokens
+    image_tokens: tuple[int, int, int, int]  # patch, column, start and end of an image
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads what `read_config` gives; ValueError for a value that is not implemented."""
+        for name, implemented in _IMPLEMENTED.items():
+            value = getattr(config, name, implemented)
+            if value != implemented:
+                raise ValueError(f"config asks for {name} {value!r}; expected {implemented!r}")
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads or config.hidden_size % heads:
+            raise ValueError(
+                f"config has {heads} heads and {kv_heads} key-value heads in a width of "
+                f"{config.hidden_size}; expected whole multiples"
+            )
+        if config.intermediate_size % 2:
+            raise ValueError(
+                f"intermediate_size is {config.intermediate_size}; expected an even number, gate "
+                "and values together"
+            )
+        text = decoder.DecoderConfig(
+            vocab_size=config.embedding_size or config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size // 2,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.hidden_size // heads,
+            rope_theta=float(config.rope_theta),
+            norm_eps=config.layer_norm_eps,
+            hidden_act="silu",
+            qkv_bias=bool(config.qkv_bias),
+            output_bias=False,
+            mlp_bias=False,
+            tie_embeddings=False,
+        )
+        ids = (
+            getattr(config, f"image_{name}_token_id") for name in ("patch", "col", "start", "end")
+        )
+        vision = molmo_vision.from_hf(config)
+        return cls(text, vision, config.additional_vocab_size, tuple(ids))
+
+
+class Embedding(nn.Module):
+    """Two tables, one behind the other: the vocabulary's and that of the image tokens."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """tokens int[B, T] -> [B, T, D]."""
+        cfg = self.config
+        init, width = nn.initializers.normal(0.02), cfg.text.hidden_size
+        table = self.param("table", init, (cfg.text.vocab_size, width))
+        further = self.param("new_embedding", init, (cfg.additional_vocab_size, width))
+        # Joined, the tables would be copied at every step.
+        behind = tokens - len(table)
+        x = jnp.where(behind[..., None] < 0, table[tokens], further[jnp.maximum(behind, 0)])
+        return x.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """A pre-norm block with fused projections."""
+
+    config: decoder.DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None
+    ) -> Array:
+        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D]; start as in decoder.Attention."""
+        cfg = self.config
+
+        def norm(name: str) -> nn.RMSNorm:
+            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+
+        def linear(width: int, bias: bool, name: str) -> nn.Dense:
+            return layers.dense(width, bias, self.dtype, name)
+
+        queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        y = linear(queries + 2 * keys, cfg.qkv_bias, "att_proj")(norm("attn_norm")(x))
+        query, key, value = (
+            part.reshape(*x.shape[:2], -1, cfg.head_dim)
+            for part in jnp.split(y, (queries, queries + keys), axis=-1)
+        )
+        query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
+        key, value = decoder.through_cache(self, key, value, start)
+        y = layers.attend(query, key, value, mask).reshape(*x.shape[:2], -1)
+        x = x + linear(x.shape[-1], False, "attn_out")(y)
+        y = linear(2 * cfg.intermediate_size, False, "ff_proj")(norm("ff_norm")(x))
+        up, gate = jnp.split(y, 2, axis=-1)
+        return x + linear(x.shape[-1], False, "ff_out")(nn.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+    """The decoder and its head."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        text = self.config.text
+        self.wte = Embedding(self.config, self.dtype)
+        self.blocks = [Block(text, self.dtype) for _ in range(text.num_layers)]
+        self.ln_f = nn.RMSNorm(epsilon=text.norm_eps, dtype=self.dtype)
+        self.ff_out = layers.dense(text.vocab_size, False, self.dtype)
+
+    def embed_tokens(self, tokens: Array) -> Array:
+        """tokens int[B, T] -> [B, T, D]."""
+        return self.wte(tokens)
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]."""
+        return self.ff_out(x)
+
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, start: Array | None = None
+    ) -> Array:
+        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D]."""
+        text = self.config.text
+        angles = layers.rotary_angles(positions, text.head_dim, text.rope_theta)
+        for block in self.blocks:
+            x = block(x, angles, mask, start)
+        return self.ln_f(x)
+
+
+class Model(nn.Module):
+    """The level of nesting that the checkpoints' names have around both halves."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.transformer = Transformer(self.config, self.dtype)
+        self.vision_backbone = molmo_vision.VisionBackbone(self.config.vision, self.dtype)
+
+
+class Molmo(joiner.VisionLanguageModel):
+    """Features of the crops are added to the embeddings of the image tokens."""
+
+    config: Config
+    decoder_path = ("model", "transformer")
+    head_path = ("model", "transformer", "ff_out")
+    cache_path = ("blocks_{}",)
+
+    def setup(self):
+        self.model = Model(self.config, self.dtype)
+
+    @property
+    def text_decoder(self) -> Transformer:
+        """The Qwen2 decoder with fused projections."""
+        return self.model.transformer
+
+    def unembed(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        return self.model.transformer.unembed(x)
+
+    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+        """The processor's arrays, or those of `prepare_inputs` -> [B, T, D].
+
+        input_ids int[B, T]; images[B, C, P, values], image_masks[B, C, P], and image_input_idx
+        int[B, C, K] or feature_index int[B, T].
+        """
+        tokens = jnp.asarray(inputs["input_ids"])
+        x = self.text_decoder.embed_tokens(tokens)
+        if inputs.get("images") is None:
+            return x
+        features = self.model.vision_backbone(
+            jnp.asarray(inputs["images"]), jnp.asarray(inputs["image_masks"])
+        )
+        index = inputs.get("feature_index")
+        if index is None:
+            index = _feature_index(jnp.asarray(inputs["image_input_idx"]), tokens.shape[1])
+        flat = features.reshape(len(x), -1, x.shape[-1])
+        chosen = jnp.take_along_axis(flat, jnp.maximum(index, 0)[..., None], axis=1)
+        return x + jnp.where(index[..., None] >= 0, chosen, 0)
+
+
+def _feature_index(positions: Array, length: int) -> Array:
+    """Which feature goes to each position, -1 for none: int[B, C, K] positions -> int32[B, T]."""
+    rows = positions.reshape(len(positions), -1)
+    features = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+    # Negative positions are those of features that are not used: beyond the end, they are dropped.
+    rows = jnp.where(rows < 0, length, rows)
+    none = jnp.full((len(rows), length), -1, jnp.int32)
+    return none.at[jnp.arange(len(rows))[:, None], rows].set(features, mode="drop")
+
+
+def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a batch whose images have one crop beside the whole."""
+    vision = config.vision
+    features = vision.pooled**2
+    length = length or 2 * (features + vision.pooled + 2) + 8
+    crops, patches = 2, vision.grid**2
+    ids = jax.ShapeDtypeStruct((batch, length), np.int32)
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, crops, *shape), np.float32)
+
+    return {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "images": floats(patches, 3 * vision.patch_size**2),
+        "image_masks": floats(patches),
+        "image_input_idx": jax.ShapeDtypeStruct((batch, crops, features), np.int32),
+    }
+
+
+def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The processor's arrays with `feature_index` int[B, T] for image_input_idx, and crops filled
+    up to one of few numbers.
+
+    A column a position can be padded and moved as the tokens are.
+    ValueError when crops, positions and image tokens do not fit each other.
+    """
+    arrays = dict(inputs)
+    given = [name for name in ("images", "image_masks", "image_input_idx") if name in arrays]
+    holds_patch = arrays["input_ids"] == config.image_tokens[0]
+    if not given:
+        if holds_patch.any():
+            raise ValueError(
+                f"the prompts hold {holds_patch.sum()} image tokens, but there are no images; pass "
+                "images, image_masks and image_input_idx along, as the processor gives them"
+            )
+        return arrays
+    if len(given) < 3:
+        raise ValueError(
+            f"inputs have {', '.join(given)} alone; expected images, image_masks and "
+            "image_input_idx together, as the processor gives them"
+        )
+    images, masks, positions = (
+        arrays[name] for name in ("images", "image_masks", "image_input_idx")
+    )
+    vision = config.vision
+    batch, crops = images.shape[:2]
+    for name, value, shape in (
+        ("images", images, (batch, crops, vision.grid**2, 3 * vision.patch_size**2)),
+        ("image_masks", masks, (batch, crops, vision.grid**2)),
+        ("image_input_idx", positions, (batch, crops, vision.pooled**2)),
+    ):
+        if value.shape != shape or batch != len(arrays["input_ids"]):
+            raise ValueError(
+                f"{name} has shape {value.shape}; expected {shape}, with one row of crops for each "
+                f"of the {len(arrays['input_ids'])} prompts"
+            )
+    length = arrays["input_ids"].shape[1]
+    index = np.full((batch, length + 1), -1, np.int32)
+    rows = np.where(positions < 0, length, positions).reshape(batch, -1)
+    if rows.max() > length:
+        raise ValueError(
+            f"image_input_idx names position {rows.max()}; the prompts have {length} positions"
+        )
+    np.put_along_axis(index, rows, np.arange(rows.shape[1], dtype=np.int32)[None], axis=1)
+    index = index[:, :length]
+    if ((index >= 0) != holds_patch).any():
+        both = (holds_patch & (index >= 0)).sum()
+        raise ValueError(
+            f"image_input_idx names {(index >= 0).sum()} positions, and the prompts hold "
+            f"{holds_patch.sum()} image tokens, {both} of them there; "
+            "pass input_ids and images from the same call of the processor"
+        )
+    del arrays["image_input_idx"]
+    missing = _few(crops) - crops
+    return arrays | {
+        "images": _fill(images, missing),
+        "image_masks": _fill(masks, missing),
+        "feature_index": index,
+    }
+
+
+def _few(count: int) -> int:
+    """The least of 1 to 8, 10, 12, 14, 16, 20 ... that holds it: four numbers an octave."""
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
+
+
+def _fill(array: np.ndarray, missing: int) -> np.ndarray:
+    """`missing` further crops of -1, which count for nothing."""
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, widths, constant_values=-1)
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in the checkpoint is its name in the port."""
+    return name
+
+
+def ignored_names(config: Config) -> frozenset[str]:
+    """Parameters that a checkpoint may hold although the port does not need them."""
+    return frozenset()

@@ -1,0 +1,385 @@
+"""Molmo's processor, in numpy and Pillow: crops, tokens and where each feature goes.
+
+An image becomes the whole of it, shrunk to one crop, and a tiling of crops that overlap: each shows
+a window of the enlarged image and a margin around it, which the tower sees and of which no features
+are kept where a neighbour has them. C crops, P patches of a crop, K features of a crop (P / 4).
+
+The tokens of an image are two grids, of the whole and of the tiling, row by row:
+    <im_start> (<im_patch> ... <im_col>) ... <im_end>
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+POOL = 2  # patches a side that become one feature
+UNUSED = -100  # in image_input_idx: this feature goes nowhere
+MARKS = {"patch": "<im_patch>", "col": "<im_col>", "start": "<im_start>", "end": "<im_end>"}
+
+
+class Settings(NamedTuple):
+    """preprocessor_config.json: how images are cut. Sizes in pixels or patches, as named."""
+
+    crop_size: int  # pixels a side
+    patch_size: int  # pixels a side
+    max_crops: int  # of the tiling
+    margins: tuple[int, int]  # patches without features: left and top, right and bottom
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Settings":
+        """Reads the file's values; ValueError for what is not implemented."""
+        height, width = values["base_image_input_size"]
+        patch, margins = values["image_patch_size"], tuple(values["overlap_margins"])
+        if height != width or height % patch:
+            raise ValueError(
+                f"base_image_input_size is {[height, width]}; expected a square of whole patches"
+            )
+        pooled = -(-(height // patch) // POOL)
+        lengths = (values["image_token_length_h"], values["image_token_length_w"])
+        if lengths != (pooled, pooled):
+            raise ValueError(f"image_token_length is {lengths}; expected {pooled} for both")
+        if any(margin % POOL for margin in margins) or sum(margins) >= height // patch:
+            raise ValueError(
+                f"overlap_margins is {list(margins)}; expected even numbers, together less than "
+                f"the {height // patch} patches of a crop"
+            )
+        if not values.get("image_padding_mask", True):
+            raise ValueError("image_padding_mask is false; the model needs the masks")
+        if (height // patch - sum(margins)) % POOL:
+            raise ValueError(
+                f"a crop has {height // patch} patches a side and margins of {sum(margins)}; "
+                "expected an even number between them"
+            )
+        return cls(
+            height,
+            patch,
+            values["max_crops"],
+            margins,
+            tuple(values["image_mean"]),
+            tuple(values["image_std"]),
+        )
+
+    @property
+    def crop_patches(self) -> int:
+        """Patches along a side of a crop."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def pooled(self) -> int:
+        """Features along a side of a crop."""
+        return -(-self.crop_patches // POOL)
+
+    @property
+    def window(self) -> int:
+        """Patches along a side of a crop without its margins."""
+        return self.crop_patches - sum(self.margins)
+
+
+class Crops(NamedTuple):
+    """One image as the model takes it."""
+
+    patches: np.ndarray  # float32[C, P, values]
+    masks: np.ndarray  # float32[C, P]: the share of a patch that is picture; -1 in the last crop
+    tokens: tuple[str, ...]  # keys of MARKS
+    positions: np.ndarray  # int32[C, K]: the index in `tokens` of each feature, or UNUSED
+
+
+def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
+    """Rows and columns of windows for an image: the least enlargement that fills them.
+
+    If every tiling is too small for the image, the one that shrinks it least. Of equal ones the one
+    with fewer windows, then fewer rows. Computed in float32, as the model was trained.
+    """
+    tilings = [
+        (rows, columns)
+        for rows in range(1, max_crops + 1)
+        for columns in range(1, max_crops + 1)
+        if rows * columns <= max_crops
+    ]
+    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+    sizes = (np.array(tilings, np.int32) * window).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        scales = (sizes / np.array([height, width], np.float32)).min(axis=1)
+    if (scales < 1).all():
+        return tilings[int(scales.argmax())]
+    return tilings[int(np.where(scales < 1, np.float32(10e9), scales).argmin())]
+
+
+def resize_and_pad(
+    image: np.ndarray, height: int, width: int, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8[h, w, 3] -> normalised float32[height, width, 3], and bool[height, width]: picture.
+
+    The picture keeps its shape and lies in the middle of black, before normalisation. Antialiased
+    bilinear interpolation of float32 values, which Pillow and PyTorch do alike (an 8-bit resize
+    rounds).
+    """
+    scale = min(
+        np.float32(height) / np.float32(image.shape[0]),
+        np.float32(width) / np.float32(image.shape[1]),
+    )
+    inner = tuple(int(np.float32(side) * scale) for side in image.shape[:2])
+    if 0 in inner:
+        raise ValueError(
+            f"an image of {image.shape[1]} x {image.shape[0]} pixels would shrink to nothing; its "
+            "aspect ratio is too extreme, cut it or leave it out"
+        )
+    values = image.astype(np.float32) / np.float32(255)
+    channels = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(values[..., i])).resize(
+                inner[::-1], Image.Resampling.BILINEAR
+            )
+        )
+        for i in range(3)
+    ]
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    where = np.s_[top : top + inner[0], left : left + inner[1]]
+    canvas, picture = np.zeros((height, width, 3), np.float32), np.zeros((height, width), bool)
+    canvas[where] = np.clip(np.stack(channels, axis=-1), 0, 1)
+    picture[where] = True
+    mean, deviation = np.float32(settings.mean), np.float32(settings.deviation)
+    return (canvas - mean) / deviation, picture
+
+
+def _patches(pixels: np.ndarray, size: int) -> np.ndarray:
+    """[height, width, ...] -> [P, size x size x ...], row by row."""
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    pixels = pixels.reshape(rows, size, columns, size, -1)
+    return np.swapaxes(pixels, 1, 2).reshape(rows * columns, -1)
+
+
+def _grid_tokens(rows: int, columns: int) -> list[str]:
+    return ["start", *(["patch"] * columns + ["col"]) * rows, "end"]
+
+
+def cut(image: np.ndarray, settings: Settings) -> Crops:
+    """Crops, tokens and positions of an image uint8[height, width, 3].
+
+    ValueError for an image smaller than a patch or of an extreme aspect ratio.
+    """
+    size, patch, pooled = settings.crop_size, settings.patch_size, settings.pooled
+    if min(image.shape[:2]) < patch:
+        raise ValueError(
+            f"an image has {image.shape[1]} x {image.shape[0]} pixels, less than a patch of "
+            f"{patch} x {patch}; enlarge it or leave it out"
+        )
+    before, after = settings.margins
+    margin, window = (before + after) * patch, settings.window * patch
+    rows, columns = choose_tiling(
+        image.shape[0] - margin, image.shape[1] - margin, window, settings.max_crops
+    )
+    whole, _ = resize_and_pad(image, size, size, settings)
+    tiled, picture = resize_and_pad(
+        image, rows * window + margin, columns * window + margin, settings
+    )
+    patches, masks = [_patches(whole, patch)], []
+    for i in range(rows):
+        for j in range(columns):
+            where = np.s_[i * window : i * window + size, j * window : j * window + size]
+            patches.append(_patches(tiled[where], patch))
+            masks.append(_patches(picture[where], patch).mean(axis=1, dtype=np.float32))
+    # The masks are one crop ahead of the patches, with -1 at the end: so the model was trained.
+    masks.append(np.full_like(masks[0], -1))
+
+    shape = [-(-(count * settings.window + before + after) // POOL) for count in (rows, columns)]
+    first = _grid_tokens(pooled, pooled)
+    positions = [_positions(0, pooled, (0, 0), (0, 0), (pooled, pooled), pooled)]
+    for i in range(rows):
+        top, inner_top, height = _kept(i, rows, settings)
+        for j in range(columns):
+            left, inner_left, width = _kept(j, columns, settings)
+            positions.append(
+                _positions(
+                    len(first),
+                    shape[1],
+                    (top, left),
+                    (inner_top, inner_left),
+                    (height, width),
+                    pooled,
+                )
+            )
+    return Crops(
+        np.stack(patches),
+        np.stack(masks),
+        (*first, *_grid_tokens(*shape)),
+        np.stack(positions),
+    )
+
+
+def _kept(number: int, count: int, settings: Settings) -> tuple[int, int, int]:
+    """Which features of the crops in one row or column are kept.
+
+    Returns where they begin in the grid of the tiling and in the crop, and how many there are. The
+    first and last crop also have the features of the outer margin.
+    """
+    before, after = settings.margins
+    begins = 0 if number == 0 else (before + number * settings.window) // POOL
+    inner = 0 if number == 0 else before // POOL
+    size = settings.window + before * (number == 0) + after * (number == count - 1)
+    return begins, inner, -(-size // POOL)
+
+
+def _positions(
+    offset: int,
+    columns: int,
+    begin: tuple[int, int],
+    inner: tuple[int, int],
+    size: tuple[int, int],
+    pooled: int,
+) -> np.ndarray:
+    """int32[K]: the tokens of a crop's features, in a grid `columns` wide from `offset` on."""
+    grid = np.full((pooled, pooled), UNUSED, np.int32)
+    row, column = np.indices(size)
+    # <im_start> precedes the grid, <im_col> ends each of its rows.
+    tokens = offset + 1 + (begin[0] + row) * (columns + 1) + begin[1] + column
+    grid[inner[0] : inner[0] + size[0], inner[1] : inner[1] + size[1]] = tokens
+    return grid.reshape(-1)
+
+
+class Processor:
+    """Texts and images -> the arrays that the model takes.
+
+    Attributes:
+        settings: how images are cut.
+        tokenizer: the checkpoint's, from transformers.
+        token_ids: the ids of the image tokens, by the keys of MARKS.
+        start_token: the id in front of every sequence.
+    """
+
+    chat_template = "User: {prompt} Assistant:"
+
+    def __init__(
+        self, settings: Settings, tokenizer: Any, token_ids: dict[str, int], start_token: int
+    ):
+        self.settings, self.tokenizer = settings, tokenizer
+        self.token_ids, self.start_token = token_ids, start_token
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """The rendered prompt of one conversation; images stand in front of it by themselves."""
+        text = ""
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(part["text"] for part in content if part["type"] == "text")
+            text += f" {message['role'].capitalize()}: {content}"
+        return text + (" Assistant:" if add_generation_prompt else "")
+
+    def __call__(
+        self,
+        images: Sequence[Any] | None = None,
+        text: str | Sequence[str] = "",
+        *,
+        padding: bool = False,
+        return_tensors: str = "np",
+    ) -> dict[str, np.ndarray]:
+        """A batch.
+
+        Args:
+            images: for each text a PIL image, a list of them (an empty one for none), or None.
+            text: rendered prompts.
+            padding: fill rows of different lengths up, on the left.
+            return_tensors: "np", which is all there is.
+
+        Returns:
+            input_ids and attention_mask int64[B, T] and, unless no text has an image, images
+            float32[B, C, P, values], image_masks float32[B, C, P] and image_input_idx int32[B, C,
+            K]. Rows with fewer crops are filled up with -1.
+
+        Raises ValueError for another number of images than texts, rows of different lengths without
+        padding, or an image that can't be cut.
+        """
+        if return_tensors != "np":
+            raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
+        texts = [text] if isinstance(text, str) else list(text)
+        images = [None] * len(texts) if images is None else list(images)
+        if len(images) != len(texts):
+            raise ValueError(
+                f"there are {len(texts)} texts and images for {len(images)}; expected one image, "
+                "or a list of images, for each text"
+            )
+        rows = [self._row(prompt, entry) for prompt, entry in zip(texts, images, strict=True)]
+        length = max(len(ids) for ids, _ in rows)
+        if not padding and any(len(ids) != length for ids, _ in rows):
+            raise ValueError("the texts differ in length; expected padding=True")
+        pad = self.tokenizer.pad_token_id
+        pad = self.start_token if pad is None else pad
+        arrays = {
+            "input_ids": np.full((len(rows), length), pad, np.int64),
+            "attention_mask": np.zeros((len(rows), length), np.int64),
+        }
+        most = max(sum(len(crops.patches) for crops in cuts) for _, cuts in rows)
+        patches = self.settings.crop_patches**2
+        if most:
+            values, features = 3 * self.settings.patch_size**2, self.settings.pooled**2
+            arrays |= {
+                "images": np.full((len(rows), most, patches, values), -1, np.float32),
+                "image_masks": np.full((len(rows), most, patches), -1, np.float32),
+                "image_input_idx": np.full((len(rows), most, features), UNUSED, np.int32),
+            }
+        for row, (ids, cuts) in enumerate(rows):
+            start = length - len(ids)
+            arrays["input_ids"][row, start:] = ids
+            arrays["attention_mask"][row, start:] = 1
+            crop, token = 0, start + 1  # behind the start token
+            for each in cuts:
+                where = np.s_[row, crop : crop + len(each.patches)]
+                arrays["images"][where] = each.patches
+                arrays["image_masks"][where] = each.masks
+                used = each.positions >= 0
+                arrays["image_input_idx"][where] = np.where(used, each.positions + token, UNUSED)
+                crop, token = crop + len(each.patches), token + len(each.tokens)
+        return arrays
+
+    def _row(self, prompt: str, images: Any) -> tuple[list[int], list[Crops]]:
+        """The ids of one row, and its images."""
+        entries = [] if images is None else images
+        entries = entries if isinstance(entries, list | tuple) else [entries]
+        cuts = [cut(_pixels(image), self.settings) for image in entries]
+        marks = [self.token_ids[mark] for crops in cuts for mark in crops.tokens]
+        words = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [self.start_token, *marks, *words], cuts
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """A PIL image or an array -> uint8[height, width, 3]."""
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"an image is {pixels.dtype}{list(pixels.shape)}; expected a PIL image or "
+            "uint8[height, width, 3]"
+        )
+    return pixels
+
+
+def load(directory: Path) -> Processor:
+    """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        values = json.loads((directory / "preprocessor_config.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{directory} has no processor that loads: {first}") from error
+    config = json.loads((directory / "config.json").read_text())
+    ids = {
+        name: config.get(f"image_{name}_token_id", tokenizer.convert_tokens_to_ids(mark))
+        for name, mark in MARKS.items()
+    }
+    if None in ids.values():
+        raise ValueError(f"the tokenizer of {directory} has no {' '.join(MARKS.values())}")
+    # Qwen2 has no beginning of sequence: the end of one stands there.
+    start = config.get("bos_token_id", tokenizer.bos_token_id)
+    start = tokenizer.eos_token_id if start is None else start
+    return Processor(Settings.from_json(values), tokenizer, ids, start)

@@ -1,0 +1,242 @@
+"""Molmo's vision backbone: a CLIP tower over crops, pooled two by two, projected.
+
+B batch, C crops of a row, R = B x C crops, P patches of a crop, K = P / 4 pooled patches, E the
+tower's width, D the decoder's width.
+
+Patches come flat from the processor. A crop whose values are all -1 only fills a row up: its
+features are zero.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ports import layers
+
+Array = jax.Array
+POOL = 2  # patches a side that become one feature
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes and constants of the backbone."""
+
+    width: int  # E
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    image_size: int  # pixels a side of a crop
+    patch_size: int  # pixels
+    feature_layers: tuple[int, ...]  # of whose states, joined, features are made
+    projector_width: int
+    output_size: int  # D
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a crop."""
+        return self.image_size // self.patch_size
+
+    @property
+    def pooled(self) -> int:
+        """Pooled patches along a side of a crop; an odd grid is padded."""
+        return -(-self.grid // POOL)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to other states, with biases."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, query: Array, states: Array) -> Array:
+        """query[R, Q, width], states[R, P, width] -> [R, Q, E]."""
+        cfg = self.config
+
+        def heads(name: str, x: Array) -> Array:
+            y = layers.dense(cfg.width, True, self.dtype, name)(x)
+            return y.reshape(*x.shape[:2], cfg.num_heads, -1)
+
+        y = layers.attend(heads("wq", query), heads("wk", states), heads("wv", states), None)
+        y = y.reshape(*query.shape[:2], cfg.width)
+        return layers.dense(cfg.width, True, self.dtype, "wo")(y)
+
+
+class FeedForward(nn.Module):
+    """w2(act(w1(x))), with OpenAI's approximate GELU."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[R, P, E] -> [R, P, E]."""
+        y = layers.dense(self.config.mlp_width, True, self.dtype, "w1")(x)
+        return layers.dense(x.shape[-1], True, self.dtype, "w2")(layers.quick_gelu(y))
+
+
+class ResidualBlock(nn.Module):
+    """A pre-norm block."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[R, P, E] -> [R, P, E]."""
+        cfg = self.config
+        y = layers.layer_norm(cfg.norm_eps, self.dtype, "attention_norm")(x)
+        x = x + Attention(cfg, self.dtype, name="attention")(y, y)
+        y = layers.layer_norm(cfg.norm_eps, self.dtype, "ffn_norm")(x)
+        return x + FeedForward(cfg, self.dtype, name="feed_forward")(y)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks that returns the states after each."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.resblocks = [
+            ResidualBlock(self.config, self.dtype) for _ in range(self.config.num_layers)
+        ]
+
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """x[R, P, E] -> num_layers states [R, P, E]."""
+        states = []
+        for block in self.resblocks:
+            x = block(x)
+            states.append(x)
+        return tuple(states)
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's tower over flat patches, with a class position in front."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        small = nn.initializers.normal(cfg.width**-0.5)
+        self.patch_embedding = layers.dense(cfg.width, False, self.dtype)
+        self.class_embedding = self.param("class_embedding", small, (cfg.width,))
+        table = (cfg.grid**2 + 1, cfg.width)
+        self.positional_embedding = self.param("positional_embedding", small, table)
+        self.pre_ln = layers.layer_norm(cfg.norm_eps, self.dtype)
+        self.transformer = Blocks(cfg, self.dtype)
+
+    def __call__(self, patches: Array) -> tuple[Array, ...]:
+        """patches[R, P, values] -> the states [R, 1 + P, E] after each layer."""
+        x = self.patch_embedding(patches.astype(self.dtype))
+        first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.positional_embedding.astype(self.dtype)
+        return self.transformer(self.pre_ln(x))
+
+
+class Projector(nn.Module):
+    """w2(silu(w1(x)) * w3(x)): from the tower's width to the decoder's."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[..., E] -> [..., D]."""
+        cfg = self.config
+        gate = layers.dense(cfg.projector_width, False, self.dtype, "w1")(x)
+        up = layers.dense(cfg.projector_width, False, self.dtype, "w3")(x)
+        return layers.dense(cfg.output_size, False, self.dtype, "w2")(nn.silu(gate) * up)
+
+
+class VisionBackbone(nn.Module):
+    """Tower, pooling and projector."""
+
+    config: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.image_vit = VisionTransformer(cfg, self.dtype)
+        self.image_pooling_2d = Attention(cfg, self.dtype)
+        self.image_projector = Projector(cfg, self.dtype)
+        width = len(cfg.feature_layers) * cfg.width
+        # Added to patches that are all padding, and to those that are so in part.
+        self.pad_embed = self.param("pad_embed", nn.initializers.zeros, (2, width))
+
+    def __call__(self, crops: Array, masks: Array) -> Array:
+        """Crops -> features.
+
+        crops: float[B, C, P, values]; masks: float[B, C, P], the share of a patch that is picture,
+        -1 where that is not known (which the model was trained to see as padding in part)
+        -> [B, C, K, D].
+        """
+        batch, count, num_patches, values = crops.shape
+        flat = crops.reshape(-1, num_patches, values)
+        states = self.image_vit(flat)
+        joined = jnp.concatenate([states[i] for i in self.config.feature_layers], axis=-1)[:, 1:]
+        fills_up = (flat == -1).all(axis=(1, 2))
+        joined = jnp.where(fills_up[:, None, None], 0, joined)
+        masks = masks.reshape(-1, num_patches, 1)
+        empty, partial = masks == 0, (masks < 1) & (masks != 0)
+        pad = self.pad_embed.astype(self.dtype)
+        joined = joined + jnp.where(empty, pad[0], 0) + jnp.where(partial, pad[1], 0)
+        squares = _squares(joined, self.config.grid)
+        pooled = self.image_pooling_2d(squares.mean(axis=1, keepdims=True), squares)
+        features = self.image_projector(pooled[:, 0])
+        return features.reshape(batch, count, -1, features.shape[-1])
+
+
+def _squares(x: Array, grid: int) -> Array:
+    """x[R, grid x grid, W], row by row -> [R x K, 4, W]: squares of 2 x 2, row by row."""
+    x = x.reshape(len(x), grid, grid, -1)
+    if grid % POOL:
+        x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    rows, side, _, width = x.shape
+    x = x.reshape(rows, side // POOL, POOL, side // POOL, POOL, width)
+    return jnp.swapaxes(x, 2, 3).reshape(-1, POOL * POOL, width)
+
+
+def from_hf(config: Any) -> VisionConfig:
+    """Reads a Molmo configuration; ValueError for a value that is not implemented."""
+    vision = config.vision_config
+    height, width = vision["image_size"]
+    patch, side = vision["patch_size"], vision["hidden_size"]
+    if height != width or height % patch:
+        raise ValueError(
+            f"vision_config.image_size is {[height, width]}; expected a square of whole patches of "
+            f"{patch} pixels"
+        )
+    if vision["num_positions"] != (height // patch) ** 2 + 1:
+        raise ValueError(
+            f"vision_config.num_positions is {vision['num_positions']}; expected "
+            f"{(height // patch) ** 2 + 1}: positions for other image sizes are not resized"
+        )
+    if vision["num_attention_heads"] * vision["head_dim"] != side:
+        raise ValueError(
+            f"vision_config has {vision['num_attention_heads']} heads of {vision['head_dim']}; "
+            f"expected {side} in all, its hidden_size"
+        )
+    for layer in vision["vit_layers"]:
+        if not -vision["num_hidden_layers"] <= layer < vision["num_hidden_layers"]:
+            raise ValueError(
+                f"vision_config.vit_layers asks for layer {layer}; the tower has "
+                f"{vision['num_hidden_layers']}"
+            )
+    return VisionConfig(
+        width=side,
+        mlp_width=vision["intermediate_size"],
+        num_layers=vision["num_hidden_layers"],
+        num_heads=vision["num_attention_heads"],
+        norm_eps=vision["layer_norm_eps"],
+        image_size=height,
+        patch_size=patch,
+        feature_layers=tuple(vision["vit_layers"]),
+        projector_width=config.intermediate_size // 2,
+        output_size=config.hidden_size,
+    )
