@@ -1,0 +1,311 @@
+"""Molmo against what the original PyTorch code computed, stored in tests/data/molmo."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import ports
+from ports import checkpoint, molmo
+
+from . import helpers
+
+DATA = Path(__file__).parents[1] / "data" / "molmo"
+FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "molmo-7b-d.json"
+CASES = range(3)
+STATES = (
+    "model.vision_backbone",
+    "model.transformer.blocks.0",
+    "model.transformer.blocks.1",
+    "model.transformer.blocks.2",
+    "model.transformer.ln_f",
+)
+NAMES = ("input_ids", "images", "image_masks", "image_input_idx")
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return ports.load(DATA)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return np.load(DATA / "expected.npz")
+
+
+def inputs_of(expected, case: int) -> dict[str, np.ndarray]:
+    arrays = {name: expected[f"{case}.{name}"][None] for name in NAMES}
+    return arrays | {"attention_mask": np.ones_like(arrays["input_ids"])}
+
+
+def batch_of(expected) -> dict[str, np.ndarray]:
+    """The three cases in one batch, padded on the left, crops filled up with -1."""
+    rows = [inputs_of(expected, case) for case in CASES]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    crops = max(row["images"].shape[1] for row in rows)
+    batch: dict[str, list] = {name: [] for name in rows[0]}
+    for row in rows:
+        missing = length - row["input_ids"].shape[1]
+        for name, value in row.items():
+            if name in ("input_ids", "attention_mask"):
+                padded = np.pad(value[0], (missing, 0))
+            else:
+                if name == "image_input_idx":
+                    value = np.where(value >= 0, value + missing, -1)
+                widths = [(0, crops - value.shape[1])] + [(0, 0)] * (value.ndim - 2)
+                padded = np.pad(value[0], widths, constant_values=-1)
+            batch[name].append(padded)
+    return {name: np.stack(values) for name, values in batch.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_states_and_logits_are_the_originals(vlm, expected, case):
+    inputs = inputs_of(expected, case)
+    ours = vlm.forward(inputs, sites=STATES)
+    for site in STATES:
+        theirs = expected[f"{case}.states.{site}"]
+        # Crops that only fill up follow those of the image.
+        states = np.asarray(ours.states[site])[:, : theirs.shape[1]]
+        width = theirs.shape[-1]
+        error = helpers.relative_error(states.reshape(-1, width), theirs.reshape(-1, width))
+        assert error < 1e-5, site
+    np.testing.assert_allclose(ours.logits[0], expected[f"{case}.logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_the_originals(vlm, expected, case):
+    tokens = vlm.generate(inputs_of(expected, case), max_new_tokens=8).tokens
+    np.testing.assert_array_equal(tokens[0], expected[f"{case}.generated"])
+
+
+def test_a_batch_padded_on_the_left_is_its_rows(vlm, expected):
+    inputs = batch_of(expected)
+    ours = vlm.forward(inputs, sites=STATES[1:])
+    for case in CASES:
+        length = len(expected[f"{case}.input_ids"])
+        for site in STATES[1:]:
+            theirs = expected[f"{case}.states.{site}"][0]
+            assert helpers.relative_error(ours.states[site][case, -length:], theirs) < 1e-5
+        np.testing.assert_allclose(
+            ours.logits[case, -length:], expected[f"{case}.logits"], rtol=0, atol=1e-4
+        )
+    tokens = vlm.generate(inputs, max_new_tokens=8).tokens
+    theirs = np.stack([expected[f"{case}.generated"] for case in CASES])
+    np.testing.assert_array_equal(tokens, theirs)
+
+
+def test_apply_takes_the_processors_arrays_as_they_are(vlm, expected):
+    inputs = batch_of(expected)
+    logits = jax.jit(vlm.apply)(vlm.params, inputs)
+    for case in CASES:
+        theirs = expected[f"{case}.logits"]
+        np.testing.assert_allclose(logits[case, -len(theirs) :], theirs, rtol=0, atol=1e-4)
+
+
+def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
+    inputs = inputs_of(expected, 1)
+    generation = vlm.generate(inputs, max_new_tokens=32, sites=["model.transformer.blocks.1"])
+    tokens = np.asarray(generation.tokens)
+    longer = dict(inputs)
+    longer["input_ids"] = np.concatenate([inputs["input_ids"], tokens[:, :-1]], axis=1)
+    longer["attention_mask"] = np.ones_like(longer["input_ids"])
+    output = vlm.forward(longer, sites=["model.transformer.blocks.1"])
+    start = inputs["input_ids"].shape[1] - 1
+    np.testing.assert_array_equal(np.asarray(output.logits)[:, start:].argmax(-1), tokens)
+    states = output.states["model.transformer.blocks.1"][:, start:]
+    ours = generation.states["model.transformer.blocks.1"]
+    assert helpers.relative_error(ours, states) < 1e-5
+
+
+def test_a_prompt_without_an_image(vlm, expected):
+    """A row of a batch with images, and alone: the same."""
+    ids = expected["0.text_ids"][None].astype(int)
+    alone = vlm.forward({"input_ids": ids}).logits[0]
+    batch = inputs_of(expected, 0)
+    length = batch["input_ids"].shape[1]
+    missing = length - ids.shape[1]
+    text = {
+        "input_ids": np.pad(ids, ((0, 0), (missing, 0))),
+        "attention_mask": np.pad(np.ones_like(ids), ((0, 0), (missing, 0))),
+        "images": np.full_like(batch["images"], -1),
+        "image_masks": np.full_like(batch["image_masks"], -1),
+        "image_input_idx": np.full_like(batch["image_input_idx"], -1),
+    }
+    both = {name: np.concatenate([batch[name], text[name]]) for name in batch}
+    logits = vlm.forward(both).logits
+    np.testing.assert_allclose(logits[1, -ids.shape[1] :], alone, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[0], expected["0.logits"], rtol=0, atol=1e-4)
+
+
+def test_the_sites_of_the_references_scripts_are_there(vlm):
+    names = ("model.transformer.blocks.2", "model.transformer.ln_f", "model.transformer.ff_out")
+    assert vlm.check_sites(names, generated=True) == names
+
+
+def test_unembed_is_the_head_alone(vlm, expected):
+    states = expected["0.states.model.transformer.ln_f"]
+    np.testing.assert_allclose(vlm.unembed(states)[0], expected["0.logits"], rtol=0, atol=1e-4)
+
+
+def test_steering_knows_the_image_positions(vlm, expected):
+    inputs = inputs_of(expected, 0)
+    edits = {"model.transformer.blocks.0": ports.add(np.ones(64), where="image")}
+    _, masks = ports.steer(vlm.apply, edits, masks=True)(vlm.params, inputs)
+    np.testing.assert_array_equal(
+        masks["model.transformer.blocks.0"][0], inputs["input_ids"] >= 512
+    )
+
+
+def test_few_numbers_of_crops_are_compiled(vlm):
+    counts = [molmo._few(count) for count in range(1, 14)]
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14]
+
+
+class TestProcessor:
+    """A checkpoint with a tokenizer, from images to an answer."""
+
+    @pytest.fixture(scope="class")
+    def directory(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("molmo")
+        for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+            shutil.copy(DATA / name, directory)
+        words = ["User:", "Assistant:", "what", "is", "this"]
+        helpers.make_tokenizer(words, {}).save_pretrained(directory)
+        return directory
+
+    def test_from_images_to_tokens(self, directory, expected):
+        vlm = ports.load(directory)
+        images = [Image.fromarray(expected[f"{case}.image"]) for case in CASES]
+        prompts = [vlm.render("what is this")] * 3
+        inputs = vlm.process(prompts, images)
+        together = vlm.generate(inputs, max_new_tokens=6).tokens
+        for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            alone = vlm.generate(vlm.process([prompt], [image]), max_new_tokens=6).tokens
+            np.testing.assert_array_equal(together[row], alone[0])
+
+
+class TestMessages:
+    def check(self, vlm, inputs, *parts):
+        with helpers.raises_line(ValueError, *parts):
+            vlm.forward(inputs)
+
+    def test_images_for_another_prompt(self, vlm, expected):
+        inputs = inputs_of(expected, 0)
+        inputs["input_ids"] = np.roll(inputs["input_ids"], 1, axis=1)
+        self.check(vlm, inputs, "image_input_idx names 40 positions", "hold 40 image tokens")
+
+    def test_positions_behind_the_prompt(self, vlm, expected):
+        inputs = inputs_of(expected, 0)
+        inputs["image_input_idx"] = inputs["image_input_idx"] + 500
+        self.check(vlm, inputs, "names position", "the prompts have 59 positions")
+
+    def test_image_tokens_without_images(self, vlm, expected):
+        inputs = {"input_ids": inputs_of(expected, 0)["input_ids"]}
+        self.check(vlm, inputs, "40 image tokens, but there are no images")
+
+    def test_images_without_their_masks(self, vlm, expected):
+        inputs = inputs_of(expected, 0)
+        del inputs["image_masks"]
+        self.check(vlm, inputs, "inputs have images, image_input_idx alone")
+
+    def test_crops_of_another_size(self, vlm, expected):
+        inputs = inputs_of(expected, 0)
+        inputs["images"] = inputs["images"][:, :, :-1]
+        self.check(vlm, inputs, "images has shape (1, 3, 63, 588); expected (1, 3, 64, 588)")
+
+
+class TestConfiguration:
+    @pytest.fixture
+    def directory(self, tmp_path):
+        shutil.copy(DATA / "config.json", tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("change", "parts"),
+        [
+            ({"layer_norm_type": "default"}, ("layer_norm_type 'default'", "'rms'")),
+            ({"norm_after": True}, ("norm_after True",)),
+            ({"weight_tying": True}, ("weight_tying True",)),
+            ({"num_attention_heads": 5}, ("5 heads",)),
+            ({"intermediate_size": 191}, ("191",)),
+            ({"vision_config": {"num_positions": 50}}, ("num_positions is 50", "65")),
+            ({"vision_config": {"image_size": [112, 98]}}, ("[112, 98]",)),
+            ({"vision_config": {"vit_layers": [-10]}}, ("layer -10", "has 9")),
+        ],
+        ids=str,
+    )
+    def test_is_refused_by_name(self, directory, change, parts):
+        values = json.loads((directory / "config.json").read_text())
+        if "vision_config" in change:
+            change = {"vision_config": {**values["vision_config"], **change["vision_config"]}}
+        (directory / "config.json").write_text(json.dumps({**values, **change}))
+        with helpers.raises_line(ValueError, *parts):
+            ports.load(directory)
+
+    def test_a_related_model(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "molmo2"}')
+        with helpers.raises_line(ValueError, "'molmo2' is not supported", "molmo"):
+            ports.load(tmp_path)
+
+
+class TestFullSize:
+    """The 7B checkpoint of the hub: names, shapes and the forward pass, without its weights."""
+
+    @pytest.fixture(scope="class")
+    def real(self):
+        return json.loads(FULL_SIZE.read_text())
+
+    @pytest.fixture(scope="class")
+    def module(self, real):
+        values = {k: v for k, v in real["config"].items() if k != "vision_config"}
+        return molmo.Molmo(
+            molmo.Config.from_hf(molmo.read_config(values)), dtype=jnp.dtype("bfloat16")
+        )
+
+    @pytest.fixture(scope="class")
+    def abstract(self, module):
+        return checkpoint.abstract_params(module, molmo.example_inputs(module.config))
+
+    def test_the_defaults_are_those_of_the_real_tower(self, real):
+        assert molmo.DEFAULTS["vision_config"] == real["config"]["vision_config"]
+        assert molmo.DEFAULTS["additional_vocab_size"] == real["config"]["additional_vocab_size"]
+
+    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
+        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
+        assert len(expected) == 585
+        assert checkpoint.stored_shapes(abstract) == expected
+
+    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
+        stored = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
+            for name, shape in real["parameters"].items()
+        }
+        paths = checkpoint._match(abstract, stored, molmo.canonical_name, frozenset(), "here")
+        assert len(paths) == len(set(paths.values())) == 585
+
+    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
+        # An image of 640 x 480 pixels: 2 x 3 crops and the whole.
+        inputs = {
+            "input_ids": jax.ShapeDtypeStruct((2, 760), np.int32),
+            "images": jax.ShapeDtypeStruct((2, 7, 576, 588), np.float32),
+            "image_masks": jax.ShapeDtypeStruct((2, 7, 576), np.float32),
+            "image_input_idx": jax.ShapeDtypeStruct((2, 7, 144), np.int32),
+        }
+        sites = ["model.vision_backbone", "model.transformer.blocks.27"]
+        logits, states = jax.eval_shape(
+            ports.capture(module.apply, sites), {"params": abstract}, inputs
+        )
+        assert logits.shape == (2, 760, 152064)
+        assert states["model.vision_backbone"].shape == (2, 7, 144, 3584)
+        assert states["model.transformer.blocks.27"].shape == (2, 760, 3584)
+
+
+def test_parameters_survive_saving(vlm, tmp_path):
+    checkpoint.save_params(vlm.params, tmp_path)
+    shutil.copy(DATA / "config.json", tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, ports.load(tmp_path).params, vlm.params)
