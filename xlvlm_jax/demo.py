@@ -22,7 +22,7 @@ from xlvlm_jax.selection import Selection
 from xlvlm_jax.store import Features
 
 FINAL = "language_model.model.norm"
-MIDDLE = "language_model.model.layers.4"
+MIDDLE = "language_model.model.layers.2"  # of 8; there count and colour are told apart best
 NUM_TRAIN, NUM_TEST = 2400, 800  # pictures; about one in four shows a dog
 
 Scores = dict[str, dict[str, dict[str, AttributeScore]]]  # site -> split -> attribute
@@ -42,7 +42,7 @@ def run(
     output: Path,
     *,
     word: str = "dog",
-    num_concepts: int = 12,
+    num_concepts: int = 20,
     seed: int = 0,
     stage: Callable[[str], Callable[..., None]],
 ) -> Result:

@@ -13,7 +13,7 @@ from xlvlm_jax.cli.console import Seed, bars, console, progress_bars
 def demo(
     output: Annotated[Path, typer.Option(help="The run directory.")] = Path("xlvlm-demo"),
     word: Annotated[str, typer.Option(help="The token of interest.")] = "dog",
-    num_concepts: Annotated[int, typer.Option(help="K.")] = 12,
+    num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
     seed: Seed = 0,
 ) -> None:
     """The whole of it on the embedded model: draw, extract, factor, ground, score, report."""
@@ -48,7 +48,7 @@ def train_demo(
     seed: Seed = 0,
     num_test: Annotated[int, typer.Option(help="Test pictures to evaluate on.")] = 500,
 ) -> None:
-    """Makes the embedded model again, from nothing: some ninety minutes on two free cores."""
+    """Makes the embedded model again, from nothing: up to two hours on two free cores."""
     from xlvlm_jax.embedded import evaluate, train
 
     with progress_bars() as progress:

@@ -55,7 +55,7 @@ class Stage:
 STAGES = (
     Stage("contrast", steps=850, batch=96, rate=1.5e-3),
     Stage("align", steps=150, batch=32, rate=1.5e-3, frozen=("vision_tower",)),
-    Stage("whole", steps=1800, batch=32, rate=1.5e-3, muon=True),
+    Stage("whole", steps=1500, batch=32, rate=1.5e-3, muon=True),
 )
 
 
