@@ -1,0 +1,112 @@
+"""Every model's small checkpoint from pictures to grounded concepts, through the command line."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Concepts, Features, cli
+from xlvlm_jax.data import scenes
+
+from .ports import helpers, idefics2_helpers, qwen2_vl_helpers
+
+MOLMO = Path(__file__).parent / "data" / "molmo"
+WORDS = ["User:", "Assistant:", "Provide", "a", "one-sentence", "caption"]
+
+
+def idefics2(directory: Path) -> None:
+    idefics2_helpers.make_idefics2(directory)
+    idefics2_helpers.make_processor().save_pretrained(directory)
+
+
+def qwen2_vl(directory: Path) -> None:
+    qwen2_vl_helpers.make_qwen2_vl(directory)
+    qwen2_vl_helpers.make_processor().save_pretrained(directory)
+
+
+def molmo(directory: Path) -> None:
+    directory.mkdir()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copy(MOLMO / name, directory)
+    helpers.make_tokenizer(WORDS, {}).save_pretrained(directory)
+
+
+# Maker, the site behind the final norm, its width, and the rendered prompt's beginning.
+MODELS = {
+    "idefics2": (idefics2, "model.text_model.norm", 60, "User:<image>"),
+    "qwen2_vl": (qwen2_vl, "model.norm", 60, "user: <|vision_start|><|image_pad|>"),
+    "molmo": (molmo, "model.transformer.ln_f", 64, " User: "),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    scenes.write(directory, train=10, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request, tmp_path_factory) -> tuple[Path, str, int, str]:
+    make, *rest = MODELS[request.param]
+    directory = tmp_path_factory.mktemp("checkpoint") / request.param
+    make(directory)
+    return directory, *rest
+
+
+@pytest.fixture
+def xlvlm(monkeypatch, capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_from_pictures_to_grounded_concepts(xlvlm, checkpoint, pictures, tmp_path):
+    directory, site, width, _ = checkpoint
+    features, concepts = tmp_path / "features", tmp_path / "concepts"
+    status, _, errors = xlvlm(
+        *("extract", directory, pictures, "--output", features, "--site", site),
+        *("--tokens", "index:-1", "--include-prompt", "--batch-size", 4, "--max-new-tokens", 3),
+    )
+    assert status == 0, errors
+    opened = Features.open(features)
+    assert opened.matrix(site).shape == (10, width)
+    assert all("prediction" in sample for sample in opened.samples)
+
+    status, out, errors = xlvlm(
+        "decompose", features, "--output", concepts, "--num-concepts", 3, "--max-iter", 20
+    )
+    assert status == 0, errors
+    status, _, errors = xlvlm("ground", concepts, "--model", directory, "--num-images", 2)
+    assert status == 0, errors
+    assert [len(images) for images in Concepts.load(concepts).images] == [2, 2, 2]
+
+
+def test_inspecting(xlvlm, checkpoint):
+    directory, site, width, prompt = checkpoint
+    status, out, errors = xlvlm("inspect", directory, "--batch-size", 2, "--site", site)
+    assert status == 0, errors
+    lines = [line.split() for line in out.splitlines()]
+    assert [site, "1", str(width)] in lines
+    assert prompt in out
+    assert "fits" in out
+
+
+def test_teacher_forcing_has_the_states_of_the_whole_text(xlvlm, checkpoint, pictures, tmp_path):
+    directory, site, width, _ = checkpoint
+    features = tmp_path / "features"
+    status, _, errors = xlvlm(
+        *("extract", directory, pictures, "--output", features, "--site", site),
+        *("--tokens", "index:0", "--mode", "teacher-forcing", "--batch-size", 4),
+    )
+    assert status == 0, errors
+    Z = Features.open(features).matrix(site)
+    assert Z.shape == (10, width)
+    assert np.isfinite(Z).all()
