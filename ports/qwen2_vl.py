@@ -202,6 +202,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
             what,
         )
         if len(images):
+            _check_runs(arrays["input_ids"], token, per_image, what)
             arrays[pixels] = _by_frame(arrays[pixels], images)
     return arrays
 
@@ -235,6 +236,20 @@ def _grid(config: Config, arrays: Mapping[str, np.ndarray], pixels: str, grid: s
             f"{len(patches)}; pass both from the same call of the processor"
         )
     return images
+
+
+def _check_runs(input_ids: np.ndarray, token: int, per_image: np.ndarray, what: str) -> None:
+    """ValueError unless the tokens of each image stand side by side in one prompt."""
+    rows, columns = np.nonzero(input_ids == token)
+    ends = np.cumsum(per_image)
+    first, last = ends - per_image, ends - 1
+    apart = (columns[last] - columns[first] != per_image - 1) | (rows[last] != rows[first])
+    if apart.any():
+        i = int(np.argmax(apart))
+        raise ValueError(
+            f"the {per_image[i]} {what} tokens that the grid of {what} {i} asks for are not side "
+            f"by side in one prompt; pass the {what}s in the order of the prompts"
+        )
 
 
 def _by_frame(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:

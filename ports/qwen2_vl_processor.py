@@ -57,22 +57,24 @@ class Processor:
             input_ids and attention_mask int[B, T], mm_token_type_ids int[B, T] (1 at image tokens)
             and, with images, pixel_values float32[patches, values] and image_grid_thw int[I, 3].
 
-        Raises ValueError unless texts ask for as many images as there are, or for an aspect ratio
-        that the image processor refuses.
+        Raises ValueError unless texts ask for as many images as there are (each for as many as its
+        list holds), or for an aspect ratio that the image processor refuses.
         """
         if return_tensors != "np":
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
         texts = [text] if isinstance(text, str) else list(text)
-        flat = [
-            image
-            for entry in ([] if images is None else images)
-            for image in (entry if isinstance(entry, list | tuple) else [entry])
-        ]
-        wanted = sum(prompt.count(self.image_token) for prompt in texts)
-        if wanted != len(flat):
+        entries = [] if images is None else list(images)
+        groups = [entry if isinstance(entry, list | tuple) else [entry] for entry in entries]
+        flat = [image for group in groups for image in group]
+        wanted, given = [prompt.count(self.image_token) for prompt in texts], list(map(len, groups))
+        # Images one after the other say nothing of the text that they belong to.
+        if not any(isinstance(entry, list | tuple) for entry in entries):
+            wanted, given = [sum(wanted)], [len(flat)]
+        if wanted != given:
             raise ValueError(
-                f"the texts ask for {wanted} images with {self.image_token}, but there are "
-                f"{len(flat)}; put it into the prompt once for each image"
+                f"the texts ask for {', '.join(map(str, wanted))} images with {self.image_token}, "
+                f"but there are {', '.join(map(str, given))}; put it into a prompt once for each "
+                "of its images"
             )
         arrays: dict[str, np.ndarray] = {}
         if flat:

@@ -80,7 +80,7 @@ def test_from_pictures_to_grounded_concepts(xlvlm, checkpoint, pictures, tmp_pat
     assert opened.matrix(site).shape == (10, width)
     assert all("prediction" in sample for sample in opened.samples)
 
-    status, out, errors = xlvlm(
+    status, _, errors = xlvlm(
         "decompose", features, "--output", concepts, "--num-concepts", 3, "--max-iter", 20
     )
     assert status == 0, errors

@@ -163,9 +163,20 @@ def test_steering_changes_image_positions_alone(small):
     inputs = make_inputs(*PROMPTS["a video and an image"])
     edits = {"model.layers.0": ports.add(np.ones(60), where="image")}
     arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    _, masks = ports.steer(small.vlm.apply, edits, masks=True)(small.vlm.params, arrays)
+    steered = jax.jit(ports.steer(small.vlm.apply, edits, masks=True))
+    _, masks = steered(small.vlm.params, arrays)
     expected = np.isin(inputs["input_ids"], (helpers.IMAGE, VIDEO))
     np.testing.assert_array_equal(masks["model.layers.0"][0], expected)
+
+
+def test_padding_on_either_side_gives_the_same_answers(small):
+    left = make_inputs(*PROMPTS[LEFT])
+    right = helpers.pad_right(left)
+    expected, answers = (small.vlm.generate(x, max_new_tokens=32).tokens for x in (left, right))
+    np.testing.assert_array_equal(answers, expected)
+    expected = np.asarray(small.vlm.forward(left).logits)[left["attention_mask"] == 1]
+    logits = np.asarray(small.vlm.forward(right).logits)[right["attention_mask"] == 1]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
 class TestLayout:
@@ -221,6 +232,17 @@ class TestMessages:
         inputs["image_grid_thw"] = np.array([[1, 1, 24]])
         self.check(small, inputs, "image_grid_thw of image 0 is [1, 1, 24]", "multiples of 2")
 
+    def test_grids_in_another_order_than_their_images(self, small):
+        inputs = make_inputs([[(1, 4, 6), (1, 2, 2)]], [5])
+        inputs["image_grid_thw"] = inputs["image_grid_thw"][::-1]
+        self.check(small, inputs, "the 6 image tokens", "image 1", "not side by side")
+
+    def test_an_image_torn_between_two_prompts(self, small):
+        inputs = make_inputs([[(1, 4, 6)], [(1, 4, 6)]], [1, 1])
+        first, second = inputs["input_ids"]
+        first[-1], second[second.tolist().index(helpers.IMAGE)] = helpers.IMAGE, 7
+        self.check(small, inputs, "the 6 image tokens", "image 1", "not side by side")
+
     def test_patches_of_another_size(self, small, inputs):
         inputs["pixel_values"] = inputs["pixel_values"][:, :-1]
         self.check(small, inputs, "pixel_values has shape (24, 293); expected [patches, 294]")
@@ -252,6 +274,17 @@ class TestConfiguration:
             setattr(config.vision_config, name, value)
         with helpers.raises_line(ValueError, *parts):
             qwen2_vl.Config.from_hf(config)
+
+    def test_of_the_hub_has_the_decoders_values_at_its_top(self, small, tmp_path):
+        values = json.loads((small.directory / "config.json").read_text())
+        text = values.pop("text_config")
+        rope = text.pop("rope_parameters")
+        sections = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        flat = {**text, **values, "rope_theta": rope["rope_theta"], "rope_scaling": sections}
+        flat.pop("layer_types")
+        flat["vision_config"]["model_type"] = "qwen2_vl"  # as older checkpoints call it
+        (tmp_path / "config.json").write_text(json.dumps(flat))
+        assert ports.load_abstract(tmp_path).module.config == small.vlm.module.config
 
     def test_a_related_model(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
@@ -420,6 +453,18 @@ class TestPhotographs:
     def test_that_no_prompt_asks_for(self, photographed, photographs):
         with helpers.raises_line(ValueError, "ask for 0 images", "there are 1"):
             photographed.vlm.process(["what is it"], [photographs[0]])
+
+    def test_that_belong_to_another_prompt(self, photographed, photographs):
+        prompt = photographed.vlm.render("what is it")
+        with helpers.raises_line(ValueError, "ask for 1, 1 images", "there are 2, 0"):
+            photographed.vlm.process([prompt, prompt], [photographs, []])
+
+    @pytest.mark.parametrize(("mode", "size"), [("RGB", (3, 3)), ("L", (1, 1)), ("RGBA", (30, 5))])
+    def test_smaller_than_a_patch_are_enlarged(self, photographed, mode, size):
+        image = Image.new(mode, size)
+        inputs = photographed.vlm.process([photographed.vlm.render("what is it")], [image])
+        assert inputs["image_grid_thw"][0, 1] == 2
+        assert np.isfinite(photographed.vlm.forward(inputs).logits).all()
 
     def test_of_an_extreme_shape_are_refused_in_one_line(self, photographed, photographs):
         thin = photographs[0].resize((1000, 3))
