@@ -266,7 +266,9 @@ def _flat(x: Any) -> Any:
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a batch with one image a row, of the size that the tower is made for."""
     cfg = config.vision
-    ids = jax.ShapeDtypeStruct((batch, length or config.tokens_per_image + 8), np.int32)
+    ids = jax.ShapeDtypeStruct(
+        (batch, length or config.tokens_per_image + joiner.EXAMPLE_TEXT), np.int32
+    )
     size = (cfg.image_size, cfg.image_size)
     return {
         "input_ids": ids,

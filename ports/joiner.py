@@ -18,6 +18,7 @@ from ports import decoder, steering
 
 Array = jax.Array
 Inputs = Mapping[str, Any]
+EXAMPLE_TEXT = 8  # text tokens of the ports' example inputs, beside those of the image
 
 
 class VisionLanguageModel(nn.Module):

@@ -132,7 +132,7 @@ class Llava(joiner.VisionLanguageModel):
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a batch with one image a row: what initialisation is traced with."""
     cfg = config.vision
-    length = length or config.tokens_per_image + 8
+    length = length or config.tokens_per_image + joiner.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
     pixels = (batch, cfg.num_channels, cfg.image_size, cfg.image_size)
     return {

@@ -274,7 +274,7 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     """Shapes and dtypes of a batch whose images have one crop beside the whole."""
     vision = config.vision
     features = vision.pooled**2
-    length = length or 2 * (features + vision.pooled + 2) + 8
+    length = length or 2 * (features + vision.pooled + 2) + joiner.EXAMPLE_TEXT
     crops, patches = 2, vision.grid**2
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
 

@@ -170,7 +170,7 @@ def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a batch with one image of 16 x 16 patches a row."""
     patches = 256
-    length = length or patches // config.vision.merge_size**2 + 8
+    length = length or patches // config.vision.merge_size**2 + joiner.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
     pixels = (batch, patches, config.vision.patch_values)
     return {

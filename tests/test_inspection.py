@@ -12,7 +12,7 @@ from rich.console import Console
 import ports
 from xlvlm_jax import embedded, inspection
 
-CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
+CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,29 @@ def test_the_configuration_alone_suffices(tmp_path):
     assert "fits" in out.getvalue()
 
 
-@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the parameter lists")
-def test_a_model_of_seven_billion_parameters(tmp_path):
-    described = json.loads((CHECKPOINTS / "llava-1.5-7b.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(described["config"]))
-    result = inspection.inspect(ports.load_abstract(tmp_path, dtype="bfloat16"), batch_size=1)
-    assert sum(result.parts.values()) == pytest.approx(7.063e9, rel=1e-4)
-    # 32 layers x keys and values x 4096 x 2 bytes a position.
-    assert result.needs.cache == (result.needs.bucket + 20) * 32 * 2 * 4096 * 2
+@pytest.mark.parametrize(
+    ("name", "parameters", "image_tokens", "site"),
+    [
+        ("llava-1.5-7b", 7.063e9, 576, "language_model.model.layers.{0-31}"),
+        ("idefics2-8b", 8.403e9, 64, "model.text_model.layers.{0-31}"),
+        ("qwen2-vl-7b", 8.291e9, 64, "model.layers.{0-27}"),
+        ("molmo-7b-d", 8.021e9, 2 * (12 * 13 + 2), "model.transformer.blocks.{0-27}"),
+    ],
+)
+def test_models_of_seven_billion_parameters(tmp_path, name, parameters, image_tokens, site):
+    """From the hub's config.json alone."""
+    config = json.loads((CHECKPOINTS / f"{name}.json").read_text())["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vlm = ports.load_abstract(tmp_path, dtype="bfloat16")
+    result = inspection.inspect(vlm, batch_size=1)
+    assert sum(result.parts.values()) == pytest.approx(parameters, rel=1e-3)
+    assert result.needs.parameters == 2 * sum(result.parts.values())
+    assert result.needs.image_tokens == image_tokens
+    assert site in result.sites
+    # Keys and values of every layer, two bytes each.
+    text = vlm.module.config.text
+    a_position = text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2
+    assert result.needs.cache == (result.needs.bucket + 20) * a_position
 
 
 def test_an_unknown_site(vlm):

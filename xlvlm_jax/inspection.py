@@ -18,6 +18,7 @@ from rich.table import Table
 
 import ports
 from ports.checkpoint import stored_shapes
+from ports.joiner import EXAMPLE_TEXT
 
 PROMPT = "Describe the image."
 
@@ -132,7 +133,7 @@ def _batch(
 
 def _image_tokens(vlm: ports.VLM, ids: Any, length: int) -> int:
     if ids is None:
-        return getattr(vlm.module.config, "tokens_per_image", length)
+        return length - EXAMPLE_TEXT
     return int(sum((ids == token).sum() for token in vlm.image_tokens))
 
 

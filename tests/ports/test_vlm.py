@@ -52,7 +52,7 @@ class TestLoading:
         with helpers.raises_line(ValueError, "config.json: not a JSON object"):
             ports.load(directory)
 
-    @pytest.mark.parametrize("kind", ["bert", None, 5, ["llava"]])
+    @pytest.mark.parametrize("kind", ["bert", "llava_next", None, 5, ["llava"]])
     def test_a_model_type_without_a_port(self, directory, kind):
         self.configure(directory, model_type=kind)
         with helpers.raises_line(ValueError, f"model_type {kind!r} is not supported"):
