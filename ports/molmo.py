@@ -18,8 +18,9 @@ from flax import linen as nn
 
 from ports import decoder, joiner, layers, molmo_vision
 from ports.molmo_processor import load as load_processor
+from ports.molmo_processor import load_tokenizer
 
-__all__ = ["Config", "Molmo", "load_processor"]
+__all__ = ["Config", "Molmo", "load_processor", "load_tokenizer"]
 
 Array = jax.Array
 

@@ -362,16 +362,33 @@ def _pixels(image: Any) -> np.ndarray:
     return pixels
 
 
-def load(directory: Path) -> Processor:
-    """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
-    from transformers import AutoTokenizer
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint. ValueError if there is none that loads.
+
+    config.json names remote code, for which transformers' automatic choice would ask: the class is
+    taken by its name in tokenizer_config.json instead.
+    """
+    import transformers
 
     try:
+        values = json.loads((directory / "tokenizer_config.json").read_text())
+        name = str(values.get("tokenizer_class"))
+        if name.startswith("Qwen2Tokenizer"):
+            return transformers.Qwen2Tokenizer.from_pretrained(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{directory} has no tokenizer that loads: {first}") from error
+
+
+def load(directory: Path) -> Processor:
+    """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
+    try:
         values = json.loads((directory / "preprocessor_config.json").read_text())
-        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{directory} has no processor that loads: {first}") from error
+    tokenizer = load_tokenizer(directory)
     config = json.loads((directory / "config.json").read_text())
     ids = {
         name: config.get(f"image_{name}_token_id", tokenizer.convert_tokens_to_ids(mark))

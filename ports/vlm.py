@@ -118,13 +118,16 @@ class VLM:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer, from transformers; read when first asked for."""
+        if hasattr(self._port, "load_tokenizer"):
+            return self._port.load_tokenizer(self.directory)
         from transformers import AutoTokenizer
 
         return self._read(AutoTokenizer, "tokenizer")
 
     def _read(self, kind: Any, what: str, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(self.directory, **options)
+            # Remote code is neither run nor asked for.
+            return kind.from_pretrained(self.directory, trust_remote_code=False, **options)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error

@@ -189,6 +189,41 @@ class TestProcessor:
             np.testing.assert_array_equal(together[row], alone[0])
 
 
+REAL_TOKENIZER = Path(__file__).parents[3] / "shared" / "molmo" / "tokenizer"
+
+
+@pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="needs the real vocabulary, 4.5 MB")
+class TestRealTokenizer:
+    """The files of Molmo-7B-D beside its configuration, which names remote code."""
+
+    @pytest.fixture(scope="class")
+    def vlm(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("molmo")
+        shutil.copytree(REAL_TOKENIZER, directory, dirs_exist_ok=True)
+        settings = REAL_TOKENIZER.parent / "preprocessor_config_7b.json"
+        shutil.copy(settings, directory / "preprocessor_config.json")
+        config = json.loads(FULL_SIZE.read_text())["config"]
+        # The hub's file says nothing of these.
+        for name in ("vision_config", "additional_vocab_size"):
+            config.pop(name)
+        (directory / "config.json").write_text(json.dumps(config))
+        return ports.load_abstract(directory)
+
+    def test_loads_without_remote_code(self, vlm):
+        assert vlm.eos_tokens == (151643,)
+        ids = vlm.tokenizer(vlm.render("What is this?"))["input_ids"]
+        assert vlm.tokenizer.decode(ids) == " User: What is this? Assistant:"
+
+    def test_an_image_of_the_real_size(self, vlm):
+        inputs = vlm.process([vlm.render("What is this?")], [Image.new("RGB", (640, 480))])
+        ids = inputs["input_ids"][0]
+        assert ids[0] == 151643
+        assert (ids == 152066).sum() == 12 * 12 + 20 * 28
+        assert inputs["images"].shape == (1, 7, 576, 588)
+        assert vlm.prepare(inputs)["images"].shape == (1, 7, 576, 588)
+        assert set(vlm.image_tokens) <= set(ids)
+
+
 class TestMessages:
     def check(self, vlm, inputs, *parts):
         with helpers.raises_line(ValueError, *parts):
