@@ -123,16 +123,6 @@ def is_image(tokens: Array, image_tokens: tuple[int, ...]) -> Array:
     return jnp.isin(tokens, jnp.array(image_tokens))
 
 
-def bucket_length(length: int) -> int:
-    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
-
-    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
-    computes at most a quarter of its positions in vain.
-    """
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
 def check_image_tokens(
     input_ids: np.ndarray,
     image_tokens: tuple[int, ...],

@@ -25,7 +25,14 @@ __all__ = ["Config", "Molmo", "load_processor", "load_tokenizer"]
 Array = jax.Array
 
 # What the port understands of a processor's arrays.
-INPUTS = ("input_ids", "attention_mask", "images", "image_masks", "image_input_idx")
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "images",
+    "image_masks",
+    "image_input_idx",
+)
 
 # What the real checkpoint's config.json leaves to its code: the tower, and the tokens' ids.
 DEFAULTS = {
@@ -49,6 +56,17 @@ DEFAULTS = {
     "image_patch_token_id": 152066,
     "image_col_token_id": 152067,
 }
+# What config.json must say. Other checkpoints of the family (MolmoE) have other names for these.
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_eps",
+    "rope_theta",
+    "qkv_bias",
+)
 # Values that change what is computed, and the ones that this port implements.
 _IMPLEMENTED = {
     "layer_norm_type": "rms",
@@ -62,10 +80,17 @@ _IMPLEMENTED = {
 
 
 def read_config(values: Mapping[str, Any]) -> Any:
-    """config.json -> a transformers configuration, whose own class is remote code."""
+    """config.json -> a transformers configuration, whose own class is remote code.
+
+    ValueError if the file lacks what the model can't do without.
+    """
     from transformers import PretrainedConfig
 
-    merged = {"pad_token_id": None, **DEFAULTS, **values}
+    missing = [name for name in _REQUIRED if values.get(name) is None]
+    if missing:
+        raise ValueError(f"there is no {', '.join(missing)}; expected the names of Molmo-7B-D")
+    optional = {"pad_token_id": None, "embedding_size": None, "num_key_value_heads": None}
+    merged = {**optional, **DEFAULTS, **values}
     merged["vision_config"] = {**DEFAULTS["vision_config"], **values.get("vision_config", {})}
     merged.pop("auto_map", None)
     config = PretrainedConfig()
@@ -90,7 +115,8 @@ class Config:
             value = getattr(config, name, implemented)
             if value != implemented:
                 raise ValueError(f"config asks for {name} {value!r}; expected {implemented!r}")
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
         if heads % kv_heads or config.hidden_size % heads:
             raise ValueError(
                 f"config has {heads} heads and {kv_heads} key-value heads in a width of "

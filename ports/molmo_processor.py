@@ -14,11 +14,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 POOL = 2  # patches a side that become one feature
 UNUSED = -100  # in image_input_idx: this feature goes nowhere
+FILL = -1  # in all arrays of images: what fills up a row with fewer crops
 MARKS = {"patch": "<im_patch>", "col": "<im_col>", "start": "<im_start>", "end": "<im_end>"}
+# What a preprocessor_config.json that does not say it leaves to the original's code.
+DEFAULTS = {
+    "max_crops": 12,
+    "overlap_margins": [4, 4],
+    "base_image_input_size": [336, 336],
+    "image_token_length_h": 12,
+    "image_token_length_w": 12,
+    "image_patch_size": 14,
+    "image_padding_mask": True,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 class Settings(NamedTuple):
@@ -34,6 +48,13 @@ class Settings(NamedTuple):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
         """Reads the file's values; ValueError for what is not implemented."""
+        values = {**DEFAULTS, **values}
+        for name, reason in (
+            ("image_padding_mask", "the model needs the masks"),
+            ("do_normalize", "the model was trained on normalised pixels"),
+        ):
+            if not values[name]:
+                raise ValueError(f"{name} is {values[name]!r}; expected true, {reason}")
         height, width = values["base_image_input_size"]
         patch, margins = values["image_patch_size"], tuple(values["overlap_margins"])
         if height != width or height % patch:
@@ -49,8 +70,6 @@ class Settings(NamedTuple):
                 f"overlap_margins is {list(margins)}; expected even numbers, together less than "
                 f"the {height // patch} patches of a crop"
             )
-        if not values.get("image_padding_mask", True):
-            raise ValueError("image_padding_mask is false; the model needs the masks")
         if (height // patch - sum(margins)) % POOL:
             raise ValueError(
                 f"a crop has {height // patch} patches a side and margins of {sum(margins)}; "
@@ -253,7 +272,7 @@ class Processor:
         start_token: the id in front of every sequence.
     """
 
-    chat_template = "User: {prompt} Assistant:"
+    chat_template = " User: {prompt} Assistant:"
 
     def __init__(
         self, settings: Settings, tokenizer: Any, token_ids: dict[str, int], start_token: int
@@ -321,9 +340,9 @@ class Processor:
         if most:
             values, features = 3 * self.settings.patch_size**2, self.settings.pooled**2
             arrays |= {
-                "images": np.full((len(rows), most, patches, values), -1, np.float32),
-                "image_masks": np.full((len(rows), most, patches), -1, np.float32),
-                "image_input_idx": np.full((len(rows), most, features), UNUSED, np.int32),
+                "images": np.full((len(rows), most, patches, values), FILL, np.float32),
+                "image_masks": np.full((len(rows), most, patches), FILL, np.float32),
+                "image_input_idx": np.full((len(rows), most, features), FILL, np.int32),
             }
         for row, (ids, cuts) in enumerate(rows):
             start = length - len(ids)
@@ -350,9 +369,9 @@ class Processor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """A PIL image or an array -> uint8[height, width, 3]."""
+    """A PIL image, turned as its EXIF data says, or an array -> uint8[height, width, 3]."""
     if isinstance(image, Image.Image):
-        image = image.convert("RGB")
+        image = ImageOps.exif_transpose(image.convert("RGB"))
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(

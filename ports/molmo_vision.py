@@ -3,8 +3,8 @@
 B batch, C crops of a row, R = B x C crops, P patches of a crop, K = P / 4 pooled patches, E the
 tower's width, D the decoder's width.
 
-Patches come flat from the processor. A crop whose values are all -1 only fills a row up: its
-features are zero.
+Patches come flat from the processor. A crop whose values are all -1 only fills a row up: the
+tower's states of it count as zero, and its features go nowhere.
 """
 
 import dataclasses

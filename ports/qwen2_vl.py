@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import decoder, joiner, layers, qwen2_vision
+from ports import decoder, joiner, layers, padding, qwen2_vision
 from ports.qwen2_vl_processor import load as load_processor
 
 __all__ = ["Config", "Qwen2VL", "load_processor"]
@@ -255,7 +255,7 @@ def _check_runs(input_ids: np.ndarray, token: int, per_image: np.ndarray, what: 
 def _by_frame(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """patches[sum, values] -> [F, P, values], frames filled up with zeros."""
     sizes = np.repeat(grid[:, 1] * grid[:, 2], grid[:, 0])
-    longest = joiner.bucket_length(int(sizes.max()))
+    longest = padding.bucket_length(int(sizes.max()))
     frames = np.zeros((len(sizes), longest, patches.shape[1]), np.float32)
     for frame, part in zip(frames, np.split(patches, np.cumsum(sizes)[:-1]), strict=True):
         frame[: len(part)] = part

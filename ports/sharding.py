@@ -12,14 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Logical axis -> mesh axis.
 RULES = {"batch": "data", "heads": "model", "mlp": "model", "vocab": "model", "embed": None}
 
-# Module -> logical axes of its kernel or embedding. What is not named here is replicated.
+# Module -> logical axes of its kernel or embedding. What is not named here is replicated. Where a
+# name stands for two things, that of the module above it goes in front.
 _AXES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("embed", "heads")),
-    **dict.fromkeys(("o_proj", "out_proj"), ("heads", "embed")),
-    **dict.fromkeys(("gate_proj", "up_proj", "fc1"), ("embed", "mlp")),
-    **dict.fromkeys(("down_proj", "fc2"), ("mlp", "embed")),
-    "embed_tokens": ("vocab", "embed"),
-    "lm_head": ("embed", "vocab"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "att_proj"), ("embed", "heads")),
+    **dict.fromkeys(("o_proj", "out_proj", "attn_out", "wo"), ("heads", "embed")),
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "ff_proj", "w1", "w3"), ("embed", "mlp")),
+    **dict.fromkeys(("down_proj", "fc2", "ff_out", "w2"), ("mlp", "embed")),
+    **dict.fromkeys(("wq", "wk", "wv"), ("embed", "heads")),
+    **dict.fromkeys(("embed_tokens", "wte"), ("vocab", "embed")),
+    **dict.fromkeys(("lm_head", "transformer.ff_out"), ("embed", "vocab")),
 }
 
 
@@ -37,7 +39,7 @@ def _fits(mesh: Mesh, axis: str | None, size: int) -> str | None:
 def param_sharding(mesh: Mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of the parameter at a Flax path."""
     module, leaf = path[-2:] if len(path) > 1 else ("", path[-1])
-    axes = _AXES.get(module, ())
+    axes = _AXES.get(".".join(path[-3:-1]), _AXES.get(module, ()))
     if leaf == "bias":
         axes = axes[-1:]
     axes = axes if len(axes) == len(shape) else ()

@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import checkpoint, generate, joiner, sharding, steering
+from ports import checkpoint, generate, joiner, padding, sharding, steering
 from ports.generate import Generation, Sampling
-from ports.joiner import bucket_length
 from ports.sites import capture, list_sites, require_sites
 
 Array = jax.Array
-# The processor's arrays that have one row a sample and one column a position.
-_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index")
 
 
 class Output(NamedTuple):
@@ -223,7 +220,7 @@ class VLM:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         checked = self._check(inputs)
         edits = self._place_edits(edits, checked, generated=True)
-        arrays = align_right(checked)
+        arrays = padding.align_right(checked)
         length = arrays["input_ids"].shape[1]
         result = _generate(
             self.module,
@@ -275,7 +272,7 @@ class VLM:
         return _sweep(
             self.module,
             self.params,
-            self._place(align_right(checked)),
+            self._place(padding.align_right(checked)),
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
@@ -339,7 +336,7 @@ class VLM:
         """The edits as arguments of a compiled program; their masks are laid out as the tokens."""
         placed = {}
         batch, length = arrays["input_ids"].shape
-        missing = bucket_length(length) - length
+        missing = padding.bucket_length(length) - length
         for site, listed in (edits or {}).items():
             placed[site] = ()
             for edit in (listed,) if isinstance(listed, steering.Edit) else listed:
@@ -347,7 +344,7 @@ class VLM:
                 if edit.mask is not None:
                     mask = np.asarray(edit.mask, bool)
                     if generated:
-                        mask = np.take_along_axis(mask, right_order(arrays), axis=1)
+                        mask = np.take_along_axis(mask, padding.right_order(arrays), axis=1)
                     mask = np.pad(mask, ((0, 0), (missing, 0)))
                     edit = dataclasses.replace(edit, mask=mask)
                 placed[site] = (*placed[site], edit)
@@ -388,43 +385,16 @@ class VLM:
 
         Raises ValueError if images and prompts do not fit each other.
         """
-        return pad_to_bucket(self._check(inputs), self.pad_token)
+        return padding.pad_to_bucket(self._check(inputs), self.pad_token)
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
-        arrays = pad_to_bucket(arrays, self.pad_token)
+        arrays = padding.pad_to_bucket(arrays, self.pad_token)
         if self._mesh is None:
             return {name: jnp.asarray(value) for name, value in arrays.items()}
         return {
             name: jax.device_put(value, sharding.batch_sharding(self._mesh, value.shape))
             for name, value in arrays.items()
         }
-
-
-def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str, np.ndarray]:
-    """Pads what has a column a position on the left, up to the bucket's length."""
-    length = arrays["input_ids"].shape[1]
-    missing = bucket_length(length) - length
-    fill = {"input_ids": pad_token, "feature_index": -1}
-    return {
-        name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
-        if name in _PER_POSITION
-        else value
-        for name, value in arrays.items()
-    }
-
-
-def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int[B, T]: the columns of each row, those of padding first."""
-    return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
-
-
-def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Moves the tokens of each row to its end, where generation goes on."""
-    order = right_order(arrays)
-    return {
-        name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
-        for name, value in arrays.items()
-    }
 
 
 def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...], int]:

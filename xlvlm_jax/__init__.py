@@ -12,7 +12,7 @@ from xlvlm_jax.concepts import Concepts, decompose, project
 from xlvlm_jax.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.grounding import ground_images, ground_text
 from xlvlm_jax.selection import Selection
-from xlvlm_jax.steering import fine_vectors, steering_vector
+from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
 from xlvlm_jax.store import Features
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "KMeans",
     "Selection",
     "SemiNMF",
+    "SteeringVector",
     "ablate",
     "add",
     "add_relative",

@@ -1,5 +1,6 @@
 """Molmo against what the original PyTorch code computed, stored in tests/data/molmo."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import ports
-from ports import checkpoint, molmo
+from ports import checkpoint, molmo, sharding
 
 from . import helpers
 
@@ -43,9 +44,9 @@ def inputs_of(expected, case: int) -> dict[str, np.ndarray]:
     return arrays | {"attention_mask": np.ones_like(arrays["input_ids"])}
 
 
-def batch_of(expected) -> dict[str, np.ndarray]:
-    """The three cases in one batch, padded on the left, crops filled up with -1."""
-    rows = [inputs_of(expected, case) for case in CASES]
+def batch_of(expected, cases=CASES) -> dict[str, np.ndarray]:
+    """The cases in one batch, padded on the left, crops filled up with -1."""
+    rows = [inputs_of(expected, case) for case in cases]
     length = max(row["input_ids"].shape[1] for row in rows)
     crops = max(row["images"].shape[1] for row in rows)
     batch: dict[str, list] = {name: [] for name in rows[0]}
@@ -159,6 +160,67 @@ def test_steering_knows_the_image_positions(vlm, expected):
     np.testing.assert_array_equal(
         masks["model.transformer.blocks.0"][0], inputs["input_ids"] >= 512
     )
+
+
+def test_positions_that_are_given_are_used(vlm, expected):
+    """Rotary embedding knows distances alone: the same logits further on, others further apart."""
+    inputs = inputs_of(expected, 2)
+    positions = np.arange(inputs["input_ids"].shape[1])[None]
+    for factor, same in ((1, True), (3, False)):
+        logits = vlm.forward(inputs | {"position_ids": factor * positions + 5}).logits[0]
+        assert np.allclose(logits, expected["2.logits"], rtol=0, atol=1e-4) is same
+
+
+class TestSharding:
+    def test_columns_of_what_widens_and_rows_of_what_narrows(self, vlm):
+        mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+
+        def spec(*path: str) -> tuple:
+            shape = functools.reduce(lambda tree, key: tree[key], path, vlm.params).shape
+            return tuple(sharding.param_sharding(mesh, path, shape).spec)
+
+        decoder = ("model", "transformer")
+        for module in ("att_proj", "ff_proj"):
+            assert spec(*decoder, "blocks_0", module, "kernel") == (None, "model")
+        for module in ("attn_out", "ff_out"):
+            assert spec(*decoder, "blocks_0", module, "kernel") == ("model", None)
+        assert spec(*decoder, "ff_out", "kernel") == (None, "model")
+        for table in ("table", "new_embedding"):
+            assert spec(*decoder, "wte", table) == ("model", None)
+
+    @pytest.mark.slow
+    def test_eight_devices_compute_what_one_does(self, expected, tmp_path):
+        cases = [0, 2, 0, 2]
+        np.savez(tmp_path / "inputs.npz", **batch_of(expected, cases))
+        helpers.run_python(
+            """
+            import numpy as np
+            import ports
+
+            directory, inputs, results = sys.argv[1:]
+            inputs = dict(np.load(inputs))
+            vlm = ports.load(directory, mesh=ports.make_mesh(2, 4))
+            kernel = vlm.params["model"]["transformer"]["blocks_0"]["ff_proj"]["kernel"]
+            np.savez(
+                results,
+                logits=vlm.forward(inputs).logits,
+                tokens=vlm.generate(inputs, max_new_tokens=8).tokens,
+                columns=kernel.sharding.shard_shape(kernel.shape)[1],
+            )
+            """,
+            DATA,
+            tmp_path / "inputs.npz",
+            tmp_path / "results.npz",
+            XLA_FLAGS="--xla_force_host_platform_device_count=8",
+            JAX_DEFAULT_MATMUL_PRECISION="highest",
+        )
+        results = np.load(tmp_path / "results.npz")
+        assert results["columns"] == 192 // 4
+        for row, case in enumerate(cases):
+            theirs = expected[f"{case}.logits"]
+            ours = results["logits"][row, -len(theirs) :]
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(results["tokens"][row], expected[f"{case}.generated"])
 
 
 def test_few_numbers_of_crops_are_compiled(vlm):
@@ -281,6 +343,18 @@ class TestConfiguration:
         (directory / "config.json").write_text(json.dumps({**values, **change}))
         with helpers.raises_line(ValueError, *parts):
             ports.load(directory)
+
+    def test_without_what_it_must_say(self, directory):
+        values = json.loads((directory / "config.json").read_text())
+        values["d_model"] = values.pop("hidden_size")
+        (directory / "config.json").write_text(json.dumps(values))
+        with helpers.raises_line(ValueError, "config.json: there is no hidden_size", "Molmo-7B-D"):
+            ports.load(directory)
+
+    def test_as_many_key_value_heads_as_heads_unless_it_says_otherwise(self, directory):
+        values = json.loads((directory / "config.json").read_text())
+        values["num_key_value_heads"] = None
+        assert molmo.Config.from_hf(molmo.read_config(values)).text.num_kv_heads == 4
 
     def test_a_related_model(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "molmo2"}')

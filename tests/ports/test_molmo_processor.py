@@ -1,5 +1,6 @@
 """Molmo's processor: by hand, against the original's arrays and PyTorch's resize, properties."""
 
+import io
 import json
 from pathlib import Path
 
@@ -147,7 +148,7 @@ class TestBatch:
         np.testing.assert_array_equal(batch["input_ids"][1, -length:], text["input_ids"][0])
         assert not batch["attention_mask"][1, :-length].any()
         assert (batch["images"][1] == -1).all()
-        assert (batch["image_input_idx"][1] < 0).all()
+        assert (batch["image_input_idx"][1] == -1).all()
         assert set(text) == {"input_ids", "attention_mask"}
 
     def test_several_images_follow_each_other(self, processor):
@@ -165,6 +166,21 @@ class TestBatch:
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         assert rendered == " User: what is this Assistant:"
+
+    def test_a_picture_is_turned_as_its_exif_data_says(self, processor):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 130, 3), np.uint8))
+        exif = Image.Exif()
+        exif[274] = 6  # orientation: the top is on the right
+        stream = io.BytesIO()
+        image.save(stream, "PNG", exif=exif)
+        turned = processor(text=["this"], images=[Image.open(stream)])
+        upright = processor(text=["this"], images=[image.transpose(Image.Transpose.ROTATE_270)])
+        for name, value in upright.items():
+            np.testing.assert_array_equal(turned[name], value)
+
+
+def test_settings_that_are_left_out_are_the_real_checkpoints():
+    assert Settings.from_json({}) == REAL
 
 
 class TestMessages:
@@ -194,7 +210,8 @@ class TestMessages:
             ({"base_image_input_size": [112, 98]}, "[112, 98]"),
             ({"overlap_margins": [1, 2]}, "[1, 2]"),
             ({"image_token_length_w": 5}, "(4, 5)"),
-            ({"image_padding_mask": False}, "image_padding_mask"),
+            ({"image_padding_mask": False}, "image_padding_mask is False; expected true"),
+            ({"do_normalize": False}, "do_normalize is False; expected true"),
         ],
     )
     def test_settings_that_are_not_implemented(self, change, part):

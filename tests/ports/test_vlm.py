@@ -11,7 +11,6 @@ from sklearn.datasets import load_sample_images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import ports
-from ports import vlm
 
 from . import helpers
 
@@ -150,38 +149,6 @@ class TestForward:
             small.vlm.forward(
                 {"input_ids": np.ones((1, 3), int), "attention_mask": np.ones((1, 2), int)}
             )
-
-
-class TestBuckets:
-    def test_by_hand(self):
-        expected = {1: 16, 16: 16, 17: 32, 97: 112, 128: 128, 129: 160, 257: 320, 600: 640}
-        assert {length: vlm.bucket_length(length) for length in expected} == expected
-
-    def test_are_few_and_waste_little(self):
-        buckets = [vlm.bucket_length(length) for length in range(1, 4097)]
-        assert len(set(buckets)) < 32
-        assert buckets == sorted(buckets)
-        assert all(n <= b <= max(n + 15, 1.25 * n) for n, b in enumerate(buckets, 1))
-
-    def test_fill_up_on_the_left(self):
-        arrays = {
-            "input_ids": np.array([[7, 8]]),
-            "attention_mask": np.array([[1, 1]]),
-            "pixel_values": np.zeros((1, 3, 5, 5)),
-        }
-        padded = vlm.pad_to_bucket(arrays, pad_token=4)
-        np.testing.assert_array_equal(padded["input_ids"], [[4] * 14 + [7, 8]])
-        np.testing.assert_array_equal(padded["attention_mask"], [[0] * 14 + [1, 1]])
-        assert padded["pixel_values"].shape == (1, 3, 5, 5)
-
-    def test_tokens_move_to_the_end_of_their_row_in_order(self):
-        arrays = {
-            "input_ids": np.array([[5, 6, 7, 0], [0, 8, 9, 0]]),
-            "attention_mask": np.array([[1, 1, 1, 0], [0, 1, 1, 0]]),
-        }
-        moved = vlm.align_right(arrays)
-        np.testing.assert_array_equal(moved["input_ids"], [[0, 5, 6, 7], [0, 0, 8, 9]])
-        np.testing.assert_array_equal(moved["attention_mask"], [[0, 1, 1, 1], [0, 0, 1, 1]])
 
 
 def make_processor() -> transformers.LlavaProcessor:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xlvlm_jax.cli import concepts, embedded, features
+from xlvlm_jax.cli import concepts, embedded, features, steering
 from xlvlm_jax.cli.console import errors
 
 app = typer.Typer(
@@ -41,10 +41,12 @@ for command in (
     concepts.decompose,
     concepts.ground,
     concepts.report,
+    steering.evaluate,
     embedded.scenes,
     embedded.train_demo,
 ):
     app.command()(command)
+app.add_typer(steering.steer, name="steer")
 
 
 @contextlib.contextmanager

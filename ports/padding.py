@@ -1,0 +1,48 @@
+"""Where rows of tokens are padded: few lengths, so that a run compiles a handful of programs.
+
+B batch, T positions.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+# The arrays that have one row a sample and one column a position.
+_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index")
+
+
+def bucket_length(length: int) -> int:
+    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
+
+    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
+    computes at most a quarter of its positions in vain.
+    """
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str, np.ndarray]:
+    """Pads what has a column a position on the left, up to the bucket's length."""
+    length = arrays["input_ids"].shape[1]
+    missing = bucket_length(length) - length
+    fill = {"input_ids": pad_token, "feature_index": -1}
+    return {
+        name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
+        if name in _PER_POSITION
+        else value
+        for name, value in arrays.items()
+    }
+
+
+def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int[B, T]: the columns of each row, those of padding first."""
+    return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
+
+
+def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Moves the tokens of each row to its end, where generation goes on."""
+    order = right_order(arrays)
+    return {
+        name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
+        for name, value in arrays.items()
+    }
