@@ -1,7 +1,6 @@
 """Checkpoints to parameters and back: names, dtypes, shards, strictness, memory."""
 
 import functools
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ import ports
 from ports import checkpoint, llava
 
 from . import helpers
-
-FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "llava-1.5-7b.json"
 
 
 def tensors_of(pair) -> dict[str, np.ndarray]:
@@ -200,48 +197,6 @@ class TestStrictness:
         gone.unlink()
         with helpers.raises_line(FileNotFoundError, f"{tmp_path} lacks {gone.name}"):
             ports.load(tmp_path)
-
-
-class TestFullSize:
-    """LLaVA-1.5-7B: its 7e9 parameters are never allocated."""
-
-    @pytest.fixture(scope="class")
-    def real(self):
-        return json.loads(FULL_SIZE.read_text())
-
-    @pytest.fixture(scope="class")
-    def module(self, real):
-        config = transformers.AutoConfig.for_model(**real["config"])
-        return llava.Llava(llava.Config.from_hf(config), dtype=jnp.bfloat16)
-
-    @pytest.fixture(scope="class")
-    def abstract(self, module):
-        return checkpoint.abstract_params(module, llava.example_inputs(module.config))
-
-    def test_the_copy_is_the_shared_file(self, shared):
-        original = shared / "checkpoints" / FULL_SIZE.name
-        assert json.loads(original.read_text()) == json.loads(FULL_SIZE.read_text())
-
-    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
-        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
-        assert len(expected) == 686
-        assert checkpoint.stored_shapes(abstract) == expected
-        assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 7_063_427_072
-
-    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
-            for name, shape in real["parameters"].items()
-        }
-        ignored = frozenset()
-        paths = checkpoint._match(abstract, stored, llava.canonical_name, ignored, "here")
-        assert len(paths) == len(set(paths.values())) == 686
-
-    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
-        inputs = llava.example_inputs(module.config, batch=2, length=600)
-        assert inputs["pixel_values"].shape == (2, 3, 336, 336)
-        logits = jax.eval_shape(module.apply, {"params": abstract}, inputs)
-        assert logits.shape == (2, 600, 32064)
 
 
 LOAD = """

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,6 @@ from .idefics2_helpers import (
     torch_forward,
 )
 
-FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "idefics2-8b.json"
 CASES = [
     *(("grouped queries", prompt) for prompt in PROMPTS),
     *((variant, "padded on the left, two, no and one image") for variant in list(VARIANTS)[1:]),
@@ -330,68 +328,6 @@ class TestNames:
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
             np.testing.assert_array_equal(ours[name], value)
-
-
-class TestFullSize:
-    """The 8B checkpoint of the hub: names, shapes and the forward pass, without its weights."""
-
-    @pytest.fixture(scope="class")
-    def real(self):
-        return json.loads(FULL_SIZE.read_text())
-
-    @pytest.fixture(scope="class")
-    def module(self, real):
-        config = transformers.AutoConfig.for_model(**real["config"])
-        return idefics2.Idefics2(idefics2.Config.from_hf(config), dtype=jnp.bfloat16)
-
-    @pytest.fixture(scope="class")
-    def abstract(self, module):
-        return checkpoint.abstract_params(module, idefics2.example_inputs(module.config))
-
-    def test_the_configuration(self, module):
-        config = module.config
-        # Three rows behind Mistral's 32,000 tokens: <fake_token_around_image>, <image> and
-        # <end_of_utterance>. The head is a matrix of its own.
-        assert config.text.vocab_size == 32003
-        assert config.image_tokens == (32001,)
-        assert not config.text.tie_embeddings
-        assert config.text.sliding_window == 4096
-        assert config.tokens_per_image == 64
-
-    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
-        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
-        assert len(expected) == 763
-        assert checkpoint.stored_shapes(abstract) == expected
-        assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 8_402_768_112
-
-    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
-            for name, shape in real["parameters"].items()
-        }
-        paths = checkpoint._match(abstract, stored, idefics2.canonical_name, frozenset(), "here")
-        assert len(paths) == len(set(paths.values())) == 763
-
-    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
-        # A photograph of 640 x 480 pixels in five crops: those of a quarter are enlarged to 504 x
-        # 378, and the canvas is padded to 50 x 35 patches.
-        ids = jax.ShapeDtypeStruct((2, 5 * 66 + 20), np.int32)
-        arrays = {
-            "input_ids": ids,
-            "attention_mask": ids,
-            "pixel_values": jax.ShapeDtypeStruct((10, 1, 3, 490, 700), np.float32),
-            "pixel_attention_mask": jax.ShapeDtypeStruct((10, 1, 490, 700), bool),
-        }
-        sites = ["model.vision_model", "model.connector", "model.text_model.layers.30"]
-        logits, states = jax.eval_shape(
-            ports.capture(module.apply, sites), {"params": abstract}, arrays
-        )
-        assert logits.shape == (2, 350, 32003)
-        assert [states[site].shape for site in sites] == [
-            (10, 35 * 50, 1152),
-            (10, 64, 4096),
-            (2, 350, 4096),
-        ]
 
 
 class TestPhotographs:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,12 +108,14 @@ def test_apply_takes_the_processors_arrays_as_they_are(vlm, expected):
 
 
 def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
-    inputs = inputs_of(expected, 1)
+    """In a batch padded on the left; each token is the likeliest behind those before it."""
+    inputs = batch_of(expected)
     generation = vlm.generate(inputs, max_new_tokens=32, sites=["model.transformer.blocks.1"])
     tokens = np.asarray(generation.tokens)
     longer = dict(inputs)
     longer["input_ids"] = np.concatenate([inputs["input_ids"], tokens[:, :-1]], axis=1)
-    longer["attention_mask"] = np.ones_like(longer["input_ids"])
+    ones = np.ones_like(tokens[:, :-1])
+    longer["attention_mask"] = np.concatenate([inputs["attention_mask"], ones], axis=1)
     output = vlm.forward(longer, sites=["model.transformer.blocks.1"])
     start = inputs["input_ids"].shape[1] - 1
     np.testing.assert_array_equal(np.asarray(output.logits)[:, start:].argmax(-1), tokens)
@@ -360,58 +361,6 @@ class TestConfiguration:
         (tmp_path / "config.json").write_text('{"model_type": "molmo2"}')
         with helpers.raises_line(ValueError, "'molmo2' is not supported", "molmo"):
             ports.load(tmp_path)
-
-
-class TestFullSize:
-    """The 7B checkpoint of the hub: names, shapes and the forward pass, without its weights."""
-
-    @pytest.fixture(scope="class")
-    def real(self):
-        return json.loads(FULL_SIZE.read_text())
-
-    @pytest.fixture(scope="class")
-    def module(self, real):
-        values = {k: v for k, v in real["config"].items() if k != "vision_config"}
-        return molmo.Molmo(
-            molmo.Config.from_hf(molmo.read_config(values)), dtype=jnp.dtype("bfloat16")
-        )
-
-    @pytest.fixture(scope="class")
-    def abstract(self, module):
-        return checkpoint.abstract_params(module, molmo.example_inputs(module.config))
-
-    def test_the_defaults_are_those_of_the_real_tower(self, real):
-        assert molmo.DEFAULTS["vision_config"] == real["config"]["vision_config"]
-        assert molmo.DEFAULTS["additional_vocab_size"] == real["config"]["additional_vocab_size"]
-
-    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
-        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
-        assert len(expected) == 585
-        assert checkpoint.stored_shapes(abstract) == expected
-
-    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
-            for name, shape in real["parameters"].items()
-        }
-        paths = checkpoint._match(abstract, stored, molmo.canonical_name, frozenset(), "here")
-        assert len(paths) == len(set(paths.values())) == 585
-
-    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
-        # An image of 640 x 480 pixels: 2 x 3 crops and the whole.
-        inputs = {
-            "input_ids": jax.ShapeDtypeStruct((2, 760), np.int32),
-            "images": jax.ShapeDtypeStruct((2, 7, 576, 588), np.float32),
-            "image_masks": jax.ShapeDtypeStruct((2, 7, 576), np.float32),
-            "image_input_idx": jax.ShapeDtypeStruct((2, 7, 144), np.int32),
-        }
-        sites = ["model.vision_backbone", "model.transformer.blocks.27"]
-        logits, states = jax.eval_shape(
-            ports.capture(module.apply, sites), {"params": abstract}, inputs
-        )
-        assert logits.shape == (2, 760, 152064)
-        assert states["model.vision_backbone"].shape == (2, 7, 144, 3584)
-        assert states["model.transformer.blocks.27"].shape == (2, 760, 3584)
 
 
 def test_parameters_survive_saving(vlm, tmp_path):

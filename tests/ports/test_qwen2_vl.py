@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -29,7 +27,6 @@ from .qwen2_vl_helpers import (
     torch_forward,
 )
 
-FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen2-vl-7b.json"
 LEFT = "padded on the left, two, no and one image"
 CASES = [
     *(("grouped queries", prompt) for prompt in PROMPTS),
@@ -328,64 +325,6 @@ class TestNames:
         checkpoint.save_params(small.vlm.params, tmp_path)
         (tmp_path / "config.json").write_text((small.directory / "config.json").read_text())
         jax.tree.map(np.testing.assert_array_equal, ports.load(tmp_path).params, small.vlm.params)
-
-
-class TestFullSize:
-    """The 7B checkpoint of the hub: names, shapes and the forward pass, without its weights."""
-
-    @pytest.fixture(scope="class")
-    def real(self):
-        return json.loads(FULL_SIZE.read_text())
-
-    @pytest.fixture(scope="class")
-    def module(self, real):
-        config = transformers.AutoConfig.for_model(**real["config"])
-        return qwen2_vl.Qwen2VL(qwen2_vl.Config.from_hf(config), dtype=jnp.bfloat16)
-
-    @pytest.fixture(scope="class")
-    def abstract(self, module):
-        return checkpoint.abstract_params(module, qwen2_vl.example_inputs(module.config))
-
-    def test_the_configuration(self, module):
-        config = module.config
-        assert config.text.rope_sections == (16, 24, 24)
-        assert config.text.sliding_window is None
-        assert (config.text.qkv_bias, config.text.output_bias) == (True, False)
-        assert config.text.rope_theta == 1e6
-        assert config.image_tokens == (151655, 151656)
-
-    def test_all_names_and_shapes_are_those_of_the_real_checkpoint(self, real, abstract):
-        expected = {name: tuple(shape) for name, shape in real["parameters"].items()}
-        assert len(expected) == 730
-        assert checkpoint.stored_shapes(abstract) == expected
-
-    def test_all_names_map_back_onto_a_parameter_each(self, real, abstract):
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
-            for name, shape in real["parameters"].items()
-        }
-        paths = checkpoint._match(abstract, stored, qwen2_vl.canonical_name, frozenset(), "here")
-        assert len(paths) == len(set(paths.values())) == 730
-
-    def test_the_forward_pass_has_the_right_shape(self, module, abstract):
-        # Two photographs of 640 x 480 pixels: 34 x 46 patches, 391 tokens each.
-        ids = jax.ShapeDtypeStruct((2, 391 + 25), np.int32)
-        arrays = {
-            "input_ids": ids,
-            "attention_mask": ids,
-            "pixel_values": jax.ShapeDtypeStruct((2, 1792, 1176), np.float32),
-            "image_grid_thw": jax.ShapeDtypeStruct((2, 3), np.int32),
-        }
-        sites = ["visual.blocks.31", "visual.merger", "model.layers.27"]
-        logits, states = jax.eval_shape(
-            ports.capture(module.apply, sites), {"params": abstract}, arrays
-        )
-        assert logits.shape == (2, 416, 152064)
-        assert [states[site].shape for site in sites] == [
-            (2, 1792, 1280),
-            (2, 448, 3584),
-            (2, 416, 3584),
-        ]
 
 
 class TestPhotographs:
