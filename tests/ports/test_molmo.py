@@ -157,7 +157,7 @@ def test_unembed_is_the_head_alone(vlm, expected):
 def test_steering_knows_the_image_positions(vlm, expected):
     inputs = inputs_of(expected, 0)
     edits = {"model.transformer.blocks.0": ports.add(np.ones(64), where="image")}
-    _, masks = ports.steer(vlm.apply, edits, masks=True)(vlm.params, inputs)
+    _, masks = jax.jit(ports.steer(vlm.apply, edits, masks=True))(vlm.params, inputs)
     np.testing.assert_array_equal(
         masks["model.transformer.blocks.0"][0], inputs["input_ids"] >= 512
     )
