@@ -363,10 +363,16 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         )
     np.put_along_axis(index, rows, np.arange(rows.shape[1], dtype=np.int32)[None], axis=1)
     index = index[:, :length]
+    features, places = (positions >= 0).sum(), (index >= 0).sum()
+    if features != places:
+        raise ValueError(
+            f"image_input_idx sends {features} features to {places} positions; expected a position "
+            "of its own for each"
+        )
     if ((index >= 0) != holds_patch).any():
         both = (holds_patch & (index >= 0)).sum()
         raise ValueError(
-            f"image_input_idx names {(index >= 0).sum()} positions, and the prompts hold "
+            f"image_input_idx names {places} positions, and the prompts hold "
             f"{holds_patch.sum()} image tokens, {both} of them there; "
             "pass input_ids and images from the same call of the processor"
         )

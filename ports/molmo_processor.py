@@ -409,8 +409,10 @@ def load(directory: Path) -> Processor:
         raise ValueError(f"{directory} has no processor that loads: {first}") from error
     tokenizer = load_tokenizer(directory)
     config = json.loads((directory / "config.json").read_text())
+    # Asked for one of them, a tokenizer that lacks it may give the id of what is unknown.
+    vocabulary = tokenizer.get_vocab()
     ids = {
-        name: config.get(f"image_{name}_token_id", tokenizer.convert_tokens_to_ids(mark))
+        name: config.get(f"image_{name}_token_id", vocabulary.get(mark))
         for name, mark in MARKS.items()
     }
     if None in ids.values():
