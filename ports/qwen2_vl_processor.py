@@ -78,7 +78,13 @@ class Processor:
             )
         arrays: dict[str, np.ndarray] = {}
         if flat:
-            arrays = dict(self.image_processor(images=flat, return_tensors="np"))
+            try:
+                arrays = dict(self.image_processor(images=flat, return_tensors="np"))
+            except ValueError as error:
+                first = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"the image processor refuses an image: {first}; cut it or leave it out"
+                ) from error
             square = self.image_processor.merge_size**2
             counts = iter(int(count) for count in arrays["image_grid_thw"].prod(axis=1) // square)
             texts = [self._expand(prompt, counts) for prompt in texts]

@@ -408,5 +408,5 @@ class TestPhotographs:
 
     def test_of_an_extreme_shape_are_refused_in_one_line(self, photographed, photographs):
         thin = photographs[0].resize((1000, 3))
-        with helpers.raises_line(ValueError, "aspect ratio", "200"):
+        with helpers.raises_line(ValueError, "aspect ratio", "200", "cut it or leave it out"):
             photographed.vlm.process([photographed.vlm.render("what is it")], [thin])
