@@ -9,6 +9,7 @@ and its layout from its last part:
     embedding, scale, bias, other  as stored
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,16 @@ def read_config(
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # each configuration class has checks and kinds of errors of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def loading(directory: Path | None, what: str) -> Iterator[None]:
+    """While a part of a checkpoint is read: one line, a ValueError, that it has none that loads."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{directory} has no {what} that loads: {first}") from error
 
 
 def tensor_name(path: tuple[str, ...]) -> str:

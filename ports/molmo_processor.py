@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ports import checkpoint
+
 POOL = 2  # patches a side that become one feature
 UNUSED = -100  # in image_input_idx: this feature goes nowhere
 FILL = -1  # in all arrays of images: what fills up a row with fewer crops
@@ -389,24 +391,18 @@ def load_tokenizer(directory: Path) -> Any:
     """
     import transformers
 
-    try:
+    with checkpoint.loading(directory, "tokenizer"):
         values = json.loads((directory / "tokenizer_config.json").read_text())
         name = str(values.get("tokenizer_class"))
         if name.startswith("Qwen2Tokenizer"):
             return transformers.Qwen2Tokenizer.from_pretrained(directory)
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{directory} has no tokenizer that loads: {first}") from error
 
 
 def load(directory: Path) -> Processor:
     """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
-    try:
+    with checkpoint.loading(directory, "processor"):
         values = json.loads((directory / "preprocessor_config.json").read_text())
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{directory} has no processor that loads: {first}") from error
     tokenizer = load_tokenizer(directory)
     config = json.loads((directory / "config.json").read_text())
     # Asked for one of them, a tokenizer that lacks it may give the id of what is unknown.

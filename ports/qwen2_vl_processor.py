@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ports import checkpoint
+
 
 class Processor:
     """Texts and images -> the arrays that the model takes.
@@ -117,17 +119,16 @@ def load(directory: Path) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.utils import is_torchvision_available
 
-    try:
+    # Remote code is neither run nor asked for.
+    own = {"trust_remote_code": False}
+    with checkpoint.loading(directory, "processor"):
         if is_torchvision_available():
-            return AutoProcessor.from_pretrained(directory, backend="pil")
+            return AutoProcessor.from_pretrained(directory, backend="pil", **own)
         return Processor(
-            AutoImageProcessor.from_pretrained(directory, backend="pil"),
-            AutoTokenizer.from_pretrained(directory),
+            AutoImageProcessor.from_pretrained(directory, backend="pil", **own),
+            AutoTokenizer.from_pretrained(directory, **own),
             _chat_template(directory),
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{directory} has no processor that loads: {first}") from error
 
 
 def _chat_template(directory: Path) -> str | None:

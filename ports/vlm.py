@@ -122,12 +122,9 @@ class VLM:
         return self._read(AutoTokenizer, "tokenizer")
 
     def _read(self, kind: Any, what: str, **options: Any) -> Any:
-        try:
+        with checkpoint.loading(self.directory, what):
             # Remote code is neither run nor asked for.
             return kind.from_pretrained(self.directory, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.directory} has no {what} that loads: {first}") from error
 
     def example_inputs(self, batch: int = 1) -> dict[str, Any]:
         """Shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image a row."""

@@ -10,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tests describe one device; those that need several start a process of their own.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -29,3 +31,18 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return path
+
+
+@pytest.fixture
+def xlvlm(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """xlvlm(*arguments): status, output and errors of the command line."""
+    from xlvlm_jax import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run

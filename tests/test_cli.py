@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xlvlm_jax import Concepts, Features, cli
+from xlvlm_jax import Concepts, Features
 from xlvlm_jax.data import scenes
 
 NORM = "language_model.model.norm"
@@ -19,20 +19,6 @@ def pictures(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")
     scenes.write(directory, train=16, seed=3)
     return directory
-
-
-def run(*arguments: object, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Status, output and errors of `xlvlm ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    captured = capsys.readouterr()
-    return end.value.code, captured.out, captured.err
-
-
-@pytest.fixture
-def xlvlm(monkeypatch, capsys):
-    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_from_pictures_to_a_page(xlvlm, pictures, tmp_path):

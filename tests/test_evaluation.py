@@ -1,12 +1,11 @@
 """Evaluation: scores and changes by hand, and the command line on the embedded model."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from xlvlm_jax import SteeringVector, cli, evaluation
+from xlvlm_jax import SteeringVector, evaluation
 from xlvlm_jax.data import scenes
 from xlvlm_jax.data.sample import Sample
 
@@ -75,17 +74,6 @@ class TestCommandLine:
         directory = tmp_path_factory.mktemp("scenes")
         scenes.write(directory, train=12, test=4, seed=5)
         return directory
-
-    @pytest.fixture
-    def xlvlm(self, monkeypatch, capsys):
-        def run(*arguments):
-            monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-            captured = capsys.readouterr()
-            return end.value.code, captured.out, captured.err
-
-        return run
 
     def test_from_questions_to_steered_answers(self, xlvlm, pictures, tmp_path):
         features, vector = tmp_path / "features", tmp_path / "steering" / "v.safetensors"

@@ -1,13 +1,12 @@
 """Every model's small checkpoint from pictures to grounded concepts, through the command line."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, Features, cli
+from xlvlm_jax import Concepts, Features
 from xlvlm_jax.data import scenes
 
 from .ports import helpers, idefics2_helpers, qwen2_vl_helpers
@@ -54,18 +53,6 @@ def checkpoint(request, tmp_path_factory) -> tuple[Path, str, int, str]:
     directory = tmp_path_factory.mktemp("checkpoint") / request.param
     make(directory)
     return directory, *rest
-
-
-@pytest.fixture
-def xlvlm(monkeypatch, capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["xlvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_from_pictures_to_grounded_concepts(xlvlm, checkpoint, pictures, tmp_path):

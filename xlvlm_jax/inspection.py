@@ -51,7 +51,8 @@ class Inspection(NamedTuple):
     dtype: str
     parts: dict[str, int]  # part of the model -> number of parameters
     sites: dict[str, tuple[int, int]]  # pattern such as "layers.{0-31}.mlp" -> (how many, width)
-    prompt: str | None  # a rendered prompt; None without a processor beside the configuration
+    prompt: str | None  # a rendered prompt; None without a processor that loads
+    no_prompt: str | None  # why there is none
     needs: Needs
     devices: str
     device_bytes: int | None  # of all devices together
@@ -83,7 +84,7 @@ def inspect(
     Raises ValueError for an unknown site, or an image that the processor refuses.
     """
     sites = vlm.check_sites(sites)
-    prompt, inputs = _batch(vlm, batch_size, image_size)
+    prompt, no_prompt, inputs = _batch(vlm, batch_size, image_size)
     known = image_size if prompt is not None else None
     rows, length = inputs["input_ids"].shape
     shapes = ports.list_sites(vlm.apply, vlm.params, inputs)
@@ -112,6 +113,7 @@ def inspect(
         parts=_parts(vlm),
         sites=_patterns(shapes),
         prompt=prompt,
+        no_prompt=no_prompt,
         needs=needs,
         devices=devices,
         device_bytes=memory,
@@ -120,15 +122,15 @@ def inspect(
 
 def _batch(
     vlm: ports.VLM, batch_size: int, image_size: tuple[int, int]
-) -> tuple[str | None, dict[str, Any]]:
-    """(rendered prompt, inputs as compiled); (None, the port's example) without a processor."""
+) -> tuple[str | None, str | None, dict[str, Any]]:
+    """(rendered prompt, None, inputs as compiled), or (None, why not, the port's example)."""
     try:
         prompt = vlm.render(PROMPT)
-    except ValueError:
-        return None, vlm.example_inputs(batch_size)
+    except ValueError as error:
+        return None, str(error), vlm.example_inputs(batch_size)
     image = Image.new("RGB", image_size)
     inputs = vlm.process([prompt] * batch_size, [image] * batch_size)
-    return prompt, vlm.prepare(inputs)
+    return prompt, None, vlm.prepare(inputs)
 
 
 def _image_tokens(vlm: ports.VLM, ids: Any, length: int) -> int:
@@ -203,7 +205,7 @@ def show(inspection: Inspection, console: Console) -> None:
     console.print(table)
     console.print()
     if inspection.prompt is None:
-        console.print("prompt: unknown, there is no processor beside the configuration")
+        console.print(f"prompt: unknown, {inspection.no_prompt}", markup=False)
     else:
         console.print(f"prompt: {inspection.prompt!r}", markup=False)
     what = "the port's example image"
