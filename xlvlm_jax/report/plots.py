@@ -1,0 +1,57 @@
+"""What all figures share: one look, no window, and a file that appears whole or not at all."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from xlvlm_jax import atomic
+
+COLOURS = ("#3b6ea5", "#c8553d", "#6a994e", "#8e6c8a", "#d4a017", "#4f5d75")
+_LOOK = {
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "xlvlm",  # the same figure gives the same bytes
+}
+
+
+@contextmanager
+def figure(
+    path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, width: float, height: float
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure to draw on, written to `path` (.svg, .png or .pdf) when the block ends.
+
+        with figure("effect.svg", width=5, height=3) as (_, axes):
+            axes.plot(alphas, moved)
+
+    Args:
+        path: its suffix chooses the format; its directory is made where it is missing.
+        rows, columns: of axes; the second of the pair is an array of axes when there are several.
+        width, height: of the whole, in inches.
+
+    Raises ValueError for another suffix; what fails in the block leaves no file.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"{path}: a figure ends in .svg, .png or .pdf; got {path.suffix!r}")
+    with matplotlib.rc_context(_LOOK):
+        # Without pyplot: no global state, no display, and nothing to close.
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn, drawn.subplots(rows, columns)
+        stream = io.BytesIO()
+        dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+        kind = path.suffix.removeprefix(".")
+        drawn.savefig(stream, format=kind, dpi=150, metadata=dated[kind])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, stream.getvalue())
