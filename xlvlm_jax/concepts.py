@@ -8,8 +8,10 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax import atomic
-from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf
+from xlvlm_jax.row_arrays import StoredRows, create_array, wait
+from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
     as_matrix,
     check_finite,
@@ -31,13 +34,17 @@ from xlvlm_jax.solvers.inputs import (
     check_whole,
     shard_rows,
 )
+from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.restarts import stability
+from xlvlm_jax.solvers.streamed import Source
 
 METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
 ALIASES = {"nndl": "snmf"}
 # What a user calls `init` is given to the solver under the name of what it holds.
 INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
-NOT_OPTIONS = ("num_samples", "num_concepts")
+NOT_OPTIONS = ("num_samples", "num_concepts", "mesh")
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
+ACTIVATIONS = "activations"  # a Zarr array, in place of the tensor, when they were streamed
 
 Matrix = Float[Array | np.ndarray, "..."]
 
@@ -57,6 +64,8 @@ class Concepts:
         converged: whether its stopping rule ended it, and not max_iter.
         history: float32[iterations + 1], the objective at the start and after each update.
         mean: float32[D], what pca subtracts from every row; None for the other methods.
+        stability: float32[K], the mean cosine of each concept with its match in the other starts
+            (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
         words: for each concept the words it is read as, once grounded.
         images: for each concept the images that show it, once grounded.
         source: where Z came from, free for the caller.
@@ -71,6 +80,7 @@ class Concepts:
     converged: bool = True
     history: Matrix | None = None
     mean: Matrix | None = None
+    stability: Matrix | None = None
     words: list[list[str]] | None = None
     images: list[list[str]] | None = None
     source: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +125,7 @@ class Concepts:
         Each file is written under a temporary name and renamed, tensors first; the description
         holds their digest, so that `load` refuses a pair of which only one was renewed.
         """
+        directory = Path(directory)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         tensors = save_tensors(
             {
@@ -125,9 +136,10 @@ class Concepts:
         )
         described = {name: getattr(self, name) for name in _DESCRIBED}
         described |= {"num_concepts": len(self.components)}
+        if self.activations is None and (directory / ACTIVATIONS).is_dir():
+            described |= {"rows_on_disk": self.source["rows"]}
         described |= {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
         description = (json.dumps(described, indent=2) + "\n").encode()
-        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, description)
@@ -160,10 +172,43 @@ class Concepts:
                 f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
             )
         known = {name: described[name] for name in _DESCRIBED if name in described}
-        return cls(**load_tensors(tensors), **known)
+        arrays = load_tensors(tensors)
+        if described.get("rows_on_disk") is not None:
+            rows = described["rows_on_disk"]
+            stored = StoredRows(directory / ACTIVATIONS, rows)
+            arrays["activations"] = next(stored.tiles(rows))[1]
+        return cls(**arrays, **known)
 
 
-_ARRAYS = ("components", "activations", "history", "mean")
+class StoredActivations:
+    """The activations of concepts that are being found, written where `Concepts.load` reads them.
+
+    A context: they take their place when it ends, and nothing is left when it fails.
+    """
+
+    def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
+        self._place = Path(directory) / ACTIVATIONS
+        self._partial = Path(directory) / f"{ACTIVATIONS}.tmp"
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._array = create_array(self._partial, "float32", (num_samples, num_concepts))
+
+    def write(self, start: int, rows: Float[np.ndarray, "B K"]) -> None:
+        """The activations of the rows from `start` on."""
+        wait(self._array[start : start + len(rows)].write(rows))
+
+    def __enter__(self) -> "StoredActivations":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self._place, ignore_errors=True)
+            self._partial.rename(self._place)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+_ARRAYS = ("components", "activations", "history", "mean", "stability")
 _DESCRIBED = (
     "method",
     "options",
@@ -178,36 +223,41 @@ _DESCRIBED = (
 
 def decompose(
     Z: Shaped[Array | np.ndarray, "..."],
-    num_concepts: int,
+    num_concepts: int | Sequence[int],
     method: str = "snmf",
     *,
     key: PRNGKeyArray,
     mesh: Mesh | None = None,
     **options: Any,
-) -> Concepts:
+) -> Concepts | list[Concepts]:
     """Factor Z[N, D] into K = num_concepts concepts.
 
     Methods, and their options with defaults:
-        "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha sum(U), U >= 0, |V_k|_2 = 1. alpha=1.0,
-            tol=1e-6, max_iter=1000, n_init=8 starts, init=None (start from atoms [K, D] instead).
+        "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha |U|_1, U >= 0, |V_k|_2 = 1. alpha=1.0,
+            nonnegative=True (False: codes of any sign), tol=1e-6, max_iter=1000, n_init=None starts
+            (8 up to 64 concepts, 2 beyond), init=None (start from atoms [K, D] instead).
             Source: Ding, Li and Jordan 2010; Mairal et al. 2009; see solvers/semi_nmf.py.
-        "kmeans": centroids; activations 1 / (1 + distance). tol=1e-4, max_iter=300, init=None
-            (start from centroids [K, D] instead of k-means++). Source: Lloyd 1982; Arthur and
-            Vassilvitskii 2007.
+        "kmeans": centroids; activations 1 / (1 + distance). tol=1e-4, max_iter=300, n_init=1
+            starts, init=None (start from centroids [K, D] instead of k-means++). Source: Lloyd
+            1982; Arthur and Vassilvitskii 2007.
         "pca": orthonormal components of the centred rows; activations are scores, of any sign.
             tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
+        All but the last: verbose=0, the objective on standard error every so many iterations.
 
     Args:
         Z: float, bfloat16, float16 or integer[N, D], of numpy or JAX. bfloat16 and float16 stay as
             they are, anything else becomes float32; sums are float32 always.
-        num_concepts: K, at least 1 and at most N (for pca at most min(N, D)).
+        num_concepts: K, at least 1 and at most N (for pca at most min(N, D)); or several of them,
+            which are solved side by side in one program.
         key: from jax.random.key; the same key gives the same concepts.
-        mesh: rows of Z are sharded on its "data" axis. Where the axis does not divide N, rows that
-            count for nothing fill it up.
+        mesh: rows of Z are sharded on its "data" axis; an iteration then communicates K D + K K + K
+            numbers, whatever N is. Where the axis does not divide N, rows that count for nothing
+            fill it up. With several hosts, Z is a global array that the axis divides.
 
     Returns:
-        Concepts with float32 JAX arrays.
+        Concepts with float32 JAX arrays; for several K a list of them, in that order. Codes on
+        fixed atoms: `project`, or init=atoms with max_iter=0.
 
     A zero matrix, equal rows or fewer directions than concepts are no error: an atom that nothing
     needs keeps a unit norm and codes of zero, surplus centroids coincide with rows.
@@ -220,9 +270,13 @@ def decompose(
     options = _options(method, options)
     Z = as_matrix(Z, "Z", row="sample")
     N, D = Z.shape
-    check_num_concepts(num_concepts, N, D, method)
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
+    several = isinstance(num_concepts, Sequence | np.ndarray)
+    numbers = tuple(num_concepts) if several else (num_concepts,)
+    if not numbers:
+        raise ValueError("num_concepts is empty; expected a number of concepts, or some of them")
+    for number in numbers:
+        check_num_concepts(number, N, D, method)
+    _check_key(key)
     if mesh is not None:
         Z = shard_rows(Z, mesh)
     check_finite(Z, "Z")
@@ -230,18 +284,39 @@ def decompose(
     arguments = dict(options)
     if (init := arguments.pop("init", None)) is not None:
         init = as_matrix(init, "init", row="concept")
-        if init.shape != (num_concepts, D):
-            raise ValueError(
-                f"init must have shape ({num_concepts}, {D}), one row a concept; got {init.shape}"
-            )
+        if len(numbers) > 1 or init.shape != (numbers[0], D):
+            shape = f"({numbers[0]}, {D}), one row a concept" if len(numbers) == 1 else "one K only"
+            raise ValueError(f"init must have shape {shape}; got {init.shape}")
         check_finite(init, "init")
-        arguments[INIT[method]] = init
+        arguments[INIT[method]] = init.astype(jnp.float32)
         options["init"] = "given"
-    result = METHODS[method].solve(Z, key, num_samples=N, num_concepts=num_concepts, **arguments)
+    numbers = tuple(int(number) for number in numbers)
+    result = METHODS[method].solve(
+        Z, key, num_samples=N, num_concepts=numbers, mesh=mesh, **arguments
+    )
+    found = [
+        _concepts(jax.tree.map(itemgetter(i), result), number, N, method, dict(options))
+        for i, number in enumerate(numbers)
+    ]
+    return found if several else found[0]
+
+
+def _check_key(key: Any) -> None:
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
+
+
+def _concepts(
+    result: Result, num_concepts: int, num_samples: int, method: str, options: dict[str, Any]
+) -> Concepts:
+    """One of the solver's results, without what pads it."""
     iterations = int(result.iterations)
+    several_starts = result.starts is not None and len(result.starts) > 1
     return Concepts(
-        components=result.components,
-        activations=result.activations,
+        components=result.components[:num_concepts],
+        activations=None
+        if result.activations is None
+        else result.activations[:num_samples, :num_concepts],
         method=method,
         options=options,
         objective=float(result.objective),
@@ -249,7 +324,56 @@ def decompose(
         converged=bool(result.converged),
         history=result.history[: iterations + 1],
         mean=result.mean,
+        stability=stability(np.asarray(result.starts)[:, :num_concepts])
+        if several_starts
+        else None,
     )
+
+
+def decompose_stored(
+    source: Source,
+    num_concepts: int,
+    method: str = "snmf",
+    *,
+    key: PRNGKeyArray,
+    write: Callable[[int, Float[np.ndarray, "B K"]], None] | None = None,
+    **options: Any,
+) -> Concepts:
+    """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
+
+    The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
+    beyond two tiles of 32 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
+
+    Args:
+        source: has shape (N, D), tiles(count) and take(numbers).
+        num_concepts, method, key, options: as for `decompose`; without init, verbose and "simple".
+        write: called with (first row, activations) as the last pass makes them; None keeps them in
+            memory, as the result's activations.
+
+    Raises:
+        ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
+    """
+    method = _method(method)
+    if method not in streamed.METHODS:
+        expected = ", ".join(streamed.METHODS)
+        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
+    options = _options(method, options)
+    for name, unset in (("init", None), ("verbose", 0)):
+        if options.pop(name, unset) is not unset:
+            raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
+    check_num_concepts(num_concepts, *source.shape, method)
+    _check_key(key)
+    activations = None
+    if write is None:
+        activations = np.empty((source.shape[0], num_concepts), np.float32)
+
+        def write(start: int, rows: np.ndarray) -> None:
+            activations[start : start + len(rows)] = rows
+
+    solve = streamed.METHODS[method].solve
+    result = solve(source, key, write, num_concepts=int(num_concepts), **options)
+    result = result._replace(activations=activations)
+    return _concepts(result, num_concepts, source.shape[0], method, options)
 
 
 def project(
@@ -277,7 +401,9 @@ def project(
         Z = shard_rows(Z, mesh)
     check_finite(Z, "Z")
     if method == "snmf":
-        activations = semi_nmf.activations(Z, components, concepts.options.get("alpha", 1.0))
+        nonnegative = concepts.options.get("nonnegative", True)
+        alpha = concepts.options.get("alpha", 1.0)
+        activations = semi_nmf.activations(Z, components, alpha, nonnegative)
     elif method == "pca":
         mean = jnp.zeros(D) if concepts.mean is None else jnp.asarray(concepts.mean)
         activations = pca.activations(Z, components, mean)
@@ -315,8 +441,8 @@ def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if name in options:
             check_number(name, options[name], lowest)
             options[name] = float(options[name])
-    for name, lowest in {"max_iter": 0, "n_init": 1}.items():
-        if name in options:
+    for name, lowest in {"max_iter": 0, "n_init": 1, "verbose": 0}.items():
+        if options.get(name) is not None:
             check_whole(name, options[name], lowest)
             options[name] = int(options[name])
     return options

@@ -65,13 +65,17 @@ class SemiNMF(_Solver):
 
     Parameters:
         n_components: K.
-        alpha: weight of the codes' sum.
+        alpha: weight of the codes' absolute sum.
+        nonnegative: whether codes must be; False gives sparse dictionary learning.
+        n_init: starts, of which the best is kept; None for the solver's own number.
         tol, max_iter: when to stop; None for the solver's own.
         random_state: an int, a numpy RandomState or None, as in scikit-learn.
 
     Attributes:
         components_: float32[K, D], the atoms V.
         objective_: what is minimised, at the end.
+        stability_: float32[K], how surely each atom is found again by the other starts; see
+            `Concepts`. None where there was one start.
         n_iter_: updates done.
         n_features_in_: D.
     """
@@ -81,20 +85,31 @@ class SemiNMF(_Solver):
         n_components: int = 20,
         *,
         alpha: float = 1.0,
+        nonnegative: bool = True,
+        n_init: int | None = None,
         tol: float | None = None,
         max_iter: int | None = None,
         random_state: Any = None,
     ):
-        self.n_components, self.alpha = n_components, alpha
+        self.n_components, self.alpha, self.nonnegative = n_components, alpha, nonnegative
+        self.n_init = n_init
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Learns the atoms of X[N, D]; y is not used. ValueError for fewer samples than K."""
         self._solve(
-            X, self.n_components, "snmf", alpha=self.alpha, tol=self.tol, max_iter=self.max_iter
+            X,
+            self.n_components,
+            "snmf",
+            alpha=self.alpha,
+            nonnegative=self.nonnegative,
+            n_init=self.n_init,
+            tol=self.tol,
+            max_iter=self.max_iter,
         )
         self.components_ = np.asarray(self._concepts.components)
         self.objective_ = self._concepts.objective
+        self.stability_ = self._concepts.stability
         return self
 
     def inverse_transform(self, X: Any) -> np.ndarray:

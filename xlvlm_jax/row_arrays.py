@@ -6,11 +6,13 @@ the rows came.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Int, Shaped
 
 _CHUNK_BYTES = 2**20
 
@@ -59,6 +61,37 @@ def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
         if got != size:
             state = "missing" if got is None else f"{got} bytes, expected {size}"
             raise ValueError(f"{file}: chunk is {state}; extract the features again")
+
+
+class StoredRows:
+    """The rows of an array on disk, to be read a tile at a time; what the streamed solvers take.
+
+    Attributes:
+        shape: (N, D). dtype: numpy's.
+    """
+
+    def __init__(self, path: Path, rows: int):
+        self._array = open_array(path)
+        check_chunks(path, self._array, rows)
+        self.shape = (rows, *self._array.shape[1:])
+        self.dtype = self._array.dtype.numpy_dtype
+
+    def tiles(self, count: int) -> Iterator[tuple[int, Shaped[np.ndarray, "B D"]]]:
+        """(first row, rows) in order, `count` rows each but the last; reads one ahead."""
+        following = None
+        for start in range(0, self.shape[0], count):
+            reading = following or self._read(start, count)
+            following = None
+            if start + count < self.shape[0]:
+                following = self._read(start + count, count)
+            yield start, reading.result()
+
+    def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
+        """Some rows by number."""
+        return self._array[np.asarray(numbers, np.int64)].read().result()
+
+    def _read(self, start: int, count: int) -> ts.Future:
+        return self._array[start : min(start + count, self.shape[0])].read()
 
 
 def cut(array: ts.TensorStore, rows: int) -> None:

@@ -31,7 +31,15 @@ import tensorstore as ts
 from jaxtyping import Float, Int, Int32, Int64, Shaped
 
 from xlvlm_jax import atomic
-from xlvlm_jax.row_arrays import check_chunks, create_array, cut, open_array, reason, wait
+from xlvlm_jax.row_arrays import (
+    StoredRows,
+    check_chunks,
+    create_array,
+    cut,
+    open_array,
+    reason,
+    wait,
+)
 
 FORMAT = "xlvlm-features"
 VERSION = 1
@@ -156,12 +164,20 @@ class Features:
 
     def matrix(self, site: str) -> Float[np.ndarray, "N D"]:
         """Z of one site, float32[N, D]. Raises ValueError for a site that was not captured."""
+        self._check_site(site)
+        states = _read_array(_array_path(self.path, site), len(self.tokens))
+        return states.astype(np.float32, copy=False)
+
+    def _check_site(self, site: str) -> None:
         if site not in self.sites:
             raise ValueError(
                 f"{self.path}: no site {site!r}; expected one of {', '.join(self.sites) or 'none'}"
             )
-        states = _read_array(_array_path(self.path, site), len(self.tokens))
-        return states.astype(np.float32, copy=False)
+
+    def stored(self, site: str) -> StoredRows:
+        """Z of one site where it is, on disk; for `decompose_stored`. Raises as `matrix`."""
+        self._check_site(site)
+        return StoredRows(_array_path(self.path, site), len(self.tokens))
 
 
 def _read_array(path: Path, rows: int) -> np.ndarray:

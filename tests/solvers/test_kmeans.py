@@ -13,10 +13,12 @@ from sklearn.datasets import make_blobs
 
 from xlvlm_jax.solvers import kmeans
 
+from .helpers import alone
+
 KEY = jax.random.key(0)
 # One shape, so that most tests share a compiled solver.
 N, D, K = 200, 16, 8
-solve = partial(kmeans.solve, num_samples=N, num_concepts=K)
+solve = partial(alone(kmeans), num_samples=N, num_concepts=K)
 
 
 def blobs(seed, n=N, d=D, k=K):
@@ -30,7 +32,7 @@ def labels(result):
 def test_four_points_by_hand():
     Z = jnp.array([[0.0], [1.0], [10.0], [11.0]])
     init = jnp.array([[0.0], [10.0]])
-    result = kmeans.solve(Z, KEY, num_samples=4, num_concepts=2, init_centroids=init)
+    result = alone(kmeans)(Z, KEY, num_samples=4, num_concepts=2, init_centroids=init)
     np.testing.assert_allclose(result.components, [[0.5], [10.5]], atol=1e-6)
     np.testing.assert_allclose(result.objective, 1, rtol=1e-6)
     np.testing.assert_allclose(result.activations[0], [1 / 1.5, 1 / 11.5], rtol=1e-6)
@@ -63,7 +65,7 @@ def test_empty_clusters_move_where_scikit_learn_moves_them():
 
 def test_seeding_finds_separated_clusters():
     Z, truth = make_blobs(300, 300, centers=10, cluster_std=1.0, random_state=0)
-    result = kmeans.solve(jnp.asarray(Z, jnp.float32), KEY, num_samples=300, num_concepts=10)
+    result = alone(kmeans)(jnp.asarray(Z, jnp.float32), KEY, num_samples=300, num_concepts=10)
     # Every true cluster is one found cluster.
     assert len(set(zip(truth, labels(result), strict=True))) == 10
 

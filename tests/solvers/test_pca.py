@@ -12,9 +12,11 @@ from sklearn.decomposition import PCA
 
 from xlvlm_jax.solvers import pca
 
+from .helpers import alone
+
 KEY = jax.random.key(0)
 N, D, K = 30, 8, 3
-solve = partial(pca.solve, num_samples=N, num_concepts=K)
+solve = partial(alone(pca), num_samples=N, num_concepts=K)
 
 
 def correlated(seed, n=N, d=D, common=0.0):
@@ -26,7 +28,7 @@ def correlated(seed, n=N, d=D, common=0.0):
 
 def test_points_on_a_line_by_hand():
     Z = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-    result = pca.solve(Z, KEY, num_samples=3, num_concepts=1)
+    result = alone(pca)(Z, KEY, num_samples=3, num_concepts=1)
     np.testing.assert_allclose(result.components, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
     np.testing.assert_allclose(result.activations[:, 0], [-(2**0.5), 0, 2**0.5], atol=1e-6)
     np.testing.assert_allclose(result.mean, [2, 2])
@@ -39,7 +41,7 @@ def test_components_and_scores_of_scikit_learn(shape, common):
     # The last shape is above EXACT: subspace iteration.
     Z = correlated(0, *shape, common)
     theirs = PCA(6, svd_solver="full").fit(Z.astype(np.float64))
-    ours = pca.solve(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=6)
+    ours = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=6)
     np.testing.assert_allclose(ours.components, theirs.components_, atol=1e-3)
     np.testing.assert_allclose(ours.activations, theirs.transform(Z), atol=2e-2)
     explained = np.sum(np.var(np.asarray(ours.activations), axis=0, ddof=1))

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from sklearn.decomposition import DictionaryLearning, sparse_encode
 
 from xlvlm_jax.solvers import semi_nmf
+from xlvlm_jax.solvers.compression import compress
+
+from .helpers import alone
 
 KEY = jax.random.key(0)
 # One shape, so that most tests share a compiled solver.
 N, D, K = 90, 40, 5
-solve = partial(semi_nmf.solve, num_samples=N, num_concepts=K)
+solve = partial(alone(semi_nmf), num_samples=N, num_concepts=K)
 
 
 def planted(seed, n=N, d=D, k=K, noise=0.1):
@@ -42,7 +45,7 @@ def test_two_axes_by_hand():
     # atoms start at the first axis: one takes its rows, the other is unused and must be revived.
     Z = jnp.array([[3.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
     init = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    result = semi_nmf.solve(Z, KEY, num_samples=3, num_concepts=2, init_atoms=init)
+    result = alone(semi_nmf)(Z, KEY, num_samples=3, num_concepts=2, init_atoms=init)
     np.testing.assert_allclose(result.components, [[1, 0], [0, 1]], atol=1e-5)
     np.testing.assert_allclose(result.activations, [[2, 0], [0, 1], [2, 0]], atol=1e-4)
     np.testing.assert_allclose(result.objective, 6.5, rtol=1e-5)
@@ -127,7 +130,7 @@ def test_same_key_same_result():
 def test_compression_keeps_a_low_rank_matrix():
     rng = np.random.default_rng(0)
     Z = jnp.asarray(rng.normal(size=(50, 3)) @ rng.normal(size=(3, 80)), jnp.float32)
-    basis, compressed = semi_nmf.compress(Z, KEY, 10)
+    basis, compressed = compress(Z, KEY, 10)
     np.testing.assert_allclose(basis.T @ basis, np.eye(10), atol=1e-5)
     np.testing.assert_allclose(compressed @ basis.T, Z, atol=1e-4)
     variance = np.sum(np.asarray(compressed) ** 2, axis=0)

@@ -62,13 +62,21 @@ def as_matrix(Z: Any, name: str, row: str) -> Array:
 
 def check_finite(Z: Shaped[Array, "N D"], name: str) -> None:
     """Raise ValueError that names the first row with NaN or Inf, if there is one."""
-    bad = np.flatnonzero(~np.asarray(_finite_rows(Z)))
-    if bad.size:
+    # The flag is on every host; which rows they are is looked for only when some are bad.
+    if not _all_finite(Z):
+        if not Z.is_fully_addressable:
+            raise ValueError(f"{name} has NaN or Inf in some row; drop such rows")
+        bad = np.flatnonzero(~np.asarray(_finite_rows(Z)))
         others = f" (and {bad.size - 1} more rows)" if bad.size > 1 else ""
         raise ValueError(
             f"{name} has NaN or Inf in row {bad[0]}{others}, or values beyond float32; "
             "drop such rows or mend what wrote them"
         )
+
+
+@jax.jit
+def _all_finite(Z: Shaped[Array, "N D"]) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(Z))
 
 
 @jax.jit
@@ -85,5 +93,11 @@ def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
         )
     missing = -Z.shape[0] % mesh.shape["data"]
     if missing:
+        if not Z.is_fully_addressable:
+            raise ValueError(
+                f"the {Z.shape[0]} rows of Z are on several hosts and do not divide over "
+                f"{mesh.shape['data']} devices; drop or repeat some"
+            )
         Z = jnp.pad(Z, ((0, missing), (0, 0)))
-    return jax.device_put(Z, NamedSharding(mesh, PartitionSpec("data", None)))
+    sharding = NamedSharding(mesh, PartitionSpec("data", None))
+    return Z if Z.sharding == sharding else jax.device_put(Z, sharding)

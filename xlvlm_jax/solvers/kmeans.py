@@ -5,13 +5,17 @@
 by Lloyd's algorithm ("Least squares quantization in PCM", 1982) from greedy k-means++ centroids
 (Arthur and Vassilvitskii, 2007) or from given ones. `tol` is compared to the squared distance that
 the centroids moved in the last update, over the mean variance of Z's columns; 0 waits until no row
-changes its cluster. Rule and default are scikit-learn's, so that both stop at the same update.
+changes its cluster. Rule and default are scikit-learn's.
+
+Where Z is wide the rows are clustered in the few columns of `compression` first, and only the last
+updates read Z itself: centroids are means of rows, so that they lie in the row space of Z.
 
 Distances are taken from the mean m of Z. With c' = c - m,
 
     |z - c|^2 = |z - m|^2 + |c'|^2 - 2 (z c' - m c')
 
-The products stay small where the states share a large common direction, and Z is not copied.
+The products stay small where the states share a large common direction, and Z is not copied. They
+are kept, and computed again only for centroids that the last update moved: soon most of many rest.
 """
 
 from functools import partial
@@ -20,11 +24,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import Result, begin, matmul, real_rows, run
+from xlvlm_jax.solvers.compression import compress
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
+from xlvlm_jax.solvers.restarts import best_first, sample
+from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
-SEED_WIDTH = 64  # random directions on which the seeding measures distances, when D is far larger
+OVERSAMPLE = 12  # columns of the compressed Z beyond K
+SCREEN = 100  # updates after which starts are compared
+BLOCK = 64  # centroids whose scores are renewed together
+TURN = 16  # scores that are compared in one pass
 TINY = 1e-30
 
 
@@ -32,50 +43,120 @@ class Problem(NamedTuple):
     """Constants of a run."""
 
     Z: Float[Array, "N D"]
-    rows: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
+    real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
     mean: Float[Array, " D"]
     energy: Float[Array, " N"]  # |z_n - m|^2
-    variance: Float[Array, ""]  # mean over the columns
+    variance: Float[Array, ""]  # of all columns together, over D
+    active: Bool[Array, " K"]  # a centroid that is not has no rows
 
 
 class State(NamedTuple):
     """What an update reads and writes."""
 
     offsets: Float[Array, "K D"]  # centroids minus the mean of Z
+    moved: Bool[Array, " K"]  # which of them the scores are not up to date with
+    scores: Float[Array, "K N"]  # |z - c|^2 - |z - m|^2
     objective: Float[Array, ""]  # inertia of the centroids that the last update started from
     error: Float[Array, ""]
 
 
-def prepare(Z: Float[Array, "N D"], num_samples: int) -> Problem:
+class Sums(NamedTuple):
+    """What an update needs of the rows: totals over them, whatever N is."""
+
+    counts: Float[Array, " K"]
+    totals: Float[Array, "K D"]  # sum of the rows of each cluster
+    inertia: Float[Array, ""]
+
+
+def prepare(
+    Z: Float[Array, "N D"],
+    num_samples: int,
+    active: Bool[Array, " K"],
+    rows: Rows = ONE_DEVICE,
+) -> Problem:
     """The constants for a Z whose first `num_samples` rows count."""
-    rows = real_rows(Z, num_samples)
-    mean = matmul(rows, Z) / num_samples
-    energy = rows * jnp.sum((Z - mean) ** 2, axis=1)
-    return Problem(Z, rows, mean, energy, jnp.sum(energy) / (num_samples * Z.shape[1]))
+    real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
+    mean = rows.total(matmul(real, Z)) / num_samples
+    energy = real * jnp.sum((Z - mean) ** 2, axis=1)
+    variance = rows.total(jnp.sum(energy)) / (num_samples * Z.shape[1])
+    return Problem(Z, real, mean, energy, variance, active)
 
 
-def init(problem: Problem, centroids: Float[Array, "K D"]) -> State:
+def init(problem: Problem, centroids: Float[Array, "K D"], rows: Rows = ONE_DEVICE) -> State:
     """The state at given centroids."""
     offsets = centroids - problem.mean
-    objective = _inertia(problem, _scores(problem, offsets))
-    return State(offsets, objective, jnp.float32(jnp.inf))
+    scores = score(problem.Z, offsets, problem.mean, problem.active)
+    inertia = rows.total(_inertia(problem, nearest(scores)[1]))
+    moved = jnp.zeros(len(offsets), bool)
+    return State(offsets, moved, scores, inertia, jnp.float32(jnp.inf))
 
 
-def update(problem: Problem, state: State) -> State:
+def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
     """Assign every row to its nearest centroid, then move each centroid to its rows' mean."""
-    K = state.offsets.shape[0]
-    scores = _scores(problem, state.offsets)
-    labels = jnp.argmin(scores, axis=1)
-    counts, sums = _totals(problem, labels, K)
-    counts, sums = jax.lax.cond(
-        jnp.any(counts == 0),
-        lambda: _relocate(problem, scores, labels, counts, sums),
-        lambda: (counts, sums),
-    )
-    offsets = jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], state.offsets)
-    moved = jnp.sum((offsets - state.offsets) ** 2)
-    error = moved / jnp.maximum(problem.variance, TINY)
-    return State(offsets, _inertia(problem, scores), error)
+    scores = _rescore(problem, state)
+    labels, least, sums = collect(problem, scores)
+    sums = rows.total(sums)
+    empty = (sums.counts == 0) & problem.active
+
+    def fill_empty() -> Sums:
+        distance = jnp.where(problem.real > 0, problem.energy + least, -jnp.inf)
+        far = rows.largest(distance, len(empty))
+        of = rows.take(labels.astype(jnp.float32), far).astype(jnp.int32)
+        return relocate(sums, rows.take(problem.Z, far), of, empty)
+
+    sums = jax.lax.cond(jnp.any(empty), fill_empty, lambda: sums)
+    offsets, error = advance(problem.mean, problem.variance, state.offsets, sums)
+    moved = jnp.any(offsets != state.offsets, axis=1)
+    return State(offsets, moved, scores, sums.inertia, error)
+
+
+def collect(
+    problem: Problem, scores: Float[Array, "K N"]
+) -> tuple[Int[Array, " N"], Float[Array, " N"], Sums]:
+    """The nearest centroid of some rows, its score, and the rows' sums."""
+    labels, least = nearest(scores)
+    counts, totals = _totals(problem, labels, len(scores))
+    return labels, least, Sums(counts, totals, _inertia(problem, least))
+
+
+def advance(
+    mean: Float[Array, " D"],
+    variance: Float[Array, ""],
+    offsets: Float[Array, "K D"],
+    sums: Sums,
+) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
+    """Each centroid at the mean of its rows, one without rows where it was; and what they moved."""
+    means = sums.totals / jnp.maximum(sums.counts, 1)[:, None]
+    new = jnp.where(sums.counts[:, None] > 0, means - mean, offsets)
+    return new, jnp.sum((new - offsets) ** 2) / jnp.maximum(variance, TINY)
+
+
+def nearest(scores: Float[Array, "K N"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    """Which centroid has the least score of each row, the first of equal ones, and that score."""
+
+    def in_one(scores: Array) -> tuple[Array, Array]:
+        return jnp.argmin(scores, axis=0).astype(jnp.int32), jnp.min(scores, axis=0)
+
+    def in_turn(scores: Array) -> tuple[Array, Array]:
+        K, N = scores.shape
+
+        def compare(best: tuple, first: Array | int, count: int) -> tuple:
+            rows = jax.lax.dynamic_slice_in_dim(scores, first, count)
+            labels, least = best
+            for i in range(count):
+                nearer = rows[i] < least
+                labels = jnp.where(nearer, first + i, labels)
+                least = jnp.where(nearer, rows[i], least)
+            return labels, least
+
+        best = jnp.zeros(N, jnp.int32), jnp.full(N, jnp.inf)
+        whole = K // TURN
+        if whole:
+            best = jax.lax.fori_loop(0, whole, lambda i, b: compare(b, i * TURN, TURN), best)
+        return compare(best, whole * TURN, K % TURN)
+
+    # A CPU reduces along the first axis five times slower than it compares rows.
+    return jax.lax.platform_dependent(scores, cpu=in_turn, default=in_one)
 
 
 def assign(
@@ -86,12 +167,10 @@ def assign(
     # product; the smallest distance, which cancellation would hurt, is computed from the difference
     # itself.
     mean = jnp.mean(centroids, axis=0)
-    offsets = centroids - mean
-    bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, mean)
-    scores = bias - 2 * matmul(Z, offsets.T)
-    labels = jnp.argmin(scores, axis=1)
-    nearest = jnp.sum((Z - centroids[labels]) ** 2, axis=1)
-    return labels, scores - jnp.min(scores, axis=1, keepdims=True) + nearest[:, None]
+    scores = score(Z, centroids - mean, mean)
+    labels, least = nearest(scores)
+    exact = jnp.sum((Z - centroids[labels]) ** 2, axis=1)
+    return labels, (scores - least + exact).T
 
 
 @jax.jit
@@ -100,131 +179,197 @@ def activations(Z: Float[Array, "N D"], centroids: Float[Array, "K D"]) -> Float
     return 1 / (1 + jnp.sqrt(assign(Z, centroids)[1]))
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter"))
+_STATIC = ("num_samples", "num_concepts", "max_iter", "n_init", "verbose", "mesh")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
 def solve(
     Z: Float[Array, "N D"],
     key: PRNGKeyArray,
     *,
     num_samples: int,
-    num_concepts: int,
+    num_concepts: tuple[int, ...],
     tol: Float[Array, ""] | float = 1e-4,
     max_iter: int = 300,
+    n_init: int = 1,
     init_centroids: Float[Array, "K D"] | None = None,
+    verbose: int = 0,
+    mesh: Mesh | None = None,
 ) -> Result:
-    """Cluster the rows of Z; those from `num_samples` on are ignored. Objective: the inertia."""
-    problem = prepare(Z, num_samples)
-    if init_centroids is None:
-        centroids = seed(problem, key, num_samples, num_concepts)
-    else:
-        centroids = init_centroids.astype(jnp.float32)
-    progress = begin(init(problem, centroids), max_iter)
-    progress = run(partial(update, problem), progress, tol=tol, max_iter=max_iter)
-    centroids = progress.state.offsets + problem.mean
-    squared = assign(Z, centroids)[1]
-    # An update records the inertia it started from: shift by one, and end with the result's.
-    inertia = jnp.sum(problem.rows * jnp.min(squared, axis=1))
-    history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
-    return Result(
-        components=centroids,
-        activations=(1 / (1 + jnp.sqrt(squared)))[:num_samples],
-        objective=inertia,
-        iterations=progress.iteration,
-        converged=progress.state.error <= tol,
-        history=history.at[progress.iteration].set(inertia),
-    )
-
-
-def seed(
-    problem: Problem, key: PRNGKeyArray, num_samples: int, num_concepts: int
-) -> Float[Array, "K D"]:
-    """Greedy k-means++: each new centroid is the best of a few rows drawn by squared distance.
-
-    Only the draw depends on the distances, so a random projection, which keeps them within some
-    percent (Johnson and Lindenstrauss), serves as well and makes the K passes over Z cheap.
+    """Cluster the rows of Z for each of Q numbers of clusters; those from `num_samples` on do not
+    count. The result has a leading axis Q; centroids beyond a number's own mean nothing.
     """
-    K, D = num_concepts, problem.Z.shape[1]
+    K, D = max(num_concepts), Z.shape[1]
+    active = jnp.arange(K) < jnp.array(num_concepts)[:, None]
+    width = K + OVERSAMPLE
+
+    def local(Z: Array, key: Array, tol: Array, centroids: Array | None, rows: Rows) -> Result:
+        until = partial(run, tol=tol, max_iter=max_iter, verbose=verbose)
+        compressed = 4 * width <= D and num_samples > width
+        basis, X = compress(Z, key, width, rows) if compressed else (None, Z)
+
+        def explore(active: Array) -> tuple[Progress, Array | None]:
+            problem, starts = prepare(X, num_samples, active, rows), None
+            if centroids is not None:
+                first = matmul(centroids, basis) if compressed else centroids
+            else:
+                first, starts = _best_start(
+                    problem, key, num_samples, n_init, tol, min(SCREEN, max_iter), rows
+                )
+            progress = begin(init(problem, first, rows), max_iter)
+            progress = until(partial(update, problem, rows=rows), progress)
+            return progress, problem.mean, starts
+
+        def finish(found: tuple, active: Array) -> Result:
+            progress, mean, starts = found
+            problem = prepare(Z, num_samples, active, rows)
+            if compressed:
+                lifted = matmul(progress.state.offsets + mean, basis.T) - problem.mean
+                state = init(problem, lifted + problem.mean, rows)
+                progress = progress._replace(state=state)
+                progress = until(partial(update, problem, rows=rows), progress)
+            offsets = progress.state.offsets
+            squared = assign(Z, offsets + problem.mean)[1]
+            squared = jnp.where(active, squared, jnp.inf)
+            # An update records the inertia it started from: shift by one, end with the result's.
+            inertia = rows.total(jnp.sum(problem.real * jnp.min(squared, axis=1)))
+            history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
+            return Result(
+                components=offsets + problem.mean,
+                activations=1 / (1 + jnp.sqrt(squared)),
+                objective=inertia,
+                iterations=progress.iteration,
+                converged=progress.state.error <= tol,
+                history=history.at[progress.iteration].set(inertia),
+                starts=starts,
+            )
+
+        return each(finish)(each(explore)(active), active)
+
+    return solve_on(mesh, local, Z, (key, jnp.float32(tol), init_centroids))
+
+
+def _best_start(
+    problem: Problem,
+    key: PRNGKeyArray,
+    num_samples: int,
+    n_init: int,
+    tol: Float[Array, ""],
+    max_iter: int,
+    rows: Rows,
+) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
+    """Seeded centroids; of several starts those that came to the best end on a sample of rows."""
+    row_key, seed_key = jax.random.split(key)
+    X = rows.take(problem.Z, sample(row_key, num_samples, len(problem.active)))
+    sampled = prepare(X, len(X), problem.active)
+    seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))
+    if n_init == 1:
+        return seeds[0], None
+
+    def attempt(centroids: Array) -> State:
+        progress = begin(init(sampled, centroids), max_iter)
+        return run(partial(update, sampled), progress, tol=tol, max_iter=max_iter).state
+
+    ended = each(attempt)(seeds)
+    starts = best_first(ended.objective, ended.offsets)
+    return starts[0] + sampled.mean, starts
+
+
+def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
+    """Greedy k-means++: each new centroid is the best of a few rows drawn by squared distance."""
+    K, X = len(problem.active), problem.Z - problem.mean
     trials = 2 + int(log(K))
-    project_key, first_key, draw_key = jax.random.split(key, 3)
-    if 4 * SEED_WIDTH <= D:
-        directions = jax.random.normal(project_key, (D, SEED_WIDTH)) / SEED_WIDTH**0.5
-        X = matmul(problem.Z, directions) - matmul(problem.mean, directions)
-    else:
-        X = problem.Z - problem.mean
-    energy = jnp.sum(X**2, axis=1)
+    first_key, draw_key = jax.random.split(key)
 
     def distances(candidates: Int[Array, " T"]) -> Float[Array, "T N"]:
-        chosen = X[candidates]
-        squared = energy + energy[candidates][:, None] - 2 * matmul(chosen, X.T)
-        return jnp.maximum(squared, 0) * problem.rows
+        crossed = matmul(X[candidates], X.T)
+        squared = problem.energy + problem.energy[candidates][:, None] - 2 * crossed
+        return jnp.maximum(squared, 0)
 
     def step(k: Array, carry: tuple) -> tuple:
         chosen, closest = carry
-        total = jnp.cumsum(closest)
-        draws = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,)) * total[-1]
-        candidates = jnp.minimum(jnp.searchsorted(total, draws, side="right"), num_samples - 1)
+        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,))
+        candidates = ONE_DEVICE.draw(closest, uniform)
         closest = jnp.minimum(closest, distances(candidates))
         best = jnp.argmin(jnp.sum(closest, axis=1))
         return chosen.at[k].set(candidates[best]), closest[best]
 
-    first = jax.random.randint(first_key, (1,), 0, num_samples)
+    first = jax.random.randint(first_key, (1,), 0, len(X))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
     chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, distances(first)[0]))
     return problem.Z[chosen].astype(jnp.float32)
 
 
-def _scores(problem: Problem, offsets: Float[Array, "K D"]) -> Float[Array, "N K"]:
+def score(
+    Z: Float[Array, "N D"],
+    offsets: Float[Array, "K D"],
+    mean: Float[Array, " D"],
+    active: Bool[Array, " K"] | bool = True,
+) -> Float[Array, "K N"]:
     """|z - c|^2 - |z - m|^2: a squared distance less what depends on the row alone."""
-    bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, problem.mean)
-    return bias - 2 * matmul(problem.Z, offsets.T)
+    bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, mean)
+    return jnp.where(active, bias, jnp.inf)[:, None] - 2 * matmul(offsets, Z.T)
 
 
-def _inertia(problem: Problem, scores: Float[Array, "N K"]) -> Float[Array, ""]:
-    squared = problem.energy + problem.rows * jnp.min(scores, axis=1)
-    return jnp.sum(jnp.maximum(squared, 0))
+def _rescore(problem: Problem, state: State) -> Float[Array, "K N"]:
+    """The scores with those of the moved centroids renewed, BLOCK of them at a time."""
+    K = len(state.moved)
+    if K <= 2 * BLOCK:
+        return score(problem.Z, state.offsets, problem.mean, problem.active)
+    order = jnp.argsort(~state.moved)  # stable: the moved ones first
+
+    def renew(i: Array, scores: Array) -> Array:
+        # The last block reaches back over centroids that are done.
+        chosen = jax.lax.dynamic_slice_in_dim(order, jnp.minimum(i * BLOCK, K - BLOCK), BLOCK)
+        new = score(problem.Z, state.offsets[chosen], problem.mean, problem.active[chosen])
+        return scores.at[chosen].set(new)
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(state.moved) // BLOCK), renew, state.scores)
+
+
+def _inertia(problem: Problem, least: Float[Array, " N"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.maximum(problem.energy + problem.real * least, 0))
 
 
 def _totals(
     problem: Problem, labels: Int[Array, " N"], K: int
 ) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
-    """How many rows each cluster has, and their sum, measured from the mean of Z."""
+    """How many rows each cluster has, and their sum."""
 
     def by_product(labels: Array) -> tuple[Array, Array]:
-        members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.rows[:, None]
+        members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.real[:, None]
         return jnp.sum(members, axis=0), matmul(members.T, problem.Z)
 
     def by_segment(labels: Array) -> tuple[Array, Array]:
         # Rows that pad Z are zero: they count for nothing in the sums.
         Z = problem.Z.astype(jnp.float32)
         return (
-            jax.ops.segment_sum(problem.rows, labels, K),
+            jax.ops.segment_sum(problem.real, labels, K),
             jax.ops.segment_sum(Z, labels, K),
         )
 
     # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading them.
-    counts, sums = jax.lax.platform_dependent(labels, cpu=by_segment, default=by_product)
-    return counts, sums - counts[:, None] * problem.mean
+    return jax.lax.platform_dependent(labels, cpu=by_segment, default=by_product)
 
 
-def _relocate(
-    problem: Problem,
-    scores: Float[Array, "N K"],
-    labels: Int[Array, " N"],
-    counts: Float[Array, " K"],
-    sums: Float[Array, "K D"],
-) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
-    """Move each empty cluster to one of the rows farthest from theirs, as scikit-learn does."""
-    K = counts.shape[0]
-    farness = jnp.where(problem.rows > 0, problem.energy + jnp.min(scores, axis=1), -jnp.inf)
-    far = jax.lax.top_k(farness, K)[1]
-    empty = counts == 0
-    order = jnp.cumsum(empty) - 1
+def relocate(
+    sums: Sums,
+    far: Float[Array, "R D"],
+    labels: Int[Array, " R"],
+    empty: Bool[Array, " K"],
+) -> Sums:
+    """Move each empty cluster to one of the rows farthest from theirs, as scikit-learn does.
+
+    far: those rows, the farthest first; labels: the clusters that they are in.
+    """
+    order = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
 
     def move(k: Array, carry: tuple) -> tuple:
-        counts, sums = carry
-        row = far[order[k]]
+        counts, totals = carry
         one = jnp.where(empty[k], 1.0, 0.0)
-        offset = one * (problem.Z[row] - problem.mean)
-        counts = counts.at[labels[row]].add(-one).at[k].add(one)
-        return counts, sums.at[labels[row]].add(-offset).at[k].add(offset)
+        row, old = one * far[order[k]], labels[order[k]]
+        counts = counts.at[old].add(-one).at[k].add(one)
+        return counts, totals.at[old].add(-row).at[k].add(row)
 
-    return jax.lax.fori_loop(0, K, move, (counts, sums))
+    counts, totals = jax.lax.fori_loop(0, len(empty), move, (sums.counts, sums.totals))
+    return Sums(counts, totals, sums.inertia)

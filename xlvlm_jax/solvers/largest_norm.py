@@ -13,28 +13,45 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import kmeans
-from xlvlm_jax.solvers.loop import Result, real_rows
+from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.rows import Rows, solve_on
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts"))
+@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "mesh"))
 def solve(
-    Z: Float[Array, "N D"], key: PRNGKeyArray, *, num_samples: int, num_concepts: int
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    *,
+    num_samples: int,
+    num_concepts: tuple[int, ...],
+    mesh: Mesh | None = None,
 ) -> Result:
-    """Pick the rows; those from `num_samples` on are ignored, and so is the key."""
-    rows = real_rows(Z, num_samples)
-    squared_norms = jnp.sum(Z.astype(jnp.float32) ** 2, axis=1)
-    largest = jax.lax.top_k(jnp.where(rows > 0, squared_norms, -1), num_concepts)[1]
-    components = Z[largest].astype(jnp.float32)
-    squared = kmeans.assign(Z, components)[1]
-    inertia = jnp.sum(rows * jnp.min(squared, axis=1))
-    return Result(
-        components=components,
-        activations=(1 / (1 + jnp.sqrt(squared)))[:num_samples],
-        objective=inertia,
-        iterations=jnp.int32(0),
-        converged=jnp.bool_(True),
-        history=inertia[None],
-    )
+    """Pick the rows; those from `num_samples` on do not count, and the key is not used.
+
+    The result has a leading axis for the numbers of concepts: fewer are the first of more.
+    """
+    K = max(num_concepts)
+
+    def local(Z: Array, rows: Rows) -> Result:
+        real = rows.numbers(len(Z)) < num_samples
+        squared_norms = jnp.sum(Z.astype(jnp.float32) ** 2, axis=1)
+        components = rows.take(Z, rows.largest(jnp.where(real, squared_norms, -1), K))
+        squared = kmeans.assign(Z, components)[1]
+        active = jnp.arange(K) < jnp.array(num_concepts)[:, None, None]
+        least = jnp.min(jnp.where(active, squared, jnp.inf), axis=2)
+        inertia = rows.total(jnp.sum(real * least, axis=1))
+        Q = len(num_concepts)
+        return Result(
+            components=jnp.broadcast_to(components, (Q, *components.shape)),
+            activations=jnp.broadcast_to(1 / (1 + jnp.sqrt(squared)), (Q, *squared.shape)),
+            objective=inertia,
+            iterations=jnp.zeros(Q, jnp.int32),
+            converged=jnp.ones(Q, bool),
+            history=inertia[:, None],
+        )
+
+    return solve_on(mesh, local, Z, ())

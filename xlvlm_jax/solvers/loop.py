@@ -1,6 +1,6 @@
 """What every solver shares: the loop, its result, and the one way to multiply matrices.
 
-Axes: N samples, D width, K concepts, I iterations.
+Axes: N samples, D width, K concepts, I iterations, S starts.
 
 A method brings `update(state) -> state`. Its state is a NamedTuple with at least
 
@@ -10,6 +10,7 @@ A method brings `update(state) -> state`. Its state is a NamedTuple with at leas
 and the loop runs until `error <= tol` or until `max_iter` updates are done.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Result(NamedTuple):
     converged: Bool[Array, ""]  # whether the stopping rule, not max_iter, ended the run
     history: Float[Array, " I+1"]
     mean: Float[Array, " D"] | None = None  # what was subtracted from Z; only pca centres
+    starts: Float[Array, "S K R"] | None = None  # where each start came to, the kept one first
 
 
 def begin(state: Any, max_iter: int) -> Progress:
@@ -50,10 +52,13 @@ def run(
     *,
     tol: Float[Array, ""] | float,
     max_iter: Int[Array, ""] | int,
+    verbose: int = 0,
 ) -> Progress:
     """Repeat `update` until `state.error <= tol` or `max_iter` updates are done in all.
 
-    Traceable: use it inside jit. `max_iter` may be less than the room in the history.
+    Traceable: use it inside jit. `max_iter` may be less than the room in the history. Every
+    `verbose`-th update the objective is written to standard error, for which the device does not
+    wait; 0 is silent.
     """
 
     def unfinished(progress: Progress) -> Array:
@@ -62,9 +67,21 @@ def run(
     def step(progress: Progress) -> Progress:
         state = update(progress.state)
         iteration = progress.iteration + 1
+        if verbose:
+            jax.lax.cond(
+                iteration % verbose == 0,
+                lambda: jax.debug.callback(_tell, iteration, state.objective, state.error),
+                lambda: None,
+            )
         return Progress(state, progress.history.at[iteration].set(state.objective), iteration)
 
     return jax.lax.while_loop(unfinished, step, progress)
+
+
+def _tell(iteration: Array, objective: Array, error: Array) -> None:
+    if jax.process_index() == 0:
+        text = f"iteration {int(iteration)}: objective {float(objective):.6g}, "
+        print(f"{text}compared to tol: {float(error):.2g}", file=sys.stderr)
 
 
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -78,6 +95,13 @@ def image(Z: Float[Array, "N D"], scores: Float[Array, "N R"]) -> Float[Array, "
     return jax.lax.optimization_barrier(matmul(scores.T, Z)).T
 
 
-def real_rows(Z: Float[Array, "N D"], num_samples: int) -> Float[Array, " N"]:
-    """1 for each of the first `num_samples` rows, 0 for the zero rows that pad Z on a mesh."""
-    return (jnp.arange(Z.shape[0]) < num_samples).astype(jnp.float32)
+def each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap`; one element alone without batching, so that a branch not taken costs nothing."""
+
+    def mapped(*arguments: Any) -> Any:
+        if len(jax.tree.leaves(arguments)[0]) > 1:
+            return jax.vmap(function)(*arguments)
+        single = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+        return jax.tree.map(lambda leaf: leaf[None], single)
+
+    return mapped

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import Result, begin, image, matmul, real_rows, run
+from xlvlm_jax.solvers.loop import Result, begin, image, matmul, run
+from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
 EXACT = 256
@@ -30,7 +32,7 @@ class Problem(NamedTuple):
     """Constants of a run."""
 
     Z: Float[Array, "N D"]
-    rows: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
+    real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
     mean: Float[Array, " D"]
     energy: Float[Array, ""]  # 1/2 |Z - 1 m|_F^2
 
@@ -44,67 +46,88 @@ class State(NamedTuple):
     error: Float[Array, ""]
 
 
-def prepare(Z: Float[Array, "N D"], num_samples: int) -> Problem:
+def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -> Problem:
     """The constants for a Z whose first `num_samples` rows count."""
-    rows = real_rows(Z, num_samples)
-    mean = matmul(rows, Z) / num_samples
-    return Problem(Z, rows, mean, 0.5 * jnp.sum(rows * jnp.sum((Z - mean) ** 2, axis=1)))
+    real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
+    mean = rows.total(matmul(real, Z)) / num_samples
+    energy = 0.5 * jnp.sum(real * jnp.sum((Z - mean) ** 2, axis=1))
+    return Problem(Z, real, mean, rows.total(energy))
 
 
-def init(problem: Problem, directions: Float[Array, "D R"], num_concepts: int) -> State:
+def init(
+    problem: Problem,
+    directions: Float[Array, "D R"],
+    num_concepts: int,
+    rows: Rows = ONE_DEVICE,
+) -> State:
     """The state at the span of the given directions."""
-    state, _ = _ritz(problem, directions, num_concepts)
-    return state
+    return _ritz(problem, directions, num_concepts, rows)[0]
 
 
-def update(problem: Problem, state: State, num_concepts: int) -> State:
+def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
     """One product with the covariance, then the best axes within its image."""
     directions = image(problem.Z, state.scores)
-    directions = directions - jnp.outer(problem.mean, matmul(problem.rows, state.scores))
-    new, explained = _ritz(problem, directions, num_concepts)
+    directions = directions - jnp.outer(problem.mean, matmul(problem.real, state.scores))
+    new, explained = _ritz(problem, rows.total(directions), num_concepts, rows)
     gain = (state.objective - new.objective) / jnp.maximum(explained, TINY)
     return new._replace(error=gain)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter"))
+@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "verbose", "mesh"))
 def solve(
     Z: Float[Array, "N D"],
     key: PRNGKeyArray,
     *,
     num_samples: int,
-    num_concepts: int,
+    num_concepts: tuple[int, ...],
     tol: Float[Array, ""] | float = 1e-5,
     max_iter: int = 100,
+    verbose: int = 0,
+    mesh: Mesh | None = None,
 ) -> Result:
-    """The leading components of the rows of Z; those from `num_samples` on are ignored."""
-    K, D = num_concepts, Z.shape[1]
-    problem = prepare(Z, num_samples)
+    """The leading components of the rows of Z; those from `num_samples` on do not count.
+
+    The result has a leading axis for the numbers of components: fewer are the first of more.
+    """
+    K, D = max(num_concepts), Z.shape[1]
     exact = min(num_samples, D) <= EXACT
-    if not exact:
-        directions = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
-    elif num_samples >= D:
-        directions = jnp.eye(D)
-    else:
-        directions = (Z[:num_samples] - problem.mean).T
-    state = init(problem, directions, K)
-    state = state._replace(error=jnp.float32(0)) if exact else state
-    progress = begin(state, max_iter)
-    progress = run(partial(update, problem, num_concepts=K), progress, tol=tol, max_iter=max_iter)
-    components = progress.state.basis[:, :K].T
-    scores = progress.state.scores[:, :K]
-    # From the residual itself: energy - explained variance cancels when the fit is good.
-    residual = Z - jnp.outer(problem.rows, problem.mean) - matmul(scores, components)
-    largest = jnp.argmax(jnp.abs(components), axis=1)
-    sign = jnp.where(components[jnp.arange(K), largest] < 0, -1.0, 1.0)
-    return Result(
-        components=sign[:, None] * components,
-        activations=sign * scores[:num_samples],
-        objective=0.5 * jnp.sum(residual**2),
-        iterations=progress.iteration,
-        converged=progress.state.error <= tol,
-        history=progress.history,
-        mean=problem.mean,
-    )
+
+    def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
+        problem = prepare(Z, num_samples, rows)
+        if not exact:
+            directions = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
+        elif num_samples >= D:
+            directions = jnp.eye(D)
+        else:
+            directions = (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
+        state = init(problem, directions, K, rows)
+        state = state._replace(error=jnp.float32(0)) if exact else state
+        step = partial(update, problem, num_concepts=K, rows=rows)
+        progress = begin(state, max_iter)
+        progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
+        components = progress.state.basis[:, :K].T
+        scores = progress.state.scores[:, :K]
+        sign = _signs(components)
+        # From the residual itself: energy - explained variance cancels when the fit is good.
+        residual = Z - jnp.outer(problem.real, problem.mean) - matmul(scores, components)
+        beyond = rows.total(jnp.sum(scores**2, axis=0))
+        left = 0.5 * rows.total(jnp.sum(residual**2))
+        missing = jnp.arange(K) >= jnp.array(num_concepts)[:, None]
+
+        def copies(value: Array) -> Array:
+            return jnp.broadcast_to(value, (len(num_concepts), *value.shape))
+
+        return Result(
+            components=copies(sign[:, None] * components),
+            activations=copies(sign * scores),
+            objective=left + 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1),
+            iterations=copies(progress.iteration),
+            converged=copies(progress.state.error <= tol),
+            history=copies(progress.history),
+            mean=copies(problem.mean),
+        )
+
+    return solve_on(mesh, local, Z, (key, jnp.float32(tol)))
 
 
 @jax.jit
@@ -115,13 +138,23 @@ def activations(
     return matmul(Z, components.T) - matmul(components, mean)
 
 
+def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:
+    """The components with their largest entries positive."""
+    return _signs(components)[:, None] * components
+
+
+def _signs(components: Float[Array, "K D"]) -> Float[Array, " K"]:
+    largest = jnp.argmax(jnp.abs(components), axis=1)
+    return jnp.where(components[jnp.arange(len(components)), largest] < 0, -1.0, 1.0)
+
+
 def _ritz(
-    problem: Problem, directions: Float[Array, "D R"], num_concepts: int
+    problem: Problem, directions: Float[Array, "D R"], num_concepts: int, rows: Rows
 ) -> tuple[State, Float[Array, ""]]:
     """The principal axes within the span of `directions`, and what the first K of them explain."""
     basis = jnp.linalg.qr(directions)[0]
-    scores = matmul(problem.Z, basis) - jnp.outer(problem.rows, matmul(problem.mean, basis))
-    squares, axes = jnp.linalg.eigh(matmul(scores.T, scores))
+    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
+    squares, axes = jnp.linalg.eigh(rows.total(matmul(scores.T, scores)))
     axes = axes[:, ::-1]
     explained = 0.5 * jnp.sum(squares[::-1][:num_concepts])
     objective = jnp.maximum(problem.energy - explained, 0)

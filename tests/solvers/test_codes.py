@@ -1,0 +1,70 @@
+"""Codes on fixed atoms: both methods against each other, scikit-learn and the optimality rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.decomposition import sparse_encode
+
+from xlvlm_jax.solvers import codes
+
+K, D, N = 12, 30, 40
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    atoms = rng.normal(size=(K, D)) + 0.5
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    Z = 3 * rng.normal(size=(N, D))
+    return (
+        Z,
+        atoms,
+        jnp.asarray(atoms @ Z.T, jnp.float32),
+        jnp.asarray(atoms @ atoms.T, jnp.float32),
+    )
+
+
+def test_one_atom_by_hand():
+    # u = max(p - alpha, 0) / g; of any sign: p moved towards zero by alpha.
+    products, gram = jnp.array([[3.0, 0.5, -3.0]]), jnp.array([[2.0]])
+    np.testing.assert_allclose(codes.encode(products, gram, 1.0), [[1, 0, 0]])
+    free = codes.encode(products, gram, 1.0, nonnegative=False)
+    np.testing.assert_allclose(free, [[1, 0, -1]])
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("descent", [0, 128], ids=["gradient", "descent"])
+def test_scikit_learns_codes(monkeypatch, nonnegative, descent):
+    monkeypatch.setattr(codes, "DESCENT", descent)
+    Z, atoms, products, gram = problem()
+    theirs = sparse_encode(
+        Z, atoms, algorithm="lasso_cd", alpha=0.7, positive=nonnegative, max_iter=5000
+    )
+    ours = codes.encode(products, gram, 0.7, nonnegative=nonnegative)
+    np.testing.assert_allclose(ours.T, theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("descent", [0, 128], ids=["gradient", "descent"])
+def test_each_improvement_lowers_the_objective(monkeypatch, descent):
+    monkeypatch.setattr(codes, "DESCENT", descent)
+    _, _, products, gram = problem(1)
+    u, last = jnp.zeros((K, N)), np.inf
+    for _ in range(8):
+        u = codes.improve(u, products, gram, 0.3, 1)
+        value = float(jnp.sum(0.5 * u * (gram @ u) - u * products + 0.3 * jnp.abs(u)))
+        assert value <= last + 1e-5 * abs(value)
+        last = value
+    assert np.all(np.asarray(u) >= 0)
+
+
+def test_an_atom_of_zero_length_is_never_used():
+    _, _, products, gram = problem(2)
+    gram, products = gram.at[3].set(0).at[:, 3].set(0), products.at[3].set(0)
+    for steps in (1, 5):
+        assert not np.any(codes.improve(jnp.ones((K, N)), products, gram, 0.1, steps)[3])
+
+
+def test_the_same_under_jit():
+    _, _, products, gram = problem(3)
+    eager = codes.encode(products, gram, 1.0)
+    np.testing.assert_allclose(jax.jit(codes.encode)(products, gram, 1.0), eager, atol=1e-5)

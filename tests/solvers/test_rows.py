@@ -1,0 +1,131 @@
+"""Rows on one device and on eight; what an update sends between them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+
+from xlvlm_jax.solvers.rows import ONE_DEVICE
+
+MESH = """
+import re
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from xlvlm_jax.solvers import kmeans, pca, semi_nmf
+from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.rows import Rows
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = Rows("data")
+spread = partial(jax.shard_map, mesh=mesh, check_vma=False)
+"""
+
+PRIMITIVES = (
+    MESH
+    + """
+values = np.random.default_rng(0).random((24, 3)).astype(np.float32)
+numbers = jnp.array([23, 0, 7, 7])
+take = spread(rows.take, in_specs=(P("data"), P()), out_specs=P())
+np.testing.assert_array_equal(take(values, numbers), values[numbers])
+largest = spread(lambda s: rows.largest(s, 5), in_specs=P("data"), out_specs=P())
+np.testing.assert_array_equal(largest(values[:, 0]), np.argsort(-values[:, 0])[:5])
+np.testing.assert_allclose(
+    spread(lambda v: rows.total(v.sum(0)), in_specs=P("data"), out_specs=P())(values),
+    values.sum(0), rtol=1e-6)
+draw = spread(rows.draw, in_specs=(P("data"), P()), out_specs=P())
+uniform = np.linspace(0.01, 0.99, 7, dtype=np.float32)
+expected = np.searchsorted(np.cumsum(values[:, 1]), uniform * values[:, 1].sum(), side="right")
+np.testing.assert_array_equal(draw(values[:, 1], uniform), expected)
+print("equal")
+"""
+)
+
+COMMUNICATION = (
+    MESH
+    + """
+D, K = 48, 5
+
+
+def sent(method, N):
+    '''Numbers in the collectives of a compiled update that every iteration runs.'''
+    Z = jnp.ones((N, D))
+    active = jnp.ones(K, bool)
+
+    def update(Z):
+        if method == "snmf":
+            problem = semi_nmf.Problem(Z, jnp.ones(len(Z)), jnp.float32(1), active)
+            state = semi_nmf.init(problem, jnp.ones((K, len(Z))), jnp.eye(K, D), rows)
+            step = partial(semi_nmf.update, problem, rows=rows)
+        elif method == "kmeans":
+            problem = kmeans.prepare(Z, N, active, rows)
+            state = kmeans.init(problem, jnp.eye(K, D), rows)
+            step = partial(kmeans.update, problem, rows=rows)
+        else:
+            problem = pca.prepare(Z, N, rows)
+            state = pca.init(problem, jnp.eye(D, K), K, rows)
+            step = partial(pca.update, problem, num_concepts=K, rows=rows)
+        return jax.lax.while_loop(lambda s: s.error > s.objective, step, state).error
+
+    # The optimiser's passes are run, so that this is what the devices do.
+    text = jax.jit(spread(update, in_specs=P("data"), out_specs=P())).lower(Z).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\\w.-]+)", text))
+    count, other = 0, set()
+    for part in re.split(r"\\n(?=%?[\\w.-]+ \\(|ENTRY)", text):
+        name = re.match(r"%?([\\w.-]+)", part).group(1)
+        for line in part.splitlines():
+            found = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute)[(-]",
+                              line)
+            if found and name in bodies:
+                shapes = re.findall(r"\\w+\\[([\\d,]*)\\]", found.group(1))
+                count += sum(int(np.prod([int(d) for d in s.split(",") if d])) for s in shapes)
+                if found.group(2) != "all-reduce":
+                    other.add(found.group(2))
+    return count, other
+
+
+for method in ("snmf", "kmeans", "pca"):
+    few, more = sent(method, 80), sent(method, 800)
+    print(method, few == more, few[0], sorted(few[1]))
+"""
+)
+
+
+def run(script):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_on_one_device():
+    values = jnp.arange(12.0).reshape(6, 2)
+    assert ONE_DEVICE.total(3) == 3
+    np.testing.assert_array_equal(ONE_DEVICE.numbers(4), [0, 1, 2, 3])
+    np.testing.assert_array_equal(ONE_DEVICE.take(values, jnp.array([5, 0])), [[10, 11], [0, 1]])
+    np.testing.assert_array_equal(ONE_DEVICE.largest(jnp.array([1.0, 3, 2]), 2), [1, 2])
+    # Weights 1, 0, 3: a quarter of the unit interval belongs to the first, the rest to the last.
+    drawn = ONE_DEVICE.draw(jnp.array([1.0, 0, 3]), jnp.array([0.0, 0.2, 0.3, 0.99]))
+    np.testing.assert_array_equal(drawn, [0, 0, 2, 2])
+
+
+def test_on_eight_devices_as_on_one():
+    assert run(PRIMITIVES) == "equal\n"
+
+
+def test_an_update_sends_no_more_for_more_rows():
+    sent = {}
+    for line in run(COMMUNICATION).splitlines():
+        method, same, count, _ = re.match(r"(\w+) (\w+) (\d+) (.*)", line).groups()
+        assert same == "True", line
+        sent[method] = int(count)
+    D, K = 48, 5
+    # The sums: K x D products, K x K overlaps, K uses, the objective; counts, totals, inertia.
+    assert sent["snmf"] == K * D + K * K + K + 1
+    assert sent["kmeans"] == K * D + K + 1
+    assert sent["pca"] == K * D + K * K

@@ -1,0 +1,104 @@
+"""Rows that stay on disk: the same result as in memory, tile by tile."""
+
+import jax
+import numpy as np
+import pytest
+
+from xlvlm_jax.concepts import decompose, decompose_stored
+from xlvlm_jax.row_arrays import StoredRows, create_array, wait
+from xlvlm_jax.solvers.streamed import tiles
+
+KEY = jax.random.key(0)
+N, D, K = 301, 24, 4
+
+
+def planted(seed=0):
+    rng = np.random.default_rng(seed)
+    codes = 10 * rng.exponential(size=(N, K)) * (rng.random((N, K)) < 0.4)
+    return (3 + codes @ rng.normal(size=(K, D)) + 0.1 * rng.normal(size=(N, D))).astype(np.float32)
+
+
+def store(path, Z, dtype="float32"):
+    array = create_array(path, dtype, (0, Z.shape[1]))
+    chunk = array.chunk_layout.write_chunk.shape[0]
+    whole = -(-len(Z) // chunk) * chunk
+    array = wait(array.resize(exclusive_max=[whole, Z.shape[1]]))
+    wait(array[: len(Z)].write(Z.astype(array.dtype.numpy_dtype)))
+    return StoredRows(path, len(Z))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Five tiles, of which the last is short."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 64 * 4 * D)
+
+
+def test_rows_come_in_order_and_by_number(tmp_path):
+    Z = planted()
+    source = store(tmp_path / "Z", Z)
+    starts, parts = zip(*source.tiles(100), strict=True)
+    assert starts == (0, 100, 200, 300)
+    np.testing.assert_array_equal(np.concatenate(parts), Z)
+    np.testing.assert_array_equal(source.take(np.array([300, 5])), Z[[300, 5]])
+
+
+@pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
+def test_the_same_as_in_memory(tmp_path, small_tiles, method):
+    Z = planted()
+    one = decompose(Z, K, method, key=KEY)
+    streamed = decompose_stored(store(tmp_path / "Z", Z), K, method, key=KEY)
+    np.testing.assert_allclose(streamed.objective, one.objective, rtol=1e-5)
+    scale = np.abs(one.components).max()
+    np.testing.assert_allclose(streamed.components, one.components, atol=2e-3 * scale)
+    assert streamed.activations.shape == (N, K)
+    assert len(streamed.history) == streamed.iterations + 1
+    assert streamed.converged
+
+
+def test_an_atom_without_rows_is_revived(tmp_path, small_tiles):
+    # Compressed to two columns the third direction can't be seen; a pass over the rows finds it.
+    Z = np.zeros((N, D), np.float32)
+    Z[:, 0], Z[::2, 1], Z[7, 2] = 50, 40, 30
+    found = decompose_stored(store(tmp_path / "Z", Z), 3, key=KEY)
+    one = decompose(Z, 3, key=KEY)
+    np.testing.assert_allclose(found.objective, one.objective, rtol=1e-4)
+
+
+def test_activations_are_written_as_they_come(tmp_path, small_tiles):
+    Z, written = planted(), []
+    found = decompose_stored(
+        store(tmp_path / "Z", Z),
+        K,
+        key=KEY,
+        write=lambda start, rows: written.append((start, rows)),
+    )
+    assert found.activations is None
+    assert [start for start, _ in written] == [0, 64, 128, 192, 256]
+    kept = decompose_stored(store(tmp_path / "Y", Z), K, key=KEY).activations
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in written]), kept)
+
+
+def test_bfloat16_rows(tmp_path, small_tiles):
+    source = store(tmp_path / "Z", planted(), "bfloat16")
+    rows = np.concatenate([part for _, part in source.tiles(64)])
+    one = decompose(rows.astype(np.float32), K, key=KEY)
+    streamed = decompose_stored(source, K, key=KEY)
+    np.testing.assert_allclose(streamed.objective, one.objective, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
+def test_a_bad_row_is_named(tmp_path, small_tiles, method):
+    Z = planted()
+    Z[130, 3] = np.nan
+    with pytest.raises(ValueError, match="NaN or Inf in row 130"):
+        decompose_stored(store(tmp_path / "Z", Z), K, method, key=KEY)
+
+
+def test_what_can_not_be_streamed(tmp_path):
+    source = store(tmp_path / "Z", planted())
+    with pytest.raises(ValueError, match="'simple' can't be streamed; expected one of snmf"):
+        decompose_stored(source, K, "simple", key=KEY)
+    with pytest.raises(ValueError, match="init is not for stored rows"):
+        decompose_stored(source, K, key=KEY, init=np.eye(K, D))
+    with pytest.raises(ValueError, match="num_concepts=302 is larger than the 301 rows"):
+        decompose_stored(source, 302, "kmeans", key=KEY)

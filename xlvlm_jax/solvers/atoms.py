@@ -1,0 +1,135 @@
+"""The atoms of a semi-NMF: one step from the sums U^T Z and U^T U, all that it needs of the rows.
+
+`semi_nmf` tells the objective and the method. K atoms, D width, W window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from xlvlm_jax.solvers.loop import matmul
+
+WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
+BLOCK = 32  # atoms whose gradients come from one product
+TINY = 1e-30
+
+
+class Atoms(NamedTuple):
+    """What an update reads and writes besides the codes; small, and the same on every device."""
+
+    atoms: Float[Array, "K D"]
+    before: Float[Array, "K D"]  # one update earlier; extrapolation goes from there
+    scale: Float[Array, " K"]  # the codes are still to be multiplied by it
+    momentum: Float[Array, ""]  # Nesterov's t; 1 means that the next update is a plain one
+    recent: Float[Array, " W"]  # the last WINDOW objectives, oldest first
+    objective: Float[Array, ""]
+    error: Float[Array, ""]
+
+
+class Sums(NamedTuple):
+    """What an update needs of the rows: totals over them, whatever N is."""
+
+    products: Float[Array, "K D"]  # U^T Z
+    overlap: Float[Array, "K K"]  # U^T U
+    used: Float[Array, " K"]  # sum of |codes| of each atom
+    objective: Float[Array, ""]  # f at the new codes and the atoms they were found on
+
+
+def begin(atoms: Float[Array, "K D"], objective: Float[Array, ""]) -> Atoms:
+    """At given atoms, f there known, nothing done yet."""
+    inf = jnp.float32(jnp.inf)
+    recent = jnp.full(WINDOW, inf).at[-1].set(objective)
+    ones = jnp.ones(atoms.shape[0])
+    return Atoms(atoms, atoms, ones, jnp.float32(1), recent, objective, inf)
+
+
+def extrapolate(small: Atoms) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
+    """Atoms ahead of the last step, within the unit ball, and Nesterov's next t."""
+    momentum = (1 + jnp.sqrt(1 + 4 * small.momentum**2)) / 2
+    weight = (small.momentum - 1) / momentum
+    ahead = small.atoms + weight * (small.atoms - small.before)
+    return ahead / jnp.maximum(1, jnp.linalg.norm(ahead, axis=1, keepdims=True)), momentum
+
+
+def advance(
+    small: Atoms,
+    sums: Sums,
+    residuals: Float[Array, "K D"],
+    alpha: Float[Array, ""],
+    unused: Bool[Array, " K"],
+) -> tuple[Atoms, Bool[Array, ""]]:
+    """New atoms from the sums over all rows, and whether they, and the codes, are kept.
+
+    residuals: of the worst coded rows; an atom that no code uses is pointed at one of them.
+    """
+    ahead, momentum = extrapolate(small)
+    atoms = _update_atoms(ahead, sums.products, sums.overlap)
+    # f is a small difference of large sums; the change by the atoms is computed by itself.
+    middle = matmul(sums.overlap, (atoms + ahead) / 2) - sums.products
+    objective = sums.objective + jnp.sum((atoms - ahead) * middle)
+    # Inside the ball, longer atoms with smaller codes fit the same and cost less.
+    norm = jnp.linalg.norm(atoms, axis=1)
+    scale = jnp.where(norm > 0, norm, 1)
+    objective = objective + alpha * jnp.sum(sums.used * (scale - 1))
+    atoms = _revive(atoms / scale[:, None], residuals, alpha, unused)
+
+    # A plain step cannot raise f; were it judged by float32's rounding of f, runs would end early.
+    accepted = (objective <= small.objective) | (small.momentum <= 1)
+    objective = jnp.minimum(objective, small.objective)
+    # A revived atom has jumped, and a jump must not be extrapolated.
+    restart = ~accepted | jnp.any(unused)
+    kept = jnp.where(accepted, atoms, small.atoms)
+    new = Atoms(
+        atoms=kept,
+        before=jnp.where(restart, kept, small.atoms),
+        scale=jnp.where(accepted, scale, 1),
+        momentum=jnp.where(restart, 1.0, momentum),
+        recent=jnp.concatenate([small.recent[1:], objective[None]]),
+        objective=objective,
+        error=(small.recent[0] - objective) / (WINDOW * jnp.maximum(objective, TINY)),
+    )
+    return new, accepted
+
+
+def _update_atoms(
+    atoms: Float[Array, "K D"], products: Float[Array, "K D"], overlap: Float[Array, "K K"]
+) -> Float[Array, "K D"]:
+    """Minimise exactly over one atom after the other; products = U^T Z, overlap = U^T U."""
+    K = atoms.shape[0]
+    for first in range(0, K, BLOCK):
+        block = slice(first, min(first + BLOCK, K))
+        gradients = matmul(overlap[block], atoms) - products[block]
+        within = overlap[block, block]
+
+        def one(k: Array, carry: tuple, within: Array = within) -> tuple:
+            atoms, gradients = carry
+            atom = atoms[k] - gradients[k] / jnp.maximum(within[k, k], TINY)
+            atom = atom / jnp.maximum(1, jnp.linalg.norm(atom))
+            atom = jnp.where(within[k, k] > 0, atom, atoms[k])
+            gradients = gradients + within[:, k, None] * (atom - atoms[k])
+            return atoms.at[k].set(atom), gradients
+
+        size = block.stop - first
+        moved, _ = jax.lax.fori_loop(0, size, one, (atoms[block], gradients))
+        atoms = atoms.at[block].set(moved)
+    return atoms
+
+
+def _revive(
+    atoms: Float[Array, "K D"],
+    residuals: Float[Array, "K D"],
+    alpha: Float[Array, ""],
+    unused: Bool[Array, " K"],
+) -> Float[Array, "K D"]:
+    """Point each unused atom at a residual: the j-th of them at that of the j-th worst coded row.
+
+    Codes of unused atoms are zero, so this leaves f as it is. An atom that no residual longer than
+    alpha could use stays.
+    """
+    length = jnp.linalg.norm(residuals, axis=1)
+    order = jnp.cumsum(unused) - 1
+    useful = unused & (length[order] > alpha)
+    pointed = residuals / jnp.maximum(length, TINY)[:, None]
+    return jnp.where(useful[:, None], pointed[order], atoms)

@@ -1,0 +1,42 @@
+"""Several starts: the rows on which they are compared, and which one is kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from scipy.optimize import linear_sum_assignment
+
+SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
+MARGIN = 1e-4  # relative decrease of the objective that makes a later start better than an earlier
+
+
+def sample(key: PRNGKeyArray, num_samples: int, num_concepts: int) -> Int[Array, " M"]:
+    """The numbers of the rows that starts are compared on, all of them where there are few."""
+    count = max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts)
+    if count >= num_samples:
+        return jnp.arange(num_samples)
+    return jax.lax.top_k(jax.random.uniform(key, (num_samples,)), count)[1]
+
+
+def best_first(
+    objective: Float[Array, " S"], components: Float[Array, "S K R"]
+) -> Float[Array, "S K R"]:
+    """The starts' components, those of the best start first.
+
+    Of equally good starts the earlier is the best one, whatever rounding makes of them.
+    """
+    best = jnp.argmax(objective <= (1 + MARGIN) * jnp.min(objective))
+    order = jnp.argsort(jnp.where(jnp.arange(len(objective)) == best, -jnp.inf, objective))
+    return components[order]
+
+
+def stability(starts: Float[np.ndarray, "S K R"]) -> Float[np.ndarray, " K"]:
+    """How surely each component of the first start is found again: 1 by every other start.
+
+    The mean over the other starts of the cosine with the component that is matched to it, by the
+    assignment of largest total cosine (Hungarian method).
+    """
+    length = np.linalg.norm(starts, axis=2, keepdims=True)
+    unit = starts / np.where(length > 0, length, 1)
+    cosines = [unit[0] @ other.T for other in unit[1:]]
+    return np.mean([c[linear_sum_assignment(-c)] for c in cosines], axis=0)

@@ -1,0 +1,96 @@
+"""Where the rows of Z are: all in one place, or some of them on each device of a mesh axis.
+
+A solver sees its own rows and says what it wants of all of them: a total, the largest few, some of
+them by number. On one device that is what it has; on a mesh each is one collective, whose size does
+not depend on N. N rows in all, M on this device.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from xlvlm_jax.solvers.loop import Result
+
+
+class Rows(NamedTuple):
+    """How to reach all rows; `axis` is the mesh axis they are spread over, None for one device."""
+
+    axis: str | None = None
+
+    def total(self, value: Any) -> Any:
+        """The sum over devices of every array in a pytree."""
+        return value if self.axis is None else jax.lax.psum(value, self.axis)
+
+    def numbers(self, M: int) -> Int[Array, " M"]:
+        """The number, among all rows, of each row here."""
+        first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * M
+        return first + jnp.arange(M)
+
+    def take(
+        self, values: Float[Array, "M ..."], numbers: Int[Array, " R"]
+    ) -> Float[Array, "R ..."]:
+        """The rows of those numbers, wherever they are, in float32."""
+        if self.axis is None:
+            return values[numbers].astype(jnp.float32)
+        M = values.shape[0]
+        local = numbers - jax.lax.axis_index(self.axis) * M
+        here = ((local >= 0) & (local < M)).reshape(-1, *(1,) * (values.ndim - 1))
+        mine = values[jnp.clip(local, 0, M - 1)].astype(jnp.float32)
+        return jax.lax.psum(jnp.where(here, mine, 0), self.axis)
+
+    def largest(self, scores: Float[Array, " M"], count: int) -> Int[Array, " R"]:
+        """The numbers of the `count` rows of largest score, or of all rows if there are fewer."""
+        M = scores.shape[0]
+        top, local = jax.lax.top_k(scores, min(count, M))
+        if self.axis is None:
+            return local
+        numbers = self.numbers(M)[local]
+        top = jax.lax.all_gather(top, self.axis, tiled=True)
+        numbers = jax.lax.all_gather(numbers, self.axis, tiled=True)
+        return numbers[jax.lax.top_k(top, min(count, len(top)))[1]]
+
+    def draw(self, weights: Float[Array, " M"], uniform: Float[Array, " T"]) -> Int[Array, " T"]:
+        """The numbers of T rows drawn in proportion to their weights; uniform in [0, 1)."""
+        M = weights.shape[0]
+        below = jnp.cumsum(weights)
+        if self.axis is None:
+            found = jnp.searchsorted(below, uniform * below[-1], side="right")
+            return jnp.minimum(found, M - 1)
+        totals = jax.lax.all_gather(below[-1], self.axis)
+        ends = jnp.cumsum(totals)
+        wanted = uniform * ends[-1]
+        device = jnp.minimum(jnp.searchsorted(ends, wanted, side="right"), len(ends) - 1)
+        index = jax.lax.axis_index(self.axis)
+        found = jnp.searchsorted(below, wanted - (ends[index] - totals[index]), side="right")
+        mine = index * M + jnp.clip(found, 0, M - 1)
+        return jax.lax.psum(jnp.where(device == index, mine, 0), self.axis)
+
+
+ONE_DEVICE = Rows()
+
+
+def solve_on(
+    mesh: Mesh | None, solve: Callable[..., Result], Z: Float[Array, "N D"], arguments: tuple
+) -> Result:
+    """solve(Z, *arguments, rows=...) on one device, or on the rows of each along the axis "data".
+
+    The arguments are the same on every device, and so is the result but for its activations.
+    """
+    if mesh is None:
+        return solve(Z, *arguments, rows=ONE_DEVICE)
+    whole = PartitionSpec()
+    result = Result(*(whole for _ in Result._fields))._replace(
+        activations=PartitionSpec(None, "data")
+    )
+    return jax.shard_map(
+        partial(solve, rows=Rows("data")),
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), *(whole for _ in arguments)),
+        out_specs=result,
+        check_vma=False,  # that a total is the same everywhere is not seen through a while loop
+    )(Z, *arguments)

@@ -1,0 +1,55 @@
+"""A source in few columns, which fit into memory: `compression` in two passes.
+
+N rows, D width, R compressed width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from xlvlm_jax.solvers.compression import sketch_directions, turn_to_axes
+from xlvlm_jax.solvers.loop import image, matmul
+from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
+
+
+class Compressed(NamedTuple):
+    """A source in few columns, as `compression.Compressed`, and the energy of its rows."""
+
+    basis: Float[Array, "D R"]
+    X: Float[np.ndarray, "N R"]
+    energy: Float[np.ndarray, " N"]  # |z_n|^2
+
+
+@jax.jit
+def _sketch(Z: Array, directions: Array) -> tuple[Array, Array]:
+    Z = Z.astype(jnp.float32)
+    return image(Z, matmul(Z, directions)), jnp.sum(Z**2, axis=1)
+
+
+def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
+    """Two passes: the leading directions of the row space, and the rows in them.
+
+    Raises ValueError that names the first row with NaN or Inf.
+    """
+    N, D = source.shape
+    energy = np.empty(N, np.float32)
+
+    def keep(tile: Tile, squares: Array) -> None:
+        energy[tile.start : tile.start + tile.count] = squares[: tile.count]
+        check_rows(tile, squares)
+
+    directions = sketch_directions(key, D, width)
+    spanned = add_up(source, lambda tile: _sketch(tile.Z, directions), keep)
+    basis = jnp.linalg.qr(spanned)[0]
+    X = np.empty((N, basis.shape[1]), np.float32)
+
+    def keep_columns(tile: Tile, columns: Array) -> None:
+        X[tile.start : tile.start + tile.count] = columns[: tile.count]
+
+    project = jax.jit(lambda Z: matmul(Z, basis))
+    add_up(source, lambda tile: ((), project(tile.Z)), keep_columns)
+    basis, turned = jax.jit(turn_to_axes)(basis, X)
+    return Compressed(basis, np.asarray(turned), energy)

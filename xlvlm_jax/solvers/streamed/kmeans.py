@@ -1,0 +1,99 @@
+"""K-means of a source of rows: `solvers.kmeans` with a pass over the source an update."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from xlvlm_jax.solvers import kmeans
+from xlvlm_jax.solvers.loop import Result, matmul
+from xlvlm_jax.solvers.streamed.columns import compress
+from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up
+
+
+def solve(
+    source: Source,
+    key: PRNGKeyArray,
+    write: Write,
+    *,
+    num_concepts: int,
+    tol: float = 1e-4,
+    max_iter: int = 300,
+    n_init: int = 1,
+) -> Result:
+    """As `kmeans.solve`, for one number of clusters; activations go to `write(start, rows)`."""
+    N, D = source.shape
+    K = num_concepts
+    small = compress(source, key, min(K + kmeans.OVERSAMPLE, N, D))
+    begun = kmeans.solve(
+        jnp.asarray(small.X),
+        key,
+        num_samples=N,
+        num_concepts=(K,),
+        tol=tol,
+        max_iter=max_iter,
+        n_init=n_init,
+    )
+    centroids = matmul(begun.components[0], small.basis.T)
+    outside = float(
+        np.sum(small.energy, dtype=np.float64) - np.sum(np.square(small.X, dtype=np.float64))
+    )
+    # Without the last, which the first pass computes again.
+    history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + outside)
+    total = add_up(source, lambda tile: (matmul(tile.real, tile.Z.astype(jnp.float32)), ()))
+    mean = total / N
+
+    @jax.jit
+    def work(Z: Array, real: Array, offsets: Array) -> tuple[Any, Any]:
+        Z = Z.astype(jnp.float32)
+        energy = real * jnp.sum((Z - mean) ** 2, axis=1)
+        problem = kmeans.Problem(Z, real, mean, energy, jnp.float32(1), jnp.ones(K, bool))
+        labels, least, sums = kmeans.collect(problem, kmeans.score(Z, offsets, mean))
+        return (sums, jnp.sum(energy)), (labels, jnp.where(real > 0, energy + least, -jnp.inf))
+
+    offsets, error = centroids - mean, jnp.inf
+    labels = np.empty(N, np.int32)
+    while len(history) < max_iter and not error <= tol:
+        far = Largest(K)
+
+        def keep(tile: Tile, kept: tuple, far: Largest = far) -> None:
+            labels[tile.start : tile.start + tile.count] = kept[0][: tile.count]
+            far.add(tile.start, np.asarray(kept[1][: tile.count]))
+
+        on_tile = partial(lambda tile, offsets: work(tile.Z, tile.real, offsets), offsets=offsets)
+        sums, energy = add_up(source, on_tile, keep)
+        if np.any(sums.counts == 0):
+            numbers = far.numbers
+            sums = kmeans.relocate(
+                sums,
+                jnp.asarray(source.take(numbers)),
+                jnp.asarray(labels[numbers]),
+                sums.counts == 0,
+            )
+        offsets, error = kmeans.advance(mean, energy / (N * D), offsets, sums)
+        history.append(float(sums.inertia))
+
+    centroids = offsets + mean
+
+    @jax.jit
+    def finish(Z: Array, real: Array) -> tuple[Array, Array]:
+        squared = kmeans.assign(Z.astype(jnp.float32), centroids)[1]
+        return jnp.sum(real * jnp.min(squared, axis=1)), 1 / (1 + jnp.sqrt(squared))
+
+    inertia = add_up(
+        source,
+        lambda tile: finish(tile.Z, tile.real),
+        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
+    )
+    return Result(
+        components=centroids,
+        activations=None,
+        objective=inertia,
+        iterations=len(history),
+        converged=bool(error <= tol),
+        history=np.array([*history, float(inertia)], np.float32),
+        starts=None if begun.starts is None else begun.starts[0],
+    )

@@ -1,0 +1,83 @@
+"""Principal components of a source of rows: `solvers.pca` with a pass over the source an update."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from xlvlm_jax.solvers import pca
+from xlvlm_jax.solvers.compression import sketch_directions
+from xlvlm_jax.solvers.loop import Result, image, matmul
+from xlvlm_jax.solvers.streamed.tiles import Source, Write, add_up, check_rows
+
+
+def solve(
+    source: Source,
+    key: PRNGKeyArray,
+    write: Write,
+    *,
+    num_concepts: int,
+    tol: float = 1e-5,
+    max_iter: int = 100,
+) -> Result:
+    """As `pca.solve`, for one number of components; activations go to `write(start, rows)`.
+
+    One pass an update: the covariance's image of the basis gives both the axes within the basis and
+    the next one.
+    """
+    N, D = source.shape
+    K = num_concepts
+    R = min(K + pca.OVERSAMPLE, N, D)
+
+    @jax.jit
+    def first(Z: Array, real: Array, directions: Array) -> tuple[Any, Array]:
+        Z = Z.astype(jnp.float32)
+        return (matmul(real, Z), image(Z, matmul(Z, directions))), jnp.sum(Z**2, axis=1)
+
+    directions = sketch_directions(key, D, R)
+    total, spanned = add_up(source, lambda t: first(t.Z, t.real, directions), check_rows)
+    mean = total / N
+    basis = jnp.linalg.qr(spanned - N * jnp.outer(mean, matmul(mean, directions)))[0]
+
+    @jax.jit
+    def work(Z: Array, real: Array, basis: Array) -> tuple[Any, tuple]:
+        Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+        scores = matmul(Z, basis)
+        return (image(Z, scores), matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)), ()
+
+    history, error, explained = [], np.inf, 0.0
+    while True:
+        on_tile = partial(lambda tile, basis: work(tile.Z, tile.real, basis), basis=basis)
+        spanned, gram, energy = add_up(source, on_tile)
+        squares, axes = jnp.linalg.eigh(gram)
+        found = 0.5 * float(jnp.sum(squares[::-1][:K]))
+        history.append(max(float(energy) - found, 0.0))
+        error, explained = (found - explained) / max(found, pca.TINY), found
+        if error <= tol or len(history) > max_iter or min(N, D) == R:
+            break
+        basis = jnp.linalg.qr(spanned)[0]
+    components = pca.with_signs(matmul(basis, axes[:, ::-1][:, :K]).T)
+
+    @jax.jit
+    def finish(Z: Array, real: Array) -> tuple[Array, Array]:
+        Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+        scores = matmul(Z, components.T)
+        return 0.5 * jnp.sum((Z - matmul(scores, components)) ** 2), scores
+
+    objective = add_up(
+        source,
+        lambda tile: finish(tile.Z, tile.real),
+        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
+    )
+    return Result(
+        components=components,
+        activations=None,
+        objective=objective,
+        iterations=len(history) - 1,
+        converged=bool(error <= tol or min(N, D) == R),
+        history=np.array(history, np.float32),
+        mean=mean,
+    )

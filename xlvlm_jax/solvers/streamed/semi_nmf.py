@@ -1,0 +1,132 @@
+"""Semi-NMF of a source of rows: `solvers.semi_nmf` with a pass over the source an update."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from xlvlm_jax.solvers import atoms as dictionary
+from xlvlm_jax.solvers import codes as coding
+from xlvlm_jax.solvers import semi_nmf
+from xlvlm_jax.solvers.atoms import Atoms, Sums
+from xlvlm_jax.solvers.loop import Result, matmul
+from xlvlm_jax.solvers.streamed.columns import compress
+from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up
+
+
+def solve(
+    source: Source,
+    key: PRNGKeyArray,
+    write: Write,
+    *,
+    num_concepts: int,
+    alpha: float = 1.0,
+    nonnegative: bool = True,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    n_init: int | None = None,
+) -> Result:
+    """As `semi_nmf.solve`, for one number of concepts; activations go to `write(start, rows)`."""
+    N, D = source.shape
+    K = num_concepts
+    small = compress(source, key, min(K + semi_nmf.OVERSAMPLE, N, D))
+    begun = semi_nmf.solve(
+        jnp.asarray(small.X),
+        key,
+        num_samples=N,
+        num_concepts=(K,),
+        alpha=alpha,
+        nonnegative=nonnegative,
+        tol=tol,
+        max_iter=max_iter,
+        n_init=n_init,
+    )
+    # The compressed rows lack what lies outside the basis, and so does their objective.
+    outside = 0.5 * float(
+        np.sum(small.energy, dtype=np.float64) - np.sum(np.square(small.X), dtype=np.float64)
+    )
+    atoms = matmul(begun.components[0], small.basis.T)
+    state = dictionary.begin(atoms, begun.objective[0] + outside)
+    history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
+    codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
+    while len(history) <= max_iter and not state.error <= tol:
+        state, codes = _update(source, small.energy / 2, codes, state, *lasso)
+        history.append(float(state.objective))
+
+    objective = add_up(
+        source,
+        lambda tile: _finish(tile.Z, _part(codes, tile), state, *lasso),
+        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
+    )
+    return Result(
+        components=state.atoms,
+        activations=None,
+        objective=objective,
+        iterations=len(history) - 1,
+        converged=bool(state.error <= tol),
+        history=np.array(history, np.float32),
+        starts=None if begun.starts is None else begun.starts[0],
+    )
+
+
+def _update(
+    source: Source,
+    energy: Float[np.ndarray, " N"],
+    codes: Float[np.ndarray, "N K"],
+    state: Atoms,
+    alpha: Float[Array, ""],
+    nonnegative: bool,
+) -> tuple[Atoms, Float[np.ndarray, "N K"]]:
+    """`solvers.semi_nmf.update`: one pass for the codes and the sums, then the atoms."""
+    new_codes, worst = np.empty_like(codes), Largest(codes.shape[1])
+
+    def on_tile(tile: Tile) -> tuple:
+        parts = _part(energy, tile), _part(codes, tile)
+        return _collect(tile.Z, *parts, state, alpha, nonnegative)
+
+    def keep(tile: Tile, kept: tuple) -> None:
+        new_codes[tile.start : tile.start + tile.count] = kept[0][: tile.count]
+        worst.add(tile.start, np.asarray(kept[1][: tile.count]))
+
+    sums = add_up(source, on_tile, keep)
+    unused = sums.used <= 0
+    residuals = np.zeros(state.atoms.shape, np.float32)
+    if np.any(unused):
+        ahead = np.asarray(dictionary.extrapolate(state)[0])
+        found = source.take(worst.numbers) - new_codes[worst.numbers] @ ahead
+        residuals[: len(found)] = found
+    new, accepted = _advance(state, sums, residuals, alpha, unused)
+    return new, new_codes if accepted else codes * np.asarray(state.scale)
+
+
+_advance = jax.jit(dictionary.advance)
+
+
+def _part(values: Float[np.ndarray, "N ..."], tile: Tile) -> Float[np.ndarray, "B ..."]:
+    """What belongs to the rows of a tile, with zeros for those that fill it up."""
+    part = values[tile.start : tile.start + tile.count]
+    return np.pad(part, [(0, len(tile.real) - tile.count)] + [(0, 0)] * (values.ndim - 1))
+
+
+@partial(jax.jit, static_argnames="nonnegative")
+def _collect(
+    Z: Array, energy: Array, codes: Array, state: Atoms, alpha: Array, nonnegative: bool
+) -> tuple[Sums, tuple[Array, Array]]:
+    ahead, _ = dictionary.extrapolate(state)
+    codes, sums, cost = semi_nmf.collect(
+        Z.astype(jnp.float32), energy, (codes * state.scale).T, ahead, alpha, nonnegative
+    )
+    return sums, (codes.T, cost - alpha * jnp.sum(jnp.abs(codes), axis=0))
+
+
+@partial(jax.jit, static_argnames="nonnegative")
+def _finish(
+    Z: Array, codes: Array, state: Atoms, alpha: Array, nonnegative: bool
+) -> tuple[Array, Array]:
+    Z = Z.astype(jnp.float32)
+    products, gram = matmul(state.atoms, Z.T), matmul(state.atoms, state.atoms.T)
+    start = (codes * state.scale).T
+    codes = coding.encode(products, gram, alpha, start, nonnegative=nonnegative)
+    return semi_nmf.objective(Z, codes, state.atoms, alpha), codes.T

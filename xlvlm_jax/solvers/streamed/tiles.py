@@ -1,0 +1,100 @@
+"""Passes over a Z that need not fit into memory: rows come tile by tile from a source.
+
+B rows of a tile, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+TILE_BYTES = 2**25
+Write = Callable[[int, np.ndarray], None]
+
+
+class Source(Protocol):
+    """Rows that are read when they are wanted."""
+
+    shape: tuple[int, int]
+
+    def tiles(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows[B, D]) in order, `count` rows each but the last, read ahead."""
+        ...
+
+    def take(self, numbers: Int[np.ndarray, " R"]) -> Float[np.ndarray, "R D"]:
+        """Some rows by number."""
+        ...
+
+
+class Tile(NamedTuple):
+    """Rows on the device; the last tile is filled up with zeros, so that all have one shape."""
+
+    start: int
+    count: int
+    Z: Float[Array, "B D"]
+    real: Float[Array, " B"]  # 1 for a row of the source, 0 for one that fills up
+
+
+def tiles(source: Source) -> Iterator[Tile]:
+    """All of the source, once."""
+    D = source.shape[1]
+    size = min(max(TILE_BYTES // (4 * D), 1), source.shape[0])
+    for start, values in source.tiles(size):
+        count = len(values)
+        if count < size:
+            values = np.concatenate([values, np.zeros((size - count, D), values.dtype)])
+        yield Tile(start, count, jnp.asarray(values), jnp.asarray(np.arange(size) < count, float))
+
+
+def add_up(
+    source: Source,
+    work: Callable[[Tile], tuple[Any, Any]],
+    keep: Callable[[Tile, Any], None] | None = None,
+) -> Any:
+    """The total of what `work` returns first; `keep` is given what it returns second.
+
+    `keep` runs a tile behind, so that reading and computing need not wait for it.
+    """
+    totals, last = None, None
+    for tile in tiles(source):
+        sums, rest = work(tile)
+        totals = sums if totals is None else _sum(totals, sums)
+        if last is not None and keep is not None:
+            keep(*last)
+        last = tile, rest
+    if keep is not None:
+        keep(*last)
+    return totals
+
+
+def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
+    """Raise ValueError that names the first row whose sum of squares is not finite."""
+    bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.count])))
+    if bad.size:
+        raise ValueError(
+            f"Z has NaN or Inf in row {tile.start + bad[0]}, or values beyond float32; "
+            "drop such rows or mend what wrote them"
+        )
+
+
+@jax.jit
+def _sum(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+class Largest:
+    """The numbers of the rows of largest score, over tiles."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.numbers, self.scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+
+    def add(self, start: int, scores: Float[np.ndarray, " B"]) -> None:
+        """Takes those of one tile."""
+        scores = np.concatenate([self.scores, scores])
+        numbers = np.concatenate([self.numbers, start + np.arange(len(scores) - len(self.scores))])
+        kept = np.argsort(-scores, kind="stable")[: self.count]
+        self.numbers, self.scores = numbers[kept], scores[kept]
