@@ -79,6 +79,18 @@ def loading(directory: Path | None, what: str) -> Iterator[None]:
         raise ValueError(f"{directory} has no {what} that loads: {first}") from error
 
 
+def require_tokenizer(directory: Path) -> None:
+    """FileNotFoundError unless a directory holds a tokenizer's vocabulary.
+
+    Without one transformers makes a tokenizer that knows no word, and says nothing.
+    """
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer: expected one of {', '.join(names)} beside the weights"
+        )
+
+
 def tensor_name(path: tuple[str, ...]) -> str:
     """The checkpoint's name of the parameter at a Flax path."""
     return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))

@@ -151,7 +151,12 @@ class DualEncoder:
         """The checkpoint's own processor, from transformers."""
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(self.directory)
+        checkpoint.require_tokenizer(self.directory)
+        with checkpoint.loading(self.directory, "processor"):
+            # The backend that needs neither torch nor torchvision; remote code is never run.
+            return AutoProcessor.from_pretrained(
+                self.directory, backend="pil", trust_remote_code=False
+            )
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
         """tokens and attention_mask int[B, T], padded on the right -> unit vectors [B, E]."""

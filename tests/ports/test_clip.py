@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from ports import checkpoint, clip
+from xlvlm_jax import embedded
 
 from . import helpers
 
@@ -117,3 +119,17 @@ def test_another_kind_of_model_is_refused(small):
 def test_a_directory_without_configuration(tmp_path):
     with helpers.raises_line(FileNotFoundError, f"{tmp_path} has no config.json"):
         clip.load(tmp_path)
+
+
+def test_the_processor_is_the_one_without_torch():
+    dual = clip.load(embedded.CLIP)
+    assert type(dual.processor.image_processor).__name__ == "CLIPImageProcessorPil"
+    image = Image.new("RGB", (150, 120), "red")
+    pixels = dual.processor.image_processor([image], return_tensors="np")["pixel_values"]
+    assert pixels.shape == (1, 3, 112, 112)
+
+
+def test_a_missing_tokenizer_or_image_processor_is_one_line(models):
+    directory = models[1].directory
+    with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer: expected one of"):
+        models[1].processor  # noqa: B018

@@ -1,13 +1,54 @@
 """What the concepts, and the steered answers, are worth."""
 
 from xlvlm_jax.metrics.attributes import AttributeScore, attribute_scores
+from xlvlm_jax.metrics.baselines import noise_images, random_words, vocabulary_words
+from xlvlm_jax.metrics.bert_score import (
+    BertScore,
+    BertScorer,
+    bert_score,
+    default_layer,
+    read_baseline,
+)
+from xlvlm_jax.metrics.clip_score import clip_scores, describe, embed_images, embed_texts
+from xlvlm_jax.metrics.codes import (
+    active_share,
+    dead_concepts,
+    explained_variance,
+    hoyer_sparsity,
+    reconstruct,
+)
+from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.overlap import word_overlap
+from xlvlm_jax.metrics.stability import stability
+from xlvlm_jax.metrics.top import mean_of_top, top_concepts
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
 __all__ = [
     "AttributeScore",
+    "BertScore",
+    "BertScorer",
+    "active_share",
     "attribute_scores",
+    "bert_score",
+    "clip_scores",
+    "dead_concepts",
+    "default_layer",
+    "describe",
+    "embed_images",
+    "embed_texts",
+    "explained_variance",
+    "hoyer_sparsity",
+    "mean_of_top",
+    "mean_similarity",
+    "monosemanticity",
+    "noise_images",
     "normalise_answer",
+    "random_words",
+    "read_baseline",
+    "reconstruct",
+    "stability",
+    "top_concepts",
+    "vocabulary_words",
     "vqa_accuracy",
     "word_overlap",
 ]

@@ -1,0 +1,271 @@
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): encoders of text, state by token.
+
+B texts, T positions, D width, H heads.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ports import checkpoint, layers
+
+Array = jax.Array
+MODEL_TYPES = ("bert", "roberta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the port needs of a transformers BertConfig or RobertaConfig."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    hidden_act: str
+    norm_eps: float
+    num_positions: int  # rows of the table of positions
+    first_position: int  # the row of a text's first token: RoBERTa leaves out those up to padding's
+    num_token_types: int
+
+    @classmethod
+    def from_hf(cls, config: Any) -> "Config":
+        """Reads a transformers BertConfig or RobertaConfig.
+
+        ValueError for what the port does not implement: decoders, relative positions, another
+        activation, a width that is no multiple of the heads.
+        """
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(config, name, False):
+                raise ValueError(f"config.{name} is true; this port implements encoders only")
+        positions = getattr(config, "position_embedding_type", None) or "absolute"
+        if positions != "absolute":
+            raise ValueError(
+                f"config.position_embedding_type is {positions!r}; this port implements 'absolute'"
+            )
+        layers.activation(config.hidden_act)
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {config.hidden_size} of the {config.model_type} is no multiple of "
+                f"its {config.num_attention_heads} attention heads"
+            )
+        return cls(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            hidden_act=config.hidden_act,
+            norm_eps=config.layer_norm_eps,
+            num_positions=config.max_position_embeddings,
+            first_position=0 if config.model_type == "bert" else config.pad_token_id + 1,
+            num_token_types=config.type_vocab_size,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens, special ones counted."""
+        return self.num_positions - self.first_position
+
+
+class Embeddings(nn.Module):
+    """Tokens, positions and the first of the token types, added and normed."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """tokens int[B, T], padded on the right -> [B, T, D]."""
+        cfg = self.config
+
+        def table(size: int, name: str) -> nn.Embed:
+            return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, name=name)
+
+        x = table(cfg.vocab_size, "word_embeddings")(tokens)
+        x = x + table(cfg.num_token_types, "token_type_embeddings")(jnp.zeros_like(tokens))
+        positions = cfg.first_position + jnp.arange(tokens.shape[1])
+        x = x + table(cfg.num_positions, "position_embeddings")(positions)
+        return layers.layer_norm(cfg.norm_eps, self.dtype, "LayerNorm")(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention without its output projection."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        heads = self.config.num_heads
+
+        def project(name: str) -> Array:
+            y = layers.dense(x.shape[-1], True, self.dtype, name)(x)
+            return y.reshape(*x.shape[:2], heads, -1)
+
+        y = layers.attend(project("query"), project("key"), project("value"), mask)
+        return y.reshape(x.shape)
+
+
+class Output(nn.Module):
+    """What ends both halves of a block: a linear layer, the residual, a norm."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: Array, x: Array) -> Array:
+        """y[B, T, .], residual x[B, T, D] -> [B, T, D]."""
+        x = x + layers.dense(self.config.hidden_size, True, self.dtype, "dense")(y)
+        return layers.layer_norm(self.config.norm_eps, self.dtype, "LayerNorm")(x)
+
+
+class Attention(nn.Module):
+    """The first half of a block."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        y = SelfAttention(self.config, self.dtype, name="self")(x, mask)
+        return Output(self.config, self.dtype, name="output")(y, x)
+
+
+class Intermediate(nn.Module):
+    """The hidden layer of a block's MLP."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x[B, T, D] -> [B, T, intermediate_size]."""
+        y = layers.dense(self.config.intermediate_size, True, self.dtype, "dense")(x)
+        return layers.activation(self.config.hidden_act)(y)
+
+
+class Layer(nn.Module):
+    """A post-norm transformer block."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        x = Attention(self.config, self.dtype, name="attention")(x, mask)
+        y = Intermediate(self.config, self.dtype, name="intermediate")(x)
+        return Output(self.config, self.dtype, name="output")(y, x)
+
+
+class Encoder(nn.Module):
+    """The stack of blocks."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        # The singular is the checkpoints'.
+        self.layer = [Layer(self.config, self.dtype) for _ in range(self.config.num_layers)]
+
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, ...]:
+        """x[B, T, D], mask bool[B, 1, 1, T] -> num_layers + 1 states [B, T, D]."""
+        states = [x]
+        for layer in self.layer:
+            states.append(layer(states[-1], mask))
+        return tuple(states)
+
+
+class Bert(nn.Module):
+    """The encoder; parameters carry the names of transformers' BertModel and RobertaModel."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.embeddings = Embeddings(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype)
+
+    def __call__(self, tokens: Array, attention_mask: Array) -> tuple[Array, ...]:
+        """tokens and attention_mask int[B, T], padded on the right -> the states [B, T, D] of the
+        embeddings and after each layer.
+        """
+        mask = attention_mask.astype(bool)[:, None, None, :]
+        return self.encoder(self.embeddings(tokens), mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A loaded BERT or RoBERTa: `load` makes it."""
+
+    module: Bert
+    params: dict
+    directory: Path
+
+    @property
+    def config(self) -> Config:
+        """Its sizes."""
+        return self.module.config
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own tokenizer, from transformers."""
+        from transformers import AutoTokenizer
+
+        checkpoint.require_tokenizer(self.directory)
+        with checkpoint.loading(self.directory, "tokenizer"):
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+
+    def states(self, tokens: Array, attention_mask: Array, layer: int) -> Array:
+        """The states [B, T, D] after so many layers; those behind are not computed.
+
+        tokens and attention_mask: int[B, T], padded on the right. layer: 0 (the embeddings) to
+        `config.num_layers`.
+        """
+        return _states(self.module, layer, self.params, jnp.asarray(tokens), attention_mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _states(module: Bert, layer: int, params: dict, tokens: Array, attention_mask: Array) -> Array:
+    return module.apply({"params": params}, tokens, jnp.asarray(attention_mask))[layer]
+
+
+# The heads of the tasks that checkpoints were trained on, and buffers.
+_NOT_NEEDED = ("cls.", "lm_head.", "pooler.", "classifier.", "qa_outputs.")
+_OLD_LEAVES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def canonical_name(name: str) -> str | None:
+    """A tensor's name in the file -> the port's; None for heads and buffers."""
+    name = name.removeprefix("bert.").removeprefix("roberta.")
+    if name.startswith(_NOT_NEEDED) or name.endswith("position_ids"):
+        return None
+    for old, new in _OLD_LEAVES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
+    """Loads a Hugging Face directory of model_type bert or roberta, with or without a task's head.
+
+    Raises FileNotFoundError or ValueError as `ports.load` does.
+    """
+    directory = Path(directory)
+    config = Config.from_hf(checkpoint.read_config(directory, MODEL_TYPES))
+    module = Bert(config, dtype=jnp.dtype(dtype))
+    ids = jax.ShapeDtypeStruct((1, min(8, config.max_length)), np.int32)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    params = checkpoint.load_params(directory, abstract, canonical_name, dtype=jnp.dtype(dtype))
+    return TextEncoder(module, params, directory)

@@ -1,0 +1,111 @@
+"""Tables and plot of scores by hand, and their section of the page."""
+
+import json
+
+import pytest
+
+from xlvlm_jax.report import write_report
+from xlvlm_jax.report.scores import plot, read_scores, score_tables
+from xlvlm_jax.scoring.records import DictionaryScores, Fit
+
+
+def row(method, K, mean=None, **figures):
+    clip = {} if mean is None else {1: Fit(mean, 0.25, 0.4, 0.1, 9, noise=0.5)}
+    return DictionaryScores(f"{method}-{K}", method, K, clip=clip, **figures)
+
+
+ROWS = [
+    row("snmf", 5, 0.61, overlap=0.1, hoyer=0.8, dead=0),
+    row("kmeans", 5, 0.6, overlap=0.5, hoyer=0.1, dead=0),
+    row("random", 5, 0.4, overlap=0.01),
+    row("snmf", 10, 0.7, overlap=0.2, hoyer=0.9, dead=2, attributes={"mood": {"concepts": 0.3}}),
+    row("kmeans", 10, 0.71, overlap=0.2, hoyer=float("nan"), dead=0),
+]
+
+
+def cells(table):
+    return {
+        (scores.name, column.name): cell
+        for scores, line in table.rows
+        for column, cell in zip(table.columns, line, strict=True)
+    }
+
+
+def test_the_best_of_every_number_is_marked():
+    words, codes = score_tables(ROWS)
+    assert [column.name for column in words.columns] == ["CLIP@1", "noise", "overlap"]
+    found = cells(words)
+    assert found["snmf-5", "CLIP@1"] == ("0.610", True, "0.25")
+    assert found["kmeans-10", "CLIP@1"].best and not found["snmf-10", "CLIP@1"].best
+    # Random words overlap least, which is no merit; where all overlap alike none is best.
+    assert found["snmf-5", "overlap"].best and not found["random-5", "overlap"].best
+    assert not found["snmf-10", "overlap"].best and not found["kmeans-10", "overlap"].best
+
+    assert [column.name for column in codes.columns] == ["Hoyer", "dead", "mood"]
+    found = cells(codes)
+    assert ("random-5", "Hoyer") not in found  # random words have no codes
+    assert found["kmeans-10", "Hoyer"].text == ""
+    assert found["kmeans-10", "dead"] == ("0", True, "")
+    assert found["snmf-10", "mood"].text == "0.300" and found["snmf-5", "mood"].text == ""
+
+
+def test_the_random_words_of_each_are_shown_where_no_row_has_them():
+    words, _ = score_tables(ROWS[:2])
+    assert [column.name for column in words.columns] == ["CLIP@1", "random", "noise", "overlap"]
+    assert cells(words)["snmf-5", "random"].text == "0.400"
+
+
+def test_the_order_of_rows_marks_no_other():
+    def marked(rows):
+        return {key for table in score_tables(rows) for key, c in cells(table).items() if c.best}
+
+    assert marked(ROWS) == marked(ROWS[::-1])
+
+
+def test_a_line_a_method(tmp_path):
+    plot(ROWS, tmp_path / "scores.svg")
+    drawn = (tmp_path / "scores.svg").read_text()
+    for shown in ("CLIPScore", "Overlap of words", "snmf", "kmeans", "random", "concepts"):
+        assert f">{shown}" in drawn
+    assert "Variance explained" not in drawn  # no dictionary has it
+    plot([row("pca", 3, hoyer=0.1, stability=0.9)], tmp_path / "one.svg")
+    with pytest.raises(ValueError, match="1 dictionaries have no figure to plot; score them fi"):
+        plot([row("pca", 3)], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def written(rows):
+    on = {"rows": 24, "clip": "clip", "mean similarity of two images": 0.391}
+    return {"dictionaries": [each.to_dict() for each in rows], "scored on": on}
+
+
+def test_a_section_of_the_page(write_run, activations):
+    run = write_run(activations)
+    assert "<h2>Scores</h2>" not in write_report(run).read_text()
+    (run / "scores.json").write_text(json.dumps(written(ROWS)))
+    plot(ROWS, run / "scores.svg")
+    text = write_report(run).read_text()
+    assert text.count("<h2>Scores</h2>") == 1
+    assert "<strong>0.610</strong> <small>± 0.25</small>" in text
+    assert "On 24 samples." in text and "the similarity 0.391" in text
+    assert text.count('src="data:image/svg+xml;base64,') == 1
+    assert text.count('class="group"') == 4  # a rule before each number of concepts
+    # They are no settings.
+    assert "random_std" not in text and "Scored on" not in text
+
+
+def test_names_stay_text(write_run, activations):
+    evil = "<script>alert(1)</script>"
+    run = write_run(activations)
+    rows = [DictionaryScores(evil, evil, 3, hoyer=0.5, attributes={evil: {"concepts": 0.5}})]
+    (run / "scores.json").write_text(json.dumps(written(rows)))
+    assert "<script>alert" not in write_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    "broken", [[1], [{"name": "x"}], [{"name": "x", "method": "y", "num_concepts": 3, "z": 1}]]
+)
+def test_damaged_scores(tmp_path, broken):
+    with pytest.raises(ValueError, match=r"scores.json: no scores of dictionaries \(.*score them"):
+        read_scores(tmp_path, {"dictionaries": broken})
+    assert read_scores(tmp_path, {"attributes": {}}) is None

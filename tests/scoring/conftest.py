@@ -1,0 +1,67 @@
+"""Features of drawn scenes whose states say which kind each shows, and the pair that judges."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ports import clip as clip_port
+from xlvlm_jax import embedded
+from xlvlm_jax.data import scenes
+from xlvlm_jax.store import Features, FeaturesWriter
+
+SITE = "language_model.model.norm"
+WIDTH = 192  # of the embedded model
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return clip_port.load(embedded.CLIP)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """(image, attributes) of some scenes."""
+    root = tmp_path_factory.mktemp("scenes")
+    scenes.write(root, train=40)
+    attributes = json.loads((root / "attributes.json").read_text())
+    images = sorted((root / "train2014").glob("*.jpg"))
+    return [(image, attributes[str(int(image.stem[-12:]))]) for image in images]
+
+
+@pytest.fixture(scope="session")
+def kinds(pictures):
+    """The kinds that are shown, in order of their axis in the states."""
+    return sorted({truth["kind"] for _, truth in pictures})
+
+
+@pytest.fixture(scope="session")
+def write_features(pictures, kinds, tmp_path_factory):
+    """write_features(**changes to the manifest): features whose state is the axis of the kind."""
+
+    def write(site=SITE, captions=True, **manifest):
+        axes = [kinds.index(truth["kind"]) for _, truth in pictures]
+        states = 5 * np.eye(WIDTH, dtype=np.float32)[axes]
+        states += np.random.default_rng(0).normal(0, 0.01, states.shape).astype(np.float32)
+        samples = [
+            {
+                "id": str(number),
+                "image": str(image),
+                "references": [f"a {truth['colour']} {truth['kind']}"] if captions else [],
+                "attributes": truth,
+            }
+            for number, (image, truth) in enumerate(pictures)
+        ]
+        path = tmp_path_factory.mktemp("run") / "features"
+        with FeaturesWriter(path, {"model": "m", **manifest}) as writer:
+            rows = np.arange(len(samples))
+            writer.append(samples, {site: states}, rows, rows, rows)
+            writer.close()
+        return Features.open(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def features(write_features):
+    return write_features()

@@ -1,0 +1,161 @@
+"""`xlvlm score`: how good concepts are, by themselves or over methods and numbers of concepts."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from xlvlm_jax.cli.console import Seed, Site, bars, console, load_model, progress_bars
+
+Directories = Annotated[
+    list[Path] | None, typer.Argument(help="Directories of concepts; none to compare methods.")
+]
+
+
+def score(
+    output: Annotated[Path, typer.Option(help="Where scores.json goes: a run directory, say.")],
+    concepts: Directories = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Features to score on; without it, those the concepts were learnt on."),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Features to learn on, for --methods.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Compare these, with commas: snmf,kmeans,pca,simple,random."),
+    ] = None,
+    num_concepts: Annotated[str, typer.Option(help="Each K, for --methods.")] = "5,10,20,50",
+    model: Annotated[
+        str | None, typer.Option(help="The model that the states came from, for --methods.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="A CLIP directory, or 'embedded': CLIPScore and more.")
+    ] = None,
+    bert: Annotated[
+        Path | None, typer.Option(help="A BERT or RoBERTa directory: BERTScore.")
+    ] = None,
+    bert_layer: Annotated[int | None, typer.Option(help="Its layer; see the paper.")] = None,
+    bert_idf: Annotated[
+        bool, typer.Option(help="Weigh tokens by how rare they are in the captions.")
+    ] = False,
+    bert_baseline: Annotated[
+        Path | None, typer.Option(help="Rescale by this file of LAYER,P,R,F lines.")
+    ] = None,
+    stability: Annotated[
+        list[Path] | None,
+        typer.Option(help="The one directory's concepts by another seed; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each, for --methods.")] = 2,
+    site: Site = None,
+    seed: Seed = 0,
+) -> None:
+    """Concepts -> CLIPScore, BERTScore, overlap, sparsity, stability ... as scores.json."""
+    from xlvlm_jax import Concepts, Features, stages
+    from xlvlm_jax.scoring.comparison import compare, write_scores
+
+    if bool(concepts) == bool(methods):
+        raise ValueError("give either directories of concepts or --methods, to compare those")
+    if stability and (methods or len(concepts) != 1):
+        raise ValueError("--stability is about one directory of concepts; give one")
+    if methods:
+        for name, value in (("--features", features), ("--model", model)):
+            if value is None:
+                raise ValueError(f"--methods needs {name}: give it too")
+        counts = _numbers(num_concepts)
+        train = Features.open(features)
+        site = stages.choose_site(train, site)
+        tested = train if test is None else Features.open(test)
+    else:
+        loaded = [Concepts.load(directory) for directory in concepts]
+        others = [Concepts.load(directory) for directory in stability or ()]
+        for directory, each in zip(concepts, loaded, strict=True):
+            if each.words is None and (clip or bert):
+                raise ValueError(f"{directory} holds no words to score; run `xlvlm ground` first")
+        site = site or loaded[0].source.get("site")
+        test = test or loaded[0].source.get("features")
+        if test is None:
+            raise ValueError(f"{concepts[0]} does not say what it was learnt on; give --test")
+        tested = Features.open(test)
+
+    scorer = _scorer(tested, site, clip, bert, bert_layer, bert_idf, bert_baseline, seed)
+    if methods:
+        with progress_bars() as progress:
+            rows = compare(
+                train,
+                load_model(model),
+                scorer,
+                methods=[name.strip() for name in methods.split(",")],
+                num_concepts=counts,
+                num_seeds=seeds,
+                seed=seed,
+                progress=bars(progress)("scoring"),
+            )
+    else:
+        rows = [
+            scorer.score(each, name=directory.name, others=others)
+            for directory, each in zip(concepts, loaded, strict=True)
+        ]
+    path = write_scores(output, scorer.describe(), rows)
+    _show(rows)
+    console.print(f"{len(rows)} dictionaries scored on {len(scorer.Z)} rows -> {path}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--num-concepts is {text!r}; expected whole numbers with commas, such as 5,10,20"
+        ) from None
+
+
+def _scorer(
+    features: Any,
+    site: str | None,
+    clip: str | None,
+    bert: Path | None,
+    layer: int | None,
+    idf: bool,
+    baseline: Path | None,
+    seed: int,
+) -> Any:
+    from ports import bert as bert_port
+    from ports import clip as clip_port
+    from xlvlm_jax import embedded, metrics
+    from xlvlm_jax.scoring.scorer import Scorer, captions
+
+    if bert is None and (layer is not None or idf or baseline is not None):
+        raise ValueError("--bert-layer, --bert-idf and --bert-baseline need --bert: give it too")
+    judge, encoder = None, None
+    if bert is not None:
+        said = captions(features)  # before anything is loaded
+        with console.status(f"loading {bert}"):
+            judge = bert_port.load(bert)
+        layer = metrics.default_layer(judge) if layer is None else layer
+        judge = metrics.BertScorer(
+            judge,
+            layer=layer,
+            idf=[text for texts in said for text in texts] if idf else None,
+            baseline=None if baseline is None else metrics.read_baseline(baseline, layer),
+        )
+    if clip is not None:
+        with console.status(f"loading {clip}"):
+            encoder = clip_port.load(embedded.CLIP if clip == "embedded" else clip)
+    with console.status("reading and encoding the samples"):
+        return Scorer(features, site, clip=encoder, bert=judge, seed=seed)
+
+
+def _show(rows: list[Any]) -> None:
+    from xlvlm_jax.report.scores import score_tables
+
+    for scores in score_tables(rows):
+        names = (column.name for column in scores.columns)
+        table = Table("", *names, title=scores.title, box=None, pad_edge=False)
+        table.columns[0].no_wrap = True
+        for row, cells in scores.rows:
+            shown = (f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells)
+            table.add_row(row.name, *shown)
+        console.print(table)

@@ -1,0 +1,67 @@
+"""CLIPScore: how well words fit an image, with no reference (Hessel et al. 2021).
+
+    CLIPScore(image, words) = 2.5 max(cos(CLIP(image), CLIP(text)), 0)
+
+where the text is "A photo is described by the words dog, beach." (CoX-LMM, NeurIPS 2024, section
+4.1). N images, M texts, E width of CLIP's common space.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from ports.clip import DualEncoder
+
+AnyArray = jax.Array | np.ndarray
+WEIGHT = 2.5
+_MULTIPLE = 16  # lengths of texts are filled up to multiples of it, so that few shapes compile
+
+
+def describe(words: Sequence[str]) -> str:
+    """The text that says that an image shows these words."""
+    return f"A photo is described by the words {', '.join(words)}."
+
+
+def embed_texts(
+    clip: DualEncoder, texts: Sequence[str], *, batch_size: int = 64
+) -> Float[np.ndarray, "M E"]:
+    """Unit vectors of texts; what is longer than CLIP's context is cut off."""
+    tokenizer, context = clip.processor.tokenizer, clip.module.config.text.max_positions
+    vectors = np.zeros((len(texts), clip.module.config.projection_dim), np.float32)
+    if not len(texts):
+        return vectors
+    inputs = tokenizer(list(texts), truncation=True, max_length=context)
+    # Filled up to one shape, so that one program computes every batch.
+    longest = -(-max(map(len, inputs["input_ids"])) // _MULTIPLE) * _MULTIPLE
+    inputs = tokenizer.pad(
+        inputs, padding="max_length", max_length=min(longest, context), return_tensors="np"
+    )
+    for start in range(0, len(texts), batch_size):
+        rows = np.arange(start, start + batch_size) % len(texts)
+        embedded = clip.embed_text(inputs["input_ids"][rows], inputs["attention_mask"][rows])
+        vectors[rows] = embedded
+    return vectors
+
+
+def embed_images(
+    clip: DualEncoder, images: Iterable[Image.Image], *, batch_size: int = 32
+) -> Float[np.ndarray, "N E"]:
+    """Unit vectors of images, which may come one by one from a generator."""
+    images = iter(images)
+    vectors = [np.zeros((0, clip.module.config.projection_dim), np.float32)]
+    while batch := list(islice(images, batch_size)):
+        filled = batch + batch[:1] * (batch_size - len(batch))
+        pixels = clip.processor.image_processor(filled, return_tensors="np")["pixel_values"]
+        vectors.append(np.asarray(clip.embed_images(pixels))[: len(batch)])
+    return np.concatenate(vectors)
+
+
+def clip_scores(
+    images: Float[AnyArray, "N E"], texts: Float[AnyArray, "M E"]
+) -> Float[np.ndarray, "N M"]:
+    """CLIPScore of every image with every text, from their unit vectors; in [0, 2.5]."""
+    return WEIGHT * np.maximum(np.asarray(images) @ np.asarray(texts).T, 0)

@@ -1,0 +1,57 @@
+"""Monosemanticity: whether the images that activate a concept are alike.
+
+With unit vectors e_n of the images (of CLIP, or another encoder) and the activations of a concept
+scaled to [0, 1] over the samples, a_n = (u_n - min u) / (max u - min u), its score is the mean
+similarity of two images, weighted by how much both activate it:
+
+    sum over n < m of a_n a_m cos(e_n, e_m)  /  sum over n < m of a_n a_m
+
+(Pach et al. 2025, "Sparse autoencoders learn monosemantic features in vision-language models",
+section 3.2). The sums over pairs are taken from sums over samples,
+2 sum over n < m of x_n x_m = |sum of x_n|^2 - sum of |x_n|^2. N samples, K concepts, E width.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+AnyArray = jax.Array | np.ndarray
+
+
+def monosemanticity(
+    activations: Float[AnyArray, "N K"], images: Float[AnyArray, "N E"]
+) -> Float[np.ndarray, "K"]:
+    """The score of each concept, in [-1, 1]; NaN for one that no two samples activate.
+
+    Args:
+        activations: of any sign.
+        images: unit vectors of the samples' images. Of several samples of one image only one should
+            be given, or they count as images that are alike.
+
+    Raises ValueError unless both have N rows.
+    """
+    codes, images = np.asarray(activations, np.float64), np.asarray(images, np.float64)
+    if len(codes) != len(images):
+        raise ValueError(
+            f"activations of {len(codes)} samples, {len(images)} images; expected one a sample"
+        )
+    low, high = codes.min(axis=0), codes.max(axis=0)
+    weights = (codes - low) / np.where(high > low, high - low, 1)
+    squares = np.sum(weights**2, axis=0)
+    similar = np.sum((weights.T @ images) ** 2, axis=1) - squares
+    pairs = np.sum(weights, axis=0) ** 2 - squares
+    # One sample alone leaves a difference of equal numbers.
+    enough = pairs > 1e-9 * np.maximum(squares, 1)
+    return np.where(enough, similar / np.where(enough, pairs, 1), np.nan)
+
+
+def mean_similarity(images: Float[AnyArray, "N E"]) -> float:
+    """The mean cosine of two images: the score of a concept that all activate alike.
+
+    Raises ValueError for fewer than two images.
+    """
+    images = np.asarray(images, np.float64)
+    N = len(images)
+    if N < 2:
+        raise ValueError(f"similarity needs two images or more, got {N}")
+    return float((np.sum(images.sum(axis=0) ** 2) - N) / (N * (N - 1)))

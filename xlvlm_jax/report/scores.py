@@ -1,0 +1,210 @@
+"""Scores of dictionaries as tables and a plot, for the terminal and for the page."""
+
+import base64
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from xlvlm_jax.scoring.records import DictionaryScores, Fit
+
+from .plots import figure
+
+KEYS = ("dictionaries", "scored on")  # of scores.json
+Figure = Callable[[DictionaryScores], float | None]
+
+
+class Column(NamedTuple):
+    """A figure of dictionaries."""
+
+    name: str
+    value: Figure
+    explained: str
+    better: int = 0  # 1: the higher the better, -1: the lower, 0: neither
+    deviation: Figure | None = None
+
+
+class Cell(NamedTuple):
+    """A figure as written."""
+
+    text: str  # empty where there is none
+    best: bool  # of the dictionaries with as many concepts
+    deviation: str = ""  # over samples
+
+
+class ScoreTable(NamedTuple):
+    """Figures of dictionaries, a column each; those that no dictionary has are left out."""
+
+    title: str
+    columns: list[Column]
+    rows: list[tuple[DictionaryScores, list[Cell]]]
+
+
+class ScoresSection(NamedTuple):
+    """What the page shows of scores.json."""
+
+    tables: list[ScoreTable]
+    plot: str | None  # data URI
+    rows: int | None  # scored on
+    clip: str | None  # the models that judged
+    bert: str | None
+    similarity: float | None
+
+
+def read_scores(run: Path, scores: Mapping[str, Any]) -> ScoresSection | None:
+    """The section of a run directory whose scores.json holds `scores`; None if it has none.
+
+    Raises ValueError for dictionaries that are not as `write_scores` writes them.
+    """
+    if not scores.get("dictionaries"):
+        return None
+    try:
+        rows = [DictionaryScores.from_dict(row) for row in scores["dictionaries"]]
+        on = dict(scores.get("scored on") or {})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{run / 'scores.json'}: no scores of dictionaries ({error}); score them again"
+        ) from None
+    image = run / "scores.svg"
+    uri = None
+    if image.is_file():
+        uri = f"data:image/svg+xml;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    return ScoresSection(
+        score_tables(rows),
+        uri,
+        on.get("rows"),
+        on.get("clip"),
+        on.get("bert"),
+        on.get("mean similarity of two images"),
+    )
+
+
+def score_tables(rows: Sequence[DictionaryScores]) -> list[ScoreTable]:
+    """The figures in two tables, of words and of codes; the best of every K is marked."""
+    # As they are written: a figure that is NaN is none.
+    rows = [DictionaryScores.from_dict(row.to_dict()) for row in rows]
+    tables = []
+    for title, columns in (
+        ("How well the words fit", _word_columns(rows)),
+        ("What the codes are like", _code_columns(rows)),
+    ):
+        columns = [c for c in columns if any(c.value(row) is not None for row in rows)]
+        lines = [(row, [_cell(row, column, rows) for column in columns]) for row in rows]
+        # A row that has none of the figures (random words have no codes) is left out.
+        lines = [(row, cells) for row, cells in lines if any(cell.text for cell in cells)]
+        if columns:
+            tables.append(ScoreTable(title, columns, lines))
+    return tables
+
+
+def _word_columns(rows: Sequence[DictionaryScores]) -> Iterator[Column]:
+    for name, of, more in (
+        ("CLIP", "clip", "CLIPScore of the samples with the words of the"),
+        ("BERT", "bert", "BERTScore (F1) of the samples' captions with the words of the"),
+    ):
+        for r in sorted({r for row in rows for r in getattr(row, of)}):
+            top = "most activated concept" if r == 1 else f"{r} most activated concepts"
+            yield Column(f"{name}@{r}", _fit(of, r, "mean"), f"{more} {top}", 1, _fit(of, r, "std"))
+            if not any(row.method == "random" for row in rows):
+                yield Column("random", _fit(of, r, "random"), "the same with random words, as many")
+            yield Column("noise", _fit(of, r, "noise"), "the same with images of noise")
+    yield Column(
+        "overlap", lambda row: row.overlap, "share of words that two concepts have in common", -1
+    )
+
+
+def _fit(of: str, r: int, figure: str) -> Figure:
+    def value(row: DictionaryScores) -> float | None:
+        fit: Fit | None = getattr(row, of).get(r)
+        return None if fit is None else getattr(fit, figure)
+
+    return value
+
+
+def _code_columns(rows: Sequence[DictionaryScores]) -> Iterator[Column]:
+    yield Column("variance", lambda row: row.explained_variance, "share of it explained", 1)
+    yield Column("Hoyer", lambda row: row.hoyer, "sparsity: 1 if a sample uses one concept", 1)
+    yield Column("active", lambda row: row.active, "share of codes that are not zero")
+    yield Column("dead", lambda row: row.dead, "concepts that come first in no sample", -1)
+    yield Column("stability", lambda row: row.stability, "cosine with other seeds' concepts", 1)
+    yield Column("alike", lambda row: row.monosemanticity, "likeness of a concept's images", 1)
+    for name in dict.fromkeys(name for row in rows for name in row.attributes):
+        yield Column(
+            name,
+            lambda row, name=name: row.attributes.get(name, {}).get("concepts"),
+            f"mutual information of the most activated concept with {name}",
+            1,
+        )
+
+
+def _cell(row: DictionaryScores, column: Column, rows: Sequence[DictionaryScores]) -> Cell:
+    value = column.value(row)
+    if value is None:
+        return Cell("", False)
+    rivals = {
+        column.better * round(column.value(other), 3)
+        for other in rows
+        if other.num_concepts == row.num_concepts
+        and column.value(other) is not None
+        # No words overlap as little as random ones.
+        and (other.method != "random" or column.better > 0)
+    }
+    # Where all are alike none is best.
+    best = len(rivals) > 1 and column.better * round(value, 3) == max(rivals)
+    spread = column.deviation and column.deviation(row)
+    return Cell(
+        str(value) if isinstance(value, int) else f"{value:.3f}",
+        best,
+        "" if spread is None else f"{spread:.2f}",
+    )
+
+
+_PANELS: tuple[tuple[str, Figure], ...] = (
+    ("CLIPScore", lambda row: row.clip[min(row.clip)].mean if row.clip else None),
+    ("BERTScore", lambda row: row.bert[min(row.bert)].mean if row.bert else None),
+    ("Overlap of words (lower is better)", lambda row: row.overlap),
+    ("Variance explained", lambda row: row.explained_variance),
+    ("Stability over seeds", lambda row: row.stability),
+    ("Monosemanticity", lambda row: row.monosemanticity),
+)
+
+
+def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None:
+    """Draws each figure against the number of concepts, a line a method.
+
+    Of CLIPScore and BERTScore that of the fewest concepts. Figures that no dictionary has get no
+    panel. Raises ValueError if none is left, and as `figure`.
+    """
+    panels = [
+        (title, value) for title, value in _PANELS if any(value(row) is not None for row in rows)
+    ]
+    if not panels:
+        raise ValueError(f"{len(rows)} dictionaries have no figure to plot; score them first")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    counts = sorted({row.num_concepts for row in rows})
+    with figure(path, lines, columns, width=3.1 * columns, height=2.5 * lines) as (drawn, grid):
+        axes = list(np.ravel(grid))
+        for axis, (title, value) in zip(axes, panels, strict=False):
+            for number, method in enumerate(methods):
+                points = sorted(
+                    (row.num_concepts, value(row))
+                    for row in rows
+                    if row.method == method and value(row) is not None
+                )
+                # A method keeps its colour, and its place in the legend, where it has no figure.
+                axis.plot(*np.reshape(points, (-1, 2)).T, "o-", color=f"C{number}", label=method)
+            axis.set_title(title)
+            axis.set_xscale("log")
+            axis.set_xticks(counts)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xlabel("concepts")
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))

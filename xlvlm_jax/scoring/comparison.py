@@ -1,0 +1,168 @@
+"""One table over methods and numbers of concepts: decompose, ground, score, each on the same rows.
+
+"random" is no decomposition: it is the first other method's dictionary read as random words, as
+many for each concept, and is scored where words count.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ports import VLM
+from ports.checkpoint import fingerprint
+from ports.clip import DualEncoder
+from xlvlm_jax import atomic, metrics
+from xlvlm_jax.concepts import ALIASES, METHODS, decompose
+from xlvlm_jax.grounding import ground_text
+from xlvlm_jax.report.scores import plot
+from xlvlm_jax.scoring.records import DictionaryScores
+from xlvlm_jax.scoring.scorer import Scorer
+from xlvlm_jax.stages import choose_site
+from xlvlm_jax.store import Features
+
+RANDOM = "random"
+ALL_METHODS = (*METHODS, RANDOM)
+
+
+def compare(
+    train: Features,
+    vlm: VLM,
+    scorer: Scorer,
+    *,
+    methods: Sequence[str] = ALL_METHODS,
+    num_concepts: Sequence[int] = (5, 10, 20, 50),
+    num_seeds: int = 2,
+    num_words: int = 10,
+    num_candidates: int = 50,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[DictionaryScores]:
+    """Scores every method with every number of concepts; for each number the methods in order.
+
+    Args:
+        train: the rows to decompose, of the scorer's site.
+        vlm: whose head reads the words.
+        scorer: holds the rows to score on, best others than the train ones.
+        methods: of `decompose`, and "random".
+        num_concepts: each K.
+        num_seeds: how many times each is decomposed, for the stability; the first is scored.
+        num_words, num_candidates: as for `ground_text`.
+        progress: called after each with (done, in all).
+
+    Raises ValueError as `decompose` does, for rows of other models or widths, and for "random"
+    alone.
+    """
+    learnt = [method for method in dict.fromkeys(methods) if method != RANDOM]
+    if not learnt:
+        raise ValueError(
+            f"'random' replaces the words of another method's concepts; give one of "
+            f"{', '.join(METHODS)} too"
+        )
+    if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES)]:
+        raise ValueError(
+            f"unknown method {unknown[0]!r}; expected some of {', '.join(ALL_METHODS)}"
+        )
+    if num_seeds < 1:
+        raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
+    if RANDOM in methods and scorer.clip is None and scorer.bert is None:
+        raise ValueError("random words are scored by CLIP or BERT; give one, or leave 'random' out")
+    Z = train.matrix(choose_site(train, scorer.site))
+    source = {
+        "site": scorer.site,
+        "model": train.manifest.get("model"),
+        "fingerprint": train.manifest.get("fingerprint"),
+    }
+    scorer.check_source(source)
+    if vlm.directory is not None and source["fingerprint"] not in (
+        None,
+        fingerprint(vlm.directory),
+    ):
+        raise ValueError(
+            f"{train.path} holds states of {source['model']!r} ({source['fingerprint']}); "
+            f"{vlm.directory} is another model, give that one"
+        )
+    counts = list(dict.fromkeys(num_concepts))
+    found: dict[tuple[str, int], DictionaryScores] = {}
+
+    def keep(method: str, K: int, scores: DictionaryScores) -> None:
+        found[method, K] = scores
+        if progress is not None:
+            progress(len(found), len(set(methods)) * len(counts))
+
+    for method in learnt:
+        # All numbers of concepts side by side: one program a method.
+        runs = [
+            decompose(Z, counts, method, key=jax.random.key(seed + i)) for i in range(num_seeds)
+        ]
+        for K, first, *others in zip(counts, *runs, strict=True):
+            components = np.asarray(first.components)
+            words = ground_text(components, vlm.unembed, vlm.tokenizer, num_words, num_candidates)
+            concepts = dataclasses.replace(first, words=words, source=source)
+            keep(method, K, scorer.score(concepts, name=f"{method}-{K}", others=others))
+    if RANDOM in methods:
+        for K in counts:
+            row = scorer.random_words(found[learnt[0], K], name=f"{RANDOM}-{K}")
+            keep(RANDOM, K, row)
+    return [found[method, K] for K in counts for method in dict.fromkeys(methods)]
+
+
+class Run(NamedTuple):
+    """What `score_run` made."""
+
+    scores: list[DictionaryScores]
+    path: Path
+
+
+def score_run(
+    run: Path,
+    vlm: VLM,
+    clip: DualEncoder,
+    *,
+    bert: metrics.BertScorer | None = None,
+    site: str | None = None,
+    methods: Sequence[str] = ALL_METHODS,
+    num_concepts: Sequence[int] = (5, 10, 20),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Compares methods on a run directory: learnt on features/, scored on test-features/.
+
+    The scores join what scores.json holds already; the report shows them.
+    """
+    train = Features.open(run / "features")
+    scorer = Scorer(Features.open(run / "test-features"), site, clip=clip, bert=bert, seed=seed)
+    options = {"methods": methods, "num_concepts": num_concepts, "seed": seed}
+    rows = compare(train, vlm, scorer, progress=progress, **options)
+    return Run(rows, write_scores(run, scorer.describe(), rows))
+
+
+def write_scores(
+    directory: Path, description: Mapping[str, Any], rows: Sequence[DictionaryScores]
+) -> Path:
+    """Writes the scores as "dictionaries" of scores.json, beside what else the file holds, and a
+    plot of them as scores.svg where they are of several numbers of concepts.
+
+    Raises ValueError for a scores.json that is no JSON object.
+    """
+    path = directory / "scores.json"
+    try:
+        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it or choose another place") from None
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
+    directory.mkdir(parents=True, exist_ok=True)
+    known["scored on"] = dict(description)
+    known["dictionaries"] = [row.to_dict() for row in rows]
+    image = directory / "scores.svg"
+    if len({row.num_concepts for row in rows}) > 1:
+        plot(rows, image)
+    else:
+        image.unlink(missing_ok=True)  # of other scores
+    atomic.write(path, json.dumps(known, indent=2) + "\n")
+    return path

@@ -1,0 +1,290 @@
+"""Scores dictionaries: how well their words fit samples, and what their codes are like.
+
+A `Scorer` holds the samples, rows of one site of a directory of features, with the vectors of their
+images and what people said of them; it scores one dictionary after another on them. N rows, K
+concepts, D width, E width of CLIP's common space.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ports.clip import DualEncoder
+from xlvlm_jax import metrics
+from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.scoring.records import DictionaryScores, Fit, plain
+from xlvlm_jax.stages import as_json, choose_site, known_attributes
+from xlvlm_jax.store import Features
+
+TOPS = (1, 3)
+NUM_RANDOM = 10
+NUM_NOISE = 32
+
+
+class Scorer:
+    """Scores dictionaries on the rows of one site.
+
+    Args:
+        features: the samples to score on.
+        site: whose states; may be left out if there is one.
+        clip: from `ports.clip.load`; without it no CLIPScore and no monosemanticity.
+        bert: from `metrics.BertScorer`; without it no BERTScore.
+        tops: the numbers r of most activated concepts.
+        num_random: how often random words are drawn; their scores are means over the draws.
+        seed: of the random words and of the noise.
+
+    Each image is read and encoded once, however many rows and dictionaries are scored.
+
+    Raises ValueError for another site, a number below one, with `bert` samples without captions,
+    and with `clip` samples without images; what `read_image` raises for one that can't be read.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        site: str | None = None,
+        *,
+        clip: DualEncoder | None = None,
+        bert: metrics.BertScorer | None = None,
+        tops: Sequence[int] = TOPS,
+        num_random: int = NUM_RANDOM,
+        seed: int = 0,
+    ):
+        for name, values in (("tops", tops), ("num_random", [num_random])):
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} must be at least 1, got {values}")
+        self.features, self.site = features, choose_site(features, site)
+        self.clip, self.bert = clip, bert
+        self.tops, self.num_random, self.seed = tuple(tops), num_random, seed
+        self.Z = features.matrix(self.site)
+        self.attributes = known_attributes(features)
+        if bert is not None:
+            self._captions = captions(features)
+            self._bert_vocabulary = metrics.vocabulary_words(bert.encoder.tokenizer)
+        self.images: Float[np.ndarray, "N E"] | None = None
+        if clip is not None:
+            files = [features.samples[i].get("image") for i in features.sample_rows]
+            if None in files:
+                name = features.samples[features.sample_rows[files.index(None)]].get("id")
+                raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
+            # [N], which of the images each row shows
+            names, self._image_rows = np.unique(files, return_inverse=True)
+            embedded = metrics.embed_images(clip, (read_image(name) for name in names))
+            self.images = embedded[self._image_rows]
+            side = clip.module.config.vision.image_size
+            self._noise = metrics.embed_images(
+                clip, metrics.noise_images(NUM_NOISE, side, seed=seed)
+            )
+            self._clip_vocabulary = metrics.vocabulary_words(clip.processor.tokenizer)
+
+    def score(
+        self, concepts: Concepts, *, name: str = "", others: Sequence[Concepts] = ()
+    ) -> DictionaryScores:
+        """The scores of a dictionary.
+
+        Args:
+            concepts: grounded in words, or CLIPScore, BERTScore and overlap are left out.
+            name: how it is called in the result.
+            others: what other seeds found, for the stability.
+
+        Raises ValueError for concepts of another site, model or width, or others of another shape.
+        """
+        self.check_source(concepts.source)
+        K = len(concepts.components)
+        activations = np.asarray(project(self.Z, concepts))
+        explained = metrics.explained_variance(self.Z, metrics.reconstruct(concepts, activations))
+        stability = None
+        if others:
+            stability = metrics.stability([x.components for x in (concepts, *others)])
+        alike = None
+        if self.images is not None:
+            # Of several rows of one image the first.
+            _, rows = np.unique(self._image_rows, return_index=True)
+            scores = metrics.monosemanticity(activations[rows], self.images[rows])
+            alike = float(np.nanmean(scores)) if np.isfinite(scores).any() else None
+        agreement = metrics.attribute_scores(activations, self.attributes)
+        return DictionaryScores(
+            name=name or concepts.method,
+            method=concepts.method,
+            num_concepts=K,
+            explained_variance=explained,
+            hoyer=metrics.hoyer_sparsity(activations),
+            active=metrics.active_share(activations),
+            dead=int(metrics.dead_concepts(activations).sum()),
+            stability=stability,
+            monosemanticity=alike,
+            attributes=as_json(agreement),
+            **self._of_words(concepts.words, activations),
+        )
+
+    def check_source(self, source: Mapping[str, Any]) -> None:
+        """ValueError if concepts of that source are of another site or model than the rows."""
+        site = source.get("site", self.site)
+        if site != self.site:
+            raise ValueError(
+                f"concepts of site {site!r} cannot be scored on states of {self.site!r}; extract "
+                "the same site of both"
+            )
+        manifest = self.features.manifest
+        models = source.get("fingerprint"), manifest.get("fingerprint")
+        if None not in models and models[0] != models[1]:
+            raise ValueError(
+                f"concepts of the model {source.get('model')!r} ({models[0]}), but "
+                f"{self.features.path} holds states of {manifest.get('model')!r} ({models[1]}); "
+                "extract with the same model"
+            )
+
+    def random_words(self, scores: DictionaryScores, *, name: str = "random") -> DictionaryScores:
+        """What remains of a dictionary's scores when its words are drawn at random, as a row.
+
+        Figures are means over the draws. Raises ValueError without `clip` and `bert`, whose
+        vocabularies the words are drawn from.
+        """
+        if self.clip is None and self.bert is None:
+            raise ValueError("random words are drawn from CLIP's or BERT's vocabulary; give one")
+        vocabulary = self._clip_vocabulary if self.clip else self._bert_vocabulary
+        draws = self._draws(scores.words, vocabulary)
+
+        def drawn(fits: Mapping[int, Fit]) -> dict[int, Fit]:
+            return {
+                r: Fit(fit.random, fit.random_std, fit.random, fit.random_std, fit.num_samples)
+                for r, fit in fits.items()
+            }
+
+        return DictionaryScores(
+            name=name,
+            method="random",
+            num_concepts=scores.num_concepts,
+            clip=drawn(scores.clip),
+            bert=drawn(scores.bert),
+            overlap=float(np.mean([metrics.word_overlap(words) for words in draws]))
+            if scores.num_concepts > 1
+            else None,
+        )
+
+    def _of_words(
+        self, words: Sequence[Sequence[str]] | None, activations: Float[np.ndarray, "N K"]
+    ) -> dict[str, Any]:
+        """The scores that words decide, by the names of their fields."""
+        if words is None:
+            return {}
+        chosen = {r: metrics.top_concepts(activations, r) for r in self.tops}
+        return {
+            "words": words,
+            "overlap": metrics.word_overlap(words) if len(words) > 1 else None,
+            "clip": self._clip_fits(words, chosen) if self.clip else {},
+            "bert": self._bert_fits(words, chosen) if self.bert else {},
+        }
+
+    def _clip_fits(
+        self, words: Sequence[Sequence[str]], chosen: Mapping[int, Bool[np.ndarray, "N K"]]
+    ) -> dict[int, Fit]:
+        draws = self._draws(words, self._clip_vocabulary)
+        texts = [metrics.describe(concept) for version in (words, *draws) for concept in version]
+        embedded = metrics.embed_texts(self.clip, texts)
+        worded = np.array([bool(concept) for concept in words])
+        K = len(words)
+        own = metrics.clip_scores(self.images, embedded[:K]) * worded
+        drawn = metrics.clip_scores(self.images, embedded[K:]).reshape(len(own), -1, K).mean(1)
+        # Sample n is shown noise n mod NUM_NOISE.
+        noise = metrics.clip_scores(self._noise, embedded[:K]) * worded
+        noise = noise[np.arange(len(own)) % NUM_NOISE]
+        return {
+            r: _fit(own, drawn * worded, mask, noise=_mean(metrics.mean_of_top(noise, mask)))
+            for r, mask in chosen.items()
+        }
+
+    def _bert_fits(
+        self, words: Sequence[Sequence[str]], chosen: Mapping[int, Bool[np.ndarray, "N K"]]
+    ) -> dict[int, Fit]:
+        widest = chosen[max(chosen)]
+        rows, columns = np.nonzero(widest)
+
+        def matched(version: Sequence[Sequence[str]]) -> np.ndarray:
+            """Precision, recall and F1 [3, N, K] where `widest`, else 0."""
+            texts = [", ".join(version[k]) for k in columns]
+            values = np.zeros((3, *widest.shape))
+            if len(rows):
+                values[:, rows, columns] = self.bert(texts, [self._captions[n] for n in rows])
+            return values
+
+        precision, recall, own = matched(words)
+        draws = self._draws(words, self._bert_vocabulary)
+        drawn = np.mean([matched(version)[2] for version in draws], axis=0)
+        return {
+            r: _fit(
+                own,
+                drawn,
+                mask,
+                precision=_mean(metrics.mean_of_top(precision, mask)),
+                recall=_mean(metrics.mean_of_top(recall, mask)),
+            )
+            for r, mask in chosen.items()
+        }
+
+    def _draws(
+        self, words: Sequence[Sequence[str]], vocabulary: Sequence[str]
+    ) -> list[list[list[str]]]:
+        return [
+            metrics.random_words(words, vocabulary, seed=self.seed + draw)
+            for draw in range(self.num_random)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """What the scores were computed with and on, as JSON values."""
+        similarity = None
+        if self.images is not None and len(set(self._image_rows.tolist())) > 1:
+            _, rows = np.unique(self._image_rows, return_index=True)
+            similarity = metrics.mean_similarity(self.images[rows])
+        described = {
+            "features": str(self.features.path),
+            "site": self.site,
+            "rows": len(self.Z),
+            "clip": self.clip and self.clip.directory.name,
+            "bert": self.bert and self.bert.encoder.directory.name,
+            "bert layer": self.bert and self.bert.layer,
+            "mean similarity of two images": similarity,
+            "draws of random words": self.num_random,
+            "seed": self.seed,
+        }
+        return plain({key: value for key, value in described.items() if value is not None})
+
+
+def captions(features: Features) -> list[list[str]]:
+    """What people said of the sample of each row; ValueError if of one they said nothing."""
+    found = [features.samples[i].get("references") or [] for i in features.sample_rows]
+    found = [[text for text in texts if text.strip()] for texts in found]
+    missing = [i for i, texts in zip(features.sample_rows, found, strict=True) if not texts]
+    if missing:
+        name = features.samples[missing[0]].get("id", missing[0])
+        raise ValueError(
+            f"{features.path}: {len(set(missing))} samples have no captions, the first {name!r}; "
+            "BERTScore needs them: extract from data with captions, or leave it out"
+        )
+    return found
+
+
+def _fit(
+    own: Float[np.ndarray, "N K"],
+    drawn: Float[np.ndarray, "N K"],
+    chosen: Bool[np.ndarray, "N K"],
+    **rest: float,
+) -> Fit:
+    scores, random = (metrics.mean_of_top(values, chosen) for values in (own, drawn))
+    return Fit(
+        mean=_mean(scores),
+        std=float(np.nanstd(scores)) if np.isfinite(scores).any() else math.nan,
+        random=_mean(random),
+        random_std=float(np.nanstd(random)) if np.isfinite(random).any() else math.nan,
+        num_samples=int(np.isfinite(scores).sum()),
+        **rest,
+    )
+
+
+def _mean(scores: Float[np.ndarray, "N"]) -> float:
+    """The mean of the samples that have a score; NaN if none has."""
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
