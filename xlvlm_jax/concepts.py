@@ -342,7 +342,7 @@ def decompose_stored(
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
 
     The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
-    beyond two tiles of 32 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
+    beyond a few tiles of 16 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).

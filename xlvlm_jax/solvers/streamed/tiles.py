@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-TILE_BYTES = 2**25
+TILE_BYTES = 2**24
 Write = Callable[[int, np.ndarray], None]
 
 
@@ -61,9 +61,12 @@ def add_up(
     totals, last = None, None
     for tile in tiles(source):
         sums, rest = work(tile)
+        if last is not None:
+            # No more than two tiles are held, however fast they are read.
+            jax.block_until_ready(totals)
+            if keep is not None:
+                keep(*last)
         totals = sums if totals is None else _sum(totals, sums)
-        if last is not None and keep is not None:
-            keep(*last)
         last = tile, rest
     if keep is not None:
         keep(*last)

@@ -1,0 +1,1 @@
+"""Solvers against the libraries that a user would pick instead; see `__main__`."""

@@ -1,0 +1,58 @@
+"""The matrices that are factored, and what each method minimises, in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def planted(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
+    """K unit atoms with sparse non-negative codes, and noise."""
+    rng = np.random.default_rng(seed)
+    codes = (10 * rng.exponential(size=(N, K)) * (rng.random((N, K)) < 0.3)).astype(np.float32)
+    atoms = rng.normal(size=(K, D)).astype(np.float32)
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    return codes @ atoms + 0.1 * rng.standard_normal(size=(N, D), dtype=np.float32)
+
+
+def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
+    """Like a model's states: one large common direction, K clusters, heavy tails, slow decay."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_t(3, size=D)
+    common *= 40 / np.linalg.norm(common)
+    width = min(D, 200)
+    basis = np.linalg.qr(rng.normal(size=(D, width)))[0].T
+    spread = 30 * np.arange(1, width + 1) ** -0.7
+    centres = 0.7 * rng.normal(size=(K, width)) * spread
+    within = 0.5 * rng.standard_t(4, size=(N, width)) * spread
+    rows = common + (centres[rng.integers(0, K, N)] + within) @ basis
+    return (rows + 0.2 * rng.standard_t(4, size=(N, D))).astype(np.float32)
+
+
+def of_features(path: Path, site: str | None) -> np.ndarray:
+    """Real states: those of one site of a features directory."""
+    from xlvlm_jax import Features, stages
+
+    features = Features.open(path)
+    return features.matrix(stages.choose_site(features, site))
+
+
+def snmf_objective(Z: np.ndarray, codes: Any, atoms: Any, alpha: float = 1.0) -> float:
+    """1/2 |Z - U V|^2 + alpha |U|_1."""
+    codes, atoms = np.asarray(codes, np.float64), np.asarray(atoms, np.float64)
+    return float(0.5 * np.sum((Z - codes @ atoms) ** 2) + alpha * np.abs(codes).sum())
+
+
+def inertia(Z: np.ndarray, centroids: Any) -> float:
+    """Sum of squared distances to the nearest centroid."""
+    centroids = np.asarray(centroids, np.float64)
+    total = 0.0
+    for part in np.array_split(Z, -(-len(Z) // 4096)):
+        squared = np.sum(centroids**2, axis=1) - 2 * part.astype(np.float64) @ centroids.T
+        total += np.sum((part - centroids[squared.argmin(axis=1)]) ** 2)
+    return float(total)
+
+
+def minus_explained(Z: np.ndarray, components: Any) -> float:
+    """Minus the sum of squares that the orthonormal components explain."""
+    return -float(np.sum(((Z - Z.mean(axis=0, dtype=np.float64)) @ np.asarray(components).T) ** 2))

@@ -1,0 +1,70 @@
+"""What one update on the whole of Z costs, beside what the machine can do."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import seconds
+from xlvlm_jax.solvers import kmeans, pca, semi_nmf
+from xlvlm_jax.solvers.loop import begin, run
+
+KEY = jax.random.key(0)
+
+
+def updating(method: str, Z: jax.Array, K: int) -> tuple:
+    """(update, problem, state, columns that Z is multiplied with) of a method."""
+    active = jnp.ones(K, bool)
+    start = Z[:: max(len(Z) // K, 1)][:K]
+    if method == "snmf":
+        energy = 0.5 * jnp.sum(Z**2, axis=1)
+        problem = semi_nmf.Problem(Z, energy, jnp.float32(1), active)
+        atoms = start / jnp.linalg.norm(start, axis=1, keepdims=True)
+        state = semi_nmf.init(problem, jnp.zeros((K, len(Z))), atoms)
+        return semi_nmf.update, problem, state, 2 * K
+    if method == "kmeans":
+        problem = kmeans.prepare(Z, len(Z), active)
+        return kmeans.update, problem, kmeans.init(problem, start), K
+    width = min(K + pca.OVERSAMPLE, *Z.shape)
+    problem = pca.prepare(Z, len(Z))
+    state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)
+    return partial(pca.update, num_concepts=K), problem, state, 2 * width
+
+
+def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
+    """Seconds of an update, of reading Z, the rate of a large matrix product, and the share.
+
+    The limit is what an update cannot beat: the longer of reading Z once and doing its products
+    with Z at the rate of the large product. The bytes are those of the compiled program.
+    """
+    update, problem, state, columns = updating(method, Z, K)
+
+    @jax.jit
+    def five(problem: Any, state: Any) -> Any:
+        # error > -inf always holds, so that all five are done.
+        return run(partial(update, problem), begin(state, 5), tol=-jnp.inf, max_iter=5)
+
+    square = jnp.ones((2048, 2048))
+    calls = {
+        "update": partial(five, problem, state),
+        "read": partial(jax.jit(jnp.sum), Z),
+        "product": partial(jax.jit(jnp.matmul), square, square),
+    }
+    for call in calls.values():
+        jax.block_until_ready(call())
+    # In turn, so that a busy moment of the machine meets all three.
+    times = [{name: seconds(call)[0] for name, call in calls.items()} for _ in range(repeats)]
+    update, read, product = (np.array([each[name] for each in times]) for name in calls)
+    update, rate = update / 5, 2 * 2048**3 / product
+    limit = np.maximum(read, 2 * Z.size * columns / rate)
+    memory = five.lower(problem, state).compile().memory_analysis()
+    return {
+        "update_seconds": float(np.median(update)),
+        "read_seconds": float(np.median(read)),
+        "gflops": float(np.median(rate) / 1e9),
+        "limit_seconds": float(np.median(limit)),
+        "share_of_limit": float(np.median(limit / update)),
+        "beyond_Z": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / Z.nbytes,
+    }

@@ -1,0 +1,103 @@
+"""The other libraries, each in its best setting; a call returns what the objective is made of.
+
+snmf      codes and atoms       kmeans    centroids       pca       components
+"""
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.decomposition import PCA, DictionaryLearning, MiniBatchDictionaryLearning
+
+Peer = Callable[[], Any]
+
+
+def snmf(Z: np.ndarray, K: int, small: bool) -> dict[str, Peer]:
+    """alpha = 1, non-negative codes. `small`: whether DictionaryLearning ends within minutes."""
+    shared = {
+        "alpha": 1.0,
+        "transform_alpha": 1.0,
+        "fit_algorithm": "cd",
+        "transform_algorithm": "lasso_cd",
+        "positive_code": True,
+        "random_state": 0,
+    }
+
+    def batch() -> tuple:
+        model = DictionaryLearning(K, max_iter=1000, **shared)
+        codes = model.fit_transform(Z)
+        return codes, model.components_
+
+    def minibatch() -> tuple:
+        model = MiniBatchDictionaryLearning(K, batch_size=256, max_iter=100, **shared)
+        codes = model.fit_transform(Z)
+        return codes, model.components_
+
+    found = {"MiniBatchDictionaryLearning": minibatch}
+    return {"DictionaryLearning": batch} | found if small else found
+
+
+def snmf_without_penalty(Z: np.ndarray, K: int) -> dict[str, Peer]:
+    """alpha = 0: overcomplete's SemiNMF (PyTorch), whose rules are multiplicative."""
+    if "overcomplete" not in sys.modules:
+        spec = importlib.util.find_spec("overcomplete")
+        if spec is None:
+            return {}
+        # The package's own start imports vision models; the factorisations need none of them.
+        package = sys.modules["overcomplete"] = types.ModuleType("overcomplete")
+        package.__path__ = list(spec.submodule_search_locations)
+    import torch
+
+    SemiNMF = importlib.import_module("overcomplete.optimization.semi_nmf").SemiNMF
+
+    def run() -> tuple:
+        model = SemiNMF(nb_concepts=K, device="cpu")
+        codes, atoms = model.fit(torch.from_numpy(Z), max_iter=500)
+        return codes.numpy(), atoms.numpy()
+
+    return {"overcomplete": run}
+
+
+def kmeans(Z: np.ndarray, K: int, start: np.ndarray) -> dict[str, Peer]:
+    """From the same centroids; faiss does as many updates as scikit-learn needed."""
+
+    def lloyd() -> np.ndarray:
+        model = KMeans(K, init=start, n_init=1, algorithm="lloyd").fit(Z)
+        updates["count"] = model.n_iter_
+        return model.cluster_centers_
+
+    def minibatch() -> np.ndarray:
+        return MiniBatchKMeans(K, init=start, n_init=1, batch_size=2048).fit(Z).cluster_centers_
+
+    def faiss_kmeans() -> np.ndarray:
+        import faiss
+
+        model = faiss.Kmeans(
+            Z.shape[1],
+            K,
+            niter=updates["count"],
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(Z),
+        )
+        model.train(Z, init_centroids=start)
+        return model.centroids
+
+    updates = {"count": 25}
+    found = {"KMeans": lloyd, "MiniBatchKMeans": minibatch}
+    return found | ({"faiss": faiss_kmeans} if importlib.util.find_spec("faiss") else {})
+
+
+def pca(Z: np.ndarray, K: int) -> dict[str, Peer]:
+    """With the solver that it picks."""
+
+    def run() -> np.ndarray:
+        model = PCA(K, random_state=0)
+        model.fit_transform(Z)
+        return model.components_
+
+    return {"PCA": run}

@@ -1,0 +1,140 @@
+"""Factoring a matrix on disk that is larger than the memory it may take.
+
+    python -m benchmarks.streamed --gigabytes 2
+
+Writes a planted matrix (or uses the one that is there), factors it tile by tile in a process of its
+own, and prints peak memory, the objective beside the one in memory, and the speed at which a pass
+goes beside the speed at which the same files are read. Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import save
+
+D, K = 4096, 20
+
+
+def write(path: Path, rows: int) -> None:
+    """A planted matrix, piece by piece."""
+    from xlvlm_jax.row_arrays import create_array, wait
+
+    array = create_array(path, "float32", (rows, D))
+    atoms = np.random.default_rng(0).normal(size=(K, D)).astype(np.float32)
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    for start in range(0, rows, 4096):
+        rng = np.random.default_rng(start + 1)
+        count = min(4096, rows - start)
+        codes = 10 * rng.exponential(size=(count, K)) * (rng.random((count, K)) < 0.3)
+        noise = 0.1 * rng.standard_normal((count, D), dtype=np.float32)
+        wait(array[start : start + count].write(codes.astype(np.float32) @ atoms + noise))
+
+
+def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
+    """In a process of its own, whose memory is then the solver's."""
+    from xlvlm_jax.concepts import decompose_stored
+    from xlvlm_jax.row_arrays import StoredRows
+    from xlvlm_jax.solvers.streamed import tiles
+
+    source = StoredRows(path, rows)
+    began = time.perf_counter()
+    for _, values in source.tiles(tiles.TILE_BYTES // (4 * D)):
+        values[:: 4096 // values.itemsize].sum()
+    reading = time.perf_counter() - began
+    passes = {"count": 0}
+    original = source.tiles
+
+    def counted(count: int) -> Any:
+        passes["count"] += 1
+        return original(count)
+
+    source.tiles = counted
+    began = time.perf_counter()
+    found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
+    spent = time.perf_counter() - began
+    # Once more: what is compiled is compiled.
+    began, passes["count"] = time.perf_counter(), 0
+    found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
+    again = time.perf_counter() - began
+    queue.put(
+        {
+            "objective": found.objective,
+            "iterations": found.iterations,
+            "seconds": again,
+            "first_seconds": spent,
+            "passes": passes["count"],
+            "read_seconds": reading,
+            "share_of_reading": reading * passes["count"] / again,
+            "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+    )
+
+
+def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
+    """The same matrix in memory."""
+    from xlvlm_jax.concepts import decompose
+    from xlvlm_jax.row_arrays import StoredRows
+
+    Z = next(StoredRows(path, rows).tiles(rows))[1]
+    began = time.perf_counter()
+    found = decompose(Z, K, method, key=jax.random.key(0))
+    queue.put({"objective": found.objective, "seconds": time.perf_counter() - began})
+
+
+def alone(function: Any, *arguments: Any) -> dict:
+    """The function's result from a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def main() -> None:
+    """Parse, write, measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--matrix", type=Path, default=Path("benchmarks/results/large"))
+    parser.add_argument("--methods", nargs="+", default=["snmf", "kmeans", "pca"])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/streamed.json"))
+    arguments = parser.parse_args()
+    rows = int(arguments.gigabytes * 2**30 / (4 * D))
+    if not arguments.matrix.exists():
+        arguments.matrix.parent.mkdir(parents=True, exist_ok=True)
+        write(arguments.matrix, rows)
+    measured = []
+    for method in arguments.methods:
+        row = {"method": method, "rows": rows, "width": D, "K": K}
+        row |= alone(streamed, arguments.matrix, rows, method)
+        other = alone(in_memory, arguments.matrix, rows, method)
+        row["objective_ratio"] = row["objective"] / other["objective"]
+        measured.append(row)
+        print(json.dumps(row))
+    table = Table("method", "peak GB", "objective / in memory", "passes", "s", "share of reading")
+    for row in measured:
+        table.add_row(
+            row["method"],
+            f"{row['peak_gigabytes']:.2f}",
+            f"{row['objective_ratio']:.7f}",
+            str(row["passes"]),
+            f"{row['seconds']:.1f}",
+            f"{100 * row['share_of_reading']:.0f} %",
+        )
+    Console().print(table)
+    save(arguments.output, measured, "tensorstore")
+
+
+if __name__ == "__main__":
+    main()
