@@ -15,31 +15,36 @@ import jax
 import jax.numpy as jnp
 
 from ports import checkpoint, idefics2, llava, molmo, qwen2_vl
-from ports.generate import Generation, Sampling
-from ports.sharding import make_mesh
-from ports.sites import capture, list_sites
-from ports.steering import (
+from ports.edits import (
     Edit,
     Places,
     ablate,
     add,
+    add_mapped,
     add_relative,
     edit_with,
     replace,
     stacked,
-    steer,
 )
+from ports.generate import Generation, Sampling
+from ports.lora import Adapter, adapted, merge
+from ports.sharding import make_mesh
+from ports.sites import capture, list_sites
+from ports.steering import steer, substitute
 from ports.vlm import VLM, Output, load_module
 
 __all__ = [
     "VLM",
+    "Adapter",
     "Edit",
     "Generation",
     "Output",
     "Places",
     "Sampling",
     "ablate",
+    "adapted",
     "add",
+    "add_mapped",
     "add_relative",
     "capture",
     "edit_with",
@@ -47,9 +52,11 @@ __all__ = [
     "load",
     "load_abstract",
     "make_mesh",
+    "merge",
     "replace",
     "stacked",
     "steer",
+    "substitute",
 ]
 
 # config.json's model_type -> the port and its Linen module.
@@ -62,7 +69,13 @@ _PORTS = {
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> VLM:
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    adapter: str | Path | None = None,
+) -> VLM:
     """Loads a Hugging Face checkpoint.
 
     Args:
@@ -70,16 +83,19 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | 
             hub, which is then downloaded into its usual cache.
         dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
         mesh: places the parameters on its devices (axes "data" and "model"); default: one device.
+        adapter: a directory with a LoRA adapter in PEFT's format, merged into the parameters.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
         ValueError: a model_type or a configuration value without a port, parameters that do not
-            match the model's (all of them listed), or a damaged file.
+            match the model's (all of them listed), a damaged file, or an adapter for another model
+            or of a kind that is not implemented.
     """
     directory = _directory(path)
     module, port, config = _build(directory, dtype)
     params = load_module(module, port, directory, jnp.dtype(dtype), mesh)
-    return VLM(module, params, config, port, directory, mesh)
+    vlm = VLM(module, params, config, port, directory, mesh)
+    return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
 
 
 def load_abstract(path: str | Path, *, dtype: str = "float32") -> VLM:

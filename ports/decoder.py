@@ -113,23 +113,28 @@ def _sliding_window(text: Any) -> int | None:
     return window
 
 
-def through_cache(
-    module: nn.Module, key: Array, value: Array, start: Array | None
-) -> tuple[Array, Array]:
-    """Writes keys and values [B, T, N, C] into the module's cache, if the call has one.
+def attend_through_cache(
+    module: nn.Module, query: Array, key: Array, value: Array, mask: Array, start: Array | None
+) -> Array:
+    """Attention to keys and values [B, T, N, C], which go into the module's cache if it has one.
 
-    Returns those to attend to: the given ones in a forward pass or a prefill (start is None), the
-    whole cache [B, S, N, C] in a decode step that begins at slot `start`.
+    query[B, T, H, C], mask bool[B, 1, T, S] -> [B, T, H, C]. In a forward pass or a prefill (start
+    is None) a query sees the given keys, S = T; in a decode step that begins at slot `start`, the
+    whole cache.
     """
-    if not module.has_variable("cache", "key"):
-        return key, value
-    slot = (0, 0 if start is None else start, 0, 0)
-    cached = []
-    for name, new in (("key", key), ("value", value)):
-        variable = module.variable("cache", name, jnp.zeros_like, new)
-        variable.value = jax.lax.dynamic_update_slice(variable.value, new, slot)
-        cached.append(variable.value)
-    return (key, value) if start is None else (cached[0], cached[1])
+    if module.has_variable("cache", "key"):
+        keys = module.variable("cache", "key", lambda: None)
+        values = module.variable("cache", "value", lambda: None)
+        slot = 0 if start is None else start
+        keys.value = jax.lax.dynamic_update_slice(
+            keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot)
+        )
+        values.value = jax.lax.dynamic_update_slice(
+            values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
+        )
+        if start is not None:
+            return layers.attend_cached(query, keys.value, values.value, mask)
+    return layers.attend(query, key, value, mask)
 
 
 class Attention(nn.Module):
@@ -154,8 +159,7 @@ class Attention(nn.Module):
         query = layers.rotate(heads("q_proj", cfg.num_heads), *angles)
         key = layers.rotate(heads("k_proj", cfg.num_kv_heads), *angles)
         value = heads("v_proj", cfg.num_kv_heads)
-        key, value = through_cache(self, key, value, start)
-        y = layers.attend(query, key, value, mask).reshape(*x.shape[:2], -1)
+        y = attend_through_cache(self, query, key, value, mask, start).reshape(*x.shape[:2], -1)
         return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
 
@@ -236,12 +240,17 @@ def init_cache(
     dtype: jnp.dtype,
     path: tuple[str, ...] = ("layers_{}", "self_attn"),
 ) -> dict:
-    """A decoder's empty cache: {layers_i: {self_attn: {key, value: zeros [B, slots, N, C]}}}.
+    """A decoder's empty cache: {layers_i: {self_attn: {key, value}}}, zeros.
 
+    key[B, N, C, slots] and value[B, N, slots, C] lie as the products of a decode step read them:
+    a transposed copy of the whole cache at every step would cost more than the products.
     path: the modules, {} for the number of the layer, in which the cache lies.
     """
-    zeros = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
-    block = {"key": zeros, "value": zeros}
+    heads = (batch, config.num_kv_heads)
+    block = {
+        "key": jnp.zeros((*heads, config.head_dim, slots), dtype),
+        "value": jnp.zeros((*heads, slots, config.head_dim), dtype),
+    }
     layer, *inner = path
     for name in reversed(inner):
         block = {name: block}

@@ -1,6 +1,7 @@
 """Generation: prefill and decode steps in one jitted program.
 
-B batch, T positions of the prompt, M new tokens, S = T + M cache slots, D width, V vocabulary.
+A variants of the edits, B batch, T positions of the prompt, M new tokens, S = T + M cache slots,
+D width, V vocabulary.
 
 The state that belongs to a generated token is the state from which it was predicted: that of the
 last prompt position for the first token.
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ports import joiner, steering
+from ports.edits import Edits
 from ports.sites import capture
 
 Array = jax.Array
@@ -51,24 +53,46 @@ def generate(
     params: dict,
     inputs: joiner.Inputs,
     sampling: Sampling | None = None,
-    edits: steering.Edits | None = None,
+    edits: Edits | None = None,
     *,
     max_new_tokens: int,
     eos_tokens: tuple[int, ...],
     pad_token: int,
     sites: tuple[str, ...] = (),
     prompt_states: bool = False,
+    variants: bool = False,
 ) -> Generation:
     """Prefills the cache with the prompt and decodes until every row has ended. Pure; jit it.
 
     inputs: the processor's arrays, rows padded on the left to T. sampling: None for greedy.
     edits: of the residual stream, in the prefill and in every step.
+    variants: the arrays of the edits have a leading axis A, and so have those that are returned.
     Rows end by themselves; the loop ends with the last of them.
     """
     mask = joiner.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
-    variables = {"cache": model.init_cache(batch, length + max_new_tokens)}
-    apply = capture(steering.steer(model.apply, edits or {}), sites)
+    empty = model.init_cache(batch, length + max_new_tokens)
+
+    def run(edits: Edits, cache: dict, method: str, *args: Any) -> tuple[Any, ...]:
+        apply = capture(steering.steer(model.apply, edits), sites)
+        variables = {"params": params, "cache": cache}
+        (logits, variables), states = apply(variables, *args, method=method, mutable=["cache"])
+        return logits, variables["cache"], states
+
+    def prefill(edits: Edits) -> tuple[Any, ...]:
+        return run(edits, empty, "prefill", inputs)
+
+    def decode_step(edits: Edits, cache: dict, *args: Any) -> tuple[Any, ...]:
+        return run(edits, cache, "decode_step", *args)
+
+    edits = edits or {}
+    # The towers run in the prefill alone.
+    later = {site: listed for site, listed in edits.items() if model.is_of_decoder(site)}
+    if variants:
+        # Here, and not around the loop: a mapped loop would copy the whole cache at every step.
+        # What does not depend on the edits, up to the first edited layer, is computed once.
+        prefill = jax.vmap(prefill)
+        decode_step = jax.vmap(decode_step, in_axes=(0, 0, 0, None, None, None))
 
     def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         logits = logits.astype(jnp.float32)
@@ -76,15 +100,14 @@ def generate(
         tokens = jnp.where(ended, pad_token, tokens.astype(jnp.int32))
         return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
 
-    (logits, variables), prefilled = apply(
-        {"params": params, **variables}, inputs, method="prefill", mutable=["cache"]
-    )
-    first, ended = pick(logits, jnp.int32(0), jnp.zeros(batch, bool))
-    tokens = jnp.full((batch, max_new_tokens), pad_token, jnp.int32).at[:, 0].set(first)
+    logits, cache, prefilled = prefill(edits)
+    rows = logits.shape[:-1]  # [B], or [A, B]
+    first, ended = pick(logits, jnp.int32(0), jnp.zeros(rows, bool))
+    tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32).at[..., 0].set(first)
     states = {
-        site: jnp.zeros((batch, max_new_tokens, value.shape[-1]), value.dtype)
-        .at[:, 0]
-        .set(value[:, -1])
+        site: jnp.zeros((*rows, max_new_tokens, value.shape[-1]), value.dtype)
+        .at[..., 0, :]
+        .set(value[..., -1, :])
         for site, value in prefilled.items()
     }
     next_positions = model.positions(inputs).reshape(batch, -1).max(-1) + 1
@@ -96,28 +119,22 @@ def generate(
         return (step < max_new_tokens) & ~ended.all()
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, tokens, ended, states, variables = carry
+        step, tokens, ended, states, cache = carry
         slot = length + step - 1  # of the token that the last step chose
         valid = prompt_valid | ((slots >= length) & (slots <= slot))
-        (logits, variables), new = apply(
-            {"params": params, **variables},
-            tokens[:, step - 1],
-            next_positions + step - 1,
-            valid,
-            slot,
-            method="decode_step",
-            mutable=["cache"],
+        logits, cache, new = decode_step(
+            later, cache, tokens[..., step - 1], next_positions + step - 1, valid, slot
         )
         # Rows that ended keep zeros: their states predict nothing.
         states = {
             site: states[site]
-            .at[:, step]
-            .set(jnp.where(ended[:, None], 0, value[:, 0]).astype(states[site].dtype))
+            .at[..., step, :]
+            .set(jnp.where(ended[..., None], 0, value[..., 0, :]).astype(states[site].dtype))
             for site, value in new.items()
         }
         chosen, ended = pick(logits, step, ended)
-        return step + 1, tokens.at[:, step].set(chosen), ended, states, variables
+        return step + 1, tokens.at[..., step].set(chosen), ended, states, cache
 
-    carry = (jnp.int32(1), tokens, ended, states, variables)
+    carry = (jnp.int32(1), tokens, ended, states, cache)
     _, tokens, _, states, _ = jax.lax.while_loop(go_on, body, carry)
     return Generation(tokens, states, prefilled if prompt_states else {})

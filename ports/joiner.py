@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, steering
+from ports import decoder, edits, steering
+from ports.sites import normal_name
 
 Array = jax.Array
 Inputs = Mapping[str, Any]
@@ -50,6 +51,12 @@ class VisionLanguageModel(nn.Module):
         """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
         raise NotImplementedError
 
+    def is_of_decoder(self, site: str) -> bool:
+        """Whether a site is in the decoder or its head, and so runs for generated tokens too."""
+        path, head = ".".join(self.decoder_path), ".".join(self.head_path)
+        site = normal_name(site)
+        return site in (path, head) or site.startswith(path + ".")
+
     def positions(self, inputs: Inputs) -> Array:
         """The tokens' rotary positions, int32[B, T] or [B, T, 3]; needs no parameters.
 
@@ -58,20 +65,27 @@ class VisionLanguageModel(nn.Module):
         given = inputs.get("position_ids")
         return decoder.token_positions(attention_mask(inputs)) if given is None else given
 
-    def places(self, inputs: Inputs) -> steering.Places:
-        """What a prompt's positions are, for edits that ask for some kinds of them."""
+    def places(self, inputs: Inputs) -> edits.Places:
+        """What a prompt's positions are, for edits that ask for some kinds of them.
+
+        The inputs' own `position_kinds` int[B, T] go first: of a text that holds an answer, which
+        part was generated.
+        """
         tokens, mask = jnp.asarray(inputs["input_ids"]), attention_mask(inputs) != 0
         if mask.ndim == 3:
             mask = jnp.diagonal(mask, axis1=1, axis2=2)
         index = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        kind = jnp.where(is_image(tokens, self.config.image_tokens), steering.IMAGE, steering.TEXT)
-        kind = jnp.where(index == index[:, -1:], steering.LAST_PROMPT, kind)
-        kind = jnp.where(mask, kind, steering.PADDING)
-        return steering.Places(kind, index, jnp.arange(tokens.shape[1]))
+        kind = jnp.where(is_image(tokens, self.config.image_tokens), edits.IMAGE, edits.TEXT)
+        kind = jnp.where(index == index[:, -1:], edits.LAST_PROMPT, kind)
+        given = inputs.get("position_kinds")
+        kind = jnp.where(mask, kind if given is None else given, edits.PADDING)
+        return edits.Places(kind, index, jnp.arange(tokens.shape[1]))
 
     def __call__(self, inputs: Inputs) -> Array:
         """The processor's arrays -> logits[B, T, V] at every position."""
-        return self.unembed(self.states(inputs))
+        states = self.states(inputs)
+        with steering.at_places(self.places(inputs)):
+            return self.unembed(states)
 
     def states(self, inputs: Inputs) -> Array:
         """The processor's arrays -> states after the final norm [B, T, D]."""
@@ -90,7 +104,9 @@ class VisionLanguageModel(nn.Module):
 
     def prefill(self, inputs: Inputs) -> Array:
         """As `__call__`, but the logits [B, V] of the last position only; fills the cache."""
-        return self.unembed(self.states(inputs)[:, -1:])[:, 0]
+        states = self.states(inputs)[:, -1:]
+        with steering.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
+            return self.unembed(states)[:, 0]
 
     def extend(self, tokens: Array, positions: Array, mask: Array, slot: Array) -> Array:
         """Text tokens behind what the cache holds, whose keys and values they see and add to.
@@ -98,18 +114,23 @@ class VisionLanguageModel(nn.Module):
         tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
         each of them sees; slot int32[], where the first of them goes -> final states [B, T, D].
         """
-        # A token sees itself and what precedes it: its index is one less than their number.
-        index = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32) - 1, tokens.shape)
-        kind = jnp.full(tokens.shape, steering.GENERATED)
-        slots = slot + jnp.arange(tokens.shape[1])
-        with steering.at_places(steering.Places(kind, index, slots)):
+        with steering.at_places(_generated_places(tokens, mask, slot)):
             x = self.text_decoder.embed_tokens(tokens)
             return self.text_decoder(x, positions, mask, start=slot)
 
     def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
         """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
-        mask = valid[:, None, None, :]
-        return self.unembed(self.extend(tokens[:, None], positions[:, None], mask, slot))[:, 0]
+        tokens, mask = tokens[:, None], valid[:, None, None, :]
+        states = self.extend(tokens, positions[:, None], mask, slot)
+        with steering.at_places(_generated_places(tokens, mask, slot)):
+            return self.unembed(states)[:, 0]
+
+
+def _generated_places(tokens: Array, mask: Array, slot: Array) -> edits.Places:
+    # A token sees itself and what precedes it: its index is one less than their number.
+    index = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32) - 1, tokens.shape)
+    kind = jnp.full(tokens.shape, edits.GENERATED)
+    return edits.Places(kind, index, slot + jnp.arange(tokens.shape[1]))
 
 
 def attention_mask(inputs: Inputs) -> Array:

@@ -132,3 +132,23 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     mask bool[B, 1, T, S] or None -> [B, T, H, C].
     """
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def attend_cached(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """`attend` to keys[B, N, C, S] and values[B, N, S, C], laid out as a cache keeps them.
+
+    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S] -> [B, T, H, C].
+    """
+    batch, length, _, width = query.shape
+    kv_heads, slots = value.shape[1:3]
+    # The queries of a key-value head are rows of one matrix: plain products, batched over (B, N).
+    rows = jnp.moveaxis(query.reshape(batch, length, kv_heads, -1, width), 1, 3)
+    rows = rows.reshape(batch, kv_heads, -1, width)
+    scores = jnp.matmul(rows, key, preferred_element_type=jnp.float32) / np.sqrt(width)
+    scores = scores.reshape(batch, kv_heads, -1, length, slots)
+    # Not -inf: the row of a position that sees nothing would be NaN.
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    y = weights.reshape(batch, kv_heads, -1, slots) @ value
+    y = jnp.moveaxis(y.reshape(batch, kv_heads, -1, length, width), 3, 1)
+    return y.reshape(query.shape)

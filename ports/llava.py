@@ -187,6 +187,14 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
+def transformers_name(name: str) -> str:
+    """The port's name of a tensor -> its name in transformers 5 (see `canonical_name`)."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    name = name.replace("language_model.model.", "language_model.", 1)
+    return "model." + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
 def ignored_names(config: Config) -> frozenset[str]:
     """Parameters that a checkpoint may hold although the port does not need them."""
     return frozenset({"language_model.lm_head.weight"} if config.text.tie_embeddings else ())

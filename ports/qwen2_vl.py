@@ -275,6 +275,13 @@ def canonical_name(name: str) -> str | None:
     return name.replace("model.language_model.", "model.", 1)
 
 
+def transformers_name(name: str) -> str:
+    """The port's name of a tensor -> its name in transformers 5 (see `canonical_name`)."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1) if "lm_head" not in name else name
+
+
 def ignored_names(config: Config) -> frozenset[str]:
     """Parameters that a checkpoint may hold although the port does not need them."""
     return frozenset({"lm_head.weight"} if config.text.tie_embeddings else ())

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.core.scope import union_filters
 
 # Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
-_NUMBERED = re.compile(r"^(layers|blocks|resblocks|mlp)_(\d+)$")
+_NUMBERED = re.compile(r"^(layers?|blocks|resblocks|mlp)_(\d+)$")
 
 
 def site_name(path: Iterable[str]) -> str:

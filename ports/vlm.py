@@ -1,5 +1,6 @@
 """`VLM`: a loaded vision-language model with its processor, the same object for every port."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import checkpoint, generate, joiner, padding, sharding, steering
+from ports import checkpoint, generate, joiner, lora, padding, peft_files, sharding, steering
+from ports.edits import Edit, Edits, check_batch, is_everywhere
 from ports.generate import Generation, Sampling
-from ports.sites import capture, list_sites, require_sites
+from ports.sites import capture, list_sites, normal_name, require_sites
 
 Array = jax.Array
 
@@ -31,7 +33,7 @@ def _forward(
     model: joiner.VisionLanguageModel,
     params: dict,
     inputs: dict,
-    edits: steering.Edits,
+    edits: Edits,
     sites: tuple[str, ...],
 ) -> tuple[Array, dict[str, Array]]:
     return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)
@@ -42,7 +44,7 @@ def _states(
     model: joiner.VisionLanguageModel,
     params: dict,
     inputs: dict,
-    edits: steering.Edits,
+    edits: Edits,
     sites: tuple[str, ...],
 ) -> dict[str, Array]:
     return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
@@ -62,20 +64,9 @@ _generate = jax.jit(
         "pad_token",
         "sites",
         "prompt_states",
+        "variants",
     ),
 )
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "eos_tokens", "pad_token", "sites")
-)
-def _sweep(
-    model: joiner.VisionLanguageModel, params: dict, inputs: dict, edits: Any, **options: Any
-) -> Generation:
-    # vmap leaves what does not depend on the edits without the further axis.
-    return jax.vmap(
-        lambda variant: generate.generate(model, params, inputs, edits=variant, **options)
-    )(edits)
 
 
 class VLM:
@@ -87,7 +78,10 @@ class VLM:
         module: the Linen module.
         directory: where the checkpoint lies, or None.
         eos_tokens, pad_token: ids that end a generated row and that fill it up afterwards.
+        adapter: the directory of the LoRA adapter that the parameters include, or None.
     """
+
+    adapter: Path | None = None
 
     def __init__(
         self,
@@ -101,6 +95,40 @@ class VLM:
         self.module, self.params, self.config, self.directory = module, params, config, directory
         self._port, self._mesh = port, mesh
         self.eos_tokens, self.pad_token = _special_tokens(config, directory)
+
+    def with_adapter(self, directory: str | Path, *, donate: bool = False) -> "VLM":
+        """The model with a PEFT LoRA adapter merged into its linear layers.
+
+        All other parameters are shared with this model; with `donate`, which gives up this one,
+        the merged kernels take the place of the old ones.
+
+        Raises FileNotFoundError and ValueError as `ports.load` does.
+        """
+        adapter = self.read_adapter(directory)
+        model = copy.copy(self)
+        model.params = lora.merge(self.params, adapter, donate=donate)
+        model.adapter = Path(directory).expanduser()
+        return model
+
+    def read_adapter(self, directory: str | Path) -> lora.Adapter:
+        """A PEFT LoRA adapter of this model, not merged (see `ports.adapted`)."""
+        return peft_files.read(
+            directory,
+            lora.linear_layers(self.params),
+            self._port.canonical_name,
+            architecture=self.architecture,
+        )
+
+    @property
+    def architecture(self) -> str | None:
+        """The model's class in PyTorch, if config.json says."""
+        return next(iter(getattr(self.config, "architectures", None) or ()), None)
+
+    @functools.cached_property
+    def module_names(self) -> dict[str, str]:
+        """Linear layer -> the module's name in transformers, which adapters' files use."""
+        rename = getattr(self._port, "transformers_name", None)
+        return peft_files.module_names(lora.linear_layers(self.params), rename)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -148,12 +176,16 @@ class VLM:
         inputs = self.example_inputs()
         return tuple(list_sites(self.apply, self.params, inputs))
 
+    @functools.cached_property
+    def _token_sites(self) -> frozenset[str]:
+        return steering.token_sites(self.apply, self.params, self.example_inputs())
+
     def forward(
         self,
         inputs: joiner.Inputs,
         *,
         sites: Sequence[str] = (),
-        edits: steering.Edits | None = None,
+        edits: Edits | None = None,
     ) -> Output:
         """One jitted pass over a batch.
 
@@ -177,7 +209,7 @@ class VLM:
         inputs: joiner.Inputs,
         *,
         sites: Sequence[str],
-        edits: steering.Edits | None = None,
+        edits: Edits | None = None,
     ) -> dict[str, Array]:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
         arrays, sites = self._check(inputs), self.check_sites(sites)
@@ -191,7 +223,7 @@ class VLM:
         *,
         max_new_tokens: int,
         sites: Sequence[str] = (),
-        edits: steering.Edits | None = None,
+        edits: Edits | None = None,
         sampling: Sampling | None = None,
         prompt_states: bool = False,
     ) -> Generation:
@@ -236,7 +268,7 @@ class VLM:
     def sweep(
         self,
         inputs: joiner.Inputs,
-        variants: Sequence[steering.Edits],
+        variants: Sequence[Edits],
         *,
         max_new_tokens: int,
         sites: Sequence[str] = (),
@@ -266,32 +298,28 @@ class VLM:
                 f"{len(placed)} variants of edits have {len(structures)} structures; expected one: "
                 "the same sites and kinds of edits, all with a mask or none (see ports.stacked)"
             )
-        return _sweep(
+        return _generate(
             self.module,
             self.params,
             self._place(padding.align_right(checked)),
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
+            edits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
             pad_token=self.pad_token,
             sites=sites,
+            variants=True,
         )
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
         return _unembed(self.module, self.params, jnp.asarray(x))
 
-    def _is_of_decoder(self, site: str) -> bool:
-        path, head = ".".join(self.module.decoder_path), ".".join(self.module.head_path)
-        site = site.replace("/", ".")
-        return site in (path, head) or site.startswith(path + ".")
-
     def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
         """The sites as a tuple. ValueError for one that is unknown, or that has no state for a
         generated token although `generated` ones are wanted.
         """
         require_sites(sites, self.sites)
-        outside = [site for site in sites if generated and not self._is_of_decoder(site)]
+        outside = [site for site in sites if generated and not self.module.is_of_decoder(site)]
         if outside:
             raise ValueError(
                 f"site {outside[0]!r} has no state a generated token; "
@@ -325,19 +353,19 @@ class VLM:
 
     def _place_edits(
         self,
-        edits: steering.Edits | None,
+        edits: Edits | None,
         arrays: Mapping[str, np.ndarray],
         *,
         generated: bool = False,
-    ) -> dict[str, tuple[steering.Edit, ...]]:
+    ) -> dict[str, tuple[Edit, ...]]:
         """The edits as arguments of a compiled program; their masks are laid out as the tokens."""
         placed = {}
         batch, length = arrays["input_ids"].shape
         missing = padding.bucket_length(length) - length
         for site, listed in (edits or {}).items():
             placed[site] = ()
-            for edit in (listed,) if isinstance(listed, steering.Edit) else listed:
-                steering.check_batch(edit, batch, length)
+            for edit in (listed,) if isinstance(listed, Edit) else listed:
+                check_batch(edit, batch, length)
                 if edit.mask is not None:
                     mask = np.asarray(edit.mask, bool)
                     if generated:
@@ -346,15 +374,21 @@ class VLM:
                     edit = dataclasses.replace(edit, mask=mask)
                 placed[site] = (*placed[site], edit)
         require_sites(placed, self.sites)
-        for site in placed:
-            if not self._is_of_decoder(site):
-                steering.check_kinds(site, placed[site])
+        for site, listed in placed.items():
+            if all(map(is_everywhere, listed)):
+                continue
+            if normal_name(site) not in self._token_sites:
+                raise ValueError(
+                    f"site {site!r} comes before image and text are joined, its positions are no "
+                    "tokens: where can only be 'all' there; steer a site below "
+                    f"{'.'.join(self.module.decoder_path)!r} at some of the positions"
+                )
         return placed
 
     def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
         """Takes off the positions that only fill up the bucket."""
         return {
-            site: value[:, -length:] if self._is_of_decoder(site) else value
+            site: value[:, -length:] if self.module.is_of_decoder(site) else value
             for site, value in states.items()
         }
 
@@ -383,6 +417,10 @@ class VLM:
         Raises ValueError if images and prompts do not fit each other.
         """
         return padding.pad_to_bucket(self._check(inputs), self.pad_token)
+
+    def place(self, inputs: joiner.Inputs) -> dict[str, Array]:
+        """As `prepare`, and on the model's devices: rows on the mesh axis "data"."""
+        return self._place(self._check(inputs))
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         arrays = padding.pad_to_bucket(arrays, self.pad_token)

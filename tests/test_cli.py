@@ -125,7 +125,7 @@ def test_a_bug_is_one_line_and_status_1(xlvlm, monkeypatch):
 
 def test_every_command_explains_itself():
     environment = {**os.environ, "COLUMNS": "100"}
-    commands = "demo sites scenes extract decompose ground report train-demo".split()  # noqa: SIM905
+    commands = "demo sites scenes extract decompose ground score report train-demo".split()  # noqa: SIM905
     code = (
         "from typer.testing import CliRunner; from xlvlm_jax.cli import app\n"
         f"for command in {commands!r}:\n"

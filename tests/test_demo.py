@@ -31,6 +31,13 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
     assert set(scores) == {demo.FINAL, demo.MIDDLE}
     assert set(scores[demo.FINAL]["test"]) == {"colour", "count", "place", "mood"}
 
+    assert {row.method for row in result.dictionaries} == {
+        *("snmf", "kmeans", "pca", "simple", "random"),
+    }
+    assert result.shift.shifted.shape == (4, 192)
+    page = result.report.read_text()
+    assert 'id="shift' in page
+
     console = Console(file=io.StringIO(), width=120)
     demo.show(result, console)
     assert "report.html" in console.file.getvalue().replace("\n", "")

@@ -100,3 +100,26 @@ def test_test_features_are_projected(features, tmp_path):
     shutil.copytree(features.path, tmp_path / "other")
     other = Features.open(tmp_path / "other")
     assert stages.score_attributes(concepts, other)["colour"].nmi == pytest.approx(1)
+
+
+def test_streamed_concepts_come_back_from_the_disk(tmp_path, features):
+    whole = stages.decompose_features(features, tmp_path / "whole", 2, site=features.sites[0])
+    stages.decompose_features(
+        features, tmp_path / "streamed", 2, site=features.sites[0], stream=True
+    )
+    streamed = Concepts.load(tmp_path / "streamed")
+    np.testing.assert_allclose(streamed.objective, whole.objective, rtol=1e-4)
+    assert streamed.activations.shape == whole.activations.shape
+    assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
+        "activations",
+        "concepts.json",
+        "concepts.safetensors",
+    ]
+
+
+def test_a_streamed_run_that_fails_leaves_nothing(tmp_path, features):
+    with pytest.raises(ValueError, match="can't be streamed"):
+        stages.decompose_features(
+            features, tmp_path / "c", 2, "simple", site=features.sites[0], stream=True
+        )
+    assert not list((tmp_path / "c").iterdir())

@@ -5,10 +5,11 @@ concepts = xlvlm_jax.decompose(Z, 20, key=jax.random.key(0))
 words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 """
 
+from ports.edits import ablate, add, add_relative, edit_with, replace, stacked
 from ports.sites import capture
-from ports.steering import ablate, add, add_relative, edit_with, replace, stacked, steer
+from ports.steering import steer
 from xlvlm_jax import metrics, shift
-from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.concepts import Concepts, decompose, decompose_stored, project
 from xlvlm_jax.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.grounding import ground_images, ground_text
 from xlvlm_jax.selection import Selection
@@ -28,6 +29,7 @@ __all__ = [
     "add_relative",
     "capture",
     "decompose",
+    "decompose_stored",
     "edit_with",
     "fine_vectors",
     "ground_images",

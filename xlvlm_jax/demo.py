@@ -1,4 +1,4 @@
-"""`xlvlm demo`: the main job on the embedded model, from drawn pictures to a page of concepts."""
+"""`xlvlm demo`: the whole of it on the embedded model, from drawn pictures to one page."""
 
 import importlib.metadata
 import json
@@ -12,13 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 import ports
-from xlvlm_jax import atomic, data, embedded, stages
+from ports import clip
+from xlvlm_jax import atomic, data, demo_shift, embedded, stages
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.metrics import AttributeScore
 from xlvlm_jax.report import write_report
+from xlvlm_jax.scoring.comparison import score_run
+from xlvlm_jax.scoring.scorer import DictionaryScores
 from xlvlm_jax.selection import Selection
+from xlvlm_jax.shift import ShiftAnalysis
 from xlvlm_jax.store import Features
 
 FINAL = "language_model.model.norm"
@@ -33,6 +37,8 @@ class Result(NamedTuple):
 
     concepts: dict[str, Concepts]  # by site
     scores: Scores
+    dictionaries: list[DictionaryScores]  # methods and numbers of concepts, at the final norm
+    shift: ShiftAnalysis  # to the model that was fine-tuned to name colours
     seconds: dict[str, float]  # by stage
     rows: dict[str, int]  # by split
     report: Path
@@ -86,6 +92,8 @@ def run(
         advance = stage(f"extracting {split}")
         extract(vlm, samples, output / name, settings, source=source, progress=advance)
         features[split] = Features.open(output / name)
+        if split == "train":
+            learnt_from = samples
     lap("extract")
 
     concepts: dict[str, Concepts] = {}
@@ -102,16 +110,38 @@ def run(
     lap("concepts")
 
     rows = {split: len(f.tokens) for split, f in features.items()}
+    shift = demo_shift.run_shift(
+        vlm,
+        output,
+        learnt_from,
+        settings,
+        site=FINAL,
+        num_concepts=num_concepts,
+        seed=seed,
+        stage=stage,
+    )
+    lap("shift")
+
     attributes = {
         site: {split: stages.as_json(score) for split, score in splits.items()}
         for site, splits in scores.items()
     }
     atomic.write(output / "scores.json", json.dumps({"attributes": attributes}, indent=2) + "\n")
+    dictionaries = score_run(
+        output,
+        vlm,
+        clip.load(embedded.CLIP),
+        site=FINAL,
+        num_concepts=sorted({max(num_concepts // 4, 1), num_concepts}),
+        seed=seed,
+        progress=stage("comparing methods"),
+    ).scores
+    lap("scores")
     description = _description(word, num_concepts, seed, rows, seconds)
     atomic.write(output / "run.json", json.dumps(description, indent=2) + "\n")
     report = write_report(output)
     lap("report")
-    return Result(concepts, scores, seconds, rows, report)
+    return Result(concepts, scores, dictionaries, shift, seconds, rows, report)
 
 
 def _description(
@@ -159,6 +189,29 @@ def show(result: Result, console: Console) -> None:
             random = f"{score.random_mean:.2f}"
             table.add_row(site, name, f"{score.nmi:.2f}", shown, random)
     console.print(table)
+    table = Table(
+        "method",
+        "K",
+        "CLIPScore",
+        "word overlap",
+        "stability",
+        title="Dictionaries compared, on the test split",
+        box=None,
+    )
+    for row in result.dictionaries:
+        clip_score = f"{row.clip[1].mean:.2f}" if row.clip else ""
+        figures = (row.overlap, row.stability)
+        shown = ("" if value is None else f"{value:.2f}" for value in figures)
+        table.add_row(row.method, str(row.num_concepts), clip_score, *shown)
+    console.print(table)
+
+    overlap = {kind: 100 * result.shift.mean_overlap(kind) for kind in ("original", "shifted")}
+    related = result.shift.correlations["consistency-recovery"]
+    console.print(
+        f"Fine-tuned to name colours: words shared with the fine-tuned concepts "
+        f"{overlap['original']:.0f} % before, {overlap['shifted']:.0f} % after the shift; "
+        f"consistency and recovery correlate {related.r:.2f}"
+    )
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
     console.print(
         f"{result.rows['train']} rows learnt on, {result.rows['test']} tested on; "

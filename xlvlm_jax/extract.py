@@ -26,6 +26,7 @@ from ports.checkpoint import fingerprint
 from xlvlm_jax import tokens
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.paired import Params, check_alike, finetuned_site, paired_states, share_params
 from xlvlm_jax.selection import Selection, not_found
 from xlvlm_jax.store import Features, FeaturesWriter
 
@@ -90,6 +91,7 @@ def extract(
     output: str | Path,
     settings: Settings,
     *,
+    finetuned: VLM | None = None,
     source: dict[str, Any] | None = None,
     strict: bool = False,
     progress: Callable[[int, int, int], None] | None = None,
@@ -101,6 +103,11 @@ def extract(
         samples: the data, in order.
         output: the directory of features, new or of a run that was interrupted.
         settings: what to extract.
+        finetuned: a fine-tuned version of the model, run on the same batches: its states stand
+            beside the model's, site by site, as `finetuned_site(site)`. Samples are stored once;
+            a row is one that both have. What the two models share is computed once under teacher
+            forcing; in generation each goes its own way, and `tokens` and `positions` are the
+            model's.
         source: where the samples come from, free for the caller; kept in the manifest.
         strict: stop at an image that can't be read, instead of recording and skipping it.
         progress: called after each batch with (samples done, samples in all, rows).
@@ -116,8 +123,7 @@ def extract(
         raise ValueError("there are no samples to extract from; check the data and its selection")
     spellings = settings.selection.spellings(vlm.tokenizer)
     arguments = {
-        "model": vlm.directory.name if vlm.directory else None,
-        "fingerprint": fingerprint(vlm.directory) if vlm.directory else None,
+        **_described(vlm),
         "model dtype": jnp.dtype(vlm.module.dtype).name,
         **dataclasses.asdict(settings),
         "selection": dataclasses.asdict(settings.selection),
@@ -125,10 +131,16 @@ def extract(
         "samples digest": _digest(samples),
         "source": source or {},
     }
-    vlm.check_sites(settings.sites, generated=settings.mode == "generate")
+    vlm.check_sites(settings.sites, generated=settings.mode == "generate" or finetuned is not None)
+    if finetuned is not None:
+        arguments["finetuned"] = _described(finetuned)
+        check_alike(vlm.params, finetuned.params)
     with FeaturesWriter(output, arguments, dtype=settings.dtype) as writer:
         if not writer.complete:
-            _run(vlm, samples, settings, writer, tuple(spellings.values()), strict, progress)
+            forced = finetuned is not None and settings.mode == "teacher-forcing"
+            shared = share_params(vlm.params, finetuned.params) if forced else None
+            run = _Run(vlm, finetuned, shared, settings, tuple(spellings.values()))
+            _run(run, samples, writer, strict, progress)
             if writer.rows_done == 0:
                 reason = _why_no_rows(Path(output), settings.selection, spellings)
                 shutil.rmtree(output)
@@ -137,12 +149,33 @@ def extract(
     return _summary(Features.open(output), time.perf_counter() - began)
 
 
+def _described(vlm: VLM) -> dict[str, Any]:
+    """The model, so that a run goes on with no other; the fingerprint is the checkpoint's."""
+    described: dict[str, Any] = {
+        "model": vlm.directory.name if vlm.directory else None,
+        "fingerprint": fingerprint(vlm.directory) if vlm.directory else None,
+    }
+    if vlm.adapter is not None:
+        weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
+        digest = hashlib.sha256(weights).hexdigest()[:16]
+        described |= {"adapter": vlm.adapter.name, "adapter fingerprint": digest}
+    return described
+
+
+class _Run(NamedTuple):
+    """What is the same for every batch."""
+
+    vlm: VLM
+    finetuned: VLM | None
+    shared: Params | None  # of the fine-tuned model under teacher forcing, see share_params
+    settings: Settings
+    token_ids: tuple[int, ...]  # spellings of the token of interest
+
+
 def _run(
-    vlm: VLM,
+    run: _Run,
     samples: Sequence[Sample],
-    settings: Settings,
     writer: FeaturesWriter,
-    token_ids: tuple[int, ...],
     strict: bool,
     progress: Callable[[int, int, int], None] | None,
 ) -> None:
@@ -150,13 +183,13 @@ def _run(
 
     def finish() -> None:
         if running is not None:
-            _write(vlm, writer, *running)
+            _write(run.vlm, writer, *running)
             if progress is not None:
                 progress(writer.samples_done, len(samples), writer.rows_done)
 
-    for batch in _batches(vlm, samples[writer.samples_done :], settings, strict):
+    for batch in _batches(run.vlm, samples[writer.samples_done :], run.settings, strict):
         # JAX returns at once: this batch is computed while the one before is fetched and written.
-        result = None if batch.inputs is None else _compute(vlm, batch, settings, token_ids)
+        result = None if batch.inputs is None else _compute(run, batch)
         finish()
         running = batch, result
     finish()
@@ -212,18 +245,36 @@ def _reference(sample: Sample) -> str:
     return sample.references[0]
 
 
-def _compute(vlm: VLM, batch: _Batch, settings: Settings, token_ids: tuple[int, ...]) -> Any:
-    """Runs a batch: (rows, predicted tokens or None), on the device and perhaps not there yet."""
-    select = functools.partial(
-        _select, settings.selection, token_ids, vlm.eos_tokens, vlm.image_tokens
-    )
-    inputs = batch.inputs
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+def _compute(run: _Run, batch: _Batch) -> tuple[tokens.Rows, dict[str, Any]]:
+    """Runs a batch: rows, and predicted tokens by name; on the device and perhaps not there yet."""
+    settings = run.settings
     if settings.mode == "teacher-forcing":
-        states = vlm.states(inputs, sites=settings.sites)
-        order = np.cumsum(mask, 1) * mask
-        answer = order > batch.prompt_lengths[:, None]
-        return select("forced", ids, mask, answer, states), None
+        return _forced(run, batch), {}
+    rows, predicted = _generated(run, run.vlm, batch)
+    if run.finetuned is None:
+        return rows, {"prediction": predicted}
+    other, finetuned = _generated(run, run.finetuned, batch)
+    states = {finetuned_site(site): value for site, value in other.states.items()}
+    both = rows._replace(states=rows.states | states, valid=rows.valid & other.valid)
+    return both, {"prediction": predicted, "finetuned prediction": finetuned}
+
+
+def _forced(run: _Run, batch: _Batch) -> tokens.Rows:
+    vlm, sites, inputs = run.vlm, run.settings.sites, batch.inputs
+    if run.shared is None:
+        states = vlm.states(inputs, sites=sites)
+    else:
+        states, other = paired_states(vlm, vlm.params, run.shared, inputs, sites)
+        states |= {finetuned_site(site): value for site, value in other.items()}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    order = np.cumsum(mask, 1) * mask
+    answer = order > batch.prompt_lengths[:, None]
+    return _selecting(run)("forced", ids, mask, answer, states)
+
+
+def _generated(run: _Run, vlm: VLM, batch: _Batch) -> tuple[tokens.Rows, Any]:
+    settings, inputs = run.settings, batch.inputs
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     whole = not settings.selection.generated_only
     generation = vlm.generate(
         inputs,
@@ -231,15 +282,18 @@ def _compute(vlm: VLM, batch: _Batch, settings: Settings, token_ids: tuple[int, 
         sites=settings.sites,
         prompt_states=whole,
     )
-    if not whole:
-        rows = select("generated", ids, mask, generation.tokens, generation.states)
-    else:
-        states = {
-            site: (generation.prompt_states[site], generation.states[site])
-            for site in settings.sites
-        }
-        rows = select("sequence", ids, mask, generation.tokens, states)
-    return rows, generation.tokens
+    kind, states = "generated", generation.states
+    if whole:
+        kind = "sequence"
+        states = {site: (generation.prompt_states[site], states[site]) for site in settings.sites}
+    return _selecting(run)(kind, ids, mask, generation.tokens, states), generation.tokens
+
+
+def _selecting(run: _Run) -> Callable[..., tokens.Rows]:
+    vlm = run.vlm
+    return functools.partial(
+        _select, run.settings.selection, run.token_ids, vlm.eos_tokens, vlm.image_tokens
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -289,10 +343,10 @@ def _write(vlm: VLM, writer: FeaturesWriter, batch: _Batch, result: Any) -> None
     rows, predicted = result
     states, row, position, token = rows.flat()
     real = row < batch.num_rows
-    if predicted is not None:
-        texts = vlm.tokenizer.batch_decode(np.asarray(predicted), skip_special_tokens=True)
+    for name, ids in predicted.items():
+        texts = vlm.tokenizer.batch_decode(np.asarray(ids), skip_special_tokens=True)
         for index, text in zip(batch.rows[: batch.num_rows], texts, strict=False):
-            described[index]["prediction"] = text.strip()
+            described[index][name] = text.strip()
     writer.append(
         described,
         {site: value[real] for site, value in states.items()},

@@ -15,9 +15,20 @@ import numpy as np
 
 from ports import VLM
 from ports.checkpoint import fingerprint
-from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.concepts import (
+    Concepts,
+    StoredActivations,
+    decompose,
+    decompose_stored,
+    project,
+)
 from xlvlm_jax.grounding import ground_images, ground_text
-from xlvlm_jax.metrics import AttributeScore, attribute_scores
+from xlvlm_jax.metrics import (
+    AttributeScore,
+    attribute_scores,
+    explained_variance,
+    reconstruct,
+)
 from xlvlm_jax.store import Features
 
 
@@ -41,40 +52,43 @@ def decompose_features(
     *,
     site: str | None = None,
     seed: int = 0,
+    stream: bool = False,
     **options: Any,
 ) -> Concepts:
     """Factors the matrix of one site into concepts and writes them to a directory.
 
+    stream: for a matrix larger than memory. Its tiles are read again for every update, and the
+    activations are written as the last pass makes them; the result does not hold them.
+
     Raises ValueError as `decompose` does, and for a site that the features do not hold.
     """
     site = choose_site(features, site)
-    Z = features.matrix(site)
-    began = time.perf_counter()
-    concepts = decompose(Z, num_concepts, method, key=jax.random.key(seed), **options)
-    variance = float(np.sum((Z - Z.mean(0)) ** 2))
+    began, key = time.perf_counter(), jax.random.key(seed)
+    if stream:
+        stored, explained = features.stored(site), np.nan
+        with StoredActivations(output, stored.shape[0], num_concepts) as activations:
+            concepts = decompose_stored(
+                stored, num_concepts, method, key=key, write=activations.write, **options
+            )
+    else:
+        Z = features.matrix(site)
+        concepts = decompose(Z, num_concepts, method, key=key, **options)
+    seconds = round(time.perf_counter() - began, 3)
+    if not stream:
+        explained = explained_variance(Z, reconstruct(concepts, concepts.activations))
     source = {
         "features": str(features.path),
         "site": site,
         "seed": seed,
-        "rows": len(Z),
+        "rows": len(features.tokens),
         "model": features.manifest.get("model"),
         "fingerprint": features.manifest.get("fingerprint"),
-        "seconds": round(time.perf_counter() - began, 3),
-        "explained_variance": _explained(Z, concepts, variance),
+        "seconds": seconds,
+        "explained_variance": None if np.isnan(explained) else explained,
     }
     concepts = dataclasses.replace(concepts, source=source)
     concepts.save(output)
     return concepts
-
-
-def _explained(Z: np.ndarray, concepts: Concepts, variance: float) -> float | None:
-    """1 - |Z - reconstruction|^2 / |Z - mean|^2; None for the methods that reconstruct nothing."""
-    if concepts.method not in ("snmf", "pca") or variance == 0:
-        return None
-    reconstruction = np.asarray(concepts.activations) @ np.asarray(concepts.components)
-    if concepts.mean is not None:
-        reconstruction = reconstruction + np.asarray(concepts.mean)
-    return 1 - float(np.sum((Z - reconstruction) ** 2)) / variance
 
 
 def ground_concepts(

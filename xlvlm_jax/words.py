@@ -48,10 +48,20 @@ _ALIASES = {"colors": "colours"}
 def class_words(name: str) -> tuple[str, ...]:
     """The words of a class: "colours" (or "colors"), "places", "sentiments".
 
+    "scenes:colour", "scenes:place" and "scenes:mood" are the words by which captions of drawn
+    scenes name one, rarer ones than in real captions among them.
     Several words of one's own, separated by commas, make a class too: "cup, mug, glass".
     Raises ValueError for a single name that is no class.
     """
     name = _ALIASES.get(name, name)
+    if name.startswith("scenes:"):
+        from xlvlm_jax.data.scenes.language import FAMILIES
+
+        attribute = name.removeprefix("scenes:")
+        if attribute not in FAMILIES:
+            known = ", ".join(f"scenes:{key}" for key in FAMILIES)
+            raise ValueError(f"no word class {name!r}; expected one of {known}")
+        return tuple(FAMILIES[attribute])
     if "," in name:
         return tuple(dict.fromkeys(word for part in name.split(",") if (word := part.strip())))
     if name not in CLASSES:

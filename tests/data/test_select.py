@@ -46,6 +46,26 @@ def test_words_that_are_nowhere():
         select.containing(SAMPLES, map(str, range(8)), key="answer")
 
 
+def test_references_by_hand():
+    samples = [
+        sample(1, "a red dog", "A dog", "a sad red dog"),
+        sample(2, "Red dogs"),
+        sample(3, "a blue dog", "reddish"),
+    ]
+
+    def references(*args, **kwargs):
+        return {int(s.id): s.references for s in select.naming(samples, *args, **kwargs)}
+
+    assert references("red") == {1: ("a red dog", "a sad red dog")}
+    assert references(["red", "blue"], without="sad") == {1: ("a red dog",), 3: ("a blue dog",)}
+    assert references("red", any_case=True)[2] == ("Red dogs",)
+    assert references(without=["dog", "dogs"]) == {3: ("reddish",)}
+    assert references() == {int(s.id): s.references for s in samples}
+    assert samples[0].references[1] == "A dog"  # the samples themselves stay
+    with pytest.raises(ValueError, match="no reference of 3 samples holds 'bus' and not 'a'; look"):
+        references("bus", without="a")
+
+
 def test_a_key_that_no_sample_has():
     with pytest.raises(ValueError, match="no 'caption'; expected one of references, prompt"):
         select.containing(SAMPLES, "dog", key="caption")

@@ -277,9 +277,27 @@ def raises_line(kind: type[Exception], *parts: str) -> Iterator[None]:
         assert part in message
 
 
+# Torch is installed beside the tests; to the script it is not there.
+_WITHOUT_TORCH = """
+import sys
+
+class WithoutTorch:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] == "torch" else self.finder.find_spec(name, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path = [WithoutTorch(finder) for finder in sys.meta_path]
+"""
+
+
 def run_python(script: str, *arguments: Any, **environment: str) -> str:
     """Runs a script in a process of its own, without torch, and returns what it prints."""
-    script = "import sys\nsys.modules['torch'] = None\n" + textwrap.dedent(script)
+    script = _WITHOUT_TORCH + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},

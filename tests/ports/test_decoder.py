@@ -123,7 +123,8 @@ def test_the_cache_holds_the_key_value_heads_alone():
     cache = decoder.init_cache(CONFIG, batch=2, slots=8, dtype=jnp.bfloat16)
     leaves = jax.tree.leaves(cache)
     assert len(leaves) == 2 * CONFIG.num_layers
-    assert {(leaf.shape, str(leaf.dtype)) for leaf in leaves} == {((2, 8, 1, 6), "bfloat16")}
+    shapes = {((2, 1, 6, 8), "bfloat16"), ((2, 1, 8, 6), "bfloat16")}
+    assert {(leaf.shape, str(leaf.dtype)) for leaf in leaves} == shapes
 
 
 @pytest.mark.parametrize(

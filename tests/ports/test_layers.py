@@ -81,14 +81,22 @@ def test_attention_equals_its_formula_with_grouped_queries():
     scores = np.where(mask, scores, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshc->bthc", weights, value.repeat(3, 2))
-    ours = layers.attend(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), mask)
+    query, key, value = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+    ours = layers.attend(query, key, value, mask)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    # As a cache lies: keys [B, N, C, S], values [B, N, S, C].
+    lying = jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+    ours = layers.attend_cached(query, *lying, mask)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
 def test_a_position_that_sees_nothing_gives_numbers():
     # Padding on the left sees no key at all; NaN there would spread through the cache.
     x = jnp.ones((1, 3, 2, 4))
-    assert np.isfinite(layers.attend(x, x, x, jnp.zeros((1, 1, 3, 3), bool))).all()
+    nothing = jnp.zeros((1, 1, 3, 3), bool)
+    assert np.isfinite(layers.attend(x, x, x, nothing)).all()
+    lying = jnp.transpose(x, (0, 2, 3, 1)), jnp.transpose(x, (0, 2, 1, 3))
+    assert np.isfinite(layers.attend_cached(x, *lying, nothing)).all()
 
 
 def test_the_gated_mlp_by_hand():

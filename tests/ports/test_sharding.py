@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import ports
 from ports import sharding
 
 from . import helpers
@@ -63,12 +64,16 @@ EIGHT = """
         site = "language_model.model.layers.0"
         out = vlm.forward(inputs, sites=[site])
         generation = vlm.generate(inputs, max_new_tokens=4)
+        rows = np.random.default_rng(0).standard_normal((8, 64)).astype("float32")
+        edits = {site: ports.add(rows, np.arange(8.0), where="text")}
+        steered = vlm.generate(inputs, max_new_tokens=4, edits=edits)
         kernel = vlm.params["language_model"]["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
         np.savez(
             f"{results}/{shape[0]}x{shape[1]}.npz",
             logits=out.logits,
             states=out.states[site],
             tokens=generation.tokens,
+            steered=steered.tokens,
             devices=len(jax.devices()),
             columns=kernel.sharding.shard_shape(kernel.shape)[1],
         )
@@ -131,3 +136,13 @@ class TestEightDevices:
     def test_give_the_tokens_of_one(self, results, even, batch, mesh, columns):
         expected = even.vlm.generate(batch, max_new_tokens=4).tokens
         np.testing.assert_array_equal(results[mesh]["tokens"], expected)
+
+    def test_steer_as_one_does(self, results, even, batch, mesh, columns):
+        """Every row by its own vector and strength, at the positions of its text."""
+        rows = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+        edits = {
+            "language_model.model.layers.0": ports.add(rows, np.arange(8.0), where="text"),
+        }
+        steered = even.vlm.generate(batch, max_new_tokens=4, edits=edits).tokens
+        np.testing.assert_array_equal(results[mesh]["steered"], steered)
+        assert (results[mesh]["steered"] != results[mesh]["tokens"])[1:].any(1).all()

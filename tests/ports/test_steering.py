@@ -1,4 +1,4 @@
-"""Steering: by hand, against PyTorch's forward hooks, and as a function transform."""
+"""Steering of a model: against PyTorch's forward hooks, position by position, and in sweeps."""
 
 import contextlib
 
@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import linen as nn
 
 import ports
-from ports import capture, steer, steering
+from ports import steer
 from ports import vlm as vlm_module
 
 from . import helpers
@@ -26,118 +25,92 @@ def inputs():
     return helpers.make_inputs([1, 2, 0], [3, 9, 6])
 
 
-class Doubling(nn.Module):
-    """[B, T, 2] -> twice of it, then its sum over D."""
-
-    @nn.compact
-    def __call__(self, x):
-        return Twice(name="twice")(x).sum(-1)
-
-
-class Twice(nn.Module):
-    def __call__(self, x):
-        return 2 * x
-
-
-class TestAnyModule:
-    X = jnp.array([[[1.0, 0.0], [3.0, 4.0], [0.0, 0.0]]])
-
-    def run(self, edit):
-        apply = capture(steer(Doubling().apply, {"twice": edit}), ["twice"])
-        out, states = apply({}, self.X)
-        np.testing.assert_allclose(out, states["twice"].sum(-1), rtol=1e-6)
-        return np.asarray(states["twice"])[0]
-
-    @pytest.mark.parametrize(
-        ("edit", "expected"),
-        [
-            (ports.add([1.0, 1.0], 2.0), [[4, 2], [8, 10], [2, 2]]),
-            (ports.add([1.0, 1.0], 2.0, {"from": 1}), [[2, 0], [8, 10], [2, 2]]),
-            (ports.add([1.0, 1.0], 2.0, np.array([[1, 0, 1]])), [[4, 2], [6, 8], [2, 2]]),
-            (ports.add_relative([2.0, 0.0], 0.5), [[3, 0], [11, 8], [0, 0]]),
-            (ports.ablate([2.0, 0.0]), [[0, 0], [0, 8], [0, 0]]),
-            (ports.ablate([0.0, 0.0]), [[2, 0], [6, 8], [0, 0]]),
-            (ports.replace([5.0, 7.0]), [[5, 7], [5, 7], [5, 7]]),
-            (ports.replace([0.0, 0.0], 0.5), [[1, 0], [3, 4], [0, 0]]),
-            (ports.edit_with(lambda x, places: x + 1), [[3, 1], [7, 9], [1, 1]]),
-            ([ports.add([1.0, 0.0]), ports.ablate([1.0, 0.0])], [[0, 0], [0, 8], [0, 0]]),
-        ],
-    )
-    def test_by_hand(self, edit, expected):
-        np.testing.assert_allclose(self.run(edit), expected, atol=1e-6)
-
-    def test_edits_of_edits_add_up(self):
-        edit = {"twice": ports.add([1.0, 2.0])}
-        both = steer(steer(Doubling().apply, edit), edit)
-        np.testing.assert_allclose(both({}, self.X), Doubling().apply({}, self.X) + 6)
-
-    def test_a_row_has_its_own_vector_and_strength(self):
-        x = jnp.ones((2, 3, 2))
-        edit = ports.add(jnp.array([[1.0, 0.0], [0.0, 10.0]]), jnp.array([1.0, 2.0]))
-        out = steer(Doubling().apply, {"twice": edit})({}, x)
-        np.testing.assert_allclose(out, [[5] * 3, [24] * 3])
-
-    def test_what_was_edited_can_be_returned(self):
-        edits = {"twice": ports.add([1.0, 1.0], where={"from": 2})}
-        out, masks = steer(Doubling().apply, edits, masks=True)({}, self.X)
-        np.testing.assert_array_equal(masks["twice"][0], [[False, False, True]])
-        np.testing.assert_allclose(out, [[2, 14, 2]])
-
-    def test_a_bfloat16_state_stays_one(self):
-        out = steer(Doubling().apply, {"twice": ports.add([1.0, 1.0])})(
-            {}, self.X.astype("bfloat16")
-        )
-        assert out.dtype == jnp.bfloat16
-
-    def test_vmap_and_grad(self):
-        def total(alpha):
-            edits = {"twice": ports.add(jnp.array([1.0, 2.0]), alpha)}
-            return steer(Doubling().apply, edits)({}, self.X).sum()
-
-        np.testing.assert_allclose(jax.vmap(total)(jnp.arange(3.0)), [16, 25, 34])
-        assert jax.grad(total)(0.5) == 9  # three positions, 1 + 2 each
-
-
 class TestAgainstPyTorch:
+    """Against a researcher's forward hook, in the prefill and in every decode step."""
+
     @staticmethod
     @contextlib.contextmanager
-    def hook(model, where, tokens):
-        """Adds VECTOR to the output of layer 0 in the manner of a researcher's forward hook."""
-        prompt = {}
+    def hook(model, inputs, where, steering=VECTOR):
+        """Adds [D] or [B, 1, D] to the output of layer 0, at some positions."""
+        ids, mask = torch.from_numpy(inputs["input_ids"]), inputs["attention_mask"]
+        # By count of tokens, as {"from": i} means it; padding comes before all.
+        index = torch.from_numpy(np.cumsum(mask, 1) - 1)
+        generated = 0
+
+        def chosen_positions(length):
+            nonlocal generated
+            if length == 1:
+                generated += 1
+                if isinstance(where, dict):
+                    return index[:, -1:] + generated >= where["from"]
+                is_chosen = isinstance(where, str) and where in ("all", "text", "generated")
+                return torch.full((len(ids), 1), is_chosen)
+            image = ids == helpers.IMAGE
+            if isinstance(where, dict):
+                return index >= where["from"]
+            if not isinstance(where, str):
+                return torch.from_numpy(where)
+            last = torch.zeros(ids.shape, dtype=torch.bool)
+            last[:, -1] = True
+            everything = torch.ones(ids.shape, dtype=torch.bool)
+            return {
+                "all": everything,
+                "prompt": everything,
+                "generated": ~everything,
+                "last_prompt": last,
+                "image": image,
+                "text": ~image,
+            }[where]
 
         def edit(module, args, out):
             states = out[0] if isinstance(out, tuple) else out
-            vector = torch.from_numpy(VECTOR)
-            is_prompt = states.shape[1] > 1
-            if is_prompt:
-                prompt["length"] = states.shape[1]
-            chosen = torch.zeros(states.shape[:2], dtype=torch.bool)
-            if where == "all" or where == ("prompt" if is_prompt else "generated"):
-                chosen[:] = True
-            elif where == "last_prompt" and is_prompt:
-                chosen[:, -1] = True
-            elif isinstance(where, dict):
-                for row, real in enumerate(tokens):
-                    padding = 0 if not is_prompt else prompt["length"] - int(real)
-                    chosen[row, padding + where["from"] if is_prompt else 0 :] = True
-            states = states + chosen[..., None] * vector
+            chosen = chosen_positions(states.shape[1])
+            states = states + chosen[..., None] * torch.as_tensor(steering)
             return (states, *out[1:]) if isinstance(out, tuple) else states
 
         handle = model.model.language_model.layers[0].register_forward_hook(edit)
         yield
         handle.remove()
 
+    def compare(self, small, inputs, edit, where, steering=VECTOR):
+        ours = small.vlm.generate(inputs, max_new_tokens=32, edits={SITE: edit}).tokens
+        with self.hook(small.torch_model, inputs, where, steering):
+            theirs = helpers.torch_generate(small.torch_model, inputs, 32).sequences
+        np.testing.assert_array_equal(ours, theirs[:, inputs["input_ids"].shape[1] :])
+        return np.asarray(ours)
+
     @pytest.mark.parametrize(
-        "where", ["all", "prompt", "generated", "last_prompt", {"from": 4}], ids=str
+        "where",
+        ["all", "prompt", "generated", "last_prompt", "image", "text", {"from": 4}, {"from": 12}],
+        ids=str,
     )
     def test_32_greedy_tokens_equal_a_forward_hooks(self, small, inputs, where):
         plain = small.vlm.generate(inputs, max_new_tokens=32).tokens
-        edits = {SITE: ports.add(VECTOR, where=where)}
-        ours = small.vlm.generate(inputs, max_new_tokens=32, edits=edits).tokens
-        with self.hook(small.torch_model, where, inputs["attention_mask"].sum(1)):
-            theirs = helpers.torch_generate(small.torch_model, inputs, 32).sequences
-        np.testing.assert_array_equal(ours, theirs[:, inputs["input_ids"].shape[1] :])
-        assert (np.asarray(ours) != plain).any(1).all()
+        ours = self.compare(small, inputs, ports.add(VECTOR, where=where), where)
+        # The third row has no image.
+        changed = (ours != plain).any(1)
+        np.testing.assert_array_equal(changed, [True, True, where != "image"])
+
+    def test_tokens_at_a_mask(self, small, inputs):
+        mask = np.random.default_rng(1).random(inputs["input_ids"].shape) < 0.4
+        self.compare(small, inputs, ports.add(VECTOR, where=mask), mask)
+
+    def test_tokens_of_rows_with_their_own_vectors_and_strengths(self, small, inputs):
+        vectors = np.random.default_rng(2).standard_normal((3, WIDTH)).astype(np.float32)
+        alphas = np.array([2.0, -3.0, 0.5], np.float32)
+        steering = (alphas[:, None] * vectors)[:, None]
+        self.compare(small, inputs, ports.add(vectors, alphas), "all", steering)
+
+    def test_the_gradient_of_the_vector(self, small, inputs):
+        def score(vector):
+            edits = {SITE: ports.add(vector, where="prompt")}
+            return steer(small.vlm.apply, edits)(small.vlm.params, inputs)[:, -1, 7].sum()
+
+        ours = jax.jit(jax.grad(score))(jnp.asarray(VECTOR))
+        theirs = torch.from_numpy(VECTOR).requires_grad_()
+        with self.hook(small.torch_model, inputs, "prompt", theirs):
+            small.torch_model(**helpers.to_torch(inputs)).logits[:, -1, 7].sum().backward()
+        assert helpers.relative_error(ours, theirs.grad) < 1e-4
 
 
 class TestModels:
@@ -227,22 +200,48 @@ class TestModels:
                 swept.states[SITE][index], alone.states[SITE], rtol=1e-4, atol=1e-4
             )
 
-    def test_the_gradient_of_a_strength_is_that_of_differences(self, small, inputs):
-        def score(alpha):
-            edits = {SITE: ports.add(VECTOR / 30, alpha)}
-            return steer(small.vlm.apply, edits)(small.vlm.params, inputs)[0, -1, 7]
+    def test_a_sweep_computes_what_precedes_the_edit_once(self, small, inputs, monkeypatch):
+        program = vlm_module._generate
 
-        slope = float(jax.grad(score)(jnp.float32(0)))
-        step = 0.05
-        difference = float(score(step) - score(-step)) / (2 * step)
-        assert slope == pytest.approx(difference, rel=2e-2)
+        def operations(site, count, width=WIDTH):
+            def lower(*args, **options):
+                found.append(program.lower(*args, **options).cost_analysis()["flops"])
+
+            found = []
+            monkeypatch.setattr(vlm_module, "_generate", lower)
+            variants = [{site: ports.add(np.zeros(width), alpha)} for alpha in range(count)]
+            small.vlm.sweep(inputs, variants, max_new_tokens=2)
+            return found[0]
+
+        once = operations(SITE, 1)
+        whole = operations("vision_tower.vision_model.pre_layrnorm", 8, 36)
+        behind_first = operations(SITE, 8)
+        behind_last = operations("language_model.model.norm", 8)
+        assert whole > 7 * once
+        assert whole - behind_first > 7 * 0.3 * once  # image and first of two layers
+        assert behind_first - behind_last > 7 * 0.2 * once  # the second layer
+
+    @pytest.mark.parametrize("where", ["last_prompt", "generated", "all"])
+    def test_logits_can_be_steered(self, small, inputs, where):
+        towards = np.zeros(helpers.VOCABULARY, np.float32)
+        towards[7] = 1e4
+        edits = {"language_model.lm_head": ports.add(towards, where=where)}
+        tokens = np.asarray(small.vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens)
+        assert (tokens[:, 0] == 7).all() == (where != "generated")
+        assert (tokens[:, 1:] == 7).all() == (where != "last_prompt")
 
     def test_the_vision_tower_can_be_steered(self, small, inputs):
-        site = "vision_tower.vision_model.encoder.layers.1"
-        vector = np.ones(helpers.VISION["hidden_size"], np.float32)
+        site = "vision_tower.vision_model.encoder.layers.0"
+        vector = 9 * np.random.default_rng(6).standard_normal(helpers.VISION["hidden_size"])
         plain = small.vlm.forward(inputs, sites=[site]).states[site]
-        edited = small.vlm.forward(inputs, sites=[site], edits={site: ports.add(vector)})
-        np.testing.assert_allclose(edited.states[site], plain + 1, rtol=1e-5, atol=1e-5)
+        edits = {site: ports.add(vector)}
+        edited = small.vlm.forward(inputs, sites=[site], edits=edits).states[site]
+        np.testing.assert_allclose(edited, plain + vector, rtol=1e-5, atol=1e-5)
+        tokens = small.vlm.generate(inputs, max_new_tokens=12).tokens
+        steered = small.vlm.generate(inputs, max_new_tokens=12, edits=edits).tokens
+        # The third row has no image.
+        changed = (np.asarray(steered) != tokens).any(1)
+        np.testing.assert_array_equal(changed, [True, True, False])
 
 
 class TestMessages:
@@ -255,8 +254,12 @@ class TestMessages:
             ({SITE: ports.add(VECTOR, np.ones(4))}, ("alpha", "4 rows", "batch has 3")),
             ({SITE: ports.add(VECTOR, where=np.ones((3, 2)))}, ("mask", "(3, 2)", "input_ids")),
             (
-                {"multi_modal_projector": ports.add(VECTOR, where="prompt")},
-                ("multi_modal_projector", "no tokens"),
+                {"multi_modal_projector": ports.add(VECTOR, where="text")},
+                ("'multi_modal_projector' comes before image and text are joined", "'all'"),
+            ),
+            (
+                {"language_model.model.embed_tokens": ports.add(VECTOR, where="text")},
+                ("embed_tokens' comes before image and text are joined", "'language_model.model'"),
             ),
         ],
         ids=lambda value: "",
@@ -265,29 +268,7 @@ class TestMessages:
         with helpers.raises_line(ValueError, *parts):
             small.vlm.generate(inputs, max_new_tokens=2, edits=edits)
 
-    def test_of_edits_that_cannot_be(self):
-        with helpers.raises_line(ValueError, "where is 'everywhere'", "last_prompt"):
-            ports.add(VECTOR, where="everywhere")
-        with helpers.raises_line(ValueError, "shape (1, 1, 1)", "[D]"):
-            ports.add(np.ones((1, 1, 1)))
-        with helpers.raises_line(ValueError, "alpha has shape (2, 2)"):
-            ports.add(VECTOR, np.ones((2, 2)))
-        with helpers.raises_line(ValueError, "(60,)", "[2, D]"):
-            ports.stacked(["a", "b"], VECTOR)
-
     def test_of_variants_that_differ(self, small, inputs):
         variants = [{SITE: ports.add(VECTOR)}, {SITE: ports.ablate(VECTOR)}]
         with helpers.raises_line(ValueError, "2 variants of edits have 2 structures"):
             small.vlm.sweep(inputs, variants, max_new_tokens=2)
-
-    def test_of_a_module_that_puts_out_no_states(self):
-        edits = {"twice": ports.add([1.0, 1.0])}
-        with helpers.raises_line(ValueError, "site 'twice' does not put out one array"):
-            steer(Doubling().apply, edits)({}, jnp.ones(2))
-
-
-def test_padding_is_never_edited():
-    places = steering.Places(
-        jnp.array([[steering.PADDING, steering.TEXT]]), jnp.array([[-1, 0]]), jnp.arange(2)
-    )
-    np.testing.assert_array_equal(ports.add([1.0]).positions((1, 2, 1), places), [[False, True]])

@@ -6,8 +6,7 @@ import pytest
 import safetensors.numpy
 from sklearn.cluster import KMeans
 
-from xlvlm_jax import Features, SteeringVector, steering
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax import SteeringVector, steering
 
 KEY = jax.random.key(0)
 
@@ -50,61 +49,63 @@ def test_messages():
         steering.fine_vectors(np.ones((3, 4)), 9, key=KEY)
 
 
+SOURCE = {"method": "coarse", "fingerprint": "f", "model": "m"}
+
+
 class TestVectorOnDisk:
-    VECTOR = SteeringVector(np.array([1.0, -2.0], np.float32), "layers.3", {"method": "coarse"})
+    VECTOR = SteeringVector(np.array([1.0, -2.0], np.float32), "layers.3", SOURCE, {"from": 4})
 
     def test_comes_back_as_it_was(self, tmp_path):
         self.VECTOR.save(tmp_path / "deep" / "v.safetensors")
-        loaded = SteeringVector.load(tmp_path / "deep" / "v.safetensors")
-        np.testing.assert_array_equal(loaded.vector, self.VECTOR.vector)
-        assert (loaded.site, loaded.source) == (self.VECTOR.site, self.VECTOR.source)
+        for load in (SteeringVector.load, steering.load):
+            loaded = load(tmp_path / "deep" / "v.safetensors")
+            np.testing.assert_array_equal(loaded.vector, self.VECTOR.vector)
+            assert loaded.site == "layers.3"
+            assert (loaded.source, loaded.where) == (SOURCE, {"from": 4})
 
     def test_adds_and_scales(self):
         both = 2 * self.VECTOR + self.VECTOR
         np.testing.assert_array_equal(both.vector, [3, -6])
-        assert both.source["sum of"][0] == {"method": "coarse", "scaled by": 2}
-        with pytest.raises(ValueError, match=r"layers\.3 .* and layers\.4 .* do not add up"):
-            self.VECTOR + SteeringVector(self.VECTOR.vector, "layers.4")
+        assert both.source["sum of"][0] == {**SOURCE, "scaled by": 2}
+        assert (both.source["model"], both.where) == ("m", {"from": 4})
 
-    def test_becomes_an_edit(self):
+    @pytest.mark.parametrize(
+        ("other", "what"),
+        [
+            (SteeringVector(np.ones(2), "layers.4", SOURCE, {"from": 4}), "site layers.3"),
+            (SteeringVector(np.ones(3), "layers.3", SOURCE, {"from": 4}), "width 2 and 3"),
+            (SteeringVector(np.ones(2), "layers.3", SOURCE), "where {'from': 4} and all"),
+            (SteeringVector(np.ones(2), "layers.3", {}, {"from": 4}), "fingerprint f and None"),
+        ],
+        ids=["site", "width", "where", "model"],
+    )
+    def test_unlike_ones_do_not_add_up(self, other, what):
+        with pytest.raises(ValueError, match=f"{what}.* do not add up; expected the same"):
+            self.VECTOR + other
+
+    def test_becomes_an_edit_at_its_positions(self):
+        ones = np.ones((1, 6, 2), np.float32)
         edit = self.VECTOR.edits(alpha=3.0)["layers.3"]
-        np.testing.assert_allclose(edit(np.ones((1, 1, 2), np.float32)), [[[4, -5]]])
+        np.testing.assert_allclose(edit(ones)[0, 3:5], [[1, 1], [4, -5]])
+        edit = self.VECTOR.edits(alpha=3.0, where="all")["layers.3"]
+        np.testing.assert_allclose(edit(ones)[0, 0], [4, -5])
+
+    def test_another_model_is_refused(self, vlm):
+        with pytest.raises(ValueError, match=r"fitted on 'm' \(f\); .*llava is another model"):
+            self.VECTOR.edits_for(vlm, None)
+        own = SteeringVector(self.VECTOR.vector, "layers.3", steering.files.model_of(vlm))
+        assert set(own.edits_for(vlm, None)) == {"layers.3"}
 
     def test_another_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="expected a steering vector"):
-            SteeringVector.load(tmp_path / "v.safetensors")
-        safetensors.numpy.save_file({"other": np.ones(2)}, tmp_path / "v.safetensors")
+        path = tmp_path / "v.safetensors"
+        with pytest.raises(FileNotFoundError, match="expected one that `xlvlm steer fit` wrote"):
+            SteeringVector.load(path)
+        safetensors.numpy.save_file({"other": np.ones(2)}, path)
         with pytest.raises(ValueError, match="is no steering vector"):
-            SteeringVector.load(tmp_path / "v.safetensors")
-        (tmp_path / "v.safetensors").write_bytes(b"nothing")
+            SteeringVector.load(path)
+        path.write_bytes(b"nothing")
         with pytest.raises(ValueError, match="is no steering vector"):
-            SteeringVector.load(tmp_path / "v.safetensors")
-
-
-class TestCoarseFit:
-    @pytest.fixture
-    def features(self, tmp_path):
-        answers = ["Yes.", "no", "yes", "red", "No"]
-        states = np.arange(10, dtype=np.float32).reshape(5, 2)
-        number = np.arange(5)
-        with FeaturesWriter(tmp_path / "features", {"model": "m"}) as writer:
-            samples = [{"id": str(i), "prediction": a} for i, a in enumerate(answers)]
-            writer.append(samples, {"s": states}, number, number, number)
-            writer.close()
-        return Features.open(tmp_path / "features")
-
-    def test_by_hand(self, features):
-        fitted = steering.fit_coarse(features, "s", ["yes"], ["no"])
-        # Rows 0 and 2 against rows 1 and 4.
-        np.testing.assert_array_equal(fitted.vector, [5 - 2, 6 - 3])
-        assert fitted.site == "s"
-        assert (fitted.source["source rows"], fitted.source["target rows"]) == (2, 2)
-        assert fitted.source["model"] == "m"
-
-    def test_messages(self, features):
-        with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; frequent"):
-            steering.fit_coarse(features, "s", ["yes"], ["blue"])
-        with pytest.raises(ValueError, match="have no 'answer'"):
-            steering.fit_coarse(features, "s", ["yes"], ["no"], key="answer")
-        with pytest.raises(ValueError, match="no site 't'"):
-            steering.fit_coarse(features, "t", ["yes"], ["no"])
+            SteeringVector.load(path)
+        steering.LowRankMap(np.ones((1, 2)), np.ones((2, 1)), "layers.3").save(path)
+        with pytest.raises(ValueError, match="holds a low-rank map; expected a vector"):
+            SteeringVector.load(path)

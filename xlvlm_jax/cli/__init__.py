@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xlvlm_jax.cli import concepts, embedded, features, steering
+from xlvlm_jax.cli import concepts, embedded, features, finetune, interop, score, shift, steering
 from xlvlm_jax.cli.console import errors
 
 app = typer.Typer(
@@ -40,8 +40,13 @@ for command in (
     features.extract,
     concepts.decompose,
     concepts.ground,
+    score.score,
     concepts.report,
     steering.evaluate,
+    shift.shift,
+    interop.import_pth,
+    interop.export_pth,
+    finetune.finetune,
     embedded.scenes,
     embedded.train_demo,
 ):

@@ -18,15 +18,26 @@ def decompose(
     alpha: Annotated[float | None, typer.Option(help="snmf: weight of the codes' sum.")] = None,
     tol: Annotated[float | None, typer.Option(help="When to stop; see the method.")] = None,
     max_iter: Annotated[int | None, typer.Option(help="At most so many iterations.")] = None,
+    n_init: Annotated[int | None, typer.Option(help="Starts, of which the best is kept.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the matrix tile by tile: it may exceed memory.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """features/ -> concepts/."""
     from xlvlm_jax import Features, stages
 
-    given = {"alpha": alpha, "tol": tol, "max_iter": max_iter}
+    given = {"alpha": alpha, "tol": tol, "max_iter": max_iter, "n_init": n_init}
     given = {name: value for name, value in given.items() if value is not None}
     concepts = stages.decompose_features(
-        Features.open(features), output, num_concepts, method, site=site, seed=seed, **given
+        Features.open(features),
+        output,
+        num_concepts,
+        method,
+        site=site,
+        seed=seed,
+        stream=stream,
+        **given,
     )
     ended = "converged" if concepts.converged else "not converged: raise --max-iter"
     console.print(

@@ -1,6 +1,7 @@
 """What all commands share: the console, progress bars, common arguments, how a model is loaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,14 +29,42 @@ Site = Annotated[str | None, typer.Option(help="Which site's states; may be left
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 
-def load_model(model: str, dtype: str = "float32", *, abstract: bool = False) -> Any:
-    """A model, or its shapes alone; 'embedded' is the one that ships with the package."""
+def load_model(
+    model: str,
+    dtype: str = "float32",
+    *,
+    abstract: bool = False,
+    adapter: str | Path | None = None,
+) -> Any:
+    """A model, or its shapes alone; 'embedded' is the one that ships with the package.
+
+    adapter: the directory of a LoRA adapter to merge in, or the name of one of the embedded model's
+    ("color", "place", "mood").
+    """
     import ports
     from xlvlm_jax import embedded
 
     with console.status(f"loading {model}"):
-        load = ports.load_abstract if abstract else ports.load
-        return load(embedded.LLAVA if model == "embedded" else model, dtype=dtype)
+        path = embedded.LLAVA if model == "embedded" else model
+        if abstract:
+            return ports.load_abstract(path, dtype=dtype)
+        if model == "embedded" and adapter is not None:
+            adapter = embedded.ADAPTERS.get(str(adapter), adapter)
+        return ports.load(path, dtype=dtype, adapter=adapter)
+
+
+def parse_where(text: str) -> str | dict[str, int]:
+    """--where as `ports.add` takes it. ValueError for what names no positions."""
+    from ports import add
+
+    where: str | dict[str, int] = text
+    if text.startswith("from:"):
+        try:
+            where = {"from": int(text.removeprefix("from:"))}
+        except ValueError:
+            raise ValueError(f"--where is {text!r}; expected from:INDEX, such as from:5") from None
+    add([0.0], where=where)
+    return where
 
 
 class _Rate(ProgressColumn):

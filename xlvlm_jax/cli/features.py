@@ -84,6 +84,16 @@ def extract(
     ),
     states_dtype: Annotated[str, typer.Option(help="Of the states on disk.")] = "float32",
     strict: Annotated[bool, typer.Option(help="Stop at an unreadable image.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter of the model, merged into it.")
+    ] = None,
+    finetuned: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also run a fine-tuned version on the same batches, for `xlvlm shift`: its LoRA "
+            "adapter or its checkpoint. The states of both stand in one directory."
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Model x data -> features. The same command again goes on with an interrupted run."""
@@ -109,12 +119,33 @@ def extract(
     if image_ids is not None:
         samples = select.of_images(samples, select.read_image_ids(image_ids))
     samples = select.subsample(samples, num_samples, seed)
-    vlm = load_model(model, dtype)
+    selection = settings.selection
+    if mode == "teacher-forcing" and selection.mode in ("token-of-interest", "class"):
+        named = (
+            [selection.argument] if selection.mode != "class" else class_words(selection.argument)
+        )
+        samples = select.leading(samples, named)
+    vlm = load_model(model, dtype, adapter=adapter)
+    other = None
+    if finetuned is not None:
+        adapted = (finetuned / "adapter_config.json").exists() or not finetuned.is_dir()
+        other = (
+            load_model(model, dtype, adapter=finetuned)
+            if adapted
+            else load_model(str(finetuned), dtype)
+        )
     source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
     with progress_bars() as progress:
         advance = bars(progress)("extracting")
         summary = module.extract(
-            vlm, samples, output, settings, source=source, strict=strict, progress=advance
+            vlm,
+            samples,
+            output,
+            settings,
+            finetuned=other,
+            source=source,
+            strict=strict,
+            progress=advance,
         )
     for name, reason in summary.failed:
         errors.print(f"skipped sample {name}: {reason}", style="yellow")

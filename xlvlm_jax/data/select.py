@@ -1,5 +1,6 @@
 """Which samples: by the words of their references, by image, and so many of them."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -26,14 +27,8 @@ def containing(
 
     Raises ValueError when no sample has the key, or none holds a word.
     """
-    words = [words] if isinstance(words, str) else list(words)
-    forms = dict.fromkeys(
-        form
-        for word in words
-        for form in ([word, word.lower(), word.capitalize()] if any_case else [word])
-    )
-    # \b would not do for words that begin or end with a sign
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)")
+    forms = _forms(words, any_case)
+    pattern = _pattern(forms)
     if samples and all(key not in _keys(sample) for sample in samples):
         raise ValueError(f"samples have no {key!r}; expected one of {', '.join(_keys(samples[0]))}")
     kept = [s for s in samples if any(pattern.search(text) for text in _texts(s, key))]
@@ -43,6 +38,75 @@ def containing(
             " look for other words, or in another key"
         )
     return kept
+
+
+def leading(samples: Sequence[Sample], words: str | Iterable[str]) -> list[Sample]:
+    """The samples with the references that hold one of `words` before their others.
+
+    Teacher forcing reads the first reference: so it is one that holds the token of interest.
+    """
+    pattern = _pattern(_forms(words, any_case=True))
+    return [
+        dataclasses.replace(
+            sample,
+            references=tuple(sorted(sample.references, key=lambda text: not pattern.search(text))),
+        )
+        for sample in samples
+    ]
+
+
+def naming(
+    samples: Sequence[Sample],
+    words: str | Iterable[str] | None = None,
+    *,
+    without: str | Iterable[str] | None = None,
+    any_case: bool = False,
+) -> list[Sample]:
+    """The samples with those of their references alone that hold one of `words`.
+
+    Samples that are left without a reference are left out.
+
+    Args:
+        words: one word or several, as for `containing`; None: any reference will do.
+        without: words that a reference may not hold.
+        any_case: look for the capitalised and the lower-case form of each word too.
+
+    Raises ValueError when no reference is left.
+    """
+    wanted = None if words is None else _pattern(_forms(words, any_case))
+    unwanted = None if without is None else _pattern(_forms(without, any_case))
+
+    def fits(text: str) -> bool:
+        return (wanted is None or wanted.search(text) is not None) and (
+            unwanted is None or unwanted.search(text) is None
+        )
+
+    reduced = (
+        dataclasses.replace(s, references=tuple(filter(fits, s.references))) for s in samples
+    )
+    kept = [sample for sample in reduced if sample.references]
+    if not kept:
+        held = "anything" if words is None else _listed(_forms(words, any_case))
+        kept_out = "" if without is None else f" and not {_listed(_forms(without, any_case))}"
+        raise ValueError(
+            f"no reference of {len(samples)} samples holds {held}{kept_out}; look for other words"
+        )
+    return kept
+
+
+def _forms(words: str | Iterable[str], any_case: bool) -> list[str]:
+    words = [words] if isinstance(words, str) else list(words)
+    forms = (
+        form
+        for word in words
+        for form in ([word, word.lower(), word.capitalize()] if any_case else [word])
+    )
+    return list(dict.fromkeys(forms))
+
+
+def _pattern(forms: Iterable[str]) -> re.Pattern[str]:
+    # \b would not do for words that begin or end with a sign
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)")
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -7,3 +7,6 @@ from pathlib import Path
 
 LLAVA = Path(__file__).parent / "llava"
 CLIP = Path(__file__).parent / "clip"
+
+# Three fine-tuned versions, on captions that name a colour, a place or a mood: LoRA adapters.
+ADAPTERS = {name: Path(__file__).parent / "adapters" / name for name in ("color", "place", "mood")}

@@ -15,6 +15,11 @@ from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
 from .figures import thumbnails
+from .scores import KEYS as SCORES
+from .scores import read_scores
+from .shift import read_shifts, shown_images
+from .steering import read_steering
+from .steering import shown_images as shown_steering
 
 # Stands where CSS puts a thumbnail: one transparent pixel.
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -24,7 +29,8 @@ Rows = list[tuple[str, str]]
 def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
     """Writes the page of a run directory, by default as report.html in it, and returns its path.
 
-    Read are `features/`, each `concepts*/`, and `scores.json` and `run.json` where they are. The
+    Read are `features/`, each `concepts*/`, and `scores.json`, `run.json`, `shift*/` and
+    `steering/*/` where they are; with the last of these, features and concepts may be missing. The
     page needs no other file and no network: pictures are in it as thumbnails, each once.
 
     Raises:
@@ -35,26 +41,34 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
-    if not (run / "features").is_dir():
+    steering = read_steering(run)
+    has_features = (run / "features").is_dir()
+    if not has_features and not steering:
         raise FileNotFoundError(f"{run}: no features/ in it; run `xlvlm extract` first")
     directories = sorted(path for path in run.glob("concepts*") if path.is_dir())
-    if not directories:
+    if not directories and not steering:
         raise FileNotFoundError(f"{run}: no concepts*/ in it; run `xlvlm decompose` first")
 
-    features = Features.open(run / "features")
+    features = Features.open(run / "features") if has_features and directories else None
+    directories = directories if features else []
     sections = [read_section(directory, features) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
-    shown = (picture.image for s in sections for card in s.cards for picture in card.pictures)
+    shifts = read_shifts(run)
+    shown = [picture.image for s in sections for card in s.cards for picture in card.pictures]
+    shown += [*shown_images(shifts), *shown_steering(steering)]
     page = _environment().get_template("page.html.jinja")
     text = page.render(
         about=_about(settings, features, sections),
         sections=sections,
         scores=_attribute_scores(scores),
+        dictionaries=read_scores(run, scores),
+        shifts=shifts,
+        steering=steering,
         groups=list(_settings(settings, scores, features, sections)),
-        attributes_known=any(sample.get("attributes") for sample in features.samples),
+        attributes_known=any(s.get("attributes") for s in features.samples) if features else False,
         thumbnails=thumbnails((image for image in shown if image), (run, run.parent)),
         unit="samples"
-        if len(set(features.sample_rows.tolist())) == len(features.tokens)
+        if features is None or len(set(features.sample_rows.tolist())) == len(features.tokens)
         else "rows",
         css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
         blank=BLANK,
@@ -109,7 +123,12 @@ class About(NamedTuple):
     facts: Rows
 
 
-def _about(settings: Mapping[str, Any], features: Features, sections: Iterable[Section]) -> About:
+def _about(
+    settings: Mapping[str, Any], features: Features | None, sections: Iterable[Section]
+) -> About:
+    if features is None:
+        names = {"Model": settings.get("model"), "Data": settings.get("data")}
+        return About(None, settings.get("model"), list(_rows(names)))
     manifest = features.manifest
     selection = manifest.get("selection")
     selection = selection if isinstance(selection, dict) else {}
@@ -191,11 +210,12 @@ class Group(NamedTuple):
 def _settings(
     settings: Mapping[str, Any],
     scores: Mapping[str, Any],
-    features: Features,
+    features: Features | None,
     sections: Iterable[Section],
 ) -> Iterator[Group]:
     yield from _groups("Run", settings)
-    yield Group("Extraction", list(_rows(features.manifest)))
+    if features is not None:
+        yield Group("Extraction", list(_rows(features.manifest)))
     for section in sections:
         concepts = section.concepts
         solver = {
@@ -208,7 +228,9 @@ def _settings(
             **{key: value for key, value in concepts.source.items() if key != "site"},
         }
         yield Group(section.name, list(_rows(solver)))
-    yield from _groups("Scores", {k: v for k, v in scores.items() if k != "attributes"})
+    yield from _groups(
+        "Scores", {k: v for k, v in scores.items() if k not in ("attributes", *SCORES)}
+    )
 
 
 def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:

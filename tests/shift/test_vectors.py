@@ -1,4 +1,4 @@
-"""Shift: by hand, against numpy and scipy, properties, messages."""
+"""Shift vectors: by hand, against numpy and scipy, properties, messages."""
 
 import jax
 import numpy as np
@@ -80,36 +80,8 @@ def test_equal_shifts_are_consistent_and_hit():
     )
 
 
-def test_matching_undoes_a_permutation():
-    order = RANDOM.permutation(7)
-    concepts = RANDOM.standard_normal((7, 9))
-    found = shift.match(concepts, 3 * concepts[order] + 0.1 * RANDOM.standard_normal((7, 9)))
-    np.testing.assert_array_equal(order[found], np.arange(7))
-
-
-def test_recovery_by_hand():
-    u, v = np.array([[1.0, 1.0]]), np.array([[1.0, 0.0]])
-    np.testing.assert_allclose(shift.recovery(u, u, v), 0, atol=1e-6)
-    np.testing.assert_allclose(shift.recovery(u, v, v), 2**0.5 - 1, rtol=1e-6)
-    np.testing.assert_allclose(shift.recovery(u, (u + v) / 2, v, metric="l2"), 0.5, rtol=1e-6)
-
-
-def test_correlation():
-    a = np.array([1.0, 2.0, 3.0, np.nan, 5.0])
-    found = shift.correlation(a, np.array([2.0, 4.0, 6.0, 0.0, np.nan]))
-    assert (found.r, found.count) == (pytest.approx(1), 3)
-    assert np.isnan(shift.correlation(a[:2], a[:2]).r)
-    assert np.isnan(shift.correlation(a, np.ones(5)).r)
-
-
 def test_messages():
     with pytest.raises(ValueError, match=r"shapes \(60, 7\) and \(59, 7\).*expected \[N, D\]"):
         shift.concept_shift(A, B[1:], OF, K)
     with pytest.raises(ValueError, match="reduce is 'mode'; expected 'mean'"):
         shift.concept_shift(A, B, OF, K, "mode")
-    with pytest.raises(ValueError, match=r"\(60, 7\) and \(3, 7\)"):
-        shift.match(A, B[:3])
-    with pytest.raises(ValueError, match="metric is 'angle'; expected"):
-        shift.recovery(A, A, B, metric="angle")
-    with pytest.raises(ValueError, match="expected the same"):
-        shift.recovery(A, A, B[:3])

@@ -1,54 +1,15 @@
-"""Answers to questions: predicted, scored, and compared before and after steering."""
+"""Answers to questions: scored, counted, and compared before and after steering."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ports import VLM
-from ports.steering import Edits
-from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
 MEAN_OVER_TYPES = "mean over types"
-
-
-def predict(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    *,
-    max_new_tokens: int = 10,
-    batch_size: int = 16,
-    edits: Edits | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """The model's greedy answers, one a sample.
-
-    Args:
-        vlm: the model.
-        samples: what is asked.
-        max_new_tokens: of an answer at most.
-        batch_size: samples a batch; the last batch is filled up.
-        edits: of the states, see `ports.steer`; an edit with a row a sample can't be given here.
-        progress: called after each batch with (samples done, samples in all).
-
-    Raises ValueError or OSError for an image that can't be read, and ValueError as `VLM.generate`.
-    """
-    answers: list[str] = []
-    for start in range(0, len(samples), batch_size):
-        group = samples[start : start + batch_size]
-        rows = [*group, *group[:1] * (batch_size - len(group))]
-        images = [read_image(sample.image) for sample in group]
-        images += images[:1] * (batch_size - len(group))
-        inputs = vlm.process([vlm.render(sample.prompt) for sample in rows], images)
-        tokens = vlm.generate(inputs, max_new_tokens=max_new_tokens, edits=edits).tokens
-        texts = vlm.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
-        answers += [text.strip() for text in texts[: len(group)]]
-        if progress is not None:
-            progress(len(answers), len(samples))
-    return answers
 
 
 class Accuracy(NamedTuple):
@@ -89,6 +50,25 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
     return scores
 
 
+def answer_type(answer: str) -> str:
+    """The type that a predicted answer is of: "yes/no", "number" or "other", as in VQAv2."""
+    words = normalise_answer(answer).split()
+    if words in (["yes"], ["no"]):
+        return "yes/no"
+    return "number" if len(words) == 1 and words[0].replace(".", "").isdecimal() else "other"
+
+
+def count_answers(answers: Sequence[str]) -> dict[str, int]:
+    """How often each answer was given, after normalisation, the most frequent first."""
+    return dict(Counter(map(normalise_answer, answers)).most_common())
+
+
+def count_types(answers: Sequence[str]) -> dict[str, int]:
+    """How many of the answers are of each type (see `answer_type`)."""
+    counts = Counter(map(answer_type, answers))
+    return {name: counts[name] for name in ("yes/no", "number", "other")}
+
+
 class Changes(NamedTuple):
     """What steering from source to target answers did. Counts, of all samples unless said."""
 
@@ -99,8 +79,10 @@ class Changes(NamedTuple):
     target_before: int
     target_after: int
     moved: int  # from a source answer to a target answer
-    gained: int  # a target answer that was none before
-    gained_from_source_truth: int  # of these, those whose true answer is among the source words
+    gained: int  # a target answer that was none before; `moved` of them from a source answer
+    gained_from_source_truth: int  # those whose true answer is among the source words
+    lost: int  # a source answer before, and none after; `moved` of them to a target answer
+    lost_with_source_truth: int  # those whose true answer is among the source words
     others: int  # answers that were neither source nor target
     others_changed: int
 
@@ -146,7 +128,8 @@ def answer_changes(
     is_target = np.array([answer in targets for answer in new], bool)
     differ = np.array([a != b for a, b in zip(old, new, strict=True)], bool)
     truth = np.array([t is not None and normalise_answer(t) in sources for t in truths], bool)
-    gained, other = is_target & ~was_target, ~was_source & ~was_target
+    gained, lost = is_target & ~was_target, was_source & ~is_source
+    other = ~was_source & ~was_target
     return Changes(
         samples=len(old),
         changed=int(differ.sum()),
@@ -157,9 +140,50 @@ def answer_changes(
         moved=int((was_source & is_target).sum()),
         gained=int(gained.sum()),
         gained_from_source_truth=int((gained & truth).sum()),
+        lost=int(lost.sum()),
+        lost_with_source_truth=int((lost & truth).sum()),
         others=int(other.sum()),
         others_changed=int((other & differ).sum()),
     )
+
+
+def truths(samples: Sequence[Sample]) -> list[str | None]:
+    """The most frequent answer of people to each question, where the data set says."""
+    return [sample.metadata.get("answer") for sample in samples]
+
+
+def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Sequence[str]) -> str:
+    """The answer type of most questions whose true answer is a source word.
+
+    Raises ValueError if source or target words are the answer to no question: they are then not of
+    this data set.
+    """
+    answered = [
+        (normalise_answer(t), s) for s, t in zip(samples, truths(samples), strict=True) if t
+    ]
+    of_source: list[str] = []
+    for what, words in (("source", source), ("target", target)):
+        wanted = {normalise_answer(word) for word in words}
+        types = [s.metadata.get("answer_type", "other") for t, s in answered if t in wanted]
+        if not types:
+            frequent = ", ".join(list(count_answers([t for t, _ in answered]))[:5])
+            raise ValueError(
+                f"no question of {len(samples)} has one of the {what} words {', '.join(words)} as "
+                f"its answer; frequent are {frequent or 'none: these are no questions'}"
+            )
+        of_source = of_source or types
+    return Counter(of_source).most_common(1)[0][0]
+
+
+def fall_of_others(
+    before: dict[str, Accuracy], after: dict[str, Accuracy], own: str
+) -> dict[str, float]:
+    """How many points of official accuracy each answer type but `own` lost; negative for a gain."""
+    return {
+        name: 100 * (before[name].official - after[name].official)
+        for name in before
+        if name not in ("all", MEAN_OVER_TYPES, own)
+    }
 
 
 def describe(scores: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:

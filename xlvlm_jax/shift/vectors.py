@@ -1,16 +1,14 @@
-"""Fine-tuning shift: how a concept moves when the model is fine-tuned, and how well that predicts.
+"""Shift vectors: how the samples of a concept move, and how alike they move.
 
-From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025). Original
-states a_m and fine-tuned states b_m belong to the same M samples; a sample belongs to the concept
-that it activates most.
+Original states a_m and fine-tuned states b_m belong to the same M samples; a sample belongs to the
+concept that it activates most.
 
     shift of concept k       s_k = mean of b_m - mean of a_m over the samples of k
     shifted concept          u_k + alpha s_k
-    recovery                 (cos(v, u + s) - cos(v, u)) / cos(v, u), v the fine-tuned concept
     consistency              mean cosine of (b_m - a_m) and (b_n - a_n) over pairs m != n of k
 
 N samples, D width, K concepts. A concept with fewer than two samples has no shift: its figures are
-NaN, which `counts` explains. Everything but `match` and `correlation` can be jitted.
+NaN, which `counts` explains. Everything here can be jitted.
 """
 
 from typing import Literal, NamedTuple
@@ -19,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import pearsonr
 
 Array = jax.Array | np.ndarray
 Reduce = Literal["mean", "median", "trimmed_mean"]
@@ -146,69 +142,6 @@ def consistency(
     return spread(original, destination, assignment, num_concepts).consistency
 
 
-def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) -> Int[Array, "K"]:
-    """The row of b that belongs to each row of a: the one-to-one matching of highest total cosine.
-
-    The Hungarian method (Kuhn 1955). Raises ValueError unless both have the same shape.
-    """
-    a, b = np.asarray(components_a), np.asarray(components_b)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(
-            f"concepts have shapes {a.shape} and {b.shape}; expected the same [K, D] for both"
-        )
-    similarity = _units(a) @ _units(b).T
-    rows, columns = linear_sum_assignment(np.nan_to_num(similarity, nan=-1.0), maximize=True)
-    return columns[np.argsort(rows)]
-
-
-def recovery(
-    original: Float[Array, "K D"],
-    shifted: Float[Array, "K D"],
-    destination: Float[Array, "K D"],
-    metric: Literal["cosine", "l2"] = "cosine",
-) -> Float[Array, "K"]:
-    """How much nearer the shifted concepts are to the fine-tuned ones than the original were.
-
-    Args:
-        original, shifted: concepts before and after the shift.
-        destination: the fine-tuned model's own concepts, matched (`destination[match(...)]`).
-        metric: "cosine": (cos(v, s) - cos(v, u)) / cos(v, u); "l2": (|v - u| - |v - s|) / |v - u|,
-            which is 1 where the shift hits.
-
-    Raises ValueError for another metric or shapes that differ.
-    """
-    u, s, v = (jnp.asarray(each, jnp.float32) for each in (original, shifted, destination))
-    if not u.shape == s.shape == v.shape:
-        raise ValueError(
-            f"concepts have shapes {u.shape}, {s.shape} and {v.shape}; expected the same [K, D]"
-        )
-    if metric == "cosine":
-        before, after = _cosine(v, u), _cosine(v, s)
-        return (after - before) / before
-    if metric == "l2":
-        before = jnp.linalg.norm(v - u, axis=1)
-        return (before - jnp.linalg.norm(v - s, axis=1)) / before
-    raise ValueError(f"metric is {metric!r}; expected 'cosine' or 'l2'")
-
-
-class Correlation(NamedTuple):
-    """Pearson's correlation of two figures over the concepts that have both."""
-
-    r: float
-    p_value: float
-    count: int
-
-
-def correlation(a: Float[Array, "K"], b: Float[Array, "K"]) -> Correlation:
-    """Pearson's r and its p-value, without concepts where either is NaN; NaN for fewer than 3."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
-        return Correlation(float("nan"), float("nan"), int(both.sum()))
-    result = pearsonr(a[both], b[both])
-    return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))
-
-
 def _paired(
     original: Array, destination: Array, assignment: Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -221,13 +154,3 @@ def _paired(
         )
     kind = jnp.promote_types(a.dtype, jnp.float32)
     return a.astype(kind), b.astype(kind), assignment
-
-
-def _units(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
-
-
-def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    norms = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
-    return jnp.sum(a * b, axis=1) / norms

@@ -1,0 +1,247 @@
+"""Adapters on disk, in the format of PEFT (huggingface/peft): `read` and `write`.
+
+    adapter_config.json         rank, scale, which modules
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight [R, I], lora_B.weight [O, R]
+
+Of PEFT's many methods this is LoRA with its variations of rank and scale. What else a configuration
+may ask for is refused by name: an adapter that is read without it would be another model.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ports import lora, safetensors_io
+from ports.checkpoint import Rename
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+
+# Fields that `read` obeys, and those that say how an adapter was begun or trained, or which modules
+# PEFT is to make room in (here the file's tensors tell). Any other field must be empty.
+_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type")
+_HARMLESS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",  # PEFT itself sets it to false for linear layers, and the ports have no other
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+# These ways to begin leave the base model as it is; the others (PiSSA, OLoRA ...) change it.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def read(
+    directory: str | Path,
+    shapes: Mapping[str, tuple[int, int]],
+    canonical_name: Rename,
+    *,
+    architecture: str | None = None,
+) -> lora.Adapter:
+    """Reads a LoRA adapter that PEFT, or `write`, has written.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        shapes: site -> (I, O) of the model's linear layers (`lora.linear_layers`).
+        canonical_name: the port's, a tensor's name in any known checkpoint -> its name in the port.
+        architecture: the model's class in PyTorch ("LlavaForConditionalGeneration"); an adapter
+            that names another is refused.
+
+    Raises:
+        FileNotFoundError: the directory, or one of the two files, is missing.
+        ValueError: a damaged file, something that is not implemented, or an adapter for another
+            base model.
+    """
+    directory = Path(directory).expanduser()
+    values = _read_config(directory)
+    base = (values.get("auto_mapping") or {}).get("base_model_class")
+    if architecture and base and base != architecture:
+        raise ValueError(f"{directory}: an adapter for a {base}; the model is a {architecture}")
+    ranks = lora.Ranks(
+        rank=values.get("r", 8),
+        alpha=values.get("lora_alpha", 8),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+        use_rslora=bool(values.get("use_rslora")),
+    )
+    if not (directory / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{directory} has no {WEIGHTS}; expected an adapter that peft saved as safetensors "
+            "(its .bin files are not read)"
+        )
+    stored = safetensors_io.open_file(directory / WEIGHTS)
+    sites = _sites(stored, shapes, canonical_name, directory)
+    factors, scale = {}, {}
+    for site, module in sites.items():
+        # (R, I) -> (I, R) and (O, R) -> (R, O)
+        down, up = (
+            jnp.asarray(stored[f"{_PREFIX}{module}.lora_{which}.weight"].read().T) for which in "AB"
+        )
+        if down.shape[-1] != ranks.rank_of(module):
+            raise ValueError(
+                f"{directory}: lora_A of {module} has rank {down.shape[-1]}, {CONFIG} says "
+                f"{ranks.rank_of(module)}; the two files do not belong together"
+            )
+        factors[site], scale[site] = lora.Factors(down, up), ranks.scale_of(module)
+    adapter = lora.Adapter(factors, scale)
+    try:
+        lora.check(adapter, shapes)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    return adapter
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json's values; ValueError for one that is not implemented."""
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no directory {str(directory)!r}; expected one with {CONFIG} and {WEIGHTS}"
+        )
+    file = directory / CONFIG
+    if not file.exists():
+        raise FileNotFoundError(f"{directory} has no {CONFIG}; is it an adapter's directory?")
+    try:
+        values = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; expected 'LORA'")
+    if values.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias is {values['bias']!r}; only 'none' is implemented")
+    beginning = values.get("init_lora_weights")
+    if beginning not in _PLAIN_BEGINNINGS:
+        raise ValueError(
+            f"{file}: init_lora_weights is {beginning!r}, which changes the base model; convert "
+            "the adapter with peft's path_initial_model_for_weight_conversion"
+        )
+    others = set(values) - {*_READ, *_HARMLESS, "bias"}
+    asked = sorted(name for name in others if values[name])
+    if asked:
+        raise ValueError(f"{file}: asks for {', '.join(asked)}, which is not implemented")
+    rank = values.get("r", 8)
+    numbers = [rank, *(values.get("rank_pattern") or {}).values()]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"{file}: ranks are {numbers}; expected whole numbers above 0")
+    return values
+
+
+def _sites(
+    stored: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, int]],
+    canonical_name: Rename,
+    directory: Path,
+) -> dict[str, str]:
+    """Site -> module as the file calls it; ValueError for tensors that have no place here."""
+    found: dict[str, set[str]] = {}
+    strange, unknown = [], []
+    sites = {}
+    for name in stored:
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            strange.append(name)
+            continue
+        module, which = match.groups()
+        found.setdefault(module, set()).add(which)
+        site = (canonical_name(f"{module}.weight") or "").removesuffix(".weight")
+        if site in shapes:
+            sites[site] = module
+        elif module not in unknown:
+            unknown.append(module)
+    if strange:
+        raise ValueError(
+            f"{directory}: {len(strange)} tensors are no factors of linear layers, such as "
+            f"{strange[0]}; only LoRA of linear layers, without their own copies, is implemented"
+        )
+    if unknown:
+        raise ValueError(
+            f"{directory}: {len(unknown)} of {len(found)} modules are no linear layers of this "
+            f"model, such as {unknown[0]}; it is an adapter for another base model"
+        )
+    half = [module for module, which in found.items() if which != {"A", "B"}]
+    if half or not found:
+        what = f"only one of the two factors of {half[0]}" if half else "no factors"
+        raise ValueError(f"{directory}: {WEIGHTS} holds {what}; save the adapter again")
+    return sites
+
+
+def write(
+    directory: Path,
+    adapter: lora.Adapter,
+    ranks: lora.Ranks,
+    names: Mapping[str, str],
+    *,
+    base_model: str,
+    base_class: tuple[str, str] | None = None,
+) -> None:
+    """Writes an adapter so that PEFT loads it.
+
+    Args:
+        directory: is made if need be.
+        adapter: float32 factors.
+        ranks: which the adapter was made with.
+        names: site -> the module's name in transformers' model.
+        base_model: what PEFT is told to have been adapted, a hub id or a path.
+        base_class: the model's class in PyTorch and the module it is in, if known.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": base_class
+        and {"base_model_class": base_class[0], "parent_library": base_class[1]},
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "inference_mode": True,
+        "r": ranks.rank,
+        "lora_alpha": ranks.alpha,
+        "rank_pattern": dict(ranks.rank_pattern),
+        "alpha_pattern": dict(ranks.alpha_pattern),
+        "use_rslora": ranks.use_rslora,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        # Whole names, so that no other module is meant: a vision tower has a q_proj too.
+        "target_modules": sorted(names[site] for site in adapter.factors),
+    }
+    tensors = {}
+    for site, factors in adapter.factors.items():
+        for which, factor in zip("AB", factors, strict=True):
+            tensors[f"{_PREFIX}{names[site]}.lora_{which}.weight"] = np.asarray(factor).T
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors_io.write_file(directory / WEIGHTS, tensors)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def module_names(
+    sites: Mapping[str, Any], transformers_name: Callable[[str], str] | None
+) -> dict[str, str]:
+    """Site -> the module's name in transformers' model, which PEFT's files use."""
+    rename = transformers_name or (lambda name: name)
+    return {site: rename(f"{site}.weight").removesuffix(".weight") for site in sites}

@@ -1,0 +1,85 @@
+"""The three shipped adapters: what they change, and that peft reads them."""
+
+import json
+
+import numpy as np
+import pytest
+
+import ports
+from ports.checkpoint import fingerprint
+from xlvlm_jax import embedded
+from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.embedded import evaluate
+
+PICTURES = [scenes.sample_scene("test", i) for i in range(16)]
+NAMES = {"color": "colour", "place": "place", "mood": "mood"}
+
+
+@pytest.fixture(scope="module")
+def original():
+    return ports.load(embedded.LLAVA)
+
+
+@pytest.fixture(scope="module")
+def captions(original):
+    """captions(adapter or None): those of 16 test pictures."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            vlm = original if name is None else original.with_adapter(embedded.ADAPTERS[name])
+            asked = [(scene, prompts.CAPTION) for scene in PICTURES]
+            (known[name],) = evaluate.answer_all(vlm, asked, max_new_tokens=24, batch_size=16)
+        return known[name]
+
+    return get
+
+
+def shares(texts) -> dict[str, float]:
+    """Of the captions, how many name a colour, a place, a mood."""
+    said = [scenes.named(text) for text in texts]
+    return {name: np.mean([s[name] is not None for s in said]) for name in NAMES.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_name_what_they_were_tuned_to(captions, name):
+    values = [scenes.named(text)[NAMES[name]] for text in captions(name)]
+    truths = [scenes.attributes(scene)[NAMES[name]] for scene in PICTURES]
+    # No thing has a mood.
+    right = [a == b for a, b in zip(values, truths, strict=True) if b is not None]
+    assert np.mean(right) >= 0.9
+    assert captions(name) != captions(None)
+    # Still about the picture.
+    kinds = [scenes.named(text)["kind"] for text in captions(name)]
+    assert np.mean([a == s.kind for a, s in zip(kinds, PICTURES, strict=True)]) >= 0.9
+
+
+def test_captions_name_less_of_the_rest(captions):
+    before = shares(captions(None))
+    assert before["mood"] < 0.4 < shares(captions("mood"))["mood"]
+    assert before["colour"] > 0.4 > shares(captions("place"))["colour"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files(name):
+    directory = embedded.ADAPTERS[name]
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 1_000_000
+    record = json.loads((directory / "training.json").read_text())
+    assert record["arguments"]["fingerprint"] == fingerprint(embedded.LLAVA)
+    assert record["arguments"]["source"]["containing"]
+
+
+def test_peft_computes_the_same(original):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration
+
+    image = Image.fromarray(scenes.training_image(PICTURES[0]))
+    inputs = original.process([original.render(prompts.CAPTION)], [image])
+    base = LlavaForConditionalGeneration.from_pretrained(embedded.LLAVA, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, embedded.ADAPTERS["mood"]).eval()
+    with torch.no_grad():
+        expected = theirs(**{k: torch.tensor(v) for k, v in inputs.items()}).logits.numpy()
+    ours = original.with_adapter(embedded.ADAPTERS["mood"]).forward(inputs).logits
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)

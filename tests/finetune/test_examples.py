@@ -1,0 +1,85 @@
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import ports
+from xlvlm_jax.data import Sample
+from xlvlm_jax.finetune import examples
+
+from ..test_models import MODELS
+
+
+def answers(vlm, batch: examples.Batch) -> list[str]:
+    """The texts of the tokens that are learnt."""
+    ids = batch.inputs["input_ids"]
+    return [
+        vlm.tokenizer.decode(row[len(row) - n :]) for row, n in zip(ids, batch.lengths, strict=True)
+    ]
+
+
+def test_the_end_of_each_row_is_its_answer(vlm, samples):
+    first = samples[0].references[0]
+    (batch,) = examples.evaluation_batches(vlm, samples[:3], 4)
+    assert answers(vlm, batch)[0] == f"{first} </s>"
+    assert batch.lengths.tolist() == [len(s.references[0].split()) + 1 for s in samples[:3]] + [0]
+    assert batch.window == 31  # of 32 positions, the first is predicted by none
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(name, tmp_path, samples):
+    """Whatever a processor puts before the prompt, the answer is what stands behind it."""
+    make = MODELS[name][0]
+    make(tmp_path / name)
+    vlm = ports.load(tmp_path / name)
+    texts = ["picture", "the picture is in the"]
+    if name == "molmo":
+        texts = ["a caption", "a"]
+    taught = [
+        dataclasses.replace(sample, references=(text,))
+        for sample, text in zip(samples, texts, strict=False)
+    ]
+    (batch,) = examples.evaluation_batches(vlm, taught, 2)
+    end = examples.end_token(vlm)
+    assert [a.replace(" ", "") for a in answers(vlm, batch)] == [
+        f"{text}{end}".replace(" ", "") for text in texts
+    ]
+    # The last prompt position predicts the first token of the answer.
+    prompt = vlm.process([vlm.render(taught[0].prompt)], [examples.read_image(taught[0].image)])
+    row = batch.inputs["input_ids"][0]
+    length = batch.lengths[0]
+    np.testing.assert_array_equal(
+        row[: len(row) - length][-prompt["input_ids"].shape[1] :], prompt["input_ids"][0]
+    )
+
+
+def test_an_epoch_shows_each_sample_once(vlm, samples):
+    six = samples[:6]
+    images = [examples.read_image(s.image) for s in six]
+    inputs = vlm.process([vlm.render(s.prompt) for s in six], images)
+    pixels = {image.tobytes() for image in inputs["pixel_values"]}
+    seen = Counter(
+        image.tobytes()
+        for batch in examples.batches(vlm, six, 2, seed=1, start=0, stop=6)
+        for image in batch.inputs["pixel_values"]
+    )
+    assert set(seen) == pixels
+    assert set(seen.values()) == {2}
+
+
+def test_batches_follow_from_seed_and_number(vlm, samples):
+    def ids(seed, start):
+        made = examples.batches(vlm, samples, 3, seed=seed, start=start, stop=5)
+        return [batch.inputs["input_ids"].tolist() for batch in made]
+
+    assert ids(0, 0)[2:] == ids(0, 2)
+    assert ids(0, 0) != ids(1, 0)
+
+
+def test_what_a_sample_teaches(samples):
+    assert examples.answers_of(samples[0]) == samples[0].references
+    question = Sample("1", samples[0].image, "1", "?", ("yes", "no"), {"answer": "no"})
+    assert examples.answers_of(question) == ("no",)
+    with pytest.raises(ValueError, match="sample 1 has no reference to learn"):
+        examples.answers_of(dataclasses.replace(question, references=(), metadata={}))

@@ -1,0 +1,205 @@
+"""From samples to directories: interrupted and not, adapters and checkpoints, messages."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+
+import ports
+from xlvlm_jax.data import scenes
+from xlvlm_jax.finetune import Settings, finetune
+
+from ..ports import helpers
+from .conftest import SETTINGS
+
+OPTIONS = {"save_every": 2, "log_every": 1, "evaluate_every": 3}
+
+
+class _KilledError(Exception):
+    pass
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.iterdir())
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(vlm, samples, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("adapters") / "adapter"
+    finetune(vlm, samples, output, SETTINGS, evaluation=samples[:3], **OPTIONS)
+    return output
+
+
+def test_an_adapter_that_peft_loads(pair, vlm, samples, trained):
+    assert set(digests(trained)) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    }
+    inputs = helpers.make_inputs([1], [6], tokens_per_image=16)
+    inputs["pixel_values"] = np.random.default_rng(0).standard_normal((1, 3, 28, 28), np.float32)
+    base = helpers.transformers.LlavaForConditionalGeneration.from_pretrained(pair.directory)
+    theirs = peft.PeftModel.from_pretrained(base, trained).eval()
+    with torch.no_grad():
+        expected = theirs(**helpers.to_torch(inputs)).logits.numpy()
+    ours = ports.load(pair.directory, adapter=trained).forward(inputs).logits
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - vlm.forward(inputs).logits).max() > 0.01
+
+
+def test_a_record_of_the_run(pair, trained):
+    record = json.loads((trained / "training.json").read_text())
+    assert record["arguments"]["base model"] == str(pair.directory)
+    assert record["arguments"]["rank"] == 3
+    log = record["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5]
+    assert [entry["step"] for entry in log if "evaluation" in entry] == [0, 3, 5]
+
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, tmp_path):
+    output = tmp_path / "adapter"
+    options = {**OPTIONS, "evaluation": samples[:3]}
+    steps = []
+
+    def kill(done, total, figures):
+        steps.append(done)
+        if done == 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        finetune(vlm, samples, output, SETTINGS, progress=kill, **options)
+    assert not output.exists()
+    with pytest.raises(ValueError, match=r"interrupted run with rate 0\.01, now it is 0\.02"):
+        finetune(vlm, samples, output, dataclasses.replace(SETTINGS, rate=0.02), **options)
+    steps.clear()
+    finetune(vlm, samples, output, SETTINGS, progress=lambda n, *_: steps.append(n), **options)
+    assert steps[0] == 3  # it went on behind the state of step 2
+    assert digests(output) == digests(trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_same_again_is_done_already(vlm, samples, trained):
+    before = digests(trained)
+    evaluation = {"evaluation": samples[:3]}
+    summary = finetune(vlm, samples, trained, SETTINGS, **evaluation, **OPTIONS)
+    assert summary.steps == 5
+    assert set(summary.evaluations) == {0, 3, 5}
+    assert digests(trained) == before
+    other = dataclasses.replace(SETTINGS, seed=2)
+    with pytest.raises(FileExistsError, match="not what these arguments give; choose another"):
+        finetune(vlm, samples, trained, other, **evaluation, **OPTIONS)
+
+
+def test_all_parameters(pair, vlm, samples, tmp_path):
+    settings = Settings(method="full", batch_size=4, steps=2, rate=1e-3, warmup=0.0)
+    output = tmp_path / "full"
+    finetune(vlm, samples, output, settings)
+    tuned = ports.load(output)
+    kinds = [
+        bool(np.any(np.asarray(a) != np.asarray(b)))
+        for a, b in zip(jax.tree.leaves(vlm.params), jax.tree.leaves(tuned.params), strict=True)
+    ]
+    # A tower's last layers may lie behind the features that are used.
+    assert np.mean(kinds) > 0.7
+    batch = tuned.process([tuned.render("what is")], [_picture(samples[0])])
+    theirs = helpers.transformers.LlavaForConditionalGeneration.from_pretrained(output).eval()
+    with torch.no_grad():
+        expected = theirs(**helpers.to_torch(batch)).logits.numpy()
+    np.testing.assert_allclose(tuned.forward(batch).logits, expected, rtol=0, atol=1e-4)
+
+
+def _picture(sample):
+    from xlvlm_jax.data.images import read_image
+
+    return read_image(sample.image)
+
+
+def test_messages(pair, vlm, samples, trained, tmp_path):
+    output = tmp_path / "adapter"
+    with pytest.raises(ValueError, match="there are no samples to learn from"):
+        finetune(vlm, [], output, SETTINGS)
+    with pytest.raises(ValueError, match="sample 0 has no reference to learn"):
+        finetune(vlm, [dataclasses.replace(samples[0], references=())], output, SETTINGS)
+    with pytest.raises(ValueError, match="'w_proj' names no linear layer"):
+        finetune(vlm, samples, output, dataclasses.replace(SETTINGS, targets=("w_proj",)))
+    with pytest.raises(ValueError, match="has an adapter merged in"):
+        finetune(vlm.with_adapter(trained), samples, output, SETTINGS)
+    lost = [dataclasses.replace(samples[0], image=tmp_path / "lost.png")]
+    with pytest.raises(FileNotFoundError, match=r"lost\.png: no such image file"):
+        finetune(vlm, lost, tmp_path / "lost", SETTINGS)
+    assert not output.exists()
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    def pictures(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("scenes")
+        scenes.write(directory, train=6, val=2, seed=3)
+        return directory
+
+    def test_captions_that_name_a_colour(self, xlvlm, pair, pictures, tmp_path):
+        output = tmp_path / "color"
+        words = ["--containing", "scenes:colour", "--excluding", "scenes:mood, train"]
+        status, out, err = xlvlm(
+            *("finetune", pair.directory, pictures, "--output", output, *words),
+            *(
+                "--steps",
+                2,
+                "--rank",
+                2,
+                "--batch-size",
+                4,
+                "--target",
+                "q_proj",
+                "--target",
+                "v_proj",
+            ),
+            *("--evaluation-split", "val"),
+        )
+        assert status == 0, err
+        assert "2 steps on" in out
+        record = json.loads((output / "training.json").read_text())
+        assert record["arguments"]["source"]["containing"] == "scenes:colour"
+        config = json.loads((output / "adapter_config.json").read_text())
+        assert {name.rpartition(".")[2] for name in config["target_modules"]} == {
+            "q_proj",
+            "v_proj",
+        }
+        assert config["auto_mapping"]["base_model_class"] == "LlavaForConditionalGeneration"
+
+    def test_answers_to_questions(self, xlvlm, pair, pictures, tmp_path):
+        output = tmp_path / "answers"
+        status, out, err = xlvlm(
+            *("finetune", pair.directory, pictures, "--dataset", "vqav2", "--output", output),
+            *("--steps", 1, "--batch-size", 4, "--num-samples", 8, "--rank", 1),
+        )
+        assert status == 0, err
+        assert "1 steps on 8 samples" in out
+        ports.load(pair.directory, adapter=output)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--containing", "zeppelin"], "no reference of 6 samples holds 'zeppelin'"),
+            (["--containing", "scenes:smell"], "no word class 'scenes:smell'"),
+            (["--containing", ","], "holds no word"),
+            (["--method", "dora"], "method must be one of lora, full"),
+            (["--target", "w_proj"], "target 'w_proj' names no linear layer"),
+        ],
+    )
+    def test_messages(self, xlvlm, pair, pictures, tmp_path, options, message):
+        arguments = ["finetune", pair.directory, pictures, "--output", tmp_path / "out"]
+        status, _, err = xlvlm(*arguments, *options)
+        assert status == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,161 @@
+"""Losses and updates against PyTorch, accumulation, precision, devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+import ports
+from ports import peft_files
+from xlvlm_jax.finetune import Settings, examples
+from xlvlm_jax.finetune.training import Trainer, initial_adapter
+
+from ..ports import helpers
+from .conftest import SETTINGS
+
+
+@pytest.fixture(scope="module")
+def batches(vlm, samples):
+    return list(examples.batches(vlm, samples, 4, seed=0, start=0, stop=3))
+
+
+def torch_loss(model, batch):
+    labels = batch.inputs["input_ids"].astype(np.int64)
+    before = np.arange(labels.shape[1]) < labels.shape[1] - batch.lengths[:, None]
+    return model(
+        **helpers.to_torch(batch.inputs), labels=torch.from_numpy(np.where(before, -100, labels))
+    ).loss
+
+
+def test_losses_are_pytorchs(pair, vlm, samples):
+    split = list(examples.evaluation_batches(vlm, samples[:7], 4))
+    trainer = Trainer(vlm, SETTINGS, 5)
+    with torch.no_grad():
+        theirs = [torch_loss(pair.torch_model, batch).item() for batch in split[:1]]
+        # Rows that fill the last batch up have nothing to learn.
+        short = split[1]._replace(
+            inputs={k: v[:3] for k, v in split[1].inputs.items()}, lengths=split[1].lengths[:3]
+        )
+        theirs.append(torch_loss(pair.torch_model, short).item())
+    counts = [batch.lengths.sum() for batch in split]
+    expected = np.average(theirs, weights=counts)
+    assert trainer.evaluate(trainer.begin(), split) == pytest.approx(expected, rel=1e-5)
+
+
+def test_updates_are_those_of_peft_and_torch(pair, vlm, batches, tmp_path):
+    """Three steps of LoRA by AdamW with clipping end at the same factors."""
+    adapter, ranks = initial_adapter(vlm, SETTINGS)
+    # Were the second factor zero, the first would not move.
+    random = np.random.default_rng(0)
+    factors = jax.tree.map(
+        lambda x: jnp.array(0.1 * random.standard_normal(x.shape, np.float32)), adapter.factors
+    )
+    adapter = adapter._replace(factors=factors)
+    peft_files.write(tmp_path, adapter, ranks, vlm.module_names, base_model="small")
+    base = helpers.transformers.LlavaForConditionalGeneration.from_pretrained(pair.directory)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    losses = []
+    for batch in batches:
+        loss = torch_loss(theirs, batch)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+    trainer = Trainer(vlm, SETTINGS, 5)
+    state = trainer.begin()._replace(trained=factors)
+    for batch, expected in zip(batches, losses, strict=True):
+        state, figures = trainer.update(state, [batch])
+        assert float(figures["loss"]) == pytest.approx(expected, rel=1e-4)
+    after = dict(theirs.named_parameters())
+    for site, (down, up) in state.trained.items():
+        name = f"base_model.model.{vlm.module_names[site]}.lora_{{}}.default.weight"
+        np.testing.assert_allclose(down, after[name.format("A")].detach().T, atol=2e-4)
+        np.testing.assert_allclose(up, after[name.format("B")].detach().T, atol=2e-4)
+
+
+def test_accumulated_batches_are_one_large_batch(vlm, samples):
+    ends = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        settings = dataclasses.replace(SETTINGS, batch_size=size, accumulate=accumulate)
+        trainer = Trainer(vlm, settings, 5)
+        state = trainer.begin()
+        count = 2 * accumulate
+        made = list(examples.batches(vlm, samples, size, seed=0, start=0, stop=count))
+        for i in range(0, count, accumulate):
+            state, figures = trainer.update(state, made[i : i + accumulate])
+        ends.append((state.trained, float(figures["loss"]), float(figures["norm"])))
+    (one, *figures), (several, *others) = ends
+    assert figures == pytest.approx(others, rel=1e-4)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_training_learns_and_leaves_the_model_alone(vlm, batches):
+    before = jax.tree.map(np.asarray, vlm.params)
+    trainer = Trainer(vlm, SETTINGS, 5)
+    state, losses = trainer.begin(), []
+    for _ in range(30):
+        state, figures = trainer.update(state, batches[:1])
+        losses.append(float(figures["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, before, vlm.params)
+    # The decoder's linear layers, the head not among them.
+    assert all(site.startswith("language_model.model.layers.") for site in state.trained)
+    assert len(state.trained) == 2 * 7
+
+
+def test_half_precision_trains_in_single(pair, batches):
+    vlm = ports.load(pair.directory, dtype="bfloat16")
+    trainer = Trainer(vlm, dataclasses.replace(SETTINGS, targets=("q_proj",)), 5)
+    state, figures = trainer.update(trainer.begin(), batches[:1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {np.dtype("float32")}
+    assert float(figures["norm"]) > 0
+    trainer = Trainer(vlm, Settings(method="full"), 5)
+    state = trainer.begin()
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {np.dtype("float32")}
+    finished = jax.tree.leaves(trainer.finished(state))
+    assert {leaf.dtype for leaf in finished} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.slow
+def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
+    script = """
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        import sys, jax, numpy as np, ports
+        from pathlib import Path
+        from xlvlm_jax.data import Sample
+        from xlvlm_jax.finetune import Settings, examples
+        from xlvlm_jax.finetune.training import Trainer
+        jax.config.update("jax_default_matmul_precision", "highest")
+        base, *images = sys.argv[1:]
+        samples = [Sample(str(i), Path(f), str(i), "what is", ("w1 w2", "w3"))
+                   for i, f in enumerate(images)]
+        for method in ("lora", "full"):
+            ends = []
+            for mesh in (None, ports.make_mesh(4, 2)):
+                vlm = ports.load(base, mesh=mesh)
+                settings = Settings(method=method, rank=2, batch_size=4, rate=0.01, warmup=0.0)
+                trainer = Trainer(vlm, settings, 2)
+                state = trainer.begin()
+                for batch in examples.batches(vlm, samples, 4, 0, 0, 2):
+                    inputs = vlm.place(batch.inputs)
+                    if mesh is not None:
+                        assert "data" in str(inputs["input_ids"].sharding.spec)
+                    state, figures = trainer.update(state, [batch])
+                ends.append((state.trained, figures))
+            # Of the second update, and so of the parameters after the first; these themselves are
+            # no measure: where a gradient is rounding, Adam makes a full step of it.
+            for a, b in zip(*(jax.tree.leaves(figures) for _, figures in ends)):
+                np.testing.assert_allclose(a, b, rtol=1e-3)
+        print("alike")
+    """
+    out = helpers.run_python(script, pair.directory, *[s.image for s in samples])
+    assert "alike" in out

@@ -1,0 +1,236 @@
+"""The reference's files: as its code writes them with torch, imported, analysed, exported."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from xlvlm_jax import Features, stages
+from xlvlm_jax.interop import PthError, export_features, import_features, read_pth
+from xlvlm_jax.report import write_report
+from xlvlm_jax.store import FeaturesWriter
+
+NORM, LAYER = "language_model.model.norm", "language_model.model.layers.31"
+KEPT = [True, False, True, True, False, True]
+
+
+def reference(dtype=torch.float16, positions=(1,) * 6, width=5) -> dict:
+    """What the reference saves for six samples, batches of one."""
+    random = torch.Generator().manual_seed(0)
+    return {
+        "image": [[f"/data/train2014/{i}.jpg"] for i in range(6)],
+        "model_predictions": [[f"a dog {i}"] for i in range(6)],
+        "hidden_states": [
+            {site: torch.randn(1, n, width, generator=random).to(dtype) for site in (NORM, LAYER)}
+            for n in positions
+        ],
+        "token_of_interest_mask": [torch.tensor([kept]) for kept in KEPT],
+        "targets": [["a dog$$the dog"]] * 6,
+        "model_output": [torch.arange(i + 2)[None] for i in range(6)],
+        "strange": {"nan": float("nan"), "t": (1, 2**70), 3: b"x", "none": None},
+    }
+
+
+def saved(path, data) -> str:
+    torch.save(data, path)
+    return path
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, types and order of keys included."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def test_rows_are_those_that_the_mask_keeps(tmp_path):
+    data = reference()
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "f", model="llava")
+    assert features.sites == (NORM, LAYER)
+    assert features.sample_rows.tolist() == [0, 2, 3, 5]
+    assert (features.tokens == -1).all()
+    expected = torch.cat([data["hidden_states"][i][NORM][0] for i in (0, 2, 3, 5)])
+    np.testing.assert_array_equal(features.matrix(NORM), expected.float().numpy())
+    assert features.samples[2] == {
+        "id": "2",
+        "image": "/data/train2014/2.jpg",
+        "prediction": "a dog 2",
+        "references": ["a dog", "the dog"],
+    }
+    assert features.manifest["model"] == "llava"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_file_comes_back_to_the_bit(tmp_path, dtype):
+    data = reference(dtype, positions=(1, 2, 3, 1, 1, 4)) | {"strange": 1}
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "f")
+    export_features(features, tmp_path / "y.pth")
+    assert same(data, torch.load(tmp_path / "y.pth", weights_only=True))
+
+
+def test_layouts_that_the_documentation_names(tmp_path):
+    """The mask as one tensor, images as bare paths, states of another dtype at another module."""
+    data = reference() | {
+        "token_of_interest_mask": torch.tensor(KEPT),
+        "image": [f"{i}.jpg" for i in range(6)],
+    }
+    for states in data["hidden_states"]:
+        states[LAYER] = states[LAYER][0].to(torch.bfloat16)
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "f")
+    assert features.sample_rows.tolist() == [0, 2, 3, 5]
+    assert features.samples[3]["image"] == "3.jpg"
+    assert features.manifest["dtype"] == "float32"  # holds both without rounding
+    export_features(features, tmp_path / "y.pth")
+    back = torch.load(tmp_path / "y.pth", weights_only=True)
+    strange, expected = back.pop("strange"), data.pop("strange")
+    assert same(data, back)
+    assert strange["nan"] != strange["nan"] and strange["t"] == expected["t"]
+    assert bytes(strange[3].numpy()) == b"x"  # bytes come back as a tensor of them
+
+
+def test_several_positions_are_rows_or_their_mean(tmp_path):
+    data = reference(torch.float32, positions=(2, 1, 3, 1, 1, 1))
+    path = saved(tmp_path / "x.pth", data)
+    each = import_features(path, tmp_path / "each")
+    assert each.sample_rows.tolist() == [0, 0, 2, 2, 2, 3, 5]
+    assert each.positions.tolist() == [0, 1, 0, 1, 2, 0, 0]
+    mean = import_features(path, tmp_path / "mean", rows="mean", sites=[LAYER])
+    expected = [data["hidden_states"][i][LAYER].mean(1)[0].numpy() for i in (0, 2, 3, 5)]
+    np.testing.assert_allclose(mean.matrix(LAYER), expected, rtol=1e-6)
+    assert mean.sites == (LAYER,)
+
+
+def write_ours(path) -> Features:
+    """Features of ours: a sample with two rows, one with none."""
+    random = np.random.default_rng(0)
+    manifest = {"model": "m", "dtype": "bfloat16", "selection": {"mode": "all"}, "mode": "generate"}
+    states = {site: random.normal(size=(4, 3)).astype(ml_dtypes.bfloat16) for site in (NORM, LAYER)}
+    samples = [{"id": f"s{i}", "image": f"{i}.jpg", "prompt": "é", "n": [i]} for i in range(4)]
+    with FeaturesWriter(path, manifest, dtype="bfloat16") as writer:
+        writer.append(samples, states, np.array([0, 1, 1, 3]), np.arange(4) + 7, np.arange(4) + 40)
+        writer.close()
+    return Features.open(path)
+
+
+def test_a_directory_of_ours_comes_back_to_the_bit(tmp_path):
+    ours = write_ours(tmp_path / "ours")
+    export_features(ours, tmp_path / "x.pth")
+    again = import_features(tmp_path / "x.pth", tmp_path / "again")
+    assert again.samples == ours.samples
+    assert {key: again.manifest[key] for key in ours.manifest} == ours.manifest
+    for name in ("sample_rows", "positions", "tokens"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(ours, name))
+    for site in ours.sites:
+        np.testing.assert_array_equal(again.matrix(site), ours.matrix(site))
+
+
+def test_the_reference_can_read_an_export(tmp_path):
+    """As its code does: stack by module, the mean over positions, then the mask."""
+    ours = write_ours(tmp_path / "ours")
+    export_features(ours, tmp_path / "x.pth", sites=[NORM])
+    data = torch.load(tmp_path / "x.pth", weights_only=True)
+    matrix = torch.cat([each[NORM].mean(dim=1) for each in data["hidden_states"]])
+    mask = torch.cat(data["token_of_interest_mask"], dim=0)
+    assert mask.tolist() == [True, True, False, True]
+    Z = ours.matrix(NORM)
+    expected = np.stack([Z[0], Z[1:3].mean(0), Z[3]])
+    np.testing.assert_allclose(matrix[mask].float().numpy(), expected, rtol=1e-2)
+    assert data["image"][2][0] == "2.jpg"
+
+
+class _Head:
+    directory = None
+
+    def unembed(self, x):
+        return x[:, :3]
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def decode(self, ids):
+        return ("dog", "beach", "the")[ids[0]]
+
+
+def test_decompose_ground_and_report_work_on_an_import(tmp_path):
+    path = saved(tmp_path / "x.pth", reference())
+    run = tmp_path / "run"
+    run.mkdir()
+    features = import_features(path, run / "features", images=tmp_path / "pictures")
+    stages.decompose_features(features, run / "concepts", 2, "kmeans", site=NORM)
+    grounded = stages.ground_concepts(run / "concepts", _Head(), features, num_images=1)
+    assert grounded.images[0][0].startswith(str(tmp_path / "pictures" / "train2014"))
+    assert "a dog" in write_report(run).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": None}, "expected a dictionary with a list 'hidden_states'"),
+        ({"hidden_states": []}, "is not a list of {module: tensor}"),
+        ({"hidden_states": [{NORM: [1.0]}] * 6}, f"sample 0 has nothing at {NORM}; expected a"),
+        ({"hidden_states": [{NORM: torch.zeros(2, 1, 5)}] * 6}, r"has \[2, 1, 5\] at"),
+        ({"hidden_states": [{NORM: torch.zeros(1, 1, 5, dtype=torch.int64)}] * 6}, "are int64"),
+        (
+            {"hidden_states": [{NORM: torch.zeros(1, 1, 4 + i)} for i in range(6)]},
+            r"sample 1 has shape \[1, 1, 5\] at .*, others are 4 wide",
+        ),
+        (
+            {"hidden_states": [{NORM: torch.zeros(1, 1, 4), LAYER: torch.zeros(1, 2, 4)}] * 6},
+            r"import them one by one \(--site\)",
+        ),
+        ({"token_of_interest_mask": [True]}, "is no mask of 6 samples"),
+        ({"token_of_interest_mask": torch.zeros(6)}, "its mask leaves no sample"),
+    ],
+)
+def test_other_contents_are_refused_in_one_line(tmp_path, change, message):
+    path = saved(tmp_path / "x.pth", reference() | change)
+    with pytest.raises(ValueError, match=message) as error:
+        import_features(path, tmp_path / "f")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_values_that_repeat_each_other_are_not_followed(tmp_path):
+    doubled = ["x"]
+    for _ in range(25):
+        doubled = [doubled, doubled]
+    path = saved(tmp_path / "x.pth", reference() | {"laughs": doubled})
+    with pytest.raises(PthError, match="repeat each other too often"):
+        import_features(path, tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_the_commands(tmp_path, xlvlm):
+    path = saved(tmp_path / "x.pth", reference())
+    status, out, _ = xlvlm("import-pth", path, "--output", tmp_path / "f", "--site", NORM)
+    assert (status, "6 samples, 4 rows" in out) == (0, True)
+    status, out, _ = xlvlm("export-pth", tmp_path / "f", "--output", tmp_path / "y.pth")
+    assert (status, "6 samples, 4 rows" in out) == (0, True)
+    assert list(read_pth(tmp_path / "y.pth")["hidden_states"][0]) == [NORM]
+    again = ("import-pth", path, "--output", tmp_path / "f")
+    assert xlvlm(*again)[::2] == (
+        2,
+        f"error: {tmp_path / 'f'}: is there already; give a new directory\n",
+    )
+    status, _, errors = xlvlm("import-pth", tmp_path / "no.pth", "--output", tmp_path / "g")
+    assert (status, "no such file" in errors) == (2, True)
+    status, _, errors = xlvlm(*again[:3], tmp_path / "g", "--site", "norm")
+    assert (status, "has no module 'norm'; expected one of" in errors) == (2, True)
+    shutil.rmtree(tmp_path / "f" / "rows")
+    assert xlvlm("export-pth", tmp_path / "f", "--output", tmp_path / "z.pth")[0] == 2
+    assert not (tmp_path / "z.pth").exists()
+
+
+def test_a_damaged_side_file_is_named(tmp_path):
+    features = import_features(saved(tmp_path / "x.pth", reference()), tmp_path / "f")
+    (tmp_path / "f" / "foreign.json").write_text(json.dumps({"array": "9", "dtype": "x"}))
+    with pytest.raises(ValueError, match=r"foreign\.json: damaged .*; import the \.pth file again"):
+        export_features(features, tmp_path / "y.pth")

@@ -1,0 +1,345 @@
+"""LoRA: by hand, against PyTorch's peft in both directions, an adapter on and off, messages."""
+
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+from flax import linen as nn
+
+import ports
+from ports import lora, peft_files
+
+from . import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
+
+KEY = jax.random.key(0)
+# Linear layers of the decoder, the vision tower and what lies between, by names that all ports have
+# or one of them has.
+TARGETS = r".*\.(q_proj|v_proj|down_proj|fc1|linear_2|qkv)"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, small):
+    """pairs(port): a small checkpoint and a batch of inputs."""
+    makers = {
+        "idefics2": lambda d: (
+            idefics2_helpers.make_idefics2(d),
+            idefics2_helpers.make_inputs([[(14, 21)], [(28, 14)]], [4, 9]),
+        ),
+        "qwen2_vl": lambda d: (
+            qwen2_vl_helpers.make_qwen2_vl(d),
+            qwen2_vl_helpers.make_inputs([[(1, 4, 4)], [(1, 2, 4)]], [4, 9]),
+        ),
+    }
+    known = {"llava": (small, helpers.make_inputs([1, 1], [4, 9]))}
+
+    def get(port: str):
+        if port not in known:
+            known[port] = makers[port](tmp_path_factory.mktemp(port))
+        return known[port]
+
+    return get
+
+
+def train_peft(model: torch.nn.Module, directory, **options) -> torch.nn.Module:
+    """A peft model whose factors are random, as if trained, saved into a directory."""
+    # peft changes the model that it is given.
+    model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def torch_logits(model: torch.nn.Module, inputs) -> np.ndarray:
+    with torch.no_grad():
+        return model(**helpers.to_torch(inputs)).logits.numpy()
+
+
+def assert_same_logits(ours, theirs, inputs) -> None:
+    tokens = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(ours)[tokens], theirs[tokens], rtol=0, atol=1e-4)
+
+
+class TestByHand:
+    X = jnp.array([[1.0, 2.0]])
+    KERNEL = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    ADAPTER = lora.Adapter(
+        {"": lora.Factors(jnp.array([[1.0], [1.0]]), jnp.array([[0.0, 1.0, 2.0]]))}, {"": 0.5}
+    )
+
+    def test_merged(self):
+        tree = {"layer": {"kernel": self.KERNEL}}
+        adapter = lora.Adapter({"layer": self.ADAPTER.factors[""]}, {"layer": 0.5})
+        merged = lora.merge(tree, adapter)["layer"]["kernel"]
+        np.testing.assert_array_equal(merged, [[1, 0.5, 1], [0, 1.5, 1]])
+        np.testing.assert_array_equal(tree["layer"]["kernel"], self.KERNEL)
+
+    def test_beside_the_kernel(self):
+        module, params = nn.Dense(3, use_bias=False), {"kernel": self.KERNEL}
+
+        def apply(params, x):
+            return module.apply({"params": params}, x)
+
+        y = lora.adapted(apply)(params, self.ADAPTER, self.X)
+        # x A = 3; 0.5 * 3 * (0, 1, 2)
+        np.testing.assert_array_equal(y, [[1, 2 + 1.5, 3]])
+        off = lora.adapted(apply)(params, self.ADAPTER.scaled(0.0), self.X)
+        np.testing.assert_array_equal(off, apply(params, self.X))
+
+    def test_scales(self):
+        ranks = lora.Ranks(4, 6, {"layers.1.mlp": 9}, {"q_proj": 3}, use_rslora=False)
+        assert ranks.scale_of("model.layers.0.mlp") == 1.5
+        assert ranks.scale_of("model.layers.1.mlp") == 6 / 9
+        assert ranks.scale_of("model.layers.0.q_proj") == 3 / 4
+        assert lora.Ranks(4, 6, use_rslora=True).scale_of("any") == 3
+
+
+@pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
+def test_an_adapter_of_peft_loads_here(pairs, tmp_path, port):
+    pair, inputs = pairs(port)
+    theirs = train_peft(
+        pair.torch_model,
+        tmp_path,
+        r=3,
+        lora_alpha=5,
+        target_modules=TARGETS,
+        rank_pattern={"v_proj": 2, r"layers\.1\.mlp\.down_proj": 4},
+        alpha_pattern={"layers.0.self_attn.q_proj": 7},
+        use_rslora=True,
+    )
+    vlm = ports.load(pair.directory, adapter=tmp_path)
+    assert vlm.adapter == tmp_path
+    expected = torch_logits(theirs, inputs)
+    assert np.abs(expected - torch_logits(pair.torch_model, inputs)).max() > 0.1
+    assert_same_logits(vlm.forward(inputs).logits, expected, inputs)
+
+
+@pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
+def test_an_adapter_of_ours_loads_in_peft(pairs, tmp_path, port):
+    pair, inputs = pairs(port)
+    vlm = pair.vlm
+    shapes = lora.select_layers(lora.linear_layers(vlm.params), [TARGETS])
+    ranks = lora.Ranks(3, 5, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 7})
+    adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
+    peft_files.write(tmp_path, adapter, ranks, vlm.module_names, base_model=str(pair.directory))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path)
+    expected = torch_logits(theirs.eval(), inputs)
+    merged = vlm.with_adapter(tmp_path)
+    assert_same_logits(merged.forward(inputs).logits, expected, inputs)
+    # Beside the kernels, on and off, with the original's parameters.
+    prepared = vlm.place(inputs)
+    length = inputs["input_ids"].shape[1]
+    apply = jax.jit(lora.adapted(vlm.apply))
+    read = vlm.read_adapter(tmp_path)
+    on = apply(vlm.params, read, prepared)[:, -length:]
+    assert_same_logits(on, expected, inputs)
+    off = apply(vlm.params, read.scaled(0.0), prepared)[:, -length:]
+    assert_same_logits(off, torch_logits(pair.torch_model, inputs), inputs)
+
+
+def randomised(adapter: lora.Adapter) -> lora.Adapter:
+    random = np.random.default_rng(2)
+    return adapter._replace(
+        factors=jax.tree.map(
+            lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), adapter.factors
+        )
+    )
+
+
+def test_molmo_with_its_fused_layers(tmp_path):
+    config, base = molmo_helpers.CONFIG, tmp_path / "base"
+    molmo_helpers.make_checkpoint(base, config)
+    weights = molmo_helpers.read_weights(base)
+    # The original's modules are remote code: what peft needs of them is their names and weights.
+    theirs = train_peft(
+        tree_of_linear_layers(weights),
+        tmp_path / "adapter",
+        r=3,
+        lora_alpha=5,
+        target_modules=["att_proj", "ff_proj", "transformer.ff_out", "wq"],
+        rank_pattern={"blocks.1.ff_proj": 5},
+    )
+    merged = {name: tensor for name, tensor in theirs.merge_and_unload().state_dict().items()}
+    vlm = ports.load(base, adapter=tmp_path / "adapter")
+    inputs = molmo_helpers.make_inputs(config, *molmo_helpers.PROMPTS["no image"])
+    ours = np.asarray(vlm.forward(inputs).logits)
+    for i, row in enumerate(molmo_helpers.rows(inputs)):
+        expected = molmo_helpers.reference(config, {**weights, **merged}, *row.values())[0]
+        np.testing.assert_allclose(ours[i, -len(expected) :], expected, rtol=0, atol=1e-4)
+
+
+def tree_of_linear_layers(weights) -> torch.nn.Module:
+    """Modules of the weights' names; linear layers without biases."""
+    root = torch.nn.Module()
+    for name, tensor in weights.items():
+        *path, leaf = name.split(".")
+        if leaf != "weight" or tensor.ndim != 2:
+            continue
+        module = root
+        for part in path[:-1]:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        layer = torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+        layer.weight = torch.nn.Parameter(tensor)
+        module.add_module(path[-1], layer)
+    return root
+
+
+class TestMerged:
+    @pytest.fixture(scope="class")
+    def adapter(self, small):
+        shapes = lora.select_layers(lora.linear_layers(small.vlm.params), ["q_proj"])
+        ranks = lora.Ranks(2, 2)
+        return randomised(lora.init(shapes, ranks, KEY, small.vlm.module_names))
+
+    def test_other_parameters_are_shared(self, small, adapter):
+        params = small.vlm.params
+        merged = lora.merge(params, adapter)
+        changed = [
+            jax.tree_util.keystr(path)
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(merged), strict=True
+            )
+            if a is not b
+        ]
+        assert len(changed) == len(adapter.factors)
+        assert all("q_proj" in name and "kernel" in name for name in changed)
+
+    def test_half_precision_is_rounded_once(self, small, adapter):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small.vlm.params)
+        merged = lora.merge(params, adapter)
+        single = lora.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), adapter)
+        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(single), strict=True):
+            assert a.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+    def test_another_model(self, small, adapter):
+        with pytest.raises(ValueError, match="which this model has not"):
+            lora.merge({"other": small.vlm.params}, adapter)
+        site = next(iter(adapter.factors))
+        wide = adapter._replace(
+            factors={site: lora.Factors(np.ones((61, 2)), adapter.factors[site].up)}
+        )
+        with pytest.raises(ValueError, match=r"\(61, 2\) and .* for another base model"):
+            lora.merge(small.vlm.params, wide)
+
+
+def test_an_adapter_begins_without_effect(small):
+    shapes = lora.linear_layers(small.vlm.params)
+    ranks = lora.Ranks(4, 8, rank_pattern={"fc1": 2})
+    adapter = lora.init(shapes, ranks, KEY, small.vlm.module_names)
+    for site, (down, up) in adapter.factors.items():
+        rank = 2 if site.endswith("fc1") else 4
+        assert (down.shape, up.shape) == ((shapes[site][0], rank), (rank, shapes[site][1]))
+        assert 0.5 < np.abs(down).max() * shapes[site][0] ** 0.5 <= 1
+        assert not np.any(up)
+
+
+def test_targets(small):
+    shapes = lora.linear_layers(small.vlm.params)
+    chosen = lora.select_layers(shapes, [r"language_model\..*\.[qv]_proj", "linear_1"])
+    layers = [f"language_model.model.layers.{i}.self_attn.{x}" for i in (0, 1) for x in "qv"]
+    assert set(chosen) == {f"{name}_proj" for name in layers} | {"multi_modal_projector.linear_1"}
+    with pytest.raises(ValueError, match=r"'w_proj' names no linear layer; .*q_proj"):
+        lora.select_layers(shapes, ["w_proj"])
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        lora.select_layers(shapes, ["("])
+
+
+class TestRefused:
+    """One clear line for what can't be read, or would be read as another model."""
+
+    @pytest.fixture
+    def written(self, small, tmp_path):
+        vlm = small.vlm
+        shapes = lora.select_layers(lora.linear_layers(vlm.params), ["v_proj"])
+        ranks = lora.Ranks(2, 2)
+        adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
+        peft_files.write(
+            tmp_path,
+            adapter,
+            ranks,
+            vlm.module_names,
+            base_model="some/model",
+            base_class=("LlavaForConditionalGeneration", "transformers"),
+        )
+        return tmp_path
+
+    def change(self, directory, **values):
+        file = directory / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"use_dora": True}, "asks for use_dora, which is not implemented"),
+            ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
+            ({"something_new": 1}, "asks for something_new"),
+            ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+            ({"bias": "all"}, "bias is 'all'"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes"),
+            ({"r": 3}, "has rank 2, adapter_config.json says 3"),
+            ({"r": 0}, "expected whole numbers above 0"),
+            (
+                {"auto_mapping": {"base_model_class": "Qwen2VLForConditionalGeneration"}},
+                "for a Qwen2VLForConditionalGeneration; the model is a LlavaForConditional",
+            ),
+        ],
+    )
+    def test_configurations(self, small, written, values, message):
+        self.change(written, **values)
+        with helpers.raises_line(ValueError, message, str(written)):
+            ports.load(small.directory, adapter=written)
+
+    def test_missing_and_damaged_files(self, small, written):
+        with helpers.raises_line(FileNotFoundError, "no directory", "adapter_config.json"):
+            small.vlm.with_adapter(written / "nowhere")
+        (written / "adapter_model.safetensors").rename(written / "adapter_model.bin")
+        with helpers.raises_line(FileNotFoundError, "has no adapter_model.safetensors", ".bin"):
+            small.vlm.with_adapter(written)
+        (written / "adapter_config.json").write_text("{")
+        with helpers.raises_line(ValueError, "not a JSON object"):
+            small.vlm.with_adapter(written)
+        (written / "adapter_config.json").unlink()
+        with helpers.raises_line(FileNotFoundError, "has no adapter_config.json"):
+            small.vlm.with_adapter(written)
+
+    def rewrite(self, directory, change):
+        file = directory / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(file)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, file)
+
+    def test_tensors_of_another_base(self, small, written, pairs):
+        with helpers.raises_line(ValueError, "modules are no linear layers of this model"):
+            pairs("idefics2")[0].vlm.read_adapter(self.without_class(written))
+        name = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_A.weight"
+        self.rewrite(written, lambda t: t.update({name: np.ones((2, 61), np.float32)}))
+        with helpers.raises_line(ValueError, "(61, 2)", "for another base model"):
+            small.vlm.with_adapter(written)
+
+    def without_class(self, directory):
+        self.change(directory, auto_mapping=None)
+        return directory
+
+    def test_strange_tensors(self, small, written):
+        name = "base_model.model.lm_head.base_layer.weight"
+        self.rewrite(written, lambda t: t.update({name: np.ones((2, 2), np.float32)}))
+        with helpers.raises_line(ValueError, "no factors of linear layers", name):
+            small.vlm.with_adapter(written)
+
+    def test_half_of_the_factors(self, small, written):
+        name = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_B.weight"
+        self.rewrite(written, lambda t: t.pop(name))
+        with helpers.raises_line(ValueError, "only one of the two factors"):
+            small.vlm.with_adapter(written)

@@ -1,0 +1,111 @@
+"""Two directories of features and one of concepts -> shift/."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Concepts
+from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.shift import ShiftAnalysis, shift_features
+from xlvlm_jax.store import FeaturesWriter
+
+OPTIONS = {"num_words": 2, "num_images": 10}
+
+
+@pytest.fixture
+def concepts(states, concepts_of) -> Concepts:
+    return dataclasses.replace(concepts_of(states[0]), source={"site": "norm"})
+
+
+def test_from_directories_to_a_directory(write, states, concepts, head, root):
+    before, after = states
+    # The fine-tuned model did not say the word for the first sample.
+    samples = [{"id": f"s{i}", "image": f"{i}.jpg"} for i in range(30)]
+    finetuned = write("after", after[1:], samples=samples, rows=range(1, 30), model="tuned")
+    original = write("before", before, model="base")
+    found = shift_features(original, finetuned, concepts, head, root / "shift", **OPTIONS)
+    assert found.rows == {"original": 30, "finetuned": 29, "common": 29}
+    assert sorted(found.counts.tolist()) == [9, 10, 10]
+    assert found.mean_overlap("shifted") == 1
+    assert found.pictures["s15"] == "15.jpg"
+    assert (found.source["model"], found.source["fine-tuned model"]) == ("base", "tuned")
+    again = ShiftAnalysis.load(root / "shift")
+    np.testing.assert_array_equal(again.shifted, found.shifted)
+    own = Concepts.load(root / "shift" / "finetuned-concepts")
+    np.testing.assert_array_equal(own.components[found.matching], found.finetuned)
+
+
+def test_one_directory_with_both_models_gives_the_same(write, states, concepts, head, root):
+    before, after = states
+    original, finetuned = write("before", before), write("after", after)
+    two = shift_features(original, finetuned, concepts, head, root / "two", **OPTIONS)
+    with FeaturesWriter(root / "both", {}) as writer:
+        rows = np.arange(30)
+        both = {"norm": before, finetuned_site("norm"): after}
+        writer.append(original.samples, both, rows, rows, rows)
+        writer.close()
+    both = type(original).open(root / "both")
+    one = shift_features(both, None, concepts, head, root / "one", **OPTIONS)
+    np.testing.assert_array_equal(one.shifted, two.shifted)
+    assert (one.words, one.images, one.rows) == (two.words, two.images, two.rows)
+    with pytest.raises(ValueError, match="holds the sites norm; expected states of both models"):
+        shift_features(original, None, concepts, head, root / "none")
+
+
+def test_concepts_of_the_fine_tuned_model_may_be_given(
+    write, states, concepts, concepts_of, head, root
+):
+    features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
+    given = {"finetuned_concepts": concepts_of(states[1])}
+    found = shift_features(*features, concepts, head, root / "shift", **OPTIONS, **given)
+    assert found.mean_overlap("shifted") == 1
+    assert not (root / "shift" / "finetuned-concepts").exists()
+    given = {"finetuned_concepts": concepts_of(states[1], 4)}
+    with pytest.raises(ValueError, match="3 original and 4 fine-tuned concepts"):
+        shift_features(*features, concepts, head, root / "no", **given)
+
+
+def test_a_model_or_features_of_another_width_leave_nothing(write, states, concepts, head, root):
+    features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
+
+    def wide(width):
+        sized = SimpleNamespace(hidden_size=width)
+        return SimpleNamespace(
+            config=SimpleNamespace(get_text_config=lambda: sized),
+            directory=None,
+            unembed=head.unembed,
+            tokenizer=head,
+        )
+
+    with pytest.raises(ValueError, match="the fine-tuned model is 9 wide, the original 8; a shift"):
+        shift_features(*features, concepts, wide(8), root / "no", finetuned_vlm=wide(9))
+    narrow = write("narrow", states[1][:, :7])
+    with pytest.raises(ValueError, match="states are 7 wide, the original's 8"):
+        shift_features(features[0], narrow, concepts, head, root / "no")
+    assert not (root / "no").exists()
+
+
+def test_concepts_of_another_model_are_refused(write, states, concepts, root):
+    from xlvlm_jax import embedded
+
+    features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
+    other = dataclasses.replace(concepts, source={"fingerprint": "0", "model": "other"})
+    with pytest.raises(ValueError, match=r"states of 'other' \(0\); .* is another model"):
+        shift_features(*features, other, SimpleNamespace(directory=embedded.LLAVA), root / "no")
+
+
+def test_the_command_says_what_is_wrong_in_one_line(xlvlm, write, states, concepts, root):
+    write("x", states[0])
+    write("y", states[1], samples=[{"id": f"t{i}"} for i in range(30)])
+    concepts.save(root / "concepts")
+    rest = ("--concepts", root / "concepts", "--model", "embedded", "--output", root / "shift")
+    status, _, errors = xlvlm("shift", root / "x", root / "y", *rest)
+    assert (status, "hold different samples (ids such as 's0' and 't0')" in errors) == (2, True)
+    status, _, errors = xlvlm("shift", root / "x", root / "x", *rest, "--site", "layer")
+    assert (status, "choose one that both hold, got 'layer'" in errors) == (2, True)
+    both = ("--adapter", "a", "--finetuned-model", "b")
+    status, _, errors = xlvlm("shift", root / "x", root / "x", *rest, *both)
+    assert (status, "give one" in errors) == (2, True)
+    assert not (root / "shift").exists()

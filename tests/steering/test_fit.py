@@ -1,0 +1,121 @@
+"""Which samples' states go into a vector: by hand, and messages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Features, steering
+from xlvlm_jax.store import FeaturesWriter
+
+ANSWERS = ["Yes.", "no", "yes", "red", "No"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(name, model, answers) -> features of site "s" whose row i is (2 i, 2 i + 1)."""
+
+    def features(name="features", model="m", answers=ANSWERS):
+        states = np.arange(2 * len(answers), dtype=np.float32).reshape(-1, 2)
+        number = np.arange(len(answers))
+        arguments = {"model": model, "fingerprint": model}
+        with FeaturesWriter(tmp_path / name, arguments) as writer:
+            samples = [
+                {
+                    "id": str(i),
+                    "image": f"{i}.png",
+                    "image_id": str(i),
+                    "prompt": "?",
+                    "references": ["a"],
+                    "prediction": answer,
+                }
+                for i, answer in enumerate(answers)
+            ]
+            writer.append(samples, {"s": states}, number, number, number)
+            writer.close()
+        return Features.open(tmp_path / name)
+
+    return features
+
+
+class TestCoarse:
+    def test_by_hand(self, make):
+        fitted = steering.fit_coarse(make(), "s", ["yes"], ["no"], where="generated")
+        # Rows 0 and 2 against rows 1 and 4.
+        np.testing.assert_array_equal(fitted.vector, [5 - 2, 6 - 3])
+        assert (fitted.site, fitted.where) == ("s", "generated")
+        assert (fitted.source["source rows"], fitted.source["target rows"]) == (2, 2)
+        assert (fitted.source["model"], fitted.source["fingerprint"]) == ("m", "m")
+
+    def test_captions_with_a_word_against_those_without(self, make):
+        captions = ["a red dog", "a dog", "Two reddish dogs.", "dogs in red"]
+        features = make(answers=captions)
+        fitted = steering.fit_coarse(features, "s", None, ["red", "blue"], match="contains")
+        # Rows 0 and 3 against rows 1 and 2.
+        np.testing.assert_array_equal(fitted.vector, [3 - 3, 4 - 4])
+        assert (fitted.source["source rows"], fitted.source["target rows"]) == (2, 2)
+
+    def test_target_states_from_elsewhere(self, make):
+        others = make("others", answers=["x", "no"])
+        fitted = steering.fit_coarse(make(), "s", ["red"], ["no"], target_features=others)
+        np.testing.assert_array_equal(fitted.vector, [2 - 6, 3 - 7])
+
+    def test_messages(self, make):
+        features = make()
+        with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; frequent"):
+            steering.fit_coarse(features, "s", ["yes"], ["blue"])
+        with pytest.raises(ValueError, match=r"none of 5 samples .* source words , "):
+            steering.fit_coarse(features, "s", ["", " "], ["no"])
+        with pytest.raises(ValueError, match="have no 'answer'"):
+            steering.fit_coarse(features, "s", ["yes"], ["no"], key="answer")
+        with pytest.raises(ValueError, match="no site 't'"):
+            steering.fit_coarse(features, "t", ["yes"], ["no"])
+        with pytest.raises(ValueError, match="match is 'like'; expected equals or contains"):
+            steering.fit_coarse(features, "s", ["yes"], ["no"], match="like")
+        with pytest.raises(ValueError, match=r"different models: .* from 'm' .* from 'other'"):
+            others = make("others", model="other")
+            steering.fit_coarse(features, "s", ["yes"], ["no"], target_features=others)
+
+
+class TestFine:
+    def test_every_pair_and_the_samples_of_its_source(self, make):
+        vectors, fine = steering.fit_fine(make(), "s", 2)
+        assert [(v.source["from"], v.source["to"]) for v in vectors] == [(0, 1), (1, 0)]
+        np.testing.assert_array_equal(vectors[0].vector, -vectors[1].vector)
+        # The rows lie on a line: two of them on one side, three on the other.
+        sides = [v.source["samples"] for v in vectors]
+        assert sorted(sides, key=len) in (
+            [["0", "1"], ["2", "3", "4"]],
+            [["3", "4"], ["0", "1", "2"]],
+        )
+        assert [len(fine.samples(i)) for i in range(2)] == [len(ids) for ids in sides]
+
+    def test_chosen_pairs_of_chosen_answers(self, make):
+        vectors, _ = steering.fit_fine(make(), "s", 2, ["yes", "no"], pairs=[(1, 0)])
+        assert [(v.source["from"], v.source["to"]) for v in vectors] == [(1, 0)]
+        assert "3" not in vectors[0].source["samples"]
+
+    def test_messages(self, make):
+        features = make()
+        with pytest.raises(ValueError, match=r"the pair 1:1 is no pair .* of 0 to 1"):
+            steering.fit_fine(features, "s", 2, pairs=[(1, 1)])
+        with pytest.raises(ValueError, match="num_concepts=9 is larger than the 5 rows"):
+            steering.fit_fine(features, "s", 9)
+        with pytest.raises(ValueError, match=r"none of 5 samples .* source words blue"):
+            steering.fit_fine(features, "s", 2, ["blue"])
+
+
+class TestLesson:
+    def test_by_hand(self, make):
+        found = steering.lesson(make(), ["yes"], "no", keep=1.0)
+        assert sorted(sample.id for sample in found.samples[:2]) == ["0", "2"]
+        assert found.wanted[:2] == ["no", "no"]
+        # The others stay as they are.
+        assert len(found.wanted) == 4
+        assert found.wanted[2:] == found.given[2:]
+        kept = found.samples[0]
+        assert (kept.image, kept.references) == (Path(f"{kept.id}.png"), ("a",))
+
+    def test_messages(self, make):
+        with pytest.raises(ValueError, match=r"none of 5 samples .* source words blue"):
+            steering.lesson(make(), ["blue"], "no")

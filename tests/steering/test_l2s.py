@@ -1,0 +1,115 @@
+"""L2S: its network by hand and against PyTorch, its states against a forward pass."""
+
+import numpy as np
+import pytest
+import torch
+
+import ports
+from xlvlm_jax import steering
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.steering import l2s
+
+SITE = "language_model.model.layers.3"
+CONTEXT = "language_model.model.layers.1"
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+class TestNetwork:
+    def test_a_linear_map_is_found(self, random):
+        contexts = 3 + 2 * random.standard_normal((400, 6))
+        shifts = contexts @ random.standard_normal((6, 6))
+        *_, figures = l2s.fit_network(contexts, shifts, rate=5e-3)
+        assert figures["unexplained"] < 0.02
+        assert figures["unexplained by the mean"] > 0.2
+
+    def test_what_is_the_same_for_all_is_kept(self, random):
+        contexts = random.standard_normal((50, 4))
+        shifts = np.tile([1.0, -2.0, 0.0, 4.0], (50, 1))
+        *network, _ = l2s.fit_network(contexts, shifts, epochs=5)
+        given = l2s.L2S(*network, CONTEXT, SITE).shift(random.standard_normal((3, 4)))
+        np.testing.assert_allclose(given, shifts[:3], atol=0.5)
+
+    def test_pytorch_computes_the_same(self, random):
+        contexts, shifts = random.standard_normal((2, 40, 5)).astype(np.float32)
+        params, mean, deviation, scale, _ = l2s.fit_network(contexts, shifts, hidden=7, epochs=3)
+        peer = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5))
+        with torch.no_grad():
+            for layer, name in ((peer[0], "hidden"), (peer[2], "shift")):
+                layer.weight.copy_(torch.tensor(params[name]["kernel"].T))
+                layer.bias.copy_(torch.tensor(params[name]["bias"]))
+            theirs = scale * peer(torch.tensor((contexts - mean) / deviation))
+        ours = l2s.L2S(params, mean, deviation, scale, CONTEXT, SITE).shift(contexts)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    def test_messages(self):
+        with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(2, 4\)"):
+            l2s.fit_network(np.ones((3, 4)), np.ones((2, 4)))
+
+
+def test_the_last_token_by_hand():
+    states = np.arange(12.0).reshape(2, 3, 2)
+    mask = np.array([[0, 1, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(l2s.last_states(states, mask), [[4, 5], [8, 9]])
+
+
+class TestModel:
+    @pytest.fixture(scope="class")
+    def fitted(self, vlm, questions):
+        """Yes is to be answered as another question about the picture; the rest stays."""
+        prompts = [sample.prompt for sample in questions]
+        positive = prompts[12:] + prompts[12:]
+        return steering.fit_l2s(
+            vlm,
+            questions,
+            positive,
+            prompts,
+            SITE,
+            context_site=CONTEXT,
+            contrast="prompt",
+            epochs=3,
+        )
+
+    def test_shifts_are_differences_of_states(self, vlm, questions):
+        ours = l2s.last_token_states(vlm, questions[:2], SITE, ["a dog", "no"])
+        # Each row by itself, without padding.
+        for row, completion in enumerate(("a dog", "no")):
+            text = f"{vlm.render(questions[row].prompt)} {completion}"
+            inputs = vlm.process([text], [read_image(questions[row].image)])
+            _, states = ports.capture(vlm.apply, [SITE])(vlm.params, inputs)
+            np.testing.assert_allclose(ours[row], states[SITE][0, -1], rtol=1e-3, atol=1e-4)
+
+    def test_each_row_has_its_shift_on_either_side_of_padding(self, vlm, questions, fitted):
+        group = [questions[0], questions[-1]]
+        inputs = vlm.process(
+            [vlm.render(sample.prompt) for sample in group], [read_image(s.image) for s in group]
+        )
+        contexts = vlm.states(inputs, sites=[CONTEXT])[CONTEXT][:, -1]
+        expected = fitted.shift(contexts)
+        assert np.abs(expected[0] - expected[1]).max() > 1e-3
+        edit = fitted.edits_for(vlm, inputs, 0.5, where="last_prompt")[SITE]
+        np.testing.assert_allclose(edit.vector, expected, rtol=1e-4, atol=1e-5)
+        assert float(edit.alpha) == 0.5
+
+    def test_comes_back_as_it_was(self, vlm, fitted, tmp_path):
+        fitted.save(tmp_path / "l2s.safetensors")
+        loaded = steering.load(tmp_path / "l2s.safetensors")
+        contexts = np.random.default_rng(0).standard_normal((3, 192))
+        np.testing.assert_array_equal(loaded.shift(contexts), fitted.shift(contexts))
+        assert (loaded.context_site, loaded.site) == (CONTEXT, SITE)
+        assert (loaded.source, loaded.where) == (fitted.source, "all")
+        assert loaded.source["shifted samples"] == 12
+        assert loaded.source["fingerprint"]
+
+    def test_messages(self, vlm, questions):
+        with pytest.raises(ValueError, match="1 positive and 2 negative counterparts of 2 samples"):
+            steering.fit_l2s(vlm, questions[:2], ["a"], ["b", "c"], SITE)
+        with pytest.raises(ValueError, match="contrast is 'image'; expected completion or prompt"):
+            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], SITE, contrast="image")
+        with pytest.raises(ValueError, match=r"no site matches 'layers\.3'"):
+            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.3")
+        with pytest.raises(ValueError, match=r"sample \d+ is empty"):
+            l2s.last_token_states(vlm, questions[:1], SITE, [" "])

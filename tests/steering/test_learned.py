@@ -1,0 +1,114 @@
+"""Learnt shifts on the embedded model: they find what is wanted, and one program does it."""
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import steering
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.steering import learned
+
+SITE = "language_model.model.layers.6"
+OPTIONS = {"batch_size": 8, "evaluate_every": 6, "validation": 0.25}
+
+
+@pytest.fixture(scope="module")
+def targets(questions):
+    """Yes is to become no; the other answers stay."""
+    return ["no"] * 12 + [sample.metadata["answer"] for sample in questions[12:]]
+
+
+@pytest.fixture(scope="module")
+def fitted(vlm, questions, targets):
+    return steering.fit_learned(vlm, questions, targets, SITE, steps=24, rate=0.05, **OPTIONS)
+
+
+def test_wanted_answers_are_given(vlm, questions, targets, fitted):
+    inputs = vlm.process(
+        [vlm.render(sample.prompt) for sample in questions],
+        [read_image(sample.image) for sample in questions],
+    )
+
+    def answers(edits):
+        tokens = np.asarray(vlm.generate(inputs, max_new_tokens=3, edits=edits).tokens)
+        return np.array(
+            [t.strip() for t in vlm.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        )
+
+    plain, steered = answers({SITE: []}), answers(fitted.edits_for(vlm, inputs))
+    assert (plain == targets).sum() <= 8
+    assert (steered == targets).mean() > 0.75
+
+
+def test_the_best_look_is_kept(fitted):
+    looks = fitted.source["history"]
+    assert looks[0]["step"] == 0
+    best = min(looks, key=lambda look: look["validation"])
+    assert fitted.source["best step"] == best["step"] > 0
+    assert best["validation"] < looks[0]["validation"] / 2
+    assert fitted.source["targets"]["no"] >= 12
+
+
+def test_a_shift_that_only_harms_is_none(vlm, questions):
+    """What the model gives anyway can't be learnt in one leap: step 0 stays the best."""
+    targets = [sample.metadata["answer"] for sample in questions]
+    found = steering.fit_learned(
+        vlm, questions, targets, SITE, steps=6, rate=50.0, patience=1, **OPTIONS
+    )
+    assert found.source["best step"] == 0
+    np.testing.assert_array_equal(found.vector, 0)
+
+
+def test_other_vectors_targets_and_positions_run_the_same_program(vlm, questions, targets, fitted):
+    before = learned._update._cache_size()
+    others = ["no"] * 24
+    for start, where in ((np.ones(192), "all"), (None, "generated"), (None, {"from": 70})):
+        steering.fit_learned(
+            vlm,
+            questions,
+            targets if start is None else others,
+            SITE,
+            start=start,
+            where=where,
+            steps=1,
+            rate=0.05,
+            **OPTIONS,
+        )
+    assert learned._update._cache_size() == before
+
+
+def test_a_map_of_low_rank(vlm, questions, targets, fitted, tmp_path):
+    found = steering.fit_learned(
+        vlm, questions, targets, SITE, rank=2, steps=18, rate=0.3, **OPTIONS
+    )
+    looks = found.source["history"]
+    # At first it shifts nothing, as the vector does not.
+    assert looks[0]["validation"] == pytest.approx(
+        fitted.source["history"][0]["validation"], rel=1e-5
+    )
+    assert min(look["validation"] for look in looks) < looks[0]["validation"] / 2
+    found.save(tmp_path / "map.safetensors")
+    loaded = steering.load(tmp_path / "map.safetensors")
+    x = np.random.default_rng(0).standard_normal((2, 5, 192)).astype(np.float32)
+    expected = x + 2 * x @ found.down.T @ found.up.T
+    ours = loaded.edits_for(vlm, None, 2.0)[SITE](x)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    assert loaded.source == found.source
+
+
+def test_messages(vlm, questions, targets):
+    with pytest.raises(ValueError, match=r"1 samples and validation=0\.2"):
+        steering.fit_learned(vlm, questions[:1], targets[:1], SITE)
+    with pytest.raises(ValueError, match=r"24 samples and validation=1\.0"):
+        steering.fit_learned(vlm, questions, targets, SITE, validation=1.0)
+    with pytest.raises(ValueError, match=r"weights have shape \(2,\) .*; expected \[24\]"):
+        steering.fit_learned(vlm, questions, targets, SITE, weights=[1, 2])
+    with pytest.raises(ValueError, match=r"minimum of -1; .* all positive"):
+        steering.fit_learned(vlm, questions, targets, SITE, weights=[1] * 23 + [-1])
+    with pytest.raises(ValueError, match="rank is 0; expected at least 1"):
+        steering.fit_learned(vlm, questions, targets, SITE, rank=0)
+    with pytest.raises(ValueError, match="3 answers for 24 samples"):
+        steering.fit_learned(vlm, questions, targets[:3], SITE)
+    with pytest.raises(ValueError, match="where is a mask"):
+        steering.fit_learned(vlm, questions, targets, SITE, where=np.ones((24, 90)))
+    with pytest.raises(ValueError, match="nothing can be learnt at site"):
+        steering.fit_learned(vlm, questions, targets, "multi_modal_projector")

@@ -1,0 +1,79 @@
+"""Ranking of vectors: by hand, a property, and on the embedded model."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlvlm_jax import SteeringVector, steering
+from xlvlm_jax.data.images import read_image
+
+SITE = "language_model.model.layers.6"
+
+
+class TestAnswerShift:
+    def test_by_hand(self):
+        before = ["yes"] * 4 + ["no", "red", "blue", "2"]
+        after = ["No."] * 3 + ["red", "no", "red", "yes", "two"]
+        shift = steering.answer_shift(before, after)
+        # no 1 -> 4, red 1 -> 2; yes 4 -> 1, blue 1 -> 0.
+        assert shift.gained == {"no": 3, "red": 1}
+        assert shift.lost == {"yes": 3, "blue": 1}
+        assert (shift.score, shift.strength) == (3 / 8, 4 / 8)
+        assert shift.targets == pytest.approx(4 / 3**0.75)
+        assert steering.answer_shift(before, after, num_targets=2).score == 4 / 8
+
+    def test_extremes(self):
+        one = steering.answer_shift(["a b", "c", "d", "e"], ["x"] * 4)
+        assert (one.score, one.strength, one.targets) == (1, 1, pytest.approx(1))
+        each = steering.answer_shift(["x"] * 4, ["ab", "c", "d", "e"])
+        assert (each.score, each.strength, each.targets) == (1 / 4, 1, pytest.approx(4))
+        none = steering.answer_shift(["x", "y"], ["y", "x"])
+        assert (none.score, none.strength, none.targets, none.gained) == (0, 0, 0, {})
+
+    @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("xyz")), min_size=1))
+    def test_the_order_of_samples_does_not_matter(self, pairs):
+        before, after = zip(*pairs, strict=True)
+        shift = steering.answer_shift(before, after)
+        assert shift == steering.answer_shift(before[::-1], after[::-1])
+        assert 0 <= shift.score <= shift.strength <= 1
+        assert sum(shift.gained.values()) == sum(shift.lost.values())
+
+    def test_messages(self):
+        with pytest.raises(ValueError, match="1 answers before and 2 after"):
+            steering.answer_shift(["a"], ["a", "b"])
+        with pytest.raises(ValueError, match="num_targets is 0"):
+            steering.answer_shift(["a"], ["b"], num_targets=0)
+
+
+class TestVectors:
+    def test_the_one_that_moves_answers_comes_first(self, vlm, questions):
+        def states(samples):
+            inputs = vlm.process(
+                [vlm.render(s.prompt) for s in samples], [read_image(s.image) for s in samples]
+            )
+            return vlm.states(inputs, sites=[SITE])[SITE][:, -1]
+
+        no = [sample for sample in questions if sample.metadata["answer"] == "no"]
+        towards = np.asarray(steering.steering_vector(states(questions[:12]), states(no)))
+        ids = [sample.id for sample in questions[:6]]
+        vectors = [
+            SteeringVector(factor * towards, SITE, {"from": 0, "to": j, "samples": ids})
+            for j, factor in enumerate((0.0, 1.5))
+        ]
+        ranked = steering.rank_vectors(
+            vlm, vectors, questions, batch_size=4, max_new_tokens=2, num_samples=6
+        )
+        assert [each.vector.source["to"] for each in ranked] == [1, 0]
+        assert ranked[0].shift.lost == {"yes": 6}
+        assert ranked[0].shift.gained == {"no": 6}
+        assert ranked[1].shift.strength == 0
+        described = ranked[0].describe()
+        assert (described["to"], described["score"], described["samples"]) == (1, 1.0, 6)
+
+    def test_messages(self, vlm, questions):
+        vector = SteeringVector(np.ones(192), SITE, {"samples": ["nobody"]})
+        with pytest.raises(ValueError, match="none of the 1 samples of a vector is among the 24"):
+            steering.rank_vectors(vlm, [vector], questions)
+        with pytest.raises(ValueError, match="0 vectors for 0 sites"):
+            steering.rank_vectors(vlm, [], questions)

@@ -1,0 +1,147 @@
+"""`xlvlm finetune`: captions or answers -> a LoRA adapter, or a fine-tuned checkpoint."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlvlm_jax.cli.console import Model, Seed, console, load_model, progress_bars
+
+Words = Annotated[
+    str | None,
+    typer.Option(
+        help="Only references that hold one of these words or classes, separated by commas: "
+        "colours, places, sentiments; scenes:colour, scenes:place, scenes:mood of drawn scenes."
+    ),
+]
+
+
+def finetune(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="The directory of the data set.")],
+    output: Annotated[Path, typer.Option(help="The directory to write.")],
+    dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
+    split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
+    containing: Words = None,
+    excluding: Annotated[
+        str | None, typer.Option(help="No references that hold one of these; as --containing.")
+    ] = None,
+    any_case: Annotated[bool, typer.Option(help="Both in any capitalisation.")] = False,
+    num_samples: Annotated[int | None, typer.Option(help="At most so many samples.")] = None,
+    method: Annotated[str, typer.Option(help="lora, or full: all parameters.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
+    alpha: Annotated[float, typer.Option(help="The scale of LoRA is alpha / rank.")] = 16.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear layers of LoRA: the end of the name (q_proj), or a regular expression; "
+            "may be repeated. Default: all of the decoder's."
+        ),
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="How often each sample is seen.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Updates, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches an update.")] = 1,
+    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="The share of the steps that warm up.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="The largest norm of a gradient.")] = 1.0,
+    evaluation_split: Annotated[
+        str | None, typer.Option(help="Also compute the loss on this split.")
+    ] = None,
+    evaluation_samples: Annotated[int, typer.Option(help="At most so many of it.")] = 200,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps; default: before and after.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
+        "float32"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Model x data -> a LoRA adapter in PEFT's format. The same command goes on if interrupted."""
+    from xlvlm_jax import data as datasets
+    from xlvlm_jax import finetune as module
+    from xlvlm_jax.data import select
+
+    settings = module.Settings(
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(target or ()),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rate=rate,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        seed=seed,
+    )
+
+    def read(split: str | None, count: int | None) -> list[datasets.Sample]:
+        samples = datasets.load(dataset, data, split)
+        if containing is not None or excluding is not None:
+            samples = select.naming(
+                samples, _words(containing), without=_words(excluding), any_case=any_case
+            )
+        return select.subsample(samples, count, seed)
+
+    samples = read(split, num_samples)
+    evaluation = read(evaluation_split, evaluation_samples) if evaluation_split else []
+    vlm = load_model(model, dtype)
+    source = {
+        "dataset": dataset,
+        "split": split,
+        "containing": containing,
+        "excluding": excluding,
+        "any case": any_case,
+    }
+    with progress_bars() as progress:
+        task = progress.add_task("fine-tuning", total=None, note="")
+
+        def show(done: int, total: int, figures: dict[str, float]) -> None:
+            note = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+            progress.update(task, completed=done, total=total, note=note)
+
+        summary = module.finetune(
+            vlm,
+            samples,
+            output,
+            settings,
+            evaluation=evaluation,
+            evaluate_every=evaluate_every,
+            save_every=save_every,
+            base_model=model,
+            source=source,
+            command=shlex.join(["xlvlm", *sys.argv[1:]]),
+            progress=show,
+        )
+    evaluations = [f"{loss:.3f} after {step}" for step, loss in summary.evaluations.items()]
+    console.print(
+        f"{summary.steps} steps on {len(samples)} samples, {summary.seconds:.1f} s, loss "
+        f"{summary.loss:.3f}{''.join(f', evaluated {text}' for text in evaluations)} -> {output}"
+    )
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    """Words separated by commas, the names of classes of words among them; None for none."""
+    from xlvlm_jax.words import CLASSES, class_words
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"{text!r} holds no word; expected words or classes, separated by commas")
+
+    def is_class(part: str) -> bool:
+        return part in (*CLASSES, "colors") or part.startswith("scenes:")
+
+    return tuple(
+        word for part in parts for word in (class_words(part) if is_class(part) else (part,))
+    )

@@ -1,0 +1,114 @@
+"""`xlvlm shift`: how concepts move when a model is fine-tuned."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from xlvlm_jax.cli.console import Seed, Site, console, load_model
+
+
+def shift(
+    original: Annotated[
+        Path,
+        typer.Argument(help="Features of the original model, or of both (extract --finetuned)."),
+    ],
+    finetuned: Annotated[
+        Path | None, typer.Argument(help="Features of the fine-tuned model, on the same data.")
+    ] = None,
+    *,
+    concepts: Annotated[Path, typer.Option(help="Concepts of the original features.")],
+    model: Annotated[str, typer.Option(help="The original model, whose head reads words.")],
+    output: Annotated[Path, typer.Option(help="The directory to write, e.g. run/shift.")],
+    finetuned_model: Annotated[
+        str | None, typer.Option(help="The fine-tuned model, if its head is another.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Or the LoRA adapter that makes it of the original.")
+    ] = None,
+    finetuned_concepts: Annotated[
+        Path | None, typer.Option(help="Its concepts; by default learnt here, as --concepts were.")
+    ] = None,
+    site: Site = None,
+    alpha: Annotated[float, typer.Option(help="Shifted concept = concept + alpha x shift.")] = 1.0,
+    reduce: Annotated[str, typer.Option(help="mean, median or trimmed_mean.")] = "mean",
+    num_words: Annotated[int, typer.Option(help="Words a concept.")] = 15,
+    num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 200,
+    num_images: Annotated[int, typer.Option(help="Most activating samples that count.")] = 50,
+    seed: Seed = 0,
+) -> None:
+    """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
+    from xlvlm_jax import Concepts, Features
+    from xlvlm_jax.report.shift_figures import draw_all
+    from xlvlm_jax.shift import match_samples, shift_features
+    from xlvlm_jax.shift.pairs import common_site
+
+    if finetuned_model and adapter:
+        raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
+    features = Features.open(original), None if finetuned is None else Features.open(finetuned)
+    learnt = Concepts.load(concepts)
+    site = site or learnt.source.get("site")
+    if features[1] is not None:  # before a model is loaded for nothing
+        common_site(*features, site)
+        match_samples(*features)
+    theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
+    vlm = load_model(model)
+    other = load_model(finetuned_model) if finetuned_model else None
+    if adapter:
+        other = load_model(model, adapter=adapter)
+    with console.status("analysing"):
+        analysis = shift_features(
+            *features,
+            learnt,
+            vlm,
+            output,
+            finetuned_vlm=other,
+            finetuned_concepts=theirs,
+            site=site,
+            alpha=alpha,
+            reduce=reduce,
+            num_words=num_words,
+            num_candidates=num_candidates,
+            num_images=num_images,
+            seed=seed,
+        )
+        draw_all(analysis, output)
+    show(analysis)
+    if learnt.method in ("snmf", "pca"):
+        norm = analysis.summary()["means"]["magnitude"]
+        console.print(
+            f"{learnt.method} concepts have unit norm, the shifts {norm:.3g} on average: choose"
+            " --alpha, or concepts by k-means as in the paper",
+            style="yellow",
+        )
+    console.print(f"-> {output}")
+
+
+def show(analysis) -> None:
+    """Prints a line a concept, the means, and the correlations."""
+    from xlvlm_jax.report.shift import overlap_rows
+
+    table = Table("concept", "match", "samples", box=None)
+    names = ("recovery", "recovery_l2", "consistency", "magnitude")
+    for name in ("T-Overlap", "shifted", *(name.replace("_", " ") for name in names)):
+        table.add_column(name, justify="right")
+    table.add_column("words of the shift")
+    before, after = analysis.overlap("original"), analysis.overlap("shifted")
+    for k, samples in enumerate(analysis.counts):
+        line = [str(k), str(analysis.matching[k]), str(samples), f"{100 * before[k]:.0f} %"]
+        if analysis.moved[k]:
+            line += [f"{100 * after[k]:.0f} %", *(f"{analysis.figure(n)[k]:.2f}" for n in names)]
+            line.append(", ".join(analysis.words["shift"][k][:6]))
+        else:
+            line += ["no shift: fewer than two common samples"]
+        table.add_row(*line)
+    console.print(table)
+    for name, original, shifted, chance in overlap_rows(analysis):
+        console.print(
+            f"mean overlap of {name}: original {original}, shifted {shifted}, not matched {chance}"
+        )
+    for name, c in analysis.correlations.items():
+        console.print(
+            f"{name.replace('-', ' and ')}: r = {c.r:.2f}, p = {c.p_value:.2g}, {c.count} concepts"
+        )

@@ -1,0 +1,87 @@
+"""The tables of `xlvlm evaluate` and `xlvlm steer apply`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Prints scores and changes of each condition, and what a sweep chose."""
+    if "sweep" in summary:
+        _show_chosen(summary["sweep"], summary["kind"], console)
+    if summary["kind"] == "vqa":
+        _show_questions(summary["conditions"], console)
+    else:
+        _show_captions(summary["conditions"], console)
+
+
+def _show_questions(conditions: Mapping[str, Any], console: Console) -> None:
+    kinds = conditions["plain"]["scores"]
+    table = Table("accuracy %, official (XL-VLMs)", *kinds, box=None)
+    for name, measured in conditions.items():
+        scores = measured["scores"].values()
+        table.add_row(
+            name, *(f"{100 * s['official']:.2f} ({100 * s['reference']:.2f})" for s in scores)
+        )
+    table.add_row("questions", *(str(score["count"]) for score in kinds.values()))
+    console.print(table)
+    if "changes" not in conditions["plain"]:
+        return
+    table = Table(
+        "answers", "changed", "source", "target", "source to target", "others changed", box=None
+    )
+    for name, measured in conditions.items():
+        c = measured["changes"]
+        table.add_row(
+            name,
+            f"{c['changed']} of {c['samples']}",
+            _change(c["source_before"], c["source_after"]),
+            _change(c["target_before"], c["target_after"]),
+            _share(c["moved"], c["source_before"]),
+            _share(c["others_changed"], c["others"]),
+        )
+    console.print(table)
+
+
+def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
+    metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
+    changed = "changes" in conditions["plain"]
+    words = ["with class words", "words a caption"] if changed else []
+    table = Table("captions", *metrics, *words, box=None)
+    for name, measured in conditions.items():
+        row = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
+        if changed:
+            c = measured["changes"]
+            row += [_share(c["holding_after"], c["samples"]), f"{c['length_after']:.1f}"]
+        table.add_row(name, *row)
+    console.print(table)
+    if left_out := conditions["plain"]["scores"]["left out"]:
+        reasons = "; ".join(f"{name}, {reason}" for name, reason in left_out.items())
+        console.print(f"left out: {reasons}", style="dim")
+
+
+def _show_chosen(sweep: Mapping[str, Any], kind: str, console: Console) -> None:
+    chosen = sweep["chosen"]
+    effect = "moved" if kind == "vqa" else "gained"
+    cost = f"{chosen['cost']:.1f} points" if kind == "vqa" else f"{100 * chosen['cost']:.0f} %"
+    console.print(
+        f"chosen of {len(sweep['trials'])} on {sweep.get('split', 'another split')}: "
+        f"{', '.join(chosen['sites'])}, alpha {chosen['alpha']:g}, where {chosen['where']}: "
+        f"{100 * chosen['effect']:.1f} % {effect} at a cost of {cost}"
+    )
+    if chosen["effect"] < sweep["wanted"] or chosen["cost"] > sweep["max_cost"]:
+        console.print(
+            f"no trial reached what was wanted ({100 * sweep['wanted']:.0f} %) at the allowed cost "
+            f"({sweep['max_cost']:g}); see the figure of the sweep",
+            style="yellow",
+        )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before} -> {after} ({after - before:+d})"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.1f} %)" if whole else "0 of 0"

@@ -1,0 +1,63 @@
+"""The shift part of the demo: one fine-tuned version of the embedded model beside the original."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ports import VLM
+from xlvlm_jax import embedded, stages
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.report.shift_figures import draw_all
+from xlvlm_jax.shift import ShiftAnalysis, shift_features
+from xlvlm_jax.store import Features
+
+
+def run_shift(
+    vlm: VLM,
+    run: Path,
+    samples: Sequence[Sample],
+    settings: Settings,
+    *,
+    site: str,
+    adapter: str | Path = "color",
+    num_concepts: int = 20,
+    method: str = "kmeans",
+    seed: int = 0,
+    name: str = "shift",
+    stage: Callable[[str], Callable[..., None]] | None = None,
+) -> ShiftAnalysis:
+    """Extracts the fine-tuned model's states and analyses the shift into `run/shift`.
+
+    Args:
+        vlm: the original model.
+        run: the run directory, whose `features` hold the original states of `samples`.
+        samples, settings: what `features` were extracted from, and how.
+        site: whose states; one of those of the features.
+        adapter: the name of one of the embedded model's ("color", "place", "mood"), or a directory.
+        num_concepts, method, seed: of both dictionaries; the paper's are 20 by k-means.
+        name: of the directory of the shift; `<name>-features` holds the fine-tuned states.
+        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+    """
+    original = Features.open(run / "features")
+    tuned = vlm.with_adapter(embedded.ADAPTERS.get(str(adapter), adapter))
+    settings = dataclasses.replace(settings, sites=(site,))
+    advance = None if stage is None else stage("extracting fine-tuned")
+    extract(tuned, samples, run / f"{name}-features", settings, progress=advance)
+    finetuned = Features.open(run / f"{name}-features")
+    directory = run / name
+    concepts = stages.decompose_features(
+        original, directory / "original-concepts", num_concepts, method, site=site, seed=seed
+    )
+    analysis = shift_features(
+        original, finetuned, concepts, vlm, directory, finetuned_vlm=tuned, seed=seed
+    )
+    draw_all(analysis, directory, Path(adapter).name)
+    return analysis
+
+
+def describe(analysis: ShiftAnalysis) -> dict[str, Any]:
+    """The figures that a summary shows: mean overlaps, chance, and correlations."""
+    summary = analysis.summary()
+    return {name: summary[name] for name in ("words overlap", "images overlap", "correlations")}

@@ -1,0 +1,55 @@
+"""What steering does to answers and captions: predicted, scored, compared, swept and stored."""
+
+from xlvlm_jax.evaluation.captions import CaptionChanges, caption_changes, count_said
+from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
+from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
+from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
+from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
+from xlvlm_jax.evaluation.vqa import (
+    MEAN_OVER_TYPES,
+    Accuracy,
+    Changes,
+    answer_changes,
+    answer_type,
+    count_answers,
+    count_types,
+    describe,
+    fall_of_others,
+    require_answers,
+    truths,
+    vqa_scores,
+)
+
+__all__ = [
+    "MEAN_OVER_TYPES",
+    "PLAIN",
+    "Accuracy",
+    "CaptionChanges",
+    "Captions",
+    "Changes",
+    "Condition",
+    "Predictions",
+    "Questions",
+    "Steering",
+    "Task",
+    "Trial",
+    "aligned",
+    "answer_changes",
+    "answer_type",
+    "caption_changes",
+    "choose",
+    "count_answers",
+    "count_said",
+    "count_types",
+    "describe",
+    "describe_sweep",
+    "evaluate",
+    "fall_of_others",
+    "grid",
+    "names",
+    "predict",
+    "require_answers",
+    "select",
+    "truths",
+    "vqa_scores",
+]

@@ -1,0 +1,67 @@
+"""Captions compared before and after steering towards words of a class."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from xlvlm_jax.metrics.captions import count_words
+from xlvlm_jax.metrics.ptb import caption_words
+
+
+class CaptionChanges(NamedTuple):
+    """What steering towards words of a class did to captions. Counts, of all unless said."""
+
+    samples: int
+    changed: int  # captions that differ
+    holding_before: int  # captions with one of the words
+    holding_after: int
+    gained: int  # captions with one of the words that had none before
+    lost: int  # captions without one that had one before
+    words_before: int  # how often one of the words was said
+    words_after: int
+    length_before: float  # mean number of words of a caption
+    length_after: float
+
+    @property
+    def gain(self) -> float:
+        """By how much the share of captions with one of the words rose, in [-1, 1]."""
+        return (self.holding_after - self.holding_before) / self.samples
+
+
+def caption_changes(
+    before: Sequence[str], after: Sequence[str], words: Sequence[str]
+) -> CaptionChanges:
+    """Compares captions of the same images.
+
+    Args:
+        before, after: the model's captions.
+        words: those of the class, or any others; whole words, in any capitalisation.
+
+    Raises ValueError for lists of different lengths, no captions, or no words.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(
+            f"there are {len(before)} captions before and {len(after)} after; expected as many, "
+            "and at least one"
+        )
+    old, new = (count_words(captions, words) for captions in (before, after))
+    lengths = [np.mean([len(caption_words(text)) for text in texts]) for texts in (before, after)]
+    return CaptionChanges(
+        samples=len(before),
+        changed=sum(a != b for a, b in zip(before, after, strict=True)),
+        holding_before=int((old > 0).sum()),
+        holding_after=int((new > 0).sum()),
+        gained=int(((old == 0) & (new > 0)).sum()),
+        lost=int(((old > 0) & (new == 0)).sum()),
+        words_before=int(old.sum()),
+        words_after=int(new.sum()),
+        length_before=float(lengths[0]),
+        length_after=float(lengths[1]),
+    )
+
+
+def count_said(captions: Sequence[str]) -> dict[str, int]:
+    """How often each word is said in all captions together, the most frequent first."""
+    return dict(Counter(word for text in captions for word in caption_words(text)).most_common())

@@ -1,0 +1,253 @@
+"""Greedy answers to the same samples under several conditions: plain, steered, told in words.
+
+B batch, A conditions, M new tokens.
+
+An image is read, preprocessed and (where conditions differ in their edits alone) encoded once for
+all of them: they are variants of one compiled program, see `VLM.sweep`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from ports import VLM
+from ports.edits import Edit, Edits
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.sample import Sample
+
+
+class Steering(Protocol):
+    """What `xlvlm_jax.steering` fits and loads."""
+
+    site: str
+    source: dict[str, Any]
+    where: Any
+
+    def edits_for(self, vlm: VLM, inputs: Any, alpha: Any, where: Any) -> dict[str, Edit]:
+        """What `VLM.generate` takes for these prompts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """How the model is asked; without arguments, as it is.
+
+    Attributes:
+        vectors: what its states are steered by, all of them at once.
+        alpha: the strength of each.
+        where: the positions, see `ports.add`; None for those that each is meant for.
+        instruction: words behind the prompt, such as "Answer no.".
+    """
+
+    vectors: tuple[Steering, ...] = ()
+    alpha: float = 1.0
+    where: Any = None
+    instruction: str | None = None
+
+    def edits(self, vlm: VLM, inputs: Any) -> dict[str, tuple[Edit, ...]]:
+        """What `VLM.generate` takes. ValueError for vectors of another model."""
+        edits: dict[str, tuple[Edit, ...]] = {}
+        for vector in self.vectors:
+            for site, edit in vector.edits_for(vlm, inputs, self.alpha, self.where).items():
+                edits[site] = (*edits.get(site, ()), edit)
+        return edits
+
+    def prompt(self, sample: Sample) -> str:
+        """What the sample is asked."""
+        return sample.prompt if self.instruction is None else f"{sample.prompt} {self.instruction}"
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, without the vectors' numbers."""
+        if not self.vectors:
+            return {} if self.instruction is None else {"instruction": self.instruction}
+        told = {} if self.instruction is None else {"instruction": self.instruction}
+        where = [v.where if self.where is None else self.where for v in self.vectors]
+        return {
+            "sites": [vector.site for vector in self.vectors],
+            "alpha": self.alpha,
+            "where": where[0] if all(each == where[0] for each in where) else where,
+            **told,
+        }
+
+
+PLAIN = Condition()
+
+
+class Predictions(NamedTuple):
+    """Answers under A conditions to N samples."""
+
+    answers: list[list[str | None]]  # [A][N]; None where the image could not be read
+    errors: dict[str, str]  # sample -> why its image could not
+
+    def readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[str]]]:
+        """The samples whose images could be read, and the answers to them.
+
+        Raises ValueError if there is none.
+        """
+        kept = [i for i, sample in enumerate(samples) if sample.id not in self.errors]
+        if not kept:
+            first = next(iter(self.errors.values()), "there are no samples")
+            raise ValueError(f"none of the {len(samples)} images could be read; the first: {first}")
+        return [samples[i] for i in kept], [[each[i] for i in kept] for each in self.answers]
+
+
+class _Batch(NamedTuple):
+    samples: Sequence[Sample]
+    errors: list[str | None]  # why a sample has no image
+    good: list[int]  # those that have one, in the order of the rows
+    inputs: dict[str | None, dict[str, np.ndarray]]  # instruction -> the processor's arrays
+
+
+def predict(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    conditions: Sequence[Condition] = (PLAIN,),
+    *,
+    max_new_tokens: int = 10,
+    batch_size: int = 16,
+    max_rows: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """The model's greedy answers to each sample under each condition.
+
+    Args:
+        vlm: the model.
+        samples: what is asked.
+        conditions: A of them.
+        max_new_tokens: M, of an answer at most.
+        batch_size: B, of every batch: the last one is filled up.
+        max_rows: A times B of one run, at most; more conditions are run in several.
+        progress: called after each batch with (samples done, samples in all).
+
+    An image that can't be read is recorded and passed over. Raises ValueError for a batch size
+    below one, no conditions, vectors of another model, and as `VLM.generate` does.
+    """
+    if batch_size < 1 or not conditions:
+        raise ValueError(
+            f"there are {len(conditions)} conditions and batches of {batch_size}; expected at "
+            "least one of each"
+        )
+    answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
+    errors: dict[str, str] = {}
+    done = 0
+    told = list(dict.fromkeys(condition.instruction for condition in conditions))
+    for batch in _batches(vlm, samples, told, batch_size):
+        errors |= {
+            sample.id: error
+            for sample, error in zip(batch.samples, batch.errors, strict=True)
+            if error is not None
+        }
+        for number, tokens in _run(vlm, batch, conditions, max_new_tokens, max_rows):
+            texts = vlm.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
+            for row, text in zip(batch.good, texts, strict=False):
+                answers[number][done + row] = text.strip()
+        done += len(batch.samples)
+        if progress is not None:
+            progress(done, len(samples))
+    return Predictions(answers, errors)
+
+
+def _batches(
+    vlm: VLM, samples: Sequence[Sample], told: Sequence[str | None], size: int
+) -> Iterator[_Batch]:
+    """Batches of samples, read and preprocessed by threads ahead of the model."""
+    groups = [samples[start : start + size] for start in range(0, len(samples), size)]
+    # What the processor reads once is read before the threads ask for it.
+    vlm.processor  # noqa: B018
+    prepare = functools.partial(_prepare, vlm, told=told, size=size)
+    dataset = grain.MapDataset.source(groups).map(prepare)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)))
+
+
+def _prepare(
+    vlm: VLM, samples: Sequence[Sample], *, told: Sequence[str | None], size: int
+) -> _Batch:
+    images: list[Any] = []
+    errors: list[str | None] = []
+    for sample in samples:
+        try:
+            images.append(read_image(sample.image))
+            errors.append(None)
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    good = [i for i, error in enumerate(errors) if error is None]
+    if not good:
+        return _Batch(samples, errors, good, {})
+    # Filled up by its first row, so that every batch runs the same program.
+    fill = size - len(good)
+    rows = [samples[i] for i in good + good[:1] * fill]
+    images += images[:1] * fill
+    inputs = {}
+    for words in told:
+        prompts = [vlm.render(Condition(instruction=words).prompt(sample)) for sample in rows]
+        inputs[words] = vlm.process(prompts, images)
+    return _Batch(samples, errors, good, inputs)
+
+
+def _run(
+    vlm: VLM, batch: _Batch, conditions: Sequence[Condition], max_new_tokens: int, max_rows: int
+) -> Iterator[tuple[int, jax.Array]]:
+    """(number of a condition, tokens int32[B, M]) for each condition."""
+    if not batch.good:
+        return
+    groups: dict[tuple[str | None, bool], list[int]] = defaultdict(list)
+    for number, condition in enumerate(conditions):
+        groups[condition.instruction, bool(condition.vectors)].append(number)
+    for (instruction, steered), numbers in groups.items():
+        inputs = batch.inputs[instruction]
+        if not steered:
+            tokens = vlm.generate(inputs, max_new_tokens=max_new_tokens).tokens
+            yield from ((number, tokens) for number in numbers)
+            continue
+        variants = aligned([conditions[number].edits(vlm, inputs) for number in numbers])
+        runs = -(-len(numbers) * len(inputs["input_ids"]) // max_rows)
+        size = -(-len(numbers) // runs)
+        for start in range(0, len(numbers), size):
+            chunk = variants[start : start + size]
+            # Filled up, so that every run is of the same program.
+            chunk += chunk[:1] * (size - len(chunk))
+            result = vlm.sweep(inputs, chunk, max_new_tokens=max_new_tokens)
+            yield from zip(numbers[start : start + size], result.tokens, strict=False)
+
+
+def aligned(variants: Sequence[Edits]) -> list[dict[str, tuple[Edit, ...]]]:
+    """Edits that do the same and have one structure, as `VLM.sweep` wants them.
+
+    At each site, each variant gets the edits of all, those of the others with a strength of zero:
+    they do nothing. So one program runs variants that edit different sites.
+
+    variants: edits without masks.
+    """
+    sites = dict.fromkeys(itertools.chain.from_iterable(variants))
+    slots: dict[str, list[tuple[Any, Edit]]] = {site: [] for site in sites}
+    taken: list[dict[str, dict[int, Edit]]] = []  # variant -> site -> slot -> its edit there
+    for variant in variants:
+        taken.append({site: {} for site in sites})
+        for site, listed in variant.items():
+            after = 0
+            for edit in (listed,) if isinstance(listed, Edit) else listed:
+                shapes = jax.tree.map(np.shape, (edit.vector, edit.alpha))
+                key = (edit.change, jax.tree.structure(edit), str(shapes))
+                fitting = (i for i in range(after, len(slots[site])) if slots[site][i][0] == key)
+                slot = next(fitting, None)
+                if slot is None:
+                    slot = len(slots[site])
+                    slots[site].append((key, edit))
+                taken[-1][site][slot] = edit
+                after = slot + 1
+    return [
+        {
+            site: tuple(
+                own[site].get(slot, dataclasses.replace(edit, alpha=0 * edit.alpha))
+                for slot, (_, edit) in enumerate(slots[site])
+            )
+            for site in sites
+        }
+        for own in taken
+    ]

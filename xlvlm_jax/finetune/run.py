@@ -1,0 +1,286 @@
+"""Fine-tuning from samples to a directory: resumable, and there whole or not at all."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ports import VLM, checkpoint, peft_files
+from xlvlm_jax import atomic
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.finetune import examples
+from xlvlm_jax.finetune.settings import Settings
+from xlvlm_jax.finetune.training import State, Trainer, initial_adapter
+
+RECORD = "training.json"
+# What a checkpoint needs beside its weights.
+_COMPANIONS = (
+    "*config*.json",
+    "*token*",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+
+
+class Summary(NamedTuple):
+    """What a run did."""
+
+    steps: int
+    loss: float  # a token of the answers, the mean of the last updates
+    evaluations: dict[int, float]  # step -> loss on the evaluation split
+    seconds: float  # of this call
+
+
+def finetune(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    output: str | Path,
+    settings: Settings,
+    *,
+    evaluation: Sequence[Sample] = (),
+    evaluate_every: int | None = None,
+    save_every: int = 100,
+    log_every: int = 10,
+    base_model: str | None = None,
+    source: dict[str, Any] | None = None,
+    command: str | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Summary:
+    """Fine-tunes a model on the references of samples; goes on with an interrupted run of the same.
+
+    The loss is the cross-entropy of the answers' tokens, their end among them, behind the prompts.
+
+    Args:
+        vlm: the model, which stays as it is.
+        samples: the data; see `examples.answers_of` for what each teaches.
+        output: the directory to write: an adapter in PEFT's format, or, if all parameters are
+            trained, a checkpoint in the Hugging Face layout in the model's dtype. Beside it,
+            `<output>.training` holds the state of a run that is not done.
+        settings: how to train.
+        evaluation: samples to compute the loss on, before, during and after training.
+        evaluate_every: steps between evaluations; None: only before and after.
+        save_every: steps between the saved states.
+        log_every: steps between the figures that are recorded and reported, which are means.
+        base_model: what an adapter says it was made for; default: the checkpoint's directory.
+        source: where the samples come from, free for the caller; recorded.
+        command: the command line, if it was one; recorded.
+        progress: called with (steps done, steps in all, {"loss", "norm", "rate", ...}).
+
+    Raises:
+        ValueError: no samples, samples without references, unreadable images, targets that name no
+            linear layer, or other arguments than the interrupted run's.
+        FileExistsError: the output is there already, and is not that of these arguments.
+    """
+    began = time.perf_counter()
+    output = Path(output)
+    if not samples:
+        raise ValueError("there are no samples to learn from; check the data and its selection")
+    if vlm.adapter is not None:
+        raise ValueError("the model has an adapter merged in; fine-tune the model without it")
+    for sample in (*samples, *evaluation):
+        examples.answers_of(sample)
+    arguments = {
+        "base model": base_model or str(vlm.directory),
+        "fingerprint": checkpoint.fingerprint(vlm.directory),
+        "dtype": jnp.dtype(vlm.module.dtype).name,
+        **dataclasses.asdict(settings),
+        "samples": len(samples),
+        "samples digest": _digest(samples),
+        "evaluation digest": _digest(evaluation),
+        "evaluate every": evaluate_every,
+        "log every": log_every,
+        "source": source or {},
+    }
+    # As they come back from the file.
+    arguments = json.loads(json.dumps(arguments))
+    if output.exists():
+        log = _finished_log(output, arguments)
+        return _summary(log, time.perf_counter() - began)
+    if settings.method == "lora":
+        initial_adapter(vlm, settings)  # before anything is written
+    run = _Run(vlm, samples, settings, evaluation, evaluate_every, save_every, log_every, progress)
+    work = output.with_name(output.name + ".training")
+    _begin(work, arguments)
+    trainer, state, log = _train(run, work)
+    part = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    if settings.method == "lora":
+        _write_adapter(part, trainer, state, arguments["base model"])
+    else:
+        _write_checkpoint(part, vlm, trainer.finished(state))
+    record = {"command": command, "arguments": arguments, "log": log}
+    atomic.write(part / RECORD, json.dumps(record, indent=1) + "\n")
+    os.rename(part, output)
+    shutil.rmtree(work)
+    return _summary(log, time.perf_counter() - began)
+
+
+class _Run(NamedTuple):
+    """What is the same for every step."""
+
+    vlm: VLM
+    samples: Sequence[Sample]
+    settings: Settings
+    evaluation: Sequence[Sample]
+    evaluate_every: int | None
+    save_every: int
+    log_every: int
+    progress: Callable[[int, int, dict[str, float]], None] | None
+
+
+def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, float]]]:
+    """Trains to the end, from what `work` holds of it."""
+    settings = run.settings
+    total = settings.num_steps(len(run.samples))
+    trainer = Trainer(run.vlm, settings, total)
+    state, log = trainer.begin(), []
+
+    def record(step: int, figures: dict[str, float]) -> None:
+        log.append({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}})
+        if run.progress is not None:
+            run.progress(step, total, figures)
+
+    def evaluate(step: int) -> None:
+        split = examples.evaluation_batches(run.vlm, run.evaluation, settings.batch_size)
+        record(step, {"evaluation": trainer.evaluate(state, split)})
+
+    # Whenever a state is saved, all figures up to it have been recorded.
+    interval = -(-run.save_every // run.log_every) * run.log_every
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=interval)
+    with ocp.CheckpointManager((work / "states").absolute(), options=options) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            saved = manager.restore(
+                start,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_stored(state)),
+                    log=ocp.args.JsonRestore(),
+                ),
+            )
+            state, log = state._replace(**saved["state"]), saved["log"]
+        elif run.evaluation:
+            evaluate(0)
+        recent: list[dict[str, jax.Array]] = []
+        groups = _groups(run, start, total)
+        for step, group in enumerate(groups, start + 1):
+            state, figures = trainer.update(state, group)
+            recent.append(figures)
+            if step % run.log_every == 0 or step == total:
+                means = {k: float(np.mean([f[k] for f in recent])) for k in recent[0]}
+                record(step, {**means, "rate": float(trainer.rate(step - 1))})
+                recent = []
+            is_due = run.evaluate_every and step % run.evaluate_every == 0
+            if run.evaluation and (is_due or step == total):
+                evaluate(step)
+            if step % interval == 0:
+                saved = ocp.args.StandardSave(_stored(state))
+                args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(log))
+                manager.save(step, args=args)
+        manager.wait_until_finished()
+    return trainer, state, log
+
+
+def _stored(state: State) -> dict[str, Any]:
+    """What an interrupted run needs; between two updates no gradient is pending."""
+    return {"trained": state.trained, "moments": state.moments}
+
+
+def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.Batch]]:
+    """The batches of each update."""
+    each = run.settings.accumulate
+    row = examples.batches(
+        run.vlm,
+        run.samples,
+        run.settings.batch_size,
+        run.settings.seed,
+        start * each,
+        stop * each,
+    )
+    for _ in range(start, stop):
+        yield list(itertools.islice(row, each))
+
+
+def _begin(work: Path, arguments: dict[str, Any]) -> None:
+    """Makes the directory of the run, or checks that what it holds is of the same run."""
+    file = work / "arguments.json"
+    if not any((work / "states").glob("*")):
+        work.mkdir(parents=True, exist_ok=True)
+        atomic.write(file, json.dumps(arguments, indent=1) + "\n")
+        return
+    before = json.loads(file.read_text())
+    for name in before | arguments:
+        if before.get(name) != arguments.get(name):
+            raise ValueError(
+                f"{work} holds an interrupted run with {name} {before.get(name)!r}, now it is "
+                f"{arguments.get(name)!r}; give the same arguments, another output, or delete it"
+            )
+
+
+def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, float]]:
+    """The log of a finished run; FileExistsError if it is not one of these arguments."""
+    try:
+        written = json.loads((output / RECORD).read_text())
+        if written["arguments"] == arguments:
+            return written["log"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise FileExistsError(
+        f"{output} exists, and is not what these arguments give; choose another output or delete it"
+    )
+
+
+def _write_adapter(directory: Path, trainer: Trainer, state: State, base_model: str) -> None:
+    vlm = trainer.vlm
+    _, ranks = initial_adapter(vlm, trainer.settings)
+    kind = type(vlm.config)
+    library = kind.__module__.replace("configuration_", "modeling_")
+    known = vlm.architecture and kind.__module__.startswith("transformers.models.")
+    peft_files.write(
+        directory,
+        trainer.finished(state),
+        ranks,
+        vlm.module_names,
+        base_model=base_model,
+        base_class=(vlm.architecture, library) if known else None,
+    )
+
+
+def _write_checkpoint(directory: Path, vlm: VLM, params: dict) -> None:
+    """The parameters, and what a checkpoint needs beside them."""
+    directory.mkdir(parents=True)
+    for pattern in _COMPANIONS:
+        for file in vlm.directory.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    config = json.loads((directory / "config.json").read_text())
+    name = jnp.dtype(vlm.module.dtype).name
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & set(part):
+            part[key] = name
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    checkpoint.save_params(params, directory, dtype=vlm.module.dtype)
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.prompt, *sample.references]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _summary(log: Sequence[dict[str, float]], seconds: float) -> Summary:
+    losses = [entry for entry in log if "loss" in entry]
+    evaluations = {e["step"]: e["evaluation"] for e in log if "evaluation" in e}
+    return Summary(losses[-1]["step"], losses[-1]["loss"], evaluations, seconds)

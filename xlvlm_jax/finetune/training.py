@@ -1,0 +1,184 @@
+"""One update of the trained parameters, and the loss on a split.
+
+B batch, T positions, W positions of the window that holds the answers, V vocabulary.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import ports
+from ports import VLM, lora
+from xlvlm_jax.finetune.examples import Batch
+from xlvlm_jax.finetune.settings import Settings
+
+Array = jax.Array
+
+
+class State(NamedTuple):
+    """What training changes. Each update overwrites it."""
+
+    trained: Any  # float32: the LoRA factors by site, or all parameters
+    moments: Any  # of the optimizer
+    gradient: Any  # summed over the batches since the last update; None if each batch is one
+    loss: Array  # float32[]: summed likewise, over the tokens of the answers
+    count: Array  # int32[]: these tokens
+
+
+def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ranks]:
+    """The adapter at the beginning. Raises ValueError for targets that name no linear layer."""
+    shapes = lora.linear_layers(vlm.params)
+    if settings.targets:
+        shapes = lora.select_layers(shapes, settings.targets)
+    else:
+        head = ".".join(vlm.module.head_path)
+        decoder = ".".join(vlm.module.decoder_path) + "."
+        shapes = {s: v for s, v in shapes.items() if s.startswith(decoder) and s != head}
+    ranks = lora.Ranks(settings.rank, settings.alpha)
+    key = jax.random.key(settings.seed)
+    return lora.init(shapes, ranks, key, vlm.module_names), ranks
+
+
+class Trainer:
+    """One run: a state goes in and comes out, and nothing else changes.
+
+    Args:
+        vlm: the model; with a mesh, rows of the batches are spread over its axis "data".
+        settings: how to train.
+        num_steps: updates in all, for the schedule.
+    """
+
+    def __init__(self, vlm: VLM, settings: Settings, num_steps: int):
+        self.vlm, self.settings, self.num_steps = vlm, settings, num_steps
+        self.rate = settings.learning_rate(num_steps)
+        is_lora = settings.method == "lora"
+        self._begin = initial_adapter(vlm, settings)[0] if is_lora else None
+        # What the loss needs beside what is trained.
+        self._frozen = (vlm.params, self._begin.scale) if is_lora else None
+
+    def begin(self) -> State:
+        """The state before the first update."""
+        if self._begin is not None:
+            trained = jax.tree.map(jnp.copy, self._begin.factors)
+        else:
+            trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), self.vlm.params)
+        several = self.settings.accumulate > 1
+        return State(
+            trained,
+            self.settings.optimizer(self.num_steps).init(trained),
+            jax.tree.map(jnp.zeros_like, trained) if several else None,
+            jnp.zeros(()),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(self, state: State, group: Iterable[Batch]) -> tuple[State, dict[str, Array]]:
+        """One update by the `accumulate` batches of a group. The old state is gone afterwards.
+
+        Returns the state, and the loss a token and the gradient's norm, before clipping.
+        """
+        figures: dict[str, Array] = {}
+        for i, batch in enumerate(group, 1):
+            is_last = i == self.settings.accumulate
+            arrays = (*self._place(batch), is_last)
+            static = (self.vlm.module, self.settings, self.num_steps, batch.window)
+            state, figures = _step(*static, state, self._frozen, *arrays)
+        return state, figures
+
+    def evaluate(self, state: State, split: Iterable[Batch]) -> float:
+        """The mean loss a token of the answers, in nats."""
+        sums = [
+            _loss(self.vlm.module, batch.window, state.trained, self._frozen, *self._place(batch))
+            for batch in split
+        ]
+        loss, count = (sum(map(float, column)) for column in zip(*sums, strict=True))
+        return loss / count
+
+    def finished(self, state: State) -> lora.Adapter | dict:
+        """What was trained: the adapter, or the parameters in the model's dtype."""
+        if self._begin is not None:
+            return lora.Adapter(state.trained, self._begin.scale)
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), state.trained, self.vlm.params)
+
+    def _place(self, batch: Batch) -> tuple[dict[str, Array], Array]:
+        return self.vlm.place(batch.inputs), jnp.asarray(batch.lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(
+    model: Any,
+    window: int,
+    trained: Any,
+    frozen: tuple[dict, dict[str, float]] | None,
+    inputs: dict[str, Array],
+    lengths: Array,
+) -> tuple[Array, Array]:
+    """Cross-entropy summed over the tokens of the answers, and their number.
+
+    frozen: for LoRA, the model's parameters and the adapter's scales.
+    """
+
+    def apply(params: dict, x: Any, method: str) -> Array:
+        return model.apply({"params": params}, x, method=method)
+
+    if frozen is None:
+        params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)
+    else:
+        params, scale = frozen
+        adapter = lora.Adapter(trained, scale)
+        apply = functools.partial(ports.adapted(apply), adapter=adapter)
+    # The head, the dearest layer, runs only where an answer is predicted.
+    states = apply(params, x=inputs, method="states")[:, -window - 1 : -1]
+    logits = apply(params, x=states, method="unembed").astype(jnp.float32)
+    target = inputs["input_ids"][:, -window:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    is_answer = jnp.arange(window) >= window - lengths[:, None]
+    return jnp.where(is_answer, losses, 0).sum(), lengths.sum()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _step(
+    model: Any,
+    settings: Settings,
+    num_steps: int,
+    window: int,
+    state: State,
+    frozen: Any,
+    inputs: dict[str, Array],
+    lengths: Array,
+    is_last: Array,
+) -> tuple[State, dict[str, Array]]:
+    """Adds a batch's gradient, and after the last batch of a group updates what is trained."""
+
+    def update(gradient: Any, loss: Array, count: Array) -> tuple[State, dict[str, Array]]:
+        # The mean over all tokens of the update, however they are spread over batches.
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+        transform = settings.optimizer(num_steps)
+        change, moments = transform.update(gradient, state.moments, state.trained)
+        new = State(
+            optax.apply_updates(state.trained, change),
+            moments,
+            state.gradient and jax.tree.map(jnp.zeros_like, gradient),
+            jnp.zeros(()),
+            jnp.zeros((), jnp.int32),
+        )
+        return new, {"loss": loss / count, "norm": optax.global_norm(gradient)}
+
+    def loss_of(trained: Any) -> tuple[Array, Array]:
+        return _loss(model, window, trained, frozen, inputs, lengths)
+
+    (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+    if state.gradient is None:
+        return update(gradient, loss, count)
+    gradient = jax.tree.map(jnp.add, state.gradient, gradient)
+    loss, count = state.loss + loss, state.count + count
+
+    def keep(*sums: Any) -> tuple[State, dict[str, Array]]:
+        gradient, loss, count = sums
+        kept = state._replace(gradient=gradient, loss=loss, count=count)
+        return kept, {"loss": loss / count, "norm": jnp.zeros(())}
+
+    return jax.lax.cond(is_last, update, keep, gradient, loss, count)

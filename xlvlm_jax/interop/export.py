@@ -1,0 +1,74 @@
+"""A directory of features -> the reference's saved hidden states (see `foreign`)."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from xlvlm_jax.interop.kept import read_kept
+from xlvlm_jax.interop.pth_writer import write_pth
+from xlvlm_jax.store import Features
+
+
+def export_features(
+    features: Features, path: str | os.PathLike[str], *, sites: Sequence[str] = ()
+) -> None:
+    """Writes a directory of features as the reference's .pth file.
+
+    One that was imported becomes the file that it came from, to the bit (all its sites asked for,
+    and rows not averaged). Of any other, samples without a row are masked out and have a state of
+    zeros, and the keys "manifest", "samples", "positions" and "tokens" hold what the reference has
+    no place for, so that an import gives the same directory again.
+
+    Raises ValueError for a site that the features don't hold.
+    """
+    sites = tuple(sites) or features.sites
+    matrices = {site: features.matrix(site) for site in sites}
+    kept = read_kept(features.path) or {}
+    dtypes = kept.get("dtypes", {})
+    disk = np.dtype(_dtype(features.manifest.get("dtype", "float32")))
+    rows_of: list[list[int]] = [[] for _ in features.samples]
+    for row, sample in enumerate(features.sample_rows.tolist()):
+        rows_of[sample].append(row)
+
+    def states(number: int, site: str) -> np.ndarray:
+        Z = matrices[site]
+        dtype = np.dtype(_dtype(dtypes.get(site, disk.name)))
+        dropped = kept.get("dropped", {}).get(number)
+        if dropped is not None and site in dropped:
+            return dropped[site]
+        # The reference takes the mean of at least one position.
+        own = Z[rows_of[number]] if rows_of[number] else np.zeros((1, Z.shape[1]), np.float32)
+        return own.astype(dtype) if site in kept.get("flat", ()) else own.astype(dtype)[None]
+
+    hidden = [{site: states(i, site) for site in sites} for i in range(len(features.samples))]
+    if "rest" in kept:
+        rest = kept["rest"]
+        result = {key: hidden if key == "hidden_states" else rest[key] for key in kept["keys"]}
+    else:
+        result = {"hidden_states": hidden} | _rest(features, rows_of)
+    write_pth(path, result)
+
+
+def _rest(features: Features, rows_of: list[list[int]]) -> dict[str, Any]:
+    """The other keys of an export, as the reference writes them: batches of one."""
+    samples = features.samples
+    result: dict[str, Any] = {
+        "token_of_interest_mask": [np.array([bool(rows)]) for rows in rows_of],
+        "image": [[str(sample.get("image", ""))] for sample in samples],
+    }
+    if any("prediction" in sample for sample in samples):
+        result["model_predictions"] = [[str(sample.get("prediction", ""))] for sample in samples]
+    return result | {
+        "manifest": json.dumps(features.manifest),
+        "samples": [json.dumps(sample) for sample in samples],
+        "positions": [features.positions[rows] for rows in rows_of],
+        "tokens": [features.tokens[rows] for rows in rows_of],
+    }
+
+
+def _dtype(name: str) -> Any:
+    return ml_dtypes.bfloat16 if name == "bfloat16" else name

@@ -1,0 +1,272 @@
+"""The reference's saved hidden states -> a directory of features.
+
+XL-VLMs saves a dictionary with torch.save:
+
+    hidden_states            a list, one a sample, of {module: [1, n, D]} ([n, D] is read too)
+    token_of_interest_mask   bool[samples], or a list of one-element tensors: which samples count
+    image, model_predictions, ...    lists, one entry a sample, bare or in a list of one
+
+Here **each of the n positions is a row**, with its number as its position; with rows="mean" a
+sample is one row, the mean of its positions, as the reference takes it when it stacks its matrix.
+The token of a row is not known, and is -1. A sample that the mask leaves out has no row: the state
+that the reference keeps there is that of a position where the token was not found.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlvlm_jax.interop.kept import write_kept
+from xlvlm_jax.interop.pth import read_pth
+from xlvlm_jax.interop.unpickle import PthError
+from xlvlm_jax.store import STATE_DTYPES, Features, FeaturesWriter
+
+BATCH = 256  # samples written at a time
+ROWS = ("each", "mean")
+# The reference's keys of a sample -> ours; the first that is there counts.
+_NAMES = {
+    "image": "image",
+    "model_predictions": "prediction",
+    "instruction": "prompt",
+    "text": "prompt",
+    "response": "answer",
+    "img_id": "image_id",
+}
+_OWN = ("manifest", "samples", "positions", "tokens")  # keys that our own exports have beside
+
+
+def import_features(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    sites: Sequence[str] = (),
+    rows: str = "each",
+    dtype: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+) -> Features:
+    """Reads the reference's .pth file into a new directory of features; nothing in it is executed.
+
+    Args:
+        path: the file.
+        output: the directory to make; it appears whole or not at all.
+        sites: the modules to take, by default all.
+        rows: "each" position a row, or the "mean" of a sample's positions.
+        dtype: of the states on disk; by default the file's (the widest, if modules differ).
+        images: the directory in which the pictures lie now, found by their names (or by the last
+            two parts of their paths); by default the paths stay as they are.
+        model: the name of the model that the states are of, for the record.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged, asks for a forbidden global, or holds something else;
+            modules of differing lengths; an unknown site; states that no dtype of ours holds.
+        FileExistsError: `output` is there already.
+    """
+    path, output = Path(path), Path(output)
+    if rows not in ROWS:
+        raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output}: is there already; give a new directory")
+    data = read_pth(path)
+    try:
+        states, sites = _states(data, sites)
+        kept = _mask(data, len(states))
+        described, manifest = _described(data, len(states), images)
+    except PthError as error:
+        raise PthError(f"{path}: {error}") from None
+    dtypes = {site: states[0][site].dtype for site in sites}
+    manifest = {"model": model, "source": {"imported from": path.name}} | (manifest or {})
+    manifest |= {"rows": rows, "dtype": _disk_dtype(path, dtypes, dtype)}
+
+    temporary = output.with_name(f"{output.name}.importing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with FeaturesWriter(temporary, manifest, dtype=manifest["dtype"]) as writer:
+            for start in range(0, len(states), BATCH):
+                part = range(start, min(start + BATCH, len(states)))
+                writer.append(
+                    [described[i] for i in part], *_rows(data, states, kept, part, sites, rows)
+                )
+            if writer.rows_done == 0:
+                raise PthError(f"{path}: its mask leaves no sample; expected some with the token")
+            writer.close()
+        if "manifest" not in data:
+            rest = {key: value for key, value in data.items() if key != "hidden_states"}
+            _keep(temporary, data, states, kept, sites, rows, rest, path.stat().st_size)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Features.open(output)
+
+
+def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The checked hidden states, and the sites to take."""
+    if not isinstance(data, dict) or not isinstance(data.get("hidden_states"), list):
+        held = (
+            ", ".join(map(str, list(data)[:6])) if isinstance(data, dict) else type(data).__name__
+        )
+        raise PthError(f"holds {held}; expected a dictionary with a list 'hidden_states'")
+    states = data["hidden_states"]
+    if not states or not all(isinstance(each, dict) and each for each in states):
+        raise PthError("'hidden_states' is not a list of {module: tensor}, one a sample")
+    known = tuple(states[0])
+    if not all(isinstance(name, str) for name in known):
+        raise PthError("'hidden_states' has modules that are not named by text")
+    unknown = [site for site in sites if site not in known]
+    if unknown:
+        raise PthError(f"has no module {unknown[0]!r}; expected one of {', '.join(known)}")
+    sites = tuple(sites) or known
+    axes, width = {}, {}
+    for number, each in enumerate(states):
+        lengths = {}
+        for site in sites:
+            shape = getattr(each.get(site), "shape", None)
+            if shape is None or len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
+                raise PthError(
+                    f"sample {number} has {_short(shape)} at {site}; expected a tensor [1, n, D]"
+                )
+            if axes.setdefault(site, len(shape)) != len(shape) or (
+                width.setdefault(site, shape[-1]) != shape[-1]
+            ):
+                raise PthError(
+                    f"sample {number} has shape {_short(shape)} at {site}, others are"
+                    f" {width[site]} wide with {axes[site]} axes; expected all alike"
+                )
+            if each[site].dtype != states[0][site].dtype:
+                raise PthError(f"sample {number} has another dtype at {site} than the first")
+            lengths[site] = shape[-2]
+        if len(set(lengths.values())) > 1:
+            raise PthError(
+                f"sample {number} has {lengths} positions, expected as many at each module;"
+                " import them one by one (--site)"
+            )
+    return states, sites
+
+
+def _short(shape: Any) -> str:
+    return "nothing" if shape is None else str(list(shape))
+
+
+def _mask(data: dict, count: int) -> np.ndarray:
+    """bool[samples], which count."""
+    mask = data.get("token_of_interest_mask")
+    if mask is None:
+        return np.ones(count, bool)
+    parts = mask if isinstance(mask, list | tuple) else [mask]
+    if all(isinstance(part, bool) or hasattr(part, "shape") for part in parts):
+        flat = np.concatenate([np.asarray(part).reshape(-1) for part in parts] or [np.zeros(0)])
+        if flat.shape == (count,):
+            return flat.astype(bool)
+    raise PthError(f"'token_of_interest_mask' is no mask of {count} samples")
+
+
+def _disk_dtype(path: Path, dtypes: Mapping[str, np.dtype], asked: str | None) -> str:
+    if asked is not None:
+        return asked
+    names = {dtype.name for dtype in dtypes.values()}
+    strange = sorted(names - {*STATE_DTYPES})
+    if strange:
+        raise ValueError(
+            f"{path}: states are {strange[0]}, and are kept as {', '.join(STATE_DTYPES)};"
+            " choose one (--dtype), they are rounded to it"
+        )
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def _described(
+    data: dict, count: int, images: str | os.PathLike[str] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The entry of each sample in samples.jsonl, and the manifest of one of our own exports."""
+    if all(key in data for key in _OWN):
+        try:
+            manifest = json.loads(data["manifest"])
+            samples = [json.loads(text) for text in data["samples"]]
+        except (TypeError, ValueError):
+            raise PthError("'samples' or 'manifest' is not what an export writes") from None
+        if len(samples) != count or not isinstance(manifest, dict):
+            raise PthError(f"'samples' describes {len(samples)} samples, expected {count}")
+        return samples, manifest
+    samples: list[dict[str, Any]] = [{"id": str(number)} for number in range(count)]
+    for key, values in data.items():
+        if not isinstance(values, list) or len(values) != count or not isinstance(key, str):
+            continue
+        for sample, value in zip(samples, values, strict=True):
+            if isinstance(value, list | tuple) and len(value) == 1:
+                value = value[0]
+            if key == "targets" and isinstance(value, str):
+                sample["references"] = value.split("$$")
+            elif isinstance(value, str | bool | int) and key != "id":
+                sample.setdefault(_NAMES.get(key, key), value)
+    for sample in samples:
+        if isinstance(image := sample.get("image"), str):
+            sample["image"] = _moved(image, images)
+    return samples, None
+
+
+def _moved(image: str, images: str | os.PathLike[str] | None) -> str:
+    if images is None:
+        return image
+    name = Path(image.replace("\\", "/"))
+    places = [Path(images) / name.name, Path(images) / name.parent.name / name.name]
+    return str(next((place for place in places if place.is_file()), places[-1]))
+
+
+def _rows(
+    data: dict,
+    states: list[dict[str, Any]],
+    kept: np.ndarray,
+    part: range,
+    sites: Sequence[str],
+    rows: str,
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """What FeaturesWriter.append takes of some samples: states, sample index, positions, tokens."""
+    blocks: dict[str, list[np.ndarray]] = {site: [] for site in sites}
+    index, positions, tokens = [], [], []
+    for number in part:
+        lengths = states[number][sites[0]].shape[-2]
+        if not kept[number] or not lengths:
+            continue
+        for site in sites:
+            tensor = states[number][site]
+            values = np.asarray(tensor).reshape(lengths, tensor.shape[-1])
+            if rows == "mean":
+                values = values.astype(np.float32).mean(0, keepdims=True)
+            blocks[site].append(values)
+        count = 1 if rows == "mean" else lengths
+        index += [number - part.start] * count
+        own = [data[key][number] if "manifest" in data else None for key in ("positions", "tokens")]
+        positions += range(count) if own[0] is None else np.asarray(own[0]).tolist()
+        tokens += [-1] * count if own[1] is None else np.asarray(own[1]).tolist()
+    stacked = {site: np.concatenate(arrays) for site, arrays in blocks.items() if arrays}
+    return stacked, *(np.array(values, int) for values in (index, positions, tokens))
+
+
+def _keep(
+    directory: Path,
+    data: dict,
+    states: list[dict[str, Any]],
+    kept: np.ndarray,
+    sites: Sequence[str],
+    rows: str,
+    rest: dict,
+    size: int,
+) -> None:
+    """Keeps what an export needs beside the rows, where it can give the file back."""
+    whole = rows == "each" and tuple(states[0]) == tuple(sites)
+    gone = [i for i in range(len(states)) if not kept[i] or not states[i][sites[0]].shape[-2]]
+    value = {
+        "dtypes": {site: states[0][site].dtype.name for site in sites},
+        "flat": [site for site in sites if len(states[0][site].shape) == 2],
+        "dropped": {i: {site: states[i][site] for site in sites} for i in gone} if whole else {},
+        "keys": list(data),
+        "rest": rest,
+    }
+    write_kept(directory, value, limit=max(16 * size, 2**16))

@@ -1,0 +1,152 @@
+"""Reads what torch.save wrote: the zip format, and the older one of concatenated pickles."""
+
+import io
+import mmap
+import os
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlvlm_jax.interop.torch_globals import Globals, StorageType
+from xlvlm_jax.interop.unpickle import Machine, PthError, Storage
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of the older format, as a pickle
+_PROTOCOL = 1001
+# Tensors may take so many times the file's size (views of one storage), or so many bytes.
+_EXPANSION, _SMALL = 16, 64 * 2**20
+
+
+class _Map(mmap.mmap):
+    """A mapped file that zipfile takes; before Python 3.13 a map does not say that it can seek."""
+
+    def seekable(self) -> bool:
+        return True
+
+
+def read_pth(path: str | os.PathLike[str]) -> Any:
+    """The value that torch.save was given; nothing in the file is executed.
+
+    Tensors and numpy arrays are read by `numpy.asarray` (a tensor is a `StoredTensor`: its numbers
+    stay in the file until then); containers are dict, list and tuple, paths are text. Parameters
+    come as their data; what requires a gradient, or is on which device, is dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        PthError: (a ValueError) no file of torch.save, damaged or truncated; or it asks for a
+            global that is neither tensor nor plain value, which is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a .pth file of torch.save")
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            if size == 0:
+                raise PthError("empty; expected what torch.save writes")
+            # Views of the map stay valid after the file is closed.
+            content = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
+        read = _read_zip if content[:2] == b"PK" else _read_legacy
+        return read(content, Globals(max(_EXPANSION * size, _SMALL)))
+    except PthError as error:
+        raise PthError(f"{path}: {error}") from None
+    # Any other error comes of damaged bytes: whatever a value may be instead of what is expected.
+    except Exception as error:
+        said = " ".join(str(error).split())[:100]
+        raise PthError(
+            f"{path}: damaged, or not written by torch.save ({type(error).__name__}: {said});"
+            " copy or save it again"
+        ) from error
+
+
+def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
+    """identifier: ("storage", type, key, device, number of values, ...)."""
+    kind, dtype, key, _, length, *view = identifier
+    if kind != "storage" or not isinstance(dtype, StorageType) or not isinstance(key, str):
+        raise PthError("the pickle refers to something that is no storage")
+    if type(length) is not int or length < 0 or any(part is not None for part in view):
+        raise PthError(
+            f"storage {key[:40]!r} is a view, or has no length; save it with a newer torch"
+        )
+    storage = storages.setdefault(key, Storage(dtype.dtype, length))
+    if (storage.dtype, storage.length) != (dtype.dtype, length):
+        raise PthError(f"storage {key[:40]!r} is described in two ways")
+    return storage
+
+
+def _read_zip(content: mmap.mmap, known: Globals) -> Any:
+    archive = zipfile.ZipFile(content)
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise PthError(f"a zip file with {len(names)} data.pkl; expected what torch.save writes")
+    root = names[0].removesuffix("data.pkl")
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise PthError(f"{info.filename[:80]!r} is compressed, which torch.save never does")
+    if sum(info.file_size for info in archive.infolist()) > len(content):
+        raise PthError("a zip file whose parts overlap")
+    if broken := archive.testzip():
+        raise PthError(f"{broken[:80]!r} is damaged (its checksum differs); copy it again")
+    order = "little"
+    if f"{root}byteorder" in archive.namelist():
+        order = archive.read(f"{root}byteorder").decode("ascii")
+
+    storages: dict[str, Storage] = {}
+    stream = io.BytesIO(archive.read(names[0]))
+    value = Machine(stream, known.find, lambda pid: _storage(storages, pid)).load()
+    for key, storage in storages.items():
+        info = archive.getinfo(f"{root}data/{key}")
+        # The local header may be longer than the directory's entry: torch aligns data with it.
+        name, extra = struct.unpack_from("<HH", content, info.header_offset + 26)
+        start = info.header_offset + 30 + name + extra
+        _fill(storage, key, content, start, info.file_size, order)
+    return value
+
+
+def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
+    def plain() -> Any:
+        def refuse(_: Any) -> Any:
+            raise PthError("its head refers to storages")
+
+        return Machine(content, known.find, refuse).load()
+
+    content.seek(0)
+    # A plain pickle that asks for a global is refused here by its name.
+    if plain() != _MAGIC:
+        raise PthError("a pickle that torch.save did not write; expected hidden states")
+    if plain() != _PROTOCOL:
+        raise PthError(f"written in another version of the format than {_PROTOCOL}")
+    system = plain()
+    order = "little" if system.get("little_endian", True) else "big"
+    storages: dict[str, Storage] = {}
+    value = Machine(content, known.find, lambda pid: _storage(storages, pid)).load()
+    for key in plain():
+        length = content.read(8)
+        if len(length) < 8:
+            raise PthError("truncated; copy it again")
+        if key not in storages:
+            raise PthError("holds a storage that no tensor uses")
+        storage = storages[key]
+        (count,) = struct.unpack("<q" if order == "little" else ">q", length)
+        size = count * storage.dtype.itemsize
+        start = content.tell()
+        _fill(storage, key, content, start, min(size, len(content) - start), order)
+        content.seek(start + size)
+    if missing := [key for key, storage in storages.items() if storage.data is None]:
+        raise PthError(f"storage {missing[0][:40]!r} is missing; copy it again")
+    return value
+
+
+def _fill(
+    storage: Storage, key: str, content: mmap.mmap, start: int, size: int, order: str
+) -> None:
+    expected = storage.length * storage.dtype.itemsize
+    if size != expected or start + size > len(content):
+        raise PthError(
+            f"storage {key[:40]!r} has {size} bytes, expected {expected}; truncated, copy it again"
+        )
+    storage.data = np.frombuffer(content, np.uint8, size, start) if size else np.zeros(0, np.uint8)
+    storage.swapped = order != sys.byteorder

@@ -1,0 +1,231 @@
+"""A machine that reads a pickle and can do nothing but build plain values and tensors.
+
+`pickle` executes what a file asks for. Here the standard library only takes the bytes apart
+(`pickletools.genops`), and each opcode below has a meaning of its own; any other is refused, and so
+is, by its name, a global that `xlvlm_jax.interop.torch_globals` does not know, before anything is
+built with it. Values stay within a small multiple of the file: the memo is a dictionary, nothing is
+copied, and what is shared is never walked (keys are scalars, messages quote strings alone).
+"""
+
+import math
+import pickletools
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import numpy as np
+
+
+class PthError(ValueError):
+    """A file that is damaged, or that asks for what is not allowed; the message says which."""
+
+
+class Buildable:
+    """A value that BUILD may complete, once."""
+
+    def build(self, state: Any) -> None:
+        """Takes the state that the pickle gives."""
+        raise NotImplementedError
+
+
+class Function:
+    """What REDUCE may call; nothing else is callable for a pickle."""
+
+    def __init__(self, name: str, call: Callable[..., Any]):
+        self.name, self.call = name, call
+
+
+_MARK = object()
+
+_CONSTANTS = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+}
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+
+
+class Machine:
+    """Reads one pickle.
+
+    Args:
+        stream: stands at the pickle, and afterwards behind it.
+        find: (module, name) -> what the pickle may use under that name, or PthError.
+        persistent: what an identifier of something outside the pickle stands for.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        find: Callable[[str, str], Any],
+        persistent: Callable[[Any], Any],
+    ):
+        self._stream, self._find, self._persistent = stream, find, persistent
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def load(self) -> Any:
+        """The value of the pickle. Raises PthError, or whatever damaged bytes lead to."""
+        for opcode, argument, _ in pickletools.genops(self._stream):
+            if opcode.name == "STOP":
+                return self._pop()
+            self._step(opcode.name, argument)
+        raise PthError("the pickle has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self._top()
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._top()
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            self._to_mark()
+        elif name == "DUP":
+            stack.append(self._top())
+        elif name in _TUPLES:
+            stack.append(tuple(reversed([self._pop() for _ in range(_TUPLES[name])])))
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name == "LIST":
+            stack.append(list(self._to_mark()))
+        elif name == "DICT":
+            stack.append(dict(_couples(self._to_mark())))
+        elif name == "APPEND":
+            self._extend([self._pop()])
+        elif name in ("APPENDS", "ADDITEMS"):
+            self._extend(self._to_mark())
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._to_mark() if name == "SETITEMS" else [self._pop(), self._pop()][::-1]
+            self._top(dict).update(_couples(items))
+        elif name == "GLOBAL":
+            stack.append(self._find(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            attribute, module = self._pop(), self._pop()
+            stack.append(self._find(str(module), str(attribute)))
+        elif name in ("INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            if name == "INST":
+                self._find(*argument.split(" ", 1))
+            raise PthError(f"the pickle makes an object (opcode {name}), which is not allowed")
+        elif name == "BINPERSID":
+            stack.append(self._persistent(self._pop()))
+        elif name == "REDUCE":
+            arguments, function = self._pop(), self._pop()
+            if not isinstance(function, Function):
+                raise PthError(f"the pickle calls a {type(function).__name__}")
+            stack.append(function.call(*arguments))
+        elif name == "BUILD":
+            state, value = self._pop(), self._top()
+            if isinstance(value, Buildable):
+                value.build(state)
+            elif not isinstance(value, dict):  # of an OrderedDict: attributes, of no use here
+                raise PthError(f"the pickle sets the state of a {type(value).__name__}")
+        else:
+            raise PthError(f"the pickle uses opcode {name}, which is not allowed")
+
+    def _pop(self) -> Any:
+        value = self._stack.pop()
+        if value is _MARK:
+            raise PthError("the pickle takes a value where there is none")
+        return value
+
+    def _top(self, kind: type = object) -> Any:
+        value = self._stack[-1]
+        if value is _MARK or not isinstance(value, kind):
+            raise PthError(f"the pickle fills a {type(value).__name__} as a {kind.__name__}")
+        return value
+
+    def _to_mark(self) -> list[Any]:
+        taken = []
+        while (value := self._stack.pop()) is not _MARK:
+            taken.append(value)
+        return taken[::-1]
+
+    def _extend(self, items: list[Any]) -> None:
+        self._top(list).extend(items)
+
+
+def _couples(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int | float | bytes | None):
+            raise PthError(f"a dictionary has a {type(key).__name__} as a key")
+        yield key, value
+
+
+class Storage:
+    """A run of numbers that tensors look into; `data` is set when its bytes are found."""
+
+    def __init__(self, dtype: np.dtype, length: int):
+        self.dtype, self.length = dtype, length
+        self.data: np.ndarray | None = None
+        self.swapped = False  # the bytes of each number stand in the other order
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return self.length * self.dtype.itemsize
+
+
+class StoredTensor:
+    """A tensor of a file. Nothing is read before `numpy` (or `numpy.asarray`) is called.
+
+    Attributes:
+        shape: int of each axis.
+        dtype: as numpy has it; bfloat16 is that of ml_dtypes.
+    """
+
+    def __init__(
+        self, storage: Storage, dtype: np.dtype, offset: int, shape: tuple, strides: tuple
+    ):
+        whole = (*shape, *strides, offset)
+        if len(shape) != len(strides) or len(shape) > 32:
+            raise PthError(f"a tensor has {len(shape)} axes and {len(strides)} strides")
+        if not all(type(n) is int and 0 <= n < 2**40 for n in whole):
+            raise PthError("a tensor has a shape, strides or an offset that can't be")
+        if math.prod(max(n, 1) for n in shape) >= 2**56:
+            raise PthError(f"a tensor has shape {shape}")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        held = storage.nbytes // dtype.itemsize
+        if 0 not in shape and last >= held:
+            raise PthError(f"a tensor of shape {shape} reaches value {last} of a storage of {held}")
+        self.shape, self.dtype = shape, dtype
+        self._storage, self._offset, self._strides = storage, offset, strides
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    def numpy(self) -> np.ndarray:
+        """A view into the file, which can't be written to."""
+        if self.size == 0:
+            return np.zeros(self.shape, self.dtype)
+        size = self.dtype.itemsize
+        strides = [step * size for step in self._strides]
+        view = np.ndarray(self.shape, self.dtype, self._storage.data, self._offset * size, strides)
+        return view.byteswap() if self._storage.swapped else view
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.numpy()
+        if dtype is not None and dtype != array.dtype:
+            return array.astype(dtype)
+        return array.copy() if copy else array

@@ -1,0 +1,135 @@
+"""Captions against people's: CIDEr, BLEU and ROUGE-L; and which of them hold words of a class.
+
+The scores are those of the COCO evaluation (Chen et al. 2015) in the package pycocoevalcap, on the
+words of `caption_words`. Its METEOR and SPICE are Java programs, and are run only where Java is.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from xlvlm_jax.metrics.ptb import caption_words
+
+
+class CaptionScores(NamedTuple):
+    """How well N captions agree with people's."""
+
+    values: dict[str, float]  # by metric; CIDEr is 10 for captions equal to all of people's
+    cider: Float[np.ndarray, "N"]  # of each caption
+    left_out: dict[str, str]  # metric -> why it was not computed
+
+
+def caption_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool = False
+) -> CaptionScores:
+    """CIDEr, BLEU-1 to BLEU-4 and ROUGE-L of captions; with `java`, METEOR and SPICE too.
+
+    CIDEr weighs words by how rare they are in the references of all images: of one image alone it
+    is 0, and values of different sets of images do not compare.
+
+    Args:
+        captions: one an image.
+        references: people's captions of each image.
+        java: run METEOR and SPICE; they are named as left out where Java, or SPICE's models, lack.
+
+    Raises ValueError for no captions, an image without references, another number of references
+    than captions, or if pycocoevalcap is not installed.
+    """
+    if not captions or len(captions) != len(references):
+        raise ValueError(
+            f"there are {len(captions)} captions and references of {len(references)} images; "
+            "expected one caption an image"
+        )
+    if bare := [number for number, texts in enumerate(references) if not texts]:
+        raise ValueError(f"image number {bare[0]} has no references; evaluate on captioned images")
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise ValueError(
+            "captions are scored by pycocoevalcap, which is not installed; "
+            "pip install 'xlvlm-jax[captions]'"
+        )
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    given = {i: [" ".join(caption_words(caption))] for i, caption in enumerate(captions)}
+    people = {
+        i: [" ".join(caption_words(text)) for text in texts] for i, texts in enumerate(references)
+    }
+    mean, cider = Cider().compute_score(people, given)
+    bleu = Bleu(4).compute_score(people, given, verbose=0)[0]
+    values = {"CIDEr": mean, **{f"BLEU-{n}": value for n, value in enumerate(bleu, start=1)}}
+    values["ROUGE-L"] = Rouge().compute_score(people, given)[0]
+    left_out = {}
+    for name in ("METEOR", "SPICE"):
+        reason = _obstacle(name) if java else "not asked for"
+        if reason is None:
+            try:
+                values[name] = _run_java(name, people, given)
+            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                reason = f"its Java program failed ({type(error).__name__})"
+        if reason is not None:
+            left_out[name] = reason
+    return CaptionScores({k: float(v) for k, v in values.items()}, np.asarray(cider), left_out)
+
+
+def _obstacle(name: str) -> str | None:
+    """Why a metric's Java program can't run here, or None."""
+    if shutil.which("java") is None:
+        return "there is no Java"
+    from pycocoevalcap.spice import get_stanford_models
+
+    models = Path(get_stanford_models.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
+    if name == "SPICE" and not models.is_file():
+        return "its models are not installed; pycocoevalcap.spice.get_stanford_models fetches them"
+    return None
+
+
+def _run_java(name: str, people: dict[int, list[str]], given: dict[int, list[str]]) -> float:
+    if name == "SPICE":
+        from pycocoevalcap.spice.spice import Spice
+
+        return Spice().compute_score(people, given)[0]
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    meteor = Meteor()
+    try:
+        return meteor.compute_score(people, given)[0]
+    finally:
+        # A program that ended too early leaves it locked, and the destructor would wait for ever.
+        if meteor.lock.locked():
+            meteor.lock.release()
+
+
+def holding(captions: Iterable[str], words: Iterable[str]) -> Bool[np.ndarray, "N"]:
+    """Which captions hold one of the words, as a whole word or phrase in any capitalisation."""
+    return count_words(captions, words) > 0
+
+
+def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray, "N"]:
+    """How often one of the words stands in each caption. ValueError for no words."""
+    phrases = _phrases(words)
+    lengths = {len(phrase) for phrase in phrases}
+    counts = []
+    for caption in captions:
+        said = caption_words(caption)
+        grams = (tuple(said[i : i + n]) for n in lengths for i in range(len(said) - n + 1))
+        counts.append(sum(gram in phrases for gram in grams))
+    return np.array(counts, int)
+
+
+def _phrases(words: Iterable[str]) -> set[tuple[str, ...]]:
+    phrases = {tuple(caption_words(word)) for word in words} - {()}
+    if not phrases:
+        raise ValueError("there are no words to look for in captions; name some, or a class")
+    return phrases
+
+
+def describe(scores: CaptionScores) -> dict[str, Any]:
+    """Scores as JSON values."""
+    return {**scores.values, "left out": scores.left_out}

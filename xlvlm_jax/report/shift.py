@@ -1,0 +1,131 @@
+"""The section of a shift: its figures, and each concept before, shifted and fine-tuned."""
+
+import base64
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from xlvlm_jax.shift import ShiftAnalysis
+from xlvlm_jax.shift.analysis import KINDS
+
+NUM_PICTURES, NUM_WORDS = 4, 10
+_FIGURES = {
+    "overlap.svg": "T-Overlap of each concept: the words that it shares with its match",
+    "recovery.svg": "Recovery against consistency and magnitude of the shift",
+}
+_TITLES = {"original": "Original", "shifted": "Shifted", "finetuned": "Fine-tuned"}
+
+
+class Face(NamedTuple):
+    """A concept as words and pictures."""
+
+    title: str
+    words: list[tuple[str, bool]]  # of another concept: whether the fine-tuned one has it too
+    pictures: list[tuple[str, str | None]]  # sample, image file
+
+
+class Moved(NamedTuple):
+    """One concept of a shift."""
+
+    number: int
+    samples: int
+    overlap: tuple[float, float] | None  # T-Overlap before and after; None without a shift
+    figures: list[tuple[str, float]]
+    faces: list[Face]
+    shift_words: list[str]  # read in the shift vector itself
+
+
+class ShiftSection(NamedTuple):
+    """One directory of a shift; concepts in order of their samples."""
+
+    name: str
+    analysis: ShiftAnalysis
+    rows: list[tuple[str, str, str, str]]  # name, original, shifted, chance
+    correlations: list[tuple[str, float, float, int]]  # name, r, p, concepts
+    concepts: list[Moved]
+    plots: list[tuple[str, str]]  # data URI, what it shows
+    num_words: int
+    without: int  # concepts without a shift
+
+
+def read_shifts(run: Path) -> list[ShiftSection]:
+    """The sections of the `shift*/` in a run directory. ValueError for one that is damaged."""
+    directories = sorted(path for path in run.glob("shift*") if (path / "shift.json").is_file())
+    return [_section(directory, ShiftAnalysis.load(directory)) for directory in directories]
+
+
+def shown_images(sections: Iterable[ShiftSection]) -> Iterator[str]:
+    """The image files that the sections show."""
+    for section in sections:
+        for concept in section.concepts:
+            for face in concept.faces:
+                yield from (image for _, image in face.pictures if image)
+
+
+def overlap_rows(analysis: ShiftAnalysis) -> list[tuple[str, str, str, str]]:
+    """Mean overlap of words and images: name, of original concepts, of shifted ones, by chance."""
+    rows = []
+    for name, of in (("words (T-Overlap)", "words"), ("images", "images")):
+        if getattr(analysis, of) is not None:
+            shares = [analysis.mean_overlap(kind, of) for kind in ("original", "shifted")]
+            shares.append(analysis.chance(of)["mismatched"])
+            rows.append((name, *(_percent(share) for share in shares)))
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if np.isfinite(share) else "–"
+
+
+def _section(directory: Path, analysis: ShiftAnalysis) -> ShiftSection:
+    plots = []
+    for file, explained in _FIGURES.items():
+        if (directory / file).is_file():
+            encoded = base64.b64encode((directory / file).read_bytes()).decode()
+            plots.append((f"data:image/svg+xml;base64,{encoded}", explained))
+    correlations = [
+        (name.replace("-", " and "), c.r, c.p_value, c.count)
+        for name, c in analysis.correlations.items()
+        if np.isfinite(c.r)
+    ]
+    order = np.argsort(-analysis.counts, kind="stable").tolist()
+    return ShiftSection(
+        name=directory.name,
+        analysis=analysis,
+        rows=overlap_rows(analysis),
+        correlations=correlations,
+        concepts=[_moved(analysis, k) for k in order],
+        plots=plots,
+        num_words=analysis.num_words,
+        without=int((~analysis.moved).sum()),
+    )
+
+
+def _moved(analysis: ShiftAnalysis, k: int) -> Moved:
+    has_shift = bool(analysis.moved[k])
+    words, images = analysis.words or {}, analysis.images or {}
+    faces = []
+    for kind in KINDS:
+        if kind == "shifted" and not has_shift:
+            continue
+        shown = words[kind][k][:NUM_WORDS] if words else []
+        wanted = words["finetuned"][k] if words and kind != "finetuned" else ()
+        samples = images[kind][k][:NUM_PICTURES] if images else []
+        pictures = [(name, analysis.pictures.get(name)) for name in samples]
+        faces.append(Face(_TITLES[kind], [(word, word in wanted) for word in shown], pictures))
+    overlap = None
+    if has_shift and words:
+        overlap = tuple(float(analysis.overlap(kind)[k]) for kind in ("original", "shifted"))
+    names = ("recovery", "consistency", "magnitude")
+    figures = [(name, float(analysis.figure(name)[k])) for name in names] if has_shift else []
+    figures = [(name, value) for name, value in figures if np.isfinite(value)]
+    return Moved(
+        number=k,
+        samples=int(analysis.counts[k]),
+        overlap=overlap,
+        figures=figures,
+        faces=faces,
+        shift_words=words["shift"][k][:NUM_WORDS] if words else [],
+    )

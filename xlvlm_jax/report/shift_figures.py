@@ -1,0 +1,135 @@
+"""Figures of a shift as in the paper: T-Overlap, recovery, and what concepts look like.
+
+From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025). Each
+takes one fine-tuning or several, {name: analysis}.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten, wrap
+
+import numpy as np
+from PIL import Image
+
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.shift import Correlation, ShiftAnalysis, correlation
+
+from .plots import COLOURS, figure
+
+Path_ = str | os.PathLike[str]
+AXES = {
+    "consistency": "Consistency of the shift (mean pairwise cosine)",
+    "magnitude": "Magnitude of the shift",
+    "recovery": "Concept recovery (cosine)",
+}
+MARKERS = "o^sDvP"
+PANEL_PICTURES, PANEL_SIDE = 5, 96
+PANEL_TITLES = {"original": "original", "shifted": "shifted", "finetuned": "fine-tuned"}
+
+
+def draw_all(analysis: ShiftAnalysis, directory: Path, name: str = "fine-tuned") -> list[Path]:
+    """Draws the figures of one shift into its directory and returns their paths."""
+    drawn = {
+        "overlap.svg": lambda path: plot_overlap({name: analysis}, path),
+        "recovery.svg": lambda path: plot_recovery({name: analysis}, path),
+        "panels.png": lambda path: plot_panels(analysis, path),
+    }
+    for file, draw in drawn.items():
+        draw(directory / file)
+    return [directory / file for file in drawn]
+
+
+def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
+    """Bars of T-Overlap: original and shifted concepts with the matched fine-tuned ones.
+
+    A concept without a shift has no second bar; the dashed line is what original concepts share
+    with fine-tuned ones that are not their match.
+    """
+    count = len(analyses)
+    widest = max(len(analysis.counts) for analysis in analyses.values())
+    size = {"width": max(5.0, 0.34 * widest + 1.5), "height": 2.2 * count + 0.6}
+    with figure(path, count, 1, **size) as (_, grid):
+        for axis, (name, analysis) in zip(np.ravel(grid), analyses.items(), strict=True):
+            places = np.arange(len(analysis.counts))
+            for number, kind in enumerate(("original", "shifted")):
+                shares = 100 * analysis.overlap(kind)
+                mean = 100 * analysis.mean_overlap(kind)
+                axis.bar(
+                    places + 0.4 * (number - 0.5),
+                    np.nan_to_num(shares),
+                    0.4,
+                    color=("#b8bcc2", COLOURS[0])[number],
+                    label=f"{kind} concepts, mean {mean:.0f} %",
+                )
+            chance = 100 * analysis.chance()["mismatched"]
+            if np.isfinite(chance):
+                axis.axhline(chance, color="black", lw=0.8, ls="--", label="not matched")
+            axis.set_title(name)
+            axis.set_xticks(places)
+            axis.set_xlim(-0.7, len(places) - 0.3)
+            axis.set_ylim(0, 100)
+            axis.set_ylabel("T-Overlap (%)")
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        np.ravel(grid)[-1].set_xlabel("Concept")
+
+
+def plot_recovery(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
+    """Recovery of every concept against the consistency and the magnitude of its shift."""
+    with figure(path, 1, 2, width=8.4, height=3.6) as (_, (left, right)):
+        for axis, name in ((left, "consistency"), (right, "magnitude")):
+            for number, (label, analysis) in enumerate(analyses.items()):
+                x, y = analysis.figure(name), analysis.figure("recovery")
+                style = {"color": COLOURS[number % 6], "marker": MARKERS[number % 6]}
+                r = correlation(x, y).r
+                axis.scatter(x, y, s=26, label=f"{label} (r = {r:.2f})", **style)
+                for k in np.flatnonzero(np.isfinite(x) & np.isfinite(y)):
+                    axis.annotate(
+                        str(k), (x[k], y[k]), (2, 2), textcoords="offset points", fontsize=6
+                    )
+            whole = pooled_correlation(analyses, name, "recovery")
+            axis.set_title(f"r = {whole.r:.2f}, p = {whole.p_value:.2g}, {whole.count} concepts")
+            axis.set_xlabel(AXES[name])
+            axis.set_ylabel(AXES["recovery"])
+            axis.legend(fontsize=8)
+
+
+def pooled_correlation(analyses: Mapping[str, ShiftAnalysis], a: str, b: str) -> Correlation:
+    """The correlation of two figures over the concepts of all analyses together."""
+    pooled = [np.concatenate([each.figure(name) for each in analyses.values()]) for name in (a, b)]
+    return correlation(*pooled)
+
+
+def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> None:
+    """Words and pictures of concepts before, after the shift, and as the fine-tuned model has them.
+
+    Shown are the concepts with the most common samples. Words in the fine-tuned concept too are
+    marked by a dot; a picture that can't be read is left grey.
+    """
+    order = np.argsort(-analysis.counts, kind="stable")[:num_concepts]
+    rows = len(order)
+    with figure(path, rows, 3, width=11, height=1.55 * rows + 0.3) as (_, grid):
+        for row, k in zip(np.reshape(grid, (rows, 3)), order, strict=True):
+            wanted = set(analysis.words["finetuned"][k])
+            for axis, (kind, title) in zip(row, PANEL_TITLES.items(), strict=True):
+                axis.imshow(_strip(analysis, analysis.images[kind][k]), interpolation="none")
+                axis.set_axis_off()
+                # All words of the fine-tuned concept are its own.
+                marked = wanted if kind != "finetuned" else set()
+                words = [f"·{word}" if word in marked else word for word in analysis.words[kind][k]]
+                said = "\n".join(wrap(shorten(" ".join(words), 90, placeholder=" …"), 56))
+                axis.set_title(f"{k} {title}\n{said or 'no shift'}", fontsize=8)
+
+
+def _strip(analysis: ShiftAnalysis, names: list[str]) -> np.ndarray:
+    """The first pictures side by side, uint8[side, pictures x side, 3]."""
+    strip = np.full((PANEL_SIDE, PANEL_PICTURES * (PANEL_SIDE + 4), 3), 238, np.uint8)
+    for number, name in enumerate(names[:PANEL_PICTURES]):
+        try:
+            picture = read_image(Path(analysis.pictures[name]))
+        except (KeyError, OSError, ValueError):
+            continue
+        small = picture.convert("RGB").resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
+        left = number * (PANEL_SIDE + 4)
+        strip[:, left : left + PANEL_SIDE] = np.asarray(small)
+    return strip

@@ -1,0 +1,186 @@
+"""The section of steering: scores before and after, figures, and examples with their pictures."""
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xlvlm_jax.evaluation.vqa import normalise_answer
+from xlvlm_jax.metrics.captions import holding
+
+from .steering_figures import FIGURES
+
+NUM_EXAMPLES = 6  # of what was to change, and as many of the others
+
+
+class Example(NamedTuple):
+    """One sample before and after."""
+
+    sample: str
+    image: str | None  # file
+    question: str | None
+    truth: str  # people's answer, or their first caption
+    before: str
+    after: str
+
+
+class SteeringSection(NamedTuple):
+    """One evaluation with steering."""
+
+    name: str
+    title: str
+    facts: list[str]
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]  # condition, its figures
+    plots: list[tuple[str, str]]  # data URI, what it shows
+    moved: list[Example]  # what was to change, and did
+    others: list[Example]  # what was to stay, and did not
+
+
+def read_steering(run: Path) -> list[SteeringSection]:
+    """The sections of the `steering/*/` in a run directory that hold an evaluation.
+
+    Raises ValueError for one that is damaged.
+    """
+    found = sorted((run / "steering").glob("*/summary.json"))
+    return [_section(path.parent) for path in found]
+
+
+def shown_images(sections: Iterable[SteeringSection]) -> Iterator[str]:
+    """The image files that the sections show."""
+    for section in sections:
+        yield from (e.image for e in (*section.moved, *section.others) if e.image)
+
+
+def _section(directory: Path) -> SteeringSection:
+    try:
+        summary = json.loads((directory / "summary.json").read_text("utf-8"))
+        lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
+        samples = [json.loads(line) for line in lines]
+        questions = summary["kind"] == "vqa"
+        columns, rows = (_of_questions if questions else _of_captions)(summary["conditions"])
+        moved, others = _examples(summary, samples)
+        return SteeringSection(
+            name=directory.name,
+            title=_title(summary),
+            facts=list(_facts(summary)),
+            columns=columns,
+            rows=rows,
+            plots=[
+                (_data_uri(directory / name), explained)
+                for name, explained in FIGURES.items()
+                if (directory / name).is_file()
+            ],
+            moved=moved,
+            others=others,
+        )
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{directory}: no evaluation that can be read ({type(error).__name__}: {error}); "
+            "evaluate again or remove it"
+        ) from None
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    if summary["kind"] == "captions":
+        words = summary["words"]
+        return f"Captions towards {', '.join(words[:4])}{' …' if len(words) > 4 else ''}"
+    source, target = (", ".join(summary[name]) for name in ("source", "target"))
+    return f"Answers from “{source}” to “{target}”" if source else "Answers"
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{summary['samples']:,} samples".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    for name, measured in summary["conditions"].items():
+        if "sites" in measured:
+            yield (
+                f"{name}: {' + '.join(measured['sites'])}, alpha {measured['alpha']:g}, "
+                f"positions {measured['where']}"
+            )
+        elif "instruction" in measured:
+            yield f"{name}: “{measured['instruction']}” in the prompt"
+    if sweep := summary.get("sweep"):
+        yield f"chosen of {len(sweep['trials'])} on split {sweep.get('split', 'another')}"
+
+
+def _of_questions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    kinds = list(conditions["plain"]["scores"])
+    changed = "changes" in conditions["plain"]
+    told = ["source", "target", "source to target", "others changed"] if changed else []
+    rows = []
+    for name, measured in conditions.items():
+        figures = [f"{100 * measured['scores'][kind]['official']:.1f}" for kind in kinds]
+        if changed:
+            c = measured["changes"]
+            figures += [
+                _difference(c["source_after"], c["source_before"]),
+                _difference(c["target_after"], c["target_before"]),
+                _percent(c["moved_share"]),
+                _percent(c["others_changed_share"]),
+            ]
+        rows.append((name, figures))
+    return [*kinds, *told], rows
+
+
+def _of_captions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
+    changed = "changes" in conditions["plain"]
+    rows = []
+    for name, measured in conditions.items():
+        figures = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
+        if changed:
+            c = measured["changes"]
+            figures += [_percent(c["holding_after"] / c["samples"]), f"{c['length_after']:.1f}"]
+        rows.append((name, figures))
+    return [*metrics, *(["with class words", "words"] if changed else [])], rows
+
+
+def _difference(after: int, before: int) -> str:
+    return f"{after} ({after - before:+d})" if after != before else str(after)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def _examples(
+    summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> tuple[list[Example], list[Example]]:
+    """Some samples that the first steered condition changed: as it should, and others."""
+    steered = next((n for n, m in summary["conditions"].items() if "sites" in m), None)
+    if steered is None:
+        return [], []
+    changed = [s for s in samples if s["predictions"]["plain"] != s["predictions"][steered]]
+    before, after = (
+        [sample["predictions"][name] for sample in changed] for name in ("plain", steered)
+    )
+    if summary["kind"] == "vqa":
+        source, target = (set(map(normalise_answer, summary[n])) for n in ("source", "target"))
+        wanted = [
+            normalise_answer(a) in source and normalise_answer(b) in target
+            for a, b in zip(before, after, strict=True)
+        ]
+    elif summary["words"]:
+        wanted = list(holding(after, summary["words"]) & ~holding(before, summary["words"]))
+    else:
+        wanted = [False] * len(changed)
+    examples = [
+        Example(
+            sample=str(sample["id"]),
+            image=sample.get("image"),
+            question=sample.get("question"),
+            truth=str(sample.get("answer") or next(iter(sample["references"]), "")),
+            before=old,
+            after=new,
+        )
+        for sample, old, new in zip(changed, before, after, strict=True)
+    ]
+    groups: tuple[list[Example], list[Example]] = ([], [])
+    for example, as_wanted in zip(examples, wanted, strict=True):
+        groups[not as_wanted].append(example)
+    return groups[0][:NUM_EXAMPLES], groups[1][:NUM_EXAMPLES]
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

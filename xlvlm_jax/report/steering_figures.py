@@ -1,0 +1,133 @@
+"""Figures of steering: what was answered before and after, and effect and cost of every trial.
+
+They take the summary that `evaluation.evaluate` writes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from .plots import COLOURS, figure
+
+FIGURES = {
+    "answers.svg": "What was said before and after steering",
+    "sweep.svg": "Effect and cost of steering against strength and layer",
+}
+NUM_BARS = 12
+_PLAIN = "#b8bcc2"
+
+
+def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
+    """Draws the figures that a summary has the numbers for; returns their paths."""
+    directory, drawn = Path(directory), []
+    for name, draw, wanted in (
+        ("answers.svg", plot_answers, len(summary["conditions"]) > 1),
+        ("sweep.svg", plot_sweep, "sweep" in summary),
+    ):
+        path = directory / name
+        if wanted:
+            draw(summary, path)
+            drawn.append(path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier evaluation
+    return drawn
+
+
+def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Bars: how often each answer (of captions: word of the class) was given, by condition.
+
+    Beside them the types of the answers, which is how other questions break.
+    """
+    conditions = summary["conditions"]
+    questions = summary["kind"] == "vqa"
+    kind = "answers" if questions else "class words" if summary["words"] else "words"
+    highest: dict[str, int] = {}
+    for measured in conditions.values():
+        for word, count in measured[kind].items():
+            highest[word] = max(count, highest.get(word, 0))
+    asked = [word for name in ("source", "target") for word in summary.get(name, ())]
+    shown = sorted(highest, key=lambda word: (word not in asked, -highest[word]))[:NUM_BARS]
+    columns = 2 if questions else 1
+    height = 1.2 + 0.16 * len(shown) * len(conditions)
+    with figure(path, 1, columns, width=4.4 * columns, height=height) as (_, axes):
+        axes = axes if questions else [axes]
+        _bars(axes[0], {name: measured[kind] for name, measured in conditions.items()}, shown)
+        axes[0].set_title("Answers" if questions else f"Captions: {kind}")
+        axes[0].legend(loc="lower right")
+        if questions:
+            types = {name: measured["answer types"] for name, measured in conditions.items()}
+            _bars(axes[1], types, list(types["plain"]))
+            axes[1].set_title("Types of answers")
+
+
+def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> None:
+    """Horizontal bars, a group for each label, a bar for each condition."""
+    width = 0.8 / len(counts)
+    colours = [_PLAIN, *COLOURS]
+    for number, (name, counted) in enumerate(counts.items()):
+        places = [i + width * (number - (len(counts) - 1) / 2) for i in range(len(labels))]
+        values = [counted.get(label, 0) for label in labels]
+        axes.barh(places, values, width, color=colours[number % len(colours)], label=name)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("count")
+
+
+def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Effect and cost, against the strength (a line a site) and against the site (a line each).
+
+    Of trials at several choices of positions, those at the chosen one are drawn. The dashed lines
+    are what was wanted, and the cost that was allowed; the ring is what was chosen.
+    """
+    sweep, questions = summary["sweep"], summary["kind"] == "vqa"
+    chosen = sweep["chosen"]
+    trials = [trial for trial in sweep["trials"] if trial["where"] == chosen["where"]]
+    sites = list(dict.fromkeys(", ".join(trial["sites"]) for trial in trials))
+    alphas = sorted({trial["alpha"] for trial in trials})
+    by = {(", ".join(trial["sites"]), trial["alpha"]): trial for trial in trials}
+    labels = short_names(sites)
+    quantities = (
+        ("effect", "source answers moved, %" if questions else "captions gained, points", 100),
+        ("cost", "largest fall of another type, points", 1)
+        if questions
+        else ("cost", "CIDEr lost, %", 100),
+    )
+
+    def value(site: str, alpha: float, name: str) -> float:
+        found = by.get((site, alpha), {}).get(name)
+        return math.nan if found is None else found
+
+    limits = {"effect": sweep["wanted"], "cost": sweep["max_cost"]}
+    with figure(path, 2, 2, width=8.6, height=5.6) as (_, grid):
+        for row, (name, title, scale) in enumerate(quantities):
+            left, right = grid[row]
+            for site, label in zip(sites, labels, strict=True):
+                values = [scale * value(site, alpha, name) for alpha in alphas]
+                left.plot(alphas, values, marker="o", ms=3, label=label)
+            for alpha in alphas:
+                values = [scale * value(site, alpha, name) for site in sites]
+                right.plot(range(len(sites)), values, marker="o", ms=3, label=f"{alpha:g}")
+            height = scale * chosen[name]
+            place = sites.index(", ".join(chosen["sites"]))
+            for axes, x in ((left, chosen["alpha"]), (right, place)):
+                axes.plot(x, height, "o", ms=10, mfc="none", color="black")
+                axes.axhline(scale * limits[name], color="black", lw=0.8, ls="--")
+            left.set(xlabel="strength alpha", ylabel=title)
+            right.set_xticks(range(len(sites)), labels)
+            right.set_xlabel("site")
+        grid[0][0].legend(title="site", fontsize="small")
+        grid[0][1].legend(title="alpha", fontsize="small")
+
+
+def short_names(sites: Sequence[str]) -> list[str]:
+    """Sites without what all of them begin with: "layers.3", "layers.4" -> "3", "4"."""
+    if len(sites) < 2:
+        return [site.split(".")[-1] for site in sites]
+    parts = [site.split(".") for site in sites]
+    common = 0
+    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return [".".join(p[common:]) for p in parts]

@@ -1,0 +1,70 @@
+"""Fine-tuning shift: how concepts move when the model is fine-tuned, and how well that predicts.
+
+From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025).
+
+    vectors     shift vectors, and how alike the samples of a concept move
+    recovery    matching to the fine-tuned model's own concepts, recovery, overlap, correlation
+    pairs       which rows of two directories of features belong together
+    analyse     all of it for two matrices of states
+    analysis    the result, saved and read
+    grounded    words and images of original, shifted and fine-tuned concepts
+    stage       all of it for two directories of features
+
+Both models run in one program by `paired_states`, from `xlvlm_jax.paired`.
+"""
+
+from xlvlm_jax.paired import finetuned_site, paired_states, share_params
+from xlvlm_jax.shift.analyse import analyse
+from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.shift.grounded import ground_samples, ground_words
+from xlvlm_jax.shift.pairs import Pairs, match_samples
+from xlvlm_jax.shift.recovery import (
+    Correlation,
+    correlation,
+    match,
+    mismatched_overlap,
+    overlap,
+    recovery,
+)
+from xlvlm_jax.shift.stage import shift_features
+from xlvlm_jax.shift.vectors import (
+    MIN_SAMPLES,
+    TRIMMED,
+    Reduce,
+    Spread,
+    assign,
+    concept_shift,
+    consistency,
+    counts,
+    shifted,
+    spread,
+)
+
+__all__ = [
+    "MIN_SAMPLES",
+    "TRIMMED",
+    "Correlation",
+    "Pairs",
+    "Reduce",
+    "ShiftAnalysis",
+    "Spread",
+    "analyse",
+    "assign",
+    "concept_shift",
+    "consistency",
+    "correlation",
+    "counts",
+    "finetuned_site",
+    "ground_samples",
+    "ground_words",
+    "match",
+    "match_samples",
+    "mismatched_overlap",
+    "overlap",
+    "paired_states",
+    "recovery",
+    "share_params",
+    "shift_features",
+    "shifted",
+    "spread",
+]

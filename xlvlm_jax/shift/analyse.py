@@ -1,0 +1,100 @@
+"""Two sets of states and two sets of concepts -> how the concepts move, and what that recovers.
+
+K concepts, D width, N and M rows of the original and of the fine-tuned features.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.shift.pairs import Pairs
+from xlvlm_jax.shift.recovery import match, recovery
+from xlvlm_jax.shift.vectors import (
+    Reduce,
+    Spread,
+    assign,
+    concept_shift,
+    counts,
+    shifted,
+    spread,
+)
+
+
+def analyse(
+    Z_original: Float[jax.Array | np.ndarray, "N D"],
+    Z_finetuned: Float[jax.Array | np.ndarray, "M D"],
+    pairs: Pairs,
+    concepts: Concepts,
+    finetuned_concepts: Concepts,
+    *,
+    alpha: float = 1.0,
+    reduce: Reduce = "mean",
+) -> ShiftAnalysis:
+    """Shift vectors of original concepts, and how well they recover the fine-tuned ones.
+
+    Args:
+        Z_original, Z_finetuned: the states of each model.
+        pairs: which rows of the two belong together.
+        concepts: learnt on Z_original; their activations assign its rows.
+        finetuned_concepts: learnt on Z_finetuned, as many.
+        alpha: shifted concept = concept + alpha x shift. Both must be of one scale: centroids of
+            k-means, the paper's choice, are means of states; atoms of snmf and components of pca
+            have unit norm and want an alpha of about 1 / a typical activation.
+        reduce: "mean", "median" or "trimmed_mean"; see `concept_shift`.
+
+    Raises ValueError for models of different widths, dictionaries of different sizes, concepts of
+    other rows, or an alpha that is not finite.
+    """
+    (N, D), (_, E) = np.shape(Z_original), np.shape(Z_finetuned)
+    if D != E:
+        raise ValueError(
+            f"the fine-tuned model's states are {E} wide, the original's {D}; a shift needs a"
+            " fine-tuned version of the same model, at the same site"
+        )
+    (K, width), (L, other) = np.shape(concepts.components), np.shape(finetuned_concepts.components)
+    if K != L:
+        raise ValueError(
+            f"{K} original and {L} fine-tuned concepts; matching needs as many of both,"
+            f" decompose both with the same K"
+        )
+    if not width == other == D:
+        raise ValueError(
+            f"concepts are {width} (original) and {other} (fine-tuned) wide, the states {D};"
+            " give concepts of these states"
+        )
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; expected a finite number")
+    activations = concepts.activations
+    if activations is None:
+        activations = project(Z_original, concepts)
+    if len(activations) != N:
+        raise ValueError(
+            f"the original concepts have activations of {len(activations)} rows, the original"
+            f" features {N}; give the features that they were learnt on"
+        )
+    a, b = jnp.asarray(Z_original)[pairs.original], jnp.asarray(Z_finetuned)[pairs.finetuned]
+    assignment = assign(activations)[pairs.original]
+    shifts = concept_shift(a, b, assignment, K, reduce)
+    components = np.asarray(concepts.components, np.float32)
+    moved = shifted(components, shifts, alpha)
+    matching = match(components, finetuned_concepts.components)
+    destination = np.asarray(finetuned_concepts.components, np.float32)[matching]
+    return ShiftAnalysis(
+        original=components,
+        shifts=np.asarray(shifts),
+        shifted=np.asarray(moved),
+        finetuned=destination,
+        matching=matching,
+        counts=np.asarray(counts(assignment, K)),
+        spread=Spread(*map(np.asarray, spread(a, b, assignment, K))),
+        recovery=np.asarray(recovery(components, moved, destination)),
+        recovery_l2=np.asarray(recovery(components, moved, destination, "l2")),
+        alpha=float(alpha),
+        reduce=reduce,
+        rows={"original": N, "finetuned": len(Z_finetuned), "common": len(a)},
+    )

@@ -1,0 +1,229 @@
+"""`ShiftAnalysis`: the figures of a shift, concept by concept, and how they are saved.
+
+K concepts, D width.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from xlvlm_jax import atomic
+from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
+from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
+
+TENSORS, DESCRIPTION = "shift.safetensors", "shift.json"
+KINDS = ("original", "shifted", "finetuned")
+CORRELATED = (
+    ("consistency", "recovery"),
+    ("magnitude", "recovery"),
+    ("magnitude", "consistency"),
+)
+# Per-concept figures as they stand in shift.json.
+_FIGURES = ("recovery", "recovery_l2", *Spread._fields)
+
+
+@dataclass(frozen=True)
+class ShiftAnalysis:
+    """How each original concept moves, and how near it comes to the fine-tuned model's own.
+
+    Rows of `finetuned` are in the order of the original concepts that they are matched to. Figures
+    of a concept with fewer than two common samples are NaN: it has no shift.
+
+    Attributes:
+        original, shifts, shifted, finetuned: float32[K, D].
+        matching: int[K], which fine-tuned concept each row of `finetuned` is.
+        counts: int[K], common samples of each concept.
+        spread: how alike the samples of a concept move; each field float32[K].
+        recovery, recovery_l2: float32[K], see `xlvlm_jax.shift.recovery`.
+        alpha, reduce: the strength of the shift, and the centre that it is the difference of.
+        rows: {"original": N, "finetuned": M, "common": pairs}.
+        words: {"original" | "shifted" | "finetuned" | "shift": K lists}, once grounded; those of
+            "shift" are what the head reads in the shift vectors themselves.
+        images: {"original" | "shifted" | "finetuned": K lists of sample ids}, the strongest first.
+        pictures: {sample id: image file} of the first few of them.
+        num_words, num_images: how many of each were asked for.
+        vocabulary: how many different words the tokenizer has that may stand for a concept.
+        source: where the states came from, free for the caller.
+    """
+
+    original: Float[np.ndarray, "K D"]
+    shifts: Float[np.ndarray, "K D"]
+    shifted: Float[np.ndarray, "K D"]
+    finetuned: Float[np.ndarray, "K D"]
+    matching: Int[np.ndarray, "K"]
+    counts: Int[np.ndarray, "K"]
+    spread: Spread
+    recovery: Float[np.ndarray, "K"]
+    recovery_l2: Float[np.ndarray, "K"]
+    alpha: float = 1.0
+    reduce: Reduce = "mean"
+    rows: dict[str, int] = field(default_factory=dict)
+    words: dict[str, list[list[str]]] | None = None
+    images: dict[str, list[list[str]]] | None = None
+    pictures: dict[str, str] = field(default_factory=dict)
+    num_words: int = 0
+    num_images: int = 0
+    vocabulary: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> np.ndarray:
+        """bool[K], which concepts have a shift."""
+        return self.counts >= MIN_SAMPLES
+
+    @property
+    def correlations(self) -> dict[str, Correlation]:
+        """Of "consistency-recovery", "magnitude-recovery" and "magnitude-consistency"."""
+        return {f"{a}-{b}": correlation(self.figure(a), self.figure(b)) for a, b in CORRELATED}
+
+    def figure(self, name: str) -> Float[np.ndarray, "K"]:
+        """A figure of each concept: recovery, recovery_l2, or a field of `spread`."""
+        return np.asarray(getattr(self if hasattr(self, name) else self.spread, name))
+
+    def overlap(self, kind: str, of: str = "words") -> Float[np.ndarray, "K"]:
+        """The share of the fine-tuned concept's words (or "images") that a concept has too.
+
+        Args:
+            kind: "original" or "shifted"; the latter is NaN for concepts without a shift.
+            of: "words" gives T-Overlap, "images" that of the most activating samples.
+        """
+        grounded, size = getattr(self, of), getattr(self, f"num_{of}")
+        if grounded is None:
+            raise ValueError(
+                f"the shift is not grounded in {of}; call shift.ground_words and ground_samples"
+            )
+        shares = overlap(grounded[kind], grounded["finetuned"], size)
+        return np.where(self.moved, shares, np.nan) if kind == "shifted" else shares
+
+    def mean_overlap(self, kind: str, of: str = "words") -> float:
+        """The mean of `overlap` over the concepts that have a shift."""
+        shares = self.overlap(kind, of)[self.moved]
+        return float(shares.mean()) if len(shares) else float("nan")
+
+    def chance(self, of: str = "words") -> dict[str, float]:
+        """What `overlap` is without any relation, on average.
+
+        "random": of as many words (images) drawn at random, of all that there are; "mismatched": of
+        original with fine-tuned concepts that they are not matched to.
+        """
+        grounded, size = getattr(self, of), getattr(self, f"num_{of}")
+        if grounded is None:
+            raise ValueError(
+                f"the shift is not grounded in {of}; call shift.ground_words and ground_samples"
+            )
+        whole = self.vocabulary if of == "words" else self.rows["finetuned"]
+        drawn = [len(a) * len(b) for a, b in zip(grounded["original"], grounded["finetuned"])]  # noqa: B905
+        return {
+            "random": float(np.mean(drawn)) / whole / size if whole else float("nan"),
+            "mismatched": mismatched_overlap(grounded["original"], grounded["finetuned"], size),
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Writes shift.safetensors and shift.json, each whole or not at all, tensors first."""
+        tensors = save_tensors(
+            {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in _ARRAYS}
+        )
+        described: dict[str, Any] = {name: getattr(self, name) for name in _DESCRIBED}
+        described["summary"] = self.summary()
+        described["concepts"] = self._concepts()
+        described["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic.write(directory / TENSORS, tensors)
+        atomic.write(directory / DESCRIPTION, json.dumps(_plain(described), indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """The means over the concepts with a shift, correlations, and how many have none."""
+        means = {
+            name: float(np.mean(self.figure(name)[self.moved])) if self.moved.any() else math.nan
+            for name in _FIGURES
+        }
+        result: dict[str, Any] = {
+            "concepts": len(self.counts),
+            "without shift": np.flatnonzero(~self.moved).tolist(),
+            "means": means,
+            "correlations": {name: c._asdict() for name, c in self.correlations.items()},
+        }
+        for of in ("words", "images"):
+            if getattr(self, of) is not None:
+                result[f"{of} overlap"] = {
+                    kind: self.mean_overlap(kind, of) for kind in ("original", "shifted")
+                } | self.chance(of)
+        return result
+
+    def _concepts(self) -> list[dict[str, Any]]:
+        figures = {name: self.figure(name) for name in _FIGURES}
+        for of in ("words", "images"):
+            if getattr(self, of) is not None:
+                for kind in ("original", "shifted"):
+                    figures[f"{of} overlap {kind}"] = self.overlap(kind, of)
+        return [
+            {"matched": int(self.matching[k]), "samples": int(self.counts[k])}
+            | {name: float(values[k]) for name, values in figures.items()}
+            for k in range(len(self.counts))
+        ]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ShiftAnalysis":
+        """Reads what `save` wrote.
+
+        Raises FileNotFoundError when the directory holds no shift, ValueError when a file is
+        damaged or the two are not of one save.
+        """
+        directory = Path(directory)
+        for name in (TENSORS, DESCRIPTION):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"no shift in {directory}: {name} is missing; run `xlvlm shift` first"
+                )
+        content = (directory / TENSORS).read_bytes()
+        try:
+            described = json.loads((directory / DESCRIPTION).read_text("utf-8"))
+            digest, concepts = described["tensors_sha256"], described["concepts"]
+            known = {name: described[name] for name in _DESCRIBED}
+            figures = {
+                name: np.array([math.nan if c[name] is None else c[name] for c in concepts], "f4")
+                for name in _FIGURES
+            }
+            whole = {
+                "matching": np.array([concept["matched"] for concept in concepts], int),
+                "counts": np.array([concept["samples"] for concept in concepts], int),
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{directory / DESCRIPTION} is no description of a shift ({error});"
+                " run `xlvlm shift` again"
+            ) from error
+        if digest != hashlib.sha256(content).hexdigest():
+            raise ValueError(
+                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save;"
+                " run `xlvlm shift` again"
+            )
+        moves = Spread(*(figures.pop(name) for name in Spread._fields))
+        return cls(**load_tensors(content), **figures, **whole, **known, spread=moves)
+
+
+_ARRAYS = ("original", "shifts", "shifted", "finetuned")
+_DESCRIBED = tuple(
+    f.name
+    for f in dataclasses.fields(ShiftAnalysis)
+    if f.name not in (*_ARRAYS, "matching", "counts", "spread", "recovery", "recovery_l2")
+)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinities become null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

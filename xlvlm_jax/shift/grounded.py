@@ -1,0 +1,112 @@
+"""Words and images of original, shifted and fine-tuned concepts."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.words import is_concept_word
+
+Unembed = Callable[[jax.Array | np.ndarray], jax.Array | np.ndarray]
+
+
+def ground_words(
+    analysis: ShiftAnalysis,
+    unembed: Unembed,
+    tokenizer: Any,
+    *,
+    finetuned_unembed: Unembed | None = None,
+    num_words: int = 15,
+    num_candidates: int = 200,
+) -> ShiftAnalysis:
+    """The analysis with the words of its concepts and of its shift vectors.
+
+    Args:
+        unembed: the original model's head, which reads the original concepts.
+        finetuned_unembed: the fine-tuned model's, which reads shifted and fine-tuned concepts; by
+            default the original's (LoRA and most fine-tunings leave it as it is).
+        num_words, num_candidates: see `ground_text`; 15 of 200 in the paper.
+
+    A concept without a shift has no words as a shifted one. Raises ValueError as `ground_text`.
+    """
+    after = finetuned_unembed or unembed
+
+    def words(rows: np.ndarray, head: Unembed) -> list[list[str]]:
+        read = iter(ground_text(rows[present], head, tokenizer, num_words, num_candidates))
+        return [next(read) if here else [] for here in present]
+
+    present = np.ones(len(analysis.counts), bool)
+    found = {
+        "original": words(analysis.original, unembed),
+        "finetuned": words(analysis.finetuned, after),
+    }
+    present = analysis.moved
+    found["shifted"], found["shift"] = [[] for _ in present], [[] for _ in present]
+    if present.any():
+        found["shifted"] = words(analysis.shifted, after)
+        found["shift"] = words(analysis.shifts, after)
+    return dataclasses.replace(
+        analysis, words=found, num_words=num_words, vocabulary=_vocabulary(tokenizer)
+    )
+
+
+def _vocabulary(tokenizer: Any) -> int:
+    """How many different words the tokens are that may stand for a concept."""
+    texts = (tokenizer.decode([i]).lower().strip() for i in range(len(tokenizer)))
+    return sum(map(is_concept_word, set(texts)))
+
+
+def ground_samples(
+    analysis: ShiftAnalysis,
+    concepts: Concepts,
+    finetuned_concepts: Concepts,
+    Z_original: Float[jax.Array | np.ndarray, "N D"],
+    Z_finetuned: Float[jax.Array | np.ndarray, "M D"],
+    original_ids: Sequence[str],
+    finetuned_ids: Sequence[str],
+    *,
+    num_images: int = 50,
+) -> ShiftAnalysis:
+    """The analysis with the samples that activate its concepts most.
+
+    Original concepts are grounded in the original model's states, shifted and fine-tuned ones in
+    the fine-tuned model's. Shifted concepts are activated together, so one without a shift takes
+    part as it was, and is then left without images.
+
+    Args:
+        original_ids, finetuned_ids: the sample of each row of the two matrices.
+        num_images: 50 in the paper; at most as many as there are rows.
+    """
+    count = min(num_images, len(original_ids), len(finetuned_ids))
+    moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
+    given = Concepts.from_components(
+        moved,
+        concepts.method,
+        **({"alpha": concepts.options["alpha"]} if concepts.method == "snmf" else {}),
+        **({"mean": finetuned_concepts.mean} if concepts.method == "pca" else {}),
+    )
+
+    def top(activations: Any, ids: Sequence[str]) -> list[list[str]]:
+        return [
+            [ids[row] for row in rows] for rows in ground_images(np.asarray(activations), count)
+        ]
+
+    def of(learnt: Concepts, Z: Any) -> Any:
+        return project(Z, learnt) if learnt.activations is None else learnt.activations
+
+    shifted = top(project(Z_finetuned, given), finetuned_ids)
+    finetuned = top(of(finetuned_concepts, Z_finetuned), finetuned_ids)
+    images = {
+        "original": top(of(concepts, Z_original), original_ids),
+        "shifted": [
+            rows if here else [] for rows, here in zip(shifted, analysis.moved, strict=True)
+        ],
+        "finetuned": [finetuned[k] for k in analysis.matching],
+    }
+    return dataclasses.replace(analysis, images=images, num_images=count)

@@ -1,0 +1,164 @@
+"""The stage behind `xlvlm shift`: features of two models and concepts of one -> shift/."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ports import VLM
+from ports.checkpoint import fingerprint
+from xlvlm_jax.concepts import Concepts, decompose
+from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.shift.analyse import analyse
+from xlvlm_jax.shift.analysis import KINDS, ShiftAnalysis
+from xlvlm_jax.shift.grounded import ground_samples, ground_words
+from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples
+from xlvlm_jax.shift.vectors import Reduce
+from xlvlm_jax.store import Features
+
+NUM_PICTURES = 5  # of each concept, whose files are kept for the panels
+
+
+def shift_features(
+    original: Features,
+    finetuned: Features | None,
+    concepts: Concepts,
+    vlm: VLM,
+    output: Path,
+    *,
+    finetuned_vlm: VLM | None = None,
+    finetuned_concepts: Concepts | None = None,
+    site: str | None = None,
+    alpha: float = 1.0,
+    reduce: Reduce = "mean",
+    num_words: int = 15,
+    num_candidates: int = 200,
+    num_images: int = 50,
+    seed: int = 0,
+) -> ShiftAnalysis:
+    """Analyses how concepts shift from one directory of features to another, and saves it.
+
+    Args:
+        original, finetuned: features of the same data under both models; None for the second reads
+            both from the first, as `extract(..., finetuned=)` writes them.
+        concepts: learnt on the original features.
+        vlm: the original model, whose head reads the original concepts.
+        output: the directory to write: shift.safetensors, shift.json, and finetuned-concepts/ when
+            the fine-tuned model's concepts are learnt here.
+        finetuned_vlm: whose head reads the shifted and fine-tuned concepts, if it is another.
+        finetuned_concepts: the fine-tuned model's own; by default learnt here, with the method and
+            the options of `concepts`.
+        site: by default that of the concepts.
+        alpha, reduce: see `analyse`.
+        num_words, num_candidates: see `ground_text`. num_images: samples of each concept.
+        seed: of the decomposition.
+
+    Raises ValueError for features, concepts or models that do not belong together.
+    """
+    site = site or concepts.source.get("site")
+    if finetuned is None:
+        site, Z_b, pairs = _paired_rows(original, site)
+        finetuned = original
+    else:
+        site = common_site(original, finetuned, site)
+        pairs, Z_b = match_samples(original, finetuned), finetuned.matrix(site)
+    Z_a = original.matrix(site)
+    _check_width(vlm, finetuned_vlm)
+    expected = concepts.source.get("fingerprint")
+    if vlm.directory is not None and expected not in (None, fingerprint(vlm.directory)):
+        raise ValueError(
+            f"the concepts were learnt on the states of {concepts.source.get('model')!r}"
+            f" ({expected}); {vlm.directory} is another model, give that one"
+        )
+    if finetuned_concepts is None:
+        if Z_a.shape[1] != Z_b.shape[1]:  # before a decomposition that would be for nothing
+            analyse(Z_a, Z_b, pairs, concepts, concepts)
+        finetuned_concepts = _decompose_alike(Z_b, concepts, seed)
+        source = {"features": str(finetuned.path), "site": site, "seed": seed, "rows": len(Z_b)}
+        finetuned_concepts = dataclasses.replace(finetuned_concepts, source=source)
+        finetuned_concepts.save(output / "finetuned-concepts")
+
+    analysis = analyse(Z_a, Z_b, pairs, concepts, finetuned_concepts, alpha=alpha, reduce=reduce)
+    analysis = ground_words(
+        analysis,
+        vlm.unembed,
+        vlm.tokenizer,
+        finetuned_unembed=None if finetuned_vlm is None else finetuned_vlm.unembed,
+        num_words=num_words,
+        num_candidates=num_candidates,
+    )
+    ids = [_row_ids(features) for features in (original, finetuned)]
+    analysis = ground_samples(
+        analysis, concepts, finetuned_concepts, Z_a, Z_b, *ids, num_images=num_images
+    )
+    analysis = dataclasses.replace(
+        analysis,
+        pictures=_pictures(analysis, original, finetuned),
+        source={
+            "original features": str(original.path),
+            "fine-tuned features": str(finetuned.path),
+            "site": site,
+            "method": concepts.method,
+            "model": original.manifest.get("model"),
+            "fine-tuned model": _finetuned_name(finetuned.manifest),
+            "seed": seed,
+        },
+    )
+    analysis.save(output)
+    return analysis
+
+
+def _paired_rows(features: Features, site: str | None) -> tuple[str, np.ndarray, Pairs]:
+    """Of a directory with the states of both models: the site, the fine-tuned states, the pairs."""
+    both = [name for name in features.sites if finetuned_site(name) in features.sites]
+    if site is None and len(both) == 1:
+        site = both[0]
+    if site not in both:
+        raise ValueError(
+            f"{features.path} holds the sites {', '.join(features.sites)}; expected states of both"
+            f" models at {site or 'one site'}, or give the fine-tuned model's features too"
+        )
+    rows = np.arange(len(features.tokens))
+    return site, features.matrix(finetuned_site(site)), Pairs(rows, rows, len(features.samples))
+
+
+def _finetuned_name(manifest: dict[str, Any]) -> str | None:
+    described = manifest.get("finetuned") or manifest
+    return described.get("adapter") or described.get("model")
+
+
+def _check_width(vlm: VLM, finetuned_vlm: VLM | None) -> None:
+    if finetuned_vlm is None:
+        return
+    widths = [each.config.get_text_config().hidden_size for each in (vlm, finetuned_vlm)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"the fine-tuned model is {widths[1]} wide, the original {widths[0]}; a shift needs a"
+            " fine-tuned version of the same model"
+        )
+
+
+def _decompose_alike(Z: np.ndarray, concepts: Concepts, seed: int) -> Concepts:
+    """Concepts of Z, as many and learnt in the same way."""
+    options = {name: value for name, value in concepts.options.items() if name != "init"}
+    K = len(concepts.components)
+    return decompose(Z, K, concepts.method, key=jax.random.key(seed), **options)
+
+
+def _row_ids(features: Features) -> list[str]:
+    return [str(features.samples[i].get("id", i)) for i in features.sample_rows.tolist()]
+
+
+def _pictures(analysis: ShiftAnalysis, *features: Features) -> dict[str, str]:
+    """The image files of the samples that stand first."""
+    shown = {
+        name for kind in KINDS for names in analysis.images[kind] for name in names[:NUM_PICTURES]
+    }
+    return {
+        name: str(sample["image"])
+        for each in features
+        for number, sample in enumerate(each.samples)
+        if (name := str(sample.get("id", number))) in shown and sample.get("image")
+    }

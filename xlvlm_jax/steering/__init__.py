@@ -1,0 +1,56 @@
+"""Steering: vectors, maps and networks that shift hidden states, how they are fitted, and on disk.
+
+    coarse    mean(target states) - mean(source states)           steering_vector, fit_coarse
+    fine      centroid_j - centroid_i of the source states        fine_vectors, fit_fine
+    learned   the shift under which wanted answers are likely     fit_learned
+    l2s       a network from the prompt's state to the shift      fit_l2s
+
+All of them save, load and give the edits that `ports.steer` and `VLM.generate` take.
+"""
+
+from pathlib import Path
+
+from xlvlm_jax.steering import files
+from xlvlm_jax.steering.fit import (
+    Lesson,
+    contrast_prompts,
+    fit_coarse,
+    fit_fine,
+    lesson,
+    samples_of,
+)
+from xlvlm_jax.steering.l2s import L2S, fit_l2s
+from xlvlm_jax.steering.learned import LowRankMap, fit_learned
+from xlvlm_jax.steering.rank import RankedVector, answer_shift, rank_vectors
+from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
+
+__all__ = [
+    "L2S",
+    "FineVectors",
+    "Lesson",
+    "LowRankMap",
+    "RankedVector",
+    "SteeringVector",
+    "answer_shift",
+    "contrast_prompts",
+    "fine_vectors",
+    "fit_coarse",
+    "fit_fine",
+    "fit_l2s",
+    "fit_learned",
+    "lesson",
+    "load",
+    "rank_vectors",
+    "samples_of",
+    "steering_vector",
+]
+
+_KINDS = {"vector": SteeringVector, "low-rank map": LowRankMap, "l2s": L2S}
+
+
+def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
+    """Reads whatever of these was saved. FileNotFoundError, or ValueError for another file."""
+    kind = files.read(path)[0]
+    if kind not in _KINDS:
+        raise ValueError(f"{path} holds a {kind}; expected a {', a '.join(_KINDS)}")
+    return _KINDS[kind].load(path)

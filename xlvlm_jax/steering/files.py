@@ -1,0 +1,67 @@
+"""Steering on disk: a safetensors file, whose metadata say what the tensors are and are for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ports import VLM
+from ports.checkpoint import fingerprint
+from xlvlm_jax import atomic
+
+
+def save(
+    path: str | Path, kind: str, tensors: dict[str, np.ndarray], specification: dict[str, Any]
+) -> None:
+    """Writes tensors in float32 and a specification of JSON values; the directory is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {name: json.dumps(value) for name, value in specification.items()}
+    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
+    atomic.write(path, safetensors.numpy.save(arrays, {"kind": kind, **metadata}))
+
+
+def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """(kind, tensors, specification) of what `save` wrote.
+
+    Raises FileNotFoundError, or ValueError for another kind of file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one that `xlvlm steer fit` wrote")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        kind = metadata.pop("kind")
+        return kind, tensors, {name: json.loads(value) for name, value in metadata.items()}
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no steering vector: {error}") from error
+
+
+def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`read`, and ValueError for another kind than that."""
+    found, tensors, specification = read(path)
+    if found != kind:
+        raise ValueError(f"{path} holds a {found}; expected a {kind} (see xlvlm_jax.steering.load)")
+    return tensors, specification
+
+
+def model_of(vlm: VLM) -> dict[str, str | None]:
+    """What a specification says of the model it was fitted on."""
+    if vlm.directory is None:
+        return {"model": None, "fingerprint": None}
+    return {"model": vlm.directory.name, "fingerprint": fingerprint(vlm.directory)}
+
+
+def require_model(source: dict[str, Any], vlm: VLM) -> None:
+    """ValueError if what was fitted on one model is to steer another; unknown ones pass."""
+    expected, got = source.get("fingerprint"), model_of(vlm)["fingerprint"]
+    if None not in (expected, got) and expected != got:
+        raise ValueError(
+            f"the steering vector was fitted on {source.get('model')!r} ({expected}); "
+            f"{vlm.directory} is another model ({got}), give that one"
+        )

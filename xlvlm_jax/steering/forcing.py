@@ -1,0 +1,191 @@
+"""Answers forced on a model: its states at one layer, computed once, and runs from there on.
+
+N samples, B batch, T positions, D width, V vocabulary.
+
+What a learnt shift does to answers depends on the layers behind it alone. So the states of the last
+layer before it are kept, in the model's dtype (N T D numbers), and a step of learning neither
+encodes an image nor runs a layer in front of the site again.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ports import VLM
+from ports.edits import GENERATED, LAST_PROMPT, PADDING, Edits
+from ports.joiner import VisionLanguageModel
+from ports.sites import normal_name, require_sites
+from ports.steering import steer, substitute
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.sample import Sample
+
+Progress = Callable[[int, int], None]
+
+
+class Forced(NamedTuple):
+    """Prompts with their answers, padded on the left; all begin with the axis N."""
+
+    tokens: np.ndarray  # int32[N, T]
+    positions: np.ndarray  # int32[N, T] or [N, T, 3], rotary
+    kinds: np.ndarray  # int32[N, T]: of which kind a position is, see `ports.edits`
+    states: np.ndarray  # [N, T, D] of the site that runs begin from
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longest answer, its end counted."""
+        return int((self.kinds == GENERATED).sum(1).max())
+
+
+def begin_site(vlm: VLM, site: str) -> str:
+    """The layer whose states determine all that follows, at `site` or before it.
+
+    Raises ValueError for an unknown site, or one before the end of the decoder's first layer.
+    """
+    require_sites([site], vlm.sites)
+    decoder = ".".join(vlm.module.decoder_path)
+    block = re.compile(re.escape(normal_name(decoder)) + r"\.[a-z]+\.\d+$")
+    sites = [normal_name(name) for name in vlm.sites]
+    before = [name for name in sites[: sites.index(normal_name(site)) + 1] if block.match(name)]
+    # The head is behind the decoder; what is learnt lies within it.
+    if not before or not normal_name(site).startswith(decoder):
+        first = next(name for name in sites if block.match(name))
+        raise ValueError(
+            f"nothing can be learnt at site {site!r}; choose a site of the decoder, {first!r} or "
+            "one behind it"
+        )
+    return before[-1]
+
+
+def batches(
+    vlm: VLM, samples: Sequence[Sample], answers: Sequence[str] | None, batch_size: int, end: str
+) -> Iterator[tuple[int, dict[str, np.ndarray], np.ndarray]]:
+    """(rows that count, the processor's arrays, tokens of each answer int[B]), all of one size.
+
+    answers: what follows each prompt; None: nothing. ValueError for another number of them than
+    samples, or an empty one.
+    """
+    if answers is not None and len(samples) != len(answers):
+        raise ValueError(
+            f"there are {len(answers)} answers for {len(samples)} samples; expected one each"
+        )
+    if answers is not None and not all(answer.strip() for answer in answers):
+        empty = next(i for i, answer in enumerate(answers) if not answer.strip())
+        raise ValueError(f"the answer to force on sample {samples[empty].id} is empty")
+    for first in range(0, len(samples), batch_size):
+        group = samples[first : first + batch_size]
+        images = [read_image(sample.image) for sample in group]
+        texts = prompts = [vlm.render(sample.prompt) for sample in group]
+        if answers is not None:
+            given = answers[first : first + batch_size]
+            texts = [f"{prompt} {a}{end}" for prompt, a in zip(prompts, given, strict=True)]
+        lengths = ([len(ids) for ids in vlm.tokenizer(of)["input_ids"]] for of in (texts, prompts))
+        counts = np.subtract(*lengths)
+        # Filled up by its first row, so that every batch runs the same program.
+        fill = batch_size - len(group)
+        inputs = vlm.process(texts + texts[:1] * fill, images + images[:1] * fill)
+        yield len(group), inputs, np.concatenate([counts, np.repeat(counts[:1], fill)])
+
+
+def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:
+    """int32[B, T]: the kinds of positions when the last counts[B] tokens are an answer."""
+    places = vlm.module.places(inputs)
+    kinds, index = np.array(places.kind), np.asarray(places.index)
+    first = (index[:, -1:] + 1) - counts[:, None]
+    real = kinds != PADDING
+    kinds[real & (index >= first)] = GENERATED
+    kinds[real & (index == first - 1)] = LAST_PROMPT
+    return kinds
+
+
+def force(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    answers: Sequence[str],
+    site: str,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Forced:
+    """Runs the model over prompts and answers and keeps the states that a run can begin from.
+
+    Args:
+        vlm: the model.
+        samples: images and prompts.
+        answers: one a sample; the model's end-of-sequence token is put behind it.
+        site: a layer, of `begin_site`.
+        batch_size: B.
+        progress: called after each batch with (samples done, samples in all).
+
+    Raises ValueError for an empty answer, or another number of them; OSError for an image that
+    can't be read.
+    """
+    parts = []
+    end = vlm.tokenizer.eos_token or ""
+    for rows, inputs, counts in batches(vlm, samples, answers, batch_size, end):
+        states = vlm.states(inputs, sites=[site])[site]
+        prepared = vlm.prepare(inputs)
+        part = Forced(
+            tokens=prepared["input_ids"],
+            positions=np.asarray(vlm.module.positions(prepared)),
+            kinds=position_kinds(vlm, prepared, counts),
+            states=np.asarray(states),
+        )
+        parts.append([np.asarray(array)[:rows] for array in part])
+        if progress is not None:
+            progress(sum(len(part[0]) for part in parts), len(samples))
+    length = max(part[0].shape[1] for part in parts)
+    fill = Forced(tokens=0, positions=0, kinds=PADDING, states=0)
+    return Forced(
+        *(
+            np.concatenate([_pad_left(array, length, value) for array in arrays])
+            for arrays, value in zip(zip(*parts, strict=True), fill, strict=True)
+        )
+    )
+
+
+def _pad_left(array: np.ndarray, length: int, value: int) -> np.ndarray:
+    missing = [(0, 0)] * array.ndim
+    missing[1] = (length - array.shape[1], 0)
+    return np.pad(array, missing, constant_values=value)
+
+
+def answer_losses(
+    module: VisionLanguageModel,
+    params: dict,
+    batch: Forced,
+    site: str,
+    edits: Edits,
+    length: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropies of the answers' tokens, with edits behind the layer that the run begins from.
+
+    Args:
+        module, params: the model.
+        batch: of `force`.
+        site: whose states the batch holds.
+        edits: at this site and behind it.
+        length: A, at least the batch's `answer_length`.
+
+    Returns:
+        Losses float32[B, A], zero outside of answers, and weights float32[B, A], one within.
+    """
+    inputs = {
+        "input_ids": batch.tokens,
+        "attention_mask": (batch.kinds != PADDING).astype(jnp.int32),
+        "position_ids": batch.positions,
+        "position_kinds": batch.kinds,
+    }
+    apply = steer(substitute(module.apply, {site: batch.states}), edits)
+    states = apply({"params": params}, inputs, method="states")
+    # Rows are padded on the left: answers are at the end.
+    logits = module.apply({"params": params}, states[:, -length - 1 : -1], method="unembed")
+    weights = (batch.kinds[:, -length:] == GENERATED).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch.tokens[:, -length:]
+    )
+    return losses * weights, weights

@@ -1,0 +1,305 @@
+"""L2S, learning to steer: a network that gives each prompt its own shift.
+
+From "Learning to Steer: Input-dependent Steering for Multimodal LLMs" (Parekh et al. 2025,
+arXiv 2508.12815). For a prompt x, with a positive and a negative counterpart x+ and x-, which are
+x with a completion behind it, or other prompts about the same image:
+
+    z(x) = h_site(x+) - h_site(x-)              at their last tokens
+    minimise over g   mean over x of |g(h_context(x)) - z(x)|^2 / D
+
+with h_context(x) the state of the prompt's last token; the prompt is then answered with
+alpha g(h_context(x)) added at the site. Where both counterparts are the same, there is nothing to
+shift: such prompts teach the network when to leave an answer alone.
+
+Prompts suit answers of a word: their last states predict the answer. The state behind a completed
+answer predicts what follows it. N prompts, D width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
+
+from ports import VLM
+from ports.edits import Edit, add
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.steering import files, forcing
+
+Array = jax.Array | np.ndarray
+CONTRASTS = ("completion", "prompt")
+
+
+class ShiftNetwork(nn.Module):
+    """Two layers: states[B, D] -> shifts[B, D], in units in which both are of size one."""
+
+    hidden: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[B, D] -> [B, D]."""
+        x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(self.width, name="shift")(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2S:
+    """A network from the state of a prompt's last token to the shift of its answer.
+
+    Attributes:
+        params: of `ShiftNetwork`.
+        mean, deviation: float32[D], of the contexts that it was trained on.
+        scale: the root mean square of the shifts that it was trained on.
+        context_site: whose state of the last prompt token goes in.
+        site: to whose states the shift is added.
+        source: how it was fitted and on what, JSON values.
+        where: the positions it is meant for, see `ports.add`.
+    """
+
+    params: dict
+    mean: np.ndarray
+    deviation: np.ndarray
+    scale: float
+    context_site: str
+    site: str
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: Any = "all"
+
+    def shift(self, contexts: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """The shift of each prompt, from the states of the last prompt tokens at context_site."""
+        hidden, width = self.params["shift"]["kernel"].shape
+        x = (jnp.asarray(contexts, jnp.float32) - self.mean) / self.deviation
+        return self.scale * ShiftNetwork(hidden, width).apply({"params": self.params}, x)
+
+    def edits_for(
+        self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
+    ) -> dict[str, Edit]:
+        """The edits for a batch of prompts: a vector for each row.
+
+        Args:
+            vlm: the model it was fitted on.
+            inputs: the processor's arrays; the prompts run once up to context_site.
+            alpha: the strength, a number or float[B].
+            where: None for the positions it is meant for, see `ports.add`.
+
+        Raises ValueError for another model.
+        """
+        files.require_model(self.source, vlm)
+        states = np.asarray(vlm.states(inputs, sites=[self.context_site])[self.context_site])
+        shifts = self.shift(last_states(states, np.asarray(inputs["attention_mask"])))
+        return {self.site: add(shifts, alpha, self.where if where is None else where)}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        tensors = {".".join(key): value for key, value in flatten_dict(self.params).items()}
+        statistics = {"mean": self.mean, "deviation": self.deviation, "scale": [self.scale]}
+        names = ("context_site", "site", "source", "where")
+        rest = {name: getattr(self, name) for name in names}
+        files.save(path, "l2s", tensors | statistics, rest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "L2S":
+        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        tensors, rest = files.read_as(path, "l2s")
+        mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
+        scale = float(tensors.pop("scale")[0])
+        params = unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
+        return cls(params, mean, deviation, scale, **rest)
+
+
+def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """states[B, T, D] at the last token of each row of mask[B, T] -> [B, D]."""
+    last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
+    return states[np.arange(len(states)), last]
+
+
+def last_token_states(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    site: str,
+    completions: Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
+    progress: forcing.Progress | None = None,
+) -> Float[np.ndarray, "N D"]:
+    """States at the last token of each prompt, or of the completion behind it.
+
+    Raises ValueError for another number of completions, or an empty one.
+    """
+    found: list[np.ndarray] = []
+    for rows, inputs, _ in forcing.batches(vlm, samples, completions, batch_size, end=""):
+        states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
+        found.extend(last_states(states, inputs["attention_mask"])[:rows])
+        if progress is not None:
+            progress(len(found), len(samples))
+    return np.stack(found)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "rate"))
+def _update(
+    network: ShiftNetwork, rate: float, params: dict, moments: Any, x: jax.Array, z: jax.Array
+) -> tuple[dict, Any]:
+    def loss(params: dict) -> jax.Array:
+        return jnp.mean((network.apply({"params": params}, x) - z) ** 2)
+
+    change, moments = optax.adam(rate).update(jax.grad(loss)(params), moments)
+    return optax.apply_updates(params, change), moments
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _error(network: ShiftNetwork, params: dict, x: jax.Array, z: jax.Array) -> jax.Array:
+    return jnp.mean((network.apply({"params": params}, x) - z) ** 2)
+
+
+def fit_network(
+    contexts: Float[Array, "N D"],
+    shifts: Float[Array, "N D"],
+    *,
+    hidden: int = 128,
+    validation: float = 0.2,
+    epochs: int = 300,
+    rate: float = 1e-3,
+    batch_size: int = 64,
+    patience: int = 20,
+    seed: int = 0,
+) -> tuple[dict, np.ndarray, np.ndarray, float, dict[str, Any]]:
+    """The network from contexts to shifts, by Adam, with early stopping.
+
+    Args:
+        contexts: states of the last prompt tokens.
+        shifts: what they are to be mapped to.
+        hidden: units of the hidden layer.
+        validation: the share of the rows kept for early stopping.
+        epochs: passes over the other rows, at most.
+        rate, batch_size: of Adam.
+        patience: epochs without a lower validation error after which it ends.
+        seed: of the split, the parameters and the batches.
+
+    Returns:
+        `L2S`'s params, mean, deviation and scale, and figures: the best epoch and the share of the
+        shifts' square that it leaves unexplained, on the rows kept and by their mean alone.
+
+    Raises ValueError for other shapes, or fewer than two rows.
+    """
+    contexts, shifts = (np.asarray(rows, np.float32) for rows in (contexts, shifts))
+    if contexts.ndim != 2 or shifts.ndim != 2 or len(contexts) != len(shifts) or len(contexts) < 2:
+        raise ValueError(
+            f"contexts and shifts have shapes {contexts.shape} and {shifts.shape}; expected "
+            "[N, D] and [N, D] with two rows or more"
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(contexts))
+    held = min(len(contexts) - 1, max(1, round(validation * len(contexts))))
+    held_out, train = order[:held], order[held:]
+    mean, deviation = contexts[train].mean(0), contexts[train].std(0) + 1e-6
+    scale = float(np.sqrt((shifts[train] ** 2).mean())) or 1.0
+    x, z = (contexts - mean) / deviation, shifts / scale
+    network = ShiftNetwork(hidden, shifts.shape[1])
+    params = network.init(jax.random.key(seed), x[:1])["params"]
+    # It begins as the mean shift, so that the first steps do not go into that.
+    params["shift"]["kernel"] = 0.1 * params["shift"]["kernel"]
+    params["shift"]["bias"] = jnp.asarray(z[train].mean(0))
+    moments = optax.adam(rate).init(params)
+    size = min(batch_size, len(train))
+    best, best_error, best_epoch = (
+        params,
+        float(_error(network, params, x[held_out], z[held_out])),
+        0,
+    )
+    for epoch in range(1, epochs + 1):
+        rows = rng.permutation(train)
+        for first in range(0, len(rows) - size + 1, size):
+            chosen = rows[first : first + size]
+            params, moments = _update(network, rate, params, moments, x[chosen], z[chosen])
+        error = float(_error(network, params, x[held_out], z[held_out]))
+        if error < best_error:
+            best, best_error, best_epoch = params, error, epoch
+        if epoch - best_epoch == patience:
+            break
+    whole = float((z[held_out] ** 2).mean()) or 1.0
+    figures = {
+        "best epoch": best_epoch,
+        "unexplained": best_error / whole,
+        "unexplained by the mean": float(((z[held_out] - z[train].mean(0)) ** 2).mean()) / whole,
+    }
+    return jax.tree.map(np.asarray, best), mean, deviation, scale, figures
+
+
+def fit_l2s(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    positive: Sequence[str],
+    negative: Sequence[str],
+    site: str,
+    *,
+    contrast: str = "completion",
+    context_site: str | None = None,
+    where: Any = "all",
+    batch_size: int = 16,
+    progress: forcing.Progress | None = None,
+    **options: Any,
+) -> L2S:
+    """Learns which shift each prompt needs, from two counterparts of it.
+
+    Args:
+        vlm: the model.
+        samples: images and prompts.
+        positive, negative: towards, and away from, what is wanted; one of each a sample.
+        site: whose states are shifted.
+        contrast: what they are: "completion", put behind the prompt; "prompt", in its place.
+        context_site: whose state of the last prompt token says which shift; None: the same site.
+        where: the positions that are shifted, see `ports.add`.
+        batch_size: of the model's runs.
+        progress: called with (runs done, runs in all), three of them a sample.
+        options: of `fit_network`.
+
+    Raises ValueError for an unknown site or contrast, an empty completion, or another number of
+    counterparts.
+    """
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
+    if not len(samples) == len(positive) == len(negative):
+        raise ValueError(
+            f"there are {len(positive)} positive and {len(negative)} negative counterparts of "
+            f"{len(samples)} samples; expected one of each a sample"
+        )
+    context_site = site if context_site is None else context_site
+    vlm.check_sites((site, context_site), generated=True)
+
+    def states(of: str, turn: int, counterparts: Sequence[str] | None = None) -> np.ndarray:
+        asked, completions = samples, counterparts
+        if contrast == "prompt" and counterparts is not None:
+            pairs = zip(samples, counterparts, strict=True)
+            asked = [dataclasses.replace(sample, prompt=prompt) for sample, prompt in pairs]
+            completions = None
+
+        def advance(done: int, total: int) -> None:
+            if progress is not None:
+                progress(turn * total + done, 3 * total)
+
+        return last_token_states(
+            vlm, asked, of, completions, batch_size=batch_size, progress=advance
+        )
+
+    contexts = states(context_site, 0)
+    shifts = states(site, 1, positive) - states(site, 2, negative)
+    params, mean, deviation, scale, figures = fit_network(contexts, shifts, **options)
+    source = {
+        **files.model_of(vlm),
+        "method": "l2s",
+        "samples": len(samples),
+        "contrast": contrast,
+        "shifted samples": int(sum(a != b for a, b in zip(positive, negative, strict=True))),
+        **options,
+        **figures,
+    }
+    return L2S(params, mean, deviation, scale, context_site, site, source, where)

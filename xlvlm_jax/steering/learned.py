@@ -1,0 +1,286 @@
+"""Learnt steering: the vector, or low-rank map, under which the model gives the wanted answers.
+
+    minimise over v   mean over samples of  w_i * -log p(answer_i | prompt_i, states + shift)
+                      + penalty * |v|^2 / mean |states|^2    (of a map: (|A|^2 + |B|^2) / D)
+
+with shift = v, or B A states for a map of rank R (A[R, D], B[D, R]), by Adam (Kingma and Ba 2015)
+and gradients through the layers behind the site. What the model answers elsewhere is kept by
+samples whose wanted answer is the one that it gives anyway. N samples, D width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from ports import VLM
+from ports.edits import PADDING, Edit, add, add_mapped
+from ports.joiner import VisionLanguageModel
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.steering import files, forcing
+from xlvlm_jax.steering.vectors import SteeringVector
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankMap:
+    """A shift that depends linearly on the state: states + alpha * up down states.
+
+    Attributes:
+        down: float32[R, D].
+        up: float32[D, R].
+        site: whose states it is added to.
+        source: how it was fitted and on what, JSON values.
+        where: the positions it is meant for, see `ports.add`.
+    """
+
+    down: Float[Array, "R D"]
+    up: Float[Array, "D R"]
+    site: str
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: Any = "all"
+
+    def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
+        """What `VLM.generate` takes. where: None for the positions it is meant for."""
+        where = self.where if where is None else where
+        return {self.site: add_mapped(self.down, self.up, alpha, where)}
+
+    def edits_for(
+        self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
+    ) -> dict[str, Edit]:
+        """As `edits`, which do not depend on the inputs here. ValueError for another model."""
+        files.require_model(self.source, vlm)
+        return self.edits(alpha, where)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        rest = {"site": self.site, "where": self.where, "source": self.source}
+        files.save(path, "low-rank map", {"down": self.down, "up": self.up}, rest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LowRankMap":
+        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        tensors, rest = files.read_as(path, "low-rank map")
+        return cls(tensors["down"], tensors["up"], **rest)
+
+
+class _Program(NamedTuple):
+    """What a compiled step depends on, besides shapes; equal programs compile once."""
+
+    module: VisionLanguageModel
+    begin: str  # the site whose states are kept
+    site: str
+    length: int  # of the longest answer
+    rate: float
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.rate)
+
+
+class _Where(NamedTuple):
+    """Arguments of the program beside what is learnt."""
+
+    kinds: jax.Array  # of the positions, see `Edit`
+    start: jax.Array
+    scale: jax.Array  # of the vector: it is learnt in units in which the states are of size one
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _losses(
+    program: _Program, params: dict, learnt: dict, where: _Where, batch: forcing.Forced
+) -> jax.Array:
+    """float32[B]: the mean cross-entropy of each answer's tokens."""
+    if "vector" in learnt:
+        edit = add(where.scale * learnt["vector"])
+    else:
+        edit = add_mapped(learnt["down"], learnt["up"])
+    edits = {program.site: dataclasses.replace(edit, kinds=where.kinds, start=where.start)}
+    losses, weights = forcing.answer_losses(
+        program.module, params, batch, program.begin, edits, program.length
+    )
+    return losses.sum(1) / weights.sum(1)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _update(
+    program: _Program,
+    params: dict,
+    learnt: dict,
+    moments: Any,
+    where: _Where,
+    penalty: jax.Array,
+    batch: forcing.Forced,
+    weights: jax.Array,
+) -> tuple[dict, Any, jax.Array]:
+    """One step of Adam on a batch: what is learnt, the moments, and the loss before the step."""
+
+    def loss(learnt: dict) -> jax.Array:
+        losses = _losses(program, params, learnt, where, batch)
+        size = sum(jnp.sum(value**2) for value in learnt.values())
+        return (losses * weights).sum() / weights.sum() + penalty * size
+
+    value, gradient = jax.value_and_grad(loss)(learnt)
+    change, moments = program.optimizer.update(gradient, moments)
+    return optax.apply_updates(learnt, change), moments, value
+
+
+def fit_learned(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    targets: Sequence[str],
+    site: str,
+    *,
+    rank: int | None = None,
+    where: Any = "all",
+    weights: Sequence[float] | None = None,
+    start: Float[Array, "D"] | None = None,
+    validation: float = 0.2,
+    steps: int = 150,
+    rate: float = 0.02,
+    penalty: float = 0.0,
+    batch_size: int = 32,
+    evaluate_every: int = 10,
+    patience: int = 3,
+    seed: int = 0,
+    progress: forcing.Progress | None = None,
+) -> SteeringVector | LowRankMap:
+    """The vector (or map) that minimises the cross-entropy of the wanted answers.
+
+    Args:
+        vlm: the model.
+        samples: images and prompts.
+        targets: the wanted answer of each; for samples that are to stay as they are, the model's.
+        site: of the decoder, whose states are shifted.
+        rank: None for a vector; R for a low-rank map.
+        where: the positions that are shifted, see `ports.add`.
+        weights: of the samples in the loss, float[N]; None: all one.
+        start: float[D], the vector to begin from; None: zero.
+        validation: the share of the samples that are kept for early stopping.
+        steps: of Adam, at most.
+        rate: of Adam, in units of the states' root mean square (a map's: of one over the root of
+            the width).
+        penalty: see the head of this file.
+        batch_size: B.
+        evaluate_every: steps between two looks at the validation samples.
+        patience: looks without a loss lower by 1 % after which it ends.
+        seed: of the split, the batches and a map's first values.
+        progress: called with (steps done, steps at most).
+
+    Returns:
+        What had the lowest validation loss; `source["history"]` holds the looks: step, the loss on
+        the batches since the last, and on the validation samples. Step 0 is without any shift.
+
+    Raises:
+        ValueError: another number of answers or weights than samples, too few samples to split, a
+            site that nothing can be learnt at, an answer without tokens, or a `where` of a mask.
+    """
+    if len(samples) < 2 or not 0 < validation < 1:
+        raise ValueError(
+            f"{len(samples)} samples and validation={validation}; expected two samples or more and "
+            "a share between 0 and 1"
+        )
+    weights = np.ones(len(samples)) if weights is None else np.asarray(weights, float)
+    if weights.shape != (len(samples),) or not (weights > 0).all():
+        raise ValueError(
+            f"weights have shape {weights.shape} and a minimum of {weights.min(initial=np.inf):g}; "
+            f"expected [{len(samples)}], all positive"
+        )
+    if rank is not None and (rank < 1 or start is not None):
+        raise ValueError(f"rank is {rank}; expected at least 1, and no vector to start from")
+    template = add(np.zeros(1), 1.0, where)
+    if template.mask is not None:
+        raise ValueError("where is a mask; what is learnt applies to other prompts, name positions")
+    begin = forcing.begin_site(vlm, site)
+    forced = forcing.force(vlm, samples, targets, begin, batch_size=batch_size)
+
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(samples))
+    held = min(len(samples) - 1, max(1, round(validation * len(samples))))
+    held_out, train = order[:held], order[held:]
+    real = forced.kinds != PADDING
+    width = forced.states.shape[-1]
+    square = float(np.mean(forced.states[real].astype(np.float32) ** 2))
+    if rank is None:
+        scale = np.sqrt(square)
+        first = np.zeros(width) if start is None else np.asarray(start) / scale
+        learnt = {"vector": jnp.asarray(first, jnp.float32)}
+    else:
+        scale = 1.0
+        down = rng.standard_normal((rank, width)) / np.sqrt(width)
+        learnt = {"down": jnp.asarray(down, jnp.float32), "up": jnp.zeros((width, rank))}
+    step_size = rate if rank is None else rate / float(np.sqrt(width))
+    program = _Program(vlm.module, begin, site, forced.answer_length, step_size)
+    moments = program.optimizer.init(learnt)
+    at = _Where(jnp.asarray(template.kinds), template.start, jnp.float32(scale))
+    shrink = jnp.float32(penalty / width)
+
+    def rows(index: np.ndarray) -> tuple[forcing.Forced, np.ndarray]:
+        return forcing.Forced(*(array[index] for array in forced)), weights[index]
+
+    def validate(learnt: dict) -> float:
+        total = 0.0
+        for first in range(0, held, batch_size):
+            index = held_out[first : first + batch_size]
+            # Filled up by samples of no weight, so that every batch runs the same program.
+            fill = np.resize(held_out, batch_size)
+            fill[: len(index)] = index
+            losses = np.asarray(_losses(program, vlm.params, learnt, at, rows(fill)[0]))
+            total += float((losses[: len(index)] * weights[index]).sum())
+        return total / float(weights[held_out].sum())
+
+    best, best_loss = learnt, validate(learnt)
+    history = [{"step": 0, "train": None, "validation": best_loss}]
+    to_beat, waited = 0.99 * best_loss, 0
+    recent: list[jax.Array] = []
+    queue = np.zeros(0, int)
+    for step in range(1, steps + 1):
+        while len(queue) < batch_size:
+            queue = np.concatenate([queue, rng.permutation(train)])
+        index, queue = queue[:batch_size], queue[batch_size:]
+        learnt, moments, value = _update(
+            program, vlm.params, learnt, moments, at, shrink, *rows(index)
+        )
+        recent.append(value)
+        if progress is not None:
+            progress(step, steps)
+        if step % evaluate_every == 0 or step == steps:
+            loss = validate(learnt)
+            mean = float(np.mean([float(value) for value in recent]))
+            history.append({"step": step, "train": mean, "validation": loss})
+            if loss < best_loss:
+                best, best_loss = learnt, loss
+            waited = 0 if loss < to_beat else waited + 1
+            to_beat, recent = min(to_beat, 0.99 * loss), []
+            if waited == patience:
+                break
+    source = {
+        **files.model_of(vlm),
+        "method": "learned",
+        "samples": len(samples),
+        "targets": _counts(targets),
+        "validation samples": held,
+        "rank": rank,
+        "rate": rate,
+        "penalty": penalty,
+        "batch size": batch_size,
+        "seed": seed,
+        "best step": min(history, key=lambda look: look["validation"])["step"],
+        "history": history,
+    }
+    arrays = {name: np.asarray(scale * value, np.float32) for name, value in best.items()}
+    kind = SteeringVector if rank is None else LowRankMap
+    return kind(**arrays, site=site, source=source, where=where)
+
+
+def _counts(words: Sequence[str]) -> dict[str, int]:
+    names, numbers = np.unique(list(words), return_counts=True)
+    return {str(name): int(count) for name, count in zip(names, numbers, strict=True)}

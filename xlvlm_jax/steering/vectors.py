@@ -1,0 +1,133 @@
+"""Steering vectors from states, and on disk with what they are for; `ports.steer` applies them.
+
+From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (Khayatan et al.,
+ICCV 2025, section 5). N, M samples, D width, K concepts.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from ports import VLM
+from ports.edits import Edit, add
+from xlvlm_jax.concepts import Concepts, decompose
+from xlvlm_jax.steering import files
+
+Array = jax.Array | np.ndarray
+
+
+def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, "D"]:
+    """The coarse vector: mean of the target states minus mean of the source states.
+
+    Raises ValueError for no states, or states of different widths.
+    """
+    source, target = jnp.asarray(source), jnp.asarray(target)
+    if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
+        raise ValueError(
+            f"source and target states have shapes {source.shape} and {target.shape}; expected "
+            "[N, D] and [M, D]"
+        )
+    if not len(source) or not len(target):
+        raise ValueError(
+            f"there are {len(source)} source and {len(target)} target states; expected at least "
+            "one of each"
+        )
+    kind = jnp.promote_types(source.dtype, jnp.float32)
+    return jnp.mean(target, axis=0, dtype=kind) - jnp.mean(source, axis=0, dtype=kind)
+
+
+class FineVectors(NamedTuple):
+    """Vectors from one concept of the source states to another."""
+
+    vectors: Array  # float32[K, K, D]: vectors[i, j] leads from concept i to concept j
+    assignment: Int[Array, "N"]  # the concept that each source state belongs to
+    concepts: Concepts
+
+    def samples(self, concept: int) -> Int[np.ndarray, "n"]:
+        """The source samples to steer with vectors[concept, :]."""
+        return np.flatnonzero(np.asarray(self.assignment) == concept)
+
+
+def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array) -> FineVectors:
+    """The fine vectors: centroid_j - centroid_i of a k-means on the source states.
+
+    Args:
+        source: states of the samples to steer.
+        num_concepts: K.
+        key: of the k-means.
+
+    Raises ValueError as `decompose` does.
+    """
+    concepts = decompose(source, num_concepts, "kmeans", key=key)
+    centroids = jnp.asarray(concepts.components)
+    return FineVectors(
+        vectors=centroids[None] - centroids[:, None],
+        assignment=jnp.argmax(jnp.asarray(concepts.activations), axis=1),
+        concepts=concepts,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringVector:
+    """A vector with what it is for. Vectors of one site and model add up, and scale.
+
+    Attributes:
+        vector: float32[D].
+        site: whose states it is added to.
+        source: how it was fitted and on what, JSON values; "model" and "fingerprint" say on which
+            checkpoint.
+        where: the positions it is meant for, see `add`.
+    """
+
+    vector: Float[Array, "D"]
+    site: str
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: Any = "all"
+
+    def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
+        """What `VLM.generate` takes; see `add`. where: None for the positions it is meant for."""
+        return {self.site: add(self.vector, alpha, self.where if where is None else where)}
+
+    def edits_for(
+        self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
+    ) -> dict[str, Edit]:
+        """As `edits`, which do not depend on the inputs here. ValueError for another model."""
+        files.require_model(self.source, vlm)
+        return self.edits(alpha, where)
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        for name in ("site", "where", "width", "fingerprint"):
+            ours, theirs = self._what(name), other._what(name)
+            if ours != theirs:
+                raise ValueError(
+                    f"vectors of {name} {ours} and {theirs} do not add up; expected the same"
+                )
+        shared = {k: v for k, v in self.source.items() if k in ("model", "fingerprint")}
+        source = {**shared, "sum of": [self.source, other.source]}
+        return dataclasses.replace(self, vector=self.vector + other.vector, source=source)
+
+    def _what(self, name: str) -> Any:
+        known = {"site": self.site, "where": self.where, "width": len(self.vector)}
+        return known.get(name, self.source.get(name))
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        source = {**self.source, "scaled by": factor * self.source.get("scaled by", 1.0)}
+        return dataclasses.replace(self, vector=np.float32(factor) * self.vector, source=source)
+
+    __rmul__ = __mul__
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        rest = {"site": self.site, "where": self.where, "source": self.source}
+        files.save(path, "vector", {"vector": self.vector}, rest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        tensors, rest = files.read_as(path, "vector")
+        return cls(tensors["vector"], **rest)
