@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-import ports
 from xlvlm_jax import steering
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.steering import l2s
@@ -79,8 +78,8 @@ class TestModel:
         for row, completion in enumerate(("a dog", "no")):
             text = f"{vlm.render(questions[row].prompt)} {completion}"
             inputs = vlm.process([text], [read_image(questions[row].image)])
-            _, states = ports.capture(vlm.apply, [SITE])(vlm.params, inputs)
-            np.testing.assert_allclose(ours[row], states[SITE][0, -1], rtol=1e-3, atol=1e-4)
+            expected = vlm.states(inputs, sites=[SITE])[SITE][0, -1]
+            np.testing.assert_allclose(ours[row], expected, rtol=1e-3, atol=1e-4)
 
     def test_each_row_has_its_shift_on_either_side_of_padding(self, vlm, questions, fitted):
         group = [questions[0], questions[-1]]

@@ -34,9 +34,10 @@ def test_wanted_answers_are_given(vlm, questions, targets, fitted):
             [t.strip() for t in vlm.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         )
 
-    plain, steered = answers({SITE: []}), answers(fitted.edits_for(vlm, inputs))
-    assert (plain == targets).sum() <= 8
-    assert (steered == targets).mean() > 0.75
+    plain, steered = answers(fitted.edits(0.0)), answers(fitted.edits_for(vlm, inputs))
+    assert (plain[:12] == "yes").sum() >= 11
+    assert (steered[:12] == "no").sum() >= 11
+    assert (steered == plain)[12:].sum() >= 10
 
 
 def test_the_best_look_is_kept(fitted):

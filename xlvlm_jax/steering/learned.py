@@ -79,31 +79,31 @@ class _Program(NamedTuple):
     begin: str  # the site whose states are kept
     site: str
     length: int  # of the longest answer
-    rate: float
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        return optax.adam(self.rate)
 
 
-class _Where(NamedTuple):
+class _Setting(NamedTuple):
     """Arguments of the program beside what is learnt."""
 
     kinds: jax.Array  # of the positions, see `Edit`
     start: jax.Array
     scale: jax.Array  # of the vector: it is learnt in units in which the states are of size one
+    rate: jax.Array
+    penalty: jax.Array
+
+
+_adam = optax.scale_by_adam()
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _losses(
-    program: _Program, params: dict, learnt: dict, where: _Where, batch: forcing.Forced
+    program: _Program, params: dict, learnt: dict, setting: _Setting, batch: forcing.Forced
 ) -> jax.Array:
     """float32[B]: the mean cross-entropy of each answer's tokens."""
     if "vector" in learnt:
-        edit = add(where.scale * learnt["vector"])
+        edit = add(setting.scale * learnt["vector"])
     else:
         edit = add_mapped(learnt["down"], learnt["up"])
-    edits = {program.site: dataclasses.replace(edit, kinds=where.kinds, start=where.start)}
+    edits = {program.site: dataclasses.replace(edit, kinds=setting.kinds, start=setting.start)}
     losses, weights = forcing.answer_losses(
         program.module, params, batch, program.begin, edits, program.length
     )
@@ -116,21 +116,20 @@ def _update(
     params: dict,
     learnt: dict,
     moments: Any,
-    where: _Where,
-    penalty: jax.Array,
+    setting: _Setting,
     batch: forcing.Forced,
     weights: jax.Array,
 ) -> tuple[dict, Any, jax.Array]:
     """One step of Adam on a batch: what is learnt, the moments, and the loss before the step."""
 
     def loss(learnt: dict) -> jax.Array:
-        losses = _losses(program, params, learnt, where, batch)
+        losses = _losses(program, params, learnt, setting, batch)
         size = sum(jnp.sum(value**2) for value in learnt.values())
-        return (losses * weights).sum() / weights.sum() + penalty * size
+        return (losses * weights).sum() / weights.sum() + setting.penalty * size
 
     value, gradient = jax.value_and_grad(loss)(learnt)
-    change, moments = program.optimizer.update(gradient, moments)
-    return optax.apply_updates(learnt, change), moments, value
+    direction, moments = _adam.update(gradient, moments)
+    return jax.tree.map(lambda x, d: x - setting.rate * d, learnt, direction), moments, value
 
 
 def fit_learned(
@@ -217,11 +216,15 @@ def fit_learned(
         scale = 1.0
         down = rng.standard_normal((rank, width)) / np.sqrt(width)
         learnt = {"down": jnp.asarray(down, jnp.float32), "up": jnp.zeros((width, rank))}
-    step_size = rate if rank is None else rate / float(np.sqrt(width))
-    program = _Program(vlm.module, begin, site, forced.answer_length, step_size)
-    moments = program.optimizer.init(learnt)
-    at = _Where(jnp.asarray(template.kinds), template.start, jnp.float32(scale))
-    shrink = jnp.float32(penalty / width)
+    program = _Program(vlm.module, begin, site, forced.answer_length)
+    setting = _Setting(
+        jnp.asarray(template.kinds),
+        template.start,
+        jnp.float32(scale),
+        jnp.float32(rate if rank is None else rate / np.sqrt(width)),
+        jnp.float32(penalty / width),
+    )
+    moments = _adam.init(learnt)
 
     def rows(index: np.ndarray) -> tuple[forcing.Forced, np.ndarray]:
         return forcing.Forced(*(array[index] for array in forced)), weights[index]
@@ -233,7 +236,7 @@ def fit_learned(
             # Filled up by samples of no weight, so that every batch runs the same program.
             fill = np.resize(held_out, batch_size)
             fill[: len(index)] = index
-            losses = np.asarray(_losses(program, vlm.params, learnt, at, rows(fill)[0]))
+            losses = np.asarray(_losses(program, vlm.params, learnt, setting, rows(fill)[0]))
             total += float((losses[: len(index)] * weights[index]).sum())
         return total / float(weights[held_out].sum())
 
@@ -247,7 +250,7 @@ def fit_learned(
             queue = np.concatenate([queue, rng.permutation(train)])
         index, queue = queue[:batch_size], queue[batch_size:]
         learnt, moments, value = _update(
-            program, vlm.params, learnt, moments, at, shrink, *rows(index)
+            program, vlm.params, learnt, moments, setting, *rows(index)
         )
         recent.append(value)
         if progress is not None:
