@@ -14,23 +14,18 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint, layers
+from ports.vision import EncoderConfig
 
 Array = jax.Array
 MODEL_TYPES = ("bert", "roberta")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(EncoderConfig):
     """What the port needs of a transformers BertConfig or RobertaConfig."""
 
     model_type: str
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    hidden_act: str
-    norm_eps: float
     num_positions: int  # rows of the table of positions
     first_position: int  # the row of a text's first token: RoBERTa leaves out those up to padding's
     num_token_types: int
@@ -50,21 +45,10 @@ class Config:
             raise ValueError(
                 f"config.position_embedding_type is {positions!r}; this port implements 'absolute'"
             )
-        layers.activation(config.hidden_act)
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {config.hidden_size} of the {config.model_type} is no multiple of "
-                f"its {config.num_attention_heads} attention heads"
-            )
         return cls(
+            **dataclasses.asdict(EncoderConfig.from_hf(config)),
             model_type=config.model_type,
             vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm_eps=config.layer_norm_eps,
             num_positions=config.max_position_embeddings,
             first_position=0 if config.model_type == "bert" else config.pad_token_id + 1,
             num_token_types=config.type_vocab_size,

@@ -137,6 +137,14 @@ def attend_through_cache(
     return layers.attend(query, key, value, mask)
 
 
+def last_queries(
+    x: Array, angles: tuple[Array, Array], mask: Array
+) -> tuple[Array, tuple[Array, Array], Array]:
+    """x[B, T, D], angles [B, T, C] and mask bool[B, 1, T, S] of the last position alone."""
+    cos, sin = angles
+    return x[:, -1:], (cos[:, -1:], sin[:, -1:]), mask[:, :, -1:]
+
+
 class Attention(nn.Module):
     """Self-attention with rotary positions, grouped queries and an optional cache."""
 
@@ -144,22 +152,33 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None):
-        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D].
+    def __call__(
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        mask: Array,
+        start: Array | None,
+        last_only: bool = False,
+    ) -> Array:
+        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D], or with last_only [B, 1, D].
 
         start: None for a forward pass or a prefill (the keys are those of x, S = T); in a decode
         step the cache slot of x's first position (the keys are the whole cache).
         """
         cfg = self.config
 
-        def heads(name: str, count: int) -> Array:
+        def heads(name: str, count: int, x: Array) -> Array:
             y = layers.dense(count * cfg.head_dim, cfg.qkv_bias, self.dtype, name)(x)
             return y.reshape(*x.shape[:2], count, cfg.head_dim)
 
-        query = layers.rotate(heads("q_proj", cfg.num_heads), *angles)
-        key = layers.rotate(heads("k_proj", cfg.num_kv_heads), *angles)
-        value = heads("v_proj", cfg.num_kv_heads)
-        y = attend_through_cache(self, query, key, value, mask, start).reshape(*x.shape[:2], -1)
+        asking, asking_angles = x, angles
+        if last_only:
+            asking, asking_angles, mask = last_queries(x, angles, mask)
+        query = layers.rotate(heads("q_proj", cfg.num_heads, asking), *asking_angles)
+        key = layers.rotate(heads("k_proj", cfg.num_kv_heads, x), *angles)
+        value = heads("v_proj", cfg.num_kv_heads, x)
+        y = attend_through_cache(self, query, key, value, mask, start)
+        y = y.reshape(*asking.shape[:2], -1)
         return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
 
@@ -170,15 +189,23 @@ class DecoderLayer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None):
-        """x[B, T, D] -> [B, T, D]: the residual stream after this layer."""
+    def __call__(
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        mask: Array,
+        start: Array | None,
+        last_only: bool = False,
+    ) -> Array:
+        """x[B, T, D] -> [B, T, D]: the residual stream after this layer; last_only: [B, 1, D]."""
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
             return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
 
         y = norm("input_layernorm")(x)
-        x = x + Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start)
+        y = Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start, last_only)
+        x = (x[:, -1:] if last_only else x) + y
         y = norm("post_attention_layernorm")(x)
         mlp = layers.GatedMLP(
             cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias, self.dtype, name="mlp"
@@ -199,10 +226,16 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, start: Array | None = None
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array,
+        start: Array | None = None,
+        last_only: bool = False,
     ) -> Array:
         """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D].
 
+        last_only: states [B, 1, D] of the last position, which the last layer computes alone.
         positions may have a last axis of three, (time, height, width), if the configuration
         divides the rotary embedding in sections.
         """
@@ -210,9 +243,10 @@ class Decoder(nn.Module):
         angles = layers.rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
         if cfg.sliding_window is not None:
             mask = mask & within_window(mask.shape, cfg.sliding_window, start)
-        for layer in self.layers:
+        *first, last = self.layers
+        for layer in first:
             x = layer(x, angles, mask, start)
-        return self.norm(x)
+        return self.norm(last(x, angles, mask, start, last_only))
 
 
 class CausalLM(nn.Module):

@@ -193,7 +193,11 @@ def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
 
 def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states without their component along the vector (Arditi et al. 2024); alpha 1 takes all."""
+    """states without their component along the vector (Arditi et al. 2024).
+
+    alpha 1 takes all of it; 2 mirrors the states: what lies on one side of the vector's hyperplane
+    goes to the other, what lies near it stays.
+    """
     return _edit(_ablate, vector, alpha, where)
 
 

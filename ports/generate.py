@@ -80,7 +80,7 @@ def generate(
         return logits, variables["cache"], states
 
     def prefill(edits: Edits) -> tuple[Any, ...]:
-        return run(edits, empty, "prefill", inputs)
+        return run(edits, empty, "prefill", inputs, not prompt_states)
 
     def decode_step(edits: Edits, cache: dict, *args: Any) -> tuple[Any, ...]:
         return run(edits, cache, "decode_step", *args)

@@ -87,12 +87,12 @@ class VisionLanguageModel(nn.Module):
         with steering.at_places(self.places(inputs)):
             return self.unembed(states)
 
-    def states(self, inputs: Inputs) -> Array:
-        """The processor's arrays -> states after the final norm [B, T, D]."""
+    def states(self, inputs: Inputs, last_only: bool = False) -> Array:
+        """The processor's arrays -> states after the final norm [B, T, D], or [B, 1, D]."""
         x = self.embed_inputs(inputs)
         mask = decoder.causal_mask(attention_mask(inputs))
         with steering.at_places(self.places(inputs)):
-            return self.text_decoder(x, self.positions(inputs), mask)
+            return self.text_decoder(x, self.positions(inputs), mask, last_only=last_only)
 
     def init_cache(self, batch: int, slots: int) -> dict:
         """An empty cache, as the variable collection "cache" of this module."""
@@ -102,9 +102,12 @@ class VisionLanguageModel(nn.Module):
             cache = {name: cache}
         return cache
 
-    def prefill(self, inputs: Inputs) -> Array:
-        """As `__call__`, but the logits [B, V] of the last position only; fills the cache."""
-        states = self.states(inputs)[:, -1:]
+    def prefill(self, inputs: Inputs, last_only: bool = True) -> Array:
+        """As `__call__`, but the logits [B, V] of the last position only; fills the cache.
+
+        last_only: the last layer puts out the last position alone; else, as the others, all.
+        """
+        states = self.states(inputs, last_only)[:, -1:]
         with steering.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
             return self.unembed(states)[:, 0]
 

@@ -177,9 +177,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], mask: Array, start: Array | None
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        mask: Array,
+        start: Array | None,
+        last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D]; start as in decoder.Attention."""
+        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D]; start, last_only as in decoder."""
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
@@ -194,7 +199,11 @@ class Block(nn.Module):
             part.reshape(*x.shape[:2], -1, cfg.head_dim)
             for part in jnp.split(y, (queries, queries + keys), axis=-1)
         )
-        query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
+        key = layers.rotate(key, *angles)
+        if last_only:
+            query = query[:, -1:]
+            x, angles, mask = decoder.last_queries(x, angles, mask)
+        query = layers.rotate(query, *angles)
         y = decoder.attend_through_cache(self, query, key, value, mask, start)
         y = y.reshape(*x.shape[:2], -1)
         x = x + linear(x.shape[-1], False, "attn_out")(y)
@@ -225,14 +234,23 @@ class Transformer(nn.Module):
         return self.ff_out(x)
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, start: Array | None = None
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array,
+        start: Array | None = None,
+        last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D]."""
+        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D].
+
+        last_only: states [B, 1, D] of the last position, which the last layer computes alone.
+        """
         text = self.config.text
         angles = layers.rotary_angles(positions, text.head_dim, text.rope_theta)
-        for block in self.blocks:
+        *first, last = self.blocks
+        for block in first:
             x = block(x, angles, mask, start)
-        return self.ln_f(x)
+        return self.ln_f(last(x, angles, mask, start, last_only))
 
 
 class Model(nn.Module):

@@ -8,7 +8,7 @@ B batch, T positions, D width. The edits themselves are in `ports.edits`.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,22 +58,12 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
     listed = {
         site: (edit,) if isinstance(edit, Edit) else tuple(edit) for site, edit in edits.items()
     }
-    wanted = {normal_name(site): site for site in listed}
 
     @functools.wraps(apply)
     def steered(*args: Any, **kwargs: Any) -> Any:
-        ran: dict[str, None] = {}
         edited: dict[str, tuple[Array, ...]] = {}
 
-        def intercept(method: Callable, call_args: Any, call_kwargs: Any, context: Any) -> Any:
-            out = method(*call_args, **call_kwargs)
-            if context.method_name != "__call__":
-                return out
-            name = site_name(context.module.path)
-            ran[name] = None
-            site = wanted.get(normal_name(name))
-            if site is None:
-                return out
+        def change(site: str, out: Any) -> Any:
             for edit in listed[site]:
                 places = _check(site, edit, out)
                 if masks:
@@ -81,9 +71,8 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
                 out = edit(out, places)
             return out
 
-        with nn.intercept_methods(intercept):
+        with _changing(listed, change):
             result = apply(*args, **kwargs)
-        require_sites(listed, ran)
         return (result, edited) if masks else result
 
     return steered
@@ -98,26 +87,35 @@ def substitute(apply: Callable[..., Any], states: Mapping[str, Array]) -> Callab
 
     Raises ValueError, when called, if a site names no module that ran.
     """
-    wanted = {normal_name(site): jnp.asarray(value) for site, value in states.items()}
 
     @functools.wraps(apply)
     def substituted(*args: Any, **kwargs: Any) -> Any:
-        ran: dict[str, None] = {}
-
-        def intercept(method: Callable, call_args: Any, call_kwargs: Any, context: Any) -> Any:
-            out = method(*call_args, **call_kwargs)
-            if context.method_name != "__call__":
-                return out
-            name = site_name(context.module.path)
-            ran[name] = None
-            return wanted.get(normal_name(name), out)
-
-        with nn.intercept_methods(intercept):
-            result = apply(*args, **kwargs)
-        require_sites(states, ran)
-        return result
+        with _changing(states, lambda site, _: jnp.asarray(states[site])):
+            return apply(*args, **kwargs)
 
     return substituted
+
+
+@contextlib.contextmanager
+def _changing(sites: Iterable[str], change: Callable[[str, Any], Any]) -> Iterator[None]:
+    """While this is open, change(site, out) is what the modules at the sites put out.
+
+    Raises ValueError at its end for a site that names no module that ran.
+    """
+    wanted, ran = {normal_name(site): site for site in sites}, dict[str, None]()
+
+    def intercept(method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        out = method(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
+        name = site_name(context.module.path)
+        ran[name] = None
+        site = wanted.get(normal_name(name))
+        return out if site is None else change(site, out)
+
+    with nn.intercept_methods(intercept):
+        yield
+    require_sites(wanted.values(), ran)
 
 
 def _check(site: str, edit: Edit, out: Any) -> Places | None:
@@ -140,10 +138,16 @@ def _check(site: str, edit: Edit, out: Any) -> Places | None:
 
 
 def _places_of(out: Any) -> Places | None:
-    """The places of the running call, if the positions of out[B, T, D] are those."""
+    """The places of the running call, if the positions of out[B, T, D] are those.
+
+    One position is the last: a prefill's last layer puts out no other.
+    """
     places = _places.get()
-    is_array = isinstance(out, jax.Array) and out.ndim > 1
-    return places if places and is_array and places.kind.shape[-1] == out.shape[-2] else None
+    if places is None or not isinstance(out, jax.Array) or out.ndim < 2:
+        return None
+    if out.shape[-2] == 1:
+        return jax.tree.map(lambda x: x[..., -1:], places)
+    return places if places.kind.shape[-1] == out.shape[-2] else None
 
 
 def token_sites(apply: Callable[..., Any], *args: Any) -> frozenset[str]:

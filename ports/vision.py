@@ -17,7 +17,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and constants of a pre-norm transformer encoder (CLIP's and SigLIP's towers)."""
+    """Sizes and constants of a transformer encoder (CLIP's, SigLIP's, BERT's)."""
 
     hidden_size: int
     intermediate_size: int

@@ -37,12 +37,12 @@ class Embedded(nn.Module):
     config: decoder.DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, start=None):
+    def __call__(self, tokens, positions, mask, start=None, last_only=False):
         lm = decoder.Decoder(self.config, name="decoder")
-        return lm(lm.embed_tokens(tokens), positions, mask, start)
+        return lm(lm.embed_tokens(tokens), positions, mask, start, last_only)
 
 
-_apply = jax.jit(Embedded(CONFIG).apply, static_argnames="mutable")
+_apply = jax.jit(Embedded(CONFIG).apply, static_argnames=("mutable", "last_only"))
 
 
 @functools.cache
@@ -117,6 +117,29 @@ def test_token_by_token_through_the_cache_equals_one_pass():
         states, cache = step(cache, tokens[:, here], positions[:, here], valid, jnp.int32(slot))
         got.append(states)
     np.testing.assert_allclose(jnp.concatenate(got, 1), expected, rtol=0, atol=2e-6)
+
+
+def test_the_last_position_alone_is_that_of_all():
+    tokens = jnp.array([[7, 3, 1, 4], [3, 1, 4, 9]])
+    mask = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]])
+    cache = {"decoder": decoder.init_cache(CONFIG, batch=2, slots=5, dtype=jnp.float32)}
+    arguments = (tokens, decoder.token_positions(mask), decoder.causal_mask(mask))
+    both = [
+        _apply(
+            {**parameters(), "cache": cache},
+            *arguments,
+            mutable=("cache",),
+            last_only=last_only,
+        )
+        for last_only in (False, True)
+    ]
+    (states, filled), (last, filled_too) = both
+    assert last.shape == (2, 1, 12)
+    np.testing.assert_allclose(last, states[:, -1:], rtol=0, atol=2e-6)
+    # Later tokens see the keys and values of all positions.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), filled, filled_too
+    )
 
 
 def test_the_cache_holds_the_key_value_heads_alone():

@@ -126,24 +126,35 @@ def test_an_adapter_of_peft_loads_here(pairs, tmp_path, port):
 @pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
 def test_an_adapter_of_ours_loads_in_peft(pairs, tmp_path, port):
     pair, inputs = pairs(port)
+    write(pair, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path)
+    expected = torch_logits(theirs.eval(), inputs)
+    assert_same_logits(pair.vlm.with_adapter(tmp_path).forward(inputs).logits, expected, inputs)
+
+
+def test_on_and_off_beside_the_kernels(pairs, tmp_path):
+    """One program and one set of parameters serve both models."""
+    pair, inputs = pairs("llava")
+    vlm = pair.vlm
+    write(pair, tmp_path)
+    adapter, prepared = vlm.read_adapter(tmp_path), vlm.place(inputs)
+    length = inputs["input_ids"].shape[1]
+    apply = jax.jit(lora.adapted(vlm.apply))
+    on = apply(vlm.params, adapter, prepared)[:, -length:]
+    off = apply(vlm.params, adapter.scaled(0.0), prepared)[:, -length:]
+    merged = vlm.with_adapter(tmp_path).forward(inputs).logits
+    assert_same_logits(on, np.asarray(merged), inputs)
+    assert_same_logits(off, torch_logits(pair.torch_model, inputs), inputs)
+    assert apply._cache_size() == 1
+
+
+def write(pair: helpers.Pair, directory) -> None:
+    """An adapter of ours with random factors."""
     vlm = pair.vlm
     shapes = lora.select_layers(lora.linear_layers(vlm.params), [TARGETS])
     ranks = lora.Ranks(3, 5, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 7})
     adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
-    peft_files.write(tmp_path, adapter, ranks, vlm.module_names, base_model=str(pair.directory))
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path)
-    expected = torch_logits(theirs.eval(), inputs)
-    merged = vlm.with_adapter(tmp_path)
-    assert_same_logits(merged.forward(inputs).logits, expected, inputs)
-    # Beside the kernels, on and off, with the original's parameters.
-    prepared = vlm.place(inputs)
-    length = inputs["input_ids"].shape[1]
-    apply = jax.jit(lora.adapted(vlm.apply))
-    read = vlm.read_adapter(tmp_path)
-    on = apply(vlm.params, read, prepared)[:, -length:]
-    assert_same_logits(on, expected, inputs)
-    off = apply(vlm.params, read.scaled(0.0), prepared)[:, -length:]
-    assert_same_logits(off, torch_logits(pair.torch_model, inputs), inputs)
+    peft_files.write(directory, adapter, ranks, vlm.module_names, base_model=str(pair.directory))
 
 
 def randomised(adapter: lora.Adapter) -> lora.Adapter:
