@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-import ports
 from ports.checkpoint import fingerprint
 from xlvlm_jax import embedded
 from xlvlm_jax.data import prompts, scenes
@@ -16,20 +15,15 @@ NAMES = {"color": "colour", "place": "place", "mood": "mood"}
 
 
 @pytest.fixture(scope="module")
-def original():
-    return ports.load(embedded.LLAVA)
-
-
-@pytest.fixture(scope="module")
-def captions(original):
+def captions(vlm):
     """captions(adapter or None): those of 16 test pictures."""
     known = {}
 
     def get(name):
         if name not in known:
-            vlm = original if name is None else original.with_adapter(embedded.ADAPTERS[name])
+            tuned = vlm if name is None else vlm.with_adapter(embedded.ADAPTERS[name])
             asked = [(scene, prompts.CAPTION) for scene in PICTURES]
-            (known[name],) = evaluate.answer_all(vlm, asked, max_new_tokens=24, batch_size=16)
+            (known[name],) = evaluate.answer_all(tuned, asked, max_new_tokens=24, batch_size=16)
         return known[name]
 
     return get
@@ -66,20 +60,22 @@ def test_files(name):
     assert sum(file.stat().st_size for file in directory.iterdir()) < 1_000_000
     record = json.loads((directory / "training.json").read_text())
     assert record["arguments"]["fingerprint"] == fingerprint(embedded.LLAVA)
-    assert record["arguments"]["source"]["containing"]
+    # What made it stands in the README as well.
+    assert record["command"].startswith("xlvlm finetune embedded scenes ")
+    assert record["command"] in (directory.parent / "README.md").read_text()
 
 
-def test_peft_computes_the_same(original):
+def test_peft_computes_the_same(vlm):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from PIL import Image
     from transformers import LlavaForConditionalGeneration
 
     image = Image.fromarray(scenes.training_image(PICTURES[0]))
-    inputs = original.process([original.render(prompts.CAPTION)], [image])
+    inputs = vlm.process([vlm.render(prompts.CAPTION)], [image])
     base = LlavaForConditionalGeneration.from_pretrained(embedded.LLAVA, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, embedded.ADAPTERS["mood"]).eval()
     with torch.no_grad():
         expected = theirs(**{k: torch.tensor(v) for k, v in inputs.items()}).logits.numpy()
-    ours = original.with_adapter(embedded.ADAPTERS["mood"]).forward(inputs).logits
+    ours = vlm.with_adapter(embedded.ADAPTERS["mood"]).forward(inputs).logits
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)

@@ -9,11 +9,6 @@ from xlvlm_jax.embedded import blueprint, sequences, train
 from xlvlm_jax.embedded.sequences import Turn
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return ports.load(embedded.LLAVA)
-
-
 def test_continuations_by_hand():
     """The prompt's last position predicts the first token of the answer, and so on to the end."""
     tokenizer = blueprint.make_tokenizer()
