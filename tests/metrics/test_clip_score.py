@@ -8,14 +8,8 @@ import torch
 import transformers
 from PIL import Image
 
-from ports import clip as port
 from xlvlm_jax import embedded, metrics
 from xlvlm_jax.data import scenes
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return port.load(embedded.CLIP)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.shift import match
+from xlvlm_jax.matching import matched_cosines
 
 AnyArray = jax.Array | np.ndarray
 
@@ -23,9 +23,5 @@ def stability(dictionaries: Sequence[Float[AnyArray, "K D"]]) -> float:
     """
     if len(dictionaries) < 2:
         raise ValueError(f"stability compares two dictionaries or more, got {len(dictionaries)}")
-    units = []
-    for components in dictionaries:
-        rows = np.asarray(components, np.float64)
-        norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-        units.append(rows / np.where(norms > 0, norms, 1))
-    return float(np.mean([np.sum(a * b[match(a, b)], axis=1) for a, b in combinations(units, 2)]))
+    pairs = combinations(dictionaries, 2)
+    return float(np.mean([matched_cosines(a, b) for a, b in pairs]))

@@ -3,7 +3,7 @@
 From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025).
 
     vectors     shift vectors, and how alike the samples of a concept move
-    recovery    matching to the fine-tuned model's own concepts, recovery, overlap, correlation
+    recovery    how near they come to the fine-tuned model's own concepts, overlap, correlation
     pairs       which rows of two directories of features belong together
     analyse     all of it for two matrices of states
     analysis    the result, saved and read
@@ -13,6 +13,7 @@ From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (
 Both models run in one program by `paired_states`, from `xlvlm_jax.paired`.
 """
 
+from xlvlm_jax.matching import match
 from xlvlm_jax.paired import finetuned_site, paired_states, share_params
 from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.analysis import ShiftAnalysis
@@ -21,7 +22,6 @@ from xlvlm_jax.shift.pairs import Pairs, match_samples
 from xlvlm_jax.shift.recovery import (
     Correlation,
     correlation,
-    match,
     mismatched_overlap,
     overlap,
     recovery,

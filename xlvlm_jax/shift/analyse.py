@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.matching import match
 from xlvlm_jax.shift.analysis import ShiftAnalysis
 from xlvlm_jax.shift.pairs import Pairs
-from xlvlm_jax.shift.recovery import match, recovery
+from xlvlm_jax.shift.recovery import recovery
 from xlvlm_jax.shift.vectors import (
     Reduce,
     Spread,

@@ -1,6 +1,5 @@
 """Recovery: how near shifted concepts come to the fine-tuned model's own.
 
-    matching    the one-to-one matching of original and fine-tuned concepts of highest total cosine
     recovery    (cos(v, u + s) - cos(v, u)) / cos(v, u), v the fine-tuned concept matched to u
 
 K concepts, D width. A concept without a shift has figures of NaN.
@@ -12,26 +11,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
+from jaxtyping import Float
 from scipy.stats import pearsonr
 
 Array = jax.Array | np.ndarray
-
-
-def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) -> Int[Array, "K"]:
-    """The row of b that belongs to each row of a: the one-to-one matching of highest total cosine.
-
-    The Hungarian method (Kuhn 1955). Raises ValueError unless both have the same shape.
-    """
-    a, b = np.asarray(components_a), np.asarray(components_b)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(
-            f"concepts have shapes {a.shape} and {b.shape}; expected the same [K, D] for both"
-        )
-    similarity = _units(a) @ _units(b).T
-    rows, columns = linear_sum_assignment(np.nan_to_num(similarity, nan=-1.0), maximize=True)
-    return columns[np.argsort(rows)]
 
 
 def recovery(
@@ -112,11 +95,6 @@ def correlation(a: Float[Array, "K"], b: Float[Array, "K"]) -> Correlation:
         return Correlation(float("nan"), float("nan"), int(both.sum()))
     result = pearsonr(a[both], b[both])
     return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))
-
-
-def _units(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from scipy.optimize import linear_sum_assignment
+
+from xlvlm_jax.matching import matched_cosines
 
 SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
 MARGIN = 1e-4  # relative decrease of the objective that makes a later start better than an earlier
@@ -36,7 +37,4 @@ def stability(starts: Float[np.ndarray, "S K R"]) -> Float[np.ndarray, " K"]:
     The mean over the other starts of the cosine with the component that is matched to it, by the
     assignment of largest total cosine (Hungarian method).
     """
-    length = np.linalg.norm(starts, axis=2, keepdims=True)
-    unit = starts / np.where(length > 0, length, 1)
-    cosines = [unit[0] @ other.T for other in unit[1:]]
-    return np.mean([c[linear_sum_assignment(-c)] for c in cosines], axis=0)
+    return np.mean([matched_cosines(starts[0], other) for other in starts[1:]], axis=0)

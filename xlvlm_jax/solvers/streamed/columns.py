@@ -22,6 +22,12 @@ class Compressed(NamedTuple):
     X: Float[np.ndarray, "N R"]
     energy: Float[np.ndarray, " N"]  # |z_n|^2
 
+    @property
+    def outside(self) -> float:
+        """Sum of squares that the columns lack: what lies outside the basis."""
+        inside = np.sum(np.square(self.X), dtype=np.float64)
+        return float(np.sum(self.energy, dtype=np.float64) - inside)
+
 
 @jax.jit
 def _sketch(Z: Array, directions: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from xlvlm_jax.solvers import kmeans
 from xlvlm_jax.solvers.loop import Result, matmul
 from xlvlm_jax.solvers.streamed.columns import compress
-from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up
+from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
 
 def solve(
@@ -38,11 +38,8 @@ def solve(
         n_init=n_init,
     )
     centroids = matmul(begun.components[0], small.basis.T)
-    outside = float(
-        np.sum(small.energy, dtype=np.float64) - np.sum(np.square(small.X, dtype=np.float64))
-    )
     # Without the last, which the first pass computes again.
-    history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + outside)
+    history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
     total = add_up(source, lambda tile: (matmul(tile.real, tile.Z.astype(jnp.float32)), ()))
     mean = total / N
 
@@ -83,11 +80,7 @@ def solve(
         squared = kmeans.assign(Z.astype(jnp.float32), centroids)[1]
         return jnp.sum(real * jnp.min(squared, axis=1)), 1 / (1 + jnp.sqrt(squared))
 
-    inertia = add_up(
-        source,
-        lambda tile: finish(tile.Z, tile.real),
-        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
-    )
+    inertia = write_out(source, lambda tile: finish(tile.Z, tile.real), write)
     return Result(
         components=centroids,
         activations=None,

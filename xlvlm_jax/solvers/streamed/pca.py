@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import Result, image, matmul
-from xlvlm_jax.solvers.streamed.tiles import Source, Write, add_up, check_rows
+from xlvlm_jax.solvers.streamed.tiles import Source, Write, add_up, check_rows, write_out
 
 
 def solve(
@@ -67,11 +67,7 @@ def solve(
         scores = matmul(Z, components.T)
         return 0.5 * jnp.sum((Z - matmul(scores, components)) ** 2), scores
 
-    objective = add_up(
-        source,
-        lambda tile: finish(tile.Z, tile.real),
-        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
-    )
+    objective = write_out(source, lambda tile: finish(tile.Z, tile.real), write)
     return Result(
         components=components,
         activations=None,

@@ -13,7 +13,7 @@ from xlvlm_jax.solvers import semi_nmf
 from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.loop import Result, matmul
 from xlvlm_jax.solvers.streamed.columns import compress
-from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up
+from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
 
 def solve(
@@ -44,9 +44,7 @@ def solve(
         n_init=n_init,
     )
     # The compressed rows lack what lies outside the basis, and so does their objective.
-    outside = 0.5 * float(
-        np.sum(small.energy, dtype=np.float64) - np.sum(np.square(small.X), dtype=np.float64)
-    )
+    outside = 0.5 * small.outside
     atoms = matmul(begun.components[0], small.basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
@@ -55,10 +53,8 @@ def solve(
         state, codes = _update(source, small.energy / 2, codes, state, *lasso)
         history.append(float(state.objective))
 
-    objective = add_up(
-        source,
-        lambda tile: _finish(tile.Z, _part(codes, tile), state, *lasso),
-        lambda tile, found: write(tile.start, np.asarray(found[: tile.count])),
+    objective = write_out(
+        source, lambda tile: _finish(tile.Z, _part(codes, tile), state, *lasso), write
     )
     return Result(
         components=state.atoms,

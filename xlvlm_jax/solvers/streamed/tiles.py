@@ -73,6 +73,13 @@ def add_up(
     return totals
 
 
+def write_out(source: Source, work: Callable[[Tile], tuple[Any, Array]], write: Write) -> Any:
+    """The last pass: `add_up`, with activations[B, K] as the second, written as they come."""
+    return add_up(
+        source, work, lambda tile, found: write(tile.start, np.asarray(found[: tile.count]))
+    )
+
+
 def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
     """Raise ValueError that names the first row whose sum of squares is not finite."""
     bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.count])))
