@@ -21,7 +21,7 @@ from rich.table import Table
 import ports
 from xlvlm_jax import atomic, data, demo, embedded
 from xlvlm_jax.data import scenes, select
-from xlvlm_jax.demo_shift import describe, run_shift
+from xlvlm_jax.demo.shift import describe, run_shift
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.report.shift_figures import plot_overlap, plot_recovery, pooled_correlation
 from xlvlm_jax.selection import Selection

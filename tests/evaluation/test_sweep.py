@@ -21,6 +21,7 @@ def test_a_grid_is_every_combination():
     assert conditions[0] == Condition((A,), 0.5, "all")
     assert conditions[-1].describe() == {
         "sites": ["model.layers.3", "model.layers.5"],
+        "edit": "add",
         "alpha": 1.0,
         "where": {"from": 3},
     }
@@ -36,6 +37,8 @@ def test_names_say_what_tells_conditions_apart():
     ]
     assert evaluation.names(evaluation.grid([A], [1], ["all", {"from": 3}])) == ["all", "from 3"]
     assert evaluation.names([Condition((A,)), Condition((A,))]) == ["1", "2"]
+    both = [Condition((A,), edit=edit) for edit in ("add", "ablate")]
+    assert evaluation.names(both) == ["add", "ablate"]
 
 
 def test_the_least_cost_among_those_that_do_what_is_wanted():

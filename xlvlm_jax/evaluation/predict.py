@@ -18,9 +18,12 @@ import jax
 import numpy as np
 
 from ports import VLM
+from ports import edits as edit_kinds
 from ports.edits import Edit, Edits
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
+
+EDITS = ("add", "add_relative", "ablate", "replace")
 
 
 class Steering(Protocol):
@@ -42,19 +45,35 @@ class Condition:
         vectors: what its states are steered by, all of them at once.
         alpha: the strength of each.
         where: the positions, see `ports.add`; None for those that each is meant for.
+        edit: what is done with a vector, one of EDITS: the functions of `ports` of that name.
         instruction: words behind the prompt, such as "Answer no.".
+
+    Raises ValueError for another edit.
     """
 
     vectors: tuple[Steering, ...] = ()
     alpha: float = 1.0
     where: Any = None
+    edit: str = "add"
     instruction: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.edit not in EDITS:
+            raise ValueError(f"no edit {self.edit!r}; expected one of {', '.join(EDITS)}")
+
     def edits(self, vlm: VLM, inputs: Any) -> dict[str, tuple[Edit, ...]]:
-        """What `VLM.generate` takes. ValueError for vectors of another model."""
+        """What `VLM.generate` takes. ValueError for vectors of another model, or maps not added."""
         edits: dict[str, tuple[Edit, ...]] = {}
         for vector in self.vectors:
-            for site, edit in vector.edits_for(vlm, inputs, self.alpha, self.where).items():
+            for site, added in vector.edits_for(vlm, inputs, self.alpha, self.where).items():
+                edit = added
+                if self.edit != "add":
+                    if isinstance(added.vector, tuple):
+                        raise ValueError(
+                            f"a low-rank map can't {self.edit} states, but add to them"
+                        )
+                    kind = getattr(edit_kinds, self.edit)(added.vector, self.alpha)
+                    edit = dataclasses.replace(added, change=kind.change)
                 edits[site] = (*edits.get(site, ()), edit)
         return edits
 
@@ -64,12 +83,13 @@ class Condition:
 
     def describe(self) -> dict[str, Any]:
         """As JSON values, without the vectors' numbers."""
-        if not self.vectors:
-            return {} if self.instruction is None else {"instruction": self.instruction}
         told = {} if self.instruction is None else {"instruction": self.instruction}
+        if not self.vectors:
+            return told
         where = [v.where if self.where is None else self.where for v in self.vectors]
         return {
             "sites": [vector.site for vector in self.vectors],
+            "edit": self.edit,
             "alpha": self.alpha,
             "where": where[0] if all(each == where[0] for each in where) else where,
             **told,

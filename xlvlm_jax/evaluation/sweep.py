@@ -27,11 +27,12 @@ def grid(
     vectors: Sequence[Steering | tuple[Steering, ...]],
     alphas: Sequence[float],
     wheres: Sequence[Any] = (None,),
+    edit: str = "add",
 ) -> list[Condition]:
     """Each vector (or several at once) with each strength at each choice of positions."""
     together = [vector if isinstance(vector, tuple) else (vector,) for vector in vectors]
     return [
-        Condition(several, alpha, where)
+        Condition(several, alpha, where, edit)
         for several, where, alpha in itertools.product(together, wheres, alphas)
     ]
 
@@ -46,6 +47,7 @@ def names(conditions: Sequence[Condition]) -> list[str]:
         place = described.get("where", "")
         parts.append(
             {
+                "edit": condition.edit,
                 "sites": " + ".join(site.split(".")[-1] for site in described.get("sites", ())),
                 "alpha": f"x {condition.alpha:g}",
                 "where": f"from {place['from']}" if isinstance(place, dict) else str(place),

@@ -95,8 +95,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, measured in summary["conditions"].items():
         if "sites" in measured:
             yield (
-                f"{name}: {' + '.join(measured['sites'])}, alpha {measured['alpha']:g}, "
-                f"positions {measured['where']}"
+                f"{name}: {measured['edit']} at {' + '.join(measured['sites'])}, alpha "
+                f"{measured['alpha']:g}, positions {measured['where']}"
             )
         elif "instruction" in measured:
             yield f"{name}: “{measured['instruction']}” in the prompt"

@@ -10,6 +10,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from xlvlm_jax.metrics.vqa import normalise_answer
+
 from .plots import COLOURS, figure
 
 FIGURES = {
@@ -48,10 +50,10 @@ def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
     for measured in conditions.values():
         for word, count in measured[kind].items():
             highest[word] = max(count, highest.get(word, 0))
-    asked = [word for name in ("source", "target") for word in summary.get(name, ())]
+    asked = [normalise_answer(w) for name in ("source", "target") for w in summary.get(name, ())]
     shown = sorted(highest, key=lambda word: (word not in asked, -highest[word]))[:NUM_BARS]
     columns = 2 if questions else 1
-    height = 1.2 + 0.16 * len(shown) * len(conditions)
+    height = 1.2 + 0.09 * len(shown) * (len(conditions) + 0.5)
     with figure(path, 1, columns, width=4.4 * columns, height=height) as (_, axes):
         axes = axes if questions else [axes]
         _bars(axes[0], {name: measured[kind] for name, measured in conditions.items()}, shown)

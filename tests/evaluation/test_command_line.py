@@ -1,0 +1,78 @@
+"""`xlvlm evaluate` and `xlvlm steer apply` on the embedded model."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def saved(vector, tmp_path):
+    vector.save(tmp_path / "v.safetensors")
+    return tmp_path / "v.safetensors"
+
+
+def test_apply_chooses_on_one_split_and_steers_another(xlvlm, pictures, saved, tmp_path):
+    output = tmp_path / "run" / "steering" / "yes-no"
+    status, out, errors = xlvlm(
+        *("steer", "apply", "embedded", pictures, "--split", "test", "--choose-on", "train"),
+        *("--num-choose", 24, "--vector", saved, "--output", output, "--instruction", "Answer no."),
+        *("--alpha", 0.5, "--alpha", 1, "--batch-size", 16, "--max-new-tokens", 3),
+    )
+    assert status == 0, errors
+    assert "chosen of 2 on train" in out
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary["conditions"]) == ["plain", "steered", "instruction"]
+    assert summary["source"] == ["yes"]
+    assert {path.name for path in output.iterdir()} == {
+        "summary.json",
+        "predictions.jsonl",
+        "answers.svg",
+        "sweep.svg",
+    }
+    status, _, errors = xlvlm("report", tmp_path / "run")
+    assert status == 0, errors
+    assert "Steering" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_evaluate_without_a_vector(xlvlm, pictures, tmp_path):
+    status, out, errors = xlvlm(
+        *("evaluate", "embedded", pictures, "--split", "test", "--output", tmp_path / "plain"),
+        *("--batch-size", 16, "--max-new-tokens", 3),
+    )
+    assert status == 0, errors
+    assert "accuracy %" in out
+    assert "unreadable" in out
+    summary = json.loads((tmp_path / "plain" / "summary.json").read_text())
+    assert "changes" not in summary["conditions"]["plain"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--where", "from:now"), "expected from:INDEX"),
+        (("--source", "yes", "--target", "sphinx"), "target words sphinx as its answer"),
+        (("--dataset", "coco", "--words", "sphinx,griffin"), "holds one of the 2 words sphinx"),
+        (("--dataset", "coco", "--words", "sphinx"), "no word class 'sphinx'"),
+        (("--dataset", "coco", "--source", "yes"), "give captions --words"),
+        (("--words", "colours"), "give questions --source and --target"),
+        (("--split", "dev"), "no split 'dev'"),
+    ],
+)
+def test_bad_input_is_one_line(xlvlm, pictures, saved, tmp_path, options, message):
+    status, _, errors = xlvlm(
+        *("evaluate", "embedded", pictures, "--split", "test", "--vector", saved),
+        *("--output", tmp_path / "out", *options),
+    )
+    assert status == 2
+    assert message in " ".join(errors.split())
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_to_choose_on_must_hold_other_samples(xlvlm, pictures, saved, tmp_path):
+    status, _, errors = xlvlm(
+        *("steer", "apply", "embedded", pictures, "--split", "test", "--choose-on", "test"),
+        *("--vector", saved, "--output", tmp_path / "out"),
+    )
+    assert status == 2
+    assert "all of its samples are evaluated on" in " ".join(errors.split())

@@ -1,0 +1,117 @@
+"""Answers under several conditions: each as if it were run alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ports import ablate, add
+from xlvlm_jax import SteeringVector, evaluation
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.evaluation import PLAIN, Condition
+
+OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
+OTHER = "language_model.model.layers.3"
+
+
+@pytest.fixture(scope="module")
+def asked(questions):
+    return questions[:20]
+
+
+@pytest.fixture(scope="module")
+def conditions(vector):
+    elsewhere = dataclasses.replace(vector, site=OTHER, where="last_prompt")
+    return [
+        PLAIN,
+        Condition((vector,), 1.5),
+        Condition((vector, elsewhere), 0.7),
+        Condition((vector,), 1.8, edit="ablate"),
+        Condition(instruction="no"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def predictions(vlm, asked, conditions):
+    # Three steered conditions in runs of two: the last run is filled up.
+    return evaluation.predict(vlm, asked, conditions, max_rows=32, **OPTIONS)
+
+
+def alone(vlm, samples, edits=None, words=""):
+    texts = []
+    for start in range(0, len(samples), 16):
+        rows = samples[start : start + 16]
+        full = [*rows, *rows[:1] * (16 - len(rows))]
+        inputs = vlm.process(
+            [vlm.render(s.prompt + words) for s in full], [read_image(s.image) for s in full]
+        )
+        tokens = vlm.generate(inputs, max_new_tokens=3, edits=edits).tokens
+        decoded = vlm.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
+        texts += [text.strip() for text in decoded[: len(rows)]]
+    return texts
+
+
+def test_each_condition_answers_as_it_does_alone(vlm, asked, vector, predictions):
+    v = vector.vector
+    site, answers = vector.site, predictions.answers
+    assert answers[0] == alone(vlm, asked)
+    assert answers[1] == alone(vlm, asked, {site: add(v, 1.5)})
+    assert answers[2] == alone(vlm, asked, {site: add(v, 0.7), OTHER: add(v, 0.7, "last_prompt")})
+    assert answers[3] == alone(vlm, asked, {site: ablate(v, 1.8)})
+    assert answers[4] == alone(vlm, asked, words=" no")
+    assert predictions.errors == {}
+
+
+def test_the_vector_steers(asked, predictions):
+    plain, steered = predictions.answers[:2]
+    said_yes = [i for i, answer in enumerate(plain) if answer == "yes"]
+    assert said_yes
+    assert sum(steered[i] == "no" for i in said_yes) > len(said_yes) / 2
+
+
+def test_an_unreadable_image_is_recorded_and_passed_over(vlm, asked, predictions, tmp_path):
+    (tmp_path / "torn.jpg").write_bytes(asked[3].image.read_bytes()[:200])
+    broken = list(asked)
+    broken[3] = dataclasses.replace(asked[3], image=tmp_path / "torn.jpg")
+    broken[0] = dataclasses.replace(asked[0], image=tmp_path / "none.jpg")
+    found = evaluation.predict(vlm, broken, **OPTIONS)
+    assert list(found.errors) == [asked[0].id, asked[3].id]
+    assert "torn.jpg: cannot be decoded" in found.errors[asked[3].id]
+    expected = list(predictions.answers[0])
+    expected[0] = expected[3] = None
+    assert found.answers == [expected]
+    samples, (answers,) = found.readable(broken)
+    assert len(samples) == len(answers) == 18
+    none = evaluation.predict(vlm, [broken[0]], **OPTIONS)
+    with pytest.raises(ValueError, match=r"none of the 1 images .*none\.jpg: no such image"):
+        none.readable([broken[0]])
+
+
+def test_progress_counts_samples(vlm, asked):
+    seen = []
+    evaluation.predict(vlm, asked, progress=lambda *counts: seen.append(counts), **OPTIONS)
+    assert seen == [(16, 20), (20, 20)]
+
+
+def test_aligned_edits_have_one_structure_and_order():
+    first, second = add(np.ones(4), 2.0), ablate(np.ones(4))
+    variants = [{"a": [first, second, first]}, {"b": second}, {"a": second}, {}]
+    found = evaluation.aligned(variants)
+    assert len({jax.tree.structure(edits) for edits in found}) == 1
+    assert [float(edit.alpha) for edit in found[0]["a"]] == [2, 1, 2]
+    assert [float(edit.alpha) for edit in found[2]["a"]] == [0, 1, 0]
+    assert [float(edit.alpha) for edits in found[3].values() for edit in edits] == [0, 0, 0, 0]
+
+
+def test_messages(vlm, asked, vector):
+    with pytest.raises(ValueError, match="0 conditions and batches of 16"):
+        evaluation.predict(vlm, asked, [], **OPTIONS)
+    with pytest.raises(ValueError, match="no edit 'push'; expected one of add, add_relative"):
+        Condition((vector,), edit="push")
+    other = SteeringVector(vector.vector, vector.site, {"model": "other", "fingerprint": "abc"})
+    with pytest.raises(ValueError, match="fitted on 'other'"):
+        evaluation.predict(vlm, asked[:1], [Condition((other,))], **OPTIONS)
+    with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
+        wrong = dataclasses.replace(vector, site="layers.99")
+        evaluation.predict(vlm, asked[:1], [Condition((wrong,))], **OPTIONS)
