@@ -33,6 +33,46 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def vlm():
+    """The embedded LLaVA, where a folder has no other; tests leave it as it is."""
+    import ports
+    from xlvlm_jax import embedded
+
+    return ports.load(embedded.LLAVA)
+
+
+@pytest.fixture(scope="session")
+def clip():
+    """The embedded CLIP pair."""
+    from ports import clip
+    from xlvlm_jax import embedded
+
+    return clip.load(embedded.CLIP)
+
+
+class ThreeWords:
+    """A head and tokenizer whose three words are the first three columns of the states."""
+
+    directory = None
+
+    def unembed(self, x):
+        return x[:, :3]
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def decode(self, ids):
+        return ("dog", "beach", "the")[ids[0]]
+
+
+@pytest.fixture
+def three_words() -> ThreeWords:
+    """What grounding needs of a model."""
+    return ThreeWords()
+
+
 @pytest.fixture
 def xlvlm(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """xlvlm(*arguments): status, output and errors of the command line."""

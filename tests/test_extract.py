@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ports
-from xlvlm_jax import Features, data, embedded
+from xlvlm_jax import Features, data
 from xlvlm_jax.data import scenes
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.selection import Selection
@@ -22,11 +21,6 @@ SETTINGS = Settings(
     batch_size=4,
     max_new_tokens=16,
 )
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return ports.load(embedded.LLAVA)
 
 
 @pytest.fixture(scope="module")

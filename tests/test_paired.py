@@ -25,11 +25,6 @@ SETTINGS = Settings(
 
 
 @pytest.fixture(scope="module")
-def vlm():
-    return ports.load(embedded.LLAVA)
-
-
-@pytest.fixture(scope="module")
 def tuned():
     """Its last four decoder layers changed by matrices of rank one."""
     vlm = ports.load(embedded.LLAVA)

@@ -62,25 +62,9 @@ def test_a_site_must_be_chosen_among_several(tmp_path):
         stages.choose_site(features, None)
 
 
-class _Head:
-    """A head and a tokenizer of three words."""
-
-    directory = None
-
-    def unembed(self, x):
-        return x[:, :3]
-
-    @property
-    def tokenizer(self):
-        return self
-
-    def decode(self, ids):
-        return ("dog", "beach", "the")[ids[0]]
-
-
-def test_grounding_writes_words_and_images(features, tmp_path):
+def test_grounding_writes_words_and_images(features, tmp_path, three_words):
     stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
-    grounded = stages.ground_concepts(tmp_path / "concepts", _Head(), features, num_images=2)
+    grounded = stages.ground_concepts(tmp_path / "concepts", three_words, features, num_images=2)
     assert sorted(words[0] for words in grounded.words) == ["beach", "dog"]
     assert Concepts.load(tmp_path / "concepts").images == grounded.images
     for words, images in zip(grounded.words, grounded.images, strict=True):
@@ -88,11 +72,11 @@ def test_grounding_writes_words_and_images(features, tmp_path):
         assert parity == {0 if words[0] == "dog" else 1}
 
 
-def test_features_of_another_run_are_refused(features, tmp_path):
+def test_features_of_another_run_are_refused(features, tmp_path, three_words):
     stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
     other = write(tmp_path / "other", np.eye(4, dtype="f4"), [(i, {}) for i in range(4)])
     with pytest.raises(ValueError, match=r"activations of 20 rows, .* has 4; ground concepts with"):
-        stages.ground_concepts(tmp_path / "concepts", _Head(), other)
+        stages.ground_concepts(tmp_path / "concepts", three_words, other)
 
 
 def test_test_features_are_projected(features, tmp_path):

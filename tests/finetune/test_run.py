@@ -99,6 +99,7 @@ def test_the_same_again_is_done_already(vlm, samples, trained):
         finetune(vlm, samples, trained, other, **evaluation, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_all_parameters(pair, vlm, samples, tmp_path):
     settings = Settings(method="full", batch_size=4, steps=2, rate=1e-3, warmup=0.0)
     output = tmp_path / "full"
@@ -180,7 +181,18 @@ class TestCommand:
         output = tmp_path / "answers"
         status, out, err = xlvlm(
             *("finetune", pair.directory, pictures, "--dataset", "vqav2", "--output", output),
-            *("--steps", 1, "--batch-size", 4, "--num-samples", 8, "--rank", 1),
+            *(
+                "--steps",
+                1,
+                "--batch-size",
+                4,
+                "--num-samples",
+                8,
+                "--rank",
+                1,
+                "--target",
+                "v_proj",
+            ),
         )
         assert status == 0, err
         assert "1 steps on 8 samples" in out

@@ -1,6 +1,7 @@
 """Losses and updates against PyTorch, accumulation, precision, devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import torch
 
 import ports
 from ports import peft_files
-from xlvlm_jax.finetune import Settings, examples
+from xlvlm_jax.finetune import Settings, examples, training
 from xlvlm_jax.finetune.training import Trainer, initial_adapter
 
 from ..ports import helpers
@@ -111,13 +112,23 @@ def test_training_learns_and_leaves_the_model_alone(vlm, batches):
     assert len(state.trained) == 2 * 7
 
 
-def test_half_precision_trains_in_single(pair, batches):
-    vlm = ports.load(pair.directory, dtype="bfloat16")
-    trainer = Trainer(vlm, dataclasses.replace(SETTINGS, targets=("q_proj",)), 5)
-    state, figures = trainer.update(trainer.begin(), batches[:1])
+@pytest.mark.slow
+def test_half_precision_trains_in_single(pair, vlm, batches):
+    half = ports.load(pair.directory, dtype="bfloat16")
+    trainer = Trainer(half, SETTINGS, 5)
+    losses = [t.evaluate(t.begin(), batches[:1]) for t in (trainer, Trainer(vlm, SETTINGS, 5))]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    state = trainer.begin()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {np.dtype("float32")}
-    assert float(figures["norm"]) > 0
-    trainer = Trainer(vlm, Settings(method="full"), 5)
+    inputs, lengths = half.place(batches[0].inputs), jnp.asarray(batches[0].lengths)
+    frozen = half.params, trainer.finished(state).scale
+    after, _ = jax.eval_shape(
+        functools.partial(training._step, half.module, SETTINGS, 5, batches[0].window),
+        *(state, frozen, inputs, lengths, True),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.trained)} == {np.dtype("float32")}
+    trainer = Trainer(half, Settings(method="full"), 5)
     state = trainer.begin()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {np.dtype("float32")}
     finished = jax.tree.leaves(trainer.finished(state))
@@ -128,7 +139,7 @@ def test_half_precision_trains_in_single(pair, batches):
 def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
     script = """
         import os
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
         import sys, jax, numpy as np, ports
         from pathlib import Path
         from xlvlm_jax.data import Sample
@@ -140,7 +151,7 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
                    for i, f in enumerate(images)]
         for method in ("lora", "full"):
             ends = []
-            for mesh in (None, ports.make_mesh(4, 2)):
+            for mesh in (None, ports.make_mesh(2, 2)):
                 vlm = ports.load(base, mesh=mesh)
                 settings = Settings(method=method, rank=2, batch_size=4, rate=0.01, warmup=0.0)
                 trainer = Trainer(vlm, settings, 2)
@@ -151,10 +162,13 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
                         assert "data" in str(inputs["input_ids"].sharding.spec)
                     state, figures = trainer.update(state, [batch])
                 ends.append((state.trained, figures))
-            # Of the second update, and so of the parameters after the first; these themselves are
-            # no measure: where a gradient is rounding, Adam makes a full step of it.
+            # Of the second update, and so of the parameters after the first.
             for a, b in zip(*(jax.tree.leaves(figures) for _, figures in ends)):
-                np.testing.assert_allclose(a, b, rtol=1e-3)
+                np.testing.assert_allclose(a, b, rtol=1e-4)
+            # Where a gradient is rounding (that of a key's bias is), Adam makes a full step of it.
+            apart = [np.abs(a - b).ravel() for a, b in
+                     zip(*(jax.tree.leaves(trained) for trained, _ in ends))]
+            assert np.quantile(np.concatenate(apart), 0.8) < 1e-5, method
         print("alike")
     """
     out = helpers.run_python(script, pair.directory, *[s.image for s in samples])

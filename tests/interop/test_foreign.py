@@ -145,27 +145,13 @@ def test_the_reference_can_read_an_export(tmp_path):
     assert data["image"][2][0] == "2.jpg"
 
 
-class _Head:
-    directory = None
-
-    def unembed(self, x):
-        return x[:, :3]
-
-    @property
-    def tokenizer(self):
-        return self
-
-    def decode(self, ids):
-        return ("dog", "beach", "the")[ids[0]]
-
-
-def test_decompose_ground_and_report_work_on_an_import(tmp_path):
+def test_decompose_ground_and_report_work_on_an_import(tmp_path, three_words):
     path = saved(tmp_path / "x.pth", reference())
     run = tmp_path / "run"
     run.mkdir()
     features = import_features(path, run / "features", images=tmp_path / "pictures")
     stages.decompose_features(features, run / "concepts", 2, "kmeans", site=NORM)
-    grounded = stages.ground_concepts(run / "concepts", _Head(), features, num_images=1)
+    grounded = stages.ground_concepts(run / "concepts", three_words, features, num_images=1)
     assert grounded.images[0][0].startswith(str(tmp_path / "pictures" / "train2014"))
     assert "a dog" in write_report(run).read_text("utf-8")
 

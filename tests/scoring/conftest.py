@@ -5,18 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from ports import clip as clip_port
-from xlvlm_jax import embedded
 from xlvlm_jax.data import scenes
 from xlvlm_jax.store import Features, FeaturesWriter
 
 SITE = "language_model.model.norm"
 WIDTH = 192  # of the embedded model
-
-
-@pytest.fixture(scope="session")
-def clip():
-    return clip_port.load(embedded.CLIP)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import ports
 from ports.checkpoint import fingerprint
 from xlvlm_jax import embedded
 from xlvlm_jax.scoring.comparison import compare, score_run, write_scores
@@ -12,11 +11,6 @@ from xlvlm_jax.scoring.records import DictionaryScores
 from xlvlm_jax.scoring.scorer import Scorer
 
 METHODS = ("pca", "simple", "random")
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return ports.load(embedded.LLAVA)
 
 
 @pytest.fixture(scope="module")

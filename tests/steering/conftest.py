@@ -2,14 +2,8 @@
 
 import pytest
 
-import ports
-from xlvlm_jax import data, embedded
+from xlvlm_jax import data
 from xlvlm_jax.data import scenes
-
-
-@pytest.fixture(scope="session")
-def vlm():
-    return ports.load(embedded.LLAVA)
 
 
 @pytest.fixture(scope="session")

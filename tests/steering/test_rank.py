@@ -62,7 +62,7 @@ class TestVectors:
             for j, factor in enumerate((0.0, 1.5))
         ]
         ranked = steering.rank_vectors(
-            vlm, vectors, questions, batch_size=4, max_new_tokens=2, num_samples=6
+            vlm, vectors, questions, batch_size=8, max_new_tokens=2, num_samples=6
         )
         assert [each.vector.source["to"] for each in ranked] == [1, 0]
         assert ranked[0].shift.lost == {"yes": 6}

@@ -8,5 +8,6 @@ from pathlib import Path
 LLAVA = Path(__file__).parent / "llava"
 CLIP = Path(__file__).parent / "clip"
 
-# Three fine-tuned versions, on captions that name a colour, a place or a mood: LoRA adapters.
+# Three fine-tuned versions, on captions that name a colour, a place or a mood: LoRA adapters. The
+# README beside them has the commands that make them.
 ADAPTERS = {name: Path(__file__).parent / "adapters" / name for name in ("color", "place", "mood")}

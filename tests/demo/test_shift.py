@@ -5,7 +5,7 @@ import pytest
 import ports
 from xlvlm_jax import Features, data, embedded
 from xlvlm_jax.data import scenes, select
-from xlvlm_jax.demo_shift import describe, run_shift
+from xlvlm_jax.demo.shift import describe, run_shift
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.selection import Selection
 from xlvlm_jax.shift import ShiftAnalysis

@@ -2,17 +2,22 @@
 
 import io
 import json
+from functools import partial
 
 import pytest
 from rich.console import Console
 
 from xlvlm_jax import Concepts, Features, demo
+from xlvlm_jax.demo import pipeline
+from xlvlm_jax.demo.steering import SITES, run_steering
 
 
 @pytest.mark.slow
 def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "NUM_TRAIN", 120)
-    monkeypatch.setattr(demo, "NUM_TEST", 40)
+    monkeypatch.setattr(pipeline, "NUM_TRAIN", 120)
+    monkeypatch.setattr(pipeline, "NUM_TEST", 40)
+    few = partial(run_steering, sites=SITES[-1:], alphas=(0.7,), num_samples=(100, 24, 20))
+    monkeypatch.setattr(pipeline, "run_steering", few)
     stages: list[str] = []
 
     def stage(name):
@@ -35,8 +40,10 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
         *("snmf", "kmeans", "pca", "simple", "random"),
     }
     assert result.shift.shifted.shape == (4, 192)
+    assert result.steering["conditions"]["steered"]["changes"]["moved_share"] > 0
     page = result.report.read_text()
     assert 'id="shift' in page
+    assert "Steering: Answers from" in page
 
     console = Console(file=io.StringIO(), width=120)
     demo.show(result, console)

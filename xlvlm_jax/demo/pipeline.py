@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 import ports
 from ports import clip
-from xlvlm_jax import atomic, data, demo_shift, embedded, stages
+from xlvlm_jax import atomic, data, embedded, stages
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.data import scenes, select
+from xlvlm_jax.demo.shift import run_shift
+from xlvlm_jax.demo.steering import run_steering
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.metrics import AttributeScore
 from xlvlm_jax.report import write_report
@@ -39,6 +38,7 @@ class Result(NamedTuple):
     scores: Scores
     dictionaries: list[DictionaryScores]  # methods and numbers of concepts, at the final norm
     shift: ShiftAnalysis  # to the model that was fine-tuned to name colours
+    steering: dict[str, Any]  # of answers from yes to no, the summary of the evaluation
     seconds: dict[str, float]  # by stage
     rows: dict[str, int]  # by split
     report: Path
@@ -110,7 +110,7 @@ def run(
     lap("concepts")
 
     rows = {split: len(f.tokens) for split, f in features.items()}
-    shift = demo_shift.run_shift(
+    shift = run_shift(
         vlm,
         output,
         learnt_from,
@@ -137,11 +137,13 @@ def run(
         progress=stage("comparing methods"),
     ).scores
     lap("scores")
+    steering = run_steering(vlm, output, pictures, stage=stage)
+    lap("steering")
     description = _description(word, num_concepts, seed, rows, seconds)
     atomic.write(output / "run.json", json.dumps(description, indent=2) + "\n")
     report = write_report(output)
     lap("report")
-    return Result(concepts, scores, dictionaries, shift, seconds, rows, report)
+    return Result(concepts, scores, dictionaries, shift, steering, seconds, rows, report)
 
 
 def _description(
@@ -161,60 +163,3 @@ def _description(
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
     }
-
-
-def show(result: Result, console: Console) -> None:
-    """Prints what a person wants to know of the run."""
-    final = result.concepts[FINAL]
-    assigned = final.activations.argmax(1)
-    table = Table("concept", "share", "words", title="Concepts at the final norm", box=None)
-    for k in sorted(range(len(final.components)), key=lambda k: -(assigned == k).sum()):
-        share = f"{100 * (assigned == k).mean():.0f} %"
-        table.add_row(str(k), share, ", ".join(final.words[k]))
-    console.print(table)
-
-    table = Table(
-        "site",
-        "attribute",
-        "train",
-        "test",
-        "random",
-        title="What the most activated concept tells (normalised mutual information)",
-        box=None,
-    )
-    for site, splits in result.scores.items():
-        for name, score in splits["train"].items():
-            test = splits["test"].get(name)
-            shown = "" if test is None else f"{test.nmi:.2f}"
-            random = f"{score.random_mean:.2f}"
-            table.add_row(site, name, f"{score.nmi:.2f}", shown, random)
-    console.print(table)
-    table = Table(
-        "method",
-        "K",
-        "CLIPScore",
-        "word overlap",
-        "stability",
-        title="Dictionaries compared, on the test split",
-        box=None,
-    )
-    for row in result.dictionaries:
-        clip_score = f"{row.clip[1].mean:.2f}" if row.clip else ""
-        figures = (row.overlap, row.stability)
-        shown = ("" if value is None else f"{value:.2f}" for value in figures)
-        table.add_row(row.method, str(row.num_concepts), clip_score, *shown)
-    console.print(table)
-
-    overlap = {kind: 100 * result.shift.mean_overlap(kind) for kind in ("original", "shifted")}
-    related = result.shift.correlations["consistency-recovery"]
-    console.print(
-        f"Fine-tuned to name colours: words shared with the fine-tuned concepts "
-        f"{overlap['original']:.0f} % before, {overlap['shifted']:.0f} % after the shift; "
-        f"consistency and recovery correlate {related.r:.2f}"
-    )
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
-    console.print(
-        f"{result.rows['train']} rows learnt on, {result.rows['test']} tested on; "
-        f"{spent}; {sum(result.seconds.values()):.0f} s in all"
-    )
-    console.print(f"Open [bold]{result.report}[/bold] in a browser.")

@@ -1,0 +1,99 @@
+"""The steering part of the demo: one coarse vector, fitted, its strength chosen, and applied."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ports import VLM
+from xlvlm_jax import data, evaluation
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.report.steering_figures import draw_all
+from xlvlm_jax.selection import Selection
+from xlvlm_jax.steering import fit_coarse
+from xlvlm_jax.store import Features
+
+SITES = (
+    "language_model.model.layers.6",
+    "language_model.model.layers.7",
+    "language_model.model.norm",
+)
+ALPHAS = (0.5, 0.6, 0.7, 0.8, 1.0)
+NUM_FIT, NUM_TRY, NUM_TEST = 320, 96, 320  # questions
+
+
+def run_steering(
+    vlm: VLM,
+    run: Path,
+    pictures: Path,
+    *,
+    source: str = "yes",
+    target: str = "no",
+    sites: Sequence[str] = SITES,
+    alphas: Sequence[float] = ALPHAS,
+    num_samples: tuple[int, int, int] = (NUM_FIT, NUM_TRY, NUM_TEST),
+    stage: Callable[[str], Callable[..., None]] | None = None,
+) -> dict[str, Any]:
+    """Steers answers from source to target; returns the summary that `evaluate` writes.
+
+    Into `run` go `steering-features` (the states that the vectors are made of), the chosen vector
+    as `steering/<source>-<target>.safetensors`, and the evaluation with its figures in the
+    directory of that name, which the report shows.
+
+    Args:
+        vlm: the embedded model.
+        run: the run directory.
+        pictures: drawn scenes, in the layout of VQAv2: the vectors are fitted on questions of the
+            training split, site and strength are chosen on others of it, and tested on the test
+            split.
+        source, target: answers.
+        sites, alphas: what is tried.
+        num_samples: questions to fit on, to choose on, to test on.
+        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+    """
+    fitted, tried, tested = num_samples
+    asked = data.load("vqav2", pictures, "train")
+    settings = Settings(
+        tuple(sites), Selection("before-special-tokens"), max_new_tokens=3, batch_size=64
+    )
+    directory = run / "steering-features"
+    advance = None if stage is None else stage("extracting answers")
+    extract(vlm, asked[:fitted], directory, settings, progress=advance)
+    features = Features.open(directory)
+    vectors = [fit_coarse(features, site, [source], [target]) for site in sites]
+
+    task = evaluation.Questions((source,), (target,))
+    options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 32, "stage": stage}
+    others: list[Sample] = asked[fitted : fitted + tried]
+    best, trials = evaluation.select(vlm, others, task, evaluation.grid(vectors, alphas), **options)
+    name = f"{source}-{target}"
+    best.condition.vectors[0].save(run / "steering" / f"{name}.safetensors")
+    conditions = {
+        "steered": best.condition,
+        "instruction": evaluation.Condition(instruction=f"Answer {target}."),
+    }
+    summary = evaluation.evaluate(
+        vlm,
+        data.load("vqav2", pictures, "test")[:tested],
+        task,
+        run / "steering" / name,
+        conditions,
+        sweep=evaluation.describe_sweep(best, trials, task, split="train", samples=len(others)),
+        **options,
+    )
+    draw_all(summary, run / "steering" / name)
+    return summary
+
+
+def describe(summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures that a summary of the demo shows."""
+    steered = summary["conditions"]["steered"]
+    changes, scores = steered["changes"], steered["scores"]
+    plain = summary["conditions"]["plain"]["scores"]
+    return {
+        "site": steered["sites"][0],
+        "alpha": steered["alpha"],
+        "moved": changes["moved_share"],
+        "others changed": changes["others_changed_share"],
+        "accuracy": {kind: (plain[kind]["official"], scores[kind]["official"]) for kind in plain},
+    }
