@@ -24,6 +24,7 @@ import numpy as np
 from ports import VLM
 from ports.checkpoint import fingerprint
 from xlvlm_jax import tokens
+from xlvlm_jax.answers import answered
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.paired import Params, check_alike, finetuned_site, paired_states, share_params
@@ -82,7 +83,7 @@ class _Batch(NamedTuple):
     rows: np.ndarray  # int[B]: the sample of `samples` that each row of the batch belongs to
     num_rows: int  # the rows behind only fill the batch up
     inputs: dict[str, np.ndarray] | None  # None if no image could be read
-    prompt_lengths: np.ndarray  # int[B], image tokens counted
+    answer_lengths: np.ndarray  # int[B]: how many of the last tokens are forced
 
 
 def extract(
@@ -227,13 +228,10 @@ def _prepare(vlm: VLM, samples: tuple[Sample, ...], *, settings: Settings, stric
     rows = np.array(good + good[:1] * fill)
     images += images[:1] * fill
     prompts = [vlm.render(samples[i].prompt) for i in rows]
-    inputs = vlm.process(prompts, images)
-    lengths = inputs["attention_mask"].sum(1)
+    lengths = np.zeros(len(rows), int)
     if settings.mode == "teacher-forcing":
-        answers = [_reference(samples[i]) for i in rows]
-        end = vlm.tokenizer.eos_token or ""
-        texts = [f"{prompt} {answer}{end}" for prompt, answer in zip(prompts, answers, strict=True)]
-        inputs = vlm.process(texts, images)
+        prompts, lengths = answered(vlm, prompts, [_reference(samples[i]) for i in rows])
+    inputs = vlm.process(prompts, images)
     return _Batch(samples, tuple(errors), rows, len(good), inputs, lengths)
 
 
@@ -268,7 +266,7 @@ def _forced(run: _Run, batch: _Batch) -> tokens.Rows:
         states |= {finetuned_site(site): value for site, value in other.items()}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     order = np.cumsum(mask, 1) * mask
-    answer = order > batch.prompt_lengths[:, None]
+    answer = order > order[:, -1:] - batch.answer_lengths[:, None]
     return _selecting(run)("forced", ids, mask, answer, states)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import ports
+from xlvlm_jax.answers import end_token
 from xlvlm_jax.data import Sample
 from xlvlm_jax.finetune import examples
 
@@ -41,7 +42,7 @@ def test_every_model(name, tmp_path, samples):
         for sample, text in zip(samples, texts, strict=False)
     ]
     (batch,) = examples.evaluation_batches(vlm, taught, 2)
-    end = examples.end_token(vlm)
+    end = end_token(vlm)
     assert [a.replace(" ", "") for a in answers(vlm, batch)] == [
         f"{text}{end}".replace(" ", "") for text in texts
     ]

@@ -131,4 +131,4 @@ def test_messages(vlm, samples):
     with pytest.raises(ValueError, match="1 answers for 4 samples"):
         forcing.force(vlm, samples, ["no"], SITE)
     with pytest.raises(ValueError, match=r"the answer to force on sample \d+ is empty"):
-        list(forcing.batches(vlm, samples[:1], [""], 1, end=""))
+        list(forcing.batches(vlm, samples[:1], [""], 1))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ports import VLM
 from ports.padding import bucket_length
+from xlvlm_jax.answers import answered
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
@@ -70,22 +71,6 @@ def answers_of(sample: Sample) -> tuple[str, ...]:
     return answers
 
 
-def complete(vlm: VLM, prompt: str, answer: str) -> str:
-    """A rendered prompt with its answer, as the model would have written it to its end."""
-    space = "" if prompt[-1:].isspace() else " "
-    return f"{prompt}{space}{answer}{end_token(vlm)}"
-
-
-def end_token(vlm: VLM) -> str:
-    """The text of the token that ends an answer: the tokenizer's own, if generation stops there."""
-    tokenizer = vlm.tokenizer
-    if not vlm.eos_tokens:
-        return tokenizer.eos_token or ""
-    if tokenizer.eos_token_id in vlm.eos_tokens:
-        return tokenizer.eos_token
-    return tokenizer.convert_ids_to_tokens(vlm.eos_tokens[0])
-
-
 def _ahead(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     if start == stop:
         return
@@ -104,14 +89,9 @@ def _batch(vlm: VLM, samples: Sequence[Sample], answers: Sequence[str], batch_si
     fill = batch_size - len(samples)
     images = [read_image(sample.image) for sample in samples]
     prompts = [vlm.render(sample.prompt) for sample in samples]
-    texts = [complete(vlm, *pair) for pair in zip(prompts, answers, strict=True)]
-    # Tokens that stand for an image are as many in the prompt as in the whole.
-    ids = vlm.tokenizer([*prompts, *texts])["input_ids"]
-    lengths = [len(a) - len(b) for a, b in zip(ids[len(prompts) :], ids, strict=False)]
+    texts, lengths = answered(vlm, prompts, answers)
     inputs = vlm.process([*texts, *texts[:1] * fill], [*images, *images[:1] * fill])
-    # The first position predicts, but is predicted by none.
-    window = min(bucket_length(max(lengths)), bucket_length(inputs["input_ids"].shape[1]) - 1)
     # One length for most data; but the first position predicts and is predicted by none.
-    window = max(32, bucket_length(max(lengths)))
+    window = max(32, bucket_length(int(lengths.max())))
     window = min(window, bucket_length(inputs["input_ids"].shape[1]) - 1)
     return Batch(inputs, np.array([*lengths, *[0] * fill], np.int32), window)

@@ -21,6 +21,7 @@ from ports.edits import GENERATED, LAST_PROMPT, PADDING, Edits
 from ports.joiner import VisionLanguageModel
 from ports.sites import normal_name, require_sites
 from ports.steering import steer, substitute
+from xlvlm_jax.answers import answered
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
@@ -62,12 +63,17 @@ def begin_site(vlm: VLM, site: str) -> str:
 
 
 def batches(
-    vlm: VLM, samples: Sequence[Sample], answers: Sequence[str] | None, batch_size: int, end: str
+    vlm: VLM,
+    samples: Sequence[Sample],
+    answers: Sequence[str] | None,
+    batch_size: int,
+    *,
+    ended: bool = True,
 ) -> Iterator[tuple[int, dict[str, np.ndarray], np.ndarray]]:
     """(rows that count, the processor's arrays, tokens of each answer int[B]), all of one size.
 
-    answers: what follows each prompt; None: nothing. ValueError for another number of them than
-    samples, or an empty one.
+    answers: what follows each prompt; None: nothing. ended: whether the token that ends an answer
+    follows too. ValueError for another number of answers than samples, or an empty one.
     """
     if answers is not None and len(samples) != len(answers):
         raise ValueError(
@@ -79,12 +85,11 @@ def batches(
     for first in range(0, len(samples), batch_size):
         group = samples[first : first + batch_size]
         images = [read_image(sample.image) for sample in group]
-        texts = prompts = [vlm.render(sample.prompt) for sample in group]
+        texts = [vlm.render(sample.prompt) for sample in group]
+        counts = np.zeros(len(group), int)
         if answers is not None:
             given = answers[first : first + batch_size]
-            texts = [f"{prompt} {a}{end}" for prompt, a in zip(prompts, given, strict=True)]
-        lengths = ([len(ids) for ids in vlm.tokenizer(of)["input_ids"]] for of in (texts, prompts))
-        counts = np.subtract(*lengths)
+            texts, counts = answered(vlm, texts, given, ended=ended)
         # Filled up by its first row, so that every batch runs the same program.
         fill = batch_size - len(group)
         inputs = vlm.process(texts + texts[:1] * fill, images + images[:1] * fill)
@@ -125,8 +130,7 @@ def force(
     can't be read.
     """
     parts = []
-    end = vlm.tokenizer.eos_token or ""
-    for rows, inputs, counts in batches(vlm, samples, answers, batch_size, end):
+    for rows, inputs, counts in batches(vlm, samples, answers, batch_size):
         states = vlm.states(inputs, sites=[site])[site]
         prepared = vlm.prepare(inputs)
         part = Forced(

@@ -136,7 +136,7 @@ def last_token_states(
     Raises ValueError for another number of completions, or an empty one.
     """
     found: list[np.ndarray] = []
-    for rows, inputs, _ in forcing.batches(vlm, samples, completions, batch_size, end=""):
+    for rows, inputs, _ in forcing.batches(vlm, samples, completions, batch_size, ended=False):
         states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
         found.extend(last_states(states, inputs["attention_mask"])[:rows])
         if progress is not None:
