@@ -41,6 +41,7 @@ PAIRS = (("yes", "no"), ("one", "three"), ("white", "black"))
 ADDED, MIRRORED = (0.5, 0.6, 0.7, 0.85, 1.0), (1.5, 2.0)
 FREED = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 OFF_TARGET = (0.01, 0.03, 0.1)  # shares of the other answers that change
+PARTS = ("questions", "learned", "captions")
 CLASSES = ("colour", "mood", "place")
 # LLaVA-1.5 on 5,000 questions of VQAv2: accuracy of yes/no, number and other; answers that are a
 # source word, and a target word, less those before.
@@ -131,6 +132,8 @@ def learned(vlm: ports.VLM, features: Features, test: list[Sample]) -> list[dict
             "coarse": steering.fit_coarse(features, site, [source], [target]),
             "learned": steering.fit_learned(vlm, taught.samples, taught.wanted, site),
         }
+        if (source, target) == PAIRS[0]:
+            vectors["L2S"] = fit_shift(vlm, train, site)
         alphas = np.linspace(0.5, 1.6, 12).tolist()
         conditions = evaluation.grid(list(vectors.values()), alphas)
         some = of_each_type(test, source, 60)
@@ -146,6 +149,37 @@ def learned(vlm: ports.VLM, features: Features, test: list[Sample]) -> list[dict
             row["5 points"] = _strongest(t for t in own if t.cost <= task.max_cost)
             rows.append(row | {"trials": [trial.describe() for trial in own]})
     return rows
+
+
+def fit_shift(vlm: ports.VLM, train: list[Sample], site: str, count: int = 400) -> steering.L2S:
+    """L2S from yes to no: towards the state of a question about the same picture answered by no.
+
+    Questions with other answers stay as they are, which teaches it when to leave one alone.
+    """
+    pictures: dict[Path, list[Sample]] = {}
+    for sample in train:
+        pictures.setdefault(Path(sample.image), []).append(sample)
+    pairs = []
+    for asked in pictures.values():
+        yes, no = (
+            [sample for sample in asked if sample.metadata["answer"] == answer]
+            for answer in ("yes", "no")
+        )
+        pairs += [(sample, other.prompt) for sample, other in zip(yes, no, strict=False)]
+        rest = [sample for sample in asked if sample.metadata["answer"] != "yes"]
+        pairs += [(sample, sample.prompt) for sample in rest[:1]]
+    order = np.random.default_rng(0).permutation(len(pairs))[:count]
+    samples = [pairs[i][0] for i in order]
+    return steering.fit_l2s(
+        vlm,
+        samples,
+        positive=[pairs[i][1] for i in order],
+        negative=[sample.prompt for sample in samples],
+        site=site,
+        contrast="prompt",
+        where="last_prompt",
+        batch_size=32,
+    )
 
 
 def _strongest(trials: Iterable[Trial]) -> float:
@@ -232,7 +266,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         title="Official accuracy in %, test split",
         box=None,
     )
-    for pair, summary in results["questions"].items():
+    for pair, summary in results.get("questions", {}).items():
         for name, measured in summary["conditions"].items():
             if name == "plain" and pair != "yes -> no":
                 continue
@@ -262,7 +296,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         title="Moved %, where so many others change, or other types lose five points",
         box=None,
     )
-    for row in results["learned"]:
+    for row in results.get("learned", ()):
         figures = [row[f"{limit:.0%}"] for limit in OFF_TARGET] + [row["5 points"]]
         table.add_row(row["vector"], row["pair"], *(f"{100 * x:.1f}" for x in figures))
     console.print(table)
@@ -270,7 +304,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         *("captions", "site, strength", "with words, %", "gained, % of those without", "CIDEr"),
         box=None,
     )
-    for name, summary in results["captions"].items():
+    for name, summary in results.get("captions", {}).items():
         plain = summary["conditions"]["plain"]["scores"]["CIDEr"]
         for way in ("towards", "away"):
             measured = summary["conditions"][way]
@@ -294,7 +328,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/steering"))
     parser.add_argument("--pictures", type=int, nargs=3, default=(300, 200, 150))
-    output, (train, val, test) = (lambda a: (a.output, a.pictures))(parser.parse_args())
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    arguments = parser.parse_args()
+    output, (train, val, test) = arguments.output, arguments.pictures
     console = Console(width=150)
     if not (output / "scenes" / "dataset_coco.json").exists():
         scenes.write(output / "scenes", train=train, val=val, test=test, seed=11)
@@ -309,12 +345,13 @@ def main() -> None:
     extract(vlm, asked["train"], output / "features" / "answers", settings)
     features = Features.open(output / "features" / "answers")
     shown = {s: data.load("coco", output / "scenes", s) for s in ("train", "val", "test")}
-    results = {
-        "machine": measure.machine("jax"),
-        "questions": questions(vlm, features, asked["val"], asked["test"], output),
-        "learned": learned(vlm, features, asked["test"]),
-        "captions": captions(vlm, *shown.values(), output),
+    parts = {
+        "questions": lambda: questions(vlm, features, asked["val"], asked["test"], output),
+        "learned": lambda: learned(vlm, features, asked["train"], asked["test"]),
+        "captions": lambda: captions(vlm, *shown.values(), output),
     }
+    results = {"machine": measure.machine("jax")}
+    results |= {name: run() for name, run in parts.items() if name in arguments.parts}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     show(results, console)
 
