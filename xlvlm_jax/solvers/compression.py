@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.loop import image, matmul
+from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 
@@ -32,7 +33,7 @@ def compress(
 ) -> Compressed:
     """The leading `width` directions of the row space of Z, and Z in them."""
     directions = sketch_directions(key, Z.shape[1], width)
-    basis = jnp.linalg.qr(rows.total(image(Z, matmul(Z, directions))))[0]
+    basis = orthonormal(rows.total(image(Z, matmul(Z, directions))))
     return turn_to_axes(basis, matmul(Z, basis), rows)
 
 

@@ -2,12 +2,13 @@
 
     minimise   1/2 |Z - 1 m - S C|_F^2   over scores S[N, K] and components C[K, D] with C C^T = I
 
-m the mean row, S = (Z - 1 m) C^T. `tol` is compared to the relative gain of explained variance in
-the last update.
+m the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that another
+update would bring, relative to what is explained.
 
 Block subspace iteration with Rayleigh-Ritz steps (Halko, Martinsson and Tropp, "Finding structure
 with randomness", 2011, sections 4.5 and 5) on K + OVERSAMPLE directions from a random start.
-Explained variance cannot fall: the new subspace is the image of the old one under the covariance.
+Explained variance cannot fall: the new subspace is the image of the old one under A = (Z - 1 m)^T
+(Z - 1 m). To first order, axis v with variance l = v^T A v gains 2 |A v - l v|^2 / l by it.
 Where min(N, D) <= EXACT the start holds every direction, and there is nothing to iterate. Signs
 follow scikit-learn: the largest entry of a component, in absolute value, is positive.
 """
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.loop import Result, begin, image, matmul, run
+from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
@@ -42,6 +44,7 @@ class State(NamedTuple):
 
     basis: Float[Array, "D R"]  # orthonormal, by falling variance
     scores: Float[Array, "N R"]  # (Z - 1 m) basis; the columns are orthogonal
+    images: Float[Array, "D R"]  # A basis, which spans the next basis
     objective: Float[Array, ""]
     error: Float[Array, ""]
 
@@ -50,8 +53,10 @@ def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -
     """The constants for a Z whose first `num_samples` rows count."""
     real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
     mean = rows.total(matmul(real, Z)) / num_samples
-    energy = 0.5 * jnp.sum(real * jnp.sum((Z - mean) ** 2, axis=1))
-    return Problem(Z, real, mean, rows.total(energy))
+    # Rounded like |Z|^2, which may be much more; the objective comes from the residual itself. The
+    # difference of Z and its mean would cost another matrix of Z's size here.
+    energy = rows.total(jnp.sum(real * jnp.sum(Z.astype(jnp.float32) ** 2, axis=1)))
+    return Problem(Z, real, mean, 0.5 * (energy - num_samples * jnp.sum(mean**2)))
 
 
 def init(
@@ -61,16 +66,41 @@ def init(
     rows: Rows = ONE_DEVICE,
 ) -> State:
     """The state at the span of the given directions."""
-    return _ritz(problem, directions, num_concepts, rows)[0]
+    basis = orthonormal(directions)
+    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
+    variances, axes = jnp.linalg.eigh(rows.total(matmul(scores.T, scores)))
+    variances, axes = variances[::-1], axes[:, ::-1]
+    basis, scores = matmul(basis, axes), matmul(scores, axes)
+    images = covariance_image(problem, scores, rows)
+    objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
+    error = expected_gain(basis, images, variances, num_concepts)
+    return State(basis, scores, images, objective, error)
 
 
 def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
-    """One product with the covariance, then the best axes within its image."""
-    directions = image(problem.Z, state.scores)
-    directions = directions - jnp.outer(problem.mean, matmul(problem.real, state.scores))
-    new, explained = _ritz(problem, rows.total(directions), num_concepts, rows)
-    gain = (state.objective - new.objective) / jnp.maximum(explained, TINY)
-    return new._replace(error=gain)
+    """The best axes within the image of the basis under the covariance."""
+    return init(problem, state.images, num_concepts, rows)
+
+
+def covariance_image(
+    problem: Problem, scores: Float[Array, "N R"], rows: Rows = ONE_DEVICE
+) -> Float[Array, "D R"]:
+    """(Z - 1 m)^T scores."""
+    mean = jnp.outer(problem.mean, matmul(problem.real, scores))
+    return rows.total(image(problem.Z, scores) - mean)
+
+
+def expected_gain(
+    basis: Float[Array, "D R"],
+    images: Float[Array, "D R"],
+    variances: Float[Array, " R"],
+    num_concepts: int,
+) -> Float[Array, ""]:
+    """What another update would add to the variance explained by the first axes, relative to it."""
+    missed = jnp.sum((images - variances * basis) ** 2, axis=0)[:num_concepts]
+    variances = variances[:num_concepts]
+    gain = jnp.sum(jnp.where(variances > TINY, 2 * missed / jnp.maximum(variances, TINY), 0))
+    return gain / jnp.maximum(jnp.sum(variances), TINY)
 
 
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "verbose", "mesh"))
@@ -95,7 +125,9 @@ def solve(
     def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
         problem = prepare(Z, num_samples, rows)
         if not exact:
-            directions = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
+            random = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
+            sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
+            directions = covariance_image(problem, sketch, rows)
         elif num_samples >= D:
             directions = jnp.eye(D)
         else:
@@ -112,6 +144,8 @@ def solve(
         residual = Z - jnp.outer(problem.real, problem.mean) - matmul(scores, components)
         beyond = rows.total(jnp.sum(scores**2, axis=0))
         left = 0.5 * rows.total(jnp.sum(residual**2))
+        # What rounding took from the energy is missing in the whole history.
+        missed = left - progress.state.objective
         missing = jnp.arange(K) >= jnp.array(num_concepts)[:, None]
 
         def copies(value: Array) -> Array:
@@ -123,7 +157,7 @@ def solve(
             objective=left + 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1),
             iterations=copies(progress.iteration),
             converged=copies(progress.state.error <= tol),
-            history=copies(progress.history),
+            history=copies(progress.history + missed),
             mean=copies(problem.mean),
         )
 
@@ -146,17 +180,3 @@ def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:
 def _signs(components: Float[Array, "K D"]) -> Float[Array, " K"]:
     largest = jnp.argmax(jnp.abs(components), axis=1)
     return jnp.where(components[jnp.arange(len(components)), largest] < 0, -1.0, 1.0)
-
-
-def _ritz(
-    problem: Problem, directions: Float[Array, "D R"], num_concepts: int, rows: Rows
-) -> tuple[State, Float[Array, ""]]:
-    """The principal axes within the span of `directions`, and what the first K of them explain."""
-    basis = jnp.linalg.qr(directions)[0]
-    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
-    squares, axes = jnp.linalg.eigh(rows.total(matmul(scores.T, scores)))
-    axes = axes[:, ::-1]
-    explained = 0.5 * jnp.sum(squares[::-1][:num_concepts])
-    objective = jnp.maximum(problem.energy - explained, 0)
-    state = State(matmul(basis, axes), matmul(scores, axes), objective, jnp.float32(jnp.inf))
-    return state, explained

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.compression import sketch_directions, turn_to_axes
 from xlvlm_jax.solvers.loop import image, matmul
+from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
 
 
@@ -49,7 +50,7 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
 
     directions = sketch_directions(key, D, width)
     spanned = add_up(source, lambda tile: _sketch(tile.Z, directions), keep)
-    basis = jnp.linalg.qr(spanned)[0]
+    basis = orthonormal(spanned)
     X = np.empty((N, basis.shape[1]), np.float32)
 
     def keep_columns(tile: Tile, columns: Array) -> None:

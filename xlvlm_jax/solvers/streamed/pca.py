@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import Result, image, matmul
+from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Write, add_up, check_rows, write_out
 
 
@@ -40,7 +41,7 @@ def solve(
     directions = sketch_directions(key, D, R)
     total, spanned = add_up(source, lambda t: first(t.Z, t.real, directions), check_rows)
     mean = total / N
-    basis = jnp.linalg.qr(spanned - N * jnp.outer(mean, matmul(mean, directions)))[0]
+    basis = orthonormal(spanned - N * jnp.outer(mean, matmul(mean, directions)))
 
     @jax.jit
     def work(Z: Array, real: Array, basis: Array) -> tuple[Any, tuple]:
@@ -48,18 +49,19 @@ def solve(
         scores = matmul(Z, basis)
         return (image(Z, scores), matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)), ()
 
-    history, error, explained = [], np.inf, 0.0
+    history, error = [], np.inf
     while True:
         on_tile = partial(lambda tile, basis: work(tile.Z, tile.real, basis), basis=basis)
         spanned, gram, energy = add_up(source, on_tile)
-        squares, axes = jnp.linalg.eigh(gram)
-        found = 0.5 * float(jnp.sum(squares[::-1][:K]))
-        history.append(max(float(energy) - found, 0.0))
-        error, explained = (found - explained) / max(found, pca.TINY), found
+        variances, axes = jnp.linalg.eigh(gram)
+        variances, axes = variances[::-1], axes[:, ::-1]
+        basis, images = matmul(basis, axes), matmul(spanned, axes)
+        history.append(max(float(energy) - 0.5 * float(jnp.sum(variances[:K])), 0.0))
+        error = float(pca.expected_gain(basis, images, variances, K))
         if error <= tol or len(history) > max_iter or min(N, D) == R:
             break
-        basis = jnp.linalg.qr(spanned)[0]
-    components = pca.with_signs(matmul(basis, axes[:, ::-1][:, :K]).T)
+        basis = orthonormal(images)
+    components = pca.with_signs(basis[:, :K].T)
 
     @jax.jit
     def finish(Z: Array, real: Array) -> tuple[Array, Array]:

@@ -1,0 +1,45 @@
+"""An orthonormal basis: by hand, against numpy, for any columns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xlvlm_jax.solvers.orthonormal import orthonormal
+
+
+def test_by_hand():
+    columns = jnp.array([[3.0, 3.0], [4.0, 4.0], [0.0, 2.0]])
+    np.testing.assert_allclose(
+        orthonormal(columns), [[0.6, 0.0], [0.8, 0.0], [0.0, 1.0]], atol=1e-6
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 12))
+def test_orthonormal_and_of_the_same_span(seed, decades):
+    """Also where lengths differ by many orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    columns = (rng.normal(size=(40, 6)) * 10 ** np.linspace(0, -decades, 6)).astype(np.float32)
+    basis = np.asarray(orthonormal(jnp.asarray(columns)))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=2e-5)
+    theirs = np.linalg.qr(columns.astype(np.float64))[0]
+    np.testing.assert_allclose(basis @ basis.T, theirs @ theirs.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dependent", "zero", "nearly dependent"])
+def test_columns_that_span_less(kind):
+    """Still orthonormal, as scikit-learn's components of a matrix of low rank are."""
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(30, 4)).astype(np.float32)
+    columns[:, 3] = {
+        "dependent": columns[:, 0] - columns[:, 1],
+        "zero": 0 * columns[:, 0],
+        "nearly dependent": columns[:, 0] * (1 + 1e-6) + 1e-6 * columns[:, 2],
+    }[kind]
+    basis = np.asarray(jax.jit(orthonormal)(jnp.asarray(columns)))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=2e-5)
+    rest = columns - basis @ (basis.T @ columns)
+    np.testing.assert_allclose(rest, 0, atol=1e-4)
