@@ -13,6 +13,9 @@ import jax
 import numpy as np
 
 
+REST = 0.2  # seconds before a measured call
+
+
 class Paired(NamedTuple):
     """Two sides run in turn, so that a busy moment of the machine meets both."""
 
@@ -25,6 +28,8 @@ class Paired(NamedTuple):
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     """Wall time of a call until its arrays are ready, and what it returned."""
+    # The other side's threads may still spin, waiting for work.
+    time.sleep(REST)
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.compression import compress
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
 from xlvlm_jax.solvers.restarts import best_first, sample
@@ -169,7 +170,7 @@ def assign(
     mean = jnp.mean(centroids, axis=0)
     scores = score(Z, centroids - mean, mean)
     labels, least = nearest(scores)
-    exact = jnp.sum((Z - centroids[labels]) ** 2, axis=1)
+    exact = residual.of_labels(Z, labels, centroids)
     return labels, (scores - least + exact).T
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.loop import Result, begin, image, matmul, run
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
@@ -140,10 +141,14 @@ def solve(
         components = progress.state.basis[:, :K].T
         scores = progress.state.scores[:, :K]
         sign = _signs(components)
-        # From the residual itself: energy - explained variance cancels when the fit is good.
-        residual = Z - jnp.outer(problem.real, problem.mean) - matmul(scores, components)
         beyond = rows.total(jnp.sum(scores**2, axis=0))
-        left = 0.5 * rows.total(jnp.sum(residual**2))
+        # From the residual itself: energy - explained variance cancels when the fit is good. The
+        # mean is one more component, with a score of one.
+        all_scores = jnp.concatenate([scores, problem.real[:, None]], axis=1)
+        squares = residual.of_products(
+            Z, all_scores, jnp.concatenate([components, problem.mean[None]])
+        )
+        left = 0.5 * rows.total(jnp.sum(squares))
         # What rounding took from the energy is missing in the whole history.
         missed = left - progress.state.objective
         missing = jnp.arange(K) >= jnp.array(num_concepts)[:, None]

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import atoms as dictionary
 from xlvlm_jax.solvers import codes as coding
+from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.compression import compress
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
@@ -139,8 +140,8 @@ def objective(
     alpha: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """f from the residual itself, without the cancellation of the form that the updates use."""
-    residual = Z - matmul(codes.T, atoms)
-    return 0.5 * jnp.sum(residual**2) + alpha * jnp.sum(jnp.abs(codes))
+    squares = residual.of_products(Z, codes.T, atoms)
+    return 0.5 * jnp.sum(squares) + alpha * jnp.sum(jnp.abs(codes))
 
 
 def _cost(
