@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-
 REST = 0.2  # seconds before a measured call
 
 
