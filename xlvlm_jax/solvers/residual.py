@@ -44,7 +44,7 @@ def _by_tiles(function: Callable[..., Array], Z: Array, other: Array) -> Array:
         tile = (jax.lax.dynamic_slice_in_dim(array, first, count) for array in (Z, other))
         return function(*tile)
 
-    if N <= size:
+    if size >= N:
         return rows(0, N)
     whole = N // size
     found = jax.lax.map(lambda i: rows(i * size, size), jnp.arange(whole)).reshape(-1)
