@@ -1,6 +1,7 @@
 """Answers under several conditions: each as if it were run alone."""
 
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -61,6 +62,20 @@ def test_each_condition_answers_as_it_does_alone(vlm, asked, vector, predictions
     assert answers[3] == alone(vlm, asked, {site: ablate(v, 1.8)})
     assert answers[4] == alone(vlm, asked, words=" no")
     assert predictions.errors == {}
+
+
+def test_no_more_rows_at_once_than_the_cache_has_room_for(
+    vlm, asked, conditions, predictions, monkeypatch
+):
+    module = importlib.import_module("xlvlm_jax.evaluation.predict")
+    inputs = vlm.process([vlm.render("how many?")] * 2, [read_image(asked[0].image)] * 2)
+    config, slots = vlm.module.config.text, inputs["input_ids"].shape[1] + 3
+    row = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
+    for room, rows in ((9 * row, 9), (row // 2, 2), (10**12, module.MOST_ROWS)):
+        monkeypatch.setattr(module, "CACHE_BYTES", room)
+        assert module._rows_at_once(vlm, inputs, 3) == rows
+    monkeypatch.setattr(module, "CACHE_BYTES", 1)
+    assert evaluation.predict(vlm, asked, conditions, **OPTIONS).answers == predictions.answers
 
 
 def test_the_vector_steers(asked, predictions):

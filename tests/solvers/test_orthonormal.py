@@ -43,3 +43,26 @@ def test_columns_that_span_less(kind):
     np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=2e-5)
     rest = columns - basis @ (basis.T @ columns)
     np.testing.assert_allclose(rest, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6, 0])
+def test_a_few_strong_directions_in_many_columns(noise):
+    """What a range finder meets: the image of a matrix with few large singular values."""
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(600, 16)) @ rng.normal(size=(16, 120))
+    columns = (columns + noise * rng.normal(size=columns.shape)).astype(np.float32)
+    basis = np.asarray(jax.jit(orthonormal)(jnp.asarray(columns)))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(120), atol=2e-5)
+    rest = columns - basis @ (basis.T @ columns)
+    assert np.abs(rest).max() < 1e-4
+
+
+def test_without_a_fallback_where_none_is_needed(monkeypatch):
+    """Condition numbers up to 10^5 stay with products."""
+    monkeypatch.setattr(jnp.linalg, "qr", None)
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 20)))[0] for n in (300, 20))
+    columns = left * np.logspace(0, -4, 20) @ right
+    with jax.disable_jit():
+        basis = np.asarray(orthonormal(jnp.asarray(columns, jnp.float32)))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(20), atol=2e-5)

@@ -16,7 +16,7 @@ def demo(
     num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
     seed: Seed = 0,
 ) -> None:
-    """The whole of it on the embedded model: draw, extract, factor, ground, score, report."""
+    """The whole of it on the embedded model: concepts, scores, shift, steering, report."""
     from xlvlm_jax import demo as module
 
     with progress_bars() as progress:

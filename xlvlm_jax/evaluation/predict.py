@@ -23,6 +23,7 @@ from ports.edits import Edit, Edits
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
+MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 
@@ -131,7 +132,7 @@ def predict(
     *,
     max_new_tokens: int = 10,
     batch_size: int = 16,
-    max_rows: int = 512,
+    max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """The model's greedy answers to each sample under each condition.
@@ -142,7 +143,8 @@ def predict(
         conditions: A of them.
         max_new_tokens: M, of an answer at most.
         batch_size: B, of every batch: the last one is filled up.
-        max_rows: A times B of one run, at most; more conditions are run in several.
+        max_rows: A times B of one run, at most; more conditions are run in several. None: 512, or
+            as many as keep the key-value cache within 4 GiB.
         progress: called after each batch with (samples done, samples in all).
 
     An image that can't be read is recorded and passed over. Raises ValueError for a batch size
@@ -211,7 +213,11 @@ def _prepare(
 
 
 def _run(
-    vlm: VLM, batch: _Batch, conditions: Sequence[Condition], max_new_tokens: int, max_rows: int
+    vlm: VLM,
+    batch: _Batch,
+    conditions: Sequence[Condition],
+    max_new_tokens: int,
+    max_rows: int | None,
 ) -> Iterator[tuple[int, jax.Array]]:
     """(number of a condition, tokens int32[B, M]) for each condition."""
     if not batch.good:
@@ -226,7 +232,8 @@ def _run(
             yield from ((number, tokens) for number in numbers)
             continue
         variants = aligned([conditions[number].edits(vlm, inputs) for number in numbers])
-        runs = -(-len(numbers) * len(inputs["input_ids"]) // max_rows)
+        at_once = max_rows or _rows_at_once(vlm, inputs, max_new_tokens)
+        runs = -(-len(numbers) * len(inputs["input_ids"]) // at_once)
         size = -(-len(numbers) // runs)
         for start in range(0, len(numbers), size):
             chunk = variants[start : start + size]
@@ -234,6 +241,14 @@ def _run(
             chunk += chunk[:1] * (size - len(chunk))
             result = vlm.sweep(inputs, chunk, max_new_tokens=max_new_tokens)
             yield from zip(numbers[start : start + size], result.tokens, strict=False)
+
+
+def _rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -> int:
+    rows, length = inputs["input_ids"].shape
+    make = functools.partial(vlm.module.init_cache, rows, length + max_new_tokens)
+    cache = jax.tree.leaves(jax.eval_shape(make))
+    row = sum(leaf.size * leaf.dtype.itemsize for leaf in cache) // rows
+    return max(min(MOST_ROWS, CACHE_BYTES // row), rows)
 
 
 def aligned(variants: Sequence[Edits]) -> list[dict[str, tuple[Edit, ...]]]:

@@ -8,24 +8,28 @@ from xlvlm_jax.solvers.loop import matmul
 
 TINY = 1e-30
 ACCURATE = 1e-5  # of the entries of B^T B - 1
+SHIFT = 1e-4  # of the squared lengths of the columns, which are one
 
 
 def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
     """B[D, R] with B^T B = 1, whose columns span those of the given ones.
 
-    Cholesky QR, twice (Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm",
-    2015): unlike Householder's it is two products with the columns, fast on every device and on a
-    busy machine. It needs columns that are not nearly dependent; where they are, which its result
-    shows, Householder's does the work.
+    Shifted Cholesky QR (Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices", 2020): unlike Householder's it is a few products with the columns,
+    fast on every device and on a busy machine. Columns that are dependent up to rounding are
+    beyond it, which its result shows; there Householder's does the work.
     """
-    lengths = jnp.linalg.norm(columns, axis=0)
-    basis = _by_cholesky(_by_cholesky(columns / jnp.maximum(lengths, TINY)))
-    error = jnp.abs(matmul(basis.T, basis) - jnp.eye(basis.shape[1])).max()
-    # Not a number where a Gram matrix was not positive: no comparison with it holds.
-    return jax.lax.cond(error < ACCURATE, lambda: basis, lambda: jnp.linalg.qr(columns)[0])
+    basis = columns / jnp.maximum(jnp.linalg.norm(columns, axis=0), TINY)
+    # The shift keeps the first Gram matrix positive, and leaves columns that the second can do.
+    for shift in (SHIFT, 0.0, 0.0):
+        basis = _by_cholesky(basis, shift)
+    error = jnp.abs(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
+    # Each entry by itself: a maximum may pass over what is not a number.
+    good = jnp.all(error < ACCURATE)
+    return jax.lax.cond(good, lambda: basis, lambda: jnp.linalg.qr(columns)[0])
 
 
-def _by_cholesky(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
-    factor = jnp.linalg.cholesky(matmul(columns.T, columns))
-    identity = jnp.eye(factor.shape[0])
+def _by_cholesky(columns: Float[Array, "D R"], shift: float) -> Float[Array, "D R"]:
+    identity = jnp.eye(columns.shape[1])
+    factor = jnp.linalg.cholesky(matmul(columns.T, columns) + shift * identity)
     return matmul(columns, jax.scipy.linalg.solve_triangular(factor, identity, lower=True).T)

@@ -1,0 +1,205 @@
+"""The page of results: tables, plots and what they say, from the files that the benchmarks wrote.
+
+    python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/README.md
+
+Figures of a TPU v5e and an H100 are computed, not measured: an update takes the longer of reading Z
+once and doing its products with Z, at the rates that the makers give.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parents[1]
+# Bytes a second, and float32 operations a second at matmul precision "highest": six bfloat16
+# products on the TPU, the float32 units of the H100 (SXM).
+DEVICES = {"TPU v5e": (819e9, 197e12 / 6), "H100": (3.35e12, 67e12)}
+COLUMNS = {"snmf": 2, "kmeans": 1, "pca": 2}  # products of Z with K columns in an update
+OVERSAMPLE = {"snmf": 0, "kmeans": 0, "pca": 20}
+READING = """# Measured
+
+Two cores of a shared x86 machine, float32; both sides in turn in one process, medians. Made by
+
+    python -m benchmarks.solvers           # solvers against other libraries
+    python -m benchmarks.solvers.growth    # seconds of an update against N and D
+    python -m benchmarks.solvers.page      # this page
+
+{machine}
+
+## Which method, which size
+
+- **k-means** is the cheapest and has the best CLIPScore on the embedded model; each row belongs to
+  one concept. Take it first, and for K of hundreds and thousands.
+- **semi-NMF** gives several concepts a row and a lower reconstruction error for the same K; it
+  costs two products with Z an update. Its codes are found by coordinate descent up to 128 concepts
+  and by accelerated gradient beyond, which is where its cost grows.
+- **PCA** is the fastest to its optimum and the least readable: components share words and have two
+  signs. Use it as the bound that no other factorisation of K concepts undercuts.
+- Where K is much smaller than D, semi-NMF and k-means work in K + some tens of columns and read Z
+  itself in the last few updates alone: width is then nearly free, rows are not.
+- Memory beyond Z is that of the codes (N K numbers, several times). Where K is not far below D that
+  is as much as Z; `xlvlm decompose --stream` keeps neither in memory.
+
+## Against other libraries
+
+![Times faster than each library, by case](solvers.svg)
+
+"Times faster" is the median of the pairs' ratios, without compilation. An objective below 1 means
+that ours is lower. The limit of an update is the longer of reading Z once and doing its products
+with Z at the rate of a large product, both measured in the same run.
+
+{table}
+
+DictionaryLearning is left out beyond 3,000 rows: it takes minutes there. faiss makes as many
+updates as scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop elsewhere than
+the others, which the objective shows.
+
+What bounds an update at K = 20: XLA multiplies [20, N] by [N, D] at about half the rate of [N, D]
+by [D, 20], and slower than OpenBLAS; tiles, transposed or direct forms of that product are no
+faster. scikit-learn takes PCA of at most 1,000 columns from the covariance matrix, one product with
+Z in all, so that little is to be gained there.
+
+## Growth
+
+Seconds of an update = a + b x, K = 20; N grows at D = 1024, D at N = 8000.
+
+{growth}
+
+## What an update costs on an accelerator (computed, not measured)
+
+Z [100000, 4096] in float32, 1.6 GB. "bound" says what takes the time.
+
+{computed}
+"""
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """The table of `benchmarks.solvers`."""
+    headings = ["method", "Z, K", "data", "peer", "ours s", "peer s", "times faster"]
+    headings += ["objective ours / peer", "update ms", "share of limit", "beyond Z"]
+    return markdown(
+        headings,
+        [
+            [
+                row["method"],
+                f"[{row['N']}, {row['D']}], {row['K']}",
+                row["data"],
+                row["peer"],
+                f"{row['seconds']:.2f}",
+                f"{row['peer_seconds']:.2f}",
+                f"{row['times_faster']:.1f}",
+                f"{row['objective_ratio']:.5f}",
+                f"{1e3 * row['update_seconds']:.1f}",
+                f"{100 * row['share_of_limit']:.0f} %",
+                f"{100 * row['beyond_Z']:.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def growth_table(rows: list[dict[str, Any]]) -> str:
+    """The table of `benchmarks.solvers.growth`."""
+    return markdown(
+        ["method", "grows", "ms", "r²", "exponent", "beyond Z"],
+        [
+            [
+                row["method"],
+                row["of"],
+                ", ".join(f"{1e3 * x:.1f}" for x in row["seconds"]),
+                f"{row['r2']:.4f}",
+                f"{row['exponent']:.2f}",
+                f"{100 * max(row['beyond_Z']):.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def computed_table(N: int = 100_000, D: int = 4096) -> str:
+    """Milliseconds of an update by the formula of the limit."""
+    rows = []
+    for method, products in COLUMNS.items():
+        for K in (20, 256, 1024):
+            cells = []
+            for bandwidth, rate in DEVICES.values():
+                read = 4 * N * D / bandwidth
+                multiply = 2 * N * D * products * (K + OVERSAMPLE[method]) / rate
+                bound = "reading" if read > multiply else "products"
+                cells.append(f"{1e3 * max(read, multiply):.1f} ({bound})")
+            rows.append([method, str(K), *cells])
+    return markdown(["method", "K", *(f"{name} ms" for name in DEVICES)], rows)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Times faster, a panel a method, a mark a peer."""
+    methods = [m for m in ("snmf", "kmeans", "pca") if any(_method(r) == m for r in rows)]
+    figure, axes = plt.subplots(1, len(methods), figsize=(4.4 * len(methods), 3.6))
+    for axis, method in zip(axes if len(methods) > 1 else [axes], methods, strict=True):
+        own = [row for row in rows if _method(row) == method]
+        cases = list(dict.fromkeys((row["N"], row["D"], row["K"]) for row in own))
+        for peer in dict.fromkeys(row["peer"] for row in own):
+            for data, filled in (("planted", True), ("states", False)):
+                chosen = [r for r in own if r["peer"] == peer and r["data"] == data]
+                places = [cases.index((r["N"], r["D"], r["K"])) for r in chosen]
+                color = f"C{list(dict.fromkeys(r['peer'] for r in own)).index(peer)}"
+                axis.scatter(
+                    places,
+                    [r["times_faster"] for r in chosen],
+                    facecolors=color if filled else "none",
+                    edgecolors=color,
+                    label=peer if filled else None,
+                )
+        axis.axhline(1, color="0.6", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(cases)), [f"{N:,}x{D}\nK {K}" for N, D, K in cases], fontsize=6)
+        axis.set_title(method)
+        axis.legend(fontsize=6)
+    figure.supylabel("times faster (filled: planted, open: like states)", fontsize=8)
+    figure.tight_layout()
+    # The same page twice is the same bytes.
+    plt.rcParams["svg.hashsalt"] = "solvers"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _method(row: dict[str, Any]) -> str:
+    return row["method"].split(",")[0]
+
+
+def main() -> None:
+    """Read, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    solvers, growth = (
+        json.loads((arguments.results / f"{name}.json").read_text())
+        for name in ("solvers", "growth")
+    )
+    versions = (f"{k} {v}" for k, v in solvers["machine"].items() if k not in ("cores", "devices"))
+    page = READING.format(
+        machine=", ".join(versions),
+        table=comparison(solvers["rows"]),
+        growth=growth_table(growth["rows"]),
+        computed=computed_table(),
+    )
+    draw(solvers["rows"], arguments.output / "solvers.svg")
+    (arguments.output / "README.md").write_text(page)
+    print(f"wrote {arguments.output / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main()
