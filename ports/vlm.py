@@ -170,11 +170,15 @@ class VLM:
         """
         return self.module.apply({"params": params}, inputs, **kwargs)
 
-    @functools.cached_property
+    @property
     def sites(self) -> tuple[str, ...]:
         """Names, in network order, of the modules that can be captured or steered."""
-        inputs = self.example_inputs()
-        return tuple(list_sites(self.apply, self.params, inputs))
+        return tuple(self.site_shapes)
+
+    @functools.cached_property
+    def site_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of the states at each site, for the port's example inputs; the last is D."""
+        return list_sites(self.apply, self.params, self.example_inputs())
 
     @functools.cached_property
     def _token_sites(self) -> frozenset[str]:
@@ -244,26 +248,58 @@ class VLM:
             ValueError: an unknown site, a site outside the decoder, no room for a new token, an
                 edit that does not fit, or images that do not fit the prompt.
         """
+        arguments, options, length = self._generation(
+            inputs, max_new_tokens, sites, edits, sampling, prompt_states
+        )
+        result = _generate(*arguments, **options)
+        return result._replace(prompt_states=self._cut(result.prompt_states, length))
+
+    def lower(
+        self,
+        inputs: joiner.Inputs,
+        *,
+        sites: Sequence[str],
+        max_new_tokens: int | None = None,
+        prompt_states: bool = False,
+    ) -> jax.stages.Lowered:
+        """The program of `generate`, or with no `max_new_tokens` of `states`, for such a batch.
+
+        Nothing is computed, and parameters may be abstract. Compiled, it tells its memory:
+        `vlm.lower(...).compile().memory_analysis()`. Raises as those two.
+        """
+        if max_new_tokens is not None:
+            arguments, options, _ = self._generation(
+                inputs, max_new_tokens, sites, None, None, prompt_states
+            )
+            return _generate.lower(*arguments, **options)
+        arrays = self._place(self._check(inputs))
+        return _states.lower(self.module, self.params, arrays, {}, self.check_sites(sites))
+
+    def _generation(
+        self,
+        inputs: joiner.Inputs,
+        max_new_tokens: int,
+        sites: Sequence[str],
+        edits: Edits | None,
+        sampling: Sampling | None,
+        prompt_states: bool,
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+        """What the compiled generation takes, and the prompts' length before it is filled up."""
         sites = self.check_sites(sites, generated=True)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         checked = self._check(inputs)
         edits = self._place_edits(edits, checked, generated=True)
-        arrays = padding.align_right(checked)
-        length = arrays["input_ids"].shape[1]
-        result = _generate(
-            self.module,
-            self.params,
-            self._place(arrays),
-            sampling,
-            edits,
-            max_new_tokens=max_new_tokens,
-            eos_tokens=self.eos_tokens,
-            pad_token=self.pad_token,
-            sites=sites,
-            prompt_states=prompt_states,
-        )
-        return result._replace(prompt_states=self._cut(result.prompt_states, length))
+        arrays = self._place(padding.align_right(checked))
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "eos_tokens": self.eos_tokens,
+            "pad_token": self.pad_token,
+            "sites": sites,
+            "prompt_states": prompt_states,
+        }
+        length = checked["input_ids"].shape[1]
+        return (self.module, self.params, arrays, sampling, edits), options, length
 
     def sweep(
         self,

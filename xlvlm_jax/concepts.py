@@ -10,7 +10,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -27,11 +28,13 @@ from xlvlm_jax import atomic
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
 from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
+    StoredMatrix,
     as_matrix,
     check_finite,
     check_num_concepts,
     check_number,
     check_whole,
+    read_rows,
     shard_rows,
 )
 from xlvlm_jax.solvers.loop import Result
@@ -180,6 +183,22 @@ class Concepts:
         return cls(**arrays, **known)
 
 
+def on_host(concepts: Concepts) -> Concepts:
+    """Concepts with their arrays as numpy's; activations that lie on several hosts are gathered.
+
+    Every host calls it.
+    """
+    arrays = {name: getattr(concepts, name) for name in _ARRAYS}
+    gathered = {
+        name: multihost_utils.process_allgather(value, tiled=True)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable
+        else np.asarray(value)
+        for name, value in arrays.items()
+        if value is not None
+    }
+    return replace(concepts, **gathered)
+
+
 class StoredActivations:
     """The activations of concepts that are being found, written where `Concepts.load` reads them.
 
@@ -222,7 +241,7 @@ _DESCRIBED = (
 
 
 def decompose(
-    Z: Shaped[Array | np.ndarray, "..."],
+    Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
     num_concepts: int | Sequence[int],
     method: str = "snmf",
     *,
@@ -247,7 +266,8 @@ def decompose(
 
     Args:
         Z: float, bfloat16, float16 or integer[N, D], of numpy or JAX. bfloat16 and float16 stay as
-            they are, anything else becomes float32; sums are float32 always.
+            they are, anything else becomes float32; sums are float32 always. Or what reads rows,
+            such as `Features.stored(site)`: each host then reads those of its own devices.
         num_concepts: K, at least 1 and at most N (for pca at most min(N, D)); or several of them,
             which are solved side by side in one program.
         key: from jax.random.key; the same key gives the same concepts.
@@ -268,7 +288,8 @@ def decompose(
     """
     method = _method(method)
     options = _options(method, options)
-    Z = as_matrix(Z, "Z", row="sample")
+    stored = isinstance(Z, StoredMatrix)
+    Z = Z if stored else as_matrix(Z, "Z", row="sample")
     N, D = Z.shape
     several = isinstance(num_concepts, Sequence | np.ndarray)
     numbers = tuple(num_concepts) if several else (num_concepts,)
@@ -277,7 +298,9 @@ def decompose(
     for number in numbers:
         check_num_concepts(number, N, D, method)
     _check_key(key)
-    if mesh is not None:
+    if stored:
+        Z = read_rows(Z, mesh)
+    elif mesh is not None:
         Z = shard_rows(Z, mesh)
     check_finite(Z, "Z")
 
@@ -299,6 +322,35 @@ def decompose(
         for i, number in enumerate(numbers)
     ]
     return found if several else found[0]
+
+
+def memory_needed(
+    shape: tuple[int, int],
+    num_concepts: int,
+    method: str = "snmf",
+    *,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> int:
+    """Bytes of a device that `decompose` of Z[N, D] takes, Z among them, as the compiler counts.
+
+    The program is compiled and not run; no Z is needed. Arguments and errors as for `decompose`.
+    """
+    method = _method(method)
+    check_num_concepts(num_concepts, *shape, method)
+    N, D = shape
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
+    rows = N if mesh is None else N + -N % mesh.shape["data"]
+    Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
+    arguments = _options(method, options)
+    arguments.pop("init", None)
+    lowered = METHODS[method].solve.lower(
+        Z, jax.random.key(0), num_samples=N, num_concepts=(num_concepts,), mesh=mesh, **arguments
+    )
+    memory = lowered.compile().memory_analysis()
+    sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
+    return sum(getattr(memory, size) for size in sizes)
 
 
 def _check_key(key: Any) -> None:

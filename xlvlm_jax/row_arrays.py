@@ -86,6 +86,10 @@ class StoredRows:
                 following = self._read(start + count, count)
             yield start, reading.result()
 
+    def read(self, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
+        """The rows from `start` up to `stop`."""
+        return self._array[start:stop].read().result()
+
     def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
         """Some rows by number."""
         return self._array[np.asarray(numbers, np.int64)].read().result()

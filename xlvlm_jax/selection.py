@@ -169,6 +169,13 @@ class Selection:
         keep = self.keep(positions, token_ids=token_ids, end_ids=end_ids)
         return tokens.reduce(states, positions, keep, self.how, max_rows=self._max_rows())
 
+    def rows_at_most(self, positions: int) -> int:
+        """How many rows a sample of that many positions gives at most."""
+        if self.how != "each":
+            return 1
+        bound = self._max_rows()
+        return positions if bound is None else min(bound, positions)
+
     def _max_rows(self) -> int | None:
         """What no sample has more kept positions than; None when only its length bounds them."""
         if self.mode != "range":

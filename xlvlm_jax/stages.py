@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from ports import VLM
 from ports.checkpoint import fingerprint
+from xlvlm_jax import hosts
 from xlvlm_jax.concepts import (
     Concepts,
     StoredActivations,
     decompose,
     decompose_stored,
+    on_host,
     project,
 )
 from xlvlm_jax.grounding import ground_images, ground_text
@@ -44,6 +47,12 @@ def choose_site(features: Features, site: str | None) -> str:
     return site
 
 
+def rows_mesh() -> Mesh | None:
+    """All devices on the axis "data", those of other hosts too; None where there is one."""
+    count = jax.device_count()
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,)) if count > 1 else None
+
+
 def decompose_features(
     features: Features,
     output: Path,
@@ -59,22 +68,27 @@ def decompose_features(
 
     stream: for a matrix larger than memory. Its tiles are read again for every update, and the
     activations are written as the last pass makes them; the result does not hold them.
+    Over several hosts (`jax.distributed`) each reads the rows of its devices and host 0 writes.
 
-    Raises ValueError as `decompose` does, and for a site that the features do not hold.
+    Raises ValueError as `decompose` does, for a site that the features do not hold, and to stream
+    over several hosts.
     """
     site = choose_site(features, site)
+    if stream and jax.process_count() > 1:
+        raise ValueError("--stream reads on one host; leave it out, or the other hosts")
     began, key = time.perf_counter(), jax.random.key(seed)
+    stored, explained = features.stored(site), np.nan
     if stream:
-        stored, explained = features.stored(site), np.nan
         with StoredActivations(output, stored.shape[0], num_concepts) as activations:
             concepts = decompose_stored(
                 stored, num_concepts, method, key=key, write=activations.write, **options
             )
     else:
-        Z = features.matrix(site)
-        concepts = decompose(Z, num_concepts, method, key=key, **options)
+        found = decompose(stored, num_concepts, method, key=key, mesh=rows_mesh(), **options)
+        concepts = on_host(found)
     seconds = round(time.perf_counter() - began, 3)
-    if not stream:
+    if not stream and hosts.is_first():
+        Z = features.matrix(site)
         explained = explained_variance(Z, reconstruct(concepts, concepts.activations))
     source = {
         "features": str(features.path),
@@ -87,7 +101,8 @@ def decompose_features(
         "explained_variance": None if np.isnan(explained) else explained,
     }
     concepts = dataclasses.replace(concepts, source=source)
-    concepts.save(output)
+    if hosts.is_first():
+        concepts.save(output)
     return concepts
 
 

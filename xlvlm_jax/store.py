@@ -81,6 +81,14 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return state
 
 
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of a directory of features with its counts, finished or not; None without one.
+
+    Raises ValueError for one that is damaged or of another format.
+    """
+    return _read_manifest(path) if (path / "manifest.json").exists() else None
+
+
 def _plain(value: Any) -> Any:
     """As JSON gives it back: tuples become lists, keys strings."""
     try:
@@ -272,7 +280,7 @@ class FeaturesWriter:
                     (self.path / "samples.jsonl").touch()
                     _replace(self.path / "manifest.json", self._state)
         except BaseException:
-            self._release()
+            self.release()
             raise
 
     @property
@@ -348,7 +356,7 @@ class FeaturesWriter:
                 done = self._state | {"complete": True}
                 _replace(self.path / "manifest.json", done)
                 self._state = done
-        self._release()
+        self.release()
 
     def __enter__(self) -> "FeaturesWriter":
         return self
@@ -359,7 +367,7 @@ class FeaturesWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._release()
+        self.release()
 
     # One writer at a time: the kernel drops the lock of a process that dies.
 
@@ -384,7 +392,8 @@ class FeaturesWriter:
         os.write(descriptor, str(os.getpid()).encode())
         self._lock = descriptor
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the directory free without marking the run complete; another one can go on."""
         if self._lock >= 0:
             (self.path / ".lock").unlink(missing_ok=True)
             os.close(self._lock)

@@ -50,6 +50,31 @@ def test_components_and_scores_of_scikit_learn(shape, common):
     np.testing.assert_allclose(ours.objective, 0.5 * np.sum(residual**2), rtol=1e-3)
 
 
+@pytest.mark.parametrize("num_samples", [6000, 5950])
+def test_a_narrow_matrix_by_its_covariance(num_samples):
+    """Far from the origin, in several tiles; rows that fill up a mesh leave no trace."""
+    assert pca.is_narrow(num_samples, 300, 60)
+    Z = correlated(0, num_samples, 300, common=100.0)
+    padded = np.concatenate([Z, np.zeros((6000 - num_samples, 300), np.float32)])
+    problem = pca.prepare(jnp.asarray(padded), num_samples)
+    centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
+    expected = centred.T @ centred
+    found = pca.covariance(problem)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(found, found.T)
+    theirs = PCA(60, svd_solver="full").fit(Z.astype(np.float64))
+    ours = alone(pca)(jnp.asarray(padded), KEY, num_samples=num_samples, num_concepts=60)
+    # Axes beyond these have variances that float32 can't tell apart.
+    np.testing.assert_allclose(ours.components[:12], theirs.components_[:12], atol=1e-3)
+    np.testing.assert_allclose(ours.components @ ours.components.T, np.eye(60), atol=1e-5)
+    assert int(ours.iterations) == 0 and bool(ours.converged)
+
+
+def test_what_is_narrow():
+    assert pca.is_narrow(20000, 512, 256) and pca.is_narrow(100000, 512, 20)
+    assert not pca.is_narrow(3000, 4096, 20) and not pca.is_narrow(2000, 1000, 20)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(-10, 10))
 def test_orthonormal_ordered_and_blind_to_a_shift(seed, shift):

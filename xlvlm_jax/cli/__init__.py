@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from xlvlm_jax.cli import concepts, embedded, features, finetune, interop, score, shift, steering
+from xlvlm_jax.cli import (
+    concepts,
+    embedded,
+    features,
+    finetune,
+    interop,
+    runtime,
+    score,
+    shift,
+    steering,
+)
 from xlvlm_jax.cli.console import errors
 
 app = typer.Typer(
@@ -30,6 +40,7 @@ def options(
     """Concept-based explanation and steering of vision-language models."""
     global _debug
     _debug = debug
+    runtime.keep_programs()
 
 
 # In the order in which `xlvlm --help` lists them.
@@ -71,9 +82,9 @@ def _one_line_errors() -> Iterator[None]:
     except _UsageError as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; what was committed stays, the same command goes on from there")
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort) as end:
+        errors.print(runtime.STOPPED)
+        sys.exit(getattr(end, "status", 130))
     except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         fail(" ".join(str(error).split()), 2)
     except OSError as error:
@@ -85,6 +96,6 @@ def _one_line_errors() -> Iterator[None]:
 
 def main() -> None:
     """The entry point of `xlvlm`."""
-    with _one_line_errors():
+    with runtime.ending_on_signals(), _one_line_errors():
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import Seed, Site, console, load_model
+from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
 
 
 def decompose(
@@ -22,23 +23,41 @@ def decompose(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the matrix tile by tile: it may exceed memory.")
     ] = False,
+    hosts: Hosts = None,
+    dry_run: DryRun = False,
+    profile: Profile = None,
     seed: Seed = 0,
 ) -> None:
-    """features/ -> concepts/."""
+    """features/ -> concepts/. Rows are spread over all devices, of all hosts."""
+    join_hosts(hosts)
     from xlvlm_jax import Features, stages
+    from xlvlm_jax.concepts import memory_needed
 
     given = {"alpha": alpha, "tol": tol, "max_iter": max_iter, "n_init": n_init}
     given = {name: value for name, value in given.items() if value is not None}
-    concepts = stages.decompose_features(
-        Features.open(features),
-        output,
-        num_concepts,
-        method,
-        site=site,
-        seed=seed,
-        stream=stream,
-        **given,
-    )
+    opened = Features.open(features)
+    if dry_run:
+        stored = opened.stored(stages.choose_site(opened, site))
+        needed = memory_needed(
+            stored.shape,
+            num_concepts,
+            method,
+            dtype=stored.dtype,
+            mesh=stages.rows_mesh(),
+            **given,
+        )
+        N, D = stored.shape
+        console.print(
+            f"\\[{N}, {D}] of {stored.dtype}: {N * D * stored.dtype.itemsize / 1e9:,.3f} GB; "
+            f"memory of a device {needed / 1e9:,.3f} GB, as compiled; activations of "
+            f"{4 * N * num_concepts / 1e6:,.1f} MB and components of "
+            f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
+        )
+        return
+    with profiled(profile):
+        concepts = stages.decompose_features(
+            opened, output, num_concepts, method, site=site, seed=seed, stream=stream, **given
+        )
     ended = "converged" if concepts.converged else "not converged: raise --max-iter"
     console.print(
         f"{concepts.method}: {num_concepts} concepts of {concepts.source['rows']} rows, objective "

@@ -26,6 +26,12 @@ Model = Annotated[
     typer.Argument(help="A checkpoint directory, a hub id, or 'embedded' for the demo's model."),
 ]
 Site = Annotated[str | None, typer.Option(help="Which site's states; may be left out if one.")]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="DATAxMODEL, such as 2x4: batches over 2 and the model over 4 of this host's devices."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 
@@ -35,22 +41,32 @@ def load_model(
     *,
     abstract: bool = False,
     adapter: str | Path | None = None,
+    mesh: tuple[int, int] | None = None,
 ) -> Any:
     """A model, or its shapes alone; 'embedded' is the one that ships with the package.
 
     adapter: the directory of a LoRA adapter to merge in, or the name of one of the embedded model's
     ("color", "place", "mood").
+    mesh: how many devices of this host share the batches, and how many the model.
     """
     import ports
     from xlvlm_jax import embedded
 
     with console.status(f"loading {model}"):
         path = embedded.LLAVA if model == "embedded" else model
+        placed = None if mesh is None else ports.make_mesh(*mesh)
         if abstract:
-            return ports.load_abstract(path, dtype=dtype)
+            return ports.load_abstract(path, dtype=dtype, mesh=placed)
         if model == "embedded" and adapter is not None:
             adapter = embedded.ADAPTERS.get(str(adapter), adapter)
-        return ports.load(path, dtype=dtype, adapter=adapter)
+        return ports.load(path, dtype=dtype, adapter=adapter, mesh=placed)
+
+
+def parse_mesh(text: str | None) -> tuple[int, int] | None:
+    """--mesh as `load_model` takes it. ValueError for what names none."""
+    import ports
+
+    return None if text is None else ports.parse_mesh(text)
 
 
 def parse_where(text: str) -> str | dict[str, int]:

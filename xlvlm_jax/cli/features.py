@@ -1,11 +1,22 @@
 """Commands that run a model: which sites it has, and the states at them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Model, Seed, bars, console, errors, load_model, progress_bars
+from xlvlm_jax.cli.console import (
+    Mesh,
+    Model,
+    Seed,
+    bars,
+    console,
+    errors,
+    load_model,
+    parse_mesh,
+    progress_bars,
+)
+from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled
 
 
 def sites(
@@ -27,6 +38,7 @@ def inspect(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
     site: Annotated[list[str] | None, typer.Option(help="A site to keep; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    mesh: Mesh = None,
 ) -> None:
     """A checkpoint's parts, sites and prompt, and what a run needs; reads no weights."""
     from xlvlm_jax import inspection as module
@@ -43,6 +55,7 @@ def inspect(
         image_size=(width, height),
         new_tokens=max_new_tokens,
         sites=site or (),
+        mesh=parse_mesh(mesh),
     )
     module.show(described, console)
 
@@ -94,9 +107,20 @@ def extract(
             "adapter or its checkpoint. The states of both stand in one directory."
         ),
     ] = None,
+    mesh: Mesh = None,
+    hosts: Hosts = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read images; left out, one a core up to 16.")
+    ] = None,
+    dry_run: DryRun = False,
+    ignore_disk: Annotated[
+        bool, typer.Option("--ignore-disk", help="Start even if the disk may be too small.")
+    ] = False,
+    profile: Profile = None,
     seed: Seed = 0,
 ) -> None:
     """Model x data -> features. The same command again goes on with an interrupted run."""
+    join_hosts(hosts)
     from xlvlm_jax import data as datasets
     from xlvlm_jax import extract as module
     from xlvlm_jax.data import select
@@ -125,17 +149,22 @@ def extract(
             [selection.argument] if selection.mode != "class" else class_words(selection.argument)
         )
         samples = select.leading(samples, named)
-    vlm = load_model(model, dtype, adapter=adapter)
+    placing: dict[str, Any] = {"mesh": parse_mesh(mesh)}
+    if dry_run:
+        vlm = load_model(model, dtype, abstract=True, **placing)
+        _show_needs(module.preflight(vlm, samples, output, settings), settings, output)
+        return
+    vlm = load_model(model, dtype, adapter=adapter, **placing)
     other = None
     if finetuned is not None:
         adapted = (finetuned / "adapter_config.json").exists() or not finetuned.is_dir()
         other = (
-            load_model(model, dtype, adapter=finetuned)
+            load_model(model, dtype, adapter=finetuned, **placing)
             if adapted
-            else load_model(str(finetuned), dtype)
+            else load_model(str(finetuned), dtype, **placing)
         )
     source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
-    with progress_bars() as progress:
+    with progress_bars() as progress, profiled(profile), Programs() as programs:
         advance = bars(progress)("extracting")
         summary = module.extract(
             vlm,
@@ -145,12 +174,39 @@ def extract(
             finetuned=other,
             source=source,
             strict=strict,
+            workers=workers,
+            ignore_disk=ignore_disk,
             progress=advance,
         )
     for name, reason in summary.failed:
         errors.print(f"skipped sample {name}: {reason}", style="yellow")
+    spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in summary.seconds_of.items())
+    console.print(f"waited for: {spent or 'nothing'}; {programs}", highlight=False)
     console.print(
         f"{summary.samples} samples, {summary.rows} rows, {summary.seconds:.1f} s, "
-        f"{summary.without_token} samples without the token, {len(summary.failed)} unreadable "
-        f"images -> {output}"
+        f"{summary.without_token} samples without the token, {len(summary.failed)} without "
+        f"states -> {output}"
     )
+
+
+def _show_needs(needs: Any, settings: Any, output: Path) -> None:
+    """What --dry-run says."""
+    lengths = ", ".join(f"{length} ({count} batches)" for length, count in needs.programs)
+    done = f", {needs.done} of them done" if needs.done else ""
+    missing = f", {len(needs.missing)} images missing" if needs.missing else ""
+    console.print(f"samples: {needs.samples}{done}{missing}")
+    for path in needs.missing[:5]:
+        errors.print(f"missing: {path}", style="yellow")
+    console.print(
+        f"rows: at most {needs.rows} of each of {len(settings.sites)} sites, "
+        f"{needs.disk / 1e6:,.1f} MB in {output}; {needs.free / 1e9:,.1f} GB free"
+    )
+    console.print(
+        f"memory of a device: parameters {needs.parameters / 1e9:,.3f} GB, all else "
+        f"{needs.temporaries / 1e9:,.3f} GB, as compiled for a batch of {settings.batch_size}"
+    )
+    console.print(
+        f"programs: {len(needs.programs)}, for prompts of {lengths}, of the batches looked at"
+    )
+    if not needs.fits:
+        raise OSError(f"the disk of {output} is too small; make room or give --ignore-disk")

@@ -3,13 +3,24 @@
 Every complaint is one line: what was expected, what came, what to do.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Int, Shaped
+
+
+@runtime_checkable
+class StoredMatrix(Protocol):
+    """Rows that are read when they are wanted, of bfloat16, float16 or float32."""
+
+    shape: tuple[int, int]
+
+    def read(self, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
+        """The rows from `start` up to `stop`."""
+        ...
 
 
 def check_number(name: str, value: Any, lowest: int) -> None:
@@ -62,36 +73,45 @@ def as_matrix(Z: Any, name: str, row: str) -> Array:
 
 def check_finite(Z: Shaped[Array, "N D"], name: str) -> None:
     """Raise ValueError that names the first row with NaN or Inf, if there is one."""
-    # The flag is on every host; which rows they are is looked for only when some are bad.
-    if not _all_finite(Z):
-        if not Z.is_fully_addressable:
-            raise ValueError(f"{name} has NaN or Inf in some row; drop such rows")
-        bad = np.flatnonzero(~np.asarray(_finite_rows(Z)))
-        others = f" (and {bad.size - 1} more rows)" if bad.size > 1 else ""
+    # Both numbers are on every host.
+    count, first = map(int, _bad_rows(Z))
+    if count:
+        others = f" (and {count - 1} more rows)" if count > 1 else ""
         raise ValueError(
-            f"{name} has NaN or Inf in row {bad[0]}{others}, or values beyond float32; "
+            f"{name} has NaN or Inf in row {first}{others}, or values beyond float32; "
             "drop such rows or mend what wrote them"
         )
 
 
 @jax.jit
-def _all_finite(Z: Shaped[Array, "N D"]) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(Z))
+def _bad_rows(Z: Shaped[Array, "N D"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many rows are not finite, and the first of them."""
+    bad = ~jnp.all(jnp.isfinite(Z), axis=1)
+    return jnp.sum(bad), jnp.argmax(bad)
 
 
-@jax.jit
-def _finite_rows(Z: Shaped[Array, "N D"]) -> Bool[Array, " N"]:
-    return jnp.all(jnp.isfinite(Z), axis=1)
+def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
+    """The rows of a source on the device, or on the mesh's "data" axis with zero rows at the end.
+
+    Each device's rows are read by the host that it belongs to, and by no other.
+    """
+    N, D = source.shape
+    if mesh is None:
+        return jnp.asarray(source.read(0, N))
+    rows = N + -N % _data_axis(mesh)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        values = source.read(min(start, N), min(stop, N))
+        return np.pad(values, ((0, stop - start - len(values)), (0, 0)))
+
+    sharding = NamedSharding(mesh, PartitionSpec("data", None))
+    return jax.make_array_from_callback((rows, D), sharding, part)
 
 
 def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
     """Z on the mesh's "data" axis, with as many zero rows at the end as the axis needs."""
-    if "data" not in mesh.axis_names:
-        raise ValueError(
-            f"mesh has no axis 'data' to shard rows on, only {', '.join(mesh.axis_names)}; "
-            "make it with jax.make_mesh((n,), ('data',))"
-        )
-    missing = -Z.shape[0] % mesh.shape["data"]
+    missing = -Z.shape[0] % _data_axis(mesh)
     if missing:
         if not Z.is_fully_addressable:
             raise ValueError(
@@ -101,3 +121,13 @@ def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
         Z = jnp.pad(Z, ((0, missing), (0, 0)))
     sharding = NamedSharding(mesh, PartitionSpec("data", None))
     return Z if Z.sharding == sharding else jax.device_put(Z, sharding)
+
+
+def _data_axis(mesh: Mesh) -> int:
+    """How many devices the mesh's "data" axis has."""
+    if "data" not in mesh.axis_names:
+        raise ValueError(
+            f"mesh has no axis 'data' to shard rows on, only {', '.join(mesh.axis_names)}; "
+            "make it with jax.make_mesh((n,), ('data',))"
+        )
+    return mesh.shape["data"]

@@ -9,10 +9,13 @@ Block subspace iteration with Rayleigh-Ritz steps (Halko, Martinsson and Tropp, 
 with randomness", 2011, sections 4.5 and 5) on K + OVERSAMPLE directions from a random start.
 Explained variance cannot fall: the new subspace is the image of the old one under A = (Z - 1 m)^T
 (Z - 1 m). To first order, axis v with variance l = v^T A v gains 2 |A v - l v|^2 / l by it.
-Where min(N, D) <= EXACT the start holds every direction, and there is nothing to iterate. Signs
-follow scikit-learn: the largest entry of a component, in absolute value, is positive.
+Where min(N, D) <= EXACT the start holds every direction, and where D is so small beside N and K
+that the covariance costs less than a few updates, it holds the covariance's own axes: there is
+nothing to iterate. Signs follow scikit-learn: the largest entry of a component, in absolute value,
+is positive.
 """
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -24,10 +27,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.loop import Result, begin, image, matmul, run
 from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.residual import fold
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
 EXACT = 256
+# What decides between covariance and iteration, in products of Z with a column: the updates that
+# hidden states take, and the eigenvectors of [D, D], which cost as much as D^3 times so many.
+UPDATES = 4
+EIGH = 30
+BLOCKS = 4  # of columns, so that of the covariance little more than a half is computed
 TINY = 1e-30
 
 
@@ -91,6 +100,30 @@ def covariance_image(
     return rows.total(image(problem.Z, scores) - mean)
 
 
+def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
+    """(Z - 1 m)^T (Z - 1 m), in blocks of columns; those below the diagonal are mirrored."""
+    D = problem.Z.shape[1]
+    edges = [round(i * D / BLOCKS) for i in range(BLOCKS + 1)]
+    spans = [slice(*edge) for edge in itertools.pairwise(edges)]
+
+    def add(total: Array, z: Array, real: Array) -> Array:
+        # Centred before the product: energy that a large mean brings would round the rest away.
+        z = real[:, None] * (z - problem.mean)
+        for i, left in enumerate(spans):
+            for right in spans[i:]:
+                total = total.at[left, right].add(matmul(z[:, left].T, z[:, right]))
+        return total
+
+    total = rows.total(fold(add, jnp.zeros((D, D)), problem.Z, problem.real))
+    return jnp.triu(total) + jnp.triu(total, 1).T
+
+
+def is_narrow(N: int, D: int, K: int) -> bool:
+    """Whether the covariance of Z[N, D] costs less than updates would."""
+    upper = (BLOCKS + 1) / (2 * BLOCKS)
+    return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * (K + OVERSAMPLE)
+
+
 def expected_gain(
     basis: Float[Array, "D R"],
     images: Float[Array, "D R"],
@@ -121,11 +154,14 @@ def solve(
     The result has a leading axis for the numbers of components: fewer are the first of more.
     """
     K, D = max(num_concepts), Z.shape[1]
-    exact = min(num_samples, D) <= EXACT
+    narrow = num_samples >= D and is_narrow(num_samples, D, K)
+    exact = narrow or min(num_samples, D) <= EXACT
 
     def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
         problem = prepare(Z, num_samples, rows)
-        if not exact:
+        if narrow:
+            directions = jnp.linalg.eigh(covariance(problem, rows))[1][:, ::-1][:, :K]
+        elif not exact:
             random = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
             sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
             directions = covariance_image(problem, sketch, rows)

@@ -1,4 +1,4 @@
-"""Squared residuals of rows, some rows at a time: Z itself is the only matrix of its size."""
+"""Rows some at a time: Z itself is the only matrix of its size. Sums, and squared residuals."""
 
 from collections.abc import Callable
 
@@ -35,17 +35,37 @@ def of_labels(
     return _by_tiles(squares, Z, labels)
 
 
+def fold(
+    function: Callable[..., Array], total: Array, Z: Float[Array, "N D"], other: Array
+) -> Array:
+    """function(total, Z, other) of rows, a tile after the other, each with the total so far."""
+    size, rows = _tiles(Z, other)
+    whole = len(Z) // size
+
+    def add(i: Array, total: Array) -> Array:
+        return function(total, *rows(i * size, size))
+
+    total = jax.lax.fori_loop(0, whole, add, total)
+    return function(total, *rows(whole * size, len(Z) % size)) if len(Z) % size else total
+
+
 def _by_tiles(function: Callable[..., Array], Z: Array, other: Array) -> Array:
     """function(Z, other) of rows, a tile after the other."""
-    N, D = Z.shape
-    size = max(min(N, TILE // D), 1)
-
-    def rows(first: Array | int, count: int) -> Array:
-        tile = (jax.lax.dynamic_slice_in_dim(array, first, count) for array in (Z, other))
-        return function(*tile)
-
+    N = len(Z)
+    size, rows = _tiles(Z, other)
     if size >= N:
-        return rows(0, N)
+        return function(*rows(0, N))
     whole = N // size
-    found = jax.lax.map(lambda i: rows(i * size, size), jnp.arange(whole)).reshape(-1)
-    return jnp.concatenate([found, rows(whole * size, N % size)]) if N % size else found
+    found = jax.lax.map(lambda i: function(*rows(i * size, size)), jnp.arange(whole)).reshape(-1)
+    if N % size == 0:
+        return found
+    return jnp.concatenate([found, function(*rows(whole * size, N % size))])
+
+
+def _tiles(Z: Array, other: Array) -> tuple[int, Callable[[Array | int, int], tuple[Array, ...]]]:
+    """Rows of a tile, and what gives the rows from one on of both arrays."""
+
+    def rows(first: Array | int, count: int) -> tuple[Array, ...]:
+        return tuple(jax.lax.dynamic_slice_in_dim(array, first, count) for array in (Z, other))
+
+    return max(min(len(Z), TILE // Z.shape[1]), 1), rows

@@ -1,17 +1,16 @@
 """Extraction with the embedded model on a few drawn scenes."""
 
 import dataclasses
-import hashlib
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xlvlm_jax import Features, data
-from xlvlm_jax.data import scenes
+from xlvlm_jax import Features
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.selection import Selection
+
+from .conftest import digests
 
 NORM = "language_model.model.norm"
 LAYER = "language_model.model.layers.4"
@@ -24,30 +23,10 @@ SETTINGS = Settings(
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("scenes")
-    scenes.write(directory, train=10, seed=3)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def samples(pictures):
-    return data.load("coco", pictures, "train")
-
-
-@pytest.fixture(scope="module")
 def features(vlm, samples, tmp_path_factory) -> Features:
     output = tmp_path_factory.mktemp("run") / "features"
     extract(vlm, samples, output, SETTINGS)
     return Features.open(output)
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
 
 
 def test_rows_hold_the_states_that_predicted_the_token(vlm, samples, features):

@@ -1,0 +1,65 @@
+"""A few drawn scenes, and the command line in processes of its own."""
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlvlm_jax import data
+from xlvlm_jax.data import scenes
+
+COMMAND = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()"]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    scenes.write(directory, train=10, val=40, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def samples(pictures):
+    return data.load("coco", pictures, "train")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Every file of a directory, so that two are equal where their bytes are."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def start(*arguments: object, cache: Path) -> subprocess.Popen:
+    """The command line in a process of its own; compiled programs are kept in `cache`."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen, status: int = 0) -> list[tuple[str, str]]:
+    """Waits for processes that end with a status; (output, errors) of each."""
+    ended = [process.communicate(timeout=300) for process in processes]
+    for process, (output, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == status, output[-1000:] + errors[-2000:]
+    return ended
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,120 @@
+"""Several processes of `jax.distributed` on one machine: the bytes of one."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Concepts, Features
+from xlvlm_jax.store import manifest_of
+
+from .conftest import digests, finish, free_port, start
+
+NORM = "language_model.model.norm"
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    """run(output, hosts): the processes of one extraction, a sample a batch: three blocks."""
+    cache = tmp_path_factory.mktemp("programs")
+
+    def start_all(output, hosts=1):
+        arguments = ["extract", "embedded", pictures, "--split", "val", "--output", output]
+        arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
+        arguments += ["--max-new-tokens", 3, "--batch-size", 1]
+        if hosts == 1:
+            return [start(*arguments, cache=cache)]
+        port = free_port()
+        return [
+            start(*arguments, "--hosts", f"127.0.0.1:{port},{hosts},{index}", cache=cache)
+            for index in range(hosts)
+        ]
+
+    return start_all
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "features"
+    finish(*run(output))
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_write_the_bytes_of_one(run, alone, tmp_path, hosts):
+    """Four hosts for three blocks: one of them has nothing to do."""
+    finish(*run(tmp_path / "features", hosts))
+    assert digests(tmp_path / "features") == digests(alone)
+    assert len(Features.open(tmp_path / "features").tokens) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [1, 3])
+def test_what_a_dead_host_left_is_used_by_any_number(run, alone, tmp_path, others):
+    output = tmp_path / "features"
+    first, second = run(output, 2)
+    # The second host writes the second block.
+    part = output / "parts" / "000000016"
+    deadline = time.monotonic() + 200
+    while (manifest_of(part) or {"samples": 0})["samples"] < 3:
+        assert time.monotonic() < deadline and second.poll() is None
+        time.sleep(0.02)
+    for host in (second, first):
+        host.send_signal(signal.SIGKILL)
+        host.communicate()
+    assert not (manifest_of(output) or {"complete": False})["complete"]
+    finish(*run(output, others))
+    assert digests(output) == digests(alone)
+
+
+@pytest.mark.slow
+def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
+    """Another batch size on the same directory: no host waits for another."""
+    port = free_port()
+    arguments = ["extract", "embedded", pictures, "--split", "val", "--output", alone]
+    arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
+    arguments += ["--max-new-tokens", 3, "--batch-size", 2]
+    hosts = [
+        start(*arguments, "--hosts", f"127.0.0.1:{port},2,{index}", cache=tmp_path)
+        for index in range(2)
+    ]
+    for _, errors in finish(*hosts, status=2):
+        assert "batch_size: expected 1, got 2" in errors
+
+
+@pytest.mark.slow
+def test_hosts_decompose_as_one(alone, tmp_path):
+    """Each reads the rows of its devices; 40 rows on two devices, 20 each."""
+    arguments = ["decompose", alone, "--num-concepts", 3, "--method", "kmeans"]
+    finish(start(*arguments, "--output", tmp_path / "one", cache=tmp_path / "programs"))
+    port = free_port()
+    hosts = [
+        start(
+            *arguments,
+            *("--output", tmp_path / "two", "--hosts", f"127.0.0.1:{port},2,{index}"),
+            cache=tmp_path / "programs",
+        )
+        for index in range(2)
+    ]
+    finish(*hosts)
+    one, two = Concepts.load(tmp_path / "one"), Concepts.load(tmp_path / "two")
+    np.testing.assert_allclose(two.objective, one.objective, rtol=1e-5)
+    largest = np.abs(one.components).max()
+    np.testing.assert_allclose(two.components, one.components, atol=1e-5 * largest)
+    np.testing.assert_allclose(two.activations, one.activations, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("host", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
+        ("host:1,2,x", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
+        ("host:1,2,2", "host index is 2; expected 0 to 1, of 2 hosts"),
+    ],
+)
+def test_hosts_that_name_none(xlvlm, tmp_path, text, message):
+    status, _, errors = xlvlm("decompose", tmp_path, "--output", tmp_path / "c", "--hosts", text)
+    assert status == 2
+    assert message in errors

@@ -1,0 +1,89 @@
+"""Samples -> batches of what the model takes; images are read ahead of the model.
+
+B batch.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from ports import VLM
+from xlvlm_jax.answers import answered
+from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract.settings import Settings
+
+Group = tuple[Sample, ...]  # the samples of one batch
+
+
+class Batch(NamedTuple):
+    """What one pass of the model takes, and whose it is."""
+
+    samples: Group
+    errors: tuple[str | None, ...]  # why a sample has no image, else None
+    rows: np.ndarray  # int[B]: the sample of `samples` that each row of the batch belongs to
+    num_rows: int  # the rows behind only fill the batch up
+    inputs: dict[str, np.ndarray] | None  # None if no image could be read
+    answer_lengths: np.ndarray  # int[B]: how many of the last tokens are forced
+
+
+def groups_of(samples: Sequence[Sample], size: int) -> list[Group]:
+    """The samples in order, `size` at a time. Which share a batch depends on nothing else."""
+    return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+
+def batches(
+    vlm: VLM, groups: Sequence[Group], settings: Settings, *, strict: bool, workers: int
+) -> Iterator[Batch]:
+    """A batch a group, read and preprocessed by threads ahead of the model."""
+    # What the processor reads once is read before the threads ask for it.
+    vlm.processor  # noqa: B018
+    prepared = functools.partial(prepare, vlm, settings=settings, strict=strict)
+    dataset = grain.MapDataset.source(list(groups)).map(prepared)
+    # One more than there are threads: as many batches wait as are being made.
+    ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
+    return iter(dataset.to_iter_dataset(ahead))
+
+
+def default_workers() -> int:
+    """Threads that read images: decoding and resizing let others run, so one a core, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
+def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
+    """The batch of a group. Raises OSError or ValueError for an unreadable image if strict."""
+    images, errors = [], []
+    for sample in samples:
+        try:
+            images.append(read_image(sample.image))
+            errors.append(None)
+        except (OSError, ValueError) as error:
+            if strict:
+                raise
+            errors.append(str(error))
+    good = [i for i, error in enumerate(errors) if error is None]
+    if not good:
+        none = np.zeros(0, int)
+        return Batch(samples, tuple(errors), none, 0, None, none)
+    # Filled up by its first row, so that every batch runs the same program.
+    fill = settings.batch_size - len(good)
+    rows = np.array(good + good[:1] * fill)
+    images += images[:1] * fill
+    prompts = [vlm.render(samples[i].prompt) for i in rows]
+    lengths = np.zeros(len(rows), int)
+    if settings.mode == "teacher-forcing":
+        prompts, lengths = answered(vlm, prompts, [_reference(samples[i]) for i in rows])
+    inputs = vlm.process(prompts, images)
+    return Batch(samples, tuple(errors), rows, len(good), inputs, lengths)
+
+
+def _reference(sample: Sample) -> str:
+    if not sample.references:
+        raise ValueError(
+            f"sample {sample.id} has no reference to force; use data with captions or answers"
+        )
+    return sample.references[0]

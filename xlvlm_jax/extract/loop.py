@@ -1,0 +1,129 @@
+"""The loop over batches: read, compute, write, each beside the others; and where its time goes."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from xlvlm_jax.extract.batches import Batch, Group, batches
+from xlvlm_jax.extract.compute import Model, compute
+
+# Takes the number of a group and what `FeaturesWriter.append` takes.
+Commit = Callable[..., None]
+
+
+class Clock:
+    """Seconds of the run, by what it waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Adds the time of the block to that of `what`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - began
+
+
+def run_groups(
+    model: Model,
+    groups: Sequence[Group],
+    commit: Commit,
+    *,
+    strict: bool,
+    workers: int,
+    clock: Clock,
+) -> None:
+    """Computes the rows of every group and commits them, in order.
+
+    Raises what `commit` does and, if strict, OSError or ValueError for an image that can't be read
+    and ValueError for a state that is not finite.
+    """
+    running: tuple[int, Batch, Any] | None = None
+
+    def finish() -> None:
+        if running is None:
+            return
+        number, batch, result = running
+        with clock.waiting("device"):
+            described, *arrays = _fetch(model, batch, result, strict)
+        with clock.waiting("write"):
+            commit(number, described, *arrays)
+
+    ready = batches(model.vlm, groups, model.settings, strict=strict, workers=workers)
+    for number in range(len(groups)):
+        with clock.waiting("input"):
+            batch = next(ready)
+        # JAX returns at once: this batch is computed while the one before is fetched and written.
+        with clock.waiting("device"):
+            result = None if batch.inputs is None else compute(model, batch)
+        finish()
+        running = number, batch, result
+    finish()
+
+
+def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
+    """What `FeaturesWriter.append` takes of a batch; waits for the device."""
+    described = [sample.to_dict() for sample in batch.samples]
+    for entry, error in zip(described, batch.errors, strict=True):
+        if error is not None:
+            entry["error"] = error
+    if result is None:
+        none = np.zeros(0, int)
+        return described, {}, none, none, none
+    rows, predicted = result
+    states, row, position, token = rows.flat()
+    real = row < batch.num_rows
+    states = {site: value[real] for site, value in states.items()}
+    index, position, token = batch.rows[row[real]], position[real], token[real]
+    for name, ids in predicted.items():
+        texts = model.vlm.tokenizer.batch_decode(np.asarray(ids), skip_special_tokens=True)
+        for sample, text in zip(batch.rows[: batch.num_rows], texts, strict=False):
+            described[sample][name] = text.strip()
+    kept = _keep_finite(model, states, index, position, described, strict)
+    states = {site: value[kept] for site, value in states.items()}
+    return described, states, index[kept], position[kept], token[kept]
+
+
+def _keep_finite(
+    model: Model,
+    states: dict[str, np.ndarray],
+    index: np.ndarray,
+    position: np.ndarray,
+    described: list[dict[str, Any]],
+    strict: bool,
+) -> np.ndarray:
+    """bool[rows]: of samples all of whose states are finite as stored; the others get an error."""
+    disk = jnp.dtype(model.settings.dtype)
+    for site, value in states.items():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(value.astype(disk, copy=False)).all(axis=1)
+        for row in np.flatnonzero(~finite):
+            sample = described[index[row]]
+            if "error" in sample:
+                continue
+            sample["error"] = _not_finite(model, site, value[row], position[row])
+            if strict:
+                raise ValueError(f"sample {sample['id']}: {sample['error']}")
+    good = np.array(["error" not in sample for sample in described])
+    return good[index]
+
+
+def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> str:
+    where = f"at site {site}, position {position}"
+    if np.isfinite(state).all():
+        return (
+            f"the state {where} reaches {np.abs(state).max():.3g}, beyond {model.settings.dtype}; "
+            "store states as bfloat16 or float32"
+        )
+    kind = "NaN" if np.isnan(state).any() else "Inf"
+    dtype = jnp.dtype(model.vlm.module.dtype).name
+    advice = "run the model in bfloat16 or float32" if dtype == "float16" else "check the weights"
+    return f"{kind} in the state {where} of the model in {dtype}; {advice}"

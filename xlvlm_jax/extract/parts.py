@@ -1,0 +1,166 @@
+"""A run over several hosts: each writes parts of its own, which are put together in order.
+
+The samples are divided into blocks of `BATCHES` batches, wherever the run is resumed and however
+many hosts there are, so that the same samples share a batch and give the same states. A block's
+features are a directory `parts/<first sample>/` beside those of the whole; host 0 appends each to
+the whole as soon as its turn has come and removes it. So the whole ends with the bytes of a run on
+one host, and what any killed host committed is used by those that go on.
+
+Hosts share the directory, and nothing else: they need not wait for each other.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from xlvlm_jax import hosts
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract.batches import Group, groups_of
+from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+
+BATCHES = 16
+FOLDER = "parts"
+_POLL_SECONDS = 0.2
+
+
+class Block(NamedTuple):
+    """Samples `start` to `stop` of the run, written to a directory of their own."""
+
+    path: Path
+    start: int
+    stop: int
+    done: int  # how many of them are committed there
+    complete: bool
+
+
+def exist(output: Path) -> bool:
+    """Whether a run over several hosts left parts there."""
+    return (output / FOLDER).is_dir()
+
+
+def blocks_of(output: Path, num_samples: int, done: int, batch_size: int) -> list[Block]:
+    """The blocks that are not wholly in the features yet, of which `done` samples are there.
+
+    As host 0 sees them, and the same on every host.
+    """
+    size = BATCHES * batch_size
+
+    def look(start: int) -> Block:
+        path = output / FOLDER / f"{start:09d}"
+        stop = min(start + size, num_samples)
+        part = manifest_of(path)
+        if part is None:
+            return Block(path, max(start, done), stop, 0, False)
+        # A run on one host may have begun the block before.
+        return Block(path, part["arguments"]["part"][0], stop, part["samples"], part["complete"])
+
+    found = []
+    if hosts.is_first():
+        found = [look(start) for start in range(done // size * size, num_samples, size)]
+    told = hosts.tell([(str(block.path), *block[1:]) for block in found])
+    return [Block(Path(path), *rest) for path, *rest in told]
+
+
+class Parts:
+    """This host's blocks: which groups are still to do, and where each is written.
+
+    Args:
+        blocks: of all hosts; every host gets the same list.
+        arguments: the manifest of the whole run.
+        dtype: of the states on disk.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        samples: Sequence[Sample],
+        arguments: dict[str, Any],
+        dtype: str,
+        batch_size: int,
+    ):
+        left = grain.MapDataset.source([block for block in blocks if not block.complete])
+        mine = left[jax.process_index() :: jax.process_count()]
+        self.groups: list[Group] = []
+        self._places: list[tuple[Block, bool]] = []  # of each group: its block, and whether last
+        self._open: FeaturesWriter | None = None
+        self._arguments, self._dtype = arguments, dtype
+        for block in mine:
+            here = groups_of(samples[block.start + block.done : block.stop], batch_size)
+            self.groups += here
+            self._places += [(block, i == len(here) - 1) for i in range(len(here))]
+
+    def commit(self, number: int, *batch: Any) -> None:
+        """Appends group `number` to its part, and closes the part behind its last group."""
+        block, last = self._places[number]
+        if self._open is None:
+            part = self._arguments | {"part": [block.start, block.stop]}
+            self._open = FeaturesWriter(block.path, part, dtype=self._dtype)
+        self._open.append(*batch)
+        if last:
+            self._open.close()
+            self._open = None
+
+    def release(self) -> None:
+        """Gives free the part that an error left open."""
+        if self._open is not None:
+            self._open.release()
+
+
+def merge_ready(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int) -> int:
+    """Appends the parts whose turn has come and that are complete; how many samples these hold."""
+    began = writer.samples_done
+    for block in blocks:
+        if block.stop <= began:
+            continue
+        if block.start > writer.samples_done or not _is_complete(block.path):
+            break
+        for batch in _batches_of(block, writer.samples_done, batch_size):
+            writer.append(*batch)
+        shutil.rmtree(block.path)
+    return writer.samples_done - began
+
+
+def merge_all(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int) -> None:
+    """Waits for the parts of all hosts and appends them; then there are no parts any more.
+
+    A host that died is reported by JAX, which ends the others.
+    """
+    while blocks and writer.samples_done < blocks[-1].stop:
+        if not merge_ready(writer, blocks, batch_size):
+            time.sleep(_POLL_SECONDS)
+    shutil.rmtree(writer.path / FOLDER, ignore_errors=True)
+
+
+def await_whole(output: Path) -> None:
+    """Waits, on another host than 0, until the features are complete.
+
+    Raises ValueError if host 0 gave up, which removes the directory: it says why.
+    """
+    while not _is_complete(output):
+        if not output.exists():
+            raise ValueError(f"{output}: host 0 ended without features; its message says why")
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_complete(path: Path) -> bool:
+    state = manifest_of(path)
+    return state is not None and state["complete"]
+
+
+def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
+    """What `FeaturesWriter.append` takes, for the samples of a part from `done` on, by batches."""
+    part = Features.open(block.path)
+    stored = {site: part.stored(site) for site in part.sites}
+    # Committed as the model's batches were, so that a killed merge goes on between two of them.
+    for start in range(done - block.start, len(part.samples), batch_size):
+        samples = part.samples[start : start + batch_size]
+        first, last = np.searchsorted(part.sample_rows, [start, start + len(samples)])
+        states = {site: rows.read(first, last) for site, rows in stored.items()}
+        index = part.sample_rows[first:last] - start
+        yield samples, states, index, part.positions[first:last], part.tokens[first:last]

@@ -1,0 +1,141 @@
+"""What an extraction will need, before it starts: rows, disk, memory and programs.
+
+T prompt positions, M new tokens, D width.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ports import VLM
+from ports.padding import bucket_length
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract.batches import groups_of, prepare
+from xlvlm_jax.extract.settings import Settings
+from xlvlm_jax.store import manifest_of
+
+_LOOKED_AT = 8  # batches, spread over the samples, that tell the programs
+_ROW_BYTES = 16  # of a row's sample, position and token
+
+
+class Needs(NamedTuple):
+    """What a run over some samples will take; bytes."""
+
+    samples: int
+    done: int  # of them, in the directory already
+    missing: tuple[str, ...]  # images that are not there
+    rows: int  # at most, of the samples that are left
+    disk: int  # for those rows and samples
+    free: int  # where they will be written
+    programs: tuple[tuple[int, int], ...]  # (T as compiled, how many of the batches looked at)
+    parameters: int  # on a device
+    temporaries: int  # on a device, of the largest of the programs: cache, states, buffers
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.disk <= self.free
+
+
+def disk_needs(
+    vlm: VLM, samples: Sequence[Sample], settings: Settings, *, sites: int = 1
+) -> tuple[int, int]:
+    """(rows, bytes on disk) that the samples give at most.
+
+    sites: how many models' states stand at each site. Rows of prompts are counted for the port's
+    example of an image and twice its text; a selection of one row a sample is exact.
+    """
+    positions = settings.max_new_tokens
+    if not settings.selection.generated_only or settings.mode == "teacher-forcing":
+        positions += 2 * vlm.example_inputs()["input_ids"].shape[1]
+    rows = len(samples) * settings.selection.rows_at_most(positions)
+    width = sum(vlm.site_shapes[site][-1] for site in settings.sites)
+    state_bytes = sites * width * jnp.dtype(settings.dtype).itemsize
+    # An answer's text beside what is known of the sample.
+    described = sum(len(json.dumps(sample.to_dict())) for sample in samples)
+    described += len(samples) * 8 * settings.max_new_tokens
+    return rows, rows * (state_bytes + _ROW_BYTES) + described
+
+
+def free_bytes(output: Path) -> int:
+    """Free bytes of the disk that a path is, or will be, on."""
+    existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def require_disk(output: Path, needed: int) -> None:
+    """OSError, one line, unless the disk has room for so many bytes."""
+    free = free_bytes(output)
+    if needed > free:
+        raise OSError(
+            f"{output} needs up to {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB "
+            "free; make room, keep fewer sites, or start anyway with --ignore-disk"
+        )
+
+
+def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings: Settings) -> Needs:
+    """What `extract` with the same arguments will need; nothing is written.
+
+    vlm: of `ports.load_abstract`, or `load`. A few batches are preprocessed, and the largest of
+    the programs that they ask for is compiled.
+
+    Raises ValueError as `extract` does, and if none of the images looked at can be read.
+    """
+    output = Path(output)
+    vlm.check_sites(settings.sites, generated=settings.mode == "generate")
+    state = manifest_of(output)
+    done = 0 if state is None else state["samples"]
+    left = samples[done:]
+    rows, disk = disk_needs(vlm, left, settings)
+    programs, largest = _programs(vlm, left or samples, settings)
+    memory = _compiled_memory(vlm, largest, settings)
+    return Needs(
+        samples=len(samples),
+        done=done,
+        missing=tuple(str(s.image) for s in samples if not s.image.is_file()),
+        rows=rows,
+        disk=disk,
+        free=free_bytes(output),
+        programs=programs,
+        parameters=memory[0],
+        temporaries=memory[1],
+    )
+
+
+def _programs(
+    vlm: VLM, samples: Sequence[Sample], settings: Settings
+) -> tuple[tuple[tuple[int, int], ...], dict[str, np.ndarray]]:
+    """The lengths that some of the batches are compiled for, and the arrays of the longest."""
+    groups = groups_of(samples, settings.batch_size)
+    chosen = sorted({round(i) for i in np.linspace(0, len(groups) - 1, _LOOKED_AT)})
+    ready = [prepare(vlm, groups[i], settings=settings, strict=False) for i in chosen]
+    arrays = [batch.inputs for batch in ready if batch.inputs is not None]
+    if not arrays:
+        reason = next(error for error in ready[0].errors if error)
+        raise ValueError(f"none of the images looked at can be read; the first: {reason}")
+    lengths = [bucket_length(each["input_ids"].shape[1]) for each in arrays]
+    counts = tuple((length, lengths.count(length)) for length in sorted(set(lengths)))
+    return counts, arrays[int(np.argmax(lengths))]
+
+
+def _compiled_memory(
+    vlm: VLM, inputs: dict[str, np.ndarray], settings: Settings
+) -> tuple[int, int]:
+    """Bytes on a device, as the compiler counts them: of the parameters, and of the rest."""
+    generating = settings.mode == "generate"
+    lowered = vlm.lower(
+        inputs,
+        sites=settings.sites,
+        max_new_tokens=settings.max_new_tokens if generating else None,
+        prompt_states=generating and not settings.selection.generated_only,
+    )
+    memory = lowered.compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes + memory.output_size_in_bytes,
+    )

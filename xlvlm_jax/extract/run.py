@@ -1,0 +1,251 @@
+"""Model x data -> features: the rows of Z of every captured site, written batch by batch.
+
+Images are read and preprocessed ahead of the model; while one batch is computed, the one before it
+is written. Only the selected rows leave the device.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ports import VLM
+from ports.checkpoint import fingerprint
+from xlvlm_jax import hosts
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.extract import parts
+from xlvlm_jax.extract.batches import default_workers, groups_of
+from xlvlm_jax.extract.compute import Model
+from xlvlm_jax.extract.loop import Clock, run_groups
+from xlvlm_jax.extract.preflight import disk_needs, require_disk
+from xlvlm_jax.extract.settings import Settings, Summary
+from xlvlm_jax.paired import check_alike, share_params
+from xlvlm_jax.selection import Selection, not_found
+from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+
+Progress = Callable[[int, int, int], None]
+
+
+def extract(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    output: str | Path,
+    settings: Settings,
+    *,
+    finetuned: VLM | None = None,
+    source: dict[str, Any] | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    ignore_disk: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Extracts features into a directory; goes on where an interrupted run of the same stopped.
+
+    Args:
+        vlm: the model.
+        samples: the data, in order.
+        output: the directory of features, new or of a run that was interrupted.
+        settings: what to extract.
+        finetuned: a fine-tuned version of the model, run on the same batches: its states stand
+            beside the model's, site by site, as `finetuned_site(site)`. Samples are stored once;
+            a row is one that both have. What the two models share is computed once under teacher
+            forcing; in generation each goes its own way, and `tokens` and `positions` are the
+            model's.
+        source: where the samples come from, free for the caller; kept in the manifest.
+        strict: stop at an image that can't be read, or a state that is NaN, Inf or beyond the
+            dtype on disk, instead of recording and skipping the sample.
+        workers: threads that read images; None: one a core, at most 16.
+        ignore_disk: start even if the disk may be too small.
+        progress: called after each batch with (samples done, samples in all, rows); of several
+            hosts, those of this one.
+
+    On several hosts (`jax.distributed`) each calls this with the same arguments and a model on
+    its own devices; `output` lies where all of them see it. See `xlvlm_jax.extract.parts`.
+
+    Raises:
+        ValueError: an unknown site, no samples, other arguments than the directory was begun with,
+            a selection that keeps nothing of any sample (the spellings looked for are named), or,
+            if strict, a sample that gives no rows.
+        OSError: the directory can't be written, or its disk has no room for all rows that the
+            samples may give.
+    """
+    began = time.perf_counter()
+    if not samples:
+        raise ValueError("there are no samples to extract from; check the data and its selection")
+    spellings = settings.selection.spellings(vlm.tokenizer)
+    arguments = {
+        **_described(vlm),
+        "model dtype": jnp.dtype(vlm.module.dtype).name,
+        **dataclasses.asdict(settings),
+        "selection": dataclasses.asdict(settings.selection),
+        "samples": len(samples),
+        "samples digest": _digest(samples),
+        "source": source or {},
+    }
+    vlm.check_sites(settings.sites, generated=settings.mode == "generate" or finetuned is not None)
+    if finetuned is not None:
+        arguments["finetuned"] = _described(finetuned)
+        check_alike(vlm.params, finetuned.params)
+    if not ignore_disk:
+        _require_disk(vlm, samples, Path(output), settings, 1 if finetuned is None else 2)
+    forced = finetuned is not None and settings.mode == "teacher-forcing"
+    shared = share_params(vlm.params, finetuned.params) if forced else None
+    model = Model(vlm, finetuned, shared, settings, tuple(spellings.values()))
+    run = _Run(model, samples, Path(output), arguments, strict, workers or default_workers())
+    several = jax.process_count() > 1 or parts.exist(run.output)
+    (_over_hosts if several else _alone)(run, spellings, progress)
+    features = Features.open(output)
+    return _summary(features, time.perf_counter() - began, dict(run.clock.seconds))
+
+
+def _require_disk(
+    vlm: VLM, samples: Sequence[Sample], output: Path, settings: Settings, models: int
+) -> None:
+    state = manifest_of(output)
+    left = samples[0 if state is None else state["samples"] :]
+    require_disk(output, disk_needs(vlm, left, settings, sites=models)[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    model: Model
+    samples: Sequence[Sample]
+    output: Path
+    arguments: dict[str, Any]
+    strict: bool
+    workers: int
+    clock: Clock = dataclasses.field(default_factory=Clock)
+
+    def write(self, groups: Sequence[Any], commit: Callable[..., None]) -> None:
+        run_groups(
+            self.model,
+            groups,
+            commit,
+            strict=self.strict,
+            workers=self.workers,
+            clock=self.clock,
+        )
+
+    def open(self) -> FeaturesWriter:
+        return FeaturesWriter(self.output, self.arguments, dtype=self.model.settings.dtype)
+
+
+def _alone(run: _Run, spellings: dict[str, int], progress: Progress | None) -> None:
+    """Batch after batch into the features themselves."""
+    with run.open() as writer:
+        if writer.complete:
+            return
+
+        def commit(number: int, *batch: Any) -> None:
+            writer.append(*batch)
+            if progress is not None:
+                progress(writer.samples_done, len(run.samples), writer.rows_done)
+
+        left = run.samples[writer.samples_done :]
+        run.write(groups_of(left, run.model.settings.batch_size), commit)
+        _complete(run, writer, spellings)
+
+
+def _over_hosts(run: _Run, spellings: dict[str, int], progress: Progress | None) -> None:
+    """The blocks of this host into parts; host 0 puts all parts together."""
+    writer, told = None, {}
+    if hosts.is_first():
+        # What is wrong is said on every host, so that none waits for another.
+        try:
+            writer = run.open()
+            told = {"complete": writer.complete, "done": writer.samples_done}
+        except (OSError, ValueError) as error:
+            told = {"error": str(error)}
+    told = hosts.tell(told)
+    if "error" in told:
+        raise ValueError(told["error"])
+    if told["complete"]:
+        return
+    size = run.model.settings.batch_size
+    blocks = parts.blocks_of(run.output, len(run.samples), told["done"], size)
+    mine = parts.Parts(blocks, run.samples, run.arguments, run.model.settings.dtype, size)
+    total, done, rows = sum(map(len, mine.groups)), 0, 0
+
+    def commit(number: int, *batch: Any) -> None:
+        nonlocal done, rows
+        mine.commit(number, *batch)
+        done, rows = done + len(batch[0]), rows + len(batch[-1])
+        if writer is not None:
+            parts.merge_ready(writer, blocks, size)
+        if progress is not None:
+            progress(done, total, rows)
+
+    try:
+        run.write(mine.groups, commit)
+        if writer is None:
+            parts.await_whole(run.output)
+            return
+        with run.clock.waiting("other hosts"):
+            parts.merge_all(writer, blocks, size)
+        _complete(run, writer, spellings)
+    finally:
+        mine.release()
+        if writer is not None:
+            writer.release()
+
+
+def _complete(run: _Run, writer: FeaturesWriter, spellings: dict[str, int]) -> None:
+    if writer.rows_done == 0:
+        reason = _why_no_rows(run.output, run.model.settings.selection, spellings)
+        shutil.rmtree(run.output)
+        raise ValueError(reason)
+    writer.close()
+
+
+def _described(vlm: VLM) -> dict[str, Any]:
+    """The model, so that a run goes on with no other; the fingerprint is the checkpoint's."""
+    described: dict[str, Any] = {
+        "model": vlm.directory.name if vlm.directory else None,
+        "fingerprint": fingerprint(vlm.directory) if vlm.directory else None,
+    }
+    if vlm.adapter is not None:
+        weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
+        digest = hashlib.sha256(weights).hexdigest()[:16]
+        described |= {"adapter": vlm.adapter.name, "adapter fingerprint": digest}
+    return described
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.prompt, *sample.references]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _why_no_rows(output: Path, selection: Selection, spellings: dict[str, int]) -> str:
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    errors = [sample["error"] for sample in samples if "error" in sample]
+    if len(errors) == len(samples):
+        return f"none of the {len(samples)} samples gave a state; the first: {errors[0]}"
+    if spellings:
+        return not_found(selection.argument, spellings, len(samples))
+    return (
+        f"the selection {selection} keeps no position of any of {len(samples)} samples; "
+        "choose another"
+    )
+
+
+def _summary(features: Features, seconds: float, seconds_of: dict[str, float]) -> Summary:
+    failed = tuple((s["id"], s["error"]) for s in features.samples if "error" in s)
+    with_rows = len(np.unique(features.sample_rows))
+    return Summary(
+        samples=len(features.samples),
+        rows=len(features.tokens),
+        without_token=len(features.samples) - len(failed) - with_rows,
+        failed=failed,
+        seconds=seconds,
+        seconds_of=seconds_of,
+    )
