@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ports
+from ports import sharding
 from ports.checkpoint import stored_shapes
 from ports.joiner import EXAMPLE_TEXT
 
@@ -44,6 +45,15 @@ class Needs(NamedTuple):
         return self.parameters + self.cache + self.states + self.largest
 
 
+class Placement(NamedTuple):
+    """Where the parameters lie on a mesh."""
+
+    mesh: tuple[int, int]  # (data, model)
+    device_bytes: int  # of the parameters that one device holds
+    share: float  # that over the model's bytes; 1 / model where all of them are divided
+    notes: tuple[str, ...]  # what is not divided as it should be, and why
+
+
 class Inspection(NamedTuple):
     """A checkpoint's description."""
 
@@ -56,6 +66,7 @@ class Inspection(NamedTuple):
     needs: Needs
     devices: str
     device_bytes: int | None  # of all devices together
+    placement: Placement | None  # None without a mesh
 
     @property
     def fits(self) -> bool | None:
@@ -70,6 +81,7 @@ def inspect(
     image_size: tuple[int, int] = (640, 480),
     new_tokens: int = 20,
     sites: Sequence[str] = (),
+    mesh: tuple[int, int] | None = None,
 ) -> Inspection:
     """Describes a model and what one batch needs.
 
@@ -80,6 +92,8 @@ def inspect(
             many tokens they become; without one, the port's example of an image is taken.
         new_tokens: M.
         sites: whose states are kept.
+        mesh: (data, model), how many devices would share the batches, and how many the model; they
+            need not be there.
 
     Raises ValueError for an unknown site, or an image that the processor refuses.
     """
@@ -117,7 +131,35 @@ def inspect(
         needs=needs,
         devices=devices,
         device_bytes=memory,
+        placement=None if mesh is None else _placement(vlm, mesh),
     )
+
+
+def _placement(vlm: ports.VLM, mesh: tuple[int, int]) -> Placement:
+    placed = sharding.abstract_mesh(*mesh)
+    shardings = sharding.param_shardings(placed, vlm.params, vlm.module.kv_heads)
+    size = sharding.device_bytes(vlm.params, shardings)
+    return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
+
+
+def _notes(vlm: ports.VLM, devices: int) -> tuple[str, ...]:
+    """A line for everything that so many devices do not divide, as they would without remainder."""
+    text, notes = vlm.module.config.text, []
+    for path, count in vlm.module.kv_heads.items():
+        if count % devices:
+            what = "" if path == vlm.module.decoder_path else f" of {'.'.join(path)}"
+            notes.append(
+                f"key-value heads{what}: {count} can't be divided over {devices} devices; every "
+                "device holds their cache, and their projections unless fused with the queries'"
+            )
+    for what, count, then in (
+        ("query heads", text.num_heads, "every device computes attention for all of them"),
+        ("vocabulary", text.vocab_size, "embeddings and head are divided along their width"),
+        ("feed-forward width", text.intermediate_size, "every device holds these layers whole"),
+    ):
+        if count % devices:
+            notes.append(f"{what}: {count} can't be divided over {devices} devices; {then}")
+    return tuple(notes)
 
 
 def _batch(
@@ -227,6 +269,16 @@ def show(inspection: Inspection, console: Console) -> None:
     ):
         table.add_row(label, f"{size / 1e9:,.3f} GB")
     console.print(table)
+    if inspection.placement is not None:
+        placement = inspection.placement
+        data, model = placement.mesh
+        console.print(
+            f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB a device, "
+            f"{placement.share * model:.3f} x the model / {model}",
+            highlight=False,
+        )
+        for note in placement.notes:
+            console.print(note, highlight=False, soft_wrap=True)
     memory = inspection.device_bytes
     have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
     verdict = {True: "fits", False: "does not fit", None: "can't be told"}[inspection.fits]

@@ -10,6 +10,7 @@ import typer
 
 from xlvlm_jax.cli import (
     concepts,
+    convert,
     embedded,
     features,
     finetune,
@@ -58,6 +59,7 @@ for command in (
     interop.import_pth,
     interop.export_pth,
     finetune.finetune,
+    convert.convert,
     embedded.scenes,
     embedded.train_demo,
 ):
@@ -82,9 +84,9 @@ def _one_line_errors() -> Iterator[None]:
     except _UsageError as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as end:
+    except runtime.Interrupted as end:
         errors.print(runtime.STOPPED)
-        sys.exit(getattr(end, "status", 130))
+        sys.exit(end.status)
     except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         fail(" ".join(str(error).split()), 2)
     except OSError as error:

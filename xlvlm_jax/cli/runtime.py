@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
+from jax import monitoring
 
 Hosts = Annotated[
     str | None,
@@ -33,13 +35,11 @@ STOPPED = "interrupted; what was committed stays, the same command goes on from 
 
 
 def keep_programs() -> None:
-    """Compiled programs are kept in the user's cache directory, unless JAX is told another.
-
-    By JAX's own variables, which it reads when it is first imported.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xlvlm-jax" / "programs"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    """Compiled programs are kept in the user's cache directory, unless JAX was told another."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xlvlm-jax" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Programs:
@@ -64,15 +64,11 @@ class Programs:
             self.seconds += seconds
 
     def __enter__(self) -> "Programs":
-        from jax import monitoring
-
         monitoring.register_event_listener(self._event)
         monitoring.register_event_duration_secs_listener(self._duration)
         return self
 
     def __exit__(self, *_: object) -> None:
-        from jax import monitoring
-
         monitoring.unregister_event_listener(self._event)
         monitoring.unregister_event_duration_listener(self._duration)
 
@@ -108,14 +104,15 @@ def profiled(directory: Path | None) -> Iterator[None]:
     if directory is None:
         yield
         return
-    import jax
-
     with jax.profiler.trace(directory):
         yield
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end; `status` is what the process then ends with."""
+class Interrupted(BaseException):
+    """A signal asked the command to end; `status` is what the process then ends with.
+
+    No KeyboardInterrupt: the command line's library ends at one without a word.
+    """
 
     def __init__(self, number: int):
         super().__init__()

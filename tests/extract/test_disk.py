@@ -1,0 +1,88 @@
+"""A disk that is too small: refused beforehand, or met on the way."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from xlvlm_jax.extract import preflight
+from xlvlm_jax.extract.preflight import require_disk
+
+from .conftest import COMMAND, digests
+
+# In a mount namespace of its own: a small tmpfs, the command, the same command with more room.
+SMALL_DISK = """
+set -e
+mkdir -p "$1"
+mount -t tmpfs -o size="$2" none "$1"
+shift 2
+status=0
+"$@" --output disk/features || status=$?
+echo "status $status" >&2
+mount -o remount,size=100m disk
+"$@" --output disk/features
+cp -r disk/features found
+"""
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+
+
+def test_too_small_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(OSError, match=r"needs up to 6e-09 GB and its disk has 5e-09 GB free; make"):
+        require_disk(tmp_path / "not" / "there", 6)
+    require_disk(tmp_path, 5)
+
+
+@pytest.mark.slow
+def test_full_on_the_way(namespaces, pictures, tmp_path):
+    """Room for one chunk of states at both sites, and not for the second."""
+    arguments = [*COMMAND, "extract", "embedded", str(pictures), "--split", "val"]
+    arguments += ["--tokens", "all", "--rows", "each", "--include-prompt", "--max-new-tokens", "3"]
+    for site in ("language_model.model.norm", "language_model.model.layers.4"):
+        arguments += ["--site", site]
+    whole = subprocess.run([*arguments, "--output", tmp_path / "whole"], capture_output=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    size = sum(f.stat().st_size for f in (tmp_path / "whole").rglob("*") if f.is_file())
+    script = tmp_path / "script.sh"
+    script.write_text(SMALL_DISK)
+    run = subprocess.run(
+        [*("unshare", "-rm", "sh", script, "disk", str(size - 2**19)), *arguments, "--ignore-disk"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "status 1" in run.stderr
+    told = next(line for line in run.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot write features to disk/features: " in told and "has room" in told
+    assert digests(tmp_path / "found") == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_preflight_says_what_a_run_then_takes(vlm, samples, tmp_path):
+    """Rows and bytes are bounds, and close where a sample has one row."""
+    from xlvlm_jax.extract import Settings, extract
+    from xlvlm_jax.selection import Selection
+
+    settings = Settings(
+        ("language_model.model.norm",), Selection.parse("index:-1"), batch_size=4, max_new_tokens=2
+    )
+    output = tmp_path / "features"
+    needs = preflight(vlm, samples, output, settings)
+    assert not output.exists()
+    assert needs.samples == needs.rows == len(samples) == 10
+    assert (needs.done, needs.missing, needs.fits) == (0, (), True)
+    summary = extract(vlm, samples, output, settings)
+    assert summary.rows == needs.rows
+    written = (output / "samples.jsonl").stat().st_size + summary.rows * (4 * 256 + 16)
+    assert 0.9 * written < needs.disk < 1.2 * written
+    assert needs.programs == ((128, 3),)
+    weights = sum(leaf.nbytes for leaf in vlm.params["language_model"]["model"]["norm"].values())
+    assert needs.parameters > weights and needs.temporaries > 0
+    assert preflight(vlm, samples, output, settings).done == 10

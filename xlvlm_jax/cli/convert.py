@@ -1,0 +1,53 @@
+"""`xlvlm convert`: a checkpoint whose parameters every host reads in parts, in Orbax's format."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xlvlm_jax.cli.console import Model, console, load_model
+
+# What lies beside the weights and describes them, the processor and the tokenizer.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+_NOT_COPIED = ("*.index.json", "params.json")
+
+
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="The directory to write; new or empty.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of what is written: float32, bfloat16, float16.")
+    ] = "float32",
+) -> None:
+    """A checkpoint -> the same with Orbax parameters, which a sharded load reads in parts."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already and not empty; name a new directory")
+    vlm = load_model(model, dtype)
+    with console.status(f"writing {output}"):
+        _write(vlm, output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    console.print(f"{size / 1e9:,.3f} GB in {output}", highlight=False)
+
+
+def _write(vlm: Any, output: Path) -> None:
+    """Under a temporary name, then renamed: a directory of the right name is whole."""
+    from ports import checkpoint, orbax_io
+
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _copy_descriptions(vlm.directory, temporary)
+        orbax_io.save(vlm.params, temporary, checkpoint.fingerprint(vlm.directory))
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_descriptions(source: Path, target: Path) -> None:
+    left_out = {file for pattern in _NOT_COPIED for file in source.glob(pattern)}
+    for file in {file for pattern in _COPIED for file in source.glob(pattern)} - left_out:
+        # The hub's cache holds links to its files.
+        shutil.copyfile(file, target / file.name)
