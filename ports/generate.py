@@ -33,6 +33,7 @@ class Generation(NamedTuple):
     tokens: Array  # int32[B, M], after the end-of-sequence token the pad token
     states: dict[str, Array]  # site -> [B, M, D]; states[site][:, m] predicted tokens[:, m]
     prompt_states: dict[str, Array]  # site -> [B, T, D], if asked for: states of the prompt
+    finite: Array  # bool[B], whether no logits were NaN or Inf, as where float16 overflows
 
 
 def _sample(logits: Array, sampling: Sampling, step: Array) -> Array:
@@ -100,9 +101,14 @@ def generate(
         tokens = jnp.where(ended, pad_token, tokens.astype(jnp.int32))
         return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
 
+    def is_finite(logits: Array) -> Array:
+        # The largest is NaN or Inf where any of them is, and no others need to be looked at.
+        return jnp.isfinite(logits.max(-1))
+
     logits, cache, prefilled = prefill(edits)
     rows = logits.shape[:-1]  # [B], or [A, B]
     first, ended = pick(logits, jnp.int32(0), jnp.zeros(rows, bool))
+    finite = is_finite(logits)
     tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32).at[..., 0].set(first)
     states = {
         site: jnp.zeros((*rows, max_new_tokens, value.shape[-1]), value.dtype)
@@ -119,7 +125,7 @@ def generate(
         return (step < max_new_tokens) & ~ended.all()
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, tokens, ended, states, cache = carry
+        step, tokens, ended, finite, states, cache = carry
         slot = length + step - 1  # of the token that the last step chose
         valid = prompt_valid | ((slots >= length) & (slots <= slot))
         logits, cache, new = decode_step(
@@ -132,9 +138,10 @@ def generate(
             .set(jnp.where(ended[..., None], 0, value[..., 0, :]).astype(states[site].dtype))
             for site, value in new.items()
         }
+        finite = finite & (ended | is_finite(logits))
         chosen, ended = pick(logits, step, ended)
-        return step + 1, tokens.at[..., step].set(chosen), ended, states, cache
+        return step + 1, tokens.at[..., step].set(chosen), ended, finite, states, cache
 
-    carry = (jnp.int32(1), tokens, ended, states, cache)
-    _, tokens, _, states, _ = jax.lax.while_loop(go_on, body, carry)
-    return Generation(tokens, states, prefilled if prompt_states else {})
+    carry = (jnp.int32(1), tokens, ended, finite, states, cache)
+    _, tokens, _, finite, states, _ = jax.lax.while_loop(go_on, body, carry)
+    return Generation(tokens, states, prefilled if prompt_states else {}, finite)

@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
 )
+from xlvlm_jax.cli.runtime import DryRun
 from xlvlm_jax.cli.steering_options import (
     BatchSize,
     Data,
@@ -38,7 +39,7 @@ from xlvlm_jax.cli.steering_options import (
     read_samples,
     vectors_at,
 )
-from xlvlm_jax.cli.steering_tables import show
+from xlvlm_jax.cli.steering_tables import show, show_needs
 
 steer = typer.Typer(help="Steering vectors.", no_args_is_help=True)
 steer.command()(steering_fit.fit)
@@ -70,6 +71,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     java: Java = False,
+    dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
     """Accuracy of answers, or scores of captions; with a vector, before and after steering."""
@@ -85,6 +87,9 @@ def evaluate(
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
     task.require(samples)
+    if dry_run:
+        _preflight(model, dtype, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
+        return
     vlm = load_model(model, dtype)
     with progress_bars() as progress:
         summary = evaluation.evaluate(
@@ -159,6 +164,7 @@ def apply(
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     java: Java = False,
+    dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
     """Steers answers or captions: every vector, site, strength and where, or the best of them."""
@@ -192,6 +198,14 @@ def apply(
                 f"--choose-on {choose_on}: all of its samples are evaluated on; give another split"
             )
         task.require(others)
+    if dry_run:
+        # One of those that are tried is applied, beside the plain answers and an instruction.
+        applied = 1 if choose_on is not None else len(tried)
+        count = 1 + applied + (instruction is not None)
+        _preflight(model, dtype, samples, count, task, max_new_tokens, batch_size)
+        if others:
+            _preflight(model, dtype, others, 1 + len(tried), task, max_new_tokens, batch_size)
+        return
     vlm = load_model(model, dtype)
     with progress_bars() as progress:
         options["stage"] = bars(progress)
@@ -208,6 +222,28 @@ def apply(
             vlm, samples, task, output, conditions, about=about, sweep=sweep, **options
         )
     _finish(summary, output)
+
+
+def _preflight(
+    model: str,
+    dtype: str,
+    samples: Sequence[Any],
+    count: int,
+    task: Any,
+    max_new_tokens: int | None,
+    batch_size: int,
+) -> None:
+    """What --dry-run says of samples that are answered under so many conditions."""
+    from xlvlm_jax import evaluation
+
+    needs = evaluation.preflight(
+        load_model(model, dtype, abstract=True),
+        samples,
+        count,
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        batch_size=batch_size,
+    )
+    show_needs(needs, console)
 
 
 def _finish(summary: dict[str, Any], output: Path) -> None:

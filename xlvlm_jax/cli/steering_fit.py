@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
 )
+from xlvlm_jax.cli.runtime import DryRun
 
 Features = Annotated[Path, typer.Argument(help="States of answers: a directory of features.")]
 Words = str | None
@@ -85,6 +86,7 @@ def fit(
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
         "float32"
     ),
+    dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
     """Steering vectors from source to target answers, with their whole specification."""
@@ -110,11 +112,12 @@ def fit(
             where=meant,
             **answers,
         )
-        _write_all(output, {f"{v.source['from']}-{v.source['to']}": v for v in vectors})
+        if not dry_run:
+            _write_all(output, {f"{v.source['from']}-{v.source['to']}": v for v in vectors})
         sizes = ", ".join(str(len(fine.samples(i))) for i in range(num_concepts))
         console.print(
             f"{len(vectors)} vectors between {num_concepts} concepts of {sizes} rows, "
-            f"site {site} -> {output}"
+            f"site {site} -> {'nothing, a dry run' if dry_run else output}"
         )
         return
     if targets is None:
@@ -124,11 +127,13 @@ def fit(
         vector = steering.fit_coarse(
             opened, site, sources, targets, target_features=others, where=meant, **answers
         )
-        vector.save(output)
+        if not dry_run:
+            vector.save(output)
         rows = vector.source
         console.print(
             f"{rows['source rows']} source and {rows['target rows']} target rows, "
-            f"norm {_norm(vector):.3g}, site {vector.site} -> {output}"
+            f"norm {_norm(vector):.3g}, site {vector.site} -> "
+            f"{'nothing, a dry run' if dry_run else output}"
         )
         return
 
@@ -142,6 +147,15 @@ def fit(
     trios = lesson.samples, lesson.wanted, lesson.given
     if method == "l2s" and contrast == "prompt":
         trios = steering.contrast_prompts(opened, lesson, targets, key=key)
+    if dry_run:
+        vlm = load_model(model, dtype, abstract=True)
+        steering.files.require_model(opened.manifest, vlm)
+        steered = sum(given != wanted for given, wanted in zip(*lesson[1:], strict=True))
+        console.print(
+            f"{len(trios[0])} samples to learn from, {steered} of them to be steered, in batches "
+            f"of {batch_size}, site {site} of width {vlm.site_shapes[site][-1]}; nothing written"
+        )
+        return
     vlm = load_model(model, dtype)
     steering.files.require_model(opened.manifest, vlm)
     with progress_bars() as progress:

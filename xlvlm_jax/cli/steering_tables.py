@@ -85,3 +85,17 @@ def _change(before: int, after: int) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({100 * part / whole:.1f} %)" if whole else "0 of 0"
+
+
+def show_needs(needs: Any, console: Console) -> None:
+    """What answering some samples under some conditions will need."""
+    missing = f", {len(needs.missing)} images missing" if needs.missing else ""
+    console.print(
+        f"samples: {needs.samples}{missing}; {needs.answers} answers, "
+        f"{needs.conditions_at_once} conditions of a batch at once"
+    )
+    console.print(
+        f"memory of a device: parameters {needs.parameters / 1e9:,.3f} GB, all else "
+        f"{needs.temporaries / 1e9:,.3f} GB for a batch under one condition, prompts of "
+        f"{needs.prompt_tokens} tokens"
+    )

@@ -2,6 +2,7 @@
 
 from xlvlm_jax.evaluation.captions import CaptionChanges, caption_changes, count_said
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
+from xlvlm_jax.evaluation.preflight import Needs, preflight
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
 from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
 from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
@@ -28,6 +29,7 @@ __all__ = [
     "Captions",
     "Changes",
     "Condition",
+    "Needs",
     "Predictions",
     "Questions",
     "Steering",
@@ -48,6 +50,7 @@ __all__ = [
     "grid",
     "names",
     "predict",
+    "preflight",
     "require_answers",
     "select",
     "truths",

@@ -182,14 +182,15 @@ def _batches(
     groups = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What the processor reads once is read before the threads ask for it.
     vlm.processor  # noqa: B018
-    prepare = functools.partial(_prepare, vlm, told=told, size=size)
-    dataset = grain.MapDataset.source(groups).map(prepare)
+    prepared = functools.partial(prepare, vlm, told=told, size=size)
+    dataset = grain.MapDataset.source(groups).map(prepared)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)))
 
 
-def _prepare(
+def prepare(
     vlm: VLM, samples: Sequence[Sample], *, told: Sequence[str | None], size: int
 ) -> _Batch:
+    """A batch of the samples whose images can be read, under each of the instructions."""
     images: list[Any] = []
     errors: list[str | None] = []
     for sample in samples:
@@ -232,7 +233,7 @@ def _run(
             yield from ((number, tokens) for number in numbers)
             continue
         variants = aligned([conditions[number].edits(vlm, inputs) for number in numbers])
-        at_once = max_rows or _rows_at_once(vlm, inputs, max_new_tokens)
+        at_once = max_rows or rows_at_once(vlm, inputs, max_new_tokens)
         runs = -(-len(numbers) * len(inputs["input_ids"]) // at_once)
         size = -(-len(numbers) // runs)
         for start in range(0, len(numbers), size):
@@ -243,7 +244,8 @@ def _run(
             yield from zip(numbers[start : start + size], result.tokens, strict=False)
 
 
-def _rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -> int:
+def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -> int:
+    """How many rows of such inputs, conditions times batch, keep the cache within its bound."""
     rows, length = inputs["input_ids"].shape
     make = functools.partial(vlm.module.init_cache, rows, length + max_new_tokens)
     cache = jax.tree.leaves(jax.eval_shape(make))

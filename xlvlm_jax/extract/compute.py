@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import VLM
+from ports import VLM, Generation
 from xlvlm_jax import tokens
 from xlvlm_jax.extract.batches import Batch
 from xlvlm_jax.extract.settings import Settings
@@ -29,18 +29,28 @@ class Model(NamedTuple):
     token_ids: tuple[int, ...]  # spellings of the token of interest
 
 
-def compute(model: Model, batch: Batch) -> tuple[tokens.Rows, dict[str, Any]]:
-    """Runs a batch: rows, and predicted tokens by name; on the device and perhaps not there yet."""
+class Computed(NamedTuple):
+    """A batch's result, on the device and perhaps not there yet."""
+
+    rows: tokens.Rows
+    predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are kept
+    finite: jax.Array | None = None  # bool[B], whether no logits were NaN or Inf
+
+
+def compute(model: Model, batch: Batch) -> Computed:
+    """Runs a batch."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
-        return _forced(model, batch), {}
-    rows, predicted = _generated(model, model.vlm, batch)
+        return Computed(_forced(model, batch), {})
+    rows, generation = _generated(model, model.vlm, batch)
+    predicted = {"prediction": generation.tokens}
     if model.finetuned is None:
-        return rows, {"prediction": predicted}
-    other, finetuned = _generated(model, model.finetuned, batch)
+        return Computed(rows, predicted, generation.finite)
+    other, second = _generated(model, model.finetuned, batch)
     states = {finetuned_site(site): value for site, value in other.states.items()}
     both = rows._replace(states=rows.states | states, valid=rows.valid & other.valid)
-    return both, {"prediction": predicted, "finetuned prediction": finetuned}
+    predicted["finetuned prediction"] = second.tokens
+    return Computed(both, predicted, generation.finite & second.finite)
 
 
 def _forced(model: Model, batch: Batch) -> tokens.Rows:
@@ -56,7 +66,7 @@ def _forced(model: Model, batch: Batch) -> tokens.Rows:
     return _selecting(model)("forced", ids, mask, answer, states)
 
 
-def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[tokens.Rows, Any]:
+def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[tokens.Rows, Generation]:
     settings, inputs = model.settings, batch.inputs
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     whole = not settings.selection.generated_only
@@ -70,7 +80,7 @@ def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[tokens.Rows, Any]:
     if whole:
         kind = "sequence"
         states = {site: (generation.prompt_states[site], states[site]) for site in settings.sites}
-    return _selecting(model)(kind, ids, mask, generation.tokens, states), generation.tokens
+    return _selecting(model)(kind, ids, mask, generation.tokens, states), generation
 
 
 def _selecting(model: Model) -> Callable[..., tokens.Rows]:

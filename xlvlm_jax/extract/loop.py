@@ -78,7 +78,7 @@ def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, 
     if result is None:
         none = np.zeros(0, int)
         return described, {}, none, none, none
-    rows, predicted = result
+    rows, predicted, finite = result
     states, row, position, token = rows.flat()
     real = row < batch.num_rows
     states = {site: value[real] for site, value in states.items()}
@@ -87,6 +87,9 @@ def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, 
         texts = model.vlm.tokenizer.batch_decode(np.asarray(ids), skip_special_tokens=True)
         for sample, text in zip(batch.rows[: batch.num_rows], texts, strict=False):
             described[sample][name] = text.strip()
+    if finite is not None:
+        for sample in batch.rows[: batch.num_rows][~np.asarray(finite)[: batch.num_rows]]:
+            described[sample]["error"] = f"NaN or Inf in the logits {_advice(model)}"
     kept = _keep_finite(model, states, index, position, described, strict)
     states = {site: value[kept] for site, value in states.items()}
     return described, states, index[kept], position[kept], token[kept]
@@ -107,13 +110,13 @@ def _keep_finite(
             finite = np.isfinite(value.astype(disk, copy=False)).all(axis=1)
         for row in np.flatnonzero(~finite):
             sample = described[index[row]]
-            if "error" in sample:
-                continue
-            sample["error"] = _not_finite(model, site, value[row], position[row])
-            if strict:
-                raise ValueError(f"sample {sample['id']}: {sample['error']}")
-    good = np.array(["error" not in sample for sample in described])
-    return good[index]
+            # A site says more than the logits behind it; the first of them says it all.
+            if "at site" not in sample.get("error", ""):
+                sample["error"] = _not_finite(model, site, value[row], position[row])
+    bad = [sample for sample in described if "error" in sample]
+    if strict and bad:
+        raise ValueError(f"sample {bad[0]['id']}: {bad[0]['error']}")
+    return np.array(["error" not in sample for sample in described])[index]
 
 
 def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> str:
@@ -124,6 +127,10 @@ def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> st
             "store states as bfloat16 or float32"
         )
     kind = "NaN" if np.isnan(state).any() else "Inf"
+    return f"{kind} in the state {where} {_advice(model)}"
+
+
+def _advice(model: Model) -> str:
     dtype = jnp.dtype(model.vlm.module.dtype).name
     advice = "run the model in bfloat16 or float32" if dtype == "float16" else "check the weights"
-    return f"{kind} in the state {where} of the model in {dtype}; {advice}"
+    return f"of the model in {dtype}; {advice}"

@@ -1,0 +1,185 @@
+"""Extractions killed at random moments and started again until they are done: the bytes of one.
+
+    python -m benchmarks.faults.kills --kills 50            # one process
+    python -m benchmarks.faults.kills --kills 20 --hosts 2  # any host of two, then both again
+
+Every run that ends is compared, file by file, with one that nobody disturbed; then a new one
+begins. SIGTERM and SIGINT are sent too, and the seconds until the process ends are measured.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.measure import save
+from xlvlm_jax.data import scenes
+from xlvlm_jax.store import manifest_of
+
+SITES = ("language_model.model.norm", "language_model.model.layers.4")
+
+
+class Campaign:
+    """The command, where it writes, and what it should leave."""
+
+    def __init__(self, root: Path, hosts: int, pictures: int):
+        self.root, self.hosts = root, hosts
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(root / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+        scenes.write(root / "scenes", val=pictures, seed=0)
+        began = time.perf_counter()
+        self.wait(self.start(root / "whole", 1))
+        self.start_seconds = time.perf_counter() - began
+        # Again, with the programs kept: what a run takes that is started a second time.
+        began = time.perf_counter()
+        self.wait(self.start(root / "again", 1))
+        self.whole_seconds = time.perf_counter() - began
+        self.expected = digests(root / "whole")
+        assert digests(root / "again") == self.expected, "two undisturbed runs differ"
+
+    def start(self, output: Path, hosts: int) -> list[subprocess.Popen]:
+        """The processes of one run."""
+        command = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()", "extract"]
+        command += ["embedded", str(self.root / "scenes"), "--split", "val", "--batch-size", "2"]
+        command += ["--output", str(output), "--tokens", "index:-1", "--generated-only"]
+        command += ["--max-new-tokens", "8", *(x for site in SITES for x in ("--site", site))]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        several = [
+            ["--hosts", f"127.0.0.1:{port},{hosts},{i}"] if hosts > 1 else [] for i in range(hosts)
+        ]
+        return [
+            subprocess.Popen(
+                command + extra,
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for extra in several
+        ]
+
+    def wait(self, processes: list[subprocess.Popen]) -> None:
+        """Until they have ended; each with success."""
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            if process.returncode:
+                raise RuntimeError(f"a run ended with {process.returncode}: {errors[-500:]}")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Every file of a directory."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def kill_until_done(campaign: Campaign, kills: int, rng: random.Random, console: Console) -> dict:
+    """SIGKILL at random moments of runs, each going on where the last was killed."""
+    killed, completed, committed, unequal = 0, 0, [], 0
+    output = campaign.root / "killed"
+    while killed < kills or output.exists():
+        processes = campaign.start(output, campaign.hosts)
+        # Longer than a whole run at times: some runs end by themselves.
+        delay = rng.uniform(0.3, 1.05) * campaign.whole_seconds * (1.6 if campaign.hosts > 1 else 1)
+        deadline = time.monotonic() + delay if killed < kills else float("inf")
+        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+            time.sleep(0.005)
+        alive = [p for p in processes if p.poll() is None]
+        if alive:
+            killed += 1
+            rng.shuffle(alive)
+            for process in alive:
+                process.kill()
+            for process in alive:
+                process.communicate()
+            state = manifest_of(output)
+            committed.append(0 if state is None else state["samples"])
+            continue
+        campaign.wait(processes)
+        completed += 1
+        if digests(output) != campaign.expected:
+            unequal += 1
+            console.print(f"[red]run {completed} differs; kept in {output}.{completed}")
+            shutil.copytree(output, output.with_name(f"{output.name}.{completed}"))
+        shutil.rmtree(output)
+    return {
+        "kills": killed,
+        "runs": completed,
+        "unequal": unequal,
+        "samples at the kills": sorted(committed),
+    }
+
+
+def ask_to_end(campaign: Campaign, number: signal.Signals, rng: random.Random) -> dict:
+    """A signal that can be heard: seconds to the end, status and what was said."""
+    seconds, said = [], 0
+    output = campaign.root / "asked"
+    for _ in range(5):
+        (process,) = campaign.start(output, 1)
+        time.sleep(rng.uniform(0.4, 0.9) * campaign.whole_seconds)
+        if process.poll() is None:
+            began = time.perf_counter()
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+            seconds.append(time.perf_counter() - began)
+            said += "the same command goes on" in errors and process.returncode == 128 + number
+        else:
+            process.communicate()
+    campaign.wait(campaign.start(output, 1))
+    equal = digests(output) == campaign.expected
+    shutil.rmtree(output)
+    return {"sent": len(seconds), "said": said, "seconds": seconds, "equal after": equal}
+
+
+def main() -> None:
+    """Run, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--pictures", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    rng, console = random.Random(arguments.seed), Console()
+    with tempfile.TemporaryDirectory() as root:
+        campaign = Campaign(Path(root), arguments.hosts, arguments.pictures)
+        console.print(
+            f"undisturbed: {campaign.start_seconds:.1f} s, {campaign.whole_seconds:.1f} s with the "
+            "programs kept"
+        )
+        found = {
+            "hosts": arguments.hosts,
+            **kill_until_done(campaign, arguments.kills, rng, console),
+        }
+        console.print(found)
+        rows = [found]
+        if arguments.hosts == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asked = {"signal": number.name, **ask_to_end(campaign, number, rng)}
+                rows.append(asked)
+                console.print(asked, f"median {np.median(asked['seconds']):.2f} s")
+    name = f"faults_kills_{arguments.hosts}.json"
+    save(arguments.output or Path("benchmarks/results") / name, rows)
+    if found["unequal"]:
+        raise SystemExit("some runs differ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Blocks, parts and how they are put together, on one host that goes on with those of others."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xlvlm_jax.extract import Settings, extract, parts
+from xlvlm_jax.selection import Selection
+from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+
+from .conftest import digests
+
+SETTINGS = Settings(
+    ("language_model.model.norm",),
+    Selection("class", "dog,cat,bird,rabbit"),
+    batch_size=2,
+    max_new_tokens=12,
+)
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(vlm, samples, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "features"
+    extract(vlm, samples, output, SETTINGS)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Ten samples: blocks of four, four and two."""
+    monkeypatch.setattr(parts, "BATCHES", 2)
+
+
+def stop_after(count):
+    calls = []
+
+    def progress(*figures):
+        calls.append(figures)
+        if len(calls) == count:
+            raise StopHereError
+
+    return progress
+
+
+def test_blocks_by_hand(tmp_path):
+    found = parts.blocks_of(tmp_path, num_samples=10, done=0, batch_size=2)
+    spans = [(block.path.name, block.start, block.stop) for block in found]
+    assert spans == [("000000000", 0, 4), ("000000004", 4, 8), ("000000008", 8, 10)]
+    # What one host did alone, three batches, is not done again.
+    found = parts.blocks_of(tmp_path, num_samples=10, done=6, batch_size=2)
+    assert [(block.start, block.stop, block.done) for block in found] == [(6, 8, 0), (8, 10, 0)]
+
+
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_run_in_parts_ends_with_the_bytes_of_one(
+    vlm, samples, whole, tmp_path, monkeypatch, stop
+):
+    """Killed behind any of its batches, and again behind the next."""
+    monkeypatch.setattr(parts, "exist", lambda output: True)
+    output = tmp_path / "features"
+    for count in (stop, 1):
+        with pytest.raises(StopHereError):
+            extract(vlm, samples, output, SETTINGS, progress=stop_after(count))
+    extract(vlm, samples, output, SETTINGS)
+    assert digests(output) == digests(whole)
+
+
+def test_what_one_host_did_alone_is_gone_on_with_in_parts(vlm, samples, whole, tmp_path):
+    output = tmp_path / "features"
+    with pytest.raises(StopHereError):
+        extract(vlm, samples, output, SETTINGS, progress=stop_after(3))
+    (output / "parts").mkdir()
+    with pytest.raises(StopHereError):
+        extract(vlm, samples, output, SETTINGS, progress=stop_after(1))
+    assert manifest_of(output)["samples"] >= 6
+    extract(vlm, samples, output, SETTINGS)
+    assert digests(output) == digests(whole)
+
+
+@pytest.mark.parametrize("killed", range(3))
+def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, killed):
+    """Rows of made-up states; the whole is committed batch by batch."""
+    with FeaturesWriter(tmp_path, {}):
+        pass
+    blocks = parts.blocks_of(tmp_path, 10, 0, 2)
+    rng = np.random.default_rng(0)
+    for block in blocks:
+        with FeaturesWriter(block.path, {"part": [block.start, block.stop]}) as part:
+            for start in range(block.start, block.stop, 2):
+                states = {"site": rng.normal(size=(3, 4))}
+                part.append([{"id": start}, {"id": start + 1}], states, [0, 1, 1], [7] * 3, [1] * 3)
+            part.close()
+    append, calls = FeaturesWriter.append, []
+
+    def failing(writer, *batch):
+        calls.append(batch)
+        if len(calls) == killed + 1:
+            raise StopHereError
+        append(writer, *batch)
+
+    monkeypatch.setattr(FeaturesWriter, "append", failing)
+    with FeaturesWriter(tmp_path, {}) as writer, pytest.raises(StopHereError):
+        parts.merge_all(writer, blocks, 2)
+    with FeaturesWriter(tmp_path, {}) as writer:
+        assert writer.samples_done == 2 * killed
+        parts.merge_all(writer, parts.blocks_of(tmp_path, 10, writer.samples_done, 2), 2)
+        writer.close()
+    features = Features.open(tmp_path)
+    assert [sample["id"] for sample in features.samples] == list(range(10))
+    assert features.sample_rows.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9]
+    expected = np.random.default_rng(0).normal(size=(15, 4)).astype(np.float32)
+    np.testing.assert_array_equal(features.matrix("site"), expected)
+    assert not (tmp_path / "parts").exists()
