@@ -28,10 +28,10 @@ from ports.edits import (
 )
 from ports.generate import Generation, Sampling
 from ports.lora import Adapter, adapted, merge
-from ports.sharding import make_mesh
+from ports.sharding import make_mesh, parse_mesh
 from ports.sites import capture, list_sites
 from ports.steering import steer, substitute
-from ports.vlm import VLM, Output, load_module
+from ports.vlm import VLM, Output, abstract_module, load_module
 
 __all__ = [
     "VLM",
@@ -53,6 +53,7 @@ __all__ = [
     "load_abstract",
     "make_mesh",
     "merge",
+    "parse_mesh",
     "replace",
     "stacked",
     "steer",
@@ -79,10 +80,12 @@ def load(
     """Loads a Hugging Face checkpoint.
 
     Args:
-        path: a directory that holds config.json and safetensors, or the id of a repository on the
-            hub, which is then downloaded into its usual cache.
+        path: a directory that holds config.json and safetensors (or Orbax parameters, which
+            `xlvlm convert` writes), or the id of a repository on the hub, which is then downloaded
+            into its usual cache.
         dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
-        mesh: places the parameters on its devices (axes "data" and "model"); default: one device.
+        mesh: places the parameters on its devices (axes "data" and "model"), tensor by tensor;
+            it may span the processes of `jax.distributed`. Default: one device.
         adapter: a directory with a LoRA adapter in PEFT's format, merged into the parameters.
 
     Raises:
@@ -98,7 +101,9 @@ def load(
     return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
 
 
-def load_abstract(path: str | Path, *, dtype: str = "float32") -> VLM:
+def load_abstract(
+    path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> VLM:
     """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: nothing but config.json is read.
 
     For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
@@ -106,9 +111,8 @@ def load_abstract(path: str | Path, *, dtype: str = "float32") -> VLM:
     """
     directory = _directory(path, weights=False)
     module, port, config = _build(directory, dtype)
-    params = checkpoint.abstract_params(module, port.example_inputs(module.config))
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
-    return VLM(module, params, config, port, directory)
+    params = abstract_module(module, port, jnp.dtype(dtype), mesh)
+    return VLM(module, params, config, port, directory, mesh)
 
 
 def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any]:

@@ -22,10 +22,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from ports import safetensors_io
+from ports import orbax_io, safetensors_io, sharding
 from ports.sites import site_name
 
 Rename = Callable[[str], str | None]
+_CHECKED_AT_ONCE = 1 << 18  # numbers, which stay in the cache
+_EXPONENTS = {np.dtype(jnp.bfloat16): np.uint16(0x7F80), np.dtype(np.float16): np.uint16(0x7C00)}
 _LEAVES = {
     "kernel": "weight",
     "embedding": "weight",
@@ -158,7 +160,7 @@ def load_params(
     *,
     dtype: jnp.dtype,
     ignore: frozenset[str] = frozenset(),
-    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+    shardings: dict | None = None,
 ) -> dict:
     """Reads a checkpoint into parameters, tensor by tensor, each placed as it is read.
 
@@ -168,30 +170,93 @@ def load_params(
         rename: a name in the file -> the port's name, or None to leave it out.
         dtype: of the parameters; stored float16, bfloat16 and float32 are converted.
         ignore: port names that may be in the file and are not needed (a tied head).
-        place: puts the parameter at a Flax path on its device(s); default: the default device.
+        shardings: a tree like `abstract`, where the parameters go; every process reads the rows
+            of its own devices. None: the default device.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, or names or shapes differ (all of them are listed).
+        ValueError: a file is truncated, names or shapes differ (all of them are listed), or a
+            tensor holds NaN or Inf, or does in `dtype`.
     """
     stored = safetensors_io.open_directory(directory)
     names = _match(abstract, stored, rename, ignore, str(directory))
-    place = place or (lambda path, value: jax.device_put(value))
+    placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
     params = {}
     for path, name in names.items():
-        ndim = len(stored[name].shape)
-        axes = np.argsort(_stored_axes(path, ndim))
-        # A copy that need not be made would leave holes in the heap between the parameters.
-        value = stored[name].read().transpose(axes).astype(dtype, copy=False)
+        axes = _stored_axes(path, len(stored[name].shape))
         # Waiting keeps one host copy alive at a time.
-        params[path] = place(path, value).block_until_ready()
+        value = _read(name, stored[name], axes, dtype, placed.get(path))
+        params[path] = value.block_until_ready()
     return traverse_util.unflatten_dict(params)
+
+
+def _read(
+    name: str,
+    tensor: safetensors_io.StoredTensor,
+    stored_axes: tuple[int, ...],
+    dtype: jnp.dtype,
+    where: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """A stored tensor on its devices, its axes in the parameter's order."""
+    axes = np.argsort(stored_axes)
+
+    def converted(values: np.ndarray) -> np.ndarray:
+        # A copy that need not be made would leave holes in the heap between the parameters.
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype, copy=False)
+        if not is_finite(values):
+            raise ValueError(
+                f"{tensor.file}: tensor {name!r} holds NaN or Inf as {np.dtype(dtype).name}; "
+                "download the file again, or load it as bfloat16 or float32"
+            )
+        return values
+
+    if where is None:
+        return jax.device_put(converted(tensor.read()).transpose(axes))
+    shape = tuple(tensor.shape[axis] for axis in axes)
+    if not shape:
+        return sharding.put(converted(tensor.read()), where)
+    # Of the stored tensor, rows lie side by side in the file: those of this process are read.
+    rows = stored_axes[0]
+    spans = [
+        index[rows].indices(shape[rows])[:2]
+        for index in where.addressable_devices_indices_map(shape).values()
+    ]
+    first, last = min(start for start, _ in spans), max(end for _, end in spans)
+    value = converted(tensor.read((first, last))).transpose(axes)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, end, _ = index[rows].indices(shape[rows])
+        own = (*index[:rows], slice(start - first, end - first), *index[rows + 1 :])
+        return value[own]
+
+    return sharding.from_slices(shape, where, part)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether an array of floats, contiguous in memory, holds neither NaN nor Inf."""
+    flat = values.reshape(-1)
+    # numpy has no fast test of 16 bits: Inf and NaN are what has all bits of the exponent.
+    bits = flat.view(np.uint16) if flat.dtype in _EXPONENTS else None
+    for start in range(0, flat.size, _CHECKED_AT_ONCE):
+        here = slice(start, start + _CHECKED_AT_ONCE)
+        if bits is None:
+            good = np.isfinite(flat[here]).all()
+        else:
+            exponent = _EXPONENTS[flat.dtype]
+            good = not ((bits[here] & exponent) == exponent).any()
+        if not good:
+            return False
+    return True
 
 
 def fingerprint(directory: Path) -> str:
     """A digest that tells checkpoints apart: of config.json, and of sizes, beginnings and ends of
-    the weight files (a whole read of a large checkpoint would take as long as loading it).
+    the weight files (a whole read of a large checkpoint would take as long as loading it). Of
+    parameters in Orbax's format (`orbax_io`) it is that of the checkpoint they were made from.
     """
+    if orbax_io.is_saved(directory):
+        return orbax_io.read_record(directory)["fingerprint"]
     digest = hashlib.sha256()
     for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
         size = file.stat().st_size

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers
+from ports import layers, sharding
 
 Array = jax.Array
 
@@ -126,15 +126,24 @@ def attend_through_cache(
         keys = module.variable("cache", "key", lambda: None)
         values = module.variable("cache", "value", lambda: None)
         slot = 0 if start is None else start
-        keys.value = jax.lax.dynamic_update_slice(
-            keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot)
+        keys.value = _constrain_cache(
+            jax.lax.dynamic_update_slice(
+                keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot)
+            )
         )
-        values.value = jax.lax.dynamic_update_slice(
-            values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
+        values.value = _constrain_cache(
+            jax.lax.dynamic_update_slice(
+                values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
+            )
         )
         if start is not None:
             return layers.attend_cached(query, keys.value, values.value, mask)
     return layers.attend(query, key, value, mask)
+
+
+def _constrain_cache(x: Array) -> Array:
+    """Keys [B, N, C, S] or values [B, N, S, C]: rows on "data", whole heads on "model"."""
+    return sharding.constrain(x, "batch", "kv_heads", "embed", "positions")
 
 
 def last_queries(
@@ -169,7 +178,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int, x: Array) -> Array:
             y = layers.dense(count * cfg.head_dim, cfg.qkv_bias, self.dtype, name)(x)
-            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+            y = y.reshape(*x.shape[:2], count, cfg.head_dim)
+            return sharding.heads(y, "heads" if name == "q_proj" else "kv_heads")
 
         asking, asking_angles = x, angles
         if last_only:
@@ -177,7 +187,7 @@ class Attention(nn.Module):
         query = layers.rotate(heads("q_proj", cfg.num_heads, asking), *asking_angles)
         key = layers.rotate(heads("k_proj", cfg.num_kv_heads, x), *angles)
         value = heads("v_proj", cfg.num_kv_heads, x)
-        y = attend_through_cache(self, query, key, value, mask, start)
+        y = sharding.heads(attend_through_cache(self, query, key, value, mask, start))
         y = y.reshape(*asking.shape[:2], -1)
         return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
@@ -205,12 +215,12 @@ class DecoderLayer(nn.Module):
 
         y = norm("input_layernorm")(x)
         y = Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start, last_only)
-        x = (x[:, -1:] if last_only else x) + y
+        x = sharding.residual((x[:, -1:] if last_only else x) + y)
         y = norm("post_attention_layernorm")(x)
         mlp = layers.GatedMLP(
             cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias, self.dtype, name="mlp"
         )
-        return x + mlp(y)
+        return sharding.residual(x + mlp(y))
 
 
 class Decoder(nn.Module):
@@ -240,6 +250,7 @@ class Decoder(nn.Module):
         divides the rotary embedding in sections.
         """
         cfg = self.config
+        x = sharding.residual(x)
         angles = layers.rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
         if cfg.sliding_window is not None:
             mask = mask & within_window(mask.shape, cfg.sliding_window, start)
@@ -263,8 +274,8 @@ class CausalLM(nn.Module):
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the head alone, without the final norm."""
         if self.config.tie_embeddings:
-            return self.model.embed_tokens.attend(x)
-        return self.lm_head(x)
+            return sharding.logits(self.model.embed_tokens.attend(x))
+        return sharding.logits(self.lm_head(x))
 
 
 def init_cache(
@@ -282,8 +293,8 @@ def init_cache(
     """
     heads = (batch, config.num_kv_heads)
     block = {
-        "key": jnp.zeros((*heads, config.head_dim, slots), dtype),
-        "value": jnp.zeros((*heads, slots, config.head_dim), dtype),
+        "key": _constrain_cache(jnp.zeros((*heads, config.head_dim, slots), dtype)),
+        "value": _constrain_cache(jnp.zeros((*heads, slots, config.head_dim), dtype)),
     }
     layer, *inner = path
     for name in reversed(inner):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, joiner, layers, siglip, vision
+from ports import decoder, joiner, layers, sharding, siglip, vision
 
 Array = jax.Array
 
@@ -95,7 +95,8 @@ class PerceiverAttention(nn.Module):
 
         def heads(name: str, x: Array, count: int) -> Array:
             y = layers.dense(count * cfg.head_dim, False, self.dtype, name)(x)
-            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+            y = y.reshape(*x.shape[:2], count, cfg.head_dim)
+            return sharding.heads(y, "heads" if name == "q_proj" else "kv_heads")
 
         both = jnp.concatenate([context, latents], axis=1)
         query = heads("q_proj", latents, cfg.num_heads)
@@ -121,10 +122,11 @@ class PerceiverLayer(nn.Module):
 
         y = norm("input_latents_norm")(latents)
         context = norm("input_context_norm")(context)
-        latents = latents + PerceiverAttention(cfg, self.dtype, name="self_attn")(y, context, mask)
+        y = PerceiverAttention(cfg, self.dtype, name="self_attn")(y, context, mask)
+        latents = sharding.residual(latents + y)
         y = norm("post_attention_layernorm")(latents)
         mlp = layers.GatedMLP(4 * y.shape[-1], cfg.hidden_act, dtype=self.dtype, name="mlp")
-        return latents + mlp(y)
+        return sharding.residual(latents + mlp(y))
 
 
 class PerceiverResampler(nn.Module):
@@ -223,8 +225,14 @@ class Idefics2(joiner.VisionLanguageModel):
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone."""
         if self.config.text.tie_embeddings:
-            return self.text_decoder.embed_tokens.attend(x)
-        return self.lm_head(x)
+            return sharding.logits(self.text_decoder.embed_tokens.attend(x))
+        return sharding.logits(self.lm_head(x))
+
+    @property
+    def kv_heads(self) -> sharding.KVHeads:
+        """Those of the decoder and of the resampler."""
+        resampler = ("model", "connector", "perceiver_resampler")
+        return {**super().kv_heads, resampler: self.config.perceiver.num_kv_heads}
 
     def image_features(self, pixels: Array, pixel_mask: Array | None = None) -> Array:
         """pixels[I, 3, height, width] -> [I, L, D], as they enter the decoder.

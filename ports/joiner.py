@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, edits, steering
+from ports import decoder, edits, sharding, steering
 from ports.sites import normal_name
 
 Array = jax.Array
@@ -50,6 +50,11 @@ class VisionLanguageModel(nn.Module):
     def embed_inputs(self, inputs: Inputs) -> Array:
         """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
         raise NotImplementedError
+
+    @property
+    def kv_heads(self) -> sharding.KVHeads:
+        """Module path -> number of key-value heads, of what `sharding` divides by whole heads."""
+        return {self.decoder_path: self.config.text.num_kv_heads}
 
     def is_of_decoder(self, site: str) -> bool:
         """Whether a site is in the decoder or its head, and so runs for generated tokens too."""

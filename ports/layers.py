@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports import sharding
+
 Array = jax.Array
 
 
@@ -107,7 +109,9 @@ class GatedMLP(nn.Module):
         gate = linear(self.intermediate_size, "gate_proj")(x)
         up = linear(self.intermediate_size, "up_proj")(x)
         width = self.output_size or x.shape[-1]
-        return linear(width, "down_proj")(activation(self.hidden_act)(gate) * up)
+        y = activation(self.hidden_act)(gate) * up
+        y = sharding.constrain(y, "batch", "positions", "mlp")
+        return linear(width, "down_proj")(y)
 
 
 class MLP(nn.Module):
@@ -122,7 +126,8 @@ class MLP(nn.Module):
         """x[B, T, D] -> [B, T, D]."""
         width = x.shape[-1]
         x = dense(self.intermediate_size, True, self.dtype, "fc1")(x)
-        return dense(width, True, self.dtype, "fc2")(activation(self.hidden_act)(x))
+        x = sharding.constrain(activation(self.hidden_act)(x), "batch", "positions", "mlp")
+        return dense(width, True, self.dtype, "fc2")(x)
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, joiner, layers, molmo_vision
+from ports import decoder, joiner, layers, molmo_vision, sharding
 from ports.molmo_processor import load as load_processor
 from ports.molmo_processor import load_tokenizer
 
@@ -195,21 +195,28 @@ class Block(nn.Module):
 
         queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         y = linear(queries + 2 * keys, cfg.qkv_bias, "att_proj")(norm("attn_norm")(x))
+        # On a mesh the parts of a fused projection do not begin where a device does: gathered once,
+        # they are divided by heads without further messages.
+        y = sharding.residual(y)
         query, key, value = (
             part.reshape(*x.shape[:2], -1, cfg.head_dim)
             for part in jnp.split(y, (queries, queries + keys), axis=-1)
         )
+        key, value = sharding.heads(key, "kv_heads"), sharding.heads(value, "kv_heads")
         key = layers.rotate(key, *angles)
         if last_only:
             query = query[:, -1:]
             x, angles, mask = decoder.last_queries(x, angles, mask)
-        query = layers.rotate(query, *angles)
-        y = decoder.attend_through_cache(self, query, key, value, mask, start)
+        query = layers.rotate(sharding.heads(query), *angles)
+        y = sharding.heads(decoder.attend_through_cache(self, query, key, value, mask, start))
         y = y.reshape(*x.shape[:2], -1)
-        x = x + linear(x.shape[-1], False, "attn_out")(y)
+        x = sharding.residual(x + linear(x.shape[-1], False, "attn_out")(y))
         y = linear(2 * cfg.intermediate_size, False, "ff_proj")(norm("ff_norm")(x))
-        up, gate = jnp.split(y, 2, axis=-1)
-        return x + linear(x.shape[-1], False, "ff_out")(nn.silu(gate) * up)
+        up, gate = (
+            sharding.constrain(part, "batch", "positions", "mlp")
+            for part in jnp.split(y, 2, axis=-1)
+        )
+        return sharding.residual(x + linear(x.shape[-1], False, "ff_out")(nn.silu(gate) * up))
 
 
 class Transformer(nn.Module):
@@ -231,7 +238,7 @@ class Transformer(nn.Module):
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]."""
-        return self.ff_out(x)
+        return sharding.logits(self.ff_out(x))
 
     def __call__(
         self,
@@ -246,6 +253,7 @@ class Transformer(nn.Module):
         last_only: states [B, 1, D] of the last position, which the last layer computes alone.
         """
         text = self.config.text
+        x = sharding.residual(x)
         angles = layers.rotary_angles(positions, text.head_dim, text.rope_theta)
         *first, last = self.blocks
         for block in first:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers
+from ports import layers, sharding
 
 Array = jax.Array
 POOL = 2  # patches a side that become one feature
@@ -59,10 +59,10 @@ class Attention(nn.Module):
 
         def heads(name: str, x: Array) -> Array:
             y = layers.dense(cfg.width, True, self.dtype, name)(x)
-            return y.reshape(*x.shape[:2], cfg.num_heads, -1)
+            return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, -1))
 
         y = layers.attend(heads("wq", query), heads("wk", states), heads("wv", states), None)
-        y = y.reshape(*query.shape[:2], cfg.width)
+        y = sharding.heads(y).reshape(*query.shape[:2], cfg.width)
         return layers.dense(cfg.width, True, self.dtype, "wo")(y)
 
 
@@ -76,7 +76,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x[R, P, E] -> [R, P, E]."""
         y = layers.dense(self.config.mlp_width, True, self.dtype, "w1")(x)
-        return layers.dense(x.shape[-1], True, self.dtype, "w2")(layers.quick_gelu(y))
+        y = sharding.constrain(layers.quick_gelu(y), "batch", "positions", "mlp")
+        return layers.dense(x.shape[-1], True, self.dtype, "w2")(y)
 
 
 class ResidualBlock(nn.Module):
@@ -90,9 +91,9 @@ class ResidualBlock(nn.Module):
         """x[R, P, E] -> [R, P, E]."""
         cfg = self.config
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "attention_norm")(x)
-        x = x + Attention(cfg, self.dtype, name="attention")(y, y)
+        x = sharding.residual(x + Attention(cfg, self.dtype, name="attention")(y, y))
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "ffn_norm")(x)
-        return x + FeedForward(cfg, self.dtype, name="feed_forward")(y)
+        return sharding.residual(x + FeedForward(cfg, self.dtype, name="feed_forward")(y))
 
 
 class Blocks(nn.Module):
@@ -136,7 +137,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(patches.astype(self.dtype))
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positional_embedding.astype(self.dtype)
-        return self.transformer(self.pre_ln(x))
+        return self.transformer(sharding.residual(self.pre_ln(x)))
 
 
 class Projector(nn.Module):
@@ -147,11 +148,12 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[..., E] -> [..., D]."""
+        """x[N, E] -> [N, D]."""
         cfg = self.config
         gate = layers.dense(cfg.projector_width, False, self.dtype, "w1")(x)
         up = layers.dense(cfg.projector_width, False, self.dtype, "w3")(x)
-        return layers.dense(cfg.output_size, False, self.dtype, "w2")(nn.silu(gate) * up)
+        y = sharding.constrain(nn.silu(gate) * up, "batch", "mlp")
+        return layers.dense(cfg.output_size, False, self.dtype, "w2")(y)
 
 
 class VisionBackbone(nn.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers
+from ports import layers, sharding
 
 Array = jax.Array
 NORM_EPS = 1e-6  # no checkpoint's configuration says it
@@ -125,9 +125,9 @@ class Attention(nn.Module):
         cfg = self.config
         qkv = layers.dense(3 * cfg.width, True, self.dtype, "qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, cfg.num_heads, -1)
-        query, key, value = (qkv[:, :, i] for i in range(3))
+        query, key, value = (sharding.heads(qkv[:, :, i]) for i in range(3))
         query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
-        y = layers.attend(query, key, value, mask)
+        y = sharding.heads(layers.attend(query, key, value, mask))
         return layers.dense(cfg.width, True, self.dtype, "proj")(y.reshape(x.shape))
 
 
@@ -142,9 +142,10 @@ class Block(nn.Module):
         """x[F, P, E] -> [F, P, E]."""
         cfg = self.config
         y = layers.layer_norm(NORM_EPS, self.dtype, "norm1")(x)
-        x = x + Attention(cfg, self.dtype, name="attn")(y, angles, mask)
+        x = sharding.residual(x + Attention(cfg, self.dtype, name="attn")(y, angles, mask))
         y = layers.layer_norm(NORM_EPS, self.dtype, "norm2")(x)
-        return x + layers.MLP(cfg.mlp_width, cfg.hidden_act, self.dtype, name="mlp")(y)
+        mlp = layers.MLP(cfg.mlp_width, cfg.hidden_act, self.dtype, name="mlp")
+        return sharding.residual(x + mlp(y))
 
 
 class Merger(nn.Module):
@@ -160,8 +161,8 @@ class Merger(nn.Module):
         joined = cfg.width * cfg.merge_size**2
         x = layers.layer_norm(NORM_EPS, self.dtype, "ln_q")(x).reshape(len(x), -1, joined)
         x = layers.dense(joined, True, self.dtype, "mlp_0")(x)
-        x = nn.gelu(x, approximate=False)
-        return layers.dense(cfg.output_size, True, self.dtype, "mlp_2")(x)
+        x = sharding.constrain(nn.gelu(x, approximate=False), "batch", "positions", "mlp")
+        return sharding.residual(layers.dense(cfg.output_size, True, self.dtype, "mlp_2")(x))
 
 
 class Qwen2Vision(nn.Module):
@@ -189,7 +190,7 @@ class Qwen2Vision(nn.Module):
         turns = [place[..., None].astype(jnp.float32) * frequencies for place in places]
         turns = jnp.concatenate([*turns, *turns], axis=-1)
         angles = jnp.cos(turns), jnp.sin(turns)
-        x = self.patch_embed(patches)
+        x = sharding.residual(self.patch_embed(patches))
         for block in self.blocks:
             x = block(x, angles, mask)
         return self.merger(x)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import decoder, joiner, layers, padding, qwen2_vision
+from ports import decoder, joiner, layers, padding, qwen2_vision, sharding
 from ports.qwen2_vl_processor import load as load_processor
 
 __all__ = ["Config", "Qwen2VL", "load_processor"]
@@ -85,8 +85,8 @@ class Qwen2VL(joiner.VisionLanguageModel):
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone."""
         if self.config.text.tie_embeddings:
-            return self.model.embed_tokens.attend(x)
-        return self.lm_head(x)
+            return sharding.logits(self.model.embed_tokens.attend(x))
+        return sharding.logits(self.lm_head(x))
 
     def positions(self, inputs: joiner.Inputs) -> Array:
         """Rotary positions int32[B, T, 3]: time, height and width of every token.

@@ -43,13 +43,18 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        """The tensor, in its stored shape and dtype."""
-        count = math.prod(self.shape)
-        values = np.fromfile(self.file, self.dtype, count, offset=self.offset)
+    def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor in its stored dtype, or of its first axis the rows from one to another."""
+        shape, offset = self.shape, self.offset
+        if rows is not None:
+            first, last = rows
+            offset += first * math.prod(shape[1:]) * self.dtype.itemsize
+            shape = (last - first, *shape[1:])
+        count = math.prod(shape)
+        values = np.fromfile(self.file, self.dtype, count, offset=offset)
         if values.size != count:
             raise ValueError(f"{self.file}: ends early; download the file again")
-        return values.reshape(self.shape)
+        return values.reshape(shape)
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers
+from ports import layers, sharding
 
 Array = jax.Array
 
@@ -101,9 +101,10 @@ class EncoderAttention(nn.Module):
 
         def heads(name: str) -> Array:
             y = layers.dense(width, True, self.dtype, name)(x)
-            return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
+            return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
 
         y = layers.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
+        y = sharding.heads(y)
         return layers.dense(width, True, self.dtype, "out_proj")(y.reshape(x.shape))
 
 
@@ -118,9 +119,11 @@ class EncoderLayer(nn.Module):
         """x[I, P, D] -> [I, P, D]."""
         cfg = self.config
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "layer_norm1")(x)
-        x = x + EncoderAttention(cfg.num_heads, self.dtype, name="self_attn")(y, mask)
+        y = EncoderAttention(cfg.num_heads, self.dtype, name="self_attn")(y, mask)
+        x = sharding.residual(x + y)
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "layer_norm2")(x)
-        return x + layers.MLP(cfg.intermediate_size, cfg.hidden_act, self.dtype, name="mlp")(y)
+        mlp = layers.MLP(cfg.intermediate_size, cfg.hidden_act, self.dtype, name="mlp")
+        return sharding.residual(x + mlp(y))
 
 
 class Encoder(nn.Module):
@@ -134,7 +137,7 @@ class Encoder(nn.Module):
 
     def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
         """x[I, P, D] -> num_layers + 1 states [I, P, D]."""
-        states = [x]
+        states = [sharding.residual(x)]
         for layer in self.layers:
             states.append(layer(states[-1], mask))
         return tuple(states)

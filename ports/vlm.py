@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import checkpoint, generate, joiner, lora, padding, peft_files, sharding, steering
+from ports import (
+    checkpoint,
+    generate,
+    joiner,
+    lora,
+    orbax_io,
+    padding,
+    peft_files,
+    sharding,
+    steering,
+)
 from ports.edits import Edit, Edits, check_batch, is_everywhere
 from ports.generate import Generation, Sampling
 from ports.sites import capture, list_sites, normal_name, require_sites
@@ -28,35 +38,46 @@ class Output(NamedTuple):
     states: dict[str, Array]  # site -> [B, T, D]; of a vision site [images, patches, width]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sites"))
+# The mesh is an argument of every program: what was traced for one is not run on another.
+@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
 def _forward(
     model: joiner.VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
     sites: tuple[str, ...],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)
+    with sharding.on(mesh):
+        return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sites"))
+@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
 def _states(
     model: joiner.VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
     sites: tuple[str, ...],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Array]:
-    return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
+    with sharding.on(mesh):
+        return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _unembed(model: joiner.VisionLanguageModel, params: dict, x: Array) -> Array:
-    return model.apply({"params": params}, x, method="unembed")
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _unembed(
+    model: joiner.VisionLanguageModel,
+    params: dict,
+    x: Array,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Array:
+    with sharding.on(mesh):
+        return model.apply({"params": params}, x, method="unembed")
 
 
-_generate = jax.jit(
-    generate.generate,
+@functools.partial(
+    jax.jit,
     static_argnames=(
         "model",
         "max_new_tokens",
@@ -65,8 +86,21 @@ _generate = jax.jit(
         "sites",
         "prompt_states",
         "variants",
+        "mesh",
     ),
 )
+def _generate(
+    model: joiner.VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    sampling: Sampling | None = None,
+    edits: Edits | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    **options: Any,
+) -> Generation:
+    with sharding.on(mesh):
+        return generate.generate(model, params, inputs, sampling, edits, **options)
 
 
 class VLM:
@@ -168,7 +202,8 @@ class VLM:
 
         Keyword arguments go to Linen's `Module.apply`.
         """
-        return self.module.apply({"params": params}, inputs, **kwargs)
+        with sharding.on(self._mesh):
+            return self.module.apply({"params": params}, inputs, **kwargs)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -204,7 +239,9 @@ class VLM:
         """
         arrays, sites = self._check(inputs), self.check_sites(sites)
         edits = self._place_edits(edits, arrays)
-        logits, states = _forward(self.module, self.params, self._place(arrays), edits, sites)
+        logits, states = _forward(
+            self.module, self.params, self._place(arrays), edits, sites, self._mesh
+        )
         length = arrays["input_ids"].shape[1]
         return Output(logits[:, -length:], self._cut(states, length))
 
@@ -218,7 +255,8 @@ class VLM:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
         arrays, sites = self._check(inputs), self.check_sites(sites)
         edits = self._place_edits(edits, arrays)
-        states = _states(self.module, self.params, self._place(arrays), edits, sites)
+        arguments = (self.module, self.params, self._place(arrays), edits, sites)
+        states = _states(*arguments, self._mesh)
         return self._cut(states, arrays["input_ids"].shape[1])
 
     def generate(
@@ -272,8 +310,8 @@ class VLM:
                 inputs, max_new_tokens, sites, None, None, prompt_states
             )
             return _generate.lower(*arguments, **options)
-        arrays = self._place(self._check(inputs))
-        return _states.lower(self.module, self.params, arrays, {}, self.check_sites(sites))
+        arrays, sites = self._place(self._check(inputs)), self.check_sites(sites)
+        return _states.lower(self.module, self.params, arrays, {}, sites, self._mesh)
 
     def _generation(
         self,
@@ -297,6 +335,7 @@ class VLM:
             "pad_token": self.pad_token,
             "sites": sites,
             "prompt_states": prompt_states,
+            "mesh": self._mesh,
         }
         length = checked["input_ids"].shape[1]
         return (self.module, self.params, arrays, sampling, edits), options, length
@@ -344,11 +383,12 @@ class VLM:
             pad_token=self.pad_token,
             sites=sites,
             variants=True,
+            mesh=self._mesh,
         )
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
-        return _unembed(self.module, self.params, jnp.asarray(x))
+        return _unembed(self.module, self.params, jnp.asarray(x), self._mesh)
 
     def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
         """The sites as a tuple. ValueError for one that is unknown, or that has no state for a
@@ -419,7 +459,10 @@ class VLM:
                     "tokens: where can only be 'all' there; steer a site below "
                     f"{'.'.join(self.module.decoder_path)!r} at some of the positions"
                 )
-        return placed
+        if self._mesh is None or sharding.replicated(self._mesh).is_fully_addressable:
+            return placed
+        everywhere = sharding.replicated(self._mesh)
+        return jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), placed)
 
     def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
         """Takes off the positions that only fill up the bucket."""
@@ -463,7 +506,7 @@ class VLM:
         if self._mesh is None:
             return {name: jnp.asarray(value) for name, value in arrays.items()}
         return {
-            name: jax.device_put(value, sharding.batch_sharding(self._mesh, value.shape))
+            name: sharding.put(value, sharding.batch_sharding(self._mesh, value.shape))
             for name, value in arrays.items()
         }
 
@@ -495,17 +538,33 @@ def load_module(
 ) -> dict:
     """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
     abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
-    place = None
+    shardings = None
     if mesh is not None:
-
-        def place(path: tuple[str, ...], value: np.ndarray) -> Array:
-            return jax.device_put(value, sharding.param_sharding(mesh, path, value.shape))
-
+        shardings = sharding.param_shardings(mesh, abstract, module.kv_heads)
+    if orbax_io.is_saved(directory):
+        return orbax_io.load(directory, abstract, dtype, shardings)
     return checkpoint.load_params(
         directory,
         abstract,
         port.canonical_name,
         dtype=dtype,
         ignore=port.ignored_names(module.config),
-        place=place,
+        shardings=shardings,
+    )
+
+
+def abstract_module(
+    module: joiner.VisionLanguageModel,
+    port: ModuleType,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None,
+) -> dict:
+    """The shapes of the parameters of `module`, and where on the mesh each would be placed."""
+    abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
+    if mesh is None:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
+        abstract,
+        sharding.param_shardings(mesh, abstract, module.kv_heads),
     )

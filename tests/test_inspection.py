@@ -83,3 +83,23 @@ def test_models_of_seven_billion_parameters(tmp_path, name, parameters, image_to
 def test_an_unknown_site(vlm):
     with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
         inspection.inspect(vlm, sites=["layers.99"])
+
+
+class TestMesh:
+    def test_the_embedded_model_by_hand(self, vlm):
+        """Two key-value heads over four devices; 708 words and 384 columns are divided."""
+        result = inspection.inspect(vlm, batch_size=1, mesh=(2, 4))
+        placement = result.placement
+        assert placement.mesh == (2, 4)
+        assert 0.25 < placement.share < 0.31
+        assert placement.device_bytes == pytest.approx(placement.share * result.needs.parameters)
+        notes = [line.split(":")[0] for line in placement.notes]
+        assert "key-value heads" in notes
+        out = io.StringIO()
+        inspection.show(result, Console(file=out, width=100))
+        assert "mesh 2 x 4: parameters 0.00" in out.getvalue()
+        assert "2 can't be divided over 4 devices" in out.getvalue()
+
+    def test_what_is_divided_evenly_is_not_told(self, vlm):
+        assert inspection.inspect(vlm, batch_size=1, mesh=(8, 1)).placement.notes == ()
+        assert inspection.inspect(vlm, batch_size=1).placement is None

@@ -295,15 +295,21 @@ sys.meta_path = [WithoutTorch(finder) for finder in sys.meta_path]
 """
 
 
-def run_python(script: str, *arguments: Any, **environment: str) -> str:
-    """Runs a script in a process of its own, without torch, and returns what it prints."""
+def start_python(script: str, *arguments: Any, **environment: str) -> subprocess.Popen:
+    """Starts a script in a process of its own, without torch."""
     script = _WITHOUT_TORCH + textwrap.dedent(script)
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=1200,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def run_python(script: str, *arguments: Any, **environment: str) -> str:
+    """Runs a script in a process of its own, without torch, and returns what it prints."""
+    with start_python(script, *arguments, **environment) as process:
+        output, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, errors[-3000:]
+    return output

@@ -262,3 +262,25 @@ class TestFingerprint:
         data[-2] ^= 1
         (copy / name).write_bytes(data)
         assert checkpoint.fingerprint(copy) != checkpoint.fingerprint(small.directory)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_finite(dtype, bad):
+    values = np.full(300_000, -3.5, jnp.dtype(dtype)).reshape(-1, 100)
+    assert checkpoint.is_finite(values)
+    values[-1, 7] = bad
+    assert not checkpoint.is_finite(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (np.inf, "bfloat16"), (1e5, "float16")]
+)
+def test_weights_that_are_not_finite_are_named(tmp_path, small, value, dtype):
+    """The last is finite in the file, and beyond float16."""
+    tensors = tensors_of(small)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = value
+    write(tmp_path / "bad", small, tensors)
+    with pytest.raises(ValueError, match=rf"tensor '{name}' holds NaN or Inf as {dtype}; "):
+        ports.load(tmp_path / "bad", dtype=dtype)

@@ -1,16 +1,28 @@
 """Where parameters lie, and that eight devices compute what one does."""
 
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import PartitionSpec as P
 
 import ports
-from ports import sharding
+from ports import checkpoint, idefics2, llava, molmo, orbax_io, qwen2_vl, sharding
 
-from . import helpers
+from . import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
-MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+MESH = sharding.abstract_mesh(2, 4)
+EIGHT_DEVICES = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
 
 
 @pytest.mark.parametrize(
@@ -27,9 +39,23 @@ MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
         (("layers_0", "mlp", "fc2", "kernel"), (48, 36), P("model", None)),
         (("embed_tokens", "embedding"), (104, 60), P("model", None)),
         (("lm_head", "kernel"), (60, 104), P(None, "model")),
-        # Four devices do not divide these.
-        (("lm_head", "kernel"), (60, 103), P(None, None)),
+        # Four devices do not divide the vocabulary, but the width.
+        (("embed_tokens", "embedding"), (103, 60), P(None, "model")),
+        (("lm_head", "kernel"), (60, 103), P("model", None)),
+        # ... nor the width, nor these.
+        (("lm_head", "kernel"), (61, 103), P(None, None)),
         (("mlp", "down_proj", "kernel"), (77, 60), P(None, None)),
+        # Key-value heads are divided by whole heads where their number is known: two are not.
+        (("language_model", "self_attn", "k_proj", "kernel"), (60, 28), P(None, None)),
+        (("language_model", "self_attn", "v_proj", "bias"), (28,), P(None)),
+        (("resampler", "self_attn", "k_proj", "kernel"), (60, 32), P(None, "model")),
+        (("vision_tower", "self_attn", "k_proj", "kernel"), (36, 36), P(None, "model")),
+        # The tower of Qwen2-VL; the other "proj" is a convolution.
+        (("visual", "blocks_0", "attn", "qkv", "kernel"), (32, 96), P(None, "model")),
+        (("visual", "blocks_0", "attn", "proj", "kernel"), (32, 32), P("model", None)),
+        (("visual", "merger", "mlp_0", "kernel"), (128, 128), P(None, "model")),
+        (("visual", "merger", "mlp_2", "bias"), (60,), P(None)),
+        (("visual", "patch_embed", "proj", "kernel"), (3, 2, 7, 7, 32), P()),
         # Norms, convolutions and positions are everywhere.
         (("norm", "scale"), (60,), P()),
         (("patch_embedding", "kernel"), (7, 7, 3, 36), P()),
@@ -38,7 +64,8 @@ MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
     ids=str,
 )
 def test_parameters(path, shape, spec):
-    assert sharding.param_sharding(MESH, path, shape).spec == spec
+    kv_heads = {("language_model",): 2, ("resampler",): 4}
+    assert sharding.param_sharding(MESH, path, shape, kv_heads).spec == spec
 
 
 @pytest.mark.parametrize(
@@ -53,96 +80,411 @@ def test_a_mesh_without_a_model_axis_replicates():
     assert sharding.param_sharding(mesh, ("q_proj", "kernel"), (8, 8)).spec == P(None, None)
 
 
-EIGHT = """
-    import jax, numpy as np
-    import ports
+@hypothesis.given(
+    module=st.sampled_from([("a", *name.split(".")) for name in sharding._AXES]),
+    leaf=st.sampled_from(["kernel", "bias", "embedding"]),
+    sizes=st.lists(st.integers(1, 96), min_size=1, max_size=3),
+    mesh=st.tuples(st.integers(1, 4), st.integers(1, 12)),
+    groups=st.integers(1, 12),
+)
+def test_every_sharding_divides_its_parameter(module, leaf, sizes, mesh, groups):
+    # As in every model, the width of key-value heads is a multiple of their number.
+    sizes = [size * groups if module[-1] in ("k_proj", "v_proj") else size for size in sizes]
+    placed = sharding.abstract_mesh(*mesh)
+    found = sharding.param_sharding(placed, (*module, leaf), tuple(sizes), {("a",): groups})
+    parts = [size // own for size, own in zip(sizes, found.shard_shape(tuple(sizes)), strict=True)]
+    assert sorted(parts)[:-1] == [1] * (len(parts) - 1) and parts[-1] is not None
+    assert max(parts) in (1, mesh[1])
 
-    directory, inputs, results = sys.argv[1:]
-    inputs = dict(np.load(inputs))
-    for shape in ((2, 4), (8, 1)):
-        vlm = ports.load(directory, mesh=ports.make_mesh(*shape))
-        site = "language_model.model.layers.0"
-        out = vlm.forward(inputs, sites=[site])
-        generation = vlm.generate(inputs, max_new_tokens=4)
-        rows = np.random.default_rng(0).standard_normal((8, 64)).astype("float32")
-        edits = {site: ports.add(rows, np.arange(8.0), where="text")}
-        steered = vlm.generate(inputs, max_new_tokens=4, edits=edits)
-        kernel = vlm.params["language_model"]["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
-        np.savez(
-            f"{results}/{shape[0]}x{shape[1]}.npz",
-            logits=out.logits,
-            states=out.states[site],
-            tokens=generation.tokens,
-            steered=steered.tokens,
-            devices=len(jax.devices()),
-            columns=kernel.sharding.shard_shape(kernel.shape)[1],
+
+@pytest.mark.parametrize(("text", "shape"), [("2x4", (2, 4)), (" 1X8 ", (1, 8)), ("16x1", (16, 1))])
+def test_meshes_as_text(text, shape):
+    assert ports.parse_mesh(text) == shape
+
+
+@pytest.mark.parametrize("text", ["", "8", "2x", "2x4x1", "0x8", "-1x8", "axb", "2 x 4", "٢x4"])
+def test_what_is_no_mesh(text):
+    with helpers.raises_line(ValueError, "expected DATAxMODEL such as 2x4", repr(text)):
+        ports.parse_mesh(text)
+
+
+def test_more_devices_than_there_are():
+    count = len(jax.devices())
+    with helpers.raises_line(ValueError, f"2 x {count} takes {2 * count} devices; there are"):
+        ports.make_mesh(2, count)
+    with helpers.raises_line(ValueError, "mesh of 0 x 1 devices; expected at least 1 x 1"):
+        ports.make_mesh(0)
+
+
+class TestConstrain:
+    def test_is_nothing_without_a_mesh(self):
+        x = np.ones((2, 3, 4))
+        assert sharding.residual(x) is x
+
+    def test_wants_an_axis_for_each_dimension(self):
+        with sharding.on(ports.make_mesh(1)), pytest.raises(ValueError, match="argument 2"):
+            sharding.constrain(jax.numpy.ones((2, 3)), "batch")
+
+    def test_the_mesh_ends_with_the_context(self):
+        with pytest.raises(KeyError), sharding.on(ports.make_mesh(1)):
+            raise KeyError
+        x = np.ones((2, 3, 4))
+        assert sharding.residual(x) is x
+
+
+REAL = {
+    "llava-1.5-7b": (llava, llava.Llava),
+    "idefics2-8b": (idefics2, idefics2.Idefics2),
+    "qwen2-vl-7b": (qwen2_vl, qwen2_vl.Qwen2VL),
+    "molmo-7b-d": (molmo, molmo.Molmo),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    # Qwen2-VL: four key-value heads are held by every device.
+    [
+        ("llava-1.5-7b", 1.002),
+        ("idefics2-8b", 1.014),
+        ("qwen2-vl-7b", 1.089),
+        ("molmo-7b-d", 1.002),
+    ],
+)
+def test_a_device_of_eight_holds_an_eighth_of_a_real_model(name, share):
+    port, kind = REAL[name]
+    data = Path(__file__).parents[1] / "data" / "checkpoints" / f"{name}.json"
+    values = json.loads(data.read_text())["config"]
+    config = (
+        molmo.read_config(values) if port is molmo else transformers.AutoConfig.for_model(**values)
+    )
+    module = kind(port.Config.from_hf(config))
+    params = checkpoint.abstract_params(module, port.example_inputs(module.config))
+    placed = sharding.param_shardings(sharding.abstract_mesh(1, 8), params, module.kv_heads)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert sharding.device_bytes(params, placed) * 8 / total == pytest.approx(share, abs=1e-3)
+
+
+# Small checkpoints of one layer. Eight devices divide none of the numbers of key-value heads, four
+# some of those of query heads; the vocabulary is divided but in Idefics2.
+TEXT = {
+    "vocab_size": 104,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "head_dim": 8,
+}
+TOWER = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def make_llava(directory):
+    helpers.make_llava(directory, helpers.llava_config(text=TEXT, vision=TOWER))
+    sites = ["vision_tower.vision_model.encoder.layers.0", "multi_modal_projector"]
+    return helpers.make_inputs([1] * 8, [3, 9, 4, 8, 5, 7, 6, 6]), "language_model.model", sites
+
+
+def make_idefics2(directory):
+    """Six query heads, whose projection alone is divided; a vocabulary of 103."""
+    text = TEXT | {"num_attention_heads": 6, "vocab_size": 103}
+    perceiver = {"hidden_size": 64, "resampler_depth": 1, "resampler_n_heads": 8}
+    config = idefics2_helpers.make_config(text, perceiver, TOWER)
+    idefics2_helpers.make_idefics2(directory, config)
+    images = [[(21 + 3 * i, 40)] for i in range(8)]
+    inputs = idefics2_helpers.make_inputs(images, [3, 9, 4, 8, 5, 7, 6, 6])
+    return inputs, "model.text_model", ["model.vision_model", "model.connector"]
+
+
+def make_qwen2_vl(directory):
+    rope = {**qwen2_vl_helpers.ROPE, "mrope_section": [1, 1, 2]}
+    config = qwen2_vl_helpers.make_config(
+        TEXT | {"rope_parameters": rope},
+        {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    )
+    qwen2_vl_helpers.make_qwen2_vl(directory, config)
+    images = [[(1, 2 + 2 * (i % 2), 4)] for i in range(8)]
+    inputs = qwen2_vl_helpers.make_inputs(images, [3, 9, 4, 8, 5, 7, 6, 6])
+    return inputs, "model", ["visual.blocks.0", "visual.merger"]
+
+
+def make_molmo(directory):
+    """Six query heads and two tables of embeddings, both divided."""
+    tower = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+        "vit_layers": [-1],
+    }
+    config = molmo_helpers.CONFIG | {
+        "vocab_size": 96,
+        "embedding_size": 96,
+        "additional_vocab_size": 16,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "vision_config": molmo_helpers.CONFIG["vision_config"] | tower,
+    }
+    molmo_helpers.make_checkpoint(directory, config)
+    crops = [2, 1, 3, 1, 2, 2, 1, 3]
+    inputs = molmo_helpers.make_inputs(config, crops, [3, 9, 4, 8, 5, 7, 6, 6])
+    return inputs, "model.transformer", ["model.vision_backbone"]
+
+
+PORTS = {
+    "llava": (make_llava, "layers.0"),
+    "idefics2": (make_idefics2, "layers.0"),
+    "qwen2-vl": (make_qwen2_vl, "layers.0"),
+    "molmo": (make_molmo, "blocks.0"),
+}
+MESHES = ("8x1", "2x4", "1x8")
+
+
+class Runs:
+    """What one device computed, and eight on each of the meshes."""
+
+    def __init__(self, name, directory):
+        make, layer = PORTS[name]
+        inputs, decoder, sites = make(directory / "checkpoint")
+        self.layer, self.valid = f"{decoder}.{layer}", inputs["attention_mask"] == 1
+        np.savez(directory / "inputs.npz", **inputs)
+        helpers.run_python(
+            Path(__file__).with_name("sharded.py").read_text(),
+            directory / "checkpoint",
+            directory / "inputs.npz",
+            directory,
+            json.dumps({"steered": self.layer, "sites": [*sites, self.layer]}),
+            **EIGHT_DEVICES,
         )
+        self.results = {mesh: np.load(directory / f"{mesh}.npz") for mesh in ("1", *MESHES)}
+
+
+@pytest.fixture(scope="module", params=PORTS)
+def runs(request, tmp_path_factory):
+    return Runs(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+class TestEightDevices:
+    def test_give_the_states_and_logits_of_one(self, runs, mesh):
+        """As the model is, and with every row steered by a vector and strength of its own."""
+        one, ours = runs.results["1"], runs.results[mesh]
+        assert set(one) == set(ours)
+        for name in set(one) - {"plain tokens", "steered tokens"}:
+            rows = one[name].reshape(-1, one[name].shape[-1])
+            of_prompt = name.endswith(("logits", runs.layer))
+            where = runs.valid.reshape(-1) if of_prompt else None
+            assert helpers.relative_error(ours[name], rows, where) < 1e-5, name
+
+    def test_give_the_tokens_of_one(self, runs, mesh):
+        one, ours = runs.results["1"], runs.results[mesh]
+        for name in ("plain tokens", "steered tokens"):
+            np.testing.assert_array_equal(ours[name], one[name])
+        assert (ours["steered tokens"] != ours["plain tokens"])[1:].any(1).sum() >= 5
+
+
+MORE = """
+    import jax, jax.numpy as jnp, numpy as np
+    import ports
+    from ports import orbax_io
+    from pathlib import Path
+
+    directory, inputs, work = sys.argv[1:]
+    inputs, work = dict(np.load(inputs)), Path(work)
+    site = "language_model.model.layers.0"
+    vector = np.random.default_rng(0).standard_normal(64).astype("float32")
+
+    def gradient(vlm):
+        arrays = vlm.place(inputs)
+        def mean_square(v, params):
+            edited = ports.steer(vlm.apply, {site: ports.add(v)})
+            return jnp.mean(edited(params, arrays) ** 2)
+
+        return jax.jit(jax.grad(mean_square))(vector, vlm.params)
+
+    found = {}
+    for name, shape in (("one", None), ("eight", (2, 4))):
+        vlm = ports.load(directory, mesh=shape and ports.make_mesh(*shape))
+        variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 8.0)]
+        swept = vlm.sweep(inputs, variants, max_new_tokens=3, sites=[site])
+        found |= {f"{name} tokens": swept.tokens, f"{name} states": swept.states[site]}
+        found[f"{name} gradient"] = gradient(vlm)
+    np.savez(work / "found.npz", **found)
+
+    # Written from (2, 4), read onto (1, 8), onto one device, and in another dtype.
+    orbax_io.save(vlm.params, work, "0123456789abcdef")
+    other = ports.load(work, mesh=ports.make_mesh(1, 8))
+    kernel = other.params["language_model"]["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (64, 12)
+    for restored, dtype in ((other, "float32"), (ports.load(work, dtype="bfloat16"), "bfloat16")):
+        pairs = jax.tree.map(
+            lambda a, b: np.array_equal(np.asarray(a).astype(dtype), np.asarray(b)),
+            vlm.params, restored.params,
+        )
+        assert all(jax.tree.leaves(pairs))
 """
 
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory):
-    """A checkpoint of one layer whose sizes four devices divide, but for two key-value heads."""
-    config = helpers.llava_config(
-        text={
-            "vocab_size": 104,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 8,
-            "head_dim": 8,
-        },
-        vision={"num_hidden_layers": 1},
-    )
-    return helpers.make_llava(tmp_path_factory.mktemp("even"), config)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return helpers.make_inputs([1] * 8, [3, 9, 4, 8, 5, 7, 6, 6])
-
-
-@pytest.fixture(scope="module")
-def results(even, batch, tmp_path_factory):
-    """What eight devices compute, by mesh."""
-    directory = tmp_path_factory.mktemp("results")
-    np.savez(directory / "inputs.npz", **batch)
-    helpers.run_python(
-        EIGHT,
-        even.directory,
-        directory / "inputs.npz",
-        directory,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        JAX_DEFAULT_MATMUL_PRECISION="highest",
-    )
-    return {mesh: np.load(directory / f"{mesh}.npz") for mesh in ("2x4", "8x1")}
+    """A checkpoint of LLaVA, and a file of inputs."""
+    directory = tmp_path_factory.mktemp("even")
+    inputs, *_ = make_llava(directory / "checkpoint")
+    np.savez(directory / "inputs.npz", **inputs)
+    return directory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "columns"), [("2x4", 24), ("8x1", 96)])
-class TestEightDevices:
-    def test_hold_a_part_each(self, results, mesh, columns):
-        assert results[mesh]["devices"] == 8
-        assert results[mesh]["columns"] == columns
+def test_sweeps_gradients_and_orbax_on_eight_devices(even, tmp_path):
+    shutil.copy(even / "checkpoint" / "config.json", tmp_path)
+    helpers.run_python(MORE, even / "checkpoint", even / "inputs.npz", tmp_path, **EIGHT_DEVICES)
+    found = np.load(tmp_path / "found.npz")
+    np.testing.assert_array_equal(found["one tokens"], found["eight tokens"])
+    assert (found["one tokens"][0] != found["one tokens"][1]).any()
+    for name in ("states", "gradient"):
+        one = found[f"one {name}"].reshape(-1, 64)
+        assert helpers.relative_error(found[f"eight {name}"], one) < 1e-5
 
-    def test_give_the_states_and_logits_of_one(self, results, even, batch, mesh, columns):
-        site = "language_model.model.layers.0"
-        expected = even.vlm.forward(batch, sites=[site])
-        valid = batch["attention_mask"] == 1
-        ours = results[mesh]
-        assert helpers.relative_error(ours["logits"], expected.logits, valid) < 1e-5
-        assert helpers.relative_error(ours["states"], expected.states[site], valid) < 1e-5
 
-    def test_give_the_tokens_of_one(self, results, even, batch, mesh, columns):
-        expected = even.vlm.generate(batch, max_new_tokens=4).tokens
-        np.testing.assert_array_equal(results[mesh]["tokens"], expected)
+# Two processes with four devices each.
+HOSTS = """
+    import jax, numpy as np
+    from jax.experimental import multihost_utils
 
-    def test_steer_as_one_does(self, results, even, batch, mesh, columns):
-        """Every row by its own vector and strength, at the positions of its text."""
-        rows = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
-        edits = {
-            "language_model.model.layers.0": ports.add(rows, np.arange(8.0), where="text"),
-        }
-        steered = even.vlm.generate(batch, max_new_tokens=4, edits=edits).tokens
-        np.testing.assert_array_equal(results[mesh]["steered"], steered)
-        assert (results[mesh]["steered"] != results[mesh]["tokens"])[1:].any(1).all()
+    directory, inputs, work, address, index = sys.argv[1:]
+    jax.distributed.initialize(address, 2, int(index))
+    import ports
+    from ports import orbax_io, safetensors_io
+    from pathlib import Path
+
+    inputs = dict(np.load(inputs))
+    site = "language_model.model.layers.0"
+    read = []
+    whole = safetensors_io.StoredTensor.read
+    def counted(self, rows=None):
+        value = whole(self, rows)
+        read.append(value.nbytes)
+        return value
+    safetensors_io.StoredTensor.read = counted
+    vlm = ports.load(directory, mesh=ports.make_mesh(1, 8))
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(vlm.params))
+    assert sum(read) < 0.85 * size, sum(read) / size
+    vector = np.random.default_rng(0).standard_normal((8, 64)).astype("float32")
+    edits = {site: ports.add(vector, np.arange(8.0))}
+    out = vlm.forward(inputs, sites=[site], edits=edits)
+    tokens = vlm.generate(inputs, max_new_tokens=3, edits=edits).tokens
+    orbax_io.save(vlm.params, Path(work), "0123456789abcdef")
+    multihost_utils.sync_global_devices("saved")
+    again = ports.load(work, mesh=ports.make_mesh(2, 4))
+    second = again.generate(inputs, max_new_tokens=3, edits=edits).tokens
+    gathered = multihost_utils.process_allgather(
+        {"logits": out.logits, "states": out.states[site], "tokens": tokens, "second": second},
+        tiled=True,
+    )
+    if index == "0":
+        np.savez(work + "/found.npz", **gathered)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_model(even, tmp_path):
+    """Each reads its own rows of the tensors; inputs, edits and Orbax span both."""
+    shutil.copy(even / "checkpoint" / "config.json", tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = (even / "checkpoint", even / "inputs.npz", tmp_path, address)
+    flags = EIGHT_DEVICES | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    hosts = [helpers.start_python(HOSTS, *arguments, index, **flags) for index in range(2)]
+    for host in hosts:
+        _, errors = host.communicate(timeout=600)
+        assert host.returncode == 0, errors[-3000:]
+    found = np.load(tmp_path / "found.npz")
+    vlm = ports.load(even / "checkpoint")
+    inputs = dict(np.load(even / "inputs.npz"))
+    site = "language_model.model.layers.0"
+    vector = np.random.default_rng(0).standard_normal((8, 64)).astype("float32")
+    edits = {site: ports.add(vector, np.arange(8.0))}
+    expected = vlm.forward(inputs, sites=[site], edits=edits)
+    valid = inputs["attention_mask"] == 1
+    assert helpers.relative_error(found["logits"], expected.logits, valid) < 1e-5
+    assert helpers.relative_error(found["states"], expected.states[site], valid) < 1e-5
+    tokens = vlm.generate(inputs, max_new_tokens=3, edits=edits).tokens
+    np.testing.assert_array_equal(found["tokens"], tokens)
+    np.testing.assert_array_equal(found["second"], tokens)
+
+
+class TestOrbax:
+    @pytest.fixture(scope="class")
+    def saved(self, even, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("orbax") / "saved"
+        shutil.copytree(even / "checkpoint", directory, ignore=lambda *_: ["model.safetensors"])
+        vlm = ports.load(even / "checkpoint")
+        orbax_io.save(vlm.params, directory, checkpoint.fingerprint(even / "checkpoint"))
+        return directory
+
+    @pytest.fixture
+    def copy(self, saved, tmp_path):
+        return shutil.copytree(saved, tmp_path / "copy")
+
+    def test_is_the_checkpoint(self, saved, even):
+        original, ours = ports.load(even / "checkpoint"), ports.load(saved)
+        same = jax.tree.map(np.array_equal, original.params, ours.params)
+        assert all(jax.tree.leaves(same))
+        fingerprint = checkpoint.fingerprint(saved)
+        assert fingerprint == checkpoint.fingerprint(even / "checkpoint")
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_is_converted(self, saved, even, dtype):
+        original, ours = (
+            ports.load(even / "checkpoint", dtype=dtype),
+            ports.load(saved, dtype=dtype),
+        )
+        same = jax.tree.map(np.array_equal, original.params, ours.params)
+        assert all(jax.tree.leaves(same))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(ours.params)} == {dtype}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "has params without params.json"),
+            ("{", "params.json is damaged"),
+            ("[]", "params.json is damaged"),
+            ('{"format": "ports parameters", "version": 1}', "params.json is damaged"),
+            (
+                '{"format": "ports parameters", "version": 2, "dtype": "float32", '
+                '"fingerprint": "0"}',
+                "format 'ports parameters', version 2; convert the checkpoint again",
+            ),
+        ],
+    )
+    def test_records_that_are_not_right(self, copy, content, message):
+        (copy / "params.json").unlink()
+        if content is not None:
+            (copy / "params.json").write_text(content)
+        for read in (ports.load, checkpoint.fingerprint):
+            with helpers.raises_line(ValueError, message, "convert the checkpoint again"):
+                read(copy)
+
+    def test_no_parameters_beside_the_record(self, copy):
+        shutil.rmtree(copy / "params")
+        with helpers.raises_line(ValueError, "params is damaged or incomplete"):
+            ports.load(copy)
+
+    @pytest.mark.parametrize("harm", ["delete", "shorten"])
+    def test_damaged_parameters(self, copy, harm):
+        file = max((copy / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+        if harm == "delete":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with helpers.raises_line(ValueError, "params is damaged or incomplete"):
+            ports.load(copy)
+
+    def test_another_model(self, copy):
+        config = json.loads((copy / "config.json").read_text())
+        config["text_config"]["intermediate_size"] = 48
+        (copy / "config.json").write_text(json.dumps(config))
+        with helpers.raises_line(ValueError, "does not hold this model's parameters", "up_proj"):
+            ports.load(copy)

@@ -49,12 +49,16 @@ def load_model(
     ("color", "place", "mood").
     mesh: how many devices of this host share the batches, and how many the model.
     """
+    import jax
+
     import ports
     from xlvlm_jax import embedded
 
     with console.status(f"loading {model}"):
         path = embedded.LLAVA if model == "embedded" else model
-        placed = None if mesh is None else ports.make_mesh(*mesh)
+        # Of several hosts each has the whole model.
+        own = None if mesh is None else jax.local_devices()
+        placed = None if mesh is None else ports.make_mesh(*mesh, devices=own)
         if abstract:
             return ports.load_abstract(path, dtype=dtype, mesh=placed)
         if model == "embedded" and adapter is not None:

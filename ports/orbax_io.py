@@ -1,0 +1,144 @@
+"""Parameters as an Orbax checkpoint: every host writes and reads its own parts alone.
+
+A directory of a model then holds, beside config.json and the processor's files,
+
+    params/      the tree of parameters, arrays in chunks of a few megabytes
+    params.json  {"format", "version", "dtype", "fingerprint"}, the last that of the checkpoint from
+                 which they were converted
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+FORMAT, VERSION = "ports parameters", 1
+PARAMS, RECORD = "params", "params.json"
+# A host that needs an eighth of an array reads little more than that; files stay few.
+_CHUNK_BYTES = 4 << 20
+# How much Orbax copies at a time, so that no second model lies in memory.
+_CONCURRENT_GB = 1
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether a directory holds parameters in this format, damaged or not."""
+    return (directory / RECORD).exists() or (directory / PARAMS).is_dir()
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What params.json says. ValueError if it is missing, damaged or of another version."""
+    file = directory / RECORD
+    again = f"convert the checkpoint again (expected {FORMAT!r}, version {VERSION})"
+    try:
+        record = json.loads(file.read_text())
+        said = record["format"], record["version"]
+        jnp.dtype(record["dtype"])
+        complete = isinstance(record["fingerprint"], str)
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has {PARAMS} without {RECORD}; {again}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged; {again}") from None
+    if said != (FORMAT, VERSION) or not complete:
+        raise ValueError(f"{file} has format {said[0]!r}, version {said[1]!r}; {again}")
+    return record
+
+
+def save(params: dict, directory: Path, fingerprint: str) -> None:
+    """Writes parameters, in their dtype, and the record beside them; the record comes last.
+
+    All processes that share the parameters call it. fingerprint: of the source's checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = directory.absolute()
+    options = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        arguments = ocp.args.PyTreeSave(params, save_args=options)
+        checkpointer.save(directory / PARAMS, args=arguments)
+    if jax.process_index() == 0:
+        dtype = jax.tree.leaves(params)[0].dtype.name
+        record = {"format": FORMAT, "version": VERSION, "dtype": dtype, "fingerprint": fingerprint}
+        (directory / RECORD).write_text(json.dumps(record) + "\n")
+
+
+def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | None) -> dict:
+    """Reads parameters onto their devices, converted to dtype; each host its own parts.
+
+    Args:
+        directory: holds what `save` wrote.
+        abstract: the tree of parameters that the model needs.
+        dtype: of the parameters.
+        shardings: a tree like it; None: all on the first device.
+
+    Raises ValueError, one line, if they are damaged, missing, of another version or another model.
+    """
+    import orbax.checkpoint as ocp
+
+    read_record(directory)
+    where = directory.absolute() / PARAMS
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda leaf: first, abstract) if shardings is None else shardings
+    arguments = jax.tree.map(
+        lambda leaf, sharding: ocp.ArrayRestoreArgs(
+            dtype=dtype, sharding=sharding, global_shape=leaf.shape
+        ),
+        abstract,
+        shardings,
+    )
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        with _one_line(where):
+            stored = checkpointer.metadata(where).item_metadata.tree
+            found = {path: tuple(leaf.shape) for path, leaf in _flat(stored).items()}
+        wanted = {path: tuple(leaf.shape) for path, leaf in _flat(abstract).items()}
+        if found != wanted:
+            wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
+            raise ValueError(
+                f"{where} does not hold this model's parameters: missing, unexpected or of another "
+                f"shape are {', '.join('.'.join(path) for path in wrong)}"
+            )
+        with _one_line(where):
+            return checkpointer.restore(
+                where, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+            )
+
+
+def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    return traverse_util.flatten_dict(tree)
+
+
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=_CONCURRENT_GB, restore_concurrent_gb=_CONCURRENT_GB
+    )
+
+
+@contextmanager
+def _one_line(where: Path) -> Iterator[None]:
+    """What goes wrong while the arrays are read, as one ValueError."""
+    try:
+        yield
+    except Exception as error:  # Orbax and tensorstore raise errors of many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{where} is damaged or incomplete ({first[:200]}); convert the checkpoint again"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log, which tells of every step."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,59 @@
+"""What test_sharding runs in a process of its own with eight devices: one port on several meshes.
+
+    python sharded.py DIRECTORY INPUTS RESULTS JSON   with {"steered": site, "sites": [...]}
+
+Writes RESULTS/<mesh>.npz for the meshes 1 (no mesh), 8x1, 2x4 and 1x8.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+import ports
+from ports import sharding
+
+
+def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[str, np.ndarray]:
+    """Logits, states and tokens, as they are and steered: each row by its vector and strength.
+
+    Strengths are arguments of the program: with zeros it is that of the model as it is.
+    """
+    rows = len(inputs["input_ids"])
+    width = vlm.site_shapes[steered][-1]
+    vectors = np.random.default_rng(0).standard_normal((rows, width)).astype("float32")
+    out = {}
+    for name, strength in (("plain", 0.0), ("steered", 1.0)):
+        alpha = strength * np.arange(rows, dtype="float32")
+        edits = {steered: ports.add(vectors, alpha, where="text")}
+        forward = vlm.forward(inputs, sites=sites, edits=edits)
+        generation = vlm.generate(inputs, max_new_tokens=4, sites=[steered], edits=edits)
+        out |= {f"{name} state of {site}": state for site, state in forward.states.items()}
+        out[f"{name} logits"] = forward.logits
+        out[f"{name} tokens"] = generation.tokens
+        out[f"{name} generated states"] = generation.states[steered]
+    return {key: np.asarray(value) for key, value in out.items()}
+
+
+def held(vlm: ports.VLM) -> int:
+    """Bytes of the parameters on the last device."""
+    shards = [s for leaf in jax.tree.leaves(vlm.params) for s in leaf.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device == jax.devices()[-1])
+
+
+def main() -> None:
+    """As said above."""
+    directory, inputs, results, what = sys.argv[1:]
+    inputs, what = dict(np.load(inputs)), json.loads(what)
+    for name in (None, "8x1", "2x4", "1x8"):
+        mesh = None if name is None else ports.make_mesh(*ports.parse_mesh(name))
+        vlm = ports.load(directory, mesh=mesh)
+        out = run(vlm, inputs, **what)
+        if mesh is not None:
+            placed = sharding.param_shardings(mesh, vlm.params, vlm.module.kv_heads)
+            assert held(vlm) == sharding.device_bytes(vlm.params, placed)
+        np.savez(f"{results}/{name or '1'}.npz", **out)
+
+
+main()
