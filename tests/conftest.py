@@ -1,7 +1,6 @@
 """What all tests share: nothing is fetched from the hub, and products are exact."""
 
 import os
-import tempfile
 
 # Before transformers and tokenizers are imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,13 +9,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tests describe one device; those that need several start a process of their own.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The workers and the processes that tests start compile the same programs: each is made once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
-    "JAX_COMPILATION_CACHE_DIR"
-) or tempfile.mkdtemp(prefix="xlvlm-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Programs are not kept: a worker that had made thousands was seen to abort while writing one.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +24,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a test may compile a program; the machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes the kept programs, unless somebody else keeps them; a worker leaves it to others."""
-    programs = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    if programs.name.startswith("xlvlm-tests-") and not hasattr(config, "workerinput"):
-        shutil.rmtree(programs, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ print(programs.compiled, programs.kept)
 
 def test_a_second_process_takes_them_from_the_cache(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     found = [
         subprocess.run(
             [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True

@@ -203,7 +203,7 @@ def main() -> None:
     for method in arguments.methods:
         if arguments.features is not None:
             Z = matrices.of_features(arguments.features, arguments.site)
-            add(method, str(arguments.features), Z, arguments.concepts)
+            add(method, "features", Z, arguments.concepts)
             continue
         for N, D, K in arguments.sizes or (QUICK if arguments.quick else FULL)[method]:
             for data in arguments.data:

@@ -39,6 +39,7 @@ def digests(directory: Path) -> dict[str, str]:
 def start(*arguments: object, cache: Path) -> subprocess.Popen:
     """The command line in a process of its own; compiled programs are kept in `cache`."""
     environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
