@@ -87,7 +87,7 @@ def check_finite(Z: Shaped[Array, "N D"], name: str) -> None:
 def _bad_rows(Z: Shaped[Array, "N D"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """How many rows are not finite, and the first of them."""
     bad = ~jnp.all(jnp.isfinite(Z), axis=1)
-    return jnp.sum(bad), jnp.argmax(bad)
+    return jnp.sum(bad), jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
 
 
 def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
