@@ -57,7 +57,7 @@ def read_config(
     try:
         values = json.loads(file.read_text())
         model_type = values.get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
     if model_type not in supported:
         raise ValueError(

@@ -75,6 +75,20 @@ def read(
             base model.
     """
     directory = Path(directory).expanduser()
+    try:
+        return _read(directory, shapes, canonical_name, architecture)
+    # Values of other kinds than a configuration has.
+    except (TypeError, AttributeError, KeyError, RecursionError, OverflowError, re.error) as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ValueError(f"{directory}: a damaged adapter ({said}); save it again") from error
+
+
+def _read(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    canonical_name: Rename,
+    architecture: str | None,
+) -> lora.Adapter:
     values = _read_config(directory)
     base = (values.get("auto_mapping") or {}).get("base_model_class")
     if architecture and base and base != architecture:

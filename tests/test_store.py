@@ -347,6 +347,7 @@ CHUNK = "states/language_model.model.norm/c/0/0"
     ("harm", "message"),
     [
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: not JSON"),
+        (lambda p: (p / "manifest.json").write_text("[" * 200_000), "manifest.json: not JSON"),
         (edit_manifest(format="other"), "format 'other', expected 'xlvlm-features'"),
         (edit_manifest(version=9), "format version 9, expected 1"),
         (edit_manifest(bytes=None), "key 'bytes' missing"),
@@ -359,7 +360,7 @@ CHUNK = "states/language_model.model.norm/c/0/0"
         (lambda p: (p / "samples.jsonl").unlink(), "samples.jsonl: 0 bytes, expected "),
         (
             lambda p: (p / "samples.jsonl").write_bytes(b"?" * 2000),
-            "samples.jsonl: line 1 is not JSON",
+            "samples.jsonl: line 1 is no JSON object",
         ),
     ],
 )

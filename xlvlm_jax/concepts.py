@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, damage
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
 from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
@@ -165,7 +165,7 @@ class Concepts:
         try:
             described = json.loads((directory / DESCRIPTION).read_text())
             digest = described["tensors_sha256"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{directory / DESCRIPTION} is not a description of concepts ({error}); "
                 "decompose again"
@@ -175,12 +175,13 @@ class Concepts:
                 f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
             )
         known = {name: described[name] for name in _DESCRIBED if name in described}
-        arrays = load_tensors(tensors)
-        if described.get("rows_on_disk") is not None:
-            rows = described["rows_on_disk"]
-            stored = StoredRows(directory / ACTIVATIONS, rows)
-            arrays["activations"] = next(stored.tiles(rows))[1]
-        return cls(**arrays, **known)
+        with damage.reported(directory, "concepts", "decompose again"):
+            arrays = load_tensors(tensors)
+            if described.get("rows_on_disk") is not None:
+                rows = described["rows_on_disk"]
+                stored = StoredRows(directory / ACTIVATIONS, rows)
+                arrays["activations"] = next(stored.tiles(rows))[1]
+            return cls(**arrays, **known)
 
 
 def on_host(concepts: Concepts) -> Concepts:

@@ -63,7 +63,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         )
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not JSON ({reason(error)}); extract the features again"
         ) from None
@@ -78,7 +78,18 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     for key in ("arguments", "dtype", "sites", "samples", "rows", "bytes", "complete"):
         if key not in state:
             raise ValueError(f"{path}: key {key!r} missing; extract the features again")
+        if not _is_sound(key, state[key]):
+            raise ValueError(f"{path}: {key!r} can't be what it is; extract the features again")
     return state
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    if key in ("samples", "rows", "bytes"):
+        return type(value) is int and value >= 0
+    if key == "sites":
+        return isinstance(value, list) and all(isinstance(s, str) and s.strip(".") for s in value)
+    kinds = {"arguments": dict, "dtype": str, "complete": bool}
+    return isinstance(value, kinds[key])
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
@@ -208,9 +219,10 @@ def _read_samples(path: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             samples.append(json.loads(line))
-        except ValueError:
+            samples[-1].keys()
+        except (ValueError, AttributeError, RecursionError):
             raise ValueError(
-                f"{path}: line {number} is not JSON; extract the features again"
+                f"{path}: line {number} is no JSON object; extract the features again"
             ) from None
     if len(samples) != state["samples"]:
         raise ValueError(

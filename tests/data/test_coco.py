@@ -89,12 +89,27 @@ def test_what_is_wrong_in_the_file_and_where(tmp_path, images, message):
         (b"[1, 2]", r"expected an object, got \[1, 2\]"),
         (b'{"annotations": []}', "key 'images' missing; it has annotations"),
         (b'{"images": {}}', r"'images' must be a list, got \{\}"),
+        (b"[" * 200_000, r"not JSON that can be read \(maximum recursion"),
+        (b'{"images": ' + b"1" * 5000 + b"}", r"not JSON that can be read \(Exceeds the limit"),
+        ('{"images": "caf\xe9"}'.encode("latin-1"), "byte 15: not JSON in UTF-8"),
     ],
 )
 def test_what_is_no_karpathy_file(tmp_path, content, message):
     (tmp_path / "dataset_coco.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"dataset_coco.json: {message}"):
         coco.load(tmp_path, "val")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_files_with_a_byte_order_mark_are_read(tmp_path, encoding):
+    text = json.dumps({"images": [image(9)]})
+    (tmp_path / "dataset_coco.json").write_text(text, encoding=encoding)
+    assert [sample.id for sample in coco.load(tmp_path, "test")] == ["9"]
+
+
+def test_an_image_without_captions_has_no_references(tmp_path):
+    (sample,) = coco.load(write(tmp_path, image(9, sentences=[])), "test")
+    assert sample.references == ()
 
 
 def test_attributes_that_are_no_objects(tmp_path):

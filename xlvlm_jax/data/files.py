@@ -28,6 +28,8 @@ def read_json(path: Path) -> Any:
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start}: not JSON in UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+        raise ValueError(f"{path}: not JSON that can be read ({error})") from None
 
 
 def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:

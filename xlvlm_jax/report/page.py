@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, damage
 from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
@@ -41,6 +41,12 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
+    with damage.reported(run, "run", "make its features and concepts again"):
+        text = _render(run)
+    return _store(run / "report.html" if output is None else Path(output), text)
+
+
+def _render(run: Path) -> str:
     steering = read_steering(run)
     has_features = (run / "features").is_dir()
     if not has_features and not steering:
@@ -57,7 +63,7 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     shown = [picture.image for s in sections for card in s.cards for picture in card.pictures]
     shown += [*shown_images(shifts), *shown_steering(steering)]
     page = _environment().get_template("page.html.jinja")
-    text = page.render(
+    return page.render(
         about=_about(settings, features, sections),
         sections=sections,
         scores=_attribute_scores(scores),
@@ -73,7 +79,6 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
         css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
         blank=BLANK,
     )
-    return _store(run / "report.html" if output is None else Path(output), text)
 
 
 def _environment() -> Environment:

@@ -1,6 +1,7 @@
 """Steering on disk: a safetensors file, whose metadata say what the tensors are and are for."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 from ports import VLM
 from ports.checkpoint import fingerprint
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, damage
 
 
 def save(
@@ -32,14 +33,17 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected one that `xlvlm steer fit` wrote")
-    try:
+    with assembling(path):
         with safetensors.safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         kind = metadata.pop("kind")
         return kind, tensors, {name: json.loads(value) for name, value in metadata.items()}
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no steering vector: {error}") from error
+
+
+def assembling(path: str | Path) -> AbstractContextManager[None]:
+    """While a vector is made of what a file holds: a ValueError for one that holds none."""
+    return damage.reported(Path(path), "steering vector", "fit it again")
 
 
 def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

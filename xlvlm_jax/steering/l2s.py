@@ -110,10 +110,11 @@ class L2S:
     def load(cls, path: str | Path) -> "L2S":
         """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
         tensors, rest = files.read_as(path, "l2s")
-        mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
-        scale = float(tensors.pop("scale")[0])
-        params = unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
-        return cls(params, mean, deviation, scale, **rest)
+        with files.assembling(path):
+            mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
+            scale = float(tensors.pop("scale")[0])
+            params = unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
+            return cls(params, mean, deviation, scale, **rest)
 
 
 def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -69,7 +69,8 @@ class LowRankMap:
     def load(cls, path: str | Path) -> "LowRankMap":
         """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
         tensors, rest = files.read_as(path, "low-rank map")
-        return cls(tensors["down"], tensors["up"], **rest)
+        with files.assembling(path):
+            return cls(tensors["down"], tensors["up"], **rest)
 
 
 class _Program(NamedTuple):

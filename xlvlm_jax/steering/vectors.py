@@ -130,4 +130,5 @@ class SteeringVector:
     def load(cls, path: str | Path) -> "SteeringVector":
         """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
         tensors, rest = files.read_as(path, "vector")
-        return cls(tensors["vector"], **rest)
+        with files.assembling(path):
+            return cls(tensors["vector"], **rest)

@@ -1,0 +1,247 @@
+"""Fuzzing of every reader: damaged files end in a value, or in an error of one line.
+
+    python -m benchmarks.faults.fuzz --minutes 60 [--seed 0] [--targets pth coco]
+
+An input is accepted, or refused by ValueError or OSError with one line. All else is a finding:
+other errors, more than 10 seconds, more than the memory given, a process that dies, a file made by
+code within the input, markup that stays markup in the report. Findings are kept with their files;
+an input is made again from the seed and its number alone.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.faults import mutate
+from benchmarks.measure import save
+
+SECONDS = 10  # of one input
+KEPT = 2  # inputs of each kind of finding
+
+
+class Child:
+    """Runs the inputs of one target in this process, and writes down what came of them."""
+
+    def __init__(self, target: str, seed: int, output: Path, memory: int):
+        from benchmarks.faults.targets import TARGETS
+
+        self.name, self.seed, self.output = target, seed, output
+        self.target = TARGETS[target]
+        self.work = output / "work" / target.replace(" ", "-")
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        self.target.make(self.work)
+        self.valid = {
+            str(file.relative_to(self.work)): file.read_bytes()
+            for file in sorted(self.work.rglob("*"))
+            if file.is_file()
+        }
+        self.target.read(self.work)  # imports what it needs, before memory is limited
+        os.chdir(self.work)  # where a marker would appear
+        self.damaged = [name for name in self.valid if not name.endswith((".md", ".png"))]
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        self.tally: Counter[str] = Counter()
+        self.findings: Counter[str] = Counter()
+
+    def prepare(self, number: int) -> None:
+        """The valid files, some of them damaged."""
+        rng = random.Random(f"{self.seed}/{self.name}/{number}")
+        shutil.rmtree(self.work, ignore_errors=True)
+        contents = dict(self.valid)
+        for name in rng.sample(self.damaged, min(len(self.damaged), rng.choice((1, 1, 1, 2)))):
+            others = [contents[rng.choice(self.damaged)], contents[name]]
+            contents[name] = mutate.mutate(name, contents[name], others, rng)
+        for name, content in contents.items():
+            (self.work / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.work / name).write_bytes(content)
+        os.chdir(self.work)
+        if rng.random() < 0.8:
+            with contextlib.suppress(Exception):  # there may be nothing to renew
+                self.target.fit(self.work)
+        if rng.random() < 0.01:
+            (self.work / rng.choice(self.damaged)).unlink()
+
+    def run(self, number: int) -> None:
+        """One input."""
+        self.prepare(number)
+        problem = None
+        try:
+            self.target.read(self.work)
+            self.tally["accepted"] += 1
+        except (ValueError, OSError) as error:
+            self.tally["refused"] += 1
+            text = str(error)
+            if not text.strip() or re.search(r"[\r\n]", text.strip()):
+                problem = f"{type(error).__name__} of several lines or none", error
+            elif str(self.work) not in text and len(text) < 300:
+                self.tally["refused without the file's name"] += 1
+                self.tally[f"nameless: {_place(error)}: {text[:80]}"] += 1
+        except BaseException as error:
+            problem = type(error).__name__, error
+        if (self.work / mutate.MARKER).exists():
+            problem = "code was executed", RuntimeError("a file was made")
+        if problem:
+            self.keep(number, f"{problem[0]} at {_place(problem[1])}", problem[1])
+
+    def keep(self, number: int, kind: str, error: BaseException) -> None:
+        """A finding: counted, and the first of its kind with its files."""
+        self.findings[kind] += 1
+        if self.findings[kind] <= KEPT:
+            details = "".join(traceback.format_exception(error))
+            keep_files(self.output, self.name, self.seed, number, kind, self.work, details)
+
+    def write(self, tried: int) -> None:
+        """What the parent reads."""
+        state = {"tried": tried, "tally": self.tally, "findings": self.findings}
+        file = self.output / "state.json"
+        file.with_suffix(".tmp").write_text(json.dumps(state))
+        os.replace(file.with_suffix(".tmp"), file)
+
+
+def _place(error: BaseException) -> str:
+    """The last of our own lines that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/xlvlm_jax/" in f.filename or "/ports/" in f.filename]
+    if not ours:
+        return "elsewhere"
+    return f"{Path(ours[-1].filename).name}:{ours[-1].name}:{ours[-1].lineno}"
+
+
+def keep_files(
+    output: Path, target: str, seed: int, number: int, kind: str, work: Path, details: str
+) -> None:
+    """Copies the files of an input, and says why."""
+    place = output / f"{target.replace(' ', '-')}-{seed}-{number}"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(work, place)
+    (place / "finding.txt").write_text(f"{kind}\n{details[-20000:]}", errors="replace")
+    print(f"{target}: seed {seed}, input {number}: {kind}; kept in {place}", flush=True)
+
+
+def child(target: str, seed: int, output: Path, memory: int, first: int, until: float) -> None:
+    """Inputs from `first` on, until a time; a dying process leaves the number it died of."""
+    faulthandler.enable()
+    warnings.simplefilter("ignore")
+    running = Child(target, seed, output, memory)
+    current = os.open(output / "current", os.O_RDWR | os.O_CREAT)
+    number, written = first, time.monotonic()
+    while time.time() < until:
+        os.pwrite(current, b"%-20d" % number, 0)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        running.run(number)
+        faulthandler.cancel_dump_traceback_later()
+        number += 1
+        if time.monotonic() - written > 0.5:
+            running.write(number - first)
+            written = time.monotonic()
+    running.write(number - first)
+
+
+def campaign(target: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """One target for some seconds, in as many processes as die of it."""
+    output, until = arguments.output.absolute(), time.time() + seconds
+    tally, findings, first = Counter(), Counter(), arguments.first
+    while time.time() < until:
+        (output / "state.json").unlink(missing_ok=True)
+        (output / "current").unlink(missing_ok=True)
+        options = [target, arguments.seed, output, arguments.memory, first, until]
+        command = [sys.executable, "-m", "benchmarks.faults.fuzz", "--child", *map(str, options)]
+        with open(output / "errors.txt", "wb") as errors:
+            process = subprocess.Popen(command, stderr=errors)
+            code = process.wait()
+        state = {"tried": 0, "tally": {}, "findings": {}}
+        if (output / "state.json").exists():
+            state = json.loads((output / "state.json").read_text())
+        tally.update(state["tally"])
+        findings.update(state["findings"])
+        if code == 0:
+            first += state["tried"]
+            break
+        said = (output / "errors.txt").read_text(errors="replace")
+        if not (output / "current").exists():
+            raise SystemExit(f"{target}: its process did not begin: {said[-2000:]}")
+        number = int((output / "current").read_text())
+        kind = "more than 10 s" if "Timeout" in said else f"the process died, status {code}"
+        frames = re.findall(r'File ".*?/((?:xlvlm_jax|ports)/.*?)", line (\d+)', said)
+        kind += f" at {frames[0][0]}:{frames[0][1]}" if frames else ""
+        findings[kind] += 1
+        if findings[kind] <= KEPT:
+            work = output / "work" / target.replace(" ", "-")
+            keep_files(output, target, arguments.seed, number, kind, work, said)
+        first = number + 1
+    nameless = {key: n for key, n in tally.items() if key.startswith("nameless")}
+    return {
+        "target": target,
+        "tried": first - arguments.first,
+        "accepted": tally["accepted"],
+        "refused": tally["refused"],
+        "refused without the file's name": tally["refused without the file's name"],
+        "findings": dict(findings),
+        "nameless": dict(Counter(nameless).most_common(10)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A row a target."""
+    shown = Table()
+    columns = ("tried", "accepted", "refused")
+    for name in ("target", *columns, "findings", "kinds"):
+        shown.add_column(name, justify="left" if name == "target" else "right")
+    for row in rows:
+        figures = [str(row.get(name, "")) for name in columns]
+        found = row["findings"]
+        shown.add_row(row["target"], *figures, str(sum(found.values())), str(len(found)))
+    return shown
+
+
+def main() -> None:
+    """Run, print, save."""
+    if sys.argv[1:2] == ["--child"]:
+        target, seed, output, memory, first, until = sys.argv[2:]
+        child(target, int(seed), Path(output), int(memory), int(first), float(until))
+        return
+    from benchmarks.faults.targets import TARGETS
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
+    parser.add_argument("--memory", type=int, default=8 * 2**30, help="bytes above the start")
+    parser.add_argument("--output", type=Path, default=Path("fuzzed"), help="keeps the findings")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/faults_fuzz.json"))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows, console = [], Console()
+    shares = {name: TARGETS[name].share for name in arguments.targets}
+    for name, share in shares.items():
+        seconds = 60 * arguments.minutes * share / sum(shares.values())
+        rows.append(campaign(name, arguments, seconds))
+        console.print(rows[-1])
+    console.print(table(rows))
+    save(arguments.results, rows)
+    if any(row["findings"] for row in rows):
+        raise SystemExit("there are findings")
+
+
+if __name__ == "__main__":
+    main()
