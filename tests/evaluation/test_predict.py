@@ -73,7 +73,7 @@ def test_no_more_rows_at_once_than_the_cache_has_room_for(
     row = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
     for room, rows in ((9 * row, 9), (row // 2, 2), (10**12, module.MOST_ROWS)):
         monkeypatch.setattr(module, "CACHE_BYTES", room)
-        assert module._rows_at_once(vlm, inputs, 3) == rows
+        assert module.rows_at_once(vlm, inputs, 3) == rows
     monkeypatch.setattr(module, "CACHE_BYTES", 1)
     assert evaluation.predict(vlm, asked, conditions, **OPTIONS).answers == predictions.answers
 
