@@ -36,16 +36,20 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-def start(*arguments: object, cache: Path) -> subprocess.Popen:
-    """The command line in a process of its own; compiled programs are kept in `cache`."""
-    environment = os.environ | {
+def kept_programs(cache: Path) -> dict[str, str]:
+    """The environment of a process that keeps its compiled programs in a directory."""
+    return os.environ | {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+
+
+def start(*arguments: object, cache: Path) -> subprocess.Popen:
+    """The command line in a process of its own; compiled programs are kept in `cache`."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        env=environment,
+        env=kept_programs(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
