@@ -348,6 +348,8 @@ CHUNK = "states/language_model.model.norm/c/0/0"
     [
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: not JSON"),
         (lambda p: (p / "manifest.json").write_text("[" * 200_000), "manifest.json: not JSON"),
+        (lambda p: (p / "rows/token/zarr.json").write_text("[" * 200_000), "token: not a readable"),
+        (edit_manifest(rows="4"), "'rows' can't be what it is"),
         (edit_manifest(format="other"), "format 'other', expected 'xlvlm-features'"),
         (edit_manifest(version=9), "format version 9, expected 1"),
         (edit_manifest(bytes=None), "key 'bytes' missing"),

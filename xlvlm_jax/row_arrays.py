@@ -5,6 +5,7 @@ the size of its file, and chunks depend on the width alone, so that the bytes ar
 the rows came.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorSto
 def open_array(path: Path) -> ts.TensorStore:
     """An existing array. Raises ValueError, one line, when there is none that can be read."""
     try:
+        # Nested too deep, it would end the process in TensorStore.
+        json.loads((path / "zarr.json").read_bytes())
         return ts.open(_spec(path), open=True).result()
     except Exception as error:
         raise ValueError(f"{path}: not a readable Zarr v3 array ({reason(error)})") from None
