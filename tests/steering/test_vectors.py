@@ -107,5 +107,5 @@ class TestVectorOnDisk:
         with pytest.raises(ValueError, match="holds no steering vector that can be read"):
             SteeringVector.load(path)
         steering.LowRankMap(np.ones((1, 2)), np.ones((2, 1)), "layers.3").save(path)
-        with pytest.raises(ValueError, match="holds a low-rank map; expected a vector"):
+        with pytest.raises(ValueError, match="holds 'low-rank map'; expected 'vector'"):
             SteeringVector.load(path)

@@ -52,5 +52,5 @@ def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
     """Reads whatever of these was saved. FileNotFoundError, or ValueError for another file."""
     kind = files.read(path)[0]
     if kind not in _KINDS:
-        raise ValueError(f"{path} holds a {kind}; expected a {', a '.join(_KINDS)}")
+        raise ValueError(f"{path} holds {kind!r}; expected a {', a '.join(_KINDS)}")
     return _KINDS[kind].load(path)

@@ -50,7 +50,7 @@ def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[st
     """`read`, and ValueError for another kind than that."""
     found, tensors, specification = read(path)
     if found != kind:
-        raise ValueError(f"{path} holds a {found}; expected a {kind} (see xlvlm_jax.steering.load)")
+        raise ValueError(f"{path} holds {found!r}; expected {kind!r} (see xlvlm_jax.steering.load)")
     return tensors, specification
 
 
