@@ -52,7 +52,8 @@ def read_pth(path: str | os.PathLike[str]) -> Any:
         read = _read_zip if content[:2] == b"PK" else _read_legacy
         return read(content, Globals(max(_EXPANSION * size, _SMALL)))
     except PthError as error:
-        raise PthError(f"{path}: {error}") from None
+        # A name in the file may hold a line's end.
+        raise PthError(f"{path}: {' '.join(str(error).split())}") from None
     # Any other error comes of damaged bytes: whatever a value may be instead of what is expected.
     except Exception as error:
         said = " ".join(str(error).split())[:100]
