@@ -56,9 +56,8 @@ def load_model(
 
     with console.status(f"loading {model}"):
         path = embedded.LLAVA if model == "embedded" else model
-        # Of several hosts each has the whole model.
-        own = None if mesh is None else jax.local_devices()
-        placed = None if mesh is None else ports.make_mesh(*mesh, devices=own)
+        # Of several hosts each has the whole model, on its own devices.
+        placed = None if mesh is None else ports.make_mesh(*mesh, devices=jax.local_devices())
         if abstract:
             return ports.load_abstract(path, dtype=dtype, mesh=placed)
         if model == "embedded" and adapter is not None:

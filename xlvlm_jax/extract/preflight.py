@@ -43,11 +43,11 @@ class Needs(NamedTuple):
 
 
 def disk_needs(
-    vlm: VLM, samples: Sequence[Sample], settings: Settings, *, sites: int = 1
+    vlm: VLM, samples: Sequence[Sample], settings: Settings, *, models: int = 1
 ) -> tuple[int, int]:
     """(rows, bytes on disk) that the samples give at most.
 
-    sites: how many models' states stand at each site. Rows of prompts are counted for the port's
+    models: how many of them have states at each site. Rows of prompts are counted for the port's
     example of an image and twice its text; a selection of one row a sample is exact.
     """
     positions = settings.max_new_tokens
@@ -55,7 +55,7 @@ def disk_needs(
         positions += 2 * vlm.example_inputs()["input_ids"].shape[1]
     rows = len(samples) * settings.selection.rows_at_most(positions)
     width = sum(vlm.site_shapes[site][-1] for site in settings.sites)
-    state_bytes = sites * width * jnp.dtype(settings.dtype).itemsize
+    state_bytes = models * width * jnp.dtype(settings.dtype).itemsize
     # An answer's text beside what is known of the sample.
     described = sum(len(json.dumps(sample.to_dict())) for sample in samples)
     described += len(samples) * 8 * settings.max_new_tokens

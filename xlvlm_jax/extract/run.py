@@ -111,7 +111,7 @@ def _require_disk(
 ) -> None:
     state = manifest_of(output)
     left = samples[0 if state is None else state["samples"] :]
-    require_disk(output, disk_needs(vlm, left, settings, sites=models)[1])
+    require_disk(output, disk_needs(vlm, left, settings, models=models)[1])
 
 
 @dataclasses.dataclass(frozen=True)
