@@ -58,7 +58,9 @@ def blocks_of(output: Path, num_samples: int, done: int, batch_size: int) -> lis
         if part is None:
             return Block(path, max(start, done), stop, 0, False)
         # A run on one host may have begun the block before.
-        return Block(path, part["arguments"]["part"][0], stop, part["samples"], part["complete"])
+        first = part["arguments"]["part"][0]
+        # Not whether it was closed: a host may be killed between its last batch and that.
+        return Block(path, first, stop, part["samples"], part["samples"] == stop - first)
 
     found = []
     if hosts.is_first():
@@ -118,7 +120,7 @@ def merge_ready(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int
     for block in blocks:
         if block.stop <= began:
             continue
-        if block.start > writer.samples_done or not _is_complete(block.path):
+        if block.start > writer.samples_done or not _is_whole(block):
             break
         for batch in _batches_of(block, writer.samples_done, batch_size):
             writer.append(*batch)
@@ -148,6 +150,11 @@ def await_whole(output: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _is_whole(block: Block) -> bool:
+    state = manifest_of(block.path)
+    return state is not None and state["samples"] == block.stop - block.start
+
+
 def _is_complete(path: Path) -> bool:
     state = manifest_of(path)
     return state is not None and state["complete"]
@@ -155,7 +162,7 @@ def _is_complete(path: Path) -> bool:
 
 def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
     """What `FeaturesWriter.append` takes, for the samples of a part from `done` on, by batches."""
-    part = Features.open(block.path)
+    part = Features.open(block.path, allow_incomplete=True)
     stored = {site: part.stored(site) for site in part.sites}
     # Committed as the model's batches were, so that a killed merge goes on between two of them.
     for start in range(done - block.start, len(part.samples), batch_size):
