@@ -5,6 +5,8 @@ H query heads, N key-value heads, C head width.
 
 The cache is Linen's variable collection "cache": `init_cache` makes it, and a call with it in the
 variables (and mutable) writes keys and values into it. Without it the call is a plain forward pass.
+A filled cache may also be given as the collection "prompt_cache", which is read only: its slots
+come first. Several continuations of one prompt then share it.
 """
 
 import dataclasses
@@ -120,25 +122,27 @@ def attend_through_cache(
 
     query[B, T, H, C], mask bool[B, 1, T, S] -> [B, T, H, C]. In a forward pass or a prefill (start
     is None) a query sees the given keys, S = T; in a decode step that begins at slot `start`, the
-    whole cache.
+    whole cache, behind that of the prompt if it is given apart.
     """
-    if module.has_variable("cache", "key"):
-        keys = module.variable("cache", "key", lambda: None)
-        values = module.variable("cache", "value", lambda: None)
-        slot = 0 if start is None else start
-        keys.value = _constrain_cache(
-            jax.lax.dynamic_update_slice(
-                keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot)
-            )
+    if not module.has_variable("cache", "key"):
+        return layers.attend(query, key, value, mask)
+    keys = module.variable("cache", "key", lambda: None)
+    values = module.variable("cache", "value", lambda: None)
+    parts, slot = [], 0 if start is None else start
+    if module.has_variable("prompt_cache", "key"):
+        parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
+        slot -= parts[0][0].shape[-1]
+    keys.value = _constrain_cache(
+        jax.lax.dynamic_update_slice(keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot))
+    )
+    values.value = _constrain_cache(
+        jax.lax.dynamic_update_slice(
+            values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
         )
-        values.value = _constrain_cache(
-            jax.lax.dynamic_update_slice(
-                values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
-            )
-        )
-        if start is not None:
-            return layers.attend_cached(query, keys.value, values.value, mask)
-    return layers.attend(query, key, value, mask)
+    )
+    if start is None:
+        return layers.attend(query, key, value, mask)
+    return layers.attend_cached(query, [*parts, (keys.value, values.value)], mask)
 
 
 def _constrain_cache(x: Array) -> Array:

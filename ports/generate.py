@@ -72,28 +72,32 @@ def generate(
     """
     mask = joiner.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
-    empty = model.init_cache(batch, length + max_new_tokens)
 
-    def run(edits: Edits, cache: dict, method: str, *args: Any) -> tuple[Any, ...]:
+    def run(edits: Edits, caches: dict, method: str, *args: Any) -> tuple[Any, ...]:
         apply = capture(steering.steer(model.apply, edits), sites)
-        variables = {"params": params, "cache": cache}
+        variables = {"params": params, **caches}
         (logits, variables), states = apply(variables, *args, method=method, mutable=["cache"])
         return logits, variables["cache"], states
 
     def prefill(edits: Edits) -> tuple[Any, ...]:
-        return run(edits, empty, "prefill", inputs, not prompt_states)
+        # Variants append to a cache of their own.
+        slots = length if variants else length + max_new_tokens
+        empty = model.init_cache(batch, slots)
+        return run(edits, {"cache": empty}, "prefill", inputs, not prompt_states)
 
-    def decode_step(edits: Edits, cache: dict, *args: Any) -> tuple[Any, ...]:
-        return run(edits, cache, "decode_step", *args)
+    def decode_step(edits: Edits, caches: dict, *args: Any) -> tuple[Any, ...]:
+        return run(edits, caches, "decode_step", *args)
 
     edits = edits or {}
     # The towers run in the prefill alone.
     later = {site: listed for site, listed in edits.items() if model.is_of_decoder(site)}
     if variants:
         # Here, and not around the loop: a mapped loop would copy the whole cache at every step.
-        # What does not depend on the edits, up to the first edited layer, is computed once.
-        prefill = jax.vmap(prefill)
-        decode_step = jax.vmap(decode_step, in_axes=(0, 0, 0, None, None, None))
+        # What precedes the first edited layer is computed once, and its cache kept once.
+        axes = model.prompt_cache_axes(edits)
+        prefill = jax.vmap(prefill, out_axes=(0, axes, 0))
+        axes = {"prompt_cache": axes, "cache": 0}
+        decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None))
 
     def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         logits = logits.astype(jnp.float32)
@@ -107,6 +111,10 @@ def generate(
 
     logits, cache, prefilled = prefill(edits)
     rows = logits.shape[:-1]  # [B], or [A, B]
+    prompt_cache = {}
+    if variants:
+        prompt_cache = {"prompt_cache": cache}
+        cache = jax.vmap(lambda _: model.init_cache(batch, max_new_tokens))(logits)
     first, ended = pick(logits, jnp.int32(0), jnp.zeros(rows, bool))
     finite = is_finite(logits)
     tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32).at[..., 0].set(first)
@@ -129,7 +137,12 @@ def generate(
         slot = length + step - 1  # of the token that the last step chose
         valid = prompt_valid | ((slots >= length) & (slots <= slot))
         logits, cache, new = decode_step(
-            later, cache, tokens[..., step - 1], next_positions + step - 1, valid, slot
+            later,
+            {**prompt_cache, "cache": cache},
+            tokens[..., step - 1],
+            next_positions + step - 1,
+            valid,
+            slot,
         )
         # Rows that ended keep zeros: their states predict nothing.
         states = {

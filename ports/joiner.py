@@ -6,7 +6,7 @@ A model file subclasses `VisionLanguageModel` with its towers and `embed_inputs`
 prefill and decode step are the same for all and stand here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -35,8 +35,9 @@ class VisionLanguageModel(nn.Module):
     # the language-model head.
     decoder_path: ClassVar[tuple[str, ...]]
     head_path: ClassVar[tuple[str, ...]]
-    # Below the decoder, the module of layer {} that has the cache.
+    # Below the decoder: the module of layer {} that has the cache, and the final norm.
     cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
+    norm_name: ClassVar[str] = "norm"
 
     @property
     def text_decoder(self) -> decoder.Decoder:
@@ -102,10 +103,41 @@ class VisionLanguageModel(nn.Module):
     def init_cache(self, batch: int, slots: int) -> dict:
         """An empty cache, as the variable collection "cache" of this module."""
         dtype = jnp.dtype(self.dtype)
-        cache = decoder.init_cache(self.config.text, batch, slots, dtype, self.cache_path)
+        return self._below_decoder(
+            decoder.init_cache(self.config.text, batch, slots, dtype, self.cache_path)
+        )
+
+    def prompt_cache_axes(self, sites: Iterable[str]) -> dict:
+        """The `vmap` axes of a prompt's cache under variants of edits at the sites.
+
+        {...: {layer: None or 0}}: None where the edits leave the layer's keys and values as they
+        are, so that one copy serves all variants. A prefix of the tree of `init_cache`.
+        """
+        count = self.config.text.num_layers
+        shared = min(map(self._layers_before, sites), default=count)
+        return self._below_decoder(
+            {self.cache_path[0].format(i): None if i < shared else 0 for i in range(count)}
+        )
+
+    def _below_decoder(self, cache: dict) -> dict:
         for name in reversed(self.decoder_path):
             cache = {name: cache}
         return cache
+
+    def _layers_before(self, site: str) -> int:
+        """How many of the decoder's layers have computed keys and values before a site's states.
+
+        Of a layer only its output counts as behind them: a module inside it may be either.
+        """
+        path, head = ".".join(self.decoder_path), ".".join(self.head_path)
+        site = normal_name(site)
+        if site in (path, head, f"{path}.{self.norm_name}"):
+            return self.config.text.num_layers
+        layers = normal_name(f"{path}.{self.cache_path[0].format(0)}").removesuffix("0")
+        if not site.startswith(layers):
+            return 0
+        number, _, inside = site.removeprefix(layers).partition(".")
+        return int(number) + (not inside)
 
     def prefill(self, inputs: Inputs, last_only: bool = True) -> Array:
         """As `__call__`, but the logits [B, V] of the last position only; fills the cache.

@@ -4,7 +4,7 @@ B batch, T query positions, S key positions, D width,
 H query heads, N key-value heads, C head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -139,21 +139,28 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
-def attend_cached(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """`attend` to keys[B, N, C, S] and values[B, N, S, C], laid out as a cache keeps them.
+def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Array) -> Array:
+    """`attend` to the keys[B, N, C, S] and values[B, N, S, C] of a cache's parts, in a row.
 
-    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S] -> [B, T, H, C].
+    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S of all parts] -> [B, T, H, C].
     """
     batch, length, _, width = query.shape
-    kv_heads, slots = value.shape[1:3]
+    kv_heads = parts[0][0].shape[1]
     # The queries of a key-value head are rows of one matrix: plain products, batched over (B, N).
     rows = jnp.moveaxis(query.reshape(batch, length, kv_heads, -1, width), 1, 3)
     rows = rows.reshape(batch, kv_heads, -1, width)
-    scores = jnp.matmul(rows, key, preferred_element_type=jnp.float32) / np.sqrt(width)
-    scores = scores.reshape(batch, kv_heads, -1, length, slots)
+    scores = jnp.concatenate(
+        [jnp.matmul(rows, key, preferred_element_type=jnp.float32) for key, _ in parts], axis=-1
+    )
+    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1]) / np.sqrt(width)
     # Not -inf: the row of a position that sees nothing would be NaN.
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    y = weights.reshape(batch, kv_heads, -1, slots) @ value
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])
+    ends = np.cumsum([value.shape[2] for _, value in parts])[:-1]
+    y = sum(
+        part @ value
+        for part, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)
+    )
     y = jnp.moveaxis(y.reshape(batch, kv_heads, -1, length, width), 3, 1)
     return y.reshape(query.shape)

@@ -279,6 +279,7 @@ class Molmo(joiner.VisionLanguageModel):
     decoder_path = ("model", "transformer")
     head_path = ("model", "transformer", "ff_out")
     cache_path = ("blocks_{}",)
+    norm_name = "ln_f"
 
     def setup(self):
         self.model = Model(self.config, self.dtype)

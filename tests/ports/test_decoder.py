@@ -119,6 +119,32 @@ def test_token_by_token_through_the_cache_equals_one_pass():
     np.testing.assert_allclose(jnp.concatenate(got, 1), expected, rtol=0, atol=2e-6)
 
 
+def test_a_cache_behind_that_of_the_prompt_equals_one_cache():
+    tokens = jnp.array([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+    mask = jnp.ones_like(tokens)
+    expected = forward(tokens, mask)
+    positions = decoder.token_positions(mask)
+    prompt, own = (
+        {"decoder": decoder.init_cache(CONFIG, batch=2, slots=slots, dtype=jnp.float32)}
+        for slots in (3, 2)
+    )
+    _, prompt = step(prompt, tokens[:, :3], positions[:, :3], decoder.causal_mask(mask[:, :3]))
+    for slot in (3, 4):
+        here = slice(slot, slot + 1)
+        valid = jnp.broadcast_to(jnp.arange(5) <= slot, (2, 1, 1, 5))
+        variables = {**parameters(), "prompt_cache": prompt, "cache": own}
+        states, variables = _apply(
+            variables,
+            tokens[:, here],
+            positions[:, here],
+            valid,
+            jnp.int32(slot),
+            mutable=("cache",),
+        )
+        own = variables["cache"]
+        np.testing.assert_allclose(states, expected[:, here], rtol=0, atol=2e-6)
+
+
 def test_the_last_position_alone_is_that_of_all():
     tokens = jnp.array([[7, 3, 1, 4], [3, 1, 4, 9]])
     mask = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]])

@@ -86,7 +86,13 @@ def test_attention_equals_its_formula_with_grouped_queries():
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
     # As a cache lies: keys [B, N, C, S], values [B, N, S, C].
     lying = jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
-    ours = layers.attend_cached(query, *lying, mask)
+    ours = layers.attend_cached(query, [lying], mask)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    # And in two parts, of two and of three slots.
+    parts = [
+        (lying[0][..., slots], lying[1][:, :, slots]) for slots in (slice(0, 2), slice(2, None))
+    ]
+    ours = layers.attend_cached(query, parts, mask)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
@@ -96,7 +102,7 @@ def test_a_position_that_sees_nothing_gives_numbers():
     nothing = jnp.zeros((1, 1, 3, 3), bool)
     assert np.isfinite(layers.attend(x, x, x, nothing)).all()
     lying = jnp.transpose(x, (0, 2, 3, 1)), jnp.transpose(x, (0, 2, 1, 3))
-    assert np.isfinite(layers.attend_cached(x, *lying, nothing)).all()
+    assert np.isfinite(layers.attend_cached(x, [lying], nothing)).all()
 
 
 def test_the_gated_mlp_by_hand():

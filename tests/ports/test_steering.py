@@ -223,6 +223,39 @@ class TestModels:
         assert behind_first - behind_last > 7 * 0.05 * once
         assert behind_last < 1.5 * once
 
+    def test_a_sweep_keeps_the_cache_that_the_edits_do_not_reach_once(self, small, inputs):
+        path = "language_model.model"
+        shared = {  # of the two layers
+            "language_model.lm_head": 2,
+            path: 2,
+            f"{path}.norm": 2,
+            f"{path}.layers.1": 2,
+            f"{path}.layers.1.self_attn.k_proj": 1,
+            f"{path}.layers_0": 1,
+            f"{path}.layers.0.mlp": 0,
+            f"{path}.embed_tokens": 0,
+            "multi_modal_projector": 0,
+        }
+        for site, count in shared.items():
+            axes = small.vlm.module.prompt_cache_axes([site])["language_model"]["model"]
+            assert list(axes.values()) == [None] * count + [0] * (2 - count), site
+        # Several sites: what the first of them reaches.
+        axes = small.vlm.module.prompt_cache_axes([f"{path}.norm", SITE])
+        assert list(axes["language_model"]["model"].values()) == [None, 0]
+
+    @pytest.mark.parametrize(
+        "name", ["layers.1.self_attn.k_proj", "layers.0.mlp", "embed_tokens", "norm"]
+    )
+    def test_sweeps_of_other_sites_are_each_of_their_variants(self, small, inputs, name):
+        site = f"language_model.model.{name}"
+        width = small.vlm.site_shapes[site][-1]
+        vector = np.random.default_rng(7).standard_normal(width).astype(np.float32)
+        variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
+        swept = small.vlm.sweep(inputs, variants, max_new_tokens=4).tokens
+        for tokens, edits in zip(swept, variants, strict=True):
+            alone = small.vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens
+            np.testing.assert_array_equal(tokens, alone)
+
     @pytest.mark.parametrize("where", ["last_prompt", "generated", "all"])
     def test_logits_can_be_steered(self, small, inputs, where):
         towards = np.zeros(helpers.VOCABULARY, np.float32)
