@@ -70,6 +70,26 @@ def test_a_run_in_parts_ends_with_the_bytes_of_one(
     assert digests(output) == digests(whole)
 
 
+def test_a_part_that_was_not_closed_behind_its_last_batch_is_whole(
+    vlm, samples, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parts, "exist", lambda output: True)
+    output, close = tmp_path / "features", FeaturesWriter.close
+
+    def failing(writer):
+        if writer.path.parent.name == "parts":
+            raise StopHereError
+        close(writer)
+
+    with monkeypatch.context() as killed, pytest.raises(StopHereError):
+        killed.setattr(FeaturesWriter, "close", failing)
+        extract(vlm, samples, output, SETTINGS)
+    assert not manifest_of(output / "parts" / "000000000")["complete"]
+    assert parts.blocks_of(output, 10, 0, 2)[0].complete
+    extract(vlm, samples, output, SETTINGS)
+    assert digests(output) == digests(whole)
+
+
 def test_what_one_host_did_alone_is_gone_on_with_in_parts(vlm, samples, whole, tmp_path):
     output = tmp_path / "features"
     with pytest.raises(StopHereError):
