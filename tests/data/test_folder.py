@@ -42,6 +42,20 @@ def test_captions_in_csv(pictures, head):
     assert references["cats/two.PNG"] == ("two cats", "cats, asleep")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.csv", "file,caption\ndog.jpg,ein Hündchen\n"),
+        ("captions.json", '{"dog.jpg": "ein Hündchen"}'),
+    ],
+)
+def test_files_with_a_byte_order_mark_are_read(pictures, name, text, encoding):
+    (pictures / name).write_text(text, encoding=encoding)
+    references = {sample.id: sample.references for sample in folder.load(pictures)}
+    assert references["dog.jpg"] == ("ein Hündchen",)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -51,6 +65,8 @@ def test_captions_in_csv(pictures, head):
         ("c.csv", "dog.jpg,a dog\ncow.jpg,a cow\n", r"c.csv: line 2: .* holds no image 'cow.jpg'"),
         ("c.csv", "dog.jpg,a dog, asleep\n", "c.csv: line 1: expected 2 columns, .* got 3; put a"),
         ("c.csv", b"dog.jpg,\xff\n", "c.csv: not a CSV file in UTF-8"),
+        ("c.csv", b"\xff\xfed", "c.csv: not a CSV file in UTF-8"),
+        ("c.json", b'{"dog.jpg": "caf\xe9"}', "c.json: byte 16: not JSON in UTF-8"),
     ],
 )
 def test_what_is_wrong_in_the_captions_and_where(pictures, name, content, message):

@@ -140,6 +140,19 @@ def test_what_is_wrong_in_the_files_and_where(tmp_path, questions, annotations, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["v2_OpenEnded_mscoco_val2014_questions", "v2_mscoco_val2014_annotations"]
+)
+def test_files_of_other_encodings(tmp_path, name):
+    path = write(tmp_path, [question(1, question="Où?")], [annotation(1)]) / f"{name}.json"
+    text = json.dumps(json.loads(path.read_text()) | {"note": "café"}, ensure_ascii=False)
+    path.write_text(text, encoding="utf-16")
+    assert vqav2.load(tmp_path, "val")[0].metadata["question"] == "Où?"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{name}.json: byte \d+: not JSON in UTF-8"):
+        vqav2.load(tmp_path, "val")
+
+
 def test_a_test_split_without_questions(tmp_path):
     write(tmp_path, [question(1)], [annotation(1)])
     write_karpathy(tmp_path, {7: "test"})

@@ -5,7 +5,9 @@
 or captions.csv              dog.jpg,a dog        (a line a caption; a head line may stand first)
 """
 
+import codecs
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -95,10 +97,14 @@ def _of_csv(path: Path, images: set[str]) -> list[tuple[str, str, str]]:
     """(place in the file, image, caption)."""
     captions = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [(row, reader.line_num) for reader in [csv.reader(file)] for row in reader]
+        content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; expected captions") from None
+    # Spreadsheets write UTF-16 with a byte order mark as "Unicode text".
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-16" if marked else "utf-8-sig"), ""))
+        rows = [(row, reader.line_num) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     for row, number in rows:
