@@ -9,11 +9,12 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tests describe one device; those that need several start a process of their own.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs are not kept: a worker that had made thousands was seen to abort while writing one.
+# Programs are not kept between runs: a test finds nothing that an earlier one left.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a test may compile a program; the machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs are dropped between two files before they are too many.
+
+    Each holds memory mappings, of which Linux gives a process 65,530; a worker that runs out of
+    them ends with a segmentation fault.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
