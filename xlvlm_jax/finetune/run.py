@@ -187,7 +187,8 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, float]
                 evaluate(step)
             if step % interval == 0:
                 saved = ocp.args.StandardSave(_stored(state))
-                args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(log))
+                # A copy: it is written beside the steps that follow, which add to the log.
+                args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(list(log)))
                 manager.save(step, args=args)
         manager.wait_until_finished()
     return trainer, state, log
