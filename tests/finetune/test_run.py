@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import peft
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, 
     assert steps[0] == 3  # it went on behind the state of step 2
     assert digests(output) == digests(trained)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_saved_log_does_not_grow_with_the_run(vlm, samples, tmp_path, monkeypatch):
+    """It is written beside the steps that follow."""
+    saved, save = [], ocp.args.JsonSave
+
+    def remembered(log):
+        saved.append(log)
+        return save(log)
+
+    monkeypatch.setattr(ocp.args, "JsonSave", remembered)
+    finetune(vlm, samples, tmp_path / "adapter", SETTINGS, **OPTIONS)
+    assert [log[-1]["step"] for log in saved] == [2, 4]
 
 
 def test_the_same_again_is_done_already(vlm, samples, trained):
