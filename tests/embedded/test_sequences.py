@@ -1,7 +1,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import ports
 from xlvlm_jax import embedded
@@ -57,28 +56,10 @@ def test_continuations_see_what_single_prompts_see(vlm):
         np.testing.assert_allclose(got[0, row, :count], expected[first:], atol=2e-4)
 
 
-@pytest.fixture
-def keep_programs():
-    """keep_programs(directory): a test compiles a step of training once, not in each run."""
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in names}
-
-    def keep(directory):
-        for name, value in zip(names, (True, str(directory)), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-    yield keep
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.slow
-def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch, keep_programs):
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """A run that dies after two steps of four and is started again ends like one undisturbed."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    keep_programs(tmp_path / "programs")
     model, params, example = _tiny()
 
     def loss(params, batch):

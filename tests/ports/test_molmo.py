@@ -83,6 +83,22 @@ def test_greedy_tokens_are_the_originals(vlm, expected, case):
     np.testing.assert_array_equal(tokens[0], expected[f"{case}.generated"])
 
 
+@pytest.mark.parametrize(("name", "shared"), [("blocks.0", 1), ("ln_f", None)])
+def test_a_sweep_is_each_of_its_variants(vlm, expected, name, shared):
+    site = f"model.transformer.{name}"
+    axes = vlm.module.prompt_cache_axes([site])["model"]["transformer"]
+    count = len(axes)
+    shared = count if shared is None else shared
+    assert list(axes.values()) == [None] * shared + [0] * (count - shared)
+    inputs = inputs_of(expected, 0)
+    vector = np.random.default_rng(1).standard_normal(vlm.site_shapes[site][-1]).astype(np.float32)
+    variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
+    swept = vlm.sweep(inputs, variants, max_new_tokens=4).tokens
+    for tokens, edits in zip(swept, variants, strict=True):
+        alone = vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens
+        np.testing.assert_array_equal(tokens, alone)
+
+
 def test_a_batch_padded_on_the_left_is_its_rows(vlm, expected):
     inputs = batch_of(expected)
     ours = vlm.forward(inputs, sites=STATES[1:])
