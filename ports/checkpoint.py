@@ -36,6 +36,17 @@ _LEAVES = {
 }
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises ValueError where there is none."""
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: not a JSON object (a {type(values).__name__})")
+    return values
+
+
 def read_config(
     directory: Path,
     supported: tuple[str, ...],
@@ -54,11 +65,8 @@ def read_config(
     file = directory / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
-    try:
-        values = json.loads(file.read_text())
-        model_type = values.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    values = read_json(file)
+    model_type = values.get("model_type")
     if model_type not in supported:
         raise ValueError(
             f"{file}: model_type {model_type!r} is not supported; supported: {', '.join(supported)}"

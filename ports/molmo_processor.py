@@ -8,7 +8,6 @@ The tokens of an image are two grids, of the whole and of the tiling, row by row
     <im_start> (<im_patch> ... <im_col>) ... <im_end>
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -392,7 +391,7 @@ def load_tokenizer(directory: Path) -> Any:
     import transformers
 
     with checkpoint.loading(directory, "tokenizer"):
-        values = json.loads((directory / "tokenizer_config.json").read_text())
+        values = checkpoint.read_json(directory / "tokenizer_config.json")
         name = str(values.get("tokenizer_class"))
         if name.startswith("Qwen2Tokenizer"):
             return transformers.Qwen2Tokenizer.from_pretrained(directory)
@@ -402,9 +401,9 @@ def load_tokenizer(directory: Path) -> Any:
 def load(directory: Path) -> Processor:
     """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
     with checkpoint.loading(directory, "processor"):
-        values = json.loads((directory / "preprocessor_config.json").read_text())
+        values = checkpoint.read_json(directory / "preprocessor_config.json")
     tokenizer = load_tokenizer(directory)
-    config = json.loads((directory / "config.json").read_text())
+    config = checkpoint.read_json(directory / "config.json")
     # Asked for one of them, a tokenizer that lacks it may give the id of what is unknown.
     vocabulary = tokenizer.get_vocab()
     ids = {

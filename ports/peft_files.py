@@ -136,10 +136,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}; is it an adapter's directory?")
-    try:
-        values = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    values = read_json(file)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; expected 'LORA'")
     if values.get("bias", "none") != "none":

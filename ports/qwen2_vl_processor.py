@@ -4,7 +4,6 @@ transformers' own class also holds a video processor, which needs torchvision, a
 class does. This one joins the same image processor (on its PIL backend) and tokenizer without it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,4 +133,4 @@ def load(directory: Path) -> Any:
 def _chat_template(directory: Path) -> str | None:
     """The template of a file of its own, as older checkpoints have it."""
     file = directory / "chat_template.json"
-    return json.loads(file.read_text())["chat_template"] if file.exists() else None
+    return checkpoint.read_json(file).get("chat_template") if file.exists() else None

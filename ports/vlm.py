@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -515,7 +514,7 @@ def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...
     """The ids that end a row, and the one that fills it; generation_config.json goes first."""
     chosen: dict[str, Any] = {}
     if directory is not None and (directory / "generation_config.json").exists():
-        chosen = json.loads((directory / "generation_config.json").read_text())
+        chosen = checkpoint.read_json(directory / "generation_config.json")
     text = config.get_text_config()
     eos = chosen.get("eos_token_id", text.eos_token_id)
     eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
@@ -526,7 +525,11 @@ def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...
         *eos[:1],
         0,
     )
-    return eos, next(token for token in candidates if token is not None)
+    pad = next(token for token in candidates if token is not None)
+    for name, tokens in (("eos_token_id", eos), ("pad_token_id", (pad,))):
+        if not all(type(token) is int for token in tokens):
+            raise ValueError(f"{directory}: {name} is {tokens!r:.80}; expected ids, integers")
+    return eos, pad
 
 
 def load_module(

@@ -343,6 +343,11 @@ def edit_manifest(**values):
 CHUNK = "states/language_model.model.norm/c/0/0"
 
 
+def widen(path):
+    file = path / "states/language_model.model.norm/zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shape": [20, 2**31]}))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -350,6 +355,9 @@ CHUNK = "states/language_model.model.norm/c/0/0"
         (lambda p: (p / "manifest.json").write_text("[" * 200_000), "manifest.json: not JSON"),
         (lambda p: (p / "rows/token/zarr.json").write_text("[" * 200_000), "token: not a readable"),
         (edit_manifest(rows="4"), "'rows' can't be what it is"),
+        (edit_manifest(sites=["\ud800"]), "'sites' can't be what it is"),
+        (edit_manifest(sites=5), "'sites' can't be what it is"),
+        (widen, r"norm: shape \[20, 2147483648\] in chunks of .* expected chunks of whole rows"),
         (edit_manifest(format="other"), "format 'other', expected 'xlvlm-features'"),
         (edit_manifest(version=9), "format version 9, expected 1"),
         (edit_manifest(bytes=None), "key 'bytes' missing"),

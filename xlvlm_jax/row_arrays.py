@@ -51,12 +51,18 @@ def open_array(path: Path) -> ts.TensorStore:
 
 
 def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
-    """Raises ValueError for the first chunk that is absent or has not the size of whole rows."""
+    """Raises ValueError for chunks that are not rows, or the first absent or of another size."""
     if array.shape[0] < rows:
         raise ValueError(
             f"{path}: {array.shape[0]} rows, expected {rows}; extract the features again"
         )
     chunk = array.chunk_layout.write_chunk.shape
+    if array.shape[1:] != chunk[1:]:
+        # A width that no file bears out would be read as fill values, in memory that it names.
+        raise ValueError(
+            f"{path}: shape {list(array.shape)} in chunks of {list(chunk)}, expected chunks of"
+            " whole rows; extract the features again"
+        )
     size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
     for i in range(-(-rows // chunk[0])):
         file = path.joinpath("c", str(i), *["0"] * (len(chunk) - 1))

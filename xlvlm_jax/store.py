@@ -87,7 +87,9 @@ def _is_sound(key: str, value: Any) -> bool:
     if key in ("samples", "rows", "bytes"):
         return type(value) is int and value >= 0
     if key == "sites":
-        return isinstance(value, list) and all(isinstance(s, str) and s.strip(".") for s in value)
+        return isinstance(value, list) and all(
+            isinstance(site, str) and site.strip(".") and site.isprintable() for site in value
+        )
     kinds = {"arguments": dict, "dtype": str, "complete": bool}
     return isinstance(value, kinds[key])
 

@@ -1,11 +1,12 @@
 """Fuzzing of every reader: damaged files end in a value, or in an error of one line.
 
-    python -m benchmarks.faults.fuzz --minutes 60 [--seed 0] [--targets pth coco]
+    python -m benchmarks.faults.fuzz --minutes 60 [--seed 0] [--targets pth coco] [--guided]
 
 An input is accepted, or refused by ValueError or OSError with one line. All else is a finding:
 other errors, more than 10 seconds, more than the memory given, a process that dies, a file made by
 code within the input, markup that stays markup in the report. Findings are kept with their files;
-an input is made again from the seed and its number alone.
+an input is made again from the seed and its number alone. With `--guided`, the inputs that reach
+new lines are damaged further (guided.py, by atheris); those are kept, but not made again.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +67,27 @@ class Child:
     def prepare(self, number: int) -> None:
         """The valid files, some of them damaged."""
         rng = random.Random(f"{self.seed}/{self.name}/{number}")
-        shutil.rmtree(self.work, ignore_errors=True)
         contents = dict(self.valid)
         for name in rng.sample(self.damaged, min(len(self.damaged), rng.choice((1, 1, 1, 2)))):
             others = [contents[rng.choice(self.damaged)], contents[name]]
             contents[name] = mutate.mutate(name, contents[name], others, rng)
+        self.place(contents, fitted=rng.random() < 0.8)
+        if rng.random() < 0.01:
+            (self.work / rng.choice(self.damaged)).unlink()
+
+    def place(self, contents: dict[str, bytes], fitted: bool) -> None:
+        """The files, and no others; `fitted`: what depends on other files is renewed."""
+        shutil.rmtree(self.work, ignore_errors=True)
         for name, content in contents.items():
             (self.work / name).parent.mkdir(parents=True, exist_ok=True)
             (self.work / name).write_bytes(content)
         os.chdir(self.work)
-        if rng.random() < 0.8:
+        if fitted:
             with contextlib.suppress(Exception):  # there may be nothing to renew
                 self.target.fit(self.work)
-        if rng.random() < 0.01:
-            (self.work / rng.choice(self.damaged)).unlink()
 
-    def run(self, number: int) -> None:
-        """One input."""
-        self.prepare(number)
+    def judge(self, number: int) -> None:
+        """Reads what was placed, and counts what came of it."""
         problem = None
         try:
             self.target.read(self.work)
@@ -137,23 +142,42 @@ def keep_files(
     print(f"{target}: seed {seed}, input {number}: {kind}; kept in {place}", flush=True)
 
 
-def child(target: str, seed: int, output: Path, memory: int, first: int, until: float) -> None:
-    """Inputs from `first` on, until a time; a dying process leaves the number it died of."""
-    faulthandler.enable()
-    warnings.simplefilter("ignore")
-    running = Child(target, seed, output, memory)
-    current = os.open(output / "current", os.O_RDWR | os.O_CREAT)
-    number, written = first, time.monotonic()
-    while time.time() < until:
-        os.pwrite(current, b"%-20d" % number, 0)
+class Watch:
+    """Numbers the inputs: a process that dies or hangs leaves the number that it died of."""
+
+    def __init__(self, running: Child, first: int, until: float):
+        faulthandler.enable()
+        warnings.simplefilter("ignore")
+        self.running, self.first, self.until, self.number = running, first, until, first
+        self.current = os.open(running.output / "current", os.O_RDWR | os.O_CREAT)
+        self.written = time.monotonic()
+
+    @contextlib.contextmanager
+    def input(self) -> Iterator[int]:
+        """The number of one input, while it is placed and judged."""
+        os.pwrite(self.current, b"%-20d" % self.number, 0)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        running.run(number)
+        yield self.number
         faulthandler.cancel_dump_traceback_later()
-        number += 1
-        if time.monotonic() - written > 0.5:
-            running.write(number - first)
-            written = time.monotonic()
-    running.write(number - first)
+        self.number += 1
+        if time.monotonic() - self.written > 0.5 or self.over:
+            self.running.write(self.number - self.first)
+            self.written = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is spent."""
+        return time.time() >= self.until
+
+
+def child(target: str, seed: int, output: Path, memory: int, first: int, until: float) -> None:
+    """Inputs from `first` on, until a time."""
+    running = Child(target, seed, output, memory)
+    watch = Watch(running, first, until)
+    while not watch.over:
+        with watch.input() as number:
+            running.prepare(number)
+            running.judge(number)
 
 
 def campaign(target: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -164,7 +188,9 @@ def campaign(target: str, arguments: argparse.Namespace, seconds: float) -> dict
         (output / "state.json").unlink(missing_ok=True)
         (output / "current").unlink(missing_ok=True)
         options = [target, arguments.seed, output, arguments.memory, first, until]
-        command = [sys.executable, "-m", "benchmarks.faults.fuzz", "--child", *map(str, options)]
+        module = "guided" if arguments.guided else "fuzz"
+        command = [sys.executable, "-m", f"benchmarks.faults.{module}", "--child"]
+        command += map(str, options)
         with open(output / "errors.txt", "wb") as errors:
             process = subprocess.Popen(command, stderr=errors)
             code = process.wait()
@@ -213,11 +239,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def child_arguments() -> tuple[str, int, Path, int, int, float]:
+    """Those of `child`, from the command line."""
+    target, seed, output, memory, first, until = sys.argv[2:]
+    return target, int(seed), Path(output), int(memory), int(first), float(until)
+
+
 def main() -> None:
     """Run, print, save."""
     if sys.argv[1:2] == ["--child"]:
-        target, seed, output, memory, first, until = sys.argv[2:]
-        child(target, int(seed), Path(output), int(memory), int(first), float(until))
+        child(*child_arguments())
         return
     from benchmarks.faults.targets import TARGETS
 
@@ -226,6 +257,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
+    parser.add_argument("--guided", action="store_true", help="by coverage; needs atheris")
     parser.add_argument("--memory", type=int, default=8 * 2**30, help="bytes above the start")
     parser.add_argument("--output", type=Path, default=Path("fuzzed"), help="keeps the findings")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/faults_fuzz.json"))

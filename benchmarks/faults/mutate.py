@@ -41,8 +41,8 @@ def mutate(name: str, content: bytes, others: list[bytes], rng: random.Random) -
     if suffix in kinds and rng.random() < 0.7:
         try:
             return kinds[suffix](content, others, rng)
-        except (ValueError, KeyError, IndexError, RecursionError, struct.error):
-            pass  # it was damaged before
+        except Exception:  # it was damaged before, and can't be taken apart
+            return _bytes(content, others, rng)
     return _bytes(content, others, rng)
 
 

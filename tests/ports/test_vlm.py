@@ -104,6 +104,20 @@ class TestLoading:
         loaded = ports.load(directory)
         assert (loaded.eos_tokens, loaded.pad_token) == (eos, pad)
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "generation_config.json: not a JSON object (Expecting"),
+            ("[]", "generation_config.json: not a JSON object (a list)"),
+            ('{"eos_token_id": ["a"]}', "eos_token_id is ('a',); expected ids, integers"),
+            ('{"pad_token_id": 0.5}', "pad_token_id is (0.5,); expected ids, integers"),
+        ],
+    )
+    def test_damaged_tokens_that_end_a_row(self, directory, text, message):
+        (directory / "generation_config.json").write_text(text)
+        with helpers.raises_line(ValueError, message):
+            ports.load(directory)
+
 
 class TestForward:
     def test_sites_may_be_spelt_as_flax_paths(self, small):

@@ -205,6 +205,11 @@ def test_concepts_of_other_features(write_run, activations):
         write_report(run)
 
 
+def test_half_of_a_surrogate_pair_is_replaced(write_run, activations):
+    run = write_run(activations, words=[["caf\ud800", "dog"]] * 3)
+    assert b"caf?" in write_report(run).read_bytes()
+
+
 def test_damaged_json(write_run, activations):
     run = write_run(activations)
     (run / "run.json").write_text("{")

@@ -108,7 +108,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _store(path: Path, text: str) -> Path:
     try:
-        atomic.write(path, text)
+        # A caption may hold half of a surrogate pair, which UTF-8 has no bytes for.
+        atomic.write(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise OSError(
             f"cannot write the report to {path}: {error.strerror};"
