@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import lora, safetensors_io
-from ports.checkpoint import Rename
+from ports.checkpoint import Rename, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -92,7 +92,7 @@ def _read(
     values = _read_config(directory)
     base = (values.get("auto_mapping") or {}).get("base_model_class")
     if architecture and base and base != architecture:
-        raise ValueError(f"{directory}: an adapter for a {base}; the model is a {architecture}")
+        raise ValueError(f"{directory}: an adapter for a {base!r}; the model is a {architecture}")
     ranks = lora.Ranks(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),

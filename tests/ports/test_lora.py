@@ -303,7 +303,7 @@ class TestRefused:
             ({"r": 0}, "expected whole numbers above 0"),
             (
                 {"auto_mapping": {"base_model_class": "Qwen2VLForConditionalGeneration"}},
-                "for a Qwen2VLForConditionalGeneration; the model is a LlavaForConditional",
+                "for a 'Qwen2VLForConditionalGeneration'; the model is a LlavaForConditional",
             ),
         ],
     )

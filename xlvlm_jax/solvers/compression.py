@@ -32,6 +32,8 @@ def compress(
     Z: Float[Array, "N D"], key: PRNGKeyArray, width: int, rows: Rows = ONE_DEVICE
 ) -> Compressed:
     """The leading `width` directions of the row space of Z, and Z in them."""
+    if width >= Z.shape[1]:
+        return turn_to_axes(jnp.eye(Z.shape[1]), Z, rows)
     directions = sketch_directions(key, Z.shape[1], width)
     basis = orthonormal(rows.total(image(Z, matmul(Z, directions))))
     return turn_to_axes(basis, matmul(Z, basis), rows)

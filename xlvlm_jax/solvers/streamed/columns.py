@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.compression import sketch_directions, turn_to_axes
+from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import image, matmul
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
@@ -19,7 +19,7 @@ from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
 class Compressed(NamedTuple):
     """A source in few columns, as `compression.Compressed`, and the energy of its rows."""
 
-    basis: Float[Array, "D R"]
+    basis: Float[Array, "D R"]  # orthonormal, in no order: what solves for X turns it to its axes
     X: Float[np.ndarray, "N R"]
     energy: Float[np.ndarray, " N"]  # |z_n|^2
 
@@ -58,5 +58,4 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
 
     project = jax.jit(lambda Z: matmul(Z, basis))
     add_up(source, lambda tile: ((), project(tile.Z)), keep_columns)
-    basis, turned = jax.jit(turn_to_axes)(basis, X)
-    return Compressed(basis, np.asarray(turned), energy)
+    return Compressed(basis, X, energy)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-TILE_BYTES = 2**24
+TILE_BYTES = 2**22  # the second product of a tile then finds it in the cache
 Write = Callable[[int, np.ndarray], None]
 
 
