@@ -31,7 +31,7 @@ from ports.lora import Adapter, adapted, merge
 from ports.sharding import make_mesh, parse_mesh
 from ports.sites import capture, list_sites
 from ports.steering import steer, substitute
-from ports.vlm import VLM, Output, abstract_module, load_module
+from ports.vlm import VLM, Output, load_params, place_abstract
 
 __all__ = [
     "VLM",
@@ -95,8 +95,8 @@ def load(
             or of a kind that is not implemented.
     """
     directory = _directory(path)
-    module, port, config = _build(directory, dtype)
-    params = load_module(module, port, directory, jnp.dtype(dtype), mesh)
+    module, port, config, abstract = _build(directory, dtype)
+    params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
     vlm = VLM(module, params, config, port, directory, mesh)
     return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
 
@@ -110,18 +110,23 @@ def load_abstract(
     compiling for other devices. The directory need hold no weights, and from the hub none are got.
     """
     directory = _directory(path, weights=False)
-    module, port, config = _build(directory, dtype)
-    params = abstract_module(module, port, jnp.dtype(dtype), mesh)
+    module, port, config, abstract = _build(directory, dtype)
+    params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
     return VLM(module, params, config, port, directory, mesh)
 
 
-def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any]:
-    """The Linen module of a checkpoint, its port, and the configuration as read."""
+def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any, dict]:
+    """The Linen module of a checkpoint, its port, the configuration as read, and the parameters
+    that the module needs, abstract.
+    """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     config = checkpoint.read_config(directory, tuple(_PORTS), {"molmo": molmo.read_config})
     port, kind = _PORTS[config.model_type]
-    return kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype)), port, config
+    with checkpoint.making_model(directory):
+        module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
+        abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
+    return module, port, config, abstract
 
 
 def _directory(path: str | Path, weights: bool = True) -> Path:

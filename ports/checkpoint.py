@@ -80,6 +80,18 @@ def read_config(
 
 
 @contextlib.contextmanager
+def making_model(directory: Path) -> Iterator[None]:
+    """While a configuration becomes a model: one line, a ValueError, for values that make none."""
+    try:
+        yield
+    except Exception as error:  # what a size of another kind ends in depends on who meets it
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        file = directory / "config.json"
+        raise ValueError(f"{file}: no model can be made of its values: {kind}{first}") from error
+
+
+@contextlib.contextmanager
 def loading(directory: Path | None, what: str) -> Iterator[None]:
     """While a part of a checkpoint is read: one line, a ValueError, that it has none that loads."""
     try:

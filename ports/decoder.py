@@ -132,16 +132,13 @@ def attend_through_cache(
     if module.has_variable("prompt_cache", "key"):
         parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
         slot -= parts[0][0].shape[-1]
-    keys.value = _constrain_cache(
-        jax.lax.dynamic_update_slice(keys.value, jnp.transpose(key, (0, 2, 3, 1)), (0, 0, 0, slot))
-    )
+    key, value = layers.cache_layout(key, value)
+    keys.value = _constrain_cache(jax.lax.dynamic_update_slice(keys.value, key, (0, 0, 0, slot)))
     values.value = _constrain_cache(
-        jax.lax.dynamic_update_slice(
-            values.value, jnp.transpose(value, (0, 2, 1, 3)), (0, 0, slot, 0)
-        )
+        jax.lax.dynamic_update_slice(values.value, value, (0, 0, slot, 0))
     )
     if start is None:
-        return layers.attend(query, key, value, mask)
+        return layers.attend_cached(query, [(key, value)], mask)
     return layers.attend_cached(query, [*parts, (keys.value, values.value)], mask)
 
 

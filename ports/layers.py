@@ -136,13 +136,19 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     query[B, T, H, C], key and value[B, S, N, C] with H a multiple of N (grouped queries),
     mask bool[B, 1, T, S] or None -> [B, T, H, C].
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    return attend_cached(query, [cache_layout(key, value)], mask)
 
 
-def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Array) -> Array:
+def cache_layout(key: Array, value: Array) -> tuple[Array, Array]:
+    """[B, S, N, C] each -> key[B, N, C, S] and value[B, N, S, C], as products read them."""
+    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+
+
+def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Array | None) -> Array:
     """`attend` to the keys[B, N, C, S] and values[B, N, S, C] of a cache's parts, in a row.
 
-    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S of all parts] -> [B, T, H, C].
+    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S of all parts] or None
+    -> [B, T, H, C].
     """
     batch, length, _, width = query.shape
     kv_heads = parts[0][0].shape[1]
@@ -153,8 +159,9 @@ def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Arra
         [jnp.matmul(rows, key, preferred_element_type=jnp.float32) for key, _ in parts], axis=-1
     )
     scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1]) / np.sqrt(width)
-    # Not -inf: the row of a position that sees nothing would be NaN.
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    if mask is not None:
+        # Not -inf: the row of a position that sees nothing would be NaN.
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])
     ends = np.cumsum([value.shape[2] for _, value in parts])[:-1]

@@ -12,12 +12,13 @@ _PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index")
 
 
 def bucket_length(length: int) -> int:
-    """The least of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ... that holds it.
+    """The least of 16, 32, 48, 64, 72, 80 ... 128, 144, 160 ... 256, 288 ... that holds it.
 
-    Four lengths an octave: a run over prompts of all lengths compiles a handful of programs and
-    computes at most a quarter of its positions in vain.
+    Eight lengths an octave: a run over prompts of all lengths compiles a handful of programs and
+    computes at most an eighth of its positions in vain. The shortest, whose cost is not that of
+    their positions, are sixteens.
     """
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    step = 16 if length <= 64 else 1 << ((length - 1).bit_length() - 4)
     return -(-length // step) * step
 
 

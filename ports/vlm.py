@@ -532,15 +532,15 @@ def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...
     return eos, pad
 
 
-def load_module(
+def load_params(
     module: joiner.VisionLanguageModel,
     port: ModuleType,
     directory: Path,
+    abstract: dict,
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> dict:
     """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
-    abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
     shardings = None
     if mesh is not None:
         shardings = sharding.param_shardings(mesh, abstract, module.kv_heads)
@@ -556,14 +556,13 @@ def load_module(
     )
 
 
-def abstract_module(
+def place_abstract(
     module: joiner.VisionLanguageModel,
-    port: ModuleType,
+    abstract: dict,
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> dict:
     """The shapes of the parameters of `module`, and where on the mesh each would be placed."""
-    abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
     if mesh is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     return jax.tree.map(

@@ -24,7 +24,7 @@ def test_the_embedded_model_by_hand(vlm):
     site = "language_model.model.layers.3"
     result = inspection.inspect(vlm, batch_size=3, image_size=(50, 70), new_tokens=5, sites=[site])
     needs = result.needs
-    assert (needs.prompt_tokens, needs.image_tokens, needs.bucket) == (81, 64, 96)
+    assert (needs.prompt_tokens, needs.image_tokens, needs.bucket) == (81, 64, 88)
     # 8 layers, keys and values, 2 heads of width 32, float32.
     assert needs.cache == 3 * (96 + 5) * 8 * 2 * 2 * 32 * 4
     assert needs.states == 3 * 96 * 192 * 4

@@ -6,15 +6,16 @@ from ports import padding
 
 
 def test_buckets_by_hand():
-    expected = {1: 16, 16: 16, 17: 32, 97: 112, 128: 128, 129: 160, 257: 320, 600: 640}
+    expected = {1: 16, 16: 16, 17: 32, 64: 64, 65: 72, 97: 104, 128: 128, 129: 144, 257: 288}
+    expected |= {600: 640, 641: 704}
     assert {length: padding.bucket_length(length) for length in expected} == expected
 
 
 def test_buckets_are_few_and_waste_little():
     buckets = [padding.bucket_length(length) for length in range(1, 4097)]
-    assert len(set(buckets)) < 32
+    assert len(set(buckets)) == 4 + 6 * 8
     assert buckets == sorted(buckets)
-    assert all(n <= b <= max(n + 15, 1.25 * n) for n, b in enumerate(buckets, 1))
+    assert all(n <= b <= max(n + 15, 1.125 * n) for n, b in enumerate(buckets, 1))
 
 
 def test_rows_are_filled_up_on_the_left():

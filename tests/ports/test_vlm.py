@@ -76,6 +76,22 @@ class TestLoading:
         with helpers.raises_line(ValueError, part):
             ports.load(directory)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"vision_config": {"image_size": 0}},
+            {"vision_config": {"patch_size": 0}},
+            {"text_config": {"num_attention_heads": 0}},
+            {"text_config": {"num_hidden_layers": 0}},
+            {"text_config": {"intermediate_size": -1}},
+        ],
+        ids=str,
+    )
+    def test_sizes_that_make_no_model(self, directory, changes):
+        self.configure(directory, **changes)
+        with helpers.raises_line(ValueError, str(directory / "config.json")):
+            ports.load(directory)
+
     def test_an_unknown_dtype(self, directory):
         with helpers.raises_line(ValueError, "dtype is 'int8'", "float32, bfloat16, float16"):
             ports.load(directory, dtype="int8")
