@@ -35,8 +35,8 @@ EXACT = 256
 # What decides between covariance and iteration, in products of Z with a column: the updates that
 # hidden states take, and the eigenvectors of [D, D], which cost as much as D^3 times so many.
 UPDATES = 4
-EIGH = 30
-BLOCKS = 4  # of columns, so that of the covariance little more than a half is computed
+EIGH = 10
+BLOCKS = 3  # of the covariance's rows, so that of it two thirds are computed
 TINY = 1e-30
 
 
@@ -65,7 +65,9 @@ def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -
     mean = rows.total(matmul(real, Z)) / num_samples
     # Rounded like |Z|^2, which may be much more; the objective comes from the residual itself. The
     # difference of Z and its mean would cost another matrix of Z's size here.
-    energy = rows.total(jnp.sum(real * jnp.sum(Z.astype(jnp.float32) ** 2, axis=1)))
+    # The barrier: one sum over all of Z would be one long chain of additions on a CPU.
+    squares = jax.lax.optimization_barrier(jnp.sum(Z.astype(jnp.float32) ** 2, axis=1))
+    energy = rows.total(jnp.sum(real * squares))
     return Problem(Z, real, mean, 0.5 * (energy - num_samples * jnp.sum(mean**2)))
 
 
@@ -101,21 +103,31 @@ def covariance_image(
 
 
 def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
-    """(Z - 1 m)^T (Z - 1 m), in blocks of columns; those below the diagonal are mirrored."""
+    """(Z - 1 m)^T (Z - 1 m), in blocks of rows; what is left of the diagonal is mirrored."""
     D = problem.Z.shape[1]
     edges = [round(i * D / BLOCKS) for i in range(BLOCKS + 1)]
-    spans = [slice(*edge) for edge in itertools.pairwise(edges)]
+    spans = list(itertools.pairwise(edges))
 
-    def add(total: Array, z: Array, real: Array) -> Array:
+    def add(total: list[Array], z: Array, real: Array) -> list[Array]:
         # Centred before the product: energy that a large mean brings would round the rest away.
         z = real[:, None] * (z - problem.mean)
-        for i, left in enumerate(spans):
-            for right in spans[i:]:
-                total = total.at[left, right].add(matmul(z[:, left].T, z[:, right]))
-        return total
+        blocks = [matmul(z[:, start:stop].T, z[:, start:]) for start, stop in spans]
+        return jax.tree.map(jnp.add, total, blocks)
 
-    total = rows.total(fold(add, jnp.zeros((D, D)), problem.Z, problem.real))
+    empty = [jnp.zeros((stop - start, D - start)) for start, stop in spans]
+    blocks = rows.total(fold(add, empty, problem.Z, problem.real))
+    padded = [jnp.pad(block, ((0, 0), (D - block.shape[1], 0))) for block in blocks]
+    total = jnp.concatenate(padded)
     return jnp.triu(total) + jnp.triu(total, 1).T
+
+
+def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
+    """The state at the optimum, from the covariance; without images, for it takes no update."""
+    variances, axes = jnp.linalg.eigh(covariance(problem, rows))
+    variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
+    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
+    objective = problem.energy - 0.5 * jnp.sum(variances)
+    return State(basis, scores, jnp.zeros_like(basis), objective, jnp.float32(0))
 
 
 def is_narrow(N: int, D: int, K: int) -> bool:
@@ -160,7 +172,7 @@ def solve(
     def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
         problem = prepare(Z, num_samples, rows)
         if narrow:
-            directions = jnp.linalg.eigh(covariance(problem, rows))[1][:, ::-1][:, :K]
+            directions = None
         elif not exact:
             random = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
             sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
@@ -169,7 +181,7 @@ def solve(
             directions = jnp.eye(D)
         else:
             directions = (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
-        state = init(problem, directions, K, rows)
+        state = solved(problem, K, rows) if narrow else init(problem, directions, K, rows)
         state = state._replace(error=jnp.float32(0)) if exact else state
         step = partial(update, problem, num_concepts=K, rows=rows)
         progress = begin(state, max_iter)

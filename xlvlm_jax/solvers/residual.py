@@ -1,6 +1,7 @@
 """Rows some at a time: Z itself is the only matrix of its size. Sums, and squared residuals."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +36,12 @@ def of_labels(
     return _by_tiles(squares, Z, labels)
 
 
-def fold(
-    function: Callable[..., Array], total: Array, Z: Float[Array, "N D"], other: Array
-) -> Array:
+def fold(function: Callable[..., Any], total: Any, Z: Float[Array, "N D"], other: Array) -> Any:
     """function(total, Z, other) of rows, a tile after the other, each with the total so far."""
     size, rows = _tiles(Z, other)
     whole = len(Z) // size
 
-    def add(i: Array, total: Array) -> Array:
+    def add(i: Array, total: Any) -> Any:
         return function(total, *rows(i * size, size))
 
     total = jax.lax.fori_loop(0, whole, add, total)
