@@ -36,6 +36,11 @@ def _sketch(Z: Array, directions: Array) -> tuple[Array, Array]:
     return image(Z, matmul(Z, directions)), jnp.sum(Z**2, axis=1)
 
 
+@jax.jit
+def _project(Z: Array, basis: Array) -> Array:
+    return matmul(Z, basis)
+
+
 def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
     """Two passes: the leading directions of the row space, and the rows in them.
 
@@ -56,6 +61,5 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
     def keep_columns(tile: Tile, columns: Array) -> None:
         X[tile.start : tile.start + tile.count] = columns[: tile.count]
 
-    project = jax.jit(lambda Z: matmul(Z, basis))
-    add_up(source, lambda tile: ((), project(tile.Z)), keep_columns)
+    add_up(source, lambda tile: ((), _project(tile.Z, basis)), keep_columns)
     return Compressed(basis, X, energy)

@@ -1,6 +1,5 @@
 """K-means of a source of rows: `solvers.kmeans` with a pass over the source an update."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -40,17 +39,7 @@ def solve(
     centroids = matmul(begun.components[0], small.basis.T)
     # Without the last, which the first pass computes again.
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
-    total = add_up(source, lambda tile: (matmul(tile.real, tile.Z.astype(jnp.float32)), ()))
-    mean = total / N
-
-    @jax.jit
-    def work(Z: Array, real: Array, offsets: Array) -> tuple[Any, Any]:
-        Z = Z.astype(jnp.float32)
-        energy = real * jnp.sum((Z - mean) ** 2, axis=1)
-        problem = kmeans.Problem(Z, real, mean, energy, jnp.float32(1), jnp.ones(K, bool))
-        labels, least, sums = kmeans.collect(problem, kmeans.score(Z, offsets, mean))
-        return (sums, jnp.sum(energy)), (labels, jnp.where(real > 0, energy + least, -jnp.inf))
-
+    mean = add_up(source, lambda tile: (_column_sums(tile.Z, tile.real), ())) / N
     offsets, error = centroids - mean, jnp.inf
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
@@ -60,7 +49,9 @@ def solve(
             labels[tile.start : tile.start + tile.count] = kept[0][: tile.count]
             far.add(tile.start, np.asarray(kept[1][: tile.count]))
 
-        on_tile = partial(lambda tile, offsets: work(tile.Z, tile.real, offsets), offsets=offsets)
+        def on_tile(tile: Tile, offsets: Array = offsets) -> tuple:
+            return _collect(tile.Z, tile.real, mean, offsets)
+
         sums, energy = add_up(source, on_tile, keep)
         if np.any(sums.counts == 0):
             numbers = far.numbers
@@ -75,12 +66,7 @@ def solve(
 
     centroids = offsets + mean
 
-    @jax.jit
-    def finish(Z: Array, real: Array) -> tuple[Array, Array]:
-        squared = kmeans.assign(Z.astype(jnp.float32), centroids)[1]
-        return jnp.sum(real * jnp.min(squared, axis=1)), 1 / (1 + jnp.sqrt(squared))
-
-    inertia = write_out(source, lambda tile: finish(tile.Z, tile.real), write)
+    inertia = write_out(source, lambda tile: _finish(tile.Z, tile.real, centroids), write)
     return Result(
         components=centroids,
         activations=None,
@@ -90,3 +76,24 @@ def solve(
         history=np.array([*history, float(inertia)], np.float32),
         starts=None if begun.starts is None else begun.starts[0],
     )
+
+
+@jax.jit
+def _column_sums(Z: Array, real: Array) -> Array:
+    return matmul(real, Z.astype(jnp.float32))
+
+
+@jax.jit
+def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, Any]:
+    Z = Z.astype(jnp.float32)
+    energy = real * jnp.sum((Z - mean) ** 2, axis=1)
+    active = jnp.ones(len(offsets), bool)
+    problem = kmeans.Problem(Z, real, mean, energy, jnp.float32(1), active)
+    labels, least, sums = kmeans.collect(problem, kmeans.score(Z, offsets, mean))
+    return (sums, jnp.sum(energy)), (labels, jnp.where(real > 0, energy + least, -jnp.inf))
+
+
+@jax.jit
+def _finish(Z: Array, real: Array, centroids: Array) -> tuple[Array, Array]:
+    squared = kmeans.assign(Z.astype(jnp.float32), centroids)[1]
+    return jnp.sum(real * jnp.min(squared, axis=1)), 1 / (1 + jnp.sqrt(squared))

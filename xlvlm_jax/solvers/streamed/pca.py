@@ -1,6 +1,5 @@
 """Principal components of a source of rows: `solvers.pca` with a pass over the source an update."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import Result, image, matmul
 from xlvlm_jax.solvers.orthonormal import orthonormal
-from xlvlm_jax.solvers.streamed.tiles import Source, Write, add_up, check_rows, write_out
+from xlvlm_jax.solvers.streamed.tiles import Source, Tile, Write, add_up, check_rows, write_out
 
 
 def solve(
@@ -33,25 +32,17 @@ def solve(
     K = num_concepts
     R = min(K + pca.OVERSAMPLE, N, D)
 
-    @jax.jit
-    def first(Z: Array, real: Array, directions: Array) -> tuple[Any, Array]:
-        Z = Z.astype(jnp.float32)
-        return (matmul(real, Z), image(Z, matmul(Z, directions))), jnp.sum(Z**2, axis=1)
-
     directions = sketch_directions(key, D, R)
-    total, spanned = add_up(source, lambda t: first(t.Z, t.real, directions), check_rows)
+    total, spanned = add_up(source, lambda tile: _sketch(tile.Z, tile.real, directions), check_rows)
     mean = total / N
     basis = orthonormal(spanned - N * jnp.outer(mean, matmul(mean, directions)))
 
-    @jax.jit
-    def work(Z: Array, real: Array, basis: Array) -> tuple[Any, tuple]:
-        Z = real[:, None] * (Z.astype(jnp.float32) - mean)
-        scores = matmul(Z, basis)
-        return (image(Z, scores), matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)), ()
-
     history, error = [], np.inf
     while True:
-        on_tile = partial(lambda tile, basis: work(tile.Z, tile.real, basis), basis=basis)
+
+        def on_tile(tile: Tile, basis: Array = basis) -> tuple:
+            return _collect(tile.Z, tile.real, mean, basis), ()
+
         spanned, gram, energy = add_up(source, on_tile)
         variances, axes = jnp.linalg.eigh(gram)
         variances, axes = variances[::-1], axes[:, ::-1]
@@ -63,13 +54,7 @@ def solve(
         basis = orthonormal(images)
     components = pca.with_signs(basis[:, :K].T)
 
-    @jax.jit
-    def finish(Z: Array, real: Array) -> tuple[Array, Array]:
-        Z = real[:, None] * (Z.astype(jnp.float32) - mean)
-        scores = matmul(Z, components.T)
-        return 0.5 * jnp.sum((Z - matmul(scores, components)) ** 2), scores
-
-    objective = write_out(source, lambda tile: finish(tile.Z, tile.real), write)
+    objective = write_out(source, lambda tile: _finish(tile.Z, tile.real, mean, components), write)
     return Result(
         components=components,
         activations=None,
@@ -79,3 +64,23 @@ def solve(
         history=np.array(history, np.float32),
         mean=mean,
     )
+
+
+@jax.jit
+def _sketch(Z: Array, real: Array, directions: Array) -> tuple[Any, Array]:
+    Z = Z.astype(jnp.float32)
+    return (matmul(real, Z), image(Z, matmul(Z, directions))), jnp.sum(Z**2, axis=1)
+
+
+@jax.jit
+def _collect(Z: Array, real: Array, mean: Array, basis: Array) -> tuple[Array, Array, Array]:
+    Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+    scores = matmul(Z, basis)
+    return image(Z, scores), matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)
+
+
+@jax.jit
+def _finish(Z: Array, real: Array, mean: Array, components: Array) -> tuple[Array, Array]:
+    Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+    scores = matmul(Z, components.T)
+    return 0.5 * jnp.sum((Z - matmul(scores, components)) ** 2), scores

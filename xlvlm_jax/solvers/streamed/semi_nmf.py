@@ -32,8 +32,12 @@ def solve(
     N, D = source.shape
     K = num_concepts
     small = compress(source, key, min(K + semi_nmf.OVERSAMPLE, N, D))
+    # The compressed rows lack what lies outside the basis, and so does their objective.
+    basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
+    X = jnp.asarray(small.X)
+    del small  # with its rows, which are on the device now
     begun = semi_nmf.solve(
-        jnp.asarray(small.X),
+        X,
         key,
         num_samples=N,
         num_concepts=(K,),
@@ -43,14 +47,13 @@ def solve(
         max_iter=max_iter,
         n_init=n_init,
     )
-    # The compressed rows lack what lies outside the basis, and so does their objective.
-    outside = 0.5 * small.outside
-    atoms = matmul(begun.components[0], small.basis.T)
+    del X
+    atoms = matmul(begun.components[0], basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
     codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
     while len(history) <= max_iter and not state.error <= tol:
-        state, codes = _update(source, small.energy / 2, codes, state, *lasso)
+        state, codes = _update(source, energy, codes, state, *lasso)
         history.append(float(state.objective))
 
     objective = write_out(

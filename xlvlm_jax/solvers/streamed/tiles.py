@@ -42,11 +42,13 @@ def tiles(source: Source) -> Iterator[Tile]:
     """All of the source, once."""
     D = source.shape[1]
     size = min(max(TILE_BYTES // (4 * D), 1), source.shape[0])
+    real = jnp.ones(size)
     for start, values in source.tiles(size):
         count = len(values)
         if count < size:
             values = np.concatenate([values, np.zeros((size - count, D), values.dtype)])
-        yield Tile(start, count, jnp.asarray(values), jnp.asarray(np.arange(size) < count, float))
+            real = jnp.asarray(np.arange(size) < count, jnp.float32)
+        yield Tile(start, count, jnp.asarray(values), real)
 
 
 def add_up(
