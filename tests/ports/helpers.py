@@ -313,3 +313,14 @@ def run_python(script: str, *arguments: Any, **environment: str) -> str:
         output, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors[-3000:]
     return output
+
+
+def check_sweep(vlm: ports.VLM, inputs: dict[str, np.ndarray], site: str) -> None:
+    """A sweep over the strength of a vector at `site` gives the tokens of each run by itself."""
+    vector = np.random.default_rng(1).standard_normal(vlm.site_shapes[site][-1]).astype(np.float32)
+    variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
+    swept = vlm.sweep(inputs, variants, max_new_tokens=4).tokens
+    assert not np.array_equal(swept[0], swept[1])  # the vector does something
+    for tokens, edits in zip(swept, variants, strict=True):
+        alone = vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens
+        np.testing.assert_array_equal(tokens, alone)

@@ -138,6 +138,12 @@ def test_states_of_generated_tokens_are_those_that_predicted_them(small):
         assert helpers.relative_error(ours[site], np.stack(steps, axis=1)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["layers.1", "norm"])
+def test_a_sweep_is_each_of_its_variants(small, name):
+    inputs = make_inputs(*PROMPTS["padded on the left, two, no and one image"])
+    helpers.check_sweep(small.vlm, inputs, f"model.text_model.{name}")
+
+
 class TestPositions:
     def test_by_hand(self):
         # The i-th of n patches begins at i/n of the image, and 6 positions at 0, 1/6 ... 5/6.

@@ -90,13 +90,7 @@ def test_a_sweep_is_each_of_its_variants(vlm, expected, name, shared):
     count = len(axes)
     shared = count if shared is None else shared
     assert list(axes.values()) == [None] * shared + [0] * (count - shared)
-    inputs = inputs_of(expected, 0)
-    vector = np.random.default_rng(1).standard_normal(vlm.site_shapes[site][-1]).astype(np.float32)
-    variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
-    swept = vlm.sweep(inputs, variants, max_new_tokens=4).tokens
-    for tokens, edits in zip(swept, variants, strict=True):
-        alone = vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens
-        np.testing.assert_array_equal(tokens, alone)
+    helpers.check_sweep(vlm, inputs_of(expected, 0), site)
 
 
 def test_a_batch_padded_on_the_left_is_its_rows(vlm, expected):

@@ -167,6 +167,11 @@ def test_steering_changes_image_positions_alone(small):
     np.testing.assert_array_equal(masks["model.layers.0"][0], expected)
 
 
+@pytest.mark.parametrize("site", ["model.layers.1", "model.norm"])
+def test_a_sweep_is_each_of_its_variants(small, site):
+    helpers.check_sweep(small.vlm, make_inputs(*PROMPTS[LEFT]), site)
+
+
 def test_padding_on_either_side_gives_the_same_answers(small):
     left = make_inputs(*PROMPTS[LEFT])
     right = helpers.pad_right(left)
