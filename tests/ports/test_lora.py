@@ -305,6 +305,7 @@ class TestRefused:
                 {"auto_mapping": {"base_model_class": "Qwen2VLForConditionalGeneration"}},
                 "for a 'Qwen2VLForConditionalGeneration'; the model is a LlavaForConditional",
             ),
+            ({"auto_mapping": {"base_model_class": "a\nb"}}, r"an adapter for a 'a\nb'; the model"),
         ],
     )
     def test_configurations(self, small, written, values, message):
