@@ -130,6 +130,20 @@ def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> Stat
     return State(basis, scores, jnp.zeros_like(basis), objective, jnp.float32(0))
 
 
+def first_directions(
+    problem: Problem, key: PRNGKeyArray, num_concepts: int, num_samples: int, rows: Rows
+) -> Float[Array, "D R"]:
+    """A sketch of the row space; where N or D is small, directions that span all of it."""
+    Z, D = problem.Z, problem.Z.shape[1]
+    if min(num_samples, D) > EXACT:
+        random = jax.random.normal(key, (D, min(num_concepts + OVERSAMPLE, num_samples, D)))
+        sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
+        return covariance_image(problem, sketch, rows)
+    if num_samples >= D:
+        return jnp.eye(D)
+    return (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
+
+
 def is_narrow(N: int, D: int, K: int) -> bool:
     """Whether the covariance of Z[N, D] costs less than updates would."""
     upper = (BLOCKS + 1) / (2 * BLOCKS)
@@ -167,22 +181,15 @@ def solve(
     """
     K, D = max(num_concepts), Z.shape[1]
     narrow = num_samples >= D and is_narrow(num_samples, D, K)
-    exact = narrow or min(num_samples, D) <= EXACT
+    exact = min(num_samples, D) <= EXACT
 
     def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
         problem = prepare(Z, num_samples, rows)
         if narrow:
-            directions = None
-        elif not exact:
-            random = jax.random.normal(key, (D, min(K + OVERSAMPLE, num_samples, D)))
-            sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
-            directions = covariance_image(problem, sketch, rows)
-        elif num_samples >= D:
-            directions = jnp.eye(D)
+            state = solved(problem, K, rows)
         else:
-            directions = (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
-        state = solved(problem, K, rows) if narrow else init(problem, directions, K, rows)
-        state = state._replace(error=jnp.float32(0)) if exact else state
+            state = init(problem, first_directions(problem, key, K, num_samples, rows), K, rows)
+            state = state._replace(error=jnp.float32(0)) if exact else state
         step = partial(update, problem, num_concepts=K, rows=rows)
         progress = begin(state, max_iter)
         progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
