@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax import atomic, damage
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
-from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
+from xlvlm_jax.solvers import kmeans, largest_norm, lapack, pca, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
     StoredMatrix,
     as_matrix,
@@ -241,6 +241,7 @@ _DESCRIBED = (
 )
 
 
+@lapack.one_thread()
 def decompose(
     Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
     num_concepts: int | Sequence[int],
@@ -383,6 +384,7 @@ def _concepts(
     )
 
 
+@lapack.one_thread()
 def decompose_stored(
     source: Source,
     num_concepts: int,
@@ -395,7 +397,7 @@ def decompose_stored(
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
 
     The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
-    beyond a few tiles of 16 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
+    beyond a few tiles of 4 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).
