@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax import atomic, damage
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
-from xlvlm_jax.solvers import kmeans, largest_norm, lapack, pca, semi_nmf, streamed
+from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
     StoredMatrix,
     as_matrix,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import seconds
-from xlvlm_jax.solvers import kmeans, pca, semi_nmf
+from xlvlm_jax.solvers import kmeans, lapack, pca, semi_nmf
 from xlvlm_jax.solvers.loop import begin, run
 
 KEY = jax.random.key(0)
@@ -27,12 +27,13 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
     if method == "kmeans":
         problem = kmeans.prepare(Z, len(Z), active)
         return kmeans.update, problem, kmeans.init(problem, start), K
-    width = min(K + pca.OVERSAMPLE, *Z.shape)
+    width = min(pca.width(K), *Z.shape)
     problem = pca.prepare(Z, len(Z))
     state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)
     return partial(pca.update, num_concepts=K), problem, state, 2 * width
 
 
+@lapack.one_thread()
 def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
     """Seconds of an update, of reading Z, the rate of a large matrix product, and the share.
 

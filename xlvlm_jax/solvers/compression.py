@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import image, matmul
+from xlvlm_jax.solvers.loop import matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
@@ -35,7 +35,7 @@ def compress(
     if width >= Z.shape[1]:
         return turn_to_axes(jnp.eye(Z.shape[1]), Z, rows)
     directions = sketch_directions(key, Z.shape[1], width)
-    basis = orthonormal(rows.total(image(Z, matmul(Z, directions))))
+    basis = orthonormal(rows.total(weighted_sums(matmul(Z, directions).T, Z).T))
     return turn_to_axes(basis, matmul(Z, basis), rows)
 
 

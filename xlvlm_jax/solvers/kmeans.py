@@ -29,13 +29,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.compression import compress
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, inner_products, matmul, run
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 SCREEN = 100  # updates after which starts are compared
-BLOCK = 64  # centroids whose scores are renewed together
+BLOCK = 32  # centroids whose scores are renewed together
+MOST = 0.75  # of the centroids: when more have moved, all scores are renewed at once
 TURN = 16  # scores that are compared in one pass
 TINY = 1e-30
 
@@ -164,11 +165,16 @@ def assign(
     Z: Float[Array, "N D"], centroids: Float[Array, "K D"]
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """The nearest centroid of each row, and its squared distances to all of them."""
-    # Measured from the centroids' mean, and only differences between centroids go through a
-    # product; the smallest distance, which cancellation would hurt, is computed from the difference
-    # itself.
     mean = jnp.mean(centroids, axis=0)
-    scores = score(Z, centroids - mean, mean)
+    return distances(Z, centroids, score(Z, centroids - mean, mean))
+
+
+def distances(
+    Z: Float[Array, "N D"], centroids: Float[Array, "K D"], scores: Float[Array, "K N"]
+) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
+    """The nearest centroid of each row, and its squared distances to all of them, by the scores."""
+    # Only differences between centroids come from a product; the smallest distance, which
+    # cancellation would hurt, is computed from the difference itself.
     labels, least = nearest(scores)
     exact = residual.of_labels(Z, labels, centroids)
     return labels, (scores - least + exact).T
@@ -226,17 +232,22 @@ def solve(
             problem = prepare(Z, num_samples, active, rows)
             if compressed:
                 lifted = matmul(progress.state.offsets + mean, basis.T) - problem.mean
-                state = init(problem, lifted + problem.mean, rows)
+                # The first update scores all rows anew: no need to do so for the start's inertia.
+                state = progress.state._replace(
+                    offsets=lifted,
+                    moved=jnp.ones_like(progress.state.moved),
+                    error=jnp.float32(jnp.inf),
+                )
                 progress = progress._replace(state=state)
                 progress = until(partial(update, problem, rows=rows), progress)
-            offsets = progress.state.offsets
-            squared = assign(Z, offsets + problem.mean)[1]
+            centroids = progress.state.offsets + problem.mean
+            squared = distances(Z, centroids, _rescore(problem, progress.state))[1]
             squared = jnp.where(active, squared, jnp.inf)
             # An update records the inertia it started from: shift by one, end with the result's.
             inertia = rows.total(jnp.sum(problem.real * jnp.min(squared, axis=1)))
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
             return Result(
-                components=offsets + problem.mean,
+                components=centroids,
                 activations=1 / (1 + jnp.sqrt(squared)),
                 objective=inertia,
                 iterations=progress.iteration,
@@ -282,7 +293,7 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
     trials = 2 + int(log(K))
     first_key, draw_key = jax.random.split(key)
 
-    def distances(candidates: Int[Array, " T"]) -> Float[Array, "T N"]:
+    def squares(candidates: Int[Array, " T"]) -> Float[Array, "T N"]:
         crossed = matmul(X[candidates], X.T)
         squared = problem.energy + problem.energy[candidates][:, None] - 2 * crossed
         return jnp.maximum(squared, 0)
@@ -291,13 +302,13 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
         chosen, closest = carry
         uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,))
         candidates = ONE_DEVICE.draw(closest, uniform)
-        closest = jnp.minimum(closest, distances(candidates))
+        closest = jnp.minimum(closest, squares(candidates))
         best = jnp.argmin(jnp.sum(closest, axis=1))
         return chosen.at[k].set(candidates[best]), closest[best]
 
     first = jax.random.randint(first_key, (1,), 0, len(X))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
-    chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, distances(first)[0]))
+    chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, squares(first)[0]))
     return problem.Z[chosen].astype(jnp.float32)
 
 
@@ -309,14 +320,18 @@ def score(
 ) -> Float[Array, "K N"]:
     """|z - c|^2 - |z - m|^2: a squared distance less what depends on the row alone."""
     bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, mean)
-    return jnp.where(active, bias, jnp.inf)[:, None] - 2 * matmul(offsets, Z.T)
+    return jnp.where(active, bias, jnp.inf)[:, None] - 2 * inner_products(offsets, Z)
 
 
 def _rescore(problem: Problem, state: State) -> Float[Array, "K N"]:
     """The scores with those of the moved centroids renewed, BLOCK of them at a time."""
     K = len(state.moved)
-    if K <= 2 * BLOCK:
+
+    def all_of_them() -> Array:
         return score(problem.Z, state.offsets, problem.mean, problem.active)
+
+    if K <= 4 * BLOCK:
+        return all_of_them()
     order = jnp.argsort(~state.moved)  # stable: the moved ones first
 
     def renew(i: Array, scores: Array) -> Array:
@@ -325,7 +340,12 @@ def _rescore(problem: Problem, state: State) -> Float[Array, "K N"]:
         new = score(problem.Z, state.offsets[chosen], problem.mean, problem.active[chosen])
         return scores.at[chosen].set(new)
 
-    return jax.lax.fori_loop(0, -(-jnp.sum(state.moved) // BLOCK), renew, state.scores)
+    count = jnp.sum(state.moved)
+
+    def by_blocks() -> Array:
+        return jax.lax.fori_loop(0, -(-count // BLOCK), renew, state.scores)
+
+    return jax.lax.cond(count > MOST * K, all_of_them, by_blocks)
 
 
 def _inertia(problem: Problem, least: Float[Array, " N"]) -> Float[Array, ""]:

@@ -6,7 +6,7 @@ m the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained va
 update would bring, relative to what is explained.
 
 Block subspace iteration with Rayleigh-Ritz steps (Halko, Martinsson and Tropp, "Finding structure
-with randomness", 2011, sections 4.5 and 5) on K + OVERSAMPLE directions from a random start.
+with randomness", 2011, sections 4.5 and 5) on `width(K)` directions, at first those of some rows.
 Explained variance cannot fall: the new subspace is the image of the old one under A = (Z - 1 m)^T
 (Z - 1 m). To first order, axis v with variance l = v^T A v gains 2 |A v - l v|^2 / l by it.
 Where min(N, D) <= EXACT the start holds every direction, and where D is so small beside N and K
@@ -25,12 +25,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual
-from xlvlm_jax.solvers.loop import Result, begin, image, matmul, run
+from xlvlm_jax.solvers.loop import Result, begin, matmul, run, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.residual import fold
+from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
+LANES = 32  # a product with 64 columns takes hardly longer than one with 40
+SAMPLE = 8  # rows, for each direction, that the first directions are taken from
+ANYWHERE = 8  # of the first directions, those that are not
 EXACT = 256
 # What decides between covariance and iteration, in products of Z with a column: the updates that
 # hidden states take, and the eigenvectors of [D, D], which cost as much as D^3 times so many.
@@ -71,6 +75,11 @@ def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -
     return Problem(Z, real, mean, 0.5 * (energy - num_samples * jnp.sum(mean**2)))
 
 
+def width(num_concepts: int) -> int:
+    """How many directions are iterated on for K components."""
+    return -(-(num_concepts + OVERSAMPLE) // LANES) * LANES
+
+
 def init(
     problem: Problem,
     directions: Float[Array, "D R"],
@@ -99,7 +108,7 @@ def covariance_image(
 ) -> Float[Array, "D R"]:
     """(Z - 1 m)^T scores."""
     mean = jnp.outer(problem.mean, matmul(problem.real, scores))
-    return rows.total(image(problem.Z, scores) - mean)
+    return rows.total(weighted_sums(scores.T, problem.Z).T - mean)
 
 
 def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
@@ -135,19 +144,29 @@ def first_directions(
 ) -> Float[Array, "D R"]:
     """A sketch of the row space; where N or D is small, directions that span all of it."""
     Z, D = problem.Z, problem.Z.shape[1]
-    if min(num_samples, D) > EXACT:
-        random = jax.random.normal(key, (D, min(num_concepts + OVERSAMPLE, num_samples, D)))
+    if min(num_samples, D) <= EXACT:
+        if num_samples >= D:
+            return jnp.eye(D)
+        return (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
+    R = min(width(num_concepts), num_samples, D)
+    if num_samples < 2 * SAMPLE * R:
+        random = jax.random.normal(key, (D, R))
         sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
         return covariance_image(problem, sketch, rows)
-    if num_samples >= D:
-        return jnp.eye(D)
-    return (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
+    # Of so many rows some tell nearly as much as all, and cost no pass over Z. Nothing that they
+    # have no part in may stay out of reach: the last directions are drawn from the whole space.
+    row_key, weight_key, key = jax.random.split(key, 3)
+    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * R)) - problem.mean
+    drawn = orthonormal(matmul(X.T, jax.random.normal(weight_key, (len(X), R - ANYWHERE))))
+    leading = orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
+    anywhere = jax.random.normal(key, (D, ANYWHERE)) / jnp.sqrt(D)
+    return jnp.concatenate([leading, anywhere], axis=1)
 
 
 def is_narrow(N: int, D: int, K: int) -> bool:
     """Whether the covariance of Z[N, D] costs less than updates would."""
     upper = (BLOCKS + 1) / (2 * BLOCKS)
-    return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * (K + OVERSAMPLE)
+    return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * width(K)
 
 
 def expected_gain(

@@ -13,7 +13,11 @@ MARGIN = 1e-4  # relative decrease of the objective that makes a later start bet
 
 def sample(key: PRNGKeyArray, num_samples: int, num_concepts: int) -> Int[Array, " M"]:
     """The numbers of the rows that starts are compared on, all of them where there are few."""
-    count = max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts)
+    return draw_rows(key, num_samples, max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts))
+
+
+def draw_rows(key: PRNGKeyArray, num_samples: int, count: int) -> Int[Array, " M"]:
+    """The numbers of `count` different rows, all of them where there are no more."""
     if count >= num_samples:
         return jnp.arange(num_samples)
     return jax.lax.top_k(jax.random.uniform(key, (num_samples,)), count)[1]

@@ -33,7 +33,16 @@ from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.compression import compress
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
+from xlvlm_jax.solvers.loop import (
+    Progress,
+    Result,
+    begin,
+    each,
+    inner_products,
+    matmul,
+    run,
+    weighted_sums,
+)
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
@@ -76,7 +85,7 @@ def init(
     rows: Rows = ONE_DEVICE,
 ) -> State:
     """The state at given codes and atoms, the latter inside the unit ball."""
-    products, gram = matmul(atoms, problem.Z.T), matmul(atoms, atoms.T)
+    products, gram = inner_products(atoms, problem.Z), matmul(atoms, atoms.T)
     cost = _cost(problem.energy, codes, products, gram, problem.alpha)
     return State(dictionary.begin(atoms, rows.total(jnp.sum(cost))), codes)
 
@@ -112,11 +121,14 @@ def collect(
     nonnegative: bool = True,
 ) -> tuple[Float[Array, "K N"], Sums, Float[Array, " N"]]:
     """New codes of some rows on given atoms, their sums, and each row's part of f."""
-    products, gram = matmul(atoms, Z.T), matmul(atoms, atoms.T)
+    products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
     codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
     cost = _cost(energy, codes, products, gram, alpha)
     sums = Sums(
-        matmul(codes, Z), matmul(codes, codes.T), jnp.sum(jnp.abs(codes), axis=1), jnp.sum(cost)
+        weighted_sums(codes, Z),
+        matmul(codes, codes.T),
+        jnp.sum(jnp.abs(codes), axis=1),
+        jnp.sum(cost),
     )
     return codes, sums, cost
 
@@ -129,7 +141,7 @@ def activations(
     nonnegative: bool = True,
 ) -> Float[Array, "N K"]:
     """The codes of new rows on fixed atoms."""
-    products, gram = matmul(atoms, Z.T), matmul(atoms, atoms.T)
+    products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
     return coding.encode(products, gram, alpha, nonnegative=nonnegative).T
 
 
@@ -224,7 +236,7 @@ def solve(
             progress = until(partial(step, problem), progress)
             small, codes = progress.state
             codes = small.scale[:, None] * codes
-            products, gram = matmul(small.atoms, Z.T), matmul(small.atoms, small.atoms.T)
+            products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
             codes = coding.encode(products, gram, alpha, codes, nonnegative=nonnegative)
             return Result(
                 components=small.atoms,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.compression import sketch_directions
-from xlvlm_jax.solvers.loop import image, matmul
+from xlvlm_jax.solvers.loop import matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
 
@@ -33,7 +33,7 @@ class Compressed(NamedTuple):
 @jax.jit
 def _sketch(Z: Array, directions: Array) -> tuple[Array, Array]:
     Z = Z.astype(jnp.float32)
-    return image(Z, matmul(Z, directions)), jnp.sum(Z**2, axis=1)
+    return weighted_sums(matmul(Z, directions).T, Z).T, jnp.sum(Z**2, axis=1)
 
 
 @jax.jit

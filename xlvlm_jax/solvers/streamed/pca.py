@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
-from xlvlm_jax.solvers.loop import Result, image, matmul
+from xlvlm_jax.solvers.loop import Result, matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, Write, add_up, check_rows, write_out
 
@@ -30,7 +30,7 @@ def solve(
     """
     N, D = source.shape
     K = num_concepts
-    R = min(K + pca.OVERSAMPLE, N, D)
+    R = min(pca.width(K), N, D)
 
     directions = sketch_directions(key, D, R)
     total, spanned = add_up(source, lambda tile: _sketch(tile.Z, tile.real, directions), check_rows)
@@ -69,14 +69,14 @@ def solve(
 @jax.jit
 def _sketch(Z: Array, real: Array, directions: Array) -> tuple[Any, Array]:
     Z = Z.astype(jnp.float32)
-    return (matmul(real, Z), image(Z, matmul(Z, directions))), jnp.sum(Z**2, axis=1)
+    return (matmul(real, Z), weighted_sums(matmul(Z, directions).T, Z).T), jnp.sum(Z**2, axis=1)
 
 
 @jax.jit
 def _collect(Z: Array, real: Array, mean: Array, basis: Array) -> tuple[Array, Array, Array]:
     Z = real[:, None] * (Z.astype(jnp.float32) - mean)
     scores = matmul(Z, basis)
-    return image(Z, scores), matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)
+    return weighted_sums(scores.T, Z).T, matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)
 
 
 @jax.jit

@@ -125,7 +125,7 @@ def _finish(
     Z: Array, codes: Array, state: Atoms, alpha: Array, nonnegative: bool
 ) -> tuple[Array, Array]:
     Z = Z.astype(jnp.float32)
-    products, gram = matmul(state.atoms, Z.T), matmul(state.atoms, state.atoms.T)
+    products, gram = inner_products(state.atoms, Z), matmul(state.atoms, state.atoms.T)
     start = (codes * state.scale).T
     codes = coding.encode(products, gram, alpha, start, nonnegative=nonnegative)
     return semi_nmf.objective(Z, codes, state.atoms, alpha), codes.T
