@@ -2,7 +2,8 @@
 leading part. A solver iterates there, at N x R instead of N x D, and ends on Z itself.
 
 Randomised range finder with one product with Z^T Z: Halko, Martinsson and Tropp, "Finding structure
-with randomness", SIAM Review 2011, section 4.5. N samples, D width, R compressed width.
+with randomness", SIAM Review 2011, section 4.5. It takes three passes over Z, or one where a sample
+of the rows stands for all of them. N samples, D width, R compressed width.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.loop import matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
+
+SAMPLE = 12  # rows of a sample, for each direction
 
 
 class Compressed(NamedTuple):
@@ -37,6 +41,34 @@ def compress(
     directions = sketch_directions(key, Z.shape[1], width)
     basis = orthonormal(rows.total(weighted_sums(matmul(Z, directions).T, Z).T))
     return turn_to_axes(basis, matmul(Z, basis), rows)
+
+
+def compress_by_sample(
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    width: int,
+    num_samples: int,
+    rows: Rows = ONE_DEVICE,
+) -> Compressed:
+    """As `compress`, with directions that lead in a sample of the first `num_samples` rows."""
+    basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows)
+    return turn_to_axes(basis, matmul(Z, basis), rows)
+
+
+def directions_of_sample(
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    width: int,
+    count: int,
+    num_samples: int,
+    rows: Rows = ONE_DEVICE,
+    mean: Float[Array, " D"] | float = 0.0,
+) -> Float[Array, "D R"]:
+    """About the leading directions of `count` rows less the mean; orthonormal."""
+    row_key, weight_key = jax.random.split(key)
+    X = rows.take(Z, draw_rows(row_key, num_samples, count)) - mean
+    drawn = orthonormal(matmul(X.T, jax.random.normal(weight_key, (len(X), width))))
+    return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
 
 
 def turn_to_axes(

@@ -27,13 +27,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.solvers import residual
-from xlvlm_jax.solvers.compression import compress
+from xlvlm_jax.solvers import compression, residual
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, inner_products, matmul, run
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
+BY_SAMPLE = 44  # and where a sample of the rows gives them, so that a column costs a third
 SCREEN = 100  # updates after which starts are compared
 BLOCK = 32  # centroids whose scores are renewed together
 MOST = 0.75  # of the centroids: when more have moved, all scores are renewed at once
@@ -208,12 +208,18 @@ def solve(
     """
     K, D = max(num_concepts), Z.shape[1]
     active = jnp.arange(K) < jnp.array(num_concepts)[:, None]
-    width = K + OVERSAMPLE
+    by_sample = num_samples >= 4 * compression.SAMPLE * (K + BY_SAMPLE)
+    width = K + (BY_SAMPLE if by_sample else OVERSAMPLE)
 
     def local(Z: Array, key: Array, tol: Array, centroids: Array | None, rows: Rows) -> Result:
         until = partial(run, tol=tol, max_iter=max_iter, verbose=verbose)
-        compressed = 4 * width <= D and num_samples > width
-        basis, X = compress(Z, key, width, rows) if compressed else (None, Z)
+        compressed = 4 * (K + OVERSAMPLE) <= D and num_samples > width
+        if not compressed:
+            basis, X = None, Z
+        elif by_sample:
+            basis, X = compression.compress_by_sample(Z, key, width, num_samples, rows)
+        else:
+            basis, X = compression.compress(Z, key, width, rows)
 
         def explore(active: Array) -> tuple[Progress, Array | None]:
             problem, starts = prepare(X, num_samples, active, rows), None

@@ -25,10 +25,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual
+from xlvlm_jax.solvers.compression import directions_of_sample
 from xlvlm_jax.solvers.loop import Result, begin, matmul, run, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.residual import fold
-from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
@@ -155,10 +155,11 @@ def first_directions(
         return covariance_image(problem, sketch, rows)
     # Of so many rows some tell nearly as much as all, and cost no pass over Z. Nothing that they
     # have no part in may stay out of reach: the last directions are drawn from the whole space.
-    row_key, weight_key, key = jax.random.split(key, 3)
-    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * R)) - problem.mean
-    drawn = orthonormal(matmul(X.T, jax.random.normal(weight_key, (len(X), R - ANYWHERE))))
-    leading = orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
+    sample_key, key = jax.random.split(key)
+    count = SAMPLE * R
+    leading = directions_of_sample(
+        Z, sample_key, R - ANYWHERE, count, num_samples, rows, problem.mean
+    )
     anywhere = jax.random.normal(key, (D, ANYWHERE)) / jnp.sqrt(D)
     return jnp.concatenate([leading, anywhere], axis=1)
 

@@ -11,7 +11,7 @@ from xlvlm_jax.solvers import atoms as dictionary
 from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import semi_nmf
 from xlvlm_jax.solvers.atoms import Atoms, Sums
-from xlvlm_jax.solvers.loop import Result, matmul
+from xlvlm_jax.solvers.loop import Result, inner_products, matmul
 from xlvlm_jax.solvers.streamed.columns import compress
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
