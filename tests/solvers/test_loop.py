@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from xlvlm_jax.solvers.loop import begin, matmul, run
+from xlvlm_jax.solvers.loop import FEW, begin, inner_products, matmul, run, weighted_sums
 
 
 class Halving(NamedTuple):
@@ -43,3 +44,21 @@ def test_products_of_narrow_inputs_are_summed_in_float32():
     product = matmul(a, jnp.ones((4096, 1), jnp.bfloat16))
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product[0, 0], 4096 * float(a[0, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, FEW, FEW + 1])
+def test_products_of_thin_matrices_are_products(K):
+    rng = np.random.default_rng(K)
+    Z, atoms, codes = (
+        rng.normal(size=shape).astype("float32") for shape in ((50, 9), (K, 9), (K, 50))
+    )
+    crossed = jax.jit(inner_products)(atoms, Z)
+    summed = jax.jit(weighted_sums)(codes, Z)
+    np.testing.assert_allclose(crossed, atoms @ Z.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(summed, codes @ Z, rtol=1e-5, atol=1e-5)
+
+
+def test_products_by_hand():
+    Z = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    np.testing.assert_array_equal(inner_products(jnp.array([[1.0, -1.0]]), Z), [[-1, -1, -1]])
+    np.testing.assert_array_equal(weighted_sums(jnp.array([[1.0, 0.0, 2.0]]), Z), [[11, 14]])

@@ -98,3 +98,18 @@ def test_permuting_rows_permutes_scores(seed):
     order = np.random.default_rng(seed).permutation(N)
     plain, permuted = solve(jnp.asarray(Z), KEY), solve(jnp.asarray(Z[order]), KEY)
     np.testing.assert_allclose(plain.activations[order], permuted.activations, atol=1e-3)
+
+
+def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
+    # 1200 rows: the first directions come from 512 of them. One row in 1200 has all of the largest
+    # component, alone in its column.
+    rng = np.random.default_rng(0)
+    Z = rng.normal(size=(1200, 300)).astype(np.float32)
+    Z[:, 7] = 0
+    Z[600, 7] = 1000
+    for seed in range(4):
+        found = alone(pca)(Z, jax.random.key(seed), num_samples=1200, num_concepts=20)
+        assert abs(found.components[0, 7]) > 0.99
+        expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
+        explained = np.var(np.asarray(found.activations), axis=0, ddof=1).sum()
+        assert explained > 0.999 * expected
