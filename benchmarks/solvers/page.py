@@ -16,12 +16,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from xlvlm_jax.solvers import pca
+
 HERE = Path(__file__).resolve().parents[1]
 # Bytes a second, and float32 operations a second at matmul precision "highest": six bfloat16
 # products on the TPU, the float32 units of the H100 (SXM).
 DEVICES = {"TPU v5e": (819e9, 197e12 / 6), "H100": (3.35e12, 67e12)}
 COLUMNS = {"snmf": 2, "kmeans": 1, "pca": 2}  # products of Z with K columns in an update
-OVERSAMPLE = {"snmf": 0, "kmeans": 0, "pca": 20}
 READING = """# The solvers, measured
 
 Two cores of a shared x86 machine, float32; both sides in turn in one process, medians. Made by
@@ -58,19 +59,27 @@ with Z at the rate of a large product, both measured in the same run.
 
 DictionaryLearning is left out beyond 3,000 rows and on states: it takes minutes there, and tens of
 minutes. "States" are random, with the decay and the common direction of hidden states; "features"
-are real ones, of the embedded model. faiss makes as many
-updates as scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop elsewhere than
-the others, which the objective shows.
+are real ones, of the embedded model's final norm. faiss makes as many updates as scikit-learn
+needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop elsewhere than the others, which the
+objective shows.
 
-What bounds an update at K = 20: XLA multiplies [20, N] by [N, D] at about half the rate of [N, D]
-by [D, 20], and slower than OpenBLAS; tiles, transposed or direct forms of that product are no
-faster. From K = 256 on, an update runs at 80 to 100 % of the rate of a large product, and k-means
-gains what it gains by not computing distances to centroids that rest.
+What bounds an update at K = 20: XLA's products with 20 columns run at 30 to 60 % of the rate of a
+large one, in whichever form is fastest (64 columns take little longer than 40, so PCA uses 64).
+k-means then adds up the rows, another pass over Z. With K of hundreds k-means gains what it gains
+by not computing distances to centroids that rest.
 
-Where k-means and semi-NMF gain least, and PCA loses: Z of 512 columns is too narrow to be worth
-compressing, and scikit-learn takes PCA of at most 1,000 columns from the covariance, by one
-symmetric product that does half of the operations. We do so too where it pays, but XLA has no
+What bounds k-means against faiss and scikit-learn at K = 20: compressing Z and the updates that end
+on Z itself, each at the rates above; the updates between take 5 % of the time.
+
+Where PCA loses: scikit-learn takes it from the covariance where there are at most 1,000 columns, by
+one symmetric product that does half of the operations. We do so too where it pays, but XLA has no
 symmetric product, and the components' scores and the residual, which we return, are two more.
+
+semi-NMF of 256 concepts goes on to 1,000 updates, far beyond the objective of the peers, and takes
+longer for it; what it takes to theirs is not measured.
+
+LAPACK is given one thread while a solver runs: OpenBLAS's threads spin for some 20 ms after a
+call, and XLA's products would wait for the cores.
 
 ## Growth
 
@@ -143,7 +152,8 @@ def computed_table(N: int = 100_000, D: int = 4096) -> str:
             cells = []
             for bandwidth, rate in DEVICES.values():
                 read = 4 * N * D / bandwidth
-                multiply = 2 * N * D * products * (K + OVERSAMPLE[method]) / rate
+                width = pca.width(K) if method == "pca" else K
+                multiply = 2 * N * D * products * width / rate
                 bound = "reading" if read > multiply else "products"
                 cells.append(f"{1e3 * max(read, multiply):.1f} ({bound})")
             rows.append([method, str(K), *cells])
@@ -158,7 +168,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         own = [row for row in rows if _method(row) == method]
         cases = list(dict.fromkeys((row["N"], row["D"], row["K"]) for row in own))
         for peer in dict.fromkeys(row["peer"] for row in own):
-            for data, filled in (("planted", True), ("states", False)):
+            for data, filled in (("planted", True), ("states", False), ("features", False)):
                 chosen = [r for r in own if r["peer"] == peer and r["data"] == data]
                 places = [cases.index((r["N"], r["D"], r["K"])) for r in chosen]
                 color = f"C{list(dict.fromkeys(r['peer'] for r in own)).index(peer)}"
@@ -174,7 +184,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(cases)), [f"{N:,}x{D}\nK {K}" for N, D, K in cases], fontsize=6)
         axis.set_title(method)
         axis.legend(fontsize=6)
-    figure.supylabel("times faster (filled: planted, open: like states)", fontsize=8)
+    figure.supylabel("times faster (filled: planted, open: states and features)", fontsize=8)
     figure.tight_layout()
     # The same page twice is the same bytes.
     plt.rcParams["svg.hashsalt"] = "solvers"
