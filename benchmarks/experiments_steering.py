@@ -118,7 +118,9 @@ def without(vector: SteeringVector, others: Sequence[SteeringVector]) -> Steerin
     return dataclasses.replace(vector, vector=vector.vector - part)
 
 
-def learned(vlm: ports.VLM, features: Features, test: list[Sample]) -> list[dict[str, Any]]:
+def learned(
+    vlm: ports.VLM, features: Features, train: list[Sample], test: list[Sample]
+) -> list[dict[str, Any]]:
     """The share of source answers moved by coarse and learnt vectors, at equal off-target change.
 
     Both are added at the same site, with strengths in small steps; the strongest counts that
