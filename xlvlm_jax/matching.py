@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 Array = jax.Array | np.ndarray
 
 
-def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) -> Int[Array, "K"]:
+def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) -> Int[Array, " K"]:
     """The row of b that belongs to each row of a: the one-to-one matching of highest total cosine.
 
     The Hungarian method (Kuhn 1955). Raises ValueError unless both have the same shape.
@@ -25,7 +25,7 @@ def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) 
 
 def matched_cosines(
     components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]
-) -> Float[np.ndarray, "K"]:
+) -> Float[np.ndarray, " K"]:
     """The cosine of each row of a with the row of b that belongs to it; 0 for a row of zeros."""
     a, b = np.asarray(components_a), np.asarray(components_b)
     return np.sum(unit_rows(a) * unit_rows(b)[match(a, b)], axis=1)

@@ -146,9 +146,9 @@ class Features:
     manifest: dict[str, Any]
     sites: tuple[str, ...]
     samples: list[dict[str, Any]]
-    sample_rows: Int64[np.ndarray, "N"]
-    positions: Int32[np.ndarray, "N"]
-    tokens: Int32[np.ndarray, "N"]
+    sample_rows: Int64[np.ndarray, " N"]
+    positions: Int32[np.ndarray, " N"]
+    tokens: Int32[np.ndarray, " N"]
     complete: bool
 
     @classmethod
@@ -316,9 +316,9 @@ class FeaturesWriter:
         self,
         samples: Sequence[Mapping[str, Any]],
         states: Mapping[str, Shaped[np.ndarray, "_ _"]],
-        sample_index: Int[np.ndarray, "_"],
-        positions: Int[np.ndarray, "_"],
-        tokens: Int[np.ndarray, "_"],
+        sample_index: Int[np.ndarray, " _"],
+        positions: Int[np.ndarray, " _"],
+        tokens: Int[np.ndarray, " _"],
     ) -> None:
         """Commit one batch: on return it is on disk, and a kill before that leaves nothing of it.
 

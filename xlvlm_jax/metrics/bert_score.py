@@ -33,9 +33,9 @@ _MULTIPLE = 16  # lengths are filled up to multiples of it, so that few shapes c
 class BertScore(NamedTuple):
     """Of each candidate; in [-1, 1] before rescaling, where 1 is its own reference's."""
 
-    precision: Float[np.ndarray, "S"]
-    recall: Float[np.ndarray, "S"]
-    f1: Float[np.ndarray, "S"]
+    precision: Float[np.ndarray, " S"]
+    recall: Float[np.ndarray, " S"]
+    f1: Float[np.ndarray, " S"]
 
 
 class BertScorer:
@@ -205,7 +205,7 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
 
 class _Sentence(NamedTuple):
     states: Float[np.ndarray, "T D"]  # unit vectors, special tokens included
-    weights: Float[np.ndarray, "T"]  # sum to 1, or are zero for an empty sentence
+    weights: Float[np.ndarray, " T"]  # sum to 1, or are zero for an empty sentence
 
 
 def _round_up(length: int) -> int:

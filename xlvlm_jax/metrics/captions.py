@@ -21,7 +21,7 @@ class CaptionScores(NamedTuple):
     """How well N captions agree with people's."""
 
     values: dict[str, float]  # by metric; CIDEr is 10 for captions equal to all of people's
-    cider: Float[np.ndarray, "N"]  # of each caption
+    cider: Float[np.ndarray, " N"]  # of each caption
     left_out: dict[str, str]  # metric -> why it was not computed
 
 
@@ -106,12 +106,12 @@ def _run_java(name: str, people: dict[int, list[str]], given: dict[int, list[str
             meteor.lock.release()
 
 
-def holding(captions: Iterable[str], words: Iterable[str]) -> Bool[np.ndarray, "N"]:
+def holding(captions: Iterable[str], words: Iterable[str]) -> Bool[np.ndarray, " N"]:
     """Which captions hold one of the words, as a whole word or phrase in any capitalisation."""
     return count_words(captions, words) > 0
 
 
-def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray, "N"]:
+def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray, " N"]:
     """How often one of the words stands in each caption. ValueError for no words."""
     phrases = _phrases(words)
     lengths = {len(phrase) for phrase in phrases}

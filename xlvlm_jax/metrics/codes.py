@@ -61,7 +61,7 @@ def active_share(activations: Float[AnyArray, "N K"]) -> float:
     return float(np.mean(np.asarray(activations) != 0))
 
 
-def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[np.ndarray, "K"]:
+def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[np.ndarray, " K"]:
     """Which concepts are the most activated one of no sample (of equals the first is).
 
     A concept with codes of zero alone is among them, and so is one that never comes first: its

@@ -20,7 +20,7 @@ AnyArray = jax.Array | np.ndarray
 
 def monosemanticity(
     activations: Float[AnyArray, "N K"], images: Float[AnyArray, "N E"]
-) -> Float[np.ndarray, "K"]:
+) -> Float[np.ndarray, " K"]:
     """The score of each concept, in [-1, 1]; NaN for one that no two samples activate.
 
     Args:

@@ -29,7 +29,7 @@ def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[np.nda
 
 def mean_of_top(
     scores: Float[AnyArray, "N K"], chosen: Bool[np.ndarray, "N K"]
-) -> Float[np.ndarray, "N"]:
+) -> Float[np.ndarray, " N"]:
     """The mean score of each sample over its chosen concepts; NaN where there is none."""
     counts = chosen.sum(axis=1)
     totals = np.where(chosen, np.asarray(scores, np.float64), 0).sum(axis=1)

@@ -135,13 +135,13 @@ def read_section(directory: Path, features: Features) -> Section:
     return Section(directory.name, site, concepts, cards, N, unassigned)
 
 
-def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, "N"]:
+def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
     """The most activated concept of each row; NONE for a row of zeros."""
     return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
 
 
 def top_pictures(
-    activations: Float[np.ndarray, "N"], features: Features, count: int = NUM_PICTURES
+    activations: Float[np.ndarray, " N"], features: Features, count: int = NUM_PICTURES
 ) -> list[Picture]:
     """The samples of the largest positive activations, each image once."""
     pictures: dict[str, Picture] = {}
@@ -168,7 +168,7 @@ def known_attributes(features: Features) -> dict[str, list[str | None]]:
 
 
 def typical_attributes(
-    own: Bool[np.ndarray, "N"],
+    own: Bool[np.ndarray, " N"],
     attributes: Mapping[str, Sequence[str | None]],
     count: int = NUM_ATTRIBUTES,
 ) -> list[Attribute]:

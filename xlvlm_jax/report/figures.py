@@ -28,8 +28,8 @@ class Histogram(NamedTuple):
 
 
 def histogram(
-    activations: Float[np.ndarray, "N"],
-    own: Bool[np.ndarray, "N"],
+    activations: Float[np.ndarray, " N"],
+    own: Bool[np.ndarray, " N"],
     low: float,
     high: float,
     num_bins: int = NUM_BINS,

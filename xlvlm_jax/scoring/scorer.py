@@ -285,6 +285,6 @@ def _fit(
     )
 
 
-def _mean(scores: Float[np.ndarray, "N"]) -> float:
+def _mean(scores: Float[np.ndarray, " N"]) -> float:
     """The mean of the samples that have a score; NaN if none has."""
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan

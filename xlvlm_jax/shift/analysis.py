@@ -59,11 +59,11 @@ class ShiftAnalysis:
     shifts: Float[np.ndarray, "K D"]
     shifted: Float[np.ndarray, "K D"]
     finetuned: Float[np.ndarray, "K D"]
-    matching: Int[np.ndarray, "K"]
-    counts: Int[np.ndarray, "K"]
+    matching: Int[np.ndarray, " K"]
+    counts: Int[np.ndarray, " K"]
     spread: Spread
-    recovery: Float[np.ndarray, "K"]
-    recovery_l2: Float[np.ndarray, "K"]
+    recovery: Float[np.ndarray, " K"]
+    recovery_l2: Float[np.ndarray, " K"]
     alpha: float = 1.0
     reduce: Reduce = "mean"
     rows: dict[str, int] = field(default_factory=dict)
@@ -85,11 +85,11 @@ class ShiftAnalysis:
         """Of "consistency-recovery", "magnitude-recovery" and "magnitude-consistency"."""
         return {f"{a}-{b}": correlation(self.figure(a), self.figure(b)) for a, b in CORRELATED}
 
-    def figure(self, name: str) -> Float[np.ndarray, "K"]:
+    def figure(self, name: str) -> Float[np.ndarray, " K"]:
         """A figure of each concept: recovery, recovery_l2, or a field of `spread`."""
         return np.asarray(getattr(self if hasattr(self, name) else self.spread, name))
 
-    def overlap(self, kind: str, of: str = "words") -> Float[np.ndarray, "K"]:
+    def overlap(self, kind: str, of: str = "words") -> Float[np.ndarray, " K"]:
         """The share of the fine-tuned concept's words (or "images") that a concept has too.
 
         Args:

@@ -18,8 +18,8 @@ _NAMING = ("image_id", "prompt")
 class Pairs(NamedTuple):
     """M pairs of rows."""
 
-    original: Int[np.ndarray, "M"]  # the row of the original features
-    finetuned: Int[np.ndarray, "M"]  # the row of the fine-tuned features
+    original: Int[np.ndarray, " M"]  # the row of the original features
+    finetuned: Int[np.ndarray, " M"]  # the row of the fine-tuned features
     num_samples: int  # that both directories hold, with or without rows
 
 

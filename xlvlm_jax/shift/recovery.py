@@ -22,7 +22,7 @@ def recovery(
     shifted: Float[Array, "K D"],
     destination: Float[Array, "K D"],
     metric: Literal["cosine", "l2"] = "cosine",
-) -> Float[Array, "K"]:
+) -> Float[Array, " K"]:
     """How much nearer the shifted concepts are to the fine-tuned ones than the original were.
 
     Args:
@@ -49,7 +49,7 @@ def recovery(
 
 def overlap(
     found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]], size: int
-) -> Float[np.ndarray, "K"]:
+) -> Float[np.ndarray, " K"]:
     """The share of `wanted[k]` that is in `found[k]`: their common items / size.
 
     With the words of original (or shifted) and of matched fine-tuned concepts it is T-Overlap, with
@@ -87,7 +87,7 @@ class Correlation(NamedTuple):
     count: int
 
 
-def correlation(a: Float[Array, "K"], b: Float[Array, "K"]) -> Correlation:
+def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
     """Pearson's r and its p-value, without concepts where either is NaN; NaN for fewer than 3."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     both = np.isfinite(a) & np.isfinite(b)

@@ -24,12 +24,12 @@ MIN_SAMPLES = 2  # of a concept, for it to have a shift
 TRIMMED = 0.1  # the share cut off at each end by "trimmed_mean", as in scipy.stats.trim_mean
 
 
-def assign(activations: Float[Array, "N K"]) -> Int[Array, "N"]:
+def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
     """The most activated concept of each sample."""
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
 
 
-def counts(assignment: Int[Array, "N"], num_concepts: int) -> Int[Array, "K"]:
+def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
     """How many samples each concept has."""
     return jnp.bincount(jnp.asarray(assignment), length=num_concepts)
 
@@ -37,7 +37,7 @@ def counts(assignment: Int[Array, "N"], num_concepts: int) -> Int[Array, "K"]:
 def concept_shift(
     original: Float[Array, "N D"],
     destination: Float[Array, "N D"],
-    assignment: Int[Array, "N"],
+    assignment: Int[Array, " N"],
     num_concepts: int,
     reduce: Reduce = "mean",
 ) -> Float[Array, "K D"]:
@@ -96,7 +96,7 @@ class Spread(NamedTuple):
 def spread(
     original: Float[Array, "N D"],
     destination: Float[Array, "N D"],
-    assignment: Int[Array, "N"],
+    assignment: Int[Array, " N"],
     num_concepts: int,
 ) -> Spread:
     """How alike the shifts of a concept's samples are. NaN for fewer than two samples.
@@ -135,9 +135,9 @@ def spread(
 def consistency(
     original: Float[Array, "N D"],
     destination: Float[Array, "N D"],
-    assignment: Int[Array, "N"],
+    assignment: Int[Array, " N"],
     num_concepts: int,
-) -> Float[Array, "K"]:
+) -> Float[Array, " K"]:
     """Mean cosine of the shifts of two samples of a concept; see `spread` for the other figures."""
     return spread(original, destination, assignment, num_concepts).consistency
 

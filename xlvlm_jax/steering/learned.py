@@ -142,7 +142,7 @@ def fit_learned(
     rank: int | None = None,
     where: Any = "all",
     weights: Sequence[float] | None = None,
-    start: Float[Array, "D"] | None = None,
+    start: Float[Array, " D"] | None = None,
     validation: float = 0.2,
     steps: int = 150,
     rate: float = 0.02,

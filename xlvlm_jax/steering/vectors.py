@@ -21,7 +21,7 @@ from xlvlm_jax.steering import files
 Array = jax.Array | np.ndarray
 
 
-def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, "D"]:
+def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, " D"]:
     """The coarse vector: mean of the target states minus mean of the source states.
 
     Raises ValueError for no states, or states of different widths.
@@ -45,10 +45,10 @@ class FineVectors(NamedTuple):
     """Vectors from one concept of the source states to another."""
 
     vectors: Array  # float32[K, K, D]: vectors[i, j] leads from concept i to concept j
-    assignment: Int[Array, "N"]  # the concept that each source state belongs to
+    assignment: Int[Array, " N"]  # the concept that each source state belongs to
     concepts: Concepts
 
-    def samples(self, concept: int) -> Int[np.ndarray, "n"]:
+    def samples(self, concept: int) -> Int[np.ndarray, " n"]:
         """The source samples to steer with vectors[concept, :]."""
         return np.flatnonzero(np.asarray(self.assignment) == concept)
 
@@ -84,7 +84,7 @@ class SteeringVector:
         where: the positions it is meant for, see `add`.
     """
 
-    vector: Float[Array, "D"]
+    vector: Float[Array, " D"]
     site: str
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     where: Any = "all"
