@@ -36,7 +36,8 @@ OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 44  # and where a sample of the rows gives them, so that a column costs a third
 SCREEN = 100  # updates after which starts are compared
 BLOCK = 32  # centroids whose scores are renewed together
-MOST = 0.75  # of the centroids: when more have moved, all scores are renewed at once
+MOST = 0.75  # of the centroids: when more have moved, all scores are renewed
+LARGE = 128  # of them together
 TURN = 16  # scores that are compared in one pass
 TINY = 1e-30
 
@@ -330,28 +331,30 @@ def score(
 
 
 def _rescore(problem: Problem, state: State) -> Float[Array, "K N"]:
-    """The scores with those of the moved centroids renewed, BLOCK of them at a time."""
+    """The scores with those of the moved centroids renewed, a block of them at a time."""
     K = len(state.moved)
-
-    def all_of_them() -> Array:
+    if K <= LARGE:
         return score(problem.Z, state.offsets, problem.mean, problem.active)
-
-    if K <= 4 * BLOCK:
-        return all_of_them()
     order = jnp.argsort(~state.moved)  # stable: the moved ones first
 
-    def renew(i: Array, scores: Array) -> Array:
-        # The last block reaches back over centroids that are done.
+    def renew_large(i: Array, scores: Array) -> Array:
+        first = jnp.minimum(i * LARGE, K - LARGE)  # the last block reaches back over what is done
+        offsets, active = (
+            jax.lax.dynamic_slice_in_dim(x, first, LARGE) for x in (state.offsets, problem.active)
+        )
+        new = score(problem.Z, offsets, problem.mean, active)
+        return jax.lax.dynamic_update_slice_in_dim(scores, new, first, 0)
+
+    def renew_some(i: Array, scores: Array) -> Array:
         chosen = jax.lax.dynamic_slice_in_dim(order, jnp.minimum(i * BLOCK, K - BLOCK), BLOCK)
         new = score(problem.Z, state.offsets[chosen], problem.mean, problem.active[chosen])
         return scores.at[chosen].set(new)
 
     count = jnp.sum(state.moved)
-
-    def by_blocks() -> Array:
-        return jax.lax.fori_loop(0, -(-count // BLOCK), renew, state.scores)
-
-    return jax.lax.cond(count > MOST * K, all_of_them, by_blocks)
+    most = count > MOST * K
+    # Two loops, of which one turns: they write where the scores are, and a condition would copy.
+    scores = jax.lax.fori_loop(0, jnp.where(most, -(-K // LARGE), 0), renew_large, state.scores)
+    return jax.lax.fori_loop(0, jnp.where(most, 0, -(-count // BLOCK)), renew_some, scores)
 
 
 def _inertia(problem: Problem, least: Float[Array, " N"]) -> Float[Array, ""]:
