@@ -128,4 +128,4 @@ def test_an_update_sends_no_more_for_more_rows():
     # The sums: K x D products, K x K overlaps, K uses, the objective; counts, totals, inertia.
     assert sent["snmf"] == K * D + K * K + K + 1
     assert sent["kmeans"] == K * D + K + 1
-    assert sent["pca"] == K * D + K * K
+    assert sent["pca"] == K * D

@@ -57,7 +57,8 @@ class State(NamedTuple):
     """What an update reads and writes."""
 
     basis: Float[Array, "D R"]  # orthonormal, by falling variance
-    scores: Float[Array, "N R"]  # (Z - 1 m) basis; the columns are orthogonal
+    scores: Float[Array, "N R"]  # (Z - 1 m) times what was turned to the basis
+    axes: Float[Array, "R R"]  # by this: (Z - 1 m) basis = scores axes
     images: Float[Array, "D R"]  # A basis, which spans the next basis
     objective: Float[Array, ""]
     error: Float[Array, ""]
@@ -89,13 +90,14 @@ def init(
     """The state at the span of the given directions."""
     basis = orthonormal(directions)
     scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
-    variances, axes = jnp.linalg.eigh(rows.total(matmul(scores.T, scores)))
-    variances, axes = variances[::-1], axes[:, ::-1]
-    basis, scores = matmul(basis, axes), matmul(scores, axes)
     images = covariance_image(problem, scores, rows)
+    # scores^T scores by a product with D rows instead of N.
+    variances, axes = jnp.linalg.eigh(matmul(basis.T, images))
+    variances, axes = variances[::-1], axes[:, ::-1]
+    basis, images = matmul(basis, axes), matmul(images, axes)
     objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
     error = expected_gain(basis, images, variances, num_concepts)
-    return State(basis, scores, images, objective, error)
+    return State(basis, scores, axes, images, objective, error)
 
 
 def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
@@ -136,7 +138,8 @@ def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> Stat
     variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
     scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
     objective = problem.energy - 0.5 * jnp.sum(variances)
-    return State(basis, scores, jnp.zeros_like(basis), objective, jnp.float32(0))
+    axes = jnp.eye(num_concepts)
+    return State(basis, scores, axes, jnp.zeros_like(basis), objective, jnp.float32(0))
 
 
 def first_directions(
@@ -214,7 +217,9 @@ def solve(
         progress = begin(state, max_iter)
         progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
         components = progress.state.basis[:, :K].T
-        scores = progress.state.scores[:, :K]
+        scores = progress.state.scores
+        if not narrow:
+            scores = matmul(scores, progress.state.axes[:, :K])
         sign = _signs(components)
         beyond = rows.total(jnp.sum(scores**2, axis=0))
         # From the residual itself: energy - explained variance cancels when the fit is good. The
