@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 from sklearn.decomposition import sparse_encode
 
 from xlvlm_jax.solvers import codes
@@ -55,6 +56,26 @@ def test_each_improvement_lowers_the_objective(monkeypatch, descent):
         assert value <= last + 1e-5 * abs(value)
         last = value
     assert np.all(np.asarray(u) >= 0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_many_atoms_come_to_the_least_error(alpha):
+    # More atoms than descent takes: the rules of optimality (no slope downhill, none at all where
+    # a code is positive), and Lawson and Hanson's exact answer where there is no penalty.
+    rng = np.random.default_rng(4)
+    atoms = rng.normal(size=(160, 64)) + 0.3
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    Z = 3 * rng.normal(size=(25, 64))
+    products = jnp.asarray(atoms @ Z.T, jnp.float32)
+    gram = jnp.asarray(atoms @ atoms.T, jnp.float32)
+    u = np.asarray(codes.encode(products, gram, alpha), np.float64)
+    slope = atoms @ (atoms.T @ u - Z.T) + alpha
+    assert np.all(u >= 0)
+    assert np.min(slope) > -0.01
+    assert np.max(np.abs(slope[u > 0.01])) < 0.01
+    if alpha == 0:
+        least = sum(nnls(atoms.T, z)[1] ** 2 for z in Z)
+        assert np.sum((atoms.T @ u - Z.T) ** 2) <= 1.0001 * least
 
 
 def test_an_atom_of_zero_length_is_never_used():

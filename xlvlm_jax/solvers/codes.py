@@ -11,6 +11,9 @@ O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015
 Codes are [K, N] and not [N, K]: a coordinate's values are then contiguous.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,6 +22,9 @@ from xlvlm_jax.solvers.loop import matmul
 
 DESCENT = 128
 GRADIENT_STEPS = 3  # of the accelerated method, for one sweep of the other
+# Where atoms hardly differ, many codes are as good as the best and no run comes to rest.
+MAX_SWEEPS, MAX_GRADIENT_STEPS = 1000, 300
+STILL = 1e-7
 POWER_STEPS = 12
 SAFETY = 1.05  # the power method comes to the largest eigenvalue from below
 TINY = 1e-30
@@ -35,7 +41,9 @@ def improve(
     """Better codes, from given ones; `products` are V Z^T."""
     if gram.shape[0] <= DESCENT:
         return _descend(codes, products, gram, alpha, sweeps, nonnegative)
-    return _accelerate(codes, products, gram, alpha, GRADIENT_STEPS * sweeps, nonnegative)
+    step = _accelerated_step(products, gram, alpha, nonnegative)
+    run = jax.lax.fori_loop(0, GRADIENT_STEPS * sweeps, lambda _, run: step(run), _standing(codes))
+    return run.codes
 
 
 def encode(
@@ -45,25 +53,36 @@ def encode(
     codes: Float[Array, "K N"] | None = None,
     *,
     nonnegative: bool = True,
-    tol: float = 1e-7,
-    max_sweeps: int = 1000,
 ) -> Float[Array, "K N"]:
-    """The best codes: until none moves by more than `tol` times the largest of all."""
-
-    def unfinished(carry: tuple) -> Array:
-        _, change, sweeps = carry
-        return (change > tol) & (sweeps < max_sweeps)
-
-    def step(carry: tuple) -> tuple:
-        old, _, sweeps = carry
-        new = improve(old, products, gram, alpha, 1, nonnegative)
-        largest = jnp.max(jnp.abs(new), initial=TINY)
-        change = jnp.max(jnp.abs(new - old), initial=0) / largest
-        return new, change, sweeps + 1
-
+    """The best codes: until no step moves one by more than STILL times the largest."""
     codes = jnp.zeros_like(products) if codes is None else codes
-    start = (codes, jnp.float32(jnp.inf), jnp.int32(0))
-    return jax.lax.while_loop(unfinished, step, start)[0]
+    if gram.shape[0] <= DESCENT:
+        return _until_still(
+            lambda codes: _descend(codes, products, gram, alpha, 1, nonnegative),
+            lambda codes: codes,
+            codes,
+            MAX_SWEEPS,
+        )
+    step = _accelerated_step(products, gram, alpha, nonnegative)
+    return _until_still(step, lambda run: run.codes, _standing(codes), MAX_GRADIENT_STEPS)
+
+
+def _until_still(
+    step: Callable[[Any], Any], codes_of: Callable[[Any], Array], start: Any, max_steps: int
+) -> Float[Array, "K N"]:
+    def unfinished(carry: tuple) -> Array:
+        _, change, steps = carry
+        return (change > STILL) & (steps < max_steps)
+
+    def one(carry: tuple) -> tuple:
+        old, _, steps = carry
+        new = step(old)
+        largest = jnp.max(jnp.abs(codes_of(new)), initial=TINY)
+        change = jnp.max(jnp.abs(codes_of(new) - codes_of(old)), initial=0) / largest
+        return new, change, steps + 1
+
+    carry = (start, jnp.float32(jnp.inf), jnp.int32(0))
+    return codes_of(jax.lax.while_loop(unfinished, one, carry)[0])
 
 
 def shrink(
@@ -95,29 +114,38 @@ def _descend(
     return jax.lax.fori_loop(0, sweeps * K, coordinate, codes)
 
 
-def _accelerate(
-    codes: Float[Array, "K N"],
+class Accelerated(NamedTuple):
+    """A run of the accelerated method."""
+
+    codes: Float[Array, "K N"]
+    ahead: Float[Array, "K N"]  # where the next step starts
+    momentum: Float[Array, " N"]  # Nesterov's t; 1 means that the next step is a plain one
+
+
+def _standing(codes: Float[Array, "K N"]) -> Accelerated:
+    return Accelerated(codes, codes, jnp.ones(codes.shape[1]))
+
+
+def _accelerated_step(
     products: Float[Array, "K N"],
     gram: Float[Array, "K K"],
     alpha: Float[Array, ""] | float,
-    steps: int,
     nonnegative: bool,
-) -> Float[Array, "K N"]:
+) -> Callable[[Accelerated], Accelerated]:
     bound = jnp.maximum(_largest_eigenvalue(gram), TINY)
     used = (jnp.diagonal(gram) > 0)[:, None]
 
-    def step(_: Array, carry: tuple) -> tuple:
-        codes, ahead, momentum = carry
+    def step(run: Accelerated) -> Accelerated:
+        codes, ahead, momentum = run
         new = ahead - (matmul(gram, ahead) - products) / bound
         new = jnp.where(used, shrink(new, alpha / bound, nonnegative), 0)
         # A sample whose last step went uphill starts again without momentum.
         uphill = jnp.sum((ahead - new) * (new - codes), axis=0) > 0
         following = jnp.where(uphill, 1, (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2)
         weight = jnp.where(uphill, 0, (momentum - 1) / following)
-        return new, new + weight * (new - codes), following
+        return Accelerated(new, new + weight * (new - codes), following)
 
-    start = (codes, codes, jnp.ones(codes.shape[1]))
-    return jax.lax.fori_loop(0, steps, step, start)[0]
+    return step
 
 
 def _largest_eigenvalue(gram: Float[Array, "K K"]) -> Float[Array, ""]:
