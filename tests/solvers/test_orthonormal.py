@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.orthonormal import complement, orthonormal
 
 
 def test_by_hand():
@@ -66,3 +66,24 @@ def test_without_a_fallback_where_none_is_needed(monkeypatch):
     with jax.disable_jit():
         basis = np.asarray(orthonormal(jnp.asarray(columns, jnp.float32)))
     np.testing.assert_allclose(basis.T @ basis, np.eye(20), atol=2e-5)
+
+
+def test_a_complement_by_hand():
+    basis = jnp.array([[1.0], [0.0], [0.0]])
+    columns = jnp.array([[5.0], [3.0], [4.0]])
+    np.testing.assert_allclose(complement(basis, columns), [[0], [0.6], [0.8]], atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 0.0])
+def test_a_complement_to_columns_that_hardly_leave_the_basis(share):
+    """At 0 not at all: any complement will do, as it does for a column of zeros."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(60, 8)))[0].astype(np.float32)
+    columns = basis @ rng.normal(size=(8, 6)) + share * rng.normal(size=(60, 6))
+    columns[:, 5] *= share > 0
+    columns = columns.astype(np.float32)
+    new = np.asarray(jax.jit(complement)(jnp.asarray(basis), jnp.asarray(columns)))
+    both = np.concatenate([basis, new], axis=1)
+    np.testing.assert_allclose(both.T @ both, np.eye(14), atol=3e-5)
+    rest = columns - both @ (both.T @ columns)
+    np.testing.assert_allclose(rest, 0, atol=1e-5)

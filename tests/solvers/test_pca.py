@@ -38,7 +38,7 @@ def test_points_on_a_line_by_hand():
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60), (400, 270)], ids=str)
 @pytest.mark.parametrize("common", [0.0, 100.0])
 def test_components_and_scores_of_scikit_learn(shape, common):
-    # The last shape is above EXACT: subspace iteration.
+    # The last shape is above EXACT: Krylov iteration.
     Z = correlated(0, *shape, common)
     theirs = PCA(6, svd_solver="full").fit(Z.astype(np.float64))
     ours = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=6)
@@ -71,8 +71,24 @@ def test_a_narrow_matrix_by_its_covariance(num_samples):
 
 
 def test_what_is_narrow():
-    assert pca.is_narrow(20000, 512, 256) and pca.is_narrow(100000, 512, 20)
-    assert not pca.is_narrow(3000, 4096, 20) and not pca.is_narrow(2000, 1000, 20)
+    assert pca.is_narrow(20000, 512, 256) and pca.is_narrow(100000, 300, 20)
+    assert not pca.is_narrow(3000, 4096, 20) and not pca.is_narrow(100000, 512, 20)
+
+
+@pytest.mark.parametrize("rank", [12, 300])
+def test_many_updates_keep_the_axes_orthonormal(rank):
+    """Also where Z has fewer directions than an update looks at."""
+    rng = np.random.default_rng(3)
+    Z = rng.normal(size=(700, rank)) @ rng.normal(size=(rank, 300)) * 0.99 ** np.arange(300)
+    Z = jnp.asarray(Z, jnp.float32)
+    many = alone(pca)(Z, KEY, num_samples=700, num_concepts=10, tol=-1.0, max_iter=40)
+    assert int(many.iterations) == 40
+    np.testing.assert_allclose(many.components @ many.components.T, np.eye(10), atol=1e-5)
+    history = np.asarray(many.history)
+    assert np.all(np.diff(history) <= 1e-6 * float(jnp.sum(Z**2)))
+    expected = PCA(10, svd_solver="full").fit(np.asarray(Z, np.float64))
+    explained = np.sum(np.var(np.asarray(many.activations), axis=0, ddof=1))
+    np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)

@@ -125,7 +125,8 @@ def test_an_update_sends_no_more_for_more_rows():
         assert same == "True", line
         sent[method] = int(count)
     D, K = 48, 5
-    # The sums: K x D products, K x K overlaps, K uses, the objective; counts, totals, inertia.
+    # The sums: K x D products, K x K overlaps, K uses, the objective; counts, totals, inertia;
+    # images, and the overlaps of the last scores and the new ones.
     assert sent["snmf"] == K * D + K * K + K + 1
     assert sent["kmeans"] == K * D + K + 1
-    assert sent["pca"] == K * D
+    assert sent["pca"] == K * D + (2 * K) ** 2

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from xlvlm_jax.solvers.loop import matmul
 
@@ -19,14 +19,39 @@ def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
     fast on every device and on a busy machine. Columns that are dependent up to rounding are
     beyond it, which its result shows; there Householder's does the work.
     """
-    basis = columns / jnp.maximum(jnp.linalg.norm(columns, axis=0), TINY)
+    basis = _unit(columns)
     # The shift keeps the first Gram matrix positive, and leaves columns that the second can do.
     for shift in (SHIFT, 0.0, 0.0):
         basis = _by_cholesky(basis, shift)
-    error = jnp.abs(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
-    # Each entry by itself: a maximum may pass over what is not a number.
-    good = jnp.all(error < ACCURATE)
+    good = _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
     return jax.lax.cond(good, lambda: basis, lambda: jnp.linalg.qr(columns)[0])
+
+
+def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
+    """C[D, R] with [B C]^T [B C] = 1, for an orthonormal B: they span what B and the columns span.
+
+    As `orthonormal`, W + R <= D; where columns lie in the span of B, others take their place.
+    """
+    found = columns
+    for shift in (SHIFT, 0.0, 0.0):
+        found = _by_cholesky(_unit(found - matmul(basis, matmul(basis.T, found))), shift)
+    good = _small(matmul(found.T, found) - jnp.eye(found.shape[1]))
+    good &= _small(matmul(basis.T, found))
+
+    def by_householder() -> Array:
+        both = jnp.concatenate([basis, _unit(columns)], axis=1)
+        return jnp.linalg.qr(both)[0][:, basis.shape[1] :]
+
+    return jax.lax.cond(good, lambda: found, by_householder)
+
+
+def _unit(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
+    return columns / jnp.maximum(jnp.linalg.norm(columns, axis=0), TINY)
+
+
+def _small(errors: Float[Array, "R C"]) -> Bool[Array, ""]:
+    # Each entry by itself: a maximum may pass over what is not a number.
+    return jnp.all(jnp.abs(errors) < ACCURATE)
 
 
 def _by_cholesky(columns: Float[Array, "D R"], shift: float) -> Float[Array, "D R"]:

@@ -5,14 +5,17 @@
 m the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that another
 update would bring, relative to what is explained.
 
-Block subspace iteration with Rayleigh-Ritz steps (Halko, Martinsson and Tropp, "Finding structure
-with randomness", 2011, sections 4.5 and 5) on `width(K)` directions, at first those of some rows.
-Explained variance cannot fall: the new subspace is the image of the old one under A = (Z - 1 m)^T
-(Z - 1 m). To first order, axis v with variance l = v^T A v gains 2 |A v - l v|^2 / l by it.
-Where min(N, D) <= EXACT the start holds every direction, and where D is so small beside N and K
-that the covariance costs less than a few updates, it holds the covariance's own axes: there is
-nothing to iterate. Signs follow scikit-learn: the largest entry of a component, in absolute value,
-is positive.
+Block Krylov iteration with restarts (Musco and Musco, "Randomized block Krylov methods for stronger
+and faster approximate singular value decomposition", 2015; Wu and Simon, "Thick-restart Lanczos
+method", 2000): the best axes of the span of the last W axes and of their images under A = (Z -
+1 m)^T (Z - 1 m). Z is multiplied with the W new directions alone; and as the last axes stay in the
+span, explained variance cannot fall. To first order, axis v with variance l = v^T A v would gain
+2 |A v - l v|^2 / l from its image. The first span is that of the leading directions of some rows.
+
+Where min(N, D) is no more than EXACT or 2 W the first span is the whole space, and where D is so
+small beside N and K that the covariance costs less than a few updates, the axes are its own: there
+is nothing to iterate. Signs follow scikit-learn: the largest entry of a component, in absolute
+value, is positive.
 """
 
 import itertools
@@ -27,20 +30,21 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.compression import directions_of_sample
 from xlvlm_jax.solvers.loop import Result, begin, matmul, run, weighted_sums
-from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.orthonormal import complement, orthonormal
 from xlvlm_jax.solvers.residual import fold
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 20
-LANES = 32  # a product with 64 columns takes hardly longer than one with 40
+LANES = 32  # a product with 32 columns takes hardly longer than one with 20
 SAMPLE = 8  # rows, for each direction, that the first directions are taken from
 ANYWHERE = 8  # of the first directions, those that are not
 EXACT = 256
 # What decides between covariance and iteration, in products of Z with a column: the updates that
 # hidden states take, and the eigenvectors of [D, D], which cost as much as D^3 times so many.
-UPDATES = 4
+UPDATES = 2
 EIGH = 10
 BLOCKS = 3  # of the covariance's rows, so that of it two thirds are computed
+CANCELS = 0.05  # of |Z|^2: a difference of sums that is less has lost more than a digit
 TINY = 1e-30
 
 
@@ -51,15 +55,15 @@ class Problem(NamedTuple):
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
     mean: Float[Array, " D"]
     energy: Float[Array, ""]  # 1/2 |Z - 1 m|_F^2
+    squares: Float[Array, ""]  # 1/2 |Z|_F^2
 
 
 class State(NamedTuple):
     """What an update reads and writes."""
 
-    basis: Float[Array, "D R"]  # orthonormal, by falling variance
-    scores: Float[Array, "N R"]  # (Z - 1 m) times what was turned to the basis
-    axes: Float[Array, "R R"]  # by this: (Z - 1 m) basis = scores axes
-    images: Float[Array, "D R"]  # A basis, which spans the next basis
+    basis: Float[Array, "D W"]  # orthonormal, by falling variance
+    scores: Float[Array, "N W"]  # (Z - 1 m) basis
+    images: Float[Array, "D W"]  # A basis
     objective: Float[Array, ""]
     error: Float[Array, ""]
 
@@ -72,13 +76,13 @@ def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -
     # difference of Z and its mean would cost another matrix of Z's size here.
     # The barrier: one sum over all of Z would be one long chain of additions on a CPU.
     squares = jax.lax.optimization_barrier(jnp.sum(Z.astype(jnp.float32) ** 2, axis=1))
-    energy = rows.total(jnp.sum(real * squares))
-    return Problem(Z, real, mean, 0.5 * (energy - num_samples * jnp.sum(mean**2)))
+    squares = 0.5 * rows.total(jnp.sum(real * squares))
+    return Problem(Z, real, mean, squares - 0.5 * num_samples * jnp.sum(mean**2), squares)
 
 
 def width(num_concepts: int) -> int:
-    """How many directions are iterated on for K components."""
-    return -(-(num_concepts + OVERSAMPLE) // LANES) * LANES
+    """W, how many axes are iterated on for K components."""
+    return -(-num_concepts // LANES) * LANES
 
 
 def init(
@@ -87,22 +91,52 @@ def init(
     num_concepts: int,
     rows: Rows = ONE_DEVICE,
 ) -> State:
-    """The state at the span of the given directions."""
+    """The state at the best axes within the span of the given directions."""
     basis = orthonormal(directions)
-    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
-    images = covariance_image(problem, scores, rows)
-    # scores^T scores by a product with D rows instead of N.
-    variances, axes = jnp.linalg.eigh(matmul(basis.T, images))
-    variances, axes = variances[::-1], axes[:, ::-1]
-    basis, images = matmul(basis, axes), matmul(images, axes)
-    objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
-    error = expected_gain(basis, images, variances, num_concepts)
-    return State(basis, scores, axes, images, objective, error)
+    W = min(width(num_concepts), basis.shape[1])
+    return best_axes(problem, [basis], [project(problem, basis)], W, num_concepts, rows)
 
 
 def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
-    """The best axes within the image of the basis under the covariance."""
-    return init(problem, state.images, num_concepts, rows)
+    """The best axes within the span of the last ones and of their images."""
+    new = complement(state.basis, state.images)
+    bases, scores = [state.basis, new], [state.scores, project(problem, new)]
+    return best_axes(problem, bases, scores, state.basis.shape[1], num_concepts, rows)
+
+
+def best_axes(
+    problem: Problem,
+    bases: list[Float[Array, "D _"]],
+    scores: list[Float[Array, "N _"]],
+    W: int,
+    num_concepts: int,
+    rows: Rows = ONE_DEVICE,
+) -> State:
+    """The state at the W leading axes within the span of orthonormal bases (Rayleigh and Ritz)."""
+    overlaps = rows.total([[matmul(left.T, right) for right in scores] for left in scores])
+    variances, axes = jnp.linalg.eigh(jnp.block(overlaps))
+    variances, axes = variances[::-1][:W], axes[:, ::-1][:, :W]
+    basis = _turn(bases, axes)
+    # Rounding adds up over updates: one step of Newton's method back to an orthonormal basis.
+    straight = 1.5 * jnp.eye(W) - 0.5 * matmul(basis.T, basis)
+    basis, turned = matmul(basis, straight), _turn(scores, matmul(axes, straight))
+    images = covariance_image(problem, turned, rows)
+    objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
+    error = expected_gain(basis, images, variances, num_concepts)
+    return State(basis, turned, images, objective, error)
+
+
+def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[Array, "M W"]:
+    """[parts] axes; side by side the parts would be one more matrix of their size."""
+    ends = list(itertools.accumulate(part.shape[1] for part in parts))
+    return sum(
+        matmul(part, axes[end - part.shape[1] : end]) for part, end in zip(parts, ends, strict=True)
+    )
+
+
+def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
+    """(Z - 1 m) basis; no score for a row that pads Z."""
+    return matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
 
 
 def covariance_image(
@@ -136,10 +170,9 @@ def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> Stat
     """The state at the optimum, from the covariance; without images, for it takes no update."""
     variances, axes = jnp.linalg.eigh(covariance(problem, rows))
     variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
-    scores = matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
     objective = problem.energy - 0.5 * jnp.sum(variances)
-    axes = jnp.eye(num_concepts)
-    return State(basis, scores, axes, jnp.zeros_like(basis), objective, jnp.float32(0))
+    images = jnp.zeros_like(basis)
+    return State(basis, project(problem, basis), images, objective, jnp.float32(0))
 
 
 def first_directions(
@@ -147,14 +180,13 @@ def first_directions(
 ) -> Float[Array, "D R"]:
     """A sketch of the row space; where N or D is small, directions that span all of it."""
     Z, D = problem.Z, problem.Z.shape[1]
-    if min(num_samples, D) <= EXACT:
+    if is_small(num_samples, D, num_concepts):
         if num_samples >= D:
             return jnp.eye(D)
         return (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
-    R = min(width(num_concepts), num_samples, D)
+    R = width(num_concepts + OVERSAMPLE)
     if num_samples < 2 * SAMPLE * R:
-        random = jax.random.normal(key, (D, R))
-        sketch = matmul(Z, random) - jnp.outer(problem.real, matmul(problem.mean, random))
+        sketch = project(problem, jax.random.normal(key, (D, R)))
         return covariance_image(problem, sketch, rows)
     # Of so many rows some tell nearly as much as all, and cost no pass over Z. Nothing that they
     # have no part in may stay out of reach: the last directions are drawn from the whole space.
@@ -165,6 +197,11 @@ def first_directions(
     )
     anywhere = jax.random.normal(key, (D, ANYWHERE)) / jnp.sqrt(D)
     return jnp.concatenate([leading, anywhere], axis=1)
+
+
+def is_small(N: int, D: int, K: int) -> bool:
+    """Whether the span of an update would be all of the space of Z[N, D], or nearly."""
+    return min(N, D) <= max(EXACT, 2 * width(K))
 
 
 def is_narrow(N: int, D: int, K: int) -> bool:
@@ -186,6 +223,27 @@ def expected_gain(
     return gain / jnp.maximum(jnp.sum(variances), TINY)
 
 
+def remaining(
+    problem: Problem,
+    estimate: Float[Array, ""],
+    scores: Float[Array, "N K"],
+    components: Float[Array, "K D"],
+    rows: Rows = ONE_DEVICE,
+) -> Float[Array, ""]:
+    """The objective: the estimate, or from the residual itself where that has lost its digits."""
+
+    def of_residual() -> Array:
+        # The mean is one more component, with a score of one.
+        codes = jnp.concatenate([scores, problem.real[:, None]], axis=1)
+        atoms = jnp.concatenate([components, problem.mean[None]])
+        return 0.5 * jnp.sum(residual.of_products(problem.Z, codes, atoms))
+
+    # Energy less explained variance cancels when the fit is good, or the mean is large.
+    cancels = estimate < CANCELS * problem.squares
+    there = jax.lax.cond(cancels, of_residual, lambda: jnp.float32(0))
+    return jnp.where(cancels, rows.total(there), estimate)
+
+
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "verbose", "mesh"))
 def solve(
     Z: Float[Array, "N D"],
@@ -204,7 +262,7 @@ def solve(
     """
     K, D = max(num_concepts), Z.shape[1]
     narrow = num_samples >= D and is_narrow(num_samples, D, K)
-    exact = min(num_samples, D) <= EXACT
+    exact = is_small(num_samples, D, K)
 
     def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
         problem = prepare(Z, num_samples, rows)
@@ -215,20 +273,13 @@ def solve(
             state = state._replace(error=jnp.float32(0)) if exact else state
         step = partial(update, problem, num_concepts=K, rows=rows)
         progress = begin(state, max_iter)
-        progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
+        if not (narrow or exact):
+            progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
         components = progress.state.basis[:, :K].T
-        scores = progress.state.scores
-        if not narrow:
-            scores = matmul(scores, progress.state.axes[:, :K])
+        scores = progress.state.scores[:, :K]
         sign = _signs(components)
         beyond = rows.total(jnp.sum(scores**2, axis=0))
-        # From the residual itself: energy - explained variance cancels when the fit is good. The
-        # mean is one more component, with a score of one.
-        all_scores = jnp.concatenate([scores, problem.real[:, None]], axis=1)
-        squares = residual.of_products(
-            Z, all_scores, jnp.concatenate([components, problem.mean[None]])
-        )
-        left = 0.5 * rows.total(jnp.sum(squares))
+        left = remaining(problem, progress.state.objective, scores, components, rows)
         # What rounding took from the energy is missing in the whole history.
         missed = left - progress.state.objective
         missing = jnp.arange(K) >= jnp.array(num_concepts)[:, None]

@@ -1,4 +1,8 @@
-"""Principal components of a source of rows: `solvers.pca` with a pass over the source an update."""
+"""Principal components of a source of rows, with a pass over the source an update.
+
+Subspace iteration with Rayleigh-Ritz steps: the image of a basis gives both its best axes and the
+next basis.
+"""
 
 from typing import Any
 
@@ -25,12 +29,11 @@ def solve(
 ) -> Result:
     """As `pca.solve`, for one number of components; activations go to `write(start, rows)`.
 
-    One pass an update: the covariance's image of the basis gives both the axes within the basis and
-    the next one.
+    Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, sections 4.5 and 5.
     """
     N, D = source.shape
     K = num_concepts
-    R = min(pca.width(K), N, D)
+    R = min(pca.width(K + pca.OVERSAMPLE), N, D)
 
     directions = sketch_directions(key, D, R)
     total, spanned = add_up(source, lambda tile: _sketch(tile.Z, tile.real, directions), check_rows)
