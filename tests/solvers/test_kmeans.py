@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from xlvlm_jax.solvers import kmeans
+from xlvlm_jax.solvers.compression import SAMPLE
 
 from .helpers import alone
 
@@ -61,6 +62,27 @@ def test_empty_clusters_move_where_scikit_learn_moves_them():
     ours = solve(jnp.asarray(Z), KEY, init_centroids=jnp.asarray(init))
     np.testing.assert_array_equal(labels(ours), theirs.labels_)
     np.testing.assert_allclose(ours.components, theirs.cluster_centers_, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2500, 80, 6), (3000, 16, 150)], ids=["by sample", "in blocks"])
+def test_scikit_learns_end_where_a_sample_compresses_or_scores_are_renewed_in_blocks(shape):
+    n, d, k = shape
+    Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
+    Z = Z.astype(np.float32)
+    by_sample = n >= 4 * SAMPLE * (k + kmeans.BY_SAMPLE) and 4 * (k + kmeans.OVERSAMPLE) <= d
+    assert by_sample != (k > kmeans.LARGE)
+    # A row of each true cluster where updates on other columns might end in another optimum.
+    start = Z[np.unique(truth, return_index=True)[1]] if by_sample else Z[:k]
+    theirs = KMeans(k, init=start, n_init=1, algorithm="lloyd", tol=0).fit(Z)
+    ours = alone(kmeans)(
+        jnp.asarray(Z), KEY, num_samples=n, num_concepts=k, init_centroids=start, tol=0.0
+    )
+    assert np.mean(labels(ours) == theirs.labels_) > 0.999
+    np.testing.assert_allclose(ours.objective, theirs.inertia_, rtol=1e-4)
+    assert ours.converged
+    if not by_sample:
+        # Both ways of renewing were taken: all centroids move at first, and few in the end.
+        assert ours.iterations == theirs.n_iter_ > 10
 
 
 def test_seeding_finds_separated_clusters():
