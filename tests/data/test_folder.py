@@ -65,7 +65,7 @@ def test_files_with_a_byte_order_mark_are_read(pictures, name, text, encoding):
         ("c.csv", "dog.jpg,a dog\ncow.jpg,a cow\n", r"c.csv: line 2: .* holds no image 'cow.jpg'"),
         ("c.csv", "dog.jpg,a dog, asleep\n", "c.csv: line 1: expected 2 columns, .* got 3; put a"),
         ("c.csv", b"dog.jpg,\xff\n", "c.csv: not a CSV file in UTF-8"),
-        ("c.csv", b"\xff\xfed", "c.csv: not a CSV file in UTF-8"),
+        ("c.csv", b"\xff\xfed", "c.csv: not a CSV file in UTF-16"),
         ("c.json", b'{"dog.jpg": "caf\xe9"}', "c.json: byte 16: not JSON in UTF-8"),
     ],
 )

@@ -91,6 +91,9 @@ def test_bad_lists_of_image_ids(tmp_path):
         select.read_image_ids(tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"a.txt: holds no image ids; expected a JSON list, or"):
         select.read_image_ids(tmp_path / "a.txt")
+    (tmp_path / "latin.txt").write_bytes(b"12\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected image"):
+        select.read_image_ids(tmp_path / "latin.txt")
     with pytest.raises(FileNotFoundError, match=r"b.txt: no such file; expected image ids"):
         select.read_image_ids(tmp_path / "b.txt")
 

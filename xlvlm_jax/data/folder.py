@@ -102,11 +102,13 @@ def _of_csv(path: Path, images: set[str]) -> list[tuple[str, str, str]]:
         raise FileNotFoundError(f"{path}: no such file; expected captions") from None
     # Spreadsheets write UTF-16 with a byte order mark as "Unicode text".
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if marked else "UTF-8"
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-16" if marked else "utf-8-sig"), ""))
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        reader = csv.reader(io.StringIO(text, ""))
         rows = [(row, reader.line_num) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not a CSV file in {encoding} ({error})") from None
     for row, number in rows:
         if not row:
             continue

@@ -152,6 +152,10 @@ def read_image_ids(path: str | os.PathLike[str]) -> list[str]:
             content = path.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; expected image ids") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: byte {error.start}: not text in UTF-8; expected image ids, one a line"
+            ) from None
     ids = [text for value in content if (text := str(value).strip())]
     if not ids:
         raise ValueError(f"{path}: holds no image ids; expected a JSON list, or one a line")

@@ -13,17 +13,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import grain
 import jax
 import numpy as np
 
 from ports import VLM
 from ports import edits as edit_kinds
 from ports.edits import Edit, Edits
-from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.reading import ahead, read_pictures
 from xlvlm_jax.data.sample import Sample
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
+WORKERS = 2  # threads that read images
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 
@@ -120,8 +120,8 @@ class Predictions(NamedTuple):
 
 class _Batch(NamedTuple):
     samples: Sequence[Sample]
-    errors: list[str | None]  # why a sample has no image
-    good: list[int]  # those that have one, in the order of the rows
+    errors: tuple[str | None, ...]  # why a sample has no image
+    good: np.ndarray  # int[R]: those that have one, in the order of the rows
     inputs: dict[str | None, dict[str, np.ndarray]]  # instruction -> the processor's arrays
 
 
@@ -183,34 +183,22 @@ def _batches(
     # What the processor reads once is read before the threads ask for it.
     vlm.processor  # noqa: B018
     prepared = functools.partial(prepare, vlm, told=told, size=size)
-    dataset = grain.MapDataset.source(groups).map(prepared)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)))
+    return ahead(groups, prepared, WORKERS)
 
 
 def prepare(
     vlm: VLM, samples: Sequence[Sample], *, told: Sequence[str | None], size: int
 ) -> _Batch:
     """A batch of the samples whose images can be read, under each of the instructions."""
-    images: list[Any] = []
-    errors: list[str | None] = []
-    for sample in samples:
-        try:
-            images.append(read_image(sample.image))
-            errors.append(None)
-        except (OSError, ValueError) as error:
-            errors.append(str(error))
-    good = [i for i, error in enumerate(errors) if error is None]
-    if not good:
-        return _Batch(samples, errors, good, {})
-    # Filled up by its first row, so that every batch runs the same program.
-    fill = size - len(good)
-    rows = [samples[i] for i in good + good[:1] * fill]
-    images += images[:1] * fill
+    images, rows, num_rows, errors = read_pictures(samples, size)
+    if not num_rows:
+        return _Batch(samples, errors, rows, {})
     inputs = {}
     for words in told:
-        prompts = [vlm.render(Condition(instruction=words).prompt(sample)) for sample in rows]
+        condition = Condition(instruction=words)
+        prompts = [vlm.render(condition.prompt(samples[i])) for i in rows]
         inputs[words] = vlm.process(prompts, images)
-    return _Batch(samples, errors, good, inputs)
+    return _Batch(samples, errors, rows[:num_rows], inputs)
 
 
 def _run(
@@ -221,7 +209,7 @@ def _run(
     max_rows: int | None,
 ) -> Iterator[tuple[int, jax.Array]]:
     """(number of a condition, tokens int32[B, M]) for each condition."""
-    if not batch.good:
+    if not len(batch.good):
         return
     groups: dict[tuple[str | None, bool], list[int]] = defaultdict(list)
     for number, condition in enumerate(conditions):

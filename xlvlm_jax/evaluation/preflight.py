@@ -35,7 +35,7 @@ def preflight(
     """
     first = list(samples[:batch_size])
     batch = prepare(vlm, first, told=[None], size=batch_size)
-    if not batch.good:
+    if not len(batch.good):
         raise ValueError(f"none of the first images can be read; the first: {batch.errors[0]}")
     inputs = batch.inputs[None]
     program = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens).compile()

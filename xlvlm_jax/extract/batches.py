@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from ports import VLM
 from xlvlm_jax.answers import answered
-from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.reading import ahead, read_pictures
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract.settings import Settings
 
@@ -43,10 +42,7 @@ def batches(
     # What the processor reads once is read before the threads ask for it.
     vlm.processor  # noqa: B018
     prepared = functools.partial(prepare, vlm, settings=settings, strict=strict)
-    dataset = grain.MapDataset.source(list(groups)).map(prepared)
-    # One more than there are threads: as many batches wait as are being made.
-    ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
-    return iter(dataset.to_iter_dataset(ahead))
+    return ahead(groups, prepared, workers)
 
 
 def default_workers() -> int:
@@ -56,29 +52,15 @@ def default_workers() -> int:
 
 def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
     """The batch of a group. Raises OSError or ValueError for an unreadable image if strict."""
-    images, errors = [], []
-    for sample in samples:
-        try:
-            images.append(read_image(sample.image))
-            errors.append(None)
-        except (OSError, ValueError) as error:
-            if strict:
-                raise
-            errors.append(str(error))
-    good = [i for i, error in enumerate(errors) if error is None]
-    if not good:
-        none = np.zeros(0, int)
-        return Batch(samples, tuple(errors), none, 0, None, none)
-    # Filled up by its first row, so that every batch runs the same program.
-    fill = settings.batch_size - len(good)
-    rows = np.array(good + good[:1] * fill)
-    images += images[:1] * fill
+    images, rows, num_rows, errors = read_pictures(samples, settings.batch_size, strict=strict)
+    if not num_rows:
+        return Batch(samples, errors, rows, 0, None, rows)
     prompts = [vlm.render(samples[i].prompt) for i in rows]
     lengths = np.zeros(len(rows), int)
     if settings.mode == "teacher-forcing":
         prompts, lengths = answered(vlm, prompts, [_reference(samples[i]) for i in rows])
     inputs = vlm.process(prompts, images)
-    return Batch(samples, tuple(errors), rows, len(good), inputs, lengths)
+    return Batch(samples, errors, rows, num_rows, inputs, lengths)
 
 
 def _reference(sample: Sample) -> str:

@@ -1,0 +1,1 @@
+"""Extraction against what others do in PyTorch."""
