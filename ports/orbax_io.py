@@ -42,7 +42,7 @@ def read_record(directory: Path) -> dict[str, Any]:
         complete = isinstance(record["fingerprint"], str)
     except FileNotFoundError:
         raise ValueError(f"{directory} has {PARAMS} without {RECORD}; {again}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file} is damaged; {again}") from None
     if said != (FORMAT, VERSION) or not complete:
         raise ValueError(f"{file} has format {said[0]!r}, version {said[1]!r}; {again}")

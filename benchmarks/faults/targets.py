@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import ports
 from benchmarks.faults.mutate import MARKUP
-from ports import safetensors_io
+from ports import orbax_io, safetensors_io
 from xlvlm_jax import Concepts, Features, SteeringVector, data, embedded, steering
 from xlvlm_jax.data import scenes
 from xlvlm_jax.interop import import_features, read_pth, write_pth
@@ -149,6 +151,18 @@ def _read_checkpoint(root: Path) -> None:
         tensor.read()
 
 
+PARAMS = {"layer": {"kernel": np.ones((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+
+
+def _orbax(root: Path) -> None:
+    orbax_io.save(jax.tree.map(jnp.asarray, PARAMS), root, "f")
+
+
+def _read_orbax(root: Path) -> None:
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
+    orbax_io.load(root, abstract, jnp.dtype("float32"), None)
+
+
 @cache
 def _model() -> ports.VLM:
     return ports.load_abstract(embedded.LLAVA)
@@ -240,6 +254,7 @@ TARGETS = {
     "low-rank map": Target(_low_rank, _load_vector, share=0.5),
     "l2s": Target(_l2s, _load_vector, share=0.5),
     "safetensors": Target(_checkpoint, _read_checkpoint),
+    "orbax": Target(_orbax, _read_orbax),
     "adapter": Target(_adapter, _read_adapter),
     "config.json": Target(_config, _read_config),
     "pth": Target(_pth, lambda root: read_pth(root / "states.pth")),

@@ -81,6 +81,13 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, 
     assert not output.exists()
     with pytest.raises(ValueError, match=r"interrupted run with rate 0\.01, now it is 0\.02"):
         finetune(vlm, samples, output, dataclasses.replace(SETTINGS, rate=0.02), **options)
+    arguments = output.with_name("adapter.training") / "arguments.json"
+    before = arguments.read_text()
+    for damaged, message in (("{", r"arguments.json: line 1, .* not JSON"), ("[]", "an object")):
+        arguments.write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            finetune(vlm, samples, output, SETTINGS, **options)
+    arguments.write_text(before)
     steps.clear()
     finetune(vlm, samples, output, SETTINGS, progress=lambda n, *_: steps.append(n), **options)
     assert steps[0] == 3  # it went on behind the state of step 2

@@ -452,6 +452,7 @@ class TestOrbax:
             (None, "has params without params.json"),
             ("{", "params.json is damaged"),
             ("[]", "params.json is damaged"),
+            ("[" * 100_000, "params.json is damaged"),
             ('{"format": "ports parameters", "version": 1}', "params.json is damaged"),
             (
                 '{"format": "ports parameters", "version": 2, "dtype": "float32", '

@@ -100,7 +100,10 @@ def test_a_plot_of_other_scores_is_removed(run, tmp_path):
 
 def test_a_damaged_scores_file_is_kept(tmp_path):
     file = tmp_path / "scores.json"
-    for text, message in (("{", r"scores.json: not JSON \("), ("[]", "expected a JSON object")):
+    for text, message in (
+        ("{", r"scores.json: line 1, column 2: not JSON \("),
+        ("[]", "expected a JSON object"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             write_scores(tmp_path, {}, [])

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from ports import VLM, checkpoint, peft_files
 from xlvlm_jax import atomic
+from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.finetune import examples
 from xlvlm_jax.finetune.settings import Settings
@@ -221,7 +222,9 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         atomic.write(file, json.dumps(arguments, indent=1) + "\n")
         return
-    before = json.loads(file.read_text())
+    before = files.read_json(file)
+    if not isinstance(before, dict):
+        raise ValueError(f"{file}: expected an object; delete {work} and begin again")
     for name in before | arguments:
         if before.get(name) != arguments.get(name):
             raise ValueError(

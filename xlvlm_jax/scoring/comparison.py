@@ -18,6 +18,7 @@ from ports.checkpoint import fingerprint
 from ports.clip import DualEncoder
 from xlvlm_jax import atomic, metrics
 from xlvlm_jax.concepts import ALIASES, METHODS, decompose
+from xlvlm_jax.data import files
 from xlvlm_jax.grounding import ground_text
 from xlvlm_jax.report.scores import plot
 from xlvlm_jax.scoring.records import DictionaryScores
@@ -150,10 +151,7 @@ def write_scores(
     Raises ValueError for a scores.json that is no JSON object.
     """
     path = directory / "scores.json"
-    try:
-        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); remove it or choose another place") from None
+    known = files.read_json(path) if path.exists() else {}
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
     directory.mkdir(parents=True, exist_ok=True)
