@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax.solvers.compression import compress, compress_by_sample
+from xlvlm_jax.solvers.compression import compress, compress_by_sample, turn_to_axes
 
 KEY = jax.random.key(0)
 
@@ -33,9 +33,12 @@ def test_one_direction_by_hand():
 @pytest.mark.parametrize("how", [compress, by_sample])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_orthonormal_and_by_falling_energy(how, seed):
+def test_orthonormal_and_in_axes_by_falling_energy(how, seed):
     Z = decaying(seed)
-    found = how(jnp.asarray(Z), jax.random.key(seed), 8)
+    plain = how(jnp.asarray(Z), jax.random.key(seed), 8)
+    np.testing.assert_allclose(plain.X, Z @ np.asarray(plain.basis), atol=1e-4)
+    found = turn_to_axes(plain)
+    np.testing.assert_allclose(found.X @ found.basis.T, plain.X @ plain.basis.T, atol=1e-4)
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(8), atol=1e-5)
     np.testing.assert_allclose(found.X, Z @ np.asarray(found.basis), atol=1e-4)
     energy = np.sum(np.asarray(found.X) ** 2, axis=0)
@@ -51,7 +54,8 @@ def test_eight_directions_hold_what_the_best_six_hold(how):
         assert energy[5] <= np.sum(np.asarray(found.X) ** 2) <= 1.0001 * energy[7]
 
 
-def test_a_narrow_matrix_is_only_turned():
+def test_a_narrow_matrix_is_left_as_it_is():
     Z = decaying(2, 50, 6)
     found = compress(jnp.asarray(Z), KEY, 6)
-    np.testing.assert_allclose(found.X @ found.basis.T, Z, atol=1e-5)
+    np.testing.assert_array_equal(found.basis, np.eye(6))
+    np.testing.assert_array_equal(found.X, Z)

@@ -23,7 +23,7 @@ SAMPLE = 12  # rows of a sample, for each direction
 class Compressed(NamedTuple):
     """Z ~ X basis^T."""
 
-    basis: Float[Array, "D R"]  # orthonormal, the direction of largest energy first
+    basis: Float[Array, "D R"]  # orthonormal
     X: Float[Array, "N R"]  # Z basis
 
 
@@ -35,12 +35,12 @@ def sketch_directions(key: PRNGKeyArray, D: int, width: int) -> Float[Array, "D 
 def compress(
     Z: Float[Array, "N D"], key: PRNGKeyArray, width: int, rows: Rows = ONE_DEVICE
 ) -> Compressed:
-    """The leading `width` directions of the row space of Z, and Z in them."""
+    """The leading `width` directions of the row space of Z, in no order, and Z in them."""
     if width >= Z.shape[1]:
-        return turn_to_axes(jnp.eye(Z.shape[1]), Z, rows)
+        return Compressed(jnp.eye(Z.shape[1]), Z.astype(jnp.float32))
     directions = sketch_directions(key, Z.shape[1], width)
     basis = orthonormal(rows.total(weighted_sums(matmul(Z, directions).T, Z).T))
-    return turn_to_axes(basis, matmul(Z, basis), rows)
+    return Compressed(basis, matmul(Z, basis))
 
 
 def compress_by_sample(
@@ -52,7 +52,7 @@ def compress_by_sample(
 ) -> Compressed:
     """As `compress`, with directions that lead in a sample of the first `num_samples` rows."""
     basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows)
-    return turn_to_axes(basis, matmul(Z, basis), rows)
+    return Compressed(basis, matmul(Z, basis))
 
 
 def directions_of_sample(
@@ -71,9 +71,8 @@ def directions_of_sample(
     return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
 
 
-def turn_to_axes(
-    basis: Float[Array, "D R"], X: Float[Array, "N R"], rows: Rows = ONE_DEVICE
-) -> Compressed:
-    """The same space in principal axes, largest first."""
+def turn_to_axes(compressed: Compressed, rows: Rows = ONE_DEVICE) -> Compressed:
+    """The same space in principal axes, the direction of largest energy first."""
+    basis, X = compressed
     axes = jnp.linalg.eigh(rows.total(matmul(X.T, X)))[1][:, ::-1]
     return Compressed(matmul(basis, axes), matmul(X, axes))

@@ -10,12 +10,8 @@ changes its cluster. Rule and default are scikit-learn's.
 Where Z is wide the rows are clustered in the few columns of `compression` first, and only the last
 updates read Z itself: centroids are means of rows, so that they lie in the row space of Z.
 
-Distances are taken from the mean m of Z. With c' = c - m,
-
-    |z - c|^2 = |z - m|^2 + |c'|^2 - 2 (z c' - m c')
-
-The products stay small where the states share a large common direction, and Z is not copied. They
-are kept, and computed again only for centroids that the last update moved: soon most of many rest.
+An update finds the nearest centroid of the rows for which it can have changed (`assignment`) and
+moves every centroid to the mean of its rows.
 """
 
 from functools import partial
@@ -27,48 +23,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.solvers import compression, residual
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, inner_products, matmul, run
+from xlvlm_jax.solvers import assignment, compression, residual
+from xlvlm_jax.solvers.assignment import Kept, Problem, Sums, inertia, nearest, score
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 44  # and where a sample of the rows gives them, so that a column costs a third
 SCREEN = 100  # updates after which starts are compared
-BLOCK = 32  # centroids whose scores are renewed together
-MOST = 0.75  # of the centroids: when more have moved, all scores are renewed
-LARGE = 128  # of them together
-TURN = 16  # scores that are compared in one pass
+CANCELS = 0.05  # of its terms: a squared distance that is less has lost more than a digit
 TINY = 1e-30
-
-
-class Problem(NamedTuple):
-    """Constants of a run."""
-
-    Z: Float[Array, "N D"]
-    real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
-    mean: Float[Array, " D"]
-    energy: Float[Array, " N"]  # |z_n - m|^2
-    variance: Float[Array, ""]  # of all columns together, over D
-    active: Bool[Array, " K"]  # a centroid that is not has no rows
 
 
 class State(NamedTuple):
     """What an update reads and writes."""
 
     offsets: Float[Array, "K D"]  # centroids minus the mean of Z
-    moved: Bool[Array, " K"]  # which of them the scores are not up to date with
-    scores: Float[Array, "K N"]  # |z - c|^2 - |z - m|^2
+    shifts: Float[Array, " K"]  # how far each moved since `kept` was found
+    kept: Kept  # what is known of the rows' nearest centroids
     objective: Float[Array, ""]  # inertia of the centroids that the last update started from
     error: Float[Array, ""]
-
-
-class Sums(NamedTuple):
-    """What an update needs of the rows: totals over them, whatever N is."""
-
-    counts: Float[Array, " K"]
-    totals: Float[Array, "K D"]  # sum of the rows of each cluster
-    inertia: Float[Array, ""]
 
 
 def prepare(
@@ -81,45 +56,33 @@ def prepare(
     real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
     mean = rows.total(matmul(real, Z)) / num_samples
     energy = real * jnp.sum((Z - mean) ** 2, axis=1)
-    variance = rows.total(jnp.sum(energy)) / (num_samples * Z.shape[1])
-    return Problem(Z, real, mean, energy, variance, active)
+    spread = rows.total(jnp.sum(energy))
+    return Problem(Z, real, mean, energy, spread, spread / (num_samples * Z.shape[1]), active)
 
 
-def init(problem: Problem, centroids: Float[Array, "K D"], rows: Rows = ONE_DEVICE) -> State:
-    """The state at given centroids."""
-    offsets = centroids - problem.mean
-    scores = score(problem.Z, offsets, problem.mean, problem.active)
-    inertia = rows.total(_inertia(problem, nearest(scores)[1]))
-    moved = jnp.zeros(len(offsets), bool)
-    return State(offsets, moved, scores, inertia, jnp.float32(jnp.inf))
+def init(problem: Problem, centroids: Float[Array, "K D"]) -> State:
+    """The state at given centroids; nothing is known of the rows yet."""
+    inf = jnp.float32(jnp.inf)
+    shifts = jnp.full(len(centroids), inf)
+    return State(centroids - problem.mean, shifts, assignment.nothing(problem), inf, inf)
 
 
 def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
     """Assign every row to its nearest centroid, then move each centroid to its rows' mean."""
-    scores = _rescore(problem, state)
-    labels, least, sums = collect(problem, scores)
+    kept, labels, sums = assignment.renew(problem, state.kept, state.offsets, state.shifts)
     sums = rows.total(sums)
+    objective = inertia(problem.spread, problem.mean, state.offsets, sums)
     empty = (sums.counts == 0) & problem.active
 
     def fill_empty() -> Sums:
-        distance = jnp.where(problem.real > 0, problem.energy + least, -jnp.inf)
-        far = rows.largest(distance, len(empty))
+        squared = residual.of_labels(problem.Z, labels, state.offsets + problem.mean)
+        far = rows.largest(jnp.where(problem.real > 0, squared, -jnp.inf), len(empty))
         of = rows.take(labels.astype(jnp.float32), far).astype(jnp.int32)
         return relocate(sums, rows.take(problem.Z, far), of, empty)
 
     sums = jax.lax.cond(jnp.any(empty), fill_empty, lambda: sums)
-    offsets, error = advance(problem.mean, problem.variance, state.offsets, sums)
-    moved = jnp.any(offsets != state.offsets, axis=1)
-    return State(offsets, moved, scores, sums.inertia, error)
-
-
-def collect(
-    problem: Problem, scores: Float[Array, "K N"]
-) -> tuple[Int[Array, " N"], Float[Array, " N"], Sums]:
-    """The nearest centroid of some rows, its score, and the rows' sums."""
-    labels, least = nearest(scores)
-    counts, totals = _totals(problem, labels, len(scores))
-    return labels, least, Sums(counts, totals, _inertia(problem, least))
+    offsets, shifts, error = advance(problem.mean, problem.variance, state.offsets, sums)
+    return State(offsets, shifts, kept, objective, error)
 
 
 def advance(
@@ -127,39 +90,12 @@ def advance(
     variance: Float[Array, ""],
     offsets: Float[Array, "K D"],
     sums: Sums,
-) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
+) -> tuple[Float[Array, "K D"], Float[Array, " K"], Float[Array, ""]]:
     """Each centroid at the mean of its rows, one without rows where it was; and what they moved."""
     means = sums.totals / jnp.maximum(sums.counts, 1)[:, None]
     new = jnp.where(sums.counts[:, None] > 0, means - mean, offsets)
-    return new, jnp.sum((new - offsets) ** 2) / jnp.maximum(variance, TINY)
-
-
-def nearest(scores: Float[Array, "K N"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Which centroid has the least score of each row, the first of equal ones, and that score."""
-
-    def in_one(scores: Array) -> tuple[Array, Array]:
-        return jnp.argmin(scores, axis=0).astype(jnp.int32), jnp.min(scores, axis=0)
-
-    def in_turn(scores: Array) -> tuple[Array, Array]:
-        K, N = scores.shape
-
-        def compare(best: tuple, first: Array | int, count: int) -> tuple:
-            rows = jax.lax.dynamic_slice_in_dim(scores, first, count)
-            labels, least = best
-            for i in range(count):
-                nearer = rows[i] < least
-                labels = jnp.where(nearer, first + i, labels)
-                least = jnp.where(nearer, rows[i], least)
-            return labels, least
-
-        best = jnp.zeros(N, jnp.int32), jnp.full(N, jnp.inf)
-        whole = K // TURN
-        if whole:
-            best = jax.lax.fori_loop(0, whole, lambda i, b: compare(b, i * TURN, TURN), best)
-        return compare(best, whole * TURN, K % TURN)
-
-    # A CPU reduces along the first axis five times slower than it compares rows.
-    return jax.lax.platform_dependent(scores, cpu=in_turn, default=in_one)
+    squares = jnp.sum((new - offsets) ** 2, axis=1)
+    return new, jnp.sqrt(squares), jnp.sum(squares) / jnp.maximum(variance, TINY)
 
 
 def assign(
@@ -167,18 +103,32 @@ def assign(
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """The nearest centroid of each row, and its squared distances to all of them."""
     mean = jnp.mean(centroids, axis=0)
-    return distances(Z, centroids, score(Z, centroids - mean, mean))
+    scores = score(Z, centroids - mean, mean)
+    labels, least, _ = nearest(scores)
+    return labels, _squared(scores, least, residual.of_labels(Z, labels, centroids))
 
 
 def distances(
-    Z: Float[Array, "N D"], centroids: Float[Array, "K D"], scores: Float[Array, "K N"]
-) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
-    """The nearest centroid of each row, and its squared distances to all of them, by the scores."""
+    problem: Problem, offsets: Float[Array, "K D"], scores: Float[Array, "K N"]
+) -> Float[Array, "N K"]:
+    """The squared distances of all rows to the centroids m + offsets, by the scores."""
+    labels, least, _ = nearest(scores)
+    squared = problem.energy + least
+    terms = problem.energy + jnp.sum(problem.mean**2) + jnp.max(jnp.sum(offsets**2, axis=1))
+
+    def exact() -> Array:
+        return residual.of_labels(problem.Z, labels, offsets + problem.mean)
+
+    cancels = jnp.any((problem.real > 0) & (squared < CANCELS * terms))
+    return _squared(scores, least, jax.lax.cond(cancels, exact, lambda: squared))
+
+
+def _squared(
+    scores: Float[Array, "K N"], least: Float[Array, " N"], nearest: Float[Array, " N"]
+) -> Float[Array, "N K"]:
     # Only differences between centroids come from a product; the smallest distance, which
-    # cancellation would hurt, is computed from the difference itself.
-    labels, least = nearest(scores)
-    exact = residual.of_labels(Z, labels, centroids)
-    return labels, (scores - least + exact).T
+    # cancellation would hurt, is given.
+    return (scores - least + nearest).T
 
 
 @jax.jit
@@ -230,7 +180,7 @@ def solve(
                 first, starts = _best_start(
                     problem, key, num_samples, n_init, tol, min(SCREEN, max_iter), rows
                 )
-            progress = begin(init(problem, first, rows), max_iter)
+            progress = begin(init(problem, first), max_iter)
             progress = until(partial(update, problem, rows=rows), progress)
             return progress, problem.mean, starts
 
@@ -238,18 +188,13 @@ def solve(
             progress, mean, starts = found
             problem = prepare(Z, num_samples, active, rows)
             if compressed:
-                lifted = matmul(progress.state.offsets + mean, basis.T) - problem.mean
-                # The first update scores all rows anew: no need to do so for the start's inertia.
-                state = progress.state._replace(
-                    offsets=lifted,
-                    moved=jnp.ones_like(progress.state.moved),
-                    error=jnp.float32(jnp.inf),
-                )
+                state = init(problem, matmul(progress.state.offsets + mean, basis.T))
                 progress = progress._replace(state=state)
                 progress = until(partial(update, problem, rows=rows), progress)
-            centroids = progress.state.offsets + problem.mean
-            squared = distances(Z, centroids, _rescore(problem, progress.state))[1]
-            squared = jnp.where(active, squared, jnp.inf)
+            offsets, shifts, kept, _, _ = progress.state
+            centroids = offsets + problem.mean
+            scores = assignment.scores_of(problem, kept, offsets, shifts)
+            squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
             # An update records the inertia it started from: shift by one, end with the result's.
             inertia = rows.total(jnp.sum(problem.real * jnp.min(squared, axis=1)))
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
@@ -319,69 +264,6 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
     return problem.Z[chosen].astype(jnp.float32)
 
 
-def score(
-    Z: Float[Array, "N D"],
-    offsets: Float[Array, "K D"],
-    mean: Float[Array, " D"],
-    active: Bool[Array, " K"] | bool = True,
-) -> Float[Array, "K N"]:
-    """|z - c|^2 - |z - m|^2: a squared distance less what depends on the row alone."""
-    bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, mean)
-    return jnp.where(active, bias, jnp.inf)[:, None] - 2 * inner_products(offsets, Z)
-
-
-def _rescore(problem: Problem, state: State) -> Float[Array, "K N"]:
-    """The scores with those of the moved centroids renewed, a block of them at a time."""
-    K = len(state.moved)
-    if K <= LARGE:
-        return score(problem.Z, state.offsets, problem.mean, problem.active)
-    order = jnp.argsort(~state.moved)  # stable: the moved ones first
-
-    def renew_large(i: Array, scores: Array) -> Array:
-        first = jnp.minimum(i * LARGE, K - LARGE)  # the last block reaches back over what is done
-        offsets, active = (
-            jax.lax.dynamic_slice_in_dim(x, first, LARGE) for x in (state.offsets, problem.active)
-        )
-        new = score(problem.Z, offsets, problem.mean, active)
-        return jax.lax.dynamic_update_slice_in_dim(scores, new, first, 0)
-
-    def renew_some(i: Array, scores: Array) -> Array:
-        chosen = jax.lax.dynamic_slice_in_dim(order, jnp.minimum(i * BLOCK, K - BLOCK), BLOCK)
-        new = score(problem.Z, state.offsets[chosen], problem.mean, problem.active[chosen])
-        return scores.at[chosen].set(new)
-
-    count = jnp.sum(state.moved)
-    most = count > MOST * K
-    # Two loops, of which one turns: they write where the scores are, and a condition would copy.
-    scores = jax.lax.fori_loop(0, jnp.where(most, -(-K // LARGE), 0), renew_large, state.scores)
-    return jax.lax.fori_loop(0, jnp.where(most, 0, -(-count // BLOCK)), renew_some, scores)
-
-
-def _inertia(problem: Problem, least: Float[Array, " N"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.maximum(problem.energy + problem.real * least, 0))
-
-
-def _totals(
-    problem: Problem, labels: Int[Array, " N"], K: int
-) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
-    """How many rows each cluster has, and their sum."""
-
-    def by_product(labels: Array) -> tuple[Array, Array]:
-        members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.real[:, None]
-        return jnp.sum(members, axis=0), matmul(members.T, problem.Z)
-
-    def by_segment(labels: Array) -> tuple[Array, Array]:
-        # Rows that pad Z are zero: they count for nothing in the sums.
-        Z = problem.Z.astype(jnp.float32)
-        return (
-            jax.ops.segment_sum(problem.real, labels, K),
-            jax.ops.segment_sum(Z, labels, K),
-        )
-
-    # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading them.
-    return jax.lax.platform_dependent(labels, cpu=by_segment, default=by_product)
-
-
 def relocate(
     sums: Sums,
     far: Float[Array, "R D"],
@@ -402,4 +284,4 @@ def relocate(
         return counts, totals.at[old].add(-row).at[k].add(row)
 
     counts, totals = jax.lax.fori_loop(0, len(empty), move, (sums.counts, sums.totals))
-    return Sums(counts, totals, sums.inertia)
+    return Sums(counts, totals)

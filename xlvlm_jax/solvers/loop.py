@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Rows of a thin matrix up to which a CPU multiplies it faster with each sample's numbers together:
-# [N, K] instead of [K, N]. Measured for XLA's own products at K = 8 to 276.
-FEW = 64
+# Up to FEW rows of a thin matrix, and from WIDE columns of Z on, a CPU multiplies faster with each
+# sample's numbers together: [N, K] instead of [K, N]. Measured for XLA's own products at K = 8 to
+# 276 and D = 64 to 4096; of narrow Z, turning the thin matrix costs more than the product.
+FEW, WIDE = 64, 2048
 
 
 class Progress(NamedTuple):
@@ -95,7 +96,7 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."
 
 def inner_products(atoms: Float[Array, "K D"], Z: Float[Array, "N D"]) -> Float[Array, "K N"]:
     """`atoms Z^T`."""
-    if len(atoms) > FEW:
+    if len(atoms) > FEW or Z.shape[1] < WIDE:
         return matmul(atoms, Z.T)
     # The barrier keeps the compiler from turning it back into that product, for a layout's sake.
     return jax.lax.optimization_barrier(matmul(Z, atoms.T)).T
@@ -103,7 +104,7 @@ def inner_products(atoms: Float[Array, "K D"], Z: Float[Array, "N D"]) -> Float[
 
 def weighted_sums(codes: Float[Array, "K N"], Z: Float[Array, "N D"]) -> Float[Array, "K D"]:
     """`codes Z`: the rows of Z added up with weights."""
-    if len(codes) > FEW:
+    if len(codes) > FEW or Z.shape[1] < WIDE:
         return matmul(codes, Z)
     columns = jax.lax.optimization_barrier(codes.T)
     return jax.lax.optimization_barrier(matmul(columns.T, Z))

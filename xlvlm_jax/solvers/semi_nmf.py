@@ -32,7 +32,7 @@ from xlvlm_jax.solvers import atoms as dictionary
 from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.atoms import Atoms, Sums
-from xlvlm_jax.solvers.compression import compress
+from xlvlm_jax.solvers.compression import compress, turn_to_axes
 from xlvlm_jax.solvers.loop import (
     Progress,
     Result,
@@ -205,7 +205,7 @@ def solve(
         starts = None
         if init_atoms is None:
             width = min(active.shape[1] + OVERSAMPLE, num_samples, Z.shape[1])
-            basis, X = compress(Z, key, width, rows)
+            basis, X = turn_to_axes(compress(Z, key, width, rows), rows)
 
             def explore(active: Array) -> tuple[Progress, Array]:
                 problem = Problem(X, energy, alpha, active)

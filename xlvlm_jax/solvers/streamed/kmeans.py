@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from xlvlm_jax.solvers import kmeans
+from xlvlm_jax.solvers import assignment, kmeans
 from xlvlm_jax.solvers.loop import Result, matmul
 from xlvlm_jax.solvers.streamed.columns import compress
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
@@ -53,6 +53,7 @@ def solve(
             return _collect(tile.Z, tile.real, mean, offsets)
 
         sums, energy = add_up(source, on_tile, keep)
+        inertia = assignment.inertia(energy, mean, offsets, sums)
         if np.any(sums.counts == 0):
             numbers = far.numbers
             sums = kmeans.relocate(
@@ -61,8 +62,8 @@ def solve(
                 jnp.asarray(labels[numbers]),
                 sums.counts == 0,
             )
-        offsets, error = kmeans.advance(mean, energy / (N * D), offsets, sums)
-        history.append(float(sums.inertia))
+        history.append(float(inertia))
+        offsets, _, error = kmeans.advance(mean, energy / (N * D), offsets, sums)
 
     centroids = offsets + mean
 
@@ -88,9 +89,11 @@ def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, A
     Z = Z.astype(jnp.float32)
     energy = real * jnp.sum((Z - mean) ** 2, axis=1)
     active = jnp.ones(len(offsets), bool)
-    problem = kmeans.Problem(Z, real, mean, energy, jnp.float32(1), active)
-    labels, least, sums = kmeans.collect(problem, kmeans.score(Z, offsets, mean))
-    return (sums, jnp.sum(energy)), (labels, jnp.where(real > 0, energy + least, -jnp.inf))
+    spread = jnp.sum(energy)
+    problem = assignment.Problem(Z, real, mean, energy, spread, jnp.float32(1), active)
+    labels, least, _ = assignment.nearest(assignment.score(Z, offsets, mean))
+    far = jnp.where(real > 0, energy + least, -jnp.inf)
+    return (assignment.sums_of(problem, labels), spread), (labels, far)
 
 
 @jax.jit

@@ -1,0 +1,118 @@
+"""The nearest centroids: what is kept between updates never changes what is found."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import pairwise_distances
+
+from xlvlm_jax.solvers import assignment, kmeans
+from xlvlm_jax.solvers.assignment import Bounds, Scores, Sums
+
+K, N, D = 6, 400, 20
+
+
+def problem_of(Z, K=K, real=None):
+    prepared = kmeans.prepare(jnp.asarray(Z), len(Z), jnp.ones(K, bool))
+    return prepared if real is None else prepared._replace(real=real)
+
+
+def unknown(problem, K=K):
+    return assignment.nothing(problem), jnp.full(K, jnp.inf)
+
+
+def test_three_rows_by_hand():
+    problem = problem_of(np.array([[0.0], [2.0], [7.0]], np.float32), 2)  # the mean is 3
+    offsets = jnp.array([[-3.0], [4.0]])  # centroids 0 and 7
+    kept, labels, sums = assignment.renew(
+        problem, *unknown(problem, 2)[:1], offsets, jnp.full(2, jnp.inf)
+    )
+    np.testing.assert_array_equal(labels, [0, 0, 1])
+    np.testing.assert_allclose(kept.gaps, [7, 5 - 2, 7], rtol=1e-4)
+    np.testing.assert_array_equal(sums.counts, [2, 1])
+    np.testing.assert_array_equal(sums.totals, [[2], [7]])
+    # Row two is 2 away from its centroid, the others are on theirs.
+    np.testing.assert_allclose(
+        assignment.inertia(problem.spread, problem.mean, offsets, sums), 4, rtol=1e-6
+    )
+
+
+def test_nearest_by_hand():
+    scores = jnp.array([[3.0, 1.0, 5.0], [2.0, 1.0, 7.0], [9.0, 4.0, 6.0]])
+    found = assignment.nearest(scores)
+    np.testing.assert_array_equal(found.labels, [1, 0, 0])  # the first of equal ones
+    np.testing.assert_array_equal(found.least, [2, 1, 5])
+    np.testing.assert_array_equal(found.second, [3, 1, 6])
+
+
+def test_one_centroid_has_no_second():
+    assert assignment.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
+
+
+@pytest.mark.parametrize("K", [K, assignment.LARGE + 40], ids=["by rows", "by centroids"])
+@pytest.mark.parametrize("common", [0.0, 100.0])
+def test_labels_and_sums_after_moves_of_every_size(K, common):
+    """Against scikit-learn's distances; large moves look at all rows, small ones at few."""
+    rng = np.random.default_rng(0)
+    Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
+    problem = problem_of(Z, K)
+    centroids = Z[rng.choice(N, K, replace=False)]
+    kept, shifts = unknown(problem, K)
+    assert isinstance(kept, Scores if K > assignment.LARGE else Bounds)
+    renew = jax.jit(assignment.renew)
+    seen = []
+    for size in (0, 1.0, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
+        moved = rng.random(K) < 0.5
+        step = size * moved[:, None] * rng.normal(size=(K, D)) / np.sqrt(D)
+        before, centroids = centroids, (centroids + step).astype(np.float32)
+        if seen:
+            shifts = jnp.linalg.norm(jnp.asarray(centroids - before), axis=1)
+        kept, labels, sums = renew(problem, kept, jnp.asarray(centroids) - problem.mean, shifts)
+        distances = pairwise_distances(Z.astype(np.float64), centroids)
+        chosen = distances[np.arange(N), labels]
+        np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5)
+        np.testing.assert_array_equal(sums.counts, np.bincount(labels, minlength=K))
+        members = np.eye(K)[labels]
+        np.testing.assert_allclose(sums.totals, members.T @ Z, rtol=1e-4, atol=1e-2)
+        if isinstance(kept, Bounds):
+            ordered = np.sort(distances, axis=1)
+            # A bound: never more than the distance that is between the two.
+            assert np.all(kept.gaps <= ordered[:, 1] - ordered[:, 0] + 1e-3)
+        seen.append(np.asarray(labels))
+    assert len({tuple(labels) for labels in seen}) > 3
+
+
+def test_rows_that_cannot_change_are_not_looked_at():
+    """A row that was exchanged behind its bound's back keeps its label."""
+    Z = np.repeat(np.eye(K, D, dtype=np.float32) * 10, 50, axis=0)
+    problem = problem_of(Z)
+    offsets = jnp.eye(K, D) * 10 - problem.mean
+    kept, labels, _ = assignment.renew(
+        problem, *unknown(problem)[:1], offsets, jnp.full(K, jnp.inf)
+    )
+    other = problem._replace(Z=problem.Z.at[0].set(problem.Z[-1]))
+    _, again, _ = assignment.renew(other, kept, offsets, jnp.full(K, 0.1))
+    np.testing.assert_array_equal(again, labels)
+    _, all_anew, _ = assignment.renew(other, kept, offsets, jnp.full(K, 100.0))
+    assert all_anew[0] == K - 1
+
+
+def test_rows_that_pad_have_no_part_in_the_sums():
+    rng = np.random.default_rng(1)
+    Z = np.pad(rng.normal(size=(N, D)), ((0, 8), (0, 0))).astype(np.float32)
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    kept, shifts = unknown(problem)
+    offsets = rng.normal(size=(K, D)).astype(np.float32)
+    for size in (0.5, 0.05, 0.005):
+        kept, labels, sums = assignment.renew(problem, kept, jnp.asarray(offsets), shifts)
+        np.testing.assert_array_equal(sums.counts, np.bincount(labels[:N], minlength=K))
+        step = size * rng.normal(size=(K, D)).astype(np.float32)
+        offsets, shifts = offsets + step, jnp.linalg.norm(jnp.asarray(step), axis=1)
+
+
+def test_sums_of_labels():
+    problem = problem_of(np.arange(6, dtype=np.float32).reshape(3, 2), 2)
+    sums = assignment.sums_of(problem, jnp.array([1, 0, 1]))
+    assert isinstance(sums, Sums)
+    np.testing.assert_array_equal(sums.counts, [1, 2])
+    np.testing.assert_array_equal(sums.totals, [[2, 3], [4, 6]])
