@@ -44,15 +44,18 @@ Two cores of a shared x86 machine, float32; both sides in turn in one process, m
   signs. Use it as the bound that no other factorisation of K concepts undercuts.
 - Where K is much smaller than D, semi-NMF and k-means work in K + some tens of columns and read Z
   itself in the last few updates alone: width is then nearly free, rows are not.
-- Memory beyond Z is that of the codes (N K numbers, several times). Where K is not far below D that
-  is as much as Z; `xlvlm decompose --stream` keeps neither in memory.
+- Memory beyond Z is that of the activations (N K numbers: K / D of Z), once as the result and once
+  or twice while an update runs. Where K is not far below D that is as much as Z; `xlvlm decompose
+  --stream` keeps neither in memory.
 
 ## Against other libraries
 
 ![Times faster than each library, by case](solvers.svg)
 
-"Times faster" is the median of the pairs' ratios, without compilation. An objective below 1 means
-that ours is lower. The limit of an update is the longer of reading Z once and doing its products
+"To its objective" is the time to within 1.0001 of the objective that the peer ends with, from the
+same matrix and without compilation (all of ours where it never comes there); "times faster" the
+median of the pairs' ratios. "The end" is where our own rule stops; an objective below 1 means that
+ours is lower there. The limit of an update is the longer of reading Z once and doing its products
 with Z at the rate of a large product, both measured in the same run.
 
 {table}
@@ -63,20 +66,20 @@ are real ones, of the embedded model's final norm. faiss makes as many updates a
 needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop elsewhere than the others, which the
 objective shows.
 
-What bounds an update at K = 20: XLA's products with 20 columns run at 30 to 60 % of the rate of a
-large one, in whichever form is fastest (64 columns take little longer than 40, so PCA uses 64).
-k-means then adds up the rows, another pass over Z. With K of hundreds k-means gains what it gains
-by not computing distances to centroids that rest.
+What bounds an update at K = 20: XLA's products with 20 or 32 columns run at 30 to 60 % of the rate
+of a large one, in whichever form is fastest. k-means then adds up the rows, another pass over Z.
+With K of hundreds k-means gains what it gains by not computing distances to centroids that rest.
 
 What bounds k-means against faiss and scikit-learn at K = 20: compressing Z and the updates that end
 on Z itself, each at the rates above; the updates between take 5 % of the time.
 
-Where PCA loses: scikit-learn takes it from the covariance where there are at most 1,000 columns, by
-one symmetric product that does half of the operations. We do so too where it pays, but XLA has no
-symmetric product, and the components' scores and the residual, which we return, are two more.
+What bounds PCA: at 4096 columns three passes over Z (the first axes, their images, one update) and
+the sums beside them. With 512 columns and K of hundreds scikit-learn's covariance wins: one
+symmetric product, half of the operations of the product that XLA has, and no scores, which we
+return. An update at K = 256 spends four fifths on its products with Z, at two thirds of the rate of
+a large one; the rest keeps 512 columns orthonormal and finds their axes.
 
-semi-NMF of 256 concepts goes on to 1,000 updates, far beyond the objective of the peers, and takes
-longer for it; what it takes to theirs is not measured.
+semi-NMF of 256 concepts goes on to 1,000 updates, far beyond the objectives of the peers.
 
 LAPACK is given one thread while a solver runs: OpenBLAS's threads spin for some 20 ms after a
 call, and XLA's products would wait for the cores.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from xlvlm_jax.solvers.loop import matmul
 
 WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
-BLOCK = 32  # atoms whose gradients come from one product
+BLOCK = 32  # atoms that move within one span
 TINY = 1e-30
 
 
@@ -96,24 +96,30 @@ def advance(
 def _update_atoms(
     atoms: Float[Array, "K D"], products: Float[Array, "K D"], overlap: Float[Array, "K K"]
 ) -> Float[Array, "K D"]:
-    """Minimise exactly over one atom after the other; products = U^T Z, overlap = U^T U."""
+    """Minimise exactly over one atom after the other; products = U^T Z, overlap = U^T U.
+
+    Each block of new atoms lies in the span of the old ones and of their gradients. The steps are
+    taken in those coordinates, with the Gram matrix for lengths: no step touches D numbers.
+    """
     K = atoms.shape[0]
     for first in range(0, K, BLOCK):
         block = slice(first, min(first + BLOCK, K))
-        gradients = matmul(overlap[block], atoms) - products[block]
-        within = overlap[block, block]
+        size = block.stop - first
+        span = jnp.concatenate([atoms[block], matmul(overlap[block], atoms) - products[block]])
+        gram, within = matmul(span, span.T), overlap[block, block]
 
-        def one(k: Array, carry: tuple, within: Array = within) -> tuple:
+        def one(k: Array, carry: tuple, gram: Array = gram, within: Array = within) -> tuple:
             atoms, gradients = carry
             atom = atoms[k] - gradients[k] / jnp.maximum(within[k, k], TINY)
-            atom = atom / jnp.maximum(1, jnp.linalg.norm(atom))
+            squared = jnp.sum(atom * matmul(gram, atom))
+            atom = atom / jnp.sqrt(jnp.maximum(1, squared))
             atom = jnp.where(within[k, k] > 0, atom, atoms[k])
             gradients = gradients + within[:, k, None] * (atom - atoms[k])
             return atoms.at[k].set(atom), gradients
 
-        size = block.stop - first
-        moved, _ = jax.lax.fori_loop(0, size, one, (atoms[block], gradients))
-        atoms = atoms.at[block].set(moved)
+        identity = jnp.eye(2 * size)
+        moved, _ = jax.lax.fori_loop(0, size, one, (identity[:size], identity[size:]))
+        atoms = atoms.at[block].set(matmul(moved, span))
     return atoms
 
 
