@@ -65,10 +65,9 @@ def advance(
     residuals: of the worst coded rows; an atom that no code uses is pointed at one of them.
     """
     ahead, momentum = extrapolate(small)
-    atoms = _update_atoms(ahead, sums.products, sums.overlap)
+    atoms, change = _update_atoms(ahead, sums.products, sums.overlap)
     # f is a small difference of large sums; the change by the atoms is computed by itself.
-    middle = matmul(sums.overlap, (atoms + ahead) / 2) - sums.products
-    objective = sums.objective + jnp.sum((atoms - ahead) * middle)
+    objective = sums.objective + change
     # Inside the ball, longer atoms with smaller codes fit the same and cost less.
     norm = jnp.linalg.norm(atoms, axis=1)
     scale = jnp.where(norm > 0, norm, 1)
@@ -95,13 +94,15 @@ def advance(
 
 def _update_atoms(
     atoms: Float[Array, "K D"], products: Float[Array, "K D"], overlap: Float[Array, "K K"]
-) -> Float[Array, "K D"]:
-    """Minimise exactly over one atom after the other; products = U^T Z, overlap = U^T U.
+) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
+    """Minimise exactly over one atom after the other, and say how f changes.
+
+    products = U^T Z, overlap = U^T U.
 
     Each block of new atoms lies in the span of the old ones and of their gradients. The steps are
     taken in those coordinates, with the Gram matrix for lengths: no step touches D numbers.
     """
-    K = atoms.shape[0]
+    K, change = atoms.shape[0], jnp.float32(0)
     for first in range(0, K, BLOCK):
         block = slice(first, min(first + BLOCK, K))
         size = block.stop - first
@@ -119,8 +120,11 @@ def _update_atoms(
 
         identity = jnp.eye(2 * size)
         moved, _ = jax.lax.fori_loop(0, size, one, (identity[:size], identity[size:]))
+        step = moved - identity[:size]
+        lengths = matmul(step, gram)
+        change += jnp.trace(lengths[:, size:]) + 0.5 * jnp.sum(within * matmul(lengths, step.T))
         atoms = atoms.at[block].set(matmul(moved, span))
-    return atoms
+    return atoms, change
 
 
 def _revive(
