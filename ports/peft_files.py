@@ -148,7 +148,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             "the adapter with peft's path_initial_model_for_weight_conversion"
         )
     others = set(values) - {*_READ, *_HARMLESS, "bias"}
-    asked = sorted(name for name in others if values[name])
+    asked = sorted(repr(name) for name in others if values[name])
     if asked:
         raise ValueError(f"{file}: asks for {', '.join(asked)}, which is not implemented")
     rank = values.get("r", 8)

@@ -75,6 +75,8 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = [(name, *_entry(entry)) for name, entry in header.items()]
+        if not all(name.isprintable() for name in header):
+            raise ValueError  # no module is called so, and messages that name it stay in one line
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(strange) from None
     tensors = {}

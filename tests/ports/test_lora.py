@@ -293,9 +293,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"use_dora": True}, "asks for use_dora, which is not implemented"),
-            ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
-            ({"something_new": 1}, "asks for something_new"),
+            ({"use_dora": True}, "asks for 'use_dora', which is not implemented"),
+            ({"modules_to_save": ["lm_head"]}, "asks for 'modules_to_save'"),
+            ({"something_new": 1}, "asks for 'something_new'"),
+            ({"two\rlines": 1}, r"asks for 'two\rlines'"),
             ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
             ({"bias": "all"}, "bias is 'all'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes"),

@@ -108,6 +108,7 @@ def test_a_dtype_without_a_reader_is_named(tmp_path):
         {"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0.0, 8.0]}},
         {"x": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}},
         {"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"x\ny": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
         b'{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, Infinity]}}',
     ],
     ids=lambda header: str(header)[:60],

@@ -102,3 +102,19 @@ def test_what_can_not_be_streamed(tmp_path):
         decompose_stored(source, K, key=KEY, init=np.eye(K, D))
     with pytest.raises(ValueError, match="num_concepts=302 is larger than the 301 rows"):
         decompose_stored(source, 302, "kmeans", key=KEY)
+
+
+def test_components_of_a_wide_source_take_several_passes(tmp_path, monkeypatch):
+    rows, width = 900, 300
+    monkeypatch.setattr(tiles, "TILE_BYTES", 200 * 4 * width)
+    rng = np.random.default_rng(1)
+    axes = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    Z = (5 + rng.normal(size=(rows, width)) * 0.99 ** np.arange(width) @ axes).astype(np.float32)
+    found = decompose_stored(store(tmp_path / "Z", Z), K, "pca", key=KEY, tol=1e-6)
+    values = np.linalg.svd(Z - Z.mean(axis=0, dtype=np.float64), compute_uv=False)
+    assert found.converged and found.iterations > 2
+    np.testing.assert_allclose(found.objective, 0.5 * np.sum(values[K:] ** 2), rtol=1e-5)
+    np.testing.assert_allclose(found.components @ found.components.T, np.eye(K), atol=1e-5)
+    variances = np.sum(found.activations**2, axis=0)
+    np.testing.assert_allclose(variances, values[:K] ** 2, rtol=1e-4)
+    assert np.all(np.diff(found.history) <= 1e-6 * found.history[0])

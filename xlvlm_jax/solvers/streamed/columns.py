@@ -22,6 +22,7 @@ class Compressed(NamedTuple):
     basis: Float[Array, "D R"]  # orthonormal, in no order: what solves for X turns it to its axes
     X: Float[np.ndarray, "N R"]
     energy: Float[np.ndarray, " N"]  # |z_n|^2
+    mean: Float[Array, " D"]  # of the rows
 
     @property
     def outside(self) -> float:
@@ -31,9 +32,13 @@ class Compressed(NamedTuple):
 
 
 @jax.jit
-def _sketch(Z: Array, directions: Array) -> tuple[Array, Array]:
+def sketch(
+    Z: Float[Array, "B D"], real: Float[Array, " B"], directions: Float[Array, "D R"]
+) -> tuple[tuple[Float[Array, "D R"], Float[Array, " D"]], Float[Array, " B"]]:
+    """Of a tile: (Z^T Z directions, the sum of its rows), and the squares of each row."""
     Z = Z.astype(jnp.float32)
-    return weighted_sums(matmul(Z, directions).T, Z).T, jnp.sum(Z**2, axis=1)
+    image = weighted_sums(matmul(Z, directions).T, Z).T
+    return (image, matmul(real, Z)), jnp.sum(Z**2, axis=1)
 
 
 @jax.jit
@@ -54,7 +59,7 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
         check_rows(tile, squares)
 
     directions = sketch_directions(key, D, width)
-    spanned = add_up(source, lambda tile: _sketch(tile.Z, directions), keep)
+    spanned, total = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), keep)
     basis = orthonormal(spanned)
     X = np.empty((N, basis.shape[1]), np.float32)
 
@@ -62,4 +67,4 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
         X[tile.start : tile.start + tile.count] = columns[: tile.count]
 
     add_up(source, lambda tile: ((), _project(tile.Z, basis)), keep_columns)
-    return Compressed(basis, X, energy)
+    return Compressed(basis, X, energy, total / N)

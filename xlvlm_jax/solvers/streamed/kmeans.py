@@ -39,7 +39,7 @@ def solve(
     centroids = matmul(begun.components[0], small.basis.T)
     # Without the last, which the first pass computes again.
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
-    mean = add_up(source, lambda tile: (_column_sums(tile.Z, tile.real), ())) / N
+    mean = small.mean
     offsets, error = centroids - mean, jnp.inf
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
@@ -77,11 +77,6 @@ def solve(
         history=np.array([*history, float(inertia)], np.float32),
         starts=None if begun.starts is None else begun.starts[0],
     )
-
-
-@jax.jit
-def _column_sums(Z: Array, real: Array) -> Array:
-    return matmul(real, Z.astype(jnp.float32))
 
 
 @jax.jit

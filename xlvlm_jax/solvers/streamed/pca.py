@@ -1,21 +1,23 @@
 """Principal components of a source of rows, with a pass over the source an update.
 
-Subspace iteration with Rayleigh-Ritz steps: the image of a basis gives both its best axes and the
-next basis.
+The updates of `solvers.pca`: the best axes of the span of the last ones and of their images. The
+covariance is linear, so that images of the new axes are sums of those that the passes found, and a
+pass multiplies the rows with the new directions alone.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import Result, matmul, weighted_sums
-from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.streamed.columns import sketch
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, Write, add_up, check_rows, write_out
+
+OVERSAMPLE = 8  # the least number of axes beyond K
 
 
 def solve(
@@ -27,34 +29,31 @@ def solve(
     tol: float = 1e-5,
     max_iter: int = 100,
 ) -> Result:
-    """As `pca.solve`, for one number of components; activations go to `write(start, rows)`.
-
-    Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, sections 4.5 and 5.
-    """
+    """As `pca.solve`, for one number of components; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    R = min(pca.width(K + pca.OVERSAMPLE), N, D)
+    W = pca.width(K + OVERSAMPLE)
+    exact = 2 * W > D  # no room for as many new directions: all of the space at once
 
-    directions = sketch_directions(key, D, R)
-    total, spanned = add_up(source, lambda tile: _sketch(tile.Z, tile.real, directions), check_rows)
+    directions = sketch_directions(key, D, D if exact else W)
+    spanned, total = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), check_rows)
     mean = total / N
-    basis = orthonormal(spanned - N * jnp.outer(mean, matmul(mean, directions)))
+    new = orthonormal(spanned - N * jnp.outer(mean, matmul(mean, directions)))
+    basis = images = jnp.zeros((D, 0))
 
     history, error = [], np.inf
     while True:
 
-        def on_tile(tile: Tile, basis: Array = basis) -> tuple:
-            return _collect(tile.Z, tile.real, mean, basis), ()
+        def on_tile(tile: Tile, new: Array = new) -> tuple:
+            return _collect(tile.Z, tile.real, mean, new), ()
 
-        spanned, gram, energy = add_up(source, on_tile)
-        variances, axes = jnp.linalg.eigh(gram)
-        variances, axes = variances[::-1], axes[:, ::-1]
-        basis, images = matmul(basis, axes), matmul(spanned, axes)
+        new_images, energy = add_up(source, on_tile)
+        basis, images, variances = _best_axes(basis, images, new, new_images, min(W, D))
         history.append(max(float(energy) - 0.5 * float(jnp.sum(variances[:K])), 0.0))
-        error = float(pca.expected_gain(basis, images, variances, K))
-        if error <= tol or len(history) > max_iter or min(N, D) == R:
+        error = 0.0 if exact else float(pca.expected_gain(basis, images, variances, K))
+        if error <= tol or len(history) > max_iter:
             break
-        basis = orthonormal(images)
+        new = complement(basis, images)
     components = pca.with_signs(basis[:, :K].T)
 
     objective = write_out(source, lambda tile: _finish(tile.Z, tile.real, mean, components), write)
@@ -63,23 +62,32 @@ def solve(
         activations=None,
         objective=objective,
         iterations=len(history) - 1,
-        converged=bool(error <= tol or min(N, D) == R),
+        converged=bool(error <= tol),
         history=np.array(history, np.float32),
         mean=mean,
     )
 
 
-@jax.jit
-def _sketch(Z: Array, real: Array, directions: Array) -> tuple[Any, Array]:
-    Z = Z.astype(jnp.float32)
-    return (matmul(real, Z), weighted_sums(matmul(Z, directions).T, Z).T), jnp.sum(Z**2, axis=1)
+def _best_axes(
+    basis: Float[Array, "D W"],
+    images: Float[Array, "D W"],
+    new: Float[Array, "D R"],
+    new_images: Float[Array, "D R"],
+    width: int,
+) -> tuple[Float[Array, "D V"], Float[Array, "D V"], Float[Array, " V"]]:
+    """The leading axes within the span of both, their images and variances (Rayleigh and Ritz)."""
+    basis = jnp.concatenate([basis, new], axis=1)
+    images = jnp.concatenate([images, new_images], axis=1)
+    overlaps = matmul(basis.T, images)
+    variances, axes = jnp.linalg.eigh((overlaps + overlaps.T) / 2)
+    axes = axes[:, ::-1][:, :width]
+    return matmul(basis, axes), matmul(images, axes), variances[::-1][:width]
 
 
 @jax.jit
-def _collect(Z: Array, real: Array, mean: Array, basis: Array) -> tuple[Array, Array, Array]:
+def _collect(Z: Array, real: Array, mean: Array, basis: Array) -> tuple[Array, Array]:
     Z = real[:, None] * (Z.astype(jnp.float32) - mean)
-    scores = matmul(Z, basis)
-    return weighted_sums(scores.T, Z).T, matmul(scores.T, scores), 0.5 * jnp.sum(Z**2)
+    return weighted_sums(matmul(Z, basis).T, Z).T, 0.5 * jnp.sum(jnp.sum(Z**2, axis=1))
 
 
 @jax.jit

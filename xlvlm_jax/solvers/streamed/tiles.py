@@ -48,7 +48,8 @@ def tiles(source: Source) -> Iterator[Tile]:
         if count < size:
             values = np.concatenate([values, np.zeros((size - count, D), values.dtype)])
             real = jnp.asarray(np.arange(size) < count, jnp.float32)
-        yield Tile(start, count, jnp.asarray(values), real)
+        # device_put, as asarray would copy what a CPU can take as it lies.
+        yield Tile(start, count, jax.device_put(values), real)
 
 
 def add_up(
