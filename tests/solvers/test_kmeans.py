@@ -69,7 +69,8 @@ def test_scikit_learns_end_where_a_sample_compresses_or_scores_are_renewed_in_bl
     n, d, k = shape
     Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
     Z = Z.astype(np.float32)
-    by_sample = n >= 4 * SAMPLE * (k + kmeans.BY_SAMPLE) and 4 * (k + kmeans.OVERSAMPLE) <= d
+    enough = n >= kmeans.ENOUGH * SAMPLE * (k + kmeans.BY_SAMPLE)
+    by_sample = enough and 4 * (k + kmeans.OVERSAMPLE) <= d
     assert by_sample != (k > assignment.LARGE)
     # A row of each true cluster where updates on other columns might end in another optimum.
     start = Z[np.unique(truth, return_index=True)[1]] if by_sample else Z[:k]

@@ -31,6 +31,7 @@ from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 44  # and where a sample of the rows gives them, so that a column costs a third
+ENOUGH = 3  # times the rows of that sample, from which on it is taken
 SCREEN = 100  # updates after which starts are compared
 CANCELS = 0.05  # of its terms: a squared distance that is less has lost more than a digit
 TINY = 1e-30
@@ -159,7 +160,7 @@ def solve(
     """
     K, D = max(num_concepts), Z.shape[1]
     active = jnp.arange(K) < jnp.array(num_concepts)[:, None]
-    by_sample = num_samples >= 4 * compression.SAMPLE * (K + BY_SAMPLE)
+    by_sample = num_samples >= ENOUGH * compression.SAMPLE * (K + BY_SAMPLE)
     width = K + (BY_SAMPLE if by_sample else OVERSAMPLE)
 
     def local(Z: Array, key: Array, tol: Array, centroids: Array | None, rows: Rows) -> Result:
