@@ -1,5 +1,7 @@
 """An orthonormal basis of a few columns, in matrix products alone where that is accurate."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,12 +21,14 @@ def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
     fast on every device and on a busy machine. Columns that are dependent up to rounding are
     beyond it, which its result shows; there Householder's does the work.
     """
-    basis = _unit(columns)
-    # The shift keeps the first Gram matrix positive, and leaves columns that the second can do.
-    for shift in (SHIFT, 0.0, 0.0):
-        basis = _by_cholesky(basis, shift)
-    good = _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
-    return jax.lax.cond(good, lambda: basis, lambda: jnp.linalg.qr(columns)[0])
+
+    def better(basis: Array, shift: float) -> Array:
+        return _by_cholesky(basis, shift)
+
+    def good(basis: Array) -> Array:
+        return _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
+
+    return _rounds(_unit(columns), better, good, lambda: jnp.linalg.qr(columns)[0])
 
 
 def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
@@ -32,17 +36,32 @@ def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Floa
 
     As `orthonormal`, W + R <= D; where columns lie in the span of B, others take their place.
     """
-    found = columns
-    for shift in (SHIFT, 0.0, 0.0):
-        found = _by_cholesky(_unit(found - matmul(basis, matmul(basis.T, found))), shift)
-    good = _small(matmul(found.T, found) - jnp.eye(found.shape[1]))
-    good &= _small(matmul(basis.T, found))
+
+    def better(found: Array, shift: float) -> Array:
+        return _by_cholesky(_unit(found - matmul(basis, matmul(basis.T, found))), shift)
+
+    def good(found: Array) -> Array:
+        straight = _small(matmul(found.T, found) - jnp.eye(found.shape[1]))
+        return straight & _small(matmul(basis.T, found))
 
     def by_householder() -> Array:
         both = jnp.concatenate([basis, _unit(columns)], axis=1)
         return jnp.linalg.qr(both)[0][:, basis.shape[1] :]
 
-    return jax.lax.cond(good, lambda: found, by_householder)
+    return _rounds(columns, better, good, by_householder)
+
+
+def _rounds(
+    columns: Float[Array, "D R"],
+    better: Callable[[Array, float], Array],
+    good: Callable[[Array], Array],
+    otherwise: Callable[[], Array],
+) -> Float[Array, "D R"]:
+    """Two rounds; a third, and what never fails, where they were not enough."""
+    # The shift keeps the first Gram matrix positive, and leaves columns that the others can do.
+    found = better(better(columns, SHIFT), 0.0)
+    found = jax.lax.cond(good(found), lambda: found, lambda: better(found, 0.0))
+    return jax.lax.cond(good(found), lambda: found, otherwise)
 
 
 def _unit(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:

@@ -1,0 +1,147 @@
+"""Where the time of an update goes: each part by itself, beside the rate of a large product.
+
+    python -m benchmarks.solvers.parts
+
+Milliseconds are medians; "of the update" is over the whole update, measured in the same run, so
+that the parts of one may add up to more or less; "rate" is that of the part's products with Z over
+that of a large product. Prints a table and writes JSON.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import save, seconds
+from benchmarks.solvers import matrices
+from benchmarks.solvers.pace import updating
+from xlvlm_jax.solvers import assignment, atoms, codes, lapack, pca, semi_nmf
+from xlvlm_jax.solvers.loop import inner_products, matmul, weighted_sums
+from xlvlm_jax.solvers.orthonormal import complement
+
+SIZES = [(3000, 4096, 20), (100_000, 512, 20), (3000, 4096, 256)]
+
+Part = tuple[str, Callable[..., Any], tuple, int]  # what, the call, with what, columns of Z
+
+
+def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
+    """The parts of one update, in order."""
+    Z = problem.Z
+    if method == "snmf":
+        small, K = state.small, len(state.small.atoms)
+        products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
+        U = codes.improve(state.codes, products, gram, problem.alpha, semi_nmf.SWEEPS)
+        _, sums, _ = semi_nmf.collect(Z, problem.energy, U, small.atoms, problem.alpha)
+        unused, none = jnp.zeros(K, bool), jnp.zeros_like(small.atoms)
+        improve = partial(codes.improve, sweeps=semi_nmf.SWEEPS)
+        yield "V Zᵀ", inner_products, (small.atoms, Z), K
+        yield "codes", improve, (state.codes, products, gram, problem.alpha), 0
+        yield "Uᵀ Z", weighted_sums, (U, Z), K
+        yield "Uᵀ U", lambda U: matmul(U, U.T), (U,), 0
+        yield "atoms", atoms.advance, (small, sums, none, problem.alpha, unused), 0
+    elif method == "kmeans":
+        scores = assignment.score(Z, state.offsets, problem.mean)
+        labels = assignment.nearest(scores).labels
+        yield "scores", assignment.score, (Z, state.offsets, problem.mean), len(scores)
+        yield "nearest", assignment.nearest, (scores,), 0
+        yield "sums of rows", lambda Z, labels: _sums(problem, Z, labels), (Z, labels), 0
+    else:
+        W = state.basis.shape[1]
+        new = complement(state.basis, state.images)
+        scores = pca.project(problem, new)
+        turn, wide = jnp.eye(2 * W)[:, :W], jnp.concatenate([state.scores, scores], axis=1)
+        yield "new directions", complement, (state.basis, state.images), 0
+        yield "scores", lambda Z, new: _project(problem, Z, new), (Z, new), W
+        yield "their overlaps", lambda S: matmul(S.T, S), (wide,), 0
+        yield "axes", jnp.linalg.eigh, (matmul(wide.T, wide),), 0
+        yield "turned", matmul, (wide, turn), 0
+        yield "images", lambda Z, S: _image(problem, Z, S), (Z, scores), W
+
+
+def _sums(problem: Any, Z: jax.Array, labels: jax.Array) -> Any:
+    return assignment.sums_of(problem._replace(Z=Z), labels)
+
+
+def _project(problem: Any, Z: jax.Array, basis: jax.Array) -> jax.Array:
+    return pca.project(problem._replace(Z=Z), basis)
+
+
+def _image(problem: Any, Z: jax.Array, scores: jax.Array) -> jax.Array:
+    return pca.covariance_image(problem._replace(Z=Z), scores)
+
+
+@lapack.one_thread()
+def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
+    """A row for each part."""
+    Z = jnp.asarray(matrices.planted(N, D, min(K, 64)))
+    update, problem, state, _ = updating(method, Z, K)
+    if state is None:
+        return []
+    found = list(parts(method, problem, state))
+    square = jnp.ones((2048, 2048))
+    calls = {name: partial(jax.jit(call), *given) for name, call, given, _ in found}
+    calls["update"] = partial(jax.jit(update), problem, state)
+    calls["product"] = partial(jax.jit(jnp.matmul), square, square)
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times = [{name: seconds(call)[0] for name, call in calls.items()} for _ in range(repeats)]
+    median = {name: float(np.median([each[name] for each in times])) for name in calls}
+    rate = 2 * 2048**3 / median["product"]
+    return [
+        {
+            "method": method,
+            "N": N,
+            "D": D,
+            "K": K,
+            "part": name,
+            "seconds": median[name],
+            "of_update": median[name] / median["update"],
+            "of_rate": 2 * N * D * columns / median[name] / rate if columns else None,
+        }
+        for name, _, _, columns in found
+    ]
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows for a reader."""
+    shown = Table(title="Parts of an update, planted matrices", box=None)
+    for heading in ("method", "Z, K", "part", "ms", "of the update", "rate"):
+        shown.add_column(heading)
+    for row in rows:
+        shown.add_row(*cells(row))
+    return shown
+
+
+def cells(row: dict) -> list[str]:
+    """A row's texts."""
+    rate = "" if row["of_rate"] is None else f"{100 * row['of_rate']:.0f} %"
+    size = f"\\[{row['N']}, {row['D']}], {row['K']}"
+    shares = f"{1e3 * row['seconds']:.1f}", f"{100 * row['of_update']:.0f} %", rate
+    return [row["method"], size, row["part"], *shares]
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each part")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parts.json"))
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for size in SIZES
+        for method in ("snmf", "kmeans", "pca")
+        for row in measure(method, *size, arguments.repeats)
+    ]
+    Console().print(table(rows))
+    save(arguments.output, rows)
+
+
+if __name__ == "__main__":
+    main()
