@@ -30,8 +30,8 @@ from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
-BY_SAMPLE = 44  # and where a sample of the rows gives them, so that a column costs a third
-ENOUGH = 3  # times the rows of that sample, from which on it is taken
+BY_SAMPLE = 28  # and where a sample of the rows gives them, so that a column costs a third
+ENOUGH = 2  # times the rows of that sample, from which on it is taken
 SCREEN = 100  # updates after which starts are compared
 CANCELS = 0.05  # of its terms: a squared distance that is less has lost more than a digit
 TINY = 1e-30
