@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.solvers import parts
 from xlvlm_jax.solvers import pca
 
 HERE = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ Two cores of a shared x86 machine, float32; both sides in turn in one process, m
 
     python -m benchmarks.solvers           # solvers against other libraries
     python -m benchmarks.solvers.growth    # seconds of an update against N and D
+    python -m benchmarks.solvers.parts     # where the time of an update goes
     python -m benchmarks.solvers.page      # this page
 
 {machine}
@@ -38,8 +40,8 @@ Two cores of a shared x86 machine, float32; both sides in turn in one process, m
 - **k-means** is the cheapest and has the best CLIPScore on the embedded model; each row belongs to
   one concept. Take it first, and for K of hundreds and thousands.
 - **semi-NMF** gives several concepts a row and a lower reconstruction error for the same K; it
-  costs two products with Z an update. Its codes are found by coordinate descent up to 128 concepts
-  and by accelerated gradient beyond, which is where its cost grows.
+  costs two products with Z an update, and K^2 N operations for the codes, which is where its cost
+  grows with hundreds of concepts.
 - **PCA** is the fastest to its optimum and the least readable: components share words and have two
   signs. Use it as the bound that no other factorisation of K concepts undercuts.
 - Where K is much smaller than D, semi-NMF and k-means work in K + some tens of columns and read Z
@@ -83,6 +85,13 @@ semi-NMF of 256 concepts goes on to 1,000 updates, far beyond the objectives of 
 
 LAPACK is given one thread while a solver runs: OpenBLAS's threads spin for some 20 ms after a
 call, and XLA's products would wait for the cores.
+
+## Where the time of an update goes
+
+Each part by itself; "rate" is that of its products with Z over that of a large product. k-means: an
+update that looks at all rows, as the first one does.
+
+{parts}
 
 ## Growth
 
@@ -207,14 +216,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
-    solvers, growth = (
+    solvers, growth, of_parts = (
         json.loads((arguments.results / f"{name}.json").read_text())
-        for name in ("solvers", "growth")
+        for name in ("solvers", "growth", "parts")
     )
     versions = (f"{k} {v}" for k, v in solvers["machine"].items() if k not in ("cores", "devices"))
     page = READING.format(
         machine=", ".join(versions),
         table=comparison(solvers["rows"]),
+        parts=markdown(list(parts.HEADINGS), [parts.cells(row) for row in of_parts["rows"]]),
         growth=growth_table(growth["rows"]),
         computed=computed_table(),
     )

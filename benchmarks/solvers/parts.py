@@ -26,6 +26,7 @@ from xlvlm_jax.solvers import assignment, atoms, codes, lapack, pca, semi_nmf
 from xlvlm_jax.solvers.loop import inner_products, matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import complement
 
+HEADINGS = ("method", "Z, K", "part", "ms", "of the update", "rate")
 SIZES = [(3000, 4096, 20), (100_000, 512, 20), (3000, 4096, 256)]
 
 Part = tuple[str, Callable[..., Any], tuple, int]  # what, the call, with what, columns of Z
@@ -112,17 +113,17 @@ def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
 def table(rows: list[dict]) -> Table:
     """The rows for a reader."""
     shown = Table(title="Parts of an update, planted matrices", box=None)
-    for heading in ("method", "Z, K", "part", "ms", "of the update", "rate"):
+    for heading in HEADINGS:
         shown.add_column(heading)
     for row in rows:
-        shown.add_row(*cells(row))
+        shown.add_row(*(text.replace("[", "\\[") for text in cells(row)))
     return shown
 
 
 def cells(row: dict) -> list[str]:
     """A row's texts."""
     rate = "" if row["of_rate"] is None else f"{100 * row['of_rate']:.0f} %"
-    size = f"\\[{row['N']}, {row['D']}], {row['K']}"
+    size = f"[{row['N']}, {row['D']}], {row['K']}"
     shares = f"{1e3 * row['seconds']:.1f}", f"{100 * row['of_update']:.0f} %", rate
     return [row["method"], size, row["part"], *shares]
 

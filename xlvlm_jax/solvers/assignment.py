@@ -192,14 +192,13 @@ def _renew_rows(
     """All rows at once, or those of which no gap is left, some at a time."""
     N, D = problem.Z.shape
     K = len(shifts)
-    largest = jnp.max(shifts)
     # What a row's second centroid can have come nearer: the farthest that another one moved.
     others = jnp.max(jnp.where(jnp.eye(K, dtype=bool), 0, shifts), axis=1)
     gaps = kept.gaps - (shifts + others)[kept.labels]
-    open_ = ~(gaps > 0)  # also where Inf less Inf is no number: not known
-    place = jnp.cumsum(open_)
-    count = place[-1]
-    many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(largest)
+    block = max(min(BLOCK_NUMBERS // D, BLOCK_ROWS, N // BLOCKS), 1)
+    # Also where Inf less Inf is no number: not known.
+    count, doubtful = _numbers(~(gaps > 0), block)
+    many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
     kept = kept._replace(gaps=gaps)
     floor = jnp.sum(problem.mean**2) + jnp.max(jnp.sum(offsets**2, axis=1))
 
@@ -216,13 +215,8 @@ def _renew_rows(
         gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
         return Bounds(found.labels, gaps, sums_of(problem, found.labels))
 
-    block = max(min(BLOCK_NUMBERS // D, BLOCK_ROWS, N // BLOCKS), 1)
-    # The open rows' numbers, then N; those of the others are written nowhere.
-    order = jnp.full(N + block, N, jnp.int32)
-    order = order.at[jnp.where(open_, place - 1, N + block)].set(jnp.arange(N), mode="drop")
-
     def some_rows(i: Array, kept: Bounds) -> Bounds:
-        numbers = jax.lax.dynamic_slice_in_dim(order, i * block, block)
+        numbers = jax.lax.dynamic_slice_in_dim(doubtful, i * block, block)
         rows = jnp.minimum(numbers, N - 1)
         Z = problem.Z[rows].astype(jnp.float32)
         found = nearest(score(Z, offsets, problem.mean, problem.active))
@@ -244,6 +238,16 @@ def _renew_rows(
     # Two loops, of which one turns: batched, a condition would do both.
     kept = jax.lax.fori_loop(0, jnp.where(many, 1, 0), all_rows, kept)
     return jax.lax.fori_loop(0, jnp.where(many, 0, -(-count // block)), some_rows, kept)
+
+
+def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:
+    """How many rows are chosen, and int32[N + spare]: their numbers, then N."""
+    N = len(chosen)
+    place = jnp.cumsum(chosen)
+    # Those of the others are written nowhere.
+    place = jnp.where(chosen, place - 1, N + spare)
+    numbers = jnp.full(N + spare, N, jnp.int32)
+    return jnp.sum(chosen), numbers.at[place].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
 
 
 def _renew_centroids(
