@@ -28,7 +28,7 @@ from xlvlm_jax.solvers.loop import inner_products, matmul
 LARGE = 128  # centroids, beyond which scores are kept; and as many are renewed in one product
 FEW = 0.3  # of the rows: up to so many are looked at by themselves, which costs more a row
 NARROW = 128  # columns at which it costs twice as much more
-BLOCKS = 16  # of rows, in which they are looked at, or more if a block would be larger than
+BLOCKS = 32  # of rows, in which they are looked at, or more if a block would be larger than
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
 SLACK = 1e-6  # of the largest terms of a squared distance: what its rounding may be
 MOVED = 32  # centroids whose scores are renewed together

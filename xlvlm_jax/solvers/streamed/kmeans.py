@@ -26,7 +26,7 @@ def solve(
     """As `kmeans.solve`, for one number of clusters; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    small = compress(source, key, min(K + kmeans.OVERSAMPLE, N, D))
+    small = compress(source, key, min(K + kmeans.BY_SAMPLE, N, D))
     begun = kmeans.solve(
         jnp.asarray(small.X),
         key,

@@ -52,6 +52,7 @@ def solve(
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
     codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
+    begun = begun._replace(activations=None)  # its memory is another N K numbers
     while len(history) <= max_iter and not state.error <= tol:
         state, codes = _update(source, energy, codes, state, *lasso)
         history.append(float(state.objective))
