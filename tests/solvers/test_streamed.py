@@ -6,6 +6,7 @@ import pytest
 
 from xlvlm_jax.concepts import decompose, decompose_stored
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
+from xlvlm_jax.solvers import kmeans
 from xlvlm_jax.solvers.streamed import tiles
 
 KEY = jax.random.key(0)
@@ -118,3 +119,21 @@ def test_components_of_a_wide_source_take_several_passes(tmp_path, monkeypatch):
     variances = np.sum(found.activations**2, axis=0)
     np.testing.assert_allclose(variances, values[:K] ** 2, rtol=1e-4)
     assert np.all(np.diff(found.history) <= 1e-6 * found.history[0])
+
+
+def test_clusters_of_a_sample_s_columns_are_those_in_memory(tmp_path, monkeypatch):
+    rows, width = 1500, 200
+    monkeypatch.setattr(tiles, "TILE_BYTES", 400 * 4 * width)
+    assert kmeans.columns(rows, K) == (K + kmeans.BY_SAMPLE, True)
+    rng = np.random.default_rng(2)
+    centres = 3 * rng.normal(size=(2 * K, width))
+    Z = (centres[rng.integers(0, 2 * K, rows)] + rng.normal(size=(rows, width))).astype(np.float32)
+    one = decompose(Z, K, "kmeans", key=KEY)
+    found = decompose_stored(store(tmp_path / "Z", Z), K, "kmeans", key=KEY)
+    np.testing.assert_allclose(found.objective, one.objective, rtol=1e-5)
+    np.testing.assert_allclose(found.components, one.components, atol=1e-3)
+    np.testing.assert_allclose(found.activations, one.activations, atol=1e-4)
+
+    Z[700, 3] = np.inf
+    with pytest.raises(ValueError, match="NaN or Inf in row 700"):
+        decompose_stored(store(tmp_path / "Y", Z), K, "kmeans", key=KEY)

@@ -138,6 +138,12 @@ def activations(Z: Float[Array, "N D"], centroids: Float[Array, "K D"]) -> Float
     return 1 / (1 + jnp.sqrt(assign(Z, centroids)[1]))
 
 
+def columns(num_samples: int, num_concepts: int) -> tuple[int, bool]:
+    """How many columns a wide Z is compressed to, and whether a sample of its rows gives them."""
+    by_sample = num_samples >= ENOUGH * compression.SAMPLE * (num_concepts + BY_SAMPLE)
+    return num_concepts + (BY_SAMPLE if by_sample else OVERSAMPLE), by_sample
+
+
 _STATIC = ("num_samples", "num_concepts", "max_iter", "n_init", "verbose", "mesh")
 
 
@@ -160,8 +166,7 @@ def solve(
     """
     K, D = max(num_concepts), Z.shape[1]
     active = jnp.arange(K) < jnp.array(num_concepts)[:, None]
-    by_sample = num_samples >= ENOUGH * compression.SAMPLE * (K + BY_SAMPLE)
-    width = K + (BY_SAMPLE if by_sample else OVERSAMPLE)
+    width, by_sample = columns(num_samples, K)
 
     def local(Z: Array, key: Array, tol: Array, centroids: Array | None, rows: Rows) -> Result:
         until = partial(run, tol=tol, max_iter=max_iter, verbose=verbose)

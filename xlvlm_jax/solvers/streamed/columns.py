@@ -1,4 +1,4 @@
-"""A source in few columns, which fit into memory: `compression` in two passes.
+"""A source in few columns, which fit into memory: `compression` in one pass or two.
 
 N rows, D width, R compressed width.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.compression import sketch_directions
+from xlvlm_jax.solvers.compression import SAMPLE, directions_of_sample, sketch_directions
 from xlvlm_jax.solvers.loop import matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
@@ -42,8 +42,21 @@ def sketch(
 
 
 @jax.jit
-def _project(Z: Array, basis: Array) -> Array:
-    return matmul(Z, basis)
+def _project(Z: Array, real: Array, basis: Array) -> tuple[Array, tuple[Array, Array]]:
+    Z = Z.astype(jnp.float32)
+    return matmul(real, Z), (matmul(Z, basis), jnp.sum(Z**2, axis=1))
+
+
+class _Sampled(NamedTuple):
+    """What `directions_of_sample` asks of rows, from a source."""
+
+    source: Source
+
+    def take(self, _: Source, numbers: Array) -> Array:
+        return jnp.asarray(self.source.take(np.asarray(numbers)), jnp.float32)
+
+    def total(self, value: Array) -> Array:
+        return value
 
 
 def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
@@ -51,20 +64,29 @@ def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
 
     Raises ValueError that names the first row with NaN or Inf.
     """
-    N, D = source.shape
-    energy = np.empty(N, np.float32)
+    directions = sketch_directions(key, source.shape[1], width)
+    spanned, _ = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), check_rows)
+    return _in_columns(source, orthonormal(spanned))
 
-    def keep(tile: Tile, squares: Array) -> None:
-        energy[tile.start : tile.start + tile.count] = squares[: tile.count]
-        check_rows(tile, squares)
 
-    directions = sketch_directions(key, D, width)
-    spanned, total = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), keep)
-    basis = orthonormal(spanned)
-    X = np.empty((N, basis.shape[1]), np.float32)
+def compress_by_sample(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
+    """One pass, with directions that lead in a sample of the rows: those of `compression`'s.
 
-    def keep_columns(tile: Tile, columns: Array) -> None:
-        X[tile.start : tile.start + tile.count] = columns[: tile.count]
+    Raises ValueError that names the first row with NaN or Inf.
+    """
+    count, N = SAMPLE * width, source.shape[0]
+    return _in_columns(source, directions_of_sample(source, key, width, count, N, _Sampled(source)))
 
-    add_up(source, lambda tile: ((), _project(tile.Z, basis)), keep_columns)
+
+def _in_columns(source: Source, basis: Float[Array, "D R"]) -> Compressed:
+    """A pass: the rows in the columns of a basis."""
+    N = source.shape[0]
+    X, energy = np.empty((N, basis.shape[1]), np.float32), np.empty(N, np.float32)
+
+    def keep(tile: Tile, kept: tuple[Array, Array]) -> None:
+        check_rows(tile, kept[1])
+        for whole, part in zip((X, energy), kept, strict=True):
+            whole[tile.start : tile.start + tile.count] = part[: tile.count]
+
+    total = add_up(source, lambda tile: _project(tile.Z, tile.real, basis), keep)
     return Compressed(basis, X, energy, total / N)

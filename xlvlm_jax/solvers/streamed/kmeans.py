@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from xlvlm_jax.solvers import assignment, kmeans
 from xlvlm_jax.solvers.loop import Result, matmul
-from xlvlm_jax.solvers.streamed.columns import compress
+from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
 
@@ -26,7 +26,9 @@ def solve(
     """As `kmeans.solve`, for one number of clusters; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    small = compress(source, key, min(K + kmeans.BY_SAMPLE, N, D))
+    # As in memory, where the same key then leads to the same clusters.
+    width, by_sample = kmeans.columns(N, K)
+    small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D))
     begun = kmeans.solve(
         jnp.asarray(small.X),
         key,
