@@ -88,7 +88,8 @@ k-means of the [100000, 512] states and of the features ends higher than its pee
 1.0001, and elsewhere lower: its first updates see few columns, and may lead to another local
 optimum than scikit-learn's from the same centroids.
 
-semi-NMF of 256 concepts was left out of this run: it goes on to 1,000 updates, a minute of them.
+semi-NMF of 256 concepts (one run) goes on for hundreds of updates beyond the objectives of its
+peers; with 4096 columns, a minute a run, it was left out.
 
 LAPACK is given one thread while a solver runs: OpenBLAS's threads spin for some 20 ms after a
 call, and XLA's products would wait for the cores.
