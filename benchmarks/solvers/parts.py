@@ -52,30 +52,18 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
         labels = assignment.nearest(scores).labels
         yield "scores", assignment.score, (Z, state.offsets, problem.mean), len(scores)
         yield "nearest", assignment.nearest, (scores,), 0
-        yield "sums of rows", lambda Z, labels: _sums(problem, Z, labels), (Z, labels), 0
+        yield "sums of rows", assignment.sums_of, (problem, labels), 0
     else:
         W = state.basis.shape[1]
         new = complement(state.basis, state.images)
         scores = pca.project(problem, new)
         turn, wide = jnp.eye(2 * W)[:, :W], jnp.concatenate([state.scores, scores], axis=1)
         yield "new directions", complement, (state.basis, state.images), 0
-        yield "scores", lambda Z, new: _project(problem, Z, new), (Z, new), W
+        yield "scores", pca.project, (problem, new), W
         yield "their overlaps", lambda S: matmul(S.T, S), (wide,), 0
         yield "axes", jnp.linalg.eigh, (matmul(wide.T, wide),), 0
         yield "turned", matmul, (wide, turn), 0
-        yield "images", lambda Z, S: _image(problem, Z, S), (Z, scores), W
-
-
-def _sums(problem: Any, Z: jax.Array, labels: jax.Array) -> Any:
-    return assignment.sums_of(problem._replace(Z=Z), labels)
-
-
-def _project(problem: Any, Z: jax.Array, basis: jax.Array) -> jax.Array:
-    return pca.project(problem._replace(Z=Z), basis)
-
-
-def _image(problem: Any, Z: jax.Array, scores: jax.Array) -> jax.Array:
-    return pca.covariance_image(problem._replace(Z=Z), scores)
+        yield "images", pca.covariance_image, (problem, scores), W
 
 
 @lapack.one_thread()

@@ -12,9 +12,8 @@ from xlvlm_jax.solvers.assignment import Bounds, Scores, Sums
 K, N, D = 6, 400, 20
 
 
-def problem_of(Z, K=K, real=None):
-    prepared = kmeans.prepare(jnp.asarray(Z), len(Z), jnp.ones(K, bool))
-    return prepared if real is None else prepared._replace(real=real)
+def problem_of(Z, K=K):
+    return kmeans.prepare(jnp.asarray(Z), len(Z), jnp.ones(K, bool))
 
 
 def unknown(problem, K=K):
@@ -24,9 +23,8 @@ def unknown(problem, K=K):
 def test_three_rows_by_hand():
     problem = problem_of(np.array([[0.0], [2.0], [7.0]], np.float32), 2)  # the mean is 3
     offsets = jnp.array([[-3.0], [4.0]])  # centroids 0 and 7
-    kept, labels, sums = assignment.renew(
-        problem, *unknown(problem, 2)[:1], offsets, jnp.full(2, jnp.inf)
-    )
+    kept, shifts = unknown(problem, 2)
+    kept, labels, sums = assignment.renew(problem, kept, offsets, shifts)
     np.testing.assert_array_equal(labels, [0, 0, 1])
     np.testing.assert_allclose(kept.gaps, [7, 5 - 2, 7], rtol=1e-4)
     np.testing.assert_array_equal(sums.counts, [2, 1])
@@ -87,9 +85,8 @@ def test_rows_that_cannot_change_are_not_looked_at():
     Z = np.repeat(np.eye(K, D, dtype=np.float32) * 10, 50, axis=0)
     problem = problem_of(Z)
     offsets = jnp.eye(K, D) * 10 - problem.mean
-    kept, labels, _ = assignment.renew(
-        problem, *unknown(problem)[:1], offsets, jnp.full(K, jnp.inf)
-    )
+    kept, shifts = unknown(problem)
+    kept, labels, _ = assignment.renew(problem, kept, offsets, shifts)
     other = problem._replace(Z=problem.Z.at[0].set(problem.Z[-1]))
     _, again, _ = assignment.renew(other, kept, offsets, jnp.full(K, 0.1))
     np.testing.assert_array_equal(again, labels)

@@ -22,13 +22,10 @@ def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
     beyond it, which its result shows; there Householder's does the work.
     """
 
-    def better(basis: Array, shift: float) -> Array:
-        return _by_cholesky(basis, shift)
-
     def good(basis: Array) -> Array:
         return _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
 
-    return _rounds(_unit(columns), better, good, lambda: jnp.linalg.qr(columns)[0])
+    return _rounds(_unit(columns), _by_cholesky, good, lambda: jnp.linalg.qr(columns)[0])
 
 
 def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Float[Array, "D R"]:

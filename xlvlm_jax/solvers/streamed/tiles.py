@@ -21,7 +21,10 @@ class Source(Protocol):
     shape: tuple[int, int]
 
     def tiles(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows[B, D]) in order, `count` rows each but the last, read ahead."""
+        """(first row, rows[B, D]) in order, `count` rows each but the last, read ahead.
+
+        A CPU computes on the rows where they lie: they must not be written over afterwards.
+        """
         ...
 
     def take(self, numbers: Int[np.ndarray, " R"]) -> Float[np.ndarray, "R D"]:
