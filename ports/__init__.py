@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ports import checkpoint, idefics2, llava, molmo, qwen2_vl
+from ports import checkpoint, idefics2, llava, molmo, quantised, qwen2_vl, safetensors_io
 from ports.edits import (
     Edit,
     Places,
@@ -91,8 +91,8 @@ def load(
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
         ValueError: a model_type or a configuration value without a port, parameters that do not
-            match the model's (all of them listed), a damaged file, or an adapter for another model
-            or of a kind that is not implemented.
+            match the model's, a quantised checkpoint, a damaged file, or an adapter for another
+            model or of a kind that is not implemented.
     """
     directory = _directory(path)
     module, port, config, abstract = _build(directory, dtype)
@@ -104,13 +104,15 @@ def load(
 def load_abstract(
     path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> VLM:
-    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: nothing but config.json is read.
+    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read.
 
     For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
     compiling for other devices. The directory need hold no weights, and from the hub none are got.
     """
     directory = _directory(path, weights=False)
     module, port, config, abstract = _build(directory, dtype)
+    # Of weights that are there, the headers tell whether a load would read them.
+    quantised.refuse_tensors(safetensors_io.open_available(directory), directory)
     params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
     return VLM(module, params, config, port, directory, mesh)
 

@@ -22,7 +22,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from ports import orbax_io, safetensors_io, sharding
+from ports import orbax_io, quantised, safetensors_io, sharding
+from ports.messages import few
 from ports.sites import site_name
 
 Rename = Callable[[str], str | None]
@@ -57,8 +58,9 @@ def read_config(
     readers: model_type -> what makes a configuration of config.json's values, for models that
     transformers does not know.
 
-    Raises FileNotFoundError if it has no config.json, and ValueError if that is damaged or its
-    model_type is not among `supported`.
+    Raises FileNotFoundError if it has no config.json, and ValueError if that is damaged, its
+    model_type is not among `supported`, or the checkpoint is quantised or in the original LLaVA's
+    format.
     """
     from transformers import AutoConfig
 
@@ -66,17 +68,40 @@ def read_config(
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no config.json; is it a checkpoint directory?")
     values = read_json(file)
+    _refuse_original_llava(values, file)
     model_type = values.get("model_type")
     if model_type not in supported:
         raise ValueError(
             f"{file}: model_type {model_type!r} is not supported; supported: {', '.join(supported)}"
         )
+    quantised.refuse_config(values, file)
     try:
         if model_type in (readers or {}):
             return readers[model_type](values)
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # each configuration class has checks and kinds of errors of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
+    """ValueError for the format of LLaVA's authors, of which transformers reads nothing.
+
+    Its model_type may be "llava" too; transformers' defaults would then stand for what is unknown.
+    """
+    kinds = [str(kind) for kind in values.get("architectures") or ()]
+    original = [k for k in kinds if k.startswith("Llava") and k.endswith("ForCausalLM")]
+    if not original and "mm_vision_tower" not in values:
+        return
+    what = f"{file}: the original LLaVA's format ({(original or ['mm_vision_tower'])[0]})"
+    cut = (str(values.get(key, "")) for key in ("image_aspect_ratio", "mm_patch_merge_type"))
+    if any("anyres" in value or "unpad" in value for value in cut):
+        raise ValueError(f"{what}, of LLaVA-NeXT (1.6), which has no port; take a LLaVA-1.5")
+    size = {4096: "7b", 5120: "13b"}.get(values.get("hidden_size"), "7b")
+    raise ValueError(
+        f"{what}, whose modules have other names; take the one converted for transformers, "
+        f"llava-hf/llava-1.5-{size}-hf, or convert it with transformers' "
+        "convert_llava_weights_to_hf.py"
+    )
 
 
 @contextlib.contextmanager
@@ -141,7 +166,7 @@ def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
 def _match(
     abstract: dict, stored: Mapping[str, Any], rename: Rename, ignore: frozenset[str], where: str
 ) -> dict[tuple[str, ...], str]:
-    """Flax path -> name in the file. ValueError that lists all that is missing, left, misshapen."""
+    """Flax path -> name in the file. ValueError that names what is missing, left, misshapen."""
     expected = stored_shapes(abstract)
     names: dict[str, str] = {}
     unexpected = []
@@ -159,12 +184,18 @@ def _match(
         for name, shape in expected.items()
         if name in names and tuple(stored[names[name]].shape) != shape
     ]
+    not_floats = [
+        f"{name} ({stored[name].dtype.name})"
+        for name in names.values()
+        if not jnp.issubdtype(stored[name].dtype, jnp.floating)
+    ]
     problems = [
-        f"{len(found)} {what}: {', '.join(sorted(found))}"
+        f"{len(found)} {what}: {few(sorted(found))}"
         for what, found in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshapen),
+            ("not of floats", not_floats),
         )
         if found
     ]
@@ -195,10 +226,11 @@ def load_params(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, names or shapes differ (all of them are listed), or a
-            tensor holds NaN or Inf, or does in `dtype`.
+        ValueError: a file is truncated, names, shapes or kinds of numbers differ, the checkpoint
+            is quantised, or a tensor holds NaN or Inf, or does in `dtype`.
     """
     stored = safetensors_io.open_directory(directory)
+    quantised.refuse_tensors(stored, directory)
     names = _match(abstract, stored, rename, ignore, str(directory))
     placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
     params = {}

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from ports.messages import few
+
 FORMAT, VERSION = "ports parameters", 1
 PARAMS, RECORD = "params", "params.json"
 # A host that needs an eighth of an array reads little more than that; files stay few.
@@ -100,7 +102,7 @@ def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | No
             wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
             raise ValueError(
                 f"{where} does not hold this model's parameters: missing, unexpected or of another "
-                f"shape are {', '.join('.'.join(path) for path in wrong)}"
+                f"shape are {few('.'.join(path) for path in wrong)}"
             )
         with _one_line(where):
             return checkpointer.restore(

@@ -5,6 +5,7 @@ process's own until the file is closed; here a tensor is read into its own buffe
 a checkpoint peaks at the parameters' size and one tensor more.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,15 +19,23 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from ports.messages import few
+
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -110,28 +119,37 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
 
     Raises FileNotFoundError for missing files and ValueError as `open_file` does.
     """
-    index = directory / _INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{index}: expected a JSON object with a 'weight_map'") from None
-        unsafe = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(n))]
-        if unsafe:
-            raise ValueError(f"{index}: {unsafe[0]!r} is no name of a safetensors file beside it")
-        files = [directory / name for name in names]
-    else:
-        files = [directory / _SINGLE]
+    files = _files(directory)
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{directory} lacks {', '.join(missing)}; expected {_SINGLE}, or {_INDEX} and every "
+            f"{directory} lacks {few(missing)}; expected {_SINGLE}, or {_INDEX} and every "
             "file that it names (PyTorch .bin files are not read: convert them to safetensors)"
         )
+    return {name: tensor for file in files for name, tensor in open_file(file).items()}
+
+
+def open_available(directory: Path) -> dict[str, StoredTensor]:
+    """As `open_directory`, but files that are missing or damaged are left out."""
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        tensors.update(open_file(file))
+    with contextlib.suppress(ValueError):
+        for file in filter(Path.exists, _files(directory)):
+            tensors |= open_file(file)
     return tensors
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if not index.exists():
+        return [directory / _SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index}: expected a JSON object with a 'weight_map'") from None
+    unsafe = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(n))]
+    if unsafe:
+        raise ValueError(f"{index}: {unsafe[0]!r} is no name of a safetensors file beside it")
+    return [directory / name for name in names]
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

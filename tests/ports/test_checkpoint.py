@@ -1,6 +1,7 @@
 """Checkpoints to parameters and back: names, dtypes, shards, strictness, memory."""
 
 import functools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -171,6 +172,16 @@ class TestStrictness:
         ):
             ports.load(directory)
 
+    def test_long_lists_are_cut(self, tmp_path, small):
+        tensors = tensors_of(small)
+        gone = sorted(name for name in tensors if name.startswith("language_model.model.layers."))
+        kept = {name: value for name, value in tensors.items() if name not in gone}
+        with helpers.raises_line(
+            ValueError,
+            f"{len(gone)} missing: {', '.join(gone[:5])} and {len(gone) - 5} more",
+        ):
+            ports.load(write(tmp_path / "half", small, kept))
+
     def test_a_parameter_that_is_stored_under_two_names(self, tmp_path, small):
         tensors = tensors_of(small)
         tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"] + 1
@@ -197,6 +208,37 @@ class TestStrictness:
         gone.unlink()
         with helpers.raises_line(FileNotFoundError, f"{tmp_path} lacks {gone.name}"):
             ports.load(tmp_path)
+
+
+# What liuhaotian/llava-v1.5-7b says; its model_type is also that of converted checkpoints.
+ORIGINAL_LLAVA = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "hidden_size": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "model_type": "llava",
+    "num_hidden_layers": 32,
+}
+
+
+class TestOriginalLlava:
+    @pytest.mark.parametrize("load", [ports.load, ports.load_abstract])
+    @pytest.mark.parametrize(
+        ("changes", "advice"),
+        [
+            ({}, "take the one converted for transformers, llava-hf/llava-1.5-7b-hf"),
+            ({"hidden_size": 5120}, "llava-hf/llava-1.5-13b-hf, or convert it"),
+            ({"model_type": "llava_llama"}, "llava-hf/llava-1.5-7b-hf"),
+            ({"image_aspect_ratio": "anyres"}, "of LLaVA-NeXT (1.6), which has no port"),
+            ({"architectures": None}, "the original LLaVA's format (mm_vision_tower)"),
+        ],
+    )
+    def test_is_refused_by_name(self, tmp_path, load, changes, advice):
+        (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_LLAVA | changes))
+        with helpers.raises_line(ValueError, "the original LLaVA's format", advice):
+            load(tmp_path)
 
 
 LOAD = """

@@ -1,0 +1,13 @@
+"""What error messages have in common."""
+
+from collections.abc import Iterable
+
+
+def few(names: Iterable[object], most: int = 5) -> str:
+    """Joins names with commas, and says of the rest how many there are.
+
+    few(["a", "b", "c", "d"], most=2) -> "a, b and 2 more"
+    """
+    names = list(map(str, names))
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,135 @@
+"""Quantised checkpoints are refused by name, whether the configuration or the tensors tell."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+import ports
+
+from . import helpers
+
+Q_PROJ = "language_model.model.layers.0.self_attn.q_proj"
+CONFIGS = {
+    "bitsandbytes, 4 bits": transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict(),
+    "bitsandbytes, 8 bits": transformers.BitsAndBytesConfig(load_in_8bit=True).to_dict(),
+    "awq, 4 bits": transformers.AwqConfig().to_dict(),
+    "gptq, 8 bits": transformers.GPTQConfig(bits=8).to_dict(),
+    "fp8": transformers.FineGrainedFP8Config().to_dict(),
+    # Their libraries make these; the entries are those that the hub's checkpoints have.
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnly"}}},
+    "compressed-tensors, float-quantized": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+    },
+}
+
+
+def uint8(*shape):
+    return np.zeros(shape, np.uint8)
+
+
+# What each method stores of one linear layer, beside or instead of `weight`.
+TENSORS = {
+    "bitsandbytes, 4 bits": {
+        "weight": uint8(2520, 1),
+        "weight.absmax": np.ones(79, np.float32),
+        "weight.quant_map": np.ones(16, np.float32),
+        "weight.quant_state.bitsandbytes__nf4": uint8(80),
+    },
+    "bitsandbytes, 8 bits": {"weight": np.ones((84, 60), np.int8), "SCB": np.ones(84, np.float32)},
+    "AWQ or GPTQ": {
+        "qweight": np.ones((60, 11), np.int32),
+        "qzeros": np.ones((1, 11), np.int32),
+        "scales": np.ones((1, 84), np.float16),
+    },
+    "GPTQ": {
+        "qweight": np.ones((8, 84), np.int32),
+        "qzeros": np.ones((1, 11), np.int32),
+        "scales": np.ones((1, 84), np.float16),
+        "g_idx": np.zeros(60, np.int32),
+    },
+    "fp8, in blocks": {
+        "weight": np.ones((84, 60), ml_dtypes.float8_e4m3fn),
+        "weight_scale_inv": np.ones((1, 1), np.float32),
+    },
+    "compressed-tensors or fp8": {
+        "weight": np.ones((84, 60), ml_dtypes.float8_e4m3fn),
+        "weight_scale": np.ones((84, 1), np.float16),
+    },
+    "compressed-tensors": {
+        "weight_packed": np.ones((84, 8), np.int32),
+        "weight_scale": np.ones((84, 1), np.float16),
+        "weight_shape": np.array([84, 60]),
+    },
+    "torchao": {
+        "_weight_qdata": np.ones((84, 60), np.int8),
+        "_weight_scale": np.ones((84, 1), np.float32),
+    },
+}
+
+
+@pytest.fixture
+def copy(tmp_path, small):
+    """A copy of the small checkpoint, to be changed."""
+    return shutil.copytree(small.directory, tmp_path / "copy")
+
+
+def write_q_proj(directory, tensors):
+    """The checkpoint's one linear layer as another method stores it."""
+    file = directory / "model.safetensors"
+    stored = safetensors.numpy.load_file(file)
+    del stored[f"{Q_PROJ}.weight"]
+    stored |= {f"{Q_PROJ}.{name}": value for name, value in tensors.items()}
+    safetensors.numpy.save_file(stored, file)
+
+
+@pytest.mark.parametrize("load", [ports.load, ports.load_abstract])
+class TestRefusals:
+    @pytest.mark.parametrize("method", CONFIGS)
+    @pytest.mark.parametrize("part", ["whole", "text_config"])
+    def test_by_the_configuration(self, copy, load, method, part):
+        config = json.loads((copy / "config.json").read_text())
+        place = config if part == "whole" else config[part]
+        place["quantization_config"] = CONFIGS[method]
+        (copy / "config.json").write_text(json.dumps(config))
+        with helpers.raises_line(
+            ValueError, f"config.json: quantised ({method}, by its quantization_config)"
+        ):
+            load(copy)
+
+    def test_by_a_file_of_autogptq(self, copy, load):
+        (copy / "quantize_config.json").write_text('{"bits": 4}')
+        with helpers.raises_line(ValueError, "quantised (AWQ or GPTQ, by its quantize_config"):
+            load(copy)
+
+    @pytest.mark.parametrize("method", TENSORS)
+    def test_by_names_of_tensors(self, copy, load, method):
+        write_q_proj(copy, TENSORS[method])
+        with helpers.raises_line(ValueError, f"quantised ({method}, by its {Q_PROJ}.", "model.deq"):
+            load(copy)
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
+    def test_by_dtypes_alone(self, copy, load, dtype):
+        write_q_proj(copy, {"weight": np.ones((84, 60), dtype)})
+        name = np.dtype(dtype).name
+        with helpers.raises_line(ValueError, f"tensor {Q_PROJ}.weight is stored as {name}"):
+            load(copy)
+
+
+def test_a_description_needs_no_whole_weights(copy):
+    (copy / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert Q_PROJ in ports.load_abstract(copy).sites
+    (copy / "model.safetensors").unlink()
+    assert Q_PROJ in ports.load_abstract(copy).sites
+
+
+def test_integers_of_the_right_name_and_shape_are_no_parameters(copy):
+    write_q_proj(copy, {"weight": np.ones((84, 60), np.int32)})
+    with helpers.raises_line(ValueError, f"1 not of floats: {Q_PROJ}.weight (int32)"):
+        ports.load(copy)
