@@ -36,7 +36,9 @@ class Places(NamedTuple):
 
     kind: Array  # int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED
     index: Array  # int32[B, T]: which token of its row it is, padding not counted
-    slot: Array  # int32[T]: its column in the padded sequence
+    # int32[B or 1, T]: its column in the caller's inputs, after which generated tokens count on;
+    # -1 for what only fills the batch up to a compiled length.
+    slot: Array
 
 
 @functools.partial(
@@ -80,14 +82,16 @@ class Edit:
         kinds = jnp.asarray(self.kinds)
         if places is None:
             chosen = kinds.all() & (jnp.arange(shape[-2]) >= self.start)[None]
-            slots = jnp.arange(shape[-2])
+            slots = jnp.arange(shape[-2])[None]
         else:
             chosen = kinds[jnp.maximum(places.kind, 0)] & (places.index >= self.start)
             chosen = chosen & (places.kind != PADDING)
             slots = places.slot
         if self.mask is not None:
             mask = jnp.asarray(self.mask, bool)
-            chosen = chosen & jnp.take(mask, slots, axis=1, mode="fill", fill_value=False)
+            slots = jnp.broadcast_to(slots, (*mask.shape[:-1], shape[-2]))
+            mask = jnp.take_along_axis(mask, slots, axis=-1, mode="fill", fill_value=False)
+            chosen = chosen & mask
         return chosen
 
     def __call__(self, states: Array, places: Places | None = None) -> Array:
@@ -234,14 +238,27 @@ class _Function(NamedTuple):
     function: Callable[..., Array]
 
     def __call__(self, x: Array, vector: Any, alpha: Array, places: Places | None) -> Array:
-        return (1 - alpha) * x + alpha * self.function(x, places)
+        if places is None or x.shape[-2] == 1:
+            return (1 - alpha) * x + alpha * self.function(x, places)
+        # In the order of the caller's columns: a generation moves the tokens of its rows.
+        slot = jnp.broadcast_to(places.slot, places.kind.shape)
+        order = jnp.argsort(jnp.where(slot < 0, jnp.iinfo(slot.dtype).max, slot), axis=-1)
+        ordered = Places(
+            *(jnp.take_along_axis(field, order, -1) for field in (places.kind, places.index, slot))
+        )
+        out = self.function(jnp.take_along_axis(x, order[..., None], -2), ordered)
+        out = jnp.take_along_axis(out, jnp.argsort(order, axis=-1)[..., None], -2)
+        return (1 - alpha) * x + alpha * out
 
 
 def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "all") -> Edit:
     """function(states[B, T, D], places) instead of the states.
 
-    places is a `Places`, or None at a site whose positions are no tokens. Pass the same function
-    object again: another one is another program.
+    places is a `Places`, or None at a site whose positions are no tokens. The function is called
+    for the prompt, whose columns are those of the caller's inputs (T may be larger: what follows
+    fills up to a compiled length, and its kind is PADDING), and for each generated token by itself
+    (T = 1, its column in `places.slot`); a generation's last layer may put out the last column
+    alone. Pass the same function object again: another one is another program.
     """
     return _edit(_Function(function), None, alpha, where)
 

@@ -97,7 +97,7 @@ def generate(
         axes = model.prompt_cache_axes(edits)
         prefill = jax.vmap(prefill, out_axes=(0, axes, 0))
         axes = {"prompt_cache": axes, "cache": 0}
-        decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None))
+        decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None, None))
 
     def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         logits = logits.astype(jnp.float32)
@@ -124,6 +124,7 @@ def generate(
         .set(value[..., -1, :])
         for site, value in prefilled.items()
     }
+    column = joiner.next_column(inputs)
     next_positions = model.positions(inputs).reshape(batch, -1).max(-1) + 1
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
@@ -143,6 +144,7 @@ def generate(
             next_positions + step - 1,
             valid,
             slot,
+            None if column is None else column + step - 1,
         )
         # Rows that ended keep zeros: their states predict nothing.
         states = {

@@ -75,7 +75,7 @@ class VisionLanguageModel(nn.Module):
         """What a prompt's positions are, for edits that ask for some kinds of them.
 
         The inputs' own `position_kinds` int[B, T] go first: of a text that holds an answer, which
-        part was generated.
+        part was generated. `columns` int[B, T] are the caller's, where padding has moved them.
         """
         tokens, mask = jnp.asarray(inputs["input_ids"]), attention_mask(inputs) != 0
         if mask.ndim == 3:
@@ -85,7 +85,7 @@ class VisionLanguageModel(nn.Module):
         kind = jnp.where(index == index[:, -1:], edits.LAST_PROMPT, kind)
         given = inputs.get("position_kinds")
         kind = jnp.where(mask, kind if given is None else given, edits.PADDING)
-        return edits.Places(kind, index, jnp.arange(tokens.shape[1]))
+        return edits.Places(kind, index, _columns(inputs))
 
     def __call__(self, inputs: Inputs) -> Array:
         """The processor's arrays -> logits[B, T, V] at every position."""
@@ -148,29 +148,58 @@ class VisionLanguageModel(nn.Module):
         with steering.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
             return self.unembed(states)[:, 0]
 
-    def extend(self, tokens: Array, positions: Array, mask: Array, slot: Array) -> Array:
+    def extend(
+        self,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        slot: Array,
+        column: Array | None = None,
+    ) -> Array:
         """Text tokens behind what the cache holds, whose keys and values they see and add to.
 
         tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
-        each of them sees; slot int32[], where the first of them goes -> final states [B, T, D].
+        each of them sees; slot int32[], where the first of them goes; column int32[], which the
+        caller's next is, if another -> final states [B, T, D].
         """
-        with steering.at_places(_generated_places(tokens, mask, slot)):
+        with steering.at_places(_generated_places(tokens, mask, slot, column)):
             x = self.text_decoder.embed_tokens(tokens)
             return self.text_decoder(x, positions, mask, start=slot)
 
-    def decode_step(self, tokens: Array, positions: Array, valid: Array, slot: Array) -> Array:
+    def decode_step(
+        self,
+        tokens: Array,
+        positions: Array,
+        valid: Array,
+        slot: Array,
+        column: Array | None = None,
+    ) -> Array:
         """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
         tokens, mask = tokens[:, None], valid[:, None, None, :]
-        states = self.extend(tokens, positions[:, None], mask, slot)
-        with steering.at_places(_generated_places(tokens, mask, slot)):
+        states = self.extend(tokens, positions[:, None], mask, slot, column)
+        with steering.at_places(_generated_places(tokens, mask, slot, column)):
             return self.unembed(states)[:, 0]
 
 
-def _generated_places(tokens: Array, mask: Array, slot: Array) -> edits.Places:
+def _columns(inputs: Inputs) -> Array:
+    """int32[B or 1, T]: the columns of the caller's inputs."""
+    given = inputs.get("columns")
+    return jnp.arange(inputs["input_ids"].shape[1])[None] if given is None else jnp.asarray(given)
+
+
+def next_column(inputs: Inputs) -> Array | None:
+    """The column after the caller's last, if the inputs say which are the caller's."""
+    return _columns(inputs).max() + 1 if "columns" in inputs else None
+
+
+def _generated_places(
+    tokens: Array, mask: Array, slot: Array, column: Array | None
+) -> edits.Places:
     # A token sees itself and what precedes it: its index is one less than their number.
     index = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32) - 1, tokens.shape)
     kind = jnp.full(tokens.shape, edits.GENERATED)
-    return edits.Places(kind, index, slot + jnp.arange(tokens.shape[1]))
+    first = slot if column is None else column
+    return edits.Places(kind, index, (first + jnp.arange(tokens.shape[1]))[None])
 
 
 def attention_mask(inputs: Inputs) -> Array:

@@ -5,10 +5,12 @@ B batch, T positions.
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # The arrays that have one row a sample and one column a position.
-_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index")
+_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index", "columns")
 
 
 def bucket_length(length: int) -> int:
@@ -26,7 +28,7 @@ def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str,
     """Pads what has a column a position on the left, up to the bucket's length."""
     length = arrays["input_ids"].shape[1]
     missing = bucket_length(length) - length
-    fill = {"input_ids": pad_token, "feature_index": -1}
+    fill = {"input_ids": pad_token, "feature_index": -1, "columns": -1}
     return {
         name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
         if name in _PER_POSITION
@@ -46,4 +48,19 @@ def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
         name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
         for name, value in arrays.items()
+    }
+
+
+def realign(arrays: Mapping[str, np.ndarray], states: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Moves states [B, T, D] of rows that `align_right` moved back to the columns of `arrays`.
+
+    States of one position are those of the last, and stay.
+    """
+    order = right_order(arrays)
+    if (order == np.arange(order.shape[1])).all():
+        return states
+    back = np.argsort(order, axis=1)[..., None]
+    return {
+        site: value if value.shape[1] == 1 else jnp.take_along_axis(value, back, axis=1)
+        for site, value in states.items()
     }

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -237,7 +237,7 @@ class VLM:
                 prompt.
         """
         arrays, sites = self._check(inputs), self.check_sites(sites)
-        edits = self._place_edits(edits, arrays)
+        edits, arrays = self._place_edits(edits, arrays)
         logits, states = _forward(
             self.module, self.params, self._place(arrays), edits, sites, self._mesh
         )
@@ -253,7 +253,7 @@ class VLM:
     ) -> dict[str, Array]:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
         arrays, sites = self._check(inputs), self.check_sites(sites)
-        edits = self._place_edits(edits, arrays)
+        edits, arrays = self._place_edits(edits, arrays)
         arguments = (self.module, self.params, self._place(arrays), edits, sites)
         states = _states(*arguments, self._mesh)
         return self._cut(states, arrays["input_ids"].shape[1])
@@ -285,11 +285,12 @@ class VLM:
             ValueError: an unknown site, a site outside the decoder, no room for a new token, an
                 edit that does not fit, or images that do not fit the prompt.
         """
-        arguments, options, length = self._generation(
+        arguments, options, checked = self._generation(
             inputs, max_new_tokens, sites, edits, sampling, prompt_states
         )
         result = _generate(*arguments, **options)
-        return result._replace(prompt_states=self._cut(result.prompt_states, length))
+        states = self._cut(result.prompt_states, checked["input_ids"].shape[1])
+        return result._replace(prompt_states=padding.realign(checked, states))
 
     def lower(
         self,
@@ -320,13 +321,13 @@ class VLM:
         edits: Edits | None,
         sampling: Sampling | None,
         prompt_states: bool,
-    ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
-        """What the compiled generation takes, and the prompts' length before it is filled up."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, np.ndarray]]:
+        """What the compiled generation takes, and the checked inputs before they are filled up."""
         sites = self.check_sites(sites, generated=True)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         checked = self._check(inputs)
-        edits = self._place_edits(edits, checked, generated=True)
+        edits, checked = self._place_edits(edits, checked)
         arrays = self._place(padding.align_right(checked))
         options = {
             "max_new_tokens": max_new_tokens,
@@ -336,8 +337,7 @@ class VLM:
             "prompt_states": prompt_states,
             "mesh": self._mesh,
         }
-        length = checked["input_ids"].shape[1]
-        return (self.module, self.params, arrays, sampling, edits), options, length
+        return (self.module, self.params, arrays, sampling, edits), options, checked
 
     def sweep(
         self,
@@ -365,7 +365,7 @@ class VLM:
         """
         sites = self.check_sites(sites, generated=True)
         checked = self._check(inputs)
-        placed = [self._place_edits(edits, checked, generated=True) for edits in variants]
+        placed = [self._place_edits(edits, checked)[0] for edits in variants]
         structures = {jax.tree.structure(edits) for edits in placed}
         if len(structures) != 1:
             raise ValueError(
@@ -375,7 +375,7 @@ class VLM:
         return _generate(
             self.module,
             self.params,
-            self._place(padding.align_right(checked)),
+            self._place(padding.align_right(_with_columns(checked))),
             edits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
@@ -429,23 +429,21 @@ class VLM:
     def _place_edits(
         self,
         edits: Edits | None,
-        arrays: Mapping[str, np.ndarray],
-        *,
-        generated: bool = False,
-    ) -> dict[str, tuple[Edit, ...]]:
-        """The edits as arguments of a compiled program; their masks are laid out as the tokens."""
+        arrays: dict[str, np.ndarray],
+    ) -> tuple[dict[str, tuple[Edit, ...]], dict[str, np.ndarray]]:
+        """The edits as arguments of a compiled program, and the arrays with what they need."""
+        if not edits:
+            return {}, arrays
         placed = {}
         batch, length = arrays["input_ids"].shape
         missing = padding.bucket_length(length) - length
-        for site, listed in (edits or {}).items():
+        for site, listed in edits.items():
             placed[site] = ()
             for edit in (listed,) if isinstance(listed, Edit) else listed:
                 check_batch(edit, batch, length)
                 if edit.mask is not None:
-                    mask = np.asarray(edit.mask, bool)
-                    if generated:
-                        mask = np.take_along_axis(mask, padding.right_order(arrays), axis=1)
-                    mask = np.pad(mask, ((0, 0), (missing, 0)))
+                    # By the caller's columns; none are beyond them.
+                    mask = np.pad(np.asarray(edit.mask, bool), ((0, 0), (0, missing)))
                     edit = dataclasses.replace(edit, mask=mask)
                 placed[site] = (*placed[site], edit)
         require_sites(placed, self.sites)
@@ -458,10 +456,10 @@ class VLM:
                     "tokens: where can only be 'all' there; steer a site below "
                     f"{'.'.join(self.module.decoder_path)!r} at some of the positions"
                 )
-        if self._mesh is None or sharding.replicated(self._mesh).is_fully_addressable:
-            return placed
-        everywhere = sharding.replicated(self._mesh)
-        return jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), placed)
+        if self._mesh is not None and not sharding.replicated(self._mesh).is_fully_addressable:
+            everywhere = sharding.replicated(self._mesh)
+            placed = jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), placed)
+        return placed, _with_columns(arrays)
 
     def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
         """Takes off the positions that only fill up the bucket."""
@@ -508,6 +506,12 @@ class VLM:
             name: sharding.put(value, sharding.batch_sharding(self._mesh, value.shape))
             for name, value in arrays.items()
         }
+
+
+def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays, which remember the caller's columns wherever padding moves them."""
+    ids = arrays["input_ids"]
+    return arrays | {"columns": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)}
 
 
 def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...], int]:

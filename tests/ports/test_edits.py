@@ -121,8 +121,21 @@ class TestAnyModule:
 
 
 def test_padding_is_never_edited():
-    places = Places(jnp.array([[PADDING, TEXT]]), jnp.array([[-1, 0]]), jnp.arange(2))
+    places = Places(jnp.array([[PADDING, TEXT]]), jnp.array([[-1, 0]]), jnp.arange(2)[None])
     np.testing.assert_array_equal(ports.add([1.0]).positions((1, 2, 1), places), [[False, True]])
+
+
+def test_columns_are_the_callers():
+    """Two fillers, then the caller's columns 1 and 0: a row that was padded on the right."""
+    kind, index = jnp.array([[PADDING, PADDING, PADDING, TEXT]]), jnp.array([[-1, -1, -1, 0]])
+    places = Places(kind, index, jnp.array([[-1, -1, 1, 0]]))
+    x = jnp.arange(4.0)[None, :, None]
+    edit = ports.edit_with(lambda x, places: x + 10 * x[:, :1] + places.slot[..., None])
+    np.testing.assert_allclose(edit(x, places)[0, :, 0], [0, 1, 2, 33])
+    for column, edited in ((0, True), (1, False)):
+        mask = np.arange(2)[None] == column
+        positions = ports.add([1.0], where=mask).positions(x.shape, places)
+        np.testing.assert_array_equal(positions, [[False, False, False, edited]])
 
 
 class TestMessages:

@@ -38,3 +38,17 @@ def test_tokens_move_to_the_end_of_their_row_in_order():
     moved = padding.align_right(arrays)
     np.testing.assert_array_equal(moved["input_ids"], [[0, 5, 6, 7], [0, 0, 8, 9]])
     np.testing.assert_array_equal(moved["attention_mask"], [[0, 1, 1, 1], [0, 0, 1, 1]])
+
+
+def test_states_move_back_to_the_columns_that_their_tokens_came_from():
+    arrays = {
+        "input_ids": np.array([[5, 6, 7, 0], [0, 8, 9, 0]]),
+        "attention_mask": np.array([[1, 1, 1, 0], [0, 1, 1, 0]]),
+    }
+    moved = padding.align_right(arrays)["input_ids"][..., None]
+    states = {"layer": moved, "head": moved[:, -1:]}
+    back = padding.realign(arrays, states)
+    np.testing.assert_array_equal(back["layer"][..., 0], arrays["input_ids"])
+    assert back["head"] is states["head"]
+    left = {"attention_mask": np.array([[0, 1]])}
+    assert padding.realign(left, states) is states

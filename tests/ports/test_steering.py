@@ -279,6 +279,107 @@ class TestModels:
         np.testing.assert_array_equal(changed, [True, True, False])
 
 
+COLUMN, LATER, COUNT = 8, 2, 4  # of the function edits: one in the prompt, one behind it
+
+
+def add_at_a_column(x, places):
+    """The vector added at the caller's column 8, by the states' own index."""
+    return x if x.shape[1] == 1 else x.at[:, COLUMN].add(VECTOR)
+
+
+def add_from_a_column(length):
+    """The vector added from the second generated token on, by the columns of the places."""
+
+    def function(x, places):
+        return x + (places.slot >= length + LATER - 1)[..., None] * VECTOR
+
+    return function
+
+
+class TestPositions:
+    """An edit's positions are those of the caller's inputs, wherever padding moves them."""
+
+    @pytest.fixture(scope="class", params=["left", "right"])
+    def padded(self, request, inputs):
+        return inputs if request.param == "left" else helpers.pad_right(inputs)
+
+    def check(self, small, padded, edit, mask):
+        """A generation's states are those of an unpadded pass over each row and its tokens, in
+        which the positions bool[B, T + M] `mask` are edited.
+        """
+        site = "language_model.model.layers.1"
+        answer = small.vlm.generate(
+            padded, max_new_tokens=COUNT, sites=[site], edits={SITE: edit}, prompt_states=True
+        )
+        valid = np.pad(padded["attention_mask"] == 1, ((0, 0), (0, COUNT)), constant_values=True)
+        ids = np.concatenate([padded["input_ids"], answer.tokens], 1)
+        states = np.concatenate([answer.prompt_states[site], answer.states[site][:, 1:]], 1)
+        images = iter(padded["pixel_values"])
+        for row in range(len(ids)):
+            count = (ids[row] == helpers.IMAGE).sum() // helpers.PATCHES
+            alone = {"input_ids": ids[row : row + 1, valid[row]]}
+            if count:
+                alone["pixel_values"] = np.stack([next(images) for _ in range(count)])
+            edits = {SITE: ports.add(VECTOR, where=mask[row : row + 1, valid[row]])}
+            expected = small.vlm.forward(alone, sites=[site], edits=edits).states[site][0, :-1]
+            ours = states[row, valid[row, :-1]]
+            assert helpers.relative_error(ours, expected) < 1e-5
+
+    def expected_mask(self, padded, where):
+        ids, valid = padded["input_ids"], padded["attention_mask"] == 1
+        index = np.where(valid, np.cumsum(valid, 1) - 1, -1)
+        image, last = ids == helpers.IMAGE, index == index.max(1, keepdims=True)
+        after = np.broadcast_to(index.max(1, keepdims=True) + 1 + np.arange(COUNT), (3, COUNT))
+        prompt = {
+            "image": image,
+            "text": valid & ~image,
+            "last_prompt": last,
+            "generated": np.zeros_like(valid),
+        }.get(where if isinstance(where, str) else "", valid)
+        generated = np.full((3, COUNT), where in ("all", "text", "generated"))
+        if isinstance(where, dict):
+            prompt, generated = index >= where["from"], after >= where["from"]
+        return np.concatenate([prompt, generated], 1)
+
+    @pytest.mark.parametrize(
+        "where",
+        ["all", "prompt", "generated", "last_prompt", "image", "text", {"from": 4}, {"from": 12}],
+        ids=str,
+    )
+    def test_by_kind(self, small, padded, where):
+        self.check(small, padded, ports.add(VECTOR, where=where), self.expected_mask(padded, where))
+
+    @pytest.mark.parametrize("column", [0, 7, COLUMN, 27])
+    def test_by_a_mask(self, small, padded, column):
+        mask = np.zeros(padded["input_ids"].shape, bool)
+        mask[:, column] = True
+        edit = ports.add(VECTOR, where=mask)
+        self.check(small, padded, edit, np.pad(mask, ((0, 0), (0, COUNT))))
+
+    def test_by_a_functions_index(self, small, padded):
+        mask = np.zeros((3, padded["input_ids"].shape[1] + COUNT), bool)
+        mask[:, COLUMN] = True
+        self.check(small, padded, ports.edit_with(add_at_a_column), mask)
+
+    def test_by_a_functions_columns(self, small, padded):
+        length = padded["input_ids"].shape[1]
+        mask = np.zeros((3, length + COUNT), bool)
+        mask[:, length + LATER - 1 :] = True
+        self.check(small, padded, ports.edit_with(add_from_a_column(length)), mask)
+
+    def test_of_a_forward_pass(self, small, padded):
+        valid = padded["attention_mask"] == 1
+        mask = np.zeros_like(valid)
+        mask[:, COLUMN] = True
+        by_mask, by_function = (
+            small.vlm.forward(padded, edits={SITE: edit}).logits
+            for edit in (ports.add(VECTOR, where=mask), ports.edit_with(add_at_a_column))
+        )
+        assert helpers.relative_error(by_function, by_mask, valid) < 1e-6
+        plain = small.vlm.forward(padded).logits
+        assert helpers.relative_error(by_mask, plain, valid) > 1e-2
+
+
 class TestMessages:
     @pytest.mark.parametrize(
         ("edits", "parts"),
