@@ -158,6 +158,14 @@ class VLM:
         return next(iter(getattr(self.config, "architectures", None) or ()), None)
 
     @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """What tells the checkpoint from others (`checkpoint.fingerprint`); None without one.
+
+        The files are read once: a run may ask before each batch.
+        """
+        return None if self.directory is None else checkpoint.fingerprint(self.directory)
+
+    @functools.cached_property
     def module_names(self) -> dict[str, str]:
         """Linear layer -> the module's name in transformers, which adapters' files use."""
         rename = getattr(self._port, "transformers_name", None)

@@ -71,7 +71,7 @@ def clip():
 class ThreeWords:
     """A head and tokenizer whose three words are the first three columns of the states."""
 
-    directory = None
+    directory = fingerprint = None
 
     def unembed(self, x):
         return x[:, :3]

@@ -58,7 +58,9 @@ def test_a_site_must_be_chosen_among_several(tmp_path):
     Z = np.eye(3, dtype="f4")
     features = write(tmp_path / "f", Z, [(i, {}) for i in range(3)], sites=("a", "b"))
     assert stages.choose_site(features, "b") == "b"
-    with pytest.raises(ValueError, match="holds the sites a, b; choose one of them, got None"):
+    with pytest.raises(
+        ValueError, match="holds the sites a, b; choose one of them, got None; name it by --site"
+    ):
         stages.choose_site(features, None)
 
 

@@ -87,13 +87,31 @@ def test_samples_without_rows_may_come_without_states(tmp_path):
     assert (features.sites, len(features.samples), len(features.tokens)) == ((), 4, 0)
 
 
+def test_arrays_name_their_dimensions_and_lie_in_groups(tmp_path):
+    """As the Zarr v3 specification has it; xarray wants one length a name, and sites differ."""
+    write(tmp_path, range(1))
+    names = {}
+    for group in ("states", "rows"):
+        metadata = json.loads((tmp_path / group / "zarr.json").read_text())
+        assert metadata == {"zarr_format": 3, "node_type": "group"}
+        for file in (tmp_path / group).glob("*/zarr.json"):
+            metadata = json.loads(file.read_text())
+            assert metadata["node_type"] == "array"
+            assert len(metadata["dimension_names"]) == len(metadata["shape"])
+            names[file.parent.name] = metadata["dimension_names"]
+    assert names == {
+        **{site: ["row", f"width_{D}"] for site, D in SITES.items()},
+        **{name: ["row"] for name in ("sample", "position", "token")},
+    }
+
+
 def test_a_site_may_hold_a_slash(tmp_path):
     rows = np.ones((1, 2), np.float32)
     with FeaturesWriter(tmp_path, {}) as writer:
         writer.append([{}], {"a/b": rows}, *np.zeros((3, 1), int))
         writer.close()
     np.testing.assert_array_equal(Features.open(tmp_path).matrix("a/b"), rows)
-    assert len(list((tmp_path / "states").iterdir())) == 1
+    assert [path.name for path in (tmp_path / "states").iterdir() if path.is_dir()] == ["a%2Fb"]
 
 
 @given(

@@ -32,6 +32,11 @@ def join(address: str | None = None, count: int | None = None, index: int | None
         jax.distributed.initialize(address, count, index)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
+        if address is None:
+            raise ValueError(
+                f"no cluster tells this process its hosts ({first}); start it on a TPU pod slice, "
+                "by Slurm or by MPI, or give ADDRESS:PORT,COUNT,INDEX"
+            ) from error
         raise ValueError(
             f"the hosts did not find each other ({first}); give each the address of host 0, the "
             "number of hosts and its own index"

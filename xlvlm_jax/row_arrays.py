@@ -2,7 +2,8 @@
 
 They are not compressed (hidden states hardly shrink), so that a missing or truncated chunk shows in
 the size of its file, and chunks depend on the width alone, so that the bytes are the same however
-the rows came.
+the rows came. Arrays name their dimensions, "row" and "width_<D>", and lie in Zarr groups: xarray
+opens a group of them (`xarray.open_zarr(path, consolidated=False)`).
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Shaped
+
+from xlvlm_jax import atomic
 
 _CHUNK_BYTES = 2**20
 
@@ -36,8 +39,16 @@ def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorSto
         "shape": shape,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        # xarray wants one length for each name in a group, and sites may differ in width.
+        "dimension_names": ["row", *(f"width_{size}" for size in shape[1:])],
     }
     return wait(ts.open(_spec(path) | {"metadata": metadata}, create=True))
+
+
+def create_group(path: Path) -> None:
+    """Makes a directory the Zarr v3 group of the arrays and groups below it."""
+    path.mkdir(parents=True, exist_ok=True)
+    atomic.write(path / "zarr.json", json.dumps({"zarr_format": 3, "node_type": "group"}) + "\n")
 
 
 def open_array(path: Path) -> ts.TensorStore:

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ports import VLM
-from ports.checkpoint import fingerprint
 from xlvlm_jax import hosts
 from xlvlm_jax.concepts import (
     Concepts,
@@ -32,6 +31,7 @@ from xlvlm_jax.metrics import (
     explained_variance,
     reconstruct,
 )
+from xlvlm_jax.same_model import require_model
 from xlvlm_jax.store import Features
 
 
@@ -41,8 +41,8 @@ def choose_site(features: Features, site: str | None) -> str:
         return features.sites[0]
     if site not in features.sites:
         raise ValueError(
-            f"{features.path} holds the sites {', '.join(features.sites)}; "
-            f"choose one of them, got {site!r}"
+            f"{features.path} holds the sites {', '.join(features.sites)}; choose one of them, "
+            f"got {site!r}; name it by --site"
         )
     return site
 
@@ -127,12 +127,7 @@ def ground_concepts(
             f"{directory} has activations of {count} rows, {features.path} has "
             f"{len(features.tokens)}; ground concepts with the features they were learnt on"
         )
-    expected = concepts.source.get("fingerprint")
-    if vlm.directory is not None and expected not in (None, fingerprint(vlm.directory)):
-        raise ValueError(
-            f"{directory} was learnt on the states of {concepts.source.get('model')!r} "
-            f"({expected}); {vlm.directory} is another model, give that one"
-        )
+    require_model(concepts.source, vlm, f"{directory} was learnt on the states of")
     words = ground_text(
         np.asarray(concepts.components), vlm.unembed, vlm.tokenizer, num_words, num_candidates
     )

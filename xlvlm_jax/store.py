@@ -8,10 +8,16 @@
         rows/position       Zarr v3, int32[rows]
         rows/token          Zarr v3, int32[rows]
 
+`states` and `rows` are Zarr groups, which zarr-python and xarray open.
+
 A batch counts once the manifest, replaced last and atomically, counts it. Whatever a killed run
 left beyond that is cut off when the run goes on, so that it ends with the bytes of a run that was
 never interrupted: there are no time stamps, and `row_arrays` writes the same chunks however the
 rows came.
+
+States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
+zarr-python does not (3.1 says "No Zarr data type found"): read them by `Features.matrix`, or
+extract with float32 or float16 states.
 """
 
 import fcntl
@@ -35,6 +41,7 @@ from xlvlm_jax.row_arrays import (
     StoredRows,
     check_chunks,
     create_array,
+    create_group,
     cut,
     open_array,
     reason,
@@ -494,6 +501,8 @@ class FeaturesWriter:
         # what an append that failed before the first commit may have left
         shutil.rmtree(self.path / "states", ignore_errors=True)
         shutil.rmtree(self.path / "rows", ignore_errors=True)
+        for group in ("states", "rows"):
+            create_group(self.path / group)
         for name, dtype in _ROW_FIELDS.items():
             path = self.path / "rows" / name
             self._arrays[path] = create_array(path, dtype, (0,))

@@ -48,3 +48,18 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
     console = Console(file=io.StringIO(), width=120)
     demo.show(result, console)
     assert "report.html" in console.file.getvalue().replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--word", "zebra"), r"no caption of the drawn scenes says 'zebra'; expected dog, cat, "),
+        (("--num-concepts", 0), "number of concepts must be at least 1, got 0"),
+    ],
+)
+def test_what_no_scene_can_give_is_refused_before_any_is_drawn(xlvlm, tmp_path, options, message):
+    status, out, errors = xlvlm("demo", "--output", tmp_path / "demo", *options)
+    assert status == 2 and message in errors
+    assert "drawing" not in out
+    assert len(errors.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

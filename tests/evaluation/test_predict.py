@@ -1,5 +1,6 @@
 """Answers under several conditions: each as if it were run alone."""
 
+import copy
 import dataclasses
 import importlib
 
@@ -7,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from ports import ablate, add
+from ports import ablate, add, checkpoint
 from xlvlm_jax import SteeringVector, evaluation
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.evaluation import PLAIN, Condition
+from xlvlm_jax.same_model import model_of
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
 OTHER = "language_model.model.layers.3"
@@ -130,3 +132,18 @@ def test_messages(vlm, asked, vector):
     with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
         wrong = dataclasses.replace(vector, site="layers.99")
         evaluation.predict(vlm, asked[:1], [Condition((wrong,))], **OPTIONS)
+
+
+def test_the_checkpoint_is_read_once_for_all_conditions_and_batches(
+    vlm, asked, vector, monkeypatch
+):
+    """14 strengths beside the plain answers, in four batches."""
+    read, fingerprint = [], checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda p: read.append(p) or fingerprint(p))
+    loaded = copy.copy(vlm)
+    loaded.__dict__.pop("fingerprint", None)  # as of a model that was just loaded
+    own = dataclasses.replace(vector, source=vector.source | model_of(vlm))
+    conditions = [PLAIN, *(Condition((own,), alpha / 10) for alpha in range(14))]
+    found = evaluation.predict(loaded, asked[:4], conditions, max_new_tokens=1, batch_size=1)
+    assert found.answers[0] == found.answers[1]  # a strength of zero does nothing
+    assert read == [loaded.directory]

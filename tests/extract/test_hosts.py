@@ -116,3 +116,14 @@ def test_hosts_that_name_none(xlvlm, tmp_path, text, message):
     status, _, errors = xlvlm("decompose", tmp_path, "--output", tmp_path / "c", "--hosts", text)
     assert status == 2
     assert message in errors
+
+
+def test_auto_where_no_cluster_tells_the_hosts(tmp_path):
+    """In a process of its own: hosts are joined before JAX does anything else."""
+    output = tmp_path / "c"
+    arguments = ("decompose", tmp_path, "--output", output, "--hosts", "auto")
+    ((_, errors),) = finish(start(*arguments, cache=tmp_path), status=2)
+    assert "no cluster tells this process its hosts" in errors
+    assert "or give ADDRESS:PORT,COUNT,INDEX" in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not output.exists()

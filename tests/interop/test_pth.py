@@ -150,6 +150,94 @@ def test_a_file_of_a_big_endian_machine(file):
     assert np.asarray(read_pth(file(content))).tolist() == [1.5, -2]
 
 
+class OldDict:
+    """Pickles as an OrderedDict did under Python 2: with its pairs as lists, and its attributes."""
+
+    def __init__(self, pairs, **attributes):
+        self.pairs, self.attributes = pairs, attributes
+
+    def __reduce__(self):
+        state = (self.attributes,) if self.attributes else ()
+        return collections.OrderedDict, ([list(pair) for pair in self.pairs],), *state
+
+
+def old_file(value) -> bytes:
+    """A file of the first torch versions: five pickles of protocol 2, then the storages."""
+    tensors: list[torch.Tensor] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item):
+            if not isinstance(item, Stored):
+                return None
+            tensors.append(item.tensor)
+            key = str(len(tensors) - 1)
+            return "storage", torch.FloatStorage, key, "cpu", item.tensor.numel(), None
+
+        def reducer_override(self, item):
+            if item is torch.FloatStorage:
+                return "FloatStorage"
+            if isinstance(item, torch.Tensor):
+                shape, strides = tuple(item.shape), item.stride()
+                stored = Stored(item.contiguous())
+                rebuild = torch._utils._rebuild_tensor_v2
+                return rebuild, (stored, 0, shape, strides, False, OldDict([]))
+            return NotImplemented
+
+    stream = io.BytesIO()
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    for head in (0x1950A86A20F9469CFC6C, 1001, system):
+        pickle.dump(head, stream, 2)
+    Pickler(stream, 2).dump(value)
+    pickle.dump([str(i) for i in range(len(tensors))], stream, 2)
+    for tensor in tensors:
+        stream.write(struct.pack("<q", tensor.numel()) + raw(tensor))
+    return stream.getvalue()
+
+
+class Stored:
+    """The storage of a tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_dictionaries_of_old_torch_are_made_of_pairs(file):
+    states = torch.arange(6.0).reshape(1, 2, 3)
+    weights = OldDict([("norm.weight", states[0]), ("norm.bias", states[0, 0])], _metadata={"v": 1})
+    value = {"hidden_states": [{"norm": states}, {"norm": states + 1}], "weights": weights}
+    path = file(old_file(value))
+    # torch itself, whose OrderedDict takes the pairs, agrees.
+    expected = torch.load(path, weights_only=False)
+    found = read_pth(path)
+    assert list(found["weights"]) == list(expected["weights"]) == ["norm.weight", "norm.bias"]
+    for name, tensor in expected["weights"].items():
+        np.testing.assert_array_equal(np.asarray(found["weights"][name]), tensor.numpy())
+    for mine, theirs in zip(found["hidden_states"], expected["hidden_states"], strict=True):
+        np.testing.assert_array_equal(np.asarray(mine["norm"]), theirs["norm"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (b"K\x01\x85", "made of a int, expected pairs"),
+        (b"]K\x01a\x85", "not made of pairs"),
+        (b"](]K\x01ae\x85", "not made of pairs"),
+        (b"](](]K\x01ee\x85", "a dictionary has a list as a key"),
+    ],
+)
+def test_pairs_that_make_no_dictionary_are_refused(file, pairs, message):
+    with pytest.raises(PthError, match=message):
+        read_pth(file(zipped(b"ccollections\nOrderedDict\n" + pairs + b"R.")))
+
+
+def test_pairs_that_are_named_again_and_again_are_counted(file):
+    """One list of 20,000 pairs, of which 1,000 dictionaries are to be made."""
+    pairs = b"](" + b"".join(b"](K\x01K\x02e" for _ in range(20_000)) + b"e\x85q\x00"
+    one = b"ccollections\nOrderedDict\nh\x00R"
+    with pytest.raises(PthError, match="take more than 64 MiB"):
+        read_pth(file(zipped(pairs + b"0](" + one * 1000 + b"e.")))
+
+
 class Harm:
     """Pickles as a call of what it is given."""
 

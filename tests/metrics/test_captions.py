@@ -80,6 +80,18 @@ class TestScores:
         np.testing.assert_allclose(scores.cider, [5, 5, 0], atol=1e-6)
         assert scores.values["CIDEr"] == pytest.approx(10 / 3)
 
+    def test_cider_of_captions_that_equal_all_references_grows_up_to_four_words(self):
+        """Against the package itself: 10 / 4 for each length of which there are sequences."""
+        from pycocoevalcap.cider.cider import Cider
+
+        texts = ["dog", "red cat", "blue old bus", "one green tall tree", "we saw two small boats"]
+        scores = captions.caption_scores(texts, [[text] * 5 for text in texts])
+        np.testing.assert_allclose(scores.cider, [2.5, 5, 7.5, 10, 10], atol=1e-6)
+        people = {i: [text] * 5 for i, text in enumerate(texts)}
+        mean, each = Cider().compute_score(people, {i: [text] for i, text in enumerate(texts)})
+        np.testing.assert_allclose(scores.cider, each, atol=1e-9)
+        assert scores.values["CIDEr"] == pytest.approx(mean)
+
     def test_people_agree_with_themselves_best_and_order_does_not_matter(self):
         texts = [scenes.captions(scenes.sample_scene("val", i)) for i in range(12)]
         own = captions.caption_scores([t[0] for t in texts], [t[:1] for t in texts])

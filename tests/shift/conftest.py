@@ -15,7 +15,7 @@ WORDS = ("dog", "beach", "red", "happy", "forest", "the", "of", "snow")
 class Head:
     """A language-model head and a tokenizer of eight words, one a coordinate."""
 
-    directory = None
+    directory = fingerprint = None
 
     def unembed(self, x):
         return np.asarray(x)

@@ -75,6 +75,7 @@ def test_a_model_or_features_of_another_width_leave_nothing(write, states, conce
         return SimpleNamespace(
             config=SimpleNamespace(get_text_config=lambda: sized),
             directory=None,
+            fingerprint=None,
             unembed=head.unembed,
             tokenizer=head,
         )
@@ -87,13 +88,11 @@ def test_a_model_or_features_of_another_width_leave_nothing(write, states, conce
     assert not (root / "no").exists()
 
 
-def test_concepts_of_another_model_are_refused(write, states, concepts, root):
-    from xlvlm_jax import embedded
-
+def test_concepts_of_another_model_are_refused(vlm, write, states, concepts, root):
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     other = dataclasses.replace(concepts, source={"fingerprint": "0", "model": "other"})
     with pytest.raises(ValueError, match=r"states of 'other' \(0\); .* is another model"):
-        shift_features(*features, other, SimpleNamespace(directory=embedded.LLAVA), root / "no")
+        shift_features(*features, other, vlm, root / "no")
 
 
 def test_the_command_says_what_is_wrong_in_one_line(xlvlm, write, states, concepts, root):

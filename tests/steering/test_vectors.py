@@ -7,6 +7,7 @@ import safetensors.numpy
 from sklearn.cluster import KMeans
 
 from xlvlm_jax import SteeringVector, steering
+from xlvlm_jax.same_model import model_of
 
 KEY = jax.random.key(0)
 
@@ -93,7 +94,7 @@ class TestVectorOnDisk:
     def test_another_model_is_refused(self, vlm):
         with pytest.raises(ValueError, match=r"fitted on 'm' \(f\); .*llava is another model"):
             self.VECTOR.edits_for(vlm, None)
-        own = SteeringVector(self.VECTOR.vector, "layers.3", steering.files.model_of(vlm))
+        own = SteeringVector(self.VECTOR.vector, "layers.3", model_of(vlm))
         assert set(own.edits_for(vlm, None)) == {"layers.3"}
 
     def test_another_file(self, tmp_path):

@@ -33,14 +33,14 @@ def convert(
 
 def _write(vlm: Any, output: Path) -> None:
     """Under a temporary name, then renamed: a directory of the right name is whole."""
-    from ports import checkpoint, orbax_io
+    from ports import orbax_io
 
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _copy_descriptions(vlm.directory, temporary)
-        orbax_io.save(vlm.params, temporary, checkpoint.fingerprint(vlm.directory))
+        orbax_io.save(vlm.params, temporary, vlm.fingerprint)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

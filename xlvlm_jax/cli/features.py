@@ -95,7 +95,9 @@ def extract(
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
         "float32"
     ),
-    states_dtype: Annotated[str, typer.Option(help="Of the states on disk.")] = "float32",
+    states_dtype: Annotated[
+        str, typer.Option(help="Of the states on disk: float32, float16 or bfloat16.")
+    ] = "float32",
     strict: Annotated[bool, typer.Option(help="Stop at an unreadable image.")] = False,
     adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter of the model, merged into it.")

@@ -13,6 +13,7 @@ from ports import clip
 from xlvlm_jax import atomic, data, embedded, stages
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.data import scenes, select
+from xlvlm_jax.data.scenes.language import caption_words
 from xlvlm_jax.demo.shift import run_shift
 from xlvlm_jax.demo.steering import run_steering
 from xlvlm_jax.extract import Settings, extract
@@ -60,7 +61,16 @@ def run(
         num_concepts: K.
         seed: of the pictures and the solver.
         stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+
+    Raises ValueError, before anything is drawn, for a word of no caption or no concepts.
     """
+    if word not in caption_words():
+        raise ValueError(
+            f"no caption of the drawn scenes says {word!r}; expected {', '.join(scenes.KINDS)}, "
+            "or another word of them, such as red, beach or happy"
+        )
+    if num_concepts < 1:
+        raise ValueError(f"the number of concepts must be at least 1, got {num_concepts}")
     output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     began = time.perf_counter()

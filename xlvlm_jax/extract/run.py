@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
-from ports.checkpoint import fingerprint
 from xlvlm_jax import hosts
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract import parts
@@ -28,6 +27,7 @@ from xlvlm_jax.extract.loop import Clock, run_groups
 from xlvlm_jax.extract.preflight import disk_needs, require_disk
 from xlvlm_jax.extract.settings import Settings, Summary
 from xlvlm_jax.paired import check_alike, share_params
+from xlvlm_jax.same_model import model_of
 from xlvlm_jax.selection import Selection, not_found
 from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
 
@@ -207,10 +207,7 @@ def _complete(run: _Run, writer: FeaturesWriter, spellings: dict[str, int]) -> N
 
 def _described(vlm: VLM) -> dict[str, Any]:
     """The model, so that a run goes on with no other; the fingerprint is the checkpoint's."""
-    described: dict[str, Any] = {
-        "model": vlm.directory.name if vlm.directory else None,
-        "fingerprint": fingerprint(vlm.directory) if vlm.directory else None,
-    }
+    described: dict[str, Any] = dict(model_of(vlm))
     if vlm.adapter is not None:
         weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(weights).hexdigest()[:16]

@@ -95,7 +95,7 @@ def finetune(
         examples.answers_of(sample)
     arguments = {
         "base model": base_model or str(vlm.directory),
-        "fingerprint": checkpoint.fingerprint(vlm.directory),
+        "fingerprint": vlm.fingerprint,
         "dtype": jnp.dtype(vlm.module.dtype).name,
         **dataclasses.asdict(settings),
         "samples": len(samples),

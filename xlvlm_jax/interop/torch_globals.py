@@ -6,7 +6,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xlvlm_jax.interop.unpickle import Buildable, Function, PthError, Storage, StoredTensor
+from xlvlm_jax.interop.unpickle import (
+    Buildable,
+    Function,
+    PthError,
+    Storage,
+    StoredTensor,
+    couples,
+)
 
 # torch's dtypes, by the name of their storage class; those without one are saved as raw bytes.
 STORAGES = {
@@ -24,6 +31,7 @@ STORAGES = {
     "ComplexDoubleStorage": np.dtype(np.complex128),
 }
 UNTYPED = np.dtype(np.uint8)
+_PAIR_BYTES = 64  # of a name and a value in a dictionary, beside what they are
 DTYPES = {
     **{dtype.name: dtype for dtype in STORAGES.values()},
     **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
@@ -127,7 +135,7 @@ class Globals:
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("torch", "Size"): _same(tuple),
             ("torch", "device"): lambda kind, *_: self._text([kind]),
-            ("collections", "OrderedDict"): lambda: {},
+            ("collections", "OrderedDict"): self._ordered,
             ("_codecs", "encode"): self._encode,
             ("numpy", "dtype"): _NumpyDtype,
             ("numpy", "ndarray"): "numpy.ndarray",
@@ -149,6 +157,16 @@ class Globals:
                 f"its values take more than {self._limit / 2**20:.0f} MiB, many times the file's"
                 " size; save them contiguous (tensor.clone()) if that is meant"
             )
+
+    def _ordered(self, pairs: Sequence[Any] = ()) -> dict[Any, Any]:
+        """Of Python 2, under which old versions of torch ran, with its pairs: [[name, value]]."""
+        if not isinstance(pairs, list | tuple):
+            raise PthError(f"an OrderedDict is made of a {type(pairs).__name__}, expected pairs")
+        for pair in pairs:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise PthError("an OrderedDict is not made of pairs of a name and a value")
+        self._spend(_PAIR_BYTES * len(pairs))
+        return dict(couples([item for pair in pairs for item in pair]))
 
     def _text(self, parts: Sequence[Any]) -> str:
         """The parts of a path, or a device."""

@@ -109,14 +109,14 @@ class Machine:
         elif name == "LIST":
             stack.append(list(self._to_mark()))
         elif name == "DICT":
-            stack.append(dict(_couples(self._to_mark())))
+            stack.append(dict(couples(self._to_mark())))
         elif name == "APPEND":
             self._extend([self._pop()])
         elif name in ("APPENDS", "ADDITEMS"):
             self._extend(self._to_mark())
         elif name in ("SETITEM", "SETITEMS"):
             items = self._to_mark() if name == "SETITEMS" else [self._pop(), self._pop()][::-1]
-            self._top(dict).update(_couples(items))
+            self._top(dict).update(couples(items))
         elif name == "GLOBAL":
             stack.append(self._find(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -164,7 +164,8 @@ class Machine:
         self._top(list).extend(items)
 
 
-def _couples(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+def couples(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """(key, value) of items that alternate. PthError for a key that is not a plain value."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float | bytes | None):
             raise PthError(f"a dictionary has a {type(key).__name__} as a key")

@@ -20,7 +20,7 @@ from xlvlm_jax.metrics.ptb import caption_words
 class CaptionScores(NamedTuple):
     """How well N captions agree with people's."""
 
-    values: dict[str, float]  # by metric; CIDEr is 10 for captions equal to all of people's
+    values: dict[str, float]  # by metric; see `caption_scores` for how high CIDEr can be
     cider: Float[np.ndarray, " N"]  # of each caption
     left_out: dict[str, str]  # metric -> why it was not computed
 
@@ -31,7 +31,10 @@ def caption_scores(
     """CIDEr, BLEU-1 to BLEU-4 and ROUGE-L of captions; with `java`, METEOR and SPICE too.
 
     CIDEr weighs words by how rare they are in the references of all images: of one image alone it
-    is 0, and values of different sets of images do not compare.
+    is 0, and values of different sets of images do not compare. It is the mean over sequences of
+    one to four words, 10 where those of a caption and of all its references agree and 0 where a
+    caption has none: a caption that equals all its references has 10 if it is of four words or
+    more, 7.5 of three, 5 of two, 2.5 of one (less if a length has no sequence that is rare).
 
     Args:
         captions: one an image.

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from ports import VLM
-from ports.checkpoint import fingerprint
 from ports.clip import DualEncoder
 from xlvlm_jax import atomic, metrics
 from xlvlm_jax.concepts import ALIASES, METHODS, decompose
 from xlvlm_jax.data import files
 from xlvlm_jax.grounding import ground_text
 from xlvlm_jax.report.scores import plot
+from xlvlm_jax.same_model import require_model
 from xlvlm_jax.scoring.records import DictionaryScores
 from xlvlm_jax.scoring.scorer import Scorer
 from xlvlm_jax.stages import choose_site
@@ -79,14 +79,7 @@ def compare(
         "fingerprint": train.manifest.get("fingerprint"),
     }
     scorer.check_source(source)
-    if vlm.directory is not None and source["fingerprint"] not in (
-        None,
-        fingerprint(vlm.directory),
-    ):
-        raise ValueError(
-            f"{train.path} holds states of {source['model']!r} ({source['fingerprint']}); "
-            f"{vlm.directory} is another model, give that one"
-        )
+    require_model(source, vlm, f"{train.path} holds states of")
     counts = list(dict.fromkeys(num_concepts))
     found: dict[tuple[str, int], DictionaryScores] = {}
 

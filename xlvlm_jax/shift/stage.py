@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from ports import VLM
-from ports.checkpoint import fingerprint
 from xlvlm_jax.concepts import Concepts, decompose
 from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.same_model import require_model
 from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.analysis import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.grounded import ground_samples, ground_words
@@ -66,12 +66,7 @@ def shift_features(
         pairs, Z_b = match_samples(original, finetuned), finetuned.matrix(site)
     Z_a = original.matrix(site)
     _check_width(vlm, finetuned_vlm)
-    expected = concepts.source.get("fingerprint")
-    if vlm.directory is not None and expected not in (None, fingerprint(vlm.directory)):
-        raise ValueError(
-            f"the concepts were learnt on the states of {concepts.source.get('model')!r}"
-            f" ({expected}); {vlm.directory} is another model, give that one"
-        )
+    require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     if finetuned_concepts is None:
         if Z_a.shape[1] != Z_b.shape[1]:  # before a decomposition that would be for nothing
             analyse(Z_a, Z_b, pairs, concepts, concepts)

@@ -10,8 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from ports import VLM
-from ports.checkpoint import fingerprint
-from xlvlm_jax import atomic, damage
+from xlvlm_jax import atomic, damage, same_model
 
 
 def save(
@@ -54,18 +53,6 @@ def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[st
     return tensors, specification
 
 
-def model_of(vlm: VLM) -> dict[str, str | None]:
-    """What a specification says of the model it was fitted on."""
-    if vlm.directory is None:
-        return {"model": None, "fingerprint": None}
-    return {"model": vlm.directory.name, "fingerprint": fingerprint(vlm.directory)}
-
-
 def require_model(source: dict[str, Any], vlm: VLM) -> None:
     """ValueError if what was fitted on one model is to steer another; unknown ones pass."""
-    expected, got = source.get("fingerprint"), model_of(vlm)["fingerprint"]
-    if None not in (expected, got) and expected != got:
-        raise ValueError(
-            f"the steering vector was fitted on {source.get('model')!r} ({expected}); "
-            f"{vlm.directory} is another model ({got}), give that one"
-        )
+    same_model.require_model(source, vlm, "the steering vector was fitted on")

@@ -32,6 +32,7 @@ from jaxtyping import Float
 from ports import VLM
 from ports.edits import Edit, add
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.same_model import model_of
 from xlvlm_jax.steering import files, forcing
 
 Array = jax.Array | np.ndarray
@@ -295,7 +296,7 @@ def fit_l2s(
     shifts = states(site, 1, positive) - states(site, 2, negative)
     params, mean, deviation, scale, figures = fit_network(contexts, shifts, **options)
     source = {
-        **files.model_of(vlm),
+        **model_of(vlm),
         "method": "l2s",
         "samples": len(samples),
         "contrast": contrast,

@@ -24,6 +24,7 @@ from ports import VLM
 from ports.edits import PADDING, Edit, add, add_mapped
 from ports.joiner import VisionLanguageModel
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.same_model import model_of
 from xlvlm_jax.steering import files, forcing
 from xlvlm_jax.steering.vectors import SteeringVector
 
@@ -267,7 +268,7 @@ def fit_learned(
             if waited == patience:
                 break
     source = {
-        **files.model_of(vlm),
+        **model_of(vlm),
         "method": "learned",
         "samples": len(samples),
         "targets": _counts(targets),
