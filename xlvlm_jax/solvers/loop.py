@@ -89,9 +89,14 @@ def _tell(iteration: Array, objective: Array, error: Array) -> None:
         print(f"{text}compared to tol: {float(error):.2g}", file=sys.stderr)
 
 
+def real_dtype(*arrays: Array) -> Any:
+    """What is computed with: float32, or float64 where that is switched on and given."""
+    return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
+
+
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`a @ b` in full float32, whatever the inputs' width and the backend's default precision."""
-    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+    """`a @ b` in full float32 or wider, whatever the backend's default precision."""
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=real_dtype(a, b))
 
 
 def inner_products(atoms: Float[Array, "K D"], Z: Float[Array, "N D"]) -> Float[Array, "K N"]:

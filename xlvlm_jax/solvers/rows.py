@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.loop import Result, real_dtype
 
 
 class Rows(NamedTuple):
@@ -34,13 +34,15 @@ class Rows(NamedTuple):
     def take(
         self, values: Float[Array, "M ..."], numbers: Int[Array, " R"]
     ) -> Float[Array, "R ..."]:
-        """The rows of those numbers, wherever they are, in float32."""
+        """The rows of those numbers, wherever they are, in float32 or wider."""
+        values = jnp.asarray(values)
+        dtype = real_dtype(values)
         if self.axis is None:
-            return values[numbers].astype(jnp.float32)
+            return values[numbers].astype(dtype)
         M = values.shape[0]
         local = numbers - jax.lax.axis_index(self.axis) * M
         here = ((local >= 0) & (local < M)).reshape(-1, *(1,) * (values.ndim - 1))
-        mine = values[jnp.clip(local, 0, M - 1)].astype(jnp.float32)
+        mine = values[jnp.clip(local, 0, M - 1)].astype(dtype)
         return jax.lax.psum(jnp.where(here, mine, 0), self.axis)
 
     def largest(self, scores: Float[Array, " M"], count: int) -> Int[Array, " R"]:
