@@ -83,7 +83,7 @@ def dot(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
 
 
 def product(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
-    """a b as a pair, right to 11 digits for float32."""
+    """a b as a pair, right to ten digits for float32."""
     a, b = jnp.broadcast_arrays(a, b)
     if a.dtype != jnp.float32:
         return Wide(a * b, jnp.zeros_like(a))
