@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, layers
+from ports import checkpoint, layers, vocabulary
 from ports.vision import EncoderConfig
 
 Array = jax.Array
@@ -209,14 +209,19 @@ class TextEncoder:
 
         checkpoint.require_tokenizer(self.directory)
         with checkpoint.loading(self.directory, "tokenizer"):
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        vocabulary.warn_of_longer_tokenizer(tokenizer, self.config.vocab_size, (), self.directory)
+        return tokenizer
 
     def states(self, tokens: Array, attention_mask: Array, layer: int) -> Array:
         """The states [B, T, D] after so many layers; those behind are not computed.
 
         tokens and attention_mask: int[B, T], padded on the right. layer: 0 (the embeddings) to
         `config.num_layers`.
+
+        Raises ValueError for a token id outside the vocabulary.
         """
+        vocabulary.check_ids(np.asarray(tokens), self.config.vocab_size)
         return _states(self.module, layer, self.params, jnp.asarray(tokens), attention_mask)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, layers, vision
+from ports import checkpoint, layers, vision, vocabulary
 
 Array = jax.Array
 
@@ -154,12 +154,19 @@ class DualEncoder:
         checkpoint.require_tokenizer(self.directory)
         with checkpoint.loading(self.directory, "processor"):
             # The backend that needs neither torch nor torchvision; remote code is never run.
-            return AutoProcessor.from_pretrained(
+            processor = AutoProcessor.from_pretrained(
                 self.directory, backend="pil", trust_remote_code=False
             )
+        size = self.module.config.text.vocab_size
+        vocabulary.warn_of_longer_tokenizer(processor.tokenizer, size, (), self.directory)
+        return processor
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T], padded on the right -> unit vectors [B, E]."""
+        """tokens and attention_mask int[B, T], padded on the right -> unit vectors [B, E].
+
+        Raises ValueError for a token id outside the vocabulary.
+        """
+        vocabulary.check_ids(np.asarray(tokens), self.module.config.text.vocab_size)
         return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
 
     def embed_images(self, pixels: Array) -> Array:

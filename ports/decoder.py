@@ -232,7 +232,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype)
+        self.embed_tokens = layers.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype)
         self.layers = [DecoderLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
         self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
 

@@ -44,6 +44,11 @@ class VisionLanguageModel(nn.Module):
         """The decoder: called with embeddings, and with `embed_tokens` for the tokens'."""
         raise NotImplementedError
 
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids with an embedding: 0 up to this number, excluded."""
+        return self.config.text.vocab_size
+
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone."""
         raise NotImplementedError
@@ -88,7 +93,10 @@ class VisionLanguageModel(nn.Module):
         return edits.Places(kind, index, _columns(inputs))
 
     def __call__(self, inputs: Inputs) -> Array:
-        """The processor's arrays -> logits[B, T, V] at every position."""
+        """The processor's arrays -> logits[B, T, V] at every position.
+
+        A token id without an embedding gives NaN from its position on; `VLM` refuses it instead.
+        """
         states = self.states(inputs)
         with steering.at_places(self.places(inputs)):
             return self.unembed(states)

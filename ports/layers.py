@@ -61,6 +61,21 @@ def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None)
     return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
 
 
+def look_up(table: Array, tokens: Array) -> Array:
+    """Rows of the table [V, D] for tokens int[...] -> [..., D]; NaN for an id outside of it."""
+    # A negative index would count from the end.
+    index = jnp.where(tokens < 0, len(table), tokens)
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)
+
+
+class Embed(nn.Embed):
+    """A table of token embeddings; an id outside of it gives NaN."""
+
+    def __call__(self, tokens: Array) -> Array:
+        """tokens int[...] -> [..., D]."""
+        return look_up(self.embedding.astype(self.dtype), tokens)
+
+
 def rotary_angles(
     positions: Array, head_dim: int, theta: float, sections: tuple[int, ...] | None = None
 ) -> tuple[Array, Array]:

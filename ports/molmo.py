@@ -147,7 +147,21 @@ class Config:
             getattr(config, f"image_{name}_token_id") for name in ("patch", "col", "start", "end")
         )
         vision = molmo_vision.from_hf(config)
-        return cls(text, vision, config.additional_vocab_size, tuple(ids))
+        sizes = cls(text, vision, config.additional_vocab_size, tuple(ids))
+        for token in sizes.image_tokens:
+            # Features are added to these tokens' embeddings: the tables must hold them.
+            if not 0 <= token < sizes.num_embeddings:
+                raise ValueError(
+                    f"image token id {token} lies outside the {sizes.num_embeddings} embeddings; "
+                    f"expected less than embedding_size {text.vocab_size} + additional_vocab_size "
+                    f"{sizes.additional_vocab_size}"
+                )
+        return sizes
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of both tables together."""
+        return self.text.vocab_size + self.additional_vocab_size
 
 
 class Embedding(nn.Module):
@@ -158,14 +172,18 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """tokens int[B, T] -> [B, T, D]."""
+        """tokens int[B, T] -> [B, T, D]; NaN for an id that neither table has."""
         cfg = self.config
         init, width = nn.initializers.normal(0.02), cfg.text.hidden_size
         table = self.param("table", init, (cfg.text.vocab_size, width))
         further = self.param("new_embedding", init, (cfg.additional_vocab_size, width))
         # Joined, the tables would be copied at every step.
         behind = tokens - len(table)
-        x = jnp.where(behind[..., None] < 0, table[tokens], further[jnp.maximum(behind, 0)])
+        x = jnp.where(
+            behind[..., None] < 0,
+            layers.look_up(table, tokens),
+            layers.look_up(further, jnp.maximum(behind, 0)),
+        )
         return x.astype(self.dtype)
 
 
@@ -283,6 +301,11 @@ class Molmo(joiner.VisionLanguageModel):
 
     def setup(self):
         self.model = Model(self.config, self.dtype)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Those of both tables."""
+        return self.config.num_embeddings
 
     @property
     def text_decoder(self) -> Transformer:

@@ -22,6 +22,7 @@ from ports import (
     peft_files,
     sharding,
     steering,
+    vocabulary,
 )
 from ports.edits import Edit, Edits, check_batch, is_everywhere
 from ports.generate import Generation, Sampling
@@ -115,6 +116,7 @@ class VLM:
     """
 
     adapter: Path | None = None
+    _tokenizer_seen = False
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class VLM:
     ):
         self.module, self.params, self.config, self.directory = module, params, config, directory
         self._port, self._mesh = port, mesh
-        self.eos_tokens, self.pad_token = _special_tokens(config, directory)
+        self.eos_tokens, self.pad_token = _special_tokens(config, directory, module.num_embeddings)
 
     def with_adapter(self, directory: str | Path, *, donate: bool = False) -> "VLM":
         """The model with a PEFT LoRA adapter merged into its linear layers.
@@ -175,20 +177,35 @@ class VLM:
     def processor(self) -> Any:
         """The checkpoint's own processor, from transformers or the port; read when asked for."""
         if hasattr(self._port, "load_processor"):
-            return self._port.load_processor(self.directory)
-        from transformers import AutoProcessor
+            processor = self._port.load_processor(self.directory)
+        else:
+            from transformers import AutoProcessor
 
-        # The backend that needs neither torch nor torchvision, and gives everyone the same numbers.
-        return self._read(AutoProcessor, "processor", backend="pil")
+            # The backend that needs neither torch nor torchvision, and gives everyone the same
+            # numbers.
+            processor = self._read(AutoProcessor, "processor", backend="pil")
+        self._warn_of(processor.tokenizer)
+        return processor
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer, from transformers; read when first asked for."""
         if hasattr(self._port, "load_tokenizer"):
-            return self._port.load_tokenizer(self.directory)
-        from transformers import AutoTokenizer
+            tokenizer = self._port.load_tokenizer(self.directory)
+        else:
+            from transformers import AutoTokenizer
 
-        return self._read(AutoTokenizer, "tokenizer")
+            tokenizer = self._read(AutoTokenizer, "tokenizer")
+        self._warn_of(tokenizer)
+        return tokenizer
+
+    def _warn_of(self, tokenizer: Any) -> None:
+        """Warns, once per model, of a tokenizer with more tokens than the model."""
+        if not self._tokenizer_seen:
+            self._tokenizer_seen = True
+            vocabulary.warn_of_longer_tokenizer(
+                tokenizer, self.module.num_embeddings, self.image_tokens, self.directory
+            )
 
     def _read(self, kind: Any, what: str, **options: Any) -> Any:
         with checkpoint.loading(self.directory, what):
@@ -207,7 +224,8 @@ class VLM:
     def apply(self, params: dict, inputs: joiner.Inputs, **kwargs: Any) -> Any:
         """Pure: logits[B, T, V] of the processor's arrays. What `capture` and `steer` wrap.
 
-        Keyword arguments go to Linen's `Module.apply`.
+        Keyword arguments go to Linen's `Module.apply`. A token id outside the vocabulary gives NaN
+        at its position and all that see it (under `jax.jit` nothing can be raised).
         """
         with sharding.on(self._mesh):
             return self.module.apply({"params": params}, inputs, **kwargs)
@@ -241,8 +259,8 @@ class VLM:
             edits: site -> edit or edits of its states (`ports.add` ...); see `ports.steer`.
 
         Raises:
-            ValueError: an unknown site, an edit that does not fit, or images that do not fit the
-                prompt.
+            ValueError: a token id outside the vocabulary, an unknown site, an edit that does not
+                fit, or images that do not fit the prompt.
         """
         arrays, sites = self._check(inputs), self.check_sites(sites)
         edits, arrays = self._place_edits(edits, arrays)
@@ -290,8 +308,9 @@ class VLM:
                 the prefill applies to the last position only, the state at that one).
 
         Raises:
-            ValueError: an unknown site, a site outside the decoder, no room for a new token, an
-                edit that does not fit, or images that do not fit the prompt.
+            ValueError: a token id outside the vocabulary, an unknown site, a site outside the
+                decoder, no room for a new token, an edit that does not fit, or images that do not
+                fit the prompt.
         """
         arguments, options, checked = self._generation(
             inputs, max_new_tokens, sites, edits, sampling, prompt_states
@@ -493,12 +512,14 @@ class VLM:
                 f"attention_mask has shape {mask.shape}; expected that of input_ids, "
                 f"{arrays['input_ids'].shape}"
             )
+        vocabulary.check_ids(arrays["input_ids"], self.module.num_embeddings, self.image_tokens)
         return self._port.prepare_inputs(self.module.config, arrays)
 
     def prepare(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
         """The processor's arrays as `module` is compiled for them: checked, padded to the bucket.
 
-        Raises ValueError if images and prompts do not fit each other.
+        Raises ValueError for a token id outside the vocabulary, or if images and prompts do not fit
+        each other.
         """
         return padding.pad_to_bucket(self._check(inputs), self.pad_token)
 
@@ -522,8 +543,13 @@ def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays | {"columns": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)}
 
 
-def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...], int]:
-    """The ids that end a row, and the one that fills it; generation_config.json goes first."""
+def _special_tokens(
+    config: Any, directory: Path | None, vocabulary_size: int
+) -> tuple[tuple[int, ...], int]:
+    """The ids that end a row, and the one that fills it; generation_config.json goes first.
+
+    Raises ValueError for an id outside the vocabulary.
+    """
     chosen: dict[str, Any] = {}
     if directory is not None and (directory / "generation_config.json").exists():
         chosen = checkpoint.read_json(directory / "generation_config.json")
@@ -538,9 +564,8 @@ def _special_tokens(config: Any, directory: Path | None) -> tuple[tuple[int, ...
         0,
     )
     pad = next(token for token in candidates if token is not None)
-    for name, tokens in (("eos_token_id", eos), ("pad_token_id", (pad,))):
-        if not all(type(token) is int for token in tokens):
-            raise ValueError(f"{directory}: {name} is {tokens!r:.80}; expected ids, integers")
+    named = {"eos_token_id": eos, "pad_token_id": (pad,)}
+    vocabulary.check_special_ids(named, vocabulary_size, directory)
     return eos, pad
 
 
