@@ -48,6 +48,7 @@ __all__ = [
     "add_relative",
     "capture",
     "edit_with",
+    "hub_names",
     "list_sites",
     "load",
     "load_abstract",
@@ -115,6 +116,11 @@ def load_abstract(
     quantised.refuse_tensors(safetensors_io.open_available(directory), directory)
     params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
     return VLM(module, params, config, port, directory, mesh)
+
+
+def hub_names(name: str) -> tuple[str, ...]:
+    """What each port calls a module that today's transformers gives a name: as the hub does."""
+    return tuple(checkpoint.module_name(port.canonical_name, name) for port, _ in _PORTS.values())
 
 
 def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any, dict]:

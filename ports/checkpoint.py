@@ -143,6 +143,11 @@ def tensor_name(path: tuple[str, ...]) -> str:
     return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))
 
 
+def module_name(rename: Rename, module: str) -> str:
+    """The port's name of a module, of its name in any known checkpoint or in transformers."""
+    return (rename(f"{module}.weight") or "").removesuffix(".weight")
+
+
 def _stored_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
     """The axes of a parameter in the order in which the checkpoint stores them."""
     if path[-1] != "kernel":

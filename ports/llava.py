@@ -5,6 +5,7 @@ B batch, T positions, D width, I images, P patches that an image contributes.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, joiner, layers, vision
+from ports import checkpoint, decoder, joiner, layers, vision
 
 Array = jax.Array
 
@@ -165,6 +166,24 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
                 f"{', '.join(map(str, size))}]"
             )
     return dict(inputs)
+
+
+def complete_processor(processor: Any, config: Config, directory: Path) -> None:
+    """Gives a processor from transformers what its files do not say of an image's tokens.
+
+    Before 2025 transformers expanded the image token in the model, and checkpoints had no
+    processor_config.json, or one that says less; the rest follows from config.json. What the file
+    says stays.
+    """
+    file = directory / "processor_config.json"
+    said = checkpoint.read_json(file) if file.exists() else {}
+    for name, value in {
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "full" if config.keep_class_position else "default",
+        "num_additional_image_tokens": 1,  # the class position of CLIP's tower
+    }.items():
+        if said.get(name) is None:
+            setattr(processor, name, value)
 
 
 def canonical_name(name: str) -> str | None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import lora, safetensors_io
-from ports.checkpoint import Rename, read_json
+from ports.checkpoint import Rename, module_name, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -175,7 +175,7 @@ def _sites(
             continue
         module, which = match.groups()
         found.setdefault(module, set()).add(which)
-        site = (canonical_name(f"{module}.weight") or "").removesuffix(".weight")
+        site = module_name(canonical_name, module)
         if site in shapes:
             sites[site] = module
         elif module not in unknown:

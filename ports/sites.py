@@ -10,7 +10,7 @@ function returns, XLA drops every later layer.
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,14 +36,75 @@ def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
     normal = {normal_name(name): name for name in known}
     for site in sites:
         if normal_name(site) not in normal:
-            # The last part of a wrong name is usually right: prefer names that end alike.
-            wrong = normal_name(site)
-            tail = "." + ".".join(wrong.split(".")[-2:])
-            alike = [key for key in normal if ("." + key).endswith(tail)]
-            close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
-            close += difflib.get_close_matches(wrong, normal, 3, cutoff=0.3)
-            nearest = [normal[key] for key in dict.fromkeys(close)][:3]
-            raise ValueError(f"no site matches {site!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise _unknown(site, normal)
+
+
+def _unknown(site: str, normal: Mapping[str, str]) -> ValueError:
+    """normal: the known sites, each by its normal name."""
+    wrong = re.sub(r"\*+", "0", normal_name(site))
+    # The last part of a wrong name is usually right: prefer names that end alike.
+    tail = "." + ".".join(wrong.split(".")[-2:])
+    alike = [key for key in normal if ("." + key).endswith(tail)]
+    close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
+    close += difflib.get_close_matches(wrong, normal, 3, cutoff=0.3)
+    nearest = [normal[key] for key in dict.fromkeys(close)][:3]
+    return ValueError(f"no site matches {site!r}; nearest: {', '.join(nearest) or 'none'}")
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several sites (see `match_sites`)."""
+    return "*" in name or "?" in name
+
+
+def match_sites(
+    name: str, known: Iterable[str], other_names: Callable[[str], Iterable[str]] | None = None
+) -> list[str]:
+    """The known sites that a name or a pattern means, in their order; none is an empty list.
+
+    Args:
+        name: a site in any spelling, or a pattern: `*` and `?` stand for some characters and for
+            one of a part between dots, `**` for any text. A pattern may begin at any part:
+            "layers.*" are the layers, "layers.**" all that is in them too.
+        known: the sites that there are.
+        other_names: what else a name or pattern may be called, tried if it matches nothing.
+    """
+    known = list(known)
+    for said in (name, *(other_names(name) if other_names else ())):
+        if is_pattern(said):
+            pattern = re.compile(rf"(.*\.)?{_regular_expression(said.replace('/', '.'))}")
+            found = [site for site in known if pattern.fullmatch(site)]
+        else:
+            found = [site for site in known if normal_name(site) == normal_name(said)]
+        if found:
+            return found
+    return []
+
+
+def _regular_expression(pattern: str) -> str:
+    stands_for = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    return "".join(stands_for.get(part) or re.escape(part) for part in parts)
+
+
+def find_sites(
+    names: Iterable[str],
+    known: Iterable[str],
+    other_names: Callable[[str], Iterable[str]] | None = None,
+) -> dict[str, str]:
+    """The sites that names and patterns mean, as `match_sites` does.
+
+    Returns {name: site}, where a site that a pattern matched has its own name.
+
+    Raises ValueError for a name or a pattern that means no site; lists the nearest names.
+    """
+    known = list(known)
+    found: dict[str, str] = {}
+    for name in names:
+        matches = match_sites(name, known, other_names)
+        if not matches:
+            raise _unknown(name, {normal_name(site): site for site in known})
+        found |= {site if is_pattern(name) else name: site for site in matches}
+    return found
 
 
 def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ports import (
 )
 from ports.edits import Edit, Edits, check_batch, is_everywhere
 from ports.generate import Generation, Sampling
-from ports.sites import capture, list_sites, normal_name, require_sites
+from ports.sites import capture, find_sites, is_pattern, list_sites, normal_name
 
 Array = jax.Array
 
@@ -184,6 +184,8 @@ class VLM:
             # The backend that needs neither torch nor torchvision, and gives everyone the same
             # numbers.
             processor = self._read(AutoProcessor, "processor", backend="pil")
+            if hasattr(self._port, "complete_processor"):
+                self._port.complete_processor(processor, self.module.config, self.directory)
         self._warn_of(processor.tokenizer)
         return processor
 
@@ -255,20 +257,22 @@ class VLM:
 
         Args:
             inputs: the numpy arrays of the checkpoint's processor.
-            sites: whose states to return.
-            edits: site -> edit or edits of its states (`ports.add` ...); see `ports.steer`.
+            sites: names of sites, or patterns such as "layers.*" (see `find_sites`), whose states
+                to return.
+            edits: site, or pattern for sites of the decoder -> edit or edits of its states
+                (`ports.add` ...); see `ports.steer`.
 
         Raises:
             ValueError: a token id outside the vocabulary, an unknown site, an edit that does not
                 fit, or images that do not fit the prompt.
         """
-        arrays, sites = self._check(inputs), self.check_sites(sites)
+        arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._place_edits(edits, arrays)
         logits, states = _forward(
-            self.module, self.params, self._place(arrays), edits, sites, self._mesh
+            self.module, self.params, self._place(arrays), edits, _distinct(asked), self._mesh
         )
         length = arrays["input_ids"].shape[1]
-        return Output(logits[:, -length:], self._cut(states, length))
+        return Output(logits[:, -length:], self._cut(states, asked, length))
 
     def states(
         self,
@@ -278,11 +282,11 @@ class VLM:
         edits: Edits | None = None,
     ) -> dict[str, Array]:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
-        arrays, sites = self._check(inputs), self.check_sites(sites)
+        arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._place_edits(edits, arrays)
-        arguments = (self.module, self.params, self._place(arrays), edits, sites)
+        arguments = (self.module, self.params, self._place(arrays), edits, _distinct(asked))
         states = _states(*arguments, self._mesh)
-        return self._cut(states, arrays["input_ids"].shape[1])
+        return self._cut(states, asked, arrays["input_ids"].shape[1])
 
     def generate(
         self,
@@ -316,8 +320,11 @@ class VLM:
             inputs, max_new_tokens, sites, edits, sampling, prompt_states
         )
         result = _generate(*arguments, **options)
-        states = self._cut(result.prompt_states, checked["input_ids"].shape[1])
-        return result._replace(prompt_states=padding.realign(checked, states))
+        asked = self.find_sites(sites, generated=True)
+        states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
+        return result._replace(
+            states=_by_name(result.states, asked), prompt_states=padding.realign(checked, states)
+        )
 
     def lower(
         self,
@@ -390,7 +397,7 @@ class VLM:
         Raises:
             ValueError: as `generate`, or variants of another structure.
         """
-        sites = self.check_sites(sites, generated=True)
+        asked = self.find_sites(sites, generated=True)
         checked = self._check(inputs)
         placed = [self._place_edits(edits, checked)[0] for edits in variants]
         structures = {jax.tree.structure(edits) for edits in placed}
@@ -399,7 +406,7 @@ class VLM:
                 f"{len(placed)} variants of edits have {len(structures)} structures; expected one: "
                 "the same sites and kinds of edits, all with a mask or none (see ports.stacked)"
             )
-        return _generate(
+        result = _generate(
             self.module,
             self.params,
             self._place(padding.align_right(_with_columns(checked))),
@@ -407,27 +414,47 @@ class VLM:
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
             pad_token=self.pad_token,
-            sites=sites,
+            sites=_distinct(asked),
             variants=True,
             mesh=self._mesh,
         )
+        return result._replace(states=_by_name(result.states, asked))
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
         return _unembed(self.module, self.params, jnp.asarray(x), self._mesh)
 
-    def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
-        """The sites as a tuple. ValueError for one that is unknown, or that has no state for a
-        generated token although `generated` ones are wanted.
+    def find_sites(self, names: Sequence[str], *, generated: bool = False) -> dict[str, str]:
+        """The sites that names and patterns mean.
+
+        Args:
+            names: names of sites, as in `sites`, or of modules in today's transformers, or patterns
+                such as "layers.*" (see `ports.sites.match_sites`).
+            generated: only sites that have a state for each generated token.
+
+        Returns {name: site}, where a site that a pattern matched has its own name.
+
+        Raises ValueError for what means no site, or one without a state for a generated token.
         """
-        require_sites(sites, self.sites)
-        outside = [site for site in sites if generated and not self.module.is_of_decoder(site)]
+        inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
+        asked: dict[str, str] = {}
+        for name in names:
+            asked |= find_sites([name], inside if is_pattern(name) else self.sites, self.hub_names)
+        outside = [name for name, site in asked.items() if site not in inside]
         if outside:
             raise ValueError(
                 f"site {outside[0]!r} has no state a generated token; "
                 f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
             )
-        return tuple(sites)
+        return asked
+
+    def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
+        """The sites that names and patterns mean, each once; raises as `find_sites`."""
+        return _distinct(self.find_sites(sites, generated=generated))
+
+    def hub_names(self, name: str) -> tuple[str, ...]:
+        """What the port may call a module that today's transformers gives a name."""
+        return (checkpoint.module_name(self._port.canonical_name, name),)
 
     def render(self, prompt: str) -> str:
         """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
@@ -461,19 +488,21 @@ class VLM:
         """The edits as arguments of a compiled program, and the arrays with what they need."""
         if not edits:
             return {}, arrays
-        placed = {}
+        placed: dict[str, tuple[Edit, ...]] = {}
         batch, length = arrays["input_ids"].shape
         missing = padding.bucket_length(length) - length
-        for site, listed in edits.items():
-            placed[site] = ()
+        for name, listed in edits.items():
+            here: tuple[Edit, ...] = ()
             for edit in (listed,) if isinstance(listed, Edit) else listed:
                 check_batch(edit, batch, length)
                 if edit.mask is not None:
                     # By the caller's columns; none are beyond them.
                     mask = np.pad(np.asarray(edit.mask, bool), ((0, 0), (0, missing)))
                     edit = dataclasses.replace(edit, mask=mask)
-                placed[site] = (*placed[site], edit)
-        require_sites(placed, self.sites)
+                here = (*here, edit)
+            # A pattern such as "layers.*" would fit the layers of a vision tower too.
+            for site in self.check_sites([name], generated=is_pattern(name)):
+                placed[site] = (*placed.get(site, ()), *here)
         for site, listed in placed.items():
             if all(map(is_everywhere, listed)):
                 continue
@@ -488,12 +517,15 @@ class VLM:
             placed = jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), placed)
         return placed, _with_columns(arrays)
 
-    def _cut(self, states: dict[str, Array], length: int) -> dict[str, Array]:
-        """Takes off the positions that only fill up the bucket."""
-        return {
+    def _cut(
+        self, states: dict[str, Array], asked: Mapping[str, str], length: int
+    ) -> dict[str, Array]:
+        """The states by the names asked for, without the positions that only fill up the bucket."""
+        cut = {
             site: value[:, -length:] if self.module.is_of_decoder(site) else value
             for site, value in states.items()
         }
+        return _by_name(cut, asked)
 
     def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
         arrays = {
@@ -541,6 +573,14 @@ def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays, which remember the caller's columns wherever padding moves them."""
     ids = arrays["input_ids"]
     return arrays | {"columns": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)}
+
+
+def _distinct(asked: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(asked.values()))
+
+
+def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Array]:
+    return {name: states[site] for name, site in asked.items() if site in states}
 
 
 def _special_tokens(

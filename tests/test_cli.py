@@ -1,13 +1,14 @@
 """The command line end to end on a few drawn scenes, and what it says of bad input."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from xlvlm_jax import Concepts, Features
+from xlvlm_jax import Concepts, Features, embedded
 from xlvlm_jax.data import scenes
 
 NORM = "language_model.model.norm"
@@ -53,6 +54,54 @@ def test_sites_are_listed_in_network_order(xlvlm):
     assert names.index("language_model.model.layers.0") < names.index(
         "language_model.model.layers.7"
     )
+
+
+def test_sites_need_no_weights(xlvlm, tmp_path):
+    shutil.copy(embedded.LLAVA / "config.json", tmp_path)
+    status, out, _ = xlvlm("sites", tmp_path, "--pattern", "language_model.**.layers.*")
+    assert status == 0
+    assert out.split() == [f"language_model.model.layers.{i}" for i in range(8)]
+
+
+def test_a_pattern_of_sites_from_pictures_to_concepts(xlvlm, pictures, tmp_path):
+    features = tmp_path / "features"
+    where = ["--output", features, "--num-samples", 4, "--batch-size", 4, "--max-new-tokens", 1]
+    status, _, _ = xlvlm(
+        "extract", "embedded", pictures, *where, "--site", "layers.?", "--tokens", "index:-1"
+    )
+    names = tuple(f"language_model.model.layers.{i}" for i in range(8))
+    assert status == 0
+    assert Features.open(features).sites == names
+
+    def decompose(site, *options):
+        options = ["--output", tmp_path / "concepts", "--num-concepts", 2, *options]
+        return xlvlm("decompose", features, "--method", "simple", "--site", site, *options)
+
+    status, _, _ = decompose("model.language_model.layers.3")  # its name in transformers
+    assert status == 0
+    assert Concepts.load(tmp_path / "concepts").source["site"] == names[3]
+    status, out, _ = decompose("layers.*", "--dry-run")
+    assert status == 0
+    assert out.count("memory of a device") == 8
+    status, _, _ = decompose("layers.*")
+    assert status == 0
+    for name in names:
+        assert Concepts.load(tmp_path / f"concepts-{name}").source["site"] == name
+    status, _, err = xlvlm(
+        "shift",
+        features,
+        features,
+        "--site",
+        "layers.*",
+        "--concepts",
+        tmp_path / "concepts",
+        "--model",
+        "embedded",
+        "--output",
+        tmp_path / "shift",
+    )
+    assert status == 2
+    assert "and 3 more; choose one that both hold, got 'layers.*'" in err
 
 
 @pytest.mark.parametrize(

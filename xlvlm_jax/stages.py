@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from ports import VLM
+from ports import VLM, hub_names
+from ports.messages import few
+from ports.sites import match_sites
 from xlvlm_jax import hosts
 from xlvlm_jax.concepts import (
     Concepts,
@@ -35,16 +37,28 @@ from xlvlm_jax.same_model import require_model
 from xlvlm_jax.store import Features
 
 
-def choose_site(features: Features, site: str | None) -> str:
-    """The site asked for; without one, the only one there is. ValueError if that is not one."""
+def choose_sites(features: Features, site: str | None) -> list[str]:
+    """The sites that a name or a pattern means; without one, the only one there is.
+
+    Raises ValueError if that is none (see `ports.sites.match_sites`).
+    """
     if site is None and len(features.sites) == 1:
-        return features.sites[0]
-    if site not in features.sites:
+        return list(features.sites)
+    found = [] if site is None else match_sites(site, features.sites, hub_names)
+    if not found:
         raise ValueError(
-            f"{features.path} holds the sites {', '.join(features.sites)}; choose one of them, "
+            f"{features.path} holds the sites {few(features.sites)}; choose one of them, "
             f"got {site!r}; name it by --site"
         )
-    return site
+    return found
+
+
+def choose_site(features: Features, site: str | None) -> str:
+    """As `choose_sites`, and ValueError if there are several."""
+    found = choose_sites(features, site)
+    if len(found) > 1:
+        raise ValueError(f"{site!r} means {len(found)} sites, {few(found)}; choose one of them")
+    return found[0]
 
 
 def rows_mesh() -> Mesh | None:

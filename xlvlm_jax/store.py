@@ -36,6 +36,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Float, Int, Int32, Int64, Shaped
 
+from ports.messages import few
 from xlvlm_jax import atomic
 from xlvlm_jax.row_arrays import (
     StoredRows,
@@ -199,7 +200,7 @@ class Features:
     def _check_site(self, site: str) -> None:
         if site not in self.sites:
             raise ValueError(
-                f"{self.path}: no site {site!r}; expected one of {', '.join(self.sites) or 'none'}"
+                f"{self.path}: no site {site!r}; expected one of {few(self.sites) or 'none'}"
             )
 
     def stored(self, site: str) -> StoredRows:

@@ -140,6 +140,51 @@ class TestUnknownSites:
             capture(small.vlm.apply, ["language_model.layers.1"])(small.vlm.params, inputs)
 
 
+class TestPatterns:
+    KNOWN = (
+        "tower.layers.0",
+        "model.layers.0.mlp",
+        "model.layers.0",
+        "model.layers.10.mlp",
+        "model.layers.10",
+        "model.norm",
+        "linear_1",
+    )
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("model.layers.*", ["model.layers.0", "model.layers.10"]),
+            ("layers.*", ["tower.layers.0", "model.layers.0", "model.layers.10"]),
+            ("layers.?.mlp", ["model.layers.0.mlp"]),
+            ("model/layers/1*", ["model.layers.10"]),
+            ("model.layers.**", [n for n in KNOWN if n.startswith("model.layers.")]),
+            ("**.mlp", ["model.layers.0.mlp", "model.layers.10.mlp"]),
+            ("linear_?", ["linear_1"]),
+            ("model/layers_0", ["model.layers.0"]),
+            ("layers.0", []),  # a name is a whole one
+            ("ayers.*", []),
+            ("layer+.*", []),
+        ],
+    )
+    def test_by_hand(self, name, meant):
+        assert sites.match_sites(name, self.KNOWN) == meant
+
+    def test_names_stay_and_patterns_become_names(self):
+        found = sites.find_sites(["model/norm", "model.layers.*", "model.layers.0"], self.KNOWN)
+        assert list(found.items()) == [
+            ("model/norm", "model.norm"),
+            ("model.layers.0", "model.layers.0"),
+            ("model.layers.10", "model.layers.10"),
+        ]
+
+    def test_that_fit_nothing_lead_to_the_nearest(self):
+        with helpers.raises_line(
+            ValueError, "no site matches 'model.layer.*'; nearest: model.layers.0"
+        ):
+            sites.find_sites(["model.layer.*"], self.KNOWN)
+
+
 class TestNames:
     @pytest.mark.parametrize(
         ("path", "name"),

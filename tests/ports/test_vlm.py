@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -146,6 +147,33 @@ class TestForward:
         assert ours.shape == states[name].shape == (*inputs["input_ids"].shape, 60)
         assert helpers.relative_error(ours, states[name]) < 1e-6
 
+    def test_a_pattern_means_the_sites_of_both_towers(self, small):
+        states = small.vlm.forward(helpers.make_inputs([1], [5]), sites=["layers.*"]).states
+        towers = ("vision_tower.vision_model.encoder", "language_model.model")
+        assert list(states) == [f"{tower}.layers.{i}" for tower in towers for i in range(2)]
+
+    def test_in_generation_a_pattern_means_sites_of_the_decoder(self, small):
+        inputs = helpers.make_inputs([1], [5])
+        names = [f"language_model.model.layers.{i}" for i in range(2)]
+        ours = small.vlm.generate(inputs, max_new_tokens=2, sites=["layers.*"])
+        expected = small.vlm.generate(inputs, max_new_tokens=2, sites=names)
+        assert list(ours.states) == names
+        for name in names:
+            np.testing.assert_array_equal(ours.states[name], expected.states[name])
+
+    def test_edits_may_be_given_by_pattern_and_by_todays_names(self, small):
+        inputs = helpers.make_inputs([1], [5])
+        vector = np.random.default_rng(0).standard_normal(60).astype(np.float32)
+        names = [f"language_model.model.layers.{i}" for i in range(2)]
+        expected = small.vlm.forward(inputs, edits={name: ports.add(vector) for name in names})
+        ours = small.vlm.forward(inputs, edits={"layers.*": ports.add(vector)})
+        np.testing.assert_array_equal(ours.logits, expected.logits)
+        # Two names of one site: both edits are done.
+        twice = {name: ports.add(vector) for name in ("language_model.model.norm", "**.norm")}
+        expected = small.vlm.forward(inputs, edits={"**.norm": ports.add(vector, 2.0)})
+        ours = small.vlm.forward(inputs, edits=twice)
+        assert helpers.relative_error(ours.logits, expected.logits) < 1e-6
+
     def test_states_alone_equal_those_beside_logits(self, small):
         inputs = helpers.make_inputs([1], [5])
         site = "language_model.model.layers.0"
@@ -181,7 +209,7 @@ class TestForward:
             )
 
 
-def make_processor() -> transformers.LlavaProcessor:
+def make_processor(**options) -> transformers.LlavaProcessor:
     """A real processor: CLIP's images at 28 pixels, a tokenizer of whole words."""
     return transformers.LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
@@ -191,8 +219,8 @@ def make_processor() -> transformers.LlavaProcessor:
             ["what", "is", "in", "the", "picture", "USER", ":"], {"<image>": helpers.IMAGE}
         ),
         patch_size=7,
-        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+        **{"vision_feature_select_strategy": "default"} | options,
         chat_template=(
             "{% for m in messages %}USER : {% for part in m.content %}"
             "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
@@ -260,6 +288,49 @@ class TestProcessor:
         assert {type(value) for value in batch.values()} == {np.ndarray}
         np.testing.assert_array_equal(batch["attention_mask"][:, :3], [[0, 0, 1], [1, 1, 1]])
         photographed.vlm._check(batch)
+
+    @pytest.mark.parametrize("strategy", ["default", "full"])
+    @pytest.mark.parametrize(
+        "said",
+        [
+            None,  # 2023: preprocessor_config.json alone
+            {"processor_class": "LlavaProcessor"},
+            {"patch_size": None, "vision_feature_select_strategy": None},
+            {"patch_size": 7, "vision_feature_select_strategy": "as the model's"},  # of 2024
+        ],
+    )
+    def test_old_files_give_the_arrays_of_complete_ones(
+        self, tmp_path, photographed, photographs, strategy, said
+    ):
+        for name in ("complete", "old"):
+            shutil.copytree(photographed.directory, tmp_path / name)
+            config = json.loads((tmp_path / name / "config.json").read_text())
+            config["vision_feature_select_strategy"] = strategy
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        make_processor(vision_feature_select_strategy=strategy).save_pretrained(
+            tmp_path / "complete"
+        )
+        (tmp_path / "old" / "processor_config.json").unlink()
+        make_processor().image_processor.save_pretrained(tmp_path / "old")
+        if said is not None:
+            if said.get("vision_feature_select_strategy"):
+                said = {**said, "vision_feature_select_strategy": strategy}
+            (tmp_path / "old" / "processor_config.json").write_text(json.dumps(said))
+        complete, old = (ports.load(tmp_path / name) for name in ("complete", "old"))
+        expected, ours = (
+            vlm.process(["<image> w1", "the <image> w2 w3"], photographs) for vlm in (complete, old)
+        )
+        assert (ours["input_ids"] == helpers.IMAGE).sum() == 2 * (16 + (strategy == "full"))
+        assert set(ours) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(ours[name], array)
+        if said is None:
+            options = {"max_new_tokens": 4, "sites": ["language_model.model.layers.1"]}
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                old.generate(ours, **options),
+                complete.generate(expected, **options),
+            )
 
     def test_the_tokenizer_alone(self, photographed):
         assert photographed.vlm.tokenizer.decode([4, 5, helpers.IMAGE]) == "what is <image>"

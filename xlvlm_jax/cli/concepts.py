@@ -1,12 +1,12 @@
 """Commands from features to concepts, their words and images, and the report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, Site, console, load_model
+from xlvlm_jax.cli.console import Seed, console, load_model
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
 
 
@@ -15,7 +15,13 @@ def decompose(
     output: Annotated[Path, typer.Option(help="The directory of concepts to write.")],
     num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
     method: Annotated[str, typer.Option(help="snmf (nndl), kmeans, pca or simple.")] = "snmf",
-    site: Site = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose states; may be left out if there is one site. A pattern ('layers.*') that "
+            "fits several gives each of them a directory OUTPUT-SITE."
+        ),
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="snmf: weight of the codes' sum.")] = None,
     tol: Annotated[float | None, typer.Option(help="When to stop; see the method.")] = None,
     max_iter: Annotated[int | None, typer.Option(help="At most so many iterations.")] = None,
@@ -31,38 +37,56 @@ def decompose(
     """features/ -> concepts/. Rows are spread over all devices, of all hosts."""
     join_hosts(hosts)
     from xlvlm_jax import Features, stages
-    from xlvlm_jax.concepts import memory_needed
 
     given = {"alpha": alpha, "tol": tol, "max_iter": max_iter, "n_init": n_init}
     given = {name: value for name, value in given.items() if value is not None}
     opened = Features.open(features)
-    if dry_run:
-        stored = opened.stored(stages.choose_site(opened, site))
-        needed = memory_needed(
-            stored.shape,
-            num_concepts,
-            method,
-            dtype=stored.dtype,
-            mesh=stages.rows_mesh(),
-            **given,
-        )
-        N, D = stored.shape
+    sites = stages.choose_sites(opened, site)
+    for name in sites:
+        directory = output if len(sites) == 1 else output.with_name(f"{output.name}-{name}")
+        if dry_run:
+            _show_needs(opened.stored(name), num_concepts, method, directory, given)
+            continue
+        with profiled(profile):
+            concepts = stages.decompose_features(
+                opened,
+                directory,
+                num_concepts,
+                method,
+                site=name,
+                seed=seed,
+                stream=stream,
+                **given,
+            )
+        ended = "converged" if concepts.converged else "not converged: raise --max-iter"
         console.print(
-            f"\\[{N}, {D}] of {stored.dtype}: {N * D * stored.dtype.itemsize / 1e9:,.3f} GB; "
-            f"memory of a device {needed / 1e9:,.3f} GB, as compiled; activations of "
-            f"{4 * N * num_concepts / 1e6:,.1f} MB and components of "
-            f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
+            f"{concepts.method}: {num_concepts} concepts of {concepts.source['rows']} rows, "
+            f"objective {concepts.objective:.6g} after {concepts.iterations} iterations ({ended}), "
+            f"{concepts.source['seconds']:.1f} s -> {directory}"
         )
-        return
-    with profiled(profile):
-        concepts = stages.decompose_features(
-            opened, output, num_concepts, method, site=site, seed=seed, stream=stream, **given
-        )
-    ended = "converged" if concepts.converged else "not converged: raise --max-iter"
+
+
+def _show_needs(
+    stored: Any, num_concepts: int, method: str, output: Path, options: dict[str, Any]
+) -> None:
+    """What --dry-run says of one site's matrix."""
+    from xlvlm_jax import stages
+    from xlvlm_jax.concepts import memory_needed
+
+    needed = memory_needed(
+        stored.shape,
+        num_concepts,
+        method,
+        dtype=stored.dtype,
+        mesh=stages.rows_mesh(),
+        **options,
+    )
+    N, D = stored.shape
     console.print(
-        f"{concepts.method}: {num_concepts} concepts of {concepts.source['rows']} rows, objective "
-        f"{concepts.objective:.6g} after {concepts.iterations} iterations ({ended}), "
-        f"{concepts.source['seconds']:.1f} s -> {output}"
+        f"\\[{N}, {D}] of {stored.dtype}: {N * D * stored.dtype.itemsize / 1e9:,.3f} GB; "
+        f"memory of a device {needed / 1e9:,.3f} GB, as compiled; activations of "
+        f"{4 * N * num_concepts / 1e6:,.1f} MB and components of "
+        f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
     )
 
 

@@ -21,11 +21,15 @@ from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, 
 
 def sites(
     model: Model,
-    pattern: Annotated[str, typer.Option(help="Only names that hold this text.")] = "",
+    pattern: Annotated[
+        str, typer.Option(help="Only names that hold this text, or fit it: 'layers.*'.")
+    ] = "",
 ) -> None:
-    """Lists the names of a checkpoint's sites, in network order."""
-    for site in load_model(model).sites:
-        if pattern in site:
+    """Lists the names of a checkpoint's sites, in network order; reads no weights."""
+    from ports.sites import match_sites
+
+    for site in load_model(model, abstract=True).sites:
+        if pattern in site or match_sites(pattern, [site]):
             print(site)
 
 
@@ -36,7 +40,10 @@ def inspect(
         "640x480"
     ),
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
-    site: Annotated[list[str] | None, typer.Option(help="A site to keep; may be repeated.")] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="A site to keep, or a pattern ('layers.*'); may be repeated."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     mesh: Mesh = None,
 ) -> None:
@@ -64,7 +71,12 @@ def extract(
     model: Model,
     data: Annotated[Path, typer.Argument(help="The directory of the data set.")],
     output: Annotated[Path, typer.Option(help="The directory of features to write.")],
-    site: Annotated[list[str], typer.Option(help="A site to capture; may be repeated.")],
+    site: Annotated[
+        list[str],
+        typer.Option(
+            help="A site to capture, or a pattern: 'layers.*' are all layers; may be repeated."
+        ),
+    ],
     tokens: Annotated[
         str,
         typer.Option(

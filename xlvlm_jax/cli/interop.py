@@ -8,7 +8,7 @@ import typer
 from xlvlm_jax.cli.console import console
 
 Sites = Annotated[
-    list[str] | None, typer.Option(help="A module; may be repeated. By default all of them.")
+    list[str] | None, typer.Option(help="A module, or a pattern; may be repeated. By default all.")
 ]
 
 

@@ -125,7 +125,10 @@ def apply(
         list[float] | None, typer.Option(help="A strength; may be repeated. 1 if left out.")
     ] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="Instead of the vector's own; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Instead of the vector's own; a pattern ('layers.*') are several; may be repeated."
+        ),
     ] = None,
     where: Annotated[
         list[str] | None,
@@ -175,7 +178,8 @@ def apply(
     task = parse_task(dataset, loaded, source, target, words, java)
     chosen = {"wanted": wanted, "max_cost": max_cost}
     task = dataclasses.replace(task, **{k: v for k, v in chosen.items() if v is not None})
-    placed = vectors_at(loaded, site or [], together)
+    sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
+    placed = vectors_at(loaded, sites, together)
     tried = [
         condition
         for kind in edit or ["add"]

@@ -3,6 +3,7 @@
 T prompt positions, M new tokens, D width.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings:
     Raises ValueError as `extract` does, and if none of the images looked at can be read.
     """
     output = Path(output)
-    vlm.check_sites(settings.sites, generated=settings.mode == "generate")
+    sites = vlm.check_sites(settings.sites, generated=settings.mode == "generate")
+    settings = dataclasses.replace(settings, sites=sites)
     state = manifest_of(output)
     done = 0 if state is None else state["samples"]
     left = samples[done:]

@@ -80,6 +80,9 @@ def extract(
     began = time.perf_counter()
     if not samples:
         raise ValueError("there are no samples to extract from; check the data and its selection")
+    generated = settings.mode == "generate" or finetuned is not None
+    sites = vlm.check_sites(settings.sites, generated=generated)
+    settings = dataclasses.replace(settings, sites=sites)
     spellings = settings.selection.spellings(vlm.tokenizer)
     arguments = {
         **_described(vlm),
@@ -90,7 +93,6 @@ def extract(
         "samples digest": _digest(samples),
         "source": source or {},
     }
-    vlm.check_sites(settings.sites, generated=settings.mode == "generate" or finetuned is not None)
     if finetuned is not None:
         arguments["finetuned"] = _described(finetuned)
         check_alike(vlm.params, finetuned.params)

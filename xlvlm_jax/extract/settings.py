@@ -13,7 +13,7 @@ class Settings:
     """What is extracted from each sample.
 
     Attributes:
-        sites: whose states.
+        sites: whose states; names, or patterns such as "layers.*" (see `VLM.find_sites`).
         selection: which positions of a sample make rows.
         mode: "generate" (greedy, states come out of the decode loop) or "teacher-forcing" (one pass
             over prompt and first reference; what lies behind the last site is not computed).

@@ -1,5 +1,6 @@
 """A directory of features -> the reference's saved hidden states (see `foreign`)."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from xlvlm_jax.interop.kept import read_kept
 from xlvlm_jax.interop.pth_writer import write_pth
+from xlvlm_jax.stages import choose_sites
 from xlvlm_jax.store import Features
 
 
@@ -25,7 +27,8 @@ def export_features(
 
     Raises ValueError for a site that the features don't hold.
     """
-    sites = tuple(sites) or features.sites
+    found = (choose_sites(features, site) for site in sites)
+    sites = tuple(dict.fromkeys(itertools.chain.from_iterable(found))) or features.sites
     matrices = {site: features.matrix(site) for site in sites}
     kept = read_kept(features.path) or {}
     dtypes = kept.get("dtypes", {})

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ports.messages import few
+from ports.sites import find_sites, match_sites
 from xlvlm_jax.interop.kept import write_kept
 from xlvlm_jax.interop.pth import read_pth
 from xlvlm_jax.interop.unpickle import PthError
@@ -120,10 +122,10 @@ def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tupl
     known = tuple(states[0])
     if not all(isinstance(name, str) for name in known):
         raise PthError("'hidden_states' has modules that are not named by text")
-    unknown = [site for site in sites if site not in known]
+    unknown = [site for site in sites if not match_sites(site, known)]
     if unknown:
-        raise PthError(f"has no module {unknown[0]!r}; expected one of {', '.join(known)}")
-    sites = tuple(sites) or known
+        raise PthError(f"has no module {unknown[0]!r}; expected one of {few(known)}")
+    sites = tuple(find_sites(sites, known).values()) or known
     axes, width = {}, {}
     for number, each in enumerate(states):
         lengths = {}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ports.messages import few
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.store import Features
 
@@ -108,7 +109,7 @@ def read_section(directory: Path, features: Features) -> Section:
     if site is not None and site not in features.sites:
         raise ValueError(
             f"{directory}: concepts of site {site!r}, but {features.path} holds"
-            f" {', '.join(features.sites)}; decompose these features again"
+            f" {few(features.sites)}; decompose these features again"
         )
 
     assignment = assign(activations)

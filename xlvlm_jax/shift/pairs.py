@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from ports import hub_names
+from ports.messages import few
+from ports.sites import match_sites
 from xlvlm_jax.store import Features
 
 # What names a sample beside its id; where both directories have it, it must agree.
@@ -63,13 +66,14 @@ def common_site(original: Features, finetuned: Features, site: str | None) -> st
     both = [name for name in original.sites if name in finetuned.sites]
     if site is None and len(both) == 1:
         return both[0]
-    if site is None or site not in both:
-        held = [", ".join(each.sites) or "none" for each in (original, finetuned)]
+    found = [] if site is None else match_sites(site, both, hub_names)
+    if len(found) != 1:
+        held = [few(each.sites) or "none" for each in (original, finetuned)]
         raise ValueError(
             f"{original.path} holds the sites {held[0]} and {finetuned.path} {held[1]};"
             f" choose one that both hold, got {site!r}"
         )
-    return site
+    return found[0]
 
 
 def _rows_by_name(features: Features) -> dict[tuple[str, int], int]:

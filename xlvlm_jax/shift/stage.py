@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ports import VLM
+from ports import VLM, hub_names
+from ports.messages import few
+from ports.sites import match_sites
 from xlvlm_jax.concepts import Concepts, decompose
 from xlvlm_jax.paired import finetuned_site
 from xlvlm_jax.same_model import require_model
@@ -108,14 +110,13 @@ def shift_features(
 def _paired_rows(features: Features, site: str | None) -> tuple[str, np.ndarray, Pairs]:
     """Of a directory with the states of both models: the site, the fine-tuned states, the pairs."""
     both = [name for name in features.sites if finetuned_site(name) in features.sites]
-    if site is None and len(both) == 1:
-        site = both[0]
-    if site not in both:
+    found = both if site is None else match_sites(site, both, hub_names)
+    if len(found) != 1:
         raise ValueError(
-            f"{features.path} holds the sites {', '.join(features.sites)}; expected states of both"
+            f"{features.path} holds the sites {few(features.sites)}; expected states of both"
             f" models at {site or 'one site'}, or give the fine-tuned model's features too"
         )
-    rows = np.arange(len(features.tokens))
+    site, rows = found[0], np.arange(len(features.tokens))
     return site, features.matrix(finetuned_site(site)), Pairs(rows, rows, len(features.samples))
 
 
