@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -26,7 +27,7 @@ from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax import atomic, damage
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
-from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, semi_nmf, streamed
+from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, phases, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
     StoredMatrix,
     as_matrix,
@@ -38,6 +39,7 @@ from xlvlm_jax.solvers.inputs import (
     shard_rows,
 )
 from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.restarts import stability
 from xlvlm_jax.solvers.streamed import Source
 
@@ -45,7 +47,7 @@ METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_nor
 ALIASES = {"nndl": "snmf"}
 # What a user calls `init` is given to the solver under the name of what it holds.
 INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
-NOT_OPTIONS = ("num_samples", "num_concepts", "mesh")
+NOT_OPTIONS = ("width", "num_samples", "num_concepts", "mesh")
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
 ACTIVATIONS = "activations"  # a Zarr array, in place of the tensor, when they were streamed
 
@@ -249,6 +251,8 @@ def decompose(
     *,
     key: PRNGKeyArray,
     mesh: Mesh | None = None,
+    progress: Tell | None = None,
+    verbose: int = 0,
     **options: Any,
 ) -> Concepts | list[Concepts]:
     """Factor Z[N, D] into K = num_concepts concepts.
@@ -264,7 +268,6 @@ def decompose(
         "pca": orthonormal components of the centred rows; activations are scores, of any sign.
             tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
-        All but the last: verbose=0, the objective on standard error every so many iterations.
 
     Args:
         Z: float, bfloat16, float16 or integer[N, D], of numpy or JAX. bfloat16 and float16 stay as
@@ -276,6 +279,10 @@ def decompose(
         mesh: rows of Z are sharded on its "data" axis; an iteration then communicates K D + K K + K
             numbers, whatever N is. Where the axis does not divide N, rows that count for nothing
             fill it up. With several hosts, Z is a global array that the axis divides.
+        progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
+            objective, error) at most every 64 updates, and less rarely where Z is large. The
+            concepts are the same. "simple" has no updates.
+        verbose: the iterations that it divides are written to standard error; 0 is silent.
 
     Returns:
         Concepts with float32 JAX arrays; for several K a list of them, in that order. Codes on
@@ -300,6 +307,7 @@ def decompose(
     for number in numbers:
         check_num_concepts(number, N, D, method)
     _check_key(key)
+    check_whole("verbose", verbose, 0)
     if stored:
         Z = read_rows(Z, mesh)
     elif mesh is not None:
@@ -316,14 +324,26 @@ def decompose(
         arguments[INIT[method]] = init.astype(jnp.float32)
         options["init"] = "given"
     numbers = tuple(int(number) for number in numbers)
-    result = METHODS[method].solve(
-        Z, key, num_samples=N, num_concepts=numbers, mesh=mesh, **arguments
-    )
+    arguments |= {"num_samples": N, "num_concepts": numbers}
+    tell = _teller(progress, verbose) if verbose else progress
+    result = phases.solve(METHODS[method], Z, key, tell, verbose or None, mesh=mesh, **arguments)
     found = [
         _concepts(jax.tree.map(itemgetter(i), result), number, N, method, dict(options))
         for i, number in enumerate(numbers)
     ]
     return found if several else found[0]
+
+
+def _teller(progress: Tell | None, verbose: int) -> Tell:
+    def tell(standing: Standing) -> None:
+        if progress is not None:
+            progress(standing)
+        if standing.iteration % verbose == 0 and jax.process_index() == 0:
+            _, iteration, _, objective, error = standing
+            text = f"iteration {iteration}: objective {objective:.6g}, compared to tol: {error:.2g}"
+            print(text, file=sys.stderr)
+
+    return tell
 
 
 def memory_needed(
@@ -392,6 +412,7 @@ def decompose_stored(
     *,
     key: PRNGKeyArray,
     write: Callable[[int, Float[np.ndarray, "B K"]], None] | None = None,
+    progress: Tell | None = None,
     **options: Any,
 ) -> Concepts:
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
@@ -401,9 +422,10 @@ def decompose_stored(
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).
-        num_concepts, method, key, options: as for `decompose`; without init, verbose and "simple".
+        num_concepts, method, key, options: as for `decompose`; without init and "simple".
         write: called with (first row, activations) as the last pass makes them; None keeps them in
             memory, as the result's activations.
+        progress: as for `decompose`; called after every pass that is an update.
 
     Raises:
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
@@ -413,9 +435,8 @@ def decompose_stored(
         expected = ", ".join(streamed.METHODS)
         raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
     options = _options(method, options)
-    for name, unset in (("init", None), ("verbose", 0)):
-        if options.pop(name, unset) is not unset:
-            raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
+    if options.pop("init", None) is not None:
+        raise ValueError("init is not for stored rows; use decompose, or leave it out")
     check_num_concepts(num_concepts, *source.shape, method)
     _check_key(key)
     activations = None
@@ -426,7 +447,7 @@ def decompose_stored(
             activations[start : start + len(rows)] = rows
 
     solve = streamed.METHODS[method].solve
-    result = solve(source, key, write, num_concepts=int(num_concepts), **options)
+    result = solve(source, key, write, progress, num_concepts=int(num_concepts), **options)
     result = result._replace(activations=activations)
     return _concepts(result, num_concepts, source.shape[0], method, options)
 
@@ -478,7 +499,9 @@ def _method(name: str) -> str:
 
 def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The method's defaults overlaid with the given options, checked."""
-    parameters = inspect.signature(METHODS[method].solve).parameters.values()
+    solver = METHODS[method]
+    # A method without updates has no plan, but for its one program.
+    parameters = inspect.signature(getattr(solver, "plan", solver.solve)).parameters.values()
     renamed = {INIT.get(method): "init"}
     options = {
         renamed.get(parameter.name, parameter.name): parameter.default
@@ -496,7 +519,7 @@ def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if name in options:
             check_number(name, options[name], lowest)
             options[name] = float(options[name])
-    for name, lowest in {"max_iter": 0, "n_init": 1, "verbose": 0}.items():
+    for name, lowest in {"max_iter": 0, "n_init": 1}.items():
         if options.get(name) is not None:
             check_whole(name, options[name], lowest)
             options[name] = int(options[name])

@@ -70,10 +70,3 @@ def test_free_signs_fit_better():
     free = decompose(Z, 3, key=KEY, nonnegative=False)
     assert np.any(np.asarray(free.activations) < 0)
     assert free.objective < decompose(Z, 3, key=KEY).objective
-
-
-def test_progress_is_told_without_waiting(capfd):
-    decompose(planted(), 4, key=KEY, verbose=5, tol=0.0, max_iter=20)
-    jax.effects_barrier()
-    lines = capfd.readouterr().err.splitlines()
-    assert any(line.startswith("iteration 5: objective ") for line in lines), lines

@@ -45,9 +45,11 @@ def test_rows_come_in_order_and_by_number(tmp_path):
 
 @pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
 def test_the_same_as_in_memory(tmp_path, small_tiles, method):
-    Z = planted()
+    Z, told = planted(), []
     one = decompose(Z, K, method, key=KEY)
-    streamed = decompose_stored(store(tmp_path / "Z", Z), K, method, key=KEY)
+    source = store(tmp_path / "Z", Z)
+    streamed = decompose_stored(source, K, method, key=KEY, progress=told.append)
+    assert told[-1].iteration == streamed.iterations
     np.testing.assert_allclose(streamed.objective, one.objective, rtol=1e-5)
     scale = np.abs(one.components).max()
     np.testing.assert_allclose(streamed.components, one.components, atol=2e-3 * scale)

@@ -16,7 +16,7 @@ moves every centroid to the mean of its rows.
 
 from functools import partial
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from xlvlm_jax.solvers import assignment, compression, residual
 from xlvlm_jax.solvers.assignment import Kept, Problem, Sums, inertia, nearest, score
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
+from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, sample
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
+from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 28  # and where a sample of the rows gives them, so that a column costs a third
@@ -50,7 +51,7 @@ class State(NamedTuple):
 def prepare(
     Z: Float[Array, "N D"],
     num_samples: int,
-    active: Bool[Array, " K"],
+    active: Bool[Array, " K"] | None,
     rows: Rows = ONE_DEVICE,
 ) -> Problem:
     """The constants for a Z whose first `num_samples` rows count."""
@@ -144,59 +145,118 @@ def columns(num_samples: int, num_concepts: int) -> tuple[int, bool]:
     return num_concepts + (BY_SAMPLE if by_sample else OVERSAMPLE), by_sample
 
 
-_STATIC = ("num_samples", "num_concepts", "max_iter", "n_init", "verbose", "mesh")
+class Given(NamedTuple):
+    """What a run is given beside Z."""
+
+    key: PRNGKeyArray
+    tol: Float[Array, ""]
+    centroids: Float[Array, "K D"] | None
 
 
-@partial(jax.jit, static_argnames=_STATIC)
-def solve(
-    Z: Float[Array, "N D"],
-    key: PRNGKeyArray,
-    *,
-    num_samples: int,
-    num_concepts: tuple[int, ...],
-    tol: Float[Array, ""] | float = 1e-4,
-    max_iter: int = 300,
-    n_init: int = 1,
-    init_centroids: Float[Array, "K D"] | None = None,
-    verbose: int = 0,
-    mesh: Mesh | None = None,
-) -> Result:
-    """Cluster the rows of Z for each of Q numbers of clusters; those from `num_samples` on do not
-    count. The result has a leading axis Q; centroids beyond a number's own mean nothing.
-    """
-    K, D = max(num_concepts), Z.shape[1]
-    active = jnp.arange(K) < jnp.array(num_concepts)[:, None]
-    width, by_sample = columns(num_samples, K)
+class Fixed(NamedTuple):
+    """What no update changes. Where Z is not compressed basis and X are None."""
 
-    def local(Z: Array, key: Array, tol: Array, centroids: Array | None, rows: Rows) -> Result:
-        until = partial(run, tol=tol, max_iter=max_iter, verbose=verbose)
-        compressed = 4 * (K + OVERSAMPLE) <= D and num_samples > width
-        if not compressed:
+    problem: Problem  # without its matrix, and without `active`
+    basis: Float[Array, "D R"] | None
+    X: Float[Array, "N R"] | None  # Z in the few columns of `compression`
+    starts: Float[Array, "Q S K R"] | None
+
+
+class Plan(NamedTuple):
+    """What is fixed when the solver is compiled, and its phases."""
+
+    width: int  # the columns of Z
+    num_samples: int
+    num_concepts: tuple[int, ...]
+    max_iter: int
+    n_init: int
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of work."""
+        repeated = Phase(self.improve, repeats=True)
+        if not self.compressed:
+            return Phase(self.explore), repeated, Phase(self.finish)
+        in_columns = Phase(self.explore), Phase(self.improve_in_columns, repeats=True)
+        return *in_columns, Phase(self.lift), repeated, Phase(self.finish)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """One run a number of concepts."""
+        return self.num_concepts
+
+    @property
+    def active(self) -> Bool[Array, "Q K"]:
+        """Which centroids each number of clusters has."""
+        return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether Z is wide enough for few columns."""
+        K = max(self.num_concepts)
+        few = columns(self.num_samples, K)[0]
+        return self.width >= 4 * (K + OVERSAMPLE) and self.num_samples > few
+
+    def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
+        """Compresses wide rows, and starts from given centroids or from the best of some starts."""
+        key, tol, centroids = given
+        few, by_sample = columns(self.num_samples, max(self.num_concepts))
+        if not self.compressed:
             basis, X = None, Z
         elif by_sample:
-            basis, X = compression.compress_by_sample(Z, key, width, num_samples, rows)
+            basis, X = compression.compress_by_sample(Z, key, few, self.num_samples, rows)
         else:
-            basis, X = compression.compress(Z, key, width, rows)
+            basis, X = compression.compress(Z, key, few, rows)
+        common = prepare(X, self.num_samples, None, rows)
 
-        def explore(active: Array) -> tuple[Progress, Array | None]:
-            problem, starts = prepare(X, num_samples, active, rows), None
+        def first(active: Array) -> tuple[Progress, Array | None]:
+            problem, starts = common._replace(active=active), None
             if centroids is not None:
-                first = matmul(centroids, basis) if compressed else centroids
+                chosen = matmul(centroids, basis) if self.compressed else centroids
             else:
-                first, starts = _best_start(
-                    problem, key, num_samples, n_init, tol, min(SCREEN, max_iter), rows
-                )
-            progress = begin(init(problem, first), max_iter)
-            progress = until(partial(update, problem, rows=rows), progress)
-            return progress, problem.mean, starts
+                screen, counts = min(SCREEN, self.max_iter), (self.num_samples, self.n_init)
+                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows)
+            return begin(init(problem, chosen), self.max_iter), starts
 
-        def finish(found: tuple, active: Array) -> Result:
-            progress, mean, starts = found
-            problem = prepare(Z, num_samples, active, rows)
-            if compressed:
-                state = init(problem, matmul(progress.state.offsets + mean, basis.T))
-                progress = progress._replace(state=state)
-                progress = until(partial(update, problem, rows=rows), progress)
+        progress, starts = each(first)(self.active)
+        X = X if self.compressed else None
+        return Carry(tol, Fixed(common._replace(Z=None), basis, X, starts), progress)
+
+    def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Updates on the compressed rows."""
+        return self._run(carry.fixed.X, carry, limit, rows)
+
+    def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Goes on from the centroids in all columns."""
+        tol, (found, basis, _, starts), progress = carry
+        common = prepare(Z, self.num_samples, None, rows)
+
+        def raise_one(progress: Progress, active: Array) -> Progress:
+            centroids = matmul(progress.state.offsets + found.mean, basis.T)
+            return progress._replace(state=init(common._replace(active=active), centroids))
+
+        progress = each(raise_one)(progress, self.active)
+        return Carry(tol, Fixed(common._replace(Z=None), None, None, starts), progress)
+
+    def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Updates on Z."""
+        return self._run(Z, carry, limit, rows)
+
+    def _run(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        tol, fixed, progress = carry
+
+        def one(progress: Progress, active: Array) -> Progress:
+            step = partial(update, fixed.problem._replace(Z=Z, active=active), rows=rows)
+            return run(step, progress, tol=tol, max_iter=limit)
+
+        return carry._replace(progress=each(one)(progress, self.active))
+
+    def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
+        """Measures all distances to the centroids that were found."""
+        tol, fixed, progress = carry
+
+        def one(progress: Progress, active: Array) -> Result:
+            problem = fixed.problem._replace(Z=Z, active=active)
             offsets, shifts, kept, _, _ = progress.state
             centroids = offsets + problem.mean
             scores = assignment.scores_of(problem, kept, offsets, shifts)
@@ -211,12 +271,37 @@ def solve(
                 iterations=progress.iteration,
                 converged=progress.state.error <= tol,
                 history=history.at[progress.iteration].set(inertia),
-                starts=starts,
             )
 
-        return each(finish)(each(explore)(active), active)
+        return each(one)(progress, self.active)._replace(starts=fixed.starts)
 
-    return solve_on(mesh, local, Z, (key, jnp.float32(tol), init_centroids))
+
+def plan(
+    key: PRNGKeyArray,
+    *,
+    width: int,
+    num_samples: int,
+    num_concepts: tuple[int, ...],
+    tol: Float[Array, ""] | float = 1e-4,
+    max_iter: int = 300,
+    n_init: int = 1,
+    init_centroids: Float[Array, "K D"] | None = None,
+) -> tuple[Plan, Given]:
+    """How to cluster the rows of Z[N, width] for each of Q numbers of clusters.
+
+    Rows from `num_samples` on do not count. The result has a leading axis Q; centroids beyond a
+    number's own mean nothing.
+    """
+    fixed = Plan(width, num_samples, num_concepts, max_iter, n_init)
+    return fixed, Given(key, jnp.float32(tol), init_centroids)
+
+
+@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "n_init", "mesh"))
+def solve(
+    Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
+) -> Result:
+    """Clusters the rows as `plan` says, in one program; the options are those of `plan`."""
+    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
 def _best_start(

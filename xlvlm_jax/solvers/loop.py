@@ -10,7 +10,6 @@ A method brings `update(state) -> state`. Its state is a NamedTuple with at leas
 and the loop runs until `error <= tol` or until `max_iter` updates are done.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,13 +56,10 @@ def run(
     *,
     tol: Float[Array, ""] | float,
     max_iter: Int[Array, ""] | int,
-    verbose: int = 0,
 ) -> Progress:
     """Repeat `update` until `state.error <= tol` or `max_iter` updates are done in all.
 
-    Traceable: use it inside jit. `max_iter` may be less than the room in the history. Every
-    `verbose`-th update the objective is written to standard error, for which the device does not
-    wait; 0 is silent.
+    Traceable: use it inside jit. `max_iter` may be less than the room in the history.
     """
 
     def unfinished(progress: Progress) -> Array:
@@ -72,21 +68,9 @@ def run(
     def step(progress: Progress) -> Progress:
         state = update(progress.state)
         iteration = progress.iteration + 1
-        if verbose:
-            jax.lax.cond(
-                iteration % verbose == 0,
-                lambda: jax.debug.callback(_tell, iteration, state.objective, state.error),
-                lambda: None,
-            )
         return Progress(state, progress.history.at[iteration].set(state.objective), iteration)
 
     return jax.lax.while_loop(unfinished, step, progress)
-
-
-def _tell(iteration: Array, objective: Array, error: Array) -> None:
-    if jax.process_index() == 0:
-        text = f"iteration {int(iteration)}: objective {float(objective):.6g}, "
-        print(f"{text}compared to tol: {float(error):.2g}", file=sys.stderr)
 
 
 def real_dtype(*arrays: Array) -> Any:

@@ -20,7 +20,7 @@ value, is positive.
 
 import itertools
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers.compression import directions_of_sample
-from xlvlm_jax.solvers.loop import Result, begin, matmul, run, weighted_sums
+from xlvlm_jax.solvers.loop import Result, begin, each, matmul, run, weighted_sums
 from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.residual import fold
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
+from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 OVERSAMPLE = 20
 LANES = 32  # a product with 32 columns takes hardly longer than one with 20
@@ -244,37 +245,67 @@ def remaining(
     return jnp.where(cancels, rows.total(there), estimate)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "verbose", "mesh"))
-def solve(
-    Z: Float[Array, "N D"],
-    key: PRNGKeyArray,
-    *,
-    num_samples: int,
-    num_concepts: tuple[int, ...],
-    tol: Float[Array, ""] | float = 1e-5,
-    max_iter: int = 100,
-    verbose: int = 0,
-    mesh: Mesh | None = None,
-) -> Result:
-    """The leading components of the rows of Z; those from `num_samples` on do not count.
+class Given(NamedTuple):
+    """What a run is given beside Z."""
 
-    The result has a leading axis for the numbers of components: fewer are the first of more.
-    """
-    K, D = max(num_concepts), Z.shape[1]
-    narrow = num_samples >= D and is_narrow(num_samples, D, K)
-    exact = is_small(num_samples, D, K)
+    key: PRNGKeyArray
+    tol: Float[Array, ""]
 
-    def local(Z: Array, key: Array, tol: Array, rows: Rows) -> Result:
-        problem = prepare(Z, num_samples, rows)
-        if narrow:
+
+class Plan(NamedTuple):
+    """What is fixed when the solver is compiled, and its phases."""
+
+    width: int  # the columns of Z
+    num_samples: int
+    num_concepts: tuple[int, ...]
+    max_iter: int
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of work."""
+        repeated = () if self.narrow or self.exact else (Phase(self.improve, repeats=True),)
+        return Phase(self.start), *repeated, Phase(self.finish)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """One run for all: fewer components are the first of more."""
+        return (max(self.num_concepts),)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the components come from the covariance."""
+        N, D = self.num_samples, self.width
+        return N >= D and is_narrow(N, D, *self.runs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the first span is the whole space."""
+        return is_small(self.num_samples, self.width, *self.runs)
+
+    def start(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
+        """The best axes in a sketch of the row space."""
+        key, tol = given
+        (K,), N = self.runs, self.num_samples
+        problem = prepare(Z, N, rows)
+        if self.narrow:
             state = solved(problem, K, rows)
         else:
-            state = init(problem, first_directions(problem, key, K, num_samples, rows), K, rows)
-            state = state._replace(error=jnp.float32(0)) if exact else state
-        step = partial(update, problem, num_concepts=K, rows=rows)
-        progress = begin(state, max_iter)
-        if not (narrow or exact):
-            progress = run(step, progress, tol=tol, max_iter=max_iter, verbose=verbose)
+            state = init(problem, first_directions(problem, key, K, N, rows), K, rows)
+            state = state._replace(error=jnp.float32(0)) if self.exact else state
+        progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.max_iter))
+        return Carry(tol, problem._replace(Z=None), progress)
+
+    def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Updates."""
+        problem = carry.fixed._replace(Z=Z)
+        step = partial(update, problem, num_concepts=self.runs[0], rows=rows)
+        goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
+        return carry._replace(progress=goes_on(carry.progress))
+
+    def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
+        """The components with their signs, and the objective."""
+        problem = carry.fixed._replace(Z=Z)
+        (K,), progress = self.runs, jax.tree.map(lambda leaf: leaf[0], carry.progress)
         components = progress.state.basis[:, :K].T
         scores = progress.state.scores[:, :K]
         sign = _signs(components)
@@ -282,22 +313,44 @@ def solve(
         left = remaining(problem, progress.state.objective, scores, components, rows)
         # What rounding took from the energy is missing in the whole history.
         missed = left - progress.state.objective
-        missing = jnp.arange(K) >= jnp.array(num_concepts)[:, None]
+        missing = jnp.arange(K) >= jnp.array(self.num_concepts)[:, None]
 
         def copies(value: Array) -> Array:
-            return jnp.broadcast_to(value, (len(num_concepts), *value.shape))
+            return jnp.broadcast_to(value, (len(self.num_concepts), *value.shape))
 
         return Result(
             components=copies(sign[:, None] * components),
             activations=copies(sign * scores),
             objective=left + 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1),
             iterations=copies(progress.iteration),
-            converged=copies(progress.state.error <= tol),
+            converged=copies(progress.state.error <= carry.tol),
             history=copies(progress.history + missed),
             mean=copies(problem.mean),
         )
 
-    return solve_on(mesh, local, Z, (key, jnp.float32(tol)))
+
+def plan(
+    key: PRNGKeyArray,
+    *,
+    width: int,
+    num_samples: int,
+    num_concepts: tuple[int, ...],
+    tol: Float[Array, ""] | float = 1e-5,
+    max_iter: int = 100,
+) -> tuple[Plan, Given]:
+    """How to find the leading components of Z[N, width]; rows from `num_samples` on do not count.
+
+    The result has a leading axis for the numbers of components: fewer are the first of more.
+    """
+    return Plan(width, num_samples, num_concepts, max_iter), Given(key, jnp.float32(tol))
+
+
+@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "mesh"))
+def solve(
+    Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
+) -> Result:
+    """Finds the components as `plan` says, in one program; the options are those of `plan`."""
+    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
 @jax.jit

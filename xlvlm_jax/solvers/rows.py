@@ -74,6 +74,10 @@ class Rows(NamedTuple):
 
 
 ONE_DEVICE = Rows()
+# How a result lies on a mesh: the same on every device, but for its activations.
+RESULT = Result(*(PartitionSpec() for _ in Result._fields))._replace(
+    activations=PartitionSpec(None, "data")
+)
 
 
 def solve_on(
@@ -86,13 +90,10 @@ def solve_on(
     if mesh is None:
         return solve(Z, *arguments, rows=ONE_DEVICE)
     whole = PartitionSpec()
-    result = Result(*(whole for _ in Result._fields))._replace(
-        activations=PartitionSpec(None, "data")
-    )
     return jax.shard_map(
         partial(solve, rows=Rows("data")),
         mesh=mesh,
         in_specs=(PartitionSpec("data"), *(whole for _ in arguments)),
-        out_specs=result,
+        out_specs=RESULT,
         check_vma=False,  # that a total is the same everywhere is not seen through a while loop
     )(Z, *arguments)

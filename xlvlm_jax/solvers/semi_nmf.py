@@ -21,7 +21,7 @@ sums. The codes are [K, N], see `codes`.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,9 @@ from xlvlm_jax.solvers.loop import (
     run,
     weighted_sums,
 )
+from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, sample
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows, solve_on
+from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 SWEEPS = 2  # improvements of the codes in one update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K
@@ -169,76 +170,123 @@ def _cost(
     return energy - matmul(jnp.ones(len(codes)), codes * gain)
 
 
-_STATIC = ("num_samples", "num_concepts", "max_iter", "n_init", "nonnegative", "verbose", "mesh")
+class Given(NamedTuple):
+    """What a run is given beside Z."""
+
+    key: PRNGKeyArray
+    alpha: Float[Array, ""]
+    tol: Float[Array, ""]
+    atoms: Float[Array, "K D"] | None
 
 
-@partial(jax.jit, static_argnames=_STATIC)
-def solve(
-    Z: Float[Array, "N D"],
-    key: PRNGKeyArray,
-    *,
-    num_samples: int,
-    num_concepts: tuple[int, ...],
-    alpha: Float[Array, ""] | float = 1.0,
-    nonnegative: bool = True,
-    tol: Float[Array, ""] | float = 1e-6,
-    max_iter: int = 1000,
-    n_init: int | None = None,
-    init_atoms: Float[Array, "K D"] | None = None,
-    verbose: int = 0,
-    mesh: Mesh | None = None,
-) -> Result:
-    """Factor Z for each of Q numbers of concepts; see the head of this file.
+class Fixed(NamedTuple):
+    """What no update changes. Without columns (atoms were given) basis, X and starts are None."""
 
-    Rows from `num_samples` on must be zero. The result has a leading axis Q; atoms beyond a
-    number's own are zero. The history is that of the start that was kept. n_init=None tries 8
-    starts up to 64 concepts and 2 beyond, where they cost more and differ less.
-    """
-    n_init = n_init or (8 if max(num_concepts) <= 64 else 2)
-    active = jnp.arange(max(num_concepts)) < jnp.array(num_concepts)[:, None]
+    alpha: Float[Array, ""]
+    energy: Float[Array, " N"]
+    basis: Float[Array, "D R"] | None
+    X: Float[Array, "N R"] | None  # Z in the few columns of `compression`
+    starts: Float[Array, "Q S K R"] | None
 
-    def local(
-        Z: Array, key: Array, alpha: Array, tol: Array, init_atoms: Array | None, rows: Rows
-    ) -> Result:
-        energy = 0.5 * jnp.sum(jnp.square(Z.astype(jnp.float32)), axis=1)
-        step = partial(update, rows=rows, nonnegative=nonnegative)
-        until = partial(run, tol=tol, max_iter=max_iter, verbose=verbose)
-        starts = None
-        if init_atoms is None:
-            width = min(active.shape[1] + OVERSAMPLE, num_samples, Z.shape[1])
-            basis, X = turn_to_axes(compress(Z, key, width, rows), rows)
 
-            def explore(active: Array) -> tuple[Progress, Array]:
-                problem = Problem(X, energy, alpha, active)
-                atoms, starts = _best_start(
-                    problem, key, num_samples, n_init, tol, min(SCREEN, max_iter), nonnegative, rows
-                )
-                codes = jnp.zeros((len(atoms), len(X)))
-                progress = begin(init(problem, codes, atoms, rows), max_iter)
-                return until(partial(step, problem), progress), starts
+class Plan(NamedTuple):
+    """What is fixed when the solver is compiled, and its phases."""
 
-            def lift(progress: Progress, active: Array) -> Progress:
-                small, codes = progress.state
-                problem = Problem(Z, energy, alpha, active)
-                atoms = matmul(small.atoms, basis.T)
-                state = init(problem, small.scale[:, None] * codes, atoms, rows)
-                return progress._replace(state=state)
+    width: int  # the columns of Z
+    num_samples: int
+    num_concepts: tuple[int, ...]
+    nonnegative: bool
+    max_iter: int
+    n_init: int
+    from_atoms: bool
 
-            progress, starts = each(explore)(active)
-            progress = each(lift)(progress, active)
-        else:
-            atoms = init_atoms / _length(init_atoms)
-            problem = Problem(Z, energy, alpha, active[0])
-            state = init(problem, jnp.zeros((len(atoms), len(Z))), atoms, rows)
-            progress = jax.tree.map(lambda leaf: leaf[None], begin(state, max_iter))
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of work."""
+        repeated = Phase(self.improve, repeats=True)
+        if self.from_atoms:
+            return Phase(self.take_atoms), repeated, Phase(self.finish)
+        in_columns = Phase(self.explore), Phase(self.improve_in_columns, repeats=True)
+        return *in_columns, Phase(self.lift), repeated, Phase(self.finish)
 
-        def finish(progress: Progress, active: Array) -> Result:
-            problem = Problem(Z, energy, alpha, active)
-            progress = until(partial(step, problem), progress)
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """One run a number of concepts."""
+        return self.num_concepts
+
+    @property
+    def active(self) -> Bool[Array, "Q K"]:
+        """Which atoms each number of concepts has."""
+        return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
+
+    def take_atoms(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
+        """Starts from given atoms."""
+        _, alpha, tol, atoms = given
+        atoms, energy = atoms / _length(atoms), _energy(Z)
+        problem = Problem(Z, energy, alpha, self.active[0])
+        progress = begin(init(problem, jnp.zeros((len(atoms), len(Z))), atoms, rows), self.max_iter)
+        progress = jax.tree.map(lambda leaf: leaf[None], progress)
+        return Carry(tol, Fixed(alpha, energy, None, None, None), progress)
+
+    def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
+        """Compresses the rows, and starts from the best of several starts on a sample of them."""
+        key, alpha, tol, _ = given
+        energy, active = _energy(Z), self.active
+        width = min(active.shape[1] + OVERSAMPLE, self.num_samples, self.width)
+        basis, X = turn_to_axes(compress(Z, key, width, rows), rows)
+
+        def best(active: Array) -> tuple[Progress, Array]:
+            problem, screen = Problem(X, energy, alpha, active), min(SCREEN, self.max_iter)
+            counts = self.num_samples, self.n_init
+            atoms, starts = _best_start(problem, key, *counts, tol, screen, self.nonnegative, rows)
+            codes = jnp.zeros((len(atoms), len(X)))
+            return begin(init(problem, codes, atoms, rows), self.max_iter), starts
+
+        progress, starts = each(best)(active)
+        return Carry(tol, Fixed(alpha, energy, basis, X, starts), progress)
+
+    def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Updates on the compressed rows."""
+        return self._run(carry.fixed.X, carry, limit, rows)
+
+    def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Goes on from the atoms in all columns."""
+        fixed = carry.fixed
+
+        def raise_one(progress: Progress, active: Array) -> Progress:
+            small, codes = progress.state
+            problem = Problem(Z, fixed.energy, fixed.alpha, active)
+            atoms = matmul(small.atoms, fixed.basis.T)
+            state = init(problem, small.scale[:, None] * codes, atoms, rows)
+            return progress._replace(state=state)
+
+        progress = each(raise_one)(carry.progress, self.active)
+        return Carry(carry.tol, fixed._replace(basis=None, X=None), progress)
+
+    def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Updates on Z."""
+        return self._run(Z, carry, limit, rows)
+
+    def _run(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        tol, fixed, progress = carry
+
+        def one(progress: Progress, active: Array) -> Progress:
+            problem = Problem(Z, fixed.energy, fixed.alpha, active)
+            step = partial(update, problem, rows=rows, nonnegative=self.nonnegative)
+            return run(step, progress, tol=tol, max_iter=limit)
+
+        return carry._replace(progress=each(one)(progress, self.active))
+
+    def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
+        """Codes the rows on the atoms that were found."""
+        tol, fixed, progress = carry
+        alpha = fixed.alpha
+
+        def one(progress: Progress) -> Result:
             small, codes = progress.state
             codes = small.scale[:, None] * codes
             products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
-            codes = coding.encode(products, gram, alpha, codes, nonnegative=nonnegative)
+            codes = coding.encode(products, gram, alpha, codes, nonnegative=self.nonnegative)
             return Result(
                 components=small.atoms,
                 activations=codes.T,
@@ -248,10 +296,43 @@ def solve(
                 history=progress.history,
             )
 
-        return each(finish)(progress, active)._replace(starts=starts)
+        return each(one)(progress)._replace(starts=fixed.starts)
 
-    arguments = (key, jnp.float32(alpha), jnp.float32(tol), init_atoms)
-    return solve_on(mesh, local, Z, arguments)
+
+def plan(
+    key: PRNGKeyArray,
+    *,
+    width: int,
+    num_samples: int,
+    num_concepts: tuple[int, ...],
+    alpha: Float[Array, ""] | float = 1.0,
+    nonnegative: bool = True,
+    tol: Float[Array, ""] | float = 1e-6,
+    max_iter: int = 1000,
+    n_init: int | None = None,
+    init_atoms: Float[Array, "K D"] | None = None,
+) -> tuple[Plan, Given]:
+    """How to factor Z[N, width] for each of Q numbers of concepts; see the head of this file.
+
+    Rows from `num_samples` on must be zero. The result has a leading axis Q; atoms beyond a
+    number's own are zero. The history is that of the start that was kept. n_init=None tries 8
+    starts up to 64 concepts and 2 beyond, where they cost more and differ less.
+    """
+    n_init = n_init or (8 if max(num_concepts) <= 64 else 2)
+    from_atoms = init_atoms is not None
+    fixed = Plan(width, num_samples, num_concepts, nonnegative, max_iter, n_init, from_atoms)
+    return fixed, Given(key, jnp.float32(alpha), jnp.float32(tol), init_atoms)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("num_samples", "num_concepts", "nonnegative", "max_iter", "n_init", "mesh"),
+)
+def solve(
+    Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
+) -> Result:
+    """Factors Z as `plan` says, in one program; the options are those of `plan`."""
+    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
 def _best_start(
@@ -309,6 +390,10 @@ def first_atoms(
     second = jnp.concatenate([better, filler])[:K]
     others = jax.vmap(drawn)(jax.random.split(key, n_init))
     return jnp.concatenate([jnp.stack([first, second]), others])[:n_init]
+
+
+def _energy(Z: Float[Array, "N D"]) -> Float[Array, " N"]:
+    return 0.5 * jnp.sum(jnp.square(Z.astype(jnp.float32)), axis=1)
 
 
 def _length(rows: Float[Array, "K D"]) -> Float[Array, "K 1"]:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from xlvlm_jax.solvers import assignment, kmeans
+from xlvlm_jax.solvers import assignment, kmeans, phases
 from xlvlm_jax.solvers.loop import Result, matmul
+from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
@@ -17,6 +18,7 @@ def solve(
     source: Source,
     key: PRNGKeyArray,
     write: Write,
+    tell: Tell | None = None,
     *,
     num_concepts: int,
     tol: float = 1e-4,
@@ -29,9 +31,11 @@ def solve(
     # As in memory, where the same key then leads to the same clusters.
     width, by_sample = kmeans.columns(N, K)
     small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D))
-    begun = kmeans.solve(
+    begun = phases.solve(
+        kmeans,
         jnp.asarray(small.X),
         key,
+        tell,
         num_samples=N,
         num_concepts=(K,),
         tol=tol,
@@ -66,6 +70,8 @@ def solve(
             )
         history.append(float(inertia))
         offsets, _, error = kmeans.advance(mean, energy / (N * D), offsets, sums)
+        if tell is not None:
+            tell(Standing(K, len(history), max_iter, history[-1], float(error)))
 
     centroids = offsets + mean
 

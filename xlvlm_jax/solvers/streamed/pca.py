@@ -14,6 +14,7 @@ from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
 from xlvlm_jax.solvers.loop import Result, matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import sketch
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, Write, add_up, check_rows, write_out
 
@@ -24,6 +25,7 @@ def solve(
     source: Source,
     key: PRNGKeyArray,
     write: Write,
+    tell: Tell | None = None,
     *,
     num_concepts: int,
     tol: float = 1e-5,
@@ -51,6 +53,8 @@ def solve(
         basis, images, variances = _best_axes(basis, images, new, new_images, min(W, D))
         history.append(max(float(energy) - 0.5 * float(jnp.sum(variances[:K])), 0.0))
         error = 0.0 if exact else float(pca.expected_gain(basis, images, variances, K))
+        if tell is not None:
+            tell(Standing(K, len(history) - 1, max_iter, history[-1], error))
         if error <= tol or len(history) > max_iter:
             break
         new = complement(basis, images)

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import atoms as dictionary
 from xlvlm_jax.solvers import codes as coding
-from xlvlm_jax.solvers import semi_nmf
+from xlvlm_jax.solvers import phases, semi_nmf
 from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.loop import Result, inner_products, matmul
+from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
 
@@ -20,6 +21,7 @@ def solve(
     source: Source,
     key: PRNGKeyArray,
     write: Write,
+    tell: Tell | None = None,
     *,
     num_concepts: int,
     alpha: float = 1.0,
@@ -36,9 +38,11 @@ def solve(
     basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
     X = jnp.asarray(small.X)
     del small  # with its rows, which are on the device now
-    begun = semi_nmf.solve(
+    begun = phases.solve(
+        semi_nmf,
         X,
         key,
+        tell,
         num_samples=N,
         num_concepts=(K,),
         alpha=alpha,
@@ -56,6 +60,8 @@ def solve(
     while len(history) <= max_iter and not state.error <= tol:
         state, codes = _update(source, energy, codes, state, *lasso)
         history.append(float(state.objective))
+        if tell is not None:
+            tell(Standing(K, len(history) - 1, max_iter, history[-1], float(state.error)))
 
     objective = write_out(
         source, lambda tile: _finish(tile.Z, _part(codes, tile), state, *lasso), write

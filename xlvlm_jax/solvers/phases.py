@@ -1,0 +1,203 @@
+"""A solve as phases: all in one program, or a program per phase, for who wants to hear of progress.
+
+A method's plan is a NamedTuple of what is fixed when it is compiled, with a tuple `phases` of
+
+    work(Z, carry, limit, rows) -> carry
+
+The first carry is the tuple that the caller gives, the last the Result, the others are a `Carry`. A
+phase that repeats changes the progress alone: it updates until its stopping rule ends it or until
+iteration `limit`, and can go on from there. So `watched` does the updates of `at_once`, some at a
+time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from xlvlm_jax.solvers.loop import Progress, Result
+from xlvlm_jax.solvers.rows import ONE_DEVICE, RESULT, Rows, solve_on
+
+# Updates between two calls: about this many multiplications, and at most MOST updates. Counted, not
+# timed, so that all hosts do the same.
+MULTIPLICATIONS, MOST = 2**34, 64
+
+
+class Standing(NamedTuple):
+    """How far a run is."""
+
+    num_concepts: int
+    iteration: int  # updates done
+    max_iter: int
+    objective: float  # of the last update; for kmeans, of the one before it
+    error: float  # what `tol` is compared to
+
+
+Tell = Callable[[Standing], None]
+
+
+class Phase(NamedTuple):
+    """A part of a solve."""
+
+    work: Callable[..., Any]
+    repeats: bool = False
+
+
+class Carry(NamedTuple):
+    """What one phase leaves to the next."""
+
+    tol: Float[Array, ""]
+    fixed: Any
+    progress: Progress  # with a leading axis Q, one run a number of concepts
+
+
+class Plan(Protocol):
+    """What is fixed when a method is compiled."""
+
+    max_iter: int
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The numbers of concepts that are solved side by side."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of work."""
+
+
+def at_once(plan: Plan, given: tuple, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
+    """Does all phases; traceable."""
+
+    def work(Z: Array, *carry: Any, rows: Rows) -> Result:
+        for index, phase in enumerate(plan.phases):
+            # Compiled apart from the one before, as in `watched`: it rounds alike.
+            carry = jax.lax.optimization_barrier(carry) if index else carry
+            carry = phase.work(Z, carry, plan.max_iter, rows)
+        return carry
+
+    return solve_on(mesh, work, Z, given)
+
+
+def solve(
+    method: ModuleType,
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    tell: Tell | None = None,
+    every: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> Result:
+    """Calls the method's own `solve`, or `watched` to tell; options as for its `plan`."""
+    # A method without updates has no plan.
+    if tell is None or not hasattr(method, "plan"):
+        return method.solve(Z, key, mesh=mesh, **options)
+    return watched(*method.plan(key, width=Z.shape[1], **options), Z, mesh, tell, every)
+
+
+def watched(
+    plan: Plan,
+    given: tuple,
+    Z: Float[Array, "N D"],
+    mesh: Mesh | None,
+    tell: Tell,
+    every: int | None = None,
+) -> Result:
+    """Does all phases, and calls `tell` after some updates and at the end of a phase.
+
+    every: the calls come at the iterations that this number divides; None chooses it by the size
+    of Z.
+    """
+    N, D = Z.shape
+    every = every or min(max(MULTIPLICATIONS // (N * D * max(plan.runs)), 1), MOST)
+    carry = given
+    for index, phase in enumerate(plan.phases):
+        on = {"plan": plan, "index": index, "mesh": mesh}
+        if not phase.repeats:
+            carry = _work(Z, carry, **on)
+            continue
+        running = _unfinished(plan, carry, mesh)
+        while running:
+            done = min(standing.iteration for standing in running.values())
+            limit = min(done - done % every + every, plan.max_iter)
+            progress = _repeat(Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on)
+            carry = carry._replace(progress=progress)
+            now = _standings(plan, carry, mesh)
+            for q in running:
+                tell(now[q])
+            running = _unfinished(plan, carry, mesh)
+    return carry
+
+
+def _standings(plan: Plan, carry: Carry, mesh: Mesh | None) -> list[Standing]:
+    state = carry.progress.state
+    values = (carry.progress.iteration, state.objective, state.error)
+    iterations, objectives, errors = (_here(value, mesh) for value in values)
+    return [
+        Standing(K, int(iterations[q]), plan.max_iter, float(objectives[q]), float(errors[q]))
+        for q, K in enumerate(plan.runs)
+    ]
+
+
+def _unfinished(plan: Plan, carry: Carry, mesh: Mesh | None) -> dict[int, Standing]:
+    """Those that `loop.run` goes on with, by their place among the runs."""
+    tol = float(_here(carry.tol, mesh))
+    standings = enumerate(_standings(plan, carry, mesh))
+    return {q: at for q, at in standings if at.error > tol and at.iteration < plan.max_iter}
+
+
+def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
+    """What a device of this host has of a value in a carry."""
+    return np.asarray(value if mesh is None else value.addressable_data(0)[0])
+
+
+@partial(jax.jit, static_argnames=("plan", "index", "mesh"))
+def _work(Z: Array, carry: Any, *, plan: Plan, index: int, mesh: Mesh | None) -> Any:
+    return _on_mesh(plan, index, mesh, Z, carry, plan.max_iter)
+
+
+# What a repeated phase is given of the progress it gives back: one copy in memory, not two.
+@partial(jax.jit, static_argnames=("plan", "index", "mesh"), donate_argnames="progress")
+def _repeat(
+    Z: Array,
+    tol: Array,
+    fixed: Any,
+    progress: Progress,
+    limit: Int[Array, ""],
+    *,
+    plan: Plan,
+    index: int,
+    mesh: Mesh | None,
+) -> Progress:
+    carry = Carry(tol, fixed, progress)
+    return _on_mesh(plan, index, mesh, Z, carry, limit).progress
+
+
+def _on_mesh(
+    plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array | int
+) -> Any:
+    """One phase. On a mesh each device keeps a carry of its own, on a leading axis."""
+    work = plan.phases[index].work
+    if mesh is None:
+        return work(Z, carry, limit, ONE_DEVICE)
+    is_first, is_last = index == 0, index == len(plan.phases) - 1
+
+    def local(Z: Array, carry: Any, limit: Array) -> Any:
+        if not is_first:
+            carry = jax.tree.map(lambda leaf: leaf[0], carry)
+        carry = work(Z, carry, limit, Rows("data"))
+        return carry if is_last else jax.tree.map(lambda leaf: leaf[None], carry)
+
+    spread, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(spread, whole if is_first else spread, whole),
+        out_specs=RESULT if is_last else spread,
+        check_vma=False,
+    )(Z, carry, np.int32(limit) if isinstance(limit, int) else limit)
