@@ -9,6 +9,7 @@ differentiates them. What kind of edit it is and at which site it applies are pa
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -43,21 +44,27 @@ class Places(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["vector", "alpha", "kinds", "start", "mask"],
+    data_fields=["vector", "alpha", "kinds", "start", "mask", "at"],
     meta_fields=["change"],
 )
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """One change of a module's output. `add`, `ablate`, `replace` ... make it.
 
+    States are [B, T, D], or of another rank: of [N, D] the rows are the positions, of [D] there is
+    one, and axes between the first and the last two are all edited alike.
+
     Attributes:
-        vector: float[D] or float[B, D]; a pair (down[R, D], up[D, R]) for a map; None if `change`
-            needs none.
+        vector: float[D], float[B, D] or float[B, T, D], see `add`; a pair (down[R, D], up[D, R])
+            for a map; None if `change` needs none.
         alpha: float[] or float[B], the strength.
         kinds: bool[4], which kinds of positions are edited.
         start: int32[], the index of the first token that is.
-        mask: None, or bool[B, T]: edited are only its positions, which are those of the prompt.
-        change: (states[B, T, D], vector[B or 1, 1, D], alpha[B or 1, 1, 1], places) -> states.
+        mask: None, or bool[B, T]: only its positions are edited, which are those of the prompt; or
+            bool[B]: only these rows.
+        at: None, or int32[P] or int32[B, P]: only the tokens of these indices are edited.
+        change: (states, vector, alpha, places) -> states; vector and alpha broadcast against the
+            states.
     """
 
     vector: Any
@@ -66,6 +73,7 @@ class Edit:
     start: Any
     mask: Any
     change: Callable[..., Array]
+    at: Any = None
 
     @property
     def width(self) -> int | None:
@@ -73,42 +81,130 @@ class Edit:
         first = self.vector[0] if isinstance(self.vector, tuple) else self.vector
         return None if first is None else np.shape(first)[-1]
 
-    def positions(self, shape: tuple[int, ...], places: Places | None) -> Array:
-        """bool[B or 1, T]: the positions of states of that shape [B, T, D] that are edited.
+    @property
+    def vector_rank(self) -> int:
+        """The rank of the vector, 0 for an edit without one."""
+        return 0 if isinstance(self.vector, tuple) else np.ndim(self.vector)
 
-        places: None for a module whose positions are no tokens; kinds mean nothing there, so that
-        only an edit of all kinds applies.
+    def has_vector_per_position(self, rank: int) -> bool:
+        """Whether states of that rank are each edited with a vector of their own."""
+        return self.vector_rank > 2 or (self.vector_rank == rank == 2 and len(self.vector) > 1)
+
+    def positions(self, shape: tuple[int, ...], places: Places | None) -> Array:
+        """bool, broadcasting against shape[:-1]: which states of that shape are edited.
+
+        places: None for a module whose positions are not tokens; kinds mean nothing there, so that
+            only an edit of all kinds applies.
+
+        Returns bool[B or 1, T] for states [B, T, D], bool[N] for [N, D].
+        """
+        chosen, _ = self._locate(shape, places)
+        if len(shape) < 3:
+            return chosen.reshape(shape[:-1])
+        return chosen.reshape(len(chosen), *(1,) * (len(shape) - 3), -1)
+
+    def _locate(self, shape: tuple[int, ...], places: Places | None) -> tuple[Array, Array]:
+        """bool[B or 1, T], which positions are edited, and int[B or 1, T], with which column of
+        the mask, or of a vector per position.
         """
         kinds = jnp.asarray(self.kinds)
         if places is None:
-            chosen = kinds.all() & (jnp.arange(shape[-2]) >= self.start)[None]
-            slots = jnp.arange(shape[-2])[None]
+            index = slots = jnp.arange(shape[-2] if len(shape) > 1 else 1)[None]
+            chosen = kinds.all()
         else:
-            chosen = kinds[jnp.maximum(places.kind, 0)] & (places.index >= self.start)
-            chosen = chosen & (places.kind != PADDING)
-            slots = places.slot
+            index, slots = places.index, jnp.atleast_2d(places.slot)
+            chosen = kinds[jnp.maximum(places.kind, 0)] & (places.kind != PADDING)
+        chosen = chosen & (index >= self.start)
         if self.mask is not None:
             mask = jnp.asarray(self.mask, bool)
-            slots = jnp.broadcast_to(slots, (*mask.shape[:-1], shape[-2]))
-            mask = jnp.take_along_axis(mask, slots, axis=-1, mode="fill", fill_value=False)
+            if mask.ndim == 1:
+                mask = mask[None] if len(shape) == 2 else mask[:, None]
+            else:
+                mask = jnp.take_along_axis(mask, slots, -1, mode="fill", fill_value=False)
             chosen = chosen & mask
-        return chosen
+        if self.at is not None:
+            found = index[..., None] == jnp.atleast_2d(self.at)[:, None]
+            return chosen & found.any(-1), found.argmax(-1)
+        if self.has_vector_per_position(len(shape)):
+            # Tokens generated after the prompt have none.
+            chosen = chosen & (slots < np.shape(self.vector)[-2])
+        return chosen, slots
 
     def __call__(self, states: Array, places: Places | None = None) -> Array:
-        """states[B, T, D] after the edit, in their dtype."""
-        x = states.astype(jnp.promote_types(states.dtype, jnp.float32))
-        vector = self.vector
-        if isinstance(vector, tuple):
-            vector = tuple(jnp.asarray(matrix, x.dtype) for matrix in vector)
-        elif vector is not None:
-            vector = jnp.asarray(vector, x.dtype)
-            vector = vector[:, None] if vector.ndim == 2 else vector[None, None]
-        alpha = jnp.asarray(self.alpha, x.dtype).reshape(-1, 1, 1)
-        changed = self.change(x, vector, alpha, places).astype(states.dtype)
-        return jnp.where(self.positions(states.shape, places)[..., None], changed, states)
+        """The states after the edit, in their dtype.
+
+        Raises ValueError if they change their shape.
+        """
+        x = jnp.asarray(states)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        vector = self._spread(x, places)
+        alpha = jnp.asarray(self.alpha, x.dtype)
+        alpha = alpha.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim > 1 else alpha.reshape(())
+        changed = self.change(x, vector, alpha, places)
+        if changed.shape != x.shape:
+            raise ValueError(
+                f"an edit turns states of shape {x.shape} into {changed.shape}; expected the same "
+                "shape"
+            )
+        chosen = self.positions(x.shape, places)[..., None]
+        return jnp.where(chosen, changed.astype(states.dtype), states)
+
+    def _spread(self, x: Array, places: Places | None) -> Any:
+        """The vector, or the map, in the dtype of the states x, broadcasting against them."""
+        if isinstance(self.vector, tuple):
+            return tuple(jnp.asarray(matrix, x.dtype) for matrix in self.vector)
+        if self.vector is None:
+            return None
+        vector = jnp.asarray(self.vector, x.dtype)
+        if x.ndim < 2 or vector.ndim == 1:
+            return vector.reshape(-1)
+        each = self.has_vector_per_position(x.ndim)
+        if not each or vector.ndim < x.ndim:
+            between = (1,) * (x.ndim - vector.ndim)
+            vector = vector.reshape(len(vector), *between, *vector.shape[1:])
+        if not each or (places is None and self.at is None):
+            return vector
+        columns = self._locate(x.shape, places)[1]
+        rows = (len(columns), *(1,) * (x.ndim - 3)) if x.ndim > 2 else ()
+        return jnp.take_along_axis(vector, columns.reshape(*rows, -1, 1), axis=-2, mode="clip")
 
 
-Edits = Mapping[str, Edit | Sequence[Edit]]
+Edits = Mapping[str, Edit | Callable[..., Array] | Sequence[Edit | Callable[..., Array]]]
+
+
+def as_edits(edits: Edits) -> dict[str, tuple[Edit, ...]]:
+    """The edits at each site as a tuple; a function of the states becomes `edit_with` of it.
+
+    Raises ValueError for anything else.
+    """
+    if not isinstance(edits, Mapping):
+        raise ValueError(
+            f"edits are {_described(edits)}; expected {{site: edit}}, such as "
+            "{'layers.19': add(vector)}"
+        )
+    return {
+        site: tuple(
+            _as_edit(site, each) for each in (given if isinstance(given, list | tuple) else [given])
+        )
+        for site, given in edits.items()
+    }
+
+
+def _as_edit(site: str, given: Any) -> Edit:
+    if isinstance(given, Edit):
+        return given
+    if callable(given):
+        return edit_with(given)
+    raise ValueError(
+        f"the edit at {site!r} is {_described(given)}; expected add(vector), replace(states) or "
+        "another edit, or a function of the states"
+    )
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    kind = type(value).__name__
+    return f"of type {kind}" if shape is None else f"an array of shape {tuple(shape)}"
 
 
 def is_traced(value: Any) -> bool:
@@ -117,39 +213,83 @@ def is_traced(value: Any) -> bool:
 
 
 def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> Edit:
-    if not (vector is None or isinstance(vector, tuple) or np.ndim(vector) in (1, 2)):
+    if not (vector is None or isinstance(vector, tuple | jax.Array)):
+        traced = any(map(is_traced, jax.tree.leaves(vector)))
+        vector = jnp.asarray(vector) if traced else np.asarray(vector)
+    for name, values in (("alpha", alpha), ("the steering vector", vector)):
+        for value in values if isinstance(values, tuple) else (values,):
+            _check_numbers(name, value)
+    if not (vector is None or isinstance(vector, tuple) or np.ndim(vector)):
         raise ValueError(
-            f"a steering vector has shape {np.shape(vector)}; expected [D], or [B, D] for one a row"
+            f"a steering vector has shape {np.shape(vector)}; expected [D], [B, D] for one per "
+            "row, or [B, T, D] for one per position"
         )
     if np.ndim(alpha) > 1:
         raise ValueError(f"alpha has shape {np.shape(alpha)}; expected a number, or [B]")
-    for name, values in (("alpha", alpha), ("the steering vector", vector)):
-        for value in jax.tree.leaves(values):
-            # What is traced has no values yet.
-            if not is_traced(value) and not np.isfinite(value).all():
-                shown = f"is {value}" if np.ndim(value) == 0 else "has entries that are not finite"
-                raise ValueError(f"{name} {shown}; expected finite numbers")
-    kinds, start, mask = _positions(where)
+    kinds, start, mask, at = _positions(where)
     alpha = jnp.asarray(alpha, jnp.float32)
-    return Edit(vector, alpha, kinds, jnp.asarray(start, jnp.int32), mask, change)
+    edit = Edit(vector, alpha, kinds, jnp.asarray(start, jnp.int32), mask, change, at)
+    if at is not None and edit.vector_rank > 2 and np.shape(vector)[-2] != np.shape(at)[-1]:
+        raise ValueError(
+            f"where names {np.shape(at)[-1]} positions for {np.shape(vector)[-2]} states; expected "
+            "one state per position"
+        )
+    return edit
 
 
-def _positions(where: Any) -> tuple[np.ndarray, Any, Any]:
-    """An edit's kinds, start and mask. ValueError for what names no positions."""
+def _check_numbers(name: str, value: Any) -> None:
+    """ValueError for what does not hold finite real numbers; what is traced has no values yet."""
+    if value is None or is_traced(value):
+        return
+    array = np.asarray(value)
+    if not (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer)) and not (
+        jnp.issubdtype(array.dtype, jnp.floating)
+    ):
+        raise ValueError(f"{name} is {_described(value)} ({array.dtype}); expected real numbers")
+    if not np.isfinite(array).all():
+        shown = f"is {value}" if array.ndim == 0 else "has entries that are not finite"
+        raise ValueError(f"{name} {shown}; expected finite numbers")
+
+
+def _positions(where: Any) -> tuple[np.ndarray, Any, Any, Any]:
+    """An edit's kinds, start, mask and indices. ValueError for what names no positions."""
     everything = np.ones(4, bool)
     if isinstance(where, Mapping) and set(where) == {"from"}:
         start = where["from"]
         if not is_traced(start) and (np.ndim(start) or start != int(start) or start < 0):
             raise ValueError(f"where is {where}; expected {{'from': i}} with a whole number i >= 0")
-        return everything, start, None
-    if is_traced(where) or np.ndim(where) == 2:
-        return everything, 0, where
+        return everything, start, None, None
+    if isinstance(where, Mapping) and set(where) == {"at"}:
+        at = where["at"]
+        if not is_traced(at):
+            at = np.asarray(at)
+            if (
+                at.ndim > 2
+                or not at.size
+                or not np.issubdtype(at.dtype, np.integer)
+                or at.min() < 0
+            ):
+                raise ValueError(
+                    f"where is {where}; expected {{'at': indices}} with whole numbers >= 0, [P] or "
+                    "[B, P]"
+                )
+        return everything, 0, None, jnp.atleast_1d(jnp.asarray(at, jnp.int32))
+    if is_traced(where) or (not isinstance(where, str | Mapping) and np.ndim(where) in (1, 2)):
+        mask = where if isinstance(where, jax.Array) else np.asarray(where)
+        if not is_traced(mask) and (
+            mask.dtype != bool if mask.ndim == 1 else not np.isin(mask, (0, 1)).all()
+        ):
+            raise ValueError(
+                f"where is an array of {mask.dtype}; expected a mask bool[B, T] or bool[B], or "
+                "{'at': indices}"
+            )
+        return everything, 0, mask, None
     if not isinstance(where, str) or where not in _WHERE:
         raise ValueError(
-            f"where is {str(where)!r}; expected one of {', '.join(_WHERE)}, {{'from': index}}, or "
-            "a mask bool[B, T]"
+            f"where is {str(where)!r}; expected one of {', '.join(_WHERE)}, {{'from': index}}, "
+            "{'at': indices}, or a mask bool[B, T] or bool[B]"
         )
-    return np.isin(np.arange(4), _WHERE[where]), 0, None
+    return np.isin(np.arange(4), _WHERE[where]), 0, None, None
 
 
 def _add(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
@@ -179,11 +319,16 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     """states + alpha * vector.
 
     Args:
-        vector: float[D], or float[B, D] with another vector for each row of the batch.
+        vector: float[D]; float[B, D] with another vector for each row of the batch; or
+            float[B or 1, T, D] with another for each position, which are the columns of the inputs
+            (tokens generated after them are not edited), or with {"at": indices} those P tokens.
+            At a module that puts out [N, D], a float[N, D] has one for each row.
         alpha: the strength, a number or float[B].
         where: which positions: "all"; "prompt"; "generated" (the tokens that were generated, as
             they enter the model); "last_prompt"; "image"; "text" (all but image); {"from": i}, the
-            i-th token of each row and what follows; or a mask bool[B, T] over the prompt.
+            i-th token of each row and what follows; {"at": indices}, the tokens of these indices,
+            int[P] or int[B, P]; a mask bool[B, T] over the prompt; or bool[B], whole rows. Tokens
+            are counted in each row, from 0 and without padding.
 
     Raises ValueError for another `where`, a vector or alpha of another shape, or values that are
     not finite.
@@ -206,7 +351,15 @@ def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
 
 def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """The vector instead of the states; alpha below 1 goes only part of the way."""
+    """The vector instead of the states; alpha below 1 goes only part of the way.
+
+    With the states of another run as float[B, T, D] it is activation patching (Vig et al. 2020,
+    Meng et al. 2022), at all positions or some:
+
+        clean = vlm.forward(inputs, sites=[site]).states[site]
+        edits = {site: replace(clean, where="image")}           # inputs laid out alike
+        edits = {site: replace(clean[:, 5:7], where={"at": [9, 10]})}
+    """
     return _edit(_replace, vector, alpha, where)
 
 
@@ -239,27 +392,53 @@ class _Function(NamedTuple):
 
     def __call__(self, x: Array, vector: Any, alpha: Array, places: Places | None) -> Array:
         if places is None or x.shape[-2] == 1:
-            return (1 - alpha) * x + alpha * self.function(x, places)
-        # In the order of the caller's columns: a generation moves the tokens of its rows.
-        slot = jnp.broadcast_to(places.slot, places.kind.shape)
-        order = jnp.argsort(jnp.where(slot < 0, jnp.iinfo(slot.dtype).max, slot), axis=-1)
-        ordered = Places(
-            *(jnp.take_along_axis(field, order, -1) for field in (places.kind, places.index, slot))
-        )
-        out = self.function(jnp.take_along_axis(x, order[..., None], -2), ordered)
-        out = jnp.take_along_axis(out, jnp.argsort(order, axis=-1)[..., None], -2)
-        return (1 - alpha) * x + alpha * out
+            out = self._result(x, places)
+        else:
+            # In the order of the caller's columns: a generation moves the tokens of its rows.
+            slot = jnp.broadcast_to(places.slot, places.kind.shape)
+            order = jnp.argsort(jnp.where(slot < 0, jnp.iinfo(slot.dtype).max, slot), axis=-1)
+            fields = (places.kind, places.index, slot)
+            ordered = Places(*(jnp.take_along_axis(field, order, -1) for field in fields))
+            out = self._result(jnp.take_along_axis(x, order[..., None], -2), ordered)
+            if out.ndim > 1 and out.shape[-2] == x.shape[-2]:
+                out = jnp.take_along_axis(out, jnp.argsort(order, axis=-1)[..., None], -2)
+        # One that does not broadcast is named by the edit, which knows what was expected.
+        sizes = zip(out.shape[::-1], x.shape[::-1], strict=False)
+        fits = out.ndim <= x.ndim and all(size in (1, full) for size, full in sizes)
+        return (1 - alpha) * x + alpha * out if fits else out
+
+    def _result(self, x: Array, places: Places | None) -> Array:
+        """What the function makes of the states. ValueError if it is not an array."""
+        out = self.function(*_arguments(self.function, x, places))
+        if not hasattr(out, "shape"):
+            raise ValueError(
+                f"the function of an edit returns {_described(out)}; expected the states, of shape "
+                f"{x.shape}"
+            )
+        return jnp.asarray(out)
+
+
+def _arguments(function: Callable[..., Array], x: Array, places: Places | None) -> tuple[Any, ...]:
+    """The states, and the places for a function that needs a second argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some builtins have none
+        return (x,)
+    needed = [p for p in parameters if p.default is p.empty and p.kind <= p.VAR_POSITIONAL]
+    return (x, places) if len(needed) > 1 else (x,)
 
 
 def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """function(states[B, T, D], places) instead of the states.
+    """function(states) or function(states, places) instead of the states, of the same shape.
 
-    places is a `Places`, or None at a site whose positions are no tokens. The function is called
+    places is a `Places`, or None at a site whose positions are not tokens. The function is called
     for the prompt, whose columns are those of the caller's inputs (T may be larger: what follows
     fills up to a compiled length, and its kind is PADDING), and for each generated token by itself
     (T = 1, its column in `places.slot`); a generation's last layer may put out the last column
     alone. Pass the same function object again: another one is another program.
     """
+    if not callable(function):
+        raise ValueError(f"edit_with takes a function of the states; got {_described(function)}")
     return _edit(_Function(function), None, alpha, where)
 
 
@@ -284,17 +463,91 @@ def is_everywhere(edit: Edit) -> bool:
     """Whether an edit is for all positions; what is traced can't be told, and counts as all."""
     kinds = is_traced(edit.kinds) or np.all(edit.kinds)
     start = is_traced(edit.start) or edit.start == 0
-    return bool(kinds and start and edit.mask is None)
+    return bool(kinds and start and edit.mask is None and edit.at is None)
+
+
+def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:
+    """The edit with what it has per position laid out as the tokens are.
+
+    move: what changes the columns of an array [B, T, ...] accordingly. Tokens after the prompt,
+    which have no vector of their own, are not edited.
+    """
+    vector, mask = edit.vector, edit.mask
+    if edit.at is None and edit.vector_rank == 3:
+        everywhere = np.ones(np.shape(vector)[:2], bool)
+        if np.ndim(mask) < 2:
+            mask = everywhere if mask is None else everywhere & np.asarray(mask, bool)[:, None]
+        vector = move(vector)
+    if np.ndim(mask) == 2:
+        mask = move(np.asarray(mask, bool))
+    return dataclasses.replace(edit, vector=vector, mask=mask)
 
 
 def check_batch(edit: Edit, batch: int, length: int) -> None:
     """ValueError if what an edit has a row a sample does not fit the batch."""
-    vector = None if isinstance(edit.vector, tuple) else edit.vector
-    for name, value, rank in (("vector", vector, 2), ("alpha", edit.alpha, 1)):
-        if np.ndim(value) == rank and len(value) not in (1, batch):
+    vector = None if isinstance(edit.vector, tuple) or edit.vector_rank < 2 else edit.vector
+    alpha = edit.alpha if np.ndim(edit.alpha) else None
+    at = edit.at if np.ndim(edit.at) == 2 else None
+    for name, value in (("vector", vector), ("alpha", alpha), ("'at'", at)):
+        if value is not None and len(value) not in (1, batch):
             raise ValueError(f"the {name} of an edit has {len(value)} rows; the batch has {batch}")
-    if edit.mask is not None and np.shape(edit.mask) != (batch, length):
+    if edit.mask is not None and np.shape(edit.mask) not in ((batch, length), (batch,)):
         raise ValueError(
             f"the mask of an edit has shape {np.shape(edit.mask)}; expected that of input_ids, "
             f"{(batch, length)}"
+        )
+    if edit.vector_rank > 3 or (
+        edit.vector_rank == 3 and edit.at is None and np.shape(edit.vector)[1] != length
+    ):
+        raise ValueError(
+            f"the states of an edit have shape {np.shape(edit.vector)}; expected that of "
+            f"input_ids and the width, ({batch}, {length}, D), or name their positions with "
+            "where={'at': indices}"
+        )
+
+
+def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | None) -> None:
+    """ValueError if an edit can't be one of the states of that shape, which `site` puts out."""
+    if edit.width not in (None, shape[-1]):
+        raise ValueError(
+            f"the steering vector has width {edit.width}; the states at {site!r} have {shape[-1]}"
+        )
+    rank, rows = len(shape), shape[0] if len(shape) > 1 else 1
+    # The columns of the call, where they are those of the vector and the mask.
+    columns = shape[-2] if rank > 1 and (places is None or shape[-2] > 1) else None
+    fits = edit.vector_rank <= max(rank, 2) and (
+        edit.vector_rank < 2
+        or edit.at is not None
+        or (
+            len(edit.vector) in (1, rows)
+            and (
+                not edit.has_vector_per_position(rank)
+                or columns in (None, np.shape(edit.vector)[-2])
+            )
+        )
+    )
+    if not fits:
+        raise ValueError(
+            f"the vector of an edit has shape {np.shape(edit.vector)}; the states at {site!r} have "
+            f"{shape}: expected [D], or one for each row or position"
+        )
+    if np.ndim(edit.alpha) and len(edit.alpha) not in (1, rows):
+        raise ValueError(
+            f"alpha has shape {np.shape(edit.alpha)}; the states at {site!r} have {rows} rows"
+        )
+    mask = np.shape(edit.mask)
+    if edit.mask is not None and not (
+        mask in ((rows,), (1,))
+        if len(mask) == 1
+        else rank > 2 and mask[0] in (1, rows) and columns in (None, mask[1])
+    ):
+        raise ValueError(
+            f"the mask of an edit has shape {mask}; the states at {site!r} have {shape}: expected "
+            + (f"[{rows}]" if rank < 3 else f"[{rows}] or [{rows}, {shape[-2]}]")
+        )
+    # Inside of a compiled program the kinds are traced; `VLM` has checked them before.
+    if places is None and not is_traced(edit.kinds) and not np.all(edit.kinds):
+        raise ValueError(
+            f"the positions of site {site!r} are not tokens: where can only be 'all', "
+            "{'from': index}, {'at': indices} or a mask there"
         )

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
+from ports.interception import call_intercepted
 from ports.sites import site_name
 
 Array = jax.Array
@@ -149,8 +150,7 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
             change = adapter.scale[site] * ((rows @ down) @ up)
             return (y + change.reshape(y.shape)).astype(y.dtype)
 
-        with nn.intercept_methods(intercept):
-            out = apply(params, *args, **kwargs)
+        out = call_intercepted(intercept, apply, (params, *args), kwargs)
         missed = sorted(set(adapter.factors) - ran)
         if missed and kwargs.get("method") is None:
             raise ValueError(f"the adapter is for the layer {missed[0]!r}, which did not run")

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax.core.scope import union_filters
+from flax.core.scope import in_filter, union_filters
+
+from ports.interception import check_not_compiled, marked, split_variables
 
 # Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
 _NUMBERED = re.compile(r"^(layers?|blocks|resblocks|mlp)_(\d+)$")
@@ -26,9 +30,40 @@ def site_name(path: Iterable[str]) -> str:
     return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
 
 
+def called_name(path: Iterable[str], method: str) -> str:
+    """The site of a module's output; of a method other than `__call__`, its name follows."""
+    return site_name((*path, *([] if method == "__call__" else [method])))
+
+
+def is_public(method: str) -> bool:
+    """Whether a method is one to name a site after: not `setup`, and not private."""
+    return method == "__call__" or (method != "setup" and method[0] not in "_<")
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array, of JAX or of numpy."""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a value is an array of floating numbers, as states are."""
+    return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
+
+
 def normal_name(name: str) -> str:
     """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
     return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))
+
+
+def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:
+    """The names as a tuple; a string alone is one of them. ValueError for other than names."""
+    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"a site is {name!r}; expected the name of a module, such as 'layers.19'"
+            )
+    return names
 
 
 def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
@@ -107,61 +142,119 @@ def find_sites(
     return found
 
 
-def capture(apply: Callable[..., Any], sites: Sequence[str]) -> Callable[..., Any]:
+def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that it also returns what the modules at `sites` put out.
 
     Args:
         apply: `module.apply` of any Linen module, or a function that passes its keyword arguments
-            on to one (as `VLM.apply` does).
-        sites: names of modules, such as "language_model.model.layers.19". The spelling of the Flax
-            path ("language_model/model/layers_19") is understood as well.
+            on to one (as `VLM.apply` does); `capture` and `steer` of it as well. Wrap first, then
+            `jit`.
+        sites: names of modules, such as "language_model.model.layers.19"; a string alone is one.
+            The spelling of the Flax path ("language_model/model/layers_19") is understood as well.
+            A method m of the module "encoder" other than `__call__` is the site "encoder.m".
 
     Returns:
         A pure function of the same arguments that returns `(out, {site: states})`. States are
-        those after any steering edit. A module that is called several times gives a tuple.
+        those after any steering edit. A module that is called several times gives a tuple, in the
+        order of the calls. Below `nn.scan` and `nn.vmap` the states are stacked along the axis that
+        their variable_axes names for "intermediates": {"intermediates": 0}. Of a tuple with one
+        value beside None, such as the (carry, None) of a scanned block, that value is taken.
 
     Raises:
-        ValueError: when called, if a site names no module that ran; lists the nearest names.
+        ValueError: when called, if a site names no module that ran (the nearest names are listed),
+            or one below a transform that drops what is captured there.
     """
-    sites = tuple(sites)
+    sites = as_sites(sites)
     wanted = {normal_name(site): site for site in sites}
+    mark = f"captured {', '.join(sorted(wanted))}"
 
     @functools.wraps(apply)
-    def captured(*args: Any, mutable: Any = False, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        ran: list[str] = []
+    def captured(
+        *args: Any, mutable: Any = False, capture_intermediates: Any = False, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        check_not_compiled(apply)
+        ran: dict[str, None] = {}
+        lost: dict[str, str] = {}  # one spelling of a site -> the module that could not keep it
+        others: set[tuple[str, ...]] = set()  # what the caller captures
 
         def is_wanted(module: nn.Module, method: str) -> bool:
-            if method != "__call__":
-                return False
-            ran.append(site_name(module.path))
-            return normal_name(ran[-1]) in wanted
+            name = called_name(module.path, method)
+            ours = normal_name(name) in wanted
+            if ours or is_public(method):
+                ran[name] = None
+            if ours and not module.is_mutable_collection("intermediates"):
+                lost[normal_name(name)] = name
+            if callable(capture_intermediates):
+                theirs = capture_intermediates(module, method)
+            else:
+                theirs = capture_intermediates and method == "__call__"
+            if theirs:
+                others.add((*module.path, method))
+            return ours or bool(theirs)
 
-        out, variables = apply(
+        result = apply(
             *args,
             capture_intermediates=is_wanted,
-            mutable=union_filters(mutable, "intermediates"),
+            mutable=marked(union_filters(mutable, "intermediates"), mark),
             **kwargs,
         )
-        require_sites(sites, ran)
-        variables = dict(variables)
-        states = {}
-        for path, value in _outputs(variables.pop("intermediates", {})):
-            site = wanted.get(normal_name(site_name(path)))
-            if site is not None:
-                states[site] = value[0] if len(value) == 1 else value
-        states = {site: states[site] for site in sites}
-        return (out if mutable is False else (out, variables)), states
+        out, variables = split_variables(apply, result)
+        found: dict[str, Any] = {}
+        kept = _take_outputs(dict(variables).get("intermediates", {}), set(wanted), others, found)
+        if len(found) < len(wanted):
+            require_sites([site for name, site in wanted.items() if name not in found], ran)
+        for name in lost:
+            raise ValueError(
+                f"what site {wanted[name]!r} puts out is dropped by a transform around it: add "
+                "variable_axes={'intermediates': 0} to its nn.scan or nn.vmap (nn.while_loop keeps "
+                "nothing; capture a site outside of it)"
+            )
+        states = {site: found[normal_name(site)] for site in sites}
+        if mutable is False:
+            return out, states
+        variables = {name: value for name, value in variables.items() if name != "intermediates"}
+        if kept and in_filter(mutable, "intermediates"):
+            variables["intermediates"] = kept
+        return (out, variables), states
 
+    captured.adds_to_result = True
     return captured
 
 
-def _outputs(tree: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], tuple]]:
-    """The (module path, captured outputs) pairs in Linen's "intermediates" collection."""
+def _take_outputs(
+    tree: Any,
+    wanted: set[str],
+    others: set[tuple[str, ...]],
+    found: dict[str, Any],
+    path: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Puts the outputs at the wanted sites, in one spelling, into `found`.
+
+    tree: Linen's collection "intermediates", from `path` on. Returns it without them; those in
+    `others` stay.
+    """
+    kept = {}
     for key, value in tree.items():
-        if key == "__call__":
-            yield path, value
-        elif hasattr(value, "items"):
-            yield from _outputs(value, (*path, key))
+        if hasattr(value, "items"):
+            below = _take_outputs(value, wanted, others, found, (*path, key))
+            if below:
+                kept[key] = below
+            continue
+        name = normal_name(called_name(path, key))
+        if name in wanted:
+            calls = tuple(map(_without_none, value))
+            found[name] = calls[0] if len(calls) == 1 else calls
+        if name not in wanted or (*path, key) in others:
+            kept[key] = value
+    return kept
+
+
+def _without_none(out: Any) -> Any:
+    """The one value of a tuple that is not None, if there is one; else the output as it is."""
+    if type(out) is tuple:
+        values = [value for value in out if value is not None]
+        return values[0] if len(values) == 1 else out
+    return out
 
 
 def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:
@@ -174,8 +267,7 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
 
     def record(next_method, call_args, call_kwargs, context):
         out = next_method(*call_args, **call_kwargs)
-        single = isinstance(out, jax.Array) and jax.numpy.issubdtype(out.dtype, jax.numpy.floating)
-        if context.method_name == "__call__" and context.module.path and single:
+        if context.method_name == "__call__" and context.module.path and is_floating(out):
             shapes.setdefault(site_name(context.module.path), out.shape)
         return out
 

@@ -13,11 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from ports.edits import Edit, Edits, Places, is_traced
-from ports.sites import normal_name, require_sites, site_name
+from ports.edits import Edit, Edits, Places, as_edits, check_fits
+from ports.interception import call_intercepted, split_variables
+from ports.sites import (
+    called_name,
+    is_array,
+    is_floating,
+    is_public,
+    normal_name,
+    require_sites,
+    site_name,
+)
 
 Array = jax.Array
 
@@ -35,46 +43,65 @@ def at_places(places: Places) -> Iterator[None]:
 
 
 def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that it edits what the modules at the sites put out.
+    """Wraps a Linen `apply` so that it edits the outputs of the modules at the sites.
 
     Args:
         apply: `module.apply` of any Linen module, or a function that passes on to one (as
             `VLM.apply` does); `steer` and `capture` of it as well. Captured states are those after
             the edit. Wrap first, then `jit`: an edit from outside does not reach into what is
             compiled already.
-        edits: site -> an edit, or several, which are done in order. Outside of the ports' models,
-            positions are counted along the second to last axis and have no kinds.
-        masks: also return which positions were edited.
+        edits: site -> an edit, or a function of the states (see `edit_with`), or several, which are
+            done in order. Outputs are states [B, T, D], or of any other rank (see `Edit`). Of a
+            module that returns several values, the states are the only floating array among them,
+            or the first of a tuple. A module that is called several times, or run by `nn.scan` at
+            every layer, is edited each time; under `nn.vmap` or `jax.vmap` the shapes are those of
+            one example. Outside of the ports' models, positions are counted along the second to
+            last axis and have no kinds. A method m of the module "encoder" other than `__call__`
+            is the site "encoder.m".
+        masks: also return which positions were edited, as of the last call of the module.
 
     Returns:
         A pure function with the arguments of `apply`, and its result; with `masks`, the pair
         (result, {site: bool[B or 1, T] of each edit, in a tuple}).
 
     Raises:
-        ValueError: when called, if a site names no module that ran (the nearest names are listed),
-            a module there puts out something else than one array, an edit does not fit its
-            width, or it asks for kinds of positions where there are none.
+        ValueError: for what is not an edit; and when called, if a site names no module that ran
+            (the nearest names are listed), a module there does not put out states, an edit does
+            not fit their shape or changes it, or it asks for kinds of positions where there are
+            none.
     """
-    listed = {
-        site: (edit,) if isinstance(edit, Edit) else tuple(edit) for site, edit in edits.items()
-    }
+    listed: dict[str, tuple[Edit, ...]] = {}
+    named: dict[str, str] = {}  # one spelling -> the caller's
+    for site, given in as_edits(edits).items():
+        own = named.setdefault(normal_name(site), site)
+        listed[own] = (*listed.get(own, ()), *given)
 
     @functools.wraps(apply)
     def steered(*args: Any, **kwargs: Any) -> Any:
-        edited: dict[str, tuple[Array, ...]] = {}
+        seen: dict[str, tuple[tuple[int, ...], Places | None]] = {}
 
         def change(site: str, out: Any) -> Any:
+            states, put_back = _states(site, out)
+            places = _places_of(states)
+            seen[site] = (states.shape, places)
             for edit in listed[site]:
-                places = _check(site, edit, out)
-                if masks:
-                    edited[site] = (*edited.get(site, ()), edit.positions(out.shape, places))
-                out = edit(out, places)
-            return out
+                check_fits(site, edit, states.shape, places)
+                states = edit(states, places)
+            return put_back(states)
 
-        with _changing(listed, change):
-            result = apply(*args, **kwargs)
-        return (result, edited) if masks else result
+        result = _call_changing(listed, change, apply, args, kwargs)
+        if not masks:
+            return result
+        if kwargs.get("mutable", False) is not False:
+            result = split_variables(apply, result)
+        # Not while the modules run: within a scan, what is computed stays there.
+        return result, {
+            site: tuple(edit.positions(*where) for edit in listed[site])
+            for site, where in seen.items()
+        }
 
+    if masks:
+        steered.adds_to_result = True
     return steered
 
 
@@ -90,51 +117,62 @@ def substitute(apply: Callable[..., Any], states: Mapping[str, Array]) -> Callab
 
     @functools.wraps(apply)
     def substituted(*args: Any, **kwargs: Any) -> Any:
-        with _changing(states, lambda site, _: jnp.asarray(states[site])):
-            return apply(*args, **kwargs)
+        def change(site: str, _: Any) -> Array:
+            return jnp.asarray(states[site])
+
+        return _call_changing(states, change, apply, args, kwargs)
 
     return substituted
 
 
-@contextlib.contextmanager
-def _changing(sites: Iterable[str], change: Callable[[str, Any], Any]) -> Iterator[None]:
-    """While this is open, change(site, out) is what the modules at the sites put out.
+def _call_changing(
+    sites: Iterable[str],
+    change: Callable[[str, Any], Any],
+    apply: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+) -> Any:
+    """apply(*args, **kwargs), where the modules at the sites put out change(site, output).
 
-    Raises ValueError at its end for a site that names no module that ran.
+    Raises ValueError for a site that names no module that ran.
     """
     wanted, ran = {normal_name(site): site for site in sites}, dict[str, None]()
 
     def intercept(method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         out = method(*args, **kwargs)
-        if context.method_name != "__call__":
-            return out
-        name = site_name(context.module.path)
-        ran[name] = None
+        name = called_name(context.module.path, context.method_name)
         site = wanted.get(normal_name(name))
+        if site is not None or is_public(context.method_name):
+            ran[name] = None
         return out if site is None else change(site, out)
 
-    with nn.intercept_methods(intercept):
-        yield
+    result = call_intercepted(intercept, apply, args, kwargs)
     require_sites(wanted.values(), ran)
+    return result
 
 
-def _check(site: str, edit: Edit, out: Any) -> Places | None:
-    """The places of the running call, if `out` has them; ValueError if the edit does not fit."""
-    if not isinstance(out, jax.Array) or out.ndim < 2:
-        raise ValueError(f"site {site!r} does not put out one array [B, T, D]; steer another one")
-    if edit.width not in (None, out.shape[-1]):
+def _states(site: str, out: Any) -> tuple[Array, Callable[[Array], Any]]:
+    """The states that a module put out, and what puts others in their place.
+
+    ValueError if it is not clear which of its values they are.
+    """
+    leaves, tree = jax.tree.flatten(out)
+    floating = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
+    if isinstance(out, tuple | list) and floating[:1] == [0] and out[0] is leaves[0]:
+        floating = [0]
+    if len(floating) != 1 or not leaves[floating[0]].ndim:
+        kind = type(out).__name__
+        found = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if is_array(leaf))
         raise ValueError(
-            f"the steering vector has width {edit.width}; the states at {site!r} have "
-            f"{out.shape[-1]}"
+            f"site {site!r} does not put out states to edit, one floating array or a tuple that "
+            f"begins with it, but a {kind} of {found or 'no array'}; choose a module inside it"
         )
-    places = _places_of(out)
-    # Inside of a compiled program the kinds are traced; `VLM` has checked them before.
-    if places is None and not is_traced(edit.kinds) and not np.all(edit.kinds):
-        raise ValueError(
-            f"the positions of site {site!r} are no tokens: where can only be 'all', "
-            "{'from': index} or a mask there"
-        )
-    return places
+    (place,) = floating
+
+    def put_back(states: Array) -> Any:
+        return tree.unflatten([*leaves[:place], states, *leaves[place + 1 :]])
+
+    return jnp.asarray(leaves[place]), put_back
 
 
 def _places_of(out: Any) -> Places | None:
@@ -143,7 +181,7 @@ def _places_of(out: Any) -> Places | None:
     One position is the last: a prefill's last layer puts out no other.
     """
     places = _places.get()
-    if places is None or not isinstance(out, jax.Array) or out.ndim < 2:
+    if places is None or not isinstance(out, jax.Array) or out.ndim != 3:
         return None
     if out.shape[-2] == 1:
         return jax.tree.map(lambda x: x[..., -1:], places)

@@ -1,7 +1,6 @@
 """`VLM`: a loaded vision-language model with its processor, the same object for every port."""
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from ports import (
     steering,
     vocabulary,
 )
-from ports.edits import Edit, Edits, check_batch, is_everywhere
+from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out
 from ports.generate import Generation, Sampling
-from ports.sites import capture, find_sites, is_pattern, list_sites, normal_name
+from ports.sites import as_sites, capture, find_sites, is_pattern, list_sites, normal_name
 
 Array = jax.Array
 
@@ -250,7 +249,7 @@ class VLM:
         self,
         inputs: joiner.Inputs,
         *,
-        sites: Sequence[str] = (),
+        sites: str | Sequence[str] = (),
         edits: Edits | None = None,
     ) -> Output:
         """One jitted pass over a batch.
@@ -278,7 +277,7 @@ class VLM:
         self,
         inputs: joiner.Inputs,
         *,
-        sites: Sequence[str],
+        sites: str | Sequence[str],
         edits: Edits | None = None,
     ) -> dict[str, Array]:
         """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
@@ -293,7 +292,7 @@ class VLM:
         inputs: joiner.Inputs,
         *,
         max_new_tokens: int,
-        sites: Sequence[str] = (),
+        sites: str | Sequence[str] = (),
         edits: Edits | None = None,
         sampling: Sampling | None = None,
         prompt_states: bool = False,
@@ -330,7 +329,7 @@ class VLM:
         self,
         inputs: joiner.Inputs,
         *,
-        sites: Sequence[str],
+        sites: str | Sequence[str],
         max_new_tokens: int | None = None,
         prompt_states: bool = False,
     ) -> jax.stages.Lowered:
@@ -351,7 +350,7 @@ class VLM:
         self,
         inputs: joiner.Inputs,
         max_new_tokens: int,
-        sites: Sequence[str],
+        sites: str | Sequence[str],
         edits: Edits | None,
         sampling: Sampling | None,
         prompt_states: bool,
@@ -379,7 +378,7 @@ class VLM:
         variants: Sequence[Edits],
         *,
         max_new_tokens: int,
-        sites: Sequence[str] = (),
+        sites: str | Sequence[str] = (),
     ) -> Generation:
         """Greedy answers of one batch under each of A variants of the same edits, in one program.
 
@@ -424,12 +423,12 @@ class VLM:
         """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
         return _unembed(self.module, self.params, jnp.asarray(x), self._mesh)
 
-    def find_sites(self, names: Sequence[str], *, generated: bool = False) -> dict[str, str]:
+    def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
         """The sites that names and patterns mean.
 
         Args:
             names: names of sites, as in `sites`, or of modules in today's transformers, or patterns
-                such as "layers.*" (see `ports.sites.match_sites`).
+                such as "layers.*" (see `ports.sites.match_sites`); a string alone is one.
             generated: only sites that have a state for each generated token.
 
         Returns {name: site}, where a site that a pattern matched has its own name.
@@ -438,7 +437,7 @@ class VLM:
         """
         inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
         asked: dict[str, str] = {}
-        for name in names:
+        for name in as_sites(names):
             asked |= find_sites([name], inside if is_pattern(name) else self.sites, self.hub_names)
         outside = [name for name, site in asked.items() if site not in inside]
         if outside:
@@ -448,7 +447,9 @@ class VLM:
             )
         return asked
 
-    def check_sites(self, sites: Sequence[str], *, generated: bool = False) -> tuple[str, ...]:
+    def check_sites(
+        self, sites: str | Sequence[str], *, generated: bool = False
+    ) -> tuple[str, ...]:
         """The sites that names and patterns mean, each once; raises as `find_sites`."""
         return _distinct(self.find_sites(sites, generated=generated))
 
@@ -486,22 +487,27 @@ class VLM:
         arrays: dict[str, np.ndarray],
     ) -> tuple[dict[str, tuple[Edit, ...]], dict[str, np.ndarray]]:
         """The edits as arguments of a compiled program, and the arrays with what they need."""
+        edits = {} if edits is None else as_edits(edits)
         if not edits:
             return {}, arrays
         placed: dict[str, tuple[Edit, ...]] = {}
         batch, length = arrays["input_ids"].shape
         missing = padding.bucket_length(length) - length
+
+        def move(columns: Any) -> Any:
+            """[B, T, ...] by the caller's columns, up to the bucket's length; none are beyond."""
+            xp = np if isinstance(columns, np.ndarray) else jnp
+            return xp.pad(columns, ((0, 0), (0, missing), *((0, 0),) * (columns.ndim - 2)))
+
         for name, listed in edits.items():
-            here: tuple[Edit, ...] = ()
-            for edit in (listed,) if isinstance(listed, Edit) else listed:
-                check_batch(edit, batch, length)
-                if edit.mask is not None:
-                    # By the caller's columns; none are beyond them.
-                    mask = np.pad(np.asarray(edit.mask, bool), ((0, 0), (0, missing)))
-                    edit = dataclasses.replace(edit, mask=mask)
-                here = (*here, edit)
             # A pattern such as "layers.*" would fit the layers of a vision tower too.
             for site in self.check_sites([name], generated=is_pattern(name)):
+                here = listed
+                # In the towers rows and positions are those of images.
+                if self.module.is_of_decoder(site):
+                    for edit in here:
+                        check_batch(edit, batch, length)
+                    here = tuple(lay_out(edit, move) for edit in here)
                 placed[site] = (*placed.get(site, ()), *here)
         for site, listed in placed.items():
             if all(map(is_everywhere, listed)):

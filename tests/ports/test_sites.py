@@ -114,6 +114,222 @@ class TestCapture:
         assert isinstance(out, jax.Array)
 
 
+class Carrying(nn.Module):
+    """A block as `nn.scan` takes it: (carry, None)."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return Block(x.shape[-1], name="block")(x), None
+
+
+def lifted(transform, **options):
+    """A module whose part "inner" is a block below a transform."""
+
+    class Lifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if transform is nn.scan:
+                inner = nn.scan(Carrying, split_rngs={"params": True}, length=3, **options)
+                x, _ = inner(name="inner")(x, None)
+            else:
+                x = transform(Block, **options)(x.shape[-1], name="inner")(x)
+            return nn.Dense(2, name="head")(x)
+
+    return Lifted()
+
+
+SCANNED = lifted(nn.scan, variable_axes={"params": 0, "intermediates": 0})
+MAPPED = {"variable_axes": {"params": None, "intermediates": 0}, "split_rngs": {"params": False}}
+
+
+def by_hand(params, x):
+    return x + jnp.tanh(x) @ params["up"]["kernel"] + params["up"]["bias"]
+
+
+class TestLifted:
+    def test_below_a_scan_states_are_stacked(self):
+        variables = SCANNED.init(jax.random.key(0), X)
+        sites = ["inner", "inner.block.up"]
+        out, states = jax.jit(capture(SCANNED.apply, sites))(variables, X)
+        np.testing.assert_allclose(out, SCANNED.apply(variables, X), rtol=1e-6)
+        x, expected = X, []
+        for i in range(3):
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["inner"]["block"])
+            expected.append(by_hand(params, x))
+            ups = expected[-1] - x
+            np.testing.assert_allclose(states["inner.block.up"][i], ups, rtol=1e-5, atol=1e-6)
+            x = expected[-1]
+        np.testing.assert_allclose(states["inner"], jnp.stack(expected), rtol=1e-5)
+
+    def test_below_a_vmap_states_are_stacked(self):
+        module = lifted(nn.vmap, **MAPPED)
+        variables = module.init(jax.random.key(0), X)
+        _, states = capture(module.apply, "inner")(variables, X)
+        expected = by_hand(variables["params"]["inner"], X)
+        np.testing.assert_allclose(states["inner"], expected, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("transform", "options"),
+        [
+            (nn.scan, {"variable_axes": {"params": 0}}),
+            (nn.vmap, {"variable_axes": {"params": None}, "split_rngs": {"params": False}}),
+            (nn.jit, {"variables": "params"}),
+        ],
+        ids=["scan", "vmap", "jit"],
+    )
+    @pytest.mark.parametrize("below", ["", ".block", ".block.up", ".up"])
+    def test_of_what_is_dropped_the_remedy_is_named(self, transform, options, below):
+        if ("block" in below) != (transform is nn.scan) and below:
+            return
+        module = lifted(transform, **options)
+        variables = module.init(jax.random.key(0), X)
+        parts = (f"'inner{below}'", "variable_axes={'intermediates': 0}", "nn.scan")
+        with helpers.raises_line(ValueError, *parts):
+            capture(module.apply, ["inner" + below])(variables, X)
+
+    def test_what_a_loop_drops_is_not_taken_for_all(self):
+        class Looping(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                block = Block(x.shape[-1], name="block")
+                x = block(x)
+                step = (lambda _, c: c[0] < 3), (lambda m, c: (c[0] + 1, m(c[1])))
+                return nn.while_loop(*step, block, (0, x))[1]
+
+        variables = Looping().init(jax.random.key(0), X)
+        with helpers.raises_line(ValueError, "'block'", "nn.while_loop keeps nothing"):
+            capture(Looping().apply, ["block"])(variables, X)
+
+    @pytest.mark.parametrize("transform", [nn.remat, nn.jit], ids=["remat", "jit"])
+    def test_below_other_transforms(self, transform):
+        module = lifted(transform)
+        variables = module.init(jax.random.key(0), X)
+        expected = by_hand(variables["params"]["inner"], X)
+        for site in ("inner", "inner.up"):  # one after the other: what is compiled is not kept
+            _, states = capture(module.apply, [site])(variables, X)
+            given = expected - (X if site == "inner.up" else 0)
+            np.testing.assert_allclose(states[site], given, rtol=1e-5, atol=1e-6)
+
+    def test_below_mapped_variables(self):
+        module = lifted(
+            nn.map_variables,
+            mapped_collections="params",
+            trans_in_fn=lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree),
+        )
+        params = lifted(nn.remat).init(jax.random.key(0), X)["params"]
+        _, states = capture(module.apply, ["inner"])({"params": params}, X)
+        doubled = jax.tree.map(lambda leaf: 2 * leaf, params["inner"])
+        np.testing.assert_allclose(states["inner"], by_hand(doubled, X), rtol=1e-5)
+
+
+class Coder(nn.Module):
+    """Called by its methods, of which one sows."""
+
+    def setup(self):
+        self.up = nn.Dense(4)
+
+    def encode(self, x):
+        self.sow("intermediates", "sown", x + 1)
+        return {"code": self.up(x), "input": x}
+
+    def _private(self, x):
+        return 3 * x
+
+    def scale(self, x):
+        return self._private(x), None
+
+
+class Calling(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        coder = Coder(name="coder")
+        return coder.encode(x)["code"], coder.scale(x)[0]
+
+
+class TestWhatModulesPutOut:
+    VARIABLES = Calling().init(jax.random.key(0), X)
+
+    def test_of_a_method(self):
+        sites = ["coder.encode", "coder.scale", "coder._private", "coder.up"]
+        out, states = capture(Calling().apply, sites)(self.VARIABLES, X)
+        np.testing.assert_array_equal(states["coder.encode"]["code"], out[0])
+        np.testing.assert_array_equal(states["coder.encode"]["input"], X)
+        np.testing.assert_array_equal(states["coder.up"], out[0])
+        for site in ("coder.scale", "coder._private"):
+            np.testing.assert_array_equal(states[site], 3 * X)
+        with helpers.raises_line(ValueError, "no site matches 'coder'; nearest: coder."):
+            capture(Calling().apply, "coder")(self.VARIABLES, X)
+
+    def test_when_a_method_is_applied(self):
+        variables = {"params": self.VARIABLES["params"]["coder"]}
+        _, states = capture(Coder().apply, ["up"])(variables, X, method="encode")
+        up = variables["params"]["up"]
+        np.testing.assert_allclose(states["up"], X @ up["kernel"] + up["bias"], rtol=1e-6)
+
+    def test_what_a_module_sows_is_the_callers(self):
+        captured = capture(Calling().apply, ["coder.up"])
+        (_, variables), _ = captured(self.VARIABLES, X, mutable=["intermediates"])
+        _, expected = Calling().apply(self.VARIABLES, X, mutable=["intermediates"])
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+    def test_what_the_caller_captures_stays(self):
+        captured = capture(Stack().apply, ["layers.0", "head"])
+        options = {"mutable": ["intermediates"], "capture_intermediates": True}
+        (_, variables), states = captured(VARIABLES, X, **options)
+        _, expected = Stack().apply(VARIABLES, X, **options)
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+        np.testing.assert_array_equal(
+            states["layers.0"], expected["intermediates"]["layers_0"]["__call__"][0]
+        )
+
+    def test_captures_of_captures(self):
+        twice = capture(capture(Stack().apply, ["layers.0", "head"]), "layers.0")
+        (out, inner), outer = twice(VARIABLES, X)
+        np.testing.assert_array_equal(out, Stack().apply(VARIABLES, X))
+        assert list(inner) == ["layers.0", "head"]
+        assert list(outer) == ["layers.0"]
+        np.testing.assert_array_equal(inner["layers.0"], outer["layers.0"])
+
+    def test_under_an_interceptor(self):
+        def double(method, args, kwargs, context):
+            out = method(*args, **kwargs)
+            return 2 * out if context.module.name == "layers_0" else out
+
+        with nn.intercept_methods(double):
+            _, states = capture(Stack().apply, ["layers.0"])(VARIABLES, X)
+        np.testing.assert_allclose(states["layers.0"], 2 * block(0, X), rtol=1e-6)
+
+    def test_with_random_numbers(self):
+        class Noisy(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dropout(0.5, deterministic=False, name="drop")(x)
+
+        keys = {"dropout": jax.random.key(3)}
+        out, states = capture(Noisy().apply, ["drop"])({}, X, rngs=keys)
+        np.testing.assert_array_equal(out, Noisy().apply({}, X, rngs=keys))
+        np.testing.assert_array_equal(states["drop"], out)
+
+
+class TestSites:
+    def test_a_string_is_one(self):
+        _, states = capture(Stack().apply, "layers.0")(VARIABLES, X)
+        np.testing.assert_allclose(states["layers.0"], block(0, X), rtol=1e-6)
+
+    def test_two_spellings_of_one(self):
+        _, states = capture(Stack().apply, ["layers.0", "layers_0"])(VARIABLES, X)
+        np.testing.assert_array_equal(states["layers.0"], states["layers_0"])
+
+    @pytest.mark.parametrize("given", [3, [3], [("layers", 0)]], ids=str)
+    def test_other_than_names(self, given):
+        with helpers.raises_line(ValueError, "a site is ", "'layers.19'"):
+            capture(Stack().apply, given)
+
+    def test_of_a_compiled_function(self):
+        with helpers.raises_line(ValueError, "function of jax.jit", "jax.jit(capture(module"):
+            capture(jax.jit(Stack().apply), ["layers.0"])(VARIABLES, X)
+
+
 class TestUnknownSites:
     def test_are_named_with_the_nearest(self):
         with helpers.raises_line(ValueError, "no site matches 'layer.1'; nearest: layers.1"):

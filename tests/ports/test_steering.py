@@ -101,6 +101,68 @@ class TestAgainstPyTorch:
         steering = (alphas[:, None] * vectors)[:, None]
         self.compare(small, inputs, ports.add(vectors, alphas), "all", steering)
 
+    @staticmethod
+    @contextlib.contextmanager
+    def patch(model, states, mask):
+        """Puts states[B, T, D] in place of layer 0's at the positions bool[B, T] of the prompt."""
+
+        def put(module, args, out):
+            found = out[0] if isinstance(out, tuple) else out
+            if found.shape[1] == mask.shape[1]:  # not a step of the generation
+                found = torch.where(torch.tensor(mask)[..., None], torch.tensor(states), found)
+            return (found, *out[1:]) if isinstance(out, tuple) else found
+
+        handle = model.model.language_model.layers[0].register_forward_hook(put)
+        yield
+        handle.remove()
+
+    @pytest.mark.parametrize("padding", ["left", "right"])
+    @pytest.mark.parametrize("where", ["all", "image", "mask", "row", "at"])
+    def test_patched_with_the_states_of_another_run(self, small, inputs, where, padding):
+        other = {**inputs, "input_ids": inputs["input_ids"].copy()}
+        words = (other["input_ids"] != helpers.IMAGE) & (inputs["attention_mask"] == 1)
+        other["input_ids"][words] = 3 + (other["input_ids"][words] + 7) % 20
+        other["pixel_values"] = inputs["pixel_values"][::-1].copy()
+        tokens = inputs["attention_mask"].astype(bool)
+        at = np.array([[4, 1], [2, 5], [0, 3]])
+        given = np.array(small.vlm.forward(other, sites=SITE).states[SITE])
+        index = np.cumsum(tokens, 1) - 1
+        masks = {
+            "all": tokens,
+            "image": inputs["input_ids"] == helpers.IMAGE,
+            "mask": tokens & (np.random.default_rng(1).random(tokens.shape) < 0.5),
+            "row": tokens & np.array([True, False, True])[:, None],
+            "at": tokens & (index[..., None] == at[:, None]).any(-1),
+        }
+        mask = masks[where]
+        with self.patch(small.torch_model, given, mask), torch.no_grad():
+            theirs = small.torch_model(**helpers.to_torch(inputs)).logits
+            answers = helpers.torch_generate(small.torch_model, inputs, 12).sequences
+        chosen = {"row": np.array([True, False, True]), "at": {"at": at}}.get(where, where)
+        states = given
+        if where == "at":
+            places = (index[:, None] == at[..., None]) & tokens[:, None]
+            states = np.take_along_axis(given, places.argmax(-1)[..., None], 1)
+        ours, run = mask, inputs
+        if padding == "right":
+            empty = (inputs["attention_mask"] == 0).sum(1)
+            run = helpers.pad_right(inputs)
+
+            def move(array):
+                return np.stack([np.roll(row, -n, 0) for row, n in zip(array, empty, strict=True)])
+
+            ours, states = move(mask), states if where == "at" else move(states)
+        edit = ports.replace(states, where=ours if where == "mask" else chosen)
+        if padding == "left":
+            logits = small.vlm.forward(run, edits={SITE: edit}).logits
+            assert helpers.relative_error(logits, theirs, tokens) < 1e-4
+            direct = steer(small.vlm.apply, {SITE: edit})(small.vlm.params, run)
+            assert helpers.relative_error(direct, theirs, tokens) < 1e-4
+        generated = small.vlm.generate(run, max_new_tokens=12, edits={SITE: edit}).tokens
+        np.testing.assert_array_equal(generated, answers[:, tokens.shape[1] :])
+        plain = small.vlm.generate(run, max_new_tokens=12).tokens
+        assert not np.array_equal(generated, plain)
+
     def test_the_gradient_of_the_vector(self, small, inputs):
         def score(vector):
             edits = {SITE: ports.add(vector, where="prompt")}
@@ -381,6 +443,42 @@ class TestPositions:
         assert helpers.relative_error(by_mask, plain, valid) > 1e-2
 
 
+class TestPatching:
+    def test_with_its_own_states_nothing_changes(self, small, inputs):
+        out = small.vlm.forward(inputs, sites=[SITE])
+        edits = {SITE: ports.replace(out.states[SITE])}
+        again = small.vlm.forward(inputs, edits=edits)
+        np.testing.assert_allclose(again.logits, out.logits, rtol=1e-5, atol=1e-5)
+        plain = small.vlm.generate(inputs, max_new_tokens=8)
+        same = small.vlm.generate(inputs, max_new_tokens=8, edits=edits)
+        np.testing.assert_array_equal(same.tokens, plain.tokens)
+
+    def test_other_states_never_compile_again(self, small, inputs):
+        states = np.array(small.vlm.forward(inputs, sites=[SITE]).states[SITE])
+        before = None
+        for scale in (1, 2):
+            small.vlm.generate(
+                inputs, max_new_tokens=3, edits={SITE: ports.replace(scale * states)}
+            )
+            before = before or vlm_module._generate._cache_size()
+        assert vlm_module._generate._cache_size() == before
+
+    def test_a_sweep_is_each_of_its_variants(self, small, inputs):
+        states = np.array(small.vlm.forward(inputs, sites=[SITE]).states[SITE])
+        variants = [{SITE: ports.replace(scale * states, where="text")} for scale in (1, -1)]
+        swept = small.vlm.sweep(inputs, variants, max_new_tokens=6).tokens
+        for tokens, edits in zip(swept, variants, strict=True):
+            alone = small.vlm.generate(inputs, max_new_tokens=6, edits=edits).tokens
+            np.testing.assert_array_equal(tokens, alone)
+
+    def test_of_a_vision_tower(self, small, inputs):
+        site = "vision_tower.vision_model.encoder.layers.0"
+        states = np.array(small.vlm.forward(inputs, sites=site).states[site])[::-1]
+        edits = {site: ports.replace(states)}
+        found = small.vlm.forward(inputs, sites=site, edits=edits).states[site]
+        np.testing.assert_allclose(found, states, rtol=1e-6)
+
+
 class TestMessages:
     @pytest.mark.parametrize(
         ("edits", "parts"),
@@ -390,6 +488,10 @@ class TestMessages:
             ({SITE: ports.add(np.stack([VECTOR] * 2))}, ("vector", "2 rows", "batch has 3")),
             ({SITE: ports.add(VECTOR, np.ones(4))}, ("alpha", "4 rows", "batch has 3")),
             ({SITE: ports.add(VECTOR, where=np.ones((3, 2)))}, ("mask", "(3, 2)", "input_ids")),
+            ({SITE: ports.replace(np.ones((3, 2, WIDTH)))}, ("(3, 2, 60)", "(3,", "'at'")),
+            ({SITE: ports.replace(np.ones((2, 9, WIDTH)))}, ("2 rows", "batch has 3")),
+            ({SITE: VECTOR}, ("'language_model.model.layers.0' is an array", "add(vector)")),
+            (ports.add(VECTOR), ("edits are of type Edit", "{site: edit}")),
             (
                 {"multi_modal_projector": ports.add(VECTOR, where="text")},
                 ("'multi_modal_projector' comes before image and text are joined", "'all'"),
