@@ -7,6 +7,7 @@
 This package knows nothing of the toolkit: it can be used alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,9 @@ from ports.edits import (
     replace,
     stacked,
 )
-from ports.generate import Generation, Sampling
+from ports.generate import Generation
 from ports.lora import Adapter, adapted, merge
+from ports.sampling import Sampling
 from ports.sharding import make_mesh, parse_mesh
 from ports.sites import capture, list_sites
 from ports.steering import steer, substitute
@@ -77,6 +79,7 @@ def load(
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     adapter: str | Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> VLM:
     """Loads a Hugging Face checkpoint.
 
@@ -88,6 +91,9 @@ def load(
         mesh: places the parameters on its devices (axes "data" and "model"), tensor by tensor;
             it may span the processes of `jax.distributed`. Default: one device.
         adapter: a directory with a LoRA adapter in PEFT's format, merged into the parameters.
+        generation_config: values by transformers' names instead of those of the checkpoint's
+            generation_config.json, such as {"repetition_penalty": 1.1}; {} leaves those out. The
+            tokens that end and fill rows stay, unless it names others.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
@@ -99,6 +105,8 @@ def load(
     module, port, config, abstract = _build(directory, dtype)
     params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
     vlm = VLM(module, params, config, port, directory, mesh)
+    if generation_config is not None:
+        vlm = vlm.with_generation_config(generation_config)
     return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
 
 

@@ -7,6 +7,7 @@ The state that belongs to a generated token is the state from which it was predi
 last prompt position for the first token.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +15,11 @@ import jax.numpy as jnp
 
 from ports import joiner, steering
 from ports.edits import Edits
+from ports.logits import Rules, process, read_prompt
+from ports.sampling import Sampling, draw
 from ports.sites import capture
 
 Array = jax.Array
-
-
-class Sampling(NamedTuple):
-    """How tokens are drawn; greedy decoding has none of this."""
-
-    key: Array
-    temperature: Array | float = 1.0  # logits are divided by it
-    top_p: Array | float = 1.0  # the smallest set of tokens whose probability reaches it is kept
 
 
 class Generation(NamedTuple):
@@ -36,25 +31,13 @@ class Generation(NamedTuple):
     finite: Array  # bool[B], whether no logits were NaN or Inf, as where float16 overflows
 
 
-def _sample(logits: Array, sampling: Sampling, step: Array) -> Array:
-    """Draws int32[B] from logits[B, V] by temperature and nucleus (Holtzman et al. 2020)."""
-    logits = logits / sampling.temperature
-    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    # A token is kept while the probability of the likelier ones is below top_p: at least one is.
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < sampling.top_p) | (before == 0)
-    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return jax.random.categorical(jax.random.fold_in(sampling.key, step), logits)
-
-
 def generate(
     model: joiner.VisionLanguageModel,
     params: dict,
     inputs: joiner.Inputs,
     sampling: Sampling | None = None,
     edits: Edits | None = None,
+    rules: Rules | None = None,
     *,
     max_new_tokens: int,
     eos_tokens: tuple[int, ...],
@@ -67,6 +50,7 @@ def generate(
 
     inputs: the processor's arrays, rows padded on the left to T. sampling: None for greedy.
     edits: of the residual stream, in the prefill and in every step.
+    rules: what changes the logits before a token is chosen.
     variants: the arrays of the edits have a leading axis A, and so have those that are returned.
     Rows end by themselves; the loop ends with the last of them.
     """
@@ -99,9 +83,11 @@ def generate(
         axes = {"prompt_cache": axes, "cache": 0}
         decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None, None))
 
-    def pick(logits: Array, step: Array, ended: Array) -> tuple[Array, Array]:
+    def pick(logits: Array, tokens: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         logits = logits.astype(jnp.float32)
-        tokens = jnp.argmax(logits, -1) if sampling is None else _sample(logits, sampling, step)
+        if rules is not None:
+            logits = rule(logits, tokens, step)
+        tokens = jnp.argmax(logits, -1) if sampling is None else draw(logits, sampling, step)
         tokens = jnp.where(ended, pad_token, tokens.astype(jnp.int32))
         return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
 
@@ -115,9 +101,14 @@ def generate(
     if variants:
         prompt_cache = {"prompt_cache": cache}
         cache = jax.vmap(lambda _: model.init_cache(batch, max_new_tokens))(logits)
-    first, ended = pick(logits, jnp.int32(0), jnp.zeros(rows, bool))
+    if rules is not None:
+        prompt = read_prompt(rules, jnp.asarray(inputs["input_ids"]), mask, logits.shape[-1])
+        rule = functools.partial(process, rules, prompt)
+        rule = jax.vmap(rule, in_axes=(0, 0, None)) if variants else rule
+    tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32)
+    first, ended = pick(logits, tokens, jnp.int32(0), jnp.zeros(rows, bool))
     finite = is_finite(logits)
-    tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32).at[..., 0].set(first)
+    tokens = tokens.at[..., 0].set(first)
     states = {
         site: jnp.zeros((*rows, max_new_tokens, value.shape[-1]), value.dtype)
         .at[..., 0, :]
@@ -154,7 +145,7 @@ def generate(
             for site, value in new.items()
         }
         finite = finite & (ended | is_finite(logits))
-        chosen, ended = pick(logits, step, ended)
+        chosen, ended = pick(logits, tokens, step, ended)
         return step + 1, tokens.at[..., step].set(chosen), ended, finite, states, cache
 
     carry = (jnp.int32(1), tokens, ended, finite, states, cache)

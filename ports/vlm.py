@@ -14,7 +14,9 @@ import numpy as np
 from ports import (
     checkpoint,
     generate,
+    generation_config,
     joiner,
+    logits,
     lora,
     orbax_io,
     padding,
@@ -24,7 +26,8 @@ from ports import (
     vocabulary,
 )
 from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out
-from ports.generate import Generation, Sampling
+from ports.generate import Generation
+from ports.sampling import Sampling
 from ports.sites import as_sites, capture, find_sites, is_pattern, list_sites, normal_name
 
 Array = jax.Array
@@ -94,12 +97,13 @@ def _generate(
     inputs: dict,
     sampling: Sampling | None = None,
     edits: Edits | None = None,
+    rules: logits.Rules | None = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
     **options: Any,
 ) -> Generation:
     with sharding.on(mesh):
-        return generate.generate(model, params, inputs, sampling, edits, **options)
+        return generate.generate(model, params, inputs, sampling, edits, rules, **options)
 
 
 class VLM:
@@ -110,6 +114,9 @@ class VLM:
         params: the tree of parameters, as the Linen module takes it under "params".
         module: the Linen module.
         directory: where the checkpoint lies, or None.
+        generation_config: the values of generation_config.json, by transformers' names. Those that
+            change logits (repetition_penalty, suppress_tokens ...) apply to every generation;
+            those of sampling where it is asked for, see `sampling`.
         eos_tokens, pad_token: ids that end a generated row and that fill it up afterwards.
         adapter: the directory of the LoRA adapter that the parameters include, or None.
     """
@@ -128,7 +135,14 @@ class VLM:
     ):
         self.module, self.params, self.config, self.directory = module, params, config, directory
         self._port, self._mesh = port, mesh
-        self.eos_tokens, self.pad_token = _special_tokens(config, directory, module.num_embeddings)
+        self._use(generation_config.read(directory))
+
+    def _use(self, values: dict[str, Any]) -> None:
+        """Takes the values of a generation_config.json. ValueError for ids that can't be."""
+        self.generation_config = values
+        self.eos_tokens, self.pad_token = _special_tokens(
+            self.config, values, self.directory, self.module.num_embeddings
+        )
 
     def with_adapter(self, directory: str | Path, *, donate: bool = False) -> "VLM":
         """The model with a PEFT LoRA adapter merged into its linear layers.
@@ -143,6 +157,34 @@ class VLM:
         model.params = lora.merge(self.params, adapter, donate=donate)
         model.adapter = Path(directory).expanduser()
         return model
+
+    def with_generation_config(self, values: Mapping[str, Any]) -> "VLM":
+        """The model with these values instead of those of generation_config.json.
+
+        All parameters are shared with this model. The tokens that end and fill rows stay, unless
+        the values name others; with {} nothing else is left.
+
+        Raises ValueError for a key that transformers does not know.
+        """
+        model = copy.copy(self)
+        model._use(generation_config.given(values, self.generation_config))
+        return model
+
+    @property
+    def logits_options(self) -> dict[str, Any]:
+        """The values of `generation_config` that change greedy tokens.
+
+        Raises ValueError for one that is not implemented (num_beams, guidance_scale ...).
+        """
+        return generation_config.changing_logits(self.generation_config)
+
+    def sampling(self, key: Array) -> Sampling:
+        """How the checkpoint's own generation_config.json draws tokens, for `generate(sampling=)`.
+
+        What it does not say is as in transformers (top_k 50). Raises ValueError as
+        `logits_options`.
+        """
+        return Sampling(key, **generation_config.of_sampling(self.generation_config))
 
     def read_adapter(self, directory: str | Path) -> lora.Adapter:
         """A PEFT LoRA adapter of this model, not merged (see `ports.adapted`)."""
@@ -306,14 +348,15 @@ class VLM:
             sites: sites of the decoder whose states to return.
             edits: site -> edit or edits of its states (`ports.add` ...), in the prompt and at every
                 step; see `ports.steer`.
-            sampling: `ports.Sampling(key, temperature, top_p)`; None decodes greedily.
+            sampling: `ports.Sampling(key, temperature, top_p)`, or `vlm.sampling(key)` for the
+                checkpoint's own; None decodes greedily, whatever its do_sample says.
             prompt_states: also return the states at the T prompt positions (of the head, which
                 the prefill applies to the last position only, the state at that one).
 
         Raises:
             ValueError: a token id outside the vocabulary, an unknown site, a site outside the
-                decoder, no room for a new token, an edit that does not fit, or images that do not
-                fit the prompt.
+                decoder, no room for a new token, an edit that does not fit, images that do not fit
+                the prompt, or a value of `generation_config` that is not implemented.
         """
         arguments, options, checked = self._generation(
             inputs, max_new_tokens, sites, edits, sampling, prompt_states
@@ -370,7 +413,23 @@ class VLM:
             "prompt_states": prompt_states,
             "mesh": self._mesh,
         }
-        return (self.module, self.params, arrays, sampling, edits), options, checked
+        rules = self._rules(checked)
+        return (self.module, self.params, arrays, sampling, edits, rules), options, checked
+
+    def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
+        """What changes logits in a generation from these prompts, as arguments of its program."""
+        options = self.logits_options
+        if not options:
+            return None
+        length = arrays["input_ids"].shape[1]
+        rules = logits.make_rules(
+            options,
+            vocabulary=self.module.config.text.vocab_size,
+            end_tokens=self.eos_tokens,
+            length=length,
+            fill=padding.bucket_length(length) - length,
+        )
+        return self._everywhere(rules)
 
     def sweep(
         self,
@@ -410,6 +469,7 @@ class VLM:
             self.params,
             self._place(padding.align_right(_with_columns(checked))),
             edits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
+            rules=self._rules(checked),
             max_new_tokens=max_new_tokens,
             eos_tokens=self.eos_tokens,
             pad_token=self.pad_token,
@@ -518,10 +578,14 @@ class VLM:
                     "tokens: where can only be 'all' there; steer a site below "
                     f"{'.'.join(self.module.decoder_path)!r} at some of the positions"
                 )
-        if self._mesh is not None and not sharding.replicated(self._mesh).is_fully_addressable:
-            everywhere = sharding.replicated(self._mesh)
-            placed = jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), placed)
-        return placed, _with_columns(arrays)
+        return self._everywhere(placed), _with_columns(arrays)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """Small arguments of a program, on the devices of all processes."""
+        if self._mesh is None or sharding.replicated(self._mesh).is_fully_addressable:
+            return tree
+        everywhere = sharding.replicated(self._mesh)
+        return jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), tree)
 
     def _cut(
         self, states: dict[str, Array], asked: Mapping[str, str], length: int
@@ -590,15 +654,12 @@ def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Ar
 
 
 def _special_tokens(
-    config: Any, directory: Path | None, vocabulary_size: int
+    config: Any, chosen: Mapping[str, Any], directory: Path | None, vocabulary_size: int
 ) -> tuple[tuple[int, ...], int]:
     """The ids that end a row, and the one that fills it; generation_config.json goes first.
 
     Raises ValueError for an id outside the vocabulary.
     """
-    chosen: dict[str, Any] = {}
-    if directory is not None and (directory / "generation_config.json").exists():
-        chosen = checkpoint.read_json(directory / "generation_config.json")
     text = config.get_text_config()
     eos = chosen.get("eos_token_id", text.eos_token_id)
     eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))

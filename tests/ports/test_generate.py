@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ports
-from ports import generate, vlm
+from ports import vlm
 
 from . import helpers
 
@@ -163,9 +163,6 @@ class TestLengths:
         assert vlm._generate._cache_size() - before == 2
 
 
-sample = jax.jit(generate._sample)
-
-
 class TestSampling:
     KEY = jax.random.key(0)
 
@@ -185,36 +182,6 @@ class TestSampling:
         np.testing.assert_array_equal(first, self.answer(small, twins, temperature=2.0))
         other = self.answer(small, twins, jax.random.key(1), temperature=2.0)
         assert (first != other).any()
-
-    def test_every_step_draws_anew(self):
-        logits = jnp.zeros((64, 50))
-        draw = [sample(logits, ports.Sampling(self.KEY), jnp.int32(i)) for i in (0, 1)]
-        assert (draw[0] != draw[1]).mean() > 0.8
-
-    def test_keeps_one_token_at_least(self):
-        logits = jnp.array([[0.0, 2.0, 1.0]])
-        sampling = ports.Sampling(self.KEY, 1.0, 0.0)
-        assert sample(logits, sampling, jnp.int32(0)) == 1
-
-    # softmax([0, ln 2, ln 3, ln 4]) = (.1, .2, .3, .4)
-    @pytest.mark.parametrize(
-        ("temperature", "top_p", "expected"),
-        [
-            (1.0, 1.0, [0.1, 0.2, 0.3, 0.4]),
-            # Halving the temperature squares the odds: 1, 4, 9, 16 of 30.
-            (0.5, 1.0, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
-            # .4 + .3 reach .6: the others go, 3 : 4 stays.
-            (1.0, 0.6, [0, 0, 3 / 7, 4 / 7]),
-        ],
-    )
-    def test_follows_the_softmax(self, temperature, top_p, expected):
-        rows = 40_000
-        logits = jnp.broadcast_to(jnp.log(jnp.arange(1.0, 5.0)), (rows, 4))
-        tokens = sample(logits, ports.Sampling(self.KEY, temperature, top_p), jnp.int32(0))
-        got = np.bincount(tokens, minlength=4) / rows
-        # Five standard deviations of a share: one run in 10^5 would miss it by chance.
-        expected = np.array(expected)
-        assert (np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows)).all()
 
     def test_of_a_model_follows_its_logits(self, small):
         rows = 1000

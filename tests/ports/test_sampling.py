@@ -1,0 +1,111 @@
+"""Filters of samples: by hand, and against what transformers makes of the same logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import ports
+from ports import sampling
+
+from . import helpers
+
+KEY = jax.random.key(0)
+draw, keep_likely = jax.jit(sampling.draw), jax.jit(sampling.keep_likely)
+
+CASES = {
+    "temperature": {"temperature": 0.3, "top_k": 0},
+    "transformers' own": {},
+    "top_k": {"top_k": 3},
+    "more than there are": {"top_k": 999},
+    "top_p": {"top_p": 0.7, "top_k": 0},
+    "the likeliest": {"top_p": 0.001, "top_k": 1, "temperature": 0.01},
+    "both": {"top_k": 9, "top_p": 0.8, "temperature": 3.0},
+    "min_p": {"min_p": 0.2, "temperature": 2.5, "top_k": 0},
+    "typical_p": {"typical_p": 0.4, "temperature": 3.0, "top_k": 0},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.05, "temperature": 3.0},
+    "eta_cutoff": {"eta_cutoff": 0.05, "temperature": 4.0},
+    "all of them": {
+        "temperature": 4.0,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "typical_p": 0.9,
+        "epsilon_cutoff": 0.002,
+        "eta_cutoff": 0.01,
+        "repetition_penalty": 1.2,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_may_be_drawn_equals_pytorchs(small, case):
+    inputs, values = helpers.make_inputs([1, 0], [3, 9]), CASES[case]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = small.torch_model.generate(
+            **helpers.to_torch(inputs),
+            max_new_tokens=1,
+            do_sample=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+            pad_token_id=helpers.PAD,
+            **values,
+        )
+    vlm = small.vlm.with_generation_config({**values, "do_sample": True})
+    # Rules on logits come before; the others of transformers' are filters.
+    plain = {"repetition_penalty": values.get("repetition_penalty", 1.0)}
+    with torch.no_grad():
+        ruled = helpers.torch_generate(small.torch_model, inputs, 1, output_scores=True, **plain)
+    ours = np.asarray(keep_likely(jnp.asarray(ruled.scores[0].numpy()), vlm.sampling(KEY)))
+    theirs = out.scores[0].numpy()
+    np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_cold_checkpoint_of_its_own_is_greedy(small):
+    inputs = helpers.make_inputs([1, 1], [3, 6])
+    values = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001}
+    vlm = small.vlm.with_generation_config(values)
+    greedy = vlm.generate(inputs, max_new_tokens=6).tokens
+    drawn = vlm.generate(inputs, max_new_tokens=6, sampling=vlm.sampling(KEY)).tokens
+    np.testing.assert_array_equal(drawn, greedy)
+
+
+def test_every_step_draws_anew():
+    logits = jnp.zeros((64, 50))
+    drawn = [draw(logits, ports.Sampling(KEY), jnp.int32(i)) for i in (0, 1)]
+    assert (drawn[0] != drawn[1]).mean() > 0.8
+
+
+def test_keeps_one_token_at_least():
+    logits = jnp.array([[0.0, 2.0, 1.0]])
+    for values in ({"top_p": 0.0}, {"top_k": 0}, {"typical_p": 0.0}, {"epsilon_cutoff": 0.99}):
+        assert draw(logits, ports.Sampling(KEY, **values), jnp.int32(0)) == 1
+
+
+# softmax([0, ln 2, ln 3, ln 4]) = (.1, .2, .3, .4)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4]),
+        # Halving the temperature squares the odds: 1, 4, 9, 16 of 30.
+        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        # .4 + .3 reach .6: the others go, 3 : 4 stays.
+        ({"top_p": 0.6}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_k": 3}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        # Half of .4 is .2, which .1 falls short of.
+        ({"min_p": 0.5}, [0, 2 / 9, 3 / 9, 4 / 9]),
+    ],
+    ids=str,
+)
+def test_follows_the_softmax(values, expected):
+    rows = 40_000
+    logits = jnp.broadcast_to(jnp.log(jnp.arange(1.0, 5.0)), (rows, 4))
+    tokens = draw(logits, ports.Sampling(KEY, **values), jnp.int32(0))
+    got = np.bincount(tokens, minlength=4) / rows
+    # Five standard deviations of a share: one run in 10^5 would miss it by chance.
+    expected = np.array(expected)
+    assert (np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows)).all()
