@@ -155,6 +155,11 @@ def _stored_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
     return {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 0, 1, 2, 3)}[ndim]
 
 
+def to_kernel(weight: np.ndarray) -> np.ndarray:
+    """The weight of a linear layer or a convolution, as stored, in the axes of a kernel."""
+    return weight.transpose(np.argsort(_stored_axes(("kernel",), weight.ndim)))
+
+
 def abstract_params(module: nn.Module, inputs: Mapping[str, Any]) -> dict:
     """The module's parameters as a tree of `jax.ShapeDtypeStruct`s; nothing is allocated."""
     return jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]

@@ -12,18 +12,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
+from ports import sharding
+from ports.checkpoint import tensor_name
 from ports.interception import call_intercepted
+from ports.messages import few
 from ports.sites import site_name
 
 Array = jax.Array
+_MERGEABLE = ("kernel", "embedding")
 
 
 class Factors(NamedTuple):
-    """What one linear layer gains: x[..., I] -> scale (x down) up, [..., O]."""
+    """What one linear layer gains: x[..., I] -> scale (x down) up, [..., O].
+
+    Of a convolution over patches I counts the values of a patch, in the order of its kernel; of an
+    embedding I is the number of tokens.
+    """
 
     down: Float[Array, "I R"]  # the transpose of PEFT's lora_A
     up: Float[Array, "R O"]  # the transpose of PEFT's lora_B
@@ -34,9 +43,16 @@ class Adapter(NamedTuple):
 
     factors: dict[str, Factors]  # site -> factors
     scale: dict[str, float]  # site -> s
+    # Tensor's name -> what takes the place of the base model's, laid out as the parameter.
+    weights: dict[str, Array] | None = None
 
     def scaled(self, strength: float | Array) -> "Adapter":
-        """The adapter at another strength: 0 is the original model, 1 the adapted one."""
+        """The adapter at another strength: 0 is the original model, 1 the adapted one.
+
+        Raises ValueError for an adapter with weights of its own, which have no strength.
+        """
+        if self.weights:
+            raise ValueError(f"the adapter replaces {few(self.weights)}: it has no strength")
         return self._replace(scale={site: strength * s for site, s in self.scale.items()})
 
 
@@ -87,6 +103,15 @@ def linear_layers(params: Any) -> dict[str, tuple[int, int]]:
     }
 
 
+def mergeable_layers(params: Any) -> dict[str, tuple[int, int]]:
+    """Site -> (I, O) of what `merge` adds to: linear layers, patch embeddings, embeddings."""
+    return {
+        site_name(path[:-1]): (math.prod(leaf.shape[:-1]), leaf.shape[-1])
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        if path[-1] in _MERGEABLE
+    }
+
+
 def init(
     shapes: Mapping[str, tuple[int, int]], ranks: Ranks, key: Array, names: Mapping[str, str]
 ) -> Adapter:
@@ -126,12 +151,15 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
         factors' dtype and added in the layer's.
 
     Raises:
-        ValueError: when the whole model is called, if the adapter names a layer that did not run.
+        ValueError: for an adapter with weights of its own; and when the whole model is called, if
+            the adapter names a layer that did not run or is not linear. `merge` takes both.
     """
 
     @functools.wraps(apply)
     def with_adapter(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
         ran = set()
+        if adapter.weights:
+            raise ValueError(f"the adapter replaces {few(adapter.weights)}: merge it instead")
 
         def intercept(
             call: Callable[..., Any],
@@ -153,7 +181,10 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
         out = call_intercepted(intercept, apply, (params, *args), kwargs)
         missed = sorted(set(adapter.factors) - ran)
         if missed and kwargs.get("method") is None:
-            raise ValueError(f"the adapter is for the layer {missed[0]!r}, which did not run")
+            raise ValueError(
+                f"the adapter is for {missed[0]!r}, which did not run or is not a linear layer; "
+                "merge it instead, if it is one of this model"
+            )
         return out
 
     return with_adapter
@@ -161,7 +192,7 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sum(kernel: Array, factors: Factors, scale: Array) -> Array:
     down, up = (factor.astype(jnp.float32) for factor in factors)
-    product = jnp.matmul(down, up, precision="highest")
+    product = jnp.matmul(down, up, precision="highest").reshape(kernel.shape)
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
 
@@ -175,26 +206,29 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
 
     Args:
         params: the model's tree of parameters.
-        adapter: for some of its linear layers.
+        adapter: for some of its linear layers, convolutions over patches and embeddings.
         donate: give up the changed kernels of `params`, so that no second copy of them is needed.
 
-    Returns a tree with new kernels where the adapter has factors; all other leaves are the very
-    arrays of `params`. Raises ValueError for factors that no kernel of `params` fits.
+    Returns a tree with new kernels where the adapter has factors, or weights of its own; all other
+    leaves are the very arrays of `params`. Raises ValueError for factors that no kernel of `params`
+    fits.
     """
-    check(adapter, linear_layers(params))
+    check(adapter, mergeable_layers(params))
     flat = traverse_util.flatten_dict(params)
     add = _add_in_place if donate else _add
     for path, leaf in list(flat.items()):
-        site = site_name(path[:-1])
-        if path[-1] == "kernel" and site in adapter.factors:
-            sharding = leaf.sharding
+        site, own = site_name(path[:-1]), (adapter.weights or {}).get(tensor_name(path))
+        placed = leaf.sharding
+        if own is not None:
+            flat[path] = leaf = sharding.put(np.asarray(own).astype(leaf.dtype), placed)
+        if path[-1] in _MERGEABLE and site in adapter.factors:
             merged = add(leaf, adapter.factors[site], adapter.scale[site])
-            flat[path] = jax.device_put(merged, sharding)
+            flat[path] = jax.device_put(merged, placed)
     return traverse_util.unflatten_dict(flat)
 
 
 def check(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """ValueError unless every factor fits a linear layer; shapes as of `linear_layers`."""
+    """ValueError unless every factor fits a layer; shapes as of `mergeable_layers`."""
     for site, (down, up) in adapter.factors.items():
         expected = shapes.get(site)
         if expected is None:

@@ -3,30 +3,49 @@
     adapter_config.json         rank, scale, which modules
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight [R, I], lora_B.weight [O, R]
 
-Of PEFT's many methods this is LoRA with its variations of rank and scale. What else a configuration
-may ask for is refused by name: an adapter that is read without it would be another model.
+Of PEFT's many methods this is LoRA with its variations of rank and scale, of linear layers, patch
+embeddings (convolutions) and embeddings, and modules that are saved whole. What else a
+configuration may ask for is refused by name: an adapter that is read without it would be another
+model.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from ports import lora, safetensors_io
-from ports.checkpoint import Rename, module_name, read_json
+from ports.checkpoint import (
+    Rename,
+    module_name,
+    read_json,
+    stored_shapes,
+    tensor_name,
+    to_kernel,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+# lora_A.weight of linear layers and convolutions, lora_embedding_A of embeddings.
+_FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 # Fields that `read` obeys, and those that say how an adapter was begun or trained, or which modules
 # PEFT is to make room in (here the file's tensors tell). Any other field must be empty.
-_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type")
+_READ = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "peft_type",
+    "modules_to_save",
+)
 _HARMLESS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -55,19 +74,22 @@ _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 def read(
     directory: str | Path,
-    shapes: Mapping[str, tuple[int, int]],
+    params: Any,
     canonical_name: Rename,
     *,
     architecture: str | None = None,
+    tied: Collection[str] = (),
 ) -> lora.Adapter:
     """Reads a LoRA adapter that PEFT, or `write`, has written.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
-        shapes: site -> (I, O) of the model's linear layers (`lora.linear_layers`).
+        params: the model's tree of (abstract) parameters.
         canonical_name: the port's, a tensor's name in any known checkpoint -> its name in the port.
         architecture: the model's class in PyTorch ("LlavaForConditionalGeneration"); an adapter
             that names another is refused.
+        tied: sites of head and embedding if they share their weights: PEFT adapts the one and
+            leaves the other, for which the model has no room.
 
     Raises:
         FileNotFoundError: the directory, or one of the two files, is missing.
@@ -76,7 +98,7 @@ def read(
     """
     directory = Path(directory).expanduser()
     try:
-        return _read(directory, shapes, canonical_name, architecture)
+        return _read(directory, params, canonical_name, architecture, tied)
     # Values of other kinds than a configuration has.
     except (TypeError, AttributeError, KeyError, RecursionError, OverflowError, re.error) as error:
         said = " ".join(f"{type(error).__name__} {error}".split())[:200]
@@ -85,9 +107,10 @@ def read(
 
 def _read(
     directory: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    params: Any,
     canonical_name: Rename,
     architecture: str | None,
+    tied: Collection[str],
 ) -> lora.Adapter:
     values = _read_config(directory)
     base = (values.get("auto_mapping") or {}).get("base_model_class")
@@ -106,25 +129,102 @@ def _read(
             "(its .bin files are not read)"
         )
     stored = safetensors_io.open_file(directory / WEIGHTS)
-    sites = _sites(stored, shapes, canonical_name, directory)
+    copied = {name: own for name in stored if (own := _copied(name, values)) is not None}
+    for kept in values.get("modules_to_save") or ():
+        if not any(_is_within(own, kept) for own in copied.values()):
+            raise ValueError(
+                f"{directory}: {CONFIG} asks for modules_to_save {kept!r}, of which {WEIGHTS} "
+                "holds no tensor; the two files do not belong together"
+            )
+    modules = _modules([name for name in stored if name not in copied], directory)
+    shapes = lora.mergeable_layers(params)
+    sites = {module_name(canonical_name, module): module for module in modules}
+    of_copies = {module_name(canonical_name, own.rpartition(".")[0]) for own in copied.values()}
+    for site in tied:
+        if site in sites or site in of_copies:
+            raise ValueError(
+                f"{directory}: adapts {site}, but head and embedding of this model are one (tied), "
+                "of which peft changes only one; adapters of them are not implemented there"
+            )
+    unknown = [module for site, module in sites.items() if site not in shapes]
+    if unknown:
+        raise ValueError(
+            f"{directory}: {len(unknown)} of {len(modules)} modules are no linear layers, patch "
+            f"embeddings or embeddings of this model, such as {unknown[0]}; it is an adapter for "
+            "another base model"
+        )
     factors, scale = {}, {}
     for site, module in sites.items():
-        # (R, I) -> (I, R) and (O, R) -> (R, O)
-        down, up = (
-            jnp.asarray(stored[f"{_PREFIX}{module}.lora_{which}.weight"].read().T) for which in "AB"
-        )
+        down, up = (_factor(stored, *modules[module][which]) for which in "AB")
         if down.shape[-1] != ranks.rank_of(module):
             raise ValueError(
                 f"{directory}: lora_A of {module} has rank {down.shape[-1]}, {CONFIG} says "
                 f"{ranks.rank_of(module)}; the two files do not belong together"
             )
         factors[site], scale[site] = lora.Factors(down, up), ranks.scale_of(module)
-    adapter = lora.Adapter(factors, scale)
+    weights = _weights(stored, copied, params, canonical_name, directory)
+    adapter = lora.Adapter(factors, scale, weights or None)
     try:
         lora.check(adapter, shapes)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     return adapter
+
+
+def _copied(name: str, values: Mapping[str, Any]) -> str | None:
+    """The base model's tensor whose place one of the file takes; None for any other tensor.
+
+    Those are the modules_to_save, and the base weights that peft stores beside the factors of an
+    embedding or a head.
+    """
+    name = name.removeprefix(_PREFIX)
+    if name.endswith(".base_layer.weight"):
+        return name.replace(".base_layer.", ".")
+    leaf = name.rpartition(".")[2]
+    if leaf not in ("weight", "bias") or ".lora_" in name:
+        return None
+    kept = values.get("modules_to_save") or ()
+    return name if any(_is_within(name, part) for part in kept) else None
+
+
+def _is_within(name: str, kept: str) -> bool:
+    """Whether a tensor is in a module whose name ends so, which is how peft understands it."""
+    return re.search(rf"{re.escape(kept)}\.", name) is not None
+
+
+def _weights(
+    stored: Mapping[str, Any],
+    copied: Mapping[str, str],
+    params: Any,
+    canonical_name: Rename,
+    directory: Path,
+) -> dict[str, jnp.ndarray]:
+    """Tensor's name in the port -> the adapter's own, laid out as the parameter."""
+    shapes, weights = stored_shapes(params), {}
+    kernels = {
+        tensor_name(path) for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"
+    }
+    for name, own in copied.items():
+        canonical, shape = canonical_name(own), tuple(stored[name].shape)
+        if shapes.get(canonical) != shape:
+            raise ValueError(
+                f"{directory}: {own} {shape} takes the place of {shapes.get(canonical) or 'none'} "
+                "in this model; for another vocabulary merge the adapter with peft's "
+                "merge_and_unload, and load what it saves"
+            )
+        value = stored[name].read()
+        weights[canonical] = to_kernel(value) if canonical in kernels else value
+    return weights
+
+
+def _factor(stored: Mapping[str, Any], name: str, of_embedding: bool) -> jnp.ndarray:
+    """A stored factor as `lora.Factors` has it: (R, I) -> (I, R) and (O, R) -> (R, O).
+
+    Convolutions: (R, channels, ...) -> (values of a patch, R) and (O, R, 1, ...) -> (R, O).
+    """
+    value = stored[name].read()
+    value = value.T if of_embedding else to_kernel(value)
+    return jnp.asarray(value.reshape(-1, value.shape[-1]))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -158,43 +258,30 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-def _sites(
-    stored: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, int]],
-    canonical_name: Rename,
-    directory: Path,
-) -> dict[str, str]:
-    """Site -> module as the file calls it; ValueError for tensors that have no place here."""
-    found: dict[str, set[str]] = {}
-    strange, unknown = [], []
-    sites = {}
-    for name in stored:
+def _modules(names: Iterable[str], directory: Path) -> dict[str, dict[str, tuple[str, bool]]]:
+    """Module as the file calls it -> {"A", "B": (tensor's name, whether of an embedding)}.
+
+    ValueError for tensors that are no factors, or no pairs of them.
+    """
+    found: dict[str, dict[str, tuple[str, bool]]] = {}
+    strange = []
+    for name in names:
         match = _FACTOR.fullmatch(name)
         if match is None:
             strange.append(name)
             continue
-        module, which = match.groups()
-        found.setdefault(module, set()).add(which)
-        site = module_name(canonical_name, module)
-        if site in shapes:
-            sites[site] = module
-        elif module not in unknown:
-            unknown.append(module)
+        module, of_embedding, which = match.groups()
+        found.setdefault(module, {})[which] = (name, bool(of_embedding))
     if strange:
         raise ValueError(
-            f"{directory}: {len(strange)} tensors are no factors of linear layers, such as "
-            f"{strange[0]}; only LoRA of linear layers, without their own copies, is implemented"
+            f"{directory}: {len(strange)} tensors are no factors of LoRA, such as {strange[0]}; "
+            "only LoRA of linear layers, patch embeddings and embeddings is implemented"
         )
-    if unknown:
-        raise ValueError(
-            f"{directory}: {len(unknown)} of {len(found)} modules are no linear layers of this "
-            f"model, such as {unknown[0]}; it is an adapter for another base model"
-        )
-    half = [module for module, which in found.items() if which != {"A", "B"}]
+    half = [module for module, which in found.items() if set(which) != {"A", "B"}]
     if half or not found:
         what = f"only one of the two factors of {half[0]}" if half else "no factors"
         raise ValueError(f"{directory}: {WEIGHTS} holds {what}; save the adapter again")
-    return sites
+    return found
 
 
 def write(

@@ -188,11 +188,14 @@ class VLM:
 
     def read_adapter(self, directory: str | Path) -> lora.Adapter:
         """A PEFT LoRA adapter of this model, not merged (see `ports.adapted`)."""
+        decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
+        has_head = head in lora.linear_layers(self.params)
         return peft_files.read(
             directory,
-            lora.linear_layers(self.params),
+            self.params,
             self._port.canonical_name,
             architecture=self.architecture,
+            tied=() if has_head else (head, f"{decoder}.embed_tokens"),
         )
 
     @property

@@ -53,7 +53,7 @@ def train_peft(model: torch.nn.Module, directory, **options) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name or ".modules_to_save." in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
     return model.eval()
@@ -121,6 +121,92 @@ def test_an_adapter_of_peft_loads_here(pairs, tmp_path, port):
     expected = torch_logits(theirs, inputs)
     assert np.abs(expected - torch_logits(pair.torch_model, inputs)).max() > 0.1
     assert_same_logits(vlm.forward(inputs).logits, expected, inputs)
+
+
+@pytest.mark.parametrize(
+    ("port", "options"),
+    [
+        # A convolution over patches, and the linear layers of that name.
+        ("qwen2_vl", {"target_modules": ["proj"]}),
+        ("llava", {"target_modules": ["patch_embedding", "fc1"]}),
+        ("idefics2", {"target_modules": ["patch_embedding"]}),
+        # peft stores the base weights of these beside the factors.
+        ("qwen2_vl", {"target_modules": ["embed_tokens", "lm_head"]}),
+        ("llava", {"target_modules": ["embed_tokens", "position_embedding"]}),
+        ("idefics2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+        ("llava", {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}),
+        ("qwen2_vl", {"target_modules": ["embed_tokens"], "use_rslora": True}),
+    ],
+    ids=str,
+)
+def test_adapters_of_more_than_linear_layers_are_merged(pairs, tmp_path, port, options):
+    pair, inputs = pairs(port)
+    theirs = train_peft(pair.torch_model, tmp_path, r=3, lora_alpha=5, **options)
+    expected = torch_logits(theirs, inputs)
+    tokens = inputs["attention_mask"].astype(bool)
+    change = np.abs(expected - torch_logits(pair.torch_model, inputs))[tokens].max()
+    assert change > 0.1
+    assert_same_logits(pair.vlm.with_adapter(tmp_path).forward(inputs).logits, expected, inputs)
+
+
+def test_base_weights_beside_an_adapter_take_the_place_of_the_models(pairs, tmp_path):
+    pair, inputs = pairs("qwen2_vl")
+    train_peft(pair.torch_model, tmp_path, r=3, target_modules=["embed_tokens"])
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(name for name in tensors if name.endswith(".base_layer.weight"))
+    tensors[name] *= 1.5
+    safetensors.numpy.save_file(tensors, file)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path).eval()
+    ours = pair.vlm.with_adapter(tmp_path).forward(inputs).logits
+    assert_same_logits(ours, torch_logits(theirs, inputs), inputs)
+
+    tensors[name] = tensors[name][:-1].copy()
+    safetensors.numpy.save_file(tensors, file)
+    with helpers.raises_line(ValueError, "(102, 60) takes the place of (103, 60)", "merge_and_unl"):
+        pair.vlm.with_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_tied_head_is_not_adapted(llava_pair, tmp_path, target, whole):
+    pair = llava_pair("tied embeddings, class position kept")
+    options = {"target_modules": [target]}
+    if whole:
+        options = {"target_modules": ["q_proj"], "modules_to_save": [target]}
+    train_peft(pair.torch_model, tmp_path, r=3, **options)
+    with helpers.raises_line(ValueError, f"{target}, but head and embedding of this model are one"):
+        pair.vlm.with_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "asks for 'use_dora', which is not implemented"),
+        ({"lora_bias": True}, "asks for 'lora_bias'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"trainable_token_indices": [1, 2]}, "asks for 'trainable_token_indices'"),
+    ],
+)
+def test_what_peft_does_beyond_that_is_named(small, tmp_path, options, message):
+    train_peft(small.torch_model, tmp_path, r=3, target_modules=["q_proj"], **options)
+    with helpers.raises_line(ValueError, message):
+        small.vlm.with_adapter(tmp_path)
+
+
+def test_beside_the_kernels_run_linear_layers_alone(pairs, tmp_path):
+    pair, inputs = pairs("qwen2_vl")
+    train_peft(pair.torch_model, tmp_path / "conv", r=3, target_modules=["patch_embed.proj"])
+    options = {"target_modules": ["qkv"], "modules_to_save": ["lm_head"]}
+    train_peft(pair.torch_model, tmp_path / "whole", r=3, **options)
+    run, prepared = lora.adapted(pair.vlm.apply), pair.vlm.place(inputs)
+    with helpers.raises_line(ValueError, "for 'visual.patch_embed.proj', which did not run or is"):
+        run(pair.vlm.params, pair.vlm.read_adapter(tmp_path / "conv"), prepared)
+    adapter = pair.vlm.read_adapter(tmp_path / "whole")
+    with helpers.raises_line(ValueError, "replaces lm_head.weight: merge it instead"):
+        run(pair.vlm.params, adapter, prepared)
+    with helpers.raises_line(ValueError, "replaces lm_head.weight: it has no strength"):
+        adapter.scaled(0.5)
 
 
 @pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
@@ -294,7 +380,7 @@ class TestRefused:
         ("values", "message"),
         [
             ({"use_dora": True}, "asks for 'use_dora', which is not implemented"),
-            ({"modules_to_save": ["lm_head"]}, "asks for 'modules_to_save'"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head', of which adapter_mod"),
             ({"something_new": 1}, "asks for 'something_new'"),
             ({"two\rlines": 1}, r"asks for 'two\rlines'"),
             ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
@@ -334,7 +420,7 @@ class TestRefused:
         safetensors.numpy.save_file(tensors, file)
 
     def test_tensors_of_another_base(self, small, written, pairs):
-        with helpers.raises_line(ValueError, "modules are no linear layers of this model"):
+        with helpers.raises_line(ValueError, "modules are no linear layers, patch embeddings or"):
             pairs("idefics2")[0].vlm.read_adapter(self.without_class(written))
         name = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_A.weight"
         self.rewrite(written, lambda t: t.update({name: np.ones((2, 61), np.float32)}))
@@ -346,9 +432,9 @@ class TestRefused:
         return directory
 
     def test_strange_tensors(self, small, written):
-        name = "base_model.model.lm_head.base_layer.weight"
-        self.rewrite(written, lambda t: t.update({name: np.ones((2, 2), np.float32)}))
-        with helpers.raises_line(ValueError, "no factors of linear layers", name):
+        name = "base_model.model.lm_head.lora_magnitude_vector"
+        self.rewrite(written, lambda t: t.update({name: np.ones(2, np.float32)}))
+        with helpers.raises_line(ValueError, "1 tensors are no factors of LoRA", name):
             small.vlm.with_adapter(written)
 
     def test_half_of_the_factors(self, small, written):
