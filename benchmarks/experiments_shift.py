@@ -50,7 +50,7 @@ def run(
         scenes.write(directory, train=pictures, seed=0)
     vlm = ports.load(embedded.LLAVA)
     settings = Settings(
-        sites=(site,), selection=Selection("token-of-interest", word), batch_size=64
+        sites=(site,), selection=Selection("class", f"{word},{word}s"), batch_size=64
     )
     samples = select.containing(data.load("coco", directory, "train"), (word, f"{word}s"))
     extract(vlm, samples, output / "features", settings)

@@ -1,100 +1,12 @@
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from xlvlm_jax import tokens
-from xlvlm_jax.selection import MODES, Selection, not_found, spellings
-from xlvlm_jax.words import COLOURS
+from xlvlm_jax.selection import MODES, Selection
 
-QWEN2 = Path(__file__).parents[2] / "shared" / "molmo" / "tokenizer"
-
-
-def sentencepiece(*pieces):
-    """A unigram tokenizer whose words begin with "▁", as Llama's do."""
-    letters = [(letter, -20.0) for letter in "abcdefghijklmnopqrstuvwxyz3DR"]
-    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -12.0)]
-    model = models.Unigram([*vocabulary, *((piece, -1.0) for piece in pieces), *letters], unk_id=0)
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-
-
-def byte_level(*words):
-    """A byte-level BPE tokenizer with a merge for each of `words`, as GPT-2's and Qwen2's are."""
-    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = []
-    for word in words:
-        word = word.replace(" ", "Ġ")
-        for end in range(2, len(word) + 1):
-            if word[:end] not in vocabulary:
-                merges.append((word[: end - 1], word[end - 1]))
-                vocabulary[word[:end]] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-def test_spellings_of_a_sentencepiece_tokenizer():
-    tokenizer = sentencepiece("▁dog", "▁Dog")
-    # " dog" becomes "▁", "▁dog": the bare marker, which begins every word, is passed over
-    assert tokenizer.tokenize(" dog") == ["▁", "▁dog"]
-    assert list(spellings(tokenizer, "dog")) == ["▁dog", "▁Dog"]
-
-
-def test_spellings_of_a_word_whose_marker_stands_alone():
-    tokenizer = sentencepiece("▁dog")
-    assert tokenizer.tokenize("3") == ["▁", "3"]
-    assert list(spellings(tokenizer, "3")) == ["3"]
-
-
-def test_spellings_leave_out_unknown_tokens():
-    tokenizer = sentencepiece("▁dog")
-    assert spellings(tokenizer, "éø") == {}
-
-
-def test_spellings_of_a_byte_level_tokenizer():
-    tokenizer = byte_level(" dog", "dog", "Dog")
-    found = spellings(tokenizer, "dog")
-    assert list(found) == ["dog", "Dog", "Ġdog"]
-    assert list(found.values()) == tokenizer.convert_tokens_to_ids(["dog", "Dog", "Ġdog"])
-
-
-def test_spellings_take_the_first_sub_token():
-    tokenizer = byte_level(" tur", "tur")
-    assert list(spellings(tokenizer, "turquoise")) == ["tur", "T", "Ġtur"]
-
-
-def test_spellings_of_a_class_are_those_of_its_words():
-    tokenizer = sentencepiece("▁red", "▁blue")
-    expected = spellings(tokenizer, "red") | spellings(tokenizer, "blue")
-    assert spellings(tokenizer, ["red", "blue"]) == expected
-
-
-@pytest.mark.skipif(not QWEN2.exists(), reason="the tokenizer of Qwen2 is not here")
-def test_spellings_of_qwen2():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(QWEN2)
-    found = spellings(tokenizer, "dog")
-    assert list(found) == ["dog", "Dog", "Ġdog"]
-    assert [tokenizer.decode([i]) for i in found.values()] == ["dog", "Dog", " dog"]
-    assert all(tokenizer.decode([i]).strip() for i in spellings(tokenizer, COLOURS).values())
-
-
-def test_not_found_says_what_was_looked_for():
-    assert not_found("dog", {"▁dog": 4, "▁Dog": 7}, 120).startswith(
-        "no sample of 120 predicted 'dog'; looked for the tokens '▁dog', '▁Dog' (ids 4, 7);"
-    )
+from .small_tokenizers import sentencepiece
 
 
 def test_selection_fills_in_what_the_mode_means():
@@ -103,6 +15,8 @@ def test_selection_fills_in_what_the_mode_means():
     everything = Selection("all")
     assert (everything.generated_only, everything.how) == (False, "mean")
     assert Selection("all", generated_only=True).generated_only
+    assert (word.match, everything.match) == ("word", None)
+    assert word.describe()["match"] == "word" and "match" not in everything.describe()
 
 
 @pytest.mark.parametrize(
@@ -132,37 +46,68 @@ def test_selection_says_what_is_wrong(text, message):
         Selection.parse(text)
 
 
+@pytest.mark.parametrize(("text", "match"), [("class:colours", "words"), ("all", "word")])
+def test_a_rule_of_match_that_does_not_apply(text, match):
+    with pytest.raises(ValueError, match=f"match must be one of word, first-token, .* '{match}'"):
+        Selection.parse(text, match=match)
+
+
 def test_a_word_that_the_tokenizer_lacks():
     with pytest.raises(ValueError, match="the tokenizer knows no token for 'éø'; use another word"):
-        Selection("token-of-interest", "éø").spellings(sentencepiece("▁dog"))
+        Selection("token-of-interest", "éø").finder(sentencepiece("▁dog"))
 
 
+PIECES = sentencepiece("▁a", "▁dog", "▁cat", "fish")
 PROMPT = np.array([[20, 21, 22], [0, 23, 24]])
 MASK = np.array([[1, 1, 1], [0, 1, 1]])
-ANSWER = np.array([[30, 50, 1], [51, 31, 32]])
+# "a dog", and "catfish cat"
+ANSWER = np.array([[3, 4, 1, 1], [5, 6, 5, 1]])
 
 
 @pytest.mark.parametrize(
-    ("text", "how", "expected"),
+    ("text", "options", "expected"),
     [
-        ("all", "first", [[0], [6]]),
-        ("index:-1", None, [[4], [9]]),
-        ("range:0:2", "each", [[0, 1], [6, 7]]),
-        ("range:-2:", "each", [[3, 4], [8, 9]]),
-        ("range::-3", "each", [[0, 1], [6]]),
-        ("token-of-interest:dog", None, [[3], []]),
-        ("class:dog,cat", None, [[3], [7]]),
-        ("before-special-tokens", None, [[2.5], [8]]),
+        ("all", {"how": "first"}, [[0], [7]]),
+        ("all", {"how": "last"}, [[4], [11]]),
+        ("index:-1", {}, [[4], [11]]),
+        ("range:0:2", {"how": "each"}, [[0, 1], [7, 8]]),
+        ("range:-2:", {"how": "each"}, [[3, 4], [10, 11]]),
+        ("range::-3", {"how": "each"}, [[0, 1], [7, 8]]),
+        ("token-of-interest:dog", {}, [[3], []]),
+        ("token-of-interest:cat", {}, [[], [10]]),
+        ("token-of-interest:cat", {"match": "first-token"}, [[], [8]]),
+        ("class:dog,cat", {}, [[3], [10]]),
+        ("class:catfish,cat", {}, [[], [8]]),
+        ("class:catfish,cat", {"how": "last"}, [[], [9]]),
+        ("class:catfish,cat", {"how": "mean"}, [[], [8.5]]),
+        ("class:catfish,cat", {"how": "each"}, [[], [8, 9]]),
+        ("before-special-tokens", {}, [[2.5], [9]]),
     ],
 )
-def test_rows_of_each_mode(text, how, expected):
-    selection = Selection.parse(text, how=how)
-    words = {"token-of-interest:dog": [50], "class:dog,cat": [50, 51]}
-    states = jnp.arange(10.0).reshape(2, 5, 1)
+def test_rows_of_each_mode(text, options, expected):
+    selection = Selection.parse(text, **options)
+    assert PIECES.convert_ids_to_tokens([3, 4, 5, 6]) == ["▁a", "▁dog", "▁cat", "fish"]
+    states = jnp.arange(12.0).reshape(2, 6, 1)
     positions = tokens.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
+    finder = selection.finder(PIECES)
+    found = None if finder is None else finder(tokens.searched(positions))
     select = jax.jit(
-        lambda selection, *args: selection.rows(*args, token_ids=words.get(text, ()), end_ids=1),
-        static_argnums=0,
+        lambda selection, *args: selection.rows(*args, found=found, end_ids=1), static_argnums=0
     )
     rows, sample, _, _ = select(selection, states, positions).flat()
     assert [rows[sample == i, 0].tolist() for i in range(2)] == expected
+
+
+def test_words_are_not_looked_for_by_the_selection_itself():
+    positions = tokens.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
+    with pytest.raises(ValueError, match="class:dog,cat needs the places of its words; give found"):
+        Selection("class", "dog,cat").keep(positions)
+
+
+def test_the_prompt_is_searched_when_asked_for():
+    """The word of the prompt comes first; the padding before it, of the same token, is none."""
+    prompt = np.array([[4, 3, 4, 3]])
+    positions = tokens.Positions.of_generation(prompt, np.array([[0, 1, 1, 1]]), ANSWER[:1])
+    finder = Selection("token-of-interest", "dog").finder(PIECES)
+    assert finder(tokens.searched(positions, generated_only=False)).tolist() == [[1, 2]]
+    assert finder(tokens.searched(positions)).tolist() == [[4, 5]]

@@ -50,6 +50,20 @@ def contents(path):
     }
 
 
+def test_words_were_found_by_their_first_token_before_there_was_a_choice(tmp_path):
+    selection = {"mode": "class", "argument": "colours"}
+    with FeaturesWriter(tmp_path, {"selection": selection}) as writer:
+        writer.append(*batch(0))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["arguments"]["selection"] == selection
+    with pytest.raises(ValueError, match=r'selection\.match: expected "first-token", got "word"'):
+        FeaturesWriter(tmp_path, {"selection": selection | {"match": "word"}})
+    with FeaturesWriter(tmp_path, {"selection": selection | {"match": "first-token"}}) as writer:
+        assert writer.samples_done == 4
+        writer.close()
+    assert Features.open(tmp_path).manifest["selection"]["match"] == "first-token"
+
+
 def test_what_is_written_comes_back(tmp_path):
     features = Features.open(write(tmp_path / "features", range(3)))
     batches = [batch(number) for number in range(3)]

@@ -98,6 +98,17 @@ def test_selections_by_hand(keep, expected):
     assert where(jax.jit(keep)(positions)) == expected
 
 
+def test_words_are_searched_and_kept_by_place():
+    searched = tokens.searched(of_generation())
+    assert (
+        np.flatnonzero(searched[0] >= 0).tolist()
+        == np.flatnonzero(tokens.everything(of_generation(), generated_only=True)[0]).tolist()
+    )
+    assert searched[0, 3:6].tolist() == [30, DOG, DOG]
+    keep = tokens.spans(of_generation(), np.array([[3, 5], [-1, -1]]))
+    assert where(keep) == [[3, 4], []]
+
+
 SELECTIONS = [
     lambda p: tokens.everything(p),
     lambda p: tokens.index(p, 2),
@@ -167,6 +178,9 @@ def test_reduce_by_hand():
 
     first = tokens.reduce(states, positions, keep)
     assert first.states[:, 0, 0].tolist() == [3, 11]
+    last = tokens.reduce(states, positions, keep, "last")
+    assert last.states[:, 0, 0].tolist() == [5, 13]
+    assert (last.position.tolist(), last.token.tolist()) == ([[5], [3]], [[DOG], [32]])
     mean = tokens.reduce(states, positions, keep, "mean")
     assert mean.states[:, 0, 0].tolist() == [4, 12]
     each, sample, position, token = tokens.reduce(states, positions, keep, "each").flat()
@@ -206,5 +220,5 @@ def test_reduce_with_a_bound_gives_so_many_rows():
 
 def test_reduce_names_the_ways():
     positions = of_generation()
-    with pytest.raises(ValueError, match="how must be one of first, mean, each, got 'last'"):
-        tokens.reduce(jnp.zeros((2, 8, 1)), positions, positions.is_prompt, "last")
+    with pytest.raises(ValueError, match="how must be one of first, last, mean, each, got 'both'"):
+        tokens.reduce(jnp.zeros((2, 8, 1)), positions, positions.is_prompt, "both")

@@ -3,6 +3,25 @@ import pytest
 from xlvlm_jax import words
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a traffic\nlight", ["traffic\nlight"]),
+        ("traffic lights", ["traffic"]),
+        ("Traffic light", []),
+        ("3 of 30, 3.5, 1,3 and 3.", ["3", "3"]),
+        ("3D 3rd -3", ["3"]),
+        ("x$5 $5", ["$5"]),
+        ("狗的dog狗", ["狗", "dog", "狗"]),
+        ("dog_house dogs Dog's dog's", ["dog"]),
+    ],
+)
+def test_a_word_in_a_text_is_a_whole_one(text, found):
+    listed = ["traffic", "traffic light", "3", "$5", "dog", "狗", " "]
+    assert words.word_pattern(listed).findall(text) == found
+    assert not words.word_pattern([]).search(text)
+
+
 def test_classes_are_lists_of_different_lower_case_words():
     for name, members in words.CLASSES.items():
         assert len(set(members)) == len(members) >= 15, name

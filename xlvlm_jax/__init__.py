@@ -13,6 +13,7 @@ from xlvlm_jax.concepts import Concepts, decompose, decompose_stored, project
 from xlvlm_jax.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.grounding import ground_images, ground_text
 from xlvlm_jax.selection import Selection
+from xlvlm_jax.spelling import find_word
 from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
 from xlvlm_jax.store import Features
 
@@ -31,6 +32,7 @@ __all__ = [
     "decompose",
     "decompose_stored",
     "edit_with",
+    "find_word",
     "fine_vectors",
     "ground_images",
     "ground_text",

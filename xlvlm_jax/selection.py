@@ -1,47 +1,16 @@
 """Token selections as a user names them: by words, classes of words, or places in the sequence.
 
-The words become the ids of their first sub-tokens here; the selections themselves are the pure
-functions of `xlvlm_jax.tokens`.
+Words are found by `xlvlm_jax.spelling`; the selections themselves are the pure functions of
+`xlvlm_jax.tokens`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
-from xlvlm_jax import tokens
+from xlvlm_jax import spelling, tokens
 from xlvlm_jax.words import class_words
-
-
-def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:
-    """The tokens by which a word begins: {token as the vocabulary writes it: its id}.
-
-    Each word is looked up as word, Word and " word", and the first sub-token of each counts. A
-    sub-token that is white space alone is passed over (it begins every word), and a spelling that
-    begins with a special or unknown token is left out. `words` is one word or the words of a class;
-    `tokenizer` a Hugging Face one.
-    """
-    special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
-    found = {}
-    for word in [words] if isinstance(words, str) else words:
-        for spelling in dict.fromkeys([word, word.capitalize(), f" {word}"]):
-            ids = tokenizer.encode(spelling, add_special_tokens=False)
-            first = next((i for i in ids if i in special or tokenizer.decode([i]).strip()), None)
-            if first is not None and first not in special:
-                found[tokenizer.convert_ids_to_tokens(first)] = first
-    return found
-
-
-def not_found(word: str, tokens: Mapping[str, int], num_samples: int) -> str:
-    """The message for when no sample predicted `word`, which was looked for as `tokens`."""
-    names = ", ".join(repr(token) for token in tokens)
-    ids = ", ".join(str(i) for i in tokens.values())
-    return (
-        f"no sample of {num_samples} predicted {word!r}; looked for the tokens {names} (ids {ids});"
-        " take more samples, or a word that the model's answers hold"
-    )
-
 
 _DEFAULT_HOW = {
     "all": "mean",
@@ -52,6 +21,7 @@ _DEFAULT_HOW = {
     "before-special-tokens": "mean",
 }
 MODES = tuple(_DEFAULT_HOW)
+WORD_MODES = ("token-of-interest", "class")  # look for words
 
 
 @dataclass(frozen=True)
@@ -66,7 +36,12 @@ class Selection:
         mode: one of MODES.
         argument: the word, the class (or words separated by commas), the index or the range.
         generated_only: by default True for the two modes that look for tokens.
-        how: one of tokens.HOWS; by default "mean" for all, range and before-special-tokens.
+        how: one of tokens.HOWS; by default "mean" for all, range and before-special-tokens. The
+            positions of a word are those of its tokens: "first" is that from which its first token
+            was predicted.
+        match: of the two modes that look for words, one of spelling.MATCHES: "word" (the default),
+            the first place where the tokens spell the word; "first-token", the rule of XL-VLMs,
+            the first token by which the word may begin. None for the other modes.
 
     Raises ValueError for an unknown mode and an argument that does not fit it.
     """
@@ -75,6 +50,7 @@ class Selection:
     argument: str = ""
     generated_only: bool | None = None
     how: str | None = None
+    match: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -86,10 +62,16 @@ class Selection:
         if self.how is None:
             fill(self, "how", _DEFAULT_HOW[self.mode])
         if self.generated_only is None:
-            modes = ("token-of-interest", "class", "before-special-tokens")
-            fill(self, "generated_only", self.mode in modes)
+            fill(self, "generated_only", self.mode in (*WORD_MODES, "before-special-tokens"))
+        if self.match is None and self.mode in WORD_MODES:
+            fill(self, "match", "word")
         if self.how not in tokens.HOWS:
             raise ValueError(f"rows must be one of {', '.join(tokens.HOWS)}; got {self.how!r}")
+        if self.match not in (spelling.MATCHES if self.mode in WORD_MODES else (None,)):
+            raise ValueError(
+                f"match must be one of {', '.join(spelling.MATCHES)}, for {' or '.join(WORD_MODES)}"
+                f" alone; got {self.match!r} for {self.mode}"
+            )
         if self.mode == "index":
             self._index()
         elif self.mode == "range":
@@ -127,25 +109,39 @@ class Selection:
             raise ValueError(f"range needs start:stop, got {self.argument!r}; e.g. 3:7") from None
         return start, stop
 
-    def spellings(self, tokenizer: Any) -> dict[str, int]:
-        """The tokens to look for, {token: id}; empty for the modes that look for none.
+    def describe(self) -> dict[str, Any]:
+        """Returns what a manifest says: JSON values, without a rule of match where none applies."""
+        described = asdict(self)
+        return described if self.match else {k: v for k, v in described.items() if k != "match"}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words to look for; none in the modes that look for none."""
+        if self.mode == "class":
+            return tuple(class_words(self.argument))
+        return (self.argument,) if self.mode == "token-of-interest" else ()
+
+    def finder(self, tokenizer: Any) -> spelling.WordFinder | None:
+        """Returns what finds the words in `tokens.searched`; None in the modes that look for none.
 
         Raises ValueError when the tokenizer has no token of its own for any spelling.
         """
-        if self.mode not in ("token-of-interest", "class"):
-            return {}
-        words = (self.argument,) if self.mode == "token-of-interest" else class_words(self.argument)
-        found = spellings(tokenizer, words)
-        if not found:
+        if not self.words:
+            return None
+        if not spelling.spellings(tokenizer, self.words):
             raise ValueError(
                 f"the tokenizer knows no token for {self.argument!r}; use another word"
             )
-        return found
+        return spelling.WordFinder(tokenizer, self.words, self.match)
 
     def keep(
-        self, positions: tokens.Positions, *, token_ids: tokens.Ids = (), end_ids: tokens.Ids = ()
+        self,
+        positions: tokens.Positions,
+        *,
+        found: Int[tokens.AnyArray, "B 2"] | None = None,
+        end_ids: tokens.Ids = (),
     ) -> Bool[tokens.AnyArray, "B P"]:
-        """Which positions are selected; `token_ids` are the values of `spellings`."""
+        """Which positions are selected; `found` is what the finder says of `tokens.searched`."""
         only = self.generated_only
         if self.mode == "all":
             return tokens.everything(positions, generated_only=only)
@@ -155,18 +151,20 @@ class Selection:
             return tokens.interval(positions, *self._range(), generated_only=only)
         if self.mode == "before-special-tokens":
             return tokens.before_special_tokens(positions, end_ids)
-        return tokens.token_of_interest(positions, token_ids, generated_only=only)
+        if found is None:
+            raise ValueError(f"{self} needs the places of its words; give found, of its finder")
+        return tokens.spans(positions, found)
 
     def rows(
         self,
         states: Any,
         positions: tokens.Positions,
         *,
-        token_ids: tokens.Ids = (),
+        found: Int[tokens.AnyArray, "B 2"] | None = None,
         end_ids: tokens.Ids = (),
     ) -> tokens.Rows:
         """The rows of a batch: `states` an array [B, P, D] or a tree of them."""
-        keep = self.keep(positions, token_ids=token_ids, end_ids=end_ids)
+        keep = self.keep(positions, found=found, end_ids=end_ids)
         return tokens.reduce(states, positions, keep, self.how, max_rows=self._max_rows())
 
     def rows_at_most(self, positions: int) -> int:

@@ -88,6 +88,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: key {key!r} missing; extract the features again")
         if not _is_sound(key, state[key]):
             raise ValueError(f"{path}: {key!r} can't be what it is; extract the features again")
+    selection = state["arguments"].get("selection")
+    if isinstance(selection, dict) and selection.get("mode") in ("token-of-interest", "class"):
+        selection.setdefault("match", "first-token")  # the only rule before there was a choice
     return state
 
 

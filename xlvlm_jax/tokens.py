@@ -6,7 +6,8 @@ prompt position therefore belongs to the prompt and, as the state that predicted
 token, to the generated part as well.
 
 Everything here is a pure function over arrays and masks and can be jitted; what it returns for a
-sample does not depend on how that sample is padded. Axes: B batch, T prompt positions, M generated
+sample does not depend on how that sample is padded. Where tokens spell a word is found on the host
+(`xlvlm_jax.spelling`) and is an array here. Axes: B batch, T prompt positions, M generated
 tokens, P positions of the selection, R rows a sample, D width. The selections are those of CoX-LMM
 (NeurIPS 2024), section 3.
 """
@@ -157,13 +158,26 @@ def interval(
     return eligible & (rank >= first) & (rank < end)
 
 
+def searched(positions: Positions, *, generated_only: bool = True) -> Int[AnyArray, "B P"]:
+    """Returns the predicted tokens in which words are looked for, -1 where there is none.
+
+    The prompt is not searched by default: its stray words would match before the answer's.
+    """
+    return jnp.where(everything(positions, generated_only=generated_only), positions.predicted, -1)
+
+
+def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, "B P"]:
+    """The positions from `places[:, 0]` up to `places[:, 1]`, of words that `WordFinder` found."""
+    p = jnp.arange(positions.predicted.shape[1])
+    return everything(positions) & (p >= places[:, :1]) & (p < places[:, 1:])
+
+
 def token_of_interest(
     positions: Positions, token_ids: Ids, *, generated_only: bool = True
 ) -> Bool[AnyArray, "B P"]:
-    """The first position whose predicted token is one of `token_ids`.
+    """The first position whose predicted token is one of `token_ids`, whatever they spell.
 
-    `token_ids` are the spellings of one word, or of all words of a class (see `spellings`). The
-    prompt is not searched by default: its stray tokens would match before the answer's.
+    For words see `xlvlm_jax.find_word` and `spans`.
     """
     eligible = everything(positions, generated_only=generated_only)
     return _first(eligible & _isin(positions.predicted, token_ids))
@@ -189,7 +203,7 @@ def _first(keep: AnyArray) -> jax.Array:
 # Rows: the kept states, and where each comes from.
 
 
-HOWS = ("first", "mean", "each")
+HOWS = ("first", "last", "mean", "each")
 
 
 class Rows(NamedTuple):
@@ -222,15 +236,18 @@ def reduce(
 
     Args:
         states: an array [B, P, D], or a tree of them ({site: states}).
-        how: "first" kept position, the "mean" of the kept positions (in float32), both R = 1; or
-            "each" kept position as its own row, R = `max_rows`, by default P. Later ones are
-            dropped, so give a bound that holds for every sample.
+        how: "first" or "last" kept position, the "mean" of the kept positions (in float32), all
+            R = 1; or "each" kept position as its own row, R = `max_rows`, by default P. Later ones
+            are dropped, so give a bound that holds for every sample.
     """
     if how not in HOWS:
         raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
     R = 1 if how != "each" else keep.shape[1] if max_rows is None else min(max_rows, keep.shape[1])
-    # stable sort: the kept positions first, in their order
-    where = jnp.argsort(~keep, axis=1, stable=True)[:, :R]
+    if how == "last":
+        where = keep.shape[1] - 1 - jnp.argmax(keep[:, ::-1], axis=1, keepdims=True)
+    else:
+        # stable sort: the kept positions first, in their order
+        where = jnp.argsort(~keep, axis=1, stable=True)[:, :R]
     real, _ = _rank(~positions.is_padding)
 
     def mean(x: AnyArray) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Word lists: the classes that samples and tokens are selected by, and filters for concept words.
+"""Words: the classes that samples and tokens are selected by, where in a text a word stands, and
+filters for concept words.
 
-The lists are single lower-case words: a token selection looks for a word's first sub-token, which
-for "train station" would be that of "train". British and American spellings stand side by side.
+The lists are single lower-case words; British and American spellings stand side by side.
 """
 
+import re
 from collections.abc import Iterable
 from functools import cache
 
@@ -70,6 +71,35 @@ def class_words(name: str) -> tuple[str, ...]:
             " or your own words separated by commas"
         )
     return CLASSES[name]
+
+
+# Thai, Lao, Myanmar, Khmer, kana and Han are written without spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003134f"
+)
+_LETTER = rf"[^\W{_UNSPACED}]"
+
+
+def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Returns a pattern that finds any of the words in a text, each as a whole word.
+
+    A word ends where no letter, digit or underscore follows: "dog" stands in "dog's" and in
+    "hot-dog", and does not in "dogs" or "dog_house". A number also goes on through a point or a
+    comma between digits: 3 does not stand in "3.5" or "3,000". In scripts without spaces the
+    characters alone decide. A space in a word stands for any white space.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    stripped = filter(None, (word.strip() for word in words))
+    for word in sorted(stripped, key=len, reverse=True):  # of words that begin alike, the longest
+        before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})"
+        after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER})"
+        before += r"(?<!\d[.,])" if word[0].isdecimal() else ""
+        after += r"(?![.,]\d)" if word[-1].isdecimal() else ""
+        form = r"\s+".join(map(re.escape, word.split()))
+        groups.setdefault((before, after), []).append(form)
+    alternatives = (f"{a}(?:{'|'.join(forms)}){b}" for (a, b), forms in groups.items())
+    return re.compile("|".join(alternatives) or r"(?!)")  # which matches nothing
 
 
 @cache

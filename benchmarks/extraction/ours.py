@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 def settings(word: str) -> Settings:
     """What is extracted."""
-    selection = Selection("token-of-interest", word)
+    selection = Selection("token-of-interest", word, match="first-token")
     return Settings((SITE,), selection, max_new_tokens=TOKENS, batch_size=BATCH)
 
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 
 import ports
-from benchmarks.extraction.ours import TOKENS, Inputs, Rows, groups_of, prepare, settings
+from benchmarks.extraction.ours import TOKENS, Inputs, Rows, groups_of, prepare
 from xlvlm_jax import embedded
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.spelling import spellings
 
 
 class Peer:
@@ -25,7 +26,7 @@ class Peer:
         self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
             embedded.LLAVA, dtype=torch.float32
         ).eval()
-        ids = settings(word).selection.spellings(vlm.tokenizer).values()
+        ids = spellings(vlm.tokenizer, word).values()
         self.token_ids = torch.tensor(list(ids))
 
     @contextlib.contextmanager

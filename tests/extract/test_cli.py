@@ -20,6 +20,14 @@ def test_a_run_with_a_profile(xlvlm, pictures, tmp_path):
     assert len(Features.open(tmp_path / "features").tokens) == 6
 
 
+def test_a_rule_of_match_that_is_none(xlvlm, pictures, tmp_path):
+    status, _, errors = xlvlm(
+        *("extract", "embedded", pictures, "--site", NORM, "--tokens", "class:colours"),
+        *("--output", tmp_path / "features", "--match", "whole"),
+    )
+    assert (status, "match must be one of word, first-token" in errors) == (2, True)
+
+
 def test_a_mesh_that_is_none(xlvlm, pictures, tmp_path):
     status, _, errors = xlvlm(
         *("extract", "embedded", pictures, "--site", NORM, "--tokens", "index:-1"),

@@ -52,19 +52,19 @@ def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
     """The second of five samples: none of its rows is stored, at any site."""
     from xlvlm_jax.extract import loop
 
-    compute = loop.compute
+    select = loop.select
     batches = []
 
-    def spoiled(model, batch):
-        result = compute(model, batch)
-        batches.append(batch)
+    def spoiled(model, ran):
+        result = select(model, ran)
+        batches.append(ran)
         if len(batches) > 1:
             return result
         states = dict(result.rows.states)
         states[LAYER] = states[LAYER].at[1, 0, 7].set(jnp.inf)
         return result._replace(rows=result.rows._replace(states=states))
 
-    monkeypatch.setattr(loop, "compute", spoiled)
+    monkeypatch.setattr(loop, "select", spoiled)
     summary = extract(vlm, samples[:5], tmp_path / "features", settings())
     assert [name for name, _ in summary.failed] == [samples[1].id]
     assert summary.failed[0][1].startswith(f"Inf in the state at site {LAYER}, position")
@@ -92,7 +92,7 @@ def test_half_precision_is_named_as_the_cause(vlm):
 
     half = copy.copy(vlm)
     half.module = vlm.module.clone(dtype=jnp.dtype("float16"))
-    model = Model(half, None, None, settings(), ())
+    model = Model(half, None, None, settings(), None)
     said = _not_finite(model, NORM, np.array([1, np.inf]), 7)
     assert said == (
         f"Inf in the state at site {NORM}, position 7 of the model in float16; "

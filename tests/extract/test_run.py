@@ -5,10 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from xlvlm_jax import Features
+from xlvlm_jax import Features, find_word
 from xlvlm_jax.extract import Settings, extract
 from xlvlm_jax.selection import Selection
+from xlvlm_jax.words import COLOURS, word_pattern
 
 from .conftest import digests
 
@@ -31,8 +33,6 @@ def features(vlm, samples, tmp_path_factory) -> Features:
 
 def test_rows_hold_the_states_that_predicted_the_token(vlm, samples, features):
     """Each row equals a teacher-forced pass over prompt and prediction, at its own position."""
-    from PIL import Image
-
     assert len(features.tokens) > 0
     for row, index in enumerate(features.sample_rows):
         sample = features.samples[index]
@@ -96,8 +96,6 @@ def test_every_sample_has_a_row_where_the_selection_looks_for_no_word(
 
 
 def test_the_first_positions_of_the_prompt_are_those_of_a_forward_pass(vlm, samples, tmp_path):
-    from PIL import Image
-
     settings = dataclasses.replace(SETTINGS, selection=Selection.parse("index:70"), sites=(LAYER,))
     extract(vlm, samples[:2], tmp_path / "features", settings)
     features = Features.open(tmp_path / "features")
@@ -133,12 +131,39 @@ def test_an_unreadable_image_is_recorded_and_skipped(vlm, samples, tmp_path):
         extract(vlm, mixed, tmp_path / "strict", SETTINGS, strict=True)
 
 
-def test_a_word_that_no_sample_predicts_is_named_with_its_spellings(vlm, samples, tmp_path):
+def test_the_words_of_a_class_are_found_whole(vlm, samples, tmp_path):
+    settings = dataclasses.replace(
+        SETTINGS, selection=Selection("class", "colours", how="last"), sites=(NORM,)
+    )
+    extract(vlm, samples, tmp_path / "features", settings)
+    features = Features.open(tmp_path / "features")
+    assert features.manifest["selection"]["match"] == "word"
+    colour = word_pattern([form for word in COLOURS for form in (word, word.capitalize())])
+    found = [colour.search(sample["prediction"]) for sample in features.samples]
+    assert features.sample_rows.tolist() == [i for i, word in enumerate(found) if word]
+    for token, row in zip(features.tokens, features.sample_rows, strict=True):
+        assert found[row].group().endswith(vlm.tokenizer.decode([token]).strip())
+
+
+def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_path):
+    """Generated and forced, at the position that predicts its first token."""
+    selection = Selection("token-of-interest", "caption", generated_only=False)
+    inputs = vlm.process([vlm.render(samples[0].prompt)], [Image.open(samples[0].image)])
+    expected = find_word(inputs["input_ids"], vlm.tokenizer, "caption") - 1
+    for mode in ("generate", "teacher-forcing"):
+        settings = Settings((NORM,), selection, mode=mode, batch_size=2, max_new_tokens=2)
+        extract(vlm, samples[:2], tmp_path / mode, settings)
+        features = Features.open(tmp_path / mode)
+        assert features.positions.tolist() == [expected[0]] * 2
+        assert vlm.tokenizer.decode(features.tokens[:1]).strip() == "caption"
+
+
+def test_a_word_that_no_sample_predicts_is_named(vlm, samples, tmp_path):
     settings = dataclasses.replace(
         SETTINGS, selection=Selection("token-of-interest", "skyline"), max_new_tokens=1
     )
     output = tmp_path / "features"
-    with pytest.raises(ValueError, match=r"no sample of 2 predicted 'skyline'; .* '▁skyline'"):
+    with pytest.raises(ValueError, match=r"no sample of 2 .* words 'skyline', 'Skyline'; take"):
         extract(vlm, samples[:2], output, settings)
     assert not output.exists()
 

@@ -55,8 +55,11 @@ def test_what_does_not_belong_together_is_refused(write):
         write(word, Z, selection={"mode": "token-of-interest", "argument": word})
         for word in ("dog", "cat")
     )
-    with pytest.raises(ValueError, match=r"token-of-interest:dog, .* token-of-interest:cat"):
+    with pytest.raises(ValueError, match=r"token-of-interest:dog .* token-of-interest:cat"):
         match_samples(dog, cat)
+    word = write("word", Z, selection=dog.manifest["selection"] | {"match": "word"})
+    with pytest.raises(ValueError, match=r"dog \(match first-token\), .* dog \(match word\)"):
+        match_samples(dog, word)
 
 
 def test_the_site_is_one_that_both_hold(write):

@@ -86,7 +86,19 @@ def extract(
     ],
     dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
-    rows: Annotated[str | None, typer.Option(help="first, mean or each kept position.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="first, last, mean or each of the kept positions; of a word, those of its tokens."
+        ),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="word: where the tokens spell the whole word, as written or with a capital "
+            "('dogs' is another word); first-token: XL-VLMs' rule, its first token alone."
+        ),
+    ] = None,
     include_prompt: Annotated[
         bool | None,
         typer.Option("--include-prompt/--generated-only", help="Where positions are looked for."),
@@ -144,7 +156,7 @@ def extract(
     generated_only = None if include_prompt is None else not include_prompt
     settings = module.Settings(
         sites=tuple(site),
-        selection=Selection.parse(tokens, generated_only=generated_only, how=rows),
+        selection=Selection.parse(tokens, generated_only=generated_only, how=rows, match=match),
         mode=mode,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -157,12 +169,8 @@ def extract(
     if image_ids is not None:
         samples = select.of_images(samples, select.read_image_ids(image_ids))
     samples = select.subsample(samples, num_samples, seed)
-    selection = settings.selection
-    if mode == "teacher-forcing" and selection.mode in ("token-of-interest", "class"):
-        named = (
-            [selection.argument] if selection.mode != "class" else class_words(selection.argument)
-        )
-        samples = select.leading(samples, named)
+    if mode == "teacher-forcing" and settings.selection.words:
+        samples = select.leading(samples, settings.selection.words)
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh)}
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, **placing)

@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.words import word_pattern
 
 
 def containing(
@@ -18,7 +18,7 @@ def containing(
     key: str = "references",
     any_case: bool = False,
 ) -> list[Sample]:
-    """The samples of which a text holds one of `words`, as a whole word.
+    """The samples of which a text holds one of `words`, as a whole word (see `word_pattern`).
 
     Args:
         words: one word or several, e.g. those of `xlvlm_jax.words.class_words("colours")`.
@@ -28,7 +28,7 @@ def containing(
     Raises ValueError when no sample has the key, or none holds a word.
     """
     forms = _forms(words, any_case)
-    pattern = _pattern(forms)
+    pattern = word_pattern(forms)
     if samples and all(key not in _keys(sample) for sample in samples):
         raise ValueError(f"samples have no {key!r}; expected one of {', '.join(_keys(samples[0]))}")
     kept = [s for s in samples if any(pattern.search(text) for text in _texts(s, key))]
@@ -45,7 +45,7 @@ def leading(samples: Sequence[Sample], words: str | Iterable[str]) -> list[Sampl
 
     Teacher forcing reads the first reference: so it is one that holds the token of interest.
     """
-    pattern = _pattern(_forms(words, any_case=True))
+    pattern = word_pattern(_forms(words, any_case=True))
     return [
         dataclasses.replace(
             sample,
@@ -73,8 +73,8 @@ def naming(
 
     Raises ValueError when no reference is left.
     """
-    wanted = None if words is None else _pattern(_forms(words, any_case))
-    unwanted = None if without is None else _pattern(_forms(without, any_case))
+    wanted = None if words is None else word_pattern(_forms(words, any_case))
+    unwanted = None if without is None else word_pattern(_forms(without, any_case))
 
     def fits(text: str) -> bool:
         return (wanted is None or wanted.search(text) is not None) and (
@@ -102,11 +102,6 @@ def _forms(words: str | Iterable[str], any_case: bool) -> list[str]:
         for form in ([word, word.lower(), word.capitalize()] if any_case else [word])
     )
     return list(dict.fromkeys(forms))
-
-
-def _pattern(forms: Iterable[str]) -> re.Pattern[str]:
-    # \b would not do for words that begin or end with a sign
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)")
 
 
 def _listed(words: Iterable[str]) -> str:

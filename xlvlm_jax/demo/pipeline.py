@@ -88,15 +88,14 @@ def run(
     lap("draw")
 
     vlm = ports.load(embedded.LLAVA)
+    forms = (word, f"{word}s", f"{word}es")  # the plural counts too
     settings = Settings(
         sites=(FINAL, MIDDLE),
-        selection=Selection("token-of-interest", word),
+        selection=Selection("class", ",".join(forms)),
         batch_size=64,
     )
     features = {}
     for split, name in (("train", "features"), ("test", "test-features")):
-        # The plural begins with the same token: "dogs" is "dog" and "s".
-        forms = (word, f"{word}s", f"{word}es")
         samples = select.containing(data.load("coco", pictures, split), forms)
         source = {"dataset": "scenes", "split": split, "containing": word, "seed": seed}
         advance = stage(f"extracting {split}")

@@ -1,22 +1,22 @@
-"""Batch -> rows: the jitted forward pass or generation, and the selection behind it.
+"""Batch -> rows: the jitted forward pass or generation, and the selection after it.
 
-B batch, T prompt positions, M new tokens, D width.
+B batch, T prompt positions, M new tokens, P positions of the selection, D width.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import VLM, Generation
+from ports import VLM
 from xlvlm_jax import tokens
 from xlvlm_jax.extract.batches import Batch
 from xlvlm_jax.extract.settings import Settings
 from xlvlm_jax.paired import Params, finetuned_site, paired_states
 from xlvlm_jax.selection import Selection
+from xlvlm_jax.spelling import WordFinder
 
 
 class Model(NamedTuple):
@@ -26,49 +26,73 @@ class Model(NamedTuple):
     finetuned: VLM | None
     shared: Params | None  # of the fine-tuned model under teacher forcing, see share_params
     settings: Settings
-    token_ids: tuple[int, ...]  # spellings of the token of interest
+    finder: WordFinder | None  # of the words of interest
+
+
+class Pass(NamedTuple):
+    """States that no rows are selected of yet, on the device and perhaps not there yet."""
+
+    kind: str  # "forced", "generated", or "sequence" of prompt and generated part
+    mask: np.ndarray  # int[B, T] of the prompt
+    positions: tokens.Positions
+    searched: jax.Array  # int32[B, P], where words are looked for
+    states: dict[str, Any]
+
+
+class Ran(NamedTuple):
+    """What the model made of a batch; and, if it generates, what its fine-tuned version made."""
+
+    passes: tuple[Pass, ...]
+    predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are kept
+    finite: jax.Array | None = None  # bool[B], whether no logits were NaN or Inf
 
 
 class Computed(NamedTuple):
     """A batch's result, on the device and perhaps not there yet."""
 
     rows: tokens.Rows
-    predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are kept
-    finite: jax.Array | None = None  # bool[B], whether no logits were NaN or Inf
+    predicted: dict[str, jax.Array]
+    finite: jax.Array | None = None
 
 
-def compute(model: Model, batch: Batch) -> Computed:
-    """Runs a batch."""
+def run(model: Model, batch: Batch) -> Ran:
+    """Runs a batch; does not wait for the device."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
-        return Computed(_forced(model, batch), {})
-    rows, generation = _generated(model, model.vlm, batch)
-    predicted = {"prediction": generation.tokens}
+        return Ran((_forced(model, batch),), {})
+    first, predicted, finite = _generated(model, model.vlm, batch)
     if model.finetuned is None:
-        return Computed(rows, predicted, generation.finite)
-    other, second = _generated(model, model.finetuned, batch)
-    states = {finetuned_site(site): value for site, value in other.states.items()}
-    both = rows._replace(states=rows.states | states, valid=rows.valid & other.valid)
-    predicted["finetuned prediction"] = second.tokens
-    return Computed(both, predicted, generation.finite & second.finite)
+        return Ran((first,), {"prediction": predicted}, finite)
+    second, other, finite_too = _generated(model, model.finetuned, batch)
+    both = {"prediction": predicted, "finetuned prediction": other}
+    return Ran((first, second), both, finite & finite_too)
 
 
-def _forced(model: Model, batch: Batch) -> tokens.Rows:
+def select(model: Model, ran: Ran) -> Computed:
+    """Selects the rows; waits for the tokens where words are looked for in them."""
+    first, *others = [_rows(model, each) for each in ran.passes]
+    for other in others:
+        states = {finetuned_site(site): value for site, value in other.states.items()}
+        first = first._replace(states=first.states | states, valid=first.valid & other.valid)
+    return Computed(first, ran.predicted, ran.finite)
+
+
+def _forced(model: Model, batch: Batch) -> Pass:
     vlm, sites, inputs = model.vlm, model.settings.sites, batch.inputs
     if model.shared is None:
         states = vlm.states(inputs, sites=sites)
     else:
         states, other = paired_states(vlm, vlm.params, model.shared, inputs, sites)
         states |= {finetuned_site(site): value for site, value in other.items()}
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    mask = inputs["attention_mask"]
     order = np.cumsum(mask, 1) * mask
     answer = order > order[:, -1:] - batch.answer_lengths[:, None]
-    return _selecting(model)("forced", ids, mask, answer, states)
+    return _pass(model, vlm, "forced", inputs, answer, states)
 
 
-def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[tokens.Rows, Generation]:
+def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[Pass, jax.Array, jax.Array]:
+    """The pass, the tokens int32[B, M], and whether no logits were NaN or Inf, bool[B]."""
     settings, inputs = model.settings, batch.inputs
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     whole = not settings.selection.generated_only
     generation = vlm.generate(
         inputs,
@@ -80,29 +104,39 @@ def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[tokens.Rows, Gener
     if whole:
         kind = "sequence"
         states = {site: (generation.prompt_states[site], states[site]) for site in settings.sites}
-    return _selecting(model)(kind, ids, mask, generation.tokens, states), generation
+    made = _pass(model, vlm, kind, inputs, generation.tokens, states)
+    return made, generation.tokens, generation.finite
 
 
-def _selecting(model: Model) -> Callable[..., tokens.Rows]:
-    vlm = model.vlm
-    return functools.partial(
-        _select, model.settings.selection, model.token_ids, vlm.eos_tokens, vlm.image_tokens
+def _pass(
+    model: Model,
+    vlm: VLM,
+    kind: str,
+    inputs: dict[str, np.ndarray],
+    answer: jax.Array | np.ndarray,
+    states: dict[str, Any],
+) -> Pass:
+    mask = inputs["attention_mask"]
+    only = model.settings.selection.generated_only
+    positions, searched = _positions(
+        kind, only, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
     )
+    return Pass(kind, mask, positions, searched, states)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _select(
-    selection: Selection,
-    token_ids: tuple[int, ...],
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _positions(
+    kind: str,
+    generated_only: bool,
     end_ids: tuple[int, ...],
     image_tokens: tuple[int, ...],
-    kind: str,
     ids: jax.Array,
     mask: jax.Array,
     answer: jax.Array,
-    states: dict[str, Any],
-) -> tokens.Rows:
-    """The rows of a batch. answer: generated tokens [B, M], or the mask of forced ones [B, T]."""
+) -> tuple[tokens.Positions, jax.Array]:
+    """Positions and `tokens.searched`. answer: generated tokens [B, M], or the mask of forced ones
+    [B, T].
+    """
     if kind == "forced":
         positions = tokens.Positions.of_teacher_forcing(
             ids, mask, answer, image_token_ids=image_tokens
@@ -111,14 +145,35 @@ def _select(
         positions = tokens.Positions.of_generation(
             ids, mask, answer, image_token_ids=image_tokens, end_ids=end_ids
         )
+    else:
+        positions = tokens.Positions.of_generated(answer, end_ids=end_ids)
+    return positions, tokens.searched(positions, generated_only=generated_only)
+
+
+def _rows(model: Model, made: Pass) -> tokens.Rows:
+    found = None if model.finder is None else model.finder(made.searched)
+    selection, ends = model.settings.selection, model.vlm.eos_tokens
+    return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _select(
+    selection: Selection,
+    end_ids: tuple[int, ...],
+    kind: str,
+    mask: jax.Array,
+    positions: tokens.Positions,
+    found: jax.Array | None,
+    states: dict[str, Any],
+) -> tokens.Rows:
+    """The rows of a batch; found: where its words are, int32[B, 2]."""
+    if kind == "sequence":
         # The last prompt state is the one that predicted the first token: it is there twice.
         states = {
             site: jnp.concatenate([prompt, generated[:, 1:]], axis=1)
             for site, (prompt, generated) in states.items()
         }
-    else:
-        positions = tokens.Positions.of_generated(answer, end_ids=end_ids)
-    rows = selection.rows(states, positions, token_ids=token_ids, end_ids=end_ids)
+    rows = selection.rows(states, positions, found=found, end_ids=end_ids)
     if kind == "generated":
         # Counted from the beginning of the sequence, as in the other two.
         rows = rows._replace(position=rows.position + mask.sum(1, dtype=jnp.int32)[:, None] - 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlvlm_jax.extract.batches import Batch, Group, batches
-from xlvlm_jax.extract.compute import Model, compute
+from xlvlm_jax.extract.compute import Computed, Model, Ran, run, select
 
 # Takes the number of a group and what `FeaturesWriter.append` takes.
 Commit = Callable[..., None]
@@ -46,27 +46,33 @@ def run_groups(
     Raises what `commit` does and, if strict, OSError or ValueError for an image that can't be read
     and ValueError for a state that is not finite.
     """
-    running: tuple[int, Batch, Any] | None = None
+    running: list[tuple[int, Batch, Ran | None]] = []  # the batch that the device computes
 
-    def finish() -> None:
-        if running is None:
-            return
-        number, batch, result = running
-        with clock.waiting("device"):
-            described, *arrays = _fetch(model, batch, result, strict)
-        with clock.waiting("write"):
-            commit(number, described, *arrays)
+    def selected() -> list[tuple[int, Batch, Computed | None]]:
+        # Taken out, so that its states are freed before the next batch has its own.
+        taken, running[:] = list(running), []
+        return [(n, batch, None if ran is None else select(model, ran)) for n, batch, ran in taken]
+
+    def finish(done: list[tuple[int, Batch, Computed | None]]) -> None:
+        for number, batch, result in done:
+            with clock.waiting("device"):
+                described, *arrays = _fetch(model, batch, result, strict)
+            with clock.waiting("write"):
+                commit(number, described, *arrays)
 
     ready = batches(model.vlm, groups, model.settings, strict=strict, workers=workers)
     for number in range(len(groups)):
         with clock.waiting("input"):
             batch = next(ready)
         # JAX returns at once: this batch is computed while the one before is fetched and written.
+        # The rows of that one are selected first, or they would wait until this one is computed.
         with clock.waiting("device"):
-            result = None if batch.inputs is None else compute(model, batch)
-        finish()
-        running = number, batch, result
-    finish()
+            done = selected()
+            running.append((number, batch, None if batch.inputs is None else run(model, batch)))
+        finish(done)
+    with clock.waiting("device"):
+        done = selected()
+    finish(done)
 
 
 def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:

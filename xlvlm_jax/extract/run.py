@@ -28,7 +28,6 @@ from xlvlm_jax.extract.preflight import disk_needs, require_disk
 from xlvlm_jax.extract.settings import Settings, Summary
 from xlvlm_jax.paired import check_alike, share_params
 from xlvlm_jax.same_model import model_of
-from xlvlm_jax.selection import Selection, not_found
 from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
 
 Progress = Callable[[int, int, int], None]
@@ -72,7 +71,7 @@ def extract(
 
     Raises:
         ValueError: an unknown site, no samples, other arguments than the directory was begun with,
-            a selection that keeps nothing of any sample (the spellings looked for are named), or,
+            a selection that keeps nothing of any sample (the words looked for are named), or,
             if strict, a sample that gives no rows.
         OSError: the directory can't be written, or its disk has no room for all rows that the
             samples may give.
@@ -83,12 +82,12 @@ def extract(
     generated = settings.mode == "generate" or finetuned is not None
     sites = vlm.check_sites(settings.sites, generated=generated)
     settings = dataclasses.replace(settings, sites=sites)
-    spellings = settings.selection.spellings(vlm.tokenizer)
+    finder = settings.selection.finder(vlm.tokenizer)
     arguments = {
         **_described(vlm),
         "model dtype": jnp.dtype(vlm.module.dtype).name,
         **dataclasses.asdict(settings),
-        "selection": dataclasses.asdict(settings.selection),
+        "selection": settings.selection.describe(),
         "samples": len(samples),
         "samples digest": _digest(samples),
         "source": source or {},
@@ -100,10 +99,10 @@ def extract(
         _require_disk(vlm, samples, Path(output), settings, 1 if finetuned is None else 2)
     forced = finetuned is not None and settings.mode == "teacher-forcing"
     shared = share_params(vlm.params, finetuned.params) if forced else None
-    model = Model(vlm, finetuned, shared, settings, tuple(spellings.values()))
+    model = Model(vlm, finetuned, shared, settings, finder)
     run = _Run(model, samples, Path(output), arguments, strict, workers or default_workers())
     several = jax.process_count() > 1 or parts.exist(run.output)
-    (_over_hosts if several else _alone)(run, spellings, progress)
+    (_over_hosts if several else _alone)(run, progress)
     features = Features.open(output)
     return _summary(features, time.perf_counter() - began, dict(run.clock.seconds))
 
@@ -140,7 +139,7 @@ class _Run:
         return FeaturesWriter(self.output, self.arguments, dtype=self.model.settings.dtype)
 
 
-def _alone(run: _Run, spellings: dict[str, int], progress: Progress | None) -> None:
+def _alone(run: _Run, progress: Progress | None) -> None:
     """Batch after batch into the features themselves."""
     with run.open() as writer:
         if writer.complete:
@@ -153,10 +152,10 @@ def _alone(run: _Run, spellings: dict[str, int], progress: Progress | None) -> N
 
         left = run.samples[writer.samples_done :]
         run.write(groups_of(left, run.model.settings.batch_size), commit)
-        _complete(run, writer, spellings)
+        _complete(run, writer)
 
 
-def _over_hosts(run: _Run, spellings: dict[str, int], progress: Progress | None) -> None:
+def _over_hosts(run: _Run, progress: Progress | None) -> None:
     """The blocks of this host into parts; host 0 puts all parts together."""
     writer, told = None, {}
     if hosts.is_first():
@@ -192,16 +191,16 @@ def _over_hosts(run: _Run, spellings: dict[str, int], progress: Progress | None)
             return
         with run.clock.waiting("other hosts"):
             parts.merge_all(writer, blocks, size)
-        _complete(run, writer, spellings)
+        _complete(run, writer)
     finally:
         mine.release()
         if writer is not None:
             writer.release()
 
 
-def _complete(run: _Run, writer: FeaturesWriter, spellings: dict[str, int]) -> None:
+def _complete(run: _Run, writer: FeaturesWriter) -> None:
     if writer.rows_done == 0:
-        reason = _why_no_rows(run.output, run.model.settings.selection, spellings)
+        reason = _why_no_rows(run.output, run.model)
         shutil.rmtree(run.output)
         raise ValueError(reason)
     writer.close()
@@ -224,13 +223,17 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _why_no_rows(output: Path, selection: Selection, spellings: dict[str, int]) -> str:
+def _why_no_rows(output: Path, model: Model) -> str:
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     errors = [sample["error"] for sample in samples if "error" in sample]
     if len(errors) == len(samples):
         return f"none of the {len(samples)} samples gave a state; the first: {errors[0]}"
-    if spellings:
-        return not_found(selection.argument, spellings, len(samples))
+    selection = model.settings.selection
+    if model.finder is not None:
+        return (
+            f"no sample of {len(samples)} predicted {selection.argument!r}; looked for"
+            f" {model.finder}; take more samples, or a word that the model's answers hold"
+        )
     return (
         f"the selection {selection} keeps no position of any of {len(samples)} samples; "
         "choose another"

@@ -99,7 +99,9 @@ def _check_selection(original: Features, finetuned: Features) -> None:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return ":".join(str(value[key]) for key in ("mode", "argument") if value.get(key))
+        named = ":".join(str(value[key]) for key in ("mode", "argument") if value.get(key))
+        rest = (f"{key} {value[key]}" for key in value if key not in ("mode", "argument"))
+        return f"{named} ({', '.join(rest)})"
     return repr(value)
 
 

@@ -4,7 +4,6 @@ samples a learnt one learns from.
 N samples, D width, K concepts.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 from xlvlm_jax.store import Features
+from xlvlm_jax.words import word_pattern
 
 MATCHES = ("equals", "contains")
 
@@ -253,9 +253,8 @@ def _words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np
     wanted = {normalise_answer(word) for word in words} - {""}
     if match == "equals":
         return np.array([answer in wanted for answer in answers], bool)
-    forms = "|".join(map(re.escape, sorted(wanted)))
-    pattern = re.compile(rf"\b({forms})\b")
-    return np.array([bool(wanted and pattern.search(answer)) for answer in answers], bool)
+    pattern = word_pattern(wanted)
+    return np.array([bool(pattern.search(answer)) for answer in answers], bool)
 
 
 def _none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
