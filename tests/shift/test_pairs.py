@@ -58,7 +58,7 @@ def test_what_does_not_belong_together_is_refused(write):
     with pytest.raises(ValueError, match=r"token-of-interest:dog .* token-of-interest:cat"):
         match_samples(dog, cat)
     word = write("word", Z, selection=dog.manifest["selection"] | {"match": "word"})
-    with pytest.raises(ValueError, match=r"dog \(match first-token\), .* dog \(match word\)"):
+    with pytest.raises(ValueError, match=r"dog \(match first-token\), .*:dog \(match word\)"):
         match_samples(dog, word)
 
 
