@@ -15,7 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ports import checkpoint, idefics2, llava, molmo, quantised, qwen2_vl, safetensors_io
+from ports import (
+    checkpoint,
+    idefics2,
+    llava,
+    molmo,
+    quantised,
+    qwen2_vl,
+    safetensors_io,
+    torch_notice,
+)
 from ports.edits import (
     Edit,
     Places,
@@ -29,6 +38,7 @@ from ports.edits import (
 )
 from ports.generate import Generation
 from ports.lora import Adapter, adapted, merge
+from ports.programs import compilation_cache, keep_programs
 from ports.sampling import Sampling
 from ports.sharding import make_mesh, parse_mesh
 from ports.sites import capture, list_sites
@@ -49,6 +59,7 @@ __all__ = [
     "add_mapped",
     "add_relative",
     "capture",
+    "compilation_cache",
     "edit_with",
     "hub_names",
     "list_sites",
@@ -62,6 +73,8 @@ __all__ = [
     "steer",
     "substitute",
 ]
+
+torch_notice.leave_out()
 
 # config.json's model_type -> the port and its Linen module.
 _PORTS = {
@@ -101,6 +114,7 @@ def load(
             match the model's, a quantised checkpoint, a damaged file, or an adapter for another
             model or of a kind that is not implemented.
     """
+    keep_programs()
     directory = _directory(path)
     module, port, config, abstract = _build(directory, dtype)
     params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint, layers, vocabulary
+from ports.programs import keep_programs
 from ports.vision import EncoderConfig
 
 Array = jax.Array
@@ -251,6 +252,7 @@ def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
 
     Raises FileNotFoundError or ValueError as `ports.load` does.
     """
+    keep_programs()
     directory = Path(directory)
     config = Config.from_hf(checkpoint.read_config(directory, MODEL_TYPES))
     module = Bert(config, dtype=jnp.dtype(dtype))

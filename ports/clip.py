@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint, layers, vision, vocabulary
+from ports.programs import keep_programs
 
 Array = jax.Array
 
@@ -194,6 +195,7 @@ def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
 
     Raises FileNotFoundError or ValueError as `ports.load` does.
     """
+    keep_programs()
     directory = Path(directory)
     config = checkpoint.read_config(directory, ("clip",))
     module = CLIP(Config.from_hf(config), dtype=jnp.dtype(dtype))

@@ -6,6 +6,7 @@ words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 """
 
 from ports.edits import ablate, add, add_relative, edit_with, replace, stacked
+from ports.programs import compilation_cache
 from ports.sites import capture
 from ports.steering import steer
 from xlvlm_jax import metrics, shift
@@ -29,6 +30,7 @@ __all__ = [
     "add",
     "add_relative",
     "capture",
+    "compilation_cache",
     "decompose",
     "decompose_stored",
     "edit_with",

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ports.programs import keep_programs
 from xlvlm_jax import atomic, damage
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
 from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, phases, semi_nmf, streamed
@@ -295,6 +296,7 @@ def decompose(
         ValueError: Z is no matrix of finite real numbers (the first bad row is named), K does not
             fit, unknown method or option, a bad option, a mesh without a "data" axis.
     """
+    keep_programs()
     method = _method(method)
     options = _options(method, options)
     stored = isinstance(Z, StoredMatrix)
@@ -430,6 +432,7 @@ def decompose_stored(
     Raises:
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
     """
+    keep_programs()
     method = _method(method)
     if method not in streamed.METHODS:
         expected = ", ".join(streamed.METHODS)
@@ -464,6 +467,7 @@ def project(
     Raises:
         ValueError: Z is no matrix of finite real numbers, or its width is not that of the concepts.
     """
+    keep_programs()
     method = _method(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     N, D = Z.shape

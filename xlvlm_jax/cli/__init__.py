@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ports.programs import keep_programs
 from xlvlm_jax.cli import (
     concepts,
     convert,
@@ -41,7 +42,7 @@ def options(
     """Concept-based explanation and steering of vision-language models."""
     global _debug
     _debug = debug
-    runtime.keep_programs()
+    keep_programs()
 
 
 # In the order in which `xlvlm --help` lists them.
@@ -98,6 +99,6 @@ def _one_line_errors() -> Iterator[None]:
 
 def main() -> None:
     """The entry point of `xlvlm`."""
-    with runtime.ending_on_signals(), _one_line_errors():
+    with runtime.ending_on_signals(), _one_line_errors(), runtime.saying_compilations():
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

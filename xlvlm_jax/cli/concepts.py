@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, console, load_model
+from xlvlm_jax.cli.console import Seed, console, load_model, solver_bar
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
 
 
@@ -47,7 +47,7 @@ def decompose(
         if dry_run:
             _show_needs(opened.stored(name), num_concepts, method, directory, given)
             continue
-        with profiled(profile):
+        with profiled(profile), solver_bar(method) as told:
             concepts = stages.decompose_features(
                 opened,
                 directory,
@@ -56,6 +56,7 @@ def decompose(
                 site=name,
                 seed=seed,
                 stream=stream,
+                progress=told,
                 **given,
             )
         ended = "converged" if concepts.converged else "not converged: raise --max-iter"

@@ -1,6 +1,7 @@
 """What all commands share: the console, progress bars, common arguments, how a model is loaded."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from xlvlm_jax.solvers.phases import Standing, Tell
 
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -122,3 +125,24 @@ def bars(progress: Progress) -> Callable[[str], Callable[..., None]]:
         return advance
 
     return start
+
+
+@contextlib.contextmanager
+def solver_bar(name: str) -> Iterator[Tell | None]:
+    """On a terminal, a bar of a solver's updates with the objective, as `decompose` tells them."""
+    import jax
+
+    # Several hosts must run the same programs, whatever each has for a console.
+    if not console.is_terminal or jax.process_count() > 1:
+        yield None
+        return
+    with progress_bars() as progress:
+        task = progress.add_task(name, total=None, note="")
+
+        def tell(at: Standing) -> None:
+            note = f"objective {at.objective:.6g}"
+            progress.update(task, completed=at.iteration, total=at.max_iter, note=note)
+
+        yield tell
+        done = int(progress.tasks[0].completed)
+        progress.update(task, total=done, completed=done)

@@ -13,6 +13,11 @@ from typing import Annotated
 import jax
 import typer
 from jax import monitoring
+from rich.errors import LiveError
+from rich.status import Status
+
+from ports import programs
+from xlvlm_jax.cli.console import console
 
 Hosts = Annotated[
     str | None,
@@ -34,12 +39,28 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = "interrupted; what was committed stays, the same command goes on from there"
 
 
-def keep_programs() -> None:
-    """Compiled programs are kept in the user's cache directory, unless JAX was told another."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xlvlm-jax" / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+@contextlib.contextmanager
+def saying_compilations() -> Iterator[None]:
+    """On a terminal, a line turns while a program is compiled for long."""
+    if not console.is_terminal:
+        yield
+        return
+    turning: list[Status] = []
+
+    def began(name: str) -> None:
+        status = console.status(f"compiling {name}")
+        try:
+            status.start()
+            turning.append(status)
+        except LiveError:  # rich before 14.1 shows one thing that moves at a time
+            console.print(f"compiling {name}")
+
+    def ended(_: str, __: float) -> None:
+        while turning:
+            turning.pop().stop()
+
+    with programs.telling_compilations(began, ended):
+        yield
 
 
 class Programs:

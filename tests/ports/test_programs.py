@@ -1,0 +1,156 @@
+"""Where compiled programs are kept, and who is told of compilations."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ports import programs
+
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture
+def undecided(monkeypatch, tmp_path):
+    """As in a new process in which JAX's cache is enabled, with a cache directory of its own."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    monkeypatch.setattr(programs, "_decided", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(programs.VARIABLE, raising=False)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield tmp_path
+    jax.config.update("jax_enable_compilation_cache", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    programs.jax_cache.reset_cache()
+
+
+def kept():
+    programs.keep_programs()
+    return jax.config.jax_compilation_cache_dir
+
+
+def test_the_users_cache_directory(undecided):
+    expected = undecided / "xlvlm-jax" / "programs"
+    assert kept() == str(expected)
+    assert expected.stat().st_mode & 0o777 == 0o700
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.5
+
+
+@pytest.mark.parametrize("empty", ["", "relative/path"])
+def test_a_path_that_xdg_does_not_count(undecided, monkeypatch, empty):
+    monkeypatch.setenv("XDG_CACHE_HOME", empty)
+    monkeypatch.setenv("HOME", str(undecided))
+    assert kept() == str(undecided / ".cache" / "xlvlm-jax" / "programs")
+
+
+@pytest.mark.parametrize("off", ["", "0", "off", "OFF"])
+def test_the_variable_turns_it_off(undecided, monkeypatch, off):
+    monkeypatch.setenv(programs.VARIABLE, off)
+    assert kept() is None
+    assert list(undecided.iterdir()) == []
+
+
+def test_the_variable_moves_it(undecided, monkeypatch):
+    monkeypatch.setenv(programs.VARIABLE, str(undecided / "here"))
+    assert kept() == str(undecided / "here")
+
+
+def test_what_jax_was_told_stays(undecided):
+    jax.config.update("jax_compilation_cache_dir", str(undecided / "mine"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+    assert kept() == str(undecided / "mine")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 3.0
+    assert not (undecided / "xlvlm-jax").exists()
+
+
+def test_jax_without_a_cache_stays_without(undecided):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert kept() is None
+    assert programs.compilation_cache(undecided) is None
+
+
+def test_the_call_decides_whatever_comes_later(undecided):
+    assert programs.compilation_cache(undecided / "a") == undecided / "a"
+    assert kept() == str(undecided / "a")
+    assert programs.compilation_cache(None) is None
+    assert kept() is None
+
+
+def test_a_directory_that_cannot_be_made_is_no_error(undecided, caplog):
+    (undecided / "file").write_text("")
+    with caplog.at_level("INFO", logger="ports"):
+        assert programs.compilation_cache(undecided / "file" / "programs") is None
+    assert "compiled programs are not kept in" in caplog.text
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+# Something is compiled first: the cache is chosen later than JAX's first program.
+SCRIPT = """
+import sys
+import jax, jax.numpy as jnp
+jnp.ones(3) + 1
+import xlvlm_jax
+assert jax.config.jax_compilation_cache_dir is None
+import numpy as np
+from jax import monitoring
+hits = []
+monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+Z = np.random.default_rng(0).normal(size=(40, 300)).astype("float32")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+concepts = xlvlm_jax.decompose(Z, 3, "pca", key=jax.random.key(0))
+print(sum(hits) > 0, concepts.objective)
+"""
+
+
+def run(script, **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-W", "error::UserWarning:jax", "-c", script]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split(), process.stderr
+
+
+def test_a_second_process_takes_its_programs_from_the_cache(tmp_path):
+    first, _ = run(SCRIPT, XDG_CACHE_HOME=str(tmp_path))
+    second, errors = run(SCRIPT, XDG_CACHE_HOME=str(tmp_path))
+    assert (first[0], second[0]) == ("False", "True")
+    assert first[1] == second[1]
+    assert errors == ""
+    # A damaged program, such as a full disk leaves, is compiled again.
+    for file in (tmp_path / "xlvlm-jax" / "programs").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    quiet = "import warnings; warnings.simplefilter('ignore')"
+    damaged, _ = run(quiet + SCRIPT, XDG_CACHE_HOME=str(tmp_path))
+    assert damaged == first
+
+
+def test_importing_starts_no_backend_and_sets_nothing():
+    script = (
+        "import jax, ports, xlvlm_jax; from jax._src import xla_bridge; "
+        "print(xla_bridge.backends_are_initialized(), jax.config.jax_compilation_cache_dir)"
+    )
+    assert run(script)[0] == ["False", "None"]
+
+
+def test_a_long_compilation_is_told_and_a_short_one_is_not(monkeypatch):
+    told, x = [], jnp.ones(8)
+
+    @jax.jit
+    def long_program(x):
+        for i in range(60):
+            x = jnp.sort(jnp.sin(x) * i)
+        return x
+
+    with programs.telling_compilations(
+        told.append, lambda name, seconds: told.append((name, seconds > 0))
+    ):
+        monkeypatch.setattr(programs, "_PATIENCE", 0.02)
+        long_program(x).block_until_ready()
+        monkeypatch.setattr(programs, "_PATIENCE", 30)
+        jax.jit(lambda x: x + 17)(x).block_until_ready()
+    assert told == ["long_program", ("long_program", True)]

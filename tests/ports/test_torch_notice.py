@@ -1,0 +1,33 @@
+"""What transformers says of PyTorch."""
+
+import logging
+import os
+import subprocess
+import sys
+
+NOTICE = "PyTorch was not found. Models won't be available and only tokenizers can be used."
+
+
+def test_the_notice_is_left_out_and_other_warnings_are_not():
+    logger, seen = logging.getLogger("transformers"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        logger.error(NOTICE)
+        logger.error("the tokenizer is old")
+    finally:
+        logger.removeHandler(handler)
+    assert seen == ["the tokenizer is old"]
+
+
+def test_a_first_time_user_sees_nothing():
+    """With PyTorch installed or not."""
+    script = "import ports, xlvlm_jax; from xlvlm_jax import embedded; vlm = ports.load_abstract("
+    script += "embedded.LLAVA); vlm.processor; import logging; "
+    script += "logging.getLogger('transformers.mine').warning('seen')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert [line for line in process.stderr.splitlines() if line] == ["[transformers] seen"]
