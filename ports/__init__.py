@@ -127,7 +127,8 @@ def load(
 def load_abstract(
     path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> VLM:
-    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read.
+    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read
+    (and where config.json ties a head that is stored, as much as tells whether it is another one).
 
     For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
     compiling for other devices. The directory need hold no weights, and from the hub none are got.
@@ -155,6 +156,9 @@ def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any, dict]:
     port, kind = _PORTS[config.model_type]
     with checkpoint.making_model(directory):
         module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
+    if checkpoint.stores_own_head(directory, port.canonical_name, module.tied):
+        module = module.untied()
+    with checkpoint.making_model(directory):
         abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
     return module, port, config, abstract
 

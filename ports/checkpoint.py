@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -173,21 +174,52 @@ def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
+def stores_own_head(directory: Path, rename: Rename, tied: Mapping[str, str]) -> bool:
+    """Whether a checkpoint holds another head than the embeddings, although it is said to be tied.
+
+    That head then counts, as in transformers 5.
+
+    Args:
+        directory: holds safetensors or Orbax parameters; of files that are missing nothing is said.
+        rename: a name in the file -> the port's name, or None.
+        tied: the head's name -> that of the embeddings, if config.json says that they are one.
+    """
+    if not tied:
+        return False
+    if orbax_io.is_saved(directory):
+        # Where they are one, the head is not written.
+        return bool(tied.keys() & {tensor_name(path) for path in orbax_io.shapes(directory)})
+    available = safetensors_io.open_available(directory)
+    stored = {rename(name): tensor for name, tensor in available.items()}
+    return any(
+        head in stored and table in stored and not safetensors_io.equal(stored[head], stored[table])
+        for head, table in tied.items()
+    )
+
+
 def _match(
-    abstract: dict, stored: Mapping[str, Any], rename: Rename, ignore: frozenset[str], where: str
+    abstract: dict,
+    stored: Mapping[str, Any],
+    rename: Rename,
+    tied: Mapping[str, str],
+    where: str,
 ) -> dict[tuple[str, ...], str]:
     """Flax path -> name in the file. ValueError that names what is missing, left, misshapen."""
     expected = stored_shapes(abstract)
     names: dict[str, str] = {}
+    heads: dict[str, str] = {}
     unexpected = []
     for name in stored:
         canonical = rename(name)
-        if canonical is None or canonical in ignore:
+        if canonical is None:
             continue
-        if canonical in expected and canonical not in names:
+        if canonical in tied:
+            heads[tied[canonical]] = name
+        elif canonical in expected and canonical not in names:
             names[canonical] = name
         else:
             unexpected.append(name)
+    names = heads | names
     missing = sorted(set(expected) - set(names))
     misshapen = [
         f"{names[name]} {tuple(stored[names[name]].shape)} instead of {shape}"
@@ -220,7 +252,7 @@ def load_params(
     rename: Rename,
     *,
     dtype: jnp.dtype,
-    ignore: frozenset[str] = frozenset(),
+    tied: Mapping[str, str] = MappingProxyType({}),
     shardings: dict | None = None,
 ) -> dict:
     """Reads a checkpoint into parameters, tensor by tensor, each placed as it is read.
@@ -230,7 +262,8 @@ def load_params(
         abstract: the tree of parameters that the model needs (`abstract_params`).
         rename: a name in the file -> the port's name, or None to leave it out.
         dtype: of the parameters; stored float16, bfloat16 and float32 are converted.
-        ignore: port names that may be in the file and are not needed (a tied head).
+        tied: port names that may be in the file -> the parameter that they stand for, if it is not
+            there itself (a tied head, the embeddings).
         shardings: a tree like `abstract`, where the parameters go; every process reads the rows
             of its own devices. None: the default device.
 
@@ -241,7 +274,7 @@ def load_params(
     """
     stored = safetensors_io.open_directory(directory)
     quantised.refuse_tensors(stored, directory)
-    names = _match(abstract, stored, rename, ignore, str(directory))
+    names = _match(abstract, stored, rename, tied, str(directory))
     placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
     params = {}
     for path, name in names.items():

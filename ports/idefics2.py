@@ -380,8 +380,3 @@ def canonical_name(name: str) -> str | None:
     if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return None
     return name
-
-
-def ignored_names(config: Config) -> frozenset[str]:
-    """Parameters that a checkpoint may hold although the port does not need them."""
-    return frozenset({"lm_head.weight"} if config.text.tie_embeddings else ())

@@ -6,6 +6,7 @@ A model file subclasses `VisionLanguageModel` with its towers and `embed_inputs`
 prefill and decode step are the same for all and stand here.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -48,6 +49,19 @@ class VisionLanguageModel(nn.Module):
     def num_embeddings(self) -> int:
         """Token ids with an embedding: 0 up to this number, excluded."""
         return self.config.text.vocab_size
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """A tied head's name in a checkpoint -> that of the embeddings; empty if it is not tied."""
+        if not self.config.text.tie_embeddings:
+            return {}
+        table = (*self.decoder_path, "embed_tokens")
+        return {".".join(self.head_path) + ".weight": ".".join(table) + ".weight"}
+
+    def untied(self) -> "VisionLanguageModel":
+        """The same with a head of its own."""
+        text = dataclasses.replace(self.config.text, tie_embeddings=False)
+        return self.clone(config=dataclasses.replace(self.config, text=text))
 
     def unembed(self, x: Array) -> Array:
         """x[..., D] -> logits[..., V]: the language-model head alone."""

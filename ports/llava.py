@@ -212,8 +212,3 @@ def transformers_name(name: str) -> str:
         return name.removeprefix("language_model.")
     name = name.replace("language_model.model.", "language_model.", 1)
     return "model." + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
-
-
-def ignored_names(config: Config) -> frozenset[str]:
-    """Parameters that a checkpoint may hold although the port does not need them."""
-    return frozenset({"language_model.lm_head.weight"} if config.text.tie_embeddings else ())

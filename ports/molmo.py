@@ -450,8 +450,3 @@ def _fill(array: np.ndarray, missing: int) -> np.ndarray:
 def canonical_name(name: str) -> str | None:
     """A tensor's name in the checkpoint is its name in the port."""
     return name
-
-
-def ignored_names(config: Config) -> frozenset[str]:
-    """Parameters that a checkpoint may hold although the port does not need them."""
-    return frozenset()

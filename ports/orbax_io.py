@@ -93,21 +93,28 @@ def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | No
         abstract,
         shardings,
     )
-    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
-        with _one_line(where):
-            stored = checkpointer.metadata(where).item_metadata.tree
-            found = {path: tuple(leaf.shape) for path, leaf in _flat(stored).items()}
-        wanted = {path: tuple(leaf.shape) for path, leaf in _flat(abstract).items()}
-        if found != wanted:
-            wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
-            raise ValueError(
-                f"{where} does not hold this model's parameters: missing, unexpected or of another "
-                f"shape are {few('.'.join(path) for path in wrong)}"
-            )
-        with _one_line(where):
-            return checkpointer.restore(
-                where, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
-            )
+    found = shapes(directory)
+    wanted = {path: tuple(leaf.shape) for path, leaf in _flat(abstract).items()}
+    if found != wanted:
+        wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
+        raise ValueError(
+            f"{where} does not hold this model's parameters: missing, unexpected or of another "
+            f"shape are {few('.'.join(path) for path in wrong)}"
+        )
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer, _one_line(where):
+        return checkpointer.restore(
+            where, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+        )
+
+
+def shapes(directory: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path in the tree -> shape of what `save` wrote. Raises ValueError, one line, if damaged."""
+    import orbax.checkpoint as ocp
+
+    where = directory.absolute() / PARAMS
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer, _one_line(where):
+        stored = checkpointer.metadata(where).item_metadata.tree
+        return {path: tuple(leaf.shape) for path, leaf in _flat(stored).items()}
 
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Any]:

@@ -144,7 +144,7 @@ def _read(
         if site in sites or site in of_copies:
             raise ValueError(
                 f"{directory}: adapts {site}, but head and embedding of this model are one (tied), "
-                "of which peft changes only one; adapters of them are not implemented there"
+                "of which peft changes only one; use vlm.untied().with_adapter(...)"
             )
     unknown = [module for site, module in sites.items() if site not in shapes]
     if unknown:

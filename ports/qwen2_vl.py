@@ -280,8 +280,3 @@ def transformers_name(name: str) -> str:
     if name.startswith("visual."):
         return f"model.{name}"
     return name.replace("model.", "model.language_model.", 1) if "lm_head" not in name else name
-
-
-def ignored_names(config: Config) -> frozenset[str]:
-    """Parameters that a checkpoint may hold although the port does not need them."""
-    return frozenset({"lm_head.weight"} if config.text.tie_embeddings else ())

@@ -39,6 +39,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_COMPARED_AT_ONCE = 1 << 22  # numbers
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -136,6 +137,15 @@ def open_available(directory: Path) -> dict[str, StoredTensor]:
         for file in filter(Path.exists, _files(directory)):
             tensors |= open_file(file)
     return tensors
+
+
+def equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two stored tensors, of one axis at least, hold the same numbers; read in parts."""
+    if a.shape != b.shape:
+        return False
+    rows = max(1, _COMPARED_AT_ONCE // max(1, math.prod(a.shape[1:])))
+    spans = [(row, min(row + rows, a.shape[0])) for row in range(0, a.shape[0], rows)]
+    return all(np.array_equal(a.read(span), b.read(span)) for span in spans)
 
 
 def _files(directory: Path) -> list[Path]:

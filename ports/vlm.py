@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from ports import (
     checkpoint,
@@ -189,14 +190,36 @@ class VLM:
     def read_adapter(self, directory: str | Path) -> lora.Adapter:
         """A PEFT LoRA adapter of this model, not merged (see `ports.adapted`)."""
         decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
-        has_head = head in lora.linear_layers(self.params)
         return peft_files.read(
             directory,
             self.params,
             self._port.canonical_name,
             architecture=self.architecture,
-            tied=() if has_head else (head, f"{decoder}.embed_tokens"),
+            tied=(head, f"{decoder}.embed_tokens") if self.module.tied else (),
         )
+
+    def untied(self) -> "VLM":
+        """The model with a head of its own, equal to the embeddings; all else is shared.
+
+        An adapter of head or embeddings then changes the one and leaves the other, as in PEFT.
+
+        Raises ValueError if its head is not tied to the embeddings.
+        """
+        if not self.module.tied:
+            raise ValueError("the model's head is not tied; use the model as it is")
+        flat = traverse_util.flatten_dict(self.params)
+        table = flat[*self.module.decoder_path, "embed_tokens", "embedding"]
+        path, kernel = (*self.module.head_path, "kernel"), table.T
+        if self._mesh is not None:
+            where = sharding.param_sharding(self._mesh, path, kernel.shape, self.module.kv_heads)
+            kernel = jax.device_put(kernel, where)
+        params = traverse_util.unflatten_dict(flat | {path: kernel})
+        model = VLM(
+            self.module.untied(), params, self.config, self._port, self.directory, self._mesh
+        )
+        model._use(self.generation_config)
+        model.adapter = self.adapter
+        return model
 
     @property
     def architecture(self) -> str | None:
@@ -698,7 +721,7 @@ def load_params(
         abstract,
         port.canonical_name,
         dtype=dtype,
-        ignore=port.ignored_names(module.config),
+        tied=module.tied,
         shardings=shardings,
     )
 

@@ -1,17 +1,26 @@
 """Two sets of parameters in one program, and the features that it gives."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import ports
 from xlvlm_jax import Features, data, embedded, paired
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.paired import finetuned_site, paired_states, share_params
+from xlvlm_jax.paired import (
+    check_alike,
+    finetuned_site,
+    paired_states,
+    share_params,
+    with_like_heads,
+)
 from xlvlm_jax.selection import Selection
 
 NORM, LAYER = "language_model.model.norm", "language_model.model.layers.4"
@@ -136,3 +145,26 @@ def test_references_that_hold_a_word_come_first(samples):
     (found,) = select.leading([sample], ("dog", "dogs"))
     assert found.references == ("two Dogs", "the dog", "a pup", "dogma")
     assert select.leading([sample], "cat")[0].references == sample.references
+
+
+def test_a_head_of_one_checkpoint_and_a_tied_one_of_the_other(vlm, tmp_path):
+    """Fine-tuning may untie a head; all that is not the head is still alike."""
+    shutil.copytree(vlm.directory, tmp_path / "tied")
+    file = tmp_path / "tied" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    del tensors["language_model.lm_head.weight"]
+    safetensors.numpy.save_file(tensors, file)
+    config = json.loads((vlm.directory / "config.json").read_text())
+    (tmp_path / "tied" / "config.json").write_text(
+        json.dumps({**config, "tie_word_embeddings": True})
+    )
+    tied = ports.load(tmp_path / "tied")
+    with pytest.raises(ValueError, match=r"lm_head\.kernel is .*, the original's missing"):
+        check_alike(tied.params, vlm.params)
+    original, finetuned = with_like_heads(tied, vlm)
+    check_alike(original.params, finetuned.params)
+    assert finetuned is vlm
+    head = original.params["language_model"]["lm_head"]["kernel"]
+    table = tied.params["language_model"]["model"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(head, table.T)
+    assert with_like_heads(tied, tied) == (tied, tied)

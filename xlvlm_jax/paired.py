@@ -90,6 +90,16 @@ def share_params(original: Params, finetuned: Params) -> Params:
     return jax.tree.map(one, original, finetuned)
 
 
+def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
+    """The two models, each with a head of its own if one ties its head and the other does not.
+
+    A fine-tuning that unties the head stores it; the names of the parameters are then the same.
+    """
+    if bool(original.module.tied) == bool(finetuned.module.tied):
+        return original, finetuned
+    return tuple(vlm.untied() if vlm.module.tied else vlm for vlm in (original, finetuned))
+
+
 def check_alike(original: Params, finetuned: Params) -> None:
     """ValueError for trees of other names or shapes than each other; names the first of them."""
     shapes = [

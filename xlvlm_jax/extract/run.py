@@ -26,7 +26,7 @@ from xlvlm_jax.extract.compute import Model
 from xlvlm_jax.extract.loop import Clock, run_groups
 from xlvlm_jax.extract.preflight import disk_needs, require_disk
 from xlvlm_jax.extract.settings import Settings, Summary
-from xlvlm_jax.paired import check_alike, share_params
+from xlvlm_jax.paired import check_alike, share_params, with_like_heads
 from xlvlm_jax.same_model import model_of
 from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
 
@@ -94,6 +94,7 @@ def extract(
     }
     if finetuned is not None:
         arguments["finetuned"] = _described(finetuned)
+        vlm, finetuned = with_like_heads(vlm, finetuned)
         check_alike(vlm.params, finetuned.params)
     if not ignore_disk:
         _require_disk(vlm, samples, Path(output), settings, 1 if finetuned is None else 2)
