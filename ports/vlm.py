@@ -19,6 +19,7 @@ from ports import (
     joiner,
     logits,
     lora,
+    model_inputs,
     orbax_io,
     padding,
     peft_files,
@@ -425,10 +426,12 @@ class VLM:
         prompt_states: bool,
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, np.ndarray]]:
         """What the compiled generation takes, and the checked inputs before they are filled up."""
-        sites = self.check_sites(sites, generated=True)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         checked = self._check(inputs)
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number"
+            )
+        sites = self.check_sites(sites, generated=True)
         edits, checked = self._place_edits(edits, checked)
         arrays = self._place(padding.align_right(checked))
         options = {
@@ -546,8 +549,12 @@ class VLM:
     def render(self, prompt: str) -> str:
         """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
 
-        Raises ValueError if the checkpoint has no chat template.
+        Raises ValueError if it is no string, or the checkpoint has no chat template.
         """
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"the prompt is a {type(prompt).__name__}; expected a string, one prompt a call"
+            )
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         message = [{"role": "user", "content": parts}]
         if getattr(self.processor, "chat_template", None) is None:
@@ -561,10 +568,19 @@ class VLM:
         """A batch for `forward` and `generate`: rendered prompts with one image each.
 
         Instead of an image there may be a list of those of that prompt.
+
+        Raises ValueError for one string or one image, another number of images than of prompts, or
+        a prompt that was not rendered: it holds no token for its image.
         """
+        mark = getattr(self.processor, "image_token", None)
+        pairs = model_inputs.pair_prompts(texts, images, mark)
         self.processor.tokenizer.padding_side = "left"
-        nested = [[image] if not isinstance(image, list) else image for image in images]
-        batch = self.processor(text=list(texts), images=nested, padding=True, return_tensors="np")
+        batch = self.processor(
+            text=[text for text, _ in pairs],
+            images=[listed for _, listed in pairs],
+            padding=True,
+            return_tensors="np",
+        )
         return {name: np.asarray(value) for name, value in batch.items()}
 
     def _place_edits(
@@ -624,11 +640,7 @@ class VLM:
         return _by_name(cut, asked)
 
     def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
-        arrays = {
-            name: np.asarray(inputs[name])
-            for name in self._port.INPUTS
-            if inputs.get(name) is not None
-        }
+        arrays = model_inputs.to_numpy(inputs, self._port.INPUTS)
         if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
             raise ValueError(
                 "inputs have no input_ids of shape [batch, positions]; pass what the processor "

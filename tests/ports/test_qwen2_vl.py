@@ -397,12 +397,12 @@ class TestPhotographs:
 
     def test_that_no_prompt_asks_for(self, photographed, photographs):
         with helpers.raises_line(ValueError, "ask for 0 images", "there are 1"):
-            photographed.vlm.process(["what is it"], [photographs[0]])
+            photographed.vlm.processor(text=["what is it"], images=[photographs[:1]])
 
     def test_that_belong_to_another_prompt(self, photographed, photographs):
         prompt = photographed.vlm.render("what is it")
         with helpers.raises_line(ValueError, "ask for 1, 1 images", "there are 2, 0"):
-            photographed.vlm.process([prompt, prompt], [photographs, []])
+            photographed.vlm.processor(text=[prompt, prompt], images=[photographs, []])
 
     @pytest.mark.parametrize(("mode", "size"), [("RGB", (3, 3)), ("L", (1, 1)), ("RGBA", (30, 5))])
     def test_smaller_than_a_patch_are_enlarged(self, photographed, mode, size):

@@ -1,0 +1,126 @@
+"""What callers hand to a model: accepted, or refused in one line that says what was expected."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from ports import model_inputs
+
+from . import helpers
+
+NAMES = ("input_ids", "pixel_values")
+
+
+class TestArrays:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            np.asarray,
+            jnp.asarray,
+            torch.asarray,
+            list,
+            lambda value: jnp.asarray(value, jnp.bfloat16),
+        ],
+        ids=["numpy", "jax", "torch", "lists", "bfloat16"],
+    )
+    def test_of_all_kinds(self, make):
+        given = transformers.BatchFeature(
+            {"input_ids": make([[1, 2], [3, 4]]), "other": "left out"}
+        )
+        arrays = model_inputs.to_numpy(given, NAMES)
+        assert list(arrays) == ["input_ids"] and type(arrays["input_ids"]) is np.ndarray
+        np.testing.assert_array_equal(arrays["input_ids"].astype(int), [[1, 2], [3, 4]])
+
+    @pytest.mark.parametrize("inputs", ["hi", [[1, 2]], np.ones((1, 2), int), None], ids=str)
+    def test_of_no_names(self, small, inputs):
+        for run in (small.vlm.forward, lambda x: small.vlm.generate(x, max_new_tokens=1)):
+            with helpers.raises_line(
+                ValueError,
+                f"inputs is a {type(inputs).__name__}; expected",
+                "vlm.process([vlm.render",
+            ):
+                run(inputs)
+
+    @pytest.mark.parametrize(
+        ("value", "part"),
+        [
+            ([[1, 2], [3]], "list that is no array of numbers"),
+            ("hi", "str that is no array of numbers (its dtype is <U2)"),
+            (torch.ones(1, 2, dtype=torch.bfloat16), "Tensor that is no array of numbers"),
+            (torch.ones(1, 2, requires_grad=True), "Tensor that is no array of numbers"),
+        ],
+        ids=["ragged", "text", "torch's bfloat16", "with a gradient"],
+    )
+    def test_of_no_numbers(self, small, value, part):
+        with helpers.raises_line(ValueError, f"inputs['input_ids'] is a {part}", "return_tensors"):
+            small.vlm.forward({"input_ids": value})
+
+    def test_that_are_traced(self, small):
+        inputs = helpers.make_inputs([1], [3])
+        for run in (small.vlm.forward, small.vlm.generate):
+            options = {} if run == small.vlm.forward else {"max_new_tokens": 2}
+            with helpers.raises_line(
+                ValueError, "inputs['input_ids'] is traced", "transform the pure vlm.apply"
+            ):
+                jax.jit(run)(inputs, **options)
+        # As the message says.
+        logits = jax.jit(small.vlm.apply)(small.vlm.params, inputs)
+        assert logits.shape[:2] == inputs["input_ids"].shape
+
+    def test_another_number_of_tokens(self, small):
+        for number in (2.5, "3", None):
+            with helpers.raises_line(
+                ValueError, f"max_new_tokens is {number}; expected at least 1, a whole number"
+            ):
+                small.vlm.generate(helpers.make_inputs([0], [3]), max_new_tokens=number)
+
+
+class TestPrompts:
+    IMAGE = np.zeros((4, 5, 3), np.uint8)
+
+    def test_with_their_images(self):
+        texts = ["a <image> b", "no image", "<image><image>"]
+        images = [self.IMAGE, [], [self.IMAGE] * 2]
+        pairs = model_inputs.pair_prompts(texts, images, "<image>")
+        assert [text for text, _ in pairs] == texts
+        assert [len(listed) for _, listed in pairs] == [1, 0, 2]
+        assert len(model_inputs.pair_prompts(["any"], [self.IMAGE], None)) == 1
+        assert len(model_inputs.pair_prompts(["any"] * 2, self.IMAGE[None].repeat(2, 0), None)) == 2
+
+    @pytest.mark.parametrize(
+        ("texts", "images", "parts"),
+        [
+            (
+                "<image> hi",
+                [IMAGE],
+                ("texts is one string", "process([vlm.render(text)], [image])"),
+            ),
+            (["<image>"], IMAGE, ("images is one ndarray", "for each prompt")),
+            (["<image>"], "a.jpg", ("images is one str", "for each prompt")),
+            (["<image>"], [IMAGE] * 2, ("there are 1 prompts and 2 images",)),
+            ([b"<image>"], [IMAGE], ("a prompt is a bytes; expected a string",)),
+            (
+                ["what is it"],
+                [IMAGE],
+                ("the prompt 'what is it' holds <image> 0 times", "vlm.render"),
+            ),
+            (["<image> <image>"], [IMAGE], ("2 times and has 1 image;", "once for each")),
+        ],
+        ids=lambda value: "",
+    )
+    def test_that_do_not_fit(self, texts, images, parts):
+        with helpers.raises_line(ValueError, *parts):
+            model_inputs.pair_prompts(texts, images, "<image>")
+
+    def test_of_a_model(self, vlm):
+        image = np.zeros((30, 40, 3), np.uint8)
+        with helpers.raises_line(ValueError, "texts is one string"):
+            vlm.process(vlm.render("what is this"), [image])
+        with helpers.raises_line(ValueError, "the prompt 'what is this' holds <image> 0 times"):
+            vlm.process(["what is this"], [image])
+        with helpers.raises_line(ValueError, "the prompt is a list; expected a string"):
+            vlm.render(["what is this"])
+        assert len(vlm.process([vlm.render("what is this")], [image])["input_ids"]) == 1
