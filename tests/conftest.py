@@ -13,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import gc
+import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,24 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a test may compile a program; the machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+# The helpers of tests/ports make checkpoints with PyTorch.
+_USES_TORCH = re.compile(
+    r"^(import|from) (torch|peft)\b|^from \.\S* import .*helpers|"
+    r"^from \.\S*(_helpers|test_models|test_vlm) import",
+    re.M,
+)
+_TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out the files that compare with PyTorch, and folders of them, where there is none."""
+    conftest = collection_path / "conftest.py"
+    file = conftest if conftest.exists() else collection_path
+    if _TORCH_IS_MISSING and file.suffix == ".py" and _USES_TORCH.search(file.read_text()):
+        return True
+    return None
 
 
 @pytest.fixture(scope="module", autouse=True)

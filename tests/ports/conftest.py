@@ -1,18 +1,22 @@
 """Checkpoints that several files of tests read; each is made once."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
-from . import helpers
+if TYPE_CHECKING:
+    from .helpers import Pair
 
 
 @pytest.fixture(scope="session")
-def llava_pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
+def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
     """llava_pair(variant): the checkpoint of that name in `helpers.VARIANTS`."""
-    made: dict[str, helpers.Pair] = {}
+    from . import helpers  # which need PyTorch, as some of the tests here do not
 
-    def pair(variant: str) -> helpers.Pair:
+    made: dict[str, Pair] = {}
+
+    def pair(variant: str) -> "Pair":
         if variant not in made:
             text, top = helpers.VARIANTS[variant]
             directory = tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-")
@@ -23,6 +27,6 @@ def llava_pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
 
 
 @pytest.fixture(scope="session")
-def small(llava_pair) -> helpers.Pair:
+def small(llava_pair) -> "Pair":
     """The small checkpoint for tests that any checkpoint does for."""
     return llava_pair("grouped queries")

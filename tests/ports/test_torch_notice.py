@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import ports  # noqa: F401  (it is what leaves the notice out)
+
 NOTICE = "PyTorch was not found. Models won't be available and only tokenizers can be used."
 
 

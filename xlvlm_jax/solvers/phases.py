@@ -119,13 +119,15 @@ def watched(
     for index, phase in enumerate(plan.phases):
         on = {"plan": plan, "index": index, "mesh": mesh}
         if not phase.repeats:
-            carry = _work(Z, carry, **on)
+            carry = _solve_phase(Z, carry, **on)
             continue
         running = _unfinished(plan, carry, mesh)
         while running:
             done = min(standing.iteration for standing in running.values())
             limit = min(done - done % every + every, plan.max_iter)
-            progress = _repeat(Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on)
+            progress = _solve_updates(
+                Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on
+            )
             carry = carry._replace(progress=progress)
             now = _standings(plan, carry, mesh)
             for q in running:
@@ -157,13 +159,13 @@ def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("plan", "index", "mesh"))
-def _work(Z: Array, carry: Any, *, plan: Plan, index: int, mesh: Mesh | None) -> Any:
+def _solve_phase(Z: Array, carry: Any, *, plan: Plan, index: int, mesh: Mesh | None) -> Any:
     return _on_mesh(plan, index, mesh, Z, carry, plan.max_iter)
 
 
 # What a repeated phase is given of the progress it gives back: one copy in memory, not two.
 @partial(jax.jit, static_argnames=("plan", "index", "mesh"), donate_argnames="progress")
-def _repeat(
+def _solve_updates(
     Z: Array,
     tol: Array,
     fixed: Any,
