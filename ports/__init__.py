@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ports import (
     checkpoint,
+    hub,
     idefics2,
     llava,
     molmo,
@@ -103,7 +104,8 @@ def load(
         dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
         mesh: places the parameters on its devices (axes "data" and "model"), tensor by tensor;
             it may span the processes of `jax.distributed`. Default: one device.
-        adapter: a directory with a LoRA adapter in PEFT's format, merged into the parameters.
+        adapter: a directory or hub id with a LoRA adapter in PEFT's format, merged into the
+            parameters.
         generation_config: values by transformers' names instead of those of the checkpoint's
             generation_config.json, such as {"repetition_penalty": 1.1}; {} leaves those out. The
             tokens that end and fill rows stay, unless it names others.
@@ -115,7 +117,7 @@ def load(
             model or of a kind that is not implemented.
     """
     keep_programs()
-    directory = _directory(path)
+    directory = hub.find_directory(path)
     module, port, config, abstract = _build(directory, dtype)
     params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
     vlm = VLM(module, params, config, port, directory, mesh)
@@ -133,7 +135,7 @@ def load_abstract(
     For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
     compiling for other devices. The directory need hold no weights, and from the hub none are got.
     """
-    directory = _directory(path, weights=False)
+    directory = hub.find_directory(path, weights=False)
     module, port, config, abstract = _build(directory, dtype)
     # Of weights that are there, the headers tell whether a load would read them.
     quantised.refuse_tensors(safetensors_io.open_available(directory), directory)
@@ -161,25 +163,3 @@ def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any, dict]:
     with checkpoint.making_model(directory):
         abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
     return module, port, config, abstract
-
-
-def _directory(path: str | Path, weights: bool = True) -> Path:
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    parts = str(path).split("/")
-    if len(parts) != 2 or directory.is_absolute() or str(path).startswith("."):
-        raise FileNotFoundError(
-            f"no directory {str(path)!r}; expected one with config.json and safetensors, or a hub "
-            "id such as llava-hf/llava-1.5-7b-hf"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        ignored = ["*.bin", "*.pth", "*.gguf", *([] if weights else ["*.safetensors"])]
-        return Path(snapshot_download(str(path), ignore_patterns=ignored))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{str(path)!r} is no directory here and could not be had from the hub: {first}"
-        ) from error

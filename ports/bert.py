@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, layers, vocabulary
+from ports import checkpoint, hub, layers, vocabulary
 from ports.programs import keep_programs
 from ports.vision import EncoderConfig
 
@@ -248,12 +248,12 @@ def canonical_name(name: str) -> str | None:
 
 
 def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
-    """Loads a Hugging Face directory of model_type bert or roberta, with or without a task's head.
+    """Loads a bert or roberta, with or without a task's head, from a directory or the hub.
 
     Raises FileNotFoundError or ValueError as `ports.load` does.
     """
     keep_programs()
-    directory = Path(directory)
+    directory = hub.find_directory(directory)
     config = Config.from_hf(checkpoint.read_config(directory, MODEL_TYPES))
     module = Bert(config, dtype=jnp.dtype(dtype))
     ids = jax.ShapeDtypeStruct((1, min(8, config.max_length)), np.int32)

@@ -122,9 +122,16 @@ def loading(directory: Path | None, what: str) -> Iterator[None]:
     """While a part of a checkpoint is read: one line, a ValueError, that it has none that loads."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{directory} has no {what} that loads: {first}") from error
+    except (OSError, ValueError, ImportError) as error:  # the last for a library that is missing
+        reason = " ".join(str(error).split())[:200]
+        names = ("tokenizer.model", "tokenizer.json")
+        if directory is not None and [(directory / name).exists() for name in names] == [
+            True,
+            False,
+        ]:
+            reason += "; tokenizer.model alone needs sentencepiece and protobuf: install them, or "
+            reason += "add the tokenizer.json that transformers saves"
+        raise ValueError(f"{directory} has no {what} that loads: {reason}") from error
 
 
 def require_tokenizer(directory: Path) -> None:
@@ -132,7 +139,7 @@ def require_tokenizer(directory: Path) -> None:
 
     Without one transformers makes a tokenizer that knows no word, and says nothing.
     """
-    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((directory / name).is_file() for name in names):
         raise FileNotFoundError(
             f"{directory} has no tokenizer: expected one of {', '.join(names)} beside the weights"

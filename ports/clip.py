@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, layers, vision, vocabulary
+from ports import checkpoint, hub, layers, vision, vocabulary
 from ports.programs import keep_programs
 
 Array = jax.Array
@@ -191,12 +191,12 @@ def canonical_name(name: str) -> str | None:
 
 
 def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
-    """Loads a Hugging Face directory of model_type clip.
+    """Loads a directory, or a repository of the hub, of model_type clip.
 
     Raises FileNotFoundError or ValueError as `ports.load` does.
     """
     keep_programs()
-    directory = Path(directory)
+    directory = hub.find_directory(directory)
     config = checkpoint.read_config(directory, ("clip",))
     module = CLIP(Config.from_hf(config), dtype=jnp.dtype(dtype))
     abstract = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module.config))

@@ -31,6 +31,7 @@ from ports.checkpoint import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+EXPECTED = f"{CONFIG} and {WEIGHTS}"
 _PREFIX = "base_model.model."
 # lora_A.weight of linear layers and convolutions, lora_embedding_A of embeddings.
 _FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
@@ -96,7 +97,7 @@ def read(
         ValueError: a damaged file, something that is not implemented, or an adapter for another
             base model.
     """
-    directory = Path(directory).expanduser()
+    directory = Path(directory)
     try:
         return _read(directory, params, canonical_name, architecture, tied)
     # Values of other kinds than a configuration has.
@@ -229,10 +230,6 @@ def _factor(stored: Mapping[str, Any], name: str, of_embedding: bool) -> jnp.nda
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json's values; ValueError for one that is not implemented."""
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"no directory {str(directory)!r}; expected one with {CONFIG} and {WEIGHTS}"
-        )
     file = directory / CONFIG
     if not file.exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}; is it an adapter's directory?")

@@ -21,6 +21,9 @@ from ports.qwen2_vl_processor import load as load_processor
 
 __all__ = ["Config", "Qwen2VL", "load_processor"]
 
+# An image in a prompt, around the token that is expanded.
+IMAGE_TEXT = "<|vision_start|>{}<|vision_end|>"
+
 Array = jax.Array
 
 # What the port understands of a processor's arrays; the rest (mm_token_type_ids) is left aside.

@@ -16,6 +16,7 @@ from ports import (
     checkpoint,
     generate,
     generation_config,
+    hub,
     joiner,
     logits,
     lora,
@@ -154,10 +155,11 @@ class VLM:
 
         Raises FileNotFoundError and ValueError as `ports.load` does.
         """
+        directory = hub.find_directory(directory, peft_files.EXPECTED)
         adapter = self.read_adapter(directory)
         model = copy.copy(self)
         model.params = lora.merge(self.params, adapter, donate=donate)
-        model.adapter = Path(directory).expanduser()
+        model.adapter = directory
         return model
 
     def with_generation_config(self, values: Mapping[str, Any]) -> "VLM":
@@ -189,10 +191,12 @@ class VLM:
         return Sampling(key, **generation_config.of_sampling(self.generation_config))
 
     def read_adapter(self, directory: str | Path) -> lora.Adapter:
-        """A PEFT LoRA adapter of this model, not merged (see `ports.adapted`)."""
+        """A PEFT LoRA adapter of this model, from a directory or the hub, not merged (see
+        `ports.adapted`).
+        """
         decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
         return peft_files.read(
-            directory,
+            hub.find_directory(directory, peft_files.EXPECTED),
             self.params,
             self._port.canonical_name,
             architecture=self.architecture,
@@ -243,7 +247,11 @@ class VLM:
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The checkpoint's own processor, from transformers or the port; read when asked for."""
+        """The checkpoint's own processor, from transformers or the port; read when asked for.
+
+        Raises ValueError for files that are missing, or do not belong together.
+        """
+        self._require_tokenizer("processor")
         if hasattr(self._port, "load_processor"):
             processor = self._port.load_processor(self.directory)
         else:
@@ -254,12 +262,29 @@ class VLM:
             processor = self._read(AutoProcessor, "processor", backend="pil")
             if hasattr(self._port, "complete_processor"):
                 self._port.complete_processor(processor, self.module.config, self.directory)
+        if getattr(processor, "chat_template", None) is None:
+            # It may stand in tokenizer_config.json alone.
+            processor.chat_template = processor.tokenizer.chat_template
+        self._check_image_token(processor)
         self._warn_of(processor.tokenizer)
         return processor
+
+    def _check_image_token(self, processor: Any) -> None:
+        """ValueError if a processor's image token is another one than config.json's."""
+        token = getattr(processor, "image_token", None)
+        if token is None:
+            return
+        number = processor.tokenizer.convert_tokens_to_ids(str(token))
+        if number not in self.image_tokens:
+            raise ValueError(
+                f"{self.directory}: image token {str(token)!r} has id {number} in the tokenizer, "
+                f"config.json says {self.image_tokens[0]}; take both files from one checkpoint"
+            )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer, from transformers; read when first asked for."""
+        self._require_tokenizer("tokenizer")
         if hasattr(self._port, "load_tokenizer"):
             tokenizer = self._port.load_tokenizer(self.directory)
         else:
@@ -276,6 +301,11 @@ class VLM:
             vocabulary.warn_of_longer_tokenizer(
                 tokenizer, self.module.num_embeddings, self.image_tokens, self.directory
             )
+
+    def _require_tokenizer(self, what: str) -> None:
+        if self.directory is not None:
+            with checkpoint.loading(self.directory, what):
+                checkpoint.require_tokenizer(self.directory)
 
     def _read(self, kind: Any, what: str, **options: Any) -> Any:
         with checkpoint.loading(self.directory, what):
@@ -549,20 +579,38 @@ class VLM:
     def render(self, prompt: str) -> str:
         """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
 
-        Raises ValueError if it is no string, or the checkpoint has no chat template.
+        A template for text alone gets the image as text, before the prompt in a line of its own.
+
+        Raises ValueError if it is no string, or the checkpoint has no chat template or one that
+        fails.
         """
         if not isinstance(prompt, str):
             raise ValueError(
                 f"the prompt is a {type(prompt).__name__}; expected a string, one prompt a call"
             )
-        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-        message = [{"role": "user", "content": parts}]
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(
                 f"{self.directory} has no chat template; add the one of its model family as "
                 "chat_template.jinja"
             )
-        return self.processor.apply_chat_template(message, add_generation_prompt=True)
+        token = str(getattr(self.processor, "image_token", ""))
+        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = f"{getattr(self._port, 'IMAGE_TEXT', '{}').format(token)}\n{prompt}"
+        reasons = []
+        for content in (parts, text, [{"type": "text", "text": text}]):
+            message = [{"role": "user", "content": content}]
+            try:
+                said = self.processor.apply_chat_template(message, add_generation_prompt=True)
+            except Exception as error:  # Jinja's kinds, and those of what a template does
+                reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+                continue
+            if not token or said.count(token) == 1 + prompt.count(token):
+                return said
+            reasons.append(f"it renders {said.count(token)} {token} for one image")
+        raise ValueError(
+            f"{self.directory}: its chat template fails ({reasons[0]}); replace it by the one of "
+            "its model family, as chat_template.jinja"
+        )
 
     def process(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, np.ndarray]:
         """A batch for `forward` and `generate`: rendered prompts with one image each.

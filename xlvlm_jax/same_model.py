@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ports import VLM
+from ports import VLM, hub
 
 
 def model_of(vlm: VLM) -> dict[str, str | None]:
@@ -13,10 +13,10 @@ def model_of(vlm: VLM) -> dict[str, str | None]:
         vlm: a loaded model.
 
     Returns:
-        {"model": name of its directory, "fingerprint": `VLM.fingerprint`}.
+        {"model": name of its directory, or its id on the hub, "fingerprint": `VLM.fingerprint`}.
     """
     return {
-        "model": None if vlm.directory is None else vlm.directory.name,
+        "model": None if vlm.directory is None else hub.name_of(vlm.directory),
         "fingerprint": vlm.fingerprint,
     }
 

@@ -1,6 +1,7 @@
 """Qwen2-VL against PyTorch: positions, every module's output, the logits, 32 greedy tokens."""
 
 import json
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -355,6 +356,23 @@ class TestPhotographs:
             photographed.vlm.render("what is it"),
         ]
         return photographed.vlm.process(prompts, [[china, upright], flower])
+
+    def test_no_tokenizer_is_not_an_empty_one(self, photographed, tmp_path):
+        """transformers makes one that knows no word, and says nothing."""
+        directory = shutil.copytree(photographed.directory, tmp_path / "copy")
+        for file in directory.glob("tokenizer*"):
+            file.unlink()
+        vlm = ports.load_abstract(directory)
+        for what in ("tokenizer", "processor"):
+            with helpers.raises_line(ValueError, f"has no {what} that loads", "has no tokenizer:"):
+                getattr(vlm, what)
+
+    def test_templates_for_text_alone_get_the_image_as_text(self, photographed, tmp_path):
+        directory = shutil.copytree(photographed.directory, tmp_path / "copy")
+        template = "{% for m in messages %}user: {{ m.content + ' w0' }}{% endfor %}"
+        (directory / "chat_template.jinja").write_text(template)
+        said = ports.load_abstract(directory).render("what is it")
+        assert said == "user: <|vision_start|><|image_pad|><|vision_end|>\nwhat is it w0"
 
     def test_become_tokens_and_patches(self, inputs):
         tokens = (inputs["input_ids"] == helpers.IMAGE).sum(1)

@@ -332,6 +332,78 @@ class TestProcessor:
                 complete.generate(expected, **options),
             )
 
+    def changed(self, photographed, tmp_path, **files):
+        """A copy of the checkpoint with other texts in files, or without those that are None."""
+        directory = shutil.copytree(photographed.directory, tmp_path / "changed")
+        for name, text in files.items():
+            file = directory / name.replace("__", ".")
+            file.unlink(missing_ok=True)
+            if text is not None:
+                file.write_text(text)
+        return ports.load_abstract(directory)
+
+    TEMPLATE = "{% for m in messages %}U {{ m.content[0].type }} <image> {% endfor %}w0"
+
+    def test_a_template_in_tokenizer_config_alone(self, photographed, tmp_path):
+        file = photographed.directory / "tokenizer_config.json"
+        values = json.loads(file.read_text()) | {"chat_template": self.TEMPLATE}
+        files = {"tokenizer_config__json": json.dumps(values), "chat_template__jinja": None}
+        vlm = self.changed(photographed, tmp_path, **files)
+        assert vlm.render("what is it") == "U image <image> w0"
+
+    def test_a_template_in_chat_template_json(self, photographed, tmp_path):
+        files = {
+            "chat_template__json": json.dumps({"chat_template": self.TEMPLATE}),
+            "chat_template__jinja": None,
+        }
+        vlm = self.changed(photographed, tmp_path, **files)
+        assert vlm.render("what is it") == "U image <image> w0"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}USER: {{ m.content + ' w0' }}{% endfor %}",
+            "{% for m in messages %}USER: {{ m.content }} w0{% endfor %}",
+            "{% for m in messages %}USER: {% for part in m.content %}"
+            "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %} w0{% endfor %}",
+        ],
+    )
+    def test_templates_for_text_alone_get_the_image_as_text(self, photographed, tmp_path, template):
+        vlm = self.changed(photographed, tmp_path, chat_template__jinja=template)
+        assert vlm.render("what is it") == "USER: <image>\nwhat is it w0"
+        assert vlm.render("say <image>") == "USER: <image>\nsay <image> w0"
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{% for m in messages %}", "its chat template fails (TemplateSyntaxError: Unexp"),
+            ("{{ raise_exception('no images') }}", "fails (TemplateError: no images)"),
+            ("USER w0", "fails (it renders 0 <image> for one image); replace it"),
+        ],
+    )
+    def test_templates_that_fail(self, photographed, tmp_path, template, message):
+        vlm = self.changed(photographed, tmp_path, chat_template__jinja=template)
+        with helpers.raises_line(ValueError, message, str(vlm.directory)):
+            vlm.render("what is it")
+
+    def test_a_tokenizer_with_another_image_token(self, photographed, tmp_path):
+        values = json.loads((photographed.directory / "config.json").read_text())
+        values["image_token_index"] = 95
+        vlm = self.changed(photographed, tmp_path, config__json=json.dumps(values))
+        with helpers.raises_line(
+            ValueError, "'<image>' has id 101 in the tokenizer, config.json says 95; take both"
+        ):
+            _ = vlm.processor
+
+    def test_a_sentencepiece_model_alone_says_what_it_needs(self, photographed, tmp_path):
+        files = {"tokenizer__json": None, "tokenizer__model": "a model"}
+        vlm = self.changed(photographed, tmp_path, **files)
+        for what in ("tokenizer", "processor"):
+            with helpers.raises_line(
+                ValueError, f"has no {what} that loads", "needs sentencepiece and protobuf"
+            ):
+                getattr(vlm, what)
+
     def test_the_tokenizer_alone(self, photographed):
         assert photographed.vlm.tokenizer.decode([4, 5, helpers.IMAGE]) == "what is <image>"
         assert photographed.vlm.image_tokens == (helpers.IMAGE,)

@@ -48,8 +48,8 @@ def load_model(
 ) -> Any:
     """A model, or its shapes alone; 'embedded' is the one that ships with the package.
 
-    adapter: the directory of a LoRA adapter to merge in, or the name of one of the embedded model's
-    ("color", "place", "mood").
+    adapter: the directory or hub id of a LoRA adapter to merge in, or the name of one of the
+    embedded model's ("color", "place", "mood").
     mesh: how many devices of this host share the batches, and how many the model.
     """
     import jax
@@ -66,6 +66,17 @@ def load_model(
         if model == "embedded" and adapter is not None:
             adapter = embedded.ADAPTERS.get(str(adapter), adapter)
         return ports.load(path, dtype=dtype, adapter=adapter, mesh=placed)
+
+
+def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> Any:
+    """A fine-tuned version of a model: the LoRA adapter of that name merged in, or a checkpoint."""
+    from ports import hub, peft_files
+    from xlvlm_jax import embedded
+
+    named = model == "embedded" and finetuned in embedded.ADAPTERS
+    if named or (hub.find_directory(finetuned) / peft_files.CONFIG).exists():
+        return load_model(model, dtype, adapter=finetuned, **placing)
+    return load_model(finetuned, dtype, **placing)
 
 
 def parse_mesh(text: str | None) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from xlvlm_jax.cli.console import (
     bars,
     console,
     errors,
+    load_finetuned,
     load_model,
     parse_mesh,
     progress_bars,
@@ -124,13 +125,15 @@ def extract(
     ] = "float32",
     strict: Annotated[bool, typer.Option(help="Stop at an unreadable image.")] = False,
     adapter: Annotated[
-        Path | None, typer.Option(help="A LoRA adapter of the model, merged into it.")
+        str | None,
+        typer.Option(help="A LoRA adapter of the model (directory or hub id), merged into it."),
     ] = None,
     finetuned: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Also run a fine-tuned version on the same batches, for `xlvlm shift`: its LoRA "
-            "adapter or its checkpoint. The states of both stand in one directory."
+            "adapter or its checkpoint (directory or hub id). The states of both stand in one "
+            "directory."
         ),
     ] = None,
     mesh: Mesh = None,
@@ -179,12 +182,7 @@ def extract(
     vlm = load_model(model, dtype, adapter=adapter, **placing)
     other = None
     if finetuned is not None:
-        adapted = (finetuned / "adapter_config.json").exists() or not finetuned.is_dir()
-        other = (
-            load_model(model, dtype, adapter=finetuned, **placing)
-            if adapted
-            else load_model(str(finetuned), dtype, **placing)
-        )
+        other = load_finetuned(model, finetuned, dtype, **placing)
     source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
     with progress_bars() as progress, profiled(profile), Programs() as programs:
         advance = bars(progress)("extracting")

@@ -32,10 +32,11 @@ def score(
         str | None, typer.Option(help="The model that the states came from, for --methods.")
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="A CLIP directory, or 'embedded': CLIPScore and more.")
+        str | None,
+        typer.Option(help="A CLIP directory or hub id, or 'embedded': CLIPScore and more."),
     ] = None,
     bert: Annotated[
-        Path | None, typer.Option(help="A BERT or RoBERTa directory: BERTScore.")
+        str | None, typer.Option(help="A BERT or RoBERTa directory or hub id: BERTScore.")
     ] = None,
     bert_layer: Annotated[int | None, typer.Option(help="Its layer; see the paper.")] = None,
     bert_idf: Annotated[
@@ -116,7 +117,7 @@ def _scorer(
     features: Any,
     site: str | None,
     clip: str | None,
-    bert: Path | None,
+    bert: str | None,
     layer: int | None,
     idf: bool,
     baseline: Path | None,

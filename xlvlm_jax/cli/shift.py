@@ -25,7 +25,10 @@ def shift(
         str | None, typer.Option(help="The fine-tuned model, if its head is another.")
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Or the LoRA adapter that makes it of the original.")
+        str | None,
+        typer.Option(
+            help="Or the LoRA adapter (directory or hub id) that makes it of the original."
+        ),
     ] = None,
     finetuned_concepts: Annotated[
         Path | None, typer.Option(help="Its concepts; by default learnt here, as --concepts were.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ports import VLM
+from ports import VLM, hub
 from xlvlm_jax import atomic
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
@@ -62,7 +62,7 @@ def evaluate(
     kept, answers = predictions.readable(samples)
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
-        "model": None if vlm.directory is None else vlm.directory.name,
+        "model": None if vlm.directory is None else hub.name_of(vlm.directory),
         "about": about or {},
         "samples": len(kept),
         "unreadable": predictions.errors,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import VLM
+from ports import VLM, hub
 from xlvlm_jax import hosts
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract import parts
@@ -213,7 +213,7 @@ def _described(vlm: VLM) -> dict[str, Any]:
     if vlm.adapter is not None:
         weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(weights).hexdigest()[:16]
-        described |= {"adapter": vlm.adapter.name, "adapter fingerprint": digest}
+        described |= {"adapter": hub.name_of(vlm.adapter), "adapter fingerprint": digest}
     return described
 
 

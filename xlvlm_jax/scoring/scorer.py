@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ports import hub
 from ports.clip import DualEncoder
 from xlvlm_jax import metrics
 from xlvlm_jax.concepts import Concepts, project
@@ -244,8 +245,8 @@ class Scorer:
             "features": str(self.features.path),
             "site": self.site,
             "rows": len(self.Z),
-            "clip": self.clip and self.clip.directory.name,
-            "bert": self.bert and self.bert.encoder.directory.name,
+            "clip": self.clip and hub.name_of(self.clip.directory),
+            "bert": self.bert and hub.name_of(self.bert.encoder.directory),
             "bert layer": self.bert and self.bert.layer,
             "mean similarity of two images": similarity,
             "draws of random words": self.num_random,

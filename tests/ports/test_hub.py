@@ -1,0 +1,79 @@
+"""Repositories of the hub, from a cache as huggingface_hub lays it out; nothing is downloaded."""
+
+import shutil
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+
+import ports
+from ports import bert, clip, hub
+from xlvlm_jax import embedded
+
+from . import bert_helpers, helpers
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """publish(id, directory): the hub's cache then holds a repository of the directory's files."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(repository, directory):
+        place = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text(COMMIT)
+        return shutil.copytree(directory, place / "snapshots" / COMMIT)
+
+    return add
+
+
+def test_a_repository_is_found_by_its_id(publish):
+    snapshot = publish("some/model", embedded.LLAVA)
+    assert hub.find_directory("some/model") == snapshot
+    assert hub.find_directory(embedded.LLAVA) == embedded.LLAVA
+    assert hub.name_of(snapshot) == "some/model"
+    assert hub.name_of(embedded.LLAVA) == "llava"
+
+
+def test_a_repository_without_an_owner(publish):
+    snapshot = publish("roberta-large", embedded.CLIP)
+    assert hub.find_directory("roberta-large") == snapshot
+    assert hub.name_of(snapshot) == "roberta-large"
+
+
+def test_what_is_neither_here_nor_there(publish):
+    with helpers.raises_line(FileNotFoundError, "'some/model' is no directory here and could not"):
+        hub.find_directory("some/model")
+    with helpers.raises_line(FileNotFoundError, "no directory './model'; expected one with x, or"):
+        hub.find_directory("./model", "x")
+
+
+def test_models_and_adapters_by_their_ids(publish):
+    publish("some/model", embedded.LLAVA)
+    adapter = publish("some/adapter", embedded.ADAPTERS["color"])
+    vlm = ports.load("some/model", adapter="some/adapter")
+    expected = ports.load(embedded.LLAVA, adapter=embedded.ADAPTERS["color"])
+    assert vlm.adapter == adapter
+    jax.tree.map(np.testing.assert_array_equal, vlm.params, expected.params)
+    factors = vlm.read_adapter("some/adapter").factors
+    assert set(factors) == set(expected.read_adapter(embedded.ADAPTERS["color"]).factors)
+
+
+def test_without_weights_a_repository_is_described(publish):
+    snapshot = publish("some/model", embedded.LLAVA)
+    (snapshot / "model.safetensors").unlink()
+    assert ports.load_abstract("some/model").sites
+    with helpers.raises_line(FileNotFoundError, "lacks model.safetensors"):
+        ports.load("some/model")
+
+
+def test_judges_by_their_ids(publish, tmp_path):
+    publish("some/clip", embedded.CLIP)
+    assert clip.load("some/clip").processor.tokenizer
+    bert_helpers.make_bert(tmp_path / "bert", "bert")
+    publish("some/bert", tmp_path / "bert")
+    ids = bert.load("some/bert").tokenizer("a")["input_ids"]
+    assert ids == bert.load(tmp_path / "bert").tokenizer("a")["input_ids"]
