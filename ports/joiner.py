@@ -67,6 +67,10 @@ class VisionLanguageModel(nn.Module):
         """x[..., D] -> logits[..., V]: the language-model head alone."""
         raise NotImplementedError
 
+    def unembed_through_norm(self, x: Array) -> Array:
+        """x[..., D] -> logits[..., V]: the decoder's final norm, then the head."""
+        return self.unembed(getattr(self.text_decoder, self.norm_name)(x))
+
     def embed_inputs(self, inputs: Inputs) -> Array:
         """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
         raise NotImplementedError
@@ -81,6 +85,15 @@ class VisionLanguageModel(nn.Module):
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         site = normal_name(site)
         return site in (path, head) or site.startswith(path + ".")
+
+    def is_before_norm(self, site: str) -> bool:
+        """Whether what a site of the decoder puts out goes through its final norm to the head."""
+        path, head = ".".join(self.decoder_path), ".".join(self.head_path)
+        return self.is_of_decoder(site) and normal_name(site) not in (
+            path,
+            head,
+            f"{path}.{self.norm_name}",
+        )
 
     def positions(self, inputs: Inputs) -> Array:
         """The tokens' rotary positions, int32[B, T] or [B, T, 3]; needs no parameters.

@@ -70,15 +70,16 @@ def _states(
         return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "method", "mesh"))
 def _unembed(
     model: joiner.VisionLanguageModel,
     params: dict,
     x: Array,
+    method: str,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Array:
     with sharding.on(mesh):
-        return model.apply({"params": params}, x, method="unembed")
+        return model.apply({"params": params}, x, method=method)
 
 
 @functools.partial(
@@ -538,9 +539,26 @@ class VLM:
         )
         return result._replace(states=_by_name(result.states, asked))
 
-    def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone, without the final norm."""
-        return _unembed(self.module, self.params, jnp.asarray(x), self._mesh)
+    def unembed(self, x: Array, *, through_norm: bool = False) -> Array:
+        """Returns logits[..., V] of x[..., D], in float32: the language-model head alone.
+
+        Args:
+            x: states, or directions in their space.
+            through_norm: apply the decoder's final norm first, as the model does to what its last
+                layer puts out (and the logit lens to that of any layer). RMSNorm, the norm of all
+                ports, multiplies by its weight and divides by one positive number, so that of a
+                direction, as of a state, the order of the logits does not depend on its length.
+        """
+        method = "unembed_through_norm" if through_norm else "unembed"
+        return _unembed(self.module, self.params, jnp.asarray(x), method, self._mesh)
+
+    def is_before_norm(self, site: str) -> bool:
+        """Whether a site's states go through the decoder's final norm before the head reads them.
+
+        True of its layers and what is in them; False of the norm itself, the head, the vision tower
+        and names that are no site. `unembed(states, through_norm=...)` wants to know.
+        """
+        return any(map(self.module.is_before_norm, (site, *self.hub_names(site))))
 
     def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
         """The sites that names and patterns mean.

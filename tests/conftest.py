@@ -96,6 +96,9 @@ class ThreeWords:
     def unembed(self, x):
         return x[:, :3]
 
+    def is_before_norm(self, site):
+        return False
+
     @property
     def tokenizer(self):
         return self

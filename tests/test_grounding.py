@@ -34,6 +34,17 @@ def test_words_are_limited_by_candidates_and_by_words():
     assert ground_text(components, head, Decoder(), num_candidates=2) == [["dog"], ["cat", "tree"]]
 
 
+def test_words_through_the_final_norm():
+    """A norm that turns the two directions round."""
+
+    def unembed(x, through_norm=False):
+        return head(x[:, ::-1] if through_norm else x)
+
+    components = np.eye(2, dtype=np.float32)
+    plain = ground_text(components, unembed, Decoder())
+    assert ground_text(components, unembed, Decoder(), through_norm=True) == plain[::-1]
+
+
 def test_a_concept_may_have_no_words():
     component = np.float32([[1.0, 0.0]])
     words = ground_text(component, lambda x: -abs(head(x) - 7), Decoder(), num_candidates=1)

@@ -1,9 +1,10 @@
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, Features, stages
+from xlvlm_jax import Concepts, Features, ground_text, stages
 from xlvlm_jax.store import FeaturesWriter
 
 RNG = np.random.default_rng(0)
@@ -72,6 +73,30 @@ def test_grounding_writes_words_and_images(features, tmp_path, three_words):
     for words, images in zip(grounded.words, grounded.images, strict=True):
         parity = {int(image.removesuffix(".jpg")) % 2 for image in images}
         assert parity == {0 if words[0] == "dog" else 1}
+
+
+@pytest.mark.parametrize("option", [None, "--through-norm", "--no-through-norm"])
+def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, option):
+    for site, through in (("layers.2", True), ("norm", False)):
+        site, run = f"language_model.model.{site}", tmp_path / site
+        Z = RNG.normal(size=(8, 192)).astype("f4")
+        features = write(run / "features", Z, [(i, {}) for i in range(8)], sites=(site,))
+        manifest = {"fingerprint": vlm.fingerprint}
+        concepts = stages.decompose_features(features, run / "concepts", 2, "simple")
+        dataclasses.replace(concepts, source=concepts.source | manifest).save(run / "concepts")
+        options = (option,) if option else ()
+        status, out, errors = xlvlm("ground", run / "concepts", "--model", "embedded", *options)
+        assert status == 0, errors
+        through = through if option is None else option == "--through-norm"
+        assert ("through the final norm" in out) == through
+        known = Concepts.load(run / "concepts")
+        assert known.through_norm is through
+        read = ground_text(concepts.components, vlm.unembed, vlm.tokenizer, through_norm=through)
+        assert known.words == read
+        other = ground_text(
+            concepts.components, vlm.unembed, vlm.tokenizer, through_norm=not through
+        )
+        assert known.words != other
 
 
 def test_features_of_another_run_are_refused(features, tmp_path, three_words):

@@ -74,6 +74,7 @@ class Concepts:
             (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
         words: for each concept the words it is read as, once grounded.
         images: for each concept the images that show it, once grounded.
+        through_norm: whether the words were read through the model's final norm; None if unknown.
         source: where Z came from, free for the caller.
     """
 
@@ -89,6 +90,7 @@ class Concepts:
     stability: Matrix | None = None
     words: list[list[str]] | None = None
     images: list[list[str]] | None = None
+    through_norm: bool | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -240,6 +242,7 @@ _DESCRIBED = (
     "converged",
     "words",
     "images",
+    "through_norm",
     "source",
 )
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from ports import VLM
+from xlvlm_jax.paired import finetuned_site
 from xlvlm_jax.words import concept_words
 
 AnyArray = jax.Array | np.ndarray
@@ -22,6 +24,8 @@ def ground_text(
     tokenizer: Any,
     num_words: int = 10,
     num_candidates: int = 50,
+    *,
+    through_norm: bool = False,
 ) -> list[list[str]]:
     """The words of each concept: what the language-model head reads in its direction.
 
@@ -30,10 +34,15 @@ def ground_text(
     kept, each once. A concept may keep fewer, even none.
 
     Args:
-        components: float[K, D]. They mean most for states that are taken after the final norm:
-            `unembed` applies none.
-        unembed: the language-model head alone, [K, D] -> logits [K, V].
+        components: float[K, D]: means of states, atoms, directions or shifts.
+        unembed: the language-model head, [K, D] -> logits [K, V], such as `VLM.unembed`.
         tokenizer: a Hugging Face tokenizer, or whatever decodes [id].
+        through_norm: read components through the model's final norm, `unembed(components,
+            through_norm=True)`, as the logit lens does. Right for states of before that norm (see
+            `VLM.is_before_norm`), which the head alone reads as other words; XL-VLMs applies none.
+            A centroid goes through it as a state does. Of an atom, a component of pca or a shift
+            the length cancels: what counts is the norm's weight times the direction, which is how
+            the logits change along it where the scale of the state is held.
 
     Raises ValueError for counts below one, components of another width than the head takes, and
     components that are not finite.
@@ -45,7 +54,9 @@ def ground_text(
     if not finite.all():
         raise ValueError(f"concept {int(np.argmin(finite))} holds NaN or Inf; factor Z again")
     try:
-        logits = jnp.asarray(unembed(components))
+        logits = jnp.asarray(
+            unembed(components, through_norm=True) if through_norm else unembed(components)
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"components are {components.shape[1]} wide, which the language-model head does not"
@@ -56,6 +67,14 @@ def ground_text(
         concept_words((tokenizer.decode([int(i)]) for i in ids), num_words)
         for ids in np.asarray(candidates)
     ]
+
+
+def is_before_norm(vlm: VLM, site: str | None) -> bool:
+    """Whether components learnt at a site of features are to be read through the final norm.
+
+    False where the site is not known. That of the fine-tuned model counts as the model's own.
+    """
+    return bool(site) and vlm.is_before_norm(site.removeprefix(finetuned_site("")))
 
 
 def ground_images(

@@ -26,7 +26,7 @@ from xlvlm_jax.concepts import (
     on_host,
     project,
 )
-from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.grounding import ground_images, ground_text, is_before_norm
 from xlvlm_jax.metrics import (
     AttributeScore,
     attribute_scores,
@@ -128,8 +128,12 @@ def ground_concepts(
     num_words: int = 10,
     num_candidates: int = 50,
     num_images: int = 5,
+    through_norm: bool | None = None,
 ) -> Concepts:
     """Finds the words and the images of the concepts in a directory and writes them into it.
+
+    through_norm: whether words are read through the model's final norm (see `ground_text`); by
+    default those of sites before it are. Recorded in concepts.json.
 
     Raises ValueError if the features are not those that the concepts were learnt on, or the model
     is another one than the features' (its head would read other words).
@@ -142,15 +146,22 @@ def ground_concepts(
             f"{len(features.tokens)}; ground concepts with the features they were learnt on"
         )
     require_model(concepts.source, vlm, f"{directory} was learnt on the states of")
+    if through_norm is None:
+        through_norm = is_before_norm(vlm, concepts.source.get("site"))
     words = ground_text(
-        np.asarray(concepts.components), vlm.unembed, vlm.tokenizer, num_words, num_candidates
+        np.asarray(concepts.components),
+        vlm.unembed,
+        vlm.tokenizer,
+        num_words,
+        num_candidates,
+        through_norm=through_norm,
     )
     count = min(num_images, len(features.tokens))
     top = ground_images(np.asarray(concepts.activations), count)
     images = [
         [features.samples[features.sample_rows[row]]["image"] for row in rows] for rows in top
     ]
-    concepts = dataclasses.replace(concepts, words=words, images=images)
+    concepts = dataclasses.replace(concepts, words=words, images=images, through_norm=through_norm)
     concepts.save(directory)
     return concepts
 

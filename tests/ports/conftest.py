@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from ports import VLM
+
     from .helpers import Pair
 
 
@@ -30,3 +32,22 @@ def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
 def small(llava_pair) -> "Pair":
     """The small checkpoint for tests that any checkpoint does for."""
     return llava_pair("grouped queries")
+
+
+@pytest.fixture(scope="session")
+def vlms(tmp_path_factory, small) -> "dict[str, VLM]":
+    """A small model of every port."""
+    import ports
+
+    from . import molmo_helpers
+    from .idefics2_helpers import make_idefics2
+    from .qwen2_vl_helpers import make_qwen2_vl
+
+    root = tmp_path_factory.mktemp("ports")
+    molmo_helpers.make_checkpoint(root / "molmo", molmo_helpers.CONFIG)
+    return {
+        "llava": small.vlm,
+        "idefics2": make_idefics2(root / "idefics2").vlm,
+        "qwen2_vl": make_qwen2_vl(root / "qwen2_vl").vlm,
+        "molmo": ports.load(root / "molmo"),
+    }

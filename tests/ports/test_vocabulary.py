@@ -17,8 +17,6 @@ from xlvlm_jax import embedded
 from xlvlm_jax.paired import paired_states
 
 from . import helpers, molmo_helpers
-from .idefics2_helpers import make_idefics2
-from .qwen2_vl_helpers import make_qwen2_vl
 
 V = helpers.VOCABULARY
 # Port -> rows of its embeddings. Molmo has a table of its own for the image tokens.
@@ -29,19 +27,6 @@ SIZES = {
     "molmo": molmo_helpers.CONFIG["vocab_size"] + molmo_helpers.CONFIG["additional_vocab_size"],
 }
 EVERY_PORT = pytest.mark.parametrize("port", SIZES)
-
-
-@pytest.fixture(scope="module")
-def vlms(tmp_path_factory, small) -> dict[str, ports.VLM]:
-    """A small model of every port."""
-    root = tmp_path_factory.mktemp("ports")
-    molmo_helpers.make_checkpoint(root / "molmo", molmo_helpers.CONFIG)
-    return {
-        "llava": small.vlm,
-        "idefics2": make_idefics2(root / "idefics2").vlm,
-        "qwen2_vl": make_qwen2_vl(root / "qwen2_vl").vlm,
-        "molmo": ports.load(root / "molmo"),
-    }
 
 
 def inputs_with(token: int, *, masked: bool = False) -> dict[str, np.ndarray]:

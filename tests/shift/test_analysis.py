@@ -132,6 +132,40 @@ def test_concepts_of_every_method(states, concepts_of, method):
         assert len(found.images["shifted"][k]) == 4
 
 
+def test_shifted_concepts_are_projected_as_the_originals_were(states):
+    """Codes of any sign: the last of 30 samples is the one of least code, not of the least row."""
+    before, after = states
+    options = {"nonnegative": False, "alpha": 0.0}
+    concepts, theirs = (
+        Concepts.from_components(np.eye(8)[:3] + 0.1 * move, **options) for move in (0, 1)
+    )
+    found = shift.analyse(before, after, pairs_of(before), concepts, theirs, alpha=0.05)
+    ids = [str(i) for i in range(30)]
+    images = shift.ground_samples(found, concepts, theirs, before, after, ids, ids).images
+    codes = np.linalg.lstsq(found.shifted.T, after.T, rcond=None)[0]
+    assert (codes < 0).sum(axis=1).min() > 3
+    for k, order in enumerate(images["shifted"]):
+        assert sorted(order) == sorted(ids)
+        assert np.diff(codes[k, list(map(int, order))]).max() < 1e-3
+
+
+def test_words_of_shifts_are_read_through_the_final_norm(states, concepts_of, head):
+    before, after = states
+    concepts, theirs = concepts_of(before), concepts_of(after)
+    found = shift.analyse(before, after, pairs_of(before), concepts, theirs)
+    tilted = dataclasses.replace(
+        found,
+        **{kind: getattr(found, kind) + 0.3 * np.eye(8)[7] for kind in ("shifts", "original")},
+    )
+    for through_norm in (False, True):
+        words = shift.ground_words(
+            tilted, head.unembed, head.tokenizer, num_words=1, through_norm=through_norm
+        ).words
+        k = group_of(found).tolist().index(0)  # the last group does not move
+        for kind in ("shift", "original"):
+            assert (words[kind][k] == ["snow"]) == through_norm
+
+
 def test_what_is_saved_comes_back(grounded, tmp_path):
     recovery = np.array([np.nan, 0.25, -0.5], np.float32)
     counts = np.array([1, 20, 9])

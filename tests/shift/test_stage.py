@@ -88,6 +88,25 @@ def test_a_model_or_features_of_another_width_leave_nothing(write, states, conce
     assert not (root / "no").exists()
 
 
+@pytest.mark.parametrize(
+    ("site", "recorded", "given", "through"),
+    [
+        ("layers.3", None, None, True),
+        ("norm", None, None, False),
+        ("layers.3", None, False, False),
+        ("layers.3", False, None, False),  # as the words of the concepts
+        ("norm", None, True, True),
+    ],
+)
+def test_words_are_read_through_the_norm_that_the_site_comes_before(
+    write, states, concepts, head, root, site, recorded, given, through
+):
+    features = [write(name, Z, sites=(site,)) for name, Z in zip(("x", "y"), states, strict=True)]
+    known = dataclasses.replace(concepts, source={"site": site}, through_norm=recorded)
+    found = shift_features(*features, known, head, root / "shift", through_norm=given, **OPTIONS)
+    assert found.source["words through the final norm"] is through
+
+
 def test_concepts_of_another_model_are_refused(vlm, write, states, concepts, root):
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     other = dataclasses.replace(concepts, source={"fingerprint": "0", "model": "other"})

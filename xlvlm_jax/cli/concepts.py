@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, console, load_model, solver_bar
+from xlvlm_jax.cli.console import Seed, ThroughNorm, console, load_model, solver_bar
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
 
 
@@ -100,6 +100,7 @@ def ground(
     num_words: Annotated[int, typer.Option(help="Words a concept.")] = 10,
     num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 50,
     num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
+    through_norm: ThroughNorm = None,
 ) -> None:
     """Concepts -> words and images, written into the same directory."""
     from xlvlm_jax import Concepts, Features, stages
@@ -112,11 +113,14 @@ def ground(
         num_words=num_words,
         num_candidates=num_candidates,
         num_images=num_images,
+        through_norm=through_norm,
     )
     table = Table("concept", "words", box=None)
     for number, words in enumerate(grounded.words):
         table.add_row(str(number), ", ".join(words))
     console.print(table)
+    how = "through the final norm" if grounded.through_norm else "by the head alone"
+    console.print(f"words read {how}")
 
 
 def report(

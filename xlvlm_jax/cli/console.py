@@ -35,6 +35,14 @@ Mesh = Annotated[
         help="DATAxMODEL, such as 2x4: batches over 2 and the model over 4 of this host's devices."
     ),
 ]
+ThroughNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--through-norm/--no-through-norm",
+        help="Read words through the model's final norm, as the logit lens does, or by the head "
+        "alone, as XL-VLMs does; left out, through it where the states come before it.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 

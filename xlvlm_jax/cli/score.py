@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, Site, bars, console, load_model, progress_bars
+from xlvlm_jax.cli.console import Seed, Site, ThroughNorm, bars, console, load_model, progress_bars
 
 Directories = Annotated[
     list[Path] | None, typer.Argument(help="Directories of concepts; none to compare methods.")
@@ -50,6 +50,7 @@ def score(
         typer.Option(help="The one directory's concepts by another seed; may be repeated."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of each, for --methods.")] = 2,
+    through_norm: ThroughNorm = None,
     site: Site = None,
     seed: Seed = 0,
 ) -> None:
@@ -91,6 +92,7 @@ def score(
                 methods=[name.strip() for name in methods.split(",")],
                 num_concepts=counts,
                 num_seeds=seeds,
+                through_norm=through_norm,
                 seed=seed,
                 progress=bars(progress)("scoring"),
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, Site, console, load_model
+from xlvlm_jax.cli.console import Seed, Site, ThroughNorm, console, load_model
 
 
 def shift(
@@ -39,6 +39,7 @@ def shift(
     num_words: Annotated[int, typer.Option(help="Words a concept.")] = 15,
     num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 200,
     num_images: Annotated[int, typer.Option(help="Most activating samples that count.")] = 50,
+    through_norm: ThroughNorm = None,
     seed: Seed = 0,
 ) -> None:
     """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
@@ -74,6 +75,7 @@ def shift(
             num_words=num_words,
             num_candidates=num_candidates,
             num_images=num_images,
+            through_norm=through_norm,
             seed=seed,
         )
         draw_all(analysis, output)

@@ -231,6 +231,7 @@ def _settings(
             "objective": concepts.objective,
             "iterations": concepts.iterations,
             "converged": concepts.converged,
+            "words through the final norm": concepts.through_norm,
             **{key: value for key, value in concepts.source.items() if key != "site"},
         }
         yield Group(section.name, list(_rows(solver)))

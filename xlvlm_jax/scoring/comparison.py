@@ -18,7 +18,7 @@ from ports.clip import DualEncoder
 from xlvlm_jax import atomic, metrics
 from xlvlm_jax.concepts import ALIASES, METHODS, decompose
 from xlvlm_jax.data import files
-from xlvlm_jax.grounding import ground_text
+from xlvlm_jax.grounding import ground_text, is_before_norm
 from xlvlm_jax.report.scores import plot
 from xlvlm_jax.same_model import require_model
 from xlvlm_jax.scoring.records import DictionaryScores
@@ -40,6 +40,7 @@ def compare(
     num_seeds: int = 2,
     num_words: int = 10,
     num_candidates: int = 50,
+    through_norm: bool | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DictionaryScores]:
@@ -53,6 +54,8 @@ def compare(
         num_concepts: each K.
         num_seeds: how many times each is decomposed, for the stability; the first is scored.
         num_words, num_candidates: as for `ground_text`.
+        through_norm: whether words are read through the final norm; by default those of sites
+            before it are.
         progress: called after each with (done, in all).
 
     Raises ValueError as `decompose` does, for rows of other models or widths, and for "random"
@@ -79,6 +82,8 @@ def compare(
         "fingerprint": train.manifest.get("fingerprint"),
     }
     scorer.check_source(source)
+    if through_norm is None:
+        through_norm = is_before_norm(vlm, scorer.site)
     require_model(source, vlm, f"{train.path} holds states of")
     counts = list(dict.fromkeys(num_concepts))
     found: dict[tuple[str, int], DictionaryScores] = {}
@@ -95,8 +100,17 @@ def compare(
         ]
         for K, first, *others in zip(counts, *runs, strict=True):
             components = np.asarray(first.components)
-            words = ground_text(components, vlm.unembed, vlm.tokenizer, num_words, num_candidates)
-            concepts = dataclasses.replace(first, words=words, source=source)
+            words = ground_text(
+                components,
+                vlm.unembed,
+                vlm.tokenizer,
+                num_words,
+                num_candidates,
+                through_norm=through_norm,
+            )
+            concepts = dataclasses.replace(
+                first, words=words, through_norm=through_norm, source=source
+            )
             keep(method, K, scorer.score(concepts, name=f"{method}-{K}", others=others))
     if RANDOM in methods:
         for K in counts:

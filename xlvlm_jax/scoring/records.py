@@ -39,6 +39,7 @@ class DictionaryScores:
         monosemanticity: mean over concepts.
         attributes: {attribute: {"concepts": mutual information, "random": of shuffled concepts}}.
         words: of each concept.
+        through_norm: whether they were read through the model's final norm.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DictionaryScores:
     monosemanticity: float | None = None
     attributes: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     words: Sequence[Sequence[str]] | None = None
+    through_norm: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; figures to six digits, NaN as None."""

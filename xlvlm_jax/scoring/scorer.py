@@ -120,6 +120,7 @@ class Scorer:
             monosemanticity=alike,
             attributes=as_json(agreement),
             **self._of_words(concepts.words, activations),
+            through_norm=concepts.through_norm,
         )
 
     def check_source(self, source: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ def ground_words(
     finetuned_unembed: Unembed | None = None,
     num_words: int = 15,
     num_candidates: int = 200,
+    through_norm: bool = False,
 ) -> ShiftAnalysis:
     """The analysis with the words of its concepts and of its shift vectors.
 
@@ -32,13 +33,24 @@ def ground_words(
         finetuned_unembed: the fine-tuned model's, which reads shifted and fine-tuned concepts; by
             default the original's (LoRA and most fine-tunings leave it as it is).
         num_words, num_candidates: see `ground_text`; 15 of 200 in the paper.
+        through_norm: read all of them, shift vectors too, through the final norm of the model whose
+            head reads them; see `ground_text`.
 
     A concept without a shift has no words as a shifted one. Raises ValueError as `ground_text`.
     """
     after = finetuned_unembed or unembed
 
     def words(rows: np.ndarray, head: Unembed) -> list[list[str]]:
-        read = iter(ground_text(rows[present], head, tokenizer, num_words, num_candidates))
+        read = iter(
+            ground_text(
+                rows[present],
+                head,
+                tokenizer,
+                num_words,
+                num_candidates,
+                through_norm=through_norm,
+            )
+        )
         return [next(read) if here else [] for here in present]
 
     present = np.ones(len(analysis.counts), bool)
@@ -85,11 +97,9 @@ def ground_samples(
     """
     count = min(num_images, len(original_ids), len(finetuned_ids))
     moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
-    given = Concepts.from_components(
-        moved,
-        concepts.method,
-        **({"alpha": concepts.options["alpha"]} if concepts.method == "snmf" else {}),
-        **({"mean": finetuned_concepts.mean} if concepts.method == "pca" else {}),
+    # As the concepts were learnt; what pca subtracts is the fine-tuned model's.
+    given = dataclasses.replace(
+        concepts, components=moved, activations=None, mean=finetuned_concepts.mean
     )
 
     def top(activations: Any, ids: Sequence[str]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from ports import VLM, hub_names
 from ports.messages import few
 from ports.sites import match_sites
 from xlvlm_jax.concepts import Concepts, decompose
+from xlvlm_jax.grounding import is_before_norm
 from xlvlm_jax.paired import finetuned_site
 from xlvlm_jax.same_model import require_model
 from xlvlm_jax.shift.analyse import analyse
@@ -38,6 +39,7 @@ def shift_features(
     num_words: int = 15,
     num_candidates: int = 200,
     num_images: int = 50,
+    through_norm: bool | None = None,
     seed: int = 0,
 ) -> ShiftAnalysis:
     """Analyses how concepts shift from one directory of features to another, and saves it.
@@ -55,6 +57,8 @@ def shift_features(
         site: by default that of the concepts.
         alpha, reduce: see `analyse`.
         num_words, num_candidates: see `ground_text`. num_images: samples of each concept.
+        through_norm: whether words are read through the final norm; by default as those of
+            `concepts` were, or, where they have none, those of sites before it are.
         seed: of the decomposition.
 
     Raises ValueError for features, concepts or models that do not belong together.
@@ -78,6 +82,10 @@ def shift_features(
         finetuned_concepts.save(output / "finetuned-concepts")
 
     analysis = analyse(Z_a, Z_b, pairs, concepts, finetuned_concepts, alpha=alpha, reduce=reduce)
+    if through_norm is None:
+        through_norm = concepts.through_norm
+    if through_norm is None:
+        through_norm = is_before_norm(vlm, site)
     analysis = ground_words(
         analysis,
         vlm.unembed,
@@ -85,6 +93,7 @@ def shift_features(
         finetuned_unembed=None if finetuned_vlm is None else finetuned_vlm.unembed,
         num_words=num_words,
         num_candidates=num_candidates,
+        through_norm=through_norm,
     )
     ids = [_row_ids(features) for features in (original, finetuned)]
     analysis = ground_samples(
@@ -100,6 +109,7 @@ def shift_features(
             "method": concepts.method,
             "model": original.manifest.get("model"),
             "fine-tuned model": _finetuned_name(finetuned.manifest),
+            "words through the final norm": through_norm,
             "seed": seed,
         },
     )
