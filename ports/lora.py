@@ -21,7 +21,7 @@ from ports import sharding
 from ports.checkpoint import tensor_name
 from ports.interception import call_intercepted
 from ports.messages import few
-from ports.sites import site_name
+from ports.sites import is_pattern, match_sites, site_name
 
 Array = jax.Array
 _MERGEABLE = ("kernel", "embedding")
@@ -92,6 +92,10 @@ def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def is_named(module: str, pattern: str) -> bool:
     """Whether a regular expression matches a module's name, or the end of it behind a dot."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module) is not None
+
+
+def _fits_pattern(module: str, pattern: str) -> bool:
+    return bool(match_sites(pattern, [module]))
 
 
 def linear_layers(params: Any) -> dict[str, tuple[int, int]]:
@@ -242,22 +246,35 @@ def check(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def select_layers(
-    shapes: Mapping[str, tuple[int, int]], patterns: Iterable[str]
+    shapes: Mapping[str, tuple[int, int]],
+    patterns: Iterable[str],
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """The linear layers that a pattern names (`is_named`).
+    """The linear layers that a pattern names.
 
-    Raises ValueError for a pattern that is no regular expression, or that names no linear layer.
+    Args:
+        shapes: site -> (I, O) of the layers, of `linear_layers`.
+        patterns: regular expressions for a name or its end (`is_named`); what is none may be a
+            pattern of sites ("**.q_proj", see `match_sites`).
+        names: site -> what the module may be called instead, the name in today's transformers.
+
+    Raises ValueError for a pattern that is neither, or that names no linear layer.
     """
+    called = [{site: site for site in shapes}, dict(names or {})]
     chosen: dict[str, tuple[int, int]] = {}
     for pattern in patterns:
         try:
-            found = {site: shape for site, shape in shapes.items() if is_named(site, pattern)}
+            re.compile(pattern)
+            fits = functools.partial(is_named, pattern=pattern)
         except re.error as error:
-            raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
+            if not is_pattern(pattern):
+                raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
+            fits = functools.partial(_fits_pattern, pattern=pattern)
+        found = {site: shapes[site] for each in called for site, name in each.items() if fits(name)}
         if not found:
             ends = sorted({site.rpartition(".")[2] for site in shapes})
             raise ValueError(
-                f"target {pattern!r} names no linear layer; their names end in {', '.join(ends)}"
+                f"target {pattern!r} names no linear layer; their names end in {few(ends, 20)}"
             )
         chosen |= found
     return chosen

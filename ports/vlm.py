@@ -30,6 +30,7 @@ from ports import (
 )
 from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out
 from ports.generate import Generation
+from ports.messages import few
 from ports.sampling import Sampling
 from ports.sites import as_sites, capture, find_sites, is_pattern, list_sites, normal_name
 
@@ -589,6 +590,13 @@ class VLM:
     ) -> tuple[str, ...]:
         """The sites that names and patterns mean, each once; raises as `find_sites`."""
         return _distinct(self.find_sites(sites, generated=generated))
+
+    def find_site(self, name: str, *, generated: bool = False) -> str:
+        """The one site that a name or a pattern means; ValueError if it means several, or none."""
+        found = self.check_sites([name], generated=generated)
+        if len(found) > 1:
+            raise ValueError(f"{name!r} means {len(found)} sites, {few(found)}; choose one of them")
+        return found[0]
 
     def hub_names(self, name: str) -> tuple[str, ...]:
         """What the port may call a module that today's transformers gives a name."""

@@ -347,6 +347,14 @@ def test_targets(small):
     chosen = lora.select_layers(shapes, [r"language_model\..*\.[qv]_proj", "linear_1"])
     layers = [f"language_model.model.layers.{i}.self_attn.{x}" for i in (0, 1) for x in "qv"]
     assert set(chosen) == {f"{name}_proj" for name in layers} | {"multi_modal_projector.linear_1"}
+    same = [
+        ["language_model.layers.*v_proj"],  # in today's transformers
+        ["**.language_model.layers.?.self_attn.v_proj"],
+        [r"language_model\.model\.layers\..*v_proj"],
+    ]
+    for patterns in same:
+        chosen = lora.select_layers(shapes, patterns, small.vlm.module_names)
+        assert list(chosen) == [n for n in shapes if n.startswith("lang") and n.endswith("v_proj")]
     with pytest.raises(ValueError, match=r"'w_proj' names no linear layer; .*q_proj"):
         lora.select_layers(shapes, ["w_proj"])
     with pytest.raises(ValueError, match=r"'\(' is no regular expression"):

@@ -152,6 +152,13 @@ class TestForward:
         towers = ("vision_tower.vision_model.encoder", "language_model.model")
         assert list(states) == [f"{tower}.layers.{i}" for tower in towers for i in range(2)]
 
+    def test_one_site_is_not_several(self, small):
+        name = "language_model.model.layers.1"
+        assert small.vlm.find_site("model.language_model.layers.1") == name
+        assert small.vlm.find_site("model.layers.1.self_attn.q_pr*") == (f"{name}.self_attn.q_proj")
+        with helpers.raises_line(ValueError, "'layers.*' means 2 sites, language_model.model.lay"):
+            small.vlm.find_site("layers.*", generated=True)
+
     def test_in_generation_a_pattern_means_sites_of_the_decoder(self, small):
         inputs = helpers.make_inputs([1], [5])
         names = [f"language_model.model.layers.{i}" for i in range(2)]

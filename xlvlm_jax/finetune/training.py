@@ -33,7 +33,7 @@ def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ra
     """The adapter at the beginning. Raises ValueError for targets that name no linear layer."""
     shapes = lora.linear_layers(vlm.params)
     if settings.targets:
-        shapes = lora.select_layers(shapes, settings.targets)
+        shapes = lora.select_layers(shapes, settings.targets, vlm.module_names)
     else:
         head = ".".join(vlm.module.head_path)
         decoder = ".".join(vlm.module.decoder_path) + "."

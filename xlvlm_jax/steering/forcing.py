@@ -19,7 +19,7 @@ import optax
 from ports import VLM
 from ports.edits import GENERATED, LAST_PROMPT, PADDING, Edits
 from ports.joiner import VisionLanguageModel
-from ports.sites import normal_name, require_sites
+from ports.sites import normal_name
 from ports.steering import steer, substitute
 from xlvlm_jax.answers import answered
 from xlvlm_jax.data.images import read_image
@@ -47,7 +47,7 @@ def begin_site(vlm: VLM, site: str) -> str:
 
     Raises ValueError for an unknown site, or one before the end of the decoder's first layer.
     """
-    require_sites([site], vlm.sites)
+    site = vlm.find_site(site)
     decoder = ".".join(vlm.module.decoder_path)
     block = re.compile(re.escape(normal_name(decoder)) + r"\.[a-z]+\.\d+$")
     sites = [normal_name(name) for name in vlm.sites]

@@ -274,8 +274,8 @@ def fit_l2s(
             f"there are {len(positive)} positive and {len(negative)} negative counterparts of "
             f"{len(samples)} samples; expected one of each a sample"
         )
-    context_site = site if context_site is None else context_site
-    vlm.check_sites((site, context_site), generated=True)
+    site = vlm.find_site(site, generated=True)
+    context_site = site if context_site is None else vlm.find_site(context_site, generated=True)
 
     def states(of: str, turn: int, counterparts: Sequence[str] | None = None) -> np.ndarray:
         asked, completions = samples, counterparts

@@ -200,6 +200,7 @@ def fit_learned(
     template = add(np.zeros(1), 1.0, where)
     if template.mask is not None:
         raise ValueError("where is a mask; what is learnt applies to other prompts, name positions")
+    site = vlm.find_site(site)
     begin = forcing.begin_site(vlm, site)
     forced = forcing.force(vlm, samples, targets, begin, batch_size=batch_size)
 
