@@ -1,5 +1,6 @@
 """The count of programs, hosts, and signals that end a command."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
-from xlvlm_jax.cli import runtime
+from ports import programs
+from xlvlm_jax.cli import console, runtime
+from xlvlm_jax.solvers.phases import Standing
 
 
 def test_programs_are_counted():
@@ -20,6 +24,44 @@ def test_programs_are_counted():
     assert str(programs).startswith("1 programs compiled, 0 from the cache, ")
     jax.jit(lambda x: x * 4.25)(x).block_until_ready()
     assert programs.compiled == 1
+
+
+@pytest.fixture
+def screen(monkeypatch) -> io.StringIO:
+    """What a terminal shows."""
+    text = io.StringIO()
+    terminal = Console(force_terminal=True, file=text, width=120)
+    monkeypatch.setattr(console, "console", terminal)
+    monkeypatch.setattr(runtime, "console", terminal)
+    return text
+
+
+def test_a_terminal_shows_what_is_compiled_for_long(screen, monkeypatch):
+    monkeypatch.setattr(programs, "_PATIENCE", 0.02)
+    x = jnp.ones(8)
+
+    def named(x):
+        for i in range(60):
+            x = jnp.sort(jnp.sin(x) * i)
+        return x
+
+    with runtime.saying_compilations(), console.solver_bar("snmf"):
+        jax.jit(named)(x).block_until_ready()
+    assert "compiling named" in screen.getvalue()
+
+
+def test_a_terminal_shows_the_objective(screen):
+    with console.solver_bar("snmf") as tell:
+        tell(Standing(4, 5, 300, 1.25, 0.1))
+        assert tell is not None
+    assert "5/5" in screen.getvalue()
+    assert "objective 1.25" in screen.getvalue()
+
+
+def test_without_a_terminal_nothing_is_told(capsys):
+    with runtime.saying_compilations(), console.solver_bar("snmf") as tell:
+        assert tell is None
+    assert capsys.readouterr().out == ""
 
 
 WAITING = """

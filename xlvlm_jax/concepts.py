@@ -284,9 +284,9 @@ def decompose(
             numbers, whatever N is. Where the axis does not divide N, rows that count for nothing
             fill it up. With several hosts, Z is a global array that the axis divides.
         progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
-            objective, error) at most every 64 updates, and less rarely where Z is large. The
-            concepts are the same. "simple" has no updates.
-        verbose: the iterations that it divides are written to standard error; 0 is silent.
+            objective, error) after every 64 updates, or fewer where Z is large. The updates are the
+            same; of several hosts all must give one, or none. "simple" has no updates.
+        verbose: writes the iterations that it divides to standard error; 0 is silent.
 
     Returns:
         Concepts with float32 JAX arrays; for several K a list of them, in that order. Codes on
