@@ -227,7 +227,7 @@ def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> 
     if np.ndim(alpha) > 1:
         raise ValueError(f"alpha has shape {np.shape(alpha)}; expected a number, or [B]")
     kinds, start, mask, at = _positions(where)
-    alpha = jnp.asarray(alpha, jnp.float32)
+    alpha = jnp.asarray(alpha, float)  # float32, or float64 where that is switched on
     edit = Edit(vector, alpha, kinds, jnp.asarray(start, jnp.int32), mask, change, at)
     if at is not None and edit.vector_rank > 2 and np.shape(vector)[-2] != np.shape(at)[-1]:
         raise ValueError(
@@ -318,6 +318,8 @@ def _unit(vector: Array) -> Array:
 def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     """states + alpha * vector.
 
+    Traces under jit, vmap and grad: what it is given may be traced.
+
     Args:
         vector: float[D]; float[B, D] with another vector for each row of the batch; or
             float[B or 1, T, D] with another for each position, which are the columns of the inputs
@@ -337,12 +339,17 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
 
 def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states + alpha * |states| * vector / |vector|: a strength in shares of each state's norm."""
+    """states + alpha * |states| * vector / |vector|: a strength in shares of each state's norm.
+
+    Traces under jit, vmap and grad: what it is given may be traced.
+    """
     return _edit(_add_relative, vector, alpha, where)
 
 
 def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     """states without their component along the vector (Arditi et al. 2024).
+
+    Traces under jit, vmap and grad: what it is given may be traced.
 
     alpha 1 takes all of it; 2 mirrors the states: what lies on one side of the vector's hyperplane
     goes to the other, what lies near it stays.
@@ -352,6 +359,8 @@ def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
 def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     """The vector instead of the states; alpha below 1 goes only part of the way.
+
+    Traces under jit, vmap and grad: what it is given may be traced.
 
     With the states of another run as float[B, T, D] it is activation patching (Vig et al. 2020,
     Meng et al. 2022), at all positions or some:
@@ -370,6 +379,8 @@ def _add_mapped(x: Array, maps: tuple[Array, Array], alpha: Array, _: Any) -> Ar
 
 def add_mapped(down: Any, up: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     """states + alpha * up down states: a shift that depends linearly on the state, of rank R.
+
+    Traces under jit, vmap and grad: what it is given may be traced.
 
     Args:
         down: float[R, D].
@@ -431,6 +442,8 @@ def _arguments(function: Callable[..., Array], x: Array, places: Places | None) 
 def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "all") -> Edit:
     """function(states) or function(states, places) instead of the states, of the same shape.
 
+    Traces under jit, vmap and grad, if the function does.
+
     places is a `Places`, or None at a site whose positions are not tokens. The function is called
     for the prompt, whose columns are those of the caller's inputs (T may be larger: what follows
     fills up to a compiled length, and its kind is PADDING), and for each generated token by itself
@@ -447,6 +460,8 @@ def stacked(
 ) -> dict[str, Edit]:
     """One `add` at each site: vectors[S, D] and alpha, a number or float[S].
 
+    Traces under jit, vmap and grad: what it is given may be traced.
+
     With alpha zero at all sites but one, the site that is steered is an argument of the compiled
     program like the vector.
     """
@@ -455,7 +470,7 @@ def stacked(
         raise ValueError(
             f"vectors have shape {vectors.shape}; expected [{len(sites)}, D], one for each site"
         )
-    alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (len(sites),))
+    alpha = jnp.broadcast_to(jnp.asarray(alpha, float), (len(sites),))
     return {site: add(vectors[i], alpha[i], where) for i, site in enumerate(sites)}
 
 

@@ -145,6 +145,8 @@ def find_sites(
 def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that it also returns what the modules at `sites` put out.
 
+    What it returns traces under jit, vmap and grad, as `apply` does.
+
     Args:
         apply: `module.apply` of any Linen module, or a function that passes its keyword arguments
             on to one (as `VLM.apply` does); `capture` and `steer` of it as well. Wrap first, then

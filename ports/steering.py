@@ -45,6 +45,8 @@ def at_places(places: Places) -> Iterator[None]:
 def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that it edits the outputs of the modules at the sites.
 
+    What it returns traces under jit, vmap and grad, as `apply` does.
+
     Args:
         apply: `module.apply` of any Linen module, or a function that passes on to one (as
             `VLM.apply` does); `steer` and `capture` of it as well. Captured states are those after

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,3 +100,18 @@ def test_images_can_not_be_more_than_samples(num_images):
 def test_images_need_finite_activations():
     with pytest.raises(ValueError, match="activations of sample 1 hold NaN or Inf"):
         ground_images(np.float32([[1, 1], [np.inf, 1]]), 1)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, jax.jit(lambda x: x)])
+def test_images_of_ties_and_on_the_device_are_those_of_a_full_sort(kind):
+    values = np.random.default_rng(0).integers(0, 4, (50, 3)).astype(np.float32)
+    expected = np.argsort(-values, axis=0, kind="stable")[:12].T
+    found = ground_images(kind(values), 12)
+    assert isinstance(found, np.ndarray if kind is np.asarray else jax.Array)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(jax.jit(lambda x: ground_images(x, 12))(values), expected)
+
+
+def test_images_in_float64_are_told_apart_beyond_float32():
+    values = 1 + 1e-12 * np.array([[0.0], [2.0], [1.0]])
+    np.testing.assert_array_equal(ground_images(values, 3), [[1, 2, 0]])

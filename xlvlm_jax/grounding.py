@@ -29,6 +29,8 @@ def ground_text(
 ) -> list[list[str]]:
     """The words of each concept: what the language-model head reads in its direction.
 
+    Returns text: it does not trace.
+
     The `num_candidates` tokens of highest logit are decoded, lower-cased and stripped; the first
     `num_words` that are English words of more than two letters and no stop words, or numbers, are
     kept, each once. A concept may keep fewer, even none.
@@ -82,15 +84,26 @@ def ground_images(
 ) -> Int[np.ndarray, "K {num_images}"]:
     """The samples that activate each concept most, the strongest first; of equals, the earlier.
 
-    Returns row numbers of `activations`, int64[K, num_images].
+    Returns row numbers of `activations`: int32 on the device of a JAX array, else int64. Traces
+    under jit (num_images static) and vmap; what is not finite is found outside of them only.
 
     Raises ValueError unless 1 <= num_images <= N, and for activations that are not finite.
     """
     N = activations.shape[0]
     if not 1 <= num_images <= N:
         raise ValueError(f"num_images must lie in 1..{N}, the number of samples; got {num_images}")
-    activations = np.asarray(activations)
-    finite = np.isfinite(activations).all(axis=1)
+    if isinstance(activations, jax.core.Tracer):
+        return jax.lax.top_k(activations.T, num_images)[1]
+    finite = np.isfinite(np.asarray(activations)).all(axis=1)
     if not finite.all():
         raise ValueError(f"activations of sample {int(np.argmin(finite))} hold NaN or Inf")
-    return np.argsort(-activations, axis=0, kind="stable")[:num_images].T
+    if isinstance(activations, jax.Array):
+        return jax.lax.top_k(activations.T, num_images)[1]
+    return np.stack([_largest(column, num_images) for column in np.asarray(activations).T])
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the largest values, the largest first; of equals, the earlier."""
+    # All that may be among them: sorting the rest would take most of the time.
+    candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[-count])
+    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]

@@ -18,7 +18,10 @@ States = dict[str, jax.Array]
 
 
 def finetuned_site(site: str) -> str:
-    """The name under which a directory of features holds the fine-tuned model's states."""
+    """The name under which a directory of features holds the fine-tuned model's states.
+
+    Runs on the host: it does not trace.
+    """
     return f"finetuned:{site}"
 
 
@@ -30,6 +33,8 @@ def paired_states(
     sites: Sequence[str],
 ) -> tuple[States, States]:
     """The states of one batch under two sets of parameters, in one compiled program.
+
+    Runs on the host: it does not trace.
 
     What the two trees have in common (the very same arrays; see `share_params`) is an argument
     once, and what is computed from it alone, such as the image features under a LoRA of the
@@ -78,6 +83,8 @@ def _paired(
 
 def share_params(original: Params, finetuned: Params) -> Params:
     """`finetuned` with the arrays of `original` wherever the two hold the same numbers.
+
+    Runs on the host: it does not trace.
 
     Raises ValueError for trees of other shapes than each other.
     """

@@ -81,6 +81,55 @@ def test_equal_shifts_are_consistent_and_hit():
     )
 
 
+def states(N, offset):
+    """Two models' states with an offset, of concepts that move by 0, 10 and 1000, and their own."""
+    rng = np.random.default_rng(0)
+    a = (rng.standard_normal((N, 2), np.float32) + offset).astype(np.float32)
+    of = rng.integers(0, 3, N).astype(np.int32)
+    steps = np.array([[0, 1], [10, -10], [1000, 0]], np.float32)
+    b = (a + steps[of] + rng.standard_normal((N, 2), np.float32)).astype(np.float32)
+    return a, b, of
+
+
+@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 10_000])
+def test_figures_of_two_million_rows_are_those_in_float64(offset):
+    a, b, of = states(2_000_000, np.float32(offset))
+    moves = b.astype(np.float64) - a
+    shifts = np.asarray(shift.concept_shift(a, b, of, 3))
+    figures = shift.spread(a, b, of, 3)
+    for k in range(3):
+        own = moves[of == k]
+        mean, deviation, count = own.mean(0), own.std(0), len(own)
+        # What float32 holds of a mean, and 1e-6 of the deviation.
+        assert (np.abs(shifts[k] - mean) <= 1e-6 * deviation + 1e-7 * np.abs(mean)).all()
+        norms = np.linalg.norm(own, axis=1)
+        units = own / norms[:, None]
+
+        def over_pairs(rows, count=count):
+            return ((rows.sum(0) ** 2).sum() - (rows**2).sum()) / count / (count - 1)
+
+        expected = {
+            "consistency": over_pairs(units),
+            "product": over_pairs(own),
+            "cosine_with_mean": (units @ mean).mean() / np.linalg.norm(mean),
+            "product_with_mean": (own @ mean).mean(),
+            "magnitude": np.linalg.norm(mean),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(figures, name)[k], value, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["median", "trimmed_mean"])
+def test_centres_of_many_rows_are_those_in_float64(reduce):
+    a, b, of = states(100_000, np.float32(10_000))
+    centre = {"median": lambda x: np.median(x, axis=0), "trimmed_mean": lambda x: trim_mean(x, 0.1)}
+    shifts = np.asarray(shift.concept_shift(a, b, of, 3, reduce))
+    for k in range(3):
+        theirs = centre[reduce](b[of == k].astype(np.float64))
+        theirs = theirs - centre[reduce](a[of == k].astype(np.float64))
+        np.testing.assert_allclose(shifts[k], theirs, rtol=1e-7, atol=1e-6)
+
+
 def test_messages():
     with pytest.raises(ValueError, match=r"shapes \(60, 7\) and \(59, 7\).*expected \[N, D\]"):
         shift.concept_shift(A, B[1:], OF, K)

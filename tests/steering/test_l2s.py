@@ -32,6 +32,17 @@ class TestNetwork:
         given = l2s.L2S(*network, CONTEXT, SITE).shift(random.standard_normal((3, 4)))
         np.testing.assert_allclose(given, shifts[:3], atol=0.5)
 
+    def test_many_rows_with_an_offset_keep_their_statistics(self, random):
+        contexts = (random.standard_normal((400_000, 2)) + 1e4).astype(np.float32)
+        shifts = (random.standard_normal((400_000, 2)) + 100).astype(np.float32)
+        _, mean, deviation, scale, figures = l2s.fit_network(contexts, shifts, hidden=2, epochs=0)
+        # Of most of the rows: to what a sample of them varies by.
+        np.testing.assert_allclose(mean, contexts.mean(0, dtype=np.float64), atol=5e-3)
+        np.testing.assert_allclose(deviation, [1, 1], atol=5e-3)
+        np.testing.assert_allclose(scale, np.sqrt(100**2 + 1), rtol=1e-4)
+        # Of the square, all but the variance is that of the mean.
+        np.testing.assert_allclose(figures["unexplained by the mean"], 1 / (100**2 + 1), rtol=0.02)
+
     def test_pytorch_computes_the_same(self, random):
         contexts, shifts = random.standard_normal((2, 40, 5)).astype(np.float32)
         params, mean, deviation, scale, _ = l2s.fit_network(contexts, shifts, hidden=7, epochs=3)

@@ -24,6 +24,16 @@ def test_half_precision_is_summed_in_single():
     np.testing.assert_allclose(found, -source[0].astype(np.float32), rtol=1e-6)
 
 
+def test_the_coarse_vector_of_two_million_rows_is_that_in_float64():
+    """An offset of 10,000 deviations, which both have, takes nothing from their difference."""
+    random = np.random.default_rng(0)
+    source = (random.standard_normal((2_000_000, 2), np.float32) + 1e4).astype(np.float32)
+    target = (random.standard_normal((1_500_001, 2), np.float32) + 1e4).astype(np.float32)
+    target[:, 1] += 3
+    expected = target.mean(0, dtype=np.float64) - source.mean(0, dtype=np.float64)
+    np.testing.assert_allclose(steering.steering_vector(source, target), expected, atol=1e-6)
+
+
 def test_fine_vectors_lead_from_centroid_to_centroid():
     random = np.random.default_rng(0)
     centres = 20 * random.standard_normal((3, 6))

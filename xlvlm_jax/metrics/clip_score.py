@@ -10,11 +10,14 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from ports.clip import DualEncoder
+from xlvlm_jax.metrics.precision import is_traced
+from xlvlm_jax.solvers.loop import matmul
 
 AnyArray = jax.Array | np.ndarray
 WEIGHT = 2.5
@@ -63,5 +66,10 @@ def embed_images(
 def clip_scores(
     images: Float[AnyArray, "N E"], texts: Float[AnyArray, "M E"]
 ) -> Float[np.ndarray, "N M"]:
-    """CLIPScore of every image with every text, from their unit vectors; in [0, 2.5]."""
+    """CLIPScore of every image with every text, from their unit vectors; in [0, 2.5].
+
+    Traces under jit, vmap and grad.
+    """
+    if is_traced(images, texts):
+        return WEIGHT * jnp.maximum(matmul(images, jnp.asarray(texts).T), 0)
     return WEIGHT * np.maximum(np.asarray(images) @ np.asarray(texts).T, 0)

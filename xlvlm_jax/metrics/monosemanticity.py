@@ -15,6 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from xlvlm_jax.metrics.precision import as_figure, as_real, column_means
+from xlvlm_jax.solvers import sums
+
 AnyArray = jax.Array | np.ndarray
 
 
@@ -23,6 +26,8 @@ def monosemanticity(
 ) -> Float[np.ndarray, " K"]:
     """The score of each concept, in [-1, 1]; NaN for one that no two samples activate.
 
+    Traces under jit, vmap and grad.
+
     Args:
         activations: of any sign.
         images: unit vectors of the samples' images. Of several samples of one image only one should
@@ -30,28 +35,32 @@ def monosemanticity(
 
     Raises ValueError unless both have N rows.
     """
-    codes, images = np.asarray(activations, np.float64), np.asarray(images, np.float64)
+    xp, (codes, images) = as_real(activations, images)
     if len(codes) != len(images):
         raise ValueError(
             f"activations of {len(codes)} samples, {len(images)} images; expected one a sample"
         )
     low, high = codes.min(axis=0), codes.max(axis=0)
-    weights = (codes - low) / np.where(high > low, high - low, 1)
-    squares = np.sum(weights**2, axis=0)
-    similar = np.sum((weights.T @ images) ** 2, axis=1) - squares
-    pairs = np.sum(weights, axis=0) ** 2 - squares
+    weights = (codes - low) / xp.where(high > low, high - low, 1)
+    N = len(codes)
+    squares = N * column_means(weights**2)
+    together = weights.T @ images if xp is np else sums.weighted(weights.T, images).value
+    similar = xp.sum(together**2, axis=1) - squares
+    pairs = (N * column_means(weights)) ** 2 - squares
     # One sample alone leaves a difference of equal numbers.
-    enough = pairs > 1e-9 * np.maximum(squares, 1)
-    return np.where(enough, similar / np.where(enough, pairs, 1), np.nan)
+    enough = pairs > (1e-9 if xp is np else 1e-5) * xp.maximum(squares, 1)
+    return xp.where(enough, similar / xp.where(enough, pairs, 1), xp.nan)
 
 
 def mean_similarity(images: Float[AnyArray, "N E"]) -> float:
     """The mean cosine of two images: the score of a concept that all activate alike.
 
+    Traces under jit, vmap and grad.
+
     Raises ValueError for fewer than two images.
     """
-    images = np.asarray(images, np.float64)
+    xp, (images,) = as_real(images)
     N = len(images)
     if N < 2:
         raise ValueError(f"similarity needs two images or more, got {N}")
-    return float((np.sum(images.sum(axis=0) ** 2) - N) / (N * (N - 1)))
+    return as_figure((N * xp.sum(column_means(images) ** 2) - 1) / (N - 1))

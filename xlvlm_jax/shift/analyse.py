@@ -38,6 +38,8 @@ def analyse(
 ) -> ShiftAnalysis:
     """Shift vectors of original concepts, and how well they recover the fine-tuned ones.
 
+    Runs on the host: it does not trace.
+
     Args:
         Z_original, Z_finetuned: the states of each model.
         pairs: which rows of the two belong together.

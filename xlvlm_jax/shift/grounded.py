@@ -28,6 +28,8 @@ def ground_words(
 ) -> ShiftAnalysis:
     """The analysis with the words of its concepts and of its shift vectors.
 
+    Runs on the host: it does not trace.
+
     Args:
         unembed: the original model's head, which reads the original concepts.
         finetuned_unembed: the fine-tuned model's, which reads shifted and fine-tuned concepts; by
@@ -86,6 +88,8 @@ def ground_samples(
     num_images: int = 50,
 ) -> ShiftAnalysis:
     """The analysis with the samples that activate its concepts most.
+
+    Runs on the host: it does not trace.
 
     Original concepts are grounded in the original model's states, shifted and fine-tuned ones in
     the fine-tuned model's. Shifted concepts are activated together, so one without a shift takes

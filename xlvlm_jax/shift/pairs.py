@@ -29,6 +29,8 @@ class Pairs(NamedTuple):
 def match_samples(original: Features, finetuned: Features) -> Pairs:
     """The rows of two directories that belong together: by sample id, in the original's order.
 
+    Runs on the host: it does not trace.
+
     Where a sample has several rows, its n-th row of one belongs to its n-th row of the other.
 
     Raises ValueError when the two were selected differently, hold different samples, or have no

@@ -25,6 +25,8 @@ def recovery(
 ) -> Float[Array, " K"]:
     """How much nearer the shifted concepts are to the fine-tuned ones than the original were.
 
+    Traces under jit (metric static), vmap and grad.
+
     Args:
         original, shifted: concepts before and after the shift.
         destination: the fine-tuned model's own concepts, matched (`destination[match(...)]`).
@@ -33,7 +35,8 @@ def recovery(
 
     Raises ValueError for another metric or shapes that differ.
     """
-    u, s, v = (jnp.asarray(each, jnp.float32) for each in (original, shifted, destination))
+    u, s, v = map(jnp.asarray, (original, shifted, destination))
+    u, s, v = (each.astype(jnp.result_type(u, s, v, jnp.float32)) for each in (u, s, v))
     if not u.shape == s.shape == v.shape:
         raise ValueError(
             f"concepts have shapes {u.shape}, {s.shape} and {v.shape}; expected the same [K, D]"
@@ -51,6 +54,8 @@ def overlap(
     found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]], size: int
 ) -> Float[np.ndarray, " K"]:
     """The share of `wanted[k]` that is in `found[k]`: their common items / size.
+
+    Runs on the host: it does not trace.
 
     With the words of original (or shifted) and of matched fine-tuned concepts it is T-Overlap, with
     `size` the number of words that were asked for (15 in the paper; a concept that keeps fewer
@@ -70,6 +75,8 @@ def mismatched_overlap(
 ) -> float:
     """What `overlap` gives for concepts that are not each other's match, on average.
 
+    Runs on the host: it does not trace.
+
     Words that all concepts share, because all samples do, overlap whatever a shift does: this is
     how much. Needs two concepts or more (else NaN).
     """
@@ -88,7 +95,10 @@ class Correlation(NamedTuple):
 
 
 def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
-    """Pearson's r and its p-value, without concepts where either is NaN; NaN for fewer than 3."""
+    """Pearson's r and its p-value, without concepts where either is NaN; NaN for fewer than 3.
+
+    Runs on the host: it does not trace.
+    """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:

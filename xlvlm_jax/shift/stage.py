@@ -44,6 +44,8 @@ def shift_features(
 ) -> ShiftAnalysis:
     """Analyses how concepts shift from one directory of features to another, and saves it.
 
+    Runs on the host: it does not trace.
+
     Args:
         original, finetuned: features of the same data under both models; None for the second reads
             both from the first, as `extract(..., finetuned=)` writes them.

@@ -8,15 +8,20 @@ concept that it activates most.
     consistency              mean cosine of (b_m - a_m) and (b_n - a_n) over pairs m != n of k
 
 N samples, D width, K concepts. A concept with fewer than two samples has no shift: its figures are
-NaN, which `counts` explains. Everything here can be jitted.
+NaN, which `counts` explains. Everything here traces under jit (with num_concepts and reduce
+static), vmap and grad; float64 states give float64 figures where it is switched on. The error of
+the means does not grow with N, nor with an offset of the states (see `solvers.sums`).
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+
+from xlvlm_jax.solvers import sums
 
 Array = jax.Array | np.ndarray
 Reduce = Literal["mean", "median", "trimmed_mean"]
@@ -25,12 +30,12 @@ TRIMMED = 0.1  # the share cut off at each end by "trimmed_mean", as in scipy.st
 
 
 def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
-    """The most activated concept of each sample."""
+    """The most activated concept of each sample. Traces under jit and vmap."""
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
 
 
 def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
-    """How many samples each concept has."""
+    """How many samples each concept has. Traces under jit (num_concepts static) and vmap."""
     return jnp.bincount(jnp.asarray(assignment), length=num_concepts)
 
 
@@ -42,6 +47,8 @@ def concept_shift(
     reduce: Reduce = "mean",
 ) -> Float[Array, "K D"]:
     """The shift of each concept: the centre of its fine-tuned states minus that of the original.
+
+    Traces under jit (num_concepts and reduce static), vmap and grad.
 
     Args:
         original, destination: states of the same samples before and after fine-tuning.
@@ -56,16 +63,29 @@ def concept_shift(
     original, destination, assignment = _paired(original, destination, assignment)
     if reduce not in ("mean", "median", "trimmed_mean"):
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'median' or 'trimmed_mean'")
+    if reduce == "mean":
+        sizes, moved = _means(destination - original, assignment, num_concepts)
+        return jnp.where(sizes[:, None] >= MIN_SAMPLES, moved, jnp.nan)
+    # From one origin, so that an offset of all states takes no digits from the centres.
+    origin = sums.column_means(original).high
+    original, destination = original - origin, destination - origin
     sizes = counts(assignment, num_concepts)
     rank = jnp.arange(len(assignment))[:, None]
 
     def centre(states: jax.Array, members: jax.Array, size: jax.Array) -> jax.Array:
-        if reduce == "mean":
-            return jnp.sum(jnp.where(members[:, None], states, 0), axis=0) / size
         cut = (size - 1) // 2 if reduce == "median" else (TRIMMED * size).astype(int)
         ordered = jnp.sort(jnp.where(members[:, None], states, jnp.inf), axis=0)
         kept = (rank >= cut) & (rank < size - cut)
-        return jnp.sum(jnp.where(kept, ordered, 0), axis=0) / (size - 2 * cut)
+        # Of a concept without samples, nothing is finite.
+        middle = jnp.where(size > 0, ordered[size // 2], 0)
+        total = sums.add_up(
+            lambda first, count: jnp.sum(
+                sums.block_of(jnp.where(kept, ordered - middle, 0), first, count), axis=0
+            ),
+            len(ordered),
+            sums.rows_of_block(ordered.shape[1]),
+        )
+        return middle + total.value / (size - 2 * cut)
 
     def of_concept(concept: jax.Array) -> jax.Array:
         members, size = assignment == concept, sizes[concept]
@@ -79,7 +99,10 @@ def concept_shift(
 def shifted(
     components: Float[Array, "K D"], shifts: Float[Array, "K D"], alpha: float = 1.0
 ) -> Float[Array, "K D"]:
-    """Concepts moved by alpha times their shift; one without a shift stays NaN."""
+    """Concepts moved by alpha times their shift; one without a shift stays NaN.
+
+    Traces under jit, vmap and grad.
+    """
     return jnp.asarray(components) + alpha * jnp.asarray(shifts)
 
 
@@ -101,32 +124,32 @@ def spread(
 ) -> Spread:
     """How alike the shifts of a concept's samples are. NaN for fewer than two samples.
 
-    A sample that does not move has no direction and counts with cosine 0.
+    Traces under jit (num_concepts static), vmap and grad. A sample that does not move has no
+    direction and counts with cosine 0.
     """
     original, destination, assignment = _paired(original, destination, assignment)
     moves = destination - original
-    sizes = counts(assignment, num_concepts).astype(moves.dtype)
-    norms = jnp.linalg.norm(moves, axis=1, keepdims=True)
-    units = jnp.where(norms > 0, moves / jnp.where(norms > 0, norms, 1), 0)
+    norms = _norms(moves)
+    units = moves / jnp.where(norms > 0, norms, 1)[:, None]
+    members, mean = _means(moves, assignment, num_concepts)
+    _, mean_unit = _means(units, assignment, num_concepts)
+    sizes = members.astype(moves.dtype)
+    magnitude = _norms(mean)
 
-    def sums(values: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values, assignment, num_concepts)
+    def over_pairs(mean: jax.Array, own: jax.Array) -> jax.Array:
+        """The mean product of two different rows, from their mean and their mean square."""
+        return (sizes * jnp.sum(mean**2, axis=1) - own) / (sizes - 1)
 
-    def over_pairs(rows: jax.Array) -> jax.Array:
-        """The mean product of two different rows, from the square of their sum."""
-        own = sums(jnp.sum(rows**2, axis=1))
-        return (jnp.sum(sums(rows) ** 2, axis=1) - own) / (sizes * (sizes - 1))
-
-    mean = sums(moves) / sizes[:, None]
-    magnitude = jnp.linalg.norm(mean, axis=1)
     toward = jnp.sum(moves * mean[assignment], axis=1)
-    reach = norms[:, 0] * magnitude[assignment]
+    reach = norms * magnitude[assignment]
     cosine = jnp.where(reach > 0, toward / jnp.where(reach > 0, reach, 1), 0)
+    of_rows = jnp.stack([jnp.sum(units**2, axis=1), norms**2, cosine, toward], axis=1)
+    own_unit, own, cosine, toward = _means(of_rows, assignment, num_concepts)[1].T
     figures = Spread(
-        consistency=over_pairs(units),
-        product=over_pairs(moves),
-        cosine_with_mean=sums(cosine) / sizes,
-        product_with_mean=sums(toward) / sizes,
+        consistency=over_pairs(mean_unit, own_unit),
+        product=over_pairs(mean, own),
+        cosine_with_mean=cosine,
+        product_with_mean=toward,
         magnitude=magnitude,
     )
     return jax.tree.map(lambda row: jnp.where(sizes >= MIN_SAMPLES, row, jnp.nan), figures)
@@ -138,8 +161,30 @@ def consistency(
     assignment: Int[Array, " N"],
     num_concepts: int,
 ) -> Float[Array, " K"]:
-    """Mean cosine of the shifts of two samples of a concept; see `spread` for the other figures."""
+    """Mean cosine of the shifts of two samples of a concept; see `spread` for the other figures.
+
+    Traces under jit (num_concepts static), vmap and grad.
+    """
     return spread(original, destination, assignment, num_concepts).consistency
+
+
+@functools.partial(jax.jit, static_argnames="num_concepts")
+def _means(
+    rows: jax.Array, assignment: jax.Array, num_concepts: int
+) -> tuple[Int[Array, " K"], Float[Array, "K D"]]:
+    """How many rows each concept has, and their mean; zeros for a concept without rows."""
+    sizes, near = sums.cluster_means(rows, assignment, num_concepts)
+    # A second pass, over what is left of each row: concepts may lie far from each other.
+    near = near.value
+    nothing = jnp.zeros(rows.shape[1], rows.dtype)
+    _, left = sums.cluster_sums(rows - near[assignment], assignment, num_concepts, nothing)
+    return sizes, near + left.value / jnp.maximum(sizes, 1)[:, None]
+
+
+def _norms(rows: jax.Array) -> jax.Array:
+    """The norm of each row; one of zeros has the gradient zero."""
+    squares = jnp.sum(rows**2, axis=1)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 def _paired(

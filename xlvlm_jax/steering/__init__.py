@@ -49,7 +49,10 @@ _KINDS = {"vector": SteeringVector, "low-rank map": LowRankMap, "l2s": L2S}
 
 
 def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
-    """Reads whatever of these was saved. FileNotFoundError, or ValueError for another file."""
+    """Reads whatever of these was saved. FileNotFoundError, or ValueError for another file.
+
+    Runs on the host: it does not trace.
+    """
     kind = files.read(path)[0]
     if kind not in _KINDS:
         raise ValueError(f"{path} holds {kind!r}; expected a {', a '.join(_KINDS)}")

@@ -33,6 +33,8 @@ def fit_coarse(
 ) -> SteeringVector:
     """The coarse vector from samples answered with the source words to those with the target's.
 
+    Runs on the host: it does not trace.
+
     Args:
         features: states of the samples' answers or captions.
         site: whose.
@@ -86,6 +88,8 @@ def fit_fine(
     where: Any = "all",
 ) -> tuple[list[SteeringVector], FineVectors]:
     """The fine vectors i -> j of a k-means on the source states, each with its samples.
+
+    Runs on the host: it does not trace.
 
     Args:
         features: states of the samples' answers or captions.
@@ -155,6 +159,8 @@ def lesson(
 ) -> Lesson:
     """Samples answered with a source word, which want the target, and others, which stay.
 
+    Runs on the host: it does not trace.
+
     Args:
         features: whose samples and answers; states are not read.
         source: words to steer from.
@@ -186,6 +192,8 @@ def contrast_prompts(
 ) -> tuple[list[Sample], list[str], list[str]]:
     """What `fit_l2s` learns from with prompts as contrast: (samples, positive, negative).
 
+    Runs on the host: it does not trace.
+
     The positive counterpart of a prompt that wants the target is another prompt about the same
     image, answered with a target word; the negative one is the prompt itself. Prompts that stay
     are their own counterparts; those without a counterpart are left out.
@@ -214,7 +222,10 @@ def contrast_prompts(
 
 
 def samples_of(features: Features) -> list[Sample]:
-    """The samples that features were extracted from, as the readers of data give them."""
+    """The samples that features were extracted from, as the readers of data give them.
+
+    Runs on the host: it does not trace.
+    """
     own = ("id", "image", "image_id", "prompt", "references")
     return [
         Sample(

@@ -33,6 +33,7 @@ from ports import VLM
 from ports.edits import Edit, add
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.same_model import model_of
+from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files, forcing
 
 Array = jax.Array | np.ndarray
@@ -159,7 +160,8 @@ def _update(
 
 @functools.partial(jax.jit, static_argnames="network")
 def _error(network: ShiftNetwork, params: dict, x: jax.Array, z: jax.Array) -> jax.Array:
-    return jnp.mean((network.apply({"params": params}, x) - z) ** 2)
+    squares = jnp.mean((network.apply({"params": params}, x) - z) ** 2, axis=1, keepdims=True)
+    return sums.column_means(squares).value[0]
 
 
 def fit_network(
@@ -202,14 +204,16 @@ def fit_network(
     order = rng.permutation(len(contexts))
     held = min(len(contexts) - 1, max(1, round(validation * len(contexts))))
     held_out, train = order[:held], order[held:]
-    mean, deviation = contexts[train].mean(0), contexts[train].std(0) + 1e-6
-    scale = float(np.sqrt((shifts[train] ** 2).mean())) or 1.0
+    # In float64: down a column numpy adds one float32 after another.
+    mean = contexts[train].mean(0, dtype=np.float64).astype(np.float32)
+    deviation = contexts[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-6)
+    scale = float(np.sqrt((shifts[train] ** 2).mean(dtype=np.float64))) or 1.0
     x, z = (contexts - mean) / deviation, shifts / scale
     network = ShiftNetwork(hidden, shifts.shape[1])
     params = network.init(jax.random.key(seed), x[:1])["params"]
     # It begins as the mean shift, so that the first steps do not go into that.
     params["shift"]["kernel"] = 0.1 * params["shift"]["kernel"]
-    params["shift"]["bias"] = jnp.asarray(z[train].mean(0))
+    params["shift"]["bias"] = jnp.asarray(z[train].mean(0, dtype=np.float64), jnp.float32)
     moments = optax.adam(rate).init(params)
     size = min(batch_size, len(train))
     best, best_error, best_epoch = (
@@ -227,11 +231,14 @@ def fit_network(
             best, best_error, best_epoch = params, error, epoch
         if epoch - best_epoch == patience:
             break
-    whole = float((z[held_out] ** 2).mean()) or 1.0
+    whole = float((z[held_out] ** 2).mean(dtype=np.float64)) or 1.0
     figures = {
         "best epoch": best_epoch,
         "unexplained": best_error / whole,
-        "unexplained by the mean": float(((z[held_out] - z[train].mean(0)) ** 2).mean()) / whole,
+        "unexplained by the mean": float(
+            ((z[held_out] - z[train].mean(0, dtype=np.float64)) ** 2).mean()
+        )
+        / whole,
     }
     return jax.tree.map(np.asarray, best), mean, deviation, scale, figures
 
@@ -251,6 +258,8 @@ def fit_l2s(
     **options: Any,
 ) -> L2S:
     """Learns which shift each prompt needs, from two counterparts of it.
+
+    Runs on the host: it does not trace.
 
     Args:
         vlm: the model.

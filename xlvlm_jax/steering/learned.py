@@ -156,6 +156,8 @@ def fit_learned(
 ) -> SteeringVector | LowRankMap:
     """The vector (or map) that minimises the cross-entropy of the wanted answers.
 
+    Runs on the host: it does not trace.
+
     Args:
         vlm: the model.
         samples: images and prompts.

@@ -56,6 +56,8 @@ class RankedVector(NamedTuple):
 def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int = 1) -> AnswerShift:
     """How answers to the same questions moved.
 
+    Runs on the host: it does not trace.
+
     Args:
         before, after: the answers, compared after normalisation.
         num_targets: m.
@@ -98,6 +100,8 @@ def rank_vectors(
     progress: Progress | None = None,
 ) -> list[RankedVector]:
     """Steers samples with each vector and ranks the vectors by how the answers move.
+
+    Runs on the host: it does not trace.
 
     Vectors that share their samples run together, as a sweep: images are encoded, and the layers
     in front of the site computed, once for all of them.
