@@ -1,8 +1,11 @@
 """`xlvlm evaluate` and `xlvlm steer apply` on the embedded model."""
 
 import json
+import shutil
 
 import pytest
+
+from xlvlm_jax import embedded
 
 
 @pytest.fixture
@@ -76,3 +79,18 @@ def test_a_split_to_choose_on_must_hold_other_samples(xlvlm, pictures, saved, tm
     )
     assert status == 2
     assert "all of its samples are evaluated on" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "apply"])
+def test_what_is_not_implemented_of_generation_config(xlvlm, pictures, saved, tmp_path, command):
+    model = shutil.copytree(embedded.LLAVA, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 3, "guidance_scale": 2.0}')
+    named = ("evaluate",) if command == "evaluate" else ("steer", "apply")
+    status, _, errors = xlvlm(
+        *(*named, model, pictures, "--split", "test", "--output", tmp_path / "run"),
+        *("--vector", saved),
+    )
+    assert status == 2 and len(errors.strip().splitlines()) == 1
+    assert "guidance_scale is 2.0, which is not implemented" in errors
+    assert "--ignore-generation-config" in errors
+    assert not (tmp_path / "run").exists()

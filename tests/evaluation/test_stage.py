@@ -39,6 +39,7 @@ def run(vlm, asked, vector, questions, tmp_path_factory):
 
 def test_the_files_hold_what_was_answered_and_measured(run, asked):
     directory, summary = run[0] / "steering" / "yes-no", run[1]
+    assert "generation_config" not in summary
     assert json.loads((directory / "summary.json").read_text()) == summary
     assert list(summary["unreadable"]) == ["gone"]
     lines = [json.loads(x) for x in (directory / "predictions.jsonl").read_text().splitlines()]
@@ -54,6 +55,13 @@ def test_the_files_hold_what_was_answered_and_measured(run, asked):
     changes = summary["conditions"]["steered"]["changes"]
     assert changes["moved"] > 0
     assert summary["conditions"]["plain"]["changes"]["changed"] == 0
+
+
+def test_values_of_generation_config_that_apply_are_kept(vlm, asked, tmp_path):
+    changed = vlm.with_generation_config({"suppress_tokens": [7], "top_k": 3})
+    options = {"max_new_tokens": 1, "batch_size": 4}
+    summary = evaluation.evaluate(changed, asked[:4], TASK, tmp_path, **options)
+    assert summary["generation_config"] == {"suppress_tokens": [7]}
 
 
 def test_the_trials_are_kept_with_the_chosen_one(run):

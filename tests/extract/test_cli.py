@@ -1,6 +1,9 @@
 """`xlvlm extract`: what it says, and the profile that it writes."""
 
-from xlvlm_jax import Features
+import json
+import shutil
+
+from xlvlm_jax import Features, embedded
 
 NORM = "language_model.model.norm"
 
@@ -42,3 +45,42 @@ def test_a_mesh_that_is_none(xlvlm, pictures, tmp_path):
     assert status == 2
     assert "a mesh of 64 x 64 takes 4096 devices; there are" in errors
     assert not (tmp_path / "features").exists()
+
+
+def test_what_generation_config_does_is_told_recorded_and_left_out_on_demand(
+    xlvlm, pictures, tmp_path
+):
+    model = shutil.copytree(embedded.LLAVA, tmp_path / "model")
+    file = model / "generation_config.json"
+    ends = json.loads(file.read_text())
+
+    def run(output, *options):
+        return xlvlm(
+            *("extract", model, pictures, "--site", NORM, "--tokens", "index:-1", *options),
+            *("--max-new-tokens", 1, "--batch-size", 4, "--num-samples", 4, "--workers", 1),
+            *("--output", tmp_path / output),
+        )
+
+    file.write_text(json.dumps(ends | {"num_beams": 4}))
+    status, _, errors = run("refused")
+    assert status == 2 and not (tmp_path / "refused").exists()
+    assert "num_beams is 4, which is not implemented" in errors
+    status, out, errors = run("plain", "--ignore-generation-config")
+    assert status == 0 and "generation_config.json" not in out, errors
+    plain = Features.open(tmp_path / "plain")
+    assert "generation_config" not in plain.manifest
+
+    suppressed = sorted(set(plain.tokens.tolist()))
+    file.write_text(json.dumps(ends | {"suppress_tokens": suppressed, "do_sample": True}))
+    status, out, errors = run("ruled")
+    assert status == 0, errors
+    said = " ".join(out.split())
+    assert f"generation_config.json: suppress_tokens {suppressed}" in said
+    assert "do_sample is left out, answers are greedy" in said
+    ruled = Features.open(tmp_path / "ruled")
+    assert ruled.manifest["generation_config"] == {"suppress_tokens": suppressed}
+    assert not set(ruled.tokens.tolist()) & set(suppressed)
+
+    status, _, errors = run("ruled", "--ignore-generation-config")
+    assert status == 2
+    assert "begun with other arguments (generation_config.suppress_tokens" in errors

@@ -44,6 +44,14 @@ ThroughNorm = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+IgnoreGenerationConfig = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-generation-config",
+        help="Leave out what the checkpoint's generation_config.json does to logits, such as a "
+        "repetition_penalty. Its end tokens stay.",
+    ),
+]
 
 
 def load_model(
@@ -85,6 +93,22 @@ def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> An
     if named or (hub.find_directory(finetuned) / peft_files.CONFIG).exists():
         return load_model(model, dtype, adapter=finetuned, **placing)
     return load_model(finetuned, dtype, **placing)
+
+
+def as_it_generates(vlm: Any, ignore: bool) -> Any:
+    """A model that is about to generate, with the values of its generation_config.json or without.
+
+    Those that apply are told. Raises ValueError for one that is not implemented.
+    """
+    if ignore:
+        return vlm.with_generation_config({})
+    name = "generation_config.json"
+    applied = ", ".join(f"{key} {value!r:.40}" for key, value in vlm.logits_options.items())
+    if applied:
+        console.print(f"{name}: {applied}; --ignore-generation-config leaves out", highlight=False)
+    if vlm.generation_config.get("do_sample"):
+        console.print(f"{name}: do_sample is left out, answers are greedy", highlight=False)
+    return vlm
 
 
 def parse_mesh(text: str | None) -> tuple[int, int] | None:

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    IgnoreGenerationConfig,
     Mesh,
     Model,
     Seed,
+    as_it_generates,
     bars,
     console,
     errors,
@@ -136,6 +138,7 @@ def extract(
             "directory."
         ),
     ] = None,
+    ignore_generation_config: IgnoreGenerationConfig = False,
     mesh: Mesh = None,
     hosts: Hosts = None,
     workers: Annotated[
@@ -175,14 +178,18 @@ def extract(
     if mode == "teacher-forcing" and settings.selection.words:
         samples = select.leading(samples, settings.selection.words)
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh)}
+    generating = mode == "generate"
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, **placing)
+        vlm = as_it_generates(vlm, ignore_generation_config) if generating else vlm
         _show_needs(module.preflight(vlm, samples, output, settings), settings, output)
         return
     vlm = load_model(model, dtype, adapter=adapter, **placing)
+    vlm = as_it_generates(vlm, ignore_generation_config) if generating else vlm
     other = None
     if finetuned is not None:
         other = load_finetuned(model, finetuned, dtype, **placing)
+        other = as_it_generates(other, ignore_generation_config) if generating else other
     source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
     with progress_bars() as progress, profiled(profile), Programs() as programs:
         advance = bars(progress)("extracting")

@@ -9,8 +9,10 @@ import typer
 
 from xlvlm_jax.cli import steering_fit
 from xlvlm_jax.cli.console import (
+    IgnoreGenerationConfig,
     Model,
     Seed,
+    as_it_generates,
     bars,
     console,
     errors,
@@ -71,6 +73,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     java: Java = False,
+    ignore_generation_config: IgnoreGenerationConfig = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
@@ -88,9 +91,10 @@ def evaluate(
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
     task.require(samples)
     if dry_run:
-        _preflight(model, dtype, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
+        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
+        _preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
         return
-    vlm = load_model(model, dtype)
+    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate(
             vlm,
@@ -167,6 +171,7 @@ def apply(
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     java: Java = False,
+    ignore_generation_config: IgnoreGenerationConfig = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
@@ -206,11 +211,12 @@ def apply(
         # One of those that are tried is applied, beside the plain answers and an instruction.
         applied = 1 if choose_on is not None else len(tried)
         count = 1 + applied + (instruction is not None)
-        _preflight(model, dtype, samples, count, task, max_new_tokens, batch_size)
+        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
+        _preflight(vlm, samples, count, task, max_new_tokens, batch_size)
         if others:
-            _preflight(model, dtype, others, 1 + len(tried), task, max_new_tokens, batch_size)
+            _preflight(vlm, others, 1 + len(tried), task, max_new_tokens, batch_size)
         return
-    vlm = load_model(model, dtype)
+    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         options["stage"] = bars(progress)
         sweep = None
@@ -229,8 +235,7 @@ def apply(
 
 
 def _preflight(
-    model: str,
-    dtype: str,
+    vlm: Any,
     samples: Sequence[Any],
     count: int,
     task: Any,
@@ -241,7 +246,7 @@ def _preflight(
     from xlvlm_jax import evaluation
 
     needs = evaluation.preflight(
-        load_model(model, dtype, abstract=True),
+        vlm,
         samples,
         count,
         max_new_tokens=max_new_tokens or task.max_new_tokens,

@@ -10,8 +10,10 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    IgnoreGenerationConfig,
     Seed,
     Site,
+    as_it_generates,
     bars,
     console,
     load_model,
@@ -196,6 +198,7 @@ def rank(
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
         "float32"
     ),
+    ignore_generation_config: IgnoreGenerationConfig = False,
 ) -> None:
     """Which vectors move the most answers to the fewest targets."""
     from xlvlm_jax import Features as StoredFeatures
@@ -211,7 +214,7 @@ def rank(
             raise ValueError(f"{paths[0]} does not say what it was fitted on; give --features")
         features = Path(named)
     samples = steering.samples_of(StoredFeatures.open(features))
-    vlm = load_model(model, dtype)
+    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         ranked = steering.rank_vectors(
             vlm,
@@ -228,6 +231,7 @@ def rank(
     described = {
         "alpha": alpha,
         "num_targets": num_targets,
+        **({"generation_config": options} if (options := vlm.logits_options) else {}),
         "vectors": [{"file": str(files[id(r.vector)]), **r.describe()} for r in ranked],
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,7 @@ def evaluate(
     summary: dict[str, Any] = {
         "model": None if vlm.directory is None else hub.name_of(vlm.directory),
         "about": about or {},
+        **({"generation_config": options} if (options := vlm.logits_options) else {}),
         "samples": len(kept),
         "unreadable": predictions.errors,
         **task.describe(),

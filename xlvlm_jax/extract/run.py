@@ -84,7 +84,7 @@ def extract(
     settings = dataclasses.replace(settings, sites=sites)
     finder = settings.selection.finder(vlm.tokenizer)
     arguments = {
-        **_described(vlm),
+        **_described(vlm, settings),
         "model dtype": jnp.dtype(vlm.module.dtype).name,
         **dataclasses.asdict(settings),
         "selection": settings.selection.describe(),
@@ -93,7 +93,7 @@ def extract(
         "source": source or {},
     }
     if finetuned is not None:
-        arguments["finetuned"] = _described(finetuned)
+        arguments["finetuned"] = _described(finetuned, settings)
         vlm, finetuned = with_like_heads(vlm, finetuned)
         check_alike(vlm.params, finetuned.params)
     if not ignore_disk:
@@ -207,9 +207,11 @@ def _complete(run: _Run, writer: FeaturesWriter) -> None:
     writer.close()
 
 
-def _described(vlm: VLM) -> dict[str, Any]:
+def _described(vlm: VLM, settings: Settings) -> dict[str, Any]:
     """The model, so that a run goes on with no other; the fingerprint is the checkpoint's."""
     described: dict[str, Any] = dict(model_of(vlm))
+    if settings.mode == "generate" and vlm.logits_options:
+        described["generation_config"] = vlm.logits_options
     if vlm.adapter is not None:
         weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(weights).hexdigest()[:16]

@@ -15,7 +15,8 @@ class Settings:
     Attributes:
         sites: whose states; names, or patterns such as "layers.*" (see `VLM.find_sites`).
         selection: which positions of a sample make rows.
-        mode: "generate" (greedy, states come out of the decode loop) or "teacher-forcing" (one pass
+        mode: "generate" (greedy, whatever the checkpoint's do_sample says, as XL-VLMs does; its
+            penalties apply; states come out of the decode loop) or "teacher-forcing" (one pass
             over prompt and first reference; what lies behind the last site is not computed).
         max_new_tokens: M, in generation.
         batch_size: B, of every batch: the last one is filled up.
