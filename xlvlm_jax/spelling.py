@@ -130,15 +130,19 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> dict[int, bytes]:
     plain = [i for i in ids if i >= 0 and i not in special]
     # Behind another token, since decoders drop the space that a text would begin with.
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    start = tokenizer.decode(before)
+    start = _decode(tokenizer, before)
     for i in plain:
-        text = tokenizer.decode([*before, i], clean_up_tokenization_spaces=False)
-        text = text.removeprefix(start)
+        text = _decode(tokenizer, [*before, i]).removeprefix(start)
         if "\ufffd" in text:  # bytes of a character that others complete
             texts[i] = _part_of_character(tokenizer, i) or text.encode()
         elif text:
             texts[i] = text.encode()
     return texts
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # mistral-common gives SentencePiece's pieces in place of text unless special ones are skipped
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -159,15 +163,14 @@ _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
 
 def _part_of_character(tokenizer: Any, token: int) -> bytes | None:
     """The bytes that the vocabulary's name of a token stands for: "<0xE7>", or "çĭ"."""
-    tekken = getattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer", None)
-    if tekken is not None:  # mistral-common's, whose names of all such tokens are alike
-        return getattr(tekken.tokenizer, "id_to_byte_piece", lambda token: None)(token)
     name = tokenizer.convert_ids_to_tokens(token)
     if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
     if all(character in _BYTE_OF for character in name):
         return bytes(_BYTE_OF[character] for character in name)
-    return None
+    tekken = getattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer", None)
+    # mistral-common's, which names all such tokens alike
+    return None if tekken is None else tekken.tokenizer.id_to_byte_piece(token)
 
 
 def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:
@@ -183,7 +186,7 @@ def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:
     for word in [words] if isinstance(words, str) else words:
         for spelling in dict.fromkeys([word, word.capitalize(), f" {word}"]):
             ids = tokenizer.encode(spelling, add_special_tokens=False)
-            first = next((i for i in ids if i in special or tokenizer.decode([i]).strip()), None)
+            first = next((i for i in ids if i in special or _decode(tokenizer, [i]).strip()), None)
             if first is not None and first not in special:
                 found[tokenizer.convert_ids_to_tokens(first)] = first
     return found
