@@ -26,7 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ports.programs import keep_programs
-from xlvlm_jax import atomic, damage
+from xlvlm_jax import atomic, damage, pictures
 from xlvlm_jax.row_arrays import StoredRows, create_array, wait
 from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, phases, semi_nmf, streamed
 from xlvlm_jax.solvers.inputs import (
@@ -73,9 +73,10 @@ class Concepts:
         stability: float32[K], the mean cosine of each concept with its match in the other starts
             (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
         words: for each concept the words it is read as, once grounded.
-        images: for each concept the images that show it, once grounded.
+        images: for each concept the files of the images that show it, once grounded. On disk they
+            are named so that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
-        source: where Z came from, free for the caller.
+        source: where Z came from, free for the caller; its "features" are found after a move too.
     """
 
     components: Matrix
@@ -143,6 +144,13 @@ class Concepts:
             }
         )
         described = {name: getattr(self, name) for name in _DESCRIBED}
+        described["source"] = pictures.store_features(self.source, directory)
+        if self.images is not None:
+            root = pictures.root_of(path for paths in self.images for path in paths)
+            described["pictures"] = pictures.describe(root, directory)
+            described["images"] = [
+                [pictures.name_in(root, path) for path in paths] for paths in self.images
+            ]
         described |= {"num_concepts": len(self.components)}
         if self.activations is None and (directory / ACTIVATIONS).is_dir():
             described |= {"rows_on_disk": self.source["rows"]}
@@ -186,6 +194,15 @@ class Concepts:
                 rows = described["rows_on_disk"]
                 stored = StoredRows(directory / ACTIVATIONS, rows)
                 arrays["activations"] = next(stored.tiles(rows))[1]
+            if known.get("images") is not None:
+                found = pictures.find_all(
+                    [name for names in known["images"] for name in names],
+                    directory,
+                    described.get("pictures"),
+                )
+                paths = iter(found)
+                known["images"] = [[next(paths) for _ in names] for names in known["images"]]
+            known["source"] = pictures.restore_features(known.get("source") or {}, directory)
             return cls(**arrays, **known)
 
 

@@ -105,7 +105,7 @@ def decompose_features(
         Z = features.matrix(site)
         explained = explained_variance(Z, reconstruct(concepts, concepts.activations))
     source = {
-        "features": str(features.path),
+        "features": str(features.path.resolve()),
         "site": site,
         "seed": seed,
         "rows": len(features.tokens),
@@ -178,7 +178,7 @@ def known_attributes(features: Features) -> dict[str, list[Any]]:
 def score_attributes(concepts: Concepts, features: Features) -> dict[str, AttributeScore]:
     """How well the most activated concept tells the attributes, on learnt or on other features."""
     site = concepts.source.get("site")
-    if concepts.source.get("features") == str(features.path):
+    if concepts.source.get("features") == str(features.path.resolve()):
         activations = concepts.activations
     else:
         activations = project(features.matrix(choose_site(features, site)), concepts)

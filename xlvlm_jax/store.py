@@ -3,6 +3,7 @@
     features/
         manifest.json       what the run was asked for, how much is written, whether it is complete
         samples.jsonl       a JSON line a sample
+        images.json         where the pictures lie that samples.jsonl names (see `pictures`)
         states/<site>/      Zarr v3, [rows, D]
         rows/sample         Zarr v3, int64[rows], the line in samples.jsonl
         rows/position       Zarr v3, int32[rows]
@@ -13,7 +14,7 @@
 A batch counts once the manifest, replaced last and atomically, counts it. Whatever a killed run
 left beyond that is cut off when the run goes on, so that it ends with the bytes of a run that was
 never interrupted: there are no time stamps, and `row_arrays` writes the same chunks however the
-rows came.
+rows came. (`images.json` says where this run found its pictures, and is that of the last run.)
 
 States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
 zarr-python does not (3.1 says "No Zarr data type found"): read them by `Features.matrix`, or
@@ -37,7 +38,7 @@ import tensorstore as ts
 from jaxtyping import Float, Int, Int32, Int64, Shaped
 
 from ports.messages import few
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, pictures
 from xlvlm_jax.row_arrays import (
     StoredRows,
     check_chunks,
@@ -51,6 +52,7 @@ from xlvlm_jax.row_arrays import (
 
 FORMAT = "xlvlm-features"
 VERSION = 1
+PICTURES = "images.json"
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 
 _ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
@@ -146,7 +148,8 @@ class Features:
         path: the directory.
         manifest: what the run was asked for.
         sites: the captured sites.
-        samples: a dict a sample, in the order of extraction.
+        samples: a dict a sample, in the order of extraction; "image" is a path that opens from
+            here, if the picture is found.
         sample_rows: int64[N], which of `samples` a row comes from.
         positions: int32[N], which position of the sample, padding not counted.
         tokens: int32[N], the token that was predicted there.
@@ -163,11 +166,23 @@ class Features:
     complete: bool
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> "Features":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        allow_incomplete: bool = False,
+        images: str | os.PathLike[str] | None = None,
+    ) -> "Features":
         """Open a directory of features; states are read by `matrix`, site by site.
 
+        Args:
+            path: the directory.
+            allow_incomplete: open an unfinished run too.
+            images: where the pictures lie now, if they were moved without the run.
+
         Raises FileNotFoundError when there is no manifest; ValueError for another format or
-        version, missing or truncated files, and, unless `allow_incomplete`, an unfinished run.
+        version, missing or truncated files, pictures that do not lie in `images`, and, unless
+        `allow_incomplete`, an unfinished run.
         """
         root = Path(path)
         state = _read_manifest(root)
@@ -176,7 +191,7 @@ class Features:
                 f"{root}: the run is not finished ({state['samples']} samples so far); start it"
                 " again with the same arguments to finish it, or open it with allow_incomplete=True"
             )
-        samples = _read_samples(root / "samples.jsonl", state)
+        samples = _with_pictures(_read_samples(root / "samples.jsonl", state), root, images)
         rows = {field: np.zeros(0, dtype) for field, dtype in _ROW_FIELDS.items()}
         if state["sites"]:
             rows = {name: _read_array(root / "rows" / name, state["rows"]) for name in _ROW_FIELDS}
@@ -243,6 +258,35 @@ def _read_samples(path: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
             " extract the features again"
         )
     return samples
+
+
+def stored_samples(path: Path) -> list[dict[str, Any]]:
+    """The samples of a directory of features as they are stored: pictures by their names."""
+    return _read_samples(path / "samples.jsonl", _read_manifest(path))
+
+
+def _with_pictures(
+    samples: list[dict[str, Any]], root: Path, images: str | os.PathLike[str] | None
+) -> list[dict[str, Any]]:
+    given = [sample.get("image") for sample in samples]
+    names = [name if isinstance(name, str) else None for name in given]
+    paths = pictures.find_all(names, root, _read_pictures(root / PICTURES), images)
+    return [
+        sample if path is None else sample | {"image": path}
+        for sample, path in zip(samples, paths, strict=True)
+    ]
+
+
+def _read_pictures(path: Path) -> dict[str, str] | None:
+    if not path.exists():
+        return None
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        return {key: os.fspath(recorded[key]) for key in ("root", "from here")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"{path}: does not say where pictures lie; remove it and give --images"
+        ) from None
 
 
 # Writing.
@@ -322,6 +366,24 @@ class FeaturesWriter:
     def complete(self) -> bool:
         """Whether the run was closed; a complete one takes no more samples."""
         return self._state["complete"]
+
+    def place_pictures(self, paths: Sequence[str | os.PathLike[str]]) -> Path | None:
+        """Records where the pictures of the whole run lie, for whoever opens or moves it.
+
+        Args:
+            paths: of all pictures of the run, in any order.
+
+        Returns:
+            The root that `append` takes their names relative to (`pictures.name_in`); None for a
+            run that an earlier version began, whose names are as they were typed.
+        """
+        if self.samples_done and not (self.path / PICTURES).exists():
+            return None
+        root = pictures.root_of(map(os.path.abspath, paths))
+        if root is not None:
+            with _one_line(self.path):
+                _replace(self.path / PICTURES, pictures.describe(root, self.path))
+        return root
 
     def append(
         self,

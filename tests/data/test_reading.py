@@ -1,13 +1,17 @@
-"""Pictures in batches of one size: what is read, what fills up, what is passed over."""
+"""Samples in batches of one size: what is read, what fills up, what is passed over."""
 
+import dataclasses
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from xlvlm_jax.data.reading import ahead, read_pictures
+import ports
+from xlvlm_jax.data.reading import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
+
+from ..test_models import MODELS
 
 
 def samples(folder, values):
@@ -16,28 +20,86 @@ def samples(folder, values):
     for i, value in enumerate(values):
         path = folder / f"{i}.png"
         if value is not None:
-            Image.new("RGB", (2, 2), (value,) * 3).save(path)
-        found.append(Sample(str(i), path, image_id=str(i), prompt="?"))
+            Image.new("RGB", (64, 64), (value,) * 3).save(path)
+        found.append(Sample(str(i), path, image_id=str(i), prompt="is it a dog ?"))
     return found
 
 
-def test_a_batch_by_hand(tmp_path):
-    pictures = read_pictures(samples(tmp_path, [None, 10, 20]), 4)
-    assert [image.getpixel((0, 0))[0] for image in pictures.images] == [10, 20, 10, 10]
-    np.testing.assert_array_equal(pictures.rows, [1, 2, 1, 1])
-    assert pictures.num_rows == 2
-    assert pictures.errors[1:] == (None, None) and "no such image file" in pictures.errors[0]
+def processed(vlm, group, size, **options):
+    return process_samples(vlm, group, [[vlm.render(s.prompt) for s in group]], size, **options)
 
 
-def test_without_any_picture_there_is_no_batch(tmp_path):
-    pictures = read_pictures(samples(tmp_path, [None, None]), 4)
-    assert (pictures.images, len(pictures.rows), pictures.num_rows) == ([], 0, 0)
-    assert len(pictures.errors) == 2
+def test_a_batch_by_hand(vlm, tmp_path):
+    made = processed(vlm, samples(tmp_path, [None, 10, 20]), 4)
+    np.testing.assert_array_equal(made.rows, [1, 2, 1, 1])
+    assert made.good.tolist() == [1, 2] and made.num_rows == 2
+    assert made.errors[1:] == (None, None) and "no such image file" in made.errors[0]
+    (inputs,) = made.inputs
+    pixels = inputs["pixel_values"]
+    assert len(pixels) == 4 and pixels[0].max() < pixels[1].max()
+    np.testing.assert_array_equal(pixels[2], pixels[0])
+    np.testing.assert_array_equal(pixels[3], pixels[0])
 
 
-def test_strict_stops_at_the_first(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"1\.png: no such image file"):
-        read_pictures(samples(tmp_path, [5, None, 6]), 4, strict=True)
+def test_without_any_picture_there_is_no_batch(vlm, tmp_path):
+    made = processed(vlm, samples(tmp_path, [None, None]), 4)
+    assert (made.inputs, len(made.rows), made.num_rows) == ((), 0, 0)
+    assert len(made.errors) == 2
+
+
+def test_strict_stops_at_the_first_and_names_it(vlm, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sample 1: .*1\.png: no such image file"):
+        processed(vlm, samples(tmp_path, [5, None, 6]), 4, strict=True)
+
+
+def test_a_question_that_holds_the_mark_of_an_image_leaves_the_batch(vlm, tmp_path):
+    three = samples(tmp_path, [5, 6, 7])
+    asked = [three[0], dataclasses.replace(three[1], prompt="is <image> a dog ?"), three[2]]
+    made = processed(vlm, asked, 4)
+    assert made.errors[0] is made.errors[2] is None
+    assert "1.png: the processor refuses it or its prompt (" in made.errors[1]
+    expected = processed(vlm, [three[0], three[2]], 4)
+    np.testing.assert_array_equal(made.rows, [0, 2, 0, 0])
+    for name, array in expected.inputs[0].items():
+        np.testing.assert_array_equal(made.inputs[0][name], array)
+    with pytest.raises(ValueError, match=r"sample 1: .* the processor refuses it or its prompt"):
+        processed(vlm, asked, 4, strict=True)
+
+
+def test_a_sample_is_passed_over_if_one_version_of_its_prompt_is_refused(vlm, tmp_path):
+    two = samples(tmp_path, [5, 6])
+    versions = [[vlm.render("dog ?")] * 2, [vlm.render("dog ?"), vlm.render("<image> ?")]]
+    made = process_samples(vlm, two, versions, 2)
+    assert made.good.tolist() == [0] and len(made.inputs) == 2
+    assert made.errors[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("qwen2_vl", (500, 2), "aspect ratio must be smaller than 200, got 250"),
+        ("molmo", (12, 10), "has 12 x 10 pixels, less than a patch"),
+    ],
+)
+def test_a_picture_that_the_processor_refuses(tmp_path, name, size, message):
+    MODELS[name][0](tmp_path / name)
+    vlm = ports.load(tmp_path / name)
+    three = samples(tmp_path, [5, 6, 7])
+    Image.new("RGB", size).save(three[0].image)
+    made = processed(vlm, three, 3)
+    assert message in made.errors[0] and made.errors[1:] == (None, None)
+    assert made.rows.tolist() == [1, 2, 1]
+    assert len(made.inputs[0]["input_ids"]) == 3
+    assert np.isfinite(vlm.forward(made.inputs[0]).logits).all()
+
+
+def test_what_is_wrong_with_the_checkpoint_is_no_fault_of_a_sample(vlm, tmp_path, monkeypatch):
+    def lacking(texts, images):
+        raise ImportError("this processor needs torchvision")
+
+    monkeypatch.setattr(vlm, "process", lacking)
+    with pytest.raises(ImportError, match="needs torchvision"):
+        processed(vlm, samples(tmp_path, [5]), 2)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

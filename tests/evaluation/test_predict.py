@@ -147,3 +147,14 @@ def test_the_checkpoint_is_read_once_for_all_conditions_and_batches(
     found = evaluation.predict(loaded, asked[:4], conditions, max_new_tokens=1, batch_size=1)
     assert found.answers[0] == found.answers[1]  # a strength of zero does nothing
     assert read == [loaded.directory]
+
+
+def test_a_refused_sample_is_passed_over(vlm, asked, predictions):
+    odd = [asked[0], dataclasses.replace(asked[1], prompt="is <image> a dog ?"), *asked[2:16]]
+    found = evaluation.predict(vlm, odd, [PLAIN, Condition(instruction="no")], **OPTIONS)
+    assert list(found.errors) == [asked[1].id]
+    assert "the processor refuses it or its prompt" in found.errors[asked[1].id]
+    assert [each[1] for each in found.answers] == [None, None]
+    assert found.answers[0][2:] == predictions.answers[0][2:16]
+    with pytest.raises(ValueError, match=f"sample {asked[1].id}: .* refuses it"):
+        evaluation.predict(vlm, odd, strict=True, **OPTIONS)

@@ -158,6 +158,44 @@ def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_p
         assert vlm.tokenizer.decode(features.tokens[:1]).strip() == "caption"
 
 
+@pytest.fixture(scope="module")
+def odd(samples):
+    """The seventh asks with the mark that stands for an image."""
+    refused = dataclasses.replace(samples[6], prompt="what is <image> ?")
+    return [*samples[:6], refused, *samples[7:]]
+
+
+def test_a_refused_sample_is_recorded_and_skipped(vlm, samples, odd, features, tmp_path):
+    summary = extract(vlm, odd, tmp_path / "features", SETTINGS)
+    assert [name for name, _ in summary.failed] == [odd[6].id]
+    found = Features.open(tmp_path / "features")
+    assert "the processor refuses it or its prompt" in found.samples[6]["error"]
+    assert [s["id"] for s in found.samples] == [s.id for s in samples]
+    others = features.sample_rows != 6
+    np.testing.assert_array_equal(found.sample_rows, features.sample_rows[others])
+    np.testing.assert_array_equal(found.tokens, features.tokens[others])
+    np.testing.assert_allclose(found.matrix(NORM), features.matrix(NORM)[others], atol=1e-4)
+
+
+def test_strict_names_a_refused_sample_and_keeps_what_was_computed(vlm, odd, tmp_path):
+    output = tmp_path / "features"
+    with pytest.raises(ValueError, match=f"sample {odd[6].id}: .* the processor refuses it"):
+        extract(vlm, odd, output, SETTINGS, strict=True)
+    kept = Features.open(output, allow_incomplete=True)
+    assert [s["id"] for s in kept.samples] == [s.id for s in odd[:4]]
+    extract(vlm, odd, output, SETTINGS)  # goes on, and skips it
+    extract(vlm, odd, tmp_path / "whole", SETTINGS)
+    assert digests(output) == digests(tmp_path / "whole")
+
+
+def test_a_sample_without_a_reference_is_refused_before_the_run(vlm, samples, tmp_path):
+    bare = [*samples[:5], dataclasses.replace(samples[5], references=())]
+    settings = dataclasses.replace(SETTINGS, mode="teacher-forcing")
+    with pytest.raises(ValueError, match=f"sample {samples[5].id} has no reference to force"):
+        extract(vlm, bare, tmp_path / "features", settings)
+    assert not (tmp_path / "features").exists()
+
+
 def test_a_word_that_no_sample_predicts_is_named(vlm, samples, tmp_path):
     settings = dataclasses.replace(
         SETTINGS, selection=Selection("token-of-interest", "skyline"), max_new_tokens=1

@@ -7,6 +7,7 @@ import pytest
 import ports
 from xlvlm_jax.answers import end_token
 from xlvlm_jax.data import Sample
+from xlvlm_jax.data.images import read_image
 from xlvlm_jax.finetune import examples
 
 from ..test_models import MODELS
@@ -47,7 +48,7 @@ def test_every_model(name, tmp_path, samples):
         f"{text}{end}".replace(" ", "") for text in texts
     ]
     # The last prompt position predicts the first token of the answer.
-    prompt = vlm.process([vlm.render(taught[0].prompt)], [examples.read_image(taught[0].image)])
+    prompt = vlm.process([vlm.render(taught[0].prompt)], [read_image(taught[0].image)])
     row = batch.inputs["input_ids"][0]
     length = batch.lengths[0]
     np.testing.assert_array_equal(
@@ -57,7 +58,7 @@ def test_every_model(name, tmp_path, samples):
 
 def test_an_epoch_shows_each_sample_once(vlm, samples):
     six = samples[:6]
-    images = [examples.read_image(s.image) for s in six]
+    images = [read_image(s.image) for s in six]
     inputs = vlm.process([vlm.render(s.prompt) for s in six], images)
     pixels = {image.tobytes() for image in inputs["pixel_values"]}
     seen = Counter(
@@ -84,3 +85,34 @@ def test_what_a_sample_teaches(samples):
     assert examples.answers_of(question) == ("no",)
     with pytest.raises(ValueError, match="sample 1 has no reference to learn"):
         examples.answers_of(dataclasses.replace(question, references=(), metadata={}))
+
+
+def odd(samples):
+    """The second asks with the mark that stands for an image; the fifth has no picture."""
+    refused = dataclasses.replace(samples[1], prompt="what is <image>")
+    gone = dataclasses.replace(samples[4], image=samples[4].image.with_name("gone.png"))
+    return [samples[0], refused, *samples[2:4], gone, *samples[5:]]
+
+
+def test_samples_that_can_not_be_processed_teach_nothing(vlm, samples):
+    taught = odd(samples)
+    first, second = examples.evaluation_batches(vlm, taught, 4)
+    assert list(first.skipped) == ["1"] and list(second.skipped) == ["4"]
+    assert "the processor refuses it" in first.skipped["1"]
+    assert "no such image file" in second.skipped["4"]
+    good = [samples[i] for i in (0, 2, 3)]
+    expected = [len(s.references[0].split()) + 1 for s in good]
+    assert first.lengths.tolist() == [*expected, 0]
+    (alone,) = examples.evaluation_batches(vlm, good, 4)
+    np.testing.assert_array_equal(first.inputs["input_ids"], alone.inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"sample 1: .* refuses it"):
+        list(examples.evaluation_batches(vlm, taught, 4, strict=True))
+
+
+def test_a_batch_of_nothing_else_is_that_of_the_next_number(vlm, samples):
+    taught = odd(samples)
+    made = list(examples.batches(vlm, taught, 1, seed=0, start=0, stop=8))
+    assert all(batch.inputs and batch.lengths.all() for batch in made)
+    assert {name for batch in made for name in batch.skipped} == {"1", "4"}
+    with pytest.raises(ValueError, match=r"none of 1 samples can be learnt; the first, 1: .*ref"):
+        list(examples.batches(vlm, taught[1:2], 1, seed=0, start=0, stop=1))

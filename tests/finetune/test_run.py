@@ -156,7 +156,7 @@ def test_messages(pair, vlm, samples, trained, tmp_path):
     with pytest.raises(ValueError, match="has an adapter merged in"):
         finetune(vlm.with_adapter(trained), samples, output, SETTINGS)
     lost = [dataclasses.replace(samples[0], image=tmp_path / "lost.png")]
-    with pytest.raises(FileNotFoundError, match=r"lost\.png: no such image file"):
+    with pytest.raises(ValueError, match=r"none of 1 samples .*lost\.png: no such image file"):
         finetune(vlm, lost, tmp_path / "lost", SETTINGS)
     assert not output.exists()
 
@@ -236,3 +236,24 @@ class TestCommand:
         assert message in err
         assert len(err.strip().splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_what_was_skipped_is_recorded_once_and_survives_an_interruption(vlm, samples, tmp_path):
+    odd = [dataclasses.replace(samples[1], prompt="what is <image>"), *samples[2:]]
+    options = {**OPTIONS, "evaluation": odd[:3]}
+    undisturbed = finetune(vlm, odd, tmp_path / "whole", SETTINGS, **options)
+    assert list(undisturbed.skipped) == ["1"]
+    record = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert [entry["step"] for entry in record["log"] if "skipped" in entry] == [0]
+
+    def kill(done, total, figures):
+        if done == 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        finetune(vlm, odd, tmp_path / "adapter", SETTINGS, progress=kill, **options)
+    assert finetune(vlm, odd, tmp_path / "adapter", SETTINGS, **options).skipped
+    assert digests(tmp_path / "adapter") == digests(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"sample 1: .* the processor refuses it"):
+        finetune(vlm, odd, tmp_path / "strict", SETTINGS, strict=True, **options)
+    assert not (tmp_path / "strict").exists()

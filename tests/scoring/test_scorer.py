@@ -169,3 +169,29 @@ def test_concepts_and_samples_that_do_not_fit(scorer, named, write_features, jud
         Scorer(blind, clip=clip)
     with pytest.raises(ValueError, match=r"tops must be at least 1, got \(0,\)"):
         Scorer(foreign, tops=(0,))
+
+
+def test_images_that_can_not_be_seen_are_left_out_of_what_clip_scores(
+    write_features, clip, named, scorer, tmp_path
+):
+    gone = write_features()
+    for number, file in ((0, tmp_path / "gone.jpg"), (7, tmp_path / "text.jpg")):
+        gone.samples[number]["image"] = str(file)
+    (tmp_path / "text.jpg").write_text("no picture")
+    found = Scorer(gone, clip=clip, num_random=3)
+    assert sorted(found.skipped) == sorted([str(tmp_path / "gone.jpg"), str(tmp_path / "text.jpg")])
+    assert "no such image file" in found.skipped[str(tmp_path / "gone.jpg")]
+    scores, whole = found.score(named), scorer.score(named)
+    assert scores.clip[1].num_samples == 38
+    assert np.isfinite([scores.clip[1].mean, scores.clip[1].random, scores.clip[1].noise]).all()
+    assert scores.hoyer == whole.hoyer  # the codes are of all rows
+    few = np.delete(np.arange(40), [0, 7])
+    np.testing.assert_allclose(found.images[few], scorer.images[few], atol=1e-5)
+    assert found.describe()["images that CLIP does not see"] == 2
+    assert scores.monosemanticity == pytest.approx(whole.monosemanticity, abs=0.05)
+    with pytest.raises(ValueError, match=r"gone\.jpg: no such image file"):
+        Scorer(gone, clip=clip, strict=True)
+    for sample in gone.samples:
+        sample["image"] = str(tmp_path / "gone.jpg")
+    with pytest.raises(ValueError, match=r"none of 1 images can be seen by CLIP; the first: .*go"):
+        Scorer(gone, clip=clip)

@@ -1,5 +1,7 @@
 """Runs from kept states: equal to whole ones, and to PyTorch's loss and gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,9 @@ def samples(questions):
 
 @pytest.fixture(scope="module")
 def forced(vlm, samples):
-    return forcing.force(vlm, samples, ANSWERS, SITE, batch_size=3)
+    made, kept, skipped = forcing.force(vlm, samples, ANSWERS, SITE, batch_size=3)
+    assert (kept.tolist(), skipped) == ([0, 1, 2, 3], {})
+    return made
 
 
 def texts_of(vlm, samples):
@@ -132,3 +136,18 @@ def test_messages(vlm, samples):
         forcing.force(vlm, samples, ["no"], SITE)
     with pytest.raises(ValueError, match=r"the answer to force on sample \d+ is empty"):
         list(forcing.batches(vlm, samples[:1], [""], 1))
+
+
+def test_refused_samples_are_left_out(vlm, samples, forced):
+    odd = [dataclasses.replace(samples[0], prompt="<image> ?"), *samples[1:]]
+    made, kept, skipped = forcing.force(vlm, odd, ANSWERS, SITE, batch_size=3)
+    assert kept.tolist() == [1, 2, 3] and list(skipped) == [samples[0].id]
+    assert "the processor refuses it" in skipped[samples[0].id]
+    real = made.kinds != PADDING
+    np.testing.assert_array_equal(made.kinds, forced.kinds[1:, -made.kinds.shape[1] :])
+    expected = forced.states[1:, -made.kinds.shape[1] :]
+    np.testing.assert_allclose(made.states[real], expected[real], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=f"sample {samples[0].id}: .* refuses it"):
+        forcing.force(vlm, odd, ANSWERS, SITE, strict=True)
+    with pytest.raises(ValueError, match=r"none of 1 samples can be processed; the first: .*ref"):
+        forcing.force(vlm, odd[:1], ANSWERS[:1], SITE)

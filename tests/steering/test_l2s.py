@@ -114,6 +114,21 @@ class TestModel:
         assert loaded.source["shifted samples"] == 12
         assert loaded.source["fingerprint"]
 
+    def test_a_sample_whose_counterpart_is_refused_is_left_out(self, vlm, questions, fitted):
+        prompts = [sample.prompt for sample in questions]
+        positive = prompts[12:] + prompts[12:]
+        positive[3] = "is <image> a dog ?"
+        options = {"context_site": CONTEXT, "contrast": "prompt", "epochs": 3}
+        odd = steering.fit_l2s(vlm, questions, positive, prompts, SITE, **options)
+        assert list(odd.source["skipped"]) == [questions[3].id]
+        assert (odd.source["samples"], odd.source["shifted samples"]) == (23, 11)
+        kept = [i for i in range(24) if i != 3]
+        pick = [[given[i] for i in kept] for given in (questions, positive, prompts)]
+        expected = steering.fit_l2s(vlm, *pick, SITE, **options)
+        np.testing.assert_allclose(odd.mean, expected.mean, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match=f"sample {questions[3].id}: .* refuses it"):
+            steering.fit_l2s(vlm, questions, positive, prompts, SITE, strict=True, **options)
+
     def test_messages(self, vlm, questions):
         with pytest.raises(ValueError, match="1 positive and 2 negative counterparts of 2 samples"):
             steering.fit_l2s(vlm, questions[:2], ["a"], ["b", "c"], SITE)

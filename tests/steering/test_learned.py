@@ -1,5 +1,7 @@
 """Learnt shifts on the embedded model: they find what is wanted, and one program does it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -113,3 +115,17 @@ def test_messages(vlm, questions, targets):
         steering.fit_learned(vlm, questions, targets, SITE, where=np.ones((24, 90)))
     with pytest.raises(ValueError, match="nothing can be learnt at site"):
         steering.fit_learned(vlm, questions, targets, "multi_modal_projector")
+
+
+def test_a_refused_sample_is_left_out_with_its_answer(vlm, questions, targets):
+    odd = [dataclasses.replace(questions[0], prompt="is <image> a dog ?"), *questions[1:4]]
+    wanted = ["three", "no", "no", "no"]
+    found = steering.fit_learned(vlm, odd, wanted, SITE, steps=1, **OPTIONS)
+    assert list(found.source["skipped"]) == [questions[0].id]
+    assert (found.source["samples"], found.source["targets"]) == (3, {"no": 3})
+    expected = steering.fit_learned(vlm, odd[1:], wanted[1:], SITE, steps=1, **OPTIONS)
+    np.testing.assert_allclose(found.vector, expected.vector, atol=1e-4)
+    with pytest.raises(ValueError, match="one of 2 samples can be processed, expected two"):
+        steering.fit_learned(vlm, odd[:2], wanted[:2], SITE, **OPTIONS)
+    with pytest.raises(ValueError, match=f"sample {questions[0].id}: .* refuses it"):
+        steering.fit_learned(vlm, odd, wanted, SITE, strict=True, **OPTIONS)

@@ -1,5 +1,7 @@
 """Ranking of vectors: by hand, a property, and on the embedded model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,6 +72,14 @@ class TestVectors:
         assert ranked[1].shift.strength == 0
         described = ranked[0].describe()
         assert (described["to"], described["score"], described["samples"]) == (1, 1.0, 6)
+
+    def test_a_refused_sample_is_not_counted(self, vlm, questions):
+        odd = [dataclasses.replace(questions[0], prompt="is <image> a dog ?"), *questions[1:3]]
+        vector = SteeringVector(np.zeros(192, np.float32), SITE, {})
+        (ranked,) = steering.rank_vectors(vlm, [vector], odd, batch_size=8, max_new_tokens=2)
+        assert (ranked.shift.samples, ranked.shift.strength) == (2, 0)
+        with pytest.raises(ValueError, match=f"sample {questions[0].id}: .* refuses it"):
+            steering.rank_vectors(vlm, [vector], odd, strict=True)
 
     def test_messages(self, vlm, questions):
         vector = SteeringVector(np.ones(192), SITE, {"samples": ["nobody"]})

@@ -1,12 +1,21 @@
 """Commands from features to concepts, their words and images, and the report."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, ThroughNorm, console, load_model, solver_bar
+from xlvlm_jax.cli.console import (
+    Images,
+    Seed,
+    ThroughNorm,
+    console,
+    errors,
+    load_model,
+    solver_bar,
+)
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
 
 
@@ -101,15 +110,16 @@ def ground(
     num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 50,
     num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
     through_norm: ThroughNorm = None,
+    images: Images = None,
 ) -> None:
     """Concepts -> words and images, written into the same directory."""
-    from xlvlm_jax import Concepts, Features, stages
+    from xlvlm_jax import Concepts, Features, pictures, stages
 
     source = features or Path(Concepts.load(concepts).source.get("features", ""))
     grounded = stages.ground_concepts(
         concepts,
         load_model(model),
-        Features.open(source),
+        Features.open(source, images=images),
         num_words=num_words,
         num_candidates=num_candidates,
         num_images=num_images,
@@ -121,13 +131,23 @@ def ground(
     console.print(table)
     how = "through the final norm" if grounded.through_norm else "by the head alone"
     console.print(f"words read {how}")
+    shown = [path for paths in grounded.images for path in paths]
+    if gone := pictures.missing(shown):
+        errors.print(
+            f"{len(gone)} of {len(set(shown))} images are not there, such as {gone[0]}; "
+            "give the directory that they lie in (--images)",
+            style="yellow",
+            markup=False,
+        )
 
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
     output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+    images: Images = None,
 ) -> None:
     """A run directory -> one self-contained HTML page."""
     from xlvlm_jax.report import write_report
 
-    console.print(f"{write_report(run, output)}")
+    tell = functools.partial(errors.print, style="yellow", markup=False)
+    console.print(f"{write_report(run, output, images=images, tell=tell)}")

@@ -1,7 +1,7 @@
 """What all commands share: the console, progress bars, common arguments, how a model is loaded."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,16 @@ ThroughNorm = Annotated[
         "alone, as XL-VLMs does; left out, through it where the states come before it.",
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Stop at a sample that can't be read or processed; else it is skipped."
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="The directory of the pictures now, if they were moved without the run."),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 IgnoreGenerationConfig = Annotated[
     bool,
@@ -52,6 +62,12 @@ IgnoreGenerationConfig = Annotated[
         "repetition_penalty. Its end tokens stay.",
     ),
 ]
+
+
+def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """A line for each sample that was passed over, with the reason."""
+    for name, reason in dict(skipped).items():
+        errors.print(f"skipped sample {name}: {reason}", style="yellow", markup=False)
 
 
 def load_model(

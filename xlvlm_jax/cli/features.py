@@ -10,6 +10,7 @@ from xlvlm_jax.cli.console import (
     Mesh,
     Model,
     Seed,
+    Strict,
     as_it_generates,
     bars,
     console,
@@ -18,6 +19,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     parse_mesh,
     progress_bars,
+    show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled
 
@@ -125,7 +127,7 @@ def extract(
     states_dtype: Annotated[
         str, typer.Option(help="Of the states on disk: float32, float16 or bfloat16.")
     ] = "float32",
-    strict: Annotated[bool, typer.Option(help="Stop at an unreadable image.")] = False,
+    strict: Strict = False,
     adapter: Annotated[
         str | None,
         typer.Option(help="A LoRA adapter of the model (directory or hub id), merged into it."),
@@ -205,8 +207,7 @@ def extract(
             ignore_disk=ignore_disk,
             progress=advance,
         )
-    for name, reason in summary.failed:
-        errors.print(f"skipped sample {name}: {reason}", style="yellow")
+    show_skipped(summary.failed)
     spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in summary.seconds_of.items())
     console.print(f"waited for: {spent or 'nothing'}; {programs}", highlight=False)
     console.print(

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from xlvlm_jax.cli.console import Model, Seed, console, load_model, progress_bars
+from xlvlm_jax.cli.console import (
+    Model,
+    Seed,
+    Strict,
+    console,
+    load_model,
+    progress_bars,
+    show_skipped,
+)
 
 Words = Annotated[
     str | None,
@@ -60,6 +68,7 @@ def finetune(
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
         "float32"
     ),
+    strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
     """Model x data -> a LoRA adapter in PEFT's format. The same command goes on if interrupted."""
@@ -120,8 +129,10 @@ def finetune(
             base_model=model,
             source=source,
             command=shlex.join(["xlvlm", *sys.argv[1:]]),
+            strict=strict,
             progress=show,
         )
+    show_skipped(summary.skipped)
     evaluations = [f"{loss:.3f} after {step}" for step, loss in summary.evaluations.items()]
     console.print(
         f"{summary.steps} steps on {len(samples)} samples, {summary.seconds:.1f} s, loss "

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, Site, ThroughNorm, bars, console, load_model, progress_bars
+from xlvlm_jax.cli.console import (
+    Images,
+    Seed,
+    Site,
+    Strict,
+    ThroughNorm,
+    bars,
+    console,
+    load_model,
+    progress_bars,
+    show_skipped,
+)
 
 Directories = Annotated[
     list[Path] | None, typer.Argument(help="Directories of concepts; none to compare methods.")
@@ -52,6 +63,8 @@ def score(
     seeds: Annotated[int, typer.Option(help="Seeds of each, for --methods.")] = 2,
     through_norm: ThroughNorm = None,
     site: Site = None,
+    images: Images = None,
+    strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
     """Concepts -> CLIPScore, BERTScore, overlap, sparsity, stability ... as scores.json."""
@@ -69,7 +82,7 @@ def score(
         counts = _numbers(num_concepts)
         train = Features.open(features)
         site = stages.choose_site(train, site)
-        tested = train if test is None else Features.open(test)
+        tested = Features.open(features if test is None else test, images=images)
     else:
         loaded = [Concepts.load(directory) for directory in concepts]
         others = [Concepts.load(directory) for directory in stability or ()]
@@ -80,9 +93,9 @@ def score(
         test = test or loaded[0].source.get("features")
         if test is None:
             raise ValueError(f"{concepts[0]} does not say what it was learnt on; give --test")
-        tested = Features.open(test)
+        tested = Features.open(test, images=images)
 
-    scorer = _scorer(tested, site, clip, bert, bert_layer, bert_idf, bert_baseline, seed)
+    scorer = _scorer(tested, site, clip, bert, bert_layer, bert_idf, bert_baseline, seed, strict)
     if methods:
         with progress_bars() as progress:
             rows = compare(
@@ -101,6 +114,7 @@ def score(
             scorer.score(each, name=directory.name, others=others)
             for directory, each in zip(concepts, loaded, strict=True)
         ]
+    show_skipped(scorer.skipped)
     path = write_scores(output, scorer.describe(), rows)
     _show(rows)
     console.print(f"{len(rows)} dictionaries scored on {len(scorer.Z)} rows -> {path}")
@@ -124,6 +138,7 @@ def _scorer(
     idf: bool,
     baseline: Path | None,
     seed: int,
+    strict: bool,
 ) -> Any:
     from ports import bert as bert_port
     from ports import clip as clip_port
@@ -148,7 +163,7 @@ def _scorer(
         with console.status(f"loading {clip}"):
             encoder = clip_port.load(embedded.CLIP if clip == "embedded" else clip)
     with console.status("reading and encoding the samples"):
-        return Scorer(features, site, clip=encoder, bert=judge, seed=seed)
+        return Scorer(features, site, clip=encoder, bert=judge, seed=seed, strict=strict)
 
 
 def _show(rows: list[Any]) -> None:

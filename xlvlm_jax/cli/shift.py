@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Seed, Site, ThroughNorm, console, load_model
+from xlvlm_jax.cli.console import Images, Seed, Site, ThroughNorm, console, load_model
 
 
 def shift(
@@ -40,6 +40,7 @@ def shift(
     num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 200,
     num_images: Annotated[int, typer.Option(help="Most activating samples that count.")] = 50,
     through_norm: ThroughNorm = None,
+    images: Images = None,
     seed: Seed = 0,
 ) -> None:
     """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
@@ -50,7 +51,10 @@ def shift(
 
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
-    features = Features.open(original), None if finetuned is None else Features.open(finetuned)
+    features = (
+        Features.open(original, images=images),
+        None if finetuned is None else Features.open(finetuned, images=images),
+    )
     learnt = Concepts.load(concepts)
     site = site or learnt.source.get("site")
     if features[1] is not None:  # before a model is loaded for nothing

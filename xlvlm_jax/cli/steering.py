@@ -12,13 +12,14 @@ from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
     Seed,
+    Strict,
     as_it_generates,
     bars,
     console,
-    errors,
     load_model,
     parse_where,
     progress_bars,
+    show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun
 from xlvlm_jax.cli.steering_options import (
@@ -74,6 +75,7 @@ def evaluate(
     dtype: Dtype = "float32",
     java: Java = False,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
@@ -105,6 +107,7 @@ def evaluate(
             about=describe_run(data, dataset, split, seed, [vector] if vector else [], loaded),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            strict=strict,
             stage=bars(progress),
         )
     _finish(summary, output)
@@ -172,6 +175,7 @@ def apply(
     dtype: Dtype = "float32",
     java: Java = False,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
@@ -193,7 +197,11 @@ def apply(
     samples = read_samples(dataset, data, split, num_samples, seed)
     task.require(samples)
     about = describe_run(data, dataset, split, seed, vector, loaded)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "strict": strict,
+    }
     others: Sequence[Any] = []
     if choose_on is not None:
         held_out = {sample.id for sample in samples}
@@ -256,12 +264,11 @@ def _preflight(
 
 
 def _finish(summary: dict[str, Any], output: Path) -> None:
-    """Figures, the table, and a line for each unreadable image."""
+    """Figures, the table, and a line for each sample that was passed over."""
     from xlvlm_jax.report.steering_figures import draw_all
 
     draw_all(summary, output)
-    for name, reason in summary["unreadable"].items():
-        errors.print(f"skipped sample {name}: {reason}", style="yellow")
+    show_skipped(summary["unreadable"])
     show(summary, console)
     console.print(
         f"{summary['samples']} samples, {len(summary['unreadable'])} unreadable -> {output}"

@@ -11,14 +11,17 @@ from rich.table import Table
 
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
+    Images,
     Seed,
     Site,
+    Strict,
     as_it_generates,
     bars,
     console,
     load_model,
     parse_where,
     progress_bars,
+    show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun
 
@@ -88,6 +91,8 @@ def fit(
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
         "float32"
     ),
+    images: Images = None,
+    strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
@@ -95,7 +100,7 @@ def fit(
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import stages, steering
 
-    opened = StoredFeatures.open(features)
+    opened = StoredFeatures.open(features, images=images)
     site = stages.choose_site(opened, site)
     answers: dict[str, Any] = {"key": key, "match": match}
     meant = parse_where(where)
@@ -163,6 +168,7 @@ def fit(
     with progress_bars() as progress:
         advance = bars(progress)("learning" if method == "learned" else "running counterparts")
         common = {"where": meant, "seed": seed, "progress": advance, "batch_size": batch_size}
+        common["strict"] = strict
         if method == "learned":
             fitted = steering.fit_learned(
                 vlm, lesson.samples, lesson.wanted, site, rank=rank, steps=steps, **common
@@ -171,8 +177,11 @@ def fit(
             fitted = steering.fit_l2s(
                 vlm, *trios, site, contrast=contrast, context_site=context_site, **common
             )
-    fitted.source.update(features=str(features), source=sources, target=targets, **answers)
+    fitted.source.update(
+        features=str(features.resolve()), source=sources, target=targets, **answers
+    )
     fitted.save(output)
+    show_skipped(fitted.source["skipped"])
     if method == "learned":
         look = min(fitted.source["history"], key=lambda look: look["validation"])
         before = fitted.source["history"][0]["validation"]
@@ -199,6 +208,8 @@ def rank(
         "float32"
     ),
     ignore_generation_config: IgnoreGenerationConfig = False,
+    images: Images = None,
+    strict: Strict = False,
 ) -> None:
     """Which vectors move the most answers to the fewest targets."""
     from xlvlm_jax import Features as StoredFeatures
@@ -213,7 +224,7 @@ def rank(
         if named is None:
             raise ValueError(f"{paths[0]} does not say what it was fitted on; give --features")
         features = Path(named)
-    samples = steering.samples_of(StoredFeatures.open(features))
+    samples = steering.samples_of(StoredFeatures.open(features, images=images))
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         ranked = steering.rank_vectors(
@@ -225,6 +236,7 @@ def rank(
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            strict=strict,
             progress=bars(progress)("steering"),
         )
     files = {id(vector): path for vector, path in zip(loaded, paths, strict=True)}

@@ -19,7 +19,7 @@ import numpy as np
 from ports import VLM
 from ports import edits as edit_kinds
 from ports.edits import Edit, Edits
-from xlvlm_jax.data.reading import ahead, read_pictures
+from xlvlm_jax.data.reading import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
@@ -103,11 +103,11 @@ PLAIN = Condition()
 class Predictions(NamedTuple):
     """Answers under A conditions to N samples."""
 
-    answers: list[list[str | None]]  # [A][N]; None where the image could not be read
-    errors: dict[str, str]  # sample -> why its image could not
+    answers: list[list[str | None]]  # [A][N]; None where there is none
+    errors: dict[str, str]  # sample -> why its image could not be read, or processed
 
     def readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[str]]]:
-        """The samples whose images could be read, and the answers to them.
+        """The samples that could be read and processed, and the answers to them.
 
         Raises ValueError if there is none.
         """
@@ -120,7 +120,7 @@ class Predictions(NamedTuple):
 
 class _Batch(NamedTuple):
     samples: Sequence[Sample]
-    errors: tuple[str | None, ...]  # why a sample has no image
+    errors: tuple[str | None, ...]  # why a sample has no row
     good: np.ndarray  # int[R]: those that have one, in the order of the rows
     inputs: dict[str | None, dict[str, np.ndarray]]  # instruction -> the processor's arrays
 
@@ -133,6 +133,7 @@ def predict(
     max_new_tokens: int = 10,
     batch_size: int = 16,
     max_rows: int | None = None,
+    strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """The model's greedy answers to each sample under each condition.
@@ -145,10 +146,12 @@ def predict(
         batch_size: B, of every batch: the last one is filled up.
         max_rows: A times B of one run, at most; more conditions are run in several. None: 512, or
             as many as keep the key-value cache within 4 GiB.
+        strict: stop at a sample that can't be read or processed.
         progress: called after each batch with (samples done, samples in all).
 
-    An image that can't be read is recorded and passed over. Raises ValueError for a batch size
-    below one, no conditions, vectors of another model, and as `VLM.generate` does.
+    An image that can't be read, or that the processor refuses, alone or with its prompt under one
+    of the conditions, is recorded and passed over. Raises ValueError for a batch size below one, no
+    conditions, vectors of another model, and as `VLM.generate` does.
     """
     if batch_size < 1 or not conditions:
         raise ValueError(
@@ -159,7 +162,7 @@ def predict(
     errors: dict[str, str] = {}
     done = 0
     told = list(dict.fromkeys(condition.instruction for condition in conditions))
-    for batch in _batches(vlm, samples, told, batch_size):
+    for batch in _batches(vlm, samples, told, batch_size, strict):
         errors |= {
             sample.id: error
             for sample, error in zip(batch.samples, batch.errors, strict=True)
@@ -176,29 +179,32 @@ def predict(
 
 
 def _batches(
-    vlm: VLM, samples: Sequence[Sample], told: Sequence[str | None], size: int
+    vlm: VLM, samples: Sequence[Sample], told: Sequence[str | None], size: int, strict: bool
 ) -> Iterator[_Batch]:
     """Batches of samples, read and preprocessed by threads ahead of the model."""
     groups = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What the processor reads once is read before the threads ask for it.
     vlm.processor  # noqa: B018
-    prepared = functools.partial(prepare, vlm, told=told, size=size)
+    prepared = functools.partial(prepare, vlm, told=told, size=size, strict=strict)
     return ahead(groups, prepared, WORKERS)
 
 
 def prepare(
-    vlm: VLM, samples: Sequence[Sample], *, told: Sequence[str | None], size: int
+    vlm: VLM,
+    samples: Sequence[Sample],
+    *,
+    told: Sequence[str | None],
+    size: int,
+    strict: bool = False,
 ) -> _Batch:
-    """A batch of the samples whose images can be read, under each of the instructions."""
-    images, rows, num_rows, errors = read_pictures(samples, size)
-    if not num_rows:
-        return _Batch(samples, errors, rows, {})
-    inputs = {}
-    for words in told:
-        condition = Condition(instruction=words)
-        prompts = [vlm.render(condition.prompt(samples[i])) for i in rows]
-        inputs[words] = vlm.process(prompts, images)
-    return _Batch(samples, errors, rows[:num_rows], inputs)
+    """A batch of the samples that can be processed, under each of the instructions."""
+    prompts = [
+        [vlm.render(Condition(instruction=words).prompt(sample)) for sample in samples]
+        for words in told
+    ]
+    made = process_samples(vlm, samples, prompts, size, strict=strict)
+    inputs = dict(zip(told, made.inputs, strict=True)) if made.inputs else {}
+    return _Batch(samples, made.errors, made.good, inputs)
 
 
 def _run(

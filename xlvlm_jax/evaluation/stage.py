@@ -5,12 +5,13 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ports import VLM, hub
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, pictures
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose
@@ -30,6 +31,7 @@ def evaluate(
     sweep: dict[str, Any] | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    strict: bool = False,
     stage: Stage | None = None,
 ) -> dict[str, Any]:
     """Answers under each condition, measured and written; returns the summary.
@@ -44,6 +46,7 @@ def evaluate(
         sweep: what `describe_sweep` made of the trials by which a condition was chosen.
         max_new_tokens: of an answer at most; None for the task's own.
         batch_size: samples a batch.
+        strict: stop at a sample that can't be read or processed, instead of passing it over.
         stage: stage(name) begins a progress bar and returns advance(done, total).
 
     Raises ValueError for words that are not of the data set, no readable image, and as `predict`
@@ -57,6 +60,7 @@ def evaluate(
         list(conditions.values()),
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         batch_size=batch_size,
+        strict=strict,
         progress=None if stage is None else stage("answering"),
     )
     kept, answers = predictions.readable(samples)
@@ -74,18 +78,20 @@ def evaluate(
         },
         **({} if sweep is None else {"sweep": sweep}),
     }
+    output = Path(output)
+    root = pictures.root_of(os.path.abspath(sample.image) for sample in kept)
+    summary["pictures"] = pictures.describe(root, output)
     lines = []
     for i, sample in enumerate(kept):
         described = {
             "id": sample.id,
-            "image": str(sample.image),
+            "image": pictures.name_in(root, sample.image),
             "question": sample.metadata.get("question"),
             "answer": sample.metadata.get("answer"),
             "references": list(sample.references),
             "predictions": {name: given[name][i] for name in conditions},
         }
         lines.append(json.dumps({k: v for k, v in described.items() if v is not None}) + "\n")
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     # Without its summary a directory is no evaluation: it goes first and comes last.
     (output / "summary.json").unlink(missing_ok=True)
@@ -102,6 +108,7 @@ def select(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    strict: bool = False,
     stage: Stage | None = None,
 ) -> tuple[Trial, list[Trial]]:
     """Tries conditions on samples: the one to take, and all of them.
@@ -115,6 +122,7 @@ def select(
         [PLAIN, *conditions],
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         batch_size=batch_size,
+        strict=strict,
         progress=None if stage is None else stage("trying"),
     )
     kept, (plain, *answers) = predictions.readable(samples)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ports import VLM
 from xlvlm_jax.answers import answered
-from xlvlm_jax.data.reading import ahead, read_pictures
+from xlvlm_jax.data.reading import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract.settings import Settings
 
@@ -23,10 +23,10 @@ class Batch(NamedTuple):
     """What one pass of the model takes, and whose it is."""
 
     samples: Group
-    errors: tuple[str | None, ...]  # why a sample has no image, else None
+    errors: tuple[str | None, ...]  # why a sample has no row, else None
     rows: np.ndarray  # int[B]: the sample of `samples` that each row of the batch belongs to
     num_rows: int  # the rows behind only fill the batch up
-    inputs: dict[str, np.ndarray] | None  # None if no image could be read
+    inputs: dict[str, np.ndarray] | None  # None if no sample has a row
     answer_lengths: np.ndarray  # int[B]: how many of the last tokens are forced
 
 
@@ -51,19 +51,18 @@ def default_workers() -> int:
 
 
 def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
-    """The batch of a group. Raises OSError or ValueError for an unreadable image if strict."""
-    images, rows, num_rows, errors = read_pictures(samples, settings.batch_size, strict=strict)
-    if not num_rows:
-        return Batch(samples, errors, rows, 0, None, rows)
-    prompts = [vlm.render(samples[i].prompt) for i in rows]
-    lengths = np.zeros(len(rows), int)
+    """The batch of a group. Raises OSError or ValueError for a sample without a row if strict."""
+    texts = [vlm.render(sample.prompt) for sample in samples]
+    lengths = np.zeros(len(samples), int)
     if settings.mode == "teacher-forcing":
-        prompts, lengths = answered(vlm, prompts, [_reference(samples[i]) for i in rows])
-    inputs = vlm.process(prompts, images)
-    return Batch(samples, errors, rows, num_rows, inputs, lengths)
+        texts, lengths = answered(vlm, texts, [reference(sample) for sample in samples])
+    made = process_samples(vlm, samples, [texts], settings.batch_size, strict=strict)
+    inputs = made.inputs[0] if made.inputs else None
+    return Batch(samples, made.errors, made.rows, made.num_rows, inputs, lengths[made.rows])
 
 
-def _reference(sample: Sample) -> str:
+def reference(sample: Sample) -> str:
+    """What is forced on a sample. ValueError for one without references."""
     if not sample.references:
         raise ValueError(
             f"sample {sample.id} has no reference to force; use data with captions or answers"

@@ -43,8 +43,8 @@ def run_groups(
 ) -> None:
     """Computes the rows of every group and commits them, in order.
 
-    Raises what `commit` does and, if strict, OSError or ValueError for an image that can't be read
-    and ValueError for a state that is not finite.
+    Raises what `commit` does and, if strict, OSError or ValueError for a sample that can't be read
+    or processed and ValueError for a state that is not finite; the groups before it are committed.
     """
     running: list[tuple[int, Batch, Ran | None]] = []  # the batch that the device computes
 
@@ -62,8 +62,12 @@ def run_groups(
 
     ready = batches(model.vlm, groups, model.settings, strict=strict, workers=workers)
     for number in range(len(groups)):
-        with clock.waiting("input"):
-            batch = next(ready)
+        try:
+            with clock.waiting("input"):
+                batch = next(ready)
+        except Exception:
+            finish()  # what is computed is kept
+            raise
         # JAX returns at once: this batch is computed while the one before is fetched and written.
         # The rows of that one are selected first, or they would wait until this one is computed.
         with clock.waiting("device"):

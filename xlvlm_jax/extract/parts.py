@@ -22,7 +22,7 @@ import numpy as np
 from xlvlm_jax import hosts
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract.batches import Group, groups_of
-from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+from xlvlm_jax.store import Features, FeaturesWriter, manifest_of, stored_samples
 
 BATCHES = 16
 FOLDER = "parts"
@@ -165,8 +165,9 @@ def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any,
     part = Features.open(block.path, allow_incomplete=True)
     stored = {site: part.stored(site) for site in part.sites}
     # Committed as the model's batches were, so that a killed merge goes on between two of them.
-    for start in range(done - block.start, len(part.samples), batch_size):
-        samples = part.samples[start : start + batch_size]
+    described = stored_samples(block.path)
+    for start in range(done - block.start, len(described), batch_size):
+        samples = described[start : start + batch_size]
         first, last = np.searchsorted(part.sample_rows, [start, start + len(samples)])
         states = {site: rows.read(first, last) for site, rows in stored.items()}
         index = part.sample_rows[first:last] - start

@@ -21,12 +21,13 @@ from ports import VLM, hub
 from xlvlm_jax import hosts
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract import parts
-from xlvlm_jax.extract.batches import default_workers, groups_of
+from xlvlm_jax.extract.batches import default_workers, groups_of, reference
 from xlvlm_jax.extract.compute import Model
 from xlvlm_jax.extract.loop import Clock, run_groups
 from xlvlm_jax.extract.preflight import disk_needs, require_disk
 from xlvlm_jax.extract.settings import Settings, Summary
 from xlvlm_jax.paired import check_alike, share_params, with_like_heads
+from xlvlm_jax.pictures import name_in
 from xlvlm_jax.same_model import model_of
 from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
 
@@ -59,8 +60,9 @@ def extract(
             forcing; in generation each goes its own way, and `tokens` and `positions` are the
             model's.
         source: where the samples come from, free for the caller; kept in the manifest.
-        strict: stop at an image that can't be read, or a state that is NaN, Inf or beyond the
-            dtype on disk, instead of recording and skipping the sample.
+        strict: stop at an image that can't be read, a sample that the processor refuses, or a
+            state that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping
+            the sample. What was computed before is kept.
         workers: threads that read images; None: one a core, at most 16.
         ignore_disk: start even if the disk may be too small.
         progress: called after each batch with (samples done, samples in all, rows); of several
@@ -79,6 +81,9 @@ def extract(
     began = time.perf_counter()
     if not samples:
         raise ValueError("there are no samples to extract from; check the data and its selection")
+    if settings.mode == "teacher-forcing":
+        for sample in samples:
+            reference(sample)
     generated = settings.mode == "generate" or finetuned is not None
     sites = vlm.check_sites(settings.sites, generated=generated)
     settings = dataclasses.replace(settings, sites=sites)
@@ -126,15 +131,25 @@ class _Run:
     workers: int
     clock: Clock = dataclasses.field(default_factory=Clock)
 
-    def write(self, groups: Sequence[Any], commit: Callable[..., None]) -> None:
+    def write(self, groups: Sequence[Any], commit: Callable[..., None], root: Path | None) -> None:
+        """root: what pictures are named relative to."""
+
+        def named(number: int, described: list[dict[str, Any]], *arrays: Any) -> None:
+            for entry in described:
+                entry["image"] = name_in(root, entry["image"])
+            commit(number, described, *arrays)
+
         run_groups(
             self.model,
             groups,
-            commit,
+            named,
             strict=self.strict,
             workers=self.workers,
             clock=self.clock,
         )
+
+    def place_pictures(self, writer: FeaturesWriter) -> Path | None:
+        return writer.place_pictures([sample.image for sample in self.samples])
 
     def open(self) -> FeaturesWriter:
         return FeaturesWriter(self.output, self.arguments, dtype=self.model.settings.dtype)
@@ -152,7 +167,8 @@ def _alone(run: _Run, progress: Progress | None) -> None:
                 progress(writer.samples_done, len(run.samples), writer.rows_done)
 
         left = run.samples[writer.samples_done :]
-        run.write(groups_of(left, run.model.settings.batch_size), commit)
+        root = run.place_pictures(writer)
+        run.write(groups_of(left, run.model.settings.batch_size), commit, root)
         _complete(run, writer)
 
 
@@ -164,6 +180,9 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
         try:
             writer = run.open()
             told = {"complete": writer.complete, "done": writer.samples_done}
+            if not writer.complete:
+                root = run.place_pictures(writer)
+                told["root"] = None if root is None else str(root)
         except (OSError, ValueError) as error:
             told = {"error": str(error)}
     told = hosts.tell(told)
@@ -186,7 +205,7 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
             progress(done, total, rows)
 
     try:
-        run.write(mine.groups, commit)
+        run.write(mine.groups, commit, None if told["root"] is None else Path(told["root"]))
         if writer is None:
             parts.await_whole(run.output)
             return

@@ -48,6 +48,6 @@ class Summary(NamedTuple):
     samples: int
     rows: int
     without_token: int  # samples of which the selection kept nothing
-    failed: tuple[tuple[str, str], ...]  # (sample, reason): an unreadable image, NaN or Inf
+    failed: tuple[tuple[str, str], ...]  # (sample, reason): an image unreadable or refused, NaN
     seconds: float
     seconds_of: dict[str, float]  # of those, waiting for "input", for the "device", to "write"

@@ -13,28 +13,51 @@ import numpy as np
 from ports import VLM
 from ports.padding import bucket_length
 from xlvlm_jax.answers import answered
-from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.reading import process_samples
 from xlvlm_jax.data.sample import Sample
 
 
 class Batch(NamedTuple):
     """Rows whose last tokens are the answers to learn."""
 
-    inputs: dict[str, np.ndarray]  # the processor's arrays, rows padded on the left
+    inputs: dict[str, np.ndarray]  # the processor's arrays, rows padded on the left; {} of no row
     lengths: np.ndarray  # int32[B]: tokens of each answer, its end included; 0 in filled-up rows
     window: int  # no answer is longer; one of few, so that few programs are compiled
+    skipped: dict[str, str]  # sample -> why it teaches nothing: it can't be read or processed
 
 
 def batches(
-    vlm: VLM, samples: Sequence[Sample], batch_size: int, seed: int, start: int, stop: int
+    vlm: VLM,
+    samples: Sequence[Sample],
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    *,
+    strict: bool = False,
 ) -> Iterator[Batch]:
     """Training batches number `start` to `stop`, read and preprocessed by threads ahead of need.
 
     Batch i holds the samples from i * batch_size on in an endless row of shuffled epochs, each with
-    one of its references, drawn anew. All follows from seed and number alone.
+    one of its references, drawn anew. All follows from seed and number alone. A sample that can't
+    be read or processed has no row; a batch of nothing else is that of the next number.
+
+    strict: stop at such a sample. Raises ValueError for samples of which none can be learnt.
     """
 
     def make(number: int) -> Batch:
+        skipped: dict[str, str] = {}
+        for following in range(number, number + len(samples) + 1):
+            batch = draw(following)
+            skipped |= batch.skipped
+            if batch.inputs:
+                return batch._replace(skipped=skipped)
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"none of {len(samples)} samples can be learnt; the first, {name}: {reason}"
+        )
+
+    def draw(number: int) -> Batch:
         chosen, answers = [], []
         for place in range(number * batch_size, (number + 1) * batch_size):
             epoch, index = divmod(place, len(samples))
@@ -42,17 +65,20 @@ def batches(
             choice = np.random.default_rng([seed, 1, place])
             chosen.append(sample)
             answers.append(str(choice.choice(answers_of(sample))))
-        return _batch(vlm, chosen, answers, batch_size)
+        return _batch(vlm, chosen, answers, batch_size, strict)
 
     return _ahead(make, start, stop)
 
 
-def evaluation_batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> Iterator[Batch]:
-    """All samples in order, each with its first reference; the last batch is filled up."""
+def evaluation_batches(
+    vlm: VLM, samples: Sequence[Sample], batch_size: int, *, strict: bool = False
+) -> Iterator[Batch]:
+    """All samples in order, each with its first reference; otherwise as `batches`."""
 
     def make(number: int) -> Batch:
         chosen = samples[number * batch_size : (number + 1) * batch_size]
-        return _batch(vlm, chosen, [answers_of(sample)[0] for sample in chosen], batch_size)
+        first = [answers_of(sample)[0] for sample in chosen]
+        return _batch(vlm, chosen, first, batch_size, strict)
 
     return _ahead(make, 0, -(-len(samples) // batch_size))
 
@@ -85,13 +111,18 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
-def _batch(vlm: VLM, samples: Sequence[Sample], answers: Sequence[str], batch_size: int) -> Batch:
-    fill = batch_size - len(samples)
-    images = [read_image(sample.image) for sample in samples]
+def _batch(
+    vlm: VLM, samples: Sequence[Sample], answers: Sequence[str], batch_size: int, strict: bool
+) -> Batch:
     prompts = [vlm.render(sample.prompt) for sample in samples]
     texts, lengths = answered(vlm, prompts, answers)
-    inputs = vlm.process([*texts, *texts[:1] * fill], [*images, *images[:1] * fill])
+    made = process_samples(vlm, samples, [texts], batch_size, strict=strict)
+    skipped = {s.id: e for s, e in zip(samples, made.errors, strict=True) if e is not None}
+    if not made.inputs:
+        return Batch({}, np.zeros(0, np.int32), 0, skipped)
+    inputs, lengths = made.inputs[0], lengths[made.rows].astype(np.int32)
+    lengths[made.num_rows :] = 0
     # One length for most data; but the first position predicts and is predicted by none.
     window = max(32, bucket_length(int(lengths.max())))
     window = min(window, bucket_length(inputs["input_ids"].shape[1]) - 1)
-    return Batch(inputs, np.array([*lengths, *[0] * fill], np.int32), window)
+    return Batch(inputs, lengths, window, skipped)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class Summary(NamedTuple):
     loss: float  # a token of the answers, the mean of the last updates
     evaluations: dict[int, float]  # step -> loss on the evaluation split
     seconds: float  # of this call
+    skipped: dict[str, str]  # sample -> why it taught nothing: it can't be read or processed
 
 
 def finetune(
@@ -58,6 +59,7 @@ def finetune(
     base_model: str | None = None,
     source: dict[str, Any] | None = None,
     command: str | None = None,
+    strict: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Summary:
     """Fine-tunes a model on the references of samples; goes on with an interrupted run of the same.
@@ -78,11 +80,14 @@ def finetune(
         base_model: what an adapter says it was made for; default: the checkpoint's directory.
         source: where the samples come from, free for the caller; recorded.
         command: the command line, if it was one; recorded.
+        strict: stop at a sample whose image can't be read, or that the processor refuses, instead
+            of recording and skipping it.
         progress: called with (steps done, steps in all, {"loss", "norm", "rate", ...}).
 
     Raises:
-        ValueError: no samples, samples without references, unreadable images, targets that name no
-            linear layer, or other arguments than the interrupted run's.
+        ValueError: no samples, samples without references, a batch none of whose samples can be
+            processed (if strict, one of them), targets that name no linear layer, or other
+            arguments than the interrupted run's.
         FileExistsError: the output is there already, and is not that of these arguments.
     """
     began = time.perf_counter()
@@ -112,7 +117,8 @@ def finetune(
         return _summary(log, time.perf_counter() - began)
     if settings.method == "lora":
         initial_adapter(vlm, settings)  # before anything is written
-    run = _Run(vlm, samples, settings, evaluation, evaluate_every, save_every, log_every, progress)
+    every = evaluate_every, save_every, log_every
+    run = _Run(vlm, samples, settings, evaluation, *every, strict, progress)
     work = output.with_name(output.name + ".training")
     _begin(work, arguments)
     trainer, state, log = _train(run, work)
@@ -139,10 +145,11 @@ class _Run(NamedTuple):
     evaluate_every: int | None
     save_every: int
     log_every: int
+    strict: bool
     progress: Callable[[int, int, dict[str, float]], None] | None
 
 
-def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, float]]]:
+def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]:
     """Trains to the end, from what `work` holds of it."""
     settings = run.settings
     total = settings.num_steps(len(run.samples))
@@ -154,9 +161,20 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, float]
         if run.progress is not None:
             run.progress(step, total, figures)
 
+    def skipping(step: int, batches: Iterable[examples.Batch]) -> Iterator[examples.Batch]:
+        """The batches that have rows; what they skip is recorded, once a sample."""
+        for batch in batches:
+            known = {entry["skipped"] for entry in log if "skipped" in entry}
+            new = {name: why for name, why in batch.skipped.items() if name not in known}
+            log.extend({"step": step, "skipped": name, "why": why} for name, why in new.items())
+            if batch.inputs:
+                yield batch
+
     def evaluate(step: int) -> None:
-        split = examples.evaluation_batches(run.vlm, run.evaluation, settings.batch_size)
-        record(step, {"evaluation": trainer.evaluate(state, split)})
+        split = examples.evaluation_batches(
+            run.vlm, run.evaluation, settings.batch_size, strict=run.strict
+        )
+        record(step, {"evaluation": trainer.evaluate(state, skipping(step, split))})
 
     # Whenever a state is saved, all figures up to it have been recorded.
     interval = -(-run.save_every // run.log_every) * run.log_every
@@ -177,7 +195,7 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, float]
         recent: list[dict[str, jax.Array]] = []
         groups = _groups(run, start, total)
         for step, group in enumerate(groups, start + 1):
-            state, figures = trainer.update(state, group)
+            state, figures = trainer.update(state, list(skipping(step, group)))
             recent.append(figures)
             if step % run.log_every == 0 or step == total:
                 means = {k: float(np.mean([f[k] for f in recent])) for k in recent[0]}
@@ -210,6 +228,7 @@ def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.Batc
         run.settings.seed,
         start * each,
         stop * each,
+        strict=run.strict,
     )
     for _ in range(start, stop):
         yield list(itertools.islice(row, each))
@@ -233,7 +252,7 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
             )
 
 
-def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, float]]:
+def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The log of a finished run; FileExistsError if it is not one of these arguments."""
     try:
         written = json.loads((output / RECORD).read_text())
@@ -284,7 +303,8 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _summary(log: Sequence[dict[str, float]], seconds: float) -> Summary:
+def _summary(log: Sequence[dict[str, Any]], seconds: float) -> Summary:
     losses = [entry for entry in log if "loss" in entry]
     evaluations = {e["step"]: e["evaluation"] for e in log if "evaluation" in e}
-    return Summary(losses[-1]["step"], losses[-1]["loss"], evaluations, seconds)
+    skipped = {entry["skipped"]: entry["why"] for entry in log if "skipped" in entry}
+    return Summary(losses[-1]["step"], losses[-1]["loss"], evaluations, seconds, skipped)

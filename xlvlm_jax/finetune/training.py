@@ -89,11 +89,13 @@ class Trainer:
         return state, figures
 
     def evaluate(self, state: State, split: Iterable[Batch]) -> float:
-        """The mean loss a token of the answers, in nats."""
+        """The mean loss a token of the answers, in nats. ValueError for no batches."""
         sums = [
             _loss(self.vlm.module, batch.window, state.trained, self._frozen, *self._place(batch))
             for batch in split
         ]
+        if not sums:
+            raise ValueError("no sample of the evaluation split can be read and processed")
         loss, count = (sum(map(float, column)) for column in zip(*sums, strict=True))
         return loss / count
 

@@ -26,6 +26,7 @@ from ports.sites import find_sites, match_sites
 from xlvlm_jax.interop.kept import write_kept
 from xlvlm_jax.interop.pth import read_pth
 from xlvlm_jax.interop.unpickle import PthError
+from xlvlm_jax.pictures import name_in
 from xlvlm_jax.store import STATE_DTYPES, Features, FeaturesWriter
 
 BATCH = 256  # samples written at a time
@@ -90,6 +91,11 @@ def import_features(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with FeaturesWriter(temporary, manifest, dtype=manifest["dtype"]) as writer:
+            if images is not None:
+                shown = [sample for sample in described if isinstance(sample.get("image"), str)]
+                root = writer.place_pictures([sample["image"] for sample in shown])
+                for sample in shown:
+                    sample["image"] = name_in(root, sample["image"])
             for start in range(0, len(states), BATCH):
                 part = range(start, min(start + BATCH, len(states)))
                 writer.append(
@@ -195,7 +201,7 @@ def _described(
             raise PthError("'samples' or 'manifest' is not what an export writes") from None
         if len(samples) != count or not isinstance(manifest, dict):
             raise PthError(f"'samples' describes {len(samples)} samples, expected {count}")
-        return samples, manifest
+        return [_placed(sample, images) for sample in samples], manifest
     samples: list[dict[str, Any]] = [{"id": str(number)} for number in range(count)]
     for key, values in data.items():
         if not isinstance(values, list) or len(values) != count or not isinstance(key, str):
@@ -207,18 +213,18 @@ def _described(
                 sample["references"] = value.split("$$")
             elif isinstance(value, str | bool | int) and key != "id":
                 sample.setdefault(_NAMES.get(key, key), value)
-    for sample in samples:
-        if isinstance(image := sample.get("image"), str):
-            sample["image"] = _moved(image, images)
-    return samples, None
+    return [_placed(sample, images) for sample in samples], None
 
 
-def _moved(image: str, images: str | os.PathLike[str] | None) -> str:
-    if images is None:
-        return image
+def _placed(sample: dict[str, Any], images: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The sample with its picture where it lies now."""
+    image = sample.get("image")
+    if images is None or not isinstance(image, str):
+        return sample
     name = Path(image.replace("\\", "/"))
     places = [Path(images) / name.name, Path(images) / name.parent.name / name.name]
-    return str(next((place for place in places if place.is_file()), places[-1]))
+    place = next((place for place in places if place.is_file()), places[-1])
+    return sample | {"image": str(place)}
 
 
 def _rows(

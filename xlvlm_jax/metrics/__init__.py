@@ -9,7 +9,14 @@ from xlvlm_jax.metrics.bert_score import (
     default_layer,
     read_baseline,
 )
-from xlvlm_jax.metrics.clip_score import clip_scores, describe, embed_images, embed_texts
+from xlvlm_jax.metrics.clip_score import (
+    clip_scores,
+    describe,
+    embed_images,
+    embed_pixels,
+    embed_texts,
+    pixels_of,
+)
 from xlvlm_jax.metrics.codes import (
     active_share,
     dead_concepts,
@@ -35,6 +42,7 @@ __all__ = [
     "default_layer",
     "describe",
     "embed_images",
+    "embed_pixels",
     "embed_texts",
     "explained_variance",
     "hoyer_sparsity",
@@ -43,6 +51,7 @@ __all__ = [
     "monosemanticity",
     "noise_images",
     "normalise_answer",
+    "pixels_of",
     "random_words",
     "read_baseline",
     "reconstruct",

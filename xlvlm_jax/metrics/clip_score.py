@@ -54,12 +54,23 @@ def embed_images(
     clip: DualEncoder, images: Iterable[Image.Image], *, batch_size: int = 32
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of images, which may come one by one from a generator."""
-    images = iter(images)
+    return embed_pixels(clip, (pixels_of(clip, image) for image in images), batch_size=batch_size)
+
+
+def pixels_of(clip: DualEncoder, image: Image.Image) -> Float[np.ndarray, "3 H H"]:
+    """What CLIP's processor makes of an image; raises whatever it does for one that it refuses."""
+    return clip.processor.image_processor([image], return_tensors="np")["pixel_values"][0]
+
+
+def embed_pixels(
+    clip: DualEncoder, pixels: Iterable[Float[np.ndarray, "3 H H"]], *, batch_size: int = 32
+) -> Float[np.ndarray, "N E"]:
+    """As `embed_images`, from what `pixels_of` makes of them."""
+    pixels = iter(pixels)
     vectors = [np.zeros((0, clip.module.config.projection_dim), np.float32)]
-    while batch := list(islice(images, batch_size)):
-        filled = batch + batch[:1] * (batch_size - len(batch))
-        pixels = clip.processor.image_processor(filled, return_tensors="np")["pixel_values"]
-        vectors.append(np.asarray(clip.embed_images(pixels))[: len(batch)])
+    while batch := list(islice(pixels, batch_size)):
+        filled = np.stack(batch + batch[:1] * (batch_size - len(batch)))
+        vectors.append(np.asarray(clip.embed_images(filled))[: len(batch)])
     return np.concatenate(vectors)
 
 

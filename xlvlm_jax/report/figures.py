@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,17 @@ def thumbnails(
         name: Thumbnail(f"p{number}", uris[name], picture if isinstance(picture, str) else None)
         for number, (name, picture) in enumerate(small.items())
     }
+
+
+def not_shown(small: Mapping[str, Thumbnail]) -> str | None:
+    """How many pictures there are no thumbnails of, with the first's name; None if there are all.
+
+    Names alone: a page that is passed on does not say where files lie on this machine.
+    """
+    bad = [name for name, thumbnail in small.items() if thumbnail.uri is None]
+    if not bad:
+        return None
+    return f"{len(bad)} of {len(small)} pictures can't be shown, such as {Path(bad[0]).name}"
 
 
 def _find(name: str, roots: Iterable[Path]) -> Path:

@@ -3,7 +3,7 @@
 import importlib.resources
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from xlvlm_jax import atomic, damage
+from xlvlm_jax.pictures import store_features
 from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
-from .figures import thumbnails
+from .figures import not_shown, thumbnails
 from .scores import KEYS as SCORES
 from .scores import read_scores
 from .shift import read_shifts, shown_images
@@ -26,8 +27,20 @@ BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 Rows = list[tuple[str, str]]
 
 
-def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """Writes the page of a run directory, by default as report.html in it, and returns its path.
+
+    Args:
+        run: the directory.
+        output: the file to write.
+        images: where the pictures lie now, if they were moved without the run.
+        tell: gets a line if pictures can't be shown; the page holds it too.
 
     Read are `features/`, each `concepts*/`, and `scores.json`, `run.json`, `shift*/` and
     `steering/*/` where they are; with the last of these, features and concepts may be missing. The
@@ -42,12 +55,16 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
     with damage.reported(run, "run", "make its features and concepts again"):
-        text = _render(run)
+        text = _render(run, images, tell)
     return _store(run / "report.html" if output is None else Path(output), text)
 
 
-def _render(run: Path) -> str:
-    steering = read_steering(run)
+def _render(
+    run: Path,
+    images: str | os.PathLike[str] | None,
+    tell: Callable[[str], None] | None,
+) -> str:
+    steering = read_steering(run, images)
     has_features = (run / "features").is_dir()
     if not has_features and not steering:
         raise FileNotFoundError(f"{run}: no features/ in it; run `xlvlm extract` first")
@@ -55,13 +72,19 @@ def _render(run: Path) -> str:
     if not directories and not steering:
         raise FileNotFoundError(f"{run}: no concepts*/ in it; run `xlvlm decompose` first")
 
-    features = Features.open(run / "features") if has_features and directories else None
+    features = (
+        Features.open(run / "features", images=images) if has_features and directories else None
+    )
     directories = directories if features else []
     sections = [read_section(directory, features) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
-    shifts = read_shifts(run)
+    shifts = read_shifts(run, images)
     shown = [picture.image for s in sections for card in s.cards for picture in card.pictures]
     shown += [*shown_images(shifts), *shown_steering(steering)]
+    small = thumbnails((image for image in shown if image), (run, run.parent))
+    unseen = not_shown(small)
+    if unseen and tell is not None:
+        tell(f"{unseen}; give the directory that they lie in (--images)")
     page = _environment().get_template("page.html.jinja")
     return page.render(
         about=_about(settings, features, sections),
@@ -70,9 +93,10 @@ def _render(run: Path) -> str:
         dictionaries=read_scores(run, scores),
         shifts=shifts,
         steering=steering,
-        groups=list(_settings(settings, scores, features, sections)),
+        groups=list(_settings(run, settings, scores, features, sections)),
         attributes_known=any(s.get("attributes") for s in features.samples) if features else False,
-        thumbnails=thumbnails((image for image in shown if image), (run, run.parent)),
+        thumbnails=small,
+        unseen=unseen,
         unit="samples"
         if features is None or len(set(features.sample_rows.tolist())) == len(features.tokens)
         else "rows",
@@ -214,6 +238,7 @@ class Group(NamedTuple):
 
 
 def _settings(
+    run: Path,
     settings: Mapping[str, Any],
     scores: Mapping[str, Any],
     features: Features | None,
@@ -232,7 +257,7 @@ def _settings(
             "iterations": concepts.iterations,
             "converged": concepts.converged,
             "words through the final norm": concepts.through_norm,
-            **{key: value for key, value in concepts.source.items() if key != "site"},
+            **{k: v for k, v in store_features(concepts.source, run).items() if k != "site"},
         }
         yield Group(section.name, list(_rows(solver)))
     yield from _groups(

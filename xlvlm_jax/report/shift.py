@@ -1,6 +1,7 @@
 """The section of a shift: its figures, and each concept before, shifted and fine-tuned."""
 
 import base64
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -50,10 +51,16 @@ class ShiftSection(NamedTuple):
     without: int  # concepts without a shift
 
 
-def read_shifts(run: Path) -> list[ShiftSection]:
-    """The sections of the `shift*/` in a run directory. ValueError for one that is damaged."""
+def read_shifts(run: Path, images: str | os.PathLike[str] | None = None) -> list[ShiftSection]:
+    """The sections of the `shift*/` in a run directory. ValueError for one that is damaged.
+
+    images: where the pictures lie now, if they were moved.
+    """
     directories = sorted(path for path in run.glob("shift*") if (path / "shift.json").is_file())
-    return [_section(directory, ShiftAnalysis.load(directory)) for directory in directories]
+    return [
+        _section(directory, ShiftAnalysis.load(directory, images=images))
+        for directory in directories
+    ]
 
 
 def shown_images(sections: Iterable[ShiftSection]) -> Iterator[str]:

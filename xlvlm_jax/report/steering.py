@@ -2,12 +2,14 @@
 
 import base64
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlvlm_jax.evaluation.vqa import normalise_answer
 from xlvlm_jax.metrics.captions import holding
+from xlvlm_jax.pictures import find_all
 
 from .steering_figures import FIGURES
 
@@ -38,13 +40,14 @@ class SteeringSection(NamedTuple):
     others: list[Example]  # what was to stay, and did not
 
 
-def read_steering(run: Path) -> list[SteeringSection]:
+def read_steering(run: Path, images: str | os.PathLike[str] | None = None) -> list[SteeringSection]:
     """The sections of the `steering/*/` in a run directory that hold an evaluation.
 
+    images: where the pictures lie now, if they were moved.
     Raises ValueError for one that is damaged.
     """
     found = sorted((run / "steering").glob("*/summary.json"))
-    return [_section(path.parent) for path in found]
+    return [_section(path.parent, images) for path in found]
 
 
 def shown_images(sections: Iterable[SteeringSection]) -> Iterator[str]:
@@ -53,11 +56,14 @@ def shown_images(sections: Iterable[SteeringSection]) -> Iterator[str]:
         yield from (e.image for e in (*section.moved, *section.others) if e.image)
 
 
-def _section(directory: Path) -> SteeringSection:
+def _section(directory: Path, images: str | os.PathLike[str] | None) -> SteeringSection:
     try:
         summary = json.loads((directory / "summary.json").read_text("utf-8"))
         lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
         samples = [json.loads(line) for line in lines]
+        names = [sample.get("image") for sample in samples]
+        paths = find_all(names, directory, summary.get("pictures"), images)
+        samples = [s | {"image": path} for s, path in zip(samples, paths, strict=True)]
         questions = summary["kind"] == "vqa"
         columns, rows = (_of_questions if questions else _of_captions)(summary["conditions"])
         moved, others = _examples(summary, samples)

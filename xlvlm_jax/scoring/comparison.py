@@ -15,7 +15,7 @@ import numpy as np
 
 from ports import VLM
 from ports.clip import DualEncoder
-from xlvlm_jax import atomic, metrics
+from xlvlm_jax import atomic, metrics, pictures
 from xlvlm_jax.concepts import ALIASES, METHODS, decompose
 from xlvlm_jax.data import files
 from xlvlm_jax.grounding import ground_text, is_before_norm
@@ -162,7 +162,7 @@ def write_scores(
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
     directory.mkdir(parents=True, exist_ok=True)
-    known["scored on"] = dict(description)
+    known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]
     image = directory / "scores.svg"
     if len({row.num_concepts for row in rows}) > 1:

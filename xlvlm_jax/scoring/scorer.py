@@ -6,7 +6,7 @@ concepts, D width, E width of CLIP's common space.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,14 @@ class Scorer:
         tops: the numbers r of most activated concepts.
         num_random: how often random words are drawn; their scores are means over the draws.
         seed: of the random words and of the noise.
+        strict: stop at an image that can't be read or that CLIP's processor refuses, instead of
+            leaving its rows out of what CLIP scores; `skipped` says why.
 
     Each image is read and encoded once, however many rows and dictionaries are scored.
 
     Raises ValueError for another site, a number below one, with `bert` samples without captions,
-    and with `clip` samples without images; what `read_image` raises for one that can't be read.
+    and with `clip` samples without images or none that can be read; if strict, OSError or
+    ValueError for the first that can't.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Scorer:
         tops: Sequence[int] = TOPS,
         num_random: int = NUM_RANDOM,
         seed: int = 0,
+        strict: bool = False,
     ):
         for name, values in (("tops", tops), ("num_random", [num_random])):
             if not values or min(values) < 1:
@@ -66,21 +70,58 @@ class Scorer:
         if bert is not None:
             self._captions = captions(features)
             self._bert_vocabulary = metrics.vocabulary_words(bert.encoder.tokenizer)
-        self.images: Float[np.ndarray, "N E"] | None = None
+        self.images: Float[np.ndarray, "N E"] | None = None  # NaN where there is none
+        self.skipped: dict[str, str] = {}  # image -> why CLIP does not see it
         if clip is not None:
-            files = [features.samples[i].get("image") for i in features.sample_rows]
-            if None in files:
-                name = features.samples[features.sample_rows[files.index(None)]].get("id")
-                raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
-            # [N], which of the images each row shows
-            names, self._image_rows = np.unique(files, return_inverse=True)
-            embedded = metrics.embed_images(clip, (read_image(name) for name in names))
-            self.images = embedded[self._image_rows]
+            self._see(clip, strict)
             side = clip.module.config.vision.image_size
             self._noise = metrics.embed_images(
                 clip, metrics.noise_images(NUM_NOISE, side, seed=seed)
             )
             self._clip_vocabulary = metrics.vocabulary_words(clip.processor.tokenizer)
+
+    def _see(self, clip: DualEncoder, strict: bool) -> None:
+        """Encodes the images of the rows, each once."""
+        features = self.features
+        files = [features.samples[i].get("image") for i in features.sample_rows]
+        if None in files:
+            name = features.samples[features.sample_rows[files.index(None)]].get("id")
+            raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
+        # [N], which of the images each row shows
+        names, self._image_rows = np.unique(files, return_inverse=True)
+        embedded = metrics.embed_pixels(clip, self._pixels(clip, names.tolist(), strict))
+        vectors = np.full((len(names), embedded.shape[1]), np.nan, np.float32)
+        vectors[[name not in self.skipped for name in names.tolist()]] = embedded
+        if len(self.skipped) == len(names):
+            raise ValueError(
+                f"{features.path}: none of {len(names)} images can be seen by CLIP; the first: "
+                f"{next(iter(self.skipped.values()))}"
+            )
+        self.images = vectors[self._image_rows]
+
+    def _pixels(
+        self, clip: DualEncoder, names: Sequence[str], strict: bool
+    ) -> Iterator[Float[np.ndarray, "3 H H"]]:
+        """Of the images that CLIP's processor takes; the reasons of others go into `skipped`."""
+        for name in names:
+            try:
+                pixels = metrics.pixels_of(clip, read_image(name))
+            except (ImportError, MemoryError):
+                raise
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if name not in reason:
+                    reason = f"{name}: CLIP's processor refuses it ({reason})"
+                if strict:
+                    raise ValueError(reason) from error
+                self.skipped[name] = reason
+            else:
+                yield pixels
+
+    def _distinct(self) -> np.ndarray:
+        """Of several rows of one image the first, and none of an image that CLIP does not see."""
+        _, rows = np.unique(self._image_rows, return_index=True)
+        return rows[np.isfinite(self.images[rows]).all(axis=1)]
 
     def score(
         self, concepts: Concepts, *, name: str = "", others: Sequence[Concepts] = ()
@@ -103,8 +144,7 @@ class Scorer:
             stability = metrics.stability([x.components for x in (concepts, *others)])
         alike = None
         if self.images is not None:
-            # Of several rows of one image the first.
-            _, rows = np.unique(self._image_rows, return_index=True)
+            rows = self._distinct()
             scores = metrics.monosemanticity(activations[rows], self.images[rows])
             alike = float(np.nanmean(scores)) if np.isfinite(scores).any() else None
         agreement = metrics.attribute_scores(activations, self.attributes)
@@ -195,9 +235,10 @@ class Scorer:
         # Sample n is shown noise n mod NUM_NOISE.
         noise = metrics.clip_scores(self._noise, embedded[:K]) * worded
         noise = noise[np.arange(len(own)) % NUM_NOISE]
+        seen = np.isfinite(self.images).all(axis=1)[:, None]
         return {
             r: _fit(own, drawn * worded, mask, noise=_mean(metrics.mean_of_top(noise, mask)))
-            for r, mask in chosen.items()
+            for r, mask in ((r, mask & seen) for r, mask in chosen.items())
         }
 
     def _bert_fits(
@@ -239,13 +280,13 @@ class Scorer:
     def describe(self) -> dict[str, Any]:
         """What the scores were computed with and on, as JSON values."""
         similarity = None
-        if self.images is not None and len(set(self._image_rows.tolist())) > 1:
-            _, rows = np.unique(self._image_rows, return_index=True)
-            similarity = metrics.mean_similarity(self.images[rows])
+        if self.images is not None and len(self._distinct()) > 1:
+            similarity = metrics.mean_similarity(self.images[self._distinct()])
         described = {
             "features": str(self.features.path),
             "site": self.site,
             "rows": len(self.Z),
+            "images that CLIP does not see": len(self.skipped) or None,
             "clip": self.clip and hub.name_of(self.clip.directory),
             "bert": self.bert and hub.name_of(self.bert.encoder.directory),
             "bert layer": self.bert and self.bert.layer,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from xlvlm_jax import atomic
+from xlvlm_jax import atomic, pictures
 from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
 
@@ -137,6 +137,12 @@ class ShiftAnalysis:
         described["concepts"] = self._concepts()
         described["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
         directory = Path(directory)
+        root = pictures.root_of(self.pictures.values())
+        described["root of pictures"] = pictures.describe(root, directory)
+        described["pictures"] = {
+            name: pictures.name_in(root, path) for name, path in self.pictures.items()
+        }
+        described["source"] = pictures.store_features(self.source, directory)
         directory.mkdir(parents=True, exist_ok=True)
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, json.dumps(_plain(described), indent=1) + "\n")
@@ -173,8 +179,8 @@ class ShiftAnalysis:
         ]
 
     @classmethod
-    def load(cls, directory: str | Path) -> "ShiftAnalysis":
-        """Reads what `save` wrote.
+    def load(cls, directory: str | Path, *, images: str | Path | None = None) -> "ShiftAnalysis":
+        """Reads what `save` wrote. images: where the pictures lie now, if they were moved.
 
         Raises FileNotFoundError when the directory holds no shift, ValueError when a file is
         damaged or the two are not of one save.
@@ -190,6 +196,12 @@ class ShiftAnalysis:
             described = json.loads((directory / DESCRIPTION).read_text("utf-8"))
             digest, concepts = described["tensors_sha256"], described["concepts"]
             known = {name: described[name] for name in _DESCRIBED}
+            named = known["pictures"]
+            paths = pictures.find_all(
+                list(named.values()), directory, described.get("root of pictures"), images
+            )
+            known["pictures"] = dict(zip(named, paths, strict=True))
+            known["source"] = pictures.restore_features(known["source"], directory)
             figures = {
                 name: np.array([math.nan if c[name] is None else c[name] for c in concepts], "f4")
                 for name in _FIGURES

@@ -79,7 +79,12 @@ def shift_features(
         if Z_a.shape[1] != Z_b.shape[1]:  # before a decomposition that would be for nothing
             analyse(Z_a, Z_b, pairs, concepts, concepts)
         finetuned_concepts = _decompose_alike(Z_b, concepts, seed)
-        source = {"features": str(finetuned.path), "site": site, "seed": seed, "rows": len(Z_b)}
+        source = {
+            "features": str(finetuned.path.resolve()),
+            "site": site,
+            "seed": seed,
+            "rows": len(Z_b),
+        }
         finetuned_concepts = dataclasses.replace(finetuned_concepts, source=source)
         finetuned_concepts.save(output / "finetuned-concepts")
 
@@ -105,8 +110,8 @@ def shift_features(
         analysis,
         pictures=_pictures(analysis, original, finetuned),
         source={
-            "original features": str(original.path),
-            "fine-tuned features": str(finetuned.path),
+            "original features": str(original.path.resolve()),
+            "fine-tuned features": str(finetuned.path.resolve()),
             "site": site,
             "method": concepts.method,
             "model": original.manifest.get("model"),

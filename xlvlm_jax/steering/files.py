@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from ports import VLM
-from xlvlm_jax import atomic, damage, same_model
+from xlvlm_jax import atomic, damage, pictures, same_model
 
 
 def save(
@@ -19,6 +19,8 @@ def save(
     """Writes tensors in float32 and a specification of JSON values; the directory is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    source = pictures.store_features(specification.get("source") or {}, path.parent)
+    specification = specification | {"source": source}
     metadata = {name: json.dumps(value) for name, value in specification.items()}
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     atomic.write(path, safetensors.numpy.save(arrays, {"kind": kind, **metadata}))
@@ -37,7 +39,9 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         kind = metadata.pop("kind")
-        return kind, tensors, {name: json.loads(value) for name, value in metadata.items()}
+        specification = {name: json.loads(value) for name, value in metadata.items()}
+        source = pictures.restore_features(specification.get("source") or {}, path.parent)
+        return kind, tensors, specification | {"source": source}
 
 
 def assembling(path: str | Path) -> AbstractContextManager[None]:

@@ -64,7 +64,7 @@ def fit_coarse(
     described = {
         **_origin(features, key),
         "method": "coarse",
-        "target features": str(others.path),
+        "target features": str(others.path.resolve()),
         "match": match,
         "source": None if source is None else list(source),
         "target": list(target),
@@ -287,4 +287,4 @@ def _answers(features: Features, key: str) -> list[str]:
 def _origin(features: Features, key: str) -> dict[str, Any]:
     names = ("model", "fingerprint", "selection", "source")
     known = {f"data {n}" if n == "source" else n: features.manifest.get(n) for n in names}
-    return {"features": str(features.path), "key": key, **known}
+    return {"features": str(features.path.resolve()), "key": key, **known}

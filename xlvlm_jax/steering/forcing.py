@@ -22,7 +22,7 @@ from ports.joiner import VisionLanguageModel
 from ports.sites import normal_name
 from ports.steering import steer, substitute
 from xlvlm_jax.answers import answered
-from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.reading import process_samples
 from xlvlm_jax.data.sample import Sample
 
 Progress = Callable[[int, int], None]
@@ -62,6 +62,14 @@ def begin_site(vlm: VLM, site: str) -> str:
     return before[-1]
 
 
+class Batch(NamedTuple):
+    """Some prompts with their answers, as the processor gives them."""
+
+    good: np.ndarray  # int[R]: the samples of the first R rows; the others fill the batch up
+    inputs: dict[str, np.ndarray]
+    lengths: np.ndarray  # int[B]: tokens of each answer, its end counted
+
+
 def batches(
     vlm: VLM,
     samples: Sequence[Sample],
@@ -69,11 +77,22 @@ def batches(
     batch_size: int,
     *,
     ended: bool = True,
-) -> Iterator[tuple[int, dict[str, np.ndarray], np.ndarray]]:
-    """(rows that count, the processor's arrays, tokens of each answer int[B]), all of one size.
+    strict: bool = False,
+    errors: dict[str, str] | None = None,
+) -> Iterator[Batch]:
+    """Prompts with their answers, in batches of one size.
 
-    answers: what follows each prompt; None: nothing. ended: whether the token that ends an answer
-    follows too. ValueError for another number of answers than samples, or an empty one.
+    Args:
+        vlm: the model.
+        samples: images and prompts.
+        answers: what follows each prompt; None: nothing.
+        batch_size: B.
+        ended: whether the token that ends an answer follows too.
+        strict: stop at a sample that can't be read or processed, instead of leaving it out.
+        errors: gets {sample: why it was left out}.
+
+    Raises ValueError for another number of answers than samples, or an empty one; if strict, as
+    `process_samples`.
     """
     if answers is not None and len(samples) != len(answers):
         raise ValueError(
@@ -84,16 +103,20 @@ def batches(
         raise ValueError(f"the answer to force on sample {samples[empty].id} is empty")
     for first in range(0, len(samples), batch_size):
         group = samples[first : first + batch_size]
-        images = [read_image(sample.image) for sample in group]
         texts = [vlm.render(sample.prompt) for sample in group]
-        counts = np.zeros(len(group), int)
+        lengths = np.zeros(len(group), int)
         if answers is not None:
             given = answers[first : first + batch_size]
-            texts, counts = answered(vlm, texts, given, ended=ended)
-        # Filled up by its first row, so that every batch runs the same program.
-        fill = batch_size - len(group)
-        inputs = vlm.process(texts + texts[:1] * fill, images + images[:1] * fill)
-        yield len(group), inputs, np.concatenate([counts, np.repeat(counts[:1], fill)])
+            texts, lengths = answered(vlm, texts, given, ended=ended)
+        made = process_samples(vlm, group, [texts], batch_size, strict=strict)
+        if errors is not None:
+            errors |= {
+                sample.id: error
+                for sample, error in zip(group, made.errors, strict=True)
+                if error is not None
+            }
+        if made.inputs:
+            yield Batch(first + made.good, made.inputs[0], lengths[made.rows])
 
 
 def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:
@@ -114,8 +137,9 @@ def force(
     site: str,
     *,
     batch_size: int = 16,
+    strict: bool = False,
     progress: Progress | None = None,
-) -> Forced:
+) -> tuple[Forced, np.ndarray, dict[str, str]]:
     """Runs the model over prompts and answers and keeps the states that a run can begin from.
 
     Args:
@@ -124,32 +148,47 @@ def force(
         answers: one a sample; the model's end-of-sequence token is put behind it.
         site: a layer, of `begin_site`.
         batch_size: B.
+        strict: stop at a sample that can't be read or processed, instead of leaving it out.
         progress: called after each batch with (samples done, samples in all).
 
-    Raises ValueError for an empty answer, or another number of them; OSError for an image that
-    can't be read.
+    Returns:
+        What is forced, the samples that its rows are of (int[N]), and {sample: why it was left
+        out} of the others.
+
+    Raises ValueError for an empty answer, another number of them, or no sample that can be
+    processed; if strict, OSError or ValueError for the first that can't.
     """
-    parts = []
-    for rows, inputs, counts in batches(vlm, samples, answers, batch_size):
-        states = vlm.states(inputs, sites=[site])[site]
-        prepared = vlm.prepare(inputs)
+    parts, kept, errors = [], [], {}
+    for batch in batches(vlm, samples, answers, batch_size, strict=strict, errors=errors):
+        states = vlm.states(batch.inputs, sites=[site])[site]
+        prepared = vlm.prepare(batch.inputs)
         part = Forced(
             tokens=prepared["input_ids"],
             positions=np.asarray(vlm.module.positions(prepared)),
-            kinds=position_kinds(vlm, prepared, counts),
+            kinds=position_kinds(vlm, prepared, batch.lengths),
             states=np.asarray(states),
         )
-        parts.append([np.asarray(array)[:rows] for array in part])
+        parts.append([np.asarray(array)[: len(batch.good)] for array in part])
+        kept += batch.good.tolist()
         if progress is not None:
-            progress(sum(len(part[0]) for part in parts), len(samples))
+            progress(len(kept) + len(errors), len(samples))
+    require_some(kept, samples, errors)
     length = max(part[0].shape[1] for part in parts)
     fill = Forced(tokens=0, positions=0, kinds=PADDING, states=0)
-    return Forced(
+    forced = Forced(
         *(
             np.concatenate([_pad_left(array, length, value) for array in arrays])
             for arrays, value in zip(zip(*parts, strict=True), fill, strict=True)
         )
     )
+    return forced, np.array(kept, int), errors
+
+
+def require_some(kept: Sequence[Any], samples: Sequence[Sample], errors: dict[str, str]) -> None:
+    """ValueError if no sample is kept; says why the first is not."""
+    if not kept:
+        first = next(iter(errors.values()), "there are no samples")
+        raise ValueError(f"none of {len(samples)} samples can be processed; the first: {first}")
 
 
 def _pad_left(array: np.ndarray, length: int, value: int) -> np.ndarray:

@@ -132,19 +132,40 @@ def last_token_states(
     completions: Sequence[str] | None = None,
     *,
     batch_size: int = 16,
+    strict: bool = False,
+    errors: dict[str, str] | None = None,
     progress: forcing.Progress | None = None,
 ) -> Float[np.ndarray, "N D"]:
     """States at the last token of each prompt, or of the completion behind it.
 
-    Raises ValueError for another number of completions, or an empty one.
+    Args:
+        vlm: the model.
+        samples: images and prompts.
+        site: whose states.
+        completions: one a sample; None: none.
+        batch_size: of the model's runs.
+        strict, errors: see `forcing.batches`.
+        progress: called with (samples done, samples in all).
+
+    Returns float32[N, D], NaN of a sample that can't be read or processed.
+
+    Raises ValueError for another number of completions, an empty one, or no sample that can be
+    processed.
     """
-    found: list[np.ndarray] = []
-    for rows, inputs, _ in forcing.batches(vlm, samples, completions, batch_size, ended=False):
-        states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
-        found.extend(last_states(states, inputs["attention_mask"])[:rows])
+    errors = {} if errors is None else errors
+    found, done = None, 0
+    options = {"ended": False, "strict": strict, "errors": errors}
+    for batch in forcing.batches(vlm, samples, completions, batch_size, **options):
+        states = np.asarray(vlm.states(batch.inputs, sites=[site])[site], np.float32)
+        last = last_states(states, batch.inputs["attention_mask"])[: len(batch.good)]
+        if found is None:
+            found = np.full((len(samples), last.shape[1]), np.nan, np.float32)
+        found[batch.good] = last
+        done += len(batch.good)
         if progress is not None:
-            progress(len(found), len(samples))
-    return np.stack(found)
+            progress(done, len(samples))
+    forcing.require_some(range(done), samples, errors)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("network", "rate"))
@@ -254,6 +275,7 @@ def fit_l2s(
     context_site: str | None = None,
     where: Any = "all",
     batch_size: int = 16,
+    strict: bool = False,
     progress: forcing.Progress | None = None,
     **options: Any,
 ) -> L2S:
@@ -270,6 +292,8 @@ def fit_l2s(
         context_site: whose state of the last prompt token says which shift; None: the same site.
         where: the positions that are shifted, see `ports.add`.
         batch_size: of the model's runs.
+        strict: stop at a sample that can't be read or processed, instead of leaving it out; then
+            `source["skipped"]` says why.
         progress: called with (runs done, runs in all), three of them a sample.
         options: of `fit_network`.
 
@@ -286,6 +310,8 @@ def fit_l2s(
     site = vlm.find_site(site, generated=True)
     context_site = site if context_site is None else vlm.find_site(context_site, generated=True)
 
+    skipped: dict[str, str] = {}
+
     def states(of: str, turn: int, counterparts: Sequence[str] | None = None) -> np.ndarray:
         asked, completions = samples, counterparts
         if contrast == "prompt" and counterparts is not None:
@@ -298,18 +324,28 @@ def fit_l2s(
                 progress(turn * total + done, 3 * total)
 
         return last_token_states(
-            vlm, asked, of, completions, batch_size=batch_size, progress=advance
+            vlm,
+            asked,
+            of,
+            completions,
+            batch_size=batch_size,
+            strict=strict,
+            errors=skipped,
+            progress=advance,
         )
 
     contexts = states(context_site, 0)
     shifts = states(site, 1, positive) - states(site, 2, negative)
-    params, mean, deviation, scale, figures = fit_network(contexts, shifts, **options)
+    kept = np.array([sample.id not in skipped for sample in samples], bool)
+    params, mean, deviation, scale, figures = fit_network(contexts[kept], shifts[kept], **options)
+    shifted = np.array([a != b for a, b in zip(positive, negative, strict=True)], bool)
     source = {
         **model_of(vlm),
         "method": "l2s",
-        "samples": len(samples),
+        "samples": int(kept.sum()),
+        "skipped": skipped,
         "contrast": contrast,
-        "shifted samples": int(sum(a != b for a, b in zip(positive, negative, strict=True))),
+        "shifted samples": int((shifted & kept).sum()),
         **options,
         **figures,
     }

@@ -149,6 +149,7 @@ def fit_learned(
     rate: float = 0.02,
     penalty: float = 0.0,
     batch_size: int = 32,
+    strict: bool = False,
     evaluate_every: int = 10,
     patience: int = 3,
     seed: int = 0,
@@ -173,6 +174,7 @@ def fit_learned(
             the width).
         penalty: see the head of this file.
         batch_size: B.
+        strict: stop at a sample that can't be read or processed, instead of leaving it out.
         evaluate_every: steps between two looks at the validation samples.
         patience: looks without a loss lower by 1 % after which it ends.
         seed: of the split, the batches and a map's first values.
@@ -181,6 +183,7 @@ def fit_learned(
     Returns:
         What had the lowest validation loss; `source["history"]` holds the looks: step, the loss on
         the batches since the last, and on the validation samples. Step 0 is without any shift.
+        `source["skipped"]` says why samples were left out.
 
     Raises:
         ValueError: another number of answers or weights than samples, too few samples to split, a
@@ -204,11 +207,19 @@ def fit_learned(
         raise ValueError("where is a mask; what is learnt applies to other prompts, name positions")
     site = vlm.find_site(site)
     begin = forcing.begin_site(vlm, site)
-    forced = forcing.force(vlm, samples, targets, begin, batch_size=batch_size)
+    forced, kept, skipped = forcing.force(
+        vlm, samples, targets, begin, batch_size=batch_size, strict=strict
+    )
+    if len(kept) < 2:
+        raise ValueError(
+            f"one of {len(samples)} samples can be processed, expected two or more; the first that "
+            f"can't: {next(iter(skipped.values()))}"
+        )
+    weights, targets = weights[kept], [targets[i] for i in kept]
 
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(samples))
-    held = min(len(samples) - 1, max(1, round(validation * len(samples))))
+    order = rng.permutation(len(kept))
+    held = min(len(kept) - 1, max(1, round(validation * len(kept))))
     held_out, train = order[:held], order[held:]
     real = forced.kinds != PADDING
     width = forced.states.shape[-1]
@@ -273,7 +284,8 @@ def fit_learned(
     source = {
         **model_of(vlm),
         "method": "learned",
-        "samples": len(samples),
+        "samples": len(kept),
+        "skipped": skipped,
         "targets": _counts(targets),
         "validation samples": held,
         "rank": rank,

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ports import VLM
-from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer
+from xlvlm_jax.steering import forcing
 from xlvlm_jax.steering.forcing import Progress
 from xlvlm_jax.steering.vectors import SteeringVector
 
@@ -97,6 +97,7 @@ def rank_vectors(
     num_samples: int = 64,
     max_new_tokens: int = 10,
     batch_size: int = 16,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> list[RankedVector]:
     """Steers samples with each vector and ranks the vectors by how the answers move.
@@ -116,6 +117,8 @@ def rank_vectors(
         num_samples: each vector is tried on at most so many, the first.
         max_new_tokens: of an answer at most.
         batch_size: samples a batch.
+        strict: stop at a sample that can't be read or processed, instead of leaving it out; how
+            many were tried stands in each `AnswerShift`.
         progress: called with (vectors done, vectors in all).
 
     Returns:
@@ -146,7 +149,7 @@ def rank_vectors(
         # The unsteered model runs along, as the first variant.
         variants = [vectors[numbers[0]].edits(0.0)]
         variants += [vectors[number].edits_for(vlm, None, alpha) for number in numbers]
-        plain, *steered = _sweep(vlm, chosen, variants, max_new_tokens, batch_size)
+        plain, *steered = _sweep(vlm, chosen, variants, max_new_tokens, batch_size, strict)
         for number, answers in zip(numbers, steered, strict=True):
             shifts[number] = answer_shift(plain, answers, num_targets)
         if progress is not None:
@@ -156,19 +159,21 @@ def rank_vectors(
 
 
 def _sweep(
-    vlm: VLM, samples: Sequence[Sample], variants: list, max_new_tokens: int, batch_size: int
+    vlm: VLM,
+    samples: Sequence[Sample],
+    variants: list,
+    max_new_tokens: int,
+    batch_size: int,
+    strict: bool,
 ) -> list[list[str]]:
-    """The answers under each variant."""
+    """The answers under each variant, to the samples that can be processed."""
     answers: list[list[str]] = [[] for _ in variants]
-    for first in range(0, len(samples), batch_size):
-        group = samples[first : first + batch_size]
-        # Filled up by its first row, so that every batch runs the same program.
-        rows = [*group, *group[:1] * (batch_size - len(group))]
-        images = [read_image(sample.image) for sample in group]
-        images += images[:1] * (batch_size - len(group))
-        inputs = vlm.process([vlm.render(sample.prompt) for sample in rows], images)
-        tokens = np.asarray(vlm.sweep(inputs, variants, max_new_tokens=max_new_tokens).tokens)
-        for found, of_variant in zip(answers, tokens[:, : len(group)], strict=True):
-            texts = vlm.tokenizer.batch_decode(of_variant, skip_special_tokens=True)
+    errors: dict[str, str] = {}
+    for batch in forcing.batches(vlm, samples, None, batch_size, strict=strict, errors=errors):
+        result = vlm.sweep(batch.inputs, variants, max_new_tokens=max_new_tokens)
+        for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
+            own = tokens[: len(batch.good)]
+            texts = vlm.tokenizer.batch_decode(own, skip_special_tokens=True)
             found.extend(text.strip() for text in texts)
+    forcing.require_some(answers[0], samples, errors)
     return answers
