@@ -66,7 +66,7 @@ def run_groups(
             with clock.waiting("input"):
                 batch = next(ready)
         except Exception:
-            finish()  # what is computed is kept
+            finish(selected())  # what is computed is kept
             raise
         # JAX returns at once: this batch is computed while the one before is fetched and written.
         # The rows of that one are selected first, or they would wait until this one is computed.
