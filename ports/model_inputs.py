@@ -50,6 +50,12 @@ def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def check_count(max_new_tokens: Any) -> None:
+    """Raises ValueError for no number of tokens to generate."""
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
+
+
 def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, list[Any]]]:
     """Returns each rendered prompt with the list of its images.
 

@@ -459,10 +459,7 @@ class VLM:
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, np.ndarray]]:
         """What the compiled generation takes, and the checked inputs before they are filled up."""
         checked = self._check(inputs)
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number"
-            )
+        model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
         edits, checked = self._place_edits(edits, checked)
         arrays = self._place(padding.align_right(checked))
@@ -516,8 +513,9 @@ class VLM:
         Raises:
             ValueError: as `generate`, or variants of another structure.
         """
-        asked = self.find_sites(sites, generated=True)
         checked = self._check(inputs)
+        model_inputs.check_count(max_new_tokens)
+        asked = self.find_sites(sites, generated=True)
         placed = [self._place_edits(edits, checked)[0] for edits in variants]
         structures = {jax.tree.structure(edits) for edits in placed}
         if len(structures) != 1:

@@ -71,11 +71,13 @@ class TestArrays:
         assert logits.shape[:2] == inputs["input_ids"].shape
 
     def test_another_number_of_tokens(self, small):
-        for number in (2.5, "3", None):
-            with helpers.raises_line(
-                ValueError, f"max_new_tokens is {number}; expected at least 1, a whole number"
-            ):
-                small.vlm.generate(helpers.make_inputs([0], [3]), max_new_tokens=number)
+        for number in (2.5, "3", None, 0):
+            inputs = helpers.make_inputs([0], [3])
+            for run in (small.vlm.generate, lambda x, **o: small.vlm.sweep(x, [{}], **o)):
+                with helpers.raises_line(
+                    ValueError, f"max_new_tokens is {number}; expected at least 1, a whole number"
+                ):
+                    run(inputs, max_new_tokens=number)
 
 
 class TestPrompts:
