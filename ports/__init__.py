@@ -138,7 +138,7 @@ def load_abstract(
     directory = hub.find_directory(path, weights=False)
     module, port, config, abstract = _build(directory, dtype)
     # Of weights that are there, the headers tell whether a load would read them.
-    quantised.refuse_tensors(safetensors_io.open_available(directory), directory)
+    quantised.readable(safetensors_io.open_available(directory), directory)
     params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
     return VLM(module, params, config, port, directory, mesh)
 

@@ -279,8 +279,7 @@ def load_params(
         ValueError: a file is truncated, names, shapes or kinds of numbers differ, the checkpoint
             is quantised, or a tensor holds NaN or Inf, or does in `dtype`.
     """
-    stored = safetensors_io.open_directory(directory)
-    quantised.refuse_tensors(stored, directory)
+    stored = quantised.readable(safetensors_io.open_directory(directory), directory)
     names = _match(abstract, stored, rename, tied, str(directory))
     placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
     params = {}

@@ -1,18 +1,23 @@
-"""Quantised checkpoints, which are refused by name: the ports compute with float weights.
+"""Quantised checkpoints: fp8 weights are read with their scales, all others are refused by name.
 
-Read as if they were not, they would be another model: a tensor of 8-bit integers has the right name
-and shape, but means nothing without its scales.
+Read as if they were not quantised, they would be another model: a tensor of 8-bit integers has the
+right name and shape, but means nothing without its scales. The ports compute with float weights.
 """
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from ports.safetensors_io import StoredTensor
 
 _TAKE = (
-    "only float weights are implemented: take the checkpoint that it was made from, or save it "
-    "again after transformers' model.dequantize()"
+    "only float weights and fp8 are implemented: take the checkpoint that it was made from, or "
+    "save it again after transformers' model.dequantize()"
 )
 # The ends of tensors' names that tell how they were quantised; the first that is found counts.
 _MARKS = {
@@ -33,7 +38,8 @@ _FILES = ("quantize_config.json", "quant_config.json")
 
 
 def refuse_config(values: Mapping[str, Any], file: Path) -> None:
-    """ValueError if a configuration, or a part of it, is that of a quantised checkpoint.
+    """ValueError if a configuration, or a part of it, is that of a checkpoint quantised otherwise
+    than to fp8.
 
     Args:
         values: of config.json.
@@ -41,7 +47,7 @@ def refuse_config(values: Mapping[str, Any], file: Path) -> None:
     """
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         for key in _KEYS:
-            if part.get(key):
+            if part.get(key) and not _is_fp8(part[key]):
                 raise ValueError(f"{file}: quantised ({_method(part[key])}, by its {key}); {_TAKE}")
     for name in _FILES:
         if (file.parent / name).is_file():
@@ -59,7 +65,102 @@ def _method(entry: Any) -> str:
     return name if detail is None else f"{name}, {detail}"
 
 
-def refuse_tensors(stored: Mapping[str, StoredTensor], directory: Path) -> None:
+def _is_fp8(entry: Any) -> bool:
+    """Whether an entry asks for 8-bit floats with scales, and nothing else."""
+    if not isinstance(entry, dict):
+        return False
+    if entry.get("quant_method") == "compressed-tensors":
+        return entry.get("format") == "float-quantized"
+    return entry.get("quant_method") == "fp8"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledTensor:
+    """A stored weight [O, I] of 8-bit floats and its scales, each for a block of it.
+
+    scales: [], [1] (one for all), [O], [O, 1] (one a row) or [ceil(O / rows), ceil(I / columns)].
+    block: (rows, columns) of a block.
+    """
+
+    weight: StoredTensor
+    scales: StoredTensor
+    block: tuple[int, int]
+
+    dtype = np.dtype(np.float32)
+
+    @property
+    def file(self) -> Path:
+        """The file of the weight."""
+        return self.weight.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[O, I]."""
+        return self.weight.shape
+
+    def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The weight times its scales, or of it the rows from one to another; float32."""
+        first, last = rows or (0, self.shape[0])
+        scales = self.scales.read().astype(np.float32)
+        scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
+        row = np.arange(first, last) // self.block[0]
+        column = np.arange(self.shape[1]) // self.block[1]
+        return self.weight.read(rows).astype(np.float32) * scales[np.ix_(row, column)]
+
+
+def readable(
+    stored: Mapping[str, StoredTensor], directory: Path
+) -> dict[str, StoredTensor | ScaledTensor]:
+    """The tensors of a checkpoint, fp8 weights with their scales as one if config.json says so.
+
+    Scales of activations are left out: activations are not rounded here.
+
+    Raises ValueError for a checkpoint that is quantised otherwise, or scales that do not fit.
+    """
+    tensors: dict[str, StoredTensor | ScaledTensor] = dict(stored)
+    entry = _fp8_entry(directory)
+    for name, tensor in stored.items() if entry is not None else ():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or tensor.dtype != ml_dtypes.float8_e4m3fn:
+            continue
+        found = [f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in stored]
+        if found:
+            scales = tensors.pop(found[0])
+            tensors[name] = ScaledTensor(tensor, scales, _block(name, tensor, scales, entry))
+            tensors.pop(f"{module}.input_scale", None)
+    refuse_tensors(tensors, directory)
+    return tensors
+
+
+def _fp8_entry(directory: Path) -> dict[str, Any] | None:
+    file = directory / "config.json"
+    values = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    entries = (values.get(key) for key in _KEYS)
+    return next((entry for entry in entries if _is_fp8(entry)), None)
+
+
+def _block(
+    name: str, weight: StoredTensor, scales: StoredTensor, entry: dict[str, Any]
+) -> tuple[int, int]:
+    """The rows and columns that share a scale; ValueError if the scales do not fit the weight."""
+    rows, columns = weight.shape
+    if scales.shape in ((), (1,), (1, 1)):
+        return rows, columns
+    if scales.shape in ((rows,), (rows, 1)):
+        return 1, columns
+    groups = (entry.get("config_groups") or {}).values()
+    sizes = [entry.get("weight_block_size")]
+    sizes += [(group.get("weights") or {}).get("block_structure") for group in groups]
+    for size in filter(None, sizes):
+        if scales.shape == tuple(-(-n // each) for n, each in zip(weight.shape, size, strict=True)):
+            return tuple(size)
+    raise ValueError(
+        f"{weight.file}: scales {scales.shape} of {name} {weight.shape} are none of config.json's "
+        f"blocks, {list(filter(None, sizes)) or 'which names none'}; download the checkpoint again"
+    )
+
+
+def refuse_tensors(stored: Mapping[str, StoredTensor | ScaledTensor], directory: Path) -> None:
     """ValueError if names or dtypes of tensors are those of a quantised checkpoint."""
     for mark, method in _MARKS.items():
         for name in stored:

@@ -7,9 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 import transformers
 
 import ports
+from ports import quantised, safetensors_io
 
 from . import helpers
 
@@ -19,13 +22,12 @@ CONFIGS = {
     "bitsandbytes, 8 bits": transformers.BitsAndBytesConfig(load_in_8bit=True).to_dict(),
     "awq, 4 bits": transformers.AwqConfig().to_dict(),
     "gptq, 8 bits": transformers.GPTQConfig(bits=8).to_dict(),
-    "fp8": transformers.FineGrainedFP8Config().to_dict(),
     # Their libraries make these; the entries are those that the hub's checkpoints have.
     "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnly"}}},
-    "compressed-tensors, float-quantized": {
+    "compressed-tensors, pack-quantized": {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
     },
 }
 
@@ -120,6 +122,65 @@ class TestRefusals:
         name = np.dtype(dtype).name
         with helpers.raises_line(ValueError, f"tensor {Q_PROJ}.weight is stored as {name}"):
             load(copy)
+
+
+class TestFloat8:
+    """Weights that torch quantised, with the scales of each kind, against torch's product."""
+
+    BLOCKS = (32, 16)  # of 84 x 60
+    FINE_GRAINED = transformers.FineGrainedFP8Config(weight_block_size=BLOCKS).to_dict()
+
+    def compressed(self, **weights):
+        weights = {"num_bits": 8, "type": "float", "symmetric": True, **weights}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": weights}},
+        }
+
+    def write(self, copy, entry, name, shape):
+        """The checkpoint with one weight quantised; torch's float weight, as the port lays it."""
+        generator = torch.Generator().manual_seed(0)
+        weight = (100 * torch.randn(84, 60, generator=generator)).to(torch.float8_e4m3fn)
+        scales = torch.rand(shape, generator=generator) / 1000
+        file = copy / "model.safetensors"
+        stored = safetensors.torch.load_file(file)
+        stored |= {f"{Q_PROJ}.weight": weight, f"{Q_PROJ}.{name}": scales}
+        stored[f"{Q_PROJ}.input_scale"] = torch.ones(1)
+        safetensors.torch.save_file(stored, file)
+        config = json.loads((copy / "config.json").read_text()) | {"quantization_config": entry}
+        (copy / "config.json").write_text(json.dumps(config))
+        if scales.ndim == 2 and scales.shape[1] > 1:
+            rows, columns = self.BLOCKS
+            scales = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:84, :60]
+        return (weight.float() * scales).T.numpy()
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "shape"),
+        [
+            ("fine-grained", "weight_scale_inv", (3, 4)),
+            ("fine-grained", "weight_scale_inv", ()),
+            ({"strategy": "tensor"}, "weight_scale", (1,)),
+            ({"strategy": "channel"}, "weight_scale", (84, 1)),
+            ({"strategy": "block", "block_structure": BLOCKS}, "weight_scale", (3, 4)),
+        ],
+    )
+    def test_is_read_with_its_scales(self, copy, kind, name, shape):
+        entry = self.FINE_GRAINED if kind == "fine-grained" else self.compressed(**kind)
+        expected = self.write(copy, entry, name, shape)
+        layer = ports.load(copy).params["language_model"]["model"]["layers_0"]["self_attn"]
+        np.testing.assert_array_equal(layer["q_proj"]["kernel"], expected)
+        assert Q_PROJ in ports.load_abstract(copy).sites
+
+    def test_some_rows_alone(self, copy):
+        expected = self.write(copy, self.FINE_GRAINED, "weight_scale_inv", (3, 4)).T
+        tensors = quantised.readable(safetensors_io.open_directory(copy), copy)
+        np.testing.assert_array_equal(tensors[f"{Q_PROJ}.weight"].read((30, 70)), expected[30:70])
+
+    def test_scales_that_do_not_fit(self, copy):
+        self.write(copy, self.FINE_GRAINED, "weight_scale_inv", (4, 4))
+        with helpers.raises_line(ValueError, f"scales (4, 4) of {Q_PROJ}.weight (84, 60)"):
+            ports.load(copy)
 
 
 def test_a_description_needs_no_whole_weights(copy):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ports.messages import few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
@@ -168,7 +169,7 @@ def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Se
         if not types:
             frequent = ", ".join(list(count_answers([t for t, _ in answered]))[:5])
             raise ValueError(
-                f"no question of {len(samples)} has one of the {what} words {', '.join(words)} as "
+                f"no question of {len(samples)} has one of the {what} words {few(words)} as "
                 f"its answer; frequent are {frequent or 'none: these are no questions'}"
             )
         of_source = of_source or types

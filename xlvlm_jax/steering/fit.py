@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ports.messages import few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
@@ -216,7 +217,7 @@ def contrast_prompts(
     if positive == negative:
         raise ValueError(
             f"no image of {features.path} has a prompt answered with a source word and one "
-            f"answered with {', '.join(target)}; contrast completions instead"
+            f"answered with {few(target)}; contrast completions instead"
         )
     return samples, positive, negative
 
@@ -269,7 +270,7 @@ def _words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np
 
 
 def _none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
-    named = f"{what} words {', '.join(words)}" if words else "answers without a target word"
+    named = f"{what} words {few(words)}" if words else "answers without a target word"
     words, numbers = np.unique(list(answers), return_counts=True)
     frequent = [str(word) for word in words[np.argsort(-numbers, kind="stable")][:5]]
     return (
