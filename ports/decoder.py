@@ -133,9 +133,12 @@ def attend_through_cache(
         parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
         slot -= parts[0][0].shape[-1]
     key, value = layers.cache_layout(key, value)
-    keys.value = _constrain_cache(jax.lax.dynamic_update_slice(keys.value, key, (0, 0, 0, slot)))
+    zero = 0 * slot  # of the same type, which a plain 0 is not where numbers have 64 bits
+    keys.value = _constrain_cache(
+        jax.lax.dynamic_update_slice(keys.value, key, (zero, zero, zero, slot))
+    )
     values.value = _constrain_cache(
-        jax.lax.dynamic_update_slice(values.value, value, (0, 0, slot, 0))
+        jax.lax.dynamic_update_slice(values.value, value, (zero, zero, slot, zero))
     )
     if start is None:
         return layers.attend_cached(query, [(key, value)], mask)

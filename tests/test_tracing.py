@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 import xlvlm_jax
 from xlvlm_jax import metrics, shift, steering
@@ -145,6 +146,25 @@ def test_in_float64_under_jit_vmap_and_grad(name):
         slope = (total(function)(*ahead) - total(function)(*behind)) / 2e-5
         found = sum(np.sum(g * d) for g, d in zip(gradient, directions, strict=True))
         np.testing.assert_allclose(found, slope, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_answers_alike_where_numbers_have_64_bits(vlm):
+    image = Image.fromarray(np.arange(3 * 32 * 32, dtype=np.uint8).reshape(32, 32, 3))
+    inputs = vlm.process([vlm.render("What is in the picture?")], [image])
+    site = "language_model.model.layers.1"
+
+    def run():
+        states = vlm.forward(inputs, sites=site).states[site]
+        edits = {site: xlvlm_jax.replace(2 * states, where="image")}
+        answer = vlm.generate(inputs, max_new_tokens=4, sites=site, edits=edits)
+        return np.asarray(answer.tokens), np.asarray(answer.states[site])
+
+    tokens, states = run()
+    with jax.enable_x64(True):
+        wide_tokens, wide_states = run()
+    np.testing.assert_array_equal(wide_tokens, tokens)
+    assert wide_states.dtype == np.float32  # the model's own
+    np.testing.assert_allclose(wide_states, states, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
