@@ -42,7 +42,8 @@ def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
             reason = f"its dtype is {arrays[name].dtype}"
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-        if name not in arrays or arrays[name].dtype.kind in "OSU":
+        # An array of arrays has a port's own message: the processor was told not to pad.
+        if name not in arrays or arrays[name].dtype.kind in "SU":
             raise ValueError(
                 f"inputs[{name!r}] is a {type(value).__name__} that is no array of numbers "
                 f"({reason}); pass what the processor returns with return_tensors='np'"
