@@ -33,8 +33,9 @@ def sites(
     """Lists the names of a checkpoint's sites, in network order; reads no weights."""
     from ports.sites import match_sites
 
-    for site in load_model(model, abstract=True).sites:
-        if pattern in site or match_sites(pattern, [site]):
+    vlm = load_model(model, abstract=True)
+    for site in vlm.sites:
+        if pattern in site or match_sites(pattern, [site], vlm.hub_names):
             print(site)
 
 
