@@ -161,17 +161,19 @@ def test_a_moved_run_through_the_command_line(xlvlm, here, tmp_path, monkeypatch
     assert str(tmp_path) not in page
     # The data are gone, and then named.
     shutil.move(here / "scenes", tmp_path / "drawn")
-    status, _, errors = xlvlm("report", run)
+    assert xlvlm("report", run)[0] == 2  # the page is there
+    status, _, errors = xlvlm("report", run, "--overwrite")
     assert status == 0 and "pictures can't be shown" in errors and "--images" in errors
     page = (run / "report.html").read_text()
     assert "8 of 8 pictures can" in page and str(tmp_path) not in page
-    status, _, errors = xlvlm("ground", run / "concepts", "--model", "embedded")
+    again = ("ground", run / "concepts", "--model", "embedded", "--overwrite")
+    status, _, errors = xlvlm(*again)
     assert status == 0 and "8 of 8 images are not there" in errors.replace("\n", " ")
     assert (
         xlvlm("score", run / "concepts", "--output", tmp_path / "x", "--clip", "embedded")[0] == 2
     )
     named = ("--images", tmp_path / "drawn")
-    assert xlvlm("report", run, *named)[0] == 0
+    assert xlvlm("report", run, "--overwrite", *named)[0] == 0
     assert (run / "report.html").read_text().count("data:image/jpeg") >= 5
 
 

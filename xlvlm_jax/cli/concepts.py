@@ -9,11 +9,13 @@ from rich.table import Table
 
 from xlvlm_jax.cli.console import (
     Images,
+    Overwrite,
     Seed,
     ThroughNorm,
     console,
     errors,
     load_model,
+    refuse_existing,
     solver_bar,
 )
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
@@ -38,6 +40,7 @@ def decompose(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the matrix tile by tile: it may exceed memory.")
     ] = False,
+    overwrite: Overwrite = False,
     hosts: Hosts = None,
     dry_run: DryRun = False,
     profile: Profile = None,
@@ -51,8 +54,13 @@ def decompose(
     given = {name: value for name, value in given.items() if value is not None}
     opened = Features.open(features)
     sites = stages.choose_sites(opened, site)
-    for name in sites:
-        directory = output if len(sites) == 1 else output.with_name(f"{output.name}-{name}")
+    places = {name: output.with_name(f"{output.name}-{name}") for name in sites}
+    if len(sites) == 1:
+        places = {sites[0]: output}
+    if not dry_run:
+        for directory in places.values():
+            refuse_existing(directory, overwrite)
+    for name, directory in places.items():
         if dry_run:
             _show_needs(opened.stored(name), num_concepts, method, directory, given)
             continue
@@ -111,11 +119,15 @@ def ground(
     num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
     through_norm: ThroughNorm = None,
     images: Images = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Concepts -> words and images, written into the same directory."""
     from xlvlm_jax import Concepts, Features, pictures, stages
 
-    source = features or Path(Concepts.load(concepts).source.get("features", ""))
+    learnt = Concepts.load(concepts)
+    if learnt.words is not None and not overwrite:
+        raise FileExistsError(f"{concepts} holds words already; replace them by --overwrite")
+    source = features or Path(learnt.source.get("features", ""))
     grounded = stages.ground_concepts(
         concepts,
         load_model(model),
@@ -145,9 +157,11 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
     output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
     images: Images = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """A run directory -> one self-contained HTML page."""
     from xlvlm_jax.report import write_report
 
+    refuse_existing(output or run / "report.html", overwrite)
     tell = functools.partial(errors.print, style="yellow", markup=False)
     console.print(f"{write_report(run, output, images=images, tell=tell)}")

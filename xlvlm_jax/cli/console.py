@@ -53,6 +53,9 @@ Images = Annotated[
     Path | None,
     typer.Option(help="The directory of the pictures now, if they were moved without the run."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier command wrote there.")
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 IgnoreGenerationConfig = Annotated[
     bool,
@@ -62,6 +65,13 @@ IgnoreGenerationConfig = Annotated[
         "repetition_penalty. Its end tokens stay.",
     ),
 ]
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Before the work begins: FileExistsError for a file, or a directory that is not empty."""
+    if overwrite or not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    raise FileExistsError(f"{output} exists; name another output, or replace it by --overwrite")
 
 
 def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:

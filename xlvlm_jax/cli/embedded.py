@@ -7,18 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Seed, bars, console, progress_bars
+from xlvlm_jax.cli.console import (
+    Overwrite,
+    Seed,
+    bars,
+    console,
+    progress_bars,
+    refuse_existing,
+)
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="The run directory.")] = Path("xlvlm-demo"),
     word: Annotated[str, typer.Option(help="The token of interest.")] = "dog",
     num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
     """The whole of it on the embedded model: concepts, scores, shift, steering, report."""
     from xlvlm_jax import demo as module
 
+    refuse_existing(output / "run.json", overwrite)  # written last: another run goes on
     with progress_bars() as progress:
         result = module.run(
             output, word=word, num_concepts=num_concepts, seed=seed, stage=bars(progress)
@@ -31,11 +40,13 @@ def scenes(
     train: Annotated[int, typer.Option(help="Pictures of the training split.")] = 2000,
     val: Annotated[int, typer.Option(help="Pictures of the validation split.")] = 500,
     test: Annotated[int, typer.Option(help="Pictures of the test split.")] = 500,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
     """Draws the embedded data set, in the file layouts of COCO and VQAv2."""
     from xlvlm_jax.data import scenes as module
 
+    refuse_existing(output, overwrite)
     with progress_bars() as progress:
         advance = bars(progress)("drawing")
         module.write(output, train=train, val=val, test=test, seed=seed, progress=advance)

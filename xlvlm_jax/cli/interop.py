@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from xlvlm_jax.cli.console import console
+from xlvlm_jax.cli.console import Overwrite, console, refuse_existing
 
 Sites = Annotated[
     list[str] | None, typer.Option(help="A module, or a pattern; may be repeated. By default all.")
@@ -43,11 +43,13 @@ def export_pth(
     features: Annotated[Path, typer.Argument(help="A directory of features.")],
     output: Annotated[Path, typer.Option(help="The file to write (.pth).")],
     site: Sites = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """features/ -> a file that XL-VLMs (and torch.load) reads."""
     from xlvlm_jax import Features
     from xlvlm_jax.interop import export_features
 
+    refuse_existing(output, overwrite)
     opened = Features.open(features)
     export_features(opened, output, sites=site or ())
     console.print(f"{len(opened.samples)} samples, {len(opened.tokens)} rows -> {output}")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from xlvlm_jax.cli.console import (
     Images,
+    Overwrite,
     Seed,
     Site,
     Strict,
@@ -64,17 +65,19 @@ def score(
     through_norm: ThroughNorm = None,
     site: Site = None,
     images: Images = None,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
     """Concepts -> CLIPScore, BERTScore, overlap, sparsity, stability ... as scores.json."""
     from xlvlm_jax import Concepts, Features, stages
-    from xlvlm_jax.scoring.comparison import compare, write_scores
+    from xlvlm_jax.scoring.comparison import compare, require_no_scores, write_scores
 
     if bool(concepts) == bool(methods):
         raise ValueError("give either directories of concepts or --methods, to compare those")
     if stability and (methods or len(concepts) != 1):
         raise ValueError("--stability is about one directory of concepts; give one")
+    require_no_scores(output, overwrite)
     if methods:
         for name, value in (("--features", features), ("--model", model)):
             if value is None:

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Images, Seed, Site, ThroughNorm, console, load_model
+from xlvlm_jax.cli.console import (
+    Images,
+    Overwrite,
+    Seed,
+    Site,
+    ThroughNorm,
+    console,
+    load_model,
+    refuse_existing,
+)
 
 
 def shift(
@@ -41,6 +50,7 @@ def shift(
     num_images: Annotated[int, typer.Option(help="Most activating samples that count.")] = 50,
     through_norm: ThroughNorm = None,
     images: Images = None,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
     """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
@@ -51,6 +61,7 @@ def shift(
 
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
+    refuse_existing(output, overwrite)
     features = (
         Features.open(original, images=images),
         None if finetuned is None else Features.open(finetuned, images=images),

@@ -11,6 +11,7 @@ from xlvlm_jax.cli import steering_fit
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
+    Overwrite,
     Seed,
     Strict,
     as_it_generates,
@@ -19,6 +20,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     parse_where,
     progress_bars,
+    refuse_existing,
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun
@@ -75,6 +77,7 @@ def evaluate(
     dtype: Dtype = "float32",
     java: Java = False,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
@@ -92,6 +95,8 @@ def evaluate(
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
     task.require(samples)
+    if not dry_run:
+        refuse_existing(output, overwrite)
     if dry_run:
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
         _preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
@@ -175,6 +180,7 @@ def apply(
     dtype: Dtype = "float32",
     java: Java = False,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
@@ -215,6 +221,8 @@ def apply(
                 f"--choose-on {choose_on}: all of its samples are evaluated on; give another split"
             )
         task.require(others)
+    if not dry_run:
+        refuse_existing(output, overwrite)
     if dry_run:
         # One of those that are tried is applied, beside the plain answers and an instruction.
         applied = 1 if choose_on is not None else len(tried)

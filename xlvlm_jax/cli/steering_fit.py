@@ -12,6 +12,7 @@ from rich.table import Table
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Images,
+    Overwrite,
     Seed,
     Site,
     Strict,
@@ -21,6 +22,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     parse_where,
     progress_bars,
+    refuse_existing,
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun
@@ -92,6 +94,7 @@ def fit(
         "float32"
     ),
     images: Images = None,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
@@ -100,6 +103,8 @@ def fit(
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import stages, steering
 
+    if not dry_run:
+        refuse_existing(output, overwrite)
     opened = StoredFeatures.open(features, images=images)
     site = stages.choose_site(opened, site)
     answers: dict[str, Any] = {"key": key, "match": match}
@@ -108,7 +113,6 @@ def fit(
 
     if method == "fine":
         chosen = None if pairs is None else [_pair(text) for text in pairs.split(",")]
-        _refuse_existing(output)
         vectors, fine = steering.fit_fine(
             opened,
             site,
@@ -209,12 +213,14 @@ def rank(
     ),
     ignore_generation_config: IgnoreGenerationConfig = False,
     images: Images = None,
+    overwrite: Overwrite = False,
     strict: Strict = False,
 ) -> None:
     """Which vectors move the most answers to the fewest targets."""
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import SteeringVector, atomic, steering
 
+    refuse_existing(output, overwrite)
     paths = sorted(vectors.glob("*.safetensors")) if vectors.is_dir() else []
     if not paths:
         raise ValueError(f"{vectors} holds no vectors; fit some with --method fine --output DIR")
@@ -280,17 +286,12 @@ def _norm(vector: Any) -> float:
     return float((vector.vector**2).sum() ** 0.5)
 
 
-def _refuse_existing(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists; give a new directory for the vectors")
-
-
 def _write_all(output: Path, vectors: dict[str, Any]) -> None:
     """All of the vectors or none."""
     temporary = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, vector in vectors.items():
         vector.save(temporary / f"{name}.safetensors")
-    if output.exists():
-        output.rmdir()
+    if output.is_dir():
+        shutil.rmtree(output)
     os.replace(temporary, output)

@@ -26,6 +26,7 @@ from xlvlm_jax.scoring.scorer import Scorer
 from xlvlm_jax.stages import choose_site
 from xlvlm_jax.store import Features
 
+FILE = "scores.json"
 RANDOM = "random"
 ALL_METHODS = (*METHODS, RANDOM)
 
@@ -149,6 +150,27 @@ def score_run(
     return Run(rows, write_scores(run, scorer.describe(), rows))
 
 
+def require_no_scores(directory: Path, overwrite: bool) -> None:
+    """Before the work begins: FileExistsError for a scores.json that holds dictionaries already.
+
+    Raises ValueError for one that is no JSON object.
+    """
+    if "dictionaries" in _known(directory) and not overwrite:
+        raise FileExistsError(
+            f"{directory / FILE} holds scores of dictionaries; name another output, or replace "
+            "them by --overwrite"
+        )
+
+
+def _known(directory: Path) -> dict[str, Any]:
+    """What scores.json holds; {} where there is none."""
+    path = directory / FILE
+    known = files.read_json(path) if path.exists() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
+    return known
+
+
 def write_scores(
     directory: Path, description: Mapping[str, Any], rows: Sequence[DictionaryScores]
 ) -> Path:
@@ -157,10 +179,7 @@ def write_scores(
 
     Raises ValueError for a scores.json that is no JSON object.
     """
-    path = directory / "scores.json"
-    known = files.read_json(path) if path.exists() else {}
-    if not isinstance(known, dict):
-        raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
+    path, known = directory / FILE, _known(directory)
     directory.mkdir(parents=True, exist_ok=True)
     known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]

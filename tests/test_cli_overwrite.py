@@ -1,0 +1,104 @@
+"""Nothing that exists is overwritten unless told: one line and status 2, before the work begins."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import Concepts, SteeringVector
+from xlvlm_jax.data import scenes
+from xlvlm_jax.store import FeaturesWriter
+
+SITE = "language_model.model.norm"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory: features of eight answers, two concepts with words, a vector."""
+    run = tmp_path_factory.mktemp("run")
+    with FeaturesWriter(run / "features", {"model": "m"}) as writer:
+        rows = np.arange(8)
+        answers = [{"id": str(i), "prediction": ("yes", "no")[i % 2]} for i in rows]
+        writer.append(answers, {SITE: np.eye(8, 192, dtype="f4")}, rows, rows, rows)
+        writer.close()
+    learnt = Concepts.from_components(np.eye(2, 192), alpha=0.1)
+    source = {"features": str(run / "features"), "site": SITE}
+    learnt = dataclasses.replace(learnt, words=[["a"], ["b"]], source=source)
+    dataclasses.replace(learnt, activations=np.eye(8, 2, dtype="f4")).save(run / "concepts")
+    (run / "vectors").mkdir()
+    SteeringVector(np.ones(192, "f4"), SITE, source).save(run / "vectors" / "v.safetensors")
+    scenes.write(run / "scenes", train=2, val=0, test=2, seed=5)
+    return run
+
+
+def contents(path):
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return {file: file.read_bytes() for file in files}
+
+
+COMMANDS = {
+    "decompose": ("decompose", "features", "--num-concepts", 2),
+    "score": ("score", "concepts"),
+    "report": ("report", "."),
+    "shift": ("shift", "features", "features", "--concepts", "concepts", "--model", "embedded"),
+    "export-pth": ("export-pth", "features"),
+    "steer fit": ("steer", "fit", "features", "--source", "yes", "--target", "no"),
+    "steer fit fine": ("steer", "fit", "features", "--method", "fine"),
+    "steer rank": ("steer", "rank", "vectors", "--model", "embedded"),
+    "steer apply": ("steer", "apply", "embedded", "scenes", "--vector", "vectors/v.safetensors"),
+    "evaluate": ("evaluate", "embedded", "scenes", "--split", "test"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_there_stays(xlvlm, run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(run)
+    output = tmp_path / "there"
+    if name in ("report", "export-pth", "steer fit", "steer rank"):
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "scores.json").write_text('{"dictionaries": []}')
+    before = contents(output)
+    status, out, errors = xlvlm(*COMMANDS[name], "--output", output)
+    assert status == 2
+    line = " ".join(errors.split())
+    assert "there" in line and "--overwrite" in line
+    assert len(errors.strip().splitlines()) == 1 and out == ""
+    assert contents(output) == before
+
+
+def test_words_and_drawn_scenes_and_a_whole_demo_stay(xlvlm, run, tmp_path):
+    before = contents(run / "concepts")
+    status, _, errors = xlvlm("ground", run / "concepts", "--model", "embedded")
+    assert status == 2 and "holds words already; replace them by --overwrite" in errors
+    assert contents(run / "concepts") == before
+    status, _, errors = xlvlm("scenes", run / "scenes", "--train", 1)
+    assert status == 2 and "--overwrite" in errors
+    (tmp_path / "run.json").write_text("{}")
+    status, _, errors = xlvlm("demo", "--output", tmp_path)
+    assert status == 2 and "run.json exists" in errors
+
+
+def test_it_is_replaced_when_told(xlvlm, run, tmp_path):
+    scored = ("score", run / "concepts", "--output", tmp_path)
+    (tmp_path / "scores.json").write_text('{"attributes": {}}')
+    assert xlvlm(*scored)[0] == 0  # joins what the file holds of others
+    assert xlvlm(*scored)[0] == 2
+    assert xlvlm(*scored, "--overwrite")[0] == 0
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {
+        *("attributes", "scored on", "dictionaries"),
+    }
+    fit = ("steer", "fit", run / "features", "--target", "no", "--output", tmp_path / "v.st")
+    assert xlvlm(*fit, "--source", "yes")[0] == 0
+    first = (tmp_path / "v.st").read_bytes()
+    assert xlvlm(*fit)[0] == 2 and (tmp_path / "v.st").read_bytes() == first
+    assert xlvlm(*fit, "--overwrite")[0] == 0 and (tmp_path / "v.st").read_bytes() != first
+
+
+def test_a_dry_run_writes_nothing_and_is_not_refused(xlvlm, run, tmp_path):
+    (tmp_path / "mine").touch()
+    again = ("decompose", run / "features", "--num-concepts", 2, "--output", tmp_path)
+    assert xlvlm(*again, "--dry-run")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
