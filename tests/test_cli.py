@@ -163,7 +163,7 @@ def test_an_unknown_option_is_named(xlvlm):
 def test_a_bug_is_one_line_and_status_1(xlvlm, monkeypatch):
     from xlvlm_jax import report
 
-    def fail(run, output):
+    def fail(run, output, **_):
         raise RuntimeError("broken\nin two lines")
 
     monkeypatch.setattr(report, "write_report", fail)
