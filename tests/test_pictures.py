@@ -116,6 +116,13 @@ def test_a_damaged_record_is_one_line(here):
             Features.open(features)
 
 
+def test_names_that_no_file_can_have_are_as_they_are(here):
+    names = ["x" * 5000, "a\0b.png"]
+    assert pictures.find_all(names, here, None) == names
+    assert pictures.missing(names) == names
+    assert pictures.find_features("x" * 5000, here) == "x" * 5000
+
+
 def test_concepts_name_features_and_images_that_open_from_anywhere(
     here, tmp_path, monkeypatch, three_words
 ):

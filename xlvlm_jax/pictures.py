@@ -62,7 +62,8 @@ def find_all(
     known = [name for name in names if name is not None]
     probes = [known[len(known) * i // _PROBES] for i in range(_PROBES)] if known else []
     for root, depth in _places(directory, recorded, images):
-        if any((root / _tail(name, depth)).is_file() for name in probes):
+        # Of a name that no file can have, pathlib would raise what the system says.
+        if any(os.path.isfile(root / _tail(name, depth)) for name in probes):
             return [None if n is None else str(root / _tail(n, depth)) for n in names]
     if images is not None and probes:
         raise ValueError(
@@ -108,7 +109,7 @@ def find_features(stored: Any, directory: Path) -> Any:
         return stored
     directory = directory.resolve()
     for above in (directory, Path.cwd(), *directory.parents):
-        if (above / stored / "manifest.json").is_file():
+        if os.path.isfile(above / stored / "manifest.json"):
             return os.path.normpath(above / stored)
     return stored
 
@@ -136,4 +137,4 @@ _FEATURES = ("features", "target features", "original features", "fine-tuned fea
 
 def missing(paths: Iterable[str | None]) -> list[str]:
     """The pictures that are not there, each once."""
-    return [path for path in dict.fromkeys(paths) if path is not None and not Path(path).is_file()]
+    return [path for path in dict.fromkeys(paths) if path is not None and not os.path.isfile(path)]

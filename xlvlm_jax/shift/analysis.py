@@ -210,7 +210,7 @@ class ShiftAnalysis:
                 "matching": np.array([concept["matched"] for concept in concepts], int),
                 "counts": np.array([concept["samples"] for concept in concepts], int),
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{directory / DESCRIPTION} is no description of a shift ({error});"
                 " run `xlvlm shift` again"
