@@ -7,6 +7,7 @@
 This package knows nothing of the toolkit: it can be used alone.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     adapter: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    video_positions: str = "original",
 ) -> VLM:
     """Loads a Hugging Face checkpoint.
 
@@ -109,6 +111,8 @@ def load(
         generation_config: values by transformers' names instead of those of the checkpoint's
             generation_config.json, such as {"repetition_penalty": 1.1}; {} leaves those out. The
             tokens that end and fill rows stay, unless it names others.
+        video_positions: of Qwen2-VL, where text after a video begins: "original", as the weights
+            were trained, or "transformers-5" (see `ports.qwen2_vl.VIDEO_POSITIONS`).
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
@@ -118,7 +122,7 @@ def load(
     """
     keep_programs()
     directory = hub.find_directory(path)
-    module, port, config, abstract = _build(directory, dtype)
+    module, port, config, abstract = _build(directory, dtype, video_positions)
     params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
     vlm = VLM(module, params, config, port, directory, mesh)
     if generation_config is not None:
@@ -127,7 +131,11 @@ def load(
 
 
 def load_abstract(
-    path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    video_positions: str = "original",
 ) -> VLM:
     """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read
     (and where config.json ties a head that is stored, as much as tells whether it is another one).
@@ -136,7 +144,7 @@ def load_abstract(
     compiling for other devices. The directory need hold no weights, and from the hub none are got.
     """
     directory = hub.find_directory(path, weights=False)
-    module, port, config, abstract = _build(directory, dtype)
+    module, port, config, abstract = _build(directory, dtype, video_positions)
     # Of weights that are there, the headers tell whether a load would read them.
     quantised.readable(safetensors_io.open_available(directory), directory)
     params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
@@ -148,16 +156,29 @@ def hub_names(name: str) -> tuple[str, ...]:
     return tuple(checkpoint.module_name(port.canonical_name, name) for port, _ in _PORTS.values())
 
 
-def _build(directory: Path, dtype: str) -> tuple[Any, ModuleType, Any, dict]:
+def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, ModuleType, Any, dict]:
     """The Linen module of a checkpoint, its port, the configuration as read, and the parameters
     that the module needs, abstract.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if video_positions not in qwen2_vl.VIDEO_POSITIONS:
+        raise ValueError(
+            f"video_positions is {video_positions!r}; expected one of "
+            f"{', '.join(qwen2_vl.VIDEO_POSITIONS)}"
+        )
     config = checkpoint.read_config(directory, tuple(_PORTS), {"molmo": molmo.read_config})
     port, kind = _PORTS[config.model_type]
     with checkpoint.making_model(directory):
-        module = kind(port.Config.from_hf(config), dtype=jnp.dtype(dtype))
+        sizes = port.Config.from_hf(config)
+    if port is qwen2_vl:
+        sizes = dataclasses.replace(sizes, video_positions=video_positions)
+    elif video_positions != "original":
+        raise ValueError(
+            f"video_positions is {video_positions!r}, which is for qwen2_vl; {directory} is a "
+            f"{config.model_type}: leave it out"
+        )
+    module = kind(sizes, dtype=jnp.dtype(dtype))
     if checkpoint.stores_own_head(directory, port.canonical_name, module.tied):
         module = module.untied()
     with checkpoint.making_model(directory):

@@ -114,11 +114,11 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T] -> unit vectors [B, E]."""
+        """tokens and attention_mask int[B, T] -> unit vectors float32[B, E]."""
         return _unit(self.text_projection(self.text_model(tokens, attention_mask)))
 
     def embed_images(self, pixels: Array) -> Array:
-        """pixels[I, 3, height, width] -> unit vectors [I, E]."""
+        """pixels[I, 3, height, width] -> unit vectors float32[I, E]."""
         return _unit(self.visual_projection(self.vision_model(pixels).pooled))
 
     def __call__(self, tokens: Array, attention_mask: Array, pixels: Array) -> Array:
@@ -128,6 +128,8 @@ class CLIP(nn.Module):
 
 
 def _unit(x: Array) -> Array:
+    # In float32, whatever the towers' dtype: cosines of close pairs differ by little.
+    x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
@@ -163,7 +165,7 @@ class DualEncoder:
         return processor
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T], padded on the right -> unit vectors [B, E].
+        """tokens and attention_mask int[B, T], padded on the right -> unit vectors float32[B, E].
 
         Raises ValueError for a token id outside the vocabulary.
         """
@@ -171,7 +173,7 @@ class DualEncoder:
         return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
 
     def embed_images(self, pixels: Array) -> Array:
-        """pixels[I, 3, height, width] -> unit vectors [I, E]."""
+        """pixels[I, 3, height, width] -> unit vectors float32[I, E]."""
         return _embed_images(self.module, self.params, jnp.asarray(pixels))
 
 

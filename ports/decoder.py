@@ -273,10 +273,10 @@ class CausalLM(nn.Module):
     def setup(self):
         self.model = Decoder(self.config, self.dtype)
         if not self.config.tie_embeddings:
-            self.lm_head = layers.dense(self.config.vocab_size, False, self.dtype)
+            self.lm_head = layers.head(self.config.vocab_size, self.dtype)
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the head alone, without the final norm."""
+        """x[..., D] -> logits float32[..., V]: the head alone, without the final norm."""
         if self.config.tie_embeddings:
             return sharding.logits(self.model.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))

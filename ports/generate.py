@@ -84,7 +84,6 @@ def generate(
         decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None, None))
 
     def pick(logits: Array, tokens: Array, step: Array, ended: Array) -> tuple[Array, Array]:
-        logits = logits.astype(jnp.float32)
         if rules is not None:
             logits = rule(logits, tokens, step)
         tokens = jnp.argmax(logits, -1) if sampling is None else draw(logits, sampling, step)

@@ -215,7 +215,7 @@ class Idefics2(joiner.VisionLanguageModel):
     def setup(self):
         self.model = Backbone(self.config, self.dtype)
         if not self.config.text.tie_embeddings:
-            self.lm_head = layers.dense(self.config.text.vocab_size, False, self.dtype)
+            self.lm_head = layers.head(self.config.text.vocab_size, self.dtype)
 
     @property
     def text_decoder(self) -> decoder.Decoder:
@@ -223,7 +223,7 @@ class Idefics2(joiner.VisionLanguageModel):
         return self.model.text_model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         if self.config.text.tie_embeddings:
             return sharding.logits(self.text_decoder.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))

@@ -64,7 +64,7 @@ class VisionLanguageModel(nn.Module):
         return self.clone(config=dataclasses.replace(self.config, text=text))
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         raise NotImplementedError
 
     def unembed_through_norm(self, x: Array) -> Array:

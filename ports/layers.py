@@ -4,6 +4,7 @@ B batch, T query positions, S key positions, D width,
 H query heads, N key-value heads, C head width.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.custom_derivatives import SymbolicZero
 
 from ports import sharding
 
@@ -61,6 +63,42 @@ def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None)
     return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
 
 
+@jax.custom_jvp
+def product_in_float32(x: Array, kernel: Array) -> Array:
+    """x[..., D] @ kernel[D, E] with sums and result in float32, whatever the dtype of the two.
+
+    The kernel is not converted (where XLA's CPU backend does, for some layouts, it did before).
+    Gradients are computed in the dtype of x, as those of any layer: a product of float32 and
+    bfloat16 would convert the whole kernel.
+    """
+    return _flat_dot(x, kernel, None, preferred_element_type=jnp.float32)
+
+
+@functools.partial(product_in_float32.defjvp, symbolic_zeros=True)
+def _product_in_float32_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = product_in_float32(x, kernel)
+    # Of a kernel that stays as it is there is no tangent, and no product with it.
+    terms = [
+        _flat_dot(a, b, None).astype(y.dtype)
+        for a, b in ((dx, kernel), (x, dkernel))
+        if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
+    ]
+    return y, sum(terms, start=jnp.zeros_like(y))
+
+
+def head(width: int, dtype: jnp.dtype) -> nn.Dense:
+    """A language-model head: a linear layer without bias whose logits are float32 in every dtype.
+
+    Rounded to bfloat16 the largest logits tie, and another token would be taken.
+    """
+    return nn.Dense(width, use_bias=False, dtype=dtype, dot_general=_head_dot)
+
+
+def _head_dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    return product_in_float32(x, kernel)
+
+
 def look_up(table: Array, tokens: Array) -> Array:
     """Rows of the table [V, D] for tokens int[...] -> [..., D]; NaN for an id outside of it."""
     # A negative index would count from the end.
@@ -69,11 +107,15 @@ def look_up(table: Array, tokens: Array) -> Array:
 
 
 class Embed(nn.Embed):
-    """A table of token embeddings; an id outside of it gives NaN."""
+    """A table of token embeddings, which is also a tied head; an id outside of it gives NaN."""
 
     def __call__(self, tokens: Array) -> Array:
         """tokens int[...] -> [..., D]."""
         return look_up(self.embedding.astype(self.dtype), tokens)
+
+    def attend(self, x: Array) -> Array:
+        """x[..., D] -> logits float32[..., V] (see `head`)."""
+        return product_in_float32(x.astype(self.dtype), self.embedding.astype(self.dtype).T)
 
 
 def rotary_angles(

@@ -107,7 +107,7 @@ class Llava(joiner.VisionLanguageModel):
         return self.language_model.model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         return self.language_model.unembed(x)
 
     def image_features(self, pixels: Array) -> Array:

@@ -248,14 +248,14 @@ class Transformer(nn.Module):
         self.wte = Embedding(self.config, self.dtype)
         self.blocks = [Block(text, self.dtype) for _ in range(text.num_layers)]
         self.ln_f = nn.RMSNorm(epsilon=text.norm_eps, dtype=self.dtype)
-        self.ff_out = layers.dense(text.vocab_size, False, self.dtype)
+        self.ff_out = layers.head(text.vocab_size, self.dtype)
 
     def embed_tokens(self, tokens: Array) -> Array:
         """tokens int[B, T] -> [B, T, D]."""
         return self.wte(tokens)
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]."""
+        """x[..., D] -> logits float32[..., V]."""
         return sharding.logits(self.ff_out(x))
 
     def __call__(
@@ -313,7 +313,7 @@ class Molmo(joiner.VisionLanguageModel):
         return self.model.transformer
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         return self.model.transformer.unembed(x)
 
     def embed_inputs(self, inputs: joiner.Inputs) -> Array:

@@ -5,7 +5,9 @@ the square of patches that become one token.
 
 A grid (t, h, w) says how many frames, and rows and columns of patches, an image or video has; its
 tokens are t x h / M x w / M. Their rotary positions have three components, time, height and width,
-that start where the text before them ended; text has the same position in all three.
+that start where the text before them ended; text has the same position in all three. Text after
+them begins after the largest of their positions, as the weights were trained (`VIDEO_POSITIONS`
+names another rule).
 """
 
 import dataclasses
@@ -37,6 +39,10 @@ INPUTS = (
 )
 # The arrays of patches and of their grids, for images and for videos.
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+# Where text after a video begins: after the largest position of all three axes, as in the original
+# code, transformers 4 and vLLM; or after rows and columns alone, as in transformers 5, where text
+# after more frames than those has positions within the video.
+VIDEO_POSITIONS = ("original", "transformers-5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Config:
     text: decoder.DecoderConfig
     vision: qwen2_vision.VisionConfig
     image_tokens: tuple[int, int]  # the token of an image's feature, and that of a video's
+    video_positions: str = VIDEO_POSITIONS[0]
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
@@ -78,7 +85,7 @@ class Qwen2VL(joiner.VisionLanguageModel):
         self.visual = qwen2_vision.Qwen2Vision(self.config.vision, self.dtype)
         self.model = decoder.Decoder(self.config.text, self.dtype)
         if not self.config.text.tie_embeddings:
-            self.lm_head = layers.dense(self.config.text.vocab_size, False, self.dtype)
+            self.lm_head = layers.head(self.config.text.vocab_size, self.dtype)
 
     @property
     def text_decoder(self) -> decoder.Decoder:
@@ -86,7 +93,7 @@ class Qwen2VL(joiner.VisionLanguageModel):
         return self.model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the language-model head alone."""
+        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         if self.config.text.tie_embeddings:
             return sharding.logits(self.model.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))
@@ -94,8 +101,8 @@ class Qwen2VL(joiner.VisionLanguageModel):
     def positions(self, inputs: joiner.Inputs) -> Array:
         """Rotary positions int32[B, T, 3]: time, height and width of every token.
 
-        A text token takes one step; an image or video as many as the longer of its height and
-        width has tokens, at its last token.
+        A text token takes one step; an image or video as many as the longest of its axes has
+        tokens, at its last token (see `VIDEO_POSITIONS`).
         """
         tokens = jnp.asarray(inputs["input_ids"])
         real = joiner.attention_mask(inputs) != 0
@@ -164,10 +171,13 @@ def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
     tokens = grid // jnp.array([1, config.vision.merge_size, config.vision.merge_size])
     ordinal = (jnp.cumsum(of_kind.reshape(-1)) - 1).reshape(of_kind.shape)
     image, index = _locate(ordinal, tokens.prod(axis=1))
-    height, width = tokens[image, 1], tokens[image, 2]
+    frames, height, width = jnp.moveaxis(tokens[image], -1, 0)
     place = jnp.stack([index // (height * width), index // width % height, index % width], axis=-1)
     last = index == tokens.prod(axis=1)[image] - 1
-    return place.astype(jnp.int32), jnp.where(last, jnp.maximum(height, width), 0)
+    step = jnp.maximum(height, width)
+    if config.video_positions == "original":
+        step = jnp.maximum(step, frames)
+    return place.astype(jnp.int32), jnp.where(last, step, 0)
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ Array = jax.Array
 class Output(NamedTuple):
     """What `VLM.forward` returns."""
 
-    logits: Array  # [B, T, V]
+    logits: Array  # float32[B, T, V], in every dtype of the model
     states: dict[str, Array]  # site -> [B, T, D]; of a vision site [images, patches, width]
 
 

@@ -118,7 +118,8 @@ def inspect(
         cache=_bytes(cache),
         states=_bytes(states),
         logits=_bytes(logits),
-        largest=max(width * math.prod(shape) for shape in shapes.values()),
+        # Logits are float32 in every dtype.
+        largest=max(_bytes(logits), *(width * math.prod(shape) for shape in shapes.values())),
     )
     devices, memory = _devices()
     return Inspection(

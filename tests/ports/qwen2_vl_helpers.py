@@ -3,6 +3,7 @@
 Sizes are odd on purpose: heads of 10, of which time, height and width turn 1, 2 and 2 frequencies.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import ports
 from ports import qwen2_vl, qwen2_vl_processor
 
 from . import helpers
@@ -110,6 +112,34 @@ def make_inputs(
             shape = (grids.prod(axis=1).sum(), PATCH_VALUES)
             inputs |= {grid: grids, pixels: random.standard_normal(shape, np.float32)}
     return inputs
+
+
+@functools.cache
+def like_transformers_5(directory: Path) -> ports.VLM:
+    """The port with the positions after videos that the installed transformers gives."""
+    return ports.load(directory, video_positions="transformers-5")
+
+
+def original_positions(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int[3, B, T], the original code's: what follows begins after all that went before."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    grids = {
+        token: iter(inputs.get(name, ()))
+        for token, name in ((helpers.IMAGE, "image_grid_thw"), (VIDEO, "video_grid_thw"))
+    }
+    out = np.zeros((3, *ids.shape), np.int64)
+    for row in range(len(ids)):
+        places: list[list[int]] = []
+        columns = np.flatnonzero(mask[row])
+        while len(places) < len(columns):
+            token = ids[row, columns[len(places)]]
+            begin = max((max(place) for place in places), default=-1) + 1
+            t, h, w = next(grids[token]) if token in grids else (1, 2, 2)
+            places += [
+                [begin + i for i in at] for at in np.ndindex(int(t), int(h) // 2, int(w) // 2)
+            ]
+        out[:, row, columns] = np.transpose(places)
+    return out
 
 
 def torch_forward(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:

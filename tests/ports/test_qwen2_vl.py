@@ -1,5 +1,6 @@
 """Qwen2-VL against PyTorch: positions, every module's output, the logits, 32 greedy tokens."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 import transformers
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -20,10 +22,12 @@ from .qwen2_vl_helpers import (
     PROMPTS,
     VARIANTS,
     VIDEO,
+    like_transformers_5,
     make_config,
     make_inputs,
     make_processor,
     make_qwen2_vl,
+    original_positions,
     site_errors,
     torch_forward,
 )
@@ -66,8 +70,9 @@ def test_every_site_and_the_logits_equal_pytorchs(pair, variant, prompt):
     logits, states = torch_forward(pair.torch_model, inputs)
     # A tower that ran for images and for videos was captured twice here, once there.
     seen = "pixel_values" in inputs and "pixel_values_videos" not in inputs
-    sites = [site for site in pair.vlm.sites if seen or not site.startswith("visual")]
-    ours = pair.vlm.forward(inputs, sites=sites)
+    vlm = like_transformers_5(pair.directory)
+    sites = [site for site in vlm.sites if seen or not site.startswith("visual")]
+    ours = vlm.forward(inputs, sites=sites)
 
     errors = site_errors(ours.states, states, inputs)
     assert set(errors) == set(sites)
@@ -81,7 +86,7 @@ def test_32_greedy_tokens_equal_pytorchs(pair, variant, prompt):
     pair = pair(variant)
     inputs = make_inputs(*PROMPTS[prompt])
     theirs = helpers.torch_generate(pair.torch_model, inputs, 32).sequences
-    ours = pair.vlm.generate(inputs, max_new_tokens=32)
+    ours = like_transformers_5(pair.directory).generate(inputs, max_new_tokens=32)
     np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
 
 
@@ -111,18 +116,52 @@ class TestPositions:
         assert positions.tolist() == [[0, 0, 0], [1, 1, 1], [1, 2, 1], [3, 3, 3], [4, 4, 4]]
 
     @pytest.mark.parametrize("prompt", [name for name in PROMPTS if name != "no image"])
-    def test_are_pytorchs(self, small, prompt):
+    def test_like_transformers_5_are_pytorchs(self, small, prompt):
         inputs = make_inputs(*PROMPTS[prompt])
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
         tensors = helpers.to_torch(inputs)
         expected, _ = small.torch_model.model.get_rope_index(
             **{name: tensors[name] for name in (*names, "attention_mask") if name in tensors}
         )
-        ours = jax.jit(small.vlm.module.positions)(
+        self.check(like_transformers_5(small.directory), inputs, expected.numpy())
+
+    @staticmethod
+    def check(vlm, inputs, expected):
+        ours = jax.jit(vlm.module.positions)(
             {name: inputs[name] for name in qwen2_vl.INPUTS if name in inputs}
         )
         valid = inputs["attention_mask"].astype(bool)
-        np.testing.assert_array_equal(ours[valid], np.moveaxis(expected.numpy(), 0, -1)[valid])
+        np.testing.assert_array_equal(ours[valid], np.moveaxis(expected, 0, -1)[valid])
+
+    @pytest.mark.parametrize("prompt", PROMPTS)
+    def test_are_the_originals(self, small, prompt):
+        inputs = make_inputs(*PROMPTS[prompt])
+        self.check(small.vlm, inputs, original_positions(inputs))
+
+    @pytest.mark.parametrize(
+        ("rule", "after"), [("original", [7, 8, 9]), ("transformers-5", [4, 5, 6])]
+    )
+    def test_after_more_frames_than_rows_by_hand(self, small, rule, after):
+        """Two tokens of text, five frames of 1 x 2 tokens at 2 to 6, three tokens of text."""
+        config = dataclasses.replace(small.vlm.module.config, video_positions=rule)
+        inputs = {
+            "input_ids": np.array([[5, 6, *[VIDEO] * 10, 7, 8, 9]]),
+            "video_grid_thw": np.array([[5, 2, 4]]),
+        }
+        positions = np.asarray(qwen2_vl.Qwen2VL(config).positions(inputs))[0]
+        np.testing.assert_array_equal(positions[:2], [[0] * 3, [1] * 3])
+        frames = [[2 + frame, 2, 2 + column] for frame in range(5) for column in range(2)]
+        np.testing.assert_array_equal(positions[2:12], frames)
+        np.testing.assert_array_equal(positions[12:], [[place] * 3 for place in after])
+
+    def test_a_rule_that_is_not_known(self, small):
+        with helpers.raises_line(ValueError, "video_positions is 'x'; expected one of original"):
+            ports.load(small.directory, video_positions="x")
+
+    def test_a_rule_for_a_model_without_videos(self, llava_pair):
+        directory = llava_pair("grouped queries").directory
+        with helpers.raises_line(ValueError, "is for qwen2_vl", f"{directory} is a llava"):
+            ports.load(directory, video_positions="transformers-5")
 
     def test_of_text_are_its_indices(self, small):
         inputs = make_inputs([[], []], [3, 6])
@@ -133,12 +172,39 @@ class TestPositions:
             np.testing.assert_array_equal(positions[valid][:, component], expected[valid])
 
 
+def test_answers_go_on_after_the_largest_position_of_a_video(small):
+    """PyTorch, given the original's positions of the prompts with their answers, predicts them."""
+    inputs = make_inputs([[(5, 4, 2), (1, 4, 4)], [(6, 2, 2)]], [0, 7])
+    tokens = small.vlm.generate(inputs, max_new_tokens=6).tokens
+    whole = inputs | {
+        "input_ids": np.concatenate([inputs["input_ids"], tokens], axis=1),
+        "attention_mask": np.pad(inputs["attention_mask"], ((0, 0), (0, 6)), constant_values=1),
+        "mm_token_type_ids": np.pad(inputs["mm_token_type_ids"], ((0, 0), (0, 6))),
+    }
+    positions = original_positions(whole)
+    assert not np.array_equal(positions[0][:, -1], like_transformers_5_last(small, whole))
+    with torch.no_grad():
+        tensors = helpers.to_torch(whole | {"position_ids": positions})
+        expected = small.torch_model(**tensors).logits.numpy()
+    np.testing.assert_array_equal(expected[:, -7:-1].argmax(-1), tokens)
+    valid = whole["attention_mask"].astype(bool)
+    logits = np.asarray(small.vlm.forward(whole).logits)
+    np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=1e-4)
+
+
+def like_transformers_5_last(pair, inputs) -> np.ndarray:
+    """int[B]: the rotary position of the last token by the other rule."""
+    arrays = {name: inputs[name] for name in qwen2_vl.INPUTS if name in inputs}
+    return np.asarray(like_transformers_5(pair.directory).module.positions(arrays))[:, -1, 0]
+
+
 @pytest.mark.parametrize("prompt", [LEFT, "a video and an image"])
 def test_apply_takes_the_processors_arrays_as_they_are(small, prompt):
     inputs = make_inputs(*PROMPTS[prompt])
     expected, _ = torch_forward(small.torch_model, inputs)
     arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    logits = jax.jit(small.vlm.apply)(small.vlm.params, arrays)
+    vlm = like_transformers_5(small.directory)
+    logits = jax.jit(vlm.apply)(vlm.params, arrays)
     valid = inputs["attention_mask"].astype(bool)
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=1e-4)
 

@@ -134,7 +134,7 @@ def _loss(
         apply = functools.partial(ports.adapted(apply), adapter=adapter)
     # The head, the dearest layer, runs only where an answer is predicted.
     states = apply(params, x=inputs, method="states")[:, -window - 1 : -1]
-    logits = apply(params, x=states, method="unembed").astype(jnp.float32)
+    logits = apply(params, x=states, method="unembed")
     target = inputs["input_ids"][:, -window:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     is_answer = jnp.arange(window) >= window - lengths[:, None]

@@ -228,7 +228,5 @@ def answer_losses(
     # Rows are padded on the left: answers are at the end.
     logits = module.apply({"params": params}, states[:, -length - 1 : -1], method="unembed")
     weights = (batch.kinds[:, -length:] == GENERATED).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), batch.tokens[:, -length:]
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, -length:])
     return losses * weights, weights
