@@ -99,10 +99,10 @@ def ground_images(
         raise ValueError(f"activations of sample {int(np.argmin(finite))} hold NaN or Inf")
     if isinstance(activations, jax.Array):
         return jax.lax.top_k(activations.T, num_images)[1]
-    return np.stack([_largest(column, num_images) for column in np.asarray(activations).T])
+    return np.stack([largest(column, num_images) for column in np.asarray(activations).T])
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def largest(values: np.ndarray, count: int) -> np.ndarray:
     """The places of the largest values, the largest first; of equals, the earlier."""
     # All that may be among them: sorting the rest would take most of the time.
     candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[-count])

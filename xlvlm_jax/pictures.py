@@ -8,7 +8,7 @@ are looked for here and in the directories above the run, where the command was 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,31 @@ def find_all(
     """
     known = [name for name in names if name is not None]
     probes = [known[len(known) * i // _PROBES] for i in range(_PROBES)] if known else []
+    path_of = locate(probes, directory, recorded, images)
+    return [None if name is None else path_of(name) for name in names]
+
+
+def locate(
+    probes: Sequence[str],
+    directory: Path,
+    recorded: Mapping[str, str] | None,
+    images: str | os.PathLike[str] | None = None,
+) -> Callable[[str], str]:
+    """The function from a picture's name to its path, by where some of the pictures are found.
+
+    Args and Raises as for `find_all`, of which `probes` are some of the names.
+    """
     for root, depth in _places(directory, recorded, images):
         # Of a name that no file can have, pathlib would raise what the system says.
         if any(os.path.isfile(root / _tail(name, depth)) for name in probes):
-            return [None if n is None else str(root / _tail(n, depth)) for n in names]
+            return lambda name: str(root / _tail(name, depth))
     if images is not None and probes:
         raise ValueError(
             f"{images} holds none of the pictures of {directory}, such as {probes[0]!r}; give the "
             "directory that they lie in"
         )
-    if recorded is None:
-        return list(names)
-    return [None if name is None else os.path.join(recorded["root"], name) for name in names]
+    root_then = "" if recorded is None else recorded["root"]
+    return lambda name: os.path.join(root_then, name)
 
 
 def _places(

@@ -27,6 +27,7 @@ from xlvlm_jax.concepts import (
     project,
 )
 from xlvlm_jax.grounding import ground_images, ground_text, is_before_norm
+from xlvlm_jax.labels import Labels, factorise_each
 from xlvlm_jax.metrics import (
     AttributeScore,
     attribute_scores,
@@ -166,13 +167,13 @@ def ground_concepts(
     return concepts
 
 
-def known_attributes(features: Features) -> dict[str, list[Any]]:
+def known_attributes(features: Features) -> dict[str, Labels]:
     """{attribute: its value at each row}, of the attributes that the data set keeps of samples."""
-    rows = [features.samples[i].get("attributes") or {} for i in features.sample_rows]
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row.get(name) for row in rows] for name in names}
+    described = (sample.get("attributes") or {} for sample in features.samples)
+    of_samples = factorise_each(described, len(features.samples))
+    rows = {name: labels.take(features.sample_rows) for name, labels in of_samples.items()}
     # What all rows share (the kind, when the token of interest names it) tells nothing.
-    return {name: v for name, v in values.items() if len({str(x) for x in v if x is not None}) > 1}
+    return {name: labels for name, labels in rows.items() if np.count_nonzero(labels.counts()) > 1}
 
 
 def score_attributes(concepts: Concepts, features: Features) -> dict[str, AttributeScore]:

@@ -21,7 +21,9 @@ zarr-python does not (3.1 says "No Zarr data type found"): read them by `Feature
 extract with float32 or float16 states.
 """
 
+import collections
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -49,9 +51,11 @@ from xlvlm_jax.row_arrays import (
     reason,
     wait,
 )
+from xlvlm_jax.samples import StoredSamples
 
 FORMAT = "xlvlm-features"
 VERSION = 1
+SAMPLES = "samples.jsonl"
 PICTURES = "images.json"
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -149,7 +153,8 @@ class Features:
         manifest: what the run was asked for.
         sites: the captured sites.
         samples: a dict a sample, in the order of extraction; "image" is a path that opens from
-            here, if the picture is found.
+            here, if the picture is found. Read from the disk whenever they are asked for; take
+            `samples.columns` of many.
         sample_rows: int64[N], which of `samples` a row comes from.
         positions: int32[N], which position of the sample, padding not counted.
         tokens: int32[N], the token that was predicted there.
@@ -159,7 +164,7 @@ class Features:
     path: Path
     manifest: dict[str, Any]
     sites: tuple[str, ...]
-    samples: list[dict[str, Any]]
+    samples: Sequence[dict[str, Any]]
     sample_rows: Int64[np.ndarray, " N"]
     positions: Int32[np.ndarray, " N"]
     tokens: Int32[np.ndarray, " N"]
@@ -173,7 +178,7 @@ class Features:
         allow_incomplete: bool = False,
         images: str | os.PathLike[str] | None = None,
     ) -> "Features":
-        """Open a directory of features; states are read by `matrix`, site by site.
+        """Open a directory of features; states are read by `matrix`, samples one by one.
 
         Args:
             path: the directory.
@@ -182,7 +187,7 @@ class Features:
 
         Raises FileNotFoundError when there is no manifest; ValueError for another format or
         version, missing or truncated files, pictures that do not lie in `images`, and, unless
-        `allow_incomplete`, an unfinished run.
+        `allow_incomplete`, an unfinished run. A damaged sample raises when samples are read.
         """
         root = Path(path)
         state = _read_manifest(root)
@@ -191,7 +196,15 @@ class Features:
                 f"{root}: the run is not finished ({state['samples']} samples so far); start it"
                 " again with the same arguments to finish it, or open it with allow_incomplete=True"
             )
-        samples = _with_pictures(_read_samples(root / "samples.jsonl", state), root, images)
+        locate = functools.partial(
+            pictures.locate,
+            directory=root.absolute(),
+            recorded=_read_pictures(root / PICTURES),
+            images=images,
+        )
+        samples = StoredSamples(root / SAMPLES, state["samples"], state["bytes"], locate)
+        if images is not None:
+            samples.find_pictures()
         rows = {field: np.zeros(0, dtype) for field, dtype in _ROW_FIELDS.items()}
         if state["sites"]:
             rows = {name: _read_array(root / "rows" / name, state["rows"]) for name in _ROW_FIELDS}
@@ -207,6 +220,13 @@ class Features:
             positions=rows["position"],
             tokens=rows["token"],
             complete=state["complete"],
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", unfinished"
+        return (
+            f"Features({str(self.path)!r}, sites: {few(self.sites) or 'none'}; "
+            f"{len(self.tokens):,} rows of {len(self.samples):,} samples{state})"
         )
 
     def matrix(self, site: str) -> Float[np.ndarray, "N D"]:
@@ -233,48 +253,10 @@ def _read_array(path: Path, rows: int) -> np.ndarray:
     return array[:rows].read().result()
 
 
-def _read_samples(path: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
-    size = path.stat().st_size if path.exists() else 0
-    if size < state["bytes"]:
-        raise ValueError(
-            f"{path}: {size} bytes, expected {state['bytes']}; extract the features again"
-        )
-    if not state["bytes"]:
-        return []
-    with open(path, "rb") as file:
-        lines = file.read(state["bytes"]).splitlines()
-    samples = []
-    for number, line in enumerate(lines, 1):
-        try:
-            samples.append(json.loads(line))
-            samples[-1].keys()
-        except (ValueError, AttributeError, RecursionError):
-            raise ValueError(
-                f"{path}: line {number} is no JSON object; extract the features again"
-            ) from None
-    if len(samples) != state["samples"]:
-        raise ValueError(
-            f"{path}: {len(samples)} samples, expected {state['samples']};"
-            " extract the features again"
-        )
-    return samples
-
-
-def stored_samples(path: Path) -> list[dict[str, Any]]:
+def stored_samples(path: Path) -> StoredSamples:
     """The samples of a directory of features as they are stored: pictures by their names."""
-    return _read_samples(path / "samples.jsonl", _read_manifest(path))
-
-
-def _with_pictures(
-    samples: list[dict[str, Any]], root: Path, images: str | os.PathLike[str] | None
-) -> list[dict[str, Any]]:
-    given = [sample.get("image") for sample in samples]
-    names = [name if isinstance(name, str) else None for name in given]
-    paths = pictures.find_all(names, root, _read_pictures(root / PICTURES), images)
-    return [
-        sample if path is None else sample | {"image": path}
-        for sample, path in zip(samples, paths, strict=True)
-    ]
+    state = _read_manifest(path)
+    return StoredSamples(path / SAMPLES, state["samples"], state["bytes"])
 
 
 def _read_pictures(path: Path) -> dict[str, str] | None:
@@ -346,7 +328,7 @@ class FeaturesWriter:
                     "complete": False,
                 }
                 with _one_line(self.path):
-                    (self.path / "samples.jsonl").touch()
+                    (self.path / SAMPLES).touch()
                     _replace(self.path / "manifest.json", self._state)
         except BaseException:
             self.release()
@@ -421,7 +403,7 @@ class FeaturesWriter:
                 arrays = {self.path / "rows" / name: values for name, values in fields.items()}
                 arrays |= {_array_path(self.path, site): x for site, x in states.items()}
                 self._write_rows(arrays, rows)
-            with open(self.path / "samples.jsonl", "rb+") as file:
+            with open(self.path / SAMPLES, "rb+") as file:
                 file.truncate(done["bytes"])  # of an append that failed
                 file.seek(done["bytes"])
                 file.write(lines)
@@ -489,7 +471,7 @@ class FeaturesWriter:
     # What stands in the directory already.
 
     def _refuse_strangers(self) -> None:
-        ours = {".lock", "manifest.json.tmp", "samples.jsonl"}
+        ours = {".lock", "manifest.json.tmp", SAMPLES}
         if others := sorted(file.name for file in self.path.iterdir() if file.name not in ours):
             raise ValueError(
                 f"{self.path}: holds {others[0]!r} and no manifest.json; give an empty directory"
@@ -514,8 +496,9 @@ class FeaturesWriter:
     def _cut_off(self) -> None:
         """Remove what was written after the last commit."""
         (self.path / "manifest.json.tmp").unlink(missing_ok=True)
-        _read_samples(self.path / "samples.jsonl", self._state)
-        os.truncate(self.path / "samples.jsonl", self._state["bytes"])
+        samples = StoredSamples(self.path / SAMPLES, self._state["samples"], self._state["bytes"])
+        collections.deque(samples, maxlen=0)  # raises for one that can't be read
+        os.truncate(self.path / SAMPLES, self._state["bytes"])
         if not self._state["sites"]:
             shutil.rmtree(self.path / "states", ignore_errors=True)
             shutil.rmtree(self.path / "rows", ignore_errors=True)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from xlvlm_jax.report.cards import NONE, assign, typical_attributes
+from xlvlm_jax.labels import factorise
+from xlvlm_jax.report.cards import NONE, assign, count_attributes, typical_attributes
 from xlvlm_jax.report.page import number, percent
 
 
@@ -25,13 +26,19 @@ def test_permuting_concepts_permutes_the_assignment(activations, order):
     assert [order[k] for k in renamed] == assign(activations).tolist()
 
 
+def typical(own, attributes):
+    """Of a concept whose rows are `own`, among another whose rows are the rest."""
+    labels = {name: factorise(values) for name, values in attributes.items()}
+    return typical_attributes(0, count_attributes(np.where(own, 0, 1), 2, labels))
+
+
 def test_attributes_that_stand_out():
     # 30 of 100 rows are the concept's. It has all 20 red ones (p = 2/3, q = 1/5, lift 10/3), the
     # share of large ones that all have, and every row is a dog.
     own = np.arange(100) < 30
     colours = ["red"] * 20 + ["blue"] * 80
     sizes = ["large" if i % 2 else "small" for i in range(100)]
-    found = typical_attributes(own, {"colour": colours, "size": sizes, "kind": ["dog"] * 100})
+    found = typical(own, {"colour": colours, "size": sizes, "kind": ["dog"] * 100})
     assert [(a.name, a.value) for a in found] == [("colour", "red")]
     assert found[0].share == pytest.approx(2 / 3)
     assert found[0].base == pytest.approx(1 / 5)
@@ -41,10 +48,10 @@ def test_attributes_that_stand_out():
 def test_attributes_that_are_not_known_count_nowhere():
     own = np.arange(40) < 20
     moods = ["happy"] * 10 + [None] * 10 + ["sad"] * 10 + [None] * 10
-    (happy,) = typical_attributes(own, {"mood": moods})
+    (happy,) = typical(own, {"mood": moods})
     assert (happy.value, happy.share, happy.base) == ("happy", 1.0, 0.5)
-    assert typical_attributes(own, {"mood": [None] * 40}) == []
-    assert typical_attributes(own & False, {"mood": moods}) == []
+    assert typical(own, {"mood": [None] * 40}) == []
+    assert typical(own & False, {"mood": moods}) == []
 
 
 def test_numbers_as_written():

@@ -12,17 +12,25 @@ from xlvlm_jax.report.figures import histogram, thumbnails
 def test_histogram_by_hand():
     activations = np.array([0.0, 0.0, 0.5, 1.0, 1.9, 3.9, 4.0])
     own = np.array([True, False, False, False, True, False, True])
-    result = histogram(activations, own, 0.0, 4.0, num_bins=4)
-    assert result.counts == [1, 2, 0, 2]  # zeros are left out, the last bin is closed
+    result = histogram(activations, own, num_bins=4)
+    assert (result.low, result.high) == (0.5, 4.0)  # zeros are left out
+    assert result.counts == [2, 1, 0, 2]  # the last bin is closed
     assert result.own == [0, 1, 0, 1]
-    signed = histogram(np.array([-2.0, -1.0, 1.0, 2.0]), np.ones(4, bool), -2.0, 2.0, num_bins=2)
+    signed = histogram(np.array([-2.0, -1.0, 1.0, 2.0]), np.ones(4, bool), num_bins=2)
     assert signed.counts == signed.own == [2, 2]
 
 
 def test_histogram_of_equal_activations():
     same = np.full(5, 0.25)
-    assert sum(histogram(same, same > 1, 0.25, 0.25).counts) == 5
-    assert sum(histogram(same * 0, same > 1, 0.0, 0.0).counts) == 0
+    assert sum(histogram(same, same > 1).counts) == 5
+    assert sum(histogram(same * 0, same > 1).counts) == 0
+
+
+def test_a_weak_concept_fills_its_histogram_beside_a_strong_one():
+    weak = np.random.default_rng(0).exponential(size=1000)
+    own = np.zeros(1000, bool)
+    assert np.count_nonzero(histogram(weak * 1e-3, own).counts) > 12
+    assert histogram(weak * 2.0**-10, own).counts == histogram(weak, own).counts
 
 
 def test_thumbnails_are_small_and_keep_their_shape(tmp_path):

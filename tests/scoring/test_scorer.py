@@ -175,6 +175,7 @@ def test_images_that_can_not_be_seen_are_left_out_of_what_clip_scores(
     write_features, clip, named, scorer, tmp_path
 ):
     gone = write_features()
+    gone = dataclasses.replace(gone, samples=list(gone.samples))
     for number, file in ((0, tmp_path / "gone.jpg"), (7, tmp_path / "text.jpg")):
         gone.samples[number]["image"] = str(file)
     (tmp_path / "text.jpg").write_text("no picture")

@@ -33,7 +33,7 @@ def export_features(
     kept = read_kept(features.path) or {}
     dtypes = kept.get("dtypes", {})
     disk = np.dtype(_dtype(features.manifest.get("dtype", "float32")))
-    rows_of: list[list[int]] = [[] for _ in features.samples]
+    rows_of: list[list[int]] = [[] for _ in range(len(features.samples))]
     for row, sample in enumerate(features.sample_rows.tolist()):
         rows_of[sample].append(row)
 
@@ -58,7 +58,7 @@ def export_features(
 
 def _rest(features: Features, rows_of: list[list[int]]) -> dict[str, Any]:
     """The other keys of an export, as the reference writes them: batches of one."""
-    samples = features.samples
+    samples = list(features.samples)
     result: dict[str, Any] = {
         "token_of_interest_mask": [np.array([bool(rows)]) for rows in rows_of],
         "image": [[str(sample.get("image", ""))] for sample in samples],

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.stats import entropy
+
+from xlvlm_jax.labels import UNKNOWN, Labels, factorise
 
 
 class AttributeScore(NamedTuple):
@@ -25,7 +28,7 @@ class AttributeScore(NamedTuple):
 
 def attribute_scores(
     activations: Float[jax.Array | np.ndarray, "N K"],
-    attributes: Mapping[str, Sequence[Any]],
+    attributes: Mapping[str, Sequence[Any] | Labels],
     *,
     num_random: int = 20,
     seed: int = 0,
@@ -34,35 +37,46 @@ def attribute_scores(
 
     Args:
         activations: float[N, K].
-        attributes: {name: N values}; None where a sample has no such attribute: it is left out.
+        attributes: {name: N values, or `Labels`}; None where a sample has no such attribute: it is
+            left out.
         num_random: how many shuffled assignments the baseline is the mean of.
 
     Raises ValueError when an attribute has not N values, or is known of no sample.
     """
-    from sklearn.metrics import normalized_mutual_info_score
-
     rng = np.random.default_rng(seed)
-    assignment = np.argmax(np.asarray(activations), axis=1)
+    assignment, K = np.argmax(np.asarray(activations), axis=1), activations.shape[1]
     scores = {}
     for name, values in attributes.items():
-        if len(values) != len(assignment):
+        labels = values if isinstance(values, Labels) else factorise(values)
+        if len(labels.codes) != len(assignment):
             raise ValueError(
-                f"attribute {name!r} has {len(values)} values, expected {len(assignment)},"
+                f"attribute {name!r} has {len(labels.codes)} values, expected {len(assignment)},"
                 " one a sample"
             )
-        known = np.array([value is not None for value in values], bool)
+        known = labels.codes != UNKNOWN
         if not known.any():
             raise ValueError(f"attribute {name!r} is known of no sample; leave it out")
-        labels = [str(value) for value in values if value is not None]
-        concepts = assignment[known]
+        labels, concepts = labels.take(known), assignment[known]
         random = [
-            normalized_mutual_info_score(labels, rng.permutation(concepts))
+            _mutual_information(labels.counts_by(rng.permutation(concepts), K))
             for _ in range(num_random)
         ]
         scores[name] = AttributeScore(
-            nmi=float(normalized_mutual_info_score(labels, concepts)),
+            nmi=_mutual_information(labels.counts_by(concepts, K)),
             random_mean=float(np.mean(random)),
             random_std=float(np.std(random)),
-            num_samples=len(labels),
+            num_samples=len(concepts),
         )
     return scores
+
+
+def _mutual_information(counts: Int[np.ndarray, "K V"]) -> float:
+    """The normalised mutual information of rows and columns, from how often they come together."""
+    from sklearn.metrics import mutual_info_score
+
+    used = counts[counts.any(axis=1)][:, counts.any(axis=0)]
+    if used.shape == (1, 1):  # neither tells anything, and neither differs from the other
+        return 1.0
+    entropies = [entropy(used.sum(axis=axis)) for axis in (0, 1)]
+    shared = mutual_info_score(None, None, contingency=used)
+    return float(shared / np.mean(entropies)) if shared > np.finfo(float).eps else 0.0

@@ -4,23 +4,25 @@ A row belongs to the concept that it activates most, and to none if it activates
 N rows of the features, K concepts.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ports.messages import few
 from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.grounding import largest
+from xlvlm_jax.labels import Labels
 from xlvlm_jax.store import Features
 
 from .figures import Histogram, histogram
 
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4
+COLUMNS = 16  # concepts at a time: a cache line of float32, so that each row is read once
 NONE = -1  # in an assignment: the row activates no concept
 
 
@@ -79,8 +81,31 @@ class Section:
         return self.concepts.source.get("explained_variance")
 
 
-def read_section(directory: Path, features: Features) -> Section:
+class Table(NamedTuple):
+    """How often each value of an attribute comes up."""
+
+    values: list[str]
+    everywhere: Int[np.ndarray, " V"]  # among all rows
+    here: Int[np.ndarray, "K V"]  # among the rows of each concept
+
+
+def count_attributes(
+    assignment: Int[np.ndarray, " N"], num_concepts: int, attributes: Mapping[str, Labels]
+) -> dict[str, Table]:
+    """Counts the values of all attributes for all concepts, {attribute: Table}."""
+    return {
+        name: Table(labels.values, labels.counts(), labels.counts_by(assignment, num_concepts))
+        for name, labels in attributes.items()
+    }
+
+
+def read_section(directory: Path, features: Features, attributes: Mapping[str, Labels]) -> Section:
     """Reads a directory of concepts that were learnt on `features`.
+
+    Args:
+        directory: of the concepts.
+        features: what they were learnt on.
+        attributes: what is known of its rows.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -113,27 +138,36 @@ def read_section(directory: Path, features: Features) -> Section:
         )
 
     assignment = assign(activations)
-    attributes = known_attributes(features)
-    low, high = float(activations.min()), float(activations.max())
+    tables = count_attributes(assignment, K, attributes)
     cards = []
-    for k in range(K):
+    for k, column in _columns(activations):
         own = assignment == k
+        count = np.count_nonzero(own)
         cards.append(
             Card(
                 number=k,
                 words=None if concepts.words is None else list(concepts.words[k]),
-                count=int(own.sum()),
-                share=float(own.mean()),
-                mean=float(activations[:, k].mean()),
-                active=int(np.count_nonzero(activations[:, k])),
-                histogram=histogram(activations[:, k], own, low, high),
-                pictures=top_pictures(activations[:, k], features),
-                attributes=typical_attributes(own, attributes),
+                count=count,
+                share=count / N,
+                mean=float(column.mean(dtype=np.float64)),
+                active=np.count_nonzero(column),
+                histogram=histogram(column, own),
+                pictures=top_pictures(column, features),
+                attributes=typical_attributes(k, tables),
             )
         )
     cards.sort(key=lambda card: (-card.count, -card.mean, card.number))
     unassigned = int((assignment == NONE).sum())
     return Section(directory.name, site, concepts, cards, N, unassigned)
+
+
+def _columns(
+    activations: Float[np.ndarray, "N K"],
+) -> Iterator[tuple[int, Float[np.ndarray, " N"]]]:
+    """(concept, its activations in one piece of memory), some of them copied at a time."""
+    for first in range(0, activations.shape[1], COLUMNS):
+        together = np.ascontiguousarray(activations[:, first : first + COLUMNS].T)
+        yield from enumerate(together, first)
 
 
 def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
@@ -146,7 +180,7 @@ def top_pictures(
 ) -> list[Picture]:
     """The samples of the largest positive activations, each image once."""
     pictures: dict[str, Picture] = {}
-    for row in np.argsort(-activations, kind="stable"):
+    for row in _strongest_first(activations, count):
         if len(pictures) == count or activations[row] <= 0:
             break
         number = int(features.sample_rows[row])
@@ -159,19 +193,19 @@ def top_pictures(
     return list(pictures.values())
 
 
-def known_attributes(features: Features) -> dict[str, list[str | None]]:
-    """{attribute: its value at each row}, None where it is not known."""
-    rows = [features.samples[sample].get("attributes") or {} for sample in features.sample_rows]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names
-    }
+def _strongest_first(activations: Float[np.ndarray, " N"], count: int) -> Iterator[int]:
+    """All rows in order of activation, of which `count` or a few more are wanted."""
+    done = 0
+    while done < len(activations):
+        # Rows of one picture follow each other: how many are wanted is not known before.
+        count = min(4 * count, len(activations))
+        found = largest(activations, count)
+        yield from found[done:]
+        done = count
 
 
 def typical_attributes(
-    own: Bool[np.ndarray, " N"],
-    attributes: Mapping[str, Sequence[str | None]],
-    count: int = NUM_ATTRIBUTES,
+    concept: int, tables: Mapping[str, Table], count: int = NUM_ATTRIBUTES
 ) -> list[Attribute]:
     """The values that are over-represented among a concept's rows, the most telling first.
 
@@ -180,13 +214,11 @@ def typical_attributes(
     divergence between the two distributions.
     """
     found = []
-    for name, values in attributes.items():
-        everywhere = Counter(value for value in values if value is not None)
-        here = Counter(
-            value for value, mine in zip(values, own, strict=True) if mine and value is not None
-        )
-        for value, times in here.items():
-            p, q = times / here.total(), everywhere[value] / everywhere.total()
-            if q < 1 and p - q >= 3 * np.sqrt(q * (1 - q) / here.total()):
-                found.append(Attribute(name, value, p, q))
+    for name, (values, everywhere, of_concepts) in tables.items():
+        here = of_concepts[concept]
+        n = here.sum()
+        p, q = here / max(n, 1), everywhere / max(everywhere.sum(), 1)
+        telling = (here > 0) & (q < 1) & (p - q >= 3 * np.sqrt(q * (1 - q) / max(n, 1)))
+        for v in np.flatnonzero(telling):
+            found.append(Attribute(name, values[v], float(p[v]), float(q[v])))
     return sorted(found, key=lambda a: -a.share * np.log(a.lift))[:count]

@@ -30,15 +30,18 @@ class Histogram(NamedTuple):
 def histogram(
     activations: Float[np.ndarray, " N"],
     own: Bool[np.ndarray, " N"],
-    low: float,
-    high: float,
     num_bins: int = NUM_BINS,
 ) -> Histogram:
-    """Counts the activations of one concept; the last bin holds `high` too."""
-    active = activations != 0
+    """Counts the activations of one concept from its lowest to its highest, zeros left out.
+
+    Its own range: over that of all concepts those of a weak one would fall into one bin. The last
+    bin holds the highest too.
+    """
+    active = activations[activations != 0]
+    low, high = (float(active.min()), float(active.max())) if len(active) else (0.0, 0.0)
     counts, own_counts = (
-        np.histogram(activations[chosen], num_bins, (low, high))[0].tolist()
-        for chosen in (active, active & own)
+        np.histogram(chosen, num_bins, (low, high))[0].tolist()
+        for chosen in (active, activations[own & (activations != 0)])
     )
     return Histogram(low, high, counts, own_counts)
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from xlvlm_jax import atomic, damage
 from xlvlm_jax.pictures import store_features
+from xlvlm_jax.stages import known_attributes
 from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
@@ -76,7 +78,8 @@ def _render(
         Features.open(run / "features", images=images) if has_features and directories else None
     )
     directories = directories if features else []
-    sections = [read_section(directory, features) for directory in directories]
+    attributes = known_attributes(features) if features else {}
+    sections = [read_section(directory, features, attributes) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     shifts = read_shifts(run, images)
     shown = [picture.image for s in sections for card in s.cards for picture in card.pictures]
@@ -94,11 +97,11 @@ def _render(
         shifts=shifts,
         steering=steering,
         groups=list(_settings(run, settings, scores, features, sections)),
-        attributes_known=any(s.get("attributes") for s in features.samples) if features else False,
+        attributes_known=bool(attributes),
         thumbnails=small,
         unseen=unseen,
         unit="samples"
-        if features is None or len(set(features.sample_rows.tolist())) == len(features.tokens)
+        if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
         else "rows",
         css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
         blank=BLANK,

@@ -17,6 +17,8 @@ from ports.clip import DualEncoder
 from xlvlm_jax import metrics
 from xlvlm_jax.concepts import Concepts, project
 from xlvlm_jax.data.images import read_image
+from xlvlm_jax.labels import UNKNOWN, factorise
+from xlvlm_jax.samples import columns
 from xlvlm_jax.scoring.records import DictionaryScores, Fit, plain
 from xlvlm_jax.stages import as_json, choose_site, known_attributes
 from xlvlm_jax.store import Features
@@ -83,15 +85,18 @@ class Scorer:
     def _see(self, clip: DualEncoder, strict: bool) -> None:
         """Encodes the images of the rows, each once."""
         features = self.features
-        files = [features.samples[i].get("image") for i in features.sample_rows]
-        if None in files:
-            name = features.samples[features.sample_rows[files.index(None)]].get("id")
+        (files,) = columns(features.samples, "image")
+        shown = factorise(files)
+        without = np.flatnonzero(shown.codes[features.sample_rows] == UNKNOWN)
+        if len(without):
+            name = features.samples[features.sample_rows[without[0]]].get("id")
             raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
         # [N], which of the images each row shows
-        names, self._image_rows = np.unique(files, return_inverse=True)
-        embedded = metrics.embed_pixels(clip, self._pixels(clip, names.tolist(), strict))
+        used, self._image_rows = np.unique(shown.codes[features.sample_rows], return_inverse=True)
+        names = [shown.values[image] for image in used]
+        embedded = metrics.embed_pixels(clip, self._pixels(clip, names, strict))
         vectors = np.full((len(names), embedded.shape[1]), np.nan, np.float32)
-        vectors[[name not in self.skipped for name in names.tolist()]] = embedded
+        vectors[[name not in self.skipped for name in names]] = embedded
         if len(self.skipped) == len(names):
             raise ValueError(
                 f"{features.path}: none of {len(names)} images can be seen by CLIP; the first: "
@@ -299,8 +304,9 @@ class Scorer:
 
 def captions(features: Features) -> list[list[str]]:
     """What people said of the sample of each row; ValueError if of one they said nothing."""
-    found = [features.samples[i].get("references") or [] for i in features.sample_rows]
-    found = [[text for text in texts if text.strip()] for texts in found]
+    (said,) = columns(features.samples, "references")
+    said = [[text for text in texts or () if text.strip()] for texts in said]
+    found = [said[i] for i in features.sample_rows]
     missing = [i for i, texts in zip(features.sample_rows, found, strict=True) if not texts]
     if missing:
         name = features.samples[missing[0]].get("id", missing[0])

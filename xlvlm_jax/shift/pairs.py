@@ -12,6 +12,7 @@ from jaxtyping import Int
 from ports import hub_names
 from ports.messages import few
 from ports.sites import match_sites
+from xlvlm_jax.samples import columns
 from xlvlm_jax.store import Features
 
 # What names a sample beside its id; where both directories have it, it must agree.
@@ -37,30 +38,53 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
     sample of which both have a row.
     """
     _check_selection(original, finetuned)
-    samples_a, samples_b = (
-        {str(sample.get("id", number)): sample for number, sample in enumerate(each.samples)}
-        for each in (original, finetuned)
-    )
-    shared = samples_a.keys() & samples_b.keys()
+    of_a, of_b = _numbers(original), _numbers(finetuned)
+    shared = [name for name in of_a if name in of_b]
     if not shared:
-        some = [next(iter(samples), "none") for samples in (samples_a, samples_b)]
+        some = [next(iter(numbers), "none") for numbers in (of_a, of_b)]
         raise ValueError(
             f"{original.path} and {finetuned.path} hold different samples (ids such as"
             f" {some[0]!r} and {some[1]!r}); extract both from the same data"
         )
-    for name in samples_a:
-        if name in shared:
-            _check_sample(name, samples_a[name], samples_b[name], original, finetuned)
-    rows_a, rows_b = _rows_by_name(original), _rows_by_name(finetuned)
-    common = [(row, rows_b[name]) for name, row in rows_a.items() if name in rows_b]
-    if not common:
+    both = np.array([(of_a[name], of_b[name]) for name in shared], np.int64).T
+    _check_samples(shared, both, original, finetuned)
+    # Which sample of the fine-tuned features each of the original ones is; -1 for none.
+    other = np.full(len(original.samples), -1, np.int64)
+    other[both[0]] = both[1]
+    nth_a, (nth_b, counts_b, order_b) = _nth(original)[0], _nth(finetuned)
+    sample = other[original.sample_rows]
+    paired = np.flatnonzero((sample >= 0) & (nth_a < counts_b[sample]))
+    if not len(paired):
         raise ValueError(
             f"{original.path} and {finetuned.path} have no common samples: of the {len(shared)}"
-            f" that both hold, {len(rows_a)} have rows in one and {len(rows_b)} in the other, none"
+            f" that both hold, {len(nth_a)} have rows in one and {len(nth_b)} in the other, none"
             " in both; take more samples, or a token that both models produce"
         )
-    a, b = np.array(common, np.int64).T
-    return Pairs(a, b, len(shared))
+    first_b = np.cumsum(counts_b) - counts_b
+    theirs = order_b[first_b[sample[paired]] + nth_a[paired]]
+    return Pairs(paired, theirs, len(shared))
+
+
+def sample_names(features: Features) -> list[str]:
+    """The id of each sample; where it has none, its number."""
+    (ids,) = columns(features.samples, "id")
+    return [str(number if name is None else name) for number, name in enumerate(ids)]
+
+
+def _numbers(features: Features) -> dict[str, int]:
+    """{sample id: which sample it is}, of several with one id the last."""
+    return {name: number for number, name in enumerate(sample_names(features))}
+
+
+def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row, which of its sample's rows it is; of each sample, how many rows it has; and
+    rows ordered by sample."""
+    rows = features.sample_rows
+    counts = np.bincount(rows, minlength=len(features.samples))
+    order = np.argsort(rows, kind="stable")
+    nth = np.empty(len(rows), np.int64)
+    nth[order] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return nth, counts, order
 
 
 def common_site(original: Features, finetuned: Features, site: str | None) -> str:
@@ -76,17 +100,6 @@ def common_site(original: Features, finetuned: Features, site: str | None) -> st
             f" choose one that both hold, got {site!r}"
         )
     return found[0]
-
-
-def _rows_by_name(features: Features) -> dict[tuple[str, int], int]:
-    """{(sample id, number of the row among the sample's): row}."""
-    rows: dict[tuple[str, int], int] = {}
-    seen: dict[int, int] = {}
-    for row, number in enumerate(features.sample_rows.tolist()):
-        name = str(features.samples[number].get("id", number))
-        rows[name, seen.get(number, 0)] = row
-        seen[number] = seen.get(number, 0) + 1
-    return rows
 
 
 def _check_selection(original: Features, finetuned: Features) -> None:
@@ -107,12 +120,16 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
-def _check_sample(
-    name: str, a: dict[str, Any], b: dict[str, Any], original: Features, finetuned: Features
+def _check_samples(
+    names: list[str], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
 ) -> None:
+    """ValueError for the first sample that is another one in the other features."""
     for key in _NAMING:
-        if key in a and key in b and a[key] != b[key]:
-            raise ValueError(
-                f"sample {name!r} has {key} {a[key]!r} in {original.path} and {b[key]!r} in"
-                f" {finetuned.path}: features of different samples; extract both from the same data"
-            )
+        (of_a,), (of_b,) = (columns(each.samples, key) for each in (original, finetuned))
+        for name, i, j in zip(names, *both.tolist(), strict=True):
+            if None not in (of_a[i], of_b[j]) and of_a[i] != of_b[j]:
+                raise ValueError(
+                    f"sample {name!r} has {key} {of_a[i]!r} in {original.path} and {of_b[j]!r} in"
+                    f" {finetuned.path}: features of different samples; extract both from the same"
+                    " data"
+                )

@@ -17,7 +17,7 @@ from xlvlm_jax.same_model import require_model
 from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.analysis import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.grounded import ground_samples, ground_words
-from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples
+from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, sample_names
 from xlvlm_jax.shift.vectors import Reduce
 from xlvlm_jax.store import Features
 
@@ -161,7 +161,8 @@ def _decompose_alike(Z: np.ndarray, concepts: Concepts, seed: int) -> Concepts:
 
 
 def _row_ids(features: Features) -> list[str]:
-    return [str(features.samples[i].get("id", i)) for i in features.sample_rows.tolist()]
+    names = sample_names(features)
+    return [names[i] for i in features.sample_rows.tolist()]
 
 
 def _pictures(analysis: ShiftAnalysis, *features: Features) -> dict[str, str]:
@@ -169,9 +170,9 @@ def _pictures(analysis: ShiftAnalysis, *features: Features) -> dict[str, str]:
     shown = {
         name for kind in KINDS for names in analysis.images[kind] for name in names[:NUM_PICTURES]
     }
-    return {
-        name: str(sample["image"])
-        for each in features
-        for number, sample in enumerate(each.samples)
-        if (name := str(sample.get("id", number))) in shown and sample.get("image")
-    }
+    found = {}
+    for each in features:
+        for number, name in enumerate(sample_names(each)):
+            if name in shown and (image := each.samples[number].get("image")):
+                found[name] = str(image)
+    return found

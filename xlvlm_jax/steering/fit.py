@@ -4,7 +4,7 @@ samples a learnt one learns from.
 N samples, D width, K concepts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from ports.messages import few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer
+from xlvlm_jax.samples import columns
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 from xlvlm_jax.store import Features
 from xlvlm_jax.words import word_pattern
@@ -173,7 +174,8 @@ def lesson(
 
     Raises ValueError if no sample was answered with a source word.
     """
-    readable = np.array(["error" not in sample for sample in features.samples], bool)
+    (problems,) = columns(features.samples, "error")
+    readable = np.array([problem is None for problem in problems], bool)
     answers = _answers(features, key)
     chosen = _words_match(answers, source, match)
     if not chosen.any():
@@ -182,10 +184,10 @@ def lesson(
     steered = rng.permutation(np.flatnonzero(chosen & readable))[:num_samples]
     others = rng.permutation(np.flatnonzero(~chosen & readable))[: round(keep * len(steered))]
     rows = [*steered, *others]
-    given = [str(features.samples[row][key]) for row in rows]
+    taken = [features.samples[row] for row in rows]
+    given = [str(sample[key]) for sample in taken]
     wanted = [target] * len(steered) + given[len(steered) :]
-    every = samples_of(features)
-    return Lesson([every[row] for row in rows], given, wanted)
+    return Lesson([_sample(kept) for kept in taken], given, wanted)
 
 
 def contrast_prompts(
@@ -227,18 +229,19 @@ def samples_of(features: Features) -> list[Sample]:
 
     Runs on the host: it does not trace.
     """
+    return [_sample(kept) for kept in features.samples]
+
+
+def _sample(kept: Mapping[str, Any]) -> Sample:
     own = ("id", "image", "image_id", "prompt", "references")
-    return [
-        Sample(
-            id=kept["id"],
-            image=Path(kept["image"]),
-            image_id=kept["image_id"],
-            prompt=kept["prompt"],
-            references=tuple(kept["references"]),
-            metadata={name: value for name, value in kept.items() if name not in own},
-        )
-        for kept in features.samples
-    ]
+    return Sample(
+        id=kept["id"],
+        image=Path(kept["image"]),
+        image_id=kept["image_id"],
+        prompt=kept["prompt"],
+        references=tuple(kept["references"]),
+        metadata={name: value for name, value in kept.items() if name not in own},
+    )
 
 
 def require_same_model(features: Features, others: Features) -> None:
@@ -280,9 +283,14 @@ def _none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] |
 
 
 def _answers(features: Features, key: str) -> list[str]:
-    if any(key not in sample and "error" not in sample for sample in features.samples):
-        raise ValueError(f"{features.path}: its samples have no {key!r}; extract from questions")
-    return [normalise_answer(str(sample.get(key, ""))) for sample in features.samples]
+    answers = []
+    for sample in features.samples:
+        if key not in sample and "error" not in sample:
+            raise ValueError(
+                f"{features.path}: its samples have no {key!r}; extract from questions"
+            )
+        answers.append(normalise_answer(str(sample.get(key, ""))))
+    return answers
 
 
 def _origin(features: Features, key: str) -> dict[str, Any]:

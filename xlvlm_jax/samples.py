@@ -1,0 +1,154 @@
+"""Samples on disk, a JSON line each, that are read when they are asked for.
+
+Opening reads nothing. The first question finds where each line begins, eight bytes a sample; after
+that a sample is one read, and all of them are one pass in blocks. Only what is asked for is kept:
+`columns` takes a few keys of every sample and drops the rest of the line.
+"""
+
+import itertools
+import json
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import Int64
+
+_BLOCK_BYTES = 2**22  # that are looked through at once for the ends of lines
+_BLOCK_SAMPLES = 4096  # that are parsed at once
+_PROBES = 8  # names that are looked for before a directory is taken for that of all pictures
+
+Locate = Callable[[Sequence[str]], Callable[[str], str]]
+
+
+class StoredSamples(Sequence[dict[str, Any]]):
+    """The lines of a samples.jsonl as a sequence of dicts, read anew whenever they are asked for.
+
+    Args:
+        path: of the file.
+        count: how many samples it is to hold.
+        size: how many bytes of it count.
+        locate: given some of the names of pictures, returns the function from a name to its path,
+            which "image" then is; None leaves names as they are stored.
+
+    Raises ValueError for a file that is too short; when samples are read, also for another number
+    of lines, and for a line that is not a JSON object.
+    """
+
+    def __init__(self, path: Path, count: int, size: int, locate: Locate | None = None):
+        self._path = path.absolute()  # so that another working directory changes nothing
+        self._count, self._size, self._locate = count, size, locate
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            raise ValueError(f"{path}: {there} bytes, expected {size}; extract the features again")
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            first, last, step = index.indices(len(self))
+            if step == 1:
+                return list(map(self._placed, self._parsed(first, max(first, last))))
+            return [self[number] for number in range(first, last, step)]
+        number = operator.index(index)
+        number += len(self) if number < 0 else 0
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._placed(next(self._parsed(number, number + 1)))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._placed, self._parsed(0, len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # as a list's
+
+    def __repr__(self) -> str:
+        return f"StoredSamples({str(self._path)!r}, {len(self):,} samples)"
+
+    @cached_property
+    def _starts(self) -> Int64[np.ndarray, " count+1"]:
+        """Where each line begins, and where the last one ends."""
+        if not self._size and not self._count:
+            return np.zeros(1, np.int64)
+        found, done = [np.zeros(1, np.int64)], 0
+        with open(self._path, "rb") as file:
+            while block := file.read(min(_BLOCK_BYTES, self._size - done)):
+                found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + done + 1)
+                done += len(block)
+        if max(ends[-1] for ends in found if len(ends)) < self._size:  # no end of line at the end
+            found.append(np.array([self._size]))
+        starts = np.concatenate(found)
+        if len(starts) != self._count + 1:
+            raise ValueError(
+                f"{self._path}: {len(starts) - 1} samples, expected {self._count};"
+                " extract the features again"
+            )
+        return starts
+
+    def _lines(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of some samples."""
+        starts = self._starts
+        with open(self._path, "rb") as file:
+            for begin in range(first, last, _BLOCK_SAMPLES):
+                end = min(begin + _BLOCK_SAMPLES, last)
+                file.seek(starts[begin])
+                block = file.read(starts[end] - starts[begin])
+                yield from zip(range(begin, end), block.split(b"\n"), strict=False)
+
+    def _parsed(self, first: int, last: int) -> Iterator[dict[str, Any]]:
+        return (self._parse(number, line) for number, line in self._lines(first, last))
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            sample = json.loads(line)
+            sample.keys()
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(
+                f"{self._path}: line {number + 1} is no JSON object; extract the features again"
+            ) from None
+        return sample
+
+    def _placed(self, sample: dict[str, Any]) -> dict[str, Any]:
+        name = sample.get("image")
+        if self._locate is None or not isinstance(name, str):
+            return sample
+        return sample | {"image": self._path_of(name)}
+
+    @cached_property
+    def _path_of(self) -> Callable[[str], str]:
+        return self._locate(list(self._some_names()))
+
+    def _some_names(self) -> Iterator[str]:
+        """Of each eighth of the samples the first one's picture that has one."""
+        bounds = [self._count * i // _PROBES for i in range(_PROBES + 1)]
+        for first, last in itertools.pairwise(bounds):
+            for number, line in self._lines(first, last):
+                name = self._parse(number, line).get("image") if b'"image"' in line else None
+                if isinstance(name, str):
+                    yield name
+                    break
+
+    def find_pictures(self) -> None:
+        """Looks for the pictures now, and raises what `locate` raises."""
+        if self._locate is not None:
+            self._path_of  # noqa: B018
+
+
+def columns(samples: Iterable[Mapping[str, Any]], *keys: str) -> tuple[list[Any], ...]:
+    """For each key its values in the samples, None where a sample has no such key; in one pass."""
+    found: tuple[list[Any], ...] = tuple([] for _ in keys)
+    for sample in samples:
+        for key, values in zip(keys, found, strict=True):
+            values.append(sample.get(key))
+    return found
