@@ -124,9 +124,11 @@ def test_one_extraction_of_both_equals_one_of_each(vlm, tuned, samples, tmp_path
 
 
 def test_both_read_the_same_caption_under_teacher_forcing(vlm, tuned, samples, tmp_path):
-    settings = dataclasses.replace(SETTINGS, mode="teacher-forcing")
-    words = ("dog", "cat", "bird", "rabbit")
-    leading = select.leading(samples, [form for word in words for form in (word, f"{word}s")])
+    words = [form for word in ("dog", "cat", "bird", "rabbit") for form in (word, f"{word}s")]
+    settings = dataclasses.replace(
+        SETTINGS, selection=Selection("class", ",".join(words)), mode="teacher-forcing"
+    )
+    leading = select.leading(samples, words)
     extract(vlm, leading, tmp_path / "both", settings, finetuned=tuned)
     both = Features.open(tmp_path / "both")
     assert set(both.sites) == {NORM, finetuned_site(NORM)}
