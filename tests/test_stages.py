@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, Features, ground_text, stages
+from xlvlm_jax import Concepts, Features, atomic, ground_text, grounding, stages
+from xlvlm_jax.row_arrays import StoredRows
 from xlvlm_jax.store import FeaturesWriter
 
 RNG = np.random.default_rng(0)
@@ -121,8 +123,9 @@ def test_streamed_concepts_come_back_from_the_disk(tmp_path, features):
     streamed = Concepts.load(tmp_path / "streamed")
     np.testing.assert_allclose(streamed.objective, whole.objective, rtol=1e-4)
     assert streamed.activations.shape == whole.activations.shape
+    described = json.loads((tmp_path / "streamed" / "concepts.json").read_text())
     assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
-        "activations",
+        f"activations-{described['tensors_sha256'][:12]}",
         "concepts.json",
         "concepts.safetensors",
     ]
@@ -134,3 +137,70 @@ def test_a_streamed_run_that_fails_leaves_nothing(tmp_path, features):
             features, tmp_path / "c", 2, "simple", site=features.sites[0], stream=True
         )
     assert not list((tmp_path / "c").iterdir())
+
+
+def test_grounding_streamed_concepts_reads_tiles_and_writes_no_activations(
+    tmp_path, features, three_words, monkeypatch
+):
+    place = tmp_path / "concepts"
+    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    before = {path: path.read_bytes() for path in place.rglob("c/*/*")}
+    size = (place / "concepts.safetensors").stat().st_size
+    largest, read = [], StoredRows._read
+
+    def counted(self, start, count):
+        largest.append(count)
+        return read(self, start, count)
+
+    monkeypatch.setattr(StoredRows, "_read", counted)
+    monkeypatch.setattr(StoredRows, "__array__", None)
+    monkeypatch.setattr(grounding, "_TILE_ROWS", 3)
+    found = stages.ground_concepts(place, three_words, features, num_images=4)
+    assert largest == [3] * 7  # 20 rows, once
+    assert {path: path.read_bytes() for path in place.rglob("c/*/*")} == before
+    assert (place / "concepts.safetensors").stat().st_size == size
+    monkeypatch.undo()
+    whole = np.asarray(Concepts.load(place).activations)
+    expected = np.argsort(-whole, axis=0, kind="stable")[:4].T
+    assert found.images == [[f"{row}.jpg" for row in rows] for rows in expected]
+
+
+def test_a_death_between_leaves_no_components_with_the_activations_of_others(
+    tmp_path, features, monkeypatch
+):
+    place = tmp_path / "concepts"
+    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    old = Concepts.load(place)
+    kept = np.asarray(old.activations)
+    write = atomic.write
+
+    def dies(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stages.decompose_features(features, place, 3, "kmeans", stream=True)
+    again = Concepts.load(place)
+    np.testing.assert_array_equal(again.components, old.components)
+    np.testing.assert_array_equal(np.asarray(again.activations), kept)
+    monkeypatch.setattr(atomic, "write", write)
+    stages.decompose_features(features, place, 3, "kmeans", stream=True)
+    assert Concepts.load(place).activations.shape == (20, 3)
+    assert len(list(place.glob("activations*"))) == 1
+    stages.decompose_features(features, place, 2, "kmeans")
+    assert not list(place.glob("activations*"))
+
+
+def test_streamed_concepts_of_earlier_versions_open(tmp_path, features):
+    place = tmp_path / "concepts"
+    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    kept = np.asarray(Concepts.load(place).activations)
+    (folder,) = place.glob("activations-*")
+    folder.rename(place / "activations")
+    described = json.loads((place / "concepts.json").read_text())
+    del described["activations_on_disk"]
+    (place / "concepts.json").write_text(json.dumps(described))
+    loaded = Concepts.load(place)
+    np.testing.assert_array_equal(np.asarray(loaded.activations), kept)
+    loaded.save(place)
+    np.testing.assert_array_equal(np.asarray(Concepts.load(place).activations), kept)

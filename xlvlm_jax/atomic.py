@@ -1,7 +1,17 @@
 """Files that are there whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
+
+# Directories that are being written, of which nothing is to be left if the process is ended.
+unfinished: set[Path] = set()
+
+
+def remove_unfinished() -> None:
+    """Removes what is being written: before a process ends without coming back to Python."""
+    for path in list(unfinished):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write(path: Path, content: bytes | str) -> None:

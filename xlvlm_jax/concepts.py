@@ -10,7 +10,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -50,7 +50,10 @@ ALIASES = {"nndl": "snmf"}
 INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
 NOT_OPTIONS = ("width", "num_samples", "num_concepts", "mesh")
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
-ACTIVATIONS = "activations"  # a Zarr array, in place of the tensor, when they were streamed
+# A Zarr array, in place of the tensor, when they were streamed: "activations-" and the beginning of
+# the digest of the components that they belong to ("activations" in directories of old).
+ACTIVATIONS = "activations"
+BLOCK_ROWS = 2**16  # that are projected at once where the rows are on disk
 
 Matrix = Float[Array | np.ndarray, "..."]
 
@@ -61,7 +64,8 @@ class Concepts:
 
     Attributes:
         components: float32[K, D], one row a concept.
-        activations: float32[N, K], or None for concepts that were given.
+        activations: float32[N, K], or None for concepts that were given. As `load` finds streamed
+            ones they stay on disk: a `StoredRows`, which numpy reads when it needs an array.
         method: "snmf", "kmeans", "pca" or "simple".
         options: the options of the method, defaults included.
         objective: what the method minimises, at these components and activations (for kmeans and
@@ -132,10 +136,17 @@ class Concepts:
         """Write concepts.safetensors and concepts.json into a directory, made if it is missing.
 
         Each file is written under a temporary name and renamed, tensors first; the description
-        holds their digest, so that `load` refuses a pair of which only one was renewed.
+        holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
+        activations that lie in the directory stay there and are not written again; the description
+        names their folder, so that no death leaves components with the activations of others.
         """
         directory = Path(directory)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        stored = self.activations if isinstance(self.activations, StoredRows) else None
+        if stored is not None and stored.path.parent.resolve() == directory.resolve():
+            arrays["activations"] = None
+        else:
+            stored = None
         tensors = save_tensors(
             {
                 name: np.ascontiguousarray(array, dtype=np.float32)
@@ -152,17 +163,28 @@ class Concepts:
                 [pictures.name_in(root, path) for path in paths] for paths in self.images
             ]
         described |= {"num_concepts": len(self.components)}
-        if self.activations is None and (directory / ACTIVATIONS).is_dir():
-            described |= {"rows_on_disk": self.source["rows"]}
-        described |= {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
+        digest = hashlib.sha256(tensors).hexdigest()
+        described |= {"tensors_sha256": digest}
+        folder = None
+        if stored is not None:
+            folder = stored.path.name
+            if folder == _UNFINISHED:
+                folder = f"{ACTIVATIONS}-{digest[:12]}"
+                shutil.rmtree(directory / folder, ignore_errors=True)
+                stored.path.rename(directory / folder)
+            described |= {"rows_on_disk": len(stored), "activations_on_disk": folder}
         description = (json.dumps(described, indent=2) + "\n").encode()
         directory.mkdir(parents=True, exist_ok=True)
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, description)
+        before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
+        for other in before:  # what another description named
+            if other.is_dir() and other.name != folder:
+                shutil.rmtree(other)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Concepts":
-        """Read what `save` wrote; arrays are numpy's.
+        """Read what `save` wrote; arrays are numpy's, streamed activations stay on disk.
 
         Raises:
             FileNotFoundError: the directory holds no concepts.
@@ -191,9 +213,9 @@ class Concepts:
         with damage.reported(directory, "concepts", "decompose again"):
             arrays = load_tensors(tensors)
             if described.get("rows_on_disk") is not None:
-                rows = described["rows_on_disk"]
-                stored = StoredRows(directory / ACTIVATIONS, rows)
-                arrays["activations"] = next(stored.tiles(rows))[1]
+                folder = described.get("activations_on_disk", ACTIVATIONS)
+                stored = StoredRows(directory / folder, described["rows_on_disk"])
+                arrays["activations"] = stored
             if known.get("images") is not None:
                 found = pictures.find_all(
                     [name for names in known["images"] for name in names],
@@ -223,33 +245,37 @@ def on_host(concepts: Concepts) -> Concepts:
 
 
 class StoredActivations:
-    """The activations of concepts that are being found, written where `Concepts.load` reads them.
+    """The activations of concepts that are being found, written into the concepts' directory.
 
-    A context: they take their place when it ends, and nothing is left when it fails.
+    A context: `Concepts.save` with its `rows` gives them their place there; when it ends, nothing
+    is left of those that were not saved.
     """
 
     def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
-        self._place = Path(directory) / ACTIVATIONS
-        self._partial = Path(directory) / f"{ACTIVATIONS}.tmp"
+        self._partial = Path(directory) / _UNFINISHED
+        self._num_samples = num_samples
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
+        atomic.unfinished.add(self._partial)
         self._array = create_array(self._partial, "float32", (num_samples, num_concepts))
 
     def write(self, start: int, rows: Float[np.ndarray, "B K"]) -> None:
         """The activations of the rows from `start` on."""
         wait(self._array[start : start + len(rows)].write(rows))
 
+    def rows(self) -> StoredRows:
+        """All of them, once they are written."""
+        return StoredRows(self._partial, self._num_samples)
+
     def __enter__(self) -> "StoredActivations":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            shutil.rmtree(self._place, ignore_errors=True)
-            self._partial.rename(self._place)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        atomic.unfinished.discard(self._partial)
 
 
+_UNFINISHED = f"{ACTIVATIONS}.tmp"
 _ARRAYS = ("components", "activations", "history", "mean", "stability")
 _DESCRIBED = (
     "method",
@@ -510,6 +536,14 @@ def project(
     else:
         activations = kmeans.activations(Z, components)
     return activations[:N]
+
+
+def project_stored(
+    source: Source, concepts: Concepts
+) -> Iterator[tuple[int, Shaped[np.ndarray, "B D"], Float[np.ndarray, "B K"]]]:
+    """(first row, rows, activations) of rows that stay on disk, block by block, as `project`."""
+    for start, rows in source.tiles(BLOCK_ROWS):
+        yield start, rows, np.asarray(project(rows, concepts))
 
 
 def _method(name: str) -> str:

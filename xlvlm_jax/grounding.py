@@ -3,7 +3,8 @@
 Axes: K concepts, D width, V vocabulary, N samples.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jaxtyping import Float, Int
 
 from ports import VLM
 from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.row_arrays import StoredRows
 from xlvlm_jax.words import concept_words
 
+_TILE_ROWS = 2**16  # of activations that are looked through at once
 AnyArray = jax.Array | np.ndarray
 
 
@@ -80,9 +83,11 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
 
 
 def ground_images(
-    activations: Float[AnyArray, "N K"], num_images: int = 5
+    activations: Float[AnyArray, "N K"] | StoredRows, num_images: int = 5
 ) -> Int[np.ndarray, "K {num_images}"]:
     """The samples that activate each concept most, the strongest first; of equals, the earlier.
+
+    Of activations on disk (`StoredRows`) one tile is in memory at a time.
 
     Returns row numbers of `activations`: int32 on the device of a JAX array, else int64. Traces
     under jit (num_images static) and vmap; what is not finite is found outside of them only.
@@ -94,12 +99,36 @@ def ground_images(
         raise ValueError(f"num_images must lie in 1..{N}, the number of samples; got {num_images}")
     if isinstance(activations, jax.core.Tracer):
         return jax.lax.top_k(activations.T, num_images)[1]
-    finite = np.isfinite(np.asarray(activations)).all(axis=1)
-    if not finite.all():
-        raise ValueError(f"activations of sample {int(np.argmin(finite))} hold NaN or Inf")
     if isinstance(activations, jax.Array):
+        collections.deque(_finite(_tiles(np.asarray(activations))), maxlen=0)
         return jax.lax.top_k(activations.T, num_images)[1]
-    return np.stack([largest(column, num_images) for column in np.asarray(activations).T])
+    stored = isinstance(activations, StoredRows)
+    tiles = activations.tiles(_TILE_ROWS) if stored else _tiles(np.asarray(activations))
+    values = np.empty((activations.shape[1], 0), activations.dtype)
+    rows = np.empty(values.shape, np.int64)
+    for start, tile in _finite(tiles):
+        # What was found before stands first: of equals, the earlier.
+        values = np.concatenate([values, tile.T], axis=1)
+        numbers = np.broadcast_to(start + np.arange(len(tile)), tile.T.shape)
+        rows = np.concatenate([rows, numbers], axis=1)
+        best = np.stack([largest(column, min(num_images, len(column))) for column in values])
+        values, rows = (np.take_along_axis(each, best, axis=1) for each in (values, rows))
+    return rows
+
+
+def _tiles(activations: Float[np.ndarray, "N K"]) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array in memory, as `StoredRows.tiles`."""
+    for start in range(0, len(activations), _TILE_ROWS):
+        yield start, activations[start : start + _TILE_ROWS]
+
+
+def _finite(tiles: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    for start, tile in tiles:
+        finite = np.isfinite(tile).all(axis=1)
+        if not finite.all():
+            number = start + int(np.argmin(finite))
+            raise ValueError(f"activations of sample {number} hold NaN or Inf")
+        yield start, tile
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

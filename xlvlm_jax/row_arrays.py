@@ -87,14 +87,25 @@ class StoredRows:
     """The rows of an array on disk, to be read a tile at a time; what the streamed solvers take.
 
     Attributes:
-        shape: (N, D). dtype: numpy's.
+        path: of the array. shape: (N, D). dtype: numpy's.
+
+    numpy reads all of them where it is given them as an array.
     """
 
     def __init__(self, path: Path, rows: int):
+        self.path = path
         self._array = open_array(path)
         check_chunks(path, self._array, rows)
         self.shape = (rows, *self._array.shape[1:])
         self.dtype = self._array.dtype.numpy_dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(f"{self.path}: rows on disk can't become an array without a copy")
+        return self.read(0, len(self)).astype(dtype or self.dtype, copy=False)
 
     def tiles(self, count: int) -> Iterator[tuple[int, Shaped[np.ndarray, "B D"]]]:
         """(first row, rows) in order, `count` rows each but the last; reads one ahead."""

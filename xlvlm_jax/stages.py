@@ -31,8 +31,7 @@ from xlvlm_jax.labels import Labels, factorise_each
 from xlvlm_jax.metrics import (
     AttributeScore,
     attribute_scores,
-    explained_variance,
-    reconstruct,
+    explained_by,
 )
 from xlvlm_jax.same_model import require_model
 from xlvlm_jax.store import Features
@@ -92,19 +91,7 @@ def decompose_features(
     if stream and jax.process_count() > 1:
         raise ValueError("--stream reads on one host; leave it out, or the other hosts")
     began, key = time.perf_counter(), jax.random.key(seed)
-    stored, explained = features.stored(site), np.nan
-    if stream:
-        with StoredActivations(output, stored.shape[0], num_concepts) as activations:
-            concepts = decompose_stored(
-                stored, num_concepts, method, key=key, write=activations.write, **options
-            )
-    else:
-        found = decompose(stored, num_concepts, method, key=key, mesh=rows_mesh(), **options)
-        concepts = on_host(found)
-    seconds = round(time.perf_counter() - began, 3)
-    if not stream and hosts.is_first():
-        Z = features.matrix(site)
-        explained = explained_variance(Z, reconstruct(concepts, concepts.activations))
+    stored = features.stored(site)
     source = {
         "features": str(features.path.resolve()),
         "site": site,
@@ -112,13 +99,30 @@ def decompose_features(
         "rows": len(features.tokens),
         "model": features.manifest.get("model"),
         "fingerprint": features.manifest.get("fingerprint"),
-        "seconds": seconds,
-        "explained_variance": None if np.isnan(explained) else explained,
     }
+    if stream:
+        with StoredActivations(output, stored.shape[0], num_concepts) as activations:
+            concepts = decompose_stored(
+                stored, num_concepts, method, key=key, write=activations.write, **options
+            )
+            source |= {"seconds": _since(began), "explained_variance": None}
+            concepts = dataclasses.replace(concepts, source=source)
+            dataclasses.replace(concepts, activations=activations.rows()).save(output)
+        return concepts
+    found = decompose(stored, num_concepts, method, key=key, mesh=rows_mesh(), **options)
+    concepts = on_host(found)
+    source |= {"seconds": _since(began), "explained_variance": None}
+    if hosts.is_first():
+        explained = explained_by(concepts, stored, concepts.activations)
+        source["explained_variance"] = None if np.isnan(explained) else explained
     concepts = dataclasses.replace(concepts, source=source)
     if hosts.is_first():
         concepts.save(output)
     return concepts
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 3)
 
 
 def ground_concepts(
@@ -158,7 +162,7 @@ def ground_concepts(
         through_norm=through_norm,
     )
     count = min(num_images, len(features.tokens))
-    top = ground_images(np.asarray(concepts.activations), count)
+    top = ground_images(concepts.activations, count)
     images = [
         [features.samples[features.sample_rows[row]]["image"] for row in rows] for rows in top
     ]

@@ -7,6 +7,7 @@ import pytest
 
 from ports import bert
 from xlvlm_jax import Concepts, metrics
+from xlvlm_jax.row_arrays import StoredRows, create_array
 from xlvlm_jax.scoring.records import DictionaryScores
 from xlvlm_jax.scoring.scorer import Scorer, captions
 
@@ -128,18 +129,20 @@ def test_what_it_was_scored_on(scorer):
     assert 0 < described["mean similarity of two images"] < 1
 
 
-def test_an_image_of_several_rows_counts_once(scorer, write_features, clip, named):
+def test_an_image_of_several_rows_counts_once(scorer, write_features, clip, named, tmp_path):
     features = write_features()
     rows = np.repeat(np.arange(40), 2)
     doubled = dataclasses.replace(features, sample_rows=rows, tokens=rows, positions=rows)
-    states = scorer.Z
+    create_array(tmp_path / "twice", "float32", (80, WIDTH)).write(
+        np.asarray(scorer.stored)[rows]
+    ).result()
 
     class Doubled:
         def __getattr__(self, name):
             return getattr(doubled, name)
 
-        def matrix(self, site):
-            return states[rows]
+        def stored(self, site):
+            return StoredRows(tmp_path / "twice", 80)
 
     both = Scorer(Doubled(), clip=clip, num_random=1)
     assert both.images.shape == (80, 128)

@@ -17,6 +17,7 @@ from rich.errors import LiveError
 from rich.status import Status
 
 from ports import programs
+from xlvlm_jax import atomic
 from xlvlm_jax.cli.console import console
 
 Hosts = Annotated[
@@ -165,6 +166,7 @@ def ending_on_signals() -> Iterator[None]:
         received = os.read(reader, 1)
         if received and received[0] in _SIGNALS:
             time.sleep(_GRACE_SECONDS)
+            atomic.remove_unfinished()
             print(STOPPED, file=sys.stderr, flush=True)
             os._exit(128 + received[0])
 

@@ -120,7 +120,7 @@ def score(
     show_skipped(scorer.skipped)
     path = write_scores(output, scorer.describe(), rows)
     _show(rows)
-    console.print(f"{len(rows)} dictionaries scored on {len(scorer.Z)} rows -> {path}")
+    console.print(f"{len(rows)} dictionaries scored on {len(scorer.stored)} rows -> {path}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -20,6 +20,7 @@ from xlvlm_jax.metrics.clip_score import (
 from xlvlm_jax.metrics.codes import (
     active_share,
     dead_concepts,
+    explained_by,
     explained_variance,
     hoyer_sparsity,
     reconstruct,
@@ -44,6 +45,7 @@ __all__ = [
     "embed_images",
     "embed_pixels",
     "embed_texts",
+    "explained_by",
     "explained_variance",
     "hoyer_sparsity",
     "mean_of_top",

@@ -3,15 +3,19 @@
 N samples, K concepts, D width.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.metrics.precision import as_figure, as_real, column_means, is_traced
+from xlvlm_jax.row_arrays import StoredRows
 from xlvlm_jax.solvers.loop import matmul
 
+TILE_ROWS = 2**14  # that are in float64 at once
 AnyArray = jax.Array | np.ndarray
 
 
@@ -37,6 +41,41 @@ def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray
     return as_figure(xp.where(varies, 1 - share, xp.nan))
 
 
+def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -> float:
+    """The sum of |row - mean of all rows|^2 in one pass over tiles, in float64.
+
+    Source: Chan, Golub and LeVeque 1983, how sums of squares of parts are joined.
+    """
+    count, mean, total = 0, 0.0, 0.0
+    for _, rows in tiles:
+        rows = rows.astype(np.float64)
+        own, joined = rows.mean(axis=0), count + len(rows)
+        total += np.sum((rows - own) ** 2)
+        total += np.sum((own - mean) ** 2) * count * len(rows) / joined
+        mean, count = mean + (own - mean) * len(rows) / joined, joined
+    return float(total)
+
+
+def squared_residual(
+    concepts: Concepts, rows: Shaped[np.ndarray, "B D"], activations: Float[np.ndarray, "B K"]
+) -> float:
+    """The sum of |row - what its activations stand for|^2, in float64."""
+    residual = rows.astype(np.float64) - reconstruct(concepts, activations)
+    return float(np.sum(residual**2))
+
+
+def explained_by(
+    concepts: Concepts, stored: StoredRows, activations: Float[np.ndarray, "N K"]
+) -> float:
+    """`explained_variance` of rows on disk, tile by tile, of which none stays in memory."""
+    total = squared_deviations(stored.tiles(TILE_ROWS))
+    left = sum(
+        squared_residual(concepts, rows, activations[start : start + len(rows)])
+        for start, rows in stored.tiles(TILE_ROWS)
+    )
+    return 1 - left / total if total > 0 else float("nan")
+
+
 def reconstruct(
     concepts: Concepts, activations: Float[AnyArray, "N K"]
 ) -> Float[np.ndarray, "N D"]:
@@ -60,16 +99,31 @@ def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> float:
     1 where each sample uses one concept, 0 where it uses all alike. Samples that use none are left
     out; NaN if none is left, or K is 1. Traces under jit, vmap and grad.
     """
-    xp, (codes,) = as_real(activations)
-    root = np.sqrt(codes.shape[1])
-    if not len(codes) or root == 1:
+    activations = activations if is_traced(activations) else np.asarray(activations)
+    root = np.sqrt(activations.shape[1])
+    if not len(activations) or root == 1:
         return float("nan")
+    if not is_traced(activations):
+        return _hoyer_of_tiles(activations, root)
+    _, (codes,) = as_real(activations)
     used = (codes != 0).any(axis=1)
-    norms = xp.sqrt(xp.where(used, xp.sum(codes**2, axis=1), 1))
-    sparsity = (root - xp.abs(codes).sum(axis=1) / norms) / (root - 1)
-    both = xp.stack([xp.where(used, sparsity, 0), xp.where(used, 1.0, 0.0)], axis=1)
+    norms = jnp.sqrt(jnp.where(used, jnp.sum(codes**2, axis=1), 1))
+    sparsity = (root - jnp.abs(codes).sum(axis=1) / norms) / (root - 1)
+    both = jnp.stack([jnp.where(used, sparsity, 0), jnp.where(used, 1.0, 0.0)], axis=1)
     total, count = column_means(both)
-    return as_figure(xp.where(count > 0, total / xp.where(count > 0, count, 1), xp.nan))
+    return as_figure(jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan))
+
+
+def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float:
+    """`hoyer_sparsity`, some rows at a time: no copy of all codes in float64."""
+    total, count = 0.0, 0
+    for start in range(0, len(activations), TILE_ROWS):
+        codes = activations[start : start + TILE_ROWS].astype(np.float64)
+        codes = codes[codes.any(axis=1)]
+        norms = np.linalg.norm(codes, axis=1)
+        total += np.sum((root - np.abs(codes).sum(axis=1) / norms) / (root - 1))
+        count += len(codes)
+    return float(total / count) if count else float("nan")
 
 
 def active_share(activations: Float[AnyArray, "N K"]) -> float:

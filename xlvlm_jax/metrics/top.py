@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 
 from xlvlm_jax.metrics.precision import as_real, is_traced
 
+_TILE_ROWS = 2**14  # that are copied at once
+
 AnyArray = jax.Array | np.ndarray
 
 
@@ -23,10 +25,23 @@ def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[np.nda
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    xp = jnp if is_traced(activations) else np
-    activations = xp.asarray(activations)
-    order = xp.argsort(-activations, axis=1, stable=True)
-    return (xp.argsort(order, axis=1) < count) & (activations > 0)
+    if not is_traced(activations):
+        return _top_by_rounds(np.asarray(activations), count)
+    order = jnp.argsort(-activations, axis=1, stable=True)
+    return (jnp.argsort(order, axis=1) < count) & (activations > 0)
+
+
+def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np.ndarray, "N K"]:
+    """`top_concepts` without an order of all concepts: each round finds the first of the rest."""
+    chosen = np.zeros(activations.shape, bool)
+    for start in range(0, len(activations), _TILE_ROWS):
+        left = np.array(activations[start : start + _TILE_ROWS])
+        rows = np.arange(len(left))
+        for _ in range(min(count, left.shape[1])):
+            first = left.argmax(axis=1)
+            chosen[start + rows, first] = left[rows, first] > 0
+            left[rows, first] = -np.inf
+    return chosen
 
 
 def mean_of_top(

@@ -5,6 +5,7 @@ images and what people said of them; it scores one dictionary after another on t
 concepts, D width, E width of CLIP's common space.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,10 @@ from jaxtyping import Bool, Float
 from ports import hub
 from ports.clip import DualEncoder
 from xlvlm_jax import metrics
-from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.concepts import Concepts, project_stored
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.labels import UNKNOWN, factorise
+from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations, squared_residual
 from xlvlm_jax.samples import columns
 from xlvlm_jax.scoring.records import DictionaryScores, Fit, plain
 from xlvlm_jax.stages import as_json, choose_site, known_attributes
@@ -67,7 +69,7 @@ class Scorer:
         self.features, self.site = features, choose_site(features, site)
         self.clip, self.bert = clip, bert
         self.tops, self.num_random, self.seed = tuple(tops), num_random, seed
-        self.Z = features.matrix(self.site)
+        self.stored = features.stored(self.site)
         self.attributes = known_attributes(features)
         if bert is not None:
             self._captions = captions(features)
@@ -142,8 +144,7 @@ class Scorer:
         """
         self.check_source(concepts.source)
         K = len(concepts.components)
-        activations = np.asarray(project(self.Z, concepts))
-        explained = metrics.explained_variance(self.Z, metrics.reconstruct(concepts, activations))
+        activations, explained = self._encode(concepts)
         stability = None
         if others:
             stability = metrics.stability([x.components for x in (concepts, *others)])
@@ -167,6 +168,21 @@ class Scorer:
             **self._of_words(concepts.words, activations),
             through_norm=concepts.through_norm,
         )
+
+    @functools.cached_property
+    def _variance(self) -> float:
+        return squared_deviations(self.stored.tiles(TILE_ROWS))
+
+    def _encode(self, concepts: Concepts) -> tuple[Float[np.ndarray, "N K"], float]:
+        """The activations of all rows and the explained variance, in one pass over the disk."""
+        activations = np.empty((len(self.stored), len(concepts.components)), np.float32)
+        left = 0.0
+        for start, rows, codes in project_stored(self.stored, concepts):
+            activations[start : start + len(rows)] = codes
+            for first in range(0, len(rows), TILE_ROWS):
+                part = slice(first, first + TILE_ROWS)
+                left += squared_residual(concepts, rows[part], codes[part])
+        return activations, 1 - left / self._variance if self._variance > 0 else math.nan
 
     def check_source(self, source: Mapping[str, Any]) -> None:
         """ValueError if concepts of that source are of another site or model than the rows."""
@@ -219,7 +235,8 @@ class Scorer:
         """The scores that words decide, by the names of their fields."""
         if words is None:
             return {}
-        chosen = {r: metrics.top_concepts(activations, r) for r in self.tops}
+        judged = self.clip is not None or self.bert is not None
+        chosen = {r: metrics.top_concepts(activations, r) for r in self.tops if judged}
         return {
             "words": words,
             "overlap": metrics.word_overlap(words) if len(words) > 1 else None,
@@ -290,7 +307,7 @@ class Scorer:
         described = {
             "features": str(self.features.path),
             "site": self.site,
-            "rows": len(self.Z),
+            "rows": len(self.stored),
             "images that CLIP does not see": len(self.skipped) or None,
             "clip": self.clip and hub.name_of(self.clip.directory),
             "bert": self.bert and hub.name_of(self.bert.encoder.directory),
