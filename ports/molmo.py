@@ -51,11 +51,9 @@ DEFAULTS = {
     "additional_vocab_size": 128,
     "bos_token_id": 151643,
     "eos_token_id": 151643,
-    "image_start_token_id": 152064,
-    "image_end_token_id": 152065,
-    "image_patch_token_id": 152066,
-    "image_col_token_id": 152067,
 }
+# The marks of an image, in the order in which their ids follow those of the first table.
+_MARKS = ("start", "end", "patch", "col")
 # What config.json must say. Other checkpoints of the family (MolmoE) have other names for these.
 _REQUIRED = (
     "vocab_size",
@@ -91,6 +89,9 @@ def read_config(values: Mapping[str, Any]) -> Any:
         raise ValueError(f"there is no {', '.join(missing)}; expected the names of Molmo-7B-D")
     optional = {"pad_token_id": None, "embedding_size": None, "num_key_value_heads": None}
     merged = {**optional, **DEFAULTS, **values}
+    first = merged["embedding_size"] or merged["vocab_size"]
+    ids = {f"image_{mark}_token_id": first + i for i, mark in enumerate(_MARKS)}
+    merged = {**ids, **merged}
     merged["vision_config"] = {**DEFAULTS["vision_config"], **values.get("vision_config", {})}
     merged.pop("auto_map", None)
     config = PretrainedConfig()

@@ -12,7 +12,7 @@ from xlvlm_jax.shift import ShiftAnalysis
 
 NORM = "language_model.model.norm"
 SETTINGS = Settings(
-    sites=(NORM,), selection=Selection("token-of-interest", "dog"), batch_size=16, max_new_tokens=20
+    sites=(NORM,), selection=Selection("class", "dog,dogs"), batch_size=16, max_new_tokens=20
 )
 
 

@@ -122,6 +122,7 @@ class TestFilesOfTheHub:
         auto_map = {"AutoConfig": "config_molmo.MolmoConfig"}
         config = {k: v for k, v in CONFIG.items() if "token_id" not in k}
         config |= {"auto_map": auto_map, "vocab_size": 258, "embedding_size": 258}
+        config["eos_token_id"] = 257
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "config_molmo.py").write_text("raise SystemExit('remote code was run')")
         (tmp_path / "preprocessor_config.json").write_text(
@@ -173,6 +174,7 @@ class TestFilesOfTheHub:
         tokenizer, processor = vlm.tokenizer, vlm.processor
         assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
         assert processor.token_ids == {"start": 258, "end": 259, "patch": 260, "col": 261}
+        assert vlm.image_tokens == (260, 261, 258, 259)  # config.json says none
         assert processor.start_token == tokenizer.eos_token_id
         ids = processor(text=[" User: hi"])["input_ids"][0].tolist()
         assert tokenizer.decode(ids[1:]) == " User: hi"

@@ -63,7 +63,7 @@ def test_fine_and_their_ranking(fit, xlvlm, tmp_path):
 
     status, _, errors = fit("--method", "fine", "--output", tmp_path / "fine")
     assert status == 2
-    assert "exists; give a new directory" in errors
+    assert "exists; name another output, or replace it by --overwrite" in errors
 
 
 @pytest.mark.slow
