@@ -62,8 +62,14 @@ def keep_programs() -> None:
     # What JAX was told goes before, in its configuration or the environment.
     if not _decided and jax.config.jax_compilation_cache_dir is None:
         directory = _chosen_directory()
-        if directory is not None:
-            compilation_cache(directory)
+        off = directory is None or not jax.config.jax_enable_compilation_cache
+        if not off and compilation_cache(directory) is None and VARIABLE in os.environ:
+            _logger.warning(
+                "%s is %s, which can't be written: compiled programs are not kept; name another"
+                " directory, or off",
+                VARIABLE,
+                directory,
+            )
     _decided = True
 
 

@@ -1,3 +1,6 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +68,7 @@ def test_words_depend_on_the_direction_alone(scale, order):
     ("components", "options", "message"),
     [
         (np.ones((2, 3)), {}, "components are 3 wide, which the language-model head does not take"),
+        (np.ones(2), {}, r"components have shape \(2,\); expected \[K, D\]"),
         (np.float32([[1, 1], [1, np.nan]]), {}, "concept 1 holds NaN or Inf"),
         (np.ones((2, 2)), {"num_words": 0}, "num_words must be at least 1, got 0"),
         (np.ones((2, 2)), {"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
@@ -74,6 +78,13 @@ def test_bad_components_are_one_line(components, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         ground_text(components, head, Decoder(), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_components_that_a_linen_head_does_not_take_are_one_line():
+    dense = nn.Dense(9)
+    unembed = functools.partial(dense.apply, dense.init(jax.random.key(0), np.ones((1, 2))))
+    with pytest.raises(ValueError, match="components are 3 wide, which the language-model head"):
+        ground_text(np.ones((2, 3)), unembed, Decoder())
 
 
 def test_images_by_hand():

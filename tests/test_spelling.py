@@ -126,6 +126,12 @@ def test_boundaries_do_not_depend_on_the_vocabulary(tokenizer, text, word, there
         assert form not in decode(tokenizer, ids[0, start + 1 : stop])
 
 
+def test_ids_outside_a_vocabulary_have_no_text(tokenizer):
+    dog = tokenizer.encode("a dog", add_special_tokens=False)
+    row = [2**31 - 1, -5, *dog, len(tokenizer) + 5000]
+    assert find_word([row], tokenizer, "dog").tolist() == [1 + len(dog)]
+
+
 # Real vocabularies.
 
 

@@ -13,11 +13,15 @@ from xlvlm_jax import words
         ("3D 3rd -3", ["3"]),
         ("x$5 $5", ["$5"]),
         ("狗的dog狗", ["狗", "dog", "狗"]),
+        ("cafe cafe\u0301 e\u0301dog", ["cafe"]),  # accents as characters of their own
+        ("काल काला", ["काल"]),
+        ("dog\ufe0f", ["dog"]),
+        ("don't don\u2019t", ["don't", "don\u2019t"]),
         ("dog_house dogs Dog's dog's", ["dog"]),
     ],
 )
 def test_a_word_in_a_text_is_a_whole_one(text, found):
-    listed = ["traffic", "traffic light", "3", "$5", "dog", "狗", " "]
+    listed = ["traffic", "traffic light", "3", "$5", "dog", "狗", " ", "cafe", "काल", "don't"]
     assert words.word_pattern(listed).findall(text) == found
     assert not words.word_pattern([]).search(text)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jaxtyping import Float, Int
 
 from ports import VLM
@@ -49,12 +50,14 @@ def ground_text(
             the length cancels: what counts is the norm's weight times the direction, which is how
             the logits change along it where the scale of the state is held.
 
-    Raises ValueError for counts below one, components of another width than the head takes, and
-    components that are not finite.
+    Raises ValueError for counts below one, components that are no matrix or of another width than
+    the head takes, and components that are not finite.
     """
     for name, count in (("num_words", num_words), ("num_candidates", num_candidates)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if np.ndim(components) != 2:
+        raise ValueError(f"components have shape {np.shape(components)}; expected [K, D]")
     finite = np.isfinite(np.asarray(components)).all(axis=1)
     if not finite.all():
         raise ValueError(f"concept {int(np.argmin(finite))} holds NaN or Inf; factor Z again")
@@ -62,7 +65,7 @@ def ground_text(
         logits = jnp.asarray(
             unembed(components, through_norm=True) if through_norm else unembed(components)
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, FlaxError) as error:
         raise ValueError(
             f"components are {components.shape[1]} wide, which the language-model head does not"
             f" take ({str(error).splitlines()[0]}); use the model that the states came from"

@@ -132,7 +132,10 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> dict[int, bytes]:
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
     start = _decode(tokenizer, before)
     for i in plain:
-        text = _decode(tokenizer, [*before, i]).removeprefix(start)
+        try:
+            text = _decode(tokenizer, [*before, i]).removeprefix(start)
+        except (KeyError, OverflowError):  # mistral-common's refuses ids outside the vocabulary
+            continue
         if "\ufffd" in text:  # bytes of a character that others complete
             texts[i] = _part_of_character(tokenizer, i) or text.encode()
         elif text:

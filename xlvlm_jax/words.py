@@ -5,6 +5,7 @@ The lists are single lower-case words; British and American spellings stand side
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from functools import cache
 
@@ -79,6 +80,15 @@ _UNSPACED = (
     "\U00020000-\U0003134f"
 )
 _LETTER = rf"[^\W{_UNSPACED}]"
+_PLANES = (range(0x300, 0xFE00), range(0xFE10, 0x20000))  # variation selectors are no part of words
+
+
+@cache
+def _mark() -> str:
+    """A class of the accents and vowel signs that go on a letter: to re they are no letters."""
+    points = (chr(point) for plane in _PLANES for point in plane)
+    marks = "".join(point for point in points if unicodedata.category(point) in ("Mn", "Mc"))
+    return f"[{re.sub(f'[{_UNSPACED}]', '', marks)}]"
 
 
 def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
@@ -86,17 +96,18 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
 
     A word ends where no letter, digit or underscore follows: "dog" stands in "dog's" and in
     "hot-dog", and does not in "dogs" or "dog_house". A number also goes on through a point or a
-    comma between digits: 3 does not stand in "3.5" or "3,000". In scripts without spaces the
-    characters alone decide. A space in a word stands for any white space.
+    comma between digits: 3 does not stand in "3.5" or "3,000". Marks belong to their letter: an "e"
+    with its accent as a character of its own is no "e". In scripts without spaces the characters
+    alone decide. A space in a word stands for any white space, and "'" for "\u2019" too.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     stripped = filter(None, (word.strip() for word in words))
     for word in sorted(stripped, key=len, reverse=True):  # of words that begin alike, the longest
-        before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})"
-        after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER})"
+        before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})(?<!{_mark()})"
+        after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER}|{_mark()})"
         before += r"(?<!\d[.,])" if word[0].isdecimal() else ""
         after += r"(?![.,]\d)" if word[-1].isdecimal() else ""
-        form = r"\s+".join(map(re.escape, word.split()))
+        form = r"\s+".join(map(re.escape, word.split())).replace("'", "['\u2019]")
         groups.setdefault((before, after), []).append(form)
     alternatives = (f"{a}(?:{'|'.join(forms)}){b}" for (a, b), forms in groups.items())
     return re.compile("|".join(alternatives) or r"(?!)")  # which matches nothing

@@ -88,6 +88,14 @@ def test_a_directory_that_cannot_be_made_is_no_error(undecided, caplog):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_directory_that_was_asked_for_and_cannot_be_made_is_said(undecided, monkeypatch, caplog):
+    (undecided / "file").write_text("")
+    monkeypatch.setenv(programs.VARIABLE, str(undecided / "file" / "programs"))
+    with caplog.at_level("WARNING", logger="ports"):
+        assert kept() is None
+    assert "XLVLM_COMPILATION_CACHE is" in caplog.text and "can't be written" in caplog.text
+
+
 # Something is compiled first: the cache is chosen later than JAX's first program.
 SCRIPT = """
 import sys
