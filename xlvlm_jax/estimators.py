@@ -20,7 +20,7 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from xlvlm_jax.concepts import Concepts, decompose, project
+from xlvlm_jax.concepts import Concepts, decompose, distances, project
 
 
 class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -148,7 +148,7 @@ class KMeans(ClusterMixin, _Solver):
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Learns the centres of X[N, D]; y is not used. ValueError for fewer samples than K."""
-        self._solve(
+        X = self._solve(
             X,
             self.n_clusters,
             "kmeans",
@@ -158,7 +158,7 @@ class KMeans(ClusterMixin, _Solver):
         )
         self.cluster_centers_ = np.asarray(self._concepts.components)
         self.inertia_ = self._concepts.objective
-        self.labels_ = np.asarray(self._concepts.activations).argmax(axis=1).astype(np.int32)
+        self.labels_ = np.asarray(distances(X, self._concepts)[0])
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -166,11 +166,11 @@ class KMeans(ClusterMixin, _Solver):
 
         `xlvlm_jax.project` gives 1 / (1 + distance) instead.
         """
-        return 1 / super().transform(X) - 1
+        return np.asarray(distances(self._checked(X), self._concepts)[1])
 
     def predict(self, X: Any) -> np.ndarray:
         """The nearest centre int32[N] of each row of X[N, D]."""
-        return self.transform(X).argmin(axis=1).astype(np.int32)
+        return np.asarray(distances(self._checked(X), self._concepts)[0])
 
 
 class PCA(_Solver):
@@ -183,7 +183,7 @@ class PCA(_Solver):
 
     Attributes:
         components_: float32[K, D], orthonormal.
-        mean_: float32[D], subtracted from every row.
+        mean_: float32[D], float64 where X was; subtracted from every row.
         explained_variance_: float32[K], of the scores, with N - 1 below.
         explained_variance_ratio_: its share of the variance of X.
         n_iter_, n_features_in_: updates done, and D.
@@ -206,8 +206,8 @@ class PCA(_Solver):
         self.components_ = np.asarray(self._concepts.components)
         self.mean_ = np.asarray(self._concepts.mean)
         scores = np.asarray(self._concepts.activations)
-        self.explained_variance_ = scores.var(axis=0, ddof=1)
-        total = X.var(axis=0, ddof=1).sum()
+        self.explained_variance_ = scores.var(axis=0, ddof=1, dtype=np.float64).astype(scores.dtype)
+        total = X.var(axis=0, ddof=1, dtype=np.float64).sum().astype(scores.dtype)
         self.explained_variance_ratio_ = self.explained_variance_ / (total if total > 0 else 1)
         return self
 

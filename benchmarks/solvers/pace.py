@@ -26,7 +26,7 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
         return semi_nmf.update, problem, state, 2 * K
     if method == "kmeans":
         problem = kmeans.prepare(Z, len(Z), active)
-        return kmeans.update, problem, kmeans.init(problem, start), K
+        return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
     problem, width = pca.prepare(Z, len(Z)), pca.width(K)
     if pca.is_narrow(*Z.shape, K):
         # One step, the covariance, of which half is computed, and the scores.

@@ -48,9 +48,10 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
         yield "Uᵀ U", lambda U: matmul(U, U.T), (U,), 0
         yield "atoms", atoms.advance, (small, sums, none, problem.alpha, unused), 0
     elif method == "kmeans":
-        scores = assignment.score(Z, state.offsets, problem.mean)
+        scored = Z, state.offsets, problem.mean, problem.far
+        scores = assignment.score(*scored)
         labels = assignment.nearest(scores).labels
-        yield "scores", assignment.score, (Z, state.offsets, problem.mean), len(scores)
+        yield "scores", assignment.score, scored, len(scores)
         yield "nearest", assignment.nearest, (scores,), 0
         yield "sums of rows", assignment.sums_of, (problem, labels), 0
     else:

@@ -129,3 +129,41 @@ def test_padding_rows_count_for_nothing():
     padded = solve(jnp.pad(Z, ((0, 8), (0, 0))), KEY, init_centroids=jnp.asarray(Z[:K]))
     np.testing.assert_allclose(padded.components, plain.components, atol=1e-4)
     np.testing.assert_allclose(padded.objective, plain.objective, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [100, 1e4])
+def test_two_million_rows_far_from_zero(offset):
+    """Around the offset, 10 and 20 more: centres and inertia are float64's."""
+    rng = np.random.default_rng(0)
+    steps = np.sort(rng.integers(0, 3, 2_000_000))
+    Z = rng.standard_normal((2_000_000, 2), np.float32)
+    Z = (Z + (offset + 10 * steps[:, None])).astype(np.float32)
+    start = np.float32(offset) + np.array([[0, 1], [9, 10], [20, 19]], np.float32)
+    found = alone(kmeans)(
+        jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=3, init_centroids=start
+    )
+    truth = Z.astype(np.float64)
+    centres = np.array([truth[steps == k].mean(axis=0) for k in range(3)])
+    last_digit = np.spacing(np.float32(offset)) / 2
+    np.testing.assert_allclose(found.components, centres, rtol=0, atol=last_digit + 1e-6 * 8)
+    np.testing.assert_array_equal(labels(found), steps)
+    inertia = np.sum((truth - centres[steps]) ** 2)
+    np.testing.assert_allclose(found.objective, inertia, rtol=1e-6)
+    # The last but one comes from the totals: it is the same, not a part in a thousand more.
+    assert int(found.iterations) >= 2
+    np.testing.assert_allclose(found.history[int(found.iterations) - 1], inertia, rtol=1e-6)
+
+
+def test_half_a_million_wide_rows_trace():
+    """N D = 2^31: no product of sizes in 32 bits."""
+    Z = jax.ShapeDtypeStruct((524_288, 4096), jnp.float32)
+    found = jax.eval_shape(partial(kmeans.solve, num_samples=524_288, num_concepts=(5,)), Z, KEY)
+    assert found.activations.shape == (1, 524_288, 5)
+
+
+def test_rows_that_are_all_near_each_other_keep_their_labels():
+    """Distances below a float32's last digit of one."""
+    Z = jnp.array([[1e-9], [1.2e-9], [5e-9], [9e-9]])
+    found, squared = kmeans.assign(Z, jnp.array([[1e-9], [5e-9], [9e-9]]))
+    np.testing.assert_array_equal(found, [0, 0, 1, 2])
+    np.testing.assert_array_equal(squared[jnp.array([0, 2, 3]), found[jnp.array([0, 2, 3])]], 0)

@@ -129,3 +129,41 @@ def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
         expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
         explained = np.var(np.asarray(found.activations), axis=0, ddof=1).sum()
         assert explained > 0.999 * expected
+
+
+@pytest.mark.parametrize("offset", [100, 1e4])
+def test_two_million_rows_far_from_zero(offset):
+    """Added one after another their mean would be off by deviations."""
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((2_000_000, 2), np.float32) * np.float32([1, 2]) + np.float32(offset)
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=1)
+    truth = Z.astype(np.float64)
+    mean = truth.mean(axis=0)
+    np.testing.assert_allclose(found.mean, mean, rtol=2**-24, atol=0)
+    values, axes = np.linalg.eigh((truth - mean).T @ (truth - mean))
+    variance = np.var(np.asarray(found.activations, np.float64)) * len(Z)
+    np.testing.assert_allclose(variance, values[1], rtol=1e-6)
+    np.testing.assert_allclose(found.objective, 0.5 * values[0], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(found.components[0] @ axes[:, 1]), 1, rtol=1e-6)
+    assert float(found.history[0]) == float(found.objective)
+
+
+def test_columns_of_huge_variance_do_not_end_the_others_early():
+    """Four columns a thousand times larger, as states have: every axis is one, not these alone."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(300, 300)))[0]
+    Z = rng.normal(size=(1500, 300)) * 10 * 0.97 ** np.arange(300) @ axes
+    Z[:, [3, 50, 120, 200]] = 1000 * rng.normal(size=(1500, 4)) * [1, 2, 3, 4]
+    Z = (Z + 5).astype(np.float32)
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=1500, num_concepts=20)
+    assert bool(found.converged)
+    centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
+    components = np.asarray(found.components, np.float64)
+    images = components @ centred.T @ centred
+    variances = np.sum(images * components, axis=1)
+    residuals = np.linalg.norm(images - variances[:, None] * components, axis=1) / variances
+    assert residuals.max() < 0.02
+    explained = np.linalg.svd(centred, compute_uv=False)[:20] ** 2
+    np.testing.assert_allclose(variances, explained, rtol=1e-3)
+    left = np.sum((centred - centred @ components.T @ components) ** 2) / 2
+    np.testing.assert_allclose(found.objective, left, rtol=1e-6)

@@ -128,5 +128,5 @@ def test_an_update_sends_no_more_for_more_rows():
     # The sums: K x D products, K x K overlaps, K uses, the objective; counts and totals;
     # images, and the overlaps of the last scores and the new ones.
     assert sent["snmf"] == K * D + K * K + K + 1
-    assert sent["kmeans"] == K * D + K
+    assert sent["kmeans"] == 2 * K * D + K  # totals as pairs
     assert sent["pca"] == K * D + (2 * K) ** 2

@@ -139,3 +139,44 @@ def test_clusters_of_a_sample_s_columns_are_those_in_memory(tmp_path, monkeypatc
     Z[700, 3] = np.inf
     with pytest.raises(ValueError, match="NaN or Inf in row 700"):
         decompose_stored(store(tmp_path / "Y", Z), K, "kmeans", key=KEY)
+
+
+class Rows:
+    """A source of its own kind."""
+
+    def __init__(self, Z, shape=None):
+        self.Z, self.shape = Z, shape or Z.shape
+
+    def tiles(self, count):
+        for start in range(0, len(self.Z), count):
+            yield start, self.Z[start : start + count]
+
+    def take(self, numbers):
+        return self.Z[np.minimum(numbers, len(self.Z) - 1)]
+
+
+@pytest.mark.parametrize("method", ["kmeans", "pca"])
+def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
+    """An offset that float32 adds exactly to these rows: nothing is lost by it."""
+    rng = np.random.default_rng(0)
+    Z = rng.integers(-512, 512, size=(N, D)) / 64 + 8 * rng.integers(0, 2, size=(N, 1))
+    near = decompose_stored(Rows(Z.astype(np.float32)), K, method, key=KEY)
+    far = decompose_stored(Rows((Z + 2**16).astype(np.float32)), K, method, key=KEY)
+    np.testing.assert_allclose(far.objective, near.objective, rtol=1e-5)
+    np.testing.assert_allclose(far.history[-1], far.objective, rtol=1e-5)
+    np.testing.assert_allclose(far.activations, near.activations, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((N + 5, D), r"gave \(45, 24\) for the 50 rows from 256 on; expected \(50, 24\)"),
+        ((N, D + 1), r"gave \(\d+, 24\) for .* expected \(\d+, 25\)"),
+        ((256 + 64 * 2, D), r"gave \(45, 24\) for the 64 rows from 256 on"),
+    ],
+    ids=["fewer", "narrower", "ended"],
+)
+def test_a_source_that_gives_other_rows_than_it_says(small_tiles, method, shape, message):
+    with pytest.raises(ValueError, match=message):
+        decompose_stored(Rows(planted(), shape), K, method, key=KEY)

@@ -95,6 +95,7 @@ def test_products_with_rows_far_from_the_origin(rows):
     expected = vectors.astype(np.float64) @ (Z.astype(np.float64) - 1e4).T
     found = jax.jit(sums.centred_products)(vectors, Z, mean, True)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert sums.centred_products(vectors, Z[:0], mean, True).shape == (2, 0)
     near = sums.centred_products(vectors, Z - mean, 0 * mean, False)
     np.testing.assert_allclose(near, expected, atol=1e-4)
 

@@ -178,7 +178,7 @@ class Scorer:
         activations = np.empty((len(self.stored), len(concepts.components)), np.float32)
         left = 0.0
         for start, rows, codes in project_stored(self.stored, concepts):
-            activations[start : start + len(rows)] = codes
+            codes = activations[start : start + len(rows)] = np.asarray(codes)
             for first in range(0, len(rows), TILE_ROWS):
                 part = slice(first, first + TILE_ROWS)
                 left += squared_residual(concepts, rows[part], codes[part])

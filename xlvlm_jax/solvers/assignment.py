@@ -1,12 +1,13 @@
 """The nearest centroid of every row, looked for only where it can have changed.
 
-    label_n = argmin_k |z_n - c_k|,    counts_k = #{n: label_n = k},    totals_k = sum of those z_n
+    label_n = argmin_k |z_n - c_k|,   counts_k = #{n: label_n = k},   totals_k = sum of z_n - m
 
-Distances are taken from the mean m of Z. With c' = c - m,
+Distances and totals are taken from an origin m, the mean of Z rounded. With c' = c - m,
 
     |z - c|^2 = |z - m|^2 + score,    score = |c'|^2 - 2 (z c' - m c')
 
-The products stay small where the states share a large common direction, and Z is not copied.
+The products stay small where the states share a large common direction, and Z is not copied. Where
+rows are far from zero beside what tells them apart, z c' - m c' is (z - m) c', a block at a time.
 
 Up to LARGE centroids a row keeps its label and by how much farther the second centroid is. Each
 move of the centroids takes from that gap what the triangle inequality allows; a row is looked at
@@ -23,7 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from xlvlm_jax.solvers.loop import inner_products, matmul
+from xlvlm_jax.solvers import sums as sums_of_rows
+from xlvlm_jax.solvers.loop import matmul, real_dtype
+from xlvlm_jax.solvers.sums import Wide, centred_products
 
 LARGE = 128  # centroids, beyond which scores are kept; and as many are renewed in one product
 FEW = 0.3  # of the rows: up to so many are looked at by themselves, which costs more a row
@@ -42,18 +45,19 @@ class Problem(NamedTuple):
 
     Z: Float[Array, "N D"]
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
-    mean: Float[Array, " D"]
+    mean: Float[Array, " D"]  # m
     energy: Float[Array, " N"]  # |z_n - m|^2
-    spread: Float[Array, ""]  # the sum of that over all rows, wherever they are
+    spread: Wide  # the sum of that over all rows, wherever they are
     variance: Float[Array, ""]  # the mean variance of a column
     active: Bool[Array, " K"]  # a centroid that is not has no rows
+    far: Bool[Array, ""]  # whether m is so far from zero that products with Z are too short
 
 
 class Sums(NamedTuple):
     """What an update of the centroids needs of the rows: totals over them, whatever N is."""
 
-    counts: Float[Array, " K"]
-    totals: Float[Array, "K D"]
+    counts: Int[Array, " K"]
+    totals: Wide  # [K, D]
 
 
 class Bounds(NamedTuple):
@@ -76,9 +80,13 @@ Kept = Bounds | Scores
 def nothing(problem: Problem) -> Kept:
     """What is kept before anything is known; the first `renew` needs centroids that all moved."""
     (K,), (N, D) = problem.active.shape, problem.Z.shape
+    dtype = real_dtype(problem.Z)
     if K > LARGE:
-        return Scores(jnp.zeros((K, N)))
-    return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N), Sums(jnp.zeros(K), jnp.zeros((K, D))))
+        return Scores(jnp.zeros((K, N), dtype))
+    # Two arrays: one may not be given away twice.
+    totals = Wide(jnp.zeros((K, D), dtype), jnp.zeros((K, D), dtype))
+    sums = Sums(jnp.zeros(K, jnp.int32), totals)
+    return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), sums)
 
 
 def renew(
@@ -102,18 +110,19 @@ def scores_of(
     """All scores, from what is kept where that spares something."""
     if isinstance(kept, Scores):
         return _renew_centroids(problem, kept, offsets, shifts).scores
-    return score(problem.Z, offsets, problem.mean, problem.active)
+    return score(problem.Z, offsets, problem.mean, problem.far, problem.active)
 
 
 def score(
     Z: Float[Array, "N D"],
     offsets: Float[Array, "K D"],
     mean: Float[Array, " D"],
+    far: Bool[Array, ""] | bool,
     active: Bool[Array, " K"] | bool = True,
 ) -> Float[Array, "K N"]:
     """|z - c|^2 - |z - m|^2: a squared distance less what depends on the row alone."""
-    bias = jnp.sum(offsets**2, axis=1) + 2 * matmul(offsets, mean)
-    return jnp.where(active, bias, jnp.inf)[:, None] - 2 * inner_products(offsets, Z)
+    bias = jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
+    return bias[:, None] - 2 * centred_products(offsets, Z, mean, far)
 
 
 class Nearest(NamedTuple):
@@ -145,7 +154,7 @@ def nearest(scores: Float[Array, "K N"]) -> Nearest:
                 least = jnp.where(nearer, rows[i], least)
             return Nearest(labels, least, second)
 
-        inf = jnp.full(N, jnp.inf)
+        inf = jnp.full(N, jnp.inf, scores.dtype)
         best = Nearest(jnp.zeros(N, jnp.int32), inf, inf)
         whole = K // TURN
         if whole:
@@ -157,33 +166,28 @@ def nearest(scores: Float[Array, "K N"]) -> Nearest:
 
 
 def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:
-    """How many rows each cluster has, and their sum."""
+    """How many rows each cluster has, and the sum of their differences from the mean."""
     K = len(problem.active)
-
-    def by_product(labels: Array) -> Sums:
-        members = jax.nn.one_hot(labels, K, dtype=jnp.float32) * problem.real[:, None]
-        return Sums(jnp.sum(members, axis=0), matmul(members.T, problem.Z))
-
-    def by_segment(labels: Array) -> Sums:
-        # Rows that pad Z are zero: they count for nothing in the sums.
-        Z = problem.Z.astype(jnp.float32)
-        counts = jax.ops.segment_sum(problem.real, labels, K)
-        return Sums(counts, jax.ops.segment_sum(Z, labels, K))
-
-    # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading them.
-    return jax.lax.platform_dependent(labels, cpu=by_segment, default=by_product)
+    return Sums(*sums_of_rows.cluster_sums(problem.Z, labels, K, problem.mean, problem.real))
 
 
-def inertia(
-    spread: Float[Array, ""],
-    mean: Float[Array, " D"],
-    offsets: Float[Array, "K D"],
-    sums: Sums,
-) -> Float[Array, ""]:
-    """Sum of squared distances of all rows to the centroids m + offsets of their clusters."""
-    centred = sums.totals - sums.counts[:, None] * mean
-    between = jnp.sum(offsets * (2 * centred - sums.counts[:, None] * offsets))
-    return jnp.maximum(spread - between, 0)
+def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Array, ""]:
+    """Sum of squared distances of all rows to the centroids m + offsets of their clusters.
+
+    A difference of large numbers, with twice the digits.
+    """
+    counts = sums.counts.astype(offsets.dtype)
+    beyond = (sums.counts - counts.astype(sums.counts.dtype)).astype(offsets.dtype)
+    # offsets (2 totals - counts offsets), summed
+    covered = sums_of_rows.product(counts[:, None], offsets) + beyond[:, None] * offsets
+    inner = sums.totals.times(2) + covered.times(-1)
+    between = sums_of_rows.product(offsets, inner.high) + offsets * inner.low
+    return jnp.maximum((spread + sums_of_rows.total(between).times(-1)).value, 0)
+
+
+def terms_of_mean(problem: Problem) -> Float[Array, ""]:
+    """What the mean adds to the terms of a squared distance, which rounding is relative to."""
+    return jnp.where(problem.far, 0, jnp.sum(problem.mean**2))
 
 
 def _renew_rows(
@@ -200,7 +204,7 @@ def _renew_rows(
     count, doubtful = _numbers(~(gaps > 0), block)
     many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
     kept = kept._replace(gaps=gaps)
-    floor = jnp.sum(problem.mean**2) + jnp.max(jnp.sum(offsets**2, axis=1))
+    floor = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
 
     def gaps_of(energy: Array, found: Nearest) -> Array:
         near, far = (jnp.maximum(energy + found.least, 0), jnp.maximum(energy + found.second, 0))
@@ -211,23 +215,23 @@ def _renew_rows(
     def all_rows(_: Array, kept: Bounds) -> Bounds:
         # Tied to what the loop changes: XLA would take the work out of it, and always do it.
         centroids, before = jax.lax.optimization_barrier((offsets, kept.gaps))
-        found = nearest(score(problem.Z, centroids, problem.mean, problem.active))
+        found = nearest(score(problem.Z, centroids, problem.mean, problem.far, problem.active))
         gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
         return Bounds(found.labels, gaps, sums_of(problem, found.labels))
 
     def some_rows(i: Array, kept: Bounds) -> Bounds:
         numbers = jax.lax.dynamic_slice_in_dim(doubtful, i * block, block)
         rows = jnp.minimum(numbers, N - 1)
-        Z = problem.Z[rows].astype(jnp.float32)
-        found = nearest(score(Z, offsets, problem.mean, problem.active))
+        Z = problem.Z[rows] - problem.mean
+        found = nearest(score(Z, offsets, jnp.zeros_like(problem.mean), False, problem.active))
         real = problem.real[rows] * (numbers < N)
         # +1 where a row comes from and -1 where it goes: 0 for the many that stay.
         to, come_from = (
-            jax.nn.one_hot(labels, K, axis=0, dtype=jnp.float32)
+            jax.nn.one_hot(labels, K, axis=0, dtype=Z.dtype)
             for labels in (found.labels, kept.labels[rows])
         )
         change = (to - come_from) * real
-        counts = kept.sums.counts + jnp.sum(change, axis=1)
+        counts = kept.sums.counts + jnp.sum(change, axis=1).astype(jnp.int32)
         totals = kept.sums.totals + matmul(change, Z)
         return Bounds(
             kept.labels.at[numbers].set(found.labels, mode="drop"),
@@ -243,11 +247,13 @@ def _renew_rows(
 def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:
     """How many rows are chosen, and int32[N + spare]: their numbers, then N."""
     N = len(chosen)
-    place = jnp.cumsum(chosen)
+    place = jnp.cumsum(chosen, dtype=jnp.int32)
     # Those of the others are written nowhere.
     place = jnp.where(chosen, place - 1, N + spare)
     numbers = jnp.full(N + spare, N, jnp.int32)
-    return jnp.sum(chosen), numbers.at[place].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
+    return jnp.sum(chosen, dtype=jnp.int32), numbers.at[place].set(
+        jnp.arange(N, dtype=jnp.int32), mode="drop"
+    )
 
 
 def _renew_centroids(
@@ -262,15 +268,16 @@ def _renew_centroids(
         some, active = (
             jax.lax.dynamic_slice_in_dim(x, first, LARGE) for x in (offsets, problem.active)
         )
-        new = score(problem.Z, some, problem.mean, active)
+        new = score(problem.Z, some, problem.mean, problem.far, active)
         return jax.lax.dynamic_update_slice_in_dim(scores, new, first, 0)
 
     def renew_some(i: Array, scores: Array) -> Array:
         chosen = jax.lax.dynamic_slice_in_dim(order, jnp.minimum(i * MOVED, K - MOVED), MOVED)
-        new = score(problem.Z, offsets[chosen], problem.mean, problem.active[chosen])
+        of = problem.active[chosen]
+        new = score(problem.Z, offsets[chosen], problem.mean, problem.far, of)
         return scores.at[chosen].set(new)
 
-    count = jnp.sum(moved)
+    count = jnp.sum(moved, dtype=jnp.int32)
     most = count > MOST * K
     # Two loops, of which one turns: they write where the scores are, and a condition would copy.
     scores = jax.lax.fori_loop(0, jnp.where(most, -(-K // LARGE), 0), renew_large, kept.scores)

@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float
 from xlvlm_jax.solvers.loop import matmul
 
 WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
+# Decreases are compared to f, or to so many times the misfit 1/2 |Z - U V|^2 where that is less,
+# though to no less than a part of f, which rounding is relative to.
+MISFIT, LEAST_MOVING = 10, 0.05
 BLOCK = 32  # atoms that move within one span
 TINY = 1e-30
 
@@ -39,10 +42,10 @@ class Sums(NamedTuple):
 
 def begin(atoms: Float[Array, "K D"], objective: Float[Array, ""]) -> Atoms:
     """At given atoms, f there known, nothing done yet."""
-    inf = jnp.float32(jnp.inf)
+    inf = jnp.full_like(objective, jnp.inf)
     recent = jnp.full(WINDOW, inf).at[-1].set(objective)
-    ones = jnp.ones(atoms.shape[0])
-    return Atoms(atoms, atoms, ones, jnp.float32(1), recent, objective, inf)
+    ones = jnp.ones(atoms.shape[0], atoms.dtype)
+    return Atoms(atoms, atoms, ones, jnp.ones_like(objective), recent, objective, inf)
 
 
 def extrapolate(small: Atoms) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
@@ -77,6 +80,9 @@ def advance(
     # A plain step cannot raise f; were it judged by float32's rounding of f, runs would end early.
     accepted = (objective <= small.objective) | (small.momentum <= 1)
     objective = jnp.minimum(objective, small.objective)
+    # What lies in the codes' sizes is nearly the same at all atoms, and may be nearly all of f.
+    misfit = objective - alpha * jnp.sum(sums.used)
+    moving = jnp.clip(MISFIT * misfit, LEAST_MOVING * objective, objective)
     # A revived atom has jumped, and a jump must not be extrapolated.
     restart = ~accepted | jnp.any(unused)
     kept = jnp.where(accepted, atoms, small.atoms)
@@ -87,7 +93,7 @@ def advance(
         momentum=jnp.where(restart, 1.0, momentum),
         recent=jnp.concatenate([small.recent[1:], objective[None]]),
         objective=objective,
-        error=(small.recent[0] - objective) / (WINDOW * jnp.maximum(objective, TINY)),
+        error=(small.recent[0] - objective) / (WINDOW * jnp.maximum(moving, TINY)),
     )
     return new, accepted
 
@@ -102,7 +108,7 @@ def _update_atoms(
     Each block of new atoms lies in the span of the old ones and of their gradients. The steps are
     taken in those coordinates, with the Gram matrix for lengths: no step touches D numbers.
     """
-    K, change = atoms.shape[0], jnp.float32(0)
+    K, change = atoms.shape[0], jnp.zeros((), atoms.dtype)
     for first in range(0, K, BLOCK):
         block = slice(first, min(first + BLOCK, K))
         size = block.stop - first
@@ -118,7 +124,7 @@ def _update_atoms(
             gradients = gradients + within[:, k, None] * (atom - atoms[k])
             return atoms.at[k].set(atom), gradients
 
-        identity = jnp.eye(2 * size)
+        identity = jnp.eye(2 * size, dtype=atoms.dtype)
         moved, _ = jax.lax.fori_loop(0, size, one, (identity[:size], identity[size:]))
         step = moved - identity[:size]
         lengths = matmul(step, gram)

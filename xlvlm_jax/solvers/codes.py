@@ -13,6 +13,7 @@ Codes are [K, N] and not [N, K]: a coordinate's values are then contiguous.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ MAX_SWEEPS, MAX_GRADIENT_STEPS = 1000, 300
 STILL = 1e-7
 POWER_STEPS = 12
 SAFETY = 1.05  # the power method comes to the largest eigenvalue from below
+RIDGE = 1e-6  # of the longest atom's square
+SOLVED = 256  # samples whose systems [K, K] are solved together in a derivative
 TINY = 1e-30
 
 
@@ -73,8 +76,24 @@ def encode(
     *,
     nonnegative: bool = True,
 ) -> Float[Array, "K N"]:
-    """The best codes: until no step moves one by more than STILL times the largest."""
+    """The best codes: until no step moves one by more than STILL times the largest.
+
+    Differentiable in all but the codes to start from: at the best codes U of the atoms S that are
+    used, G_SS U_S = P_S - alpha sign(U_S), which is differentiated as it stands.
+    """
     codes = jnp.zeros_like(products) if codes is None else codes
+    alpha = jnp.asarray(alpha, products.dtype)
+    return _encode(products, gram, alpha, codes, nonnegative)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _encode(
+    products: Float[Array, "K N"],
+    gram: Float[Array, "K K"],
+    alpha: Float[Array, ""],
+    codes: Float[Array, "K N"],
+    nonnegative: bool,
+) -> Float[Array, "K N"]:
     if gram.shape[0] <= DESCENT:
         return _until_still(
             lambda codes: improve(codes, products, gram, alpha, 1, nonnegative),
@@ -84,6 +103,34 @@ def encode(
         )
     step = _accelerated_step(products, gram, alpha, nonnegative)
     return _until_still(step, lambda run: run.codes, _standing(codes), MAX_GRADIENT_STEPS)
+
+
+def _encode_forward(
+    products: Array, gram: Array, alpha: Array, codes: Array, nonnegative: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    found = _encode(products, gram, alpha, codes, nonnegative)
+    return found, (found, gram)
+
+
+def _encode_backward(_: bool, kept: tuple[Array, Array], change: Array) -> tuple[Array, ...]:
+    codes, gram = kept
+    K = len(gram)
+    # Atoms that are all but the same leave their codes' difference open.
+    ridge = RIDGE * jnp.max(jnp.diagonal(gram)) * jnp.eye(K, dtype=gram.dtype)
+
+    def solve(sample: tuple[Array, Array]) -> Array:
+        used, change = sample
+        both = used[:, None] & used[None, :]
+        system = jnp.where(both, gram + ridge, jnp.eye(K, dtype=gram.dtype))
+        return jnp.linalg.solve(system, jnp.where(used, change, 0))
+
+    samples = (codes.T != 0, change.T)
+    adjoint = jax.lax.map(solve, samples, batch_size=SOLVED).T
+    of_gram = -matmul(adjoint, codes.T)
+    return adjoint, of_gram, -jnp.sum(adjoint * jnp.sign(codes)), jnp.zeros_like(codes)
+
+
+_encode.defvjp(_encode_forward, _encode_backward)
 
 
 def _until_still(
@@ -100,7 +147,7 @@ def _until_still(
         change = jnp.max(jnp.abs(codes_of(new) - codes_of(old)), initial=0) / largest
         return new, change, steps + 1
 
-    carry = (start, jnp.float32(jnp.inf), jnp.int32(0))
+    carry = (start, jnp.full((), jnp.inf, codes_of(start).dtype), jnp.int32(0))
     return codes_of(jax.lax.while_loop(unfinished, one, carry)[0])
 
 
@@ -122,7 +169,7 @@ class Accelerated(NamedTuple):
 
 
 def _standing(codes: Float[Array, "K N"]) -> Accelerated:
-    return Accelerated(codes, codes, jnp.ones(codes.shape[1]))
+    return Accelerated(codes, codes, jnp.ones(codes.shape[1], codes.dtype))
 
 
 def _accelerated_step(

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers.loop import matmul, weighted_sums
+from xlvlm_jax.solvers import sums
+from xlvlm_jax.solvers.loop import matmul, real_dtype, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
 from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
@@ -27,20 +29,42 @@ class Compressed(NamedTuple):
     X: Float[Array, "N R"]  # Z basis
 
 
-def sketch_directions(key: PRNGKeyArray, D: int, width: int) -> Float[Array, "D R"]:
+class Centre(NamedTuple):
+    """What is subtracted from every row, see `sums.centred_products`."""
+
+    mean: Float[Array, " D"]
+    far: Bool[Array, ""]
+    real: Float[Array, " N"]  # 0 for a row that pads Z, which then is zero in its columns too
+
+
+def sketch_directions(
+    key: PRNGKeyArray, D: int, width: int, dtype: DTypeLike = "float32"
+) -> Float[Array, "D R"]:
     """Random directions; all of Z's own where there are no more than `width`."""
-    return jax.random.normal(key, (D, width)) if width < D else jnp.eye(D)
+    if width < D:
+        return jax.random.normal(key, (D, width), dtype)
+    return jnp.eye(D, dtype=dtype)
 
 
 def compress(
-    Z: Float[Array, "N D"], key: PRNGKeyArray, width: int, rows: Rows = ONE_DEVICE
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    width: int,
+    rows: Rows = ONE_DEVICE,
+    centre: Centre | None = None,
 ) -> Compressed:
-    """The leading `width` directions of the row space of Z, in no order, and Z in them."""
-    if width >= Z.shape[1]:
-        return Compressed(jnp.eye(Z.shape[1]), Z.astype(jnp.float32))
-    directions = sketch_directions(key, Z.shape[1], width)
-    basis = orthonormal(rows.total(weighted_sums(matmul(Z, directions).T, Z).T))
-    return Compressed(basis, matmul(Z, basis))
+    """The leading `width` directions of the row space of Z, in no order, and Z in them.
+
+    Of the rows less a mean where a centre is given.
+    """
+    D, dtype = Z.shape[1], real_dtype(Z)
+    if width >= D and centre is None:
+        return Compressed(jnp.eye(D, dtype=dtype), Z.astype(dtype))
+    directions = sketch_directions(key, D, width, dtype)
+    mean = None if centre is None else centre.mean
+    images = rows.total(sums.weighted(_in(Z, directions, centre).T, Z, mean).value)
+    basis = orthonormal(images.T)
+    return Compressed(basis, _in(Z, basis, centre))
 
 
 def compress_by_sample(
@@ -49,10 +73,20 @@ def compress_by_sample(
     width: int,
     num_samples: int,
     rows: Rows = ONE_DEVICE,
+    centre: Centre | None = None,
 ) -> Compressed:
     """As `compress`, with directions that lead in a sample of the first `num_samples` rows."""
-    basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows)
-    return Compressed(basis, matmul(Z, basis))
+    mean = 0.0 if centre is None else centre.mean
+    basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows, mean)
+    return Compressed(basis, _in(Z, basis, centre))
+
+
+def _in(
+    Z: Float[Array, "N D"], basis: Float[Array, "D R"], centre: Centre | None
+) -> Float[Array, "N R"]:
+    if centre is None:
+        return matmul(Z, basis)
+    return sums.centred_products(basis.T, Z, centre.mean, centre.far).T * centre.real[:, None]
 
 
 def directions_of_sample(
@@ -67,12 +101,13 @@ def directions_of_sample(
     """About the leading directions of `count` rows less the mean; orthonormal."""
     row_key, weight_key = jax.random.split(key)
     X = rows.take(Z, draw_rows(row_key, num_samples, count)) - mean
-    drawn = orthonormal(matmul(X.T, jax.random.normal(weight_key, (len(X), width))))
+    weights = jax.random.normal(weight_key, (len(X), width), X.dtype)
+    drawn = orthonormal(matmul(X.T, weights))
     return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
 
 
 def turn_to_axes(compressed: Compressed, rows: Rows = ONE_DEVICE) -> Compressed:
     """The same space in principal axes, the direction of largest energy first."""
     basis, X = compressed
-    axes = jnp.linalg.eigh(rows.total(matmul(X.T, X)))[1][:, ::-1]
+    axes = jnp.linalg.eigh(rows.total(sums.overlaps(X, X).value))[1][:, ::-1]
     return Compressed(matmul(basis, axes), matmul(X, axes))

@@ -3,13 +3,21 @@
 Every complaint is one line: what was expected, what came, what to do.
 """
 
+import os
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+from xlvlm_jax.solvers import sums
+from xlvlm_jax.solvers.loop import real_dtype
+
+BLOCK_ROWS = 2**14  # of a matrix in float64 that are converted together
+# Where |Z|^2 is in between, products of two sums of squares have a place in float32.
+LEAST, MOST = 2.0**-20, 2.0**60
 
 
 @runtime_checkable
@@ -51,10 +59,22 @@ def check_num_concepts(num_concepts: Any, N: int, D: int, method: str) -> None:
         )
 
 
-def as_matrix(Z: Any, name: str, row: str) -> Array:
-    """What the caller gave as a JAX matrix of bfloat16, float16 or float32."""
-    if not isinstance(Z, jax.Array):
-        Z = np.asarray(Z)
+def is_stored(Z: Any) -> bool:
+    """Whether Z reads rows when they are wanted. A TensorStore, which also reads, is an array."""
+    return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"
+
+
+def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
+    """What the caller gave as a matrix of real numbers, of JAX or numpy.
+
+    numpy.float64 is what float32 may not hold, for `centred` or `short`; all else is JAX's, of
+    bfloat16, float16, float32, or float64 where that is switched on.
+
+    Raises:
+        TypeError: it is not an array of numbers; the type is named.
+        ValueError: it has another shape, or numbers that are not real.
+    """
+    Z = _as_array(Z, name, row)
     if Z.ndim != 2:
         raise ValueError(f"{name} must be a matrix with one row a {row}; got shape {Z.shape}")
     if Z.shape[1] == 0:
@@ -64,31 +84,141 @@ def as_matrix(Z: Any, name: str, row: str) -> Array:
         raise ValueError(
             f"{name} must hold real numbers; got {Z.dtype}, convert it to float32 first"
         )
-    if not floating or Z.dtype.itemsize > 4:
-        # A float64 beyond float32's range becomes Inf here, which the check of the rows then names.
-        with np.errstate(over="ignore"):
-            Z = Z.astype(np.float32)
-    return jnp.asarray(Z)
+    if isinstance(Z, jax.core.Tracer):
+        return Z.astype(real_dtype(Z)) if not floating or Z.dtype.itemsize < 2 else Z
+    if floating and Z.dtype.itemsize in (2, 4):
+        return jnp.asarray(Z)
+    if floating and Z.dtype.itemsize < 2:
+        return jnp.asarray(Z.astype(np.float32))
+    wide = np.asarray(Z).astype(np.float64, copy=False)
+    return jnp.asarray(wide) if jax.config.jax_enable_x64 else wide
 
 
-def check_finite(Z: Shaped[Array, "N D"], name: str) -> None:
-    """Raise ValueError that names the first row with NaN or Inf, if there is one."""
-    # Both numbers are on every host.
-    count, first = map(int, _bad_rows(Z))
+def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
+    """An array of JAX's or numpy's, in this machine's byte order."""
+    if isinstance(Z, jax.Array):
+        return Z
+    module, hint = _module(Z), ""
+    if Z is None or isinstance(Z, str | bytes | os.PathLike):
+        hint = "load it first"
+    elif hasattr(Z, "toarray"):
+        hint = "call its toarray()"
+    elif isinstance(Z, np.ma.MaskedArray):
+        hint = "fill what is masked, or drop these rows"
+    if not hint:
+        try:
+            if module == "torch":
+                Z = Z.detach().cpu().contiguous()
+                # numpy has no bfloat16 of its own to give.
+                return jax.dlpack.from_dlpack(Z) if "bfloat16" in str(Z.dtype) else Z.numpy()
+            array = np.asarray(Z)
+            if array.dtype == object and hasattr(Z, "to_numpy"):
+                array = Z.to_numpy(dtype=np.float64, na_value=np.nan)  # pandas' own number types
+            if array.dtype != object:
+                return array.astype(array.dtype.newbyteorder("="), copy=False)
+            hint = "convert it with numpy.asarray"
+        except Exception as error:
+            hint = f"numpy.asarray says: {(str(error).splitlines() or ['nothing'])[0]}"
+    kind = type(Z).__name__ if module == "builtins" else f"{module}.{type(Z).__name__}"
+    raise TypeError(f"{name} must be an array of numbers with one row a {row}; got {kind}: {hint}")
+
+
+def _module(value: Any) -> str:
+    return type(value).__module__.split(".")[0]
+
+
+def short(Z: Shaped[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """A float64 matrix as float32."""
+    # A float64 beyond float32's range becomes Inf here, which the check of the rows then names.
+    with np.errstate(over="ignore"):
+        return Z.astype(np.float32)
+
+
+def centred(Z: Float[np.ndarray, "N D"], origin: Float[np.ndarray, " D"]) -> np.ndarray:
+    """Z - 1 origin, subtracted in float64 and then float32; the rows a block at a time."""
+    found = np.empty(Z.shape, np.float32)
+    for start in range(0, len(Z), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        found[block] = short(Z[block] - origin)
+        # What float32 cannot hold is not made good by the subtraction: its check is to name it.
+        found[block][~(np.abs(Z[block]) <= np.finfo(np.float32).max)] = np.inf
+    return found
+
+
+def check_finite(Z: Shaped[Array, "N D"], name: str, first_row: int = 0) -> float | None:
+    """Raises ValueError that names the first row with NaN or Inf, if there is one.
+
+    Returns the largest absolute value; None while Z is traced, when nothing is checked.
+    """
+    if isinstance(Z, jax.core.Tracer):
+        return None
+    # All numbers are on every host.
+    found = _bad_rows(Z)
+    count, first = int(found[0]), int(found[1])
     if count:
         others = f" (and {count - 1} more rows)" if count > 1 else ""
         raise ValueError(
-            f"{name} has NaN or Inf in row {first}{others}, or values beyond float32; "
+            f"{name} has NaN or Inf in row {first_row + first}{others}, or values beyond float32; "
             "drop such rows or mend what wrote them"
         )
+    return float(found[2])
+
+
+def unit_of(Z: Shaped[Array, "N D"], largest: float | None) -> float:
+    """A power of two to divide Z by, so that squares of its sums of squares fit into float32.
+
+    1 where they do, which leaves Z alone, and while Z is traced.
+    """
+    if largest is None or largest == 0 or real_dtype(Z) == jnp.float64:
+        return 1.0
+    if largest >= LEAST and largest**2 * Z.size < MOST:
+        return 1.0
+    # Few large columns are no reason: only then is it worth another pass.
+    if largest >= LEAST and float(_energy(Z, 1 / largest)) * largest**2 < MOST:
+        return 1.0
+    return 2.0 ** np.floor(np.log2(largest))
 
 
 @jax.jit
-def _bad_rows(Z: Shaped[Array, "N D"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """How many rows are not finite, and the first of them."""
+def _energy(Z: Shaped[Array, "N D"], factor: float) -> Float[Array, ""]:
+    return jnp.sum(jnp.sum((Z * factor) ** 2, axis=1, dtype=real_dtype(Z)))
+
+
+@jax.jit
+def root_mean_square(Z: Shaped[Array, "N D"]) -> Float[Array, ""]:
+    """The root mean square norm of the rows."""
+    squares = jnp.sum(Z.astype(real_dtype(Z)) ** 2, axis=1)
+    return jnp.sqrt(sums.total(squares).value / len(Z))
+
+
+@jax.jit
+def _bad_rows(
+    Z: Shaped[Array, "N D"],
+) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
+    """How many rows are not finite, the first of them, and the largest absolute value."""
     # The largest value of a row is what a CPU finds in one pass; NaN is larger than any.
-    bad = ~jnp.isfinite(jnp.max(jnp.abs(Z), axis=1))
-    return jnp.sum(bad), jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
+    largest = jnp.max(jnp.abs(Z), axis=1)
+    bad = ~jnp.isfinite(largest)
+    first = jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
+    return jnp.sum(bad), first, jnp.max(largest, initial=0).astype(real_dtype(Z))
+
+
+def read_block(source: StoredMatrix, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
+    """Some rows of a source. Raises ValueError when it gives others than its shape says."""
+    return check_block(source.read(start, stop), (stop - start, source.shape[1]), start)
+
+
+def check_block(values: Any, shape: tuple[int, int], start: int) -> Shaped[np.ndarray, "B D"]:
+    """Rows that a source gave. Raises ValueError unless they are what its shape says."""
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise ValueError(
+            f"the source of Z gave {values.shape} for the {shape[0]} rows from {start} on; "
+            f"expected {shape}, as its own shape says: mend its shape or what reads it"
+        )
+    if values.dtype.itemsize > 4 or not jnp.issubdtype(values.dtype, jnp.floating):
+        values = short(values)
+    return values
 
 
 def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
@@ -98,12 +228,12 @@ def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
     """
     N, D = source.shape
     if mesh is None:
-        return jnp.asarray(source.read(0, N))
+        return jnp.asarray(read_block(source, 0, N))
     rows = N + -N % _data_axis(mesh)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(rows)
-        values = source.read(min(start, N), min(stop, N))
+        values = read_block(source, min(start, N), min(stop, N))
         return np.pad(values, ((0, stop - start - len(values)), (0, 0)))
 
     sharding = NamedSharding(mesh, PartitionSpec("data", None))

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import assignment, compression, residual
+from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.assignment import Kept, Problem, Sums, inertia, nearest, score
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, run
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, real_dtype, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
@@ -55,47 +56,48 @@ def prepare(
     rows: Rows = ONE_DEVICE,
 ) -> Problem:
     """The constants for a Z whose first `num_samples` rows count."""
-    real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
-    mean = rows.total(matmul(real, Z)) / num_samples
-    energy = real * jnp.sum((Z - mean) ** 2, axis=1)
-    spread = rows.total(jnp.sum(energy))
-    return Problem(Z, real, mean, energy, spread, spread / (num_samples * Z.shape[1]), active)
+    real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
+    mean = sums_of_rows.column_means(Z, num_samples, rows).high
+    energy = real * sums_of_rows.squared_distances(Z, mean)
+    spread = rows.total(sums_of_rows.total(energy))
+    variance = spread.value / (float(num_samples) * Z.shape[1])
+    far = sums_of_rows.is_far(mean, variance)
+    return Problem(Z, real, mean, energy, spread, variance, active, far)
 
 
-def init(problem: Problem, centroids: Float[Array, "K D"]) -> State:
-    """The state at given centroids; nothing is known of the rows yet."""
-    inf = jnp.float32(jnp.inf)
-    shifts = jnp.full(len(centroids), inf)
-    return State(centroids - problem.mean, shifts, assignment.nothing(problem), inf, inf)
+def init(problem: Problem, offsets: Float[Array, "K D"]) -> State:
+    """The state at centroids m + offsets; nothing is known of the rows yet."""
+    inf = jnp.full((), jnp.inf, offsets.dtype)
+    shifts = jnp.full(len(offsets), inf)
+    return State(offsets, shifts, assignment.nothing(problem), inf, inf)
 
 
 def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
     """Assign every row to its nearest centroid, then move each centroid to its rows' mean."""
     kept, labels, sums = assignment.renew(problem, state.kept, state.offsets, state.shifts)
     sums = rows.total(sums)
-    objective = inertia(problem.spread, problem.mean, state.offsets, sums)
+    objective = inertia(problem.spread, state.offsets, sums)
     empty = (sums.counts == 0) & problem.active
 
     def fill_empty() -> Sums:
-        squared = residual.of_labels(problem.Z, labels, state.offsets + problem.mean)
+        squared = residual.of_labels(problem.Z, labels, state.offsets, problem.mean)
         far = rows.largest(jnp.where(problem.real > 0, squared, -jnp.inf), len(empty))
         of = rows.take(labels.astype(jnp.float32), far).astype(jnp.int32)
-        return relocate(sums, rows.take(problem.Z, far), of, empty)
+        return relocate(sums, rows.take(problem.Z, far) - problem.mean, of, empty)
 
     sums = jax.lax.cond(jnp.any(empty), fill_empty, lambda: sums)
-    offsets, shifts, error = advance(problem.mean, problem.variance, state.offsets, sums)
+    offsets, shifts, error = advance(problem.variance, state.offsets, sums)
     return State(offsets, shifts, kept, objective, error)
 
 
 def advance(
-    mean: Float[Array, " D"],
     variance: Float[Array, ""],
     offsets: Float[Array, "K D"],
     sums: Sums,
 ) -> tuple[Float[Array, "K D"], Float[Array, " K"], Float[Array, ""]]:
     """Each centroid at the mean of its rows, one without rows where it was; and what they moved."""
-    means = sums.totals / jnp.maximum(sums.counts, 1)[:, None]
-    new = jnp.where(sums.counts[:, None] > 0, means - mean, offsets)
+    means = sums.totals.value / jnp.maximum(sums.counts, 1)[:, None]
+    new = jnp.where(sums.counts[:, None] > 0, means, offsets)
     squares = jnp.sum((new - offsets) ** 2, axis=1)
     return new, jnp.sqrt(squares), jnp.sum(squares) / jnp.maximum(variance, TINY)
 
@@ -105,7 +107,8 @@ def assign(
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """The nearest centroid of each row, and its squared distances to all of them."""
     mean = jnp.mean(centroids, axis=0)
-    scores = score(Z, centroids - mean, mean)
+    offsets = centroids - mean
+    scores = score(Z, offsets, mean, sums_of_rows.is_far(mean, jnp.mean(offsets**2)))
     labels, least, _ = nearest(scores)
     return labels, _squared(scores, least, residual.of_labels(Z, labels, centroids))
 
@@ -116,10 +119,11 @@ def distances(
     """The squared distances of all rows to the centroids m + offsets, by the scores."""
     labels, least, _ = nearest(scores)
     squared = problem.energy + least
-    terms = problem.energy + jnp.sum(problem.mean**2) + jnp.max(jnp.sum(offsets**2, axis=1))
+    largest = jnp.max(jnp.sum(offsets**2, axis=1))
+    terms = problem.energy + assignment.terms_of_mean(problem) + largest
 
     def exact() -> Array:
-        return residual.of_labels(problem.Z, labels, offsets + problem.mean)
+        return residual.of_labels(problem.Z, labels, offsets, problem.mean)
 
     cancels = jnp.any((problem.real > 0) & (squared < CANCELS * terms))
     return _squared(scores, least, jax.lax.cond(cancels, exact, lambda: squared))
@@ -134,9 +138,24 @@ def _squared(
 
 
 @jax.jit
-def activations(Z: Float[Array, "N D"], centroids: Float[Array, "K D"]) -> Float[Array, "N K"]:
-    """1 / (1 + distance to each centroid)."""
-    return 1 / (1 + jnp.sqrt(assign(Z, centroids)[1]))
+def activations(
+    Z: Float[Array, "N D"], centroids: Float[Array, "K D"], unit: Float[Array, ""] | float = 1.0
+) -> Float[Array, "N K"]:
+    """1 / (1 + distance to each centroid); Z and centroids are in units of `unit`."""
+    return similarity(assign(Z, centroids)[1], unit)
+
+
+def similarity(
+    squared: Float[Array, "..."], unit: Float[Array, ""] | float = 1.0
+) -> Float[Array, "..."]:
+    """1 / (1 + distance), of squared distances in units of unit^2."""
+    return 1 / (1 + unit * distance(squared))
+
+
+def distance(squared: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The square root, whose slope at zero is taken as zero: a derivative is always a number."""
+    positive = squared > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 def columns(num_samples: int, num_concepts: int) -> tuple[int, bool]:
@@ -150,6 +169,7 @@ class Given(NamedTuple):
 
     key: PRNGKeyArray
     tol: Float[Array, ""]
+    unit: Float[Array, ""]
     centroids: Float[Array, "K D"] | None
 
 
@@ -158,7 +178,9 @@ class Fixed(NamedTuple):
 
     problem: Problem  # without its matrix, and without `active`
     basis: Float[Array, "D R"] | None
-    X: Float[Array, "N R"] | None  # Z in the few columns of `compression`
+    X: Float[Array, "N R"] | None  # Z less its mean in the few columns of `compression`
+    whole: Problem | None  # that of Z, where `problem` is that of X
+    unit: Float[Array, ""]
     starts: Float[Array, "Q S K R"] | None
 
 
@@ -199,28 +221,34 @@ class Plan(NamedTuple):
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses wide rows, and starts from given centroids or from the best of some starts."""
-        key, tol, centroids = given
+        key, tol, unit, centroids = given
         few, by_sample = columns(self.num_samples, max(self.num_concepts))
-        if not self.compressed:
-            basis, X = None, Z
-        elif by_sample:
-            basis, X = compression.compress_by_sample(Z, key, few, self.num_samples, rows)
-        else:
-            basis, X = compression.compress(Z, key, few, rows)
-        common = prepare(X, self.num_samples, None, rows)
+        whole = prepare(Z, self.num_samples, None, rows)
+        basis, X, common = None, Z, whole
+        if self.compressed:
+            centre = compression.Centre(whole.mean, whole.far, whole.real)
+            if by_sample:
+                counts = few, self.num_samples
+                basis, X = compression.compress_by_sample(Z, key, *counts, rows, centre)
+            else:
+                basis, X = compression.compress(Z, key, few, rows, centre)
+            # Centroids lie in the columns, and so does all that they explain of the whole spread.
+            common = prepare(X, self.num_samples, None, rows)._replace(spread=whole.spread)
 
         def first(active: Array) -> tuple[Progress, Array | None]:
             problem, starts = common._replace(active=active), None
             if centroids is not None:
-                chosen = matmul(centroids, basis) if self.compressed else centroids
+                chosen = centroids - whole.mean
+                chosen = matmul(chosen, basis) - problem.mean if self.compressed else chosen
             else:
                 screen, counts = min(SCREEN, self.max_iter), (self.num_samples, self.n_init)
                 chosen, starts = _best_start(problem, key, *counts, tol, screen, rows)
             return begin(init(problem, chosen), self.max_iter), starts
 
         progress, starts = each(first)(self.active)
-        X = X if self.compressed else None
-        return Carry(tol, Fixed(common._replace(Z=None), basis, X, starts), progress)
+        X, whole = (X, whole._replace(Z=None)) if self.compressed else (None, None)
+        unit = unit.astype(real_dtype(Z))
+        return Carry(tol, Fixed(common._replace(Z=None), basis, X, whole, unit, starts), progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Updates on the compressed rows."""
@@ -228,15 +256,16 @@ class Plan(NamedTuple):
 
     def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Goes on from the centroids in all columns."""
-        tol, (found, basis, _, starts), progress = carry
-        common = prepare(Z, self.num_samples, None, rows)
+        tol, fixed, progress = carry
 
         def raise_one(progress: Progress, active: Array) -> Progress:
-            centroids = matmul(progress.state.offsets + found.mean, basis.T)
-            return progress._replace(state=init(common._replace(active=active), centroids))
+            offsets = matmul(progress.state.offsets + fixed.problem.mean, fixed.basis.T)
+            problem = fixed.whole._replace(Z=Z, active=active)
+            return progress._replace(state=init(problem, offsets))
 
         progress = each(raise_one)(progress, self.active)
-        return Carry(tol, Fixed(common._replace(Z=None), None, None, starts), progress)
+        fixed = fixed._replace(problem=fixed.whole, basis=None, X=None, whole=None)
+        return Carry(tol, fixed, progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Updates on Z."""
@@ -258,15 +287,15 @@ class Plan(NamedTuple):
         def one(progress: Progress, active: Array) -> Result:
             problem = fixed.problem._replace(Z=Z, active=active)
             offsets, shifts, kept, _, _ = progress.state
-            centroids = offsets + problem.mean
             scores = assignment.scores_of(problem, kept, offsets, shifts)
             squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
             # An update records the inertia it started from: shift by one, end with the result's.
-            inertia = rows.total(jnp.sum(problem.real * jnp.min(squared, axis=1)))
+            least = problem.real * jnp.min(squared, axis=1)
+            inertia = rows.total(sums_of_rows.total(least)).value
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
             return Result(
-                components=centroids,
-                activations=1 / (1 + jnp.sqrt(squared)),
+                components=offsets + problem.mean,
+                activations=similarity(squared, fixed.unit),
                 objective=inertia,
                 iterations=progress.iteration,
                 converged=progress.state.error <= tol,
@@ -286,14 +315,15 @@ def plan(
     max_iter: int = 300,
     n_init: int = 1,
     init_centroids: Float[Array, "K D"] | None = None,
+    unit: Float[Array, ""] | float = 1.0,
 ) -> tuple[Plan, Given]:
     """How to cluster the rows of Z[N, width] for each of Q numbers of clusters.
 
     Rows from `num_samples` on do not count. The result has a leading axis Q; centroids beyond a
-    number's own mean nothing.
+    number's own mean nothing. Z is in units of `unit`, which the activations' distances are not.
     """
     fixed = Plan(width, num_samples, num_concepts, max_iter, n_init)
-    return fixed, Given(key, jnp.float32(tol), init_centroids)
+    return fixed, Given(key, jnp.asarray(tol, float), jnp.asarray(unit, float), init_centroids)
 
 
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "n_init", "mesh"))
@@ -313,25 +343,31 @@ def _best_start(
     max_iter: int,
     rows: Rows,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
-    """Seeded centroids; of several starts those that came to the best end on a sample of rows."""
+    """Seeded centroids less the mean; of several starts those that came to the best end on a
+    sample of rows, and where each came to less the sample's own mean.
+    """
     row_key, seed_key = jax.random.split(key)
     X = rows.take(problem.Z, sample(row_key, num_samples, len(problem.active)))
     sampled = prepare(X, len(X), problem.active)
     seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))
+    moved = sampled.mean - problem.mean
     if n_init == 1:
-        return seeds[0], None
+        return seeds[0] + moved, None
 
-    def attempt(centroids: Array) -> State:
-        progress = begin(init(sampled, centroids), max_iter)
+    def attempt(offsets: Array) -> State:
+        progress = begin(init(sampled, offsets), max_iter)
         return run(partial(update, sampled), progress, tol=tol, max_iter=max_iter).state
 
     ended = each(attempt)(seeds)
     starts = best_first(ended.objective, ended.offsets)
-    return starts[0] + sampled.mean, starts
+    return starts[0] + moved, starts
 
 
 def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
-    """Greedy k-means++: each new centroid is the best of a few rows drawn by squared distance."""
+    """Greedy k-means++: each new centroid is the best of a few rows drawn by squared distance.
+
+    Less the mean.
+    """
     K, X = len(problem.active), problem.Z - problem.mean
     trials = 2 + int(log(K))
     first_key, draw_key = jax.random.split(key)
@@ -343,7 +379,7 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
 
     def step(k: Array, carry: tuple) -> tuple:
         chosen, closest = carry
-        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,))
+        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,), X.dtype)
         candidates = ONE_DEVICE.draw(closest, uniform)
         closest = jnp.minimum(closest, squares(candidates))
         best = jnp.argmin(jnp.sum(closest, axis=1))
@@ -352,7 +388,7 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
     first = jax.random.randint(first_key, (1,), 0, len(X))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
     chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, squares(first)[0]))
-    return problem.Z[chosen].astype(jnp.float32)
+    return X[chosen]
 
 
 def relocate(
@@ -363,16 +399,17 @@ def relocate(
 ) -> Sums:
     """Move each empty cluster to one of the rows farthest from theirs, as scikit-learn does.
 
-    far: those rows, the farthest first; labels: the clusters that they are in.
+    far: those rows less the mean, the farthest first; labels: the clusters that they are in.
     """
     order = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
 
     def move(k: Array, carry: tuple) -> tuple:
         counts, totals = carry
-        one = jnp.where(empty[k], 1.0, 0.0)
+        one = empty[k].astype(counts.dtype)
         row, old = one * far[order[k]], labels[order[k]]
         counts = counts.at[old].add(-one).at[k].add(one)
-        return counts, totals.at[old].add(-row).at[k].add(row)
+        change = jnp.zeros_like(totals.high).at[old].add(-row).at[k].add(row)
+        return counts, totals + change
 
     counts, totals = jax.lax.fori_loop(0, len(empty), move, (sums.counts, sums.totals))
     return Sums(counts, totals)

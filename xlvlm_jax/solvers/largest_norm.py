@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import kmeans
-from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.loop import Result, real_dtype
 from xlvlm_jax.solvers.rows import Rows, solve_on
+from xlvlm_jax.solvers.sums import column_sums
 
 
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "mesh"))
@@ -28,6 +29,7 @@ def solve(
     *,
     num_samples: int,
     num_concepts: tuple[int, ...],
+    unit: Float[Array, ""] | float = 1.0,
     mesh: Mesh | None = None,
 ) -> Result:
     """Pick the rows; those from `num_samples` on do not count, and the key is not used.
@@ -36,22 +38,22 @@ def solve(
     """
     K = max(num_concepts)
 
-    def local(Z: Array, rows: Rows) -> Result:
+    def local(Z: Array, unit: Array, rows: Rows) -> Result:
         real = rows.numbers(len(Z)) < num_samples
-        squared_norms = jnp.sum(Z.astype(jnp.float32) ** 2, axis=1)
+        squared_norms = jnp.sum(Z.astype(real_dtype(Z)) ** 2, axis=1)
         components = rows.take(Z, rows.largest(jnp.where(real, squared_norms, -1), K))
         squared = kmeans.assign(Z, components)[1]
         active = jnp.arange(K) < jnp.array(num_concepts)[:, None, None]
         least = jnp.min(jnp.where(active, squared, jnp.inf), axis=2)
-        inertia = rows.total(jnp.sum(real * least, axis=1))
+        inertia = rows.total(column_sums((real * least).T).value)
         Q = len(num_concepts)
         return Result(
             components=jnp.broadcast_to(components, (Q, *components.shape)),
-            activations=jnp.broadcast_to(1 / (1 + jnp.sqrt(squared)), (Q, *squared.shape)),
+            activations=jnp.broadcast_to(kmeans.similarity(squared, unit), (Q, *squared.shape)),
             objective=inertia,
             iterations=jnp.zeros(Q, jnp.int32),
             converged=jnp.ones(Q, bool),
             history=inertia[:, None],
         )
 
-    return solve_on(mesh, local, Z, ())
+    return solve_on(mesh, local, Z, (jnp.asarray(unit, real_dtype(Z)),))

@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 def begin(state: Any, max_iter: int) -> Progress:
     """A run that has done nothing yet, with room for `max_iter` updates."""
-    history = jnp.full(max_iter + 1, jnp.nan, jnp.float32).at[0].set(state.objective)
+    history = jnp.full(max_iter + 1, jnp.nan, state.objective.dtype).at[0].set(state.objective)
     return Progress(state, history, jnp.int32(0))
 
 

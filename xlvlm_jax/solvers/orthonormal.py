@@ -23,7 +23,7 @@ def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
     """
 
     def good(basis: Array) -> Array:
-        return _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1]))
+        return _small(matmul(basis.T, basis) - jnp.eye(basis.shape[1], dtype=basis.dtype))
 
     return _rounds(_unit(columns), _by_cholesky, good, lambda: jnp.linalg.qr(columns)[0])
 
@@ -38,7 +38,7 @@ def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Floa
         return _by_cholesky(_unit(found - matmul(basis, matmul(basis.T, found))), shift)
 
     def good(found: Array) -> Array:
-        straight = _small(matmul(found.T, found) - jnp.eye(found.shape[1]))
+        straight = _small(matmul(found.T, found) - jnp.eye(found.shape[1], dtype=found.dtype))
         return straight & _small(matmul(basis.T, found))
 
     def by_householder() -> Array:
@@ -71,6 +71,6 @@ def _small(errors: Float[Array, "R C"]) -> Bool[Array, ""]:
 
 
 def _by_cholesky(columns: Float[Array, "D R"], shift: float) -> Float[Array, "D R"]:
-    identity = jnp.eye(columns.shape[1])
+    identity = jnp.eye(columns.shape[1], dtype=columns.dtype)
     factor = jnp.linalg.cholesky(matmul(columns.T, columns) + shift * identity)
     return matmul(columns, jax.scipy.linalg.solve_triangular(factor, identity, lower=True).T)

@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers import residual
+from xlvlm_jax.solvers import residual, sums
 from xlvlm_jax.solvers.compression import directions_of_sample
-from xlvlm_jax.solvers.loop import Result, begin, each, matmul, run, weighted_sums
+from xlvlm_jax.solvers.loop import Result, begin, each, matmul, real_dtype, run
 from xlvlm_jax.solvers.orthonormal import complement, orthonormal
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
-from xlvlm_jax.solvers.residual import fold
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 20
 LANES = 32  # a product with 32 columns takes hardly longer than one with 20
@@ -45,7 +45,8 @@ EXACT = 256
 UPDATES = 2
 EIGH = 10
 BLOCKS = 3  # of the covariance's rows, so that of it two thirds are computed
-CANCELS = 0.05  # of |Z|^2: a difference of sums that is less has lost more than a digit
+CANCELS = 0.1  # of the energy: a difference of sums that is less has lost digits
+DOMINANT = 16  # times the middle axis's variance
 TINY = 1e-30
 
 
@@ -54,9 +55,9 @@ class Problem(NamedTuple):
 
     Z: Float[Array, "N D"]
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
-    mean: Float[Array, " D"]
+    mean: Wide  # [D], with the digits that a float32 mean lacks
     energy: Float[Array, ""]  # 1/2 |Z - 1 m|_F^2
-    squares: Float[Array, ""]  # 1/2 |Z|_F^2
+    far: Bool[Array, ""]  # whether m is so far from zero that products with Z are too short
 
 
 class State(NamedTuple):
@@ -71,14 +72,12 @@ class State(NamedTuple):
 
 def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -> Problem:
     """The constants for a Z whose first `num_samples` rows count."""
-    real = (rows.numbers(len(Z)) < num_samples).astype(jnp.float32)
-    mean = rows.total(matmul(real, Z)) / num_samples
-    # Rounded like |Z|^2, which may be much more; the objective comes from the residual itself. The
-    # difference of Z and its mean would cost another matrix of Z's size here.
-    # The barrier: one sum over all of Z would be one long chain of additions on a CPU.
-    squares = jax.lax.optimization_barrier(jnp.sum(Z.astype(jnp.float32) ** 2, axis=1))
-    squares = 0.5 * rows.total(jnp.sum(real * squares))
-    return Problem(Z, real, mean, squares - 0.5 * num_samples * jnp.sum(mean**2), squares)
+    real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
+    mean = sums.column_means(Z, num_samples, rows)
+    squares = sums.total(real * sums.squared_distances(Z, *mean))
+    energy = 0.5 * rows.total(squares).value
+    variance = 2 * energy / (float(num_samples) * Z.shape[1])
+    return Problem(Z, real, mean, energy, sums.is_far(mean.high, variance))
 
 
 def width(num_concepts: int) -> int:
@@ -114,12 +113,14 @@ def best_axes(
     rows: Rows = ONE_DEVICE,
 ) -> State:
     """The state at the W leading axes within the span of orthonormal bases (Rayleigh and Ritz)."""
-    overlaps = rows.total([[matmul(left.T, right) for right in scores] for left in scores])
+    overlaps = rows.total(
+        [[sums.overlaps(left, right).value for right in scores] for left in scores]
+    )
     variances, axes = jnp.linalg.eigh(jnp.block(overlaps))
     variances, axes = variances[::-1][:W], axes[:, ::-1][:, :W]
     basis = _turn(bases, axes)
     # Rounding adds up over updates: one step of Newton's method back to an orthonormal basis.
-    straight = 1.5 * jnp.eye(W) - 0.5 * matmul(basis.T, basis)
+    straight = 1.5 * jnp.eye(W, dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
     basis, turned = matmul(basis, straight), _turn(scores, matmul(axes, straight))
     images = covariance_image(problem, turned, rows)
     objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
@@ -137,31 +138,36 @@ def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[
 
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
     """(Z - 1 m) basis; no score for a row that pads Z."""
-    return matmul(problem.Z, basis) - jnp.outer(problem.real, matmul(problem.mean, basis))
+    mean, beyond = problem.mean
+    products = sums.centred_products(basis.T, problem.Z, mean, problem.far).T
+    return problem.real[:, None] * (products - matmul(beyond, basis))
 
 
 def covariance_image(
     problem: Problem, scores: Float[Array, "N R"], rows: Rows = ONE_DEVICE
 ) -> Float[Array, "D R"]:
     """(Z - 1 m)^T scores."""
-    mean = jnp.outer(problem.mean, matmul(problem.real, scores))
-    return rows.total(weighted_sums(scores.T, problem.Z).T - mean)
+    mean, beyond = problem.mean
+    # Scores of padding rows are zero.
+    images = sums.weighted(scores.T, problem.Z, mean).value
+    return rows.total(images.T - jnp.outer(beyond, jnp.sum(scores, axis=0)))
 
 
 def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
     """(Z - 1 m)^T (Z - 1 m), in blocks of rows; what is left of the diagonal is mirrored."""
-    D = problem.Z.shape[1]
+    N, D = problem.Z.shape
     edges = [round(i * D / BLOCKS) for i in range(BLOCKS + 1)]
     spans = list(itertools.pairwise(edges))
+    mean, beyond = problem.mean
 
-    def add(total: list[Array], z: Array, real: Array) -> list[Array]:
+    def part(first: Array | int, count: int) -> list[Array]:
         # Centred before the product: energy that a large mean brings would round the rest away.
-        z = real[:, None] * (z - problem.mean)
-        blocks = [matmul(z[:, start:stop].T, z[:, start:]) for start, stop in spans]
-        return jax.tree.map(jnp.add, total, blocks)
+        real = sums.block_of(problem.real, first, count)[:, None]
+        z = real * ((sums.block_of(problem.Z, first, count) - mean) - beyond)
+        return [matmul(z[:, start:stop].T, z[:, start:]) for start, stop in spans]
 
-    empty = [jnp.zeros((stop - start, D - start)) for start, stop in spans]
-    blocks = rows.total(fold(add, empty, problem.Z, problem.real))
+    totals = sums.add_up(part, N, sums.rows_of_block(D))
+    blocks = rows.total([total.value for total in totals])
     padded = [jnp.pad(block, ((0, 0), (D - block.shape[1], 0))) for block in blocks]
     total = jnp.concatenate(padded)
     return jnp.triu(total) + jnp.triu(total, 1).T
@@ -173,7 +179,7 @@ def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> Stat
     variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
     objective = problem.energy - 0.5 * jnp.sum(variances)
     images = jnp.zeros_like(basis)
-    return State(basis, project(problem, basis), images, objective, jnp.float32(0))
+    return State(basis, project(problem, basis), images, objective, jnp.zeros_like(objective))
 
 
 def first_directions(
@@ -183,20 +189,20 @@ def first_directions(
     Z, D = problem.Z, problem.Z.shape[1]
     if is_small(num_samples, D, num_concepts):
         if num_samples >= D:
-            return jnp.eye(D)
-        return (rows.take(Z, jnp.arange(num_samples)) - problem.mean).T
+            return jnp.eye(D, dtype=real_dtype(Z))
+        return (rows.take(Z, jnp.arange(num_samples)) - problem.mean.high).T
     R = width(num_concepts + OVERSAMPLE)
     if num_samples < 2 * SAMPLE * R:
-        sketch = project(problem, jax.random.normal(key, (D, R)))
+        sketch = project(problem, jax.random.normal(key, (D, R), real_dtype(Z)))
         return covariance_image(problem, sketch, rows)
     # Of so many rows some tell nearly as much as all, and cost no pass over Z. Nothing that they
     # have no part in may stay out of reach: the last directions are drawn from the whole space.
     sample_key, key = jax.random.split(key)
     count = SAMPLE * R
     leading = directions_of_sample(
-        Z, sample_key, R - ANYWHERE, count, num_samples, rows, problem.mean
+        Z, sample_key, R - ANYWHERE, count, num_samples, rows, problem.mean.high
     )
-    anywhere = jax.random.normal(key, (D, ANYWHERE)) / jnp.sqrt(D)
+    anywhere = jax.random.normal(key, (D, ANYWHERE), leading.dtype) / D**0.5
     return jnp.concatenate([leading, anywhere], axis=1)
 
 
@@ -217,11 +223,17 @@ def expected_gain(
     variances: Float[Array, " R"],
     num_concepts: int,
 ) -> Float[Array, ""]:
-    """What another update would add to the variance explained by the first axes, relative to it."""
+    """What another update would add to the variance explained by the first axes, relative to it.
+
+    An axis of more than DOMINANT times the variance of the middle one counts as that much, and what
+    it gains in proportion: a few columns of huge variance say nothing of the others' axes.
+    """
     missed = jnp.sum((images - variances * basis) ** 2, axis=0)[:num_concepts]
     variances = variances[:num_concepts]
-    gain = jnp.sum(jnp.where(variances > TINY, 2 * missed / jnp.maximum(variances, TINY), 0))
-    return gain / jnp.maximum(jnp.sum(variances), TINY)
+    gain = jnp.where(variances > TINY, 2 * missed / jnp.maximum(variances, TINY), 0)
+    counted = jnp.minimum(variances, DOMINANT * jnp.median(variances))
+    share = counted / jnp.maximum(variances, TINY)
+    return jnp.sum(share * gain) / jnp.maximum(jnp.sum(counted), TINY)
 
 
 def remaining(
@@ -234,14 +246,15 @@ def remaining(
     """The objective: the estimate, or from the residual itself where that has lost its digits."""
 
     def of_residual() -> Array:
-        # The mean is one more component, with a score of one.
+        # What the mean is beyond float32 is one more component, with a score of one.
         codes = jnp.concatenate([scores, problem.real[:, None]], axis=1)
-        atoms = jnp.concatenate([components, problem.mean[None]])
-        return 0.5 * jnp.sum(residual.of_products(problem.Z, codes, atoms))
+        atoms = jnp.concatenate([components, problem.mean.low[None]])
+        squares = residual.of_products(problem.Z, codes, atoms, problem.mean.high)
+        return 0.5 * sums.total(problem.real * squares).value
 
-    # Energy less explained variance cancels when the fit is good, or the mean is large.
-    cancels = estimate < CANCELS * problem.squares
-    there = jax.lax.cond(cancels, of_residual, lambda: jnp.float32(0))
+    # Energy less explained variance cancels when the fit is good.
+    cancels = estimate < CANCELS * problem.energy
+    there = jax.lax.cond(cancels, of_residual, lambda: jnp.zeros_like(estimate))
     return jnp.where(cancels, rows.total(there), estimate)
 
 
@@ -291,7 +304,7 @@ class Plan(NamedTuple):
             state = solved(problem, K, rows)
         else:
             state = init(problem, first_directions(problem, key, K, N, rows), K, rows)
-            state = state._replace(error=jnp.float32(0)) if self.exact else state
+            state = state._replace(error=jnp.zeros_like(state.error)) if self.exact else state
         progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.max_iter))
         return Carry(tol, problem._replace(Z=None), progress)
 
@@ -309,7 +322,7 @@ class Plan(NamedTuple):
         components = progress.state.basis[:, :K].T
         scores = progress.state.scores[:, :K]
         sign = _signs(components)
-        beyond = rows.total(jnp.sum(scores**2, axis=0))
+        beyond = rows.total(sums.column_sums(scores**2).value)
         left = remaining(problem, progress.state.objective, scores, components, rows)
         # What rounding took from the energy is missing in the whole history.
         missed = left - progress.state.objective
@@ -325,7 +338,7 @@ class Plan(NamedTuple):
             iterations=copies(progress.iteration),
             converged=copies(progress.state.error <= carry.tol),
             history=copies(progress.history + missed),
-            mean=copies(problem.mean),
+            mean=copies(problem.mean.high),
         )
 
 
@@ -358,7 +371,8 @@ def activations(
     Z: Float[Array, "N D"], components: Float[Array, "K D"], mean: Float[Array, " D"]
 ) -> Float[Array, "N K"]:
     """Scores (Z - 1 m) C^T."""
-    return matmul(Z, components.T) - matmul(components, mean)
+    far = sums.is_far(mean, jnp.mean((Z - mean) ** 2))
+    return sums.centred_products(components, Z, mean, far).T
 
 
 def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:

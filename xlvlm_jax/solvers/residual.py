@@ -16,22 +16,26 @@ def of_products(
     Z: Float[Array, "N D"],
     codes: Float[Array, "N K"],
     atoms: Float[Array, "K D"],
+    origin: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, " N"]:
-    """|z_n - codes_n atoms|^2."""
+    """|z_n - origin - codes_n atoms|^2."""
 
     def squares(z: Array, codes: Array) -> Array:
-        return jnp.sum((z - matmul(codes, atoms)) ** 2, axis=1)
+        return jnp.sum(((z - origin) - matmul(codes, atoms)) ** 2, axis=1)
 
     return _by_tiles(squares, Z, codes)
 
 
 def of_labels(
-    Z: Float[Array, "N D"], labels: Int[Array, " N"], centroids: Float[Array, "K D"]
+    Z: Float[Array, "N D"],
+    labels: Int[Array, " N"],
+    centroids: Float[Array, "K D"],
+    origin: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, " N"]:
-    """|z_n - centroids[labels_n]|^2."""
+    """|z_n - origin - centroids[labels_n]|^2."""
 
     def squares(z: Array, labels: Array) -> Array:
-        return jnp.sum((z - centroids[labels]) ** 2, axis=1)
+        return jnp.sum(((z - origin) - centroids[labels]) ** 2, axis=1)
 
     return _by_tiles(squares, Z, labels)
 

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from xlvlm_jax.solvers import atoms as dictionary
 from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import residual
+from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.compression import compress, turn_to_axes
 from xlvlm_jax.solvers.loop import (
@@ -40,6 +41,7 @@ from xlvlm_jax.solvers.loop import (
     each,
     inner_products,
     matmul,
+    real_dtype,
     run,
     weighted_sums,
 )
@@ -49,6 +51,7 @@ from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 SWEEPS = 2  # improvements of the codes in one update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K
+CANCELS = 0.01  # of the energy: costs that are less have lost more than two digits
 SCREEN = 120  # updates after which the starts are compared
 TINY = 1e-30
 
@@ -87,8 +90,8 @@ def init(
 ) -> State:
     """The state at given codes and atoms, the latter inside the unit ball."""
     products, gram = inner_products(atoms, problem.Z), matmul(atoms, atoms.T)
-    cost = _cost(problem.energy, codes, products, gram, problem.alpha)
-    return State(dictionary.begin(atoms, rows.total(jnp.sum(cost))), codes)
+    cost = _cost(problem.Z, problem.energy, codes, atoms, products, gram, problem.alpha)
+    return State(dictionary.begin(atoms, rows.total(sums_of_rows.total(cost).value)), codes)
 
 
 def update(
@@ -124,14 +127,17 @@ def collect(
     """New codes of some rows on given atoms, their sums, and each row's part of f."""
     products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
     codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
-    cost = _cost(energy, codes, products, gram, alpha)
-    sums = Sums(
-        weighted_sums(codes, Z),
-        matmul(codes, codes.T),
-        jnp.sum(jnp.abs(codes), axis=1),
-        jnp.sum(cost),
-    )
-    return codes, sums, cost
+    cost = _cost(Z, energy, codes, atoms, products, gram, alpha)
+
+    def part(first: Array | int, count: int) -> tuple[Array, ...]:
+        some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
+        used = matmul(jnp.abs(some), jnp.ones(count, some.dtype))
+        z = sums_of_rows.block_of(Z, first, count)
+        return weighted_sums(some, z), matmul(some, some.T), used
+
+    size = sums_of_rows.rows_of_block(Z.shape[1])
+    totals = [wide.value for wide in sums_of_rows.add_up(part, len(Z), size)]
+    return codes, Sums(*totals, sums_of_rows.total(cost).value), cost
 
 
 @partial(jax.jit, static_argnames="nonnegative")
@@ -154,12 +160,14 @@ def objective(
 ) -> Float[Array, ""]:
     """f from the residual itself, without the cancellation of the form that the updates use."""
     squares = residual.of_products(Z, codes.T, atoms)
-    return 0.5 * jnp.sum(squares) + alpha * jnp.sum(jnp.abs(codes))
+    return sums_of_rows.total(0.5 * squares + alpha * jnp.sum(jnp.abs(codes), axis=0)).value
 
 
 def _cost(
+    Z: Float[Array, "N D"],
     energy: Float[Array, " N"],
     codes: Float[Array, "K N"],
+    atoms: Float[Array, "K D"],
     products: Float[Array, "K N"],
     gram: Float[Array, "K K"],
     alpha: Float[Array, ""],
@@ -167,7 +175,19 @@ def _cost(
     # 1/2 |z - u V|^2 = 1/2 |z|^2 - u (V z - 1/2 V V^T u), without forming the residual [N, D].
     gain = products - 0.5 * matmul(gram, codes) - alpha * jnp.sign(codes)
     # A product: a CPU adds along the first axis several times slower.
-    return energy - matmul(jnp.ones(len(codes)), codes * gain)
+    ones = jnp.ones(len(codes), codes.dtype)
+    cost = energy - matmul(ones, codes * gain)
+
+    def from_residual(_: Array, cost: Array) -> Array:
+        # Z may lie in fewer columns than the energy, which lack as much at any codes.
+        inside = jnp.sum(jnp.square(Z.astype(codes.dtype)), axis=1)
+        outside = jnp.maximum(energy - 0.5 * inside, 0)
+        squares = residual.of_products(Z, codes.T, atoms)
+        return outside + 0.5 * squares + alpha * matmul(ones, jnp.abs(codes))
+
+    # A loop of no turn or one: batched, a condition would do both.
+    cancels = jnp.sum(cost) < CANCELS * jnp.sum(energy)
+    return jax.lax.fori_loop(0, jnp.where(cancels, 1, 0), from_residual, cost)
 
 
 class Given(NamedTuple):
@@ -222,16 +242,18 @@ class Plan(NamedTuple):
     def take_atoms(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Starts from given atoms."""
         _, alpha, tol, atoms = given
-        atoms, energy = atoms / _length(atoms), _energy(Z)
+        alpha, energy = alpha.astype(real_dtype(Z)), _energy(Z)
+        atoms = atoms / _length(atoms)
         problem = Problem(Z, energy, alpha, self.active[0])
-        progress = begin(init(problem, jnp.zeros((len(atoms), len(Z))), atoms, rows), self.max_iter)
+        codes = jnp.zeros((len(atoms), len(Z)), energy.dtype)
+        progress = begin(init(problem, codes, atoms, rows), self.max_iter)
         progress = jax.tree.map(lambda leaf: leaf[None], progress)
         return Carry(tol, Fixed(alpha, energy, None, None, None), progress)
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses the rows, and starts from the best of several starts on a sample of them."""
         key, alpha, tol, _ = given
-        energy, active = _energy(Z), self.active
+        energy, active, alpha = _energy(Z), self.active, alpha.astype(real_dtype(Z))
         width = min(active.shape[1] + OVERSAMPLE, self.num_samples, self.width)
         basis, X = turn_to_axes(compress(Z, key, width, rows), rows)
 
@@ -239,7 +261,7 @@ class Plan(NamedTuple):
             problem, screen = Problem(X, energy, alpha, active), min(SCREEN, self.max_iter)
             counts = self.num_samples, self.n_init
             atoms, starts = _best_start(problem, key, *counts, tol, screen, self.nonnegative, rows)
-            codes = jnp.zeros((len(atoms), len(X)))
+            codes = jnp.zeros((len(atoms), len(X)), X.dtype)
             return begin(init(problem, codes, atoms, rows), self.max_iter), starts
 
         progress, starts = each(best)(active)
@@ -287,13 +309,14 @@ class Plan(NamedTuple):
             codes = small.scale[:, None] * codes
             products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
             codes = coding.encode(products, gram, alpha, codes, nonnegative=self.nonnegative)
+            ended = rows.total(objective(Z, codes, small.atoms, alpha))
             return Result(
                 components=small.atoms,
                 activations=codes.T,
-                objective=rows.total(objective(Z, codes, small.atoms, alpha)),
+                objective=ended,
                 iterations=progress.iteration,
                 converged=small.error <= tol,
-                history=progress.history,
+                history=progress.history.at[progress.iteration].set(ended),
             )
 
         return each(one)(progress)._replace(starts=fixed.starts)
@@ -321,7 +344,7 @@ def plan(
     n_init = n_init or (8 if max(num_concepts) <= 64 else 2)
     from_atoms = init_atoms is not None
     fixed = Plan(width, num_samples, num_concepts, nonnegative, max_iter, n_init, from_atoms)
-    return fixed, Given(key, jnp.float32(alpha), jnp.float32(tol), init_atoms)
+    return fixed, Given(key, jnp.asarray(alpha, float), jnp.asarray(tol, float), init_atoms)
 
 
 @partial(
@@ -353,7 +376,7 @@ def _best_start(
     sampled = Problem(X, energy, problem.alpha, problem.active)
 
     def attempt(atoms: Array) -> State:
-        progress = begin(init(sampled, jnp.zeros((K, len(X))), atoms), max_iter)
+        progress = begin(init(sampled, jnp.zeros((K, len(X)), X.dtype), atoms), max_iter)
         step = partial(update, sampled, nonnegative=nonnegative)
         return run(step, progress, tol=tol, max_iter=max_iter).state
 
@@ -376,7 +399,7 @@ def first_atoms(
     carried = jnp.concatenate(
         [jnp.sum(jnp.maximum(X, 0) ** 2, axis=0), jnp.sum(jnp.minimum(X, 0) ** 2, axis=0)]
     )
-    axes = jnp.eye(R)
+    axes = jnp.eye(R, dtype=X.dtype)
     both = jnp.concatenate([axes, -axes])
     better = jnp.where((carried[:R] >= carried[R:])[:, None], axes, -axes)
 
@@ -393,7 +416,7 @@ def first_atoms(
 
 
 def _energy(Z: Float[Array, "N D"]) -> Float[Array, " N"]:
-    return 0.5 * jnp.sum(jnp.square(Z.astype(jnp.float32)), axis=1)
+    return 0.5 * jnp.sum(jnp.square(Z.astype(real_dtype(Z))), axis=1)
 
 
 def _length(rows: Float[Array, "K D"]) -> Float[Array, "K 1"]:

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.loop import inner_products, matmul, real_dtype
+from xlvlm_jax.solvers.loop import inner_products, matmul, real_dtype, weighted_sums
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 BLOCK = 2**19  # numbers of Z in a block: two megabytes, which a CPU keeps in its cache
-LEAST_ROWS = 1024  # of a block where Z is wide: each block adds to all of the totals
+LEAST_ROWS, MOST_ROWS = 256, 4096  # of a block of wide Z: each block adds to all of the totals
+PER_CLUSTER = 16  # rows of a block for each cluster, as far as MOST_ROWS allows
 # An accelerator has no such cache, and starts few large products faster than many small ones.
 ACCELERATOR_BLOCK = 2**26
 LANES = 512  # numbers that are added side by side
@@ -153,6 +154,15 @@ def column_means(
     return Wide(origin, jnp.zeros_like(origin)) + moved
 
 
+def column_sums(values: Float[Array, "N D"]) -> Wide:
+    """The sum of all rows."""
+
+    def part(first: Array | int, count: int) -> Array:
+        return _down(block_of(values, first, count))
+
+    return add_up(part, len(values), rows_of_block(values.shape[1]))
+
+
 def _down(block: Float[Array, "B D"]) -> Float[Array, " D"]:
     """The sum of a block's rows: of narrow ones some lie side by side, so that chains are short."""
     B, D = block.shape
@@ -203,7 +213,7 @@ def cluster_sums(
     def block_of_labels(first: Array | int, count: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(labels, first, count)
 
-    size = rows_of_block(D, max(LEAST_ROWS, 2 * num_clusters))
+    size = rows_of_block(D, min(max(LEAST_ROWS, PER_CLUSTER * num_clusters), MOST_ROWS))
     counts, totals = add_up(part, N, size)
     # A float32 counts to 2^24; the pair of them goes on.
     return counts.high.astype(jnp.int32) + counts.low.astype(jnp.int32), totals
@@ -238,10 +248,10 @@ def centred_products(
         return inner_products(vectors, Z) - matmul(vectors, mean)[:, None]
 
     def by_blocks() -> Array:
-        size = max(min(rows_of_block(D), N), 1)
+        size = max(min(rows_of_block(D, least=1), N), 1)
 
         def block(first: Array | int, found: Array) -> Array:
-            products = matmul(vectors, (block_of(Z, first, size) - mean).T)
+            products = inner_products(vectors, block_of(Z, first, size) - mean)
             return jax.lax.dynamic_update_slice_in_dim(found, products, first, 1)
 
         def step(i: Array, found: Array) -> Array:
@@ -250,7 +260,7 @@ def centred_products(
         empty = jnp.zeros((len(vectors), N), real_dtype(Z))
         return jax.lax.fori_loop(0, -(-N // size), step, empty)
 
-    return jax.lax.cond(far, by_blocks, at_once)
+    return jax.lax.cond(far, by_blocks, at_once) if N else at_once()
 
 
 def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | None = None) -> Wide:
@@ -259,7 +269,7 @@ def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | N
     def part(first: Array | int, count: int) -> Array:
         z = block_of(Z, first, count)
         some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
-        return matmul(some, z if mean is None else z - mean)
+        return weighted_sums(some, z if mean is None else z - mean)
 
     return add_up(part, len(Z), rows_of_block(Z.shape[1]))
 

@@ -13,38 +13,49 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xlvlm_jax.solvers.compression import SAMPLE, directions_of_sample, sketch_directions
 from xlvlm_jax.solvers.loop import matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import orthonormal
-from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows
+from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, values_of
+from xlvlm_jax.solvers.sums import column_sums, total
+
+CANCELS = 0.05  # of its terms: a difference that is less comes from the residual itself
 
 
 class Compressed(NamedTuple):
-    """A source in few columns, as `compression.Compressed`, and the energy of its rows."""
+    """A source less an origin in few columns, as `compression.Compressed`, and its rows' energy."""
 
     basis: Float[Array, "D R"]  # orthonormal, in no order: what solves for X turns it to its axes
     X: Float[np.ndarray, "N R"]
-    energy: Float[np.ndarray, " N"]  # |z_n|^2
-    mean: Float[Array, " D"]  # of the rows
-
-    @property
-    def outside(self) -> float:
-        """Sum of squares that the columns lack: what lies outside the basis."""
-        inside = np.sum(np.square(self.X), dtype=np.float64)
-        return float(np.sum(self.energy, dtype=np.float64) - inside)
+    energy: Float[np.ndarray, " N"]  # |z_n - origin|^2
+    outside: float  # the sum of squares that the columns lack: what lies outside the basis
+    origin: Float[Array, " D"]
 
 
 @jax.jit
 def sketch(
-    Z: Float[Array, "B D"], real: Float[Array, " B"], directions: Float[Array, "D R"]
+    Z: Float[Array, "B D"],
+    real: Float[Array, " B"],
+    directions: Float[Array, "D R"],
+    origin: Float[Array, " D"],
 ) -> tuple[tuple[Float[Array, "D R"], Float[Array, " D"]], Float[Array, " B"]]:
-    """Of a tile: (Z^T Z directions, the sum of its rows), and the squares of each row."""
-    Z = Z.astype(jnp.float32)
+    """Of a tile less the origin: (Z^T Z directions, sum of the rows), and each row's squares."""
+    Z = real[:, None] * (Z.astype(jnp.float32) - origin)
     image = weighted_sums(matmul(Z, directions).T, Z).T
-    return (image, matmul(real, Z)), jnp.sum(Z**2, axis=1)
+    return (image, column_sums(Z)), jnp.sum(Z**2, axis=1)
 
 
 @jax.jit
-def _project(Z: Array, real: Array, basis: Array) -> tuple[Array, tuple[Array, Array]]:
-    Z = Z.astype(jnp.float32)
-    return matmul(real, Z), (matmul(Z, basis), jnp.sum(Z**2, axis=1))
+def _project(
+    Z: Array, real: Array, basis: Array, origin: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    Z = real[:, None] * (Z.astype(jnp.float32) - origin)
+    X, squares = matmul(Z, basis), jnp.sum(Z**2, axis=1)
+    outside = squares - jnp.sum(X**2, axis=1)
+
+    def of_residual() -> Array:
+        return jnp.sum((Z - matmul(X, basis.T)) ** 2, axis=1)
+
+    cancels = jnp.sum(outside) < CANCELS * jnp.sum(squares)
+    outside = jax.lax.cond(cancels, of_residual, lambda: outside)
+    return total(outside), (X, squares)
 
 
 class _Sampled(NamedTuple):
@@ -59,26 +70,37 @@ class _Sampled(NamedTuple):
         return value
 
 
-def compress(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
-    """Two passes: the leading directions of the row space, and the rows in them.
+def compress(
+    source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
+) -> Compressed:
+    """Two passes: the leading directions of the rows less the origin, and the rows in them.
 
     Raises ValueError that names the first row with NaN or Inf.
     """
     directions = sketch_directions(key, source.shape[1], width)
-    spanned, _ = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), check_rows)
-    return _in_columns(source, orthonormal(spanned))
+
+    def on_tile(tile: Tile) -> tuple:
+        return sketch(tile.Z, tile.real, directions, origin)
+
+    spanned, _ = values_of(add_up(source, on_tile, check_rows))
+    return _in_columns(source, orthonormal(spanned), origin)
 
 
-def compress_by_sample(source: Source, key: PRNGKeyArray, width: int) -> Compressed:
+def compress_by_sample(
+    source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
+) -> Compressed:
     """One pass, with directions that lead in a sample of the rows: those of `compression`'s.
 
     Raises ValueError that names the first row with NaN or Inf.
     """
     count, N = SAMPLE * width, source.shape[0]
-    return _in_columns(source, directions_of_sample(source, key, width, count, N, _Sampled(source)))
+    basis = directions_of_sample(source, key, width, count, N, _Sampled(source), origin)
+    return _in_columns(source, basis, origin)
 
 
-def _in_columns(source: Source, basis: Float[Array, "D R"]) -> Compressed:
+def _in_columns(
+    source: Source, basis: Float[Array, "D R"], origin: Float[Array, " D"]
+) -> Compressed:
     """A pass: the rows in the columns of a basis."""
     N = source.shape[0]
     X, energy = np.empty((N, basis.shape[1]), np.float32), np.empty(N, np.float32)
@@ -88,5 +110,8 @@ def _in_columns(source: Source, basis: Float[Array, "D R"]) -> Compressed:
         for whole, part in zip((X, energy), kept, strict=True):
             whole[tile.start : tile.start + tile.count] = part[: tile.count]
 
-    total = add_up(source, lambda tile: _project(tile.Z, tile.real, basis), keep)
-    return Compressed(basis, X, energy, total / N)
+    def on_tile(tile: Tile) -> tuple:
+        return _project(tile.Z, tile.real, basis, origin)
+
+    outside = float(add_up(source, on_tile, keep).value)
+    return Compressed(basis, X, energy, max(outside, 0.0), origin)

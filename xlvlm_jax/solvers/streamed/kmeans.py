@@ -8,10 +8,20 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from xlvlm_jax.solvers import assignment, kmeans, phases
+from xlvlm_jax.solvers.assignment import Sums
 from xlvlm_jax.solvers.loop import Result, matmul
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
-from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
+from xlvlm_jax.solvers.streamed.tiles import (
+    Largest,
+    Source,
+    Tile,
+    Write,
+    add_up,
+    origin,
+    write_out,
+)
+from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
 def solve(
@@ -30,7 +40,8 @@ def solve(
     K = num_concepts
     # As in memory, where the same key then leads to the same clusters.
     width, by_sample = kmeans.columns(N, K)
-    small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D))
+    mean = jnp.asarray(origin(source))
+    small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D), mean)
     begun = phases.solve(
         kmeans,
         jnp.asarray(small.X),
@@ -42,11 +53,9 @@ def solve(
         max_iter=max_iter,
         n_init=n_init,
     )
-    centroids = matmul(begun.components[0], small.basis.T)
+    offsets, error = matmul(begun.components[0], small.basis.T), jnp.inf
     # Without the last, which the first pass computes again.
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
-    mean = small.mean
-    offsets, error = centroids - mean, jnp.inf
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
         far = Largest(K)
@@ -58,24 +67,29 @@ def solve(
         def on_tile(tile: Tile, offsets: Array = offsets) -> tuple:
             return _collect(tile.Z, tile.real, mean, offsets)
 
-        sums, energy = add_up(source, on_tile, keep)
-        inertia = assignment.inertia(energy, mean, offsets, sums)
+        (counts, totals), energy, moment = add_up(source, on_tile, keep)
+        sums = Sums(jnp.round(counts.high).astype(jnp.int32) + counts.low.astype(jnp.int32), totals)
+        inertia = assignment.inertia(energy, offsets, sums)
+        # Of the columns about their own mean, which the origin is only near.
+        variance = (energy.value - jnp.sum(moment.value**2) / N) / (float(N) * D)
         if np.any(sums.counts == 0):
             numbers = far.numbers
             sums = kmeans.relocate(
                 sums,
-                jnp.asarray(source.take(numbers)),
+                jnp.asarray(source.take(numbers), jnp.float32) - mean,
                 jnp.asarray(labels[numbers]),
                 sums.counts == 0,
             )
         history.append(float(inertia))
-        offsets, _, error = kmeans.advance(mean, energy / (N * D), offsets, sums)
+        offsets, _, error = kmeans.advance(variance, offsets, sums)
         if tell is not None:
             tell(Standing(K, len(history), max_iter, history[-1], float(error)))
 
-    centroids = offsets + mean
+    def finish(tile: Tile) -> tuple:
+        return _finish(tile.Z, tile.real, mean, offsets)
 
-    inertia = write_out(source, lambda tile: _finish(tile.Z, tile.real, centroids), write)
+    inertia = write_out(source, finish, write).value
+    centroids = offsets + mean
     return Result(
         components=centroids,
         activations=None,
@@ -89,17 +103,16 @@ def solve(
 
 @jax.jit
 def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, Any]:
-    Z = Z.astype(jnp.float32)
-    energy = real * jnp.sum((Z - mean) ** 2, axis=1)
-    active = jnp.ones(len(offsets), bool)
-    spread = jnp.sum(energy)
-    problem = assignment.Problem(Z, real, mean, energy, spread, jnp.float32(1), active)
-    labels, least, _ = assignment.nearest(assignment.score(Z, offsets, mean))
+    Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+    energy, zero = jnp.sum(Z**2, axis=1), jnp.zeros_like(mean)
+    labels, least, _ = assignment.nearest(assignment.score(Z, offsets, zero, False))
     far = jnp.where(real > 0, energy + least, -jnp.inf)
-    return (assignment.sums_of(problem, labels), spread), (labels, far)
+    counts, totals = cluster_sums(Z, labels, len(offsets), zero, real)
+    sums = (counts.astype(jnp.float32), totals), total(energy), column_sums(Z)
+    return sums, (labels, far)
 
 
 @jax.jit
-def _finish(Z: Array, real: Array, centroids: Array) -> tuple[Array, Array]:
-    squared = kmeans.assign(Z.astype(jnp.float32), centroids)[1]
-    return jnp.sum(real * jnp.min(squared, axis=1)), 1 / (1 + jnp.sqrt(squared))
+def _finish(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Wide, Array]:
+    squared = kmeans.assign(Z.astype(jnp.float32) - mean, offsets)[1]
+    return total(real * jnp.min(squared, axis=1)), kmeans.similarity(squared)

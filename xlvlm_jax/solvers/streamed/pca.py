@@ -16,7 +16,17 @@ from xlvlm_jax.solvers.loop import Result, matmul, weighted_sums
 from xlvlm_jax.solvers.orthonormal import complement, orthonormal
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import sketch
-from xlvlm_jax.solvers.streamed.tiles import Source, Tile, Write, add_up, check_rows, write_out
+from xlvlm_jax.solvers.streamed.tiles import (
+    Source,
+    Tile,
+    Write,
+    add_up,
+    check_rows,
+    origin,
+    values_of,
+    write_out,
+)
+from xlvlm_jax.solvers.sums import Wide, total
 
 OVERSAMPLE = 8  # the least number of axes beyond K
 
@@ -38,10 +48,17 @@ def solve(
     exact = 2 * W > D  # no room for as many new directions: all of the space at once
 
     directions = sketch_directions(key, D, D if exact else W)
-    spanned, total = add_up(source, lambda tile: sketch(tile.Z, tile.real, directions), check_rows)
-    mean = total / N
-    new = orthonormal(spanned - N * jnp.outer(mean, matmul(mean, directions)))
-    basis = images = jnp.zeros((D, 0))
+    start = jnp.asarray(origin(source))
+
+    def sketched(tile: Tile) -> tuple:
+        return sketch(tile.Z, tile.real, directions, start)
+
+    spanned, moment = add_up(source, sketched, check_rows)
+    moved = Wide(*(part / N for part in moment))
+    mean = Wide(start, jnp.zeros_like(start)) + moved
+    off = moved.value
+    new = orthonormal(spanned.value - N * jnp.outer(off, matmul(off, directions)))
+    basis = images = jnp.zeros((D, 0), jnp.float32)
 
     history, error = [], np.inf
     while True:
@@ -49,7 +66,7 @@ def solve(
         def on_tile(tile: Tile, new: Array = new) -> tuple:
             return _collect(tile.Z, tile.real, mean, new), ()
 
-        new_images, energy = add_up(source, on_tile)
+        new_images, energy = values_of(add_up(source, on_tile))
         basis, images, variances = _best_axes(basis, images, new, new_images, min(W, D))
         history.append(max(float(energy) - 0.5 * float(jnp.sum(variances[:K])), 0.0))
         error = 0.0 if exact else float(pca.expected_gain(basis, images, variances, K))
@@ -64,11 +81,11 @@ def solve(
     return Result(
         components=components,
         activations=None,
-        objective=objective,
+        objective=objective.value,
         iterations=len(history) - 1,
         converged=bool(error <= tol),
-        history=np.array(history, np.float32),
-        mean=mean,
+        history=np.array([*history[:-1], float(objective.value)], np.float32),
+        mean=mean.high,
     )
 
 
@@ -89,13 +106,18 @@ def _best_axes(
 
 
 @jax.jit
-def _collect(Z: Array, real: Array, mean: Array, basis: Array) -> tuple[Array, Array]:
-    Z = real[:, None] * (Z.astype(jnp.float32) - mean)
-    return weighted_sums(matmul(Z, basis).T, Z).T, 0.5 * jnp.sum(jnp.sum(Z**2, axis=1))
+def _collect(Z: Array, real: Array, mean: Wide, basis: Array) -> tuple[Array, Wide]:
+    Z = _centred(Z, real, mean)
+    squares = total(jnp.sum(Z**2, axis=1)).times(0.5)
+    return weighted_sums(matmul(Z, basis).T, Z).T, squares
 
 
 @jax.jit
-def _finish(Z: Array, real: Array, mean: Array, components: Array) -> tuple[Array, Array]:
-    Z = real[:, None] * (Z.astype(jnp.float32) - mean)
+def _finish(Z: Array, real: Array, mean: Wide, components: Array) -> tuple[Wide, Array]:
+    Z = _centred(Z, real, mean)
     scores = matmul(Z, components.T)
-    return 0.5 * jnp.sum((Z - matmul(scores, components)) ** 2), scores
+    return total(jnp.sum((Z - matmul(scores, components)) ** 2, axis=1)).times(0.5), scores
+
+
+def _centred(Z: Array, real: Array, mean: Wide) -> Array:
+    return real[:, None] * ((Z.astype(jnp.float32) - mean.high) - mean.low)

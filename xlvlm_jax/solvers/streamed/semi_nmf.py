@@ -14,7 +14,15 @@ from xlvlm_jax.solvers.atoms import Atoms, Sums
 from xlvlm_jax.solvers.loop import Result, inner_products, matmul
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress
-from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, write_out
+from xlvlm_jax.solvers.streamed.tiles import (
+    Largest,
+    Source,
+    Tile,
+    Write,
+    add_up,
+    values_of,
+    write_out,
+)
 
 
 def solve(
@@ -33,7 +41,8 @@ def solve(
     """As `semi_nmf.solve`, for one number of concepts; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    small = compress(source, key, min(K + semi_nmf.OVERSAMPLE, N, D))
+    # From zero: the model has no mean.
+    small = compress(source, key, min(K + semi_nmf.OVERSAMPLE, N, D), jnp.zeros(D, jnp.float32))
     # The compressed rows lack what lies outside the basis, and so does their objective.
     basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
     X = jnp.asarray(small.X)
@@ -69,10 +78,10 @@ def solve(
     return Result(
         components=state.atoms,
         activations=None,
-        objective=objective,
+        objective=objective.value,
         iterations=len(history) - 1,
         converged=bool(state.error <= tol),
-        history=np.array(history, np.float32),
+        history=np.array([*history[:-1], float(objective.value)], np.float32),
         starts=None if begun.starts is None else begun.starts[0],
     )
 
@@ -96,7 +105,7 @@ def _update(
         new_codes[tile.start : tile.start + tile.count] = kept[0][: tile.count]
         worst.add(tile.start, np.asarray(kept[1][: tile.count]))
 
-    sums = add_up(source, on_tile, keep)
+    sums = values_of(add_up(source, on_tile, keep))
     unused = sums.used <= 0
     residuals = np.zeros(state.atoms.shape, np.float32)
     if np.any(unused):

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xlvlm_jax.solvers.inputs import check_block
+from xlvlm_jax.solvers.sums import NEAR, Wide
+
 TILE_BYTES = 2**22  # the second product of a tile then finds it in the cache
 Write = Callable[[int, np.ndarray], None]
 
@@ -45,14 +48,24 @@ def tiles(source: Source) -> Iterator[Tile]:
     """All of the source, once."""
     D = source.shape[1]
     size = min(max(TILE_BYTES // (4 * D), 1), source.shape[0])
-    real = jnp.ones(size)
+    real = jnp.ones(size, jnp.float32)
+    following = 0
     for start, values in source.tiles(size):
+        values = check_block(values, (min(size, source.shape[0] - start), D), start)
+        if start != following:
+            raise ValueError(f"the source of Z gave row {start} where {following} was to follow")
         count = len(values)
+        following += count
         if count < size:
             values = np.concatenate([values, np.zeros((size - count, D), values.dtype)])
             real = jnp.asarray(np.arange(size) < count, jnp.float32)
         # device_put, as asarray would copy what a CPU can take as it lies.
         yield Tile(start, count, jax.device_put(values), real)
+    if following != source.shape[0]:
+        raise ValueError(
+            f"the source of Z ended after {following} rows; expected {source.shape[0]}, as its own"
+            " shape says: mend its shape or what reads it"
+        )
 
 
 def add_up(
@@ -60,7 +73,8 @@ def add_up(
     work: Callable[[Tile], tuple[Any, Any]],
     keep: Callable[[Tile, Any], None] | None = None,
 ) -> Any:
-    """The total of what `work` returns first; `keep` is given what it returns second.
+    """The total of what `work` returns first, `Wide` where that is an array; `keep` is given what
+    it returns second.
 
     `keep` runs a tile behind, so that reading and computing need not wait for it.
     """
@@ -72,7 +86,7 @@ def add_up(
             jax.block_until_ready(totals)
             if keep is not None:
                 keep(*last)
-        totals = sums if totals is None else _sum(totals, sums)
+        totals = _begun(sums) if totals is None else _sum(totals, sums)
         last = tile, rest
     if keep is not None:
         keep(*last)
@@ -96,9 +110,35 @@ def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
         )
 
 
+def origin(source: Source) -> Float[np.ndarray, " D"]:
+    """The mean of some rows from all over the source: what others are measured from."""
+    N = source.shape[0]
+    numbers = np.unique(np.linspace(0, N - 1, min(NEAR, N)).astype(np.int64))
+    rows = np.asarray(source.take(numbers)).astype(np.float64)
+    # A row that is not finite is named by the first pass.
+    mean = rows[np.isfinite(rows).all(axis=1)].mean(axis=0) if len(rows) else 0
+    return np.where(np.isfinite(mean), mean, 0).astype(np.float32)
+
+
+def values_of(totals: Any) -> Any:
+    """What `add_up` found, each total as one array."""
+    return jax.tree.map(lambda total: total.value, totals, is_leaf=_is_wide)
+
+
+def _is_wide(leaf: Any) -> bool:
+    return isinstance(leaf, Wide)
+
+
 @jax.jit
-def _sum(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
+def _begun(sums: Any) -> Any:
+    return jax.tree.map(
+        lambda new: new if _is_wide(new) else Wide(new, jnp.zeros_like(new)), sums, is_leaf=_is_wide
+    )
+
+
+@jax.jit
+def _sum(totals: Any, sums: Any) -> Any:
+    return jax.tree.map(lambda total, new: total + new, totals, sums, is_leaf=_is_wide)
 
 
 class Largest:

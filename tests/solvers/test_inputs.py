@@ -1,0 +1,121 @@
+"""What callers give as a matrix: by type, by number, and what is not one."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.sparse
+import tensorstore as ts
+
+from xlvlm_jax.solvers import inputs
+
+Z = np.array([[1.5, -2.0], [3.0, 0.25]])
+
+
+class Labelled:
+    """Gives its numbers as xarray, dask and Zarr arrays do."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def numbers(given):
+    found = inputs.as_matrix(given, "Z", row="sample")
+    assert isinstance(found, jnp.ndarray) or found.dtype == np.float64
+    return np.asarray(found, np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["f2", ">f2", "f4", ">f4", "f8", ">f8", np.longdouble])
+@pytest.mark.parametrize("kind", [np.asarray, Labelled, np.ndarray.tolist], ids=str)
+def test_floats_of_every_size_and_byte_order(dtype, kind):
+    np.testing.assert_array_equal(numbers(kind(Z.astype(dtype))), Z)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, "i4", ">i8", "u1"])
+def test_other_numbers(dtype):
+    whole = np.array([[1, 2], [3, 4]]).astype(dtype)
+    np.testing.assert_array_equal(numbers(whole), [[1, 2], [3, 4]])
+    assert numbers(jnp.asarray(np.array([[1, 2]], np.int32))).tolist() == [[1, 2]]
+
+
+def test_integers_and_float64_keep_their_digits_until_they_are_centred():
+    seconds = np.array([[1_700_000_001], [1_700_000_003]])
+    wide = inputs.as_matrix(seconds, "Z", row="sample")
+    np.testing.assert_array_equal(inputs.centred(wide, wide.mean(axis=0)), [[-1], [1]])
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "int64"])
+def test_tensors_of_torch(name):
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(Z).to(getattr(torch, name))
+    np.testing.assert_array_equal(numbers(tensor), tensor.double().numpy())
+    if tensor.is_floating_point():
+        np.testing.assert_array_equal(numbers(tensor.T.requires_grad_()), tensor.double().T.numpy())
+
+
+def test_tables_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(Z, columns=["a", "b"])
+    np.testing.assert_array_equal(numbers(table), Z)
+    np.testing.assert_array_equal(numbers(table.astype("Float64")), Z)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_an_array_of_tensorstore_is_read(dtype):
+    spec = {"driver": "zarr3", "kvstore": "memory://"}
+    array = ts.open(spec, create=True, dtype=ts.dtype(dtype), shape=[2, 2]).result()
+    array[...] = Z.astype(array.dtype.numpy_dtype)
+    assert not inputs.is_stored(array)
+    np.testing.assert_array_equal(numbers(array), Z)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "got NoneType: load it first"),
+        ("states.npy", "got str: load it first"),
+        (scipy.sparse.eye(3), r"got scipy\.dia_matrix: call its toarray\(\)"),
+        (np.ma.masked_array(Z, Z > 2), "got numpy.MaskedArray: fill what is masked"),
+        ({"a": 1}, "got dict: "),
+        ([[1.0, 2.0], [3.0]], "got list: numpy.asarray says: "),
+    ],
+    ids=["None", "path", "sparse", "masked", "dict", "ragged"],
+)
+def test_what_is_no_array_is_named(given, message):
+    with pytest.raises(TypeError, match="Z must be an array of numbers.*" + message) as caught:
+        inputs.as_matrix(given, "Z", row="sample")
+    assert "\n" not in str(caught.value)
+
+
+class Source:
+    def __init__(self, shape, given):
+        self.shape, self.given = shape, given
+
+    def read(self, start, stop):
+        return self.given
+
+
+def test_a_source_that_gives_other_rows_than_it_says():
+    assert inputs.is_stored(Source((3, 2), Z))
+    with pytest.raises(ValueError, match=r"gave \(2, 2\) for the 3 rows from 0 on; expected \(3,"):
+        inputs.read_rows(Source((3, 2), Z), None)
+    np.testing.assert_array_equal(inputs.read_rows(Source((2, 2), Z), None), Z)
+
+
+def test_a_unit_only_where_squares_leave_float32():
+    # Of [10, 2] numbers as large as `largest`.
+    for largest in (1e-3, 1.0, 1e6):
+        assert inputs.unit_of(jnp.full((10, 2), largest), largest) == 1
+    for largest in (1e-8, 1e12, 3e19):
+        unit = inputs.unit_of(jnp.full((10, 2), largest), largest)
+        assert 1 <= largest / unit < 2 and np.log2(unit) % 1 == 0
+    # One large number of many is no reason.
+    few = jnp.zeros((1000, 1000)).at[0, 0].set(2e6)
+    assert inputs.unit_of(few, 2e6) == 1
+
+
+def test_the_root_mean_square_norm_by_hand():
+    np.testing.assert_allclose(inputs.root_mean_square(jnp.array([[3.0, 4.0], [0, 0]])), 12.5**0.5)
