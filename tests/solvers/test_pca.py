@@ -161,8 +161,9 @@ def test_columns_of_huge_variance_do_not_end_the_others_early():
     components = np.asarray(found.components, np.float64)
     images = components @ centred.T @ centred
     variances = np.sum(images * components, axis=1)
-    residuals = np.linalg.norm(images - variances[:, None] * components, axis=1) / variances
-    assert residuals.max() < 0.02
+    # Beyond the span: a float32 has a part of the huge columns in its last digit.
+    beyond = images - images @ components.T @ components
+    assert np.max(np.linalg.norm(beyond, axis=1) / variances) < 0.02
     explained = np.linalg.svd(centred, compute_uv=False)[:20] ** 2
     np.testing.assert_allclose(variances, explained, rtol=1e-3)
     left = np.sum((centred - centred @ components.T @ components) ** 2) / 2

@@ -228,7 +228,10 @@ def expected_gain(
     An axis of more than DOMINANT times the variance of the middle one counts as that much, and what
     it gains in proportion: a few columns of huge variance say nothing of the others' axes.
     """
-    missed = jnp.sum((images - variances * basis) ** 2, axis=0)[:num_concepts]
+    # Without what lies in the span already: of a column of huge variance each axis has a part in its
+    # last digit, whose image is no gain.
+    wanted = images[:, :num_concepts]
+    missed = jnp.sum((wanted - matmul(basis, matmul(basis.T, wanted))) ** 2, axis=0)
     variances = variances[:num_concepts]
     gain = jnp.where(variances > TINY, 2 * missed / jnp.maximum(variances, TINY), 0)
     counted = jnp.minimum(variances, DOMINANT * jnp.median(variances))
