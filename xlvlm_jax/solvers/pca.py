@@ -228,8 +228,8 @@ def expected_gain(
     An axis of more than DOMINANT times the variance of the middle one counts as that much, and what
     it gains in proportion: a few columns of huge variance say nothing of the others' axes.
     """
-    # Without what lies in the span already: of a column of huge variance each axis has a part in its
-    # last digit, whose image is no gain.
+    # Without what lies in the span already: each axis has a part of a column of huge variance in its
+    # last digit, whose image is not a gain.
     wanted = images[:, :num_concepts]
     missed = jnp.sum((wanted - matmul(basis, matmul(basis.T, wanted))) ** 2, axis=0)
     variances = variances[:num_concepts]
