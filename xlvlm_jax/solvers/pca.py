@@ -47,6 +47,7 @@ EIGH = 10
 BLOCKS = 3  # of the covariance's rows, so that of it two thirds are computed
 CANCELS = 0.1  # of the energy: a difference of sums that is less has lost digits
 DOMINANT = 16  # times the middle axis's variance
+SPREAD = 2**12  # of the first axis's variance over the last one's: more leaves float32 three digits
 TINY = 1e-30
 
 
@@ -116,8 +117,8 @@ def best_axes(
     overlaps = rows.total(
         [[sums.overlaps(left, right).value for right in scores] for left in scores]
     )
-    variances, axes = jnp.linalg.eigh(jnp.block(overlaps))
-    variances, axes = variances[::-1][:W], axes[:, ::-1][:, :W]
+    variances, axes = principal(jnp.block(overlaps), num_concepts)
+    variances, axes = variances[:W], axes[:, :W]
     basis = _turn(bases, axes)
     # Rounding adds up over updates: one step of Newton's method back to an orthonormal basis.
     straight = 1.5 * jnp.eye(W, dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
@@ -126,6 +127,28 @@ def best_axes(
     objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
     error = expected_gain(basis, images, variances, num_concepts)
     return State(basis, turned, images, objective, error)
+
+
+def principal(
+    overlaps: Float[Array, "R R"], num_concepts: int
+) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
+    """The eigenvalues of a positive semi-definite matrix, falling, and its eigenvectors.
+
+    Where the first are far larger than the others, those would be lost in the last digits of the
+    largest: then they are the singular vectors of a square root, which spans half of the digits.
+    """
+    values, vectors = jnp.linalg.eigh(overlaps)
+
+    def of_root() -> tuple[Array, Array]:
+        # With rows and columns to one scale, eigenvalues differ by the angles alone.
+        scale = jnp.sqrt(jnp.maximum(jnp.diagonal(overlaps), TINY))
+        angles, turned = jnp.linalg.eigh(overlaps / jnp.outer(scale, scale))
+        root = jnp.sqrt(jnp.maximum(angles, 0))[:, None] * turned.T * scale
+        _, lengths, axes = jnp.linalg.svd(root)
+        return lengths**2, axes.T
+
+    spread = values[-1] > SPREAD * values[max(len(values) - num_concepts, 0)]
+    return jax.lax.cond(spread, of_root, lambda: (values[::-1], vectors[:, ::-1]))
 
 
 def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[Array, "M W"]:
@@ -228,8 +251,8 @@ def expected_gain(
     An axis of more than DOMINANT times the variance of the middle one counts as that much, and what
     it gains in proportion: a few columns of huge variance say nothing of the others' axes.
     """
-    # Without what lies in the span already: each axis has a part of a column of huge variance in its
-    # last digit, whose image is not a gain.
+    # Without what lies in the span already: each axis has a part of a column of huge variance in
+    # its last digit, whose image is not a gain.
     wanted = images[:, :num_concepts]
     missed = jnp.sum((wanted - matmul(basis, matmul(basis.T, wanted))) ** 2, axis=0)
     variances = variances[:num_concepts]
