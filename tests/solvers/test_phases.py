@@ -46,8 +46,8 @@ def test_iterations_and_objectives_are_those_of_the_history():
         assert (standing.num_concepts, standing.max_iter) == (4, 18)
     for standing in told[:-1]:
         assert standing.objective == one.history[standing.iteration]
-    # After the last update the rows are coded once more.
-    assert told[-1].objective >= one.history[18] == one.objective
+    # After the last update the rows are coded once more; what is told on the way is float32's.
+    assert one.history[18] == one.objective <= told[-1].objective * (1 + 1e-6)
 
 
 def test_it_is_written_to_standard_error(capsys):
