@@ -1,10 +1,14 @@
 """The estimators: scikit-learn's own checks, its estimators, and decompose."""
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
 from sklearn import cluster, decomposition
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
+from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
 import xlvlm_jax
 from xlvlm_jax import KMeans, SemiNMF
@@ -17,6 +21,12 @@ X = (CENTRES[np.arange(60) % 3] + RANDOM.standard_normal((60, 5))).astype(np.flo
 @parametrize_with_checks([SemiNMF(2), KMeans(2), xlvlm_jax.PCA(1)])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", [SemiNMF(), KMeans(), xlvlm_jax.PCA()])
+def test_scikit_learns_checks_of_the_defaults(estimator):
+    check_estimator(estimator, on_skip=None)
 
 
 def test_kmeans_is_scikit_learns():
@@ -55,8 +65,146 @@ def test_semi_nmf_is_decompose():
     np.testing.assert_allclose(ours.inverse_transform(codes), codes @ ours.components_)
 
 
-def test_messages():
-    with pytest.raises(ValueError, match="70 components of n_samples=60"):
-        SemiNMF(70).fit(X)
-    with pytest.raises(ValueError, match="6 components of n_features=5"):
-        xlvlm_jax.PCA(6).fit(X)
+def test_semi_nmf_says_what_it_explains():
+    ours = SemiNMF(3, alpha=0.1, random_state=0).fit(X)
+    codes = ours.transform(X)
+    squares = float(np.sum((X - codes @ ours.components_).astype(np.float64) ** 2))
+    assert ours.reconstruction_err_ == pytest.approx(squares**0.5, rel=1e-3)
+    energy = float(np.sum(X.astype(np.float64) ** 2))
+    assert ours.score(X) == pytest.approx(1 - squares / energy, abs=1e-5)
+    assert ours.objective_ == pytest.approx(squares / 2 + 0.1 * codes.sum(), rel=1e-4)
+    assert SemiNMF(random_state=0).fit(X[:7]).n_components_ == 7
+
+
+def test_pca_says_what_scikit_learns_does():
+    ours = xlvlm_jax.PCA(2, whiten=True, random_state=0).fit(X)
+    theirs = decomposition.PCA(2, whiten=True).fit(X)
+    for name in ("singular_values_", "noise_variance_", "n_components_", "mean_", "n_samples_"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-4)
+    np.testing.assert_allclose(ours.transform(X), theirs.transform(X), atol=1e-3)
+    # Whitening changes scores, not the model; scikit-learn's get_covariance takes it in.
+    model = decomposition.PCA(2).fit(X)
+    np.testing.assert_allclose(ours.get_covariance(), model.get_covariance(), atol=1e-3)
+    np.testing.assert_allclose(ours.score_samples(X), model.score_samples(X), rtol=1e-3)
+    back = ours.inverse_transform(ours.transform(X))
+    np.testing.assert_allclose(back, theirs.inverse_transform(theirs.transform(X)), atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999, None])
+def test_pca_keeps_a_share_of_the_variance(share):
+    ours, theirs = xlvlm_jax.PCA(share).fit(X), decomposition.PCA(share).fit(X)
+    assert ours.n_components_ == theirs.n_components_
+    assert ours.noise_variance_ == pytest.approx(theirs.noise_variance_, rel=1e-4)
+    assert ours.transform(X).shape == (60, theirs.n_components_)
+
+
+@pytest.mark.parametrize(
+    "init",
+    ["k-means++", "random", X[:3], lambda X, K, random_state: X[random_state.permutation(9)[:K]]],
+    ids=["k-means++", "random", "array", "function"],
+)
+def test_kmeans_starts(init):
+    ours = KMeans(3, init=init, random_state=0).fit(X)
+    best = cluster.KMeans(3, n_init=5, random_state=0).fit(X).inertia_
+    assert ours.converged_
+    assert ours.inertia_ == pytest.approx(best, rel=1e-4)
+    assert ours.score(X) == pytest.approx(-best, rel=1e-4)
+
+
+def test_float64_centres_hold_what_float32_does_not():
+    far = X.astype(np.float64) + 1e8
+    ours, theirs = (kind(3, init=far[:3], n_init=1).fit(far) for kind in (KMeans, cluster.KMeans))
+    assert ours.cluster_centers_.dtype == ours.transform(far).dtype == np.float64
+    np.testing.assert_allclose(
+        ours.cluster_centers_ - 1e8, theirs.cluster_centers_ - 1e8, atol=1e-4
+    )
+    np.testing.assert_array_equal(ours.predict(far), theirs.labels_)
+
+
+def test_predictions_are_made_from_what_was_fitted():
+    ours = KMeans(3, random_state=0).fit(X)
+    ours.cluster_centers_ = X[:3].copy()
+    np.testing.assert_array_equal(ours.predict(X[:3]), [0, 1, 2])
+    np.testing.assert_array_equal(np.diag(ours.transform(X[:3])), np.zeros(3))
+    scores = xlvlm_jax.PCA(1).fit(X)
+    before = scores.transform(X)
+    scores.mean_ = scores.mean_ + scores.components_[0]
+    np.testing.assert_allclose(scores.transform(X), before - 1, atol=1e-4)
+    codes = SemiNMF(2, random_state=0).fit(X)
+    codes.components_ = np.eye(2, 5, dtype=np.float32)
+    np.testing.assert_allclose(codes.transform(X), np.maximum(X[:, :2] - 1, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [SemiNMF(2), KMeans(2), xlvlm_jax.PCA(2)])
+def test_outputs_are_writable_and_pickles_small(estimator):
+    rows = np.tile(X, (50, 1))
+    fitted = estimator.fit(rows)
+    found = fitted.transform(rows)
+    found += 1
+    for name, value in vars(fitted).items():
+        assert not isinstance(value, np.ndarray) or value.flags.writeable, name
+    labels = fitted.labels_.nbytes if hasattr(fitted, "labels_") else 0
+    assert len(pickle.dumps(fitted)) < labels + 3000
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.transform(rows) + 1, found)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_output_in_a_frame(library):
+    frames = pytest.importorskip(library)
+    ours = KMeans(3, random_state=0).set_output(transform=library).fit(X)
+    found = ours.transform(X)
+    assert isinstance(found, frames.DataFrame)
+    assert list(found.columns) == ["kmeans0", "kmeans1", "kmeans2"]
+    np.testing.assert_array_equal(ours.predict(X), ours.labels_)
+    np.testing.assert_array_equal(found.to_numpy().argmin(axis=1), ours.labels_)
+
+
+def test_grid_search_needs_no_scoring():
+    grid = {"n_components": [1, 2, 3]}
+    for estimator, best in ((SemiNMF(alpha=0.01, random_state=0), 3), (xlvlm_jax.PCA(), None)):
+        search = GridSearchCV(estimator, grid, cv=3, error_score="raise").fit(X)
+        if best is None:
+            theirs = GridSearchCV(decomposition.PCA(), grid, cv=3).fit(X)
+            np.testing.assert_allclose(
+                search.cv_results_["mean_test_score"],
+                theirs.cv_results_["mean_test_score"],
+                rtol=1e-3,
+            )
+            best = theirs.best_params_["n_components"]
+        assert search.best_params_["n_components"] == best
+
+
+def test_warnings():
+    with pytest.warns(ConvergenceWarning, match="KMeans did not converge in max_iter=1 "):
+        assert not KMeans(3, max_iter=1, init="random", n_init=1, random_state=0).fit(X).converged_
+    with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\) found smaller than"):
+        KMeans(3, random_state=0).fit(np.repeat(X[:2], 4, axis=0))
+    with pytest.warns(RuntimeWarning, match="n_init=4 starts from the same centres"):
+        KMeans(3, init=X[:3], n_init=4).fit(X)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (SemiNMF(70), "n_components=70 must be at most n_samples=60"),
+        (SemiNMF(nonnegative="False"), "'nonnegative' parameter of SemiNMF"),
+        (SemiNMF(max_iter=0), "'max_iter' parameter of SemiNMF"),
+        (KMeans("3"), "'n_clusters' parameter of KMeans"),
+        (KMeans(61), "n_samples=60 must be at least n_clusters=61"),
+        (KMeans(3, init=X[:2]), r"init must have shape \(3, 5\), one row per cluster; got \(2, 5"),
+        (xlvlm_jax.PCA(0), "'n_components' parameter of PCA"),
+        (xlvlm_jax.PCA(6), "n_components=6 must be between 1 and min.*=5"),
+    ],
+)
+def test_messages(estimator, message):
+    with pytest.raises(ValueError, match=message):
+        estimator.fit(X)
+
+
+def test_messages_after_fit():
+    ours = xlvlm_jax.PCA(2).fit(X)
+    with pytest.raises(ValueError, match="X has 3 columns, but PCA has 2 components"):
+        ours.inverse_transform(X[:, :3])
+    with pytest.raises(ValueError, match="a direction without variance has no likelihood"):
+        xlvlm_jax.PCA(2).fit(X * [1, 1, 0, 0, 0]).score(X)

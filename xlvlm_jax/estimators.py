@@ -1,217 +1,481 @@
 """The solvers as scikit-learn estimators: `SemiNMF`, `KMeans`, `PCA`.
 
-They take and give numpy arrays, follow scikit-learn's conventions (attributes of the fit end in an
-underscore, `fit` returns self) and pass its `check_estimator`. `xlvlm_jax.decompose` is the same
-without them: it takes JAX arrays, meshes and keys.
+They take and return numpy arrays, follow scikit-learn's conventions (attributes of the fit end in
+an underscore, `fit` returns self, `set_output` chooses pandas or polars) and pass its
+`check_estimator`. Predictions are made from the attributes of the fit and nothing else.
+`xlvlm_jax.decompose` is the same without them: it takes JAX arrays, meshes and keys.
+
+What is returned has the type of X, float32 or float64. It is computed in float32, float64 rows
+less their mean; in float64 throughout where JAX's 64 bits are switched on (JAX_ENABLE_X64=1).
 
 N samples, D features, K components.
 """
 
-from typing import Any, Self
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     ClusterMixin,
     TransformerMixin,
 )
-from sklearn.utils import check_random_state
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from xlvlm_jax.concepts import Concepts, decompose, distances, project
+from xlvlm_jax.solvers.inputs import centred
+from xlvlm_jax.solvers.residual import of_products
+
+AUTO_COMPONENTS = 20  # of semi-NMF, where there are as many rows
+RANDOM_STARTS = 10  # of k-means from rows drawn at random, as in scikit-learn
+
+COUNT = Interval(Integral, 1, None, closed="left")
+NOT_NEGATIVE = Interval(Real, 0, None, closed="left")
+STOPPING = {"tol": [NOT_NEGATIVE], "max_iter": [COUNT], "random_state": ["random_state"]}
 
 
 class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """What the three share: checking X, solving, and keeping the concepts."""
-
-    _concepts: Concepts
+    """What the three share: checking X, solving, and what is told of the solution."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        # The solvers compute in float32, whatever comes.
-        tags.transformer_tags.preserves_dtype = ["float32"]
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _solve(self, X: Any, count: int, method: str, **options: Any) -> np.ndarray:
-        """Checks X, solves, and returns X as checked."""
-        X = validate_data(self, X, dtype=[np.float32, np.float64], ensure_min_samples=2)
-        if count > len(X):
-            raise ValueError(
-                f"{count} components of n_samples={len(X)}; ask for fewer or give more samples"
-            )
-        if method == "pca" and count > X.shape[1]:
-            raise ValueError(f"{count} components of n_features={X.shape[1]}; ask for fewer")
+    def _begin(self, X: Any, least: int = 1) -> np.ndarray:
+        """Checks the parameters and X, of which at least so many rows are needed."""
+        self._validate_params()
+        return validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=least)
+
+    def _solve(self, X: np.ndarray, count: int, method: str, **options: Any) -> Concepts:
+        """Solves from the seed that the random state gives."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        given = {name: value for name, value in options.items() if value is not None}
-        self._concepts = decompose(X, count, method, key=jax.random.key(seed), **given)
-        self.n_iter_ = max(1, self._concepts.iterations)
-        self._n_features_out = count
-        return X
+        return decompose(
+            X,
+            count,
+            method,
+            key=jax.random.key(seed),
+            tol=self.tol,
+            max_iter=self.max_iter,
+            **options,
+        )
+
+    def _end(self, concepts: Concepts) -> None:
+        """Keeps how the solver ended, and warns where it was stopped."""
+        self.n_iter_ = max(1, concepts.iterations)
+        self.converged_ = concepts.converged
+        if not self.converged_:
+            warnings.warn(
+                f"{type(self).__name__} did not converge in max_iter={self.max_iter} iterations; "
+                "increase max_iter or tol",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-
-    def transform(self, X: Any) -> np.ndarray:
-        """Activations float32[N, K] of the rows of X[N, D]."""
-        X = self._checked(X)
-        return np.asarray(project(X, self._concepts))
+        return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
 
 
-class SemiNMF(_Solver):
+class _Linear(_Solver):
+    """What the two share whose rows are sums of components."""
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def _checked_codes(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        X = check_array(X, dtype=[np.float64, np.float32])
+        if X.shape[1] != self._n_features_out:
+            raise ValueError(
+                f"X has {X.shape[1]} columns, but {type(self).__name__} has "
+                f"{self._n_features_out} components: give what transform returns"
+            )
+        return X
+
+
+class SemiNMF(_Linear):
     """Semi-NMF: min 1/2 |X - U V|^2 + alpha sum(U) over U >= 0 and |V_k|_2 <= 1.
 
     Parameters:
-        n_components: K.
+        n_components: K; "auto" is 20, or the number of samples where there are fewer.
         alpha: weight of the codes' absolute sum.
+        relative_alpha: whether alpha is in units of the rows' root mean square norm.
         nonnegative: whether codes must be; False gives sparse dictionary learning.
-        n_init: starts, of which the best is kept; None for the solver's own number.
-        tol, max_iter: when to stop; None for the solver's own.
+        n_init: starts, of which the best is kept; "auto" is 8 for up to 64 components, then 2.
+        tol, max_iter: when to stop.
         random_state: an int, a numpy RandomState or None, as in scikit-learn.
 
     Attributes:
-        components_: float32[K, D], the atoms V.
+        components_: float[K, D], the atoms V.
+        n_components_: K.
+        alpha_: the weight in the units of X, which `transform` uses.
         objective_: what is minimised, at the end.
-        stability_: float32[K], how surely each atom is found again by the other starts; see
+        reconstruction_err_: |X - U V|, the Frobenius norm.
+        stability_: float[K], how surely each atom is found again by the other starts; see
             `Concepts`. None where there was one start.
-        n_iter_: updates done.
+        n_iter_, converged_: updates done, and whether they were enough.
         n_features_in_: D.
     """
 
+    _parameter_constraints: ClassVar[dict] = {
+        "n_components": [COUNT, StrOptions({"auto"})],
+        "alpha": [NOT_NEGATIVE],
+        "relative_alpha": ["boolean"],
+        "nonnegative": ["boolean"],
+        "n_init": [COUNT, StrOptions({"auto"})],
+        **STOPPING,
+    }
+
     def __init__(
         self,
-        n_components: int = 20,
+        n_components: int | str = "auto",
         *,
         alpha: float = 1.0,
+        relative_alpha: bool = False,
         nonnegative: bool = True,
-        n_init: int | None = None,
-        tol: float | None = None,
-        max_iter: int | None = None,
+        n_init: int | str = "auto",
+        tol: float = 1e-6,
+        max_iter: int = 1000,
         random_state: Any = None,
     ):
-        self.n_components, self.alpha, self.nonnegative = n_components, alpha, nonnegative
-        self.n_init = n_init
+        self.n_components, self.alpha, self.relative_alpha = n_components, alpha, relative_alpha
+        self.nonnegative, self.n_init = nonnegative, n_init
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learns the atoms of X[N, D]; y is not used. ValueError for fewer samples than K."""
-        self._solve(
+        """Learns the atoms of X[N, D]; y is not used.
+
+        Raises:
+            ValueError: a parameter is invalid; there are fewer samples than components.
+        """
+        X = self._begin(X)
+        count = self.n_components
+        if count == "auto":
+            count = min(AUTO_COMPONENTS, len(X))
+        if count > len(X):
+            raise ValueError(
+                f"n_components={count} must be at most n_samples={len(X)}; "
+                "ask for fewer components or give more samples"
+            )
+        concepts = self._solve(
             X,
-            self.n_components,
+            count,
             "snmf",
             alpha=self.alpha,
-            nonnegative=self.nonnegative,
-            n_init=self.n_init,
-            tol=self.tol,
-            max_iter=self.max_iter,
+            relative_alpha=bool(self.relative_alpha),
+            nonnegative=bool(self.nonnegative),
+            n_init=None if self.n_init == "auto" else self.n_init,
         )
-        self.components_ = np.asarray(self._concepts.components)
-        self.objective_ = self._concepts.objective
-        self.stability_ = self._concepts.stability
+        self.components_ = np.array(concepts.components, X.dtype)
+        self.n_components_ = len(self.components_)
+        self.alpha_ = concepts.options["alpha"]
+        self.objective_ = concepts.objective
+        self.reconstruction_err_ = self._error(X, concepts.activations)
+        self.stability_ = None if concepts.stability is None else np.array(concepts.stability)
+        self._end(concepts)
         return self
+
+    def _codes(self, X: np.ndarray) -> Float[jax.Array, "N K"]:
+        options = {"alpha": self.alpha_, "nonnegative": bool(self.nonnegative)}
+        return project(X, Concepts(self.components_, options=options))
+
+    def _error(self, X: np.ndarray, codes: Any) -> float:
+        atoms = self.components_.astype(codes.dtype)
+        # As numpy's: JAX would add up in float32.
+        squares = np.asarray(of_products(X.astype(codes.dtype), codes, atoms))
+        return float(squares.sum(dtype=np.float64)) ** 0.5
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Codes[N, K] of the rows of X[N, D]."""
+        X = self._checked(X)
+        return np.array(self._codes(X), X.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Codes[N, K] -> their reconstruction [N, D]."""
-        check_is_fitted(self)
-        return np.asarray(X) @ self.components_
+        return self._checked_codes(X) @ self.components_
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Share of the squared norm of X[N, D] that the codes explain; y is not used."""
+        X = self._checked(X)
+        energy = np.einsum("nd,nd->", X, X, dtype=np.float64)
+        return 1 - self._error(X, self._codes(X)) ** 2 / energy if energy else 1.0
 
 
 class KMeans(ClusterMixin, _Solver):
-    """K-means by Lloyd's algorithm from k-means++.
+    """K-means by Lloyd's algorithm.
 
     Parameters:
         n_clusters: K.
-        n_init: starts, of which the best is kept; None for the solver's own number.
-        tol, max_iter: when to stop; None for the solver's own.
+        init: "k-means++"; "random" for rows drawn at random; centres [K, D]; or a function of
+            X, n_clusters and random_state that returns them.
+        n_init: starts, of which the best is kept; "auto" is 10 for "random" and for a function, 1
+            otherwise. Those of "k-means++" are compared on some rows.
+        tol, max_iter: when to stop; tol as in scikit-learn.
         random_state: an int, a numpy RandomState or None.
 
     Attributes:
-        cluster_centers_: float32[K, D].
+        cluster_centers_: float[K, D].
         labels_: int32[N], the nearest centre of each row.
         inertia_: the sum of squared distances to it.
-        n_iter_, n_features_in_: updates done, and D.
+        n_iter_, converged_: updates done, and whether they were enough.
+        n_features_in_: D.
     """
+
+    _parameter_constraints: ClassVar[dict] = {
+        "n_clusters": [COUNT],
+        "init": [StrOptions({"k-means++", "random"}), callable, "array-like"],
+        "n_init": [COUNT, StrOptions({"auto"})],
+        **STOPPING,
+    }
 
     def __init__(
         self,
         n_clusters: int = 8,
         *,
-        n_init: int | None = None,
-        tol: float | None = None,
-        max_iter: int | None = None,
+        init: str | np.ndarray | Callable[..., np.ndarray] = "k-means++",
+        n_init: int | str = "auto",
+        tol: float = 1e-4,
+        max_iter: int = 300,
         random_state: Any = None,
     ):
-        self.n_clusters, self.n_init = n_clusters, n_init
+        self.n_clusters, self.init, self.n_init = n_clusters, init, n_init
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.cluster_centers_)
+
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learns the centres of X[N, D]; y is not used. ValueError for fewer samples than K."""
-        X = self._solve(
-            X,
-            self.n_clusters,
-            "kmeans",
-            n_init=self.n_init,
-            tol=self.tol,
-            max_iter=self.max_iter,
-        )
-        self.cluster_centers_ = np.asarray(self._concepts.components)
-        self.inertia_ = self._concepts.objective
-        self.labels_ = np.asarray(distances(X, self._concepts)[0])
+        """Learns the centres of X[N, D]; y is not used.
+
+        Raises:
+            ValueError: a parameter is invalid; there are fewer samples than clusters.
+        """
+        X = self._begin(X)
+        if self.n_clusters > len(X):
+            raise ValueError(
+                f"n_samples={len(X)} must be at least n_clusters={self.n_clusters}; "
+                "ask for fewer clusters or give more samples"
+            )
+        # Of far-off rows float32 holds the differences from their mean, and so of the centres.
+        wide = X.dtype == np.float64 and not jax.config.jax_enable_x64
+        origin = X.mean(axis=0) if wide else np.zeros(X.shape[1], X.dtype)
+        near = centred(X, origin) if wide else X
+        found = [
+            self._solve(near, self.n_clusters, "kmeans", **start)
+            for start in self._starts(X, origin)
+        ]
+        concepts = min(found, key=lambda concepts: concepts.objective)
+        self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
+        self.inertia_ = concepts.objective
+        self.labels_ = self._labels_and_distances(X)[0]
+        self._end(concepts)
+        distinct = len(np.unique(self.labels_))
+        if distinct < self.n_clusters:
+            warnings.warn(
+                f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
+                f"({self.n_clusters}); X has duplicate rows, or ask for fewer clusters",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         return self
 
+    def _starts(self, X: np.ndarray, origin: Float[np.ndarray, " D"]) -> list[dict[str, Any]]:
+        """The options of the solver for each of its runs."""
+        auto, drawn = self.n_init == "auto", callable(self.init)
+        if isinstance(self.init, str) and self.init == "k-means++":
+            return [{"n_init": 1 if auto else self.n_init}]
+        if isinstance(self.init, str):
+            drawn = True
+        elif not auto and not drawn and self.n_init > 1:
+            warnings.warn(
+                f"n_init={self.n_init} starts from the same centres are one; set n_init to 1",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        count = 1 if not drawn else RANDOM_STARTS if auto else self.n_init
+        random = check_random_state(self.random_state)
+        return [{"init": self._first_centers(X, random) - origin} for _ in range(count)]
+
+    def _first_centers(
+        self, X: np.ndarray, random: np.random.RandomState
+    ) -> Float[np.ndarray, "K D"]:
+        K = self.n_clusters
+        if isinstance(self.init, str):
+            return X[random.choice(len(X), K, replace=False)]
+        given = self.init(X, K, random_state=random) if callable(self.init) else self.init
+        centers = check_array(given, dtype=X.dtype, input_name="init")
+        if centers.shape != (K, X.shape[1]):
+            raise ValueError(
+                f"init must have shape ({K}, {X.shape[1]}), one row per cluster; "
+                f"got {centers.shape}"
+            )
+        return centers
+
+    def _labels_and_distances(
+        self, X: np.ndarray
+    ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N K"]]:
+        labels, apart = distances(X, Concepts(self.cluster_centers_, method="kmeans"))
+        return np.array(labels, np.int32), np.array(apart, X.dtype)
+
     def transform(self, X: Any) -> np.ndarray:
-        """Distances float32[N, K] of the rows of X[N, D] from the centres, as scikit-learn has it.
+        """Distances[N, K] of the rows of X[N, D] from the centres, as scikit-learn has it.
 
         `xlvlm_jax.project` gives 1 / (1 + distance) instead.
         """
-        return np.asarray(distances(self._checked(X), self._concepts)[1])
+        return self._labels_and_distances(self._checked(X))[1]
 
     def predict(self, X: Any) -> np.ndarray:
         """The nearest centre int32[N] of each row of X[N, D]."""
-        return np.asarray(distances(self._checked(X), self._concepts)[0])
+        return self._labels_and_distances(self._checked(X))[0]
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Minus the sum of squared distances of X[N, D] to the nearest centres; y is not used."""
+        nearest = self._labels_and_distances(self._checked(X))[1].min(axis=1)
+        return -float(np.sum(nearest.astype(np.float64) ** 2))
 
 
-class PCA(_Solver):
+class PCA(_Linear):
     """Principal components by randomised subspace iteration.
 
     Parameters:
-        n_components: K.
-        tol, max_iter: when to stop; None for the solver's own.
+        n_components: K; None for min(N, D), the most that there are; between 0 and 1 for as many
+            as explain more than that share of the variance.
+        whiten: whether scores are divided by their deviation.
+        tol, max_iter: when to stop.
         random_state: an int, a numpy RandomState or None.
 
     Attributes:
-        components_: float32[K, D], orthonormal.
-        mean_: float32[D], float64 where X was; subtracted from every row.
-        explained_variance_: float32[K], of the scores, with N - 1 below.
+        components_: float[K, D], orthonormal.
+        n_components_: K.
+        mean_: float[D], subtracted from every row.
+        explained_variance_: float[K], of the scores, with N - 1 below.
         explained_variance_ratio_: its share of the variance of X.
-        n_iter_, n_features_in_: updates done, and D.
+        singular_values_: float[K], of the centred rows.
+        noise_variance_: the mean variance of the min(N, D) - K directions that are left out.
+        n_iter_, converged_: updates done, and whether they were enough.
+        n_samples_, n_features_in_: N and D.
     """
+
+    _parameter_constraints: ClassVar[dict] = {
+        "n_components": [COUNT, Interval(Real, 0, 1, closed="neither"), None],
+        "whiten": ["boolean"],
+        **STOPPING,
+    }
 
     def __init__(
         self,
-        n_components: int = 2,
+        n_components: int | float | None = None,
         *,
-        tol: float | None = None,
-        max_iter: int | None = None,
+        whiten: bool = False,
+        tol: float = 1e-5,
+        max_iter: int = 100,
         random_state: Any = None,
     ):
-        self.n_components = n_components
+        self.n_components, self.whiten = n_components, whiten
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learns the components of X[N, D]; y is not used. ValueError for K > min(N, D)."""
-        X = self._solve(X, self.n_components, "pca", tol=self.tol, max_iter=self.max_iter)
-        self.components_ = np.asarray(self._concepts.components)
-        self.mean_ = np.asarray(self._concepts.mean)
-        scores = np.asarray(self._concepts.activations)
-        self.explained_variance_ = scores.var(axis=0, ddof=1, dtype=np.float64).astype(scores.dtype)
-        total = X.var(axis=0, ddof=1, dtype=np.float64).sum().astype(scores.dtype)
-        self.explained_variance_ratio_ = self.explained_variance_ / (total if total > 0 else 1)
+        """Learns the components of X[N, D]; y is not used.
+
+        Raises:
+            ValueError: a parameter is invalid; n_components > min(N, D).
+        """
+        X = self._begin(X, least=2)
+        N, most = len(X), min(X.shape)
+        whole = isinstance(self.n_components, Integral)
+        count = self.n_components if whole else most
+        if count > most:
+            raise ValueError(
+                f"n_components={count} must be between 1 and min(n_samples, n_features)={most}"
+            )
+        concepts = self._solve(X, count, "pca")
+        scores = np.asarray(concepts.activations)
+        variance = np.einsum("nk,nk->k", scores, scores, dtype=np.float64) / (N - 1)
+        total = variance.sum() + 2 * concepts.objective / (N - 1)
+        ratio = variance / (total if total > 0 else 1)
+        if isinstance(self.n_components, Real) and not whole:
+            enough = np.searchsorted(np.cumsum(ratio), self.n_components, side="right") + 1
+            count = min(int(enough), most)
+        kept, left = slice(count), most - count
+        self.n_samples_, self.n_components_ = N, count
+        self.components_ = np.array(concepts.components[kept], X.dtype)
+        self.mean_ = np.array(concepts.mean, X.dtype)
+        self.explained_variance_ = variance[kept].astype(X.dtype)
+        self.explained_variance_ratio_ = ratio[kept].astype(X.dtype)
+        self.singular_values_ = np.sqrt(variance[kept] * (N - 1)).astype(X.dtype)
+        beyond = variance[count:].sum() + 2 * concepts.objective / (N - 1)
+        self.noise_variance_ = float(beyond / left) if left else 0.0
+        self._end(concepts)
         return self
+
+    def _scores(self, X: np.ndarray) -> Float[np.ndarray, "N K"]:
+        return np.array(
+            project(X, Concepts(self.components_, method="pca", mean=self.mean_)), X.dtype
+        )
+
+    @property
+    def _scale(self) -> Float[np.ndarray, " K"]:
+        """What whitened scores are divided by; of no variance, hardly anything is made."""
+        deviation = np.sqrt(self.explained_variance_)
+        return np.maximum(deviation, np.finfo(deviation.dtype).eps)
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Scores[N, K] of the rows of X[N, D]."""
+        X = self._checked(X)
+        scores = self._scores(X)
+        return (scores / self._scale).astype(X.dtype) if self.whiten else scores
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Scores[N, K] -> their reconstruction [N, D]."""
+        X = self._checked_codes(X)
+        return (X * self._scale if self.whiten else X) @ self.components_ + self.mean_
+
+    def get_covariance(self) -> Float[np.ndarray, "D D"]:
+        """The covariance of the model: the components' variances, and noise in the others."""
         check_is_fitted(self)
-        return np.asarray(X) @ self.components_ + self.mean_
+        # Where N < D the directions left out are more than those noise is the mean of.
+        beyond = np.maximum(self.explained_variance_ - self.noise_variance_, 0)
+        covariance = (self.components_.T * beyond) @ self.components_
+        return covariance + self.noise_variance_ * np.eye(self.n_features_in_)
+
+    def score_samples(self, X: Any) -> Float[np.ndarray, " N"]:
+        """Log-likelihood of each row of X[N, D] under the probabilistic model.
+
+        A normal distribution with the covariance of `get_covariance`: Tipping and Bishop,
+        "Probabilistic principal component analysis", 1999.
+
+        Raises:
+            ValueError: a direction has no variance, so that there is no density.
+        """
+        X = self._checked(X)
+        variance = self.explained_variance_.astype(np.float64)
+        D, left = self.n_features_in_, self.n_features_in_ - self.n_components_
+        # What rounding leaves of no variance is no density.
+        least = np.finfo(np.float32).eps * variance[0]
+        if not variance[-1] > least or (left and not self.noise_variance_ > least):
+            raise ValueError(
+                "a direction without variance has no likelihood; ask for fewer components"
+            )
+        scores = self._scores(X).astype(np.float64)
+        apart = (X - self.mean_).astype(np.float64)
+        inside = np.sum(scores**2 / variance, axis=1) + np.log(variance).sum()
+        if not left:
+            return -0.5 * (inside + D * np.log(2 * np.pi))
+        beyond = np.maximum(np.sum(apart**2, axis=1) - np.sum(scores**2, axis=1), 0)
+        noise = beyond / self.noise_variance_ + left * np.log(self.noise_variance_)
+        return -0.5 * (inside + noise + D * np.log(2 * np.pi))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The mean log-likelihood of the rows of X[N, D], see `score_samples`; y is not used."""
+        return float(self.score_samples(X).mean())
