@@ -8,6 +8,15 @@ _NOT_READ = (
     *("onnx/*", "openvino/*", "coreml/*", "original/*"),
 )
 _PREFIX = "models--"
+_NAMED: dict[str, Path] = {}
+
+
+def name_directory(name: str, directory: Path) -> None:
+    """Lets `find_directory`, and with it every function that loads, take a name for a directory.
+
+    The name comes before a directory that is called so: "./NAME" is that.
+    """
+    _NAMED[name] = directory
 
 
 def find_directory(
@@ -16,13 +25,16 @@ def find_directory(
     """The directory of that name or, where there is none, the hub's repository of that id.
 
     Args:
-        path: a directory, or an id such as "llava-hf/llava-1.5-7b-hf", whose files are then
-            downloaded into the hub's usual cache; offline they are taken from there.
+        path: a directory, a name that `name_directory` was told, or an id such as
+            "llava-hf/llava-1.5-7b-hf", whose files are then downloaded into the hub's usual cache;
+            offline they are taken from there.
         expected: what the directory should hold, for the message.
         weights: whether safetensors are downloaded too.
 
     Raises FileNotFoundError if there is neither.
     """
+    if str(path) in _NAMED:
+        return _NAMED[str(path)]
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory

@@ -9,6 +9,7 @@ from ports.edits import ablate, add, add_relative, edit_with, replace, stacked
 from ports.programs import compilation_cache
 from ports.sites import capture
 from ports.steering import steer
+from xlvlm_jax import embedded as _embedded  # noqa: F401  (it names the model)
 from xlvlm_jax import metrics, shift
 from xlvlm_jax.concepts import Concepts, decompose, decompose_stored, project
 from xlvlm_jax.estimators import PCA, KMeans, SemiNMF

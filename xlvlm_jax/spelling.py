@@ -134,7 +134,7 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> dict[int, bytes]:
     for i in plain:
         try:
             text = _decode(tokenizer, [*before, i]).removeprefix(start)
-        except (KeyError, OverflowError):  # mistral-common's refuses ids outside the vocabulary
+        except (LookupError, OverflowError):  # mistral-common's: no id of its vocabulary
             continue
         if "\ufffd" in text:  # bytes of a character that others complete
             texts[i] = _part_of_character(tokenizer, i) or text.encode()

@@ -38,6 +38,15 @@ def test_a_repository_is_found_by_its_id(publish):
     assert hub.name_of(embedded.LLAVA) == "llava"
 
 
+def test_the_embedded_model_has_a_name(tmp_path, monkeypatch):
+    """Before a directory that is called so, which "./" tells apart."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    assert hub.find_directory("embedded") == embedded.LLAVA
+    assert hub.find_directory("./embedded").samefile(tmp_path / "embedded")
+    assert ports.load_abstract("embedded").config == ports.load_abstract(embedded.LLAVA).config
+
+
 def test_a_repository_without_an_owner(publish):
     snapshot = publish("roberta-large", embedded.CLIP)
     assert hub.find_directory("roberta-large") == snapshot

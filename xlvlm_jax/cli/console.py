@@ -100,14 +100,13 @@ def load_model(
     from xlvlm_jax import embedded
 
     with console.status(f"loading {model}"):
-        path = embedded.LLAVA if model == "embedded" else model
         # Of several hosts each has the whole model, on its own devices.
         placed = None if mesh is None else ports.make_mesh(*mesh, devices=jax.local_devices())
         if abstract:
-            return ports.load_abstract(path, dtype=dtype, mesh=placed)
+            return ports.load_abstract(model, dtype=dtype, mesh=placed)
         if model == "embedded" and adapter is not None:
             adapter = embedded.ADAPTERS.get(str(adapter), adapter)
-        return ports.load(path, dtype=dtype, adapter=adapter, mesh=placed)
+        return ports.load(model, dtype=dtype, adapter=adapter, mesh=placed)
 
 
 def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> Any:
