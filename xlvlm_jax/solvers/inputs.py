@@ -197,7 +197,8 @@ def _bad_rows(
 ) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """How many rows are not finite, the first of them, and the largest absolute value."""
     # The largest value of a row is what a CPU finds in one pass; NaN is larger than any.
-    largest = jnp.max(jnp.abs(Z), axis=1)
+    # Fused with all that uses it, that pass takes nine times as long on a CPU: hence the barrier.
+    largest = jax.lax.optimization_barrier(jnp.max(jnp.abs(Z), axis=1))
     bad = ~jnp.isfinite(largest)
     first = jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
     return jnp.sum(bad), first, jnp.max(largest, initial=0).astype(real_dtype(Z))
