@@ -103,11 +103,16 @@ def ground_images(
     if isinstance(activations, jax.core.Tracer):
         return jax.lax.top_k(activations.T, num_images)[1]
     if isinstance(activations, jax.Array):
-        collections.deque(_finite(_tiles(np.asarray(activations))), maxlen=0)
+        collections.deque(_finite(tiles_of(activations)), maxlen=0)
         return jax.lax.top_k(activations.T, num_images)[1]
-    stored = isinstance(activations, StoredRows)
-    tiles = activations.tiles(_TILE_ROWS) if stored else _tiles(np.asarray(activations))
-    values = np.empty((activations.shape[1], 0), activations.dtype)
+    return strongest_rows(tiles_of(activations), activations.shape[1], num_images)
+
+
+def strongest_rows(
+    tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
+) -> Int[np.ndarray, "K {num_images}"]:
+    """`ground_images` of activations that come as (first row, some rows), in order."""
+    values = np.empty((num_concepts, 0), np.float32)
     rows = np.empty(values.shape, np.int64)
     for start, tile in _finite(tiles):
         # What was found before stands first: of equals, the earlier.
@@ -119,8 +124,14 @@ def ground_images(
     return rows
 
 
-def _tiles(activations: Float[np.ndarray, "N K"]) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of an array in memory, as `StoredRows.tiles`."""
+def tiles_of(
+    activations: Float[AnyArray, "N K"] | StoredRows,
+) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:
+    """(first row, rows) of some rows at a time, of an array or from the disk."""
+    if isinstance(activations, StoredRows):
+        yield from activations.tiles(_TILE_ROWS)
+        return
+    activations = np.asarray(activations)
     for start in range(0, len(activations), _TILE_ROWS):
         yield start, activations[start : start + _TILE_ROWS]
 

@@ -145,10 +145,17 @@ class StoredSamples(Sequence[dict[str, Any]]):
             self._path_of  # noqa: B018
 
 
+def unplaced(samples: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """The samples for a reader that does not ask for "image": pictures are not looked for."""
+    if isinstance(samples, StoredSamples):
+        return samples._parsed(0, len(samples))
+    return samples
+
+
 def columns(samples: Iterable[Mapping[str, Any]], *keys: str) -> tuple[list[Any], ...]:
     """For each key its values in the samples, None where a sample has no such key; in one pass."""
     found: tuple[list[Any], ...] = tuple([] for _ in keys)
-    for sample in samples:
+    for sample in samples if "image" in keys else unplaced(samples):
         for key, values in zip(keys, found, strict=True):
             values.append(sample.get(key))
     return found

@@ -34,6 +34,7 @@ from xlvlm_jax.metrics import (
     explained_by,
 )
 from xlvlm_jax.same_model import require_model
+from xlvlm_jax.samples import unplaced
 from xlvlm_jax.store import Features
 
 
@@ -173,7 +174,7 @@ def ground_concepts(
 
 def known_attributes(features: Features) -> dict[str, Labels]:
     """{attribute: its value at each row}, of the attributes that the data set keeps of samples."""
-    described = (sample.get("attributes") or {} for sample in features.samples)
+    described = (sample.get("attributes") or {} for sample in unplaced(features.samples))
     of_samples = factorise_each(described, len(features.samples))
     rows = {name: labels.take(features.sample_rows) for name, labels in of_samples.items()}
     # What all rows share (the kind, when the token of interest names it) tells nothing.

@@ -68,9 +68,10 @@ def shift(
     )
     learnt = Concepts.load(concepts)
     site = site or learnt.source.get("site")
+    pairs = None
     if features[1] is not None:  # before a model is loaded for nothing
         common_site(*features, site)
-        match_samples(*features)
+        pairs = match_samples(*features)
     theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
     vlm = load_model(model)
     other = load_model(finetuned_model) if finetuned_model else None
@@ -84,6 +85,7 @@ def shift(
             output,
             finetuned_vlm=other,
             finetuned_concepts=theirs,
+            pairs=pairs,
             site=site,
             alpha=alpha,
             reduce=reduce,

@@ -6,29 +6,22 @@ K concepts, D width, N and M rows of the original and of the fine-tuned features
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.concepts import Concepts, project
+from xlvlm_jax.concepts import Concepts
 from xlvlm_jax.matching import match
 from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.shift.blocks import activations_of, moves
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.recovery import recovery
-from xlvlm_jax.shift.vectors import (
-    Reduce,
-    Spread,
-    assign,
-    concept_shift,
-    counts,
-    shifted,
-    spread,
-)
+from xlvlm_jax.shift.vectors import Reduce, shifted
+from xlvlm_jax.solvers.inputs import StoredMatrix
 
 
 def analyse(
-    Z_original: Float[jax.Array | np.ndarray, "N D"],
-    Z_finetuned: Float[jax.Array | np.ndarray, "M D"],
+    Z_original: Float[jax.Array | np.ndarray, "N D"] | StoredMatrix,
+    Z_finetuned: Float[jax.Array | np.ndarray, "M D"] | StoredMatrix,
     pairs: Pairs,
     concepts: Concepts,
     finetuned_concepts: Concepts,
@@ -41,7 +34,8 @@ def analyse(
     Runs on the host: it does not trace.
 
     Args:
-        Z_original, Z_finetuned: the states of each model.
+        Z_original, Z_finetuned: the states of each model, or what reads them, such as
+            `Features.stored(site)`: one block of rows is then in memory at a time.
         pairs: which rows of the two belong together.
         concepts: learnt on Z_original; their activations assign its rows.
         finetuned_concepts: learnt on Z_finetuned, as many.
@@ -72,32 +66,29 @@ def analyse(
         )
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}; expected a finite number")
-    activations = concepts.activations
-    if activations is None:
-        activations = project(Z_original, concepts)
-    if len(activations) != N:
+    if concepts.activations is not None and len(concepts.activations) != N:
         raise ValueError(
-            f"the original concepts have activations of {len(activations)} rows, the original"
-            f" features {N}; give the features that they were learnt on"
+            f"the original concepts have activations of {len(concepts.activations)} rows, the"
+            f" original features {N}; give the features that they were learnt on"
         )
-    a, b = jnp.asarray(Z_original)[pairs.original], jnp.asarray(Z_finetuned)[pairs.finetuned]
-    assignment = assign(activations)[pairs.original]
-    shifts = concept_shift(a, b, assignment, K, reduce)
+    assignment = [codes.argmax(axis=1) for _, codes in activations_of(concepts, Z_original)]
+    assignment = np.concatenate(assignment)[pairs.original]
+    found = moves(Z_original, Z_finetuned, pairs, assignment, K, reduce)
     components = np.asarray(concepts.components, np.float32)
-    moved = shifted(components, shifts, alpha)
+    moved = shifted(components, found.shifts, alpha)
     matching = match(components, finetuned_concepts.components)
     destination = np.asarray(finetuned_concepts.components, np.float32)[matching]
     return ShiftAnalysis(
         original=components,
-        shifts=np.asarray(shifts),
+        shifts=found.shifts,
         shifted=np.asarray(moved),
         finetuned=destination,
         matching=matching,
-        counts=np.asarray(counts(assignment, K)),
-        spread=Spread(*map(np.asarray, spread(a, b, assignment, K))),
+        counts=found.counts,
+        spread=found.spread,
         recovery=np.asarray(recovery(components, moved, destination)),
         recovery_l2=np.asarray(recovery(components, moved, destination, "l2")),
         alpha=float(alpha),
         reduce=reduce,
-        rows={"original": N, "finetuned": len(Z_finetuned), "common": len(a)},
+        rows={"original": N, "finetuned": len(Z_finetuned), "common": len(assignment)},
     )

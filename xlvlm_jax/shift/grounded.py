@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.concepts import Concepts, project
-from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.grounding import ground_text, strongest_rows
 from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.shift.blocks import activations_of
+from xlvlm_jax.solvers.inputs import StoredMatrix
 from xlvlm_jax.words import is_concept_word
 
 Unembed = Callable[[jax.Array | np.ndarray], jax.Array | np.ndarray]
@@ -80,8 +82,8 @@ def ground_samples(
     analysis: ShiftAnalysis,
     concepts: Concepts,
     finetuned_concepts: Concepts,
-    Z_original: Float[jax.Array | np.ndarray, "N D"],
-    Z_finetuned: Float[jax.Array | np.ndarray, "M D"],
+    Z_original: Float[jax.Array | np.ndarray, "N D"] | StoredMatrix,
+    Z_finetuned: Float[jax.Array | np.ndarray, "M D"] | StoredMatrix,
     original_ids: Sequence[str],
     finetuned_ids: Sequence[str],
     *,
@@ -96,6 +98,7 @@ def ground_samples(
     part as it was, and is then left without images.
 
     Args:
+        Z_original, Z_finetuned: the states, or what reads them; see `analyse`.
         original_ids, finetuned_ids: the sample of each row of the two matrices.
         num_images: 50 in the paper; at most as many as there are rows.
     """
@@ -106,18 +109,14 @@ def ground_samples(
         concepts, components=moved, activations=None, mean=finetuned_concepts.mean
     )
 
-    def top(activations: Any, ids: Sequence[str]) -> list[list[str]]:
-        return [
-            [ids[row] for row in rows] for rows in ground_images(np.asarray(activations), count)
-        ]
+    def top(learnt: Concepts, Z: Any, ids: Sequence[str]) -> list[list[str]]:
+        best = strongest_rows(activations_of(learnt, Z), len(learnt.components), count)
+        return [[ids[row] for row in rows] for rows in best.tolist()]
 
-    def of(learnt: Concepts, Z: Any) -> Any:
-        return project(Z, learnt) if learnt.activations is None else learnt.activations
-
-    shifted = top(project(Z_finetuned, given), finetuned_ids)
-    finetuned = top(of(finetuned_concepts, Z_finetuned), finetuned_ids)
+    shifted = top(given, Z_finetuned, finetuned_ids)
+    finetuned = top(finetuned_concepts, Z_finetuned, finetuned_ids)
     images = {
-        "original": top(of(concepts, Z_original), original_ids),
+        "original": top(concepts, Z_original, original_ids),
         "shifted": [
             rows if here else [] for rows, here in zip(shifted, analysis.moved, strict=True)
         ],

@@ -4,6 +4,7 @@ Only samples that both models kept count: with a token of interest, those whose 
 token for both.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from ports import hub_names
 from ports.messages import few
 from ports.sites import match_sites
-from xlvlm_jax.samples import columns
+from xlvlm_jax.samples import columns, unplaced
 from xlvlm_jax.store import Features
 
 # What names a sample beside its id; where both directories have it, it must agree.
@@ -38,6 +39,31 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
     sample of which both have a row.
     """
     _check_selection(original, finetuned)
+    other = _partners(original, finetuned)
+    num_shared = np.count_nonzero(other >= 0)
+    nth_a, (nth_b, counts_b, order_b) = _nth(original)[0], _nth(finetuned)
+    sample = other[original.sample_rows]
+    paired = np.flatnonzero((sample >= 0) & (nth_a < counts_b[sample]))
+    if not len(paired):
+        raise ValueError(
+            f"{original.path} and {finetuned.path} have no common samples: of the {num_shared}"
+            f" that both hold, {len(nth_a)} have rows in one and {len(nth_b)} in the other, none"
+            " in both; take more samples, or a token that both models produce"
+        )
+    first_b = np.cumsum(counts_b) - counts_b
+    theirs = order_b[first_b[sample[paired]] + nth_a[paired]]
+    return Pairs(paired, theirs, int(num_shared))
+
+
+def name_of(number: int, given: Any) -> str:
+    """What a sample is called: the id that it was given, or else its number."""
+    return str(number if given is None else given)
+
+
+def _partners(original: Features, finetuned: Features) -> Int[np.ndarray, " S"]:
+    """Which sample of the fine-tuned features each of the original ones is; -1 for none."""
+    if _in_one_order(original, finetuned):
+        return np.arange(len(original.samples))
     of_a, of_b = _numbers(original), _numbers(finetuned)
     shared = [name for name in of_a if name in of_b]
     if not shared:
@@ -48,32 +74,36 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
         )
     both = np.array([(of_a[name], of_b[name]) for name in shared], np.int64).T
     _check_samples(shared, both, original, finetuned)
-    # Which sample of the fine-tuned features each of the original ones is; -1 for none.
     other = np.full(len(original.samples), -1, np.int64)
     other[both[0]] = both[1]
-    nth_a, (nth_b, counts_b, order_b) = _nth(original)[0], _nth(finetuned)
-    sample = other[original.sample_rows]
-    paired = np.flatnonzero((sample >= 0) & (nth_a < counts_b[sample]))
-    if not len(paired):
-        raise ValueError(
-            f"{original.path} and {finetuned.path} have no common samples: of the {len(shared)}"
-            f" that both hold, {len(nth_a)} have rows in one and {len(nth_b)} in the other, none"
-            " in both; take more samples, or a token that both models produce"
-        )
-    first_b = np.cumsum(counts_b) - counts_b
-    theirs = order_b[first_b[sample[paired]] + nth_a[paired]]
-    return Pairs(paired, theirs, len(shared))
+    return other
 
 
-def sample_names(features: Features) -> list[str]:
-    """The id of each sample; where it has none, its number."""
-    (ids,) = columns(features.samples, "id")
-    return [str(number if name is None else name) for number, name in enumerate(ids)]
+def _in_one_order(original: Features, finetuned: Features) -> bool:
+    """Whether both hold the same samples in the same order, as runs on the same data do.
+
+    Nothing of them is kept: names of millions of samples would take more room than their states.
+    """
+    if not len(original.samples) == len(finetuned.samples) > 0:
+        return False
+    seen = np.empty(len(original.samples), np.int64)
+    pairs = zip(unplaced(original.samples), unplaced(finetuned.samples), strict=True)
+    for number, (a, b) in enumerate(pairs):
+        name = name_of(number, a.get("id"))
+        if name != name_of(number, b.get("id")) or any(_differ(a, b, key) for key in _NAMING):
+            return False
+        seen[number] = hash(name)
+    return len(np.unique(seen)) == len(seen)  # else a name may stand for several samples
+
+
+def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
+    return None not in (a.get(key), b.get(key)) and a[key] != b[key]
 
 
 def _numbers(features: Features) -> dict[str, int]:
     """{sample id: which sample it is}, of several with one id the last."""
-    return {name: number for number, name in enumerate(sample_names(features))}
+    (ids,) = columns(features.samples, "id")
+    return {name_of(number, given): number for number, given in enumerate(ids)}
 
 
 def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

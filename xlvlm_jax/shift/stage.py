@@ -1,6 +1,7 @@
 """The stage behind `xlvlm shift`: features of two models and concepts of one -> shift/."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from ports.sites import match_sites
 from xlvlm_jax.concepts import Concepts, decompose
 from xlvlm_jax.grounding import is_before_norm
 from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.row_arrays import StoredRows
 from xlvlm_jax.same_model import require_model
+from xlvlm_jax.samples import columns
 from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.analysis import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.grounded import ground_samples, ground_words
-from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, sample_names
+from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, name_of
 from xlvlm_jax.shift.vectors import Reduce
 from xlvlm_jax.store import Features
 
@@ -33,6 +36,7 @@ def shift_features(
     *,
     finetuned_vlm: VLM | None = None,
     finetuned_concepts: Concepts | None = None,
+    pairs: Pairs | None = None,
     site: str | None = None,
     alpha: float = 1.0,
     reduce: Reduce = "mean",
@@ -56,6 +60,7 @@ def shift_features(
         finetuned_vlm: whose head reads the shifted and fine-tuned concepts, if it is another.
         finetuned_concepts: the fine-tuned model's own; by default learnt here, with the method and
             the options of `concepts`.
+        pairs: from `match_samples`, if they are known already.
         site: by default that of the concepts.
         alpha, reduce: see `analyse`.
         num_words, num_candidates: see `ground_text`. num_images: samples of each concept.
@@ -69,10 +74,12 @@ def shift_features(
     if finetuned is None:
         site, Z_b, pairs = _paired_rows(original, site)
         finetuned = original
+        both = [_RowIds(original)] * 2
     else:
         site = common_site(original, finetuned, site)
-        pairs, Z_b = match_samples(original, finetuned), finetuned.matrix(site)
-    Z_a = original.matrix(site)
+        pairs, Z_b = pairs or match_samples(original, finetuned), finetuned.stored(site)
+        both = [_RowIds(original), _RowIds(finetuned)]
+    Z_a = original.stored(site)
     _check_width(vlm, finetuned_vlm)
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     if finetuned_concepts is None:
@@ -102,13 +109,12 @@ def shift_features(
         num_candidates=num_candidates,
         through_norm=through_norm,
     )
-    ids = [_row_ids(features) for features in (original, finetuned)]
     analysis = ground_samples(
-        analysis, concepts, finetuned_concepts, Z_a, Z_b, *ids, num_images=num_images
+        analysis, concepts, finetuned_concepts, Z_a, Z_b, *both, num_images=num_images
     )
     analysis = dataclasses.replace(
         analysis,
-        pictures=_pictures(analysis, original, finetuned),
+        pictures=_pictures(analysis, *both),
         source={
             "original features": str(original.path.resolve()),
             "fine-tuned features": str(finetuned.path.resolve()),
@@ -124,7 +130,7 @@ def shift_features(
     return analysis
 
 
-def _paired_rows(features: Features, site: str | None) -> tuple[str, np.ndarray, Pairs]:
+def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:
     """Of a directory with the states of both models: the site, the fine-tuned states, the pairs."""
     both = [name for name in features.sites if finetuned_site(name) in features.sites]
     found = both if site is None else match_sites(site, both, hub_names)
@@ -134,7 +140,7 @@ def _paired_rows(features: Features, site: str | None) -> tuple[str, np.ndarray,
             f" models at {site or 'one site'}, or give the fine-tuned model's features too"
         )
     site, rows = found[0], np.arange(len(features.tokens))
-    return site, features.matrix(finetuned_site(site)), Pairs(rows, rows, len(features.samples))
+    return site, features.stored(finetuned_site(site)), Pairs(rows, rows, len(features.samples))
 
 
 def _finetuned_name(manifest: dict[str, Any]) -> str | None:
@@ -153,26 +159,51 @@ def _check_width(vlm: VLM, finetuned_vlm: VLM | None) -> None:
         )
 
 
-def _decompose_alike(Z: np.ndarray, concepts: Concepts, seed: int) -> Concepts:
+def _decompose_alike(Z: StoredRows, concepts: Concepts, seed: int) -> Concepts:
     """Concepts of Z, as many and learnt in the same way."""
     options = {name: value for name, value in concepts.options.items() if name != "init"}
     K = len(concepts.components)
     return decompose(Z, K, concepts.method, key=jax.random.key(seed), **options)
 
 
-def _row_ids(features: Features) -> list[str]:
-    names = sample_names(features)
-    return [names[i] for i in features.sample_rows.tolist()]
+class _RowIds(Sequence[str]):
+    """The sample of each row, read when it is asked for: a few of millions are.
+
+    Attributes:
+        features: whose rows.
+        samples: {name: which sample it is} of those that were asked for.
+    """
+
+    def __init__(self, features: Features):
+        self.features, self.samples = features, {}
+
+    def __len__(self) -> int:
+        return len(self.features.sample_rows)
+
+    def __getitem__(self, row: int) -> str:
+        number = int(self.features.sample_rows[row])
+        name = name_of(number, self.features.samples[number].get("id"))
+        self.samples[name] = number
+        return name
 
 
-def _pictures(analysis: ShiftAnalysis, *features: Features) -> dict[str, str]:
+def _pictures(analysis: ShiftAnalysis, *asked: _RowIds) -> dict[str, str]:
     """The image files of the samples that stand first."""
     shown = {
         name for kind in KINDS for names in analysis.images[kind] for name in names[:NUM_PICTURES]
     }
     found = {}
-    for each in features:
-        for number, name in enumerate(sample_names(each)):
-            if name in shown and (image := each.samples[number].get("image")):
+    for each in asked:
+        for name in shown & each.samples.keys():
+            if image := each.features.samples[each.samples[name]].get("image"):
                 found[name] = str(image)
+    if shown <= found.keys():
+        return found
+    # A sample may have its picture in the other features alone.
+    for each in asked:
+        for number, (name, image) in enumerate(
+            zip(*columns(each.features.samples, "id", "image"), strict=True)
+        ):
+            if image and (name := name_of(number, name)) in shown:
+                found.setdefault(name, str(image))
     return found

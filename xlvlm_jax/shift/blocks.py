@@ -1,0 +1,179 @@
+"""Shift vectors and their spread of rows too many to hold: read block by block, added in float64.
+
+The figures of `vectors`, from sums over the samples of each concept. With d_m = b_m - a_m the move
+of a sample, e_m its direction and s the mean move of the concept, one pass gives them all: the mean
+of d_m . s is |s|^2, and the mean cosine of d_m with s that of e_m . s / |s|.
+
+N rows, M pairs of them, B of a block, D width, K concepts.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse, stats
+
+from xlvlm_jax.concepts import Concepts, project, project_stored
+from xlvlm_jax.grounding import tiles_of
+from xlvlm_jax.shift.pairs import Pairs
+from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, Reduce, Spread
+from xlvlm_jax.solvers.inputs import StoredMatrix, is_stored, read_block
+
+BLOCK_BYTES = 2**25  # of rows in float64 that are held at once
+CENTRED_BYTES = 2**27  # of rows whose medians are taken together
+Rows = jax.Array | np.ndarray | StoredMatrix
+
+
+class Moves(NamedTuple):
+    """How the samples of each concept move."""
+
+    counts: Int[np.ndarray, " K"]
+    shifts: Float[np.ndarray, "K D"]  # NaN for fewer than two samples
+    spread: Spread
+
+
+def moves(
+    original: Rows,
+    finetuned: Rows,
+    pairs: Pairs,
+    assignment: Int[np.ndarray, " M"],
+    num_concepts: int,
+    reduce: Reduce = "mean",
+) -> Moves:
+    """`vectors.concept_shift` and `vectors.spread` of pairs of rows, with one block in memory.
+
+    "median" and "trimmed_mean" need all rows of a concept at once: they read all rows again for
+    every few concepts.
+
+    Args:
+        original, finetuned: the states of each model.
+        pairs: which rows of the two belong together.
+        assignment: the concept of each pair, 0 to K - 1.
+        num_concepts: K.
+        reduce: see `concept_shift`.
+
+    Raises ValueError for another `reduce`.
+    """
+    if reduce not in ("mean", "median", "trimmed_mean"):
+        raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'median' or 'trimmed_mean'")
+    K, D = num_concepts, original.shape[1]
+    moved, directions, norms = np.zeros((K, D)), np.zeros((K, D)), np.zeros((K, 2))
+    for part, a, b in _blocks(original, finetuned, pairs):
+        moves = b - a
+        lengths = np.linalg.norm(moves, axis=1, keepdims=True)
+        own = assignment[part]
+        moved += _add_up(moves, own, K)
+        norms += _add_up(np.hstack([lengths**2, lengths > 0]), own, K)
+        directions += _add_up(np.divide(moves, lengths, out=moves, where=lengths > 0), own, K)
+    counts = np.bincount(assignment, minlength=K)
+    few = counts < MIN_SAMPLES
+    sizes = np.maximum(counts, 1)[:, None]
+    mean, direction, (square, turned) = moved / sizes, directions / sizes, (norms / sizes).T
+    magnitude = np.linalg.norm(mean, axis=1)
+
+    def over_pairs(mean: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The mean product of two different rows, from their mean and their mean square."""
+        return (counts * np.sum(mean**2, axis=1) - own) / np.maximum(counts - 1, 1)
+
+    reach = np.where(magnitude > 0, magnitude, 1)
+    spread = Spread(
+        consistency=over_pairs(direction, turned),
+        product=over_pairs(mean, square),
+        cosine_with_mean=np.sum(direction * mean, axis=1) / reach,
+        product_with_mean=magnitude**2,
+        magnitude=magnitude,
+    )
+    if reduce != "mean":
+        mean = _centres(original, finetuned, pairs, assignment, counts, reduce)
+    return Moves(
+        counts,
+        np.where(few[:, None], np.nan, mean).astype(np.float32),
+        Spread(*(np.where(few, np.nan, figure).astype(np.float32) for figure in spread)),
+    )
+
+
+def activations_of(concepts: Concepts, Z: Rows) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:
+    """(first row, activations) of some rows of Z at a time: those learnt, or by projection."""
+    if concepts.activations is not None:
+        yield from tiles_of(concepts.activations)
+    elif is_stored(Z):
+        for start, _, codes in project_stored(Z, concepts):
+            yield start, np.asarray(codes)
+    else:
+        yield 0, np.asarray(project(Z, concepts))
+
+
+def _centres(
+    original: Rows,
+    finetuned: Rows,
+    pairs: Pairs,
+    assignment: Int[np.ndarray, " M"],
+    counts: Int[np.ndarray, " K"],
+    reduce: Reduce,
+) -> Float[np.ndarray, "K D"]:
+    """The centre of each concept's fine-tuned states minus that of the original ones."""
+    K, D = len(counts), original.shape[1]
+    found = np.zeros((K, D))
+    # Concepts that are read together: as many as fit.
+    group = np.cumsum(counts * 4 * D * 2) // CENTRED_BYTES
+    for number in np.unique(group):
+        concepts = np.flatnonzero((group == number) & (counts >= MIN_SAMPLES))
+        held = np.flatnonzero(np.isin(assignment, concepts))
+        some = Pairs(pairs.original[held], pairs.finetuned[held], pairs.num_samples)
+        states = np.empty((2, len(held), D), np.float32)
+        for part, a, b in _blocks(original, finetuned, some):
+            states[0, part], states[1, part] = a, b
+        for k in concepts:
+            own = states[:, assignment[held] == k].astype(np.float64)
+            before, after = (
+                np.median(own, axis=1)
+                if reduce == "median"
+                else stats.trim_mean(own, TRIMMED, axis=1)
+            )
+            found[k] = after - before
+    return found
+
+
+def _add_up(
+    rows: Float[np.ndarray, "B C"], assignment: Int[np.ndarray, " B"], num_concepts: int
+) -> Float[np.ndarray, "K C"]:
+    """The sum of the rows of each concept."""
+    B = len(rows)
+    members = (np.ones(B), (assignment, np.arange(B)))
+    return sparse.csr_array(members, shape=(num_concepts, B)) @ rows
+
+
+def _blocks(
+    original: Rows, finetuned: Rows, pairs: Pairs
+) -> Iterator[tuple[slice, Float[np.ndarray, "B D"], Float[np.ndarray, "B D"]]]:
+    """(which pairs, their rows in float64) of some pairs at a time."""
+    size = max(BLOCK_BYTES // (8 * original.shape[1]), 1)
+    for start in range(0, len(pairs.original), size):
+        part = slice(start, start + size)
+        a, b = (
+            _take(Z, rows[part]).astype(np.float64)
+            for Z, rows in ((original, pairs.original), (finetuned, pairs.finetuned))
+        )
+        yield part, a, b
+
+
+def _take(Z: Rows, rows: Int[np.ndarray, " B"]) -> np.ndarray:
+    """Some rows; of what reads them all from the first to the last, unless those are far more."""
+    if not is_stored(Z):
+        return np.asarray(Z[rows])
+    first, last = int(rows.min()), int(rows.max()) + 1
+    if last - first <= 4 * len(rows):
+        return read_block(Z, first, last)[rows - first]
+    # From one end to the other: each chunk of a file is then read once.
+    order = np.argsort(rows, kind="stable")
+    found = np.empty((len(rows), Z.shape[1]), np.float32)
+    size = max(BLOCK_BYTES // (4 * Z.shape[1]), 1)
+    for begin in range(first, last, size):
+        end = min(begin + size, last)
+        lower, upper = np.searchsorted(rows[order], [begin, end])
+        if upper > lower:
+            here = order[lower:upper]
+            found[here] = read_block(Z, begin, end)[rows[here] - begin]
+    return found
