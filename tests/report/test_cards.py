@@ -59,6 +59,6 @@ def test_numbers_as_written():
     assert [number(x) for x in (0.0, 12, 0.12345, 1e-6, 123.456, 3056.4)] == [
         "0", "12", "0.123", "1.0e-06", "123", f"3{narrow}056",
     ]  # fmt: skip
-    assert [percent(x) for x in (0.0, 0.001, 0.5, 1.0)] == [
-        f"{shown}{narrow}%" for shown in ("0", "<1", "50", "100")
-    ]
+    shares = (0.0, 1e-5, 0.001, 0.0039, 0.0125, 0.05, 0.0949, 0.0951, 0.126, 0.5, 1.0)
+    texts = ("0", "<0.01", "0.1", "0.39", "1.2", "5", "9.5", "10", "13", "50", "100")
+    assert [percent(x) for x in shares] == [f"{text}{narrow}%" for text in texts]

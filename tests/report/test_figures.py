@@ -33,6 +33,18 @@ def test_a_weak_concept_fills_its_histogram_beside_a_strong_one():
     assert histogram(weak * 2.0**-10, own).counts == histogram(weak, own).counts
 
 
+def test_a_few_large_activations_do_not_push_all_others_into_one_bin():
+    """As those of k-means far from its centroids, 1 / (1 + distance), with one row at its own."""
+    far = 1 / (1 + np.random.default_rng(0).uniform(100, 2000, 1000))
+    result = histogram(np.append(far, 1.0), np.arange(1001) == 1000)
+    assert result.logarithmic and (result.low, result.high) == (far.min(), 1.0)
+    assert np.count_nonzero(result.counts) > 8 and sum(result.counts) == 1001
+    assert result.own == [0] * 23 + [1]
+    by_hand = histogram(np.array([1.0] * 20 + [2, 4, 1024]), np.zeros(23, bool), num_bins=5)
+    assert by_hand.counts == [21, 1, 0, 0, 1]  # edges 1, 4, 16, 64, 256, 1024: 4 is in the second
+    assert not histogram(np.append(-far, 1.0), np.zeros(1001, bool)).logarithmic
+
+
 def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (300, 600, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
@@ -43,7 +55,20 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
     assert size(shown[wide]) == (224, 112)
     tight = thumbnails([wide], budget=len(shown[wide].uri) - 1)
     assert size(tight[wide]) == (160, 80)
-    assert size(thumbnails([wide], budget=1)[wide]) == (48, 24)
+    assert thumbnails([wide], budget=1) == {}
+
+
+def test_the_last_pictures_are_left_out_of_a_budget_that_legible_ones_exceed(tmp_path):
+    """As 5 pictures for each of 256 concepts do: none is smaller than 96 pixels."""
+    random = np.random.default_rng(0)
+    names = [str(tmp_path / f"{i}.png") for i in range(12)]
+    for name in names:
+        Image.fromarray(random.integers(0, 255, (96, 96, 3), np.uint8)).save(name)
+    whole = sum(len(thumbnail.uri) for thumbnail in thumbnails(names).values())
+    shown = thumbnails(names, budget=whole // 2)
+    assert 4 <= len(shown) <= 6 and list(shown) == names[: len(shown)]
+    assert {size(thumbnail) for thumbnail in shown.values()} == {(96, 96)}
+    assert sum(len(thumbnail.uri) for thumbnail in shown.values()) <= whole // 2
 
 
 def test_relative_images_are_looked_for_below_the_roots(tmp_path):

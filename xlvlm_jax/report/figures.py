@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +14,21 @@ from PIL import Image
 from xlvlm_jax.data.images import read_image
 
 NUM_BINS = 24
+CROWDED = 0.9  # of the rows in one bin of equal width: bins are then of equal ratio
 # The longest side of a thumbnail in pixels: the first with which all of them fit into the budget.
-SIDES = (224, 160, 128, 96, 64, 48)
+# Below the last they would be blurred where the page shows them: some are then left out.
+SIDES = (224, 160, 128, 96)
 BUDGET = 1_400_000  # bytes of all thumbnails of a page, in base64
 
 
 class Histogram(NamedTuple):
-    """Activations of one concept, zeros left out; B bins of equal width over [low, high]."""
+    """Activations of one concept, zeros left out; B bins over [low, high]."""
 
     low: float
     high: float
     counts: list[int]  # [B], rows whose activation lies in the bin
     own: list[int]  # [B], those of them of which this is the most activated concept
+    logarithmic: bool = False  # bins of equal ratio, not of equal width
 
 
 def histogram(
@@ -35,15 +39,22 @@ def histogram(
     """Counts the activations of one concept from its lowest to its highest, zeros left out.
 
     Its own range: over that of all concepts those of a weak one would fall into one bin. The last
-    bin holds the highest too.
+    bin holds the highest too. Bins are of equal width, or of equal ratio where nearly all of the
+    activations, all positive, would fall into one: some are then many times as large as most.
     """
     active = activations[activations != 0]
     low, high = (float(active.min()), float(active.max())) if len(active) else (0.0, 0.0)
+    edges = np.histogram_bin_edges(active, num_bins, (low, high))
+    crowded = np.histogram(active, edges)[0].max() > CROWDED * len(active)
+    logarithmic = bool(crowded and 0 < low < high)
+    if logarithmic:
+        edges = np.geomspace(low, high, num_bins + 1)
+        edges[0], edges[-1] = low, high  # which rounding may have moved inwards
     counts, own_counts = (
-        np.histogram(chosen, num_bins, (low, high))[0].tolist()
+        np.histogram(chosen, edges)[0].tolist()
         for chosen in (active, activations[own & (activations != 0)])
     )
-    return Histogram(low, high, counts, own_counts)
+    return Histogram(low, high, counts, own_counts, logarithmic)
 
 
 class Thumbnail(NamedTuple):
@@ -60,8 +71,10 @@ def thumbnails(
     """A thumbnail of each image, {image as given: Thumbnail}; each image is read once.
 
     Args:
-        images: paths; a relative one is looked for here and then below each of `roots`.
-        budget: bytes that all data URIs may take together; smaller thumbnails keep it.
+        images: paths, the most important first; a relative one is looked for here and then below
+            each of `roots`.
+        budget: bytes that all data URIs may take together. Smaller thumbnails keep it; where the
+            smallest would not, the last images are left out of the result.
     """
     small: dict[str, Image.Image | str] = {}
     for name in dict.fromkeys(images):
@@ -79,9 +92,11 @@ def thumbnails(
         }
         if sum(len(uri) for uri in uris.values() if uri) <= budget:
             break
+    spent = itertools.accumulate(len(uri or "") for uri in uris.values())
     return {
         name: Thumbnail(f"p{number}", uris[name], picture if isinstance(picture, str) else None)
-        for number, (name, picture) in enumerate(small.items())
+        for number, ((name, picture), total) in enumerate(zip(small.items(), spent, strict=True))
+        if total <= budget
     }
 
 

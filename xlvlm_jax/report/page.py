@@ -1,6 +1,8 @@
 """The page: what a run directory holds, read, put into the template, and written."""
 
+import dataclasses
 import importlib.resources
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +19,7 @@ from xlvlm_jax.stages import known_attributes
 from xlvlm_jax.store import Features
 
 from .cards import Section, read_section
-from .figures import not_shown, thumbnails
+from .figures import Thumbnail, not_shown, thumbnails
 from .scores import KEYS as SCORES
 from .scores import read_scores
 from .shift import read_shifts, shown_images
@@ -82,9 +84,15 @@ def _render(
     sections = [read_section(directory, features, attributes) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     shifts = read_shifts(run, images)
-    shown = [picture.image for s in sections for card in s.cards for picture in card.pictures]
-    shown += [*shown_images(shifts), *shown_steering(steering)]
-    small = thumbnails((image for image in shown if image), (run, run.parent))
+    shown = _in_order(sections, [*shown_images(shifts), *shown_steering(steering)])
+    small = thumbnails(shown, (run, run.parent))
+    left_out = None
+    if len(small) < len(shown):
+        sections = [_with_shown(section, small) for section in sections]
+        left_out = (
+            f"{number(len(shown) - len(small))} of {number(len(shown))} left out, the less"
+            " activating ones of each concept, so that the page stays small"
+        )
     unseen = not_shown(small)
     if unseen and tell is not None:
         tell(f"{unseen}; give the directory that they lie in (--images)")
@@ -99,13 +107,34 @@ def _render(
         groups=list(_settings(run, settings, scores, features, sections)),
         attributes_known=bool(attributes),
         thumbnails=small,
-        unseen=unseen,
+        unseen="; ".join(filter(None, (unseen, left_out))),
         unit="samples"
         if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
         else "rows",
         css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
         blank=BLANK,
     )
+
+
+def _in_order(sections: Iterable[Section], others: Iterable[str]) -> list[str]:
+    """Every picture once: each concept's first, then those of other parts, then more."""
+    ranked = itertools.zip_longest(
+        *([p.image for p in card.pictures] for section in sections for card in section.cards)
+    )
+    first = next(ranked, ())
+    found = (*first, *others, *itertools.chain.from_iterable(ranked))
+    return list(dict.fromkeys(image for image in found if image))
+
+
+def _with_shown(section: Section, small: Mapping[str, Thumbnail]) -> Section:
+    """The section without the pictures that there was no room for."""
+    cards = [
+        dataclasses.replace(
+            card, pictures=[p for p in card.pictures if not p.image or p.image in small]
+        )
+        for card in section.cards
+    ]
+    return dataclasses.replace(section, cards=cards)
 
 
 def _environment() -> Environment:
@@ -311,6 +340,7 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a whole percentage; one that is not zero is never shown as such."""
-    text = "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
+    """A share as a percentage, below ten with two digits; one that is not zero is never shown 0."""
+    text = f"{100 * share:.0f}" if not 0 < share < 0.095 else f"{100 * share:.2g}"
+    text = "<0.01" if 0 < share < 1e-4 else text
     return f"{text}\N{NARROW NO-BREAK SPACE}%"
