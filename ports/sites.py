@@ -83,7 +83,9 @@ def _unknown(site: str, normal: Mapping[str, str]) -> ValueError:
     close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
     close += difflib.get_close_matches(wrong, normal, 3, cutoff=0.3)
     nearest = [normal[key] for key in dict.fromkeys(close)][:3]
-    return ValueError(f"no site matches {site!r}; nearest: {', '.join(nearest) or 'none'}")
+    plain = set("[]{}").isdisjoint(site)
+    hint = "" if plain else " (patterns know *, ? and **, no brackets: name the sites one by one)"
+    return ValueError(f"no site matches {site!r}{hint}; nearest: {', '.join(nearest) or 'none'}")
 
 
 def is_pattern(name: str) -> bool:
@@ -98,13 +100,15 @@ def match_sites(
 
     Args:
         name: a site in any spelling, or a pattern: `*` and `?` stand for some characters and for
-            one of a part between dots, `**` for any text. A pattern may begin at any part:
-            "layers.*" are the layers, "layers.**" all that is in them too.
+            one of a part between dots, `**` for any text; brackets have no meaning. A pattern may
+            begin at any part: "layers.*" are the layers, "layers.**" all that is in them too. So
+            may a name, if one site alone ends in it: "layers.3".
         known: the sites that there are.
         other_names: what else a name or pattern may be called, tried if it matches nothing.
     """
     known = list(known)
-    for said in (name, *(other_names(name) if other_names else ())):
+    names = (name, *(other_names(name) if other_names else ()))
+    for said in names:
         if is_pattern(said):
             pattern = re.compile(rf"(.*\.)?{_regular_expression(said.replace('/', '.'))}")
             found = [site for site in known if pattern.fullmatch(site)]
@@ -112,7 +116,9 @@ def match_sites(
             found = [site for site in known if normal_name(site) == normal_name(said)]
         if found:
             return found
-    return []
+    ends = tuple(f".{normal_name(said)}" for said in names)
+    found = [site for site in known if normal_name(site).endswith(ends)]
+    return found if len(found) == 1 else []
 
 
 def _regular_expression(pattern: str) -> str:

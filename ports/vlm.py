@@ -32,7 +32,14 @@ from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_o
 from ports.generate import Generation
 from ports.messages import few
 from ports.sampling import Sampling
-from ports.sites import as_sites, capture, find_sites, is_pattern, list_sites, normal_name
+from ports.sites import (
+    as_sites,
+    capture,
+    find_sites,
+    is_pattern,
+    list_sites,
+    normal_name,
+)
 
 Array = jax.Array
 
@@ -563,8 +570,9 @@ class VLM:
         """The sites that names and patterns mean.
 
         Args:
-            names: names of sites, as in `sites`, or of modules in today's transformers, or patterns
-                such as "layers.*" (see `ports.sites.match_sites`); a string alone is one.
+            names: names of sites, as in `sites`, or of modules in today's transformers, or the end
+                of one site's name, or patterns such as "layers.*" (see `ports.sites.match_sites`);
+                a string alone is one.
             generated: only sites that have a state for each generated token.
 
         Returns {name: site}, where a site that a pattern matched has its own name.
@@ -574,7 +582,8 @@ class VLM:
         inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
         asked: dict[str, str] = {}
         for name in as_sites(names):
-            asked |= find_sites([name], inside if is_pattern(name) else self.sites, self.hub_names)
+            among = self.sites if self._is_whole(name) else inside
+            asked |= find_sites([name], among, self.hub_names)
         outside = [name for name, site in asked.items() if site not in inside]
         if outside:
             raise ValueError(
@@ -582,6 +591,11 @@ class VLM:
                 f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
             )
         return asked
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a name is that of a site; a pattern and the end of a name are not."""
+        known = set(map(normal_name, self.sites))
+        return any(normal_name(said) in known for said in (name, *self.hub_names(name)))
 
     def check_sites(
         self, sites: str | Sequence[str], *, generated: bool = False
@@ -674,8 +688,8 @@ class VLM:
             return xp.pad(columns, ((0, 0), (0, missing), *((0, 0),) * (columns.ndim - 2)))
 
         for name, listed in edits.items():
-            # A pattern such as "layers.*" would fit the layers of a vision tower too.
-            for site in self.check_sites([name], generated=is_pattern(name)):
+            # "layers.*" and "layers.1" would fit the layers of a vision tower too.
+            for site in self.check_sites([name], generated=not self._is_whole(name)):
                 here = listed
                 # In the towers rows and positions are those of images.
                 if self.module.is_of_decoder(site):

@@ -61,6 +61,9 @@ def test_a_site_must_be_chosen_among_several(tmp_path):
     Z = np.eye(3, dtype="f4")
     features = write(tmp_path / "f", Z, [(i, {}) for i in range(3)], sites=("a", "b"))
     assert stages.choose_site(features, "b") == "b"
+    layers = [f"language_model.model.layers.{i}" for i in (3, 13)]
+    decoder = write(tmp_path / "d", Z, [(i, {}) for i in range(3)], sites=layers)
+    assert stages.choose_site(decoder, "layers.3") == layers[0]
     with pytest.raises(
         ValueError, match="holds the sites a, b; choose one of them, got None; name it by --site"
     ):

@@ -378,7 +378,12 @@ class TestPatterns:
             ("**.mlp", ["model.layers.0.mlp", "model.layers.10.mlp"]),
             ("linear_?", ["linear_1"]),
             ("model/layers_0", ["model.layers.0"]),
-            ("layers.0", []),  # a name is a whole one
+            ("layers.0", []),  # two sites end in it
+            ("layers/10", ["model.layers.10"]),
+            ("norm", ["model.norm"]),
+            ("orm", []),
+            ("mlp", []),
+            ("layers.[01]", []),
             ("ayers.*", []),
             ("layer+.*", []),
         ],
@@ -399,6 +404,13 @@ class TestPatterns:
             ValueError, "no site matches 'model.layer.*'; nearest: model.layers.0"
         ):
             sites.find_sites(["model.layer.*"], self.KNOWN)
+        for pattern in ("model.layers.[01]", "layers.{0,10}"):
+            with helpers.raises_line(
+                ValueError,
+                f"no site matches '{pattern}' (patterns know *, ? and **, no brackets: name the "
+                "sites one by one); nearest: model.layers.",
+            ):
+                sites.find_sites([pattern], self.KNOWN)
 
 
 class TestNames:

@@ -168,6 +168,26 @@ class TestForward:
         for name in names:
             np.testing.assert_array_equal(ours.states[name], expected.states[name])
 
+    def test_the_end_of_a_name_is_enough(self, small):
+        inputs = helpers.make_inputs([1], [5])
+        vector = np.random.default_rng(0).standard_normal(60).astype(np.float32)
+        name = "language_model.model.layers.1"
+        edits = ({site: ports.add(vector)} for site in ("layers.1", name))
+        ours, expected = (
+            small.vlm.generate(inputs, max_new_tokens=2, sites=site, edits=edit)
+            for site, edit in zip(("layers.1", name), edits, strict=True)
+        )
+        np.testing.assert_array_equal(ours.states["layers.1"], expected.states[name])
+        assert small.vlm.find_sites(["layers/1/mlp", "lm_head"], generated=True) == {
+            "layers/1/mlp": f"{name}.mlp",
+            "lm_head": "language_model.lm_head",
+        }
+        # Outside of a generation the vision tower has a layer of that name too.
+        with helpers.raises_line(ValueError, "no site matches 'layers.1'; nearest: ", name, "visi"):
+            small.vlm.forward(inputs, sites=["layers.1"])
+        with helpers.raises_line(ValueError, "no site matches 'encoder.layers.1'; nearest: "):
+            small.vlm.forward(inputs, edits={"encoder.layers.1": ports.add(vector)})
+
     def test_edits_may_be_given_by_pattern_and_by_todays_names(self, small):
         inputs = helpers.make_inputs([1], [5])
         vector = np.random.default_rng(0).standard_normal(60).astype(np.float32)
