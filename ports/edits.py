@@ -330,7 +330,8 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
             they enter the model); "last_prompt"; "image"; "text" (all but image); {"from": i}, the
             i-th token of each row and what follows; {"at": indices}, the tokens of these indices,
             int[P] or int[B, P]; a mask bool[B, T] over the prompt; or bool[B], whole rows. Tokens
-            are counted in each row, from 0 and without padding.
+            are counted in each row, from 0 and without padding; rows that end before an index are
+            not edited there (a model warns where that is every row).
 
     Raises ValueError for another `where`, a vector or alpha of another shape, or values that are
     not finite.
@@ -479,6 +480,12 @@ def is_everywhere(edit: Edit) -> bool:
     kinds = is_traced(edit.kinds) or np.all(edit.kinds)
     start = is_traced(edit.start) or edit.start == 0
     return bool(kinds and start and edit.mask is None and edit.at is None)
+
+
+def reaches(edit: Edit, length: int) -> bool:
+    """Whether an edit's indices may name one of so many tokens; of what is traced they may."""
+    first = edit.start if edit.at is None else edit.at
+    return is_traced(first) or bool(np.min(first) < length)
 
 
 def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:

@@ -140,9 +140,12 @@ def given(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
 def changing_logits(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that change greedy tokens, as `logits.make_rules` takes them.
 
-    Raises ValueError for what is not implemented, or can't be.
+    Raises ValueError for what is not implemented, or can't be; with do_sample also for values of
+    sampling that can't be.
     """
     _refuse(values, _REFUSED)
+    if values.get("do_sample"):
+        of_sampling(values)
     chosen = _chosen(values, _LOGITS)
     suppressed = set(chosen.get("suppress_tokens", ()))
     for key in ("forced_bos_token_id", "forced_eos_token_id"):

@@ -110,7 +110,7 @@ def make_rules(
         length: of the caller's prompts, padding included, as transformers counts it.
         fill: how many more columns the compiled program has.
 
-    Raises ValueError for a token that is not in the vocabulary, where transformers does.
+    Raises ValueError for a token that is not in the vocabulary.
     """
     masks = functools.partial(_mask, vocabulary=vocabulary)
     rules: dict[str, Any] = {}
@@ -143,10 +143,14 @@ def make_rules(
             _require_known("a forced token", ids, vocabulary)
             rules[name] = masks(ids)
     rules["remove_invalid"] = values.get("remove_invalid_values", False)
-    if "suppress_tokens" in values:
-        rules["suppressed"] = masks(values["suppress_tokens"])
+    for name, key in (
+        ("suppressed", "suppress_tokens"),
+        ("suppressed_at_begin", "begin_suppress_tokens"),
+    ):
+        if key in values:
+            _require_known(key, values[key], vocabulary)
+            rules[name] = masks(values[key])
     if "begin_suppress_tokens" in values:
-        rules["suppressed_at_begin"] = masks(values["begin_suppress_tokens"])
         rules["begin"] = np.int32(first is not None)
     return Rules(np.int32(fill), **rules) if any(_is_set(rule) for rule in rules.values()) else None
 

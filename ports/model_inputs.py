@@ -3,6 +3,7 @@
 B batch, T positions.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,17 +63,22 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
 
     Args:
         texts: rendered prompts.
-        images: for each prompt an image, or a list of images.
+        images: for each prompt an image, or a list of images; an image may be a path.
         mark: the text that stands for an image in a prompt; None where prompts hold none.
 
     Raises:
-        ValueError: one string, one image, another number of images than of prompts, or a prompt
-            that does not hold `mark` once for each of its images.
+        ValueError: one string, one image, another number of images than of prompts, a prompt that
+            does not hold `mark` once for each of its images, or a file that is not there.
     """
     if isinstance(texts, str):
         raise ValueError(
             "texts is one string; expected a list of rendered prompts: "
             "process([vlm.render(text)], [image])"
+        )
+    if images is None:
+        raise ValueError(
+            "images are missing; expected an image, or a list of images, for each prompt ([] for "
+            "none): process([vlm.render(text)], [image])"
         )
     if not hasattr(images, "__len__") or isinstance(images, str) or getattr(images, "ndim", 4) < 4:
         raise ValueError(
@@ -88,7 +94,7 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
     for text, entry in zip(texts, images, strict=True):
         if not isinstance(text, str):
             raise ValueError(f"a prompt is a {type(text).__name__}; expected a string")
-        listed = entry if isinstance(entry, list) else [entry]
+        listed = [_image(each) for each in (entry if isinstance(entry, list) else [entry])]
         if mark is not None and text.count(mark) != len(listed):
             raise ValueError(
                 f"the prompt {text!r:.60} holds {mark} {text.count(mark)} times and has "
@@ -97,3 +103,15 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
             )
         pairs.append((text, listed))
     return pairs
+
+
+def _image(given: Any) -> Any:
+    """An image as processors take it. ValueError for None, and for a file that is not there."""
+    if given is None:
+        raise ValueError("an image is None; expected a PIL image, an array, or the path of a file")
+    if not isinstance(given, str | os.PathLike):
+        return given
+    name = os.fspath(given)
+    if not (name.startswith(("http://", "https://", "data:")) or os.path.isfile(name)):
+        raise ValueError(f"no image file {name!r:.200}; expected the path of one, or a PIL image")
+    return name

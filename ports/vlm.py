@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ from ports import (
     steering,
     vocabulary,
 )
-from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out
+from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out, reaches
 from ports.generate import Generation
 from ports.messages import few
 from ports.sampling import Sampling
@@ -36,7 +37,6 @@ from ports.sites import (
     as_sites,
     capture,
     find_sites,
-    is_pattern,
     list_sites,
     normal_name,
 )
@@ -468,7 +468,7 @@ class VLM:
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
-        edits, checked = self._place_edits(edits, checked)
+        edits, checked = self._place_edits(edits, checked, max_new_tokens)
         arrays = self._place(padding.align_right(checked))
         options = {
             "max_new_tokens": max_new_tokens,
@@ -523,13 +523,16 @@ class VLM:
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
         asked = self.find_sites(sites, generated=True)
-        placed = [self._place_edits(edits, checked)[0] for edits in variants]
+        placed = [self._place_edits(edits, checked, max_new_tokens)[0] for edits in variants]
         structures = {jax.tree.structure(edits) for edits in placed}
         if len(structures) != 1:
             raise ValueError(
                 f"{len(placed)} variants of edits have {len(structures)} structures; expected one: "
                 "the same sites and kinds of edits, all with a mask or none (see ports.stacked)"
             )
+        if not jax.tree.leaves(placed):  # no edits: nothing tells the variants apart
+            answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
+            return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(placed)), answer)
         result = _generate(
             self.module,
             self.params,
@@ -650,13 +653,16 @@ class VLM:
             "its model family, as chat_template.jinja"
         )
 
-    def process(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, np.ndarray]:
+    def process(
+        self, texts: Sequence[str], images: Sequence[Any] | None = None
+    ) -> dict[str, np.ndarray]:
         """A batch for `forward` and `generate`: rendered prompts with one image each.
 
-        Instead of an image there may be a list of those of that prompt.
+        An image is what the checkpoint's processor takes: a PIL image, an array, or the path of a
+        file. Instead of it there may be a list of those of that prompt, an empty one for none.
 
-        Raises ValueError for one string or one image, another number of images than of prompts, or
-        a prompt that was not rendered: it holds no token for its image.
+        Raises ValueError for one string or one image, another number of images than of prompts, a
+        file that is not there, or a prompt that was not rendered: it holds no token for its image.
         """
         mark = getattr(self.processor, "image_token", None)
         pairs = model_inputs.pair_prompts(texts, images, mark)
@@ -673,8 +679,12 @@ class VLM:
         self,
         edits: Edits | None,
         arrays: dict[str, np.ndarray],
+        max_new_tokens: int = 1,
     ) -> tuple[dict[str, tuple[Edit, ...]], dict[str, np.ndarray]]:
-        """The edits as arguments of a compiled program, and the arrays with what they need."""
+        """The edits as arguments of a compiled program, and the arrays with what they need.
+
+        max_new_tokens: how many are generated; the last of them enters no model.
+        """
         edits = {} if edits is None else as_edits(edits)
         if not edits:
             return {}, arrays
@@ -695,6 +705,7 @@ class VLM:
                 if self.module.is_of_decoder(site):
                     for edit in here:
                         check_batch(edit, batch, length)
+                        _warn_of_beyond(site, edit, length + max_new_tokens - 1)
                     here = tuple(lay_out(edit, move) for edit in here)
                 placed[site] = (*placed.get(site, ()), *here)
         for site, listed in placed.items():
@@ -761,6 +772,16 @@ class VLM:
             name: sharding.put(value, sharding.batch_sharding(self._mesh, value.shape))
             for name, value in arrays.items()
         }
+
+
+def _warn_of_beyond(site: str, edit: Edit, length: int) -> None:
+    if not reaches(edit, length):
+        where = f"from {int(edit.start)} on" if edit.at is None else f"{np.ravel(edit.at).tolist()}"
+        warnings.warn(
+            f"the edit at {site!r} changes nothing: it is for the tokens {where:.60}, and no row "
+            f"has more than {length}",
+            stacklevel=4,
+        )
 
 
 def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -180,6 +180,16 @@ def test_every_word_of_a_class_and_no_piece_of_one(tokenizer, words):
     assert finder([[x for i in alone for x in (i, end)]]).tolist() == [[-1, -1]]
 
 
+def test_accents_as_characters_of_their_own_are_those_of_one(tokenizer):
+    """Some tokenizers compose the text, others leave it as it is."""
+    for text in ("a caf\u00e9s caf\u00e9 t", "a cafe\u0301s cafe\u0301 t"):
+        ids = encode(tokenizer, text)
+        places = {int(find_word(ids, tokenizer, w)[0]) for w in ("caf\u00e9", "cafe\u0301")}
+        assert len(places) == 1
+        before, within = before_and_in(tokenizer, ids[0], places.pop())
+        assert before.rstrip().endswith("s") and within.split()[-1].startswith("c")
+
+
 PARTS = ["dog", "Dog", "do", "g", "s", "car", "carrot", "TV", "é", "🐕", "3", " ", "  ", "\n", "-"]
 PARTS += ["'", "(", ".", "_", "—", "hot dog", "toaster", "to"]
 

@@ -26,6 +26,13 @@ def test_a_word_in_a_text_is_a_whole_one(text, found):
     assert not words.word_pattern([]).search(text)
 
 
+@pytest.mark.parametrize("word", ["caf\u00e9", "cafe\u0301"], ids=["one", "two"])
+def test_a_letter_and_its_accent_are_one_character_or_two(word):
+    text = "cafe caf\u00e9s caf\u00e9 cafe\u0301s cafe\u0301 cafe\u0301\u0327"
+    spans = [found.span() for found in words.word_pattern([word]).finditer(text)]
+    assert spans == [(11, 15), (23, 28)]
+
+
 def test_classes_are_lists_of_different_lower_case_words():
     for name, members in words.CLASSES.items():
         assert len(set(members)) == len(members) >= 15, name

@@ -91,6 +91,11 @@ def _mark() -> str:
     return f"[{re.sub(f'[{_UNSPACED}]', '', marks)}]"
 
 
+def _normal_forms(word: str) -> tuple[str, str]:
+    """With each accented letter as one character, and as several."""
+    return unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)
+
+
 def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
     """Returns a pattern that finds any of the words in a text, each as a whole word.
 
@@ -98,11 +103,13 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
     "hot-dog", and does not in "dogs" or "dog_house". A number also goes on through a point or a
     comma between digits: 3 does not stand in "3.5" or "3,000". Marks belong to their letter: an "e"
     with its accent as a character of its own is no "e". In scripts without spaces the characters
-    alone decide. A space in a word stands for any white space, and "'" for "\u2019" too.
+    alone decide. A space in a word stands for any white space, and "'" for "\u2019" too. A letter
+    and its accent may be one character or two, in the word and in the text.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     stripped = filter(None, (word.strip() for word in words))
-    for word in sorted(stripped, key=len, reverse=True):  # of words that begin alike, the longest
+    written = dict.fromkeys(w for word in stripped for w in (word, *_normal_forms(word)))
+    for word in sorted(written, key=len, reverse=True):  # of words that begin alike, the longest
         before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})(?<!{_mark()})"
         after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER}|{_mark()})"
         before += r"(?<!\d[.,])" if word[0].isdecimal() else ""

@@ -204,6 +204,11 @@ def test_a_word_that_no_sample_predicts_is_named(vlm, samples, tmp_path):
     with pytest.raises(ValueError, match=r"no sample of 2 .* words 'skyline', 'Skyline'; take"):
         extract(vlm, samples[:2], output, settings)
     assert not output.exists()
+    missing = dataclasses.replace(samples[2], image="nowhere.jpg")
+    with pytest.raises(
+        ValueError, match=r"no sample of 2 pred.* \(1 more gave no state, the first: .*nowhere.jpg"
+    ):
+        extract(vlm, [*samples[:2], missing], output, settings)
 
 
 def test_an_unknown_site_lists_the_nearest(vlm, samples, tmp_path):

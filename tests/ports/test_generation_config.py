@@ -95,6 +95,21 @@ def test_samples_that_cannot_be(small):
         small.vlm.with_generation_config({"temperature": 0}).sampling(None)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("temperature", 0.0, "a number above 0"),
+        ("top_p", 1.5, "a number from 0 to 1"),
+        ("top_k", -1, "a whole number"),
+        ("top_h", 0.4, "null"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused_before_any_is_drawn(key, value, expected):
+    with helpers.raises_line(ValueError, f"{key} is {value}", f"expected {expected}"):
+        generation_config.changing_logits({"do_sample": True, key: value})
+    assert generation_config.changing_logits({"do_sample": False, key: value}) == {}
+
+
 class TestLoading:
     def test_values_of_the_file_and_of_the_caller(self, small, tmp_path):
         directory = shutil.copytree(small.directory, tmp_path / "checkpoint")

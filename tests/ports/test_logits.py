@@ -43,7 +43,7 @@ CASES = {
     "a least length": lambda g: {"min_length": 30, "eos_token_id": g[0, 1]},
     "both": lambda g: {"min_length": 99, "min_new_tokens": 3, "eos_token_id": g[0, 1]},
     "a forced end": lambda g: {"forced_eos_token_id": [END, 7]},
-    "suppressed": lambda g: {"suppress_tokens": [*g[0, :2], 10**6]},
+    "suppressed": lambda g: {"suppress_tokens": [*g[0, :2]]},
     "suppressed at first": lambda g: {"begin_suppress_tokens": [*g[:, 0], *g[:, 1]]},
     "invalid values": lambda g: {"remove_invalid_values": True, "no_repeat_ngram_size": 1},
     "an ending that grows": lambda g: {
@@ -200,6 +200,11 @@ class TestByHand:
         assert self.make({"forced_bos_token_id": 2}) is None
 
     def test_tokens_outside_the_vocabulary(self):
-        for values in ({"bad_words_ids": [[1, 4]]}, {"forced_eos_token_id": 4}):
+        for values in (
+            {"bad_words_ids": [[1, 4]]},
+            {"forced_eos_token_id": 4},
+            {"suppress_tokens": [0, 4]},
+            {"begin_suppress_tokens": [4]},
+        ):
             with helpers.raises_line(ValueError, "names token 4, and the vocabulary has 4"):
                 self.make(values)

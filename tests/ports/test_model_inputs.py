@@ -1,11 +1,14 @@
 """What callers hand to a model: accepted, or refused in one line that says what was expected."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from ports import model_inputs
 
@@ -102,6 +105,10 @@ class TestPrompts:
             ),
             (["<image>"], IMAGE, ("images is one ndarray", "for each prompt")),
             (["<image>"], "a.jpg", ("images is one str", "for each prompt")),
+            (["<image>"], None, ("images are missing; expected an image", "for each prompt")),
+            (["<image>"], [None], ("an image is None; expected a PIL image",)),
+            (["<image>"], ["no/a.jpg"], ("no image file 'no/a.jpg'; expected the path of one",)),
+            (["<image>"], [Path("no/a.jpg")], ("no image file 'no/a.jpg'",)),
             (["<image>"], [IMAGE] * 2, ("there are 1 prompts and 2 images",)),
             ([b"<image>"], [IMAGE], ("a prompt is a bytes; expected a string",)),
             (
@@ -117,8 +124,19 @@ class TestPrompts:
         with helpers.raises_line(ValueError, *parts):
             model_inputs.pair_prompts(texts, images, "<image>")
 
+    def test_from_a_file(self, vlm, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        text = vlm.render("what is this")
+        expected = vlm.process([text], [Image.fromarray(pixels)])
+        for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+            ours = vlm.process([text], [path])
+            np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
+
     def test_of_a_model(self, vlm):
         image = np.zeros((30, 40, 3), np.uint8)
+        with helpers.raises_line(ValueError, "texts is one string"):
+            vlm.process("hi")
         with helpers.raises_line(ValueError, "texts is one string"):
             vlm.process(vlm.render("what is this"), [image])
         with helpers.raises_line(ValueError, "the prompt 'what is this' holds <image> 0 times"):

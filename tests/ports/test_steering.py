@@ -1,6 +1,8 @@
 """Steering of a model: against PyTorch's forward hooks, position by position, and in sweeps."""
 
 import contextlib
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +264,14 @@ class TestModels:
                 swept.states[SITE][index], alone.states[SITE], rtol=1e-4, atol=1e-4
             )
 
+    def test_a_sweep_without_edits_is_that_many_plain_answers(self, small, inputs):
+        plain = small.vlm.generate(inputs, max_new_tokens=4, sites=[SITE])
+        for variants in ([{}, None, {}], [{SITE: []}] * 3):
+            swept = small.vlm.sweep(inputs, variants, max_new_tokens=4, sites=[SITE])
+            for tokens, states in zip(swept.tokens, swept.states[SITE], strict=True):
+                np.testing.assert_array_equal(tokens, plain.tokens)
+                np.testing.assert_array_equal(states, plain.states[SITE])
+
     def test_a_sweep_computes_what_precedes_the_edit_once(self, small, inputs, monkeypatch):
         program = vlm_module._generate
 
@@ -483,7 +493,7 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("edits", "parts"),
         [
-            ({"layers.0": ports.add(VECTOR)}, ("no site matches 'layers.0'", SITE)),
+            ({"layers.7": ports.add(VECTOR)}, ("no site matches 'layers.7'", SITE[:-1])),
             ({SITE: ports.add(VECTOR[:7])}, ("width 7", f"have {WIDTH}")),
             ({SITE: ports.add(np.stack([VECTOR] * 2))}, ("vector", "2 rows", "batch has 3")),
             ({SITE: ports.add(VECTOR, np.ones(4))}, ("alpha", "4 rows", "batch has 3")),
@@ -506,6 +516,31 @@ class TestMessages:
     def test_of_edits_that_do_not_fit(self, small, inputs, edits, parts):
         with helpers.raises_line(ValueError, *parts):
             small.vlm.generate(inputs, max_new_tokens=2, edits=edits)
+
+    @pytest.mark.parametrize(
+        ("where", "said"),
+        [({"from": 10**6}, "from 1000000 on"), ({"at": [99, 98]}, "[99, 98]")],
+        ids=str,
+    )
+    def test_of_tokens_that_no_row_has(self, small, inputs, where, said):
+        length = inputs["input_ids"].shape[1]
+        edits = {SITE: ports.add(VECTOR, where=where)}
+        message = f"at '{SITE}' changes nothing: it is for the tokens {said}, and no row has more"
+        with pytest.warns(UserWarning, match=re.escape(f"{message} than {length}")):
+            ours = small.vlm.forward(inputs, edits=edits)
+        np.testing.assert_array_equal(ours.logits, small.vlm.forward(inputs).logits)
+        with pytest.warns(UserWarning, match=re.escape(f"{message} than {length + 2}")):
+            small.vlm.generate(inputs, max_new_tokens=3, edits=edits)
+
+    def test_of_the_last_token_that_a_row_has_there_is_no_warning(self, small, inputs):
+        length = inputs["input_ids"].shape[1]
+        edits = {SITE: ports.add(100 * VECTOR, where={"from": length})}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours = small.vlm.generate(inputs, max_new_tokens=2, sites=SITE, edits=edits)
+        plain = small.vlm.generate(inputs, max_new_tokens=2, sites=SITE)
+        moved = np.abs(np.asarray(ours.states[SITE] - plain.states[SITE])).max((1, 2)) > 1
+        assert moved.tolist() == (inputs["attention_mask"].sum(1) == length).tolist()
 
     def test_of_variants_that_differ(self, small, inputs):
         variants = [{SITE: ports.add(VECTOR)}, {SITE: ports.ablate(VECTOR)}]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPProcessor,
     LlavaConfig,
     LlavaProcessor,
@@ -110,9 +110,9 @@ def make_tokenizer(end: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def _image_processor() -> CLIPImageProcessor:
+def _image_processor() -> CLIPImageProcessorPil:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
 
 
 def make_processor() -> LlavaProcessor:

@@ -250,15 +250,16 @@ def _why_no_rows(output: Path, model: Model) -> str:
     errors = [sample["error"] for sample in samples if "error" in sample]
     if len(errors) == len(samples):
         return f"none of the {len(samples)} samples gave a state; the first: {errors[0]}"
-    selection = model.settings.selection
+    selection, read = model.settings.selection, len(samples) - len(errors)
+    rest = f" ({len(errors)} more gave no state, the first: {errors[0]})" if errors else ""
     if model.finder is not None:
         return (
-            f"no sample of {len(samples)} predicted {selection.argument!r}; looked for"
-            f" {model.finder}; take more samples, or a word that the model's answers hold"
+            f"no sample of {read} predicted {selection.argument!r}; looked for {model.finder}; "
+            f"take more samples, or a word that the model's answers hold{rest}"
         )
     return (
-        f"the selection {selection} keeps no position of any of {len(samples)} samples; "
-        "choose another"
+        f"the selection {selection} keeps no position of any of {read} samples; "
+        f"choose another{rest}"
     )
 
 
