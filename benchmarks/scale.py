@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,13 +34,19 @@ SITE = "language_model.model.norm"
 BLOCK = 2**15  # rows that are made at once
 PICTURES = 64  # files that the samples share
 METHODS = ("kmeans", "snmf", "pca")
-FIGURES = {"seconds": ("s", 1), "bytes": ("GB", 1e9), "disk": ("GB on disk", 1e9)}
+FIGURES = {
+    "seconds": ("s", 1),
+    "cpu": ("CPU s", 1),
+    "bytes": ("GB", 1e9),
+    "disk": ("GB on disk", 1e9),
+}
 STEEP = 1.1  # an exponent above which a figure grows faster than the rows
 PAGE = """Made by `python -m benchmarks.scale --page benchmarks/scale.md`: made-up states [N, 192]
 of the embedded model, 20 concepts, each command in a process of its own, in which programs are
-compiled too. "GB" is the largest resident size of the process, of which loading JAX and the model
-and compiling take 0.4 to 1 GB; the matrix of a million rows is 0.77 GB, and `shift` reads two. An
-exponent is the p of a + b N^p through the three sizes; "steep" marks those above 1.1."""
+compiled too. "CPU s" are of all cores. "GB" is the largest resident size of the process, of which
+loading JAX and the model and compiling take 0.4 to 1 GB; the matrix of a million rows is 0.77 GB,
+and `shift` reads two. An exponent is the p of a + b N^p through the three sizes; "steep" marks
+those above 1.1."""
 
 
 # Features.
@@ -138,7 +145,10 @@ def commands(root: Path, num_concepts: int) -> Iterator[Command]:
 
 
 def measure(command: Command) -> dict[str, float]:
-    """Seconds, largest resident bytes and bytes on disk of a command in a process of its own."""
+    """Seconds of the clock and of all cores, largest resident bytes and bytes on disk.
+
+    Of a command in a process of its own.
+    """
     line = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()", *command.arguments]
     began = time.perf_counter()
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
@@ -149,6 +159,7 @@ def measure(command: Command) -> dict[str, float]:
         raise RuntimeError(f"xlvlm {' '.join(command.arguments)} ended with {process.returncode}")
     return {
         "seconds": spent,
+        "cpu": usage.ru_utime + usage.ru_stime,
         "bytes": usage.ru_maxrss * 1024,
         "disk": size_of(command.output),
     }
@@ -225,13 +236,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale.json"))
     parser.add_argument("--page", type=Path, help="Where the table goes too, such as scale.md.")
     arguments = parser.parse_args()
+    from xlvlm_jax.store import manifest_of
+
     sizes = sorted(arguments.rows)
     if any(b * b != a * c for a, b, c in zip(sizes, sizes[1:], sizes[2:], strict=False)):
         parser.error(f"--rows are {sizes}; expected numbers that grow by the same factor")
     measured = []
     for size in sizes:
         root = arguments.scratch / str(size)
-        if not (root / "tuned" / "manifest.json").exists():
+        manifest = manifest_of(root / "tuned")
+        if manifest is None or not manifest["complete"]:
+            shutil.rmtree(root, ignore_errors=True)
             write_features(root, size)
         for command in commands(root, arguments.num_concepts):
             if arguments.only and not command.name.startswith(tuple(arguments.only)):

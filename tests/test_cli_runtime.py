@@ -69,6 +69,7 @@ import sys, time
 from xlvlm_jax import cli
 
 def work(*arguments, **options):
+    {first}
     print("ready", flush=True)
     {body}
 
@@ -86,9 +87,17 @@ IN_A_LIBRARY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("body", [IN_PYTHON, IN_A_LIBRARY], ids=["python", "library"])
-def test_a_signal_ends_a_command_with_a_line(number, body):
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ("cli.runtime.resumes()", "the same command goes on from there"),
+        ("pass", "the same command begins again from the start"),
+    ],
+    ids=["resumes", "begins"],
+)
+def test_a_signal_ends_a_command_with_a_line(number, body, first, said):
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(body=body)],
+        [sys.executable, "-c", WAITING.format(body=body, first=first)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,4 +108,4 @@ def test_a_signal_ends_a_command_with_a_line(number, body):
     _, errors = process.communicate(timeout=20)
     assert time.monotonic() - began < 10
     assert process.returncode == 128 + number
-    assert "the same command goes on from there" in errors
+    assert said in errors

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # Directories that are being written, of which nothing is to be left if the process is ended.
 unfinished: set[Path] = set()
@@ -17,13 +20,23 @@ def remove_unfinished() -> None:
 def write(path: Path, content: bytes | str) -> None:
     """Writes a file so that a reader finds the old one or the new one, and never a part.
 
-    It is written as `<name>.tmp` beside its place, flushed to the disk and renamed; what a killed
-    process left under that name is overwritten. Raises OSError when the file can't be written.
+    Raises OSError when the file can't be written.
+    """
+    with writing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which takes its place when the block ends without an error.
+
+    Until then it is `<name>.tmp` beside its place; then it is flushed to the disk and renamed. What
+    a killed process left under that name is overwritten.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

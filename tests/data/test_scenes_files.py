@@ -105,3 +105,30 @@ def test_a_file_in_the_way_is_named(tmp_path):
 def test_a_negative_number_of_scenes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="val must be 0 to 100000 scenes, got -1"):
         scenes.write(tmp_path, val=-1)
+
+
+def test_index_files_are_written_as_scenes_are_drawn_and_stand_once_all_are(tmp_path):
+    """No entry is kept: with the last scene most of the annotations are on the disk."""
+    indices = []
+
+    def look(done, _):
+        if done in (1, 60):
+            indices.append(sum(path.stat().st_size for path in tmp_path.glob("*.tmp")))
+        assert not list(tmp_path.glob("*.json"))
+
+    scenes.write(tmp_path, train=60, progress=look)
+    files = sorted(tmp_path.glob("*.json"))
+    assert len(files) == 6 and not list(tmp_path.glob("*.tmp"))
+    assert indices[1] - indices[0] > 0.5 * sum(path.stat().st_size for path in files)
+    for path in files:  # as the whole would be written at once
+        assert path.read_text() == json.dumps(json.loads(path.read_text()))
+
+
+def test_scenes_that_are_interrupted_leave_no_index(tmp_path):
+    def stop(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scenes.write(tmp_path, train=3, progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"train2014", "val2014"}

@@ -86,7 +86,7 @@ def _one_line_errors() -> Iterator[None]:
         error.show()
         sys.exit(error.exit_code)
     except runtime.Interrupted as end:
-        errors.print(runtime.STOPPED)
+        errors.print(runtime.stopped())
         sys.exit(end.status)
     except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         fail(" ".join(str(error).split()), 2)

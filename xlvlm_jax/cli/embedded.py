@@ -15,6 +15,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     refuse_existing,
 )
+from xlvlm_jax.cli.runtime import resumes
 
 
 def demo(
@@ -25,6 +26,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """The whole of it on the embedded model: concepts, scores, shift, steering, report."""
+    resumes()
     from xlvlm_jax import demo as module
 
     refuse_existing(output / "run.json", overwrite)  # written last: another run goes on
@@ -60,6 +62,7 @@ def train_demo(
     num_test: Annotated[int, typer.Option(help="Test pictures to evaluate on.")] = 500,
 ) -> None:
     """Makes the embedded model again, from nothing: up to two hours on two free cores."""
+    resumes()
     from xlvlm_jax.embedded import evaluate, train
 
     with progress_bars() as progress:

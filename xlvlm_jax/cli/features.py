@@ -21,7 +21,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     show_skipped,
 )
-from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled
+from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled, resumes
 
 
 def sites(
@@ -155,6 +155,7 @@ def extract(
     seed: Seed = 0,
 ) -> None:
     """Model x data -> features. The same command again goes on with an interrupted run."""
+    resumes()
     join_hosts(hosts)
     from xlvlm_jax import data as datasets
     from xlvlm_jax import extract as module

@@ -16,6 +16,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     show_skipped,
 )
+from xlvlm_jax.cli.runtime import resumes
 
 Words = Annotated[
     str | None,
@@ -72,6 +73,7 @@ def finetune(
     seed: Seed = 0,
 ) -> None:
     """Model x data -> a LoRA adapter in PEFT's format. The same command goes on if interrupted."""
+    resumes()
     from xlvlm_jax import data as datasets
     from xlvlm_jax import finetune as module
     from xlvlm_jax.data import select

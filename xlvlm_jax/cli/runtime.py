@@ -37,7 +37,20 @@ DryRun = Annotated[
 # commits that does not return to Python is a compilation.
 _GRACE_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPED = "interrupted; what was committed stays, the same command goes on from there"
+GOES_ON = "interrupted; what was committed stays, the same command goes on from there"
+BEGINS_AGAIN = "interrupted; the same command begins again from the start"
+_resumes = False  # whether the command that runs goes on where it was interrupted
+
+
+def resumes() -> None:
+    """For a command that commits as it works: interrupted, it says that it goes on from there."""
+    global _resumes
+    _resumes = True
+
+
+def stopped() -> str:
+    """What an interrupted command says."""
+    return GOES_ON if _resumes else BEGINS_AGAIN
 
 
 @contextlib.contextmanager
@@ -155,7 +168,7 @@ def ending_on_signals() -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does: one line, between two commits.
 
     What does not return to Python within a few seconds (a long compilation) is ended from a
-    thread: a commit is atomic, so that nothing is lost by it.
+    thread: a commit is atomic, so that nothing that was committed is lost by it.
     """
     before = [signal.getsignal(number) for number in _SIGNALS]
     reader, writer = os.pipe()
@@ -167,7 +180,7 @@ def ending_on_signals() -> Iterator[None]:
         if received and received[0] in _SIGNALS:
             time.sleep(_GRACE_SECONDS)
             atomic.remove_unfinished()
-            print(STOPPED, file=sys.stderr, flush=True)
+            print(stopped(), file=sys.stderr, flush=True)
             os._exit(128 + received[0])
 
     _handle_signals()

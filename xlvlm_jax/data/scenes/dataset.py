@@ -6,10 +6,12 @@ files, as in the real data; Karpathy's file tells them apart.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from xlvlm_jax import atomic
 
@@ -85,8 +87,37 @@ def _annotation(question: Question, question_id: int, picture: int) -> dict:
     }
 
 
-def _store_json(path: Path, content) -> None:
-    atomic.write(path, json.dumps(content))
+@contextlib.contextmanager
+def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Callable[..., None]]:
+    """A JSON file that is written entry by entry, of which none is kept in memory.
+
+    Args:
+        path: where it stands when the block ends without an error.
+        content: what it holds beside the entries.
+        name: the key of `content`, an empty list, that the entries are appended to; None for
+            entries of `content` itself.
+
+    Yields a function that takes an entry: a value, or a key and a value where name is None.
+    """
+    before, after = json.dumps(content), "}"
+    if name is None:
+        before = before.removesuffix("}")
+    else:
+        mark = json.dumps({name: []})[1:-2]  # up to the list's end
+        before, after = before.split(mark + "]")
+        before, after = before + mark, "]" + after
+    with atomic.writing(path) as file:
+        file.write(before.encode())
+        between = ""
+
+        def append(*entry: Any) -> None:
+            nonlocal between
+            text = json.dumps(entry[0] if name else dict([entry]))
+            file.write((between + (text if name else text[1:-1])).encode())
+            between = ", "
+
+        yield append
+        file.write(after.encode())
 
 
 def write(
@@ -123,45 +154,6 @@ def write(
     except OSError as error:
         raise OSError(f"cannot write scenes to {root}: {error.strerror}") from error
 
-    images, truths = [], {}
-    asked = {"train2014": [], "val2014": []}
-    answered = {"train2014": [], "val2014": []}
-    total, sentence = sum(counts.values()), 0
-    for split in SPLITS:
-        for index in range(counts[split]):
-            scene = sample_scene(split, index, seed)
-            number, folder = image_id(split, index), FOLDER[split]
-            name = f"COCO_{folder}_{number:012d}.jpg"
-            # The annotations come last: without them nothing here is a data set yet.
-            (root / folder / name).write_bytes(encode(scene))
-            texts = captions(scene)
-            sentence_ids = list(range(sentence, sentence + len(texts)))
-            sentence += len(texts)
-            imgid = len(images)
-            images.append(
-                {
-                    "filepath": folder,
-                    "sentids": sentence_ids,
-                    "filename": name,
-                    "imgid": imgid,
-                    "split": split,
-                    "sentences": [
-                        {"tokens": split_words(t), "raw": t, "imgid": imgid, "sentid": s}
-                        for t, s in zip(texts, sentence_ids, strict=True)
-                    ],
-                    "cocoid": number,
-                }
-            )
-            truths[str(number)] = attributes(scene)
-            for k, question in enumerate(questions(scene)):
-                question_id = 1000 * number + k
-                asked[folder].append(
-                    {"image_id": number, "question": question.question, "question_id": question_id}
-                )
-                answered[folder].append(_annotation(question, question_id, number))
-            if progress is not None:
-                progress(len(images), total)
-
     about = {
         "info": {"description": "xlvlm scenes, in the layout of VQA v2.0", "version": "2.0"},
         "license": {
@@ -170,14 +162,57 @@ def write(
         },
         "data_type": "mscoco",
     }
-    for folder in ("train2014", "val2014"):
-        part = about | {"data_subtype": folder}
-        _store_json(
-            root / f"v2_OpenEnded_mscoco_{folder}_questions.json",
-            part | {"task_type": "Open-Ended", "questions": asked[folder]},
-        )
-        _store_json(
-            root / f"v2_mscoco_{folder}_annotations.json", part | {"annotations": answered[folder]}
-        )
-    _store_json(root / "attributes.json", truths)
-    _store_json(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    with contextlib.ExitStack() as stack:
+
+        def growing(file: str, content: dict, name: str | None = None) -> Callable[..., None]:
+            return stack.enter_context(_growing(root / file, content, name))
+
+        # What is entered first takes its place last: without it nothing here is a data set yet.
+        store_image = growing("dataset_coco.json", {"images": [], "dataset": "coco"}, "images")
+        store_truth = growing("attributes.json", {})
+        ask, answer = {}, {}
+        for folder in ("train2014", "val2014"):
+            part = about | {"data_subtype": folder}
+            questioned = part | {"task_type": "Open-Ended", "questions": []}
+            file = f"v2_OpenEnded_mscoco_{folder}_questions.json"
+            ask[folder] = growing(file, questioned, "questions")
+            file = f"v2_mscoco_{folder}_annotations.json"
+            answer[folder] = growing(file, part | {"annotations": []}, "annotations")
+        total, imgid, sentence = sum(counts.values()), 0, 0
+        for split in SPLITS:
+            for index in range(counts[split]):
+                scene = sample_scene(split, index, seed)
+                number, folder = image_id(split, index), FOLDER[split]
+                name = f"COCO_{folder}_{number:012d}.jpg"
+                (root / folder / name).write_bytes(encode(scene))
+                texts = captions(scene)
+                sentence_ids = list(range(sentence, sentence + len(texts)))
+                sentence += len(texts)
+                store_image(
+                    {
+                        "filepath": folder,
+                        "sentids": sentence_ids,
+                        "filename": name,
+                        "imgid": imgid,
+                        "split": split,
+                        "sentences": [
+                            {"tokens": split_words(t), "raw": t, "imgid": imgid, "sentid": s}
+                            for t, s in zip(texts, sentence_ids, strict=True)
+                        ],
+                        "cocoid": number,
+                    }
+                )
+                store_truth(str(number), attributes(scene))
+                for k, question in enumerate(questions(scene)):
+                    question_id = 1000 * number + k
+                    ask[folder](
+                        {
+                            "image_id": number,
+                            "question": question.question,
+                            "question_id": question_id,
+                        }
+                    )
+                    answer[folder](_annotation(question, question_id, number))
+                imgid += 1
+                if progress is not None:
+                    progress(imgid, total)
