@@ -637,6 +637,8 @@ def decompose_stored(
 ) -> Concepts:
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
 
+    Runs on the host: it does not trace.
+
     The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
     beyond a few tiles of 4 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
 
