@@ -522,6 +522,26 @@ def test_a_save_that_fails_leaves_the_old_concepts(tmp_path):
     assert Concepts.load(tmp_path).components.shape == (2, 2)
 
 
+# Weights of rows.
+
+
+def test_weights_scale_the_objective_and_nothing_else():
+    Z, weights = rows(), 0.5 + np.arange(len(rows())) % 3
+    one, other = (
+        decompose(Z, 2, "kmeans", key=KEY, sample_weight=scale * weights) for scale in (1, 3e30)
+    )
+    np.testing.assert_allclose(other.components, one.components, rtol=1e-4, atol=1e-4)
+    assert other.objective == pytest.approx(3e30 * one.objective, rel=1e-4)
+    squared = np.min((1 / np.asarray(one.activations) - 1) ** 2, axis=1)
+    assert one.objective == pytest.approx(weights @ squared, rel=1e-3)
+    assert "sample_weight" not in one.options
+
+
+def test_weights_of_a_method_without_them():
+    with pytest.raises(ValueError, match="'snmf' has no weights; leave sample_weight out or use"):
+        decompose(rows(), 2, key=KEY, sample_weight=np.ones(len(rows())))
+
+
 # On a mesh.
 
 SHARDED = """
@@ -545,6 +565,13 @@ for method in METHODS:
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method + name)
     a, b = np.asarray(project(Z, one, mesh=mesh)), np.asarray(project(Z, one))
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method)
+weights = np.arange(61) % 5
+one, eight = (
+    decompose(Z, 3, "kmeans", key=jax.random.key(1), sample_weight=weights, mesh=on)
+    for on in (None, mesh)
+)
+np.testing.assert_allclose(eight.objective, one.objective, rtol=1e-5)
+np.testing.assert_allclose(eight.components, one.components, atol=1e-4)
 one = decompose(Z, 3, key=jax.random.key(1))
 eight = decompose(Z, 3, key=jax.random.key(1), mesh=mesh)
 np.testing.assert_allclose(eight.objective, one.objective, rtol=1e-5)

@@ -37,6 +37,7 @@ from xlvlm_jax.solvers.inputs import (
     check_finite,
     check_num_concepts,
     check_number,
+    check_weights,
     check_whole,
     is_stored,
     read_block,
@@ -50,13 +51,12 @@ from xlvlm_jax.solvers.loop import Result, real_dtype
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.restarts import stability
 from xlvlm_jax.solvers.streamed import Source
-from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
 
 METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
 ALIASES = {"nndl": "snmf"}
 # What a user calls `init` is given to the solver under the name of what it holds.
 INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
-NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh")
+NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_weight")
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
 # A Zarr array, in place of the tensor, when they were streamed: "activations-" and the beginning of
 # the digest of the components that they belong to ("activations" in directories of old).
@@ -341,6 +341,7 @@ def decompose(
     method: str = "snmf",
     *,
     key: PRNGKeyArray,
+    sample_weight: Shaped[Array | np.ndarray, " N"] | None = None,
     mesh: Mesh | None = None,
     progress: Tell | None = None,
     verbose: int = 0,
@@ -373,8 +374,11 @@ def decompose(
         key: from jax.random.key; the same key gives the same concepts on the same machine. Another
             number of cores or devices rounds products differently, which snmf, whose objective is
             not convex, may carry to another optimum (of nearly the same objective).
+        sample_weight: for kmeans, what each row counts for: centroids are weighted means, the
+            objective a weighted sum. A whole number is as many equal rows; a row of weight zero
+            only gets its activations. None: all count the same.
         mesh: rows of Z are sharded on its "data" axis; an iteration then communicates K D + K K + K
-            numbers (kmeans 2 K D + K), whatever N is. Where the axis does not divide N, rows that
+            numbers (kmeans 2 K D + 2 K), whatever N is. Where the axis does not divide N, rows that
             count for nothing fill it up. With several hosts, Z is a global array that it divides.
         progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
             objective, error) after every 64 updates, or fewer where Z is large. The updates are the
@@ -394,8 +398,9 @@ def decompose(
 
     Raises:
         ValueError: Z is no matrix of finite real numbers (the first bad row is named), K does not
-            fit, unknown method or option, a bad option, a mesh without a "data" axis, the rows of a
-            source are not what its shape says, the objective is beyond float32.
+            fit, unknown method or option, a bad option, weights that are negative or all zero or
+            not for kmeans, a mesh without a "data" axis, the rows of a source are not what its
+            shape says, the objective is beyond float32.
         TypeError: Z is not an array of numbers.
     """
     keep_programs()
@@ -412,6 +417,11 @@ def decompose(
         check_num_concepts(number, N, D, method)
     _check_key(key)
     check_whole("verbose", verbose, 0)
+    heaviest = 1.0
+    if sample_weight is not None:
+        if method != "kmeans":
+            raise ValueError(f"{method!r} has no weights; leave sample_weight out or use 'kmeans'")
+        sample_weight, heaviest = check_weights(sample_weight, N)
     wide = Z if isinstance(Z, np.ndarray) else None
     origin = None
     if stored:
@@ -443,13 +453,17 @@ def decompose(
         arguments[INIT[method]] = _first(init, numbers, D, origin, unit, real_dtype(Z))
         options["init"] = "given"
     arguments |= {"num_samples": N, "num_concepts": numbers}
-    tell = _teller(progress, verbose, unit) if verbose or progress else None
+    if sample_weight is not None:
+        weights = jnp.pad(jnp.asarray(sample_weight, real_dtype(Z)), (0, len(Z) - N))
+        arguments["sample_weight"] = weights
+    squared_unit = unit**2 * heaviest
+    tell = _teller(progress, verbose, squared_unit) if verbose or progress else None
     result = phases.solve(METHODS[method], Z, key, tell, verbose or None, mesh=mesh, **arguments)
     found = []
     for i, number in enumerate(numbers):
         one = jax.tree.map(itemgetter(i), result)
-        if unit != 1:
-            one = _in_unit(one, method, unit)
+        if squared_unit != 1:
+            one = _in_unit(one, method, unit, squared_unit)
         if origin is not None:
             one = _around(one, method, origin)
         found.append(_concepts(one, number, N, method, dict(options)))
@@ -463,11 +477,11 @@ def decompose(
     return found if several else found[0]
 
 
-def _teller(progress: Tell | None, verbose: int, unit: float) -> Tell:
+def _teller(progress: Tell | None, verbose: int, squared_unit: float) -> Tell:
     """What tells both, of Z and not of Z / unit."""
 
     def tell(standing: Standing) -> None:
-        standing = standing._replace(objective=standing.objective * unit**2)
+        standing = standing._replace(objective=standing.objective * squared_unit)
         if progress is not None:
             progress(standing)
         if verbose and standing.iteration % verbose == 0 and jax.process_index() == 0:
@@ -502,11 +516,11 @@ def _first(
     return init.astype(dtype) / unit
 
 
-def _in_unit(result: Result, method: str, unit: float) -> Result:
-    """The result for Z of one for Z / unit."""
+def _in_unit(result: Result, method: str, unit: float, squared_unit: float) -> Result:
+    """The result for Z of one for Z / unit, whose objective is in the squared unit."""
     # Squares may be beyond float32 where their roots are not.
     squares = {
-        name: np.asarray(getattr(result, name), np.float64) * unit**2
+        name: np.asarray(getattr(result, name), np.float64) * squared_unit
         for name in ("objective", "history")
     }
     if method in ("snmf", "pca"):
@@ -590,35 +604,6 @@ def memory_needed(
     return sum(getattr(memory, size) for size in sizes)
 
 
-def streamed_memory_needed(
-    shape: tuple[int, int], num_concepts: int, method: str = "snmf", **options: Any
-) -> int:
-    """Bytes that `decompose_stored` of Z[N, D] takes: tiles, and the few columns of every row.
-
-    Arguments and errors as for `decompose_stored`.
-    """
-    method = _streamed(method)
-    check_num_concepts(num_concepts, *shape, method)
-    N, D = shape
-    # A tile, the one that is read, and their products; activations that are being written.
-    of_tiles = 4 * TILE_BYTES
-    if method == "pca":
-        _options(method, options)
-        return of_tiles + 4 * D * 6 * num_concepts
-    R = streamed.METHODS[method].columns(N, D, num_concepts)
-    # The columns stay on the host while the device solves for them.
-    return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, method, **options)
-
-
-def _streamed(method: str) -> str:
-    """The name of a method that can be streamed."""
-    method = _method(method)
-    if method not in streamed.METHODS:
-        expected = ", ".join(streamed.METHODS)
-        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
-    return method
-
-
 def _check_key(key: Any) -> None:
     if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
@@ -667,8 +652,6 @@ def decompose_stored(
 ) -> Concepts:
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
 
-    Runs on the host: it does not trace.
-
     The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
     beyond a few tiles of 4 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
 
@@ -684,7 +667,10 @@ def decompose_stored(
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
     """
     keep_programs()
-    method = _streamed(method)
+    method = _method(method)
+    if method not in streamed.METHODS:
+        expected = ", ".join(streamed.METHODS)
+        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
     options = _options(method, options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
@@ -801,7 +787,9 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
             "project states of the site and model that the concepts were learnt on"
         )
     wide, of_mean = isinstance(Z, np.ndarray), isinstance(mean, np.ndarray)
-    if method == "pca" and (wide or (of_mean and mean.dtype == np.float64)):
+    # A mean that the rows' own type does not hold.
+    longer = of_mean and mean.dtype == np.float64 and real_dtype(Z) != np.float64
+    if method == "pca" and (wide or longer):
         # What is subtracted in float64 leaves what float32 can hold.
         if isinstance(Z, jax.core.Tracer):
             high = np.asarray(mean, np.float32)

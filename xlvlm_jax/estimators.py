@@ -5,6 +5,14 @@ an underscore, `fit` returns self, `set_output` chooses pandas or polars) and pa
 `check_estimator`. Predictions are made from the attributes of the fit and nothing else.
 `xlvlm_jax.decompose` is the same without them: it takes JAX arrays, meshes and keys.
 
+Left out of what scikit-learn's have, and why:
+    sparse X: it would be computed dense; call its `toarray()`.
+    KMeans(algorithm=), PCA(svd_solver=, ...): the solvers choose by the shape of X.
+    copy, copy_x: X is never written to. verbose: see `decompose(verbose=)`.
+    PCA(n_components="mle"), PCA(n_components=0): rules and a model that concepts have no use for.
+    sample_weight of SemiNMF and PCA: scikit-learn's NMF and PCA have none.
+    SemiNMF.partial_fit: streamed rows are solved as such, see `decompose_stored`.
+
 What is returned has the type of X, float32 or float64. It is computed in float32, float64 rows
 less their mean; in float64 throughout where JAX's 64 bits are switched on (JAX_ENABLE_X64=1).
 
@@ -19,6 +27,7 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -28,9 +37,10 @@ from sklearn.base import (
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from xlvlm_jax.concepts import Concepts, decompose, distances, project
+from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.inputs import centred
 from xlvlm_jax.solvers.residual import of_products
 
@@ -50,23 +60,17 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _begin(self, X: Any, least: int = 1) -> np.ndarray:
+    def _begin(self, X: Any, least: int = 1, reset: bool = True) -> np.ndarray:
         """Checks the parameters and X, of which at least so many rows are needed."""
         self._validate_params()
-        return validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=least)
+        types = [np.float64, np.float32]
+        return validate_data(self, X, dtype=types, ensure_min_samples=least, reset=reset)
 
     def _solve(self, X: np.ndarray, count: int, method: str, **options: Any) -> Concepts:
         """Solves from the seed that the random state gives."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        return decompose(
-            X,
-            count,
-            method,
-            key=jax.random.key(seed),
-            tol=self.tol,
-            max_iter=self.max_iter,
-            **options,
-        )
+        options = {"tol": self.tol, "max_iter": self.max_iter} | options
+        return decompose(X, count, method, key=jax.random.key(seed), **options)
 
     def _end(self, concepts: Concepts) -> None:
         """Keeps how the solver ended, and warns where it was stopped."""
@@ -226,7 +230,8 @@ class KMeans(ClusterMixin, _Solver):
     Attributes:
         cluster_centers_: float[K, D].
         labels_: int32[N], the nearest centre of each row.
-        inertia_: the sum of squared distances to it.
+        inertia_: the sum of squared distances to it, weighted where samples are.
+        counts_: float64[K], the number of samples of each centre, or their weights.
         n_iter_, converged_: updates done, and whether they were enough.
         n_features_in_: D.
     """
@@ -255,71 +260,136 @@ class KMeans(ClusterMixin, _Solver):
     def _n_features_out(self) -> int:
         return len(self.cluster_centers_)
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Learns the centres of X[N, D]; y is not used.
 
+        Args:
+            X: the samples.
+            y: not used.
+            sample_weight: what each sample counts for, [N]: a whole number for as many equal ones,
+                and zero for none; None for one each.
+
         Raises:
-            ValueError: a parameter is invalid; there are fewer samples than clusters.
+            ValueError: a parameter is invalid; a weight is negative; there are fewer samples (with
+                a weight) than clusters.
         """
         X = self._begin(X)
-        if self.n_clusters > len(X):
-            raise ValueError(
-                f"n_samples={len(X)} must be at least n_clusters={self.n_clusters}; "
-                "ask for fewer clusters or give more samples"
-            )
-        # Of far-off rows float32 holds the differences from their mean, and so of the centres.
-        wide = X.dtype == np.float64 and not jax.config.jax_enable_x64
-        origin = X.mean(axis=0) if wide else np.zeros(X.shape[1], X.dtype)
-        near = centred(X, origin) if wide else X
-        found = [
-            self._solve(near, self.n_clusters, "kmeans", **start)
-            for start in self._starts(X, origin)
-        ]
-        concepts = min(found, key=lambda concepts: concepts.objective)
+        weights = self._checked_weights(X, sample_weight)
+        concepts, origin = self._found(X, weights, self._count_starts())
         self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
         self.inertia_ = concepts.objective
         self.labels_ = self._labels_and_distances(X)[0]
+        self.counts_ = np.bincount(self.labels_, weights, self.n_clusters).astype(np.float64)
         self._end(concepts)
         distinct = len(np.unique(self.labels_))
         if distinct < self.n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
-                f"({self.n_clusters}); X has duplicate rows, or ask for fewer clusters",
+                f"({self.n_clusters}). Possibly due to duplicate points in X; or ask for fewer",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         return self
 
-    def _starts(self, X: np.ndarray, origin: Float[np.ndarray, " D"]) -> list[dict[str, Any]]:
-        """The options of the solver for each of its runs."""
-        auto, drawn = self.n_init == "auto", callable(self.init)
-        if isinstance(self.init, str) and self.init == "k-means++":
-            return [{"n_init": 1 if auto else self.n_init}]
-        if isinstance(self.init, str):
-            drawn = True
-        elif not auto and not drawn and self.n_init > 1:
-            warnings.warn(
-                f"n_init={self.n_init} starts from the same centres are one; set n_init to 1",
-                RuntimeWarning,
-                stacklevel=3,
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Goes on with the samples of one batch, as scikit-learn's `MiniBatchKMeans`.
+
+        Each centre moves to the mean of all samples that were nearest to it when they came. The
+        first batch gives the first centres, from one start, unless `fit` came before; it has at
+        least as many samples as there are clusters. A centre far from all samples stays where it
+        is: none is put elsewhere. Sets `cluster_centers_` and `counts_`, and `labels_` and
+        `inertia_` of this batch.
+
+        Source: Sculley, "Web-scale k-means clustering", 2010.
+
+        Args and Raises: as for `fit`.
+        """
+        first = not hasattr(self, "cluster_centers_")
+        X = self._begin(X, reset=first)
+        weights = self._checked_weights(X, sample_weight)
+        if first:
+            concepts, origin = self._found(X, weights, 1, max_iter=0)
+            self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
+            self.counts_ = np.zeros(self.n_clusters)
+        labels, N = self._labels_and_distances(X)[0], len(X)
+        weights = np.ones(N) if weights is None else weights
+        counts = self.counts_ + np.bincount(labels, weights, self.n_clusters)
+        members = csr_array((weights, (labels, np.arange(N))), (self.n_clusters, N))
+        apart = X.astype(np.float64) - self.cluster_centers_[labels]
+        moved = (members @ apart) / np.where(counts > 0, counts, 1)[:, None]
+        self.cluster_centers_ = (self.cluster_centers_ + moved).astype(self.cluster_centers_.dtype)
+        self.counts_ = counts
+        self.labels_, apart = self._labels_and_distances(X)
+        self.inertia_ = _inertia(apart, weights)
+        return self
+
+    def _checked_weights(self, X: np.ndarray, given: Any) -> Float[np.ndarray, " N"] | None:
+        if given is None:
+            return None
+        return _check_sample_weight(given, X, dtype=np.float64, ensure_non_negative=True)
+
+    def _found(
+        self, X: np.ndarray, weights: Float[np.ndarray, " N"] | None, starts: int, **options: Any
+    ) -> tuple[Concepts, Float[np.ndarray, " D"]]:
+        """The best of some starts, and the origin that its centres are relative to."""
+        if weights is not None:
+            X, weights = X[weights > 0], weights[weights > 0]
+            options["sample_weight"] = weights
+        if self.n_clusters > len(X):
+            raise ValueError(
+                f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}; "
+                "ask for fewer clusters or give more samples (those of weight zero are none)"
             )
-        count = 1 if not drawn else RANDOM_STARTS if auto else self.n_init
-        random = check_random_state(self.random_state)
-        return [{"init": self._first_centers(X, random) - origin} for _ in range(count)]
+        # Of far-off rows float32 holds the differences from their mean, and so of the centres.
+        wide = X.dtype == np.float64 and not jax.config.jax_enable_x64
+        origin = X.mean(axis=0) if wide else np.zeros(X.shape[1], X.dtype)
+        near = centred(X, origin) if wide else X
+        if isinstance(self.init, str) and self.init == "k-means++":
+            firsts = [{"n_init": starts}]
+        else:
+            random = check_random_state(self.random_state)
+            firsts = [
+                {"init": self._first_centers(X, weights, random) - origin} for _ in range(starts)
+            ]
+        found = [
+            self._solve(near, self.n_clusters, "kmeans", **options, **first) for first in firsts
+        ]
+        return min(found, key=lambda concepts: concepts.objective), origin
+
+    def _count_starts(self) -> int:
+        """What `n_init` means for the kind of `init`."""
+        drawn = isinstance(self.init, str) or callable(self.init)
+        if self.n_init == "auto":
+            seeded = isinstance(self.init, str) and self.init == "k-means++"
+            return RANDOM_STARTS if drawn and not seeded else 1
+        if drawn or self.n_init == 1:
+            return self.n_init
+        warnings.warn(
+            "Explicit initial center position passed: performing only one init instead of "
+            f"n_init={self.n_init}; set n_init to 1",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return 1
 
     def _first_centers(
-        self, X: np.ndarray, random: np.random.RandomState
+        self,
+        X: np.ndarray,
+        weights: Float[np.ndarray, " N"] | None,
+        random: np.random.RandomState,
     ) -> Float[np.ndarray, "K D"]:
-        K = self.n_clusters
+        K, D = self.n_clusters, X.shape[1]
         if isinstance(self.init, str):
-            return X[random.choice(len(X), K, replace=False)]
+            shares = None if weights is None else weights / weights.sum()
+            return X[random.choice(len(X), K, replace=False, p=shares)]
         given = self.init(X, K, random_state=random) if callable(self.init) else self.init
         centers = check_array(given, dtype=X.dtype, input_name="init")
-        if centers.shape != (K, X.shape[1]):
-            raise ValueError(
-                f"init must have shape ({K}, {X.shape[1]}), one row per cluster; "
-                f"got {centers.shape}"
-            )
+        for axis, (wanted, what) in enumerate([(K, "clusters"), (D, "features of the data")]):
+            if centers.shape[axis] != wanted:
+                raise ValueError(
+                    f"The shape of the initial centers {centers.shape} does not match the number "
+                    f"of {what} {wanted}; init must have shape ({K}, {D})"
+                )
         return centers
 
     def _labels_and_distances(
@@ -339,10 +409,15 @@ class KMeans(ClusterMixin, _Solver):
         """The nearest centre int32[N] of each row of X[N, D]."""
         return self._labels_and_distances(self._checked(X))[0]
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the sum of squared distances of X[N, D] to the nearest centres; y is not used."""
-        nearest = self._labels_and_distances(self._checked(X))[1].min(axis=1)
-        return -float(np.sum(nearest.astype(np.float64) ** 2))
+        X = self._checked(X)
+        weights = self._checked_weights(X, sample_weight)
+        return -_inertia(self._labels_and_distances(X)[1], 1 if weights is None else weights)
+
+
+def _inertia(apart: Float[np.ndarray, "N K"], weights: Any) -> float:
+    return float(np.sum(weights * apart.min(axis=1).astype(np.float64) ** 2))
 
 
 class PCA(_Linear):
@@ -393,31 +468,93 @@ class PCA(_Linear):
         """
         X = self._begin(X, least=2)
         N, most = len(X), min(X.shape)
-        whole = isinstance(self.n_components, Integral)
-        count = self.n_components if whole else most
-        if count > most:
-            raise ValueError(
-                f"n_components={count} must be between 1 and min(n_samples, n_features)={most}"
-            )
+        share = self.n_components is not None and not isinstance(self.n_components, Integral)
+        count = most if share else self._count_components(X)
         concepts = self._solve(X, count, "pca")
         scores = np.asarray(concepts.activations)
         variance = np.einsum("nk,nk->k", scores, scores, dtype=np.float64) / (N - 1)
         total = variance.sum() + 2 * concepts.objective / (N - 1)
         ratio = variance / (total if total > 0 else 1)
-        if isinstance(self.n_components, Real) and not whole:
+        if share:
             enough = np.searchsorted(np.cumsum(ratio), self.n_components, side="right") + 1
             count = min(int(enough), most)
-        kept, left = slice(count), most - count
+        kept = slice(count)
         self.n_samples_, self.n_components_ = N, count
         self.components_ = np.array(concepts.components[kept], X.dtype)
         self.mean_ = np.array(concepts.mean, X.dtype)
-        self.explained_variance_ = variance[kept].astype(X.dtype)
-        self.explained_variance_ratio_ = ratio[kept].astype(X.dtype)
-        self.singular_values_ = np.sqrt(variance[kept] * (N - 1)).astype(X.dtype)
         beyond = variance[count:].sum() + 2 * concepts.objective / (N - 1)
-        self.noise_variance_ = float(beyond / left) if left else 0.0
+        self._keep_variances(variance[kept], beyond)
         self._end(concepts)
         return self
+
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """Goes on with the samples X[N, D] of one batch, as scikit-learn's `IncrementalPCA`.
+
+        The components are those of the batch and of what the earlier ones explain of theirs, so
+        that variance is lost that only many batches together show; mean and total variance are
+        exact. Goes on from `fit` too. y is not used.
+
+        Source: Ross, Lim, Lin and Yang, "Incremental learning for robust visual tracking", 2008.
+
+        Raises:
+            ValueError: a parameter is invalid; the first batch has fewer samples than components,
+                or n_components is a share of the variance, which no first batch can tell.
+        """
+        first = not hasattr(self, "components_")
+        X = self._begin(X, least=2 if first else 1, reset=first)
+        rows, N = X.astype(np.float64), len(X)
+        mean = rows.mean(axis=0)
+        rows -= mean
+        energy = np.sum(rows**2)  # of all rows around their mean
+        count, seen = self._count_components(X) if first else self.n_components_, 0
+        if not first:
+            seen, before = self.n_samples_, self.mean_.astype(np.float64)
+            apart = np.sqrt(seen * N / (seen + N)) * (before - mean)
+            energy += (seen - 1) * self._total_variance + np.sum(apart**2)
+            explained = self.singular_values_[:, None] * self.components_
+            rows = np.vstack([explained, rows, apart])
+            mean = before + (mean - before) * N / (seen + N)
+        _, lengths, axes = np.linalg.svd(rows, full_matrices=False)
+        self.n_samples_, self.n_components_ = seen + N, count
+        self.components_ = np.array(pca.with_signs(axes[:count]), X.dtype)
+        self.mean_ = mean.astype(X.dtype)
+        variance = lengths[:count] ** 2 / (self.n_samples_ - 1)
+        self._keep_variances(variance, energy / (self.n_samples_ - 1) - variance.sum())
+        return self
+
+    def _count_components(self, X: np.ndarray) -> int:
+        """How many are asked for, where that is no share of the variance."""
+        most, count = min(X.shape), self.n_components
+        if count is None:
+            return most
+        if not isinstance(count, Integral):
+            raise ValueError(
+                f"n_components={count} is a share of the variance, which takes all samples; "
+                "ask for a number of components, or call fit"
+            )
+        if count > most:
+            raise ValueError(
+                f"n_components={count} must be between 1 and min(n_samples, n_features)={most}"
+            )
+        return count
+
+    def _keep_variances(self, variance: Float[np.ndarray, " K"], beyond: float) -> None:
+        """Tells of the components' variances, and of that beyond them."""
+        dtype, N = self.components_.dtype, self.n_samples_
+        total = variance.sum() + beyond
+        self.explained_variance_ = variance.astype(dtype)
+        self.explained_variance_ratio_ = (variance / (total if total > 0 else 1)).astype(dtype)
+        self.singular_values_ = np.sqrt(variance * (N - 1)).astype(dtype)
+        self.noise_variance_ = max(float(beyond), 0.0) / self._left if self._left else 0.0
+
+    @property
+    def _left(self) -> int:
+        """The number of directions with variance that are no components."""
+        return min(self.n_samples_, self.n_features_in_) - self.n_components_
+
+    @property
+    def _total_variance(self) -> float:
+        return self.explained_variance_.sum(dtype=np.float64) + self._left * self.noise_variance_
 
     def _scores(self, X: np.ndarray) -> Float[np.ndarray, "N K"]:
         return np.array(
@@ -448,6 +585,10 @@ class PCA(_Linear):
         beyond = np.maximum(self.explained_variance_ - self.noise_variance_, 0)
         covariance = (self.components_.T * beyond) @ self.components_
         return covariance + self.noise_variance_ * np.eye(self.n_features_in_)
+
+    def get_precision(self) -> Float[np.ndarray, "D D"]:
+        """The inverse of `get_covariance`."""
+        return np.linalg.inv(self.get_covariance())
 
     def score_samples(self, X: Any) -> Float[np.ndarray, " N"]:
         """Log-likelihood of each row of X[N, D] under the probabilistic model.

@@ -119,3 +119,23 @@ def test_a_unit_only_where_squares_leave_float32():
 
 def test_the_root_mean_square_norm_by_hand():
     np.testing.assert_allclose(inputs.root_mean_square(jnp.array([[3.0, 4.0], [0, 0]])), 12.5**0.5)
+
+
+def test_weights_in_a_unit_of_their_own():
+    weights, unit = inputs.check_weights([3, 0, 12], 3)
+    np.testing.assert_array_equal(weights, [3 / 8, 0, 12 / 8])
+    assert unit == 8
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1, 2], r"must have shape \(3,\), a number for each row; got \(2,\)"),
+        ([1, -2, 1], "finite numbers of at least zero; got -2.0 for row 1"),
+        ([1, 2, np.nan], "finite numbers of at least zero; got nan for row 2"),
+        ([0, 0, 0], "sample_weight is zero for all rows"),
+    ],
+)
+def test_what_are_no_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        inputs.check_weights(weights, 3)

@@ -167,3 +167,53 @@ def test_rows_that_are_all_near_each_other_keep_their_labels():
     found, squared = kmeans.assign(Z, jnp.array([[1e-9], [5e-9], [9e-9]]))
     np.testing.assert_array_equal(found, [0, 0, 1, 2])
     np.testing.assert_array_equal(squared[jnp.array([0, 2, 3]), found[jnp.array([0, 2, 3])]], 0)
+
+
+def test_weights_by_hand():
+    Z = jnp.array([[0.0], [1.0], [10.0], [11.0]])
+    options = {"init_centroids": jnp.array([[0.0], [10.0]]), "num_samples": 4, "num_concepts": 2}
+    weights = jnp.array([3.0, 1.0, 0.5, 0.0])
+    result = alone(kmeans)(Z, KEY, sample_weight=weights, **options)
+    np.testing.assert_allclose(result.components, [[0.25], [10]], atol=1e-6)
+    np.testing.assert_allclose(result.objective, 3 * 0.25**2 + 0.75**2, rtol=1e-5)
+    np.testing.assert_allclose(result.history[:2], [1, 0.75], rtol=1e-5)
+    # The row that counts for nothing has its activations.
+    np.testing.assert_allclose(result.activations[3], [1 / 11.75, 1 / 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(300, 90, 6), (300, 4, 140)], ids=str)
+def test_whole_weights_are_as_many_rows(shape):
+    """Also where wide rows are compressed, and where scores are kept; scikit-learn's end too."""
+    n, d, k = shape
+    Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
+    Z, weights = Z.astype(np.float32), np.random.default_rng(0).integers(0, 4, n)
+    # A row of each true cluster, as updates on other columns might end in another optimum.
+    first = np.unique(truth, return_index=True)[1]
+    start, weights[first] = jnp.asarray(Z[first]), 2
+    many = np.repeat(Z, weights, axis=0)
+    fixed = {"num_concepts": k, "init_centroids": start, "tol": 0.0}
+    once = alone(kmeans)(
+        jnp.asarray(Z), KEY, sample_weight=weights.astype(np.float32), num_samples=n, **fixed
+    )
+    repeated = alone(kmeans)(jnp.asarray(many), KEY, num_samples=len(many), **fixed)
+    np.testing.assert_allclose(once.objective, repeated.objective, rtol=1e-4)
+    np.testing.assert_allclose(once.components, repeated.components, atol=1e-3)
+    np.testing.assert_array_equal(np.repeat(labels(once), weights), labels(repeated))
+    theirs = KMeans(k, init=start, n_init=1, algorithm="lloyd", tol=0).fit(Z, sample_weight=weights)
+    np.testing.assert_allclose(once.objective, theirs.inertia_, rtol=1e-4)
+
+
+def test_rows_without_weight_are_no_seeds():
+    Z = jnp.asarray(blobs(6))
+    real = np.arange(N) % 4 == 1
+    active = jnp.ones(K, bool)
+    problem = kmeans.prepare(Z, N, active, weights=jnp.asarray(real, jnp.float32))
+    for number in range(5):
+        seeds = kmeans.seed(problem, jax.random.key(number)) + problem.mean
+        apart = np.linalg.norm(np.asarray(Z)[:, None] - seeds, axis=2).min(axis=0)
+        of = np.linalg.norm(np.asarray(Z)[:, None] - seeds, axis=2).argmin(axis=0)
+        assert np.all(apart < 1e-4) and np.all(real[of])
+    # Equal weights are none: the same draws.
+    plain = kmeans.seed(kmeans.prepare(Z, N, active), KEY)
+    equal = kmeans.seed(kmeans.prepare(Z, N, active, weights=jnp.full(N, 0.5)), KEY)
+    np.testing.assert_allclose(plain, equal, atol=1e-5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.concepts import decompose
-from xlvlm_jax.solvers.restarts import best_first, sample, stability
+from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, stability
 
 KEY = jax.random.key(0)
 
@@ -70,3 +70,25 @@ def test_free_signs_fit_better():
     free = decompose(Z, 3, key=KEY, nonnegative=False)
     assert np.any(np.asarray(free.activations) < 0)
     assert free.objective < decompose(Z, 3, key=KEY).objective
+
+
+def test_rows_drawn_by_weight_stand_for_all():
+    rng = np.random.default_rng(0)
+    weights = (rng.exponential(size=300) * 10.0 ** rng.integers(-1, 3, 300)).astype(np.float32)
+    weights[::3] = 0
+    values = rng.normal(size=300) + 5
+    draw = jax.jit(lambda key: draw_weighted(key, jnp.asarray(weights), 60))
+    sums, totals = [], []
+    for key in jax.random.split(KEY, 200):
+        numbers, counted = (np.asarray(part) for part in draw(key))
+        assert len(set(numbers)) == 60 and np.all(weights[numbers] > 0)
+        sums.append(counted.sum()), totals.append(counted @ values[numbers])
+    np.testing.assert_allclose(np.mean(sums), weights.sum(), rtol=0.01)
+    np.testing.assert_allclose(np.mean(totals), weights @ values, rtol=0.01)
+    # Where there are no more, each is itself.
+    numbers, counted = draw_weighted(KEY, jnp.asarray(weights), 300)
+    np.testing.assert_array_equal(numbers, np.arange(300))
+    np.testing.assert_array_equal(counted, weights)
+    # Of fewer rows with a weight than are wanted none gets one.
+    numbers, counted = draw_weighted(KEY, jnp.array([0.0, 2.0, 0.0, 3.0]), 3)
+    assert np.asarray(counted)[np.argsort(numbers)].sum() == 5

@@ -112,6 +112,9 @@ def test_on_one_device():
     # Weights 1, 0, 3: a quarter of the unit interval belongs to the first, the rest to the last.
     drawn = ONE_DEVICE.draw(jnp.array([1.0, 0, 3]), jnp.array([0.0, 0.2, 0.3, 0.99]))
     np.testing.assert_array_equal(drawn, [0, 0, 2, 2])
+    # Rounded, the product with the sum of 4.0000005 is that sum: it is not beyond the last weight.
+    last = ONE_DEVICE.draw(jnp.array([1.0, 3.0000005, 0]), jnp.array([1 - 2.0**-24]))
+    np.testing.assert_array_equal(last, [1])
 
 
 def test_on_eight_devices_as_on_one():
@@ -128,5 +131,5 @@ def test_an_update_sends_no_more_for_more_rows():
     # The sums: K x D products, K x K overlaps, K uses, the objective; counts and totals;
     # images, and the overlaps of the last scores and the new ones.
     assert sent["snmf"] == K * D + K * K + K + 1
-    assert sent["kmeans"] == 2 * K * D + K  # totals as pairs
+    assert sent["kmeans"] == 2 * K * D + 2 * K  # totals and counts as pairs
     assert sent["pca"] == K * D + (2 * K) ** 2

@@ -48,6 +48,16 @@ def test_column_means_to_a_millionth_of_a_deviation(shape, offset):
     assert np.all(np.abs(found.low) <= np.spacing(np.abs(found.high)) / 2)
 
 
+def test_weighted_means_are_numpys():
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((30_000, 7), np.float32) + np.float32(1e3)
+    weights = rng.exponential(size=len(Z)).astype(np.float32)
+    Z[:100], weights[:100] = -1e6, 0  # rows without weight are no origin either
+    expected = np.average(Z.astype(np.float64), axis=0, weights=weights)
+    found = jax.jit(lambda Z, weights: sums.column_means(Z, weights=weights))(Z, weights)
+    np.testing.assert_allclose(wide(found), expected, rtol=0, atol=2e-6)
+
+
 def test_rows_that_pad_have_no_part_in_the_mean():
     Z = jnp.full((3000, 5), 7.0).at[2000:].set(0)
     found = sums.column_means(Z, 2000)

@@ -9,6 +9,8 @@ Distances and totals are taken from an origin m, the mean of Z rounded. With c' 
 The products stay small where the states share a large common direction, and Z is not copied. Where
 rows are far from zero beside what tells them apart, z c' - m c' is (z - m) c', a block at a time.
 
+Where rows have weights, counts and totals are sums of weights; each is counted w_n times.
+
 Up to LARGE centroids a row keeps its label and by how much farther the second centroid is. Each
 move of the centroids takes from that gap what the triangle inequality allows; a row is looked at
 again when nothing is left of it, and the sums are corrected by the rows that change (Hamerly,
@@ -45,18 +47,24 @@ class Problem(NamedTuple):
 
     Z: Float[Array, "N D"]
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
+    weights: Float[Array, " N"] | None  # what each row counts for; None where all count the same
     mean: Float[Array, " D"]  # m
     energy: Float[Array, " N"]  # |z_n - m|^2
-    spread: Wide  # the sum of that over all rows, wherever they are
+    spread: Wide  # the sum of that over all rows, as they count, wherever they are
     variance: Float[Array, ""]  # the mean variance of a column
     active: Bool[Array, " K"]  # a centroid that is not has no rows
     far: Bool[Array, ""]  # whether m is so far from zero that products with Z are too short
+
+    @property
+    def counted(self) -> Float[Array, " N"]:
+        """What each row counts for."""
+        return self.real if self.weights is None else self.weights
 
 
 class Sums(NamedTuple):
     """What an update of the centroids needs of the rows: totals over them, whatever N is."""
 
-    counts: Int[Array, " K"]
+    counts: Wide  # [K]
     totals: Wide  # [K, D]
 
 
@@ -65,7 +73,9 @@ class Bounds(NamedTuple):
 
     labels: Int[Array, " N"]
     gaps: Float[Array, " N"]  # at least |z - c| of the second nearest less that of the nearest
-    sums: Sums  # of the rows here
+    # Of the rows here. None with weights: a float32 does not hold what light rows change beside
+    # heavy ones, so that they are summed anew.
+    sums: Sums | None
 
 
 class Scores(NamedTuple):
@@ -83,9 +93,12 @@ def nothing(problem: Problem) -> Kept:
     dtype = real_dtype(problem.Z)
     if K > LARGE:
         return Scores(jnp.zeros((K, N), dtype))
-    # Two arrays: one may not be given away twice.
-    totals = Wide(jnp.zeros((K, D), dtype), jnp.zeros((K, D), dtype))
-    sums = Sums(jnp.zeros(K, jnp.int32), totals)
+
+    def zeros(*shape: int) -> Wide:
+        # Two arrays: one may not be given away twice.
+        return Wide(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    sums = Sums(zeros(K), zeros(K, D)) if problem.weights is None else None
     return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), sums)
 
 
@@ -98,7 +111,8 @@ def renew(
     """
     if isinstance(kept, Bounds):
         kept = _renew_rows(problem, kept, offsets, shifts)
-        return kept, kept.labels, kept.sums
+        sums = sums_of(problem, kept.labels) if kept.sums is None else kept.sums
+        return kept, kept.labels, sums
     kept = _renew_centroids(problem, kept, offsets, shifts)
     labels = nearest(kept.scores)[0]
     return kept, labels, sums_of(problem, labels)
@@ -168,7 +182,7 @@ def nearest(scores: Float[Array, "K N"]) -> Nearest:
 def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:
     """How many rows each cluster has, and the sum of their differences from the mean."""
     K = len(problem.active)
-    return Sums(*sums_of_rows.cluster_sums(problem.Z, labels, K, problem.mean, problem.real))
+    return Sums(*sums_of_rows.cluster_sums(problem.Z, labels, K, problem.mean, problem.counted))
 
 
 def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Array, ""]:
@@ -176,10 +190,9 @@ def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Arr
 
     A difference of large numbers, with twice the digits.
     """
-    counts = sums.counts.astype(offsets.dtype)
-    beyond = (sums.counts - counts.astype(sums.counts.dtype)).astype(offsets.dtype)
+    counts = Wide(*(part[:, None] for part in sums.counts))
     # offsets (2 totals - counts offsets), summed
-    covered = sums_of_rows.product(counts[:, None], offsets) + beyond[:, None] * offsets
+    covered = sums_of_rows.product(counts.high, offsets) + counts.low * offsets
     inner = sums.totals.times(2) + covered.times(-1)
     between = sums_of_rows.product(offsets, inner.high) + offsets * inner.low
     return jnp.maximum((spread + sums_of_rows.total(between).times(-1)).value, 0)
@@ -217,7 +230,8 @@ def _renew_rows(
         centroids, before = jax.lax.optimization_barrier((offsets, kept.gaps))
         found = nearest(score(problem.Z, centroids, problem.mean, problem.far, problem.active))
         gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
-        return Bounds(found.labels, gaps, sums_of(problem, found.labels))
+        sums = None if kept.sums is None else sums_of(problem, found.labels)
+        return Bounds(found.labels, gaps, sums)
 
     def some_rows(i: Array, kept: Bounds) -> Bounds:
         numbers = jax.lax.dynamic_slice_in_dim(doubtful, i * block, block)
@@ -225,18 +239,20 @@ def _renew_rows(
         Z = problem.Z[rows] - problem.mean
         found = nearest(score(Z, offsets, jnp.zeros_like(problem.mean), False, problem.active))
         real = problem.real[rows] * (numbers < N)
-        # +1 where a row comes from and -1 where it goes: 0 for the many that stay.
-        to, come_from = (
-            jax.nn.one_hot(labels, K, axis=0, dtype=Z.dtype)
-            for labels in (found.labels, kept.labels[rows])
-        )
-        change = (to - come_from) * real
-        counts = kept.sums.counts + jnp.sum(change, axis=1).astype(jnp.int32)
-        totals = kept.sums.totals + matmul(change, Z)
+
+        def changed(sums: Sums) -> Sums:
+            # +1 where a row comes from and -1 where it goes: 0 for the many that stay.
+            to, come_from = (
+                jax.nn.one_hot(labels, K, axis=0, dtype=Z.dtype)
+                for labels in (found.labels, kept.labels[rows])
+            )
+            change = (to - come_from) * real
+            return Sums(sums.counts + jnp.sum(change, axis=1), sums.totals + matmul(change, Z))
+
         return Bounds(
             kept.labels.at[numbers].set(found.labels, mode="drop"),
             kept.gaps.at[numbers].set(gaps_of(problem.energy[rows], found), mode="drop"),
-            Sums(counts, totals),
+            None if kept.sums is None else changed(kept.sums),
         )
 
     # Two loops, of which one turns: batched, a condition would do both.

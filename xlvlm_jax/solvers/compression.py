@@ -35,6 +35,7 @@ class Centre(NamedTuple):
     mean: Float[Array, " D"]
     far: Bool[Array, ""]
     real: Float[Array, " N"]  # 0 for a row that pads Z, which then is zero in its columns too
+    weights: Float[Array, " N"] | None = None  # what rows count for in the choice of directions
 
 
 def sketch_directions(
@@ -61,8 +62,10 @@ def compress(
     if width >= D and centre is None:
         return Compressed(jnp.eye(D, dtype=dtype), Z.astype(dtype))
     directions = sketch_directions(key, D, width, dtype)
-    mean = None if centre is None else centre.mean
-    images = rows.total(sums.weighted(_in(Z, directions, centre).T, Z, mean).value)
+    sketch, mean = _in(Z, directions, centre), None if centre is None else centre.mean
+    if centre is not None and centre.weights is not None:
+        sketch = sketch * centre.weights[:, None]
+    images = rows.total(sums.weighted(sketch.T, Z, mean).value)
     basis = orthonormal(images.T)
     return Compressed(basis, _in(Z, basis, centre))
 

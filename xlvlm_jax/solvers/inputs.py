@@ -59,6 +59,31 @@ def check_num_concepts(num_concepts: Any, N: int, D: int, method: str) -> None:
         )
 
 
+def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"], float]:
+    """Weights of N rows in units of a power of two near the largest, and that unit.
+
+    Raises:
+        ValueError: they are not N finite numbers of at least zero, or all are zero.
+    """
+    if isinstance(weights, jax.core.Tracer):
+        return weights, 1.0
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (N,):
+        raise ValueError(
+            f"sample_weight must have shape ({N},), a number for each row; got {weights.shape}"
+        )
+    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+    if bad.size:
+        raise ValueError(
+            "sample_weight must hold finite numbers of at least zero; "
+            f"got {weights[bad[0]]} for row {bad[0]}"
+        )
+    if not weights.any():
+        raise ValueError("sample_weight is zero for all rows; give at least one row some weight")
+    unit = 2.0 ** np.floor(np.log2(weights.max()))
+    return weights / unit, float(unit)
+
+
 def is_stored(Z: Any) -> bool:
     """Whether Z reads rows when they are wanted. A TensorStore, which also reads, is an array."""
     return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"

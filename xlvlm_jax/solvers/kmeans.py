@@ -1,11 +1,11 @@
 """K-means.
 
-    minimise   inertia(C, l) = sum_n |z_n - c_{l_n}|^2   over centroids C[K, D] and labels l[N]
+    minimise   inertia(C, l) = sum_n w_n |z_n - c_{l_n}|^2   over centroids C[K, D] and labels l[N]
 
 by Lloyd's algorithm ("Least squares quantization in PCM", 1982) from greedy k-means++ centroids
 (Arthur and Vassilvitskii, 2007) or from given ones. `tol` is compared to the squared distance that
 the centroids moved in the last update, over the mean variance of Z's columns; 0 waits until no row
-changes its cluster. Rule and default are scikit-learn's.
+changes its cluster. Rule and default are scikit-learn's. The weights w are 1 unless given.
 
 Where Z is wide the rows are clustered in the few columns of `compression` first, and only the last
 updates read Z itself: centroids are means of rows, so that they lie in the row space of Z.
@@ -28,8 +28,9 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.assignment import Kept, Problem, Sums, inertia, nearest, score
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, real_dtype, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
-from xlvlm_jax.solvers.restarts import best_first, sample
+from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample_size
 from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 28  # and where a sample of the rows gives them, so that a column costs a third
@@ -54,15 +55,20 @@ def prepare(
     num_samples: int,
     active: Bool[Array, " K"] | None,
     rows: Rows = ONE_DEVICE,
+    weights: Float[Array, " N"] | None = None,
 ) -> Problem:
-    """The constants for a Z whose first `num_samples` rows count."""
+    """The constants for a Z whose first `num_samples` rows count, as much as their weights say."""
     real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
-    mean = sums_of_rows.column_means(Z, num_samples, rows).high
+    mean = sums_of_rows.column_means(Z, num_samples, rows, weights).high
     energy = real * sums_of_rows.squared_distances(Z, mean)
-    spread = rows.total(sums_of_rows.total(energy))
-    variance = spread.value / (float(num_samples) * Z.shape[1])
+    if weights is None:
+        counted, whole = energy, float(num_samples)
+    else:
+        counted, whole = weights * energy, rows.total(sums_of_rows.total(weights)).value
+    spread = rows.total(sums_of_rows.total(counted))
+    variance = spread.value / (whole * Z.shape[1])
     far = sums_of_rows.is_far(mean, variance)
-    return Problem(Z, real, mean, energy, spread, variance, active, far)
+    return Problem(Z, real, weights, mean, energy, spread, variance, active, far)
 
 
 def init(problem: Problem, offsets: Float[Array, "K D"]) -> State:
@@ -77,13 +83,15 @@ def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
     kept, labels, sums = assignment.renew(problem, state.kept, state.offsets, state.shifts)
     sums = rows.total(sums)
     objective = inertia(problem.spread, state.offsets, sums)
-    empty = (sums.counts == 0) & problem.active
+    empty = (sums.counts.high == 0) & problem.active
 
     def fill_empty() -> Sums:
         squared = residual.of_labels(problem.Z, labels, state.offsets, problem.mean)
-        far = rows.largest(jnp.where(problem.real > 0, squared, -jnp.inf), len(empty))
+        far = rows.largest(jnp.where(problem.counted > 0, squared, -jnp.inf), len(empty))
         of = rows.take(labels.astype(jnp.float32), far).astype(jnp.int32)
-        return relocate(sums, rows.take(problem.Z, far) - problem.mean, of, empty)
+        # A row on its centroid would leave a cluster as empty as the one that it fills.
+        weights = rows.take(problem.counted, far) * (rows.take(squared, far) > 0)
+        return relocate(sums, rows.take(problem.Z, far) - problem.mean, weights, of, empty)
 
     sums = jax.lax.cond(jnp.any(empty), fill_empty, lambda: sums)
     offsets, shifts, error = advance(problem.variance, state.offsets, sums)
@@ -96,8 +104,8 @@ def advance(
     sums: Sums,
 ) -> tuple[Float[Array, "K D"], Float[Array, " K"], Float[Array, ""]]:
     """Each centroid at the mean of its rows, one without rows where it was; and what they moved."""
-    means = sums.totals.value / jnp.maximum(sums.counts, 1)[:, None]
-    new = jnp.where(sums.counts[:, None] > 0, means, offsets)
+    counts = sums.counts.value[:, None]
+    new = jnp.where(counts > 0, sums.totals.value / jnp.where(counts > 0, counts, 1), offsets)
     squares = jnp.sum((new - offsets) ** 2, axis=1)
     return new, jnp.sqrt(squares), jnp.sum(squares) / jnp.maximum(variance, TINY)
 
@@ -171,6 +179,7 @@ class Given(NamedTuple):
     tol: Float[Array, ""]
     unit: Float[Array, ""]
     centroids: Float[Array, "K D"] | None
+    weights: Float[Array, " N"] | None  # of all rows, on every device
 
 
 class Fixed(NamedTuple):
@@ -221,19 +230,22 @@ class Plan(NamedTuple):
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses wide rows, and starts from given centroids or from the best of some starts."""
-        key, tol, unit, centroids = given
+        key, tol, unit, centroids, of_all = given
         few, by_sample = columns(self.num_samples, max(self.num_concepts))
-        whole = prepare(Z, self.num_samples, None, rows)
+        weights = None if of_all is None else of_all[rows.numbers(len(Z))]
+        whole = prepare(Z, self.num_samples, None, rows, weights)
         basis, X, common = None, Z, whole
         if self.compressed:
-            centre = compression.Centre(whole.mean, whole.far, whole.real)
-            if by_sample:
+            centre = compression.Centre(whole.mean, whole.far, whole.real, weights)
+            # Those of a sample would miss heavy rows.
+            if by_sample and weights is None:
                 counts = few, self.num_samples
                 basis, X = compression.compress_by_sample(Z, key, *counts, rows, centre)
             else:
                 basis, X = compression.compress(Z, key, few, rows, centre)
             # Centroids lie in the columns, and so does all that they explain of the whole spread.
-            common = prepare(X, self.num_samples, None, rows)._replace(spread=whole.spread)
+            common = prepare(X, self.num_samples, None, rows, weights)
+            common = common._replace(spread=whole.spread)
 
         def first(active: Array) -> tuple[Progress, Array | None]:
             problem, starts = common._replace(active=active), None
@@ -242,7 +254,7 @@ class Plan(NamedTuple):
                 chosen = matmul(chosen, basis) - problem.mean if self.compressed else chosen
             else:
                 screen, counts = min(SCREEN, self.max_iter), (self.num_samples, self.n_init)
-                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows)
+                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows, of_all)
             return begin(init(problem, chosen), self.max_iter), starts
 
         progress, starts = each(first)(self.active)
@@ -290,7 +302,7 @@ class Plan(NamedTuple):
             scores = assignment.scores_of(problem, kept, offsets, shifts)
             squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
             # An update records the inertia it started from: shift by one, end with the result's.
-            least = problem.real * jnp.min(squared, axis=1)
+            least = problem.counted * jnp.min(squared, axis=1)
             inertia = rows.total(sums_of_rows.total(least)).value
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
             return Result(
@@ -316,14 +328,17 @@ def plan(
     n_init: int = 1,
     init_centroids: Float[Array, "K D"] | None = None,
     unit: Float[Array, ""] | float = 1.0,
+    sample_weight: Float[Array, " N"] | None = None,
 ) -> tuple[Plan, Given]:
     """How to cluster the rows of Z[N, width] for each of Q numbers of clusters.
 
     Rows from `num_samples` on do not count. The result has a leading axis Q; centroids beyond a
     number's own mean nothing. Z is in units of `unit`, which the activations' distances are not.
+    The weights are those of all rows of Z, also on a mesh, and zero from `num_samples` on.
     """
     fixed = Plan(width, num_samples, num_concepts, max_iter, n_init)
-    return fixed, Given(key, jnp.asarray(tol, float), jnp.asarray(unit, float), init_centroids)
+    numbers = jnp.asarray(tol, float), jnp.asarray(unit, float)
+    return fixed, Given(key, *numbers, init_centroids, sample_weight)
 
 
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "n_init", "mesh"))
@@ -342,13 +357,19 @@ def _best_start(
     tol: Float[Array, ""],
     max_iter: int,
     rows: Rows,
+    weights: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
     """Seeded centroids less the mean; of several starts those that came to the best end on a
     sample of rows, and where each came to less the sample's own mean.
     """
     row_key, seed_key = jax.random.split(key)
-    X = rows.take(problem.Z, sample(row_key, num_samples, len(problem.active)))
-    sampled = prepare(X, len(X), problem.active)
+    K = len(problem.active)
+    if weights is None:
+        numbers = sample(row_key, num_samples, K)
+    else:
+        numbers, weights = draw_weighted(row_key, weights[:num_samples], sample_size(K))
+    X = rows.take(problem.Z, numbers)
+    sampled = prepare(X, len(X), problem.active, weights=weights)
     seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))
     moved = sampled.mean - problem.mean
     if n_init == 1:
@@ -368,7 +389,7 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
 
     Less the mean.
     """
-    K, X = len(problem.active), problem.Z - problem.mean
+    K, X, counted = len(problem.active), problem.Z - problem.mean, problem.counted
     trials = 2 + int(log(K))
     first_key, draw_key = jax.random.split(key)
 
@@ -379,13 +400,16 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
 
     def step(k: Array, carry: tuple) -> tuple:
         chosen, closest = carry
-        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,), X.dtype)
-        candidates = ONE_DEVICE.draw(closest, uniform)
+        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,), jnp.float32)
+        candidates = ONE_DEVICE.draw(counted * closest, uniform)
+        # Where all rows are chosen already, it is not one without weight.
+        candidates = jnp.where(counted[candidates] > 0, candidates, chosen[0])
         closest = jnp.minimum(closest, squares(candidates))
-        best = jnp.argmin(jnp.sum(closest, axis=1))
+        best = jnp.argmin(jnp.sum(counted * closest, axis=1))
         return chosen.at[k].set(candidates[best]), closest[best]
 
-    first = jax.random.randint(first_key, (1,), 0, len(X))
+    # Draws of one type: the same key starts from the same rows in float32 and in float64.
+    first = ONE_DEVICE.draw(counted, jax.random.uniform(first_key, (1,), jnp.float32))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
     chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, squares(first)[0]))
     return X[chosen]
@@ -394,22 +418,24 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
 def relocate(
     sums: Sums,
     far: Float[Array, "R D"],
+    weights: Float[Array, " R"],
     labels: Int[Array, " R"],
     empty: Bool[Array, " K"],
 ) -> Sums:
     """Move each empty cluster to one of the rows farthest from theirs, as scikit-learn does.
 
-    far: those rows less the mean, the farthest first; labels: the clusters that they are in.
+    far: those rows less the mean, the farthest first; weights: what they count for; labels: the
+    clusters that they are in.
     """
     order = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
 
-    def move(k: Array, carry: tuple) -> tuple:
-        counts, totals = carry
-        one = empty[k].astype(counts.dtype)
-        row, old = one * far[order[k]], labels[order[k]]
-        counts = counts.at[old].add(-one).at[k].add(one)
-        change = jnp.zeros_like(totals.high).at[old].add(-row).at[k].add(row)
-        return counts, totals + change
+    def move(k: Array, sums: Sums) -> Sums:
+        old = labels[order[k]]
+        weight = empty[k] * weights[order[k]]
 
-    counts, totals = jax.lax.fori_loop(0, len(empty), move, (sums.counts, sums.totals))
-    return Sums(counts, totals)
+        def moved(total: Wide, part: Array) -> Wide:
+            return total + jnp.zeros_like(total.high).at[old].add(-part).at[k].add(part)
+
+        return Sums(moved(sums.counts, weight), moved(sums.totals, weight * far[order[k]]))
+
+    return jax.lax.fori_loop(0, len(empty), move, sums)

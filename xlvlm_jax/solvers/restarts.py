@@ -13,7 +13,12 @@ MARGIN = 1e-4  # relative decrease of the objective that makes a later start bet
 
 def sample(key: PRNGKeyArray, num_samples: int, num_concepts: int) -> Int[Array, " M"]:
     """The numbers of the rows that starts are compared on, all of them where there are few."""
-    return draw_rows(key, num_samples, max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts))
+    return draw_rows(key, num_samples, sample_size(num_concepts))
+
+
+def sample_size(num_concepts: int) -> int:
+    """How many rows starts are compared on."""
+    return max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts)
 
 
 def draw_rows(key: PRNGKeyArray, num_samples: int, count: int) -> Int[Array, " M"]:
@@ -21,6 +26,25 @@ def draw_rows(key: PRNGKeyArray, num_samples: int, count: int) -> Int[Array, " M
     if count >= num_samples:
         return jnp.arange(num_samples)
     return jax.lax.top_k(jax.random.uniform(key, (num_samples,)), count)[1]
+
+
+def draw_weighted(
+    key: PRNGKeyArray, weights: Float[Array, " N"], count: int
+) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """The numbers of `count` different rows, the heavy ones first, and what each counts for.
+
+    Sums over these rows are those over all, on average: a row stands for the lighter ones that are
+    left out, see Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary subset
+    sums", 2007. All rows with their weights where there are no more.
+    """
+    if count >= len(weights):
+        return jnp.arange(len(weights)), weights
+    priorities = weights / (1 - jax.random.uniform(key, weights.shape))
+    largest, numbers = jax.lax.top_k(priorities, count + 1)
+    chosen = numbers[:count]
+    # A row without weight has none here either.
+    light = jnp.where(weights[chosen] > 0, largest[-1], 0)
+    return chosen, jnp.maximum(weights[chosen], light)
 
 
 def best_first(

@@ -61,7 +61,9 @@ class Rows(NamedTuple):
         M = weights.shape[0]
         below = jnp.cumsum(weights)
         if self.axis is None:
-            found = jnp.searchsorted(below, uniform * below[-1], side="right")
+            # Less than the sum, also where rounding makes it that: the last row may have no weight.
+            wanted = jnp.minimum(uniform * below[-1], jnp.nextafter(below[-1], 0))
+            found = jnp.searchsorted(below, wanted, side="right")
             return jnp.minimum(found, M - 1)
         totals = jax.lax.all_gather(below[-1], self.axis)
         ends = jnp.cumsum(totals)

@@ -133,24 +133,35 @@ def block_of(values: Float[Array, "N ..."], first: Array | int, count: int) -> A
 
 
 def column_means(
-    Z: Float[Array, "N D"], num_samples: int | None = None, rows: Rows = ONE_DEVICE
+    Z: Float[Array, "N D"],
+    num_samples: int | None = None,
+    rows: Rows = ONE_DEVICE,
+    weights: Float[Array, " N"] | None = None,
 ) -> Wide:
     """The mean of the first `num_samples` rows (of all of them): error 1e-6 of a deviation.
 
     A mean of 10,000 deviations has a last digit of 1e-3 of them; `low` holds what is beyond it.
+    Where weights are given, they say what each row counts for.
     """
     N, D = Z.shape
-    num_samples = N if num_samples is None else num_samples
-    near = rows.take(Z, jnp.arange(min(NEAR, num_samples)))
-    origin = jnp.mean(near, axis=0)
-    real = (rows.numbers(N) < num_samples).astype(near.dtype)
+    if weights is None:
+        num_samples = N if num_samples is None else num_samples
+        near = rows.take(Z, jnp.arange(min(NEAR, num_samples)))
+        origin, whole = jnp.mean(near, axis=0), num_samples
+        weights = (rows.numbers(N) < num_samples).astype(near.dtype)
+    else:
+        heaviest = rows.largest(weights, NEAR)
+        shares = rows.take(weights, heaviest)
+        shares = shares / jnp.sum(shares)
+        origin = jnp.sum(shares[:, None] * rows.take(Z, heaviest), axis=0)
+        whole = rows.total(total(weights)).value
 
     def part(first: Array | int, count: int) -> Array:
-        weights = block_of(real, first, count)[:, None]
-        return _down(weights * (block_of(Z, first, count) - origin))
+        of_rows = block_of(weights, first, count)[:, None]
+        return _down(of_rows * (block_of(Z, first, count) - origin))
 
     summed = rows.total(add_up(part, N, rows_of_block(D)))
-    moved = Wide(summed.high / num_samples, summed.low / num_samples)
+    moved = Wide(summed.high / whole, summed.low / whole)
     return Wide(origin, jnp.zeros_like(origin)) + moved
 
 
@@ -185,38 +196,37 @@ def cluster_sums(
     labels: Int[Array, " N"],
     num_clusters: int,
     origin: Float[Array, " D"],
-    real: Float[Array, " N"] | None = None,
-) -> tuple[Int[Array, " K"], Wide]:
+    weights: Float[Array, " N"] | None = None,
+) -> tuple[Wide, Wide]:
     """How many rows each cluster has, and the sum of their differences from the origin [K, D].
 
-    Rows whose `real` is 0 count for nothing.
+    Where weights are given, a row counts for its weight in both.
     """
     N, D = Z.shape
-    real = jnp.ones(N, origin.dtype) if real is None else real
+    weights = jnp.ones(N, origin.dtype) if weights is None else weights
 
     def part(first: Array | int, count: int) -> tuple[Array, Array]:
         z, of = block_of(Z, first, count) - origin, block_of_labels(first, count)
-        weights = block_of(real, first, count)
+        of_rows = block_of(weights, first, count)
 
         def by_product(z: Array) -> Array:
-            members = jax.nn.one_hot(of, num_clusters, dtype=z.dtype, axis=0) * weights
+            members = jax.nn.one_hot(of, num_clusters, dtype=z.dtype, axis=0) * of_rows
             return matmul(members, z)
 
         def by_segment(z: Array) -> Array:
-            return jax.ops.segment_sum(weights[:, None] * z, of, num_clusters)
+            return jax.ops.segment_sum(of_rows[:, None] * z, of, num_clusters)
 
         # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading.
         totals = jax.lax.platform_dependent(z, cpu=by_segment, default=by_product)
-        counts = jax.ops.segment_sum(weights, of, num_clusters)
+        counts = jax.ops.segment_sum(of_rows, of, num_clusters)
         return counts, totals
 
     def block_of_labels(first: Array | int, count: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(labels, first, count)
 
     size = rows_of_block(D, min(max(LEAST_ROWS, PER_CLUSTER * num_clusters), MOST_ROWS))
-    counts, totals = add_up(part, N, size)
     # A float32 counts to 2^24; the pair of them goes on.
-    return counts.high.astype(jnp.int32) + counts.low.astype(jnp.int32), totals
+    return add_up(part, N, size)
 
 
 def cluster_means(
@@ -224,7 +234,8 @@ def cluster_means(
 ) -> tuple[Int[Array, " K"], Wide]:
     """How many rows each cluster has, and their mean [K, D]; zeros for a cluster without rows."""
     origin = column_means(Z).high
-    counts, totals = cluster_sums(Z, labels, num_clusters, origin)
+    counted, totals = cluster_sums(Z, labels, num_clusters, origin)
+    counts = counted.high.astype(jnp.int32) + counted.low.astype(jnp.int32)
     moved = Wide(*(part / jnp.maximum(counts, 1)[:, None] for part in totals))
     means = Wide(jnp.broadcast_to(origin, moved.high.shape), jnp.zeros_like(moved.high)) + moved
     return counts, Wide(*(jnp.where(counts[:, None] > 0, part, 0) for part in means))

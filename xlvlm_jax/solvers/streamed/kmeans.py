@@ -24,11 +24,6 @@ from xlvlm_jax.solvers.streamed.tiles import (
 from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
-def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """How many columns of every row are kept in memory."""
-    return min(kmeans.columns(num_samples, num_concepts)[0], num_samples, width)
-
-
 def solve(
     source: Source,
     key: PRNGKeyArray,
@@ -44,9 +39,9 @@ def solve(
     N, D = source.shape
     K = num_concepts
     # As in memory, where the same key then leads to the same clusters.
-    _, by_sample = kmeans.columns(N, K)
+    width, by_sample = kmeans.columns(N, K)
     mean = jnp.asarray(origin(source))
-    small = (compress_by_sample if by_sample else compress)(source, key, columns(N, D, K), mean)
+    small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D), mean)
     begun = phases.solve(
         kmeans,
         jnp.asarray(small.X),
@@ -72,19 +67,16 @@ def solve(
         def on_tile(tile: Tile, offsets: Array = offsets) -> tuple:
             return _collect(tile.Z, tile.real, mean, offsets)
 
-        (counts, totals), energy, moment = add_up(source, on_tile, keep)
-        sums = Sums(jnp.round(counts.high).astype(jnp.int32) + counts.low.astype(jnp.int32), totals)
+        sums, energy, moment = add_up(source, on_tile, keep)
         inertia = assignment.inertia(energy, offsets, sums)
         # Of the columns about their own mean, which the origin is only near.
         variance = (energy.value - jnp.sum(moment.value**2) / N) / (float(N) * D)
-        if np.any(sums.counts == 0):
-            numbers = far.numbers
-            sums = kmeans.relocate(
-                sums,
-                jnp.asarray(source.take(numbers), jnp.float32) - mean,
-                jnp.asarray(labels[numbers]),
-                sums.counts == 0,
-            )
+        empty = sums.counts.high == 0
+        if np.any(empty):
+            rows = jnp.asarray(source.take(far.numbers), jnp.float32) - mean
+            of = jnp.asarray(labels[far.numbers])
+            apart = jnp.asarray(far.scores > 0, jnp.float32)
+            sums = kmeans.relocate(sums, rows, apart, of, empty)
         history.append(float(inertia))
         offsets, _, error = kmeans.advance(variance, offsets, sums)
         if tell is not None:
@@ -112,9 +104,8 @@ def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, A
     energy, zero = jnp.sum(Z**2, axis=1), jnp.zeros_like(mean)
     labels, least, _ = assignment.nearest(assignment.score(Z, offsets, zero, False))
     far = jnp.where(real > 0, energy + least, -jnp.inf)
-    counts, totals = cluster_sums(Z, labels, len(offsets), zero, real)
-    sums = (counts.astype(jnp.float32), totals), total(energy), column_sums(Z)
-    return sums, (labels, far)
+    sums = Sums(*cluster_sums(Z, labels, len(offsets), zero, real))
+    return (sums, total(energy), column_sums(Z)), (labels, far)
 
 
 @jax.jit
