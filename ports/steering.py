@@ -110,6 +110,8 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
 def substitute(apply: Callable[..., Any], states: Mapping[str, Array]) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that the modules at the sites put out the given states.
 
+    What it returns traces under jit, vmap and grad, as `apply` does; the states may be traced.
+
     What led up to them is not computed by a jitted function that returns nothing else of it: with
     the states of a layer kept, a run begins behind that layer. Edits of a `steer` around it come
     after, so that a steered site can be the one whose states are given.

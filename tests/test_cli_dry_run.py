@@ -67,6 +67,19 @@ def test_decompose(xlvlm, features, tmp_path, method):
     )
     assert status == 0, errors
     assert "[12, 8] of float32" in out and "memory of a device" in out
+    out = " ".join(out.split())
+    assert "of the process about" in out and "streamed" not in out
+    assert not (tmp_path / "concepts").exists()
+
+
+def test_decompose_streamed(xlvlm, features, tmp_path):
+    place = ("decompose", features, "--output", tmp_path / "concepts", "--num-concepts", 3)
+    for method in ("snmf", "kmeans", "pca"):
+        status, out, errors = xlvlm(*place, "--method", method, "--stream", "--dry-run")
+        assert status == 0, errors
+        assert "streamed, a few tiles and columns of every row" in " ".join(out.split())
+    status, _, errors = xlvlm(*place, "--method", "simple", "--stream", "--dry-run")
+    assert status == 2 and "'simple' can't be streamed; expected one of snmf, kmeans" in errors
     assert not (tmp_path / "concepts").exists()
 
 

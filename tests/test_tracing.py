@@ -1,5 +1,6 @@
 """What composes: each public function under jit, vmap and grad, in float64, or it says that not."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
+import ports
 import xlvlm_jax
 from xlvlm_jax import metrics, shift, steering
 
@@ -19,8 +21,8 @@ OF = np.arange(24) % 3
 CODES = RANDOM.random((24, 4)) * (RANDOM.random((24, 4)) < 0.7)
 CHOSEN = CODES.max(axis=1, keepdims=True) == CODES
 IMAGES = A / np.linalg.norm(A, axis=1, keepdims=True)
-ATOMS = xlvlm_jax.Concepts(RANDOM.standard_normal((4, 3)), None, 0.0, 1, True, "snmf", {})
-CENTROIDS = xlvlm_jax.Concepts(RANDOM.standard_normal((4, 3)), None, 0.0, 1, True, "kmeans", {})
+ATOMS = xlvlm_jax.Concepts(RANDOM.standard_normal((4, 3)), method="snmf")
+CENTROIDS = xlvlm_jax.Concepts(RANDOM.standard_normal((4, 3)), method="kmeans")
 
 
 class Twice(nn.Module):
@@ -49,6 +51,19 @@ def several(vectors, alpha):
     return xlvlm_jax.steer(Model().apply, edits)({}, jnp.asarray(A))
 
 
+def substituted(x):
+    return ports.substitute(Model().apply, {"twice": x})({}, jnp.zeros_like(x))
+
+
+def decomposed(Z):
+    found = xlvlm_jax.decompose(Z, 2, "kmeans", key=jax.random.key(0), tol=0.0, max_iter=3)
+    return found.components, found.activations, found.objective
+
+
+def projected(Z, components):
+    return xlvlm_jax.project(Z, dataclasses.replace(CENTROIDS, components=components))
+
+
 # name: (function, its arguments, whether it has a gradient)
 TRACED = {
     "add": (steered(xlvlm_jax.add), (A, A[0], 0.5), True),
@@ -59,6 +74,15 @@ TRACED = {
     "stacked": (several, (A[:1], np.array([0.5])), True),
     "steer": (steered(xlvlm_jax.add), (A[0], A[1]), True),
     "capture": (lambda x: xlvlm_jax.capture(Model().apply, "twice")({}, x), (A,), True),
+    "add_mapped": (steered(ports.add_mapped), (A, B[:2], B[:2].T), True),
+    "substitute": (substituted, (A,), True),
+    "decompose": (decomposed, (A,), False),
+    "project": (projected, (A, CENTROIDS.components), True),
+    "fine_vectors": (
+        lambda Z: xlvlm_jax.fine_vectors(Z, 3, key=jax.random.key(0))[:2],
+        (A,),
+        False,
+    ),
     "ground_images": (lambda u: xlvlm_jax.ground_images(u, 3), (CODES,), False),
     "steering_vector": (xlvlm_jax.steering_vector, (A, B[:9]), True),
     "shift.assign": (shift.assign, (CODES,), False),
@@ -96,8 +120,7 @@ TRACED = {
     ),
     "metrics.top_concepts": (lambda u: metrics.top_concepts(u, 2), (CODES,), False),
 }
-# Of the solvers, whose own tests show it; and what takes no arrays.
-OTHERS = {"decompose", "decompose_stored", "project", "compilation_cache"}
+OTHERS = {"compilation_cache"}  # what takes no arrays
 
 
 def total(function):
@@ -183,3 +206,14 @@ def test_each_function_says_whether_it_traces(package):
             assert "races under jit" in said, name
         else:
             assert "does not trace" in said, name
+
+
+@pytest.mark.parametrize("package", [metrics, ports], ids=["metrics", "ports"])
+def test_only_what_traces_says_so(package):
+    """Most of these take no arrays, and say nothing."""
+    listed = {name.partition(",")[0].rpartition(".")[2] for name in TRACED}
+    functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
+    said = {
+        n for n in functions if "races under jit" in " ".join(getattr(package, n).__doc__.split())
+    }
+    assert said == listed.intersection(functions)

@@ -51,6 +51,7 @@ from xlvlm_jax.solvers.loop import Result, real_dtype
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.restarts import stability
 from xlvlm_jax.solvers.streamed import Source
+from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
 
 METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
 ALIASES = {"nndl": "snmf"}
@@ -604,6 +605,35 @@ def memory_needed(
     return sum(getattr(memory, size) for size in sizes)
 
 
+def streamed_memory_needed(
+    shape: tuple[int, int], num_concepts: int, method: str = "snmf", **options: Any
+) -> int:
+    """Bytes that `decompose_stored` of Z[N, D] takes: tiles, and the few columns of every row.
+
+    Arguments and errors as for `decompose_stored`.
+    """
+    method = _streamed(method)
+    check_num_concepts(num_concepts, *shape, method)
+    N, D = shape
+    # A tile, the one that is read, and their products; activations that are being written.
+    of_tiles = 4 * TILE_BYTES
+    if method == "pca":
+        _options(method, options)
+        return of_tiles + 4 * D * 6 * num_concepts
+    R = streamed.METHODS[method].columns(N, D, num_concepts)
+    # The columns stay on the host while the device solves for them.
+    return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, method, **options)
+
+
+def _streamed(method: str) -> str:
+    """The name of a method that can be streamed."""
+    method = _method(method)
+    if method not in streamed.METHODS:
+        expected = ", ".join(streamed.METHODS)
+        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
+    return method
+
+
 def _check_key(key: Any) -> None:
     if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
@@ -652,6 +682,8 @@ def decompose_stored(
 ) -> Concepts:
     """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
 
+    Runs on the host: it does not trace.
+
     The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
     beyond a few tiles of 4 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
 
@@ -667,10 +699,7 @@ def decompose_stored(
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
     """
     keep_programs()
-    method = _method(method)
-    if method not in streamed.METHODS:
-        expected = ", ".join(streamed.METHODS)
-        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
+    method = _streamed(method)
     options = _options(method, options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:

@@ -18,7 +18,7 @@ from xlvlm_jax.cli.console import (
     refuse_existing,
     solver_bar,
 )
-from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, profiled
+from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, peak_memory, profiled
 
 
 def decompose(
@@ -62,7 +62,7 @@ def decompose(
             refuse_existing(directory, overwrite)
     for name, directory in places.items():
         if dry_run:
-            _show_needs(opened.stored(name), num_concepts, method, directory, given)
+            _show_needs(opened.stored(name), num_concepts, method, directory, stream, given)
             continue
         with profiled(profile), solver_bar(method) as told:
             concepts = stages.decompose_features(
@@ -85,25 +85,40 @@ def decompose(
 
 
 def _show_needs(
-    stored: Any, num_concepts: int, method: str, output: Path, options: dict[str, Any]
+    stored: Any,
+    num_concepts: int,
+    method: str,
+    output: Path,
+    stream: bool,
+    options: dict[str, Any],
 ) -> None:
     """What --dry-run says of one site's matrix."""
-    from xlvlm_jax import stages
-    from xlvlm_jax.concepts import memory_needed
+    import jax
 
-    needed = memory_needed(
-        stored.shape,
-        num_concepts,
-        method,
-        dtype=stored.dtype,
-        mesh=stages.rows_mesh(),
-        **options,
-    )
+    from xlvlm_jax import stages
+    from xlvlm_jax.concepts import memory_needed, streamed_memory_needed
+
     N, D = stored.shape
+    matrix, activations = N * D * stored.dtype.itemsize, 4 * N * num_concepts
+    if stream:
+        needed = streamed_memory_needed(stored.shape, num_concepts, method, **options)
+        # The columns of rows on the host are in what the solver needs; the rest is the device's.
+        on_host, how = needed, "streamed, a few tiles and columns of every row"
+    else:
+        mesh = stages.rows_mesh()
+        needed = memory_needed(
+            stored.shape, num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
+        )
+        # A CPU's memory is the process's, and takes rows where they were read.
+        on_cpu = jax.default_backend() == "cpu"
+        of_rows = needed * jax.local_device_count() if on_cpu else matrix
+        on_host = of_rows + 3 * activations  # as they are saved
+        how = "as compiled"
+    process = peak_memory() + on_host
     console.print(
-        f"\\[{N}, {D}] of {stored.dtype}: {N * D * stored.dtype.itemsize / 1e9:,.3f} GB; "
-        f"memory of a device {needed / 1e9:,.3f} GB, as compiled; activations of "
-        f"{4 * N * num_concepts / 1e6:,.1f} MB and components of "
+        f"\\[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; "
+        f"memory of a device {needed / 1e9:,.3f} GB, {how}; of the process about "
+        f"{process / 1e9:,.1f} GB; activations of {activations / 1e6:,.1f} MB and components of "
         f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -40,6 +41,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "interrupted; what was committed stays, the same command goes on from there"
 BEGINS_AGAIN = "interrupted; the same command begins again from the start"
 _resumes = False  # whether the command that runs goes on where it was interrupted
+
+
+def peak_memory() -> int:
+    """The largest number of bytes that this process has had in memory."""
+    # In KiB, but on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def resumes() -> None:

@@ -66,7 +66,7 @@ class FineVectors(NamedTuple):
 def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array) -> FineVectors:
     """The fine vectors: centroid_j - centroid_i of a k-means on the source states.
 
-    Runs on the host: it does not trace.
+    Traces under jit (num_concepts static) and vmap, as `decompose` does.
 
     Args:
         source: states of the samples to steer.

@@ -24,6 +24,11 @@ from xlvlm_jax.solvers.streamed.tiles import (
 from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
+def columns(num_samples: int, width: int, num_concepts: int) -> int:
+    """How many columns of every row are kept in memory."""
+    return min(kmeans.columns(num_samples, num_concepts)[0], num_samples, width)
+
+
 def solve(
     source: Source,
     key: PRNGKeyArray,
@@ -39,9 +44,9 @@ def solve(
     N, D = source.shape
     K = num_concepts
     # As in memory, where the same key then leads to the same clusters.
-    width, by_sample = kmeans.columns(N, K)
+    _, by_sample = kmeans.columns(N, K)
     mean = jnp.asarray(origin(source))
-    small = (compress_by_sample if by_sample else compress)(source, key, min(width, N, D), mean)
+    small = (compress_by_sample if by_sample else compress)(source, key, columns(N, D, K), mean)
     begun = phases.solve(
         kmeans,
         jnp.asarray(small.X),

@@ -25,6 +25,11 @@ from xlvlm_jax.solvers.streamed.tiles import (
 )
 
 
+def columns(num_samples: int, width: int, num_concepts: int) -> int:
+    """How many columns of every row are kept in memory."""
+    return min(num_concepts + semi_nmf.OVERSAMPLE, num_samples, width)
+
+
 def solve(
     source: Source,
     key: PRNGKeyArray,
@@ -42,7 +47,7 @@ def solve(
     N, D = source.shape
     K = num_concepts
     # From zero: the model has no mean.
-    small = compress(source, key, min(K + semi_nmf.OVERSAMPLE, N, D), jnp.zeros(D, jnp.float32))
+    small = compress(source, key, columns(N, D, K), jnp.zeros(D, jnp.float32))
     # The compressed rows lack what lies outside the basis, and so does their objective.
     basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
     X = jnp.asarray(small.X)

@@ -1,0 +1,74 @@
+"""Makes the pictures and the console output of the quick start again: `python docs/pictures.py`.
+
+Runs the demo (about two minutes on two cores) and keeps what the pages show in docs/pictures/.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from xlvlm_jax import Concepts, demo
+
+PICTURES = Path(__file__).parent / "pictures"
+KEPT = ("scores.svg", "shift/overlap.svg", "steering/yes-no/answers.svg")
+NUM_CONCEPTS, NUM_IMAGES, NUM_WORDS = 6, 5, 5
+
+
+def main() -> None:
+    """Runs the demo in a temporary directory and writes what the pages show."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "xlvlm-demo"
+        result = demo.run(run, stage=_silent)
+        for name in KEPT:
+            shutil.copyfile(run / name, PICTURES / Path(name).name)
+        draw(result.concepts[demo.FINAL], PICTURES / "concepts.png")
+        with open(PICTURES / "demo.txt", "w", encoding="utf-8") as file:
+            console = Console(file=file, width=96)
+            demo.show(result, console)
+        text = (PICTURES / "demo.txt").read_text("utf-8").replace(str(run), run.name)
+        lines = [line.rstrip() for line in text.splitlines()]
+        (PICTURES / "demo.txt").write_text("\n".join(lines).strip() + "\n", "utf-8")
+
+
+def draw(concepts: Concepts, path: Path) -> None:
+    """Draws some concepts, a row each: words, and the pictures that activate them most.
+
+    Takes the concepts that are the strongest of the most samples and named by different words.
+    """
+    strongest = np.bincount(np.argmax(concepts.activations, axis=1), minlength=len(concepts.words))
+    chosen: list[int] = []
+    for k in np.argsort(-strongest):
+        first = [concepts.words[other][0] for other in chosen]
+        if len(concepts.words[k]) >= NUM_WORDS and concepts.words[k][0] not in first:
+            chosen.append(int(k))
+    chosen = chosen[:NUM_CONCEPTS]
+    figure = Figure(figsize=(8.4, 1.12 * len(chosen)), dpi=100, facecolor="white")
+    grid = figure.subplots(
+        len(chosen), NUM_IMAGES + 1, width_ratios=[2.2, *[1] * NUM_IMAGES], squeeze=False
+    )
+    for row, k in zip(grid, chosen, strict=True):
+        first, *others = concepts.words[k][:NUM_WORDS]
+        row[0].text(0, 0.62, first, size=13, weight="bold", color="#1c6b6b", va="center")
+        row[0].text(0, 0.3, ", ".join(others), size=8.5, color="#444444", va="center")
+        for axes, image in zip(row[1:], concepts.images[k], strict=False):
+            axes.imshow(np.asarray(Image.open(image)))
+        for axes in row:
+            axes.axis("off")
+    figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
+    figure.savefig(path)
+    # 64 colours are enough for drawn scenes, and a third of the bytes.
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def _silent(_: str) -> Callable[..., None]:
+    return lambda done, total, rows=None: None
+
+
+if __name__ == "__main__":
+    main()

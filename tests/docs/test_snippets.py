@@ -1,0 +1,126 @@
+"""The README and the documentation do what they show: snippets run, outputs are as printed.
+
+Python blocks of a page run one after the other in one namespace and one directory, as a reader
+would paste them. A block of text right below one is what it prints: "..." stands for anything, as
+in doctest. Commands in blocks of sh are parsed with the options that they have now; those of pages
+in RUN are run too.
+"""
+
+import contextlib
+import doctest
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN: tuple[str, ...] = ()
+_FENCE = re.compile(r"^( *)```(\w+)?[^\n]*\n(.*?)^\1```[ ]*$", re.M | re.S)
+_SAME = doctest.OutputChecker()
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the line it stands in, and what it should print."""
+
+    language: str
+    text: str
+    line: int
+    output: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page; one of text right after another is that one's output."""
+    found: list[Block] = []
+    end = -1
+    for match in _FENCE.finditer(page):
+        indent, language, text = match[1], match[2] or "", match[3]
+        text = re.sub(rf"^{indent}", "", text, flags=re.M)
+        near = found and not page[end : match.start()].strip()
+        if language == "text" and near and found[-1].output is None:
+            found[-1] = found[-1]._replace(output=text)
+        else:
+            line = page[: match.start()].count("\n") + 2
+            found.append(Block(language, text, line, None))
+        end = match.end()
+    return found
+
+
+def name(page: Path) -> str:
+    """A page as the tests call it."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def require_same(expected: str, got: str, where: str) -> None:
+    """Fails where a page shows another output than was printed."""
+    got = "\n".join(line.rstrip() for line in got.splitlines()) + "\n"
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert _SAME.check_output(expected, got, flags), f"{where} shows\n{expected}\nand prints\n{got}"
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each `xlvlm` in a block of sh, without comments."""
+    joined = text.replace("\\\n", " ")
+    lines = (shlex.split(line, comments=True) for line in joined.splitlines())
+    return [words[1:] for words in lines if words[:1] == ["xlvlm"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where snippets run; what one page draws, another finds."""
+    return tmp_path_factory.mktemp("docs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_runs_and_prints_what_the_page_shows(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    namespace: dict = {"__name__": "page"}
+    for block in blocks(page.read_text("utf-8")):
+        if block.language != "python":
+            continue
+        where = f"{page}:{block.line}"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+        if block.output is not None:
+            require_same(block.output, printed.getvalue(), where)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_the_options_that_the_page_gives_them(page):
+    from xlvlm_jax.cli import app
+
+    for block in blocks(page.read_text("utf-8")):
+        for arguments in commands(block.text) if block.language == "sh" else ():
+            name, command = "xlvlm", typer.main.get_command(app)
+            while arguments and arguments[0] in getattr(command, "commands", {}):
+                name, *arguments = arguments
+                command = command.commands[name]
+            # "..." stands for options that were shown before.
+            whole = [word for word in arguments if word != "..."]
+            shortened = len(whole) < len(arguments)
+            try:
+                command.make_context(name, whole, resilient_parsing=shortened)
+            except Exception as error:
+                pytest.fail(f"{page}:{block.line}: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_commands_print_what_the_page_shows(page, tmp_path, monkeypatch, xlvlm):
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for block in blocks((ROOT / page).read_text("utf-8")):
+        if block.language != "sh" or block.output is None or "pip" in block.text:
+            continue
+        printed = ""
+        for arguments in commands(block.text):
+            status, out, err = xlvlm(*arguments)
+            assert status == 0, err
+            printed, ran = printed + out, ran + 1
+        require_same(block.output, printed, f"{page}:{block.line}")
+    assert ran
