@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts
+from xlvlm_jax import Concepts, stages
 from xlvlm_jax.paired import finetuned_site
+from xlvlm_jax.row_arrays import StoredRows
 from xlvlm_jax.shift import ShiftAnalysis, shift_features
 from xlvlm_jax.store import FeaturesWriter
 
@@ -52,6 +53,24 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
     assert (one.words, one.images, one.rows) == (two.words, two.images, two.rows)
     with pytest.raises(ValueError, match="holds the sites norm; expected states of both models"):
         shift_features(original, None, concepts, head, root / "none")
+
+
+def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
+    """What does not fit into memory on one side does not on the other."""
+    features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
+    found = []
+    for stream in (False, True):
+        place = root / f"concepts-{stream}"
+        stages.decompose_features(features[0], place, 3, "kmeans", stream=stream)
+        output = root / f"shift-{stream}"
+        found.append(shift_features(*features, Concepts.load(place), head, output, **OPTIONS))
+        own = Concepts.load(output / "finetuned-concepts")
+        assert isinstance(own.activations, StoredRows) == stream
+        assert own.source["site"] == "norm"
+    held, streamed = found
+    np.testing.assert_allclose(streamed.shifts, held.shifts, atol=1e-5)
+    np.testing.assert_allclose(streamed.finetuned, held.finetuned, atol=1e-5)
+    assert streamed.images == held.images
 
 
 def test_concepts_of_the_fine_tuned_model_may_be_given(

@@ -11,7 +11,7 @@ import numpy as np
 from ports import VLM, hub_names
 from ports.messages import few
 from ports.sites import match_sites
-from xlvlm_jax.concepts import Concepts, decompose
+from xlvlm_jax.concepts import Concepts, StoredActivations, decompose, decompose_stored
 from xlvlm_jax.grounding import is_before_norm
 from xlvlm_jax.paired import finetuned_site
 from xlvlm_jax.row_arrays import StoredRows
@@ -85,15 +85,14 @@ def shift_features(
     if finetuned_concepts is None:
         if Z_a.shape[1] != Z_b.shape[1]:  # before a decomposition that would be for nothing
             analyse(Z_a, Z_b, pairs, concepts, concepts)
-        finetuned_concepts = _decompose_alike(Z_b, concepts, seed)
         source = {
             "features": str(finetuned.path.resolve()),
             "site": site,
             "seed": seed,
             "rows": len(Z_b),
         }
-        finetuned_concepts = dataclasses.replace(finetuned_concepts, source=source)
-        finetuned_concepts.save(output / "finetuned-concepts")
+        directory = output / "finetuned-concepts"
+        finetuned_concepts = _decompose_alike(Z_b, concepts, seed, source, directory)
 
     analysis = analyse(Z_a, Z_b, pairs, concepts, finetuned_concepts, alpha=alpha, reduce=reduce)
     if through_norm is None:
@@ -159,11 +158,21 @@ def _check_width(vlm: VLM, finetuned_vlm: VLM | None) -> None:
         )
 
 
-def _decompose_alike(Z: StoredRows, concepts: Concepts, seed: int) -> Concepts:
-    """Concepts of Z, as many and learnt in the same way."""
+def _decompose_alike(
+    Z: StoredRows, concepts: Concepts, seed: int, source: dict[str, Any], directory: Path
+) -> Concepts:
+    """Concepts of Z, as many and learnt in the same way, streamed too; written to a directory."""
     options = {name: value for name, value in concepts.options.items() if name != "init"}
-    K = len(concepts.components)
-    return decompose(Z, K, concepts.method, key=jax.random.key(seed), **options)
+    K, key = len(concepts.components), jax.random.key(seed)
+    if not isinstance(concepts.activations, StoredRows):
+        found = decompose(Z, K, concepts.method, key=key, **options)
+        found = dataclasses.replace(found, source=source)
+        found.save(directory)
+        return found
+    with StoredActivations(directory, len(Z), K) as activations:
+        found = decompose_stored(Z, K, concepts.method, key=key, write=activations.write, **options)
+        dataclasses.replace(found, source=source, activations=activations.rows()).save(directory)
+    return Concepts.load(directory)
 
 
 class _RowIds(Sequence[str]):
