@@ -228,7 +228,7 @@ class TextEncoder:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _states(module: Bert, layer: int, params: dict, tokens: Array, attention_mask: Array) -> Array:
-    return module.apply({"params": params}, tokens, jnp.asarray(attention_mask))[layer]
+    return module.bind({"params": params})(tokens, jnp.asarray(attention_mask))[layer]
 
 
 # The heads of the tasks that checkpoints were trained on, and buffers.

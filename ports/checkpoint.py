@@ -77,7 +77,7 @@ def read_config(
         )
     quantised.refuse_config(values, file)
     try:
-        if model_type in (readers or {}):
+        if readers is not None and model_type in readers:
             return readers[model_type](values)
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # each configuration class has checks and kinds of errors of its own
@@ -97,7 +97,7 @@ def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
     cut = (str(values.get(key, "")) for key in ("image_aspect_ratio", "mm_patch_merge_type"))
     if any("anyres" in value or "unpad" in value for value in cut):
         raise ValueError(f"{what}, of LLaVA-NeXT (1.6), which has no port; take a LLaVA-1.5")
-    size = {4096: "7b", 5120: "13b"}.get(values.get("hidden_size"), "7b")
+    size = {4096: "7b", 5120: "13b"}.get(values.get("hidden_size", 0), "7b")
     raise ValueError(
         f"{what}, whose modules have other names; take the one converted for transformers, "
         f"llava-hf/llava-1.5-{size}-hf, or convert it with transformers' "
@@ -293,7 +293,7 @@ def load_params(
 
 def _read(
     name: str,
-    tensor: safetensors_io.StoredTensor,
+    tensor: quantised.Tensor,
     stored_axes: tuple[int, ...],
     dtype: jnp.dtype,
     where: jax.sharding.Sharding | None,
@@ -322,6 +322,7 @@ def _read(
     spans = [
         index[rows].indices(shape[rows])[:2]
         for index in where.addressable_devices_indices_map(shape).values()
+        if index is not None
     ]
     first, last = min(start for start, _ in spans), max(end for _, end in spans)
     value = converted(tensor.read((first, last))).transpose(axes)

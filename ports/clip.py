@@ -179,12 +179,12 @@ class DualEncoder:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_text(module: CLIP, params: dict, tokens: Array, attention_mask: Array) -> Array:
-    return module.apply({"params": params}, tokens, attention_mask, method="embed_text")
+    return module.bind({"params": params}).embed_text(tokens, attention_mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_images(module: CLIP, params: dict, pixels: Array) -> Array:
-    return module.apply({"params": params}, pixels, method="embed_images")
+    return module.bind({"params": params}).embed_images(pixels)
 
 
 def canonical_name(name: str) -> str | None:

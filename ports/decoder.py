@@ -126,23 +126,20 @@ def attend_through_cache(
     """
     if not module.has_variable("cache", "key"):
         return layers.attend(query, key, value, mask)
-    keys = module.variable("cache", "key", lambda: None)
-    values = module.variable("cache", "value", lambda: None)
+    keys, values = (module.get_variable("cache", name) for name in ("key", "value"))
     parts, slot = [], 0 if start is None else start
     if module.has_variable("prompt_cache", "key"):
         parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
         slot -= parts[0][0].shape[-1]
     key, value = layers.cache_layout(key, value)
     zero = 0 * slot  # of the same type, which a plain 0 is not where numbers have 64 bits
-    keys.value = _constrain_cache(
-        jax.lax.dynamic_update_slice(keys.value, key, (zero, zero, zero, slot))
-    )
-    values.value = _constrain_cache(
-        jax.lax.dynamic_update_slice(values.value, value, (zero, zero, slot, zero))
-    )
+    keys = _constrain_cache(jax.lax.dynamic_update_slice(keys, key, (zero, zero, zero, slot)))
+    values = _constrain_cache(jax.lax.dynamic_update_slice(values, value, (zero, zero, slot, zero)))
+    module.put_variable("cache", "key", keys)
+    module.put_variable("cache", "value", values)
     if start is None:
         return layers.attend_cached(query, [(key, value)], mask)
-    return layers.attend_cached(query, [*parts, (keys.value, values.value)], mask)
+    return layers.attend_cached(query, [*parts, (keys, values)], mask)
 
 
 def _constrain_cache(x: Array) -> Array:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array
 Where = Literal["all", "prompt", "generated", "last_prompt", "image", "text"] | dict[str, Any]
@@ -32,7 +33,9 @@ _WHERE = {
 }
 
 
-class Places(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
     """What the positions of a call are; the joined models say it while their decoder runs."""
 
     kind: Array  # int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED
@@ -184,13 +187,13 @@ def as_edits(edits: Edits) -> dict[str, tuple[Edit, ...]]:
         )
     return {
         site: tuple(
-            _as_edit(site, each) for each in (given if isinstance(given, list | tuple) else [given])
+            _as_edit(site, each) for each in (given if isinstance(given, Sequence) else [given])
         )
         for site, given in edits.items()
     }
 
 
-def _as_edit(site: str, given: Any) -> Edit:
+def _as_edit(site: str, given: Edit | Callable[..., Array]) -> Edit:
     if isinstance(given, Edit):
         return given
     if callable(given):
@@ -209,7 +212,7 @@ def _described(value: Any) -> str:
 
 def is_traced(value: Any) -> bool:
     """Whether a value is an argument of a program being traced, and so not known yet."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> Edit:
@@ -229,9 +232,9 @@ def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> 
     kinds, start, mask, at = _positions(where)
     alpha = jnp.asarray(alpha, float)  # float32, or float64 where that is switched on
     edit = Edit(vector, alpha, kinds, jnp.asarray(start, jnp.int32), mask, change, at)
-    if at is not None and edit.vector_rank > 2 and np.shape(vector)[-2] != np.shape(at)[-1]:
+    if at is not None and edit.vector_rank > 2 and edit.vector.shape[-2] != at.shape[-1]:
         raise ValueError(
-            f"where names {np.shape(at)[-1]} positions for {np.shape(vector)[-2]} states; expected "
+            f"where names {at.shape[-1]} positions for {edit.vector.shape[-2]} states; expected "
             "one state per position"
         )
     return edit
@@ -519,7 +522,7 @@ def check_batch(edit: Edit, batch: int, length: int) -> None:
             f"{(batch, length)}"
         )
     if edit.vector_rank > 3 or (
-        edit.vector_rank == 3 and edit.at is None and np.shape(edit.vector)[1] != length
+        vector is not None and vector.ndim == 3 and edit.at is None and vector.shape[1] != length
     ):
         raise ValueError(
             f"the states of an edit have shape {np.shape(edit.vector)}; expected that of "
@@ -534,7 +537,8 @@ def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | N
         raise ValueError(
             f"the steering vector has width {edit.width}; the states at {site!r} have {shape[-1]}"
         )
-    rank, rows = len(shape), shape[0] if len(shape) > 1 else 1
+    rank = len(shape)
+    rows = shape[0] if rank > 1 else 1
     # The columns of the call, where they are those of the vector and the mask.
     columns = shape[-2] if rank > 1 and (places is None or shape[-2] > 1) else None
     fits = edit.vector_rank <= max(rank, 2) and (

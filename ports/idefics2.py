@@ -251,11 +251,8 @@ class Idefics2(joiner.VisionLanguageModel):
         x = self.text_decoder.embed_tokens(tokens)
         if inputs.get("pixel_values") is None:
             return x
-        pixels, mask = (
-            None if inputs.get(name) is None else _flat(jnp.asarray(inputs[name]))
-            for name in ("pixel_values", "pixel_attention_mask")
-        )
-        features = self.image_features(pixels, mask)
+        pixels, mask = _flat(inputs["pixel_values"]), inputs.get("pixel_attention_mask")
+        features = self.image_features(pixels, None if mask is None else _flat(mask))
         # What only fills up a row of images is zero, and gives no features.
         valid = jnp.repeat((pixels != 0).any((1, 2, 3)), features.shape[1])
         return joiner.place_images(
@@ -266,9 +263,9 @@ class Idefics2(joiner.VisionLanguageModel):
         )
 
 
-def _flat(x: Any) -> Any:
+def _flat(x: Array | np.ndarray) -> Array:
     """[B, I, ...] -> [B * I, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    return jnp.asarray(x).reshape(-1, *x.shape[2:])
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
@@ -302,10 +299,8 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     """
     arrays = dict(inputs)
     pixels, mask = arrays.pop("pixel_values", None), arrays.pop("pixel_attention_mask", None)
-    num_images = 0
-    if pixels is not None:
-        pixels, mask = _real_images(config, pixels, mask)
-        num_images = len(pixels)
+    images = None if pixels is None else _real_images(config, pixels, mask)
+    num_images = 0 if images is None else len(images[0])
     per_image = config.tokens_per_image
     joiner.check_image_tokens(
         arrays["input_ids"],
@@ -315,7 +310,8 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         f"{per_image} a picture or crop, the processor's image_seq_len "
         "(a picture whose values are all zero counts as padding)",
     )
-    if num_images:
+    if images is not None and num_images:
+        pixels, mask = images
         patches = siglip.patch_mask(mask, config.vision.patch_size)
         tiny = np.flatnonzero(~patches.any((1, 2)))
         if len(tiny):
@@ -326,7 +322,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
                 f"{patch} x {patch}; let the processor resize it, or leave it out"
             )
         height, width = (
-            _side(config.vision, patches.any(axes).nonzero()[0].max() + 1)
+            _side(config.vision, int(np.flatnonzero(patches.any(axes))[-1]) + 1)
             for axes in ((0, 2), (0, 1))
         )
         arrays["pixel_values"] = _fit(pixels, height, width)[:, None]
@@ -354,9 +350,8 @@ def _real_images(
             f"pixel_attention_mask has shape {mask.shape}; expected that of pixel_values without "
             f"the channels, {expected}"
         )
-    pixels, mask = _flat(pixels), _flat(mask).astype(bool)
-    real = pixels.any((1, 2, 3))
-    return pixels[real], mask[real]
+    real = pixels.any((2, 3, 4))
+    return pixels[real], mask[real].astype(bool)
 
 
 def _side(tower: vision.VisionConfig, patches: int) -> int:

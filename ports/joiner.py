@@ -8,7 +8,7 @@ prefill and decode step are the same for all and stand here.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,25 @@ from ports.sites import normal_name
 Array = jax.Array
 Inputs = Mapping[str, Any]
 EXAMPLE_TEXT = 8  # text tokens of the ports' example inputs, beside those of the image
+
+
+class TextDecoder(Protocol):
+    """A decoder: embeddings of tokens, and states after the final norm."""
+
+    def embed_tokens(self, tokens: Array, /) -> Array:
+        """tokens int[B, T] -> [B, T, D]."""
+        ...
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array,
+        start: Array | None = None,
+        last_only: bool = False,
+    ) -> Array:
+        """As `decoder.Decoder`."""
+        ...
 
 
 class VisionLanguageModel(nn.Module):
@@ -41,7 +60,7 @@ class VisionLanguageModel(nn.Module):
     norm_name: ClassVar[str] = "norm"
 
     @property
-    def text_decoder(self) -> decoder.Decoder:
+    def text_decoder(self) -> TextDecoder:
         """The decoder: called with embeddings, and with `embed_tokens` for the tokens'."""
         raise NotImplementedError
 

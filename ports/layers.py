@@ -113,9 +113,9 @@ class Embed(nn.Embed):
         """tokens int[...] -> [..., D]."""
         return look_up(self.embedding.astype(self.dtype), tokens)
 
-    def attend(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V] (see `head`)."""
-        return product_in_float32(x.astype(self.dtype), self.embedding.astype(self.dtype).T)
+    def attend(self, query: Array) -> Array:
+        """query[..., D] -> logits float32[..., V] (see `head`)."""
+        return product_in_float32(query.astype(self.dtype), self.embedding.astype(self.dtype).T)
 
 
 def rotary_angles(
@@ -131,6 +131,7 @@ def rotary_angles(
     """
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if positions.ndim == 3:
+        assert sections is not None, "positions with components need their sections"
         component = np.repeat(np.arange(len(sections)), sections)
         angles = positions[..., component].astype(jnp.float32) * frequencies
     else:
@@ -222,9 +223,10 @@ def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Arra
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])
     ends = np.cumsum([value.shape[2] for _, value in parts])[:-1]
-    y = sum(
+    products = (
         part @ value
         for part, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)
     )
+    y = functools.reduce(jnp.add, products)
     y = jnp.moveaxis(y.reshape(batch, kv_heads, -1, length, width), 3, 1)
     return y.reshape(query.shape)

@@ -158,7 +158,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         f"{config.tokens_per_image} a picture "
         "(a processor without patch_size does not expand the image token)",
     )
-    if num_images:
+    if pixels is not None and num_images:
         size = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
         if tuple(pixels.shape[1:]) != size:
             raise ValueError(

@@ -207,7 +207,7 @@ def process(rules: Rules, prompt: Prompt, logits: Array, tokens: Array, step: Ar
     history, end = jnp.concatenate([prompt.ids, said], axis=-1), prompt.ids.shape[-1] + step
     if rules.sequence_bias is not None:
         logits = _add_bias(rules.sequence_bias, logits, history, end)
-    if rules.repetition_penalty is not None:
+    if prompt.seen is not None:  # there is a repetition penalty
         seen = prompt.seen | _said(said, logits.shape[-1])
         logits = jnp.where(seen, _penalised(logits, rules.repetition_penalty), logits)
     if rules.ngram_size:

@@ -8,6 +8,6 @@ def few(names: Iterable[object], most: int = 5) -> str:
 
     few(["a", "b", "c", "d"], most=2) -> "a, b and 2 more"
     """
-    names = list(map(str, names))
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    listed = [str(name) for name in names]
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -144,7 +144,10 @@ def resize_and_pad(
         np.float32(height) / np.float32(image.shape[0]),
         np.float32(width) / np.float32(image.shape[1]),
     )
-    inner = tuple(int(np.float32(side) * scale) for side in image.shape[:2])
+    inner = (
+        int(np.float32(image.shape[0]) * scale),
+        int(np.float32(image.shape[1]) * scale),
+    )
     if 0 in inner:
         raise ValueError(
             f"an image of {image.shape[1]} x {image.shape[0]} pixels would shrink to nothing; its "
@@ -154,7 +157,7 @@ def resize_and_pad(
     channels = [
         np.asarray(
             Image.fromarray(np.ascontiguousarray(values[..., i])).resize(
-                inner[::-1], Image.Resampling.BILINEAR
+                (inner[1], inner[0]), Image.Resampling.BILINEAR
             )
         )
         for i in range(3)
@@ -164,7 +167,7 @@ def resize_and_pad(
     canvas, picture = np.zeros((height, width, 3), np.float32), np.zeros((height, width), bool)
     canvas[where] = np.clip(np.stack(channels, axis=-1), 0, 1)
     picture[where] = True
-    mean, deviation = np.float32(settings.mean), np.float32(settings.deviation)
+    mean, deviation = np.array([settings.mean, settings.deviation], np.float32)
     return (canvas - mean) / deviation, picture
 
 

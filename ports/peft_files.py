@@ -206,7 +206,8 @@ def _weights(
         tensor_name(path) for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"
     }
     for name, own in copied.items():
-        canonical, shape = canonical_name(own), tuple(stored[name].shape)
+        # "" is the name of no parameter.
+        canonical, shape = canonical_name(own) or "", tuple(stored[name].shape)
         if shapes.get(canonical) != shape:
             raise ValueError(
                 f"{directory}: {own} {shape} takes the place of {shapes.get(canonical) or 'none'} "

@@ -45,7 +45,7 @@ def compilation_cache(directory: str | Path | None) -> Path | None:
     global _decided
     _decided = True
     usable = None
-    if directory is not None and jax.config.jax_enable_compilation_cache:
+    if directory is not None and jax.config.values["jax_enable_compilation_cache"]:
         usable = _writable(Path(directory).expanduser().absolute())
     jax.config.update("jax_compilation_cache_dir", usable and str(usable))
     # JAX looks at the directory once.
@@ -60,9 +60,9 @@ def keep_programs() -> None:
     global _decided
     _log_compilations()
     # What JAX was told goes before, in its configuration or the environment.
-    if not _decided and jax.config.jax_compilation_cache_dir is None:
+    if not _decided and jax.config.values["jax_compilation_cache_dir"] is None:
         directory = _chosen_directory()
-        off = directory is None or not jax.config.jax_enable_compilation_cache
+        off = directory is None or not jax.config.values["jax_enable_compilation_cache"]
         if not off and compilation_cache(directory) is None and VARIABLE in os.environ:
             _logger.warning(
                 "%s is %s, which can't be written: compiled programs are not kept; name another"
@@ -111,11 +111,11 @@ class _Telling:
         self._waiting: dict[int, threading.Timer] = {}  # of the threads that compile
         self._told: set[int] = set()
 
-    def begin(self, event: str, _: float | int, fun_name: str = "", **__: object) -> None:
+    def begin(self, event: str, value: float, fun_name: str | int = "", **_: object) -> None:
         """Starts to wait."""
         if event == _COMPILATION:
             thread = threading.get_ident()
-            timer = threading.Timer(_PATIENCE, self._tell, (thread, fun_name))
+            timer = threading.Timer(_PATIENCE, self._tell, (thread, _plain(fun_name)))
             timer.daemon = True
             self._waiting[thread] = timer
             timer.start()
@@ -124,9 +124,9 @@ class _Telling:
         with self._lock:
             if thread in self._waiting:
                 self._told.add(thread)
-                self._began(_plain(name))
+                self._began(name)
 
-    def end(self, event: str, seconds: float, fun_name: str = "", **__: object) -> None:
+    def end(self, event: str, duration_secs: float, fun_name: str | int = "", **_: object) -> None:
         """Stops to wait, or tells the end."""
         if event != _COMPILATION:
             return
@@ -138,11 +138,11 @@ class _Telling:
         if timer is not None:
             timer.cancel()
         if told:
-            self._ended(_plain(fun_name), seconds)
+            self._ended(_plain(fun_name), duration_secs)
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("jit(").removesuffix(")")
+def _plain(name: str | int) -> str:
+    return str(name).removeprefix("jit(").removesuffix(")")
 
 
 def _listen(telling: _Telling) -> None:

@@ -108,25 +108,27 @@ class ScaledTensor:
         return self.weight.read(rows).astype(np.float32) * scales[np.ix_(row, column)]
 
 
-def readable(
-    stored: Mapping[str, StoredTensor], directory: Path
-) -> dict[str, StoredTensor | ScaledTensor]:
+Tensor = StoredTensor | ScaledTensor
+
+
+def readable(stored: Mapping[str, StoredTensor], directory: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, fp8 weights with their scales as one if config.json says so.
 
     Scales of activations are left out: activations are not rounded here.
 
     Raises ValueError for a checkpoint that is quantised otherwise, or scales that do not fit.
     """
-    tensors: dict[str, StoredTensor | ScaledTensor] = dict(stored)
+    tensors: dict[str, Tensor] = dict(stored)
     entry = _fp8_entry(directory)
-    for name, tensor in stored.items() if entry is not None else ():
+    for name, tensor in stored.items():
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or tensor.dtype != ml_dtypes.float8_e4m3fn:
+        if entry is None or leaf != "weight" or tensor.dtype != ml_dtypes.float8_e4m3fn:
             continue
         found = [f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in stored]
         if found:
-            scales = tensors.pop(found[0])
+            scales = stored[found[0]]
             tensors[name] = ScaledTensor(tensor, scales, _block(name, tensor, scales, entry))
+            del tensors[found[0]]
             tensors.pop(f"{module}.input_scale", None)
     refuse_tensors(tensors, directory)
     return tensors
@@ -160,7 +162,7 @@ def _block(
     )
 
 
-def refuse_tensors(stored: Mapping[str, StoredTensor | ScaledTensor], directory: Path) -> None:
+def refuse_tensors(stored: Mapping[str, Tensor], directory: Path) -> None:
     """ValueError if names or dtypes of tensors are those of a quantised checkpoint."""
     for mark, method in _MARKS.items():
         for name in stored:

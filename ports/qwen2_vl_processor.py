@@ -116,7 +116,7 @@ def load(directory: Path) -> Any:
     ValueError if the directory holds none that loads.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     # Remote code is neither run nor asked for.
     own = {"trust_remote_code": False}

@@ -52,7 +52,11 @@ _AXES = {
 }
 
 
-def make_mesh(data: int, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int,
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:  # JAX has the class in a variable, which the checker does not follow
     """A mesh of data x model devices that lets the compiler place what is not constrained.
 
     devices: default, all of all processes; `jax.local_devices()` for a mesh of this one alone.
@@ -96,7 +100,7 @@ def _kv_heads_of(path: Path, kv_heads: KVHeads) -> int | None:
 
 def logical_axes(path: Path, ndim: int) -> tuple[str, ...]:
     """The logical axes of the parameter at a Flax path; none for one that is replicated."""
-    module, leaf = path[-2:] if len(path) > 1 else ("", path[-1])
+    module, leaf = ("", *path)[-2:]
     axes = _AXES.get(".".join(path[-3:-1]), _AXES.get(module, ()))
     if leaf == "bias":
         axes = axes[-1:]
@@ -156,7 +160,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def from_slices(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding,
-    read: Callable[[tuple[slice, ...]], np.ndarray],
+    read: Callable[[Any], np.ndarray],
 ) -> jax.Array:
     """An array of which every process puts its own part on its own devices.
 

@@ -8,6 +8,8 @@ positions, those of one square grid, are spread over each image whatever its siz
 2023, Patch n' Pack).
 """
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,16 @@ from flax import linen as nn
 from ports import layers, vision
 
 Array = jax.Array
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
-def patch_mask(pixel_mask: Array | np.ndarray, patch_size: int) -> Array | np.ndarray:
+def patch_mask(pixel_mask: AnyArray, patch_size: int) -> AnyArray:
     """bool or int[I, height, width], which pixels are the image's -> bool[I, h, w], patches."""
+    xp: Any = np if isinstance(pixel_mask, np.ndarray) else jnp
     images, height, width = pixel_mask.shape
     h, w = height // patch_size, width // patch_size
     whole = pixel_mask[:, : h * patch_size, : w * patch_size].astype(bool)
-    return whole.reshape(images, h, patch_size, w, patch_size).all((2, 4))
+    return xp.all(whole.reshape(images, h, patch_size, w, patch_size), (2, 4))
 
 
 def spread(longest: int, side: int) -> np.ndarray:

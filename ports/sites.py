@@ -225,7 +225,7 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
             variables["intermediates"] = kept
         return (out, variables), states
 
-    captured.adds_to_result = True
+    captured.__dict__["adds_to_result"] = True
     return captured
 
 

@@ -103,7 +103,7 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
         }
 
     if masks:
-        steered.adds_to_result = True
+        steered.__dict__["adds_to_result"] = True
     return steered
 
 

@@ -87,7 +87,7 @@ def _unembed(
     mesh: jax.sharding.Mesh | None = None,
 ) -> Array:
     with sharding.on(mesh):
-        return model.apply({"params": params}, x, method=method)
+        return getattr(model.bind({"params": params}), method)(x)
 
 
 @functools.partial(
@@ -608,10 +608,11 @@ class VLM:
 
     def find_site(self, name: str, *, generated: bool = False) -> str:
         """The one site that a name or a pattern means; ValueError if it means several, or none."""
-        found = self.check_sites([name], generated=generated)
-        if len(found) > 1:
-            raise ValueError(f"{name!r} means {len(found)} sites, {few(found)}; choose one of them")
-        return found[0]
+        found, *others = self.check_sites([name], generated=generated)
+        if others:
+            names = (found, *others)
+            raise ValueError(f"{name!r} means {len(names)} sites, {few(names)}; choose one of them")
+        return found
 
     def hub_names(self, name: str) -> tuple[str, ...]:
         """What the port may call a module that today's transformers gives a name."""
@@ -685,8 +686,8 @@ class VLM:
 
         max_new_tokens: how many are generated; the last of them enters no model.
         """
-        edits = {} if edits is None else as_edits(edits)
-        if not edits:
+        given = as_edits({} if edits is None else edits)
+        if not given:
             return {}, arrays
         placed: dict[str, tuple[Edit, ...]] = {}
         batch, length = arrays["input_ids"].shape
@@ -697,7 +698,7 @@ class VLM:
             xp = np if isinstance(columns, np.ndarray) else jnp
             return xp.pad(columns, ((0, 0), (0, missing), *((0, 0),) * (columns.ndim - 2)))
 
-        for name, listed in edits.items():
+        for name, listed in given.items():
             # "layers.*" and "layers.1" would fit the layers of a vision tower too.
             for site in self.check_sites([name], generated=not self._is_whole(name)):
                 here = listed
