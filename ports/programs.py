@@ -102,6 +102,20 @@ def _writable(directory: Path) -> Path | None:
     return None
 
 
+def device_bytes(lowered: jax.stages.Lowered) -> tuple[int, int]:
+    """Compiles a program: its bytes on a device, of the arguments and of all else.
+
+    Raises ValueError where the backend's compiler does not tell.
+    """
+    memory = lowered.compile().memory_analysis()
+    if memory is None:
+        raise ValueError(
+            f"the compiler for {jax.default_backend()} does not tell a program's memory; look at "
+            "what it will need with JAX_PLATFORMS=cpu"
+        )
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
 class _Telling:
     """Hears of compilations and tells of those that last."""
 

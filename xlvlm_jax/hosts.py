@@ -26,7 +26,7 @@ def join(address: str | None = None, count: int | None = None, index: int | None
             f"got address {address}, {count} hosts, index {index}; expected all three, or none "
             "where the cluster tells them"
         )
-    if count is not None and not 0 <= index < count:
+    if count is not None and index is not None and not 0 <= index < count:
         raise ValueError(f"host index is {index}; expected 0 to {count - 1}, of {count} hosts")
     try:
         jax.distributed.initialize(address, count, index)

@@ -97,14 +97,14 @@ class Programs:
     def __init__(self) -> None:
         self.compiled, self.kept, self.seconds = 0, 0, 0.0
 
-    def _event(self, name: str, **_: object) -> None:
-        if name == "/jax/compilation_cache/cache_hits":
+    def _event(self, event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
             self.kept += 1
 
-    def _duration(self, name: str, seconds: float, **_: object) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def _duration(self, event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.compiled += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
     def __enter__(self) -> "Programs":
         monitoring.register_event_listener(self._event)

@@ -64,14 +64,14 @@ def parse_task(
         )
     if words is not None:
         raise ValueError("--words are of captions; give questions --source and --target")
-    given = {
-        name: tuple(fitted.get(name) or ()) if text is None else tuple(text.split(","))
+    sources, targets = (
+        tuple(fitted.get(name) or ()) if text is None else tuple(text.split(","))
         for name, text in (("source", source), ("target", target))
-    }
-    if bool(given["source"]) != bool(given["target"]):
-        missing = "source" if given["target"] else "target"
+    )
+    if bool(sources) != bool(targets):
+        missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing: the {missing} answers, with commas")
-    return evaluation.Questions(**given)
+    return evaluation.Questions(sources, targets)
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

@@ -47,7 +47,7 @@ def load(
         if number in samples:
             raise ValueError(f"{path}: {place}: cocoid {number} comes a second time")
         sentences = files.get(image, "sentences", list, path, place)
-        metadata = {"split": split}
+        metadata: dict[str, Any] = {"split": split}
         if str(number) in attributes:
             metadata["attributes"] = attributes[str(number)]
         samples[number] = Sample(

@@ -17,7 +17,8 @@ from ports import VLM
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
-Group, Batch = TypeVar("Group"), TypeVar("Batch")
+Group = TypeVar("Group")
+Batch = TypeVar("Batch")
 Arrays = dict[str, np.ndarray]
 
 

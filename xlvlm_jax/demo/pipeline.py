@@ -94,15 +94,13 @@ def run(
         selection=Selection("class", ",".join(forms)),
         batch_size=64,
     )
-    features = {}
+    features, samples = {}, {}
     for split, name in (("train", "features"), ("test", "test-features")):
-        samples = select.containing(data.load("coco", pictures, split), forms)
+        samples[split] = select.containing(data.load("coco", pictures, split), forms)
         source = {"dataset": "scenes", "split": split, "containing": word, "seed": seed}
         advance = stage(f"extracting {split}")
-        extract(vlm, samples, output / name, settings, source=source, progress=advance)
+        extract(vlm, samples[split], output / name, settings, source=source, progress=advance)
         features[split] = Features.open(output / name)
-        if split == "train":
-            learnt_from = samples
     lap("extract")
 
     concepts: dict[str, Concepts] = {}
@@ -122,7 +120,7 @@ def run(
     shift = run_shift(
         vlm,
         output,
-        learnt_from,
+        samples["train"],
         settings,
         site=FINAL,
         num_concepts=num_concepts,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import ports
 from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.data.scenes.scene import Split
 
 # What the shipped model must reach at least, in percent.
 FLOORS = {
@@ -45,7 +46,7 @@ def evaluate(
     directory: Path,
     num_images: int = 500,
     *,
-    split: str = "test",
+    split: Split = "test",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, float]]:

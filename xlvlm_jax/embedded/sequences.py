@@ -74,7 +74,7 @@ def prefix(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def logits(
-    model: llava.Llava, params: dict, prefix_ids: jax.Array, pixels: jax.Array, ids: jax.Array
+    model: llava.Llava, params: dict, prefix_ids: np.ndarray, pixels: jax.Array, ids: jax.Array
 ) -> jax.Array:
     """Logits [B, G, S, V] of the continuations ids[B, G, S] of the pictures [B, 3, H, W]."""
     batch, count, length = ids.shape
@@ -101,4 +101,4 @@ def logits(
         method="extend",
         mutable=["cache"],
     )
-    return model.apply({"params": params}, result, method="unembed").reshape(*ids.shape, -1)
+    return model.bind({"params": params}).unembed(result).reshape(*ids.shape, -1)

@@ -25,7 +25,7 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ports import checkpoint, clip, llava
 from xlvlm_jax.data import prompts, scenes
@@ -181,9 +181,8 @@ def normalise(pictures: jax.Array) -> jax.Array:
 
 def contrast_loss(module: clip.CLIP, params: dict, batch: dict) -> tuple[jax.Array, dict]:
     """CLIP's symmetric cross-entropy; a picture's caption is to be found among the batch's."""
-    logits = module.apply(
-        {"params": params}, batch["tokens"], batch["mask"], normalise(batch["pictures"])
-    )
+    model = module.bind({"params": params})
+    logits = model(batch["tokens"], batch["mask"], normalise(batch["pictures"]))
     labels = jnp.arange(len(logits))
     both = jnp.stack([logits, logits.T])
     loss = optax.softmax_cross_entropy_with_integer_labels(both, labels[None]).mean()
@@ -223,7 +222,7 @@ def optimizer(stage: Stage, params: dict) -> optax.GradientTransformation:
     )
     if stage.muon:
 
-        def matrices(tree: dict) -> dict:
+        def matrices(tree: optax.Params) -> optax.Params:
             return jax.tree_util.tree_map_with_path(
                 lambda path, leaf: (
                     optax.contrib.MuonDimensionNumbers()

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 
 from ports import VLM
 from ports import edits as edit_kinds
-from ports.edits import Edit, Edits
+from ports.edits import Edit
 from xlvlm_jax.data.reading import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
 
@@ -30,12 +31,28 @@ EDITS = ("add", "add_relative", "ablate", "replace")
 class Steering(Protocol):
     """What `xlvlm_jax.steering` fits and loads."""
 
-    site: str
-    source: dict[str, Any]
-    where: Any
+    @property
+    def site(self) -> str:
+        """Whose states it is for."""
+        ...
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """How it was fitted and on what."""
+        ...
+
+    @property
+    def where(self) -> Any:
+        """The positions it is meant for."""
+        ...
 
     def edits_for(self, vlm: VLM, inputs: Any, alpha: Any, where: Any) -> dict[str, Edit]:
         """What `VLM.generate` takes for these prompts."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Writes what `xlvlm_jax.steering.load` reads."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +132,8 @@ class Predictions(NamedTuple):
         if not kept:
             first = next(iter(self.errors.values()), "there are no samples")
             raise ValueError(f"none of the {len(samples)} images could be read; the first: {first}")
-        return [samples[i] for i in kept], [[each[i] for i in kept] for each in self.answers]
+        answers = [[each[i] or "" for i in kept] for each in self.answers]
+        return [samples[i] for i in kept], answers
 
 
 class _Batch(NamedTuple):
@@ -247,7 +265,9 @@ def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -
     return max(min(MOST_ROWS, CACHE_BYTES // row), rows)
 
 
-def aligned(variants: Sequence[Edits]) -> list[dict[str, tuple[Edit, ...]]]:
+def aligned(
+    variants: Sequence[Mapping[str, Edit | Sequence[Edit]]],
+) -> list[dict[str, tuple[Edit, ...]]]:
     """Edits that do the same and have one structure, as `VLM.sweep` wants them.
 
     At each site, each variant gets the edits of all, those of the others with a strength of zero:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ports import VLM
+from ports.programs import device_bytes
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import prepare, rows_at_once
 
@@ -38,8 +39,8 @@ def preflight(
     if not len(batch.good):
         raise ValueError(f"none of the first images can be read; the first: {batch.errors[0]}")
     inputs = batch.inputs[None]
-    program = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens).compile()
-    memory = program.memory_analysis()
+    lowered = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens)
+    parameters, temporaries = device_bytes(lowered)
     rows = rows_at_once(vlm, inputs, max_new_tokens)
     return Needs(
         samples=len(samples),
@@ -47,6 +48,6 @@ def preflight(
         missing=tuple(str(s.image) for s in samples if not s.image.is_file()),
         prompt_tokens=int(inputs["attention_mask"].sum(axis=1).max()),
         conditions_at_once=max(1, min(num_conditions, rows // batch_size)),
-        parameters=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        parameters=parameters,
+        temporaries=temporaries,
     )

@@ -18,7 +18,7 @@ class Accuracy(NamedTuple):
 
     official: float
     reference: float  # by XL-VLMs' protocol
-    count: int
+    num_samples: int
 
 
 def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, Accuracy]:
@@ -40,14 +40,14 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
             if name is not None:
                 found[name].append(both)
     scores = {
-        name: Accuracy(*(float(mean) for mean in np.mean(rows, axis=0)), len(rows))
+        name: Accuracy(*np.mean(rows, axis=0).tolist(), num_samples=len(rows))
         for name, rows in found.items()
     }
     types = [score for name, score in scores.items() if name != "all"]
     if types:
         official = float(np.mean([score.official for score in types]))
         reference = float(np.mean([score.reference for score in types]))
-        scores[MEAN_OVER_TYPES] = Accuracy(official, reference, sum(s.count for s in types))
+        scores[MEAN_OVER_TYPES] = Accuracy(official, reference, sum(s.num_samples for s in types))
     return scores
 
 
@@ -189,4 +189,7 @@ def fall_of_others(
 
 def describe(scores: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:
     """Scores as JSON values."""
-    return {name: score._asdict() for name, score in scores.items()}
+    return {
+        name: {"official": score.official, "reference": score.reference, "count": score.num_samples}
+        for name, score in scores.items()
+    }

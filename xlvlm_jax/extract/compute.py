@@ -12,7 +12,7 @@ import numpy as np
 
 from ports import VLM
 from xlvlm_jax import tokens
-from xlvlm_jax.extract.batches import Batch
+from xlvlm_jax.data.reading import Arrays
 from xlvlm_jax.extract.settings import Settings
 from xlvlm_jax.paired import Params, finetuned_site, paired_states
 from xlvlm_jax.selection import Selection
@@ -35,7 +35,7 @@ class Pass(NamedTuple):
     kind: str  # "forced", "generated", or "sequence" of prompt and generated part
     mask: np.ndarray  # int[B, T] of the prompt
     positions: tokens.Positions
-    searched: jax.Array  # int32[B, P], where words are looked for
+    searched: tokens.AnyArray  # int32[B, P], where words are looked for
     states: dict[str, Any]
 
 
@@ -55,15 +55,15 @@ class Computed(NamedTuple):
     finite: jax.Array | None = None
 
 
-def run(model: Model, batch: Batch) -> Ran:
-    """Runs a batch; does not wait for the device."""
+def run(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
+    """Runs a batch (see `Batch`); does not wait for the device."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
-        return Ran((_forced(model, batch),), {})
-    first, predicted, finite = _generated(model, model.vlm, batch)
+        return Ran((_forced(model, inputs, answer_lengths),), {})
+    first, predicted, finite = _generated(model, model.vlm, inputs)
     if model.finetuned is None:
         return Ran((first,), {"prediction": predicted}, finite)
-    second, other, finite_too = _generated(model, model.finetuned, batch)
+    second, other, finite_too = _generated(model, model.finetuned, inputs)
     both = {"prediction": predicted, "finetuned prediction": other}
     return Ran((first, second), both, finite & finite_too)
 
@@ -77,8 +77,8 @@ def select(model: Model, ran: Ran) -> Computed:
     return Computed(first, ran.predicted, ran.finite)
 
 
-def _forced(model: Model, batch: Batch) -> Pass:
-    vlm, sites, inputs = model.vlm, model.settings.sites, batch.inputs
+def _forced(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
+    vlm, sites = model.vlm, model.settings.sites
     if model.shared is None:
         states = vlm.states(inputs, sites=sites)
     else:
@@ -86,13 +86,13 @@ def _forced(model: Model, batch: Batch) -> Pass:
         states |= {finetuned_site(site): value for site, value in other.items()}
     mask = inputs["attention_mask"]
     order = np.cumsum(mask, 1) * mask
-    answer = order > order[:, -1:] - batch.answer_lengths[:, None]
+    answer = order > order[:, -1:] - answer_lengths[:, None]
     return _pass(model, vlm, "forced", inputs, answer, states)
 
 
-def _generated(model: Model, vlm: VLM, batch: Batch) -> tuple[Pass, jax.Array, jax.Array]:
+def _generated(model: Model, vlm: VLM, inputs: Arrays) -> tuple[Pass, jax.Array, jax.Array]:
     """The pass, the tokens int32[B, M], and whether no logits were NaN or Inf, bool[B]."""
-    settings, inputs = model.settings, batch.inputs
+    settings = model.settings
     whole = not settings.selection.generated_only
     generation = vlm.generate(
         inputs,

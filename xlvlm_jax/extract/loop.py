@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ class Clock:
     """Seconds of the run, by what it waited for."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -72,7 +72,9 @@ def run_groups(
         # The rows of that one are selected first, or they would wait until this one is computed.
         with clock.waiting("device"):
             done = selected()
-            running.append((number, batch, None if batch.inputs is None else run(model, batch)))
+            inputs, lengths = batch.inputs, batch.answer_lengths
+            ran = None if inputs is None else run(model, inputs, lengths)
+            running.append((number, batch, ran))
         finish(done)
     with clock.waiting("device"):
         done = selected()

@@ -15,6 +15,7 @@ import numpy as np
 
 from ports import VLM
 from ports.padding import bucket_length
+from ports.programs import device_bytes
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.extract.batches import groups_of, prepare
 from xlvlm_jax.extract.settings import Settings
@@ -128,7 +129,7 @@ def _programs(
 def _compiled_memory(
     vlm: VLM, inputs: dict[str, np.ndarray], settings: Settings
 ) -> tuple[int, int]:
-    """Bytes on a device, as the compiler counts them: of the parameters, and of the rest."""
+    """The `device_bytes` of the program that runs such a batch."""
     generating = settings.mode == "generate"
     lowered = vlm.lower(
         inputs,
@@ -136,8 +137,4 @@ def _compiled_memory(
         max_new_tokens=settings.max_new_tokens if generating else None,
         prompt_states=generating and not settings.selection.generated_only,
     )
-    memory = lowered.compile().memory_analysis()
-    return (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes + memory.output_size_in_bytes,
-    )
+    return device_bytes(lowered)

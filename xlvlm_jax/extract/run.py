@@ -103,8 +103,9 @@ def extract(
         check_alike(vlm.params, finetuned.params)
     if not ignore_disk:
         _require_disk(vlm, samples, Path(output), settings, 1 if finetuned is None else 2)
-    forced = finetuned is not None and settings.mode == "teacher-forcing"
-    shared = share_params(vlm.params, finetuned.params) if forced else None
+    shared = None
+    if finetuned is not None and settings.mode == "teacher-forcing":
+        shared = share_params(vlm.params, finetuned.params)
     model = Model(vlm, finetuned, shared, settings, finder)
     run = _Run(model, samples, Path(output), arguments, strict, workers or default_workers())
     several = jax.process_count() > 1 or parts.exist(run.output)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ports import VLM, checkpoint, peft_files
+from ports import VLM, checkpoint, lora, peft_files
 from xlvlm_jax import atomic
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
@@ -124,10 +124,11 @@ def finetune(
     trainer, state, log = _train(run, work)
     part = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
-    if settings.method == "lora":
-        _write_adapter(part, trainer, state, arguments["base model"])
+    made = trainer.finished(state)
+    if isinstance(made, lora.Adapter):
+        _write_adapter(part, trainer, made, arguments["base model"])
     else:
-        _write_checkpoint(part, vlm, trainer.finished(state))
+        _write_checkpoint(part, vlm, made)
     record = {"command": command, "arguments": arguments, "log": log}
     atomic.write(part / RECORD, json.dumps(record, indent=1) + "\n")
     os.rename(part, output)
@@ -265,19 +266,21 @@ def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any
     )
 
 
-def _write_adapter(directory: Path, trainer: Trainer, state: State, base_model: str) -> None:
+def _write_adapter(
+    directory: Path, trainer: Trainer, adapter: lora.Adapter, base_model: str
+) -> None:
     vlm = trainer.vlm
     _, ranks = initial_adapter(vlm, trainer.settings)
     kind = type(vlm.config)
     library = kind.__module__.replace("configuration_", "modeling_")
-    known = vlm.architecture and kind.__module__.startswith("transformers.models.")
+    architecture = vlm.architecture if kind.__module__.startswith("transformers.models.") else None
     peft_files.write(
         directory,
-        trainer.finished(state),
+        adapter,
         ranks,
         vlm.module_names,
         base_model=base_model,
-        base_class=(vlm.architecture, library) if known else None,
+        base_class=None if architecture is None else (architecture, library),
     )
 
 

@@ -26,7 +26,7 @@ class State(NamedTuple):
     moments: Any  # of the optimizer
     gradient: Any  # summed over the batches since the last update; None if each batch is one
     loss: Array  # float32[]: summed likewise, over the tokens of the answers
-    count: Array  # int32[]: these tokens
+    num_tokens: Array  # int32[]: these tokens
 
 
 def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ranks]:
@@ -55,10 +55,9 @@ class Trainer:
     def __init__(self, vlm: VLM, settings: Settings, num_steps: int):
         self.vlm, self.settings, self.num_steps = vlm, settings, num_steps
         self.rate = settings.learning_rate(num_steps)
-        is_lora = settings.method == "lora"
-        self._begin = initial_adapter(vlm, settings)[0] if is_lora else None
+        self._begin = initial_adapter(vlm, settings)[0] if settings.method == "lora" else None
         # What the loss needs beside what is trained.
-        self._frozen = (vlm.params, self._begin.scale) if is_lora else None
+        self._frozen = None if self._begin is None else (vlm.params, self._begin.scale)
 
     def begin(self) -> State:
         """The state before the first update."""
@@ -176,11 +175,11 @@ def _step(
     if state.gradient is None:
         return update(gradient, loss, count)
     gradient = jax.tree.map(jnp.add, state.gradient, gradient)
-    loss, count = state.loss + loss, state.count + count
+    loss, count = state.loss + loss, state.num_tokens + count
 
     def keep(*sums: Any) -> tuple[State, dict[str, Array]]:
         gradient, loss, count = sums
-        kept = state._replace(gradient=gradient, loss=loss, count=count)
+        kept = state._replace(gradient=gradient, loss=loss, num_tokens=count)
         return kept, {"loss": loss / count, "norm": jnp.zeros(())}
 
     return jax.lax.cond(is_last, update, keep, gradient, loss, count)

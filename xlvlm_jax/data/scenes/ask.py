@@ -192,7 +192,7 @@ class _Asker:
         self.add(EXISTS, "yes" if true else "no", "yes/no", "exists", one=one, many=many)
 
     def check(self, attribute: str) -> None:
-        """A yes/no question about an attribute, true in half of the cases."""
+        """A yes/no question about an attribute that the scene has, true in half of the cases."""
         scene, rng = self.scene, self.rng
         true = rng.random() < 0.5
         answer = "yes" if true else "no"
@@ -204,7 +204,7 @@ class _Asker:
             slots = {"at": AT[place], "place_noun": PLACE_NOUN[place]}
             self.add(PLACE_CHECK, answer, "yes/no", attribute, **slots)
         elif attribute == "mood":
-            mood = scene.mood if true else _other(rng, MOODS, scene.mood)
+            mood = str(scene.mood) if true else _other(rng, MOODS, scene.mood)
             self.add(MOOD_CHECK, answer, "yes/no", attribute, mood=mood)
         else:
             count = scene.count if true else _other(rng, COUNTS, scene.count)

@@ -83,10 +83,10 @@ def draw(scene: Scene) -> np.ndarray:
     grey = scene.colour in ("black", "white")
     shift = 8 * (2 * rng.random() - 1)
     shade = [shift if grey else 12 * (2 * rng.random() - 1) for _ in range(3)]
-    main = tuple(
+    red, green, blue = (
         int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True)
     )
-    paint = Paint.of(scene.colour, main)
+    paint = Paint.of(scene.colour, (red, green, blue))
     for x, y, scale in _places(scene, rng):
         own = Pen(pen.canvas, x, y, scale, mirrored=rng.random() < 0.5)
         if scene.kind in ANIMAL_SHAPES:

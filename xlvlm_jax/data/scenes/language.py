@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from . import words
 from .scene import ANIMALS, COUNTS, MOODS, Scene
@@ -50,7 +50,8 @@ class _Writer:
         self.scene, self.rng, self.form = scene, rng, form
         self.several = scene.count > 1
         self.colour = rng.random() < COLOUR_SHARE
-        self.mood = scene.mood is not None and rng.random() < MOOD_SHARE
+        # The mood, as long as it is to be said.
+        self.mood = None if scene.mood is None or rng.random() >= MOOD_SHARE else scene.mood
         placed = form.startswith("place")
         self.place = placed or rng.random() < PLACE_SHARE
 
@@ -63,8 +64,8 @@ class _Writer:
         quantifier = choose(rng, words.QUANTIFIERS[scene.count])
         front, back = [], []
         if self.mood and self.chance(0.5):
-            front.append(choose(rng, words.MOOD_ADJECTIVES[scene.mood]))
-            self.mood = False
+            front.append(choose(rng, words.MOOD_ADJECTIVES[self.mood]))
+            self.mood = None
         if self.chance(0.1):
             front.append(choose(rng, words.SIZES[scene.count]))
         elif self.chance(0.08):
@@ -89,17 +90,17 @@ class _Writer:
 
     def mood_behind(self) -> list[str]:
         """The mood as a participle or a clause, if it is still to be said."""
-        if not self.mood:
+        mood, rng = self.mood, self.rng
+        if mood is None:
             return []
-        self.mood = False
-        scene, rng = self.scene, self.rng
+        self.mood = None
         if self.chance(0.6):
-            return [choose(rng, words.MOOD_VERBS[scene.mood])[0]]
+            return [choose(rng, words.MOOD_VERBS[mood])[0]]
         # "a dog with floppy ears with a smile" is one "with" too many.
         if self.form != "parts" and self.chance(0.65):
-            return [choose(rng, words.MOOD_CLAUSES[scene.mood])[self.several]]
+            return [choose(rng, words.MOOD_CLAUSES[mood])[self.several]]
         looks = choose(rng, dict.fromkeys(words.MOOD_LOOKS, 1))
-        adjective = choose(rng, words.MOOD_ADJECTIVES[scene.mood])
+        adjective = choose(rng, words.MOOD_ADJECTIVES[mood])
         return ["that", self.agree(looks, words.MOOD_LOOKS[looks]), adjective]
 
     def verb(self) -> tuple[str, str, str]:
@@ -139,9 +140,9 @@ class _Writer:
             said = [subject, *doing, *self.together(), *self.where(), *self.tail()]
         elif form == "sentence":
             if self.mood:
-                self.mood = False
                 looks = choose(rng, dict.fromkeys(words.MOOD_LOOKS, 1))
-                adjective = choose(rng, words.MOOD_ADJECTIVES[self.scene.mood])
+                adjective = choose(rng, words.MOOD_ADJECTIVES[self.mood])
+                self.mood = None
                 verb = [self.agree(looks, words.MOOD_LOOKS[looks]), adjective]
             else:
                 participle, singular, plural = self.verb()
@@ -159,8 +160,8 @@ class _Writer:
         elif form == "place first":
             place = " ".join([*self.where(), *self.tail(0.25)])
             if self.mood:
-                _, singular, plural = choose(rng, words.MOOD_VERBS[self.scene.mood])
-                self.mood = False
+                _, singular, plural = choose(rng, words.MOOD_VERBS[self.mood])
+                self.mood = None
             else:
                 _, singular, plural = self.verb()
             rest = [self.agree(singular, plural)]
@@ -197,17 +198,17 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]+", text)
 
 
-def _families() -> dict[str, dict[str, str | int]]:
+def _families() -> dict[str, Mapping[str, str | int]]:
     """attribute: {word: the value that it names}."""
     kinds = {w: kind for kind, table in words.NOUNS.items() for pair in table for w in pair}
     colours = {w: colour for colour, table in words.COLOUR_WORDS.items() for w in table}
     places = {w: place for place, text in words.PLACE_WORDS.items() for w in text.split()}
-    moods: dict[str, str | int] = {}
+    moods: dict[str, str] = {}
     for mood in MOODS:
         for table in (words.MOOD_ADJECTIVES[mood], words.MOOD_VERBS[mood]):
             moods |= {w: mood for key in table for w in ([key] if isinstance(key, str) else key)}
     moods |= {"joy": "happy", "tears": "sad", "sorrow": "sad"}
-    counts: dict[str, str | int] = {}
+    counts: dict[str, int] = {}
     for count in COUNTS:
         for phrase in words.QUANTIFIERS[count]:
             counts[phrase.removeprefix("a ").removesuffix(" of")] = count

@@ -14,7 +14,8 @@ Colour = tuple[int, int, int]
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
     """Colour between `a` (share 0) and `b` (share 1)."""
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 @dataclass(frozen=True)
