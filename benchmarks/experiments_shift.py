@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 import ports
-from xlvlm_jax import atomic, data, demo, embedded
+from xlvlm_jax import data
 from xlvlm_jax.data import scenes, select
-from xlvlm_jax.demo.shift import describe, run_shift
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.demo import embedded, pipeline
+from xlvlm_jax.demo.shift_part import describe, run_shift
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.report.shift_figures import plot_overlap, plot_recovery, pooled_correlation
-from xlvlm_jax.selection import Selection
 from xlvlm_jax.shift import ShiftAnalysis
+from xlvlm_jax.storage import atomic
 
 # Mean T-Overlap of original and shifted concepts, LLaVA-1.5, read off the paper's plot.
 PAPER = {"color": (0.46, 0.73), "place": (0.56, 0.78), "mood": (0.42, 0.79)}
@@ -37,10 +39,10 @@ def run(
     adapters: dict[str, Path],
     *,
     word: str = "dog",
-    pictures: int = demo.NUM_TRAIN,
+    pictures: int = pipeline.NUM_TRAIN,
     num_concepts: int = 20,
     method: str = "kmeans",
-    site: str = demo.FINAL,
+    site: str = pipeline.FINAL,
     seeds: int = 1,
     console: Console,
 ) -> dict[int, dict[str, ShiftAnalysis]]:
@@ -113,7 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--adapters", nargs="+", default=list(embedded.ADAPTERS))
     parser.add_argument("--word", default="dog", help="token of interest")
-    parser.add_argument("--pictures", type=int, default=demo.NUM_TRAIN)
+    parser.add_argument("--pictures", type=int, default=pipeline.NUM_TRAIN)
     parser.add_argument("--num-concepts", type=int, default=20)
     parser.add_argument("--method", default="kmeans")
     parser.add_argument("--seeds", type=int, default=3, help="decompositions of each")

@@ -24,14 +24,15 @@ from rich.table import Table
 
 import ports
 from benchmarks import measure
-from xlvlm_jax import Features, SteeringVector, data, embedded, evaluation, steering
+from xlvlm_jax import Features, SteeringVector, data, evaluation, steering
 from xlvlm_jax.data import Sample, scenes
+from xlvlm_jax.data.words import class_words
+from xlvlm_jax.demo import embedded
 from xlvlm_jax.evaluation import Captions, Condition, Questions, Trial
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics.captions import holding
 from xlvlm_jax.report.steering_figures import draw_all
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.words import class_words
 
 LAYERS = tuple(f"language_model.model.layers.{i}" for i in (2, 4, 5, 6, 7))
 SITES = (*LAYERS, "language_model.model.norm")

@@ -33,7 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure
-from ports import checkpoint, idefics2, joiner, llava, molmo, qwen2_vl, sharding
+from ports import checkpoint
+from ports.models import idefics2, llava
+from ports.models.molmo import model as molmo
+from ports.models.qwen2_vl import model as qwen2_vl
+from ports.nn import vision_language
+from ports.parallel import sharding
 
 CHECKPOINTS = Path(__file__).parents[1] / "tests" / "data" / "checkpoints"
 BATCH, NEW_TOKENS = 2, 20
@@ -44,7 +49,7 @@ class Case(NamedTuple):
     """A model and the shapes of its inputs behind the batch's axis."""
 
     port: Any
-    kind: type[joiner.VisionLanguageModel]
+    kind: type[vision_language.VisionLanguageModel]
     tokens: int
     images: dict[str, tuple[int, ...]]
 
@@ -77,7 +82,7 @@ DEVICES = 8
 _WHOLE = ("input_ids", "attention_mask", "image_grid_thw", "image_input_idx")
 
 
-def module_of(name: str) -> joiner.VisionLanguageModel:
+def module_of(name: str) -> vision_language.VisionLanguageModel:
     """The Linen module of a real configuration, in bfloat16."""
     case = CASES[name]
     values = json.loads((CHECKPOINTS / f"{name}.json").read_text())["config"]

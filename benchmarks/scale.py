@@ -54,7 +54,7 @@ those above 1.1."""
 
 def write_features(root: Path, rows: int) -> None:
     """features/ and tuned/ below `root`: states of the same samples under two models."""
-    from xlvlm_jax.store import FeaturesWriter
+    from xlvlm_jax.features.writer import FeaturesWriter
 
     pictures = root / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale.json"))
     parser.add_argument("--page", type=Path, help="Where the table goes too, such as scale.md.")
     arguments = parser.parse_args()
-    from xlvlm_jax.store import manifest_of
+    from xlvlm_jax.features.manifest import manifest_of
 
     sizes = sorted(arguments.rows)
     if any(b * b != a * c for a, b, c in zip(sizes, sizes[1:], sizes[2:], strict=False)):

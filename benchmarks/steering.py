@@ -35,8 +35,9 @@ from rich.table import Table
 
 import ports
 from benchmarks import measure
-from xlvlm_jax import embedded, steer
+from xlvlm_jax import steer
 from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.demo import embedded
 
 ROWS, TOKENS = 16, 20
 TARGETS = {"hook": 5.0, "unsteered": 1 / 1.02, "sixteen": 3.0, "gradient": 1 / 3}

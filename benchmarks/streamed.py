@@ -31,7 +31,7 @@ D, K = 4096, 20
 
 def write(path: Path, rows: int) -> None:
     """A planted matrix, piece by piece."""
-    from xlvlm_jax.row_arrays import create_array, wait
+    from xlvlm_jax.storage.zarr_rows import create_array, wait
 
     array = create_array(path, "float32", (rows, D))
     atoms = np.random.default_rng(0).normal(size=(K, D)).astype(np.float32)
@@ -57,9 +57,9 @@ def forget(path: Path) -> float:
 
 def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
     """In a process of its own, whose memory is then the solver's."""
-    from xlvlm_jax.concepts import decompose_stored
-    from xlvlm_jax.row_arrays import StoredRows
+    from xlvlm_jax.concepts.decomposition import decompose_stored
     from xlvlm_jax.solvers.streamed import tiles
+    from xlvlm_jax.storage.zarr_rows import StoredRows
 
     source = StoredRows(path, rows)
     readings = []
@@ -104,8 +104,8 @@ def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
 
 def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
     """The same matrix in memory."""
-    from xlvlm_jax.concepts import decompose
-    from xlvlm_jax.row_arrays import StoredRows
+    from xlvlm_jax.concepts.decomposition import decompose
+    from xlvlm_jax.storage.zarr_rows import StoredRows
 
     Z = next(StoredRows(path, rows).tiles(rows))[1]
     began = time.perf_counter()

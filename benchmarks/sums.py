@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import save
-from xlvlm_jax.concepts import decompose
-from xlvlm_jax.solvers import lapack, pca, sums
+from xlvlm_jax.concepts.decomposition import decompose
+from xlvlm_jax.solvers import blas_threads, pca, sums
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,7 +53,7 @@ def matrix(N: int, offset: float) -> np.ndarray:
     return (Z + np.float32(offset)).astype(np.float32)
 
 
-@lapack.one_thread()
+@blas_threads.one_thread()
 def errors(N: int, offset: float) -> dict[str, float]:
     """The error of each kind."""
     Z = matrix(N, offset)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from xlvlm_jax import Concepts, demo
+from xlvlm_jax import Concepts
+from xlvlm_jax.demo import pipeline, summary
 
 PICTURES = Path(__file__).parent / "pictures"
 KEPT = ("scores.svg", "shift/overlap.svg", "steering/yes-no/answers.svg")
@@ -24,13 +25,13 @@ def main() -> None:
     """Runs the demo in a temporary directory and writes what the pages show."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "xlvlm-demo"
-        result = demo.run(run, stage=_silent)
+        result = pipeline.run(run, stage=_silent)
         for name in KEPT:
             shutil.copyfile(run / name, PICTURES / Path(name).name)
-        draw(result.concepts[demo.FINAL], PICTURES / "concepts.png")
+        draw(result.concepts[pipeline.FINAL], PICTURES / "concepts.png")
         with open(PICTURES / "demo.txt", "w", encoding="utf-8") as file:
             console = Console(file=file, width=96)
-            demo.show(result, console)
+            summary.show(result, console)
         text = (PICTURES / "demo.txt").read_text("utf-8").replace(str(run), run.name)
         lines = [line.rstrip() for line in text.splitlines()]
         (PICTURES / "demo.txt").write_text("\n".join(lines).strip() + "\n", "utf-8")

@@ -7,27 +7,13 @@
 This package knows nothing of the toolkit: it can be used alone.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
+import importlib
 from types import ModuleType
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from ports import (
-    checkpoint,
-    hub,
-    idefics2,
-    llava,
-    molmo,
-    quantised,
-    qwen2_vl,
-    safetensors_io,
-    torch_notice,
-)
-from ports.edits import (
+from ports import torch_notice
+from ports.decoding.generate import Generation
+from ports.decoding.sampling import Sampling
+from ports.intervene.edits import (
     Edit,
     Places,
     ablate,
@@ -38,14 +24,13 @@ from ports.edits import (
     replace,
     stacked,
 )
-from ports.generate import Generation
-from ports.lora import Adapter, adapted, merge
-from ports.programs import compilation_cache, keep_programs
-from ports.sampling import Sampling
-from ports.sharding import make_mesh, parse_mesh
-from ports.sites import capture, list_sites
-from ports.steering import steer, substitute
-from ports.vlm import VLM, Output, load_params, place_abstract
+from ports.intervene.lora import Adapter, adapted, merge
+from ports.intervene.sites import capture, list_sites
+from ports.intervene.steer import steer, substitute
+from ports.loading import hub_names, load, load_abstract
+from ports.parallel.sharding import make_mesh, parse_mesh
+from ports.programs import compilation_cache
+from ports.vlm import VLM, Output
 
 __all__ = [
     "VLM",
@@ -76,111 +61,23 @@ __all__ = [
     "substitute",
 ]
 
+# Modules under the names that they had before they got rooms.
+_ROOMS = {
+    "bert": "ports.models.bert",
+    "clip": "ports.models.clip",
+    "edits": "ports.intervene.edits",
+    "hub": "ports.checkpoint.hub",
+    "lora": "ports.intervene.lora",
+    "padding": "ports.inputs.padding",
+    "sharding": "ports.parallel.sharding",
+    "sites": "ports.intervene.sites",
+    "steering": "ports.intervene.steer",
+}
+
 torch_notice.leave_out()
 
-# config.json's model_type -> the port and its Linen module.
-_PORTS = {
-    "llava": (llava, llava.Llava),
-    "idefics2": (idefics2, idefics2.Idefics2),
-    "qwen2_vl": (qwen2_vl, qwen2_vl.Qwen2VL),
-    "molmo": (molmo, molmo.Molmo),
-}
-_DTYPES = ("float32", "bfloat16", "float16")
 
-
-def load(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    mesh: jax.sharding.Mesh | None = None,
-    adapter: str | Path | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-    video_positions: str = "original",
-) -> VLM:
-    """Loads a Hugging Face checkpoint.
-
-    Args:
-        path: a directory that holds config.json and safetensors (or Orbax parameters, which
-            `xlvlm convert` writes), or the id of a repository on the hub, which is then downloaded
-            into its usual cache.
-        dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
-        mesh: places the parameters on its devices (axes "data" and "model"), tensor by tensor;
-            it may span the processes of `jax.distributed`. Default: one device.
-        adapter: a directory or hub id with a LoRA adapter in PEFT's format, merged into the
-            parameters.
-        generation_config: values by transformers' names instead of those of the checkpoint's
-            generation_config.json, such as {"repetition_penalty": 1.1}; {} leaves those out. The
-            tokens that end and fill rows stay, unless it names others.
-        video_positions: of Qwen2-VL, where text after a video begins: "original", as the weights
-            were trained, or "transformers-5" (see `ports.qwen2_vl.VIDEO_POSITIONS`).
-
-    Raises:
-        FileNotFoundError: no such directory, or a file is missing in it.
-        ValueError: a model_type or a configuration value without a port, parameters that do not
-            match the model's, a quantised checkpoint, a damaged file, or an adapter for another
-            model or of a kind that is not implemented.
-    """
-    keep_programs()
-    directory = hub.find_directory(path)
-    module, port, config, abstract = _build(directory, dtype, video_positions)
-    params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
-    vlm = VLM(module, params, config, port, directory, mesh)
-    if generation_config is not None:
-        vlm = vlm.with_generation_config(generation_config)
-    return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
-
-
-def load_abstract(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    mesh: jax.sharding.Mesh | None = None,
-    video_positions: str = "original",
-) -> VLM:
-    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read
-    (and where config.json ties a head that is stored, as much as tells whether it is another one).
-
-    For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
-    compiling for other devices. The directory need hold no weights, and from the hub none are got.
-    """
-    directory = hub.find_directory(path, weights=False)
-    module, port, config, abstract = _build(directory, dtype, video_positions)
-    # Of weights that are there, the headers tell whether a load would read them.
-    quantised.readable(safetensors_io.open_available(directory), directory)
-    params = place_abstract(module, abstract, jnp.dtype(dtype), mesh)
-    return VLM(module, params, config, port, directory, mesh)
-
-
-def hub_names(name: str) -> tuple[str, ...]:
-    """What each port calls a module that today's transformers gives a name: as the hub does."""
-    return tuple(checkpoint.module_name(port.canonical_name, name) for port, _ in _PORTS.values())
-
-
-def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, ModuleType, Any, dict]:
-    """The Linen module of a checkpoint, its port, the configuration as read, and the parameters
-    that the module needs, abstract.
-    """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    if video_positions not in qwen2_vl.VIDEO_POSITIONS:
-        raise ValueError(
-            f"video_positions is {video_positions!r}; expected one of "
-            f"{', '.join(qwen2_vl.VIDEO_POSITIONS)}"
-        )
-    config = checkpoint.read_config(directory, tuple(_PORTS), {"molmo": molmo.read_config})
-    port, kind = _PORTS[config.model_type]
-    with checkpoint.making_model(directory):
-        sizes = port.Config.from_hf(config)
-    if port is qwen2_vl:
-        sizes = dataclasses.replace(sizes, video_positions=video_positions)
-    elif video_positions != "original":
-        raise ValueError(
-            f"video_positions is {video_positions!r}, which is for qwen2_vl; {directory} is a "
-            f"{config.model_type}: leave it out"
-        )
-    module = kind(sizes, dtype=jnp.dtype(dtype))
-    if checkpoint.stores_own_head(directory, port.canonical_name, module.tied):
-        module = module.untied()
-    with checkpoint.making_model(directory):
-        abstract = checkpoint.abstract_params(module, port.example_inputs(module.config))
-    return module, port, config, abstract
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-import ports
-from ports import sharding
-from ports.checkpoint import stored_shapes
-from ports.joiner import EXAMPLE_TEXT
+from ports.checkpoint.params import stored_shapes
+from ports.intervene.sites import capture, list_sites
+from ports.nn.vision_language import EXAMPLE_TEXT
+from ports.parallel import sharding
+from ports.vlm import VLM
 
 PROMPT = "Describe the image."
 
@@ -75,7 +74,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    vlm: ports.VLM,
+    vlm: VLM,
     *,
     batch_size: int = 16,
     image_size: tuple[int, int] = (640, 480),
@@ -101,10 +100,10 @@ def inspect(
     prompt, no_prompt, inputs = _batch(vlm, batch_size, image_size)
     known = image_size if prompt is not None else None
     rows, length = inputs["input_ids"].shape
-    shapes = ports.list_sites(vlm.apply, vlm.params, inputs)
+    shapes = list_sites(vlm.apply, vlm.params, inputs)
     width = jnp.dtype(vlm.module.dtype).itemsize
     cache = jax.eval_shape(lambda: vlm.module.init_cache(rows, length + new_tokens))
-    logits, states = jax.eval_shape(ports.capture(vlm.apply, sites), vlm.params, inputs)
+    logits, states = jax.eval_shape(capture(vlm.apply, sites), vlm.params, inputs)
     ids = inputs["input_ids"][0] if prompt is not None else None
     image_tokens = _image_tokens(vlm, ids, length)
     needs = Needs(
@@ -136,14 +135,14 @@ def inspect(
     )
 
 
-def _placement(vlm: ports.VLM, mesh: tuple[int, int]) -> Placement:
+def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
     placed = sharding.abstract_mesh(*mesh)
     shardings = sharding.param_shardings(placed, vlm.params, vlm.module.kv_heads)
     size = sharding.device_bytes(vlm.params, shardings)
     return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
 
 
-def _notes(vlm: ports.VLM, devices: int) -> tuple[str, ...]:
+def _notes(vlm: VLM, devices: int) -> tuple[str, ...]:
     """A line for everything that so many devices do not divide, as they would without remainder."""
     text, notes = vlm.module.config.text, []
     for path, count in vlm.module.kv_heads.items():
@@ -164,7 +163,7 @@ def _notes(vlm: ports.VLM, devices: int) -> tuple[str, ...]:
 
 
 def _batch(
-    vlm: ports.VLM, batch_size: int, image_size: tuple[int, int]
+    vlm: VLM, batch_size: int, image_size: tuple[int, int]
 ) -> tuple[str | None, str | None, dict[str, Any]]:
     """(rendered prompt, None, inputs as compiled), or (None, why not, the port's example)."""
     try:
@@ -176,7 +175,7 @@ def _batch(
     return prompt, None, vlm.prepare(inputs)
 
 
-def _image_tokens(vlm: ports.VLM, ids: Any, length: int) -> int:
+def _image_tokens(vlm: VLM, ids: Any, length: int) -> int:
     if ids is None:
         return length - EXAMPLE_TEXT
     return int(sum((ids == token).sum() for token in vlm.image_tokens))
@@ -186,7 +185,7 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _parts(vlm: ports.VLM) -> dict[str, int]:
+def _parts(vlm: VLM) -> dict[str, int]:
     """Parameters by part: what the decoder consists of, the head, and every other tower."""
     decoder, head = ".".join(vlm.module.decoder_path), ".".join(vlm.module.head_path)
     outer = {tuple(decoder.split(".")[:depth]) for depth in range(1, decoder.count(".") + 1)}
@@ -227,60 +226,3 @@ def _devices() -> tuple[str, int | None]:
         return name, None
     # CPU devices share the host's memory.
     return name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def show(inspection: Inspection, console: Console) -> None:
-    """Prints it for a person."""
-    needs = inspection.needs
-    total = sum(inspection.parts.values())
-    console.print(f"{inspection.model_type}, {total:,} parameters, {inspection.dtype}\n")
-    table = Table("part", "parameters", "share", box=None)
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for part, count in inspection.parts.items():
-        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
-    console.print(table)
-    table = Table("sites", "how many", "width", box=None)
-    table.columns[0].overflow = "fold"
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for pattern, (count, width) in inspection.sites.items():
-        table.add_row(pattern, str(count), str(width))
-    console.print()
-    console.print(table)
-    console.print()
-    if inspection.prompt is None:
-        console.print(f"prompt: unknown, {inspection.no_prompt}", markup=False)
-    else:
-        console.print(f"prompt: {inspection.prompt!r}", markup=False)
-    what = "the port's example image"
-    if needs.image_size is not None:
-        what = "an image of {} x {} pixels".format(*needs.image_size)
-    console.print(
-        f"{what}: {needs.prompt_tokens} prompt tokens, {needs.image_tokens} of them for the "
-        f"image; compiled for {needs.bucket}"
-    )
-    table = Table(f"a batch of {needs.batch_size}, {needs.new_tokens} new tokens", "", box=None)
-    table.columns[1].justify = "right"
-    for label, size in (
-        ("parameters", needs.parameters),
-        ("keys and values", needs.cache),
-        ("kept states of the chosen sites", needs.states),
-        ("largest output of one module", needs.largest),
-        ("needed at least", needs.total),
-        ("logits of all positions (forward only)", needs.logits),
-    ):
-        table.add_row(label, f"{size / 1e9:,.3f} GB")
-    console.print(table)
-    if inspection.placement is not None:
-        placement = inspection.placement
-        data, model = placement.mesh
-        console.print(
-            f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB a device, "
-            f"{placement.share * model:.3f} x the model / {model}",
-            highlight=False,
-        )
-        for note in placement.notes:
-            console.print(note, highlight=False, soft_wrap=True)
-    memory = inspection.device_bytes
-    have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
-    verdict = {True: "fits", False: "does not fit", None: "can't be told"}[inspection.fits]
-    console.print(f"{inspection.devices} with {have}: {verdict}", highlight=False)

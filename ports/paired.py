@@ -11,18 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import VLM, capture
+from ports.intervene.sites import capture
+from ports.vlm import VLM
 
 Params = dict[str, Any]
 States = dict[str, jax.Array]
-
-
-def finetuned_site(site: str) -> str:
-    """The name under which a directory of features holds the fine-tuned model's states.
-
-    Runs on the host: it does not trace.
-    """
-    return f"finetuned:{site}"
 
 
 def paired_states(

@@ -13,33 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ports import (
-    checkpoint,
-    generate,
-    generation_config,
-    hub,
-    joiner,
-    logits,
-    lora,
-    model_inputs,
-    orbax_io,
-    padding,
-    peft_files,
-    sharding,
-    steering,
-    vocabulary,
+from ports import checkpoint
+from ports.checkpoint import hub, peft_io
+from ports.decoding import generate, generation_config, logits
+from ports.decoding.generate import Generation
+from ports.decoding.sampling import Sampling
+from ports.inputs import model_inputs, padding, vocabulary
+from ports.intervene import lora, steer
+from ports.intervene.edits import (
+    Edit,
+    Edits,
+    as_edits,
+    check_batch,
+    is_everywhere,
+    lay_out,
+    reaches,
 )
-from ports.edits import Edit, Edits, as_edits, check_batch, is_everywhere, lay_out, reaches
-from ports.generate import Generation
+from ports.intervene.sites import as_sites, capture, find_sites, list_sites
 from ports.messages import few
-from ports.sampling import Sampling
-from ports.sites import (
-    as_sites,
-    capture,
-    find_sites,
-    list_sites,
-    normal_name,
-)
+from ports.names import normal_name
+from ports.nn import vision_language
+from ports.parallel import sharding
 
 Array = jax.Array
 
@@ -54,7 +48,7 @@ class Output(NamedTuple):
 # The mesh is an argument of every program: what was traced for one is not run on another.
 @functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
 def _forward(
-    model: joiner.VisionLanguageModel,
+    model: vision_language.VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
@@ -62,12 +56,12 @@ def _forward(
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     with sharding.on(mesh):
-        return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)
+        return capture(steer.steer(model.apply, edits), sites)({"params": params}, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
 def _states(
-    model: joiner.VisionLanguageModel,
+    model: vision_language.VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
@@ -75,12 +69,12 @@ def _states(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Array]:
     with sharding.on(mesh):
-        return capture(steering.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
+        return capture(steer.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "mesh"))
 def _unembed(
-    model: joiner.VisionLanguageModel,
+    model: vision_language.VisionLanguageModel,
     params: dict,
     x: Array,
     method: str,
@@ -104,7 +98,7 @@ def _unembed(
     ),
 )
 def _generate(
-    model: joiner.VisionLanguageModel,
+    model: vision_language.VisionLanguageModel,
     params: dict,
     inputs: dict,
     sampling: Sampling | None = None,
@@ -138,7 +132,7 @@ class VLM:
 
     def __init__(
         self,
-        module: joiner.VisionLanguageModel,
+        module: vision_language.VisionLanguageModel,
         params: dict,
         config: Any,
         port: ModuleType,
@@ -164,7 +158,7 @@ class VLM:
 
         Raises FileNotFoundError and ValueError as `ports.load` does.
         """
-        directory = hub.find_directory(directory, peft_files.EXPECTED)
+        directory = hub.find_directory(directory, peft_io.EXPECTED)
         adapter = self.read_adapter(directory)
         model = copy.copy(self)
         model.params = lora.merge(self.params, adapter, donate=donate)
@@ -204,8 +198,8 @@ class VLM:
         `ports.adapted`).
         """
         decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
-        return peft_files.read(
-            hub.find_directory(directory, peft_files.EXPECTED),
+        return peft_io.read(
+            hub.find_directory(directory, peft_io.EXPECTED),
             self.params,
             self._port.canonical_name,
             architecture=self.architecture,
@@ -252,7 +246,7 @@ class VLM:
     def module_names(self) -> dict[str, str]:
         """Linear layer -> the module's name in transformers, which adapters' files use."""
         rename = getattr(self._port, "transformers_name", None)
-        return peft_files.module_names(lora.linear_layers(self.params), rename)
+        return peft_io.module_names(lora.linear_layers(self.params), rename)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -330,7 +324,7 @@ class VLM:
         """The ids of the tokens that stand for an image."""
         return self.module.config.image_tokens
 
-    def apply(self, params: dict, inputs: joiner.Inputs, **kwargs: Any) -> Any:
+    def apply(self, params: dict, inputs: vision_language.Inputs, **kwargs: Any) -> Any:
         """Pure: logits[B, T, V] of the processor's arrays. What `capture` and `steer` wrap.
 
         Keyword arguments go to Linen's `Module.apply`. A token id outside the vocabulary gives NaN
@@ -351,11 +345,11 @@ class VLM:
 
     @functools.cached_property
     def _token_sites(self) -> frozenset[str]:
-        return steering.token_sites(self.apply, self.params, self.example_inputs())
+        return steer.token_sites(self.apply, self.params, self.example_inputs())
 
     def forward(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         *,
         sites: str | Sequence[str] = (),
         edits: Edits | None = None,
@@ -383,7 +377,7 @@ class VLM:
 
     def states(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         *,
         sites: str | Sequence[str],
         edits: Edits | None = None,
@@ -397,7 +391,7 @@ class VLM:
 
     def generate(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         *,
         max_new_tokens: int,
         sites: str | Sequence[str] = (),
@@ -436,7 +430,7 @@ class VLM:
 
     def lower(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         *,
         sites: str | Sequence[str],
         max_new_tokens: int | None = None,
@@ -457,7 +451,7 @@ class VLM:
 
     def _generation(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         max_new_tokens: int,
         sites: str | Sequence[str],
         edits: Edits | None,
@@ -498,7 +492,7 @@ class VLM:
 
     def sweep(
         self,
-        inputs: joiner.Inputs,
+        inputs: vision_language.Inputs,
         variants: Sequence[Edits],
         *,
         max_new_tokens: int,
@@ -574,8 +568,8 @@ class VLM:
 
         Args:
             names: names of sites, as in `sites`, or of modules in today's transformers, or the end
-                of one site's name, or patterns such as "layers.*" (see `ports.sites.match_sites`);
-                a string alone is one.
+                of one site's name, or patterns such as "layers.*" (see
+                `ports.intervene.sites.match_sites`); a string alone is one.
             generated: only sites that have a state for each generated token.
 
         Returns {name: site}, where a site that a pattern matched has its own name.
@@ -737,7 +731,7 @@ class VLM:
         }
         return _by_name(cut, asked)
 
-    def _check(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
+    def _check(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
         arrays = model_inputs.to_numpy(inputs, self._port.INPUTS)
         if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
             raise ValueError(
@@ -753,7 +747,7 @@ class VLM:
         vocabulary.check_ids(arrays["input_ids"], self.module.num_embeddings, self.image_tokens)
         return self._port.prepare_inputs(self.module.config, arrays)
 
-    def prepare(self, inputs: joiner.Inputs) -> dict[str, np.ndarray]:
+    def prepare(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
         """The processor's arrays as `module` is compiled for them: checked, padded to the bucket.
 
         Raises ValueError for a token id outside the vocabulary, or if images and prompts do not fit
@@ -761,7 +755,7 @@ class VLM:
         """
         return padding.pad_to_bucket(self._check(inputs), self.pad_token)
 
-    def place(self, inputs: joiner.Inputs) -> dict[str, Array]:
+    def place(self, inputs: vision_language.Inputs) -> dict[str, Array]:
         """As `prepare`, and on the model's devices: rows on the mesh axis "data"."""
         return self._place(self._check(inputs))
 
@@ -820,43 +814,3 @@ def _special_tokens(
     named = {"eos_token_id": eos, "pad_token_id": (pad,)}
     vocabulary.check_special_ids(named, vocabulary_size, directory)
     return eos, pad
-
-
-def load_params(
-    module: joiner.VisionLanguageModel,
-    port: ModuleType,
-    directory: Path,
-    abstract: dict,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh | None,
-) -> dict:
-    """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
-    shardings = None
-    if mesh is not None:
-        shardings = sharding.param_shardings(mesh, abstract, module.kv_heads)
-    if orbax_io.is_saved(directory):
-        return orbax_io.load(directory, abstract, dtype, shardings)
-    return checkpoint.load_params(
-        directory,
-        abstract,
-        port.canonical_name,
-        dtype=dtype,
-        tied=module.tied,
-        shardings=shardings,
-    )
-
-
-def place_abstract(
-    module: joiner.VisionLanguageModel,
-    abstract: dict,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh | None,
-) -> dict:
-    """The shapes of the parameters of `module`, and where on the mesh each would be placed."""
-    if mesh is None:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
-        abstract,
-        sharding.param_shardings(mesh, abstract, module.kv_heads),
-    )

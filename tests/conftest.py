@@ -74,7 +74,7 @@ def shared() -> Path:
 def vlm():
     """The embedded LLaVA, where a folder has no other; tests leave it as it is."""
     import ports
-    from xlvlm_jax import embedded
+    from xlvlm_jax.demo import embedded
 
     return ports.load(embedded.LLAVA)
 
@@ -82,8 +82,8 @@ def vlm():
 @pytest.fixture(scope="session")
 def clip():
     """The embedded CLIP pair."""
-    from ports import clip
-    from xlvlm_jax import embedded
+    from ports.models import clip
+    from xlvlm_jax.demo import embedded
 
     return clip.load(embedded.CLIP)
 

@@ -5,19 +5,20 @@ concepts = xlvlm_jax.decompose(Z, 20, key=jax.random.key(0))
 words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 """
 
-from ports.edits import ablate, add, add_relative, edit_with, replace, stacked
+from ports.intervene.edits import ablate, add, add_relative, edit_with, replace, stacked
+from ports.intervene.sites import capture
+from ports.intervene.steer import steer
 from ports.programs import compilation_cache
-from ports.sites import capture
-from ports.steering import steer
-from xlvlm_jax import embedded as _embedded  # noqa: F401  (it names the model)
 from xlvlm_jax import metrics, shift
-from xlvlm_jax.concepts import Concepts, decompose, decompose_stored, project
-from xlvlm_jax.estimators import PCA, KMeans, SemiNMF
-from xlvlm_jax.grounding import ground_images, ground_text
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.spelling import find_word
+from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
+from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
+from xlvlm_jax.concepts.grounding import ground_images, ground_text
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.demo import embedded  # noqa: F401  (it names the model)
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.selection import Selection
+from xlvlm_jax.features.spelling import find_word
 from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
-from xlvlm_jax.store import Features
 
 __all__ = [
     "PCA",

@@ -7,7 +7,7 @@ What every side makes: of each picture whose caption holds the word, the state a
 from which the word was predicted. All read the same files with the same function and the same
 processor, in float32, and store what they found. In turn, `repeats` times:
 
-    extract     `xlvlm_jax.extract.extract` into a new directory, batches of 32
+    extract     `xlvlm_jax.features.extract` into a new directory, batches of 32
     loop        transformers' `generate`, one picture at a time; a forward hook keeps the states of
                 all positions, rows are selected at the end (what the reference does)
     batched     the same in batches of 32, in inference mode; the hook keeps the last position only,

@@ -21,9 +21,9 @@ from benchmarks.extraction.ours import (
     run_generate,
 )
 from benchmarks.extraction.peer import Peer
-from xlvlm_jax import embedded
 from xlvlm_jax.data import coco
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.demo import embedded
 
 AIMS = {"loop": 10.0, "batched": 3.0}
 TOLERANCE = 1e-4

@@ -15,9 +15,9 @@ import numpy as np
 
 import ports
 from benchmarks.extraction.ours import full, groups_of, prepare, run_generate, settings
-from xlvlm_jax import embedded
 from xlvlm_jax.data import coco
-from xlvlm_jax.extract import extract
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features import extract
 
 AIM = 1.1
 

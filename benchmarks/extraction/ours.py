@@ -10,9 +10,9 @@ import numpy as np
 import ports
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.store import Features
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.selection import Selection
 
 SITE = "language_model.model.norm"
 BATCH, TOKENS = 32, 20  # a batch at which both sides are at their fastest here

@@ -12,9 +12,9 @@ import transformers
 
 import ports
 from benchmarks.extraction.ours import TOKENS, Inputs, Rows, groups_of, prepare
-from xlvlm_jax import embedded
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.spelling import spellings
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features.spelling import spellings
 
 
 class Peer:

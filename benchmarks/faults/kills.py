@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.measure import save
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import manifest_of
+from xlvlm_jax.features.manifest import manifest_of
 
 SITES = ("language_model.model.norm", "language_model.model.layers.4")
 

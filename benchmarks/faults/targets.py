@@ -17,13 +17,14 @@ import numpy as np
 
 import ports
 from benchmarks.faults.mutate import MARKUP
-from ports import orbax_io, safetensors_io
-from xlvlm_jax import Concepts, Features, SteeringVector, data, embedded, steering
+from ports.checkpoint import orbax_io, safetensors_io
+from xlvlm_jax import Concepts, Features, SteeringVector, data, steering
 from xlvlm_jax.data import scenes
-from xlvlm_jax.interop import import_features, read_pth, write_pth
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features.pth import import_features, read_pth, write_pth
+from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
 from xlvlm_jax.steering import L2S, LowRankMap
-from xlvlm_jax.store import FeaturesWriter
 
 SITE = "language_model.model.norm"
 ROWS, WIDTH, K = 12, 6, 2

@@ -28,7 +28,8 @@ from rich.table import Table
 from benchmarks.measure import save, seconds
 from benchmarks.solvers import matrices, peers
 from benchmarks.solvers.pace import pace
-from xlvlm_jax.concepts import Concepts, decompose
+from xlvlm_jax.concepts.decomposition import decompose
+from xlvlm_jax.concepts.record import Concepts
 
 KEY = jax.random.key(0)
 QUICK = {"snmf": [(600, 256, 12)], "kmeans": [(600, 256, 12)], "pca": [(600, 256, 12)]}

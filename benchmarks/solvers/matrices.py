@@ -31,10 +31,11 @@ def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
 
 def of_features(path: Path, site: str | None) -> np.ndarray:
     """Real states: those of one site of a features directory."""
-    from xlvlm_jax import Features, stages
+    from xlvlm_jax import Features
+    from xlvlm_jax.features.reader import choose_site
 
     features = Features.open(path)
-    return features.matrix(stages.choose_site(features, site))
+    return features.matrix(choose_site(features, site))
 
 
 def snmf_objective(Z: np.ndarray, codes: Any, atoms: Any, alpha: float = 1.0) -> float:

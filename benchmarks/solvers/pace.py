@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import seconds
-from xlvlm_jax.solvers import kmeans, lapack, pca, semi_nmf
+from xlvlm_jax.solvers import blas_threads, kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.loop import begin, run
 
 KEY = jax.random.key(0)
@@ -35,7 +35,7 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
     return partial(pca.update, num_concepts=K), problem, state, 2 * width
 
 
-@lapack.one_thread()
+@blas_threads.one_thread()
 def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
     """Seconds of an update, of reading Z, the rate of a large matrix product, and the share.
 

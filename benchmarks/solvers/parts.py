@@ -22,9 +22,15 @@ from rich.table import Table
 from benchmarks.measure import save, seconds
 from benchmarks.solvers import matrices
 from benchmarks.solvers.pace import updating
-from xlvlm_jax.solvers import assignment, atoms, codes, lapack, pca, semi_nmf
-from xlvlm_jax.solvers.loop import inner_products, matmul, weighted_sums
-from xlvlm_jax.solvers.orthonormal import complement
+from xlvlm_jax.solvers import (
+    blas_threads,
+    kmeans_assignment,
+    pca,
+    semi_nmf,
+    semi_nmf_atoms,
+    semi_nmf_codes,
+)
+from xlvlm_jax.solvers.linalg import complement, inner_products, matmul, weighted_sums
 
 HEADINGS = ("method", "Z, K", "part", "ms", "of the update", "rate")
 SIZES = [(3000, 4096, 20), (100_000, 512, 20), (3000, 4096, 256)]
@@ -38,22 +44,22 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
     if method == "snmf":
         small, K = state.small, len(state.small.atoms)
         products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
-        U = codes.improve(state.codes, products, gram, problem.alpha, semi_nmf.SWEEPS)
+        U = semi_nmf_codes.improve(state.codes, products, gram, problem.alpha, semi_nmf.SWEEPS)
         _, sums, _ = semi_nmf.collect(Z, problem.energy, U, small.atoms, problem.alpha)
         unused, none = jnp.zeros(K, bool), jnp.zeros_like(small.atoms)
-        improve = partial(codes.improve, sweeps=semi_nmf.SWEEPS)
+        improve = partial(semi_nmf_codes.improve, sweeps=semi_nmf.SWEEPS)
         yield "V Zᵀ", inner_products, (small.atoms, Z), K
         yield "codes", improve, (state.codes, products, gram, problem.alpha), 0
         yield "Uᵀ Z", weighted_sums, (U, Z), K
         yield "Uᵀ U", lambda U: matmul(U, U.T), (U,), 0
-        yield "atoms", atoms.advance, (small, sums, none, problem.alpha, unused), 0
+        yield "atoms", semi_nmf_atoms.advance, (small, sums, none, problem.alpha, unused), 0
     elif method == "kmeans":
         scored = Z, state.offsets, problem.mean, problem.far
-        scores = assignment.score(*scored)
-        labels = assignment.nearest(scores).labels
-        yield "scores", assignment.score, scored, len(scores)
-        yield "nearest", assignment.nearest, (scores,), 0
-        yield "sums of rows", assignment.sums_of, (problem, labels), 0
+        scores = kmeans_assignment.score(*scored)
+        labels = kmeans_assignment.nearest(scores).labels
+        yield "scores", kmeans_assignment.score, scored, len(scores)
+        yield "nearest", kmeans_assignment.nearest, (scores,), 0
+        yield "sums of rows", kmeans_assignment.sums_of, (problem, labels), 0
     else:
         W = state.basis.shape[1]
         new = complement(state.basis, state.images)
@@ -67,7 +73,7 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
         yield "images", pca.covariance_image, (problem, scores), W
 
 
-@lapack.one_thread()
+@blas_threads.one_thread()
 def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
     """A row for each part."""
     Z = jnp.asarray(matrices.planted(N, D, min(K, 64)))

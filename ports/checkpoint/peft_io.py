@@ -19,15 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ports import lora, safetensors_io
-from ports.checkpoint import (
-    Rename,
-    module_name,
-    read_json,
-    stored_shapes,
-    tensor_name,
-    to_kernel,
-)
+from ports.checkpoint import safetensors_io
+from ports.checkpoint.config import read_json
+from ports.checkpoint.params import stored_shapes, to_kernel
+from ports.intervene import lora
+from ports.names import Rename, module_name, tensor_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ports.safetensors_io import StoredTensor
+from ports.checkpoint.safetensors_io import StoredTensor
 
 _TAKE = (
     "only float weights and fp8 are implemented: take the checkpoint that it was made from, or "

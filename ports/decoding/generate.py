@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ports import joiner, steering
-from ports.edits import Edits
-from ports.logits import Rules, process, read_prompt
-from ports.sampling import Sampling, draw
-from ports.sites import capture
+from ports.decoding.logits import Rules, process, read_prompt
+from ports.decoding.sampling import Sampling, draw
+from ports.intervene import steer
+from ports.intervene.edits import Edits
+from ports.intervene.sites import capture
+from ports.nn import vision_language
 
 Array = jax.Array
 
@@ -32,9 +33,9 @@ class Generation(NamedTuple):
 
 
 def generate(
-    model: joiner.VisionLanguageModel,
+    model: vision_language.VisionLanguageModel,
     params: dict,
-    inputs: joiner.Inputs,
+    inputs: vision_language.Inputs,
     sampling: Sampling | None = None,
     edits: Edits | None = None,
     rules: Rules | None = None,
@@ -54,11 +55,11 @@ def generate(
     variants: the arrays of the edits have a leading axis A, and so have those that are returned.
     Rows end by themselves; the loop ends with the last of them.
     """
-    mask = joiner.attention_mask(inputs).astype(bool)
+    mask = vision_language.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
 
     def run(edits: Edits, caches: dict, method: str, *args: Any) -> tuple[Any, ...]:
-        apply = capture(steering.steer(model.apply, edits), sites)
+        apply = capture(steer.steer(model.apply, edits), sites)
         variables = {"params": params, **caches}
         (logits, variables), states = apply(variables, *args, method=method, mutable=["cache"])
         return logits, variables["cache"], states
@@ -114,7 +115,7 @@ def generate(
         .set(value[..., -1, :])
         for site, value in prefilled.items()
     }
-    column = joiner.next_column(inputs)
+    column = vision_language.next_column(inputs)
     next_positions = model.positions(inputs).reshape(batch, -1).max(-1) + 1
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))

@@ -17,11 +17,11 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
-from ports import sharding
-from ports.checkpoint import tensor_name
-from ports.interception import call_intercepted
+from ports.intervene.interception import call_intercepted
+from ports.intervene.sites import is_pattern, match_sites
 from ports.messages import few
-from ports.sites import is_pattern, match_sites, site_name
+from ports.names import site_name, tensor_name
+from ports.parallel import sharding
 
 Array = jax.Array
 _MERGEABLE = ("kernel", "embedding")

@@ -19,20 +19,8 @@ import numpy as np
 from flax import linen as nn
 from flax.core.scope import in_filter, union_filters
 
-from ports.interception import check_not_compiled, marked, split_variables
-
-# Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
-_NUMBERED = re.compile(r"^(layers?|blocks|resblocks|mlp)_(\d+)$")
-
-
-def site_name(path: Iterable[str]) -> str:
-    """The path of a Flax module, ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
-    return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
-
-
-def called_name(path: Iterable[str], method: str) -> str:
-    """The site of a module's output; of a method other than `__call__`, its name follows."""
-    return site_name((*path, *([] if method == "__call__" else [method])))
+from ports.intervene.interception import check_not_compiled, marked, split_variables
+from ports.names import called_name, normal_name, site_name
 
 
 def is_public(method: str) -> bool:
@@ -48,11 +36,6 @@ def is_array(value: Any) -> bool:
 def is_floating(value: Any) -> bool:
     """Whether a value is an array of floating numbers, as states are."""
     return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def normal_name(name: str) -> str:
-    """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
-    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))
 
 
 def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
     steered = steer(vlm.apply, {"language_model.model.layers.19": add(vector, alpha=2.0)})
 
-B batch, T positions, D width. The edits themselves are in `ports.edits`.
+B batch, T positions, D width. The edits themselves are in `ports.intervene.edits`.
 """
 
 import contextlib
@@ -15,17 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.edits import Edit, Edits, Places, as_edits, check_fits
-from ports.interception import call_intercepted, split_variables
-from ports.sites import (
-    called_name,
-    is_array,
-    is_floating,
-    is_public,
-    normal_name,
-    require_sites,
-    site_name,
-)
+from ports.intervene.edits import Edit, Edits, Places, as_edits, check_fits
+from ports.intervene.interception import call_intercepted, split_variables
+from ports.intervene.sites import is_array, is_floating, is_public, require_sites
+from ports.names import called_name, normal_name, site_name
 
 Array = jax.Array
 

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, hub, layers, vocabulary
+from ports import checkpoint
+from ports.checkpoint import hub
+from ports.inputs import vocabulary
+from ports.nn import layers
+from ports.nn.encoder import EncoderConfig
 from ports.programs import keep_programs
-from ports.vision import EncoderConfig
 
 Array = jax.Array
 MODEL_TYPES = ("bert", "roberta")

@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, hub, layers, vision, vocabulary
+from ports import checkpoint
+from ports.checkpoint import hub
+from ports.inputs import vocabulary
+from ports.nn import clip_vision, encoder, layers
 from ports.programs import keep_programs
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig(vision.EncoderConfig):
+class TextConfig(encoder.EncoderConfig):
     """A text tower: an encoder with its vocabulary."""
 
     vocab_size: int = 0
@@ -31,7 +34,7 @@ class TextConfig(vision.EncoderConfig):
     def from_hf(cls, config: Any) -> "TextConfig":
         """Reads a transformers CLIPTextConfig."""
         return cls(
-            **dataclasses.asdict(vision.EncoderConfig.from_hf(config)),
+            **dataclasses.asdict(encoder.EncoderConfig.from_hf(config)),
             vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             eos_token=config.eos_token_id,
@@ -43,7 +46,7 @@ class Config:
     """What the port needs of a transformers CLIPConfig."""
 
     text: TextConfig
-    vision: vision.VisionConfig
+    vision: clip_vision.VisionConfig
     projection_dim: int
 
     @classmethod
@@ -51,7 +54,7 @@ class Config:
         """Reads a transformers CLIPConfig."""
         return cls(
             text=TextConfig.from_hf(config.text_config),
-            vision=vision.VisionConfig.from_hf(config.vision_config),
+            vision=clip_vision.VisionConfig.from_hf(config.vision_config),
             projection_dim=config.projection_dim,
         )
 
@@ -83,7 +86,7 @@ class TextTransformer(nn.Module):
     def setup(self):
         cfg = self.config
         self.embeddings = TextEmbeddings(cfg, self.dtype)
-        self.encoder = vision.Encoder(cfg, self.dtype)
+        self.encoder = encoder.Encoder(cfg, self.dtype)
         self.final_layer_norm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
@@ -108,7 +111,7 @@ class CLIP(nn.Module):
     def setup(self):
         cfg = self.config
         self.text_model = TextTransformer(cfg.text, self.dtype)
-        self.vision_model = vision.CLIPVisionTransformer(cfg.vision, self.dtype)
+        self.vision_model = clip_vision.CLIPVisionTransformer(cfg.vision, self.dtype)
         self.text_projection = layers.dense(cfg.projection_dim, False, self.dtype)
         self.visual_projection = layers.dense(cfg.projection_dim, False, self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, joiner, layers, sharding, siglip, vision
+from ports.nn import clip_vision as vision
+from ports.nn import decoder, layers, siglip, vision_language
+from ports.parallel import sharding
 
 Array = jax.Array
 
@@ -205,7 +207,7 @@ INPUTS = (
 )
 
 
-class Idefics2(joiner.VisionLanguageModel):
+class Idefics2(vision_language.VisionLanguageModel):
     """What the resampler makes of the images takes the places of the image tokens."""
 
     config: Config
@@ -243,7 +245,7 @@ class Idefics2(joiner.VisionLanguageModel):
             pixel_mask = jnp.ones((len(pixels), *pixels.shape[2:]), bool)
         return self.model.image_features(pixels, pixel_mask)
 
-    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+    def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
         """input_ids int[B, T] -> [B, T, D], with the images in rows, whichever rows those are:
         pixel_values[R, I, 3, height, width], pixel_attention_mask[R, I, height, width] or none.
         """
@@ -255,9 +257,9 @@ class Idefics2(joiner.VisionLanguageModel):
         features = self.image_features(pixels, None if mask is None else _flat(mask))
         # What only fills up a row of images is zero, and gives no features.
         valid = jnp.repeat((pixels != 0).any((1, 2, 3)), features.shape[1])
-        return joiner.place_images(
+        return vision_language.place_images(
             x,
-            joiner.is_image(tokens, self.config.image_tokens),
+            vision_language.is_image(tokens, self.config.image_tokens),
             features.reshape(-1, features.shape[-1]),
             valid,
         )
@@ -272,7 +274,7 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     """Shapes and dtypes of a batch with one image a row, of the size that the tower is made for."""
     cfg = config.vision
     ids = jax.ShapeDtypeStruct(
-        (batch, length or config.tokens_per_image + joiner.EXAMPLE_TEXT), np.int32
+        (batch, length or config.tokens_per_image + vision_language.EXAMPLE_TEXT), np.int32
     )
     size = (cfg.image_size, cfg.image_size)
     return {
@@ -302,7 +304,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     images = None if pixels is None else _real_images(config, pixels, mask)
     num_images = 0 if images is None else len(images[0])
     per_image = config.tokens_per_image
-    joiner.check_image_tokens(
+    vision_language.check_image_tokens(
         arrays["input_ids"],
         config.image_tokens,
         num_images,

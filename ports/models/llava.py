@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint, decoder, joiner, layers, vision
+from ports import checkpoint
+from ports.nn import clip_vision as vision
+from ports.nn import decoder, layers, vision_language
 
 Array = jax.Array
 
@@ -89,7 +91,7 @@ class Projector(nn.Module):
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 
 
-class Llava(joiner.VisionLanguageModel):
+class Llava(vision_language.VisionLanguageModel):
     """The features of the chosen tower layers, projected, take the places of the image tokens."""
 
     config: Config
@@ -118,22 +120,22 @@ class Llava(joiner.VisionLanguageModel):
             features = features[:, 1:]
         return self.multi_modal_projector(features)
 
-    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+    def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
         """input_ids int[B, T], pixel_values[I, 3, height, width] or none -> [B, T, D]."""
         tokens = jnp.asarray(inputs["input_ids"])
-        is_image = joiner.is_image(tokens, self.config.image_tokens)
+        is_image = vision_language.is_image(tokens, self.config.image_tokens)
         # The image token may lie outside the embedding table.
         x = self.text_decoder.embed_tokens(jnp.where(is_image, 0, tokens))
         if inputs.get("pixel_values") is None:
             return x
         features = self.image_features(jnp.asarray(inputs["pixel_values"]))
-        return joiner.place_images(x, is_image, features.reshape(-1, features.shape[-1]))
+        return vision_language.place_images(x, is_image, features.reshape(-1, features.shape[-1]))
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a batch with one image a row: what initialisation is traced with."""
     cfg = config.vision
-    length = length or config.tokens_per_image + joiner.EXAMPLE_TEXT
+    length = length or config.tokens_per_image + vision_language.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
     pixels = (batch, cfg.num_channels, cfg.image_size, cfg.image_size)
     return {
@@ -150,7 +152,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     """
     pixels = inputs.get("pixel_values")
     num_images = 0 if pixels is None else len(pixels)
-    joiner.check_image_tokens(
+    vision_language.check_image_tokens(
         inputs["input_ids"],
         config.image_tokens,
         num_images,

@@ -1,4 +1,4 @@
-"""Vision towers: the blocks that CLIP and SigLIP share, and CLIP's.
+"""CLIP's vision tower.
 
 I images, P patches (and the class position), D width, H heads.
 """
@@ -10,39 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers, sharding
+from ports.nn import layers
+from ports.nn.encoder import Encoder, EncoderConfig
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes and constants of a transformer encoder (CLIP's, SigLIP's, BERT's)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    hidden_act: str
-    norm_eps: float
-
-    @classmethod
-    def from_hf(cls, config: Any) -> "EncoderConfig":
-        """Reads a transformers CLIPVisionConfig, CLIPTextConfig or Idefics2VisionConfig."""
-        layers.activation(config.hidden_act)
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {config.hidden_size} of the {config.model_type} is no multiple of "
-                f"its {config.num_attention_heads} attention heads"
-            )
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            hidden_act=config.hidden_act,
-            norm_eps=config.layer_norm_eps,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,61 +57,6 @@ class VisionConfig(EncoderConfig):
     def num_patches(self) -> int:
         """Patches of one image, without the class position."""
         return self.side**2
-
-
-class EncoderAttention(nn.Module):
-    """Multi-head self-attention with biases, as in CLIP and SigLIP."""
-
-    num_heads: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x[I, P, D], mask bool[I or 1, 1, P or 1, P] or None -> [I, P, D]."""
-        width = x.shape[-1]
-
-        def heads(name: str) -> Array:
-            y = layers.dense(width, True, self.dtype, name)(x)
-            return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
-
-        y = layers.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
-        y = sharding.heads(y)
-        return layers.dense(width, True, self.dtype, "out_proj")(y.reshape(x.shape))
-
-
-class EncoderLayer(nn.Module):
-    """A pre-norm block of CLIP's and SigLIP's towers."""
-
-    config: EncoderConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x[I, P, D] -> [I, P, D]."""
-        cfg = self.config
-        y = layers.layer_norm(cfg.norm_eps, self.dtype, "layer_norm1")(x)
-        y = EncoderAttention(cfg.num_heads, self.dtype, name="self_attn")(y, mask)
-        x = sharding.residual(x + y)
-        y = layers.layer_norm(cfg.norm_eps, self.dtype, "layer_norm2")(x)
-        mlp = layers.MLP(cfg.intermediate_size, cfg.hidden_act, self.dtype, name="mlp")
-        return sharding.residual(x + mlp(y))
-
-
-class Encoder(nn.Module):
-    """A stack of blocks that returns the states before the first and after each."""
-
-    config: EncoderConfig
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        self.layers = [EncoderLayer(self.config, self.dtype) for _ in range(self.config.num_layers)]
-
-    def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
-        """x[I, P, D] -> num_layers + 1 states [I, P, D]."""
-        states = [sharding.residual(x)]
-        for layer in self.layers:
-            states.append(layer(states[-1], mask))
-        return tuple(states)
 
 
 def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels: Array) -> Array:

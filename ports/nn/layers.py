@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.custom_derivatives import SymbolicZero
 
-from ports import sharding
+from ports.parallel import sharding
 
 Array = jax.Array
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import layers, vision
+from ports.nn import clip_vision, encoder, layers
 
 Array = jax.Array
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
@@ -58,14 +58,14 @@ def position_ids(mask: Array, side: int) -> Array:
 class VisionEmbeddings(nn.Module):
     """Patches by a strided convolution, learnt positions added."""
 
-    config: vision.VisionConfig
+    config: clip_vision.VisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array, mask: Array) -> Array:
         """pixels[I, 3, height, width], mask bool[I, h, w] -> [I, P, D]."""
         cfg = self.config
-        patches = vision.embed_patches(cfg, True, self.dtype, pixels)
+        patches = clip_vision.embed_patches(cfg, True, self.dtype, pixels)
         table = nn.Embed(
             cfg.num_patches, cfg.hidden_size, dtype=self.dtype, name="position_embedding"
         )
@@ -75,13 +75,13 @@ class VisionEmbeddings(nn.Module):
 class SiglipVisionTransformer(nn.Module):
     """The tower: embeddings, pre-norm blocks in which all patches see each other, a norm."""
 
-    config: vision.VisionConfig
+    config: clip_vision.VisionConfig
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         cfg = self.config
         self.embeddings = VisionEmbeddings(cfg, self.dtype)
-        self.encoder = vision.Encoder(cfg, self.dtype)
+        self.encoder = encoder.Encoder(cfg, self.dtype)
         self.post_layernorm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
     def __call__(self, pixels: Array, mask: Array) -> Array:

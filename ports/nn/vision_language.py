@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, edits, sharding, steering
-from ports.sites import normal_name
+from ports.intervene import edits, steer
+from ports.names import normal_name
+from ports.nn import decoder
+from ports.parallel import sharding
 
 Array = jax.Array
 Inputs = Mapping[str, Any]
@@ -144,14 +146,14 @@ class VisionLanguageModel(nn.Module):
         A token id without an embedding gives NaN from its position on; `VLM` refuses it instead.
         """
         states = self.states(inputs)
-        with steering.at_places(self.places(inputs)):
+        with steer.at_places(self.places(inputs)):
             return self.unembed(states)
 
     def states(self, inputs: Inputs, last_only: bool = False) -> Array:
         """The processor's arrays -> states after the final norm [B, T, D], or [B, 1, D]."""
         x = self.embed_inputs(inputs)
         mask = decoder.causal_mask(attention_mask(inputs))
-        with steering.at_places(self.places(inputs)):
+        with steer.at_places(self.places(inputs)):
             return self.text_decoder(x, self.positions(inputs), mask, last_only=last_only)
 
     def init_cache(self, batch: int, slots: int) -> dict:
@@ -199,7 +201,7 @@ class VisionLanguageModel(nn.Module):
         last_only: the last layer puts out the last position alone; else, as the others, all.
         """
         states = self.states(inputs, last_only)[:, -1:]
-        with steering.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
+        with steer.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
             return self.unembed(states)[:, 0]
 
     def extend(
@@ -216,7 +218,7 @@ class VisionLanguageModel(nn.Module):
         each of them sees; slot int32[], where the first of them goes; column int32[], which the
         caller's next is, if another -> final states [B, T, D].
         """
-        with steering.at_places(_generated_places(tokens, mask, slot, column)):
+        with steer.at_places(_generated_places(tokens, mask, slot, column)):
             x = self.text_decoder.embed_tokens(tokens)
             return self.text_decoder(x, positions, mask, start=slot)
 
@@ -231,7 +233,7 @@ class VisionLanguageModel(nn.Module):
         """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
         tokens, mask = tokens[:, None], valid[:, None, None, :]
         states = self.extend(tokens, positions[:, None], mask, slot, column)
-        with steering.at_places(_generated_places(tokens, mask, slot, column)):
+        with steer.at_places(_generated_places(tokens, mask, slot, column)):
             return self.unembed(states)[:, 0]
 
 

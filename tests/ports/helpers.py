@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import ports
-from ports import llava
+from ports.models import llava
 
 PAD, BOS, EOS, IMAGE, VOCABULARY = 0, 1, 2, 101, 103
 ROOT = Path(__file__).parents[2]

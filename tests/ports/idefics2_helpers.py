@@ -13,7 +13,8 @@ import transformers
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
 import ports
-from ports import idefics2, siglip
+from ports.models import idefics2
+from ports.nn import siglip
 
 from . import helpers
 

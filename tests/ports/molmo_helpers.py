@@ -16,7 +16,8 @@ import safetensors.numpy
 import torch
 from torch.nn import functional
 
-from ports import checkpoint, molmo
+from ports import checkpoint
+from ports.models.molmo import model as molmo
 
 CONFIG = {
     "model_type": "molmo",

@@ -13,7 +13,8 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ports
-from ports import qwen2_vl, qwen2_vl_processor
+from ports.models.qwen2_vl import model as qwen2_vl
+from ports.models.qwen2_vl import processor as qwen2_vl_processor
 
 from . import helpers
 

@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 import ports
-from xlvlm_jax import embedded, inspection
+from ports import inspection
+from xlvlm_jax.cli import inspect
+from xlvlm_jax.demo import embedded
 
-CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_the_configuration_alone_suffices(tmp_path):
     assert result.needs.image_tokens == 64
     assert result.needs.parameters == 2 * 4_244_208
     out = io.StringIO()
-    inspection.show(result, Console(file=out, width=100))
+    inspect.show(result, Console(file=out, width=100))
     assert "prompt: unknown" in out.getvalue()
     assert "fits" in out.getvalue()
 
@@ -96,7 +98,7 @@ class TestMesh:
         notes = [line.split(":")[0] for line in placement.notes]
         assert "key-value heads" in notes
         out = io.StringIO()
-        inspection.show(result, Console(file=out, width=100))
+        inspect.show(result, Console(file=out, width=100))
         assert "mesh 2 x 4: parameters 0.00" in out.getvalue()
         assert "2 can't be divided over 4 devices" in out.getvalue()
 

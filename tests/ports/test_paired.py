@@ -11,17 +11,14 @@ import safetensors.numpy
 from PIL import Image
 
 import ports
-from xlvlm_jax import Features, data, embedded, paired
+from ports import paired
+from ports.paired import check_alike, paired_states, share_params, with_like_heads
+from xlvlm_jax import Features, data
 from xlvlm_jax.data import scenes, select
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.paired import (
-    check_alike,
-    finetuned_site,
-    paired_states,
-    share_params,
-    with_like_heads,
-)
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.selection import Selection
 
 NORM, LAYER = "language_model.model.norm", "language_model.model.layers.4"
 FIRST = "language_model.model.layers.0"

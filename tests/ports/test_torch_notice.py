@@ -25,8 +25,8 @@ def test_the_notice_is_left_out_and_other_warnings_are_not():
 
 def test_a_first_time_user_sees_nothing():
     """With PyTorch installed or not."""
-    script = "import ports, xlvlm_jax.embedded.blueprint; "
-    script += "from xlvlm_jax import embedded; vlm = ports.load_abstract("
+    script = "import ports, xlvlm_jax.demo.embedded.blueprint; "
+    script += "from xlvlm_jax.demo import embedded; vlm = ports.load_abstract("
     script += "embedded.LLAVA); vlm.processor; import logging; "
     script += "logging.getLogger('transformers.mine').warning('seen')"
     # With CI set, transformers says each line twice.

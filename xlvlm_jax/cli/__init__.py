@@ -10,16 +10,23 @@ import typer
 
 from ports.programs import keep_programs
 from xlvlm_jax.cli import (
-    concepts,
     convert,
-    embedded,
-    features,
+    decompose,
+    demo,
+    evaluate,
+    extract,
     finetune,
-    interop,
+    ground,
+    inspect,
+    pth,
+    report,
     runtime,
+    scenes,
     score,
     shift,
-    steering,
+    sites,
+    steer,
+    train_demo,
 )
 from xlvlm_jax.cli.console import errors
 
@@ -47,25 +54,25 @@ def options(
 
 # In the order in which `xlvlm --help` lists them.
 for command in (
-    embedded.demo,
-    features.inspect,
-    features.sites,
-    features.extract,
-    concepts.decompose,
-    concepts.ground,
+    demo.demo,
+    inspect.inspect,
+    sites.sites,
+    extract.extract,
+    decompose.decompose,
+    ground.ground,
     score.score,
-    concepts.report,
-    steering.evaluate,
+    report.report,
+    evaluate.evaluate,
     shift.shift,
-    interop.import_pth,
-    interop.export_pth,
+    pth.import_pth,
+    pth.export_pth,
     finetune.finetune,
     convert.convert,
-    embedded.scenes,
-    embedded.train_demo,
+    scenes.scenes,
+    train_demo.train_demo,
 ):
     app.command()(command)
-app.add_typer(steering.steer, name="steer")
+app.add_typer(steer.steer, name="steer")
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def load_model(
     import jax
 
     import ports
-    from xlvlm_jax import embedded
+    from xlvlm_jax.demo import embedded
 
     with console.status(f"loading {model}"):
         # Of several hosts each has the whole model, on its own devices.
@@ -111,11 +111,11 @@ def load_model(
 
 def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> Any:
     """A fine-tuned version of a model: the LoRA adapter of that name merged in, or a checkpoint."""
-    from ports import hub, peft_files
-    from xlvlm_jax import embedded
+    from ports.checkpoint import hub, peft_io
+    from xlvlm_jax.demo import embedded
 
     named = model == "embedded" and finetuned in embedded.ADAPTERS
-    if named or (hub.find_directory(finetuned) / peft_files.CONFIG).exists():
+    if named or (hub.find_directory(finetuned) / peft_io.CONFIG).exists():
         return load_model(model, dtype, adapter=finetuned, **placing)
     return load_model(finetuned, dtype, **placing)
 

@@ -33,7 +33,7 @@ def convert(
 
 def _write(vlm: Any, output: Path) -> None:
     """Under a temporary name, then renamed: a directory of the right name is whole."""
-    from ports import orbax_io
+    from ports.checkpoint import orbax_io
 
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,23 +1,11 @@
-"""Commands from features to concepts, their words and images, and the report."""
+"""`xlvlm decompose`: features -> concepts."""
 
-import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from xlvlm_jax.cli.console import (
-    Images,
-    Overwrite,
-    Seed,
-    ThroughNorm,
-    console,
-    errors,
-    load_model,
-    refuse_existing,
-    solver_bar,
-)
+from xlvlm_jax.cli.console import Overwrite, Seed, console, refuse_existing, solver_bar
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, peak_memory, profiled
 
 
@@ -48,12 +36,14 @@ def decompose(
 ) -> None:
     """features/ -> concepts/. Rows are spread over all devices, of all hosts."""
     join_hosts(hosts)
-    from xlvlm_jax import Features, stages
+    from xlvlm_jax import Features
+    from xlvlm_jax.concepts.stage import decompose_features
+    from xlvlm_jax.features.reader import choose_sites
 
     given = {"alpha": alpha, "tol": tol, "max_iter": max_iter, "n_init": n_init}
     given = {name: value for name, value in given.items() if value is not None}
     opened = Features.open(features)
-    sites = stages.choose_sites(opened, site)
+    sites = choose_sites(opened, site)
     places = {name: output.with_name(f"{output.name}-{name}") for name in sites}
     if len(sites) == 1:
         places = {sites[0]: output}
@@ -65,7 +55,7 @@ def decompose(
             _show_needs(opened.stored(name), num_concepts, method, directory, stream, given)
             continue
         with profiled(profile), solver_bar(method) as told:
-            concepts = stages.decompose_features(
+            concepts = decompose_features(
                 opened,
                 directory,
                 num_concepts,
@@ -95,8 +85,8 @@ def _show_needs(
     """What --dry-run says of one site's matrix."""
     import jax
 
-    from xlvlm_jax import stages
-    from xlvlm_jax.concepts import memory_needed, streamed_memory_needed
+    from xlvlm_jax.concepts.decomposition import memory_needed, streamed_memory_needed
+    from xlvlm_jax.concepts.stage import rows_mesh
 
     N, D = stored.shape
     matrix, activations = N * D * stored.dtype.itemsize, 4 * N * num_concepts
@@ -105,7 +95,7 @@ def _show_needs(
         # The columns of rows on the host are in what the solver needs; the rest is the device's.
         on_host, how = needed, "streamed, a few tiles and columns of every row"
     else:
-        mesh = stages.rows_mesh()
+        mesh = rows_mesh()
         needed = memory_needed(
             stored.shape, num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
         )
@@ -121,62 +111,3 @@ def _show_needs(
         f"{process / 1e9:,.1f} GB; activations of {activations / 1e6:,.1f} MB and components of "
         f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
     )
-
-
-def ground(
-    concepts: Annotated[Path, typer.Argument(help="A directory of concepts.")],
-    model: Annotated[str, typer.Option(help="The model that the states came from.")],
-    features: Annotated[
-        Path | None, typer.Option(help="Where they were learnt from, if it was moved.")
-    ] = None,
-    num_words: Annotated[int, typer.Option(help="Words a concept.")] = 10,
-    num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 50,
-    num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
-    through_norm: ThroughNorm = None,
-    images: Images = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Concepts -> words and images, written into the same directory."""
-    from xlvlm_jax import Concepts, Features, pictures, stages
-
-    learnt = Concepts.load(concepts)
-    if learnt.words is not None and not overwrite:
-        raise FileExistsError(f"{concepts} holds words already; replace them by --overwrite")
-    source = features or Path(learnt.source.get("features", ""))
-    grounded = stages.ground_concepts(
-        concepts,
-        load_model(model),
-        Features.open(source, images=images),
-        num_words=num_words,
-        num_candidates=num_candidates,
-        num_images=num_images,
-        through_norm=through_norm,
-    )
-    table = Table("concept", "words", box=None)
-    for number, words in enumerate(grounded.words):
-        table.add_row(str(number), ", ".join(words))
-    console.print(table)
-    how = "through the final norm" if grounded.through_norm else "by the head alone"
-    console.print(f"words read {how}")
-    shown = [path for paths in grounded.images for path in paths]
-    if gone := pictures.missing(shown):
-        errors.print(
-            f"{len(gone)} of {len(set(shown))} images are not there, such as {gone[0]}; "
-            "give the directory that they lie in (--images)",
-            style="yellow",
-            markup=False,
-        )
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
-    output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
-    images: Images = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """A run directory -> one self-contained HTML page."""
-    from xlvlm_jax.report import write_report
-
-    refuse_existing(output or run / "report.html", overwrite)
-    tell = functools.partial(errors.print, style="yellow", markup=False)
-    console.print(f"{write_report(run, output, images=images, tell=tell)}")

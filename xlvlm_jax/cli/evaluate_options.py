@@ -53,7 +53,7 @@ def parse_task(
 ) -> Any:
     """What is measured: words that are not given are those that the first vector was fitted on."""
     from xlvlm_jax import evaluation
-    from xlvlm_jax.words import class_words
+    from xlvlm_jax.data.words import class_words
 
     fitted = vectors[0].source if vectors else {}
     if dataset == "coco":

@@ -1,4 +1,4 @@
-"""Commands that run a model: which sites it has, and the states at them."""
+"""`xlvlm extract`: model x data -> features."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,55 +22,6 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled, resumes
-
-
-def sites(
-    model: Model,
-    pattern: Annotated[
-        str, typer.Option(help="Only names that hold this text, or fit it: 'layers.*'.")
-    ] = "",
-) -> None:
-    """Lists the names of a checkpoint's sites, in network order; reads no weights."""
-    from ports.sites import match_sites
-
-    vlm = load_model(model, abstract=True)
-    for site in vlm.sites:
-        if pattern in site or match_sites(pattern, [site], vlm.hub_names):
-            print(site)
-
-
-def inspect(
-    model: Model,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of an image, in pixels.")] = (
-        "640x480"
-    ),
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
-    site: Annotated[
-        list[str] | None,
-        typer.Option(help="A site to keep, or a pattern ('layers.*'); may be repeated."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    mesh: Mesh = None,
-) -> None:
-    """A checkpoint's parts, sites and prompt, and what a run needs; reads no weights."""
-    from xlvlm_jax import inspection as module
-
-    try:
-        width, height = (int(number) for number in image_size.lower().split("x"))
-    except ValueError:
-        raise ValueError(
-            f"--image-size is {image_size!r}; expected WIDTHxHEIGHT, such as 640x480"
-        ) from None
-    described = module.inspect(
-        load_model(model, dtype, abstract=True),
-        batch_size=batch_size,
-        image_size=(width, height),
-        new_tokens=max_new_tokens,
-        sites=site or (),
-        mesh=parse_mesh(mesh),
-    )
-    module.show(described, console)
 
 
 def extract(
@@ -158,10 +109,10 @@ def extract(
     resumes()
     join_hosts(hosts)
     from xlvlm_jax import data as datasets
-    from xlvlm_jax import extract as module
+    from xlvlm_jax import features as module
     from xlvlm_jax.data import select
-    from xlvlm_jax.selection import Selection
-    from xlvlm_jax.words import CLASSES, class_words
+    from xlvlm_jax.data.words import CLASSES, class_words
+    from xlvlm_jax.features.selection import Selection
 
     generated_only = None if include_prompt is None else not include_prompt
     settings = module.Settings(

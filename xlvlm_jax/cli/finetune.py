@@ -144,7 +144,7 @@ def finetune(
 
 def _words(text: str | None) -> tuple[str, ...] | None:
     """Words separated by commas, the names of classes of words among them; None for none."""
-    from xlvlm_jax.words import CLASSES, class_words
+    from xlvlm_jax.data.words import CLASSES, class_words
 
     if text is None:
         return None

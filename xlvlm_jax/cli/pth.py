@@ -28,7 +28,7 @@ def import_pth(
     model: Annotated[str | None, typer.Option(help="The model's name, for the record.")] = None,
 ) -> None:
     """The reference's saved features -> features/. Nothing in the file is executed."""
-    from xlvlm_jax.interop import import_features
+    from xlvlm_jax.features.pth import import_features
 
     features = import_features(
         file, output, sites=site or (), rows=rows, dtype=dtype, images=images, model=model
@@ -47,7 +47,7 @@ def export_pth(
 ) -> None:
     """features/ -> a file that XL-VLMs (and torch.load) reads."""
     from xlvlm_jax import Features
-    from xlvlm_jax.interop import export_features
+    from xlvlm_jax.features.pth import export_features
 
     refuse_existing(output, overwrite)
     opened = Features.open(features)

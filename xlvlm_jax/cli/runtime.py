@@ -18,8 +18,8 @@ from rich.errors import LiveError
 from rich.status import Status
 
 from ports import programs
-from xlvlm_jax import atomic
 from xlvlm_jax.cli.console import console
+from xlvlm_jax.storage import atomic
 
 Hosts = Annotated[
     str | None,
@@ -125,7 +125,7 @@ def join_hosts(text: str | None) -> None:
     """--hosts: makes this process one of several. ValueError for what names none."""
     if text is None:
         return
-    from xlvlm_jax import hosts
+    from ports.parallel import hosts
 
     if text == "auto":
         hosts.join()

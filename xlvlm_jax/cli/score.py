@@ -70,8 +70,10 @@ def score(
     seed: Seed = 0,
 ) -> None:
     """Concepts -> CLIPScore, BERTScore, overlap, sparsity, stability ... as scores.json."""
-    from xlvlm_jax import Concepts, Features, stages
-    from xlvlm_jax.scoring.comparison import compare, require_no_scores, write_scores
+    from xlvlm_jax import Concepts, Features
+    from xlvlm_jax.concepts.scores.comparison import compare, require_no_scores, write_scores
+    from xlvlm_jax.features.reader import choose_site
+    from xlvlm_jax.report.score_figures import draw_all
 
     if bool(concepts) == bool(methods):
         raise ValueError("give either directories of concepts or --methods, to compare those")
@@ -84,7 +86,7 @@ def score(
                 raise ValueError(f"--methods needs {name}: give it too")
         counts = _numbers(num_concepts)
         train = Features.open(features)
-        site = stages.choose_site(train, site)
+        site = choose_site(train, site)
         tested = Features.open(features if test is None else test, images=images)
     else:
         loaded = [Concepts.load(directory) for directory in concepts]
@@ -118,6 +120,7 @@ def score(
             for directory, each in zip(concepts, loaded, strict=True)
         ]
     show_skipped(scorer.skipped)
+    draw_all(rows, output)
     path = write_scores(output, scorer.describe(), rows)
     _show(rows)
     console.print(f"{len(rows)} dictionaries scored on {len(scorer.stored)} rows -> {path}")
@@ -143,10 +146,11 @@ def _scorer(
     seed: int,
     strict: bool,
 ) -> Any:
-    from ports import bert as bert_port
-    from ports import clip as clip_port
-    from xlvlm_jax import embedded, metrics
-    from xlvlm_jax.scoring.scorer import Scorer, captions
+    from ports.models import bert as bert_port
+    from ports.models import clip as clip_port
+    from xlvlm_jax import metrics
+    from xlvlm_jax.concepts.scores.scorer import Scorer, captions
+    from xlvlm_jax.demo import embedded
 
     if bert is None and (layer is not None or idf or baseline is not None):
         raise ValueError("--bert-layer, --bert-idf and --bert-baseline need --bert: give it too")
@@ -170,7 +174,7 @@ def _scorer(
 
 
 def _show(rows: list[Any]) -> None:
-    from xlvlm_jax.report.scores import score_tables
+    from xlvlm_jax.report.scores_section import score_tables
 
     for scores in score_tables(rows):
         names = (column.name for column in scores.columns)

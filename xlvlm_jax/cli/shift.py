@@ -109,7 +109,7 @@ def shift(
 
 def show(analysis) -> None:
     """Prints a line a concept, the means, and the correlations."""
-    from xlvlm_jax.report.shift import overlap_rows
+    from xlvlm_jax.report.shift_section import overlap_rows
 
     table = Table("concept", "match", "samples", box=None)
     names = ("recovery", "recovery_l2", "consistency", "magnitude")

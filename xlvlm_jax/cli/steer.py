@@ -1,4 +1,4 @@
-"""Commands about answers and captions: how good they are, and how steering changes them."""
+"""`xlvlm steer`: vectors are fitted, ranked and applied."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli import steering_fit
+from xlvlm_jax.cli import steer_fit
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
@@ -16,15 +16,13 @@ from xlvlm_jax.cli.console import (
     Strict,
     as_it_generates,
     bars,
-    console,
     load_model,
     parse_where,
     progress_bars,
     refuse_existing,
-    show_skipped,
 )
-from xlvlm_jax.cli.runtime import DryRun
-from xlvlm_jax.cli.steering_options import (
+from xlvlm_jax.cli.evaluate import finish, show_preflight
+from xlvlm_jax.cli.evaluate_options import (
     BatchSize,
     Data,
     Dataset,
@@ -44,78 +42,11 @@ from xlvlm_jax.cli.steering_options import (
     read_samples,
     vectors_at,
 )
-from xlvlm_jax.cli.steering_tables import show, show_needs
+from xlvlm_jax.cli.runtime import DryRun
 
 steer = typer.Typer(help="Steering vectors.", no_args_is_help=True)
-steer.command()(steering_fit.fit)
-steer.command()(steering_fit.rank)
-
-
-def evaluate(
-    model: Model,
-    data: Data,
-    output: Output,
-    dataset: Dataset = "vqav2",
-    split: Split = None,
-    vector: Annotated[Path | None, typer.Option(help="A steering vector to compare with.")] = None,
-    alpha: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            help="all, prompt, generated, last_prompt, image, text or from:INDEX; left out, those "
-            "that the vector is meant for."
-        ),
-    ] = None,
-    edit: Annotated[str, Edit] = "add",
-    instruction: Instruction = None,
-    source: Source = None,
-    target: Target = None,
-    words: Words = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: NewTokens = None,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "float32",
-    java: Java = False,
-    ignore_generation_config: IgnoreGenerationConfig = False,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-    dry_run: DryRun = False,
-    seed: Seed = 0,
-) -> None:
-    """Accuracy of answers, or scores of captions; with a vector, before and after steering."""
-    from xlvlm_jax import evaluation, steering
-
-    loaded = [] if vector is None else [steering.load(vector)]
-    meant = None if where is None else parse_where(where)
-    task = parse_task(dataset, loaded, source, target, words, java)
-    samples = read_samples(dataset, data, split, num_samples, seed)
-    conditions = {}
-    if loaded:
-        conditions["steered"] = evaluation.Condition(tuple(loaded), alpha, meant, edit)
-    if instruction is not None:
-        conditions["instruction"] = evaluation.Condition(instruction=instruction)
-    task.require(samples)
-    if not dry_run:
-        refuse_existing(output, overwrite)
-    if dry_run:
-        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
-        _preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
-        return
-    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
-    with progress_bars() as progress:
-        summary = evaluation.evaluate(
-            vlm,
-            samples,
-            task,
-            output,
-            conditions,
-            about=describe_run(data, dataset, split, seed, [vector] if vector else [], loaded),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            strict=strict,
-            stage=bars(progress),
-        )
-    _finish(summary, output)
+steer.command()(steer_fit.fit)
+steer.command()(steer_fit.rank)
 
 
 @steer.command()
@@ -228,9 +159,9 @@ def apply(
         applied = 1 if choose_on is not None else len(tried)
         count = 1 + applied + (instruction is not None)
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
-        _preflight(vlm, samples, count, task, max_new_tokens, batch_size)
+        show_preflight(vlm, samples, count, task, max_new_tokens, batch_size)
         if others:
-            _preflight(vlm, others, 1 + len(tried), task, max_new_tokens, batch_size)
+            show_preflight(vlm, others, 1 + len(tried), task, max_new_tokens, batch_size)
         return
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
@@ -247,37 +178,4 @@ def apply(
         summary = evaluation.evaluate(
             vlm, samples, task, output, conditions, about=about, sweep=sweep, **options
         )
-    _finish(summary, output)
-
-
-def _preflight(
-    vlm: Any,
-    samples: Sequence[Any],
-    count: int,
-    task: Any,
-    max_new_tokens: int | None,
-    batch_size: int,
-) -> None:
-    """What --dry-run says of samples that are answered under so many conditions."""
-    from xlvlm_jax import evaluation
-
-    needs = evaluation.preflight(
-        vlm,
-        samples,
-        count,
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
-        batch_size=batch_size,
-    )
-    show_needs(needs, console)
-
-
-def _finish(summary: dict[str, Any], output: Path) -> None:
-    """Figures, the table, and a line for each sample that was passed over."""
-    from xlvlm_jax.report.steering_figures import draw_all
-
-    draw_all(summary, output)
-    show_skipped(summary["unreadable"])
-    show(summary, console)
-    console.print(
-        f"{summary['samples']} samples, {len(summary['unreadable'])} unreadable -> {output}"
-    )
+    finish(summary, output)

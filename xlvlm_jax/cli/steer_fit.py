@@ -101,12 +101,14 @@ def fit(
 ) -> None:
     """Steering vectors from source to target answers, with their whole specification."""
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax import stages, steering
+    from xlvlm_jax import steering
+    from xlvlm_jax.features.reader import choose_site
+    from xlvlm_jax.steering import lessons
 
     if not dry_run:
         refuse_existing(output, overwrite)
     opened = StoredFeatures.open(features, images=images)
-    site = stages.choose_site(opened, site)
+    site = choose_site(opened, site)
     answers: dict[str, Any] = {"key": key, "match": match}
     meant = parse_where(where)
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
@@ -152,7 +154,7 @@ def fit(
         raise ValueError(
             f"--method {method} needs --source, the answers to steer from, and --model"
         )
-    lesson = steering.lesson(
+    lesson = lessons.lesson(
         opened, sources, targets[0], num_samples=num_samples, keep=keep, seed=seed, **answers
     )
     trios = lesson.samples, lesson.wanted, lesson.given
@@ -218,7 +220,9 @@ def rank(
 ) -> None:
     """Which vectors move the most answers to the fewest targets."""
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax import SteeringVector, atomic, steering
+    from xlvlm_jax import SteeringVector, steering
+    from xlvlm_jax.features import reader
+    from xlvlm_jax.storage import atomic
 
     refuse_existing(output, overwrite)
     paths = sorted(vectors.glob("*.safetensors")) if vectors.is_dir() else []
@@ -230,7 +234,7 @@ def rank(
         if named is None:
             raise ValueError(f"{paths[0]} does not say what it was fitted on; give --features")
         features = Path(named)
-    samples = steering.samples_of(StoredFeatures.open(features, images=images))
+    samples = reader.samples_of(StoredFeatures.open(features, images=images))
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         ranked = steering.rank_vectors(

@@ -4,42 +4,38 @@ Z[N, D] ~ activations[N, K] components[K, D]: a row of Z is a sample, a row of c
 This file checks the input, calls the solver of the method, and keeps the result on disk.
 """
 
-import difflib
-import hashlib
-import inspect
-import json
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from ports.programs import keep_programs
-from xlvlm_jax import atomic, damage, pictures
-from xlvlm_jax.row_arrays import StoredRows, create_array, wait
-from xlvlm_jax.solvers import kmeans, lapack, largest_norm, pca, phases, semi_nmf, streamed
-from xlvlm_jax.solvers.inputs import (
+from xlvlm_jax.concepts.methods import INIT, METHODS, RELATIVE, method_named, options_of
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.solvers import blas_threads, kmeans, pca, phases, semi_nmf, streamed
+from xlvlm_jax.solvers.linalg import real_dtype
+from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.phases import Standing, Tell
+from xlvlm_jax.solvers.restarts import stability
+from xlvlm_jax.solvers.streamed import Source
+from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
+from xlvlm_jax.solvers.validation import (
     StoredMatrix,
     as_matrix,
     centred,
     check_finite,
     check_num_concepts,
-    check_number,
     check_weights,
     check_whole,
     is_stored,
+    narrow,
     read_block,
     read_rows,
     root_mean_square,
@@ -47,295 +43,15 @@ from xlvlm_jax.solvers.inputs import (
     short,
     unit_of,
 )
-from xlvlm_jax.solvers.loop import Result, real_dtype
-from xlvlm_jax.solvers.phases import Standing, Tell
-from xlvlm_jax.solvers.restarts import stability
-from xlvlm_jax.solvers.streamed import Source
-from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
 
-METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
-ALIASES = {"nndl": "snmf"}
-# What a user calls `init` is given to the solver under the name of what it holds.
-INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
-NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_weight")
-TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
-# A Zarr array, in place of the tensor, when they were streamed: "activations-" and the beginning of
-# the digest of the components that they belong to ("activations" in directories of old).
-ACTIVATIONS = "activations"
-RELATIVE = "relative_alpha"  # whether alpha is in units of the rows' root mean square norm
 CENTRED = ("kmeans", "pca")  # blind to what is subtracted from every row
 FEW_CODED = 0.1  # of the rows: when fewer have a code of snmf, alpha is too large for them
 PROJECTED_BYTES = 2**26  # of a source's rows that are projected together
 # Of a column's deviation: what rounding a centroid to float32 may move it without a word.
 HELD = 1e-3
 
-Matrix = Float[Array | np.ndarray, "..."]
 
-
-@jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True)
-class Concepts:
-    """Concepts, how they were found, and how much of each is in each sample they were found on.
-
-    Attributes:
-        components: float32[K, D], one row a concept. (All arrays are float64 where JAX's 64 bits
-            are switched on and Z is float64.)
-        activations: float32[N, K], or None for concepts that were given. As `load` finds streamed
-            ones they stay on disk: a `StoredRows`, which numpy reads when it needs an array.
-        method: "snmf", "kmeans", "pca" or "simple".
-        options: the options of the method, defaults included.
-        objective: what the method minimises, at these components and activations (for kmeans and
-            simple the sum of squared distances to the nearest component).
-        iterations: updates of the run that was kept.
-        converged: whether its stopping rule ended it, and not max_iter.
-        history: float32[iterations + 1], the objective at the start and after each update.
-        mean: float32[D], what pca subtracts from every row, float64 where Z was; None for the
-            other methods.
-        stability: float32[K], the mean cosine of each concept with its match in the other starts
-            (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
-        words: for each concept the words it is read as, once grounded.
-        images: for each concept the files of the images that show it, once grounded. On disk they
-            are named so that they are found after a move (see `pictures`).
-        through_norm: whether the words were read through the model's final norm; None if unknown.
-        source: where Z came from, free for the caller; its "features" are found after a move too.
-    """
-
-    components: Matrix
-    activations: Matrix | None = None
-    method: str = "snmf"
-    options: dict[str, Any] = field(default_factory=dict)
-    objective: float | None = None
-    iterations: int = 0
-    converged: bool = True
-    history: Matrix | None = None
-    mean: Matrix | None = None
-    stability: Matrix | None = None
-    words: list[list[str]] | None = None
-    images: list[list[str]] | None = None
-    through_norm: bool | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dead(self) -> Bool[np.ndarray, " K"]:
-        """Which concepts of snmf no row has a code on: their atoms say nothing, do not ground them.
-
-        False for other methods, and where the activations are not known.
-        """
-        if self.method != "snmf" or self.activations is None:
-            return np.zeros(len(self.components), bool)
-        return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
-
-    def tree_flatten(self) -> tuple[tuple, str]:
-        """The numbers, and as JSON what is not: concepts may go into and out of jit and vmap."""
-        described = {name: getattr(self, name) for name in _DESCRIBED if name not in _NUMBERS}
-        return tuple(getattr(self, name) for name in _NUMBERS), json.dumps(described)
-
-    @classmethod
-    def tree_unflatten(cls, described: str, numbers: tuple) -> "Concepts":
-        """The inverse of `tree_flatten`."""
-        return cls(**dict(zip(_NUMBERS, numbers, strict=True)), **json.loads(described))
-
-    @classmethod
-    def from_components(
-        cls,
-        components: Shaped[Array | np.ndarray, "..."],
-        method: str = "snmf",
-        *,
-        mean: Shaped[Array | np.ndarray, "..."] | None = None,
-        **options: Any,
-    ) -> "Concepts":
-        """Concepts from components[K, D] that were not learnt here, to `project` on.
-
-        Components are taken as they are: snmf codes are relative to the atoms' norms, and pca
-        scores are not divided by them. `mean[D]` is what pca subtracts; zero when it is not given.
-
-        Raises:
-            ValueError: components are no finite matrix; mean is not [D] or the method is not pca;
-                unknown method or option.
-        """
-        method = _method(method)
-        options = _options(method, options)
-        components = _narrow(as_matrix(components, "components", row="concept"))
-        check_finite(components, "components")
-        D = components.shape[1]
-        if mean is not None:
-            if method != "pca":
-                raise ValueError(f"{method!r} subtracts no mean; leave mean out or use 'pca'")
-            mean = jnp.asarray(mean, real_dtype(components))
-            if mean.shape != (D,):
-                raise ValueError(
-                    f"mean must have shape ({D},), one entry a column of components; "
-                    f"got {mean.shape}"
-                )
-        return cls(components.astype(real_dtype(components)), None, method, options, mean=mean)
-
-    def save(self, directory: str | Path) -> None:
-        """Write concepts.safetensors and concepts.json into a directory, made if it is missing.
-
-        Each file is written under a temporary name and renamed, tensors first; the description
-        holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
-        activations that lie in the directory stay there and are not written again; the description
-        names their folder, so that no death leaves components with the activations of others.
-        """
-        directory = Path(directory)
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        stored = self.activations if isinstance(self.activations, StoredRows) else None
-        if stored is not None and stored.path.parent.resolve() == directory.resolve():
-            arrays["activations"] = None
-        else:
-            stored = None
-        tensors = save_tensors(
-            {
-                name: _stored(np.asarray(array))
-                for name, array in arrays.items()
-                if array is not None
-            }
-        )
-        described = {name: getattr(self, name) for name in _DESCRIBED}
-        described["source"] = pictures.store_features(self.source, directory)
-        if self.images is not None:
-            root = pictures.root_of(path for paths in self.images for path in paths)
-            described["pictures"] = pictures.describe(root, directory)
-            described["images"] = [
-                [pictures.name_in(root, path) for path in paths] for paths in self.images
-            ]
-        described |= {"num_concepts": len(self.components)}
-        digest = hashlib.sha256(tensors).hexdigest()
-        described |= {"tensors_sha256": digest}
-        folder = None
-        if stored is not None:
-            folder = stored.path.name
-            if folder == _UNFINISHED:
-                folder = f"{ACTIVATIONS}-{digest[:12]}"
-                shutil.rmtree(directory / folder, ignore_errors=True)
-                stored.path.rename(directory / folder)
-            described |= {"rows_on_disk": len(stored), "activations_on_disk": folder}
-        description = (json.dumps(described, indent=2) + "\n").encode()
-        directory.mkdir(parents=True, exist_ok=True)
-        atomic.write(directory / TENSORS, tensors)
-        atomic.write(directory / DESCRIPTION, description)
-        before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
-        for other in before:  # what another description named
-            if other.is_dir() and other.name != folder:
-                shutil.rmtree(other)
-
-    @classmethod
-    def load(cls, directory: str | Path) -> "Concepts":
-        """Read what `save` wrote; arrays are numpy's, streamed activations stay on disk.
-
-        Raises:
-            FileNotFoundError: the directory holds no concepts.
-            ValueError: a file is damaged, or the two are not of one save.
-        """
-        directory = Path(directory)
-        for name in (TENSORS, DESCRIPTION):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"no concepts in {directory}: {name} is missing; run `xlvlm decompose` first"
-                )
-        tensors = (directory / TENSORS).read_bytes()
-        try:
-            described = json.loads((directory / DESCRIPTION).read_text())
-            digest = described["tensors_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{directory / DESCRIPTION} is not a description of concepts ({error}); "
-                "decompose again"
-            ) from error
-        if digest != hashlib.sha256(tensors).hexdigest():
-            raise ValueError(
-                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
-            )
-        known = {name: described[name] for name in _DESCRIBED if name in described}
-        with damage.reported(directory, "concepts", "decompose again"):
-            arrays = load_tensors(tensors)
-            if described.get("rows_on_disk") is not None:
-                folder = described.get("activations_on_disk", ACTIVATIONS)
-                stored = StoredRows(directory / folder, described["rows_on_disk"])
-                arrays["activations"] = stored
-            if known.get("images") is not None:
-                found = pictures.find_all(
-                    [name for names in known["images"] for name in names],
-                    directory,
-                    described.get("pictures"),
-                )
-                paths = iter(found)
-                known["images"] = [[next(paths) for _ in names] for names in known["images"]]
-            known["source"] = pictures.restore_features(known.get("source") or {}, directory)
-            return cls(**arrays, **known)
-
-
-def on_host(concepts: Concepts) -> Concepts:
-    """Concepts with their arrays as numpy's; activations that lie on several hosts are gathered.
-
-    Every host calls it.
-    """
-    arrays = {name: getattr(concepts, name) for name in _ARRAYS}
-    gathered = {
-        name: multihost_utils.process_allgather(value, tiled=True)
-        if isinstance(value, jax.Array) and not value.is_fully_addressable
-        else np.asarray(value)
-        for name, value in arrays.items()
-        if value is not None
-    }
-    return replace(concepts, **gathered)
-
-
-def _stored(array: np.ndarray) -> np.ndarray:
-    """As it is written: in float32, or float64 where that is what it has."""
-    return np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
-
-
-class StoredActivations:
-    """The activations of concepts that are being found, written into the concepts' directory.
-
-    A context: `Concepts.save` with its `rows` gives them their place there; when it ends, nothing
-    is left of those that were not saved.
-    """
-
-    def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
-        self._partial = Path(directory) / _UNFINISHED
-        self._num_samples = num_samples
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
-        atomic.unfinished.add(self._partial)
-        self._array = create_array(self._partial, "float32", (num_samples, num_concepts))
-
-    def write(self, start: int, rows: Float[np.ndarray, "B K"]) -> None:
-        """The activations of the rows from `start` on."""
-        wait(self._array[start : start + len(rows)].write(rows))
-
-    def rows(self) -> StoredRows:
-        """All of them, once they are written."""
-        return StoredRows(self._partial, self._num_samples)
-
-    def __enter__(self) -> "StoredActivations":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        atomic.unfinished.discard(self._partial)
-
-
-_UNFINISHED = f"{ACTIVATIONS}.tmp"
-_ARRAYS = ("components", "activations", "history", "mean", "stability")
-_DESCRIBED = (
-    "method",
-    "options",
-    "objective",
-    "iterations",
-    "converged",
-    "words",
-    "images",
-    "through_norm",
-    "source",
-)
-
-
-_NUMBERS = (*_ARRAYS, "objective", "iterations", "converged")
-
-
-@lapack.one_thread()
+@blas_threads.one_thread()
 def decompose(
     Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
     num_concepts: int | Sequence[int],
@@ -405,8 +121,8 @@ def decompose(
         TypeError: Z is not an array of numbers.
     """
     keep_programs()
-    method = _method(method)
-    options = _options(method, options)
+    method = method_named(method)
+    options = options_of(method, options)
     stored = is_stored(Z)
     Z = Z if stored else as_matrix(Z, "Z", row="sample")
     N, D = Z.shape
@@ -433,7 +149,7 @@ def decompose(
         origin = np.where(np.isfinite(origin), origin, 0)
         Z = jnp.asarray(centred(wide, origin))
     else:
-        Z = _narrow(Z)
+        Z = narrow(Z)
     if mesh is not None and not stored:
         Z = shard_rows(Z, mesh)
     unit = unit_of(Z, check_finite(Z, "Z"))
@@ -493,10 +209,6 @@ def _teller(progress: Tell | None, verbose: int, squared_unit: float) -> Tell:
     return tell
 
 
-def _narrow(Z: Array | np.ndarray) -> Array:
-    return jnp.asarray(short(Z)) if isinstance(Z, np.ndarray) else Z
-
-
 def _first(
     init: Any,
     numbers: tuple[int, ...],
@@ -512,7 +224,7 @@ def _first(
         raise ValueError(f"init must have shape {shape}; got {init.shape}")
     if origin is not None:
         init = jnp.asarray(centred(np.asarray(init, np.float64), origin))
-    init = _narrow(init)
+    init = narrow(init)
     check_finite(init, "init")
     return init.astype(dtype) / unit
 
@@ -588,13 +300,13 @@ def memory_needed(
 
     The program is compiled and not run; no Z is needed. Arguments and errors as for `decompose`.
     """
-    method = _method(method)
+    method = method_named(method)
     check_num_concepts(num_concepts, *shape, method)
     N, D = shape
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
     rows = N if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
-    arguments = _options(method, options)
+    arguments = options_of(method, options)
     for name in ("init", RELATIVE):
         arguments.pop(name, None)
     lowered = METHODS[method].solve.lower(
@@ -618,7 +330,7 @@ def streamed_memory_needed(
     # A tile, the one that is read, and their products; activations that are being written.
     of_tiles = 4 * TILE_BYTES
     if method == "pca":
-        _options(method, options)
+        options_of(method, options)
         return of_tiles + 4 * D * 6 * num_concepts
     R = streamed.METHODS[method].columns(N, D, num_concepts)
     # The columns stay on the host while the device solves for them.
@@ -627,7 +339,7 @@ def streamed_memory_needed(
 
 def _streamed(method: str) -> str:
     """The name of a method that can be streamed."""
-    method = _method(method)
+    method = method_named(method)
     if method not in streamed.METHODS:
         expected = ", ".join(streamed.METHODS)
         raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
@@ -669,7 +381,7 @@ def _concepts(
     )
 
 
-@lapack.one_thread()
+@blas_threads.one_thread()
 def decompose_stored(
     source: Source,
     num_concepts: int,
@@ -700,7 +412,7 @@ def decompose_stored(
     """
     keep_programs()
     method = _streamed(method)
-    options = _options(method, options)
+    options = options_of(method, options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
             raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
@@ -790,7 +502,7 @@ class _Rows(NamedTuple):
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
     """`project` of rows that are numbered from `first_row` on."""
-    method = _method(concepts.method)
+    method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     rows = _rows_of(Z, concepts, mesh, first_row)
     if method == "snmf":
@@ -806,7 +518,7 @@ def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> A
 
 
 def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _Rows:
-    method = _method(concepts.method)
+    method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     D = Z.shape[1]
     components, mean = concepts.components, concepts.mean
@@ -830,7 +542,7 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
         components = np.asarray(components, np.float64)
         origin = components.mean(axis=0)
         Z, components = (jnp.asarray(centred(x, origin)) for x in (Z, components))
-    Z = _narrow(Z)
+    Z = narrow(Z)
     dtype = real_dtype(Z)
     components = jnp.asarray(components, dtype)
     mean = jnp.zeros(D, dtype) if mean is None else jnp.asarray(mean, dtype)
@@ -841,50 +553,3 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
         Z = Z / jnp.asarray(unit, Z.dtype)
     of_rows = method in ("kmeans", "simple")
     return _Rows(Z, components / unit if of_rows else components, mean / unit, unit)
-
-
-def _method(name: str) -> str:
-    names = (*METHODS, *ALIASES)
-    if name not in names:
-        raise ValueError(
-            f"unknown method {name!r}; expected one of {', '.join(names)}" + _nearest(name, names)
-        )
-    return ALIASES.get(name, name)
-
-
-def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's defaults overlaid with the given options, checked."""
-    solver = METHODS[method]
-    # A method without updates has no plan, but for its one program.
-    parameters = inspect.signature(getattr(solver, "plan", solver.solve)).parameters.values()
-    renamed = {INIT.get(method): "init"}
-    options = {
-        renamed.get(parameter.name, parameter.name): parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
-    }
-    if method == "snmf":
-        options[RELATIVE] = False
-    for name in given:
-        if name not in options:
-            known = f"its options are {', '.join(options)}" if options else "it has none"
-            raise ValueError(
-                f"method {method!r} has no option {name!r}; {known}" + _nearest(name, options)
-            )
-    options |= given
-    if not isinstance(options.get(RELATIVE, False), bool):
-        raise ValueError(f"{RELATIVE} must be True or False; got {options[RELATIVE]!r}")
-    for name, lowest in {"alpha": 0, "tol": 0}.items():
-        if name in options:
-            check_number(name, options[name], lowest)
-            options[name] = float(options[name])
-    for name, lowest in {"max_iter": 0, "n_init": 1}.items():
-        if options.get(name) is not None:
-            check_whole(name, options[name], lowest)
-            options[name] = int(options[name])
-    return options
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=2)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -39,10 +39,11 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from xlvlm_jax.concepts import Concepts, decompose, distances, project
+from xlvlm_jax.concepts.decomposition import decompose, distances, project
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import pca
-from xlvlm_jax.solvers.inputs import centred
 from xlvlm_jax.solvers.residual import of_products
+from xlvlm_jax.solvers.validation import centred
 
 AUTO_COMPONENTS = 20  # of semi-NMF, where there are as many rows
 RANDOM_STARTS = 10  # of k-means from rows drawn at random, as in scikit-learn

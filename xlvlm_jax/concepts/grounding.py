@@ -14,9 +14,9 @@ from flax.errors import FlaxError
 from jaxtyping import Float, Int
 
 from ports import VLM
-from xlvlm_jax.paired import finetuned_site
-from xlvlm_jax.row_arrays import StoredRows
-from xlvlm_jax.words import concept_words
+from xlvlm_jax.data.words import concept_words
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 _TILE_ROWS = 2**16  # of activations that are looked through at once
 AnyArray = jax.Array | np.ndarray

@@ -6,7 +6,6 @@ The command line and the demo call them; who works with arrays calls `decompose`
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from ports import VLM, hub_names
-from ports.messages import few
-from ports.sites import match_sites
-from xlvlm_jax import hosts
-from xlvlm_jax.concepts import (
-    Concepts,
-    StoredActivations,
-    decompose,
-    decompose_stored,
-    on_host,
-    project,
-)
-from xlvlm_jax.grounding import ground_images, ground_text, is_before_norm
-from xlvlm_jax.labels import Labels, factorise_each
-from xlvlm_jax.metrics import (
-    AttributeScore,
-    attribute_scores,
-    explained_by,
-)
-from xlvlm_jax.same_model import require_model
-from xlvlm_jax.samples import unplaced
-from xlvlm_jax.store import Features
-
-
-def choose_sites(features: Features, site: str | None) -> list[str]:
-    """The sites that a name or a pattern means; without one, the only one there is.
-
-    Raises ValueError if that is none (see `ports.sites.match_sites`).
-    """
-    if site is None and len(features.sites) == 1:
-        return list(features.sites)
-    found = [] if site is None else match_sites(site, features.sites, hub_names)
-    if not found:
-        raise ValueError(
-            f"{features.path} holds the sites {few(features.sites)}; choose one of them, "
-            f"got {site!r}; name it by --site"
-        )
-    return found
-
-
-def choose_site(features: Features, site: str | None) -> str:
-    """As `choose_sites`, and ValueError if there are several."""
-    found = choose_sites(features, site)
-    if len(found) > 1:
-        raise ValueError(f"{site!r} means {len(found)} sites, {few(found)}; choose one of them")
-    return found[0]
+from ports import VLM
+from ports.parallel import hosts
+from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
+from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm
+from xlvlm_jax.concepts.reconstruction import explained_by
+from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
+from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.storage.same_model import require_model
 
 
 def rows_mesh() -> Mesh | None:
@@ -170,30 +131,3 @@ def ground_concepts(
     concepts = dataclasses.replace(concepts, words=words, images=images, through_norm=through_norm)
     concepts.save(directory)
     return concepts
-
-
-def known_attributes(features: Features) -> dict[str, Labels]:
-    """{attribute: its value at each row}, of the attributes that the data set keeps of samples."""
-    described = (sample.get("attributes") or {} for sample in unplaced(features.samples))
-    of_samples = factorise_each(described, len(features.samples))
-    rows = {name: labels.take(features.sample_rows) for name, labels in of_samples.items()}
-    # What all rows share (the kind, when the token of interest names it) tells nothing.
-    return {name: labels for name, labels in rows.items() if np.count_nonzero(labels.counts()) > 1}
-
-
-def score_attributes(concepts: Concepts, features: Features) -> dict[str, AttributeScore]:
-    """How well the most activated concept tells the attributes, on learnt or on other features."""
-    site = concepts.source.get("site")
-    if concepts.source.get("features") == str(features.path.resolve()):
-        activations = concepts.activations
-    else:
-        activations = project(features.matrix(choose_site(features, site)), concepts)
-    return attribute_scores(np.asarray(activations), known_attributes(features))
-
-
-def as_json(scores: Mapping[str, AttributeScore]) -> dict[str, dict[str, float]]:
-    """Scores as the report reads them."""
-    return {
-        name: {"concepts": round(score.nmi, 4), "random": round(score.random_mean, 4)}
-        for name, score in scores.items()
-    }

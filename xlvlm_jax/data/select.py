@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.words import word_pattern
+from xlvlm_jax.data.words import word_pattern
 
 
 def containing(
@@ -21,7 +21,7 @@ def containing(
     """The samples of which a text holds one of `words`, as a whole word (see `word_pattern`).
 
     Args:
-        words: one word or several, e.g. those of `xlvlm_jax.words.class_words("colours")`.
+        words: one word or several, e.g. those of `xlvlm_jax.data.words.class_words("colours")`.
         key: "references" (any of them), "prompt", or a key of the metadata ("answer", "question").
         any_case: look for the capitalised and the lower-case form of each word too.
 

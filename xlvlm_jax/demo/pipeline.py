@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ports
-from ports import clip
-from xlvlm_jax import atomic, data, embedded, stages
-from xlvlm_jax.concepts import Concepts
+from ports.models import clip
+from xlvlm_jax import data
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.scores.attributes import as_json, score_attributes
+from xlvlm_jax.concepts.scores.comparison import score_run
+from xlvlm_jax.concepts.scores.scorer import DictionaryScores
+from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.data.scenes.language import caption_words
-from xlvlm_jax.demo.shift import run_shift
-from xlvlm_jax.demo.steering import run_steering
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.shift_part import run_shift
+from xlvlm_jax.demo.steering_part import run_steering
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics import AttributeScore
-from xlvlm_jax.report import write_report
-from xlvlm_jax.scoring.comparison import score_run
-from xlvlm_jax.scoring.scorer import DictionaryScores
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.report import score_figures, write_report
 from xlvlm_jax.shift import ShiftAnalysis
-from xlvlm_jax.store import Features
+from xlvlm_jax.storage import atomic
 
 FINAL = "language_model.model.norm"
 MIDDLE = "language_model.model.layers.2"  # of 8; there count and colour are told apart best
@@ -108,10 +112,10 @@ def run(
     advance = stage("factoring, grounding")
     for number, site in enumerate(settings.sites, start=1):
         directory = output / ("concepts" if site == FINAL else f"concepts-{site}")
-        stages.decompose_features(features["train"], directory, num_concepts, site=site, seed=seed)
-        concepts[site] = stages.ground_concepts(directory, vlm, features["train"])
+        decompose_features(features["train"], directory, num_concepts, site=site, seed=seed)
+        concepts[site] = ground_concepts(directory, vlm, features["train"])
         scores[site] = {
-            split: stages.score_attributes(concepts[site], features[split]) for split in features
+            split: score_attributes(concepts[site], features[split]) for split in features
         }
         advance(number, len(settings.sites))
     lap("concepts")
@@ -130,7 +134,7 @@ def run(
     lap("shift")
 
     attributes = {
-        site: {split: stages.as_json(score) for split, score in splits.items()}
+        site: {split: as_json(score) for split, score in splits.items()}
         for site, splits in scores.items()
     }
     atomic.write(output / "scores.json", json.dumps({"attributes": attributes}, indent=2) + "\n")
@@ -143,6 +147,7 @@ def run(
         seed=seed,
         progress=stage("comparing methods"),
     ).scores
+    score_figures.draw_all(dictionaries, output)
     lap("scores")
     steering = run_steering(vlm, output, pictures, stage=stage)
     lap("steering")

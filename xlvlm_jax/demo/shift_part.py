@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ports import VLM
-from xlvlm_jax import embedded, stages
+from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.shift_figures import draw_all
 from xlvlm_jax.shift import ShiftAnalysis, shift_features
-from xlvlm_jax.store import Features
 
 
 def run_shift(
@@ -47,7 +48,7 @@ def run_shift(
     extract(tuned, samples, run / f"{name}-features", settings, progress=advance)
     finetuned = Features.open(run / f"{name}-features")
     directory = run / name
-    concepts = stages.decompose_features(
+    concepts = decompose_features(
         original, directory / "original-concepts", num_concepts, method, site=site, seed=seed
     )
     analysis = shift_features(

@@ -7,11 +7,11 @@ from typing import Any
 from ports import VLM
 from xlvlm_jax import data, evaluation
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.report.steering_figures import draw_all
-from xlvlm_jax.selection import Selection
 from xlvlm_jax.steering import fit_coarse
-from xlvlm_jax.store import Features
 
 SITES = (
     "language_model.model.layers.6",

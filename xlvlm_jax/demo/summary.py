@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xlvlm_jax.demo.pipeline import FINAL, Result
-from xlvlm_jax.demo.steering import describe
+from xlvlm_jax.demo.steering_part import describe
 
 
 def show(result: Result, console: Console) -> None:

@@ -1,12 +1,6 @@
 """What steering does to answers and captions: predicted, scored, compared, swept and stored."""
 
-from xlvlm_jax.evaluation.captions import CaptionChanges, caption_changes, count_said
-from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
-from xlvlm_jax.evaluation.preflight import Needs, preflight
-from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
-from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
-from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
-from xlvlm_jax.evaluation.vqa import (
+from xlvlm_jax.evaluation.answer_effects import (
     MEAN_OVER_TYPES,
     Accuracy,
     Changes,
@@ -20,6 +14,12 @@ from xlvlm_jax.evaluation.vqa import (
     truths,
     vqa_scores,
 )
+from xlvlm_jax.evaluation.caption_effects import CaptionChanges, caption_changes, count_said
+from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
+from xlvlm_jax.evaluation.preflight import Needs, preflight
+from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
+from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
+from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
 
 __all__ = [
     "MEAN_OVER_TYPES",

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlvlm_jax.metrics.caption_tokenizer import caption_words
 from xlvlm_jax.metrics.captions import count_words
-from xlvlm_jax.metrics.ptb import caption_words
 
 
 class CaptionChanges(NamedTuple):

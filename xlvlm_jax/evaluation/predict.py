@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from ports import VLM
-from ports import edits as edit_kinds
-from ports.edits import Edit
-from xlvlm_jax.data.reading import ahead, process_samples
+from ports.intervene import edits as edit_kinds
+from ports.intervene.edits import Edit
+from xlvlm_jax.data.batches import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ports import VLM, hub
-from xlvlm_jax import atomic, pictures
+from ports import VLM
+from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose
 from xlvlm_jax.evaluation.tasks import Task
+from xlvlm_jax.storage import atomic, pictures
 
 Stage = Callable[[str], Callable[..., None]]
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation import captions as caption_changes
-from xlvlm_jax.evaluation import vqa
+from xlvlm_jax.evaluation import answer_effects
+from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
@@ -44,24 +44,24 @@ class Questions:
 
     def require(self, samples: Sequence[Sample]) -> None:
         """ValueError for samples that are no questions, or words that answer none of them."""
-        if samples and not any(truth is not None for truth in vqa.truths(samples)):
+        if samples and not any(truth is not None for truth in answer_effects.truths(samples)):
             raise ValueError("the samples have no answers; evaluate questions on --dataset vqav2")
         if self.source or self.target:
-            vqa.require_answers(samples, self.source, self.target)
+            answer_effects.require_answers(samples, self.source, self.target)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
     ) -> dict[str, Any]:
         """Accuracies, counts, and changes from the plain answers."""
-        counts = vqa.count_answers(answers)
+        counts = answer_effects.count_answers(answers)
         measured: dict[str, Any] = {
-            "scores": vqa.describe(vqa.vqa_scores(samples, answers)),
+            "scores": answer_effects.describe(answer_effects.vqa_scores(samples, answers)),
             "answers": dict(list(counts.items())[:NUM_COUNTED]),
-            "answer types": vqa.count_types(answers),
+            "answer types": answer_effects.count_types(answers),
         }
         if self.source and self.target:
-            changes = vqa.answer_changes(
-                plain, answers, self.source, self.target, vqa.truths(samples)
+            changes = answer_effects.answer_changes(
+                plain, answers, self.source, self.target, answer_effects.truths(samples)
             )
             measured["changes"] = {
                 **changes._asdict(),
@@ -78,10 +78,14 @@ class Questions:
         answers: Sequence[str],
     ) -> Trial:
         """How a condition moved source answers, and by how much it broke other answer types."""
-        own = vqa.require_answers(samples, self.source, self.target)
-        changes = vqa.answer_changes(plain, answers, self.source, self.target, vqa.truths(samples))
-        falls = vqa.fall_of_others(
-            vqa.vqa_scores(samples, plain), vqa.vqa_scores(samples, answers), own
+        own = answer_effects.require_answers(samples, self.source, self.target)
+        changes = answer_effects.answer_changes(
+            plain, answers, self.source, self.target, answer_effects.truths(samples)
+        )
+        falls = answer_effects.fall_of_others(
+            answer_effects.vqa_scores(samples, plain),
+            answer_effects.vqa_scores(samples, answers),
+            own,
         )
         cost = max(falls.values(), default=0.0)
         return Trial(condition, changes.moved_share, cost, changes.others_changed_share)

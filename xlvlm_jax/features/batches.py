@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ports import VLM
-from xlvlm_jax.answers import answered
-from xlvlm_jax.data.reading import ahead, process_samples
+from xlvlm_jax.data.answers import answered
+from xlvlm_jax.data.batches import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract.settings import Settings
+from xlvlm_jax.features.settings import Settings
 
 Group = tuple[Sample, ...]  # the samples of one batch
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
-from xlvlm_jax import tokens
-from xlvlm_jax.data.reading import Arrays
-from xlvlm_jax.extract.settings import Settings
-from xlvlm_jax.paired import Params, finetuned_site, paired_states
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.spelling import WordFinder
+from ports.paired import Params, paired_states
+from xlvlm_jax.data.batches import Arrays
+from xlvlm_jax.features import token_positions
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.selection import Selection
+from xlvlm_jax.features.settings import Settings
+from xlvlm_jax.features.spelling import WordFinder
 
 
 class Model(NamedTuple):
@@ -34,8 +35,8 @@ class Pass(NamedTuple):
 
     kind: str  # "forced", "generated", or "sequence" of prompt and generated part
     mask: np.ndarray  # int[B, T] of the prompt
-    positions: tokens.Positions
-    searched: tokens.AnyArray  # int32[B, P], where words are looked for
+    positions: token_positions.Positions
+    searched: token_positions.AnyArray  # int32[B, P], where words are looked for
     states: dict[str, Any]
 
 
@@ -50,7 +51,7 @@ class Ran(NamedTuple):
 class Computed(NamedTuple):
     """A batch's result, on the device and perhaps not there yet."""
 
-    rows: tokens.Rows
+    rows: token_positions.Rows
     predicted: dict[str, jax.Array]
     finite: jax.Array | None = None
 
@@ -133,24 +134,24 @@ def _positions(
     ids: jax.Array,
     mask: jax.Array,
     answer: jax.Array,
-) -> tuple[tokens.Positions, jax.Array]:
-    """Positions and `tokens.searched`. answer: generated tokens [B, M], or the mask of forced ones
-    [B, T].
+) -> tuple[token_positions.Positions, jax.Array]:
+    """Positions and `token_positions.searched`. answer: generated tokens [B, M], or the mask of
+    forced ones [B, T].
     """
     if kind == "forced":
-        positions = tokens.Positions.of_teacher_forcing(
+        positions = token_positions.Positions.of_teacher_forcing(
             ids, mask, answer, image_token_ids=image_tokens
         )
     elif kind == "sequence":
-        positions = tokens.Positions.of_generation(
+        positions = token_positions.Positions.of_generation(
             ids, mask, answer, image_token_ids=image_tokens, end_ids=end_ids
         )
     else:
-        positions = tokens.Positions.of_generated(answer, end_ids=end_ids)
-    return positions, tokens.searched(positions, generated_only=generated_only)
+        positions = token_positions.Positions.of_generated(answer, end_ids=end_ids)
+    return positions, token_positions.searched(positions, generated_only=generated_only)
 
 
-def _rows(model: Model, made: Pass) -> tokens.Rows:
+def _rows(model: Model, made: Pass) -> token_positions.Rows:
     found = None if model.finder is None else model.finder(made.searched)
     selection, ends = model.settings.selection, model.vlm.eos_tokens
     return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)
@@ -162,10 +163,10 @@ def _select(
     end_ids: tuple[int, ...],
     kind: str,
     mask: jax.Array,
-    positions: tokens.Positions,
+    positions: token_positions.Positions,
     found: jax.Array | None,
     states: dict[str, Any],
-) -> tokens.Rows:
+) -> token_positions.Rows:
     """The rows of a batch; found: where its words are, int32[B, 2]."""
     if kind == "sequence":
         # The last prompt state is the one that predicted the first token: it is there twice.

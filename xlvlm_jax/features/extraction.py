@@ -17,19 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import VLM, hub
-from xlvlm_jax import hosts
+from ports import VLM
+from ports.checkpoint import hub
+from ports.paired import check_alike, share_params, with_like_heads
+from ports.parallel import hosts
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract import parts
-from xlvlm_jax.extract.batches import default_workers, groups_of, reference
-from xlvlm_jax.extract.compute import Model
-from xlvlm_jax.extract.loop import Clock, run_groups
-from xlvlm_jax.extract.preflight import disk_needs, require_disk
-from xlvlm_jax.extract.settings import Settings, Summary
-from xlvlm_jax.paired import check_alike, share_params, with_like_heads
-from xlvlm_jax.pictures import name_in
-from xlvlm_jax.same_model import model_of
-from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+from xlvlm_jax.features import multi_host
+from xlvlm_jax.features.batches import default_workers, groups_of, reference
+from xlvlm_jax.features.compute import Model
+from xlvlm_jax.features.manifest import manifest_of
+from xlvlm_jax.features.pipeline import Clock, run_groups
+from xlvlm_jax.features.preflight import disk_needs, require_disk
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.settings import Settings, Summary
+from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.storage.pictures import name_in
+from xlvlm_jax.storage.same_model import model_of
 
 Progress = Callable[[int, int, int], None]
 
@@ -69,7 +72,7 @@ def extract(
             hosts, those of this one.
 
     On several hosts (`jax.distributed`) each calls this with the same arguments and a model on
-    its own devices; `output` lies where all of them see it. See `xlvlm_jax.extract.parts`.
+    its own devices; `output` lies where all of them see it. See `xlvlm_jax.features.multi_host`.
 
     Raises:
         ValueError: an unknown site, no samples, other arguments than the directory was begun with,
@@ -108,7 +111,7 @@ def extract(
         shared = share_params(vlm.params, finetuned.params)
     model = Model(vlm, finetuned, shared, settings, finder)
     run = _Run(model, samples, Path(output), arguments, strict, workers or default_workers())
-    several = jax.process_count() > 1 or parts.exist(run.output)
+    several = jax.process_count() > 1 or multi_host.exist(run.output)
     (_over_hosts if several else _alone)(run, progress)
     features = Features.open(output)
     return _summary(features, time.perf_counter() - began, dict(run.clock.seconds))
@@ -192,8 +195,8 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
     if told["complete"]:
         return
     size = run.model.settings.batch_size
-    blocks = parts.blocks_of(run.output, len(run.samples), told["done"], size)
-    mine = parts.Parts(blocks, run.samples, run.arguments, run.model.settings.dtype, size)
+    blocks = multi_host.blocks_of(run.output, len(run.samples), told["done"], size)
+    mine = multi_host.Parts(blocks, run.samples, run.arguments, run.model.settings.dtype, size)
     total, done, rows = sum(map(len, mine.groups)), 0, 0
 
     def commit(number: int, *batch: Any) -> None:
@@ -201,17 +204,17 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
         mine.commit(number, *batch)
         done, rows = done + len(batch[0]), rows + len(batch[-1])
         if writer is not None:
-            parts.merge_ready(writer, blocks, size)
+            multi_host.merge_ready(writer, blocks, size)
         if progress is not None:
             progress(done, total, rows)
 
     try:
         run.write(mine.groups, commit, None if told["root"] is None else Path(told["root"]))
         if writer is None:
-            parts.await_whole(run.output)
+            multi_host.await_whole(run.output)
             return
         with run.clock.waiting("other hosts"):
-            parts.merge_all(writer, blocks, size)
+            multi_host.merge_all(writer, blocks, size)
         _complete(run, writer)
     finally:
         mine.release()

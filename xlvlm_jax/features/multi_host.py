@@ -19,10 +19,12 @@ import grain
 import jax
 import numpy as np
 
-from xlvlm_jax import hosts
+from ports.parallel import hosts
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract.batches import Group, groups_of
-from xlvlm_jax.store import Features, FeaturesWriter, manifest_of, stored_samples
+from xlvlm_jax.features.batches import Group, groups_of
+from xlvlm_jax.features.manifest import manifest_of
+from xlvlm_jax.features.reader import Features, stored_samples
+from xlvlm_jax.features.writer import FeaturesWriter
 
 BATCHES = 16
 FOLDER = "parts"

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from xlvlm_jax.extract.batches import Batch, Group, batches
-from xlvlm_jax.extract.compute import Computed, Model, Ran, run, select
+from xlvlm_jax.features.batches import Batch, Group, batches
+from xlvlm_jax.features.compute import Computed, Model, Ran, run, select
 
 # Takes the number of a group and what `FeaturesWriter.append` takes.
 Commit = Callable[..., None]

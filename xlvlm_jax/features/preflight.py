@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
-from ports.padding import bucket_length
+from ports.inputs.padding import bucket_length
 from ports.programs import device_bytes
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.extract.batches import groups_of, prepare
-from xlvlm_jax.extract.settings import Settings
-from xlvlm_jax.store import manifest_of
+from xlvlm_jax.features.batches import groups_of, prepare
+from xlvlm_jax.features.manifest import manifest_of
+from xlvlm_jax.features.settings import Settings
 
 _LOOKED_AT = 8  # batches, spread over the samples, that tell the programs
 _ROW_BYTES = 16  # of a row's sample, position and token

@@ -1,7 +1,7 @@
 """Token selections as a user names them: by words, classes of words, or places in the sequence.
 
-Words are found by `xlvlm_jax.spelling`; the selections themselves are the pure functions of
-`xlvlm_jax.tokens`.
+Words are found by `spelling`; the selections themselves are the pure functions of
+`token_positions`.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxtyping import Bool, Int
 
-from xlvlm_jax import spelling, tokens
-from xlvlm_jax.words import class_words
+from xlvlm_jax.data.words import class_words
+from xlvlm_jax.features import spelling, token_positions
 
 _DEFAULT_HOW = {
     "all": "mean",
@@ -65,8 +65,10 @@ class Selection:
             fill(self, "generated_only", self.mode in (*WORD_MODES, "before-special-tokens"))
         if self.match is None and self.mode in WORD_MODES:
             fill(self, "match", "word")
-        if self.how not in tokens.HOWS:
-            raise ValueError(f"rows must be one of {', '.join(tokens.HOWS)}; got {self.how!r}")
+        if self.how not in token_positions.HOWS:
+            raise ValueError(
+                f"rows must be one of {', '.join(token_positions.HOWS)}; got {self.how!r}"
+            )
         if self.match not in (spelling.MATCHES if self.mode in WORD_MODES else (None,)):
             raise ValueError(
                 f"match must be one of {', '.join(spelling.MATCHES)}, for {' or '.join(WORD_MODES)}"
@@ -122,7 +124,8 @@ class Selection:
         return (self.argument,) if self.mode == "token-of-interest" else ()
 
     def finder(self, tokenizer: Any) -> spelling.WordFinder | None:
-        """Returns what finds the words in `tokens.searched`; None in the modes that look for none.
+        """Returns what finds the words in `token_positions.searched`; None in the modes that look
+        for none.
 
         Raises ValueError when the tokenizer has no token of its own for any spelling.
         """
@@ -136,36 +139,38 @@ class Selection:
 
     def keep(
         self,
-        positions: tokens.Positions,
+        positions: token_positions.Positions,
         *,
-        found: Int[tokens.AnyArray, "B 2"] | None = None,
-        end_ids: tokens.Ids = (),
-    ) -> Bool[tokens.AnyArray, "B P"]:
-        """Which positions are selected; `found` is what the finder says of `tokens.searched`."""
+        found: Int[token_positions.AnyArray, "B 2"] | None = None,
+        end_ids: token_positions.Ids = (),
+    ) -> Bool[token_positions.AnyArray, "B P"]:
+        """Which positions are selected; `found` is what the finder says of
+        `token_positions.searched`.
+        """
         only = self.generated_only
         if self.mode == "all":
-            return tokens.everything(positions, generated_only=only)
+            return token_positions.everything(positions, generated_only=only)
         if self.mode == "index":
-            return tokens.index(positions, self._index(), generated_only=only)
+            return token_positions.index(positions, self._index(), generated_only=only)
         if self.mode == "range":
-            return tokens.interval(positions, *self._range(), generated_only=only)
+            return token_positions.interval(positions, *self._range(), generated_only=only)
         if self.mode == "before-special-tokens":
-            return tokens.before_special_tokens(positions, end_ids)
+            return token_positions.before_special_tokens(positions, end_ids)
         if found is None:
             raise ValueError(f"{self} needs the places of its words; give found, of its finder")
-        return tokens.spans(positions, found)
+        return token_positions.spans(positions, found)
 
     def rows(
         self,
         states: Any,
-        positions: tokens.Positions,
+        positions: token_positions.Positions,
         *,
-        found: Int[tokens.AnyArray, "B 2"] | None = None,
-        end_ids: tokens.Ids = (),
-    ) -> tokens.Rows:
+        found: Int[token_positions.AnyArray, "B 2"] | None = None,
+        end_ids: token_positions.Ids = (),
+    ) -> token_positions.Rows:
         """The rows of a batch: `states` an array [B, P, D] or a tree of them."""
         keep = self.keep(positions, found=found, end_ids=end_ids)
-        return tokens.reduce(states, positions, keep, self.how, max_rows=self._max_rows())
+        return token_positions.reduce(states, positions, keep, self.how, max_rows=self._max_rows())
 
     def rows_at_most(self, positions: int) -> int:
         """How many rows a sample of that many positions gives at most."""

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.features.selection import Selection
 
 MODES = ("generate", "teacher-forcing")
 

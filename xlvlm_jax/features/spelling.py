@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from xlvlm_jax.words import word_pattern
+from xlvlm_jax.data.words import word_pattern
 
 MATCHES = ("word", "first-token")
 
@@ -35,7 +35,7 @@ def find_word(
         find_word(answer.tokens, vlm.tokenizer, ["hot dog", "TV", "tv"])
 
     A word is looked for as it is written and with a capital first letter, up to a word boundary
-    (see `xlvlm_jax.words.word_pattern`): give other capitals, and plurals, as further words. The
+    (see `data.words.word_pattern`): give other capitals, and plurals, as further words. The
     position is that of the token that holds the word's first letter: of "▁", "3" the second, of
     " (", "dog" too, and of " (dog" the one. Special tokens, ids below 0 and ids outside the
     vocabulary have no text and end a word, and so does the end of the row.

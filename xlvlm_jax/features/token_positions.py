@@ -7,7 +7,7 @@ token, to the generated part as well.
 
 Everything here is a pure function over arrays and masks and can be jitted; what it returns for a
 sample does not depend on how that sample is padded. Where tokens spell a word is found on the host
-(`xlvlm_jax.spelling`) and is an array here. Axes: B batch, T prompt positions, M generated
+(`xlvlm_jax.features.spelling`) and is an array here. Axes: B batch, T prompt positions, M generated
 tokens, P positions of the selection, R rows a sample, D width. The selections are those of CoX-LMM
 (NeurIPS 2024), section 3.
 """

@@ -1,48 +1,33 @@
-"""Features on disk: the rows of Z of every captured site, and the samples that they come from.
-
-    features/
-        manifest.json       what the run was asked for, how much is written, whether it is complete
-        samples.jsonl       a JSON line a sample
-        images.json         where the pictures lie that samples.jsonl names (see `pictures`)
-        states/<site>/      Zarr v3, [rows, D]
-        rows/sample         Zarr v3, int64[rows], the line in samples.jsonl
-        rows/position       Zarr v3, int32[rows]
-        rows/token          Zarr v3, int32[rows]
-
-`states` and `rows` are Zarr groups, which zarr-python and xarray open.
-
-A batch counts once the manifest, replaced last and atomically, counts it. Whatever a killed run
-left beyond that is cut off when the run goes on, so that it ends with the bytes of a run that was
-never interrupted: there are no time stamps, and `row_arrays` writes the same chunks however the
-rows came. (`images.json` says where this run found its pictures, and is that of the last run.)
-
-States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
-zarr-python does not (3.1 says "No Zarr data type found"): read them by `Features.matrix`, or
-extract with float32 or float16 states.
-"""
+"""Writes features batch by batch, so that a run that was killed goes on where it stopped."""
 
 import collections
 import fcntl
-import functools
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, Int32, Int64, Shaped
+from jaxtyping import Int, Shaped
 
-from ports.messages import few
-from xlvlm_jax import atomic, pictures
-from xlvlm_jax.row_arrays import (
-    StoredRows,
+from xlvlm_jax.features.manifest import (
+    FORMAT,
+    PICTURES,
+    ROW_FIELDS,
+    SAMPLES,
+    STATE_DTYPES,
+    VERSION,
+    array_path,
+    read_manifest,
+)
+from xlvlm_jax.features.samples import StoredSamples
+from xlvlm_jax.storage import atomic, pictures
+from xlvlm_jax.storage.zarr_rows import (
     check_chunks,
     create_array,
     create_group,
@@ -51,72 +36,11 @@ from xlvlm_jax.row_arrays import (
     reason,
     wait,
 )
-from xlvlm_jax.samples import StoredSamples
-
-FORMAT = "xlvlm-features"
-VERSION = 1
-SAMPLES = "samples.jsonl"
-PICTURES = "images.json"
-STATE_DTYPES = ("float32", "float16", "bfloat16")
-
-_ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
 
 
-# JSON.
-
-
-def _replace(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is there whole or not at all."""
     atomic.write(path, json.dumps(value, indent=1) + "\n")
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = root / "manifest.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{root}: no manifest.json; expected a directory of features that xlvlm extract wrote"
-        )
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not JSON ({reason(error)}); extract the features again"
-        ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        got = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path}: format {got!r}, expected {FORMAT!r}; extract the features again")
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: format version {state.get('version')!r}, expected {VERSION};"
-            " read it with the release that wrote it, or extract the features again"
-        )
-    for key in ("arguments", "dtype", "sites", "samples", "rows", "bytes", "complete"):
-        if key not in state:
-            raise ValueError(f"{path}: key {key!r} missing; extract the features again")
-        if not _is_sound(key, state[key]):
-            raise ValueError(f"{path}: {key!r} can't be what it is; extract the features again")
-    selection = state["arguments"].get("selection")
-    if isinstance(selection, dict) and selection.get("mode") in ("token-of-interest", "class"):
-        selection.setdefault("match", "first-token")  # the only rule before there was a choice
-    return state
-
-
-def _is_sound(key: str, value: Any) -> bool:
-    if key in ("samples", "rows", "bytes"):
-        return type(value) is int and value >= 0
-    if key == "sites":
-        return isinstance(value, list) and all(
-            isinstance(site, str) and site.strip(".") and site.isprintable() for site in value
-        )
-    kinds = {"arguments": dict, "dtype": str, "complete": bool}
-    return isinstance(value, kinds[key])
-
-
-def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory of features with its counts, finished or not; None without one.
-
-    Raises ValueError for one that is damaged or of another format.
-    """
-    return _read_manifest(path) if (path / "manifest.json").exists() else None
 
 
 def _plain(value: Any) -> Any:
@@ -134,144 +58,6 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-# Reading.
-
-
-def _array_path(root: Path, site: str) -> Path:
-    # dots stay, so that the folder carries the module's name; a slash may not make a folder
-    return root / "states" / quote(site, safe="")
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features as `FeaturesWriter` left them. Rows N; a sample has none, one or several.
-
-    Attributes:
-        path: the directory.
-        manifest: what the run was asked for.
-        sites: the captured sites.
-        samples: a dict a sample, in the order of extraction; "image" is a path that opens from
-            here, if the picture is found. Read from the disk whenever they are asked for; take
-            `samples.columns` of many.
-        sample_rows: int64[N], which of `samples` a row comes from.
-        positions: int32[N], which position of the sample, padding not counted.
-        tokens: int32[N], the token that was predicted there.
-        complete: False when the run was interrupted and not finished.
-    """
-
-    path: Path
-    manifest: dict[str, Any]
-    sites: tuple[str, ...]
-    samples: Sequence[dict[str, Any]]
-    sample_rows: Int64[np.ndarray, " N"]
-    positions: Int32[np.ndarray, " N"]
-    tokens: Int32[np.ndarray, " N"]
-    complete: bool
-
-    @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        allow_incomplete: bool = False,
-        images: str | os.PathLike[str] | None = None,
-    ) -> "Features":
-        """Open a directory of features; states are read by `matrix`, samples one by one.
-
-        Args:
-            path: the directory.
-            allow_incomplete: open an unfinished run too.
-            images: where the pictures lie now, if they were moved without the run.
-
-        Raises FileNotFoundError when there is no manifest; ValueError for another format or
-        version, missing or truncated files, pictures that do not lie in `images`, and, unless
-        `allow_incomplete`, an unfinished run. A damaged sample raises when samples are read.
-        """
-        root = Path(path)
-        state = _read_manifest(root)
-        if not state["complete"] and not allow_incomplete:
-            raise ValueError(
-                f"{root}: the run is not finished ({state['samples']} samples so far); start it"
-                " again with the same arguments to finish it, or open it with allow_incomplete=True"
-            )
-        locate = functools.partial(
-            pictures.locate,
-            directory=root.absolute(),
-            recorded=_read_pictures(root / PICTURES),
-            images=images,
-        )
-        samples = StoredSamples(root / SAMPLES, state["samples"], state["bytes"], locate)
-        if images is not None:
-            samples.find_pictures()
-        rows = {field: np.zeros(0, dtype) for field, dtype in _ROW_FIELDS.items()}
-        if state["sites"]:
-            rows = {name: _read_array(root / "rows" / name, state["rows"]) for name in _ROW_FIELDS}
-            for site in state["sites"]:
-                where = _array_path(root, site)
-                check_chunks(where, open_array(where), state["rows"])
-        return cls(
-            path=root,
-            manifest=state["arguments"],
-            sites=tuple(state["sites"]),
-            samples=samples,
-            sample_rows=rows["sample"],
-            positions=rows["position"],
-            tokens=rows["token"],
-            complete=state["complete"],
-        )
-
-    def __repr__(self) -> str:
-        state = "" if self.complete else ", unfinished"
-        return (
-            f"Features({str(self.path)!r}, sites: {few(self.sites) or 'none'}; "
-            f"{len(self.tokens):,} rows of {len(self.samples):,} samples{state})"
-        )
-
-    def matrix(self, site: str) -> Float[np.ndarray, "N D"]:
-        """Z of one site, float32[N, D]. Raises ValueError for a site that was not captured."""
-        self._check_site(site)
-        states = _read_array(_array_path(self.path, site), len(self.tokens))
-        return states.astype(np.float32, copy=False)
-
-    def _check_site(self, site: str) -> None:
-        if site not in self.sites:
-            raise ValueError(
-                f"{self.path}: no site {site!r}; expected one of {few(self.sites) or 'none'}"
-            )
-
-    def stored(self, site: str) -> StoredRows:
-        """Z of one site where it is, on disk; for `decompose_stored`. Raises as `matrix`."""
-        self._check_site(site)
-        return StoredRows(_array_path(self.path, site), len(self.tokens))
-
-
-def _read_array(path: Path, rows: int) -> np.ndarray:
-    array = open_array(path)
-    check_chunks(path, array, rows)
-    return array[:rows].read().result()
-
-
-def stored_samples(path: Path) -> StoredSamples:
-    """The samples of a directory of features as they are stored: pictures by their names."""
-    state = _read_manifest(path)
-    return StoredSamples(path / SAMPLES, state["samples"], state["bytes"])
-
-
-def _read_pictures(path: Path) -> dict[str, str] | None:
-    if not path.exists():
-        return None
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        return {key: os.fspath(recorded[key]) for key in ("root", "from here")}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"{path}: does not say where pictures lie; remove it and give --images"
-        ) from None
-
-
-# Writing.
 
 
 class FeaturesWriter:
@@ -309,7 +95,7 @@ class FeaturesWriter:
             self._acquire()
         try:
             if (self.path / "manifest.json").exists():
-                self._state = _read_manifest(self.path)
+                self._state = read_manifest(self.path)
                 self._refuse_other(arguments, dtype)
                 if not self.complete:
                     with _one_line(self.path):
@@ -329,7 +115,7 @@ class FeaturesWriter:
                 }
                 with _one_line(self.path):
                     (self.path / SAMPLES).touch()
-                    _replace(self.path / "manifest.json", self._state)
+                    write_json(self.path / "manifest.json", self._state)
         except BaseException:
             self.release()
             raise
@@ -364,7 +150,7 @@ class FeaturesWriter:
         root = pictures.root_of(map(os.path.abspath, paths))
         if root is not None:
             with _one_line(self.path):
-                _replace(self.path / PICTURES, pictures.describe(root, self.path))
+                write_json(self.path / PICTURES, pictures.describe(root, self.path))
         return root
 
     def append(
@@ -401,7 +187,7 @@ class FeaturesWriter:
                 self._create_arrays(states)
             if rows:
                 arrays = {self.path / "rows" / name: values for name, values in fields.items()}
-                arrays |= {_array_path(self.path, site): x for site, x in states.items()}
+                arrays |= {array_path(self.path, site): x for site, x in states.items()}
                 self._write_rows(arrays, rows)
             with open(self.path / SAMPLES, "rb+") as file:
                 file.truncate(done["bytes"])  # of an append that failed
@@ -415,7 +201,7 @@ class FeaturesWriter:
                 "rows": done["rows"] + rows,
                 "bytes": done["bytes"] + len(lines),
             }
-            _replace(self.path / "manifest.json", committed)
+            write_json(self.path / "manifest.json", committed)
         self._state = committed
 
     def close(self) -> None:
@@ -423,7 +209,7 @@ class FeaturesWriter:
         if self._lock >= 0 and not self.complete:
             with _one_line(self.path):
                 done = self._state | {"complete": True}
-                _replace(self.path / "manifest.json", done)
+                write_json(self.path / "manifest.json", done)
                 self._state = done
         self.release()
 
@@ -514,8 +300,8 @@ class FeaturesWriter:
     # Rows.
 
     def _array_paths(self, sites: Sequence[str]) -> list[Path]:
-        rows = [self.path / "rows" / name for name in _ROW_FIELDS]
-        return rows + [_array_path(self.path, site) for site in sites]
+        rows = [self.path / "rows" / name for name in ROW_FIELDS]
+        return rows + [array_path(self.path, site) for site in sites]
 
     def _check_batch(
         self,
@@ -542,7 +328,7 @@ class FeaturesWriter:
                 raise ValueError(f"states of site {site!r} must be [rows, D], got {np.shape(x)}")
             if not site.strip("."):  # would name the folder itself, or the one above
                 raise ValueError(f"{site!r} is no site; expected a module's name")
-            known = self._arrays.get(_array_path(self.path, site))
+            known = self._arrays.get(array_path(self.path, site))
             if known is not None and known.shape[1] != x.shape[1]:
                 raise ValueError(f"{site}: width {x.shape[1]}, expected {known.shape[1]}")
 
@@ -552,11 +338,11 @@ class FeaturesWriter:
         shutil.rmtree(self.path / "rows", ignore_errors=True)
         for group in ("states", "rows"):
             create_group(self.path / group)
-        for name, dtype in _ROW_FIELDS.items():
+        for name, dtype in ROW_FIELDS.items():
             path = self.path / "rows" / name
             self._arrays[path] = create_array(path, dtype, (0,))
         for site, x in states.items():
-            path = _array_path(self.path, site)
+            path = array_path(self.path, site)
             self._arrays[path] = create_array(path, self._state["dtype"], (0, x.shape[1]))
 
     def _write_rows(self, arrays: Mapping[Path, np.ndarray], rows: int) -> None:

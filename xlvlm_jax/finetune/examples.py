@@ -11,9 +11,9 @@ import grain
 import numpy as np
 
 from ports import VLM
-from ports.padding import bucket_length
-from xlvlm_jax.answers import answered
-from xlvlm_jax.data.reading import process_samples
+from ports.inputs.padding import bucket_length
+from xlvlm_jax.data.answers import answered
+from xlvlm_jax.data.batches import process_samples
 from xlvlm_jax.data.sample import Sample
 
 

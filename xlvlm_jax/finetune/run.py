@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ports import VLM, checkpoint, lora, peft_files
-from xlvlm_jax import atomic
+from ports import VLM, checkpoint
+from ports.checkpoint import peft_io
+from ports.intervene import lora
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.finetune import examples
 from xlvlm_jax.finetune.settings import Settings
 from xlvlm_jax.finetune.training import State, Trainer, initial_adapter
+from xlvlm_jax.storage import atomic
 
 RECORD = "training.json"
 # What a checkpoint needs beside its weights.
@@ -274,7 +276,7 @@ def _write_adapter(
     kind = type(vlm.config)
     library = kind.__module__.replace("configuration_", "modeling_")
     architecture = vlm.architecture if kind.__module__.startswith("transformers.models.") else None
-    peft_files.write(
+    peft_io.write(
         directory,
         adapter,
         ranks,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import ports
-from ports import VLM, lora
+from ports import VLM
+from ports.intervene import lora
 from xlvlm_jax.finetune.examples import Batch
 from xlvlm_jax.finetune.settings import Settings
 

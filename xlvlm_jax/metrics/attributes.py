@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import entropy
 
-from xlvlm_jax.labels import UNKNOWN, Labels, factorise
+from xlvlm_jax.metrics.labels import UNKNOWN, Labels, factorise
 
 
 class AttributeScore(NamedTuple):

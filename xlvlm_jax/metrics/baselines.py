@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xlvlm_jax.words import concept_words
+from xlvlm_jax.data.words import concept_words
 
 
 def vocabulary_words(tokenizer: Any) -> list[str]:

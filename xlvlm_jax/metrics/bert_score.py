@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ports.bert import TextEncoder
+from ports.models.bert import TextEncoder
 
 # The layers that agree best with people's judgements (Zhang et al. 2020, appendix B and the
 # package's table), by model_type and depth. Any other model is read at its last layer.
@@ -42,7 +42,7 @@ class BertScorer:
     """Scores many candidates against the same references: each text is encoded once and kept.
 
     Args:
-        encoder: from `ports.bert.load`. Texts are cut into tokens as its own tokenizer does.
+        encoder: from `ports.models.bert.load`. Texts are cut into tokens as its own tokenizer does.
         layer: whose states, 0 to the encoder's number; default: `default_layer(encoder)`.
         idf: the texts that document frequencies are counted in (usually all references): a token in
             n of N texts weighs log((N + 1) / (n + 1)). Default: all weigh 1.

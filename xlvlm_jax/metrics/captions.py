@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from xlvlm_jax.metrics.ptb import caption_words
+from xlvlm_jax.metrics.caption_tokenizer import caption_words
 
 
 class CaptionScores(NamedTuple):

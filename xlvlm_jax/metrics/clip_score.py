@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from ports.clip import DualEncoder
+from ports.models.clip import DualEncoder
 from xlvlm_jax.metrics.precision import is_traced
-from xlvlm_jax.solvers.loop import matmul
+from xlvlm_jax.solvers.linalg import matmul
 
 AnyArray = jax.Array | np.ndarray
 WEIGHT = 2.5

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.matching import matched_cosines
+from xlvlm_jax.solvers.matching import matched_cosines
 
 AnyArray = jax.Array | np.ndarray
 

@@ -1,5 +1,5 @@
 """A run directory as one HTML page that needs nothing beside it."""
 
-from .page import write_report
+from xlvlm_jax.report.page import write_report
 
 __all__ = ["write_report"]

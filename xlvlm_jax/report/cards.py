@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ports.messages import few
-from xlvlm_jax.concepts import Concepts
-from xlvlm_jax.grounding import largest
-from xlvlm_jax.labels import Labels
-from xlvlm_jax.store import Features
-
-from .figures import Histogram, histogram
+from xlvlm_jax.concepts.grounding import largest
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.metrics.labels import Labels
+from xlvlm_jax.report.thumbnails import Histogram, histogram
 
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from xlvlm_jax import atomic
+from xlvlm_jax.storage import atomic
 
 COLOURS = ("#3b6ea5", "#c8553d", "#6a994e", "#8e6c8a", "#d4a017", "#4f5d75")
 _LOOK = {

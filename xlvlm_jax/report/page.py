@@ -13,18 +13,17 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from xlvlm_jax import atomic, damage
-from xlvlm_jax.pictures import store_features
-from xlvlm_jax.stages import known_attributes
-from xlvlm_jax.store import Features
-
-from .cards import Section, read_section
-from .figures import Thumbnail, not_shown, thumbnails
-from .scores import KEYS as SCORES
-from .scores import read_scores
-from .shift import read_shifts, shown_images
-from .steering import read_steering
-from .steering import shown_images as shown_steering
+from xlvlm_jax.concepts.scores.attributes import known_attributes
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.report.cards import Section, read_section
+from xlvlm_jax.report.scores_section import KEYS as SCORES
+from xlvlm_jax.report.scores_section import read_scores
+from xlvlm_jax.report.shift_section import read_shifts, shown_images
+from xlvlm_jax.report.steering_section import read_steering
+from xlvlm_jax.report.steering_section import shown_images as shown_steering
+from xlvlm_jax.report.thumbnails import Thumbnail, not_shown, thumbnails
+from xlvlm_jax.storage import atomic, damaged
+from xlvlm_jax.storage.pictures import store_features
 
 # Stands where CSS puts a thumbnail: one transparent pixel.
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -58,7 +57,7 @@ def write_report(
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
-    with damage.reported(run, "run", "make its features and concepts again"):
+    with damaged.reported(run, "run", "make its features and concepts again"):
         text = _render(run, images, tell)
     return _store(run / "report.html" if output is None else Path(output), text)
 

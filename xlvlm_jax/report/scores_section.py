@@ -1,17 +1,11 @@
 """Scores of dictionaries as tables and a plot, for the terminal and for the page."""
 
 import base64
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.ticker import NullLocator, ScalarFormatter
-
-from xlvlm_jax.scoring.records import DictionaryScores, Fit
-
-from .plots import figure
+from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit
 
 KEYS = ("dictionaries", "scored on")  # of scores.json
 Figure = Callable[[DictionaryScores], float | None]
@@ -160,51 +154,3 @@ def _cell(row: DictionaryScores, column: Column, rows: Sequence[DictionaryScores
         best,
         "" if spread is None else f"{spread:.2f}",
     )
-
-
-_PANELS: tuple[tuple[str, Figure], ...] = (
-    ("CLIPScore", lambda row: row.clip[min(row.clip)].mean if row.clip else None),
-    ("BERTScore", lambda row: row.bert[min(row.bert)].mean if row.bert else None),
-    ("Overlap of words (lower is better)", lambda row: row.overlap),
-    ("Variance explained", lambda row: row.explained_variance),
-    ("Stability over seeds", lambda row: row.stability),
-    ("Monosemanticity", lambda row: row.monosemanticity),
-)
-
-
-def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None:
-    """Draws each figure against the number of concepts, a line a method.
-
-    Of CLIPScore and BERTScore that of the fewest concepts. Figures that no dictionary has get no
-    panel. Raises ValueError if none is left, and as `figure`.
-    """
-    panels = [
-        (title, value) for title, value in _PANELS if any(value(row) is not None for row in rows)
-    ]
-    if not panels:
-        raise ValueError(f"{len(rows)} dictionaries have no figure to plot; score them first")
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    methods = list(dict.fromkeys(row.method for row in rows))
-    counts = sorted({row.num_concepts for row in rows})
-    with figure(path, lines, columns, width=3.1 * columns, height=2.5 * lines) as (drawn, grid):
-        axes = list(np.ravel(grid))
-        for axis, (title, value) in zip(axes, panels, strict=False):
-            for number, method in enumerate(methods):
-                points = sorted(
-                    (row.num_concepts, value(row))
-                    for row in rows
-                    if row.method == method and value(row) is not None
-                )
-                # A method keeps its colour, and its place in the legend, where it has no figure.
-                axis.plot(*np.reshape(points, (-1, 2)).T, "o-", color=f"C{number}", label=method)
-            axis.set_title(title)
-            axis.set_xscale("log")
-            axis.set_xticks(counts)
-            axis.xaxis.set_major_formatter(ScalarFormatter())
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_xlabel("concepts")
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))

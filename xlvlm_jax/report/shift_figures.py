@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from xlvlm_jax.data.images import read_image
+from xlvlm_jax.report.figure import COLOURS, figure
 from xlvlm_jax.shift import Correlation, ShiftAnalysis, correlation
-
-from .plots import COLOURS, figure
 
 Path_ = str | os.PathLike[str]
 AXES = {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xlvlm_jax.shift import ShiftAnalysis
-from xlvlm_jax.shift.analysis import KINDS
+from xlvlm_jax.shift.record import KINDS
 
 NUM_PICTURES, NUM_WORDS = 4, 10
 _FIGURES = {

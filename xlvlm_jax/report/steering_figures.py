@@ -11,8 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from xlvlm_jax.metrics.vqa import normalise_answer
-
-from .plots import COLOURS, figure
+from xlvlm_jax.report.figure import COLOURS, figure
 
 FIGURES = {
     "answers.svg": "What was said before and after steering",

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xlvlm_jax.evaluation.vqa import normalise_answer
+from xlvlm_jax.evaluation.answer_effects import normalise_answer
 from xlvlm_jax.metrics.captions import holding
-from xlvlm_jax.pictures import find_all
-
-from .steering_figures import FIGURES
+from xlvlm_jax.report.steering_figures import FIGURES
+from xlvlm_jax.storage.pictures import find_all
 
 NUM_EXAMPLES = 6  # of what was to change, and as many of the others
 

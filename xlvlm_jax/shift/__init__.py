@@ -6,26 +6,20 @@ From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (
     recovery    how near they come to the fine-tuned model's own concepts, overlap, correlation
     pairs       which rows of two directories of features belong together
     analyse     all of it for two matrices of states
-    analysis    the result, saved and read
-    grounded    words and images of original, shifted and fine-tuned concepts
+    record      the result, saved and read
+    grounding   words and images of original, shifted and fine-tuned concepts
     stage       all of it for two directories of features
 
-Both models run in one program by `paired_states`, from `xlvlm_jax.paired`.
+Both models run in one program by `paired_states`, from `ports.paired`.
 """
 
-from xlvlm_jax.matching import match
-from xlvlm_jax.paired import finetuned_site, paired_states, share_params
+from ports.paired import paired_states, share_params
+from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.shift.analyse import analyse
-from xlvlm_jax.shift.analysis import ShiftAnalysis
-from xlvlm_jax.shift.grounded import ground_samples, ground_words
+from xlvlm_jax.shift.grounding import ground_samples, ground_words
 from xlvlm_jax.shift.pairs import Pairs, match_samples
-from xlvlm_jax.shift.recovery import (
-    Correlation,
-    correlation,
-    mismatched_overlap,
-    overlap,
-    recovery,
-)
+from xlvlm_jax.shift.record import ShiftAnalysis
+from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap, recovery
 from xlvlm_jax.shift.stage import shift_features
 from xlvlm_jax.shift.vectors import (
     MIN_SAMPLES,
@@ -39,6 +33,7 @@ from xlvlm_jax.shift.vectors import (
     shifted,
     spread,
 )
+from xlvlm_jax.solvers.matching import match
 
 __all__ = [
     "MIN_SAMPLES",

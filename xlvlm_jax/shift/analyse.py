@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.concepts import Concepts
-from xlvlm_jax.matching import match
-from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.shift.blocks import activations_of, moves
 from xlvlm_jax.shift.pairs import Pairs
+from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.shift.recovery import recovery
 from xlvlm_jax.shift.vectors import Reduce, shifted
-from xlvlm_jax.solvers.inputs import StoredMatrix
+from xlvlm_jax.solvers.matching import match
+from xlvlm_jax.solvers.validation import StoredMatrix
 
 
 def analyse(

@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse, stats
 
-from xlvlm_jax.concepts import Concepts, project, project_stored
-from xlvlm_jax.grounding import tiles_of
+from xlvlm_jax.concepts.decomposition import project, project_stored
+from xlvlm_jax.concepts.grounding import tiles_of
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, Reduce, Spread
-from xlvlm_jax.solvers.inputs import StoredMatrix, is_stored, read_block
+from xlvlm_jax.solvers.validation import StoredMatrix, is_stored, read_block
 
 BLOCK_BYTES = 2**25  # of rows in float64 that are held at once
 CENTRED_BYTES = 2**27  # of rows whose medians are taken together

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.concepts import Concepts
-from xlvlm_jax.grounding import ground_text, strongest_rows
-from xlvlm_jax.shift.analysis import ShiftAnalysis
+from xlvlm_jax.concepts.grounding import ground_text, strongest_rows
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.data.words import is_concept_word
 from xlvlm_jax.shift.blocks import activations_of
-from xlvlm_jax.solvers.inputs import StoredMatrix
-from xlvlm_jax.words import is_concept_word
+from xlvlm_jax.shift.record import ShiftAnalysis
+from xlvlm_jax.solvers.validation import StoredMatrix
 
 Unembed = Callable[[jax.Array | np.ndarray], jax.Array | np.ndarray]
 

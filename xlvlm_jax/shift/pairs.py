@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from ports import hub_names
+from ports.intervene.sites import match_sites
+from ports.loading import hub_names
 from ports.messages import few
-from ports.sites import match_sites
-from xlvlm_jax.samples import columns, unplaced
-from xlvlm_jax.store import Features
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.samples import columns, unplaced
 
 # What names a sample beside its id; where both directories have it, it must agree.
 _NAMING = ("image_id", "prompt")

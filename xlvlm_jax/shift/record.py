@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from xlvlm_jax import atomic, pictures
 from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
+from xlvlm_jax.storage import atomic, pictures
 
 TENSORS, DESCRIPTION = "shift.safetensors", "shift.json"
 KINDS = ("original", "shifted", "finetuned")

@@ -8,21 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from ports import VLM, hub_names
+from ports import VLM
+from ports.intervene.sites import match_sites
+from ports.loading import hub_names
 from ports.messages import few
-from ports.sites import match_sites
-from xlvlm_jax.concepts import Concepts, StoredActivations, decompose, decompose_stored
-from xlvlm_jax.grounding import is_before_norm
-from xlvlm_jax.paired import finetuned_site
-from xlvlm_jax.row_arrays import StoredRows
-from xlvlm_jax.same_model import require_model
-from xlvlm_jax.samples import columns
+from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
+from xlvlm_jax.concepts.grounding import is_before_norm
+from xlvlm_jax.concepts.record import Concepts, StoredActivations
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.samples import columns
 from xlvlm_jax.shift.analyse import analyse
-from xlvlm_jax.shift.analysis import KINDS, ShiftAnalysis
-from xlvlm_jax.shift.grounded import ground_samples, ground_words
+from xlvlm_jax.shift.grounding import ground_samples, ground_words
 from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, name_of
+from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import Reduce
-from xlvlm_jax.store import Features
+from xlvlm_jax.storage.same_model import require_model
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 NUM_PICTURES = 5  # of each concept, whose files are kept for the panels
 

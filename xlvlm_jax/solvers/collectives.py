@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.loop import Result, real_dtype
+from xlvlm_jax.solvers.linalg import real_dtype
+from xlvlm_jax.solvers.loop import Result
 
 
 class Rows(NamedTuple):

@@ -14,10 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import sums
-from xlvlm_jax.solvers.loop import matmul, real_dtype, weighted_sums
-from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.linalg import matmul, orthonormal, real_dtype, weighted_sums
 from xlvlm_jax.solvers.restarts import draw_rows
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 
 SAMPLE = 12  # rows of a sample, for each direction
 

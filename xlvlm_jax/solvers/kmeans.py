@@ -10,8 +10,8 @@ changes its cluster. Rule and default are scikit-learn's. The weights w are 1 un
 Where Z is wide the rows are clustered in the few columns of `compression` first, and only the last
 updates read Z itself: centroids are means of rows, so that they lie in the row space of Z.
 
-An update finds the nearest centroid of the rows for which it can have changed (`assignment`) and
-moves every centroid to the mean of its rows.
+An update finds the nearest centroid of the rows for which it can have changed
+(`kmeans_assignment`) and moves every centroid to the mean of its rows.
 """
 
 from functools import partial
@@ -23,13 +23,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.solvers import assignment, compression, residual
+from xlvlm_jax.solvers import compression, kmeans_assignment, residual
 from xlvlm_jax.solvers import sums as sums_of_rows
-from xlvlm_jax.solvers.assignment import Kept, Problem, Sums, inertia, nearest, score
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, matmul, real_dtype, run
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, nearest, score
+from xlvlm_jax.solvers.linalg import matmul, real_dtype
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample_size
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
@@ -75,12 +76,12 @@ def init(problem: Problem, offsets: Float[Array, "K D"]) -> State:
     """The state at centroids m + offsets; nothing is known of the rows yet."""
     inf = jnp.full((), jnp.inf, offsets.dtype)
     shifts = jnp.full(len(offsets), inf)
-    return State(offsets, shifts, assignment.nothing(problem), inf, inf)
+    return State(offsets, shifts, kmeans_assignment.nothing(problem), inf, inf)
 
 
 def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
     """Assign every row to its nearest centroid, then move each centroid to its rows' mean."""
-    kept, labels, sums = assignment.renew(problem, state.kept, state.offsets, state.shifts)
+    kept, labels, sums = kmeans_assignment.renew(problem, state.kept, state.offsets, state.shifts)
     sums = rows.total(sums)
     objective = inertia(problem.spread, state.offsets, sums)
     empty = (sums.counts.high == 0) & problem.active
@@ -128,7 +129,7 @@ def distances(
     labels, least, _ = nearest(scores)
     squared = problem.energy + least
     largest = jnp.max(jnp.sum(offsets**2, axis=1))
-    terms = problem.energy + assignment.terms_of_mean(problem) + largest
+    terms = problem.energy + kmeans_assignment.terms_of_mean(problem) + largest
 
     def exact() -> Array:
         return residual.of_labels(problem.Z, labels, offsets, problem.mean)
@@ -299,7 +300,7 @@ class Plan(NamedTuple):
         def one(progress: Progress, active: Array) -> Result:
             problem = fixed.problem._replace(Z=Z, active=active)
             offsets, shifts, kept, _, _ = progress.state
-            scores = assignment.scores_of(problem, kept, offsets, shifts)
+            scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
             squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
             # An update records the inertia it started from: shift by one, end with the result's.
             least = problem.counted * jnp.min(squared, axis=1)

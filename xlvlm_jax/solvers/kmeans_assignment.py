@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from xlvlm_jax.solvers import sums as sums_of_rows
-from xlvlm_jax.solvers.loop import matmul, real_dtype
+from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
 
 LARGE = 128  # centroids, beyond which scores are kept; and as many are renewed in one product

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import kmeans
-from xlvlm_jax.solvers.loop import Result, real_dtype
-from xlvlm_jax.solvers.rows import Rows, solve_on
+from xlvlm_jax.solvers.collectives import Rows, solve_on
+from xlvlm_jax.solvers.linalg import real_dtype
+from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.sums import column_sums
 
 

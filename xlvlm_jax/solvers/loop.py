@@ -1,4 +1,4 @@
-"""What every solver shares: the loop, its result, and the one way to multiply matrices.
+"""What every solver shares: the loop and its result.
 
 Axes: N samples, D width, K concepts, I iterations, S starts.
 
@@ -16,11 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-# Up to FEW rows of a thin matrix, and from WIDE columns of Z on, a CPU multiplies faster with each
-# sample's numbers together: [N, K] instead of [K, N]. Measured for XLA's own products at K = 8 to
-# 276 and D = 64 to 4096; of narrow Z, turning the thin matrix costs more than the product.
-FEW, WIDE = 64, 2048
 
 
 class Progress(NamedTuple):
@@ -71,32 +66,6 @@ def run(
         return Progress(state, progress.history.at[iteration].set(state.objective), iteration)
 
     return jax.lax.while_loop(unfinished, step, progress)
-
-
-def real_dtype(*arrays: Array) -> Any:
-    """What is computed with: float32, or float64 where that is switched on and given."""
-    return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
-
-
-def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`a @ b` in full float32 or wider, whatever the backend's default precision."""
-    return jnp.matmul(a, b, precision="highest", preferred_element_type=real_dtype(a, b))
-
-
-def inner_products(atoms: Float[Array, "K D"], Z: Float[Array, "N D"]) -> Float[Array, "K N"]:
-    """`atoms Z^T`."""
-    if len(atoms) > FEW or Z.shape[1] < WIDE:
-        return matmul(atoms, Z.T)
-    # The barrier keeps the compiler from turning it back into that product, for a layout's sake.
-    return jax.lax.optimization_barrier(matmul(Z, atoms.T)).T
-
-
-def weighted_sums(codes: Float[Array, "K N"], Z: Float[Array, "N D"]) -> Float[Array, "K D"]:
-    """`codes Z`: the rows of Z added up with weights."""
-    if len(codes) <= FEW and Z.shape[1] >= WIDE:
-        codes = jax.lax.optimization_barrier(codes.T).T
-    # As above: `Z^T codes^T` would take several times as long.
-    return jax.lax.optimization_barrier(matmul(codes, Z))
 
 
 def each(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,11 +28,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual, sums
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compression import directions_of_sample
-from xlvlm_jax.solvers.loop import Result, begin, each, matmul, real_dtype, run
-from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.linalg import complement, matmul, orthonormal, real_dtype
+from xlvlm_jax.solvers.loop import Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 20

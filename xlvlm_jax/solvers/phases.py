@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, RESULT, Rows, solve_on
 from xlvlm_jax.solvers.loop import Progress, Result
-from xlvlm_jax.solvers.rows import ONE_DEVICE, RESULT, Rows, solve_on
 
 # Updates between two calls: about this many multiplications, and at most MOST updates. Counted, not
 # timed, so that all hosts do the same.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.loop import matmul
+from xlvlm_jax.solvers.linalg import matmul
 
 TILE = 2**19  # numbers of Z in a tile
 

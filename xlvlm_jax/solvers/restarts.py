@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.matching import matched_cosines
+from xlvlm_jax.solvers.matching import matched_cosines
 
 SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
 MARGIN = 1e-4  # relative decrease of the objective that makes a later start better than an earlier

@@ -9,15 +9,15 @@ to the mean relative decrease of f over the last WINDOW updates.
 Semi-NMF: Ding, Li and Jordan, "Convex and semi-nonnegative matrix factorizations", TPAMI 2010; the
 penalty and the unit ball: Mairal et al., "Online dictionary learning for sparse coding", ICML 2009.
 One update codes all rows on extrapolated atoms (`collect`: the only part that sees Z), and moves
-the atoms, one after the other, with the sums U^T Z and U^T U alone (`atoms.advance`). An update
-that raises f is undone and the extrapolation starts again (O'Donoghue and Candes, "Adaptive restart
-for accelerated gradient schemes", 2015), so f never rises.
+the atoms, one after the other, with the sums U^T Z and U^T U alone (`semi_nmf_atoms.advance`). An
+update that raises f is undone and the extrapolation starts again (O'Donoghue and Candes, "Adaptive
+restart for accelerated gradient schemes", 2015), so f never rises.
 
 f is not convex. `n_init` starts are tried on a sample of the rows, in the few columns of
 `compression`; the best goes on with all rows there, and ends on Z itself.
 
 Rows may be spread over devices, or come from a disk tile by tile: all that is needed of them is
-sums. The codes are [K, N], see `codes`.
+sums. The codes are [K, N], see `semi_nmf_codes`.
 """
 
 from functools import partial
@@ -28,26 +28,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers import atoms as dictionary
-from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import residual
+from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
+from xlvlm_jax.solvers import semi_nmf_codes as coding
 from xlvlm_jax.solvers import sums as sums_of_rows
-from xlvlm_jax.solvers.atoms import Atoms, Sums
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compression import compress, turn_to_axes
-from xlvlm_jax.solvers.loop import (
-    Progress,
-    Result,
-    begin,
-    each,
-    inner_products,
-    matmul,
-    real_dtype,
-    run,
-    weighted_sums,
-)
+from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, sample
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
 
 SWEEPS = 2  # improvements of the codes in one update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from xlvlm_jax.solvers.loop import matmul
+from xlvlm_jax.solvers.linalg import matmul
 
 WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
 # Decreases are compared to f, or to so many times the misfit 1/2 |Z - U V|^2 where that is less,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from xlvlm_jax.solvers.loop import matmul
+from xlvlm_jax.solvers.linalg import matmul
 
 DESCENT = 128
 # Atoms whose gradients come from one product: of more than FEW atoms that is twice as fast on a CPU

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.loop import inner_products, matmul, real_dtype, weighted_sums
-from xlvlm_jax.solvers.rows import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
 
 BLOCK = 2**19  # numbers of Z in a block: two megabytes, which a CPU keeps in its cache
 LEAST_ROWS, MOST_ROWS = 256, 4096  # of a block of wide Z: each block adds to all of the totals

@@ -12,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from xlvlm_jax.solvers import sums
-from xlvlm_jax.solvers.loop import real_dtype
+from xlvlm_jax.solvers import (
+    sums,
+)
+from xlvlm_jax.solvers.linalg import real_dtype
 
 BLOCK_ROWS = 2**14  # of a matrix in float64 that are converted together
 # Where |Z|^2 is in between, products of two sums of squares have a place in float32.
@@ -288,3 +290,8 @@ def _data_axis(mesh: Mesh) -> int:
             "make it with jax.make_mesh((n,), ('data',))"
         )
     return mesh.shape["data"]
+
+
+def narrow(Z: Array | np.ndarray) -> Array:
+    """What numpy holds, in float32 or less, as a JAX array."""
+    return jnp.asarray(short(Z)) if isinstance(Z, np.ndarray) else Z

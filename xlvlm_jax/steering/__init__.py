@@ -10,17 +10,12 @@ All of them save, load and give the edits that `ports.steer` and `VLM.generate` 
 
 from pathlib import Path
 
+from xlvlm_jax.features.reader import samples_of
 from xlvlm_jax.steering import files
-from xlvlm_jax.steering.fit import (
-    Lesson,
-    contrast_prompts,
-    fit_coarse,
-    fit_fine,
-    lesson,
-    samples_of,
-)
+from xlvlm_jax.steering.fit import fit_coarse, fit_fine
 from xlvlm_jax.steering.l2s import L2S, fit_l2s
 from xlvlm_jax.steering.learned import LowRankMap, fit_learned
+from xlvlm_jax.steering.lessons import Lesson, contrast_prompts, lesson
 from xlvlm_jax.steering.rank import RankedVector, answer_shift, rank_vectors
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 

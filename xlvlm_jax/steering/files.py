@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from ports import VLM
-from xlvlm_jax import atomic, damage, pictures, same_model
+from xlvlm_jax.storage import atomic, damaged, pictures, same_model
 
 
 def save(
@@ -46,7 +46,7 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
 
 def assembling(path: str | Path) -> AbstractContextManager[None]:
     """While a vector is made of what a file holds: a ValueError for one that holds none."""
-    return damage.reported(Path(path), "steering vector", "fit it again")
+    return damaged.reported(Path(path), "steering vector", "fit it again")
 
 
 def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

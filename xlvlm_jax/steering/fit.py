@@ -4,20 +4,17 @@ samples a learnt one learns from.
 N samples, D width, K concepts.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from ports.messages import few
-from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.data.words import word_pattern
+from xlvlm_jax.features.reader import Features
 from xlvlm_jax.metrics.vqa import normalise_answer
-from xlvlm_jax.samples import columns
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
-from xlvlm_jax.store import Features
-from xlvlm_jax.words import word_pattern
 
 MATCHES = ("equals", "contains")
 
@@ -62,7 +59,7 @@ def fit_coarse(
         (of_target, others, "target", target),
     ):
         if not chosen.any():
-            raise ValueError(_none_of(_answers(of, key), key, what, words))
+            raise ValueError(none_of(answers_of(of, key), key, what, words))
     described = {
         **_origin(features, key),
         "method": "coarse",
@@ -112,7 +109,7 @@ def fit_fine(
     if source is not None:
         chosen = _matching(features, source, key, match)
         if not chosen.any():
-            raise ValueError(_none_of(_answers(features, key), key, "source", source))
+            raise ValueError(none_of(answers_of(features, key), key, "source", source))
     every = [(i, j) for i in range(num_concepts) for j in range(num_concepts) if i != j]
     for pair in pairs or ():
         if tuple(pair) not in every:
@@ -140,110 +137,6 @@ def fit_fine(
     return vectors, fine
 
 
-class Lesson(NamedTuple):
-    """What is to be learnt from: prompts, how they are answered, and how they are to be."""
-
-    samples: list[Sample]
-    given: list[str]
-    wanted: list[str]
-
-
-def lesson(
-    features: Features,
-    source: Sequence[str],
-    target: str,
-    *,
-    key: str = "prediction",
-    match: str = "equals",
-    num_samples: int = 128,
-    keep: float = 1.5,
-    seed: int = 0,
-) -> Lesson:
-    """Samples answered with a source word, which want the target, and others, which stay.
-
-    Runs on the host: it does not trace.
-
-    Args:
-        features: whose samples and answers; states are not read.
-        source: words to steer from.
-        target: the answer wanted instead.
-        key, match: as for `fit_coarse`.
-        num_samples: of those to be steered, at most.
-        keep: for each of these, so many of the others.
-        seed: of the choice.
-
-    Raises ValueError if no sample was answered with a source word.
-    """
-    (problems,) = columns(features.samples, "error")
-    readable = np.array([problem is None for problem in problems], bool)
-    answers = _answers(features, key)
-    chosen = _words_match(answers, source, match)
-    if not chosen.any():
-        raise ValueError(_none_of(answers, key, "source", source))
-    rng = np.random.default_rng(seed)
-    steered = rng.permutation(np.flatnonzero(chosen & readable))[:num_samples]
-    others = rng.permutation(np.flatnonzero(~chosen & readable))[: round(keep * len(steered))]
-    rows = [*steered, *others]
-    taken = [features.samples[row] for row in rows]
-    given = [str(sample[key]) for sample in taken]
-    wanted = [target] * len(steered) + given[len(steered) :]
-    return Lesson([_sample(kept) for kept in taken], given, wanted)
-
-
-def contrast_prompts(
-    features: Features, lesson: Lesson, target: Sequence[str], *, key: str = "prediction"
-) -> tuple[list[Sample], list[str], list[str]]:
-    """What `fit_l2s` learns from with prompts as contrast: (samples, positive, negative).
-
-    Runs on the host: it does not trace.
-
-    The positive counterpart of a prompt that wants the target is another prompt about the same
-    image, answered with a target word; the negative one is the prompt itself. Prompts that stay
-    are their own counterparts; those without a counterpart are left out.
-
-    Raises ValueError if none has one.
-    """
-    answers = _answers(features, key)
-    is_target = _words_match(answers, target, "equals")
-    by_image: dict[str, list[str]] = {}
-    for row in np.flatnonzero(is_target):
-        sample = features.samples[row]
-        by_image.setdefault(sample["image_id"], []).append(sample["prompt"])
-    samples, positive = [], []
-    for number, (sample, given, wanted) in enumerate(zip(*lesson, strict=True)):
-        others = by_image.get(sample.image_id, [])
-        if given == wanted or others:
-            samples.append(sample)
-            positive.append(sample.prompt if given == wanted else others[number % len(others)])
-    negative = [sample.prompt for sample in samples]
-    if positive == negative:
-        raise ValueError(
-            f"no image of {features.path} has a prompt answered with a source word and one "
-            f"answered with {few(target)}; contrast completions instead"
-        )
-    return samples, positive, negative
-
-
-def samples_of(features: Features) -> list[Sample]:
-    """The samples that features were extracted from, as the readers of data give them.
-
-    Runs on the host: it does not trace.
-    """
-    return [_sample(kept) for kept in features.samples]
-
-
-def _sample(kept: Mapping[str, Any]) -> Sample:
-    own = ("id", "image", "image_id", "prompt", "references")
-    return Sample(
-        id=kept["id"],
-        image=Path(kept["image"]),
-        image_id=kept["image_id"],
-        prompt=kept["prompt"],
-        references=tuple(kept["references"]),
-        metadata={name: value for name, value in kept.items() if name not in own},
-    )
-
-
 def require_same_model(features: Features, others: Features) -> None:
     """ValueError if two features come from different models."""
     both = [each.manifest.get("fingerprint") for each in (features, others)]
@@ -258,10 +151,10 @@ def require_same_model(features: Features, others: Features) -> None:
 
 def _matching(features: Features, words: Sequence[str], key: str, match: str) -> np.ndarray:
     """bool[N]: the rows whose sample was answered with one of the words."""
-    return _words_match(_answers(features, key), words, match)[features.sample_rows]
+    return words_match(answers_of(features, key), words, match)[features.sample_rows]
 
 
-def _words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.ndarray:
+def words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.ndarray:
     """Which of the normalised answers are, or contain, one of the words."""
     if match not in MATCHES:
         raise ValueError(f"match is {match!r}; expected {' or '.join(MATCHES)}")
@@ -272,7 +165,8 @@ def _words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np
     return np.array([bool(pattern.search(answer)) for answer in answers], bool)
 
 
-def _none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
+def none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
+    """Says that no sample was answered with one of the words, and what frequent answers are."""
     named = f"{what} words {few(words)}" if words else "answers without a target word"
     words, numbers = np.unique(list(answers), return_counts=True)
     frequent = [str(word) for word in words[np.argsort(-numbers, kind="stable")][:5]]
@@ -282,7 +176,8 @@ def _none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] |
     )
 
 
-def _answers(features: Features, key: str) -> list[str]:
+def answers_of(features: Features, key: str) -> list[str]:
+    """The normalised answers of the samples. ValueError if the features hold none."""
     answers = []
     for sample in features.samples:
         if key not in sample and "error" not in sample:

@@ -30,11 +30,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from ports import VLM
-from ports.edits import Edit, add
+from ports.intervene.edits import Edit, add
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.same_model import model_of
 from xlvlm_jax.solvers import sums
-from xlvlm_jax.steering import files, forcing
+from xlvlm_jax.steering import files, teacher_forcing
+from xlvlm_jax.storage.same_model import model_of
 
 Array = jax.Array | np.ndarray
 CONTRASTS = ("completion", "prompt")
@@ -134,7 +134,7 @@ def last_token_states(
     batch_size: int = 16,
     strict: bool = False,
     errors: dict[str, str] | None = None,
-    progress: forcing.Progress | None = None,
+    progress: teacher_forcing.Progress | None = None,
 ) -> Float[np.ndarray, "N D"]:
     """States at the last token of each prompt, or of the completion behind it.
 
@@ -144,7 +144,7 @@ def last_token_states(
         site: whose states.
         completions: one a sample; None: none.
         batch_size: of the model's runs.
-        strict, errors: see `forcing.batches`.
+        strict, errors: see `teacher_forcing.batches`.
         progress: called with (samples done, samples in all).
 
     Returns float32[N, D], NaN of a sample that can't be read or processed.
@@ -155,7 +155,7 @@ def last_token_states(
     errors = {} if errors is None else errors
     found, done = None, 0
     options = {"ended": False, "strict": strict, "errors": errors}
-    for batch in forcing.batches(vlm, samples, completions, batch_size, **options):
+    for batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
         states = np.asarray(vlm.states(batch.inputs, sites=[site])[site], np.float32)
         last = last_states(states, batch.inputs["attention_mask"])[: len(batch.good)]
         if found is None:
@@ -164,7 +164,7 @@ def last_token_states(
         done += len(batch.good)
         if progress is not None:
             progress(done, len(samples))
-    forcing.require_some(range(done), samples, errors)
+    teacher_forcing.require_some(range(done), samples, errors)
     return found
 
 
@@ -276,7 +276,7 @@ def fit_l2s(
     where: Any = "all",
     batch_size: int = 16,
     strict: bool = False,
-    progress: forcing.Progress | None = None,
+    progress: teacher_forcing.Progress | None = None,
     **options: Any,
 ) -> L2S:
     """Learns which shift each prompt needs, from two counterparts of it.

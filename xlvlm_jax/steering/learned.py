@@ -21,12 +21,12 @@ import optax
 from jaxtyping import Float
 
 from ports import VLM
-from ports.edits import PADDING, Edit, add, add_mapped
-from ports.joiner import VisionLanguageModel
+from ports.intervene.edits import PADDING, Edit, add, add_mapped
+from ports.nn.vision_language import VisionLanguageModel
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.same_model import model_of
-from xlvlm_jax.steering import files, forcing
+from xlvlm_jax.steering import files, teacher_forcing
 from xlvlm_jax.steering.vectors import SteeringVector
+from xlvlm_jax.storage.same_model import model_of
 
 Array = jax.Array | np.ndarray
 
@@ -98,7 +98,7 @@ _adam = optax.scale_by_adam()
 
 @functools.partial(jax.jit, static_argnames="program")
 def _losses(
-    program: _Program, params: dict, learnt: dict, setting: _Setting, batch: forcing.Forced
+    program: _Program, params: dict, learnt: dict, setting: _Setting, batch: teacher_forcing.Forced
 ) -> jax.Array:
     """float32[B]: the mean cross-entropy of each answer's tokens."""
     if "vector" in learnt:
@@ -106,7 +106,7 @@ def _losses(
     else:
         edit = add_mapped(learnt["down"], learnt["up"])
     edits = {program.site: dataclasses.replace(edit, kinds=setting.kinds, start=setting.start)}
-    losses, weights = forcing.answer_losses(
+    losses, weights = teacher_forcing.answer_losses(
         program.module, params, batch, program.begin, edits, program.length
     )
     return losses.sum(1) / weights.sum(1)
@@ -119,7 +119,7 @@ def _update(
     learnt: dict,
     moments: Any,
     setting: _Setting,
-    batch: forcing.Forced,
+    batch: teacher_forcing.Forced,
     weights: jax.Array,
 ) -> tuple[dict, Any, jax.Array]:
     """One step of Adam on a batch: what is learnt, the moments, and the loss before the step."""
@@ -153,7 +153,7 @@ def fit_learned(
     evaluate_every: int = 10,
     patience: int = 3,
     seed: int = 0,
-    progress: forcing.Progress | None = None,
+    progress: teacher_forcing.Progress | None = None,
 ) -> SteeringVector | LowRankMap:
     """The vector (or map) that minimises the cross-entropy of the wanted answers.
 
@@ -206,8 +206,8 @@ def fit_learned(
     if template.mask is not None:
         raise ValueError("where is a mask; what is learnt applies to other prompts, name positions")
     site = vlm.find_site(site)
-    begin = forcing.begin_site(vlm, site)
-    forced, kept, skipped = forcing.force(
+    begin = teacher_forcing.begin_site(vlm, site)
+    forced, kept, skipped = teacher_forcing.force(
         vlm, samples, targets, begin, batch_size=batch_size, strict=strict
     )
     if len(kept) < 2:
@@ -242,8 +242,8 @@ def fit_learned(
     )
     moments = _adam.init(learnt)
 
-    def rows(index: np.ndarray) -> tuple[forcing.Forced, np.ndarray]:
-        return forcing.Forced(*(array[index] for array in forced)), weights[index]
+    def rows(index: np.ndarray) -> tuple[teacher_forcing.Forced, np.ndarray]:
+        return teacher_forcing.Forced(*(array[index] for array in forced)), weights[index]
 
     def validate(learnt: dict) -> float:
         total = 0.0

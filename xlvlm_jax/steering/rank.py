@@ -25,8 +25,8 @@ import numpy as np
 from ports import VLM
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import normalise_answer
-from xlvlm_jax.steering import forcing
-from xlvlm_jax.steering.forcing import Progress
+from xlvlm_jax.steering import teacher_forcing
+from xlvlm_jax.steering.teacher_forcing import Progress
 from xlvlm_jax.steering.vectors import SteeringVector
 
 
@@ -169,11 +169,13 @@ def _sweep(
     """The answers under each variant, to the samples that can be processed."""
     answers: list[list[str]] = [[] for _ in variants]
     errors: dict[str, str] = {}
-    for batch in forcing.batches(vlm, samples, None, batch_size, strict=strict, errors=errors):
+    for batch in teacher_forcing.batches(
+        vlm, samples, None, batch_size, strict=strict, errors=errors
+    ):
         result = vlm.sweep(batch.inputs, variants, max_new_tokens=max_new_tokens)
         for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
             own = tokens[: len(batch.good)]
             texts = vlm.tokenizer.batch_decode(own, skip_special_tokens=True)
             found.extend(text.strip() for text in texts)
-    forcing.require_some(answers[0], samples, errors)
+    teacher_forcing.require_some(answers[0], samples, errors)
     return answers

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 
 from ports import VLM
-from ports.edits import GENERATED, LAST_PROMPT, PADDING, Edits
-from ports.joiner import VisionLanguageModel
-from ports.sites import normal_name
-from ports.steering import steer, substitute
-from xlvlm_jax.answers import answered
-from xlvlm_jax.data.reading import process_samples
+from ports.intervene.edits import GENERATED, LAST_PROMPT, PADDING, Edits
+from ports.intervene.steer import steer, substitute
+from ports.names import normal_name
+from ports.nn.vision_language import VisionLanguageModel
+from xlvlm_jax.data.answers import answered
+from xlvlm_jax.data.batches import process_samples
 from xlvlm_jax.data.sample import Sample
 
 Progress = Callable[[int, int], None]
@@ -33,7 +33,7 @@ class Forced(NamedTuple):
 
     tokens: np.ndarray  # int32[N, T]
     positions: np.ndarray  # int32[N, T] or [N, T, 3], rotary
-    kinds: np.ndarray  # int32[N, T]: of which kind a position is, see `ports.edits`
+    kinds: np.ndarray  # int32[N, T]: of which kind a position is, see `ports.intervene.edits`
     states: np.ndarray  # [N, T, D] of the site that runs begin from
 
     @property

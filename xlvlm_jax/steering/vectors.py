@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ports import VLM
-from ports.edits import Edit, add
-from xlvlm_jax.concepts import Concepts, decompose
+from ports.intervene.edits import Edit, add
+from xlvlm_jax.concepts.decomposition import decompose
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
 

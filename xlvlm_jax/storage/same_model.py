@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ports import VLM, hub
+from ports import VLM
+from ports.checkpoint import hub
 
 
 def model_of(vlm: VLM) -> dict[str, str | None]:

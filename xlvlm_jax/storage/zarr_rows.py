@@ -16,7 +16,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Shaped
 
-from xlvlm_jax import atomic
+from xlvlm_jax.storage import atomic
 
 _CHUNK_BYTES = 2**20
 

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import decoder, joiner, layers, molmo_vision, sharding
-from ports.molmo_processor import load as load_processor
-from ports.molmo_processor import load_tokenizer
+from ports.models.molmo import vision as molmo_vision
+from ports.models.molmo.processor import load as load_processor
+from ports.models.molmo.processor import load_tokenizer
+from ports.nn import decoder, layers, vision_language
+from ports.parallel import sharding
 
 __all__ = ["Config", "Molmo", "load_processor", "load_tokenizer"]
 
@@ -291,7 +293,7 @@ class Model(nn.Module):
         self.vision_backbone = molmo_vision.VisionBackbone(self.config.vision, self.dtype)
 
 
-class Molmo(joiner.VisionLanguageModel):
+class Molmo(vision_language.VisionLanguageModel):
     """Features of the crops are added to the embeddings of the image tokens."""
 
     config: Config
@@ -317,7 +319,7 @@ class Molmo(joiner.VisionLanguageModel):
         """x[..., D] -> logits float32[..., V]: the language-model head alone."""
         return self.model.transformer.unembed(x)
 
-    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+    def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
         """The processor's arrays, or those of `prepare_inputs` -> [B, T, D].
 
         input_ids int[B, T]; images[B, C, P, values], image_masks[B, C, P], and image_input_idx
@@ -352,7 +354,7 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     """Shapes and dtypes of a batch whose images have one crop beside the whole."""
     vision = config.vision
     features = vision.pooled**2
-    length = length or 2 * (features + vision.pooled + 2) + joiner.EXAMPLE_TEXT
+    length = length or 2 * (features + vision.pooled + 2) + vision_language.EXAMPLE_TEXT
     crops, patches = 2, vision.grid**2
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
 

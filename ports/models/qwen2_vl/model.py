@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ports import decoder, joiner, layers, padding, qwen2_vision, sharding
-from ports.qwen2_vl_processor import load as load_processor
+from ports.inputs import padding
+from ports.models.qwen2_vl import vision as qwen2_vision
+from ports.models.qwen2_vl.processor import load as load_processor
+from ports.nn import decoder, layers, vision_language
+from ports.parallel import sharding
 
 __all__ = ["Config", "Qwen2VL", "load_processor"]
 
@@ -74,7 +77,7 @@ class Config:
         return cls(text, vision, (config.image_token_id, config.video_token_id))
 
 
-class Qwen2VL(joiner.VisionLanguageModel):
+class Qwen2VL(vision_language.VisionLanguageModel):
     """Features of images and videos take the places of their tokens."""
 
     config: Config
@@ -98,14 +101,14 @@ class Qwen2VL(joiner.VisionLanguageModel):
             return sharding.logits(self.model.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))
 
-    def positions(self, inputs: joiner.Inputs) -> Array:
+    def positions(self, inputs: vision_language.Inputs) -> Array:
         """Rotary positions int32[B, T, 3]: time, height and width of every token.
 
         A text token takes one step; an image or video as many as the longest of its axes has
         tokens, at its last token (see `VIDEO_POSITIONS`).
         """
         tokens = jnp.asarray(inputs["input_ids"])
-        real = joiner.attention_mask(inputs) != 0
+        real = vision_language.attention_mask(inputs) != 0
         steps = jnp.where(real, 1, 0)
         within = jnp.zeros((*tokens.shape, 3), jnp.int32)
         for (_, grid), token in zip(_KINDS, self.config.image_tokens, strict=True):
@@ -142,7 +145,7 @@ class Qwen2VL(joiner.VisionLanguageModel):
         features = self.visual(pixels, places, real[:, None, None])
         return features, real[:, :: merge**2]
 
-    def embed_inputs(self, inputs: joiner.Inputs) -> Array:
+    def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
         """The processor's arrays, or those of `prepare_inputs` -> [B, T, D]."""
         tokens = jnp.asarray(inputs["input_ids"])
         x = self.model.embed_tokens(tokens)
@@ -152,7 +155,7 @@ class Qwen2VL(joiner.VisionLanguageModel):
                     jnp.asarray(inputs[pixels]), jnp.asarray(inputs[grid])
                 )
                 flat = features.reshape(-1, features.shape[-1])
-                x = joiner.place_images(x, tokens == token, flat, counts.reshape(-1))
+                x = vision_language.place_images(x, tokens == token, flat, counts.reshape(-1))
         return x
 
 
@@ -183,7 +186,7 @@ def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a batch with one image of 16 x 16 patches a row."""
     patches = 256
-    length = length or patches // config.vision.merge_size**2 + joiner.EXAMPLE_TEXT
+    length = length or patches // config.vision.merge_size**2 + vision_language.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
     pixels = (batch, patches, config.vision.patch_values)
     return {
@@ -205,7 +208,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         images = _grid(config, arrays, pixels, grid)
         per_image = images.prod(axis=1) // config.vision.merge_size**2
         what = "image" if pixels == "pixel_values" else "video"
-        joiner.check_image_tokens(
+        vision_language.check_image_tokens(
             arrays["input_ids"],
             (token,),
             len(images),

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports import layers, sharding
+from ports.nn import layers
+from ports.parallel import sharding
 
 Array = jax.Array
 NORM_EPS = 1e-6  # no checkpoint's configuration says it

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import ports
-from ports import bert, clip, hub
-from xlvlm_jax import embedded
+from ports.checkpoint import hub
+from ports.models import bert, clip
+from xlvlm_jax.demo import embedded
 
-from . import bert_helpers, helpers
+from .. import bert_helpers, helpers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

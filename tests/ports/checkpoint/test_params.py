@@ -15,9 +15,10 @@ import safetensors.numpy
 import transformers
 
 import ports
-from ports import checkpoint, llava
+from ports import checkpoint
+from ports.models import llava
 
-from . import helpers
+from .. import helpers
 
 
 def tensors_of(pair) -> dict[str, np.ndarray]:

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import ports
-from ports import quantised, safetensors_io
+from ports.checkpoint import quantised, safetensors_io
 
-from . import helpers
+from .. import helpers
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj"
 CONFIGS = {

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ports import safetensors_io
+from ports.checkpoint import safetensors_io
 
-from . import helpers
+from .. import helpers
 
 TENSORS = {
     "half": np.arange(6, dtype=np.float16).reshape(2, 3),

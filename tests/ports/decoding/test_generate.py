@@ -10,7 +10,7 @@ import pytest
 import ports
 from ports import vlm
 
-from . import helpers
+from .. import helpers
 
 COUNT = 8
 LAYER, HEAD = "language_model.model.layers.0", "language_model.lm_head"

@@ -7,9 +7,9 @@ import pytest
 import transformers
 
 import ports
-from ports import generation_config
+from ports.decoding import generation_config
 
-from . import helpers
+from .. import helpers
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import ports
-from ports import logits
 from ports import vlm as vlm_module
+from ports.decoding import logits
 
-from . import helpers
-from .qwen2_vl_helpers import make_inputs, make_qwen2_vl
+from .. import helpers
+from ..qwen2_vl_helpers import make_inputs, make_qwen2_vl
 
 COUNT = 12
 END = 100

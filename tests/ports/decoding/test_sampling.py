@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import ports
-from ports import sampling
+from ports.decoding import sampling
 
-from . import helpers
+from .. import helpers
 
 KEY = jax.random.key(0)
 draw, keep_likely = jax.jit(sampling.draw), jax.jit(sampling.keep_likely)

@@ -10,9 +10,9 @@ import torch
 import transformers
 from PIL import Image
 
-from ports import model_inputs
+from ports.inputs import model_inputs
 
-from . import helpers
+from .. import helpers
 
 NAMES = ("input_ids", "pixel_values")
 

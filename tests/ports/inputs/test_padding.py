@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ports import padding
+from ports.inputs import padding
 
 
 def test_buckets_by_hand():

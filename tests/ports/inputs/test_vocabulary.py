@@ -12,11 +12,12 @@ import torch
 import transformers
 
 import ports
-from ports import layers, vocabulary
-from xlvlm_jax import embedded
-from xlvlm_jax.paired import paired_states
+from ports.inputs import vocabulary
+from ports.nn import layers
+from ports.paired import paired_states
+from xlvlm_jax.demo import embedded
 
-from . import helpers, molmo_helpers
+from .. import helpers, molmo_helpers
 
 V = helpers.VOCABULARY
 # Port -> rows of its embeddings. Molmo has a table of its own for the image tokens.

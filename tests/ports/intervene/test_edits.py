@@ -10,9 +10,9 @@ from flax import linen as nn
 
 import ports
 from ports import capture, steer
-from ports.edits import PADDING, TEXT, Places
+from ports.intervene.edits import PADDING, TEXT, Places
 
-from . import helpers
+from .. import helpers
 
 VECTOR = np.ones(60, np.float32)
 

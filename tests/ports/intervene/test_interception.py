@@ -7,9 +7,10 @@ import pytest
 from flax import linen as nn
 
 import ports
-from ports import capture, lora, steer
+from ports import capture, steer
+from ports.intervene import lora
 
-from . import helpers
+from .. import helpers
 
 X = jnp.ones((2, 3))
 

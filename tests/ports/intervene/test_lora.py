@@ -13,9 +13,10 @@ import torch
 from flax import linen as nn
 
 import ports
-from ports import lora, peft_files
+from ports.checkpoint import peft_io
+from ports.intervene import lora
 
-from . import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
+from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
 KEY = jax.random.key(0)
 # Linear layers of the decoder, the vision tower and what lies between, by names that all ports have
@@ -240,7 +241,7 @@ def write(pair: helpers.Pair, directory) -> None:
     shapes = lora.select_layers(lora.linear_layers(vlm.params), [TARGETS])
     ranks = lora.Ranks(3, 5, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 7})
     adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
-    peft_files.write(directory, adapter, ranks, vlm.module_names, base_model=str(pair.directory))
+    peft_io.write(directory, adapter, ranks, vlm.module_names, base_model=str(pair.directory))
 
 
 def randomised(adapter: lora.Adapter) -> lora.Adapter:
@@ -370,7 +371,7 @@ class TestRefused:
         shapes = lora.select_layers(lora.linear_layers(vlm.params), ["v_proj"])
         ranks = lora.Ranks(2, 2)
         adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
-        peft_files.write(
+        peft_io.write(
             tmp_path,
             adapter,
             ranks,

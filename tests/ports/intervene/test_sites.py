@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ports import capture, checkpoint, list_sites, llava, sites
+from ports import capture, checkpoint, list_sites
+from ports.intervene.sites import find_sites, match_sites, require_sites
+from ports.models import llava
+from ports.names import site_name
 
-from . import helpers
+from .. import helpers
 
 
 class Block(nn.Module):
@@ -341,7 +344,7 @@ class TestUnknownSites:
 
     def test_unlike_anything(self):
         with helpers.raises_line(ValueError, "no site matches '§'; nearest: none"):
-            sites.require_sites(["§"], ["layers.0"])
+            require_sites(["§"], ["layers.0"])
 
     def test_of_a_vlm_lead_to_the_full_name(self, small):
         message = (
@@ -389,10 +392,10 @@ class TestPatterns:
         ],
     )
     def test_by_hand(self, name, meant):
-        assert sites.match_sites(name, self.KNOWN) == meant
+        assert match_sites(name, self.KNOWN) == meant
 
     def test_names_stay_and_patterns_become_names(self):
-        found = sites.find_sites(["model/norm", "model.layers.*", "model.layers.0"], self.KNOWN)
+        found = find_sites(["model/norm", "model.layers.*", "model.layers.0"], self.KNOWN)
         assert list(found.items()) == [
             ("model/norm", "model.norm"),
             ("model.layers.0", "model.layers.0"),
@@ -403,14 +406,14 @@ class TestPatterns:
         with helpers.raises_line(
             ValueError, "no site matches 'model.layer.*'; nearest: model.layers.0"
         ):
-            sites.find_sites(["model.layer.*"], self.KNOWN)
+            find_sites(["model.layer.*"], self.KNOWN)
         for pattern in ("model.layers.[01]", "layers.{0,10}"):
             with helpers.raises_line(
                 ValueError,
                 f"no site matches '{pattern}' (patterns know *, ? and **, no brackets: name the "
                 "sites one by one); nearest: model.layers.",
             ):
-                sites.find_sites([pattern], self.KNOWN)
+                find_sites([pattern], self.KNOWN)
 
 
 class TestNames:
@@ -424,7 +427,7 @@ class TestNames:
         ],
     )
     def test_are_those_of_the_checkpoints(self, path, name):
-        assert sites.site_name(path) == name
+        assert site_name(path) == name
 
     def test_are_listed_with_their_shapes_in_the_order_of_the_computation(self):
         listed = list_sites(Stack().apply, VARIABLES, X)

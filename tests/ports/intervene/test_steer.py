@@ -14,7 +14,7 @@ import ports
 from ports import steer
 from ports import vlm as vlm_module
 
-from . import helpers
+from .. import helpers
 
 SITE = "language_model.model.layers.0"
 WIDTH = helpers.TEXT["hidden_size"]

@@ -8,9 +8,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from ports import bert
+from ports.models import bert
 
-from . import bert_helpers, helpers
+from .. import bert_helpers, helpers
 
 KINDS = ("bert", "roberta")
 TEXTS = ["two dogs on the beach", "a cat", "the small red bus runs at the station and sits"]

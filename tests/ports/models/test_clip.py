@@ -9,10 +9,11 @@ import torch
 import transformers
 from PIL import Image
 
-from ports import checkpoint, clip
-from xlvlm_jax import embedded
+from ports import checkpoint
+from ports.models import clip
+from xlvlm_jax.demo import embedded
 
-from . import helpers
+from .. import helpers
 
 TEXT = {
     "vocab_size": 50,

@@ -11,9 +11,13 @@ import pytest
 import transformers
 
 import ports
-from ports import checkpoint, idefics2, llava, molmo, qwen2_vl
+from ports import checkpoint
+from ports.checkpoint import params
+from ports.models import idefics2, llava
+from ports.models.molmo import model as molmo
+from ports.models.qwen2_vl import model as qwen2_vl
 
-DATA = Path(__file__).parents[1] / "data" / "checkpoints"
+DATA = Path(__file__).parents[2] / "data" / "checkpoints"
 
 
 class Case(NamedTuple):
@@ -131,7 +135,7 @@ def test_all_names_map_back_onto_a_parameter_each(model):
         for name, shape in model.real["parameters"].items()
     }
     rename = model.case.port.canonical_name
-    paths = checkpoint._match(model.abstract, stored, rename, frozenset(), "here")
+    paths = params._match(model.abstract, stored, rename, frozenset(), "here")
     assert len(paths) == len(set(paths.values())) == model.case.tensors
 
 

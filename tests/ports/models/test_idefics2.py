@@ -15,10 +15,12 @@ from sklearn.datasets import load_sample_images
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
 import ports
-from ports import checkpoint, idefics2, siglip
+from ports import checkpoint
+from ports.models import idefics2
+from ports.nn import siglip
 
-from . import helpers
-from .idefics2_helpers import (
+from .. import helpers
+from ..idefics2_helpers import (
     LATENTS,
     PROMPTS,
     VARIANTS,

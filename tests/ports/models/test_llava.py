@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ports import checkpoint, llava
+from ports import checkpoint
+from ports.models import llava
 
-from . import helpers
+from .. import helpers
 
 CASES = [
     *(("grouped queries", prompt) for prompt in helpers.PROMPTS),

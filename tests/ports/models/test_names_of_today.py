@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import ports
+from ports.intervene.sites import match_sites
 
-from . import helpers, idefics2_helpers, qwen2_vl_helpers
+from .. import helpers, idefics2_helpers, qwen2_vl_helpers
 
 # Modules of PyTorch that are functions in the ports, or put out no single array.
 FUNCTIONS = (".act", ".act_fn", ".activation_fn", ".rotary_emb", ".rotary_pos_emb", ".merger.mlp.1")
@@ -43,9 +44,7 @@ def test_every_module_is_the_site_of_its_name(pairs, port, example):
     pair, _ = pairs(port)
     names = [name for name, _ in pair.torch_model.named_modules()]
     assert set(example) < set(names)
-    found = {
-        name: ports.sites.match_sites(name, pair.vlm.sites, pair.vlm.hub_names) for name in names
-    }
+    found = {name: match_sites(name, pair.vlm.sites, pair.vlm.hub_names) for name in names}
     assert all(len(sites) <= 1 for sites in found.values())
     assert {site for sites in found.values() for site in sites} == set(pair.vlm.sites)
     for name, sites in found.items():

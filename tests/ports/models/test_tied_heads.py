@@ -19,9 +19,11 @@ import torch
 import transformers
 
 import ports
-from ports import checkpoint, orbax_io, sharding
+from ports import checkpoint
+from ports.checkpoint import orbax_io
+from ports.parallel import sharding
 
-from . import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
+from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
 FLAGS = (None, True, False)
 

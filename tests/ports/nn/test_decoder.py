@@ -9,9 +9,9 @@ import pytest
 import transformers
 from flax import linen as nn
 
-from ports import decoder
+from ports.nn import decoder
 
-from . import helpers
+from .. import helpers
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=11,

@@ -7,10 +7,11 @@ import pytest
 from flax import traverse_util
 
 import ports
-from ports import clip, layers
-from xlvlm_jax import embedded
+from ports.models import clip
+from ports.nn import layers
+from xlvlm_jax.demo import embedded
 
-from . import helpers
+from .. import helpers
 
 DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 NORM = "language_model.model.norm"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
-from ports import layers
+from ports.nn import layers
 
-from . import helpers
+from .. import helpers
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)

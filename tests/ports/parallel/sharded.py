@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import ports
-from ports import sharding
+from ports.parallel import sharding
 
 
 def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[str, np.ndarray]:

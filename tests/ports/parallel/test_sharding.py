@@ -14,9 +14,14 @@ import transformers
 from jax.sharding import PartitionSpec as P
 
 import ports
-from ports import checkpoint, idefics2, llava, molmo, orbax_io, qwen2_vl, sharding
+from ports import checkpoint
+from ports.checkpoint import orbax_io
+from ports.models import idefics2, llava
+from ports.models.molmo import model as molmo
+from ports.models.qwen2_vl import model as qwen2_vl
+from ports.parallel import sharding
 
-from . import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
+from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
 MESH = sharding.abstract_mesh(2, 4)
 EIGHT_DEVICES = {
@@ -153,7 +158,7 @@ REAL = {
 )
 def test_a_device_of_eight_holds_an_eighth_of_a_real_model(name, share):
     port, kind = REAL[name]
-    data = Path(__file__).parents[1] / "data" / "checkpoints" / f"{name}.json"
+    data = Path(__file__).parents[2] / "data" / "checkpoints" / f"{name}.json"
     values = json.loads(data.read_text())["config"]
     config = (
         molmo.read_config(values) if port is molmo else transformers.AutoConfig.for_model(**values)
@@ -288,7 +293,7 @@ class TestEightDevices:
 MORE = """
     import jax, jax.numpy as jnp, numpy as np
     import ports
-    from ports import orbax_io
+    from ports.checkpoint import orbax_io
     from pathlib import Path
 
     directory, inputs, work = sys.argv[1:]
@@ -356,7 +361,7 @@ HOSTS = """
     directory, inputs, work, address, index = sys.argv[1:]
     jax.distributed.initialize(address, 2, int(index))
     import ports
-    from ports import orbax_io, safetensors_io
+    from ports.checkpoint import orbax_io, safetensors_io
     from pathlib import Path
 
     inputs = dict(np.load(inputs))

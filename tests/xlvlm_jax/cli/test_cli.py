@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from xlvlm_jax import Concepts, Features, embedded
+from xlvlm_jax import Concepts, Features
 from xlvlm_jax.data import scenes
+from xlvlm_jax.demo import embedded
 
 NORM = "language_model.model.norm"
 SITE = ("--output", "out", "--site", NORM)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import ports
-from ports import checkpoint, orbax_io
-from xlvlm_jax import embedded
+from ports import checkpoint
+from ports.checkpoint import orbax_io
+from xlvlm_jax.demo import embedded
 
 
 @pytest.fixture

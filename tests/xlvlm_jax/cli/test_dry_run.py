@@ -5,7 +5,7 @@ import pytest
 
 from xlvlm_jax import SteeringVector
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.features.writer import FeaturesWriter
 
 NORM = "language_model.model.norm"
 

@@ -8,7 +8,7 @@ import pytest
 
 from xlvlm_jax import Concepts, SteeringVector
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.features.writer import FeaturesWriter
 
 SITE = "language_model.model.norm"
 

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import cluster, decomposition
 
-from xlvlm_jax import concepts
-from xlvlm_jax.concepts import METHODS, Concepts, decompose, project
+from xlvlm_jax.concepts import decomposition as concepts
+from xlvlm_jax.concepts.decomposition import decompose, project
+from xlvlm_jax.concepts.methods import METHODS
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import pca
 
 KEY = jax.random.key(0)
@@ -423,7 +425,7 @@ WIDE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from sklearn.decomposition import PCA
-from xlvlm_jax.concepts import decompose, project
+from xlvlm_jax.concepts.decomposition import decompose, project
 rng = np.random.default_rng(0)
 Z = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1e8
 for method in sys.argv[1:]:
@@ -546,7 +548,8 @@ def test_weights_of_a_method_without_them():
 
 SHARDED = """
 import jax, numpy as np
-from xlvlm_jax.concepts import METHODS, decompose, project
+from xlvlm_jax.concepts.methods import METHODS
+from xlvlm_jax.concepts.decomposition import decompose, project
 
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

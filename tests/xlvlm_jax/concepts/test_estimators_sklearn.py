@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 def test_scikit_learns_tests_pass(module, least, tmp_path):
     if find_spec(module) is None:
         pytest.skip(f"this scikit-learn came without {module}")
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(TESTS), str(TESTS.parents[2]), os.environ.get("PYTHONPATH", "")]
     # Most of the time goes into compiling, each small shape for itself.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from xlvlm_jax.grounding import ground_images, ground_text
+from xlvlm_jax.concepts.grounding import ground_images, ground_text
 
 VOCABULARY = ["▁Dog", "▁the", "dog", "ab", "▁grass ", "xqz", "12", "tree", "cat"]
 

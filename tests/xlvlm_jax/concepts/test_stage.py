@@ -5,9 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, Features, atomic, ground_text, grounding, stages
-from xlvlm_jax.row_arrays import StoredRows
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax import Concepts, Features, ground_text
+from xlvlm_jax.concepts import grounding
+from xlvlm_jax.concepts.scores.attributes import as_json, score_attributes
+from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
+from xlvlm_jax.features.reader import choose_site
+from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.storage import atomic
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 RNG = np.random.default_rng(0)
 
@@ -32,15 +37,15 @@ def features(tmp_path) -> Features:
 
 
 def test_concepts_that_are_the_groups_tell_the_attribute(features, tmp_path):
-    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
-    scores = stages.score_attributes(concepts, features)
+    concepts = decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    scores = score_attributes(concepts, features)
     assert set(scores) == {"colour"}  # all rows share the kind, which then tells nothing
     assert scores["colour"].nmi == pytest.approx(1)
-    assert stages.as_json(scores)["colour"]["concepts"] == 1
+    assert as_json(scores)["colour"]["concepts"] == 1
 
 
 def test_the_directory_holds_what_is_returned(features, tmp_path):
-    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, alpha=0.1)
+    concepts = decompose_features(features, tmp_path / "concepts", 2, alpha=0.1)
     loaded = Concepts.load(tmp_path / "concepts")
     np.testing.assert_array_equal(loaded.components, concepts.components)
     assert loaded.source["site"] == "a"
@@ -52,7 +57,7 @@ def test_explained_variance_of_pca_is_scikit_learns(tmp_path):
 
     Z = RNG.normal(size=(30, 6)).astype("f4")
     features = write(tmp_path / "features", Z, [(i, {}) for i in range(30)])
-    concepts = stages.decompose_features(features, tmp_path / "concepts", 3, "pca")
+    concepts = decompose_features(features, tmp_path / "concepts", 3, "pca")
     expected = PCA(3).fit(Z).explained_variance_ratio_.sum()
     assert concepts.source["explained_variance"] == pytest.approx(expected, abs=1e-4)
 
@@ -60,19 +65,19 @@ def test_explained_variance_of_pca_is_scikit_learns(tmp_path):
 def test_a_site_must_be_chosen_among_several(tmp_path):
     Z = np.eye(3, dtype="f4")
     features = write(tmp_path / "f", Z, [(i, {}) for i in range(3)], sites=("a", "b"))
-    assert stages.choose_site(features, "b") == "b"
+    assert choose_site(features, "b") == "b"
     layers = [f"language_model.model.layers.{i}" for i in (3, 13)]
     decoder = write(tmp_path / "d", Z, [(i, {}) for i in range(3)], sites=layers)
-    assert stages.choose_site(decoder, "layers.3") == layers[0]
+    assert choose_site(decoder, "layers.3") == layers[0]
     with pytest.raises(
         ValueError, match="holds the sites a, b; choose one of them, got None; name it by --site"
     ):
-        stages.choose_site(features, None)
+        choose_site(features, None)
 
 
 def test_grounding_writes_words_and_images(features, tmp_path, three_words):
-    stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
-    grounded = stages.ground_concepts(tmp_path / "concepts", three_words, features, num_images=2)
+    decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    grounded = ground_concepts(tmp_path / "concepts", three_words, features, num_images=2)
     assert sorted(words[0] for words in grounded.words) == ["beach", "dog"]
     assert Concepts.load(tmp_path / "concepts").images == grounded.images
     for words, images in zip(grounded.words, grounded.images, strict=True):
@@ -87,7 +92,7 @@ def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, 
         Z = RNG.normal(size=(8, 192)).astype("f4")
         features = write(run / "features", Z, [(i, {}) for i in range(8)], sites=(site,))
         manifest = {"fingerprint": vlm.fingerprint}
-        concepts = stages.decompose_features(features, run / "concepts", 2, "simple")
+        concepts = decompose_features(features, run / "concepts", 2, "simple")
         dataclasses.replace(concepts, source=concepts.source | manifest).save(run / "concepts")
         options = (option,) if option else ()
         status, out, errors = xlvlm("ground", run / "concepts", "--model", "embedded", *options)
@@ -105,24 +110,22 @@ def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, 
 
 
 def test_features_of_another_run_are_refused(features, tmp_path, three_words):
-    stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    decompose_features(features, tmp_path / "concepts", 2, "kmeans")
     other = write(tmp_path / "other", np.eye(4, dtype="f4"), [(i, {}) for i in range(4)])
     with pytest.raises(ValueError, match=r"activations of 20 rows, .* has 4; ground concepts with"):
-        stages.ground_concepts(tmp_path / "concepts", three_words, other)
+        ground_concepts(tmp_path / "concepts", three_words, other)
 
 
 def test_test_features_are_projected(features, tmp_path):
-    concepts = stages.decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    concepts = decompose_features(features, tmp_path / "concepts", 2, "kmeans")
     shutil.copytree(features.path, tmp_path / "other")
     other = Features.open(tmp_path / "other")
-    assert stages.score_attributes(concepts, other)["colour"].nmi == pytest.approx(1)
+    assert score_attributes(concepts, other)["colour"].nmi == pytest.approx(1)
 
 
 def test_streamed_concepts_come_back_from_the_disk(tmp_path, features):
-    whole = stages.decompose_features(features, tmp_path / "whole", 2, site=features.sites[0])
-    stages.decompose_features(
-        features, tmp_path / "streamed", 2, site=features.sites[0], stream=True
-    )
+    whole = decompose_features(features, tmp_path / "whole", 2, site=features.sites[0])
+    decompose_features(features, tmp_path / "streamed", 2, site=features.sites[0], stream=True)
     streamed = Concepts.load(tmp_path / "streamed")
     np.testing.assert_allclose(streamed.objective, whole.objective, rtol=1e-4)
     assert streamed.activations.shape == whole.activations.shape
@@ -136,7 +139,7 @@ def test_streamed_concepts_come_back_from_the_disk(tmp_path, features):
 
 def test_a_streamed_run_that_fails_leaves_nothing(tmp_path, features):
     with pytest.raises(ValueError, match="can't be streamed"):
-        stages.decompose_features(
+        decompose_features(
             features, tmp_path / "c", 2, "simple", site=features.sites[0], stream=True
         )
     assert not list((tmp_path / "c").iterdir())
@@ -146,7 +149,7 @@ def test_grounding_streamed_concepts_reads_tiles_and_writes_no_activations(
     tmp_path, features, three_words, monkeypatch
 ):
     place = tmp_path / "concepts"
-    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    decompose_features(features, place, 2, "kmeans", stream=True)
     before = {path: path.read_bytes() for path in place.rglob("c/*/*")}
     size = (place / "concepts.safetensors").stat().st_size
     largest, read = [], StoredRows._read
@@ -158,7 +161,7 @@ def test_grounding_streamed_concepts_reads_tiles_and_writes_no_activations(
     monkeypatch.setattr(StoredRows, "_read", counted)
     monkeypatch.setattr(StoredRows, "__array__", None)
     monkeypatch.setattr(grounding, "_TILE_ROWS", 3)
-    found = stages.ground_concepts(place, three_words, features, num_images=4)
+    found = ground_concepts(place, three_words, features, num_images=4)
     assert largest == [3] * 7  # 20 rows, once
     assert {path: path.read_bytes() for path in place.rglob("c/*/*")} == before
     assert (place / "concepts.safetensors").stat().st_size == size
@@ -172,7 +175,7 @@ def test_a_death_between_leaves_no_components_with_the_activations_of_others(
     tmp_path, features, monkeypatch
 ):
     place = tmp_path / "concepts"
-    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    decompose_features(features, place, 2, "kmeans", stream=True)
     old = Concepts.load(place)
     kept = np.asarray(old.activations)
     write = atomic.write
@@ -182,21 +185,21 @@ def test_a_death_between_leaves_no_components_with_the_activations_of_others(
 
     monkeypatch.setattr(atomic, "write", dies)
     with pytest.raises(KeyboardInterrupt):
-        stages.decompose_features(features, place, 3, "kmeans", stream=True)
+        decompose_features(features, place, 3, "kmeans", stream=True)
     again = Concepts.load(place)
     np.testing.assert_array_equal(again.components, old.components)
     np.testing.assert_array_equal(np.asarray(again.activations), kept)
     monkeypatch.setattr(atomic, "write", write)
-    stages.decompose_features(features, place, 3, "kmeans", stream=True)
+    decompose_features(features, place, 3, "kmeans", stream=True)
     assert Concepts.load(place).activations.shape == (20, 3)
     assert len(list(place.glob("activations*"))) == 1
-    stages.decompose_features(features, place, 2, "kmeans")
+    decompose_features(features, place, 2, "kmeans")
     assert not list(place.glob("activations*"))
 
 
 def test_streamed_concepts_of_earlier_versions_open(tmp_path, features):
     place = tmp_path / "concepts"
-    stages.decompose_features(features, place, 2, "kmeans", stream=True)
+    decompose_features(features, place, 2, "kmeans", stream=True)
     kept = np.asarray(Concepts.load(place).activations)
     (folder,) = place.glob("activations-*")
     folder.rename(place / "activations")

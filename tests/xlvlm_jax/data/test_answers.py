@@ -1,9 +1,9 @@
 import pytest
 
 import ports
-from xlvlm_jax.answers import answered, end_token
+from xlvlm_jax.data.answers import answered, end_token
 
-from .test_models import MODELS
+from ...test_models import MODELS
 
 
 def test_by_hand(vlm):

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 import ports
-from xlvlm_jax.data.reading import ahead, process_samples
+from xlvlm_jax.data.batches import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
 
-from ..test_models import MODELS
+from ...test_models import MODELS
 
 
 def samples(folder, values):

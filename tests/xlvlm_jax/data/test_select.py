@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlvlm_jax.data import Sample, select
-from xlvlm_jax.words import COLOURS
+from xlvlm_jax.data.words import COLOURS
 
 
 def sample(number, *references, **metadata):

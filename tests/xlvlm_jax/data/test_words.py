@@ -1,6 +1,6 @@
 import pytest
 
-from xlvlm_jax import words
+from xlvlm_jax.data import words
 
 
 @pytest.mark.parametrize(

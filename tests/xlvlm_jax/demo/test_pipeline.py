@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 from rich.console import Console
 
-from xlvlm_jax import Concepts, Features, demo
-from xlvlm_jax.demo import pipeline
-from xlvlm_jax.demo.steering import SITES, run_steering
+from xlvlm_jax import Concepts, Features
+from xlvlm_jax.demo import pipeline, summary
+from xlvlm_jax.demo import pipeline as pipeline_module
+from xlvlm_jax.demo.steering_part import SITES, run_steering
 
 
 @pytest.mark.slow
@@ -24,17 +25,17 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
         stages.append(name)
         return lambda done, total, rows=None: None
 
-    result = demo.run(tmp_path / "run", num_concepts=4, stage=stage)
+    result = pipeline_module.run(tmp_path / "run", num_concepts=4, stage=stage)
     assert stages[0] == "drawing scenes"
     assert result.report.exists()
     features = Features.open(tmp_path / "run" / "features")
     assert {s["attributes"]["kind"] for s in features.samples} == {"dog"}
     assert {s["attributes"]["count"] for s in features.samples} == {1, 2, 3}
-    for directory in ("concepts", f"concepts-{demo.MIDDLE}"):
+    for directory in ("concepts", f"concepts-{pipeline_module.MIDDLE}"):
         assert len(Concepts.load(tmp_path / "run" / directory).words) == 4
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["attributes"]
-    assert set(scores) == {demo.FINAL, demo.MIDDLE}
-    assert set(scores[demo.FINAL]["test"]) == {"colour", "count", "place", "mood"}
+    assert set(scores) == {pipeline_module.FINAL, pipeline_module.MIDDLE}
+    assert set(scores[pipeline_module.FINAL]["test"]) == {"colour", "count", "place", "mood"}
 
     assert {row.method for row in result.dictionaries} == {
         *("snmf", "kmeans", "pca", "simple", "random"),
@@ -46,7 +47,7 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
     assert "Steering: Answers from" in page
 
     console = Console(file=io.StringIO(), width=120)
-    demo.show(result, console)
+    summary.show(result, console)
     assert "report.html" in console.file.getvalue().replace("\n", "")
 
 

@@ -3,11 +3,12 @@
 import pytest
 
 import ports
-from xlvlm_jax import Features, data, embedded
+from xlvlm_jax import Features, data
 from xlvlm_jax.data import scenes, select
-from xlvlm_jax.demo.shift import describe, run_shift
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.shift_part import describe, run_shift
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.shift import ShiftAnalysis
 
 NORM = "language_model.model.norm"

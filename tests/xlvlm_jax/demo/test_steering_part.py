@@ -3,9 +3,9 @@
 import pytest
 
 import ports
-from xlvlm_jax import SteeringVector, embedded
+from xlvlm_jax import SteeringVector
 from xlvlm_jax.data import scenes
-from xlvlm_jax.demo import steering
+from xlvlm_jax.demo import embedded, steering_part
 from xlvlm_jax.report import write_report
 
 
@@ -18,18 +18,18 @@ def test_it_leaves_a_vector_an_evaluation_and_a_page(tmp_path):
         stages.append(name)
         return lambda done, total, rows=None: None
 
-    summary = steering.run_steering(
+    summary = steering_part.run_steering(
         ports.load(embedded.LLAVA),
         tmp_path,
         tmp_path / "scenes",
-        sites=steering.SITES[-1:],
+        sites=steering_part.SITES[-1:],
         alphas=(0.7, 0.9),
         num_samples=(100, 24, 20),
         stage=stage,
     )
     assert stages == ["extracting answers", "trying", "answering"]
-    described = steering.describe(summary)
-    assert described["site"] == steering.SITES[-1]
+    described = steering_part.describe(summary)
+    assert described["site"] == steering_part.SITES[-1]
     assert described["moved"] > 0.5
     directory = tmp_path / "steering"
     vector = SteeringVector.load(directory / "yes-no.safetensors")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from xlvlm_jax import embedded
+from xlvlm_jax.demo import embedded
 
 
 @pytest.fixture

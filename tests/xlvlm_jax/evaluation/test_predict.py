@@ -12,7 +12,7 @@ from ports import ablate, add, checkpoint
 from xlvlm_jax import SteeringVector, evaluation
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.evaluation import PLAIN, Condition
-from xlvlm_jax.same_model import model_of
+from xlvlm_jax.storage.same_model import model_of
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
 OTHER = "language_model.model.layers.3"

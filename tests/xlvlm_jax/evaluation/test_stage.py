@@ -8,8 +8,8 @@ import pytest
 from xlvlm_jax import data, evaluation
 from xlvlm_jax.evaluation import Captions, Condition, Questions
 from xlvlm_jax.report import write_report
-from xlvlm_jax.report.steering import read_steering
 from xlvlm_jax.report.steering_figures import draw_all, short_names
+from xlvlm_jax.report.steering_section import read_steering
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
 TASK = Questions(("yes",), ("no",))

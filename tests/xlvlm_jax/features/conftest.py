@@ -11,7 +11,7 @@ import pytest
 
 from xlvlm_jax import data
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import PICTURES
+from xlvlm_jax.features.manifest import PICTURES
 
 COMMAND = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()"]
 

@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from xlvlm_jax import Features, embedded
+from xlvlm_jax import Features
+from xlvlm_jax.demo import embedded
 
 NORM = "language_model.model.norm"
 

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from xlvlm_jax.extract import preflight
-from xlvlm_jax.extract.preflight import require_disk
+from xlvlm_jax.features import preflight
+from xlvlm_jax.features.preflight import require_disk
 
 from .conftest import COMMAND, digests, kept_programs
 
@@ -71,8 +71,8 @@ def test_full_on_the_way(namespaces, pictures, tmp_path):
 @pytest.mark.slow
 def test_the_preflight_says_what_a_run_then_takes(vlm, samples, tmp_path):
     """Rows and bytes are bounds, and close where a sample has one row."""
-    from xlvlm_jax.extract import Settings, extract
-    from xlvlm_jax.selection import Selection
+    from xlvlm_jax.features import Settings, extract
+    from xlvlm_jax.features.selection import Selection
 
     settings = Settings(
         ("language_model.model.norm",), Selection.parse("index:-1"), batch_size=4, max_new_tokens=2

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from xlvlm_jax import Features, find_word
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.words import COLOURS, word_pattern
+from xlvlm_jax.data.words import COLOURS, word_pattern
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 
 from .conftest import digests
 

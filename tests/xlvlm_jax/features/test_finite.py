@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Features
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 
 LAYER = "language_model.model.layers.4"
 NORM = "language_model.model.norm"
@@ -50,9 +50,9 @@ def test_every_sample_names_its_site(vlm, samples, tmp_path, factor, dtype, reas
 
 def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
     """The second of five samples: none of its rows is stored, at any site."""
-    from xlvlm_jax.extract import loop
+    from xlvlm_jax.features import pipeline
 
-    select = loop.select
+    select = pipeline.select
     batches = []
 
     def spoiled(model, ran):
@@ -64,7 +64,7 @@ def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
         states[LAYER] = states[LAYER].at[1, 0, 7].set(jnp.inf)
         return result._replace(rows=result.rows._replace(states=states))
 
-    monkeypatch.setattr(loop, "select", spoiled)
+    monkeypatch.setattr(pipeline, "select", spoiled)
     summary = extract(vlm, samples[:5], tmp_path / "features", settings())
     assert [name for name, _ in summary.failed] == [samples[1].id]
     assert summary.failed[0][1].startswith(f"Inf in the state at site {LAYER}, position")
@@ -87,8 +87,8 @@ def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
 
 def test_half_precision_is_named_as_the_cause(vlm):
     """This CPU multiplies no float16; what is said of such a model needs none."""
-    from xlvlm_jax.extract.compute import Model
-    from xlvlm_jax.extract.loop import _not_finite
+    from xlvlm_jax.features.compute import Model
+    from xlvlm_jax.features.pipeline import _not_finite
 
     half = copy.copy(vlm)
     half.module = vlm.module.clone(dtype=jnp.dtype("float16"))

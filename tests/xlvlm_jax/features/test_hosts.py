@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Concepts, Features
-from xlvlm_jax.store import manifest_of
+from xlvlm_jax.features.manifest import manifest_of
 
 from .conftest import digests, finish, free_port, start
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from xlvlm_jax import Features, data
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 
 NORM = "language_model.model.norm"
 BAD = {

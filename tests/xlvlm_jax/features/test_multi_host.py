@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlvlm_jax.extract import Settings, extract, parts
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.store import Features, FeaturesWriter, manifest_of
+from xlvlm_jax.features import Settings, extract, multi_host
+from xlvlm_jax.features.manifest import manifest_of
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.selection import Selection
+from xlvlm_jax.features.writer import FeaturesWriter
 
 from .conftest import digests
 
@@ -33,7 +35,7 @@ def whole(vlm, samples, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Ten samples: blocks of four, four and two."""
-    monkeypatch.setattr(parts, "BATCHES", 2)
+    monkeypatch.setattr(multi_host, "BATCHES", 2)
 
 
 def stop_after(count):
@@ -48,11 +50,11 @@ def stop_after(count):
 
 
 def test_blocks_by_hand(tmp_path):
-    found = parts.blocks_of(tmp_path, num_samples=10, done=0, batch_size=2)
+    found = multi_host.blocks_of(tmp_path, num_samples=10, done=0, batch_size=2)
     spans = [(block.path.name, block.start, block.stop) for block in found]
     assert spans == [("000000000", 0, 4), ("000000004", 4, 8), ("000000008", 8, 10)]
     # What one host did alone, three batches, is not done again.
-    found = parts.blocks_of(tmp_path, num_samples=10, done=6, batch_size=2)
+    found = multi_host.blocks_of(tmp_path, num_samples=10, done=6, batch_size=2)
     assert [(block.start, block.stop, block.done) for block in found] == [(6, 8, 0), (8, 10, 0)]
 
 
@@ -61,7 +63,7 @@ def test_a_run_in_parts_ends_with_the_bytes_of_one(
     vlm, samples, whole, tmp_path, monkeypatch, stop
 ):
     """Killed behind any of its batches, and again behind the next."""
-    monkeypatch.setattr(parts, "exist", lambda output: True)
+    monkeypatch.setattr(multi_host, "exist", lambda output: True)
     output = tmp_path / "features"
     for count in (stop, 1):
         with pytest.raises(StopHereError):
@@ -73,7 +75,7 @@ def test_a_run_in_parts_ends_with_the_bytes_of_one(
 def test_a_part_that_was_not_closed_behind_its_last_batch_is_whole(
     vlm, samples, whole, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(parts, "exist", lambda output: True)
+    monkeypatch.setattr(multi_host, "exist", lambda output: True)
     output, close = tmp_path / "features", FeaturesWriter.close
 
     def failing(writer):
@@ -85,7 +87,7 @@ def test_a_part_that_was_not_closed_behind_its_last_batch_is_whole(
         killed.setattr(FeaturesWriter, "close", failing)
         extract(vlm, samples, output, SETTINGS)
     assert not manifest_of(output / "parts" / "000000000")["complete"]
-    assert parts.blocks_of(output, 10, 0, 2)[0].complete
+    assert multi_host.blocks_of(output, 10, 0, 2)[0].complete
     extract(vlm, samples, output, SETTINGS)
     assert digests(output) == digests(whole)
 
@@ -107,7 +109,7 @@ def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, killed):
     """Rows of made-up states; the whole is committed batch by batch."""
     with FeaturesWriter(tmp_path, {}):
         pass
-    blocks = parts.blocks_of(tmp_path, 10, 0, 2)
+    blocks = multi_host.blocks_of(tmp_path, 10, 0, 2)
     rng = np.random.default_rng(0)
     for block in blocks:
         with FeaturesWriter(block.path, {"part": [block.start, block.stop]}) as part:
@@ -125,10 +127,10 @@ def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, killed):
 
     monkeypatch.setattr(FeaturesWriter, "append", failing)
     with FeaturesWriter(tmp_path, {}) as writer, pytest.raises(StopHereError):
-        parts.merge_all(writer, blocks, 2)
+        multi_host.merge_all(writer, blocks, 2)
     with FeaturesWriter(tmp_path, {}) as writer:
         assert writer.samples_done == 2 * killed
-        parts.merge_all(writer, parts.blocks_of(tmp_path, 10, writer.samples_done, 2), 2)
+        multi_host.merge_all(writer, multi_host.blocks_of(tmp_path, 10, writer.samples_done, 2), 2)
         writer.close()
     features = Features.open(tmp_path)
     assert [sample["id"] for sample in features.samples] == list(range(10))

@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from xlvlm_jax import Features, stages, store
-from xlvlm_jax import samples as module
-from xlvlm_jax.samples import StoredSamples, columns
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax import Features
+from xlvlm_jax.concepts.scores.attributes import known_attributes
+from xlvlm_jax.concepts.stage import decompose_features
+from xlvlm_jax.features import samples as module
+from xlvlm_jax.features.manifest import SAMPLES
+from xlvlm_jax.features.samples import StoredSamples, columns
+from xlvlm_jax.features.writer import FeaturesWriter
 
 N = 9000  # more than two blocks
 
@@ -68,13 +71,13 @@ def test_only_what_is_asked_for_is_parsed(features, parsed):
 def test_decomposing_looks_at_no_sample(features, tmp_path, parsed, monkeypatch):
     monkeypatch.setattr(StoredSamples, "_starts", None)  # not even at where they begin
     opened = Features.open(features.path)
-    stages.decompose_features(opened, tmp_path / "whole", 2, "kmeans")
-    stages.decompose_features(opened, tmp_path / "streamed", 2, "kmeans", stream=True)
+    decompose_features(opened, tmp_path / "whole", 2, "kmeans")
+    decompose_features(opened, tmp_path / "streamed", 2, "kmeans", stream=True)
     assert parsed == []
 
 
 def test_attributes_are_read_in_one_pass(features, parsed):
-    known = stages.known_attributes(features)
+    known = known_attributes(features)
     assert parsed == list(range(N))
     assert known["group"].values == ["0", "1"]
     np.testing.assert_array_equal(known["group"].codes, np.arange(N) % 2)
@@ -108,7 +111,7 @@ def test_the_text_of_features_is_short(features):
 def test_a_run_goes_on_only_after_samples_that_can_be_read(tmp_path):
     with FeaturesWriter(tmp_path, {}) as writer:
         writer.append([{"id": "0"}, {"id": "1"}], {}, *np.zeros((3, 0), int))
-    file = tmp_path / store.SAMPLES
+    file = tmp_path / SAMPLES
     file.write_bytes(file.read_bytes().replace(b'"1"', b'"1}'))
     with pytest.raises(ValueError, match=r"samples\.jsonl: line 2 is no JSON object"):
         FeaturesWriter(tmp_path, {})

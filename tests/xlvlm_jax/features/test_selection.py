@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlvlm_jax import tokens
-from xlvlm_jax.selection import MODES, Selection
+from xlvlm_jax.features import token_positions
+from xlvlm_jax.features.selection import MODES, Selection
 
-from .small_tokenizers import sentencepiece
+from ...small_tokenizers import sentencepiece
 
 
 def test_selection_fills_in_what_the_mode_means():
@@ -88,9 +88,9 @@ def test_rows_of_each_mode(text, options, expected):
     selection = Selection.parse(text, **options)
     assert PIECES.convert_ids_to_tokens([3, 4, 5, 6]) == ["▁a", "▁dog", "▁cat", "fish"]
     states = jnp.arange(12.0).reshape(2, 6, 1)
-    positions = tokens.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
+    positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
     finder = selection.finder(PIECES)
-    found = None if finder is None else finder(tokens.searched(positions))
+    found = None if finder is None else finder(token_positions.searched(positions))
     select = jax.jit(
         lambda selection, *args: selection.rows(*args, found=found, end_ids=1), static_argnums=0
     )
@@ -99,7 +99,7 @@ def test_rows_of_each_mode(text, options, expected):
 
 
 def test_words_are_not_looked_for_by_the_selection_itself():
-    positions = tokens.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
+    positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
     with pytest.raises(ValueError, match="class:dog,cat needs the places of its words; give found"):
         Selection("class", "dog,cat").keep(positions)
 
@@ -107,7 +107,9 @@ def test_words_are_not_looked_for_by_the_selection_itself():
 def test_the_prompt_is_searched_when_asked_for():
     """The word of the prompt comes first; the padding before it, of the same token, is none."""
     prompt = np.array([[4, 3, 4, 3]])
-    positions = tokens.Positions.of_generation(prompt, np.array([[0, 1, 1, 1]]), ANSWER[:1])
+    positions = token_positions.Positions.of_generation(
+        prompt, np.array([[0, 1, 1, 1]]), ANSWER[:1]
+    )
     finder = Selection("token-of-interest", "dog").finder(PIECES)
-    assert finder(tokens.searched(positions, generated_only=False)).tolist() == [[1, 2]]
-    assert finder(tokens.searched(positions)).tolist() == [[4, 5]]
+    assert finder(token_positions.searched(positions, generated_only=False)).tolist() == [[1, 2]]
+    assert finder(token_positions.searched(positions)).tolist() == [[4, 5]]

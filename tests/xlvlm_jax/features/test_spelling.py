@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from xlvlm_jax import embedded, find_word
-from xlvlm_jax.spelling import WordFinder, spellings, token_bytes
-from xlvlm_jax.words import COLOURS, PLACES, SENTIMENTS
+from xlvlm_jax import find_word
+from xlvlm_jax.data.words import COLOURS, PLACES, SENTIMENTS
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.features.spelling import WordFinder, spellings, token_bytes
 
-from .small_tokenizers import byte_level, sentencepiece
+from ...small_tokenizers import byte_level, sentencepiece
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 REAL = {  # byte-level BPE, and SentencePiece with bytes where it has no piece
     "qwen2": SHARED / "molmo" / "tokenizer",
     "llama2": SHARED / "tokenizers" / "llama2",

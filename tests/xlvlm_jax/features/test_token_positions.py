@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax import tokens
-from xlvlm_jax.tokens import Positions
+from xlvlm_jax.features import token_positions
+from xlvlm_jax.features.token_positions import Positions
 
 END, PAD, IMAGE, DOG, CAT = 1, 0, 9, 50, 51
 
@@ -72,24 +72,30 @@ def where(keep):
 @pytest.mark.parametrize(
     ("keep", "expected"),
     [
-        (lambda p: tokens.everything(p), [[0, 1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]),
-        (lambda p: tokens.everything(p, generated_only=True), [[3, 4, 5, 6], [3, 4, 5, 6, 7]]),
-        (lambda p: tokens.index(p, 1), [[1], [3]]),
-        (lambda p: tokens.index(p, -1), [[6], [7]]),
-        (lambda p: tokens.index(p, 0, generated_only=True), [[3], [3]]),
-        (lambda p: tokens.index(p, 6), [[6], []]),  # the second sample has 6 positions
-        (lambda p: tokens.index(p, -7), [[0], []]),
-        (lambda p: tokens.interval(p, 1, 3), [[1, 2], [3, 4]]),
-        (lambda p: tokens.interval(p, -2), [[5, 6], [6, 7]]),
-        (lambda p: tokens.interval(p, None, 1, generated_only=True), [[3], [3]]),
-        (lambda p: tokens.interval(p, 3, 3), [[], []]),
-        (lambda p: tokens.token_of_interest(p, DOG), [[4], []]),
-        (lambda p: tokens.token_of_interest(p, [DOG, CAT]), [[4], [3]]),
-        (lambda p: tokens.token_of_interest(p, IMAGE), [[], []]),  # the prompt's tokens are not it
-        (lambda p: tokens.token_of_interest(p, IMAGE, generated_only=False), [[0], [2]]),
-        (lambda p: tokens.token_of_interest(p, []), [[], []]),
-        (lambda p: tokens.before_special_tokens(p, [END]), [[3, 4, 5], [3, 4, 5, 6, 7]]),
-        (lambda p: tokens.before_special_tokens(p, [CAT, DOG]), [[3], []]),
+        (lambda p: token_positions.everything(p), [[0, 1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]),
+        (
+            lambda p: token_positions.everything(p, generated_only=True),
+            [[3, 4, 5, 6], [3, 4, 5, 6, 7]],
+        ),
+        (lambda p: token_positions.index(p, 1), [[1], [3]]),
+        (lambda p: token_positions.index(p, -1), [[6], [7]]),
+        (lambda p: token_positions.index(p, 0, generated_only=True), [[3], [3]]),
+        (lambda p: token_positions.index(p, 6), [[6], []]),  # the second sample has 6 positions
+        (lambda p: token_positions.index(p, -7), [[0], []]),
+        (lambda p: token_positions.interval(p, 1, 3), [[1, 2], [3, 4]]),
+        (lambda p: token_positions.interval(p, -2), [[5, 6], [6, 7]]),
+        (lambda p: token_positions.interval(p, None, 1, generated_only=True), [[3], [3]]),
+        (lambda p: token_positions.interval(p, 3, 3), [[], []]),
+        (lambda p: token_positions.token_of_interest(p, DOG), [[4], []]),
+        (lambda p: token_positions.token_of_interest(p, [DOG, CAT]), [[4], [3]]),
+        (
+            lambda p: token_positions.token_of_interest(p, IMAGE),
+            [[], []],
+        ),  # the prompt's tokens are not it
+        (lambda p: token_positions.token_of_interest(p, IMAGE, generated_only=False), [[0], [2]]),
+        (lambda p: token_positions.token_of_interest(p, []), [[], []]),
+        (lambda p: token_positions.before_special_tokens(p, [END]), [[3, 4, 5], [3, 4, 5, 6, 7]]),
+        (lambda p: token_positions.before_special_tokens(p, [CAT, DOG]), [[3], []]),
     ],
 )
 def test_selections_by_hand(keep, expected):
@@ -99,24 +105,26 @@ def test_selections_by_hand(keep, expected):
 
 
 def test_words_are_searched_and_kept_by_place():
-    searched = tokens.searched(of_generation())
+    searched = token_positions.searched(of_generation())
     assert (
         np.flatnonzero(searched[0] >= 0).tolist()
-        == np.flatnonzero(tokens.everything(of_generation(), generated_only=True)[0]).tolist()
+        == np.flatnonzero(
+            token_positions.everything(of_generation(), generated_only=True)[0]
+        ).tolist()
     )
     assert searched[0, 3:6].tolist() == [30, DOG, DOG]
-    keep = tokens.spans(of_generation(), np.array([[3, 5], [-1, -1]]))
+    keep = token_positions.spans(of_generation(), np.array([[3, 5], [-1, -1]]))
     assert where(keep) == [[3, 4], []]
 
 
 SELECTIONS = [
-    lambda p: tokens.everything(p),
-    lambda p: tokens.index(p, 2),
-    lambda p: tokens.index(p, -2, generated_only=True),
-    lambda p: tokens.interval(p, 1, -1),
-    lambda p: tokens.token_of_interest(p, [3, 4]),
-    lambda p: tokens.token_of_interest(p, [3, 4], generated_only=False),
-    lambda p: tokens.before_special_tokens(p, [END]),
+    lambda p: token_positions.everything(p),
+    lambda p: token_positions.index(p, 2),
+    lambda p: token_positions.index(p, -2, generated_only=True),
+    lambda p: token_positions.interval(p, 1, -1),
+    lambda p: token_positions.token_of_interest(p, [3, 4]),
+    lambda p: token_positions.token_of_interest(p, [3, 4], generated_only=False),
+    lambda p: token_positions.before_special_tokens(p, [END]),
 ]
 
 
@@ -131,10 +139,10 @@ def test_interval_and_index_count_as_python_slices_do(length, seed, start, stop)
     tokens_ = np.random.default_rng(seed).integers(2, 9, (1, length))
     positions = Positions.of_generated(tokens_)
     expected = list(range(length))[start:stop]
-    assert where(tokens.interval(positions, start, stop)) == [expected]
+    assert where(token_positions.interval(positions, start, stop)) == [expected]
     if start is not None:
         one = [range(length)[start]] if -length <= start < length else []
-        assert where(tokens.index(positions, start)) == [one]
+        assert where(token_positions.index(positions, start)) == [one]
 
 
 @given(left=st.integers(0, 3), seed=st.integers(0, 2**16), end=st.integers(0, 4))
@@ -164,26 +172,26 @@ def test_rows_do_not_depend_on_padding(left, seed, end):
 def select_all(states, ids, mask, answer):
     positions = of_generation(ids, mask, answer)
     return [
-        tokens.reduce(states, positions, select(positions), how)
+        token_positions.reduce(states, positions, select(positions), how)
         for select in SELECTIONS
-        for how in tokens.HOWS
+        for how in token_positions.HOWS
     ]
 
 
 def test_reduce_by_hand():
     positions = of_generation()
     states = jnp.arange(16.0).reshape(2, 8, 1)  # sample 1 starts at 8
-    keep = tokens.before_special_tokens(positions, [END, 33])
+    keep = token_positions.before_special_tokens(positions, [END, 33])
     assert where(keep) == [[3, 4, 5], [3, 4, 5]]
 
-    first = tokens.reduce(states, positions, keep)
+    first = token_positions.reduce(states, positions, keep)
     assert first.states[:, 0, 0].tolist() == [3, 11]
-    last = tokens.reduce(states, positions, keep, "last")
+    last = token_positions.reduce(states, positions, keep, "last")
     assert last.states[:, 0, 0].tolist() == [5, 13]
     assert (last.position.tolist(), last.token.tolist()) == ([[5], [3]], [[DOG], [32]])
-    mean = tokens.reduce(states, positions, keep, "mean")
+    mean = token_positions.reduce(states, positions, keep, "mean")
     assert mean.states[:, 0, 0].tolist() == [4, 12]
-    each, sample, position, token = tokens.reduce(states, positions, keep, "each").flat()
+    each, sample, position, token = token_positions.reduce(states, positions, keep, "each").flat()
     assert each[:, 0].tolist() == [3, 4, 5, 11, 12, 13]
     assert sample.tolist() == [0, 0, 0, 1, 1, 1]
     assert position.tolist() == [3, 4, 5, 1, 2, 3]  # sample 1 begins after two of padding
@@ -193,7 +201,9 @@ def test_reduce_by_hand():
 def test_reduce_of_several_sites_leaves_out_samples_without_a_row():
     positions = of_generation()
     states = {"a": np.ones((2, 8, 3), np.float32), "b": np.ones((2, 8, 2), np.float32)}
-    select = jax.jit(lambda s, p: tokens.reduce(s, p, tokens.token_of_interest(p, DOG)))
+    select = jax.jit(
+        lambda s, p: token_positions.reduce(s, p, token_positions.token_of_interest(p, DOG))
+    )
     rows = select(states, positions)
     assert rows.states["a"].shape == (2, 1, 3)  # what leaves the device: one row a sample
     flat, sample, position, token = rows.flat()
@@ -205,14 +215,17 @@ def test_reduce_mean_against_numpy():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(2, 8, 5)).astype(np.float32)
     keep = rng.random((2, 8)) < 0.5
-    got = tokens.reduce(states, of_generation(), keep, "mean").states[:, 0]
+    got = token_positions.reduce(states, of_generation(), keep, "mean").states[:, 0]
     expected = [x[k].mean(axis=0) for x, k in zip(states, keep, strict=True)]
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_reduce_with_a_bound_gives_so_many_rows():
-    rows = tokens.reduce(
-        jnp.zeros((2, 8, 1)), of_generation(), tokens.interval(of_generation(), 2, 4), "each",
+    rows = token_positions.reduce(
+        jnp.zeros((2, 8, 1)),
+        of_generation(),
+        token_positions.interval(of_generation(), 2, 4),
+        "each",
         max_rows=2,
     )  # fmt: skip
     assert rows.valid.tolist() == [[True, True], [True, True]]
@@ -221,4 +234,4 @@ def test_reduce_with_a_bound_gives_so_many_rows():
 def test_reduce_names_the_ways():
     positions = of_generation()
     with pytest.raises(ValueError, match="how must be one of first, last, mean, each, got 'both'"):
-        tokens.reduce(jnp.zeros((2, 8, 1)), positions, positions.is_prompt, "both")
+        token_positions.reduce(jnp.zeros((2, 8, 1)), positions, positions.is_prompt, "both")

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax import row_arrays, store
-from xlvlm_jax.store import Features, FeaturesWriter
+from xlvlm_jax.features import writer as store
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.storage import zarr_rows
 
 ARGUMENTS = {"model": "tiny", "tokens": "index:-1", "batch_size": 4, "seeds": (0, 1)}
 SITES = {"language_model.model.layers.1": 5, "language_model.model.norm": 3}
@@ -135,7 +137,7 @@ def test_a_site_may_hold_a_slash(tmp_path):
 @settings(max_examples=8, deadline=None)
 def test_chunks_and_interruptions_leave_no_trace(tmp_path_factory, sizes, stop):
     root = tmp_path_factory.mktemp("runs")
-    chunk_bytes, row_arrays._CHUNK_BYTES = row_arrays._CHUNK_BYTES, 64  # three rows of width 5
+    chunk_bytes, zarr_rows._CHUNK_BYTES = zarr_rows._CHUNK_BYTES, 64  # three rows of width 5
     try:
         for name, stops in (("whole", ()), ("parts", (stop,))):
             for last in (*stops, None):
@@ -148,7 +150,7 @@ def test_chunks_and_interruptions_leave_no_trace(tmp_path_factory, sizes, stop):
         assert contents(root / "parts") == contents(root / "whole")
         features = Features.open(root / "whole")
     finally:
-        row_arrays._CHUNK_BYTES = chunk_bytes
+        zarr_rows._CHUNK_BYTES = chunk_bytes
     expected = [batch(number, rows_of) for number, rows_of in enumerate(sizes)]
     for site in features.sites:
         rows = np.concatenate([b[1][site] for b in expected])
@@ -161,7 +163,7 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, path, step, commit):
     """A run of five batches that dies in the `commit`-th batch, at one step of committing it."""
-    replace, write_rows = store._replace, FeaturesWriter._write_rows
+    replace, write_rows = store.write_json, FeaturesWriter._write_rows
     calls = []
 
     def dying_write_rows(self, *args):
@@ -183,7 +185,7 @@ def killed_at(monkeypatch, path, step, commit):
                 raise Killed
         replace(target, value)
 
-    monkeypatch.setattr(store, "_replace", dying_replace)
+    monkeypatch.setattr(store, "write_json", dying_replace)
     monkeypatch.setattr(FeaturesWriter, "_write_rows", dying_write_rows)
     with pytest.raises(Killed):
         write(path)
@@ -211,7 +213,7 @@ def test_a_killed_process_leaves_whole_batches_and_no_lock(tmp_path):
     script = f"""
         import sys
         sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
-        from test_store import ARGUMENTS, FeaturesWriter, batch
+        from test_writer import ARGUMENTS, FeaturesWriter, batch
         writer = FeaturesWriter({str(path)!r}, ARGUMENTS)
         for number in range(10_000):
             writer.append(*batch(number))
@@ -308,7 +310,7 @@ def test_an_append_that_failed_may_be_tried_again(tmp_path, monkeypatch):
     with FeaturesWriter(tmp_path / "retried", ARGUMENTS) as writer:
         writer.append(*batch(0))
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_replace", full)
+            patch.setattr(store, "write_json", full)
             with pytest.raises(OSError, match=r"cannot write features to .*: No space left"):
                 writer.append(*batch(1))
         writer.append(*batch(1))

@@ -10,8 +10,8 @@ import ports
 from xlvlm_jax.data import Sample
 from xlvlm_jax.finetune import Settings
 
-from ..ports import helpers
-from ..ports.test_vlm import make_processor
+from ...ports import helpers
+from ...ports.test_vlm import make_processor
 
 # One program for most tests.
 SETTINGS = Settings(

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import ports
-from xlvlm_jax.answers import end_token
 from xlvlm_jax.data import Sample
+from xlvlm_jax.data.answers import end_token
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.finetune import examples
 
-from ..test_models import MODELS
+from ...test_models import MODELS
 
 
 def answers(vlm, batch: examples.Batch) -> list[str]:

@@ -16,7 +16,7 @@ import ports
 from xlvlm_jax.data import scenes
 from xlvlm_jax.finetune import Settings, finetune
 
-from ..ports import helpers
+from ...ports import helpers
 from .conftest import SETTINGS
 
 OPTIONS = {"save_every": 2, "log_every": 1, "evaluate_every": 3}

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ports
-from ports import peft_files
+from ports.checkpoint import peft_io
 from xlvlm_jax.finetune import Settings, examples, training
 from xlvlm_jax.finetune.training import Trainer, initial_adapter
 
-from ..ports import helpers
+from ...ports import helpers
 from .conftest import SETTINGS
 
 
@@ -56,7 +56,7 @@ def test_updates_are_those_of_peft_and_torch(pair, vlm, batches, tmp_path):
         lambda x: jnp.array(0.1 * random.standard_normal(x.shape, np.float32)), adapter.factors
     )
     adapter = adapter._replace(factors=factors)
-    peft_files.write(tmp_path, adapter, ranks, vlm.module_names, base_model="small")
+    peft_io.write(tmp_path, adapter, ranks, vlm.module_names, base_model="small")
     base = helpers.transformers.LlavaForConditionalGeneration.from_pretrained(pair.directory)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     trained = [p for p in theirs.parameters() if p.requires_grad]

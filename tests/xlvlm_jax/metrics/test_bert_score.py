@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ports import bert
+from ports.models import bert
 from xlvlm_jax import metrics
 
-from ..ports import bert_helpers
+from ...ports import bert_helpers
 
 CANDIDATES = ["dog, beach, sand", "cat", "two dogs, bus, station, red", "happy"]
 REFERENCES = [

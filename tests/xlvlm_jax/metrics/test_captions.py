@@ -8,7 +8,7 @@ import pytest
 
 from xlvlm_jax.data import scenes
 from xlvlm_jax.metrics import captions
-from xlvlm_jax.metrics.ptb import caption_words
+from xlvlm_jax.metrics.caption_tokenizer import caption_words
 
 # What Stanford's PTBTokenizer makes of these, lower-cased, less the marks that COCO drops.
 KNOWN = {

@@ -8,8 +8,9 @@ import torch
 import transformers
 from PIL import Image
 
-from xlvlm_jax import embedded, metrics
+from xlvlm_jax import metrics
 from xlvlm_jax.data import scenes
+from xlvlm_jax.demo import embedded
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 
-from xlvlm_jax.labels import UNKNOWN, factorise, factorise_each
+from xlvlm_jax.metrics.labels import UNKNOWN, factorise, factorise_each
 
 
 def test_by_hand():

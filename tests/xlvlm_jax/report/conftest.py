@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.features.writer import FeaturesWriter
 
 SITE = "language_model.model.norm"
 NUM_SAMPLES = 24

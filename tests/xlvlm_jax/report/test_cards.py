@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from xlvlm_jax.labels import factorise
+from xlvlm_jax.metrics.labels import factorise
 from xlvlm_jax.report.cards import NONE, assign, count_attributes, typical_attributes
 from xlvlm_jax.report.page import number, percent
 

@@ -1,6 +1,6 @@
 import pytest
 
-from xlvlm_jax.report.plots import figure
+from xlvlm_jax.report.figure import figure
 
 
 def draw(path):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from xlvlm_jax.concepts import Concepts
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.report import write_report
 
 VOID = {"meta", "img", "link", "input", "br", "hr"}

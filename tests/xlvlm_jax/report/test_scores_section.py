@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit
 from xlvlm_jax.report import write_report
-from xlvlm_jax.report.scores import plot, read_scores, score_tables
-from xlvlm_jax.scoring.records import DictionaryScores, Fit
+from xlvlm_jax.report.score_figures import draw_all, plot
+from xlvlm_jax.report.scores_section import read_scores, score_tables
 
 
 def row(method, K, mean=None, **figures):
@@ -109,3 +110,10 @@ def test_damaged_scores(tmp_path, broken):
     with pytest.raises(ValueError, match=r"scores.json: no scores of dictionaries \(.*score them"):
         read_scores(tmp_path, {"dictionaries": broken})
     assert read_scores(tmp_path, {"attributes": {}}) is None
+
+
+def test_a_plot_of_other_scores_is_removed(tmp_path):
+    draw_all(ROWS, tmp_path)
+    assert b"CLIPScore" in (tmp_path / "scores.svg").read_bytes()
+    draw_all(ROWS[:1], tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.report import shift_figures, write_report
-from xlvlm_jax.report.shift import overlap_rows, read_shifts
+from xlvlm_jax.report.shift_section import overlap_rows, read_shifts
 from xlvlm_jax.shift import ShiftAnalysis, Spread
 
 

@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from xlvlm_jax.report.figures import histogram, thumbnails
+from xlvlm_jax.report.thumbnails import histogram, thumbnails
 
 
 def test_histogram_by_hand():

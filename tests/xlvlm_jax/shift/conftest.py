@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Concepts, Features
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.features.writer import FeaturesWriter
 
 SITE = "norm"
 WORDS = ("dog", "beach", "red", "happy", "forest", "the", "of", "snow")

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from xlvlm_jax import decompose, project
-from xlvlm_jax.row_arrays import StoredRows, create_array, wait
 from xlvlm_jax.shift import Pairs, analyse, blocks, ground_samples, vectors
+from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 N, M, D, K = 300, 250, 6, 4
 

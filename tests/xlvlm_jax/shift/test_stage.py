@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, stages
-from xlvlm_jax.paired import finetuned_site
-from xlvlm_jax.row_arrays import StoredRows
+from xlvlm_jax import Concepts
+from xlvlm_jax.concepts.stage import decompose_features
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.shift import ShiftAnalysis, shift_features
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 OPTIONS = {"num_words": 2, "num_images": 10}
 
@@ -61,7 +62,7 @@ def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
     found = []
     for stream in (False, True):
         place = root / f"concepts-{stream}"
-        stages.decompose_features(features[0], place, 3, "kmeans", stream=stream)
+        decompose_features(features[0], place, 3, "kmeans", stream=stream)
         output = root / f"shift-{stream}"
         found.append(shift_features(*features, Concepts.load(place), head, output, **OPTIONS))
         own = Concepts.load(output / "finetuned-concepts")

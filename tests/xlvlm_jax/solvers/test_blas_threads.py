@@ -2,7 +2,7 @@ import pytest
 import scipy.linalg  # noqa: F401 - the library that is limited
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from xlvlm_jax.solvers import lapack
+from xlvlm_jax.solvers import blas_threads
 
 
 def threads() -> set[int]:
@@ -19,13 +19,13 @@ def two_threads():
 
 def test_one_thread_within_and_as_many_as_before_after():
     assert threads() == {2}
-    with lapack.one_thread():
+    with blas_threads.one_thread():
         assert threads() == {1}
     assert threads() == {2}
 
 
 def test_blocks_that_overlap_end_with_the_last():
-    first, second = lapack.one_thread(), lapack.one_thread()
+    first, second = blas_threads.one_thread(), blas_threads.one_thread()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -35,11 +35,11 @@ def test_blocks_that_overlap_end_with_the_last():
 
 
 def test_an_error_within_restores_them():
-    with pytest.raises(ZeroDivisionError), lapack.one_thread():
+    with pytest.raises(ZeroDivisionError), blas_threads.one_thread():
         1 / 0  # noqa: B018
     assert threads() == {2}
 
 
 def test_as_a_decorator():
-    assert lapack.one_thread()(threads)() == {1}
+    assert blas_threads.one_thread()(threads)() == {1}
     assert threads() == {2}

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from xlvlm_jax.solvers.rows import ONE_DEVICE
+from xlvlm_jax.solvers.collectives import ONE_DEVICE
 
 MESH = """
 import re
@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from xlvlm_jax.solvers import kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.loop import Result
-from xlvlm_jax.solvers.rows import Rows
+from xlvlm_jax.solvers.collectives import Rows
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rows = Rows("data")

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from xlvlm_jax.concepts import decompose
+from xlvlm_jax.concepts.decomposition import decompose
 
 HOST = """
 import sys
 import jax, numpy as np
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec as P
-from xlvlm_jax.concepts import decompose
+from xlvlm_jax.concepts.decomposition import decompose
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 Z = np.load(sys.argv[3])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
-from xlvlm_jax.solvers import assignment, kmeans
+from xlvlm_jax.solvers import kmeans, kmeans_assignment
 from xlvlm_jax.solvers.compression import SAMPLE
 
 from .helpers import alone
@@ -71,7 +71,7 @@ def test_scikit_learns_end_where_a_sample_compresses_or_scores_are_renewed_in_bl
     Z = Z.astype(np.float32)
     enough = n >= kmeans.ENOUGH * SAMPLE * (k + kmeans.BY_SAMPLE)
     by_sample = enough and 4 * (k + kmeans.OVERSAMPLE) <= d
-    assert by_sample != (k > assignment.LARGE)
+    assert by_sample != (k > kmeans_assignment.LARGE)
     # A row of each true cluster where updates on other columns might end in another optimum.
     start = Z[np.unique(truth, return_index=True)[1]] if by_sample else Z[:k]
     theirs = KMeans(k, init=start, n_init=1, algorithm="lloyd", tol=0).fit(Z)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import pairwise_distances
 
-from xlvlm_jax.solvers import assignment, kmeans
-from xlvlm_jax.solvers.assignment import Bounds, Scores, Sums
+from xlvlm_jax.solvers import kmeans, kmeans_assignment
+from xlvlm_jax.solvers.kmeans_assignment import Bounds, Scores, Sums
 
 K, N, D = 6, 400, 20
 
@@ -17,36 +17,38 @@ def problem_of(Z, K=K):
 
 
 def unknown(problem, K=K):
-    return assignment.nothing(problem), jnp.full(K, jnp.inf)
+    return kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf)
 
 
 def test_three_rows_by_hand():
     problem = problem_of(np.array([[0.0], [2.0], [7.0]], np.float32), 2)  # the mean is 3
     offsets = jnp.array([[-3.0], [4.0]])  # centroids 0 and 7
     kept, shifts = unknown(problem, 2)
-    kept, labels, sums = assignment.renew(problem, kept, offsets, shifts)
+    kept, labels, sums = kmeans_assignment.renew(problem, kept, offsets, shifts)
     np.testing.assert_array_equal(labels, [0, 0, 1])
     np.testing.assert_allclose(kept.gaps, [7, 5 - 2, 7], rtol=1e-4)
     np.testing.assert_array_equal(sums.counts.value, [2, 1])
     # Of the rows less the mean.
     np.testing.assert_array_equal(sums.totals.value, [[2 - 2 * 3], [7 - 3]])
     # Row two is 2 away from its centroid, the others are on theirs.
-    np.testing.assert_allclose(assignment.inertia(problem.spread, offsets, sums), 4, rtol=1e-6)
+    np.testing.assert_allclose(
+        kmeans_assignment.inertia(problem.spread, offsets, sums), 4, rtol=1e-6
+    )
 
 
 def test_nearest_by_hand():
     scores = jnp.array([[3.0, 1.0, 5.0], [2.0, 1.0, 7.0], [9.0, 4.0, 6.0]])
-    found = assignment.nearest(scores)
+    found = kmeans_assignment.nearest(scores)
     np.testing.assert_array_equal(found.labels, [1, 0, 0])  # the first of equal ones
     np.testing.assert_array_equal(found.least, [2, 1, 5])
     np.testing.assert_array_equal(found.second, [3, 1, 6])
 
 
 def test_one_centroid_has_no_second():
-    assert assignment.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
+    assert kmeans_assignment.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
 
 
-@pytest.mark.parametrize("K", [K, assignment.LARGE + 40], ids=["by rows", "by centroids"])
+@pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
 @pytest.mark.parametrize("common", [0.0, 100.0])
 def test_labels_and_sums_after_moves_of_every_size(K, common):
     """Against scikit-learn's distances; large moves look at all rows, small ones at few."""
@@ -55,8 +57,8 @@ def test_labels_and_sums_after_moves_of_every_size(K, common):
     problem = problem_of(Z, K)
     centroids = Z[rng.choice(N, K, replace=False)]
     kept, shifts = unknown(problem, K)
-    assert isinstance(kept, Scores if K > assignment.LARGE else Bounds)
-    renew = jax.jit(assignment.renew)
+    assert isinstance(kept, Scores if K > kmeans_assignment.LARGE else Bounds)
+    renew = jax.jit(kmeans_assignment.renew)
     seen = []
     for size in (0, 1.0, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
         moved = rng.random(K) < 0.5
@@ -73,7 +75,7 @@ def test_labels_and_sums_after_moves_of_every_size(K, common):
         centred = Z.astype(np.float64) - np.asarray(problem.mean, np.float64)
         np.testing.assert_allclose(sums.totals.value, members.T @ centred, atol=2e-4)
         offsets = centroids.astype(np.float64) - np.asarray(problem.mean, np.float64)
-        inertia = assignment.inertia(problem.spread, offsets.astype(np.float32), sums)
+        inertia = kmeans_assignment.inertia(problem.spread, offsets.astype(np.float32), sums)
         np.testing.assert_allclose(inertia, np.sum(chosen**2), rtol=1e-6)
         if isinstance(kept, Bounds):
             ordered = np.sort(distances, axis=1)
@@ -89,11 +91,11 @@ def test_rows_that_cannot_change_are_not_looked_at():
     problem = problem_of(Z)
     offsets = jnp.eye(K, D) * 10 - problem.mean
     kept, shifts = unknown(problem)
-    kept, labels, _ = assignment.renew(problem, kept, offsets, shifts)
+    kept, labels, _ = kmeans_assignment.renew(problem, kept, offsets, shifts)
     other = problem._replace(Z=problem.Z.at[0].set(problem.Z[-1]))
-    _, again, _ = assignment.renew(other, kept, offsets, jnp.full(K, 0.1))
+    _, again, _ = kmeans_assignment.renew(other, kept, offsets, jnp.full(K, 0.1))
     np.testing.assert_array_equal(again, labels)
-    _, all_anew, _ = assignment.renew(other, kept, offsets, jnp.full(K, 100.0))
+    _, all_anew, _ = kmeans_assignment.renew(other, kept, offsets, jnp.full(K, 100.0))
     assert all_anew[0] == K - 1
 
 
@@ -104,7 +106,7 @@ def test_rows_that_pad_have_no_part_in_the_sums():
     kept, shifts = unknown(problem)
     offsets = rng.normal(size=(K, D)).astype(np.float32)
     for size in (0.5, 0.05, 0.005):
-        kept, labels, sums = assignment.renew(problem, kept, jnp.asarray(offsets), shifts)
+        kept, labels, sums = kmeans_assignment.renew(problem, kept, jnp.asarray(offsets), shifts)
         np.testing.assert_array_equal(sums.counts.value, np.bincount(labels[:N], minlength=K))
         step = size * rng.normal(size=(K, D)).astype(np.float32)
         offsets, shifts = offsets + step, jnp.linalg.norm(jnp.asarray(step), axis=1)
@@ -112,15 +114,15 @@ def test_rows_that_pad_have_no_part_in_the_sums():
 
 def test_sums_of_labels():
     problem = problem_of(np.arange(6, dtype=np.float32).reshape(3, 2), 2)
-    sums = assignment.sums_of(problem, jnp.array([1, 0, 1]))
-    of_one = assignment.sums_of(problem, jnp.array([1, 0, 0]))
+    sums = kmeans_assignment.sums_of(problem, jnp.array([1, 0, 1]))
+    of_one = kmeans_assignment.sums_of(problem, jnp.array([1, 0, 0]))
     np.testing.assert_array_equal(of_one.totals.value, [[2, 2], [-2, -2]])
     assert isinstance(sums, Sums)
     np.testing.assert_array_equal(sums.counts.value, [1, 2])
     np.testing.assert_array_equal(sums.totals.value, [[0, 0], [0, 0]])  # the mean is [2, 3]
 
 
-@pytest.mark.parametrize("K", [K, assignment.LARGE + 40], ids=["by rows", "by centroids"])
+@pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
 def test_heavy_rows_that_leave_a_cluster_leave_nothing_there(K):
     """Beside float64's sums: a weight of 1e6 that was counted and taken back would leave 0.06."""
     rng = np.random.default_rng(2)
@@ -132,7 +134,7 @@ def test_heavy_rows_that_leave_a_cluster_leave_nothing_there(K):
     kept, shifts = unknown(problem, K)
     offsets = rng.normal(size=(K, D)).astype(np.float32)
     for size in (0.5, 0.05, 0.05):
-        kept, labels, sums = assignment.renew(problem, kept, jnp.asarray(offsets), shifts)
+        kept, labels, sums = kmeans_assignment.renew(problem, kept, jnp.asarray(offsets), shifts)
         expected = np.bincount(labels, weights.astype(np.float64), K)
         found = [np.asarray(part, np.float64) for part in sums.counts]
         np.testing.assert_allclose(np.sum(found, axis=0), expected, rtol=2e-6)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.linalg import complement, orthonormal
 
 
 def test_by_hand():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlvlm_jax.solvers.loop import FEW, begin, inner_products, matmul, run, weighted_sums
+from xlvlm_jax.solvers.linalg import FEW, inner_products, matmul, weighted_sums
+from xlvlm_jax.solvers.loop import begin, run
 
 
 class Halving(NamedTuple):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlvlm_jax.concepts import decompose
+from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, stability
 
 KEY = jax.random.key(0)

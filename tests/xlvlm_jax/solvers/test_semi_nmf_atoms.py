@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition._dict_learning import _update_dict
 
-from xlvlm_jax.solvers import atoms as dictionary
+from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
 
 ALPHA = jnp.float32(0.5)
 

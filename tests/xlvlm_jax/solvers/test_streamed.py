@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from xlvlm_jax.concepts import decompose, decompose_stored
-from xlvlm_jax.row_arrays import StoredRows, create_array, wait
+from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.solvers import kmeans
 from xlvlm_jax.solvers.streamed import tiles
+from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 KEY = jax.random.key(0)
 N, D, K = 301, 24, 4

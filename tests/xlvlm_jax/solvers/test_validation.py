@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 import tensorstore as ts
 
-from xlvlm_jax.solvers import inputs
+from xlvlm_jax.solvers import validation
 
 Z = np.array([[1.5, -2.0], [3.0, 0.25]])
 
@@ -23,7 +23,7 @@ class Labelled:
 
 
 def numbers(given):
-    found = inputs.as_matrix(given, "Z", row="sample")
+    found = validation.as_matrix(given, "Z", row="sample")
     assert isinstance(found, jnp.ndarray) or found.dtype == np.float64
     return np.asarray(found, np.float64)
 
@@ -43,8 +43,8 @@ def test_other_numbers(dtype):
 
 def test_integers_and_float64_keep_their_digits_until_they_are_centred():
     seconds = np.array([[1_700_000_001], [1_700_000_003]])
-    wide = inputs.as_matrix(seconds, "Z", row="sample")
-    np.testing.assert_array_equal(inputs.centred(wide, wide.mean(axis=0)), [[-1], [1]])
+    wide = validation.as_matrix(seconds, "Z", row="sample")
+    np.testing.assert_array_equal(validation.centred(wide, wide.mean(axis=0)), [[-1], [1]])
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "int64"])
@@ -68,7 +68,7 @@ def test_an_array_of_tensorstore_is_read(dtype):
     spec = {"driver": "zarr3", "kvstore": "memory://"}
     array = ts.open(spec, create=True, dtype=ts.dtype(dtype), shape=[2, 2]).result()
     array[...] = Z.astype(array.dtype.numpy_dtype)
-    assert not inputs.is_stored(array)
+    assert not validation.is_stored(array)
     np.testing.assert_array_equal(numbers(array), Z)
 
 
@@ -86,7 +86,7 @@ def test_an_array_of_tensorstore_is_read(dtype):
 )
 def test_what_is_no_array_is_named(given, message):
     with pytest.raises(TypeError, match="Z must be an array of numbers.*" + message) as caught:
-        inputs.as_matrix(given, "Z", row="sample")
+        validation.as_matrix(given, "Z", row="sample")
     assert "\n" not in str(caught.value)
 
 
@@ -99,30 +99,32 @@ class Source:
 
 
 def test_a_source_that_gives_other_rows_than_it_says():
-    assert inputs.is_stored(Source((3, 2), Z))
+    assert validation.is_stored(Source((3, 2), Z))
     with pytest.raises(ValueError, match=r"gave \(2, 2\) for the 3 rows from 0 on; expected \(3,"):
-        inputs.read_rows(Source((3, 2), Z), None)
-    np.testing.assert_array_equal(inputs.read_rows(Source((2, 2), Z), None), Z)
+        validation.read_rows(Source((3, 2), Z), None)
+    np.testing.assert_array_equal(validation.read_rows(Source((2, 2), Z), None), Z)
 
 
 def test_a_unit_only_where_squares_leave_float32():
     # Of [10, 2] numbers as large as `largest`.
     for largest in (1e-3, 1.0, 1e6):
-        assert inputs.unit_of(jnp.full((10, 2), largest), largest) == 1
+        assert validation.unit_of(jnp.full((10, 2), largest), largest) == 1
     for largest in (1e-8, 1e12, 3e19):
-        unit = inputs.unit_of(jnp.full((10, 2), largest), largest)
+        unit = validation.unit_of(jnp.full((10, 2), largest), largest)
         assert 1 <= largest / unit < 2 and np.log2(unit) % 1 == 0
     # One large number of many is no reason.
     few = jnp.zeros((1000, 1000)).at[0, 0].set(2e6)
-    assert inputs.unit_of(few, 2e6) == 1
+    assert validation.unit_of(few, 2e6) == 1
 
 
 def test_the_root_mean_square_norm_by_hand():
-    np.testing.assert_allclose(inputs.root_mean_square(jnp.array([[3.0, 4.0], [0, 0]])), 12.5**0.5)
+    np.testing.assert_allclose(
+        validation.root_mean_square(jnp.array([[3.0, 4.0], [0, 0]])), 12.5**0.5
+    )
 
 
 def test_weights_in_a_unit_of_their_own():
-    weights, unit = inputs.check_weights([3, 0, 12], 3)
+    weights, unit = validation.check_weights([3, 0, 12], 3)
     np.testing.assert_array_equal(weights, [3 / 8, 0, 12 / 8])
     assert unit == 8
 
@@ -138,4 +140,4 @@ def test_weights_in_a_unit_of_their_own():
 )
 def test_what_are_no_weights(weights, message):
     with pytest.raises(ValueError, match=message):
-        inputs.check_weights(weights, 3)
+        validation.check_weights(weights, 3)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from xlvlm_jax import data, steering
-from xlvlm_jax.extract import Settings, extract
-from xlvlm_jax.selection import Selection
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
 
 SITE = "language_model.model.layers.6"
 

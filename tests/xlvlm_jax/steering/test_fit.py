@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Features, steering
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.features.writer import FeaturesWriter
 
 ANSWERS = ["Yes.", "no", "yes", "red", "No"]
 

@@ -10,10 +10,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import ports
-from ports.edits import GENERATED, IMAGE, LAST_PROMPT, PADDING, TEXT
-from xlvlm_jax import embedded
+from ports.intervene.edits import GENERATED, IMAGE, LAST_PROMPT, PADDING, TEXT
 from xlvlm_jax.data.images import read_image
-from xlvlm_jax.steering import forcing
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.steering import teacher_forcing
 
 SITE = "language_model.model.layers.6"
 ANSWERS = ["no", "a red dog in the park", "three", "yes"]
@@ -26,7 +26,7 @@ def samples(questions):
 
 @pytest.fixture(scope="module")
 def forced(vlm, samples):
-    made, kept, skipped = forcing.force(vlm, samples, ANSWERS, SITE, batch_size=3)
+    made, kept, skipped = teacher_forcing.force(vlm, samples, ANSWERS, SITE, batch_size=3)
     assert (kept.tolist(), skipped) == ([0, 1, 2, 3], {})
     return made
 
@@ -57,7 +57,7 @@ def test_kinds_by_hand(vlm, forced):
 def test_losses_are_those_of_a_whole_run(vlm, samples, forced, where):
     vector = 0.5 * np.random.default_rng(0).standard_normal(192).astype(np.float32)
     length = forced.answer_length
-    losses, weights = jax.jit(forcing.answer_losses, static_argnums=(0, 3, 5))(
+    losses, weights = jax.jit(teacher_forcing.answer_losses, static_argnums=(0, 3, 5))(
         vlm.module, vlm.params, forced, SITE, {SITE: ports.add(vector, where=where)}, length
     )
     # The same edit in a pass over the whole, by a mask: it knows no generated positions.
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_pytorchs(vlm, samples, forced):
     vector = 0.5 * np.random.default_rng(1).standard_normal(192).astype(np.float32)
 
     def loss(vector):
-        losses, weights = forcing.answer_losses(
+        losses, weights = teacher_forcing.answer_losses(
             vlm.module,
             vlm.params,
             forced,
@@ -123,24 +123,24 @@ def test_loss_and_gradient_are_pytorchs(vlm, samples, forced):
 )
 def test_where_a_run_begins(vlm, site, begin):
     stem = "language_model.model."
-    assert forcing.begin_site(vlm, stem + site) == stem + begin
+    assert teacher_forcing.begin_site(vlm, stem + site) == stem + begin
 
 
 def test_messages(vlm, samples):
     for site in ("language_model.model.layers.0.mlp", "multi_modal_projector"):
         with pytest.raises(ValueError, match=rf"nothing can be learnt at site '{site}'.*layers\.0"):
-            forcing.begin_site(vlm, site)
+            teacher_forcing.begin_site(vlm, site)
     with pytest.raises(ValueError, match=r"no site matches 'layers\.3'"):
-        forcing.begin_site(vlm, "layers.3")
+        teacher_forcing.begin_site(vlm, "layers.3")
     with pytest.raises(ValueError, match="1 answers for 4 samples"):
-        forcing.force(vlm, samples, ["no"], SITE)
+        teacher_forcing.force(vlm, samples, ["no"], SITE)
     with pytest.raises(ValueError, match=r"the answer to force on sample \d+ is empty"):
-        list(forcing.batches(vlm, samples[:1], [""], 1))
+        list(teacher_forcing.batches(vlm, samples[:1], [""], 1))
 
 
 def test_refused_samples_are_left_out(vlm, samples, forced):
     odd = [dataclasses.replace(samples[0], prompt="<image> ?"), *samples[1:]]
-    made, kept, skipped = forcing.force(vlm, odd, ANSWERS, SITE, batch_size=3)
+    made, kept, skipped = teacher_forcing.force(vlm, odd, ANSWERS, SITE, batch_size=3)
     assert kept.tolist() == [1, 2, 3] and list(skipped) == [samples[0].id]
     assert "the processor refuses it" in skipped[samples[0].id]
     real = made.kinds != PADDING
@@ -148,6 +148,6 @@ def test_refused_samples_are_left_out(vlm, samples, forced):
     expected = forced.states[1:, -made.kinds.shape[1] :]
     np.testing.assert_allclose(made.states[real], expected[real], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=f"sample {samples[0].id}: .* refuses it"):
-        forcing.force(vlm, odd, ANSWERS, SITE, strict=True)
+        teacher_forcing.force(vlm, odd, ANSWERS, SITE, strict=True)
     with pytest.raises(ValueError, match=r"none of 1 samples can be processed; the first: .*ref"):
-        forcing.force(vlm, odd[:1], ANSWERS[:1], SITE)
+        teacher_forcing.force(vlm, odd[:1], ANSWERS[:1], SITE)

@@ -7,7 +7,7 @@ import safetensors.numpy
 from sklearn.cluster import KMeans
 
 from xlvlm_jax import SteeringVector, steering
-from xlvlm_jax.same_model import model_of
+from xlvlm_jax.storage.same_model import model_of
 
 KEY = jax.random.key(0)
 

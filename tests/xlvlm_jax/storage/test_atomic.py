@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from xlvlm_jax import atomic
+from xlvlm_jax.storage import atomic
 
 
 def test_the_new_content_takes_the_place_of_the_old(tmp_path):

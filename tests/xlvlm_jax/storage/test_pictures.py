@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xlvlm_jax import Concepts, Features, data, pictures, stages
+from xlvlm_jax import Concepts, Features, data
+from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
 from xlvlm_jax.evaluation import Questions, evaluate
-from xlvlm_jax.extract import Settings, extract
+from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features.selection import Selection
+from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
-from xlvlm_jax.selection import Selection
-from xlvlm_jax.store import FeaturesWriter
+from xlvlm_jax.storage import pictures
 
 NORM = "language_model.model.norm"
 
@@ -128,8 +130,8 @@ def test_concepts_name_features_and_images_that_open_from_anywhere(
 ):
     write(Path("run/features"), TYPED)
     features = Features.open("run/features")
-    stages.decompose_features(features, Path("run/concepts"), 2, "kmeans")
-    stages.ground_concepts(Path("run/concepts"), three_words, features, num_images=1)
+    decompose_features(features, Path("run/concepts"), 2, "kmeans")
+    ground_concepts(Path("run/concepts"), three_words, features, num_images=1)
     text = (here / "run" / "concepts" / "concepts.json").read_text()
     assert json.loads(text)["source"]["features"] == "../features"
     shutil.move(here, tmp_path / "there")

@@ -3,8 +3,8 @@
 import pytest
 
 from ports import checkpoint
-from xlvlm_jax import embedded
-from xlvlm_jax.same_model import model_of, require_model
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.storage.same_model import model_of, require_model
 
 
 def test_what_is_said_of_a_model(vlm):

@@ -14,17 +14,17 @@ import jax
 import numpy as np
 
 from ports import VLM
-from ports.clip import DualEncoder
-from xlvlm_jax import atomic, metrics, pictures
-from xlvlm_jax.concepts import ALIASES, METHODS, decompose
+from ports.models.clip import DualEncoder
+from xlvlm_jax import metrics
+from xlvlm_jax.concepts.decomposition import decompose
+from xlvlm_jax.concepts.grounding import ground_text, is_before_norm
+from xlvlm_jax.concepts.methods import ALIASES, METHODS
+from xlvlm_jax.concepts.scores.records import DictionaryScores
+from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
-from xlvlm_jax.grounding import ground_text, is_before_norm
-from xlvlm_jax.report.scores import plot
-from xlvlm_jax.same_model import require_model
-from xlvlm_jax.scoring.records import DictionaryScores
-from xlvlm_jax.scoring.scorer import Scorer
-from xlvlm_jax.stages import choose_site
-from xlvlm_jax.store import Features
+from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.storage import atomic, pictures
+from xlvlm_jax.storage.same_model import require_model
 
 FILE = "scores.json"
 RANDOM = "random"
@@ -174,8 +174,7 @@ def _known(directory: Path) -> dict[str, Any]:
 def write_scores(
     directory: Path, description: Mapping[str, Any], rows: Sequence[DictionaryScores]
 ) -> Path:
-    """Writes the scores as "dictionaries" of scores.json, beside what else the file holds, and a
-    plot of them as scores.svg where they are of several numbers of concepts.
+    """Writes the scores as "dictionaries" of scores.json, beside what else the file holds.
 
     Raises ValueError for a scores.json that is no JSON object.
     """
@@ -183,10 +182,5 @@ def write_scores(
     directory.mkdir(parents=True, exist_ok=True)
     known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]
-    image = directory / "scores.svg"
-    if len({row.num_concepts for row in rows}) > 1:
-        plot(rows, image)
-    else:
-        image.unlink(missing_ok=True)  # of other scores
     atomic.write(path, json.dumps(known, indent=2) + "\n")
     return path

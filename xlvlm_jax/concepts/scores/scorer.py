@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ports import hub
-from ports.clip import DualEncoder
+from ports.checkpoint import hub
+from ports.models.clip import DualEncoder
 from xlvlm_jax import metrics
-from xlvlm_jax.concepts import Concepts, project_stored
+from xlvlm_jax.concepts.decomposition import project_stored
+from xlvlm_jax.concepts.reconstruction import squared_residual
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.scores.attributes import as_json, known_attributes
+from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit, plain
 from xlvlm_jax.data.images import read_image
-from xlvlm_jax.labels import UNKNOWN, factorise
-from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations, squared_residual
-from xlvlm_jax.samples import columns
-from xlvlm_jax.scoring.records import DictionaryScores, Fit, plain
-from xlvlm_jax.stages import as_json, choose_site, known_attributes
-from xlvlm_jax.store import Features
+from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.features.samples import columns
+from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
+from xlvlm_jax.metrics.labels import UNKNOWN, factorise
 
 TOPS = (1, 3)
 NUM_RANDOM = 10
@@ -36,7 +38,7 @@ class Scorer:
     Args:
         features: the samples to score on.
         site: whose states; may be left out if there is one.
-        clip: from `ports.clip.load`; without it no CLIPScore and no monosemanticity.
+        clip: from `ports.models.clip.load`; without it no CLIPScore and no monosemanticity.
         bert: from `metrics.BertScorer`; without it no BERTScore.
         tops: the numbers r of most activated concepts.
         num_random: how often random words are drawn; their scores are means over the draws.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from xlvlm_jax import atomic
+from xlvlm_jax.storage import atomic
 
 from .ask import Question, questions
 from .draw import encode

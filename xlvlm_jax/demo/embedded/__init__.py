@@ -5,7 +5,7 @@ Both ship with the package in the Hugging Face layout. `xlvlm train-demo` makes 
 
 from pathlib import Path
 
-from ports import hub
+from ports.checkpoint import hub
 
 LLAVA = Path(__file__).parent / "llava"
 CLIP = Path(__file__).parent / "clip"

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ports import llava
-from xlvlm_jax.embedded.blueprint import IMAGE, TOKENS_PER_IMAGE
+from ports.models import llava
+from xlvlm_jax.demo.embedded.blueprint import IMAGE, TOKENS_PER_IMAGE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,10 +27,11 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ports import checkpoint, clip, llava
+from ports import checkpoint
+from ports.models import clip, llava
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.scenes.words import NOUNS
-from xlvlm_jax.embedded import blueprint, sequences
+from xlvlm_jax.demo.embedded import blueprint, sequences
 
 SAVE_EVERY = 200
 POOL = 40_000  # training pictures; captions and questions are drawn anew each time

@@ -1,15 +1,15 @@
 """Saved features of the reference implementation, XL-VLMs, read and written without PyTorch.
 
-unpickle            a machine that builds plain values and tensors from a pickle and calls nothing
-pth, pth_writer     the files of torch.save, read and written
-foreign, export     the reference's dictionary of hidden states <-> a directory of features
+unpickle                a machine that builds plain values and tensors from a pickle and calls
+nothing reader, writer          the files of torch.save
+importing, exporting    the reference's dictionary of hidden states <-> features
 """
 
-from xlvlm_jax.interop.export import export_features
-from xlvlm_jax.interop.foreign import import_features
-from xlvlm_jax.interop.pth import read_pth
-from xlvlm_jax.interop.pth_writer import write_pth
-from xlvlm_jax.interop.unpickle import PthError, StoredTensor
+from xlvlm_jax.features.pth.exporting import export_features
+from xlvlm_jax.features.pth.importing import import_features
+from xlvlm_jax.features.pth.reader import read_pth
+from xlvlm_jax.features.pth.unpickle import PthError, StoredTensor
+from xlvlm_jax.features.pth.writer import write_pth
 
 __all__ = [
     "PthError",

@@ -1,4 +1,4 @@
-"""A directory of features -> the reference's saved hidden states (see `foreign`)."""
+"""A directory of features -> the reference's saved hidden states (see `importing`)."""
 
 import itertools
 import json
@@ -9,10 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xlvlm_jax.interop.kept import read_kept
-from xlvlm_jax.interop.pth_writer import write_pth
-from xlvlm_jax.stages import choose_sites
-from xlvlm_jax.store import Features
+from xlvlm_jax.features.pth.sidecar import read_kept
+from xlvlm_jax.features.pth.writer import write_pth
+from xlvlm_jax.features.reader import Features, choose_sites
 
 
 def export_features(

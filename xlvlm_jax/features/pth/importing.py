@@ -21,13 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from ports.intervene.sites import find_sites, match_sites
 from ports.messages import few
-from ports.sites import find_sites, match_sites
-from xlvlm_jax.interop.kept import write_kept
-from xlvlm_jax.interop.pth import read_pth
-from xlvlm_jax.interop.unpickle import PthError
-from xlvlm_jax.pictures import name_in
-from xlvlm_jax.store import STATE_DTYPES, Features, FeaturesWriter
+from xlvlm_jax.features.manifest import STATE_DTYPES
+from xlvlm_jax.features.pth.reader import read_pth
+from xlvlm_jax.features.pth.sidecar import write_kept
+from xlvlm_jax.features.pth.unpickle import PthError
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.storage.pictures import name_in
 
 BATCH = 256  # samples written at a time
 ROWS = ("each", "mean")

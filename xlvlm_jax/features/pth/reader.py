@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from xlvlm_jax.interop.torch_globals import Globals, StorageType
-from xlvlm_jax.interop.unpickle import Machine, PthError, Storage
+from xlvlm_jax.features.pth.torch_globals import Globals, StorageType
+from xlvlm_jax.features.pth.unpickle import Machine, PthError, Storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of the older format, as a pickle
 _PROTOCOL = 1001

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 
-from xlvlm_jax import atomic
-from xlvlm_jax.interop.torch_globals import StorageType, StoredArray
-from xlvlm_jax.interop.unpickle import PthError, StoredTensor
+from xlvlm_jax.features.pth.torch_globals import StorageType, StoredArray
+from xlvlm_jax.features.pth.unpickle import PthError, StoredTensor
+from xlvlm_jax.storage import atomic
 
 _JSON, _ARRAYS = "foreign.json", "foreign.safetensors"
 _DEPTH = 32

@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xlvlm_jax.interop.unpickle import (
+from xlvlm_jax.features.pth.unpickle import (
     Buildable,
     Function,
     PthError,

@@ -2,9 +2,9 @@
 
 `pickle` executes what a file asks for. Here the standard library only takes the bytes apart
 (`pickletools.genops`), and each opcode below has a meaning of its own; any other is refused, and so
-is, by its name, a global that `xlvlm_jax.interop.torch_globals` does not know, before anything is
-built with it. Values stay within a small multiple of the file: the memo is a dictionary, nothing is
-copied, and what is shared is never walked (keys are scalars, messages quote strings alone).
+is, by its name, a global that `torch_globals` does not know, before anything is built with it.
+Values stay within a small multiple of the file: the memo is a dictionary, nothing is copied, and
+what is shared is never walked (keys are scalars, messages quote strings alone).
 """
 
 import math

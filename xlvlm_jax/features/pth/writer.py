@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xlvlm_jax.interop.torch_globals import STORAGES
+from xlvlm_jax.features.pth.torch_globals import STORAGES
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64  # of storages in the file, as torch has it, so that they can be mapped

@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.compression import SAMPLE, directions_of_sample, sketch_directions
-from xlvlm_jax.solvers.loop import matmul, weighted_sums
-from xlvlm_jax.solvers.orthonormal import orthonormal
+from xlvlm_jax.solvers.linalg import matmul, orthonormal, weighted_sums
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, values_of
 from xlvlm_jax.solvers.sums import column_sums, total
 

@@ -7,20 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from xlvlm_jax.solvers import assignment, kmeans, phases
-from xlvlm_jax.solvers.assignment import Sums
-from xlvlm_jax.solvers.loop import Result, matmul
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, phases
+from xlvlm_jax.solvers.kmeans_assignment import Sums
+from xlvlm_jax.solvers.linalg import matmul
+from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
-from xlvlm_jax.solvers.streamed.tiles import (
-    Largest,
-    Source,
-    Tile,
-    Write,
-    add_up,
-    origin,
-    write_out,
-)
+from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, origin, write_out
 from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
@@ -73,7 +66,7 @@ def solve(
             return _collect(tile.Z, tile.real, mean, offsets)
 
         sums, energy, moment = add_up(source, on_tile, keep)
-        inertia = assignment.inertia(energy, offsets, sums)
+        inertia = kmeans_assignment.inertia(energy, offsets, sums)
         # Of the columns about their own mean, which the origin is only near.
         variance = (energy.value - jnp.sum(moment.value**2) / N) / (float(N) * D)
         empty = sums.counts.high == 0
@@ -107,7 +100,7 @@ def solve(
 def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, Any]:
     Z = real[:, None] * (Z.astype(jnp.float32) - mean)
     energy, zero = jnp.sum(Z**2, axis=1), jnp.zeros_like(mean)
-    labels, least, _ = assignment.nearest(assignment.score(Z, offsets, zero, False))
+    labels, least, _ = kmeans_assignment.nearest(kmeans_assignment.score(Z, offsets, zero, False))
     far = jnp.where(real > 0, energy + least, -jnp.inf)
     sums = Sums(*cluster_sums(Z, labels, len(offsets), zero, real))
     return (sums, total(energy), column_sums(Z)), (labels, far)

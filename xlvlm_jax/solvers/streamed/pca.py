@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.compression import sketch_directions
-from xlvlm_jax.solvers.loop import Result, matmul, weighted_sums
-from xlvlm_jax.solvers.orthonormal import complement, orthonormal
+from xlvlm_jax.solvers.linalg import complement, matmul, orthonormal, weighted_sums
+from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import sketch
 from xlvlm_jax.solvers.streamed.tiles import (

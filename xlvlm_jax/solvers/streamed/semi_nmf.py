@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xlvlm_jax.solvers import atoms as dictionary
-from xlvlm_jax.solvers import codes as coding
 from xlvlm_jax.solvers import phases, semi_nmf
-from xlvlm_jax.solvers.atoms import Atoms, Sums
-from xlvlm_jax.solvers.loop import Result, inner_products, matmul
+from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
+from xlvlm_jax.solvers import semi_nmf_codes as coding
+from xlvlm_jax.solvers.linalg import inner_products, matmul
+from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
+from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
 from xlvlm_jax.solvers.streamed.columns import compress
 from xlvlm_jax.solvers.streamed.tiles import (
     Largest,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.inputs import check_block
 from xlvlm_jax.solvers.sums import NEAR, Wide
+from xlvlm_jax.solvers.validation import check_block
 
 TILE_BYTES = 2**22  # the second product of a tile then finds it in the cache
 Write = Callable[[int, np.ndarray], None]

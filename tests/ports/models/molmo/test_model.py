@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 import ports
-from ports import checkpoint, molmo, sharding
+from ports import checkpoint
+from ports.models.molmo import model as molmo
+from ports.parallel import sharding
 
-from . import helpers
+from ... import helpers
 
-DATA = Path(__file__).parents[1] / "data" / "molmo"
-FULL_SIZE = Path(__file__).parents[1] / "data" / "checkpoints" / "molmo-7b-d.json"
+DATA = Path(__file__).parents[3] / "data" / "molmo"
+FULL_SIZE = Path(__file__).parents[3] / "data" / "checkpoints" / "molmo-7b-d.json"
 CASES = range(3)
 STATES = (
     "model.vision_backbone",
@@ -262,7 +264,7 @@ class TestProcessor:
             np.testing.assert_array_equal(together[row], alone[0])
 
 
-REAL_TOKENIZER = Path(__file__).parents[3] / "shared" / "molmo" / "tokenizer"
+REAL_TOKENIZER = Path(__file__).parents[5] / "shared" / "molmo" / "tokenizer"
 
 
 @pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="needs the real vocabulary, 4.5 MB")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ports import molmo_processor
-from ports.molmo_processor import Processor, Settings, choose_tiling, cut
+from ports.models.molmo import processor as molmo_processor
+from ports.models.molmo.processor import Processor, Settings, choose_tiling, cut
 
-from . import helpers
+from ... import helpers
 
-DATA = Path(__file__).parents[1] / "data" / "molmo"
+DATA = Path(__file__).parents[3] / "data" / "molmo"
 SMALL = Settings.from_json(json.loads((DATA / "preprocessor_config.json").read_text()))
 # The real checkpoint's.
 REAL = SMALL._replace(crop_size=336, max_crops=12, margins=(4, 4))

@@ -13,10 +13,10 @@ import tokenizers
 
 import ports
 
-from . import helpers, molmo_helpers
-from .molmo_helpers import CONFIG, PROMPTS, VARIANTS, greedy, make_inputs, reference, rows
+from ... import helpers, molmo_helpers
+from ...molmo_helpers import CONFIG, PROMPTS, VARIANTS, greedy, make_inputs, reference, rows
 
-DATA = Path(__file__).parents[1] / "data" / "molmo"
+DATA = Path(__file__).parents[3] / "data" / "molmo"
 MIXED = "padded on the left, three, no and two crops"
 CASES = [
     *(("grouped queries", prompt) for prompt in PROMPTS),

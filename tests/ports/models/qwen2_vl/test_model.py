@@ -15,10 +15,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import ports
-from ports import checkpoint, qwen2_vl
+from ports import checkpoint
+from ports.models.qwen2_vl import model as qwen2_vl
 
-from . import helpers
-from .qwen2_vl_helpers import (
+from ... import helpers
+from ...qwen2_vl_helpers import (
     PROMPTS,
     VARIANTS,
     VIDEO,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.data import scenes
-from xlvlm_jax.store import Features, FeaturesWriter
+from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.writer import FeaturesWriter
 
 SITE = "language_model.model.norm"
 WIDTH = 192  # of the embedded model

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, embedded
+from xlvlm_jax import Concepts
+from xlvlm_jax.demo import embedded
 
-from ..ports import bert_helpers
+from ....ports import bert_helpers
 from .conftest import SITE, WIDTH
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from ports.checkpoint import fingerprint
-from xlvlm_jax import embedded
-from xlvlm_jax.scoring.comparison import compare, score_run, write_scores
-from xlvlm_jax.scoring.records import DictionaryScores
-from xlvlm_jax.scoring.scorer import Scorer
+from ports.checkpoint.params import fingerprint
+from xlvlm_jax.concepts.scores.comparison import compare, score_run, write_scores
+from xlvlm_jax.concepts.scores.records import DictionaryScores
+from xlvlm_jax.concepts.scores.scorer import Scorer
+from xlvlm_jax.demo import embedded
 
 METHODS = ("pca", "simple", "random")
 
@@ -53,7 +53,6 @@ def test_the_scores_join_what_the_run_holds(run):
         row.name for row in made.scores
     ]
     assert held["scored on"]["rows"] == 40
-    assert b"CLIPScore" in (root / "scores.svg").read_bytes()
 
 
 def test_a_table_without_clip(features, vlm):
@@ -87,15 +86,6 @@ def test_messages(features, write_features, vlm, clip, tmp_path):
     own = write_features(fingerprint=fingerprint(embedded.LLAVA))
     with pytest.raises(ValueError, match=r"concepts of the model 'm' \(.*\), but .* \(abc\)"):
         run(train=own, scorer=Scorer(other), methods=["pca"])
-
-
-def test_a_plot_of_other_scores_is_removed(run, tmp_path):
-    rows = run[1].scores
-    write_scores(tmp_path, {}, rows)
-    assert (tmp_path / "scores.svg").is_file()
-    write_scores(tmp_path, {}, rows[:2])
-    assert not (tmp_path / "scores.svg").exists()
-    assert len(json.loads((tmp_path / "scores.json").read_text())["dictionaries"]) == 2
 
 
 def test_a_damaged_scores_file_is_kept(tmp_path):

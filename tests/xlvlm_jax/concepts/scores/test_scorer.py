@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ports import bert
+from ports.models import bert
 from xlvlm_jax import Concepts, metrics
-from xlvlm_jax.row_arrays import StoredRows, create_array
-from xlvlm_jax.scoring.records import DictionaryScores
-from xlvlm_jax.scoring.scorer import Scorer, captions
+from xlvlm_jax.concepts.scores.records import DictionaryScores
+from xlvlm_jax.concepts.scores.scorer import Scorer, captions
+from xlvlm_jax.storage.zarr_rows import StoredRows, create_array
 
-from ..ports import bert_helpers
+from ....ports import bert_helpers
 from .conftest import SITE, WIDTH
 
 

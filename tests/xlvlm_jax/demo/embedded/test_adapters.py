@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from ports.checkpoint import fingerprint
-from xlvlm_jax import embedded
+from ports.checkpoint.params import fingerprint
 from xlvlm_jax.data import prompts, scenes
-from xlvlm_jax.embedded import evaluate
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.embedded import evaluate
 
 PICTURES = [scenes.sample_scene("test", i) for i in range(16)]
 NAMES = {"color": "colour", "place": "place", "mood": "mood"}

@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pytest
 
-from xlvlm_jax import embedded
 from xlvlm_jax.data import prompts, scenes
-from xlvlm_jax.embedded import blueprint
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.embedded import blueprint
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_no_word_of_the_scenes_is_spelt_out(tokenizer):
 
 def test_the_vocabulary_does_not_depend_on_the_hash_seed(tokenizer):
     code = (
-        "from xlvlm_jax.embedded import blueprint;"
+        "from xlvlm_jax.demo.embedded import blueprint;"
         "print(blueprint.make_tokenizer().backend_tokenizer.to_str())"
     )
     for seed in ("1", "2"):

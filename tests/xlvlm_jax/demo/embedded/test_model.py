@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import ports
-from xlvlm_jax import embedded
 from xlvlm_jax.data import prompts, scenes
-from xlvlm_jax.embedded import evaluate
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.embedded import evaluate
 
 
 def test_it_is_small_enough_to_ship():

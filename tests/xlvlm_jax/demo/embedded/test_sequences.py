@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 
 import ports
-from xlvlm_jax import embedded
 from xlvlm_jax.data import prompts, scenes
-from xlvlm_jax.embedded import blueprint, sequences, train
-from xlvlm_jax.embedded.sequences import Turn
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.demo.embedded import blueprint, sequences, train
+from xlvlm_jax.demo.embedded.sequences import Turn
 
 
 def test_continuations_by_hand():

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlvlm_jax.interop import PthError, read_pth, write_pth
+from xlvlm_jax.features.pth import PthError, read_pth, write_pth
 
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from xlvlm_jax import Features, stages
-from xlvlm_jax.interop import PthError, export_features, import_features, read_pth
+from xlvlm_jax import Features
+from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
+from xlvlm_jax.features.pth import PthError, export_features, import_features, read_pth
+from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
-from xlvlm_jax.store import FeaturesWriter
 
 NORM, LAYER = "language_model.model.norm", "language_model.model.layers.31"
 KEPT = [True, False, True, True, False, True]
@@ -150,8 +151,8 @@ def test_decompose_ground_and_report_work_on_an_import(tmp_path, three_words):
     run = tmp_path / "run"
     run.mkdir()
     features = import_features(path, run / "features", images=tmp_path / "pictures")
-    stages.decompose_features(features, run / "concepts", 2, "kmeans", site=NORM)
-    grounded = stages.ground_concepts(run / "concepts", three_words, features, num_images=1)
+    decompose_features(features, run / "concepts", 2, "kmeans", site=NORM)
+    grounded = ground_concepts(run / "concepts", three_words, features, num_images=1)
     assert grounded.images[0][0].startswith(str(tmp_path / "pictures" / "train2014"))
     assert "a dog" in write_report(run).read_text("utf-8")
 

@@ -1,0 +1,1 @@
+"""Decoding: the loop over tokens, what changes their logits, and how they are drawn."""

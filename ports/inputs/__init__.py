@@ -1,0 +1,1 @@
+"""What a model is given: prompts with images, token ids, and how rows are padded."""

@@ -1,0 +1,42 @@
+"""How modules and parameters are called: Flax paths <-> the names of checkpoints.
+
+A module is named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
+"language_model.model.layers.19", and its parameter "kernel" is that name with ".weight"."""
+
+import re
+from collections.abc import Callable, Iterable
+
+Rename = Callable[[str], str | None]
+_LEAVES = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "table": "embedding",  # a bare parameter of that name
+}
+# Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
+_NUMBERED = re.compile(r"^(layers?|blocks|resblocks|mlp)_(\d+)$")
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """The checkpoint's name of the parameter at a Flax path."""
+    return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))
+
+
+def module_name(rename: Rename, module: str) -> str:
+    """The port's name of a module, of its name in any known checkpoint or in transformers."""
+    return (rename(f"{module}.weight") or "").removesuffix(".weight")
+
+
+def site_name(path: Iterable[str]) -> str:
+    """The path of a Flax module, ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
+    return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
+
+
+def called_name(path: Iterable[str], method: str) -> str:
+    """The site of a module's output; of a method other than `__call__`, its name follows."""
+    return site_name((*path, *([] if method == "__call__" else [method])))
+
+
+def normal_name(name: str) -> str:
+    """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))

@@ -1,0 +1,144 @@
+"""`xlvlm evaluate`: how good answers or captions are, before and after steering."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xlvlm_jax.cli.console import (
+    IgnoreGenerationConfig,
+    Model,
+    Overwrite,
+    Seed,
+    Strict,
+    as_it_generates,
+    bars,
+    console,
+    load_model,
+    parse_where,
+    progress_bars,
+    refuse_existing,
+    show_skipped,
+)
+from xlvlm_jax.cli.evaluate_options import (
+    BatchSize,
+    Data,
+    Dataset,
+    Dtype,
+    Edit,
+    Instruction,
+    Java,
+    NewTokens,
+    NumSamples,
+    Output,
+    Source,
+    Split,
+    Target,
+    Words,
+    describe_run,
+    parse_task,
+    read_samples,
+)
+from xlvlm_jax.cli.evaluate_tables import show, show_needs
+from xlvlm_jax.cli.runtime import DryRun
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    output: Output,
+    dataset: Dataset = "vqav2",
+    split: Split = None,
+    vector: Annotated[Path | None, typer.Option(help="A steering vector to compare with.")] = None,
+    alpha: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="all, prompt, generated, last_prompt, image, text or from:INDEX; left out, those "
+            "that the vector is meant for."
+        ),
+    ] = None,
+    edit: Annotated[str, Edit] = "add",
+    instruction: Instruction = None,
+    source: Source = None,
+    target: Target = None,
+    words: Words = None,
+    num_samples: NumSamples = None,
+    max_new_tokens: NewTokens = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
+    java: Java = False,
+    ignore_generation_config: IgnoreGenerationConfig = False,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+) -> None:
+    """Accuracy of answers, or scores of captions; with a vector, before and after steering."""
+    from xlvlm_jax import evaluation, steering
+
+    loaded = [] if vector is None else [steering.load(vector)]
+    meant = None if where is None else parse_where(where)
+    task = parse_task(dataset, loaded, source, target, words, java)
+    samples = read_samples(dataset, data, split, num_samples, seed)
+    conditions = {}
+    if loaded:
+        conditions["steered"] = evaluation.Condition(tuple(loaded), alpha, meant, edit)
+    if instruction is not None:
+        conditions["instruction"] = evaluation.Condition(instruction=instruction)
+    task.require(samples)
+    if not dry_run:
+        refuse_existing(output, overwrite)
+    if dry_run:
+        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
+        show_preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
+        return
+    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
+    with progress_bars() as progress:
+        summary = evaluation.evaluate(
+            vlm,
+            samples,
+            task,
+            output,
+            conditions,
+            about=describe_run(data, dataset, split, seed, [vector] if vector else [], loaded),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            strict=strict,
+            stage=bars(progress),
+        )
+    finish(summary, output)
+
+
+def show_preflight(
+    vlm: Any,
+    samples: Sequence[Any],
+    count: int,
+    task: Any,
+    max_new_tokens: int | None,
+    batch_size: int,
+) -> None:
+    """What --dry-run says of samples that are answered under so many conditions."""
+    from xlvlm_jax import evaluation
+
+    needs = evaluation.preflight(
+        vlm,
+        samples,
+        count,
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        batch_size=batch_size,
+    )
+    show_needs(needs, console)
+
+
+def finish(summary: dict[str, Any], output: Path) -> None:
+    """Figures, the table, and a line for each sample that was passed over."""
+    from xlvlm_jax.report.steering_figures import draw_all
+
+    draw_all(summary, output)
+    show_skipped(summary["unreadable"])
+    show(summary, console)
+    console.print(
+        f"{summary['samples']} samples, {len(summary['unreadable'])} unreadable -> {output}"
+    )

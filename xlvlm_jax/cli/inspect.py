@@ -1,0 +1,101 @@
+"""`xlvlm inspect`: a checkpoint's parts and sites, and what a run needs."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ports.inspection import Inspection
+from xlvlm_jax.cli.console import Mesh, Model, console, load_model, parse_mesh
+
+
+def show(inspection: Inspection, console: Console) -> None:
+    """Prints it for a person."""
+    needs = inspection.needs
+    total = sum(inspection.parts.values())
+    console.print(f"{inspection.model_type}, {total:,} parameters, {inspection.dtype}\n")
+    table = Table("part", "parameters", "share", box=None)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for part, count in inspection.parts.items():
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    console.print(table)
+    table = Table("sites", "how many", "width", box=None)
+    table.columns[0].overflow = "fold"
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for pattern, (count, width) in inspection.sites.items():
+        table.add_row(pattern, str(count), str(width))
+    console.print()
+    console.print(table)
+    console.print()
+    if inspection.prompt is None:
+        console.print(f"prompt: unknown, {inspection.no_prompt}", markup=False)
+    else:
+        console.print(f"prompt: {inspection.prompt!r}", markup=False)
+    what = "the port's example image"
+    if needs.image_size is not None:
+        what = "an image of {} x {} pixels".format(*needs.image_size)
+    console.print(
+        f"{what}: {needs.prompt_tokens} prompt tokens, {needs.image_tokens} of them for the "
+        f"image; compiled for {needs.bucket}"
+    )
+    table = Table(f"a batch of {needs.batch_size}, {needs.new_tokens} new tokens", "", box=None)
+    table.columns[1].justify = "right"
+    for label, size in (
+        ("parameters", needs.parameters),
+        ("keys and values", needs.cache),
+        ("kept states of the chosen sites", needs.states),
+        ("largest output of one module", needs.largest),
+        ("needed at least", needs.total),
+        ("logits of all positions (forward only)", needs.logits),
+    ):
+        table.add_row(label, f"{size / 1e9:,.3f} GB")
+    console.print(table)
+    if inspection.placement is not None:
+        placement = inspection.placement
+        data, model = placement.mesh
+        console.print(
+            f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB a device, "
+            f"{placement.share * model:.3f} x the model / {model}",
+            highlight=False,
+        )
+        for note in placement.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+    memory = inspection.device_bytes
+    have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
+    verdict = {True: "fits", False: "does not fit", None: "can't be told"}[inspection.fits]
+    console.print(f"{inspection.devices} with {have}: {verdict}", highlight=False)
+
+
+def inspect(
+    model: Model,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of an image, in pixels.")] = (
+        "640x480"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="A site to keep, or a pattern ('layers.*'); may be repeated."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    mesh: Mesh = None,
+) -> None:
+    """A checkpoint's parts, sites and prompt, and what a run needs; reads no weights."""
+    from ports import inspection
+
+    try:
+        width, height = (int(number) for number in image_size.lower().split("x"))
+    except ValueError:
+        raise ValueError(
+            f"--image-size is {image_size!r}; expected WIDTHxHEIGHT, such as 640x480"
+        ) from None
+    described = inspection.inspect(
+        load_model(model, dtype, abstract=True),
+        batch_size=batch_size,
+        image_size=(width, height),
+        new_tokens=max_new_tokens,
+        sites=site or (),
+        mesh=parse_mesh(mesh),
+    )
+    show(described, console)

@@ -1,0 +1,29 @@
+"""`xlvlm report`: a run directory -> one HTML page."""
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlvlm_jax.cli.console import (
+    Images,
+    Overwrite,
+    console,
+    errors,
+    refuse_existing,
+)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
+    output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+    images: Images = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """A run directory -> one self-contained HTML page."""
+    from xlvlm_jax.report import write_report
+
+    refuse_existing(output or run / "report.html", overwrite)
+    tell = functools.partial(errors.print, style="yellow", markup=False)
+    console.print(f"{write_report(run, output, images=images, tell=tell)}")

@@ -1,0 +1,22 @@
+"""`xlvlm sites`: the names of a checkpoint's sites."""
+
+from typing import Annotated
+
+import typer
+
+from xlvlm_jax.cli.console import Model, load_model
+
+
+def sites(
+    model: Model,
+    pattern: Annotated[
+        str, typer.Option(help="Only names that hold this text, or fit it: 'layers.*'.")
+    ] = "",
+) -> None:
+    """Lists the names of a checkpoint's sites, in network order; reads no weights."""
+    from ports.intervene.sites import match_sites
+
+    vlm = load_model(model, abstract=True)
+    for site in vlm.sites:
+        if pattern in site or match_sites(pattern, [site], vlm.hub_names):
+            print(site)

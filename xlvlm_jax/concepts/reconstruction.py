@@ -1,0 +1,53 @@
+"""From activations back to states, and how much of the states that explains.
+
+N samples, K concepts, D width."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
+from xlvlm_jax.metrics.precision import is_traced
+from xlvlm_jax.solvers.linalg import matmul
+from xlvlm_jax.storage.zarr_rows import StoredRows
+
+AnyArray = jax.Array | np.ndarray
+
+
+def squared_residual(
+    concepts: Concepts, rows: Shaped[np.ndarray, "B D"], activations: Float[np.ndarray, "B K"]
+) -> float:
+    """The sum of |row - what its activations stand for|^2, in float64."""
+    residual = rows.astype(np.float64) - reconstruct(concepts, activations)
+    return float(np.sum(residual**2))
+
+
+def explained_by(
+    concepts: Concepts, stored: StoredRows, activations: Float[np.ndarray, "N K"]
+) -> float:
+    """`explained_variance` of rows on disk, tile by tile, of which none stays in memory."""
+    total = squared_deviations(stored.tiles(TILE_ROWS))
+    left = sum(
+        squared_residual(concepts, rows, activations[start : start + len(rows)])
+        for start, rows in stored.tiles(TILE_ROWS)
+    )
+    return 1 - left / total if total > 0 else float("nan")
+
+
+def reconstruct(
+    concepts: Concepts, activations: Float[AnyArray, "N K"]
+) -> Float[np.ndarray, "N D"]:
+    """The rows that activations stand for: those times components, and for pca its mean added.
+
+    For kmeans and simple, whose activations are no coefficients, each row's nearest component.
+    Traces under jit, vmap and grad.
+    """
+    xp = jnp if is_traced(concepts.components, activations) else np
+    components, activations = xp.asarray(concepts.components), xp.asarray(activations)
+    if concepts.method in ("kmeans", "simple"):
+        return components[activations.argmax(axis=1)]
+    mean = 0 if concepts.mean is None else xp.asarray(concepts.mean)
+    product = activations @ components if xp is np else matmul(activations, components)
+    return product + mean

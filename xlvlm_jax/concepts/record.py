@@ -1,0 +1,291 @@
+"""`Concepts`: what a method found, and how it is kept on disk."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float, Shaped
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from xlvlm_jax.concepts.methods import method_named, options_of
+from xlvlm_jax.solvers.linalg import real_dtype
+from xlvlm_jax.solvers.validation import (
+    as_matrix,
+    check_finite,
+    narrow,
+)
+from xlvlm_jax.storage import atomic, damaged, pictures
+from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
+
+TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
+# A Zarr array, in place of the tensor, when they were streamed: "activations-" and the beginning of
+# the digest of the components that they belong to ("activations" in directories of old).
+ACTIVATIONS = "activations"
+Matrix = Float[Array | np.ndarray, "..."]
+UNFINISHED = f"{ACTIVATIONS}.tmp"
+_ARRAYS = ("components", "activations", "history", "mean", "stability")
+_DESCRIBED = (
+    "method",
+    "options",
+    "objective",
+    "iterations",
+    "converged",
+    "words",
+    "images",
+    "through_norm",
+    "source",
+)
+_NUMBERS = (*_ARRAYS, "objective", "iterations", "converged")
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Concepts:
+    """Concepts, how they were found, and how much of each is in each sample they were found on.
+
+    Attributes:
+        components: float32[K, D], one row a concept. (All arrays are float64 where JAX's 64 bits
+            are switched on and Z is float64.)
+        activations: float32[N, K], or None for concepts that were given. As `load` finds streamed
+            ones they stay on disk: a `StoredRows`, which numpy reads when it needs an array.
+        method: "snmf", "kmeans", "pca" or "simple".
+        options: the options of the method, defaults included.
+        objective: what the method minimises, at these components and activations (for kmeans and
+            simple the sum of squared distances to the nearest component).
+        iterations: updates of the run that was kept.
+        converged: whether its stopping rule ended it, and not max_iter.
+        history: float32[iterations + 1], the objective at the start and after each update.
+        mean: float32[D], what pca subtracts from every row, float64 where Z was; None for the
+            other methods.
+        stability: float32[K], the mean cosine of each concept with its match in the other starts
+            (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
+        words: for each concept the words it is read as, once grounded.
+        images: for each concept the files of the images that show it, once grounded. On disk they
+            are named so that they are found after a move (see `pictures`).
+        through_norm: whether the words were read through the model's final norm; None if unknown.
+        source: where Z came from, free for the caller; its "features" are found after a move too.
+    """
+
+    components: Matrix
+    activations: Matrix | None = None
+    method: str = "snmf"
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: float | None = None
+    iterations: int = 0
+    converged: bool = True
+    history: Matrix | None = None
+    mean: Matrix | None = None
+    stability: Matrix | None = None
+    words: list[list[str]] | None = None
+    images: list[list[str]] | None = None
+    through_norm: bool | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dead(self) -> Bool[np.ndarray, " K"]:
+        """Which concepts of snmf no row has a code on: their atoms say nothing, do not ground them.
+
+        False for other methods, and where the activations are not known.
+        """
+        if self.method != "snmf" or self.activations is None:
+            return np.zeros(len(self.components), bool)
+        return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
+
+    def tree_flatten(self) -> tuple[tuple, str]:
+        """The numbers, and as JSON what is not: concepts may go into and out of jit and vmap."""
+        described = {name: getattr(self, name) for name in _DESCRIBED if name not in _NUMBERS}
+        return tuple(getattr(self, name) for name in _NUMBERS), json.dumps(described)
+
+    @classmethod
+    def tree_unflatten(cls, described: str, numbers: tuple) -> "Concepts":
+        """The inverse of `tree_flatten`."""
+        return cls(**dict(zip(_NUMBERS, numbers, strict=True)), **json.loads(described))
+
+    @classmethod
+    def from_components(
+        cls,
+        components: Shaped[Array | np.ndarray, "..."],
+        method: str = "snmf",
+        *,
+        mean: Shaped[Array | np.ndarray, "..."] | None = None,
+        **options: Any,
+    ) -> "Concepts":
+        """Concepts from components[K, D] that were not learnt here, to `project` on.
+
+        Components are taken as they are: snmf codes are relative to the atoms' norms, and pca
+        scores are not divided by them. `mean[D]` is what pca subtracts; zero when it is not given.
+
+        Raises:
+            ValueError: components are no finite matrix; mean is not [D] or the method is not pca;
+                unknown method or option.
+        """
+        method = method_named(method)
+        options = options_of(method, options)
+        components = narrow(as_matrix(components, "components", row="concept"))
+        check_finite(components, "components")
+        D = components.shape[1]
+        if mean is not None:
+            if method != "pca":
+                raise ValueError(f"{method!r} subtracts no mean; leave mean out or use 'pca'")
+            mean = jnp.asarray(mean, real_dtype(components))
+            if mean.shape != (D,):
+                raise ValueError(
+                    f"mean must have shape ({D},), one entry a column of components; "
+                    f"got {mean.shape}"
+                )
+        return cls(components.astype(real_dtype(components)), None, method, options, mean=mean)
+
+    def save(self, directory: str | Path) -> None:
+        """Write concepts.safetensors and concepts.json into a directory, made if it is missing.
+
+        Each file is written under a temporary name and renamed, tensors first; the description
+        holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
+        activations that lie in the directory stay there and are not written again; the description
+        names their folder, so that no death leaves components with the activations of others.
+        """
+        directory = Path(directory)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        stored = self.activations if isinstance(self.activations, StoredRows) else None
+        if stored is not None and stored.path.parent.resolve() == directory.resolve():
+            arrays["activations"] = None
+        else:
+            stored = None
+        tensors = save_tensors(
+            {
+                name: _stored(np.asarray(array))
+                for name, array in arrays.items()
+                if array is not None
+            }
+        )
+        described = {name: getattr(self, name) for name in _DESCRIBED}
+        described["source"] = pictures.store_features(self.source, directory)
+        if self.images is not None:
+            root = pictures.root_of(path for paths in self.images for path in paths)
+            described["pictures"] = pictures.describe(root, directory)
+            described["images"] = [
+                [pictures.name_in(root, path) for path in paths] for paths in self.images
+            ]
+        described |= {"num_concepts": len(self.components)}
+        digest = hashlib.sha256(tensors).hexdigest()
+        described |= {"tensors_sha256": digest}
+        folder = None
+        if stored is not None:
+            folder = stored.path.name
+            if folder == UNFINISHED:
+                folder = f"{ACTIVATIONS}-{digest[:12]}"
+                shutil.rmtree(directory / folder, ignore_errors=True)
+                stored.path.rename(directory / folder)
+            described |= {"rows_on_disk": len(stored), "activations_on_disk": folder}
+        description = (json.dumps(described, indent=2) + "\n").encode()
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic.write(directory / TENSORS, tensors)
+        atomic.write(directory / DESCRIPTION, description)
+        before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
+        for other in before:  # what another description named
+            if other.is_dir() and other.name != folder:
+                shutil.rmtree(other)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Concepts":
+        """Read what `save` wrote; arrays are numpy's, streamed activations stay on disk.
+
+        Raises:
+            FileNotFoundError: the directory holds no concepts.
+            ValueError: a file is damaged, or the two are not of one save.
+        """
+        directory = Path(directory)
+        for name in (TENSORS, DESCRIPTION):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"no concepts in {directory}: {name} is missing; run `xlvlm decompose` first"
+                )
+        tensors = (directory / TENSORS).read_bytes()
+        try:
+            described = json.loads((directory / DESCRIPTION).read_text())
+            digest = described["tensors_sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{directory / DESCRIPTION} is not a description of concepts ({error}); "
+                "decompose again"
+            ) from error
+        if digest != hashlib.sha256(tensors).hexdigest():
+            raise ValueError(
+                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
+            )
+        known = {name: described[name] for name in _DESCRIBED if name in described}
+        with damaged.reported(directory, "concepts", "decompose again"):
+            arrays = load_tensors(tensors)
+            if described.get("rows_on_disk") is not None:
+                folder = described.get("activations_on_disk", ACTIVATIONS)
+                stored = StoredRows(directory / folder, described["rows_on_disk"])
+                arrays["activations"] = stored
+            if known.get("images") is not None:
+                found = pictures.find_all(
+                    [name for names in known["images"] for name in names],
+                    directory,
+                    described.get("pictures"),
+                )
+                paths = iter(found)
+                known["images"] = [[next(paths) for _ in names] for names in known["images"]]
+            known["source"] = pictures.restore_features(known.get("source") or {}, directory)
+            return cls(**arrays, **known)
+
+
+def on_host(concepts: Concepts) -> Concepts:
+    """Concepts with their arrays as numpy's; activations that lie on several hosts are gathered.
+
+    Every host calls it.
+    """
+    arrays = {name: getattr(concepts, name) for name in _ARRAYS}
+    gathered = {
+        name: multihost_utils.process_allgather(value, tiled=True)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable
+        else np.asarray(value)
+        for name, value in arrays.items()
+        if value is not None
+    }
+    return replace(concepts, **gathered)
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """As it is written: in float32, or float64 where that is what it has."""
+    return np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
+
+
+class StoredActivations:
+    """The activations of concepts that are being found, written into the concepts' directory.
+
+    A context: `Concepts.save` with its `rows` gives them their place there; when it ends, nothing
+    is left of those that were not saved.
+    """
+
+    def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
+        self._partial = Path(directory) / UNFINISHED
+        self._num_samples = num_samples
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        atomic.unfinished.add(self._partial)
+        self._array = create_array(self._partial, "float32", (num_samples, num_concepts))
+
+    def write(self, start: int, rows: Float[np.ndarray, "B K"]) -> None:
+        """The activations of the rows from `start` on."""
+        wait(self._array[start : start + len(rows)].write(rows))
+
+    def rows(self) -> StoredRows:
+        """All of them, once they are written."""
+        return StoredRows(self._partial, self._num_samples)
+
+    def __enter__(self) -> "StoredActivations":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        atomic.unfinished.discard(self._partial)

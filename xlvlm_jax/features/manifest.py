@@ -1,0 +1,101 @@
+"""Features on disk: the rows of Z of every captured site, and the samples that they come from.
+
+    features/
+        manifest.json       what the run was asked for, how much is written, whether it is complete
+        samples.jsonl       a JSON line a sample
+        images.json         where the pictures lie that samples.jsonl names (see `pictures`)
+        states/<site>/      Zarr v3, [rows, D]
+        rows/sample         Zarr v3, int64[rows], the line in samples.jsonl
+        rows/position       Zarr v3, int32[rows]
+        rows/token          Zarr v3, int32[rows]
+
+`states` and `rows` are Zarr groups, which zarr-python and xarray open.
+
+A batch counts once the manifest, replaced last and atomically, counts it. Whatever a killed run
+left beyond that is cut off when the run goes on, so that it ends with the bytes of a run that was
+never interrupted: there are no time stamps, and `zarr_rows` writes the same chunks however the
+rows came. (`images.json` says where this run found its pictures, and is that of the last run.)
+
+States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
+zarr-python does not (3.1 says "No Zarr data type found"): read them by `Features.matrix`, or
+extract with float32 or float16 states.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from xlvlm_jax.storage.zarr_rows import reason
+
+FORMAT = "xlvlm-features"
+VERSION = 1
+SAMPLES = "samples.jsonl"
+PICTURES = "images.json"
+STATE_DTYPES = ("float32", "float16", "bfloat16")
+ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a directory of features. Raises FileNotFoundError, ValueError."""
+    path = root / "manifest.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{root}: no manifest.json; expected a directory of features that xlvlm extract wrote"
+        )
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not JSON ({reason(error)}); extract the features again"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        got = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: format {got!r}, expected {FORMAT!r}; extract the features again")
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: format version {state.get('version')!r}, expected {VERSION};"
+            " read it with the release that wrote it, or extract the features again"
+        )
+    for key in ("arguments", "dtype", "sites", "samples", "rows", "bytes", "complete"):
+        if key not in state:
+            raise ValueError(f"{path}: key {key!r} missing; extract the features again")
+        if not _is_sound(key, state[key]):
+            raise ValueError(f"{path}: {key!r} can't be what it is; extract the features again")
+    selection = state["arguments"].get("selection")
+    if isinstance(selection, dict) and selection.get("mode") in ("token-of-interest", "class"):
+        selection.setdefault("match", "first-token")  # the only rule before there was a choice
+    return state
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    if key in ("samples", "rows", "bytes"):
+        return type(value) is int and value >= 0
+    if key == "sites":
+        return isinstance(value, list) and all(
+            isinstance(site, str) and site.strip(".") and site.isprintable() for site in value
+        )
+    kinds = {"arguments": dict, "dtype": str, "complete": bool}
+    return isinstance(value, kinds[key])
+
+
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of a directory of features with its counts, finished or not; None without one.
+
+    Raises ValueError for one that is damaged or of another format.
+    """
+    return read_manifest(path) if (path / "manifest.json").exists() else None
+
+
+def array_path(root: Path, site: str) -> Path:
+    """Where the states of a site lie."""
+    # dots stay, so that the folder carries the module's name; a slash may not make a folder
+    return root / "states" / quote(site, safe="")
+
+
+def finetuned_site(site: str) -> str:
+    """The name under which a directory of features holds the fine-tuned model's states.
+
+    Runs on the host: it does not trace.
+    """
+    return f"finetuned:{site}"
