@@ -88,7 +88,7 @@ def _in(
 ) -> Float[Array, "N R"]:
     if centre is None:
         return matmul(Z, basis)
-    return sums.centred_products(basis.T, Z, centre.mean, centre.far).T * centre.real[:, None]
+    return centre.real[:, None] * sums.centred_scores(Z, basis, centre.mean, centre.far)
 
 
 def directions_of_sample(

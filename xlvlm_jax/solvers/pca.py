@@ -162,7 +162,7 @@ def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
     """(Z - 1 m) basis; no score for a row that pads Z."""
     mean, beyond = problem.mean
-    products = sums.centred_products(basis.T, problem.Z, mean, problem.far).T
+    products = sums.centred_scores(problem.Z, basis, mean, problem.far)
     return problem.real[:, None] * (products - matmul(beyond, basis))
 
 
@@ -398,7 +398,7 @@ def activations(
 ) -> Float[Array, "N K"]:
     """Scores (Z - 1 m) C^T."""
     far = sums.is_far(mean, jnp.mean((Z - mean) ** 2))
-    return sums.centred_products(components, Z, mean, far).T
+    return sums.centred_scores(Z, components.T, mean, far)
 
 
 def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:

@@ -253,23 +253,40 @@ def centred_products(
     far: Array,
 ) -> Float[Array, "K N"]:
     """vectors (Z - 1 m)^T, from the rows less the mean where that is far from them."""
+    return _of_centred(lambda rows: inner_products(vectors, rows), Z, mean, far, 1)
+
+
+def centred_scores(
+    Z: Float[Array, "N D"],
+    basis: Float[Array, "D R"],
+    mean: Float[Array, " D"],
+    far: Array,
+) -> Float[Array, "N R"]:
+    """(Z - 1 m) basis, as `centred_products`; a row's numbers lie together, without a transpose."""
+    return _of_centred(lambda rows: matmul(rows, basis), Z, mean, far, 0)
+
+
+def _of_centred(
+    product: Callable[[Array], Array], Z: Array, mean: Array, far: Array, axis: int
+) -> Array:
+    """The product of the rows less the mean, a linear function that has them along an axis."""
     N, D = Z.shape
 
     def at_once() -> Array:
-        return inner_products(vectors, Z) - matmul(vectors, mean)[:, None]
+        return product(Z) - product(mean[None])
 
     def by_blocks() -> Array:
         size = max(min(rows_of_block(D, least=1), N), 1)
 
         def block(first: Array | int, found: Array) -> Array:
-            products = inner_products(vectors, block_of(Z, first, size) - mean)
-            return jax.lax.dynamic_update_slice_in_dim(found, products, first, 1)
+            products = product(block_of(Z, first, size) - mean)
+            return jax.lax.dynamic_update_slice_in_dim(found, products, first, axis)
 
         def step(i: Array, found: Array) -> Array:
             return block(jnp.minimum(i * size, N - size), found)  # the last reaches back
 
-        empty = jnp.zeros((len(vectors), N), real_dtype(Z))
-        return jax.lax.fori_loop(0, -(-N // size), step, empty)
+        shaped = jax.eval_shape(product, Z)
+        return jax.lax.fori_loop(0, -(-N // size), step, jnp.zeros(shaped.shape, shaped.dtype))
 
     return jax.lax.cond(far, by_blocks, at_once) if N else at_once()
 

@@ -108,6 +108,9 @@ def test_products_with_rows_far_from_the_origin(rows):
     assert sums.centred_products(vectors, Z[:0], mean, True).shape == (2, 0)
     near = sums.centred_products(vectors, Z - mean, 0 * mean, False)
     np.testing.assert_allclose(near, expected, atol=1e-4)
+    for at, around, far in ((Z, mean, True), (Z - mean, 0 * mean, False)):
+        scores = jax.jit(sums.centred_scores)(at, vectors.T, around, far)
+        np.testing.assert_allclose(scores, expected.T, atol=1e-4)
 
 
 def test_sums_trace_at_any_size():
