@@ -1,6 +1,9 @@
 """What all tests share: nothing is fetched from the hub, and products are exact."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before transformers and tokenizers are imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,8 +12,13 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tests describe one device; those that need several start a process of their own.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs are not kept between runs: a test finds nothing that an earlier one left.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# A program is compiled once for all workers and the processes that tests start, and kept for this
+# run alone: a test finds nothing that an earlier run left.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import gc
 import importlib.util

@@ -10,19 +10,21 @@ import pytest
 
 from ports import programs
 
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture
 def undecided(monkeypatch, tmp_path):
-    """As in a new process in which JAX's cache is enabled, with a cache directory of its own."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    """As in a new process that was told nothing, with a cache directory of its own."""
+    before = {name: getattr(jax.config, name) for name in (DIRECTORY, SECONDS)}
     monkeypatch.setattr(programs, "_decided", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(programs.VARIABLE, raising=False)
-    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.delenv(SECONDS.upper(), raising=False)
+    jax.config.update(DIRECTORY, None)
+    jax.config.update(SECONDS, 1.0)
     yield tmp_path
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", True)
     for name, value in before.items():
         jax.config.update(name, value)
     programs.jax_cache.reset_cache()
@@ -30,7 +32,7 @@ def undecided(monkeypatch, tmp_path):
 
 def kept():
     programs.keep_programs()
-    return jax.config.jax_compilation_cache_dir
+    return getattr(jax.config, DIRECTORY)
 
 
 def test_the_users_cache_directory(undecided):
@@ -60,8 +62,8 @@ def test_the_variable_moves_it(undecided, monkeypatch):
 
 
 def test_what_jax_was_told_stays(undecided):
-    jax.config.update("jax_compilation_cache_dir", str(undecided / "mine"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+    jax.config.update(DIRECTORY, str(undecided / "mine"))
+    jax.config.update(SECONDS, 3.0)
     assert kept() == str(undecided / "mine")
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 3.0
     assert not (undecided / "xlvlm-jax").exists()
