@@ -1,8 +1,10 @@
 """Makes the pictures and the console output of the quick start again: `python docs/pictures.py`.
 
-Runs the demo (about two minutes on two cores) and keeps what the pages show in docs/pictures/.
+Runs the demo (about two minutes on two cores) and keeps what the pages show.
 """
 
+import io
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from xlvlm_jax import Concepts
 from xlvlm_jax.demo import pipeline, summary
 
 PICTURES = Path(__file__).parent / "pictures"
+PAGE = Path(__file__).parent / "quickstart.md"
+_CONSOLE = re.compile(r"^```console\n.*?^```$", re.M | re.S)
 KEPT = ("scores.svg", "shift/overlap.svg", "steering/yes-no/answers.svg")
 NUM_CONCEPTS, NUM_IMAGES, NUM_WORDS = 6, 5, 5
 
@@ -29,12 +33,12 @@ def main() -> None:
         for name in KEPT:
             shutil.copyfile(run / name, PICTURES / Path(name).name)
         draw(result.concepts[pipeline.FINAL], PICTURES / "concepts.png")
-        with open(PICTURES / "demo.txt", "w", encoding="utf-8") as file:
-            console = Console(file=file, width=96)
-            summary.show(result, console)
-        text = (PICTURES / "demo.txt").read_text("utf-8").replace(str(run), run.name)
-        lines = [line.rstrip() for line in text.splitlines()]
-        (PICTURES / "demo.txt").write_text("\n".join(lines).strip() + "\n", "utf-8")
+        said = io.StringIO()
+        summary.show(result, Console(file=said, width=80))
+    lines = [line.rstrip() for line in said.getvalue().strip().splitlines()]
+    page = PAGE.read_text("utf-8")
+    shown = "```console\n" + "\n".join(lines) + "\n```"
+    PAGE.write_text(_CONSOLE.sub(lambda _: shown, page, count=1), "utf-8")
 
 
 def draw(concepts: Concepts, path: Path) -> None:
