@@ -101,7 +101,8 @@ def _parameters(context: Any, command: Any) -> Iterator[str]:
         kind = "Options" if parameter.param_type_name == "option" else "Arguments"
         panel = getattr(parameter, "rich_help_panel", None) or kind
         name, text = (" ".join(part.split()).replace("|", "\\|") for part in record)
-        text = text.replace("[", "\\[").replace("<", "&lt;")
+        # Older releases of typer escape brackets themselves.
+        text = text.replace("\\[", "[").replace("[", "\\[").replace("<", "&lt;")
         panels.setdefault(panel, []).append(f"| `{name}` | {text} |")
     for panel, rows in panels.items():
         yield f"| {panel} | |\n| --- | --- |"
