@@ -134,7 +134,7 @@ class TestModel:
             steering.fit_l2s(vlm, questions[:2], ["a"], ["b", "c"], SITE)
         with pytest.raises(ValueError, match="contrast is 'image'; expected completion or prompt"):
             steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], SITE, contrast="image")
-        with pytest.raises(ValueError, match=r"no site matches 'layers\.3'"):
-            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.3")
+        with pytest.raises(ValueError, match=r"no site matches 'layers\.30'"):
+            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.30")
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
             l2s.last_token_states(vlm, questions[:1], SITE, [" "])

@@ -209,8 +209,8 @@ def test_the_commands(tmp_path, xlvlm):
     )
     status, _, errors = xlvlm("import-pth", tmp_path / "no.pth", "--output", tmp_path / "g")
     assert (status, "no such file" in errors) == (2, True)
-    status, _, errors = xlvlm(*again[:3], tmp_path / "g", "--site", "norm")
-    assert (status, "has no module 'norm'; expected one of" in errors) == (2, True)
+    status, _, errors = xlvlm(*again[:3], tmp_path / "g", "--site", "orm")
+    assert (status, "has no module 'orm'; expected one of" in errors) == (2, True)
     shutil.rmtree(tmp_path / "f" / "rows")
     assert xlvlm("export-pth", tmp_path / "f", "--output", tmp_path / "z.pth")[0] == 2
     assert not (tmp_path / "z.pth").exists()
