@@ -1,6 +1,7 @@
 """Checkpoints that several files of tests read; each is made once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,16 +17,11 @@ def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
     """llava_pair(variant): the checkpoint of that name in `helpers.VARIANTS`."""
     from . import helpers  # which need PyTorch, as some of the tests here do not
 
-    made: dict[str, Pair] = {}
+    def make(directory: Path, variant: str) -> "Pair":
+        text, top = helpers.VARIANTS[variant]
+        return helpers.make_llava(directory, helpers.llava_config(text, **top))
 
-    def pair(variant: str) -> "Pair":
-        if variant not in made:
-            text, top = helpers.VARIANTS[variant]
-            directory = tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-")
-            made[variant] = helpers.make_llava(directory, helpers.llava_config(text, **top))
-        return made[variant]
-
-    return pair
+    return helpers.made_once(tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")

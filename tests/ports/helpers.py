@@ -123,6 +123,18 @@ class Pair:
         return ports.load(self.directory)
 
 
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path, str], Pair]
+) -> Callable[[str], Pair]:
+    """From what makes a variant's checkpoint in a directory to what makes each when first asked."""
+
+    @functools.cache
+    def pair(variant: str) -> Pair:
+        return make(tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-"), variant)
+
+    return pair
+
+
 def make_pair(directory: Path, model: torch.nn.Module, **options: Any) -> Pair:
     """The model with random weights, saved by transformers; options go to save_pretrained."""
     randomise(model.eval())

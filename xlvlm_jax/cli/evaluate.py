@@ -88,12 +88,11 @@ def evaluate(
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
     task.require(samples)
-    if not dry_run:
-        refuse_existing(output, overwrite)
     if dry_run:
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
         show_preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
         return
+    refuse_existing(output, overwrite)
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate(

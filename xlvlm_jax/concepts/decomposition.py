@@ -1,7 +1,7 @@
 """From a matrix of states to concepts, and from new states to their activations.
 
 Z[N, D] ~ activations[N, K] components[K, D]: a row of Z is a sample, a row of components a concept.
-This file checks the input, calls the solver of the method, and keeps the result on disk.
+This file checks the input and calls the solver of the method.
 """
 
 import sys

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf
-from xlvlm_jax.solvers.validation import (
-    check_number,
-    check_whole,
-)
+from xlvlm_jax.solvers.validation import check_number, check_whole
 
 METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
 ALIASES = {"nndl": "snmf"}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +45,12 @@ parametrize_cases = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
     """pair(variant): the checkpoint of that name in `VARIANTS`."""
-    made: dict[str, helpers.Pair] = {}
 
-    def get(variant: str) -> helpers.Pair:
-        if variant not in made:
-            text, perceiver, top = VARIANTS[variant]
-            directory = tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-")
-            config = make_config(text, perceiver, **top)
-            made[variant] = make_idefics2(directory, config)
-        return made[variant]
+    def make(directory: Path, variant: str) -> helpers.Pair:
+        text, perceiver, top = VARIANTS[variant]
+        return make_idefics2(directory, make_config(text, perceiver, **top))
 
-    return get
+    return helpers.made_once(tmp_path_factory, make)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -46,16 +47,12 @@ parametrize_cases = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
     """pair(variant): the checkpoint of that name in `VARIANTS`."""
-    made: dict[str, helpers.Pair] = {}
 
-    def get(variant: str) -> helpers.Pair:
-        if variant not in made:
-            text, vision, top = VARIANTS[variant]
-            directory = tmp_path_factory.mktemp("checkpoint") / variant.replace(" ", "-")
-            made[variant] = make_qwen2_vl(directory, make_config(text, vision, **top))
-        return made[variant]
+    def make(directory: Path, variant: str) -> helpers.Pair:
+        text, vision, top = VARIANTS[variant]
+        return make_qwen2_vl(directory, make_config(text, vision, **top))
 
-    return get
+    return helpers.made_once(tmp_path_factory, make)
 
 
 @pytest.fixture(scope="module")
