@@ -100,7 +100,7 @@ def abstract_params(name: str, module: Any, mesh: jax.sharding.Mesh) -> dict:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=where),
         params,
-        sharding.param_shardings(mesh, params, module.kv_heads),
+        sharding.param_shardings(mesh, params, module.axes, module.kv_heads),
     )
 
 

@@ -137,7 +137,7 @@ def inspect(
 
 def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
     placed = sharding.abstract_mesh(*mesh)
-    shardings = sharding.param_shardings(placed, vlm.params, vlm.module.kv_heads)
+    shardings = sharding.param_shardings(placed, vlm.params, vlm.module.axes, vlm.module.kv_heads)
     size = sharding.device_bytes(vlm.params, shardings)
     return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,18 +12,19 @@ from ports import checkpoint
 from ports.checkpoint import hub, orbax_io, quantised, safetensors_io
 from ports.models import idefics2, llava
 from ports.models.molmo import model as molmo
+from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
 from ports.nn import vision_language
 from ports.parallel import sharding
 from ports.programs import keep_programs
 from ports.vlm import VLM
 
-# config.json's model_type -> the port and its Linen module.
-_PORTS = {
-    "llava": (llava, llava.Llava),
-    "idefics2": (idefics2, idefics2.Idefics2),
-    "qwen2_vl": (qwen2_vl, qwen2_vl.Qwen2VL),
-    "molmo": (molmo, molmo.Molmo),
+# A line for each family of models.
+PORTS: dict[str, Port] = {
+    "llava": llava.PORT,
+    "idefics2": idefics2.PORT,
+    "qwen2_vl": qwen2_vl.PORT,
+    "molmo": molmo.PORT,
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -94,32 +94,35 @@ def load_abstract(
 
 def hub_names(name: str) -> tuple[str, ...]:
     """What each port calls a module that today's transformers gives a name: as the hub does."""
-    return tuple(checkpoint.module_name(port.canonical_name, name) for port, _ in _PORTS.values())
+    return tuple(port.hub_name(name) for port in PORTS.values())
 
 
-def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, ModuleType, Any, dict]:
+def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port, Any, dict]:
     """The Linen module of a checkpoint, its port, the configuration as read, and the parameters
     that the module needs, abstract.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    if video_positions not in qwen2_vl.VIDEO_POSITIONS:
+    known = {name: port.options.get("video_positions", ()) for name, port in PORTS.items()}
+    values = dict.fromkeys(value for values in known.values() for value in values)
+    if video_positions not in values:
         raise ValueError(
-            f"video_positions is {video_positions!r}; expected one of "
-            f"{', '.join(qwen2_vl.VIDEO_POSITIONS)}"
+            f"video_positions is {video_positions!r}; expected one of {', '.join(values)}"
         )
-    config = checkpoint.read_config(directory, tuple(_PORTS), {"molmo": molmo.read_config})
-    port, kind = _PORTS[config.model_type]
+    readers = {name: p.read_config for name, p in PORTS.items() if p.read_config is not None}
+    config = checkpoint.read_config(directory, tuple(PORTS), readers)
+    port = PORTS[config.model_type]
     with checkpoint.making_model(directory):
-        sizes = port.Config.from_hf(config)
-    if port is qwen2_vl:
+        sizes: Any = port.config.from_hf(config)
+    if video_positions in known[config.model_type]:
         sizes = dataclasses.replace(sizes, video_positions=video_positions)
-    elif video_positions != "original":
+    elif video_positions != next(iter(values)):
+        families = ", ".join(name for name, of_it in known.items() if of_it)
         raise ValueError(
-            f"video_positions is {video_positions!r}, which is for qwen2_vl; {directory} is a "
+            f"video_positions is {video_positions!r}, which is for {families}; {directory} is a "
             f"{config.model_type}: leave it out"
         )
-    module = kind(sizes, dtype=jnp.dtype(dtype))
+    module = port.module(sizes, dtype=jnp.dtype(dtype))
     if checkpoint.stores_own_head(directory, port.canonical_name, module.tied):
         module = module.untied()
     with checkpoint.making_model(directory):
@@ -129,7 +132,7 @@ def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Modu
 
 def load_params(
     module: vision_language.VisionLanguageModel,
-    port: ModuleType,
+    port: Port,
     directory: Path,
     abstract: dict,
     dtype: jnp.dtype,
@@ -138,7 +141,7 @@ def load_params(
     """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
     shardings = None
     if mesh is not None:
-        shardings = sharding.param_shardings(mesh, abstract, module.kv_heads)
+        shardings = sharding.param_shardings(mesh, abstract, module.axes, module.kv_heads)
     if orbax_io.is_saved(directory):
         return orbax_io.load(directory, abstract, dtype, shardings)
     return checkpoint.load_params(
@@ -163,5 +166,5 @@ def place_abstract(
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
         abstract,
-        sharding.param_shardings(mesh, abstract, module.kv_heads),
+        sharding.param_shardings(mesh, abstract, module.axes, module.kv_heads),
     )

@@ -14,7 +14,13 @@ _LEAVES = {
     "table": "embedding",  # a bare parameter of that name
 }
 # Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
-_NUMBERED = re.compile(r"^(layers?|blocks|resblocks|mlp)_(\d+)$")
+_CONTAINERS = {"layer", "layers", "blocks"}
+_NUMBER = re.compile(r"^(.+)_(\d+)$")
+
+
+def number(*containers: str) -> None:
+    """Says that modules NAME_0, NAME_1 ... are blocks, which checkpoints call NAME.0, NAME.1 ..."""
+    _CONTAINERS.update(containers)
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -29,7 +35,12 @@ def module_name(rename: Rename, module: str) -> str:
 
 def site_name(path: Iterable[str]) -> str:
     """The path of a Flax module, ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
-    return ".".join(_NUMBERED.sub(r"\1.\2", part) for part in path)
+    return ".".join(map(_dotted, path))
+
+
+def _dotted(part: str) -> str:
+    found = _NUMBER.match(part)
+    return f"{found[1]}.{found[2]}" if found and found[1] in _CONTAINERS else part
 
 
 def called_name(path: Iterable[str], method: str) -> str:

@@ -55,7 +55,10 @@ def paired_states(
     pair = _paired(vlm.module, distinct, prepared, tree, (a, b), sites)
     length = inputs["input_ids"].shape[1]
     # Batches are filled up on the left to one of few lengths.
-    return tuple({site: value[:, -length:] for site, value in states.items()} for states in pair)
+    first, second = (
+        {site: value[:, -length:] for site, value in states.items()} for states in pair
+    )
+    return first, second
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
@@ -97,7 +100,8 @@ def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
     """
     if bool(original.module.tied) == bool(finetuned.module.tied):
         return original, finetuned
-    return tuple(vlm.untied() if vlm.module.tied else vlm for vlm in (original, finetuned))
+    first, second = (vlm.untied() if vlm.module.tied else vlm for vlm in (original, finetuned))
+    return first, second
 
 
 def check_alike(original: Params, finetuned: Params) -> None:

@@ -5,7 +5,6 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,7 @@ from ports.intervene.edits import (
 )
 from ports.intervene.sites import as_sites, capture, find_sites, list_sites
 from ports.messages import few
+from ports.models.port import Port
 from ports.names import normal_name
 from ports.nn import vision_language
 from ports.parallel import sharding
@@ -135,7 +135,7 @@ class VLM:
         module: vision_language.VisionLanguageModel,
         params: dict,
         config: Any,
-        port: ModuleType,
+        port: Port,
         directory: Path | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -219,7 +219,9 @@ class VLM:
         table = flat[*self.module.decoder_path, "embed_tokens", "embedding"]
         path, kernel = (*self.module.head_path, "kernel"), table.T
         if self._mesh is not None:
-            where = sharding.param_sharding(self._mesh, path, kernel.shape, self.module.kv_heads)
+            where = sharding.param_sharding(
+                self._mesh, path, kernel.shape, self.module.axes, self.module.kv_heads
+            )
             kernel = jax.device_put(kernel, where)
         params = traverse_util.unflatten_dict(flat | {path: kernel})
         model = VLM(
@@ -245,8 +247,8 @@ class VLM:
     @functools.cached_property
     def module_names(self) -> dict[str, str]:
         """Linear layer -> the module's name in transformers, which adapters' files use."""
-        rename = getattr(self._port, "transformers_name", None)
-        return peft_io.module_names(lora.linear_layers(self.params), rename)
+        sites = lora.linear_layers(self.params)
+        return peft_io.module_names(sites, self._port.transformers_name)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -254,17 +256,9 @@ class VLM:
 
         Raises ValueError for files that are missing, or do not belong together.
         """
-        self._require_tokenizer("processor")
-        if hasattr(self._port, "load_processor"):
-            processor = self._port.load_processor(self.directory)
-        else:
-            from transformers import AutoProcessor
-
-            # The backend that needs neither torch nor torchvision, and gives everyone the same
-            # numbers.
-            processor = self._read(AutoProcessor, "processor", backend="pil")
-            if hasattr(self._port, "complete_processor"):
-                self._port.complete_processor(processor, self.module.config, self.directory)
+        directory = self._with_tokenizer("processor")
+        processor = self._port.read_processor(directory)
+        self._port.complete_processor(processor, self.module.config, directory)
         if getattr(processor, "chat_template", None) is None:
             # It may stand in tokenizer_config.json alone.
             processor.chat_template = processor.tokenizer.chat_template
@@ -287,13 +281,7 @@ class VLM:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer, from transformers; read when first asked for."""
-        self._require_tokenizer("tokenizer")
-        if hasattr(self._port, "load_tokenizer"):
-            tokenizer = self._port.load_tokenizer(self.directory)
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = self._read(AutoTokenizer, "tokenizer")
+        tokenizer = self._port.read_tokenizer(self._with_tokenizer("tokenizer"))
         self._warn_of(tokenizer)
         return tokenizer
 
@@ -305,15 +293,13 @@ class VLM:
                 tokenizer, self.module.num_embeddings, self.image_tokens, self.directory
             )
 
-    def _require_tokenizer(self, what: str) -> None:
-        if self.directory is not None:
-            with checkpoint.loading(self.directory, what):
-                checkpoint.require_tokenizer(self.directory)
-
-    def _read(self, kind: Any, what: str, **options: Any) -> Any:
+    def _with_tokenizer(self, what: str) -> Path:
+        """The checkpoint's directory. ValueError if there is none, or none with a tokenizer."""
+        if self.directory is None:
+            raise ValueError(f"the model was made without a directory; load it to have a {what}")
         with checkpoint.loading(self.directory, what):
-            # Remote code is neither run nor asked for.
-            return kind.from_pretrained(self.directory, trust_remote_code=False, **options)
+            checkpoint.require_tokenizer(self.directory)
+        return self.directory
 
     def example_inputs(self, batch: int = 1) -> dict[str, Any]:
         """Shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image a row."""
@@ -463,7 +449,7 @@ class VLM:
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
         edits, checked = self._place_edits(edits, checked, max_new_tokens)
-        arrays = self._place(padding.align_right(checked))
+        arrays = self._place(padding.align_right(checked, self._port.per_position))
         options = {
             "max_new_tokens": max_new_tokens,
             "eos_tokens": self.eos_tokens,
@@ -530,7 +516,7 @@ class VLM:
         result = _generate(
             self.module,
             self.params,
-            self._place(padding.align_right(_with_columns(checked))),
+            self._place(padding.align_right(_with_columns(checked), self._port.per_position)),
             edits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
             rules=self._rules(checked),
             max_new_tokens=max_new_tokens,
@@ -610,7 +596,7 @@ class VLM:
 
     def hub_names(self, name: str) -> tuple[str, ...]:
         """What the port may call a module that today's transformers gives a name."""
-        return (checkpoint.module_name(self._port.canonical_name, name),)
+        return (self._port.hub_name(name),)
 
     def render(self, prompt: str) -> str:
         """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
@@ -631,7 +617,7 @@ class VLM:
             )
         token = str(getattr(self.processor, "image_token", ""))
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = f"{getattr(self._port, 'IMAGE_TEXT', '{}').format(token)}\n{prompt}"
+        text = f"{self._port.image_text.format(token)}\n{prompt}"
         reasons = []
         for content in (parts, text, [{"type": "text", "text": text}]):
             message = [{"role": "user", "content": content}]
@@ -732,7 +718,7 @@ class VLM:
         return _by_name(cut, asked)
 
     def _check(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
-        arrays = model_inputs.to_numpy(inputs, self._port.INPUTS)
+        arrays = model_inputs.to_numpy(inputs, self._port.inputs)
         if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
             raise ValueError(
                 "inputs have no input_ids of shape [batch, positions]; pass what the processor "
@@ -753,14 +739,17 @@ class VLM:
         Raises ValueError for a token id outside the vocabulary, or if images and prompts do not fit
         each other.
         """
-        return padding.pad_to_bucket(self._check(inputs), self.pad_token)
+        return self._padded(self._check(inputs))
 
     def place(self, inputs: vision_language.Inputs) -> dict[str, Array]:
         """As `prepare`, and on the model's devices: rows on the mesh axis "data"."""
         return self._place(self._check(inputs))
 
+    def _padded(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position)
+
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
-        arrays = padding.pad_to_bucket(arrays, self.pad_token)
+        arrays = self._padded(arrays)
         if self._mesh is None:
             return {name: jnp.asarray(value) for name, value in arrays.items()}
         return {

@@ -332,8 +332,7 @@ def write(
 
 
 def module_names(
-    sites: Mapping[str, Any], transformers_name: Callable[[str], str] | None
+    sites: Mapping[str, Any], transformers_name: Callable[[str], str]
 ) -> dict[str, str]:
     """Site -> the module's name in transformers' model, which PEFT's files use."""
-    rename = transformers_name or (lambda name: name)
-    return {site: rename(f"{site}.weight").removesuffix(".weight") for site in sites}
+    return {site: transformers_name(f"{site}.weight").removesuffix(".weight") for site in sites}

@@ -4,13 +4,17 @@ B batch, T positions.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The arrays that have one row a sample and one column a position.
-_PER_POSITION = ("input_ids", "attention_mask", "position_ids", "feature_index", "columns")
+# The arrays of every port that have one row a sample and one column a position, and what fills
+# them; of input_ids the pad token does. A port names its own (`Port.per_position`).
+_FILL = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "columns": -1}
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 def bucket_length(length: int) -> int:
@@ -24,14 +28,19 @@ def bucket_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def pad_to_bucket(arrays: Mapping[str, np.ndarray], pad_token: int) -> dict[str, np.ndarray]:
-    """Pads what has a column a position on the left, up to the bucket's length."""
+def pad_to_bucket(
+    arrays: Mapping[str, np.ndarray], pad_token: int, own: Mapping[str, int] = _NONE
+) -> dict[str, np.ndarray]:
+    """Pads what has a column a position on the left, up to the bucket's length.
+
+    own: the port's own arrays of that kind, and what fills them.
+    """
     length = arrays["input_ids"].shape[1]
     missing = bucket_length(length) - length
-    fill = {"input_ids": pad_token, "feature_index": -1, "columns": -1}
+    fill = _FILL | {"input_ids": pad_token, **own}
     return {
-        name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill.get(name, 0))
-        if name in _PER_POSITION
+        name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill[name])
+        if name in fill
         else value
         for name, value in arrays.items()
     }
@@ -42,11 +51,13 @@ def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
 
 
-def align_right(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Moves the tokens of each row to its end, where generation goes on."""
+def align_right(
+    arrays: Mapping[str, np.ndarray], own: Mapping[str, int] = _NONE
+) -> dict[str, np.ndarray]:
+    """Moves the tokens of each row to its end, where generation goes on; own: as above."""
     order = right_order(arrays)
     return {
-        name: np.take_along_axis(value, order, axis=1) if name in _PER_POSITION else value
+        name: np.take_along_axis(value, order, axis=1) if name in _FILL or name in own else value
         for name, value in arrays.items()
     }
 

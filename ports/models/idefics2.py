@@ -16,11 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, siglip, vision_language
 from ports.parallel import sharding
 
 Array = jax.Array
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **decoder.AXES,
+    **siglip.AXES,
+    **dict.fromkeys(("latents", "input_latents_norm", "input_context_norm"), ()),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +221,7 @@ class Idefics2(vision_language.VisionLanguageModel):
     config: Config
     decoder_path = ("model", "text_model")
     head_path = ("lm_head",)
+    axes = AXES
 
     def setup(self):
         self.model = Backbone(self.config, self.dtype)
@@ -377,3 +386,13 @@ def canonical_name(name: str) -> str | None:
     if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return None
     return name
+
+
+PORT = Port(
+    config=Config,
+    module=Idefics2,
+    inputs=INPUTS,
+    example_inputs=example_inputs,
+    prepare_inputs=prepare_inputs,
+    canonical_name=canonical_name,
+)

@@ -14,10 +14,20 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint
+from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, vision_language
+from ports.parallel import sharding
 
 Array = jax.Array
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **decoder.AXES,
+    **vision.AXES,
+    "linear_1": ("embed", "mlp"),
+    "linear_2": ("mlp", "embed"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Llava(vision_language.VisionLanguageModel):
     config: Config
     decoder_path = ("language_model", "model")
     head_path = ("language_model", "lm_head")
+    axes = AXES
 
     def setup(self):
         self.vision_tower = vision.CLIPVisionModel(self.config.vision, self.dtype)
@@ -214,3 +225,15 @@ def transformers_name(name: str) -> str:
         return name.removeprefix("language_model.")
     name = name.replace("language_model.model.", "language_model.", 1)
     return "model." + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+PORT = Port(
+    config=Config,
+    module=Llava,
+    inputs=INPUTS,
+    example_inputs=example_inputs,
+    prepare_inputs=prepare_inputs,
+    canonical_name=canonical_name,
+    transformers_name=transformers_name,
+    complete_processor=complete_processor,
+)

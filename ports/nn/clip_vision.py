@@ -10,10 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import layers
+from ports.nn import encoder, layers
 from ports.nn.encoder import Encoder, EncoderConfig
+from ports.parallel import sharding
 
 Array = jax.Array
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **encoder.AXES,
+    **dict.fromkeys(("class_embedding", "patch_embedding", "position_embedding"), ()),
+    **dict.fromkeys(("pre_layrnorm", "post_layernorm"), ()),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,20 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+    **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), ()),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:

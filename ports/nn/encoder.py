@@ -14,6 +14,17 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "out_proj": ("heads", "embed"),
+    "fc1": ("embed", "mlp"),
+    "fc2": ("mlp", "embed"),
+    **dict.fromkeys(("layer_norm1", "layer_norm2"), ()),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:

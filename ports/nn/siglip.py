@@ -16,9 +16,16 @@ import numpy as np
 from flax import linen as nn
 
 from ports.nn import clip_vision, encoder, layers
+from ports.parallel import sharding
 
 Array = jax.Array
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **encoder.AXES,
+    **dict.fromkeys(("patch_embedding", "position_embedding", "post_layernorm"), ()),
+}
 
 
 def patch_mask(pixel_mask: AnyArray, patch_size: int) -> AnyArray:

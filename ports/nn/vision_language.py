@@ -57,6 +57,8 @@ class VisionLanguageModel(nn.Module):
     # the language-model head.
     decoder_path: ClassVar[tuple[str, ...]]
     head_path: ClassVar[tuple[str, ...]]
+    # Where each parameter lies on a mesh.
+    axes: ClassVar[sharding.Axes]
     # Below the decoder: the module of layer {} that has the cache, and the final norm.
     cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
     norm_name: ClassVar[str] = "norm"

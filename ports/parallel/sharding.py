@@ -34,22 +34,10 @@ RULES = {
     "vocab": "model",
 }
 
-# Module -> logical axes of its kernel or embedding. What is not named here is replicated. Where a
-# name stands for two things, that of the module above it goes in front.
-_AXES = {
-    **dict.fromkeys(("q_proj", "wq", "wk", "wv"), ("embed", "heads")),
-    **dict.fromkeys(("k_proj", "v_proj"), ("embed", "kv_heads")),
-    # Query, key and value in one: stored by columns, laid out anew behind the product.
-    **dict.fromkeys(("att_proj", "qkv"), ("embed", "heads")),
-    **dict.fromkeys(("o_proj", "out_proj", "attn_out", "wo", "attn.proj"), ("heads", "embed")),
-    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "ff_proj", "w1", "w3"), ("embed", "mlp")),
-    **dict.fromkeys(("down_proj", "fc2", "ff_out", "w2"), ("mlp", "embed")),
-    # From a tower to the decoder.
-    **dict.fromkeys(("linear_1", "merger.mlp_0"), ("embed", "mlp")),
-    **dict.fromkeys(("linear_2", "merger.mlp_2"), ("mlp", "embed")),
-    **dict.fromkeys(("embed_tokens", "wte"), ("vocab", "embed")),
-    **dict.fromkeys(("lm_head", "transformer.ff_out"), ("embed", "vocab")),
-}
+# Module -> logical axes of its kernel or embedding, () for what every device holds whole; a bias
+# has the last of them. Where a name stands for two things, that of the module above goes in front
+# ("merger.mlp_0"). A parameter outside of such a module has a rule by its own name.
+Axes = Mapping[str, tuple[str, ...]]
 
 
 def make_mesh(
@@ -98,42 +86,68 @@ def _kv_heads_of(path: Path, kv_heads: KVHeads) -> int | None:
     return next((n for above, n in kv_heads.items() if path[: len(above)] == above), None)
 
 
-def logical_axes(path: Path, ndim: int) -> tuple[str, ...]:
-    """The logical axes of the parameter at a Flax path; none for one that is replicated."""
+def logical_axes(path: Path, ndim: int, axes: Axes) -> tuple[str, ...]:
+    """The logical axes of the parameter at a Flax path; none for one that is replicated.
+
+    Raises ValueError for a parameter without a rule, or with one of another number of axes.
+    """
     module, leaf = ("", *path)[-2:]
-    axes = _AXES.get(".".join(path[-3:-1]), _AXES.get(module, ()))
+    names = (".".join(path[-3:-1]), module, leaf)
+    rule = next((axes[name] for name in names if name in axes), None)
+    if rule is None:
+        raise ValueError(
+            f"no rule says where {'.'.join(path)} lies on a mesh; name {module or leaf!r} in the "
+            "`axes` of its model, with () if every device is to hold it"
+        )
     if leaf == "bias":
-        axes = axes[-1:]
-    return axes if len(axes) == ndim else ()
+        rule = rule[-1:]
+    if len(rule) not in (0, ndim):
+        raise ValueError(
+            f"{'.'.join(path)} has {ndim} dimensions; its rule in the `axes` of its model is for "
+            f"{len(rule)}: {', '.join(rule)}"
+        )
+    return rule
 
 
 def param_sharding(
-    mesh: AnyMesh, path: Path, shape: tuple[int, ...], kv_heads: KVHeads | None = None
+    mesh: AnyMesh,
+    path: Path,
+    shape: tuple[int, ...],
+    axes: Axes,
+    kv_heads: KVHeads | None = None,
 ) -> NamedSharding:
     """The sharding of the parameter at a Flax path.
 
+    axes: the rules of the model (`VisionLanguageModel.axes`).
     kv_heads: how many key-value heads the modules have that are divided by whole heads
     (`VisionLanguageModel.kv_heads`); of other modules the width counts.
+
+    Raises ValueError for a parameter without a rule.
     """
-    axes = logical_axes(path, len(shape))
+    named = logical_axes(path, len(shape), axes)
     count = _kv_heads_of(path, kv_heads or {})
     spec = [
         _fits(mesh, RULES[axis], count if axis == "kv_heads" and count else size)
-        for axis, size in zip(axes, shape, strict=False)
+        for axis, size in zip(named, shape, strict=False)
     ]
-    if "vocab" in axes and not any(spec):
+    if "vocab" in named and not any(spec):
         spec = [
             _fits(mesh, RULES["vocab"], size) if axis == "embed" else None
-            for axis, size in zip(axes, shape, strict=True)
+            for axis, size in zip(named, shape, strict=True)
         ]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def param_shardings(mesh: AnyMesh, params: dict, kv_heads: KVHeads | None = None) -> dict:
+def param_shardings(
+    mesh: AnyMesh, params: dict, axes: Axes, kv_heads: KVHeads | None = None
+) -> dict:
     """`param_sharding` of every leaf of a tree of (abstract) parameters, as such a tree."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
-        {path: param_sharding(mesh, path, leaf.shape, kv_heads) for path, leaf in flat.items()}
+        {
+            path: param_sharding(mesh, path, leaf.shape, axes, kv_heads)
+            for path, leaf in flat.items()
+        }
     )
 
 

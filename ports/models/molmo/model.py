@@ -16,15 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports import names
 from ports.models.molmo import vision as molmo_vision
 from ports.models.molmo.processor import load as load_processor
 from ports.models.molmo.processor import load_tokenizer
+from ports.models.port import Port
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
 
-__all__ = ["Config", "Molmo", "load_processor", "load_tokenizer"]
-
 Array = jax.Array
+
+names.number("resblocks")  # the tower's
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **molmo_vision.AXES,
+    "wte": ("vocab", "embed"),
+    "transformer.ff_out": ("embed", "vocab"),
+    # Query, key and value in one: stored by columns, laid out anew after the product.
+    "att_proj": ("embed", "heads"),
+    "attn_out": ("heads", "embed"),
+    "ff_proj": ("embed", "mlp"),
+    "ff_out": ("mlp", "embed"),
+    **dict.fromkeys(("attn_norm", "ff_norm", "ln_f"), ()),
+}
 
 # What the port understands of a processor's arrays.
 INPUTS = (
@@ -299,6 +313,7 @@ class Molmo(vision_language.VisionLanguageModel):
     config: Config
     decoder_path = ("model", "transformer")
     head_path = ("model", "transformer", "ff_out")
+    axes = AXES
     cache_path = ("blocks_{}",)
     norm_name = "ln_f"
 
@@ -453,3 +468,17 @@ def _fill(array: np.ndarray, missing: int) -> np.ndarray:
 def canonical_name(name: str) -> str | None:
     """A tensor's name in the checkpoint is its name in the port."""
     return name
+
+
+PORT = Port(
+    config=Config,
+    module=Molmo,
+    inputs=INPUTS,
+    example_inputs=example_inputs,
+    prepare_inputs=prepare_inputs,
+    canonical_name=canonical_name,
+    read_config=read_config,
+    read_processor=load_processor,
+    read_tokenizer=load_tokenizer,
+    per_position={"feature_index": -1},
+)

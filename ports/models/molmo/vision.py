@@ -18,6 +18,16 @@ from ports.nn import layers
 from ports.parallel import sharding
 
 Array = jax.Array
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **dict.fromkeys(("wq", "wk", "wv"), ("embed", "heads")),
+    "wo": ("heads", "embed"),
+    **dict.fromkeys(("w1", "w3"), ("embed", "mlp")),
+    "w2": ("mlp", "embed"),
+    **dict.fromkeys(("class_embedding", "patch_embedding", "positional_embedding"), ()),
+    **dict.fromkeys(("pre_ln", "attention_norm", "ffn_norm", "pad_embed"), ()),
+}
 POOL = 2  # patches a side that become one feature
 
 

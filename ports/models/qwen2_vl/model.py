@@ -18,18 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ports import names
 from ports.inputs import padding
+from ports.models.port import Port
 from ports.models.qwen2_vl import vision as qwen2_vision
 from ports.models.qwen2_vl.processor import load as load_processor
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
 
-__all__ = ["Config", "Qwen2VL", "load_processor"]
-
-# An image in a prompt, around the token that is expanded.
-IMAGE_TEXT = "<|vision_start|>{}<|vision_end|>"
-
 Array = jax.Array
+
+names.number("mlp")  # the merger's
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    **decoder.AXES,
+    **qwen2_vision.AXES,
+}
 
 # What the port understands of a processor's arrays; the rest (mm_token_type_ids) is left aside.
 INPUTS = (
@@ -83,6 +87,7 @@ class Qwen2VL(vision_language.VisionLanguageModel):
     config: Config
     decoder_path = ("model",)
     head_path = ("lm_head",)
+    axes = AXES
 
     def setup(self):
         self.visual = qwen2_vision.Qwen2Vision(self.config.vision, self.dtype)
@@ -296,3 +301,17 @@ def transformers_name(name: str) -> str:
     if name.startswith("visual."):
         return f"model.{name}"
     return name.replace("model.", "model.language_model.", 1) if "lm_head" not in name else name
+
+
+PORT = Port(
+    config=Config,
+    module=Qwen2VL,
+    inputs=INPUTS,
+    example_inputs=example_inputs,
+    prepare_inputs=prepare_inputs,
+    canonical_name=canonical_name,
+    transformers_name=transformers_name,
+    read_processor=load_processor,
+    image_text="<|vision_start|>{}<|vision_end|>",
+    options={"video_positions": VIDEO_POSITIONS},
+)

@@ -18,6 +18,18 @@ from ports.nn import layers
 from ports.parallel import sharding
 
 Array = jax.Array
+
+# Where the parameters lie on a mesh.
+AXES: sharding.Axes = {
+    # Query, key and value in one: stored by columns, laid out anew after the product.
+    "attn.qkv": ("embed", "heads"),
+    "attn.proj": ("heads", "embed"),
+    "fc1": ("embed", "mlp"),
+    "fc2": ("mlp", "embed"),
+    "merger.mlp_0": ("embed", "mlp"),
+    "merger.mlp_2": ("mlp", "embed"),
+    **dict.fromkeys(("patch_embed.proj", "norm1", "norm2", "ln_q"), ()),
+}
 NORM_EPS = 1e-6  # no checkpoint's configuration says it
 
 

@@ -200,7 +200,9 @@ class TestUntied:
         vlm = ports.load(tied.directory, mesh=ports.make_mesh(1, 1)).untied()
         path = ("language_model", "lm_head", "kernel")
         kernel = vlm.params["language_model"]["lm_head"]["kernel"]
-        expected = sharding.param_sharding(ports.make_mesh(1, 1), path, kernel.shape)
+        expected = sharding.param_sharding(
+            ports.make_mesh(1, 1), path, kernel.shape, vlm.module.axes
+        )
         assert kernel.sharding == expected
 
     def test_is_refused_of_a_head_that_is_not_tied(self, small):

@@ -190,7 +190,7 @@ class TestSharding:
 
         def spec(*path: str) -> tuple:
             shape = functools.reduce(lambda tree, key: tree[key], path, vlm.params).shape
-            return tuple(sharding.param_sharding(mesh, path, shape).spec)
+            return tuple(sharding.param_sharding(mesh, path, shape, molmo.AXES).spec)
 
         decoder = ("model", "transformer")
         for module in ("att_proj", "ff_proj"):
