@@ -55,6 +55,7 @@ def shift(
 ) -> None:
     """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
     from xlvlm_jax import Concepts, Features
+    from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.report.shift_figures import draw_all
     from xlvlm_jax.shift import match_samples, shift_features
     from xlvlm_jax.shift.pairs import common_site
@@ -97,7 +98,7 @@ def shift(
         )
         draw_all(analysis, output)
     show(analysis)
-    if learnt.method in ("snmf", "pca"):
+    if not method_named(learnt.method).is_centroids:
         norm = analysis.summary()["means"]["magnitude"]
         console.print(
             f"{learnt.method} concepts have unit norm, the shifts {norm:.3g} on average: choose"

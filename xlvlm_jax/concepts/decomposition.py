@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from ports.programs import keep_programs
-from xlvlm_jax.concepts.methods import INIT, METHODS, RELATIVE, method_named, options_of
+from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, Rows, method_named
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.solvers import blas_threads, kmeans, pca, phases, semi_nmf, streamed
+from xlvlm_jax.solvers import blas_threads, kmeans, phases
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
@@ -44,7 +44,6 @@ from xlvlm_jax.solvers.validation import (
     unit_of,
 )
 
-CENTRED = ("kmeans", "pca")  # blind to what is subtracted from every row
 FEW_CODED = 0.1  # of the rows: when fewer have a code of snmf, alpha is too large for them
 PROJECTED_BYTES = 2**26  # of a source's rows that are projected together
 # Of a column's deviation: what rounding a centroid to float32 may move it without a word.
@@ -121,8 +120,8 @@ def decompose(
         TypeError: Z is not an array of numbers.
     """
     keep_programs()
-    method = method_named(method)
-    options = options_of(method, options)
+    how = method_named(method)
+    options = how.options(options)
     stored = is_stored(Z)
     Z = Z if stored else as_matrix(Z, "Z", row="sample")
     N, D = Z.shape
@@ -131,19 +130,20 @@ def decompose(
     if not numbers:
         raise ValueError("num_concepts is empty; expected a number of concepts, or some of them")
     for number in numbers:
-        check_num_concepts(number, N, D, method)
+        _check_count(number, N, D, how)
     _check_key(key)
     check_whole("verbose", verbose, 0)
     heaviest = 1.0
     if sample_weight is not None:
-        if method != "kmeans":
-            raise ValueError(f"{method!r} has no weights; leave sample_weight out or use 'kmeans'")
+        if not how.takes_weights:
+            known = " or ".join(repr(name) for name, each in METHODS.items() if each.takes_weights)
+            raise ValueError(f"{how.name!r} has no weights; leave sample_weight out or use {known}")
         sample_weight, heaviest = check_weights(sample_weight, N)
     wide = Z if isinstance(Z, np.ndarray) else None
     origin = None
     if stored:
         Z = read_rows(Z, mesh)
-    elif wide is not None and method in CENTRED:
+    elif wide is not None and how.is_centred:
         # Where deviations are small beside the mean, float32 would not tell the rows apart.
         origin = wide.mean(axis=0)
         origin = np.where(np.isfinite(origin), origin, 0)
@@ -163,11 +163,11 @@ def decompose(
         Z = Z / jnp.asarray(unit, Z.dtype)
     if "alpha" in arguments:
         arguments["alpha"] = arguments["alpha"] / unit
-    if method in ("kmeans", "simple"):
+    if how.is_centroids:
         arguments["unit"] = unit
     numbers = tuple(int(number) for number in numbers)
     if (init := arguments.pop("init", None)) is not None:
-        arguments[INIT[method]] = _first(init, numbers, D, origin, unit, real_dtype(Z))
+        arguments[how.init] = _first(init, numbers, D, origin, unit, real_dtype(Z))
         options["init"] = "given"
     arguments |= {"num_samples": N, "num_concepts": numbers}
     if sample_weight is not None:
@@ -175,21 +175,21 @@ def decompose(
         arguments["sample_weight"] = weights
     squared_unit = unit**2 * heaviest
     tell = _teller(progress, verbose, squared_unit) if verbose or progress else None
-    result = phases.solve(METHODS[method], Z, key, tell, verbose or None, mesh=mesh, **arguments)
+    result = phases.solve(how.solver, Z, key, tell, verbose or None, mesh=mesh, **arguments)
     found = []
     for i, number in enumerate(numbers):
         one = jax.tree.map(itemgetter(i), result)
         if squared_unit != 1:
-            one = _in_unit(one, method, unit, squared_unit)
+            one = _in_unit(one, how, unit, squared_unit)
         if origin is not None:
-            one = _around(one, method, origin)
-        found.append(_concepts(one, number, N, method, dict(options)))
-    if method == "snmf" and not isinstance(result.objective, jax.core.Tracer):
+            one = _around(one, how, origin)
+        found.append(_concepts(one, number, N, how.name, dict(options)))
+    if how.is_sparse and not isinstance(result.objective, jax.core.Tracer):
         for concepts in found:
             if (share := _coded(concepts.activations)) < FEW_CODED:
                 scale = float(root_mean_square(Z) * unit * (len(Z) / N) ** 0.5)
                 _check_coded(share, options["alpha"], scale)
-    if origin is not None and method == "kmeans":
+    if origin is not None and how.is_centroids:
         _check_held(found[0].components, wide)
     return found if several else found[0]
 
@@ -229,25 +229,25 @@ def _first(
     return init.astype(dtype) / unit
 
 
-def _in_unit(result: Result, method: str, unit: float, squared_unit: float) -> Result:
+def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:
     """The result for Z of one for Z / unit, whose objective is in the squared unit."""
     # Squares may be beyond float32 where their roots are not.
     squares = {
         name: np.asarray(getattr(result, name), np.float64) * squared_unit
         for name in ("objective", "history")
     }
-    if method in ("snmf", "pca"):
-        squares["activations"] = result.activations * unit
-    if method in ("kmeans", "simple"):
+    if method.is_centroids:
         squares["components"] = result.components * unit
+    else:
+        squares["activations"] = result.activations * unit
     if result.mean is not None:
         squares["mean"] = result.mean * unit
     return result._replace(**squares)
 
 
-def _around(result: Result, method: str, origin: Float[np.ndarray, " D"]) -> Result:
+def _around(result: Result, method: Method, origin: Float[np.ndarray, " D"]) -> Result:
     """The result for Z of one for Z - 1 origin."""
-    if method == "pca":
+    if method.has_mean:
         return result._replace(mean=origin + np.asarray(result.mean, np.float64))
     around = origin + np.asarray(result.components, np.float64)
     return result._replace(components=jnp.asarray(short(around)))
@@ -300,16 +300,16 @@ def memory_needed(
 
     The program is compiled and not run; no Z is needed. Arguments and errors as for `decompose`.
     """
-    method = method_named(method)
-    check_num_concepts(num_concepts, *shape, method)
+    how = method_named(method)
+    _check_count(num_concepts, *shape, how)
     N, D = shape
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
     rows = N if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
-    arguments = options_of(method, options)
+    arguments = how.options(options)
     for name in ("init", RELATIVE):
         arguments.pop(name, None)
-    lowered = METHODS[method].solve.lower(
+    lowered = how.solver.solve.lower(
         Z, jax.random.key(0), num_samples=N, num_concepts=(num_concepts,), mesh=mesh, **arguments
     )
     memory = lowered.compile().memory_analysis()
@@ -324,26 +324,38 @@ def streamed_memory_needed(
 
     Arguments and errors as for `decompose_stored`.
     """
-    method = _streamed(method)
-    check_num_concepts(num_concepts, *shape, method)
+    how = _streamed(method)
+    _check_count(num_concepts, *shape, how)
     N, D = shape
     # A tile, the one that is read, and their products; activations that are being written.
     of_tiles = 4 * TILE_BYTES
-    if method == "pca":
-        options_of(method, options)
+    R = how.streamed.columns(N, D, num_concepts)
+    if R == 0:
+        how.options(options)
         return of_tiles + 4 * D * 6 * num_concepts
-    R = streamed.METHODS[method].columns(N, D, num_concepts)
     # The columns stay on the host while the device solves for them.
-    return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, method, **options)
+    return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, how.name, **options)
 
 
-def _streamed(method: str) -> str:
-    """The name of a method that can be streamed."""
-    method = method_named(method)
-    if method not in streamed.METHODS:
-        expected = ", ".join(streamed.METHODS)
-        raise ValueError(f"{method!r} can't be streamed; expected one of {expected}, or decompose")
+def _streamed(name: str) -> Method:
+    """A method that can be streamed."""
+    method = method_named(name)
+    if method.streamed is None:
+        expected = ", ".join(name for name, each in METHODS.items() if each.streamed is not None)
+        raise ValueError(
+            f"{method.name!r} can't be streamed; expected one of {expected}, or decompose"
+        )
     return method
+
+
+def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
+    """ValueError unless the method finds that many concepts in Z[N, D]."""
+    check_num_concepts(num_concepts, N)
+    if method.max_per_width and num_concepts > D:
+        raise ValueError(
+            f"num_concepts={num_concepts} is larger than min(N, D) = {D}, the number of principal "
+            "components that Z has; ask for fewer or use 'snmf'"
+        )
 
 
 def _check_key(key: Any) -> None:
@@ -411,12 +423,12 @@ def decompose_stored(
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
     """
     keep_programs()
-    method = _streamed(method)
-    options = options_of(method, options)
+    how = _streamed(method)
+    options = how.options(options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
             raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
-    check_num_concepts(num_concepts, *source.shape, method)
+    _check_count(num_concepts, *source.shape, how)
     _check_key(key)
     activations = None if write else np.empty((source.shape[0], num_concepts), np.float32)
     coded = 0.0
@@ -429,12 +441,13 @@ def decompose_stored(
         else:
             activations[start : start + len(rows)] = rows
 
-    solve = streamed.METHODS[method].solve
-    result = solve(source, key, keep, progress, num_concepts=int(num_concepts), **options)
+    result = how.streamed.solve(
+        source, key, keep, progress, num_concepts=int(num_concepts), **options
+    )
     result = result._replace(activations=activations)
-    if method == "snmf":
+    if how.is_sparse:
         _check_coded(coded / source.shape[0], options["alpha"])
-    return _concepts(result, num_concepts, source.shape[0], method, options)
+    return _concepts(result, num_concepts, source.shape[0], how.name, options)
 
 
 def project(
@@ -484,20 +497,11 @@ def distances(
     They tell rows apart that activations, 1 / (1 + distance), round to one. Traces and raises as
     `project`; ValueError for the other methods too.
     """
-    if concepts.method not in ("kmeans", "simple"):
+    if not method_named(concepts.method).is_centroids:
         raise ValueError(f"{concepts.method!r} has no distances; use concepts of kmeans or simple")
     rows = _rows_of(Z, concepts, None, 0)
     labels, squared = kmeans.assign(rows.Z, rows.components)
     return labels, rows.unit * kmeans.distance(squared)
-
-
-class _Rows(NamedTuple):
-    """Rows and concepts as the solvers take them: less what float64 could subtract, in a unit."""
-
-    Z: Float[Array, "M D"]
-    components: Float[Array, "K D"]
-    mean: Float[Array, " D"]
-    unit: float
 
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
@@ -505,19 +509,10 @@ def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> A
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     rows = _rows_of(Z, concepts, mesh, first_row)
-    if method == "snmf":
-        nonnegative = concepts.options.get("nonnegative", True)
-        alpha = concepts.options.get("alpha", 1.0) / rows.unit
-        codes = semi_nmf.activations(rows.Z, rows.components, alpha, nonnegative)
-        activations = rows.unit * codes
-    elif method == "pca":
-        activations = rows.unit * pca.activations(rows.Z, rows.components, rows.mean)
-    else:
-        activations = kmeans.activations(rows.Z, rows.components, rows.unit)
-    return activations[: len(Z)]
+    return method.encode(rows, concepts.options)[: len(Z)]
 
 
-def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _Rows:
+def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Rows:
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     D = Z.shape[1]
@@ -530,7 +525,7 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
     wide, of_mean = isinstance(Z, np.ndarray), isinstance(mean, np.ndarray)
     # A mean that the rows' own type does not hold.
     longer = of_mean and mean.dtype == np.float64 and real_dtype(Z) != np.float64
-    if method == "pca" and (wide or longer):
+    if method.has_mean and (wide or longer):
         # What is subtracted in float64 leaves what float32 can hold.
         if isinstance(Z, jax.core.Tracer):
             high = np.asarray(mean, np.float32)
@@ -538,7 +533,7 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
         else:
             origin = np.zeros(D) if mean is None else np.asarray(mean, np.float64)
             Z, mean = jnp.asarray(centred(np.asarray(Z, np.float64), origin)), None
-    elif wide and method != "snmf":
+    elif wide and method.is_centroids:
         components = np.asarray(components, np.float64)
         origin = components.mean(axis=0)
         Z, components = (jnp.asarray(centred(x, origin)) for x in (Z, components))
@@ -551,5 +546,5 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> _
     unit = unit_of(Z, check_finite(Z, "Z", first_row))
     if unit != 1:
         Z = Z / jnp.asarray(unit, Z.dtype)
-    of_rows = method in ("kmeans", "simple")
-    return _Rows(Z, components / unit if of_rows else components, mean / unit, unit)
+    of_rows = method.is_centroids
+    return Rows(Z, components / unit if of_rows else components, mean / unit, unit)

@@ -1,62 +1,176 @@
-"""The methods by which concepts are found: their names, solvers and options."""
+"""The methods by which concepts are found: one record for each, which alone knows its name.
 
+N samples, M of them, K concepts, D width.
+"""
+
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
+from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.validation import check_number, check_whole
 
-METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca, "simple": largest_norm}
-ALIASES = {"nndl": "snmf"}
-# What a user calls `init` is given to the solver under the name of what it holds.
-INIT = {"snmf": "init_atoms", "kmeans": "init_centroids"}
+AnyArray = jax.Array | np.ndarray
+# Options that are not a solver's own.
 NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_weight")
 RELATIVE = "relative_alpha"  # whether alpha is in units of the rows' root mean square norm
 
 
-def method_named(name: str) -> str:
+class Rows(NamedTuple):
+    """Rows and concepts as the solvers take them: less what float64 could subtract, in a unit."""
+
+    Z: Float[Array, "M D"]
+    components: Float[Array, "K D"]
+    mean: Float[Array, " D"]
+    unit: float  # of Z, components and mean; that of atoms, which have a length of one, is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to find concepts. A new one needs a solver and one of these, and nothing else.
+
+    Attributes:
+        name: what a user calls it.
+        solver: a module with `solve`, and `plan` if it has updates (see `solvers.phases`). Its
+            keyword arguments, but for NOT_OPTIONS, are the method's options.
+        streamed: the module that solves for rows on disk (see `solvers.streamed`), if there is one.
+        encode: (rows, options) -> activations[M, K] of rows on given components.
+        init: what the solver calls the components that it starts from, if it takes some.
+        is_centroids: whether components are points among the rows, of which each row has a nearest
+            one, and activations are no coefficients; else rows are activations times components.
+        is_centred: whether nothing changes but a mean when all rows are moved together, so that
+            their own can be subtracted first, in float64.
+        has_mean: whether the solver finds a mean that it subtracts from every row.
+        is_sparse: whether it has an alpha, under which rows may have no code and concepts be dead.
+        max_per_width: whether there are at most as many concepts as columns.
+        takes_weights: whether rows may count for more than others.
+    """
+
+    name: str
+    solver: ModuleType
+    encode: Callable[[Rows, Mapping[str, Any]], Float[Array, "M K"]]
+    streamed: ModuleType | None = None
+    init: str | None = None
+    is_centroids: bool = False
+    is_centred: bool = False
+    has_mean: bool = False
+    is_sparse: bool = False
+    max_per_width: bool = False
+    takes_weights: bool = False
+
+    def reconstruct(
+        self,
+        activations: Float[AnyArray, "N K"],
+        components: Float[AnyArray, "K D"],
+        mean: Float[AnyArray, " D"] | None = None,
+    ) -> Float[AnyArray, "N D"]:
+        """The rows that activations stand for, of numpy where both are, else of JAX."""
+        if self.is_centroids:
+            return components[activations.argmax(axis=1)]
+        if isinstance(activations, np.ndarray) and isinstance(components, np.ndarray):
+            product = activations @ components
+        else:
+            product = matmul(activations, components)
+        return product if mean is None else product + mean
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults overlaid with the given options, checked. ValueError for a bad one."""
+        # A method without updates has no plan, but for its one program.
+        function = getattr(self.solver, "plan", self.solver.solve)
+        options = {
+            "init" if parameter.name == self.init else parameter.name: parameter.default
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
+        }
+        if self.is_sparse:
+            options[RELATIVE] = False
+        for name in given:
+            if name not in options:
+                known = f"its options are {', '.join(options)}" if options else "it has none"
+                raise ValueError(
+                    f"method {self.name!r} has no option {name!r}; {known}"
+                    + _nearest(name, options)
+                )
+        options |= given
+        if not isinstance(options.get(RELATIVE, False), bool):
+            raise ValueError(f"{RELATIVE} must be True or False; got {options[RELATIVE]!r}")
+        for name, lowest in {"alpha": 0, "tol": 0}.items():
+            if name in options:
+                check_number(name, options[name], lowest)
+                options[name] = float(options[name])
+        for name, lowest in {"max_iter": 0, "n_init": 1}.items():
+            if options.get(name) is not None:
+                check_whole(name, options[name], lowest)
+                options[name] = int(options[name])
+        return options
+
+
+def _encode_sparse(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+    alpha = options.get("alpha", 1.0) / rows.unit
+    nonnegative = options.get("nonnegative", True)
+    return rows.unit * semi_nmf.activations(rows.Z, rows.components, alpha, nonnegative)
+
+
+def _encode_by_distance(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+    return kmeans.activations(rows.Z, rows.components, rows.unit)
+
+
+def _encode_as_scores(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+    return rows.unit * pca.activations(rows.Z, rows.components, rows.mean)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "snmf",
+            semi_nmf,
+            _encode_sparse,
+            streamed=streamed.semi_nmf,
+            init="init_atoms",
+            is_sparse=True,
+        ),
+        Method(
+            "kmeans",
+            kmeans,
+            _encode_by_distance,
+            streamed=streamed.kmeans,
+            init="init_centroids",
+            is_centroids=True,
+            is_centred=True,
+            takes_weights=True,
+        ),
+        Method(
+            "pca",
+            pca,
+            _encode_as_scores,
+            streamed=streamed.pca,
+            is_centred=True,
+            has_mean=True,
+            max_per_width=True,
+        ),
+        Method("simple", largest_norm, _encode_by_distance, is_centroids=True),
+    )
+}
+ALIASES = {"nndl": "snmf"}
+
+
+def method_named(name: str) -> Method:
     """The method of a name or an alias. ValueError, with the nearest names, for another."""
     names = (*METHODS, *ALIASES)
     if name not in names:
         raise ValueError(
             f"unknown method {name!r}; expected one of {', '.join(names)}" + _nearest(name, names)
         )
-    return ALIASES.get(name, name)
-
-
-def options_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's defaults overlaid with the given options, checked."""
-    solver = METHODS[method]
-    # A method without updates has no plan, but for its one program.
-    parameters = inspect.signature(getattr(solver, "plan", solver.solve)).parameters.values()
-    renamed = {INIT.get(method): "init"}
-    options = {
-        renamed.get(parameter.name, parameter.name): parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
-    }
-    if method == "snmf":
-        options[RELATIVE] = False
-    for name in given:
-        if name not in options:
-            known = f"its options are {', '.join(options)}" if options else "it has none"
-            raise ValueError(
-                f"method {method!r} has no option {name!r}; {known}" + _nearest(name, options)
-            )
-    options |= given
-    if not isinstance(options.get(RELATIVE, False), bool):
-        raise ValueError(f"{RELATIVE} must be True or False; got {options[RELATIVE]!r}")
-    for name, lowest in {"alpha": 0, "tol": 0}.items():
-        if name in options:
-            check_number(name, options[name], lowest)
-            options[name] = float(options[name])
-    for name, lowest in {"max_iter": 0, "n_init": 1}.items():
-        if options.get(name) is not None:
-            check_whole(name, options[name], lowest)
-            options[name] = int(options[name])
-    return options
+    return METHODS[ALIASES.get(name, name)]
 
 
 def _nearest(name: str, names: Any) -> str:

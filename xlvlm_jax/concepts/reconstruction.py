@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
 from xlvlm_jax.metrics.precision import is_traced
-from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 AnyArray = jax.Array | np.ndarray
@@ -46,8 +46,5 @@ def reconstruct(
     """
     xp = jnp if is_traced(concepts.components, activations) else np
     components, activations = xp.asarray(concepts.components), xp.asarray(activations)
-    if concepts.method in ("kmeans", "simple"):
-        return components[activations.argmax(axis=1)]
-    mean = 0 if concepts.mean is None else xp.asarray(concepts.mean)
-    product = activations @ components if xp is np else matmul(activations, components)
-    return product + mean
+    mean = None if concepts.mean is None else xp.asarray(concepts.mean)
+    return method_named(concepts.method).reconstruct(activations, components, mean)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from xlvlm_jax.concepts.methods import method_named, options_of
+from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.validation import (
     as_matrix,
@@ -95,7 +95,7 @@ class Concepts:
 
         False for other methods, and where the activations are not known.
         """
-        if self.method != "snmf" or self.activations is None:
+        if not method_named(self.method).is_sparse or self.activations is None:
             return np.zeros(len(self.components), bool)
         return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
 
@@ -127,21 +127,21 @@ class Concepts:
             ValueError: components are no finite matrix; mean is not [D] or the method is not pca;
                 unknown method or option.
         """
-        method = method_named(method)
-        options = options_of(method, options)
+        how = method_named(method)
+        options = how.options(options)
         components = narrow(as_matrix(components, "components", row="concept"))
         check_finite(components, "components")
         D = components.shape[1]
         if mean is not None:
-            if method != "pca":
-                raise ValueError(f"{method!r} subtracts no mean; leave mean out or use 'pca'")
+            if not how.has_mean:
+                raise ValueError(f"{how.name!r} subtracts no mean; leave mean out or use 'pca'")
             mean = jnp.asarray(mean, real_dtype(components))
             if mean.shape != (D,):
                 raise ValueError(
                     f"mean must have shape ({D},), one entry a column of components; "
                     f"got {mean.shape}"
                 )
-        return cls(components.astype(real_dtype(components)), None, method, options, mean=mean)
+        return cls(components.astype(real_dtype(components)), None, how.name, options, mean=mean)
 
     def save(self, directory: str | Path) -> None:
         """Write concepts.safetensors and concepts.json into a directory, made if it is missing.

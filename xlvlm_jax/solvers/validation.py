@@ -46,18 +46,13 @@ def check_whole(name: str, value: Any, lowest: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
 
 
-def check_num_concepts(num_concepts: Any, N: int, D: int, method: str) -> None:
-    """Raise ValueError unless the method finds that many concepts in Z[N, D]."""
+def check_num_concepts(num_concepts: Any, N: int) -> None:
+    """Raises ValueError unless there can be that many concepts of N rows."""
     check_whole("num_concepts", num_concepts, 1)
     if num_concepts > N:
         raise ValueError(
             f"num_concepts={num_concepts} is larger than the {N} rows of Z; "
             "ask for fewer concepts or give more samples"
-        )
-    if method == "pca" and num_concepts > D:
-        raise ValueError(
-            f"num_concepts={num_concepts} is larger than min(N, D) = {D}, the number of principal "
-            "components that Z has; ask for fewer or use 'snmf'"
         )
 
 

@@ -12,6 +12,4 @@ columns and, for semi-NMF, two rows of K codes. N rows, D width, K concepts, B r
 from xlvlm_jax.solvers.streamed import kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.streamed.tiles import Source
 
-METHODS = {"snmf": semi_nmf, "kmeans": kmeans, "pca": pca}
-
-__all__ = ["METHODS", "Source"]
+__all__ = ["Source", "kmeans", "pca", "semi_nmf"]

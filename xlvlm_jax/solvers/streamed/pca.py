@@ -31,6 +31,11 @@ from xlvlm_jax.solvers.sums import Wide, total
 OVERSAMPLE = 8  # the least number of axes beyond K
 
 
+def columns(num_samples: int, width: int, num_concepts: int) -> int:
+    """How many columns of every row are kept in memory: none, the axes alone are."""
+    return 0
+
+
 def solve(
     source: Source,
     key: PRNGKeyArray,
