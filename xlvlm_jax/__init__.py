@@ -20,6 +20,8 @@ from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.spelling import find_word
 from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PCA",
     "Concepts",

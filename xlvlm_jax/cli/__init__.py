@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+import xlvlm_jax
 from ports.programs import keep_programs
 from xlvlm_jax.cli import (
     convert,
@@ -29,6 +30,7 @@ from xlvlm_jax.cli import (
     train_demo,
 )
 from xlvlm_jax.cli.console import errors
+from xlvlm_jax.cli.panels import into_panels
 
 app = typer.Typer(
     help="Concept-based explanation and steering of vision-language models.",
@@ -42,9 +44,19 @@ _debug = False
 _UsageError = typer.BadParameter.__base__
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"xlvlm {xlvlm_jax.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Concept-based explanation and steering of vision-language models."""
     global _debug
@@ -71,7 +83,7 @@ for command in (
     scenes.scenes,
     train_demo.train_demo,
 ):
-    app.command()(command)
+    app.command()(into_panels(command))
 app.add_typer(steer.steer, name="steer")
 
 

@@ -46,7 +46,8 @@ def finetune(
         list[str] | None,
         typer.Option(
             help="Linear layers of LoRA: the end of the name (q_proj), or a regular expression; "
-            "may be repeated. Default: all of the decoder's."
+            "may be repeated. Default: all of the decoder's.",
+            rich_help_panel="Method",
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="How often each sample is seen.")] = 1.0,
@@ -57,7 +58,9 @@ def finetune(
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="The share of the steps that warm up.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="The largest norm of a gradient.")] = 1.0,
+    clip: Annotated[
+        float, typer.Option(help="The largest norm of a gradient.", rich_help_panel="Method")
+    ] = 1.0,
     evaluation_split: Annotated[
         str | None, typer.Option(help="Also compute the loss on this split.")
     ] = None,

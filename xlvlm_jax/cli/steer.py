@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli import steer_fit
+from xlvlm_jax.cli import steer_fit, steer_rank
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
@@ -42,14 +42,16 @@ from xlvlm_jax.cli.evaluate_options import (
     read_samples,
     vectors_at,
 )
+from xlvlm_jax.cli.panels import into_panels
 from xlvlm_jax.cli.runtime import DryRun
 
 steer = typer.Typer(help="Steering vectors.", no_args_is_help=True)
-steer.command()(steer_fit.fit)
-steer.command()(steer_fit.rank)
+steer.command()(into_panels(steer_fit.fit))
+steer.command()(into_panels(steer_rank.rank))
 
 
 @steer.command()
+@into_panels
 def apply(
     model: Model,
     data: Data,

@@ -1,22 +1,18 @@
-"""`xlvlm steer fit` and `xlvlm steer rank`: vectors, and which of them are of use."""
+"""`xlvlm steer fit`: steering vectors from features."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from xlvlm_jax.cli.console import (
-    IgnoreGenerationConfig,
     Images,
     Overwrite,
     Seed,
     Site,
     Strict,
-    as_it_generates,
     bars,
     console,
     load_model,
@@ -196,86 +192,6 @@ def fit(
         left, mean = (fitted.source[f"unexplained{of}"] for of in ("", " by the mean"))
         figures = f"{100 * left:.0f} % of the shifts unexplained ({100 * mean:.0f} % by their mean)"
     console.print(f"{fitted.source['samples']} samples, {figures}, site {site} -> {output}")
-
-
-def rank(
-    vectors: Annotated[Path, typer.Argument(help="A directory of vectors, as fine ones are.")],
-    model: Annotated[str, typer.Option(help="The checkpoint that they were fitted on.")],
-    output: Annotated[Path, typer.Option(help="The ranking to write, .json.")],
-    features: Annotated[
-        Path | None, typer.Option(help="Whose samples to steer; left out, those fitted on.")
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="The strength.")] = 1.0,
-    num_targets: Annotated[int, typer.Option(help="Answers that count as targets.")] = 1,
-    num_samples: Annotated[int, typer.Option(help="Samples to try each vector on, at most.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
-    ignore_generation_config: IgnoreGenerationConfig = False,
-    images: Images = None,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-) -> None:
-    """Which vectors move the most answers to the fewest targets."""
-    from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax import SteeringVector, steering
-    from xlvlm_jax.features import reader
-    from xlvlm_jax.storage import atomic
-
-    refuse_existing(output, overwrite)
-    paths = sorted(vectors.glob("*.safetensors")) if vectors.is_dir() else []
-    if not paths:
-        raise ValueError(f"{vectors} holds no vectors; fit some with --method fine --output DIR")
-    loaded = [SteeringVector.load(path) for path in paths]
-    if features is None:
-        named = loaded[0].source.get("features")
-        if named is None:
-            raise ValueError(f"{paths[0]} does not say what it was fitted on; give --features")
-        features = Path(named)
-    samples = reader.samples_of(StoredFeatures.open(features, images=images))
-    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
-    with progress_bars() as progress:
-        ranked = steering.rank_vectors(
-            vlm,
-            loaded,
-            samples,
-            alpha=alpha,
-            num_targets=num_targets,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            strict=strict,
-            progress=bars(progress)("steering"),
-        )
-    files = {id(vector): path for vector, path in zip(loaded, paths, strict=True)}
-    described = {
-        "alpha": alpha,
-        "num_targets": num_targets,
-        **({"generation_config": options} if (options := vlm.logits_options) else {}),
-        "vectors": [{"file": str(files[id(r.vector)]), **r.describe()} for r in ranked],
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(output, json.dumps(described, indent=2) + "\n")
-    table = Table("vector", "score", "strength", "targets", "gained", "lost", "samples", box=None)
-    for each in ranked:
-        shift = each.shift
-        gained, lost = (
-            ", ".join(f"{answer} {count}" for answer, count in list(words.items())[:3])
-            for words in (shift.gained, shift.lost)
-        )
-        table.add_row(
-            files[id(each.vector)].stem,
-            f"{shift.score:.2f}",
-            f"{shift.strength:.2f}",
-            f"{shift.targets:.1f}",
-            gained,
-            lost,
-            str(shift.samples),
-        )
-    console.print(table)
-    console.print(f"{len(ranked)} vectors ranked -> {output}")
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -1,0 +1,56 @@
+"""Help in panels: where the options of a command with many of them are listed."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args
+
+from typer.models import OptionInfo
+
+# Up to so many options stand in one list.
+FEW = 12
+# Panel -> the options in it, by the names of a command's arguments.
+PANELS = {
+    "Data": "dataset split images containing excluding key any_case image_ids num_samples test",
+    "Selection": "tokens rows match include_prompt site source target words pairs features "
+    "target_features concepts finetuned_concepts num_words num_candidates num_images",
+    "Method": "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
+    "together instruction context_site contrast keep steps rank epochs rate schedule warmup "
+    "weight_decay choose_on wanted max_cost num_choose reduce num_targets",
+    "Evaluation": "clip bert bert_layer bert_idf bert_baseline stability seeds java "
+    "evaluation_split evaluation_samples evaluate_every",
+    "Model": "model adapter finetuned finetuned_model dtype through_norm max_new_tokens "
+    "ignore_generation_config",
+    "Scale": "batch_size accumulate states_dtype mesh hosts workers stream save_every",
+    "Run": "output overwrite strict dry_run ignore_disk profile seed",
+}
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
+
+
+def into_panels(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Puts the options of a command with more than FEW of them into the panels of its help.
+
+    Args:
+        command: a function whose arguments are annotated as Typer takes them.
+
+    Returns:
+        The same function; its annotations are other ones, which no other command shares.
+
+    Raises:
+        KeyError: an option without a panel, in its own annotation or in PANELS.
+    """
+    options = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(command).parameters.items()
+        if any(isinstance(each, OptionInfo) for each in get_args(parameter.annotation)[1:])
+    }
+    if len(options) <= FEW:
+        return command
+    for name, annotation in options.items():
+        kind, *described = get_args(annotation)
+        described = [copy.copy(each) for each in described]
+        for each in described:
+            if isinstance(each, OptionInfo):
+                each.rich_help_panel = each.rich_help_panel or PANEL_OF[name]
+        command.__annotations__[name] = Annotated[kind, *described]
+    return command
