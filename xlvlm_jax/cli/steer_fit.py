@@ -33,7 +33,7 @@ def fit(
         Path, typer.Option(help="What to write: .safetensors, or for fine a new directory.")
     ],
     method: Annotated[
-        Literal["coarse", "fine", "learned", "l2s"],
+        str,
         typer.Option(
             help="coarse: difference of means; fine: between the centroids of a k-means; learned: "
             "by gradients; l2s: a network that gives each prompt its own."
@@ -99,99 +99,80 @@ def fit(
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import steering
     from xlvlm_jax.features.reader import choose_site
-    from xlvlm_jax.steering import lessons
 
     if not dry_run:
         refuse_existing(output, overwrite)
     opened = StoredFeatures.open(features, images=images)
-    site = choose_site(opened, site)
-    answers: dict[str, Any] = {"key": key, "match": match}
-    meant = parse_where(where)
+    how = steering.method_named(method)
+    options = {
+        "target_features": target_features and StoredFeatures.open(target_features),
+        "num_concepts": num_concepts,
+        "pairs": None if pairs is None else [_pair(text) for text in pairs.split(",")],
+        "rank": rank,
+        "steps": steps,
+        "contrast": contrast,
+        "context_site": context_site,
+    }
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
-
-    if method == "fine":
-        chosen = None if pairs is None else [_pair(text) for text in pairs.split(",")]
-        vectors, fine = steering.fit_fine(
-            opened,
-            site,
-            num_concepts,
-            sources,
-            pairs=chosen,
-            seed=seed,
-            where=meant,
-            **answers,
-        )
-        if not dry_run:
-            _write_all(output, {f"{v.source['from']}-{v.source['to']}": v for v in vectors})
-        sizes = ", ".join(str(len(fine.samples(i))) for i in range(num_concepts))
-        console.print(
-            f"{len(vectors)} vectors between {num_concepts} concepts of {sizes} rows, "
-            f"site {site} -> {'nothing, a dry run' if dry_run else output}"
-        )
-        return
-    if targets is None:
+    asked = steering.Request(
+        opened,
+        choose_site(opened, site),
+        sources,
+        targets,
+        key=key,
+        match=match,
+        where=parse_where(where),
+        seed=seed,
+        num_samples=num_samples,
+        keep=keep,
+        options={name: options[name] for name in how.options},
+    )
+    if how.needs_target and targets is None:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
-    if method == "coarse":
-        others = None if target_features is None else StoredFeatures.open(target_features)
-        vector = steering.fit_coarse(
-            opened, site, sources, targets, target_features=others, where=meant, **answers
-        )
-        if not dry_run:
-            vector.save(output)
-        rows = vector.source
-        console.print(
-            f"{rows['source rows']} source and {rows['target rows']} target rows, "
-            f"norm {_norm(vector):.3g}, site {vector.site} -> "
-            f"{'nothing, a dry run' if dry_run else output}"
-        )
-        return
-
-    if sources is None or model is None:
-        raise ValueError(
-            f"--method {method} needs --source, the answers to steer from, and --model"
-        )
-    lesson = lessons.lesson(
-        opened, sources, targets[0], num_samples=num_samples, keep=keep, seed=seed, **answers
-    )
-    trios = lesson.samples, lesson.wanted, lesson.given
-    if method == "l2s" and contrast == "prompt":
-        trios = steering.contrast_prompts(opened, lesson, targets, key=key)
-    if dry_run:
-        vlm = load_model(model, dtype, abstract=True)
-        steering.files.require_model(opened.manifest, vlm)
-        steered = sum(given != wanted for given, wanted in zip(*lesson[1:], strict=True))
-        console.print(
-            f"{len(trios[0])} samples to learn from, {steered} of them to be steered, in batches "
-            f"of {batch_size}, site {site} of width {vlm.site_shapes[site][-1]}; nothing written"
-        )
-        return
-    vlm = load_model(model, dtype)
-    steering.files.require_model(opened.manifest, vlm)
-    with progress_bars() as progress:
-        advance = bars(progress)("learning" if method == "learned" else "running counterparts")
-        common = {"where": meant, "seed": seed, "progress": advance, "batch_size": batch_size}
-        common["strict"] = strict
-        if method == "learned":
-            fitted = steering.fit_learned(
-                vlm, lesson.samples, lesson.wanted, site, rank=rank, steps=steps, **common
-            )
-        else:
-            fitted = steering.fit_l2s(
-                vlm, *trios, site, contrast=contrast, context_site=context_site, **common
-            )
-    fitted.source.update(
-        features=str(features.resolve()), source=sources, target=targets, **answers
-    )
-    fitted.save(output)
-    show_skipped(fitted.source["skipped"])
-    if method == "learned":
-        look = min(fitted.source["history"], key=lambda look: look["validation"])
-        before = fitted.source["history"][0]["validation"]
-        figures = f"validation loss {before:.3g} -> {look['validation']:.3g} at step {look['step']}"
+    if how.examples is None:
+        fitted = how.fit(asked)
     else:
-        left, mean = (fitted.source[f"unexplained{of}"] for of in ("", " by the mean"))
-        figures = f"{100 * left:.0f} % of the shifts unexplained ({100 * mean:.0f} % by their mean)"
-    console.print(f"{fitted.source['samples']} samples, {figures}, site {site} -> {output}")
+        if sources is None or model is None:
+            raise ValueError(
+                f"--method {method} needs --source, the answers to steer from, and --model"
+            )
+        fitted = _learn(how, asked, model, dtype, batch_size, strict, dry_run)
+        if fitted is None:
+            return
+    if not dry_run:
+        _write(output, fitted.steering, how.makes_several)
+    written = "nothing, a dry run" if dry_run else output
+    console.print(f"{fitted.figures}, site {asked.site} -> {written}")
+
+
+def _learn(
+    how: Any, asked: Any, model: str, dtype: str, batch_size: int, strict: bool, dry_run: bool
+) -> Any:
+    """What a method makes that runs the model; None of a dry run, which says what it would do."""
+    from xlvlm_jax import steering
+
+    examples = how.examples(asked)
+    vlm = load_model(model, dtype, abstract=dry_run)
+    steering.files.require_model(asked.features.manifest, vlm)
+    if dry_run:
+        console.print(
+            f"{len(examples.samples)} samples to learn from, {examples.steered} of them to be "
+            f"steered, in batches of {batch_size}, site {asked.site} of width "
+            f"{vlm.site_shapes[asked.site][-1]}; nothing written"
+        )
+        return None
+    with progress_bars() as progress:
+        fitted = how.fit(
+            asked,
+            examples,
+            vlm,
+            batch_size=batch_size,
+            strict=strict,
+            progress=bars(progress)(how.doing),
+        )
+    for each in fitted.steering.values():
+        show_skipped(each.source["skipped"])
+    return fitted
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -202,16 +183,16 @@ def _pair(text: str) -> tuple[int, int]:
         raise ValueError(f"--pairs has {text!r}; expected FROM:TO, such as 0:3,2:1") from None
 
 
-def _norm(vector: Any) -> float:
-    return float((vector.vector**2).sum() ** 0.5)
-
-
-def _write_all(output: Path, vectors: dict[str, Any]) -> None:
-    """All of the vectors or none."""
+def _write(output: Path, fitted: dict[str, Any], several: bool) -> None:
+    """One as a file; of several all or none, as a directory."""
+    if not several:
+        (one,) = fitted.values()
+        one.save(output)
+        return
     temporary = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, vector in vectors.items():
-        vector.save(temporary / f"{name}.safetensors")
+    for name, each in fitted.items():
+        each.save(temporary / f"{name}.safetensors")
     if output.is_dir():
         shutil.rmtree(output)
     os.replace(temporary, output)

@@ -11,8 +11,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,37 +21,11 @@ from ports.intervene import edits as edit_kinds
 from ports.intervene.edits import Edit
 from xlvlm_jax.data.batches import ahead, process_samples
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.steering.methods import Steering
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
 WORKERS = 2  # threads that read images
 EDITS = ("add", "add_relative", "ablate", "replace")
-
-
-class Steering(Protocol):
-    """What `xlvlm_jax.steering` fits and loads."""
-
-    @property
-    def site(self) -> str:
-        """Whose states it is for."""
-        ...
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """How it was fitted and on what."""
-        ...
-
-    @property
-    def where(self) -> Any:
-        """The positions it is meant for."""
-        ...
-
-    def edits_for(self, vlm: VLM, inputs: Any, alpha: Any, where: Any) -> dict[str, Edit]:
-        """What `VLM.generate` takes for these prompts."""
-        ...
-
-    def save(self, path: str | Path) -> None:
-        """Writes what `xlvlm_jax.steering.load` reads."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,21 @@ from xlvlm_jax.steering.fit import fit_coarse, fit_fine
 from xlvlm_jax.steering.l2s import L2S, fit_l2s
 from xlvlm_jax.steering.learned import LowRankMap, fit_learned
 from xlvlm_jax.steering.lessons import Lesson, contrast_prompts, lesson
+from xlvlm_jax.steering.methods import METHODS, Fitted, Method, Request, Steering, method_named
 from xlvlm_jax.steering.rank import RankedVector, answer_shift, rank_vectors
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 
 __all__ = [
     "L2S",
+    "METHODS",
     "FineVectors",
+    "Fitted",
     "Lesson",
     "LowRankMap",
+    "Method",
     "RankedVector",
+    "Request",
+    "Steering",
     "SteeringVector",
     "answer_shift",
     "contrast_prompts",
@@ -35,6 +41,7 @@ __all__ = [
     "fit_learned",
     "lesson",
     "load",
+    "method_named",
     "rank_vectors",
     "samples_of",
     "steering_vector",
