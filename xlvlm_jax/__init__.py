@@ -5,13 +5,15 @@ concepts = xlvlm_jax.decompose(Z, 20, key=jax.random.key(0))
 words = xlvlm_jax.ground_text(concepts.components, vlm.unembed, vlm.tokenizer)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ports.intervene.edits import ablate, add, add_relative, edit_with, replace, stacked
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.programs import compilation_cache
 from xlvlm_jax import metrics, shift
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
-from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.concepts.grounding import ground_images, ground_text
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.demo import embedded  # noqa: F401  (it names the model)
@@ -19,6 +21,9 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.spelling import find_word
 from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
+
+if TYPE_CHECKING:
+    from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
 
 __version__ = "0.1.0"
 
@@ -50,3 +55,10 @@ __all__ = [
     "steer",
     "steering_vector",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn, which these are built on, takes as long to import as all the rest.
+    if name in ("PCA", "KMeans", "SemiNMF"):
+        return getattr(importlib.import_module("xlvlm_jax.concepts.estimators"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,6 @@ B batch.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-import grain
 import numpy as np
 from PIL import Image
 
@@ -131,6 +130,8 @@ def ahead(
     groups: Sequence[Group], prepare: Callable[[Group], Batch], workers: int
 ) -> Iterator[Batch]:
     """prepare(group) of each group in order, by threads ahead of who takes them."""
+    import grain  # which loads Orbax, so only where a model runs
+
     dataset = grain.MapDataset.source(list(groups)).map(prepare)
     # One more than there are threads: as many batches wait as are being made.
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)

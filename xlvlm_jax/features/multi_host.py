@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
@@ -88,6 +87,8 @@ class Parts:
         dtype: str,
         batch_size: int,
     ):
+        import grain
+
         left = grain.MapDataset.source([block for block in blocks if not block.complete])
         mine = left[jax.process_index() :: jax.process_count()]
         self.groups: list[Group] = []

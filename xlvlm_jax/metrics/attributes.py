@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import entropy
 
 from xlvlm_jax.metrics.labels import UNKNOWN, Labels, factorise
 
@@ -72,6 +71,7 @@ def attribute_scores(
 
 def _mutual_information(counts: Int[np.ndarray, "K V"]) -> float:
     """The normalised mutual information of rows and columns, from how often they come together."""
+    from scipy.stats import entropy
     from sklearn.metrics import mutual_info_score
 
     used = counts[counts.any(axis=1)][:, counts.any(axis=0)]

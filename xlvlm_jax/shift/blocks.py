@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse, stats
+from scipy import sparse
 
 from xlvlm_jax.concepts.decomposition import project, project_stored
 from xlvlm_jax.concepts.grounding import tiles_of
@@ -115,6 +115,8 @@ def _centres(
     reduce: Reduce,
 ) -> Float[np.ndarray, "K D"]:
     """The centre of each concept's fine-tuned states minus that of the original ones."""
+    from scipy import stats
+
     K, D = len(counts), original.shape[1]
     found = np.zeros((K, D))
     # Concepts that are read together: as many as fit.

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import pearsonr
 
 Array = jax.Array | np.ndarray
 
@@ -103,6 +102,8 @@ def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return Correlation(float("nan"), float("nan"), int(both.sum()))
+    from scipy.stats import pearsonr  # which takes a second to import
+
     result = pearsonr(a[both], b[both])
     return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))
 
