@@ -111,7 +111,6 @@ def extract(
     from xlvlm_jax import data as datasets
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select
-    from xlvlm_jax.data.words import CLASSES, class_words
     from xlvlm_jax.features.selection import Selection
 
     generated_only = None if include_prompt is None else not include_prompt
@@ -124,9 +123,7 @@ def extract(
         dtype=states_dtype,
     )
     samples = datasets.load(dataset, data, split)
-    if containing is not None:
-        words = class_words(containing) if containing in CLASSES else containing
-        samples = select.containing(samples, words, key=key, any_case=any_case)
+    samples = _containing(samples, containing, key, any_case)
     if image_ids is not None:
         samples = select.of_images(samples, select.read_image_ids(image_ids))
     samples = select.subsample(samples, num_samples, seed)
@@ -168,6 +165,17 @@ def extract(
         f"{summary.without_token} samples without the token, {len(summary.failed)} without "
         f"states -> {output}"
     )
+
+
+def _containing(samples: list[Any], words: str | None, key: str, any_case: bool) -> list[Any]:
+    """Those of the samples that hold a word, or a word of a class; all of them for None."""
+    from xlvlm_jax.data import select
+    from xlvlm_jax.data.words import CLASSES, class_words
+
+    if words is None:
+        return samples
+    found = class_words(words) if words in CLASSES else words
+    return select.containing(samples, found, key=key, any_case=any_case)
 
 
 def _show_needs(needs: Any, settings: Any, output: Path) -> None:

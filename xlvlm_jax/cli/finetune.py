@@ -2,10 +2,12 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress
 
 from xlvlm_jax.cli.console import (
     Model,
@@ -117,12 +119,6 @@ def finetune(
         "any case": any_case,
     }
     with progress_bars() as progress:
-        task = progress.add_task("fine-tuning", total=None, note="")
-
-        def show(done: int, total: int, figures: dict[str, float]) -> None:
-            note = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-            progress.update(task, completed=done, total=total, note=note)
-
         summary = module.finetune(
             vlm,
             samples,
@@ -135,14 +131,30 @@ def finetune(
             source=source,
             command=shlex.join(["xlvlm", *sys.argv[1:]]),
             strict=strict,
-            progress=show,
+            progress=_bar(progress),
         )
     show_skipped(summary.skipped)
+    _show(summary, len(samples), output)
+
+
+def _show(summary: Any, count: int, output: Path) -> None:
+    """The last line."""
     evaluations = [f"{loss:.3f} after {step}" for step, loss in summary.evaluations.items()]
     console.print(
-        f"{summary.steps} steps on {len(samples)} samples, {summary.seconds:.1f} s, loss "
+        f"{summary.steps} steps on {count} samples, {summary.seconds:.1f} s, loss "
         f"{summary.loss:.3f}{''.join(f', evaluated {text}' for text in evaluations)} -> {output}"
     )
+
+
+def _bar(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
+    """A bar of the steps, with the figures of the last one."""
+    task = progress.add_task("fine-tuning", total=None, note="")
+
+    def show(done: int, total: int, figures: dict[str, float]) -> None:
+        note = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        progress.update(task, completed=done, total=total, note=note)
+
+    return show
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

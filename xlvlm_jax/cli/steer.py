@@ -143,12 +143,7 @@ def apply(
     }
     others: Sequence[Any] = []
     if choose_on is not None:
-        held_out = {sample.id for sample in samples}
-        others = [
-            sample
-            for sample in read_samples(dataset, data, choose_on, None, seed)
-            if sample.id not in held_out
-        ][:num_choose]
+        others = _others(samples, read_samples(dataset, data, choose_on, None, seed))[:num_choose]
         if not others:
             raise ValueError(
                 f"--choose-on {choose_on}: all of its samples are evaluated on; give another split"
@@ -181,3 +176,9 @@ def apply(
             vlm, samples, task, output, conditions, about=about, sweep=sweep, **options
         )
     finish(summary, output)
+
+
+def _others(samples: Sequence[Any], of: Sequence[Any]) -> list[Any]:
+    """Those that are not among the samples."""
+    held_out = {sample.id for sample in samples}
+    return [sample for sample in of if sample.id not in held_out]
