@@ -100,8 +100,9 @@ def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
     """
     if bool(original.module.tied) == bool(finetuned.module.tied):
         return original, finetuned
-    first, second = (vlm.untied() if vlm.module.tied else vlm for vlm in (original, finetuned))
-    return first, second
+    if original.module.tied:
+        return original.untied(), finetuned
+    return original, finetuned.untied()
 
 
 def check_alike(original: Params, finetuned: Params) -> None:

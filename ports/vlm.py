@@ -528,7 +528,7 @@ class VLM:
         )
         return result._replace(states=_by_name(result.states, asked))
 
-    def unembed(self, x: Array, *, through_norm: bool = False) -> Array:
+    def unembed(self, x: Array | np.ndarray, *, through_norm: bool = False) -> Array:
         """Returns logits[..., V] of x[..., D], in float32: the language-model head alone.
 
         Args:

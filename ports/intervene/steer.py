@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ports.intervene.edits import Edit, Edits, Places, as_edits, check_fits
@@ -100,7 +101,9 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
     return steered
 
 
-def substitute(apply: Callable[..., Any], states: Mapping[str, Array]) -> Callable[..., Any]:
+def substitute(
+    apply: Callable[..., Any], states: Mapping[str, Array | np.ndarray]
+) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that the modules at the sites put out the given states.
 
     What it returns traces under jit, vmap and grad, as `apply` does; the states may be traced.

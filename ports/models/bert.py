@@ -217,7 +217,9 @@ class TextEncoder:
         vocabulary.warn_of_longer_tokenizer(tokenizer, self.config.vocab_size, (), self.directory)
         return tokenizer
 
-    def states(self, tokens: Array, attention_mask: Array, layer: int) -> Array:
+    def states(
+        self, tokens: Array | np.ndarray, attention_mask: Array | np.ndarray, layer: int
+    ) -> Array:
         """The states [B, T, D] after so many layers; those behind are not computed.
 
         tokens and attention_mask: int[B, T], padded on the right. layer: 0 (the embeddings) to
@@ -226,12 +228,13 @@ class TextEncoder:
         Raises ValueError for a token id outside the vocabulary.
         """
         vocabulary.check_ids(np.asarray(tokens), self.config.vocab_size)
-        return _states(self.module, layer, self.params, jnp.asarray(tokens), attention_mask)
+        mask = jnp.asarray(attention_mask)
+        return _states(self.module, layer, self.params, jnp.asarray(tokens), mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _states(module: Bert, layer: int, params: dict, tokens: Array, attention_mask: Array) -> Array:
-    return module.bind({"params": params})(tokens, jnp.asarray(attention_mask))[layer]
+    return module.bind({"params": params})(tokens, attention_mask)[layer]
 
 
 # The heads of the tasks that checkpoints were trained on, and buffers.

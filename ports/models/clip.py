@@ -175,7 +175,7 @@ class DualEncoder:
         vocabulary.check_ids(np.asarray(tokens), self.module.config.text.vocab_size)
         return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
 
-    def embed_images(self, pixels: Array) -> Array:
+    def embed_images(self, pixels: Array | np.ndarray) -> Array:
         """pixels[I, 3, height, width] -> unit vectors float32[I, E]."""
         return _embed_images(self.module, self.params, jnp.asarray(pixels))
 

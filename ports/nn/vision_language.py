@@ -8,7 +8,7 @@ prefill and decode step are the same for all and stand here.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ Inputs = Mapping[str, Any]
 EXAMPLE_TEXT = 8  # text tokens of the ports' example inputs, beside those of the image
 
 
+@runtime_checkable
 class TextDecoder(Protocol):
     """A decoder: embeddings of tokens, and states after the final norm."""
 

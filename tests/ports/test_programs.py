@@ -164,3 +164,23 @@ def test_a_long_compilation_is_told_and_a_short_one_is_not(monkeypatch):
         monkeypatch.setattr(programs, "_PATIENCE", 30)
         jax.jit(lambda x: x + 17)(x).block_until_ready()
     assert told == ["long_program", ("long_program", True)]
+
+
+def test_bytes_of_a_program_on_a_device():
+    rows = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    lowered = jax.jit(lambda x: x @ x.T).lower(rows)
+    arguments, others = programs.device_bytes(lowered)
+    assert arguments == 64 * 32 * 4
+    assert others >= 64 * 64 * 4
+
+
+def test_a_compiler_that_does_not_tell_bytes():
+    class Untold:
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            return None
+
+    with pytest.raises(ValueError, match="compiler for cpu does not tell a program's memory"):
+        programs.device_bytes(Untold())

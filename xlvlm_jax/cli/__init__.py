@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 _debug = False
 # Typer exports the parameter error, whose base is that of all errors in a command's arguments.
-_UsageError = typer.BadParameter.__base__
+_UsageError: Any = typer.BadParameter.__base__
 
 
 def _show_version(wanted: bool) -> None:

@@ -41,12 +41,12 @@ def ground(
         through_norm=through_norm,
     )
     table = Table("concept", "words", box=None)
-    for number, words in enumerate(grounded.words):
+    for number, words in enumerate(grounded.words or ()):
         table.add_row(str(number), ", ".join(words))
     console.print(table)
     how = "through the final norm" if grounded.through_norm else "by the head alone"
     console.print(f"words read {how}")
-    shown = [path for paths in grounded.images for path in paths]
+    shown = [path for paths in grounded.images or () for path in paths]
     if gone := pictures.missing(shown):
         errors.print(
             f"{len(gone)} of {len(set(shown))} images are not there, such as {gone[0]}; "

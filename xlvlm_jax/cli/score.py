@@ -1,5 +1,6 @@
 """`xlvlm score`: how good concepts are, by themselves or over methods and numbers of concepts."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,31 +78,28 @@ def score(
 
     if bool(concepts) == bool(methods):
         raise ValueError("give either directories of concepts or --methods, to compare those")
-    if stability and (methods or len(concepts) != 1):
+    directories = concepts or []
+    if stability and len(directories) != 1:
         raise ValueError("--stability is about one directory of concepts; give one")
     require_no_scores(output, overwrite)
+    scorer_of = functools.partial(
+        _scorer,
+        clip=clip,
+        bert=bert,
+        layer=bert_layer,
+        idf=bert_idf,
+        baseline=bert_baseline,
+        seed=seed,
+        strict=strict,
+    )
     if methods:
-        for name, value in (("--features", features), ("--model", model)):
-            if value is None:
-                raise ValueError(f"--methods needs {name}: give it too")
+        if features is None or model is None:
+            missing = "--features" if features is None else "--model"
+            raise ValueError(f"--methods needs {missing}: give it too")
         counts = _numbers(num_concepts)
         train = Features.open(features)
         site = choose_site(train, site)
-        tested = Features.open(features if test is None else test, images=images)
-    else:
-        loaded = [Concepts.load(directory) for directory in concepts]
-        others = [Concepts.load(directory) for directory in stability or ()]
-        for directory, each in zip(concepts, loaded, strict=True):
-            if each.words is None and (clip or bert):
-                raise ValueError(f"{directory} holds no words to score; run `xlvlm ground` first")
-        site = site or loaded[0].source.get("site")
-        test = test or loaded[0].source.get("features")
-        if test is None:
-            raise ValueError(f"{concepts[0]} does not say what it was learnt on; give --test")
-        tested = Features.open(test, images=images)
-
-    scorer = _scorer(tested, site, clip, bert, bert_layer, bert_idf, bert_baseline, seed, strict)
-    if methods:
+        scorer = scorer_of(Features.open(test or features, images=images), site)
         with progress_bars() as progress:
             rows = compare(
                 train,
@@ -115,9 +113,19 @@ def score(
                 progress=bars(progress)("scoring"),
             )
     else:
+        loaded = [Concepts.load(directory) for directory in directories]
+        others = [Concepts.load(directory) for directory in stability or ()]
+        for directory, each in zip(directories, loaded, strict=True):
+            if each.words is None and (clip or bert):
+                raise ValueError(f"{directory} holds no words to score; run `xlvlm ground` first")
+        site = site or loaded[0].source.get("site")
+        test = test or loaded[0].source.get("features")
+        if test is None:
+            raise ValueError(f"{directories[0]} does not say what it was learnt on; give --test")
+        scorer = scorer_of(Features.open(test, images=images), site)
         rows = [
             scorer.score(each, name=directory.name, others=others)
-            for directory, each in zip(concepts, loaded, strict=True)
+            for directory, each in zip(directories, loaded, strict=True)
         ]
     show_skipped(scorer.skipped)
     draw_all(rows, output)

@@ -1,7 +1,7 @@
 """`xlvlm shift`: how concepts move when a model is fine-tuned."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -63,16 +63,14 @@ def shift(
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
     refuse_existing(output, overwrite)
-    features = (
-        Features.open(original, images=images),
-        None if finetuned is None else Features.open(finetuned, images=images),
-    )
+    before = Features.open(original, images=images)
+    after = None if finetuned is None else Features.open(finetuned, images=images)
     learnt = Concepts.load(concepts)
     site = site or learnt.source.get("site")
     pairs = None
-    if features[1] is not None:  # before a model is loaded for nothing
-        common_site(*features, site)
-        pairs = match_samples(*features)
+    if after is not None:  # before a model is loaded for nothing
+        common_site(before, after, site)
+        pairs = match_samples(before, after)
     theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
     vlm = load_model(model)
     other = load_model(finetuned_model) if finetuned_model else None
@@ -80,7 +78,8 @@ def shift(
         other = load_model(model, adapter=adapter)
     with console.status("analysing"):
         analysis = shift_features(
-            *features,
+            before,
+            after,
             learnt,
             vlm,
             output,
@@ -89,7 +88,7 @@ def shift(
             pairs=pairs,
             site=site,
             alpha=alpha,
-            reduce=reduce,
+            reduce=cast(Any, reduce),  # checked there
             num_words=num_words,
             num_candidates=num_candidates,
             num_images=num_images,

@@ -8,11 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -50,6 +51,14 @@ PROJECTED_BYTES = 2**26  # of a source's rows that are projected together
 HELD = 1e-3
 
 
+@overload
+def decompose(
+    Z: Any, num_concepts: int, method: str = "snmf", *, key: PRNGKeyArray, **options: Any
+) -> Concepts: ...
+@overload
+def decompose(
+    Z: Any, num_concepts: Sequence[int], method: str = "snmf", *, key: PRNGKeyArray, **options: Any
+) -> list[Concepts]: ...
 @blas_threads.one_thread()
 def decompose(
     Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
@@ -122,9 +131,8 @@ def decompose(
     keep_programs()
     how = method_named(method)
     options = how.options(options)
-    stored = is_stored(Z)
-    Z = Z if stored else as_matrix(Z, "Z", row="sample")
-    N, D = Z.shape
+    given = Z if is_stored(Z) else as_matrix(Z, "Z", row="sample")
+    N, D = given.shape
     several = isinstance(num_concepts, Sequence | np.ndarray)
     numbers = tuple(num_concepts) if several else (num_concepts,)
     if not numbers:
@@ -139,19 +147,20 @@ def decompose(
             known = " or ".join(repr(name) for name, each in METHODS.items() if each.takes_weights)
             raise ValueError(f"{how.name!r} has no weights; leave sample_weight out or use {known}")
         sample_weight, heaviest = check_weights(sample_weight, N)
-    wide = Z if isinstance(Z, np.ndarray) else None
-    origin = None
-    if stored:
-        Z = read_rows(Z, mesh)
-    elif wide is not None and how.is_centred:
-        # Where deviations are small beside the mean, float32 would not tell the rows apart.
-        origin = wide.mean(axis=0)
-        origin = np.where(np.isfinite(origin), origin, 0)
-        Z = jnp.asarray(centred(wide, origin))
+    wide = origin = None
+    if is_stored(given):
+        Z = read_rows(given, mesh)
     else:
-        Z = narrow(Z)
-    if mesh is not None and not stored:
-        Z = shard_rows(Z, mesh)
+        if isinstance(given, np.ndarray) and how.is_centred:
+            # Where deviations are small beside the mean, float32 would not tell the rows apart.
+            wide, origin = given, given.mean(axis=0)
+            origin = np.where(np.isfinite(origin), origin, 0)
+            Z = jnp.asarray(centred(wide, origin))
+        else:
+            Z = narrow(given)
+        if mesh is not None:
+            Z = shard_rows(Z, mesh)
+    del given  # what Z is a copy of need not be held
     unit = unit_of(Z, check_finite(Z, "Z"))
     arguments = {name: value for name, value in options.items() if name != RELATIVE}
     if options.get(RELATIVE):
@@ -184,12 +193,12 @@ def decompose(
         if origin is not None:
             one = _around(one, how, origin)
         found.append(_concepts(one, number, N, how.name, dict(options)))
-    if how.is_sparse and not isinstance(result.objective, jax.core.Tracer):
+    if how.is_sparse and not isinstance(result.objective, Tracer):
         for concepts in found:
             if (share := _coded(concepts.activations)) < FEW_CODED:
                 scale = float(root_mean_square(Z) * unit * (len(Z) / N) ** 0.5)
                 _check_coded(share, options["alpha"], scale)
-    if origin is not None and how.is_centroids:
+    if wide is not None and how.is_centroids:
         _check_held(found[0].components, wide)
     return found if several else found[0]
 
@@ -219,8 +228,9 @@ def _first(
 ) -> Float[Array, "K D"]:
     """The components to start from, as the solver sees Z."""
     init = as_matrix(init, "init", row="concept")
-    if len(numbers) > 1 or init.shape != (numbers[0], D):
-        shape = f"({numbers[0]}, {D}), one row a concept" if len(numbers) == 1 else "one K only"
+    K, *others = numbers
+    if others or init.shape != (K, D):
+        shape = "one K only" if others else f"({K}, {D}), one row a concept"
         raise ValueError(f"init must have shape {shape}; got {init.shape}")
     if origin is not None:
         init = jnp.asarray(centred(np.asarray(init, np.float64), origin))
@@ -232,7 +242,7 @@ def _first(
 def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:
     """The result for Z of one for Z / unit, whose objective is in the squared unit."""
     # Squares may be beyond float32 where their roots are not.
-    squares = {
+    squares: dict[str, Any] = {
         name: np.asarray(getattr(result, name), np.float64) * squared_unit
         for name in ("objective", "history")
     }
@@ -359,7 +369,8 @@ def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
 
 
 def _check_key(key: Any) -> None:
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
 
 
@@ -367,8 +378,13 @@ def _concepts(
     result: Result, num_concepts: int, num_samples: int, method: str, options: dict[str, Any]
 ) -> Concepts:
     """One of the solver's results, without what pads it."""
-    traced = isinstance(result.objective, jax.core.Tracer)
-    iterations = result.iterations if traced else int(result.iterations)
+    traced = isinstance(result.objective, Tracer)
+
+    def number(kind: type, value: Any) -> Any:
+        """Python's; what is traced has no value yet and stays an array."""
+        return value if traced else kind(value)
+
+    iterations = number(int, result.iterations)
     if not traced and not np.isfinite(result.objective):
         raise ValueError(
             f"the objective of {method} is {float(result.objective)}: squares of Z are beyond"
@@ -382,9 +398,9 @@ def _concepts(
         else result.activations[:num_samples, :num_concepts],
         method=method,
         options=options,
-        objective=result.objective if traced else float(result.objective),
+        objective=number(float, result.objective),
         iterations=iterations,
-        converged=result.converged if traced else bool(result.converged),
+        converged=number(bool, result.converged),
         history=result.history if traced else result.history[: iterations + 1],
         mean=result.mean,
         stability=stability(np.asarray(result.starts)[:, :num_concepts])
@@ -430,15 +446,16 @@ def decompose_stored(
             raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
     _check_count(num_concepts, *source.shape, how)
     _check_key(key)
-    activations = None if write else np.empty((source.shape[0], num_concepts), np.float32)
+    shape = (source.shape[0], num_concepts)
+    activations = np.empty(shape, np.float32) if write is None else None
     coded = 0.0
 
     def keep(start: int, rows: np.ndarray) -> None:
         nonlocal coded
         coded += len(rows) * _coded(rows)
-        if write:
+        if write is not None:
             write(start, rows)
-        else:
+        if activations is not None:
             activations[start : start + len(rows)] = rows
 
     result = how.streamed.solve(
@@ -522,12 +539,14 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> R
             f"Z has {D} columns but the concepts have {components.shape[1]}; "
             "project states of the site and model that the concepts were learnt on"
         )
-    wide, of_mean = isinstance(Z, np.ndarray), isinstance(mean, np.ndarray)
+    wide = isinstance(Z, np.ndarray)
     # A mean that the rows' own type does not hold.
-    longer = of_mean and mean.dtype == np.float64 and real_dtype(Z) != np.float64
+    double = isinstance(mean, np.ndarray) and mean.dtype == np.float64
+    longer = double and real_dtype(Z) != np.float64
     if method.has_mean and (wide or longer):
         # What is subtracted in float64 leaves what float32 can hold.
-        if isinstance(Z, jax.core.Tracer):
+        if isinstance(Z, Tracer):
+            assert mean is not None, "it is longer than the rows"
             high = np.asarray(mean, np.float32)
             Z, mean = (Z - high) - np.asarray(mean - high, np.float32), None
         else:

@@ -22,9 +22,10 @@ N samples, D features, K components.
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
@@ -48,6 +49,7 @@ from xlvlm_jax.solvers.validation import centred
 AUTO_COMPONENTS = 20  # of semi-NMF, where there are as many rows
 RANDOM_STARTS = 10  # of k-means from rows drawn at random, as in scikit-learn
 
+_FLOATS: Any = [np.float64, np.float32]  # the dtypes that X keeps
 COUNT = Interval(Integral, 1, None, closed="left")
 NOT_NEGATIVE = Interval(Real, 0, None, closed="left")
 STOPPING = {"tol": [NOT_NEGATIVE], "max_iter": [COUNT], "random_state": ["random_state"]}
@@ -55,6 +57,11 @@ STOPPING = {"tol": [NOT_NEGATIVE], "max_iter": [COUNT], "random_state": ["random
 
 class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """What the three share: checking X, solving, and what is told of the solution."""
+
+    tol: float
+    max_iter: int
+    random_state: Any
+    n_features_in_: int
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -64,8 +71,8 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _begin(self, X: Any, least: int = 1, reset: bool = True) -> np.ndarray:
         """Checks the parameters and X, of which at least so many rows are needed."""
         self._validate_params()
-        types = [np.float64, np.float32]
-        return validate_data(self, X, dtype=types, ensure_min_samples=least, reset=reset)
+        X = validate_data(self, X, dtype=_FLOATS, ensure_min_samples=least, reset=reset)
+        return np.asarray(X)
 
     def _solve(self, X: np.ndarray, count: int, method: str, **options: Any) -> Concepts:
         """Solves from the seed that the random state gives."""
@@ -87,11 +94,13 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(validate_data(self, X, dtype=_FLOATS, reset=False))
 
 
 class _Linear(_Solver):
     """What the two share whose rows are sums of components."""
+
+    components_: np.ndarray
 
     @property
     def _n_features_out(self) -> int:
@@ -99,7 +108,7 @@ class _Linear(_Solver):
 
     def _checked_codes(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = check_array(X, dtype=[np.float64, np.float32])
+        X = check_array(X, dtype=_FLOATS)
         if X.shape[1] != self._n_features_out:
             raise ValueError(
                 f"X has {X.shape[1]} columns, but {type(self).__name__} has "
@@ -157,16 +166,15 @@ class SemiNMF(_Linear):
         self.nonnegative, self.n_init = nonnegative, n_init
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> "SemiNMF":
         """Learns the atoms of X[N, D]; y is not used.
 
         Raises:
             ValueError: a parameter is invalid; there are fewer samples than components.
         """
         X = self._begin(X)
-        count = self.n_components
-        if count == "auto":
-            count = min(AUTO_COMPONENTS, len(X))
+        asked = self.n_components
+        count = min(AUTO_COMPONENTS, len(X)) if isinstance(asked, str) else asked
         if count > len(X):
             raise ValueError(
                 f"n_components={count} must be at most n_samples={len(X)}; "
@@ -195,9 +203,9 @@ class SemiNMF(_Linear):
         return project(X, Concepts(self.components_, options=options))
 
     def _error(self, X: np.ndarray, codes: Any) -> float:
-        atoms = self.components_.astype(codes.dtype)
+        rows, atoms = (jnp.asarray(x, codes.dtype) for x in (X, self.components_))
         # As numpy's: JAX would add up in float32.
-        squares = np.asarray(of_products(X.astype(codes.dtype), codes, atoms))
+        squares = np.asarray(of_products(rows, codes, atoms))
         return float(squares.sum(dtype=np.float64)) ** 0.5
 
     def transform(self, X: Any) -> np.ndarray:
@@ -261,7 +269,7 @@ class KMeans(ClusterMixin, _Solver):
     def _n_features_out(self) -> int:
         return len(self.cluster_centers_)
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "KMeans":
         """Learns the centres of X[N, D]; y is not used.
 
         Args:
@@ -292,7 +300,7 @@ class KMeans(ClusterMixin, _Solver):
             )
         return self
 
-    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "KMeans":
         """Goes on with the samples of one batch, as scikit-learn's `MiniBatchKMeans`.
 
         Each centre moves to the mean of all samples that were nearest to it when they came. The
@@ -342,7 +350,7 @@ class KMeans(ClusterMixin, _Solver):
                 "ask for fewer clusters or give more samples (those of weight zero are none)"
             )
         # Of far-off rows float32 holds the differences from their mean, and so of the centres.
-        wide = X.dtype == np.float64 and not jax.config.jax_enable_x64
+        wide = X.dtype == np.float64 and not jax.config.values["jax_enable_x64"]
         origin = X.mean(axis=0) if wide else np.zeros(X.shape[1], X.dtype)
         near = centred(X, origin) if wide else X
         if isinstance(self.init, str) and self.init == "k-means++":
@@ -355,12 +363,12 @@ class KMeans(ClusterMixin, _Solver):
         found = [
             self._solve(near, self.n_clusters, "kmeans", **options, **first) for first in firsts
         ]
-        return min(found, key=lambda concepts: concepts.objective), origin
+        return min(found, key=lambda concepts: concepts.objective or 0.0), origin
 
     def _count_starts(self) -> int:
         """What `n_init` means for the kind of `init`."""
         drawn = isinstance(self.init, str) or callable(self.init)
-        if self.n_init == "auto":
+        if isinstance(self.n_init, str):  # "auto"
             seeded = isinstance(self.init, str) and self.init == "k-means++"
             return RANDOM_STARTS if drawn and not seeded else 1
         if drawn or self.n_init == 1:
@@ -384,7 +392,8 @@ class KMeans(ClusterMixin, _Solver):
             shares = None if weights is None else weights / weights.sum()
             return X[random.choice(len(X), K, replace=False, p=shares)]
         given = self.init(X, K, random_state=random) if callable(self.init) else self.init
-        centers = check_array(given, dtype=X.dtype, input_name="init")
+        dtype: Any = X.dtype
+        centers = check_array(given, dtype=dtype, input_name="init")
         for axis, (wanted, what) in enumerate([(K, "clusters"), (D, "features of the data")]):
             if centers.shape[axis] != wanted:
                 raise ValueError(
@@ -461,7 +470,7 @@ class PCA(_Linear):
         self.n_components, self.whiten = n_components, whiten
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> "PCA":
         """Learns the components of X[N, D]; y is not used.
 
         Raises:
@@ -469,26 +478,27 @@ class PCA(_Linear):
         """
         X = self._begin(X, least=2)
         N, most = len(X), min(X.shape)
-        share = self.n_components is not None and not isinstance(self.n_components, Integral)
-        count = most if share else self._count_components(X)
+        asked = self.n_components
+        share = None if asked is None or isinstance(asked, Integral) else float(asked)
+        count = most if share is not None else self._count_components(X)
         concepts = self._solve(X, count, "pca")
         scores = np.asarray(concepts.activations)
         variance = np.einsum("nk,nk->k", scores, scores, dtype=np.float64) / (N - 1)
-        total = variance.sum() + 2 * concepts.objective / (N - 1)
+        left = 2 * (concepts.objective or 0.0) / (N - 1)
+        total = variance.sum() + left
         ratio = variance / (total if total > 0 else 1)
-        if share:
-            enough = np.searchsorted(np.cumsum(ratio), self.n_components, side="right") + 1
+        if share is not None:
+            enough = np.searchsorted(np.cumsum(ratio), share, side="right") + 1
             count = min(int(enough), most)
         kept = slice(count)
         self.n_samples_, self.n_components_ = N, count
         self.components_ = np.array(concepts.components[kept], X.dtype)
         self.mean_ = np.array(concepts.mean, X.dtype)
-        beyond = variance[count:].sum() + 2 * concepts.objective / (N - 1)
-        self._keep_variances(variance[kept], beyond)
+        self._keep_variances(variance[kept], variance[count:].sum() + left)
         self._end(concepts)
         return self
 
-    def partial_fit(self, X: Any, y: Any = None) -> Self:
+    def partial_fit(self, X: Any, y: Any = None) -> "PCA":
         """Goes on with the samples X[N, D] of one batch, as scikit-learn's `IncrementalPCA`.
 
         The components are those of the batch and of what the earlier ones explain of theirs, so
@@ -517,7 +527,7 @@ class PCA(_Linear):
             mean = before + (mean - before) * N / (seen + N)
         _, lengths, axes = np.linalg.svd(rows, full_matrices=False)
         self.n_samples_, self.n_components_ = seen + N, count
-        self.components_ = np.array(pca.with_signs(axes[:count]), X.dtype)
+        self.components_ = np.array(pca.with_signs(jnp.asarray(axes[:count])), X.dtype)
         self.mean_ = mean.astype(X.dtype)
         variance = lengths[:count] ** 2 / (self.n_samples_ - 1)
         self._keep_variances(variance, energy / (self.n_samples_ - 1) - variance.sum())
@@ -537,7 +547,7 @@ class PCA(_Linear):
             raise ValueError(
                 f"n_components={count} must be between 1 and min(n_samples, n_features)={most}"
             )
-        return count
+        return int(count)
 
     def _keep_variances(self, variance: Float[np.ndarray, " K"], beyond: float) -> None:
         """Tells of the components' variances, and of that beyond them."""

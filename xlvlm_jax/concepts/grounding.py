@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from ports import VLM
@@ -20,11 +21,12 @@ from xlvlm_jax.storage.zarr_rows import StoredRows
 
 _TILE_ROWS = 2**16  # of activations that are looked through at once
 AnyArray = jax.Array | np.ndarray
+Unembed = Callable[..., AnyArray]  # (components[K, D], *, through_norm) -> logits[K, V]
 
 
 def ground_text(
     components: Float[AnyArray, "K D"],
-    unembed: Callable[[AnyArray], AnyArray],
+    unembed: Unembed,
     tokenizer: Any,
     num_words: int = 10,
     num_candidates: int = 50,
@@ -87,7 +89,7 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
 
 def ground_images(
     activations: Float[AnyArray, "N K"] | StoredRows, num_images: int = 5
-) -> Int[np.ndarray, "K {num_images}"]:
+) -> Int[AnyArray, "K {num_images}"]:
     """The samples that activate each concept most, the strongest first; of equals, the earlier.
 
     Of activations on disk (`StoredRows`) one tile is in memory at a time.
@@ -100,7 +102,7 @@ def ground_images(
     N = activations.shape[0]
     if not 1 <= num_images <= N:
         raise ValueError(f"num_images must lie in 1..{N}, the number of samples; got {num_images}")
-    if isinstance(activations, jax.core.Tracer):
+    if isinstance(activations, Tracer):
         return jax.lax.top_k(activations.T, num_images)[1]
     if isinstance(activations, jax.Array):
         collections.deque(_finite(tiles_of(activations)), maxlen=0)

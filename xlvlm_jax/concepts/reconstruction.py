@@ -2,6 +2,8 @@
 
 N samples, K concepts, D width."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,15 +38,13 @@ def explained_by(
     return 1 - left / total if total > 0 else float("nan")
 
 
-def reconstruct(
-    concepts: Concepts, activations: Float[AnyArray, "N K"]
-) -> Float[np.ndarray, "N D"]:
+def reconstruct(concepts: Concepts, activations: Float[AnyArray, "N K"]) -> Float[AnyArray, "N D"]:
     """The rows that activations stand for: those times components, and for pca its mean added.
 
     For kmeans and simple, whose activations are no coefficients, each row's nearest component.
     Traces under jit, vmap and grad.
     """
-    xp = jnp if is_traced(concepts.components, activations) else np
-    components, activations = xp.asarray(concepts.components), xp.asarray(activations)
+    xp: Any = jnp if is_traced(concepts.components, activations) else np
+    components, codes = xp.asarray(concepts.components), xp.asarray(activations)
     mean = None if concepts.mean is None else xp.asarray(concepts.mean)
-    return method_named(concepts.method).reconstruct(activations, components, mean)
+    return method_named(concepts.method).reconstruct(codes, components, mean)

@@ -222,7 +222,7 @@ class Concepts:
             )
         known = {name: described[name] for name in _DESCRIBED if name in described}
         with damaged.reported(directory, "concepts", "decompose again"):
-            arrays = load_tensors(tensors)
+            arrays: dict[str, Any] = load_tensors(tensors)
             if described.get("rows_on_disk") is not None:
                 folder = described.get("activations_on_disk", ACTIVATIONS)
                 stored = StoredRows(directory / folder, described["rows_on_disk"])

@@ -75,7 +75,7 @@ def decompose_features(
     concepts = on_host(found)
     source |= {"seconds": _since(began), "explained_variance": None}
     if hosts.is_first():
-        explained = explained_by(concepts, stored, concepts.activations)
+        explained = explained_by(concepts, stored, np.asarray(concepts.activations))
         source["explained_variance"] = None if np.isnan(explained) else explained
     concepts = dataclasses.replace(concepts, source=source)
     if hosts.is_first():
@@ -126,7 +126,7 @@ def ground_concepts(
     count = min(num_images, len(features.tokens))
     top = ground_images(concepts.activations, count)
     images = [
-        [features.samples[features.sample_rows[row]]["image"] for row in rows] for rows in top
+        [features.samples[int(features.sample_rows[row])]["image"] for row in rows] for rows in top
     ]
     concepts = dataclasses.replace(concepts, words=words, images=images, through_norm=through_norm)
     concepts.save(directory)

@@ -102,7 +102,7 @@ def _process(
     """The processor's arrays of each version. Raises whatever it does, or ValueError if images and
     prompts do not fit each other (a question may hold the mark that stands for an image).
     """
-    rows = _filled(images, size).tolist()
+    rows: list[int] = _filled(images, size).tolist()
     if not rows:
         return ()
     pictures = [images[i] for i in rows]

@@ -1,5 +1,6 @@
 """What the demo tells a person at its end."""
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -10,11 +11,11 @@ from xlvlm_jax.demo.steering_part import describe
 def show(result: Result, console: Console) -> None:
     """Prints what a person wants to know of the run."""
     final = result.concepts[FINAL]
-    assigned = final.activations.argmax(1)
+    assigned, words = np.asarray(final.activations).argmax(1), final.words or ()
     table = Table("concept", "share", "words", title="Concepts at the final norm", box=None)
     for k in sorted(range(len(final.components)), key=lambda k: -(assigned == k).sum()):
         share = f"{100 * (assigned == k).mean():.0f} %"
-        table.add_row(str(k), share, ", ".join(final.words[k]))
+        table.add_row(str(k), share, ", ".join(words[k]))
     console.print(table)
 
     table = Table(

@@ -18,7 +18,8 @@ class Accuracy(NamedTuple):
 
     official: float
     reference: float  # by XL-VLMs' protocol
-    num_samples: int
+    # The field that its name promises, in place of a tuple's method.
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, Accuracy]:
@@ -40,14 +41,14 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
             if name is not None:
                 found[name].append(both)
     scores = {
-        name: Accuracy(*np.mean(rows, axis=0).tolist(), num_samples=len(rows))
+        name: Accuracy(*np.mean(rows, axis=0).tolist(), count=len(rows))
         for name, rows in found.items()
     }
     types = [score for name, score in scores.items() if name != "all"]
     if types:
         official = float(np.mean([score.official for score in types]))
         reference = float(np.mean([score.reference for score in types]))
-        scores[MEAN_OVER_TYPES] = Accuracy(official, reference, sum(s.num_samples for s in types))
+        scores[MEAN_OVER_TYPES] = Accuracy(official, reference, sum(s.count for s in types))
     return scores
 
 
@@ -189,7 +190,4 @@ def fall_of_others(
 
 def describe(scores: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:
     """Scores as JSON values."""
-    return {
-        name: {"official": score.official, "reference": score.reference, "count": score.num_samples}
-        for name, score in scores.items()
-    }
+    return {name: score._asdict() for name, score in scores.items()}

@@ -134,7 +134,7 @@ def _positions(
     ids: jax.Array,
     mask: jax.Array,
     answer: jax.Array,
-) -> tuple[token_positions.Positions, jax.Array]:
+) -> tuple[token_positions.Positions, token_positions.AnyArray]:
     """Positions and `token_positions.searched`. answer: generated tokens [B, M], or the mask of
     forced ones [B, T].
     """

@@ -124,7 +124,7 @@ def _keep_finite(
             sample = described[index[row]]
             # A site says more than the logits behind it; the first of them says it all.
             if "at site" not in sample.get("error", ""):
-                sample["error"] = _not_finite(model, site, value[row], position[row])
+                sample["error"] = _not_finite(model, site, value[row], int(position[row]))
     bad = [sample for sample in described if "error" in sample]
     if strict and bad:
         raise ValueError(f"sample {bad[0]['id']}: {bad[0]['error']}")

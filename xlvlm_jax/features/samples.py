@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from jaxtyping import Int64
@@ -48,10 +48,10 @@ class StoredSamples(Sequence[dict[str, Any]]):
         return self._count
 
     @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
     @overload
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
             first, last, step = index.indices(len(self))
             if step == 1:
@@ -70,8 +70,6 @@ class StoredSamples(Sequence[dict[str, Any]]):
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
         return len(self) == len(other) and all(map(operator.eq, self, other))
-
-    __hash__ = None  # as a list's
 
     def __repr__(self) -> str:
         return f"StoredSamples({str(self._path)!r}, {len(self):,} samples)"
@@ -127,6 +125,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
 
     @cached_property
     def _path_of(self) -> Callable[[str], str]:
+        assert self._locate is not None, "asked for by `_placed` alone"
         return self._locate(list(self._some_names()))
 
     def _some_names(self) -> Iterator[str]:

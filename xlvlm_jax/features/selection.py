@@ -135,7 +135,7 @@ class Selection:
             raise ValueError(
                 f"the tokenizer knows no token for {self.argument!r}; use another word"
             )
-        return spelling.WordFinder(tokenizer, self.words, self.match)
+        return spelling.WordFinder(tokenizer, self.words, str(self.match))
 
     def keep(
         self,
@@ -147,7 +147,7 @@ class Selection:
         """Which positions are selected; `found` is what the finder says of
         `token_positions.searched`.
         """
-        only = self.generated_only
+        only = bool(self.generated_only)
         if self.mode == "all":
             return token_positions.everything(positions, generated_only=only)
         if self.mode == "index":
@@ -170,7 +170,8 @@ class Selection:
     ) -> token_positions.Rows:
         """The rows of a batch: `states` an array [B, P, D] or a tree of them."""
         keep = self.keep(positions, found=found, end_ids=end_ids)
-        return token_positions.reduce(states, positions, keep, self.how, max_rows=self._max_rows())
+        how = str(self.how)
+        return token_positions.reduce(states, positions, keep, how, max_rows=self._max_rows())
 
     def rows_at_most(self, positions: int) -> int:
         """How many rows a sample of that many positions gives at most."""

@@ -196,7 +196,7 @@ def _rank(eligible: AnyArray) -> tuple[jax.Array, jax.Array]:
     return counted - eligible, counted[:, -1:]
 
 
-def _first(keep: AnyArray) -> jax.Array:
+def _first(keep: AnyArray) -> AnyArray:
     return keep & (_rank(keep)[0] == 0)
 
 

@@ -95,7 +95,7 @@ class FeaturesWriter:
             self._acquire()
         try:
             if (self.path / "manifest.json").exists():
-                self._state = read_manifest(self.path)
+                self._state: dict[str, Any] = read_manifest(self.path)
                 self._refuse_other(arguments, dtype)
                 if not self.complete:
                     with _one_line(self.path):
@@ -147,7 +147,7 @@ class FeaturesWriter:
         """
         if self.samples_done and not (self.path / PICTURES).exists():
             return None
-        root = pictures.root_of(map(os.path.abspath, paths))
+        root = pictures.root_of(os.path.abspath(path) for path in paths)
         if root is not None:
             with _one_line(self.path):
                 write_json(self.path / PICTURES, pictures.describe(root, self.path))

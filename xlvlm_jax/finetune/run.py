@@ -98,6 +98,11 @@ def finetune(
         raise ValueError("there are no samples to learn from; check the data and its selection")
     if vlm.adapter is not None:
         raise ValueError("the model has an adapter merged in; fine-tune the model without it")
+    if settings.method != "lora" and vlm.directory is None:
+        raise ValueError(
+            "the model has no directory, whose configuration and tokenizer go beside the trained "
+            "parameters; save it and load it, or train with LoRA"
+        )
     for sample in (*samples, *evaluation):
         examples.answers_of(sample)
     arguments = {
@@ -202,7 +207,7 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
             recent.append(figures)
             if step % run.log_every == 0 or step == total:
                 means = {k: float(np.mean([f[k] for f in recent])) for k in recent[0]}
-                record(step, {**means, "rate": float(trainer.rate(step - 1))})
+                record(step, {**means, "rate": float(np.asarray(trainer.rate(step - 1)))})
                 recent = []
             is_due = run.evaluate_every and step % run.evaluate_every == 0
             if run.evaluation and (is_due or step == total):
@@ -210,7 +215,8 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
             if step % interval == 0:
                 saved = ocp.args.StandardSave(_stored(state))
                 # A copy: it is written beside the steps that follow, which add to the log.
-                args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(list(log)))
+                kept: Any = list(log)  # any JSON value is taken, whatever the annotation says
+                args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(kept))
                 manager.save(step, args=args)
         manager.wait_until_finished()
     return trainer, state, log
@@ -288,6 +294,7 @@ def _write_adapter(
 
 def _write_checkpoint(directory: Path, vlm: VLM, params: dict) -> None:
     """The parameters, and what a checkpoint needs beside them."""
+    assert vlm.directory is not None, "checked before training"
     directory.mkdir(parents=True)
     for pattern in _COMPANIONS:
         for file in vlm.directory.glob(pattern):

@@ -35,7 +35,7 @@ def random_words(
     rng = np.random.default_rng(seed)
     shuffled = (rng.permutation(len(vocabulary)) for _ in words)
     return [
-        [vocabulary[i] for i in order[: len(concept)]]
+        [vocabulary[int(i)] for i in order[: len(concept)]]
         for concept, order in zip(words, shuffled, strict=True)
     ]
 

@@ -186,7 +186,7 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such baseline; expected a file with LAYER,P,R,F lines")
-    rows: dict[int, tuple[float, ...]] = {}
+    rows: dict[int, tuple[float, float, float]] = {}
     try:
         names, *lines = path.read_text().split() or [""]
         if names != "LAYER,P,R,F":
@@ -195,7 +195,8 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
             number, *figures = line.split(",")
             if len(figures) != 3:
                 raise ValueError(f"got {line!r}")
-            rows[int(number)] = tuple(map(float, figures))
+            precision, recall, f1 = map(float, figures)
+            rows[int(number)] = precision, recall, f1
     except ValueError as error:
         raise ValueError(f"{path}: expected lines LAYER,P,R,F; {error}") from None
     if layer not in rows:

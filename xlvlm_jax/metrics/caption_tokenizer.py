@@ -53,5 +53,6 @@ def caption_words(caption: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    found = (_BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower()))
+    tokens: list[str] = _TOKEN.findall(text.lower())
+    found = (_BRACKETS.get(token, token) for token in tokens)
     return [t for t in found if t not in _DROPPED and t.strip(".-")]

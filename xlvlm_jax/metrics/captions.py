@@ -97,7 +97,7 @@ def _run_java(name: str, people: dict[int, list[str]], given: dict[int, list[str
     if name == "SPICE":
         from pycocoevalcap.spice.spice import Spice
 
-        return Spice().compute_score(people, given)[0]
+        return float(Spice().compute_score(people, given)[0])
     from pycocoevalcap.meteor.meteor import Meteor
 
     meteor = Meteor()

@@ -76,11 +76,11 @@ def embed_pixels(
 
 def clip_scores(
     images: Float[AnyArray, "N E"], texts: Float[AnyArray, "M E"]
-) -> Float[np.ndarray, "N M"]:
+) -> Float[AnyArray, "N M"]:
     """CLIPScore of every image with every text, from their unit vectors; in [0, 2.5].
 
     Traces under jit, vmap and grad.
     """
     if is_traced(images, texts):
-        return WEIGHT * jnp.maximum(matmul(images, jnp.asarray(texts).T), 0)
+        return WEIGHT * jnp.maximum(matmul(jnp.asarray(images), jnp.asarray(texts).T), 0)
     return WEIGHT * np.maximum(np.asarray(images) @ np.asarray(texts).T, 0)

@@ -4,19 +4,20 @@ N samples, K concepts, D width.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from xlvlm_jax.metrics.precision import as_figure, as_real, column_means, is_traced
+from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means, is_traced
 
 TILE_ROWS = 2**14  # that are in float64 at once
 AnyArray = jax.Array | np.ndarray
 
 
-def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray, "N D"]) -> float:
+def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray, "N D"]) -> Figure:
     """1 - |Z - reconstruction|^2 / |Z - mean of Z|^2, at most 1.
 
     Negative where the mean of Z alone does better; NaN if all rows of Z are equal.
@@ -53,18 +54,17 @@ def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -
     return float(total)
 
 
-def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> float:
+def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
     """Mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1) (Hoyer 2004, section 3.1).
 
     1 where each sample uses one concept, 0 where it uses all alike. Samples that use none are left
     out; NaN if none is left, or K is 1. Traces under jit, vmap and grad.
     """
-    activations = activations if is_traced(activations) else np.asarray(activations)
-    root = np.sqrt(activations.shape[1])
+    root = float(np.sqrt(activations.shape[1]))
     if not len(activations) or root == 1:
         return float("nan")
     if not is_traced(activations):
-        return _hoyer_of_tiles(activations, root)
+        return _hoyer_of_tiles(np.asarray(activations), root)
     _, (codes,) = as_real(activations)
     used = (codes != 0).any(axis=1)
     norms = jnp.sqrt(jnp.where(used, jnp.sum(codes**2, axis=1), 1))
@@ -86,7 +86,7 @@ def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float
     return float(total / count) if count else float("nan")
 
 
-def active_share(activations: Float[AnyArray, "N K"]) -> float:
+def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
     """The share of codes that are not zero, in [0, 1]. Traces under jit and vmap."""
     if is_traced(activations):
         _, (codes,) = as_real(activations)
@@ -94,14 +94,14 @@ def active_share(activations: Float[AnyArray, "N K"]) -> float:
     return float(np.mean(np.asarray(activations) != 0))
 
 
-def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[np.ndarray, " K"]:
+def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[AnyArray, " K"]:
     """Which concepts are the most activated one of no sample (of equals the first is).
 
     A concept with codes of zero alone is among them, and so is one that never comes first: its
     words are held against no image. A sample whose codes are all zero has no most activated one.
     Traces under jit and vmap.
     """
-    xp = jnp if is_traced(activations) else np
+    xp: Any = jnp if is_traced(activations) else np
     codes = xp.asarray(activations)
     K = codes.shape[1]
     first = xp.where((codes != 0).any(axis=1), codes.argmax(axis=1), K)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.metrics.precision import as_figure, as_real, column_means
+from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means
 from xlvlm_jax.solvers import sums
 
 AnyArray = jax.Array | np.ndarray
@@ -23,7 +23,7 @@ AnyArray = jax.Array | np.ndarray
 
 def monosemanticity(
     activations: Float[AnyArray, "N K"], images: Float[AnyArray, "N E"]
-) -> Float[np.ndarray, " K"]:
+) -> Float[AnyArray, " K"]:
     """The score of each concept, in [-1, 1]; NaN for one that no two samples activate.
 
     Traces under jit, vmap and grad.
@@ -35,16 +35,16 @@ def monosemanticity(
 
     Raises ValueError unless both have N rows.
     """
-    xp, (codes, images) = as_real(activations, images)
-    if len(codes) != len(images):
+    xp, (codes, vectors) = as_real(activations, images)
+    if len(codes) != len(vectors):
         raise ValueError(
-            f"activations of {len(codes)} samples, {len(images)} images; expected one a sample"
+            f"activations of {len(codes)} samples, {len(vectors)} images; expected one a sample"
         )
     low, high = codes.min(axis=0), codes.max(axis=0)
     weights = (codes - low) / xp.where(high > low, high - low, 1)
     N = len(codes)
     squares = N * column_means(weights**2)
-    together = weights.T @ images if xp is np else sums.weighted(weights.T, images).value
+    together = weights.T @ vectors if xp is np else sums.weighted(weights.T, vectors).value
     similar = xp.sum(together**2, axis=1) - squares
     pairs = (N * column_means(weights)) ** 2 - squares
     # One sample alone leaves a difference of equal numbers.
@@ -52,7 +52,7 @@ def monosemanticity(
     return xp.where(enough, similar / xp.where(enough, pairs, 1), xp.nan)
 
 
-def mean_similarity(images: Float[AnyArray, "N E"]) -> float:
+def mean_similarity(images: Float[AnyArray, "N E"]) -> Figure:
     """The mean cosine of two images: the score of a concept that all activate alike.
 
     Traces under jit, vmap and grad.

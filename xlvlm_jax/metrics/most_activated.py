@@ -15,7 +15,7 @@ _TILE_ROWS = 2**14  # that are copied at once
 AnyArray = jax.Array | np.ndarray
 
 
-def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[np.ndarray, "N K"]:
+def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[AnyArray, "N K"]:
     """Which concepts are among the `count` most activated ones of each sample.
 
     Only activations above zero count, so that a sample may have fewer, even none; of equal ones the
@@ -45,13 +45,13 @@ def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np
 
 
 def mean_of_top(
-    scores: Float[AnyArray, "N K"], chosen: Bool[np.ndarray, "N K"]
-) -> Float[np.ndarray, " N"]:
+    scores: Float[AnyArray, "N K"], chosen: Bool[AnyArray, "N K"]
+) -> Float[AnyArray, " N"]:
     """The mean score of each sample over its chosen concepts; NaN where there is none.
 
     Traces under jit, vmap and grad.
     """
-    xp, (scores, chosen) = as_real(scores, chosen)
-    counts = chosen.sum(axis=1)
-    totals = xp.where(chosen > 0, scores, 0).sum(axis=1)
+    xp, (values, taken) = as_real(scores, chosen)
+    counts = taken.sum(axis=1)
+    totals = xp.where(taken > 0, values, 0).sum(axis=1)
     return xp.where(counts > 0, totals / xp.maximum(counts, 1), xp.nan)

@@ -141,7 +141,7 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
     cards = []
     for k, column in _columns(activations):
         own = assignment == k
-        count = np.count_nonzero(own)
+        count = int(np.count_nonzero(own))
         cards.append(
             Card(
                 number=k,
@@ -149,7 +149,7 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
                 count=count,
                 share=count / N,
                 mean=float(column.mean(dtype=np.float64)),
-                active=np.count_nonzero(column),
+                active=int(np.count_nonzero(column)),
                 histogram=histogram(column, own),
                 pictures=top_pictures(column, features),
                 attributes=typical_attributes(k, tables),

@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
+import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from xlvlm_jax.storage import atomic
 
 COLOURS = ("#3b6ea5", "#c8553d", "#6a994e", "#8e6c8a", "#d4a017", "#4f5d75")
-_LOOK = {
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+_LOOK: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
@@ -29,15 +31,15 @@ _LOOK = {
 @contextmanager
 def figure(
     path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, width: float, height: float
-) -> Iterator[tuple[Figure, Axes]]:
+) -> Iterator[tuple[Figure, np.ndarray]]:
     """A figure to draw on, written to `path` (.svg, .png or .pdf) when the block ends.
 
         with figure("effect.svg", width=5, height=3) as (_, axes):
-            axes.plot(alphas, moved)
+            axes[0, 0].plot(alphas, moved)
 
     Args:
         path: its suffix chooses the format; its directory is made where it is missing.
-        rows, columns: of axes; the second of the pair is an array of axes when there are several.
+        rows, columns: of axes; the second of the pair is the array of them.
         width, height: of the whole, in inches.
 
     Raises ValueError for another suffix; what fails in the block leaves no file.
@@ -48,7 +50,7 @@ def figure(
     with matplotlib.rc_context(_LOOK):
         # Without pyplot: no global state, no display, and nothing to close.
         drawn = Figure(figsize=(width, height), layout="constrained")
-        yield drawn, drawn.subplots(rows, columns)
+        yield drawn, drawn.subplots(rows, columns, squeeze=False)
         stream = io.BytesIO()
         dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
         kind = path.suffix.removeprefix(".")

@@ -25,6 +25,7 @@ from xlvlm_jax.report.thumbnails import Thumbnail, not_shown, thumbnails
 from xlvlm_jax.storage import atomic, damaged
 from xlvlm_jax.storage.pictures import store_features
 
+_PACKAGE = __name__.rpartition(".")[0]  # where the template lies
 # Stands where CSS puts a thumbnail: one transparent pixel.
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 Rows = list[tuple[str, str]]
@@ -78,9 +79,10 @@ def _render(
     features = (
         Features.open(run / "features", images=images) if has_features and directories else None
     )
-    directories = directories if features else []
-    attributes = known_attributes(features) if features else {}
-    sections = [read_section(directory, features, attributes) for directory in directories]
+    attributes, sections = {}, []
+    if features is not None:
+        attributes = known_attributes(features)
+        sections = [read_section(directory, features, attributes) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     shifts = read_shifts(run, images)
     shown = _in_order(sections, [*shown_images(shifts), *shown_steering(steering)])
@@ -110,7 +112,7 @@ def _render(
         unit="samples"
         if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
         else "rows",
-        css=Markup((importlib.resources.files(__package__) / "page.css").read_text("utf-8")),
+        css=Markup((importlib.resources.files(_PACKAGE) / "page.css").read_text("utf-8")),
         blank=BLANK,
     )
 
@@ -138,7 +140,7 @@ def _with_shown(section: Section, small: Mapping[str, Thumbnail]) -> Section:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader(__package__, ""),
+        loader=PackageLoader(_PACKAGE, ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -41,9 +41,9 @@ def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None
         for axis, (title, value) in zip(axes, panels, strict=False):
             for number, method in enumerate(methods):
                 points = sorted(
-                    (row.num_concepts, value(row))
+                    (row.num_concepts, found)
                     for row in rows
-                    if row.method == method and value(row) is not None
+                    if row.method == method and (found := value(row)) is not None
                 )
                 # A method keeps its colour, and its place in the legend, where it has no figure.
                 axis.plot(*np.reshape(points, (-1, 2)).T, "o-", color=f"C{number}", label=method)

@@ -139,10 +139,10 @@ def _cell(row: DictionaryScores, column: Column, rows: Sequence[DictionaryScores
     if value is None:
         return Cell("", False)
     rivals = {
-        column.better * round(column.value(other), 3)
+        column.better * round(found, 3)
         for other in rows
         if other.num_concepts == row.num_concepts
-        and column.value(other) is not None
+        and (found := column.value(other)) is not None
         # No words overlap as little as random ones.
         and (other.method != "random" or column.better > 0)
     }

@@ -49,7 +49,7 @@ def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
     widest = max(len(analysis.counts) for analysis in analyses.values())
     size = {"width": max(5.0, 0.34 * widest + 1.5), "height": 2.2 * count + 0.6}
     with figure(path, count, 1, **size) as (_, grid):
-        for axis, (name, analysis) in zip(np.ravel(grid), analyses.items(), strict=True):
+        for axis, (name, analysis) in zip(grid.flat, analyses.items(), strict=True):
             places = np.arange(len(analysis.counts))
             for number, kind in enumerate(("original", "shifted")):
                 shares = 100 * analysis.overlap(kind)
@@ -70,12 +70,12 @@ def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
             axis.set_ylim(0, 100)
             axis.set_ylabel("T-Overlap (%)")
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        np.ravel(grid)[-1].set_xlabel("Concept")
+        grid[-1, 0].set_xlabel("Concept")
 
 
 def plot_recovery(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
     """Recovery of every concept against the consistency and the magnitude of its shift."""
-    with figure(path, 1, 2, width=8.4, height=3.6) as (_, (left, right)):
+    with figure(path, 1, 2, width=8.4, height=3.6) as (_, [[left, right]]):
         for axis, name in ((left, "consistency"), (right, "magnitude")):
             for number, (label, analysis) in enumerate(analyses.items()):
                 x, y = analysis.figure(name), analysis.figure("recovery")
@@ -103,12 +103,15 @@ def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> 
     """Words and pictures of concepts before, after the shift, and as the fine-tuned model has them.
 
     Shown are the concepts with the most common samples. Words in the fine-tuned concept too are
-    marked by a dot; a picture that can't be read is left grey.
+    marked by a dot; a picture that can't be read is left grey. ValueError for a shift that is not
+    grounded.
     """
+    if analysis.words is None or analysis.images is None:
+        raise ValueError("the shift has neither words nor pictures to show; ground its concepts")
     order = np.argsort(-analysis.counts, kind="stable")[:num_concepts]
     rows = len(order)
     with figure(path, rows, 3, width=11, height=1.55 * rows + 0.3) as (_, grid):
-        for row, k in zip(np.reshape(grid, (rows, 3)), order, strict=True):
+        for row, k in zip(grid, order, strict=True):
             wanted = set(analysis.words["finetuned"][k])
             for axis, (kind, title) in zip(row, PANEL_TITLES.items(), strict=True):
                 axis.imshow(_strip(analysis, analysis.images[kind][k]), interpolation="none")

@@ -124,7 +124,7 @@ def _moved(analysis: ShiftAnalysis, k: int) -> Moved:
         faces.append(Face(_TITLES[kind], [(word, word in wanted) for word in shown], pictures))
     overlap = None
     if has_shift and words:
-        overlap = tuple(float(analysis.overlap(kind)[k]) for kind in ("original", "shifted"))
+        overlap = float(analysis.overlap("original")[k]), float(analysis.overlap("shifted")[k])
     names = ("recovery", "consistency", "magnitude")
     figures = [(name, float(analysis.figure(name)[k])) for name in names] if has_shift else []
     figures = [(name, value) for name, value in figures if np.isfinite(value)]

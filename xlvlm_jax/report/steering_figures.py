@@ -53,8 +53,7 @@ def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
     shown = sorted(highest, key=lambda word: (word not in asked, -highest[word]))[:NUM_BARS]
     columns = 2 if questions else 1
     height = 1.2 + 0.09 * len(shown) * (len(conditions) + 0.5)
-    with figure(path, 1, columns, width=4.4 * columns, height=height) as (_, axes):
-        axes = axes if questions else [axes]
+    with figure(path, 1, columns, width=4.4 * columns, height=height) as (_, [axes]):
         _bars(axes[0], {name: measured[kind] for name, measured in conditions.items()}, shown)
         axes[0].set_title("Answers" if questions else f"Captions: {kind}")
         axes[0].legend(loc="lower right")

@@ -85,6 +85,7 @@ def thumbnails(
         else:
             picture.thumbnail((SIDES[0], SIDES[0]), Image.Resampling.LANCZOS)
             small[name] = picture
+    uris: dict[str, str | None] = {}
     for side in SIDES:
         uris = {
             name: None if isinstance(picture, str) else _data_uri(picture, side)

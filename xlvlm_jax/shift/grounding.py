@@ -1,21 +1,19 @@
 """Words and images of original, shifted and fine-tuned concepts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.concepts.grounding import ground_text, strongest_rows
+from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest_rows
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.words import is_concept_word
 from xlvlm_jax.shift.blocks import activations_of
 from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.solvers.validation import StoredMatrix
-
-Unembed = Callable[[jax.Array | np.ndarray], jax.Array | np.ndarray]
 
 
 def ground_words(
@@ -111,7 +109,7 @@ def ground_samples(
 
     def top(learnt: Concepts, Z: Any, ids: Sequence[str]) -> list[list[str]]:
         best = strongest_rows(activations_of(learnt, Z), len(learnt.components), count)
-        return [[ids[row] for row in rows] for rows in best.tolist()]
+        return [[ids[int(row)] for row in rows] for rows in best]
 
     shifted = top(given, Z_finetuned, finetuned_ids)
     finetuned = top(finetuned_concepts, Z_finetuned, finetuned_ids)

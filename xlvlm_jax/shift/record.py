@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ class ShiftAnalysis:
         ]
 
     @classmethod
-    def load(cls, directory: str | Path, *, images: str | Path | None = None) -> "ShiftAnalysis":
+    def load(
+        cls, directory: str | Path, *, images: str | os.PathLike[str] | None = None
+    ) -> "ShiftAnalysis":
         """Reads what `save` wrote. images: where the pictures lie now, if they were moved.
 
         Raises FileNotFoundError when the directory holds no shift, ValueError when a file is

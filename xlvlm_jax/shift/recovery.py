@@ -6,7 +6,7 @@ K concepts, D width. A concept without a shift has figures of NaN.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,8 @@ class Correlation(NamedTuple):
 
     r: float
     p_value: float
-    count: int
+    # The field that its name promises, in place of a tuple's method.
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
@@ -104,7 +105,7 @@ def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
         return Correlation(float("nan"), float("nan"), int(both.sum()))
     from scipy.stats import pearsonr  # which takes a second to import
 
-    result = pearsonr(a[both], b[both])
+    result: Any = pearsonr(a[both], b[both])
     return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))
 
 

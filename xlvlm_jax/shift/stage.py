@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -115,7 +115,7 @@ def shift_features(
     )
     analysis = dataclasses.replace(
         analysis,
-        pictures=_pictures(analysis, *both),
+        pictures=_pictures(analysis.images or {}, *both),
         source={
             "original features": str(original.path.resolve()),
             "fine-tuned features": str(finetuned.path.resolve()),
@@ -191,18 +191,22 @@ class _RowIds(Sequence[str]):
     def __len__(self) -> int:
         return len(self.features.sample_rows)
 
-    def __getitem__(self, row: int) -> str:
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
         number = int(self.features.sample_rows[row])
         name = name_of(number, self.features.samples[number].get("id"))
         self.samples[name] = number
         return name
 
 
-def _pictures(analysis: ShiftAnalysis, *asked: _RowIds) -> dict[str, str]:
+def _pictures(images: dict[str, list[list[str]]], *asked: _RowIds) -> dict[str, str]:
     """The image files of the samples that stand first."""
-    shown = {
-        name for kind in KINDS for names in analysis.images[kind] for name in names[:NUM_PICTURES]
-    }
+    shown = {name for kind in KINDS for names in images[kind] for name in names[:NUM_PICTURES]}
     found = {}
     for each in asked:
         for name in shown & each.samples.keys():

@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
 ONE_DEVICE = Rows()
 # How a result lies on a mesh: the same on every device, but for its activations.
-RESULT = Result(*(PartitionSpec() for _ in Result._fields))._replace(
+RESULT: Any = Result._make(PartitionSpec() for _ in Result._fields)._replace(
     activations=PartitionSpec(None, "data")
 )
 

@@ -6,12 +6,12 @@ with randomness", SIAM Review 2011, section 4.5. It takes three passes over Z, o
 of the rows stands for all of them. N samples, D width, R compressed width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
@@ -91,16 +91,28 @@ def _in(
     return centre.real[:, None] * sums.centred_scores(Z, basis, centre.mean, centre.far)
 
 
+@runtime_checkable
+class Taker(Protocol):
+    """What reads some rows of Z by number."""
+
+    def take(self, values: Any, numbers: Int[Array, " R"], /) -> Float[Array, "R ..."]:
+        """The rows of those numbers."""
+        ...
+
+
 def directions_of_sample(
-    Z: Float[Array, "N D"],
+    Z: Any,
     key: PRNGKeyArray,
     width: int,
     count: int,
     num_samples: int,
-    rows: Rows = ONE_DEVICE,
+    rows: Taker = ONE_DEVICE,
     mean: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, "D R"]:
-    """About the leading directions of `count` rows less the mean; orthonormal."""
+    """About the leading directions of `count` rows of Z less the mean; orthonormal.
+
+    Z: float[N, D], or whatever `rows` takes them of.
+    """
     row_key, weight_key = jax.random.split(key)
     X = rows.take(Z, draw_rows(row_key, num_samples, count)) - mean
     weights = jax.random.normal(weight_key, (len(X), width), X.dtype)

@@ -54,7 +54,7 @@ class State(NamedTuple):
 def prepare(
     Z: Float[Array, "N D"],
     num_samples: int,
-    active: Bool[Array, " K"] | None,
+    active: Any,  # bool[K]; None until there is a run
     rows: Rows = ONE_DEVICE,
     weights: Float[Array, " N"] | None = None,
 ) -> Problem:
@@ -247,12 +247,13 @@ class Plan(NamedTuple):
             # Centroids lie in the columns, and so does all that they explain of the whole spread.
             common = prepare(X, self.num_samples, None, rows, weights)
             common = common._replace(spread=whole.spread)
+        mean = whole.mean
 
         def first(active: Array) -> tuple[Progress, Array | None]:
             problem, starts = common._replace(active=active), None
             if centroids is not None:
-                chosen = centroids - whole.mean
-                chosen = matmul(chosen, basis) - problem.mean if self.compressed else chosen
+                chosen = centroids - mean
+                chosen = chosen if basis is None else matmul(chosen, basis) - problem.mean
             else:
                 screen, counts = min(SCREEN, self.max_iter), (self.num_samples, self.n_init)
                 chosen, starts = _best_start(problem, key, *counts, tol, screen, rows, of_all)

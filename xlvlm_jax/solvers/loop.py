@@ -30,7 +30,7 @@ class Result(NamedTuple):
     """What every solver returns."""
 
     components: Float[Array, "K D"]
-    activations: Float[Array, "N K"]
+    activations: Float[Array, "N K"] | None  # None where they were written out
     objective: Float[Array, ""]
     iterations: Int[Array, ""]
     converged: Bool[Array, ""]  # whether the stopping rule, not max_iter, ended the run

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
@@ -20,7 +21,7 @@ def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) 
         raise ValueError(
             f"concepts have shapes {shapes[0]} and {shapes[1]}; expected the same [K, D] for both"
         )
-    if any(isinstance(each, jax.core.Tracer) for each in (components_a, components_b)):
+    if any(isinstance(each, Tracer) for each in (components_a, components_b)):
         result = jax.ShapeDtypeStruct(shapes[0][:1], jnp.int32)
         # A matching of whole numbers does not change with its arguments.
         arguments = map(jax.lax.stop_gradient, (components_a, components_b))
@@ -42,7 +43,7 @@ def matched_cosines(
     return np.sum(unit_rows(a) * unit_rows(b)[match(a, b)], axis=1)
 
 
-def unit_rows(rows: Float[np.ndarray, "K D"]) -> Float[np.ndarray, "K D"]:
+def unit_rows(rows: Float[Array, "K D"]) -> Float[np.ndarray, "K D"]:
     """The rows at length 1, in float64; a row of zeros stays one."""
     rows = np.asarray(rows, np.float64)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)

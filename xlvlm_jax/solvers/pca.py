@@ -18,6 +18,7 @@ is nothing to iterate. Signs follow scikit-learn: the largest entry of a compone
 value, is positive.
 """
 
+import functools
 import itertools
 from functools import partial
 from typing import Any, NamedTuple
@@ -154,9 +155,10 @@ def principal(
 def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[Array, "M W"]:
     """[parts] axes; side by side the parts would be one more matrix of their size."""
     ends = list(itertools.accumulate(part.shape[1] for part in parts))
-    return sum(
+    products = (
         matmul(part, axes[end - part.shape[1] : end]) for part, end in zip(parts, ends, strict=True)
     )
+    return functools.reduce(jnp.add, products)
 
 
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:

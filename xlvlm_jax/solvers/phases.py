@@ -13,9 +13,10 @@ time.
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -56,24 +57,31 @@ class Carry(NamedTuple):
     progress: Progress  # with a leading axis Q, one run a number of concepts
 
 
+@runtime_checkable
 class Plan(Protocol):
     """What is fixed when a method is compiled."""
 
-    max_iter: int
+    @property
+    def max_iter(self) -> int:
+        """The most updates of a run."""
+        ...
 
     @property
     def runs(self) -> tuple[int, ...]:
         """The numbers of concepts that are solved side by side."""
+        ...
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """In the order of work."""
+        ...
 
 
 def at_once(plan: Plan, given: tuple, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
     """Does all phases; traceable."""
 
-    def work(Z: Array, *carry: Any, rows: Rows) -> Result:
+    def work(Z: Array, *given: Any, rows: Rows) -> Result:
+        carry: Any = given
         for index, phase in enumerate(plan.phases):
             # Compiled apart from the one before, as in `watched`: it rounds alike.
             carry = jax.lax.optimization_barrier(carry) if index else carry
@@ -97,7 +105,8 @@ def solve(
     # A method without updates has no plan.
     if tell is None or not hasattr(method, "plan"):
         return method.solve(Z, key, mesh=mesh, **options)
-    return watched(*method.plan(key, width=Z.shape[1], **options), Z, mesh, tell, every)
+    plan, given = method.plan(key, width=Z.shape[1], **options)
+    return watched(plan, given, Z, mesh, tell, every)
 
 
 def watched(
@@ -115,7 +124,7 @@ def watched(
     """
     N, D = Z.shape
     every = every or min(max(MULTIPLICATIONS // (N * D * max(plan.runs)), 1), MOST)
-    carry = given
+    carry: Any = given
     for index, phase in enumerate(plan.phases):
         on = {"plan": plan, "index": index, "mesh": mesh}
         if not phase.repeats:
@@ -202,4 +211,4 @@ def _on_mesh(
         in_specs=(spread, whole if is_first else spread, whole),
         out_specs=RESULT if is_last else spread,
         check_vma=False,
-    )(Z, carry, np.int32(limit) if isinstance(limit, int) else limit)
+    )(Z, carry, jnp.asarray(limit, jnp.int32))

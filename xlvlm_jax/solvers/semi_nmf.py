@@ -127,8 +127,8 @@ def collect(
         return weighted_sums(some, z), matmul(some, some.T), used
 
     size = sums_of_rows.rows_of_block(Z.shape[1])
-    totals = [wide.value for wide in sums_of_rows.add_up(part, len(Z), size)]
-    return codes, Sums(*totals, sums_of_rows.total(cost).value), cost
+    images, overlap, used = (wide.value for wide in sums_of_rows.add_up(part, len(Z), size))
+    return codes, Sums(images, overlap, used, sums_of_rows.total(cost).value), cost
 
 
 @partial(jax.jit, static_argnames="nonnegative")

@@ -108,7 +108,7 @@ def _encode(
 def _encode_forward(
     products: Array, gram: Array, alpha: Array, codes: Array, nonnegative: bool
 ) -> tuple[Array, tuple[Array, Array]]:
-    found = _encode(products, gram, alpha, codes, nonnegative)
+    found: Any = _encode(products, gram, alpha, codes, nonnegative)
     return found, (found, gram)
 
 

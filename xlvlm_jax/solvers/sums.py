@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
@@ -37,7 +37,8 @@ class Wide(NamedTuple):
     high: Float[Array, "..."]
     low: Float[Array, "..."]
 
-    def __add__(self, other: "Wide | Array") -> "Wide":
+    # A sum of numbers, not a longer tuple.
+    def __add__(self, other: "Wide | Array") -> "Wide":  # pyright: ignore[reportIncompatibleMethodOverride]
         """The sum, with what rounding takes from it in `low`."""
         if not isinstance(other, Wide):
             other = Wide(other, jnp.zeros_like(other))
@@ -250,7 +251,7 @@ def centred_products(
     vectors: Float[Array, "K D"],
     Z: Float[Array, "N D"],
     mean: Float[Array, " D"],
-    far: Array,
+    far: Bool[Array, ""] | bool,
 ) -> Float[Array, "K N"]:
     """vectors (Z - 1 m)^T, from the rows less the mean where that is far from them."""
     return _of_centred(lambda rows: inner_products(vectors, rows), Z, mean, far, 1)
@@ -267,7 +268,7 @@ def centred_scores(
 
 
 def _of_centred(
-    product: Callable[[Array], Array], Z: Array, mean: Array, far: Array, axis: int
+    product: Callable[[Array], Array], Z: Array, mean: Array, far: Bool[Array, ""] | bool, axis: int
 ) -> Array:
     """The product of the rows less the mean, a linear function that has them along an axis."""
     N, D = Z.shape

@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
+from typing_extensions import TypeIs
 
 from xlvlm_jax.solvers import (
     sums,
@@ -26,7 +28,10 @@ LEAST, MOST = 2.0**-20, 2.0**60
 class StoredMatrix(Protocol):
     """Rows that are read when they are wanted, of bfloat16, float16 or float32."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        ...
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
         """The rows from `start` up to `stop`."""
@@ -62,7 +67,7 @@ def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"]
     Raises:
         ValueError: they are not N finite numbers of at least zero, or all are zero.
     """
-    if isinstance(weights, jax.core.Tracer):
+    if isinstance(weights, Tracer):
         return weights, 1.0
     weights = np.asarray(weights, np.float64)
     if weights.shape != (N,):
@@ -81,7 +86,7 @@ def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"]
     return weights / unit, float(unit)
 
 
-def is_stored(Z: Any) -> bool:
+def is_stored(Z: Any) -> TypeIs[StoredMatrix]:
     """Whether Z reads rows when they are wanted. A TensorStore, which also reads, is an array."""
     return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"
 
@@ -106,21 +111,21 @@ def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
         raise ValueError(
             f"{name} must hold real numbers; got {Z.dtype}, convert it to float32 first"
         )
-    if isinstance(Z, jax.core.Tracer):
+    if isinstance(Z, Tracer):
         return Z.astype(real_dtype(Z)) if not floating or Z.dtype.itemsize < 2 else Z
     if floating and Z.dtype.itemsize in (2, 4):
         return jnp.asarray(Z)
     if floating and Z.dtype.itemsize < 2:
         return jnp.asarray(Z.astype(np.float32))
     wide = np.asarray(Z).astype(np.float64, copy=False)
-    return jnp.asarray(wide) if jax.config.jax_enable_x64 else wide
+    return jnp.asarray(wide) if jax.config.values["jax_enable_x64"] else wide
 
 
 def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
     """An array of JAX's or numpy's, in this machine's byte order."""
     if isinstance(Z, jax.Array):
         return Z
-    module, hint = _module(Z), ""
+    module, hint, given = _module(Z), "", Z
     if Z is None or isinstance(Z, str | bytes | os.PathLike):
         hint = "load it first"
     elif hasattr(Z, "toarray"):
@@ -130,12 +135,14 @@ def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
     if not hint:
         try:
             if module == "torch":
-                Z = Z.detach().cpu().contiguous()
+                tensor = given.detach().cpu().contiguous()
                 # numpy has no bfloat16 of its own to give.
-                return jax.dlpack.from_dlpack(Z) if "bfloat16" in str(Z.dtype) else Z.numpy()
-            array = np.asarray(Z)
-            if array.dtype == object and hasattr(Z, "to_numpy"):
-                array = Z.to_numpy(dtype=np.float64, na_value=np.nan)  # pandas' own number types
+                is_short = "bfloat16" in str(tensor.dtype)
+                return jax.dlpack.from_dlpack(tensor) if is_short else tensor.numpy()
+            array = np.asarray(given)
+            if array.dtype == object and hasattr(given, "to_numpy"):
+                # pandas' own number types
+                array = given.to_numpy(dtype=np.float64, na_value=np.nan)
             if array.dtype != object:
                 return array.astype(array.dtype.newbyteorder("="), copy=False)
             hint = "convert it with numpy.asarray"
@@ -172,7 +179,7 @@ def check_finite(Z: Shaped[Array, "N D"], name: str, first_row: int = 0) -> floa
 
     Returns the largest absolute value; None while Z is traced, when nothing is checked.
     """
-    if isinstance(Z, jax.core.Tracer):
+    if isinstance(Z, Tracer):
         return None
     # All numbers are on every host.
     found = _bad_rows(Z)
@@ -254,7 +261,7 @@ def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
         return jnp.asarray(read_block(source, 0, N))
     rows = N + -N % _data_axis(mesh)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(rows)
         values = read_block(source, min(start, N), min(stop, N))
         return np.pad(values, ((0, stop - start - len(values)), (0, 0)))

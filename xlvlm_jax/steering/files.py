@@ -1,6 +1,7 @@
 """Steering on disk: a safetensors file, whose metadata say what the tensors are and are for."""
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from numpy.typing import ArrayLike
 
 from ports import VLM
 from xlvlm_jax.storage import atomic, damaged, pictures, same_model
 
 
 def save(
-    path: str | Path, kind: str, tensors: dict[str, np.ndarray], specification: dict[str, Any]
+    path: str | Path, kind: str, tensors: Mapping[str, ArrayLike], specification: dict[str, Any]
 ) -> None:
     """Writes tensors in float32 and a specification of JSON values; the directory is made."""
     path = Path(path)

@@ -168,8 +168,8 @@ def words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.
 def none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
     """Says that no sample was answered with one of the words, and what frequent answers are."""
     named = f"{what} words {few(words)}" if words else "answers without a target word"
-    words, numbers = np.unique(list(answers), return_counts=True)
-    frequent = [str(word) for word in words[np.argsort(-numbers, kind="stable")][:5]]
+    distinct, numbers = np.unique(list(answers), return_counts=True)
+    frequent = [str(answer) for answer in distinct[np.argsort(-numbers, kind="stable")][:5]]
     return (
         f"none of {len(answers)} samples has a {key} among the {named}; "
         f"frequent are {', '.join(frequent)}"

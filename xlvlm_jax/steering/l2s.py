@@ -80,7 +80,7 @@ class L2S:
         """The shift of each prompt, from the states of the last prompt tokens at context_site."""
         hidden, width = self.params["shift"]["kernel"].shape
         x = (jnp.asarray(contexts, jnp.float32) - self.mean) / self.deviation
-        return self.scale * ShiftNetwork(hidden, width).apply({"params": self.params}, x)
+        return self.scale * ShiftNetwork(hidden, width).bind({"params": self.params})(x)
 
     def edits_for(
         self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
@@ -165,15 +165,16 @@ def last_token_states(
         if progress is not None:
             progress(done, len(samples))
     teacher_forcing.require_some(range(done), samples, errors)
+    assert found is not None, "some sample is kept"
     return found
 
 
 @functools.partial(jax.jit, static_argnames=("network", "rate"))
 def _update(
     network: ShiftNetwork, rate: float, params: dict, moments: Any, x: jax.Array, z: jax.Array
-) -> tuple[dict, Any]:
+) -> tuple[Any, Any]:
     def loss(params: dict) -> jax.Array:
-        return jnp.mean((network.apply({"params": params}, x) - z) ** 2)
+        return jnp.mean((network.bind({"params": params})(x) - z) ** 2)
 
     change, moments = optax.adam(rate).update(jax.grad(loss)(params), moments)
     return optax.apply_updates(params, change), moments
@@ -181,7 +182,7 @@ def _update(
 
 @functools.partial(jax.jit, static_argnames="network")
 def _error(network: ShiftNetwork, params: dict, x: jax.Array, z: jax.Array) -> jax.Array:
-    squares = jnp.mean((network.apply({"params": params}, x) - z) ** 2, axis=1, keepdims=True)
+    squares = jnp.mean((network.bind({"params": params})(x) - z) ** 2, axis=1, keepdims=True)
     return sums.column_means(squares).value[0]
 
 
@@ -231,7 +232,7 @@ def fit_network(
     scale = float(np.sqrt((shifts[train] ** 2).mean(dtype=np.float64))) or 1.0
     x, z = (contexts - mean) / deviation, shifts / scale
     network = ShiftNetwork(hidden, shifts.shape[1])
-    params = network.init(jax.random.key(seed), x[:1])["params"]
+    params: Any = network.init(jax.random.key(seed), x[:1])["params"]
     # It begins as the mean shift, so that the first steps do not go into that.
     params["shift"]["kernel"] = 0.1 * params["shift"]["kernel"]
     params["shift"]["bias"] = jnp.asarray(z[train].mean(0, dtype=np.float64), jnp.float32)

@@ -194,10 +194,10 @@ def fit_learned(
             f"{len(samples)} samples and validation={validation}; expected two samples or more and "
             "a share between 0 and 1"
         )
-    weights = np.ones(len(samples)) if weights is None else np.asarray(weights, float)
-    if weights.shape != (len(samples),) or not (weights > 0).all():
+    weight = np.ones(len(samples)) if weights is None else np.asarray(weights, float)
+    if weight.shape != (len(samples),) or not (weight > 0).all():
         raise ValueError(
-            f"weights have shape {weights.shape} and a minimum of {weights.min(initial=np.inf):g}; "
+            f"weights have shape {weight.shape} and a minimum of {weight.min(initial=np.inf):g}; "
             f"expected [{len(samples)}], all positive"
         )
     if rank is not None and (rank < 1 or start is not None):
@@ -215,7 +215,7 @@ def fit_learned(
             f"one of {len(samples)} samples can be processed, expected two or more; the first that "
             f"can't: {next(iter(skipped.values()))}"
         )
-    weights, targets = weights[kept], [targets[i] for i in kept]
+    weight, targets = weight[kept], [targets[int(i)] for i in kept]
 
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(kept))
@@ -243,7 +243,7 @@ def fit_learned(
     moments = _adam.init(learnt)
 
     def rows(index: np.ndarray) -> tuple[teacher_forcing.Forced, np.ndarray]:
-        return teacher_forcing.Forced(*(array[index] for array in forced)), weights[index]
+        return teacher_forcing.Forced(*(array[index] for array in forced)), weight[index]
 
     def validate(learnt: dict) -> float:
         total = 0.0
@@ -253,8 +253,8 @@ def fit_learned(
             fill = np.resize(held_out, batch_size)
             fill[: len(index)] = index
             losses = np.asarray(_losses(program, vlm.params, learnt, setting, rows(fill)[0]))
-            total += float((losses[: len(index)] * weights[index]).sum())
-        return total / float(weights[held_out].sum())
+            total += float((losses[: len(index)] * weight[index]).sum())
+        return total / float(weight[held_out].sum())
 
     best, best_loss = learnt, validate(learnt)
     history = [{"step": 0, "train": None, "validation": best_loss}]

@@ -174,11 +174,11 @@ def force(
             progress(len(kept) + len(errors), len(samples))
     require_some(kept, samples, errors)
     length = max(part[0].shape[1] for part in parts)
-    fill = Forced(tokens=0, positions=0, kinds=PADDING, states=0)
+    fill = {"tokens": 0, "positions": 0, "kinds": PADDING, "states": 0}
     forced = Forced(
         *(
-            np.concatenate([_pad_left(array, length, value) for array in arrays])
-            for arrays, value in zip(zip(*parts, strict=True), fill, strict=True)
+            np.concatenate([_pad_left(array, length, fill[name]) for array in arrays])
+            for arrays, name in zip(zip(*parts, strict=True), Forced._fields, strict=True)
         )
     )
     return forced, np.array(kept, int), errors
@@ -226,7 +226,7 @@ def answer_losses(
     apply = steer(substitute(module.apply, {site: batch.states}), edits)
     states = apply({"params": params}, inputs, method="states")
     # Rows are padded on the left: answers are at the end.
-    logits = module.apply({"params": params}, states[:, -length - 1 : -1], method="unembed")
+    logits = module.bind({"params": params}).unembed(states[:, -length - 1 : -1])
     weights = (batch.kinds[:, -length:] == GENERATED).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, -length:])
     return losses * weights, weights

@@ -61,13 +61,18 @@ def open_array(path: Path) -> ts.TensorStore:
         raise ValueError(f"{path}: not a readable Zarr v3 array ({reason(error)})") from None
 
 
+def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of an array's chunks."""
+    return array.chunk_layout.write_chunk_template.shape
+
+
 def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
     """Raises ValueError for chunks that are not rows, or the first absent or of another size."""
     if array.shape[0] < rows:
         raise ValueError(
             f"{path}: {array.shape[0]} rows, expected {rows}; extract the features again"
         )
-    chunk = array.chunk_layout.write_chunk.shape
+    chunk = _chunk(array)
     if array.shape[1:] != chunk[1:]:
         # A width that no file bears out would be read as fill values, in memory that it names.
         raise ValueError(
@@ -96,7 +101,7 @@ class StoredRows:
         self.path = path
         self._array = open_array(path)
         check_chunks(path, self._array, rows)
-        self.shape = (rows, *self._array.shape[1:])
+        self.shape = (rows, self._array.shape[1])
         self.dtype = self._array.dtype.numpy_dtype
 
     def __len__(self) -> int:
@@ -131,7 +136,7 @@ class StoredRows:
 
 def cut(array: ts.TensorStore, rows: int) -> None:
     """Keep the first `rows` rows, and zeros in the rest of their last chunk."""
-    chunk = array.chunk_layout.write_chunk.shape[0]
+    chunk = _chunk(array)[0]
     whole = -(-rows // chunk) * chunk
     array = wait(array.resize(exclusive_max=[whole, *array.shape[1:]]))
     if whole > rows:

@@ -1,5 +1,6 @@
 """From samples to directories: interrupted and not, adapters and checkpoints, messages."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -155,6 +156,10 @@ def test_messages(pair, vlm, samples, trained, tmp_path):
         finetune(vlm, samples, output, dataclasses.replace(SETTINGS, targets=("w_proj",)))
     with pytest.raises(ValueError, match="has an adapter merged in"):
         finetune(vlm.with_adapter(trained), samples, output, SETTINGS)
+    nameless = copy.copy(vlm)
+    nameless.directory = None
+    with pytest.raises(ValueError, match="the model has no directory, whose configuration"):
+        finetune(nameless, samples, output, Settings(method="full"))
     lost = [dataclasses.replace(samples[0], image=tmp_path / "lost.png")]
     with pytest.raises(ValueError, match=r"none of 1 samples .*lost\.png: no such image file"):
         finetune(vlm, lost, tmp_path / "lost", SETTINGS)

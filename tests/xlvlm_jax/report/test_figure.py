@@ -4,7 +4,7 @@ from xlvlm_jax.report.figure import figure
 
 
 def draw(path):
-    with figure(path, width=3, height=2) as (_, axes):
+    with figure(path, width=3, height=2) as (_, [[axes]]):
         axes.plot([0, 1], [1, 2], label="a line")
         axes.set_xlabel("strength")
 
@@ -19,7 +19,7 @@ def test_text_stays_text_and_the_same_figure_gives_the_same_bytes(tmp_path):
 
 def test_several_axes(tmp_path):
     with figure(tmp_path / "a.png", 1, 2, width=4, height=2) as (_, axes):
-        assert axes.shape == (2,)
+        assert axes.shape == (1, 2)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

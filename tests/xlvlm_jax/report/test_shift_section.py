@@ -1,5 +1,6 @@
 """The figures and the section of a shift."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -103,3 +104,5 @@ def test_figures_of_several_fine_tunings(analysis, tmp_path):
     shift_figures.plot_panels(analysis, tmp_path / "panels.svg", num_concepts=2)
     panels = (tmp_path / "panels.svg").read_text()
     assert "·dog ·beach" in panels and "1 fine-tuned" in panels and "2 original" not in panels
+    with pytest.raises(ValueError, match="neither words nor pictures to show; ground its concepts"):
+        shift_figures.plot_panels(dataclasses.replace(analysis, words=None), tmp_path / "x.svg")

@@ -99,7 +99,7 @@ def compare(
         runs = [
             decompose(Z, counts, method, key=jax.random.key(seed + i)) for i in range(num_seeds)
         ]
-        for K, first, *others in zip(counts, *runs, strict=True):
+        for K, (first, *others) in zip(counts, zip(*runs, strict=True), strict=True):
             components = np.asarray(first.components)
             words = ground_text(
                 components,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -93,7 +94,7 @@ class Scorer:
         shown = factorise(files)
         without = np.flatnonzero(shown.codes[features.sample_rows] == UNKNOWN)
         if len(without):
-            name = features.samples[features.sample_rows[without[0]]].get("id")
+            name = features.samples[int(features.sample_rows[without[0]])].get("id")
             raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
         # [N], which of the images each row shows
         used, self._image_rows = np.unique(shown.codes[features.sample_rows], return_inverse=True)
@@ -130,7 +131,11 @@ class Scorer:
     def _distinct(self) -> np.ndarray:
         """Of several rows of one image the first, and none of an image that CLIP does not see."""
         _, rows = np.unique(self._image_rows, return_index=True)
-        return rows[np.isfinite(self.images[rows]).all(axis=1)]
+        return rows[np.isfinite(self._seen()[rows]).all(axis=1)]
+
+    def _seen(self) -> Float[np.ndarray, "N E"]:
+        assert self.images is not None, "there is a `clip`, which has seen them"
+        return self.images
 
     def score(
         self, concepts: Concepts, *, name: str = "", others: Sequence[Concepts] = ()
@@ -161,8 +166,8 @@ class Scorer:
             method=concepts.method,
             num_concepts=K,
             explained_variance=explained,
-            hoyer=metrics.hoyer_sparsity(activations),
-            active=metrics.active_share(activations),
+            hoyer=float(metrics.hoyer_sparsity(activations)),
+            active=float(metrics.active_share(activations)),
             dead=int(metrics.dead_concepts(activations).sum()),
             stability=stability,
             monosemanticity=alike,
@@ -211,6 +216,8 @@ class Scorer:
         """
         if self.clip is None and self.bert is None:
             raise ValueError("random words are drawn from CLIP's or BERT's vocabulary; give one")
+        if scores.words is None:
+            raise ValueError(f"{scores.name} has no words to draw others for; ground it first")
         vocabulary = self._clip_vocabulary if self.clip else self._bert_vocabulary
         draws = self._draws(scores.words, vocabulary)
 
@@ -238,45 +245,53 @@ class Scorer:
         if words is None:
             return {}
         judged = self.clip is not None or self.bert is not None
-        chosen = {r: metrics.top_concepts(activations, r) for r in self.tops if judged}
+        chosen = {r: np.asarray(metrics.top_concepts(activations, r)) for r in self.tops if judged}
         return {
             "words": words,
             "overlap": metrics.word_overlap(words) if len(words) > 1 else None,
-            "clip": self._clip_fits(words, chosen) if self.clip else {},
-            "bert": self._bert_fits(words, chosen) if self.bert else {},
+            "clip": self._clip_fits(self.clip, words, chosen) if self.clip else {},
+            "bert": self._bert_fits(self.bert, words, chosen) if self.bert else {},
         }
 
     def _clip_fits(
-        self, words: Sequence[Sequence[str]], chosen: Mapping[int, Bool[np.ndarray, "N K"]]
+        self,
+        clip: DualEncoder,
+        words: Sequence[Sequence[str]],
+        chosen: Mapping[int, Bool[np.ndarray, "N K"]],
     ) -> dict[int, Fit]:
+        images = self._seen()
         draws = self._draws(words, self._clip_vocabulary)
         texts = [metrics.describe(concept) for version in (words, *draws) for concept in version]
-        embedded = metrics.embed_texts(self.clip, texts)
+        embedded = metrics.embed_texts(clip, texts)
         worded = np.array([bool(concept) for concept in words])
         K = len(words)
-        own = metrics.clip_scores(self.images, embedded[:K]) * worded
-        drawn = metrics.clip_scores(self.images, embedded[K:]).reshape(len(own), -1, K).mean(1)
+        own = np.asarray(metrics.clip_scores(images, embedded[:K])) * worded
+        drawn = np.asarray(metrics.clip_scores(images, embedded[K:]))
+        drawn = drawn.reshape(len(own), -1, K).mean(1)
         # Sample n is shown noise n mod NUM_NOISE.
         noise = metrics.clip_scores(self._noise, embedded[:K]) * worded
         noise = noise[np.arange(len(own)) % NUM_NOISE]
-        seen = np.isfinite(self.images).all(axis=1)[:, None]
+        seen = np.all(np.isfinite(images), axis=1, keepdims=True)
         return {
             r: _fit(own, drawn * worded, mask, noise=_mean(metrics.mean_of_top(noise, mask)))
             for r, mask in ((r, mask & seen) for r, mask in chosen.items())
         }
 
     def _bert_fits(
-        self, words: Sequence[Sequence[str]], chosen: Mapping[int, Bool[np.ndarray, "N K"]]
+        self,
+        bert: metrics.BertScorer,
+        words: Sequence[Sequence[str]],
+        chosen: Mapping[int, Bool[np.ndarray, "N K"]],
     ) -> dict[int, Fit]:
         widest = chosen[max(chosen)]
         rows, columns = np.nonzero(widest)
 
         def matched(version: Sequence[Sequence[str]]) -> np.ndarray:
             """Precision, recall and F1 [3, N, K] where `widest`, else 0."""
-            texts = [", ".join(version[k]) for k in columns]
+            texts = [", ".join(version[int(k)]) for k in columns]
             values = np.zeros((3, *widest.shape))
             if len(rows):
-                values[:, rows, columns] = self.bert(texts, [self._captions[n] for n in rows])
+                values[:, rows, columns] = bert(texts, [self._captions[n] for n in rows])
             return values
 
         precision, recall, own = matched(words)
@@ -353,6 +368,6 @@ def _fit(
     )
 
 
-def _mean(scores: Float[np.ndarray, " N"]) -> float:
+def _mean(scores: Float[jax.Array | np.ndarray, " N"]) -> float:
     """The mean of the samples that have a score; NaN if none has."""
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan

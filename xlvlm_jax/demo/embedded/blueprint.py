@@ -175,16 +175,17 @@ def llava_config(vocab_size: int) -> LlavaConfig:
         "eos_token_id": EOS,
         "tie_word_embeddings": False,
     }
-    return LlavaConfig(
+    config = LlavaConfig(
         text_config=text,
         vision_config=_vision(),
         image_token_index=IMAGE,
         image_seq_length=TOKENS_PER_IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        pad_token_id=PAD,
         tie_word_embeddings=False,
     )
+    config.pad_token_id = PAD
+    return config
 
 
 def save_llava(directory: Path, config: LlavaConfig) -> None:

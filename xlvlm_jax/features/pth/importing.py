@@ -256,7 +256,7 @@ def _rows(
         positions += range(count) if own[0] is None else np.asarray(own[0]).tolist()
         tokens += [-1] * count if own[1] is None else np.asarray(own[1]).tolist()
     stacked = {site: np.concatenate(arrays) for site, arrays in blocks.items() if arrays}
-    return stacked, *(np.array(values, int) for values in (index, positions, tokens))
+    return stacked, np.array(index, int), np.array(positions, int), np.array(tokens, int)
 
 
 def _keep(

@@ -7,7 +7,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -78,8 +78,13 @@ def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
     return storage
 
 
+def _stream(content: mmap.mmap) -> IO[bytes]:
+    """The same object: it reads and seeks as a file, which the standard library does not say."""
+    return cast(IO[bytes], content)
+
+
 def _read_zip(content: mmap.mmap, known: Globals) -> Any:
-    archive = zipfile.ZipFile(content)
+    archive = zipfile.ZipFile(_stream(content))
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise PthError(f"a zip file with {len(names)} data.pkl; expected what torch.save writes")
@@ -112,7 +117,7 @@ def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
         def refuse(_: Any) -> Any:
             raise PthError("its head refers to storages")
 
-        return Machine(content, known.find, refuse).load()
+        return Machine(_stream(content), known.find, refuse).load()
 
     content.seek(0)
     # A plain pickle that asks for a global is refused here by its name.
@@ -123,7 +128,7 @@ def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
     system = plain()
     order = "little" if system.get("little_endian", True) else "big"
     storages: dict[str, Storage] = {}
-    value = Machine(content, known.find, lambda pid: _storage(storages, pid)).load()
+    value = Machine(_stream(content), known.find, lambda pid: _storage(storages, pid)).load()
     for key in plain():
         length = content.read(8)
         if len(length) < 8:

@@ -45,6 +45,7 @@ def write_pth(path: str | os.PathLike[str], value: Any) -> None:
 def _store(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
     # A constant date: the same value gives the same bytes.
     info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
+    assert archive.fp is not None, "the archive is open"
     begins = archive.fp.tell() + 30 + len(info.filename) + 4
     # An extra field of torch's own kind, as long as it takes.
     missing = -begins % _ALIGNMENT
@@ -56,7 +57,7 @@ def _little(array: np.ndarray) -> memoryview:
     array = np.ascontiguousarray(array)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _emit(value: Any, out: bytearray, storages: list[np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xlvlm_jax.solvers.compression import SAMPLE, directions_of_sample, sketch_directions
 from xlvlm_jax.solvers.linalg import matmul, orthonormal, weighted_sums
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, values_of
-from xlvlm_jax.solvers.sums import column_sums, total
+from xlvlm_jax.solvers.sums import Wide, column_sums, total
 
 CANCELS = 0.05  # of its terms: a difference that is less comes from the residual itself
 
@@ -34,7 +34,7 @@ def sketch(
     real: Float[Array, " B"],
     directions: Float[Array, "D R"],
     origin: Float[Array, " D"],
-) -> tuple[tuple[Float[Array, "D R"], Float[Array, " D"]], Float[Array, " B"]]:
+) -> tuple[tuple[Float[Array, "D R"], Wide], Float[Array, " B"]]:
     """Of a tile less the origin: (Z^T Z directions, sum of the rows), and each row's squares."""
     Z = real[:, None] * (Z.astype(jnp.float32) - origin)
     image = weighted_sums(matmul(Z, directions).T, Z).T
@@ -44,7 +44,7 @@ def sketch(
 @jax.jit
 def _project(
     Z: Array, real: Array, basis: Array, origin: Array
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Wide, tuple[Array, Array]]:
     Z = real[:, None] * (Z.astype(jnp.float32) - origin)
     X, squares = matmul(Z, basis), jnp.sum(Z**2, axis=1)
     outside = squares - jnp.sum(X**2, axis=1)
@@ -107,7 +107,7 @@ def _in_columns(
     def keep(tile: Tile, kept: tuple[Array, Array]) -> None:
         check_rows(tile, kept[1])
         for whole, part in zip((X, energy), kept, strict=True):
-            whole[tile.start : tile.start + tile.count] = part[: tile.count]
+            whole[tile.start : tile.start + tile.num_rows] = part[: tile.num_rows]
 
     def on_tile(tile: Tile) -> tuple:
         return _project(tile.Z, tile.real, basis, origin)

@@ -51,7 +51,8 @@ def solve(
         max_iter=max_iter,
         n_init=n_init,
     )
-    offsets, error = matmul(begun.components[0], small.basis.T), jnp.inf
+    offsets: Array = matmul(begun.components[0], small.basis.T)
+    error = jnp.inf
     # Without the last, which the first pass computes again.
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
     labels = np.empty(N, np.int32)
@@ -59,8 +60,8 @@ def solve(
         far = Largest(K)
 
         def keep(tile: Tile, kept: tuple, far: Largest = far) -> None:
-            labels[tile.start : tile.start + tile.count] = kept[0][: tile.count]
-            far.add(tile.start, np.asarray(kept[1][: tile.count]))
+            labels[tile.start : tile.start + tile.num_rows] = kept[0][: tile.num_rows]
+            far.add(tile.start, np.asarray(kept[1][: tile.num_rows]))
 
         def on_tile(tile: Tile, offsets: Array = offsets) -> tuple:
             return _collect(tile.Z, tile.real, mean, offsets)
@@ -76,7 +77,8 @@ def solve(
             apart = jnp.asarray(far.scores > 0, jnp.float32)
             sums = kmeans.relocate(sums, rows, apart, of, empty)
         history.append(float(inertia))
-        offsets, _, error = kmeans.advance(variance, offsets, sums)
+        moved: tuple[Array, Array, Array] = kmeans.advance(variance, offsets, sums)
+        offsets, _, error = moved
         if tell is not None:
             tell(Standing(K, len(history), max_iter, history[-1], float(error)))
 
@@ -89,9 +91,9 @@ def solve(
         components=centroids,
         activations=None,
         objective=inertia,
-        iterations=len(history),
-        converged=bool(error <= tol),
-        history=np.array([*history, float(inertia)], np.float32),
+        iterations=jnp.int32(len(history)),
+        converged=jnp.asarray(error <= tol),
+        history=jnp.array([*history, float(inertia)], jnp.float32),
         starts=None if begun.starts is None else begun.starts[0],
     )
 

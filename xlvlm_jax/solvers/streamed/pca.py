@@ -87,9 +87,9 @@ def solve(
         components=components,
         activations=None,
         objective=objective.value,
-        iterations=len(history) - 1,
-        converged=bool(error <= tol),
-        history=np.array([*history[:-1], float(objective.value)], np.float32),
+        iterations=jnp.int32(len(history) - 1),
+        converged=jnp.asarray(error <= tol),
+        history=jnp.array([*history[:-1], float(objective.value)], jnp.float32),
         mean=mean.high,
     )
 

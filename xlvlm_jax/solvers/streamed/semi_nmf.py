@@ -70,6 +70,7 @@ def solve(
     atoms = matmul(begun.components[0], basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
+    assert begun.activations is not None, "a solver in memory has them"
     codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
     begun = begun._replace(activations=None)  # its memory is another N K numbers
     while len(history) <= max_iter and not state.error <= tol:
@@ -85,9 +86,9 @@ def solve(
         components=state.atoms,
         activations=None,
         objective=objective.value,
-        iterations=len(history) - 1,
-        converged=bool(state.error <= tol),
-        history=np.array([*history[:-1], float(objective.value)], np.float32),
+        iterations=jnp.int32(len(history) - 1),
+        converged=jnp.asarray(state.error <= tol),
+        history=jnp.array([*history[:-1], float(objective.value)], jnp.float32),
         starts=None if begun.starts is None else begun.starts[0],
     )
 
@@ -108,8 +109,8 @@ def _update(
         return _collect(tile.Z, *parts, state, alpha, nonnegative)
 
     def keep(tile: Tile, kept: tuple) -> None:
-        new_codes[tile.start : tile.start + tile.count] = kept[0][: tile.count]
-        worst.add(tile.start, np.asarray(kept[1][: tile.count]))
+        new_codes[tile.start : tile.start + tile.num_rows] = kept[0][: tile.num_rows]
+        worst.add(tile.start, np.asarray(kept[1][: tile.num_rows]))
 
     sums = values_of(add_up(source, on_tile, keep))
     unused = sums.used <= 0
@@ -127,8 +128,8 @@ _advance = jax.jit(dictionary.advance)
 
 def _part(values: Float[np.ndarray, "N ..."], tile: Tile) -> Float[np.ndarray, "B ..."]:
     """What belongs to the rows of a tile, with zeros for those that fill it up."""
-    part = values[tile.start : tile.start + tile.count]
-    return np.pad(part, [(0, len(tile.real) - tile.count)] + [(0, 0)] * (values.ndim - 1))
+    part = values[tile.start : tile.start + tile.num_rows]
+    return np.pad(part, [(0, len(tile.real) - tile.num_rows)] + [(0, 0)] * (values.ndim - 1))
 
 
 @partial(jax.jit, static_argnames="nonnegative")

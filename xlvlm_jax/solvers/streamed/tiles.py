@@ -4,7 +4,7 @@ B rows of a tile, D width.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,14 @@ TILE_BYTES = 2**22  # the second product of a tile then finds it in the cache
 Write = Callable[[int, np.ndarray], None]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows that are read when they are wanted."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        ...
 
     def tiles(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows[B, D]) in order, `count` rows each but the last, read ahead.
@@ -39,7 +43,7 @@ class Tile(NamedTuple):
     """Rows on the device; the last tile is filled up with zeros, so that all have one shape."""
 
     start: int
-    count: int
+    num_rows: int
     Z: Float[Array, "B D"]
     real: Float[Array, " B"]  # 1 for a row of the source, 0 for one that fills up
 
@@ -88,7 +92,7 @@ def add_up(
                 keep(*last)
         totals = _begun(sums) if totals is None else _sum(totals, sums)
         last = tile, rest
-    if keep is not None:
+    if keep is not None and last is not None:
         keep(*last)
     return totals
 
@@ -96,13 +100,13 @@ def add_up(
 def write_out(source: Source, work: Callable[[Tile], tuple[Any, Array]], write: Write) -> Any:
     """The last pass: `add_up`, with activations[B, K] as the second, written as they come."""
     return add_up(
-        source, work, lambda tile, found: write(tile.start, np.asarray(found[: tile.count]))
+        source, work, lambda tile, found: write(tile.start, np.asarray(found[: tile.num_rows]))
     )
 
 
 def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
     """Raise ValueError that names the first row whose sum of squares is not finite."""
-    bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.count])))
+    bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.num_rows])))
     if bad.size:
         raise ValueError(
             f"Z has NaN or Inf in row {tile.start + bad[0]}, or values beyond float32; "

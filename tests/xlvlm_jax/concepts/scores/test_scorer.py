@@ -103,6 +103,8 @@ def test_random_words_as_a_row(scorer, named):
     assert row.overlap < 0.1 and row.hoyer is None
     with pytest.raises(ValueError, match="random words are drawn from CLIP's or BERT's vocabul"):
         Scorer(scorer.features).random_words(scores)
+    with pytest.raises(ValueError, match="has no words to draw others for; ground it first"):
+        scorer.random_words(dataclasses.replace(scores, words=None))
 
 
 def test_bert_scores_are_those_of_the_captions(features, named, judge, kinds, pictures):
