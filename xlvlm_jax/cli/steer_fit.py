@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -183,7 +184,7 @@ def _pair(text: str) -> tuple[int, int]:
         raise ValueError(f"--pairs has {text!r}; expected FROM:TO, such as 0:3,2:1") from None
 
 
-def _write(output: Path, fitted: dict[str, Any], several: bool) -> None:
+def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
     """One as a file; of several all or none, as a directory."""
     if not several:
         (one,) = fitted.values()

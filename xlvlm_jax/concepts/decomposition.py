@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, overload
+from types import ModuleType
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +176,7 @@ def decompose(
     if how.is_centroids:
         arguments["unit"] = unit
     numbers = tuple(int(number) for number in numbers)
-    if (init := arguments.pop("init", None)) is not None:
+    if (init := arguments.pop("init", None)) is not None and how.init is not None:
         arguments[how.init] = _first(init, numbers, D, origin, unit, real_dtype(Z))
         options["init"] = "given"
     arguments |= {"num_samples": N, "num_concepts": numbers}
@@ -248,7 +249,7 @@ def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -
     }
     if method.is_centroids:
         squares["components"] = result.components * unit
-    else:
+    elif result.activations is not None:
         squares["activations"] = result.activations * unit
     if result.mean is not None:
         squares["mean"] = result.mean * unit
@@ -334,12 +335,12 @@ def streamed_memory_needed(
 
     Arguments and errors as for `decompose_stored`.
     """
-    how = _streamed(method)
+    how, solver = _streamed(method)
     _check_count(num_concepts, *shape, how)
     N, D = shape
     # A tile, the one that is read, and their products; activations that are being written.
     of_tiles = 4 * TILE_BYTES
-    R = how.streamed.columns(N, D, num_concepts)
+    R = solver.columns(N, D, num_concepts)
     if R == 0:
         how.options(options)
         return of_tiles + 4 * D * 6 * num_concepts
@@ -347,15 +348,15 @@ def streamed_memory_needed(
     return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, how.name, **options)
 
 
-def _streamed(name: str) -> Method:
-    """A method that can be streamed."""
+def _streamed(name: str) -> tuple[Method, ModuleType]:
+    """A method that can be streamed, and its solver of stored rows."""
     method = method_named(name)
     if method.streamed is None:
         expected = ", ".join(name for name, each in METHODS.items() if each.streamed is not None)
         raise ValueError(
             f"{method.name!r} can't be streamed; expected one of {expected}, or decompose"
         )
-    return method
+    return method, method.streamed
 
 
 def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
@@ -439,7 +440,7 @@ def decompose_stored(
         ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
     """
     keep_programs()
-    how = _streamed(method)
+    how, solver = _streamed(method)
     options = how.options(options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
@@ -458,9 +459,7 @@ def decompose_stored(
         if activations is not None:
             activations[start : start + len(rows)] = rows
 
-    result = how.streamed.solve(
-        source, key, keep, progress, num_concepts=int(num_concepts), **options
-    )
+    result = solver.solve(source, key, keep, progress, num_concepts=int(num_concepts), **options)
     result = result._replace(activations=activations)
     if how.is_sparse:
         _check_coded(coded / source.shape[0], options["alpha"])

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -78,7 +79,7 @@ class Method:
         if isinstance(activations, np.ndarray) and isinstance(components, np.ndarray):
             product = activations @ components
         else:
-            product = matmul(activations, components)
+            product = matmul(jnp.asarray(activations), jnp.asarray(components))
         return product if mean is None else product + mean
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:

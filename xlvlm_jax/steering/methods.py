@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from xlvlm_jax.steering.l2s import fit_l2s
 from xlvlm_jax.steering.learned import fit_learned
 
 
+@runtime_checkable
 class Steering(Protocol):
     """What a method fits, and `xlvlm_jax.steering.load` reads: evaluation asks for nothing else."""
 
@@ -86,7 +87,7 @@ class Examples(NamedTuple):
 class Fitted(NamedTuple):
     """What a fit makes."""
 
-    steering: dict[str, Steering]  # by the name of its file
+    steering: Mapping[str, Steering]  # by the name of its file
     figures: str  # how it went, in a few words
 
 
