@@ -1,9 +1,9 @@
-"""Z in few columns: optimal atoms and centroids lie in the row space of Z, and mostly in its
-leading part. A solver iterates there, at N x R instead of N x D, and ends on Z itself.
+"""Compresses Z to few columns: optimal atoms and centroids lie in the row space of Z, mostly in its
+leading part. A solver iterates there, at cost N x R instead of N x D, and finishes on Z itself.
 
 Randomised range finder with one product with Z^T Z: Halko, Martinsson and Tropp, "Finding structure
-with randomness", SIAM Review 2011, section 4.5. It takes three passes over Z, or one where a sample
-of the rows stands for all of them. N samples, D width, R compressed width.
+with randomness", SIAM Review 2011, section 4.5. It takes three passes over Z, or one if a sample of
+the rows represents all of them. N samples, D width, R compressed width.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.linalg import matmul, orthonormal, real_dtype, weighted_sums
 from xlvlm_jax.solvers.restarts import draw_rows
 
-SAMPLE = 12  # rows of a sample, for each direction
+SAMPLE = 12  # rows per direction in a sample
 
 
 class Compressed(NamedTuple):
@@ -33,14 +33,14 @@ class Centre(NamedTuple):
 
     mean: Float[Array, " D"]
     far: Bool[Array, ""]
-    real: Float[Array, " N"]  # 0 for a row that pads Z, which then is zero in its columns too
-    weights: Float[Array, " N"] | None = None  # what rows count for in the choice of directions
+    real: Float[Array, " N"]  # 0 for a row that pads Z; its columns are then zero too
+    weights: Float[Array, " N"] | None = None  # row weights in the choice of directions
 
 
 def sketch_directions(
     key: PRNGKeyArray, D: int, width: int, dtype: DTypeLike = "float32"
 ) -> Float[Array, "D R"]:
-    """Random directions; all of Z's own where there are no more than `width`."""
+    """Returns random directions, or the identity if D <= `width`."""
     if width < D:
         return jax.random.normal(key, (D, width), dtype)
     return jnp.eye(D, dtype=dtype)
@@ -53,9 +53,17 @@ def compress(
     rows: Rows = ONE_DEVICE,
     centre: Centre | None = None,
 ) -> Compressed:
-    """The leading `width` directions of the row space of Z, in no order, and Z in them.
+    """Finds the leading `width` directions of the row space of Z, in no particular order.
 
-    Of the rows less a mean where a centre is given.
+    Args:
+        Z: float[N, D].
+        key: random key.
+        width: number of directions.
+        rows: where the rows of Z are.
+        centre: mean to subtract from the rows; None for none.
+
+    Returns:
+        the directions, and the rows in terms of them.
     """
     D, dtype = Z.shape[1], real_dtype(Z)
     if width >= D and centre is None:
@@ -77,7 +85,7 @@ def compress_by_sample(
     rows: Rows = ONE_DEVICE,
     centre: Centre | None = None,
 ) -> Compressed:
-    """As `compress`, with directions that lead in a sample of the first `num_samples` rows."""
+    """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
     mean = 0.0 if centre is None else centre.mean
     basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows, mean)
     return Compressed(basis, _in(Z, basis, centre))
@@ -93,10 +101,10 @@ def _in(
 
 @runtime_checkable
 class Taker(Protocol):
-    """What reads some rows of Z by number."""
+    """Reads rows of Z by number."""
 
     def take(self, values: Any, numbers: Int[Array, " R"], /) -> Float[Array, "R ..."]:
-        """The rows of those numbers."""
+        """Returns the rows with these numbers."""
         ...
 
 
@@ -109,9 +117,19 @@ def directions_of_sample(
     rows: Taker = ONE_DEVICE,
     mean: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, "D R"]:
-    """About the leading directions of `count` rows of Z less the mean; orthonormal.
+    """Returns approximate leading directions of `count` rows of Z minus the mean.
 
-    Z: float[N, D], or whatever `rows` takes them of.
+    Args:
+        Z: float[N, D], or whatever `rows` reads from.
+        key: random key.
+        width: number of directions R.
+        count: number of rows to sample.
+        num_samples: number of leading rows to sample from.
+        rows: reads rows of Z by number.
+        mean: float[D] to subtract from the rows.
+
+    Returns:
+        float[D, R], orthonormal.
     """
     row_key, weight_key = jax.random.split(key)
     X = rows.take(Z, draw_rows(row_key, num_samples, count)) - mean
@@ -121,7 +139,7 @@ def directions_of_sample(
 
 
 def turn_to_axes(compressed: Compressed, rows: Rows = ONE_DEVICE) -> Compressed:
-    """The same space in principal axes, the direction of largest energy first."""
+    """Rotates to principal axes of the same space, highest energy first."""
     basis, X = compressed
     axes = jnp.linalg.eigh(rows.total(sums.overlaps(X, X).value))[1][:, ::-1]
     return Compressed(matmul(basis, axes), matmul(X, axes))

@@ -2,16 +2,18 @@
 
     minimise   inertia(C, l) = sum_n w_n |z_n - c_{l_n}|^2   over centroids C[K, D] and labels l[N]
 
-by Lloyd's algorithm ("Least squares quantization in PCM", 1982) from greedy k-means++ centroids
-(Arthur and Vassilvitskii, 2007) or from given ones. `tol` is compared to the squared distance that
-the centroids moved in the last update, over the mean variance of Z's columns; 0 waits until no row
-changes its cluster. Rule and default are scikit-learn's. The weights w are 1 unless given.
+by Lloyd's algorithm ("Least squares quantization in PCM", 1982), starting from greedy k-means++
+centroids (Arthur and Vassilvitskii, 2007) or from given ones. `tol` is compared to the squared
+distance that the centroids moved in the last update, divided by the mean variance of Z's columns;
+with 0 the run ends once no row changes its cluster. Rule and default are scikit-learn's. The
+weights w are 1 unless given.
 
-Where Z is wide the rows are clustered in the few columns of `compression` first, and only the last
-updates read Z itself: centroids are means of rows, so that they lie in the row space of Z.
+If Z is wide, the rows are first clustered in the few columns of `compression`, and only the last
+updates read Z itself. This works because centroids are means of rows and so lie in the row space of
+Z.
 
-An update finds the nearest centroid of the rows for which it can have changed
-(`kmeans_assignment`) and moves every centroid to the mean of its rows.
+An update finds the nearest centroid of the rows whose nearest centroid can have changed
+(`kmeans_assignment`), and moves every centroid to the mean of its rows.
 """
 
 from functools import partial
@@ -34,10 +36,10 @@ from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample
 from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
-BY_SAMPLE = 28  # and where a sample of the rows gives them, so that a column costs a third
-ENOUGH = 2  # times the rows of that sample, from which on it is taken
-SCREEN = 100  # updates after which starts are compared
-CANCELS = 0.05  # of its terms: a squared distance that is less has lost more than a digit
+BY_SAMPLE = 28  # the same if a row sample gives them: a column then costs a third
+ENOUGH = 2  # a sample is used if Z has this many times its rows
+SCREEN = 100  # updates before starts are compared
+CANCELS = 0.05  # of its terms: a smaller squared distance has lost more than a digit
 TINY = 1e-30
 
 
@@ -45,20 +47,20 @@ class State(NamedTuple):
     """What an update reads and writes."""
 
     offsets: Float[Array, "K D"]  # centroids minus the mean of Z
-    shifts: Float[Array, " K"]  # how far each moved since `kept` was found
-    kept: Kept  # what is known of the rows' nearest centroids
-    objective: Float[Array, ""]  # inertia of the centroids that the last update started from
+    shifts: Float[Array, " K"]  # how far each centroid moved since `kept` was computed
+    kept: Kept  # what is known about the rows' nearest centroids
+    objective: Float[Array, ""]  # inertia at the start of the last update
     error: Float[Array, ""]
 
 
 def prepare(
     Z: Float[Array, "N D"],
     num_samples: int,
-    active: Any,  # bool[K]; None until there is a run
+    active: Any,  # bool[K]; None before the runs are separated
     rows: Rows = ONE_DEVICE,
     weights: Float[Array, " N"] | None = None,
 ) -> Problem:
-    """The constants for a Z whose first `num_samples` rows count, as much as their weights say."""
+    """Returns the constants for a Z whose first `num_samples` rows count, with their weights."""
     real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
     mean = sums_of_rows.column_means(Z, num_samples, rows, weights).high
     energy = real * sums_of_rows.squared_distances(Z, mean)
@@ -73,14 +75,14 @@ def prepare(
 
 
 def init(problem: Problem, offsets: Float[Array, "K D"]) -> State:
-    """The state at centroids m + offsets; nothing is known of the rows yet."""
+    """Returns the state at centroids m + offsets, with nothing known about the rows yet."""
     inf = jnp.full((), jnp.inf, offsets.dtype)
     shifts = jnp.full(len(offsets), inf)
     return State(offsets, shifts, kmeans_assignment.nothing(problem), inf, inf)
 
 
 def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
-    """Assign every row to its nearest centroid, then move each centroid to its rows' mean."""
+    """Assigns every row to its nearest centroid, then moves the centroids to their rows' means."""
     kept, labels, sums = kmeans_assignment.renew(problem, state.kept, state.offsets, state.shifts)
     sums = rows.total(sums)
     objective = inertia(problem.spread, state.offsets, sums)
@@ -90,7 +92,7 @@ def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
         squared = residual.of_labels(problem.Z, labels, state.offsets, problem.mean)
         far = rows.largest(jnp.where(problem.counted > 0, squared, -jnp.inf), len(empty))
         of = rows.take(labels.astype(jnp.float32), far).astype(jnp.int32)
-        # A row on its centroid would leave a cluster as empty as the one that it fills.
+        # A row that lies on its centroid would leave its own cluster empty.
         weights = rows.take(problem.counted, far) * (rows.take(squared, far) > 0)
         return relocate(sums, rows.take(problem.Z, far) - problem.mean, weights, of, empty)
 
@@ -104,7 +106,16 @@ def advance(
     offsets: Float[Array, "K D"],
     sums: Sums,
 ) -> tuple[Float[Array, "K D"], Float[Array, " K"], Float[Array, ""]]:
-    """Each centroid at the mean of its rows, one without rows where it was; and what they moved."""
+    """Moves each centroid to the mean of its rows; a centroid without rows stays.
+
+    Args:
+        variance: float[], mean variance of Z's columns.
+        offsets: float[K, D], centroids minus the mean of Z.
+        sums: counts and totals of the rows of each centroid.
+
+    Returns:
+        new offsets[K, D], how far each centroid moved [K], and the error that `tol` is compared to.
+    """
     counts = sums.counts.value[:, None]
     new = jnp.where(counts > 0, sums.totals.value / jnp.where(counts > 0, counts, 1), offsets)
     squares = jnp.sum((new - offsets) ** 2, axis=1)
@@ -114,7 +125,7 @@ def advance(
 def assign(
     Z: Float[Array, "N D"], centroids: Float[Array, "K D"]
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
-    """The nearest centroid of each row, and its squared distances to all of them."""
+    """Returns the nearest centroid of each row, and its squared distances to all centroids."""
     mean = jnp.mean(centroids, axis=0)
     offsets = centroids - mean
     scores = score(Z, offsets, mean, sums_of_rows.is_far(mean, jnp.mean(offsets**2)))
@@ -125,7 +136,7 @@ def assign(
 def distances(
     problem: Problem, offsets: Float[Array, "K D"], scores: Float[Array, "K N"]
 ) -> Float[Array, "N K"]:
-    """The squared distances of all rows to the centroids m + offsets, by the scores."""
+    """Returns the squared distances of all rows to the centroids m + offsets, from their scores."""
     labels, least, _ = nearest(scores)
     squared = problem.energy + least
     largest = jnp.max(jnp.sum(offsets**2, axis=1))
@@ -141,8 +152,8 @@ def distances(
 def _squared(
     scores: Float[Array, "K N"], least: Float[Array, " N"], nearest: Float[Array, " N"]
 ) -> Float[Array, "N K"]:
-    # Only differences between centroids come from a product; the smallest distance, which
-    # cancellation would hurt, is given.
+    # Only differences between centroids come from a product. The smallest distance, which would
+    # suffer from cancellation, is passed in.
     return (scores - least + nearest).T
 
 
@@ -150,31 +161,31 @@ def _squared(
 def activations(
     Z: Float[Array, "N D"], centroids: Float[Array, "K D"], unit: Float[Array, ""] | float = 1.0
 ) -> Float[Array, "N K"]:
-    """1 / (1 + distance to each centroid); Z and centroids are in units of `unit`."""
+    """Returns 1 / (1 + distance to each centroid), for Z and centroids in units of `unit`."""
     return similarity(assign(Z, centroids)[1], unit)
 
 
 def similarity(
     squared: Float[Array, "..."], unit: Float[Array, ""] | float = 1.0
 ) -> Float[Array, "..."]:
-    """1 / (1 + distance), of squared distances in units of unit^2."""
+    """Returns 1 / (1 + distance), for squared distances in units of unit^2."""
     return 1 / (1 + unit * distance(squared))
 
 
 def distance(squared: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The square root, whose slope at zero is taken as zero: a derivative is always a number."""
+    """Returns the square root, with slope zero at zero so that the derivative is finite."""
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 def columns(num_samples: int, num_concepts: int) -> tuple[int, bool]:
-    """How many columns a wide Z is compressed to, and whether a sample of its rows gives them."""
+    """Returns the number of columns of a compressed Z, and whether a sample of rows gives them."""
     by_sample = num_samples >= ENOUGH * compression.SAMPLE * (num_concepts + BY_SAMPLE)
     return num_concepts + (BY_SAMPLE if by_sample else OVERSAMPLE), by_sample
 
 
 class Given(NamedTuple):
-    """What a run is given beside Z."""
+    """Inputs of a run other than Z."""
 
     key: PRNGKeyArray
     tol: Float[Array, ""]
@@ -184,20 +195,20 @@ class Given(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What no update changes. Where Z is not compressed basis and X are None."""
+    """What no update changes. basis and X are None unless Z is compressed."""
 
-    problem: Problem  # without its matrix, and without `active`
+    problem: Problem  # without its matrix and without `active`
     basis: Float[Array, "D R"] | None
-    X: Float[Array, "N R"] | None  # Z less its mean in the few columns of `compression`
-    whole: Problem | None  # that of Z, where `problem` is that of X
+    X: Float[Array, "N R"] | None  # Z minus its mean, in the few columns of `compression`
+    whole: Problem | None  # the problem of Z, if `problem` is that of X
     unit: Float[Array, ""]
     starts: Float[Array, "Q S K R"] | None
 
 
 class Plan(NamedTuple):
-    """What is fixed when the solver is compiled, and its phases."""
+    """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # the columns of Z
+    width: int  # number of columns of Z
     num_samples: int
     num_concepts: tuple[int, ...]
     max_iter: int
@@ -205,7 +216,7 @@ class Plan(NamedTuple):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """In the order of work."""
+        """Phases in the order they run."""
         repeated = Phase(self.improve, repeats=True)
         if not self.compressed:
             return Phase(self.explore), repeated, Phase(self.finish)
@@ -214,23 +225,23 @@ class Plan(NamedTuple):
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """One run a number of concepts."""
+        """One run per number of concepts."""
         return self.num_concepts
 
     @property
     def active(self) -> Bool[Array, "Q K"]:
-        """Which centroids each number of clusters has."""
+        """Which centroids are in use, for each number of clusters."""
         return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
 
     @property
     def compressed(self) -> bool:
-        """Whether Z is wide enough for few columns."""
+        """Whether Z is wide enough to be compressed."""
         K = max(self.num_concepts)
         few = columns(self.num_samples, K)[0]
         return self.width >= 4 * (K + OVERSAMPLE) and self.num_samples > few
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
-        """Compresses wide rows, and starts from given centroids or from the best of some starts."""
+        """Compresses wide rows; starts from the given centroids or from the best of several."""
         key, tol, unit, centroids, of_all = given
         few, by_sample = columns(self.num_samples, max(self.num_concepts))
         weights = None if of_all is None else of_all[rows.numbers(len(Z))]
@@ -238,13 +249,14 @@ class Plan(NamedTuple):
         basis, X, common = None, Z, whole
         if self.compressed:
             centre = compression.Centre(whole.mean, whole.far, whole.real, weights)
-            # Those of a sample would miss heavy rows.
+            # The directions of a sample would miss heavy rows.
             if by_sample and weights is None:
                 counts = few, self.num_samples
                 basis, X = compression.compress_by_sample(Z, key, *counts, rows, centre)
             else:
                 basis, X = compression.compress(Z, key, few, rows, centre)
-            # Centroids lie in the columns, and so does all that they explain of the whole spread.
+            # Centroids lie in the compressed columns, and so does everything they explain of the
+            # full spread.
             common = prepare(X, self.num_samples, None, rows, weights)
             common = common._replace(spread=whole.spread)
         mean = whole.mean
@@ -265,11 +277,11 @@ class Plan(NamedTuple):
         return Carry(tol, Fixed(common._replace(Z=None), basis, X, whole, unit, starts), progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Updates on the compressed rows."""
+        """Runs updates on the compressed rows."""
         return self._run(carry.fixed.X, carry, limit, rows)
 
     def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Goes on from the centroids in all columns."""
+        """Maps the centroids back to all columns."""
         tol, fixed, progress = carry
 
         def raise_one(progress: Progress, active: Array) -> Progress:
@@ -282,7 +294,7 @@ class Plan(NamedTuple):
         return Carry(tol, fixed, progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Updates on Z."""
+        """Runs updates on Z."""
         return self._run(Z, carry, limit, rows)
 
     def _run(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
@@ -295,7 +307,7 @@ class Plan(NamedTuple):
         return carry._replace(progress=each(one)(progress, self.active))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
-        """Measures all distances to the centroids that were found."""
+        """Computes all distances to the final centroids."""
         tol, fixed, progress = carry
 
         def one(progress: Progress, active: Array) -> Result:
@@ -303,7 +315,8 @@ class Plan(NamedTuple):
             offsets, shifts, kept, _, _ = progress.state
             scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
             squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
-            # An update records the inertia it started from: shift by one, end with the result's.
+            # An update records the inertia it started from: shift by one, and end with the
+            # result's.
             least = problem.counted * jnp.min(squared, axis=1)
             inertia = rows.total(sums_of_rows.total(least)).value
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
@@ -332,11 +345,23 @@ def plan(
     unit: Float[Array, ""] | float = 1.0,
     sample_weight: Float[Array, " N"] | None = None,
 ) -> tuple[Plan, Given]:
-    """How to cluster the rows of Z[N, width] for each of Q numbers of clusters.
+    """Returns how to cluster the rows of Z[N, width] for each of Q numbers of clusters.
 
-    Rows from `num_samples` on do not count. The result has a leading axis Q; centroids beyond a
-    number's own mean nothing. Z is in units of `unit`, which the activations' distances are not.
-    The weights are those of all rows of Z, also on a mesh, and zero from `num_samples` on.
+    Args:
+        key: random key.
+        width: number of columns of Z.
+        num_samples: number of leading rows of Z that count.
+        num_concepts: Q numbers of clusters.
+        tol: see the head of this file.
+        max_iter: maximum number of updates.
+        n_init: number of starts; the best one on a sample of the rows is kept.
+        init_centroids: float[K, D] to start from; None for k-means++.
+        unit: Z is in multiples of it; the activations' distances are not.
+        sample_weight: float[N], weights of all rows, also on a mesh; zero from `num_samples` on.
+
+    Returns:
+        the plan and its inputs. The result of a solve has a leading axis Q; its centroids beyond a
+        run's own number are meaningless.
     """
     fixed = Plan(width, num_samples, num_concepts, max_iter, n_init)
     numbers = jnp.asarray(tol, float), jnp.asarray(unit, float)
@@ -347,7 +372,7 @@ def plan(
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
-    """Clusters the rows as `plan` says, in one program; the options are those of `plan`."""
+    """Clusters the rows in one compiled program; the options are those of `plan`."""
     return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
@@ -361,8 +386,10 @@ def _best_start(
     rows: Rows,
     weights: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
-    """Seeded centroids less the mean; of several starts those that came to the best end on a
-    sample of rows, and where each came to less the sample's own mean.
+    """Returns initial centroids minus the mean, and with several starts where each one ended.
+
+    Several starts run on a sample of the rows, and the one that ends best is returned. Where each
+    one ended is relative to the mean of that sample.
     """
     row_key, seed_key = jax.random.split(key)
     K = len(problem.active)
@@ -387,9 +414,9 @@ def _best_start(
 
 
 def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
-    """Greedy k-means++: each new centroid is the best of a few rows drawn by squared distance.
+    """Returns k-means++ centroids minus the mean.
 
-    Less the mean.
+    Greedy: each new centroid is the best of a few rows drawn in proportion to squared distance.
     """
     K, X, counted = len(problem.active), problem.Z - problem.mean, problem.counted
     trials = 2 + int(log(K))
@@ -404,13 +431,13 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
         chosen, closest = carry
         uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,), jnp.float32)
         candidates = ONE_DEVICE.draw(counted * closest, uniform)
-        # Where all rows are chosen already, it is not one without weight.
+        # If all distinct rows are chosen already, do not pick a row of zero weight.
         candidates = jnp.where(counted[candidates] > 0, candidates, chosen[0])
         closest = jnp.minimum(closest, squares(candidates))
         best = jnp.argmin(jnp.sum(counted * closest, axis=1))
         return chosen.at[k].set(candidates[best]), closest[best]
 
-    # Draws of one type: the same key starts from the same rows in float32 and in float64.
+    # Draws have one dtype: a key gives the same rows in float32 and in float64.
     first = ONE_DEVICE.draw(counted, jax.random.uniform(first_key, (1,), jnp.float32))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
     chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, squares(first)[0]))
@@ -424,10 +451,14 @@ def relocate(
     labels: Int[Array, " R"],
     empty: Bool[Array, " K"],
 ) -> Sums:
-    """Move each empty cluster to one of the rows farthest from theirs, as scikit-learn does.
+    """Moves each empty cluster to one of the rows farthest from their centroids, like scikit-learn.
 
-    far: those rows less the mean, the farthest first; weights: what they count for; labels: the
-    clusters that they are in.
+    Args:
+        sums: counts and totals of each cluster.
+        far: float[R, D], those rows minus the mean, farthest first.
+        weights: float[R], their weights.
+        labels: int[R], their clusters.
+        empty: bool[K], whether a cluster is empty.
     """
     order = jnp.minimum(jnp.cumsum(empty) - 1, len(far) - 1)
 

@@ -1,23 +1,25 @@
-"""The nearest centroid of every row, looked for only where it can have changed.
+"""Nearest centroid of every row, computed only where it can have changed.
 
     label_n = argmin_k |z_n - c_k|,   counts_k = #{n: label_n = k},   totals_k = sum of z_n - m
 
-Distances and totals are taken from an origin m, the mean of Z rounded. With c' = c - m,
+Distances and totals are measured from an origin m, the rounded mean of Z. With c' = c - m,
 
     |z - c|^2 = |z - m|^2 + score,    score = |c'|^2 - 2 (z c' - m c')
 
-The products stay small where the states share a large common direction, and Z is not copied. Where
-rows are far from zero beside what tells them apart, z c' - m c' is (z - m) c', a block at a time.
+The products stay small if the states share a large common direction, and Z is not copied. If the
+rows are far from zero compared to their differences, z c' - m c' is computed as (z - m) c', one
+block at a time.
 
-Where rows have weights, counts and totals are sums of weights; each is counted w_n times.
+If rows have weights, counts and totals are weighted: row n counts w_n times.
 
-Up to LARGE centroids a row keeps its label and by how much farther the second centroid is. Each
-move of the centroids takes from that gap what the triangle inequality allows; a row is looked at
-again when nothing is left of it, and the sums are corrected by the rows that change (Hamerly,
-"Making k-means even faster", SDM 2010). Of more centroids most soon rest, while some move far:
-there the scores are kept, and computed again only for centroids that moved.
+With up to LARGE centroids, each row keeps its label and a lower bound on the gap between its
+nearest and its second nearest centroid. Each move of the centroids shrinks that gap by what the
+triangle inequality allows. A row is examined again when its gap is used up, and the sums are
+corrected for the rows that changed (Hamerly, "Making k-means even faster", SDM 2010). With more
+centroids, most soon stop while a few move far: then the scores are kept, and only those of
+centroids that moved are recomputed.
 
-N rows, D width, K centroids, B rows of a block.
+N rows, D width, K centroids, B rows per block.
 """
 
 from typing import NamedTuple
@@ -30,15 +32,15 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
 
-LARGE = 128  # centroids, beyond which scores are kept; and as many are renewed in one product
-FEW = 0.3  # of the rows: up to so many are looked at by themselves, which costs more a row
-NARROW = 128  # columns at which it costs twice as much more
-BLOCKS = 32  # of rows, in which they are looked at, or more if a block would be larger than
+LARGE = 128  # with more centroids, scores are kept; also how many are renewed in one product
+FEW = 0.3  # of the rows: up to this share they are examined individually, at a higher cost per row
+NARROW = 128  # number of columns at which that extra cost doubles
+BLOCKS = 32  # number of row blocks to examine, or more if a block would be larger than
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
-SLACK = 1e-6  # of the largest terms of a squared distance: what its rounding may be
+SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 MOVED = 32  # centroids whose scores are renewed together
-MOST = 0.75  # of the centroids: when more have moved, all scores are renewed
-TURN = 16  # scores that are compared in one pass
+MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
+TURN = 16  # scores compared in one pass
 TINY = 1e-30
 
 
@@ -47,39 +49,42 @@ class Problem(NamedTuple):
 
     Z: Float[Array, "N D"]
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
-    weights: Float[Array, " N"] | None  # what each row counts for; None where all count the same
+    weights: Float[Array, " N"] | None  # weight of each row; None if all are equal
     mean: Float[Array, " D"]  # m
     energy: Float[Array, " N"]  # |z_n - m|^2
-    spread: Wide  # the sum of that over all rows, as they count, wherever they are
-    variance: Float[Array, ""]  # the mean variance of a column
-    active: Bool[Array, " K"]  # a centroid that is not has no rows
-    far: Bool[Array, ""]  # whether m is so far from zero that products with Z are too short
+    spread: Wide  # weighted sum of the energy over all rows of all devices
+    variance: Float[Array, ""]  # mean variance of the columns
+    active: Bool[Array, " K"]  # an inactive centroid gets no rows
+    far: Bool[Array, ""]  # whether m is so far from zero that products with Z lose digits
 
     @property
     def counted(self) -> Float[Array, " N"]:
-        """What each row counts for."""
+        """Weight of each row."""
         return self.real if self.weights is None else self.weights
 
 
 class Sums(NamedTuple):
-    """What an update of the centroids needs of the rows: totals over them, whatever N is."""
+    """What an update of the centroids needs from the rows: totals, whose size does not depend on
+    N.
+    """
 
     counts: Wide  # [K]
     totals: Wide  # [K, D]
 
 
 class Bounds(NamedTuple):
-    """What is kept of few centroids."""
+    """What is kept with few centroids."""
 
     labels: Int[Array, " N"]
-    gaps: Float[Array, " N"]  # at least |z - c| of the second nearest less that of the nearest
-    # Of the rows here. None with weights: a float32 does not hold what light rows change beside
-    # heavy ones, so that they are summed anew.
+    # Lower bounds on the distance to the second nearest centroid minus that to the nearest.
+    gaps: Float[Array, " N"]
+    # Sums over the rows of this device. None with weights: float32 cannot hold the changes of light
+    # rows next to heavy ones, so the sums are recomputed.
     sums: Sums | None
 
 
 class Scores(NamedTuple):
-    """What is kept of many."""
+    """What is kept with many centroids."""
 
     scores: Float[Array, "K N"]
 
@@ -88,14 +93,14 @@ Kept = Bounds | Scores
 
 
 def nothing(problem: Problem) -> Kept:
-    """What is kept before anything is known; the first `renew` needs centroids that all moved."""
+    """Returns an empty record; the first `renew` must get infinite shifts."""
     (K,), (N, D) = problem.active.shape, problem.Z.shape
     dtype = real_dtype(problem.Z)
     if K > LARGE:
         return Scores(jnp.zeros((K, N), dtype))
 
     def zeros(*shape: int) -> Wide:
-        # Two arrays: one may not be given away twice.
+        # Two arrays, because one buffer cannot be donated twice.
         return Wide(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     sums = Sums(zeros(K), zeros(K, D)) if problem.weights is None else None
@@ -105,9 +110,16 @@ def nothing(problem: Problem) -> Kept:
 def renew(
     problem: Problem, kept: Kept, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> tuple[Kept, Int[Array, " N"], Sums]:
-    """What is kept of centroids at m + offsets, each of which moved by its shift; labels and sums.
+    """Updates what is known for the new centroids.
 
-    An infinite shift is one that is not known.
+    Args:
+        problem: constants of the run.
+        kept: what was known for the previous centroids.
+        offsets: float[K, D], the new centroids minus m.
+        shifts: float[K], how far each centroid moved; infinite if unknown.
+
+    Returns:
+        what is known now, the labels int[N], and the sums of the clusters.
     """
     if isinstance(kept, Bounds):
         kept = _renew_rows(problem, kept, offsets, shifts)
@@ -121,7 +133,7 @@ def renew(
 def scores_of(
     problem: Problem, kept: Kept, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> Float[Array, "K N"]:
-    """All scores, from what is kept where that spares something."""
+    """Returns all scores, reusing what is kept if that saves work."""
     if isinstance(kept, Scores):
         return _renew_centroids(problem, kept, offsets, shifts).scores
     return score(problem.Z, offsets, problem.mean, problem.far, problem.active)
@@ -134,21 +146,23 @@ def score(
     far: Bool[Array, ""] | bool,
     active: Bool[Array, " K"] | bool = True,
 ) -> Float[Array, "K N"]:
-    """|z - c|^2 - |z - m|^2: a squared distance less what depends on the row alone."""
+    """Returns |z - c|^2 - |z - m|^2, the part of a squared distance that depends on the
+    centroid.
+    """
     bias = jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
     return bias[:, None] - 2 * centred_products(offsets, Z, mean, far)
 
 
 class Nearest(NamedTuple):
-    """Of each row, the first of equal ones."""
+    """Nearest centroid of each row; ties go to the first."""
 
     labels: Int[Array, " N"]
-    least: Float[Array, " N"]  # their scores
-    second: Float[Array, " N"]  # the least score of another centroid, Inf where there is none
+    least: Float[Array, " N"]  # the scores of those centroids
+    second: Float[Array, " N"]  # lowest score of any other centroid; Inf if there is none
 
 
 def nearest(scores: Float[Array, "K N"]) -> Nearest:
-    """Which centroid has the least score of each row, that score, and the second one."""
+    """Returns the centroid of lowest score for each row, that score, and the second lowest."""
 
     def in_one(scores: Array) -> Nearest:
         labels = jnp.argmin(scores, axis=0).astype(jnp.int32)
@@ -180,18 +194,19 @@ def nearest(scores: Float[Array, "K N"]) -> Nearest:
 
 
 def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:
-    """How many rows each cluster has, and the sum of their differences from the mean."""
+    """Returns the number of rows of each cluster and the sum of their offsets from the mean."""
     K = len(problem.active)
     return Sums(*sums_of_rows.cluster_sums(problem.Z, labels, K, problem.mean, problem.counted))
 
 
 def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Array, ""]:
-    """Sum of squared distances of all rows to the centroids m + offsets of their clusters.
+    """Returns the sum of squared distances of all rows to the centroids m + offsets of their
+    clusters.
 
-    A difference of large numbers, with twice the digits.
+    It is a difference of large numbers, computed with twice the digits.
     """
     counts = Wide(*(part[:, None] for part in sums.counts))
-    # offsets (2 totals - counts offsets), summed
+    # sum of offsets (2 totals - counts offsets)
     covered = sums_of_rows.product(counts.high, offsets) + counts.low * offsets
     inner = sums.totals.times(2) + covered.times(-1)
     between = sums_of_rows.product(offsets, inner.high) + offsets * inner.low
@@ -199,21 +214,23 @@ def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Arr
 
 
 def terms_of_mean(problem: Problem) -> Float[Array, ""]:
-    """What the mean adds to the terms of a squared distance, which rounding is relative to."""
+    """Returns the mean's share of the terms of a squared distance, which rounding is relative
+    to.
+    """
     return jnp.where(problem.far, 0, jnp.sum(problem.mean**2))
 
 
 def _renew_rows(
     problem: Problem, kept: Bounds, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> Bounds:
-    """All rows at once, or those of which no gap is left, some at a time."""
+    """Examines all rows at once, or those with no gap left, one block at a time."""
     N, D = problem.Z.shape
     K = len(shifts)
-    # What a row's second centroid can have come nearer: the farthest that another one moved.
+    # A row's second centroid can have come nearer by at most the farthest move of another centroid.
     others = jnp.max(jnp.where(jnp.eye(K, dtype=bool), 0, shifts), axis=1)
     gaps = kept.gaps - (shifts + others)[kept.labels]
     block = max(min(BLOCK_NUMBERS // D, BLOCK_ROWS, N // BLOCKS), 1)
-    # Also where Inf less Inf is no number: not known.
+    # Negated, so that NaN (Inf - Inf) also counts as unknown.
     count, doubtful = _numbers(~(gaps > 0), block)
     many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
     kept = kept._replace(gaps=gaps)
@@ -226,7 +243,8 @@ def _renew_rows(
         return jnp.where(jnp.isinf(found.second), jnp.inf, apart)
 
     def all_rows(_: Array, kept: Bounds) -> Bounds:
-        # Tied to what the loop changes: XLA would take the work out of it, and always do it.
+        # Ties the work to the loop's carry: otherwise XLA hoists it out of the loop and always does
+        # it.
         centroids, before = jax.lax.optimization_barrier((offsets, kept.gaps))
         found = nearest(score(problem.Z, centroids, problem.mean, problem.far, problem.active))
         gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
@@ -241,7 +259,7 @@ def _renew_rows(
         real = problem.real[rows] * (numbers < N)
 
         def changed(sums: Sums) -> Sums:
-            # +1 where a row comes from and -1 where it goes: 0 for the many that stay.
+            # +1 for the cluster that a row enters, -1 for the one that it leaves, 0 if it stays.
             to, come_from = (
                 jax.nn.one_hot(labels, K, axis=0, dtype=Z.dtype)
                 for labels in (found.labels, kept.labels[rows])
@@ -255,16 +273,16 @@ def _renew_rows(
             None if kept.sums is None else changed(kept.sums),
         )
 
-    # Two loops, of which one turns: batched, a condition would do both.
+    # Two loops, one of which runs zero times: under vmap, lax.cond would execute both branches.
     kept = jax.lax.fori_loop(0, jnp.where(many, 1, 0), all_rows, kept)
     return jax.lax.fori_loop(0, jnp.where(many, 0, -(-count // block)), some_rows, kept)
 
 
 def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:
-    """How many rows are chosen, and int32[N + spare]: their numbers, then N."""
+    """Returns how many rows are chosen, and int32[N + spare]: their numbers, then N."""
     N = len(chosen)
     place = jnp.cumsum(chosen, dtype=jnp.int32)
-    # Those of the others are written nowhere.
+    # Rows that are not chosen get an index out of range, which the scatter drops.
     place = jnp.where(chosen, place - 1, N + spare)
     numbers = jnp.full(N + spare, N, jnp.int32)
     return jnp.sum(chosen, dtype=jnp.int32), numbers.at[place].set(
@@ -275,12 +293,12 @@ def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int
 def _renew_centroids(
     problem: Problem, kept: Scores, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> Scores:
-    """The scores with those of the moved centroids renewed, a block of them at a time."""
+    """Renews the scores of the moved centroids, one block at a time."""
     K, moved = len(shifts), shifts > 0
-    order = jnp.argsort(~moved)  # stable: the moved ones first
+    order = jnp.argsort(~moved)  # stable sort: moved centroids first
 
     def renew_large(i: Array, scores: Array) -> Array:
-        first = jnp.minimum(i * LARGE, K - LARGE)  # the last block reaches back over what is done
+        first = jnp.minimum(i * LARGE, K - LARGE)  # the last block overlaps the one before
         some, active = (
             jax.lax.dynamic_slice_in_dim(x, first, LARGE) for x in (offsets, problem.active)
         )
@@ -295,7 +313,7 @@ def _renew_centroids(
 
     count = jnp.sum(moved, dtype=jnp.int32)
     most = count > MOST * K
-    # Two loops, of which one turns: they write where the scores are, and a condition would copy.
+    # Two loops, one of which runs zero times: they update the scores in place; lax.cond would copy.
     scores = jax.lax.fori_loop(0, jnp.where(most, -(-K // LARGE), 0), renew_large, kept.scores)
     scores = jax.lax.fori_loop(0, jnp.where(most, 0, -(-count // MOVED)), renew_some, scores)
     return Scores(scores)

@@ -1,4 +1,4 @@
-"""Products of matrices in full precision, and orthonormal bases of a few columns."""
+"""Full-precision matrix products, and orthonormal bases of a few columns."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 TINY = 1e-30
-ACCURATE = 1e-5  # of the entries of B^T B - 1
-SHIFT = 1e-4  # of the squared lengths of the columns, which are one
+ACCURATE = 1e-5  # of the entries of B^T B - I
+SHIFT = 1e-4  # relative to the squared column lengths, which are one
 
 
 def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
-    """B[D, R] with B^T B = 1, whose columns span those of the given ones.
+    """Returns an orthonormal basis of the span of the columns.
 
-    Shifted Cholesky QR (Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
-    ill-conditioned matrices", 2020): unlike Householder's it is a few products with the columns,
-    fast on every device and on a busy machine. Columns that are dependent up to rounding are
-    beyond it, which its result shows; there Householder's does the work.
+    Shifted Cholesky QR: unlike Householder QR it needs only a few products with the columns, which
+    is fast on every device and on a busy machine. If the columns are numerically dependent it
+    fails, which shows in its result; Householder QR then takes over.
+
+    Args:
+        columns: float[D, R], R <= D.
+
+    Returns:
+        B[D, R] with B^T B = I.
+
+    Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices", 2020.
     """
 
     def good(basis: Array) -> Array:
@@ -28,9 +36,17 @@ def orthonormal(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
 
 
 def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
-    """C[D, R] with [B C]^T [B C] = 1, for an orthonormal B: they span what B and the columns span.
+    """Returns C[D, R] that extends an orthonormal basis to the span of the basis and the columns.
 
-    As `orthonormal`, W + R <= D; where columns lie in the span of B, others take their place.
+    Uses the method of `orthonormal`. Columns that lie in the span of the basis are replaced by
+    others.
+
+    Args:
+        basis: float[D, W], orthonormal.
+        columns: float[D, R], W + R <= D.
+
+    Returns:
+        C[D, R] with [B C]^T [B C] = I.
     """
 
     def better(found: Array, shift: float) -> Array:
@@ -53,8 +69,8 @@ def _rounds(
     good: Callable[[Array], Array],
     otherwise: Callable[[], Array],
 ) -> Float[Array, "D R"]:
-    """Two rounds; a third, and what never fails, where they were not enough."""
-    # The shift keeps the first Gram matrix positive, and leaves columns that the others can do.
+    """Runs two rounds of Cholesky QR, a third if needed, and falls back to `otherwise`."""
+    # The shift keeps the first Gram matrix positive definite; the unshifted round removes its bias.
     found = better(better(columns, SHIFT), 0.0)
     found = jax.lax.cond(good(found), lambda: found, lambda: better(found, 0.0))
     return jax.lax.cond(good(found), lambda: found, otherwise)
@@ -65,7 +81,7 @@ def _unit(columns: Float[Array, "D R"]) -> Float[Array, "D R"]:
 
 
 def _small(errors: Float[Array, "R C"]) -> Bool[Array, ""]:
-    # Each entry by itself: a maximum may pass over what is not a number.
+    # Compares each entry by itself: a maximum may skip NaN.
     return jnp.all(jnp.abs(errors) < ACCURATE)
 
 
@@ -75,33 +91,34 @@ def _by_cholesky(columns: Float[Array, "D R"], shift: float) -> Float[Array, "D 
     return matmul(columns, jax.scipy.linalg.solve_triangular(factor, identity, lower=True).T)
 
 
-# Up to FEW rows of a thin matrix, and from WIDE columns of Z on, a CPU multiplies faster with each
-# sample's numbers together: [N, K] instead of [K, N]. Measured for XLA's own products at K = 8 to
-# 276 and D = 64 to 4096; of narrow Z, turning the thin matrix costs more than the product.
+# With up to FEW rows in the thin matrix and at least WIDE columns in Z, a CPU multiplies faster if
+# each sample's numbers are contiguous: [N, K] instead of [K, N]. Measured with XLA's own products
+# at K = 8 to 276 and D = 64 to 4096; for a narrow Z, transposing the thin matrix costs more than
+# the product.
 FEW, WIDE = 64, 2048
 
 
 def real_dtype(*arrays: Array) -> Any:
-    """What is computed with: float32, or float64 where that is switched on and given."""
+    """Returns the dtype to compute in: float32, or float64 if enabled and given."""
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
 
 
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`a @ b` in full float32 or wider, whatever the backend's default precision."""
+    """Returns `a @ b` in full float32 or wider, whatever the backend's default precision."""
     return jnp.matmul(a, b, precision="highest", preferred_element_type=real_dtype(a, b))
 
 
 def inner_products(atoms: Float[Array, "K D"], Z: Float[Array, "N D"]) -> Float[Array, "K N"]:
-    """`atoms Z^T`."""
+    """Returns `atoms Z^T`."""
     if len(atoms) > FEW or Z.shape[1] < WIDE:
         return matmul(atoms, Z.T)
-    # The barrier keeps the compiler from turning it back into that product, for a layout's sake.
+    # The barrier stops the compiler from rewriting this as the product above for its layout.
     return jax.lax.optimization_barrier(matmul(Z, atoms.T)).T
 
 
 def weighted_sums(codes: Float[Array, "K N"], Z: Float[Array, "N D"]) -> Float[Array, "K D"]:
-    """`codes Z`: the rows of Z added up with weights."""
+    """Returns `codes Z`, the weighted sums of the rows of Z."""
     if len(codes) <= FEW and Z.shape[1] >= WIDE:
         codes = jax.lax.optimization_barrier(codes.T).T
-    # As above: `Z^T codes^T` would take several times as long.
+    # The barrier is needed here too: `Z^T codes^T` would take several times as long.
     return jax.lax.optimization_barrier(matmul(codes, Z))

@@ -1,10 +1,10 @@
-"""Sums over rows whose error does not grow with their number, in float32 and on every backend.
+"""Sums over rows whose error does not grow with the number of rows, in float32 on every backend.
 
-Added one after another, N float32 numbers around m lose N eps / 2 of their sum: a mean of 4 million
-rows around 100 is then 97. Here rows are added in blocks of no more than some thousands, after
-subtracting a row that is near their mean, and the blocks' sums as pairs of numbers, which keep what
-rounding takes from the larger (Knuth's two-sum; Ogita, Rump and Oishi, "Accurate sum and dot
-product", 2005). Products with ones are in full precision: a TPU would round them to bfloat16.
+Adding N float32 numbers around m one by one loses N eps / 2 of their sum: the mean of 4 million
+rows around 100 becomes 97. Here rows are added in blocks of at most a few thousand after
+subtracting a row near their mean. The block sums are added as pairs of numbers, which keep the part
+that rounding removes (Knuth's two-sum; Ogita, Rump and Oishi, "Accurate sum and dot product",
+2005). Products with ones use full precision: a TPU would round them to bfloat16.
 
 N rows, D width, K clusters.
 """
@@ -19,27 +19,27 @@ from jaxtyping import Array, Bool, Float, Int
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
 
-BLOCK = 2**19  # numbers of Z in a block: two megabytes, which a CPU keeps in its cache
-LEAST_ROWS, MOST_ROWS = 256, 4096  # of a block of wide Z: each block adds to all of the totals
-PER_CLUSTER = 16  # rows of a block for each cluster, as far as MOST_ROWS allows
-# An accelerator has no such cache, and starts few large products faster than many small ones.
+BLOCK = 2**19  # elements of Z per block: two megabytes, which fit into a CPU's cache
+LEAST_ROWS, MOST_ROWS = 256, 4096  # per block of a wide Z: each block adds to all totals
+PER_CLUSTER = 16  # rows per cluster in a block, up to MOST_ROWS
+# An accelerator has no such cache and runs a few large products faster than many small ones.
 ACCELERATOR_BLOCK = 2**26
 LANES = 512  # numbers that are added side by side
-NEAR = 64  # rows whose mean is what means are measured from
-# Of |m|^2 over a column's variance: beyond it a product with Z rounds off more of the deviations
-# from the mean than float32 need (4e-5), so that it is taken from the centred rows.
+NEAR = 64  # rows whose mean is the origin that means are measured from
+# Ratio of |m|^2 to a column's variance. Above it, rounding in a product with Z loses more of the
+# deviations from the mean than float32 has to (4e-5), so the product uses centred rows.
 FAR = 2.0**17
 
 
 class Wide(NamedTuple):
-    """high + low: a number with twice the digits, of which `high` is the nearest short one."""
+    """A number with twice the digits, high + low, where `high` is the nearest single number."""
 
     high: Float[Array, "..."]
     low: Float[Array, "..."]
 
-    # A sum of numbers, not a longer tuple.
+    # Adds the numbers; does not concatenate the tuples.
     def __add__(self, other: "Wide | Array") -> "Wide":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The sum, with what rounding takes from it in `low`."""
+        """Returns the sum, with its rounding error in `low`."""
         if not isinstance(other, Wide):
             other = Wide(other, jnp.zeros_like(other))
         high = self.high + other.high
@@ -48,12 +48,12 @@ class Wide(NamedTuple):
         return _nearest_first(high, lost + self.low + other.low)
 
     def times(self, factor: float) -> "Wide":
-        """The product with a power of two."""
+        """Returns the product with a power of two."""
         return Wide(self.high * factor, self.low * factor)
 
     @property
     def value(self) -> Float[Array, "..."]:
-        """The nearest number of one part."""
+        """Returns the nearest single number."""
         return self.high + self.low
 
 
@@ -63,7 +63,7 @@ def _nearest_first(high: Array, low: Array) -> Wide:
 
 
 def total(values: Float[Array, "..."] | Wide) -> Wide:
-    """The sum of all values, as a pair: halves are added until one number is left."""
+    """Returns the sum of all values as a pair, by adding halves until one number is left."""
     if not isinstance(values, Wide):
         values = Wide(values, jnp.zeros_like(values))
     values = Wide(*(part.reshape(-1) for part in values))
@@ -80,36 +80,45 @@ def _halves(count: int) -> tuple[slice, slice]:
 
 
 def dot(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
-    """The sum of a b over all entries, whose products are pairs too."""
+    """Returns the sum of a b over all entries; the products are pairs too."""
     return total(product(a, b))
 
 
 def product(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
-    """a b as a pair, right to ten digits for float32."""
+    """Returns a b as a pair, accurate to ten digits in float32."""
     a, b = jnp.broadcast_arrays(a, b)
     if a.dtype != jnp.float32:
         return Wide(a * b, jnp.zeros_like(a))
     (a, a_rest), (b, b_rest) = _split(a), _split(b)
-    # Products of halves need no more than the 24 bits that there are.
+    # Products of halves fit into the 24 bits of a float32.
     return _nearest_first(a * b, a * b_rest + a_rest * b) + a_rest * b_rest
 
 
 def _split(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The leading 12 bits, and the rest."""
+    """Returns the leading 12 bits and the rest."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
     leading = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return leading, x - leading
 
 
 def rows_of_block(width: int, least: int = LEAST_ROWS) -> int:
-    """How many rows of so many numbers are added up before a total is touched."""
-    # What the sizes are tuned for; the sums are right on any backend with either.
+    """Returns how many rows of this width are summed before a total is updated."""
+    # Block sizes are tuned per backend; the sums are correct with either.
     block = BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
     return max(block // max(width, LANES), least)
 
 
 def add_up(part: Callable[[Array | int, int], Any], N: int, size: int) -> Any:
-    """The sum of `part(first, count)`, arrays from rows on, over blocks; each array as `Wide`."""
+    """Returns the sum over blocks of `part(first, count)`.
+
+    Args:
+        part: maps the first row and the number of rows of a block to a pytree of arrays.
+        N: number of rows.
+        size: maximum number of rows per block.
+
+    Returns:
+        the pytree of `part` with a `Wide` for each array.
+    """
     size = max(min(size, N), 1)
     whole, rest = divmod(N, size)
 
@@ -128,7 +137,7 @@ def _is_wide(leaf: Any) -> bool:
 
 
 def block_of(values: Float[Array, "N ..."], first: Array | int, count: int) -> Array:
-    """`count` rows from one on, in float32 or wider."""
+    """Returns `count` rows starting at `first`, in float32 or wider."""
     rows = jax.lax.dynamic_slice_in_dim(values, first, count)
     return rows.astype(real_dtype(rows))
 
@@ -139,10 +148,18 @@ def column_means(
     rows: Rows = ONE_DEVICE,
     weights: Float[Array, " N"] | None = None,
 ) -> Wide:
-    """The mean of the first `num_samples` rows (of all of them): error 1e-6 of a deviation.
+    """Returns the column means, with an error of 1e-6 standard deviations.
 
-    A mean of 10,000 deviations has a last digit of 1e-3 of them; `low` holds what is beyond it.
-    Where weights are given, they say what each row counts for.
+    The last digit of a mean of 10,000 standard deviations is 1e-3 of them; `low` holds the rest.
+
+    Args:
+        Z: float[N, D].
+        num_samples: number of leading rows to average; None for all.
+        rows: where the rows of Z are.
+        weights: float[N], weight of each row; None for equal weights.
+
+    Returns:
+        the means as a pair of float[D].
     """
     N, D = Z.shape
     if weights is None:
@@ -167,7 +184,7 @@ def column_means(
 
 
 def column_sums(values: Float[Array, "N D"]) -> Wide:
-    """The sum of all rows."""
+    """Returns the sum of all rows."""
 
     def part(first: Array | int, count: int) -> Array:
         return _down(block_of(values, first, count))
@@ -176,7 +193,9 @@ def column_sums(values: Float[Array, "N D"]) -> Wide:
 
 
 def _down(block: Float[Array, "B D"]) -> Float[Array, " D"]:
-    """The sum of a block's rows: of narrow ones some lie side by side, so that chains are short."""
+    """Sums a block's rows; several narrow rows lie side by side, which keeps summation chains
+    short.
+    """
     B, D = block.shape
     beside = min(max(LANES // D, 1), B)
     deep = B // beside
@@ -188,7 +207,7 @@ def _down(block: Float[Array, "B D"]) -> Float[Array, " D"]:
 def squared_distances(
     Z: Float[Array, "N D"], origin: Float[Array, " D"], beyond: Float[Array, " D"] | float = 0.0
 ) -> Float[Array, " N"]:
-    """|z_n - origin - beyond|^2."""
+    """Returns |z_n - origin - beyond|^2."""
     return jnp.sum(((Z - origin) - beyond) ** 2, axis=1)
 
 
@@ -199,9 +218,9 @@ def cluster_sums(
     origin: Float[Array, " D"],
     weights: Float[Array, " N"] | None = None,
 ) -> tuple[Wide, Wide]:
-    """How many rows each cluster has, and the sum of their differences from the origin [K, D].
+    """Returns the number of rows per cluster, and the sum of their offsets from the origin, [K, D].
 
-    Where weights are given, a row counts for its weight in both.
+    If weights are given, each row counts with its weight in both.
     """
     N, D = Z.shape
     weights = jnp.ones(N, origin.dtype) if weights is None else weights
@@ -217,7 +236,7 @@ def cluster_sums(
         def by_segment(z: Array) -> Array:
             return jax.ops.segment_sum(of_rows[:, None] * z, of, num_clusters)
 
-        # Accelerators multiply faster than they scatter; a CPU adds rows at the speed of reading.
+        # Accelerators multiply faster than they scatter; a CPU adds rows at memory speed.
         totals = jax.lax.platform_dependent(z, cpu=by_segment, default=by_product)
         counts = jax.ops.segment_sum(of_rows, of, num_clusters)
         return counts, totals
@@ -226,14 +245,14 @@ def cluster_sums(
         return jax.lax.dynamic_slice_in_dim(labels, first, count)
 
     size = rows_of_block(D, min(max(LEAST_ROWS, PER_CLUSTER * num_clusters), MOST_ROWS))
-    # A float32 counts to 2^24; the pair of them goes on.
+    # A single float32 counts up to 2^24 only; the pair continues beyond it.
     return add_up(part, N, size)
 
 
 def cluster_means(
     Z: Float[Array, "N D"], labels: Int[Array, " N"], num_clusters: int
 ) -> tuple[Int[Array, " K"], Wide]:
-    """How many rows each cluster has, and their mean [K, D]; zeros for a cluster without rows."""
+    """Returns the number of rows per cluster and their mean [K, D]; zeros for an empty cluster."""
     origin = column_means(Z).high
     counted, totals = cluster_sums(Z, labels, num_clusters, origin)
     counts = counted.high.astype(jnp.int32) + counted.low.astype(jnp.int32)
@@ -243,7 +262,10 @@ def cluster_means(
 
 
 def is_far(mean: Float[Array, " D"], variance: Float[Array, ""]) -> Array:
-    """Whether products with rows around a mean lose what tells the rows apart, see FAR."""
+    """Returns whether products with rows around this mean lose the differences between rows.
+
+    See FAR.
+    """
     return jnp.sum(mean**2) > FAR * variance
 
 
@@ -253,7 +275,14 @@ def centred_products(
     mean: Float[Array, " D"],
     far: Bool[Array, ""] | bool,
 ) -> Float[Array, "K N"]:
-    """vectors (Z - 1 m)^T, from the rows less the mean where that is far from them."""
+    """Returns vectors (Z - 1 m)^T.
+
+    Args:
+        vectors: float[K, D].
+        Z: float[N, D].
+        mean: float[D], m.
+        far: whether to subtract the mean from the rows first, see `is_far`.
+    """
     return _of_centred(lambda rows: inner_products(vectors, rows), Z, mean, far, 1)
 
 
@@ -263,14 +292,16 @@ def centred_scores(
     mean: Float[Array, " D"],
     far: Array,
 ) -> Float[Array, "N R"]:
-    """(Z - 1 m) basis, as `centred_products`; a row's numbers lie together, without a transpose."""
+    """Returns (Z - 1 m) basis, like `centred_products`, with each row contiguous."""
     return _of_centred(lambda rows: matmul(rows, basis), Z, mean, far, 0)
 
 
 def _of_centred(
     product: Callable[[Array], Array], Z: Array, mean: Array, far: Bool[Array, ""] | bool, axis: int
 ) -> Array:
-    """The product of the rows less the mean, a linear function that has them along an axis."""
+    """Returns `product` of the centred rows: a linear function with the rows on `axis` of its
+    result.
+    """
     N, D = Z.shape
 
     def at_once() -> Array:
@@ -284,7 +315,7 @@ def _of_centred(
             return jax.lax.dynamic_update_slice_in_dim(found, products, first, axis)
 
         def step(i: Array, found: Array) -> Array:
-            return block(jnp.minimum(i * size, N - size), found)  # the last reaches back
+            return block(jnp.minimum(i * size, N - size), found)  # the last block overlaps
 
         shaped = jax.eval_shape(product, Z)
         return jax.lax.fori_loop(0, -(-N // size), step, jnp.zeros(shaped.shape, shaped.dtype))
@@ -293,7 +324,7 @@ def _of_centred(
 
 
 def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | None = None) -> Wide:
-    """codes (Z - 1 m)^T, the rows added up with weights: [K, D]."""
+    """Returns codes (Z - 1 m), the weighted sums of the rows: [K, D]."""
 
     def part(first: Array | int, count: int) -> Array:
         z = block_of(Z, first, count)
@@ -304,7 +335,7 @@ def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | N
 
 
 def overlaps(left: Float[Array, "N K"], right: Float[Array, "N L"]) -> Wide:
-    """left^T right: [K, L]."""
+    """Returns left^T right: [K, L]."""
     width = left.shape[1] + right.shape[1]
 
     def part(first: Array | int, count: int) -> Array:
