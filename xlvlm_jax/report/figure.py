@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from xlvlm_jax.storage import atomic
 
+FAINT = "#b8bcc2"  # of what the others are compared with
 COLOURS = ("#3b6ea5", "#c8553d", "#6a994e", "#8e6c8a", "#d4a017", "#4f5d75")
 _LOOK: dict[Any, Any] = {
     "axes.prop_cycle": cycler(color=COLOURS),

@@ -1,11 +1,11 @@
 """Scores of dictionaries as tables and a plot, for the terminal and for the page."""
 
-import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit
+from xlvlm_jax.report.plots import Plot, read_plot
 
 KEYS = ("dictionaries", "scored on")  # of scores.json
 Figure = Callable[[DictionaryScores], float | None]
@@ -41,7 +41,7 @@ class ScoresSection(NamedTuple):
     """What the page shows of scores.json."""
 
     tables: list[ScoreTable]
-    plot: str | None  # data URI
+    plot: Plot | None
     rows: int | None  # scored on
     clip: str | None  # the models that judged
     bert: str | None
@@ -63,12 +63,10 @@ def read_scores(run: Path, scores: Mapping[str, Any]) -> ScoresSection | None:
             f"{run / 'scores.json'}: no scores of dictionaries ({error}); score them again"
         ) from None
     image = run / "scores.svg"
-    uri = None
-    if image.is_file():
-        uri = f"data:image/svg+xml;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    explained = "The scores of each method against the number of concepts"
     return ScoresSection(
         score_tables(rows),
-        uri,
+        read_plot(image, explained) if image.is_file() else None,
         on.get("rows"),
         on.get("clip"),
         on.get("bert"),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from xlvlm_jax.data.images import read_image
-from xlvlm_jax.report.figure import COLOURS, figure
+from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 from xlvlm_jax.shift import Correlation, ShiftAnalysis, correlation
 
 Path_ = str | os.PathLike[str]
@@ -58,7 +58,7 @@ def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
                     places + 0.4 * (number - 0.5),
                     np.nan_to_num(shares),
                     0.4,
-                    color=("#b8bcc2", COLOURS[0])[number],
+                    color=(FAINT, COLOURS[0])[number],
                     label=f"{kind} concepts, mean {mean:.0f} %",
                 )
             chance = 100 * analysis.chance()["mismatched"]

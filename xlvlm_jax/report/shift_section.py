@@ -1,6 +1,5 @@
 """The section of a shift: its figures, and each concept before, shifted and fine-tuned."""
 
-import base64
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlvlm_jax.report.plots import Plot, read_plot
 from xlvlm_jax.shift import ShiftAnalysis
 from xlvlm_jax.shift.record import KINDS
 
@@ -46,7 +46,7 @@ class ShiftSection(NamedTuple):
     rows: list[tuple[str, str, str, str]]  # name, original, shifted, chance
     correlations: list[tuple[str, float, float, int]]  # name, r, p, concepts
     concepts: list[Moved]
-    plots: list[tuple[str, str]]  # data URI, what it shows
+    plots: list[Plot]
     num_words: int
     without: int  # concepts without a shift
 
@@ -87,11 +87,11 @@ def _percent(share: float) -> str:
 
 
 def _section(directory: Path, analysis: ShiftAnalysis) -> ShiftSection:
-    plots = []
-    for file, explained in _FIGURES.items():
-        if (directory / file).is_file():
-            encoded = base64.b64encode((directory / file).read_bytes()).decode()
-            plots.append((f"data:image/svg+xml;base64,{encoded}", explained))
+    plots = [
+        read_plot(directory / file, explained)
+        for file, explained in _FIGURES.items()
+        if (directory / file).is_file()
+    ]
     correlations = [
         (name.replace("-", " and "), c.r, c.p_value, c.count)
         for name, c in analysis.correlations.items()

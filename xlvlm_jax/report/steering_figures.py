@@ -11,14 +11,13 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from xlvlm_jax.metrics.vqa import normalise_answer
-from xlvlm_jax.report.figure import COLOURS, figure
+from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
 FIGURES = {
     "answers.svg": "What was said before and after steering",
     "sweep.svg": "Effect and cost of steering against strength and layer",
 }
 NUM_BARS = 12
-_PLAIN = "#b8bcc2"
 
 
 def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
@@ -66,7 +65,7 @@ def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
 def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> None:
     """Horizontal bars, a group for each label, a bar for each condition."""
     width = 0.8 / len(counts)
-    colours = [_PLAIN, *COLOURS]
+    colours = [FAINT, *COLOURS]
     for number, (name, counted) in enumerate(counts.items()):
         places = [i + width * (number - (len(counts) - 1) / 2) for i in range(len(labels))]
         values = [counted.get(label, 0) for label in labels]

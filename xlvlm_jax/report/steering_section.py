@@ -1,6 +1,5 @@
 """The section of steering: scores before and after, figures, and examples with their pictures."""
 
-import base64
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from xlvlm_jax.evaluation.answer_effects import normalise_answer
 from xlvlm_jax.metrics.captions import holding
+from xlvlm_jax.report.plots import Plot, read_plot
 from xlvlm_jax.report.steering_figures import FIGURES
 from xlvlm_jax.storage.pictures import find_all
 
@@ -34,7 +34,7 @@ class SteeringSection(NamedTuple):
     facts: list[str]
     columns: list[str]
     rows: list[tuple[str, list[str]]]  # condition, its figures
-    plots: list[tuple[str, str]]  # data URI, what it shows
+    plots: list[Plot]
     moved: list[Example]  # what was to change, and did
     others: list[Example]  # what was to stay, and did not
 
@@ -73,7 +73,7 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
             columns=columns,
             rows=rows,
             plots=[
-                (_data_uri(directory / name), explained)
+                read_plot(directory / name, explained)
                 for name, explained in FIGURES.items()
                 if (directory / name).is_file()
             ],
@@ -185,7 +185,3 @@ def _examples(
     for example, as_wanted in zip(examples, wanted, strict=True):
         groups[not as_wanted].append(example)
     return groups[0][:NUM_EXAMPLES], groups[1][:NUM_EXAMPLES]
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
