@@ -1,7 +1,7 @@
-"""LAPACK that leaves the cores to the rest of the program.
+"""Limits LAPACK to one thread, so that it leaves the cores to the rest of the program.
 
-On a CPU, XLA calls SciPy's LAPACK for small factorisations. After a call OpenBLAS's threads go on
-spinning for a while, in wait of another, on the cores that XLA's own products would run on next.
+On a CPU, XLA calls SciPy's LAPACK for small factorisations. After a call, OpenBLAS's threads keep
+spinning for a while, waiting for the next one, on the cores that XLA's own products need.
 """
 
 import threading
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-import scipy.linalg  # noqa: F401 - loads the library, so that it is there to be limited
+import scipy.linalg  # noqa: F401 - loads the library so that it can be limited
 from threadpoolctl import ThreadpoolController
 
 _lock = threading.Lock()
-_limits: list = []  # the limit that is set, once for each block that is in it
+_limits: list = []  # the current limit, once per active block
 
 
 @cache
@@ -23,9 +23,10 @@ def _libraries() -> ThreadpoolController:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK and BLAS called within take one thread each; as before when the last block is left.
+    """Runs LAPACK and BLAS calls in this block on one thread.
 
-    Also a decorator. What they are given here is small: two threads would gain next to nothing.
+    The limit is lifted when the last block ends. Also works as a decorator. The matrices here are
+    small: a second thread would gain almost nothing.
     """
     with _lock:
         _limits.append(_limits[-1] if _limits else _libraries().limit(limits=1))

@@ -1,8 +1,8 @@
-"""Where the rows of Z are: all in one place, or some of them on each device of a mesh axis.
+"""Access to the rows of Z, whether they are in one place or spread over a mesh axis.
 
-A solver sees its own rows and says what it wants of all of them: a total, the largest few, some of
-them by number. On one device that is what it has; on a mesh each is one collective, whose size does
-not depend on N. N rows in all, M on this device.
+A solver sees its own rows and asks for what it needs from all of them: a total, the largest few, or
+some by number. On one device that is a local operation; on a mesh each request is one collective,
+whose size does not depend on N. N rows in all, M on this device.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ class Rows(NamedTuple):
     axis: str | None = None
 
     def total(self, value: Any) -> Any:
-        """The sum over devices of every array in a pytree."""
+        """Returns the sum over devices of every array in a pytree."""
         return value if self.axis is None else jax.lax.psum(value, self.axis)
 
     def numbers(self, M: int) -> Int[Array, " M"]:
-        """The number, among all rows, of each row here."""
+        """Returns the global number of each row on this device."""
         first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * M
         return first + jnp.arange(M)
 
     def take(
         self, values: Float[Array, "M ..."], numbers: Int[Array, " R"]
     ) -> Float[Array, "R ..."]:
-        """The rows of those numbers, wherever they are, in float32 or wider."""
+        """Returns the rows with these global numbers, in float32 or wider."""
         values = jnp.asarray(values)
         dtype = real_dtype(values)
         if self.axis is None:
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
         return jax.lax.psum(jnp.where(here, mine, 0), self.axis)
 
     def largest(self, scores: Float[Array, " M"], count: int) -> Int[Array, " R"]:
-        """The numbers of the `count` rows of largest score, or of all rows if there are fewer."""
+        """Returns the numbers of the `count` rows of largest score, or of all rows if fewer."""
         M = scores.shape[0]
         top, local = jax.lax.top_k(scores, min(count, M))
         if self.axis is None:
@@ -58,11 +58,11 @@ class Rows(NamedTuple):
         return numbers[jax.lax.top_k(top, min(count, len(top)))[1]]
 
     def draw(self, weights: Float[Array, " M"], uniform: Float[Array, " T"]) -> Int[Array, " T"]:
-        """The numbers of T rows drawn in proportion to their weights; uniform in [0, 1)."""
+        """Returns the numbers of T rows drawn in proportion to weights; `uniform` is in [0, 1)."""
         M = weights.shape[0]
         below = jnp.cumsum(weights)
         if self.axis is None:
-            # Less than the sum, also where rounding makes it that: the last row may have no weight.
+            # Keeps the target below the sum even after rounding: the last row may have zero weight.
             wanted = jnp.minimum(uniform * below[-1], jnp.nextafter(below[-1], 0))
             found = jnp.searchsorted(below, wanted, side="right")
             return jnp.minimum(found, M - 1)
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
 
 ONE_DEVICE = Rows()
-# How a result lies on a mesh: the same on every device, but for its activations.
+# Sharding of a result: replicated, except for its activations.
 RESULT: Any = Result._make(PartitionSpec() for _ in Result._fields)._replace(
     activations=PartitionSpec(None, "data")
 )
@@ -86,9 +86,9 @@ RESULT: Any = Result._make(PartitionSpec() for _ in Result._fields)._replace(
 def solve_on(
     mesh: Mesh | None, solve: Callable[..., Result], Z: Float[Array, "N D"], arguments: tuple
 ) -> Result:
-    """solve(Z, *arguments, rows=...) on one device, or on the rows of each along the axis "data".
+    """Calls solve(Z, *arguments, rows=...) on one device, or on each device's rows along "data".
 
-    The arguments are the same on every device, and so is the result but for its activations.
+    The arguments are replicated, and so is the result except for its activations.
     """
     if mesh is None:
         return solve(Z, *arguments, rows=ONE_DEVICE)
@@ -98,5 +98,5 @@ def solve_on(
         mesh=mesh,
         in_specs=(PartitionSpec("data"), *(whole for _ in arguments)),
         out_specs=RESULT,
-        check_vma=False,  # that a total is the same everywhere is not seen through a while loop
+        check_vma=False,  # a while loop hides that a total is the same on every device
     )(Z, *arguments)

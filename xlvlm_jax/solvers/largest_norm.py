@@ -1,10 +1,10 @@
 """The simplest concepts: the K rows of largest norm, scored like k-means centroids.
 
-    components = the rows z_n of the K largest |z_n|_2, largest first; of equal ones the earlier row
+    components = the K rows z_n of largest |z_n|_2, largest first; ties go to the earlier row
     activations = 1 / (1 + distance to each component)
 
 The objective is the inertia, the sum of squared distances to the nearest component, so that it can
-be held against that of k-means. Nothing is iterated and nothing is random. This is the baseline
+be compared to that of k-means. The method is neither iterative nor random. This is the baseline
 "simple" of Parekh et al., "A concept-based explainability framework for large multimodal models",
 NeurIPS 2024.
 """
@@ -33,9 +33,18 @@ def solve(
     unit: Float[Array, ""] | float = 1.0,
     mesh: Mesh | None = None,
 ) -> Result:
-    """Pick the rows; those from `num_samples` on do not count, and the key is not used.
+    """Picks the rows of largest norm.
 
-    The result has a leading axis for the numbers of concepts: fewer are the first of more.
+    Args:
+        Z: float[N, D].
+        key: ignored.
+        num_samples: number of leading rows of Z that count.
+        num_concepts: Q numbers of concepts.
+        unit: Z is in multiples of it; the activations' distances are not.
+        mesh: devices that hold the rows along "data"; None for one device.
+
+    Returns:
+        the result, with a leading axis Q; a smaller number of concepts gives the first of a larger.
     """
     K = max(num_concepts)
 

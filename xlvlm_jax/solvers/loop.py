@@ -2,7 +2,7 @@
 
 Axes: N samples, D width, K concepts, I iterations, S starts.
 
-A method brings `update(state) -> state`. Its state is a NamedTuple with at least
+A method provides `update(state) -> state`. Its state is a NamedTuple with at least
 
     objective   float32[]   the value that the method minimises, at this state
     error       float32[]   what `tol` is compared to; inf before the first update
@@ -19,28 +19,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Progress(NamedTuple):
-    """Where a run stands; `run` takes one and returns one, so that a run can be continued."""
+    """Progress of a run. `run` takes one and returns one, so that a run can be continued."""
 
     state: Any  # the method's own NamedTuple
     history: Float[Array, " I+1"]  # objective at the start and after every update, then NaN
-    iteration: Int[Array, ""]  # updates done
+    iteration: Int[Array, ""]  # number of updates done
 
 
 class Result(NamedTuple):
     """What every solver returns."""
 
     components: Float[Array, "K D"]
-    activations: Float[Array, "N K"] | None  # None where they were written out
+    activations: Float[Array, "N K"] | None  # None if they were written out
     objective: Float[Array, ""]
     iterations: Int[Array, ""]
     converged: Bool[Array, ""]  # whether the stopping rule, not max_iter, ended the run
     history: Float[Array, " I+1"]
     mean: Float[Array, " D"] | None = None  # what was subtracted from Z; only pca centres
-    starts: Float[Array, "S K R"] | None = None  # where each start came to, the kept one first
+    starts: Float[Array, "S K R"] | None = None  # where each start ended, the kept one first
 
 
 def begin(state: Any, max_iter: int) -> Progress:
-    """A run that has done nothing yet, with room for `max_iter` updates."""
+    """Returns the progress before the first update, with room for `max_iter` updates."""
     history = jnp.full(max_iter + 1, jnp.nan, state.objective.dtype).at[0].set(state.objective)
     return Progress(state, history, jnp.int32(0))
 
@@ -52,9 +52,9 @@ def run(
     tol: Float[Array, ""] | float,
     max_iter: Int[Array, ""] | int,
 ) -> Progress:
-    """Repeat `update` until `state.error <= tol` or `max_iter` updates are done in all.
+    """Repeats `update` until `state.error <= tol` or until `max_iter` updates are done in total.
 
-    Traceable: use it inside jit. `max_iter` may be less than the room in the history.
+    Traceable, so it can be used inside jit. `max_iter` may be less than the room in the history.
     """
 
     def unfinished(progress: Progress) -> Array:
@@ -69,7 +69,7 @@ def run(
 
 
 def each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.vmap`; one element alone without batching, so that a branch not taken costs nothing."""
+    """Like `jax.vmap`, but maps a single element without batching, so that lax.cond stays lazy."""
 
     def mapped(*arguments: Any) -> Any:
         if len(jax.tree.leaves(arguments)[0]) > 1:

@@ -2,20 +2,21 @@
 
     minimise   1/2 |Z - 1 m - S C|_F^2   over scores S[N, K] and components C[K, D] with C C^T = I
 
-m the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that another
-update would bring, relative to what is explained.
+m is the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that
+another update would bring, relative to what is explained.
 
 Block Krylov iteration with restarts (Musco and Musco, "Randomized block Krylov methods for stronger
 and faster approximate singular value decomposition", 2015; Wu and Simon, "Thick-restart Lanczos
-method", 2000): the best axes of the span of the last W axes and of their images under A = (Z -
-1 m)^T (Z - 1 m). Z is multiplied with the W new directions alone; and as the last axes stay in the
-span, explained variance cannot fall. To first order, axis v with variance l = v^T A v would gain
-2 |A v - l v|^2 / l from its image. The first span is that of the leading directions of some rows.
+method", 2000): an update takes the best axes in the span of the last W axes and their images under
+A = (Z - 1 m)^T (Z - 1 m). Only the W new directions are multiplied with Z; and since the last axes
+stay in the span, explained variance cannot decrease. To first order, axis v with variance l = v^T A
+v would gain 2 |A v - l v|^2 / l from its image. The first span is that of the leading directions of
+some rows.
 
-Where min(N, D) is no more than EXACT or 2 W the first span is the whole space, and where D is so
-small beside N and K that the covariance costs less than a few updates, the axes are its own: there
-is nothing to iterate. Signs follow scikit-learn: the largest entry of a component, in absolute
-value, is positive.
+If min(N, D) is at most EXACT or 2 W, the first span is the whole space. If D is so small compared
+to N and K that the covariance costs less than a few updates, the axes are its eigenvectors and
+nothing is iterated. Signs follow scikit-learn: the entry of largest absolute value in a component
+is positive.
 """
 
 import functools
@@ -38,17 +39,17 @@ from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 20
 LANES = 32  # a product with 32 columns takes hardly longer than one with 20
-SAMPLE = 8  # rows, for each direction, that the first directions are taken from
-ANYWHERE = 8  # of the first directions, those that are not
+SAMPLE = 8  # rows per direction that the first directions are computed from
+ANYWHERE = 8  # how many of the first directions are random
 EXACT = 256
-# What decides between covariance and iteration, in products of Z with a column: the updates that
-# hidden states take, and the eigenvectors of [D, D], which cost as much as D^3 times so many.
+# Choice between covariance and iteration, in products of Z with one column: the updates that hidden
+# states need, and the eigenvectors of [D, D], which cost EIGH * D^3.
 UPDATES = 2
 EIGH = 10
-BLOCKS = 3  # of the covariance's rows, so that of it two thirds are computed
-CANCELS = 0.1  # of the energy: a difference of sums that is less has lost digits
-DOMINANT = 16  # times the middle axis's variance
-SPREAD = 2**12  # of the first axis's variance over the last one's: more leaves float32 three digits
+BLOCKS = 3  # row blocks of the covariance, so that only two thirds of it are computed
+CANCELS = 0.1  # of the energy: a smaller difference of sums has lost digits
+DOMINANT = 16  # times the median axis's variance
+SPREAD = 2**12  # first axis's variance over the last one's: more leaves float32 three digits
 TINY = 1e-30
 
 
@@ -59,13 +60,13 @@ class Problem(NamedTuple):
     real: Float[Array, " N"]  # 1 for a sample, 0 for a row that pads Z on a mesh
     mean: Wide  # [D], with the digits that a float32 mean lacks
     energy: Float[Array, ""]  # 1/2 |Z - 1 m|_F^2
-    far: Bool[Array, ""]  # whether m is so far from zero that products with Z are too short
+    far: Bool[Array, ""]  # whether m is so far from zero that products with Z lose digits
 
 
 class State(NamedTuple):
     """What an update reads and writes."""
 
-    basis: Float[Array, "D W"]  # orthonormal, by falling variance
+    basis: Float[Array, "D W"]  # orthonormal, by decreasing variance
     scores: Float[Array, "N W"]  # (Z - 1 m) basis
     images: Float[Array, "D W"]  # A basis
     objective: Float[Array, ""]
@@ -73,7 +74,7 @@ class State(NamedTuple):
 
 
 def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -> Problem:
-    """The constants for a Z whose first `num_samples` rows count."""
+    """Returns the constants for a Z whose first `num_samples` rows count."""
     real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
     mean = sums.column_means(Z, num_samples, rows)
     squares = sums.total(real * sums.squared_distances(Z, *mean))
@@ -83,7 +84,7 @@ def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -
 
 
 def width(num_concepts: int) -> int:
-    """W, how many axes are iterated on for K components."""
+    """Returns W, the number of axes that are iterated on for K components."""
     return -(-num_concepts // LANES) * LANES
 
 
@@ -93,14 +94,14 @@ def init(
     num_concepts: int,
     rows: Rows = ONE_DEVICE,
 ) -> State:
-    """The state at the best axes within the span of the given directions."""
+    """Returns the state at the best axes within the span of the given directions."""
     basis = orthonormal(directions)
     W = min(width(num_concepts), basis.shape[1])
     return best_axes(problem, [basis], [project(problem, basis)], W, num_concepts, rows)
 
 
 def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
-    """The best axes within the span of the last ones and of their images."""
+    """Returns the best axes within the span of the last axes and their images."""
     new = complement(state.basis, state.images)
     bases, scores = [state.basis, new], [state.scores, project(problem, new)]
     return best_axes(problem, bases, scores, state.basis.shape[1], num_concepts, rows)
@@ -114,14 +115,23 @@ def best_axes(
     num_concepts: int,
     rows: Rows = ONE_DEVICE,
 ) -> State:
-    """The state at the W leading axes within the span of orthonormal bases (Rayleigh and Ritz)."""
+    """Returns the state at the W leading axes within a span (Rayleigh-Ritz).
+
+    Args:
+        problem: constants of the run.
+        bases: list of float[D, _], together an orthonormal basis of the span.
+        scores: list of float[N, _], the centred rows in each of the bases.
+        W: number of axes.
+        num_concepts: number of axes that count in the objective.
+        rows: where the rows of Z are.
+    """
     overlaps = rows.total(
         [[sums.overlaps(left, right).value for right in scores] for left in scores]
     )
     variances, axes = principal(jnp.block(overlaps), num_concepts)
     variances, axes = variances[:W], axes[:, :W]
     basis = _turn(bases, axes)
-    # Rounding adds up over updates: one step of Newton's method back to an orthonormal basis.
+    # Rounding accumulates over updates: one step of Newton's method restores an orthonormal basis.
     straight = 1.5 * jnp.eye(W, dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
     basis, turned = matmul(basis, straight), _turn(scores, matmul(axes, straight))
     images = covariance_image(problem, turned, rows)
@@ -133,15 +143,16 @@ def best_axes(
 def principal(
     overlaps: Float[Array, "R R"], num_concepts: int
 ) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
-    """The eigenvalues of a positive semi-definite matrix, falling, and its eigenvectors.
+    """Returns the eigenvalues of a positive semi-definite matrix, decreasing, and its eigenvectors.
 
-    Where the first are far larger than the others, those would be lost in the last digits of the
-    largest: then they are the singular vectors of a square root, which spans half of the digits.
+    If the first eigenvalues are far larger than the others, the others would be lost in their
+    rounding error. The result then comes from the singular vectors of a square root, which spans
+    half as many digits.
     """
     values, vectors = jnp.linalg.eigh(overlaps)
 
     def of_root() -> tuple[Array, Array]:
-        # With rows and columns to one scale, eigenvalues differ by the angles alone.
+        # With rows and columns on one scale, eigenvalues differ by the angles alone.
         scale = jnp.sqrt(jnp.maximum(jnp.diagonal(overlaps), TINY))
         angles, turned = jnp.linalg.eigh(overlaps / jnp.outer(scale, scale))
         root = jnp.sqrt(jnp.maximum(angles, 0))[:, None] * turned.T * scale
@@ -153,7 +164,7 @@ def principal(
 
 
 def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[Array, "M W"]:
-    """[parts] axes; side by side the parts would be one more matrix of their size."""
+    """Returns [parts] axes without concatenating the parts, which would double their memory."""
     ends = list(itertools.accumulate(part.shape[1] for part in parts))
     products = (
         matmul(part, axes[end - part.shape[1] : end]) for part, end in zip(parts, ends, strict=True)
@@ -162,7 +173,7 @@ def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[
 
 
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
-    """(Z - 1 m) basis; no score for a row that pads Z."""
+    """Returns (Z - 1 m) basis, with zeros for rows that pad Z."""
     mean, beyond = problem.mean
     products = sums.centred_scores(problem.Z, basis, mean, problem.far)
     return problem.real[:, None] * (products - matmul(beyond, basis))
@@ -171,7 +182,7 @@ def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]
 def covariance_image(
     problem: Problem, scores: Float[Array, "N R"], rows: Rows = ONE_DEVICE
 ) -> Float[Array, "D R"]:
-    """(Z - 1 m)^T scores."""
+    """Returns (Z - 1 m)^T scores."""
     mean, beyond = problem.mean
     # Scores of padding rows are zero.
     images = sums.weighted(scores.T, problem.Z, mean).value
@@ -179,14 +190,14 @@ def covariance_image(
 
 
 def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
-    """(Z - 1 m)^T (Z - 1 m), in blocks of rows; what is left of the diagonal is mirrored."""
+    """Returns (Z - 1 m)^T (Z - 1 m), from blocks of its rows; the lower triangle is mirrored."""
     N, D = problem.Z.shape
     edges = [round(i * D / BLOCKS) for i in range(BLOCKS + 1)]
     spans = list(itertools.pairwise(edges))
     mean, beyond = problem.mean
 
     def part(first: Array | int, count: int) -> list[Array]:
-        # Centred before the product: energy that a large mean brings would round the rest away.
+        # Centred before the product: the energy of a large mean would round away the rest.
         real = sums.block_of(problem.real, first, count)[:, None]
         z = real * ((sums.block_of(problem.Z, first, count) - mean) - beyond)
         return [matmul(z[:, start:stop].T, z[:, start:]) for start, stop in spans]
@@ -199,7 +210,7 @@ def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]
 
 
 def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
-    """The state at the optimum, from the covariance; without images, for it takes no update."""
+    """Returns the state at the optimum, from the covariance; without images, as none follow."""
     variances, axes = jnp.linalg.eigh(covariance(problem, rows))
     variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
     objective = problem.energy - 0.5 * jnp.sum(variances)
@@ -210,7 +221,7 @@ def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> Stat
 def first_directions(
     problem: Problem, key: PRNGKeyArray, num_concepts: int, num_samples: int, rows: Rows
 ) -> Float[Array, "D R"]:
-    """A sketch of the row space; where N or D is small, directions that span all of it."""
+    """Returns a sketch of the row space, or directions that span all of it if N or D is small."""
     Z, D = problem.Z, problem.Z.shape[1]
     if is_small(num_samples, D, num_concepts):
         if num_samples >= D:
@@ -220,8 +231,9 @@ def first_directions(
     if num_samples < 2 * SAMPLE * R:
         sketch = project(problem, jax.random.normal(key, (D, R), real_dtype(Z)))
         return covariance_image(problem, sketch, rows)
-    # Of so many rows some tell nearly as much as all, and cost no pass over Z. Nothing that they
-    # have no part in may stay out of reach: the last directions are drawn from the whole space.
+    # With this many rows, a sample says nearly as much as all of them and saves a pass over Z. The
+    # last directions are drawn from the whole space, so that nothing outside the sample is out of
+    # reach.
     sample_key, key = jax.random.split(key)
     count = SAMPLE * R
     leading = directions_of_sample(
@@ -232,12 +244,12 @@ def first_directions(
 
 
 def is_small(N: int, D: int, K: int) -> bool:
-    """Whether the span of an update would be all of the space of Z[N, D], or nearly."""
+    """Returns whether the span of one update would be nearly all of the space of Z[N, D]."""
     return min(N, D) <= max(EXACT, 2 * width(K))
 
 
 def is_narrow(N: int, D: int, K: int) -> bool:
-    """Whether the covariance of Z[N, D] costs less than updates would."""
+    """Returns whether the covariance of Z[N, D] costs less than updates would."""
     upper = (BLOCKS + 1) / (2 * BLOCKS)
     return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * width(K)
 
@@ -248,12 +260,12 @@ def expected_gain(
     variances: Float[Array, " R"],
     num_concepts: int,
 ) -> Float[Array, ""]:
-    """What another update would add to the variance explained by the first axes, relative to it.
+    """Returns the relative gain in variance explained by the first axes that an update would bring.
 
-    An axis of more than DOMINANT times the variance of the middle one counts as that much, and what
-    it gains in proportion: a few columns of huge variance say nothing of the others' axes.
+    An axis with more than DOMINANT times the median variance counts as that much, and its gain in
+    proportion: a few columns of huge variance say nothing about the other axes.
     """
-    # Without what lies in the span already: each axis has a part of a column of huge variance in
+    # Subtracts what already lies in the span: each axis has a trace of a column of huge variance in
     # its last digit, whose image is not a gain.
     wanted = images[:, :num_concepts]
     missed = jnp.sum((wanted - matmul(basis, matmul(basis.T, wanted))) ** 2, axis=0)
@@ -271,45 +283,45 @@ def remaining(
     components: Float[Array, "K D"],
     rows: Rows = ONE_DEVICE,
 ) -> Float[Array, ""]:
-    """The objective: the estimate, or from the residual itself where that has lost its digits."""
+    """Returns the objective: the estimate, or the sum of the residual if that has lost digits."""
 
     def of_residual() -> Array:
-        # What the mean is beyond float32 is one more component, with a score of one.
+        # The part of the mean beyond float32 is one more component, with a score of one.
         codes = jnp.concatenate([scores, problem.real[:, None]], axis=1)
         atoms = jnp.concatenate([components, problem.mean.low[None]])
         squares = residual.of_products(problem.Z, codes, atoms, problem.mean.high)
         return 0.5 * sums.total(problem.real * squares).value
 
-    # Energy less explained variance cancels when the fit is good.
+    # Energy minus explained variance cancels if the fit is good.
     cancels = estimate < CANCELS * problem.energy
     there = jax.lax.cond(cancels, of_residual, lambda: jnp.zeros_like(estimate))
     return jnp.where(cancels, rows.total(there), estimate)
 
 
 class Given(NamedTuple):
-    """What a run is given beside Z."""
+    """Inputs of a run other than Z."""
 
     key: PRNGKeyArray
     tol: Float[Array, ""]
 
 
 class Plan(NamedTuple):
-    """What is fixed when the solver is compiled, and its phases."""
+    """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # the columns of Z
+    width: int  # number of columns of Z
     num_samples: int
     num_concepts: tuple[int, ...]
     max_iter: int
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """In the order of work."""
+        """Phases in the order they run."""
         repeated = () if self.narrow or self.exact else (Phase(self.improve, repeats=True),)
         return Phase(self.start), *repeated, Phase(self.finish)
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """One run for all: fewer components are the first of more."""
+        """A single run: a smaller number of components gives the first of a larger."""
         return (max(self.num_concepts),)
 
     @property
@@ -324,7 +336,7 @@ class Plan(NamedTuple):
         return is_small(self.num_samples, self.width, *self.runs)
 
     def start(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
-        """The best axes in a sketch of the row space."""
+        """Finds the best axes in a sketch of the row space."""
         key, tol = given
         (K,), N = self.runs, self.num_samples
         problem = prepare(Z, N, rows)
@@ -337,14 +349,14 @@ class Plan(NamedTuple):
         return Carry(tol, problem._replace(Z=None), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Updates."""
+        """Runs updates."""
         problem = carry.fixed._replace(Z=Z)
         step = partial(update, problem, num_concepts=self.runs[0], rows=rows)
         goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
         return carry._replace(progress=goes_on(carry.progress))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
-        """The components with their signs, and the objective."""
+        """Computes the components with their signs, and the objective."""
         problem = carry.fixed._replace(Z=Z)
         (K,), progress = self.runs, jax.tree.map(lambda leaf: leaf[0], carry.progress)
         components = progress.state.basis[:, :K].T
@@ -352,7 +364,7 @@ class Plan(NamedTuple):
         sign = _signs(components)
         beyond = rows.total(sums.column_sums(scores**2).value)
         left = remaining(problem, progress.state.objective, scores, components, rows)
-        # What rounding took from the energy is missing in the whole history.
+        # Corrects the whole history by the rounding error of the energy.
         missed = left - progress.state.objective
         missing = jnp.arange(K) >= jnp.array(self.num_concepts)[:, None]
 
@@ -379,9 +391,19 @@ def plan(
     tol: Float[Array, ""] | float = 1e-5,
     max_iter: int = 100,
 ) -> tuple[Plan, Given]:
-    """How to find the leading components of Z[N, width]; rows from `num_samples` on do not count.
+    """Returns how to find the leading components of Z[N, width].
 
-    The result has a leading axis for the numbers of components: fewer are the first of more.
+    Args:
+        key: random key.
+        width: number of columns of Z.
+        num_samples: number of leading rows of Z that count.
+        num_concepts: Q numbers of components.
+        tol: see the head of this file.
+        max_iter: maximum number of updates.
+
+    Returns:
+        the plan and its inputs. The result of a solve has a leading axis Q; a smaller number of
+        components gives the first of a larger.
     """
     return Plan(width, num_samples, num_concepts, max_iter), Given(key, jnp.float32(tol))
 
@@ -390,7 +412,7 @@ def plan(
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
-    """Finds the components as `plan` says, in one program; the options are those of `plan`."""
+    """Finds the components in one compiled program; the options are those of `plan`."""
     return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
@@ -398,13 +420,13 @@ def solve(
 def activations(
     Z: Float[Array, "N D"], components: Float[Array, "K D"], mean: Float[Array, " D"]
 ) -> Float[Array, "N K"]:
-    """Scores (Z - 1 m) C^T."""
+    """Returns the scores (Z - 1 m) C^T."""
     far = sums.is_far(mean, jnp.mean((Z - mean) ** 2))
     return sums.centred_scores(Z, components.T, mean, far)
 
 
 def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:
-    """The components with their largest entries positive."""
+    """Returns the components with their largest entries made positive."""
     return _signs(components)[:, None] * components
 
 

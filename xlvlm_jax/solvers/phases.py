@@ -1,13 +1,13 @@
-"""A solve as phases: all in one program, or a program per phase, for who wants to hear of progress.
+"""A solve in phases: in one program, or in a program per phase if the caller wants progress.
 
-A method's plan is a NamedTuple of what is fixed when it is compiled, with a tuple `phases` of
+A method's plan is a NamedTuple of what is fixed at compile time, with a tuple `phases` of
 
     work(Z, carry, limit, rows) -> carry
 
-The first carry is the tuple that the caller gives, the last the Result, the others are a `Carry`. A
-phase that repeats changes the progress alone: it updates until its stopping rule ends it or until
-iteration `limit`, and can go on from there. So `watched` does the updates of `at_once`, some at a
-time.
+The first carry is the tuple that the caller passes, the last is the Result, the others are a
+`Carry`. A phase that repeats changes only the progress: it updates until its stopping rule ends it
+or until iteration `limit`, and can be continued from there. So `watched` does the same updates as
+`at_once`, a few at a time.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, RESULT, Rows, solve_on
 from xlvlm_jax.solvers.loop import Progress, Result
 
-# Updates between two calls: about this many multiplications, and at most MOST updates. Counted, not
-# timed, so that all hosts do the same.
+# Updates between two calls: about this many multiplications, at most MOST updates. Counted rather
+# than timed, so that all hosts do the same.
 MULTIPLICATIONS, MOST = 2**34, 64
 
 
 class Standing(NamedTuple):
-    """How far a run is."""
+    """Current state of a run."""
 
     num_concepts: int
-    iteration: int  # updates done
+    iteration: int  # number of updates done
     max_iter: int
-    objective: float  # of the last update; for kmeans, of the one before it
+    objective: float  # after the last update; for kmeans, after the one before it
     error: float  # what `tol` is compared to
 
 
@@ -50,40 +50,41 @@ class Phase(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What one phase leaves to the next."""
+    """What one phase passes on to the next."""
 
     tol: Float[Array, ""]
     fixed: Any
-    progress: Progress  # with a leading axis Q, one run a number of concepts
+    progress: Progress  # with a leading axis Q, one run per number of concepts
 
 
 @runtime_checkable
 class Plan(Protocol):
-    """What is fixed when a method is compiled."""
+    """Settings of a method that are fixed at compile time."""
 
     @property
     def max_iter(self) -> int:
-        """The most updates of a run."""
+        """Maximum number of updates per run."""
         ...
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """The numbers of concepts that are solved side by side."""
+        """Numbers of concepts that are solved side by side."""
         ...
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """In the order of work."""
+        """Phases in the order they run."""
         ...
 
 
 def at_once(plan: Plan, given: tuple, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
-    """Does all phases; traceable."""
+    """Runs all phases; traceable."""
 
     def work(Z: Array, *given: Any, rows: Rows) -> Result:
         carry: Any = given
         for index, phase in enumerate(plan.phases):
-            # Compiled apart from the one before, as in `watched`: it rounds alike.
+            # Compiled separately from the phase before, as in `watched`, so that rounding is the
+            # same.
             carry = jax.lax.optimization_barrier(carry) if index else carry
             carry = phase.work(Z, carry, plan.max_iter, rows)
         return carry
@@ -101,7 +102,17 @@ def solve(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Result:
-    """Calls the method's own `solve`, or `watched` to tell; options as for its `plan`."""
+    """Calls the method's own `solve`, or `watched` if there is a `tell`.
+
+    Args:
+        method: a solver module.
+        Z: float[N, D].
+        key: random key.
+        tell: called with the state of each run after some updates; None for no calls.
+        every: number of updates between calls; None to choose it by the size of Z.
+        mesh: devices that hold the rows along "data"; None for one device.
+        **options: as for the method's `plan`.
+    """
     # A method without updates has no plan.
     if tell is None or not hasattr(method, "plan"):
         return method.solve(Z, key, mesh=mesh, **options)
@@ -117,10 +128,15 @@ def watched(
     tell: Tell,
     every: int | None = None,
 ) -> Result:
-    """Does all phases, and calls `tell` after some updates and at the end of a phase.
+    """Runs all phases, and calls `tell` after every few updates and at the end of a phase.
 
-    every: the calls come at the iterations that this number divides; None chooses it by the size
-    of Z.
+    Args:
+        plan: what to run.
+        given: inputs of the run other than Z.
+        Z: float[N, D].
+        mesh: devices that hold the rows along "data"; None for one device.
+        tell: called with the state of each run.
+        every: calls come at multiples of this iteration number; None to choose it by the size of Z.
     """
     N, D = Z.shape
     every = every or min(max(MULTIPLICATIONS // (N * D * max(plan.runs)), 1), MOST)
@@ -156,14 +172,14 @@ def _standings(plan: Plan, carry: Carry, mesh: Mesh | None) -> list[Standing]:
 
 
 def _unfinished(plan: Plan, carry: Carry, mesh: Mesh | None) -> dict[int, Standing]:
-    """Those that `loop.run` goes on with, by their place among the runs."""
+    """Returns the unfinished runs, by index."""
     tol = float(_here(carry.tol, mesh))
     standings = enumerate(_standings(plan, carry, mesh))
     return {q: at for q, at in standings if at.error > tol and at.iteration < plan.max_iter}
 
 
 def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
-    """What a device of this host has of a value in a carry."""
+    """Returns the value of a carry that is on a device of this host."""
     return np.asarray(value if mesh is None else value.addressable_data(0)[0])
 
 
@@ -172,7 +188,7 @@ def _solve_phase(Z: Array, carry: Any, *, plan: Plan, index: int, mesh: Mesh | N
     return _on_mesh(plan, index, mesh, Z, carry, plan.max_iter)
 
 
-# What a repeated phase is given of the progress it gives back: one copy in memory, not two.
+# The progress is donated: one copy in memory, not two.
 @partial(jax.jit, static_argnames=("plan", "index", "mesh"), donate_argnames="progress")
 def _solve_updates(
     Z: Array,
@@ -192,7 +208,7 @@ def _solve_updates(
 def _on_mesh(
     plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array | int
 ) -> Any:
-    """One phase. On a mesh each device keeps a carry of its own, on a leading axis."""
+    """Runs one phase. On a mesh each device keeps its own carry, on a leading axis."""
     work = plan.phases[index].work
     if mesh is None:
         return work(Z, carry, limit, ONE_DEVICE)

@@ -1,4 +1,4 @@
-"""Rows some at a time: Z itself is the only matrix of its size. Sums, and squared residuals."""
+"""Sums and squared residuals over tiles of rows: Z is the only matrix of its size in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from xlvlm_jax.solvers.linalg import matmul
 
-TILE = 2**19  # numbers of Z in a tile
+TILE = 2**19  # elements of Z per tile
 
 
 def of_products(
@@ -18,7 +18,7 @@ def of_products(
     atoms: Float[Array, "K D"],
     origin: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, " N"]:
-    """|z_n - origin - codes_n atoms|^2."""
+    """Returns |z_n - origin - codes_n atoms|^2."""
 
     def squares(z: Array, codes: Array) -> Array:
         return jnp.sum(((z - origin) - matmul(codes, atoms)) ** 2, axis=1)
@@ -32,7 +32,7 @@ def of_labels(
     centroids: Float[Array, "K D"],
     origin: Float[Array, " D"] | float = 0.0,
 ) -> Float[Array, " N"]:
-    """|z_n - origin - centroids[labels_n]|^2."""
+    """Returns |z_n - origin - centroids[labels_n]|^2."""
 
     def squares(z: Array, labels: Array) -> Array:
         return jnp.sum(((z - origin) - centroids[labels]) ** 2, axis=1)
@@ -41,7 +41,7 @@ def of_labels(
 
 
 def fold(function: Callable[..., Any], total: Any, Z: Float[Array, "N D"], other: Array) -> Any:
-    """function(total, Z, other) of rows, a tile after the other, each with the total so far."""
+    """Folds function(total, Z, other) over tiles of rows, each with the total so far."""
     size, rows = _tiles(Z, other)
     whole = len(Z) // size
 
@@ -53,7 +53,7 @@ def fold(function: Callable[..., Any], total: Any, Z: Float[Array, "N D"], other
 
 
 def _by_tiles(function: Callable[..., Array], Z: Array, other: Array) -> Array:
-    """function(Z, other) of rows, a tile after the other."""
+    """Returns function(Z, other), computed one tile of rows after another."""
     N = len(Z)
     size, rows = _tiles(Z, other)
     if size >= N:
@@ -66,7 +66,7 @@ def _by_tiles(function: Callable[..., Array], Z: Array, other: Array) -> Array:
 
 
 def _tiles(Z: Array, other: Array) -> tuple[int, Callable[[Array | int, int], tuple[Array, ...]]]:
-    """Rows of a tile, and what gives the rows from one on of both arrays."""
+    """Returns the rows per tile, and a function that slices both arrays."""
 
     def rows(first: Array | int, count: int) -> tuple[Array, ...]:
         return tuple(jax.lax.dynamic_slice_in_dim(array, first, count) for array in (Z, other))

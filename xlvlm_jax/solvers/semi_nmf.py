@@ -3,21 +3,21 @@
     minimise   f(U, V) = 1/2 |Z - U V|_F^2 + alpha |U|_1
     over       U[N, K] >= 0 and V[K, D] with |V_k|_2 <= 1
 
-Z and the atoms V may have any sign; the codes U may only with nonnegative=False. `tol` is compared
-to the mean relative decrease of f over the last WINDOW updates.
+Z and the atoms V may have any sign; the codes U only with nonnegative=False. `tol` is compared to
+the mean relative decrease of f over the last WINDOW updates.
 
 Semi-NMF: Ding, Li and Jordan, "Convex and semi-nonnegative matrix factorizations", TPAMI 2010; the
 penalty and the unit ball: Mairal et al., "Online dictionary learning for sparse coding", ICML 2009.
-One update codes all rows on extrapolated atoms (`collect`: the only part that sees Z), and moves
-the atoms, one after the other, with the sums U^T Z and U^T U alone (`semi_nmf_atoms.advance`). An
-update that raises f is undone and the extrapolation starts again (O'Donoghue and Candes, "Adaptive
+One update encodes all rows on extrapolated atoms (`collect`: the only part that sees Z), and moves
+the atoms one after another, using only the sums U^T Z and U^T U (`semi_nmf_atoms.advance`). An
+update that raises f is undone and the extrapolation restarts (O'Donoghue and Candes, "Adaptive
 restart for accelerated gradient schemes", 2015), so f never rises.
 
 f is not convex. `n_init` starts are tried on a sample of the rows, in the few columns of
-`compression`; the best goes on with all rows there, and ends on Z itself.
+`compression`; the best one continues there with all rows, and finishes on Z itself.
 
-Rows may be spread over devices, or come from a disk tile by tile: all that is needed of them is
-sums. The codes are [K, N], see `semi_nmf_codes`.
+Rows may be spread over devices or come from disk tile by tile: the method only needs sums of them.
+The codes are [K, N], see `semi_nmf_codes`.
 """
 
 from functools import partial
@@ -40,10 +40,10 @@ from xlvlm_jax.solvers.phases import Carry, Phase, at_once
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
 
-SWEEPS = 2  # improvements of the codes in one update; they are exact only in the limit
+SWEEPS = 2  # improvements of the codes per update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K
-CANCELS = 0.01  # of the energy: costs that are less have lost more than two digits
-SCREEN = 120  # updates after which the starts are compared
+CANCELS = 0.01  # of the energy: smaller costs have lost more than two digits
+SCREEN = 120  # updates before the starts are compared
 TINY = 1e-30
 
 
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     Z: Float[Array, "N D"]  # rows that pad Z on a mesh are zero, and so are their codes
     energy: Float[Array, " N"]  # 1/2 |z_n|^2 of the uncompressed rows
     alpha: Float[Array, ""]
-    active: Bool[Array, " K"]  # an atom that is not has zero length and is never used
+    active: Bool[Array, " K"]  # an inactive atom has zero length and is never used
 
 
 class State(NamedTuple):
@@ -64,7 +64,7 @@ class State(NamedTuple):
 
     @property
     def objective(self) -> Float[Array, ""]:
-        """f."""
+        """The objective f."""
         return self.small.objective
 
     @property
@@ -79,7 +79,7 @@ def init(
     atoms: Float[Array, "K D"],
     rows: Rows = ONE_DEVICE,
 ) -> State:
-    """The state at given codes and atoms, the latter inside the unit ball."""
+    """Returns the state at the given codes and atoms; the atoms must be inside the unit ball."""
     products, gram = inner_products(atoms, problem.Z), matmul(atoms, atoms.T)
     cost = _cost(problem.Z, problem.energy, codes, atoms, products, gram, problem.alpha)
     return State(dictionary.begin(atoms, rows.total(sums_of_rows.total(cost).value)), codes)
@@ -88,7 +88,7 @@ def init(
 def update(
     problem: Problem, state: State, rows: Rows = ONE_DEVICE, nonnegative: bool = True
 ) -> State:
-    """One pass over the codes and the atoms. Never returns a state of higher objective."""
+    """Runs one pass over the codes and the atoms; never returns a state of higher objective."""
     small = state.small
     ahead, _ = dictionary.extrapolate(small)
     start = small.scale[:, None] * state.codes
@@ -115,7 +115,7 @@ def collect(
     alpha: Float[Array, ""],
     nonnegative: bool = True,
 ) -> tuple[Float[Array, "K N"], Sums, Float[Array, " N"]]:
-    """New codes of some rows on given atoms, their sums, and each row's part of f."""
+    """Returns new codes of some rows on given atoms, their sums, and each row's share of f."""
     products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
     codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
     cost = _cost(Z, energy, codes, atoms, products, gram, alpha)
@@ -138,7 +138,7 @@ def activations(
     alpha: Float[Array, ""] | float,
     nonnegative: bool = True,
 ) -> Float[Array, "N K"]:
-    """The codes of new rows on fixed atoms."""
+    """Returns the codes of new rows on fixed atoms."""
     products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
     return coding.encode(products, gram, alpha, nonnegative=nonnegative).T
 
@@ -149,7 +149,7 @@ def objective(
     atoms: Float[Array, "K D"],
     alpha: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
-    """f from the residual itself, without the cancellation of the form that the updates use."""
+    """Returns f from the residual itself, without the cancellation in the form that updates use."""
     squares = residual.of_products(Z, codes.T, atoms)
     return sums_of_rows.total(0.5 * squares + alpha * jnp.sum(jnp.abs(codes), axis=0)).value
 
@@ -165,24 +165,24 @@ def _cost(
 ) -> Float[Array, " N"]:
     # 1/2 |z - u V|^2 = 1/2 |z|^2 - u (V z - 1/2 V V^T u), without forming the residual [N, D].
     gain = products - 0.5 * matmul(gram, codes) - alpha * jnp.sign(codes)
-    # A product: a CPU adds along the first axis several times slower.
+    # Uses a product: a CPU adds along the first axis several times slower.
     ones = jnp.ones(len(codes), codes.dtype)
     cost = energy - matmul(ones, codes * gain)
 
     def from_residual(_: Array, cost: Array) -> Array:
-        # Z may lie in fewer columns than the energy, which lack as much at any codes.
+        # Z may have fewer columns than the energy, which then lacks the same amount at any codes.
         inside = jnp.sum(jnp.square(Z.astype(codes.dtype)), axis=1)
         outside = jnp.maximum(energy - 0.5 * inside, 0)
         squares = residual.of_products(Z, codes.T, atoms)
         return outside + 0.5 * squares + alpha * matmul(ones, jnp.abs(codes))
 
-    # A loop of no turn or one: batched, a condition would do both.
+    # A loop that runs zero times or once: under vmap, lax.cond would execute both branches.
     cancels = jnp.sum(cost) < CANCELS * jnp.sum(energy)
     return jax.lax.fori_loop(0, jnp.where(cancels, 1, 0), from_residual, cost)
 
 
 class Given(NamedTuple):
-    """What a run is given beside Z."""
+    """Inputs of a run other than Z."""
 
     key: PRNGKeyArray
     alpha: Float[Array, ""]
@@ -191,7 +191,7 @@ class Given(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What no update changes. Without columns (atoms were given) basis, X and starts are None."""
+    """What no update changes. If atoms were given, basis, X and starts are None."""
 
     alpha: Float[Array, ""]
     energy: Float[Array, " N"]
@@ -201,9 +201,9 @@ class Fixed(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is fixed when the solver is compiled, and its phases."""
+    """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # the columns of Z
+    width: int  # number of columns of Z
     num_samples: int
     num_concepts: tuple[int, ...]
     nonnegative: bool
@@ -213,7 +213,7 @@ class Plan(NamedTuple):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """In the order of work."""
+        """Phases in the order they run."""
         repeated = Phase(self.improve, repeats=True)
         if self.from_atoms:
             return Phase(self.take_atoms), repeated, Phase(self.finish)
@@ -222,16 +222,16 @@ class Plan(NamedTuple):
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """One run a number of concepts."""
+        """One run per number of concepts."""
         return self.num_concepts
 
     @property
     def active(self) -> Bool[Array, "Q K"]:
-        """Which atoms each number of concepts has."""
+        """Which atoms are in use, for each number of concepts."""
         return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
 
     def take_atoms(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
-        """Starts from given atoms."""
+        """Starts from the given atoms."""
         _, alpha, tol, atoms = given
         alpha, energy = alpha.astype(real_dtype(Z)), _energy(Z)
         atoms = atoms / _length(atoms)
@@ -259,11 +259,11 @@ class Plan(NamedTuple):
         return Carry(tol, Fixed(alpha, energy, basis, X, starts), progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Updates on the compressed rows."""
+        """Runs updates on the compressed rows."""
         return self._run(carry.fixed.X, carry, limit, rows)
 
     def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Goes on from the atoms in all columns."""
+        """Maps the atoms back to all columns."""
         fixed = carry.fixed
 
         def raise_one(progress: Progress, active: Array) -> Progress:
@@ -277,7 +277,7 @@ class Plan(NamedTuple):
         return Carry(carry.tol, fixed._replace(basis=None, X=None), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
-        """Updates on Z."""
+        """Runs updates on Z."""
         return self._run(Z, carry, limit, rows)
 
     def _run(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
@@ -291,7 +291,7 @@ class Plan(NamedTuple):
         return carry._replace(progress=each(one)(progress, self.active))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
-        """Codes the rows on the atoms that were found."""
+        """Encodes the rows on the final atoms."""
         tol, fixed, progress = carry
         alpha = fixed.alpha
 
@@ -326,11 +326,24 @@ def plan(
     n_init: int | None = None,
     init_atoms: Float[Array, "K D"] | None = None,
 ) -> tuple[Plan, Given]:
-    """How to factor Z[N, width] for each of Q numbers of concepts; see the head of this file.
+    """Returns how to factor Z[N, width] for each of Q numbers of concepts.
 
-    Rows from `num_samples` on must be zero. The result has a leading axis Q; atoms beyond a
-    number's own are zero. The history is that of the start that was kept. n_init=None tries 8
-    starts up to 64 concepts and 2 beyond, where they cost more and differ less.
+    Args:
+        key: random key.
+        width: number of columns of Z.
+        num_samples: number of leading rows of Z that count; the others must be zero.
+        num_concepts: Q numbers of concepts.
+        alpha: weight of the l1 penalty, in units of Z.
+        nonnegative: whether codes must be >= 0.
+        tol: see the head of this file.
+        max_iter: maximum number of updates.
+        n_init: number of starts; None for 8 up to 64 concepts and 2 above, where starts cost more
+            and differ less.
+        init_atoms: float[K, D] to start from; None to search for a start.
+
+    Returns:
+        the plan and its inputs. The result of a solve has a leading axis Q; its atoms beyond a
+        run's own number are zero, and its history is that of the start that was kept.
     """
     n_init = n_init or (8 if max(num_concepts) <= 64 else 2)
     from_atoms = init_atoms is not None
@@ -345,7 +358,7 @@ def plan(
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
-    """Factors Z as `plan` says, in one program; the options are those of `plan`."""
+    """Factors Z in one compiled program; the options are those of `plan`."""
     return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
@@ -359,7 +372,7 @@ def _best_start(
     nonnegative: bool,
     rows: Rows,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"]]:
-    """Atoms of the best start on a sample of the rows, and where all starts came to."""
+    """Returns the atoms of the best start on a sample of the rows, and where every start ended."""
     K = len(problem.active)
     row_key, start_key = jax.random.split(key)
     numbers = sample(row_key, num_samples, K)
@@ -380,11 +393,17 @@ def _best_start(
 def first_atoms(
     X: Float[Array, "N R"], key: PRNGKeyArray, num_concepts: int, n_init: int
 ) -> Float[Array, "S K R"]:
-    """Atoms to start from, for rows whose columns are principal axes (as `compress` returns them).
+    """Returns atoms to start from, for rows whose columns are principal axes (see `turn_to_axes`).
 
-    U >= 0 leaves each axis with two signs, and a plain SVD start throws one away at random. The
-    first start takes, of all signed axes, the K that carry most; the second each of K axes with its
-    better sign; the others unit rows drawn at random.
+    U >= 0 gives each axis two signs, and a plain SVD start discards one at random. The first start
+    takes the K signed axes that carry most energy; the second takes K axes with the better sign
+    each; the others take random unit rows.
+
+    Args:
+        X: float[N, R].
+        key: random key.
+        num_concepts: number of atoms K.
+        n_init: number of starts S.
     """
     K, R = num_concepts, X.shape[1]
     carried = jnp.concatenate(
@@ -398,7 +417,7 @@ def first_atoms(
         chosen = X[jax.lax.top_k(jax.random.uniform(key, (len(X),)), K)[1]]
         return chosen / _length(chosen)
 
-    # When K exceeds the number of signed axes the missing atoms are rows.
+    # If K exceeds the number of signed axes, rows fill in for the missing atoms.
     filler = drawn(jax.random.fold_in(key, n_init))
     first = jnp.concatenate([both[jnp.argsort(-carried)], filler])[:K]
     second = jnp.concatenate([better, filler])[:K]

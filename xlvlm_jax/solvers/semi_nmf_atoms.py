@@ -1,6 +1,6 @@
-"""The atoms of a semi-NMF: one step from the sums U^T Z and U^T U, all that it needs of the rows.
+"""The atoms of a semi-NMF: one step from the sums U^T Z and U^T U, all it needs from the rows.
 
-`semi_nmf` tells the objective and the method. K atoms, D width, W window.
+See `semi_nmf` for the objective and the method. K atoms, D width, W window.
 """
 
 from typing import NamedTuple
@@ -11,20 +11,20 @@ from jaxtyping import Array, Bool, Float
 
 from xlvlm_jax.solvers.linalg import matmul
 
-WINDOW = 5  # updates that the stopping rule looks back: after a restart one alone can be very small
-# Decreases are compared to f, or to so many times the misfit 1/2 |Z - U V|^2 where that is less,
-# though to no less than a part of f, which rounding is relative to.
+WINDOW = 5  # updates that the stopping rule looks back: one alone can be tiny after a restart
+# Decreases are relative to f, or to MISFIT times the misfit 1/2 |Z - U V|^2 if that is less, but to
+# no less than the share LEAST_MOVING of f, which rounding is relative to.
 MISFIT, LEAST_MOVING = 10, 0.05
 BLOCK = 32  # atoms that move within one span
 TINY = 1e-30
 
 
 class Atoms(NamedTuple):
-    """What an update reads and writes besides the codes; small, and the same on every device."""
+    """What an update reads and writes besides the codes; small, and replicated over devices."""
 
     atoms: Float[Array, "K D"]
-    before: Float[Array, "K D"]  # one update earlier; extrapolation goes from there
-    scale: Float[Array, " K"]  # the codes are still to be multiplied by it
+    before: Float[Array, "K D"]  # one update earlier; extrapolation starts there
+    scale: Float[Array, " K"]  # the codes have yet to be multiplied by it
     momentum: Float[Array, ""]  # Nesterov's t; 1 means that the next update is a plain one
     recent: Float[Array, " W"]  # the last WINDOW objectives, oldest first
     objective: Float[Array, ""]
@@ -32,16 +32,16 @@ class Atoms(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What an update needs of the rows: totals over them, whatever N is."""
+    """What an update needs from the rows: totals, whose size does not depend on N."""
 
     products: Float[Array, "K D"]  # U^T Z
     overlap: Float[Array, "K K"]  # U^T U
     used: Float[Array, " K"]  # sum of |codes| of each atom
-    objective: Float[Array, ""]  # f at the new codes and the atoms they were found on
+    objective: Float[Array, ""]  # f at the new codes and the atoms they were computed on
 
 
 def begin(atoms: Float[Array, "K D"], objective: Float[Array, ""]) -> Atoms:
-    """At given atoms, f there known, nothing done yet."""
+    """Returns the state before the first update, at atoms with a known objective."""
     inf = jnp.full_like(objective, jnp.inf)
     recent = jnp.full(WINDOW, inf).at[-1].set(objective)
     ones = jnp.ones(atoms.shape[0], atoms.dtype)
@@ -49,7 +49,7 @@ def begin(atoms: Float[Array, "K D"], objective: Float[Array, ""]) -> Atoms:
 
 
 def extrapolate(small: Atoms) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
-    """Atoms ahead of the last step, within the unit ball, and Nesterov's next t."""
+    """Returns the atoms extrapolated from the last step, in the unit ball, and the next t."""
     momentum = (1 + jnp.sqrt(1 + 4 * small.momentum**2)) / 2
     weight = (small.momentum - 1) / momentum
     ahead = small.atoms + weight * (small.atoms - small.before)
@@ -63,24 +63,29 @@ def advance(
     alpha: Float[Array, ""],
     unused: Bool[Array, " K"],
 ) -> tuple[Atoms, Bool[Array, ""]]:
-    """New atoms from the sums over all rows, and whether they, and the codes, are kept.
+    """Returns new atoms, and whether they and the codes are accepted.
 
-    residuals: of the worst coded rows; an atom that no code uses is pointed at one of them.
+    Args:
+        small: the current atoms.
+        sums: totals over all rows.
+        residuals: float[K, D], residuals of the worst encoded rows; an unused atom is reset to one.
+        alpha: weight of the l1 penalty.
+        unused: bool[K], atoms that no code uses.
     """
     ahead, momentum = extrapolate(small)
     atoms, change = _update_atoms(ahead, sums.products, sums.overlap)
-    # f is a small difference of large sums; the change by the atoms is computed by itself.
+    # f is a small difference of large sums, so the change due to the atoms is computed separately.
     objective = sums.objective + change
-    # Inside the ball, longer atoms with smaller codes fit the same and cost less.
+    # Inside the ball, longer atoms with smaller codes fit equally well and cost less.
     norm = jnp.linalg.norm(atoms, axis=1)
     scale = jnp.where(norm > 0, norm, 1)
     objective = objective + alpha * jnp.sum(sums.used * (scale - 1))
     atoms = _revive(atoms / scale[:, None], residuals, alpha, unused)
 
-    # A plain step cannot raise f; were it judged by float32's rounding of f, runs would end early.
+    # A plain step cannot raise f; judging it by float32's rounding of f would end runs early.
     accepted = (objective <= small.objective) | (small.momentum <= 1)
     objective = jnp.minimum(objective, small.objective)
-    # What lies in the codes' sizes is nearly the same at all atoms, and may be nearly all of f.
+    # The penalty is nearly the same for all atoms, and may be nearly all of f.
     misfit = objective - alpha * jnp.sum(sums.used)
     moving = jnp.clip(MISFIT * misfit, LEAST_MOVING * objective, objective)
     # A revived atom has jumped, and a jump must not be extrapolated.
@@ -101,12 +106,12 @@ def advance(
 def _update_atoms(
     atoms: Float[Array, "K D"], products: Float[Array, "K D"], overlap: Float[Array, "K K"]
 ) -> tuple[Float[Array, "K D"], Float[Array, ""]]:
-    """Minimise exactly over one atom after the other, and say how f changes.
+    """Minimises exactly over one atom after another; returns the atoms and the change of f.
 
     products = U^T Z, overlap = U^T U.
 
-    Each block of new atoms lies in the span of the old ones and of their gradients. The steps are
-    taken in those coordinates, with the Gram matrix for lengths: no step touches D numbers.
+    Each block of new atoms lies in the span of the old atoms and their gradients. The steps are
+    taken in those coordinates, with the Gram matrix for lengths, so no step touches D numbers.
     """
     K, change = atoms.shape[0], jnp.zeros((), atoms.dtype)
     for first in range(0, K, BLOCK):
@@ -139,10 +144,10 @@ def _revive(
     alpha: Float[Array, ""],
     unused: Bool[Array, " K"],
 ) -> Float[Array, "K D"]:
-    """Point each unused atom at a residual: the j-th of them at that of the j-th worst coded row.
+    """Resets each unused atom to a residual: the j-th to that of the j-th worst encoded row.
 
-    Codes of unused atoms are zero, so this leaves f as it is. An atom that no residual longer than
-    alpha could use stays.
+    Codes of unused atoms are zero, so f does not change. An atom stays if its residual is no longer
+    than alpha, as no code would use it.
     """
     length = jnp.linalg.norm(residuals, axis=1)
     order = jnp.cumsum(unused) - 1

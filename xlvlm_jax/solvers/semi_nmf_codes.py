@@ -1,15 +1,16 @@
-"""Sparse codes on fixed atoms, a lasso for each sample:
+"""Sparse codes on fixed atoms, a lasso per sample:
 
     minimise   1/2 u G u - u (p - alpha)   over u >= 0,       G = V V^T,  p = V z
-    or         1/2 u G u - u p + alpha |u|_1                  where codes may have any sign
+    or         1/2 u G u - u p + alpha |u|_1                  if codes may have any sign
 
-for all samples at once. An update improves them by coordinate descent: a few atoms' gradients from
-one product, then exactly in one coordinate of all samples after the other. The best codes of up to
-DESCENT atoms come from going on so; of more, by accelerated projected gradient with a restart for
-each sample, which ends in fewer products (Beck and Teboulle, FISTA, 2009; O'Donoghue and Candes,
-"Adaptive restart for accelerated gradient schemes", 2015).
+for all samples at once. An update improves them by coordinate descent: it computes the gradients of
+a few atoms in one product, then minimises exactly over one coordinate of all samples after another.
+Optimal codes come from repeating this if there are up to DESCENT atoms. With more atoms they come
+from accelerated projected gradient with a restart per sample, which takes fewer products (Beck and
+Teboulle, FISTA, 2009; O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes",
+2015).
 
-Codes are [K, N] and not [N, K]: a coordinate's values are then contiguous.
+Codes are [K, N] rather than [N, K], so that the values of a coordinate are contiguous.
 """
 
 from collections.abc import Callable
@@ -23,16 +24,16 @@ from jaxtyping import Array, Float
 from xlvlm_jax.solvers.linalg import matmul
 
 DESCENT = 128
-# Atoms whose gradients come from one product: of more than FEW atoms that is twice as fast on a CPU
+# Atoms whose gradients share one product: with more than FEW atoms that is twice as fast on a CPU
 # as atom by atom.
 FEW, BLOCK = 32, 8
-# Where atoms hardly differ, many codes are as good as the best and no run comes to rest.
+# If atoms hardly differ, many codes are equally good and a run never settles.
 MAX_SWEEPS, MAX_GRADIENT_STEPS = 1000, 300
 STILL = 1e-7
 POWER_STEPS = 12
-SAFETY = 1.05  # the power method comes to the largest eigenvalue from below
-RIDGE = 1e-6  # of the longest atom's square
-SOLVED = 256  # samples whose systems [K, K] are solved together in a derivative
+SAFETY = 1.05  # the power method approaches the largest eigenvalue from below
+RIDGE = 1e-6  # relative to the longest atom's square
+SOLVED = 256  # samples whose [K, K] systems are solved together in a derivative
 TINY = 1e-30
 
 
@@ -44,13 +45,13 @@ def improve(
     sweeps: int,
     nonnegative: bool = True,
 ) -> Float[Array, "K N"]:
-    """Better codes, from given ones: each set `sweeps` times. `products` are V Z^T."""
+    """Returns improved codes: each is set `sweeps` times. `products` are V Z^T."""
     K = gram.shape[0]
     size = BLOCK if K > FEW else 1
     blocks = -(-K // size)
 
     def block(i: Array, codes: Array) -> Array:
-        first = jnp.minimum((i % blocks) * size, K - size)  # the last reaches back
+        first = jnp.minimum((i % blocks) * size, K - size)  # the last block overlaps
         rows, given = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (gram, products))
         within = jax.lax.dynamic_slice_in_dim(rows, first, size, axis=1)
         old = jax.lax.dynamic_slice_in_dim(codes, first, size)
@@ -76,10 +77,17 @@ def encode(
     *,
     nonnegative: bool = True,
 ) -> Float[Array, "K N"]:
-    """The best codes: until no step moves one by more than STILL times the largest.
+    """Returns the optimal codes: iterates until no step moves one by STILL times the largest.
 
-    Differentiable in all but the codes to start from: at the best codes U of the atoms S that are
-    used, G_SS U_S = P_S - alpha sign(U_S), which is differentiated as it stands.
+    Differentiable in everything except the initial codes: at the optimal codes U of the atoms S
+    that are used, G_SS U_S = P_S - alpha sign(U_S), which is differentiated directly.
+
+    Args:
+        products: float[K, N], V Z^T.
+        gram: float[K, K], V V^T.
+        alpha: weight of the l1 penalty.
+        codes: float[K, N] to start from; None for zeros.
+        nonnegative: whether codes must be >= 0.
     """
     codes = jnp.zeros_like(products) if codes is None else codes
     alpha = jnp.asarray(alpha, products.dtype)
@@ -115,7 +123,7 @@ def _encode_forward(
 def _encode_backward(_: bool, kept: tuple[Array, Array], change: Array) -> tuple[Array, ...]:
     codes, gram = kept
     K = len(gram)
-    # Atoms that are all but the same leave their codes' difference open.
+    # Nearly identical atoms leave the difference of their codes undetermined.
     ridge = RIDGE * jnp.max(jnp.diagonal(gram)) * jnp.eye(K, dtype=gram.dtype)
 
     def solve(sample: tuple[Array, Array]) -> Array:
@@ -154,14 +162,14 @@ def _until_still(
 def shrink(
     x: Float[Array, "..."], threshold: Float[Array, "..."] | float, nonnegative: bool
 ) -> Float[Array, "..."]:
-    """The proximal map of threshold |x|_1, within x >= 0 where codes may not be negative."""
+    """Returns the proximal map of threshold |x|_1, restricted to x >= 0 if `nonnegative`."""
     if nonnegative:
         return jnp.maximum(x - threshold, 0)
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
 
 
 class Accelerated(NamedTuple):
-    """A run of the accelerated method."""
+    """State of the accelerated method."""
 
     codes: Float[Array, "K N"]
     ahead: Float[Array, "K N"]  # where the next step starts
@@ -185,7 +193,7 @@ def _accelerated_step(
         codes, ahead, momentum = run
         new = ahead - (matmul(gram, ahead) - products) / bound
         new = jnp.where(used, shrink(new, alpha / bound, nonnegative), 0)
-        # A sample whose last step went uphill starts again without momentum.
+        # A sample whose last step went uphill restarts without momentum.
         uphill = jnp.sum((ahead - new) * (new - codes), axis=0) > 0
         following = jnp.where(uphill, 1, (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2)
         weight = jnp.where(uphill, 0, (momentum - 1) / following)
@@ -195,13 +203,13 @@ def _accelerated_step(
 
 
 def _largest_eigenvalue(gram: Float[Array, "K K"]) -> Float[Array, ""]:
-    """By the power method, slightly enlarged."""
+    """Returns the result of the power method, slightly enlarged."""
 
     def step(_: Array, v: Array) -> Array:
         v = matmul(gram, v)
         return v / jnp.maximum(jnp.linalg.norm(v), TINY)
 
-    # The sum of a row's absolute values has a part in every direction that matters.
+    # The row sums of absolute values have a component in every direction that matters.
     start = jnp.sum(jnp.abs(gram), axis=1)
     v = jax.lax.fori_loop(0, POWER_STEPS, step, start / jnp.maximum(jnp.linalg.norm(start), TINY))
     return SAFETY * jnp.linalg.norm(matmul(gram, v))

@@ -1,6 +1,6 @@
-"""Checks of what a caller gives a solver, and where it is placed.
+"""Checks a solver's inputs and places them on devices.
 
-Every complaint is one line: what was expected, what came, what to do.
+Every message is one line: what was expected, what was given, what to do.
 """
 
 import os
@@ -19,14 +19,14 @@ from xlvlm_jax.solvers import (
 )
 from xlvlm_jax.solvers.linalg import real_dtype
 
-BLOCK_ROWS = 2**14  # of a matrix in float64 that are converted together
-# Where |Z|^2 is in between, products of two sums of squares have a place in float32.
+BLOCK_ROWS = 2**14  # rows of a float64 matrix that are converted together
+# With |Z|^2 between these, products of two sums of squares fit into float32.
 LEAST, MOST = 2.0**-20, 2.0**60
 
 
 @runtime_checkable
 class StoredMatrix(Protocol):
-    """Rows that are read when they are wanted, of bfloat16, float16 or float32."""
+    """A matrix whose rows are read on demand, in bfloat16, float16 or float32."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,35 +34,54 @@ class StoredMatrix(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
-        """The rows from `start` up to `stop`."""
+        """Returns the rows from `start` up to `stop`."""
         ...
 
 
 def check_number(name: str, value: Any, lowest: int) -> None:
-    """Raise ValueError unless value is a finite number of at least `lowest`."""
+    """Checks that a value is a finite number of at least `lowest`.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, int | float | np.number) or not lowest <= value < np.inf:
         raise ValueError(f"{name} must be a finite number of at least {lowest}; got {value!r}")
 
 
 def check_whole(name: str, value: Any, lowest: int) -> None:
-    """Raise ValueError unless value is a whole number of at least `lowest`."""
+    """Checks that a value is a whole number of at least `lowest`.
+
+    Raises:
+        ValueError: it is not.
+    """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < lowest:
         raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
 
 
 def check_num_concepts(num_concepts: Any, N: int) -> None:
-    """Raises ValueError unless there can be that many concepts of N rows."""
+    """Checks that N rows allow this number of concepts.
+
+    Raises:
+        ValueError: `num_concepts` is not a whole number from 1 to N.
+    """
     check_whole("num_concepts", num_concepts, 1)
     if num_concepts > N:
         raise ValueError(
-            f"num_concepts={num_concepts} is larger than the {N} rows of Z; "
-            "ask for fewer concepts or give more samples"
+            f"num_concepts={num_concepts} is larger than the {N} rows of Z; use fewer concepts or "
+            "more samples"
         )
 
 
 def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"], float]:
-    """Weights of N rows in units of a power of two near the largest, and that unit.
+    """Scales the weights of N rows by a power of two near the largest.
+
+    Args:
+        weights: float[N].
+        N: number of rows.
+
+    Returns:
+        the scaled weights, and the power of two.
 
     Raises:
         ValueError: they are not N finite numbers of at least zero, or all are zero.
@@ -72,38 +91,46 @@ def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"]
     weights = np.asarray(weights, np.float64)
     if weights.shape != (N,):
         raise ValueError(
-            f"sample_weight must have shape ({N},), a number for each row; got {weights.shape}"
+            f"sample_weight must have shape ({N},), one number per row; got {weights.shape}"
         )
     bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
     if bad.size:
         raise ValueError(
-            "sample_weight must hold finite numbers of at least zero; "
-            f"got {weights[bad[0]]} for row {bad[0]}"
+            f"sample_weight must hold finite numbers of at least zero; got {weights[bad[0]]} for "
+            f"row {bad[0]}"
         )
     if not weights.any():
-        raise ValueError("sample_weight is zero for all rows; give at least one row some weight")
+        raise ValueError(
+            "sample_weight is zero for all rows; give at least one row a positive weight"
+        )
     unit = 2.0 ** np.floor(np.log2(weights.max()))
     return weights / unit, float(unit)
 
 
 def is_stored(Z: Any) -> TypeIs[StoredMatrix]:
-    """Whether Z reads rows when they are wanted. A TensorStore, which also reads, is an array."""
+    """Returns whether Z reads rows on demand. A TensorStore also has `read`, but is an array."""
     return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"
 
 
 def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
-    """What the caller gave as a matrix of real numbers, of JAX or numpy.
+    """Returns the given matrix of real numbers as a JAX or numpy array.
 
-    numpy.float64 is what float32 may not hold, for `centred` or `short`; all else is JAX's, of
-    bfloat16, float16, float32, or float64 where that is switched on.
+    Args:
+        Z: [N, D], any array of real numbers.
+        name: name of the matrix in error messages.
+        row: what a row is, in error messages.
+
+    Returns:
+        a JAX array of bfloat16, float16, float32, or float64 if that is enabled. Otherwise
+        numpy.float64 for values that float32 may not hold, see `centred` and `short`.
 
     Raises:
-        TypeError: it is not an array of numbers; the type is named.
-        ValueError: it has another shape, or numbers that are not real.
+        TypeError: it is not an array of numbers.
+        ValueError: it is not a matrix, has no columns, or holds complex or other numbers.
     """
     Z = _as_array(Z, name, row)
     if Z.ndim != 2:
-        raise ValueError(f"{name} must be a matrix with one row a {row}; got shape {Z.shape}")
+        raise ValueError(f"{name} must be a matrix with one row per {row}; got shape {Z.shape}")
     if Z.shape[1] == 0:
         raise ValueError(f"{name} has no columns; got shape {Z.shape}")
     floating = jnp.issubdtype(Z.dtype, jnp.floating)
@@ -122,7 +149,7 @@ def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
 
 
 def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
-    """An array of JAX's or numpy's, in this machine's byte order."""
+    """Returns a JAX or numpy array, in this machine's byte order."""
     if isinstance(Z, jax.Array):
         return Z
     module, hint, given = _module(Z), "", Z
@@ -131,12 +158,12 @@ def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
     elif hasattr(Z, "toarray"):
         hint = "call its toarray()"
     elif isinstance(Z, np.ma.MaskedArray):
-        hint = "fill what is masked, or drop these rows"
+        hint = "fill the masked values, or drop their rows"
     if not hint:
         try:
             if module == "torch":
                 tensor = given.detach().cpu().contiguous()
-                # numpy has no bfloat16 of its own to give.
+                # numpy has no bfloat16 of its own.
                 is_short = "bfloat16" in str(tensor.dtype)
                 return jax.dlpack.from_dlpack(tensor) if is_short else tensor.numpy()
             array = np.asarray(given)
@@ -149,7 +176,9 @@ def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
         except Exception as error:
             hint = f"numpy.asarray says: {(str(error).splitlines() or ['nothing'])[0]}"
     kind = type(Z).__name__ if module == "builtins" else f"{module}.{type(Z).__name__}"
-    raise TypeError(f"{name} must be an array of numbers with one row a {row}; got {kind}: {hint}")
+    raise TypeError(
+        f"{name} must be an array of numbers with one row per {row}; got {kind}: {hint}"
+    )
 
 
 def _module(value: Any) -> str:
@@ -157,52 +186,62 @@ def _module(value: Any) -> str:
 
 
 def short(Z: Shaped[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """A float64 matrix as float32."""
-    # A float64 beyond float32's range becomes Inf here, which the check of the rows then names.
+    """Returns a float64 matrix as float32."""
+    # A value beyond float32's range becomes Inf, which the check of the rows then reports.
     with np.errstate(over="ignore"):
         return Z.astype(np.float32)
 
 
 def centred(Z: Float[np.ndarray, "N D"], origin: Float[np.ndarray, " D"]) -> np.ndarray:
-    """Z - 1 origin, subtracted in float64 and then float32; the rows a block at a time."""
+    """Returns Z - 1 origin, subtracted in float64 and rounded to float32."""
     found = np.empty(Z.shape, np.float32)
     for start in range(0, len(Z), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         found[block] = short(Z[block] - origin)
-        # What float32 cannot hold is not made good by the subtraction: its check is to name it.
+        # A value that float32 cannot hold is marked even if the difference fits, so that the check
+        # reports it.
         found[block][~(np.abs(Z[block]) <= np.finfo(np.float32).max)] = np.inf
     return found
 
 
 def check_finite(Z: Shaped[Array, "N D"], name: str, first_row: int = 0) -> float | None:
-    """Raises ValueError that names the first row with NaN or Inf, if there is one.
+    """Checks that all rows are finite.
 
-    Returns the largest absolute value; None while Z is traced, when nothing is checked.
+    Args:
+        Z: [N, D].
+        name: name of the matrix in error messages.
+        first_row: number of the first row, for error messages.
+
+    Returns:
+        the largest absolute value; None while Z is traced, which skips the check.
+
+    Raises:
+        ValueError: a row has NaN or Inf; the first such row is named.
     """
     if isinstance(Z, Tracer):
         return None
-    # All numbers are on every host.
+    # All hosts have these numbers.
     found = _bad_rows(Z)
     count, first = int(found[0]), int(found[1])
     if count:
         others = f" (and {count - 1} more rows)" if count > 1 else ""
         raise ValueError(
             f"{name} has NaN or Inf in row {first_row + first}{others}, or values beyond float32; "
-            "drop such rows or mend what wrote them"
+            "drop these rows or fix their source"
         )
     return float(found[2])
 
 
 def unit_of(Z: Shaped[Array, "N D"], largest: float | None) -> float:
-    """A power of two to divide Z by, so that squares of its sums of squares fit into float32.
+    """Returns a power of two to divide Z by, so that products of its sums of squares fit float32.
 
-    1 where they do, which leaves Z alone, and while Z is traced.
+    Returns 1 if they fit already, which leaves Z unchanged, and while Z is traced.
     """
     if largest is None or largest == 0 or real_dtype(Z) == jnp.float64:
         return 1.0
     if largest >= LEAST and largest**2 * Z.size < MOST:
         return 1.0
-    # Few large columns are no reason: only then is it worth another pass.
+    # A few large columns alone need no scaling; only this case is worth another pass.
     if largest >= LEAST and float(_energy(Z, 1 / largest)) * largest**2 < MOST:
         return 1.0
     return 2.0 ** np.floor(np.log2(largest))
@@ -215,7 +254,7 @@ def _energy(Z: Shaped[Array, "N D"], factor: float) -> Float[Array, ""]:
 
 @jax.jit
 def root_mean_square(Z: Shaped[Array, "N D"]) -> Float[Array, ""]:
-    """The root mean square norm of the rows."""
+    """Returns the root mean square norm of the rows."""
     squares = jnp.sum(Z.astype(real_dtype(Z)) ** 2, axis=1)
     return jnp.sqrt(sums.total(squares).value / len(Z))
 
@@ -224,9 +263,9 @@ def root_mean_square(Z: Shaped[Array, "N D"]) -> Float[Array, ""]:
 def _bad_rows(
     Z: Shaped[Array, "N D"],
 ) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
-    """How many rows are not finite, the first of them, and the largest absolute value."""
-    # The largest value of a row is what a CPU finds in one pass; NaN is larger than any.
-    # Fused with all that uses it, that pass takes nine times as long on a CPU: hence the barrier.
+    """Returns how many rows are not finite, the first of them, and the largest absolute value."""
+    # A CPU finds the largest value of a row in one pass; NaN is larger than any number. Fused with
+    # its uses, that pass takes nine times as long on a CPU, hence the barrier.
     largest = jax.lax.optimization_barrier(jnp.max(jnp.abs(Z), axis=1))
     bad = ~jnp.isfinite(largest)
     first = jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
@@ -234,17 +273,25 @@ def _bad_rows(
 
 
 def read_block(source: StoredMatrix, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
-    """Some rows of a source. Raises ValueError when it gives others than its shape says."""
+    """Reads some rows of a source.
+
+    Raises:
+        ValueError: the source returns another shape than it promises.
+    """
     return check_block(source.read(start, stop), (stop - start, source.shape[1]), start)
 
 
 def check_block(values: Any, shape: tuple[int, int], start: int) -> Shaped[np.ndarray, "B D"]:
-    """Rows that a source gave. Raises ValueError unless they are what its shape says."""
+    """Checks rows that a source returned, and converts them to at most 32 bits.
+
+    Raises:
+        ValueError: the source returned another shape than it promises.
+    """
     values = np.asarray(values)
     if values.shape != shape:
         raise ValueError(
             f"the source of Z gave {values.shape} for the {shape[0]} rows from {start} on; "
-            f"expected {shape}, as its own shape says: mend its shape or what reads it"
+            f"expected {shape}, from its own shape; fix its shape or its reader"
         )
     if values.dtype.itemsize > 4 or not jnp.issubdtype(values.dtype, jnp.floating):
         values = short(values)
@@ -252,9 +299,9 @@ def check_block(values: Any, shape: tuple[int, int], start: int) -> Shaped[np.nd
 
 
 def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
-    """The rows of a source on the device, or on the mesh's "data" axis with zero rows at the end.
+    """Reads a source to the device, or to the mesh's "data" axis, padded with zero rows.
 
-    Each device's rows are read by the host that it belongs to, and by no other.
+    Each device's rows are read only by the host it belongs to.
     """
     N, D = source.shape
     if mesh is None:
@@ -271,13 +318,17 @@ def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
 
 
 def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
-    """Z on the mesh's "data" axis, with as many zero rows at the end as the axis needs."""
+    """Places Z on the mesh's "data" axis, padded with zero rows to a multiple of its size.
+
+    Raises:
+        ValueError: the mesh has no axis "data", or rows on several hosts would need padding.
+    """
     missing = -Z.shape[0] % _data_axis(mesh)
     if missing:
         if not Z.is_fully_addressable:
             raise ValueError(
-                f"the {Z.shape[0]} rows of Z are on several hosts and do not divide over "
-                f"{mesh.shape['data']} devices; drop or repeat some"
+                f"the {Z.shape[0]} rows of Z are on several hosts and do not divide evenly over "
+                f"{mesh.shape['data']} devices; drop or repeat some rows"
             )
         Z = jnp.pad(Z, ((0, missing), (0, 0)))
     sharding = NamedSharding(mesh, PartitionSpec("data", None))
@@ -285,15 +336,15 @@ def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
 
 
 def _data_axis(mesh: Mesh) -> int:
-    """How many devices the mesh's "data" axis has."""
+    """Returns how many devices the mesh's "data" axis has."""
     if "data" not in mesh.axis_names:
         raise ValueError(
-            f"mesh has no axis 'data' to shard rows on, only {', '.join(mesh.axis_names)}; "
-            "make it with jax.make_mesh((n,), ('data',))"
+            f"mesh has no axis 'data' to shard rows on, only {', '.join(mesh.axis_names)}; create "
+            "it with jax.make_mesh((n,), ('data',))"
         )
     return mesh.shape["data"]
 
 
 def narrow(Z: Array | np.ndarray) -> Array:
-    """What numpy holds, in float32 or less, as a JAX array."""
+    """Returns a numpy matrix as a JAX array of at most 32 bits; leaves a JAX array unchanged."""
     return jnp.asarray(short(Z)) if isinstance(Z, np.ndarray) else Z

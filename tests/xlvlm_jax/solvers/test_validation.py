@@ -78,7 +78,7 @@ def test_an_array_of_tensorstore_is_read(dtype):
         (None, "got NoneType: load it first"),
         ("states.npy", "got str: load it first"),
         (scipy.sparse.eye(3), r"got scipy\.dia_matrix: call its toarray\(\)"),
-        (np.ma.masked_array(Z, Z > 2), "got numpy.MaskedArray: fill what is masked"),
+        (np.ma.masked_array(Z, Z > 2), "got numpy.MaskedArray: fill the masked values"),
         ({"a": 1}, "got dict: "),
         ([[1.0, 2.0], [3.0]], "got list: numpy.asarray says: "),
     ],
@@ -132,7 +132,7 @@ def test_weights_in_a_unit_of_their_own():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, 2], r"must have shape \(3,\), a number for each row; got \(2,\)"),
+        ([1, 2], r"must have shape \(3,\), one number per row; got \(2,\)"),
         ([1, -2, 1], "finite numbers of at least zero; got -2.0 for row 1"),
         ([1, 2, np.nan], "finite numbers of at least zero; got nan for row 2"),
         ([0, 0, 0], "sample_weight is zero for all rows"),

@@ -1,4 +1,4 @@
-"""A source in few columns, which fit into memory: `compression` in one pass or two.
+"""Compresses a source to few columns that fit into memory, in one pass or two; see `compression`.
 
 N rows, D width, R compressed width.
 """
@@ -15,16 +15,16 @@ from xlvlm_jax.solvers.linalg import matmul, orthonormal, weighted_sums
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, values_of
 from xlvlm_jax.solvers.sums import Wide, column_sums, total
 
-CANCELS = 0.05  # of its terms: a difference that is less comes from the residual itself
+CANCELS = 0.05  # of its terms: a smaller difference is computed from the residual itself
 
 
 class Compressed(NamedTuple):
-    """A source less an origin in few columns, as `compression.Compressed`, and its rows' energy."""
+    """A source minus an origin, like `compression.Compressed`, and its rows' energy."""
 
-    basis: Float[Array, "D R"]  # orthonormal, in no order: what solves for X turns it to its axes
+    basis: Float[Array, "D R"]  # orthonormal, in no order: the solver on X rotates it to its axes
     X: Float[np.ndarray, "N R"]
     energy: Float[np.ndarray, " N"]  # |z_n - origin|^2
-    outside: float  # the sum of squares that the columns lack: what lies outside the basis
+    outside: float  # sum of squares outside the span of the basis
     origin: Float[Array, " D"]
 
 
@@ -35,7 +35,11 @@ def sketch(
     directions: Float[Array, "D R"],
     origin: Float[Array, " D"],
 ) -> tuple[tuple[Float[Array, "D R"], Wide], Float[Array, " B"]]:
-    """Of a tile less the origin: (Z^T Z directions, sum of the rows), and each row's squares."""
+    """Returns the sums and the row energies of a tile minus the origin.
+
+    Returns:
+        (Z^T Z directions, sum of the rows), and the sum of squares of each row.
+    """
     Z = real[:, None] * (Z.astype(jnp.float32) - origin)
     image = weighted_sums(matmul(Z, directions).T, Z).T
     return (image, column_sums(Z)), jnp.sum(Z**2, axis=1)
@@ -58,7 +62,7 @@ def _project(
 
 
 class _Sampled(NamedTuple):
-    """What `directions_of_sample` asks of rows, from a source."""
+    """Gives `directions_of_sample` access to the rows of a source."""
 
     source: Source
 
@@ -72,9 +76,10 @@ class _Sampled(NamedTuple):
 def compress(
     source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
 ) -> Compressed:
-    """Two passes: the leading directions of the rows less the origin, and the rows in them.
+    """Finds the leading directions of the rows minus the origin, and the rows in them; two passes.
 
-    Raises ValueError that names the first row with NaN or Inf.
+    Raises:
+        ValueError: a row has NaN or Inf; the first such row is named.
     """
     directions = sketch_directions(key, source.shape[1], width)
 
@@ -88,9 +93,10 @@ def compress(
 def compress_by_sample(
     source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
 ) -> Compressed:
-    """One pass, with directions that lead in a sample of the rows: those of `compression`'s.
+    """Does the same in one pass, with the leading directions of a sample of the rows.
 
-    Raises ValueError that names the first row with NaN or Inf.
+    Raises:
+        ValueError: a row has NaN or Inf; the first such row is named.
     """
     count, N = SAMPLE * width, source.shape[0]
     basis = directions_of_sample(source, key, width, count, N, _Sampled(source), origin)
@@ -100,7 +106,7 @@ def compress_by_sample(
 def _in_columns(
     source: Source, basis: Float[Array, "D R"], origin: Float[Array, " D"]
 ) -> Compressed:
-    """A pass: the rows in the columns of a basis."""
+    """Computes the rows in the columns of a basis; one pass."""
     N = source.shape[0]
     X, energy = np.empty((N, basis.shape[1]), np.float32), np.empty(N, np.float32)
 

@@ -1,4 +1,4 @@
-"""K-means of a source of rows: `solvers.kmeans` with a pass over the source an update."""
+"""K-means on a source of rows: `solvers.kmeans` with one pass over the source per update."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
 def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """How many columns of every row are kept in memory."""
+    """Returns how many columns per row are kept in memory."""
     return min(kmeans.columns(num_samples, num_concepts)[0], num_samples, width)
 
 
@@ -33,10 +33,10 @@ def solve(
     max_iter: int = 300,
     n_init: int = 1,
 ) -> Result:
-    """As `kmeans.solve`, for one number of clusters; activations go to `write(start, rows)`."""
+    """Does `kmeans.solve` for one number of clusters; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    # As in memory, where the same key then leads to the same clusters.
+    # The same choice as in memory, so that a key leads to the same clusters.
     _, by_sample = kmeans.columns(N, K)
     mean = jnp.asarray(origin(source))
     small = (compress_by_sample if by_sample else compress)(source, key, columns(N, D, K), mean)
@@ -53,7 +53,7 @@ def solve(
     )
     offsets: Array = matmul(begun.components[0], small.basis.T)
     error = jnp.inf
-    # Without the last, which the first pass computes again.
+    # Without the last value, which the first pass computes again.
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
@@ -68,7 +68,7 @@ def solve(
 
         sums, energy, moment = add_up(source, on_tile, keep)
         inertia = kmeans_assignment.inertia(energy, offsets, sums)
-        # Of the columns about their own mean, which the origin is only near.
+        # Variance of the columns about their own mean; the origin is only near it.
         variance = (energy.value - jnp.sum(moment.value**2) / N) / (float(N) * D)
         empty = sums.counts.high == 0
         if np.any(empty):

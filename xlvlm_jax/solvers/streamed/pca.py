@@ -1,8 +1,8 @@
-"""Principal components of a source of rows, with a pass over the source an update.
+"""Principal components of a source of rows, with one pass over the source per update.
 
-The updates of `solvers.pca`: the best axes of the span of the last ones and of their images. The
-covariance is linear, so that images of the new axes are sums of those that the passes found, and a
-pass multiplies the rows with the new directions alone.
+The updates are those of `solvers.pca`: the best axes in the span of the last axes and their images.
+The covariance is linear, so images of the new axes are sums of images from earlier passes, and a
+pass multiplies the rows only with the new directions.
 """
 
 import jax
@@ -28,11 +28,11 @@ from xlvlm_jax.solvers.streamed.tiles import (
 )
 from xlvlm_jax.solvers.sums import Wide, total
 
-OVERSAMPLE = 8  # the least number of axes beyond K
+OVERSAMPLE = 8  # minimum number of axes beyond K
 
 
 def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """How many columns of every row are kept in memory: none, the axes alone are."""
+    """Returns how many columns per row are kept in memory: none, only the axes are."""
     return 0
 
 
@@ -46,11 +46,11 @@ def solve(
     tol: float = 1e-5,
     max_iter: int = 100,
 ) -> Result:
-    """As `pca.solve`, for one number of components; activations go to `write(start, rows)`."""
+    """Does `pca.solve` for one number of components; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
     W = pca.width(K + OVERSAMPLE)
-    exact = 2 * W > D  # no room for as many new directions: all of the space at once
+    exact = 2 * W > D  # no room for as many new directions: use the whole space at once
 
     directions = sketch_directions(key, D, D if exact else W)
     start = jnp.asarray(origin(source))
@@ -101,7 +101,7 @@ def _best_axes(
     new_images: Float[Array, "D R"],
     width: int,
 ) -> tuple[Float[Array, "D V"], Float[Array, "D V"], Float[Array, " V"]]:
-    """The leading axes within the span of both, their images and variances (Rayleigh and Ritz)."""
+    """Returns the leading axes in the span of both bases, their images and their variances."""
     basis = jnp.concatenate([basis, new], axis=1)
     images = jnp.concatenate([images, new_images], axis=1)
     overlaps = matmul(basis.T, images)

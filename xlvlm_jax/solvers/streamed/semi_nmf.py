@@ -1,4 +1,4 @@
-"""Semi-NMF of a source of rows: `solvers.semi_nmf` with a pass over the source an update."""
+"""Semi-NMF on a source of rows: `solvers.semi_nmf` with one pass over the source per update."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ from xlvlm_jax.solvers.streamed.tiles import (
 
 
 def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """How many columns of every row are kept in memory."""
+    """Returns how many columns per row are kept in memory."""
     return min(num_concepts + semi_nmf.OVERSAMPLE, num_samples, width)
 
 
@@ -44,15 +44,15 @@ def solve(
     max_iter: int = 1000,
     n_init: int | None = None,
 ) -> Result:
-    """As `semi_nmf.solve`, for one number of concepts; activations go to `write(start, rows)`."""
+    """Does `semi_nmf.solve` for one number of concepts; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    # From zero: the model has no mean.
+    # The origin is zero: the model has no mean.
     small = compress(source, key, columns(N, D, K), jnp.zeros(D, jnp.float32))
     # The compressed rows lack what lies outside the basis, and so does their objective.
     basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
     X = jnp.asarray(small.X)
-    del small  # with its rows, which are on the device now
+    del small  # also frees its rows, which are on the device now
     begun = phases.solve(
         semi_nmf,
         X,
@@ -70,9 +70,9 @@ def solve(
     atoms = matmul(begun.components[0], basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
-    assert begun.activations is not None, "a solver in memory has them"
+    assert begun.activations is not None, "a solver in memory returns activations"
     codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
-    begun = begun._replace(activations=None)  # its memory is another N K numbers
+    begun = begun._replace(activations=None)  # frees another N K numbers
     while len(history) <= max_iter and not state.error <= tol:
         state, codes = _update(source, energy, codes, state, *lasso)
         history.append(float(state.objective))
@@ -101,7 +101,7 @@ def _update(
     alpha: Float[Array, ""],
     nonnegative: bool,
 ) -> tuple[Atoms, Float[np.ndarray, "N K"]]:
-    """`solvers.semi_nmf.update`: one pass for the codes and the sums, then the atoms."""
+    """Does `solvers.semi_nmf.update`: one pass for the codes and the sums, then the atoms."""
     new_codes, worst = np.empty_like(codes), Largest(codes.shape[1])
 
     def on_tile(tile: Tile) -> tuple:
@@ -127,7 +127,7 @@ _advance = jax.jit(dictionary.advance)
 
 
 def _part(values: Float[np.ndarray, "N ..."], tile: Tile) -> Float[np.ndarray, "B ..."]:
-    """What belongs to the rows of a tile, with zeros for those that fill it up."""
+    """Returns the values of a tile's rows, with zeros for padding."""
     part = values[tile.start : tile.start + tile.num_rows]
     return np.pad(part, [(0, len(tile.real) - tile.num_rows)] + [(0, 0)] * (values.ndim - 1))
 

@@ -1,6 +1,6 @@
 """Passes over a Z that need not fit into memory: rows come tile by tile from a source.
 
-B rows of a tile, D width.
+B rows per tile, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Write = Callable[[int, np.ndarray], None]
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows that are read when they are wanted."""
+    """A matrix whose rows are read on demand."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -28,28 +28,32 @@ class Source(Protocol):
         ...
 
     def tiles(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows[B, D]) in order, `count` rows each but the last, read ahead.
+        """Yields (first row, rows[B, D]) in order, `count` rows each except the last, read ahead.
 
-        A CPU computes on the rows where they lie: they must not be written over afterwards.
+        A CPU computes on the rows in place: they must not be overwritten afterwards.
         """
         ...
 
     def take(self, numbers: Int[np.ndarray, " R"]) -> Float[np.ndarray, "R D"]:
-        """Some rows by number."""
+        """Returns rows by number."""
         ...
 
 
 class Tile(NamedTuple):
-    """Rows on the device; the last tile is filled up with zeros, so that all have one shape."""
+    """Rows on the device; the last tile is padded with zeros, so that all have the same shape."""
 
     start: int
     num_rows: int
     Z: Float[Array, "B D"]
-    real: Float[Array, " B"]  # 1 for a row of the source, 0 for one that fills up
+    real: Float[Array, " B"]  # 1 for a row of the source, 0 for padding
 
 
 def tiles(source: Source) -> Iterator[Tile]:
-    """All of the source, once."""
+    """Yields all tiles of the source once.
+
+    Raises:
+        ValueError: the source yields other rows than its shape promises.
+    """
     D = source.shape[1]
     size = min(max(TILE_BYTES // (4 * D), 1), source.shape[0])
     real = jnp.ones(size, jnp.float32)
@@ -57,18 +61,21 @@ def tiles(source: Source) -> Iterator[Tile]:
     for start, values in source.tiles(size):
         values = check_block(values, (min(size, source.shape[0] - start), D), start)
         if start != following:
-            raise ValueError(f"the source of Z gave row {start} where {following} was to follow")
+            raise ValueError(
+                f"the source of Z gave row {start} where {following} was expected; yield rows in "
+                "order"
+            )
         count = len(values)
         following += count
         if count < size:
             values = np.concatenate([values, np.zeros((size - count, D), values.dtype)])
             real = jnp.asarray(np.arange(size) < count, jnp.float32)
-        # device_put, as asarray would copy what a CPU can take as it lies.
+        # device_put, as asarray would copy an array that a CPU can use in place.
         yield Tile(start, count, jax.device_put(values), real)
     if following != source.shape[0]:
         raise ValueError(
-            f"the source of Z ended after {following} rows; expected {source.shape[0]}, as its own"
-            " shape says: mend its shape or what reads it"
+            f"the source of Z ended after {following} rows; expected {source.shape[0]}, from its "
+            "own shape; fix its shape or its reader"
         )
 
 
@@ -77,16 +84,22 @@ def add_up(
     work: Callable[[Tile], tuple[Any, Any]],
     keep: Callable[[Tile, Any], None] | None = None,
 ) -> Any:
-    """The total of what `work` returns first, `Wide` where that is an array; `keep` is given what
-    it returns second.
+    """Adds up what `work` returns over all tiles.
 
-    `keep` runs a tile behind, so that reading and computing need not wait for it.
+    Args:
+        source: rows of Z.
+        work: maps a tile to (sums, rest).
+        keep: called with each tile and its rest. It runs one tile late, so that reading and
+            computing need not wait for it.
+
+    Returns:
+        the total of the sums, with a `Wide` for each array.
     """
     totals, last = None, None
     for tile in tiles(source):
         sums, rest = work(tile)
         if last is not None:
-            # No more than two tiles are held, however fast they are read.
+            # At most two tiles are held, however fast they are read.
             jax.block_until_ready(totals)
             if keep is not None:
                 keep(*last)
@@ -98,34 +111,38 @@ def add_up(
 
 
 def write_out(source: Source, work: Callable[[Tile], tuple[Any, Array]], write: Write) -> Any:
-    """The last pass: `add_up`, with activations[B, K] as the second, written as they come."""
+    """Runs the last pass: `add_up`, with activations[B, K] as the rest, which it writes."""
     return add_up(
         source, work, lambda tile, found: write(tile.start, np.asarray(found[: tile.num_rows]))
     )
 
 
 def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
-    """Raise ValueError that names the first row whose sum of squares is not finite."""
+    """Checks that the sums of squares of a tile's rows are finite.
+
+    Raises:
+        ValueError: one is not; the first such row is named.
+    """
     bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.num_rows])))
     if bad.size:
         raise ValueError(
-            f"Z has NaN or Inf in row {tile.start + bad[0]}, or values beyond float32; "
-            "drop such rows or mend what wrote them"
+            f"Z has NaN or Inf in row {tile.start + bad[0]}, or values beyond float32; drop these "
+            "rows or fix their source"
         )
 
 
 def origin(source: Source) -> Float[np.ndarray, " D"]:
-    """The mean of some rows from all over the source: what others are measured from."""
+    """Returns the mean of some rows from all over the source, the origin for all others."""
     N = source.shape[0]
     numbers = np.unique(np.linspace(0, N - 1, min(NEAR, N)).astype(np.int64))
     rows = np.asarray(source.take(numbers)).astype(np.float64)
-    # A row that is not finite is named by the first pass.
+    # The first pass reports rows that are not finite.
     mean = rows[np.isfinite(rows).all(axis=1)].mean(axis=0) if len(rows) else 0
     return np.where(np.isfinite(mean), mean, 0).astype(np.float32)
 
 
 def values_of(totals: Any) -> Any:
-    """What `add_up` found, each total as one array."""
+    """Returns each total of `add_up` as one array."""
     return jax.tree.map(lambda total: total.value, totals, is_leaf=_is_wide)
 
 
@@ -146,14 +163,14 @@ def _sum(totals: Any, sums: Any) -> Any:
 
 
 class Largest:
-    """The numbers of the rows of largest score, over tiles."""
+    """Tracks the numbers of the rows of largest score over tiles."""
 
     def __init__(self, count: int):
         self.count = count
         self.numbers, self.scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
     def add(self, start: int, scores: Float[np.ndarray, " B"]) -> None:
-        """Takes those of one tile."""
+        """Adds the scores of one tile."""
         scores = np.concatenate([self.scores, scores])
         numbers = np.concatenate([self.numbers, start + np.arange(len(scores) - len(self.scores))])
         kept = np.argsort(-scores, kind="stable")[: self.count]
