@@ -1,4 +1,4 @@
-"""Concepts: how they are found, kept, read back as words and images, and scored.
+"""Concepts: finding them, storing them, reading them as words and images, and scoring them.
 
 record            `Concepts`, and their directory on disk
 methods           the methods and their options
@@ -6,7 +6,7 @@ decomposition     `decompose` and `project`
 reconstruction    from activations back to states
 grounding         words and images
 estimators        the same methods as scikit-learn estimators
-stage             from one directory to the next, as the command line does it
+stage             from one directory to the next, for the command line
 scores            how good concepts are
 """
 

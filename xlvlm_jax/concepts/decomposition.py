@@ -1,7 +1,7 @@
 """From a matrix of states to concepts, and from new states to their activations.
 
 Z[N, D] ~ activations[N, K] components[K, D]: a row of Z is a sample, a row of components a concept.
-This file checks the input and calls the solver of the method.
+This file checks the input and calls the method's solver.
 """
 
 import sys
@@ -46,9 +46,10 @@ from xlvlm_jax.solvers.validation import (
     unit_of,
 )
 
-FEW_CODED = 0.1  # of the rows: when fewer have a code of snmf, alpha is too large for them
+FEW_CODED = 0.1  # of the rows: if fewer have a nonzero snmf code, alpha is too large for them
 PROJECTED_BYTES = 2**26  # of a source's rows that are projected together
-# Of a column's deviation: what rounding a centroid to float32 may move it without a word.
+# Share of a column's standard deviation that rounding to float32 may move a centroid without a
+# warning.
 HELD = 1e-3
 
 
@@ -73,60 +74,63 @@ def decompose(
     verbose: int = 0,
     **options: Any,
 ) -> Concepts | list[Concepts]:
-    """Factor Z[N, D] into K = num_concepts concepts.
+    """Factors Z[N, D] into K = num_concepts concepts.
 
     Methods, and their options with defaults:
         "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha |U|_1, U >= 0, |V_k|_2 = 1. alpha=1.0,
             relative_alpha=False (True: alpha in units of the rows' root mean square norm),
             nonnegative=True (False: codes of any sign), tol=1e-6, max_iter=1000, n_init=None starts
-            (8 up to 64 concepts, 2 beyond), init=None (start from atoms [K, D] instead).
+            (8 up to 64 concepts, 2 above), init=None (or atoms [K, D] to start from).
             Source: Ding, Li and Jordan 2010; Mairal et al. 2009; see solvers/semi_nmf.py.
         "kmeans": centroids; activations 1 / (1 + distance). tol=1e-4, max_iter=300, n_init=1
-            starts, init=None (start from centroids [K, D] instead of k-means++). Source: Lloyd
+            starts, init=None for k-means++ (or centroids [K, D] to start from). Source: Lloyd
             1982; Arthur and Vassilvitskii 2007.
-        "pca": orthonormal components of the centred rows; activations are scores, of any sign.
+        "pca": orthonormal components of the centred rows; activations are scores of any sign.
             tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
 
-    Args:
-        Z: real numbers[N, D], of JAX, numpy, or what numpy.asarray takes: torch, pandas, xarray,
-            dask, Zarr, TensorStore. bfloat16 and float16 stay as they are, anything else becomes
-            float32, in which everything is computed; for kmeans and pca the mean of float64 and
-            integer rows is subtracted in float64 first. With JAX's 64 bits float64 stays float64.
-            Or what reads rows, such as `Features.stored(site)`: each host then reads those of its
-            own devices.
-        num_concepts: K, at least 1 and at most N (for pca at most min(N, D)); or several of them,
-            which are solved side by side in one program.
-        key: from jax.random.key; the same key gives the same concepts on the same machine. Another
-            number of cores or devices rounds products differently, which snmf, whose objective is
-            not convex, may carry to another optimum (of nearly the same objective).
-        sample_weight: for kmeans, what each row counts for: centroids are weighted means, the
-            objective a weighted sum. A whole number is as many equal rows; a row of weight zero
-            only gets its activations. None: all count the same.
-        mesh: rows of Z are sharded on its "data" axis; an iteration then communicates K D + K K + K
-            numbers (kmeans 2 K D + 2 K), whatever N is. Where the axis does not divide N, rows that
-            count for nothing fill it up. With several hosts, Z is a global array that it divides.
-        progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
-            objective, error) after every 64 updates, or fewer where Z is large. The updates are the
-            same; of several hosts all must give one, or none. "simple" has no updates.
-        verbose: writes the iterations that it divides to standard error; 0 is silent.
-
-    Returns:
-        Concepts with float32 JAX arrays; for several K a list of them, in that order. Codes on
-        fixed atoms: `project`, or init=atoms with max_iter=0.
-
-    Traces under jit and vmap (Z and key as arguments); then nothing is looked at that needs
-    numbers: rows are not checked nor scaled, stability is not computed, and `history` keeps its
+    Traces under jit and vmap (Z and key as arguments). Everything that needs values is then
+    skipped: rows are neither checked nor scaled, stability is not computed, and `history` keeps its
     full length. Not differentiable: `project` is.
 
-    A zero matrix, equal rows or fewer directions than concepts are no error: an atom that nothing
-    needs keeps a unit norm and codes of zero, surplus centroids coincide with rows.
+    A zero matrix, equal rows, or fewer directions than concepts are not errors: an unneeded atom
+    keeps unit norm and zero codes, surplus centroids coincide with rows.
+
+    Args:
+        Z: real numbers[N, D] from JAX, numpy, or anything numpy.asarray accepts: torch, pandas,
+            xarray, dask, Zarr, TensorStore. bfloat16 and float16 are kept; everything else becomes
+            float32, and all computation is in float32. For kmeans and pca the mean of float64 and
+            integer rows is subtracted in float64 first. With JAX's 64-bit mode float64 stays
+            float64. Alternatively an object that reads rows, such as `Features.stored(site)`: each
+            host then reads the rows of its own devices.
+        num_concepts: K, from 1 to N (for pca to min(N, D)); or a sequence of them, which are solved
+            side by side in one program.
+        method: see above.
+        key: from jax.random.key; the same key gives the same concepts on the same machine. Another
+            number of cores or devices changes rounding, which can lead snmf, whose objective is not
+            convex, to another optimum (of nearly the same objective).
+        sample_weight: float[N], for kmeans: weight of each row in its centroid's mean and in the
+            objective. An integer weight equals that many copies of the row; a row of zero weight
+            only gets activations. None: equal weights.
+        mesh: shards the rows of Z on its "data" axis; an iteration then communicates K D + K K + K
+            numbers (kmeans 2 K D + 2 K), whatever N is. If the axis does not divide N, rows that do
+            not count pad it. With several hosts, Z is a global array that the axis divides.
+        progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
+            objective, error) after every 64 updates, or more often if Z is large. It does not
+            change the updates; with several hosts, either all pass one or none does. "simple" has
+            no updates.
+        verbose: prints every verbose-th iteration to standard error; 0 is silent.
+        **options: options of the method, see above.
+
+    Returns:
+        Concepts with float32 JAX arrays; for several K a list of them, in that order. For codes on
+        fixed atoms use `project`, or init=atoms with max_iter=0.
 
     Raises:
-        ValueError: Z is no matrix of finite real numbers (the first bad row is named), K does not
-            fit, unknown method or option, a bad option, weights that are negative or all zero or
-            not for kmeans, a mesh without a "data" axis, the rows of a source are not what its
-            shape says, the objective is beyond float32.
+        ValueError: Z is not a matrix of finite real numbers (the first bad row is named), K does
+            not fit, the method or an option is unknown, an option is invalid, weights are negative,
+            all zero or not for kmeans, the mesh has no "data" axis, the rows of a source do not
+            match its shape, or the objective exceeds float32.
         TypeError: Z is not an array of numbers.
     """
     keep_programs()
@@ -137,7 +141,9 @@ def decompose(
     several = isinstance(num_concepts, Sequence | np.ndarray)
     numbers = tuple(num_concepts) if several else (num_concepts,)
     if not numbers:
-        raise ValueError("num_concepts is empty; expected a number of concepts, or some of them")
+        raise ValueError(
+            "num_concepts is empty; expected one number of concepts or a sequence of them"
+        )
     for number in numbers:
         _check_count(number, N, D, how)
     _check_key(key)
@@ -146,14 +152,16 @@ def decompose(
     if sample_weight is not None:
         if not how.takes_weights:
             known = " or ".join(repr(name) for name, each in METHODS.items() if each.takes_weights)
-            raise ValueError(f"{how.name!r} has no weights; leave sample_weight out or use {known}")
+            raise ValueError(
+                f"{how.name!r} does not take weights; omit sample_weight or use {known}"
+            )
         sample_weight, heaviest = check_weights(sample_weight, N)
     wide = origin = None
     if is_stored(given):
         Z = read_rows(given, mesh)
     else:
         if isinstance(given, np.ndarray) and how.is_centred:
-            # Where deviations are small beside the mean, float32 would not tell the rows apart.
+            # If deviations are small compared to the mean, float32 cannot distinguish the rows.
             wide, origin = given, given.mean(axis=0)
             origin = np.where(np.isfinite(origin), origin, 0)
             Z = jnp.asarray(centred(wide, origin))
@@ -161,14 +169,14 @@ def decompose(
             Z = narrow(given)
         if mesh is not None:
             Z = shard_rows(Z, mesh)
-    del given  # what Z is a copy of need not be held
+    del given  # frees what Z is a copy of
     unit = unit_of(Z, check_finite(Z, "Z"))
     arguments = {name: value for name, value in options.items() if name != RELATIVE}
     if options.get(RELATIVE):
-        # The rows that fill up a mesh are zero: N is not theirs.
+        # The rows that pad a mesh are zero and do not count.
         scale = float(root_mean_square(Z / unit) * unit * (len(Z) / N) ** 0.5)
         arguments["alpha"] = options["alpha"] = options["alpha"] * scale
-        options[RELATIVE] = False  # what is told, and used again, is the product
+        options[RELATIVE] = False  # the options record the product
     if unit != 1:
         Z = Z / jnp.asarray(unit, Z.dtype)
     if "alpha" in arguments:
@@ -205,7 +213,7 @@ def decompose(
 
 
 def _teller(progress: Tell | None, verbose: int, squared_unit: float) -> Tell:
-    """What tells both, of Z and not of Z / unit."""
+    """Returns a callback that reports to both, in the units of Z."""
 
     def tell(standing: Standing) -> None:
         standing = standing._replace(objective=standing.objective * squared_unit)
@@ -227,11 +235,11 @@ def _first(
     unit: float,
     dtype: Any,
 ) -> Float[Array, "K D"]:
-    """The components to start from, as the solver sees Z."""
+    """Returns the components to start from, in the solver's units."""
     init = as_matrix(init, "init", row="concept")
     K, *others = numbers
     if others or init.shape != (K, D):
-        shape = "one K only" if others else f"({K}, {D}), one row a concept"
+        shape = "for a single K" if others else f"({K}, {D}), one row per concept"
         raise ValueError(f"init must have shape {shape}; got {init.shape}")
     if origin is not None:
         init = jnp.asarray(centred(np.asarray(init, np.float64), origin))
@@ -241,8 +249,8 @@ def _first(
 
 
 def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:
-    """The result for Z of one for Z / unit, whose objective is in the squared unit."""
-    # Squares may be beyond float32 where their roots are not.
+    """Converts the result for Z / unit to the result for Z; its objective is in squared units."""
+    # Squares may exceed float32 even if their roots do not.
     squares: dict[str, Any] = {
         name: np.asarray(getattr(result, name), np.float64) * squared_unit
         for name in ("objective", "history")
@@ -257,7 +265,7 @@ def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -
 
 
 def _around(result: Result, method: Method, origin: Float[np.ndarray, " D"]) -> Result:
-    """The result for Z of one for Z - 1 origin."""
+    """Converts the result for Z - 1 origin to the result for Z."""
     if method.has_mean:
         return result._replace(mean=origin + np.asarray(result.mean, np.float64))
     around = origin + np.asarray(result.components, np.float64)
@@ -265,35 +273,39 @@ def _around(result: Result, method: Method, origin: Float[np.ndarray, " D"]) -> 
 
 
 def _check_coded(share: float, alpha: float, scale: float | None = None) -> None:
-    """Warns when alpha leaves most rows without a code; scale: their root mean square norm."""
+    """Warns if alpha leaves most rows without a code; `scale` is their root mean square norm."""
     if share < FEW_CODED and scale != 0:
-        of_rows = "" if scale is None else f", the root mean square norm of the rows {scale:.3g}"
+        of_rows = (
+            ""
+            if scale is None
+            else (f", while the root mean square norm of the rows is {scale:.3g}")
+        )
         warnings.warn(
-            f"only {100 * share:.2g} % of the rows have a code: alpha is {alpha:g}{of_rows}; a row"
-            " no longer than alpha has none: lower alpha, or let decompose take it relative to that"
-            " norm with relative_alpha=True",
+            f"only {100 * share:.2g} % of the rows have a nonzero code: alpha is "
+            f"{alpha:g}{of_rows}; a row no longer than alpha has only zero codes: lower alpha, or "
+            "let decompose scale it by that norm with relative_alpha=True",
             stacklevel=5,
         )
 
 
 def _coded(codes: Float[Array | np.ndarray, "N K"]) -> float:
-    """The share of rows that have a code."""
+    """Returns the share of rows that have a nonzero code."""
     xp = jnp if isinstance(codes, jax.Array) else np
     return float(xp.mean(xp.any(codes != 0, axis=1), dtype=np.float32))
 
 
 def _check_held(components: Float[Array, "K D"], Z: Float[np.ndarray, "N D"]) -> None:
-    """Warns when float32 cannot tell centroids from others near them."""
+    """Warns if float32 is too coarse for the centroids."""
     rounding = np.spacing(np.abs(np.asarray(components, np.float32)).max(axis=0)) / 2
     deviation = Z.std(axis=0)
     lost = rounding > HELD * np.where(deviation > 0, deviation, np.inf)
     if lost.any():
         d = int(np.argmax(lost))
         warnings.warn(
-            f"column {d} of Z is around {Z[:, d].mean():.6g} with a deviation of"
-            f" {deviation[d]:.3g}: clusters were found in the centred rows, but float32 rounds"
-            f" centroids there by up to {rounding[d]:.2g}; subtract the column's mean first, or set"
-            " JAX_ENABLE_X64=1",
+            f"column {d} of Z has mean {Z[:, d].mean():.6g} and standard deviation "
+            f"{deviation[d]:.3g}: clusters were found in the centred rows, but float32 rounds "
+            f"centroids there by up to {rounding[d]:.2g}; subtract the column's mean first, or "
+            "set JAX_ENABLE_X64=1",
             stacklevel=4,
         )
 
@@ -307,9 +319,20 @@ def memory_needed(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> int:
-    """Bytes of a device that `decompose` of Z[N, D] takes, Z among them, as the compiler counts.
+    """Returns how many bytes of device memory `decompose` takes, including Z.
 
-    The program is compiled and not run; no Z is needed. Arguments and errors as for `decompose`.
+    Compiles the program without running it; needs no Z.
+
+    Args:
+        shape: (N, D).
+        num_concepts: K.
+        method: as for `decompose`.
+        dtype: of Z.
+        mesh: as for `decompose`.
+        **options: as for `decompose`.
+
+    Raises:
+        ValueError: as for `decompose`.
     """
     how = method_named(method)
     _check_count(num_concepts, *shape, how)
@@ -331,14 +354,21 @@ def memory_needed(
 def streamed_memory_needed(
     shape: tuple[int, int], num_concepts: int, method: str = "snmf", **options: Any
 ) -> int:
-    """Bytes that `decompose_stored` of Z[N, D] takes: tiles, and the few columns of every row.
+    """Returns how many bytes `decompose_stored` takes: tiles, and the few columns of every row.
 
-    Arguments and errors as for `decompose_stored`.
+    Args:
+        shape: (N, D).
+        num_concepts: K.
+        method: as for `decompose_stored`.
+        **options: as for `decompose_stored`.
+
+    Raises:
+        ValueError: as for `decompose_stored`.
     """
     how, solver = _streamed(method)
     _check_count(num_concepts, *shape, how)
     N, D = shape
-    # A tile, the one that is read, and their products; activations that are being written.
+    # One tile, the next one being read, and their products; activations being written.
     of_tiles = 4 * TILE_BYTES
     R = solver.columns(N, D, num_concepts)
     if R == 0:
@@ -349,23 +379,23 @@ def streamed_memory_needed(
 
 
 def _streamed(name: str) -> tuple[Method, ModuleType]:
-    """A method that can be streamed, and its solver of stored rows."""
+    """Returns a method that can be streamed, and its solver for stored rows."""
     method = method_named(name)
     if method.streamed is None:
         expected = ", ".join(name for name, each in METHODS.items() if each.streamed is not None)
         raise ValueError(
-            f"{method.name!r} can't be streamed; expected one of {expected}, or decompose"
+            f"{method.name!r} can't be streamed; expected one of {expected}, or use decompose"
         )
     return method, method.streamed
 
 
 def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
-    """ValueError unless the method finds that many concepts in Z[N, D]."""
+    """Raises ValueError unless the method can find this many concepts in Z[N, D]."""
     check_num_concepts(num_concepts, N)
     if method.max_per_width and num_concepts > D:
         raise ValueError(
             f"num_concepts={num_concepts} is larger than min(N, D) = {D}, the number of principal "
-            "components that Z has; ask for fewer or use 'snmf'"
+            "components of Z; use fewer, or 'snmf'"
         )
 
 
@@ -378,18 +408,18 @@ def _check_key(key: Any) -> None:
 def _concepts(
     result: Result, num_concepts: int, num_samples: int, method: str, options: dict[str, Any]
 ) -> Concepts:
-    """One of the solver's results, without what pads it."""
+    """Converts one of the solver's results to concepts, without padding."""
     traced = isinstance(result.objective, Tracer)
 
     def number(kind: type, value: Any) -> Any:
-        """Python's; what is traced has no value yet and stays an array."""
+        """Converts to a Python number; a traced value stays an array."""
         return value if traced else kind(value)
 
     iterations = number(int, result.iterations)
     if not traced and not np.isfinite(result.objective):
         raise ValueError(
-            f"the objective of {method} is {float(result.objective)}: squares of Z are beyond"
-            " float32; divide Z by its largest value, or leave out columns that dwarf the others"
+            f"the objective of {method} is {float(result.objective)}: squares of Z exceed "
+            "float32; divide Z by its largest value, or drop columns that dwarf the others"
         )
     several_starts = not traced and result.starts is not None and len(result.starts) > 1
     return Concepts(
@@ -421,30 +451,34 @@ def decompose_stored(
     progress: Tell | None = None,
     **options: Any,
 ) -> Concepts:
-    """`decompose` of rows that stay where they are, such as `Features.stored(site)`.
+    """Factors rows that stay on disk, such as `Features.stored(site)`.
 
-    Runs on the host: it does not trace.
-
-    The same updates as `decompose`, each one pass over the source; see `solvers.streamed`. Memory
-    beyond a few tiles of 4 MB is N (K + 44) numbers of compressed rows and 2 N K of codes.
+    Runs on the host and does not trace. The updates are those of `decompose`, each in one pass over
+    the source; see `solvers.streamed`. Apart from a few tiles of 4 MB, memory holds N (K + 44)
+    numbers for compressed rows and 2 N K for codes.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).
-        num_concepts, method, key, options: as for `decompose`; without init, relative_alpha and
-            "simple".
-        write: called with (first row, activations) as the last pass makes them; None keeps them in
-            memory, as the result's activations.
+        num_concepts: K.
+        method: as for `decompose`, except "simple".
+        key: as for `decompose`.
+        write: called with (first row, activations) during the last pass; None keeps the activations
+            in memory and in the result.
         progress: as for `decompose`; called after every pass that is an update.
+        **options: as for `decompose`, except init and relative_alpha.
+
+    Returns:
+        Concepts; without activations if `write` is given.
 
     Raises:
-        ValueError: as `decompose`; NaN or Inf is found, and named, during the first pass.
+        ValueError: as for `decompose`; NaN or Inf is found, and the row named, in the first pass.
     """
     keep_programs()
     how, solver = _streamed(method)
     options = how.options(options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
-            raise ValueError(f"{name} is not for stored rows; use decompose, or leave it out")
+            raise ValueError(f"{name} is not available for stored rows; use decompose, or omit it")
     _check_count(num_concepts, *source.shape, how)
     _check_key(key)
     shape = (source.shape[0], num_concepts)
@@ -472,21 +506,27 @@ def project(
     *,
     mesh: Mesh | None = None,
 ) -> Float[Array, "N K"]:
-    """Activations[N, K] of the rows of Z[N, D] on concepts, learnt or given.
+    """Returns the activations of rows on concepts.
 
-    snmf solves its lasso with the atoms fixed, kmeans and simple take 1 / (1 + distance), pca the
-    scores of the rows less its mean. On the rows that the concepts were learnt from it gives
-    `activations` again. Types and `mesh` as for `decompose`; of what reads rows some are read at a
-    time.
+    snmf solves its lasso with fixed atoms, kmeans and simple return 1 / (1 + distance), pca returns
+    the scores of the rows minus its mean. For the rows that the concepts were learnt from, the
+    result is `concepts.activations` again.
 
-    Traces under jit, vmap and grad, in Z and in the concepts' arrays (codes of snmf are
-    differentiated where they are, the set of those above zero held fixed); rows are then not
-    checked.
+    Traces under jit, vmap and grad, in Z and in the concepts' arrays (the derivative of snmf codes
+    holds the set of nonzero codes fixed); rows are then not checked.
+
+    Args:
+        Z: real numbers[N, D], as for `decompose`; stored rows are read block by block.
+        concepts: learnt or given concepts of width D.
+        mesh: as for `decompose`.
+
+    Returns:
+        float[N, K].
 
     Raises:
         TypeError: Z is not an array of numbers.
-        ValueError: Z is no matrix of finite real numbers, its width is not that of the concepts, or
-            the rows of a source are not what its shape says.
+        ValueError: Z is not a matrix of finite real numbers, its width differs from the concepts',
+            or the rows of a source do not match its shape.
     """
     keep_programs()
     if not is_stored(Z):
@@ -497,7 +537,16 @@ def project(
 def project_stored(
     source: StoredMatrix, concepts: Concepts, *, mesh: Mesh | None = None
 ) -> Iterator[tuple[int, Shaped[np.ndarray, "B D"], Float[Array, "B K"]]]:
-    """(first row, rows, activations) of rows that stay on disk, block by block, as `project`."""
+    """Yields (first row, rows, activations) of rows that stay on disk, block by block.
+
+    Args:
+        source: reads rows[N, D].
+        concepts: as for `project`.
+        mesh: as for `project`.
+
+    Raises:
+        ValueError: as for `project`.
+    """
     N, D = source.shape
     size = max(PROJECTED_BYTES // (4 * D), 1)
     for start in range(0, max(N, 1), size):
@@ -508,10 +557,21 @@ def project_stored(
 def distances(
     Z: Shaped[Array | np.ndarray, "..."], concepts: Concepts
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
-    """The nearest component of each row of Z[N, D], and its distances to all: kmeans and simple.
+    """Returns the nearest component of each row, and its distances to all components.
 
-    They tell rows apart that activations, 1 / (1 + distance), round to one. Traces and raises as
-    `project`; ValueError for the other methods too.
+    Distances distinguish rows whose activations, 1 / (1 + distance), round to one. Traces like
+    `project`.
+
+    Args:
+        Z: real numbers[N, D], as for `decompose`.
+        concepts: of kmeans or simple.
+
+    Returns:
+        int32[N] and float[N, K].
+
+    Raises:
+        TypeError: as for `project`.
+        ValueError: as for `project`, or the concepts are of another method.
     """
     if not method_named(concepts.method).is_centroids:
         raise ValueError(f"{concepts.method!r} has no distances; use concepts of kmeans or simple")
@@ -521,7 +581,7 @@ def distances(
 
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
-    """`project` of rows that are numbered from `first_row` on."""
+    """Does `project` for rows numbered from `first_row`."""
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     rows = _rows_of(Z, concepts, mesh, first_row)
@@ -535,17 +595,17 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> R
     components, mean = concepts.components, concepts.mean
     if components.shape[1] != D:
         raise ValueError(
-            f"Z has {D} columns but the concepts have {components.shape[1]}; "
-            "project states of the site and model that the concepts were learnt on"
+            f"Z has {D} columns but the concepts have {components.shape[1]}; project states from "
+            "the site and model that the concepts were learnt on"
         )
     wide = isinstance(Z, np.ndarray)
-    # A mean that the rows' own type does not hold.
+    # The mean has more digits than the rows' dtype holds.
     double = isinstance(mean, np.ndarray) and mean.dtype == np.float64
     longer = double and real_dtype(Z) != np.float64
     if method.has_mean and (wide or longer):
-        # What is subtracted in float64 leaves what float32 can hold.
+        # After subtracting in float64, the difference fits into float32.
         if isinstance(Z, Tracer):
-            assert mean is not None, "it is longer than the rows"
+            assert mean is not None, "only a mean can be wider than the rows"
             high = np.asarray(mean, np.float32)
             Z, mean = (Z - high) - np.asarray(mean - high, np.float32), None
         else:

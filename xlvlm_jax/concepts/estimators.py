@@ -1,20 +1,20 @@
 """The solvers as scikit-learn estimators: `SemiNMF`, `KMeans`, `PCA`.
 
-They take and return numpy arrays, follow scikit-learn's conventions (attributes of the fit end in
-an underscore, `fit` returns self, `set_output` chooses pandas or polars) and pass its
-`check_estimator`. Predictions are made from the attributes of the fit and nothing else.
-`xlvlm_jax.decompose` is the same without them: it takes JAX arrays, meshes and keys.
+They take and return numpy arrays, follow scikit-learn's conventions (fitted attributes end in an
+underscore, `fit` returns self, `set_output` chooses pandas or polars) and pass its
+`check_estimator`. Predictions depend only on the fitted attributes. `xlvlm_jax.decompose` offers
+the same solvers without these conventions, with JAX arrays, meshes and keys.
 
-Left out of what scikit-learn's have, and why:
+Not supported, unlike scikit-learn's estimators, and why:
     sparse X: it would be computed dense; call its `toarray()`.
     KMeans(algorithm=), PCA(svd_solver=, ...): the solvers choose by the shape of X.
     copy, copy_x: X is never written to. verbose: see `decompose(verbose=)`.
-    PCA(n_components="mle"), PCA(n_components=0): rules and a model that concepts have no use for.
-    sample_weight of SemiNMF and PCA: scikit-learn's NMF and PCA have none.
-    SemiNMF.partial_fit: streamed rows are solved as such, see `decompose_stored`.
+    PCA(n_components="mle"), PCA(n_components=0): of no use for concepts.
+    sample_weight of SemiNMF and PCA: scikit-learn's NMF and PCA have none either.
+    SemiNMF.partial_fit: see `decompose_stored` for rows on disk.
 
-What is returned has the type of X, float32 or float64. It is computed in float32, float64 rows
-less their mean; in float64 throughout where JAX's 64 bits are switched on (JAX_ENABLE_X64=1).
+Results have the dtype of X, float32 or float64. Computation is in float32, for float64 rows after
+subtracting their mean; in JAX's 64-bit mode (JAX_ENABLE_X64=1) it is in float64 throughout.
 
 N samples, D features, K components.
 """
@@ -46,17 +46,17 @@ from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.residual import of_products
 from xlvlm_jax.solvers.validation import centred
 
-AUTO_COMPONENTS = 20  # of semi-NMF, where there are as many rows
-RANDOM_STARTS = 10  # of k-means from rows drawn at random, as in scikit-learn
+AUTO_COMPONENTS = 20  # of semi-NMF, if there are as many rows
+RANDOM_STARTS = 10  # of k-means with init="random", as in scikit-learn
 
-_FLOATS: Any = [np.float64, np.float32]  # the dtypes that X keeps
+_FLOATS: Any = [np.float64, np.float32]  # dtypes of X that are kept
 COUNT = Interval(Integral, 1, None, closed="left")
 NOT_NEGATIVE = Interval(Real, 0, None, closed="left")
 STOPPING = {"tol": [NOT_NEGATIVE], "max_iter": [COUNT], "random_state": ["random_state"]}
 
 
 class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """What the three share: checking X, solving, and what is told of the solution."""
+    """What all three estimators share: checking X, solving, and reporting on the solution."""
 
     tol: float
     max_iter: int
@@ -69,19 +69,19 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return tags
 
     def _begin(self, X: Any, least: int = 1, reset: bool = True) -> np.ndarray:
-        """Checks the parameters and X, of which at least so many rows are needed."""
+        """Checks the parameters and X, which needs `least` rows."""
         self._validate_params()
         X = validate_data(self, X, dtype=_FLOATS, ensure_min_samples=least, reset=reset)
         return np.asarray(X)
 
     def _solve(self, X: np.ndarray, count: int, method: str, **options: Any) -> Concepts:
-        """Solves from the seed that the random state gives."""
+        """Solves with the seed from the random state."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = {"tol": self.tol, "max_iter": self.max_iter} | options
         return decompose(X, count, method, key=jax.random.key(seed), **options)
 
     def _end(self, concepts: Concepts) -> None:
-        """Keeps how the solver ended, and warns where it was stopped."""
+        """Stores how the solver ended, and warns if it did not converge."""
         self.n_iter_ = max(1, concepts.iterations)
         self.converged_ = concepts.converged
         if not self.converged_:
@@ -98,7 +98,7 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
 
 class _Linear(_Solver):
-    """What the two share whose rows are sums of components."""
+    """What the two estimators share whose rows are sums of components."""
 
     components_: np.ndarray
 
@@ -112,7 +112,7 @@ class _Linear(_Solver):
         if X.shape[1] != self._n_features_out:
             raise ValueError(
                 f"X has {X.shape[1]} columns, but {type(self).__name__} has "
-                f"{self._n_features_out} components: give what transform returns"
+                f"{self._n_features_out} components: pass the output of transform"
             )
         return X
 
@@ -121,11 +121,12 @@ class SemiNMF(_Linear):
     """Semi-NMF: min 1/2 |X - U V|^2 + alpha sum(U) over U >= 0 and |V_k|_2 <= 1.
 
     Parameters:
-        n_components: K; "auto" is 20, or the number of samples where there are fewer.
-        alpha: weight of the codes' absolute sum.
+        n_components: K; "auto" is 20, or the number of samples if that is less.
+        alpha: weight of the l1 norm of the codes.
         relative_alpha: whether alpha is in units of the rows' root mean square norm.
-        nonnegative: whether codes must be; False gives sparse dictionary learning.
-        n_init: starts, of which the best is kept; "auto" is 8 for up to 64 components, then 2.
+        nonnegative: whether codes must be >= 0; False gives sparse dictionary learning.
+        n_init: number of starts, of which the best is kept; "auto" is 8 up to 64 components and 2
+            above.
         tol, max_iter: when to stop.
         random_state: an int, a numpy RandomState or None, as in scikit-learn.
 
@@ -133,11 +134,11 @@ class SemiNMF(_Linear):
         components_: float[K, D], the atoms V.
         n_components_: K.
         alpha_: the weight in the units of X, which `transform` uses.
-        objective_: what is minimised, at the end.
+        objective_: final value of the objective.
         reconstruction_err_: |X - U V|, the Frobenius norm.
-        stability_: float[K], how surely each atom is found again by the other starts; see
-            `Concepts`. None where there was one start.
-        n_iter_, converged_: updates done, and whether they were enough.
+        stability_: float[K], how reliably the other starts find each atom again; see `Concepts`.
+            None with a single start.
+        n_iter_, converged_: number of updates, and whether they were enough.
         n_features_in_: D.
     """
 
@@ -167,18 +168,18 @@ class SemiNMF(_Linear):
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> "SemiNMF":
-        """Learns the atoms of X[N, D]; y is not used.
+        """Learns the atoms of X[N, D]; y is ignored.
 
         Raises:
-            ValueError: a parameter is invalid; there are fewer samples than components.
+            ValueError: a parameter is invalid, or there are fewer samples than components.
         """
         X = self._begin(X)
         asked = self.n_components
         count = min(AUTO_COMPONENTS, len(X)) if isinstance(asked, str) else asked
         if count > len(X):
             raise ValueError(
-                f"n_components={count} must be at most n_samples={len(X)}; "
-                "ask for fewer components or give more samples"
+                f"n_components={count} must be at most n_samples={len(X)}; use fewer components "
+                "or more samples"
             )
         concepts = self._solve(
             X,
@@ -204,21 +205,21 @@ class SemiNMF(_Linear):
 
     def _error(self, X: np.ndarray, codes: Any) -> float:
         rows, atoms = (jnp.asarray(x, codes.dtype) for x in (X, self.components_))
-        # As numpy's: JAX would add up in float32.
+        # Sums in numpy's float64: JAX would sum in float32.
         squares = np.asarray(of_products(rows, codes, atoms))
         return float(squares.sum(dtype=np.float64)) ** 0.5
 
     def transform(self, X: Any) -> np.ndarray:
-        """Codes[N, K] of the rows of X[N, D]."""
+        """Returns the codes[N, K] of the rows of X[N, D]."""
         X = self._checked(X)
         return np.array(self._codes(X), X.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
-        """Codes[N, K] -> their reconstruction [N, D]."""
+        """Returns the reconstruction [N, D] of codes[N, K]."""
         return self._checked_codes(X) @ self.components_
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Share of the squared norm of X[N, D] that the codes explain; y is not used."""
+        """Returns the share of the squared norm of X[N, D] that the codes explain; y is ignored."""
         X = self._checked(X)
         energy = np.einsum("nd,nd->", X, X, dtype=np.float64)
         return 1 - self._error(X, self._codes(X)) ** 2 / energy if energy else 1.0
@@ -229,19 +230,19 @@ class KMeans(ClusterMixin, _Solver):
 
     Parameters:
         n_clusters: K.
-        init: "k-means++"; "random" for rows drawn at random; centres [K, D]; or a function of
-            X, n_clusters and random_state that returns them.
-        n_init: starts, of which the best is kept; "auto" is 10 for "random" and for a function, 1
-            otherwise. Those of "k-means++" are compared on some rows.
+        init: "k-means++"; "random" for random rows; centres [K, D]; or a function of X, n_clusters
+            and random_state that returns them.
+        n_init: number of starts, of which the best is kept; "auto" is 10 for "random" and for a
+            function, 1 otherwise. Starts of "k-means++" are compared on a sample of the rows.
         tol, max_iter: when to stop; tol as in scikit-learn.
         random_state: an int, a numpy RandomState or None.
 
     Attributes:
         cluster_centers_: float[K, D].
         labels_: int32[N], the nearest centre of each row.
-        inertia_: the sum of squared distances to it, weighted where samples are.
-        counts_: float64[K], the number of samples of each centre, or their weights.
-        n_iter_, converged_: updates done, and whether they were enough.
+        inertia_: the (weighted) sum of squared distances to the nearest centres.
+        counts_: float64[K], the number, or total weight, of the samples of each centre.
+        n_iter_, converged_: number of updates, and whether they were enough.
         n_features_in_: D.
     """
 
@@ -270,17 +271,17 @@ class KMeans(ClusterMixin, _Solver):
         return len(self.cluster_centers_)
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "KMeans":
-        """Learns the centres of X[N, D]; y is not used.
+        """Learns the centres of X[N, D]; y is ignored.
 
         Args:
-            X: the samples.
-            y: not used.
-            sample_weight: what each sample counts for, [N]: a whole number for as many equal ones,
-                and zero for none; None for one each.
+            X: float[N, D], the samples.
+            y: ignored.
+            sample_weight: float[N], weight of each sample: an integer weight equals that many
+                copies; None for equal weights.
 
         Raises:
-            ValueError: a parameter is invalid; a weight is negative; there are fewer samples (with
-                a weight) than clusters.
+            ValueError: a parameter is invalid, a weight is negative, or there are fewer samples (of
+                positive weight) than clusters.
         """
         X = self._begin(X)
         weights = self._checked_weights(X, sample_weight)
@@ -294,24 +295,31 @@ class KMeans(ClusterMixin, _Solver):
         if distinct < self.n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
-                f"({self.n_clusters}). Possibly due to duplicate points in X; or ask for fewer",
+                f"({self.n_clusters}). Possibly due to duplicate points in X; otherwise use fewer "
+                "clusters",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         return self
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "KMeans":
-        """Goes on with the samples of one batch, as scikit-learn's `MiniBatchKMeans`.
+        """Continues with one batch of samples, like scikit-learn's `MiniBatchKMeans`.
 
-        Each centre moves to the mean of all samples that were nearest to it when they came. The
-        first batch gives the first centres, from one start, unless `fit` came before; it has at
-        least as many samples as there are clusters. A centre far from all samples stays where it
-        is: none is put elsewhere. Sets `cluster_centers_` and `counts_`, and `labels_` and
-        `inertia_` of this batch.
+        Each centre moves to the mean of all samples that were nearest to it when they arrived. The
+        first batch gives the initial centres, from one start, unless `fit` was called before; it
+        needs at least as many samples as clusters. A centre far from all samples stays in place and
+        is not reassigned. Sets `cluster_centers_` and `counts_`, and `labels_` and `inertia_` of
+        this batch.
+
+        Args:
+            X: float[N, D], the samples of the batch.
+            y: ignored.
+            sample_weight: float[N], as for `fit`.
+
+        Raises:
+            ValueError: as for `fit`.
 
         Source: Sculley, "Web-scale k-means clustering", 2010.
-
-        Args and Raises: as for `fit`.
         """
         first = not hasattr(self, "cluster_centers_")
         X = self._begin(X, reset=first)
@@ -340,16 +348,17 @@ class KMeans(ClusterMixin, _Solver):
     def _found(
         self, X: np.ndarray, weights: Float[np.ndarray, " N"] | None, starts: int, **options: Any
     ) -> tuple[Concepts, Float[np.ndarray, " D"]]:
-        """The best of some starts, and the origin that its centres are relative to."""
+        """Returns the best of several starts, and the origin that its centres are relative to."""
         if weights is not None:
             X, weights = X[weights > 0], weights[weights > 0]
             options["sample_weight"] = weights
         if self.n_clusters > len(X):
             raise ValueError(
-                f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}; "
-                "ask for fewer clusters or give more samples (those of weight zero are none)"
+                f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}; use fewer "
+                "clusters or more samples (samples of zero weight do not count)"
             )
-        # Of far-off rows float32 holds the differences from their mean, and so of the centres.
+        # For rows far from zero, float32 holds only their differences from the mean, and so the
+        # centres'.
         wide = X.dtype == np.float64 and not jax.config.values["jax_enable_x64"]
         origin = X.mean(axis=0) if wide else np.zeros(X.shape[1], X.dtype)
         near = centred(X, origin) if wide else X
@@ -366,7 +375,7 @@ class KMeans(ClusterMixin, _Solver):
         return min(found, key=lambda concepts: concepts.objective or 0.0), origin
 
     def _count_starts(self) -> int:
-        """What `n_init` means for the kind of `init`."""
+        """Returns the number of starts that `n_init` means for this kind of `init`."""
         drawn = isinstance(self.init, str) or callable(self.init)
         if isinstance(self.n_init, str):  # "auto"
             seeded = isinstance(self.init, str) and self.init == "k-means++"
@@ -409,18 +418,18 @@ class KMeans(ClusterMixin, _Solver):
         return np.array(labels, np.int32), np.array(apart, X.dtype)
 
     def transform(self, X: Any) -> np.ndarray:
-        """Distances[N, K] of the rows of X[N, D] from the centres, as scikit-learn has it.
+        """Returns the distances[N, K] of the rows of X[N, D] from the centres, like scikit-learn.
 
-        `xlvlm_jax.project` gives 1 / (1 + distance) instead.
+        `xlvlm_jax.project` returns 1 / (1 + distance) instead.
         """
         return self._labels_and_distances(self._checked(X))[1]
 
     def predict(self, X: Any) -> np.ndarray:
-        """The nearest centre int32[N] of each row of X[N, D]."""
+        """Returns the nearest centre, int32[N], of each row of X[N, D]."""
         return self._labels_and_distances(self._checked(X))[0]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Minus the sum of squared distances of X[N, D] to the nearest centres; y is not used."""
+        """Returns minus the sum of squared distances of X[N, D] to the centres; y is ignored."""
         X = self._checked(X)
         weights = self._checked_weights(X, sample_weight)
         return -_inertia(self._labels_and_distances(X)[1], 1 if weights is None else weights)
@@ -434,9 +443,9 @@ class PCA(_Linear):
     """Principal components by randomised subspace iteration.
 
     Parameters:
-        n_components: K; None for min(N, D), the most that there are; between 0 and 1 for as many
-            as explain more than that share of the variance.
-        whiten: whether scores are divided by their deviation.
+        n_components: K; None for min(N, D), the maximum; between 0 and 1 for as many as explain
+            more than that share of the variance.
+        whiten: whether scores are divided by their standard deviation.
         tol, max_iter: when to stop.
         random_state: an int, a numpy RandomState or None.
 
@@ -444,11 +453,11 @@ class PCA(_Linear):
         components_: float[K, D], orthonormal.
         n_components_: K.
         mean_: float[D], subtracted from every row.
-        explained_variance_: float[K], of the scores, with N - 1 below.
+        explained_variance_: float[K], variance of the scores, normalised by N - 1.
         explained_variance_ratio_: its share of the variance of X.
         singular_values_: float[K], of the centred rows.
-        noise_variance_: the mean variance of the min(N, D) - K directions that are left out.
-        n_iter_, converged_: updates done, and whether they were enough.
+        noise_variance_: the mean variance of the other min(N, D) - K directions.
+        n_iter_, converged_: number of updates, and whether they were enough.
         n_samples_, n_features_in_: N and D.
     """
 
@@ -471,10 +480,10 @@ class PCA(_Linear):
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> "PCA":
-        """Learns the components of X[N, D]; y is not used.
+        """Learns the components of X[N, D]; y is ignored.
 
         Raises:
-            ValueError: a parameter is invalid; n_components > min(N, D).
+            ValueError: a parameter is invalid, or n_components > min(N, D).
         """
         X = self._begin(X, least=2)
         N, most = len(X), min(X.shape)
@@ -499,24 +508,24 @@ class PCA(_Linear):
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> "PCA":
-        """Goes on with the samples X[N, D] of one batch, as scikit-learn's `IncrementalPCA`.
+        """Continues with one batch of samples X[N, D], like scikit-learn's `IncrementalPCA`.
 
-        The components are those of the batch and of what the earlier ones explain of theirs, so
-        that variance is lost that only many batches together show; mean and total variance are
-        exact. Goes on from `fit` too. y is not used.
-
-        Source: Ross, Lim, Lin and Yang, "Incremental learning for robust visual tracking", 2008.
+        The components are those of the batch together with the part of earlier batches that the
+        earlier components explain. Variance that shows only over many batches is therefore lost;
+        mean and total variance are exact. Continues from `fit` too. y is ignored.
 
         Raises:
-            ValueError: a parameter is invalid; the first batch has fewer samples than components,
-                or n_components is a share of the variance, which no first batch can tell.
+            ValueError: a parameter is invalid, the first batch has fewer samples than components,
+                or n_components is a share of the variance, which a first batch cannot determine.
+
+        Source: Ross, Lim, Lin and Yang, "Incremental learning for robust visual tracking", 2008.
         """
         first = not hasattr(self, "components_")
         X = self._begin(X, least=2 if first else 1, reset=first)
         rows, N = X.astype(np.float64), len(X)
         mean = rows.mean(axis=0)
         rows -= mean
-        energy = np.sum(rows**2)  # of all rows around their mean
+        energy = np.sum(rows**2)  # of all rows about their mean
         count, seen = self._count_components(X) if first else self.n_components_, 0
         if not first:
             seen, before = self.n_samples_, self.mean_.astype(np.float64)
@@ -534,14 +543,14 @@ class PCA(_Linear):
         return self
 
     def _count_components(self, X: np.ndarray) -> int:
-        """How many are asked for, where that is no share of the variance."""
+        """Returns the number of components, which must not be given as a share of the variance."""
         most, count = min(X.shape), self.n_components
         if count is None:
             return most
         if not isinstance(count, Integral):
             raise ValueError(
-                f"n_components={count} is a share of the variance, which takes all samples; "
-                "ask for a number of components, or call fit"
+                f"n_components={count} is a share of the variance, which needs all samples; give "
+                "a number of components, or call fit"
             )
         if count > most:
             raise ValueError(
@@ -550,7 +559,7 @@ class PCA(_Linear):
         return int(count)
 
     def _keep_variances(self, variance: Float[np.ndarray, " K"], beyond: float) -> None:
-        """Tells of the components' variances, and of that beyond them."""
+        """Stores the components' variances, and the noise variance of what they leave."""
         dtype, N = self.components_.dtype, self.n_samples_
         total = variance.sum() + beyond
         self.explained_variance_ = variance.astype(dtype)
@@ -560,7 +569,7 @@ class PCA(_Linear):
 
     @property
     def _left(self) -> int:
-        """The number of directions with variance that are no components."""
+        """Number of directions with variance beyond the components."""
         return min(self.n_samples_, self.n_features_in_) - self.n_components_
 
     @property
@@ -574,51 +583,50 @@ class PCA(_Linear):
 
     @property
     def _scale(self) -> Float[np.ndarray, " K"]:
-        """What whitened scores are divided by; of no variance, hardly anything is made."""
+        """Divisor of whitened scores, bounded away from zero."""
         deviation = np.sqrt(self.explained_variance_)
         return np.maximum(deviation, np.finfo(deviation.dtype).eps)
 
     def transform(self, X: Any) -> np.ndarray:
-        """Scores[N, K] of the rows of X[N, D]."""
+        """Returns the scores[N, K] of the rows of X[N, D]."""
         X = self._checked(X)
         scores = self._scores(X)
         return (scores / self._scale).astype(X.dtype) if self.whiten else scores
 
     def inverse_transform(self, X: Any) -> np.ndarray:
-        """Scores[N, K] -> their reconstruction [N, D]."""
+        """Returns the reconstruction [N, D] of scores[N, K]."""
         X = self._checked_codes(X)
         return (X * self._scale if self.whiten else X) @ self.components_ + self.mean_
 
     def get_covariance(self) -> Float[np.ndarray, "D D"]:
-        """The covariance of the model: the components' variances, and noise in the others."""
+        """Returns the model's covariance: the components' variances, and noise elsewhere."""
         check_is_fitted(self)
-        # Where N < D the directions left out are more than those noise is the mean of.
+        # If N < D, more directions are left out than the noise is averaged over.
         beyond = np.maximum(self.explained_variance_ - self.noise_variance_, 0)
         covariance = (self.components_.T * beyond) @ self.components_
         return covariance + self.noise_variance_ * np.eye(self.n_features_in_)
 
     def get_precision(self) -> Float[np.ndarray, "D D"]:
-        """The inverse of `get_covariance`."""
+        """Returns the inverse of `get_covariance`."""
         return np.linalg.inv(self.get_covariance())
 
     def score_samples(self, X: Any) -> Float[np.ndarray, " N"]:
-        """Log-likelihood of each row of X[N, D] under the probabilistic model.
+        """Returns the log-likelihood of each row of X[N, D] under the probabilistic model.
 
-        A normal distribution with the covariance of `get_covariance`: Tipping and Bishop,
-        "Probabilistic principal component analysis", 1999.
+        The model is a normal distribution with the covariance of `get_covariance`.
 
         Raises:
-            ValueError: a direction has no variance, so that there is no density.
+            ValueError: a direction has no variance, so there is no density.
+
+        Source: Tipping and Bishop, "Probabilistic principal component analysis", 1999.
         """
         X = self._checked(X)
         variance = self.explained_variance_.astype(np.float64)
         D, left = self.n_features_in_, self.n_features_in_ - self.n_components_
-        # What rounding leaves of no variance is no density.
+        # A variance at rounding level counts as zero.
         least = np.finfo(np.float32).eps * variance[0]
         if not variance[-1] > least or (left and not self.noise_variance_ > least):
-            raise ValueError(
-                "a direction without variance has no likelihood; ask for fewer components"
-            )
+            raise ValueError("a direction without variance has no likelihood; use fewer components")
         scores = self._scores(X).astype(np.float64)
         apart = (X - self.mean_).astype(np.float64)
         inside = np.sum(scores**2 / variance, axis=1) + np.log(variance).sum()
@@ -629,5 +637,5 @@ class PCA(_Linear):
         return -0.5 * (inside + noise + D * np.log(2 * np.pi))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """The mean log-likelihood of the rows of X[N, D], see `score_samples`; y is not used."""
+        """Returns the mean log-likelihood of X[N, D], see `score_samples`; y is ignored."""
         return float(self.score_samples(X).mean())

@@ -1,4 +1,4 @@
-"""Concepts read back as words and as images (CoX-LMM, NeurIPS 2024, section 3.3).
+"""Reads concepts as words and as images (CoX-LMM, NeurIPS 2024, section 3.3).
 
 Axes: K concepts, D width, V vocabulary, N samples.
 """
@@ -19,7 +19,7 @@ from xlvlm_jax.data.words import concept_words
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
-_TILE_ROWS = 2**16  # of activations that are looked through at once
+_TILE_ROWS = 2**16  # rows of activations examined at once
 AnyArray = jax.Array | np.ndarray
 Unembed = Callable[..., AnyArray]  # (components[K, D], *, through_norm) -> logits[K, V]
 
@@ -33,27 +33,29 @@ def ground_text(
     *,
     through_norm: bool = False,
 ) -> list[list[str]]:
-    """The words of each concept: what the language-model head reads in its direction.
+    """Returns the words of each concept: the tokens that the language-model head favours along it.
 
-    Returns text: it does not trace.
-
-    The `num_candidates` tokens of highest logit are decoded, lower-cased and stripped; the first
-    `num_words` that are English words of more than two letters and no stop words, or numbers, are
-    kept, each once. A concept may keep fewer, even none.
+    The `num_candidates` tokens of highest logit are decoded, lower-cased and stripped. The first
+    `num_words` distinct ones that are numbers, or English words of more than two letters and not
+    stop words, are kept. A concept may have fewer words or none. Returns text, so it does not
+    trace.
 
     Args:
         components: float[K, D]: means of states, atoms, directions or shifts.
         unembed: the language-model head, [K, D] -> logits [K, V], such as `VLM.unembed`.
-        tokenizer: a Hugging Face tokenizer, or whatever decodes [id].
+        tokenizer: a Hugging Face tokenizer, or anything that decodes [id].
+        num_words: maximum number of words per concept.
+        num_candidates: number of tokens to choose from.
         through_norm: read components through the model's final norm, `unembed(components,
-            through_norm=True)`, as the logit lens does. Right for states of before that norm (see
-            `VLM.is_before_norm`), which the head alone reads as other words; XL-VLMs applies none.
-            A centroid goes through it as a state does. Of an atom, a component of pca or a shift
-            the length cancels: what counts is the norm's weight times the direction, which is how
-            the logits change along it where the scale of the state is held.
+            through_norm=True)`, like the logit lens. Right for states before that norm (see
+            `VLM.is_before_norm`), which the head alone reads as other words; XL-VLMs applies no
+            norm. A centroid passes through it like a state. For an atom, a component of pca or a
+            shift the length cancels: the result is the norm's weight times the direction, which is
+            how the logits change along it while the scale of the state is held fixed.
 
-    Raises ValueError for counts below one, components that are no matrix or of another width than
-    the head takes, and components that are not finite.
+    Raises:
+        ValueError: a count is below one, components are not a matrix of the head's width, or they
+            are not finite.
     """
     for name, count in (("num_words", num_words), ("num_candidates", num_candidates)):
         if count < 1:
@@ -62,15 +64,15 @@ def ground_text(
         raise ValueError(f"components have shape {np.shape(components)}; expected [K, D]")
     finite = np.isfinite(np.asarray(components)).all(axis=1)
     if not finite.all():
-        raise ValueError(f"concept {int(np.argmin(finite))} holds NaN or Inf; factor Z again")
+        raise ValueError(f"concept {int(np.argmin(finite))} contains NaN or Inf; factor Z again")
     try:
         logits = jnp.asarray(
             unembed(components, through_norm=True) if through_norm else unembed(components)
         )
     except (TypeError, ValueError, FlaxError) as error:
         raise ValueError(
-            f"components are {components.shape[1]} wide, which the language-model head does not"
-            f" take ({str(error).splitlines()[0]}); use the model that the states came from"
+            f"components are {components.shape[1]} wide, which the language-model head does not "
+            f"accept ({str(error).splitlines()[0]}); use the model that the states came from"
         ) from error
     _, candidates = jax.lax.top_k(logits, min(num_candidates, logits.shape[-1]))
     return [
@@ -80,9 +82,15 @@ def ground_text(
 
 
 def is_before_norm(vlm: VLM, site: str | None) -> bool:
-    """Whether components learnt at a site of features are to be read through the final norm.
+    """Returns whether components of a site must be read through the final norm.
 
-    False where the site is not known. That of the fine-tuned model counts as the model's own.
+    Args:
+        vlm: the model.
+        site: the site of the features; None or empty if unknown. A site of the fine-tuned model
+            counts as the model's own.
+
+    Returns:
+        False if the site is unknown.
     """
     return bool(site) and vlm.is_before_norm(site.removeprefix(finetuned_site("")))
 
@@ -90,18 +98,23 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
 def ground_images(
     activations: Float[AnyArray, "N K"] | StoredRows, num_images: int = 5
 ) -> Int[AnyArray, "K {num_images}"]:
-    """The samples that activate each concept most, the strongest first; of equals, the earlier.
+    """Returns the samples that activate each concept most, strongest first; ties go to the earlier.
 
-    Of activations on disk (`StoredRows`) one tile is in memory at a time.
+    Traces under jit (num_images static) and vmap; values are only checked outside of them.
 
-    Returns row numbers of `activations`: int32 on the device of a JAX array, else int64. Traces
-    under jit (num_images static) and vmap; what is not finite is found outside of them only.
+    Args:
+        activations: float[N, K]; of `StoredRows`, one tile is in memory at a time.
+        num_images: number of samples per concept.
 
-    Raises ValueError unless 1 <= num_images <= N, and for activations that are not finite.
+    Returns:
+        row numbers [K, num_images]; int32 on the device of a JAX array, else int64.
+
+    Raises:
+        ValueError: num_images is not in 1..N, or activations are not finite.
     """
     N = activations.shape[0]
     if not 1 <= num_images <= N:
-        raise ValueError(f"num_images must lie in 1..{N}, the number of samples; got {num_images}")
+        raise ValueError(f"num_images must be in 1..{N}, the number of samples; got {num_images}")
     if isinstance(activations, Tracer):
         return jax.lax.top_k(activations.T, num_images)[1]
     if isinstance(activations, jax.Array):
@@ -113,11 +126,11 @@ def ground_images(
 def strongest_rows(
     tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
 ) -> Int[np.ndarray, "K {num_images}"]:
-    """`ground_images` of activations that come as (first row, some rows), in order."""
+    """Does `ground_images` for activations that arrive as (first row, some rows), in order."""
     values = np.empty((num_concepts, 0), np.float32)
     rows = np.empty(values.shape, np.int64)
     for start, tile in _finite(tiles):
-        # What was found before stands first: of equals, the earlier.
+        # Earlier finds come first, so that ties go to the earlier sample.
         values = np.concatenate([values, tile.T], axis=1)
         numbers = np.broadcast_to(start + np.arange(len(tile)), tile.T.shape)
         rows = np.concatenate([rows, numbers], axis=1)
@@ -129,7 +142,7 @@ def strongest_rows(
 def tiles_of(
     activations: Float[AnyArray, "N K"] | StoredRows,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:
-    """(first row, rows) of some rows at a time, of an array or from the disk."""
+    """Yields (first row, rows) of an array or from disk, a tile at a time."""
     if isinstance(activations, StoredRows):
         yield from activations.tiles(_TILE_ROWS)
         return
@@ -143,12 +156,12 @@ def _finite(tiles: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.n
         finite = np.isfinite(tile).all(axis=1)
         if not finite.all():
             number = start + int(np.argmin(finite))
-            raise ValueError(f"activations of sample {number} hold NaN or Inf")
+            raise ValueError(f"activations of sample {number} contain NaN or Inf")
         yield start, tile
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The places of the largest values, the largest first; of equals, the earlier."""
-    # All that may be among them: sorting the rest would take most of the time.
+    """Returns the indices of the largest values, largest first; ties go to the earlier."""
+    # Narrows down the candidates first: sorting all values would take most of the time.
     candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[-count])
     return candidates[np.argsort(-values[candidates], kind="stable")[:count]]

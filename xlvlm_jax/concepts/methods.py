@@ -1,4 +1,4 @@
-"""The methods by which concepts are found: one record for each, which alone knows its name.
+"""The methods that find concepts: one record per method, the only place that knows its name.
 
 N samples, M of them, K concepts, D width.
 """
@@ -20,39 +20,41 @@ from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.validation import check_number, check_whole
 
 AnyArray = jax.Array | np.ndarray
-# Options that are not a solver's own.
+# Parameters that are not options of the method.
 NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_weight")
 RELATIVE = "relative_alpha"  # whether alpha is in units of the rows' root mean square norm
 
 
 class Rows(NamedTuple):
-    """Rows and concepts as the solvers take them: less what float64 could subtract, in a unit."""
+    """Rows and concepts as a solver takes them: in a unit, and centred in float64 if needed."""
 
     Z: Float[Array, "M D"]
     components: Float[Array, "K D"]
     mean: Float[Array, " D"]
-    unit: float  # of Z, components and mean; that of atoms, which have a length of one, is one
+    unit: float  # of Z, components and mean; atoms have length one and are not scaled
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to find concepts. A new one needs a solver and one of these, and nothing else.
+    """One way to find concepts. A new one needs a solver and one of these records, nothing else.
 
     Attributes:
-        name: what a user calls it.
+        name: name of the method for users.
         solver: a module with `solve`, and `plan` if it has updates (see `solvers.phases`). Its
-            keyword arguments, but for NOT_OPTIONS, are the method's options.
-        streamed: the module that solves for rows on disk (see `solvers.streamed`), if there is one.
+            keyword arguments, except NOT_OPTIONS, are the method's options.
         encode: (rows, options) -> activations[M, K] of rows on given components.
-        init: what the solver calls the components that it starts from, if it takes some.
-        is_centroids: whether components are points among the rows, of which each row has a nearest
-            one, and activations are no coefficients; else rows are activations times components.
-        is_centred: whether nothing changes but a mean when all rows are moved together, so that
-            their own can be subtracted first, in float64.
-        has_mean: whether the solver finds a mean that it subtracts from every row.
-        is_sparse: whether it has an alpha, under which rows may have no code and concepts be dead.
+        streamed: the module that solves for rows on disk (see `solvers.streamed`); None if there is
+            none.
+        init: name of the solver's argument for initial components; None if it takes none.
+        is_centroids: whether components are points among the rows, each row has a nearest one, and
+            activations are not coefficients. If not, rows are activations times components.
+        is_centred: whether shifting all rows only shifts the mean, so that the mean of the rows can
+            be subtracted first, in float64.
+        has_mean: whether the solver finds a mean and subtracts it from every row.
+        is_sparse: whether it has an alpha, so that rows may have no nonzero code and concepts may
+            be dead.
         max_per_width: whether there are at most as many concepts as columns.
-        takes_weights: whether rows may count for more than others.
+        takes_weights: whether rows may have different weights.
     """
 
     name: str
@@ -73,7 +75,7 @@ class Method:
         components: Float[AnyArray, "K D"],
         mean: Float[AnyArray, " D"] | None = None,
     ) -> Float[AnyArray, "N D"]:
-        """The rows that activations stand for, of numpy where both are, else of JAX."""
+        """Reconstructs rows from activations; in numpy if both inputs are numpy, else in JAX."""
         if self.is_centroids:
             return components[activations.argmax(axis=1)]
         if isinstance(activations, np.ndarray) and isinstance(components, np.ndarray):
@@ -83,8 +85,12 @@ class Method:
         return product if mean is None else product + mean
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults overlaid with the given options, checked. ValueError for a bad one."""
-        # A method without updates has no plan, but for its one program.
+        """Returns the defaults overlaid with the given options, checked.
+
+        Raises:
+            ValueError: an option is unknown or invalid.
+        """
+        # A method without updates has no plan, only a single program.
         function = getattr(self.solver, "plan", self.solver.solve)
         options = {
             "init" if parameter.name == self.init else parameter.name: parameter.default
@@ -95,7 +101,7 @@ class Method:
             options[RELATIVE] = False
         for name in given:
             if name not in options:
-                known = f"its options are {', '.join(options)}" if options else "it has none"
+                known = f"its options are {', '.join(options)}" if options else "it has no options"
                 raise ValueError(
                     f"method {self.name!r} has no option {name!r}; {known}"
                     + _nearest(name, options)
@@ -165,7 +171,11 @@ ALIASES = {"nndl": "snmf"}
 
 
 def method_named(name: str) -> Method:
-    """The method of a name or an alias. ValueError, with the nearest names, for another."""
+    """Returns the method with a name or alias.
+
+    Raises:
+        ValueError: there is none; the message names the closest ones.
+    """
     names = (*METHODS, *ALIASES)
     if name not in names:
         raise ValueError(

@@ -1,6 +1,7 @@
 """From activations back to states, and how much of the states that explains.
 
-N samples, K concepts, D width."""
+N samples, K concepts, D width.
+"""
 
 from typing import Any
 
@@ -21,7 +22,7 @@ AnyArray = jax.Array | np.ndarray
 def squared_residual(
     concepts: Concepts, rows: Shaped[np.ndarray, "B D"], activations: Float[np.ndarray, "B K"]
 ) -> float:
-    """The sum of |row - what its activations stand for|^2, in float64."""
+    """Returns the sum of |row - its reconstruction|^2, in float64."""
     residual = rows.astype(np.float64) - reconstruct(concepts, activations)
     return float(np.sum(residual**2))
 
@@ -29,7 +30,16 @@ def squared_residual(
 def explained_by(
     concepts: Concepts, stored: StoredRows, activations: Float[np.ndarray, "N K"]
 ) -> float:
-    """`explained_variance` of rows on disk, tile by tile, of which none stays in memory."""
+    """Returns the explained variance of rows on disk, tile by tile.
+
+    Args:
+        concepts: concepts of width D.
+        stored: reads rows[N, D].
+        activations: float[N, K] of the rows.
+
+    Returns:
+        1 - |Z - reconstruction|^2 / |Z - mean|^2; NaN if all rows are equal.
+    """
     total = squared_deviations(stored.tiles(TILE_ROWS))
     left = sum(
         squared_residual(concepts, rows, activations[start : start + len(rows)])
@@ -39,10 +49,17 @@ def explained_by(
 
 
 def reconstruct(concepts: Concepts, activations: Float[AnyArray, "N K"]) -> Float[AnyArray, "N D"]:
-    """The rows that activations stand for: those times components, and for pca its mean added.
+    """Reconstructs states from activations.
 
-    For kmeans and simple, whose activations are no coefficients, each row's nearest component.
-    Traces under jit, vmap and grad.
+    Activations times components, plus the mean for pca. For kmeans and simple, whose activations
+    are not coefficients, each row's nearest component. Traces under jit, vmap and grad.
+
+    Args:
+        concepts: K concepts.
+        activations: float[N, K].
+
+    Returns:
+        float[N, D].
     """
     xp: Any = jnp if is_traced(concepts.components, activations) else np
     components, codes = xp.asarray(concepts.components), xp.asarray(activations)

@@ -1,4 +1,4 @@
-"""`Concepts`: what a method found, and how it is kept on disk."""
+"""`Concepts`: what a method found, and its directory on disk."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ from xlvlm_jax.storage import atomic, damaged, pictures
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
-# A Zarr array, in place of the tensor, when they were streamed: "activations-" and the beginning of
-# the digest of the components that they belong to ("activations" in directories of old).
+# Name of a Zarr array that replaces the tensor for streamed activations: "activations-" and the
+# start of the digest of the components they belong to ("activations" in old directories).
 ACTIVATIONS = "activations"
 Matrix = Float[Array | np.ndarray, "..."]
 UNFINISHED = f"{ACTIVATIONS}.tmp"
@@ -49,29 +49,29 @@ _NUMBERS = (*_ARRAYS, "objective", "iterations", "converged")
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Concepts:
-    """Concepts, how they were found, and how much of each is in each sample they were found on.
+    """Concepts, how they were found, and how strongly each is active in each training sample.
 
     Attributes:
-        components: float32[K, D], one row a concept. (All arrays are float64 where JAX's 64 bits
-            are switched on and Z is float64.)
-        activations: float32[N, K], or None for concepts that were given. As `load` finds streamed
-            ones they stay on disk: a `StoredRows`, which numpy reads when it needs an array.
+        components: float32[K, D], one row per concept. (All arrays are float64 in JAX's 64-bit mode
+            if Z is float64.)
+        activations: float32[N, K], or None for concepts that were given. Streamed activations stay
+            on disk after `load`: a `StoredRows`, which numpy reads when it needs an array.
         method: "snmf", "kmeans", "pca" or "simple".
-        options: the options of the method, defaults included.
+        options: the options of the method, including defaults.
         objective: what the method minimises, at these components and activations (for kmeans and
             simple the sum of squared distances to the nearest component).
-        iterations: updates of the run that was kept.
-        converged: whether its stopping rule ended it, and not max_iter.
+        iterations: number of updates in the run that was kept.
+        converged: whether the stopping rule ended it, rather than max_iter.
         history: float32[iterations + 1], the objective at the start and after each update.
-        mean: float32[D], what pca subtracts from every row, float64 where Z was; None for the
-            other methods.
+        mean: float32[D], what pca subtracts from every row, float64 if Z was; None for the other
+            methods.
         stability: float32[K], the mean cosine of each concept with its match in the other starts
-            (snmf, and kmeans with n_init > 1); 1 is found every time. None where there was one.
+            (snmf, and kmeans with n_init > 1); 1 if found every time. None with a single start.
         words: for each concept the words it is read as, once grounded.
-        images: for each concept the files of the images that show it, once grounded. On disk they
-            are named so that they are found after a move (see `pictures`).
+        images: for each concept the files of the images that show it, once grounded. On disk their
+            names are such that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
-        source: where Z came from, free for the caller; its "features" are found after a move too.
+        source: where Z came from, in any form; its "features" are found after a move too.
     """
 
     components: Matrix
@@ -91,22 +91,22 @@ class Concepts:
 
     @property
     def dead(self) -> Bool[np.ndarray, " K"]:
-        """Which concepts of snmf no row has a code on: their atoms say nothing, do not ground them.
+        """Whether no row has a nonzero code on a concept of snmf, whose atom is then meaningless.
 
-        False for other methods, and where the activations are not known.
+        bool[K]; do not ground these. False for other methods and if the activations are unknown.
         """
         if not method_named(self.method).is_sparse or self.activations is None:
             return np.zeros(len(self.components), bool)
         return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
 
     def tree_flatten(self) -> tuple[tuple, str]:
-        """The numbers, and as JSON what is not: concepts may go into and out of jit and vmap."""
+        """Returns the numbers, and the rest as JSON, so that concepts pass through jit and vmap."""
         described = {name: getattr(self, name) for name in _DESCRIBED if name not in _NUMBERS}
         return tuple(getattr(self, name) for name in _NUMBERS), json.dumps(described)
 
     @classmethod
     def tree_unflatten(cls, described: str, numbers: tuple) -> "Concepts":
-        """The inverse of `tree_flatten`."""
+        """Inverts `tree_flatten`."""
         return cls(**dict(zip(_NUMBERS, numbers, strict=True)), **json.loads(described))
 
     @classmethod
@@ -118,14 +118,20 @@ class Concepts:
         mean: Shaped[Array | np.ndarray, "..."] | None = None,
         **options: Any,
     ) -> "Concepts":
-        """Concepts from components[K, D] that were not learnt here, to `project` on.
+        """Returns concepts with given components, to `project` on.
 
-        Components are taken as they are: snmf codes are relative to the atoms' norms, and pca
-        scores are not divided by them. `mean[D]` is what pca subtracts; zero when it is not given.
+        Components are used as they are: snmf codes are relative to the atoms' norms, and pca scores
+        are not divided by them.
+
+        Args:
+            components: real numbers[K, D].
+            method: one of `decompose`.
+            mean: real numbers[D], what pca subtracts; None for zero.
+            **options: options of the method.
 
         Raises:
-            ValueError: components are no finite matrix; mean is not [D] or the method is not pca;
-                unknown method or option.
+            ValueError: components are not a finite matrix, mean is not [D] or the method is not
+                pca, or the method or an option is unknown.
         """
         how = method_named(method)
         options = how.options(options)
@@ -134,22 +140,22 @@ class Concepts:
         D = components.shape[1]
         if mean is not None:
             if not how.has_mean:
-                raise ValueError(f"{how.name!r} subtracts no mean; leave mean out or use 'pca'")
+                raise ValueError(f"{how.name!r} does not subtract a mean; omit mean or use 'pca'")
             mean = jnp.asarray(mean, real_dtype(components))
             if mean.shape != (D,):
                 raise ValueError(
-                    f"mean must have shape ({D},), one entry a column of components; "
-                    f"got {mean.shape}"
+                    f"mean must have shape ({D},), one entry per column of components; got "
+                    f"{mean.shape}"
                 )
         return cls(components.astype(real_dtype(components)), None, how.name, options, mean=mean)
 
     def save(self, directory: str | Path) -> None:
-        """Write concepts.safetensors and concepts.json into a directory, made if it is missing.
+        """Writes concepts.safetensors and concepts.json to a directory, created if missing.
 
-        Each file is written under a temporary name and renamed, tensors first; the description
+        Each file is written under a temporary name and renamed, tensors first. The description
         holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
-        activations that lie in the directory stay there and are not written again; the description
-        names their folder, so that no death leaves components with the activations of others.
+        activations in this directory stay there and are not written again; the description names
+        their folder, so that an interrupted save never pairs components with foreign activations.
         """
         directory = Path(directory)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -189,17 +195,17 @@ class Concepts:
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, description)
         before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
-        for other in before:  # what another description named
+        for other in before:  # folders that an earlier description named
             if other.is_dir() and other.name != folder:
                 shutil.rmtree(other)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Concepts":
-        """Read what `save` wrote; arrays are numpy's, streamed activations stay on disk.
+        """Reads what `save` wrote; arrays are numpy arrays, streamed activations stay on disk.
 
         Raises:
-            FileNotFoundError: the directory holds no concepts.
-            ValueError: a file is damaged, or the two are not of one save.
+            FileNotFoundError: the directory has no concepts.
+            ValueError: a file is damaged, or the two come from different saves.
         """
         directory = Path(directory)
         for name in (TENSORS, DESCRIPTION):
@@ -213,12 +219,13 @@ class Concepts:
             digest = described["tensors_sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{directory / DESCRIPTION} is not a description of concepts ({error}); "
-                "decompose again"
+                f"{directory / DESCRIPTION} is not a description of concepts ({error}); decompose "
+                "again"
             ) from error
         if digest != hashlib.sha256(tensors).hexdigest():
             raise ValueError(
-                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save; decompose again"
+                f"{directory}: {TENSORS} and {DESCRIPTION} come from different saves; decompose "
+                "again"
             )
         known = {name: described[name] for name in _DESCRIBED if name in described}
         with damaged.reported(directory, "concepts", "decompose again"):
@@ -240,9 +247,9 @@ class Concepts:
 
 
 def on_host(concepts: Concepts) -> Concepts:
-    """Concepts with their arrays as numpy's; activations that lie on several hosts are gathered.
+    """Converts arrays to numpy, gathering activations that are spread over several hosts.
 
-    Every host calls it.
+    All hosts must call it.
     """
     arrays = {name: getattr(concepts, name) for name in _ARRAYS}
     gathered = {
@@ -256,15 +263,15 @@ def on_host(concepts: Concepts) -> Concepts:
 
 
 def _stored(array: np.ndarray) -> np.ndarray:
-    """As it is written: in float32, or float64 where that is what it has."""
+    """Returns the array as it is written: in float64 if it is float64, else in float32."""
     return np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
 
 
 class StoredActivations:
-    """The activations of concepts that are being found, written into the concepts' directory.
+    """Writes the activations of concepts into their directory while they are being computed.
 
-    A context: `Concepts.save` with its `rows` gives them their place there; when it ends, nothing
-    is left of those that were not saved.
+    A context manager: `Concepts.save` with its `rows` makes them part of the directory; on exit,
+    unsaved activations are deleted.
     """
 
     def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
@@ -276,11 +283,11 @@ class StoredActivations:
         self._array = create_array(self._partial, "float32", (num_samples, num_concepts))
 
     def write(self, start: int, rows: Float[np.ndarray, "B K"]) -> None:
-        """The activations of the rows from `start` on."""
+        """Writes the activations of the rows from `start`."""
         wait(self._array[start : start + len(rows)].write(rows))
 
     def rows(self) -> StoredRows:
-        """All of them, once they are written."""
+        """Returns all activations, once they are written."""
         return StoredRows(self._partial, self._num_samples)
 
     def __enter__(self) -> "StoredActivations":

@@ -1,6 +1,6 @@
-"""The stages behind extraction: each reads directories and writes one, so that each runs alone.
+"""The stages after extraction: each reads directories and writes one, so that each can run alone.
 
-The command line and the demo call them; who works with arrays calls `decompose`, `project`,
+The command line and the demo call them; to work with arrays, call `decompose`, `project`,
 `ground_text` and `ground_images` directly.
 """
 
@@ -24,7 +24,7 @@ from xlvlm_jax.storage.same_model import require_model
 
 
 def rows_mesh() -> Mesh | None:
-    """All devices on the axis "data", those of other hosts too; None where there is one."""
+    """Returns a mesh of all devices of all hosts with the axis "data"; None for a single device."""
     count = jax.device_count()
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,)) if count > 1 else None
 
@@ -42,16 +42,26 @@ def decompose_features(
 ) -> Concepts:
     """Factors the matrix of one site into concepts and writes them to a directory.
 
-    stream: for a matrix larger than memory. Its tiles are read again for every update, and the
-    activations are written as the last pass makes them; the result does not hold them.
-    Over several hosts (`jax.distributed`) each reads the rows of its devices and host 0 writes.
+    With several hosts (`jax.distributed`) each reads the rows of its devices and host 0 writes.
 
-    Raises ValueError as `decompose` does, for a site that the features do not hold, and to stream
-    over several hosts.
+    Args:
+        features: the features to read.
+        output: directory to write to.
+        num_concepts: K.
+        method: as for `decompose`.
+        site: site whose states to use; optional if there is only one.
+        seed: random seed.
+        stream: for a matrix larger than memory. Its tiles are read again for every update, and the
+            activations are written during the last pass; the result does not hold them.
+        **options: as for `decompose`.
+
+    Raises:
+        ValueError: as for `decompose`, the features do not have the site, or `stream` is used with
+            several hosts.
     """
     site = choose_site(features, site)
     if stream and jax.process_count() > 1:
-        raise ValueError("--stream reads on one host; leave it out, or the other hosts")
+        raise ValueError("--stream works on a single host; omit it, or use one host")
     began, key = time.perf_counter(), jax.random.key(seed)
     stored = features.stored(site)
     source = {
@@ -97,19 +107,27 @@ def ground_concepts(
     num_images: int = 5,
     through_norm: bool | None = None,
 ) -> Concepts:
-    """Finds the words and the images of the concepts in a directory and writes them into it.
+    """Finds the words and the images of the concepts in a directory and adds them to it.
 
-    through_norm: whether words are read through the model's final norm (see `ground_text`); by
-    default those of sites before it are. Recorded in concepts.json.
+    Args:
+        directory: directory with concepts.
+        vlm: the model whose states the concepts were learnt on.
+        features: the features that the concepts were learnt on.
+        num_words: maximum number of words per concept.
+        num_candidates: as for `ground_text`.
+        num_images: number of images per concept.
+        through_norm: whether words are read through the model's final norm (see `ground_text`); by
+            default they are for sites before it. Recorded in concepts.json.
 
-    Raises ValueError if the features are not those that the concepts were learnt on, or the model
-    is another one than the features' (its head would read other words).
+    Raises:
+        ValueError: the concepts were learnt on other features, or the features come from another
+            model (whose head would read other words).
     """
     concepts = Concepts.load(directory)
     if concepts.activations is None or len(concepts.activations) != len(features.tokens):
         count = "no" if concepts.activations is None else len(concepts.activations)
         raise ValueError(
-            f"{directory} has activations of {count} rows, {features.path} has "
+            f"{directory} has activations of {count} rows but {features.path} has "
             f"{len(features.tokens)}; ground concepts with the features they were learnt on"
         )
     require_model(concepts.source, vlm, f"{directory} was learnt on the states of")

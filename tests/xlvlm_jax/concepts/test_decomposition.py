@@ -172,7 +172,7 @@ def spoilt(row, value):
 @pytest.mark.parametrize(
     ("Z", "num_concepts", "method", "options", "message"),
     [
-        (rows(), 50, "snmf", {}, "num_concepts=50 is larger than the 20 rows of Z; ask for fewer"),
+        (rows(), 50, "snmf", {}, "num_concepts=50 is larger than the 20 rows of Z; use fewer"),
         (rows(), 7, "pca", {}, r"num_concepts=7 is larger than min\(N, D\) = 6"),
         (rows(), 0, "kmeans", {}, "num_concepts must be a whole number of at least 1; got 0"),
         (rows(), 2.5, "kmeans", {}, "num_concepts must be a whole number of at least 1; got 2.5"),
@@ -215,7 +215,7 @@ def test_a_mesh_without_rows_to_shard_on():
 @pytest.mark.parametrize(
     ("Z", "message"),
     [
-        (np.ones((4, 5)), "Z has 5 columns but the concepts have 6; project states of the site"),
+        (np.ones((4, 5)), "Z has 5 columns but the concepts have 6; project states from the site"),
         (np.ones(6), r"Z must be a matrix .* got shape \(6,\)"),
         (spoilt(4, np.nan), r"Z has NaN or Inf in row 4 \(and 15 more rows\)"),
     ],
@@ -249,7 +249,7 @@ def test_float64_and_integers_are_centred_before_float32(method):
 
 def test_centroids_that_float32_rounds_are_said():
     Z = np.arange(20.0)[:, None] + [[1e9, 0]]
-    with pytest.warns(UserWarning, match="column 0 of Z is around 1e.09 .* by up to 32") as said:
+    with pytest.warns(UserWarning, match="column 0 of Z has mean 1e.09 .* by up to 32") as said:
         quick(Z, "kmeans", 2)
     assert "\n" not in str(said[0].message)
     with warnings.catch_warnings():
@@ -302,7 +302,9 @@ def test_an_objective_beyond_float32_is_refused():
 
 def test_rows_too_short_for_alpha_are_said_and_their_concepts_dead():
     Z = rows() / 100
-    with pytest.warns(UserWarning, match=r"only 0 % of the rows have a code: alpha is 1, .*norm"):
+    with pytest.warns(
+        UserWarning, match=r"only 0 % of the rows have a nonzero code: alpha is 1, .*norm"
+    ):
         found = quick(Z)
     assert found.dead.tolist() == [True] * K
     relative = quick(Z, alpha=0.01, relative_alpha=True)
@@ -510,7 +512,7 @@ def test_damaged_or_missing_files(tmp_path):
     Concepts(np.eye(2, dtype=np.float32)).save(first)
     Concepts(np.eye(3, dtype=np.float32)).save(second)
     (second / "concepts.safetensors").replace(first / "concepts.safetensors")
-    with pytest.raises(ValueError, match="are not of one save; decompose again"):
+    with pytest.raises(ValueError, match="come from different saves; decompose again"):
         Concepts.load(first)
     (first / "concepts.json").write_text("{")
     with pytest.raises(ValueError, match="is not a description of concepts"):
@@ -540,7 +542,7 @@ def test_weights_scale_the_objective_and_nothing_else():
 
 
 def test_weights_of_a_method_without_them():
-    with pytest.raises(ValueError, match="'snmf' has no weights; leave sample_weight out or use"):
+    with pytest.raises(ValueError, match="'snmf' does not take weights; omit sample_weight or use"):
         decompose(rows(), 2, key=KEY, sample_weight=np.ones(len(rows())))
 
 

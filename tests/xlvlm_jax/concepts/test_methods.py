@@ -59,7 +59,7 @@ def test_what_a_new_method_says_is_asked():
         xlvlm_jax.decompose(Z, 5, "products", key=KEY)
     with pytest.raises(ValueError, match="'products' can't be streamed; expected one of snmf, km"):
         xlvlm_jax.decompose_stored(Z, 2, "products", key=KEY)
-    with pytest.raises(ValueError, match=r"'products' has no weights; .* or use 'kmeans'"):
+    with pytest.raises(ValueError, match=r"'products' does not take weights; .* or use 'kmeans'"):
         xlvlm_jax.decompose(Z, 2, "products", key=KEY, sample_weight=np.ones(9))
     with pytest.raises(ValueError, match=r"unknown method 'product'.* did you mean 'products'"):
         method_named("product")

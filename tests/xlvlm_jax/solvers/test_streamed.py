@@ -101,7 +101,7 @@ def test_what_can_not_be_streamed(tmp_path):
     source = store(tmp_path / "Z", planted())
     with pytest.raises(ValueError, match="'simple' can't be streamed; expected one of snmf"):
         decompose_stored(source, K, "simple", key=KEY)
-    with pytest.raises(ValueError, match="init is not for stored rows"):
+    with pytest.raises(ValueError, match="init is not available for stored rows"):
         decompose_stored(source, K, key=KEY, init=np.eye(K, D))
     with pytest.raises(ValueError, match="num_concepts=302 is larger than the 301 rows"):
         decompose_stored(source, 302, "kmeans", key=KEY)

@@ -1,1 +1,1 @@
-"""Scores of dictionaries: what they are made of, one scorer, and a table over methods."""
+"""Scores of dictionaries: their records, a scorer, and a table over methods."""

@@ -1,4 +1,4 @@
-"""What a data set knows of the samples, and how well concepts tell it."""
+"""Attributes of the samples known from the data set, and how well concepts predict them."""
 
 from collections.abc import Mapping
 
@@ -13,16 +13,22 @@ from xlvlm_jax.metrics.labels import Labels, factorise_each
 
 
 def known_attributes(features: Features) -> dict[str, Labels]:
-    """{attribute: its value at each row}, of the attributes that the data set keeps of samples."""
+    """Returns {attribute: its value at each row} for the attributes that the data set provides."""
     described = (sample.get("attributes") or {} for sample in unplaced(features.samples))
     of_samples = factorise_each(described, len(features.samples))
     rows = {name: labels.take(features.sample_rows) for name, labels in of_samples.items()}
-    # What all rows share (the kind, when the token of interest names it) tells nothing.
+    # An attribute that all rows share (the kind, if the token of interest names it) is
+    # uninformative.
     return {name: labels for name, labels in rows.items() if np.count_nonzero(labels.counts()) > 1}
 
 
 def score_attributes(concepts: Concepts, features: Features) -> dict[str, AttributeScore]:
-    """How well the most activated concept tells the attributes, on learnt or on other features."""
+    """Returns how well the most active concept predicts each attribute.
+
+    Args:
+        concepts: the concepts to score.
+        features: the features they were learnt on, or others of the same site.
+    """
     site = concepts.source.get("site")
     if concepts.source.get("features") == str(features.path.resolve()):
         activations = concepts.activations
@@ -32,7 +38,7 @@ def score_attributes(concepts: Concepts, features: Features) -> dict[str, Attrib
 
 
 def as_json(scores: Mapping[str, AttributeScore]) -> dict[str, dict[str, float]]:
-    """Scores as the report reads them."""
+    """Returns the scores in the form that the report reads."""
     return {
         name: {"concepts": round(score.nmi, 4), "random": round(score.random_mean, 4)}
         for name, score in scores.items()

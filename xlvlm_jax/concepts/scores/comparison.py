@@ -1,7 +1,7 @@
-"""One table over methods and numbers of concepts: decompose, ground, score, each on the same rows.
+"""A table over methods and numbers of concepts: decompose, ground, score, each on the same rows.
 
-"random" is no decomposition: it is the first other method's dictionary read as random words, as
-many for each concept, and is scored where words count.
+"random" is not a decomposition: it is the first other method's dictionary with random words, as
+many per concept, and only gets scores that depend on words.
 """
 
 import dataclasses
@@ -45,28 +45,34 @@ def compare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DictionaryScores]:
-    """Scores every method with every number of concepts; for each number the methods in order.
+    """Scores every method with every number of concepts.
 
     Args:
-        train: the rows to decompose, of the scorer's site.
-        vlm: whose head reads the words.
-        scorer: holds the rows to score on, best others than the train ones.
-        methods: of `decompose`, and "random".
+        train: the rows to decompose, from the scorer's site.
+        vlm: the model whose head reads the words.
+        scorer: holds the rows to score on, preferably not the training rows.
+        methods: methods of `decompose`, and "random".
         num_concepts: each K.
-        num_seeds: how many times each is decomposed, for the stability; the first is scored.
-        num_words, num_candidates: as for `ground_text`.
-        through_norm: whether words are read through the final norm; by default those of sites
-            before it are.
-        progress: called after each with (done, in all).
+        num_seeds: number of decompositions per K, for the stability; the first is scored.
+        num_words: as for `ground_text`.
+        num_candidates: as for `ground_text`.
+        through_norm: whether words are read through the final norm; by default they are for sites
+            before it.
+        seed: random seed of the first decomposition.
+        progress: called after each dictionary with (done, total).
 
-    Raises ValueError as `decompose` does, for rows of other models or widths, and for "random"
-    alone.
+    Returns:
+        one record per dictionary, ordered by number of concepts and then by method.
+
+    Raises:
+        ValueError: as for `decompose`, the rows come from another model or have another width, or
+            "random" is the only method.
     """
     learnt = [method for method in dict.fromkeys(methods) if method != RANDOM]
     if not learnt:
         raise ValueError(
-            f"'random' replaces the words of another method's concepts; give one of "
-            f"{', '.join(METHODS)} too"
+            "'random' replaces the words of another method's concepts; add one of "
+            f"{', '.join(METHODS)}"
         )
     if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES)]:
         raise ValueError(
@@ -75,7 +81,7 @@ def compare(
     if num_seeds < 1:
         raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
     if RANDOM in methods and scorer.clip is None and scorer.bert is None:
-        raise ValueError("random words are scored by CLIP or BERT; give one, or leave 'random' out")
+        raise ValueError("random words are scored by CLIP or BERT; provide one, or omit 'random'")
     Z = train.matrix(choose_site(train, scorer.site))
     source = {
         "site": scorer.site,
@@ -95,7 +101,7 @@ def compare(
             progress(len(found), len(set(methods)) * len(counts))
 
     for method in learnt:
-        # All numbers of concepts side by side: one program a method.
+        # All numbers of concepts side by side: one program per method.
         runs = [
             decompose(Z, counts, method, key=jax.random.key(seed + i)) for i in range(num_seeds)
         ]
@@ -121,7 +127,7 @@ def compare(
 
 
 class Run(NamedTuple):
-    """What `score_run` made."""
+    """Result of `score_run`."""
 
     scores: list[DictionaryScores]
     path: Path
@@ -141,7 +147,21 @@ def score_run(
 ) -> Run:
     """Compares methods on a run directory: learnt on features/, scored on test-features/.
 
-    The scores join what scores.json holds already; the report shows them.
+    The scores are added to scores.json, which the report shows.
+
+    Args:
+        run: the run directory.
+        vlm: the model whose head reads the words.
+        clip: scores words and images.
+        bert: scores words and captions; None for no BERTScore.
+        site: site whose states to use; optional if there is only one.
+        methods: as for `compare`.
+        num_concepts: as for `compare`.
+        seed: random seed.
+        progress: as for `compare`.
+
+    Raises:
+        ValueError: as for `compare` and `Scorer`.
     """
     train = Features.open(run / "features")
     scorer = Scorer(Features.open(run / "test-features"), site, clip=clip, bert=bert, seed=seed)
@@ -151,32 +171,35 @@ def score_run(
 
 
 def require_no_scores(directory: Path, overwrite: bool) -> None:
-    """Before the work begins: FileExistsError for a scores.json that holds dictionaries already.
+    """Checks, before any work, that no scores would be overwritten.
 
-    Raises ValueError for one that is no JSON object.
+    Raises:
+        FileExistsError: scores.json already has scores of dictionaries.
+        ValueError: scores.json is not a JSON object.
     """
     if "dictionaries" in _known(directory) and not overwrite:
         raise FileExistsError(
-            f"{directory / FILE} holds scores of dictionaries; name another output, or replace "
-            "them by --overwrite"
+            f"{directory / FILE} already has scores of dictionaries; choose another output, or "
+            "replace them with --overwrite"
         )
 
 
 def _known(directory: Path) -> dict[str, Any]:
-    """What scores.json holds; {} where there is none."""
+    """Returns the contents of scores.json; {} if it does not exist."""
     path = directory / FILE
     known = files.read_json(path) if path.exists() else {}
     if not isinstance(known, dict):
-        raise ValueError(f"{path}: expected a JSON object; remove it or choose another place")
+        raise ValueError(f"{path}: expected a JSON object; remove it or choose another output")
     return known
 
 
 def write_scores(
     directory: Path, description: Mapping[str, Any], rows: Sequence[DictionaryScores]
 ) -> Path:
-    """Writes the scores as "dictionaries" of scores.json, beside what else the file holds.
+    """Writes the scores as "dictionaries" in scores.json, keeping its other entries.
 
-    Raises ValueError for a scores.json that is no JSON object.
+    Raises:
+        ValueError: scores.json is not a JSON object.
     """
     path, known = directory / FILE, _known(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a dictionary scored: plain records, as scores.json holds them."""
+"""Scores of a dictionary: plain records, as in scores.json."""
 
 import dataclasses
 import math
@@ -8,34 +8,34 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How well the words of the r most activated concepts fit the samples.
+    """How well the words of the r most active concepts fit the samples.
 
-    A sample's score is the mean over its r most activated concepts, of those above zero; samples
+    A sample's score is the mean over its r most active concepts with positive activation; samples
     that activate none are left out. Concepts without words score 0.
     """
 
     mean: float
     std: float  # over samples
-    random: float  # the mean with random words, as many for each concept
+    random: float  # mean with random words, as many per concept
     random_std: float  # over samples
     num_samples: int
-    noise: float | None = None  # the mean with images of noise (CLIPScore)
-    precision: float | None = None  # means, where `mean` is that of F1 (BERTScore)
+    noise: float | None = None  # mean with noise images (CLIPScore)
+    precision: float | None = None  # mean; `mean` is then F1 (BERTScore)
     recall: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryScores:
-    """One dictionary, scored. None where a figure has no meaning or nothing to be computed from.
+    """Scores of one dictionary. None if a score is undefined or its inputs are missing.
 
     Attributes:
         name, method, num_concepts: of the dictionary.
         clip, bert: {r: Fit}, CLIPScore and BERTScore's F1.
-        overlap: of words, in [0, 1].
+        overlap: overlap of words between concepts, in [0, 1].
         explained_variance: 1 - |Z - reconstruction|^2 / |Z - mean|^2.
-        hoyer, active: sparsity of the codes; share of them that are not zero.
-        dead: how many concepts are the most activated one of no sample.
-        stability: mean cosine of matched concepts of other seeds.
+        hoyer, active: sparsity of the codes; share of nonzero codes.
+        dead: number of concepts that are not the most active one of any sample.
+        stability: mean cosine of matched concepts between seeds.
         monosemanticity: mean over concepts.
         attributes: {attribute: {"concepts": mutual information, "random": of shuffled concepts}}.
         words: of each concept.
@@ -59,12 +59,16 @@ class DictionaryScores:
     through_norm: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; figures to six digits, NaN as None."""
+        """Returns JSON values; numbers with six digits, NaN as None."""
         return plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryScores":
-        """What `to_dict` gave; TypeError, ValueError or AttributeError for anything else."""
+        """Inverts `to_dict`.
+
+        Raises:
+            TypeError, ValueError, AttributeError: the values are not from `to_dict`.
+        """
         fits = {
             name: {int(r): Fit(**fit) for r, fit in (values.get(name) or {}).items()}
             for name in ("clip", "bert")
@@ -73,7 +77,7 @@ class DictionaryScores:
 
 
 def plain(value: Any) -> Any:
-    """As JSON values: keys are text, figures have six digits, NaN is None."""
+    """Returns JSON values: keys are text, numbers have six digits, NaN is None."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

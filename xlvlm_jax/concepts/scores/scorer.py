@@ -1,8 +1,8 @@
-"""Scores dictionaries: how well their words fit samples, and what their codes are like.
+"""Scores dictionaries: how well their words fit samples, and properties of their codes.
 
-A `Scorer` holds the samples, rows of one site of a directory of features, with the vectors of their
-images and what people said of them; it scores one dictionary after another on them. N rows, K
-concepts, D width, E width of CLIP's common space.
+A `Scorer` holds the samples, which are rows of one site of a directory of features, with the
+embeddings of their images and their captions; it scores one dictionary after another on them. N
+rows, K concepts, D width, E width of CLIP's embedding space.
 """
 
 import functools
@@ -36,22 +36,24 @@ NUM_NOISE = 32
 class Scorer:
     """Scores dictionaries on the rows of one site.
 
-    Args:
-        features: the samples to score on.
-        site: whose states; may be left out if there is one.
-        clip: from `ports.models.clip.load`; without it no CLIPScore and no monosemanticity.
-        bert: from `metrics.BertScorer`; without it no BERTScore.
-        tops: the numbers r of most activated concepts.
-        num_random: how often random words are drawn; their scores are means over the draws.
-        seed: of the random words and of the noise.
-        strict: stop at an image that can't be read or that CLIP's processor refuses, instead of
-            leaving its rows out of what CLIP scores; `skipped` says why.
-
     Each image is read and encoded once, however many rows and dictionaries are scored.
 
-    Raises ValueError for another site, a number below one, with `bert` samples without captions,
-    and with `clip` samples without images or none that can be read; if strict, OSError or
-    ValueError for the first that can't.
+    Args:
+        features: the samples to score on.
+        site: site whose states to use; optional if there is only one.
+        clip: from `ports.models.clip.load`; without it, no CLIPScore and no monosemanticity.
+        bert: a `metrics.BertScorer`; without it, no BERTScore.
+        tops: the numbers r of most active concepts.
+        num_random: number of draws of random words; their scores are means over the draws.
+        seed: random seed of the random words and of the noise.
+        strict: stop at an image that can't be read or that CLIP's processor refuses. Otherwise its
+            rows are left out of CLIP's scores, and `skipped` says why.
+
+    Raises:
+        ValueError: the site is unknown, a number is below one, `bert` is given and samples have no
+            captions, or `clip` is given and samples have no images or none that can be read; if
+            strict, also for the first image that CLIP's processor refuses.
+        OSError: if strict, for the first image that can't be read.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Scorer:
         if bert is not None:
             self._captions = captions(features)
             self._bert_vocabulary = metrics.vocabulary_words(bert.encoder.tokenizer)
-        self.images: Float[np.ndarray, "N E"] | None = None  # NaN where there is none
+        self.images: Float[np.ndarray, "N E"] | None = None  # NaN if there is none
         self.skipped: dict[str, str] = {}  # image -> why CLIP does not see it
         if clip is not None:
             self._see(clip, strict)
@@ -95,7 +97,7 @@ class Scorer:
         without = np.flatnonzero(shown.codes[features.sample_rows] == UNKNOWN)
         if len(without):
             name = features.samples[int(features.sample_rows[without[0]])].get("id")
-            raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to see")
+            raise ValueError(f"{features.path}: sample {name!r} has no image for CLIP to score")
         # [N], which of the images each row shows
         used, self._image_rows = np.unique(shown.codes[features.sample_rows], return_inverse=True)
         names = [shown.values[image] for image in used]
@@ -104,7 +106,7 @@ class Scorer:
         vectors[[name not in self.skipped for name in names]] = embedded
         if len(self.skipped) == len(names):
             raise ValueError(
-                f"{features.path}: none of {len(names)} images can be seen by CLIP; the first: "
+                f"{features.path}: CLIP can read none of {len(names)} images; the first: "
                 f"{next(iter(self.skipped.values()))}"
             )
         self.images = vectors[self._image_rows]
@@ -112,7 +114,7 @@ class Scorer:
     def _pixels(
         self, clip: DualEncoder, names: Sequence[str], strict: bool
     ) -> Iterator[Float[np.ndarray, "3 H H"]]:
-        """Of the images that CLIP's processor takes; the reasons of others go into `skipped`."""
+        """Yields the images that CLIP's processor accepts; `skipped` gets the others."""
         for name in names:
             try:
                 pixels = metrics.pixels_of(clip, read_image(name))
@@ -129,25 +131,27 @@ class Scorer:
                 yield pixels
 
     def _distinct(self) -> np.ndarray:
-        """Of several rows of one image the first, and none of an image that CLIP does not see."""
+        """Returns the first row of each image, except images that CLIP does not see."""
         _, rows = np.unique(self._image_rows, return_index=True)
         return rows[np.isfinite(self._seen()[rows]).all(axis=1)]
 
     def _seen(self) -> Float[np.ndarray, "N E"]:
-        assert self.images is not None, "there is a `clip`, which has seen them"
+        assert self.images is not None, "only called if there is a `clip`"
         return self.images
 
     def score(
         self, concepts: Concepts, *, name: str = "", others: Sequence[Concepts] = ()
     ) -> DictionaryScores:
-        """The scores of a dictionary.
+        """Scores a dictionary.
 
         Args:
-            concepts: grounded in words, or CLIPScore, BERTScore and overlap are left out.
-            name: how it is called in the result.
-            others: what other seeds found, for the stability.
+            concepts: without words, CLIPScore, BERTScore and overlap are left out.
+            name: name of the dictionary in the result.
+            others: concepts found with other seeds, for the stability.
 
-        Raises ValueError for concepts of another site, model or width, or others of another shape.
+        Raises:
+            ValueError: the concepts are of another site, model or width, or others have another
+                shape.
         """
         self.check_source(concepts.source)
         K = len(concepts.components)
@@ -181,7 +185,7 @@ class Scorer:
         return squared_deviations(self.stored.tiles(TILE_ROWS))
 
     def _encode(self, concepts: Concepts) -> tuple[Float[np.ndarray, "N K"], float]:
-        """The activations of all rows and the explained variance, in one pass over the disk."""
+        """Returns the activations of all rows and the explained variance, in one disk pass."""
         activations = np.empty((len(self.stored), len(concepts.components)), np.float32)
         left = 0.0
         for start, rows, codes in project_stored(self.stored, concepts):
@@ -192,32 +196,47 @@ class Scorer:
         return activations, 1 - left / self._variance if self._variance > 0 else math.nan
 
     def check_source(self, source: Mapping[str, Any]) -> None:
-        """ValueError if concepts of that source are of another site or model than the rows."""
+        """Checks that concepts of this source belong to the site and model of the rows.
+
+        Raises:
+            ValueError: they do not.
+        """
         site = source.get("site", self.site)
         if site != self.site:
             raise ValueError(
                 f"concepts of site {site!r} cannot be scored on states of {self.site!r}; extract "
-                "the same site of both"
+                "the same site for both"
             )
         manifest = self.features.manifest
         models = source.get("fingerprint"), manifest.get("fingerprint")
         if None not in models and models[0] != models[1]:
             raise ValueError(
-                f"concepts of the model {source.get('model')!r} ({models[0]}), but "
-                f"{self.features.path} holds states of {manifest.get('model')!r} ({models[1]}); "
+                f"concepts are from model {source.get('model')!r} ({models[0]}), but "
+                f"{self.features.path} has states of {manifest.get('model')!r} ({models[1]}); "
                 "extract with the same model"
             )
 
     def random_words(self, scores: DictionaryScores, *, name: str = "random") -> DictionaryScores:
-        """What remains of a dictionary's scores when its words are drawn at random, as a row.
+        """Scores a dictionary with random words instead of its own.
 
-        Figures are means over the draws. Raises ValueError without `clip` and `bert`, whose
-        vocabularies the words are drawn from.
+        Scores are means over the draws.
+
+        Args:
+            scores: scores of the dictionary.
+            name: name in the result.
+
+        Raises:
+            ValueError: there is neither `clip` nor `bert`, whose vocabularies the words are drawn
+                from, or the dictionary has no words.
         """
         if self.clip is None and self.bert is None:
-            raise ValueError("random words are drawn from CLIP's or BERT's vocabulary; give one")
+            raise ValueError(
+                "random words are drawn from CLIP's or BERT's vocabulary; provide one of them"
+            )
         if scores.words is None:
-            raise ValueError(f"{scores.name} has no words to draw others for; ground it first")
+            raise ValueError(
+                f"{scores.name} has no words to replace by random ones; ground it first"
+            )
         vocabulary = self._clip_vocabulary if self.clip else self._bert_vocabulary
         draws = self._draws(scores.words, vocabulary)
 
@@ -241,7 +260,7 @@ class Scorer:
     def _of_words(
         self, words: Sequence[Sequence[str]] | None, activations: Float[np.ndarray, "N K"]
     ) -> dict[str, Any]:
-        """The scores that words decide, by the names of their fields."""
+        """Returns the scores that depend on words, by field name."""
         if words is None:
             return {}
         judged = self.clip is not None or self.bert is not None
@@ -268,7 +287,7 @@ class Scorer:
         own = np.asarray(metrics.clip_scores(images, embedded[:K])) * worded
         drawn = np.asarray(metrics.clip_scores(images, embedded[K:]))
         drawn = drawn.reshape(len(own), -1, K).mean(1)
-        # Sample n is shown noise n mod NUM_NOISE.
+        # Sample n gets noise image n mod NUM_NOISE.
         noise = metrics.clip_scores(self._noise, embedded[:K]) * worded
         noise = noise[np.arange(len(own)) % NUM_NOISE]
         seen = np.all(np.isfinite(images), axis=1, keepdims=True)
@@ -287,7 +306,7 @@ class Scorer:
         rows, columns = np.nonzero(widest)
 
         def matched(version: Sequence[Sequence[str]]) -> np.ndarray:
-            """Precision, recall and F1 [3, N, K] where `widest`, else 0."""
+            """Returns precision, recall and F1 [3, N, K] where `widest`, else 0."""
             texts = [", ".join(version[int(k)]) for k in columns]
             values = np.zeros((3, *widest.shape))
             if len(rows):
@@ -317,7 +336,7 @@ class Scorer:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """What the scores were computed with and on, as JSON values."""
+        """Returns what the scores were computed with and on, as JSON values."""
         similarity = None
         if self.images is not None and len(self._distinct()) > 1:
             similarity = metrics.mean_similarity(self.images[self._distinct()])
@@ -337,7 +356,11 @@ class Scorer:
 
 
 def captions(features: Features) -> list[list[str]]:
-    """What people said of the sample of each row; ValueError if of one they said nothing."""
+    """Returns the captions of the sample of each row.
+
+    Raises:
+        ValueError: a sample has none.
+    """
     (said,) = columns(features.samples, "references")
     said = [[text for text in texts or () if text.strip()] for texts in said]
     found = [said[i] for i in features.sample_rows]
@@ -346,7 +369,7 @@ def captions(features: Features) -> list[list[str]]:
         name = features.samples[missing[0]].get("id", missing[0])
         raise ValueError(
             f"{features.path}: {len(set(missing))} samples have no captions, the first {name!r}; "
-            "BERTScore needs them: extract from data with captions, or leave it out"
+            "BERTScore needs them: extract from data with captions, or omit BERTScore"
         )
     return found
 
@@ -369,5 +392,5 @@ def _fit(
 
 
 def _mean(scores: Float[jax.Array | np.ndarray, " N"]) -> float:
-    """The mean of the samples that have a score; NaN if none has."""
+    """Returns the mean over the samples that have a score; NaN if there are none."""
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan

@@ -70,7 +70,9 @@ def test_messages(features, write_features, vlm, clip, tmp_path):
 
     with pytest.raises(ValueError, match="'random' replaces the words of another method's conc"):
         run(methods=["random"])
-    with pytest.raises(ValueError, match="random words are scored by CLIP or BERT; give one, or"):
+    with pytest.raises(
+        ValueError, match="random words are scored by CLIP or BERT; provide one, or"
+    ):
         run(methods=["pca", "random"])
     with pytest.raises(ValueError, match="unknown method 'nmf'; expected some of snmf, kmeans"):
         run(methods=["nmf"])

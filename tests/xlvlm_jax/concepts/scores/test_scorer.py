@@ -103,7 +103,7 @@ def test_random_words_as_a_row(scorer, named):
     assert row.overlap < 0.1 and row.hoyer is None
     with pytest.raises(ValueError, match="random words are drawn from CLIP's or BERT's vocabul"):
         Scorer(scorer.features).random_words(scores)
-    with pytest.raises(ValueError, match="has no words to draw others for; ground it first"):
+    with pytest.raises(ValueError, match="has no words to replace by random ones; ground it first"):
         scorer.random_words(dataclasses.replace(scores, words=None))
 
 
@@ -170,7 +170,7 @@ def test_concepts_and_samples_that_do_not_fit(scorer, named, write_features, jud
     with pytest.raises(ValueError, match="40 samples have no captions, the first '0'; BERTScore"):
         Scorer(write_features(captions=False), bert=judge)
     blind = dataclasses.replace(foreign, samples=[{"id": "7"}] * 40)
-    with pytest.raises(ValueError, match="sample '7' has no image for CLIP to see"):
+    with pytest.raises(ValueError, match="sample '7' has no image for CLIP to score"):
         Scorer(blind, clip=clip)
     with pytest.raises(ValueError, match=r"tops must be at least 1, got \(0,\)"):
         Scorer(foreign, tops=(0,))
@@ -199,5 +199,5 @@ def test_images_that_can_not_be_seen_are_left_out_of_what_clip_scores(
         Scorer(gone, clip=clip, strict=True)
     for sample in gone.samples:
         sample["image"] = str(tmp_path / "gone.jpg")
-    with pytest.raises(ValueError, match=r"none of 1 images can be seen by CLIP; the first: .*go"):
+    with pytest.raises(ValueError, match=r"CLIP can read none of 1 images; the first: .*go"):
         Scorer(gone, clip=clip)
