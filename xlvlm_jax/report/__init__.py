@@ -1,4 +1,4 @@
-"""A run directory as one HTML page that needs nothing beside it."""
+"""Writes a run directory as one self-contained HTML page."""
 
 from xlvlm_jax.report.page import write_report
 

@@ -1,7 +1,7 @@
-"""The numbers of a directory of concepts: a section of the page, and a card for each concept.
+"""Computes what the page shows of a directory of concepts: a section with a card per concept.
 
-A row belongs to the concept that it activates most, and to none if it activates none at all. Axes:
-N rows of the features, K concepts.
+A row of features belongs to the concept it activates most, or to none if it activates none. Axes:
+N rows of the features, K concepts, V values of an attribute.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,30 +21,30 @@ from xlvlm_jax.report.thumbnails import Histogram, histogram
 
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4
-COLUMNS = 16  # concepts at a time: a cache line of float32, so that each row is read once
-NONE = -1  # in an assignment: the row activates no concept
+COLUMNS = 16  # concepts copied at a time: one cache line of float32, so each row is read once
+NONE = -1  # in an assignment, a row that activates no concept
 
 
 class Picture(NamedTuple):
     """One of the samples that activate a concept most."""
 
     image: str | None  # path
-    caption: str  # what the model said
+    caption: str  # the model's prediction
     activation: float
     sample: str
 
 
 class Attribute(NamedTuple):
-    """A known attribute that a concept's rows have more often than others."""
+    """An attribute value that is more frequent among a concept's rows than among all rows."""
 
     name: str
     value: str
-    share: float  # among the concept's rows of which the attribute is known
-    base: float  # among all rows of which it is known
+    share: float  # among the concept's rows for which the attribute is known
+    base: float  # among all rows for which it is known
 
     @property
     def lift(self) -> float:
-        """How many times as often as among all rows."""
+        """Ratio of the share to the base rate."""
         return self.share / self.base
 
 
@@ -54,18 +54,18 @@ class Card:
 
     number: int
     words: list[str] | None  # None before grounding
-    count: int  # its rows
-    share: float  # of all rows
-    mean: float  # of its activations over all rows
-    active: int  # rows with an activation that is not zero
+    count: int  # rows that belong to it
+    share: float  # count / number of all rows
+    mean: float  # mean activation over all rows
+    active: int  # rows with a non-zero activation
     histogram: Histogram
-    pictures: list[Picture]  # the strongest first
+    pictures: list[Picture]  # strongest activation first
     attributes: list[Attribute]
 
 
 @dataclass(frozen=True)
 class Section:
-    """One directory of concepts; cards in order of share."""
+    """One directory of concepts; cards with larger shares come first."""
 
     name: str
     site: str | None
@@ -76,12 +76,12 @@ class Section:
 
     @property
     def explained(self) -> float | None:
-        """The share of the variance that the concepts explain, where that is known."""
+        """The share of variance that the concepts explain; None if unknown."""
         return self.concepts.source.get("explained_variance")
 
 
 class Table(NamedTuple):
-    """How often each value of an attribute comes up."""
+    """How often each value of an attribute occurs."""
 
     values: list[str]
     everywhere: Int[np.ndarray, " V"]  # among all rows
@@ -91,7 +91,16 @@ class Table(NamedTuple):
 def count_attributes(
     assignment: Int[np.ndarray, " N"], num_concepts: int, attributes: Mapping[str, Labels]
 ) -> dict[str, Table]:
-    """Counts the values of all attributes for all concepts, {attribute: Table}."""
+    """Counts the values of all attributes for all concepts.
+
+    Args:
+        assignment: int[N], the concept that each row belongs to.
+        num_concepts: K.
+        attributes: {attribute: labels of the N rows}.
+
+    Returns:
+        {attribute: Table}.
+    """
     return {
         name: Table(labels.values, labels.counts(), labels.counts_by(assignment, num_concepts))
         for name, labels in attributes.items()
@@ -102,29 +111,34 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
     """Reads a directory of concepts that were learnt on `features`.
 
     Args:
-        directory: of the concepts.
-        features: what they were learnt on.
-        attributes: what is known of its rows.
+        directory: the directory of concepts.
+        features: the features they were learnt on.
+        attributes: {attribute: labels of the rows of `features`}.
+
+    Returns:
+        The section.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the concepts are not of these features.
+        ValueError: a file is damaged, or the concepts were not learnt on these features.
     """
     concepts = Concepts.load(directory)
     if concepts.activations is None:
-        raise ValueError(f"{directory}: concepts without activations; project the features on them")
+        raise ValueError(
+            f"{directory}: the concepts have no activations; project the features on them"
+        )
     activations = np.asarray(concepts.activations)
     N, K = activations.shape
     if len(features.tokens) != N:
         raise ValueError(
-            f"{directory}: activations of {N} rows, but {features.path} has"
+            f"{directory}: the activations have {N} rows, but {features.path} has"
             f" {len(features.tokens)}; decompose these features again"
         )
     if not np.isfinite(activations).all():
         raise ValueError(f"{directory}: activations hold NaN or Inf; decompose again")
     if concepts.words is not None and len(concepts.words) != K:
         raise ValueError(
-            f"{directory}: words of {len(concepts.words)} concepts, expected {K}; ground again"
+            f"{directory}: words for {len(concepts.words)} concepts, expected {K}; ground again"
         )
 
     site = concepts.source.get("site")
@@ -132,7 +146,7 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
         site = features.sites[0]
     if site is not None and site not in features.sites:
         raise ValueError(
-            f"{directory}: concepts of site {site!r}, but {features.path} holds"
+            f"{directory}: the concepts are of site {site!r}, but {features.path} holds"
             f" {few(features.sites)}; decompose these features again"
         )
 
@@ -163,21 +177,30 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
 def _columns(
     activations: Float[np.ndarray, "N K"],
 ) -> Iterator[tuple[int, Float[np.ndarray, " N"]]]:
-    """(concept, its activations in one piece of memory), some of them copied at a time."""
+    """Yields (concept, its activations as a contiguous array), copied in blocks of concepts."""
     for first in range(0, activations.shape[1], COLUMNS):
         together = np.ascontiguousarray(activations[:, first : first + COLUMNS].T)
         yield from enumerate(together, first)
 
 
 def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
-    """The most activated concept of each row; NONE for a row of zeros."""
+    """Returns the most activated concept of each row; NONE for a row of zeros."""
     return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
 
 
 def top_pictures(
     activations: Float[np.ndarray, " N"], features: Features, count: int = NUM_PICTURES
 ) -> list[Picture]:
-    """The samples of the largest positive activations, each image once."""
+    """Returns the samples with the largest positive activations, each image once.
+
+    Args:
+        activations: float[N], one concept's activations of the rows of `features`.
+        features: the features.
+        count: maximum number of pictures.
+
+    Returns:
+        Pictures, the strongest activation first.
+    """
     pictures: dict[str, Picture] = {}
     for row in _strongest_first(activations, count):
         if len(pictures) == count or activations[row] <= 0:
@@ -193,10 +216,10 @@ def top_pictures(
 
 
 def _strongest_first(activations: Float[np.ndarray, " N"], count: int) -> Iterator[int]:
-    """All rows in order of activation, of which `count` or a few more are wanted."""
+    """Yields all rows in order of activation; the caller takes `count` or a few more."""
     done = 0
     while done < len(activations):
-        # Rows of one picture follow each other: how many are wanted is not known before.
+        # Several rows may belong to one picture, so how many are needed is not known in advance.
         count = min(4 * count, len(activations))
         found = largest(activations, count)
         yield from found[done:]
@@ -206,11 +229,19 @@ def _strongest_first(activations: Float[np.ndarray, " N"], count: int) -> Iterat
 def typical_attributes(
     concept: int, tables: Mapping[str, Table], count: int = NUM_ATTRIBUTES
 ) -> list[Attribute]:
-    """The values that are over-represented among a concept's rows, the most telling first.
+    """Returns the attribute values that are over-represented among a concept's rows.
 
-    A value counts when its share p exceeds its share q of all rows by three standard errors,
-    sqrt(q (1 - q) / n) for n rows; values are in order of p log(p / q), their part of the
-    divergence between the two distributions.
+    A value is over-represented if its share p among the n rows of the concept exceeds its share q
+    among all rows by three standard errors sqrt(q (1 - q) / n).
+
+    Args:
+        concept: the concept's number.
+        tables: what `count_attributes` returns.
+        count: maximum number of values.
+
+    Returns:
+        Attributes in descending order of p log(p / q), their term of the KL divergence between
+        the two distributions.
     """
     found = []
     for name, (values, everywhere, of_concepts) in tables.items():

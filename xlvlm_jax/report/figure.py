@@ -1,4 +1,4 @@
-"""What all figures share: one look, no window, and a file that appears whole or not at all."""
+"""What all figures share: one style, no window, and a file that is written atomically."""
 
 import io
 import os
@@ -33,21 +33,28 @@ _LOOK: dict[Any, Any] = {
 def figure(
     path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, width: float, height: float
 ) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A figure to draw on, written to `path` (.svg, .png or .pdf) when the block ends.
+    """Yields a figure to draw on and writes it to `path` when the block ends.
 
         with figure("effect.svg", width=5, height=3) as (_, axes):
             axes[0, 0].plot(alphas, moved)
 
     Args:
-        path: its suffix chooses the format; its directory is made where it is missing.
-        rows, columns: of axes; the second of the pair is the array of them.
-        width, height: of the whole, in inches.
+        path: the file to write; its suffix (.svg, .png or .pdf) sets the format. A missing parent
+            directory is created. If the block raises, no file is written.
+        rows, columns: the number of rows and columns of axes.
+        width, height: the size of the whole figure in inches.
 
-    Raises ValueError for another suffix; what fails in the block leaves no file.
+    Yields:
+        The figure and its axes, object[rows, columns].
+
+    Raises:
+        ValueError: the suffix is not .svg, .png or .pdf.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"{path}: a figure ends in .svg, .png or .pdf; got {path.suffix!r}")
+        raise ValueError(
+            f"{path}: expected a file ending in .svg, .png or .pdf; got {path.suffix!r}"
+        )
     with matplotlib.rc_context(_LOOK):
         # Without pyplot: no global state, no display, and nothing to close.
         drawn = Figure(figsize=(width, height), layout="constrained")

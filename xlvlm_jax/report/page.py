@@ -1,4 +1,4 @@
-"""The page: what a run directory holds, read, put into the template, and written."""
+"""Reads a run directory, renders it as a page and writes the page."""
 
 import dataclasses
 import importlib.resources
@@ -25,8 +25,8 @@ from xlvlm_jax.report.thumbnails import Thumbnail, not_shown, thumbnails
 from xlvlm_jax.storage import atomic, damaged
 from xlvlm_jax.storage.pictures import store_features
 
-_PACKAGE = __name__.rpartition(".")[0]  # where the template lies
-# Stands where CSS puts a thumbnail: one transparent pixel.
+_PACKAGE = __name__.rpartition(".")[0]  # the package that holds the templates
+# One transparent pixel: the source of images that CSS gives a thumbnail as background.
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 Rows = list[tuple[str, str]]
 
@@ -38,27 +38,32 @@ def write_report(
     images: str | os.PathLike[str] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes the page of a run directory, by default as report.html in it, and returns its path.
+    """Writes a run directory as a self-contained HTML page.
+
+    Reads `features/`, every `concepts*/` and, if present, `scores.json`, `run.json`, `shift*/` and
+    `steering/*/`; with an evaluation in `steering/*/`, features and concepts may be missing. The
+    page embeds its pictures as thumbnails and needs no other file and no network.
 
     Args:
-        run: the directory.
-        output: the file to write.
-        images: where the pictures lie now, if they were moved without the run.
-        tell: gets a line if pictures can't be shown; the page holds it too.
+        run: the run directory.
+        output: the file to write; by default report.html in the run directory.
+        images: directory that holds the pictures now, if they were moved without the run.
+        tell: called with a message if pictures can't be shown; the page shows the message too.
 
-    Read are `features/`, each `concepts*/`, and `scores.json`, `run.json`, `shift*/` and
-    `steering/*/` where they are; with the last of these, features and concepts may be missing. The
-    page needs no other file and no network: pictures are in it as thumbnails, each once.
+    Returns:
+        The path of the page.
 
     Raises:
-        FileNotFoundError: no such directory, no features or no concepts in it.
-        ValueError: a file is damaged, or the concepts are not of these features.
+        FileNotFoundError: the directory does not exist, or holds no features or no concepts.
+        ValueError: a file is damaged, or concepts were not learnt on these features.
         OSError: the page can't be written.
     """
     run = Path(run)
     if not run.is_dir():
-        raise FileNotFoundError(f"{run}: no such run directory; expected what xlvlm demo writes")
-    with damaged.reported(run, "run", "make its features and concepts again"):
+        raise FileNotFoundError(
+            f"{run}: no such run directory; give one such as `xlvlm demo` writes"
+        )
+    with damaged.reported(run, "run", "recreate its features and concepts"):
         text = _render(run, images, tell)
     return _store(run / "report.html" if output is None else Path(output), text)
 
@@ -71,10 +76,10 @@ def _render(
     steering = read_steering(run, images)
     has_features = (run / "features").is_dir()
     if not has_features and not steering:
-        raise FileNotFoundError(f"{run}: no features/ in it; run `xlvlm extract` first")
+        raise FileNotFoundError(f"{run}: has no features/; run `xlvlm extract` first")
     directories = sorted(path for path in run.glob("concepts*") if path.is_dir())
     if not directories and not steering:
-        raise FileNotFoundError(f"{run}: no concepts*/ in it; run `xlvlm decompose` first")
+        raise FileNotFoundError(f"{run}: has no concepts*/; run `xlvlm decompose` first")
 
     features = (
         Features.open(run / "features", images=images) if has_features and directories else None
@@ -91,12 +96,12 @@ def _render(
     if len(small) < len(shown):
         sections = [_with_shown(section, small) for section in sections]
         left_out = (
-            f"{number(len(shown) - len(small))} of {number(len(shown))} left out, the less"
-            " activating ones of each concept, so that the page stays small"
+            f"{number(len(shown) - len(small))} of {number(len(shown))}, those that activate each"
+            " concept less, are left out to keep the page small"
         )
     unseen = not_shown(small)
     if unseen and tell is not None:
-        tell(f"{unseen}; give the directory that they lie in (--images)")
+        tell(f"{unseen}; give the directory that holds them (--images)")
     page = _environment().get_template("page.html.jinja")
     return page.render(
         about=_about(settings, features, sections),
@@ -118,7 +123,7 @@ def _render(
 
 
 def _in_order(sections: Iterable[Section], others: Iterable[str]) -> list[str]:
-    """Every picture once: each concept's first, then those of other parts, then more."""
+    """Returns every picture once: each concept's first, then `others`, then the rest."""
     ranked = itertools.zip_longest(
         *([p.image for p in card.pictures] for section in sections for card in section.cards)
     )
@@ -128,7 +133,7 @@ def _in_order(sections: Iterable[Section], others: Iterable[str]) -> list[str]:
 
 
 def _with_shown(section: Section, small: Mapping[str, Thumbnail]) -> Section:
-    """The section without the pictures that there was no room for."""
+    """Returns the section without the pictures that did not fit on the page."""
     cards = [
         dataclasses.replace(
             card, pictures=[p for p in card.pictures if not p.image or p.image in small]
@@ -151,7 +156,7 @@ def _environment() -> Environment:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file."""
+    """Returns the object in a JSON file; {} if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -165,23 +170,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _store(path: Path, text: str) -> Path:
     try:
-        # A caption may hold half of a surrogate pair, which UTF-8 has no bytes for.
+        # A caption may contain a lone surrogate, which UTF-8 cannot encode.
         atomic.write(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise OSError(
             f"cannot write the report to {path}: {error.strerror};"
-            " give a file in a directory that can be written"
+            " give a file in a writable directory"
         ) from error
     return path
 
 
-# What was explained.
+# What the run explains.
 
 
 class About(NamedTuple):
     """The head of the page."""
 
-    token: str | None  # of interest
+    token: str | None  # token of interest: the word whose states were taken
     model: str | None
     facts: Rows
 
@@ -218,7 +223,7 @@ def _about(
 
 
 class Score(NamedTuple):
-    """How well one attribute is told by the concepts, and by a random assignment."""
+    """How well the concepts, and a random assignment, predict one attribute."""
 
     concepts: float
     random: float | None
@@ -228,11 +233,11 @@ class ScoreTable(NamedTuple):
     """The scores of one site."""
 
     splits: list[str]
-    rows: list[tuple[str, list[Score | None]]]  # attribute, a score a split
+    rows: list[tuple[str, list[Score | None]]]  # attribute, its score on each split
 
     @property
     def best(self) -> list[tuple[str, Score]]:
-        """The attributes told best, on the last split (the test one, where there is one)."""
+        """The three best predicted attributes on the last split (test, if there is one)."""
         last = [(name, scores[-1]) for name, scores in self.rows if scores[-1]]
         return sorted(last, key=lambda row: -row[1].concepts)[:3]
 
@@ -299,7 +304,7 @@ def _settings(
 
 
 def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:
-    """The plain values as one table, each mapping among them as a table of its own."""
+    """Yields the plain values as one table, then each mapping as a table of its own."""
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     if rows := list(_rows(plain)):
         yield Group(title, rows)
@@ -309,7 +314,7 @@ def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:
 
 
 def _rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value as text) of what is set; a mapping within gives a row for each of its keys."""
+    """Yields (name, value as text) for values that are set; flattens nested mappings."""
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, Mapping):
@@ -328,11 +333,11 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-# Numbers as a person writes them.
+# Numbers as text.
 
 
 def number(value: float) -> str:
-    """Three significant digits, or all of an integer; thousands set apart."""
+    """Formats a number: three significant digits, or all of an integer; thousands separated."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     if value and abs(value) < 1e-3:
@@ -341,7 +346,7 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, below ten with two digits; one that is not zero is never shown 0."""
+    """Formats a share as a percentage, with two digits below 10 %; only zero is shown as 0."""
     text = f"{100 * share:.0f}" if not 0 < share < 0.095 else f"{100 * share:.2g}"
     text = "<0.01" if 0 < share < 1e-4 else text
     return f"{text}\N{NARROW NO-BREAK SPACE}%"

@@ -1,4 +1,4 @@
-"""Scores of dictionaries as a plot: a panel for each score, a line for each method."""
+"""Plots scores of dictionaries: one panel per score, one line per method."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from xlvlm_jax.report.scores_section import Figure
 _PANELS: tuple[tuple[str, Figure], ...] = (
     ("CLIPScore", lambda row: row.clip[min(row.clip)].mean if row.clip else None),
     ("BERTScore", lambda row: row.bert[min(row.bert)].mean if row.bert else None),
-    ("Overlap of words (lower is better)", lambda row: row.overlap),
+    ("Word overlap (lower is better)", lambda row: row.overlap),
     ("Variance explained", lambda row: row.explained_variance),
     ("Stability over seeds", lambda row: row.stability),
     ("Monosemanticity", lambda row: row.monosemanticity),
@@ -22,16 +22,22 @@ _PANELS: tuple[tuple[str, Figure], ...] = (
 
 
 def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None:
-    """Draws each figure against the number of concepts, a line a method.
+    """Plots each score against the number of concepts, one line per method.
 
-    Of CLIPScore and BERTScore that of the fewest concepts. Figures that no dictionary has get no
-    panel. Raises ValueError if none is left, and as `figure`.
+    CLIPScore and BERTScore are drawn at the smallest number of top concepts they were computed for.
+
+    Args:
+        rows: scored dictionaries; a score that none of them has gets no panel.
+        path: the file to write (.svg, .png or .pdf).
+
+    Raises:
+        ValueError: no dictionary has a score to plot, or the suffix of `path` is another.
     """
     panels = [
         (title, value) for title, value in _PANELS if any(value(row) is not None for row in rows)
     ]
     if not panels:
-        raise ValueError(f"{len(rows)} dictionaries have no figure to plot; score them first")
+        raise ValueError(f"none of {len(rows)} dictionaries has a score to plot; score them first")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -45,7 +51,7 @@ def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None
                     for row in rows
                     if row.method == method and (found := value(row)) is not None
                 )
-                # A method keeps its colour, and its place in the legend, where it has no figure.
+                # A method without this score keeps its colour and its place in the legend.
                 axis.plot(*np.reshape(points, (-1, 2)).T, "o-", color=f"C{number}", label=method)
             axis.set_title(title)
             axis.set_xscale("log")
@@ -60,10 +66,15 @@ def plot(rows: Sequence[DictionaryScores], path: str | os.PathLike[str]) -> None
 
 
 def draw_all(rows: Sequence[DictionaryScores], directory: str | os.PathLike[str]) -> None:
-    """Draws scores.svg where the scores are of several numbers of concepts; else removes it."""
+    """Draws scores.svg if the scores cover several numbers of concepts; otherwise removes it.
+
+    Args:
+        rows: scored dictionaries.
+        directory: where scores.svg is written; created if missing.
+    """
     image = Path(directory) / "scores.svg"
     if len({row.num_concepts for row in rows}) > 1:
         image.parent.mkdir(parents=True, exist_ok=True)
         plot(rows, image)
     else:
-        image.unlink(missing_ok=True)  # of other scores
+        image.unlink(missing_ok=True)  # left by earlier scores

@@ -1,7 +1,7 @@
-"""Figures of a shift as in the paper: T-Overlap, recovery, and what concepts look like.
+"""Figures of a shift as in the paper: T-Overlap, recovery, and words and pictures of concepts.
 
-From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025). Each
-takes one fine-tuning or several, {name: analysis}.
+From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025).
+`plot_overlap` and `plot_recovery` take one or several fine-tuned models, {name: analysis}.
 """
 
 import os
@@ -28,7 +28,19 @@ PANEL_TITLES = {"original": "original", "shifted": "shifted", "finetuned": "fine
 
 
 def draw_all(analysis: ShiftAnalysis, directory: Path, name: str = "fine-tuned") -> list[Path]:
-    """Draws the figures of one shift into its directory and returns their paths."""
+    """Draws the figures of one shift.
+
+    Args:
+        analysis: a grounded shift.
+        directory: where the figures are written.
+        name: what the figures call the fine-tuned model.
+
+    Returns:
+        The paths of the figures.
+
+    Raises:
+        ValueError: the shift is not grounded.
+    """
     drawn = {
         "overlap.svg": lambda path: plot_overlap({name: analysis}, path),
         "recovery.svg": lambda path: plot_recovery({name: analysis}, path),
@@ -40,10 +52,14 @@ def draw_all(analysis: ShiftAnalysis, directory: Path, name: str = "fine-tuned")
 
 
 def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
-    """Bars of T-Overlap: original and shifted concepts with the matched fine-tuned ones.
+    """Draws bars of the T-Overlap of original and shifted concepts with their fine-tuned match.
 
-    A concept without a shift has no second bar; the dashed line is what original concepts share
-    with fine-tuned ones that are not their match.
+    A concept without a shift has no second bar. The dashed line is the overlap of original
+    concepts with fine-tuned concepts that are not their match.
+
+    Args:
+        analyses: {name: grounded shift}, a panel each.
+        path: the file to write (.svg, .png or .pdf).
     """
     count = len(analyses)
     widest = max(len(analysis.counts) for analysis in analyses.values())
@@ -63,7 +79,7 @@ def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
                 )
             chance = 100 * analysis.chance()["mismatched"]
             if np.isfinite(chance):
-                axis.axhline(chance, color="black", lw=0.8, ls="--", label="not matched")
+                axis.axhline(chance, color="black", lw=0.8, ls="--", label="unmatched")
             axis.set_title(name)
             axis.set_xticks(places)
             axis.set_xlim(-0.7, len(places) - 0.3)
@@ -74,7 +90,12 @@ def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
 
 
 def plot_recovery(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
-    """Recovery of every concept against the consistency and the magnitude of its shift."""
+    """Plots each concept's recovery against the consistency and magnitude of its shift.
+
+    Args:
+        analyses: {name: shift}, a colour each.
+        path: the file to write (.svg, .png or .pdf).
+    """
     with figure(path, 1, 2, width=8.4, height=3.6) as (_, [[left, right]]):
         for axis, name in ((left, "consistency"), (right, "magnitude")):
             for number, (label, analysis) in enumerate(analyses.items()):
@@ -94,17 +115,23 @@ def plot_recovery(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
 
 
 def pooled_correlation(analyses: Mapping[str, ShiftAnalysis], a: str, b: str) -> Correlation:
-    """The correlation of two figures over the concepts of all analyses together."""
+    """Returns the correlation of figures `a` and `b` over the concepts of all analyses."""
     pooled = [np.concatenate([each.figure(name) for each in analyses.values()]) for name in (a, b)]
     return correlation(*pooled)
 
 
 def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> None:
-    """Words and pictures of concepts before, after the shift, and as the fine-tuned model has them.
+    """Draws the words and pictures of original, shifted and fine-tuned concepts side by side.
 
-    Shown are the concepts with the most common samples. Words in the fine-tuned concept too are
-    marked by a dot; a picture that can't be read is left grey. ValueError for a shift that is not
-    grounded.
+    A dot marks a word that the fine-tuned concept has too. A picture that can't be read stays grey.
+
+    Args:
+        analysis: a grounded shift.
+        path: the file to write (.svg, .png or .pdf).
+        num_concepts: how many concepts to draw, starting with the most samples.
+
+    Raises:
+        ValueError: the shift is not grounded.
     """
     if analysis.words is None or analysis.images is None:
         raise ValueError("the shift has neither words nor pictures to show; ground its concepts")
@@ -116,7 +143,7 @@ def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> 
             for axis, (kind, title) in zip(row, PANEL_TITLES.items(), strict=True):
                 axis.imshow(_strip(analysis, analysis.images[kind][k]), interpolation="none")
                 axis.set_axis_off()
-                # All words of the fine-tuned concept are its own.
+                # The fine-tuned concept trivially has all its own words: no dots.
                 marked = wanted if kind != "finetuned" else set()
                 words = [f"·{word}" if word in marked else word for word in analysis.words[kind][k]]
                 said = "\n".join(wrap(shorten(" ".join(words), 90, placeholder=" …"), 56))
@@ -124,7 +151,7 @@ def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> 
 
 
 def _strip(analysis: ShiftAnalysis, names: list[str]) -> np.ndarray:
-    """The first pictures side by side, uint8[side, pictures x side, 3]."""
+    """Returns the first pictures side by side, uint8[PANEL_SIDE, width, 3]."""
     strip = np.full((PANEL_SIDE, PANEL_PICTURES * (PANEL_SIDE + 4), 3), 238, np.uint8)
     for number, name in enumerate(names[:PANEL_PICTURES]):
         try:

@@ -1,4 +1,4 @@
-"""The section of a shift: its figures, and each concept before, shifted and fine-tuned."""
+"""The page's section on a shift: figures, and each concept original, shifted and fine-tuned."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ class Face(NamedTuple):
     """A concept as words and pictures."""
 
     title: str
-    words: list[tuple[str, bool]]  # of another concept: whether the fine-tuned one has it too
+    words: list[tuple[str, bool]]  # word, whether the fine-tuned concept has it too
     pictures: list[tuple[str, str | None]]  # sample, image file
 
 
@@ -32,14 +32,14 @@ class Moved(NamedTuple):
 
     number: int
     samples: int
-    overlap: tuple[float, float] | None  # T-Overlap before and after; None without a shift
+    overlap: tuple[float, float] | None  # T-Overlap original and shifted; None without a shift
     figures: list[tuple[str, float]]
     faces: list[Face]
-    shift_words: list[str]  # read in the shift vector itself
+    shift_words: list[str]  # decoded from the shift vector itself
 
 
 class ShiftSection(NamedTuple):
-    """One directory of a shift; concepts in order of their samples."""
+    """One shift directory; concepts with more samples come first."""
 
     name: str
     analysis: ShiftAnalysis
@@ -52,9 +52,17 @@ class ShiftSection(NamedTuple):
 
 
 def read_shifts(run: Path, images: str | os.PathLike[str] | None = None) -> list[ShiftSection]:
-    """The sections of the `shift*/` in a run directory. ValueError for one that is damaged.
+    """Reads the sections of all `shift*/` in a run directory.
 
-    images: where the pictures lie now, if they were moved.
+    Args:
+        run: the run directory.
+        images: directory that holds the pictures now, if they were moved.
+
+    Returns:
+        A section per shift, in order of directory name.
+
+    Raises:
+        ValueError: a shift is damaged.
     """
     directories = sorted(path for path in run.glob("shift*") if (path / "shift.json").is_file())
     return [
@@ -64,7 +72,7 @@ def read_shifts(run: Path, images: str | os.PathLike[str] | None = None) -> list
 
 
 def shown_images(sections: Iterable[ShiftSection]) -> Iterator[str]:
-    """The image files that the sections show."""
+    """Yields the image files that the sections show."""
     for section in sections:
         for concept in section.concepts:
             for face in concept.faces:
@@ -72,7 +80,7 @@ def shown_images(sections: Iterable[ShiftSection]) -> Iterator[str]:
 
 
 def overlap_rows(analysis: ShiftAnalysis) -> list[tuple[str, str, str, str]]:
-    """Mean overlap of words and images: name, of original concepts, of shifted ones, by chance."""
+    """Returns rows of mean overlap of words and images: name, original, shifted, by chance."""
     rows = []
     for name, of in (("words (T-Overlap)", "words"), ("images", "images")):
         if getattr(analysis, of) is not None:

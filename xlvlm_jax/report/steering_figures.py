@@ -1,6 +1,6 @@
-"""Figures of steering: what was answered before and after, and effect and cost of every trial.
+"""Figures of steering: answers before and after, and the effect and cost of every trial.
 
-They take the summary that `evaluation.evaluate` writes.
+Each takes the summary that `evaluation.evaluate` writes.
 """
 
 import math
@@ -14,14 +14,22 @@ from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
 FIGURES = {
-    "answers.svg": "What was said before and after steering",
-    "sweep.svg": "Effect and cost of steering against strength and layer",
+    "answers.svg": "Answers before and after steering",
+    "sweep.svg": "Effect and cost of steering by strength and layer",
 }
 NUM_BARS = 12
 
 
 def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Draws the figures that a summary has the numbers for; returns their paths."""
+    """Draws the figures that `summary` has numbers for.
+
+    Args:
+        summary: what `evaluation.evaluate` writes.
+        directory: where the figures are written; those without numbers are removed from it.
+
+    Returns:
+        The paths of the figures drawn.
+    """
     directory, drawn = Path(directory), []
     for name, draw, wanted in (
         ("answers.svg", plot_answers, len(summary["conditions"]) > 1),
@@ -32,14 +40,19 @@ def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
             draw(summary, path)
             drawn.append(path)
         else:
-            path.unlink(missing_ok=True)  # of an earlier evaluation
+            path.unlink(missing_ok=True)  # left by an earlier evaluation
     return drawn
 
 
 def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Bars: how often each answer (of captions: word of the class) was given, by condition.
+    """Draws bars of how often each answer was given under each condition.
 
-    Beside them the types of the answers, which is how other questions break.
+    For captions, class words are counted instead of answers. For questions, a second panel counts
+    the types of answers, which shows how steering disturbs other questions.
+
+    Args:
+        summary: what `evaluation.evaluate` writes.
+        path: the file to write (.svg, .png or .pdf).
     """
     conditions = summary["conditions"]
     questions = summary["kind"] == "vqa"
@@ -59,11 +72,11 @@ def plot_answers(summary: Mapping[str, Any], path: str | Path) -> None:
         if questions:
             types = {name: measured["answer types"] for name, measured in conditions.items()}
             _bars(axes[1], types, list(types["plain"]))
-            axes[1].set_title("Types of answers")
+            axes[1].set_title("Answer types")
 
 
 def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> None:
-    """Horizontal bars, a group for each label, a bar for each condition."""
+    """Draws horizontal bars: a group per label, a bar per condition."""
     width = 0.8 / len(counts)
     colours = [FAINT, *COLOURS]
     for number, (name, counted) in enumerate(counts.items()):
@@ -76,10 +89,14 @@ def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[
 
 
 def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Effect and cost, against the strength (a line a site) and against the site (a line each).
+    """Plots effect and cost against strength (a line per site) and site (a line per strength).
 
-    Of trials at several choices of positions, those at the chosen one are drawn. The dashed lines
-    are what was wanted, and the cost that was allowed; the ring is what was chosen.
+    If trials differ in the positions they steer, only those with the chosen positions are drawn.
+    The dashed lines mark the wanted effect and the maximum cost, the ring marks the chosen trial.
+
+    Args:
+        summary: what `evaluation.evaluate` writes, with a sweep.
+        path: the file to write (.svg, .png or .pdf).
     """
     sweep, questions = summary["sweep"], summary["kind"] == "vqa"
     chosen = sweep["chosen"]
@@ -90,7 +107,7 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     labels = short_names(sites)
     quantities = (
         ("effect", "source answers moved, %" if questions else "captions gained, points", 100),
-        ("cost", "largest fall of another type, points", 1)
+        ("cost", "largest drop of another type, points", 1)
         if questions
         else ("cost", "CIDEr lost, %", 100),
     )
@@ -122,7 +139,7 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
 
 
 def short_names(sites: Sequence[str]) -> list[str]:
-    """Sites without what all of them begin with: "layers.3", "layers.4" -> "3", "4"."""
+    """Returns the sites without their common prefix: "layers.3", "layers.4" -> "3", "4"."""
     if len(sites) < 2:
         return [site.split(".")[-1] for site in sites]
     parts = [site.split(".") for site in sites]

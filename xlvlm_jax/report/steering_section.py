@@ -1,4 +1,4 @@
-"""The section of steering: scores before and after, figures, and examples with their pictures."""
+"""The page's section on steering: scores before and after, figures, and examples with pictures."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from xlvlm_jax.report.plots import Plot, read_plot
 from xlvlm_jax.report.steering_figures import FIGURES
 from xlvlm_jax.storage.pictures import find_all
 
-NUM_EXAMPLES = 6  # of what was to change, and as many of the others
+NUM_EXAMPLES = 6  # of intended changes, and as many of other changes
 
 
 class Example(NamedTuple):
@@ -21,7 +21,7 @@ class Example(NamedTuple):
     sample: str
     image: str | None  # file
     question: str | None
-    truth: str  # people's answer, or their first caption
+    truth: str  # the data set's answer, or its first caption
     before: str
     after: str
 
@@ -33,24 +33,31 @@ class SteeringSection(NamedTuple):
     title: str
     facts: list[str]
     columns: list[str]
-    rows: list[tuple[str, list[str]]]  # condition, its figures
+    rows: list[tuple[str, list[str]]]  # condition, its scores
     plots: list[Plot]
-    moved: list[Example]  # what was to change, and did
-    others: list[Example]  # what was to stay, and did not
+    moved: list[Example]  # changed as intended
+    others: list[Example]  # changed although they should not have
 
 
 def read_steering(run: Path, images: str | os.PathLike[str] | None = None) -> list[SteeringSection]:
-    """The sections of the `steering/*/` in a run directory that hold an evaluation.
+    """Reads the sections of all evaluations `steering/*/` in a run directory.
 
-    images: where the pictures lie now, if they were moved.
-    Raises ValueError for one that is damaged.
+    Args:
+        run: the run directory.
+        images: directory that holds the pictures now, if they were moved.
+
+    Returns:
+        A section per evaluation, in order of directory name.
+
+    Raises:
+        ValueError: an evaluation is damaged.
     """
     found = sorted((run / "steering").glob("*/summary.json"))
     return [_section(path.parent, images) for path in found]
 
 
 def shown_images(sections: Iterable[SteeringSection]) -> Iterator[str]:
-    """The image files that the sections show."""
+    """Yields the image files that the sections show."""
     for section in sections:
         yield from (e.image for e in (*section.moved, *section.others) if e.image)
 
@@ -82,7 +89,7 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
         )
     except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"{directory}: no evaluation that can be read ({type(error).__name__}: {error}); "
+            f"{directory}: cannot read the evaluation ({type(error).__name__}: {error}); "
             "evaluate again or remove it"
         ) from None
 
@@ -106,7 +113,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[str]:
         elif "instruction" in measured:
             yield f"{name}: “{measured['instruction']}” in the prompt"
     if sweep := summary.get("sweep"):
-        yield f"chosen of {len(sweep['trials'])} on split {sweep.get('split', 'another')}"
+        trials, split = len(sweep["trials"]), sweep.get("split")
+        yield f"best of {trials} trials on {f'split {split}' if split else 'another split'}"
 
 
 def _of_questions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -152,7 +160,7 @@ def _percent(share: float | None) -> str:
 def _examples(
     summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Example], list[Example]]:
-    """Some samples that the first steered condition changed: as it should, and others."""
+    """Returns samples that the first steered condition changed: as intended, and otherwise."""
     steered = next((n for n, m in summary["conditions"].items() if "sites" in m), None)
     if steered is None:
         return [], []

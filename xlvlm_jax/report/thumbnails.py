@@ -1,4 +1,4 @@
-"""What the page shows besides text: thumbnails as data URIs, and histograms as counts."""
+"""Thumbnails as data URIs and histograms as counts, for the page."""
 
 import base64
 import io
@@ -14,21 +14,21 @@ from PIL import Image
 from xlvlm_jax.data.images import read_image
 
 NUM_BINS = 24
-CROWDED = 0.9  # of the rows in one bin of equal width: bins are then of equal ratio
-# The longest side of a thumbnail in pixels: the first with which all of them fit into the budget.
-# Below the last they would be blurred where the page shows them: some are then left out.
+CROWDED = 0.9  # with more than this share of rows in one equal-width bin, bins get equal ratios
+# Longest side of a thumbnail in pixels: the largest at which all thumbnails fit into the budget.
+# Below the last, thumbnails would look blurred on the page, so some are left out instead.
 SIDES = (224, 160, 128, 96)
-BUDGET = 1_400_000  # bytes of all thumbnails of a page, in base64
+BUDGET = 1_400_000  # bytes of all thumbnails on a page, in base64
 
 
 class Histogram(NamedTuple):
-    """Activations of one concept, zeros left out; B bins over [low, high]."""
+    """Histogram of one concept's non-zero activations; B bins over [low, high]."""
 
     low: float
     high: float
     counts: list[int]  # [B], rows whose activation lies in the bin
-    own: list[int]  # [B], those of them of which this is the most activated concept
-    logarithmic: bool = False  # bins of equal ratio, not of equal width
+    own: list[int]  # [B], rows among them whose most activated concept is this one
+    logarithmic: bool = False  # bins have equal ratios instead of equal widths
 
 
 def histogram(
@@ -36,11 +36,20 @@ def histogram(
     own: Bool[np.ndarray, " N"],
     num_bins: int = NUM_BINS,
 ) -> Histogram:
-    """Counts the activations of one concept from its lowest to its highest, zeros left out.
+    """Counts one concept's non-zero activations in bins from the lowest to the highest.
 
-    Its own range: over that of all concepts those of a weak one would fall into one bin. The last
-    bin holds the highest too. Bins are of equal width, or of equal ratio where nearly all of the
-    activations, all positive, would fall into one: some are then many times as large as most.
+    The range is the concept's own: on a range shared by all concepts, a weak concept would fill
+    a single bin. The last bin is closed. Bins have equal widths, or equal ratios if all
+    activations are positive and nearly all of them would fall into one bin, as happens when a few
+    are many times larger than the rest.
+
+    Args:
+        activations: float[N], the activation of each row.
+        own: bool[N], whether the concept is the row's most activated one.
+        num_bins: the number of bins.
+
+    Returns:
+        The counts; a range of [0, 0] if no activation is non-zero.
     """
     active = activations[activations != 0]
     low, high = (float(active.min()), float(active.max())) if len(active) else (0.0, 0.0)
@@ -49,7 +58,7 @@ def histogram(
     logarithmic = bool(crowded and 0 < low < high)
     if logarithmic:
         edges = np.geomspace(low, high, num_bins + 1)
-        edges[0], edges[-1] = low, high  # which rounding may have moved inwards
+        edges[0], edges[-1] = low, high  # rounding may have moved them inwards
     counts, own_counts = (
         np.histogram(chosen, edges)[0].tolist()
         for chosen in (active, activations[own & (activations != 0)])
@@ -58,7 +67,7 @@ def histogram(
 
 
 class Thumbnail(NamedTuple):
-    """A small picture of the page, or why there is none."""
+    """A thumbnail, or the reason why there is none."""
 
     name: str  # its CSS class
     uri: str | None  # data:image/jpeg;base64,...
@@ -68,13 +77,17 @@ class Thumbnail(NamedTuple):
 def thumbnails(
     images: Iterable[str], roots: Iterable[Path] = (), *, budget: int = BUDGET
 ) -> dict[str, Thumbnail]:
-    """A thumbnail of each image, {image as given: Thumbnail}; each image is read once.
+    """Returns a thumbnail of each image; each image is read once.
 
     Args:
-        images: paths, the most important first; a relative one is looked for here and then below
-            each of `roots`.
-        budget: bytes that all data URIs may take together. Smaller thumbnails keep it; where the
-            smallest would not, the last images are left out of the result.
+        images: paths, the most important first; a relative path is looked up in the working
+            directory, then in each of `roots`.
+        roots: directories.
+        budget: maximum size of all data URIs together, in bytes. Thumbnails shrink to meet it; if
+            the smallest size still exceeds it, the last images are left out.
+
+    Returns:
+        {image as given: Thumbnail}.
     """
     small: dict[str, Image.Image | str] = {}
     for name in dict.fromkeys(images):
@@ -102,14 +115,15 @@ def thumbnails(
 
 
 def not_shown(small: Mapping[str, Thumbnail]) -> str | None:
-    """How many pictures there are no thumbnails of, with the first's name; None if there are all.
+    """Returns a message that counts the pictures that can't be shown; None if all can.
 
-    Names alone: a page that is passed on does not say where files lie on this machine.
+    It names the first by its file name alone: a page that is passed on must not reveal where files
+    are on this machine.
     """
     bad = [name for name, thumbnail in small.items() if thumbnail.uri is None]
     if not bad:
         return None
-    return f"{len(bad)} of {len(small)} pictures can't be shown, such as {Path(bad[0]).name}"
+    return f"{len(bad)} of {len(small)} pictures can't be shown, for example {Path(bad[0]).name}"
 
 
 def _find(name: str, roots: Iterable[Path]) -> Path:

@@ -31,7 +31,7 @@ def test_a_failed_drawing_leaves_nothing(tmp_path):
 
 def test_other_formats_are_refused(tmp_path):
     with (
-        pytest.raises(ValueError, match=r"ends in \.svg, \.png or \.pdf; got '\.gif'"),
+        pytest.raises(ValueError, match=r"ending in \.svg, \.png or \.pdf; got '\.gif'"),
         figure(tmp_path / "a.gif", width=3, height=2),
     ):
         pass

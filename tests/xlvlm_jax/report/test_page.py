@@ -178,11 +178,11 @@ def test_it_is_written_where_asked_and_whole(write_run, activations, tmp_path):
 def test_a_directory_that_is_no_run(tmp_path, write_run, activations):
     with pytest.raises(FileNotFoundError, match="nowhere: no such run directory"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no features/ in it; run `xlvlm extract` first"):
+    with pytest.raises(FileNotFoundError, match="has no features/; run `xlvlm extract` first"):
         write_report(tmp_path)
     run = write_run(activations)
     (run / "concepts").rename(run / "other")
-    with pytest.raises(FileNotFoundError, match=r"no concepts\*/ in it; run `xlvlm decompose`"):
+    with pytest.raises(FileNotFoundError, match=r"has no concepts\*/; run `xlvlm decompose`"):
         write_report(run)
     (run / "concepts").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no concepts in .*concepts.safetensors is"):
@@ -192,16 +192,16 @@ def test_a_directory_that_is_no_run(tmp_path, write_run, activations):
 def test_concepts_of_other_features(write_run, activations):
     run = write_run(activations)
     write_run(activations[:-1])
-    with pytest.raises(ValueError, match=r"activations of 23 rows, but .*features has 24;"):
+    with pytest.raises(ValueError, match=r"activations have 23 rows, but .*features has 24;"):
         write_report(run)
     write_run(activations, source={"site": "layers.9"})
-    with pytest.raises(ValueError, match=r"concepts of site 'layers.9', but .* holds language"):
+    with pytest.raises(ValueError, match=r"concepts are of site 'layers.9', but .* holds langu"):
         write_report(run)
     write_run(activations * np.nan)
     with pytest.raises(ValueError, match="activations hold NaN or Inf"):
         write_report(run)
     write_run(activations, words=[["one"]])
-    with pytest.raises(ValueError, match="words of 1 concepts, expected 3"):
+    with pytest.raises(ValueError, match="words for 1 concepts, expected 3"):
         write_report(run)
 
 

@@ -66,11 +66,11 @@ def test_the_order_of_rows_marks_no_other():
 def test_a_line_a_method(tmp_path):
     plot(ROWS, tmp_path / "scores.svg")
     drawn = (tmp_path / "scores.svg").read_text()
-    for shown in ("CLIPScore", "Overlap of words", "snmf", "kmeans", "random", "concepts"):
+    for shown in ("CLIPScore", "Word overlap", "snmf", "kmeans", "random", "concepts"):
         assert f">{shown}" in drawn
     assert "Variance explained" not in drawn  # no dictionary has it
     plot([row("pca", 3, hoyer=0.1, stability=0.9)], tmp_path / "one.svg")
-    with pytest.raises(ValueError, match="1 dictionaries have no figure to plot; score them fi"):
+    with pytest.raises(ValueError, match="none of 1 dictionaries has a score to plot; score th"):
         plot([row("pca", 3)], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 
@@ -88,7 +88,7 @@ def test_a_section_of_the_page(write_run, activations):
     text = write_report(run).read_text()
     assert text.count("<h2>Scores</h2>") == 1
     assert "<strong>0.610</strong> <small>± 0.25</small>" in text
-    assert "On 24 samples." in text and "the similarity 0.391" in text
+    assert "Based on 24 samples." in text and "two images is 0.391" in text
     assert text.count('src="data:image/svg+xml;base64,') == 1
     assert text.count('class="group"') == 4  # a rule before each number of concepts
     # They are no settings.
@@ -107,7 +107,7 @@ def test_names_stay_text(write_run, activations):
     "broken", [[1], [{"name": "x"}], [{"name": "x", "method": "y", "num_concepts": 3, "z": 1}]]
 )
 def test_damaged_scores(tmp_path, broken):
-    with pytest.raises(ValueError, match=r"scores.json: no scores of dictionaries \(.*score them"):
+    with pytest.raises(ValueError, match=r"scores.json: invalid scores of dictionaries \(.*score"):
         read_scores(tmp_path, {"dictionaries": broken})
     assert read_scores(tmp_path, {"attributes": {}}) is None
 
