@@ -104,7 +104,7 @@ def test_images_are_those_of_largest_activation(activations, num_images):
 
 @pytest.mark.parametrize("num_images", [0, 4])
 def test_images_can_not_be_more_than_samples(num_images):
-    with pytest.raises(ValueError, match=rf"must lie in 1\.\.3, the number of .* got {num_images}"):
+    with pytest.raises(ValueError, match=rf"must be in 1\.\.3, the number of .* got {num_images}"):
         ground_images(np.ones((3, 2), np.float32), num_images)
 
 
