@@ -116,7 +116,7 @@ def test_one_extraction_of_both_equals_one_of_each(vlm, tuned, samples, tmp_path
     expected = b.matrix(NORM)[other]
     np.testing.assert_allclose(both.matrix(finetuned_site(NORM)), expected, atol=1e-4)
     assert [s["finetuned prediction"] for s in both.samples] == [s["prediction"] for s in b.samples]
-    with pytest.raises(ValueError, match="begun with other arguments"):
+    with pytest.raises(ValueError, match="started with other arguments"):
         extract(vlm, samples, tmp_path / "both", SETTINGS)
 
 

@@ -1,4 +1,4 @@
-"""Batch -> rows: the jitted forward pass or generation, and the selection after it.
+"""From a batch to rows: the jitted forward pass or generation, and the selection after it.
 
 B batch, T prompt positions, M new tokens, P positions of the selection, D width.
 """
@@ -27,29 +27,29 @@ class Model(NamedTuple):
     finetuned: VLM | None
     shared: Params | None  # of the fine-tuned model under teacher forcing, see share_params
     settings: Settings
-    finder: WordFinder | None  # of the words of interest
+    finder: WordFinder | None  # finds the words of interest
 
 
 class Pass(NamedTuple):
-    """States that no rows are selected of yet, on the device and perhaps not there yet."""
+    """States before the selection of rows, on the device and perhaps still being computed."""
 
-    kind: str  # "forced", "generated", or "sequence" of prompt and generated part
-    mask: np.ndarray  # int[B, T] of the prompt
+    kind: str  # "forced", "generated", or "sequence" for prompt and generated part
+    mask: np.ndarray  # int[B, T], attention mask of the prompt
     positions: token_positions.Positions
-    searched: token_positions.AnyArray  # int32[B, P], where words are looked for
+    searched: token_positions.AnyArray  # int32[B, P], tokens to search for words
     states: dict[str, Any]
 
 
 class Ran(NamedTuple):
-    """What the model made of a batch; and, if it generates, what its fine-tuned version made."""
+    """The model's output for a batch; with a fine-tuned model that generates, also its output."""
 
     passes: tuple[Pass, ...]
-    predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are kept
-    finite: jax.Array | None = None  # bool[B], whether no logits were NaN or Inf
+    predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are stored
+    finite: jax.Array | None = None  # bool[B], whether all logits are finite
 
 
 class Computed(NamedTuple):
-    """A batch's result, on the device and perhaps not there yet."""
+    """Result of a batch, on the device and perhaps still being computed."""
 
     rows: token_positions.Rows
     predicted: dict[str, jax.Array]
@@ -57,7 +57,7 @@ class Computed(NamedTuple):
 
 
 def run(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
-    """Runs a batch (see `Batch`); does not wait for the device."""
+    """Runs a batch (see `Batch`) without waiting for the device."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
         return Ran((_forced(model, inputs, answer_lengths),), {})
@@ -70,7 +70,7 @@ def run(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
 
 
 def select(model: Model, ran: Ran) -> Computed:
-    """Selects the rows; waits for the tokens where words are looked for in them."""
+    """Selects the rows; waits for the tokens if they are searched for words."""
     first, *others = [_rows(model, each) for each in ran.passes]
     for other in others:
         states = {finetuned_site(site): value for site, value in other.states.items()}
@@ -92,7 +92,7 @@ def _forced(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
 
 
 def _generated(model: Model, vlm: VLM, inputs: Arrays) -> tuple[Pass, jax.Array, jax.Array]:
-    """The pass, the tokens int32[B, M], and whether no logits were NaN or Inf, bool[B]."""
+    """Returns the pass, the tokens int32[B, M], and whether all logits are finite, bool[B]."""
     settings = model.settings
     whole = not settings.selection.generated_only
     generation = vlm.generate(
@@ -135,8 +135,9 @@ def _positions(
     mask: jax.Array,
     answer: jax.Array,
 ) -> tuple[token_positions.Positions, token_positions.AnyArray]:
-    """Positions and `token_positions.searched`. answer: generated tokens [B, M], or the mask of
-    forced ones [B, T].
+    """Returns the positions and `token_positions.searched` of a batch.
+
+    answer: generated tokens [B, M], or the mask of forced tokens [B, T].
     """
     if kind == "forced":
         positions = token_positions.Positions.of_teacher_forcing(
@@ -167,15 +168,15 @@ def _select(
     found: jax.Array | None,
     states: dict[str, Any],
 ) -> token_positions.Rows:
-    """The rows of a batch; found: where its words are, int32[B, 2]."""
+    """Returns the rows of a batch; found: positions of its words, int32[B, 2]."""
     if kind == "sequence":
-        # The last prompt state is the one that predicted the first token: it is there twice.
+        # The last prompt state predicted the first token, so it is in both parts.
         states = {
             site: jnp.concatenate([prompt, generated[:, 1:]], axis=1)
             for site, (prompt, generated) in states.items()
         }
     rows = selection.rows(states, positions, found=found, end_ids=end_ids)
     if kind == "generated":
-        # Counted from the beginning of the sequence, as in the other two.
+        # Counted from the start of the sequence, as in the other two kinds.
         rows = rows._replace(position=rows.position + mask.sum(1, dtype=jnp.int32)[:, None] - 1)
     return rows

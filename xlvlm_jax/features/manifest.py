@@ -1,9 +1,9 @@
-"""Features on disk: the rows of Z of every captured site, and the samples that they come from.
+"""Features on disk: the rows of Z for every captured site, and the samples they come from.
 
     features/
-        manifest.json       what the run was asked for, how much is written, whether it is complete
-        samples.jsonl       a JSON line a sample
-        images.json         where the pictures lie that samples.jsonl names (see `pictures`)
+        manifest.json       the run's arguments, how much is written, whether it is complete
+        samples.jsonl       one JSON line per sample
+        images.json         where the pictures named in samples.jsonl are (see `pictures`)
         states/<site>/      Zarr v3, [rows, D]
         rows/sample         Zarr v3, int64[rows], the line in samples.jsonl
         rows/position       Zarr v3, int32[rows]
@@ -11,13 +11,13 @@
 
 `states` and `rows` are Zarr groups, which zarr-python and xarray open.
 
-A batch counts once the manifest, replaced last and atomically, counts it. Whatever a killed run
-left beyond that is cut off when the run goes on, so that it ends with the bytes of a run that was
-never interrupted: there are no time stamps, and `zarr_rows` writes the same chunks however the
-rows came. (`images.json` says where this run found its pictures, and is that of the last run.)
+A batch counts once the manifest, replaced last and atomically, counts it. Anything a killed run
+wrote beyond that is cut off when the run is resumed, so that it ends with the same bytes as a run
+that was never interrupted: there are no time stamps, and `zarr_rows` writes the same chunks
+whatever the batches. (`images.json` says where the last run found its pictures.)
 
 States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
-zarr-python does not (3.1 says "No Zarr data type found"): read them by `Features.matrix`, or
+zarr-python does not (3.1 says "No Zarr data type found"): read them with `Features.matrix`, or
 extract with float32 or float16 states.
 """
 
@@ -37,11 +37,16 @@ ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a directory of features. Raises FileNotFoundError, ValueError."""
+    """Reads the manifest of a directory of features.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another format or version.
+    """
     path = root / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{root}: no manifest.json; expected a directory of features that xlvlm extract wrote"
+            f"{root}: no manifest.json; expected a directory of features written by xlvlm extract"
         )
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -54,14 +59,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: format {got!r}, expected {FORMAT!r}; extract the features again")
     if state.get("version") != VERSION:
         raise ValueError(
-            f"{path}: format version {state.get('version')!r}, expected {VERSION};"
-            " read it with the release that wrote it, or extract the features again"
+            f"{path}: format version {state.get('version')!r}, expected {VERSION}; read it with "
+            "the release that wrote it, or extract the features again"
         )
     for key in ("arguments", "dtype", "sites", "samples", "rows", "bytes", "complete"):
         if key not in state:
-            raise ValueError(f"{path}: key {key!r} missing; extract the features again")
+            raise ValueError(f"{path}: key {key!r} is missing; extract the features again")
         if not _is_sound(key, state[key]):
-            raise ValueError(f"{path}: {key!r} can't be what it is; extract the features again")
+            raise ValueError(f"{path}: {key!r} has an invalid value; extract the features again")
     selection = state["arguments"].get("selection")
     if isinstance(selection, dict) and selection.get("mode") in ("token-of-interest", "class"):
         selection.setdefault("match", "first-token")  # the only rule before there was a choice
@@ -80,22 +85,23 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory of features with its counts, finished or not; None without one.
+    """Reads the manifest of a directory of features, complete or not; None if there is none.
 
-    Raises ValueError for one that is damaged or of another format.
+    Raises:
+        ValueError: it is damaged, or of another format or version.
     """
     return read_manifest(path) if (path / "manifest.json").exists() else None
 
 
 def array_path(root: Path, site: str) -> Path:
-    """Where the states of a site lie."""
-    # dots stay, so that the folder carries the module's name; a slash may not make a folder
+    """Returns the path of a site's states."""
+    # keeps dots, so that the folder has the module's name, but escapes slashes
     return root / "states" / quote(site, safe="")
 
 
 def finetuned_site(site: str) -> str:
-    """The name under which a directory of features holds the fine-tuned model's states.
+    """Returns the name under which the fine-tuned model's states are stored.
 
-    Runs on the host: it does not trace.
+    Runs on the host and does not trace.
     """
     return f"finetuned:{site}"

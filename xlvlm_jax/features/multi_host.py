@@ -1,12 +1,13 @@
-"""A run over several hosts: each writes parts of its own, which are put together in order.
+"""A run over several hosts: each writes its own parts, which are then merged in order.
 
-The samples are divided into blocks of `BATCHES` batches, wherever the run is resumed and however
-many hosts there are, so that the same samples share a batch and give the same states. A block's
-features are a directory `parts/<first sample>/` beside those of the whole; host 0 appends each to
-the whole as soon as its turn has come and removes it. So the whole ends with the bytes of a run on
-one host, and what any killed host committed is used by those that go on.
+The samples are divided into blocks of `BATCHES` batches, independently of where the run is resumed
+and of the number of hosts, so that the same samples share a batch and give the same states. A
+block's features are a directory `parts/<first sample>/` next to the final ones. Host 0 appends each
+part to the final features as soon as its turn comes, and deletes it. The final features therefore
+have the same bytes as those of a run on one host, and whatever a killed host committed is used when
+the run is resumed.
 
-Hosts share the directory, and nothing else: they need not wait for each other.
+Hosts share only the directory and need not wait for each other.
 """
 
 import shutil
@@ -36,19 +37,25 @@ class Block(NamedTuple):
     path: Path
     start: int
     stop: int
-    done: int  # how many of them are committed there
+    done: int  # number of samples committed there
     complete: bool
 
 
 def exist(output: Path) -> bool:
-    """Whether a run over several hosts left parts there."""
+    """Returns whether a run over several hosts left parts there."""
     return (output / FOLDER).is_dir()
 
 
 def blocks_of(output: Path, num_samples: int, done: int, batch_size: int) -> list[Block]:
-    """The blocks that are not wholly in the features yet, of which `done` samples are there.
+    """Returns the blocks that are not completely in the final features yet.
 
-    As host 0 sees them, and the same on every host.
+    Host 0 looks at the disk and tells the others, so all hosts get the same list.
+
+    Args:
+        output: directory of the final features.
+        num_samples: number of samples in the run.
+        done: number of samples in the final features.
+        batch_size: samples per batch.
     """
     size = BATCHES * batch_size
 
@@ -58,9 +65,10 @@ def blocks_of(output: Path, num_samples: int, done: int, batch_size: int) -> lis
         part = manifest_of(path)
         if part is None:
             return Block(path, max(start, done), stop, 0, False)
-        # A run on one host may have begun the block before.
+        # A run on one host may have started the block earlier.
         first = part["arguments"]["part"][0]
-        # Not whether it was closed: a host may be killed between its last batch and that.
+        # Does not ask whether it was closed: a host may be killed between its last batch and
+        # closing.
         return Block(path, first, stop, part["samples"], part["samples"] == stop - first)
 
     found = []
@@ -71,12 +79,14 @@ def blocks_of(output: Path, num_samples: int, done: int, batch_size: int) -> lis
 
 
 class Parts:
-    """This host's blocks: which groups are still to do, and where each is written.
+    """The blocks of this host: which groups are still to be done, and where each is written.
 
     Args:
-        blocks: of all hosts; every host gets the same list.
-        arguments: the manifest of the whole run.
-        dtype: of the states on disk.
+        blocks: blocks of all hosts; every host gets the same list.
+        samples: samples of the whole run.
+        arguments: manifest of the whole run.
+        dtype: dtype of the states on disk.
+        batch_size: samples per batch.
     """
 
     def __init__(
@@ -92,7 +102,7 @@ class Parts:
         left = grain.MapDataset.source([block for block in blocks if not block.complete])
         mine = left[jax.process_index() :: jax.process_count()]
         self.groups: list[Group] = []
-        self._places: list[tuple[Block, bool]] = []  # of each group: its block, and whether last
+        self._places: list[tuple[Block, bool]] = []  # per group: its block, whether last
         self._open: FeaturesWriter | None = None
         self._arguments, self._dtype = arguments, dtype
         for block in mine:
@@ -101,7 +111,7 @@ class Parts:
             self._places += [(block, i == len(here) - 1) for i in range(len(here))]
 
     def commit(self, number: int, *batch: Any) -> None:
-        """Appends group `number` to its part, and closes the part behind its last group."""
+        """Appends group `number` to its part, and closes the part after its last group."""
         block, last = self._places[number]
         if self._open is None:
             part = self._arguments | {"part": [block.start, block.stop]}
@@ -112,13 +122,13 @@ class Parts:
             self._open = None
 
     def release(self) -> None:
-        """Gives free the part that an error left open."""
+        """Releases the part that an error left open."""
         if self._open is not None:
             self._open.release()
 
 
 def merge_ready(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int) -> int:
-    """Appends the parts whose turn has come and that are complete; how many samples these hold."""
+    """Appends the complete parts whose turn has come; returns how many samples they hold."""
     began = writer.samples_done
     for block in blocks:
         if block.stop <= began:
@@ -132,9 +142,9 @@ def merge_ready(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int
 
 
 def merge_all(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int) -> None:
-    """Waits for the parts of all hosts and appends them; then there are no parts any more.
+    """Waits for the parts of all hosts and appends them; then removes the directory of parts.
 
-    A host that died is reported by JAX, which ends the others.
+    If a host died, JAX reports it and ends the others.
     """
     while blocks and writer.samples_done < blocks[-1].stop:
         if not merge_ready(writer, blocks, batch_size):
@@ -143,9 +153,10 @@ def merge_all(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int) 
 
 
 def await_whole(output: Path) -> None:
-    """Waits, on another host than 0, until the features are complete.
+    """Waits, on hosts other than 0, until the features are complete.
 
-    Raises ValueError if host 0 gave up, which removes the directory: it says why.
+    Raises:
+        ValueError: host 0 gave up and removed the directory; its own message says why.
     """
     while not _is_complete(output):
         if not output.exists():
@@ -164,10 +175,10 @@ def _is_complete(path: Path) -> bool:
 
 
 def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
-    """What `FeaturesWriter.append` takes, for the samples of a part from `done` on, by batches."""
+    """Yields arguments of `FeaturesWriter.append` for a part's samples from `done`, in batches."""
     part = Features.open(block.path, allow_incomplete=True)
     stored = {site: part.stored(site) for site in part.sites}
-    # Committed as the model's batches were, so that a killed merge goes on between two of them.
+    # Committed in the model's batches, so that a killed merge resumes between two of them.
     described = stored_samples(block.path)
     for start in range(done - block.start, len(described), batch_size):
         samples = described[start : start + batch_size]

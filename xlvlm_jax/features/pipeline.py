@@ -1,4 +1,4 @@
-"""The loop over batches: read, compute, write, each beside the others; and where its time goes."""
+"""The loop over batches, with reading, computing and writing in parallel, and its timings."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ import numpy as np
 from xlvlm_jax.features.batches import Batch, Group, batches
 from xlvlm_jax.features.compute import Computed, Model, Ran, run, select
 
-# Takes the number of a group and what `FeaturesWriter.append` takes.
+# Takes the number of a group and the arguments of `FeaturesWriter.append`.
 Commit = Callable[..., None]
 
 
@@ -24,7 +24,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Adds the time of the block to that of `what`."""
+        """Adds the duration of the block to that of `what`."""
         began = time.perf_counter()
         try:
             yield
@@ -43,13 +43,16 @@ def run_groups(
 ) -> None:
     """Computes the rows of every group and commits them, in order.
 
-    Raises what `commit` does and, if strict, OSError or ValueError for a sample that can't be read
-    or processed and ValueError for a state that is not finite; the groups before it are committed.
+    Raises:
+        OSError: from `commit`; if strict, also for a sample that can't be read.
+        ValueError: from `commit`; if strict, also for a sample that can't be processed or has a
+            state that is not finite. Earlier groups are committed.
     """
-    running: list[tuple[int, Batch, Ran | None]] = []  # the batch that the device computes
+    running: list[tuple[int, Batch, Ran | None]] = []  # the batch on the device
 
     def selected() -> list[tuple[int, Batch, Computed | None]]:
-        # Taken out, so that its states are freed before the next batch has its own.
+        # Removed from the list so that its states are freed before the next batch allocates its
+        # own.
         taken, running[:] = list(running), []
         return [(n, batch, None if ran is None else select(model, ran)) for n, batch, ran in taken]
 
@@ -66,10 +69,10 @@ def run_groups(
             with clock.waiting("input"):
                 batch = next(ready)
         except Exception:
-            finish(selected())  # what is computed is kept
+            finish(selected())  # keeps what is computed
             raise
-        # JAX returns at once: this batch is computed while the one before is fetched and written.
-        # The rows of that one are selected first, or they would wait until this one is computed.
+        # JAX returns at once: this batch is computed while the previous one is fetched and written.
+        # The rows of the previous batch are selected first, or they would wait for this one.
         with clock.waiting("device"):
             done = selected()
             inputs, lengths = batch.inputs, batch.answer_lengths
@@ -82,7 +85,7 @@ def run_groups(
 
 
 def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
-    """What `FeaturesWriter.append` takes of a batch; waits for the device."""
+    """Returns the arguments of `FeaturesWriter.append` for a batch; waits for the device."""
     described = [sample.to_dict() for sample in batch.samples]
     for entry, error in zip(described, batch.errors, strict=True):
         if error is not None:
@@ -115,14 +118,17 @@ def _keep_finite(
     described: list[dict[str, Any]],
     strict: bool,
 ) -> np.ndarray:
-    """bool[rows]: of samples all of whose states are finite as stored; the others get an error."""
+    """Returns bool[rows]: rows of samples whose states are all finite as stored.
+
+    The other samples get an error.
+    """
     disk = jnp.dtype(model.settings.dtype)
     for site, value in states.items():
         with np.errstate(over="ignore"):
             finite = np.isfinite(value.astype(disk, copy=False)).all(axis=1)
         for row in np.flatnonzero(~finite):
             sample = described[index[row]]
-            # A site says more than the logits behind it; the first of them says it all.
+            # A site says more than the logits after it, and the first site says most.
             if "at site" not in sample.get("error", ""):
                 sample["error"] = _not_finite(model, site, value[row], int(position[row]))
     bad = [sample for sample in described if "error" in sample]

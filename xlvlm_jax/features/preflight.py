@@ -1,4 +1,4 @@
-"""What an extraction will need, before it starts: rows, disk, memory and programs.
+"""What an extraction will need, known before it starts: rows, disk, memory and programs.
 
 T prompt positions, M new tokens, D width.
 """
@@ -21,22 +21,22 @@ from xlvlm_jax.features.batches import groups_of, prepare
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.settings import Settings
 
-_LOOKED_AT = 8  # batches, spread over the samples, that tell the programs
-_ROW_BYTES = 16  # of a row's sample, position and token
+_LOOKED_AT = 8  # batches, spread over the samples, to determine the programs
+_ROW_BYTES = 16  # for a row's sample, position and token
 
 
 class Needs(NamedTuple):
-    """What a run over some samples will take; bytes."""
+    """What a run over some samples will need; sizes in bytes."""
 
     samples: int
-    done: int  # of them, in the directory already
-    missing: tuple[str, ...]  # images that are not there
-    rows: int  # at most, of the samples that are left
+    done: int  # samples already in the directory
+    missing: tuple[str, ...]  # images that do not exist
+    rows: int  # maximum, for the remaining samples
     disk: int  # for those rows and samples
-    free: int  # where they will be written
-    programs: tuple[tuple[int, int], ...]  # (T as compiled, how many of the batches looked at)
-    parameters: int  # on a device
-    temporaries: int  # on a device, of the largest of the programs: cache, states, buffers
+    free: int  # on the disk they will be written to
+    programs: tuple[tuple[int, int], ...]  # (T as compiled, number of examined batches)
+    parameters: int  # per device
+    temporaries: int  # per device, for the largest program: cache, states, buffers
 
     @property
     def fits(self) -> bool:
@@ -47,10 +47,16 @@ class Needs(NamedTuple):
 def disk_needs(
     vlm: VLM, samples: Sequence[Sample], settings: Settings, *, models: int = 1
 ) -> tuple[int, int]:
-    """(rows, bytes on disk) that the samples give at most.
+    """Returns the maximum number of rows, and of bytes on disk, that the samples give.
 
-    models: how many of them have states at each site. Rows of prompts are counted for the port's
-    example of an image and twice its text; a selection of one row a sample is exact.
+    Rows from prompts are counted for the port's example with one image and twice its text; a
+    selection of one row per sample is exact.
+
+    Args:
+        vlm: the model.
+        samples: the samples to extract.
+        settings: what to extract.
+        models: number of models that have states at each site.
     """
     positions = settings.max_new_tokens
     if not settings.selection.generated_only or settings.mode == "teacher-forcing":
@@ -58,35 +64,45 @@ def disk_needs(
     rows = len(samples) * settings.selection.rows_at_most(positions)
     width = sum(vlm.site_shapes[site][-1] for site in settings.sites)
     state_bytes = models * width * jnp.dtype(settings.dtype).itemsize
-    # An answer's text beside what is known of the sample.
+    # An answer's text, in addition to what is known about the sample.
     described = sum(len(json.dumps(sample.to_dict())) for sample in samples)
     described += len(samples) * 8 * settings.max_new_tokens
     return rows, rows * (state_bytes + _ROW_BYTES) + described
 
 
 def free_bytes(output: Path) -> int:
-    """Free bytes of the disk that a path is, or will be, on."""
+    """Returns the free bytes of the disk that a path is, or will be, on."""
     existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     return shutil.disk_usage(existing).free
 
 
 def require_disk(output: Path, needed: int) -> None:
-    """OSError, one line, unless the disk has room for so many bytes."""
+    """Checks that the disk has room for this many bytes.
+
+    Raises:
+        OSError: it does not.
+    """
     free = free_bytes(output)
     if needed > free:
         raise OSError(
             f"{output} needs up to {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB "
-            "free; make room, keep fewer sites, or start anyway with --ignore-disk"
+            "free; free some space, capture fewer sites, or start anyway with --ignore-disk"
         )
 
 
 def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings: Settings) -> Needs:
-    """What `extract` with the same arguments will need; nothing is written.
+    """Returns what `extract` with the same arguments will need; writes nothing.
 
-    vlm: of `ports.load_abstract`, or `load`. A few batches are preprocessed, and the largest of
-    the programs that they ask for is compiled.
+    Preprocesses a few batches and compiles the largest program that they need.
 
-    Raises ValueError as `extract` does, and if none of the images looked at can be read.
+    Args:
+        vlm: from `ports.load_abstract` or `load`.
+        samples: the samples to extract.
+        output: directory of the features.
+        settings: what to extract.
+
+    Raises:
+        ValueError: as for `extract`, or none of the examined images can be read.
     """
     output = Path(output)
     sites = vlm.check_sites(settings.sites, generated=settings.mode == "generate")
@@ -113,14 +129,14 @@ def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings:
 def _programs(
     vlm: VLM, samples: Sequence[Sample], settings: Settings
 ) -> tuple[tuple[tuple[int, int], ...], dict[str, np.ndarray]]:
-    """The lengths that some of the batches are compiled for, and the arrays of the longest."""
+    """Returns the lengths that some of the batches are compiled for, and the longest arrays."""
     groups = groups_of(samples, settings.batch_size)
     chosen = sorted({round(i) for i in np.linspace(0, len(groups) - 1, _LOOKED_AT)})
     ready = [prepare(vlm, groups[i], settings=settings, strict=False) for i in chosen]
     arrays = [batch.inputs for batch in ready if batch.inputs is not None]
     if not arrays:
         reason = next(error for error in ready[0].errors if error)
-        raise ValueError(f"none of the images looked at can be read; the first: {reason}")
+        raise ValueError(f"none of the examined images can be read; the first: {reason}")
     lengths = [bucket_length(each["input_ids"].shape[1]) for each in arrays]
     counts = tuple((length, lengths.count(length)) for length in sorted(set(lengths)))
     return counts, arrays[int(np.argmax(lengths))]
@@ -129,7 +145,7 @@ def _programs(
 def _compiled_memory(
     vlm: VLM, inputs: dict[str, np.ndarray], settings: Settings
 ) -> tuple[int, int]:
-    """The `device_bytes` of the program that runs such a batch."""
+    """Returns the `device_bytes` of the program that runs such a batch."""
     generating = settings.mode == "generate"
     lowered = vlm.lower(
         inputs,

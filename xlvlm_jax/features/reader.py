@@ -23,19 +23,19 @@ from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
 
 @dataclass(frozen=True)
 class Features:
-    """Features as `FeaturesWriter` left them. Rows N; a sample has none, one or several.
+    """Features as written by `FeaturesWriter`: N rows; a sample has none, one or several.
 
     Attributes:
         path: the directory.
-        manifest: what the run was asked for.
+        manifest: arguments of the run.
         sites: the captured sites.
-        samples: a dict a sample, in the order of extraction; "image" is a path that opens from
-            here, if the picture is found. Read from the disk whenever they are asked for; take
-            `samples.columns` of many.
-        sample_rows: int64[N], which of `samples` a row comes from.
-        positions: int32[N], which position of the sample, padding not counted.
-        tokens: int32[N], the token that was predicted there.
-        complete: False when the run was interrupted and not finished.
+        samples: one dict per sample, in the order of extraction; "image" is a path that can be
+            opened from here, if the picture is found. Read from disk on every access; use
+            `samples.columns` for a few keys of many samples.
+        sample_rows: int64[N], index into `samples` of each row.
+        positions: int32[N], position of each row in its sample, not counting padding.
+        tokens: int32[N], the token predicted at each row.
+        complete: False if the run was interrupted and not finished.
     """
 
     path: Path
@@ -55,23 +55,26 @@ class Features:
         allow_incomplete: bool = False,
         images: str | os.PathLike[str] | None = None,
     ) -> "Features":
-        """Open a directory of features; states are read by `matrix`, samples one by one.
+        """Opens a directory of features; `matrix` reads states, samples are read one by one.
 
         Args:
             path: the directory.
-            allow_incomplete: open an unfinished run too.
-            images: where the pictures lie now, if they were moved without the run.
+            allow_incomplete: also open an unfinished run.
+            images: where the pictures are now, if they were moved without the run.
 
-        Raises FileNotFoundError when there is no manifest; ValueError for another format or
-        version, missing or truncated files, pictures that do not lie in `images`, and, unless
-        `allow_incomplete`, an unfinished run. A damaged sample raises when samples are read.
+        Raises:
+            FileNotFoundError: there is no manifest.
+            ValueError: the format or version differs, files are missing or truncated, the pictures
+                are not in `images`, or the run is unfinished and `allow_incomplete` is False. A
+                damaged sample raises when it is read.
         """
         root = Path(path)
         state = read_manifest(root)
         if not state["complete"] and not allow_incomplete:
             raise ValueError(
-                f"{root}: the run is not finished ({state['samples']} samples so far); start it"
-                " again with the same arguments to finish it, or open it with allow_incomplete=True"
+                f"{root}: the run is not finished ({state['samples']} samples so far); finish it "
+                "by running it again with the same arguments, or open it with "
+                "allow_incomplete=True"
             )
         locate = functools.partial(
             pictures.locate,
@@ -107,7 +110,17 @@ class Features:
         )
 
     def matrix(self, site: str) -> Float[np.ndarray, "N D"]:
-        """Z of one site, float32[N, D]. Raises ValueError for a site that was not captured."""
+        """Reads Z of one site.
+
+        Args:
+            site: a captured site.
+
+        Returns:
+            float32[N, D].
+
+        Raises:
+            ValueError: the site was not captured.
+        """
         self._check_site(site)
         states = _read_array(array_path(self.path, site), len(self.tokens))
         return states.astype(np.float32, copy=False)
@@ -119,7 +132,11 @@ class Features:
             )
 
     def stored(self, site: str) -> StoredRows:
-        """Z of one site where it is, on disk; for `decompose_stored`. Raises as `matrix`."""
+        """Returns Z of one site on disk, for `decompose` and `decompose_stored`.
+
+        Raises:
+            ValueError: the site was not captured.
+        """
         self._check_site(site)
         return StoredRows(array_path(self.path, site), len(self.tokens))
 
@@ -131,7 +148,7 @@ def _read_array(path: Path, rows: int) -> np.ndarray:
 
 
 def stored_samples(path: Path) -> StoredSamples:
-    """The samples of a directory of features as they are stored: pictures by their names."""
+    """Returns the samples of a directory of features as stored, with names of pictures."""
     state = read_manifest(path)
     return StoredSamples(path / SAMPLES, state["samples"], state["bytes"])
 
@@ -144,44 +161,53 @@ def _read_pictures(path: Path) -> dict[str, str] | None:
         return {key: os.fspath(recorded[key]) for key in ("root", "from here")}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
-            f"{path}: does not say where pictures lie; remove it and give --images"
+            f"{path}: does not say where the pictures are; remove it and use --images"
         ) from None
 
 
 def choose_sites(features: Features, site: str | None) -> list[str]:
-    """The sites that a name or a pattern means; without one, the only one there is.
+    """Returns the sites that a name or a pattern matches; without one, the only site.
 
-    Raises ValueError if that is none (see `ports.intervene.sites.match_sites`).
+    Args:
+        features: the features.
+        site: a name or pattern (see `ports.intervene.sites.match_sites`); None for the only site.
+
+    Raises:
+        ValueError: no site matches, or there are several and none was named.
     """
     if site is None and len(features.sites) == 1:
         return list(features.sites)
     found = [] if site is None else match_sites(site, features.sites, hub_names)
     if not found:
         raise ValueError(
-            f"{features.path} holds the sites {few(features.sites)}; choose one of them, "
-            f"got {site!r}; name it by --site"
+            f"{features.path} has the sites {few(features.sites)}; choose one of them with "
+            f"--site, got {site!r}"
         )
     return found
 
 
 def choose_site(features: Features, site: str | None) -> str:
-    """As `choose_sites`, and ValueError if there are several."""
+    """Returns the only site that a name or a pattern matches; as `choose_sites`.
+
+    Raises:
+        ValueError: none or several match.
+    """
     found = choose_sites(features, site)
     if len(found) > 1:
-        raise ValueError(f"{site!r} means {len(found)} sites, {few(found)}; choose one of them")
+        raise ValueError(f"{site!r} matches {len(found)} sites, {few(found)}; choose one of them")
     return found[0]
 
 
 def samples_of(features: Features) -> list[Sample]:
-    """The samples that features were extracted from, as the readers of data give them.
+    """Returns the samples that features were extracted from, like the readers of data.
 
-    Runs on the host: it does not trace.
+    Runs on the host and does not trace.
     """
     return [sample_of(kept) for kept in features.samples]
 
 
 def sample_of(kept: Mapping[str, Any]) -> Sample:
-    """A stored sample as the readers of data give it."""
+    """Converts a stored sample to the form that the readers of data return."""
     own = ("id", "image", "image_id", "prompt", "references")
     return Sample(
         id=kept["id"],

@@ -1,8 +1,8 @@
-"""Samples on disk, a JSON line each, that are read when they are asked for.
+"""Samples on disk, one JSON line each, read on demand.
 
-Opening reads nothing. The first question finds where each line begins, eight bytes a sample; after
-that a sample is one read, and all of them are one pass in blocks. Only what is asked for is kept:
-`columns` takes a few keys of every sample and drops the rest of the line.
+Opening reads nothing. The first access finds where each line starts (eight bytes of memory per
+sample); after that a sample is one read, and all of them are one pass in blocks. Only what is asked
+for is kept: `columns` extracts a few keys of every sample and drops the rest.
 """
 
 import itertools
@@ -16,29 +16,30 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 from jaxtyping import Int64
 
-_BLOCK_BYTES = 2**22  # that are looked through at once for the ends of lines
-_BLOCK_SAMPLES = 4096  # that are parsed at once
-_PROBES = 8  # names that are looked for before a directory is taken for that of all pictures
+_BLOCK_BYTES = 2**22  # searched at once for line ends
+_BLOCK_SAMPLES = 4096  # parsed at once
+_PROBES = 8  # names looked up before a directory is taken as the root of all pictures
 
 Locate = Callable[[Sequence[str]], Callable[[str], str]]
 
 
 class StoredSamples(Sequence[dict[str, Any]]):
-    """The lines of a samples.jsonl as a sequence of dicts, read anew whenever they are asked for.
+    """The lines of a samples.jsonl as a sequence of dicts, read anew on every access.
 
     Args:
-        path: of the file.
-        count: how many samples it is to hold.
-        size: how many bytes of it count.
-        locate: given some of the names of pictures, returns the function from a name to its path,
-            which "image" then is; None leaves names as they are stored.
+        path: path of the file.
+        count: expected number of samples.
+        size: number of bytes of the file that count.
+        locate: given some of the pictures' names, returns a function from a name to its path, which
+            becomes "image"; None leaves names as stored.
 
-    Raises ValueError for a file that is too short; when samples are read, also for another number
-    of lines, and for a line that is not a JSON object.
+    Raises:
+        ValueError: the file is too short; on access also if the number of lines differs or a line
+            is not a JSON object.
     """
 
     def __init__(self, path: Path, count: int, size: int, locate: Locate | None = None):
-        self._path = path.absolute()  # so that another working directory changes nothing
+        self._path = path.absolute()  # independent of later changes of the working directory
         self._count, self._size, self._locate = count, size, locate
         there = path.stat().st_size if path.exists() else 0
         if there < size:
@@ -76,7 +77,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
 
     @cached_property
     def _starts(self) -> Int64[np.ndarray, " count+1"]:
-        """Where each line begins, and where the last one ends."""
+        """Where each line starts, and where the last one ends."""
         if not self._size and not self._count:
             return np.zeros(1, np.int64)
         found, done = [np.zeros(1, np.int64)], 0
@@ -84,7 +85,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
             while block := file.read(min(_BLOCK_BYTES, self._size - done)):
                 found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + done + 1)
                 done += len(block)
-        if max(ends[-1] for ends in found if len(ends)) < self._size:  # no end of line at the end
+        if max(ends[-1] for ends in found if len(ends)) < self._size:  # no newline at the end
             found.append(np.array([self._size]))
         starts = np.concatenate(found)
         if len(starts) != self._count + 1:
@@ -95,7 +96,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
         return starts
 
     def _lines(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
-        """(number, line) of some samples."""
+        """Yields (number, line) of some samples."""
         starts = self._starts
         with open(self._path, "rb") as file:
             for begin in range(first, last, _BLOCK_SAMPLES):
@@ -113,7 +114,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
             sample.keys()
         except (ValueError, AttributeError, RecursionError):
             raise ValueError(
-                f"{self._path}: line {number + 1} is no JSON object; extract the features again"
+                f"{self._path}: line {number + 1} is not a JSON object; extract the features again"
             ) from None
         return sample
 
@@ -125,11 +126,11 @@ class StoredSamples(Sequence[dict[str, Any]]):
 
     @cached_property
     def _path_of(self) -> Callable[[str], str]:
-        assert self._locate is not None, "asked for by `_placed` alone"
+        assert self._locate is not None, "only `_placed` asks for it"
         return self._locate(list(self._some_names()))
 
     def _some_names(self) -> Iterator[str]:
-        """Of each eighth of the samples the first one's picture that has one."""
+        """Yields the first picture in each eighth of the samples."""
         bounds = [self._count * i // _PROBES for i in range(_PROBES + 1)]
         for first, last in itertools.pairwise(bounds):
             for number, line in self._lines(first, last):
@@ -139,20 +140,24 @@ class StoredSamples(Sequence[dict[str, Any]]):
                     break
 
     def find_pictures(self) -> None:
-        """Looks for the pictures now, and raises what `locate` raises."""
+        """Looks for the pictures now.
+
+        Raises:
+            ValueError: `locate` does not find them.
+        """
         if self._locate is not None:
             self._path_of  # noqa: B018
 
 
 def unplaced(samples: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """The samples for a reader that does not ask for "image": pictures are not looked for."""
+    """Returns the samples for a reader that does not need "image"; finds no pictures."""
     if isinstance(samples, StoredSamples):
         return samples._parsed(0, len(samples))
     return samples
 
 
 def columns(samples: Iterable[Mapping[str, Any]], *keys: str) -> tuple[list[Any], ...]:
-    """For each key its values in the samples, None where a sample has no such key; in one pass."""
+    """Returns the values of each key in the samples, None where it is missing; in one pass."""
     found: tuple[list[Any], ...] = tuple([] for _ in keys)
     for sample in samples if "image" in keys else unplaced(samples):
         for key, values in zip(keys, found, strict=True):

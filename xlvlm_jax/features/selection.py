@@ -1,4 +1,4 @@
-"""Token selections as a user names them: by words, classes of words, or places in the sequence.
+"""Token selections as users name them: by word, class of words, or position.
 
 Words are found by `spelling`; the selections themselves are the pure functions of
 `token_positions`.
@@ -21,12 +21,12 @@ _DEFAULT_HOW = {
     "before-special-tokens": "mean",
 }
 MODES = tuple(_DEFAULT_HOW)
-WORD_MODES = ("token-of-interest", "class")  # look for words
+WORD_MODES = ("token-of-interest", "class")  # modes that look for words
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A token selection and how its positions make rows; hashable, so static under `jax.jit`.
+    """A token selection and how its positions become rows; hashable, so static under `jax.jit`.
 
     Selection("token-of-interest", "dog")    Selection("index", "-1")    Selection("all")
     Selection("class", "colours")            Selection("range", "3:7")
@@ -35,15 +35,16 @@ class Selection:
     Attributes:
         mode: one of MODES.
         argument: the word, the class (or words separated by commas), the index or the range.
-        generated_only: by default True for the two modes that look for tokens.
-        how: one of tokens.HOWS; by default "mean" for all, range and before-special-tokens. The
-            positions of a word are those of its tokens: "first" is that from which its first token
-            was predicted.
-        match: of the two modes that look for words, one of spelling.MATCHES: "word" (the default),
-            the first place where the tokens spell the word; "first-token", the rule of XL-VLMs,
-            the first token by which the word may begin. None for the other modes.
+        generated_only: by default True for token-of-interest, class and before-special-tokens.
+        how: one of token_positions.HOWS; by default "mean" for all, range and
+            before-special-tokens, else "first". The positions of a word are those of its tokens:
+            "first" is the one from which its first token was predicted.
+        match: for the two modes that look for words, one of spelling.MATCHES: "word" (the default),
+            the first place where the tokens spell the word; or "first-token", the rule of XL-VLMs,
+            the first token that can start the word. None for the other modes.
 
-    Raises ValueError for an unknown mode and an argument that does not fit it.
+    Raises:
+        ValueError: the mode is unknown, or the argument does not fit it.
     """
 
     mode: str
@@ -71,8 +72,8 @@ class Selection:
             )
         if self.match not in (spelling.MATCHES if self.mode in WORD_MODES else (None,)):
             raise ValueError(
-                f"match must be one of {', '.join(spelling.MATCHES)}, for {' or '.join(WORD_MODES)}"
-                f" alone; got {self.match!r} for {self.mode}"
+                f"match must be one of {', '.join(spelling.MATCHES)}, and only for "
+                f"{' or '.join(WORD_MODES)}; got {self.match!r} for {self.mode}"
             )
         if self.mode == "index":
             self._index()
@@ -85,11 +86,14 @@ class Selection:
         elif self.mode in ("all", "before-special-tokens") and self.argument:
             raise ValueError(f"{self.mode} takes no argument, got {self.argument!r}")
         if self.mode == "before-special-tokens" and not self.generated_only:
-            raise ValueError("before-special-tokens selects in the generated part only")
+            raise ValueError(
+                "before-special-tokens only selects in the generated part; set generated_only to "
+                "True"
+            )
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> "Selection":
-        """From "mode" or "mode:argument": "all", "index:-1", "range:3:7", "class:colours"."""
+        """Parses "mode" or "mode:argument": "all", "index:-1", "range:3:7", "class:colours"."""
         mode, _, argument = text.partition(":")
         return cls(mode.strip(), argument.strip(), **options)
 
@@ -112,29 +116,27 @@ class Selection:
         return start, stop
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a manifest says: JSON values, without a rule of match where none applies."""
+        """Returns JSON values for a manifest, omitting `match` if it does not apply."""
         described = asdict(self)
         return described if self.match else {k: v for k, v in described.items() if k != "match"}
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words to look for; none in the modes that look for none."""
+        """The words to look for; empty in modes that look for none."""
         if self.mode == "class":
             return tuple(class_words(self.argument))
         return (self.argument,) if self.mode == "token-of-interest" else ()
 
     def finder(self, tokenizer: Any) -> spelling.WordFinder | None:
-        """Returns what finds the words in `token_positions.searched`; None in the modes that look
-        for none.
+        """Returns what finds the words in `token_positions.searched`; None if there are none.
 
-        Raises ValueError when the tokenizer has no token of its own for any spelling.
+        Raises:
+            ValueError: the tokenizer has no token for any spelling of the words.
         """
         if not self.words:
             return None
         if not spelling.spellings(tokenizer, self.words):
-            raise ValueError(
-                f"the tokenizer knows no token for {self.argument!r}; use another word"
-            )
+            raise ValueError(f"the tokenizer has no token for {self.argument!r}; use another word")
         return spelling.WordFinder(tokenizer, self.words, str(self.match))
 
     def keep(
@@ -144,8 +146,16 @@ class Selection:
         found: Int[token_positions.AnyArray, "B 2"] | None = None,
         end_ids: token_positions.Ids = (),
     ) -> Bool[token_positions.AnyArray, "B P"]:
-        """Which positions are selected; `found` is what the finder says of
-        `token_positions.searched`.
+        """Returns which positions are selected.
+
+        Args:
+            positions: the positions of a batch.
+            found: int32[B, 2], what the finder returns for `token_positions.searched`; only for
+                modes that look for words.
+            end_ids: ids of the end-of-sequence tokens.
+
+        Returns:
+            bool[B, P].
         """
         only = bool(self.generated_only)
         if self.mode == "all":
@@ -157,7 +167,9 @@ class Selection:
         if self.mode == "before-special-tokens":
             return token_positions.before_special_tokens(positions, end_ids)
         if found is None:
-            raise ValueError(f"{self} needs the places of its words; give found, of its finder")
+            raise ValueError(
+                f"{self} needs the positions of its words; pass found, from its finder"
+            )
         return token_positions.spans(positions, found)
 
     def rows(
@@ -168,20 +180,27 @@ class Selection:
         found: Int[token_positions.AnyArray, "B 2"] | None = None,
         end_ids: token_positions.Ids = (),
     ) -> token_positions.Rows:
-        """The rows of a batch: `states` an array [B, P, D] or a tree of them."""
+        """Returns the rows of a batch.
+
+        Args:
+            states: an array [B, P, D] or a tree of them.
+            positions: as for `keep`.
+            found: as for `keep`.
+            end_ids: as for `keep`.
+        """
         keep = self.keep(positions, found=found, end_ids=end_ids)
         how = str(self.how)
         return token_positions.reduce(states, positions, keep, how, max_rows=self._max_rows())
 
     def rows_at_most(self, positions: int) -> int:
-        """How many rows a sample of that many positions gives at most."""
+        """Returns the maximum number of rows of a sample with this many positions."""
         if self.how != "each":
             return 1
         bound = self._max_rows()
         return positions if bound is None else min(bound, positions)
 
     def _max_rows(self) -> int | None:
-        """What no sample has more kept positions than; None when only its length bounds them."""
+        """Returns a bound on the kept positions per sample; None if only its length bounds them."""
         if self.mode != "range":
             return None
         start, stop = self._range()

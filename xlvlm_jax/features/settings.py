@@ -1,4 +1,4 @@
-"""What an extraction is asked for, and what it says afterwards."""
+"""Settings and summary of an extraction."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,16 +13,18 @@ class Settings:
     """What is extracted from each sample.
 
     Attributes:
-        sites: whose states; names, or patterns such as "layers.*" (see `VLM.find_sites`).
-        selection: which positions of a sample make rows.
-        mode: "generate" (greedy, whatever the checkpoint's do_sample says, as XL-VLMs does; its
-            penalties apply; states come out of the decode loop) or "teacher-forcing" (one pass
-            over prompt and first reference; what lies behind the last site is not computed).
-        max_new_tokens: M, in generation.
-        batch_size: B, of every batch: the last one is filled up.
-        dtype: of the states on disk.
+        sites: sites whose states to capture; names, or patterns such as "layers.*" (see
+            `VLM.find_sites`).
+        selection: which positions of a sample become rows.
+        mode: "generate" (greedy, whatever the checkpoint's do_sample says, like XL-VLMs; its
+            penalties apply; states come from the decode loop) or "teacher-forcing" (one pass over
+            the prompt and the first reference; layers after the last site are not computed).
+        max_new_tokens: M, for generation.
+        batch_size: B; the last batch is padded to it.
+        dtype: dtype of the states on disk.
 
-    Raises ValueError for a mode, batch size or length that can't be.
+    Raises:
+        ValueError: the mode, batch size or length is invalid, or there is no site.
     """
 
     sites: tuple[str, ...]
@@ -36,18 +38,18 @@ class Settings:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if not self.sites:
-            raise ValueError("no site to capture; name one, as `xlvlm sites MODEL` lists them")
+            raise ValueError("no site to capture; name one from `xlvlm sites MODEL`")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Summary(NamedTuple):
-    """What a run did; numbers are of the whole directory, seconds of this run."""
+    """What a run did; counts are of the whole directory, seconds of this run."""
 
     samples: int
     rows: int
-    without_token: int  # samples of which the selection kept nothing
+    without_token: int  # samples in which the selection kept nothing
     failed: tuple[tuple[str, str], ...]  # (sample, reason): an image unreadable or refused, NaN
     seconds: float
-    seconds_of: dict[str, float]  # of those, waiting for "input", for the "device", to "write"
+    seconds_of: dict[str, float]  # waiting for "input", for the "device", to "write"

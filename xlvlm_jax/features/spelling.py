@@ -1,8 +1,8 @@
-"""Where tokens spell a word: `find_word`, on the host.
+"""Finds where tokens spell a word: `find_word`, on the host.
 
-The texts of a row's tokens are joined and words are looked for in the whole; a place in the text is
-then counted back to its token. That a vocabulary cuts a word into pieces, joins it to the space or
-the bracket before it, or writes its letters byte by byte makes no difference.
+The texts of a row's tokens are joined, words are looked for in the joined text, and each match is
+mapped back to its tokens. It makes no difference whether a vocabulary splits a word into pieces,
+joins it to the preceding space or bracket, or writes its letters byte by byte.
 
 B batch, M tokens.
 """
@@ -29,44 +29,44 @@ def find_word(
 ) -> Int[np.ndarray, " B"]:
     """Returns the first position of each row from which the tokens spell one of the words.
 
-    Runs on the host: it does not trace.
+    Runs on the host and does not trace.
 
         find_word(answer.tokens, vlm.tokenizer, "toaster")    # not "next to a table"
         find_word(answer.tokens, vlm.tokenizer, ["hot dog", "TV", "tv"])
 
-    A word is looked for as it is written and with a capital first letter, up to a word boundary
-    (see `data.words.word_pattern`): give other capitals, and plurals, as further words. The
-    position is that of the token that holds the word's first letter: of "▁", "3" the second, of
-    " (", "dog" too, and of " (dog" the one. Special tokens, ids below 0 and ids outside the
+    A word matches as written and with a capital first letter, up to a word boundary (see
+    `data.words.word_pattern`): pass other capitalisations, and plurals, as further words. The
+    position is that of the token that contains the word's first letter: in "▁", "3" the second, in
+    " (", "dog" too, and in " (dog" the only one. Special tokens, ids below 0 and ids outside the
     vocabulary have no text and end a word, and so does the end of the row.
 
     Args:
         tokens: int[B, M], token ids, on the host or a device.
         tokenizer: a Hugging Face tokenizer.
-        words: a word or several, spaces within them allowed.
+        words: a word or several; a word may contain spaces.
         match: "word"; or "first-token", the rule of XL-VLMs: the first token that is the first one
             of a word's spellings (see `spellings`), whatever follows.
 
     Returns:
-        int32[B]; -1 where a row spells none of the words.
+        int32[B]; -1 for a row that spells none of the words.
 
     Raises:
-        ValueError: no words, an unknown rule, or tokens that are not int[B, M].
+        ValueError: there are no words, the rule is unknown, or tokens are not int[B, M].
     """
     return WordFinder(tokenizer, words, match)(tokens)[:, 0]
 
 
 class WordFinder:
-    """Finds words in batch after batch as `find_word` does; keeps the texts of tokens that it met.
+    """Finds words in one batch after another like `find_word`; caches the texts of tokens.
 
-    `finder(tokens int[B, M])` returns int32[B, 2], the position of the first token of the word and
-    of the one after its last; -1, -1 where a row spells none.
+    `finder(tokens int[B, M])` returns int32[B, 2], the position of the word's first token and the
+    position after its last token; -1, -1 for a row that spells none.
     """
 
     def __init__(self, tokenizer: Any, words: str | Iterable[str], match: str = "word"):
         words = (words,) if isinstance(words, str) else tuple(words)
         if not words or not all(word.strip() for word in words):
-            raise ValueError(f"expected a word or several to find, got {words!r:.80}")
+            raise ValueError(f"expected one or more words to find, got {words!r:.80}")
         if match not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}; got {match!r}")
         self._tokenizer, self.match = tokenizer, match
@@ -78,7 +78,7 @@ class WordFinder:
         self._bytes: dict[int, bytes] = {}
 
     def __call__(self, tokens: Int[Any, "B M"]) -> Int[np.ndarray, "B 2"]:
-        """The places of the words in tokens int[B, M]."""
+        """Returns the positions of the words in tokens int[B, M]."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected int[B, M]")
@@ -93,7 +93,7 @@ class WordFinder:
         return np.array(spans, np.int32).reshape(-1, 2)
 
     def __str__(self) -> str:
-        """What is looked for, as a message says it."""
+        """Returns what is looked for, for messages."""
         if self.match == "first-token":
             ids = (f"{name!r} ({token})" for name, token in self._first_tokens.items())
             return f"the tokens {_some(ids)}"
@@ -101,7 +101,7 @@ class WordFinder:
 
     def _find(self, row: list[int]) -> tuple[int, int]:
         pieces = [self._bytes[token] for token in row]
-        # A byte that is part of no character becomes a character of its own, and that byte again.
+        # A byte that is not part of a character becomes a surrogate, and later that byte again.
         text = b"".join(pieces).decode("utf-8", "surrogateescape")
         found = self._pattern.search(text)
         if found is None:
@@ -117,26 +117,26 @@ def _some(names: Iterable[str], count: int = 6) -> str:
     return ", ".join(names[:count]) + more
 
 
-_NO_TEXT = b"\0"  # a character of no word
+_NO_TEXT = b"\0"  # a character that no word contains
 
 
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> dict[int, bytes]:
     """Returns the bytes of text that each token adds to the ones before it, {id: UTF-8}.
 
-    Tokens without text, special ones among them, have a zero byte.
+    Tokens without text, including special tokens, get a zero byte.
     """
     special = _special_ids(tokenizer)
     texts = dict.fromkeys(ids, _NO_TEXT)
     plain = [i for i in ids if i >= 0 and i not in special]
-    # Behind another token, since decoders drop the space that a text would begin with.
+    # After another token, since decoders drop the space at the start of a text.
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
     start = _decode(tokenizer, before)
     for i in plain:
         try:
             text = _decode(tokenizer, [*before, i]).removeprefix(start)
-        except (LookupError, OverflowError):  # mistral-common's: no id of its vocabulary
+        except (LookupError, OverflowError):  # mistral-common: id is not in the vocabulary
             continue
-        if "\ufffd" in text:  # bytes of a character that others complete
+        if "\ufffd" in text:  # bytes of a character that other tokens complete
             texts[i] = _part_of_character(tokenizer, i) or text.encode()
         elif text:
             texts[i] = text.encode()
@@ -144,20 +144,20 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> dict[int, bytes]:
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    # mistral-common gives SentencePiece's pieces in place of text unless special ones are skipped
+    # unless special tokens are skipped, mistral-common returns SentencePiece's pieces
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
     special = {*tokenizer.all_special_ids}
     added = getattr(tokenizer, "added_tokens_decoder", None)
-    if isinstance(added, Mapping):  # mistral-common's has none, and a method of that name
+    if isinstance(added, Mapping):  # in mistral-common this is a method
         special |= {i for i, token in added.items() if token.special}
     return special
 
 
-# The characters by which byte-level vocabularies write bytes: themselves where they can be seen,
-# the others in order from "Ā" on.
+# The characters that byte-level vocabularies use for bytes: printable bytes stand for themselves,
+# the others are numbered from "Ā".
 _VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
     chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in _VISIBLE)
@@ -165,24 +165,27 @@ _BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
 
 
 def _part_of_character(tokenizer: Any, token: int) -> bytes | None:
-    """The bytes that the vocabulary's name of a token stands for: "<0xE7>", or "çĭ"."""
+    """Returns the bytes that a token's name in the vocabulary represents: "<0xE7>", or "çĭ"."""
     name = tokenizer.convert_ids_to_tokens(token)
     if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
     if all(character in _BYTE_OF for character in name):
         return bytes(_BYTE_OF[character] for character in name)
     tekken = getattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer", None)
-    # mistral-common's, which names all such tokens alike
+    # mistral-common gives all such tokens the same name
     return None if tekken is None else tekken.tokenizer.id_to_byte_piece(token)
 
 
 def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:
-    """Returns the tokens by which words begin: {token as the vocabulary writes it: its id}.
+    """Returns the tokens that can start the words, {token as written in the vocabulary: its id}.
 
     Each word is looked up as word, Word and " word", and the first sub-token of each counts. A
-    sub-token that is white space alone is passed over (it begins every word), and a spelling that
-    begins with a special or unknown token is left out. `words` is one word or the words of a class;
-    `tokenizer` a Hugging Face one.
+    sub-token of only white space is skipped (it starts every word), and a spelling that starts with
+    a special or unknown token is ignored.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        words: one word, or the words of a class.
     """
     special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
     found = {}

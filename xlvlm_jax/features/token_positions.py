@@ -1,15 +1,15 @@
-"""Which position of which sample: the token selections.
+"""Token selections: which positions of which samples become rows.
 
 The state that belongs to a token is the state from which that token was predicted: at index p,
 `states[:, p]` is the state and `positions.predicted[:, p]` the token that it predicted. The last
-prompt position therefore belongs to the prompt and, as the state that predicted the first answer
-token, to the generated part as well.
+prompt position therefore belongs both to the prompt and, as the state that predicted the first
+answer token, to the generated part.
 
-Everything here is a pure function over arrays and masks and can be jitted; what it returns for a
-sample does not depend on how that sample is padded. Where tokens spell a word is found on the host
-(`xlvlm_jax.features.spelling`) and is an array here. Axes: B batch, T prompt positions, M generated
-tokens, P positions of the selection, R rows a sample, D width. The selections are those of CoX-LMM
-(NeurIPS 2024), section 3.
+Everything here is a pure function of arrays and masks and can be jitted; the result for a sample
+does not depend on its padding. Where tokens spell a word is determined on the host
+(`xlvlm_jax.features.spelling`) and passed as an array. Axes: B batch, T prompt positions, M
+generated tokens, P positions of the selection, R rows per sample, D width. The selections are those
+of CoX-LMM (NeurIPS 2024), section 3.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ Ids = int | Sequence[int] | AnyArray  # one token id or several
 
 
 class Positions(NamedTuple):
-    """What is known of every position, each field [B, P].
+    """What is known about every position, each field [B, P].
 
-    A position may be in the prompt and generated at once: the last one of the prompt is. Padding
-    is whatever no selection may keep: input padding, and states that predicted nothing (after the
+    A position may be in the prompt and generated at once: the last prompt position is. Padding is
+    whatever no selection may keep: input padding, and states that predicted nothing (after the
     end-of-sequence token, or at the end of a sequence under teacher forcing).
     """
 
     predicted: AnyArray  # int32, the token that was predicted from the state here
     is_prompt: AnyArray  # bool, the token that was read here belongs to the prompt
     is_generated: AnyArray  # bool, the token that was predicted here belongs to the answer
-    is_image: AnyArray  # bool, the token that was read here stands for a part of an image
+    is_image: AnyArray  # bool, the token that was read here represents part of an image
     is_padding: AnyArray  # bool
 
     @staticmethod
@@ -47,16 +47,24 @@ class Positions(NamedTuple):
         image_token_ids: Ids = (),
         end_ids: Ids = (),
     ) -> "Positions":
-        """Prompt and generated part: P = T + M - 1, states of the prompt, then of tokens[:, :-1].
+        """Returns the positions of prompt and generated part, P = T + M - 1.
 
-        Prompts may be padded on either side. `tokens` after one of `end_ids` count as padding; the
-        state that predicted the end token itself does not.
+        The states are those of the prompt, then of tokens[:, :-1]. Prompts may be padded on either
+        side. `tokens` after one of `end_ids` count as padding; the state that predicted the end
+        token does not.
+
+        Args:
+            prompt_ids: int[B, T].
+            attention_mask: [B, T], 0 for padding.
+            tokens: int[B, M], the generated tokens.
+            image_token_ids: ids of the tokens that represent an image.
+            end_ids: ids of the end-of-sequence tokens.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         real = jnp.asarray(attention_mask, bool)
         B, T = real.shape
         M = tokens.shape[1]
-        # where the last prompt token stands: T - 1 unless padded on the right
+        # index of the last prompt token: T - 1 unless padded on the right
         last = T - 1 - jnp.argmax(real[:, ::-1], axis=1)
         at_last = jnp.arange(T) == last[:, None]  # [B, T]
         following = jnp.roll(jnp.asarray(prompt_ids, jnp.int32), -1, axis=1)
@@ -73,7 +81,7 @@ class Positions(NamedTuple):
 
     @staticmethod
     def of_generated(tokens: Int[AnyArray, "B M"], *, end_ids: Ids = ()) -> "Positions":
-        """The generated part alone: P = M, position m is the state that predicted tokens[:, m]."""
+        """Returns the positions of the generated part, P = M; state m predicted tokens[:, m]."""
         tokens = jnp.asarray(tokens, jnp.int32)
         none = jnp.zeros(tokens.shape, bool)
         return Positions(
@@ -92,10 +100,15 @@ class Positions(NamedTuple):
         *,
         image_token_ids: Ids = (),
     ) -> "Positions":
-        """Prompt and given answer in one forward pass: P = T.
+        """Returns the positions of prompt and given answer in one forward pass, P = T.
 
-        `answer_mask` marks the tokens of the answer among `input_ids`. The last state of a row
-        predicts nothing that is known, and counts as padding.
+        The last state of a row predicts nothing known, and counts as padding.
+
+        Args:
+            input_ids: int[B, T].
+            attention_mask: [B, T], 0 for padding.
+            answer_mask: [B, T], marks the answer's tokens among `input_ids`.
+            image_token_ids: ids of the tokens that represent an image.
         """
         real = jnp.asarray(attention_mask, bool)
         answer = jnp.asarray(answer_mask, bool) & real
@@ -117,16 +130,16 @@ def _isin(tokens: AnyArray, ids: Ids) -> jax.Array:
 
 
 def _ended(tokens: AnyArray, end_ids: Ids) -> jax.Array:
-    """bool[B, M]: an end token stands before this one."""
+    """Returns bool[B, M]: whether an end token precedes this one."""
     is_end = _isin(tokens, end_ids).astype(jnp.int32)
     return jnp.cumsum(is_end, axis=1) - is_end > 0
 
 
-# Selections: Positions -> keep, bool[B, P]. A sample where nothing is kept has no row in Z.
+# Selections: Positions -> keep, bool[B, P]. A sample in which nothing is kept has no row in Z.
 
 
 def everything(positions: Positions, *, generated_only: bool = False) -> Bool[AnyArray, "B P"]:
-    """Every position that is not padding."""
+    """Selects every position that is not padding."""
     keep = ~positions.is_padding
     return keep & positions.is_generated if generated_only else keep
 
@@ -134,9 +147,9 @@ def everything(positions: Positions, *, generated_only: bool = False) -> Bool[An
 def index(
     positions: Positions, i: int | Int[AnyArray, ""], *, generated_only: bool = False
 ) -> Bool[AnyArray, "B P"]:
-    """The position number `i`, padding not counted; a negative number counts from the end.
+    """Selects position number `i`, not counting padding; a negative number counts from the end.
 
-    Samples that are too short keep nothing.
+    Nothing is kept in samples that are too short.
     """
     eligible = everything(positions, generated_only=generated_only)
     rank, count = _rank(eligible)
@@ -150,7 +163,7 @@ def interval(
     *,
     generated_only: bool = False,
 ) -> Bool[AnyArray, "B P"]:
-    """The positions start <= p < stop, counted and clipped as Python's slices are."""
+    """Selects the positions start <= p < stop, counted and clipped like Python slices."""
     eligible = everything(positions, generated_only=generated_only)
     rank, count = _rank(eligible)
     first = 0 if start is None else jnp.where(start < 0, start + count, start)
@@ -159,15 +172,15 @@ def interval(
 
 
 def searched(positions: Positions, *, generated_only: bool = True) -> Int[AnyArray, "B P"]:
-    """Returns the predicted tokens in which words are looked for, -1 where there is none.
+    """Returns the predicted tokens to search for words, -1 where there is none.
 
-    The prompt is not searched by default: its stray words would match before the answer's.
+    The prompt is not searched by default: its words would match before the answer's.
     """
     return jnp.where(everything(positions, generated_only=generated_only), positions.predicted, -1)
 
 
 def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, "B P"]:
-    """The positions from `places[:, 0]` up to `places[:, 1]`, of words that `WordFinder` found."""
+    """Selects positions `places[:, 0]` up to `places[:, 1]`, which `WordFinder` returned."""
     p = jnp.arange(positions.predicted.shape[1])
     return everything(positions) & (p >= places[:, :1]) & (p < places[:, 1:])
 
@@ -175,7 +188,7 @@ def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, 
 def token_of_interest(
     positions: Positions, token_ids: Ids, *, generated_only: bool = True
 ) -> Bool[AnyArray, "B P"]:
-    """The first position whose predicted token is one of `token_ids`, whatever they spell.
+    """Selects the first position whose predicted token is one of `token_ids`, whatever they spell.
 
     For words see `xlvlm_jax.find_word` and `spans`.
     """
@@ -184,14 +197,14 @@ def token_of_interest(
 
 
 def before_special_tokens(positions: Positions, end_ids: Ids) -> Bool[AnyArray, "B P"]:
-    """The positions that predicted the answer, up to and without its first end token."""
+    """Selects the positions that predicted the answer, excluding its first end token."""
     answer = everything(positions, generated_only=True)
     is_end = answer & _isin(positions.predicted, end_ids)
     return answer & (jnp.cumsum(is_end, axis=1) == 0)
 
 
 def _rank(eligible: AnyArray) -> tuple[jax.Array, jax.Array]:
-    """int32[B, P], the number of eligible positions before this one; int32[B, 1], of all."""
+    """Returns int32[B, P], eligible positions before each one, and int32[B, 1], in total."""
     counted = jnp.cumsum(eligible.astype(jnp.int32), axis=1)
     return counted - eligible, counted[:, -1:]
 
@@ -207,18 +220,18 @@ HOWS = ("first", "last", "mean", "each")
 
 
 class Rows(NamedTuple):
-    """The rows of Z that a batch gives, R places for each sample.
+    """The rows of Z that a batch gives, R slots per sample.
 
-    `states` is the tree of arrays that `reduce` was given, each [B, R, D] here.
+    `states` is the tree of arrays passed to `reduce`, each [B, R, D] here.
     """
 
     states: Any
-    valid: AnyArray  # bool[B, R]; the rest are places that a sample left empty
-    position: AnyArray  # int32[B, R], padding not counted; of a mean, where it begins
+    valid: AnyArray  # bool[B, R]; the other slots are empty
+    position: AnyArray  # int32[B, R], not counting padding; for a mean, the first position
     token: AnyArray  # int32[B, R], predicted from that position
 
     def flat(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-        """On the host: states [N, D], sample in the batch int64[N], position and token int32[N]."""
+        """Returns host arrays: states [N, D], batch index int64[N], position and token int32[N]."""
         valid, position, token = jax.device_get((self.valid, self.position, self.token))
         states = jax.tree.map(lambda x: np.asarray(x)[valid], jax.device_get(self.states))
         return states, np.nonzero(valid)[0], position[valid], token[valid]
@@ -232,13 +245,16 @@ def reduce(
     *,
     max_rows: int | None = None,
 ) -> Rows:
-    """The rows that the kept positions give.
+    """Converts the kept positions to rows.
 
     Args:
         states: an array [B, P, D], or a tree of them ({site: states}).
-        how: "first" or "last" kept position, the "mean" of the kept positions (in float32), all
-            R = 1; or "each" kept position as its own row, R = `max_rows`, by default P. Later ones
-            are dropped, so give a bound that holds for every sample.
+        positions: the positions of the batch.
+        keep: bool[B, P], from a selection.
+        how: "first" or "last" kept position, or the "mean" of the kept positions (in float32), all
+            with R = 1; or "each" kept position as its own row.
+        max_rows: R for "each", by default P. Further rows are dropped, so pass a bound that holds
+            for every sample.
     """
     if how not in HOWS:
         raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
@@ -246,7 +262,7 @@ def reduce(
     if how == "last":
         where = keep.shape[1] - 1 - jnp.argmax(keep[:, ::-1], axis=1, keepdims=True)
     else:
-        # stable sort: the kept positions first, in their order
+        # stable sort: kept positions first, in order
         where = jnp.argsort(~keep, axis=1, stable=True)[:, :R]
     real, _ = _rank(~positions.is_padding)
 

@@ -1,4 +1,4 @@
-"""Writes features batch by batch, so that a run that was killed goes on where it stopped."""
+"""Writes features batch by batch, so that a killed run can be resumed."""
 
 import collections
 import fcntl
@@ -39,12 +39,12 @@ from xlvlm_jax.storage.zarr_rows import (
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
+    """Writes a JSON file atomically."""
     atomic.write(path, json.dumps(value, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists, keys strings."""
+    """Returns the value as JSON would return it: tuples become lists, keys strings."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every entry that holds no further keys."""
+    """Yields (dotted key, value) of every entry without further keys."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else key)
@@ -61,23 +61,25 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class FeaturesWriter:
-    """Writes features batch by batch; goes on where an interrupted run stopped.
+    """Writes features batch by batch, resuming an interrupted run.
 
         with FeaturesWriter(path, arguments) as writer:
             for batch in batches(samples[writer.samples_done :]):
                 writer.append(...)
             writer.close()
 
-    Leaving the `with` block without `close()` keeps what was committed and lets another run go on.
+    Leaving the `with` block without `close()` keeps what was committed, so that the run can be
+    resumed.
 
     Args:
-        path: a directory that is absent, empty, or holds an unfinished run of the same manifest.
-        manifest: what the run was asked for, JSON values; a run goes on only under the same one.
-        dtype: of the states on disk, one of STATE_DTYPES.
+        path: a directory that does not exist, is empty, or has an unfinished run of the same
+            manifest.
+        manifest: arguments of the run, JSON values; a run is only resumed with the same ones.
+        dtype: dtype of the states on disk, one of STATE_DTYPES.
 
     Raises:
-        ValueError: another manifest (each differing key is named), a directory that holds something
-            else, another writer at work in it.
+        ValueError: the manifest differs (each differing key is named), the directory has other
+            contents, or another writer uses it.
         OSError: the directory can't be written.
     """
 
@@ -122,28 +124,28 @@ class FeaturesWriter:
 
     @property
     def samples_done(self) -> int:
-        """How many samples are committed; a resumed run begins with the next one."""
+        """Number of committed samples; a resumed run starts with the next one."""
         return self._state["samples"]
 
     @property
     def rows_done(self) -> int:
-        """How many rows are committed."""
+        """Number of committed rows."""
         return self._state["rows"]
 
     @property
     def complete(self) -> bool:
-        """Whether the run was closed; a complete one takes no more samples."""
+        """Whether the run was closed; a complete run takes no more samples."""
         return self._state["complete"]
 
     def place_pictures(self, paths: Sequence[str | os.PathLike[str]]) -> Path | None:
-        """Records where the pictures of the whole run lie, for whoever opens or moves it.
+        """Records where the pictures of the whole run are, for whoever opens or moves it.
 
         Args:
-            paths: of all pictures of the run, in any order.
+            paths: paths of all pictures of the run, in any order.
 
         Returns:
             The root that `append` takes their names relative to (`pictures.name_in`); None for a
-            run that an earlier version began, whose names are as they were typed.
+            run that an earlier version started, whose names are as typed.
         """
         if self.samples_done and not (self.path / PICTURES).exists():
             return None
@@ -161,15 +163,18 @@ class FeaturesWriter:
         positions: Int[np.ndarray, " _"],
         tokens: Int[np.ndarray, " _"],
     ) -> None:
-        """Commit one batch: on return it is on disk, and a kill before that leaves nothing of it.
+        """Commits one batch: on return it is on disk; a kill before that leaves no trace of it.
 
         Args:
-            samples: a dict of JSON values for each sample, with or without rows.
-            states: {site: [rows, D]}, the same sites in each batch; {} will do where rows = 0.
-            sample_index: [rows], which of `samples` each row comes from.
-            positions: [rows]. tokens: [rows].
+            samples: a dict of JSON values per sample, with or without rows.
+            states: {site: [rows, D]}, the same sites in every batch; may be {} if rows = 0.
+            sample_index: int[rows], index into `samples` of each row.
+            positions: int[rows].
+            tokens: int[rows].
 
-        Raises ValueError for shapes, sites or an index that don't fit, OSError when writing fails.
+        Raises:
+            ValueError: shapes, sites or an index do not fit.
+            OSError: writing fails.
         """
         if self.complete or self._lock < 0:
             raise ValueError(f"{self.path}: the run is closed and takes no more samples")
@@ -190,7 +195,7 @@ class FeaturesWriter:
                 arrays |= {array_path(self.path, site): x for site, x in states.items()}
                 self._write_rows(arrays, rows)
             with open(self.path / SAMPLES, "rb+") as file:
-                file.truncate(done["bytes"])  # of an append that failed
+                file.truncate(done["bytes"])  # remains of a failed append
                 file.seek(done["bytes"])
                 file.write(lines)
                 file.flush()
@@ -205,7 +210,7 @@ class FeaturesWriter:
         self._state = committed
 
     def close(self) -> None:
-        """Mark the run complete, and give the directory free."""
+        """Marks the run as complete, and releases the directory."""
         if self._lock >= 0 and not self.complete:
             with _one_line(self.path):
                 done = self._state | {"complete": True}
@@ -236,8 +241,8 @@ class FeaturesWriter:
                 pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)
                 raise ValueError(
-                    f"{self.path}: in use by another writer (process {pid});"
-                    " wait for it to end, or give another directory"
+                    f"{self.path}: in use by another writer (process {pid}); wait for it to end, "
+                    "or use another directory"
                 ) from None
             # the last writer may have removed the file between our opening and locking it
             if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
@@ -248,19 +253,19 @@ class FeaturesWriter:
         self._lock = descriptor
 
     def release(self) -> None:
-        """Give the directory free without marking the run complete; another one can go on."""
+        """Releases the directory without marking the run as complete; it can be resumed."""
         if self._lock >= 0:
             (self.path / ".lock").unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = -1
 
-    # What stands in the directory already.
+    # Existing contents of the directory.
 
     def _refuse_strangers(self) -> None:
         ours = {".lock", "manifest.json.tmp", SAMPLES}
         if others := sorted(file.name for file in self.path.iterdir() if file.name not in ours):
             raise ValueError(
-                f"{self.path}: holds {others[0]!r} and no manifest.json; give an empty directory"
+                f"{self.path}: has {others[0]!r} but no manifest.json; use an empty directory"
             )
 
     def _refuse_other(self, arguments: dict[str, Any], dtype: str) -> None:
@@ -275,12 +280,12 @@ class FeaturesWriter:
         ]
         if differing:
             raise ValueError(
-                f"{self.path}: begun with other arguments ({'; '.join(differing)});"
-                " give the same ones to go on, or another directory"
+                f"{self.path}: started with other arguments ({'; '.join(differing)}); use the "
+                "same ones to resume, or another directory"
             )
 
     def _cut_off(self) -> None:
-        """Remove what was written after the last commit."""
+        """Removes what was written after the last commit."""
         (self.path / "manifest.json.tmp").unlink(missing_ok=True)
         samples = StoredSamples(self.path / SAMPLES, self._state["samples"], self._state["bytes"])
         collections.deque(samples, maxlen=0)  # raises for one that can't be read
@@ -289,7 +294,7 @@ class FeaturesWriter:
             shutil.rmtree(self.path / "states", ignore_errors=True)
             shutil.rmtree(self.path / "rows", ignore_errors=True)
             return
-        for stale in self.path.glob("*/**/*.__lock"):  # TensorStore's, of a write that never ended
+        for stale in self.path.glob("*/**/*.__lock"):  # TensorStore's, from an interrupted write
             stale.unlink()
         for path in self._array_paths(self._state["sites"]):
             array = open_array(path)
@@ -313,27 +318,29 @@ class FeaturesWriter:
     ) -> None:
         sites = self._state["sites"]
         if rows and not states:
-            raise ValueError(f"{rows} rows and no states; expected an array a site")
+            raise ValueError(f"{rows} rows but no states; expected one array per site")
         if states and sites and list(states) != sites:
             raise ValueError(f"expected states of {', '.join(sites)}; got {', '.join(states)}")
         lengths = {"sample_index": len(sample_index), "positions": len(positions)}
         lengths |= {site: len(x) for site, x in states.items()}
         for name, length in lengths.items():
             if length != rows:
-                raise ValueError(f"{name} has {length} rows, expected {rows}, one a token")
+                raise ValueError(f"{name} has {length} rows, expected {rows}, one per token")
         if rows and not 0 <= np.min(sample_index) <= np.max(sample_index) < num_samples:
-            raise ValueError(f"sample_index must lie in 0..{num_samples - 1}, one of the batch")
+            raise ValueError(
+                f"sample_index must be in 0..{num_samples - 1}, the samples of the batch"
+            )
         for site, x in states.items():
             if np.ndim(x) != 2:
                 raise ValueError(f"states of site {site!r} must be [rows, D], got {np.shape(x)}")
-            if not site.strip("."):  # would name the folder itself, or the one above
-                raise ValueError(f"{site!r} is no site; expected a module's name")
+            if not site.strip("."):  # would name the folder itself, or its parent
+                raise ValueError(f"{site!r} is not a site; expected a module's name")
             known = self._arrays.get(array_path(self.path, site))
             if known is not None and known.shape[1] != x.shape[1]:
                 raise ValueError(f"{site}: width {x.shape[1]}, expected {known.shape[1]}")
 
     def _create_arrays(self, states: Mapping[str, np.ndarray]) -> None:
-        # what an append that failed before the first commit may have left
+        # remains of an append that failed before the first commit
         shutil.rmtree(self.path / "states", ignore_errors=True)
         shutil.rmtree(self.path / "rows", ignore_errors=True)
         for group in ("states", "rows"):
@@ -363,11 +370,11 @@ class FeaturesWriter:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one line that names the directory."""
+    """Converts a file system error to one line that names the directory."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write features to {path}: {reason(error)};"
-            " give a directory that can be written and has room"
+            f"cannot write features to {path}: {reason(error)}; use a writable directory with "
+            "enough space"
         ) from error

@@ -1,1 +1,1 @@
-"""What all directories on disk share: whole files, arrays of rows, moved pictures, damage."""
+"""What all directories on disk share: atomic files, arrays of rows, moved pictures, damage."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import os
 import shutil
@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# Directories that are being written, of which nothing is to be left if the process is ended.
+# Directories being written, which are removed if the process is terminated.
 unfinished: set[Path] = set()
 
 
 def remove_unfinished() -> None:
-    """Removes what is being written: before a process ends without coming back to Python."""
+    """Removes directories being written, before a process ends without returning to Python."""
     for path in list(unfinished):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader finds the old one or the new one, and never a part.
+    """Writes a file atomically: a reader finds the old one or the new one, never a part.
 
-    Raises OSError when the file can't be written.
+    Raises:
+        OSError: the file can't be written.
     """
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -28,10 +29,10 @@ def write(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write piece by piece, which takes its place when the block ends without an error.
+    """Opens a file to write piece by piece, which replaces the old one if the block succeeds.
 
-    Until then it is `<name>.tmp` beside its place; then it is flushed to the disk and renamed. What
-    a killed process left under that name is overwritten.
+    Until then it is `<name>.tmp` in the same directory; at the end it is flushed to disk and
+    renamed. A leftover of a killed process under that name is overwritten.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:

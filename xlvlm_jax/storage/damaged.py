@@ -1,4 +1,4 @@
-"""Files that are not what they should be: one clear line each."""
+"""Reports damaged files in one clear line each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +7,25 @@ from pathlib import Path
 
 @contextmanager
 def reported(path: Path, what: str, advice: str) -> Iterator[None]:
-    """While the content of a file is put together: whatever is wrong with it, as a ValueError.
+    """Converts any error in the block, which parses a file, to a ValueError.
 
-    what: it should be, as "concepts"; advice: what to do. An OSError is the disk's and passes, and
-    so does a ValueError that names the file already.
+    An OSError passes, as the disk's, and so does a ValueError that already names the file.
+
+    Args:
+        path: the file.
+        what: what it should contain, such as "concepts".
+        advice: what to do.
+
+    Raises:
+        ValueError: the block fails.
     """
     try:
         yield
     except OSError:
         raise
-    # A damaged file raises whatever the code stumbles over, in ours and in the libraries'.
+    # A damaged file can raise anything, in this code or in libraries.
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         said = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ValueError(f"{path} holds no {what} that can be read ({said}); {advice}") from error
+        raise ValueError(f"{path} has no readable {what} ({said}); {advice}") from error

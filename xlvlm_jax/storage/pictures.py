@@ -1,10 +1,10 @@
-"""Where the pictures of a run lie, however the run and its data were moved, wherever it is opened.
+"""Finds the pictures of a run after it or its data were moved, from any working directory.
 
 A file that names pictures names them relative to their common directory, the root, and records the
-root twice: as it was, and relative to the file's own directory. So a run that was moved with its
-data finds them by the second, one that was moved alone by the first, and neither depends on the
-directory that a command is given in. Files of earlier versions hold names as they were typed: these
-are looked for here and in the directories above the run, where the command was given.
+root twice: as it was, and relative to the file's own directory. A run that was moved together with
+its data finds them by the second, a run that was moved alone by the first; neither depends on the
+working directory. Files of earlier versions have names as typed: these are looked up in the working
+directory and in the directories above the run, where the command was started.
 """
 
 import os
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PROBES = 8  # names that are looked for in a directory before it is taken for the root
+_PROBES = 8  # names looked up in a directory before it is taken as the root
 
 
 def root_of(paths: Iterable[str | os.PathLike[str]]) -> Path | None:
-    """The directory that all pictures lie in or below.
+    """Returns the common directory of all pictures.
 
-    None for no pictures, and for paths that are not absolute: names of which nobody knows where
-    they are, which are then kept as they are.
+    None for no pictures, and for paths that are not absolute: these are relative to an unknown
+    directory and are kept as they are.
     """
     directories = {os.path.dirname(path) for path in paths}
     if not directories or not all(map(os.path.isabs, directories)):
@@ -28,17 +28,17 @@ def root_of(paths: Iterable[str | os.PathLike[str]]) -> Path | None:
 
 
 def name_in(root: Path | None, path: str | os.PathLike[str]) -> str:
-    """A picture's name as files keep it: relative to the root, or as it is without one."""
+    """Returns a picture's name as stored: relative to the root, or unchanged without one."""
     return str(path) if root is None else os.path.relpath(os.path.abspath(path), root)
 
 
 def describe(root: Path | None, directory: Path) -> dict[str, str] | None:
-    """The root as JSON values, for a file in `directory`."""
+    """Returns the root as JSON values, for a file in `directory`."""
     return None if root is None else {"root": str(root), "from here": from_here(root, directory)}
 
 
 def from_here(path: str | os.PathLike[str], directory: Path) -> str:
-    """A path relative to a directory that a file is written to, which may be moved with it."""
+    """Returns a path relative to the directory of a file, with which it may be moved."""
     return os.path.relpath(Path(path).resolve(), directory.resolve())
 
 
@@ -48,16 +48,17 @@ def find_all(
     recorded: Mapping[str, str] | None,
     images: str | os.PathLike[str] | None = None,
 ) -> list[str | None]:
-    """The paths of pictures, absolute where any of them is found; otherwise where they were.
+    """Returns the paths of pictures; absolute if any is found, else as they were.
 
     Args:
-        names: as a file in `directory` keeps them; None of a sample without a picture.
-        directory: of the file.
-        recorded: what `describe` gave; None for a file of an earlier version.
-        images: where the pictures lie now, if neither they nor the run say: their root, the
-            directory above it, or one that holds the files themselves.
+        names: as stored in a file in `directory`; None for a sample without a picture.
+        directory: directory of the file.
+        recorded: returned by `describe`; None for a file of an earlier version.
+        images: where the pictures are now, if nothing else tells: their root, its parent directory,
+            or a directory with the files themselves.
 
-    Raises ValueError if `images` holds none of the pictures looked for.
+    Raises:
+        ValueError: `images` has none of the pictures.
     """
     known = [name for name in names if name is not None]
     probes = [known[len(known) * i // _PROBES] for i in range(_PROBES)] if known else []
@@ -71,18 +72,25 @@ def locate(
     recorded: Mapping[str, str] | None,
     images: str | os.PathLike[str] | None = None,
 ) -> Callable[[str], str]:
-    """The function from a picture's name to its path, by where some of the pictures are found.
+    """Returns a function from a picture's name to its path.
 
-    Args and Raises as for `find_all`, of which `probes` are some of the names.
+    Args:
+        probes: some of the names, to find out where the pictures are.
+        directory: as for `find_all`.
+        recorded: as for `find_all`.
+        images: as for `find_all`.
+
+    Raises:
+        ValueError: `images` has none of the pictures.
     """
     for root, depth in _places(directory, recorded, images):
-        # Of a name that no file can have, pathlib would raise what the system says.
+        # os.path.isfile accepts names that no file can have; pathlib would raise.
         if any(os.path.isfile(root / _tail(name, depth)) for name in probes):
             return lambda name: str(root / _tail(name, depth))
     if images is not None and probes:
         raise ValueError(
-            f"{images} holds none of the pictures of {directory}, such as {probes[0]!r}; give the "
-            "directory that they lie in"
+            f"{images} has none of the pictures of {directory}, such as {probes[0]!r}; pass the "
+            "directory that contains them"
         )
     root_then = "" if recorded is None else recorded["root"]
     return lambda name: os.path.join(root_then, name)
@@ -91,7 +99,7 @@ def locate(
 def _places(
     directory: Path, recorded: Mapping[str, str] | None, images: str | os.PathLike[str] | None
 ) -> Iterator[tuple[Path, int | None]]:
-    """(directory to look in, how many of a name's last parts count there; None: all)."""
+    """Yields (directory to look in, how many of a name's last parts count there; None for all)."""
     if images is not None:
         images = Path(images).absolute()
         yield images, None
@@ -113,10 +121,10 @@ def _tail(name: str, depth: int | None) -> Path:
 
 
 def find_features(stored: Any, directory: Path) -> Any:
-    """A directory of features that a file in `directory` names by `from_here`, as a path here.
+    """Returns the path of a directory of features that a file names relative to `directory`.
 
-    Names that were typed, of earlier versions, are looked for here and above `directory`. What is
-    not found, or is no name, comes back as it is.
+    Names as typed, of earlier versions, are looked up in the working directory and above
+    `directory`. What is not found, or is not a name, is returned unchanged.
     """
     if not isinstance(stored, str):
         return stored
@@ -128,7 +136,7 @@ def find_features(stored: Any, directory: Path) -> Any:
 
 
 def store_features(source: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """What `source` says, its features named relative to the directory of the file."""
+    """Returns `source` with its features named relative to the directory of the file."""
     return {
         key: from_here(value, directory)
         if key in _FEATURES and isinstance(value, str) and Path(value).is_dir()
@@ -138,7 +146,7 @@ def store_features(source: Mapping[str, Any], directory: Path) -> dict[str, Any]
 
 
 def restore_features(source: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """What `store_features` was given, its features as paths that open from here."""
+    """Inverts `store_features`: its features become paths that can be opened from here."""
     return {
         key: find_features(value, directory) if key in _FEATURES else value
         for key, value in source.items()
@@ -149,5 +157,5 @@ _FEATURES = ("features", "target features", "original features", "fine-tuned fea
 
 
 def missing(paths: Iterable[str | None]) -> list[str]:
-    """The pictures that are not there, each once."""
+    """Returns the pictures that do not exist, each once."""
     return [path for path in dict.fromkeys(paths) if path is not None and not os.path.isfile(path)]

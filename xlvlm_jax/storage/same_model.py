@@ -1,4 +1,4 @@
-"""Which model something was made with, and whether the one at hand is that model."""
+"""Records which model something was made with, and checks that a model is the same."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from ports.checkpoint import hub
 
 
 def model_of(vlm: VLM) -> dict[str, str | None]:
-    """The name and the fingerprint of a model, as JSON values; None for one without a checkpoint.
+    """Returns the name and fingerprint of a model, as JSON values; None without a checkpoint.
 
     Args:
         vlm: a loaded model.
 
     Returns:
-        {"model": name of its directory, or its id on the hub, "fingerprint": `VLM.fingerprint`}.
+        {"model": name of its directory, or its id on the Hub, "fingerprint": `VLM.fingerprint`}.
     """
     return {
         "model": None if vlm.directory is None else hub.name_of(vlm.directory),
@@ -23,19 +23,20 @@ def model_of(vlm: VLM) -> dict[str, str | None]:
 
 
 def require_model(source: Mapping[str, Any], vlm: VLM, what: str) -> None:
-    """Refuses a model that is not the one that something was made with.
+    """Checks that a model is the one that something was made with.
 
     Args:
-        source: what `model_of` gave when it was made, among other entries; a missing or unknown
+        source: entries of `model_of` from when it was made, among others; a missing or unknown
             fingerprint passes.
-        vlm: the model at hand.
-        what: what was made, as the message begins: "the steering vector was fitted on".
+        vlm: the model to check.
+        what: start of the message: "the steering vector was fitted on".
 
-    Raises ValueError for another model; names both.
+    Raises:
+        ValueError: it is another model; both are named.
     """
     expected, got = source.get("fingerprint"), vlm.fingerprint
     if None not in (expected, got) and expected != got:
         raise ValueError(
-            f"{what} {source.get('model')!r} ({expected}); {vlm.directory} is another model "
-            f"({got}), give that one"
+            f"{what} {source.get('model')!r} ({expected}); {vlm.directory} is a different model "
+            f"({got}), use the original one"
         )

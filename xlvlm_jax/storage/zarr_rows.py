@@ -1,9 +1,9 @@
 """Arrays on disk that grow row by row: Zarr v3 through TensorStore, [rows, ...].
 
-They are not compressed (hidden states hardly shrink), so that a missing or truncated chunk shows in
-the size of its file, and chunks depend on the width alone, so that the bytes are the same however
-the rows came. Arrays name their dimensions, "row" and "width_<D>", and lie in Zarr groups: xarray
-opens a group of them (`xarray.open_zarr(path, consolidated=False)`).
+They are not compressed (hidden states hardly shrink), so a missing or truncated chunk shows in the
+size of its file, and the chunk size depends only on the width, so the bytes are the same whatever
+the batches. Arrays name their dimensions, "row" and "width_<D>", and are in Zarr groups, which
+xarray opens (`xarray.open_zarr(path, consolidated=False)`).
 """
 
 import json
@@ -25,13 +25,13 @@ def _spec(path: Path) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
-        # a chunk of zeros is a file too: one that is absent is then known to be lost
+        # also write chunks of zeros, so that a missing chunk means it was lost
         "store_data_equal_to_fill_value": True,
     }
 
 
 def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
-    """A new Zarr v3 array; every chunk of `_CHUNK_BYTES`, or of one row where a row is larger."""
+    """Creates a Zarr v3 array with chunks of `_CHUNK_BYTES`, or of one row if a row is larger."""
     row_bytes = ts.dtype(dtype).numpy_dtype.itemsize * math.prod(shape[1:])
     chunk = [max(_CHUNK_BYTES // row_bytes, 1), *shape[1:]]
     metadata = {
@@ -39,7 +39,7 @@ def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorSto
         "shape": shape,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        # xarray wants one length for each name in a group, and sites may differ in width.
+        # xarray requires one size per dimension name in a group, and sites may differ in width.
         "dimension_names": ["row", *(f"width_{size}" for size in shape[1:])],
     }
     return wait(ts.open(_spec(path) | {"metadata": metadata}, create=True))
@@ -52,9 +52,13 @@ def create_group(path: Path) -> None:
 
 
 def open_array(path: Path) -> ts.TensorStore:
-    """An existing array. Raises ValueError, one line, when there is none that can be read."""
+    """Opens an existing array.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
     try:
-        # Nested too deep, it would end the process in TensorStore.
+        # JSON nested too deeply would end the process in TensorStore, but raises here.
         json.loads((path / "zarr.json").read_bytes())
         return ts.open(_spec(path), open=True).result()
     except Exception as error:
@@ -62,22 +66,26 @@ def open_array(path: Path) -> ts.TensorStore:
 
 
 def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
-    """The shape of an array's chunks."""
+    """Returns the shape of an array's chunks."""
     return array.chunk_layout.write_chunk_template.shape
 
 
 def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
-    """Raises ValueError for chunks that are not rows, or the first absent or of another size."""
+    """Checks that chunks are whole rows, exist and have the right size.
+
+    Raises:
+        ValueError: one is not; the first such chunk is named.
+    """
     if array.shape[0] < rows:
         raise ValueError(
             f"{path}: {array.shape[0]} rows, expected {rows}; extract the features again"
         )
     chunk = _chunk(array)
     if array.shape[1:] != chunk[1:]:
-        # A width that no file bears out would be read as fill values, in memory that it names.
+        # A width that the files do not match would be read as fill values, in memory of that size.
         raise ValueError(
-            f"{path}: shape {list(array.shape)} in chunks of {list(chunk)}, expected chunks of"
-            " whole rows; extract the features again"
+            f"{path}: shape {list(array.shape)} in chunks of {list(chunk)}, expected chunks of "
+            "whole rows; extract the features again"
         )
     size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
     for i in range(-(-rows // chunk[0])):
@@ -89,12 +97,14 @@ def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
 
 
 class StoredRows:
-    """The rows of an array on disk, to be read a tile at a time; what the streamed solvers take.
+    """Rows of an array on disk, read a tile at a time; the input of the streamed solvers.
+
+    numpy reads all of them if it needs an array.
 
     Attributes:
-        path: of the array. shape: (N, D). dtype: numpy's.
-
-    numpy reads all of them where it is given them as an array.
+        path: path of the array.
+        shape: (N, D).
+        dtype: numpy dtype.
     """
 
     def __init__(self, path: Path, rows: int):
@@ -109,11 +119,13 @@ class StoredRows:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError(f"{self.path}: rows on disk can't become an array without a copy")
+            raise ValueError(
+                f"{self.path}: rows on disk can't become an array without a copy; allow the copy"
+            )
         return self.read(0, len(self)).astype(dtype or self.dtype, copy=False)
 
     def tiles(self, count: int) -> Iterator[tuple[int, Shaped[np.ndarray, "B D"]]]:
-        """(first row, rows) in order, `count` rows each but the last; reads one ahead."""
+        """Yields (first row, rows) in order, `count` rows each except the last; reads one ahead."""
         following = None
         for start in range(0, self.shape[0], count):
             reading = following or self._read(start, count)
@@ -123,11 +135,11 @@ class StoredRows:
             yield start, reading.result()
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
-        """The rows from `start` up to `stop`."""
+        """Returns the rows from `start` up to `stop`."""
         return self._array[start:stop].read().result()
 
     def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
-        """Some rows by number."""
+        """Returns rows by number."""
         return self._array[np.asarray(numbers, np.int64)].read().result()
 
     def _read(self, start: int, count: int) -> ts.Future:
@@ -135,7 +147,7 @@ class StoredRows:
 
 
 def cut(array: ts.TensorStore, rows: int) -> None:
-    """Keep the first `rows` rows, and zeros in the rest of their last chunk."""
+    """Keeps the first `rows` rows, and fills the rest of their last chunk with zeros."""
     chunk = _chunk(array)[0]
     whole = -(-rows // chunk) * chunk
     array = wait(array.resize(exclusive_max=[whole, *array.shape[1:]]))
@@ -145,7 +157,7 @@ def cut(array: ts.TensorStore, rows: int) -> None:
 
 
 def wait(future: ts.Future | ts.WriteFutures) -> Any:
-    """The result of a write, whose failures TensorStore reports under many types."""
+    """Returns the result of a write, whose failures TensorStore reports as many types."""
     try:
         return future.result()
     except Exception as error:
@@ -153,6 +165,6 @@ def wait(future: ts.Future | ts.WriteFutures) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """An error's first line, or the operating system's words for it."""
+    """Returns an error's first line, or the operating system's message."""
     text = getattr(error, "strerror", None) or str(error)
     return text.splitlines()[0] if text else type(error).__name__

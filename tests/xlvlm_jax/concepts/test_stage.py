@@ -70,7 +70,7 @@ def test_a_site_must_be_chosen_among_several(tmp_path):
     decoder = write(tmp_path / "d", Z, [(i, {}) for i in range(3)], sites=layers)
     assert choose_site(decoder, "layers.3") == layers[0]
     with pytest.raises(
-        ValueError, match="holds the sites a, b; choose one of them, got None; name it by --site"
+        ValueError, match="has the sites a, b; choose one of them with --site, got None"
     ):
         choose_site(features, None)
 

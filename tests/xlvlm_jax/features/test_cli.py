@@ -84,4 +84,4 @@ def test_what_generation_config_does_is_told_recorded_and_left_out_on_demand(
 
     status, _, errors = run("ruled", "--ignore-generation-config")
     assert status == 2
-    assert "begun with other arguments (generation_config.suppress_tokens" in errors
+    assert "started with other arguments (generation_config.suppress_tokens" in errors

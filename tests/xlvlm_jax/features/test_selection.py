@@ -53,7 +53,7 @@ def test_a_rule_of_match_that_does_not_apply(text, match):
 
 
 def test_a_word_that_the_tokenizer_lacks():
-    with pytest.raises(ValueError, match="the tokenizer knows no token for 'éø'; use another word"):
+    with pytest.raises(ValueError, match="the tokenizer has no token for 'éø'; use another word"):
         Selection("token-of-interest", "éø").finder(sentencepiece("▁dog"))
 
 
@@ -100,7 +100,7 @@ def test_rows_of_each_mode(text, options, expected):
 
 def test_words_are_not_looked_for_by_the_selection_itself():
     positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
-    with pytest.raises(ValueError, match="class:dog,cat needs the places of its words; give found"):
+    with pytest.raises(ValueError, match="class:dog,cat needs the positions of its words; pass found"):
         Selection("class", "dog,cat").keep(positions)
 
 

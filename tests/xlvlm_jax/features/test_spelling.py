@@ -228,8 +228,8 @@ def test_the_bytes_of_tokens_join_to_the_text(tokenizer):
 @pytest.mark.parametrize(
     ("tokens", "words", "match", "message"),
     [
-        ([[1, 2]], [], "word", r"expected a word or several to find, got \(\)"),
-        ([[1, 2]], ["dog", " "], "word", "expected a word or several to find"),
+        ([[1, 2]], [], "word", r"expected one or more words to find, got \(\)"),
+        ([[1, 2]], ["dog", " "], "word", "expected one or more words to find"),
         ([[1, 2]], "dog", "token", "match must be one of word, first-token; got 'token'"),
         ([1, 2], "dog", "word", r"tokens are int64\[2\]; expected int\[B, M\]"),
         ([[0.5]], "dog", "word", r"tokens are float64\[1, 1\]; expected int\[B, M\]"),

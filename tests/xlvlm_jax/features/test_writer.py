@@ -243,7 +243,7 @@ def test_a_killed_process_leaves_whole_batches_and_no_lock(tmp_path):
 
 def test_an_unfinished_run_opens_when_allowed(tmp_path):
     write(tmp_path, range(2), close=False)
-    with pytest.raises(ValueError, match=r"the run is not finished \(8 samples so far\); start it"):
+    with pytest.raises(ValueError, match=r"the run is not finished \(8 samples so far\); finish it"):
         Features.open(tmp_path)
     features = Features.open(tmp_path, allow_incomplete=True)
     assert (len(features.samples), len(features.tokens), features.complete) == (8, 8, False)
@@ -263,9 +263,9 @@ def test_other_arguments_are_refused_key_by_key(tmp_path):
     write(tmp_path, close=False)
     other = {"model": "tiny", "tokens": "all", "seeds": (0, 1), "data": {"split": "val"}}
     message = (
-        r"begun with other arguments \(batch_size: expected 4, got nothing; data.split: expected"
+        r"started with other arguments \(batch_size: expected 4, got nothing; data.split: expected"
         r' nothing, got "val"; states on disk: expected "float32", got "float16"; tokens: expected'
-        r' "index:-1", got "all"\); give the same ones to go on, or another directory'
+        r' "index:-1", got "all"\); use the same ones to resume, or another directory'
     )
     with pytest.raises(ValueError, match=message):
         FeaturesWriter(tmp_path, other, dtype="float16")
@@ -283,7 +283,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"holds 'thesis.tex' and no manifest.json; give an empty"):
+    with pytest.raises(ValueError, match=r"has 'thesis.tex' but no manifest.json; use an empty"):
         FeaturesWriter(tmp_path, ARGUMENTS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -334,12 +334,12 @@ def test_rows_that_cannot_be_written(tmp_path):
     [
         (lambda b: b | {"positions": b["positions"][1:]}, "positions has 3 rows, expected 4"),
         (lambda b: b | {"states": {"x": np.ones((4, 2))}}, "expected states of .*norm; got x"),
-        (lambda b: b | {"states": {}}, "4 rows and no states; expected an array a site"),
+        (lambda b: b | {"states": {}}, "4 rows but no states; expected one array per site"),
         (
             lambda b: b | {"states": {site: x[:, :2] for site, x in b["states"].items()}},
             "layers.1: width 2, expected 5",
         ),
-        (lambda b: b | {"sample_index": b["sample_index"] + 1}, r"sample_index must lie in 0\.\.3"),
+        (lambda b: b | {"sample_index": b["sample_index"] + 1}, r"sample_index must be in 0\.\.3"),
         (lambda b: b | {"samples": [{"id": {1, 2}}] * 4}, "must hold JSON values only"),
     ],
 )
@@ -394,9 +394,9 @@ def spoil_line(file, number):
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: not JSON"),
         (lambda p: (p / "manifest.json").write_text("[" * 200_000), "manifest.json: not JSON"),
         (lambda p: (p / "rows/token/zarr.json").write_text("[" * 200_000), "token: not a readable"),
-        (edit_manifest(rows="4"), "'rows' can't be what it is"),
-        (edit_manifest(sites=["\ud800"]), "'sites' can't be what it is"),
-        (edit_manifest(sites=5), "'sites' can't be what it is"),
+        (edit_manifest(rows="4"), "'rows' has an invalid value"),
+        (edit_manifest(sites=["\ud800"]), "'sites' has an invalid value"),
+        (edit_manifest(sites=5), "'sites' has an invalid value"),
         (widen, r"norm: shape \[20, 2147483648\] in chunks of .* expected chunks of whole rows"),
         (edit_manifest(format="other"), "format 'other', expected 'xlvlm-features'"),
         (edit_manifest(version=9), "format version 9, expected 1"),

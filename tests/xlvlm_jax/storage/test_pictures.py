@@ -89,7 +89,7 @@ def test_from_another_directory_and_after_a_move(here, tmp_path, monkeypatch):
     for file in (tmp_path / "pictures").rglob("*.png"):
         shutil.copy(file, flat)
     assert shown(features, images=flat) == [0, 10]
-    with pytest.raises(ValueError, match=r"archive holds none of the pictures of .*'a/0\.png'; gi"):
+    with pytest.raises(ValueError, match=r"archive has none of the pictures of .*'a/0\.png'; pa"):
         Features.open(features, images=tmp_path / "archive")
 
 
@@ -114,7 +114,7 @@ def test_a_damaged_record_is_one_line(here):
     features = write(here / "features", TYPED)
     for damaged in ("[", "[]", '{"root": 3}'):
         (features / "images.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"images\.json: does not say where pictures lie"):
+        with pytest.raises(ValueError, match=r"images\.json: does not say where the pictures are"):
             Features.open(features)
 
 

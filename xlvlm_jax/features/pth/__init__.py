@@ -1,7 +1,7 @@
-"""Saved features of the reference implementation, XL-VLMs, read and written without PyTorch.
+"""Reads and writes the features of the reference implementation, XL-VLMs, without PyTorch.
 
-unpickle                a machine that builds plain values and tensors from a pickle and calls
-nothing reader, writer          the files of torch.save
+unpickle                builds plain values and tensors from a pickle, and calls nothing
+reader, writer          the files of torch.save
 importing, exporting    the reference's dictionary of hidden states <-> features
 """
 

@@ -1,4 +1,4 @@
-"""A directory of features -> the reference's saved hidden states (see `importing`)."""
+"""Exports a directory of features as the reference's saved hidden states (see `importing`)."""
 
 import itertools
 import json
@@ -19,12 +19,18 @@ def export_features(
 ) -> None:
     """Writes a directory of features as the reference's .pth file.
 
-    One that was imported becomes the file that it came from, to the bit (all its sites asked for,
-    and rows not averaged). Of any other, samples without a row are masked out and have a state of
+    Imported features become the original file, bit by bit (if all its sites are exported and rows
+    were not averaged). For other features, samples without a row are masked out and get a state of
     zeros, and the keys "manifest", "samples", "positions" and "tokens" hold what the reference has
-    no place for, so that an import gives the same directory again.
+    no place for, so that an import restores the same directory.
 
-    Raises ValueError for a site that the features don't hold.
+    Args:
+        features: the features to export.
+        path: the file to write.
+        sites: names or patterns of sites; all sites if empty.
+
+    Raises:
+        ValueError: the features do not have a site.
     """
     found = (choose_sites(features, site) for site in sites)
     sites = tuple(dict.fromkeys(itertools.chain.from_iterable(found))) or features.sites
@@ -56,7 +62,7 @@ def export_features(
 
 
 def _rest(features: Features, rows_of: list[list[int]]) -> dict[str, Any]:
-    """The other keys of an export, as the reference writes them: batches of one."""
+    """Returns the other keys of an export in the reference's form: batches of one."""
     samples = list(features.samples)
     result: dict[str, Any] = {
         "token_of_interest_mask": [np.array([bool(rows)]) for rows in rows_of],

@@ -1,15 +1,15 @@
-"""The reference's saved hidden states -> a directory of features.
+"""Imports the reference's saved hidden states into a directory of features.
 
 XL-VLMs saves a dictionary with torch.save:
 
-    hidden_states            a list, one a sample, of {module: [1, n, D]} ([n, D] is read too)
+    hidden_states            a list with one {module: [1, n, D]} per sample ([n, D] works too)
     token_of_interest_mask   bool[samples], or a list of one-element tensors: which samples count
-    image, model_predictions, ...    lists, one entry a sample, bare or in a list of one
+    image, model_predictions, ...    lists with one entry per sample, bare or in a list of one
 
-Here **each of the n positions is a row**, with its number as its position; with rows="mean" a
-sample is one row, the mean of its positions, as the reference takes it when it stacks its matrix.
-The token of a row is not known, and is -1. A sample that the mask leaves out has no row: the state
-that the reference keeps there is that of a position where the token was not found.
+Here **each of the n positions is a row**, and its number is its position. With rows="mean" a sample
+is one row, the mean of its positions, as when the reference stacks its matrix. The token of a row
+is unknown, and is -1. A sample outside the mask has no row: its state in the reference is that of a
+position where the token was not found.
 """
 
 import json
@@ -33,7 +33,7 @@ from xlvlm_jax.storage.pictures import name_in
 
 BATCH = 256  # samples written at a time
 ROWS = ("each", "mean")
-# The reference's keys of a sample -> ours; the first that is there counts.
+# The reference's keys of a sample -> ours; the first one present counts.
 _NAMES = {
     "image": "image",
     "model_predictions": "prediction",
@@ -42,7 +42,7 @@ _NAMES = {
     "response": "answer",
     "img_id": "image_id",
 }
-_OWN = ("manifest", "samples", "positions", "tokens")  # keys that our own exports have beside
+_OWN = ("manifest", "samples", "positions", "tokens")  # keys that only our own exports have
 
 
 def import_features(
@@ -55,29 +55,29 @@ def import_features(
     images: str | os.PathLike[str] | None = None,
     model: str | None = None,
 ) -> Features:
-    """Reads the reference's .pth file into a new directory of features; nothing in it is executed.
+    """Reads the reference's .pth file into a new directory of features; executes nothing in it.
 
     Args:
         path: the file.
-        output: the directory to make; it appears whole or not at all.
+        output: the directory to create; it appears complete or not at all.
         sites: the modules to take, by default all.
-        rows: "each" position a row, or the "mean" of a sample's positions.
-        dtype: of the states on disk; by default the file's (the widest, if modules differ).
-        images: the directory in which the pictures lie now, found by their names (or by the last
+        rows: "each" for one row per position, or "mean" for the mean of a sample's positions.
+        dtype: dtype of the states on disk; by default the file's (the widest, if modules differ).
+        images: the directory in which the pictures are now, found by their names (or by the last
             two parts of their paths); by default the paths stay as they are.
-        model: the name of the model that the states are of, for the record.
+        model: the name of the model that the states come from, for the record.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged, asks for a forbidden global, or holds something else;
-            modules of differing lengths; an unknown site; states that no dtype of ours holds.
-        FileExistsError: `output` is there already.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, asks for a forbidden global, or has other contents; modules
+            differ in length; a site is unknown; no supported dtype fits the states.
+        FileExistsError: `output` already exists.
     """
     path, output = Path(path), Path(output)
     if rows not in ROWS:
         raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output}: is there already; give a new directory")
+        raise FileExistsError(f"{output}: already exists; choose a new directory")
     data = read_pth(path)
     try:
         states, sites = _states(data, sites)
@@ -104,7 +104,9 @@ def import_features(
                     [described[i] for i in part], *_rows(data, states, kept, part, sites, rows)
                 )
             if writer.rows_done == 0:
-                raise PthError(f"{path}: its mask leaves no sample; expected some with the token")
+                raise PthError(
+                    f"{path}: its mask excludes every sample; expected some with the token"
+                )
             writer.close()
         if "manifest" not in data:
             rest = {key: value for key, value in data.items() if key != "hidden_states"}
@@ -118,18 +120,18 @@ def import_features(
 
 
 def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The checked hidden states, and the sites to take."""
+    """Returns the checked hidden states, and the sites to take."""
     if not isinstance(data, dict) or not isinstance(data.get("hidden_states"), list):
         held = (
             ", ".join(map(str, list(data)[:6])) if isinstance(data, dict) else type(data).__name__
         )
-        raise PthError(f"holds {held}; expected a dictionary with a list 'hidden_states'")
+        raise PthError(f"has {held}; expected a dictionary with a list 'hidden_states'")
     states = data["hidden_states"]
     if not states or not all(isinstance(each, dict) and each for each in states):
-        raise PthError("'hidden_states' is not a list of {module: tensor}, one a sample")
+        raise PthError("'hidden_states' is not a list of {module: tensor}, one per sample")
     known = tuple(states[0])
     if not all(isinstance(name, str) for name in known):
-        raise PthError("'hidden_states' has modules that are not named by text")
+        raise PthError("'hidden_states' has modules whose names are not text")
     unknown = [site for site in sites if not match_sites(site, known)]
     if unknown:
         raise PthError(f"has no module {unknown[0]!r}; expected one of {few(known)}")
@@ -147,16 +149,16 @@ def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tupl
                 width.setdefault(site, shape[-1]) != shape[-1]
             ):
                 raise PthError(
-                    f"sample {number} has shape {_short(shape)} at {site}, others are"
-                    f" {width[site]} wide with {axes[site]} axes; expected all alike"
+                    f"sample {number} has shape {_short(shape)} at {site}, others have width "
+                    f"{width[site]} and {axes[site]} axes; expected the same for all"
                 )
             if each[site].dtype != states[0][site].dtype:
-                raise PthError(f"sample {number} has another dtype at {site} than the first")
+                raise PthError(f"sample {number} has another dtype at {site} than the first sample")
             lengths[site] = shape[-2]
         if len(set(lengths.values())) > 1:
             raise PthError(
-                f"sample {number} has {lengths} positions, expected as many at each module;"
-                " import them one by one (--site)"
+                f"sample {number} has {lengths} positions, expected the same number for each "
+                "module; import them one by one (--site)"
             )
     return states, sites
 
@@ -166,7 +168,7 @@ def _short(shape: Any) -> str:
 
 
 def _mask(data: dict, count: int) -> np.ndarray:
-    """bool[samples], which count."""
+    """Returns bool[samples], which samples count."""
     mask = data.get("token_of_interest_mask")
     if mask is None:
         return np.ones(count, bool)
@@ -175,7 +177,7 @@ def _mask(data: dict, count: int) -> np.ndarray:
         flat = np.concatenate([np.asarray(part).reshape(-1) for part in parts] or [np.zeros(0)])
         if flat.shape == (count,):
             return flat.astype(bool)
-    raise PthError(f"'token_of_interest_mask' is no mask of {count} samples")
+    raise PthError(f"'token_of_interest_mask' is not a mask of {count} samples")
 
 
 def _disk_dtype(path: Path, dtypes: Mapping[str, np.dtype], asked: str | None) -> str:
@@ -185,8 +187,8 @@ def _disk_dtype(path: Path, dtypes: Mapping[str, np.dtype], asked: str | None) -
     strange = sorted(names - {*STATE_DTYPES})
     if strange:
         raise ValueError(
-            f"{path}: states are {strange[0]}, and are kept as {', '.join(STATE_DTYPES)};"
-            " choose one (--dtype), they are rounded to it"
+            f"{path}: states are {strange[0]}, but can only be stored as "
+            f"{', '.join(STATE_DTYPES)}; choose one to round them to (--dtype)"
         )
     return names.pop() if len(names) == 1 else "float32"
 
@@ -194,13 +196,13 @@ def _disk_dtype(path: Path, dtypes: Mapping[str, np.dtype], asked: str | None) -
 def _described(
     data: dict, count: int, images: str | os.PathLike[str] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The entry of each sample in samples.jsonl, and the manifest of one of our own exports."""
+    """Returns each sample's entry in samples.jsonl, and the manifest if it is our own export."""
     if all(key in data for key in _OWN):
         try:
             manifest = json.loads(data["manifest"])
             samples = [json.loads(text) for text in data["samples"]]
         except (TypeError, ValueError):
-            raise PthError("'samples' or 'manifest' is not what an export writes") from None
+            raise PthError("'samples' or 'manifest' is not as written by an export") from None
         if len(samples) != count or not isinstance(manifest, dict):
             raise PthError(f"'samples' describes {len(samples)} samples, expected {count}")
         return [_placed(sample, images) for sample in samples], manifest
@@ -219,7 +221,7 @@ def _described(
 
 
 def _placed(sample: dict[str, Any], images: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The sample with its picture where it lies now."""
+    """Returns the sample with the current path of its picture."""
     image = sample.get("image")
     if images is None or not isinstance(image, str):
         return sample
@@ -237,7 +239,7 @@ def _rows(
     sites: Sequence[str],
     rows: str,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """What FeaturesWriter.append takes of some samples: states, sample index, positions, tokens."""
+    """Returns the arguments of FeaturesWriter.append: states, sample index, positions, tokens."""
     blocks: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     index, positions, tokens = [], [], []
     for number in part:
@@ -269,7 +271,7 @@ def _keep(
     rest: dict,
     size: int,
 ) -> None:
-    """Keeps what an export needs beside the rows, where it can give the file back."""
+    """Keeps what an export needs in addition to the rows to restore the file."""
     whole = rows == "each" and tuple(states[0]) == tuple(sites)
     gone = [i for i in range(len(states)) if not kept[i] or not states[i][sites[0]].shape[-2]]
     value = {

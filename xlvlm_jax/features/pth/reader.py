@@ -1,4 +1,4 @@
-"""Reads what torch.save wrote: the zip format, and the older one of concatenated pickles."""
+"""Reads files of torch.save: the zip format, and the older one of concatenated pickles."""
 
 import io
 import mmap
@@ -14,47 +14,51 @@ import numpy as np
 from xlvlm_jax.features.pth.torch_globals import Globals, StorageType
 from xlvlm_jax.features.pth.unpickle import Machine, PthError, Storage
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of the older format, as a pickle
+_MAGIC = 0x1950A86A20F9469CFC6C  # start of a file of the older format, as a pickle
 _PROTOCOL = 1001
-# Tensors may take so many times the file's size (views of one storage), or so many bytes.
+# Tensors may take this multiple of the file's size (views of one storage), or this many bytes.
 _EXPANSION, _SMALL = 16, 64 * 2**20
 
 
 class _Map(mmap.mmap):
-    """A mapped file that zipfile takes; before Python 3.13 a map does not say that it can seek."""
+    """A mapped file for zipfile; before Python 3.13 mmap lacks `seekable`."""
 
     def seekable(self) -> bool:
         return True
 
 
 def read_pth(path: str | os.PathLike[str]) -> Any:
-    """The value that torch.save was given; nothing in the file is executed.
+    """Returns the value that was saved with torch.save; executes nothing in the file.
 
     Tensors and numpy arrays are read by `numpy.asarray` (a tensor is a `StoredTensor`: its numbers
     stay in the file until then); containers are dict, list and tuple, paths are text. Parameters
-    come as their data; what requires a gradient, or is on which device, is dropped.
+    are returned as their data; requires_grad and devices are dropped.
+
+    Args:
+        path: the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        PthError: (a ValueError) no file of torch.save, damaged or truncated; or it asks for a
-            global that is neither tensor nor plain value, which is named.
+        FileNotFoundError: the file does not exist.
+        PthError: (a ValueError) the file is not from torch.save, is damaged or truncated, or asks
+            for a global that is neither a tensor nor a plain value; the message names it.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .pth file of torch.save")
+        raise FileNotFoundError(f"{path}: no such file; expected a .pth file written by torch.save")
     try:
         with open(path, "rb") as file:
             size = file.seek(0, io.SEEK_END)
             if size == 0:
-                raise PthError("empty; expected what torch.save writes")
+                raise PthError("empty; expected a file written by torch.save")
             # Views of the map stay valid after the file is closed.
             content = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
         read = _read_zip if content[:2] == b"PK" else _read_legacy
         return read(content, Globals(max(_EXPANSION * size, _SMALL)))
     except PthError as error:
-        # A name in the file may hold a line's end.
+        # A name in the file may contain a newline.
         raise PthError(f"{path}: {' '.join(str(error).split())}") from None
-    # Any other error comes of damaged bytes: whatever a value may be instead of what is expected.
+    # Any other error comes from damaged bytes, which may give any value instead of the expected
+    # one.
     except Exception as error:
         said = " ".join(str(error).split())[:100]
         raise PthError(
@@ -64,10 +68,10 @@ def read_pth(path: str | os.PathLike[str]) -> Any:
 
 
 def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
-    """identifier: ("storage", type, key, device, number of values, ...)."""
+    """Returns the storage of ("storage", type, key, device, number of values, ...)."""
     kind, dtype, key, _, length, *view = identifier
     if kind != "storage" or not isinstance(dtype, StorageType) or not isinstance(key, str):
-        raise PthError("the pickle refers to something that is no storage")
+        raise PthError("the pickle refers to something that is not a storage")
     if type(length) is not int or length < 0 or any(part is not None for part in view):
         raise PthError(
             f"storage {key[:40]!r} is a view, or has no length; save it with a newer torch"
@@ -79,7 +83,7 @@ def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
 
 
 def _stream(content: mmap.mmap) -> IO[bytes]:
-    """The same object: it reads and seeks as a file, which the standard library does not say."""
+    """Returns the same object: it reads and seeks like a file, but its type does not say so."""
     return cast(IO[bytes], content)
 
 
@@ -87,7 +91,9 @@ def _read_zip(content: mmap.mmap, known: Globals) -> Any:
     archive = zipfile.ZipFile(_stream(content))
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise PthError(f"a zip file with {len(names)} data.pkl; expected what torch.save writes")
+        raise PthError(
+            f"a zip file with {len(names)} data.pkl; expected a file written by torch.save"
+        )
     root = names[0].removesuffix("data.pkl")
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -105,7 +111,7 @@ def _read_zip(content: mmap.mmap, known: Globals) -> Any:
     value = Machine(stream, known.find, lambda pid: _storage(storages, pid)).load()
     for key, storage in storages.items():
         info = archive.getinfo(f"{root}data/{key}")
-        # The local header may be longer than the directory's entry: torch aligns data with it.
+        # The local header may be longer than the directory's entry: torch uses it to align data.
         name, extra = struct.unpack_from("<HH", content, info.header_offset + 26)
         start = info.header_offset + 30 + name + extra
         _fill(storage, key, content, start, info.file_size, order)
@@ -115,12 +121,12 @@ def _read_zip(content: mmap.mmap, known: Globals) -> Any:
 def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
     def plain() -> Any:
         def refuse(_: Any) -> Any:
-            raise PthError("its head refers to storages")
+            raise PthError("its header refers to storages")
 
         return Machine(_stream(content), known.find, refuse).load()
 
     content.seek(0)
-    # A plain pickle that asks for a global is refused here by its name.
+    # A plain pickle that asks for a global is refused here, and the global is named.
     if plain() != _MAGIC:
         raise PthError("a pickle that torch.save did not write; expected hidden states")
     if plain() != _PROTOCOL:
@@ -134,7 +140,7 @@ def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
         if len(length) < 8:
             raise PthError("truncated; copy it again")
         if key not in storages:
-            raise PthError("holds a storage that no tensor uses")
+            raise PthError("has a storage that no tensor uses")
         storage = storages[key]
         (count,) = struct.unpack("<q" if order == "little" else ">q", length)
         size = count * storage.dtype.itemsize

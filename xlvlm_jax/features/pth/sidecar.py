@@ -1,6 +1,6 @@
-"""What a foreign file holds beside the rows, kept so that an export gives it back to the bit.
+"""Keeps what a foreign file has in addition to the rows, so that an export restores it bit by bit.
 
-features/foreign.json           the values, arrays replaced by {"array": number, ...}
+features/foreign.json           the values, with arrays replaced by {"array": number, ...}
 features/foreign.safetensors    the bytes of the arrays
 """
 
@@ -23,10 +23,11 @@ _DEPTH = 32
 
 
 def write_kept(directory: Path, value: Any, limit: int) -> None:
-    """Writes a value of `read_pth`.
+    """Writes a value returned by `read_pth`.
 
-    Raises PthError for values nested too deeply, or more than `limit` of them (a short file can
-    name the same list any number of times).
+    Raises:
+        PthError: values are nested too deeply, or there are more than `limit` (a short file can
+            repeat the same list any number of times), or one is neither a tensor nor plain.
     """
     arrays: dict[str, np.ndarray] = {}
     left = limit
@@ -58,7 +59,7 @@ def write_kept(directory: Path, value: Any, limit: int) -> None:
         if isinstance(value, dict):
             pairs = [(encode(k, depth + 1), encode(v, depth + 1)) for k, v in value.items()]
             return {"dict": pairs}
-        raise PthError(f"holds a {type(value).__name__}, which is neither a tensor nor plain")
+        raise PthError(f"has a {type(value).__name__}, which is neither a tensor nor a plain value")
 
     text = json.dumps(encode(value)) + "\n"
     atomic.write(directory / _ARRAYS, save_tensors(arrays))
@@ -66,7 +67,11 @@ def write_kept(directory: Path, value: Any, limit: int) -> None:
 
 
 def read_kept(directory: Path) -> Any:
-    """What `write_kept` wrote; None where it wrote nothing. ValueError for a damaged file."""
+    """Reads what `write_kept` wrote; None if it wrote nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not (directory / _JSON).exists():
         return None
 
@@ -90,7 +95,7 @@ def read_kept(directory: Path) -> Any:
     try:
         arrays = load_file(directory / _ARRAYS)
         return decode(json.loads((directory / _JSON).read_text("utf-8")))
-    except Exception as error:  # of the safetensors library too, which has its own
+    except Exception as error:  # also from the safetensors library, which has its own errors
         raise ValueError(
             f"{directory / _JSON}: damaged ({str(error)[:100]}); import the .pth file again"
         ) from error

@@ -1,4 +1,4 @@
-"""What a pickle of torch.save may name: tensors, storages, dtypes, and harmless values of numpy."""
+"""Globals that a pickle of torch.save may use: tensors, storages, dtypes, plain numpy values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from xlvlm_jax.features.pth.unpickle import (
     couples,
 )
 
-# torch's dtypes, by the name of their storage class; those without one are saved as raw bytes.
+# torch's dtypes, by the name of their storage class; others are saved as raw bytes.
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -31,7 +31,7 @@ STORAGES = {
     "ComplexDoubleStorage": np.dtype(np.complex128),
 }
 UNTYPED = np.dtype(np.uint8)
-_PAIR_BYTES = 64  # of a name and a value in a dictionary, beside what they are
+_PAIR_BYTES = 64  # of a dictionary entry, in addition to its name and value
 DTYPES = {
     **{dtype.name: dtype for dtype in STORAGES.values()},
     **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
@@ -64,25 +64,25 @@ class _NumpyDtype(Buildable):
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
-        """State: (version, byte order, ...)."""
+        """Takes the state (version, byte order, ...)."""
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class StoredArray(Buildable):
-    """A numpy array of a pickle, which `numpy` (or `numpy.asarray`) gives."""
+    """A numpy array in a pickle, returned by `numpy` (or `numpy.asarray`)."""
 
     def __init__(self, *_: Any):
         self._array = np.zeros(0)
 
     def build(self, state: Any) -> None:
-        """State: (version, shape, dtype, is_fortran, bytes)."""
+        """Takes the state (version, shape, dtype, is_fortran, bytes)."""
         _, shape, dtype, fortran, content = state
         values = np.frombuffer(_bytes(content), dtype.dtype)
         self._array = values.reshape(shape, order="F" if fortran is True else "C")
 
     def numpy(self) -> np.ndarray:
-        """The array, which can't be written to."""
+        """Returns the array, which is read-only."""
         return self._array
 
     __array__ = StoredTensor.__array__
@@ -90,7 +90,7 @@ class StoredArray(Buildable):
 
 def _bytes(content: Any) -> bytes:
     if not isinstance(content, bytes):
-        raise PthError(f"a numpy array holds a {type(content).__name__}, expected bytes")
+        raise PthError(f"a numpy array contains a {type(content).__name__}, expected bytes")
     return content
 
 
@@ -100,18 +100,23 @@ def _scalar(dtype: _NumpyDtype, content: Any) -> Any:
 
 
 class Globals:
-    """The globals of one file; counts what is made with them.
+    """The globals of one file; counts the memory of what is made with them.
 
     Args:
-        limit: bytes that all tensors and strings made here may take together. Strides of zero, and
-            many tensors on one storage, let a short file describe any number of them.
+        limit: maximum number of bytes that all tensors and strings made here may take together.
+            With strides of zero, or many tensors on one storage, a short file can describe any
+            number of them.
     """
 
     def __init__(self, limit: int):
         self._left = self._limit = limit
 
     def find(self, module: str, name: str) -> Any:
-        """What a pickle may use as `module.name`. Raises PthError for all that is not known."""
+        """Returns what a pickle may use as `module.name`.
+
+        Raises:
+            PthError: the name is unknown.
+        """
         known = self._known().get((module, name))
         if known is None and module in ("torch", "torch.storage"):
             if name in STORAGES:
@@ -122,8 +127,9 @@ class Globals:
                 known = StorageType(DTYPES[name])
         if known is None:
             raise PthError(
-                f"asks for {module[:80]}.{name[:80]}, which is neither a tensor nor a plain value;"
-                " nothing of the file was run, and it should not be loaded in another way either"
+                f"asks for {module[:80]}.{name[:80]}, which is neither a tensor nor a plain "
+                "value; nothing in the file was run, and it should not be loaded in another way "
+                "either"
             )
         return Function(f"{module}.{name}", known) if callable(known) else known
 
@@ -154,31 +160,31 @@ class Globals:
         self._left -= size
         if self._left < 0:
             raise PthError(
-                f"its values take more than {self._limit / 2**20:.0f} MiB, many times the file's"
-                " size; save them contiguous (tensor.clone()) if that is meant"
+                f"its values take more than {self._limit / 2**20:.0f} MiB, many times the file's "
+                "size; if that is intended, save contiguous tensors (tensor.clone())"
             )
 
     def _ordered(self, pairs: Sequence[Any] = ()) -> dict[Any, Any]:
-        """Of Python 2, under which old versions of torch ran, with its pairs: [[name, value]]."""
+        """Returns the OrderedDict of pairs [[name, value]], the form that Python 2 pickled."""
         if not isinstance(pairs, list | tuple):
-            raise PthError(f"an OrderedDict is made of a {type(pairs).__name__}, expected pairs")
+            raise PthError(f"an OrderedDict is built from a {type(pairs).__name__}, expected pairs")
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise PthError("an OrderedDict is not made of pairs of a name and a value")
+                raise PthError("an OrderedDict is not built from pairs of a name and a value")
         self._spend(_PAIR_BYTES * len(pairs))
         return dict(couples([item for pair in pairs for item in pair]))
 
     def _text(self, parts: Sequence[Any]) -> str:
-        """The parts of a path, or a device."""
+        """Joins the parts of a path, or of a device."""
         if not all(isinstance(part, str) for part in parts):
-            raise PthError("a path or a device is not made of text")
+            raise PthError("a path or a device is not text")
         self._spend(sum(map(len, parts)))
         return "/".join(parts).replace("//", "/")
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """How bytes are written in the older protocols."""
+        """Returns bytes that an older protocol wrote as text."""
         if encoding != "latin1":
-            raise PthError("bytes are written as text that is not latin1")
+            raise PthError("bytes are encoded as text that is not latin1")
         self._spend(len(text))
         return text.encode("latin1")
 
@@ -207,7 +213,7 @@ class Globals:
 
 
 def _same(kind: type) -> Callable[..., Any]:
-    """A call that gives its argument, of that type, as it is: a copy would take room."""
+    """Returns a call that checks the type of its argument and returns it without a copy."""
 
     def same(value: Any) -> Any:
         if not isinstance(value, kind):

@@ -1,10 +1,10 @@
-"""A machine that reads a pickle and can do nothing but build plain values and tensors.
+"""A pickle reader that can only build plain values and tensors.
 
-`pickle` executes what a file asks for. Here the standard library only takes the bytes apart
-(`pickletools.genops`), and each opcode below has a meaning of its own; any other is refused, and so
-is, by its name, a global that `torch_globals` does not know, before anything is built with it.
-Values stay within a small multiple of the file: the memo is a dictionary, nothing is copied, and
-what is shared is never walked (keys are scalars, messages quote strings alone).
+`pickle` executes what a file asks for. Here the standard library only splits the bytes into opcodes
+(`pickletools.genops`), and each opcode below has its own implementation. All others are refused,
+and so are globals that `torch_globals` does not know, by name, before anything is built with them.
+Values stay within a small multiple of the file's size: the memo is a dictionary, nothing is copied,
+and shared values are never traversed (keys are scalars, messages only quote strings).
 """
 
 import math
@@ -16,19 +16,19 @@ import numpy as np
 
 
 class PthError(ValueError):
-    """A file that is damaged, or that asks for what is not allowed; the message says which."""
+    """A file is damaged, or asks for something that is not allowed; the message says which."""
 
 
 class Buildable:
     """A value that BUILD may complete, once."""
 
     def build(self, state: Any) -> None:
-        """Takes the state that the pickle gives."""
+        """Takes the state from the pickle."""
         raise NotImplementedError
 
 
 class Function:
-    """What REDUCE may call; nothing else is callable for a pickle."""
+    """A function that REDUCE may call; a pickle can call nothing else."""
 
     def __init__(self, name: str, call: Callable[..., Any]):
         self.name, self.call = name, call
@@ -55,9 +55,9 @@ class Machine:
     """Reads one pickle.
 
     Args:
-        stream: stands at the pickle, and afterwards behind it.
+        stream: positioned at the pickle; afterwards, just after it.
         find: (module, name) -> what the pickle may use under that name, or PthError.
-        persistent: what an identifier of something outside the pickle stands for.
+        persistent: maps an identifier of something outside the pickle to its value.
     """
 
     def __init__(
@@ -71,7 +71,12 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The value of the pickle. Raises PthError, or whatever damaged bytes lead to."""
+        """Returns the value of the pickle.
+
+        Raises:
+            PthError: the pickle asks for something that is not allowed. Damaged bytes may raise any
+                error.
+        """
         for opcode, argument, _ in pickletools.genops(self._stream):
             if opcode.name == "STOP":
                 return self._pop()
@@ -125,7 +130,7 @@ class Machine:
         elif name in ("INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
             if name == "INST":
                 self._find(*argument.split(" ", 1))
-            raise PthError(f"the pickle makes an object (opcode {name}), which is not allowed")
+            raise PthError(f"the pickle creates an object (opcode {name}), which is not allowed")
         elif name == "BINPERSID":
             stack.append(self._persistent(self._pop()))
         elif name == "REDUCE":
@@ -137,7 +142,7 @@ class Machine:
             state, value = self._pop(), self._top()
             if isinstance(value, Buildable):
                 value.build(state)
-            elif not isinstance(value, dict):  # of an OrderedDict: attributes, of no use here
+            elif not isinstance(value, dict):  # attributes of an OrderedDict, not needed
                 raise PthError(f"the pickle sets the state of a {type(value).__name__}")
         else:
             raise PthError(f"the pickle uses opcode {name}, which is not allowed")
@@ -145,7 +150,7 @@ class Machine:
     def _pop(self) -> Any:
         value = self._stack.pop()
         if value is _MARK:
-            raise PthError("the pickle takes a value where there is none")
+            raise PthError("the pickle takes a value from an empty stack")
         return value
 
     def _top(self, kind: type = object) -> Any:
@@ -165,7 +170,11 @@ class Machine:
 
 
 def couples(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """(key, value) of items that alternate. PthError for a key that is not a plain value."""
+    """Yields (key, value) of alternating items.
+
+    Raises:
+        PthError: a key is not a plain value.
+    """
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float | bytes | None):
             raise PthError(f"a dictionary has a {type(key).__name__} as a key")
@@ -173,25 +182,25 @@ def couples(items: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 class Storage:
-    """A run of numbers that tensors look into; `data` is set when its bytes are found."""
+    """A run of numbers that tensors are views of; `data` is set when its bytes are found."""
 
     def __init__(self, dtype: np.dtype, length: int):
         self.dtype, self.length = dtype, length
         self.data: np.ndarray | None = None
-        self.swapped = False  # the bytes of each number stand in the other order
+        self.swapped = False  # whether the numbers have the other byte order
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it has."""
+        """Size in bytes."""
         return self.length * self.dtype.itemsize
 
 
 class StoredTensor:
-    """A tensor of a file. Nothing is read before `numpy` (or `numpy.asarray`) is called.
+    """A tensor in a file. Nothing is read before `numpy` (or `numpy.asarray`) is called.
 
     Attributes:
-        shape: int of each axis.
-        dtype: as numpy has it; bfloat16 is that of ml_dtypes.
+        shape: size of each axis.
+        dtype: numpy dtype; bfloat16 comes from ml_dtypes.
     """
 
     def __init__(
@@ -201,7 +210,7 @@ class StoredTensor:
         if len(shape) != len(strides) or len(shape) > 32:
             raise PthError(f"a tensor has {len(shape)} axes and {len(strides)} strides")
         if not all(type(n) is int and 0 <= n < 2**40 for n in whole):
-            raise PthError("a tensor has a shape, strides or an offset that can't be")
+            raise PthError("a tensor has an invalid shape, strides or offset")
         if math.prod(max(n, 1) for n in shape) >= 2**56:
             raise PthError(f"a tensor has shape {shape}")
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
@@ -213,11 +222,11 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """How many values it has."""
+        """Number of values."""
         return math.prod(self.shape)
 
     def numpy(self) -> np.ndarray:
-        """A view into the file, which can't be written to."""
+        """Returns a read-only view into the file."""
         if self.size == 0:
             return np.zeros(self.shape, self.dtype)
         size = self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Writes what torch.load reads, with weights_only too: the zip format of torch.save."""
+"""Writes files for torch.load, also with weights_only: the zip format of torch.save."""
 
 import os
 import struct
@@ -11,21 +11,22 @@ import numpy as np
 from xlvlm_jax.features.pth.torch_globals import STORAGES
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNMENT = 64  # of storages in the file, as torch has it, so that they can be mapped
+_ALIGNMENT = 64  # of storages in the file, as in torch, so that they can be memory-mapped
 
 
 def write_pth(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as torch.save would: numpy arrays become tensors.
+    """Writes a value like torch.save; numpy arrays become tensors.
 
     Args:
         path: written under a temporary name and renamed.
-        value: dict, list, tuple, str, int, float, bool or None; numpy arrays of the dtypes
-            that torch has a storage class for (bfloat16 is that of ml_dtypes).
+        value: dict, list, tuple, str, int, float, bool or None; numpy arrays of the dtypes that
+            torch has a storage class for (bfloat16 from ml_dtypes).
 
-    Raises ValueError for anything else, by its type or dtype.
+    Raises:
+        ValueError: the value is anything else; its type or dtype is named.
     """
     path = Path(path)
-    pickle = bytearray(b"\x80\x02")  # protocol 2, torch.save's own
+    pickle = bytearray(b"\x80\x02")  # protocol 2, like torch.save
     storages: list[np.ndarray] = []
     _emit(value, pickle, storages)
     pickle += b"."
@@ -43,11 +44,11 @@ def write_pth(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def _store(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    # A constant date: the same value gives the same bytes.
+    # A constant date, so that the same value gives the same bytes.
     info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
     assert archive.fp is not None, "the archive is open"
     begins = archive.fp.tell() + 30 + len(info.filename) + 4
-    # An extra field of torch's own kind, as long as it takes.
+    # An extra field like torch's, as long as needed.
     missing = -begins % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", missing) + bytes(missing)
     archive.writestr(info, content)
@@ -67,7 +68,7 @@ def _emit(value: Any, out: bytearray, storages: list[np.ndarray]) -> None:
     elif isinstance(value, int):
         content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
         if len(content) > 255:
-            raise ValueError("an integer of more than 255 bytes can't be written into a .pth file")
+            raise ValueError("an integer of more than 255 bytes can't be written to a .pth file")
         out += b"\x8a" + bytes([len(content)]) + content
     elif isinstance(value, float):
         out += b"G" + struct.pack(">d", value)
@@ -96,18 +97,18 @@ def _emit(value: Any, out: bytearray, storages: list[np.ndarray]) -> None:
         _emit(value.item(), out, storages)
     else:
         raise ValueError(
-            f"a {type(value).__name__} can't be written into a .pth file; give plain values, lists,"
-            " dictionaries and arrays"
+            f"a {type(value).__name__} can't be written to a .pth file; use plain values, lists, "
+            "dictionaries and arrays"
         )
 
 
 def _emit_tensor(array: np.ndarray, out: bytearray, storages: list[np.ndarray]) -> None:
-    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
+    """Appends torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
     dtype = array.dtype.newbyteorder("=") if array.dtype.byteorder == ">" else array.dtype
     if dtype not in _STORAGE_OF:
         raise ValueError(
-            f"torch has no storage class of dtype {array.dtype}; expected one of"
-            f" {', '.join(str(known) for known in _STORAGE_OF)}"
+            f"torch has no storage class for dtype {array.dtype}; expected one of "
+            f"{', '.join(str(known) for known in _STORAGE_OF)}"
         )
     strides = [1]
     for length in array.shape[:0:-1]:
@@ -115,7 +116,7 @@ def _emit_tensor(array: np.ndarray, out: bytearray, storages: list[np.ndarray]) 
     key = str(len(storages))
     storages.append(array)
     out += b"ctorch._utils\n_rebuild_tensor_v2\n("
-    # The storage stands outside: its persistent identifier is ("storage", class, key, device, n).
+    # The storage is outside; its persistent identifier is ("storage", class, key, device, n).
     out += b"("
     _emit("storage", out, storages)
     out += f"ctorch\n{_STORAGE_OF[dtype]}\n".encode()

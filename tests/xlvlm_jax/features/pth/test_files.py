@@ -219,9 +219,9 @@ def test_dictionaries_of_old_torch_are_made_of_pairs(file):
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (b"K\x01\x85", "made of a int, expected pairs"),
-        (b"]K\x01a\x85", "not made of pairs"),
-        (b"](]K\x01ae\x85", "not made of pairs"),
+        (b"K\x01\x85", "built from a int, expected pairs"),
+        (b"]K\x01a\x85", "not built from pairs"),
+        (b"](]K\x01ae\x85", "not built from pairs"),
         (b"](](]K\x01ee\x85", "a dictionary has a list as a key"),
     ],
 )
@@ -388,8 +388,8 @@ def test_whatever_the_bytes_only_our_errors(tmp_path_factory, kind, edits, cut):
 
 
 def test_what_torch_has_no_place_for_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no storage class of dtype datetime64"):
+    with pytest.raises(ValueError, match="no storage class for dtype datetime64"):
         write_pth(tmp_path / "x.pth", np.zeros(1, "datetime64[s]"))
-    with pytest.raises(ValueError, match=r"a set can't be written into a \.pth file"):
+    with pytest.raises(ValueError, match=r"a set can't be written to a \.pth file"):
         write_pth(tmp_path / "x.pth", {"a": {1}})
     assert not list(tmp_path.iterdir())

@@ -167,14 +167,14 @@ def test_decompose_ground_and_report_work_on_an_import(tmp_path, three_words):
         ({"hidden_states": [{NORM: torch.zeros(1, 1, 5, dtype=torch.int64)}] * 6}, "are int64"),
         (
             {"hidden_states": [{NORM: torch.zeros(1, 1, 4 + i)} for i in range(6)]},
-            r"sample 1 has shape \[1, 1, 5\] at .*, others are 4 wide",
+            r"sample 1 has shape \[1, 1, 5\] at .*, others have width 4",
         ),
         (
             {"hidden_states": [{NORM: torch.zeros(1, 1, 4), LAYER: torch.zeros(1, 2, 4)}] * 6},
             r"import them one by one \(--site\)",
         ),
-        ({"token_of_interest_mask": [True]}, "is no mask of 6 samples"),
-        ({"token_of_interest_mask": torch.zeros(6)}, "its mask leaves no sample"),
+        ({"token_of_interest_mask": [True]}, "is not a mask of 6 samples"),
+        ({"token_of_interest_mask": torch.zeros(6)}, "its mask excludes every sample"),
     ],
 )
 def test_other_contents_are_refused_in_one_line(tmp_path, change, message):
@@ -205,7 +205,7 @@ def test_the_commands(tmp_path, xlvlm):
     again = ("import-pth", path, "--output", tmp_path / "f")
     assert xlvlm(*again)[::2] == (
         2,
-        f"error: {tmp_path / 'f'}: is there already; give a new directory\n",
+        f"error: {tmp_path / 'f'}: already exists; choose a new directory\n",
     )
     status, _, errors = xlvlm("import-pth", tmp_path / "no.pth", "--output", tmp_path / "g")
     assert (status, "no such file" in errors) == (2, True)
