@@ -14,18 +14,21 @@ __all__ = ["DATASETS", "Sample", "load"]
 def load(
     name: str, directory: str | os.PathLike[str], split: str | None = None, **options: Any
 ) -> list[Sample]:
-    """The samples of one split of a data set, in the order of its files.
+    """Returns the samples of one split of a data set, in the order of its files.
 
     Args:
         name: one of DATASETS.
-        directory: where its files lie; drawn scenes are read as "coco" or "vqav2".
+        directory: directory of its files; drawn scenes are read as "coco" or "vqav2".
         split: "train" (the default), "val" or "test"; a folder has none.
-        options: those of the reader, e.g. the names of files.
+        **options: options of the reader, e.g. the names of files.
 
-    Raises ValueError and FileNotFoundError, one line each, naming the file and the place in it.
+    Raises:
+        ValueError: the name or split is unknown, or a file is invalid; the message names the file
+            and the place in it.
+        FileNotFoundError: a file is missing.
     """
     if name not in DATASETS:
-        raise ValueError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
     if split is not None:
         options["split"] = split
     return import_module(f"xlvlm_jax.data.{name}").load(directory, **options)

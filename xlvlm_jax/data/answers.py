@@ -1,4 +1,4 @@
-"""Answers put behind their prompts, as the model itself would have written them."""
+"""Appends answers to their prompts, in the form that the model itself would write them."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from ports import VLM
 def answered(
     vlm: VLM, prompts: Sequence[str], answers: Sequence[str], *, ended: bool = True
 ) -> tuple[list[str], np.ndarray]:
-    """Texts for the processor, and where their answers begin.
+    """Returns texts for the processor, and where their answers start.
 
     Args:
         vlm: the model.
-        prompts: rendered, one a row.
-        answers: what follows each.
-        ended: whether the token that ends an answer follows too.
+        prompts: rendered, one per row.
+        answers: what follows each prompt.
+        ended: whether the end-of-answer token follows too.
 
     Returns:
-        One text a row, and int[N]: how many of its last tokens are the answer.
+        one text per row, and int[N]: the number of its last tokens that are the answer.
     """
     end = end_token(vlm) if ended else ""
     texts = []
@@ -27,14 +27,14 @@ def answered(
         # A chat template may end in a line break; other prompts end in a word or a colon.
         space = "" if prompt[-1:].isspace() else " "
         texts.append(f"{prompt}{space}{answer}{end}")
-    # The processor expands images in both alike, so the difference is that of the tokenizer.
+    # The processor expands images equally in both, so the tokenizer's lengths differ by as much.
     ids = vlm.tokenizer([*prompts, *texts])["input_ids"]
     lengths = np.array([len(row) for row in ids])
     return texts, lengths[len(prompts) :] - lengths[: len(prompts)]
 
 
 def end_token(vlm: VLM) -> str:
-    """The text of the token that ends an answer: the tokenizer's own, if generation stops there."""
+    """Returns the text of the end-of-answer token: the tokenizer's, if generation stops there."""
     tokenizer = vlm.tokenizer
     if not vlm.eos_tokens:
         return tokenizer.eos_token or ""

@@ -1,10 +1,10 @@
-"""COCO captions, by Karpathy's split file.
+"""COCO captions, from Karpathy's split file.
 
     <directory>/dataset_coco.json
     <directory>/{train,val}2014/COCO_train2014_000000000009.jpg
 
-Split, folder and name of an image are those that the file gives. It puts 5,000 images each in "val"
-and "test", and the others in "train" and "restval".
+The file gives the split, folder and name of each image. It puts 5,000 images each in "val" and
+"test", and the others in "train" and "restval".
 """
 
 import os
@@ -24,14 +24,17 @@ def load(
     file: str | os.PathLike[str] | None = None,
     prompt: str = prompts.CAPTION,
 ) -> list[Sample]:
-    """One sample an image; its captions are the references.
+    """Returns one sample per image; its captions are the references.
 
     Args:
-        split: as the file names it: "train", "restval", "val" or "test".
-        file: instead of `dataset_coco.json`.
+        directory: directory of the data set.
+        split: as named in the file: "train", "restval", "val" or "test".
+        file: a file to read instead of `dataset_coco.json`.
+        prompt: prompt of every sample.
 
-    Raises FileNotFoundError for a missing file; ValueError for one that is no Karpathy file, for an
-    image that it holds twice, and for a split that it does not hold.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the file is not a Karpathy file, has an image twice, or does not have the split.
     """
     directory = Path(directory)
     path = files.resolve(directory, file, FILE)
@@ -45,7 +48,9 @@ def load(
             continue
         number = files.get(image, "cocoid", int, path, place)
         if number in samples:
-            raise ValueError(f"{path}: {place}: cocoid {number} comes a second time")
+            raise ValueError(
+                f"{path}: {place}: cocoid {number} is a duplicate; expected each image once"
+            )
         sentences = files.get(image, "sentences", list, path, place)
         metadata: dict[str, Any] = {"split": split}
         if str(number) in attributes:
@@ -64,12 +69,12 @@ def load(
             metadata=metadata,
         )
     if not samples:
-        raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
+        raise ValueError(f"{path}: no split {split!r}; expected one of {', '.join(splits)}")
     return list(samples.values())
 
 
 def image_ids(path: Path, split: str) -> set[int]:
-    """The COCO ids of the images that Karpathy's file puts in `split`."""
+    """Returns the COCO ids of the images that Karpathy's file puts in `split`."""
     return {
         files.get(image, "cocoid", int, path, place)
         for place, image in _images(path)

@@ -1,4 +1,4 @@
-"""JSON files of others: what is wrong in one is said in a line with the file and the place."""
+"""Reads JSON files from elsewhere; errors name the file and the place in one line."""
 
 import json
 import os
@@ -9,12 +9,18 @@ _NAMES = {dict: "an object", list: "a list", str: "a string", int: "a whole numb
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises FileNotFoundError, or ValueError when it is no JSON."""
+    """Reads a JSON file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        OSError: the file can't be read.
+        ValueError: the file is not JSON.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such file; give its name or another directory"
+            f"{path}: no such file; pass its name or another directory"
         ) from None
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
@@ -28,14 +34,16 @@ def read_json(path: Path) -> Any:
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start}: not JSON in UTF-8") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
-        raise ValueError(f"{path}: not JSON that can be read ({error})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; too many digits
+        raise ValueError(f"{path}: not readable JSON ({error})") from None
 
 
 def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:
-    """`record[key]`, which must be of `kind`: dict, list, str or int.
+    """Returns `record[key]`, which must be of `kind`: dict, list, str or int.
 
-    Raises ValueError naming file and place: "coco.json: images[3]: key 'cocoid' missing".
+    Raises:
+        ValueError: it is not, or the key is missing; names the file and the place: "coco.json:
+            images[3]: key 'cocoid' missing".
     """
     where = f"{path}: {place}" if place else f"{path}"
     if not isinstance(record, dict):
@@ -49,8 +57,8 @@ def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:
 
 
 def get_texts(records: list[Any], key: str, path: Path, place: str) -> tuple[str, ...]:
-    """`record[key]` of each of `records`, which lie at `place` and must be strings."""
-    try:  # the places are made only when one is to be named: there are millions of answers
+    """Returns `record[key]`, a string, of each of `records`, which are at `place`."""
+    try:  # the places are only built if one is needed: there are millions of answers
         texts = tuple(record[key] for record in records)
         if all(type(text) is str for text in texts):
             return texts
@@ -60,15 +68,19 @@ def get_texts(records: list[Any], key: str, path: Path, place: str) -> tuple[str
 
 
 def get_records(content: Any, key: str, path: Path) -> list[Any]:
-    """The list under `key` of a file's content. Raises ValueError when it is empty."""
+    """Returns the list under `key` of a file's content.
+
+    Raises:
+        ValueError: it is missing, not a list, or empty.
+    """
     records = get(content, key, list, path)
     if not records:
-        raise ValueError(f"{path}: {key!r} is empty; expected a sample or more")
+        raise ValueError(f"{path}: {key!r} is empty; expected one or more samples")
     return records
 
 
 def read_attributes(directory: Path) -> dict[str, dict[str, Any]]:
-    """What is known of each image, {image id: {attribute: value}}: `attributes.json`, if any."""
+    """Returns {image id: {attribute: value}} from `attributes.json`; {} if there is none."""
     path = directory / "attributes.json"
     if not path.exists():
         return {}
@@ -79,7 +91,7 @@ def read_attributes(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def resolve(directory: Path, file: str | os.PathLike[str] | None, default: str) -> Path:
-    """A file given by name is looked for in `directory`, one given by an absolute path is not."""
+    """Returns the path of a file: a relative name is looked up in `directory`."""
     return directory / (default if file is None else file)
 
 

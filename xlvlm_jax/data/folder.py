@@ -1,8 +1,8 @@
-"""A folder of images, with captions or without.
+"""A folder of images, with or without captions.
 
 <directory>/**/*.jpg ...
 <directory>/captions.json    {"dog.jpg": "a dog", "cats/two.png": ["two cats", "cats asleep"]}
-or captions.csv              dog.jpg,a dog        (a line a caption; a head line may stand first)
+or captions.csv              dog.jpg,a dog        (one line per caption; may have a header line)
 """
 
 import codecs
@@ -24,19 +24,22 @@ def load(
     captions: str | os.PathLike[str] | None = None,
     prompt: str = prompts.CAPTION,
 ) -> list[Sample]:
-    """One sample an image, sub-folders included, by the order of their names.
+    """Returns one sample per image, including sub-folders, in the order of their names.
 
     Args:
-        split: a folder has none; give the sub-folder as `directory`.
-        captions: a JSON or CSV file, instead of `captions.json` or `captions.csv`.
+        directory: the folder.
+        split: must be None: a folder has no splits; pass the sub-folder as `directory`.
+        captions: a JSON or CSV file to read instead of `captions.json` or `captions.csv`.
+        prompt: prompt of every sample.
 
-    Raises FileNotFoundError for a missing directory or captions file; ValueError when the folder
-    holds no image, or a caption is for an image that it does not hold.
+    Raises:
+        FileNotFoundError: the directory or the captions file is missing.
+        ValueError: the folder has no images, or a caption is for an image that does not exist.
     """
     directory = Path(directory)
     if split is not None:
         raise ValueError(
-            f"a folder of images has no splits, got {split!r}; give the sub-folder as the directory"
+            f"a folder of images has no splits, got {split!r}; pass the sub-folder as the directory"
         )
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; expected a folder of images")
@@ -46,7 +49,7 @@ def load(
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
     if not found:
-        raise ValueError(f"{directory}: holds no image; expected files {', '.join(SUFFIXES)}")
+        raise ValueError(f"{directory}: has no images; expected files {', '.join(SUFFIXES)}")
     references = _captions(directory, captions, set(found))
     return [
         Sample(
@@ -63,7 +66,7 @@ def load(
 def _captions(
     directory: Path, given: str | os.PathLike[str] | None, images: set[str]
 ) -> dict[str, tuple[str, ...]]:
-    """{image: captions}; nothing when no file was given and none lies there."""
+    """Returns {image: captions}; {} if no file was given and none exists."""
     names = ["captions.json", "captions.csv"] if given is None else [given]
     paths = [directory / name for name in names if given is not None or (directory / name).exists()]
     if not paths:
@@ -72,7 +75,7 @@ def _captions(
     captions = _of_csv(path, images) if path.suffix.lower() == ".csv" else _of_json(path)
     for place, name, _ in captions:
         if name not in images:
-            raise ValueError(f"{path}: {place}: {directory} holds no image {name!r}")
+            raise ValueError(f"{path}: {place}: {directory} has no image {name!r}")
     by_image: dict[str, tuple[str, ...]] = {}
     for _, name, caption in captions:
         by_image[name] = (*by_image.get(name, ()), caption)
@@ -80,7 +83,7 @@ def _captions(
 
 
 def _of_json(path: Path) -> list[tuple[str, str, str]]:
-    """(place in the file, image, caption)."""
+    """Returns (place in the file, image, caption) of each caption."""
     content = files.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, file: caption or captions")
@@ -94,7 +97,7 @@ def _of_json(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _of_csv(path: Path, images: set[str]) -> list[tuple[str, str, str]]:
-    """(place in the file, image, caption)."""
+    """Returns (place in the file, image, caption) of each caption."""
     captions = []
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Image files -> RGB images, as a person sees them."""
+"""Reads image files as RGB images, the way a person sees them."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,18 @@ MAX_SIDE = 12_000
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The first frame of an image file, in mode RGB, turned as its EXIF orientation says.
+    """Returns the first frame of an image file, in mode RGB, rotated by its EXIF orientation.
 
-    Transparent parts are laid on white; 16-bit values are scaled to 8 bits.
+    Transparent parts become white; 16-bit values are scaled to 8 bits.
 
-    Raises FileNotFoundError; ValueError for an image larger than MAX_SIDE on a side, refused before
-    it is decoded, and for pixels that have no 8-bit meaning; OSError for a file that can't be
-    decoded. Each is one line with the file's name.
+    Args:
+        path: the image file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the image has more than MAX_SIDE pixels on a side, which is checked before
+            decoding, or its pixels have no 8-bit meaning.
+        OSError: the file can't be decoded.
     """
     path = Path(path)
     try:
@@ -29,15 +34,15 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such image file") from None
     except (_TooLargeError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path}: {error}, at most {MAX_SIDE} x {MAX_SIDE} are read; make it smaller"
+            f"{path}: {error}, expected at most {MAX_SIDE} x {MAX_SIDE}; make it smaller"
         ) from None
     except _DepthError as error:
-        raise ValueError(f"{path}: {error}; save it with 8 bits a channel") from None
+        raise ValueError(f"{path}: {error}; save it with 8 bits per channel") from None
     except UnidentifiedImageError:
         empty = path.is_file() and path.stat().st_size == 0
-        reason = "the file is empty" if empty else "not an image of a known format"
+        reason = "the file is empty" if empty else "not an image in a known format"
         raise OSError(f"{path}: {reason}") from None
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders of damaged files may raise any error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise OSError(f"{path}: cannot be decoded ({reason.splitlines()[0]})") from error
 
@@ -53,14 +58,14 @@ class _DepthError(Exception):
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data are no reason to do without the picture
+    except Exception:  # damaged EXIF data is no reason to reject the picture
         return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise _DepthError("floating-point pixels")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts off all above 255
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips all values above 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise _DepthError("32-bit pixels")

@@ -1,4 +1,4 @@
-"""One image with its prompt, as every reader gives it."""
+"""One image with its prompt, as returned by every reader."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, what the model is asked about it, and what people said.
+    """One image, what the model is asked about it, and what people answered.
 
     Attributes:
-        id: no other sample of the data set has it.
+        id: unique in the data set.
         image: the file.
         image_id: several samples may ask about one image.
-        prompt: before the model's chat template is put around it.
+        prompt: without the model's chat template.
         references: captions, or the answers of each annotator.
-        metadata: what else the data set knows, JSON values: `question`, `answer` and `answer_type`
-            for VQAv2, `attributes` where the data set has a file of them.
+        metadata: anything else the data set knows, JSON values: `question`, `answer` and
+            `answer_type` for VQAv2, `attributes` if the data set has a file of them.
     """
 
     id: str
@@ -27,7 +27,7 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, metadata beside the rest."""
+        """Returns JSON values, with the metadata next to the other fields."""
         return {
             "id": self.id,
             "image": str(self.image),

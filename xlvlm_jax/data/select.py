@@ -1,4 +1,4 @@
-"""Which samples: by the words of their references, by image, and so many of them."""
+"""Selects samples: by the words of their references, by image, and by number."""
 
 import dataclasses
 import hashlib
@@ -18,14 +18,16 @@ def containing(
     key: str = "references",
     any_case: bool = False,
 ) -> list[Sample]:
-    """The samples of which a text holds one of `words`, as a whole word (see `word_pattern`).
+    """Returns the samples with one of `words` as a whole word in a text (see `word_pattern`).
 
     Args:
-        words: one word or several, e.g. those of `xlvlm_jax.data.words.class_words("colours")`.
+        samples: samples to choose from.
+        words: one or more words, e.g. `xlvlm_jax.data.words.class_words("colours")`.
         key: "references" (any of them), "prompt", or a key of the metadata ("answer", "question").
-        any_case: look for the capitalised and the lower-case form of each word too.
+        any_case: also look for the capitalised and the lower-case form of each word.
 
-    Raises ValueError when no sample has the key, or none holds a word.
+    Raises:
+        ValueError: no sample has the key, or none has one of the words.
     """
     forms = _forms(words, any_case)
     pattern = word_pattern(forms)
@@ -34,16 +36,16 @@ def containing(
     kept = [s for s in samples if any(pattern.search(text) for text in _texts(s, key))]
     if not kept:
         raise ValueError(
-            f"no sample of {len(samples)} holds {_listed(forms)} in its {key};"
-            " look for other words, or in another key"
+            f"no sample of {len(samples)} has {_listed(forms)} in its {key}; look for other "
+            "words, or in another key"
         )
     return kept
 
 
 def leading(samples: Sequence[Sample], words: str | Iterable[str]) -> list[Sample]:
-    """The samples with the references that hold one of `words` before their others.
+    """Moves the references with one of `words` to the front in each sample.
 
-    Teacher forcing reads the first reference: so it is one that holds the token of interest.
+    Teacher forcing reads the first reference, which then has the token of interest.
     """
     pattern = word_pattern(_forms(words, any_case=True))
     return [
@@ -62,16 +64,18 @@ def naming(
     without: str | Iterable[str] | None = None,
     any_case: bool = False,
 ) -> list[Sample]:
-    """The samples with those of their references alone that hold one of `words`.
+    """Keeps only the references with one of `words`.
 
-    Samples that are left without a reference are left out.
+    Samples without a reference left are dropped.
 
     Args:
-        words: one word or several, as for `containing`; None: any reference will do.
-        without: words that a reference may not hold.
-        any_case: look for the capitalised and the lower-case form of each word too.
+        samples: samples to choose from.
+        words: one or more words, as for `containing`; None for any reference.
+        without: words that a reference must not have.
+        any_case: also look for the capitalised and the lower-case form of each word.
 
-    Raises ValueError when no reference is left.
+    Raises:
+        ValueError: no reference is left.
     """
     wanted = None if words is None else word_pattern(_forms(words, any_case))
     unwanted = None if without is None else word_pattern(_forms(without, any_case))
@@ -89,7 +93,7 @@ def naming(
         held = "anything" if words is None else _listed(_forms(words, any_case))
         kept_out = "" if without is None else f" and not {_listed(_forms(without, any_case))}"
         raise ValueError(
-            f"no reference of {len(samples)} samples holds {held}{kept_out}; look for other words"
+            f"no reference of {len(samples)} samples has {held}{kept_out}; look for other words"
         )
     return kept
 
@@ -123,20 +127,29 @@ def _texts(sample: Sample, key: str) -> Sequence[str]:
 
 
 def of_images(samples: Sequence[Sample], image_ids: Iterable[str | int]) -> list[Sample]:
-    """The samples about the images with these ids. Raises ValueError when there is none."""
+    """Returns the samples about the images with these ids.
+
+    Raises:
+        ValueError: there are none.
+    """
     wanted = {str(image) for image in image_ids}
     kept = [sample for sample in samples if sample.image_id in wanted]
     if not kept:
         some = samples[0].image_id if samples else "none"
         raise ValueError(
-            f"no sample of {len(samples)} has one of the {len(wanted)} image ids;"
-            f" the data set's are written like {some!r}"
+            f"no sample of {len(samples)} has one of the {len(wanted)} image ids; the data set's "
+            f"ids look like {some!r}"
         )
     return kept
 
 
 def read_image_ids(path: str | os.PathLike[str]) -> list[str]:
-    """Image ids from a JSON list, or from a text file with one a line."""
+    """Reads image ids from a JSON list, or from a text file with one id per line.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has no ids, or another format.
+    """
     path = Path(path)
     if path.suffix.lower() == ".json":
         content = files.read_json(path)
@@ -149,22 +162,27 @@ def read_image_ids(path: str | os.PathLike[str]) -> list[str]:
             raise FileNotFoundError(f"{path}: no such file; expected image ids") from None
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}: byte {error.start}: not text in UTF-8; expected image ids, one a line"
+                f"{path}: byte {error.start}: not text in UTF-8; expected image ids, one per line"
             ) from None
     ids = [text for value in content if (text := str(value).strip())]
     if not ids:
-        raise ValueError(f"{path}: holds no image ids; expected a JSON list, or one a line")
+        raise ValueError(f"{path}: has no image ids; expected a JSON list, or one per line")
     return ids
 
 
 def subsample(samples: Sequence[Sample], n: int | None, seed: int | None = 0) -> list[Sample]:
-    """At most `n` samples, drawn without replacement.
+    """Draws at most `n` samples without replacement.
 
-    What is drawn depends on the ids and the seed alone, not on the order of the files, and a
-    smaller draw is the beginning of a larger one. Without a seed, the first `n` as they stand;
-    without `n`, all as they stand.
+    The draw depends only on the ids and the seed, not on the order of the files, and a smaller draw
+    is the start of a larger one.
 
-    Raises ValueError for n < 1.
+    Args:
+        samples: samples to draw from.
+        n: maximum number of samples; None for all, in their order.
+        seed: random seed; None for the first `n`, in their order.
+
+    Raises:
+        ValueError: n < 1.
     """
     if n is None:
         return list(samples)
@@ -176,6 +194,6 @@ def subsample(samples: Sequence[Sample], n: int | None, seed: int | None = 0) ->
 
 
 def _draw(sample_id: str, seed: int) -> bytes:
-    # surrogateescape: a file name may be no UTF-8
+    # surrogateescape: a file name need not be UTF-8
     text = f"{seed}/{sample_id}".encode(errors="surrogateescape")
     return hashlib.blake2b(text, digest_size=16).digest()

@@ -4,9 +4,9 @@
     <directory>/v2_mscoco_{train,val}2014_annotations.json
     <directory>/{train,val}2014/COCO_val2014_000000000042.jpg
 
-The answers of VQAv2's own test questions are not public. "test" here are the val2014 questions
-about the images of Karpathy's test split, so it needs his file too; "val" are all questions of
-val2014, those among them.
+The answers to VQAv2's own test questions are not public. Here, "test" is the val2014 questions
+about the images of Karpathy's test split, which needs his file too; "val" is all val2014 questions,
+including those.
 """
 
 import os
@@ -27,17 +27,22 @@ def load(
     annotations: str | os.PathLike[str] | None = None,
     karpathy: str | os.PathLike[str] | None = None,
 ) -> list[Sample]:
-    """One sample a question; the answers of all annotators are the references.
+    """Returns one sample per question; the answers of all annotators are the references.
 
-    The metadata hold `question`, `question_type`, `answer` (the one given most often) and
-    `answer_type` ("yes/no", "number" or "other").
+    The metadata has `question`, `question_type`, `answer` (the most frequent one) and `answer_type`
+    ("yes/no", "number" or "other").
 
     Args:
+        directory: directory of the data set.
         split: "train", "val" or "test".
-        questions, annotations, karpathy: instead of the names above and `dataset_coco.json`.
+        questions: a file to read instead of the one above.
+        annotations: a file to read instead of the one above.
+        karpathy: a file to read instead of `dataset_coco.json`.
 
-    Raises FileNotFoundError for a missing file; ValueError for a file that is none of VQAv2's, a
-    question that comes twice or has no annotation, and an unknown split.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not from VQAv2, a question is a duplicate or has no annotation, or the
+            split is unknown.
     """
     if split not in SUBSETS:
         raise ValueError(f"VQAv2 has no split {split!r}; expected one of {', '.join(SUBSETS)}")
@@ -47,7 +52,7 @@ def load(
     records = files.get_records(content, "questions", path)
     answers_path = files.resolve(directory, annotations, f"v2_mscoco_{subset}_annotations.json")
     annotated = _annotations(answers_path)
-    if "data_subtype" in content:  # tells the folder, whatever the file is called
+    if "data_subtype" in content:  # names the folder, whatever the file is called
         subset = files.get(content, "data_subtype", str, path)
     folder = directory / subset
     wanted = _test_images(directory, karpathy) if split == "test" else None
@@ -61,7 +66,9 @@ def load(
             continue
         number = files.get(record, "question_id", int, path, place)
         if number in samples:
-            raise ValueError(f"{path}: {place}: question_id {number} comes a second time")
+            raise ValueError(
+                f"{path}: {place}: question_id {number} is a duplicate; expected each question once"
+            )
         if number not in annotated:
             raise ValueError(f"{answers_path}: no annotation for question_id {number} of {path}")
         question = files.get(record, "question", str, path, place)
@@ -82,20 +89,22 @@ def load(
 
 
 def _annotations(path: Path) -> dict[int, tuple[str, Any]]:
-    """{question id: (place in the file, annotation)}."""
+    """Returns {question id: (place in the file, annotation)}."""
     annotated: dict[int, tuple[str, Any]] = {}
     records = files.get_records(files.read_json(path), "annotations", path)
     for i, record in enumerate(records):
         place = f"annotations[{i}]"
         number = files.get(record, "question_id", int, path, place)
         if number in annotated:
-            raise ValueError(f"{path}: {place}: question_id {number} comes a second time")
+            raise ValueError(
+                f"{path}: {place}: question_id {number} is a duplicate; expected each question once"
+            )
         annotated[number] = place, record
     return annotated
 
 
 def _answers(place: str, record: Any, path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The answers and the metadata of an annotation."""
+    """Returns the answers and the metadata of an annotation."""
     answers = files.get(record, "answers", list, path, place)
     if not answers:
         raise ValueError(f"{path}: {place}: 'answers' is empty; expected those of ten people")
@@ -111,7 +120,7 @@ def _test_images(directory: Path, karpathy: str | os.PathLike[str] | None) -> se
     path = files.resolve(directory, karpathy, coco.FILE)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no such file; it tells which images are VQAv2's split 'test';"
-            " without it take 'val'"
+            f"{path}: no such file; it says which images are in VQAv2's split 'test'; without it "
+            "use 'val'"
         )
     return coco.image_ids(path, "test")

@@ -1,7 +1,7 @@
-"""Words: the classes that samples and tokens are selected by, where in a text a word stands, and
-filters for concept words.
+"""Words: classes that select samples and tokens, patterns that find words in texts, and filters for
+concept words.
 
-The lists are single lower-case words; British and American spellings stand side by side.
+The lists have single lower-case words, with British and American spellings side by side.
 """
 
 import re
@@ -48,12 +48,14 @@ _ALIASES = {"colors": "colours"}
 
 
 def class_words(name: str) -> tuple[str, ...]:
-    """The words of a class: "colours" (or "colors"), "places", "sentiments".
+    """Returns the words of a class: "colours" (or "colors"), "places", "sentiments".
 
-    "scenes:colour", "scenes:place" and "scenes:mood" are the words by which captions of drawn
-    scenes name one, rarer ones than in real captions among them.
-    Several words of one's own, separated by commas, make a class too: "cup, mug, glass".
-    Raises ValueError for a single name that is no class.
+    "scenes:colour", "scenes:place" and "scenes:mood" are the words that captions of drawn scenes
+    use, some rarer than in real captions. Words separated by commas make a class too: "cup, mug,
+    glass".
+
+    Raises:
+        ValueError: a single name is not a class.
     """
     name = _ALIASES.get(name, name)
     if name.startswith("scenes:"):
@@ -62,14 +64,14 @@ def class_words(name: str) -> tuple[str, ...]:
         attribute = name.removeprefix("scenes:")
         if attribute not in FAMILIES:
             known = ", ".join(f"scenes:{key}" for key in FAMILIES)
-            raise ValueError(f"no word class {name!r}; expected one of {known}")
+            raise ValueError(f"unknown word class {name!r}; expected one of {known}")
         return tuple(FAMILIES[attribute])
     if "," in name:
         return tuple(dict.fromkeys(word for part in name.split(",") if (word := part.strip())))
     if name not in CLASSES:
         raise ValueError(
-            f"no word class {name!r}; expected one of {', '.join(CLASSES)},"
-            " or your own words separated by commas"
+            f"unknown word class {name!r}; expected one of {', '.join(CLASSES)}, or your own "
+            "words separated by commas"
         )
     return CLASSES[name]
 
@@ -80,36 +82,37 @@ _UNSPACED = (
     "\U00020000-\U0003134f"
 )
 _LETTER = rf"[^\W{_UNSPACED}]"
-_PLANES = (range(0x300, 0xFE00), range(0xFE10, 0x20000))  # variation selectors are no part of words
+# Variation selectors are not part of words.
+_PLANES = (range(0x300, 0xFE00), range(0xFE10, 0x20000))
 
 
 @cache
 def _mark() -> str:
-    """A class of the accents and vowel signs that go on a letter: to re they are no letters."""
+    """Returns a class of combining accents and vowel signs, which are not letters to `re`."""
     points = (chr(point) for plane in _PLANES for point in plane)
     marks = "".join(point for point in points if unicodedata.category(point) in ("Mn", "Mc"))
     return f"[{re.sub(f'[{_UNSPACED}]', '', marks)}]"
 
 
 def _normal_forms(word: str) -> tuple[str, str]:
-    """With each accented letter as one character, and as several."""
+    """Returns the word with each accented letter as one character, and as several."""
     return unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)
 
 
 def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that finds any of the words in a text, each as a whole word.
+    r"""Returns a pattern that finds any of the words in a text, each as a whole word.
 
-    A word ends where no letter, digit or underscore follows: "dog" stands in "dog's" and in
-    "hot-dog", and does not in "dogs" or "dog_house". A number also goes on through a point or a
-    comma between digits: 3 does not stand in "3.5" or "3,000". Marks belong to their letter: an "e"
-    with its accent as a character of its own is no "e". In scripts without spaces the characters
-    alone decide. A space in a word stands for any white space, and "'" for "\u2019" too. A letter
-    and its accent may be one character or two, in the word and in the text.
+    A word ends where no letter, digit or underscore follows: "dog" matches in "dog's" and in
+    "hot-dog", but not in "dogs" or "dog_house". A number also continues through a point or a comma
+    between digits: 3 does not match in "3.5" or "3,000". Marks belong to their letter: an "e"
+    followed by a combining accent is not an "e". In scripts without spaces only the characters
+    count. A space in a word matches any white space, and "'" matches "\u2019" too. A letter and its
+    accent may be one character or two, in the word and in the text.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     stripped = filter(None, (word.strip() for word in words))
     written = dict.fromkeys(w for word in stripped for w in (word, *_normal_forms(word)))
-    for word in sorted(written, key=len, reverse=True):  # of words that begin alike, the longest
+    for word in sorted(written, key=len, reverse=True):  # longest first, for common starts
         before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})(?<!{_mark()})"
         after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER}|{_mark()})"
         before += r"(?<!\d[.,])" if word[0].isdecimal() else ""
@@ -117,12 +120,12 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
         form = r"\s+".join(map(re.escape, word.split())).replace("'", "['\u2019]")
         groups.setdefault((before, after), []).append(form)
     alternatives = (f"{a}(?:{'|'.join(forms)}){b}" for (a, b), forms in groups.items())
-    return re.compile("|".join(alternatives) or r"(?!)")  # which matches nothing
+    return re.compile("|".join(alternatives) or r"(?!)")  # matches nothing
 
 
 @cache
 def stop_words() -> frozenset[str]:
-    """English stop words (scikit-learn's list)."""
+    """Returns English stop words (scikit-learn's list)."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     return ENGLISH_STOP_WORDS
@@ -130,16 +133,16 @@ def stop_words() -> frozenset[str]:
 
 @cache
 def english_words() -> frozenset[str]:
-    """Webster's second edition ("web2"), lower-cased: the list that the papers filter with."""
+    """Returns Webster's second edition ("web2"), lower-cased, as the papers filter with."""
     from english_words import get_english_words_set
 
     return frozenset(get_english_words_set(["web2"], lower=True))
 
 
 def is_concept_word(word: str) -> bool:
-    """Whether a lower-case, stripped word may stand for a concept.
+    """Returns whether a lower-case, stripped word can represent a concept.
 
-    It may when it is an English word of more than two letters and no stop word, or a number.
+    It can if it is a number, or an English word of more than two letters and not a stop word.
     """
     if word.isdecimal():
         return True
@@ -147,6 +150,6 @@ def is_concept_word(word: str) -> bool:
 
 
 def concept_words(candidates: Iterable[str], limit: int) -> list[str]:
-    """The first `limit` different words of `candidates` that may stand for a concept."""
+    """Returns the first `limit` distinct words of `candidates` that can represent a concept."""
     words = dict.fromkeys(text.lower().strip() for text in candidates)
     return [word for word in words if is_concept_word(word)][:limit]

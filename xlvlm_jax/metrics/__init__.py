@@ -1,4 +1,4 @@
-"""What the concepts, and the steered answers, are worth."""
+"""Metrics of concepts and of steered answers."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # These need `Concepts`, which are built on metrics; they were here before.
+    # These need `Concepts`, which depend on metrics; they used to be here.
     if name in ("explained_by", "reconstruct"):
         from xlvlm_jax.concepts import reconstruction
 

@@ -1,9 +1,9 @@
-"""Attributes: how well concepts separate what is known of the samples.
+"""Attribute scores: how well concepts separate known attributes of the samples.
 
-Each sample is assigned to its most activated concept; the score is the normalised mutual
-information of that assignment with an attribute, NMI = I(concept; attribute) / mean of their
-entropies. It is 1 where each tells the other, and near 0 where they are independent; but above 0
-for few samples and many concepts, how much above is what shuffled assignments get.
+Each sample is assigned to its most active concept. The score is the normalised mutual information
+of that assignment with an attribute, NMI = I(concept; attribute) / mean of their entropies. It is 1
+if each determines the other, and near 0 if they are independent; with few samples and many concepts
+it exceeds 0 by chance, and shuffled assignments show by how much.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from xlvlm_jax.metrics.labels import UNKNOWN, Labels, factorise
 
 
 class AttributeScore(NamedTuple):
-    """How one attribute is separated."""
+    """How well one attribute is separated."""
 
     nmi: float  # in [0, 1]
-    random_mean: float  # of shuffled assignments, whose concepts are as large as the real ones
+    random_mean: float  # of shuffled assignments, with the same concept sizes as the real ones
     random_std: float
-    num_samples: int  # those of which the attribute is known
+    num_samples: int  # number of samples whose attribute is known
 
 
 def attribute_scores(
@@ -32,15 +32,16 @@ def attribute_scores(
     num_random: int = 20,
     seed: int = 0,
 ) -> dict[str, AttributeScore]:
-    """The score of each attribute, {name: AttributeScore}.
+    """Returns the score of each attribute, {name: AttributeScore}.
 
     Args:
         activations: float[N, K].
-        attributes: {name: N values, or `Labels`}; None where a sample has no such attribute: it is
-            left out.
-        num_random: how many shuffled assignments the baseline is the mean of.
+        attributes: {name: N values, or `Labels`}; samples with None are left out.
+        num_random: number of shuffled assignments that the baseline averages.
+        seed: random seed of the shuffles.
 
-    Raises ValueError when an attribute has not N values, or is known of no sample.
+    Raises:
+        ValueError: an attribute does not have N values, or is unknown for all samples.
     """
     rng = np.random.default_rng(seed)
     assignment, K = np.argmax(np.asarray(activations), axis=1), activations.shape[1]
@@ -49,12 +50,12 @@ def attribute_scores(
         labels = values if isinstance(values, Labels) else factorise(values)
         if len(labels.codes) != len(assignment):
             raise ValueError(
-                f"attribute {name!r} has {len(labels.codes)} values, expected {len(assignment)},"
-                " one a sample"
+                f"attribute {name!r} has {len(labels.codes)} values, expected {len(assignment)}, "
+                "one per sample"
             )
         known = labels.codes != UNKNOWN
         if not known.any():
-            raise ValueError(f"attribute {name!r} is known of no sample; leave it out")
+            raise ValueError(f"attribute {name!r} is unknown for all samples; omit it")
         labels, concepts = labels.take(known), assignment[known]
         random = [
             _mutual_information(labels.counts_by(rng.permutation(concepts), K))
@@ -70,12 +71,12 @@ def attribute_scores(
 
 
 def _mutual_information(counts: Int[np.ndarray, "K V"]) -> float:
-    """The normalised mutual information of rows and columns, from how often they come together."""
+    """Returns the normalised mutual information of rows and columns, from their joint counts."""
     from scipy.stats import entropy
     from sklearn.metrics import mutual_info_score
 
     used = counts[counts.any(axis=1)][:, counts.any(axis=0)]
-    if used.shape == (1, 1):  # neither tells anything, and neither differs from the other
+    if used.shape == (1, 1):  # neither varies, so they are the same
         return 1.0
     entropies = [entropy(used.sum(axis=axis)) for axis in (0, 1)]
     shared = mutual_info_score(None, None, contingency=used)

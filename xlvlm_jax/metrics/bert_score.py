@@ -1,14 +1,14 @@
 """BERTScore: how well words match a reference in meaning (Zhang et al. 2020, section 3).
 
-Each token x of a text has a contextual state, normed to a unit vector, and a weight w(x): 1, or its
-inverse document frequency; none for the special tokens at the ends. Tokens are matched greedily:
+Each token x of a text has a contextual state, normalised to a unit vector, and a weight w(x): 1, or
+its inverse document frequency; 0 for the special tokens at the ends. Tokens are matched greedily:
 
     precision = sum over tokens c of the candidate of w(c) max_r cos(c, r) / sum of w(c)
     recall    = sum over tokens r of the reference of w(r) max_c cos(c, r) / sum of w(r)
     F1        = their harmonic mean
 
-The special tokens are among those that the maximum is taken over, as in the authors' package, whose
-values these are. S sentences, T tokens, D width, P pairs of sentences.
+The maximum includes the special tokens, as in the authors' package, whose values this reproduces. S
+sentences, T tokens, D width, P pairs of sentences.
 """
 
 import math
@@ -24,14 +24,14 @@ from jaxtyping import Float
 
 from ports.models.bert import TextEncoder
 
-# The layers that agree best with people's judgements (Zhang et al. 2020, appendix B and the
-# package's table), by model_type and depth. Any other model is read at its last layer.
+# The layers that agree best with human judgement (Zhang et al. 2020, appendix B and the package's
+# table), by model_type and depth. For other models the last layer is used.
 BEST_LAYERS = {("bert", 12): 9, ("bert", 24): 18, ("roberta", 12): 10, ("roberta", 24): 17}
-_MULTIPLE = 16  # lengths are filled up to multiples of it, so that few shapes compile
+_MULTIPLE = 16  # lengths are padded to multiples of it, so that few shapes compile
 
 
 class BertScore(NamedTuple):
-    """Of each candidate; in [-1, 1] before rescaling, where 1 is its own reference's."""
+    """Scores of each candidate, in [-1, 1] before rescaling; 1 for a copy of the reference."""
 
     precision: Float[np.ndarray, " S"]
     recall: Float[np.ndarray, " S"]
@@ -42,15 +42,17 @@ class BertScorer:
     """Scores many candidates against the same references: each text is encoded once and kept.
 
     Args:
-        encoder: from `ports.models.bert.load`. Texts are cut into tokens as its own tokenizer does.
-        layer: whose states, 0 to the encoder's number; default: `default_layer(encoder)`.
+        encoder: from `ports.models.bert.load`; its tokenizer splits the texts.
+        layer: layer whose states to use, from 0 to the encoder's depth; default:
+            `default_layer(encoder)`.
         idf: the texts that document frequencies are counted in (usually all references): a token in
-            n of N texts weighs log((N + 1) / (n + 1)). Default: all weigh 1.
+            n of N texts has weight log((N + 1) / (n + 1)). Default: equal weights of 1.
         baseline: precision, recall and F1 b of unrelated sentences, from `read_baseline`: scores
             become (score - b) / (1 - b) (section 5 of the paper).
-        batch_size: pairs, and sentences, at a time.
+        batch_size: number of pairs, and of sentences, per batch.
 
-    Raises ValueError for another layer, or no texts to count frequencies in.
+    Raises:
+        ValueError: the layer does not exist, or `idf` is empty.
     """
 
     def __init__(
@@ -66,8 +68,8 @@ class BertScorer:
         self.layer = default_layer(encoder) if layer is None else layer
         if not 0 <= self.layer <= encoder.config.num_layers:
             raise ValueError(
-                f"layer is {layer}; {encoder.directory} has the layers 0 to "
-                f"{encoder.config.num_layers}, 0 the embeddings"
+                f"layer is {layer}; {encoder.directory} has layers 0 (the embeddings) to "
+                f"{encoder.config.num_layers}"
             )
         self._idf = None if idf is None else self._document_frequencies(idf)
         self._sentences: dict[str, _Sentence] = {}
@@ -75,27 +77,28 @@ class BertScorer:
     def __call__(
         self, candidates: Sequence[str], references: Sequence[str | Sequence[str]]
     ) -> BertScore:
-        """BERTScore of each candidate with its reference, or with the best of its references.
+        """Returns the BERTScore of each candidate with its reference, or the best of several.
 
         Args:
-            candidates: S texts. An empty one scores 0, as an empty reference does.
-            references: a text or several for each candidate. Of several the best counts, for
-                precision, recall and F1 each.
+            candidates: S texts. An empty one scores 0, and so does one with an empty reference.
+            references: one or more texts per candidate. The best one counts, separately for
+                precision, recall and F1.
 
-        Raises ValueError for numbers of texts that differ, and a candidate without references.
+        Raises:
+            ValueError: the numbers of texts differ, or a candidate has no references.
         """
         if len(candidates) != len(references):
             raise ValueError(
-                f"{len(candidates)} candidates and {len(references)} references; expected one "
-                "text, or several, for each candidate"
+                f"{len(candidates)} candidates and {len(references)} references; expected one or "
+                "more texts per candidate"
             )
         groups = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
         for number, group in enumerate(groups):
             if not group:
-                raise ValueError(f"candidate {number} has no reference; leave it out")
+                raise ValueError(f"candidate {number} has no reference; omit it")
         owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         each = [(candidates[i], text) for i, group in enumerate(groups) for text in group]
-        # What many samples have in common, the words of a concept and a caption, is matched once.
+        # A pair that many samples share, a concept's words and a caption, is matched once.
         place = {pair: number for number, pair in enumerate(dict.fromkeys(each))}
         pairs = list(place)
         self._encode({text for pair in pairs for text in pair})
@@ -119,16 +122,14 @@ class BertScorer:
         return tokenizer(stripped, truncation=True, max_length=longest)["input_ids"]
 
     def _document_frequencies(self, texts: Sequence[str]) -> Callable[[int], float]:
-        """The weight of a token: its inverse document frequency."""
+        """Returns a function from a token to its weight, the inverse document frequency."""
         if not len(texts):
-            raise ValueError(
-                "no texts to count document frequencies in; give some, or leave idf out"
-            )
+            raise ValueError("no texts to count document frequencies in; pass some, or omit idf")
         counts = Counter(token for ids in self._ids(texts) for token in set(ids))
         return lambda token: math.log((len(texts) + 1) / (counts[token] + 1))
 
     def _encode(self, texts: set[str]) -> None:
-        """Encodes what is new, texts of one length together, so that little goes into padding."""
+        """Encodes new texts, grouped by length to reduce padding."""
         new = sorted(texts - self._sentences.keys())
         if not new:
             return
@@ -142,7 +143,7 @@ class BertScorer:
             longest = min(_round_up(len(ids[batch[-1]])), self.encoder.config.max_length)
             tokens = np.full((size, longest), tokenizer.pad_token_id, np.int32)
             mask = np.zeros((size, longest), np.int32)
-            mask[:, 0] = 1  # rows that only fill the batch up attend to something too
+            mask[:, 0] = 1  # padding rows must attend to something too
             for row, text in enumerate(batch):
                 tokens[row, : len(ids[text])] = ids[text]
                 mask[row, : len(ids[text])] = 1
@@ -150,7 +151,7 @@ class BertScorer:
             for row, text in enumerate(batch):
                 own = states[row, : len(ids[text])]
                 weights = np.array([weight(token) for token in ids[text]], np.float32)
-                # Of an empty text nothing is there but the ends.
+                # An empty text has only the special tokens.
                 total = weights.sum() if len(ids[text]) > 2 else 0
                 self._sentences[text] = _Sentence(
                     own / np.linalg.norm(own, axis=1, keepdims=True),
@@ -164,24 +165,36 @@ def bert_score(
     references: Sequence[str | Sequence[str]],
     **options: Any,
 ) -> BertScore:
-    """BERTScore of each candidate with its references; see `BertScorer` for both and the options.
+    """Returns the BERTScore of each candidate with its references.
 
-    Raises ValueError as that does.
+    Args:
+        encoder: as for `BertScorer`.
+        candidates: S texts.
+        references: one or more texts per candidate.
+        **options: as for `BertScorer`.
+
+    Raises:
+        ValueError: as for `BertScorer` and calling it.
     """
     return BertScorer(encoder, **options)(candidates, references)
 
 
 def default_layer(encoder: TextEncoder) -> int:
-    """The layer that agrees best with people's judgements where that is known, else the last."""
+    """Returns the layer that agrees best with human judgement if known, else the last."""
     depth = encoder.config.num_layers
     return BEST_LAYERS.get((encoder.config.model_type, depth), depth)
 
 
 def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
-    """Precision, recall and F1 of unrelated sentences at a layer, from a file of the package's.
+    """Reads precision, recall and F1 of unrelated sentences at a layer, from the package's files.
 
-    Its lines are `LAYER,P,R,F`, the first of them these names. Raises FileNotFoundError, or
-    ValueError for another kind of file or a layer that it does not have.
+    Args:
+        path: a file with lines `LAYER,P,R,F` and this header.
+        layer: the layer.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it has another format, or does not have the layer.
     """
     path = Path(path)
     if not path.is_file():
@@ -190,7 +203,7 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
     try:
         names, *lines = path.read_text().split() or [""]
         if names != "LAYER,P,R,F":
-            raise ValueError(f"it begins with {names!r}")
+            raise ValueError(f"it starts with {names!r}")
         for line in lines:
             number, *figures = line.split(",")
             if len(figures) != 3:
@@ -205,8 +218,8 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
 
 
 class _Sentence(NamedTuple):
-    states: Float[np.ndarray, "T D"]  # unit vectors, special tokens included
-    weights: Float[np.ndarray, " T"]  # sum to 1, or are zero for an empty sentence
+    states: Float[np.ndarray, "T D"]  # unit vectors, including special tokens
+    weights: Float[np.ndarray, " T"]  # sum to 1, or zeros for an empty sentence
 
 
 def _round_up(length: int) -> int:
@@ -214,7 +227,7 @@ def _round_up(length: int) -> int:
 
 
 def _padded(sentences: Sequence[_Sentence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """states [P, T, D], weights [P, T], bool[P, T] which tokens are there."""
+    """Returns states [P, T, D], weights [P, T], and bool[P, T], which tokens are real."""
     longest = _round_up(max(len(sentence.weights) for sentence in sentences))
     states = np.zeros((len(sentences), longest, sentences[0].states.shape[1]), np.float32)
     weights = np.zeros((len(sentences), longest), np.float32)
@@ -231,7 +244,7 @@ Side = tuple[jax.Array, jax.Array, jax.Array]
 
 @jax.jit
 def _match(candidate: Side, reference: Side) -> jax.Array:
-    """Precision, recall and F1 [P, 3] of P pairs; 0 where a side is empty."""
+    """Returns precision, recall and F1 [P, 3] of P pairs; 0 if a side is empty."""
     (c, c_weights, c_there), (r, r_weights, r_there) = candidate, reference
     cosine = jnp.einsum("ptd,psd->pts", c, r)
     cosine = jnp.where(c_there[:, :, None] & r_there[:, None, :], cosine, -jnp.inf)

@@ -1,14 +1,14 @@
-"""Words of captions as the COCO evaluation counts them: those of the Penn Treebank.
+"""Splits captions into words like the COCO evaluation, which follows the Penn Treebank.
 
-The evaluation server runs Stanford's PTBTokenizer, a Java program, lower-cases what it gives and
-drops marks of punctuation (Chen et al. 2015, section 3). These are the same rules for what people
-write in captions, so that nobody needs Java. Brackets stay, as "-lrb-" and "-rrb-", and so do runs
-such as "?!": the server keeps them too.
+The evaluation server runs Stanford's PTBTokenizer, a Java program, lower-cases its output and drops
+punctuation (Chen et al. 2015, section 3). These are the same rules for what people write in
+captions, without Java. Brackets stay, as "-lrb-" and "-rrb-", and so do runs such as "?!", as on
+the server.
 """
 
 import re
 
-# Abbreviations that keep their point; a single letter and "No." before a number do too.
+# Abbreviations that keep their point, like a single letter and "No." before a number.
 _ABBREVIATIONS = """
     mr mrs ms messrs dr prof rev gen sen gov rep hon pres adm col maj capt cmdr lt sgt cpl pvt supt
     st mt ft sr jr esq rd ave blvd bldg dept asst assoc assn univ co corp inc ltd bros vs etc est sq
@@ -43,7 +43,7 @@ _DROPPED = set("'\"`,:;?!")
 
 
 def caption_words(caption: str) -> list[str]:
-    """The words of a caption: lower case, contractions parted ("is n't"), no punctuation."""
+    """Returns the words of a caption: lower case, contractions split ("is n't"), no punctuation."""
     words: list[str] = []
     place, text = 0, caption.translate(_WRITTEN_AS)
     for name in _CAPITALS_JOINED.finditer(text):  # R&B is one word, b & w are three

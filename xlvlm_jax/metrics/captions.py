@@ -1,7 +1,7 @@
-"""Captions against people's: CIDEr, BLEU and ROUGE-L; and which of them hold words of a class.
+"""Scores captions against human ones: CIDEr, BLEU and ROUGE-L; and finds words of a class in them.
 
 The scores are those of the COCO evaluation (Chen et al. 2015) in the package pycocoevalcap, on the
-words of `caption_words`. Its METEOR and SPICE are Java programs, and are run only where Java is.
+words of `caption_words`. Its METEOR and SPICE are Java programs, and only run if Java is installed.
 """
 
 import importlib.util
@@ -18,9 +18,9 @@ from xlvlm_jax.metrics.caption_tokenizer import caption_words
 
 
 class CaptionScores(NamedTuple):
-    """How well N captions agree with people's."""
+    """How well N captions agree with human ones."""
 
-    values: dict[str, float]  # by metric; see `caption_scores` for how high CIDEr can be
+    values: dict[str, float]  # by metric; see `caption_scores` for the range of CIDEr
     cider: Float[np.ndarray, " N"]  # of each caption
     left_out: dict[str, str]  # metric -> why it was not computed
 
@@ -28,26 +28,28 @@ class CaptionScores(NamedTuple):
 def caption_scores(
     captions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool = False
 ) -> CaptionScores:
-    """CIDEr, BLEU-1 to BLEU-4 and ROUGE-L of captions; with `java`, METEOR and SPICE too.
+    """Returns CIDEr, BLEU-1 to BLEU-4 and ROUGE-L of captions; with `java`, also METEOR and SPICE.
 
-    CIDEr weighs words by how rare they are in the references of all images: of one image alone it
-    is 0, and values of different sets of images do not compare. It is the mean over sequences of
-    one to four words, 10 where those of a caption and of all its references agree and 0 where a
-    caption has none: a caption that equals all its references has 10 if it is of four words or
-    more, 7.5 of three, 5 of two, 2.5 of one (less if a length has no sequence that is rare).
+    CIDEr weights words by their rarity in the references of all images: for a single image it is 0,
+    and values for different sets of images are not comparable. It is the mean over sequences of one
+    to four words, each 10 if a caption and all its references agree, and 0 if the caption has none.
+    A caption that equals all its references scores 10 with four or more words, 7.5 with three, 5
+    with two, and 2.5 with one (less if no sequence of some length is rare).
 
     Args:
-        captions: one an image.
-        references: people's captions of each image.
-        java: run METEOR and SPICE; they are named as left out where Java, or SPICE's models, lack.
+        captions: one per image.
+        references: human captions of each image.
+        java: run METEOR and SPICE; if Java or SPICE's models are missing, they are listed as left
+            out.
 
-    Raises ValueError for no captions, an image without references, another number of references
-    than captions, or if pycocoevalcap is not installed.
+    Raises:
+        ValueError: there are no captions, the numbers of captions and references differ, an image
+            has no references, or pycocoevalcap is not installed.
     """
     if not captions or len(captions) != len(references):
         raise ValueError(
             f"there are {len(captions)} captions and references of {len(references)} images; "
-            "expected one caption an image"
+            "expected one caption per image"
         )
     if bare := [number for number, texts in enumerate(references) if not texts]:
         raise ValueError(f"image number {bare[0]} has no references; evaluate on captioned images")
@@ -70,7 +72,7 @@ def caption_scores(
     values["ROUGE-L"] = Rouge().compute_score(people, given)[0]
     left_out = {}
     for name in ("METEOR", "SPICE"):
-        reason = _obstacle(name) if java else "not asked for"
+        reason = _obstacle(name) if java else "not requested"
         if reason is None:
             try:
                 values[name] = _run_java(name, people, given)
@@ -82,14 +84,16 @@ def caption_scores(
 
 
 def _obstacle(name: str) -> str | None:
-    """Why a metric's Java program can't run here, or None."""
+    """Returns why a metric's Java program can't run here; None if it can."""
     if shutil.which("java") is None:
-        return "there is no Java"
+        return "Java is not installed"
     from pycocoevalcap.spice import get_stanford_models
 
     models = Path(get_stanford_models.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
     if name == "SPICE" and not models.is_file():
-        return "its models are not installed; pycocoevalcap.spice.get_stanford_models fetches them"
+        return (
+            "its models are not installed; pycocoevalcap.spice.get_stanford_models downloads them"
+        )
     return None
 
 
@@ -104,18 +108,22 @@ def _run_java(name: str, people: dict[int, list[str]], given: dict[int, list[str
     try:
         return meteor.compute_score(people, given)[0]
     finally:
-        # A program that ended too early leaves it locked, and the destructor would wait for ever.
+        # A program that ended too early leaves it locked, and the destructor would wait forever.
         if meteor.lock.locked():
             meteor.lock.release()
 
 
 def holding(captions: Iterable[str], words: Iterable[str]) -> Bool[np.ndarray, " N"]:
-    """Which captions hold one of the words, as a whole word or phrase in any capitalisation."""
+    """Returns which captions have one of the words, as a whole word or phrase in any case."""
     return count_words(captions, words) > 0
 
 
 def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray, " N"]:
-    """How often one of the words stands in each caption. ValueError for no words."""
+    """Returns how often the words occur in each caption.
+
+    Raises:
+        ValueError: there are no words.
+    """
     phrases = _phrases(words)
     lengths = {len(phrase) for phrase in phrases}
     counts = []
@@ -134,5 +142,5 @@ def _phrases(words: Iterable[str]) -> set[tuple[str, ...]]:
 
 
 def describe(scores: CaptionScores) -> dict[str, Any]:
-    """Scores as JSON values."""
+    """Returns the scores as JSON values."""
     return {**scores.values, "left out": scores.left_out}

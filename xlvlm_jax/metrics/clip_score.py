@@ -1,9 +1,9 @@
-"""CLIPScore: how well words fit an image, with no reference (Hessel et al. 2021).
+"""CLIPScore: how well words fit an image, without a reference (Hessel et al. 2021).
 
     CLIPScore(image, words) = 2.5 max(cos(CLIP(image), CLIP(text)), 0)
 
 where the text is "A photo is described by the words dog, beach." (CoX-LMM, NeurIPS 2024, section
-4.1). N images, M texts, E width of CLIP's common space.
+4.1). N images, M texts, E width of CLIP's embedding space.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,24 +21,24 @@ from xlvlm_jax.solvers.linalg import matmul
 
 AnyArray = jax.Array | np.ndarray
 WEIGHT = 2.5
-_MULTIPLE = 16  # lengths of texts are filled up to multiples of it, so that few shapes compile
+_MULTIPLE = 16  # text lengths are padded to multiples of it, so that few shapes compile
 
 
 def describe(words: Sequence[str]) -> str:
-    """The text that says that an image shows these words."""
+    """Returns the text that says that an image shows these words."""
     return f"A photo is described by the words {', '.join(words)}."
 
 
 def embed_texts(
     clip: DualEncoder, texts: Sequence[str], *, batch_size: int = 64
 ) -> Float[np.ndarray, "M E"]:
-    """Unit vectors of texts; what is longer than CLIP's context is cut off."""
+    """Returns unit vectors of texts, truncated to CLIP's context."""
     tokenizer, context = clip.processor.tokenizer, clip.module.config.text.max_positions
     vectors = np.zeros((len(texts), clip.module.config.projection_dim), np.float32)
     if not len(texts):
         return vectors
     inputs = tokenizer(list(texts), truncation=True, max_length=context)
-    # Filled up to one shape, so that one program computes every batch.
+    # Padded to one shape, so that one program computes every batch.
     longest = -(-max(map(len, inputs["input_ids"])) // _MULTIPLE) * _MULTIPLE
     inputs = tokenizer.pad(
         inputs, padding="max_length", max_length=min(longest, context), return_tensors="np"
@@ -53,19 +53,19 @@ def embed_texts(
 def embed_images(
     clip: DualEncoder, images: Iterable[Image.Image], *, batch_size: int = 32
 ) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of images, which may come one by one from a generator."""
+    """Returns unit vectors of images, which may come from a generator."""
     return embed_pixels(clip, (pixels_of(clip, image) for image in images), batch_size=batch_size)
 
 
 def pixels_of(clip: DualEncoder, image: Image.Image) -> Float[np.ndarray, "3 H H"]:
-    """What CLIP's processor makes of an image; raises whatever it does for one that it refuses."""
+    """Returns the output of CLIP's processor for an image; raises whatever the processor raises."""
     return clip.processor.image_processor([image], return_tensors="np")["pixel_values"][0]
 
 
 def embed_pixels(
     clip: DualEncoder, pixels: Iterable[Float[np.ndarray, "3 H H"]], *, batch_size: int = 32
 ) -> Float[np.ndarray, "N E"]:
-    """As `embed_images`, from what `pixels_of` makes of them."""
+    """Does `embed_images` for outputs of `pixels_of`."""
     pixels = iter(pixels)
     vectors = [np.zeros((0, clip.module.config.projection_dim), np.float32)]
     while batch := list(islice(pixels, batch_size)):
@@ -77,7 +77,7 @@ def embed_pixels(
 def clip_scores(
     images: Float[AnyArray, "N E"], texts: Float[AnyArray, "M E"]
 ) -> Float[AnyArray, "N M"]:
-    """CLIPScore of every image with every text, from their unit vectors; in [0, 2.5].
+    """Returns the CLIPScore of every image with every text, from their unit vectors; in [0, 2.5].
 
     Traces under jit, vmap and grad.
     """

@@ -1,4 +1,4 @@
-"""What the codes say of a dictionary: how much they explain, and how few concepts they use.
+"""Properties of codes: how much they explain, and how few concepts they use.
 
 N samples, K concepts, D width.
 """
@@ -13,21 +13,24 @@ from jaxtyping import Bool, Float, Shaped
 
 from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means, is_traced
 
-TILE_ROWS = 2**14  # that are in float64 at once
+TILE_ROWS = 2**14  # rows converted to float64 at once
 AnyArray = jax.Array | np.ndarray
 
 
 def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray, "N D"]) -> Figure:
-    """1 - |Z - reconstruction|^2 / |Z - mean of Z|^2, at most 1.
+    """Returns 1 - |Z - reconstruction|^2 / |Z - mean of Z|^2, at most 1.
 
-    Negative where the mean of Z alone does better; NaN if all rows of Z are equal.
-    Traces under jit, vmap and grad.
-    Raises ValueError unless both have the same shape.
+    Negative if the mean of Z alone does better; NaN if all rows of Z are equal. Traces under jit,
+    vmap and grad.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     xp, (Z, reconstruction) = as_real(Z, reconstruction)
     if Z.shape != reconstruction.shape:
         raise ValueError(
-            f"Z has shape {Z.shape}, its reconstruction {reconstruction.shape}; expected the same"
+            f"Z has shape {Z.shape} but its reconstruction has {reconstruction.shape}; expected "
+            "the same"
         )
 
     def mean_square(rows: AnyArray) -> AnyArray:
@@ -40,9 +43,9 @@ def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray
 
 
 def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -> float:
-    """The sum of |row - mean of all rows|^2 in one pass over tiles, in float64.
+    """Returns the sum of |row - mean of all rows|^2 in one pass over tiles, in float64.
 
-    Source: Chan, Golub and LeVeque 1983, how sums of squares of parts are joined.
+    Source: Chan, Golub and LeVeque 1983, merging sums of squares of parts.
     """
     count, mean, total = 0, 0.0, 0.0
     for _, rows in tiles:
@@ -55,10 +58,12 @@ def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -
 
 
 def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
-    """Mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1) (Hoyer 2004, section 3.1).
+    """Returns the mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1).
 
-    1 where each sample uses one concept, 0 where it uses all alike. Samples that use none are left
-    out; NaN if none is left, or K is 1. Traces under jit, vmap and grad.
+    1 if each sample uses one concept, 0 if it uses all equally. Samples that use none are left out;
+    NaN if none is left, or K is 1. Traces under jit, vmap and grad.
+
+    Source: Hoyer 2004, section 3.1.
     """
     root = float(np.sqrt(activations.shape[1]))
     if not len(activations) or root == 1:
@@ -75,7 +80,7 @@ def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
 
 
 def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float:
-    """`hoyer_sparsity`, some rows at a time: no copy of all codes in float64."""
+    """Does `hoyer_sparsity` for some rows at a time, without a float64 copy of all codes."""
     total, count = 0.0, 0
     for start in range(0, len(activations), TILE_ROWS):
         codes = activations[start : start + TILE_ROWS].astype(np.float64)
@@ -87,7 +92,7 @@ def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float
 
 
 def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
-    """The share of codes that are not zero, in [0, 1]. Traces under jit and vmap."""
+    """Returns the share of nonzero codes, in [0, 1]. Traces under jit and vmap."""
     if is_traced(activations):
         _, (codes,) = as_real(activations)
         return jnp.mean(column_means((codes != 0).astype(codes.dtype)))
@@ -95,11 +100,11 @@ def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
 
 
 def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[AnyArray, " K"]:
-    """Which concepts are the most activated one of no sample (of equals the first is).
+    """Returns which concepts are not the most active one of any sample; ties go to the first.
 
-    A concept with codes of zero alone is among them, and so is one that never comes first: its
-    words are held against no image. A sample whose codes are all zero has no most activated one.
-    Traces under jit and vmap.
+    These are concepts with only zero codes, and concepts that are never the strongest: their words
+    are compared to no image. A sample whose codes are all zero has no most active concept. Traces
+    under jit and vmap.
     """
     xp: Any = jnp if is_traced(activations) else np
     codes = xp.asarray(activations)

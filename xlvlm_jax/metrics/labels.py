@@ -1,7 +1,7 @@
-"""Labels as numbers: what is known of N rows, each distinct value kept once.
+"""Labels as integers: one label for each of N rows, with each distinct value stored once.
 
-Texts are compared and hashed once, when they become numbers; every count after that is one of
-small integers.
+Texts are compared and hashed once, when they become integers; all counts after that are of small
+integers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,19 +16,24 @@ UNKNOWN = -1
 class Labels(NamedTuple):
     """One label for each of N rows."""
 
-    codes: Int32[np.ndarray, " N"]  # which of `values` a row has; UNKNOWN where none is known
-    values: list[str]  # each once
+    codes: Int32[np.ndarray, " N"]  # index into `values` of each row; UNKNOWN if it has none
+    values: list[str]  # distinct
 
     def take(self, rows: Int[np.ndarray, " M"]) -> "Labels":
-        """Those of some rows, or of rows that several times have one label."""
+        """Returns the labels of some rows, which may repeat."""
         return Labels(self.codes[rows], self.values)
 
     def counts(self) -> Int[np.ndarray, " V"]:
-        """How many rows have each value."""
+        """Returns how many rows have each value."""
         return np.bincount(self.codes[self.codes != UNKNOWN], minlength=len(self.values))
 
     def counts_by(self, groups: Int[np.ndarray, " N"], num_groups: int) -> Int[np.ndarray, "G V"]:
-        """How many rows of each group, 0 to G - 1, have each value; rows of no group are -1."""
+        """Returns how many rows of each group have each value.
+
+        Args:
+            groups: int[N], 0 to G - 1, or -1 for rows of no group.
+            num_groups: G.
+        """
         counted = (self.codes != UNKNOWN) & (groups >= 0)
         V = len(self.values)
         cells = groups[counted].astype(np.int64) * V + self.codes[counted]
@@ -36,7 +41,7 @@ class Labels(NamedTuple):
 
 
 def factorise(values: Iterable[Any]) -> Labels:
-    """Values as text, each text one number in order of appearance; None is UNKNOWN."""
+    """Converts values to text, and each text to an integer by appearance; None is UNKNOWN."""
     places: dict[str, int] = {}
     codes = np.fromiter(
         (
@@ -49,7 +54,7 @@ def factorise(values: Iterable[Any]) -> Labels:
 
 
 def factorise_each(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, Labels]:
-    """`factorise` of every key of `count` mappings, of which none is kept: {key: Labels}."""
+    """Does `factorise` for every key of `count` mappings without keeping them: {key: Labels}."""
     codes: dict[str, np.ndarray] = {}
     places: dict[str, dict[str, int]] = {}
     for number, row in enumerate(rows):

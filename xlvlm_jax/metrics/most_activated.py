@@ -1,4 +1,4 @@
-"""The concepts that a sample activates most: those whose words are held against its image.
+"""The concepts that a sample activates most, whose words are compared to its image.
 
 N samples, K concepts.
 """
@@ -10,18 +10,19 @@ from jaxtyping import Bool, Float
 
 from xlvlm_jax.metrics.precision import as_real, is_traced
 
-_TILE_ROWS = 2**14  # that are copied at once
+_TILE_ROWS = 2**14  # rows copied at once
 
 AnyArray = jax.Array | np.ndarray
 
 
 def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[AnyArray, "N K"]:
-    """Which concepts are among the `count` most activated ones of each sample.
+    """Returns which concepts are among the `count` most active ones of each sample.
 
-    Only activations above zero count, so that a sample may have fewer, even none; of equal ones the
-    first counts. Traces under jit (count static) and vmap.
+    Only positive activations count, so a sample may have fewer or none; ties go to the first.
+    Traces under jit (count static) and vmap.
 
-    Raises ValueError unless 1 <= count.
+    Raises:
+        ValueError: count < 1.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -32,7 +33,7 @@ def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[AnyArr
 
 
 def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np.ndarray, "N K"]:
-    """`top_concepts` without an order of all concepts: each round finds the first of the rest."""
+    """Does `top_concepts` without sorting: each round finds the strongest of the rest."""
     chosen = np.zeros(activations.shape, bool)
     for start in range(0, len(activations), _TILE_ROWS):
         left = np.array(activations[start : start + _TILE_ROWS])
@@ -47,7 +48,7 @@ def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np
 def mean_of_top(
     scores: Float[AnyArray, "N K"], chosen: Bool[AnyArray, "N K"]
 ) -> Float[AnyArray, " N"]:
-    """The mean score of each sample over its chosen concepts; NaN where there is none.
+    """Returns the mean score of each sample over its chosen concepts; NaN if there are none.
 
     Traces under jit, vmap and grad.
     """

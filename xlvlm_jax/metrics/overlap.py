@@ -5,11 +5,12 @@ from itertools import permutations
 
 
 def word_overlap(words: Sequence[Sequence[str]]) -> float:
-    """Mean over ordered pairs k != l of |words_k in words_l| / |words_k|, in [0, 1].
+    """Returns the mean over ordered pairs k != l of |words_k in words_l| / |words_k|, in [0, 1].
 
-    Lower is better: 0 where no two concepts share a word. A concept without words shares none.
+    Lower is better: 0 if no two concepts share a word. A concept without words shares none.
 
-    Raises ValueError for fewer than two concepts.
+    Raises:
+        ValueError: there are fewer than two concepts.
     """
     if len(words) < 2:
         raise ValueError(f"overlap needs the words of two concepts or more, got {len(words)}")

@@ -1,4 +1,4 @@
-"""What metrics are computed with: numpy in float64, or JAX where their arguments are traced."""
+"""Number types of metrics: numpy in float64, or JAX if the arguments are traced."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from jaxtyping import Float
 from xlvlm_jax.solvers import sums
 
 AnyArray = jax.Array | np.ndarray
-Figure = float | jax.Array  # an array, of no axes, where the function is traced
+Figure = float | jax.Array  # a scalar array if the function is traced
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether one of the values is an argument of a function that JAX transforms."""
+    """Returns whether one of the values is traced by a JAX transformation."""
     return any(isinstance(value, Tracer) for value in values)
 
 
 def as_real(*arrays: AnyArray) -> tuple[Any, tuple[Any, ...]]:
-    """The namespace to compute in, and the arrays in it: numpy and float64, or JAX and float32.
+    """Returns the namespace to compute in, and the arrays in it: numpy float64, or JAX float32.
 
-    Traced float64 arrays stay what they are.
+    Traced float64 arrays stay float64.
     """
     if not is_traced(*arrays):
         return np, tuple(np.asarray(array, np.float64) for array in arrays)
@@ -31,10 +31,10 @@ def as_real(*arrays: AnyArray) -> tuple[Any, tuple[Any, ...]]:
 
 
 def column_means(rows: Float[AnyArray, "N D"]) -> Float[AnyArray, " D"]:
-    """The mean of each column, whose error does not grow with N."""
+    """Returns the mean of each column, with an error that does not grow with N."""
     return sums.column_means(rows).value if isinstance(rows, jax.Array) else rows.mean(axis=0)
 
 
 def as_figure(value: Any) -> Figure:
-    """A number as a float, or as it is where it is traced."""
+    """Returns a number as a float, or unchanged if it is traced."""
     return value if is_traced(value) else float(value)

@@ -13,13 +13,14 @@ AnyArray = jax.Array | np.ndarray
 
 
 def stability(dictionaries: Sequence[Float[AnyArray, "K D"]]) -> float:
-    """Mean cosine of matched concepts over all pairs of dictionaries, in [-1, 1].
+    """Returns the mean cosine of matched concepts over all pairs of dictionaries, in [-1, 1].
 
     The concepts of two dictionaries are matched one to one for the highest total cosine (the
-    Hungarian method). 1 where each is a permutation of the other; a concept that is zero has
-    cosine 0 with all.
+    Hungarian method). 1 if each is a permutation of the other; a concept of zeros has cosine 0 with
+    all.
 
-    Raises ValueError for fewer than two dictionaries, or other numbers of concepts or widths.
+    Raises:
+        ValueError: there are fewer than two dictionaries, or their shapes differ.
     """
     if len(dictionaries) < 2:
         raise ValueError(f"stability compares two dictionaries or more, got {len(dictionaries)}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-# Marks that separate words or stand between them; a dot inside a number stays.
+# Marks that separate words or stand between them; a point inside a number stays.
 _MARKS = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _DOT = re.compile(r"\.(?!\d)")
@@ -29,7 +29,7 @@ _CONTRACTED = """
 
 
 def _without_an_apostrophe() -> dict[str, str]:
-    """Every contraction with one apostrophe left out -> the contraction."""
+    """Returns {contraction with one apostrophe omitted: the contraction}."""
     forms = {}
     for word in _CONTRACTED.lower().split():
         for place in (match.start() for match in re.finditer("'", word)):
@@ -41,9 +41,13 @@ _CONTRACTIONS = _without_an_apostrophe()
 
 
 def normalise_answer(answer: str) -> str:
-    """Lower case, no articles and punctuation, numbers as digits, contractions with apostrophes."""
+    """Normalises an answer like the official evaluation.
+
+    Lower-cases; drops articles and punctuation; writes numbers as digits and contractions with
+    apostrophes.
+    """
     text = _THOUSANDS.sub("", " ".join(answer.split()))
-    # A mark between two words without a space parts them; else it is dropped.
+    # A mark between two words without a space separates them; other marks are dropped.
     text = _DOT.sub("", _MARKS.sub(" ", text)).lower()
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -54,18 +58,19 @@ def vqa_accuracy(
     answers: Sequence[str],
     protocol: Literal["official", "xl-vlms"] = "official",
 ) -> float:
-    """How well a predicted answer agrees with those of (ten) people, in [0, 1].
+    """Returns how well a predicted answer agrees with those of (ten) people, in [0, 1].
 
     Args:
         prediction: the model's answer.
-        answers: one answer a person.
+        answers: one answer per person.
         protocol: "official": the mean over leaving one person out, after normalisation. "xl-vlms":
-            min(1, matches / 3) over all of them, equal up to case and outer white space.
+            min(1, matches / 3) over all people, ignoring case and outer white space.
 
-    Raises ValueError for no answers or another protocol.
+    Raises:
+        ValueError: there are no answers, or the protocol is unknown.
     """
     if isinstance(answers, str) or not answers:
-        raise ValueError(f"answers is {answers!r}; expected a list with one answer a person")
+        raise ValueError(f"answers is {answers!r}; expected a list with one answer per person")
     if protocol == "xl-vlms":
         given = prediction.strip().lower()
         return min(1.0, sum(given == answer.strip().lower() for answer in answers) / 3)
@@ -74,5 +79,5 @@ def vqa_accuracy(
     given = normalise_answer(prediction)
     agreeing = [given == normalise_answer(answer) for answer in answers]
     matches = sum(agreeing)
-    # Whoever agrees does not count as one of the others.
+    # A person who agrees does not count among the others.
     return sum(min(1.0, (matches - agrees) / 3) for agrees in agreeing) / len(answers)

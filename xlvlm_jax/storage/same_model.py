@@ -37,6 +37,6 @@ def require_model(source: Mapping[str, Any], vlm: VLM, what: str) -> None:
     expected, got = source.get("fingerprint"), vlm.fingerprint
     if None not in (expected, got) and expected != got:
         raise ValueError(
-            f"{what} {source.get('model')!r} ({expected}); {vlm.directory} is a different model "
+            f"{what} {source.get('model')!r} ({expected}); {vlm.directory} is another model "
             f"({got}), use the original one"
         )

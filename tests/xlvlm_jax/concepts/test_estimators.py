@@ -319,7 +319,7 @@ def test_messages(estimator, message):
 def test_messages_of_weights():
     with pytest.raises(ValueError, match="Negative values in data passed to `sample_weight`"):
         KMeans(3).fit(X, sample_weight=-np.ones(60))
-    with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3; .* weight zero"):
+    with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3; .* zero weight"):
         KMeans(3).fit(X, sample_weight=np.arange(60) < 2)
 
 

@@ -67,9 +67,13 @@ def test_words_depend_on_the_direction_alone(scale, order):
 @pytest.mark.parametrize(
     ("components", "options", "message"),
     [
-        (np.ones((2, 3)), {}, "components are 3 wide, which the language-model head does not take"),
+        (
+            np.ones((2, 3)),
+            {},
+            "components are 3 wide, which the language-model head does not accept",
+        ),
         (np.ones(2), {}, r"components have shape \(2,\); expected \[K, D\]"),
-        (np.float32([[1, 1], [1, np.nan]]), {}, "concept 1 holds NaN or Inf"),
+        (np.float32([[1, 1], [1, np.nan]]), {}, "concept 1 contains NaN or Inf"),
         (np.ones((2, 2)), {"num_words": 0}, "num_words must be at least 1, got 0"),
         (np.ones((2, 2)), {"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
     ],
@@ -109,7 +113,7 @@ def test_images_can_not_be_more_than_samples(num_images):
 
 
 def test_images_need_finite_activations():
-    with pytest.raises(ValueError, match="activations of sample 1 hold NaN or Inf"):
+    with pytest.raises(ValueError, match="activations of sample 1 contain NaN or Inf"):
         ground_images(np.float32([[1, 1], [np.inf, 1]]), 1)
 
 

@@ -112,7 +112,9 @@ def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, 
 def test_features_of_another_run_are_refused(features, tmp_path, three_words):
     decompose_features(features, tmp_path / "concepts", 2, "kmeans")
     other = write(tmp_path / "other", np.eye(4, dtype="f4"), [(i, {}) for i in range(4)])
-    with pytest.raises(ValueError, match=r"activations of 20 rows, .* has 4; ground concepts with"):
+    with pytest.raises(
+        ValueError, match=r"activations of 20 rows but .* has 4; ground concepts with"
+    ):
         ground_concepts(tmp_path / "concepts", three_words, other)
 
 

@@ -66,12 +66,12 @@ def test_image_ids_of_a_split(tmp_path):
     ("images", "message"),
     [
         ([image(9), image(25, "train")], "no split 'val'; it has test, train"),
-        ([image(9, "val"), image(9, "val")], r"images\[1\]: cocoid 9 comes a second time"),
+        ([image(9, "val"), image(9, "val")], r"images\[1\]: cocoid 9 is a duplicate"),
         ([image(9, "val", cocoid=None)], r"images\[0\]: key 'cocoid' missing; it has filepath, "),
         ([image(9, "val", cocoid="9")], r"images\[0\]: 'cocoid' must be a whole number, got \"9\""),
         ([image(9, "val", sentences=[{}])], r"images\[0\].sentences\[0\]: key 'raw' missing"),
         ([image(9, "val"), 7], r"images\[1\]: expected an object, got 7"),
-        ([], "'images' is empty; expected a sample or more"),
+        ([], "'images' is empty; expected one or more samples"),
     ],
 )
 def test_what_is_wrong_in_the_file_and_where(tmp_path, images, message):
@@ -89,8 +89,8 @@ def test_what_is_wrong_in_the_file_and_where(tmp_path, images, message):
         (b"[1, 2]", r"expected an object, got \[1, 2\]"),
         (b'{"annotations": []}', "key 'images' missing; it has annotations"),
         (b'{"images": {}}', r"'images' must be a list, got \{\}"),
-        (b"[" * 200_000, r"not JSON that can be read \(maximum recursion"),
-        (b'{"images": ' + b"1" * 5000 + b"}", r"not JSON that can be read \(Exceeds the limit"),
+        (b"[" * 200_000, r"not readable JSON \(maximum recursion"),
+        (b'{"images": ' + b"1" * 5000 + b"}", r"not readable JSON \(Exceeds the limit"),
         ('{"images": "caf\xe9"}'.encode("latin-1"), "byte 15: not JSON in UTF-8"),
     ],
 )
@@ -119,10 +119,12 @@ def test_attributes_that_are_no_objects(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset_coco.json: no such file; give its name"):
+    with pytest.raises(FileNotFoundError, match=r"dataset_coco.json: no such file; pass its name"):
         coco.load(tmp_path)
 
 
 def test_an_unknown_data_set(tmp_path):
-    with pytest.raises(ValueError, match="no data set 'flickr'; expected one of coco, vqav2, fold"):
+    with pytest.raises(
+        ValueError, match="unknown data set 'flickr'; expected one of coco, vqav2, fold"
+    ):
         data.load("flickr", tmp_path)

@@ -59,10 +59,10 @@ def test_files_with_a_byte_order_mark_are_read(pictures, name, text, encoding):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.json", '{"cow.jpg": "a cow"}', r"c.json: 'cow.jpg': .* holds no image 'cow.jpg'"),
+        ("c.json", '{"cow.jpg": "a cow"}', r"c.json: 'cow.jpg': .* has no image 'cow.jpg'"),
         ("c.json", '{"dog.jpg": 3}', "c.json: 'dog.jpg' must have a caption or a list of captions"),
         ("c.json", "[]", "c.json: expected an object, file: caption or captions"),
-        ("c.csv", "dog.jpg,a dog\ncow.jpg,a cow\n", r"c.csv: line 2: .* holds no image 'cow.jpg'"),
+        ("c.csv", "dog.jpg,a dog\ncow.jpg,a cow\n", r"c.csv: line 2: .* has no image 'cow.jpg'"),
         ("c.csv", "dog.jpg,a dog, asleep\n", "c.csv: line 1: expected 2 columns, .* got 3; put a"),
         ("c.csv", b"dog.jpg,\xff\n", "c.csv: not a CSV file in UTF-8"),
         ("c.csv", b"\xff\xfed", "c.csv: not a CSV file in UTF-16"),
@@ -83,12 +83,12 @@ def test_a_captions_file_that_was_asked_for_must_be_there(pictures, name):
 
 
 def test_folders_without_images(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no image; expected files \.jpg, \.jpeg"):
+    with pytest.raises(ValueError, match=r"has no images; expected files \.jpg, \.jpeg"):
         folder.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such directory; expected a folder of images"):
         folder.load(tmp_path / "nowhere")
 
 
 def test_a_folder_has_no_splits(pictures):
-    with pytest.raises(ValueError, match="a folder of images has no splits, got 'test'; give the"):
+    with pytest.raises(ValueError, match="a folder of images has no splits, got 'test'; pass the"):
         data.load("folder", pictures, "test")

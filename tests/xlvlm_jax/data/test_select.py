@@ -40,7 +40,7 @@ def test_words_may_hold_signs_and_spaces():
 
 
 def test_words_that_are_nowhere():
-    with pytest.raises(ValueError, match="no sample of 4 holds 'bus' in its references; look for"):
+    with pytest.raises(ValueError, match="no sample of 4 has 'bus' in its references; look for"):
         select.containing(SAMPLES, "bus")
     with pytest.raises(ValueError, match="'0', '1', '2', '3', '4' or 3 more words in its answer"):
         select.containing(SAMPLES, map(str, range(8)), key="answer")
@@ -62,7 +62,7 @@ def test_references_by_hand():
     assert references(without=["dog", "dogs"]) == {3: ("reddish",)}
     assert references() == {int(s.id): s.references for s in samples}
     assert samples[0].references[1] == "A dog"  # the samples themselves stay
-    with pytest.raises(ValueError, match="no reference of 3 samples holds 'bus' and not 'a'; look"):
+    with pytest.raises(ValueError, match="no reference of 3 samples has 'bus' and not 'a'; look"):
         references("bus", without="a")
 
 
@@ -89,7 +89,7 @@ def test_bad_lists_of_image_ids(tmp_path):
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"a.json: expected a list of image ids"):
         select.read_image_ids(tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"a.txt: holds no image ids; expected a JSON list, or"):
+    with pytest.raises(ValueError, match=r"a.txt: has no image ids; expected a JSON list, or"):
         select.read_image_ids(tmp_path / "a.txt")
     (tmp_path / "latin.txt").write_bytes(b"12\ncaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected image"):

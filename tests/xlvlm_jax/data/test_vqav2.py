@@ -76,7 +76,7 @@ def test_the_test_split_is_karpathys(tmp_path):
         [question(10 * image, image) for image in images],
         [annotation(10 * image, image) for image in images],
     )
-    with pytest.raises(FileNotFoundError, match=r"dataset_coco.json: no such file; it tells which"):
+    with pytest.raises(FileNotFoundError, match=r"dataset_coco.json: no such file; it says which"):
         vqav2.load(tmp_path, "test")
     write_karpathy(tmp_path, images)
     assert [sample.image_id for sample in vqav2.load(tmp_path, "test")] == ["1", "4"]
@@ -122,7 +122,7 @@ def test_the_drawn_scenes_are_read(tmp_path):
         (
             [question(1)],
             [annotation(1)] * 2,
-            r"annotations\[1\]: question_id 1 comes a second time",
+            r"annotations\[1\]: question_id 1 is a duplicate",
         ),
         ([question(1)], [annotation(2)], "annotations.json: no annotation for question_id 1 of "),
         ([question(1, image_id=None)], [annotation(1)], r"questions\[0\]: key 'image_id' missing"),

@@ -55,7 +55,7 @@ def test_evaluate_without_a_vector(xlvlm, pictures, tmp_path):
         (("--where", "from:now"), "expected from:INDEX"),
         (("--source", "yes", "--target", "sphinx"), "target words sphinx as its answer"),
         (("--dataset", "coco", "--words", "sphinx,griffin"), "holds one of the 2 words sphinx"),
-        (("--dataset", "coco", "--words", "sphinx"), "no word class 'sphinx'"),
+        (("--dataset", "coco", "--words", "sphinx"), "unknown word class 'sphinx'"),
         (("--dataset", "coco", "--source", "yes"), "give captions --words"),
         (("--words", "colours"), "give questions --source and --target"),
         (("--split", "dev"), "no split 'dev'"),

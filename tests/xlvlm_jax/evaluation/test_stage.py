@@ -122,7 +122,7 @@ def test_captions_are_scored_and_compared(vlm, pictures, vector, tmp_path):
     )
     plain, steered = (summary["conditions"][name] for name in ("plain", "steered"))
     assert plain["scores"]["CIDEr"] > 0.3
-    assert plain["scores"]["left out"]["METEOR"] == "not asked for"
+    assert plain["scores"]["left out"]["METEOR"] == "not requested"
     assert steered["changes"]["samples"] == 6
     said = plain["changes"]["words_before"]
     assert sum(plain["class words"].values()) == said

@@ -34,7 +34,9 @@ def namespaces():
 
 def test_too_small_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
-    with pytest.raises(OSError, match=r"needs up to 6e-09 GB and its disk has 5e-09 GB free; free some"):
+    with pytest.raises(
+        OSError, match=r"needs up to 6e-09 GB and its disk has 5e-09 GB free; free some"
+    ):
         require_disk(tmp_path / "not" / "there", 6)
     require_disk(tmp_path, 5)
 

@@ -18,7 +18,7 @@ NORM = "language_model.model.norm"
 BAD = {
     "truncated.jpg": "cannot be decoded",
     "empty.jpg": "the file is empty",
-    "text.jpg": "not an image of a known format",
+    "text.jpg": "not an image in a known format",
     "huge.png": "30000 x 30000 pixels|limit|exceeds",
 }
 

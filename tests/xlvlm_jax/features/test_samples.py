@@ -113,7 +113,7 @@ def test_a_run_goes_on_only_after_samples_that_can_be_read(tmp_path):
         writer.append([{"id": "0"}, {"id": "1"}], {}, *np.zeros((3, 0), int))
     file = tmp_path / SAMPLES
     file.write_bytes(file.read_bytes().replace(b'"1"', b'"1}'))
-    with pytest.raises(ValueError, match=r"samples\.jsonl: line 2 is no JSON object"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl: line 2 is not a JSON object"):
         FeaturesWriter(tmp_path, {})
 
 

@@ -36,7 +36,7 @@ def test_parse_and_print_are_inverse(text):
         ("index:two", "index needs a whole number, got 'two'"),
         ("range:3", "range needs start:stop, got '3'"),
         ("range:a:b", "range needs start:stop, got 'a:b'"),
-        ("class:fruit", "no word class 'fruit'; expected one of colours"),
+        ("class:fruit", "unknown word class 'fruit'; expected one of colours"),
         ("token-of-interest", "token-of-interest needs a word, got none"),
         ("all:3", "all takes no argument, got '3'"),
     ],
@@ -100,7 +100,9 @@ def test_rows_of_each_mode(text, options, expected):
 
 def test_words_are_not_looked_for_by_the_selection_itself():
     positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
-    with pytest.raises(ValueError, match="class:dog,cat needs the positions of its words; pass found"):
+    with pytest.raises(
+        ValueError, match="class:dog,cat needs the positions of its words; pass found"
+    ):
         Selection("class", "dog,cat").keep(positions)
 
 

@@ -243,7 +243,9 @@ def test_a_killed_process_leaves_whole_batches_and_no_lock(tmp_path):
 
 def test_an_unfinished_run_opens_when_allowed(tmp_path):
     write(tmp_path, range(2), close=False)
-    with pytest.raises(ValueError, match=r"the run is not finished \(8 samples so far\); finish it"):
+    with pytest.raises(
+        ValueError, match=r"the run is not finished \(8 samples so far\); finish it"
+    ):
         Features.open(tmp_path)
     features = Features.open(tmp_path, allow_incomplete=True)
     assert (len(features.samples), len(features.tokens), features.complete) == (8, 8, False)
@@ -410,7 +412,7 @@ def spoil_line(file, number):
         (lambda p: (p / "samples.jsonl").unlink(), "samples.jsonl: 0 bytes, expected "),
         (
             lambda p: spoil_line(p / "samples.jsonl", 2),
-            "samples.jsonl: line 2 is no JSON object",
+            "samples.jsonl: line 2 is not a JSON object",
         ),
     ],
 )

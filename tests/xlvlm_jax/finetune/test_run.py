@@ -227,8 +227,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--containing", "zeppelin"], "no reference of 6 samples holds 'zeppelin'"),
-            (["--containing", "scenes:smell"], "no word class 'scenes:smell'"),
+            (["--containing", "zeppelin"], "no reference of 6 samples has 'zeppelin'"),
+            (["--containing", "scenes:smell"], "unknown word class 'scenes:smell'"),
             (["--containing", ","], "holds no word"),
             (["--method", "dora"], "method must be one of lora, full"),
             (["--target", "w_proj"], "target 'w_proj' names no linear layer"),

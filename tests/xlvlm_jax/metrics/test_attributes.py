@@ -54,7 +54,7 @@ def test_scores_do_not_depend_on_the_order_of_samples_or_concepts(samples, conce
 
 def test_attributes_have_a_value_a_sample():
     activations = np.ones((3, 2), np.float32)
-    with pytest.raises(ValueError, match="'mood' has 2 values, expected 3, one a sample"):
+    with pytest.raises(ValueError, match="'mood' has 2 values, expected 3, one per sample"):
         attribute_scores(activations, {"mood": ["happy", "sad"]})
-    with pytest.raises(ValueError, match="attribute 'mood' is known of no sample; leave it out"):
+    with pytest.raises(ValueError, match="attribute 'mood' is unknown for all samples; omit it"):
         attribute_scores(activations, {"mood": [None] * 3})

@@ -183,11 +183,11 @@ def test_a_baseline_is_read_from_the_packages_files(tmp_path):
 
 
 def test_messages(table):
-    with pytest.raises(ValueError, match="layer is 2; table has the layers 0 to 1, 0 the embed"):
+    with pytest.raises(ValueError, match="layer is 2; table has layers 0 .the embeddings. to 1"):
         score(table, ["a"], ["a"], layer=2)
-    with pytest.raises(ValueError, match="2 candidates and 1 references; expected one text, or"):
+    with pytest.raises(ValueError, match="2 candidates and 1 references; expected one or more"):
         score(table, ["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="candidate 1 has no reference; leave it out"):
+    with pytest.raises(ValueError, match="candidate 1 has no reference; omit it"):
         score(table, ["a", "b"], ["a", []])
-    with pytest.raises(ValueError, match="no texts to count document frequencies in; give some"):
+    with pytest.raises(ValueError, match="no texts to count document frequencies in; pass some"):
         score(table, ["a"], ["a"], idf=[])

@@ -108,11 +108,11 @@ class TestScores:
     def test_what_is_left_out_is_named(self, monkeypatch):
         pair = (["a dog", "a cat"], [["a dog"], ["a cat"]])
         assert captions.caption_scores(*pair).left_out == dict.fromkeys(
-            ("METEOR", "SPICE"), "not asked for"
+            ("METEOR", "SPICE"), "not requested"
         )
         monkeypatch.setattr(shutil, "which", lambda name: None)
         assert captions.caption_scores(*pair, java=True).left_out == dict.fromkeys(
-            ("METEOR", "SPICE"), "there is no Java"
+            ("METEOR", "SPICE"), "Java is not installed"
         )
 
     def test_a_java_that_does_not_run_is_named(self, monkeypatch, tmp_path):

@@ -87,7 +87,9 @@ def test_random_words_match_in_number_and_are_seeded(clip):
     # How many words a concept has changes no other word.
     longer = metrics.random_words([["dog"] * 4, ["cat"], ["bus"]], vocabulary, seed=1)
     assert longer[0][:2] == drawn[0] and longer[2] == drawn[2][:1]
-    with pytest.raises(ValueError, match="a concept has 5 words, the vocabulary 3 to draw from"):
+    with pytest.raises(
+        ValueError, match="a concept has 5 words but the vocabulary has 3 to draw from"
+    ):
         metrics.random_words(words, vocabulary[:3])
 
 

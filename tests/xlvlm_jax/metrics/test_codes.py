@@ -27,7 +27,9 @@ def test_explained_variance_against_scikit_learn():
     Z, other = rng.normal(size=(2, 40, 6))
     expected = r2_score(Z, other, multioutput="variance_weighted")
     assert metrics.explained_variance(Z, other) == pytest.approx(expected)
-    with pytest.raises(ValueError, match=r"Z has shape \(40, 6\), its reconstruction \(39, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"Z has shape \(40, 6\) but its reconstruction has \(39, 6\)"
+    ):
         metrics.explained_variance(Z, other[1:])
 
 

@@ -1,8 +1,8 @@
-"""Scenes: drawn pictures with captions and questions, an embedded data set with a ground truth.
+"""Scenes: drawn pictures with captions and questions, a bundled data set with a ground truth.
 
-`sample_scene` chooses what a picture holds, `draw` draws it, `captions`, `questions` and `check`
-say what a person might say about it, and `write` stores all in the layouts of COCO (Karpathy's
-splits) and VQAv2. Everything follows from a seed.
+`sample_scene` chooses the content of a picture, `draw` draws it, `captions`, `questions` and
+`check` generate what a person might say about it, and `write` stores everything in the layouts of
+COCO (Karpathy's splits) and VQAv2. Everything is determined by a seed.
 """
 
 from .ask import Question, check, questions, vocabulary

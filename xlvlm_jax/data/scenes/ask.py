@@ -13,7 +13,7 @@ from .scene import ANIMALS, COLOURS, COUNTS, DOG_SHARE, KINDS, MOODS, PLACES, Sc
 ANSWERS = 10
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
 VEHICLES = ("bus", "train", "car", "boat", "plane")
-# Where a thing is: with the preposition of the place.
+# Where a thing is, with the preposition of the place.
 AT = {
     "beach": "on the beach",
     "street": "on the street",
@@ -23,7 +23,7 @@ AT = {
     "city": "in the city",
 }
 
-# What people answer who do not give the most frequent answer.
+# Answers of people who do not give the most frequent answer.
 NEAR_MISSES = {
     "beach": ("sand", "seaside", "shore"),
     "street": ("road", "sidewalk"),
@@ -126,8 +126,8 @@ class Question:
     """A question with ten answers.
 
     `answer` is the truth and the most frequent of `answers`. `answer_type` is VQAv2's "yes/no",
-    "number" or "other"; `attribute` is what is asked for: "exists", "count", "colour", "place",
-    "object" or "mood".
+    "number" or "other"; `attribute` is what the question is about: "exists", "count", "colour",
+    "place", "object" or "mood".
     """
 
     question: str
@@ -152,9 +152,9 @@ def _other(rng: random.Random, options, truth):
 
 
 def _absent_kind(rng: random.Random, kind: str) -> str:
-    """A kind that is not in the picture, asked for as often as it is present elsewhere.
+    """Returns a kind that is not in the picture, drawn as often as it is present elsewhere.
 
-    So that "yes" and "no" are equally frequent for every noun.
+    This makes "yes" and "no" equally frequent for every noun.
     """
     share = DOG_SHARE / (1 - DOG_SHARE)
     if kind != "dog" and rng.random() < share:
@@ -192,7 +192,7 @@ class _Asker:
         self.add(EXISTS, "yes" if true else "no", "yes/no", "exists", one=one, many=many)
 
     def check(self, attribute: str) -> None:
-        """A yes/no question about an attribute that the scene has, true in half of the cases."""
+        """Adds a yes/no question about an attribute of the scene, true in half of the cases."""
         scene, rng = self.scene, self.rng
         true = rng.random() < 0.5
         answer = "yes" if true else "no"
@@ -214,7 +214,7 @@ class _Asker:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """About eight questions on a scene: every attribute is asked for at least once."""
+    """Returns about eight questions about a scene; every attribute is asked about at least once."""
     rng = random.Random(f"questions/{scene.seed}")
     asker = _Asker(scene, rng)
     asker.exists()
@@ -241,7 +241,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def check(scene: Scene, attribute: str, rng: random.Random) -> Question:
-    """One yes/no question drawn from `rng`; `questions` asks the same of a scene each time.
+    """Returns one yes/no question drawn with `rng`; `questions` is deterministic per scene.
 
     attribute: "exists", "colour", "place", "count", or for animals "mood".
     """
@@ -270,9 +270,9 @@ PHRASINGS = (
 
 
 def vocabulary() -> list[str]:
-    """Every word of captions, questions and answers, sorted; no punctuation.
+    """Returns every word of captions, questions and answers, sorted and without punctuation.
 
-    Lower case, except for the words that begin a question; plurals are words of their own.
+    Lower case, except for the first words of questions; plurals are words of their own.
     """
     found = caption_words()
     for text in strings(PHRASINGS):

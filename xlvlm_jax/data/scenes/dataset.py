@@ -1,7 +1,7 @@
 """Scenes on disk, in the layouts of COCO (Karpathy's file) and VQAv2.
 
-Pictures of the validation and test splits both are under val2014, and in the val2014 question
-files, as in the real data; Karpathy's file tells them apart.
+Pictures of both the validation and the test split are under val2014, and in the val2014 question
+files, as in the real data; Karpathy's file separates them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_ID = {"train": 1, "val": 400_001, "test": 500_001}
 LARGEST = {"train": 400_000, "val": 100_000, "test": 100_000}
 FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
 
-# VQAv2 files a question under its first words; the longest that fits.
+# VQAv2 classifies a question by its first words; the longest match counts.
 QUESTION_TYPES = (
     "is there a",
     "are there any",
@@ -62,7 +62,7 @@ QUESTION_TYPES = (
 
 
 def image_id(split: Split, index: int) -> int:
-    """The picture's COCO id, which no other split uses."""
+    """Returns the picture's COCO id, which no other split uses."""
     return FIRST_ID[split] + index
 
 
@@ -89,21 +89,22 @@ def _annotation(question: Question, question_id: int, picture: int) -> dict:
 
 @contextlib.contextmanager
 def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Callable[..., None]]:
-    """A JSON file that is written entry by entry, of which none is kept in memory.
+    """Writes a JSON file entry by entry, keeping none in memory.
 
     Args:
-        path: where it stands when the block ends without an error.
-        content: what it holds beside the entries.
+        path: where the file appears if the block succeeds.
+        content: what it contains besides the entries.
         name: the key of `content`, an empty list, that the entries are appended to; None for
             entries of `content` itself.
 
-    Yields a function that takes an entry: a value, or a key and a value where name is None.
+    Yields:
+        a function that takes an entry: a value, or a key and a value if name is None.
     """
     before, after = json.dumps(content), "}"
     if name is None:
         before = before.removesuffix("}")
     else:
-        mark = json.dumps({name: []})[1:-2]  # up to the list's end
+        mark = json.dumps({name: []})[1:-2]  # up to the end of the list
         before, after = before.split(mark + "]")
         before, after = before + mark, "]" + after
     with atomic.writing(path) as file:
@@ -129,19 +130,20 @@ def write(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the first scenes of each split below `directory`; same arguments, same bytes.
+    """Writes the first scenes of each split to `directory`; same arguments, same bytes.
 
     Files: `{train,val}2014/COCO_*.jpg`, `dataset_coco.json` (Karpathy),
     `v2_OpenEnded_mscoco_{train,val}2014_questions.json`,
-    `v2_mscoco_{train,val}2014_annotations.json` and `attributes.json`,
-    {image id: attributes}. The index files come last: where they are, the pictures are too.
+    `v2_mscoco_{train,val}2014_annotations.json` and `attributes.json`, {image id: attributes}. The
+    index files come last: if they exist, so do the pictures.
 
     Args:
-      progress: called after each picture with how many are done and how many there are to do.
+        directory: directory to write to.
+        progress: called after each picture with (number done, total).
 
     Raises:
-      ValueError: a negative number of scenes, or more than a split has ids for.
-      OSError: the directory can't be written; the message names it.
+        ValueError: a number of scenes is negative or exceeds the ids of its split.
+        OSError: the directory can't be written; the message names it.
     """
     counts: dict[Split, int] = {"train": train, "val": val, "test": test}
     for split, count in counts.items():
@@ -167,7 +169,7 @@ def write(
         def growing(file: str, content: dict, name: str | None = None) -> Callable[..., None]:
             return stack.enter_context(_growing(root / file, content, name))
 
-        # What is entered first takes its place last: without it nothing here is a data set yet.
+        # The first file opened is renamed last: without it this is not a data set yet.
         store_image = growing("dataset_coco.json", {"images": [], "dataset": "coco"}, "images")
         store_truth = growing("attributes.json", {})
         ask, answer = {}, {}

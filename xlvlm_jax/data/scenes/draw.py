@@ -1,4 +1,4 @@
-"""A scene as pixels."""
+"""Draws a scene as pixels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .pen import SIZE, SUPER, Pen
 from .scene import Scene, pick
 
 JPEG_QUALITY = 95
-NOISE = 4  # pixels move by at most this much, uniformly
+NOISE = 4  # maximum change of a pixel, uniform
 
-# Where objects stand: (x, y of the ground, scale). Wide things take two rows, tall ones one; all
-# arrangements leave at least about 70 % of each object in sight.
+# Where objects stand: (x, y of the ground, scale). Wide objects take two rows, tall ones one; all
+# arrangements leave at least about 70 % of each object visible.
 TALL = {
     1: [[(56, 102, 1.5)]],
     2: [[(32, 99, 1.2), (80, 102, 1.2)], [(32, 102, 1.2), (80, 96, 1.2)]],
@@ -46,11 +46,11 @@ ROUND = {
 }
 ARRANGEMENTS = {"ball": ROUND, "bus": WIDE, "train": WIDE, "car": WIDE, "boat": WIDE, "plane": WIDE}
 LARGEST = {"rabbit": 1.4, "bird": 1.45, "train": 1.6, "boat": 1.65, "bus": 1.75}
-SMALLER = {"train": 0.86, "boat": 0.88, "bus": 0.96}  # in company
+SMALLER = {"train": 0.86, "boat": 0.88, "bus": 0.96}  # next to others
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Ground points and scales, the farthest first."""
+    """Returns ground points and scales, farthest first."""
     shapes = pick(rng, ARRANGEMENTS.get(scene.kind, TALL)[scene.count])
     _, width, height = (ANIMAL_SHAPES | THING_SHAPES)[scene.kind]
     placed = []
@@ -74,7 +74,7 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8[112, 112, 3], RGB."""
+    """Returns the picture of a scene: uint8[112, 112, 3], RGB."""
     rng = random.Random(scene.seed)
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER))
     pen = Pen(ImageDraw.Draw(image))
@@ -101,12 +101,12 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def encode(scene: Scene) -> bytes:
-    """The picture as the JPEG file that `write` stores."""
+    """Returns the picture as the JPEG file that `write` stores."""
     out = io.BytesIO()
     Image.fromarray(draw(scene)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return out.getvalue()
 
 
 def training_image(scene: Scene) -> np.ndarray:
-    """The picture as a reader of the files sees it, after the JPEG: uint8[112, 112, 3]."""
+    """Returns the picture as read from the JPEG file: uint8[112, 112, 3]."""
     return np.asarray(Image.open(io.BytesIO(encode(scene))).convert("RGB"))

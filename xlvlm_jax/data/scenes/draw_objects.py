@@ -1,7 +1,7 @@
-"""The objects, each drawn in its own coordinates and standing on (0, 0).
+"""Draws the objects, each in its own coordinates and standing on (0, 0).
 
-Scale 1 is the size of one of three. An animal is mostly head: its mood has to be read from patches
-of 14 pixels.
+Scale 1 is the size of one of three. An animal is mostly head, as its mood must be visible in
+patches of 14 pixels.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Paint:
 
     @classmethod
     def of(cls, name: str, main: Colour) -> Paint:
-        """The paint of a colour's name, of which `main` is a shade."""
+        """Returns the paint for a colour's name, of which `main` is a shade."""
         beak = (255, 214, 60) if name == "orange" else (245, 150, 30)
         if name == "black":
-            # The outline stays dark; parts are told apart by lighter greys.
+            # The outline stays dark; parts differ by lighter greys.
             return cls(main, (20, 20, 23), (112, 112, 120), (6, 6, 8), (200, 200, 205), beak)
         if name == "white":
             return cls(main, (196, 199, 210), (218, 221, 230), (60, 62, 72), (60, 62, 72), beak)
@@ -54,7 +54,7 @@ class Paint:
 
     @property
     def contrast(self) -> Colour:
-        """Of a small part that has to stand out: blue on red and light paint, else red."""
+        """Colour of a small part that must stand out: blue on red and light paint, else red."""
         return (40, 70, 150) if self.main[0] >= 190 else (190, 40, 50)
 
 
@@ -83,7 +83,7 @@ def _eyes(
 
 
 def _mouth(pen: Pen, v: float, half: float, happy: bool) -> None:
-    """A wide open smile, or a thick frown; `v` is the height of its middle."""
+    """Draws a wide open smile, or a thick frown; `v` is the height of its middle."""
     if happy:
         smile = bezier((-half, v - 2.4), (0, v + 8.6), (half, v - 2.4))
         pen.polygon(smile, (150, 24, 40))
@@ -94,7 +94,7 @@ def _mouth(pen: Pen, v: float, half: float, happy: bool) -> None:
 
 
 def _sitting(pen: Pen, paint: Paint, width: float, top: float) -> None:
-    """Body, belly and two front paws."""
+    """Draws body, belly and two front paws."""
     pen.ellipse(-width, top, width, 1, paint.main, paint.edge)
     pen.ellipse(-width * 0.5, top + 4, width * 0.5, -1, paint.light)
     for side in (-1, 1):
@@ -104,7 +104,7 @@ def _sitting(pen: Pen, paint: Paint, width: float, top: float) -> None:
 
 
 def dog(pen: Pen, paint: Paint, happy: bool) -> None:
-    """Floppy ears, a snout, a collar; the tail up or down."""
+    """Draws floppy ears, a snout, a collar; the tail up or down."""
     tail = ((9, -6), (20, -8), (19, -23)) if happy else ((9, -5), (17, -7), (20, 0))
     pen.curve(*tail, paint.edge, 6.0)
     pen.curve(*tail, paint.main, 4.2)
@@ -130,7 +130,7 @@ def dog(pen: Pen, paint: Paint, happy: bool) -> None:
 
 
 def cat(pen: Pen, paint: Paint, happy: bool) -> None:
-    """Pointed ears, whiskers, stripes on the forehead; the tail up or down."""
+    """Draws pointed ears, whiskers, stripes on the forehead; the tail up or down."""
     tail = ((8, -5), (25, -6), (15, -27)) if happy else ((8, -4), (20, -8), (21, 0))
     pen.curve(*tail, paint.edge, 4.8)
     pen.curve(*tail, paint.main, 3.2)
@@ -153,7 +153,7 @@ def cat(pen: Pen, paint: Paint, happy: bool) -> None:
 
 
 def rabbit(pen: Pen, paint: Paint, happy: bool) -> None:
-    """Long upright ears, a white round tail, two teeth in the smile."""
+    """Draws long upright ears, a white round tail, two teeth in the smile."""
     pen.circle(11.5, -6, 4.2, PAPER, paint.edge)
     _sitting(pen, paint, 11, -22)
     for side in (-1, 1):
@@ -185,7 +185,7 @@ def rabbit(pen: Pen, paint: Paint, happy: bool) -> None:
 
 
 def bird(pen: Pen, paint: Paint, happy: bool) -> None:
-    """A crest and a beak that smiles or frowns; wings spread or hanging."""
+    """Draws a crest and a beak that smiles or frowns; wings spread or hanging."""
     for side in (-1, 1):
         pen.line([(side * 4, -8), (side * 4.4, -1)], INK, 1.8)
         pen.line([(side * 4.4 - 3.2, 0), (side * 4.4, -2), (side * 4.4 + 3.4, 0)], INK, 1.8)
@@ -245,7 +245,7 @@ def _wheel(pen: Pen, u: float, radius: float) -> None:
 
 
 def bus(pen: Pen, paint: Paint) -> None:
-    """A tall box with two rows of windows and a door."""
+    """Draws a tall box with two rows of windows and a door."""
     pen.rectangle(-22, -36, 22, -4, paint.main, paint.edge, radius=3)
     for k in range(5):
         pen.rectangle(-19.5 + 8 * k, -33, -13.5 + 8 * k, -25.6, GLASS, paint.edge)
@@ -260,7 +260,7 @@ def bus(pen: Pen, paint: Paint) -> None:
 
 
 def train(pen: Pen, paint: Paint) -> None:
-    """A steam locomotive and its wagon, on rails."""
+    """Draws a steam locomotive and its wagon, on rails."""
     steel = (92, 94, 104)
     pen.rectangle(-31, -1.4, 31, 0.4, steel)
     for k in range(8):
@@ -290,7 +290,7 @@ def train(pen: Pen, paint: Paint) -> None:
 
 
 def car(pen: Pen, paint: Paint) -> None:
-    """A low body with a cabin."""
+    """Draws a low body with a cabin."""
     cabin = [(-15, -13), (-9.5, -23.5), (6.5, -23.5), (14, -13)]
     pen.polygon(cabin, paint.main, paint.edge)
     pen.polygon([(-11.4, -13), (-7.6, -21), (-1.4, -21), (-1.4, -13)], GLASS, paint.edge)
@@ -307,7 +307,7 @@ def car(pen: Pen, paint: Paint) -> None:
 
 
 def boat(pen: Pen, paint: Paint) -> None:
-    """Hull, mast, two sails and a flag, in a little water."""
+    """Draws hull, mast, two sails and a flag, in a little water."""
     pen.rectangle(-0.8, -44, 0.8, -11, (122, 82, 50), INK)
     pen.polygon([(2.4, -42), (2.4, -15), (19, -15)], paint.main, paint.edge)
     pen.polygon([(-2.4, -37), (-2.4, -15), (-15, -15)], PAPER, (90, 90, 100))
@@ -330,7 +330,7 @@ def boat(pen: Pen, paint: Paint) -> None:
 
 
 def plane(pen: Pen, paint: Paint) -> None:
-    """A hull with swept wings, in flight."""
+    """Draws a fuselage with swept wings, in flight."""
     pen.polygon([(-1, -17), (-11, -29), (-5, -29), (9, -17)], paint.dark, paint.edge)
     pen.polygon([(-15, -16), (-25, -30), (-19, -30), (-9, -18)], paint.main, paint.edge)
     hull = [
@@ -348,9 +348,9 @@ def plane(pen: Pen, paint: Paint) -> None:
 
 
 def ball(pen: Pen, paint: Paint) -> None:
-    """Curved stripes and a shine."""
+    """Draws curved stripes and a highlight."""
     pen.circle(0, -15, 15, paint.main)
-    # Two curved stripes, then the shine.
+    # Two curved stripes, then the highlight.
     pen.polygon(
         [*bezier((-5, -29), (-13, -15), (-5, -1)), *bezier((-1, -0.4), (-6, -15), (-1, -29.6))],
         paint.light,

@@ -1,4 +1,4 @@
-"""The places: background, ground and typical things, with jitter, behind the objects."""
+"""Draws the places: background, ground and typical things, with jitter, behind the objects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _sky(pen: Pen, rng: random.Random, colour, weather: str, cloud=CLOUD) -> Non
 
 
 def beach(pen: Pen, rng: random.Random, weather: str) -> None:
-    """Sea with waves, sand with shells, one palm."""
+    """Draws the sea with waves, sand with shells, one palm."""
     _sky(pen, rng, (158, 212, 240), weather)
     sea = _between(rng, 34, 40)
     shore = sea + _between(rng, 15, 20)
@@ -60,7 +60,7 @@ def beach(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def street(pen: Pen, rng: random.Random, weather: str) -> None:
-    """A row of houses, a pavement with a lamppost, the road."""
+    """Draws a row of houses, a pavement with a lamppost, the road."""
     _sky(pen, rng, (196, 216, 232), weather)
     kerb = _between(rng, 54, 60)
     u = -_between(rng, 0, 12)
@@ -104,7 +104,7 @@ def street(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def forest(pen: Pen, rng: random.Random, weather: str) -> None:
-    """Trunks and leaves, a brown floor with mushrooms."""
+    """Draws trunks and leaves, a brown floor with mushrooms."""
     _sky(pen, rng, (190, 220, 214), weather)
     for _ in range(9):
         u, v = _between(rng, 0, SIZE), _between(rng, 24, 40)
@@ -141,7 +141,7 @@ def forest(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def snow(pen: Pen, rng: random.Random, weather: str) -> None:
-    """White peaks, drifts, two pines; `snowflakes` comes on top."""
+    """Draws white peaks, drifts, two pines; `snowflakes` are added on top."""
     _sky(pen, rng, (186, 202, 222), weather, cloud=(226, 231, 238))
     base = _between(rng, 52, 58)
     for _ in range(3):
@@ -175,7 +175,7 @@ def snow(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def snowflakes(pen: Pen, rng: random.Random) -> None:
-    """Falling flakes: drawn last, for they fall in front of the objects too."""
+    """Draws falling flakes; drawn last, since they also fall in front of the objects."""
     for _ in range(22):
         pen.circle(
             _between(rng, 0, SIZE), _between(rng, 0, SIZE), _between(rng, 0.8, 1.5), (255, 255, 255)
@@ -183,7 +183,7 @@ def snowflakes(pen: Pen, rng: random.Random) -> None:
 
 
 def field(pen: Pen, rng: random.Random, weather: str) -> None:
-    """Hills, a barn, a fence, grass with flowers."""
+    """Draws hills, a barn, a fence, grass with flowers."""
     _sky(pen, rng, (150, 204, 242), weather)
     base = _between(rng, 46, 52)
     for k in range(3):
@@ -220,7 +220,7 @@ def field(pen: Pen, rng: random.Random, weather: str) -> None:
 
 
 def city(pen: Pen, rng: random.Random, weather: str) -> None:
-    """Towers with lit windows at dusk, a tiled square."""
+    """Draws towers with lit windows at dusk, a tiled square."""
     _sky(pen, rng, (244, 206, 186), weather, cloud=(252, 234, 226))
     base = _between(rng, 58, 64)
     u = -_between(rng, 0, 8)

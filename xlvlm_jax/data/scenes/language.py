@@ -1,4 +1,4 @@
-"""Captions of a scene, what a caption says, and the vocabulary."""
+"""Captions of a scene, the content of a caption, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOUR_SHARE = 0.62
 PLACE_SHARE = 0.88
 MOOD_SHARE = 0.52
 
-# How a caption is built; a scene's five captions have five different forms.
+# Forms of a caption; a scene's five captions have five different forms.
 FORMS = {
     "plain": 6,  # a dog on the beach
     "doing": 5,  # a dog sitting on the beach
@@ -29,7 +29,7 @@ FORMS = {
 
 
 def choose(rng: random.Random, table: dict):
-    """One key of a table {key: weight}."""
+    """Returns one key of a table {key: weight}."""
     left = rng.random() * sum(table.values())
     for key, weight in table.items():
         left -= weight
@@ -39,18 +39,18 @@ def choose(rng: random.Random, table: dict):
 
 
 def with_article(phrase: str) -> str:
-    """Fills "{a}" by "a" or "an" as the following word asks."""
+    """Replaces "{a}" by "a" or "an", depending on the next word."""
     return re.sub(r"\{a\} (?=([a-z]))", lambda m: "an " if m[1] in "aeiou" else "a ", phrase)
 
 
 class _Writer:
-    """Writes one caption; what has been said already is not said twice."""
+    """Writes one caption without repeating itself."""
 
     def __init__(self, scene: Scene, rng: random.Random, form: str):
         self.scene, self.rng, self.form = scene, rng, form
         self.several = scene.count > 1
         self.colour = rng.random() < COLOUR_SHARE
-        # The mood, as long as it is to be said.
+        # The mood, until it has been said.
         self.mood = None if scene.mood is None or rng.random() >= MOOD_SHARE else scene.mood
         placed = form.startswith("place")
         self.place = placed or rng.random() < PLACE_SHARE
@@ -59,7 +59,7 @@ class _Writer:
         return self.rng.random() < share
 
     def noun_phrase(self) -> str:
-        """Count, adjectives and noun, with what stands right behind the noun."""
+        """Returns count, adjectives and noun, with what directly follows the noun."""
         scene, rng = self.scene, self.rng
         quantifier = choose(rng, words.QUANTIFIERS[scene.count])
         front, back = [], []
@@ -74,7 +74,7 @@ class _Writer:
             colour = choose(rng, words.COLOUR_WORDS[scene.colour])
             if self.chance(0.14) and self.form != "parts":
                 coat = choose(rng, words.COATS.get(scene.kind, words.THING_COAT))
-                # "a {colour} coat" is said of one animal only.
+                # "a {colour} coat" is only said about a single animal.
                 if self.several:
                     coat = coat.replace("a {colour} coat", "{colour} coats")
                 back.append(
@@ -89,14 +89,14 @@ class _Writer:
         return plural if self.several else singular
 
     def mood_behind(self) -> list[str]:
-        """The mood as a participle or a clause, if it is still to be said."""
+        """Returns the mood as a participle or a clause, if it has not been said."""
         mood, rng = self.mood, self.rng
         if mood is None:
             return []
         self.mood = None
         if self.chance(0.6):
             return [choose(rng, words.MOOD_VERBS[mood])[0]]
-        # "a dog with floppy ears with a smile" is one "with" too many.
+        # avoids a second "with" in "a dog with floppy ears with a smile"
         if self.form != "parts" and self.chance(0.65):
             return [choose(rng, words.MOOD_CLAUSES[mood])[self.several]]
         looks = choose(rng, dict.fromkeys(words.MOOD_LOOKS, 1))
@@ -116,7 +116,7 @@ class _Writer:
         return [choose(self.rng, table[self.scene.place])]
 
     def tail(self, share: float = 0.16) -> list[str]:
-        """Something more about the place or the weather, now and then."""
+        """Returns something more about the place or the weather, now and then."""
         rng, scene = self.rng, self.scene
         if self.place and scene.kind != "plane" and self.chance(share):
             return [choose(rng, words.PLACE_TAILS[scene.place])]
@@ -180,7 +180,7 @@ class _Writer:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Five different captions of a scene: lower case, no final point."""
+    """Returns five different captions of a scene: lower case, without a final point."""
     rng = random.Random(f"captions/{scene.seed}")
     forms = dict(FORMS)
     texts: list[str] = []
@@ -194,12 +194,12 @@ def captions(scene: Scene) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a caption, question or answer, as `vocabulary` lists them."""
+    """Returns the words of a caption, question or answer, as in `vocabulary`."""
     return re.findall(r"[A-Za-z]+", text)
 
 
 def _families() -> dict[str, Mapping[str, str | int]]:
-    """attribute: {word: the value that it names}."""
+    """Returns {attribute: {word: the value that it names}}."""
     kinds = {w: kind for kind, table in words.NOUNS.items() for pair in table for w in pair}
     colours = {w: colour for colour, table in words.COLOUR_WORDS.items() for w in table}
     places = {w: place for place, text in words.PLACE_WORDS.items() for w in text.split()}
@@ -220,10 +220,10 @@ FAMILIES = _families()
 
 
 def named(caption: str) -> dict[str, str | int | None]:
-    """The attributes that a caption names, synonyms included; None where it says nothing.
+    """Returns the attributes that a caption names, including synonyms; None if it does not.
 
-    The same keys as `attributes`. Where a caption contradicts itself the first word counts; a
-    singular noun without a number says one.
+    The keys are those of `attributes`. If a caption contradicts itself the first word counts; a
+    singular noun without a number means one.
     """
     said: dict[str, str | int | None] = dict.fromkeys(FAMILIES)
     found = split_words(caption.lower())
@@ -237,7 +237,7 @@ def named(caption: str) -> dict[str, str | int | None]:
 
 
 def strings(value) -> Iterator[str]:
-    """All strings of nested tables; entries of weight 0 are never said."""
+    """Yields all strings of nested tables, except entries of weight 0, which are never used."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -250,7 +250,7 @@ def strings(value) -> Iterator[str]:
 
 
 def caption_words() -> set[str]:
-    """Every word that a caption can hold."""
+    """Returns every word that a caption can contain."""
     spoken = ["there is are with that a an"]
     for name, table in vars(words).items():
         if name.isupper() and name not in ("MOOD_LOOKS", "PLACE_WORDS"):

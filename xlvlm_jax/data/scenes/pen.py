@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from PIL import ImageDraw
 
 SIZE = 112  # pixels of the finished picture
-SUPER = 3  # drawn this many times larger, then averaged
+SUPER = 3  # supersampling factor
 
 Colour = tuple[int, int, int]
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """Colour between `a` (share 0) and `b` (share 1)."""
+    """Returns the colour between `a` (share 0) and `b` (share 1)."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws at (x, y) + scale * (right, down), mirrored if asked; coordinates are pixels.
+    """Draws at (x, y) + scale * (right, down), mirrored if requested; coordinates are pixels.
 
     Every shape takes `edge`, the colour of an outline about one pixel wide.
     """
@@ -43,7 +43,7 @@ class Pen:
         return max(1, round(width * self.scale * SUPER))
 
     def rectangle(self, u0, v0, u1, v1, fill, edge=None, radius: float = 0) -> None:
-        """From the corner (u0, v0) to (u1, v1); `radius` rounds the corners."""
+        """Draws a rectangle from (u0, v0) to (u1, v1); `radius` rounds the corners."""
         box = self._box(u0, v0, u1, v1)
         width = self._width(0.9) if edge else 0
         if radius:
@@ -54,16 +54,16 @@ class Pen:
             self.canvas.rectangle(box, fill=fill, outline=edge, width=width)
 
     def ellipse(self, u0, v0, u1, v1, fill, edge=None) -> None:
-        """The ellipse that fills the box from (u0, v0) to (u1, v1)."""
+        """Draws the ellipse that fills the box from (u0, v0) to (u1, v1)."""
         width = self._width(0.9) if edge else 0
         self.canvas.ellipse(self._box(u0, v0, u1, v1), fill=fill, outline=edge, width=width)
 
     def circle(self, u, v, radius, fill, edge=None) -> None:
-        """Around (u, v)."""
+        """Draws a circle around (u, v)."""
         self.ellipse(u - radius, v - radius, u + radius, v + radius, fill, edge)
 
     def polygon(self, points, fill, edge=None) -> None:
-        """Through (u, v) points, closed."""
+        """Draws a closed polygon through (u, v) points."""
         corners = [self._point(u, v) for u, v in points]
         self.canvas.polygon(corners, fill=fill)
         if edge:
@@ -72,7 +72,7 @@ class Pen:
             )
 
     def line(self, points, colour, width: float = 1.0) -> None:
-        """A polyline with round joints and round ends."""
+        """Draws a polyline with round joints and ends."""
         corners = [self._point(u, v) for u, v in points]
         thick = self._width(width)
         self.canvas.line(corners, fill=colour, width=thick, joint="curve")
@@ -82,12 +82,12 @@ class Pen:
                 self.canvas.ellipse((a - half, b - half, a + half, b + half), fill=colour)
 
     def curve(self, start, control, end, colour, width: float = 1.0) -> None:
-        """A quadratic Bezier curve."""
+        """Draws a quadratic Bezier curve."""
         self.line(bezier(start, control, end), colour, width)
 
 
 def bezier(start, control, end, steps: int = 8) -> list[tuple[float, float]]:
-    """Points of a quadratic Bezier curve, both ends included."""
+    """Returns points of a quadratic Bezier curve, including both ends."""
     points = []
     for k in range(steps + 1):
         t = k / steps

@@ -1,4 +1,4 @@
-"""What a scene holds, and how scenes are sampled."""
+"""The content of a scene, and how scenes are sampled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOODS = ("happy", "sad")
 COUNTS = (1, 2, 3)
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-# "dog" is the demo's token of interest, so that it needs more pictures than the others.
+# "dog" is the demo's token of interest, so it needs more pictures than the others.
 DOG_SHARE = 0.25
 
 
@@ -25,7 +25,7 @@ DOG_SHARE = 0.25
 class Scene:
     """One picture: `count` objects of one kind, colour and mood, at one place.
 
-    `mood` is None for what is not an animal. `seed` decides everything else: jitter of the drawing,
+    `mood` is None unless it is an animal. `seed` determines everything else: jitter of the drawing,
     weather, and which captions and questions are written.
     """
 
@@ -38,27 +38,27 @@ class Scene:
 
     @property
     def weather(self) -> str:
-        """ "sunny", "cloudy" or "clear": drawn, and said by some of the captions."""
+        """ "sunny", "cloudy" or "clear": drawn, and mentioned in some of the captions."""
         return ("sunny", "cloudy", "clear")[self.seed // len(SPLITS) % 3]
 
 
 def pick(rng: random.Random, options):
-    """One of `options`, uniformly.
+    """Returns one of `options`, uniformly.
 
-    Only `Random.random` is promised to stay the same over Python's versions; `choice` is not.
+    Only `Random.random` is guaranteed to be stable across Python versions; `choice` is not.
     """
     return options[int(rng.random() * len(options))]
 
 
 def sample_scene(split: Split, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split; the same whatever was sampled before.
+    """Returns scene number `index` of a split, independently of other scenes.
 
-    Kind, colour, count, place and mood are independent; all are uniform but the kind, of which
-    "dog" has a share of `DOG_SHARE`. The scene's own seed modulo 3 is the split's number, so that
-    no two splits share a scene.
+    Kind, colour, count, place and mood are independent; all are uniform except the kind, of which
+    "dog" has a share of `DOG_SHARE`. The scene's own seed modulo 3 is the split's number, so no two
+    splits share a scene.
 
     Raises:
-      ValueError: unknown split, or negative index.
+        ValueError: the split is unknown, or the index is negative.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -79,7 +79,7 @@ def sample_scene(split: Split, index: int, seed: int = 0) -> Scene:
 
 
 def attributes(scene: Scene) -> dict[str, str | int | None]:
-    """The ground truth of a scene: kind, colour, count, place and mood."""
+    """Returns the ground truth of a scene: kind, colour, count, place and mood."""
     return {
         "kind": scene.kind,
         "colour": scene.colour,

@@ -1,8 +1,8 @@
-"""The words of the captions: families of near-synonyms, with how often each is chosen.
+"""The words of the captions: families of near-synonyms, with the weight of each.
 
-Within a table the first entry is the plain form and the most frequent; the others are what a person
-might say instead. A concept read through the vocabulary shows such families, so that each word
-of a family belongs to one attribute only.
+In each table the first entry is the plain form and the most frequent; the others are what a person
+might say instead. A concept read through the vocabulary shows such families, so each word of a
+family belongs to a single attribute.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOUR_WORDS = {
     "white": {"white": 16, "ivory": 3, "pearly": 2, "milky": 1},
 }
 
-# "{a}" is "a" or "an", as the next word asks; the phrases of two and three take the plural.
+# "{a}" is "a" or "an", depending on the next word; the phrases of two and three take the plural.
 QUANTIFIERS = {
     1: {"{a}": 16, "one": 1, "a single": 2, "a lone": 2, "a solitary": 1},
     2: {"two": 16, "a pair of": 3, "a couple of": 2, "a duo of": 1},
@@ -152,7 +152,7 @@ VERBS = {
         ("bouncing", "bounces", "bounce"): 2,
     },
 }
-# What animals do at one place only.
+# What animals do only at one place.
 PLACE_VERBS = {
     "beach": {("sunbathing", "sunbathes", "sunbathe"): 3, ("paddling", "paddles", "paddle"): 1},
     "street": {("strolling", "strolls", "stroll"): 3, ("loitering", "loiters", "loiter"): 1},
@@ -240,7 +240,7 @@ PLACE_PHRASES = {
         "on the city square": 2,
     },
 }
-# Planes are over a place.
+# Planes are above a place.
 AIR_PHRASES = {
     "beach": {
         "over the beach": 20,
@@ -415,7 +415,7 @@ PARTS = {
         ("a rubber skin", "rubber skins"): 1,
     },
 }
-# How the colour is said behind the noun.
+# How the colour is said after the noun.
 COATS = {
     "dog": {"with {colour} fur": 4, "with a {colour} coat": 2},
     "cat": {"with {colour} fur": 4, "with a {colour} coat": 2},
@@ -432,7 +432,7 @@ PICTURES = {
     "a view of": 1,
 }
 
-# Words that say where a picture is taken; each belongs to one place.
+# Words that say where a picture was taken; each belongs to one place.
 PLACE_WORDS = {
     "beach": (
         "beach sandy sand shore sea seaside seashore waves ocean palm ashore coast seashells surf"

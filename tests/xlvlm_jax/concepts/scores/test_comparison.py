@@ -80,13 +80,13 @@ def test_messages(features, write_features, vlm, clip, tmp_path):
         run(methods=["pca"], num_seeds=0)
     with pytest.raises(ValueError, match="num_concepts=41 is larger than the 40 rows of Z"):
         run(methods=["simple"], num_concepts=[3, 41])
-    with pytest.raises(ValueError, match=r"holds the sites layers.2; choose one of them, .*--site"):
+    with pytest.raises(ValueError, match=r"has the sites layers.2; choose one of them with --site"):
         run(train=write_features(site="layers.2"), methods=["pca"])
     other = write_features(fingerprint="abc")
     with pytest.raises(ValueError, match=r"states of 'm' \(abc\); .*llava is another model \("):
         run(train=other, scorer=Scorer(other), methods=["pca"])
     own = write_features(fingerprint=fingerprint(embedded.LLAVA))
-    with pytest.raises(ValueError, match=r"concepts of the model 'm' \(.*\), but .* \(abc\)"):
+    with pytest.raises(ValueError, match=r"concepts are from model 'm' \(.*\), but .* \(abc\)"):
         run(train=own, scorer=Scorer(other), methods=["pca"])
 
 

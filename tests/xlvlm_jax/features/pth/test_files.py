@@ -308,7 +308,7 @@ def test_a_short_file_can_not_ask_for_much(file):
     with pytest.raises(PthError, match="reaches value 4 of a storage of 4"):
         read_pth(file(beyond))
     for shape, strides in (("I-1\n", "I1\n"), ("I2\n", "I-1\n"), ("I2\n", ""), ("I01\n", "I1\n")):
-        with pytest.raises(PthError, match=r"can't be|strides"):
+        with pytest.raises(PthError, match=r"invalid shape|strides"):
             read_pth(file(zipped(tensor_pickle(shape, strides), storage)))
     with pytest.raises(PthError, match="storage '0' has 16 bytes, expected 4000000"):
         read_pth(file(zipped(tensor_pickle("I1\n", "I1\n", length=10**6), storage)))
