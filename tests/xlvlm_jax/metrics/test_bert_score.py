@@ -183,7 +183,7 @@ def test_a_baseline_is_read_from_the_packages_files(tmp_path):
 
 
 def test_messages(table):
-    with pytest.raises(ValueError, match="layer is 2; table has layers 0 .the embeddings. to 1"):
+    with pytest.raises(ValueError, match=r"layer is 2; table has layers 0 \(the embeddings\) to 1"):
         score(table, ["a"], ["a"], layer=2)
     with pytest.raises(ValueError, match="2 candidates and 1 references; expected one or more"):
         score(table, ["a", "b"], ["a"])
