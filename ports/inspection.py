@@ -5,8 +5,6 @@ B batch, T prompt positions, M new tokens, D width.
 
 import math
 import os
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
-from ports.checkpoint.params import stored_shapes
+from ports import description
 from ports.intervene.sites import capture, list_sites
 from ports.nn.vision_language import EXAMPLE_TEXT
 from ports.parallel import sharding
@@ -124,8 +122,8 @@ def inspect(
     return Inspection(
         model_type=vlm.config.model_type,
         dtype=jnp.dtype(vlm.module.dtype).name,
-        parts=_parts(vlm),
-        sites=_patterns(shapes),
+        parts=description.count_by_part(vlm.module, vlm.params),
+        sites=description.patterns(shapes),
         prompt=prompt,
         no_prompt=no_prompt,
         needs=needs,
@@ -183,37 +181,6 @@ def _image_tokens(vlm: VLM, ids: Any, length: int) -> int:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _parts(vlm: VLM) -> dict[str, int]:
-    """Parameters by part: what the decoder consists of, the head, and every other tower."""
-    decoder, head = ".".join(vlm.module.decoder_path), ".".join(vlm.module.head_path)
-    outer = {tuple(decoder.split(".")[:depth]) for depth in range(1, decoder.count(".") + 1)}
-    parts: dict[str, int] = defaultdict(int)
-    for name, shape in stored_shapes(vlm.params).items():
-        if name.startswith(head + "."):
-            part = head
-        elif name.startswith(decoder + "."):
-            part = f"{decoder}.{name.removeprefix(decoder + '.').split('.')[0]}"
-        else:
-            path = name.split(".")
-            part = ".".join(path[:2] if tuple(path[:1]) in outer else path[:1])
-        parts[part] += math.prod(shape)
-    return dict(parts)
-
-
-def _patterns(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Sites that differ in numbers only, as one pattern with its count and width."""
-    groups: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
-    for name, shape in shapes.items():
-        numbers = tuple(int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name))
-        groups[re.sub(r"\.\d+(?=\.|$)", ".{}", name), shape[-1]].append(numbers)
-    patterns = {}
-    for (pattern, width), numbers in groups.items():
-        spans = (sorted(set(column)) for column in zip(*numbers, strict=True))
-        spans = [f"{s[0]}" if len(s) == 1 else f"{{{s[0]}-{s[-1]}}}" for s in spans]
-        patterns[pattern.format(*spans)] = (len(numbers), width)
-    return patterns
 
 
 def _devices() -> tuple[str, int | None]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ports import checkpoint
+from ports import checkpoint, description
 from ports.checkpoint import hub, peft_io
 from ports.decoding import generate, generation_config, logits
 from ports.decoding.generate import Generation
@@ -34,6 +34,7 @@ from ports.models.port import Port
 from ports.names import normal_name
 from ports.nn import vision_language
 from ports.parallel import sharding
+from ports.tables import html_arrays, kind, named_states
 
 Array = jax.Array
 
@@ -43,6 +44,13 @@ class Output(NamedTuple):
 
     logits: Array  # float32[B, T, V], in every dtype of the model
     states: dict[str, Array]  # site -> [B, T, D]; of a vision site [images, patches, width]
+
+    def __repr__(self) -> str:
+        return f"Output(logits: {kind(self.logits)}; states: {few(self.states) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        arrays = {"logits": self.logits, **named_states("states", self.states)}
+        return html_arrays(arrays, title="Output")
 
 
 # The mesh is an argument of every program: what was traced for one is not run on another.
@@ -142,6 +150,14 @@ class VLM:
         self.module, self.params, self.config, self.directory = module, params, config, directory
         self._port, self._mesh = port, mesh
         self._use(generation_config.read(directory))
+
+    def __repr__(self) -> str:
+        return f"VLM({description.in_short(self.config.model_type, self.module, self.params)})"
+
+    def _repr_html_(self) -> str:
+        return description.as_html(
+            self.config.model_type, self.module, self.params, self.site_shapes
+        )
 
     def _use(self, values: dict[str, Any]) -> None:
         """Takes the values of a generation_config.json. ValueError for ids that can't be."""

@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From what knows nothing to what knows everything. A line's rooms do not know each other.
 LAYERS = (
-    ("ports.messages", "ports.names", "ports.programs", "ports.torch_notice"),
+    ("ports.messages", "ports.names", "ports.programs", "ports.tables", "ports.torch_notice"),
     ("ports.parallel",),
     ("ports.intervene",),
     ("ports.inputs", "ports.nn"),
     ("ports.checkpoint",),
-    ("ports.decoding", "ports.models"),
+    ("ports.decoding", "ports.description", "ports.models"),
     ("ports.vlm",),
     ("ports.loading",),
     ("ports.inspection", "ports.paired"),

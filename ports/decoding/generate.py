@@ -18,7 +18,9 @@ from ports.decoding.sampling import Sampling, draw
 from ports.intervene import steer
 from ports.intervene.edits import Edits
 from ports.intervene.sites import capture
+from ports.messages import few
 from ports.nn import vision_language
+from ports.tables import html_arrays, kind, named_states
 
 Array = jax.Array
 
@@ -30,6 +32,18 @@ class Generation(NamedTuple):
     states: dict[str, Array]  # site -> [B, M, D]; states[site][:, m] predicted tokens[:, m]
     prompt_states: dict[str, Array]  # site -> [B, T, D], if asked for: states of the prompt
     finite: Array  # bool[B], whether no logits were NaN or Inf, as where float16 overflows
+
+    def __repr__(self) -> str:
+        return f"Generation(tokens: {kind(self.tokens)}; states: {few(self.states) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        arrays = {
+            "tokens": self.tokens,
+            **named_states("states", self.states),
+            **named_states("prompt_states", self.prompt_states),
+            "finite": self.finite,
+        }
+        return html_arrays(arrays, title="Generation")
 
 
 def generate(

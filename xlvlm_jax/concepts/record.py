@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ports.tables import kind
+from xlvlm_jax.concepts.display import concepts_html
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.validation import (
@@ -47,7 +49,7 @@ _NUMBERS = (*_ARRAYS, "objective", "iterations", "converged")
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concepts:
     """Concepts, how they were found, and how strongly each is active in each training sample.
 
@@ -88,6 +90,17 @@ class Concepts:
     images: list[list[str]] | None = None
     through_norm: bool | None = None
     source: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Concepts({self._in_short()})"
+
+    def _repr_html_(self) -> str:
+        shown = (self.activations, self.words, self.images)
+        return concepts_html(*shown, num_concepts=len(self.components), title=self._in_short())
+
+    def _in_short(self) -> str:
+        rows = "" if self.activations is None else f" of {np.shape(self.activations)[-2]:,} rows"
+        return f"{self.method}: {kind(self.components)} components{rows}"
 
     @property
     def dead(self) -> Bool[np.ndarray, " K"]:

@@ -4,11 +4,12 @@ import os
 from importlib import import_module
 from typing import Any
 
+from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 
 DATASETS = ("coco", "vqav2", "folder")
 
-__all__ = ["DATASETS", "Sample", "load"]
+__all__ = ["DATASETS", "Sample", "load", "to_pandas"]
 
 
 def load(

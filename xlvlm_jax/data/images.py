@@ -1,5 +1,7 @@
 """Reads image files as RGB images, the way a person sees them."""
 
+import base64
+import io
 import os
 from pathlib import Path
 
@@ -45,6 +47,16 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except Exception as error:  # decoders of damaged files may raise any error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise OSError(f"{path}: cannot be decoded ({reason.splitlines()[0]})") from error
+
+
+def data_uri(picture: Image.Image, side: int) -> str:
+    """Returns a picture as a data URI (JPEG), its longer side at most `side` pixels."""
+    if max(picture.size) > side:
+        picture = picture.copy()
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 class _TooLargeError(Exception):

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +20,12 @@ from ports import VLM
 from ports.intervene import edits as edit_kinds
 from ports.intervene.edits import Edit
 from xlvlm_jax.data.batches import ahead, process_samples
+from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering.methods import Steering
+
+if TYPE_CHECKING:
+    import pandas
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
 WORKERS = 2  # threads that read images
@@ -95,6 +99,29 @@ class Predictions(NamedTuple):
 
     answers: list[list[str | None]]  # [A][N]; None where there is none
     errors: dict[str, str]  # sample -> why its image could not be read, or processed
+
+    def to_pandas(self, samples: Sequence[Sample], names: Sequence[str]) -> "pandas.DataFrame":
+        """Returns a table with a line per sample and a column "prediction.NAME" per condition.
+
+        Args:
+            samples: those that were predicted, N.
+            names: of the conditions, A.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+            ValueError: other numbers of samples or names.
+        """
+        shape = len(samples), len(names)
+        expected = len(self.answers[0]) if self.answers else shape[0], len(self.answers)
+        if shape != expected:
+            raise ValueError(
+                f"{shape[0]} samples and {shape[1]} names; expected {expected[0]} and "
+                f"{expected[1]}, those of the predictions"
+            )
+        table = to_pandas(samples)
+        for name, answers in zip(names, self.answers, strict=True):
+            table[f"prediction.{name}"] = answers
+        return table.assign(error=[self.errors.get(sample.id) for sample in samples])
 
     def readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[str]]]:
         """The samples that could be read and processed, and the answers to them.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int32, Int64
@@ -14,11 +14,16 @@ from jaxtyping import Float, Int32, Int64
 from ports.intervene.sites import match_sites
 from ports.loading import hub_names
 from ports.messages import few
+from ports.tables import flat, html_table
+from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.manifest import PICTURES, ROW_FIELDS, SAMPLES, array_path, read_manifest
 from xlvlm_jax.features.samples import StoredSamples
 from xlvlm_jax.storage import pictures
 from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,35 @@ class Features:
         )
 
     def __repr__(self) -> str:
+        sites = few(self.sites) or "none"
+        return f"Features({str(self.path)!r}, sites: {sites}; {self._in_short()})"
+
+    def _in_short(self) -> str:
         state = "" if self.complete else ", unfinished"
-        return (
-            f"Features({str(self.path)!r}, sites: {few(self.sites) or 'none'}; "
-            f"{len(self.tokens):,} rows of {len(self.samples):,} samples{state})"
+        return f"{len(self.tokens):,} rows of {len(self.samples):,} samples{state}"
+
+    def _repr_html_(self) -> str:
+        widths = {site: open_array(array_path(self.path, site)).shape[1] for site in self.sites}
+        sites = [(site, len(self.tokens), widths[site]) for site in self.sites]
+        asked = flat({"directory": str(self.path), **self.manifest, "sites": None})
+        return html_table(sites, head=("site", "rows", "width"), title=self._in_short()) + (
+            html_table(asked, head=("asked for", ""))
         )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns a table with a line per row: position, token, and the sample it comes from.
+
+        Columns of the sample begin with "sample." ("sample.prediction"). Line n belongs to row n of
+        `matrix`, whose states are not in it.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        table = to_pandas(self.samples).add_prefix("sample.").iloc[self.sample_rows]
+        table = table.reset_index(drop=True)
+        table.insert(0, "position", self.positions)
+        table.insert(1, "token", self.tokens)
+        return table
 
     def matrix(self, site: str) -> Float[np.ndarray, "N D"]:
         """Reads Z of one site.

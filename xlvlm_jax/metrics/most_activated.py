@@ -6,11 +6,12 @@ N samples, K concepts.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from xlvlm_jax.metrics.precision import as_real, is_traced
 
 _TILE_ROWS = 2**14  # rows copied at once
+NONE = -1  # in place of a concept: the sample activates none
 
 AnyArray = jax.Array | np.ndarray
 
@@ -43,6 +44,11 @@ def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np
             chosen[start + rows, first] = left[rows, first] > 0
             left[rows, first] = -np.inf
     return chosen
+
+
+def strongest_concept(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
+    """Returns the most activated concept of each sample; NONE for a sample of zeros alone."""
+    return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
 
 
 def mean_of_top(

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from ports import VLM
 from ports.intervene.edits import Edit, add
+from ports.tables import flat, html_table, kind
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import sums
@@ -85,7 +86,7 @@ def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Arr
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SteeringVector:
     """A vector with what it is for. Vectors of one site and model add up, and scale.
 
@@ -101,6 +102,18 @@ class SteeringVector:
     site: str
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     where: Any = "all"
+
+    def __repr__(self) -> str:
+        return f"SteeringVector({kind(self.vector)} at {self.site!r}, where={self.where!r})"
+
+    def _repr_html_(self) -> str:
+        told = {
+            "site": self.site,
+            "where": str(self.where),
+            "width": len(self.vector),
+            "norm": f"{float(np.linalg.norm(np.asarray(self.vector))):.4g}",
+        }
+        return html_table(flat(told | {"source": self.source}), title="SteeringVector")
 
     def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
         """What `VLM.generate` takes; see `add`. where: None for the positions it is meant for."""

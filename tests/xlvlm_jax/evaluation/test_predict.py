@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from ports import ablate, add, checkpoint
 from xlvlm_jax import SteeringVector, evaluation
 from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import PLAIN, Condition
+from xlvlm_jax.evaluation.predict import Predictions
 from xlvlm_jax.storage.same_model import model_of
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
@@ -158,3 +161,18 @@ def test_a_refused_sample_is_passed_over(vlm, asked, predictions):
     assert found.answers[0][2:] == predictions.answers[0][2:16]
     with pytest.raises(ValueError, match=f"sample {asked[1].id}: .* refuses it"):
         evaluation.predict(vlm, odd, strict=True, **OPTIONS)
+
+
+def test_predictions_as_a_table():
+    pytest.importorskip("pandas")
+    samples = [Sample(name, Path(f"{name}.jpg"), name, "Is it?") for name in ("a", "b")]
+    made = Predictions([["yes", None], ["no", None]], {"b": "b.jpg: no such image file"})
+    table = made.to_pandas(samples, ["plain", "steered"])
+    assert table["id"].tolist() == ["a", "b"]
+    columns = table[["prediction.plain", "prediction.steered", "error"]].fillna("none")
+    assert columns.values.tolist() == [
+        ["yes", "no", "none"],
+        ["none", "none", "b.jpg: no such image file"],
+    ]
+    with pytest.raises(ValueError, match="2 samples and 1 names; expected 2 and 2, those of the"):
+        made.to_pandas(samples, ["plain"])

@@ -126,3 +126,25 @@ def test_lines_are_found_whatever_is_read_at_once(tmp_path, monkeypatch, block):
     assert [sample.get("a") for sample in found] == [1, None, 3]
     with pytest.raises(ValueError, match="3 samples, expected 4; extract the features again"):
         list(StoredSamples(path, 4, 18))
+
+
+def test_a_notebook_shows_sites_and_what_was_asked_for(tmp_path):
+    manifest = {"model": "<tiny>", "selection": {"mode": "last"}, "sites": ["norm"]}
+    with FeaturesWriter(tmp_path / "f", manifest) as writer:
+        states = {"norm": np.zeros((3, 4), "f4")}
+        samples = [{"id": "a", "attributes": {"group": 7}}, {"id": "b"}]
+        writer.append(samples, states, np.array([0, 0, 1]), np.arange(3), np.array([5, 6, 7]))
+        writer.close()
+    features = Features.open(tmp_path / "f")
+    shown = features._repr_html_()
+    assert "3 rows of 2 samples" in shown and "norm</th><td>3</td><td>4</td>" in shown
+    assert "model</th><td>&lt;tiny&gt;</td>" in shown
+    assert "selection: mode</th><td>last</td>" in shown
+
+    pytest.importorskip("pandas")
+    table = features.to_pandas()
+    assert list(table.columns) == ["position", "token", "sample.id", "sample.attributes.group"]
+    assert table["sample.id"].tolist() == ["a", "a", "b"]
+    assert table["token"].tolist() == features.tokens.tolist() == [5, 6, 7]
+    assert table.index.tolist() == [0, 1, 2]
+    assert table["sample.attributes.group"].fillna(-1).tolist() == [7, 7, -1]

@@ -120,3 +120,13 @@ class TestVectorOnDisk:
         steering.LowRankMap(np.ones((1, 2)), np.ones((2, 1)), "layers.3").save(path)
         with pytest.raises(ValueError, match="holds 'low-rank map'; expected 'vector'"):
             SteeringVector.load(path)
+
+
+def test_a_notebook_shows_where_a_vector_goes_and_how_long_it_is():
+    source = {"method": "coarse", "from": {"rows": 7}, "words": ["<no>"]}
+    vector = SteeringVector(np.array([3.0, 4.0], np.float32), "layers.1", source, "last_prompt")
+    assert repr(vector) == "SteeringVector(float32[2] at 'layers.1', where='last_prompt')"
+    shown = vector._repr_html_()
+    for name, value in (("norm", 5), ("width", 2), ("source: from: rows", 7)):
+        assert f"{name}</th><td>{value}</td>" in shown
+    assert "<no>" not in shown and "&lt;no&gt;" in shown

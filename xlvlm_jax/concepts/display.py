@@ -1,0 +1,95 @@
+"""Concepts as HTML for notebooks: words, shares, and the pictures that show them.
+
+N rows, K concepts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from markupsafe import Markup
+
+from ports.tables import html_table
+from xlvlm_jax.data.images import data_uri, read_image
+from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
+from xlvlm_jax.storage.zarr_rows import StoredRows
+
+NUM_CONCEPTS, NUM_WORDS, NUM_PICTURES = 20, 8, 5
+SIDE = 64  # of a picture, pixels
+_TILE_ROWS = 2**14
+
+
+def concepts_html(
+    activations: Any,
+    words: Sequence[Sequence[str]] | None,
+    images: Sequence[Sequence[str]] | None,
+    *,
+    num_concepts: int,
+    title: str,
+) -> Markup:
+    """Returns a table of concepts, those that are the strongest of the most rows first.
+
+    Args:
+        activations: [N, K], also on disk; None where they are not known.
+        words, images: of each concept; None before grounding.
+        num_concepts: K; the first NUM_CONCEPTS of them are shown.
+        title: stands above it.
+    """
+    shares = None if activations is None else shares_of(activations)
+    order = range(num_concepts) if shares is None else np.argsort(-shares, kind="stable")
+    head = ["concept", "share", "words", "pictures"]
+    shown = [True, shares is not None, words is not None, images is not None]
+    rows = []
+    for k in map(int, order[:NUM_CONCEPTS]):
+        cells = [
+            k,
+            None if shares is None else f"{shares[k]:.1%}",
+            None if words is None else ", ".join(words[k][:NUM_WORDS]),
+            None if images is None else _strip(images[k][:NUM_PICTURES]),
+        ]
+        rows.append([cell for cell, is_shown in zip(cells, shown, strict=True) if is_shown])
+    table = html_table(
+        rows,
+        head=[name for name, is_shown in zip(head, shown, strict=True) if is_shown],
+        title=title,
+    )
+    rest = num_concepts - NUM_CONCEPTS
+    return table if rest <= 0 else table + Markup("<p>and {} more</p>").format(rest)
+
+
+def shares_of(activations: Any) -> Float[np.ndarray, " K"] | None:
+    """Returns the share of rows of which each concept is the strongest.
+
+    None for activations that lie on other hosts too.
+    """
+    if isinstance(activations, jax.Array) and not activations.is_fully_addressable:
+        return None
+    if isinstance(activations, StoredRows):
+        tiles = (tile for _, tile in activations.tiles(_TILE_ROWS))
+    else:
+        tiles = iter([np.asarray(activations)])
+    N, K = activations.shape
+    counts = np.zeros(K, np.int64)
+    for tile in tiles:
+        strongest = strongest_concept(tile)
+        counts += np.bincount(strongest[strongest != NONE], minlength=K)
+    return counts / max(N, 1)
+
+
+def _strip(files: Sequence[str]) -> Markup:
+    """Small pictures side by side; of a file that can't be read its name."""
+    return Markup(" ").join(map(_picture, files))
+
+
+def _picture(file: str) -> Markup:
+    name = str(file).rpartition("/")[2]
+    try:
+        picture = read_image(file)
+    except (OSError, ValueError):
+        return Markup("<i>{}</i>").format(name)
+    picture.thumbnail((SIDE, SIDE))
+    return Markup('<img src="{}" alt="{}" width="{}" height="{}" style="display:inline"/>').format(
+        data_uri(picture, SIDE), name, *picture.size
+    )
