@@ -4,7 +4,7 @@
     inputs = vlm.processor(images=image, text=prompt, return_tensors="np")
     answer = vlm.generate(inputs, max_new_tokens=20)
 
-This package knows nothing of the toolkit: it can be used alone.
+This package does not depend on `xlvlm_jax` and can be used on its own.
 """
 
 import importlib
@@ -61,7 +61,7 @@ __all__ = [
     "substitute",
 ]
 
-# Modules under the names that they had before they got rooms.
+# Old module paths, kept importable.
 _ROOMS = {
     "bert": "ports.models.bert",
     "clip": "ports.models.clip",

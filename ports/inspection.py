@@ -1,4 +1,4 @@
-"""What a checkpoint is and what a run with it needs, from its configuration alone.
+"""Describes a checkpoint and the memory that a run needs, from its configuration alone.
 
 B batch, T prompt positions, M new tokens, D width.
 """
@@ -22,52 +22,52 @@ PROMPT = "Describe the image."
 
 
 class Needs(NamedTuple):
-    """What one batch takes, in tokens and bytes."""
+    """Size of one batch, in tokens and bytes."""
 
     batch_size: int
     image_size: tuple[int, int] | None  # (width, height) in pixels; None: the port's example
-    prompt_tokens: int  # T of a sample, image tokens counted
-    image_tokens: int  # those of them that stand for the image
+    prompt_tokens: int  # T of one sample, including image tokens
+    image_tokens: int  # how many of these stand for the image
     bucket: int  # T as compiled
     new_tokens: int  # M
     parameters: int
     cache: int  # keys and values of T + M positions
-    states: int  # of the chosen sites, at all T positions
-    logits: int  # [B, T, V], which a forward pass puts out and generation does not
-    largest: int  # the largest output of one module, of which a few are alive at a time
+    states: int  # states of the chosen sites, at all T positions
+    logits: int  # [B, T, V], returned by a forward pass but not by generation
+    largest: int  # the largest output of one module; a few of these are alive at a time
 
     @property
     def total(self) -> int:
-        """Bytes that are needed at least: parameters, cache, states and the largest output."""
+        """Lower bound of the bytes needed: parameters, cache, states and the largest output."""
         return self.parameters + self.cache + self.states + self.largest
 
 
 class Placement(NamedTuple):
-    """Where the parameters lie on a mesh."""
+    """Placement of the parameters on a mesh."""
 
     mesh: tuple[int, int]  # (data, model)
-    device_bytes: int  # of the parameters that one device holds
-    share: float  # that over the model's bytes; 1 / model where all of them are divided
-    notes: tuple[str, ...]  # what is not divided as it should be, and why
+    device_bytes: int  # bytes of parameters on each device
+    share: float  # device_bytes over the model's bytes; 1 / model if everything is sharded
+    notes: tuple[str, ...]  # what is replicated rather than sharded, and why
 
 
 class Inspection(NamedTuple):
-    """A checkpoint's description."""
+    """Description of a checkpoint."""
 
     model_type: str
     dtype: str
     parts: dict[str, int]  # part of the model -> number of parameters
-    sites: dict[str, tuple[int, int]]  # pattern such as "layers.{0-31}.mlp" -> (how many, width)
-    prompt: str | None  # a rendered prompt; None without a processor that loads
-    no_prompt: str | None  # why there is none
+    sites: dict[str, tuple[int, int]]  # pattern such as "layers.{0-31}.mlp" -> (count, width)
+    prompt: str | None  # a rendered prompt; None if the processor does not load
+    no_prompt: str | None  # why there is no prompt
     needs: Needs
     devices: str
-    device_bytes: int | None  # of all devices together
+    device_bytes: int | None  # memory of all devices together
     placement: Placement | None  # None without a mesh
 
     @property
     def fits(self) -> bool | None:
-        """Whether the devices at hand hold it; None if their memory is unknown."""
+        """Whether it fits on the available devices; None if their memory is unknown."""
         return None if self.device_bytes is None else self.needs.total <= self.device_bytes
 
 
@@ -80,19 +80,23 @@ def inspect(
     sites: Sequence[str] = (),
     mesh: tuple[int, int] | None = None,
 ) -> Inspection:
-    """Describes a model and what one batch needs.
+    """Describes a model and the memory that one batch needs.
 
     Args:
-        vlm: of `ports.load_abstract` (or `load`).
-        batch_size: B.
-        image_size: (width, height) in pixels of the images. The checkpoint's processor says how
-            many tokens they become; without one, the port's example of an image is taken.
-        new_tokens: M.
-        sites: whose states are kept.
-        mesh: (data, model), how many devices would share the batches, and how many the model; they
-            need not be there.
+        vlm: a model from `ports.load_abstract` (or `ports.load`).
+        batch_size: samples per batch, B.
+        image_size: (width, height) of the images, in pixels. The checkpoint's processor determines
+            their number of tokens; without a processor, the port's example image is used.
+        new_tokens: generated tokens per sample, M.
+        sites: sites whose states are kept.
+        mesh: (data, model): devices that share the batch, and devices that share the model. The
+            devices need not exist.
 
-    Raises ValueError for an unknown site, or an image that the processor refuses.
+    Returns:
+        The description; nothing is computed on the model's weights.
+
+    Raises:
+        ValueError: a site is unknown, or the processor rejects the image.
     """
     sites = vlm.check_sites(sites)
     prompt, no_prompt, inputs = _batch(vlm, batch_size, image_size)
@@ -141,29 +145,29 @@ def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
 
 
 def _notes(vlm: VLM, devices: int) -> tuple[str, ...]:
-    """A line for everything that so many devices do not divide, as they would without remainder."""
+    """Returns a line for each dimension that the number of devices does not divide evenly."""
     text, notes = vlm.module.config.text, []
     for path, count in vlm.module.kv_heads.items():
         if count % devices:
             what = "" if path == vlm.module.decoder_path else f" of {'.'.join(path)}"
             notes.append(
-                f"key-value heads{what}: {count} can't be divided over {devices} devices; every "
-                "device holds their cache, and their projections unless fused with the queries'"
+                f"key-value heads{what}: {count} can't be divided evenly over {devices} devices; "
+                "their cache, and their projections unless fused with the queries', are replicated"
             )
     for what, count, then in (
         ("query heads", text.num_heads, "every device computes attention for all of them"),
         ("vocabulary", text.vocab_size, "embeddings and head are divided along their width"),
-        ("feed-forward width", text.intermediate_size, "every device holds these layers whole"),
+        ("feed-forward width", text.intermediate_size, "these layers are replicated"),
     ):
         if count % devices:
-            notes.append(f"{what}: {count} can't be divided over {devices} devices; {then}")
+            notes.append(f"{what}: {count} can't be divided evenly over {devices} devices; {then}")
     return tuple(notes)
 
 
 def _batch(
     vlm: VLM, batch_size: int, image_size: tuple[int, int]
 ) -> tuple[str | None, str | None, dict[str, Any]]:
-    """(rendered prompt, None, inputs as compiled), or (None, why not, the port's example)."""
+    """Returns (prompt, None, padded inputs), or (None, reason, the port's example inputs)."""
     try:
         prompt = vlm.render(PROMPT)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Loads checkpoints: config.json's model_type picks the port, `load` makes its `VLM`."""
+"""Loads checkpoints: the model_type in config.json selects the port, `load` returns a `VLM`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from ports.parallel import sharding
 from ports.programs import keep_programs
 from ports.vlm import VLM
 
-# A line for each family of models.
+# One line per model family.
 PORTS: dict[str, Port] = {
     "llava": llava.PORT,
     "idefics2": idefics2.PORT,
@@ -41,25 +41,28 @@ def load(
     """Loads a Hugging Face checkpoint.
 
     Args:
-        path: a directory that holds config.json and safetensors (or Orbax parameters, which
-            `xlvlm convert` writes), or the id of a repository on the hub, which is then downloaded
-            into its usual cache.
-        dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
-        mesh: places the parameters on its devices (axes "data" and "model"), tensor by tensor;
-            it may span the processes of `jax.distributed`. Default: one device.
-        adapter: a directory or hub id with a LoRA adapter in PEFT's format, merged into the
+        path: a directory with config.json and safetensors (or Orbax parameters, as written by
+            `xlvlm convert`), or a repository id on the Hub, which is downloaded to the Hub's cache.
+        dtype: dtype of the parameters and the computation: "float32", "bfloat16" or "float16".
+        mesh: mesh with axes "data" and "model" to shard the parameters over, tensor by tensor; it
+            may span the processes of `jax.distributed`. Default: one device.
+        adapter: a directory or Hub id of a LoRA adapter in PEFT's format, to merge into the
             parameters.
-        generation_config: values by transformers' names instead of those of the checkpoint's
-            generation_config.json, such as {"repetition_penalty": 1.1}; {} leaves those out. The
-            tokens that end and fill rows stay, unless it names others.
-        video_positions: of Qwen2-VL, where text after a video begins: "original", as the weights
-            were trained, or "transformers-5" (see `ports.models.qwen2_vl.model.VIDEO_POSITIONS`).
+        generation_config: values, by transformers' names, that replace the checkpoint's
+            generation_config.json, such as {"repetition_penalty": 1.1}; {} uses none of its
+            values. The end-of-sequence and padding tokens are kept unless given here.
+        video_positions: for Qwen2-VL, the position of text after a video: "original", as the
+            weights were trained, or "transformers-5" (see
+            `ports.models.qwen2_vl.model.VIDEO_POSITIONS`).
+
+    Returns:
+        The model with its parameters, configuration and processor.
 
     Raises:
-        FileNotFoundError: no such directory, or a file is missing in it.
-        ValueError: a model_type or a configuration value without a port, parameters that do not
-            match the model's, a quantised checkpoint, a damaged file, or an adapter for another
-            model or of a kind that is not implemented.
+        FileNotFoundError: the directory, or a file in it, does not exist.
+        ValueError: the model_type or a configuration value is not supported, the parameters do not
+            match the model, the checkpoint is quantised or damaged, or the adapter is for another
+            model or of an unsupported kind.
     """
     keep_programs()
     directory = hub.find_directory(path)
@@ -78,11 +81,25 @@ def load_abstract(
     mesh: jax.sharding.Mesh | None = None,
     video_positions: str = "original",
 ) -> VLM:
-    """As `load`, but every parameter is a `jax.ShapeDtypeStruct`: of weights only headers are read
-    (and where config.json ties a head that is stored, as much as tells whether it is another one).
+    """Loads a checkpoint like `load`, but with a `jax.ShapeDtypeStruct` for every parameter.
 
-    For what needs shapes alone: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params, inputs)`,
-    compiling for other devices. The directory need hold no weights, and from the hub none are got.
+    For anything that needs only shapes: `vlm.sites`, `jax.eval_shape(vlm.apply, vlm.params,
+    inputs)`, compiling for other devices. The directory need not hold weights, and none are
+    downloaded from the Hub. Of existing weights only the headers are read (and, if config.json ties
+    a head that is also stored, enough of both to compare them).
+
+    Args:
+        path: as for `load`.
+        dtype: as for `load`.
+        mesh: as for `load`.
+        video_positions: as for `load`.
+
+    Returns:
+        The model with abstract parameters.
+
+    Raises:
+        FileNotFoundError: as for `load`, except for missing weights.
+        ValueError: as for `load`.
     """
     directory = hub.find_directory(path, weights=False)
     module, port, config, abstract = _build(directory, dtype, video_positions)
@@ -93,14 +110,12 @@ def load_abstract(
 
 
 def hub_names(name: str) -> tuple[str, ...]:
-    """What each port calls a module that today's transformers gives a name: as the hub does."""
+    """Returns the Hub name that each port gives to a module named as in today's transformers."""
     return tuple(port.hub_name(name) for port in PORTS.values())
 
 
 def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port, Any, dict]:
-    """The Linen module of a checkpoint, its port, the configuration as read, and the parameters
-    that the module needs, abstract.
-    """
+    """Returns a checkpoint's Linen module, port, configuration and abstract parameters."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     known = {name: port.options.get("video_positions", ()) for name, port in PORTS.items()}
@@ -119,8 +134,8 @@ def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port
     elif video_positions != next(iter(values)):
         families = ", ".join(name for name, of_it in known.items() if of_it)
         raise ValueError(
-            f"video_positions is {video_positions!r}, which is for {families}; {directory} is a "
-            f"{config.model_type}: leave it out"
+            f"video_positions is {video_positions!r}, which only {families} supports; {directory} "
+            f"has model_type {config.model_type}: leave the argument out"
         )
     module = port.module(sizes, dtype=jnp.dtype(dtype))
     if checkpoint.stores_own_head(directory, port.canonical_name, module.tied):
@@ -138,7 +153,23 @@ def load_params(
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> dict:
-    """The parameters of `module` from a checkpoint, placed on the mesh as they are read."""
+    """Loads the parameters of `module`, sharded over the mesh as they are read.
+
+    Args:
+        module: the Linen module.
+        port: its port.
+        directory: the checkpoint.
+        abstract: the tree of shapes that `module` needs.
+        dtype: dtype of the parameters.
+        mesh: where to place them; None for one device.
+
+    Returns:
+        A tree like `abstract`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the parameters do not match the model, or a file is damaged.
+    """
     shardings = None
     if mesh is not None:
         shardings = sharding.param_shardings(mesh, abstract, module.axes, module.kv_heads)
@@ -160,7 +191,7 @@ def place_abstract(
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> dict:
-    """The shapes of the parameters of `module`, and where on the mesh each would be placed."""
+    """Returns the parameters of `module` as shapes, with the sharding that each would have."""
     if mesh is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     return jax.tree.map(

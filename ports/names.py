@@ -1,7 +1,8 @@
-"""How modules and parameters are called: Flax paths <-> the names of checkpoints.
+"""Names of modules and parameters: Flax paths <-> checkpoint names.
 
-A module is named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
-"language_model.model.layers.19", and its parameter "kernel" is that name with ".weight"."""
+Modules are named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
+"language_model.model.layers.19", and its parameter "kernel" is that name with ".weight".
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -11,30 +12,30 @@ _LEAVES = {
     "kernel": "weight",
     "embedding": "weight",
     "scale": "weight",
-    "table": "embedding",  # a bare parameter of that name
+    "table": "embedding",  # a bare parameter with this name
 }
-# Containers of numbered blocks. Other names end in a number of their own (linear_1, layer_norm2).
+# Containers of numbered blocks. Other names may end in a number too (linear_1, layer_norm2).
 _CONTAINERS = {"layer", "layers", "blocks"}
 _NUMBER = re.compile(r"^(.+)_(\d+)$")
 
 
 def number(*containers: str) -> None:
-    """Says that modules NAME_0, NAME_1 ... are blocks, which checkpoints call NAME.0, NAME.1 ..."""
+    """Registers containers: modules NAME_0, NAME_1 ... are NAME.0, NAME.1 ... in checkpoints."""
     _CONTAINERS.update(containers)
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
-    """The checkpoint's name of the parameter at a Flax path."""
+    """Returns the checkpoint name of the parameter at a Flax path."""
     return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))
 
 
 def module_name(rename: Rename, module: str) -> str:
-    """The port's name of a module, of its name in any known checkpoint or in transformers."""
+    """Returns the port's name for a module named as in a known checkpoint or in transformers."""
     return (rename(f"{module}.weight") or "").removesuffix(".weight")
 
 
 def site_name(path: Iterable[str]) -> str:
-    """The path of a Flax module, ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
+    """Returns the site of a Flax module: ("model", "layers_3", "mlp") -> "model.layers.3.mlp"."""
     return ".".join(map(_dotted, path))
 
 
@@ -44,10 +45,10 @@ def _dotted(part: str) -> str:
 
 
 def called_name(path: Iterable[str], method: str) -> str:
-    """The site of a module's output; of a method other than `__call__`, its name follows."""
+    """Returns the site of a method's output: the module's, plus the name unless `__call__`."""
     return site_name((*path, *([] if method == "__call__" else [method])))
 
 
 def normal_name(name: str) -> str:
-    """One spelling for a/layers_3, a.layers_3 and a.layers.3."""
+    """Normalizes the spelling: a/layers_3, a.layers_3 and a.layers.3 all give a.layers.3."""
     return re.sub(r"_(\d+)(?=\.|$)", r".\1", name.replace("/", "."))

@@ -1,4 +1,4 @@
-"""Two sets of parameters, one pass: the states of the original and of the fine-tuned model.
+"""States of an original and a fine-tuned model, computed in one pass.
 
 B batch, T positions, D width.
 """
@@ -25,22 +25,24 @@ def paired_states(
     inputs: dict[str, np.ndarray],
     sites: Sequence[str],
 ) -> tuple[States, States]:
-    """The states of one batch under two sets of parameters, in one compiled program.
+    """Computes the states of one batch under two sets of parameters, in one compiled program.
 
-    Runs on the host: it does not trace.
-
-    What the two trees have in common (the very same arrays; see `share_params`) is an argument
-    once, and what is computed from it alone, such as the image features under a LoRA of the
-    decoder, is computed once.
+    Arrays that the two trees share (the same objects; see `share_params`) are passed once, and
+    whatever depends only on them is computed once, such as the image features when only the
+    decoder was fine-tuned. Runs on the host and cannot be traced.
 
     Args:
-        vlm: whose module runs.
-        original, finetuned: trees of parameters as `vlm.params`.
-        inputs: the numpy arrays of the processor, each row a prompt, or a prompt with an answer.
-        sites: of the decoder; what lies behind the last one is not computed.
+        vlm: the model whose module runs.
+        original: a parameter tree with the structure of `vlm.params`.
+        finetuned: a parameter tree with the same structure.
+        inputs: the processor's numpy arrays; each row is a prompt, or a prompt with its answer.
+        sites: sites of the decoder; layers after the last one are not computed.
 
-    Returns two dicts {site: [B, T, D]}.
-    Raises ValueError for an unknown site, and for trees of other shapes than each other.
+    Returns:
+        Two dicts {site: states [B, T, D]}, for the original and for the fine-tuned parameters.
+
+    Raises:
+        ValueError: a site is unknown, or the shapes of the two trees differ.
     """
     sites = vlm.check_sites(sites, generated=True)
     check_alike(original, finetuned)
@@ -54,7 +56,7 @@ def paired_states(
     prepared = {name: jnp.asarray(value) for name, value in vlm.prepare(inputs).items()}
     pair = _paired(vlm.module, distinct, prepared, tree, (a, b), sites)
     length = inputs["input_ids"].shape[1]
-    # Batches are filled up on the left to one of few lengths.
+    # `prepare` pads batches on the left to one of a few lengths.
     first, second = (
         {site: value[:, -length:] for site, value in states.items()} for states in pair
     )
@@ -78,11 +80,19 @@ def _paired(
 
 
 def share_params(original: Params, finetuned: Params) -> Params:
-    """`finetuned` with the arrays of `original` wherever the two hold the same numbers.
+    """Returns `finetuned` with every array that equals the original's replaced by the original's.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
-    Raises ValueError for trees of other shapes than each other.
+    Args:
+        original: a tree of parameters.
+        finetuned: a tree with the same structure.
+
+    Returns:
+        A tree like `finetuned`, which shares its unchanged arrays with `original`.
+
+    Raises:
+        ValueError: the shapes of the two trees differ.
     """
     check_alike(original, finetuned)
 
@@ -94,9 +104,9 @@ def share_params(original: Params, finetuned: Params) -> Params:
 
 
 def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
-    """The two models, each with a head of its own if one ties its head and the other does not.
+    """Returns both models, with both heads untied if only one model ties its head.
 
-    A fine-tuning that unties the head stores it; the names of the parameters are then the same.
+    Fine-tuning may untie the head and store it; untying the other too makes the trees match.
     """
     if bool(original.module.tied) == bool(finetuned.module.tied):
         return original, finetuned
@@ -106,7 +116,11 @@ def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
 
 
 def check_alike(original: Params, finetuned: Params) -> None:
-    """ValueError for trees of other names or shapes than each other; names the first of them."""
+    """Checks that two parameter trees have the same names and shapes.
+
+    Raises:
+        ValueError: they differ; the message names the first difference.
+    """
     shapes = [
         {
             jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape

@@ -1,4 +1,4 @@
-"""Compiled programs: kept in a directory between processes, and a word while one is being made."""
+"""Compiled programs: a cache directory shared between processes, and messages on slow compiles."""
 
 import contextlib
 import functools
@@ -14,32 +14,32 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 VARIABLE = "XLVLM_COMPILATION_CACHE"
 _OFF = ("", "0", "off", "none", "false")
-# JAX keeps what took a second: of our programs those just below it add up.
+# JAX caches programs that took over 1 s to compile; many of ours take slightly less.
 _WORTH_KEEPING = 0.5
 _MINIMUM = "jax_persistent_cache_min_compile_time_secs"
 # JAX records this name as a scalar when a compilation begins, and as a duration when it ends.
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
-_PATIENCE = 2.0  # seconds of compilation that nobody need be told of
+_PATIENCE = 2.0  # seconds; shorter compilations are not reported
 
 _logger = logging.getLogger("ports")
 _decided = False
 
 
 def compilation_cache(directory: str | Path | None) -> Path | None:
-    """Keeps compiled programs in a directory, or in none, whatever was set before.
+    """Sets the directory in which compiled programs are cached, or turns the cache off.
 
-    Without a call they are kept in `xlvlm-jax/programs` of the user's cache directory
-    ($XDG_CACHE_HOME, else ~/.cache) from the first `ports.load` or `decompose` on, unless the
-    environment variable XLVLM_COMPILATION_CACHE names another directory or says "off", or JAX was
-    told about its cache. This is JAX's own persistent cache: it also keeps the caller's programs
-    that take half a second to compile, several processes may share it, and it runs what it reads,
-    so that nobody else may write into it.
+    Without a call, the first `ports.load` or `decompose` sets it to `xlvlm-jax/programs` in the
+    user's cache directory ($XDG_CACHE_HOME, else ~/.cache), unless the environment variable
+    XLVLM_COMPILATION_CACHE names another directory or is "off", or JAX's cache is already
+    configured. This is JAX's own persistent cache: it also caches the caller's programs that take
+    over half a second to compile, and several processes may share it. JAX executes what it reads
+    from the directory, so only trusted users should be able to write to it.
 
     Args:
-        directory: made if it is missing. None: programs are not kept.
+        directory: created if missing; None turns the cache off.
 
     Returns:
-        The directory, or None if programs are not kept: it can't be written, or JAX's option
+        The directory, or None if nothing is cached: the directory is not writable, or JAX's option
         jax_enable_compilation_cache is off.
     """
     global _decided
@@ -48,7 +48,7 @@ def compilation_cache(directory: str | Path | None) -> Path | None:
     if directory is not None and jax.config.values["jax_enable_compilation_cache"]:
         usable = _writable(Path(directory).expanduser().absolute())
     jax.config.update("jax_compilation_cache_dir", usable and str(usable))
-    # JAX looks at the directory once.
+    # JAX reads the setting only once unless it is reset.
     jax_cache.reset_cache()
     if usable is not None and getattr(jax.config, _MINIMUM) == 1 and not _told(_MINIMUM):
         jax.config.update(_MINIMUM, _WORTH_KEEPING)
@@ -56,17 +56,17 @@ def compilation_cache(directory: str | Path | None) -> Path | None:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs where `compilation_cache` says, and logs long compilations; once."""
+    """Sets up the default cache (see `compilation_cache`) and the log of slow compiles, once."""
     global _decided
     _log_compilations()
-    # What JAX was told goes before, in its configuration or the environment.
+    # A cache that is already configured in JAX takes precedence.
     if not _decided and jax.config.values["jax_compilation_cache_dir"] is None:
         directory = _chosen_directory()
         off = directory is None or not jax.config.values["jax_enable_compilation_cache"]
         if not off and compilation_cache(directory) is None and VARIABLE in os.environ:
             _logger.warning(
-                "%s is %s, which can't be written: compiled programs are not kept; name another"
-                " directory, or off",
+                "%s is %s, which is not writable: compiled programs are not cached; set it to"
+                " another directory, or to off",
                 VARIABLE,
                 directory,
             )
@@ -81,11 +81,11 @@ def _chosen_directory() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
         return None if chosen.strip().lower() in _OFF else Path(chosen)
-    # XDG's rule: a path that is empty or relative does not count.
+    # XDG's rule: empty and relative paths are ignored.
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         cache = cache if cache.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         return None
     return cache / "xlvlm-jax" / "programs"
 
@@ -95,38 +95,45 @@ def _writable(directory: Path) -> Path | None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(directory, os.W_OK | os.X_OK):
             return directory
-        reason = "it can't be written"
+        reason = "it is not writable"
     except OSError as error:
         reason = str(error)
-    _logger.info("compiled programs are not kept in %s: %s", directory, reason)
+    _logger.info("compiled programs are not cached in %s: %s", directory, reason)
     return None
 
 
 def device_bytes(lowered: jax.stages.Lowered) -> tuple[int, int]:
-    """Compiles a program: its bytes on a device, of the arguments and of all else.
+    """Compiles a program and returns its memory on one device.
 
-    Raises ValueError where the backend's compiler does not tell.
+    Args:
+        lowered: a lowered `jax.jit` function.
+
+    Returns:
+        Bytes of the arguments, and bytes of everything else (temporaries and outputs).
+
+    Raises:
+        ValueError: the backend's compiler does not report memory.
     """
     memory = lowered.compile().memory_analysis()
     if memory is None:
         raise ValueError(
-            f"the compiler for {jax.default_backend()} does not tell a program's memory; look at "
-            "what it will need with JAX_PLATFORMS=cpu"
+            f"the compiler for {jax.default_backend()} does not report a program's memory; estimate"
+            " it with JAX_PLATFORMS=cpu"
         )
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
 class _Telling:
-    """Hears of compilations and tells of those that last."""
+    """Listens to JAX's compilation events and reports the slow ones."""
 
     def __init__(self, began: Callable[[str], None], ended: Callable[[str, float], None]):
         self._began, self._ended = began, ended
         self._lock = threading.Lock()
-        self._waiting: dict[int, threading.Timer] = {}  # of the threads that compile
+        self._waiting: dict[int, threading.Timer] = {}  # compiling thread -> its timer
         self._told: set[int] = set()
 
     def begin(self, event: str, value: float, fun_name: str | int = "", **_: object) -> None:
-        """Starts to wait."""
+        """Starts the timer of a compilation."""
         if event == _COMPILATION:
             thread = threading.get_ident()
             timer = threading.Timer(_PATIENCE, self._tell, (thread, _plain(fun_name)))
@@ -141,7 +148,7 @@ class _Telling:
                 self._began(name)
 
     def end(self, event: str, duration_secs: float, fun_name: str | int = "", **_: object) -> None:
-        """Stops to wait, or tells the end."""
+        """Cancels the timer; reports the end if the beginning was reported."""
         if event != _COMPILATION:
             return
         thread = threading.get_ident()
@@ -168,11 +175,11 @@ def _listen(telling: _Telling) -> None:
 def telling_compilations(
     began: Callable[[str], None], ended: Callable[[str, float], None]
 ) -> Iterator[None]:
-    """While the context is open, compilations that last two seconds are told.
+    """Reports compilations of two seconds or more while the context is open.
 
     Args:
         began: called with the program's name, from another thread.
-        ended: called with the name and the seconds it took.
+        ended: called with the program's name and its compile time in seconds.
     """
     telling = _Telling(began, ended)
     _listen(telling)
@@ -185,7 +192,7 @@ def telling_compilations(
 
 @functools.cache
 def _log_compilations() -> None:
-    """Long compilations are logged as "ports", at the level INFO, for the rest of the process."""
+    """Logs slow compilations to the logger "ports" at INFO, for the rest of the process."""
     _listen(
         _Telling(
             lambda name: _logger.info("compiling %s; this may take a while", name),

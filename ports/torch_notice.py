@@ -1,4 +1,4 @@
-"""transformers' notice on import that PyTorch is missing: here nothing needs it."""
+"""Hides the notice that transformers logs on import without PyTorch, which is not needed here."""
 
 import logging
 
@@ -8,5 +8,5 @@ def _is_other(record: logging.LogRecord) -> bool:
 
 
 def leave_out() -> None:
-    """Leaves out that one line, and no other of transformers' warnings."""
+    """Hides that one line; all other warnings of transformers still show."""
     logging.getLogger("transformers").addFilter(_is_other)

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: configurations, parameters, safetensors, Orbax, PEFT, the hub's cache.
+"""Checkpoints on disk: configurations, parameters, safetensors, Orbax, PEFT, the Hub's cache.
 
-config                        config.json, and errors of files that do not load
+config                        config.json, and errors for files that do not load
 params                        tensors <-> Flax parameters
-safetensors_io, orbax_io      the two formats of parameters
-quantised                     fp8 is read with its scales, the rest is refused
+safetensors_io, orbax_io      the two file formats for parameters
+quantised                     reads fp8 with its scales, refuses other quantised checkpoints
 peft_io                       LoRA adapters in PEFT's format
-hub                           names and repositories of the hub -> directories
+hub                           names and Hub repositories -> directories
 """
 
 from ports.checkpoint.config import (

@@ -1,4 +1,4 @@
-"""config.json, and what is said of files of a checkpoint that do not load."""
+"""config.json, and error messages for checkpoint files that do not load."""
 
 import contextlib
 import json
@@ -10,7 +10,11 @@ from ports.checkpoint import quantised
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint. Raises ValueError where there is none."""
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        ValueError: the file is not JSON, or its value is not an object.
+    """
     try:
         values = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -25,14 +29,21 @@ def read_config(
     supported: tuple[str, ...],
     readers: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
 ) -> Any:
-    """The transformers configuration of a checkpoint directory.
+    """Reads the transformers configuration of a checkpoint.
 
-    readers: model_type -> what makes a configuration of config.json's values, for models that
-    transformers does not know.
+    Args:
+        directory: the checkpoint.
+        supported: the model_types that are accepted.
+        readers: model_type -> a function that turns the values of config.json into a configuration,
+            for models that transformers does not include.
 
-    Raises FileNotFoundError if it has no config.json, and ValueError if that is damaged, its
-    model_type is not among `supported`, or the checkpoint is quantised or in the original LLaVA's
-    format.
+    Returns:
+        A transformers configuration.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: config.json is damaged, its model_type is not supported, or the checkpoint is
+            quantised or in the original LLaVA format.
     """
     from transformers import AutoConfig
 
@@ -51,14 +62,14 @@ def read_config(
         if readers is not None and model_type in readers:
             return readers[model_type](values)
         return AutoConfig.from_pretrained(directory)
-    except Exception as error:  # each configuration class has checks and kinds of errors of its own
+    except Exception as error:  # each configuration class raises its own kinds of errors
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
-    """ValueError for the format of LLaVA's authors, of which transformers reads nothing.
+    """Raises ValueError for the format of LLaVA's authors, which transformers can't read.
 
-    Its model_type may be "llava" too; transformers' defaults would then stand for what is unknown.
+    Its model_type may also be "llava"; transformers would then silently fill in its defaults.
     """
     kinds = [str(kind) for kind in values.get("architectures") or ()]
     original = [k for k in kinds if k.startswith("Llava") and k.endswith("ForCausalLM")]
@@ -67,10 +78,12 @@ def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
     what = f"{file}: the original LLaVA's format ({(original or ['mm_vision_tower'])[0]})"
     cut = (str(values.get(key, "")) for key in ("image_aspect_ratio", "mm_patch_merge_type"))
     if any("anyres" in value or "unpad" in value for value in cut):
-        raise ValueError(f"{what}, of LLaVA-NeXT (1.6), which has no port; take a LLaVA-1.5")
+        raise ValueError(
+            f"{what}, of LLaVA-NeXT (1.6), which is not supported; use a LLaVA-1.5 checkpoint"
+        )
     size = {4096: "7b", 5120: "13b"}.get(values.get("hidden_size", 0), "7b")
     raise ValueError(
-        f"{what}, whose modules have other names; take the one converted for transformers, "
+        f"{what}, whose modules have different names; use the one converted for transformers, "
         f"llava-hf/llava-1.5-{size}-hf, or convert it with transformers' "
         "convert_llava_weights_to_hf.py"
     )
@@ -78,40 +91,42 @@ def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
 
 @contextlib.contextmanager
 def making_model(directory: Path) -> Iterator[None]:
-    """While a configuration becomes a model: one line, a ValueError, for values that make none."""
+    """Turns any error while a model is built from its configuration into a one-line ValueError."""
     try:
         yield
-    except Exception as error:  # what a size of another kind ends in depends on who meets it
+    except Exception as error:  # a value of the wrong type can fail anywhere, with any error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         first = (str(error).strip() or "no reason given").splitlines()[0]
         file = directory / "config.json"
-        raise ValueError(f"{file}: no model can be made of its values: {kind}{first}") from error
+        raise ValueError(
+            f"{file}: cannot build a model from these values: {kind}{first}"
+        ) from error
 
 
 @contextlib.contextmanager
 def loading(directory: Path | None, what: str) -> Iterator[None]:
-    """While a part of a checkpoint is read: one line, a ValueError, that it has none that loads."""
+    """Turns errors while a part of a checkpoint (`what`) is read into a one-line ValueError."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:  # the last for a library that is missing
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a missing library
         reason = " ".join(str(error).split())[:200]
         names = ("tokenizer.model", "tokenizer.json")
         if directory is not None and [(directory / name).exists() for name in names] == [
             True,
             False,
         ]:
-            reason += "; tokenizer.model alone needs sentencepiece and protobuf: install them, or "
-            reason += "add the tokenizer.json that transformers saves"
-        raise ValueError(f"{directory} has no {what} that loads: {reason}") from error
+            reason += "; reading tokenizer.model needs sentencepiece and protobuf: install them, or"
+            reason += " add a tokenizer.json saved by transformers"
+        raise ValueError(f"{directory}: cannot load the {what}: {reason}") from error
 
 
 def require_tokenizer(directory: Path) -> None:
-    """FileNotFoundError unless a directory holds a tokenizer's vocabulary.
+    """Raises FileNotFoundError unless a directory holds a tokenizer's vocabulary.
 
-    Without one transformers makes a tokenizer that knows no word, and says nothing.
+    Without one, transformers silently creates a tokenizer with an empty vocabulary.
     """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((directory / name).is_file() for name in names):
         raise FileNotFoundError(
-            f"{directory} has no tokenizer: expected one of {', '.join(names)} beside the weights"
+            f"{directory} has no tokenizer; expected one of {', '.join(names)} next to the weights"
         )

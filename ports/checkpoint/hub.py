@@ -1,8 +1,8 @@
-"""Directories of models: those here, and repositories of the Hugging Face hub in its cache."""
+"""Finds model directories: local ones, and Hugging Face Hub repositories in the local cache."""
 
 from pathlib import Path
 
-# Other formats of the same weights, which nothing here reads.
+# Other formats of the same weights, which are never read.
 _NOT_READ = (
     *("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.tflite"),
     *("onnx/*", "openvino/*", "coreml/*", "original/*"),
@@ -12,9 +12,13 @@ _NAMED: dict[str, Path] = {}
 
 
 def name_directory(name: str, directory: Path) -> None:
-    """Lets `find_directory`, and with it every function that loads, take a name for a directory.
+    """Registers a name for a directory, for `find_directory` and so for every function that loads.
 
-    The name comes before a directory that is called so: "./NAME" is that.
+    The name takes precedence over a local directory with that name; use "./NAME" for the latter.
+
+    Args:
+        name: the name, such as "embedded".
+        directory: the directory it stands for.
     """
     _NAMED[name] = directory
 
@@ -22,16 +26,20 @@ def name_directory(name: str, directory: Path) -> None:
 def find_directory(
     path: str | Path, expected: str = "config.json and safetensors", *, weights: bool = True
 ) -> Path:
-    """The directory of that name or, where there is none, the hub's repository of that id.
+    """Finds a local directory or, if there is none, downloads the Hub repository with that id.
 
     Args:
-        path: a directory, a name that `name_directory` was told, or an id such as
-            "llava-hf/llava-1.5-7b-hf", whose files are then downloaded into the hub's usual cache;
-            offline they are taken from there.
-        expected: what the directory should hold, for the message.
-        weights: whether safetensors are downloaded too.
+        path: a directory, a name registered with `name_directory`, or a repository id such as
+            "llava-hf/llava-1.5-7b-hf", which is downloaded to the Hub's cache (offline, it is read
+            from there).
+        expected: what the directory should hold, for the error message.
+        weights: whether to download safetensors too.
 
-    Raises FileNotFoundError if there is neither.
+    Returns:
+        The local directory.
+
+    Raises:
+        FileNotFoundError: neither exists.
     """
     if str(path) in _NAMED:
         return _NAMED[str(path)]
@@ -40,7 +48,7 @@ def find_directory(
         return directory
     if str(path).count("/") > 1 or directory.is_absolute() or str(path).startswith((".", "~")):
         raise FileNotFoundError(
-            f"no directory {str(path)!r}; expected one with {expected}, or a hub id such as "
+            f"no directory {str(path)!r}; expected one with {expected}, or a Hub id such as "
             "llava-hf/llava-1.5-7b-hf"
         )
     from huggingface_hub import snapshot_download
@@ -51,12 +59,13 @@ def find_directory(
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{str(path)!r} is no directory here and could not be had from the hub: {first}"
+            f"{str(path)!r} is not a local directory and could not be downloaded from the Hub: "
+            f"{first}"
         ) from error
 
 
 def name_of(directory: Path) -> str:
-    """The name of a model's directory; of one in the hub's cache, the repository's id."""
+    """Returns the name of a model's directory, or its repository id if it is in the Hub's cache."""
     repository = directory.absolute().parent.parent.name
     if directory.absolute().parent.name != "snapshots" or not repository.startswith(_PREFIX):
         return directory.name

@@ -1,10 +1,10 @@
-"""Parameters as an Orbax checkpoint: every host writes and reads its own parts alone.
+"""Parameters as an Orbax checkpoint, of which each host writes and reads only its own shards.
 
-A directory of a model then holds, beside config.json and the processor's files,
+In addition to config.json and the processor's files, the model's directory then holds
 
     params/      the tree of parameters, arrays in chunks of a few megabytes
-    params.json  {"format", "version", "dtype", "fingerprint"}, the last that of the checkpoint from
-                 which they were converted
+    params.json  {"format", "version", "dtype", "fingerprint"}; the fingerprint is that of the
+                 checkpoint that was converted
 """
 
 import json
@@ -22,19 +22,30 @@ from ports.messages import few
 
 FORMAT, VERSION = "ports parameters", 1
 PARAMS, RECORD = "params", "params.json"
-# A host that needs an eighth of an array reads little more than that; files stay few.
+# Small enough that a host which needs 1/8 of an array reads little more; large enough to keep the
+# number of files low.
 _CHUNK_BYTES = 4 << 20
-# How much Orbax copies at a time, so that no second model lies in memory.
+# How much Orbax copies at a time; it must not hold a second copy of the model in memory.
 _CONCURRENT_GB = 1
 
 
 def is_saved(directory: Path) -> bool:
-    """Whether a directory holds parameters in this format, damaged or not."""
+    """Tells whether a directory holds parameters in this format, damaged or not."""
     return (directory / RECORD).exists() or (directory / PARAMS).is_dir()
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """What params.json says. ValueError if it is missing, damaged or of another version."""
+    """Reads params.json.
+
+    Args:
+        directory: the model's directory.
+
+    Returns:
+        Its values.
+
+    Raises:
+        ValueError: the file is missing, damaged or has another version.
+    """
     file = directory / RECORD
     again = f"convert the checkpoint again (expected {FORMAT!r}, version {VERSION})"
     try:
@@ -52,9 +63,14 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def save(params: dict, directory: Path, fingerprint: str) -> None:
-    """Writes parameters, in their dtype, and the record beside them; the record comes last.
+    """Writes parameters in their dtype, then the record params.json.
 
-    All processes that share the parameters call it. fingerprint: of the source's checkpoint.
+    Must be called by all processes that share the parameters.
+
+    Args:
+        params: the tree of parameters.
+        directory: the model's directory.
+        fingerprint: the fingerprint of the checkpoint that the parameters come from.
     """
     import orbax.checkpoint as ocp
 
@@ -70,15 +86,19 @@ def save(params: dict, directory: Path, fingerprint: str) -> None:
 
 
 def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | None) -> dict:
-    """Reads parameters onto their devices, converted to dtype; each host its own parts.
+    """Reads parameters onto their devices; each host reads only its own shards.
 
     Args:
-        directory: holds what `save` wrote.
-        abstract: the tree of parameters that the model needs.
-        dtype: of the parameters.
-        shardings: a tree like it; None: all on the first device.
+        directory: a directory written by `save`.
+        abstract: the tree of shapes that the model needs.
+        dtype: dtype that the parameters are converted to.
+        shardings: a tree like `abstract`; None puts everything on the first device.
 
-    Raises ValueError, one line, if they are damaged, missing, of another version or another model.
+    Returns:
+        The tree of parameters.
+
+    Raises:
+        ValueError: the parameters are damaged, missing, of another version or of another model.
     """
     import orbax.checkpoint as ocp
 
@@ -98,8 +118,8 @@ def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | No
     if found != wanted:
         wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
         raise ValueError(
-            f"{where} does not hold this model's parameters: missing, unexpected or of another "
-            f"shape are {few('.'.join(path) for path in wrong)}"
+            f"{where} does not hold this model's parameters; missing, unexpected or wrong shape: "
+            f"{few('.'.join(path) for path in wrong)}; convert the checkpoint again"
         )
     with _quiet(), ocp.Checkpointer(_handler()) as checkpointer, _one_line(where):
         return checkpointer.restore(
@@ -108,7 +128,11 @@ def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | No
 
 
 def shapes(directory: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path in the tree -> shape of what `save` wrote. Raises ValueError, one line, if damaged."""
+    """Returns {path in the tree: shape} of the parameters that `save` wrote.
+
+    Raises:
+        ValueError: the files are damaged.
+    """
     import orbax.checkpoint as ocp
 
     where = directory.absolute() / PARAMS
@@ -131,10 +155,10 @@ def _handler() -> Any:
 
 @contextmanager
 def _one_line(where: Path) -> Iterator[None]:
-    """What goes wrong while the arrays are read, as one ValueError."""
+    """Turns any error while the arrays are read into a one-line ValueError."""
     try:
         yield
-    except Exception as error:  # Orbax and tensorstore raise errors of many kinds
+    except Exception as error:  # Orbax and tensorstore raise many kinds of errors
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{where} is damaged or incomplete ({first[:200]}); convert the checkpoint again"
@@ -143,7 +167,7 @@ def _one_line(where: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's log, which tells of every step."""
+    """Silences Orbax's log, which reports every step."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints <-> Flax parameters: one rule, strict on both sides.
+"""Hugging Face checkpoints <-> Flax parameters: one rule, strict in both directions.
 
-The modules carry the checkpoint's names, so a parameter's name follows from its Flax path:
+Modules are named as in the checkpoint, so a parameter's name follows from its Flax path:
     (..., "layers_3", "q_proj", "kernel") -> "...layers.3.q_proj.weight"
-and its layout from its last part:
+and its layout from the last part of the path:
     kernel of a linear layer       weight (out, in)                -> (in, out)
     kernel of a convolution        weight (out, in, height, width) -> (height, width, in, out)
     kernel over flattened patches  weight (out, in, time, height, width) -> the same with out last
@@ -26,29 +26,29 @@ from ports.messages import few
 from ports.names import Rename, tensor_name
 from ports.parallel import sharding
 
-_CHECKED_AT_ONCE = 1 << 18  # numbers, which stay in the cache
+_CHECKED_AT_ONCE = 1 << 18  # numbers; small enough for the CPU's cache
 _EXPONENTS = {np.dtype(jnp.bfloat16): np.uint16(0x7F80), np.dtype(np.float16): np.uint16(0x7C00)}
 
 
 def _stored_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
-    """The axes of a parameter in the order in which the checkpoint stores them."""
+    """Returns a parameter's axes in the order in which the checkpoint stores them."""
     if path[-1] != "kernel":
         return tuple(range(ndim))
     return {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 0, 1, 2, 3)}[ndim]
 
 
 def to_kernel(weight: np.ndarray) -> np.ndarray:
-    """The weight of a linear layer or a convolution, as stored, in the axes of a kernel."""
+    """Transposes the stored weight of a linear layer or convolution to a Flax kernel."""
     return weight.transpose(np.argsort(_stored_axes(("kernel",), weight.ndim)))
 
 
 def abstract_params(module: nn.Module, inputs: Mapping[str, Any]) -> dict:
-    """The module's parameters as a tree of `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    """Returns the module's parameters as `jax.ShapeDtypeStruct`s, without allocating anything."""
     return jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
 
 
 def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape as stored, for a tree of (abstract) parameters."""
+    """Returns {checkpoint name: stored shape} for a tree of (abstract) parameters."""
     return {
         tensor_name(path): tuple(leaf.shape[axis] for axis in _stored_axes(path, leaf.ndim))
         for path, leaf in traverse_util.flatten_dict(abstract).items()
@@ -56,19 +56,22 @@ def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
 
 
 def stores_own_head(directory: Path, rename: Rename, tied: Mapping[str, str]) -> bool:
-    """Whether a checkpoint holds another head than the embeddings, although it is said to be tied.
+    """Tells whether a checkpoint stores a separate head although its configuration ties it.
 
-    That head then counts, as in transformers 5.
+    The stored head is then used, as in transformers 5.
 
     Args:
-        directory: holds safetensors or Orbax parameters; of files that are missing nothing is said.
-        rename: a name in the file -> the port's name, or None.
-        tied: the head's name -> that of the embeddings, if config.json says that they are one.
+        directory: a directory with safetensors or Orbax parameters; missing files are ignored.
+        rename: name in the file -> the port's name, or None.
+        tied: name of the head -> name of the embeddings, if config.json ties them; else empty.
+
+    Returns:
+        Whether a head is stored and differs from the embeddings.
     """
     if not tied:
         return False
     if orbax_io.is_saved(directory):
-        # Where they are one, the head is not written.
+        # A tied head is not written.
         return bool(tied.keys() & {tensor_name(path) for path in orbax_io.shapes(directory)})
     available = safetensors_io.open_available(directory)
     stored = {rename(name): tensor for name, tensor in available.items()}
@@ -85,7 +88,7 @@ def _match(
     tied: Mapping[str, str],
     where: str,
 ) -> dict[tuple[str, ...], str]:
-    """Flax path -> name in the file. ValueError that names what is missing, left, misshapen."""
+    """Returns {Flax path: name in the file}; raises ValueError listing all mismatches."""
     expected = stored_shapes(abstract)
     names: dict[str, str] = {}
     heads: dict[str, str] = {}
@@ -117,13 +120,16 @@ def _match(
         for what, found in (
             ("missing", missing),
             ("unexpected", unexpected),
-            ("of another shape", misshapen),
-            ("not of floats", not_floats),
+            ("with the wrong shape", misshapen),
+            ("not floating-point", not_floats),
         )
         if found
     ]
     if problems:
-        raise ValueError(f"{where} does not hold this model's parameters. {'; '.join(problems)}")
+        raise ValueError(
+            f"{where} does not hold this model's parameters: {'; '.join(problems)}; check that "
+            "config.json belongs to these weights"
+        )
     return {path: names[tensor_name(path)] for path in traverse_util.flatten_dict(abstract)}
 
 
@@ -136,22 +142,25 @@ def load_params(
     tied: Mapping[str, str] = MappingProxyType({}),
     shardings: dict | None = None,
 ) -> dict:
-    """Reads a checkpoint into parameters, tensor by tensor, each placed as it is read.
+    """Reads a checkpoint into parameters, placing each tensor on its devices as it is read.
 
     Args:
-        directory: holds model.safetensors, or an index and its shards.
-        abstract: the tree of parameters that the model needs (`abstract_params`).
-        rename: a name in the file -> the port's name, or None to leave it out.
-        dtype: of the parameters; stored float16, bfloat16 and float32 are converted.
-        tied: port names that may be in the file -> the parameter that they stand for, if it is not
-            there itself (a tied head, the embeddings).
-        shardings: a tree like `abstract`, where the parameters go; every process reads the rows
-            of its own devices. None: the default device.
+        directory: a directory with model.safetensors, or an index and its shards.
+        abstract: the tree of shapes that the model needs (`abstract_params`).
+        rename: name in the file -> the port's name, or None to skip the tensor.
+        dtype: dtype of the parameters; stored float16, bfloat16 and float32 are converted.
+        tied: port names that may be in the file -> the parameter to fill with them if that is
+            missing (a tied head -> the embeddings).
+        shardings: a tree like `abstract`; every process reads only the rows of its own devices.
+            None puts everything on the default device.
+
+    Returns:
+        A tree like `abstract`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, names, shapes or kinds of numbers differ, the checkpoint
-            is quantised, or a tensor holds NaN or Inf, or does in `dtype`.
+        ValueError: a file is truncated, names, shapes or kinds of numbers differ, the checkpoint is
+            quantised, or a tensor holds NaN or Inf (as stored or in `dtype`).
     """
     stored = quantised.readable(safetensors_io.open_directory(directory), directory)
     names = _match(abstract, stored, rename, tied, str(directory))
@@ -159,7 +168,7 @@ def load_params(
     params = {}
     for path, name in names.items():
         axes = _stored_axes(path, len(stored[name].shape))
-        # Waiting keeps one host copy alive at a time.
+        # Wait, so that only one host copy is alive at a time.
         value = _read(name, stored[name], axes, dtype, placed.get(path))
         params[path] = value.block_until_ready()
     return traverse_util.unflatten_dict(params)
@@ -172,11 +181,11 @@ def _read(
     dtype: jnp.dtype,
     where: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """A stored tensor on its devices, its axes in the parameter's order."""
+    """Reads a stored tensor onto its devices, with its axes in the parameter's order."""
     axes = np.argsort(stored_axes)
 
     def converted(values: np.ndarray) -> np.ndarray:
-        # A copy that need not be made would leave holes in the heap between the parameters.
+        # No unneeded copies: they would fragment the heap between the parameters.
         with np.errstate(over="ignore"):
             values = values.astype(dtype, copy=False)
         if not is_finite(values):
@@ -191,7 +200,7 @@ def _read(
     shape = tuple(tensor.shape[axis] for axis in axes)
     if not shape:
         return sharding.put(converted(tensor.read()), where)
-    # Of the stored tensor, rows lie side by side in the file: those of this process are read.
+    # Rows of the stored tensor are contiguous in the file: read only those of this process.
     rows = stored_axes[0]
     spans = [
         index[rows].indices(shape[rows])[:2]
@@ -210,9 +219,9 @@ def _read(
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether an array of floats, contiguous in memory, holds neither NaN nor Inf."""
+    """Tells whether a contiguous array of floats is free of NaN and Inf."""
     flat = values.reshape(-1)
-    # numpy has no fast test of 16 bits: Inf and NaN are what has all bits of the exponent.
+    # numpy's test is slow for 16-bit floats: in Inf and NaN all bits of the exponent are set.
     bits = flat.view(np.uint16) if flat.dtype in _EXPONENTS else None
     for start in range(0, flat.size, _CHECKED_AT_ONCE):
         here = slice(start, start + _CHECKED_AT_ONCE)
@@ -227,9 +236,17 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest that tells checkpoints apart: of config.json, and of sizes, beginnings and ends of
-    the weight files (a whole read of a large checkpoint would take as long as loading it). Of
-    parameters in Orbax's format (`orbax_io`) it is that of the checkpoint they were made from.
+    """Returns a digest that identifies a checkpoint.
+
+    It covers config.json and the size, start and end of every weight file, since reading a large
+    checkpoint in full would take as long as loading it. For parameters in Orbax's format
+    (`orbax_io`) it is the fingerprint of the converted checkpoint.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        16 hexadecimal digits.
     """
     if orbax_io.is_saved(directory):
         return orbax_io.read_record(directory)["fingerprint"]
@@ -245,7 +262,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def stored_tensors(params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(checkpoint name, tensor as stored) of each parameter."""
+    """Yields (checkpoint name, tensor in the stored layout) for each parameter."""
     for path, leaf in traverse_util.flatten_dict(params).items():
         yield (
             tensor_name(path),
@@ -254,7 +271,7 @@ def stored_tensors(params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]
 
 
 def save_params(params: dict, directory: Path, *, dtype: Any = np.float32) -> None:
-    """Writes parameters as `model.safetensors` under the hub's names."""
+    """Writes parameters to `model.safetensors` in a directory, with the Hub's names."""
     directory.mkdir(parents=True, exist_ok=True)
     safetensors_io.write_file(
         directory / "model.safetensors", dict(stored_tensors(params, np.dtype(dtype)))

@@ -1,12 +1,11 @@
-"""Adapters on disk, in the format of PEFT (huggingface/peft): `read` and `write`.
+"""Reads and writes adapters in the format of PEFT (huggingface/peft).
 
-    adapter_config.json         rank, scale, which modules
+    adapter_config.json         rank, scale, target modules
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight [R, I], lora_B.weight [O, R]
 
-Of PEFT's many methods this is LoRA with its variations of rank and scale, of linear layers, patch
-embeddings (convolutions) and embeddings, and modules that are saved whole. What else a
-configuration may ask for is refused by name: an adapter that is read without it would be another
-model.
+Supported is LoRA with its options for rank and scale, on linear layers, patch embeddings
+(convolutions) and embeddings, plus modules that are saved whole. Any other option is refused by
+name: ignoring it would give a different model.
 """
 
 import json
@@ -29,11 +28,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 EXPECTED = f"{CONFIG} and {WEIGHTS}"
 _PREFIX = "base_model.model."
-# lora_A.weight of linear layers and convolutions, lora_embedding_A of embeddings.
+# lora_A.weight for linear layers and convolutions, lora_embedding_A for embeddings.
 _FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
-# Fields that `read` obeys, and those that say how an adapter was begun or trained, or which modules
-# PEFT is to make room in (here the file's tensors tell). Any other field must be empty.
+# Fields that `read` applies, and fields that only describe initialisation, training or the modules
+# that PEFT should wrap (here this follows from the tensors). Any other field must be empty.
 _READ = (
     "r",
     "lora_alpha",
@@ -49,7 +48,7 @@ _HARMLESS = (
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
-    "fan_in_fan_out",  # PEFT itself sets it to false for linear layers, and the ports have no other
+    "fan_in_fan_out",  # PEFT sets it to false for linear layers, the only kind in the ports
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",
@@ -65,7 +64,7 @@ _HARMLESS = (
     "target_modules",
     "task_type",
 )
-# These ways to begin leave the base model as it is; the others (PiSSA, OLoRA ...) change it.
+# Initialisations that leave the base model unchanged; the others (PiSSA, OLoRA ...) change it.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -77,29 +76,32 @@ def read(
     architecture: str | None = None,
     tied: Collection[str] = (),
 ) -> lora.Adapter:
-    """Reads a LoRA adapter that PEFT, or `write`, has written.
+    """Reads a LoRA adapter written by PEFT or `write`.
 
     Args:
-        directory: holds adapter_config.json and adapter_model.safetensors.
+        directory: a directory with adapter_config.json and adapter_model.safetensors.
         params: the model's tree of (abstract) parameters.
-        canonical_name: the port's, a tensor's name in any known checkpoint -> its name in the port.
-        architecture: the model's class in PyTorch ("LlavaForConditionalGeneration"); an adapter
-            that names another is refused.
-        tied: sites of head and embedding if they share their weights: PEFT adapts the one and
-            leaves the other, for which the model has no room.
+        canonical_name: the port's function: name in any known checkpoint -> name in the port.
+        architecture: the model's class in PyTorch ("LlavaForConditionalGeneration"); adapters for
+            another class are refused.
+        tied: sites of the head and the embedding if they share weights. PEFT adapts only one of
+            them, which a tied model can't represent.
+
+    Returns:
+        The adapter, with float factors.
 
     Raises:
-        FileNotFoundError: the directory, or one of the two files, is missing.
-        ValueError: a damaged file, something that is not implemented, or an adapter for another
+        FileNotFoundError: the directory or one of the two files is missing.
+        ValueError: a file is damaged, an option is not implemented, or the adapter is for another
             base model.
     """
     directory = Path(directory)
     try:
         return _read(directory, params, canonical_name, architecture, tied)
-    # Values of other kinds than a configuration has.
+    # Configuration values of the wrong type.
     except (TypeError, AttributeError, KeyError, RecursionError, OverflowError, re.error) as error:
         said = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ValueError(f"{directory}: a damaged adapter ({said}); save it again") from error
+        raise ValueError(f"{directory}: the adapter is damaged ({said}); save it again") from error
 
 
 def _read(
@@ -112,7 +114,10 @@ def _read(
     values = _read_config(directory)
     base = (values.get("auto_mapping") or {}).get("base_model_class")
     if architecture and base and base != architecture:
-        raise ValueError(f"{directory}: an adapter for a {base!r}; the model is a {architecture}")
+        raise ValueError(
+            f"{directory}: the adapter is for a {base!r}, but the model is a {architecture}; use "
+            "the base model it was trained on"
+        )
     ranks = lora.Ranks(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -123,15 +128,15 @@ def _read(
     if not (directory / WEIGHTS).exists():
         raise FileNotFoundError(
             f"{directory} has no {WEIGHTS}; expected an adapter that peft saved as safetensors "
-            "(its .bin files are not read)"
+            "(.bin files are not supported)"
         )
     stored = safetensors_io.open_file(directory / WEIGHTS)
     copied = {name: own for name in stored if (own := _copied(name, values)) is not None}
     for kept in values.get("modules_to_save") or ():
         if not any(_is_within(own, kept) for own in copied.values()):
             raise ValueError(
-                f"{directory}: {CONFIG} asks for modules_to_save {kept!r}, of which {WEIGHTS} "
-                "holds no tensor; the two files do not belong together"
+                f"{directory}: {CONFIG} lists {kept!r} in modules_to_save, but {WEIGHTS} has no "
+                "such tensor; the two files do not belong together"
             )
     modules = _modules([name for name in stored if name not in copied], directory)
     shapes = lora.mergeable_layers(params)
@@ -140,22 +145,22 @@ def _read(
     for site in tied:
         if site in sites or site in of_copies:
             raise ValueError(
-                f"{directory}: adapts {site}, but head and embedding of this model are one (tied), "
-                "of which peft changes only one; use vlm.untied().with_adapter(...)"
+                f"{directory}: the adapter changes {site}, but this model ties its head to its "
+                "embedding and peft changes only one of them; use vlm.untied().with_adapter(...)"
             )
     unknown = [module for site, module in sites.items() if site not in shapes]
     if unknown:
         raise ValueError(
-            f"{directory}: {len(unknown)} of {len(modules)} modules are no linear layers, patch "
-            f"embeddings or embeddings of this model, such as {unknown[0]}; it is an adapter for "
-            "another base model"
+            f"{directory}: {len(unknown)} of {len(modules)} modules are not linear layers, patch "
+            f"embeddings or embeddings of this model, such as {unknown[0]}; use the base model "
+            "that the adapter was trained on"
         )
     factors, scale = {}, {}
     for site, module in sites.items():
         down, up = (_factor(stored, *modules[module][which]) for which in "AB")
         if down.shape[-1] != ranks.rank_of(module):
             raise ValueError(
-                f"{directory}: lora_A of {module} has rank {down.shape[-1]}, {CONFIG} says "
+                f"{directory}: lora_A of {module} has rank {down.shape[-1]}, but {CONFIG} says "
                 f"{ranks.rank_of(module)}; the two files do not belong together"
             )
         factors[site], scale[site] = lora.Factors(down, up), ranks.scale_of(module)
@@ -169,10 +174,10 @@ def _read(
 
 
 def _copied(name: str, values: Mapping[str, Any]) -> str | None:
-    """The base model's tensor whose place one of the file takes; None for any other tensor.
+    """Returns the base model's tensor that a tensor of the file replaces, or None.
 
-    Those are the modules_to_save, and the base weights that peft stores beside the factors of an
-    embedding or a head.
+    Replacements are the modules_to_save, and the base weights that peft stores with the factors of
+    an embedding or a head.
     """
     name = name.removeprefix(_PREFIX)
     if name.endswith(".base_layer.weight"):
@@ -185,7 +190,7 @@ def _copied(name: str, values: Mapping[str, Any]) -> str | None:
 
 
 def _is_within(name: str, kept: str) -> bool:
-    """Whether a tensor is in a module whose name ends so, which is how peft understands it."""
+    """Tells whether a tensor is in a module whose name ends in `kept`, as peft defines it."""
     return re.search(rf"{re.escape(kept)}\.", name) is not None
 
 
@@ -196,19 +201,19 @@ def _weights(
     canonical_name: Rename,
     directory: Path,
 ) -> dict[str, jnp.ndarray]:
-    """Tensor's name in the port -> the adapter's own, laid out as the parameter."""
+    """Returns {name in the port: the adapter's replacement, laid out like the parameter}."""
     shapes, weights = stored_shapes(params), {}
     kernels = {
         tensor_name(path) for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"
     }
     for name, own in copied.items():
-        # "" is the name of no parameter.
+        # No parameter is named "".
         canonical, shape = canonical_name(own) or "", tuple(stored[name].shape)
         if shapes.get(canonical) != shape:
             raise ValueError(
-                f"{directory}: {own} {shape} takes the place of {shapes.get(canonical) or 'none'} "
-                "in this model; for another vocabulary merge the adapter with peft's "
-                "merge_and_unload, and load what it saves"
+                f"{directory}: {own} has shape {shape}, but this model expects "
+                f"{shapes.get(canonical) or 'no such tensor'}; if the vocabulary changed, merge the "
+                "adapter with peft's merge_and_unload and load the merged model"
             )
         value = stored[name].read()
         weights[canonical] = to_kernel(value) if canonical in kernels else value
@@ -216,9 +221,9 @@ def _weights(
 
 
 def _factor(stored: Mapping[str, Any], name: str, of_embedding: bool) -> jnp.ndarray:
-    """A stored factor as `lora.Factors` has it: (R, I) -> (I, R) and (O, R) -> (R, O).
+    """Reads a factor in the layout of `lora.Factors`: (R, I) -> (I, R) and (O, R) -> (R, O).
 
-    Convolutions: (R, channels, ...) -> (values of a patch, R) and (O, R, 1, ...) -> (R, O).
+    Convolutions: (R, channels, ...) -> (values per patch, R) and (O, R, 1, ...) -> (R, O).
     """
     value = stored[name].read()
     value = value.T if of_embedding else to_kernel(value)
@@ -226,10 +231,10 @@ def _factor(stored: Mapping[str, Any], name: str, of_embedding: bool) -> jnp.nda
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json's values; ValueError for one that is not implemented."""
+    """Reads adapter_config.json; raises ValueError for an option that is not implemented."""
     file = directory / CONFIG
     if not file.exists():
-        raise FileNotFoundError(f"{directory} has no {CONFIG}; is it an adapter's directory?")
+        raise FileNotFoundError(f"{directory} has no {CONFIG}; is it an adapter directory?")
     values = read_json(file)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; expected 'LORA'")
@@ -244,7 +249,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     others = set(values) - {*_READ, *_HARMLESS, "bias"}
     asked = sorted(repr(name) for name in others if values[name])
     if asked:
-        raise ValueError(f"{file}: asks for {', '.join(asked)}, which is not implemented")
+        raise ValueError(
+            f"{file}: sets {', '.join(asked)}, which is not implemented; merge the adapter with "
+            "peft's merge_and_unload and load the merged model"
+        )
     rank = values.get("r", 8)
     numbers = [rank, *(values.get("rank_pattern") or {}).values()]
     if not all(type(number) is int and number > 0 for number in numbers):
@@ -253,9 +261,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _modules(names: Iterable[str], directory: Path) -> dict[str, dict[str, tuple[str, bool]]]:
-    """Module as the file calls it -> {"A", "B": (tensor's name, whether of an embedding)}.
+    """Returns {module name in the file: {"A" or "B": (tensor name, is an embedding's)}}.
 
-    ValueError for tensors that are no factors, or no pairs of them.
+    Raises ValueError for tensors that are not factors, or a factor without its counterpart.
     """
     found: dict[str, dict[str, tuple[str, bool]]] = {}
     strange = []
@@ -268,8 +276,8 @@ def _modules(names: Iterable[str], directory: Path) -> dict[str, dict[str, tuple
         found.setdefault(module, {})[which] = (name, bool(of_embedding))
     if strange:
         raise ValueError(
-            f"{directory}: {len(strange)} tensors are no factors of LoRA, such as {strange[0]}; "
-            "only LoRA of linear layers, patch embeddings and embeddings is implemented"
+            f"{directory}: {len(strange)} tensors are not LoRA factors, such as {strange[0]}; "
+            "only LoRA on linear layers, patch embeddings and embeddings is implemented"
         )
     half = [module for module, which in found.items() if set(which) != {"A", "B"}]
     if half or not found:
@@ -287,15 +295,15 @@ def write(
     base_model: str,
     base_class: tuple[str, str] | None = None,
 ) -> None:
-    """Writes an adapter so that PEFT loads it.
+    """Writes an adapter that PEFT can load.
 
     Args:
-        directory: is made if need be.
-        adapter: float32 factors.
-        ranks: which the adapter was made with.
+        directory: the directory; created if missing.
+        adapter: the adapter, with float32 factors.
+        ranks: the ranks and scales it was made with.
         names: site -> the module's name in transformers' model.
-        base_model: what PEFT is told to have been adapted, a hub id or a path.
-        base_class: the model's class in PyTorch and the module it is in, if known.
+        base_model: Hub id or path of the base model, recorded for PEFT.
+        base_class: the model's class in PyTorch and the module that defines it, if known.
     """
     config = {
         "peft_type": "LORA",
@@ -319,7 +327,7 @@ def write(
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        # Whole names, so that no other module is meant: a vision tower has a q_proj too.
+        # Full names, to match no other module: the vision tower also has a q_proj.
         "target_modules": sorted(names[site] for site in adapter.factors),
     }
     tensors = {}
@@ -334,5 +342,5 @@ def write(
 def module_names(
     sites: Mapping[str, Any], transformers_name: Callable[[str], str]
 ) -> dict[str, str]:
-    """Site -> the module's name in transformers' model, which PEFT's files use."""
+    """Returns {site: the module's name in transformers' model}, the names in PEFT's files."""
     return {site: transformers_name(f"{site}.weight").removesuffix(".weight") for site in sites}

@@ -1,10 +1,10 @@
-"""Edits of the residual stream: what they do to states, and at which positions.
+"""Edits of the residual stream: how they change states, and at which positions.
 
 B batch, T positions, D width.
 
-An edit is a pytree. Its vector, its strength and its positions are arrays: a compiled program takes
-them as arguments, so that changing them never compiles again, `jax.vmap` sweeps them and `jax.grad`
-differentiates them. What kind of edit it is and at which site it applies are part of the program.
+An edit is a pytree. Its vector, strength and positions are arrays and so arguments of the compiled
+program: changing them never recompiles, `jax.vmap` sweeps them and `jax.grad` differentiates with
+respect to them. The kind of edit and the site are part of the program.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.core import Tracer
 Array = jax.Array
 Where = Literal["all", "prompt", "generated", "last_prompt", "image", "text"] | dict[str, Any]
 
-# The kinds of positions; padding is never edited.
+# Kinds of positions; padding is never edited.
 PADDING, IMAGE, TEXT, LAST_PROMPT, GENERATED = -1, 0, 1, 2, 3
 _WHERE = {
     "all": (IMAGE, TEXT, LAST_PROMPT, GENERATED),
@@ -36,12 +36,12 @@ _WHERE = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """What the positions of a call are; the joined models say it while their decoder runs."""
+    """Describes the positions of a call; the models set it while their decoder runs."""
 
     kind: Array  # int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED
-    index: Array  # int32[B, T]: which token of its row it is, padding not counted
-    # int32[B or 1, T]: its column in the caller's inputs, after which generated tokens count on;
-    # -1 for what only fills the batch up to a compiled length.
+    index: Array  # int32[B, T]: index of the token in its row, not counting padding
+    # int32[B or 1, T]: column in the caller's inputs, continued by the generated tokens; -1 for
+    # padding up to a compiled length.
     slot: Array
 
 
@@ -52,20 +52,20 @@ class Places:
 )
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One change of a module's output. `add`, `ablate`, `replace` ... make it.
+    """One change of a module's output, made by `add`, `ablate`, `replace` and the like.
 
-    States are [B, T, D], or of another rank: of [N, D] the rows are the positions, of [D] there is
-    one, and axes between the first and the last two are all edited alike.
+    States are usually [B, T, D]. In [N, D] each row is a position, and [D] is a single position;
+    axes between the first and the last two are all edited alike.
 
     Attributes:
         vector: float[D], float[B, D] or float[B, T, D], see `add`; a pair (down[R, D], up[D, R])
-            for a map; None if `change` needs none.
+            for a linear map; None if `change` needs none.
         alpha: float[] or float[B], the strength.
         kinds: bool[4], which kinds of positions are edited.
-        start: int32[], the index of the first token that is.
-        mask: None, or bool[B, T]: only its positions are edited, which are those of the prompt; or
-            bool[B]: only these rows.
-        at: None, or int32[P] or int32[B, P]: only the tokens of these indices are edited.
+        start: int32[], index of the first edited token.
+        mask: bool[B, T], which positions of the prompt are edited; bool[B], which rows; or None
+            for all.
+        at: int32[P] or int32[B, P], indices of the edited tokens; or None for all.
         change: (states, vector, alpha, places) -> states; vector and alpha broadcast against the
             states.
     """
@@ -80,26 +80,29 @@ class Edit:
 
     @property
     def width(self) -> int | None:
-        """D, as the vector or the map has it; None for an edit that has neither."""
+        """Width D of the vector or map; None for an edit without either."""
         first = self.vector[0] if isinstance(self.vector, tuple) else self.vector
         return None if first is None else np.shape(first)[-1]
 
     @property
     def vector_rank(self) -> int:
-        """The rank of the vector, 0 for an edit without one."""
+        """Number of axes of the vector; 0 for an edit without one."""
         return 0 if isinstance(self.vector, tuple) else np.ndim(self.vector)
 
     def has_vector_per_position(self, rank: int) -> bool:
-        """Whether states of that rank are each edited with a vector of their own."""
+        """Tells whether states with `rank` axes get a separate vector at each position."""
         return self.vector_rank > 2 or (self.vector_rank == rank == 2 and len(self.vector) > 1)
 
     def positions(self, shape: tuple[int, ...], places: Places | None) -> Array:
-        """bool, broadcasting against shape[:-1]: which states of that shape are edited.
+        """Returns which states are edited.
 
-        places: None for a module whose positions are not tokens; kinds mean nothing there, so that
-            only an edit of all kinds applies.
+        Args:
+            shape: shape of the states.
+            places: what the positions are; None at a module whose positions are not tokens. They
+                have no kinds there, so only an edit of all kinds applies.
 
-        Returns bool[B or 1, T] for states [B, T, D], bool[N] for [N, D].
+        Returns:
+            bool[B or 1, T] for states [B, T, D], bool[N] for [N, D]; broadcasts against shape[:-1].
         """
         chosen, _ = self._locate(shape, places)
         if len(shape) < 3:
@@ -107,8 +110,8 @@ class Edit:
         return chosen.reshape(len(chosen), *(1,) * (len(shape) - 3), -1)
 
     def _locate(self, shape: tuple[int, ...], places: Places | None) -> tuple[Array, Array]:
-        """bool[B or 1, T], which positions are edited, and int[B or 1, T], with which column of
-        the mask, or of a vector per position.
+        """Returns which positions are edited, bool[B or 1, T], and which column of the mask or of
+        a per-position vector belongs to each, int[B or 1, T].
         """
         kinds = jnp.asarray(self.kinds)
         if places is None:
@@ -129,14 +132,15 @@ class Edit:
             found = index[..., None] == jnp.atleast_2d(self.at)[:, None]
             return chosen & found.any(-1), found.argmax(-1)
         if self.has_vector_per_position(len(shape)):
-            # Tokens generated after the prompt have none.
+            # Tokens generated after the prompt have no vector.
             chosen = chosen & (slots < np.shape(self.vector)[-2])
         return chosen, slots
 
     def __call__(self, states: Array, places: Places | None = None) -> Array:
-        """The states after the edit, in their dtype.
+        """Returns the edited states, in their dtype.
 
-        Raises ValueError if they change their shape.
+        Raises:
+            ValueError: the edit changes the shape of the states.
         """
         x = jnp.asarray(states)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -153,7 +157,7 @@ class Edit:
         return jnp.where(chosen, changed.astype(states.dtype), states)
 
     def _spread(self, x: Array, places: Places | None) -> Any:
-        """The vector, or the map, in the dtype of the states x, broadcasting against them."""
+        """Returns the vector or map in the dtype of the states x, broadcasting against them."""
         if isinstance(self.vector, tuple):
             return tuple(jnp.asarray(matrix, x.dtype) for matrix in self.vector)
         if self.vector is None:
@@ -176,13 +180,14 @@ Edits = Mapping[str, Edit | Callable[..., Array] | Sequence[Edit | Callable[...,
 
 
 def as_edits(edits: Edits) -> dict[str, tuple[Edit, ...]]:
-    """The edits at each site as a tuple; a function of the states becomes `edit_with` of it.
+    """Converts the edits at each site to a tuple; a function of the states becomes an `edit_with`.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: something is neither an edit nor a function.
     """
     if not isinstance(edits, Mapping):
         raise ValueError(
-            f"edits are {_described(edits)}; expected {{site: edit}}, such as "
+            f"edits is {_described(edits)}; expected {{site: edit}}, such as "
             "{'layers.19': add(vector)}"
         )
     return {
@@ -211,7 +216,7 @@ def _described(value: Any) -> str:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is an argument of a program being traced, and so not known yet."""
+    """Tells whether a value is a tracer, which has no concrete value yet."""
     return isinstance(value, Tracer)
 
 
@@ -241,7 +246,7 @@ def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> 
 
 
 def _check_numbers(name: str, value: Any) -> None:
-    """ValueError for what does not hold finite real numbers; what is traced has no values yet."""
+    """Raises ValueError unless a value is finite and real; tracers have no values to check."""
     if value is None or is_traced(value):
         return
     array = np.asarray(value)
@@ -255,7 +260,7 @@ def _check_numbers(name: str, value: Any) -> None:
 
 
 def _positions(where: Any) -> tuple[np.ndarray, Any, Any, Any]:
-    """An edit's kinds, start, mask and indices. ValueError for what names no positions."""
+    """Returns an edit's kinds, start, mask and indices; raises ValueError if `where` is invalid."""
     everything = np.ones(4, bool)
     if isinstance(where, Mapping) and set(where) == {"from"}:
         start = where["from"]
@@ -319,59 +324,98 @@ def _unit(vector: Array) -> Array:
 
 
 def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states + alpha * vector.
+    """Adds a vector: states + alpha * vector.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
+    Works under jit, vmap and grad; its arguments may be traced.
 
     Args:
-        vector: float[D]; float[B, D] with another vector for each row of the batch; or
-            float[B or 1, T, D] with another for each position, which are the columns of the inputs
-            (tokens generated after them are not edited), or with {"at": indices} those P tokens.
-            At a module that puts out [N, D], a float[N, D] has one for each row.
+        vector: float[D]; float[B, D], one vector per row of the batch; or float[B or 1, T, D], one
+            per position. The positions are the columns of the inputs (tokens generated after them
+            are not edited) or, with {"at": indices}, the P tokens there. At a module whose output
+            is [N, D], float[N, D] has one vector per row.
         alpha: the strength, a number or float[B].
-        where: which positions: "all"; "prompt"; "generated" (the tokens that were generated, as
-            they enter the model); "last_prompt"; "image"; "text" (all but image); {"from": i}, the
-            i-th token of each row and what follows; {"at": indices}, the tokens of these indices,
-            int[P] or int[B, P]; a mask bool[B, T] over the prompt; or bool[B], whole rows. Tokens
-            are counted in each row, from 0 and without padding; rows that end before an index are
-            not edited there (a model warns where that is every row).
+        where: the positions to edit: "all"; "prompt"; "generated" (generated tokens, when they are
+            fed back to the model); "last_prompt"; "image"; "text" (everything but image tokens);
+            {"from": i}, the i-th token of each row and all later ones; {"at": indices}, the tokens
+            with these indices, int[P] or int[B, P]; a mask bool[B, T] over the prompt; or bool[B],
+            whole rows. Tokens are counted per row from 0, without padding. Rows that end before an
+            index are not edited there (models warn if that applies to every row).
 
-    Raises ValueError for another `where`, a vector or alpha of another shape, or values that are
-    not finite.
+    Returns:
+        The edit, for the `edits` of `steer` and `VLM`.
+
+    Raises:
+        ValueError: `where` is invalid, vector or alpha has an unexpected shape, or a value is not
+            finite.
     """
     return _edit(_add, vector, alpha, where)
 
 
 def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states + alpha * |states| * vector / |vector|: a strength in shares of each state's norm.
+    """Adds a direction scaled by each state's norm: states + alpha |states| vector / |vector|.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
+    Works under jit, vmap and grad; its arguments may be traced.
+
+    Args:
+        vector: the direction, as for `add`; its length does not matter.
+        alpha: the strength as a fraction of each state's norm, a number or float[B].
+        where: the positions to edit, as for `add`.
+
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: as for `add`.
     """
     return _edit(_add_relative, vector, alpha, where)
 
 
 def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states without their component along the vector (Arditi et al. 2024).
+    """Removes the states' component along a vector.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
+    Works under jit, vmap and grad; its arguments may be traced.
 
-    alpha 1 takes all of it; 2 mirrors the states: what lies on one side of the vector's hyperplane
-    goes to the other, what lies near it stays.
+    Args:
+        vector: the direction, as for `add`; its length does not matter.
+        alpha: the fraction removed, a number or float[B]. 1 removes the whole component; 2
+            reflects the states in the hyperplane orthogonal to the vector.
+        where: the positions to edit, as for `add`.
+
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: as for `add`.
+
+    Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction".
     """
     return _edit(_ablate, vector, alpha, where)
 
 
 def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """The vector instead of the states; alpha below 1 goes only part of the way.
+    """Replaces the states: (1 - alpha) * states + alpha * vector.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
-
-    With the states of another run as float[B, T, D] it is activation patching (Vig et al. 2020,
-    Meng et al. 2022), at all positions or some:
+    With the states of another run, float[B, T, D], this is activation patching, at all positions
+    or at some:
 
         clean = vlm.forward(inputs, sites=[site]).states[site]
-        edits = {site: replace(clean, where="image")}           # inputs laid out alike
+        edits = {site: replace(clean, where="image")}  # both inputs have the same layout
         edits = {site: replace(clean[:, 5:7], where={"at": [9, 10]})}
+
+    Works under jit, vmap and grad; its arguments may be traced.
+
+    Args:
+        vector: the new states, as for `add`.
+        alpha: the weight of the new states, a number or float[B]; 1 replaces the old ones entirely.
+        where: the positions to edit, as for `add`.
+
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: as for `add`.
+
+    Vig et al. 2020; Meng et al. 2022.
     """
     return _edit(_replace, vector, alpha, where)
 
@@ -382,26 +426,32 @@ def _add_mapped(x: Array, maps: tuple[Array, Array], alpha: Array, _: Any) -> Ar
 
 
 def add_mapped(down: Any, up: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """states + alpha * up down states: a shift that depends linearly on the state, of rank R.
+    """Adds a low-rank linear map of the states: states + alpha * up down states.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
+    Works under jit, vmap and grad; its arguments may be traced.
 
     Args:
         down: float[R, D].
         up: float[D, R].
-        alpha, where: as for `add`.
+        alpha: the strength, a number or float[B].
+        where: the positions to edit, as for `add`.
 
-    Raises ValueError as `add` does, and for matrices that do not fit each other.
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: as for `add`, or the shapes of the two matrices do not match.
     """
     if np.ndim(down) != 2 or np.shape(up) != np.shape(down)[::-1]:
         raise ValueError(
-            f"the maps have shapes {np.shape(down)} and {np.shape(up)}; expected [R, D] and [D, R]"
+            f"down and up have shapes {np.shape(down)} and {np.shape(up)}; expected [R, D] and "
+            "[D, R]"
         )
     return _edit(_add_mapped, (down, up), alpha, where)
 
 
 class _Function(NamedTuple):
-    """A user's function as a `change`; equal functions make equal programs."""
+    """A user's function as a `change`; hashable, so that equal functions share a program."""
 
     function: Callable[..., Array]
 
@@ -409,7 +459,7 @@ class _Function(NamedTuple):
         if places is None or x.shape[-2] == 1:
             out = self._result(x, places)
         else:
-            # In the order of the caller's columns: a generation moves the tokens of its rows.
+            # Restore the order of the caller's columns: generation moves tokens within rows.
             slot = jnp.broadcast_to(places.slot, places.kind.shape)
             order = jnp.argsort(jnp.where(slot < 0, jnp.iinfo(slot.dtype).max, slot), axis=-1)
             fields = (places.kind, places.index, slot)
@@ -417,42 +467,53 @@ class _Function(NamedTuple):
             out = self._result(jnp.take_along_axis(x, order[..., None], -2), ordered)
             if out.ndim > 1 and out.shape[-2] == x.shape[-2]:
                 out = jnp.take_along_axis(out, jnp.argsort(order, axis=-1)[..., None], -2)
-        # One that does not broadcast is named by the edit, which knows what was expected.
+        # If it does not broadcast, `Edit.__call__` raises, with the expected shape.
         sizes = zip(out.shape[::-1], x.shape[::-1], strict=False)
         fits = out.ndim <= x.ndim and all(size in (1, full) for size, full in sizes)
         return (1 - alpha) * x + alpha * out if fits else out
 
     def _result(self, x: Array, places: Places | None) -> Array:
-        """What the function makes of the states. ValueError if it is not an array."""
+        """Calls the function; raises ValueError if it does not return an array."""
         out = self.function(*_arguments(self.function, x, places))
         if not hasattr(out, "shape"):
             raise ValueError(
-                f"the function of an edit returns {_described(out)}; expected the states, of shape "
+                f"the function of an edit returns {_described(out)}; expected states of shape "
                 f"{x.shape}"
             )
         return jnp.asarray(out)
 
 
 def _arguments(function: Callable[..., Array], x: Array, places: Places | None) -> tuple[Any, ...]:
-    """The states, and the places for a function that needs a second argument."""
+    """Returns the states, plus the places if the function requires a second argument."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return (x,)
     needed = [p for p in parameters if p.default is p.empty and p.kind <= p.VAR_POSITIONAL]
     return (x, places) if len(needed) > 1 else (x,)
 
 
 def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "all") -> Edit:
-    """function(states) or function(states, places) instead of the states, of the same shape.
+    """Applies a function to the states.
 
-    Traces under jit, vmap and grad, if the function does.
+    The function is called once for the prompt, with columns as in the caller's inputs (T may be
+    larger: the columns after them pad to a compiled length and have the kind PADDING), and once per
+    generated token (T = 1, with its column in `places.slot`). In generation, the last layer may
+    pass the last column only. Reuse the same function object: a new one compiles a new program.
 
-    places is a `Places`, or None at a site whose positions are not tokens. The function is called
-    for the prompt, whose columns are those of the caller's inputs (T may be larger: what follows
-    fills up to a compiled length, and its kind is PADDING), and for each generated token by itself
-    (T = 1, its column in `places.slot`); a generation's last layer may put out the last column
-    alone. Pass the same function object again: another one is another program.
+    Works under jit, vmap and grad if the function does.
+
+    Args:
+        function: (states) -> states or (states, places) -> states, of the same shape. `places` is a
+            `Places`, or None at a site whose positions are not tokens.
+        alpha: the weight of the function's result, a number or float[B]; 1 replaces the states.
+        where: the positions to edit, as for `add`.
+
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: `function` is not callable, or as for `add`.
     """
     if not callable(function):
         raise ValueError(f"edit_with takes a function of the states; got {_described(function)}")
@@ -462,40 +523,56 @@ def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "al
 def stacked(
     sites: Sequence[str], vectors: Any, alpha: Any = 1.0, where: Any = "all"
 ) -> dict[str, Edit]:
-    """One `add` at each site: vectors[S, D] and alpha, a number or float[S].
+    """Adds one vector at each site.
 
-    Traces under jit, vmap and grad: what it is given may be traced.
+    With alpha zero at all sites but one, the steered site becomes an argument of the compiled
+    program, like the vector. Works under jit, vmap and grad; its arguments may be traced.
 
-    With alpha zero at all sites but one, the site that is steered is an argument of the compiled
-    program like the vector.
+    Args:
+        sites: names of the S sites.
+        vectors: float[S, D].
+        alpha: the strength, a number or float[S].
+        where: the positions to edit, as for `add`.
+
+    Returns:
+        {site: edit}.
+
+    Raises:
+        ValueError: the number of vectors differs from the number of sites, or as for `add`.
     """
     vectors = jnp.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) != len(sites):
         raise ValueError(
-            f"vectors have shape {vectors.shape}; expected [{len(sites)}, D], one for each site"
+            f"vectors has shape {vectors.shape}; expected [{len(sites)}, D], one vector per site"
         )
     alpha = jnp.broadcast_to(jnp.asarray(alpha, float), (len(sites),))
     return {site: add(vectors[i], alpha[i], where) for i, site in enumerate(sites)}
 
 
 def is_everywhere(edit: Edit) -> bool:
-    """Whether an edit is for all positions; what is traced can't be told, and counts as all."""
+    """Tells whether an edit applies to all positions; traced positions count as all."""
     kinds = is_traced(edit.kinds) or np.all(edit.kinds)
     start = is_traced(edit.start) or edit.start == 0
     return bool(kinds and start and edit.mask is None and edit.at is None)
 
 
 def reaches(edit: Edit, length: int) -> bool:
-    """Whether an edit's indices may name one of so many tokens; of what is traced they may."""
+    """Tells whether an edit's first index is below `length` tokens; a traced index counts as so."""
     first = edit.start if edit.at is None else edit.at
     return is_traced(first) or bool(np.min(first) < length)
 
 
 def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:
-    """The edit with what it has per position laid out as the tokens are.
+    """Rearranges an edit's per-position vector and mask like the tokens of the batch.
 
-    move: what changes the columns of an array [B, T, ...] accordingly. Tokens after the prompt,
-    which have no vector of their own, are not edited.
+    Tokens after the prompt, which have no vector of their own, are not edited.
+
+    Args:
+        edit: an edit for the caller's columns.
+        move: moves the columns of an array [B, T, ...] to where the tokens are.
+
+    Returns:
+        The same edit for the moved columns.
     """
     vector, mask = edit.vector, edit.mask
     if edit.at is None and edit.vector_rank == 3:
@@ -509,37 +586,40 @@ def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:
 
 
 def check_batch(edit: Edit, batch: int, length: int) -> None:
-    """ValueError if what an edit has a row a sample does not fit the batch."""
+    """Raises ValueError if an edit's per-row arrays do not match the batch."""
     vector = None if isinstance(edit.vector, tuple) or edit.vector_rank < 2 else edit.vector
     alpha = edit.alpha if np.ndim(edit.alpha) else None
     at = edit.at if np.ndim(edit.at) == 2 else None
     for name, value in (("vector", vector), ("alpha", alpha), ("'at'", at)):
         if value is not None and len(value) not in (1, batch):
-            raise ValueError(f"the {name} of an edit has {len(value)} rows; the batch has {batch}")
+            raise ValueError(
+                f"the {name} of an edit has {len(value)} rows; expected 1 or the batch's {batch}"
+            )
     if edit.mask is not None and np.shape(edit.mask) not in ((batch, length), (batch,)):
         raise ValueError(
-            f"the mask of an edit has shape {np.shape(edit.mask)}; expected that of input_ids, "
-            f"{(batch, length)}"
+            f"the mask of an edit has shape {np.shape(edit.mask)}; expected the shape of input_ids,"
+            f" {(batch, length)}, or one entry per row"
         )
     if edit.vector_rank > 3 or (
         vector is not None and vector.ndim == 3 and edit.at is None and vector.shape[1] != length
     ):
         raise ValueError(
-            f"the states of an edit have shape {np.shape(edit.vector)}; expected that of "
-            f"input_ids and the width, ({batch}, {length}, D), or name their positions with "
+            f"the states of an edit have shape {np.shape(edit.vector)}; expected "
+            f"({batch}, {length}, D), one per position of input_ids, or give their positions with "
             "where={'at': indices}"
         )
 
 
 def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | None) -> None:
-    """ValueError if an edit can't be one of the states of that shape, which `site` puts out."""
+    """Raises ValueError if an edit does not fit states of the given shape at `site`."""
     if edit.width not in (None, shape[-1]):
         raise ValueError(
-            f"the steering vector has width {edit.width}; the states at {site!r} have {shape[-1]}"
+            f"the steering vector has width {edit.width}; the states at {site!r} have width "
+            f"{shape[-1]}"
         )
     rank = len(shape)
     rows = shape[0] if rank > 1 else 1
-    # The columns of the call, where they are those of the vector and the mask.
+    # The number of columns, where the vector and the mask must match it.
     columns = shape[-2] if rank > 1 and (places is None or shape[-2] > 1) else None
     fits = edit.vector_rank <= max(rank, 2) and (
         edit.vector_rank < 2
@@ -555,7 +635,7 @@ def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | N
     if not fits:
         raise ValueError(
             f"the vector of an edit has shape {np.shape(edit.vector)}; the states at {site!r} have "
-            f"{shape}: expected [D], or one for each row or position"
+            f"shape {shape}: expected [D], or one vector per row or position"
         )
     if np.ndim(edit.alpha) and len(edit.alpha) not in (1, rows):
         raise ValueError(
@@ -568,12 +648,12 @@ def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | N
         else rank > 2 and mask[0] in (1, rows) and columns in (None, mask[1])
     ):
         raise ValueError(
-            f"the mask of an edit has shape {mask}; the states at {site!r} have {shape}: expected "
-            + (f"[{rows}]" if rank < 3 else f"[{rows}] or [{rows}, {shape[-2]}]")
+            f"the mask of an edit has shape {mask}; the states at {site!r} have shape {shape}: "
+            "expected " + (f"[{rows}]" if rank < 3 else f"[{rows}] or [{rows}, {shape[-2]}]")
         )
-    # Inside of a compiled program the kinds are traced; `VLM` has checked them before.
+    # Inside a compiled program the kinds are traced; `VLM` has already checked them.
     if places is None and not is_traced(edit.kinds) and not np.all(edit.kinds):
         raise ValueError(
-            f"the positions of site {site!r} are not tokens: where can only be 'all', "
-            "{'from': index}, {'at': indices} or a mask there"
+            f"the positions at site {site!r} are not tokens; expected where to be 'all', "
+            "{'from': index}, {'at': indices} or a mask"
         )

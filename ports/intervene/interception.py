@@ -1,4 +1,4 @@
-"""Interceptors of Linen modules that hold below `nn.jit` too, and reach nothing that runs later."""
+"""Linen interceptors that also work below `nn.jit` and do not leak into later runs."""
 
 import inspect
 import itertools
@@ -13,10 +13,10 @@ _numbers = itertools.count()
 
 
 def marked(mutable: CollectionFilter, mark: str) -> CollectionFilter:
-    """The filter of mutable collections with one more name in it, which no collection has.
+    """Adds a name that no collection has to a filter of mutable collections.
 
-    `nn.jit` keeps a program per filter: with a mark it neither takes one that was compiled without
-    these interceptors, nor leaves one for runs without them.
+    `nn.jit` caches one program per filter. With the mark it neither reuses a program that was
+    compiled without these interceptors, nor leaves one behind for runs without them.
     """
     if mutable is True:
         return DenyList((mark,))
@@ -28,15 +28,20 @@ def marked(mutable: CollectionFilter, mark: str) -> CollectionFilter:
 def call_intercepted(
     intercept: Callable[..., Any], apply: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """apply(*args, **kwargs), with every method of a Linen module called through `intercept`.
+    """Calls apply(*args, **kwargs) with every Linen method call routed through `intercept`.
 
     Args:
-        intercept: as for `nn.intercept_methods`.
-        apply: `module.apply`, or a function that passes on to one.
-        args, kwargs: its arguments.
+        intercept: an interceptor, as for `nn.intercept_methods`.
+        apply: `module.apply`, or a function that calls it.
+        args: positional arguments of `apply`.
+        kwargs: keyword arguments of `apply`.
 
-    Raises ValueError for a function of `jax.jit`, which would keep the interceptor for ever or,
-    once compiled, pay no attention to it.
+    Returns:
+        The result of `apply`.
+
+    Raises:
+        ValueError: `apply` is already jitted; its cached program would ignore the interceptor, or
+            keep it forever.
     """
     check_not_compiled(apply)
     mark = f"intercepted {next(_numbers)}"
@@ -50,7 +55,7 @@ def call_intercepted(
     with nn.intercept_methods(mark_and_intercept):
         if not _is_module_apply(inspect.unwrap(apply, stop=_is_module_apply)):
             return apply(*args, **kwargs)
-        # The module itself may be under `nn.jit`, which comes before any interceptor.
+        # The module itself may be wrapped in `nn.jit`, which runs before any interceptor.
         mutable = kwargs.get("mutable", False)
         result = apply(*args, **{**kwargs, "mutable": marked(mutable, mark)})
         return split_variables(apply, result)[0] if mutable is False else result
@@ -61,9 +66,9 @@ def _is_module_apply(function: Callable[..., Any]) -> bool:
 
 
 def split_variables(apply: Callable[..., Any], result: Any) -> tuple[Any, Any]:
-    """(out, variables) of what `apply` returns when collections are mutable.
+    """Splits the result of an `apply` with mutable collections into (out, variables).
 
-    A wrapper that says `adds_to_result` returns ((out, variables), more); `more` stays with out.
+    A wrapper marked `adds_to_result` returns ((out, variables), more); `more` stays with `out`.
     """
     if getattr(apply, "adds_to_result", False):
         (out, variables), more = result
@@ -72,9 +77,9 @@ def split_variables(apply: Callable[..., Any], result: Any) -> tuple[Any, Any]:
 
 
 def check_not_compiled(apply: Callable[..., Any]) -> None:
-    """ValueError for a function of `jax.jit`."""
+    """Raises ValueError if `apply` is already jitted."""
     if isinstance(apply, jax.stages.Wrapped):
         raise ValueError(
-            "apply is a function of jax.jit, which nothing reaches into; wrap first and compile "
-            "then: jax.jit(steer(module.apply, edits)), jax.jit(capture(module.apply, sites))"
+            "apply is already jitted, and its modules can't be intercepted; wrap first, then jit: "
+            "jax.jit(steer(module.apply, edits)), jax.jit(capture(module.apply, sites))"
         )

@@ -28,10 +28,10 @@ _MERGEABLE = ("kernel", "embedding")
 
 
 class Factors(NamedTuple):
-    """What one linear layer gains: x[..., I] -> scale (x down) up, [..., O].
+    """Factors of the term added to one linear layer: x[..., I] -> scale (x down) up, [..., O].
 
-    Of a convolution over patches I counts the values of a patch, in the order of its kernel; of an
-    embedding I is the number of tokens.
+    For a patch convolution, I is the number of values per patch, in the order of the kernel; for an
+    embedding, I is the number of tokens.
     """
 
     down: Float[Array, "I R"]  # the transpose of PEFT's lora_A
@@ -39,20 +39,30 @@ class Factors(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The factors of a model's linear layers, and how strongly they count. A pytree."""
+    """Low-rank factors of a model's linear layers, and their scales. A pytree."""
 
     factors: dict[str, Factors]  # site -> factors
     scale: dict[str, float]  # site -> s
-    # Tensor's name -> what takes the place of the base model's, laid out as the parameter.
+    # Tensor name -> replacement of the base model's tensor, laid out like the parameter.
     weights: dict[str, Array] | None = None
 
     def scaled(self, strength: float | Array) -> "Adapter":
-        """The adapter at another strength: 0 is the original model, 1 the adapted one.
+        """Returns the adapter at another strength.
 
-        Raises ValueError for an adapter with weights of its own, which have no strength.
+        Args:
+            strength: 0 gives the original model, 1 the adapted one.
+
+        Returns:
+            The same factors with scaled scales.
+
+        Raises:
+            ValueError: the adapter replaces whole weights, which can't be scaled.
         """
         if self.weights:
-            raise ValueError(f"the adapter replaces {few(self.weights)}: it has no strength")
+            raise ValueError(
+                f"the adapter replaces {few(self.weights)} as a whole, which can't be scaled; "
+                "expected an adapter with low-rank factors only"
+            )
         return self._replace(scale={site: strength * s for site, s in self.scale.items()})
 
 
@@ -61,11 +71,12 @@ class Ranks:
     """Rank and scale of each layer, in PEFT's terms.
 
     Attributes:
-        rank: R of layers that no pattern names.
+        rank: R of layers that match no pattern.
         alpha: the scale is alpha / R.
-        rank_pattern, alpha_pattern: {the end of a module's name, or a regular expression for it:
-            another rank or alpha}; the first that fits counts.
-        use_rslora: the scale is alpha / sqrt(R) (Kalajdzievski 2023).
+        rank_pattern: {end of a module name, or a regular expression: its rank}; the first match
+            counts.
+        alpha_pattern: {end of a module name, or a regular expression: its alpha}; likewise.
+        use_rslora: use the scale alpha / sqrt(R) instead (Kalajdzievski 2023).
     """
 
     rank: int
@@ -75,11 +86,11 @@ class Ranks:
     use_rslora: bool = False
 
     def rank_of(self, module: str) -> int:
-        """R of the module of that name."""
+        """Returns the rank R of a module."""
         return _of_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """s of the module of that name."""
+        """Returns the scale s of a module."""
         rank = self.rank_of(module)
         alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -90,7 +101,7 @@ def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def is_named(module: str, pattern: str) -> bool:
-    """Whether a regular expression matches a module's name, or the end of it behind a dot."""
+    """Tells whether a regular expression matches a module's name, or its end after a dot."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module) is not None
 
 
@@ -99,7 +110,7 @@ def _fits_pattern(module: str, pattern: str) -> bool:
 
 
 def linear_layers(params: Any) -> dict[str, tuple[int, int]]:
-    """Site -> (I, O) of the linear layers of a tree of (abstract) parameters."""
+    """Returns {site: (I, O)} of the linear layers in a tree of (abstract) parameters."""
     return {
         site_name(path[:-1]): leaf.shape
         for path, leaf in traverse_util.flatten_dict(params).items()
@@ -108,7 +119,9 @@ def linear_layers(params: Any) -> dict[str, tuple[int, int]]:
 
 
 def mergeable_layers(params: Any) -> dict[str, tuple[int, int]]:
-    """Site -> (I, O) of what `merge` adds to: linear layers, patch embeddings, embeddings."""
+    """Returns {site: (I, O)} of the layers that `merge` supports: linear, patch embedding, token
+    embedding.
+    """
     return {
         site_name(path[:-1]): (math.prod(leaf.shape[:-1]), leaf.shape[-1])
         for path, leaf in traverse_util.flatten_dict(params).items()
@@ -119,13 +132,16 @@ def mergeable_layers(params: Any) -> dict[str, tuple[int, int]]:
 def init(
     shapes: Mapping[str, tuple[int, int]], ranks: Ranks, key: Array, names: Mapping[str, str]
 ) -> Adapter:
-    """An adapter that changes nothing yet: `down` uniform within 1 / sqrt(I), `up` zero.
+    """Initializes an adapter that changes nothing yet.
 
     Args:
-        shapes: site -> (I, O) of the layers to adapt, of `linear_layers`.
-        ranks: rank and scale.
-        key: of the random numbers.
-        names: site -> the module's name in PyTorch, which patterns of ranks look at.
+        shapes: site -> (I, O) of the layers to adapt, from `linear_layers`.
+        ranks: rank and scale per layer.
+        key: JAX random key.
+        names: site -> the module's name in PyTorch, which the patterns in `ranks` match.
+
+    Returns:
+        Float32 factors: `down` uniform within 1 / sqrt(I), `up` zero.
     """
     keys = jax.random.split(key, len(shapes))
     factors, scale = {}, {}
@@ -138,32 +154,34 @@ def init(
 
 
 def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that linear layers run with an adapter beside their kernels.
+    """Wraps a Linen `apply` so that linear layers also add an adapter's low-rank term.
 
-    The parameters stay as they are: one program, or one set of parameters, serves both models, and
-    `jax.grad` with respect to the adapter needs no gradient of a kernel.
+    The parameters do not change: one program and one set of parameters serve both models, and
+    `jax.grad` with respect to the adapter computes no gradients of the kernels.
 
         tuned = jax.jit(ports.adapted(vlm.apply))
         tuned(vlm.params, adapter, inputs)              # with the adapter
         tuned(vlm.params, adapter.scaled(0.0), inputs)  # without it
 
     Args:
-        apply: `module.apply` of a Linen module, or a function that passes its arguments on to one.
+        apply: `module.apply` of a Linen module, or a function that calls it with its arguments.
 
     Returns:
-        A pure function `(params, adapter, *args, **kwargs)`. The product is computed in the
-        factors' dtype and added in the layer's.
+        A pure function `(params, adapter, *args, **kwargs)`. The term is computed in the factors'
+        dtype and added in the layer's.
 
     Raises:
-        ValueError: for an adapter with weights of its own; and when the whole model is called, if
-            the adapter names a layer that did not run or is not linear. `merge` takes both.
+        ValueError: when called, if the adapter replaces whole weights or, in a call of the whole
+            model, names a layer that did not run or is not linear. `merge` supports both.
     """
 
     @functools.wraps(apply)
     def with_adapter(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
         ran = set()
         if adapter.weights:
-            raise ValueError(f"the adapter replaces {few(adapter.weights)}: merge it instead")
+            raise ValueError(
+                f"the adapter replaces {few(adapter.weights)} as a whole; merge it instead"
+            )
 
         def intercept(
             call: Callable[..., Any],
@@ -186,8 +204,8 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
         missed = sorted(set(adapter.factors) - ran)
         if missed and kwargs.get("method") is None:
             raise ValueError(
-                f"the adapter is for {missed[0]!r}, which did not run or is not a linear layer; "
-                "merge it instead, if it is one of this model"
+                f"the adapter is for {missed[0]!r}, which did not run or is not a linear layer; if "
+                "this model has such a layer, merge the adapter instead"
             )
         return out
 
@@ -204,18 +222,21 @@ _add, _add_in_place = jax.jit(_sum), jax.jit(_sum, donate_argnums=0)
 
 
 def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
-    """The parameters W + s A B of the adapted model.
+    """Merges an adapter into the parameters: W + s A B.
 
-    The sum is taken in float32 and keeps each kernel's dtype and sharding.
+    The sum is computed in float32 and then takes each kernel's dtype and sharding.
 
     Args:
         params: the model's tree of parameters.
-        adapter: for some of its linear layers, convolutions over patches and embeddings.
-        donate: give up the changed kernels of `params`, so that no second copy of them is needed.
+        adapter: factors for some of its linear layers, patch convolutions and embeddings.
+        donate: free the old kernels in `params` as they are replaced, to save memory.
 
-    Returns a tree with new kernels where the adapter has factors, or weights of its own; all other
-    leaves are the very arrays of `params`. Raises ValueError for factors that no kernel of `params`
-    fits.
+    Returns:
+        A tree with new arrays for every layer in the adapter; all other leaves are the same objects
+        as in `params`.
+
+    Raises:
+        ValueError: the adapter is for a layer that `params` does not have, or of another shape.
     """
     check(adapter, mergeable_layers(params))
     flat = traverse_util.flatten_dict(params)
@@ -232,16 +253,28 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
 
 
 def check(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """ValueError unless every factor fits a layer; shapes as of `mergeable_layers`."""
+    """Checks that every factor fits a layer.
+
+    Args:
+        adapter: the adapter.
+        shapes: site -> (I, O), from `mergeable_layers`.
+
+    Raises:
+        ValueError: a layer does not exist or has another shape.
+    """
     for site, (down, up) in adapter.factors.items():
         expected = shapes.get(site)
         if expected is None:
-            raise ValueError(f"the adapter is for a layer {site!r}, which this model has not")
+            raise ValueError(
+                f"the adapter has factors for {site!r}, a layer which this model does not have; use"
+                " the base model it was trained on"
+            )
         got = (down.shape[0], up.shape[1])
         if got != tuple(expected) or down.shape[1] != up.shape[0]:
             raise ValueError(
                 f"the adapter's factors for {site} are {tuple(down.shape)} and {tuple(up.shape)}; "
-                f"expected ({expected[0]}, R) and (R, {expected[1]}): it is for another base model"
+                f"expected ({expected[0]}, R) and (R, {expected[1]}); use the base model it was "
+                "trained on"
             )
 
 
@@ -250,15 +283,19 @@ def select_layers(
     patterns: Iterable[str],
     names: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """The linear layers that a pattern names.
+    """Selects linear layers by name.
 
     Args:
-        shapes: site -> (I, O) of the layers, of `linear_layers`.
-        patterns: regular expressions for a name or its end (`is_named`); what is none may be a
-            pattern of sites ("**.q_proj", see `match_sites`).
-        names: site -> what the module may be called instead, the name in today's transformers.
+        shapes: site -> (I, O) of the layers, from `linear_layers`.
+        patterns: regular expressions for a name or its end (see `is_named`); a pattern that is not
+            a valid regular expression may be a site pattern ("**.q_proj", see `match_sites`).
+        names: site -> an alternative name of the module, as in today's transformers.
 
-    Raises ValueError for a pattern that is neither, or that names no linear layer.
+    Returns:
+        The part of `shapes` that some pattern matches.
+
+    Raises:
+        ValueError: a pattern is invalid or matches no linear layer.
     """
     called = [{site: site for site in shapes}, dict(names or {})]
     chosen: dict[str, tuple[int, int]] = {}
@@ -268,13 +305,15 @@ def select_layers(
             fits = functools.partial(is_named, pattern=pattern)
         except re.error as error:
             if not is_pattern(pattern):
-                raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
+                raise ValueError(
+                    f"target {pattern!r} is not a regular expression: {error}"
+                ) from None
             fits = functools.partial(_fits_pattern, pattern=pattern)
         found = {site: shapes[site] for each in called for site, name in each.items() if fits(name)}
         if not found:
             ends = sorted({site.rpartition(".")[2] for site in shapes})
             raise ValueError(
-                f"target {pattern!r} names no linear layer; their names end in {few(ends, 20)}"
+                f"target {pattern!r} matches no linear layer; their names end in {few(ends, 20)}"
             )
         chosen |= found
     return chosen

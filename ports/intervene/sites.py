@@ -1,10 +1,10 @@
 """Sites: the modules whose outputs can be read, and `capture`, which reads them.
 
-A site is named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
+Sites are named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
 the site "language_model.model.layers.19".
 
-Layers of the ports are unrolled, not scanned: when the states of one layer are all that a jitted
-function returns, XLA drops every later layer.
+The ports' layers are unrolled, not scanned: when a jitted function returns only the states of one
+layer, XLA drops every later layer.
 """
 
 import difflib
@@ -24,33 +24,37 @@ from ports.names import called_name, normal_name, site_name
 
 
 def is_public(method: str) -> bool:
-    """Whether a method is one to name a site after: not `setup`, and not private."""
+    """Tells whether a method can be a site: it is neither `setup` nor private."""
     return method == "__call__" or (method != "setup" and method[0] not in "_<")
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array, of JAX or of numpy."""
+    """Tells whether a value is a JAX or numpy array."""
     return isinstance(value, jax.Array | np.ndarray)
 
 
 def is_floating(value: Any) -> bool:
-    """Whether a value is an array of floating numbers, as states are."""
+    """Tells whether a value is a floating-point array, as states are."""
     return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple; a string alone is one of them. ValueError for other than names."""
+    """Returns the names as a tuple; a single string counts as one name.
+
+    Raises:
+        ValueError: something is not a string.
+    """
     names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
     for name in names:
         if not isinstance(name, str):
             raise ValueError(
-                f"a site is {name!r}; expected the name of a module, such as 'layers.19'"
+                f"got site {name!r}; expected the name of a module, such as 'layers.19'"
             )
     return names
 
 
 def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
-    """ValueError for the first of `sites` that is not among `known`, with the nearest names."""
+    """Raises ValueError, with the nearest names, for the first of `sites` not in `known`."""
     normal = {normal_name(name): name for name in known}
     for site in sites:
         if normal_name(site) not in normal:
@@ -58,36 +62,39 @@ def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _unknown(site: str, normal: Mapping[str, str]) -> ValueError:
-    """normal: the known sites, each by its normal name."""
+    """Returns the error for an unknown site; `normal` maps normal names to the known sites."""
     wrong = re.sub(r"\*+", "0", normal_name(site))
-    # The last part of a wrong name is usually right: prefer names that end alike.
+    # The end of a wrong name is usually right: prefer names with the same end.
     tail = "." + ".".join(wrong.split(".")[-2:])
     alike = [key for key in normal if ("." + key).endswith(tail)]
     close = difflib.get_close_matches(wrong, alike, 2, cutoff=0.0)
     close += difflib.get_close_matches(wrong, normal, 3, cutoff=0.3)
     nearest = [normal[key] for key in dict.fromkeys(close)][:3]
     plain = set("[]{}").isdisjoint(site)
-    hint = "" if plain else " (patterns know *, ? and **, no brackets: name the sites one by one)"
+    hint = "" if plain else " (patterns support *, ? and **, but not brackets; list the sites)"
     return ValueError(f"no site matches {site!r}{hint}; nearest: {', '.join(nearest) or 'none'}")
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for several sites (see `match_sites`)."""
+    """Tells whether a name is a pattern for several sites (see `match_sites`)."""
     return "*" in name or "?" in name
 
 
 def match_sites(
     name: str, known: Iterable[str], other_names: Callable[[str], Iterable[str]] | None = None
 ) -> list[str]:
-    """The known sites that a name or a pattern means, in their order; none is an empty list.
+    """Returns the known sites that match a name or pattern.
 
     Args:
-        name: a site in any spelling, or a pattern: `*` and `?` stand for some characters and for
-            one of a part between dots, `**` for any text; brackets have no meaning. A pattern may
-            begin at any part: "layers.*" are the layers, "layers.**" all that is in them too. So
-            may a name, if one site alone ends in it: "layers.3".
-        known: the sites that there are.
-        other_names: what else a name or pattern may be called, tried if it matches nothing.
+        name: a site in any spelling, or a pattern. `*` matches any characters within a part between
+            dots, `?` one such character, `**` any text; brackets are not special. A pattern may
+            start at any part: "layers.*" matches the layers, "layers.**" also everything inside
+            them. So may a name, if only one site ends in it: "layers.3".
+        known: all sites.
+        other_names: name -> alternative names, tried in order if it matches nothing.
+
+    Returns:
+        The matches in the order of `known`; empty if there are none.
     """
     known = list(known)
     names = (name, *(other_names(name) if other_names else ()))
@@ -115,11 +122,18 @@ def find_sites(
     known: Iterable[str],
     other_names: Callable[[str], Iterable[str]] | None = None,
 ) -> dict[str, str]:
-    """The sites that names and patterns mean, as `match_sites` does.
+    """Finds the sites that match each of several names and patterns (see `match_sites`).
 
-    Returns {name: site}, where a site that a pattern matched has its own name.
+    Args:
+        names: names and patterns.
+        known: all sites.
+        other_names: name -> alternative names, tried in order if it matches nothing.
 
-    Raises ValueError for a name or a pattern that means no site; lists the nearest names.
+    Returns:
+        {name: site}; sites that a pattern matches appear under their own name.
+
+    Raises:
+        ValueError: a name or pattern matches nothing; the message lists the nearest names.
     """
     known = list(known)
     found: dict[str, str] = {}
@@ -132,28 +146,28 @@ def find_sites(
 
 
 def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that it also returns what the modules at `sites` put out.
+    """Wraps a Linen `apply` so that it also returns the outputs of the modules at `sites`.
 
-    What it returns traces under jit, vmap and grad, as `apply` does.
+    The wrapped function works under jit, vmap and grad if `apply` does.
 
     Args:
         apply: `module.apply` of any Linen module, or a function that passes its keyword arguments
-            on to one (as `VLM.apply` does); `capture` and `steer` of it as well. Wrap first, then
-            `jit`.
-        sites: names of modules, such as "language_model.model.layers.19"; a string alone is one.
-            The spelling of the Flax path ("language_model/model/layers_19") is understood as well.
-            A method m of the module "encoder" other than `__call__` is the site "encoder.m".
+            on to one (as `VLM.apply` does), possibly already wrapped by `capture` or `steer`. Wrap
+            first, then `jit`.
+        sites: names of modules, such as "language_model.model.layers.19", or a single name. The
+            Flax spelling "language_model/model/layers_19" also works. A method m of the module
+            "encoder" other than `__call__` is the site "encoder.m".
 
     Returns:
-        A pure function of the same arguments that returns `(out, {site: states})`. States are
-        those after any steering edit. A module that is called several times gives a tuple, in the
-        order of the calls. Below `nn.scan` and `nn.vmap` the states are stacked along the axis that
-        their variable_axes names for "intermediates": {"intermediates": 0}. Of a tuple with one
-        value beside None, such as the (carry, None) of a scanned block, that value is taken.
+        A pure function of the same arguments that returns `(out, {site: states})`. States include
+        any steering edit. A module that is called several times gives a tuple in call order. Below
+        `nn.scan` and `nn.vmap` the states are stacked along the axis that their variable_axes give
+        for "intermediates": {"intermediates": 0}. If the output is a tuple with only one value that
+        is not None, such as the (carry, None) of a scanned block, that value is returned.
 
     Raises:
-        ValueError: when called, if a site names no module that ran (the nearest names are listed),
-            or one below a transform that drops what is captured there.
+        ValueError: when called, if no module of that name ran (the nearest names are listed), or it
+            is below a transform that drops captured states.
     """
     sites = as_sites(sites)
     wanted = {normal_name(site): site for site in sites}
@@ -165,8 +179,8 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
     ) -> tuple[Any, dict[str, Any]]:
         check_not_compiled(apply)
         ran: dict[str, None] = {}
-        lost: dict[str, str] = {}  # one spelling of a site -> the module that could not keep it
-        others: set[tuple[str, ...]] = set()  # what the caller captures
+        lost: dict[str, str] = {}  # normal name of a site -> the module that could not store it
+        others: set[tuple[str, ...]] = set()  # captured by the caller
 
         def is_wanted(module: nn.Module, method: str) -> bool:
             name = called_name(module.path, method)
@@ -196,9 +210,9 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
             require_sites([site for name, site in wanted.items() if name not in found], ran)
         for name in lost:
             raise ValueError(
-                f"what site {wanted[name]!r} puts out is dropped by a transform around it: add "
-                "variable_axes={'intermediates': 0} to its nn.scan or nn.vmap (nn.while_loop keeps "
-                "nothing; capture a site outside of it)"
+                f"the output of site {wanted[name]!r} is dropped by a transform around it; add "
+                "variable_axes={'intermediates': 0} to its nn.scan or nn.vmap, or capture a site "
+                "outside it (nn.while_loop keeps nothing)"
             )
         states = {site: found[normal_name(site)] for site in sites}
         if mutable is False:
@@ -219,10 +233,9 @@ def _take_outputs(
     found: dict[str, Any],
     path: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Puts the outputs at the wanted sites, in one spelling, into `found`.
+    """Moves the outputs at the wanted sites from Linen's "intermediates" (below `path`) to `found`.
 
-    tree: Linen's collection "intermediates", from `path` on. Returns it without them; those in
-    `others` stay.
+    Returns the rest of the tree, including the outputs in `others`.
     """
     kept = {}
     for key, value in tree.items():
@@ -241,7 +254,7 @@ def _take_outputs(
 
 
 def _without_none(out: Any) -> Any:
-    """The one value of a tuple that is not None, if there is one; else the output as it is."""
+    """Returns the only value of a tuple that is not None; any other output unchanged."""
     if type(out) is tuple:
         values = [value for value in out if value is not None]
         return values[0] if len(values) == 1 else out
@@ -249,10 +262,17 @@ def _without_none(out: Any) -> Any:
 
 
 def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in the order of the computation, of what modules put out.
+    """Lists the sites of a model with the shapes of their outputs.
 
-    Listed are the modules that put out one floating array. Traces `apply(*args)` without computing
-    anything (arguments may be `jax.ShapeDtypeStruct`s).
+    Only modules whose output is a single floating-point array are listed. Nothing is computed:
+    `apply(*args)` is traced.
+
+    Args:
+        apply: `module.apply`, or a function that calls it.
+        *args: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        {site: shape}, in the order of computation.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 

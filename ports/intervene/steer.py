@@ -1,4 +1,4 @@
-"""`steer`: edits of the residual stream inside any Linen `apply`.
+"""`steer`: edits the residual stream inside any Linen `apply`.
 
     steered = steer(vlm.apply, {"language_model.model.layers.19": add(vector, alpha=2.0)})
 
@@ -28,7 +28,7 @@ _places: contextvars.ContextVar[Places | None] = contextvars.ContextVar("places"
 
 @contextlib.contextmanager
 def at_places(places: Places) -> Iterator[None]:
-    """While this is open, modules that run handle these positions."""
+    """Sets what the positions are for the modules that run inside the context."""
     token = _places.set(places)
     try:
         yield
@@ -37,37 +37,35 @@ def at_places(places: Places) -> Iterator[None]:
 
 
 def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that it edits the outputs of the modules at the sites.
+    """Wraps a Linen `apply` so that it edits the outputs of the modules at these sites.
 
-    What it returns traces under jit, vmap and grad, as `apply` does.
+    The wrapped function works under jit, vmap and grad if `apply` does.
 
     Args:
-        apply: `module.apply` of any Linen module, or a function that passes on to one (as
-            `VLM.apply` does); `steer` and `capture` of it as well. Captured states are those after
-            the edit. Wrap first, then `jit`: an edit from outside does not reach into what is
-            compiled already.
-        edits: site -> an edit, or a function of the states (see `edit_with`), or several, which are
-            done in order. Outputs are states [B, T, D], or of any other rank (see `Edit`). Of a
-            module that returns several values, the states are the only floating array among them,
-            or the first of a tuple. A module that is called several times, or run by `nn.scan` at
-            every layer, is edited each time; under `nn.vmap` or `jax.vmap` the shapes are those of
-            one example. Outside of the ports' models, positions are counted along the second to
-            last axis and have no kinds. A method m of the module "encoder" other than `__call__`
-            is the site "encoder.m".
-        masks: also return which positions were edited, as of the last call of the module.
+        apply: `module.apply` of any Linen module, or a function that calls it (as `VLM.apply`
+            does), possibly already wrapped by `steer` or `capture`. Captured states include the
+            edit. Wrap first, then `jit`: an edit can't change a program that is already compiled.
+        edits: site -> an edit, a function of the states (see `edit_with`), or a sequence of these,
+            applied in order. Outputs are states [B, T, D], or of another rank (see `Edit`). If a
+            module returns several values, its states are the only floating-point array among them,
+            or the first element of a tuple. A module that is called several times, or at every
+            layer by `nn.scan`, is edited each time; under `nn.vmap` or `jax.vmap` shapes are those
+            of one example. Outside the ports' models, positions are counted along the
+            second-to-last axis and have no kinds. A method m of the module "encoder" other than
+            `__call__` is the site "encoder.m".
+        masks: also return which positions were edited in the module's last call.
 
     Returns:
-        A pure function with the arguments of `apply`, and its result; with `masks`, the pair
-        (result, {site: bool[B or 1, T] of each edit, in a tuple}).
+        A pure function with the arguments and result of `apply`. With `masks` it returns
+        (result, {site: a tuple with bool[B or 1, T] for each edit}).
 
     Raises:
-        ValueError: for what is not an edit; and when called, if a site names no module that ran
-            (the nearest names are listed), a module there does not put out states, an edit does
-            not fit their shape or changes it, or it asks for kinds of positions where there are
-            none.
+        ValueError: something is not an edit; or, when called, no module of that name ran (the
+            nearest names are listed), the module's output is not states, an edit does not fit or
+            changes their shape, or it selects positions by kind where they have none.
     """
     listed: dict[str, tuple[Edit, ...]] = {}
-    named: dict[str, str] = {}  # one spelling -> the caller's
+    named: dict[str, str] = {}  # normal name -> the caller's spelling
     for site, given in as_edits(edits).items():
         own = named.setdefault(normal_name(site), site)
         listed[own] = (*listed.get(own, ()), *given)
@@ -90,7 +88,7 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
             return result
         if kwargs.get("mutable", False) is not False:
             result = split_variables(apply, result)
-        # Not while the modules run: within a scan, what is computed stays there.
+        # Computed after the modules have run: values computed inside a scan can't leave it.
         return result, {
             site: tuple(edit.positions(*where) for edit in listed[site])
             for site, where in seen.items()
@@ -104,15 +102,22 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
 def substitute(
     apply: Callable[..., Any], states: Mapping[str, Array | np.ndarray]
 ) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that the modules at the sites put out the given states.
+    """Wraps a Linen `apply` so that the modules at these sites output the given states.
 
-    What it returns traces under jit, vmap and grad, as `apply` does; the states may be traced.
+    Under `jit`, nothing that only leads up to these states is computed: with the stored states of a
+    layer, a run starts after that layer. Edits of a `steer` around it apply afterwards, so the same
+    site can be substituted and steered. The wrapped function works under jit, vmap and grad if
+    `apply` does, and the states may be traced.
 
-    What led up to them is not computed by a jitted function that returns nothing else of it: with
-    the states of a layer kept, a run begins behind that layer. Edits of a `steer` around it come
-    after, so that a steered site can be the one whose states are given.
+    Args:
+        apply: as for `steer`.
+        states: site -> the module's new output, with the shape of the old one.
 
-    Raises ValueError, when called, if a site names no module that ran.
+    Returns:
+        A pure function with the arguments and result of `apply`.
+
+    Raises:
+        ValueError: when called, if no module of that name ran.
     """
 
     @functools.wraps(apply)
@@ -132,9 +137,9 @@ def _call_changing(
     args: Any,
     kwargs: dict[str, Any],
 ) -> Any:
-    """apply(*args, **kwargs), where the modules at the sites put out change(site, output).
+    """Calls `apply`, with the output of each module at `sites` replaced by change(site, output).
 
-    Raises ValueError for a site that names no module that ran.
+    Raises ValueError if no module of that name ran.
     """
     wanted, ran = {normal_name(site): site for site in sites}, dict[str, None]()
 
@@ -152,9 +157,9 @@ def _call_changing(
 
 
 def _states(site: str, out: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """The states that a module put out, and what puts others in their place.
+    """Returns the states in a module's output, and a function that replaces them.
 
-    ValueError if it is not clear which of its values they are.
+    Raises ValueError if it is not clear which of several values are the states.
     """
     leaves, tree = jax.tree.flatten(out)
     floating = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
@@ -164,8 +169,8 @@ def _states(site: str, out: Any) -> tuple[Array, Callable[[Array], Any]]:
         kind = type(out).__name__
         found = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if is_array(leaf))
         raise ValueError(
-            f"site {site!r} does not put out states to edit, one floating array or a tuple that "
-            f"begins with it, but a {kind} of {found or 'no array'}; choose a module inside it"
+            f"the output of site {site!r} is a {kind} of {found or 'no array'}; expected states, "
+            "one floating-point array or a tuple that starts with it: choose a module inside it"
         )
     (place,) = floating
 
@@ -176,9 +181,9 @@ def _states(site: str, out: Any) -> tuple[Array, Callable[[Array], Any]]:
 
 
 def _places_of(out: Any) -> Places | None:
-    """The places of the running call, if the positions of out[B, T, D] are those.
+    """Returns the places of the running call if they describe the positions of out[B, T, D].
 
-    One position is the last: a prefill's last layer puts out no other.
+    A single position is the last one, the only one that a prefill's last layer computes.
     """
     places = _places.get()
     if places is None or not isinstance(out, jax.Array) or out.ndim != 3:
@@ -189,7 +194,7 @@ def _places_of(out: Any) -> Places | None:
 
 
 def token_sites(apply: Callable[..., Any], *args: Any) -> frozenset[str]:
-    """The sites of `apply(*args)` whose positions are known to be tokens; computes nothing."""
+    """Returns the sites of `apply(*args)` whose positions are tokens; traces, computes nothing."""
     found: set[str] = set()
 
     def note(method: Callable, call_args: Any, call_kwargs: Any, context: Any) -> Any:

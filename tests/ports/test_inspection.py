@@ -100,7 +100,7 @@ class TestMesh:
         out = io.StringIO()
         inspect.show(result, Console(file=out, width=100))
         assert "mesh 2 x 4: parameters 0.00" in out.getvalue()
-        assert "2 can't be divided over 4 devices" in out.getvalue()
+        assert "2 can't be divided evenly over 4 devices" in out.getvalue()
 
     def test_what_is_divided_evenly_is_not_told(self, vlm):
         assert inspection.inspect(vlm, batch_size=1, mesh=(8, 1)).placement.notes == ()

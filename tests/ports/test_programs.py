@@ -86,7 +86,7 @@ def test_a_directory_that_cannot_be_made_is_no_error(undecided, caplog):
     (undecided / "file").write_text("")
     with caplog.at_level("INFO", logger="ports"):
         assert programs.compilation_cache(undecided / "file" / "programs") is None
-    assert "compiled programs are not kept in" in caplog.text
+    assert "compiled programs are not cached in" in caplog.text
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -95,7 +95,7 @@ def test_a_directory_that_was_asked_for_and_cannot_be_made_is_said(undecided, mo
     monkeypatch.setenv(programs.VARIABLE, str(undecided / "file" / "programs"))
     with caplog.at_level("WARNING", logger="ports"):
         assert kept() is None
-    assert "XLVLM_COMPILATION_CACHE is" in caplog.text and "can't be written" in caplog.text
+    assert "XLVLM_COMPILATION_CACHE is" in caplog.text and "is not writable" in caplog.text
 
 
 # Something is compiled first: the cache is chosen later than JAX's first program.
@@ -182,5 +182,5 @@ def test_a_compiler_that_does_not_tell_bytes():
         def memory_analysis(self):
             return None
 
-    with pytest.raises(ValueError, match="compiler for cpu does not tell a program's memory"):
+    with pytest.raises(ValueError, match="compiler for cpu does not report a program's memory"):
         programs.device_bytes(Untold())

@@ -35,11 +35,11 @@ class TestLoading:
         file.write_text(json.dumps(config))
 
     def test_no_directory(self, tmp_path):
-        with helpers.raises_line(FileNotFoundError, "no directory", str(tmp_path / "x"), "hub id"):
+        with helpers.raises_line(FileNotFoundError, "no directory", str(tmp_path / "x"), "Hub id"):
             ports.load(tmp_path / "x")
 
     def test_a_hub_id_that_cannot_be_had(self):
-        with helpers.raises_line(FileNotFoundError, "'nobody/nothing' is no directory here"):
+        with helpers.raises_line(FileNotFoundError, "'nobody/nothing' is not a local directory"):
             ports.load("nobody/nothing")
 
     def test_no_configuration(self, tmp_path):
@@ -99,7 +99,7 @@ class TestLoading:
 
     def test_a_checkpoint_without_processor_still_loads(self, small):
         for what in ("processor", "tokenizer"):
-            with helpers.raises_line(ValueError, f"{small.directory} has no {what} that loads"):
+            with helpers.raises_line(ValueError, f"{small.directory}: cannot load the {what}"):
                 getattr(small.vlm, what)
 
     @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ class TestProcessor:
         vlm = self.changed(photographed, tmp_path, **files)
         for what in ("tokenizer", "processor"):
             with helpers.raises_line(
-                ValueError, f"has no {what} that loads", "needs sentencepiece and protobuf"
+                ValueError, f"cannot load the {what}", "needs sentencepiece and protobuf"
             ):
                 getattr(vlm, what)
 

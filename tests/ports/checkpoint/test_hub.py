@@ -55,7 +55,7 @@ def test_a_repository_without_an_owner(publish):
 
 
 def test_what_is_neither_here_nor_there(publish):
-    with helpers.raises_line(FileNotFoundError, "'some/model' is no directory here and could not"):
+    with helpers.raises_line(FileNotFoundError, "'some/model' is not a local directory and could"):
         hub.find_directory("some/model")
     with helpers.raises_line(FileNotFoundError, "no directory './model'; expected one with x, or"):
         hub.find_directory("./model", "x")

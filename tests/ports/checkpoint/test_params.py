@@ -169,7 +169,7 @@ class TestStrictness:
             f"{directory} does not hold this model's parameters",
             "2 missing: language_model.model.norm.weight, multi_modal_projector.linear_1.bias",
             "2 unexpected: language_model.model.layers.2.mlp.up_proj.weight, novel.weight",
-            "1 of another shape: multi_modal_projector.linear_2.bias (61,) instead of (60,)",
+            "1 with the wrong shape: multi_modal_projector.linear_2.bias (61,) instead of (60,)",
         ):
             ports.load(directory)
 
@@ -229,10 +229,10 @@ class TestOriginalLlava:
     @pytest.mark.parametrize(
         ("changes", "advice"),
         [
-            ({}, "take the one converted for transformers, llava-hf/llava-1.5-7b-hf"),
+            ({}, "use the one converted for transformers, llava-hf/llava-1.5-7b-hf"),
             ({"hidden_size": 5120}, "llava-hf/llava-1.5-13b-hf, or convert it"),
             ({"model_type": "llava_llama"}, "llava-hf/llava-1.5-7b-hf"),
-            ({"image_aspect_ratio": "anyres"}, "of LLaVA-NeXT (1.6), which has no port"),
+            ({"image_aspect_ratio": "anyres"}, "of LLaVA-NeXT (1.6), which is not supported"),
             ({"architectures": None}, "the original LLaVA's format (mm_vision_tower)"),
         ],
     )

@@ -192,5 +192,5 @@ def test_a_description_needs_no_whole_weights(copy):
 
 def test_integers_of_the_right_name_and_shape_are_no_parameters(copy):
     write_q_proj(copy, {"weight": np.ones((84, 60), np.int32)})
-    with helpers.raises_line(ValueError, f"1 not of floats: {Q_PROJ}.weight (int32)"):
+    with helpers.raises_line(ValueError, f"1 not floating-point: {Q_PROJ}.weight (int32)"):
         ports.load(copy)

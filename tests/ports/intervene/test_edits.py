@@ -487,11 +487,11 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("edits", "parts"),
         [
-            (ports.add([1.0]), ("edits are of type Edit", "{site: edit}")),
+            (ports.add([1.0]), ("edits is of type Edit", "{site: edit}")),
             ({"twice": np.ones(2)}, ("'twice' is an array of shape (2,)", "add(vector)")),
             ({"twice": [1.0, 2.0]}, ("'twice' is of type float", "replace(states)")),
             ({"twice": lambda x: None}, ("returns of type NoneType", "(1, 3, 2)")),
-            ({"twice": ports.add}, ("returns of type Edit", "expected the states")),
+            ({"twice": ports.add}, ("returns of type Edit", "expected states of shape")),
             ({"twice": lambda x: x[..., :1].repeat(3, -1)}, ("(1, 3, 2) into (1, 3, 3)",)),
             ({"twice": ports.add(np.ones((3, 2)))}, ("vector", "(3, 2)", "(1, 3, 2)")),
             ({"twice": ports.add(np.ones((1, 4, 2)))}, ("vector", "(1, 4, 2)", "(1, 3, 2)")),

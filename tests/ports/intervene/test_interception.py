@@ -112,6 +112,6 @@ def test_an_adapter_is_not_kept_by_jit():
 def test_what_is_compiled_already_is_refused():
     compiled = jax.jit(Nested().apply)
     variables = Nested().init(jax.random.key(0), X)
-    with helpers.raises_line(ValueError, "apply is a function of jax.jit", "jax.jit(steer("):
+    with helpers.raises_line(ValueError, "apply is already jitted", "jax.jit(steer("):
         steer(compiled, add(1.0))(variables, X)
     np.testing.assert_allclose(compiled(variables, X), Nested().apply(variables, X), rtol=1e-6)

@@ -325,11 +325,11 @@ class TestSites:
 
     @pytest.mark.parametrize("given", [3, [3], [("layers", 0)]], ids=str)
     def test_other_than_names(self, given):
-        with helpers.raises_line(ValueError, "a site is ", "'layers.19'"):
+        with helpers.raises_line(ValueError, "got site ", "'layers.19'"):
             capture(Stack().apply, given)
 
     def test_of_a_compiled_function(self):
-        with helpers.raises_line(ValueError, "function of jax.jit", "jax.jit(capture(module"):
+        with helpers.raises_line(ValueError, "apply is already jitted", "jax.jit(capture(module"):
             capture(jax.jit(Stack().apply), ["layers.0"])(VARIABLES, X)
 
 
@@ -410,8 +410,8 @@ class TestPatterns:
         for pattern in ("model.layers.[01]", "layers.{0,10}"):
             with helpers.raises_line(
                 ValueError,
-                f"no site matches '{pattern}' (patterns know *, ? and **, no brackets: name the "
-                "sites one by one); nearest: model.layers.",
+                f"no site matches '{pattern}' (patterns support *, ? and **, but not brackets; "
+                "list the sites); nearest: model.layers.",
             ):
                 find_sites([pattern], self.KNOWN)
 

@@ -129,5 +129,5 @@ def test_a_missing_tokenizer_is_one_line(tmp_path, pairs):
     for file in directory.glob("*tok*"):
         file.unlink()
     (directory / "vocab.txt").unlink()
-    with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer: expected one of"):
+    with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer; expected one of"):
         bert.load(directory).tokenizer  # noqa: B018

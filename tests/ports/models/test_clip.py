@@ -132,5 +132,5 @@ def test_the_processor_is_the_one_without_torch():
 
 def test_a_missing_tokenizer_or_image_processor_is_one_line(models):
     directory = models[1].directory
-    with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer: expected one of"):
+    with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer; expected one of"):
         models[1].processor  # noqa: B018

@@ -223,7 +223,7 @@ class TestUntied:
         inputs = helpers.make_inputs([1], [6], tokens_per_image=helpers.PATCHES + 1)
         with torch.no_grad():
             expected = model(**helpers.to_torch(inputs)).logits.numpy()
-        with helpers.raises_line(ValueError, "language_model.lm_head, but head and", "untied()"):
+        with helpers.raises_line(ValueError, "language_model.lm_head, but this model", "untied()"):
             tied.vlm.with_adapter(tmp_path)
         vlm = tied.vlm.untied().with_adapter(tmp_path)
         assert helpers.relative_error(vlm.forward(inputs).logits, expected) < 1e-5

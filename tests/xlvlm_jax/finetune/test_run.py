@@ -152,7 +152,7 @@ def test_messages(pair, vlm, samples, trained, tmp_path):
         finetune(vlm, [], output, SETTINGS)
     with pytest.raises(ValueError, match="sample 0 has no reference to learn"):
         finetune(vlm, [dataclasses.replace(samples[0], references=())], output, SETTINGS)
-    with pytest.raises(ValueError, match="'w_proj' names no linear layer"):
+    with pytest.raises(ValueError, match="'w_proj' matches no linear layer"):
         finetune(vlm, samples, output, dataclasses.replace(SETTINGS, targets=("w_proj",)))
     with pytest.raises(ValueError, match="has an adapter merged in"):
         finetune(vlm.with_adapter(trained), samples, output, SETTINGS)
@@ -231,7 +231,7 @@ class TestCommand:
             (["--containing", "scenes:smell"], "unknown word class 'scenes:smell'"),
             (["--containing", ","], "holds no word"),
             (["--method", "dora"], "method must be one of lora, full"),
-            (["--target", "w_proj"], "target 'w_proj' names no linear layer"),
+            (["--target", "w_proj"], "target 'w_proj' matches no linear layer"),
         ],
     )
     def test_messages(self, xlvlm, pair, pictures, tmp_path, options, message):

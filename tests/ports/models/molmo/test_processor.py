@@ -220,5 +220,5 @@ class TestMessages:
             Settings.from_json({**values, **change})
 
     def test_a_directory_without_settings(self, tmp_path):
-        with helpers.raises_line(ValueError, f"{tmp_path} has no processor that loads"):
+        with helpers.raises_line(ValueError, f"{tmp_path}: cannot load the processor"):
             molmo_processor.load(tmp_path)

@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_and_status_2(
         ),
         ([directory, "--clip", bert], "model_type 'bert' is not supported; supported: clip"),
         ([directory, "--bert", embedded.CLIP], "model_type 'clip' is not supported; supported: be"),
-        ([directory, "--bert", "nowhere"], "'nowhere' is no directory here and could not be had"),
+        ([directory, "--bert", "nowhere"], "'nowhere' is not a local directory and could not be"),
         ([directory, "--bert", bert, "--test", mute], "40 samples have no captions, the first '0'"),
         ([directory, "--test", elsewhere], "has the sites layers.2; choose one of them"),
         ([directory, "--stability", fewer], "expected the same [K, D] for both"),
