@@ -212,8 +212,8 @@ def _weights(
         if shapes.get(canonical) != shape:
             raise ValueError(
                 f"{directory}: {own} has shape {shape}, but this model expects "
-                f"{shapes.get(canonical) or 'no such tensor'}; if the vocabulary changed, merge the "
-                "adapter with peft's merge_and_unload and load the merged model"
+                f"{shapes.get(canonical) or 'no such tensor'}; if the vocabulary changed, merge "
+                "the adapter with peft's merge_and_unload and load the merged model"
             )
         value = stored[name].read()
         weights[canonical] = to_kernel(value) if canonical in kernels else value

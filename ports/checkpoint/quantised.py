@@ -1,7 +1,7 @@
-"""Quantised checkpoints: fp8 weights are read with their scales, all others are refused by name.
+"""Quantised checkpoints: reads fp8 weights with their scales, refuses all other methods by name.
 
-Read as if they were not quantised, they would be another model: a tensor of 8-bit integers has the
-right name and shape, but means nothing without its scales. The ports compute with float weights.
+Ignoring the quantisation would silently load a different model: a tensor of 8-bit integers has the
+right name and shape, but is meaningless without its scales. The ports compute with float weights.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import numpy as np
 from ports.checkpoint.safetensors_io import StoredTensor
 
 _TAKE = (
-    "only float weights and fp8 are implemented: take the checkpoint that it was made from, or "
-    "save it again after transformers' model.dequantize()"
+    "only float weights and fp8 are implemented: use the original checkpoint, or save this one "
+    "after transformers' model.dequantize()"
 )
-# The ends of tensors' names that tell how they were quantised; the first that is found counts.
+# Ends of tensor names that identify a quantisation method; the first one found counts.
 _MARKS = {
     "SCB": "bitsandbytes, 8 bits",
     "absmax": "bitsandbytes, 4 bits",
@@ -32,30 +32,36 @@ _MARKS = {
     "weight_scale": "compressed-tensors or fp8",
     "W_q": "HQQ",
 }
-# Where a configuration, or the file that older tools write beside it, says how.
+# Where config.json, or a file that older tools write next to it, describes the method.
 _KEYS = ("quantization_config", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json")
 
 
 def refuse_config(values: Mapping[str, Any], file: Path) -> None:
-    """ValueError if a configuration, or a part of it, is that of a checkpoint quantised otherwise
-    than to fp8.
+    """Refuses the configuration of a quantised checkpoint, unless it is fp8.
 
     Args:
-        values: of config.json.
-        file: that file; files of older tools (AutoGPTQ, AutoAWQ) are looked for beside it.
+        values: the values of config.json.
+        file: its path; the files of older tools (AutoGPTQ, AutoAWQ) are looked for next to it.
+
+    Raises:
+        ValueError: the checkpoint is quantised by another method.
     """
     for part in (values, *(part for part in values.values() if isinstance(part, dict))):
         for key in _KEYS:
             if part.get(key) and not _is_fp8(part[key]):
-                raise ValueError(f"{file}: quantised ({_method(part[key])}, by its {key}); {_TAKE}")
+                raise ValueError(
+                    f"{file}: quantised ({_method(part[key])}, according to {key}); {_TAKE}"
+                )
     for name in _FILES:
         if (file.parent / name).is_file():
-            raise ValueError(f"{file.parent}: quantised (AWQ or GPTQ, by its {name}); {_TAKE}")
+            raise ValueError(
+                f"{file.parent}: quantised (AWQ or GPTQ, according to {name}); {_TAKE}"
+            )
 
 
 def _method(entry: Any) -> str:
-    """The name of the method, with its number of bits or its format where an entry tells them."""
+    """Returns the method's name, with its number of bits or its format if given."""
     if not isinstance(entry, dict):
         return repr(entry)[:80]
     name = str(entry.get("quant_method") or "unknown method")
@@ -66,7 +72,7 @@ def _method(entry: Any) -> str:
 
 
 def _is_fp8(entry: Any) -> bool:
-    """Whether an entry asks for 8-bit floats with scales, and nothing else."""
+    """Tells whether an entry describes 8-bit floats with scales."""
     if not isinstance(entry, dict):
         return False
     if entry.get("quant_method") == "compressed-tensors":
@@ -76,10 +82,13 @@ def _is_fp8(entry: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledTensor:
-    """A stored weight [O, I] of 8-bit floats and its scales, each for a block of it.
+    """A stored weight [O, I] of 8-bit floats, with one scale per block.
 
-    scales: [], [1] (one for all), [O], [O, 1] (one a row) or [ceil(O / rows), ceil(I / columns)].
-    block: (rows, columns) of a block.
+    Attributes:
+        weight: the 8-bit floats.
+        scales: [] or [1] (one scale), [O] or [O, 1] (one per row), or
+            [ceil(O / rows), ceil(I / columns)].
+        block: (rows, columns) of a block.
     """
 
     weight: StoredTensor
@@ -90,16 +99,23 @@ class ScaledTensor:
 
     @property
     def file(self) -> Path:
-        """The file of the weight."""
+        """Path of the weight's file."""
         return self.weight.file
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[O, I]."""
+        """Shape [O, I] of the weight."""
         return self.weight.shape
 
     def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """The weight times its scales, or of it the rows from one to another; float32."""
+        """Reads the weight times its scales, float32.
+
+        Args:
+            rows: (first, last + 1) of the rows to read; None for all.
+
+        Returns:
+            float32[O, I], or only these rows.
+        """
         first, last = rows or (0, self.shape[0])
         scales = self.scales.read().astype(np.float32)
         scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
@@ -112,11 +128,19 @@ Tensor = StoredTensor | ScaledTensor
 
 
 def readable(stored: Mapping[str, StoredTensor], directory: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, fp8 weights with their scales as one if config.json says so.
+    """Joins fp8 weights with their scales, if config.json declares fp8.
 
-    Scales of activations are left out: activations are not rounded here.
+    Scales of activations are dropped: activations are not rounded here.
 
-    Raises ValueError for a checkpoint that is quantised otherwise, or scales that do not fit.
+    Args:
+        stored: name -> tensor of a checkpoint.
+        directory: the checkpoint.
+
+    Returns:
+        Name -> tensor, without the scales.
+
+    Raises:
+        ValueError: the checkpoint is quantised by another method, or scales do not fit.
     """
     tensors: dict[str, Tensor] = dict(stored)
     entry = _fp8_entry(directory)
@@ -144,7 +168,7 @@ def _fp8_entry(directory: Path) -> dict[str, Any] | None:
 def _block(
     name: str, weight: StoredTensor, scales: StoredTensor, entry: dict[str, Any]
 ) -> tuple[int, int]:
-    """The rows and columns that share a scale; ValueError if the scales do not fit the weight."""
+    """Returns the rows and columns of a block; raises ValueError if the scales do not fit."""
     rows, columns = weight.shape
     if scales.shape in ((), (1,), (1, 1)):
         return rows, columns
@@ -157,18 +181,20 @@ def _block(
         if scales.shape == tuple(-(-n // each) for n, each in zip(weight.shape, size, strict=True)):
             return tuple(size)
     raise ValueError(
-        f"{weight.file}: scales {scales.shape} of {name} {weight.shape} are none of config.json's "
-        f"blocks, {list(filter(None, sizes)) or 'which names none'}; download the checkpoint again"
+        f"{weight.file}: {name} {weight.shape} has scales {scales.shape}; expected the block sizes "
+        f"in config.json, {list(filter(None, sizes)) or 'none'}: download the checkpoint again"
     )
 
 
 def refuse_tensors(stored: Mapping[str, Tensor], directory: Path) -> None:
-    """ValueError if names or dtypes of tensors are those of a quantised checkpoint."""
+    """Raises ValueError if tensor names or dtypes show that a checkpoint is quantised."""
     for mark, method in _MARKS.items():
         for name in stored:
-            # A part of its own, or the end of a longer one ("..._weight_scale" of torchao).
+            # A whole part of the name, or the end of one (torchao's "..._weight_scale").
             if name.endswith((f".{mark}", f"_{mark}")):
-                raise ValueError(f"{directory}: quantised ({method}, by its {name}); {_TAKE}")
+                raise ValueError(
+                    f"{directory}: quantised ({method}, according to tensor {name}); {_TAKE}"
+                )
     for name, tensor in stored.items():
         if tensor.dtype.itemsize == 1 and tensor.dtype != bool:
             raise ValueError(

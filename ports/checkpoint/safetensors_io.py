@@ -1,8 +1,8 @@
 """Reads and writes safetensors files one tensor at a time.
 
-The safetensors library maps a whole file into memory, where pages once read count as the
-process's own until the file is closed; here a tensor is read into its own buffer, so that loading
-a checkpoint peaks at the parameters' size and one tensor more.
+The safetensors library maps the whole file into memory, and pages that were read count towards the
+process's memory until the file is closed. Here each tensor is read into its own buffer, so the peak
+memory of loading a checkpoint is the size of the parameters plus one tensor.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `read` gets it."""
+    """Location of a tensor in a file; `read` reads it."""
 
     file: Path
     offset: int
@@ -54,7 +54,17 @@ class StoredTensor:
     dtype: np.dtype
 
     def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """The tensor in its stored dtype, or of its first axis the rows from one to another."""
+        """Reads the tensor in its stored dtype.
+
+        Args:
+            rows: (first, last + 1) along the first axis; None for all.
+
+        Returns:
+            The tensor, or only these rows.
+
+        Raises:
+            ValueError: the file is too short.
+        """
         shape, offset = self.shape, self.offset
         if rows is not None:
             first, last = rows
@@ -68,9 +78,16 @@ class StoredTensor:
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by name, none of them read yet.
+    """Lists the tensors of one safetensors file, reading only its header.
 
-    Raises ValueError, naming the file, if it is truncated or no safetensors file.
+    Args:
+        path: the file.
+
+    Returns:
+        Name -> location of the tensor.
+
+    Raises:
+        ValueError: the file is truncated or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -80,13 +97,13 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: {size} bytes, shorter than its own header; download the file again"
             )
         text = file.read(start - 8)
-    strange = f"{path}: its header is not one of a safetensors file; download the file again"
+    strange = f"{path}: not a valid safetensors header; download the file again"
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = [(name, *_entry(entry)) for name, entry in header.items()]
         if not all(name.isprintable() for name in header):
-            raise ValueError  # no module is called so, and messages that name it stay in one line
+            raise ValueError  # not a module's name, and it would break one-line messages
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(strange) from None
     tensors = {}
@@ -99,7 +116,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(strange)
         if start + end > size:
             raise ValueError(
-                f"{path}: truncated, tensor {name!r} ends at byte {start + end} of a file of "
+                f"{path}: truncated, tensor {name!r} ends at byte {start + end} but the file has "
                 f"{size} bytes; download the file again"
             )
         tensors[name] = StoredTensor(path, start + begin, shape, _DTYPES[dtype])
@@ -107,7 +124,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """An entry of a header -> dtype, shape, begin and end; TypeError if it is something else."""
+    """Returns dtype, shape, begin and end of a header entry; raises TypeError if it is invalid."""
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     natural = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, begin, end))
     if not natural or not isinstance(dtype, str):
@@ -116,22 +133,30 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint directory: one file, or those that its index names.
+    """Lists the tensors of a checkpoint: of its single file, or of all files in its index.
 
-    Raises FileNotFoundError for missing files and ValueError as `open_file` does.
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        Name -> location of the tensor.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the index is damaged, or as for `open_file`.
     """
     files = _files(directory)
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{directory} lacks {few(missing)}; expected {_SINGLE}, or {_INDEX} and every "
-            "file that it names (PyTorch .bin files are not read: convert them to safetensors)"
+            f"{directory} has no {few(missing)}; expected {_SINGLE}, or {_INDEX} and every file "
+            "listed in it (PyTorch .bin files are not supported: convert them to safetensors)"
         )
     return {name: tensor for file in files for name, tensor in open_file(file).items()}
 
 
 def open_available(directory: Path) -> dict[str, StoredTensor]:
-    """As `open_directory`, but files that are missing or damaged are left out."""
+    """Lists tensors like `open_directory`, but skips missing and damaged files."""
     tensors: dict[str, StoredTensor] = {}
     with contextlib.suppress(ValueError):
         for file in filter(Path.exists, _files(directory)):
@@ -140,7 +165,7 @@ def open_available(directory: Path) -> dict[str, StoredTensor]:
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two stored tensors, of one axis at least, hold the same numbers; read in parts."""
+    """Tells whether two stored tensors with at least one axis are equal; reads them in parts."""
     if a.shape != b.shape:
         return False
     rows = max(1, _COMPARED_AT_ONCE // max(1, math.prod(a.shape[1:])))
@@ -158,16 +183,23 @@ def _files(directory: Path) -> list[Path]:
         raise ValueError(f"{index}: expected a JSON object with a 'weight_map'") from None
     unsafe = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(n))]
     if unsafe:
-        raise ValueError(f"{index}: {unsafe[0]!r} is no name of a safetensors file beside it")
+        raise ValueError(
+            f"{index}: got {unsafe[0]!r}; expected the name of a safetensors file next to it"
+        )
     return [directory / name for name in names]
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file under a temporary name, then renames it."""
+    """Writes a safetensors file atomically: under a temporary name, then renamed.
+
+    Args:
+        path: the file.
+        tensors: name -> array.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        # The format stores bytes in C order and the writer takes them from the buffer as they lie.
-        # The writer makes a file for its owner alone; ours has the mode of any new file.
+        # The writer copies the buffers as they are, and the format needs C order. It also makes
+        # files readable only by their owner; use the mode of any new file instead.
         temporary.touch()
         mode = temporary.stat().st_mode
         contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}

@@ -1,1 +1,1 @@
-"""Decoding: the loop over tokens, what changes their logits, and how they are drawn."""
+"""Decoding: the loop over tokens, the rules that change their logits, and sampling."""

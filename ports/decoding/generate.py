@@ -3,8 +3,8 @@
 A variants of the edits, B batch, T positions of the prompt, M new tokens, S = T + M cache slots,
 D width, V vocabulary.
 
-The state that belongs to a generated token is the state from which it was predicted: that of the
-last prompt position for the first token.
+The state of a generated token is the one that it was predicted from: for the first token, the state
+at the last prompt position.
 """
 
 import functools
@@ -26,12 +26,12 @@ Array = jax.Array
 
 
 class Generation(NamedTuple):
-    """What `VLM.generate` returns."""
+    """Result of `VLM.generate`."""
 
-    tokens: Array  # int32[B, M], after the end-of-sequence token the pad token
+    tokens: Array  # int32[B, M]; pad tokens after the end-of-sequence token
     states: dict[str, Array]  # site -> [B, M, D]; states[site][:, m] predicted tokens[:, m]
-    prompt_states: dict[str, Array]  # site -> [B, T, D], if asked for: states of the prompt
-    finite: Array  # bool[B], whether no logits were NaN or Inf, as where float16 overflows
+    prompt_states: dict[str, Array]  # site -> [B, T, D] of the prompt, if requested; else empty
+    finite: Array  # bool[B]; False if any logits were NaN or Inf, e.g. after a float16 overflow
 
     def __repr__(self) -> str:
         return f"Generation(tokens: {kind(self.tokens)}; states: {few(self.states) or 'none'})"
@@ -63,11 +63,22 @@ def generate(
 ) -> Generation:
     """Prefills the cache with the prompt and decodes until every row has ended. Pure; jit it.
 
-    inputs: the processor's arrays, rows padded on the left to T. sampling: None for greedy.
-    edits: of the residual stream, in the prefill and in every step.
-    rules: what changes the logits before a token is chosen.
-    variants: the arrays of the edits have a leading axis A, and so have those that are returned.
-    Rows end by themselves; the loop ends with the last of them.
+    Args:
+        model: the Linen module.
+        params: its parameters.
+        inputs: the processor's arrays, rows padded on the left to T.
+        sampling: how tokens are drawn; None for greedy decoding.
+        edits: edits of the residual stream, applied in the prefill and in every step.
+        rules: changes of the logits before a token is chosen.
+        max_new_tokens: maximum number of new tokens per row, M.
+        eos_tokens: ids that end a row.
+        pad_token: id that fills a row after its end.
+        sites: sites whose states are returned.
+        prompt_states: also return the states of the prompt.
+        variants: the arrays of the edits have a leading axis A, and so do the returned arrays.
+
+    Returns:
+        Tokens and states of all rows.
     """
     mask = vision_language.attention_mask(inputs).astype(bool)
     batch, length = mask.shape
@@ -79,7 +90,7 @@ def generate(
         return logits, variables["cache"], states
 
     def prefill(edits: Edits) -> tuple[Any, ...]:
-        # Variants append to a cache of their own.
+        # Each variant appends to its own cache.
         slots = length if variants else length + max_new_tokens
         empty = model.init_cache(batch, slots)
         return run(edits, {"cache": empty}, "prefill", inputs, not prompt_states)
@@ -88,11 +99,11 @@ def generate(
         return run(edits, caches, "decode_step", *args)
 
     edits = edits or {}
-    # The towers run in the prefill alone.
+    # The vision tower runs only in the prefill.
     later = {site: listed for site, listed in edits.items() if model.is_of_decoder(site)}
     if variants:
-        # Here, and not around the loop: a mapped loop would copy the whole cache at every step.
-        # What precedes the first edited layer is computed once, and its cache kept once.
+        # vmap here, not around the loop: a mapped loop would copy the whole cache at every step.
+        # Layers before the first edited one are computed, and their cache stored, only once.
         axes = model.prompt_cache_axes(edits)
         prefill = jax.vmap(prefill, out_axes=(0, axes, 0))
         axes = {"prompt_cache": axes, "cache": 0}
@@ -106,7 +117,7 @@ def generate(
         return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
 
     def is_finite(logits: Array) -> Array:
-        # The largest is NaN or Inf where any of them is, and no others need to be looked at.
+        # The maximum is NaN or Inf if any logit is.
         return jnp.isfinite(logits.max(-1))
 
     logits, cache, prefilled = prefill(edits)
@@ -140,7 +151,7 @@ def generate(
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens, ended, finite, states, cache = carry
-        slot = length + step - 1  # of the token that the last step chose
+        slot = length + step - 1  # slot of the token chosen in the last step
         valid = prompt_valid | ((slots >= length) & (slots <= slot))
         logits, cache, new = decode_step(
             later,
@@ -151,7 +162,7 @@ def generate(
             slot,
             None if column is None else column + step - 1,
         )
-        # Rows that ended keep zeros: their states predict nothing.
+        # Rows that have ended keep zeros: their states predict nothing.
         states = {
             site: states[site]
             .at[..., step, :]

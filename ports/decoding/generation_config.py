@@ -1,6 +1,6 @@
-"""generation_config.json: what of it changes the tokens of a generation, and what is refused.
+"""generation_config.json: the values that change generated tokens, and those that are refused.
 
-Keys and meaning are those of transformers' `GenerationConfig`.
+Keys and their meaning are those of transformers' `GenerationConfig`.
 """
 
 import difflib
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from ports import checkpoint
 
 NAME = "generation_config.json"
-ENDS = ("eos_token_id", "pad_token_id")  # kept where the other values are left out
+ENDS = ("eos_token_id", "pad_token_id")  # kept even if the other values are ignored
 
 
 class _Key(NamedTuple):
-    neutral: tuple[Any, ...]  # values that change nothing, as does null
+    neutral: tuple[Any, ...]  # values that change nothing; null never does
     fits: Callable[[Any], bool]
     expected: str
 
@@ -82,7 +82,7 @@ _SAMPLING = {
     "epsilon_cutoff": _Key((0,), *_SHARE),
     "eta_cutoff": _Key((0,), *_SHARE),
 }
-# Not implemented: what transformers does unless they are null or one of these.
+# Not implemented: options that must be null or one of these values.
 _REFUSED = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -101,20 +101,27 @@ _REFUSED = {
     "token_healing": (False,),
 }
 _REFUSED_OF_SAMPLES = {"top_h": ()}
-_DEFAULT_TOP_K = 50  # of transformers, where nothing says another
+_DEFAULT_TOP_K = 50  # transformers' default
 
 
 def read(directory: Path | None) -> dict[str, Any]:
-    """The values of a checkpoint's generation_config.json.
+    """Reads a checkpoint's generation_config.json, or the values in config.json if there is none.
 
-    Without that file they are those that old checkpoints keep in config.json.
-    Raises ValueError for a damaged file.
+    Args:
+        directory: the checkpoint; None gives no values.
+
+    Returns:
+        Key -> value.
+
+    Raises:
+        ValueError: a file is damaged.
     """
     if directory is None:
         return {}
     if (directory / NAME).exists():
         return checkpoint.read_json(directory / NAME)
-    # Of the whole first: transformers' configuration objects leave these values out.
+    # From the file, as transformers' configuration objects drop these values; the top level counts
+    # before text_config.
     config = checkpoint.read_json(directory / "config.json")
     text = config.get("text_config")
     values = {**(text if isinstance(text, dict) else {}), **_without_null(config)}
@@ -122,9 +129,17 @@ def read(directory: Path | None) -> dict[str, Any]:
 
 
 def given(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A caller's values instead of the stored ones, of which the ends of rows stay.
+    """Returns a caller's values, plus the stored end-of-sequence and padding tokens.
 
-    Raises ValueError for a key that transformers does not know.
+    Args:
+        values: the caller's values.
+        stored: the values that they replace.
+
+    Returns:
+        The caller's values; eos_token_id and pad_token_id are kept from `stored` if not given.
+
+    Raises:
+        ValueError: transformers does not know a key.
     """
     from transformers import GenerationConfig
 
@@ -138,10 +153,16 @@ def given(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
 
 
 def changing_logits(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that change greedy tokens, as `logits.make_rules` takes them.
+    """Selects the values that change greedy decoding, for `logits.make_rules`.
 
-    Raises ValueError for what is not implemented, or can't be; with do_sample also for values of
-    sampling that can't be.
+    Args:
+        values: all values of a generation configuration.
+
+    Returns:
+        The selected values.
+
+    Raises:
+        ValueError: a value is invalid or not implemented; with do_sample, also for sampling values.
     """
     _refuse(values, _REFUSED)
     if values.get("do_sample"):
@@ -151,14 +172,23 @@ def changing_logits(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("forced_bos_token_id", "forced_eos_token_id"):
         ids = chosen.get(key, [])
         if ids != [] and suppressed.issuperset(ids if isinstance(ids, list) else [ids]):
-            raise ValueError(f"generation_config: {key} is {ids}, and suppress_tokens holds them")
+            raise ValueError(
+                f"generation_config: {key} is {ids}, which suppress_tokens forbids; remove one"
+            )
     return chosen
 
 
 def of_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a draw, as `Sampling` takes them; those that are absent are transformers'.
+    """Selects the values for sampling, as the arguments of `Sampling`.
 
-    Raises ValueError for what is not implemented, or can't be.
+    Args:
+        values: all values of a generation configuration.
+
+    Returns:
+        The selected values; missing ones have transformers' defaults.
+
+    Raises:
+        ValueError: a value is invalid or not implemented.
     """
     _refuse(values, _REFUSED_OF_SAMPLES)
     return {"top_p": None} | _chosen({"top_k": _DEFAULT_TOP_K, **_without_null(values)}, _SAMPLING)
@@ -187,5 +217,5 @@ def _refuse(values: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -
             wanted = f"expected {neutral[0]}" if neutral else "expected null"
             raise ValueError(
                 f"generation_config: {key} is {value!r:.80}, which is not implemented; {wanted}, "
-                "or leave the values out: generation_config={} or --ignore-generation-config"
+                "or ignore the values: generation_config={} or --ignore-generation-config"
             )

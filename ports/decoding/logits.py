@@ -1,12 +1,12 @@
-"""What changes logits before a token is chosen: penalties, bans, forced tokens.
+"""Changes logits before a token is chosen: penalties, bans, forced tokens.
 
-B batch, T positions of the prompt, M new tokens, V vocabulary, S sequences of tokens of which the
-longest has L + 1.
+B batch, T positions of the prompt, M new tokens, V vocabulary, S token sequences, the longest of
+them with L + 1 tokens.
 
-The rules, their order and what they count as said before are those of transformers' `generate`:
-prompts count with their image tokens, without padding in the repetition penalty and with the
-caller's padding elsewhere. Numbers are arguments of a compiled program, so that changing one never
-compiles again; which rules there are is part of it, and without any it has none of this.
+The rules, their order and the tokens they take into account match transformers' `generate`: image
+tokens count; padding counts, as in the caller's inputs, except for the repetition penalty. Numbers
+are arguments of the compiled program, so changing one never recompiles; the set of rules is part of
+the program, which is unchanged if there are none.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-_NOTHING = -2  # the id of what is not there; processors fill with ids from -1 on
+_NOTHING = -2  # id that marks "no token"; processors use -1 for padding
 
 
 class Sequences(NamedTuple):
-    """Sequences of tokens whose last one gets a bias where the others precede it."""
+    """Token sequences whose last token gets a bias where the other tokens precede it."""
 
-    before: Any  # int32[S, L], on the left of shorter ones _NOTHING
+    before: Any  # int32[S, L], shorter ones padded on the left with _NOTHING
     last: Any  # int32[S]
     bias: Any  # float32[S]
 
@@ -50,24 +50,25 @@ class Sequences(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The rules of a generation; None (0, False) leaves one out. `make_rules` makes them.
+    """Rules of a generation, made by `make_rules`; None (0, False) turns a rule off.
 
     Attributes:
-        fill: int32[], how many columns of the prompts were added up to a compiled length.
-        sequence_bias: `Sequences` and what is added to their last tokens.
-        repetition_penalty: float32[]; logits of tokens that were there are divided by it, negative
-            ones multiplied.
-        ngram_size: no sequence of so many tokens comes twice.
-        bad_words: `Sequences` that may not come at all.
-        end_tokens: bool[V], those that end a row.
-        min_new_tokens: int32[], how many tokens come before those.
-        forced_first: bool[V], the first token is one of these.
-        forced_last: bool[V], the last of M tokens is one of these.
-        remove_invalid: NaN becomes 0, infinities the largest numbers.
-        decay: (start int32[], factor float32[]): from the start on, the logits of end tokens grow.
-        suppressed: bool[V], tokens that never come.
-        suppressed_at_begin: bool[V], tokens that do not come at step `begin`.
-        begin: int32[].
+        fill: int32[], number of columns added to pad the prompts to a compiled length.
+        sequence_bias: `Sequences` with the bias added to their last tokens.
+        repetition_penalty: float32[]; logits of earlier tokens are divided by it if positive,
+            multiplied if negative.
+        ngram_size: length of token sequences that may not occur twice.
+        bad_words: `Sequences` that may not occur.
+        end_tokens: bool[V], tokens that end a row.
+        min_new_tokens: int32[], minimum number of tokens before an end token.
+        forced_first: bool[V], tokens allowed as the first one.
+        forced_last: bool[V], tokens allowed as the last of M tokens.
+        remove_invalid: replace NaN by 0 and infinities by the largest finite numbers.
+        decay: (start int32[], factor float32[]): after step `start`, the logits of end tokens grow
+            exponentially.
+        suppressed: bool[V], tokens that may not occur.
+        suppressed_at_begin: bool[V], tokens that may not occur at step `begin`.
+        begin: int32[], the step for `suppressed_at_begin`.
     """
 
     fill: Any
@@ -87,10 +88,10 @@ class Rules:
 
 
 class Prompt(NamedTuple):
-    """What was said before the first new token; the same at every step."""
+    """The prompt's tokens, the same at every step."""
 
-    ids: Array  # int32[B, T], _NOTHING where columns were filled up
-    seen: Array | None  # bool[B, V], for a repetition penalty
+    ids: Array  # int32[B, T], _NOTHING in columns that pad to a compiled length
+    seen: Array | None  # bool[B, V], tokens in the prompt, for the repetition penalty
 
 
 def make_rules(
@@ -101,22 +102,26 @@ def make_rules(
     length: int,
     fill: int,
 ) -> Rules | None:
-    """The rules that transformers' names ask for, with numpy arrays; None if there are none.
+    """Makes the rules from values with transformers' names.
 
     Args:
-        values: of `generation_config.changing_logits`.
-        vocabulary: V.
+        values: values from `generation_config.changing_logits`.
+        vocabulary: number of tokens, V.
         end_tokens: ids that end a row.
-        length: of the caller's prompts, padding included, as transformers counts it.
-        fill: how many more columns the compiled program has.
+        length: length of the caller's prompts, including padding, as transformers counts it.
+        fill: number of columns added to pad the prompts to a compiled length.
 
-    Raises ValueError for a token that is not in the vocabulary.
+    Returns:
+        The rules, with numpy arrays; None if there are none.
+
+    Raises:
+        ValueError: a token is not in the vocabulary.
     """
     masks = functools.partial(_mask, vocabulary=vocabulary)
     rules: dict[str, Any] = {}
     for name, key in (("sequence_bias", "sequence_bias"), ("bad_words", "bad_words_ids")):
         listed = values.get(key, [])
-        if name == "bad_words":  # which never keep a row from ending
+        if name == "bad_words":  # bad words never prevent a row from ending
             listed = [[word, -np.inf] for word in listed if word not in [[i] for i in end_tokens]]
         if listed:
             _require_known(key, [i for ids, _ in listed for i in ids], vocabulary)
@@ -132,7 +137,7 @@ def make_rules(
         rules["decay"] = np.int32(start), np.float32(factor)
     if "min_new_tokens" in rules or "decay" in rules:
         rules["end_tokens"] = masks(end_tokens)
-    # Forced is the token after a single one, which is that of an encoder-decoder's beginning.
+    # As in transformers, forced only after a single token: an encoder-decoder's start token.
     first = values.get("forced_bos_token_id") if length == 1 else None
     for name, forced in (
         ("forced_first", first),
@@ -163,8 +168,8 @@ def _require_known(what: str, ids: Sequence[int], vocabulary: int) -> None:
     unknown = [i for i in ids if i >= vocabulary]
     if unknown:
         raise ValueError(
-            f"generation_config.json: {what} names token {unknown[0]}, and the vocabulary has "
-            f"{vocabulary}; mend it or leave the file's values out"
+            f"generation_config.json: {what} contains token {unknown[0]}, but the vocabulary has "
+            f"{vocabulary} tokens; fix it or ignore the file's values"
         )
 
 
@@ -183,7 +188,17 @@ def _sequences(listed: Sequence[Sequence[Any]]) -> Sequences:
 
 
 def read_prompt(rules: Rules, ids: Array, mask: Array, vocabulary: int) -> Prompt:
-    """Prompts int32[B, T], bool[B, T], padded on the left, as `process` takes them."""
+    """Prepares prompts for `process`.
+
+    Args:
+        rules: the rules.
+        ids: int32[B, T], prompts padded on the left.
+        mask: bool[B, T], True at tokens.
+        vocabulary: number of tokens, V.
+
+    Returns:
+        The prompts' tokens.
+    """
     seen = None
     if rules.repetition_penalty is not None:
         seen = _said(jnp.where(mask, ids, _NOTHING), vocabulary)
@@ -191,16 +206,24 @@ def read_prompt(rules: Rules, ids: Array, mask: Array, vocabulary: int) -> Promp
 
 
 def _said(ids: Array, vocabulary: int) -> Array:
-    """bool[B, V]: which tokens are among the ids[B, N]; others than the vocabulary's are not."""
+    """Returns bool[B, V], which tokens occur in ids[B, N]; negative and too large ids are ignored."""
     rows = jnp.arange(len(ids))[:, None]
     said = jnp.zeros((len(ids), vocabulary), bool)
     return said.at[rows, jnp.where(ids < 0, vocabulary, ids)].set(True, mode="drop")
 
 
 def process(rules: Rules, prompt: Prompt, logits: Array, tokens: Array, step: Array) -> Array:
-    """Logits [B, V] for token `step` after all rules, in transformers' order.
+    """Applies all rules to the logits of one step, in transformers' order. Pure.
 
-    prompt: of `read_prompt`; tokens int32[B, M], of which the first `step` were chosen. Pure.
+    Args:
+        rules: the rules.
+        prompt: the prompt from `read_prompt`.
+        logits: float[B, V].
+        tokens: int32[B, M]; the first `step` are already chosen.
+        step: int32[], index of the token to choose.
+
+    Returns:
+        float[B, V].
     """
     count = tokens.shape[-1]
     said = jnp.where(jnp.arange(count) < step, tokens, _NOTHING)
@@ -242,12 +265,12 @@ def _force(logits: Array, forced: Array, now: Array) -> Array:
 
 
 def _penalised(logits: Array, penalty: Array) -> Array:
-    """Keskar et al. 2019."""
+    """Applies the repetition penalty of Keskar et al. 2019."""
     return jnp.where(logits < 0, logits * penalty, logits / penalty)
 
 
 def _last(history: Array, end: Array, count: int) -> Array:
-    """int32[B, count]: what stands before column `end`; _NOTHING before the first column."""
+    """Returns int32[B, count], the tokens before column `end`; _NOTHING before the first column."""
     columns = end - count + jnp.arange(count)
     return jnp.where(columns < 0, _NOTHING, history[:, jnp.maximum(columns, 0)])
 
@@ -261,7 +284,7 @@ def _add_bias(sequences: Sequences, logits: Array, history: Array, end: Array) -
 
 
 def _repeating(history: Array, end: Array, size: int, vocabulary: int) -> Array:
-    """bool[B, V]: the tokens with which a sequence of `size` tokens would come again."""
+    """Returns bool[B, V], the tokens that would repeat a sequence of `size` tokens."""
     windows = history.shape[1] - size + 1
     if windows < 1:
         return jnp.zeros((len(history), vocabulary), bool)
@@ -270,5 +293,5 @@ def _repeating(history: Array, end: Array, size: int, vocabulary: int) -> Array:
     for place in range(size - 1):
         same &= history[:, place : place + windows] == begun[:, place, None]
     complete = (begun != _NOTHING).all(-1, keepdims=True)
-    # What was not said yet is _NOTHING, and bans nothing.
+    # Tokens not generated yet are _NOTHING, which bans nothing.
     return _said(jnp.where(same & complete, history[:, size - 1 :], _NOTHING), vocabulary)

@@ -1,8 +1,8 @@
-"""Sampling: which tokens may be drawn, and the draw.
+"""Sampling: filters the likely tokens and draws one.
 
-B batch, V vocabulary. The filters and their order are those of transformers' `generate`, each with
-at least one token left. Values are arguments of a compiled program; which filters there are is part
-of it.
+B batch, V vocabulary. The filters and their order match transformers' `generate`; each keeps at
+least one token. Their values are arguments of the compiled program, the set of filters is part of
+it.
 """
 
 from typing import NamedTuple
@@ -15,26 +15,35 @@ Number = Array | float
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn. None leaves a filter out; greedy decoding has no `Sampling`."""
+    """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`."""
 
-    key: Array
+    key: Array  # JAX random key
     temperature: Number = 1.0  # logits are divided by it
-    top_p: Number | None = 1.0  # the smallest set of tokens whose probability reaches it is kept
-    top_k: Array | int | None = None  # so many of the likeliest tokens are kept
-    min_p: Number | None = None  # a token's least probability, in shares of the likeliest one's
-    typical_p: Number | None = None  # as top_p, of those whose surprise is nearest to the entropy
-    epsilon_cutoff: Number | None = None  # a token's least probability
-    eta_cutoff: Number | None = None  # the same, less where the entropy is high
+    top_p: Number | None = 1.0  # keep the smallest set of tokens with at least this probability
+    top_k: Array | int | None = None  # keep this many of the likeliest tokens
+    min_p: Number | None = None  # minimum probability, as a fraction of the likeliest token's
+    typical_p: Number | None = None  # like top_p, starting with surprise nearest to the entropy
+    epsilon_cutoff: Number | None = None  # minimum probability
+    eta_cutoff: Number | None = None  # minimum probability, lowered where the entropy is high
 
 
 def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
-    """Draws int32[B] from logits[B, V]; every step with randomness of its own."""
+    """Draws one token per row.
+
+    Args:
+        logits: float[B, V].
+        sampling: the key, the temperature and the filters.
+        step: int32[]; every step uses different randomness.
+
+    Returns:
+        Token ids, int32[B].
+    """
     key = jax.random.fold_in(sampling.key, step)
     return jax.random.categorical(key, keep_likely(logits, sampling))
 
 
 def keep_likely(logits: Array, sampling: Sampling) -> Array:
-    """Logits [B, V] divided by the temperature, and -inf for tokens that are not to be drawn."""
+    """Divides logits [B, V] by the temperature and sets those that the filters exclude to -inf."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None or sampling.top_p is not None:
         logits = _keep(logits, logits >= _lowest_kept(logits, sampling.top_k, sampling.top_p))
@@ -58,9 +67,9 @@ def _keep(logits: Array, kept: Array) -> Array:
 
 
 def _lowest_kept(logits: Array, top_k: Array | int | None, top_p: Number | None) -> Array:
-    """[B, 1]: the least of the top k logits, and of the nucleus among them (Holtzman et al. 2020).
+    """Returns [B, 1], the smallest logit kept by top-k and then by nucleus sampling.
 
-    One sorting serves both.
+    One sort serves both (nucleus: Holtzman et al. 2020).
     """
     ordered = jnp.sort(logits, axis=-1)
     lowest = ordered[..., :1]
@@ -76,14 +85,14 @@ def _lowest_kept(logits: Array, top_k: Array | int | None, top_p: Number | None)
 
 
 def _entropy(logits: Array) -> Array:
-    """[B, 1], in nats."""
+    """Returns the entropy [B, 1] in nats."""
     log_p = jax.nn.log_softmax(logits)
     terms = jnp.where(jnp.isneginf(log_p), 0, jnp.exp(log_p) * log_p)
     return -terms.sum(-1, keepdims=True)
 
 
 def _is_typical(logits: Array, mass: Number) -> Array:
-    """bool[B, V]: those that locally typical sampling keeps (Meister et al. 2023)."""
+    """Returns bool[B, V], the tokens kept by locally typical sampling (Meister et al. 2023)."""
     away = jnp.abs(-jax.nn.log_softmax(logits) - _entropy(logits))
     order = jnp.argsort(away, axis=-1)
     ordered = jnp.take_along_axis(logits, order, -1)
@@ -93,6 +102,6 @@ def _is_typical(logits: Array, mass: Number) -> Array:
 
 
 def _cut_off(logits: Array, least: Number) -> Array:
-    """Without the tokens of a lesser probability, the likeliest excepted (Hewitt et al. 2022)."""
+    """Removes tokens below a probability, except the likeliest (Hewitt et al. 2022)."""
     likeliest = logits >= logits.max(-1, keepdims=True)
     return _keep(logits, (jax.nn.softmax(logits) >= least) | likeliest)

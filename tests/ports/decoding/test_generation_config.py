@@ -78,7 +78,7 @@ def test_what_is_not_implemented_is_refused_by_name(small, key, value):
         ({"sequence_bias": [[3, 1.0]]}, "sequence_bias is [[3, 1.0]]; expected a list of"),
         (
             {"suppress_tokens": [5, 6], "forced_eos_token_id": [5]},
-            "forced_eos_token_id is [5], and suppress_tokens holds them",
+            "forced_eos_token_id is [5], which suppress_tokens forbids",
         ),
     ],
     ids=str,

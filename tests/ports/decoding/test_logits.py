@@ -206,5 +206,5 @@ class TestByHand:
             {"suppress_tokens": [0, 4]},
             {"begin_suppress_tokens": [4]},
         ):
-            with helpers.raises_line(ValueError, "names token 4, and the vocabulary has 4"):
+            with helpers.raises_line(ValueError, "contains token 4, but the vocabulary has 4"):
                 self.make(values)
