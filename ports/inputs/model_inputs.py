@@ -1,4 +1,4 @@
-"""What callers hand to a model: the processor's arrays, or prompts with their images.
+"""Checks what callers pass to a model: the processor's arrays, or prompts with their images.
 
 B batch, T positions.
 """
@@ -13,15 +13,18 @@ from ports.intervene.edits import is_traced
 
 
 def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns those of a processor's arrays that a model takes, as numpy arrays.
+    """Selects the arrays that a model takes and converts them to numpy.
 
     Args:
-        inputs: name -> array: a dict or transformers' BatchFeature of numpy or JAX arrays, of torch
-            tensors in the main memory, or of lists.
-        names: those that the model takes; others are left out.
+        inputs: name -> array, in a dict or transformers' BatchFeature; numpy or JAX arrays, torch
+            tensors on the CPU, or lists.
+        names: the arrays that the model takes; others are dropped.
+
+    Returns:
+        Name -> numpy array.
 
     Raises:
-        ValueError: something else than a mapping, values that are traced, or no numbers.
+        ValueError: `inputs` is not a mapping, or a value is traced or not numeric.
     """
     if not isinstance(inputs, Mapping):
         raise ValueError(
@@ -35,40 +38,43 @@ def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
             continue
         if is_traced(value):
             raise ValueError(
-                f"inputs[{name!r}] is traced (by jax.jit, vmap or grad), and the methods of VLM "
-                "compile by themselves; call them with arrays, or transform the pure vlm.apply"
+                f"inputs[{name!r}] is traced (by jax.jit, vmap or grad), but the methods of VLM "
+                "are already compiled; call them with arrays, or transform the pure vlm.apply"
             )
         try:
             arrays[name] = np.asarray(value)
             reason = f"its dtype is {arrays[name].dtype}"
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-        # An array of arrays has a port's own message: the processor was told not to pad.
+        # Object arrays pass: a port has a better message for them (the processor did not pad).
         if name not in arrays or arrays[name].dtype.kind in "SU":
             raise ValueError(
-                f"inputs[{name!r}] is a {type(value).__name__} that is no array of numbers "
+                f"inputs[{name!r}] is a {type(value).__name__} that is not an array of numbers "
                 f"({reason}); pass what the processor returns with return_tensors='np'"
             )
     return arrays
 
 
 def check_count(max_new_tokens: Any) -> None:
-    """Raises ValueError for no number of tokens to generate."""
+    """Raises ValueError unless `max_new_tokens` is a whole number of at least 1."""
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number >= 1")
 
 
 def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, list[Any]]]:
-    """Returns each rendered prompt with the list of its images.
+    """Pairs each rendered prompt with the list of its images.
 
     Args:
         texts: rendered prompts.
-        images: for each prompt an image, or a list of images; an image may be a path.
-        mark: the text that stands for an image in a prompt; None where prompts hold none.
+        images: an image or a list of images per prompt; an image may be a path.
+        mark: text that stands for an image in a prompt; None if the prompts contain none.
+
+    Returns:
+        (prompt, images) for each prompt.
 
     Raises:
-        ValueError: one string, one image, another number of images than of prompts, a prompt that
-            does not hold `mark` once for each of its images, or a file that is not there.
+        ValueError: `texts` is a single string or `images` a single image, their numbers differ, a
+            prompt does not contain `mark` once per image, or a file does not exist.
     """
     if isinstance(texts, str):
         raise ValueError(
@@ -82,8 +88,8 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
         )
     if not hasattr(images, "__len__") or isinstance(images, str) or getattr(images, "ndim", 4) < 4:
         raise ValueError(
-            f"images is one {type(images).__name__}; expected a list with an image, or a list of "
-            "images, for each prompt"
+            f"images is a single {type(images).__name__}; expected a list with an image, or a list "
+            "of images, for each prompt"
         )
     if len(texts) != len(images):
         raise ValueError(
@@ -97,8 +103,8 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
         listed = [_image(each) for each in (entry if isinstance(entry, list) else [entry])]
         if mark is not None and text.count(mark) != len(listed):
             raise ValueError(
-                f"the prompt {text!r:.60} holds {mark} {text.count(mark)} times and has "
-                f"{len(listed)} image{'s' * (len(listed) != 1)}; expected it once for each, as "
+                f"the prompt {text!r:.60} contains {mark} {text.count(mark)} times for "
+                f"{len(listed)} image{'s' * (len(listed) != 1)}; expected it once per image, as "
                 "vlm.render(text) writes it"
             )
         pairs.append((text, listed))
@@ -106,12 +112,12 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
 
 
 def _image(given: Any) -> Any:
-    """An image as processors take it. ValueError for None, and for a file that is not there."""
+    """Returns an image as processors take it; raises ValueError for None or a missing file."""
     if given is None:
-        raise ValueError("an image is None; expected a PIL image, an array, or the path of a file")
+        raise ValueError("an image is None; expected a PIL image, an array, or a file's path")
     if not isinstance(given, str | os.PathLike):
         return given
     name = os.fspath(given)
     if not (name.startswith(("http://", "https://", "data:")) or os.path.isfile(name)):
-        raise ValueError(f"no image file {name!r:.200}; expected the path of one, or a PIL image")
+        raise ValueError(f"no image file {name!r:.200}; expected a file's path, or a PIL image")
     return name

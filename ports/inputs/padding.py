@@ -1,4 +1,4 @@
-"""Where rows of tokens are padded: few lengths, so that a run compiles a handful of programs.
+"""Pads rows of tokens to one of a few lengths, so that a run compiles only a handful of programs.
 
 B batch, T positions.
 """
@@ -10,19 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The arrays of every port that have one row a sample and one column a position, and what fills
-# them; of input_ids the pad token does. A port names its own (`Port.per_position`).
+# Arrays of every port with one row per sample and one column per position, and their fill values;
+# input_ids is filled with the pad token. A port adds its own (`Port.per_position`).
 _FILL = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "columns": -1}
 
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
 def bucket_length(length: int) -> int:
-    """The least of 16, 32, 48, 64, 72, 80 ... 128, 144, 160 ... 256, 288 ... that holds it.
+    """Rounds a length up to 16, 32, 48, 64, 72, 80 ... 128, 144, 160 ... 256, 288 ...
 
-    Eight lengths an octave: a run over prompts of all lengths compiles a handful of programs and
-    computes at most an eighth of its positions in vain. The shortest, whose cost is not that of
-    their positions, are sixteens.
+    Eight lengths per octave: a run over prompts of any length compiles only a handful of programs,
+    and at most one eighth of the positions is padding. Up to 64, where the number of positions
+    hardly matters for the cost, lengths are multiples of 16.
+
+    Args:
+        length: number of positions.
+
+    Returns:
+        The padded number of positions.
     """
     step = 16 if length <= 64 else 1 << ((length - 1).bit_length() - 4)
     return -(-length // step) * step
@@ -31,9 +37,15 @@ def bucket_length(length: int) -> int:
 def pad_to_bucket(
     arrays: Mapping[str, np.ndarray], pad_token: int, own: Mapping[str, int] = _NONE
 ) -> dict[str, np.ndarray]:
-    """Pads what has a column a position on the left, up to the bucket's length.
+    """Pads all per-position arrays on the left, up to the bucket length.
 
-    own: the port's own arrays of that kind, and what fills them.
+    Args:
+        arrays: the processor's arrays.
+        pad_token: fills input_ids.
+        own: the port's own per-position arrays and their fill values.
+
+    Returns:
+        The arrays; those without positions are unchanged.
     """
     length = arrays["input_ids"].shape[1]
     missing = bucket_length(length) - length
@@ -47,14 +59,22 @@ def pad_to_bucket(
 
 
 def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int[B, T]: the columns of each row, those of padding first."""
+    """Returns int[B, T], the columns of each row with the padding first."""
     return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")
 
 
 def align_right(
     arrays: Mapping[str, np.ndarray], own: Mapping[str, int] = _NONE
 ) -> dict[str, np.ndarray]:
-    """Moves the tokens of each row to its end, where generation goes on; own: as above."""
+    """Moves the tokens of each row to its end, where generation continues.
+
+    Args:
+        arrays: the processor's arrays.
+        own: the port's own per-position arrays.
+
+    Returns:
+        The arrays; those without positions are unchanged.
+    """
     order = right_order(arrays)
     return {
         name: np.take_along_axis(value, order, axis=1) if name in _FILL or name in own else value
@@ -63,9 +83,14 @@ def align_right(
 
 
 def realign(arrays: Mapping[str, np.ndarray], states: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Moves states [B, T, D] of rows that `align_right` moved back to the columns of `arrays`.
+    """Moves states back to the caller's columns; the inverse of `align_right`.
 
-    States of one position are those of the last, and stay.
+    Args:
+        arrays: the processor's arrays before `align_right`.
+        states: site -> [B, T, D], or [B, 1, D] for the last position only, which is not moved.
+
+    Returns:
+        Site -> states in the columns of `arrays`.
     """
     order = right_order(arrays)
     if (order == np.arange(order.shape[1])).all():

@@ -1,4 +1,4 @@
-"""Token ids: which of them a model has embeddings for.
+"""Checks that a model has embeddings for the given token ids.
 
 B batch, T positions, V rows of the table of embeddings.
 """
@@ -11,15 +11,15 @@ import numpy as np
 
 
 def check_ids(input_ids: np.ndarray, size: int, image_tokens: Sequence[int] = ()) -> None:
-    """Refuses token ids without an embedding, those of padding included.
+    """Refuses token ids without an embedding, including padding.
 
     Args:
         input_ids: int[B, T].
         size: V; the ids 0 to V - 1 have an embedding.
-        image_tokens: ids that need none, because image features take their places.
+        image_tokens: ids that need none, because image features replace them.
 
     Raises:
-        ValueError: an id lies outside the vocabulary, or the ids are not integers.
+        ValueError: an id is outside the vocabulary, or the ids are not integers.
     """
     if not np.issubdtype(input_ids.dtype, np.integer):
         raise ValueError(f"input_ids have dtype {input_ids.dtype}; expected integers")
@@ -27,7 +27,7 @@ def check_ids(input_ids: np.ndarray, size: int, image_tokens: Sequence[int] = ()
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise ValueError(
-            f"token id {input_ids[row, column]} in row {row} lies outside the vocabulary of {size} "
+            f"token id {input_ids[row, column]} in row {row} is outside the vocabulary of {size} "
             f"(ids 0 to {size - 1}); leave the token out, choose another padding token, or load a "
             "checkpoint whose embeddings were resized for it"
         )
@@ -42,24 +42,23 @@ def check_special_ids(ids: Mapping[str, Sequence[int]], size: int, where: Any) -
         where: the checkpoint's directory, for the message.
 
     Raises:
-        ValueError: one of them is not an integer from 0 to V - 1.
+        ValueError: an id is not an integer from 0 to V - 1.
     """
     for name, tokens in ids.items():
         for token in tokens:
             if type(token) is not int:
-                raise ValueError(f"{where}: {name} is {token!r:.80}; expected an id, an integer")
+                raise ValueError(f"{where}: {name} is {token!r:.80}; expected an integer id")
             if not 0 <= token < size:
                 raise ValueError(
                     f"{where}: {name} is {token}, outside the vocabulary of {size} (ids 0 to "
-                    f"{size - 1}); set it in generation_config.json or config.json to a token "
-                    "that the model has"
+                    f"{size - 1}); set it to one of these in generation_config.json or config.json"
                 )
 
 
 def warn_of_longer_tokenizer(
     tokenizer: Any, size: int, image_tokens: Sequence[int], where: Any
 ) -> None:
-    """Warns of the tokenizer's tokens that the model has no embedding for.
+    """Warns if the tokenizer has tokens that the model has no embedding for.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -74,6 +73,6 @@ def warn_of_longer_tokenizer(
         warnings.warn(
             f"{where}: the tokenizer has {len(beyond)} tokens that the model has no embedding for, "
             f"from {first!r} (id {beyond[0]}) on; the model's vocabulary is {size}, and prompts "
-            "with such tokens are refused",
+            "with these tokens are refused",
             stacklevel=2,
         )

@@ -1,1 +1,1 @@
-"""Many devices and hosts: where arrays lie on a mesh, and processes that run as one."""
+"""Many devices and hosts: sharding of arrays over a mesh, and several processes as one run."""

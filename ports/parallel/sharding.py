@@ -1,9 +1,9 @@
-"""Where parameters and activations lie on a mesh: logical axes, bound to mesh axes once.
+"""Sharding of parameters and activations over a mesh: logical axes, bound to mesh axes once.
 
 The mesh has an axis "data" for the batch and may have an axis "model" for heads, feed-forward
-width and vocabulary. A dimension that its mesh axis does not divide is replicated, but for two:
-a table of embeddings or a head whose vocabulary does not divide is divided along its width, and a
-projection to query heads is divided by columns although the heads themselves are not.
+width and vocabulary. A dimension that its mesh axis does not divide evenly is replicated, with two
+exceptions: an embedding table or head is then sharded along its width instead of the vocabulary,
+and a projection to query heads is sharded by columns even if the heads themselves are not.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Path = tuple[str, ...]
-# Module path -> number of key-value heads of the attention below it.
+# Module path -> number of key-value heads in the attention layers below it.
 KVHeads = Mapping[Path, int]
 AnyMesh = Mesh | AbstractMesh
 
-# Logical axis -> mesh axis. "batch" counts rows of prompts, and in a tower its images.
+# Logical axis -> mesh axis. "batch" counts prompts, in a vision tower images.
 RULES = {
     "batch": "data",
     "positions": None,
@@ -34,9 +34,9 @@ RULES = {
     "vocab": "model",
 }
 
-# Module -> logical axes of its kernel or embedding, () for what every device holds whole; a bias
-# has the last of them. Where a name stands for two things, that of the module above goes in front
-# ("merger.mlp_0"). A parameter outside of such a module has a rule by its own name.
+# Module -> logical axes of its kernel or embedding, () to replicate it; a bias has the last axis.
+# An ambiguous name is prefixed with the parent module's ("merger.mlp_0"). A parameter that is not
+# in such a module has a rule under its own name.
 Axes = Mapping[str, tuple[str, ...]]
 
 
@@ -45,17 +45,28 @@ def make_mesh(
     model: int = 1,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:  # JAX has the class in a variable, which the checker does not follow
-    """A mesh of data x model devices that lets the compiler place what is not constrained.
+    """Makes a mesh of data x model devices, with axes "data" and "model".
 
-    devices: default, all of all processes; `jax.local_devices()` for a mesh of this one alone.
-    Raises ValueError if there are fewer devices.
+    The axes have type `Auto`: the compiler shards whatever is not constrained.
+
+    Args:
+        data: number of devices along the batch.
+        model: number of devices along heads, feed-forward width and vocabulary.
+        devices: the devices to use. Default: all devices of all processes; pass
+            `jax.local_devices()` for a mesh within this process.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: a size is less than 1, or there are fewer devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or model < 1:
         raise ValueError(f"a mesh of {data} x {model} devices; expected at least 1 x 1")
     if data * model > len(devices):
         raise ValueError(
-            f"a mesh of {data} x {model} takes {data * model} devices; there are {len(devices)}"
+            f"a mesh of {data} x {model} needs {data * model} devices; there are {len(devices)}"
         )
     return jax.make_mesh(
         (data, model),
@@ -66,7 +77,17 @@ def make_mesh(
 
 
 def parse_mesh(text: str) -> tuple[int, int]:
-    """ "2x4" -> (2, 4), the sizes of the mesh axes "data" and "model"; else ValueError."""
+    """Parses the sizes of the mesh axes "data" and "model", such as "2x4".
+
+    Args:
+        text: DATAxMODEL.
+
+    Returns:
+        (data, model).
+
+    Raises:
+        ValueError: the text has another form.
+    """
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip().lower(), re.ASCII)
     if found is None:
         raise ValueError(f"expected DATAxMODEL such as 2x4, got {text!r}")
@@ -74,7 +95,7 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 
 def abstract_mesh(data: int, model: int) -> AbstractMesh:
-    """As `make_mesh`, without devices: for what needs shapes alone."""
+    """Makes a mesh without devices, for computations with shapes only (see `make_mesh`)."""
     return AbstractMesh((data, model), ("data", "model"))
 
 
@@ -87,23 +108,32 @@ def _kv_heads_of(path: Path, kv_heads: KVHeads) -> int | None:
 
 
 def logical_axes(path: Path, ndim: int, axes: Axes) -> tuple[str, ...]:
-    """The logical axes of the parameter at a Flax path; none for one that is replicated.
+    """Returns the logical axes of a parameter; none if it is replicated.
 
-    Raises ValueError for a parameter without a rule, or with one of another number of axes.
+    Args:
+        path: its Flax path.
+        ndim: its number of dimensions.
+        axes: the rules of the model (`VisionLanguageModel.axes`).
+
+    Returns:
+        One logical axis per dimension, or ().
+
+    Raises:
+        ValueError: no rule applies, or the rule has another number of axes.
     """
     module, leaf = ("", *path)[-2:]
     names = (".".join(path[-3:-1]), module, leaf)
     rule = next((axes[name] for name in names if name in axes), None)
     if rule is None:
         raise ValueError(
-            f"no rule says where {'.'.join(path)} lies on a mesh; name {module or leaf!r} in the "
-            "`axes` of its model, with () if every device is to hold it"
+            f"no sharding rule for {'.'.join(path)}; add {module or leaf!r} to the `axes` of its "
+            "model, with () to replicate it"
         )
     if leaf == "bias":
         rule = rule[-1:]
     if len(rule) not in (0, ndim):
         raise ValueError(
-            f"{'.'.join(path)} has {ndim} dimensions; its rule in the `axes` of its model is for "
+            f"{'.'.join(path)} has {ndim} dimensions, but its rule in the `axes` of its model has "
             f"{len(rule)}: {', '.join(rule)}"
         )
     return rule
@@ -116,13 +146,21 @@ def param_sharding(
     axes: Axes,
     kv_heads: KVHeads | None = None,
 ) -> NamedSharding:
-    """The sharding of the parameter at a Flax path.
+    """Returns the sharding of one parameter.
 
-    axes: the rules of the model (`VisionLanguageModel.axes`).
-    kv_heads: how many key-value heads the modules have that are divided by whole heads
-    (`VisionLanguageModel.kv_heads`); of other modules the width counts.
+    Args:
+        mesh: the mesh.
+        path: the parameter's Flax path.
+        shape: its shape.
+        axes: the rules of the model (`VisionLanguageModel.axes`).
+        kv_heads: number of key-value heads of the modules that are sharded by whole heads
+            (`VisionLanguageModel.kv_heads`); other modules are sharded by width.
 
-    Raises ValueError for a parameter without a rule.
+    Returns:
+        The sharding.
+
+    Raises:
+        ValueError: no rule applies to the parameter.
     """
     named = logical_axes(path, len(shape), axes)
     count = _kv_heads_of(path, kv_heads or {})
@@ -141,7 +179,7 @@ def param_sharding(
 def param_shardings(
     mesh: AnyMesh, params: dict, axes: Axes, kv_heads: KVHeads | None = None
 ) -> dict:
-    """`param_sharding` of every leaf of a tree of (abstract) parameters, as such a tree."""
+    """Returns a tree with the `param_sharding` of every leaf of a tree of (abstract) parameters."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
         {
@@ -152,7 +190,7 @@ def param_shardings(
 
 
 def device_bytes(params: dict, shardings: dict) -> int:
-    """Bytes of the (abstract) parameters that one device holds."""
+    """Returns the bytes of (abstract) parameters on each device."""
 
     def size(leaf: Any, sharding: NamedSharding) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -161,13 +199,13 @@ def device_bytes(params: dict, shardings: dict) -> int:
 
 
 def batch_sharding(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of an input whose first axis is the batch."""
+    """Returns the sharding of an input whose first axis is the batch."""
     first = _fits(mesh, RULES["batch"], shape[0]) if math.prod(shape) else None
     return NamedSharding(mesh, PartitionSpec(first))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -176,16 +214,21 @@ def from_slices(
     sharding: jax.sharding.Sharding,
     read: Callable[[Any], np.ndarray],
 ) -> jax.Array:
-    """An array of which every process puts its own part on its own devices.
+    """Makes an array of which each process fills only the shards on its own devices.
 
-    read: an index in a whole array of that shape -> the values there; called for the parts of this
-    process's devices only.
+    Args:
+        shape: shape of the whole array.
+        sharding: its sharding.
+        read: index into the whole array -> the values there; only called for this process's shards.
+
+    Returns:
+        The global array.
     """
     return jax.make_array_from_callback(shape, sharding, read)
 
 
 def put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, on the devices of all of them."""
+    """Shards an array that every process holds over the devices of all processes."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     value = np.asarray(value)
@@ -198,10 +241,10 @@ _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", defa
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None) -> Iterator[None]:
-    """While this is open, `constrain` places activations on the mesh.
+    """Makes `constrain` shard activations over a mesh while the context is open.
 
-    It belongs inside of a jitted function, whose static argument the mesh is: what is traced for
-    one mesh is then not taken for another.
+    Use it inside a jitted function with the mesh as a static argument, so that a program traced for
+    one mesh is not reused for another.
     """
     token = _mesh.set(mesh)
     try:
@@ -211,11 +254,18 @@ def on(mesh: Mesh | None) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The activations x, laid out by their logical axes, one a dimension; None: as it comes.
+    """Constrains activations to a sharding; does nothing without a mesh (see `on`).
 
-    Nothing without a mesh (see `on`). Where the mesh axis does not divide a dimension it is
-    replicated: left open, the compiler divides heads by their width, and every product of
-    attention then ends in a sum over devices.
+    Dimensions that the mesh axis does not divide evenly are replicated. Left unconstrained, the
+    compiler would split heads along their width, and every attention product would end in a sum
+    over devices.
+
+    Args:
+        x: the activations.
+        *axes: one logical axis per dimension; None leaves a dimension to the compiler.
+
+    Returns:
+        The same values.
     """
     mesh = _mesh.get()
     if mesh is None:
@@ -228,16 +278,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def heads(x: jax.Array, axis: str = "heads") -> jax.Array:
-    """x[B, T, H, C] divided by whole heads; axis: "heads" or "kv_heads"."""
+    """Constrains x[B, T, H, C] to be sharded by whole heads; axis: "heads" or "kv_heads"."""
     return constrain(x, "batch", "positions", axis, "embed")
 
 
 def residual(x: jax.Array) -> jax.Array:
-    """x[B, T, D] of the residual stream, divided by rows alone."""
+    """Constrains the residual stream x[B, T, D] to be sharded by rows only."""
     return constrain(x, "batch", "positions", "embed")
 
 
 def logits(x: jax.Array) -> jax.Array:
-    """x[..., V] divided by the vocabulary, and by rows if the first axis is that of the batch."""
+    """Constrains x[..., V] to be sharded by vocabulary, and by rows if it has a batch axis."""
     first = () if x.ndim == 1 else ("batch", *(None,) * (x.ndim - 2))
     return constrain(x, *first, "vocab")

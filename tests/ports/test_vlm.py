@@ -126,8 +126,8 @@ class TestLoading:
         [
             ("{", "generation_config.json: not a JSON object (Expecting"),
             ("[]", "generation_config.json: not a JSON object (a list)"),
-            ('{"eos_token_id": ["a"]}', "eos_token_id is 'a'; expected an id, an integer"),
-            ('{"pad_token_id": 0.5}', "pad_token_id is 0.5; expected an id, an integer"),
+            ('{"eos_token_id": ["a"]}', "eos_token_id is 'a'; expected an integer id"),
+            ('{"pad_token_id": 0.5}', "pad_token_id is 0.5; expected an integer id"),
         ],
     )
     def test_damaged_tokens_that_end_a_row(self, directory, text, message):

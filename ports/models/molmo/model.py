@@ -169,7 +169,7 @@ class Config:
             # Features are added to these tokens' embeddings: the tables must hold them.
             if not 0 <= token < sizes.num_embeddings:
                 raise ValueError(
-                    f"image token id {token} lies outside the {sizes.num_embeddings} embeddings; "
+                    f"image token id {token} is outside the {sizes.num_embeddings} embeddings; "
                     f"expected less than embedding_size {text.vocab_size} + additional_vocab_size "
                     f"{sizes.additional_vocab_size}"
                 )

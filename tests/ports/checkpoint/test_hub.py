@@ -76,7 +76,7 @@ def test_without_weights_a_repository_is_described(publish):
     snapshot = publish("some/model", embedded.LLAVA)
     (snapshot / "model.safetensors").unlink()
     assert ports.load_abstract("some/model").sites
-    with helpers.raises_line(FileNotFoundError, "lacks model.safetensors"):
+    with helpers.raises_line(FileNotFoundError, "has no model.safetensors"):
         ports.load("some/model")
 
 

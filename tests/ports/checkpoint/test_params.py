@@ -207,7 +207,7 @@ class TestStrictness:
         small.torch_model.save_pretrained(tmp_path, max_shard_size="60KB")
         gone = sorted(tmp_path.glob("*.safetensors"))[1]
         gone.unlink()
-        with helpers.raises_line(FileNotFoundError, f"{tmp_path} lacks {gone.name}"):
+        with helpers.raises_line(FileNotFoundError, f"{tmp_path} has no {gone.name}"):
             ports.load(tmp_path)
 
 

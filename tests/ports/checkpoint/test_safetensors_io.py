@@ -189,11 +189,11 @@ class TestDirectories:
     def test_a_missing_shard_is_named(self, tmp_path):
         self.write_shards(tmp_path)
         (tmp_path / "b.safetensors").unlink()
-        with helpers.raises_line(FileNotFoundError, f"{tmp_path} lacks b.safetensors"):
+        with helpers.raises_line(FileNotFoundError, f"{tmp_path} has no b.safetensors"):
             safetensors_io.open_directory(tmp_path)
 
     def test_a_directory_without_weights(self, tmp_path):
-        with helpers.raises_line(FileNotFoundError, "lacks model.safetensors", "convert them"):
+        with helpers.raises_line(FileNotFoundError, "has no model.safetensors", "convert them"):
             safetensors_io.open_directory(tmp_path)
 
     @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class TestArrays:
             inputs = helpers.make_inputs([0], [3])
             for run in (small.vlm.generate, lambda x, **o: small.vlm.sweep(x, [{}], **o)):
                 with helpers.raises_line(
-                    ValueError, f"max_new_tokens is {number}; expected at least 1, a whole number"
+                    ValueError, f"max_new_tokens is {number}; expected a whole number >= 1"
                 ):
                     run(inputs, max_new_tokens=number)
 
@@ -103,20 +103,20 @@ class TestPrompts:
                 [IMAGE],
                 ("texts is one string", "process([vlm.render(text)], [image])"),
             ),
-            (["<image>"], IMAGE, ("images is one ndarray", "for each prompt")),
-            (["<image>"], "a.jpg", ("images is one str", "for each prompt")),
+            (["<image>"], IMAGE, ("images is a single ndarray", "for each prompt")),
+            (["<image>"], "a.jpg", ("images is a single str", "for each prompt")),
             (["<image>"], None, ("images are missing; expected an image", "for each prompt")),
             (["<image>"], [None], ("an image is None; expected a PIL image",)),
-            (["<image>"], ["no/a.jpg"], ("no image file 'no/a.jpg'; expected the path of one",)),
+            (["<image>"], ["no/a.jpg"], ("no image file 'no/a.jpg'; expected a file's path",)),
             (["<image>"], [Path("no/a.jpg")], ("no image file 'no/a.jpg'",)),
             (["<image>"], [IMAGE] * 2, ("there are 1 prompts and 2 images",)),
             ([b"<image>"], [IMAGE], ("a prompt is a bytes; expected a string",)),
             (
                 ["what is it"],
                 [IMAGE],
-                ("the prompt 'what is it' holds <image> 0 times", "vlm.render"),
+                ("the prompt 'what is it' contains <image> 0 times", "vlm.render"),
             ),
-            (["<image> <image>"], [IMAGE], ("2 times and has 1 image;", "once for each")),
+            (["<image> <image>"], [IMAGE], ("2 times for 1 image;", "once per image")),
         ],
         ids=lambda value: "",
     )
@@ -139,7 +139,7 @@ class TestPrompts:
             vlm.process("hi")
         with helpers.raises_line(ValueError, "texts is one string"):
             vlm.process(vlm.render("what is this"), [image])
-        with helpers.raises_line(ValueError, "the prompt 'what is this' holds <image> 0 times"):
+        with helpers.raises_line(ValueError, "the prompt 'what is this' contains <image> 0 times"):
             vlm.process(["what is this"], [image])
         with helpers.raises_line(ValueError, "the prompt is a list; expected a string"):
             vlm.render(["what is this"])

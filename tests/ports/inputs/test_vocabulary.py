@@ -44,7 +44,7 @@ class TestRefusing:
     @pytest.mark.parametrize("token", [-1, "first beyond"])
     def test_id_row_and_size_are_named(self, vlms, port, token, masked):
         token = SIZES[port] if token == "first beyond" else token
-        said = f"token id {token} in row 1 lies outside the vocabulary of {SIZES[port]} (ids 0 to"
+        said = f"token id {token} in row 1 is outside the vocabulary of {SIZES[port]} (ids 0 to"
         with helpers.raises_line(ValueError, said):
             vlms[port].forward(inputs_with(token, masked=masked))
 
@@ -62,7 +62,7 @@ class TestRefusing:
             lambda: vlm.place(inputs),
             lambda: paired_states(vlm, vlm.params, vlm.params, inputs, [site]),
         ):
-            with helpers.raises_line(ValueError, "token id 10000 in row 1 lies outside"):
+            with helpers.raises_line(ValueError, "token id 10000 in row 1 is outside"):
                 call()
 
     @EVERY_PORT
@@ -102,7 +102,7 @@ class TestRefusing:
         (directory / "config.json").write_text(json.dumps(changed))
         with helpers.raises_line(
             ValueError,
-            "image token id 108 lies outside the 108 embeddings",
+            "image token id 108 is outside the 108 embeddings",
             "additional_vocab_size",
         ):
             ports.load(directory)
@@ -182,7 +182,7 @@ class TestTokenizer:
         assert len(caught) == 1
         with warnings.catch_warnings(action="error"):
             vlm._warn_of(vlm.tokenizer)  # as the processor does with its own
-        with helpers.raises_line(ValueError, f"token id {V} in row 0 lies outside"):
+        with helpers.raises_line(ValueError, f"token id {V} in row 0 is outside"):
             vlm.generate({"input_ids": ids}, max_new_tokens=1)
 
     def test_of_as_many_tokens_is_fine(self, directory):
@@ -203,7 +203,7 @@ class TestOtherEncoders:
     def test_clip(self, clip):
         size = clip.module.config.text.vocab_size
         ids = np.array([[1, 2], [3, size]])
-        with helpers.raises_line(ValueError, f"token id {size} in row 1 lies outside"):
+        with helpers.raises_line(ValueError, f"token id {size} in row 1 is outside"):
             clip.embed_text(ids, np.ones_like(ids))
 
     def test_the_embedded_models_tokenizers_fit(self, clip):

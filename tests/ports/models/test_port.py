@@ -147,5 +147,5 @@ def test_a_toy_lies_on_a_mesh_by_its_own_rules(directory):
 def test_a_toy_without_a_rule_is_refused_on_a_mesh(directory, monkeypatch):
     monkeypatch.setattr(Toy, "axes", decoder.AXES)
     ports.load(directory)
-    with pytest.raises(ValueError, match=r"no rule says where eye\.bias .*; name .eye."):
+    with pytest.raises(ValueError, match=r"no sharding rule for eye\.bias; add .eye. to"):
         ports.load(directory, mesh=ports.make_mesh(1, 1))

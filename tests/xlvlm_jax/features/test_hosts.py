@@ -123,7 +123,7 @@ def test_auto_where_no_cluster_tells_the_hosts(tmp_path):
     output = tmp_path / "c"
     arguments = ("decompose", tmp_path, "--output", output, "--hosts", "auto")
     ((_, errors),) = finish(start(*arguments, cache=tmp_path), status=2)
-    assert "no cluster tells this process its hosts" in errors
+    assert "the cluster does not provide the hosts" in errors
     assert "or give ADDRESS:PORT,COUNT,INDEX" in errors
     assert len(errors.strip().splitlines()) == 1
     assert not output.exists()
