@@ -206,7 +206,7 @@ def read_prompt(rules: Rules, ids: Array, mask: Array, vocabulary: int) -> Promp
 
 
 def _said(ids: Array, vocabulary: int) -> Array:
-    """Returns bool[B, V], which tokens occur in ids[B, N]; ids not in the vocabulary are ignored."""
+    """Returns bool[B, V], which tokens occur in ids[B, N]; ids outside the vocabulary do not."""
     rows = jnp.arange(len(ids))[:, None]
     said = jnp.zeros((len(ids), vocabulary), bool)
     return said.at[rows, jnp.where(ids < 0, vocabulary, ids)].set(True, mode="drop")

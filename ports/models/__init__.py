@@ -1,1 +1,1 @@
-"""The ports: one file or folder for each model family, named as in config.json's model_type."""
+"""The ports: one file or folder per model family, named like its model_type in config.json."""

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): encoders of text, state by token.
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): text encoders with a state per token.
 
 B texts, T positions, D width, H heads.
 """
@@ -26,20 +26,21 @@ MODEL_TYPES = ("bert", "roberta")
 
 @dataclasses.dataclass(frozen=True)
 class Config(EncoderConfig):
-    """What the port needs of a transformers BertConfig or RobertaConfig."""
+    """The values that the port needs from a transformers BertConfig or RobertaConfig."""
 
     model_type: str
     vocab_size: int
-    num_positions: int  # rows of the table of positions
-    first_position: int  # the row of a text's first token: RoBERTa leaves out those up to padding's
+    num_positions: int  # rows in the table of positions
+    first_position: int  # row of the first token: RoBERTa skips the rows up to the pad token's id
     num_token_types: int
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
         """Reads a transformers BertConfig or RobertaConfig.
 
-        ValueError for what the port does not implement: decoders, relative positions, another
-        activation, a width that is no multiple of the heads.
+        Raises:
+            ValueError: a value is not implemented: decoders, relative positions, an unknown
+                activation, or a width that is not a multiple of the heads.
         """
         for name in ("is_decoder", "add_cross_attention"):
             if getattr(config, name, False):
@@ -47,7 +48,7 @@ class Config(EncoderConfig):
         positions = getattr(config, "position_embedding_type", None) or "absolute"
         if positions != "absolute":
             raise ValueError(
-                f"config.position_embedding_type is {positions!r}; this port implements 'absolute'"
+                f"config.position_embedding_type is {positions!r}; expected 'absolute'"
             )
         return cls(
             **dataclasses.asdict(EncoderConfig.from_hf(config)),
@@ -60,12 +61,12 @@ class Config(EncoderConfig):
 
     @property
     def max_length(self) -> int:
-        """The longest text, in tokens, special ones counted."""
+        """Maximum length of a text in tokens, including special ones."""
         return self.num_positions - self.first_position
 
 
 class Embeddings(nn.Module):
-    """Tokens, positions and the first of the token types, added and normed."""
+    """Normalised sum of the embeddings of token, position and the first token type."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -105,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """What ends both halves of a block: a linear layer, the residual, a norm."""
+    """The end of both halves of a block: a linear layer, the residual, a norm."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        # The singular is the checkpoints'.
+        # Singular, as in the checkpoints.
         self.layer = [Layer(self.config, self.dtype) for _ in range(self.config.num_layers)]
 
     def __call__(self, x: Array, mask: Array) -> tuple[Array, ...]:
@@ -176,7 +177,7 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder; parameters carry the names of transformers' BertModel and RobertaModel."""
+    """The encoder, with the parameter names of transformers' BertModel and RobertaModel."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -186,8 +187,14 @@ class Bert(nn.Module):
         self.encoder = Encoder(self.config, self.dtype)
 
     def __call__(self, tokens: Array, attention_mask: Array) -> tuple[Array, ...]:
-        """tokens and attention_mask int[B, T], padded on the right -> the states [B, T, D] of the
-        embeddings and after each layer.
+        """Encodes texts.
+
+        Args:
+            tokens: int[B, T], padded on the right.
+            attention_mask: int[B, T].
+
+        Returns:
+            The states [B, T, D] of the embeddings and after each layer.
         """
         mask = attention_mask.astype(bool)[:, None, None, :]
         return self.encoder(self.embeddings(tokens), mask)
@@ -195,7 +202,7 @@ class Bert(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A loaded BERT or RoBERTa: `load` makes it."""
+    """A BERT or RoBERTa model with its parameters, made by `load`."""
 
     module: Bert
     params: dict
@@ -203,12 +210,12 @@ class TextEncoder:
 
     @property
     def config(self) -> Config:
-        """Its sizes."""
+        """The model's configuration."""
         return self.module.config
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's own tokenizer, from transformers."""
+        """The checkpoint's tokenizer, from transformers."""
         from transformers import AutoTokenizer
 
         checkpoint.require_tokenizer(self.directory)
@@ -220,12 +227,18 @@ class TextEncoder:
     def states(
         self, tokens: Array | np.ndarray, attention_mask: Array | np.ndarray, layer: int
     ) -> Array:
-        """The states [B, T, D] after so many layers; those behind are not computed.
+        """Computes the states after a number of layers; later layers are not computed.
 
-        tokens and attention_mask: int[B, T], padded on the right. layer: 0 (the embeddings) to
-        `config.num_layers`.
+        Args:
+            tokens: int[B, T], padded on the right.
+            attention_mask: int[B, T].
+            layer: number of layers, 0 (the embeddings) to `config.num_layers`.
 
-        Raises ValueError for a token id outside the vocabulary.
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: a token id is outside the vocabulary.
         """
         vocabulary.check_ids(np.asarray(tokens), self.config.vocab_size)
         mask = jnp.asarray(attention_mask)
@@ -237,13 +250,13 @@ def _states(module: Bert, layer: int, params: dict, tokens: Array, attention_mas
     return module.bind({"params": params})(tokens, attention_mask)[layer]
 
 
-# The heads of the tasks that checkpoints were trained on, and buffers.
+# Heads of the tasks that checkpoints were trained on.
 _NOT_NEEDED = ("cls.", "lm_head.", "pooler.", "classifier.", "qa_outputs.")
 _OLD_LEAVES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in the file -> the port's; None for heads and buffers."""
+    """Converts a tensor's name in the file to the port's; None for heads and buffers."""
     name = name.removeprefix("bert.").removeprefix("roberta.")
     if name.startswith(_NOT_NEEDED) or name.endswith("position_ids"):
         return None
@@ -254,9 +267,18 @@ def canonical_name(name: str) -> str | None:
 
 
 def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
-    """Loads a bert or roberta, with or without a task's head, from a directory or the hub.
+    """Loads a checkpoint of model_type bert or roberta, with or without a task's head.
 
-    Raises FileNotFoundError or ValueError as `ports.load` does.
+    Args:
+        directory: a directory, or a repository id on the Hub.
+        dtype: dtype of the parameters and the computation, such as "float32".
+
+    Returns:
+        The model with its parameters.
+
+    Raises:
+        FileNotFoundError: as for `ports.load`.
+        ValueError: as for `ports.load`.
     """
     keep_programs()
     directory = hub.find_directory(directory)

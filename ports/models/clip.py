@@ -1,6 +1,6 @@
-"""CLIP (Radford et al. 2021): an image tower and a text tower with a common space.
+"""CLIP (Radford et al. 2021): an image tower and a text tower with a shared embedding space.
 
-B texts, T positions, I images, D width, E width of the common space.
+B texts, T positions, I images, D width, E width of the shared space.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(encoder.EncoderConfig):
-    """A text tower: an encoder with its vocabulary."""
+    """Sizes of the text tower: an encoder with a vocabulary."""
 
     vocab_size: int = 0
     max_positions: int = 77
@@ -43,7 +43,7 @@ class TextConfig(encoder.EncoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the port needs of a transformers CLIPConfig."""
+    """The values that the port needs from a transformers CLIPConfig."""
 
     text: TextConfig
     vision: clip_vision.VisionConfig
@@ -78,7 +78,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower: causal, read out at the end-of-text token."""
+    """CLIP's text tower: a causal encoder, read out at the end-of-text token."""
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
@@ -95,7 +95,7 @@ class TextTransformer(nn.Module):
         mask = attention_mask.astype(bool)[:, None, None, :] & jnp.tri(length, dtype=bool)
         states = self.final_layer_norm(self.encoder(self.embeddings(tokens), mask)[-1])
         if self.config.eos_token == 2:
-            # Configurations older than their tokenizer's fix say 2, but mean the highest id.
+            # Old configurations say 2, but the end-of-text token is the one with the highest id.
             end = jnp.argmax(tokens, axis=-1)
         else:
             end = jnp.argmax(tokens == self.config.eos_token, axis=-1)
@@ -103,7 +103,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The dual encoder; parameters carry the names of transformers' CLIPModel."""
+    """The dual encoder, with the parameter names of transformers' CLIPModel."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -125,19 +125,19 @@ class CLIP(nn.Module):
         return _unit(self.visual_projection(self.vision_model(pixels).pooled))
 
     def __call__(self, tokens: Array, attention_mask: Array, pixels: Array) -> Array:
-        """Scaled cosines [B, I] of every text with every image."""
+        """Computes the scaled cosine of every text with every image, float32[B, I]."""
         text = self.embed_text(tokens, attention_mask)
         return jnp.exp(self.logit_scale) * text @ self.embed_images(pixels).T
 
 
 def _unit(x: Array) -> Array:
-    # In float32, whatever the towers' dtype: cosines of close pairs differ by little.
+    # In float32, whatever the towers' dtype: cosines of similar pairs differ only slightly.
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def example_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of one text and one image: what initialisation is traced with."""
+    """Returns shapes of one text and one image, to trace initialisation with."""
     size = config.vision.image_size
     ids = jax.ShapeDtypeStruct((1, min(8, config.text.max_positions)), np.int32)
     pixels = jax.ShapeDtypeStruct((1, config.vision.num_channels, size, size), np.float32)
@@ -146,7 +146,7 @@ def example_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoder:
-    """A loaded CLIP: `load` makes it."""
+    """A CLIP model with its parameters, made by `load`."""
 
     module: CLIP
     params: dict
@@ -154,12 +154,12 @@ class DualEncoder:
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The checkpoint's own processor, from transformers."""
+        """The checkpoint's processor, from transformers."""
         from transformers import AutoProcessor
 
         checkpoint.require_tokenizer(self.directory)
         with checkpoint.loading(self.directory, "processor"):
-            # The backend that needs neither torch nor torchvision; remote code is never run.
+            # The PIL backend needs neither torch nor torchvision; remote code is never run.
             processor = AutoProcessor.from_pretrained(
                 self.directory, backend="pil", trust_remote_code=False
             )
@@ -168,9 +168,17 @@ class DualEncoder:
         return processor
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T], padded on the right -> unit vectors float32[B, E].
+        """Embeds texts.
 
-        Raises ValueError for a token id outside the vocabulary.
+        Args:
+            tokens: int[B, T], padded on the right.
+            attention_mask: int[B, T].
+
+        Returns:
+            Unit vectors, float32[B, E].
+
+        Raises:
+            ValueError: a token id is outside the vocabulary.
         """
         vocabulary.check_ids(np.asarray(tokens), self.module.config.text.vocab_size)
         return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
@@ -191,14 +199,23 @@ def _embed_images(module: CLIP, params: dict, pixels: Array) -> Array:
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in the file -> the port's; None for a mere buffer."""
+    """Converts a tensor's name in the file to the port's; None for buffers."""
     return None if name.endswith("position_ids") else name
 
 
 def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
-    """Loads a directory, or a repository of the hub, of model_type clip.
+    """Loads a checkpoint of model_type clip.
 
-    Raises FileNotFoundError or ValueError as `ports.load` does.
+    Args:
+        directory: a directory, or a repository id on the Hub.
+        dtype: dtype of the parameters and the computation, such as "float32".
+
+    Returns:
+        The model with its parameters.
+
+    Raises:
+        FileNotFoundError: as for `ports.load`.
+        ValueError: as for `ports.load`.
     """
     keep_programs()
     directory = hub.find_directory(directory)

@@ -1,10 +1,10 @@
 """Idefics2 (Laurençon et al. 2024): a SigLIP tower, a perceiver resampler, a Mistral decoder.
 
-B batch, T positions, D the decoder's width, I images, P = h x w patches of an image, L latents,
-which are also the tokens that an image takes in a prompt.
+B batch, T positions, D the decoder's width, I images, P = h x w patches per image, L latents, which
+is also the number of tokens per image in a prompt.
 
-Images keep their size and shape: the tower sees as many patches as there are, and the resampler
-makes L features of them. Image splitting is the processor's: five crops are five images.
+Images keep their size and shape: the tower processes all patches, and the resampler turns them into
+L features. The processor splits images: five crops are five images here.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **decoder.AXES,
     **siglip.AXES,
@@ -33,7 +33,7 @@ AXES: sharding.Axes = {
 
 @dataclasses.dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes and constants of the resampler; its width is the decoder's."""
+    """Sizes and constants of the resampler, which has the decoder's width."""
 
     num_latents: int
     num_layers: int
@@ -45,11 +45,11 @@ class PerceiverConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> "PerceiverConfig":
-        """Reads a transformers Idefics2PerceiverConfig."""
+        """Reads a transformers Idefics2PerceiverConfig; raises ValueError for an invalid value."""
         layers.activation(config.hidden_act)
         if config.resampler_n_heads % config.num_key_value_heads:
             raise ValueError(
-                f"perceiver_config has {config.resampler_n_heads} attention heads, which is no "
+                f"perceiver_config has {config.resampler_n_heads} attention heads, which is not a "
                 f"multiple of its {config.num_key_value_heads} key-value heads"
             )
         return cls(
@@ -65,7 +65,7 @@ class PerceiverConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the port needs of a transformers Idefics2Config."""
+    """The values that the port needs from a transformers Idefics2Config."""
 
     text: decoder.DecoderConfig
     vision: vision.VisionConfig
@@ -74,10 +74,10 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers Idefics2Config; ValueError for a value that is not implemented."""
+        """Reads a transformers Idefics2Config; raises ValueError if a value is not implemented."""
         return cls(
-            # Here the whole configuration alone says whether the head is tied: what its
-            # text_config says has no effect in transformers.
+            # Only the top-level configuration counts: in transformers, tie_word_embeddings in
+            # text_config has no effect for this model.
             text=decoder.DecoderConfig.from_hf(
                 config.text_config, bool(config.tie_word_embeddings), "mistral"
             ),
@@ -88,12 +88,12 @@ class Config:
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that one image (or one crop of it) takes in a prompt."""
+        """Image tokens per image (or crop) in a prompt."""
         return self.perceiver.num_latents
 
 
 class PerceiverAttention(nn.Module):
-    """The latents attend, with grouped queries, to the image and to themselves."""
+    """Attention of the latents to the image and to themselves, with grouped queries."""
 
     config: PerceiverConfig
     dtype: jnp.dtype = jnp.float32
@@ -117,7 +117,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """A pre-norm block on the latents; the image's features stay as they are."""
+    """A pre-norm block on the latents; the image's features do not change."""
 
     config: PerceiverConfig
     dtype: jnp.dtype = jnp.float32
@@ -166,7 +166,7 @@ class PerceiverResampler(nn.Module):
 
 
 class Connector(nn.Module):
-    """From the tower's width to the decoder's, and from P patches to L features."""
+    """Maps the tower's width to the decoder's, and P patches to L features."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -189,7 +189,7 @@ class Connector(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The level of nesting that the checkpoints' names have around all but the head."""
+    """Wraps everything but the head, for the extra level in the checkpoints' names."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
         return self.connector(self.vision_model(pixels, mask), mask.reshape(len(mask), -1))
 
 
-# What the port understands of a processor's arrays; the rest is left aside.
+# The processor's arrays that the port uses; the rest are ignored.
 INPUTS = (
     "input_ids",
     "attention_mask",
@@ -216,7 +216,7 @@ INPUTS = (
 
 
 class Idefics2(vision_language.VisionLanguageModel):
-    """What the resampler makes of the images takes the places of the image tokens."""
+    """Replaces image tokens by the features from the resampler."""
 
     config: Config
     decoder_path = ("model", "text_model")
@@ -241,22 +241,35 @@ class Idefics2(vision_language.VisionLanguageModel):
 
     @property
     def kv_heads(self) -> sharding.KVHeads:
-        """Those of the decoder and of the resampler."""
+        """{module path: number of key-value heads} of the decoder and the resampler."""
         resampler = ("model", "connector", "perceiver_resampler")
         return {**super().kv_heads, resampler: self.config.perceiver.num_kv_heads}
 
     def image_features(self, pixels: Array, pixel_mask: Array | None = None) -> Array:
-        """pixels[I, 3, height, width] -> [I, L, D], as they enter the decoder.
+        """Computes the decoder's inputs for images.
 
-        pixel_mask: bool or int[I, height, width], which pixels are the image's; None: all.
+        Args:
+            pixels: float[I, 3, height, width].
+            pixel_mask: bool or int[I, height, width], True where a pixel belongs to the image; None
+                for everywhere.
+
+        Returns:
+            [I, L, D].
         """
         if pixel_mask is None:
             pixel_mask = jnp.ones((len(pixels), *pixels.shape[2:]), bool)
         return self.model.image_features(pixels, pixel_mask)
 
     def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
-        """input_ids int[B, T] -> [B, T, D], with the images in rows, whichever rows those are:
-        pixel_values[R, I, 3, height, width], pixel_attention_mask[R, I, height, width] or none.
+        """Embeds tokens and images.
+
+        Args:
+            inputs: input_ids int[B, T]; optional pixel_values[R, I, 3, height, width] and
+                pixel_attention_mask[R, I, height, width]. Only the order of the images counts, not
+                how they are divided into R rows.
+
+        Returns:
+            [B, T, D].
         """
         tokens = jnp.asarray(inputs["input_ids"])
         x = self.text_decoder.embed_tokens(tokens)
@@ -264,7 +277,7 @@ class Idefics2(vision_language.VisionLanguageModel):
             return x
         pixels, mask = _flat(inputs["pixel_values"]), inputs.get("pixel_attention_mask")
         features = self.image_features(pixels, None if mask is None else _flat(mask))
-        # What only fills up a row of images is zero, and gives no features.
+        # Images that are all zero are padding and give no features.
         valid = jnp.repeat((pixels != 0).any((1, 2, 3)), features.shape[1])
         return vision_language.place_images(
             x,
@@ -275,12 +288,12 @@ class Idefics2(vision_language.VisionLanguageModel):
 
 
 def _flat(x: Array | np.ndarray) -> Array:
-    """[B, I, ...] -> [B * I, ...]."""
+    """Merges the first two axes: [B, I, ...] -> [B * I, ...]."""
     return jnp.asarray(x).reshape(-1, *x.shape[2:])
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of a batch with one image a row, of the size that the tower is made for."""
+    """Returns shapes and dtypes of a batch with one image per row, of the tower's own size."""
     cfg = config.vision
     ids = jax.ShapeDtypeStruct(
         (batch, length or config.tokens_per_image + vision_language.EXAMPLE_TEXT), np.int32
@@ -294,19 +307,27 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     }
 
 
-# The grid of a batch's patches is enlarged to multiples of this part of the tower's own.
+# A batch's grid of patches is padded to multiples of 1 / GRID_STEPS of the tower's own grid.
 GRID_STEPS = 14
 
 
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The processor's arrays, laid out so that a run over images of all sizes compiles a few times.
+    """Rearranges the processor's arrays so that images of all sizes compile only a few programs.
 
-    The padding images are dropped, which leaves one image a row: pixel_values[I, 1, 3, height,
+    Padding images are dropped, which leaves one image per row: pixel_values[I, 1, 3, height,
     width]. Height and width are those of the largest image, cut to whole patches and padded to a
-    grid that is a multiple of 1/14 of the tower's (5 of 70 patches in Idefics2-8B). The tower's
-    states come in that grid; siglip.patch_mask of the mask returned says which of them count.
+    multiple of 1/14 of the tower's grid (5 of 70 patches in Idefics2-8B). The tower's states have
+    that grid; `siglip.patch_mask` of the returned mask tells which of them are valid.
 
-    ValueError when images and image tokens do not fit each other.
+    Args:
+        config: the model's configuration.
+        inputs: the processor's arrays.
+
+    Returns:
+        The arrays that the module takes.
+
+    Raises:
+        ValueError: images and image tokens do not match, or an image is too small.
     """
     arrays = dict(inputs)
     pixels, mask = arrays.pop("pixel_values", None), arrays.pop("pixel_attention_mask", None)
@@ -318,8 +339,8 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         config.image_tokens,
         num_images,
         num_images * per_image,
-        f"{per_image} a picture or crop, the processor's image_seq_len "
-        "(a picture whose values are all zero counts as padding)",
+        f"{per_image} per image or crop, the processor's image_seq_len "
+        "(an image whose values are all zero counts as padding)",
     )
     if images is not None and num_images:
         pixels, mask = images
@@ -329,8 +350,8 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
             height, width = mask[tiny[0]].any(1).sum(), mask[tiny[0]].any(0).sum()
             patch = config.vision.patch_size
             raise ValueError(
-                f"image {tiny[0]} of the batch has {height} x {width} pixels, less than a patch of "
-                f"{patch} x {patch}; let the processor resize it, or leave it out"
+                f"image {tiny[0]} of the batch has {height} x {width} pixels, expected at least a "
+                f"patch of {patch} x {patch}; let the processor resize it, or leave it out"
             )
         height, width = (
             _side(config.vision, int(np.flatnonzero(patches.any(axes))[-1]) + 1)
@@ -344,9 +365,15 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 def _real_images(
     config: Config, pixels: np.ndarray, mask: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images that are no padding: [I, 3, height, width] and their masks bool[I, height, width].
+    """Drops padding images.
 
-    pixels[B, I, 3, height, width], mask[B, I, height, width] or None.
+    Args:
+        config: the model's configuration.
+        pixels: [B, I, 3, height, width].
+        mask: [B, I, height, width] or None.
+
+    Returns:
+        The real images [I, 3, height, width] and their masks bool[I, height, width].
     """
     if pixels.ndim != 5 or pixels.shape[2] != config.vision.num_channels:
         raise ValueError(
@@ -358,30 +385,30 @@ def _real_images(
         mask = np.ones(expected, bool)
     elif mask.shape != expected:
         raise ValueError(
-            f"pixel_attention_mask has shape {mask.shape}; expected that of pixel_values without "
-            f"the channels, {expected}"
+            f"pixel_attention_mask has shape {mask.shape}; expected {expected}, the shape of "
+            "pixel_values without the channels"
         )
     real = pixels.any((2, 3, 4))
     return pixels[real], mask[real].astype(bool)
 
 
 def _side(tower: vision.VisionConfig, patches: int) -> int:
-    """The pixels to which so many patches in a line are padded."""
+    """Returns the number of pixels to which `patches` patches in a line are padded."""
     step = max(1, tower.side // GRID_STEPS)
     return -(-patches // step) * step * tower.patch_size
 
 
 def _fit(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts or pads the last two axes, with zeros."""
+    """Cuts the last two axes or pads them with zeros."""
     x = x[..., :height, :width]
     missing = (height - x.shape[-2], width - x.shape[-1])
     return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, side) for side in missing])
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+    """Converts a tensor's name in any known checkpoint to the port's; None for buffers.
 
-    The port, the hub and transformers 5 have the same names.
+    The port, the Hub and transformers 5 have the same names.
     """
     if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return None

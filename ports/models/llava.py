@@ -1,6 +1,6 @@
 """LLaVA-1.5 (Liu et al. 2023): a CLIP tower, a two-layer projector, a Llama decoder.
 
-B batch, T positions, D width, I images, P patches that an image contributes.
+B batch, T positions, D width, I images, P patches per image.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **decoder.AXES,
     **vision.AXES,
@@ -32,7 +32,7 @@ AXES: sharding.Axes = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the port needs of a transformers LlavaConfig."""
+    """The values that the port needs from a transformers LlavaConfig."""
 
     text: decoder.DecoderConfig
     vision: vision.VisionConfig
@@ -44,7 +44,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers LlavaConfig; ValueError for a value that is not implemented."""
+        """Reads a transformers LlavaConfig; raises ValueError if a value is not implemented."""
         strategy = config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(
@@ -57,10 +57,10 @@ class Config:
             if not -tower.num_layers - 1 <= layer <= tower.num_layers:
                 raise ValueError(
                     f"vision_feature_layer is {layer}; the vision tower has {tower.num_layers} "
-                    f"layers, so {-tower.num_layers - 1} to {tower.num_layers} can be asked for"
+                    f"layers, expected {-tower.num_layers - 1} to {tower.num_layers}"
                 )
         layers.activation(config.projector_hidden_act)
-        # Older checkpoints say it in text_config, newer ones at the top.
+        # Older checkpoints have it in text_config, newer ones at the top level.
         tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
         return cls(
             text=decoder.DecoderConfig.from_hf(config.text_config, tied, "llama"),
@@ -74,12 +74,12 @@ class Config:
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that one image takes in a prompt."""
+        """Image tokens per image in a prompt."""
         return self.vision.num_patches + self.keep_class_position
 
 
 class Projector(nn.Module):
-    """The two-layer perceptron from the tower's width to the decoder's."""
+    """Two-layer perceptron from the tower's width to the decoder's."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -97,12 +97,12 @@ class Projector(nn.Module):
         )
 
 
-# What the port understands of a processor's arrays; the rest is left aside.
+# The processor's arrays that the port uses; the rest are ignored.
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 
 
 class Llava(vision_language.VisionLanguageModel):
-    """The features of the chosen tower layers, projected, take the places of the image tokens."""
+    """Replaces image tokens by the projected features of the chosen layers of the tower."""
 
     config: Config
     decoder_path = ("language_model", "model")
@@ -124,7 +124,7 @@ class Llava(vision_language.VisionLanguageModel):
         return self.language_model.unembed(x)
 
     def image_features(self, pixels: Array) -> Array:
-        """pixels[I, 3, height, width] -> [I, P, D], as they enter the decoder."""
+        """Maps pixels[I, 3, height, width] to the decoder's inputs [I, P, D]."""
         states = self.vision_tower(pixels).states
         features = jnp.concatenate([states[i] for i in self.config.feature_layers], axis=-1)
         if not self.config.keep_class_position:
@@ -132,10 +132,10 @@ class Llava(vision_language.VisionLanguageModel):
         return self.multi_modal_projector(features)
 
     def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
-        """input_ids int[B, T], pixel_values[I, 3, height, width] or none -> [B, T, D]."""
+        """Maps input_ids int[B, T] and optional pixel_values[I, 3, height, width] to [B, T, D]."""
         tokens = jnp.asarray(inputs["input_ids"])
         is_image = vision_language.is_image(tokens, self.config.image_tokens)
-        # The image token may lie outside the embedding table.
+        # The image token may be outside the embedding table.
         x = self.text_decoder.embed_tokens(jnp.where(is_image, 0, tokens))
         if inputs.get("pixel_values") is None:
             return x
@@ -144,7 +144,7 @@ class Llava(vision_language.VisionLanguageModel):
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of a batch with one image a row: what initialisation is traced with."""
+    """Returns shapes and dtypes of a batch with one image per row, to trace initialisation with."""
     cfg = config.vision
     length = length or config.tokens_per_image + vision_language.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
@@ -157,9 +157,17 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
 
 
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The processor's arrays as the module takes them, which for LLaVA they are.
+    """Checks the processor's arrays, which the module takes as they are.
 
-    ValueError when images and image tokens do not fit each other.
+    Args:
+        config: the model's configuration.
+        inputs: the processor's arrays.
+
+    Returns:
+        The same arrays.
+
+    Raises:
+        ValueError: images and image tokens do not match.
     """
     pixels = inputs.get("pixel_values")
     num_images = 0 if pixels is None else len(pixels)
@@ -168,7 +176,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         config.image_tokens,
         num_images,
         num_images * config.tokens_per_image,
-        f"{config.tokens_per_image} a picture "
+        f"{config.tokens_per_image} per image "
         "(a processor without patch_size does not expand the image token)",
     )
     if pixels is not None and num_images:
@@ -182,11 +190,15 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 
 
 def complete_processor(processor: Any, config: Config, directory: Path) -> None:
-    """Gives a processor from transformers what its files do not say of an image's tokens.
+    """Sets the image-token settings that a processor's files lack, from config.json.
 
-    Before 2025 transformers expanded the image token in the model, and checkpoints had no
-    processor_config.json, or one that says less; the rest follows from config.json. What the file
-    says stays.
+    Before 2025, transformers expanded the image token in the model, and checkpoints had no
+    processor_config.json, or one with fewer values. Values in the file are kept.
+
+    Args:
+        processor: the processor from transformers; changed in place.
+        config: the model's configuration.
+        directory: the checkpoint.
     """
     file = directory / "processor_config.json"
     said = checkpoint.read_json(file) if file.exists() else {}
@@ -200,9 +212,9 @@ def complete_processor(processor: Any, config: Config, directory: Path) -> None:
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+    """Converts a tensor's name in any known checkpoint to the port's; None for buffers.
 
-    The port carries the hub's names. transformers 5 writes `model.vision_tower.`,
+    The port has the Hub's names. transformers 5 writes `model.vision_tower.`,
     `model.language_model.` (the decoder without its own `model.`) and `lm_head.`, and drops the
     `vision_model.` in the tower.
     """
@@ -220,7 +232,7 @@ def canonical_name(name: str) -> str | None:
 
 
 def transformers_name(name: str) -> str:
-    """The port's name of a tensor -> its name in transformers 5 (see `canonical_name`)."""
+    """Converts the port's name of a tensor to that in transformers 5 (see `canonical_name`)."""
     if name.startswith("language_model.lm_head."):
         return name.removeprefix("language_model.")
     name = name.replace("language_model.model.", "language_model.", 1)

@@ -1,16 +1,15 @@
-"""The contract of a port: what a family of models brings, in one file, to be loaded and run.
+"""The contract of a port: what a model family must define, in one file.
 
-A family's file has its configuration, its Linen module and the functions below, and ends in
+The file contains the family's configuration, its Linen module and the functions below, and ends in
 
     PORT = Port(config=Config, module=Llava, ...)
 
-which `ports.loading` names in its registry, beside the model_type of config.json. Nothing else is
-told of a family: the names and the layout of its parameters follow from the module (`ports.names`,
-`ports.checkpoint.params`), where they lie on a mesh from the module's `axes`.
+which is registered in `ports.loading` under the model_type of config.json. Nothing else needs to
+know the family: the names and layout of its parameters follow from the module (`ports.names`,
+`ports.checkpoint.params`), their sharding from the module's `axes`.
 
-What the module class has to say is in `ports.nn.vision_language.VisionLanguageModel`: the paths of
-decoder and head, `axes`, `text_decoder`, `unembed`, `embed_inputs`, and `setup` with the
-checkpoint's names.
+The module class implements `ports.nn.vision_language.VisionLanguageModel`: the paths of decoder and
+head, `axes`, `text_decoder`, `unembed`, `embed_inputs`, and a `setup` with the checkpoint's names.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ from ports.nn.vision_language import VisionLanguageModel
 
 
 class Sizes(Protocol):
-    """A family's configuration: a frozen dataclass, hashable, of what the module needs."""
+    """A family's configuration: a frozen, hashable dataclass with everything the module needs."""
 
     @property
     def text(self) -> DecoderConfig:
-        """The decoder's."""
+        """Configuration of the decoder."""
         ...
 
     @property
@@ -41,22 +40,34 @@ class Sizes(Protocol):
 
     @classmethod
     def from_hf(cls, config: Any) -> Self:
-        """Reads the configuration of transformers. ValueError for a value without a port."""
+        """Reads a transformers configuration.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         ...
 
 
 def read_processor(directory: Path) -> Any:
-    """The processor of a family that transformers knows. ValueError if none loads."""
+    """Loads the processor of a family that transformers supports.
+
+    Raises:
+        ValueError: the processor does not load.
+    """
     from transformers import AutoProcessor
 
-    # The backend that needs neither torch nor torchvision, and gives everyone the same numbers;
-    # remote code is neither run nor asked for.
+    # The PIL backend needs neither torch nor torchvision and gives the same numbers everywhere.
+    # Remote code is never run, and the user is not asked to.
     with checkpoint.loading(directory, "processor"):
         return AutoProcessor.from_pretrained(directory, trust_remote_code=False, backend="pil")
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a family that transformers knows. ValueError if none loads."""
+    """Loads the tokenizer of a family that transformers supports.
+
+    Raises:
+        ValueError: the tokenizer does not load.
+    """
     from transformers import AutoTokenizer
 
     with checkpoint.loading(directory, "tokenizer"):
@@ -64,34 +75,34 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def leave_processor(processor: Any, config: Any, directory: Path) -> None:
-    """What is done to a processor that is complete: nothing."""
+    """Leaves a processor unchanged: the default for `Port.complete_processor`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """What a family of models brings.
+    """Everything that defines a model family.
 
     Attributes:
-        config: the class of its configuration.
-        module: the class of its Linen module, called with a configuration and a dtype.
-        inputs: the arrays of a processor that it understands; others are left aside.
-        example_inputs: (config, batch) -> shapes and dtypes of a batch with one image a row.
-        prepare_inputs: (config, arrays) -> the processor's arrays as the module takes them.
-            Raises ValueError where they do not fit each other.
-        canonical_name: a tensor's name in any known checkpoint -> its name in the port, which is
-            that on the hub; None for a mere buffer.
-        transformers_name: the port's name of a tensor -> its name in today's transformers, which
-            the files of adapters use.
-        read_config: config.json's values -> a configuration, where transformers has none.
-        read_processor: a directory -> the processor.
-        complete_processor: (processor, config, directory): what its files do not say is set.
-        read_tokenizer: a directory -> the tokenizer.
-        image_text: how an image stands in a prompt whose template knows no images; "{}" is the
-            image token.
-        per_position: further arrays with one row a sample and one column a position -> what fills
-            them where they are padded.
-        options: arguments of `ports.load` that are fields of its configuration -> their values, the
-            default first.
+        config: class of its configuration.
+        module: class of its Linen module, called with a configuration and a dtype.
+        inputs: names of the processor's arrays that the module uses; others are ignored.
+        example_inputs: (config, batch) -> shapes and dtypes of a batch with one image per row.
+        prepare_inputs: (config, arrays) -> the arrays in the form that the module takes. Raises
+            ValueError if they do not fit together.
+        canonical_name: name of a tensor in any known checkpoint -> its name in the port, which is
+            the one on the Hub; None for buffers, which are skipped.
+        transformers_name: name of a tensor in the port -> its name in today's transformers, as
+            used in adapter files.
+        read_config: values of config.json -> a configuration, if transformers has no class for it.
+        read_processor: directory -> processor.
+        complete_processor: (processor, config, directory); sets what the processor's files lack.
+        read_tokenizer: directory -> tokenizer.
+        image_text: text for an image in a prompt whose chat template does not support images; "{}"
+            is the image token.
+        per_position: further arrays with one row per sample and one column per position -> their
+            fill value for padding.
+        options: arguments of `ports.load` that set a field of the configuration -> their allowed
+            values, the default first.
     """
 
     config: type[Sizes]
@@ -110,5 +121,5 @@ class Port:
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def hub_name(self, module: str) -> str:
-        """The port's name of a module, of its name in any known checkpoint or in transformers."""
+        """Returns the port's name of a module named as in a known checkpoint or transformers."""
         return module_name(self.canonical_name, module)

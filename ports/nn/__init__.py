@@ -1,1 +1,1 @@
-"""What ports are built of: layers, decoders, encoders, towers, and how they are joined."""
+"""Building blocks of the ports: layers, decoders, encoders, towers, and the joined models."""

@@ -1,6 +1,6 @@
 """CLIP's vision tower.
 
-I images, P patches (and the class position), D width, H heads.
+I images, P patches (not counting the class position), D width, H heads.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **encoder.AXES,
     **dict.fromkeys(("class_embedding", "patch_embedding", "position_embedding"), ()),
@@ -26,7 +26,7 @@ AXES: sharding.Axes = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(EncoderConfig):
-    """An encoder with the sizes of its images, in pixels."""
+    """Sizes of an encoder and its images; image and patch sizes in pixels."""
 
     image_size: int = 224
     patch_size: int = 32
@@ -34,20 +34,24 @@ class VisionConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config: Any, model_type: str = "clip_vision_model") -> "VisionConfig":
-        """Reads the transformers configuration of a tower of that model_type.
+        """Reads the transformers configuration of a vision tower.
 
-        ValueError for another kind of tower, or for images or patches that are not square.
+        Args:
+            config: the tower's configuration.
+            model_type: its expected model_type.
+
+        Raises:
+            ValueError: another model_type, or images or patches that are not square.
         """
         if config.model_type != model_type:
             raise ValueError(
-                f"vision_config.model_type is {config.model_type!r}; "
-                f"this port implements {model_type!r}"
+                f"vision_config.model_type is {config.model_type!r}; expected {model_type!r}"
             )
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(config, name), int):
                 raise ValueError(
                     f"vision_config.{name} is {getattr(config, name)!r}; "
-                    "expected one number, the side of a square"
+                    "expected a single number, the side of a square"
                 )
         return cls(
             **dataclasses.asdict(EncoderConfig.from_hf(config)),
@@ -68,9 +72,9 @@ class VisionConfig(EncoderConfig):
 
 
 def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels: Array) -> Array:
-    """pixels[I, 3, height, width], as the processors give them -> [I, P, D].
+    """Embeds pixels[I, 3, height, width] as patches [I, P, D], with a convolution in the caller.
 
-    The strided convolution of the calling module; pixels that fill no patch are left out.
+    Pixels at the border that do not fill a patch are ignored.
     """
     patches = nn.Conv(
         config.hidden_size,
@@ -85,14 +89,14 @@ def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches by a strided convolution, a class position in front, learnt positions added."""
+    """Embeds patches by a strided convolution, prepends a class position, adds learnt positions."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """pixels[I, 3, height, width], as the processors give them -> [I, 1 + P, D]."""
+        """Maps the processor's pixels[I, 3, height, width] to [I, 1 + P, D]."""
         cfg = self.config
         patches = embed_patches(cfg, False, self.dtype, pixels)
         first = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,))
@@ -105,10 +109,10 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionOutput(NamedTuple):
-    """What a vision tower computes."""
+    """Output of a vision tower."""
 
     states: tuple[Array, ...]  # num_layers + 1 of [I, 1 + P, D]: before and after each layer
-    pooled: Array  # [I, D]: the normed class position of the last layer, which CLIP projects
+    pooled: Array  # [I, D]: the normalised class position of the last layer, which CLIP projects
 
 
 class CLIPVisionTransformer(nn.Module):
@@ -120,19 +124,19 @@ class CLIPVisionTransformer(nn.Module):
     def setup(self):
         cfg = self.config
         self.embeddings = VisionEmbeddings(cfg, self.dtype)
-        # The misspelt name is the checkpoints'.
+        # The misspelling is the checkpoints'.
         self.pre_layrnorm = layers.layer_norm(cfg.norm_eps, self.dtype)
         self.encoder = Encoder(cfg, self.dtype)
         self.post_layernorm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
     def __call__(self, pixels: Array) -> VisionOutput:
-        """pixels[I, 3, height, width] -> the states of every layer and the pooled vector."""
+        """Maps pixels[I, 3, height, width] to the states of every layer and the pooled vector."""
         states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return VisionOutput(states, self.post_layernorm(states[-1][:, 0]))
 
 
 class CLIPVisionModel(nn.Module):
-    """The level of nesting that the checkpoints' names have around the tower."""
+    """Wraps the tower, for the extra level in the checkpoints' names."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -141,5 +145,5 @@ class CLIPVisionModel(nn.Module):
         self.vision_model = CLIPVisionTransformer(self.config, self.dtype)
 
     def __call__(self, pixels: Array) -> VisionOutput:
-        """As CLIPVisionTransformer."""
+        """Calls CLIPVisionTransformer."""
         return self.vision_model(pixels)

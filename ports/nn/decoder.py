@@ -3,10 +3,10 @@
 B batch, T query positions, S key positions (cache slots), D width, V vocabulary,
 H query heads, N key-value heads, C head width.
 
-The cache is Linen's variable collection "cache": `init_cache` makes it, and a call with it in the
-variables (and mutable) writes keys and values into it. Without it the call is a plain forward pass.
-A filled cache may also be given as the collection "prompt_cache", which is read only: its slots
-come first. Several continuations of one prompt then share it.
+The cache is Linen's variable collection "cache": `init_cache` makes it, and a call with this
+collection among the (mutable) variables writes keys and values to it. Without it, a call is a plain
+forward pass. A filled cache may also be passed as the collection "prompt_cache", which is read-only
+and whose slots come first; several continuations of one prompt can share it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     "embed_tokens": ("vocab", "embed"),
     "lm_head": ("embed", "vocab"),
@@ -51,31 +51,35 @@ class DecoderConfig:
     norm_eps: float
     hidden_act: str
     qkv_bias: bool
-    output_bias: bool  # of the attention's output projection
+    output_bias: bool  # bias of the attention's output projection
     mlp_bias: bool
     tie_embeddings: bool
-    # How many positions a query sees, itself counted; None: all that precede.
+    # Number of positions that a query sees, including its own; None for all earlier ones.
     sliding_window: int | None = None
-    # Multimodal rotary embedding: how many frequencies turn with time, height and width.
+    # Multimodal rotary embedding: number of frequencies that rotate with time, height and width.
     rope_sections: tuple[int, ...] | None = None
 
     @classmethod
     def from_hf(cls, text: Any, tie_embeddings: bool, model_type: str) -> "DecoderConfig":
-        """Reads the transformers text configuration of that model_type.
+        """Reads a transformers text configuration.
 
-        model_type: "llama", "mistral" or "qwen2_vl_text"; what the joined model's decoder is.
-        ValueError for another one, or for a value that is not implemented.
+        Args:
+            text: the text configuration.
+            tie_embeddings: whether the head is tied to the embeddings.
+            model_type: its expected model_type: "llama", "mistral" or "qwen2_vl_text".
+
+        Raises:
+            ValueError: another model_type, or a value that is not implemented.
         """
         if text.model_type != model_type:
             raise ValueError(
-                f"text_config.model_type is {text.model_type!r}; this port implements "
-                f"{model_type!r}"
+                f"text_config.model_type is {text.model_type!r}; expected {model_type!r}"
             )
         rope = dict(text.rope_parameters)
-        # transformers calls rotary embedding in sections "default" or, in older files, "mrope".
+        # transformers names rotary embedding with sections "default" or, in older files, "mrope".
         if rope.get("rope_type", "default") not in ("default", "mrope"):
             raise ValueError(
-                f"text_config asks for rope_type {rope['rope_type']!r}; "
+                f"text_config has rope_type {rope['rope_type']!r}; "
                 "only 'default' (unscaled) rotary embedding is implemented"
             )
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -90,8 +94,8 @@ class DecoderConfig:
         layers.activation(text.hidden_act)
         if text.num_attention_heads % text.num_key_value_heads:
             raise ValueError(
-                f"text_config has {text.num_attention_heads} attention heads, which is no multiple "
-                f"of its {text.num_key_value_heads} key-value heads"
+                f"text_config has {text.num_attention_heads} attention heads, which is not a "
+                f"multiple of its {text.num_key_value_heads} key-value heads"
             )
         return cls(
             vocab_size=text.vocab_size,
@@ -104,7 +108,7 @@ class DecoderConfig:
             rope_theta=float(rope["rope_theta"]),
             norm_eps=text.rms_norm_eps,
             hidden_act=text.hidden_act,
-            # Qwen2 has biases at query, key and value, without an entry in its configuration.
+            # Qwen2 always has biases for query, key and value; its configuration does not say so.
             qkv_bias=getattr(text, "attention_bias", model_type == "qwen2_vl_text"),
             output_bias=getattr(text, "attention_bias", False),
             mlp_bias=getattr(text, "mlp_bias", False),
@@ -115,7 +119,7 @@ class DecoderConfig:
 
 
 def _sliding_window(text: Any) -> int | None:
-    """The window of a text configuration; ValueError if only some of the layers have one."""
+    """Returns the window in a text configuration; raises ValueError if layers differ."""
     window = getattr(text, "sliding_window", None)
     if window is None or not getattr(text, "use_sliding_window", True):
         return None
@@ -124,8 +128,8 @@ def _sliding_window(text: Any) -> int | None:
         return None
     if kinds != {"sliding_attention"}:
         raise ValueError(
-            f"text_config.layer_types mixes {' and '.join(sorted(kinds))}; one kind for all layers "
-            "is implemented"
+            f"text_config.layer_types mixes {' and '.join(sorted(kinds))}; only one kind for all "
+            "layers is implemented"
         )
     return window
 
@@ -133,11 +137,20 @@ def _sliding_window(text: Any) -> int | None:
 def attend_through_cache(
     module: nn.Module, query: Array, key: Array, value: Array, mask: Array, start: Array | None
 ) -> Array:
-    """Attention to keys and values [B, T, N, C], which go into the module's cache if it has one.
+    """Computes attention, writing keys and values to the module's cache if it has one.
 
-    query[B, T, H, C], mask bool[B, 1, T, S] -> [B, T, H, C]. In a forward pass or a prefill (start
-    is None) a query sees the given keys, S = T; in a decode step that begins at slot `start`, the
-    whole cache, behind that of the prompt if it is given apart.
+    Args:
+        module: the calling attention module.
+        query: [B, T, H, C].
+        key: [B, T, N, C].
+        value: [B, T, N, C].
+        mask: bool[B, 1, T, S].
+        start: None in a forward pass or prefill, where queries see the given keys (S = T). In a
+            decode step, the slot of the first new key; queries see the whole cache, after the
+            prompt's cache if that is separate.
+
+    Returns:
+        [B, T, H, C].
     """
     if not module.has_variable("cache", "key"):
         return layers.attend(query, key, value, mask)
@@ -147,7 +160,7 @@ def attend_through_cache(
         parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
         slot -= parts[0][0].shape[-1]
     key, value = layers.cache_layout(key, value)
-    zero = 0 * slot  # of the same type, which a plain 0 is not where numbers have 64 bits
+    zero = 0 * slot  # has the dtype of `slot`; a plain 0 would not with 64-bit numbers enabled
     keys = _constrain_cache(jax.lax.dynamic_update_slice(keys, key, (zero, zero, zero, slot)))
     values = _constrain_cache(jax.lax.dynamic_update_slice(values, value, (zero, zero, slot, zero)))
     module.put_variable("cache", "key", keys)
@@ -158,14 +171,14 @@ def attend_through_cache(
 
 
 def _constrain_cache(x: Array) -> Array:
-    """Keys [B, N, C, S] or values [B, N, S, C]: rows on "data", whole heads on "model"."""
+    """Shards keys [B, N, C, S] or values [B, N, S, C]: rows on "data", whole heads on "model"."""
     return sharding.constrain(x, "batch", "kv_heads", "embed", "positions")
 
 
 def last_queries(
     x: Array, angles: tuple[Array, Array], mask: Array
 ) -> tuple[Array, tuple[Array, Array], Array]:
-    """x[B, T, D], angles [B, T, C] and mask bool[B, 1, T, S] of the last position alone."""
+    """Selects the last position of x[B, T, D], angles [B, T, C] and mask bool[B, 1, T, S]."""
     cos, sin = angles
     return x[:, -1:], (cos[:, -1:], sin[:, -1:]), mask[:, :, -1:]
 
@@ -185,10 +198,15 @@ class Attention(nn.Module):
         start: Array | None,
         last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D], or with last_only [B, 1, D].
+        """Maps x[B, T, D] to [B, T, D], or with `last_only` to [B, 1, D].
 
-        start: None for a forward pass or a prefill (the keys are those of x, S = T); in a decode
-        step the cache slot of x's first position (the keys are the whole cache).
+        Args:
+            x: the states.
+            angles: cosines and sines [B, T, C].
+            mask: bool[B, 1, T, S].
+            start: None in a forward pass or prefill (keys from x, S = T); in a decode step, the
+                cache slot of x's first position (keys from the whole cache).
+            last_only: compute only the last position.
         """
         cfg = self.config
 
@@ -223,7 +241,9 @@ class DecoderLayer(nn.Module):
         start: Array | None,
         last_only: bool = False,
     ) -> Array:
-        """x[B, T, D] -> [B, T, D]: the residual stream after this layer; last_only: [B, 1, D]."""
+        """Maps x[B, T, D] to the residual stream after this layer, of which `last_only` keeps the
+        last position: [B, T, D] or [B, 1, D].
+        """
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
@@ -240,7 +260,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings in, states after the final norm out. Layers are unrolled (see `capture`)."""
+    """Maps embeddings to states after the final norm. Layers are unrolled (see `capture`)."""
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -259,11 +279,18 @@ class Decoder(nn.Module):
         start: Array | None = None,
         last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D].
+        """Maps embeddings to states after the final norm.
 
-        last_only: states [B, 1, D] of the last position, which the last layer computes alone.
-        positions may have a last axis of three, (time, height, width), if the configuration
-        divides the rotary embedding in sections.
+        Args:
+            x: [B, T, D].
+            positions: int32[B, T]; or int32[B, T, 3] (time, height, width), if the configuration
+                has `rope_sections`.
+            mask: bool[B, 1, T, S].
+            start: cache slot of the first position in a decode step; else None.
+            last_only: compute only the last position in the last layer.
+
+        Returns:
+            [B, T, D], or [B, 1, D] with `last_only`.
         """
         cfg = self.config
         x = sharding.residual(x)
@@ -288,7 +315,7 @@ class CausalLM(nn.Module):
             self.lm_head = layers.head(self.config.vocab_size, self.dtype)
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the head alone, without the final norm."""
+        """Maps x[..., D] to logits float32[..., V] with the head, without the final norm."""
         if self.config.tie_embeddings:
             return sharding.logits(self.model.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))
@@ -301,11 +328,20 @@ def init_cache(
     dtype: jnp.dtype,
     path: tuple[str, ...] = ("layers_{}", "self_attn"),
 ) -> dict:
-    """A decoder's empty cache: {layers_i: {self_attn: {key, value}}}, zeros.
+    """Makes an empty cache.
 
-    key[B, N, C, slots] and value[B, N, slots, C] lie as the products of a decode step read them:
-    a transposed copy of the whole cache at every step would cost more than the products.
-    path: the modules, {} for the number of the layer, in which the cache lies.
+    The layout, key[B, N, C, slots] and value[B, N, slots, C], is the one that the products of a
+    decode step read: transposing the whole cache at every step would cost more than the products.
+
+    Args:
+        config: the decoder's sizes.
+        batch: number of rows, B.
+        slots: number of positions.
+        dtype: dtype of keys and values.
+        path: names of the modules that hold the cache, with {} for the number of the layer.
+
+    Returns:
+        {layers_i: {self_attn: {key, value}}} for the default path, all zeros.
     """
     heads = (batch, config.num_kv_heads)
     block = {
@@ -319,10 +355,14 @@ def init_cache(
 
 
 def causal_mask(attention_mask: Array) -> Array:
-    """attention_mask int[B, T] -> bool[B, 1, T, T]: each position sees itself and what precedes.
+    """Makes the mask with which each position sees itself and all earlier tokens.
 
-    A mask that is three-dimensional already, bool[B, T, T], says itself which position sees which
-    (packed sequences) and only gains the axis of the heads.
+    Args:
+        attention_mask: int[B, T], nonzero at tokens; or bool[B, T, T], which position sees which
+            (packed sequences), which only gains the axis of the heads.
+
+    Returns:
+        bool[B, 1, T, T].
     """
     if attention_mask.ndim == 3:
         return attention_mask.astype(bool)[:, None]
@@ -332,14 +372,20 @@ def causal_mask(attention_mask: Array) -> Array:
 
 
 def within_window(shape: tuple[int, ...], window: int, start: Array | None) -> Array:
-    """bool[T, S]: whether the key in a slot is one of the `window` up to the query's own.
+    """Makes the mask of a sliding window.
 
-    shape: [..., T, S]; the queries lie in the slots from `start` (None: 0) on.
+    Args:
+        shape: [..., T, S].
+        window: number of positions that a query sees, including its own.
+        start: slot of the first query; None for 0.
+
+    Returns:
+        bool[T, S]; later positions are not masked here.
     """
     query = (0 if start is None else start) + jnp.arange(shape[-2])
     return query[:, None] - jnp.arange(shape[-1]) < window
 
 
 def token_positions(attention_mask: Array) -> Array:
-    """int[B, T] -> int32[B, T]: positions counted over the tokens, so that padding changes none."""
+    """Numbers the tokens of each row, ignoring padding: attention_mask int[B, T] -> int32[B, T]."""
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)

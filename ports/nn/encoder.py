@@ -1,6 +1,7 @@
-"""A transformer encoder: the blocks that CLIP, SigLIP and BERT share.
+"""The transformer encoder of CLIP and SigLIP; BERT shares its configuration.
 
-I images or texts, P positions, D width, H heads."""
+I images or texts, P positions, D width, H heads.
+"""
 
 import dataclasses
 from typing import Any
@@ -14,7 +15,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "kv_heads"),
@@ -39,11 +40,16 @@ class EncoderConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> "EncoderConfig":
-        """Reads a transformers CLIPVisionConfig, CLIPTextConfig or Idefics2VisionConfig."""
+        """Reads a transformers configuration such as CLIPVisionConfig.
+
+        Raises:
+            ValueError: the width is not a multiple of the heads, or the activation is not
+                implemented.
+        """
         layers.activation(config.hidden_act)
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"hidden_size {config.hidden_size} of the {config.model_type} is no multiple of "
+                f"hidden_size {config.hidden_size} of the {config.model_type} is not a multiple of "
                 f"its {config.num_attention_heads} attention heads"
             )
         return cls(
@@ -95,7 +101,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks that returns the states before the first and after each."""
+    """A stack of blocks that returns the states before the first block and after each block."""
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32

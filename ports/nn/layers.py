@@ -1,4 +1,4 @@
-"""Layers that the decoders and the vision towers share.
+"""Layers shared by the decoders and the vision towers.
 
 B batch, T query positions, S key positions, D width,
 H query heads, N key-value heads, C head width.
@@ -20,11 +20,11 @@ Array = jax.Array
 
 
 def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+    """Computes x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
     return x * nn.sigmoid(1.702 * x)
 
 
-# The activations by the names that Hugging Face configurations use.
+# Activations by their names in Hugging Face configurations.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -35,41 +35,46 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation of that Hugging Face name; ValueError for one that no port implements."""
+    """Returns the activation with a Hugging Face name.
+
+    Raises:
+        ValueError: the activation is not implemented.
+    """
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"config asks for the activation {name!r}; the ports implement {', '.join(ACTIVATIONS)}"
+            f"config has activation {name!r}, which is not implemented; expected one of "
+            f"{', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the two-pass variance, which agrees with PyTorch to the last few bits."""
+    """Returns a LayerNorm with two-pass variance, which matches PyTorch to the last few bits."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def _flat_dot(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
-    """x[..., D] @ kernel[D, E] with all positions as rows of one matrix.
+    """Computes x[..., D] @ kernel[D, E] with all positions as rows of one matrix.
 
-    XLA's CPU backend takes half the time for the gradients of this product; elsewhere it is the
-    same computation.
+    This halves the time of its gradients on XLA's CPU backend; on accelerators it makes no
+    difference.
     """
     y = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:
-    """A linear layer; its kernel is (in, out), the transpose of PyTorch's."""
+    """Returns a linear layer; its kernel is (in, out), the transpose of PyTorch's."""
     return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
 
 
 @jax.custom_jvp
 def product_in_float32(x: Array, kernel: Array) -> Array:
-    """x[..., D] @ kernel[D, E] with sums and result in float32, whatever the dtype of the two.
+    """Computes x[..., D] @ kernel[D, E] with float32 sums and result, for inputs of any dtype.
 
-    The kernel is not converted (where XLA's CPU backend does, for some layouts, it did before).
-    Gradients are computed in the dtype of x, as those of any layer: a product of float32 and
-    bfloat16 would convert the whole kernel.
+    The kernel is not converted (except for some layouts by XLA's CPU backend, with any product).
+    Gradients are computed in the dtype of x, like those of any other layer: a product of float32
+    and bfloat16 would convert the whole kernel.
     """
     return _flat_dot(x, kernel, None, preferred_element_type=jnp.float32)
 
@@ -78,7 +83,7 @@ def product_in_float32(x: Array, kernel: Array) -> Array:
 def _product_in_float32_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
     y = product_in_float32(x, kernel)
-    # Of a kernel that stays as it is there is no tangent, and no product with it.
+    # A frozen kernel has no tangent: skip that product.
     terms = [
         _flat_dot(a, b, None).astype(y.dtype)
         for a, b in ((dx, kernel), (x, dkernel))
@@ -88,9 +93,9 @@ def _product_in_float32_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Arr
 
 
 def head(width: int, dtype: jnp.dtype) -> nn.Dense:
-    """A language-model head: a linear layer without bias whose logits are float32 in every dtype.
+    """Returns a language-model head: a linear layer without bias, with float32 logits.
 
-    Rounded to bfloat16 the largest logits tie, and another token would be taken.
+    Rounded to bfloat16, the largest logits may tie, and the wrong token would be chosen.
     """
     return nn.Dense(width, use_bias=False, dtype=dtype, dot_general=_head_dot)
 
@@ -100,14 +105,14 @@ def _head_dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 def look_up(table: Array, tokens: Array) -> Array:
-    """Rows of the table [V, D] for tokens int[...] -> [..., D]; NaN for an id outside of it."""
+    """Looks up tokens int[...] in table[V, D] -> [..., D]; NaN for ids outside the table."""
     # A negative index would count from the end.
     index = jnp.where(tokens < 0, len(table), tokens)
     return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 class Embed(nn.Embed):
-    """A table of token embeddings, which is also a tied head; an id outside of it gives NaN."""
+    """Token embeddings, also used as a tied head; ids outside the table give NaN."""
 
     def __call__(self, tokens: Array) -> Array:
         """tokens int[...] -> [..., D]."""
@@ -121,17 +126,24 @@ class Embed(nn.Embed):
 def rotary_angles(
     positions: Array, head_dim: int, theta: float, sections: tuple[int, ...] | None = None
 ) -> tuple[Array, Array]:
-    """The cosines and sines float32[B, T, C] of rotary position embedding (Su et al. 2021).
+    """Computes the cosines and sines of rotary position embedding.
 
-    positions: int32[B, T]. The frequencies are laid out for rotating the two halves of a head
-    against each other, as in the Llama family.
-    sections: for positions int32[B, T, len(sections)], how many frequencies turn with each of the
-    components (Qwen2-VL, Wang et al. 2024, section 2.1); positions without that axis are the same
-    in all of them.
+    Args:
+        positions: int32[B, T], or int32[B, T, len(sections)].
+        head_dim: width of a head, C.
+        theta: base of the frequencies.
+        sections: number of frequencies that rotate with each component of `positions` (M-RoPE);
+            int32[B, T] has the same position in all components.
+
+    Returns:
+        float32[B, T, C] each, laid out for rotating the two halves of a head against each other,
+        as in the Llama family.
+
+    Su et al. 2021; sections: Qwen2-VL, Wang et al. 2024, section 2.1.
     """
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if positions.ndim == 3:
-        assert sections is not None, "positions with components need their sections"
+        assert sections is not None, "positions with components need sections"
         component = np.repeat(np.arange(len(sections)), sections)
         angles = positions[..., component].astype(jnp.float32) * frequencies
     else:
@@ -141,7 +153,7 @@ def rotary_angles(
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the heads x[B, T, H, C] by the angles [B, T, C]; keeps the dtype of x."""
+    """Rotates heads x[B, T, H, C] by angles [B, T, C]; keeps the dtype of x."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -189,28 +201,39 @@ class MLP(nn.Module):
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """Scaled dot-product attention, softmax in float32.
+    """Computes scaled dot-product attention, with the softmax in float32.
 
-    query[B, T, H, C], key and value[B, S, N, C] with H a multiple of N (grouped queries),
-    mask bool[B, 1, T, S] or None -> [B, T, H, C].
+    Args:
+        query: [B, T, H, C].
+        key: [B, S, N, C], with H a multiple of N (grouped queries).
+        value: [B, S, N, C].
+        mask: bool[B, 1, T, S], True where a query sees a key; None for everywhere.
+
+    Returns:
+        [B, T, H, C].
     """
     return attend_cached(query, [cache_layout(key, value)], mask)
 
 
 def cache_layout(key: Array, value: Array) -> tuple[Array, Array]:
-    """[B, S, N, C] each -> key[B, N, C, S] and value[B, N, S, C], as products read them."""
+    """Transposes [B, S, N, C] to key[B, N, C, S] and value[B, N, S, C], the layout of products."""
     return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
 
 
 def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Array | None) -> Array:
-    """`attend` to the keys[B, N, C, S] and values[B, N, S, C] of a cache's parts, in a row.
+    """Computes `attend` over the concatenated parts of a cache.
 
-    query[B, T, H, C], H a multiple of N; mask bool[B, 1, T, S of all parts] or None
-    -> [B, T, H, C].
+    Args:
+        query: [B, T, H, C], with H a multiple of N.
+        parts: (key[B, N, C, S], value[B, N, S, C]) of each part.
+        mask: bool[B, 1, T, S of all parts]; None for everywhere.
+
+    Returns:
+        [B, T, H, C].
     """
     batch, length, _, width = query.shape
     kv_heads = parts[0][0].shape[1]
-    # The queries of a key-value head are rows of one matrix: plain products, batched over (B, N).
+    # The queries of one key-value head become rows of one matrix: products batched over (B, N).
     rows = jnp.moveaxis(query.reshape(batch, length, kv_heads, -1, width), 1, 3)
     rows = rows.reshape(batch, kv_heads, -1, width)
     scores = jnp.concatenate(
@@ -218,7 +241,7 @@ def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Arra
     )
     scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1]) / np.sqrt(width)
     if mask is not None:
-        # Not -inf: the row of a position that sees nothing would be NaN.
+        # Not -inf, which would give NaN for a position that sees nothing.
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])

@@ -2,10 +2,9 @@
 
 I images, P = h x w patches of the common grid, D width.
 
-The images of a batch lie in the upper left corner of a common canvas. A patch counts if all its
-pixels are the image's; what does not count is neither seen nor of any consequence. The learnt
-positions, those of one square grid, are spread over each image whatever its size (Dehghani et al.
-2023, Patch n' Pack).
+The images of a batch are in the upper left corner of a common canvas. A patch is valid if all its
+pixels belong to the image; other patches are masked and affect nothing. The learnt positions of one
+square grid are spread over every image whatever its size (Dehghani et al. 2023, Patch n' Pack).
 """
 
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from ports.parallel import sharding
 Array = jax.Array
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **encoder.AXES,
     **dict.fromkeys(("patch_embedding", "position_embedding", "post_layernorm"), ()),
@@ -29,7 +28,15 @@ AXES: sharding.Axes = {
 
 
 def patch_mask(pixel_mask: AnyArray, patch_size: int) -> AnyArray:
-    """bool or int[I, height, width], which pixels are the image's -> bool[I, h, w], patches."""
+    """Converts a mask of pixels to a mask of patches.
+
+    Args:
+        pixel_mask: bool or int[I, height, width], True where a pixel belongs to the image.
+        patch_size: pixels per side of a patch.
+
+    Returns:
+        bool[I, h, w], True where the whole patch does.
+    """
     xp: Any = np if isinstance(pixel_mask, np.ndarray) else jnp
     images, height, width = pixel_mask.shape
     h, w = height // patch_size, width // patch_size
@@ -38,12 +45,19 @@ def patch_mask(pixel_mask: AnyArray, patch_size: int) -> AnyArray:
 
 
 def spread(longest: int, side: int) -> np.ndarray:
-    """int32[longest + 1, longest]: row n says where n patches in a line lie among `side` positions.
+    """Assigns learnt positions to n patches in a line, for each n.
 
-    Patch i of n starts at the fraction i/n of the image and gets the last position that does not
-    start after it. Where both start at the same point, rounding decides: it is float32 as in the
-    original, whose factor 1/n is rounded before the product, so that some patches (of 25, 49, 50
-    and 55 in a line among 70 positions) get the position before.
+    Patch i of n starts at the fraction i / n of the image and gets the last position that does not
+    start after it. If both start at the same point, rounding decides. It is float32 as in the
+    original, which rounds the factor 1 / n before the product, so that some patches (of 25, 49, 50
+    and 55 in a line, for 70 positions) get the position before.
+
+    Args:
+        longest: largest n.
+        side: number of positions.
+
+    Returns:
+        int32[longest + 1, longest]; row n has the positions of n patches.
     """
     counts = np.maximum(np.arange(longest + 1), 1).astype(np.float32)
     starts = np.arange(longest, dtype=np.float32) * (np.float32(1) / counts)[:, None]
@@ -52,9 +66,14 @@ def spread(longest: int, side: int) -> np.ndarray:
 
 
 def position_ids(mask: Array, side: int) -> Array:
-    """bool[I, h, w], which patches count -> int32[I, h, w], their rows in the learnt table.
+    """Assigns each patch a row of the table of learnt positions.
 
-    side: the table is that of side x side positions. Patches that do not count get row 0.
+    Args:
+        mask: bool[I, h, w], the valid patches.
+        side: the table has side x side positions.
+
+    Returns:
+        int32[I, h, w]; 0 for invalid patches.
     """
     _, h, w = mask.shape
     vertical = jnp.asarray(spread(h, side))[mask[:, :, 0].sum(1)]
@@ -63,7 +82,7 @@ def position_ids(mask: Array, side: int) -> Array:
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches by a strided convolution, learnt positions added."""
+    """Embeds patches by a strided convolution and adds learnt positions."""
 
     config: clip_vision.VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -92,6 +111,6 @@ class SiglipVisionTransformer(nn.Module):
         self.post_layernorm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
     def __call__(self, pixels: Array, mask: Array) -> Array:
-        """pixels[I, 3, height, width], mask bool[I, h, w] -> the normed last states [I, P, D]."""
+        """Maps pixels[I, 3, height, width], mask bool[I, h, w] to normalised states [I, P, D]."""
         visible = mask.reshape(len(pixels), 1, 1, -1)
         return self.post_layernorm(self.encoder(self.embeddings(pixels, mask), visible)[-1])

@@ -1,9 +1,9 @@
-"""What the ported models have in common: image features joined to token embeddings, one decoder.
+"""Base class of the ported models: image features joined to token embeddings, one decoder.
 
 B batch, T positions of the prompt, S cache slots, D width, V vocabulary.
 
-A model file subclasses `VisionLanguageModel` with its towers and `embed_inputs`; forward pass,
-prefill and decode step are the same for all and stand here.
+Each model file subclasses `VisionLanguageModel` with its towers and `embed_inputs`. Forward pass,
+prefill and decode step are the same for all models and are implemented here.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from ports.parallel import sharding
 
 Array = jax.Array
 Inputs = Mapping[str, Any]
-EXAMPLE_TEXT = 8  # text tokens of the ports' example inputs, beside those of the image
+EXAMPLE_TEXT = 8  # text tokens in the ports' example inputs, in addition to the image's tokens
 
 
 @runtime_checkable
 class TextDecoder(Protocol):
-    """A decoder: embeddings of tokens, and states after the final norm."""
+    """A decoder: embeds tokens, and maps embeddings to states after the final norm."""
 
     def embed_tokens(self, tokens: Array, /) -> Array:
         """tokens int[B, T] -> [B, T, D]."""
@@ -41,77 +41,80 @@ class TextDecoder(Protocol):
         start: Array | None = None,
         last_only: bool = False,
     ) -> Array:
-        """As `decoder.Decoder`."""
+        """Maps embeddings to states, as `decoder.Decoder` does."""
         ...
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision tower joined to a decoder. Subclasses set what raises here.
+    """A vision tower joined to a decoder. Subclasses implement what raises NotImplementedError.
 
-    `config` has `text`, the decoder's configuration, and `image_tokens`, the ids of the tokens
-    that stand for an image.
+    Attributes:
+        config: a configuration with `text`, the decoder's, and `image_tokens`, the ids of the
+            tokens that stand for an image.
+        dtype: dtype of the computation.
+        decoder_path: Flax path of the decoder, where its cache is stored among the variables.
+        head_path: Flax path of the language-model head.
+        axes: sharding rules of the parameters.
+        cache_path: path below the decoder of the module in layer {} that holds the cache.
+        norm_name: name of the final norm in the decoder.
     """
 
     config: Any
     dtype: jnp.dtype = jnp.float32
-    # The paths of the decoder's module, which is where its cache lies among the variables, and of
-    # the language-model head.
     decoder_path: ClassVar[tuple[str, ...]]
     head_path: ClassVar[tuple[str, ...]]
-    # Where each parameter lies on a mesh.
     axes: ClassVar[sharding.Axes]
-    # Below the decoder: the module of layer {} that has the cache, and the final norm.
     cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
     norm_name: ClassVar[str] = "norm"
 
     @property
     def text_decoder(self) -> TextDecoder:
-        """The decoder: called with embeddings, and with `embed_tokens` for the tokens'."""
+        """The decoder."""
         raise NotImplementedError
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids with an embedding: 0 up to this number, excluded."""
+        """Number of embeddings; ids from 0 to this number - 1 are valid."""
         return self.config.text.vocab_size
 
     @property
     def tied(self) -> dict[str, str]:
-        """A tied head's name in a checkpoint -> that of the embeddings; empty if it is not tied."""
+        """{name of a tied head in a checkpoint: name of the embeddings}; empty if not tied."""
         if not self.config.text.tie_embeddings:
             return {}
         table = (*self.decoder_path, "embed_tokens")
         return {".".join(self.head_path) + ".weight": ".".join(table) + ".weight"}
 
     def untied(self) -> "VisionLanguageModel":
-        """The same with a head of its own."""
+        """Returns the same module with a separate head."""
         text = dataclasses.replace(self.config.text, tie_embeddings=False)
         return self.clone(config=dataclasses.replace(self.config, text=text))
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
+        """Maps x[..., D] to logits float32[..., V] with the head only."""
         raise NotImplementedError
 
     def unembed_through_norm(self, x: Array) -> Array:
-        """x[..., D] -> logits[..., V]: the decoder's final norm, then the head."""
+        """Maps x[..., D] to logits float32[..., V] with the final norm and the head."""
         return self.unembed(getattr(self.text_decoder, self.norm_name)(x))
 
     def embed_inputs(self, inputs: Inputs) -> Array:
-        """The processor's arrays -> what enters the first decoder layer, [B, T, D]."""
+        """Maps the processor's arrays to the input of the first decoder layer, [B, T, D]."""
         raise NotImplementedError
 
     @property
     def kv_heads(self) -> sharding.KVHeads:
-        """Module path -> number of key-value heads, of what `sharding` divides by whole heads."""
+        """{module path: number of key-value heads} of modules that are sharded by whole heads."""
         return {self.decoder_path: self.config.text.num_kv_heads}
 
     def is_of_decoder(self, site: str) -> bool:
-        """Whether a site is in the decoder or its head, and so runs for generated tokens too."""
+        """Tells whether a site is in the decoder or head, and so also runs for generated tokens."""
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         site = normal_name(site)
         return site in (path, head) or site.startswith(path + ".")
 
     def is_before_norm(self, site: str) -> bool:
-        """Whether what a site of the decoder puts out goes through its final norm to the head."""
+        """Tells whether a site is in the decoder, before its final norm."""
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         return self.is_of_decoder(site) and normal_name(site) not in (
             path,
@@ -120,18 +123,29 @@ class VisionLanguageModel(nn.Module):
         )
 
     def positions(self, inputs: Inputs) -> Array:
-        """The tokens' rotary positions, int32[B, T] or [B, T, 3]; needs no parameters.
+        """Returns the rotary positions of the tokens; needs no parameters.
 
-        A generated token gets the position after the highest of its row.
+        Generated tokens continue after the highest position of their row.
+
+        Args:
+            inputs: the processor's arrays.
+
+        Returns:
+            int32[B, T], or int32[B, T, 3] for M-RoPE.
         """
         given = inputs.get("position_ids")
         return decoder.token_positions(attention_mask(inputs)) if given is None else given
 
     def places(self, inputs: Inputs) -> edits.Places:
-        """What a prompt's positions are, for edits that ask for some kinds of them.
+        """Describes the positions of a prompt, for edits that select positions by kind.
 
-        The inputs' own `position_kinds` int[B, T] go first: of a text that holds an answer, which
-        part was generated. `columns` int[B, T] are the caller's, where padding has moved them.
+        Args:
+            inputs: the processor's arrays. An optional `position_kinds` int[B, T] overrides the
+                kinds, to mark the generated part of a text that contains an answer; `columns`
+                int[B, T] are the caller's columns, if padding has moved them.
+
+        Returns:
+            Kind, index and column of each position.
         """
         tokens, mask = jnp.asarray(inputs["input_ids"]), attention_mask(inputs) != 0
         if mask.ndim == 3:
@@ -144,33 +158,37 @@ class VisionLanguageModel(nn.Module):
         return edits.Places(kind, index, _columns(inputs))
 
     def __call__(self, inputs: Inputs) -> Array:
-        """The processor's arrays -> logits[B, T, V] at every position.
+        """Maps the processor's arrays to logits float32[B, T, V] at every position.
 
-        A token id without an embedding gives NaN from its position on; `VLM` refuses it instead.
+        A token id without an embedding gives NaN from its position on; `VLM` refuses such ids.
         """
         states = self.states(inputs)
         with steer.at_places(self.places(inputs)):
             return self.unembed(states)
 
     def states(self, inputs: Inputs, last_only: bool = False) -> Array:
-        """The processor's arrays -> states after the final norm [B, T, D], or [B, 1, D]."""
+        """Maps the processor's arrays to states after the final norm, [B, T, D] or [B, 1, D]."""
         x = self.embed_inputs(inputs)
         mask = decoder.causal_mask(attention_mask(inputs))
         with steer.at_places(self.places(inputs)):
             return self.text_decoder(x, self.positions(inputs), mask, last_only=last_only)
 
     def init_cache(self, batch: int, slots: int) -> dict:
-        """An empty cache, as the variable collection "cache" of this module."""
+        """Makes an empty cache, the variable collection "cache" of this module."""
         dtype = jnp.dtype(self.dtype)
         return self._below_decoder(
             decoder.init_cache(self.config.text, batch, slots, dtype, self.cache_path)
         )
 
     def prompt_cache_axes(self, sites: Iterable[str]) -> dict:
-        """The `vmap` axes of a prompt's cache under variants of edits at the sites.
+        """Returns the `vmap` axes of a prompt's cache for several variants of edits.
 
-        {...: {layer: None or 0}}: None where the edits leave the layer's keys and values as they
-        are, so that one copy serves all variants. A prefix of the tree of `init_cache`.
+        Args:
+            sites: the edited sites.
+
+        Returns:
+            A prefix of the tree of `init_cache`, {...: {layer: None or 0}}: None for layers whose
+            keys and values the edits do not change, so that all variants share one copy.
         """
         count = self.config.text.num_layers
         shared = min(map(self._layers_before, sites), default=count)
@@ -184,9 +202,10 @@ class VisionLanguageModel(nn.Module):
         return cache
 
     def _layers_before(self, site: str) -> int:
-        """How many of the decoder's layers have computed keys and values before a site's states.
+        """Counts the decoder layers whose keys and values do not depend on a site's states.
 
-        Of a layer only its output counts as behind them: a module inside it may be either.
+        A layer itself counts only for its output: a module inside it may come before or after its
+        keys and values.
         """
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         site = normal_name(site)
@@ -199,9 +218,14 @@ class VisionLanguageModel(nn.Module):
         return int(number) + (not inside)
 
     def prefill(self, inputs: Inputs, last_only: bool = True) -> Array:
-        """As `__call__`, but the logits [B, V] of the last position only; fills the cache.
+        """Computes the logits of the last position and fills the cache.
 
-        last_only: the last layer puts out the last position alone; else, as the others, all.
+        Args:
+            inputs: the processor's arrays.
+            last_only: compute only the last position in the last layer.
+
+        Returns:
+            float32[B, V].
         """
         states = self.states(inputs, last_only)[:, -1:]
         with steer.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
@@ -215,11 +239,17 @@ class VisionLanguageModel(nn.Module):
         slot: Array,
         column: Array | None = None,
     ) -> Array:
-        """Text tokens behind what the cache holds, whose keys and values they see and add to.
+        """Runs text tokens that continue a cached prompt, and adds them to the cache.
 
-        tokens and their rotary positions int32[B, T]; mask bool[B or 1, 1, T, S], which cache slots
-        each of them sees; slot int32[], where the first of them goes; column int32[], which the
-        caller's next is, if another -> final states [B, T, D].
+        Args:
+            tokens: int32[B, T].
+            positions: their rotary positions, int32[B, T].
+            mask: bool[B or 1, 1, T, S], which cache slots each token sees.
+            slot: int32[], cache slot of the first token.
+            column: int32[], the caller's column of the first token, if it differs from `slot`.
+
+        Returns:
+            States after the final norm, [B, T, D].
         """
         with steer.at_places(_generated_places(tokens, mask, slot, column)):
             x = self.text_decoder.embed_tokens(tokens)
@@ -233,7 +263,18 @@ class VisionLanguageModel(nn.Module):
         slot: Array,
         column: Array | None = None,
     ) -> Array:
-        """One token a row: tokens and positions int32[B], valid bool[B, S] -> logits[B, V]."""
+        """Runs one token per row.
+
+        Args:
+            tokens: int32[B].
+            positions: int32[B].
+            valid: bool[B, S], which cache slots the token sees.
+            slot: int32[], its cache slot.
+            column: int32[], the caller's column, if it differs from `slot`.
+
+        Returns:
+            Logits float32[B, V].
+        """
         tokens, mask = tokens[:, None], valid[:, None, None, :]
         states = self.extend(tokens, positions[:, None], mask, slot, column)
         with steer.at_places(_generated_places(tokens, mask, slot, column)):
@@ -241,20 +282,20 @@ class VisionLanguageModel(nn.Module):
 
 
 def _columns(inputs: Inputs) -> Array:
-    """int32[B or 1, T]: the columns of the caller's inputs."""
+    """Returns int32[B or 1, T], the columns of the caller's inputs."""
     given = inputs.get("columns")
     return jnp.arange(inputs["input_ids"].shape[1])[None] if given is None else jnp.asarray(given)
 
 
 def next_column(inputs: Inputs) -> Array | None:
-    """The column after the caller's last, if the inputs say which are the caller's."""
+    """Returns the column after the caller's last one, if the inputs have `columns`; else None."""
     return _columns(inputs).max() + 1 if "columns" in inputs else None
 
 
 def _generated_places(
     tokens: Array, mask: Array, slot: Array, column: Array | None
 ) -> edits.Places:
-    # A token sees itself and what precedes it: its index is one less than their number.
+    # A token sees itself and all earlier tokens: its index is one less than their number.
     index = jnp.broadcast_to(mask[:, 0].sum(-1, dtype=jnp.int32) - 1, tokens.shape)
     kind = jnp.full(tokens.shape, edits.GENERATED)
     first = slot if column is None else column
@@ -262,13 +303,13 @@ def _generated_places(
 
 
 def attention_mask(inputs: Inputs) -> Array:
-    """The inputs' attention mask; without one, every position is a token."""
+    """Returns the inputs' attention mask; without one, every position is a token."""
     mask = inputs.get("attention_mask")
     return jnp.ones_like(inputs["input_ids"]) if mask is None else jnp.asarray(mask)
 
 
 def is_image(tokens: Array, image_tokens: tuple[int, ...]) -> Array:
-    """bool[B, T]: which of the tokens int[B, T] stand for an image."""
+    """Returns bool[B, T], which of the tokens int[B, T] stand for an image."""
     return jnp.isin(tokens, jnp.array(image_tokens))
 
 
@@ -280,28 +321,43 @@ def check_image_tokens(
     expected: str,
     what: str = "image",
 ) -> None:
-    """ValueError unless the prompts int[B, T] hold as many image tokens as there are features.
+    """Checks that the prompts contain as many image tokens as there are image features.
 
-    expected: what the message says about the right number; what: "image" or "video".
+    Args:
+        input_ids: int[B, T].
+        image_tokens: ids of the image tokens.
+        num_images: number of images in the batch.
+        num_features: number of features in the batch.
+        expected: the right number, in words, for the message.
+        what: "image" or "video".
+
+    Raises:
+        ValueError: the numbers differ.
     """
     count = int(np.isin(input_ids, image_tokens).sum())
     if num_images and not count:
         raise ValueError(
             f"the batch has {num_images} {what}s but no {what} token (id {image_tokens[0]}) "
-            f"in its prompts; put <{what}> into each prompt that goes with one"
+            f"in its prompts; put <{what}> into each prompt that has one"
         )
     if count != num_features:
         raise ValueError(
-            f"{num_images} {what}s give {num_features} {what} features, but the prompts hold "
+            f"{num_images} {what}s have {num_features} {what} features, but the prompts contain "
             f"{count} {what} tokens; expected {expected}"
         )
 
 
 def place_images(x: Array, is_image: Array, features: Array, valid: Array | None = None) -> Array:
-    """Puts image features, in order, where the image tokens are.
+    """Puts image features, in order, at the positions of the image tokens.
 
-    x[B, T, D], is_image bool[B, T], features[F, D]; valid bool[F] says which of the features count
-    (None: all), as many as there are image tokens in the batch, read row by row -> [B, T, D].
+    Args:
+        x: [B, T, D], token embeddings.
+        is_image: bool[B, T], the image tokens.
+        features: [F, D], in the order of the image tokens, row by row.
+        valid: bool[F], the features to use, as many as there are image tokens; None for all.
+
+    Returns:
+        [B, T, D].
     """
     index = jnp.cumsum(is_image.reshape(-1)) - 1
     if valid is not None:

@@ -27,7 +27,7 @@ from ports.parallel import sharding
 Array = jax.Array
 
 names.number("resblocks")  # the tower's
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **molmo_vision.AXES,
     "wte": ("vocab", "embed"),

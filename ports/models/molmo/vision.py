@@ -19,7 +19,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **dict.fromkeys(("wq", "wk", "wv"), ("embed", "heads")),
     "wo": ("heads", "embed"),

@@ -29,7 +29,7 @@ from ports.parallel import sharding
 Array = jax.Array
 
 names.number("mlp")  # the merger's
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **decoder.AXES,
     **qwen2_vision.AXES,

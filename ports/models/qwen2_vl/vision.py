@@ -19,7 +19,7 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-# Where the parameters lie on a mesh.
+# Sharding rules of the parameters.
 AXES: sharding.Axes = {
     # Query, key and value in one: stored by columns, laid out anew after the product.
     "attn.qkv": ("embed", "heads"),

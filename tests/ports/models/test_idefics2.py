@@ -234,7 +234,7 @@ class TestInputsThatDoNotFit:
             inputs,
             "1 images give 5 image features",
             "hold 8 image tokens",
-            "expected 5 a picture or crop, the processor's image_seq_len",
+            "expected 5 per image or crop, the processor's image_seq_len",
         )
 
     def test_a_picture_that_looks_like_padding(self, small, inputs):
@@ -271,9 +271,12 @@ class TestConfigurationsThatAreNotImplemented:
     @pytest.mark.parametrize(
         ("changes", "parts"),
         [
-            ({"text": {"hidden_act": "swoosh"}}, ("the activation 'swoosh'", "silu")),
-            ({"vision": {"hidden_act": "swoosh"}}, ("the activation 'swoosh'", "silu")),
-            ({"perceiver": {"hidden_act": "swoosh"}}, ("the activation 'swoosh'", "silu")),
+            ({"text": {"hidden_act": "swoosh"}}, ("activation 'swoosh', which is not", "silu")),
+            ({"vision": {"hidden_act": "swoosh"}}, ("activation 'swoosh', which is not", "silu")),
+            (
+                {"perceiver": {"hidden_act": "swoosh"}},
+                ("activation 'swoosh', which is not", "silu"),
+            ),
             (
                 {"perceiver": {"num_key_value_heads": 4}},
                 ("perceiver_config has 6 attention heads", "4 key-value heads"),

@@ -130,9 +130,12 @@ class TestConfigurationsThatAreNotImplemented:
     @pytest.mark.parametrize(
         ("changes", "parts"),
         [
-            ({"text": {"hidden_act": "swoosh"}}, ("the activation 'swoosh'", "silu")),
-            ({"vision": {"hidden_act": "swoosh"}}, ("the activation 'swoosh'", "quick_gelu")),
-            ({"projector_hidden_act": "swoosh"}, ("the activation 'swoosh'", "gelu")),
+            ({"text": {"hidden_act": "swoosh"}}, ("activation 'swoosh', which is not", "silu")),
+            (
+                {"vision": {"hidden_act": "swoosh"}},
+                ("activation 'swoosh', which is not", "quick_gelu"),
+            ),
+            ({"projector_hidden_act": "swoosh"}, ("activation 'swoosh', which is not", "gelu")),
             (
                 {"text": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
                 ("rope_type 'linear'", "'default'"),

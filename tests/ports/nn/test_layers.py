@@ -23,7 +23,7 @@ def test_activations_equal_transformers(name):
 
 
 def test_an_unknown_activation_is_named_with_those_that_are_known():
-    with helpers.raises_line(ValueError, "the activation 'swoosh'", "silu", "quick_gelu"):
+    with helpers.raises_line(ValueError, "activation 'swoosh', which is not", "silu", "quick_gelu"):
         layers.activation("swoosh")
 
 
