@@ -342,7 +342,7 @@ def check_image_tokens(
         )
     if count != num_features:
         raise ValueError(
-            f"{num_images} {what}s have {num_features} {what} features, but the prompts contain "
+            f"{num_images} {what}s give {num_features} {what} features, but the prompts hold "
             f"{count} {what} tokens; expected {expected}"
         )
 

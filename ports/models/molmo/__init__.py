@@ -1,1 +1,1 @@
-"""Molmo (Deitke et al. 2024): its modules, its vision backbone and its processor."""
+"""Molmo (Deitke et al. 2024): model, vision backbone and processor."""

@@ -1,10 +1,9 @@
-"""Molmo (Deitke et al. 2024), Molmo-7B-D: overlapping crops of an image beside the whole of it, a
-CLIP tower, a Qwen2 decoder with fused projections.
+"""Molmo-7B-D (Deitke et al. 2024): whole image and overlapping crops, CLIP tower, Qwen2 decoder.
 
-B batch, T positions, D width, C crops of a row, P patches of a crop, K features of a crop.
+B batch, T positions, D width, C crops per row, P patches per crop, K features per crop.
 
-Features are added to the embeddings of the image tokens; the processor says in `image_input_idx`
-which feature goes to which position.
+The decoder has fused projections. Features are added to the embeddings of the image tokens; the
+processor's `image_input_idx` gives the position of each feature.
 """
 
 import dataclasses
@@ -26,13 +25,13 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-names.number("resblocks")  # the tower's
+names.number("resblocks")  # in the tower
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **molmo_vision.AXES,
     "wte": ("vocab", "embed"),
     "transformer.ff_out": ("embed", "vocab"),
-    # Query, key and value in one: stored by columns, laid out anew after the product.
+    # Fused query, key and value: stored sharded by columns, resharded after the product.
     "att_proj": ("embed", "heads"),
     "attn_out": ("heads", "embed"),
     "ff_proj": ("embed", "mlp"),
@@ -40,7 +39,7 @@ AXES: sharding.Axes = {
     **dict.fromkeys(("attn_norm", "ff_norm", "ln_f"), ()),
 }
 
-# What the port understands of a processor's arrays.
+# The processor's arrays that the port uses; the rest are ignored.
 INPUTS = (
     "input_ids",
     "attention_mask",
@@ -50,7 +49,7 @@ INPUTS = (
     "image_input_idx",
 )
 
-# What the real checkpoint's config.json leaves to its code: the tower, and the tokens' ids.
+# Values that are in the checkpoint's code instead of its config.json: the tower, and token ids.
 DEFAULTS = {
     "vision_config": {
         "image_size": [336, 336],
@@ -68,9 +67,9 @@ DEFAULTS = {
     "bos_token_id": 151643,
     "eos_token_id": 151643,
 }
-# The marks of an image, in the order in which their ids follow those of the first table.
+# Image tokens, in the order of their ids, which follow those of the first embedding table.
 _MARKS = ("start", "end", "patch", "col")
-# What config.json must say. Other checkpoints of the family (MolmoE) have other names for these.
+# Required in config.json. Other checkpoints of the family (MolmoE) use other names.
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -81,7 +80,7 @@ _REQUIRED = (
     "rope_theta",
     "qkv_bias",
 )
-# Values that change what is computed, and the ones that this port implements.
+# Options that change the computation, with the only values that this port implements.
 _IMPLEMENTED = {
     "layer_norm_type": "rms",
     "attention_layer_norm": False,
@@ -94,15 +93,24 @@ _IMPLEMENTED = {
 
 
 def read_config(values: Mapping[str, Any]) -> Any:
-    """config.json -> a transformers configuration, whose own class is remote code.
+    """Makes a transformers configuration, as the model's own class is remote code.
 
-    ValueError if the file lacks what the model can't do without.
+    Args:
+        values: the values of config.json.
+
+    Returns:
+        A PretrainedConfig with the values and defaults as attributes.
+
+    Raises:
+        ValueError: a required value is missing.
     """
     from transformers import PretrainedConfig
 
     missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:
-        raise ValueError(f"there is no {', '.join(missing)}; expected the names of Molmo-7B-D")
+        raise ValueError(
+            f"{', '.join(missing)} is missing; expected a config.json with the names of Molmo-7B-D"
+        )
     optional = {"pad_token_id": None, "embedding_size": None, "num_key_value_heads": None}
     merged = {**optional, **DEFAULTS, **values}
     first = merged["embedding_size"] or merged["vocab_size"]
@@ -118,31 +126,31 @@ def read_config(values: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the port needs of a Molmo configuration."""
+    """The values that the port needs from a Molmo configuration."""
 
     text: decoder.DecoderConfig
     vision: molmo_vision.VisionConfig
-    additional_vocab_size: int  # rows of the embedding behind the vocabulary: the image tokens
-    image_tokens: tuple[int, int, int, int]  # patch, column, start and end of an image
+    additional_vocab_size: int  # extra embeddings after the vocabulary, for the image tokens
+    image_tokens: tuple[int, int, int, int]  # ids of patch, column, start and end
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads what `read_config` gives; ValueError for a value that is not implemented."""
+        """Reads the result of `read_config`; raises ValueError if a value is not implemented."""
         for name, implemented in _IMPLEMENTED.items():
             value = getattr(config, name, implemented)
             if value != implemented:
-                raise ValueError(f"config asks for {name} {value!r}; expected {implemented!r}")
+                raise ValueError(f"config has {name} {value!r}; expected {implemented!r}")
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads or heads
         if heads % kv_heads or config.hidden_size % heads:
             raise ValueError(
-                f"config has {heads} heads and {kv_heads} key-value heads in a width of "
-                f"{config.hidden_size}; expected whole multiples"
+                f"config has {heads} heads, {kv_heads} key-value heads and width "
+                f"{config.hidden_size}; expected each to divide the next larger"
             )
         if config.intermediate_size % 2:
             raise ValueError(
-                f"intermediate_size is {config.intermediate_size}; expected an even number, gate "
-                "and values together"
+                f"intermediate_size is {config.intermediate_size}; expected an even number, for "
+                "gate and values together"
             )
         text = decoder.DecoderConfig(
             vocab_size=config.embedding_size or config.vocab_size,
@@ -166,7 +174,7 @@ class Config:
         vision = molmo_vision.from_hf(config)
         sizes = cls(text, vision, config.additional_vocab_size, tuple(ids))
         for token in sizes.image_tokens:
-            # Features are added to these tokens' embeddings: the tables must hold them.
+            # Features are added to the embeddings of these tokens, so the tables must have them.
             if not 0 <= token < sizes.num_embeddings:
                 raise ValueError(
                     f"image token id {token} is outside the {sizes.num_embeddings} embeddings; "
@@ -177,24 +185,24 @@ class Config:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of both tables together."""
+        """Number of embeddings in both tables together."""
         return self.text.vocab_size + self.additional_vocab_size
 
 
 class Embedding(nn.Module):
-    """Two tables, one behind the other: the vocabulary's and that of the image tokens."""
+    """Token embeddings in two consecutive tables: the vocabulary, then the image tokens."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """tokens int[B, T] -> [B, T, D]; NaN for an id that neither table has."""
+        """Maps tokens int[B, T] to [B, T, D]; NaN for ids outside both tables."""
         cfg = self.config
         init, width = nn.initializers.normal(0.02), cfg.text.hidden_size
         table = self.param("table", init, (cfg.text.vocab_size, width))
         further = self.param("new_embedding", init, (cfg.additional_vocab_size, width))
-        # Joined, the tables would be copied at every step.
+        # Concatenating the tables would copy them at every step.
         behind = tokens - len(table)
         x = jnp.where(
             behind[..., None] < 0,
@@ -219,7 +227,7 @@ class Block(nn.Module):
         start: Array | None,
         last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], mask bool[B, 1, T, S] -> [B, T, D]; start, last_only as in decoder."""
+        """Maps x[B, T, D] to [B, T, D]; arguments as for `decoder.DecoderLayer`."""
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
@@ -230,8 +238,8 @@ class Block(nn.Module):
 
         queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         y = linear(queries + 2 * keys, cfg.qkv_bias, "att_proj")(norm("attn_norm")(x))
-        # On a mesh the parts of a fused projection do not begin where a device does: gathered once,
-        # they are divided by heads without further messages.
+        # The parts of a fused projection do not start at device boundaries: gather them once, then
+        # split by heads without further communication.
         y = sharding.residual(y)
         query, key, value = (
             part.reshape(*x.shape[:2], -1, cfg.head_dim)
@@ -283,9 +291,17 @@ class Transformer(nn.Module):
         start: Array | None = None,
         last_only: bool = False,
     ) -> Array:
-        """x[B, T, D], positions int32[B, T], mask bool[B, 1, T, S] -> states [B, T, D].
+        """Maps embeddings to states after the final norm.
 
-        last_only: states [B, 1, D] of the last position, which the last layer computes alone.
+        Args:
+            x: [B, T, D].
+            positions: int32[B, T].
+            mask: bool[B, 1, T, S].
+            start: cache slot of the first position in a decode step; else None.
+            last_only: compute only the last position in the last layer.
+
+        Returns:
+            [B, T, D], or [B, 1, D] with `last_only`.
         """
         text = self.config.text
         x = sharding.residual(x)
@@ -297,7 +313,7 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """The level of nesting that the checkpoints' names have around both halves."""
+    """Wraps decoder and vision backbone, for the extra level in the checkpoints' names."""
 
     config: Config
     dtype: jnp.dtype = jnp.float32
@@ -308,7 +324,7 @@ class Model(nn.Module):
 
 
 class Molmo(vision_language.VisionLanguageModel):
-    """Features of the crops are added to the embeddings of the image tokens."""
+    """Adds the features of the crops to the embeddings of the image tokens."""
 
     config: Config
     decoder_path = ("model", "transformer")
@@ -322,7 +338,7 @@ class Molmo(vision_language.VisionLanguageModel):
 
     @property
     def num_embeddings(self) -> int:
-        """Those of both tables."""
+        """Number of embeddings in both tables together."""
         return self.config.num_embeddings
 
     @property
@@ -335,10 +351,15 @@ class Molmo(vision_language.VisionLanguageModel):
         return self.model.transformer.unembed(x)
 
     def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
-        """The processor's arrays, or those of `prepare_inputs` -> [B, T, D].
+        """Embeds tokens and images.
 
-        input_ids int[B, T]; images[B, C, P, values], image_masks[B, C, P], and image_input_idx
-        int[B, C, K] or feature_index int[B, T].
+        Args:
+            inputs: the processor's arrays, or those from `prepare_inputs`: input_ids int[B, T];
+                optional images[B, C, P, values], image_masks[B, C, P], and image_input_idx
+                int[B, C, K] or feature_index int[B, T].
+
+        Returns:
+            [B, T, D].
         """
         tokens = jnp.asarray(inputs["input_ids"])
         x = self.text_decoder.embed_tokens(tokens)
@@ -356,17 +377,17 @@ class Molmo(vision_language.VisionLanguageModel):
 
 
 def _feature_index(positions: Array, length: int) -> Array:
-    """Which feature goes to each position, -1 for none: int[B, C, K] positions -> int32[B, T]."""
+    """Inverts positions int[B, C, K] to the feature at each position, int32[B, T]; -1 for none."""
     rows = positions.reshape(len(positions), -1)
     features = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
-    # Negative positions are those of features that are not used: beyond the end, they are dropped.
+    # Negative positions mark unused features: moved past the end, they are dropped.
     rows = jnp.where(rows < 0, length, rows)
     none = jnp.full((len(rows), length), -1, jnp.int32)
     return none.at[jnp.arange(len(rows))[:, None], rows].set(features, mode="drop")
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of a batch whose images have one crop beside the whole."""
+    """Returns shapes and dtypes of a batch with one image per row, of one crop plus the whole."""
     vision = config.vision
     features = vision.pooled**2
     length = length or 2 * (features + vision.pooled + 2) + vision_language.EXAMPLE_TEXT
@@ -386,11 +407,20 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
 
 
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The processor's arrays with `feature_index` int[B, T] for image_input_idx, and crops filled
-    up to one of few numbers.
+    """Checks the processor's arrays and prepares them for the module.
 
-    A column a position can be padded and moved as the tokens are.
-    ValueError when crops, positions and image tokens do not fit each other.
+    Replaces image_input_idx by `feature_index` int[B, T], which has one column per position and so
+    can be padded and moved like the tokens. Pads the crops to one of a few numbers.
+
+    Args:
+        config: the model's configuration.
+        inputs: the processor's arrays.
+
+    Returns:
+        The arrays that the module takes.
+
+    Raises:
+        ValueError: crops, positions and image tokens do not match.
     """
     arrays = dict(inputs)
     given = [name for name in ("images", "image_masks", "image_input_idx") if name in arrays]
@@ -398,14 +428,14 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     if not given:
         if holds_patch.any():
             raise ValueError(
-                f"the prompts hold {holds_patch.sum()} image tokens, but there are no images; pass "
-                "images, image_masks and image_input_idx along, as the processor gives them"
+                f"the prompts hold {holds_patch.sum()} image tokens, but there are no images; also "
+                "pass images, image_masks and image_input_idx from the processor"
             )
         return arrays
     if len(given) < 3:
         raise ValueError(
-            f"inputs have {', '.join(given)} alone; expected images, image_masks and "
-            "image_input_idx together, as the processor gives them"
+            f"inputs have only {', '.join(given)}; expected images, image_masks and "
+            "image_input_idx together, as the processor returns them"
         )
     images, masks, positions = (
         arrays[name] for name in ("images", "image_masks", "image_input_idx")
@@ -419,29 +449,30 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     ):
         if value.shape != shape or batch != len(arrays["input_ids"]):
             raise ValueError(
-                f"{name} has shape {value.shape}; expected {shape}, with one row of crops for each "
-                f"of the {len(arrays['input_ids'])} prompts"
+                f"{name} has shape {value.shape}; expected {shape}, with one row of crops per "
+                f"prompt ({len(arrays['input_ids'])})"
             )
     length = arrays["input_ids"].shape[1]
     index = np.full((batch, length + 1), -1, np.int32)
     rows = np.where(positions < 0, length, positions).reshape(batch, -1)
     if rows.max() > length:
         raise ValueError(
-            f"image_input_idx names position {rows.max()}; the prompts have {length} positions"
+            f"image_input_idx has position {rows.max()}, but the prompts have {length} positions; "
+            "pass input_ids and images from the same call of the processor"
         )
     np.put_along_axis(index, rows, np.arange(rows.shape[1], dtype=np.int32)[None], axis=1)
     index = index[:, :length]
     features, places = (positions >= 0).sum(), (index >= 0).sum()
     if features != places:
         raise ValueError(
-            f"image_input_idx sends {features} features to {places} positions; expected a position "
-            "of its own for each"
+            f"image_input_idx maps {features} features to {places} positions; expected a different "
+            "position for each feature"
         )
     if ((index >= 0) != holds_patch).any():
         both = (holds_patch & (index >= 0)).sum()
         raise ValueError(
-            f"image_input_idx names {places} positions, and the prompts hold "
-            f"{holds_patch.sum()} image tokens, {both} of them there; "
+            f"image_input_idx has {places} positions and the prompts hold "
+            f"{holds_patch.sum()} image tokens, but only {both} coincide; "
             "pass input_ids and images from the same call of the processor"
         )
     del arrays["image_input_idx"]
@@ -454,19 +485,19 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 
 
 def _few(count: int) -> int:
-    """The least of 1 to 8, 10, 12, 14, 16, 20 ... that holds it: four numbers an octave."""
+    """Rounds a count up to 1 to 8, 10, 12, 14, 16, 20 ...: four numbers per octave."""
     step = 1 << max(0, (count - 1).bit_length() - 3)
     return -(-count // step) * step
 
 
 def _fill(array: np.ndarray, missing: int) -> np.ndarray:
-    """`missing` further crops of -1, which count for nothing."""
+    """Appends `missing` crops of -1, which are ignored."""
     widths = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, widths, constant_values=-1)
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in the checkpoint is its name in the port."""
+    """Returns the name unchanged: the port has the checkpoint's names."""
     return name
 
 

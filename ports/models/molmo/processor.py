@@ -1,10 +1,12 @@
-"""Molmo's processor, in numpy and Pillow: crops, tokens and where each feature goes.
+"""Molmo's processor, in numpy and Pillow: crops, tokens and the position of each feature.
 
-An image becomes the whole of it, shrunk to one crop, and a tiling of crops that overlap: each shows
-a window of the enlarged image and a margin around it, which the tower sees and of which no features
-are kept where a neighbour has them. C crops, P patches of a crop, K features of a crop (P / 4).
+C crops, P patches per crop, K features per crop (P / 4).
 
-The tokens of an image are two grids, of the whole and of the tiling, row by row:
+An image becomes one crop with the whole image, shrunk, and a tiling of overlapping crops. Each of
+these shows a window of the enlarged image plus a margin, which the tower sees but whose features
+are dropped where a neighbouring crop has them.
+
+The tokens of an image are two grids, for the whole image and for the tiling, row by row:
     <im_start> (<im_patch> ... <im_col>) ... <im_end>
 """
 
@@ -17,11 +19,11 @@ from PIL import Image, ImageOps
 
 from ports import checkpoint
 
-POOL = 2  # patches a side that become one feature
-UNUSED = -100  # in image_input_idx: this feature goes nowhere
-FILL = -1  # in all arrays of images: what fills up a row with fewer crops
+POOL = 2  # POOL x POOL patches become one feature
+UNUSED = -100  # in image_input_idx: the feature is not used
+FILL = -1  # in all arrays of images: padding for rows with fewer crops
 MARKS = {"patch": "<im_patch>", "col": "<im_col>", "start": "<im_start>", "end": "<im_end>"}
-# What a preprocessor_config.json that does not say it leaves to the original's code.
+# Defaults of the original code, for values missing in preprocessor_config.json.
 DEFAULTS = {
     "max_crops": 12,
     "overlap_margins": [4, 4],
@@ -37,30 +39,31 @@ DEFAULTS = {
 
 
 class Settings(NamedTuple):
-    """preprocessor_config.json: how images are cut. Sizes in pixels or patches, as named."""
+    """Settings in preprocessor_config.json: how images are cut into crops."""
 
-    crop_size: int  # pixels a side
-    patch_size: int  # pixels a side
-    max_crops: int  # of the tiling
-    margins: tuple[int, int]  # patches without features: left and top, right and bottom
+    crop_size: int  # pixels per side
+    patch_size: int  # pixels per side
+    max_crops: int  # maximum number of crops in the tiling
+    margins: tuple[int, int]  # patches without features: at left and top, at right and bottom
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
-        """Reads the file's values; ValueError for what is not implemented."""
+        """Reads the file's values; raises ValueError if one is not implemented."""
         values = {**DEFAULTS, **values}
         for name, reason in (
             ("image_padding_mask", "the model needs the masks"),
             ("do_normalize", "the model was trained on normalised pixels"),
         ):
             if not values[name]:
-                raise ValueError(f"{name} is {values[name]!r}; expected true, {reason}")
+                raise ValueError(f"{name} is {values[name]!r}; expected true, as {reason}")
         height, width = values["base_image_input_size"]
         patch, margins = values["image_patch_size"], tuple(values["overlap_margins"])
         if height != width or height % patch:
             raise ValueError(
-                f"base_image_input_size is {[height, width]}; expected a square of whole patches"
+                f"base_image_input_size is {[height, width]}; expected a square, a multiple of the "
+                f"image_patch_size {patch}"
             )
         pooled = -(-(height // patch) // POOL)
         lengths = (values["image_token_length_h"], values["image_token_length_w"])
@@ -68,13 +71,13 @@ class Settings(NamedTuple):
             raise ValueError(f"image_token_length is {lengths}; expected {pooled} for both")
         if any(margin % POOL for margin in margins) or sum(margins) >= height // patch:
             raise ValueError(
-                f"overlap_margins is {list(margins)}; expected even numbers, together less than "
-                f"the {height // patch} patches of a crop"
+                f"overlap_margins is {list(margins)}; expected even numbers with a sum below the "
+                f"{height // patch} patches per side of a crop"
             )
         if (height // patch - sum(margins)) % POOL:
             raise ValueError(
-                f"a crop has {height // patch} patches a side and margins of {sum(margins)}; "
-                "expected an even number between them"
+                f"a crop has {height // patch} patches per side, {sum(margins)} of them in the "
+                "margins; expected an even number of others"
             )
         return cls(
             height,
@@ -102,19 +105,30 @@ class Settings(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """One image as the model takes it."""
+    """One image in the form that the model takes."""
 
     patches: np.ndarray  # float32[C, P, values]
-    masks: np.ndarray  # float32[C, P]: the share of a patch that is picture; -1 in the last crop
+    masks: (
+        np.ndarray
+    )  # float32[C, P]: fraction of a patch covered by the image; -1 in the last crop
     tokens: tuple[str, ...]  # keys of MARKS
-    positions: np.ndarray  # int32[C, K]: the index in `tokens` of each feature, or UNUSED
+    positions: np.ndarray  # int32[C, K]: index in `tokens` of each feature, or UNUSED
 
 
 def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
-    """Rows and columns of windows for an image: the least enlargement that fills them.
+    """Chooses the rows and columns of windows that need the least enlargement of an image.
 
-    If every tiling is too small for the image, the one that shrinks it least. Of equal ones the one
-    with fewer windows, then fewer rows. Computed in float32, as the model was trained.
+    If the image is too large for every tiling, chooses the one that shrinks it least. Ties go to
+    fewer windows, then fewer rows. Computed in float32, as in training.
+
+    Args:
+        height: pixels of the image.
+        width: pixels of the image.
+        window: pixels per side of a window.
+        max_crops: maximum number of windows.
+
+    Returns:
+        (rows, columns).
     """
     tilings = [
         (rows, columns)
@@ -134,11 +148,22 @@ def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
 def resize_and_pad(
     image: np.ndarray, height: int, width: int, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[h, w, 3] -> normalised float32[height, width, 3], and bool[height, width]: picture.
+    """Resizes an image, keeping its aspect ratio, and centres it on a black canvas.
 
-    The picture keeps its shape and lies in the middle of black, before normalisation. Antialiased
-    bilinear interpolation of float32 values, which Pillow and PyTorch do alike (an 8-bit resize
-    rounds).
+    Uses antialiased bilinear interpolation of float32 values, in which Pillow and PyTorch agree (an
+    8-bit resize would round).
+
+    Args:
+        image: uint8[h, w, 3].
+        height: pixels of the canvas.
+        width: pixels of the canvas.
+        settings: mean and deviation for normalisation.
+
+    Returns:
+        Normalised pixels float32[height, width, 3], and a mask bool[height, width] of the image.
+
+    Raises:
+        ValueError: the aspect ratio is too extreme.
     """
     scale = min(
         np.float32(height) / np.float32(image.shape[0]),
@@ -151,7 +176,7 @@ def resize_and_pad(
     if 0 in inner:
         raise ValueError(
             f"an image of {image.shape[1]} x {image.shape[0]} pixels would shrink to nothing; its "
-            "aspect ratio is too extreme, cut it or leave it out"
+            "aspect ratio is too extreme: crop it or leave it out"
         )
     values = image.astype(np.float32) / np.float32(255)
     channels = [
@@ -172,7 +197,7 @@ def resize_and_pad(
 
 
 def _patches(pixels: np.ndarray, size: int) -> np.ndarray:
-    """[height, width, ...] -> [P, size x size x ...], row by row."""
+    """Cuts [height, width, ...] into flat patches [P, size x size x ...], row by row."""
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
     pixels = pixels.reshape(rows, size, columns, size, -1)
     return np.swapaxes(pixels, 1, 2).reshape(rows * columns, -1)
@@ -183,15 +208,23 @@ def _grid_tokens(rows: int, columns: int) -> list[str]:
 
 
 def cut(image: np.ndarray, settings: Settings) -> Crops:
-    """Crops, tokens and positions of an image uint8[height, width, 3].
+    """Cuts an image into crops and lays out its tokens.
 
-    ValueError for an image smaller than a patch or of an extreme aspect ratio.
+    Args:
+        image: uint8[height, width, 3].
+        settings: how to cut it.
+
+    Returns:
+        Crops, tokens and positions.
+
+    Raises:
+        ValueError: the image is smaller than a patch or has an extreme aspect ratio.
     """
     size, patch, pooled = settings.crop_size, settings.patch_size, settings.pooled
     if min(image.shape[:2]) < patch:
         raise ValueError(
-            f"an image has {image.shape[1]} x {image.shape[0]} pixels, less than a patch of "
-            f"{patch} x {patch}; enlarge it or leave it out"
+            f"an image has {image.shape[1]} x {image.shape[0]} pixels, expected at least a patch of"
+            f" {patch} x {patch}; enlarge it or leave it out"
         )
     before, after = settings.margins
     margin, window = (before + after) * patch, settings.window * patch
@@ -208,7 +241,7 @@ def cut(image: np.ndarray, settings: Settings) -> Crops:
             where = np.s_[i * window : i * window + size, j * window : j * window + size]
             patches.append(_patches(tiled[where], patch))
             masks.append(_patches(picture[where], patch).mean(axis=1, dtype=np.float32))
-    # The masks are one crop ahead of the patches, with -1 at the end: so the model was trained.
+    # The masks are one crop ahead of the patches, with -1 at the end, as in training.
     masks.append(np.full_like(masks[0], -1))
 
     shape = [-(-(count * settings.window + before + after) // POOL) for count in (rows, columns)]
@@ -237,10 +270,17 @@ def cut(image: np.ndarray, settings: Settings) -> Crops:
 
 
 def _kept(number: int, count: int, settings: Settings) -> tuple[int, int, int]:
-    """Which features of the crops in one row or column are kept.
+    """Returns which features of a crop are kept along one axis.
 
-    Returns where they begin in the grid of the tiling and in the crop, and how many there are. The
-    first and last crop also have the features of the outer margin.
+    The first and last crop also keep the features of the outer margin.
+
+    Args:
+        number: index of the crop along the axis.
+        count: number of crops along the axis.
+        settings: margins and window.
+
+    Returns:
+        Their start in the grid of the tiling, their start in the crop, and their number.
     """
     before, after = settings.margins
     begins = 0 if number == 0 else (before + number * settings.window) // POOL
@@ -257,7 +297,16 @@ def _positions(
     size: tuple[int, int],
     pooled: int,
 ) -> np.ndarray:
-    """int32[K]: the tokens of a crop's features, in a grid `columns` wide from `offset` on."""
+    """Returns int32[K], the token of each feature of a crop.
+
+    Args:
+        offset: number of tokens before the grid.
+        columns: width of the grid.
+        begin: first row and column of the crop's features in the grid.
+        inner: first row and column of the kept features in the crop.
+        size: rows and columns of the kept features.
+        pooled: features per side of the crop.
+    """
     grid = np.full((pooled, pooled), UNUSED, np.int32)
     row, column = np.indices(size)
     # <im_start> precedes the grid, <im_col> ends each of its rows.
@@ -267,13 +316,13 @@ def _positions(
 
 
 class Processor:
-    """Texts and images -> the arrays that the model takes.
+    """Converts texts and images to the arrays that the model takes.
 
     Attributes:
         settings: how images are cut.
-        tokenizer: the checkpoint's, from transformers.
-        token_ids: the ids of the image tokens, by the keys of MARKS.
-        start_token: the id in front of every sequence.
+        tokenizer: the checkpoint's tokenizer, from transformers.
+        token_ids: ids of the image tokens, by the keys of MARKS.
+        start_token: id at the start of every sequence.
     """
 
     chat_template = " User: {prompt} Assistant:"
@@ -287,7 +336,7 @@ class Processor:
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
-        """The rendered prompt of one conversation; images stand in front of it by themselves."""
+        """Renders the prompt of one conversation; images are prepended when it is processed."""
         text = ""
         for message in messages:
             content = message["content"]
@@ -304,21 +353,22 @@ class Processor:
         padding: bool = False,
         return_tensors: str = "np",
     ) -> dict[str, np.ndarray]:
-        """A batch.
+        """Makes the arrays of a batch.
 
         Args:
-            images: for each text a PIL image, a list of them (an empty one for none), or None.
-            text: rendered prompts.
-            padding: fill rows of different lengths up, on the left.
-            return_tensors: "np", which is all there is.
+            images: a PIL image, a list of images or None for each text; None for no images at all.
+            text: a rendered prompt, or several.
+            padding: pad rows of different lengths on the left.
+            return_tensors: must be "np".
 
         Returns:
-            input_ids and attention_mask int64[B, T] and, unless no text has an image, images
-            float32[B, C, P, values], image_masks float32[B, C, P] and image_input_idx int32[B, C,
-            K]. Rows with fewer crops are filled up with -1.
+            input_ids and attention_mask int64[B, T]; if there are images, also images
+            float32[B, C, P, values], image_masks float32[B, C, P] and image_input_idx
+            int32[B, C, K]. Rows with fewer crops are padded with -1.
 
-        Raises ValueError for another number of images than texts, rows of different lengths without
-        padding, or an image that can't be cut.
+        Raises:
+            ValueError: the numbers of images and texts differ, rows differ in length without
+                padding, or an image can't be cut.
         """
         if return_tensors != "np":
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
@@ -326,13 +376,13 @@ class Processor:
         images = [None] * len(texts) if images is None else list(images)
         if len(images) != len(texts):
             raise ValueError(
-                f"there are {len(texts)} texts and images for {len(images)}; expected one image, "
+                f"there are {len(texts)} texts and images for {len(images)}; expected an image, "
                 "or a list of images, for each text"
             )
         rows = [self._row(prompt, entry) for prompt, entry in zip(texts, images, strict=True)]
         length = max(len(ids) for ids, _ in rows)
         if not padding and any(len(ids) != length for ids, _ in rows):
-            raise ValueError("the texts differ in length; expected padding=True")
+            raise ValueError("the texts differ in length; pass padding=True")
         pad = self.tokenizer.pad_token_id
         pad = self.start_token if pad is None else pad
         arrays = {
@@ -352,7 +402,7 @@ class Processor:
             start = length - len(ids)
             arrays["input_ids"][row, start:] = ids
             arrays["attention_mask"][row, start:] = 1
-            crop, token = 0, start + 1  # behind the start token
+            crop, token = 0, start + 1  # after the start token
             for each in cuts:
                 where = np.s_[row, crop : crop + len(each.patches)]
                 arrays["images"][where] = each.patches
@@ -363,7 +413,7 @@ class Processor:
         return arrays
 
     def _row(self, prompt: str, images: Any) -> tuple[list[int], list[Crops]]:
-        """The ids of one row, and its images."""
+        """Returns the token ids of one row, and its images."""
         entries = [] if images is None else images
         entries = entries if isinstance(entries, list | tuple) else [entries]
         cuts = [cut(_pixels(image), self.settings) for image in entries]
@@ -373,7 +423,7 @@ class Processor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """A PIL image, turned as its EXIF data says, or an array -> uint8[height, width, 3]."""
+    """Converts an array, or a PIL image with its EXIF rotation, to uint8[height, width, 3]."""
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image.convert("RGB"))
     pixels = np.asarray(image)
@@ -386,10 +436,13 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint. ValueError if there is none that loads.
+    """Loads the tokenizer of a checkpoint.
 
-    config.json names remote code, for which transformers' automatic choice would ask: the class is
-    taken by its name in tokenizer_config.json instead.
+    config.json refers to remote code, so AutoTokenizer would ask to run it. The class is therefore
+    chosen by its name in tokenizer_config.json.
+
+    Raises:
+        ValueError: the tokenizer does not load.
     """
     import transformers
 
@@ -402,12 +455,16 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def load(directory: Path) -> Processor:
-    """The processor of a checkpoint. ValueError if a file is missing or can't be read."""
+    """Loads the processor of a checkpoint.
+
+    Raises:
+        ValueError: a file is missing or can't be read.
+    """
     with checkpoint.loading(directory, "processor"):
         values = checkpoint.read_json(directory / "preprocessor_config.json")
     tokenizer = load_tokenizer(directory)
     config = checkpoint.read_json(directory / "config.json")
-    # Asked for one of them, a tokenizer that lacks it may give the id of what is unknown.
+    # Not convert_tokens_to_ids, which may return the id of the unknown token.
     vocabulary = tokenizer.get_vocab()
     ids = {
         name: config.get(f"image_{name}_token_id", vocabulary.get(mark))
@@ -415,7 +472,7 @@ def load(directory: Path) -> Processor:
     }
     if None in ids.values():
         raise ValueError(f"the tokenizer of {directory} has no {' '.join(MARKS.values())}")
-    # Qwen2 has no beginning of sequence: the end of one stands there.
+    # Qwen2 has no beginning-of-sequence token: the end-of-sequence token is used.
     start = config.get("bos_token_id", tokenizer.bos_token_id)
     start = tokenizer.eos_token_id if start is None else start
     return Processor(Settings.from_json(values), tokenizer, ids, start)

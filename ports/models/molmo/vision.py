@@ -1,10 +1,10 @@
 """Molmo's vision backbone: a CLIP tower over crops, pooled two by two, projected.
 
-B batch, C crops of a row, R = B x C crops, P patches of a crop, K = P / 4 pooled patches, E the
+B batch, C crops per row, R = B x C crops, P patches per crop, K = P / 4 pooled patches, E the
 tower's width, D the decoder's width.
 
-Patches come flat from the processor. A crop whose values are all -1 only fills a row up: the
-tower's states of it count as zero, and its features go nowhere.
+The processor returns flat patches. Crops whose values are all -1 are padding: their states are set
+to zero, and their features are unused.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ AXES: sharding.Axes = {
     **dict.fromkeys(("class_embedding", "patch_embedding", "positional_embedding"), ()),
     **dict.fromkeys(("pre_ln", "attention_norm", "ffn_norm", "pad_embed"), ()),
 }
-POOL = 2  # patches a side that become one feature
+POOL = 2  # POOL x POOL patches become one feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class VisionConfig:
     num_layers: int
     num_heads: int
     norm_eps: float
-    image_size: int  # pixels a side of a crop
-    patch_size: int  # pixels
-    feature_layers: tuple[int, ...]  # of whose states, joined, features are made
+    image_size: int  # pixels per side of a crop
+    patch_size: int  # pixels per side of a patch
+    feature_layers: tuple[int, ...]  # layers whose states are concatenated as features
     projector_width: int
     output_size: int  # D
 
@@ -58,7 +58,7 @@ class VisionConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to other states, with biases."""
+    """Multi-head attention with biases, from queries to other states."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -108,7 +108,7 @@ class ResidualBlock(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A stack of blocks that returns the states after each."""
+    """A stack of blocks that returns the states after each block."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -144,7 +144,7 @@ class VisionTransformer(nn.Module):
         self.transformer = Blocks(cfg, self.dtype)
 
     def __call__(self, patches: Array) -> tuple[Array, ...]:
-        """patches[R, P, values] -> the states [R, 1 + P, E] after each layer."""
+        """Maps patches[R, P, values] to the states [R, 1 + P, E] after each layer."""
         x = self.patch_embedding(patches.astype(self.dtype))
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positional_embedding.astype(self.dtype)
@@ -152,7 +152,7 @@ class VisionTransformer(nn.Module):
 
 
 class Projector(nn.Module):
-    """w2(silu(w1(x)) * w3(x)): from the tower's width to the decoder's."""
+    """w2(silu(w1(x)) * w3(x)), from the tower's width to the decoder's."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -179,15 +179,19 @@ class VisionBackbone(nn.Module):
         self.image_pooling_2d = Attention(cfg, self.dtype)
         self.image_projector = Projector(cfg, self.dtype)
         width = len(cfg.feature_layers) * cfg.width
-        # Added to patches that are all padding, and to those that are so in part.
+        # Added to patches that are entirely padding, and to those that are partly padding.
         self.pad_embed = self.param("pad_embed", nn.initializers.zeros, (2, width))
 
     def __call__(self, crops: Array, masks: Array) -> Array:
-        """Crops -> features.
+        """Computes the features of crops.
 
-        crops: float[B, C, P, values]; masks: float[B, C, P], the share of a patch that is picture,
-        -1 where that is not known (which the model was trained to see as padding in part)
-        -> [B, C, K, D].
+        Args:
+            crops: float[B, C, P, values].
+            masks: float[B, C, P], fraction of each patch covered by the image; -1 if unknown, which
+                the model was trained to treat as partly padding.
+
+        Returns:
+            [B, C, K, D].
         """
         batch, count, num_patches, values = crops.shape
         flat = crops.reshape(-1, num_patches, values)
@@ -206,7 +210,7 @@ class VisionBackbone(nn.Module):
 
 
 def _squares(x: Array, grid: int) -> Array:
-    """x[R, grid x grid, W], row by row -> [R x K, 4, W]: squares of 2 x 2, row by row."""
+    """Groups x[R, grid x grid, W] into squares of 2 x 2 patches [R x K, 4, W], row by row."""
     x = x.reshape(len(x), grid, grid, -1)
     if grid % POOL:
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
@@ -216,30 +220,30 @@ def _squares(x: Array, grid: int) -> Array:
 
 
 def from_hf(config: Any) -> VisionConfig:
-    """Reads a Molmo configuration; ValueError for a value that is not implemented."""
+    """Reads a Molmo configuration; raises ValueError if a value is not implemented."""
     vision = config.vision_config
     height, width = vision["image_size"]
     patch, side = vision["patch_size"], vision["hidden_size"]
     if height != width or height % patch:
         raise ValueError(
-            f"vision_config.image_size is {[height, width]}; expected a square of whole patches of "
-            f"{patch} pixels"
+            f"vision_config.image_size is {[height, width]}; expected a square, a multiple of the "
+            f"patch_size {patch}"
         )
     if vision["num_positions"] != (height // patch) ** 2 + 1:
         raise ValueError(
             f"vision_config.num_positions is {vision['num_positions']}; expected "
-            f"{(height // patch) ** 2 + 1}: positions for other image sizes are not resized"
+            f"{(height // patch) ** 2 + 1}, as positions are not resized for other image sizes"
         )
     if vision["num_attention_heads"] * vision["head_dim"] != side:
         raise ValueError(
             f"vision_config has {vision['num_attention_heads']} heads of {vision['head_dim']}; "
-            f"expected {side} in all, its hidden_size"
+            f"expected a product of {side}, its hidden_size"
         )
     for layer in vision["vit_layers"]:
         if not -vision["num_hidden_layers"] <= layer < vision["num_hidden_layers"]:
             raise ValueError(
-                f"vision_config.vit_layers asks for layer {layer}; the tower has "
-                f"{vision['num_hidden_layers']}"
+                f"vision_config.vit_layers has layer {layer}; expected "
+                f"{-vision['num_hidden_layers']} to {vision['num_hidden_layers'] - 1}"
             )
     return VisionConfig(
         width=side,

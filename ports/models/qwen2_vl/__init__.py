@@ -1,1 +1,1 @@
-"""Qwen2-VL (Wang et al. 2024): its modules, its vision transformer and its processor."""
+"""Qwen2-VL (Wang et al. 2024): model, vision transformer and processor."""

@@ -1,13 +1,13 @@
 """Qwen2-VL (Wang et al. 2024): images and videos of any size, a Qwen2 decoder with M-RoPE.
 
-B batch, T positions, D width, I images (or videos), F frames, P patches of a frame, M the side of
-the square of patches that become one token.
+B batch, T positions, D width, I images (or videos), F frames, P patches per frame, M the side of
+the square of patches that becomes one token.
 
-A grid (t, h, w) says how many frames, and rows and columns of patches, an image or video has; its
-tokens are t x h / M x w / M. Their rotary positions have three components, time, height and width,
-that start where the text before them ended; text has the same position in all three. Text after
-them begins after the largest of their positions, as the weights were trained (`VIDEO_POSITIONS`
-names another rule).
+A grid (t, h, w) gives the number of frames and the rows and columns of patches of an image or
+video, which has t x h / M x w / M tokens. Their rotary positions have three components (time,
+height, width), which continue after the text before them; text has the same position in all three.
+The text after them continues after their largest position, as in training (see `VIDEO_POSITIONS`
+for another rule).
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
-names.number("mlp")  # the merger's
+names.number("mlp")  # in the merger
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **decoder.AXES,
     **qwen2_vision.AXES,
 }
 
-# What the port understands of a processor's arrays; the rest (mm_token_type_ids) is left aside.
+# The processor's arrays that the port uses; the rest (mm_token_type_ids) is ignored.
 INPUTS = (
     "input_ids",
     "attention_mask",
@@ -44,45 +44,45 @@ INPUTS = (
     "pixel_values_videos",
     "video_grid_thw",
 )
-# The arrays of patches and of their grids, for images and for videos.
+# Names of the patches and of their grids, for images and for videos.
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-# Where text after a video begins: after the largest position of all three axes, as in the original
-# code, transformers 4 and vLLM; or after rows and columns alone, as in transformers 5, where text
-# after more frames than those has positions within the video.
+# First position of the text after a video: "original", as in the original code, transformers 4 and
+# vLLM, is after the largest position along all three axes. "transformers-5" ignores time, so if
+# there are more frames than rows and columns, the text has positions inside the video.
 VIDEO_POSITIONS = ("original", "transformers-5")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the port needs of a transformers Qwen2VLConfig."""
+    """The values that the port needs from a transformers Qwen2VLConfig."""
 
     text: decoder.DecoderConfig
     vision: qwen2_vision.VisionConfig
-    image_tokens: tuple[int, int]  # the token of an image's feature, and that of a video's
+    image_tokens: tuple[int, int]  # ids of the image token and the video token
     video_positions: str = VIDEO_POSITIONS[0]
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers Qwen2VLConfig; ValueError for a value that is not implemented."""
+        """Reads a transformers Qwen2VLConfig; raises ValueError if a value is not implemented."""
         text = decoder.DecoderConfig.from_hf(
             config.text_config, bool(config.tie_word_embeddings), "qwen2_vl_text"
         )
         if text.rope_sections is None:
             raise ValueError(
-                "text_config has no mrope_section; expected how many rotary frequencies turn with "
+                "text_config has no mrope_section; expected the numbers of rotary frequencies for "
                 "time, height and width, such as [16, 24, 24]"
             )
         vision = qwen2_vision.VisionConfig.from_hf(config.vision_config)
         if vision.output_size != text.hidden_size:
             raise ValueError(
-                f"vision_config.hidden_size is {vision.output_size}, the decoder's width "
-                f"{text.hidden_size}; expected the same"
+                f"vision_config.hidden_size is {vision.output_size}; expected the decoder's width, "
+                f"{text.hidden_size}"
             )
         return cls(text, vision, (config.image_token_id, config.video_token_id))
 
 
 class Qwen2VL(vision_language.VisionLanguageModel):
-    """Features of images and videos take the places of their tokens."""
+    """Replaces image and video tokens by the features from the tower."""
 
     config: Config
     decoder_path = ("model",)
@@ -107,10 +107,10 @@ class Qwen2VL(vision_language.VisionLanguageModel):
         return sharding.logits(self.lm_head(x))
 
     def positions(self, inputs: vision_language.Inputs) -> Array:
-        """Rotary positions int32[B, T, 3]: time, height and width of every token.
+        """Returns the rotary positions int32[B, T, 3]: time, height and width of every token.
 
-        A text token takes one step; an image or video as many as the longest of its axes has
-        tokens, at its last token (see `VIDEO_POSITIONS`).
+        A text token advances the position by one; the last token of an image or video by the number
+        of tokens along its longest axis (see `VIDEO_POSITIONS`).
         """
         tokens = jnp.asarray(inputs["input_ids"])
         real = vision_language.attention_mask(inputs) != 0
@@ -126,14 +126,19 @@ class Qwen2VL(vision_language.VisionLanguageModel):
         return before[..., None].astype(jnp.int32) + within
 
     def image_features(self, pixels: Array, grid: Array) -> tuple[Array, Array]:
-        """Patches and grids int[I, 3] -> features [F, P / M^2, D], and which of them count.
+        """Computes the features of images or videos.
 
-        pixels: float[patches, values], all patches of a batch one after the other, as the
-        processor gives them (a patch sees all of them, masked); or float[F, P, values], the frames
-        padded to the same number of patches, as `prepare_inputs` lays them out.
+        Args:
+            pixels: float[patches, values], all patches of a batch in a row, as the processor
+                returns them (attention is over all patches, with a mask); or float[F, P, values],
+                frames padded to the same number of patches by `prepare_inputs`.
+            grid: int[I, 3].
+
+        Returns:
+            Features [F, P / M^2, D], and bool[F, P / M^2], which of them are valid.
         """
         merge = self.config.vision.merge_size
-        sizes = grid[:, 1] * grid[:, 2]  # patches of a frame
+        sizes = grid[:, 1] * grid[:, 2]  # patches per frame
         if pixels.ndim == 2:
             index = jnp.arange(len(pixels))
             image, within = _locate(index, grid[:, 0] * sizes)
@@ -151,7 +156,7 @@ class Qwen2VL(vision_language.VisionLanguageModel):
         return features, real[:, :: merge**2]
 
     def embed_inputs(self, inputs: vision_language.Inputs) -> Array:
-        """The processor's arrays, or those of `prepare_inputs` -> [B, T, D]."""
+        """Maps the processor's arrays, or those from `prepare_inputs`, to [B, T, D]."""
         tokens = jnp.asarray(inputs["input_ids"])
         x = self.model.embed_tokens(tokens)
         for (pixels, grid), token in zip(_KINDS, self.config.image_tokens, strict=True):
@@ -165,16 +170,16 @@ class Qwen2VL(vision_language.VisionLanguageModel):
 
 
 def _locate(index: Array, lengths: Array) -> tuple[Array, Array]:
-    """Which run of consecutive items each index lies in, and its index within that run."""
+    """Returns which of several consecutive runs each index is in, and its index in that run."""
     ends = jnp.cumsum(lengths)
     run = jnp.clip(jnp.searchsorted(ends, index, side="right"), 0, len(lengths) - 1)
     return run, index - (ends - lengths)[run]
 
 
 def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
-    """Positions of image tokens within their image int32[B, T, 3], and their steps int32[B, T].
+    """Returns positions of image tokens in their image int32[B, T, 3], and steps int32[B, T].
 
-    of_kind: bool[B, T], the image tokens; they belong to the images in order.
+    `of_kind` bool[B, T] marks the image tokens, which belong to the images in order.
     """
     tokens = grid // jnp.array([1, config.vision.merge_size, config.vision.merge_size])
     ordinal = (jnp.cumsum(of_kind.reshape(-1)) - 1).reshape(of_kind.shape)
@@ -189,7 +194,7 @@ def _within(of_kind: Array, grid: Array, config: Config) -> tuple[Array, Array]:
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of a batch with one image of 16 x 16 patches a row."""
+    """Returns shapes and dtypes of a batch with one image of 16 x 16 patches per row."""
     patches = 256
     length = length or patches // config.vision.merge_size**2 + vision_language.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
@@ -203,10 +208,20 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
 
 
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The processor's arrays with one row a frame, so that few shapes compile and attention is
-    computed within frames: pixel_values[F, P, values], P the largest frame's patches, filled up.
+    """Checks the processor's arrays and prepares them for the module.
 
-    ValueError when grids, patches and image tokens do not fit each other.
+    Pads the patches to one row per frame, pixel_values[F, P, values], so that few shapes compile
+    and attention is computed within frames. P is the largest frame's number of patches, rounded up.
+
+    Args:
+        config: the model's configuration.
+        inputs: the processor's arrays.
+
+    Returns:
+        The arrays that the module takes.
+
+    Raises:
+        ValueError: grids, patches and image tokens do not match.
     """
     arrays = dict(inputs)
     for (pixels, grid), token in zip(_KINDS, config.image_tokens, strict=True):
@@ -218,8 +233,8 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
             (token,),
             len(images),
             int(per_image.sum()),
-            f"{', '.join(map(str, per_image.tolist()[:8])) or 'none'}, one group a picture, as "
-            f"{grid} says (pass it along with {pixels})",
+            f"{', '.join(map(str, per_image.tolist()[:8])) or 'none'}, one number per {what}, "
+            f"according to {grid} (pass it along with {pixels})",
             what,
         )
         if len(images):
@@ -229,13 +244,15 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 
 
 def _grid(config: Config, arrays: Mapping[str, np.ndarray], pixels: str, grid: str) -> np.ndarray:
-    """The checked grids int[I, 3]; of no images without any."""
+    """Checks and returns the grids int[I, 3]; int[0, 3] if there are no images."""
     patches, images = arrays.get(pixels), arrays.get(grid)
     if patches is None and images is None:
         return np.zeros((0, 3), int)
     if patches is None or images is None:
         there, missing = (grid, pixels) if patches is None else (pixels, grid)
-        raise ValueError(f"inputs have {there} without {missing}; pass both, as the processor does")
+        raise ValueError(
+            f"inputs have {there} without {missing}; pass both, as the processor returns them"
+        )
     values, merge = config.vision.patch_values, config.vision.merge_size
     if patches.ndim != 2 or patches.shape[1] != values:
         raise ValueError(
@@ -247,20 +264,20 @@ def _grid(config: Config, arrays: Mapping[str, np.ndarray], pixels: str, grid: s
     bad = np.flatnonzero((images < 1).any(1) | (images[:, 1:] % merge).any(1))
     if len(bad):
         raise ValueError(
-            f"{grid} of image {bad[0]} is {images[bad[0]].tolist()}; expected rows and columns of "
-            f"patches in multiples of {merge}: an image smaller than {merge} x {merge} patches "
-            "needs resizing by the processor"
+            f"{grid} of image {bad[0]} is {images[bad[0]].tolist()}; expected rows and columns in "
+            f"multiples of {merge} patches: let the processor resize images smaller than "
+            f"{merge} x {merge} patches"
         )
     if images.prod(axis=1).sum() != len(patches):
         raise ValueError(
-            f"{grid} asks for {images.prod(axis=1).sum()} patches, but {pixels} has "
+            f"{grid} describes {images.prod(axis=1).sum()} patches, but {pixels} has "
             f"{len(patches)}; pass both from the same call of the processor"
         )
     return images
 
 
 def _check_runs(input_ids: np.ndarray, token: int, per_image: np.ndarray, what: str) -> None:
-    """ValueError unless the tokens of each image stand side by side in one prompt."""
+    """Raises ValueError unless the tokens of each image are consecutive in one prompt."""
     rows, columns = np.nonzero(input_ids == token)
     ends = np.cumsum(per_image)
     first, last = ends - per_image, ends - 1
@@ -268,13 +285,13 @@ def _check_runs(input_ids: np.ndarray, token: int, per_image: np.ndarray, what: 
     if apart.any():
         i = int(np.argmax(apart))
         raise ValueError(
-            f"the {per_image[i]} {what} tokens that the grid of {what} {i} asks for are not side "
-            f"by side in one prompt; pass the {what}s in the order of the prompts"
+            f"the {per_image[i]} tokens of {what} {i}, according to its grid, are not consecutive "
+            f"in one prompt; pass the {what}s in the order of the prompts"
         )
 
 
 def _by_frame(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """patches[sum, values] -> [F, P, values], frames filled up with zeros."""
+    """Splits patches[sum, values] into frames [F, P, values], padded with zeros."""
     sizes = np.repeat(grid[:, 1] * grid[:, 2], grid[:, 0])
     longest = padding.bucket_length(int(sizes.max()))
     frames = np.zeros((len(sizes), longest, patches.shape[1]), np.float32)
@@ -284,9 +301,9 @@ def _by_frame(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in any known checkpoint -> its name in the port; None for a mere buffer.
+    """Converts a tensor's name in any known checkpoint to the port's; None for buffers.
 
-    The port carries the hub's names. transformers 5 keeps them or writes `model.visual.` and
+    The port has the Hub's names. transformers 5 keeps them or writes `model.visual.` and
     `model.language_model.`.
     """
     if name.endswith("rotary_pos_emb.inv_freq") or name.endswith("rotary_emb.inv_freq"):
@@ -297,7 +314,7 @@ def canonical_name(name: str) -> str | None:
 
 
 def transformers_name(name: str) -> str:
-    """The port's name of a tensor -> its name in transformers 5 (see `canonical_name`)."""
+    """Converts the port's name of a tensor to that in transformers 5 (see `canonical_name`)."""
     if name.startswith("visual."):
         return f"model.{name}"
     return name.replace("model.", "model.language_model.", 1) if "lm_head" not in name else name

@@ -1,7 +1,7 @@
 """Qwen2-VL's processor for text and images.
 
-transformers' own class also holds a video processor, which needs torchvision, and so the whole
-class does. This one joins the same image processor (on its PIL backend) and tokenizer without it.
+transformers' own class requires torchvision, because of its video processor. This class combines
+the same image processor (with its PIL backend) and tokenizer without it.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from ports import checkpoint
 
 
 class Processor:
-    """Texts and images -> the arrays that the model takes.
+    """Converts texts and images to the arrays that the model takes.
 
     Attributes:
-        image_processor, tokenizer: those of the checkpoint, from transformers.
-        chat_template: Jinja's text, or None.
-        image_token: the text that stands for an image in a prompt.
+        image_processor: the checkpoint's image processor, from transformers.
+        tokenizer: the checkpoint's tokenizer, from transformers.
+        chat_template: a Jinja template, or None.
+        image_token: the text for an image in a prompt.
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
@@ -30,7 +31,7 @@ class Processor:
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
-        """The rendered prompt of one conversation."""
+        """Renders the prompt of one conversation."""
         return self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self.chat_template,
@@ -46,20 +47,22 @@ class Processor:
         padding: bool = False,
         return_tensors: str = "np",
     ) -> dict[str, np.ndarray]:
-        """A batch.
+        """Makes the arrays of a batch.
 
         Args:
-            images: PIL images, one after the other or in a list a text.
-            text: prompts, in which `image_token` stands once for each image.
-            padding: fill texts of different lengths up, on the tokenizer's side.
-            return_tensors: "np", which is all there is.
+            images: PIL images in a flat list, or a list of images per text.
+            text: a prompt, or several, with one `image_token` per image.
+            padding: pad texts of different lengths, on the tokenizer's padding side.
+            return_tensors: must be "np".
 
         Returns:
-            input_ids and attention_mask int[B, T], mm_token_type_ids int[B, T] (1 at image tokens)
-            and, with images, pixel_values float32[patches, values] and image_grid_thw int[I, 3].
+            input_ids and attention_mask int[B, T] and mm_token_type_ids int[B, T] (1 at image
+            tokens); if there are images, also pixel_values float32[patches, values] and
+            image_grid_thw int[I, 3].
 
-        Raises ValueError unless texts ask for as many images as there are (each for as many as its
-        list holds), or for an aspect ratio that the image processor refuses.
+        Raises:
+            ValueError: the number of image tokens and images differ (per text, if the images are in
+                lists), or the image processor rejects an image.
         """
         if return_tensors != "np":
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
@@ -68,14 +71,13 @@ class Processor:
         groups = [entry if isinstance(entry, list | tuple) else [entry] for entry in entries]
         flat = [image for group in groups for image in group]
         wanted, given = [prompt.count(self.image_token) for prompt in texts], list(map(len, groups))
-        # Images one after the other say nothing of the text that they belong to.
+        # With a flat list it is not known which text an image belongs to: compare the totals.
         if not any(isinstance(entry, list | tuple) for entry in entries):
             wanted, given = [sum(wanted)], [len(flat)]
         if wanted != given:
             raise ValueError(
-                f"the texts ask for {', '.join(map(str, wanted))} images with {self.image_token}, "
-                f"but there are {', '.join(map(str, given))}; put it into a prompt once for each "
-                "of its images"
+                f"the texts contain {self.image_token} {', '.join(map(str, wanted))} times, but "
+                f"there are {', '.join(map(str, given))} images; expected it once per image"
             )
         arrays: dict[str, np.ndarray] = {}
         if flat:
@@ -84,7 +86,7 @@ class Processor:
             except ValueError as error:
                 first = str(error).strip().splitlines()[0]
                 raise ValueError(
-                    f"the image processor refuses an image: {first}; cut it or leave it out"
+                    f"the image processor rejects an image: {first}; crop it or leave it out"
                 ) from error
             square = self.image_processor.merge_size**2
             counts = iter(int(count) for count in arrays["image_grid_thw"].prod(axis=1) // square)
@@ -104,21 +106,23 @@ class Processor:
         return first + "".join(self.image_token * next(counts) + part for part in rest)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes what `load` and transformers read."""
+        """Writes the processor's files, for `load` and transformers."""
         self.image_processor.save_pretrained(directory)
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(directory)
 
 
 def load(directory: Path) -> Any:
-    """The processor of a checkpoint: transformers' with torchvision, else `Processor`.
+    """Loads the processor of a checkpoint: transformers' class if torchvision is installed, else
+    `Processor`.
 
-    ValueError if the directory holds none that loads.
+    Raises:
+        ValueError: the processor does not load.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.utils.import_utils import is_torchvision_available
 
-    # Remote code is neither run nor asked for.
+    # Remote code is never run, and the user is not asked to.
     own = {"trust_remote_code": False}
     with checkpoint.loading(directory, "processor"):
         if is_torchvision_available():
@@ -131,6 +135,6 @@ def load(directory: Path) -> Any:
 
 
 def _chat_template(directory: Path) -> str | None:
-    """The template of a file of its own, as older checkpoints have it."""
+    """Reads the template from its own file, as in older checkpoints; None if there is none."""
     file = directory / "chat_template.json"
     return checkpoint.read_json(file).get("chat_template") if file.exists() else None

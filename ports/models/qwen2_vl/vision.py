@@ -1,9 +1,9 @@
 """The vision transformer of Qwen2-VL (Wang et al. 2024): any image size, rotary positions in 2-D.
 
-F frames (an image is one, a video several), P patches of a frame, E width, H heads, M the side of
-the square of patches that become one token, D the decoder's width.
+F frames (an image has one, a video several), P patches per frame, E width, H heads, M the side of
+the square of patches that becomes one token, D the decoder's width.
 
-Patches of a frame come in the processor's order: squares of M x M patches, row by row, and row by
+The patches of a frame have the processor's order: squares of M x M patches, row by row, and row by
 row within a square. Every patch attends to the patches of its own frame.
 """
 
@@ -21,7 +21,7 @@ Array = jax.Array
 
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
-    # Query, key and value in one: stored by columns, laid out anew after the product.
+    # Fused query, key and value: stored sharded by columns, resharded after the product.
     "attn.qkv": ("embed", "heads"),
     "attn.proj": ("heads", "embed"),
     "fc1": ("embed", "mlp"),
@@ -30,7 +30,7 @@ AXES: sharding.Axes = {
     "merger.mlp_2": ("mlp", "embed"),
     **dict.fromkeys(("patch_embed.proj", "norm1", "norm2", "ln_q"), ()),
 }
-NORM_EPS = 1e-6  # no checkpoint's configuration says it
+NORM_EPS = 1e-6  # not in the configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,18 @@ class VisionConfig:
     hidden_act: str
     num_channels: int
     patch_size: int  # pixels
-    frames_per_patch: int  # successive pictures that a patch spans; an image is repeated
+    frames_per_patch: int  # consecutive frames in one patch; an image is repeated
     merge_size: int  # M
     output_size: int  # D
     rope_theta: float
 
     @classmethod
     def from_hf(cls, config: Any) -> "VisionConfig":
-        """Reads a transformers Qwen2VLVisionConfig; ValueError for what is not implemented."""
+        """Reads a transformers Qwen2VLVisionConfig.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         layers.activation(config.hidden_act)
         for name in ("patch_size", "temporal_patch_size"):
             if not isinstance(getattr(config, name), int):
@@ -60,14 +64,11 @@ class VisionConfig:
                 )
         rope = dict(getattr(config, "rope_parameters", None) or {})
         if rope.get("rope_type", "axial") != "axial":
-            raise ValueError(
-                f"vision_config asks for rope_type {rope['rope_type']!r}; this port implements "
-                "'axial'"
-            )
+            raise ValueError(f"vision_config has rope_type {rope['rope_type']!r}; expected 'axial'")
         if config.embed_dim % (4 * config.num_heads):
             raise ValueError(
-                f"vision_config.embed_dim {config.embed_dim} is no multiple of 4 x its "
-                f"{config.num_heads} heads, which rotary embedding in 2-D needs"
+                f"vision_config.embed_dim is {config.embed_dim}; expected a multiple of 4 x its "
+                f"{config.num_heads} heads, for rotary embedding in 2-D"
             )
         return cls(
             width=config.embed_dim,
@@ -85,12 +86,12 @@ class VisionConfig:
 
     @property
     def patch_values(self) -> int:
-        """Values of a flattened patch."""
+        """Number of values in a flat patch."""
         return self.num_channels * self.frames_per_patch * self.patch_size**2
 
 
 def patch_places(index: Array, width: Array, merge: int) -> tuple[Array, Array]:
-    """Row and column, in patches, of the patches at `index` of a frame `width` patches wide."""
+    """Returns row and column of the patches at `index`, in a frame that is `width` patches wide."""
     square, inner = index // merge**2, index % merge**2
     row = square // (width // merge) * merge + inner // merge
     column = square % (width // merge) * merge + inner % merge
@@ -98,7 +99,7 @@ def patch_places(index: Array, width: Array, merge: int) -> tuple[Array, Array]:
 
 
 class PatchProjection(nn.Module):
-    """A convolution whose strides are its kernel's sides: one product with every flat patch."""
+    """A convolution with strides equal to its kernel's sides, as a product with flat patches."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -115,14 +116,14 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The level of nesting that the checkpoints' names have around the projection."""
+    """Wraps the projection, for the extra level in the checkpoints' names."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
-        """As PatchProjection."""
+        """Calls PatchProjection."""
         return PatchProjection(self.config, self.dtype, name="proj")(patches)
 
 
@@ -162,7 +163,7 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """M x M neighbouring patches, normed and joined, become one token of the decoder."""
+    """Merges M x M neighbouring patches, normalised and concatenated, into one decoder token."""
 
     config: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -191,13 +192,19 @@ class Qwen2Vision(nn.Module):
         self.merger = Merger(cfg, self.dtype)
 
     def __call__(self, patches: Array, places: tuple[Array, Array], mask: Array) -> Array:
-        """Patches -> features.
+        """Computes the features of patches.
 
-        patches[F, P, values]; places, row and column int[F, P] of each; mask bool[F, 1, 1 or P, P],
-        which patches see which -> [F, P / M^2, D].
+        Args:
+            patches: [F, P, values].
+            places: row and column of each patch, int[F, P].
+            mask: bool[F, 1, 1 or P, P], which patches see which.
+
+        Returns:
+            [F, P / M^2, D].
         """
         cfg = self.config
-        # Half of the frequencies turn with the row, the other half, the same, with the column.
+        # Half of the frequencies rotate with the row; the other half, the same values, with the
+        # column.
         half = cfg.width // cfg.num_heads // 2
         frequencies = cfg.rope_theta ** -(jnp.arange(0, half, 2, dtype=jnp.float32) / half)
         turns = [place[..., None].astype(jnp.float32) * frequencies for place in places]

@@ -207,7 +207,7 @@ class TestRanks:
             assert ports.add(self.V).positions(shape, None).shape == expected
 
     def test_the_only_axis_has_no_rows(self):
-        with helpers.raises_line(ValueError, "(3, 2)", "'twice' have (2,)"):
+        with helpers.raises_line(ValueError, "(3, 2)", "'twice' have shape (2,)"):
             self.change((2,), ports.add(self.ROWS))
         with helpers.raises_line(ValueError, "(2,)", "'twice' have (3, 2)", "[3]"):
             self.change((3, 2), ports.add(self.V, where=np.array([True, False])))
@@ -341,7 +341,7 @@ class TestModules:
         x = jnp.ones((3, 2))
         out = steer(Mapped().apply, {"twice": ports.add(self.V)})({}, x)
         np.testing.assert_allclose(out, 2 * x + self.V)
-        with helpers.raises_line(ValueError, "(3, 2)", "'twice' have (2,)"):
+        with helpers.raises_line(ValueError, "(3, 2)", "'twice' have shape (2,)"):
             steer(Mapped().apply, {"twice": ports.add(jnp.ones((3, 2)))})({}, x)
 
     def test_the_first_of_several_values(self):

@@ -111,7 +111,7 @@ def test_another_kind_of_model_is_refused(small):
             "position_embedding_type is 'relative_key'; expected 'absolute'",
         ),
         ({"hidden_act": "gelu_new"}, "config has activation 'gelu_new'"),
-        ({"num_attention_heads": 4}, "hidden_size 30 of the bert is no multiple of its 4"),
+        ({"num_attention_heads": 4}, "hidden_size 30 of the bert is not a multiple of its 4"),
         ({"num_hidden_layers": 4}, "16 missing: encoder.layer.3.attention.output.LayerNorm.bias"),
     ],
 )

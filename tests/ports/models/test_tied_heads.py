@@ -142,7 +142,7 @@ def test_molmo_with_a_tied_head_is_refused(tmp_path):
         config = {**molmo_helpers.CONFIG, name: True}
         molmo_helpers.make_checkpoint(tmp_path, molmo_helpers.CONFIG)
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with helpers.raises_line(ValueError, f"config asks for {name} True; expected False"):
+        with helpers.raises_line(ValueError, f"config has {name} True; expected False"):
             ports.load(tmp_path)
 
 

@@ -307,12 +307,12 @@ class TestMessages:
     def test_images_for_another_prompt(self, vlm, expected):
         inputs = inputs_of(expected, 0)
         inputs["input_ids"] = np.roll(inputs["input_ids"], 1, axis=1)
-        self.check(vlm, inputs, "image_input_idx names 40 positions", "hold 40 image tokens")
+        self.check(vlm, inputs, "image_input_idx has 40 positions", "hold 40 image tokens")
 
     def test_positions_behind_the_prompt(self, vlm, expected):
         inputs = inputs_of(expected, 0)
         inputs["image_input_idx"] = inputs["image_input_idx"] + 500
-        self.check(vlm, inputs, "names position", "the prompts have 59 positions")
+        self.check(vlm, inputs, "image_input_idx has position", "the prompts have 59 positions")
 
     def test_image_tokens_without_images(self, vlm, expected):
         inputs = {"input_ids": inputs_of(expected, 0)["input_ids"]}
@@ -361,7 +361,7 @@ class TestConfiguration:
         values = json.loads((directory / "config.json").read_text())
         values["d_model"] = values.pop("hidden_size")
         (directory / "config.json").write_text(json.dumps(values))
-        with helpers.raises_line(ValueError, "config.json: there is no hidden_size", "Molmo-7B-D"):
+        with helpers.raises_line(ValueError, "config.json: hidden_size is missing", "Molmo-7B-D"):
             ports.load(directory)
 
     def test_as_many_key_value_heads_as_heads_unless_it_says_otherwise(self, directory):

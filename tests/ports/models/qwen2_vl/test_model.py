@@ -290,7 +290,7 @@ class TestMessages:
 
     def test_a_grid_for_other_patches(self, small, inputs):
         inputs["image_grid_thw"] = np.array([[1, 4, 8]])
-        self.check(small, inputs, "image_grid_thw asks for 32 patches", "pixel_values has 24")
+        self.check(small, inputs, "image_grid_thw describes 32 patches", "pixel_values has 24")
 
     def test_pixels_without_a_grid(self, small, inputs):
         del inputs["image_grid_thw"]
@@ -303,13 +303,13 @@ class TestMessages:
     def test_grids_in_another_order_than_their_images(self, small):
         inputs = make_inputs([[(1, 4, 6), (1, 2, 2)]], [5])
         inputs["image_grid_thw"] = inputs["image_grid_thw"][::-1]
-        self.check(small, inputs, "the 6 image tokens", "image 1", "not side by side")
+        self.check(small, inputs, "the 6 tokens of image 1", "not consecutive")
 
     def test_an_image_torn_between_two_prompts(self, small):
         inputs = make_inputs([[(1, 4, 6)], [(1, 4, 6)]], [1, 1])
         first, second = inputs["input_ids"]
         first[-1], second[second.tolist().index(helpers.IMAGE)] = helpers.IMAGE, 7
-        self.check(small, inputs, "the 6 image tokens", "image 1", "not side by side")
+        self.check(small, inputs, "the 6 tokens of image 1", "not consecutive")
 
     def test_patches_of_another_size(self, small, inputs):
         inputs["pixel_values"] = inputs["pixel_values"][:, :-1]
@@ -478,12 +478,12 @@ class TestPhotographs:
             np.testing.assert_array_equal(value, expected[name])
 
     def test_that_no_prompt_asks_for(self, photographed, photographs):
-        with helpers.raises_line(ValueError, "ask for 0 images", "there are 1"):
+        with helpers.raises_line(ValueError, "<|image_pad|> 0 times", "there are 1 images"):
             photographed.vlm.processor(text=["what is it"], images=[photographs[:1]])
 
     def test_that_belong_to_another_prompt(self, photographed, photographs):
         prompt = photographed.vlm.render("what is it")
-        with helpers.raises_line(ValueError, "ask for 1, 1 images", "there are 2, 0"):
+        with helpers.raises_line(ValueError, "1, 1 times", "there are 2, 0 images"):
             photographed.vlm.processor(text=[prompt, prompt], images=[photographs, []])
 
     @pytest.mark.parametrize(("mode", "size"), [("RGB", (3, 3)), ("L", (1, 1)), ("RGBA", (30, 5))])
@@ -495,5 +495,5 @@ class TestPhotographs:
 
     def test_of_an_extreme_shape_are_refused_in_one_line(self, photographed, photographs):
         thin = photographs[0].resize((1000, 3))
-        with helpers.raises_line(ValueError, "aspect ratio", "200", "cut it or leave it out"):
+        with helpers.raises_line(ValueError, "aspect ratio", "200", "crop it or leave it out"):
             photographed.vlm.process([photographed.vlm.render("what is it")], [thin])
