@@ -73,7 +73,7 @@ class Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """tokens int[B, T], padded on the right -> [B, T, D]."""
+        """Maps tokens int[B, T], padded on the right, to [B, T, D]."""
         cfg = self.config
 
         def table(size: int, name: str) -> nn.Embed:
@@ -94,7 +94,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        """Maps x[B, T, D] and mask bool[B, 1, 1, T] to [B, T, D]."""
         heads = self.config.num_heads
 
         def project(name: str) -> Array:
@@ -113,7 +113,7 @@ class Output(nn.Module):
 
     @nn.compact
     def __call__(self, y: Array, x: Array) -> Array:
-        """y[B, T, .], residual x[B, T, D] -> [B, T, D]."""
+        """Maps y[B, T, .] and residual x[B, T, D] to [B, T, D]."""
         x = x + layers.dense(self.config.hidden_size, True, self.dtype, "dense")(y)
         return layers.layer_norm(self.config.norm_eps, self.dtype, "LayerNorm")(x)
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        """Maps x[B, T, D] and mask bool[B, 1, 1, T] to [B, T, D]."""
         y = SelfAttention(self.config, self.dtype, name="self")(x, mask)
         return Output(self.config, self.dtype, name="output")(y, x)
 
@@ -139,7 +139,7 @@ class Intermediate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[B, T, D] -> [B, T, intermediate_size]."""
+        """Maps x[B, T, D] to [B, T, intermediate_size]."""
         y = layers.dense(self.config.intermediate_size, True, self.dtype, "dense")(x)
         return layers.activation(self.config.hidden_act)(y)
 
@@ -152,7 +152,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x[B, T, D], mask bool[B, 1, 1, T] -> [B, T, D]."""
+        """Maps x[B, T, D] and mask bool[B, 1, 1, T] to [B, T, D]."""
         x = Attention(self.config, self.dtype, name="attention")(x, mask)
         y = Intermediate(self.config, self.dtype, name="intermediate")(x)
         return Output(self.config, self.dtype, name="output")(y, x)
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
         self.layer = [Layer(self.config, self.dtype) for _ in range(self.config.num_layers)]
 
     def __call__(self, x: Array, mask: Array) -> tuple[Array, ...]:
-        """x[B, T, D], mask bool[B, 1, 1, T] -> num_layers + 1 states [B, T, D]."""
+        """Maps x[B, T, D] and mask bool[B, 1, 1, T] to num_layers + 1 states [B, T, D]."""
         states = [x]
         for layer in self.layer:
             states.append(layer(states[-1], mask))

@@ -67,7 +67,7 @@ class TextEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """tokens int[B, T] -> [B, T, D]."""
+        """Maps tokens int[B, T] to [B, T, D]."""
         cfg = self.config
 
         def table(size: int, name: str) -> nn.Embed:
@@ -90,7 +90,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T], padded on the right -> [B, D]."""
+        """Maps tokens and attention_mask int[B, T], padded on the right, to [B, D]."""
         length = tokens.shape[1]
         mask = attention_mask.astype(bool)[:, None, None, :] & jnp.tri(length, dtype=bool)
         states = self.final_layer_norm(self.encoder(self.embeddings(tokens), mask)[-1])
@@ -117,11 +117,11 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
 
     def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
-        """tokens and attention_mask int[B, T] -> unit vectors float32[B, E]."""
+        """Maps tokens and attention_mask int[B, T] to unit vectors float32[B, E]."""
         return _unit(self.text_projection(self.text_model(tokens, attention_mask)))
 
     def embed_images(self, pixels: Array) -> Array:
-        """pixels[I, 3, height, width] -> unit vectors float32[I, E]."""
+        """Maps pixels[I, 3, height, width] to unit vectors float32[I, E]."""
         return _unit(self.visual_projection(self.vision_model(pixels).pooled))
 
     def __call__(self, tokens: Array, attention_mask: Array, pixels: Array) -> Array:
@@ -184,7 +184,7 @@ class DualEncoder:
         return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
 
     def embed_images(self, pixels: Array | np.ndarray) -> Array:
-        """pixels[I, 3, height, width] -> unit vectors float32[I, E]."""
+        """Maps pixels[I, 3, height, width] to unit vectors float32[I, E]."""
         return _embed_images(self.module, self.params, jnp.asarray(pixels))
 
 

@@ -100,7 +100,7 @@ class PerceiverAttention(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
-        """latents[I, L, D], context[I, P, D], mask bool[I, 1, 1, P + L] -> [I, L, D]."""
+        """Maps latents[I, L, D], context[I, P, D] and mask bool[I, 1, 1, P + L] to [I, L, D]."""
         cfg = self.config
 
         def heads(name: str, x: Array, count: int) -> Array:
@@ -124,7 +124,7 @@ class PerceiverLayer(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
-        """latents[I, L, D], context[I, P, D], mask bool[I, 1, 1, P + L] -> latents[I, L, D]."""
+        """Maps latents[I, L, D], context[I, P, D] and mask bool[I, 1, 1, P + L] to [I, L, D]."""
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
@@ -154,7 +154,7 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
 
     def __call__(self, context: Array, mask: Array) -> Array:
-        """context[I, P, D], mask bool[I, P] -> [I, L, D]."""
+        """Maps context[I, P, D] and mask bool[I, P] to [I, L, D]."""
         images = len(context)
         latents = jnp.broadcast_to(
             self.latents.astype(self.dtype), (images, self.config.num_latents, self.width)
@@ -184,7 +184,7 @@ class Connector(nn.Module):
         )
 
     def __call__(self, features: Array, mask: Array) -> Array:
-        """features[I, P, tower width], mask bool[I, P] -> [I, L, D]."""
+        """Maps features[I, P, tower width] and mask bool[I, P] to [I, L, D]."""
         return self.perceiver_resampler(self.modality_projection(features), mask)
 
 
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
         self.text_model = decoder.Decoder(self.config.text, self.dtype)
 
     def image_features(self, pixels: Array, pixel_mask: Array) -> Array:
-        """pixels[I, 3, height, width], pixel_mask[I, height, width] -> [I, L, D]."""
+        """Maps pixels[I, 3, height, width] and pixel_mask[I, height, width] to [I, L, D]."""
         mask = siglip.patch_mask(pixel_mask, self.config.vision.patch_size)
         return self.connector(self.vision_model(pixels, mask), mask.reshape(len(mask), -1))
 
@@ -234,7 +234,7 @@ class Idefics2(vision_language.VisionLanguageModel):
         return self.model.text_model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
+        """Maps x[..., D] to logits float32[..., V] with the head only."""
         if self.config.text.tie_embeddings:
             return sharding.logits(self.text_decoder.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))

@@ -86,7 +86,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        """features[I, P, tower width x chosen layers] -> [I, P, D]."""
+        """Maps features[I, P, tower width x chosen layers] to [I, P, D]."""
         cfg = self.config
 
         def linear(name: str) -> nn.Dense:
@@ -120,7 +120,7 @@ class Llava(vision_language.VisionLanguageModel):
         return self.language_model.model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
+        """Maps x[..., D] to logits float32[..., V] with the head only."""
         return self.language_model.unembed(x)
 
     def image_features(self, pixels: Array) -> Array:

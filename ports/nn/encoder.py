@@ -70,7 +70,7 @@ class EncoderAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x[I, P, D], mask bool[I or 1, 1, P or 1, P] or None -> [I, P, D]."""
+        """Maps x[I, P, D] and optional mask bool[I or 1, 1, P or 1, P] to [I, P, D]."""
         width = x.shape[-1]
 
         def heads(name: str) -> Array:
@@ -90,7 +90,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """x[I, P, D] -> [I, P, D]."""
+        """Maps x[I, P, D] to [I, P, D]."""
         cfg = self.config
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "layer_norm1")(x)
         y = EncoderAttention(cfg.num_heads, self.dtype, name="self_attn")(y, mask)
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         self.layers = [EncoderLayer(self.config, self.dtype) for _ in range(self.config.num_layers)]
 
     def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
-        """x[I, P, D] -> num_layers + 1 states [I, P, D]."""
+        """Maps x[I, P, D] to num_layers + 1 states [I, P, D]."""
         states = [sharding.residual(x)]
         for layer in self.layers:
             states.append(layer(states[-1], mask))

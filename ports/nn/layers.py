@@ -115,11 +115,11 @@ class Embed(nn.Embed):
     """Token embeddings, also used as a tied head; ids outside the table give NaN."""
 
     def __call__(self, tokens: Array) -> Array:
-        """tokens int[...] -> [..., D]."""
+        """Maps tokens int[...] to [..., D]."""
         return look_up(self.embedding.astype(self.dtype), tokens)
 
     def attend(self, query: Array) -> Array:
-        """query[..., D] -> logits float32[..., V] (see `head`)."""
+        """Maps query[..., D] to logits float32[..., V] (see `head`)."""
         return product_in_float32(query.astype(self.dtype), self.embedding.astype(self.dtype).T)
 
 
@@ -171,7 +171,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[B, T, D] -> [B, T, output_size]."""
+        """Maps x[B, T, D] to [B, T, output_size]."""
 
         def linear(width: int, name: str) -> nn.Dense:
             return dense(width, self.use_bias, self.dtype, name)
@@ -193,7 +193,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[B, T, D] -> [B, T, D]."""
+        """Maps x[B, T, D] to [B, T, D]."""
         width = x.shape[-1]
         x = dense(self.intermediate_size, True, self.dtype, "fc1")(x)
         x = sharding.constrain(activation(self.hidden_act)(x), "batch", "positions", "mlp")

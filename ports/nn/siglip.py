@@ -89,7 +89,7 @@ class VisionEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array, mask: Array) -> Array:
-        """pixels[I, 3, height, width], mask bool[I, h, w] -> [I, P, D]."""
+        """Maps pixels[I, 3, height, width] and mask bool[I, h, w] to [I, P, D]."""
         cfg = self.config
         patches = clip_vision.embed_patches(cfg, True, self.dtype, pixels)
         table = nn.Embed(

@@ -30,7 +30,7 @@ class TextDecoder(Protocol):
     """A decoder: embeds tokens, and maps embeddings to states after the final norm."""
 
     def embed_tokens(self, tokens: Array, /) -> Array:
-        """tokens int[B, T] -> [B, T, D]."""
+        """Maps tokens int[B, T] to [B, T, D]."""
         ...
 
     def __call__(

@@ -276,11 +276,11 @@ class Transformer(nn.Module):
         self.ff_out = layers.head(text.vocab_size, self.dtype)
 
     def embed_tokens(self, tokens: Array) -> Array:
-        """tokens int[B, T] -> [B, T, D]."""
+        """Maps tokens int[B, T] to [B, T, D]."""
         return self.wte(tokens)
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]."""
+        """Maps x[..., D] to logits float32[..., V]."""
         return sharding.logits(self.ff_out(x))
 
     def __call__(
@@ -347,7 +347,7 @@ class Molmo(vision_language.VisionLanguageModel):
         return self.model.transformer
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
+        """Maps x[..., D] to logits float32[..., V] with the head only."""
         return self.model.transformer.unembed(x)
 
     def embed_inputs(self, inputs: vision_language.Inputs) -> Array:

@@ -108,9 +108,7 @@ class Crops(NamedTuple):
     """One image in the form that the model takes."""
 
     patches: np.ndarray  # float32[C, P, values]
-    masks: (
-        np.ndarray
-    )  # float32[C, P]: fraction of a patch covered by the image; -1 in the last crop
+    masks: np.ndarray  # float32[C, P]: fraction of a patch in the image; -1 in the last crop
     tokens: tuple[str, ...]  # keys of MARKS
     positions: np.ndarray  # int32[C, K]: index in `tokens` of each feature, or UNUSED
 

@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, query: Array, states: Array) -> Array:
-        """query[R, Q, width], states[R, P, width] -> [R, Q, E]."""
+        """Maps query[R, Q, width] and states[R, P, width] to [R, Q, E]."""
         cfg = self.config
 
         def heads(name: str, x: Array) -> Array:
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[R, P, E] -> [R, P, E]."""
+        """Maps x[R, P, E] to [R, P, E]."""
         y = layers.dense(self.config.mlp_width, True, self.dtype, "w1")(x)
         y = sharding.constrain(layers.quick_gelu(y), "batch", "positions", "mlp")
         return layers.dense(x.shape[-1], True, self.dtype, "w2")(y)
@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[R, P, E] -> [R, P, E]."""
+        """Maps x[R, P, E] to [R, P, E]."""
         cfg = self.config
         y = layers.layer_norm(cfg.norm_eps, self.dtype, "attention_norm")(x)
         x = sharding.residual(x + Attention(cfg, self.dtype, name="attention")(y, y))
@@ -119,7 +119,7 @@ class Blocks(nn.Module):
         ]
 
     def __call__(self, x: Array) -> tuple[Array, ...]:
-        """x[R, P, E] -> num_layers states [R, P, E]."""
+        """Maps x[R, P, E] to num_layers states [R, P, E]."""
         states = []
         for block in self.resblocks:
             x = block(x)
@@ -159,7 +159,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[N, E] -> [N, D]."""
+        """Maps x[N, E] to [N, D]."""
         cfg = self.config
         gate = layers.dense(cfg.projector_width, False, self.dtype, "w1")(x)
         up = layers.dense(cfg.projector_width, False, self.dtype, "w3")(x)

@@ -101,7 +101,7 @@ class Qwen2VL(vision_language.VisionLanguageModel):
         return self.model
 
     def unembed(self, x: Array) -> Array:
-        """x[..., D] -> logits float32[..., V]: the language-model head alone."""
+        """Maps x[..., D] to logits float32[..., V] with the head only."""
         if self.config.text.tie_embeddings:
             return sharding.logits(self.model.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))

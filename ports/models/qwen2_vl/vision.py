@@ -106,7 +106,7 @@ class PatchProjection(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
-        """patches[F, P, channels x frames x height x width] -> [F, P, E]."""
+        """Maps patches[F, P, channels x frames x height x width] to [F, P, E]."""
         cfg = self.config
         sides = (cfg.num_channels, cfg.frames_per_patch, cfg.patch_size, cfg.patch_size)
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2, 3))
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
-        """x[F, P, E], mask bool[F, 1, 1 or P, P] -> [F, P, E]."""
+        """Maps x[F, P, E] and mask bool[F, 1, 1 or P, P] to [F, P, E]."""
         cfg = self.config
         qkv = layers.dense(3 * cfg.width, True, self.dtype, "qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, cfg.num_heads, -1)
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
-        """x[F, P, E] -> [F, P, E]."""
+        """Maps x[F, P, E] to [F, P, E]."""
         cfg = self.config
         y = layers.layer_norm(NORM_EPS, self.dtype, "norm1")(x)
         x = sharding.residual(x + Attention(cfg, self.dtype, name="attn")(y, angles, mask))
@@ -170,7 +170,7 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x[F, P, E] -> [F, P / M^2, D]."""
+        """Maps x[F, P, E] to [F, P / M^2, D]."""
         cfg = self.config
         joined = cfg.width * cfg.merge_size**2
         x = layers.layer_norm(NORM_EPS, self.dtype, "ln_q")(x).reshape(len(x), -1, joined)

@@ -209,7 +209,7 @@ class TestRanks:
     def test_the_only_axis_has_no_rows(self):
         with helpers.raises_line(ValueError, "(3, 2)", "'twice' have shape (2,)"):
             self.change((2,), ports.add(self.ROWS))
-        with helpers.raises_line(ValueError, "(2,)", "'twice' have (3, 2)", "[3]"):
+        with helpers.raises_line(ValueError, "(2,)", "'twice' have shape (3, 2)", "[3]"):
             self.change((3, 2), ports.add(self.V, where=np.array([True, False])))
 
 
