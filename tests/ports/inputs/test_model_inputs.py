@@ -50,10 +50,10 @@ class TestArrays:
     @pytest.mark.parametrize(
         ("value", "part"),
         [
-            ([[1, 2], [3]], "list that is no array of numbers"),
-            ("hi", "str that is no array of numbers (its dtype is <U2)"),
-            (torch.ones(1, 2, dtype=torch.bfloat16), "Tensor that is no array of numbers"),
-            (torch.ones(1, 2, requires_grad=True), "Tensor that is no array of numbers"),
+            ([[1, 2], [3]], "list that is not an array of numbers"),
+            ("hi", "str that is not an array of numbers (its dtype is <U2)"),
+            (torch.ones(1, 2, dtype=torch.bfloat16), "Tensor that is not an array of numbers"),
+            (torch.ones(1, 2, requires_grad=True), "Tensor that is not an array of numbers"),
         ],
         ids=["ragged", "text", "torch's bfloat16", "with a gradient"],
     )

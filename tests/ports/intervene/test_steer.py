@@ -495,11 +495,11 @@ class TestMessages:
         [
             ({"layers.7": ports.add(VECTOR)}, ("no site matches 'layers.7'", SITE[:-1])),
             ({SITE: ports.add(VECTOR[:7])}, ("width 7", f"have width {WIDTH}")),
-            ({SITE: ports.add(np.stack([VECTOR] * 2))}, ("vector", "2 rows", "batch has 3")),
-            ({SITE: ports.add(VECTOR, np.ones(4))}, ("alpha", "4 rows", "batch has 3")),
+            ({SITE: ports.add(np.stack([VECTOR] * 2))}, ("vector", "2 rows", "batch's 3")),
+            ({SITE: ports.add(VECTOR, np.ones(4))}, ("alpha", "4 rows", "batch's 3")),
             ({SITE: ports.add(VECTOR, where=np.ones((3, 2)))}, ("mask", "(3, 2)", "input_ids")),
             ({SITE: ports.replace(np.ones((3, 2, WIDTH)))}, ("(3, 2, 60)", "(3,", "'at'")),
-            ({SITE: ports.replace(np.ones((2, 9, WIDTH)))}, ("2 rows", "batch has 3")),
+            ({SITE: ports.replace(np.ones((2, 9, WIDTH)))}, ("2 rows", "batch's 3")),
             ({SITE: VECTOR}, ("'language_model.model.layers.0' is an array", "add(vector)")),
             (ports.add(VECTOR), ("edits is of type Edit", "{site: edit}")),
             (

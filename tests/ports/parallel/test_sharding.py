@@ -129,7 +129,7 @@ def test_what_is_no_mesh(text):
 
 def test_more_devices_than_there_are():
     count = len(jax.devices())
-    with helpers.raises_line(ValueError, f"2 x {count} takes {2 * count} devices; there are"):
+    with helpers.raises_line(ValueError, f"2 x {count} needs {2 * count} devices; there are"):
         ports.make_mesh(2, count)
     with helpers.raises_line(ValueError, "mesh of 0 x 1 devices; expected at least 1 x 1"):
         ports.make_mesh(0)
