@@ -44,7 +44,7 @@ def test_a_mesh_that_is_none(xlvlm, pictures, tmp_path):
         *("--output", tmp_path / "features", "--mesh", "64x64"),
     )
     assert status == 2
-    assert "a mesh of 64 x 64 takes 4096 devices; there are" in errors
+    assert "a mesh of 64 x 64 needs 4096 devices; there are" in errors
     assert not (tmp_path / "features").exists()
 
 
