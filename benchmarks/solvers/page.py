@@ -26,92 +26,96 @@ DEVICES = {"TPU v5e": (819e9, 197e12 / 6), "H100": (3.35e12, 67e12)}
 COLUMNS = {"snmf": 2, "kmeans": 1, "pca": 2}  # products of Z with K columns in an update
 READING = """# The solvers, measured
 
-Two cores of a shared x86 machine, float32; both sides in turn in one process, medians. Made by
+Measured on two cores of a shared x86 machine in float32; medians, with both sides alternating in
+one process. Reproduce with
 
-    python -m benchmarks.solvers           # solvers against other libraries
-    python -m benchmarks.solvers.growth    # seconds of an update against N and D
-    python -m benchmarks.solvers.parts     # where the time of an update goes
+    python -m benchmarks.solvers           # solvers and other libraries
+    python -m benchmarks.solvers.growth    # time per update as N and D grow
+    python -m benchmarks.solvers.parts     # time of each part of an update
     python -m benchmarks.solvers.page      # this page
 
-What rounding makes of their sums over 10,000 to 20 million rows: [sums.md](sums.md).
+`python -m benchmarks.sums` measures the effect of rounding on their sums over 10,000 to 20 million
+rows.
 
 {machine}
 
-## Which method, which size
+## Choosing a method
 
 - **k-means** is the cheapest and has the best CLIPScore on the embedded model; each row belongs to
-  one concept. Take it first, and for K of hundreds and thousands.
-- **semi-NMF** gives several concepts a row and a lower reconstruction error for the same K; it
-  costs two products with Z an update, and K^2 N operations for the codes, which is where its cost
-  grows with hundreds of concepts.
-- **PCA** is the fastest to its optimum and the least readable: components share words and have two
-  signs. Use it as the bound that no other factorisation of K concepts undercuts.
-- Where K is much smaller than D, semi-NMF and k-means work in K + some tens of columns and read Z
-  itself in the last few updates alone: width is then nearly free, rows are not.
-- Memory beyond Z is that of the activations (N K numbers: K / D of Z), once as the result and once
-  or twice while an update runs. Where K is not far below D that is as much as Z; `xlvlm decompose
-  --stream` keeps neither in memory.
+  one concept. Try it first, and use it for hundreds or thousands of concepts.
+- **semi-NMF** uses several concepts per row and has a lower reconstruction error for the same K. An
+  update takes two products with Z, and K^2 N operations for the codes, which dominate for hundreds
+  of concepts.
+- **PCA** reaches its optimum fastest but is the hardest to interpret: components share words and
+  have two signs. Use it as a lower bound on the reconstruction error with K concepts.
+- If K is much smaller than D, semi-NMF and k-means work in K plus a few tens of columns and read Z
+  itself only in the last few updates: a large width is then almost free, but not many rows.
+- The memory in addition to Z is that of the activations (N K numbers, K / D of Z), once for the
+  result and once or twice during an update. If K is close to D, this is as much as Z; `xlvlm
+  decompose --stream` keeps neither in memory.
 
 ## Against other libraries
 
 ![Times faster than each library, by case](solvers.svg)
 
-"To its objective" is the time to within 1.0001 of the objective that the peer ends with, from the
-same matrix and without compilation (all of ours where it never comes there); "times faster" the
-median of the pairs' ratios. "The end" is where our own rule stops; an objective below 1 means that
-ours is lower there. The limit of an update is the longer of reading Z once and doing its products
-with Z at the rate of a large product, both measured in the same run.
+"To its objective" is our time to within 1.0001 of the other library's final objective, from the
+same matrix and without compilation (our total time if we never reach it); "times faster" is the
+median ratio of the paired runs. "The end" is where our own stopping rule applies; an objective
+below 1 means that ours is lower. The limit of an update is the longer of reading Z once and
+computing its products with Z at the rate of a large product, both measured in the same run.
 
 {table}
 
-DictionaryLearning is left out beyond 3,000 rows and on states: it takes minutes there, and tens of
-minutes. "States" are random, with the decay and the common direction of hidden states; "features"
-are real ones, of the embedded model's final norm. faiss makes as many updates as scikit-learn
-needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop elsewhere than the others, which the
-objective shows.
+DictionaryLearning is omitted for more than 3,000 rows and for states, where it takes minutes to
+tens of minutes. "States" are random, with the decay and the common direction of hidden states;
+"features" are real, from the embedded model's final norm. faiss makes as many updates as
+scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives
+than the others, as the table shows.
 
-What bounds an update at K = 20: XLA's products with 20 or 32 columns run at 25 to 60 % of the rate
-of a large one, in whichever form is fastest, and k-means adds up the rows in another pass over Z
-(the parts below). k-means makes few such updates: it looks again only at rows whose nearest
-centroid can have changed. With K of hundreds it computes no distances to centroids that rest.
+Limits of an update at K = 20: XLA's products with 20 or 32 columns run at 25 to 60 % of the rate
+of a large product, in whichever form is fastest, and k-means sums the rows in another pass over Z
+(see the parts below). k-means makes few such updates: it revisits only rows whose nearest
+centroid may have changed. With hundreds of concepts, it computes no distances to centroids that
+did not move.
 
-What bounds k-means at [3000, 4096], K = 20: about a third goes into the few columns that it works
-in, a fifth into updates on Z itself, most of the rest into single passes over Z.
+Limits of k-means at [3000, 4096], K = 20: about a third of the time goes into the few columns
+that it works in, a fifth into updates on Z itself, and most of the rest into single passes over
+Z.
 
-What bounds PCA: at 4096 columns three passes over Z (the first axes, their images, one update) and
-the sums beside them. With 512 columns scikit-learn takes the axes from the covariance: one
-symmetric product, half of the operations of the product that XLA has, and no scores, which we
-return. At [20000, 512], K = 20, five times its speed would be 13 ms, less than one update takes.
+Limits of PCA: with 4096 columns, three passes over Z (the first axes, their images, one update)
+and the sums. With 512 columns, scikit-learn computes the axes from the covariance: one symmetric
+product, with half the operations of XLA's product, and without scores, which we return. At
+[20000, 512], K = 20, five times its speed would be 13 ms, less than one update takes.
 
-What bounds memory: with K of hundreds the result itself, K / D of Z; with few concepts and Z of
-16 MB, as in the growth below, k-means' two tiles of 2 MB.
+Limits of memory: with hundreds of concepts, the result itself, K / D of Z; with few concepts and
+Z of 16 MB, as in the growth below, two tiles of 2 MB in k-means.
 
-k-means of the [100000, 512] states and of the features ends higher than its peers by more than
-1.0001, and elsewhere lower: its first updates see few columns, and may lead to another local
-optimum than scikit-learn's from the same centroids.
+k-means on the [100000, 512] states and on the features ends more than 1.0001 above the other
+libraries, elsewhere below: its first updates see few columns, and may lead to another local optimum
+than scikit-learn's from the same centroids.
 
-semi-NMF of 256 concepts (one run) goes on for hundreds of updates beyond the objectives of its
-peers; with 4096 columns, a minute a run, it was left out.
+semi-NMF with 256 concepts (one run) continues for hundreds of updates after reaching the objectives
+of the other libraries; with 4096 columns, at a minute per run, it was omitted.
 
-LAPACK is given one thread while a solver runs: OpenBLAS's threads spin for some 20 ms after a
-call, and XLA's products would wait for the cores.
+LAPACK uses one thread while a solver runs: OpenBLAS's threads spin for about 20 ms after a call,
+and XLA's products would have to wait for the cores.
 
-## Where the time of an update goes
+## Time of each part of an update
 
-Each part by itself; "rate" is that of its products with Z over that of a large product. k-means: an
-update that looks at all rows, as the first one does.
+Each part is measured on its own; "rate" is the rate of its products with Z relative to that of a
+large product. k-means: an update that visits all rows, like the first one.
 
 {parts}
 
 ## Growth
 
-Seconds of an update = a + b x, K = 20; N grows at D = 1024, D at N = 8000.
+Fit of the time per update = a + b x, K = 20; N grows with D = 1024, D with N = 8000.
 
 {growth}
 
-## What an update costs on an accelerator (computed, not measured)
+## Time of an update on an accelerator (computed, not measured)
 
-Z [100000, 4096] in float32, 1.6 GB. "bound" says what takes the time.
+Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z, or products.
 
 {computed}
 """
