@@ -281,7 +281,7 @@ class TestConfigurationsThatAreNotImplemented:
                 {"perceiver": {"num_key_value_heads": 4}},
                 ("perceiver_config has 6 attention heads", "4 key-value heads"),
             ),
-            ({"vision": {"image_size": [215, 99]}}, ("image_size is [215, 99]", "one number")),
+            ({"vision": {"image_size": [215, 99]}}, ("image_size is [215, 99]", "single number")),
         ],
         ids=str,
     )
