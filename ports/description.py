@@ -1,4 +1,4 @@
-"""A model in words: its parts, their sizes and its sites, from parameters and shapes alone."""
+"""Describes a model: its parts, their sizes and its sites, from parameters and shapes only."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from ports.tables import html_table
 
 
 def count_by_part(module: VisionLanguageModel, params: dict[str, Any]) -> dict[str, int]:
-    """Returns parameters by part: what the decoder consists of, the head, and every other tower."""
+    """Counts parameters by part: each child of the decoder, the head, and every other tower."""
     decoder, head = ".".join(module.decoder_path), ".".join(module.head_path)
     outer = {tuple(decoder.split(".")[:depth]) for depth in range(1, decoder.count(".") + 1)}
     parts: dict[str, int] = defaultdict(int)
@@ -32,7 +32,7 @@ def count_by_part(module: VisionLanguageModel, params: dict[str, Any]) -> dict[s
 
 
 def patterns(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Returns sites that differ in numbers only, as one pattern with its count and width."""
+    """Merges sites that differ only in numbers into one pattern with its count and width."""
     groups: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in shapes.items():
         numbers = tuple(int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name))
@@ -46,7 +46,7 @@ def patterns(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]
 
 
 def in_short(model_type: str, module: VisionLanguageModel, params: dict[str, Any]) -> str:
-    """Returns one line: the family, how many parameters, and the dtype it computes in."""
+    """Returns one line with the model family, the number of parameters and the dtype."""
     total = sum(count_by_part(module, params).values())
     return f"{model_type}, {total:,} parameters, {jnp.dtype(module.dtype).name}"
 
@@ -57,7 +57,7 @@ def as_html(
     params: dict[str, Any],
     site_shapes: Mapping[str, tuple[int, ...]],
 ) -> Markup:
-    """Returns the same line above two tables: parameters by part, and the sites."""
+    """Returns HTML with this line and two tables: parameters by part, and the sites."""
     parts = count_by_part(module, params)
     total = sum(parts.values())
     return html_table(
@@ -66,6 +66,6 @@ def as_html(
         title=in_short(model_type, module, params),
     ) + html_table(
         [(pattern, count, width) for pattern, (count, width) in patterns(site_shapes).items()],
-        head=("sites", "how many", "width"),
+        head=("sites", "count", "width"),
         title=f"{len(site_shapes)} sites that can be captured or steered",
     )

@@ -1,4 +1,4 @@
-"""Tables as HTML, for objects that show themselves in notebooks. Text in them is escaped."""
+"""HTML tables, for displaying objects in notebooks. Text is escaped."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,12 +9,13 @@ Rows = Iterable[Sequence[Any]]
 
 
 def html_table(rows: Rows, *, head: Sequence[Any] = (), title: str = "") -> Markup:
-    """Returns a table as HTML; cells that are `Markup` are taken as they are, others as text.
+    """Returns an HTML table.
 
     Args:
-        rows: the cells of each row, the first of which names it.
-        head: the names of the columns; none for a table of names and values.
-        title: stands above it.
+        rows: the cells of each row, of which the first is its name. `Markup` is inserted unchanged,
+            other values as escaped text.
+        head: names of the columns; empty for none.
+        title: the table's caption.
 
     >>> str(html_table([("a", 1)], head=["name", "<b>"])).partition("<tbody>")[0]
     '<table><thead><tr><th>name</th><th>&lt;b&gt;</th></tr></thead>'
@@ -34,7 +35,7 @@ def html_table(rows: Rows, *, head: Sequence[Any] = (), title: str = "") -> Mark
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (name, value) of what is set; mappings within it give a row per entry.
+    """Yields (name, value) of all values that are set; nested mappings yield each of their entries.
 
     >>> list(flat({"a": 1, "b": {"c_d": 2, "e": None}}))
     [('a', 1), ('b: c d', 2)]
@@ -48,18 +49,18 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def kind(value: Any) -> str:
-    """Returns dtype and shape of an array, such as "float32[2, 3]"; for others their repr."""
+    """Returns dtype and shape of an array, such as "float32[2, 3]"; other values' repr."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
     return repr(value)
 
 
 def html_arrays(arrays: Mapping[str, Any], *, title: str) -> Markup:
-    """Returns a table of arrays as HTML: the name and the kind of each, no numbers."""
+    """Returns an HTML table with the name, dtype and shape of each array."""
     rows = ((name, kind(array)) for name, array in arrays.items())
     return html_table(rows, head=("array", "dtype and shape"), title=title)
 
 
 def named_states(field: str, states: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns states by site under the names that they are read by: "states['layers.1']"."""
+    """Returns states under the expressions that access them, such as "states['layers.1']"."""
     return {f"{field}[{site!r}]": array for site, array in states.items()}

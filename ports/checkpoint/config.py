@@ -121,9 +121,12 @@ def loading(directory: Path | None, what: str) -> Iterator[None]:
 
 
 def require_tokenizer(directory: Path) -> None:
-    """Raises FileNotFoundError unless a directory holds a tokenizer's vocabulary.
+    """Checks that a directory holds a tokenizer's vocabulary.
 
     Without one, transformers silently creates a tokenizer with an empty vocabulary.
+
+    Raises:
+        FileNotFoundError: there is none.
     """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((directory / name).is_file() for name in names):

@@ -30,7 +30,7 @@ _CONCURRENT_GB = 1
 
 
 def is_saved(directory: Path) -> bool:
-    """Tells whether a directory holds parameters in this format, damaged or not."""
+    """Returns whether a directory holds parameters in this format, damaged or not."""
     return (directory / RECORD).exists() or (directory / PARAMS).is_dir()
 
 

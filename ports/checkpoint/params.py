@@ -56,7 +56,7 @@ def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
 
 
 def stores_own_head(directory: Path, rename: Rename, tied: Mapping[str, str]) -> bool:
-    """Tells whether a checkpoint stores a separate head although its configuration ties it.
+    """Returns whether a checkpoint stores a separate head although its configuration ties it.
 
     The stored head is then used, as in transformers 5.
 
@@ -219,7 +219,7 @@ def _read(
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Tells whether a contiguous array of floats is free of NaN and Inf."""
+    """Returns whether a contiguous array of floats is free of NaN and Inf."""
     flat = values.reshape(-1)
     # numpy's test is slow for 16-bit floats: in Inf and NaN all bits of the exponent are set.
     bits = flat.view(np.uint16) if flat.dtype in _EXPONENTS else None

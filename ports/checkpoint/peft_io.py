@@ -190,7 +190,7 @@ def _copied(name: str, values: Mapping[str, Any]) -> str | None:
 
 
 def _is_within(name: str, kept: str) -> bool:
-    """Tells whether a tensor is in a module whose name ends in `kept`, as peft defines it."""
+    """Returns whether a tensor is in a module whose name ends in `kept`, as peft defines it."""
     return re.search(rf"{re.escape(kept)}\.", name) is not None
 
 

@@ -72,7 +72,7 @@ def _method(entry: Any) -> str:
 
 
 def _is_fp8(entry: Any) -> bool:
-    """Tells whether an entry describes 8-bit floats with scales."""
+    """Returns whether an entry describes 8-bit floats with scales."""
     if not isinstance(entry, dict):
         return False
     if entry.get("quant_method") == "compressed-tensors":
@@ -187,7 +187,15 @@ def _block(
 
 
 def refuse_tensors(stored: Mapping[str, Tensor], directory: Path) -> None:
-    """Raises ValueError if tensor names or dtypes show that a checkpoint is quantised."""
+    """Checks that no tensor's name or dtype shows that a checkpoint is quantised.
+
+    Args:
+        stored: name -> tensor.
+        directory: the checkpoint, for the message.
+
+    Raises:
+        ValueError: the checkpoint is quantised.
+    """
     for mark, method in _MARKS.items():
         for name in stored:
             # A whole part of the name, or the end of one (torchao's "..._weight_scale").

@@ -165,7 +165,7 @@ def open_available(directory: Path) -> dict[str, StoredTensor]:
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Tells whether two stored tensors with at least one axis are equal; reads them in parts."""
+    """Returns whether two stored tensors with at least one axis are equal; reads them in parts."""
     if a.shape != b.shape:
         return False
     rows = max(1, _COMPARED_AT_ONCE // max(1, math.prod(a.shape[1:])))

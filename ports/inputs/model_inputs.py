@@ -56,7 +56,11 @@ def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def check_count(max_new_tokens: Any) -> None:
-    """Raises ValueError unless `max_new_tokens` is a whole number of at least 1."""
+    """Checks that `max_new_tokens` is a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number >= 1")
 

@@ -90,7 +90,7 @@ class Edit:
         return 0 if isinstance(self.vector, tuple) else np.ndim(self.vector)
 
     def has_vector_per_position(self, rank: int) -> bool:
-        """Tells whether states with `rank` axes get a separate vector at each position."""
+        """Returns whether states with `rank` axes get a separate vector at each position."""
         return self.vector_rank > 2 or (self.vector_rank == rank == 2 and len(self.vector) > 1)
 
     def positions(self, shape: tuple[int, ...], places: Places | None) -> Array:
@@ -216,7 +216,7 @@ def _described(value: Any) -> str:
 
 
 def is_traced(value: Any) -> bool:
-    """Tells whether a value is a tracer, which has no concrete value yet."""
+    """Returns whether a value is a tracer, which has no concrete value yet."""
     return isinstance(value, Tracer)
 
 
@@ -550,14 +550,14 @@ def stacked(
 
 
 def is_everywhere(edit: Edit) -> bool:
-    """Tells whether an edit applies to all positions; traced positions count as all."""
+    """Returns whether an edit applies to all positions; traced positions count as all."""
     kinds = is_traced(edit.kinds) or np.all(edit.kinds)
     start = is_traced(edit.start) or edit.start == 0
     return bool(kinds and start and edit.mask is None and edit.at is None)
 
 
 def reaches(edit: Edit, length: int) -> bool:
-    """Tells whether an edit's first index is below `length` tokens; a traced index counts as so."""
+    """Returns whether an edit's first index is below `length`; traced indices count as below."""
     first = edit.start if edit.at is None else edit.at
     return is_traced(first) or bool(np.min(first) < length)
 
@@ -586,7 +586,16 @@ def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:
 
 
 def check_batch(edit: Edit, batch: int, length: int) -> None:
-    """Raises ValueError if an edit's per-row arrays do not match the batch."""
+    """Checks that an edit's per-row arrays match a batch.
+
+    Args:
+        edit: the edit.
+        batch: number of rows of the batch.
+        length: number of columns of the inputs.
+
+    Raises:
+        ValueError: they do not match.
+    """
     vector = None if isinstance(edit.vector, tuple) or edit.vector_rank < 2 else edit.vector
     alpha = edit.alpha if np.ndim(edit.alpha) else None
     at = edit.at if np.ndim(edit.at) == 2 else None
@@ -611,7 +620,17 @@ def check_batch(edit: Edit, batch: int, length: int) -> None:
 
 
 def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | None) -> None:
-    """Raises ValueError if an edit does not fit states of the given shape at `site`."""
+    """Checks that an edit fits the states at a site.
+
+    Args:
+        site: the site, for the message.
+        edit: the edit.
+        shape: shape of the states.
+        places: what the positions are; None at a module whose positions are not tokens.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     if edit.width not in (None, shape[-1]):
         raise ValueError(
             f"the steering vector has width {edit.width}; the states at {site!r} have width "

@@ -77,7 +77,11 @@ def split_variables(apply: Callable[..., Any], result: Any) -> tuple[Any, Any]:
 
 
 def check_not_compiled(apply: Callable[..., Any]) -> None:
-    """Raises ValueError if `apply` is already jitted."""
+    """Checks that `apply` is not jitted yet.
+
+    Raises:
+        ValueError: it is.
+    """
     if isinstance(apply, jax.stages.Wrapped):
         raise ValueError(
             "apply is already jitted, and its modules can't be intercepted; wrap first, then jit: "

@@ -101,7 +101,7 @@ def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def is_named(module: str, pattern: str) -> bool:
-    """Tells whether a regular expression matches a module's name, or its end after a dot."""
+    """Returns whether a regular expression matches a module's name, or its end after a dot."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module) is not None
 
 

@@ -24,17 +24,17 @@ from ports.names import called_name, normal_name, site_name
 
 
 def is_public(method: str) -> bool:
-    """Tells whether a method can be a site: it is neither `setup` nor private."""
+    """Returns whether a method can be a site: it is neither `setup` nor private."""
     return method == "__call__" or (method != "setup" and method[0] not in "_<")
 
 
 def is_array(value: Any) -> bool:
-    """Tells whether a value is a JAX or numpy array."""
+    """Returns whether a value is a JAX or numpy array."""
     return isinstance(value, jax.Array | np.ndarray)
 
 
 def is_floating(value: Any) -> bool:
-    """Tells whether a value is a floating-point array, as states are."""
+    """Returns whether a value is a floating-point array, as states are."""
     return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
 
 
@@ -54,7 +54,11 @@ def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def require_sites(sites: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError, with the nearest names, for the first of `sites` not in `known`."""
+    """Checks that all sites are known, in any spelling.
+
+    Raises:
+        ValueError: a site is unknown; the message lists the nearest names.
+    """
     normal = {normal_name(name): name for name in known}
     for site in sites:
         if normal_name(site) not in normal:
@@ -76,7 +80,7 @@ def _unknown(site: str, normal: Mapping[str, str]) -> ValueError:
 
 
 def is_pattern(name: str) -> bool:
-    """Tells whether a name is a pattern for several sites (see `match_sites`)."""
+    """Returns whether a name is a pattern for several sites (see `match_sites`)."""
     return "*" in name or "?" in name
 
 

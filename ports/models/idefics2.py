@@ -45,7 +45,11 @@ class PerceiverConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> "PerceiverConfig":
-        """Reads a transformers Idefics2PerceiverConfig; raises ValueError for an invalid value."""
+        """Reads a transformers Idefics2PerceiverConfig.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         layers.activation(config.hidden_act)
         if config.resampler_n_heads % config.num_key_value_heads:
             raise ValueError(
@@ -74,7 +78,11 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers Idefics2Config; raises ValueError if a value is not implemented."""
+        """Reads a transformers Idefics2Config.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         return cls(
             # Only the top-level configuration counts: in transformers, tie_word_embeddings in
             # text_config has no effect for this model.

@@ -44,7 +44,11 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers LlavaConfig; raises ValueError if a value is not implemented."""
+        """Reads a transformers LlavaConfig.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         strategy = config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(

@@ -108,13 +108,13 @@ class VisionLanguageModel(nn.Module):
         return {self.decoder_path: self.config.text.num_kv_heads}
 
     def is_of_decoder(self, site: str) -> bool:
-        """Tells whether a site is in the decoder or head, and so also runs for generated tokens."""
+        """Returns whether a site is in the decoder or head, and so runs for generated tokens too."""
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         site = normal_name(site)
         return site in (path, head) or site.startswith(path + ".")
 
     def is_before_norm(self, site: str) -> bool:
-        """Tells whether a site is in the decoder, before its final norm."""
+        """Returns whether a site is in the decoder, before its final norm."""
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         return self.is_of_decoder(site) and normal_name(site) not in (
             path,

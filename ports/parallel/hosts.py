@@ -47,7 +47,7 @@ def join(address: str | None = None, count: int | None = None, index: int | None
 
 
 def is_first() -> bool:
-    """Tells whether this is host 0, or the only host."""
+    """Returns whether this is host 0, or the only host."""
     return jax.process_index() == 0
 
 

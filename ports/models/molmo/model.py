@@ -135,7 +135,11 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads the result of `read_config`; raises ValueError if a value is not implemented."""
+        """Reads the result of `read_config`.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         for name, implemented in _IMPLEMENTED.items():
             value = getattr(config, name, implemented)
             if value != implemented:

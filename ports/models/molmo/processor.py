@@ -50,7 +50,11 @@ class Settings(NamedTuple):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
-        """Reads the file's values; raises ValueError if one is not implemented."""
+        """Reads the file's values.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         values = {**DEFAULTS, **values}
         for name, reason in (
             ("image_padding_mask", "the model needs the masks"),

@@ -220,7 +220,11 @@ def _squares(x: Array, grid: int) -> Array:
 
 
 def from_hf(config: Any) -> VisionConfig:
-    """Reads a Molmo configuration; raises ValueError if a value is not implemented."""
+    """Reads a Molmo configuration.
+
+    Raises:
+        ValueError: a value is not implemented.
+    """
     vision = config.vision_config
     height, width = vision["image_size"]
     patch, side = vision["patch_size"], vision["hidden_size"]

@@ -63,7 +63,11 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> "Config":
-        """Reads a transformers Qwen2VLConfig; raises ValueError if a value is not implemented."""
+        """Reads a transformers Qwen2VLConfig.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         text = decoder.DecoderConfig.from_hf(
             config.text_config, bool(config.tie_word_embeddings), "qwen2_vl_text"
         )
