@@ -108,7 +108,7 @@ class VisionLanguageModel(nn.Module):
         return {self.decoder_path: self.config.text.num_kv_heads}
 
     def is_of_decoder(self, site: str) -> bool:
-        """Returns whether a site is in the decoder or head, and so runs for generated tokens too."""
+        """Returns whether a site is in the decoder or head, which also run for generated tokens."""
         path, head = ".".join(self.decoder_path), ".".join(self.head_path)
         site = normal_name(site)
         return site in (path, head) or site.startswith(path + ".")
