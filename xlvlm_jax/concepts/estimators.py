@@ -168,7 +168,11 @@ class SemiNMF(_Linear):
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> "SemiNMF":
-        """Learns the atoms of X[N, D]; y is ignored.
+        """Learns the atoms of X.
+
+        Args:
+            X: float[N, D], the samples.
+            y: ignored.
 
         Raises:
             ValueError: a parameter is invalid, or there are fewer samples than components.
@@ -219,7 +223,12 @@ class SemiNMF(_Linear):
         return self._checked_codes(X) @ self.components_
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Returns the share of the squared norm of X[N, D] that the codes explain; y is ignored."""
+        """Returns the share of the squared norm of X that the codes explain.
+
+        Args:
+            X: float[N, D], the samples.
+            y: ignored.
+        """
         X = self._checked(X)
         energy = np.einsum("nd,nd->", X, X, dtype=np.float64)
         return 1 - self._error(X, self._codes(X)) ** 2 / energy if energy else 1.0
@@ -429,7 +438,13 @@ class KMeans(ClusterMixin, _Solver):
         return self._labels_and_distances(self._checked(X))[0]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Returns minus the sum of squared distances of X[N, D] to the centres; y is ignored."""
+        """Returns minus the sum of squared distances to the nearest centres.
+
+        Args:
+            X: float[N, D], the samples.
+            y: ignored.
+            sample_weight: float[N], as for `fit`.
+        """
         X = self._checked(X)
         weights = self._checked_weights(X, sample_weight)
         return -_inertia(self._labels_and_distances(X)[1], 1 if weights is None else weights)
@@ -480,7 +495,11 @@ class PCA(_Linear):
         self.tol, self.max_iter, self.random_state = tol, max_iter, random_state
 
     def fit(self, X: Any, y: Any = None) -> "PCA":
-        """Learns the components of X[N, D]; y is ignored.
+        """Learns the components of X.
+
+        Args:
+            X: float[N, D], the samples.
+            y: ignored.
 
         Raises:
             ValueError: a parameter is invalid, or n_components > min(N, D).
@@ -508,11 +527,15 @@ class PCA(_Linear):
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> "PCA":
-        """Continues with one batch of samples X[N, D], like scikit-learn's `IncrementalPCA`.
+        """Continues with one batch of samples, like scikit-learn's `IncrementalPCA`.
 
         The components are those of the batch together with the part of earlier batches that the
         earlier components explain. Variance that shows only over many batches is therefore lost;
-        mean and total variance are exact. Continues from `fit` too. y is ignored.
+        mean and total variance are exact. Continues from `fit` too.
+
+        Args:
+            X: float[N, D], the samples of the batch.
+            y: ignored.
 
         Raises:
             ValueError: a parameter is invalid, the first batch has fewer samples than components,
@@ -637,5 +660,10 @@ class PCA(_Linear):
         return -0.5 * (inside + noise + D * np.log(2 * np.pi))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Returns the mean log-likelihood of X[N, D], see `score_samples`; y is ignored."""
+        """Returns the mean log-likelihood of the rows, see `score_samples`.
+
+        Args:
+            X: float[N, D], the samples.
+            y: ignored.
+        """
         return float(self.score_samples(X).mean())

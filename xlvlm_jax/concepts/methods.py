@@ -75,7 +75,16 @@ class Method:
         components: Float[AnyArray, "K D"],
         mean: Float[AnyArray, " D"] | None = None,
     ) -> Float[AnyArray, "N D"]:
-        """Reconstructs rows from activations; in numpy if both inputs are numpy, else in JAX."""
+        """Reconstructs rows from activations.
+
+        Args:
+            activations: float[N, K].
+            components: float[K, D].
+            mean: float[D] to add; None for none.
+
+        Returns:
+            float[N, D], in numpy if the first two are numpy, else in JAX.
+        """
         if self.is_centroids:
             return components[activations.argmax(axis=1)]
         if isinstance(activations, np.ndarray) and isinstance(components, np.ndarray):

@@ -39,11 +39,18 @@ def read_json(path: Path) -> Any:
 
 
 def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:
-    """Returns `record[key]`, which must be of `kind`: dict, list, str or int.
+    """Returns a value of a JSON object.
+
+    Args:
+        record: the object.
+        key: the key.
+        kind: expected type: dict, list, str or int.
+        path: the file, for error messages.
+        place: the place in it, for error messages.
 
     Raises:
-        ValueError: it is not, or the key is missing; names the file and the place: "coco.json:
-            images[3]: key 'cocoid' missing".
+        ValueError: the key is missing or the type differs; names the file and the place:
+            "coco.json: images[3]: key 'cocoid' missing".
     """
     where = f"{path}: {place}" if place else f"{path}"
     if not isinstance(record, dict):
@@ -80,7 +87,11 @@ def get_records(content: Any, key: str, path: Path) -> list[Any]:
 
 
 def read_attributes(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns {image id: {attribute: value}} from `attributes.json`; {} if there is none."""
+    """Returns {image id: {attribute: value}} from `attributes.json`; {} if there is none.
+
+    Raises:
+        ValueError: the file is not an object of objects.
+    """
     path = directory / "attributes.json"
     if not path.exists():
         return {}

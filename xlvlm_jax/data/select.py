@@ -46,6 +46,10 @@ def leading(samples: Sequence[Sample], words: str | Iterable[str]) -> list[Sampl
     """Moves the references with one of `words` to the front in each sample.
 
     Teacher forcing reads the first reference, which then has the token of interest.
+
+    Args:
+        samples: the samples.
+        words: one or more words, in any case.
     """
     pattern = word_pattern(_forms(words, any_case=True))
     return [
@@ -128,6 +132,10 @@ def _texts(sample: Sample, key: str) -> Sequence[str]:
 
 def of_images(samples: Sequence[Sample], image_ids: Iterable[str | int]) -> list[Sample]:
     """Returns the samples about the images with these ids.
+
+    Args:
+        samples: samples to choose from.
+        image_ids: ids, as text or numbers.
 
     Raises:
         ValueError: there are none.

@@ -150,6 +150,11 @@ def is_concept_word(word: str) -> bool:
 
 
 def concept_words(candidates: Iterable[str], limit: int) -> list[str]:
-    """Returns the first `limit` distinct words of `candidates` that can represent a concept."""
+    """Returns the first words that can represent a concept.
+
+    Args:
+        candidates: texts, lower-cased and stripped before the test.
+        limit: maximum number of words, each of which counts once.
+    """
     words = dict.fromkeys(text.lower().strip() for text in candidates)
     return [word for word in words if is_concept_word(word)][:limit]

@@ -156,6 +156,9 @@ class Selection:
 
         Returns:
             bool[B, P].
+
+        Raises:
+            ValueError: the mode looks for words, and `found` is missing.
         """
         only = bool(self.generated_only)
         if self.mode == "all":

@@ -139,7 +139,15 @@ def _ended(tokens: AnyArray, end_ids: Ids) -> jax.Array:
 
 
 def everything(positions: Positions, *, generated_only: bool = False) -> Bool[AnyArray, "B P"]:
-    """Selects every position that is not padding."""
+    """Selects every position that is not padding.
+
+    Args:
+        positions: the positions of a batch.
+        generated_only: leave out the prompt.
+
+    Returns:
+        bool[B, P].
+    """
     keep = ~positions.is_padding
     return keep & positions.is_generated if generated_only else keep
 
@@ -147,9 +155,15 @@ def everything(positions: Positions, *, generated_only: bool = False) -> Bool[An
 def index(
     positions: Positions, i: int | Int[AnyArray, ""], *, generated_only: bool = False
 ) -> Bool[AnyArray, "B P"]:
-    """Selects position number `i`, not counting padding; a negative number counts from the end.
+    """Selects one position by number; nothing in samples that are too short.
 
-    Nothing is kept in samples that are too short.
+    Args:
+        positions: the positions of a batch.
+        i: the number, not counting padding; a negative one counts from the end.
+        generated_only: only count generated positions.
+
+    Returns:
+        bool[B, P].
     """
     eligible = everything(positions, generated_only=generated_only)
     rank, count = _rank(eligible)
@@ -163,7 +177,17 @@ def interval(
     *,
     generated_only: bool = False,
 ) -> Bool[AnyArray, "B P"]:
-    """Selects the positions start <= p < stop, counted and clipped like Python slices."""
+    """Selects the positions start <= p < stop, counted and clipped like Python slices.
+
+    Args:
+        positions: the positions of a batch.
+        start: first position, not counting padding; None for the first of all.
+        stop: position after the last; None for the end.
+        generated_only: only count generated positions.
+
+    Returns:
+        bool[B, P].
+    """
     eligible = everything(positions, generated_only=generated_only)
     rank, count = _rank(eligible)
     first = 0 if start is None else jnp.where(start < 0, start + count, start)
@@ -172,15 +196,28 @@ def interval(
 
 
 def searched(positions: Positions, *, generated_only: bool = True) -> Int[AnyArray, "B P"]:
-    """Returns the predicted tokens to search for words, -1 where there is none.
+    """Returns the predicted tokens to search for words.
 
-    The prompt is not searched by default: its words would match before the answer's.
+    Args:
+        positions: the positions of a batch.
+        generated_only: do not search the prompt, whose words would match before the answer's.
+
+    Returns:
+        int32[B, P], -1 where there is no token.
     """
     return jnp.where(everything(positions, generated_only=generated_only), positions.predicted, -1)
 
 
 def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, "B P"]:
-    """Selects positions `places[:, 0]` up to `places[:, 1]`, which `WordFinder` returned."""
+    """Selects the positions of words.
+
+    Args:
+        positions: the positions of a batch.
+        places: int[B, 2], from `WordFinder`: first position, and the position after the last.
+
+    Returns:
+        bool[B, P].
+    """
     p = jnp.arange(positions.predicted.shape[1])
     return everything(positions) & (p >= places[:, :1]) & (p < places[:, 1:])
 
@@ -188,16 +225,32 @@ def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, 
 def token_of_interest(
     positions: Positions, token_ids: Ids, *, generated_only: bool = True
 ) -> Bool[AnyArray, "B P"]:
-    """Selects the first position whose predicted token is one of `token_ids`, whatever they spell.
+    """Selects the first position whose predicted token is given, whatever it spells.
 
     For words see `xlvlm_jax.find_word` and `spans`.
+
+    Args:
+        positions: the positions of a batch.
+        token_ids: one or more token ids.
+        generated_only: do not search the prompt.
+
+    Returns:
+        bool[B, P].
     """
     eligible = everything(positions, generated_only=generated_only)
     return _first(eligible & _isin(positions.predicted, token_ids))
 
 
 def before_special_tokens(positions: Positions, end_ids: Ids) -> Bool[AnyArray, "B P"]:
-    """Selects the positions that predicted the answer, excluding its first end token."""
+    """Selects the positions that predicted the answer, without its first end token.
+
+    Args:
+        positions: the positions of a batch.
+        end_ids: ids of the end-of-sequence tokens.
+
+    Returns:
+        bool[B, P].
+    """
     answer = everything(positions, generated_only=True)
     is_end = answer & _isin(positions.predicted, end_ids)
     return answer & (jnp.cumsum(is_end, axis=1) == 0)
@@ -255,6 +308,9 @@ def reduce(
             with R = 1; or "each" kept position as its own row.
         max_rows: R for "each", by default P. Further rows are dropped, so pass a bound that holds
             for every sample.
+
+    Raises:
+        ValueError: `how` is unknown.
     """
     if how not in HOWS:
         raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")

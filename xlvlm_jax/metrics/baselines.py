@@ -22,9 +22,12 @@ def vocabulary_words(tokenizer: Any) -> list[str]:
 def random_words(
     words: Sequence[Sequence[str]], vocabulary: Sequence[str], *, seed: int = 0
 ) -> list[list[str]]:
-    """Draws as many random words per concept as it has, from the vocabulary without replacement.
+    """Draws as many random words per concept as it has.
 
-    The same seed gives the same words.
+    Args:
+        words: the words of each concept.
+        vocabulary: words to draw from, without replacement within a concept.
+        seed: random seed.
 
     Raises:
         ValueError: the vocabulary is too small.
@@ -45,7 +48,13 @@ def random_words(
 
 
 def noise_images(count: int, side: int, *, seed: int = 0) -> list[Image.Image]:
-    """Returns square RGB images of independent uniform pixels, deterministic per seed."""
+    """Returns square RGB images of independent uniform pixels.
+
+    Args:
+        count: number of images.
+        side: pixels per side.
+        seed: random seed.
+    """
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, side, side, 3), np.uint8)
     return [Image.fromarray(image) for image in pixels]

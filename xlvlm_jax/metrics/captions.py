@@ -114,12 +114,30 @@ def _run_java(name: str, people: dict[int, list[str]], given: dict[int, list[str
 
 
 def holding(captions: Iterable[str], words: Iterable[str]) -> Bool[np.ndarray, " N"]:
-    """Returns which captions have one of the words, as a whole word or phrase in any case."""
+    """Returns which captions have one of the words.
+
+    Args:
+        captions: N captions.
+        words: words or phrases, which match as a whole in any case.
+
+    Returns:
+        bool[N].
+
+    Raises:
+        ValueError: there are no words.
+    """
     return count_words(captions, words) > 0
 
 
 def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray, " N"]:
     """Returns how often the words occur in each caption.
+
+    Args:
+        captions: N captions.
+        words: words or phrases, which match as a whole in any case.
+
+    Returns:
+        int[N].
 
     Raises:
         ValueError: there are no words.

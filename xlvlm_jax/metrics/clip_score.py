@@ -32,7 +32,16 @@ def describe(words: Sequence[str]) -> str:
 def embed_texts(
     clip: DualEncoder, texts: Sequence[str], *, batch_size: int = 64
 ) -> Float[np.ndarray, "M E"]:
-    """Returns unit vectors of texts, truncated to CLIP's context."""
+    """Returns unit vectors of texts.
+
+    Args:
+        clip: the model.
+        texts: M texts, truncated to CLIP's context.
+        batch_size: texts per batch.
+
+    Returns:
+        float32[M, E].
+    """
     tokenizer, context = clip.processor.tokenizer, clip.module.config.text.max_positions
     vectors = np.zeros((len(texts), clip.module.config.projection_dim), np.float32)
     if not len(texts):
@@ -53,7 +62,16 @@ def embed_texts(
 def embed_images(
     clip: DualEncoder, images: Iterable[Image.Image], *, batch_size: int = 32
 ) -> Float[np.ndarray, "N E"]:
-    """Returns unit vectors of images, which may come from a generator."""
+    """Returns unit vectors of images.
+
+    Args:
+        clip: the model.
+        images: N images, which may come from a generator.
+        batch_size: images per batch.
+
+    Returns:
+        float32[N, E].
+    """
     return embed_pixels(clip, (pixels_of(clip, image) for image in images), batch_size=batch_size)
 
 
@@ -77,9 +95,16 @@ def embed_pixels(
 def clip_scores(
     images: Float[AnyArray, "N E"], texts: Float[AnyArray, "M E"]
 ) -> Float[AnyArray, "N M"]:
-    """Returns the CLIPScore of every image with every text, from their unit vectors; in [0, 2.5].
+    """Returns the CLIPScore of every image with every text.
 
     Traces under jit, vmap and grad.
+
+    Args:
+        images: float[N, E], unit vectors.
+        texts: float[M, E], unit vectors.
+
+    Returns:
+        float[N, M], in [0, 2.5].
     """
     if is_traced(images, texts):
         return WEIGHT * jnp.maximum(matmul(jnp.asarray(images), jnp.asarray(texts).T), 0)

@@ -18,10 +18,16 @@ AnyArray = jax.Array | np.ndarray
 
 
 def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray, "N D"]) -> Figure:
-    """Returns 1 - |Z - reconstruction|^2 / |Z - mean of Z|^2, at most 1.
+    """Returns 1 - |Z - reconstruction|^2 / |Z - mean of Z|^2.
 
-    Negative if the mean of Z alone does better; NaN if all rows of Z are equal. Traces under jit,
-    vmap and grad.
+    Traces under jit, vmap and grad.
+
+    Args:
+        Z: float[N, D].
+        reconstruction: float[N, D].
+
+    Returns:
+        at most 1; negative if the mean of Z alone does better; NaN if all rows of Z are equal.
 
     Raises:
         ValueError: the shapes differ.
@@ -60,8 +66,14 @@ def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -
 def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
     """Returns the mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1).
 
-    1 if each sample uses one concept, 0 if it uses all equally. Samples that use none are left out;
-    NaN if none is left, or K is 1. Traces under jit, vmap and grad.
+    Traces under jit, vmap and grad.
+
+    Args:
+        activations: float[N, K].
+
+    Returns:
+        1 if each sample uses one concept, 0 if it uses all equally. Samples that use none are left
+        out; NaN if none is left, or K is 1.
 
     Source: Hoyer 2004, section 3.1.
     """
@@ -92,7 +104,16 @@ def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float
 
 
 def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
-    """Returns the share of nonzero codes, in [0, 1]. Traces under jit and vmap."""
+    """Returns the share of nonzero codes.
+
+    Traces under jit and vmap.
+
+    Args:
+        activations: float[N, K].
+
+    Returns:
+        a number in [0, 1].
+    """
     if is_traced(activations):
         _, (codes,) = as_real(activations)
         return jnp.mean(column_means((codes != 0).astype(codes.dtype)))
@@ -100,11 +121,17 @@ def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
 
 
 def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[AnyArray, " K"]:
-    """Returns which concepts are not the most active one of any sample; ties go to the first.
+    """Returns which concepts are not the most active one of any sample.
 
     These are concepts with only zero codes, and concepts that are never the strongest: their words
     are compared to no image. A sample whose codes are all zero has no most active concept. Traces
     under jit and vmap.
+
+    Args:
+        activations: float[N, K]; ties go to the first concept.
+
+    Returns:
+        bool[K].
     """
     xp: Any = jnp if is_traced(activations) else np
     codes = xp.asarray(activations)

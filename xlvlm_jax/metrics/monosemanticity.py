@@ -59,6 +59,9 @@ def mean_similarity(images: Float[AnyArray, "N E"]) -> Figure:
 
     Traces under jit, vmap and grad.
 
+    Args:
+        images: float[N, E], unit vectors.
+
     Raises:
         ValueError: there are fewer than two images.
     """

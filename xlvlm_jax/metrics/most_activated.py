@@ -17,10 +17,17 @@ AnyArray = jax.Array | np.ndarray
 
 
 def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[AnyArray, "N K"]:
-    """Returns which concepts are among the `count` most active ones of each sample.
+    """Returns which concepts are among the most active ones of each sample.
 
     Only positive activations count, so a sample may have fewer or none; ties go to the first.
     Traces under jit (count static) and vmap.
+
+    Args:
+        activations: float[N, K].
+        count: number of concepts per sample.
+
+    Returns:
+        bool[N, K].
 
     Raises:
         ValueError: count < 1.
@@ -54,9 +61,16 @@ def strongest_concept(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, 
 def mean_of_top(
     scores: Float[AnyArray, "N K"], chosen: Bool[AnyArray, "N K"]
 ) -> Float[AnyArray, " N"]:
-    """Returns the mean score of each sample over its chosen concepts; NaN if there are none.
+    """Returns the mean score of each sample over its chosen concepts.
 
     Traces under jit, vmap and grad.
+
+    Args:
+        scores: float[N, K].
+        chosen: bool[N, K].
+
+    Returns:
+        float[N]; NaN for a sample without chosen concepts.
     """
     xp, (values, taken) = as_real(scores, chosen)
     counts = taken.sum(axis=1)

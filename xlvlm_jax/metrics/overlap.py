@@ -5,9 +5,13 @@ from itertools import permutations
 
 
 def word_overlap(words: Sequence[Sequence[str]]) -> float:
-    """Returns the mean over ordered pairs k != l of |words_k in words_l| / |words_k|, in [0, 1].
+    """Returns the mean over ordered pairs k != l of |words_k in words_l| / |words_k|.
 
-    Lower is better: 0 if no two concepts share a word. A concept without words shares none.
+    Args:
+        words: the words of each concept; a concept without words shares none.
+
+    Returns:
+        a number in [0, 1]; 0, the best value, if no two concepts share a word.
 
     Raises:
         ValueError: there are fewer than two concepts.

@@ -13,11 +13,16 @@ AnyArray = jax.Array | np.ndarray
 
 
 def stability(dictionaries: Sequence[Float[AnyArray, "K D"]]) -> float:
-    """Returns the mean cosine of matched concepts over all pairs of dictionaries, in [-1, 1].
+    """Returns the mean cosine of matched concepts over all pairs of dictionaries.
 
     The concepts of two dictionaries are matched one to one for the highest total cosine (the
-    Hungarian method). 1 if each is a permutation of the other; a concept of zeros has cosine 0 with
-    all.
+    Hungarian method).
+
+    Args:
+        dictionaries: two or more float[K, D]; a concept of zeros has cosine 0 with all.
+
+    Returns:
+        a number in [-1, 1]; 1 if each is a permutation of the other.
 
     Raises:
         ValueError: there are fewer than two dictionaries, or their shapes differ.

@@ -43,8 +43,12 @@ _CONTRACTIONS = _without_an_apostrophe()
 def normalise_answer(answer: str) -> str:
     """Normalises an answer like the official evaluation.
 
-    Lower-cases; drops articles and punctuation; writes numbers as digits and contractions with
-    apostrophes.
+    Args:
+        answer: an answer.
+
+    Returns:
+        the answer in lower case, without articles and punctuation, with numbers as digits and
+        contractions with apostrophes.
     """
     text = _THOUSANDS.sub("", " ".join(answer.split()))
     # A mark between two words without a space separates them; other marks are dropped.

@@ -146,9 +146,7 @@ def score(
     far: Bool[Array, ""] | bool,
     active: Bool[Array, " K"] | bool = True,
 ) -> Float[Array, "K N"]:
-    """Returns |z - c|^2 - |z - m|^2, the part of a squared distance that depends on the
-    centroid.
-    """
+    """Returns |z - c|^2 - |z - m|^2, the part of a squared distance that depends on c."""
     bias = jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
     return bias[:, None] - 2 * centred_products(offsets, Z, mean, far)
 
@@ -200,10 +198,14 @@ def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:
 
 
 def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Array, ""]:
-    """Returns the sum of squared distances of all rows to the centroids m + offsets of their
-    clusters.
+    """Returns the inertia: the sum of squared distances of all rows to their centroids.
 
     It is a difference of large numbers, computed with twice the digits.
+
+    Args:
+        spread: the sum of |z - m|^2 over all rows.
+        offsets: float[K, D], centroids minus m.
+        sums: counts and totals of the clusters.
     """
     counts = Wide(*(part[:, None] for part in sums.counts))
     # sum of offsets (2 totals - counts offsets)
@@ -214,9 +216,7 @@ def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Arr
 
 
 def terms_of_mean(problem: Problem) -> Float[Array, ""]:
-    """Returns the mean's share of the terms of a squared distance, which rounding is relative
-    to.
-    """
+    """Returns the mean's share of the terms of a squared distance, for rounding errors."""
     return jnp.where(problem.far, 0, jnp.sum(problem.mean**2))
 
 

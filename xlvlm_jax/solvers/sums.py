@@ -193,9 +193,7 @@ def column_sums(values: Float[Array, "N D"]) -> Wide:
 
 
 def _down(block: Float[Array, "B D"]) -> Float[Array, " D"]:
-    """Sums a block's rows; several narrow rows lie side by side, which keeps summation chains
-    short.
-    """
+    """Sums a block's rows; some narrow rows are side by side, to keep summation chains short."""
     B, D = block.shape
     beside = min(max(LANES // D, 1), B)
     deep = B // beside
@@ -299,9 +297,7 @@ def centred_scores(
 def _of_centred(
     product: Callable[[Array], Array], Z: Array, mean: Array, far: Bool[Array, ""] | bool, axis: int
 ) -> Array:
-    """Returns `product` of the centred rows: a linear function with the rows on `axis` of its
-    result.
-    """
+    """Returns `product`, a linear function with the rows on `axis`, of the centred rows."""
     N, D = Z.shape
 
     def at_once() -> Array:

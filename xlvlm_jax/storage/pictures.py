@@ -28,7 +28,12 @@ def root_of(paths: Iterable[str | os.PathLike[str]]) -> Path | None:
 
 
 def name_in(root: Path | None, path: str | os.PathLike[str]) -> str:
-    """Returns a picture's name as stored: relative to the root, or unchanged without one."""
+    """Returns a picture's name as stored in files.
+
+    Args:
+        root: directory that the name is relative to; None keeps the path unchanged.
+        path: path of the picture.
+    """
     return str(path) if root is None else os.path.relpath(os.path.abspath(path), root)
 
 

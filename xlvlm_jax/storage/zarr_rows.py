@@ -31,7 +31,13 @@ def _spec(path: Path) -> dict[str, Any]:
 
 
 def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorStore:
-    """Creates a Zarr v3 array with chunks of `_CHUNK_BYTES`, or of one row if a row is larger."""
+    """Creates a Zarr v3 array in chunks of whole rows.
+
+    Args:
+        path: directory of the array.
+        dtype: data type.
+        shape: (rows, ...). A chunk has `_CHUNK_BYTES`, or one row if a row is larger.
+    """
     row_bytes = ts.dtype(dtype).numpy_dtype.itemsize * math.prod(shape[1:])
     chunk = [max(_CHUNK_BYTES // row_bytes, 1), *shape[1:]]
     metadata = {
@@ -157,7 +163,11 @@ def cut(array: ts.TensorStore, rows: int) -> None:
 
 
 def wait(future: ts.Future | ts.WriteFutures) -> Any:
-    """Returns the result of a write, whose failures TensorStore reports as many types."""
+    """Returns the result of a write.
+
+    Raises:
+        OSError: the write failed, which TensorStore reports as many types.
+    """
     try:
         return future.result()
     except Exception as error:
