@@ -49,7 +49,7 @@ def disk_needs(
 ) -> tuple[int, int]:
     """Returns the maximum number of rows, and of bytes on disk, that the samples give.
 
-    Rows from prompts are counted for the port's example with one image and twice its text; a
+    Rows from prompts are counted as twice the length of the port's example prompt with one image; a
     selection of one row per sample is exact.
 
     Args:

@@ -70,7 +70,7 @@ def _rounds(
     otherwise: Callable[[], Array],
 ) -> Float[Array, "D R"]:
     """Runs two rounds of Cholesky QR, a third if needed, and falls back to `otherwise`."""
-    # The shift keeps the first Gram matrix positive definite; the unshifted round removes its bias.
+    # The shift keeps the first Gram matrix positive definite; the unshifted round corrects for it.
     found = better(better(columns, SHIFT), 0.0)
     found = jax.lax.cond(good(found), lambda: found, lambda: better(found, 0.0))
     return jax.lax.cond(good(found), lambda: found, otherwise)

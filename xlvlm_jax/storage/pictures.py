@@ -59,8 +59,8 @@ def find_all(
         names: as stored in a file in `directory`; None for a sample without a picture.
         directory: directory of the file.
         recorded: returned by `describe`; None for a file of an earlier version.
-        images: where the pictures are now, if nothing else tells: their root, its parent directory,
-            or a directory with the files themselves.
+        images: where the pictures are now, if they were moved without the run: their root, its
+            parent directory, or a directory with the files themselves.
 
     Raises:
         ValueError: `images` has none of the pictures.
