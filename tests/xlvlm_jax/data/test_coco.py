@@ -65,7 +65,7 @@ def test_image_ids_of_a_split(tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([image(9), image(25, "train")], "no split 'val'; it has test, train"),
+        ([image(9), image(25, "train")], "no split 'val'; expected one of test, train"),
         ([image(9, "val"), image(9, "val")], r"images\[1\]: cocoid 9 is a duplicate"),
         ([image(9, "val", cocoid=None)], r"images\[0\]: key 'cocoid' missing; it has filepath, "),
         ([image(9, "val", cocoid="9")], r"images\[0\]: 'cocoid' must be a whole number, got \"9\""),

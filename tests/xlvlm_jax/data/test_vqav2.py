@@ -117,7 +117,7 @@ def test_the_drawn_scenes_are_read(tmp_path):
         (
             [question(1)] * 2,
             [annotation(1)],
-            r"questions.json: questions\[1\]: question_id 1 comes",
+            r"questions.json: questions\[1\]: question_id 1 is a duplicate",
         ),
         (
             [question(1)],
