@@ -1,9 +1,9 @@
-"""What mkdocs adds at build time: pages that are made from the code and from the notebooks.
+"""Pages that mkdocs generates at build time, from the code and the notebooks.
 
-commands.md          the command line, from the tree that `xlvlm` runs
-notebooks/*.md       the notebooks, with the outputs that are stored in them
+commands.md          the command line, from the commands of `xlvlm`
+notebooks/*.md       the notebooks, with their stored outputs
 
-A page that would load anything from another host ends the build.
+The build fails if a page would load anything from another host.
 """
 
 import inspect
@@ -17,13 +17,13 @@ import typer
 PAGE = "commands.md"
 _HEAD = """# Command line
 
-`xlvlm COMMAND --help` says the same in the terminal. A command exits with status 2 for bad
+`xlvlm COMMAND --help` shows the same in the terminal. Commands exit with status 2 for bad
 arguments or input and with 1 for a failed run; `xlvlm --debug COMMAND` shows the traceback.
 """
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that are made here to those of the folder."""
+    """Adds the generated pages to those in the folder."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, PAGE, content=commands()))
@@ -34,16 +34,20 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Raises for a page that loads a script, a style, a font or a picture from another host."""
+    """Checks that a page loads no script, style, font or picture from another host.
+
+    Raises:
+        PluginError: it does.
+    """
     from mkdocs.exceptions import PluginError
 
     if found := loads(output):
-        raise PluginError(f"{page.file.src_uri} loads {found[0]}; keep the file beside the page")
+        raise PluginError(f"{page.file.src_uri} loads {found[0]}; store the file next to the page")
     return output
 
 
 def loads(html: str) -> list[str]:
-    """Returns the addresses on other hosts that a browser fetches to show a page."""
+    """Returns the addresses on other hosts that a browser loads to show a page."""
     return [address for pattern in _LOADS for address in pattern.findall(html)]
 
 
@@ -60,7 +64,7 @@ _LOADS = (
 
 
 def notebook(path: Path) -> dict[str, str | bytes]:
-    """Returns {file name: content}: a notebook with its outputs as a page, and its pictures."""
+    """Returns {file name: content} of a notebook's page, with outputs, and of its pictures."""
     from nbconvert import MarkdownExporter
 
     text, resources = MarkdownExporter().from_filename(
@@ -70,7 +74,7 @@ def notebook(path: Path) -> dict[str, str | bytes]:
 
 
 def commands() -> str:
-    """Returns the page: a heading per command, how it is called, and a table of its options."""
+    """Returns the page: for each command a heading, its usage, and tables of its options."""
     from xlvlm_jax.cli import app
 
     root = typer.main.get_command(app)
@@ -79,7 +83,7 @@ def commands() -> str:
 
 
 def _below(context: Any, command: Any, level: int) -> Iterator[str]:
-    """The text of each command of a group, and after it that of the commands below it."""
+    """Yields the text of each command in a group, followed by its subcommands."""
     for name, each in getattr(command, "commands", {}).items():
         inner = each.make_context(name, [], parent=context, resilient_parsing=True)
         yield f"{'#' * level} {inner.command_path}\n"
@@ -92,7 +96,7 @@ def _below(context: Any, command: Any, level: int) -> Iterator[str]:
 
 
 def _parameters(context: Any, command: Any) -> Iterator[str]:
-    """A table of the arguments, and one per panel of options in the help."""
+    """Yields a table of the arguments, and one per help panel of options."""
     panels: dict[str, list[str]] = {}
     for parameter in command.params:
         record = parameter.get_help_record(context)

@@ -10,7 +10,7 @@ NOTEBOOKS = sorted((Path(__file__).parent / "notebooks").glob("*.ipynb"))
 
 
 def run(path: Path, directory: Path) -> nbformat.NotebookNode:
-    """Returns a notebook as it ran in a directory, without what it wrote to standard error."""
+    """Runs a notebook in a directory and returns it with its outputs, without standard error."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(directory)}}
     options = {"timeout": 600, "kernel_name": "python3", "record_timing": False}
@@ -24,7 +24,7 @@ def run(path: Path, directory: Path) -> nbformat.NotebookNode:
 
 
 def main() -> None:
-    """Runs all of them, each in a directory of its own."""
+    """Runs all notebooks, each in its own directory."""
     for path in NOTEBOOKS:
         with tempfile.TemporaryDirectory() as directory:
             notebook = run(path, Path(directory))

@@ -1,4 +1,4 @@
-"""Makes the pictures and the console output of the quick start again: `python docs/pictures.py`.
+"""Regenerates the pictures and the console output of the quick start: `python docs/pictures.py`.
 
 Runs the demo (about two minutes on two cores) and keeps what the pages show.
 """
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def draw(concepts: Concepts, path: Path) -> None:
-    """Draws some concepts, a row each: words, and the pictures that activate them most.
+    """Draws some concepts, one per row: words, and the pictures that activate them most.
 
     Takes the concepts that are the strongest of the most samples and named by different words.
     """
@@ -67,7 +67,7 @@ def draw(concepts: Concepts, path: Path) -> None:
             axes.axis("off")
     figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
     figure.savefig(path)
-    # 64 colours are enough for drawn scenes, and a third of the bytes.
+    # 64 colours are enough for drawn scenes and save two thirds of the bytes.
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
