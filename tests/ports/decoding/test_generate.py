@@ -152,7 +152,7 @@ class TestLengths:
         np.testing.assert_array_equal(ours[:, 0], np.argmax(logits, -1))
 
     def test_no_token_at_all_is_refused(self, small, twins):
-        with helpers.raises_line(ValueError, "max_new_tokens is 0; expected at least 1"):
+        with helpers.raises_line(ValueError, "max_new_tokens is 0; expected a whole number >= 1"):
             small.vlm.generate(twins, max_new_tokens=0)
 
     def test_a_handful_of_programs_serves_prompts_of_all_lengths(self, small):

@@ -78,7 +78,7 @@ def test_a_sample_is_passed_over_if_one_version_of_its_prompt_is_refused(vlm, tm
     ("name", "size", "message"),
     [
         ("qwen2_vl", (500, 2), "aspect ratio must be smaller than 200, got 250"),
-        ("molmo", (12, 10), "has 12 x 10 pixels, less than a patch"),
+        ("molmo", (12, 10), "has 12 x 10 pixels, expected at least a patch"),
     ],
 )
 def test_a_picture_that_the_processor_refuses(tmp_path, name, size, message):

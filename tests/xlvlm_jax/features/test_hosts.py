@@ -109,7 +109,7 @@ def test_hosts_decompose_as_one(alone, tmp_path):
     [
         ("host", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
         ("host:1,2,x", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
-        ("host:1,2,2", "host index is 2; expected 0 to 1, of 2 hosts"),
+        ("host:1,2,2", "host index is 2; expected 0 to 1 for 2 hosts"),
     ],
 )
 def test_hosts_that_name_none(xlvlm, tmp_path, text, message):

@@ -321,8 +321,8 @@ class TestConfiguration:
         ("text", "vision", "parts"),
         [
             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, {}, ("yarn",)),
-            ({}, {"embed_dim": 30}, ("embed_dim 30", "3 heads")),
-            ({}, {"hidden_size": 44}, ("44", "60", "the same")),
+            ({}, {"embed_dim": 30}, ("embed_dim is 30", "3 heads")),
+            ({}, {"hidden_size": 44}, ("44", "60", "decoder's width")),
             ({}, {"hidden_act": "swoosh"}, ("swoosh",)),
             (
                 {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
