@@ -321,7 +321,7 @@ class TestMessages:
     def test_images_without_their_masks(self, vlm, expected):
         inputs = inputs_of(expected, 0)
         del inputs["image_masks"]
-        self.check(vlm, inputs, "inputs have images, image_input_idx alone")
+        self.check(vlm, inputs, "inputs have only images, image_input_idx")
 
     def test_crops_of_another_size(self, vlm, expected):
         inputs = inputs_of(expected, 0)
@@ -345,7 +345,7 @@ class TestConfiguration:
             ({"intermediate_size": 191}, ("191",)),
             ({"vision_config": {"num_positions": 50}}, ("num_positions is 50", "65")),
             ({"vision_config": {"image_size": [112, 98]}}, ("[112, 98]",)),
-            ({"vision_config": {"vit_layers": [-10]}}, ("layer -10", "has 9")),
+            ({"vision_config": {"vit_layers": [-10]}}, ("layer -10", "-9 to 8")),
         ],
         ids=str,
     )

@@ -194,5 +194,5 @@ def test_two_features_at_one_position_are_refused(made):
     places = inputs["image_input_idx"].reshape(-1)  # a view
     count = (places >= 0).sum()
     places[places < 0] = places.max()
-    with helpers.raises_line(ValueError, f"sends {len(places)} features to {count} positions"):
+    with helpers.raises_line(ValueError, f"maps {len(places)} features to {count} positions"):
         vlm.forward(inputs)
