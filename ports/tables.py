@@ -17,6 +17,9 @@ def html_table(rows: Rows, *, head: Sequence[Any] = (), title: str = "") -> Mark
         head: names of the columns; empty for none.
         title: the table's caption.
 
+    Returns:
+        The HTML.
+
     >>> str(html_table([("a", 1)], head=["name", "<b>"])).partition("<tbody>")[0]
     '<table><thead><tr><th>name</th><th>&lt;b&gt;</th></tr></thead>'
     """
