@@ -77,7 +77,7 @@ def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
 
     Source: Hoyer 2004, section 3.1.
     """
-    root = float(np.sqrt(activations.shape[1]))
+    root = float(np.sqrt(np.shape(activations)[1]))
     if not len(activations) or root == 1:
         return float("nan")
     if not is_traced(activations):
