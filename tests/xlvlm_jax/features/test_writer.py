@@ -402,7 +402,7 @@ def spoil_line(file, number):
         (widen, r"norm: shape \[20, 2147483648\] in chunks of .* expected chunks of whole rows"),
         (edit_manifest(format="other"), "format 'other', expected 'xlvlm-features'"),
         (edit_manifest(version=9), "format version 9, expected 1"),
-        (edit_manifest(bytes=None), "key 'bytes' missing"),
+        (edit_manifest(bytes=None), "key 'bytes' is missing"),
         (edit_manifest(rows=10**6), "20 rows, expected 1000000"),
         (edit_manifest(samples=21), "samples.jsonl: 20 samples, expected 21"),
         (lambda p: os.truncate(p / CHUNK, 100), "norm/c/0/0: chunk is 100 bytes, expected "),

@@ -45,7 +45,7 @@ def test_a_concept_that_all_activate_alike_has_no_score():
 
 
 def test_messages():
-    with pytest.raises(ValueError, match="activations of 3 samples but 2 images; expected one a"):
+    with pytest.raises(ValueError, match="activations of 3 samples but 2 images; expected one per"):
         metrics.monosemanticity(np.ones((3, 1)), np.eye(2))
     with pytest.raises(ValueError, match="similarity needs two images or more, got 1"):
         metrics.mean_similarity(np.eye(2)[:1])
