@@ -1,6 +1,6 @@
-"""Model x data -> features: the rows of Z of every captured site, written batch by batch.
+"""Extracts features from data with a model: rows of Z for every captured site, batch by batch.
 
-Images are read and preprocessed ahead of the model; while one batch is computed, the one before it
+Images are read and preprocessed ahead of the model; while one batch is computed, the previous one
 is written. Only the selected rows leave the device.
 """
 
@@ -50,40 +50,47 @@ def extract(
     ignore_disk: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Extracts features into a directory; goes on where an interrupted run of the same stopped.
+    """Extracts features into a directory, resuming an interrupted run with the same arguments.
+
+    With several hosts (`jax.distributed`) each calls this with the same arguments and a model on
+    its own devices; `output` is on a disk that all of them see. See
+    `xlvlm_jax.features.multi_host`.
 
     Args:
         vlm: the model.
         samples: the data, in order.
-        output: the directory of features, new or of a run that was interrupted.
+        output: directory of the features: new, or of an interrupted run.
         settings: what to extract.
-        finetuned: a fine-tuned version of the model, run on the same batches: its states stand
-            beside the model's, site by site, as `finetuned_site(site)`. Samples are stored once;
-            a row is one that both have. What the two models share is computed once under teacher
-            forcing; in generation each goes its own way, and `tokens` and `positions` are the
-            model's.
-        source: where the samples come from, free for the caller; kept in the manifest.
-        strict: stop at an image that can't be read, a sample that the processor refuses, or a
-            state that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping
-            the sample. What was computed before is kept.
-        workers: threads that read images; None: one a core, at most 16.
+        finetuned: a fine-tuned version of the model, run on the same batches: its states are stored
+            next to the model's, site by site, as `finetuned_site(site)`. Samples are stored once; a
+            row is one that both have. Under teacher forcing, what the two models share is computed
+            once; in generation each continues with its own tokens, and `tokens` and `positions` are
+            the model's.
+        source: where the samples come from, in any form; kept in the manifest.
+        strict: stop at an image that can't be read, a sample that the processor refuses, or a state
+            that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping the
+            sample. What was computed before is kept.
+        workers: number of threads that read images; None for one per core, at most 16.
         ignore_disk: start even if the disk may be too small.
-        progress: called after each batch with (samples done, samples in all, rows); of several
-            hosts, those of this one.
+        progress: called after each batch with (samples done, total, rows); with several hosts,
+            those of this host.
 
-    On several hosts (`jax.distributed`) each calls this with the same arguments and a model on
-    its own devices; `output` lies where all of them see it. See `xlvlm_jax.features.multi_host`.
+    Returns:
+        counts of the whole directory, and timings of this run.
 
     Raises:
-        ValueError: an unknown site, no samples, other arguments than the directory was begun with,
-            a selection that keeps nothing of any sample (the words looked for are named), or,
-            if strict, a sample that gives no rows.
+        ValueError: a site is unknown, there are no samples, the directory was started with other
+            arguments, the selection keeps nothing of any sample (the words are named), or, if
+            strict, a sample gives no rows.
         OSError: the directory can't be written, or its disk has no room for all rows that the
             samples may give.
     """
     began = time.perf_counter()
     if not samples:
-        raise ValueError("there are no samples to extract from; check the data and its selection")
+        raise ValueError(
+            "there are no samples to extract from; check the data and the options that select "
+            "samples"
+        )
     if settings.mode == "teacher-forcing":
         for sample in samples:
             reference(sample)
@@ -136,7 +143,7 @@ class _Run:
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def write(self, groups: Sequence[Any], commit: Callable[..., None], root: Path | None) -> None:
-        """root: what pictures are named relative to."""
+        """Runs the groups; `root` is what the names of pictures are relative to."""
 
         def named(number: int, described: list[dict[str, Any]], *arrays: Any) -> None:
             for entry in described:
@@ -160,7 +167,7 @@ class _Run:
 
 
 def _alone(run: _Run, progress: Progress | None) -> None:
-    """Batch after batch into the features themselves."""
+    """Writes one batch after another into the final features."""
     with run.open() as writer:
         if writer.complete:
             return
@@ -177,10 +184,10 @@ def _alone(run: _Run, progress: Progress | None) -> None:
 
 
 def _over_hosts(run: _Run, progress: Progress | None) -> None:
-    """The blocks of this host into parts; host 0 puts all parts together."""
+    """Writes this host's blocks as parts, which host 0 merges."""
     writer, told = None, {}
     if hosts.is_first():
-        # What is wrong is said on every host, so that none waits for another.
+        # Errors are raised on every host, so that none waits for another.
         try:
             writer = run.open()
             told = {"complete": writer.complete, "done": writer.samples_done}
@@ -231,7 +238,7 @@ def _complete(run: _Run, writer: FeaturesWriter) -> None:
 
 
 def _described(vlm: VLM, settings: Settings) -> dict[str, Any]:
-    """The model, so that a run goes on with no other; the fingerprint is the checkpoint's."""
+    """Describes the model, so that a run is only resumed with the same one, by its fingerprint."""
     described: dict[str, Any] = dict(model_of(vlm))
     if settings.mode == "generate" and vlm.logits_options:
         described["generation_config"] = vlm.logits_options
@@ -259,11 +266,11 @@ def _why_no_rows(output: Path, model: Model) -> str:
     if model.finder is not None:
         return (
             f"no sample of {read} predicted {selection.argument!r}; looked for {model.finder}; "
-            f"take more samples, or a word that the model's answers hold{rest}"
+            f"use more samples, or a word that occurs in the model's answers{rest}"
         )
     return (
-        f"the selection {selection} keeps no position of any of {read} samples; "
-        f"choose another{rest}"
+        f"the selection {selection} keeps no position of any of {read} samples; choose another "
+        f"selection{rest}"
     )
 
 

@@ -66,7 +66,7 @@ def test_full_on_the_way(namespaces, pictures, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "status 1" in run.stderr
     told = next(line for line in run.stderr.splitlines() if line.startswith("error: "))
-    assert "cannot write features to disk/features: " in told and "has room" in told
+    assert "cannot write features to disk/features: " in told and "enough space" in told
     assert digests(tmp_path / "found") == digests(tmp_path / "whole")
 
 
