@@ -19,6 +19,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
     output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
     images: Images = None,
+    picture_mb: Annotated[
+        float,
+        typer.Option(help="Megabytes for pictures; more shows more of each concept's.", min=0),
+    ] = 3.0,
     overwrite: Overwrite = False,
 ) -> None:
     """A run directory -> one self-contained HTML page."""
@@ -26,4 +30,6 @@ def report(
 
     refuse_existing(output or run / "report.html", overwrite)
     tell = functools.partial(errors.print, style="yellow", markup=False)
-    console.print(f"{write_report(run, output, images=images, tell=tell)}")
+    room = round(picture_mb * 1e6)
+    path = write_report(run, output, images=images, picture_bytes=room, tell=tell)
+    console.print(f"{path}")

@@ -5,24 +5,24 @@ N rows of the features, K concepts, V values of an attribute.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ports.messages import few
 from xlvlm_jax.concepts.grounding import largest
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.metrics.labels import Labels
+from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
 from xlvlm_jax.report.thumbnails import Histogram, histogram
 
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4
 COLUMNS = 16  # concepts copied at a time: one cache line of float32, so each row is read once
-NONE = -1  # in an assignment, a row that activates no concept
 
 
 class Picture(NamedTuple):
@@ -32,6 +32,7 @@ class Picture(NamedTuple):
     caption: str  # the model's prediction
     activation: float
     sample: str
+    asked: str = ""  # the question and people's answer to it, if there are
 
 
 class Attribute(NamedTuple):
@@ -48,6 +49,13 @@ class Attribute(NamedTuple):
         return self.share / self.base
 
 
+class Own(NamedTuple):
+    """The n rows that activate a concept more than any other, the strongest first."""
+
+    rows: Int[np.ndarray, " n"]
+    activations: Float[np.ndarray, " n"]
+
+
 @dataclass(frozen=True)
 class Card:
     """One concept."""
@@ -61,6 +69,10 @@ class Card:
     histogram: Histogram
     pictures: list[Picture]  # strongest activation first
     attributes: list[Attribute]
+    own: Own
+    stability: float | None = None
+    more: list[Picture] = field(default_factory=list)  # those of its own rows that fit on the page
+    has_all: bool = True  # whether these are all of them
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,9 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
             f" {few(features.sites)}; decompose these features again"
         )
 
-    assignment = assign(activations)
+    assignment = strongest_concept(activations)
     tables = count_attributes(assignment, K, attributes)
+    stability = concepts.stability
     cards = []
     for k, column in _columns(activations):
         own = assignment == k
@@ -167,6 +180,8 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
                 histogram=histogram(column, own),
                 pictures=top_pictures(column, features),
                 attributes=typical_attributes(k, tables),
+                own=_own(column, own),
+                stability=None if stability is None else float(stability[k]),
             )
         )
     cards.sort(key=lambda card: (-card.count, -card.mean, card.number))
@@ -183,9 +198,23 @@ def _columns(
         yield from enumerate(together, first)
 
 
-def assign(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
-    """Returns the most activated concept of each row; NONE for a row of zeros."""
-    return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
+def _own(activations: Float[np.ndarray, " N"], own: Bool[np.ndarray, " N"]) -> Own:
+    rows = np.flatnonzero(own & (activations > 0))
+    rows = rows[np.argsort(-activations[rows], kind="stable")]
+    return Own(rows, activations[rows])
+
+
+def own_pictures(card: Card, features: Features) -> Iterator[Picture]:
+    """Yields the pictures of a concept's own rows that are not among its `pictures`, each once.
+
+    Samples are read one by one, as they are asked for; the strongest activation comes first.
+    """
+    seen = {_key(picture) for picture in card.pictures}
+    for row, activation in zip(*card.own, strict=True):
+        picture = _picture(int(row), float(activation), features)
+        if _key(picture) not in seen:
+            seen.add(_key(picture))
+            yield picture
 
 
 def top_pictures(
@@ -205,14 +234,27 @@ def top_pictures(
     for row in _strongest_first(activations, count):
         if len(pictures) == count or activations[row] <= 0:
             break
-        number = int(features.sample_rows[row])
-        sample = features.samples[number]
-        name = str(sample.get("id", number))
-        image = sample.get("image")
-        caption = str(sample.get("prediction") or "")
-        picture = Picture(image and str(image), caption, float(activations[row]), name)
-        pictures.setdefault(picture.image or f"sample {name}", picture)
+        picture = _picture(int(row), float(activations[row]), features)
+        pictures.setdefault(_key(picture), picture)
     return list(pictures.values())
+
+
+def _picture(row: int, activation: float, features: Features) -> Picture:
+    number = int(features.sample_rows[row])
+    sample = features.samples[number]
+    image, question, answer = (sample.get(name) for name in ("image", "question", "answer"))
+    return Picture(
+        image=image and str(image),
+        caption=str(sample.get("prediction") or ""),
+        activation=activation,
+        sample=str(sample.get("id", number)),
+        asked=" – ".join(str(text) for text in (question, answer) if text),
+    )
+
+
+def _key(picture: Picture) -> str:
+    """Tells pictures apart: several rows may show one."""
+    return picture.image or f"sample {picture.sample}"
 
 
 def _strongest_first(activations: Float[np.ndarray, " N"], count: int) -> Iterator[int]:

@@ -1,8 +1,6 @@
 """Reads a run directory, renders it as a page and writes the page."""
 
-import dataclasses
 import importlib.resources
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +14,13 @@ from markupsafe import Markup
 from xlvlm_jax.concepts.scores.attributes import known_attributes
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.cards import Section, read_section
+from xlvlm_jax.report.pictures import choose_pictures
 from xlvlm_jax.report.scores_section import KEYS as SCORES
 from xlvlm_jax.report.scores_section import read_scores
 from xlvlm_jax.report.shift_section import read_shifts, shown_images
 from xlvlm_jax.report.steering_section import read_steering
 from xlvlm_jax.report.steering_section import shown_images as shown_steering
-from xlvlm_jax.report.thumbnails import Thumbnail, not_shown, thumbnails
+from xlvlm_jax.report.thumbnails import BUDGET, not_shown
 from xlvlm_jax.storage import atomic, damaged
 from xlvlm_jax.storage.pictures import store_features
 
@@ -36,6 +35,7 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     images: str | os.PathLike[str] | None = None,
+    picture_bytes: int = BUDGET,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a run directory as a self-contained HTML page.
@@ -48,6 +48,8 @@ def write_report(
         run: the run directory.
         output: the file to write; by default report.html in the run directory.
         images: directory that holds the pictures now, if they were moved without the run.
+        picture_bytes: maximum size of all thumbnails together. What the most activating pictures of
+            the concepts leave goes to further pictures, which the page shows on a click.
         tell: called with a message if pictures can't be shown; the page shows the message too.
 
     Returns:
@@ -64,13 +66,14 @@ def write_report(
             f"{run}: no such run directory; give one such as `xlvlm demo` writes"
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
-        text = _render(run, images, tell)
+        text = _render(run, images, picture_bytes, tell)
     return _store(run / "report.html" if output is None else Path(output), text)
 
 
 def _render(
     run: Path,
     images: str | os.PathLike[str] | None,
+    picture_bytes: int,
     tell: Callable[[str], None] | None,
 ) -> str:
     steering = read_steering(run, images)
@@ -90,57 +93,45 @@ def _render(
         sections = [read_section(directory, features, attributes) for directory in directories]
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     shifts = read_shifts(run, images)
-    shown = _in_order(sections, [*shown_images(shifts), *shown_steering(steering)])
-    small = thumbnails(shown, (run, run.parent))
+    shown = choose_pictures(
+        [(section, features) for section in sections if features is not None],
+        [*shown_images(shifts), *shown_steering(steering)],
+        (run, run.parent),
+        picture_bytes,
+    )
     left_out = None
-    if len(small) < len(shown):
-        sections = [_with_shown(section, small) for section in sections]
+    if shown.left_out:
         left_out = (
-            f"{number(len(shown) - len(small))} of {number(len(shown))}, those that activate each"
-            " concept less, are left out to keep the page small"
+            f"{number(shown.left_out)} of {number(shown.asked_for)}, those that activate each"
+            " concept less, are left out to keep the page small (--picture-mb)"
         )
-    unseen = not_shown(small)
+    unseen = not_shown(shown.thumbnails)
     if unseen and tell is not None:
         tell(f"{unseen}; give the directory that holds them (--images)")
     page = _environment().get_template("page.html.jinja")
     return page.render(
         about=_about(settings, features, sections),
-        sections=sections,
+        sections=shown.sections,
         scores=_attribute_scores(scores),
         dictionaries=read_scores(run, scores),
         shifts=shifts,
         steering=steering,
         groups=list(_settings(run, settings, scores, features, sections)),
         attributes_known=bool(attributes),
-        thumbnails=small,
+        thumbnails=shown.thumbnails,
         unseen="; ".join(filter(None, (unseen, left_out))),
         unit="samples"
         if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
         else "rows",
-        css=Markup((importlib.resources.files(_PACKAGE) / "page.css").read_text("utf-8")),
+        css=_part("page.css"),
+        script=_part("page.js"),
         blank=BLANK,
     )
 
 
-def _in_order(sections: Iterable[Section], others: Iterable[str]) -> list[str]:
-    """Returns every picture once: each concept's first, then `others`, then the rest."""
-    ranked = itertools.zip_longest(
-        *([p.image for p in card.pictures] for section in sections for card in section.cards)
-    )
-    first = next(ranked, ())
-    found = (*first, *others, *itertools.chain.from_iterable(ranked))
-    return list(dict.fromkeys(image for image in found if image))
-
-
-def _with_shown(section: Section, small: Mapping[str, Thumbnail]) -> Section:
-    """Returns the section without the pictures that did not fit on the page."""
-    cards = [
-        dataclasses.replace(
-            card, pictures=[p for p in card.pictures if not p.image or p.image in small]
-        )
-        for card in section.cards
-    ]
-    return dataclasses.replace(section, cards=cards)
+def _part(name: str) -> Markup:
+    """Returns a file that the page includes as it is."""
+    return Markup((importlib.resources.files(_PACKAGE) / name).read_text("utf-8"))
 
 
 def _environment() -> Environment:

@@ -1,9 +1,6 @@
 """Thumbnails as data URIs and histograms as counts, for the page."""
 
-import base64
-import io
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from xlvlm_jax.data.images import read_image
+from xlvlm_jax.data.images import data_uri, read_image
 
 NUM_BINS = 24
 CROWDED = 0.9  # with more than this share of rows in one equal-width bin, bins get equal ratios
-# Longest side of a thumbnail in pixels: the largest at which all thumbnails fit into the budget.
+# Longest side of a thumbnail in pixels: the largest at which all thumbnails fit into their room.
 # Below the last, thumbnails would look blurred on the page, so some are left out instead.
 SIDES = (224, 160, 128, 96)
-BUDGET = 1_400_000  # bytes of all thumbnails on a page, in base64
+BUDGET = 3_000_000  # bytes of all thumbnails on a page, in base64
 
 
 class Histogram(NamedTuple):
@@ -75,42 +72,58 @@ class Thumbnail(NamedTuple):
 
 
 def thumbnails(
-    images: Iterable[str], roots: Iterable[Path] = (), *, budget: int = BUDGET
+    images: Iterable[str],
+    roots: Iterable[Path] = (),
+    *,
+    budget: int = BUDGET,
+    room: float = 1.0,
+    sides: Sequence[int] = SIDES,
+    first: int = 0,
 ) -> dict[str, Thumbnail]:
     """Returns a thumbnail of each image; each image is read once.
 
     Args:
         images: paths, the most important first; a relative path is looked up in the working
-            directory, then in each of `roots`.
+            directory, then in each of `roots`. Not asked for more than the budget holds.
         roots: directories.
-        budget: maximum size of all data URIs together, in bytes. Thumbnails shrink to meet it; if
-            the smallest size still exceeds it, the last images are left out.
+        budget: maximum size of all data URIs together, in bytes. If the smallest size exceeds it,
+            the last images are left out.
+        room: share of the budget that thumbnails shrink to meet; the smallest may take all of it.
+        sides: longest sides to try, in pixels, in descending order.
+        first: number of the first thumbnail, which its CSS class holds.
 
     Returns:
         {image as given: Thumbnail}.
     """
     small: dict[str, Image.Image | str] = {}
-    for name in dict.fromkeys(images):
+    uris: dict[str, str | None] = {}
+    spent = 0
+    for name in images:
+        if name in small:
+            continue
         try:
             picture = read_image(_find(name, roots))
         except (OSError, ValueError) as error:
-            small[name] = str(error)
-        else:
-            picture.thumbnail((SIDES[0], SIDES[0]), Image.Resampling.LANCZOS)
-            small[name] = picture
-    uris: dict[str, str | None] = {}
-    for side in SIDES:
-        uris = {
-            name: None if isinstance(picture, str) else _data_uri(picture, side)
-            for name, picture in small.items()
-        }
-        if sum(len(uri) for uri in uris.values() if uri) <= budget:
+            small[name], uris[name] = str(error), None
+            continue
+        picture.thumbnail((sides[0], sides[0]), Image.Resampling.LANCZOS)
+        uri = data_uri(picture, sides[-1])
+        spent += len(uri)
+        if spent > budget:
             break
-    spent = itertools.accumulate(len(uri or "") for uri in uris.values())
+        small[name], uris[name] = picture, uri
+    else:
+        for side in sides[:-1]:
+            larger = {
+                name: None if isinstance(picture, str) else data_uri(picture, side)
+                for name, picture in small.items()
+            }
+            if sum(len(uri) for uri in larger.values() if uri) <= room * budget:
+                uris = larger
+                break
     return {
         name: Thumbnail(f"p{number}", uris[name], picture if isinstance(picture, str) else None)
-        for number, ((name, picture), total) in enumerate(zip(small.items(), spent, strict=True))
-        if total <= budget
+        for number, (name, picture) in enumerate(small.items(), first)
     }
 
 
@@ -129,12 +142,3 @@ def not_shown(small: Mapping[str, Thumbnail]) -> str | None:
 def _find(name: str, roots: Iterable[Path]) -> Path:
     places = [Path(name), *(root / name for root in roots)]
     return next((place for place in places if place.is_file()), places[0])
-
-
-def _data_uri(picture: Image.Image, side: int) -> str:
-    if max(picture.size) > side:
-        picture = picture.copy()
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

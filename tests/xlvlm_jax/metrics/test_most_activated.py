@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from xlvlm_jax import metrics
+from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
 
 CODES = np.array([[0.2, 0.9, 0.5], [0, 0, 0.3], [0, 0, 0], [-1, 2, -3.0]])
 
@@ -39,3 +40,18 @@ def test_what_is_chosen_is_at_least_what_is_not(codes, count):
 def test_the_number_is_at_least_one():
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         metrics.top_concepts(CODES, 0)
+
+
+def test_a_row_belongs_to_its_largest_activation_or_to_none():
+    activations = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [-1.0, -2.0]])
+    assert strongest_concept(activations).tolist() == [1, 0, NONE, 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    npst.arrays(np.float32, (6, 4), elements=st.floats(0, 8, width=16), unique=True),
+    st.permutations(range(4)),
+)
+def test_permuting_concepts_permutes_the_assignment(activations, order):
+    renamed = strongest_concept(activations[:, order])
+    assert [order[k] for k in renamed] == strongest_concept(activations).tolist()

@@ -2,28 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
 from xlvlm_jax.metrics.labels import factorise
-from xlvlm_jax.report.cards import NONE, assign, count_attributes, typical_attributes
+from xlvlm_jax.report.cards import count_attributes, typical_attributes
 from xlvlm_jax.report.page import number, percent
-
-
-def test_a_row_belongs_to_its_largest_activation_or_to_none():
-    activations = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [-1.0, -2.0]])
-    assert assign(activations).tolist() == [1, 0, NONE, 0]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    npst.arrays(np.float32, (6, 4), elements=st.floats(0, 8, width=16), unique=True),
-    st.permutations(range(4)),
-)
-def test_permuting_concepts_permutes_the_assignment(activations, order):
-    renamed = assign(activations[:, order])
-    assert [order[k] for k in renamed] == assign(activations).tolist()
 
 
 def typical(own, attributes):

@@ -162,7 +162,8 @@ def test_concepts_before_grounding_and_samples_without_pictures(write_run, sampl
     page = page_of(run)
     text = " ".join(page.text)
     assert text.count("not grounded in words") == 3
-    assert len(page.all("span", **{"class": "shot missing"})) == 15
+    # 5 of each concept, and behind a click what else is its own: rows 6, 14 and 3 of them.
+    assert len(page.all("span", **{"class": "shot missing"})) == 5 * 3 + 1 + 9
     assert "attribute" not in text
 
 
@@ -218,3 +219,37 @@ def test_damaged_json(write_run, activations):
     (run / "run.json").write_text("[]")
     with pytest.raises(ValueError, match=r"run.json: expected a JSON object, got a list"):
         write_report(run)
+
+
+def test_all_pictures_of_a_concept_open_on_a_click(write_run, activations):
+    run = write_run(activations)
+    page = page_of(run)
+    summaries = re.findall("<summary>(.*?)</summary>", (run / "report.html").read_text())
+    assert summaries == ["All 14 pictures", "All 6 pictures"]  # the third has no more than 5
+    assert len(page.all("details")) == 2 and not page.all("details", open=None)
+    assert len(page.all("img", width="72", height="72")) == 10
+    text = write_report(run, picture_bytes=70_000).read_text()
+    assert "All 14 pictures" not in text and "xlvlm report --picture-mb lets more in" in text
+
+
+def test_every_picture_has_its_place(write_run, activations):
+    for image in page_of(write_run(activations)).all("img"):
+        assert int(image["width"]) > 0 and int(image["height"]) > 0
+
+
+def test_search_and_order_have_what_they_ask_for(write_run, samples, activations):
+    """page.js reads these; they are hidden where it does not run."""
+    samples = [s | {"question": "Is it <b>?", "answer": "yes"} for s in samples]
+    page = page_of(write_run(activations, samples=samples))
+    (tools,) = page.all("p", **{"class": "tools"})
+    assert "hidden" in tools
+    options = [option["value"] for option in page.all("option")]
+    assert options == ["share", "mean", "active", "number", "words"]
+    for card in page.all("article"):
+        assert {f"data-{option}" for option in options} <= card.keys()
+    first = page.all("article")[0]
+    assert (first["data-words"], first["data-active"]) == ("word1 other1", "23")
+    assert {shot["data-asked"] for shot in page.all("button", **{"class": "shot"})} == {
+        "Is it <b>? – yes"
+    }
+    assert page.all("input", type="search")
