@@ -142,7 +142,9 @@ def ask_to_end(campaign: Campaign, number: signal.Signals, rng: random.Random) -
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
             seconds.append(time.perf_counter() - began)
-            said += "the same command goes on" in errors and process.returncode == 128 + number
+            said += (
+                "run the same command to resume" in errors and process.returncode == 128 + number
+            )
         else:
             process.communicate()
     campaign.wait(campaign.start(output, 1))

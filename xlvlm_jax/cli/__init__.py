@@ -1,4 +1,4 @@
-"""The command line: parses, calls, saves. Every command is one stage between directories."""
+"""The command line: parses, calls, saves. Every command is a stage that reads and writes files."""
 
 import contextlib
 import sys
@@ -40,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _debug = False
-# Typer exports the parameter error, whose base is that of all errors in a command's arguments.
+# Typer does not export the base class of all argument errors, only this subclass.
 _UsageError: Any = typer.BadParameter.__base__
 
 
@@ -52,10 +52,12 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback if a command fails.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Concept-based explanation and steering of vision-language models."""
@@ -64,7 +66,7 @@ def options(
     keep_programs()
 
 
-# In the order in which `xlvlm --help` lists them.
+# `xlvlm --help` lists the commands in this order.
 for command in (
     demo.demo,
     inspect.inspect,
@@ -89,7 +91,7 @@ app.add_typer(steer.steer, name="steer")
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Ends the process with one line and a status: 2 for bad input, 1 for a failed run."""
+    """Turns an exception into one line and an exit status: 2 for bad input, 1 for a failed run."""
 
     def fail(message: str, status: int) -> None:
         if _debug:
@@ -113,11 +115,11 @@ def _one_line_errors() -> Iterator[None]:
         fail(" ".join(str(error).split()), 2 if isinstance(error, FileExistsError) else 1)
     except Exception as error:
         text = " ".join(str(error).split())[:500]
-        fail(f"{type(error).__name__}: {text} (--debug before the command shows where)", 1)
+        fail(f"{type(error).__name__}: {text} (for a traceback: xlvlm --debug COMMAND)", 1)
 
 
 def main() -> None:
-    """The entry point of `xlvlm`."""
+    """Runs `xlvlm`."""
     with runtime.ending_on_signals(), _one_line_errors(), runtime.saying_compilations():
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -1,4 +1,4 @@
-"""What all commands share: the console, progress bars, common arguments, how a model is loaded."""
+"""What commands share: the console, progress bars, common options and loading a model."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,56 +26,65 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Model = Annotated[
     str,
-    typer.Argument(help="A checkpoint directory, a hub id, or 'embedded' for the demo's model."),
+    typer.Argument(help="A checkpoint directory, a Hub ID, or 'embedded' for the bundled model."),
 ]
-Site = Annotated[str | None, typer.Option(help="Which site's states; may be left out if one.")]
+Site = Annotated[
+    str | None, typer.Option(help="Site whose states to use; optional if there is only one.")
+]
 Mesh = Annotated[
     str | None,
     typer.Option(
-        help="DATAxMODEL, such as 2x4: batches over 2 and the model over 4 of this host's devices."
+        help="DATAxMODEL, such as 2x4: split each batch over 2 and the model over 4 of this host's "
+        "devices."
     ),
 ]
 ThroughNorm = Annotated[
     bool | None,
     typer.Option(
         "--through-norm/--no-through-norm",
-        help="Read words through the model's final norm, as the logit lens does, or by the head "
-        "alone, as XL-VLMs does; left out, through it where the states come before it.",
+        help="Decode words through the model's final norm and head (logit lens) or through the "
+        "head alone (XL-VLMs). Default: through the norm for sites before it.",
     ),
 ]
 Strict = Annotated[
     bool,
     typer.Option(
-        "--strict", help="Stop at a sample that can't be read or processed; else it is skipped."
+        "--strict", help="Stop at a sample that can't be read or processed, instead of skipping it."
     ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(help="The directory of the pictures now, if they were moved without the run."),
+    typer.Option(help="Directory that holds the images now, if they were moved."),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier command wrote there.")
-]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 IgnoreGenerationConfig = Annotated[
     bool,
     typer.Option(
         "--ignore-generation-config",
-        help="Leave out what the checkpoint's generation_config.json does to logits, such as a "
-        "repetition_penalty. Its end tokens stay.",
+        help="Ignore settings in the checkpoint's generation_config.json that change logits, such "
+        "as repetition_penalty. Its end tokens still apply.",
     ),
 ]
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Before the work begins: FileExistsError for a file, or a directory that is not empty."""
+    """Checks, before the work begins, that the output may be written.
+
+    Args:
+        output: a file or directory.
+        overwrite: whether an existing one may be replaced.
+
+    Raises:
+        FileExistsError: `output` is a file or a non-empty directory, and `overwrite` is False.
+    """
     if overwrite or not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    raise FileExistsError(f"{output} exists; name another output, or replace it by --overwrite")
+    raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
 
 
 def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
-    """A line for each sample that was passed over, with the reason."""
+    """Prints a line per skipped sample, with the reason."""
     for name, reason in dict(skipped).items():
         errors.print(f"skipped sample {name}: {reason}", style="yellow", markup=False)
 
@@ -88,11 +97,18 @@ def load_model(
     adapter: str | Path | None = None,
     mesh: tuple[int, int] | None = None,
 ) -> Any:
-    """A model, or its shapes alone; 'embedded' is the one that ships with the package.
+    """Loads a model and shows that it is loading.
 
-    adapter: the directory or hub id of a LoRA adapter to merge in, or the name of one of the
-    embedded model's ("color", "place", "mood").
-    mesh: how many devices of this host share the batches, and how many the model.
+    Args:
+        model: a checkpoint directory, a Hub ID, or "embedded" for the bundled model.
+        dtype: the dtype of the parameters.
+        abstract: whether to load only the shapes of the parameters.
+        adapter: the directory or Hub ID of a LoRA adapter to merge in, or the name of one of the
+            embedded model's adapters ("color", "place", "mood").
+        mesh: the number of this host's devices to split each batch over, and the model over.
+
+    Returns:
+        The `ports.VLM`.
     """
     import jax
 
@@ -100,7 +116,7 @@ def load_model(
     from xlvlm_jax.demo import embedded
 
     with console.status(f"loading {model}"):
-        # Of several hosts each has the whole model, on its own devices.
+        # Each host holds the whole model on its own devices.
         placed = None if mesh is None else ports.make_mesh(*mesh, devices=jax.local_devices())
         if abstract:
             return ports.load_abstract(model, dtype=dtype, mesh=placed)
@@ -110,7 +126,17 @@ def load_model(
 
 
 def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> Any:
-    """A fine-tuned version of a model: the LoRA adapter of that name merged in, or a checkpoint."""
+    """Loads a fine-tuned version of a model.
+
+    Args:
+        model: the original model, as in `load_model`.
+        finetuned: a LoRA adapter of it (directory, Hub ID or name) or another checkpoint.
+        dtype: the dtype of the parameters.
+        **placing: further arguments of `load_model`.
+
+    Returns:
+        The `ports.VLM`, with the adapter merged in.
+    """
     from ports.checkpoint import hub, peft_io
     from xlvlm_jax.demo import embedded
 
@@ -121,30 +147,60 @@ def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> An
 
 
 def as_it_generates(vlm: Any, ignore: bool) -> Any:
-    """A model that is about to generate, with the values of its generation_config.json or without.
+    """Returns the model with or without its generation_config.json, and prints what applies.
 
-    Those that apply are told. Raises ValueError for one that is not implemented.
+    Args:
+        vlm: the model.
+        ignore: whether to ignore settings that change logits.
+
+    Returns:
+        The `ports.VLM` to generate with.
+
+    Raises:
+        ValueError: a setting is not implemented.
     """
     if ignore:
         return vlm.with_generation_config({})
     name = "generation_config.json"
     applied = ", ".join(f"{key} {value!r:.40}" for key, value in vlm.logits_options.items())
     if applied:
-        console.print(f"{name}: {applied}; --ignore-generation-config leaves out", highlight=False)
+        console.print(
+            f"{name}: applying {applied}; --ignore-generation-config disables this", highlight=False
+        )
     if vlm.generation_config.get("do_sample"):
-        console.print(f"{name}: do_sample is left out, answers are greedy", highlight=False)
+        console.print(f"{name}: do_sample is ignored, decoding is greedy", highlight=False)
     return vlm
 
 
 def parse_mesh(text: str | None) -> tuple[int, int] | None:
-    """--mesh as `load_model` takes it. ValueError for what names none."""
+    """Parses --mesh into the form that `load_model` takes.
+
+    Args:
+        text: DATAxMODEL or None.
+
+    Returns:
+        (data, model) or None.
+
+    Raises:
+        ValueError: `text` has another form.
+    """
     import ports
 
     return None if text is None else ports.parse_mesh(text)
 
 
 def parse_where(text: str) -> str | dict[str, int]:
-    """--where as `ports.add` takes it. ValueError for what names no positions."""
+    """Parses --where into the form that `ports.add` takes.
+
+    Args:
+        text: the name of a set of positions, or from:INDEX.
+
+    Returns:
+        The name, or {"from": index}.
+
+    Raises:
+        ValueError: `text` does not name positions.
+    """
     from ports import add
 
     where: str | dict[str, int] = text
@@ -152,22 +208,24 @@ def parse_where(text: str) -> str | dict[str, int]:
         try:
             where = {"from": int(text.removeprefix("from:"))}
         except ValueError:
-            raise ValueError(f"--where is {text!r}; expected from:INDEX, such as from:5") from None
+            raise ValueError(
+                f"--where is {text!r}; expected from:INDEX with a whole number, such as from:5"
+            ) from None
     add([0.0], where=where)
     return where
 
 
 class _Rate(ProgressColumn):
-    """Steps a second."""
+    """Shows steps per second."""
 
     def render(self, task: Task) -> Text:
-        """The column's text."""
+        """Returns the column's text."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s")
 
 
 def progress_bars() -> Progress:
-    """Bars with rate, time left and a note, to be used as a context."""
+    """Returns progress bars with rate, remaining time and a note; use as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -181,7 +239,7 @@ def progress_bars() -> Progress:
 
 
 def bars(progress: Progress) -> Callable[[str], Callable[..., None]]:
-    """A function that starts a bar: bars(name) -> advance(done, total, rows=None)."""
+    """Returns a function that starts a bar: start(name) -> advance(done, total, rows=None)."""
 
     def start(name: str) -> Callable[..., None]:
         task = progress.add_task(name, total=None, note="")
@@ -197,10 +255,17 @@ def bars(progress: Progress) -> Callable[[str], Callable[..., None]]:
 
 @contextlib.contextmanager
 def solver_bar(name: str) -> Iterator[Tell | None]:
-    """On a terminal, a bar of a solver's updates with the objective, as `decompose` tells them."""
+    """Shows a bar with a solver's iterations and objective on a terminal.
+
+    Args:
+        name: the bar's label.
+
+    Yields:
+        The callback to pass to `decompose` as `progress`; None off a terminal or on several hosts.
+    """
     import jax
 
-    # Several hosts must run the same programs, whatever each has for a console.
+    # Several hosts must run the same programs, whether or not each has a terminal.
     if not console.is_terminal or jax.process_count() > 1:
         yield None
         return

@@ -1,4 +1,4 @@
-"""`xlvlm convert`: a checkpoint whose parameters every host reads in parts, in Orbax's format."""
+"""`xlvlm convert`: writes a checkpoint in Orbax's format, which each host can read in parts."""
 
 import os
 import shutil
@@ -9,21 +9,21 @@ import typer
 
 from xlvlm_jax.cli.console import Model, console, load_model
 
-# What lies beside the weights and describes them, the processor and the tokenizer.
+# Files beside the weights that describe them, the processor and the tokenizer.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 _NOT_COPIED = ("*.index.json", "params.json")
 
 
 def convert(
     model: Model,
-    output: Annotated[Path, typer.Option(help="The directory to write; new or empty.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
     dtype: Annotated[
-        str, typer.Option(help="Of what is written: float32, bfloat16, float16.")
+        str, typer.Option(help="Dtype of the written parameters: float32, bfloat16 or float16.")
     ] = "float32",
 ) -> None:
-    """A checkpoint -> the same with Orbax parameters, which a sharded load reads in parts."""
+    """Convert a checkpoint to Orbax parameters, which a sharded load reads in parts."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already and not empty; name a new directory")
+        raise FileExistsError(f"{output} exists and is not empty; name a new directory")
     vlm = load_model(model, dtype)
     with console.status(f"writing {output}"):
         _write(vlm, output)
@@ -32,7 +32,7 @@ def convert(
 
 
 def _write(vlm: Any, output: Path) -> None:
-    """Under a temporary name, then renamed: a directory of the right name is whole."""
+    """Writes under a temporary name, then renames: a directory with the final name is complete."""
     from ports.checkpoint import orbax_io
 
     temporary = output.with_name(f".{output.name}.tmp")
@@ -49,5 +49,5 @@ def _write(vlm: Any, output: Path) -> None:
 def _copy_descriptions(source: Path, target: Path) -> None:
     left_out = {file for pattern in _NOT_COPIED for file in source.glob(pattern)}
     for file in {file for pattern in _COPIED for file in source.glob(pattern)} - left_out:
-        # The hub's cache holds links to its files.
+        # Files in the Hub's cache are links: copy what they point to.
         shutil.copyfile(file, target / file.name)

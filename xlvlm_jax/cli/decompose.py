@@ -10,23 +10,31 @@ from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, peak_memor
 
 
 def decompose(
-    features: Annotated[Path, typer.Argument(help="A directory of features.")],
-    output: Annotated[Path, typer.Option(help="The directory of concepts to write.")],
-    num_concepts: Annotated[int, typer.Option(help="K.")] = 20,
-    method: Annotated[str, typer.Option(help="snmf (nndl), kmeans, pca or simple.")] = "snmf",
+    features: Annotated[Path, typer.Argument(help="Directory of features.")],
+    output: Annotated[Path, typer.Option(help="Directory of concepts to write.")],
+    num_concepts: Annotated[int, typer.Option(help="Number of concepts, K.")] = 20,
+    method: Annotated[
+        str,
+        typer.Option(help="snmf (semi-NMF, also called nndl), kmeans, pca or simple."),
+    ] = "snmf",
     site: Annotated[
         str | None,
         typer.Option(
-            help="Whose states; may be left out if there is one site. A pattern ('layers.*') that "
-            "fits several gives each of them a directory OUTPUT-SITE."
+            help="Site whose states to decompose; optional if there is only one. A pattern "
+            "('layers.*') that matches several writes one directory OUTPUT-SITE per site."
         ),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="snmf: weight of the codes' sum.")] = None,
-    tol: Annotated[float | None, typer.Option(help="When to stop; see the method.")] = None,
-    max_iter: Annotated[int | None, typer.Option(help="At most so many iterations.")] = None,
-    n_init: Annotated[int | None, typer.Option(help="Starts, of which the best is kept.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="snmf: weight of the L1 penalty on the codes.")
+    ] = None,
+    tol: Annotated[float | None, typer.Option(help="Tolerance of the stopping criterion.")] = None,
+    max_iter: Annotated[int | None, typer.Option(help="Maximum number of iterations.")] = None,
+    n_init: Annotated[
+        int | None, typer.Option(help="Number of random starts; the best result is kept.")
+    ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read the matrix tile by tile: it may exceed memory.")
+        bool,
+        typer.Option("--stream", help="Read the matrix in tiles, for a matrix larger than memory."),
     ] = False,
     overwrite: Overwrite = False,
     hosts: Hosts = None,
@@ -34,7 +42,7 @@ def decompose(
     profile: Profile = None,
     seed: Seed = 0,
 ) -> None:
-    """features/ -> concepts/. Rows are spread over all devices, of all hosts."""
+    """Learn concepts from features; rows are spread over all devices of all hosts."""
     join_hosts(hosts)
     from xlvlm_jax import Features
     from xlvlm_jax.concepts.stage import decompose_features
@@ -68,7 +76,7 @@ def decompose(
             )
         ended = "converged" if concepts.converged else "not converged: raise --max-iter"
         console.print(
-            f"{concepts.method}: {num_concepts} concepts of {concepts.source['rows']} rows, "
+            f"{concepts.method}: {num_concepts} concepts from {concepts.source['rows']} rows, "
             f"objective {concepts.objective:.6g} after {concepts.iterations} iterations ({ended}), "
             f"{concepts.source['seconds']:.1f} s -> {directory}"
         )
@@ -82,7 +90,7 @@ def _show_needs(
     stream: bool,
     options: dict[str, Any],
 ) -> None:
-    """What --dry-run says of one site's matrix."""
+    """Prints what --dry-run says about one site's matrix."""
     import jax
 
     from xlvlm_jax.concepts.decomposition import memory_needed, streamed_memory_needed
@@ -92,22 +100,22 @@ def _show_needs(
     matrix, activations = N * D * stored.dtype.itemsize, 4 * N * num_concepts
     if stream:
         needed = streamed_memory_needed(stored.shape, num_concepts, method, **options)
-        # The columns of rows on the host are in what the solver needs; the rest is the device's.
-        on_host, how = needed, "streamed, a few tiles and columns of every row"
+        # What the solver needs includes the columns of rows that are kept on the host.
+        on_host, how = needed, "streamed: a few tiles and some columns of every row"
     else:
         mesh = rows_mesh()
         needed = memory_needed(
             stored.shape, num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
         )
-        # A CPU's memory is the process's, and takes rows where they were read.
+        # On CPU, device memory is process memory, and rows stay where they were read.
         on_cpu = jax.default_backend() == "cpu"
         of_rows = needed * jax.local_device_count() if on_cpu else matrix
-        on_host = of_rows + 3 * activations  # as they are saved
+        on_host = of_rows + 3 * activations  # copies made while saving
         how = "as compiled"
     process = peak_memory() + on_host
     console.print(
         f"\\[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; "
-        f"memory of a device {needed / 1e9:,.3f} GB, {how}; of the process about "
-        f"{process / 1e9:,.1f} GB; activations of {activations / 1e6:,.1f} MB and components of "
-        f"{4 * D * num_concepts / 1e6:,.1f} MB in {output}"
+        f"memory per device {needed / 1e9:,.3f} GB ({how}); process memory about "
+        f"{process / 1e9:,.1f} GB; writes {activations / 1e6:,.1f} MB of activations and "
+        f"{4 * D * num_concepts / 1e6:,.1f} MB of components to {output}"
     )

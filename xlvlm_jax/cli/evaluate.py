@@ -1,4 +1,4 @@
-"""`xlvlm evaluate`: how good answers or captions are, before and after steering."""
+"""`xlvlm evaluate`: scores answers or captions, before and after steering."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,13 +50,15 @@ def evaluate(
     output: Output,
     dataset: Dataset = "vqav2",
     split: Split = None,
-    vector: Annotated[Path | None, typer.Option(help="A steering vector to compare with.")] = None,
-    alpha: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
+    vector: Annotated[
+        Path | None, typer.Option(help="Steering vector: also evaluate with it applied.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Strength of the vector.")] = 1.0,
     where: Annotated[
         str | None,
         typer.Option(
-            help="all, prompt, generated, last_prompt, image, text or from:INDEX; left out, those "
-            "that the vector is meant for."
+            help="Token positions to steer: all, prompt, generated, last_prompt, image, text or "
+            "from:INDEX. Default: those stored with the vector."
         ),
     ] = None,
     edit: Annotated[str, Edit] = "add",
@@ -75,7 +77,7 @@ def evaluate(
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
-    """Accuracy of answers, or scores of captions; with a vector, before and after steering."""
+    """Score answers or captions; with a vector, before and after steering."""
     from xlvlm_jax import evaluation, steering
 
     loaded = [] if vector is None else [steering.load(vector)]
@@ -118,7 +120,7 @@ def show_preflight(
     max_new_tokens: int | None,
     batch_size: int,
 ) -> None:
-    """What --dry-run says of samples that are answered under so many conditions."""
+    """Prints what --dry-run says about answering the samples under `count` conditions."""
     from xlvlm_jax import evaluation
 
     needs = evaluation.preflight(
@@ -132,7 +134,7 @@ def show_preflight(
 
 
 def finish(summary: dict[str, Any], output: Path) -> None:
-    """Figures, the table, and a line for each sample that was passed over."""
+    """Draws the figures and prints the tables and a line per skipped sample."""
     from xlvlm_jax.report.steering_figures import draw_all
 
     draw_all(summary, output)

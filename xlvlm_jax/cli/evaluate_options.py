@@ -1,4 +1,4 @@
-"""Options that `xlvlm evaluate` and `xlvlm steer apply` share, and what they stand for."""
+"""Options that `xlvlm evaluate` and `xlvlm steer apply` share, and how they are parsed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,40 +7,48 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-Data = Annotated[Path, typer.Argument(help="The directory of the data set.")]
-Output = Annotated[Path, typer.Option(help="The directory to write, such as RUN/steering/NAME.")]
+Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
+Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
 Dataset = Annotated[
-    Literal["vqav2", "coco"], typer.Option(help="vqav2: questions; coco: captions.")
+    Literal["vqav2", "coco"], typer.Option(help="vqav2 for questions, coco for captions.")
 ]
 Split = Annotated[str | None, typer.Option(help="train, val or test.")]
 Instruction = Annotated[
     str | None,
-    typer.Option(help='Also with these words behind the prompt, such as "Answer no.".'),
+    typer.Option(help='Also evaluate with this text appended to the prompt, e.g. "Answer no.".'),
 ]
 Words = Annotated[
     str | None,
     typer.Option(
-        help="Captions: colours, places, sentiments, scenes:colour (place, mood), or words with "
-        "commas; left out, the vector's target words."
+        help="Captions: words to count, separated by commas, or the name of a class: colours, "
+        "places, sentiments, scenes:colour, scenes:place, scenes:mood. Default: the vector's "
+        "target words."
     ),
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Answers steered from, with commas; left out, the vector's.")
+    str | None,
+    typer.Option(help="Answers to steer from, separated by commas. Default: the vector's."),
 ]
 Target = Annotated[
-    str | None, typer.Option(help="Answers steered to, with commas; left out, the vector's.")
+    str | None,
+    typer.Option(help="Answers to steer to, separated by commas. Default: the vector's."),
 ]
-NumSamples = Annotated[int | None, typer.Option(help="At most so many samples.")]
+NumSamples = Annotated[int | None, typer.Option(help="Maximum number of samples.")]
 NewTokens = Annotated[
-    int | None, typer.Option(help="Tokens at most; left out, 10 of an answer, 32 of a caption.")
+    int | None,
+    typer.Option(help="Maximum number of new tokens. Default: 10 for answers, 32 for captions."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
-Dtype = Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+]
 Edit = typer.Option(
-    help="What is done with a vector: add, add_relative, ablate (alpha 2 mirrors the states) or "
-    "replace."
+    help="How a vector changes the states: add (alpha x vector), add_relative (scaled to the norm "
+    "of each state), ablate (remove the vector's direction; alpha 2 mirrors the states) or replace."
 )
-Java = Annotated[bool, typer.Option(help="Captions: METEOR and SPICE too, where Java is.")]
+Java = Annotated[
+    bool, typer.Option(help="Captions: also compute METEOR and SPICE, if Java is installed.")
+]
 
 
 def parse_task(
@@ -51,31 +59,44 @@ def parse_task(
     words: str | None,
     java: bool,
 ) -> Any:
-    """What is measured: words that are not given are those that the first vector was fitted on."""
+    """Returns the task to evaluate; words not given are those the first vector was fitted on.
+
+    Args:
+        dataset: "coco" for captions, otherwise questions.
+        vectors: the loaded steering vectors.
+        source, target, words: option values, with commas.
+        java: whether to compute metrics that need Java.
+
+    Returns:
+        `evaluation.Captions` or `evaluation.Questions`.
+
+    Raises:
+        ValueError: an option does not belong to this kind of data, or one of a pair is missing.
+    """
     from xlvlm_jax import evaluation
     from xlvlm_jax.data.words import class_words
 
     fitted = vectors[0].source if vectors else {}
     if dataset == "coco":
         if source is not None or target is not None:
-            raise ValueError("--source and --target are of questions; give captions --words")
+            raise ValueError("--source and --target apply to questions; use --words for captions")
         return evaluation.Captions(
             tuple(class_words(words) if words is not None else fitted.get("target") or ()), java
         )
     if words is not None:
-        raise ValueError("--words are of captions; give questions --source and --target")
+        raise ValueError("--words applies to captions; use --source and --target for questions")
     sources, targets = (
         tuple(fitted.get(name) or ()) if text is None else tuple(text.split(","))
         for name, text in (("source", source), ("target", target))
     )
     if bool(sources) != bool(targets):
         missing = "source" if targets else "target"
-        raise ValueError(f"--{missing} is missing: the {missing} answers, with commas")
+        raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
     return evaluation.Questions(sources, targets)
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:
-    """What is tried: each vector at each site, or all of them at once."""
+    """Returns the combinations to try: each vector at each site, or all vectors together."""
     if not sites:
         placed = [tuple(vectors)] if together else [(vector,) for vector in vectors]
     elif together:
@@ -88,7 +109,7 @@ def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> 
 def read_samples(
     dataset: str, data: Path, split: str | None, num_samples: int | None, seed: int
 ) -> list[Any]:
-    """The samples of a split, or so many of them."""
+    """Returns the samples of a split, or a random subset of `num_samples`."""
     from xlvlm_jax import data as datasets
     from xlvlm_jax.data import select
 
@@ -103,7 +124,7 @@ def describe_run(
     files: Sequence[Path],
     vectors: Sequence[Any],
 ) -> dict[str, Any]:
-    """Where samples and vectors come from, for the summary."""
+    """Returns where the samples and vectors come from, for the summary."""
     names = ("method", "features", "source rows", "target rows", "model", "fingerprint")
     return {
         "data": str(data),

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
-    """Prints scores and changes of each condition, and what a sweep chose."""
+    """Prints the scores and changes under each condition, and what a sweep chose."""
     if "sweep" in summary:
         _show_chosen(summary["sweep"], summary["kind"], console)
     if summary["kind"] == "vqa":
@@ -48,7 +48,7 @@ def _show_questions(conditions: Mapping[str, Any], console: Console) -> None:
 def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
     metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
     changed = "changes" in conditions["plain"]
-    words = ["with class words", "words a caption"] if changed else []
+    words = ["with class words", "words per caption"] if changed else []
     table = Table("captions", *metrics, *words, box=None)
     for name, measured in conditions.items():
         row = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
@@ -67,14 +67,14 @@ def _show_chosen(sweep: Mapping[str, Any], kind: str, console: Console) -> None:
     effect = "moved" if kind == "vqa" else "gained"
     cost = f"{chosen['cost']:.1f} points" if kind == "vqa" else f"{100 * chosen['cost']:.0f} %"
     console.print(
-        f"chosen of {len(sweep['trials'])} on {sweep.get('split', 'another split')}: "
+        f"best of {len(sweep['trials'])} trials on {sweep.get('split', 'another split')}: "
         f"{', '.join(chosen['sites'])}, alpha {chosen['alpha']:g}, where {chosen['where']}: "
         f"{100 * chosen['effect']:.1f} % {effect} at a cost of {cost}"
     )
     if chosen["effect"] < sweep["wanted"] or chosen["cost"] > sweep["max_cost"]:
         console.print(
-            f"no trial reached what was wanted ({100 * sweep['wanted']:.0f} %) at the allowed cost "
-            f"({sweep['max_cost']:g}); see the figure of the sweep",
+            f"no trial reached the wanted effect ({100 * sweep['wanted']:.0f} %) within the "
+            f"maximum cost ({sweep['max_cost']:g}); see sweep.svg",
             style="yellow",
         )
 
@@ -88,14 +88,14 @@ def _share(part: int, whole: int) -> str:
 
 
 def show_needs(needs: Any, console: Console) -> None:
-    """What answering some samples under some conditions will need."""
+    """Prints what answering the samples under all conditions will need."""
     missing = f", {len(needs.missing)} images missing" if needs.missing else ""
     console.print(
         f"samples: {needs.samples}{missing}; {needs.answers} answers, "
-        f"{needs.conditions_at_once} conditions of a batch at once"
+        f"{needs.conditions_at_once} conditions per batch at once"
     )
     console.print(
-        f"memory of a device: parameters {needs.parameters / 1e9:,.3f} GB, all else "
-        f"{needs.temporaries / 1e9:,.3f} GB for a batch under one condition, prompts of "
+        f"memory per device: parameters {needs.parameters / 1e9:,.3f} GB, everything else "
+        f"{needs.temporaries / 1e9:,.3f} GB for a batch under one condition, with prompts of "
         f"{needs.prompt_tokens} tokens"
     )

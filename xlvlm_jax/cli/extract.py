@@ -1,4 +1,4 @@
-"""`xlvlm extract`: model x data -> features."""
+"""`xlvlm extract`: runs a model on data and stores its hidden states as features."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,19 +26,21 @@ from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, 
 
 def extract(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="The directory of the data set.")],
-    output: Annotated[Path, typer.Option(help="The directory of features to write.")],
+    data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
+    output: Annotated[Path, typer.Option(help="Directory of features to write.")],
     site: Annotated[
         list[str],
         typer.Option(
-            help="A site to capture, or a pattern: 'layers.*' are all layers; may be repeated."
+            help="Site to capture: a module whose output states are stored (`xlvlm sites` lists "
+            "them), or a pattern such as 'layers.*'; may be repeated."
         ),
     ],
     tokens: Annotated[
         str,
         typer.Option(
-            help="Which positions: all, index:-1, range:3:7, token-of-interest:dog, class:colours "
-            "(places, sentiments, or words with commas), before-special-tokens."
+            help="Token positions to keep: all, index:-1, range:3:7, token-of-interest:dog (where "
+            "that word occurs), class:colours (places, sentiments, or words separated by commas), "
+            "before-special-tokens."
         ),
     ],
     dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
@@ -46,57 +48,73 @@ def extract(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="first, last, mean or each of the kept positions; of a word, those of its tokens."
+            help="Rows to store per sample: first, last or each of the kept positions, or their "
+            "mean; for a word, the positions of its tokens."
         ),
     ] = None,
     match: Annotated[
         str | None,
         typer.Option(
-            help="word: where the tokens spell the whole word, as written or with a capital "
-            "('dogs' is another word); first-token: XL-VLMs' rule, its first token alone."
+            help="How a word is found: word matches tokens that spell the whole word, as written "
+            "or capitalised (not 'dogs' for 'dog'); first-token matches its first token alone, as "
+            "XL-VLMs does."
         ),
     ] = None,
     include_prompt: Annotated[
         bool | None,
-        typer.Option("--include-prompt/--generated-only", help="Where positions are looked for."),
+        typer.Option(
+            "--include-prompt/--generated-only",
+            help="Whether to keep positions of the prompt too, or of generated tokens only.",
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="generate or teacher-forcing.")] = "generate",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="generate: states of the model's own text; teacher-forcing: states of the data "
+            "set's text."
+        ),
+    ] = "generate",
     containing: Annotated[
         str | None,
-        typer.Option(help="Only samples whose references hold this word, or a word of this class."),
+        typer.Option(
+            help="Only samples whose references contain this word, or a word of this class."
+        ),
     ] = None,
-    key: Annotated[str, typer.Option(help="Where --containing looks.")] = "references",
-    any_case: Annotated[bool, typer.Option(help="--containing in any capitalisation.")] = False,
+    key: Annotated[
+        str, typer.Option(help="Field of a sample that --containing searches.")
+    ] = "references",
+    any_case: Annotated[bool, typer.Option(help="Ignore case in --containing.")] = False,
     image_ids: Annotated[
-        Path | None, typer.Option(help="Only images whose ids this file lists.")
+        Path | None, typer.Option(help="Only images whose IDs this file lists.")
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="At most so many samples.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
+    num_samples: Annotated[int | None, typer.Option(help="Maximum number of samples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+    ] = "float32",
     states_dtype: Annotated[
-        str, typer.Option(help="Of the states on disk: float32, float16 or bfloat16.")
+        str, typer.Option(help="Dtype of the stored states: float32, float16 or bfloat16.")
     ] = "float32",
     strict: Strict = False,
     adapter: Annotated[
         str | None,
-        typer.Option(help="A LoRA adapter of the model (directory or hub id), merged into it."),
+        typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model."),
     ] = None,
     finetuned: Annotated[
         str | None,
         typer.Option(
-            help="Also run a fine-tuned version on the same batches, for `xlvlm shift`: its LoRA "
-            "adapter or its checkpoint (directory or hub id). The states of both stand in one "
-            "directory."
+            help="Also run this fine-tuned version (a LoRA adapter or a checkpoint; directory or "
+            "Hub ID) on the same batches, for `xlvlm shift`. The states of both models are stored "
+            "in one directory."
         ),
     ] = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
     mesh: Mesh = None,
     hosts: Hosts = None,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read images; left out, one a core up to 16.")
+        int | None,
+        typer.Option(help="Threads that read images. Default: one per core, at most 16."),
     ] = None,
     dry_run: DryRun = False,
     ignore_disk: Annotated[
@@ -105,7 +123,10 @@ def extract(
     profile: Profile = None,
     seed: Seed = 0,
 ) -> None:
-    """Model x data -> features. The same command again goes on with an interrupted run."""
+    """Run a model on data and store its hidden states as features.
+
+    Run the same command again to resume an interrupted run.
+    """
     resumes()
     join_hosts(hosts)
     from xlvlm_jax import data as datasets
@@ -162,13 +183,13 @@ def extract(
     console.print(f"waited for: {spent or 'nothing'}; {programs}", highlight=False)
     console.print(
         f"{summary.samples} samples, {summary.rows} rows, {summary.seconds:.1f} s, "
-        f"{summary.without_token} samples without the token, {len(summary.failed)} without "
-        f"states -> {output}"
+        f"{summary.without_token} samples without the token, {len(summary.failed)} skipped "
+        f"-> {output}"
     )
 
 
 def _containing(samples: list[Any], words: str | None, key: str, any_case: bool) -> list[Any]:
-    """Those of the samples that hold a word, or a word of a class; all of them for None."""
+    """Returns the samples that contain a word, or a word of a class; all samples for None."""
     from xlvlm_jax.data import select
     from xlvlm_jax.data.words import CLASSES, class_words
 
@@ -179,7 +200,7 @@ def _containing(samples: list[Any], words: str | None, key: str, any_case: bool)
 
 
 def _show_needs(needs: Any, settings: Any, output: Path) -> None:
-    """What --dry-run says."""
+    """Prints what --dry-run says."""
     lengths = ", ".join(f"{length} ({count} batches)" for length, count in needs.programs)
     done = f", {needs.done} of them done" if needs.done else ""
     missing = f", {len(needs.missing)} images missing" if needs.missing else ""
@@ -187,15 +208,15 @@ def _show_needs(needs: Any, settings: Any, output: Path) -> None:
     for path in needs.missing[:5]:
         errors.print(f"missing: {path}", style="yellow")
     console.print(
-        f"rows: at most {needs.rows} of each of {len(settings.sites)} sites, "
+        f"rows: at most {needs.rows} for each of {len(settings.sites)} sites, "
         f"{needs.disk / 1e6:,.1f} MB in {output}; {needs.free / 1e9:,.1f} GB free"
     )
     console.print(
-        f"memory of a device: parameters {needs.parameters / 1e9:,.3f} GB, all else "
+        f"memory per device: parameters {needs.parameters / 1e9:,.3f} GB, everything else "
         f"{needs.temporaries / 1e9:,.3f} GB, as compiled for a batch of {settings.batch_size}"
     )
     console.print(
-        f"programs: {len(needs.programs)}, for prompts of {lengths}, of the batches looked at"
+        f"programs: {len(needs.programs)} among the batches checked, for prompt lengths {lengths}"
     )
     if not needs.fits:
-        raise OSError(f"the disk of {output} is too small; make room or give --ignore-disk")
+        raise OSError(f"the disk of {output} is too small; free some space or give --ignore-disk")

@@ -1,4 +1,4 @@
-"""`xlvlm finetune`: captions or answers -> a LoRA adapter, or a fine-tuned checkpoint."""
+"""`xlvlm finetune`: fine-tunes on captions or answers, as a LoRA adapter or a checkpoint."""
 
 import shlex
 import sys
@@ -23,61 +23,75 @@ from xlvlm_jax.cli.runtime import resumes
 Words = Annotated[
     str | None,
     typer.Option(
-        help="Only references that hold one of these words or classes, separated by commas: "
-        "colours, places, sentiments; scenes:colour, scenes:place, scenes:mood of drawn scenes."
+        help="Only references that contain one of these words or classes, separated by commas. "
+        "Classes: colours, places, sentiments; for drawn scenes scenes:colour, scenes:place, "
+        "scenes:mood."
     ),
 ]
 
 
 def finetune(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="The directory of the data set.")],
-    output: Annotated[Path, typer.Option(help="The directory to write.")],
+    data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")],
     dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     containing: Words = None,
     excluding: Annotated[
-        str | None, typer.Option(help="No references that hold one of these; as --containing.")
+        str | None,
+        typer.Option(help="No references that contain one of these; same form as --containing."),
     ] = None,
-    any_case: Annotated[bool, typer.Option(help="Both in any capitalisation.")] = False,
-    num_samples: Annotated[int | None, typer.Option(help="At most so many samples.")] = None,
-    method: Annotated[str, typer.Option(help="lora, or full: all parameters.")] = "lora",
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
-    alpha: Annotated[float, typer.Option(help="The scale of LoRA is alpha / rank.")] = 16.0,
+    any_case: Annotated[
+        bool, typer.Option(help="Ignore case in --containing and --excluding.")
+    ] = False,
+    num_samples: Annotated[int | None, typer.Option(help="Maximum number of samples.")] = None,
+    method: Annotated[str, typer.Option(help="lora, or full to train all parameters.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA updates are scaled by alpha / rank.")] = 16.0,
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Linear layers of LoRA: the end of the name (q_proj), or a regular expression; "
-            "may be repeated. Default: all of the decoder's.",
+            help="Linear layers to adapt with LoRA: the end of a name (q_proj) or a regular "
+            "expression; may be repeated. Default: all linear layers of the decoder.",
             rich_help_panel="Method",
         ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="How often each sample is seen.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Updates, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    accumulate: Annotated[int, typer.Option(help="Batches an update.")] = 1,
-    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
-    schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="The share of the steps that warm up.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    epochs: Annotated[float, typer.Option(help="Number of passes over the samples.")] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of updates; overrides --epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches per update.")] = 1,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate schedule: cosine, linear or constant.")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps used for warm-up.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
     clip: Annotated[
-        float, typer.Option(help="The largest norm of a gradient.", rich_help_panel="Method")
+        float, typer.Option(help="Maximum norm of the gradients.", rich_help_panel="Method")
     ] = 1.0,
     evaluation_split: Annotated[
         str | None, typer.Option(help="Also compute the loss on this split.")
     ] = None,
-    evaluation_samples: Annotated[int, typer.Option(help="At most so many of it.")] = 200,
+    evaluation_samples: Annotated[
+        int, typer.Option(help="Maximum number of samples of --evaluation-split.")
+    ] = 200,
     evaluate_every: Annotated[
-        int | None, typer.Option(help="Steps; default: before and after.")
+        int | None,
+        typer.Option(help="Steps between evaluations. Default: only before and after training."),
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
+    save_every: Annotated[int, typer.Option(help="Steps between saved training states.")] = 100,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+    ] = "float32",
     strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
-    """Model x data -> a LoRA adapter in PEFT's format. The same command goes on if interrupted."""
+    """Fine-tune a model, by default as a LoRA adapter in PEFT's format.
+
+    Run the same command again to resume an interrupted run.
+    """
     resumes()
     from xlvlm_jax import data as datasets
     from xlvlm_jax import finetune as module
@@ -138,16 +152,16 @@ def finetune(
 
 
 def _show(summary: Any, count: int, output: Path) -> None:
-    """The last line."""
-    evaluations = [f"{loss:.3f} after {step}" for step, loss in summary.evaluations.items()]
+    """Prints the last line."""
+    evaluations = [f"{loss:.3f} at step {step}" for step, loss in summary.evaluations.items()]
     console.print(
         f"{summary.steps} steps on {count} samples, {summary.seconds:.1f} s, loss "
-        f"{summary.loss:.3f}{''.join(f', evaluated {text}' for text in evaluations)} -> {output}"
+        f"{summary.loss:.3f}{''.join(f', evaluation {text}' for text in evaluations)} -> {output}"
     )
 
 
 def _bar(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
-    """A bar of the steps, with the figures of the last one."""
+    """Returns a callback that shows a bar of the steps, with the numbers of the last one."""
     task = progress.add_task("fine-tuning", total=None, note="")
 
     def show(done: int, total: int, figures: dict[str, float]) -> None:
@@ -158,14 +172,14 @@ def _bar(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
-    """Words separated by commas, the names of classes of words among them; None for none."""
+    """Splits words at commas and expands names of word classes; None stays None."""
     from xlvlm_jax.data.words import CLASSES, class_words
 
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise ValueError(f"{text!r} holds no word; expected words or classes, separated by commas")
+        raise ValueError(f"{text!r} has no words; expected words or classes, separated by commas")
 
     def is_class(part: str) -> bool:
         return part in (*CLASSES, "colors") or part.startswith("scenes:")

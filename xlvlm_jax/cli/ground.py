@@ -1,4 +1,4 @@
-"""`xlvlm ground`: concepts -> words and images."""
+"""`xlvlm ground`: describes concepts by words and images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,26 +10,29 @@ from xlvlm_jax.cli.console import Images, Overwrite, ThroughNorm, console, error
 
 
 def ground(
-    concepts: Annotated[Path, typer.Argument(help="A directory of concepts.")],
-    model: Annotated[str, typer.Option(help="The model that the states came from.")],
+    concepts: Annotated[Path, typer.Argument(help="Directory of concepts.")],
+    model: Annotated[str, typer.Option(help="Model that the features were extracted from.")],
     features: Annotated[
-        Path | None, typer.Option(help="Where they were learnt from, if it was moved.")
+        Path | None,
+        typer.Option(help="Features that the concepts were learnt on, if they were moved."),
     ] = None,
-    num_words: Annotated[int, typer.Option(help="Words a concept.")] = 10,
-    num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 50,
-    num_images: Annotated[int, typer.Option(help="Images a concept.")] = 5,
+    num_words: Annotated[int, typer.Option(help="Maximum number of words per concept.")] = 10,
+    num_candidates: Annotated[
+        int, typer.Option(help="Tokens with the highest logits to search for words.")
+    ] = 50,
+    num_images: Annotated[int, typer.Option(help="Images per concept.")] = 5,
     through_norm: ThroughNorm = None,
     images: Images = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Concepts -> words and images, written into the same directory."""
+    """Describe concepts by words and images; writes them into the directory of concepts."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.stage import ground_concepts
     from xlvlm_jax.storage import pictures
 
     learnt = Concepts.load(concepts)
     if learnt.words is not None and not overwrite:
-        raise FileExistsError(f"{concepts} holds words already; replace them by --overwrite")
+        raise FileExistsError(f"{concepts} already holds words; replace them with --overwrite")
     source = features or Path(learnt.source.get("features", ""))
     grounded = ground_concepts(
         concepts,
@@ -44,13 +47,13 @@ def ground(
     for number, words in enumerate(grounded.words or ()):
         table.add_row(str(number), ", ".join(words))
     console.print(table)
-    how = "through the final norm" if grounded.through_norm else "by the head alone"
-    console.print(f"words read {how}")
+    how = "the final norm and the head" if grounded.through_norm else "the head alone"
+    console.print(f"words decoded through {how}")
     shown = [path for paths in grounded.images or () for path in paths]
     if gone := pictures.missing(shown):
         errors.print(
-            f"{len(gone)} of {len(set(shown))} images are not there, such as {gone[0]}; "
-            "give the directory that they lie in (--images)",
+            f"{len(gone)} of {len(set(shown))} images do not exist, for example {gone[0]}; "
+            "give the directory that holds them (--images)",
             style="yellow",
             markup=False,
         )

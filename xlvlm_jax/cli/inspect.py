@@ -1,4 +1,4 @@
-"""`xlvlm inspect`: a checkpoint's parts and sites, and what a run needs."""
+"""`xlvlm inspect`: shows a checkpoint's parts and sites, and the memory a run needs."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from xlvlm_jax.cli.console import Mesh, Model, console, load_model, parse_mesh
 
 
 def show(inspection: Inspection, console: Console) -> None:
-    """Prints it for a person."""
+    """Prints an inspection as tables."""
     needs = inspection.needs
     total = sum(inspection.parts.values())
     console.print(f"{inspection.model_type}, {total:,} parameters, {inspection.dtype}\n")
@@ -20,7 +20,7 @@ def show(inspection: Inspection, console: Console) -> None:
     for part, count in inspection.parts.items():
         table.add_row(part, f"{count:,}", f"{count / total:.1%}")
     console.print(table)
-    table = Table("sites", "how many", "width", box=None)
+    table = Table("sites", "count", "width", box=None)
     table.columns[0].overflow = "fold"
     table.columns[1].justify = table.columns[2].justify = "right"
     for pattern, (count, width) in inspection.sites.items():
@@ -44,9 +44,9 @@ def show(inspection: Inspection, console: Console) -> None:
     for label, size in (
         ("parameters", needs.parameters),
         ("keys and values", needs.cache),
-        ("kept states of the chosen sites", needs.states),
+        ("stored states of the chosen sites", needs.states),
         ("largest output of one module", needs.largest),
-        ("needed at least", needs.total),
+        ("minimum total", needs.total),
         ("logits of all positions (forward only)", needs.logits),
     ):
         table.add_row(label, f"{size / 1e9:,.3f} GB")
@@ -55,33 +55,39 @@ def show(inspection: Inspection, console: Console) -> None:
         placement = inspection.placement
         data, model = placement.mesh
         console.print(
-            f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB a device, "
-            f"{placement.share * model:.3f} x the model / {model}",
+            f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB per device, "
+            f"{placement.share * model:.3f} x (model / {model})",
             highlight=False,
         )
         for note in placement.notes:
             console.print(note, highlight=False, soft_wrap=True)
     memory = inspection.device_bytes
     have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
-    verdict = {True: "fits", False: "does not fit", None: "can't be told"}[inspection.fits]
+    verdict = {True: "fits", False: "does not fit", None: "can't tell whether it fits"}[
+        inspection.fits
+    ]
     console.print(f"{inspection.devices} with {have}: {verdict}", highlight=False)
 
 
 def inspect(
     model: Model,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of an image, in pixels.")] = (
-        "640x480"
-    ),
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    image_size: Annotated[
+        str, typer.Option(help="Size of the images in pixels, as WIDTHxHEIGHT.")
+    ] = "640x480",
+    max_new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 20,
     site: Annotated[
         list[str] | None,
-        typer.Option(help="A site to keep, or a pattern ('layers.*'); may be repeated."),
+        typer.Option(
+            help="Site whose states to store, or a pattern ('layers.*'); may be repeated."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+    ] = "float32",
     mesh: Mesh = None,
 ) -> None:
-    """A checkpoint's parts, sites and prompt, and what a run needs; reads no weights."""
+    """Show a checkpoint's parts, sites and prompt, and the memory a run needs; reads no weights."""
     from ports import inspection
 
     try:

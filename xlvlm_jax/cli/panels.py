@@ -1,4 +1,4 @@
-"""Help in panels: where the options of a command with many of them are listed."""
+"""Help panels: how the help of a command with many options groups them."""
 
 import copy
 import inspect
@@ -7,9 +7,9 @@ from typing import Annotated, Any, get_args
 
 from typer.models import OptionInfo
 
-# Up to so many options stand in one list.
+# Commands with at most this many options list them without panels.
 FEW = 12
-# Panel -> the options in it, by the names of a command's arguments.
+# Panel -> names of the command arguments listed in it.
 PANELS = {
     "Data": "dataset split images containing excluding key any_case image_ids num_samples test",
     "Selection": "tokens rows match include_prompt site source target words pairs features "
@@ -28,16 +28,16 @@ PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.spl
 
 
 def into_panels(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts the options of a command with more than FEW of them into the panels of its help.
+    """Groups the options of a command with more than FEW of them into help panels.
 
     Args:
-        command: a function whose arguments are annotated as Typer takes them.
+        command: a function with Typer annotations.
 
     Returns:
-        The same function; its annotations are other ones, which no other command shares.
+        The same function, with annotations that it shares with no other command.
 
     Raises:
-        KeyError: an option without a panel, in its own annotation or in PANELS.
+        KeyError: an option has no panel, neither in its own annotation nor in PANELS.
     """
     options = {
         name: parameter.annotation

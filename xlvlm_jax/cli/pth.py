@@ -1,4 +1,4 @@
-"""Commands that exchange features with the reference implementation."""
+"""`xlvlm import-pth` and `export-pth`: exchange features with XL-VLMs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,26 +8,29 @@ import typer
 from xlvlm_jax.cli.console import Overwrite, console, refuse_existing
 
 Sites = Annotated[
-    list[str] | None, typer.Option(help="A module, or a pattern; may be repeated. By default all.")
+    list[str] | None, typer.Option(help="Site or pattern; may be repeated. Default: all.")
 ]
 
 
 def import_pth(
-    file: Annotated[Path, typer.Argument(help="Hidden states that XL-VLMs saved (.pth).")],
-    output: Annotated[Path, typer.Option(help="The directory of features to write.")],
+    file: Annotated[Path, typer.Argument(help="Hidden states saved by XL-VLMs (.pth).")],
+    output: Annotated[Path, typer.Option(help="Directory of features to write.")],
     site: Sites = None,
     rows: Annotated[
-        str, typer.Option(help="each position of a sample is a row, or their mean.")
+        str,
+        typer.Option(help="Rows per sample: each of its positions (each) or their mean (mean)."),
     ] = "each",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the states on disk, if not the file's own.")
+        str | None, typer.Option(help="Dtype of the stored states. Default: that of the file.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Where the pictures lie now, if they were moved.")
+        Path | None, typer.Option(help="Directory that holds the images now, if they were moved.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model's name, for the record.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model, recorded in the manifest.")
+    ] = None,
 ) -> None:
-    """The reference's saved features -> features/. Nothing in the file is executed."""
+    """Import features saved by XL-VLMs; executes nothing in the file."""
     from xlvlm_jax.features.pth import import_features
 
     features = import_features(
@@ -40,12 +43,12 @@ def import_pth(
 
 
 def export_pth(
-    features: Annotated[Path, typer.Argument(help="A directory of features.")],
-    output: Annotated[Path, typer.Option(help="The file to write (.pth).")],
+    features: Annotated[Path, typer.Argument(help="Directory of features.")],
+    output: Annotated[Path, typer.Option(help="File to write (.pth).")],
     site: Sites = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """features/ -> a file that XL-VLMs (and torch.load) reads."""
+    """Export features to a file that XL-VLMs and torch.load can read."""
     from xlvlm_jax import Features
     from xlvlm_jax.features.pth import export_features
 

@@ -1,4 +1,4 @@
-"""`xlvlm report`: a run directory -> one HTML page."""
+"""`xlvlm report`: writes a run directory as one HTML page."""
 
 import functools
 from pathlib import Path
@@ -16,8 +16,10 @@ from xlvlm_jax.cli.console import (
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory: features/ and concepts*/ in it.")],
-    output: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+    run: Annotated[Path, typer.Argument(help="Run directory, with features/ and concepts*/.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RUN/report.html.")
+    ] = None,
     images: Images = None,
     picture_mb: Annotated[
         float,
@@ -25,7 +27,7 @@ def report(
     ] = 3.0,
     overwrite: Overwrite = False,
 ) -> None:
-    """A run directory -> one self-contained HTML page."""
+    """Write a run directory as one self-contained HTML page."""
     from xlvlm_jax.report import write_report
 
     refuse_existing(output or run / "report.html", overwrite)

@@ -1,4 +1,4 @@
-"""What a command runs in: kept programs, hosts, a profile, and signals that end it in time."""
+"""The environment of a command: hosts, profiling, compilation counts and signal handling."""
 
 import contextlib
 import os
@@ -24,46 +24,47 @@ from xlvlm_jax.storage import atomic
 Hosts = Annotated[
     str | None,
     typer.Option(
-        help="Several hosts, each with this command: 'auto' where the cluster tells them (TPU pod, "
-        "Slurm), else ADDRESS:PORT,COUNT,INDEX with the address of host 0."
+        help="Run on several hosts, each with this command: 'auto' if the cluster announces them "
+        "(TPU pod, Slurm), otherwise ADDRESS:PORT,COUNT,INDEX with the address of host 0."
     ),
 ]
 Profile = Annotated[
-    Path | None, typer.Option(help="A directory for a profile of the run, for XProf or Perfetto.")
+    Path | None,
+    typer.Option(help="Write a profile of the run to this directory, for XProf or Perfetto."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what the run would need, and write nothing.")
+    bool, typer.Option("--dry-run", help="Show what the run would need; write nothing.")
 ]
-# How long a command may take to end by itself after a signal: the longest step between two
-# commits that does not return to Python is a compilation.
+# How long a command may take to end by itself after a signal. The longest step that does not
+# return to Python is a compilation.
 _GRACE_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GOES_ON = "interrupted; what was committed stays, the same command goes on from there"
-BEGINS_AGAIN = "interrupted; the same command begins again from the start"
-_resumes = False  # whether the command that runs goes on where it was interrupted
+GOES_ON = "interrupted; finished work is saved, run the same command to resume"
+BEGINS_AGAIN = "interrupted; the same command starts over"
+_resumes = False  # whether the running command can resume where it was interrupted
 
 
 def peak_memory() -> int:
-    """The largest number of bytes that this process has had in memory."""
-    # In KiB, but on macOS.
+    """Returns the peak memory of this process in bytes."""
+    # In KiB, except on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def resumes() -> None:
-    """For a command that commits as it works: interrupted, it says that it goes on from there."""
+    """Declares that the running command saves its progress and can resume when interrupted."""
     global _resumes
     _resumes = True
 
 
 def stopped() -> str:
-    """What an interrupted command says."""
+    """Returns the message of an interrupted command."""
     return GOES_ON if _resumes else BEGINS_AGAIN
 
 
 @contextlib.contextmanager
 def saying_compilations() -> Iterator[None]:
-    """On a terminal, a line turns while a program is compiled for long."""
+    """Shows a spinner on a terminal while a long compilation runs."""
     if not console.is_terminal:
         yield
         return
@@ -74,7 +75,7 @@ def saying_compilations() -> Iterator[None]:
         try:
             status.start()
             turning.append(status)
-        except LiveError:  # rich before 14.1 shows one thing that moves at a time
+        except LiveError:  # rich before 14.1 allows one live display at a time
             console.print(f"compiling {name}")
 
     def ended(_: str, __: float) -> None:
@@ -86,12 +87,12 @@ def saying_compilations() -> Iterator[None]:
 
 
 class Programs:
-    """Counts what JAX compiles while the context is open.
+    """Counts the programs that JAX compiles while the context is open.
 
     Attributes:
-        compiled: programs made, those of single operations among them.
-        kept: programs that were taken from the cache instead.
-        seconds: of compilation and of reading the cache.
+        compiled: programs compiled or read from the cache, including those of single operations.
+        kept: programs read from the cache.
+        seconds: time spent compiling and reading the cache.
     """
 
     def __init__(self) -> None:
@@ -116,13 +117,20 @@ class Programs:
         monitoring.unregister_event_duration_listener(self._duration)
 
     def __str__(self) -> str:
-        # JAX reports a program from the cache as compiled too, in the time of reading it.
+        # JAX also reports a program read from the cache as compiled, with the time to read it.
         made = self.compiled - self.kept
         return f"{made} programs compiled, {self.kept} from the cache, {self.seconds:.1f} s"
 
 
 def join_hosts(text: str | None) -> None:
-    """--hosts: makes this process one of several. ValueError for what names none."""
+    """Makes this process one of several hosts.
+
+    Args:
+        text: the value of --hosts; None for a single host.
+
+    Raises:
+        ValueError: `text` is neither "auto" nor ADDRESS:PORT,COUNT,INDEX.
+    """
     if text is None:
         return
     from ports.parallel import hosts
@@ -133,17 +141,17 @@ def join_hosts(text: str | None) -> None:
         parts = text.split(",")
         if len(parts) != 3 or not parts[1].isdecimal() or not parts[2].isdecimal():
             raise ValueError(
-                f"--hosts is {text!r}; expected auto, or ADDRESS:PORT,COUNT,INDEX such as "
+                f"--hosts is {text!r}; expected auto or ADDRESS:PORT,COUNT,INDEX, such as "
                 "10.0.0.1:8476,2,0"
             )
         hosts.join(parts[0], int(parts[1]), int(parts[2]))
-    # JAX has put a handler of its own in their place.
+    # JAX has replaced the signal handlers with its own.
     _handle_signals()
 
 
 @contextlib.contextmanager
 def profiled(directory: Path | None) -> Iterator[None]:
-    """While the context is open, JAX writes a profile, if a directory is given."""
+    """Writes a JAX profile of the block to `directory`, if given."""
     if directory is None:
         yield
         return
@@ -152,9 +160,9 @@ def profiled(directory: Path | None) -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """A signal asked the command to end; `status` is what the process then ends with.
+    """A signal asked the command to end; `status` is the exit status for it.
 
-    No KeyboardInterrupt: the command line's library ends at one without a word.
+    Not a KeyboardInterrupt, because Typer exits silently on one.
     """
 
     def __init__(self, number: int):
@@ -173,17 +181,17 @@ def _handle_signals() -> None:
 
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: one line, between two commits.
+    """Ends the command with one line on SIGTERM as on Ctrl-C.
 
-    What does not return to Python within a few seconds (a long compilation) is ended from a
-    thread: a commit is atomic, so that nothing that was committed is lost by it.
+    If the main thread does not return to Python within a few seconds (a long compilation), another
+    thread ends the process. Commits are atomic, so no committed work is lost.
     """
     before = [signal.getsignal(number) for number in _SIGNALS]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        # A handler of Python's waits for the main thread; this byte is written at once.
+        # A Python signal handler has to wait for the main thread; this byte arrives immediately.
         received = os.read(reader, 1)
         if received and received[0] in _SIGNALS:
             time.sleep(_GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""`xlvlm scenes`: draws the embedded data set."""
+"""`xlvlm scenes`: draws the bundled data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,18 +9,18 @@ from xlvlm_jax.cli.console import Overwrite, Seed, bars, console, progress_bars,
 
 
 def scenes(
-    output: Annotated[Path, typer.Argument(help="The directory to write.")],
-    train: Annotated[int, typer.Option(help="Pictures of the training split.")] = 2000,
-    val: Annotated[int, typer.Option(help="Pictures of the validation split.")] = 500,
-    test: Annotated[int, typer.Option(help="Pictures of the test split.")] = 500,
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    train: Annotated[int, typer.Option(help="Images in the training split.")] = 2000,
+    val: Annotated[int, typer.Option(help="Images in the validation split.")] = 500,
+    test: Annotated[int, typer.Option(help="Images in the test split.")] = 500,
     overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
-    """Draws the embedded data set, in the file layouts of COCO and VQAv2."""
+    """Draw the bundled data set of simple scenes, in the file layouts of COCO and VQAv2."""
     from xlvlm_jax.data import scenes as module
 
     refuse_existing(output, overwrite)
     with progress_bars() as progress:
         advance = bars(progress)("drawing")
         module.write(output, train=train, val=val, test=test, seed=seed, progress=advance)
-    console.print(f"{train + val + test} pictures in {output}")
+    console.print(f"{train + val + test} images -> {output}")

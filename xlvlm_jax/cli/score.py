@@ -1,4 +1,4 @@
-"""`xlvlm score`: how good concepts are, by themselves or over methods and numbers of concepts."""
+"""`xlvlm score`: scores concepts, or compares methods and numbers of concepts."""
 
 import functools
 from pathlib import Path
@@ -22,47 +22,64 @@ from xlvlm_jax.cli.console import (
 )
 
 Directories = Annotated[
-    list[Path] | None, typer.Argument(help="Directories of concepts; none to compare methods.")
+    list[Path] | None,
+    typer.Argument(help="Directories of concepts to score; omit to compare --methods."),
 ]
 
 
 def score(
-    output: Annotated[Path, typer.Option(help="Where scores.json goes: a run directory, say.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory to write scores.json to, such as the run directory.")
+    ],
     concepts: Directories = None,
     test: Annotated[
         Path | None,
-        typer.Option(help="Features to score on; without it, those the concepts were learnt on."),
+        typer.Option(help="Features to score on. Default: those that the concepts were learnt on."),
     ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="Features to learn on, for --methods.")
-    ] = None,
+    features: Annotated[Path | None, typer.Option(help="--methods: features to learn on.")] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Compare these, with commas: snmf,kmeans,pca,simple,random."),
+        typer.Option(
+            help="Methods to compare, separated by commas: snmf,kmeans,pca,simple,random."
+        ),
     ] = None,
-    num_concepts: Annotated[str, typer.Option(help="Each K, for --methods.")] = "5,10,20,50",
+    num_concepts: Annotated[
+        str,
+        typer.Option(help="--methods: numbers of concepts to compare, separated by commas."),
+    ] = "5,10,20,50",
     model: Annotated[
-        str | None, typer.Option(help="The model that the states came from, for --methods.")
+        str | None, typer.Option(help="--methods: model that the features were extracted from.")
     ] = None,
     clip: Annotated[
         str | None,
-        typer.Option(help="A CLIP directory or hub id, or 'embedded': CLIPScore and more."),
+        typer.Option(
+            help="CLIP model (directory, Hub ID or 'embedded'): also compute CLIPScore and "
+            "monosemanticity."
+        ),
     ] = None,
     bert: Annotated[
-        str | None, typer.Option(help="A BERT or RoBERTa directory or hub id: BERTScore.")
+        str | None,
+        typer.Option(help="BERT or RoBERTa model (directory or Hub ID): also compute BERTScore."),
     ] = None,
-    bert_layer: Annotated[int | None, typer.Option(help="Its layer; see the paper.")] = None,
+    bert_layer: Annotated[
+        int | None,
+        typer.Option(help="Layer of --bert to compare. Default: the one recommended for it."),
+    ] = None,
     bert_idf: Annotated[
-        bool, typer.Option(help="Weigh tokens by how rare they are in the captions.")
+        bool,
+        typer.Option(help="Weight tokens by their inverse document frequency in the captions."),
     ] = False,
     bert_baseline: Annotated[
-        Path | None, typer.Option(help="Rescale by this file of LAYER,P,R,F lines.")
+        Path | None,
+        typer.Option(help="Rescale BERTScore by the baseline in this file of LAYER,P,R,F lines."),
     ] = None,
     stability: Annotated[
         list[Path] | None,
-        typer.Option(help="The one directory's concepts by another seed; may be repeated."),
+        typer.Option(
+            help="Concepts learnt with another seed, to measure stability; may be repeated."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each, for --methods.")] = 2,
+    seeds: Annotated[int, typer.Option(help="--methods: seeds per method and number.")] = 2,
     through_norm: ThroughNorm = None,
     site: Site = None,
     images: Images = None,
@@ -70,17 +87,19 @@ def score(
     strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
-    """Concepts -> CLIPScore, BERTScore, overlap, sparsity, stability ... as scores.json."""
+    """Score concepts (CLIPScore, BERTScore, overlap, sparsity, ...) and write scores.json."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.scores.comparison import compare, require_no_scores, write_scores
     from xlvlm_jax.features.reader import choose_site
     from xlvlm_jax.report.score_figures import draw_all
 
     if bool(concepts) == bool(methods):
-        raise ValueError("give either directories of concepts or --methods, to compare those")
+        raise ValueError("give either directories of concepts or --methods to compare")
     directories = concepts or []
     if stability and len(directories) != 1:
-        raise ValueError("--stability is about one directory of concepts; give one")
+        raise ValueError(
+            f"--stability needs exactly one directory of concepts, got {len(directories)}; give one"
+        )
     require_no_scores(output, overwrite)
     scorer_of = functools.partial(
         _scorer,
@@ -95,7 +114,7 @@ def score(
     if methods:
         if features is None or model is None:
             missing = "--features" if features is None else "--model"
-            raise ValueError(f"--methods needs {missing}: give it too")
+            raise ValueError(f"--methods needs {missing}; give it too")
         counts = _numbers(num_concepts)
         train = Features.open(features)
         site = choose_site(train, site)
@@ -117,11 +136,13 @@ def score(
         others = [Concepts.load(directory) for directory in stability or ()]
         for directory, each in zip(directories, loaded, strict=True):
             if each.words is None and (clip or bert):
-                raise ValueError(f"{directory} holds no words to score; run `xlvlm ground` first")
+                raise ValueError(f"{directory} has no words to score; run `xlvlm ground` first")
         site = site or loaded[0].source.get("site")
         test = test or loaded[0].source.get("features")
         if test is None:
-            raise ValueError(f"{directories[0]} does not say what it was learnt on; give --test")
+            raise ValueError(
+                f"{directories[0]} does not name the features it was learnt on; give --test"
+            )
         scorer = scorer_of(Features.open(test, images=images), site)
         rows = [
             scorer.score(each, name=directory.name, others=others)
@@ -139,7 +160,7 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--num-concepts is {text!r}; expected whole numbers with commas, such as 5,10,20"
+            f"--num-concepts is {text!r}; expected whole numbers separated by commas, such as 5,10"
         ) from None
 
 
@@ -161,7 +182,7 @@ def _scorer(
     from xlvlm_jax.demo import embedded
 
     if bert is None and (layer is not None or idf or baseline is not None):
-        raise ValueError("--bert-layer, --bert-idf and --bert-baseline need --bert: give it too")
+        raise ValueError("--bert-layer, --bert-idf and --bert-baseline need --bert; give it too")
     judge, encoder = None, None
     if bert is not None:
         said = captions(features)  # before anything is loaded

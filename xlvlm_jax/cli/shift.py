@@ -1,4 +1,4 @@
-"""`xlvlm shift`: how concepts move when a model is fine-tuned."""
+"""`xlvlm shift`: measures how fine-tuning moves concepts."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -21,39 +21,53 @@ from xlvlm_jax.cli.console import (
 def shift(
     original: Annotated[
         Path,
-        typer.Argument(help="Features of the original model, or of both (extract --finetuned)."),
+        typer.Argument(
+            help="Features of the original model, or of both models (extract --finetuned)."
+        ),
     ],
     finetuned: Annotated[
-        Path | None, typer.Argument(help="Features of the fine-tuned model, on the same data.")
+        Path | None, typer.Argument(help="Features of the fine-tuned model on the same data.")
     ] = None,
     *,
-    concepts: Annotated[Path, typer.Option(help="Concepts of the original features.")],
-    model: Annotated[str, typer.Option(help="The original model, whose head reads words.")],
-    output: Annotated[Path, typer.Option(help="The directory to write, e.g. run/shift.")],
+    concepts: Annotated[Path, typer.Option(help="Concepts learnt on the original features.")],
+    model: Annotated[str, typer.Option(help="Original model, whose head decodes words.")],
+    output: Annotated[Path, typer.Option(help="Directory to write, such as RUN/shift.")],
     finetuned_model: Annotated[
-        str | None, typer.Option(help="The fine-tuned model, if its head is another.")
+        str | None, typer.Option(help="Fine-tuned model, if its head differs.")
     ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Or the LoRA adapter (directory or hub id) that makes it of the original."
+            help="LoRA adapter (directory or Hub ID) of the fine-tuned model, instead of "
+            "--finetuned-model."
         ),
     ] = None,
     finetuned_concepts: Annotated[
-        Path | None, typer.Option(help="Its concepts; by default learnt here, as --concepts were.")
+        Path | None,
+        typer.Option(
+            help="Concepts of the fine-tuned model. Default: learnt here, with the method and "
+            "options of --concepts."
+        ),
     ] = None,
     site: Site = None,
     alpha: Annotated[float, typer.Option(help="Shifted concept = concept + alpha x shift.")] = 1.0,
-    reduce: Annotated[str, typer.Option(help="mean, median or trimmed_mean.")] = "mean",
-    num_words: Annotated[int, typer.Option(help="Words a concept.")] = 15,
-    num_candidates: Annotated[int, typer.Option(help="Highest logits looked through.")] = 200,
-    num_images: Annotated[int, typer.Option(help="Most activating samples that count.")] = 50,
+    reduce: Annotated[
+        str,
+        typer.Option(help="How samples' shifts are averaged: mean, median or trimmed_mean."),
+    ] = "mean",
+    num_words: Annotated[int, typer.Option(help="Maximum number of words per concept.")] = 15,
+    num_candidates: Annotated[
+        int, typer.Option(help="Tokens with the highest logits to search for words.")
+    ] = 200,
+    num_images: Annotated[
+        int, typer.Option(help="Most activating samples per concept to compare.")
+    ] = 50,
     through_norm: ThroughNorm = None,
     images: Images = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
-    """Two features/ and concepts of the first -> shift/: shifts, what they recover, figures."""
+    """Measure how fine-tuning moves concepts, and how well mean shifts explain it."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.report.shift_figures import draw_all
@@ -68,7 +82,7 @@ def shift(
     learnt = Concepts.load(concepts)
     site = site or learnt.source.get("site")
     pairs = None
-    if after is not None:  # before a model is loaded for nothing
+    if after is not None:  # check first: loading a model takes long
         common_site(before, after, site)
         pairs = match_samples(before, after)
     theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
@@ -88,7 +102,7 @@ def shift(
             pairs=pairs,
             site=site,
             alpha=alpha,
-            reduce=cast(Any, reduce),  # checked there
+            reduce=cast(Any, reduce),  # `shift_features` checks it
             num_words=num_words,
             num_candidates=num_candidates,
             num_images=num_images,
@@ -100,15 +114,15 @@ def shift(
     if not method_named(learnt.method).is_centroids:
         norm = analysis.summary()["means"]["magnitude"]
         console.print(
-            f"{learnt.method} concepts have unit norm, the shifts {norm:.3g} on average: choose"
-            " --alpha, or concepts by k-means as in the paper",
+            f"{learnt.method} concepts have norm 1, but shifts have norm {norm:.3g} on average;"
+            " choose --alpha to match, or learn concepts with kmeans as in the paper",
             style="yellow",
         )
     console.print(f"-> {output}")
 
 
 def show(analysis) -> None:
-    """Prints a line a concept, the means, and the correlations."""
+    """Prints a line per concept, the means and the correlations."""
     from xlvlm_jax.report.shift_section import overlap_rows
 
     table = Table("concept", "match", "samples", box=None)
@@ -128,7 +142,7 @@ def show(analysis) -> None:
     console.print(table)
     for name, original, shifted, chance in overlap_rows(analysis):
         console.print(
-            f"mean overlap of {name}: original {original}, shifted {shifted}, not matched {chance}"
+            f"mean overlap of {name}: original {original}, shifted {shifted}, unmatched {chance}"
         )
     for name, c in analysis.correlations.items():
         console.print(

@@ -1,4 +1,4 @@
-"""`xlvlm sites`: the names of a checkpoint's sites."""
+"""`xlvlm sites`: lists the sites of a checkpoint."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from xlvlm_jax.cli.console import Model, load_model
 def sites(
     model: Model,
     pattern: Annotated[
-        str, typer.Option(help="Only names that hold this text, or fit it: 'layers.*'.")
+        str, typer.Option(help="Only names that contain this text or match it: 'layers.*'.")
     ] = "",
 ) -> None:
-    """Lists the names of a checkpoint's sites, in network order; reads no weights."""
+    """List a checkpoint's sites (modules whose states can be captured); reads no weights."""
     from ports.intervene.sites import match_sites
 
     vlm = load_model(model, abstract=True)

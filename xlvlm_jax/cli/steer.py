@@ -1,4 +1,4 @@
-"""`xlvlm steer`: vectors are fitted, ranked and applied."""
+"""`xlvlm steer`: fits, ranks and applies steering vectors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -45,7 +45,11 @@ from xlvlm_jax.cli.evaluate_options import (
 from xlvlm_jax.cli.panels import into_panels
 from xlvlm_jax.cli.runtime import DryRun
 
-steer = typer.Typer(help="Steering vectors.", no_args_is_help=True)
+steer = typer.Typer(
+    help="Fit, rank and apply steering vectors: directions that, added to a model's states, change "
+    "its answers.",
+    no_args_is_help=True,
+)
 steer.command()(into_panels(steer_fit.fit))
 steer.command()(into_panels(steer_rank.rank))
 
@@ -56,48 +60,49 @@ def apply(
     model: Model,
     data: Data,
     output: Output,
-    vector: Annotated[list[Path], typer.Option(help="A steering vector; may be repeated.")],
+    vector: Annotated[list[Path], typer.Option(help="Steering vector; may be repeated.")],
     dataset: Dataset = "vqav2",
     split: Split = None,
     choose_on: Annotated[
         str | None,
         typer.Option(
-            help="A split: every vector, site, strength and where is tried on it, and the best "
-            "of them is applied to --split."
+            help="Split on which to try every combination of vector, site, strength and positions; "
+            "the best one is then applied to --split."
         ),
     ] = None,
     alpha: Annotated[
-        list[float] | None, typer.Option(help="A strength; may be repeated. 1 if left out.")
+        list[float] | None, typer.Option(help="Strength; may be repeated. Default: 1.")
     ] = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of the vector's own; a pattern ('layers.*') are several; may be repeated."
+            help="Site to steer instead of the vector's own, or a pattern ('layers.*'); may be "
+            "repeated."
         ),
     ] = None,
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="all, prompt, generated, last_prompt, image, text or from:INDEX; may be repeated. "
-            "Left out, those that the vector is meant for."
+            help="Token positions to steer: all, prompt, generated, last_prompt, image, text or "
+            "from:INDEX; may be repeated. Default: those stored with the vector."
         ),
     ] = None,
     edit: Annotated[list[str] | None, Edit] = None,
     together: Annotated[
-        bool, typer.Option(help="All vectors at once, instead of one after the other.")
+        bool, typer.Option(help="Apply all vectors at once, instead of each by itself.")
     ] = False,
     wanted: Annotated[
         float | None,
         typer.Option(
-            help="--choose-on: the share of source answers to move (.95 if left out), or of "
-            "captions to gain (.5)."
+            help="--choose-on: wanted effect, as the share of source answers that move (default "
+            "0.95) or of captions that gain a word (default 0.5)."
         ),
     ] = None,
     max_cost: Annotated[
         float | None,
         typer.Option(
-            help="--choose-on: points that another answer type may fall (5 if left out), or the "
-            "share of CIDEr that may be lost (.25)."
+            help="--choose-on: maximum cost, as points of accuracy that any other answer type "
+            "loses (default 5) or the share of CIDEr that is lost (default 0.25)."
         ),
     ] = None,
     instruction: Instruction = None,
@@ -106,7 +111,7 @@ def apply(
     words: Words = None,
     num_samples: NumSamples = None,
     num_choose: Annotated[
-        int | None, typer.Option(help="--choose-on: at most so many samples.")
+        int | None, typer.Option(help="--choose-on: maximum number of samples.")
     ] = None,
     max_new_tokens: NewTokens = None,
     batch_size: BatchSize = 16,
@@ -118,7 +123,10 @@ def apply(
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
-    """Steers answers or captions: every vector, site, strength and where, or the best of them."""
+    """Steer answers or captions, and compare them with the unsteered ones.
+
+    Tries every combination of vectors, sites, strengths and positions, or only the best of them.
+    """
     from xlvlm_jax import evaluation, steering
 
     loaded = [steering.load(path) for path in vector]
@@ -146,13 +154,13 @@ def apply(
         others = _others(samples, read_samples(dataset, data, choose_on, None, seed))[:num_choose]
         if not others:
             raise ValueError(
-                f"--choose-on {choose_on}: all of its samples are evaluated on; give another split"
+                f"--choose-on {choose_on}: every sample in it is also evaluated; give another split"
             )
         task.require(others)
     if not dry_run:
         refuse_existing(output, overwrite)
     if dry_run:
-        # One of those that are tried is applied, beside the plain answers and an instruction.
+        # With --choose-on, only one condition is applied besides plain answers and an instruction.
         applied = 1 if choose_on is not None else len(tried)
         count = 1 + applied + (instruction is not None)
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
@@ -179,6 +187,6 @@ def apply(
 
 
 def _others(samples: Sequence[Any], of: Sequence[Any]) -> list[Any]:
-    """Those that are not among the samples."""
+    """Returns the samples in `of` that are not in `samples`."""
     held_out = {sample.id for sample in samples}
     return [sample for sample in of if sample.id not in held_out]

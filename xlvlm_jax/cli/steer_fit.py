@@ -1,4 +1,4 @@
-"""`xlvlm steer fit`: steering vectors from features."""
+"""`xlvlm steer fit`: fits steering vectors on features."""
 
 import os
 import shutil
@@ -24,79 +24,106 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.runtime import DryRun
 
-Features = Annotated[Path, typer.Argument(help="States of answers: a directory of features.")]
+Features = Annotated[Path, typer.Argument(help="Directory of features: the states of answers.")]
 Words = str | None
 
 
 def fit(
     features: Features,
     output: Annotated[
-        Path, typer.Option(help="What to write: .safetensors, or for fine a new directory.")
+        Path, typer.Option(help="File to write (.safetensors); for fine, a new directory.")
     ],
     method: Annotated[
         str,
         typer.Option(
-            help="coarse: difference of means; fine: between the centroids of a k-means; learned: "
-            "by gradients; l2s: a network that gives each prompt its own."
+            help="coarse: difference of means; fine: differences between k-means centroids; "
+            "learned: optimised by gradient descent; l2s: a network that predicts a vector for "
+            "each prompt."
         ),
     ] = "coarse",
     source: Annotated[
-        Words, typer.Option(help="Answers to steer from, with commas. coarse, fine: may be none.")
+        Words,
+        typer.Option(
+            help="Answers to steer from, separated by commas; optional for coarse and fine."
+        ),
     ] = None,
     target: Annotated[
-        Words, typer.Option(help="Answers to steer to, with commas; learned, l2s: the first.")
+        Words,
+        typer.Option(
+            help="Answers to steer to, separated by commas; learned and l2s use the first."
+        ),
     ] = None,
     site: Site = None,
-    key: Annotated[str, typer.Option(help="Whose answers: prediction, or answer (people's).")] = (
-        "prediction"
-    ),
+    key: Annotated[
+        str,
+        typer.Option(help="Answers to match: the model's (prediction) or the data set's (answer)."),
+    ] = "prediction",
     match: Annotated[
-        Literal["equals", "contains"], typer.Option(help="An answer is, or contains, a word.")
+        Literal["equals", "contains"],
+        typer.Option(help="Whether an answer has to equal or contain one of the words."),
     ] = "equals",
     where: Annotated[
-        str, typer.Option(help="Meant for the positions all, prompt, generated, last_prompt, ...")
+        str,
+        typer.Option(
+            help="Token positions that the vector is meant for: all, prompt, generated, "
+            "last_prompt, image, text or from:INDEX."
+        ),
     ] = "all",
     target_features: Annotated[
-        Path | None, typer.Option(help="coarse: where the target's states are, if elsewhere.")
+        Path | None,
+        typer.Option(help="coarse: features with the target's states, if in another directory."),
     ] = None,
-    num_concepts: Annotated[int, typer.Option(help="fine: clusters of the source states.")] = 5,
+    num_concepts: Annotated[
+        int, typer.Option(help="fine: number of clusters of the source states.")
+    ] = 5,
     pairs: Annotated[
-        str | None, typer.Option(help="fine: FROM:TO with commas; left out, every pair.")
+        str | None,
+        typer.Option(
+            help="fine: pairs of clusters FROM:TO, separated by commas. Default: every pair."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="learned, l2s: the checkpoint that the features are of.")
+        str | None,
+        typer.Option(help="learned, l2s: model that the features were extracted from."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="learned: a low-rank map of so many directions.")
+        int | None,
+        typer.Option(help="learned: fit a low-rank map of this rank instead of a vector."),
     ] = None,
     context_site: Annotated[
-        str | None, typer.Option(help="l2s: whose state of the last prompt token goes in.")
+        str | None,
+        typer.Option(
+            help="l2s: site whose state of the last prompt token the network takes as input."
+        ),
     ] = None,
     contrast: Annotated[
         Literal["prompt", "completion"],
         typer.Option(
-            help="l2s: another prompt about the image, answered with a target; or the answers "
-            "behind the prompt."
+            help="l2s: states to contrast with: another prompt about the image that has a target "
+            "answer (prompt), or target and source answers after the same prompt (completion)."
         ),
     ] = "prompt",
-    num_samples: Annotated[int, typer.Option(help="learned, l2s: samples to steer, at most.")] = (
-        128
-    ),
+    num_samples: Annotated[
+        int, typer.Option(help="learned, l2s: maximum number of samples to steer.")
+    ] = 128,
     keep: Annotated[
-        float, typer.Option(help="learned, l2s: for each of them, so many others that stay.")
+        float,
+        typer.Option(
+            help="learned, l2s: samples whose answers must stay, per sample that is steered."
+        ),
     ] = 1.5,
-    steps: Annotated[int, typer.Option(help="learned: of the optimiser, at most.")] = 150,
-    batch_size: Annotated[int, typer.Option(help="learned, l2s: samples a batch.")] = 32,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
+    steps: Annotated[int, typer.Option(help="learned: maximum number of optimiser steps.")] = 150,
+    batch_size: Annotated[int, typer.Option(help="learned, l2s: samples per batch.")] = 32,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+    ] = "float32",
     images: Images = None,
     overwrite: Overwrite = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
-    """Steering vectors from source to target answers, with their whole specification."""
+    """Fit steering vectors from source answers to target answers."""
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import steering
     from xlvlm_jax.features.reader import choose_site
@@ -149,7 +176,7 @@ def fit(
 def _learn(
     how: Any, asked: Any, model: str, dtype: str, batch_size: int, strict: bool, dry_run: bool
 ) -> Any:
-    """What a method makes that runs the model; None of a dry run, which says what it would do."""
+    """Fits a method that runs the model; for a dry run, prints what it would do, returns None."""
     from xlvlm_jax import steering
 
     examples = how.examples(asked)
@@ -157,8 +184,8 @@ def _learn(
     steering.files.require_model(asked.features.manifest, vlm)
     if dry_run:
         console.print(
-            f"{len(examples.samples)} samples to learn from, {examples.steered} of them to be "
-            f"steered, in batches of {batch_size}, site {asked.site} of width "
+            f"{len(examples.samples)} samples to learn from, {examples.steered} of them to "
+            f"steer, in batches of {batch_size}, site {asked.site} of width "
             f"{vlm.site_shapes[asked.site][-1]}; nothing written"
         )
         return None
@@ -181,11 +208,13 @@ def _pair(text: str) -> tuple[int, int]:
         first, second = text.split(":")
         return int(first), int(second)
     except ValueError:
-        raise ValueError(f"--pairs has {text!r}; expected FROM:TO, such as 0:3,2:1") from None
+        raise ValueError(
+            f"--pairs contains {text!r}; expected FROM:TO pairs, such as 0:3,2:1"
+        ) from None
 
 
 def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
-    """One as a file; of several all or none, as a directory."""
+    """Writes one vector as a file, or several as a directory, all or none."""
     if not several:
         (one,) = fitted.values()
         one.save(output)

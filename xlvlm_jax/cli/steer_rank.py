@@ -1,4 +1,4 @@
-"""`xlvlm steer rank`: which of several vectors are of use."""
+"""`xlvlm steer rank`: ranks steering vectors by how well they steer."""
 
 import json
 from pathlib import Path
@@ -22,26 +22,35 @@ from xlvlm_jax.cli.console import (
 
 
 def rank(
-    vectors: Annotated[Path, typer.Argument(help="A directory of vectors, as fine ones are.")],
-    model: Annotated[str, typer.Option(help="The checkpoint that they were fitted on.")],
-    output: Annotated[Path, typer.Option(help="The ranking to write, .json.")],
+    vectors: Annotated[
+        Path, typer.Argument(help="Directory of vectors, such as `steer fit --method fine` writes.")
+    ],
+    model: Annotated[str, typer.Option(help="Model that the vectors were fitted on.")],
+    output: Annotated[Path, typer.Option(help="File to write the ranking to (.json).")],
     features: Annotated[
-        Path | None, typer.Option(help="Whose samples to steer; left out, those fitted on.")
+        Path | None,
+        typer.Option(
+            help="Features whose samples to steer. Default: those that the vectors were fitted on."
+        ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="The strength.")] = 1.0,
-    num_targets: Annotated[int, typer.Option(help="Answers that count as targets.")] = 1,
-    num_samples: Annotated[int, typer.Option(help="Samples to try each vector on, at most.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
+    alpha: Annotated[float, typer.Option(help="Strength of the vectors.")] = 1.0,
+    num_targets: Annotated[
+        int, typer.Option(help="Number of answers, those gained most, that count as targets.")
+    ] = 1,
+    num_samples: Annotated[
+        int, typer.Option(help="Maximum number of samples to try each vector on.")
+    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+    ] = "float32",
     ignore_generation_config: IgnoreGenerationConfig = False,
     images: Images = None,
     overwrite: Overwrite = False,
     strict: Strict = False,
 ) -> None:
-    """Which vectors move the most answers to the fewest targets."""
+    """Rank steering vectors: the best move the most answers to the fewest targets."""
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import SteeringVector, steering
     from xlvlm_jax.features import reader
@@ -50,12 +59,16 @@ def rank(
     refuse_existing(output, overwrite)
     paths = sorted(vectors.glob("*.safetensors")) if vectors.is_dir() else []
     if not paths:
-        raise ValueError(f"{vectors} holds no vectors; fit some with --method fine --output DIR")
+        raise ValueError(
+            f"{vectors} holds no vectors; fit some with `xlvlm steer fit --method fine`"
+        )
     loaded = [SteeringVector.load(path) for path in paths]
     if features is None:
         named = loaded[0].source.get("features")
         if named is None:
-            raise ValueError(f"{paths[0]} does not say what it was fitted on; give --features")
+            raise ValueError(
+                f"{paths[0]} does not name the features it was fitted on; give --features"
+            )
         features = Path(named)
     samples = reader.samples_of(StoredFeatures.open(features, images=images))
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)

@@ -1,4 +1,4 @@
-"""`xlvlm train-demo`: makes the embedded model again, from nothing."""
+"""`xlvlm train-demo`: trains the bundled model from scratch."""
 
 import json
 from collections.abc import Callable
@@ -12,12 +12,15 @@ from xlvlm_jax.cli.runtime import resumes
 
 
 def train_demo(
-    work: Annotated[Path, typer.Option(help="Checkpoints and log; training goes on from it.")],
-    output: Annotated[Path, typer.Option(help="Where the trained models are written.")],
+    work: Annotated[
+        Path,
+        typer.Option(help="Directory of training states and logs; training resumes from it."),
+    ],
+    output: Annotated[Path, typer.Option(help="Directory to write the trained models to.")],
     seed: Seed = 0,
-    num_test: Annotated[int, typer.Option(help="Test pictures to evaluate on.")] = 500,
+    num_test: Annotated[int, typer.Option(help="Number of test images to evaluate on.")] = 500,
 ) -> None:
-    """Makes the embedded model again, from nothing: up to two hours on two free cores."""
+    """Train the bundled model from scratch: up to two hours on two cores."""
     resumes()
     from xlvlm_jax.demo.embedded import evaluate, train
 

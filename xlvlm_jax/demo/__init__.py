@@ -1,8 +1,8 @@
-"""The whole of it on the embedded model: `pipeline.run` makes a run directory with its page.
+"""The full pipeline on the embedded model: `pipeline.run` makes a run directory and its page.
 
-pipeline         draw, extract, factor, ground, score, and the parts below
-shift_part       what fine-tuning does to the concepts
-steering_part    a vector that turns answers
-summary          `show`: what is told at the end
-embedded         the small trained model, which ships with the package
+pipeline         draws, extracts, decomposes, grounds, scores, and runs the parts below
+shift_part       measures what fine-tuning does to the concepts
+steering_part    fits and applies a vector that changes answers
+summary          prints the results at the end
+embedded         the small trained model that ships with the package
 """

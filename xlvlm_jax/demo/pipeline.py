@@ -1,4 +1,4 @@
-"""`xlvlm demo`: the whole of it on the embedded model, from drawn pictures to one page."""
+"""`xlvlm demo`: the full pipeline on the embedded model, from drawn pictures to one page."""
 
 import importlib.metadata
 import json
@@ -30,22 +30,22 @@ from xlvlm_jax.shift import ShiftAnalysis
 from xlvlm_jax.storage import atomic
 
 FINAL = "language_model.model.norm"
-MIDDLE = "language_model.model.layers.2"  # of 8; there count and colour are told apart best
+MIDDLE = "language_model.model.layers.2"  # the layer, of 8, that separates count and colour best
 NUM_TRAIN, NUM_TEST = 2400, 800  # pictures; about one in four shows a dog
 
 Scores = dict[str, dict[str, dict[str, AttributeScore]]]  # site -> split -> attribute
 
 
 class Result(NamedTuple):
-    """What the demo made."""
+    """The results of the demo."""
 
-    concepts: dict[str, Concepts]  # by site
+    concepts: dict[str, Concepts]  # site -> concepts
     scores: Scores
     dictionaries: list[DictionaryScores]  # methods and numbers of concepts, at the final norm
-    shift: ShiftAnalysis  # to the model that was fine-tuned to name colours
-    steering: dict[str, Any]  # of answers from yes to no, the summary of the evaluation
-    seconds: dict[str, float]  # by stage
-    rows: dict[str, int]  # by split
+    shift: ShiftAnalysis  # to the model fine-tuned to name colours
+    steering: dict[str, Any]  # summary of the evaluation of steering answers from yes to no
+    seconds: dict[str, float]  # stage -> duration
+    rows: dict[str, int]  # split -> number of rows
     report: Path
 
 
@@ -60,18 +60,22 @@ def run(
     """Runs all stages into a run directory.
 
     Args:
-        output: the run directory; an interrupted run goes on in it.
-        word: the token of interest; pictures whose captions hold it are used.
-        num_concepts: K.
-        seed: of the pictures and the solver.
-        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+        output: the run directory; an interrupted run in it is resumed.
+        word: the token of interest; only pictures whose captions contain it are used.
+        num_concepts: number of concepts, K.
+        seed: random seed of the pictures and the solver.
+        stage: stage(name) starts a progress bar and returns advance(done, total, rows=None).
 
-    Raises ValueError, before anything is drawn, for a word of no caption or no concepts.
+    Returns:
+        The results.
+
+    Raises:
+        ValueError: no caption contains the word, or num_concepts is below 1; nothing is drawn.
     """
     if word not in caption_words():
         raise ValueError(
-            f"no caption of the drawn scenes says {word!r}; expected {', '.join(scenes.KINDS)}, "
-            "or another word of them, such as red, beach or happy"
+            f"no caption of the drawn scenes contains {word!r}; expected "
+            f"{', '.join(scenes.KINDS)}, or another word of the captions, such as red or happy"
         )
     if num_concepts < 1:
         raise ValueError(f"the number of concepts must be at least 1, got {num_concepts}")
@@ -109,7 +113,7 @@ def run(
 
     concepts: dict[str, Concepts] = {}
     scores: Scores = {}
-    advance = stage("factoring, grounding")
+    advance = stage("learning, grounding concepts")
     for number, site in enumerate(settings.sites, start=1):
         directory = output / ("concepts" if site == FINAL else f"concepts-{site}")
         decompose_features(features["train"], directory, num_concepts, site=site, seed=seed)
@@ -164,7 +168,7 @@ def _description(
     packages = ("xlvlm-jax", "jax", "flax", "transformers", "numpy")
     return {
         "model": "the embedded LLaVA",
-        "data": f"{NUM_TRAIN} drawn scenes to learn on, {NUM_TEST} to test on",
+        "data": f"{NUM_TRAIN} drawn scenes to learn from, {NUM_TEST} to test on",
         "token of interest": word,
         "sites": [FINAL, MIDDLE],
         "method": "snmf",

@@ -1,4 +1,4 @@
-"""The shift part of the demo: one fine-tuned version of the embedded model beside the original."""
+"""The shift part of the demo: compares a fine-tuned embedded model with the original."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,17 +29,22 @@ def run_shift(
     name: str = "shift",
     stage: Callable[[str], Callable[..., None]] | None = None,
 ) -> ShiftAnalysis:
-    """Extracts the fine-tuned model's states and analyses the shift into `run/shift`.
+    """Extracts the fine-tuned model's states and writes the analysis of the shift.
 
     Args:
         vlm: the original model.
-        run: the run directory, whose `features` hold the original states of `samples`.
+        run: the run directory; its `features` hold the original states of `samples`.
         samples, settings: what `features` were extracted from, and how.
-        site: whose states; one of those of the features.
-        adapter: the name of one of the embedded model's ("color", "place", "mood"), or a directory.
-        num_concepts, method, seed: of both dictionaries; the paper's are 20 by k-means.
-        name: of the directory of the shift; `<name>-features` holds the fine-tuned states.
-        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+        site: the site whose states to use; one of the features' sites.
+        adapter: one of the embedded model's adapters ("color", "place", "mood"), or a directory.
+        num_concepts, method, seed: as for `decompose_features`, for both dictionaries; the paper
+            learns 20 concepts with k-means.
+        name: the directory of the shift within `run`; `<name>-features` holds the fine-tuned
+            states.
+        stage: stage(name) starts a progress bar and returns advance(done, total, rows=None).
+
+    Returns:
+        The analysis.
     """
     original = Features.open(run / "features")
     tuned = vlm.with_adapter(embedded.ADAPTERS.get(str(adapter), adapter))
@@ -59,6 +64,6 @@ def run_shift(
 
 
 def describe(analysis: ShiftAnalysis) -> dict[str, Any]:
-    """The figures that a summary shows: mean overlaps, chance, and correlations."""
+    """Returns the figures that a summary shows: mean overlaps, chance and correlations."""
     summary = analysis.summary()
     return {name: summary[name] for name in ("words overlap", "images overlap", "correlations")}

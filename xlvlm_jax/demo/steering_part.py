@@ -1,4 +1,4 @@
-"""The steering part of the demo: one coarse vector, fitted, its strength chosen, and applied."""
+"""The steering part of the demo: fits a coarse vector, chooses its strength and applies it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,22 +34,25 @@ def run_steering(
     num_samples: tuple[int, int, int] = (NUM_FIT, NUM_TRY, NUM_TEST),
     stage: Callable[[str], Callable[..., None]] | None = None,
 ) -> dict[str, Any]:
-    """Steers answers from source to target; returns the summary that `evaluate` writes.
+    """Fits, chooses and evaluates a vector that steers answers from source to target.
 
-    Into `run` go `steering-features` (the states that the vectors are made of), the chosen vector
-    as `steering/<source>-<target>.safetensors`, and the evaluation with its figures in the
-    directory of that name, which the report shows.
+    Writes into `run`: `steering-features` (the states that the vectors are fitted on), the chosen
+    vector as `steering/<source>-<target>.safetensors`, and its evaluation with figures, which the
+    report shows, as the directory `steering/<source>-<target>`.
 
     Args:
         vlm: the embedded model.
         run: the run directory.
-        pictures: drawn scenes, in the layout of VQAv2: the vectors are fitted on questions of the
-            training split, site and strength are chosen on others of it, and tested on the test
-            split.
-        source, target: answers.
-        sites, alphas: what is tried.
-        num_samples: questions to fit on, to choose on, to test on.
-        stage: stage(name) begins a progress bar and returns advance(done, total, rows=None).
+        pictures: drawn scenes in the layout of VQAv2. Vectors are fitted on questions of the
+            training split, site and strength are chosen on other questions of it, and the choice
+            is tested on the test split.
+        source, target: the answers to steer from and to.
+        sites, alphas: the sites and strengths to try.
+        num_samples: numbers of questions to fit on, to choose on and to test on.
+        stage: stage(name) starts a progress bar and returns advance(done, total, rows=None).
+
+    Returns:
+        The summary that `evaluate` writes.
     """
     fitted, tried, tested = num_samples
     asked = data.load("vqav2", pictures, "train")
@@ -86,7 +89,7 @@ def run_steering(
 
 
 def describe(summary: dict[str, Any]) -> dict[str, Any]:
-    """The figures that a summary of the demo shows."""
+    """Returns the figures that the demo's summary shows."""
     steered = summary["conditions"]["steered"]
     changes, scores = steered["changes"], steered["scores"]
     plain = summary["conditions"]["plain"]["scores"]

@@ -1,4 +1,4 @@
-"""What the demo tells a person at its end."""
+"""The summary that the demo prints at the end."""
 
 import numpy as np
 from rich.console import Console
@@ -9,7 +9,7 @@ from xlvlm_jax.demo.steering_part import describe
 
 
 def show(result: Result, console: Console) -> None:
-    """Prints what a person wants to know of the run."""
+    """Prints the main results of the run."""
     final = result.concepts[FINAL]
     assigned, words = np.asarray(final.activations).argmax(1), final.words or ()
     table = Table("concept", "share", "words", title="Concepts at the final norm", box=None)
@@ -24,7 +24,7 @@ def show(result: Result, console: Console) -> None:
         "train",
         "test",
         "random",
-        title="What the most activated concept tells (normalised mutual information)",
+        title="Attributes and the most activated concept (normalised mutual information)",
         box=None,
     )
     for site, splits in result.scores.items():
@@ -36,11 +36,11 @@ def show(result: Result, console: Console) -> None:
     console.print(table)
     table = Table(
         "method",
-        "K",
+        "concepts",
         "CLIPScore",
         "word overlap",
         "stability",
-        title="Dictionaries compared, on the test split",
+        title="Comparison of methods on the test split",
         box=None,
     )
     for row in result.dictionaries:
@@ -53,9 +53,9 @@ def show(result: Result, console: Console) -> None:
     overlap = {kind: 100 * result.shift.mean_overlap(kind) for kind in ("original", "shifted")}
     related = result.shift.correlations["consistency-recovery"]
     console.print(
-        f"Fine-tuned to name colours: words shared with the fine-tuned concepts "
-        f"{overlap['original']:.0f} % before, {overlap['shifted']:.0f} % after the shift; "
-        f"consistency and recovery correlate {related.r:.2f}"
+        f"Fine-tuned to name colours: concepts share {overlap['original']:.0f} % of their words "
+        f"with the fine-tuned concepts before the shift, {overlap['shifted']:.0f} % after it; "
+        f"consistency and recovery correlate at r = {related.r:.2f}"
     )
     steered = describe(result.steering)
     falls = (
@@ -64,11 +64,11 @@ def show(result: Result, console: Console) -> None:
     )
     console.print(
         f"Steered from yes to no at {steered['site']}, alpha {steered['alpha']:g}: "
-        f"{100 * steered['moved']:.0f} % moved; accuracy {', '.join(falls)}"
+        f"{100 * steered['moved']:.0f} % of the yes answers moved; accuracy {', '.join(falls)}"
     )
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
     console.print(
-        f"{result.rows['train']} rows learnt on, {result.rows['test']} tested on; "
-        f"{spent}; {sum(result.seconds.values()):.0f} s in all"
+        f"{result.rows['train']} training rows, {result.rows['test']} test rows; "
+        f"{spent}; {sum(result.seconds.values()):.0f} s in total"
     )
     console.print(f"Open [bold]{result.report}[/bold] in a browser.")

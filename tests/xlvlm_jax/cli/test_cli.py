@@ -34,7 +34,7 @@ def test_from_pictures_to_a_page(xlvlm, pictures, tmp_path):
 
     status, out, _ = xlvlm("decompose", features, "--output", concepts, "--num-concepts", 3)
     assert status == 0
-    assert "snmf: 3 concepts of 16 rows" in out
+    assert "snmf: 3 concepts from 16 rows" in out
 
     status, out, _ = xlvlm("ground", concepts, "--model", "embedded", "--num-images", 2)
     assert status == 0
@@ -85,7 +85,7 @@ def test_a_pattern_of_sites_from_pictures_to_concepts(xlvlm, pictures, tmp_path)
     assert Concepts.load(tmp_path / "concepts").source["site"] == names[3]
     status, out, _ = decompose("layers.*", "--dry-run")
     assert status == 0
-    assert out.count("memory of a device") == 8
+    assert out.count("memory per device") == 8
     status, _, _ = decompose("layers.*")
     assert status == 0
     for name in names:
@@ -171,7 +171,7 @@ def test_a_bug_is_one_line_and_status_1(xlvlm, monkeypatch):
     status, _, err = xlvlm("report", "run")
     assert status == 1
     assert err.strip() == (
-        "error: RuntimeError: broken in two lines (--debug before the command shows where)"
+        "error: RuntimeError: broken in two lines (for a traceback: xlvlm --debug COMMAND)"
     )
 
 

@@ -40,8 +40,8 @@ def test_extract(xlvlm, pictures, tmp_path):
     status, out, errors = xlvlm(*extraction(pictures, tmp_path / "features"), "--dry-run")
     assert status == 0, errors
     assert "samples: 6\n" in out
-    assert "rows: at most 6 of each of 2 sites" in out
-    assert "programs: 1, for prompts of" in out
+    assert "rows: at most 6 for each of 2 sites" in out
+    assert "programs: 1 among the batches checked, for prompt lengths" in out
     assert not (tmp_path / "features").exists()
 
 
@@ -66,9 +66,9 @@ def test_decompose(xlvlm, features, tmp_path, method):
         *("--method", method, "--dry-run"),
     )
     assert status == 0, errors
-    assert "[12, 8] of float32" in out and "memory of a device" in out
+    assert "[12, 8] of float32" in out and "memory per device" in out
     out = " ".join(out.split())
-    assert "of the process about" in out and "streamed" not in out
+    assert "process memory about" in out and "streamed" not in out
     assert not (tmp_path / "concepts").exists()
 
 
@@ -77,7 +77,7 @@ def test_decompose_streamed(xlvlm, features, tmp_path):
     for method in ("snmf", "kmeans", "pca"):
         status, out, errors = xlvlm(*place, "--method", method, "--stream", "--dry-run")
         assert status == 0, errors
-        assert "streamed, a few tiles and columns of every row" in " ".join(out.split())
+        assert "streamed: a few tiles and some columns of every row" in " ".join(out.split())
     status, _, errors = xlvlm(*place, "--method", "simple", "--stream", "--dry-run")
     assert status == 2 and "'simple' can't be streamed; expected one of snmf, kmeans" in errors
     assert not (tmp_path / "concepts").exists()
@@ -105,5 +105,5 @@ def test_evaluate_and_apply(xlvlm, pictures, tmp_path, vlm, command):
         *("--split", "val", "--vector", vector, "--num-samples", 5, "--dry-run"),
     )
     assert status == 0, errors
-    assert "samples: 5; 10 answers, 2 conditions of a batch at once" in out
+    assert "samples: 5; 10 answers, 2 conditions per batch at once" in out
     assert not (tmp_path / "out").exists()

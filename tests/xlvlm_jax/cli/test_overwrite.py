@@ -72,7 +72,7 @@ def test_what_is_there_stays(xlvlm, run, tmp_path, monkeypatch, name):
 def test_words_and_drawn_scenes_and_a_whole_demo_stay(xlvlm, run, tmp_path):
     before = contents(run / "concepts")
     status, _, errors = xlvlm("ground", run / "concepts", "--model", "embedded")
-    assert status == 2 and "holds words already; replace them by --overwrite" in errors
+    assert status == 2 and "already holds words; replace them with --overwrite" in errors
     assert contents(run / "concepts") == before
     status, _, errors = xlvlm("scenes", run / "scenes", "--train", 1)
     assert status == 2 and "--overwrite" in errors

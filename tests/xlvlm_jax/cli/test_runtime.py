@@ -90,8 +90,8 @@ IN_A_LIBRARY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 @pytest.mark.parametrize(
     ("first", "said"),
     [
-        ("cli.runtime.resumes()", "the same command goes on from there"),
-        ("pass", "the same command begins again from the start"),
+        ("cli.runtime.resumes()", "run the same command to resume"),
+        ("pass", "the same command starts over"),
     ],
     ids=["resumes", "begins"],
 )

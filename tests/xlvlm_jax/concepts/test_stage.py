@@ -98,7 +98,7 @@ def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, 
         status, out, errors = xlvlm("ground", run / "concepts", "--model", "embedded", *options)
         assert status == 0, errors
         through = through if option is None else option == "--through-norm"
-        assert ("through the final norm" in out) == through
+        assert ("through the final norm and the head" in out) == through
         known = Concepts.load(run / "concepts")
         assert known.through_norm is through
         read = ground_text(concepts.components, vlm.unembed, vlm.tokenizer, through_norm=through)

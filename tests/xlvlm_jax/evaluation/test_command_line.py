@@ -22,7 +22,7 @@ def test_apply_chooses_on_one_split_and_steers_another(xlvlm, pictures, saved, t
         *("--alpha", 0.5, "--alpha", 1, "--batch-size", 16, "--max-new-tokens", 3),
     )
     assert status == 0, errors
-    assert "chosen of 2 on train" in out
+    assert "best of 2 trials on train" in out
     summary = json.loads((output / "summary.json").read_text())
     assert list(summary["conditions"]) == ["plain", "steered", "instruction"]
     assert summary["source"] == ["yes"]
@@ -54,10 +54,10 @@ def test_evaluate_without_a_vector(xlvlm, pictures, tmp_path):
     [
         (("--where", "from:now"), "expected from:INDEX"),
         (("--source", "yes", "--target", "sphinx"), "target words sphinx as its answer"),
-        (("--dataset", "coco", "--words", "sphinx,griffin"), "holds one of the 2 words sphinx"),
+        (("--dataset", "coco", "--words", "sphinx,griffin"), "contains one of the 2 words sphinx"),
         (("--dataset", "coco", "--words", "sphinx"), "unknown word class 'sphinx'"),
-        (("--dataset", "coco", "--source", "yes"), "give captions --words"),
-        (("--words", "colours"), "give questions --source and --target"),
+        (("--dataset", "coco", "--source", "yes"), "use --words for captions"),
+        (("--words", "colours"), "use --source and --target for questions"),
         (("--split", "dev"), "no split 'dev'"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_split_to_choose_on_must_hold_other_samples(xlvlm, pictures, saved, tm
         *("--vector", saved, "--output", tmp_path / "out"),
     )
     assert status == 2
-    assert "all of its samples are evaluated on" in " ".join(errors.split())
+    assert "every sample in it is also evaluated" in " ".join(errors.split())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "apply"])

@@ -19,7 +19,7 @@ def test_a_run_with_a_profile(xlvlm, pictures, tmp_path):
     said = " ".join(out.split())
     assert "waited for: input" in said and "device" in said and "write" in said
     assert "programs compiled" in said and "from the cache" in said
-    assert "6 samples, 6 rows" in said and "0 without states" in said
+    assert "6 samples, 6 rows" in said and "0 skipped" in said
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert len(Features.open(tmp_path / "features").tokens) == 6
 
@@ -77,7 +77,7 @@ def test_what_generation_config_does_is_told_recorded_and_left_out_on_demand(
     assert status == 0, errors
     said = " ".join(out.split())
     assert f"generation_config.json: suppress_tokens {suppressed}" in said
-    assert "do_sample is left out, answers are greedy" in said
+    assert "do_sample is ignored, decoding is greedy" in said
     ruled = Features.open(tmp_path / "ruled")
     assert ruled.manifest["generation_config"] == {"suppress_tokens": suppressed}
     assert not set(ruled.tokens.tolist()) & set(suppressed)

@@ -107,8 +107,8 @@ def test_hosts_decompose_as_one(alone, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("host", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
-        ("host:1,2,x", "expected auto, or ADDRESS:PORT,COUNT,INDEX"),
+        ("host", "expected auto or ADDRESS:PORT,COUNT,INDEX"),
+        ("host:1,2,x", "expected auto or ADDRESS:PORT,COUNT,INDEX"),
         ("host:1,2,2", "host index is 2; expected 0 to 1 for 2 hosts"),
     ],
 )

@@ -63,7 +63,7 @@ def test_fine_and_their_ranking(fit, xlvlm, tmp_path):
 
     status, _, errors = fit("--method", "fine", "--output", tmp_path / "fine")
     assert status == 2
-    assert "exists; name another output, or replace it by --overwrite" in errors
+    assert "exists; name another output or replace it with --overwrite" in errors
 
 
 @pytest.mark.slow
@@ -94,11 +94,11 @@ def test_what_learns(fit, tmp_path, options, kind, said):
     ("arguments", "message"),
     [
         (("--source", "yes"), "--method coarse needs --target"),
-        (("--source", "yes", "--target", "blurple"), "target words blurple; frequent are"),
+        (("--source", "yes", "--target", "blurple"), "target words blurple; choose frequent"),
         (("--source", "yes", "--target", "no", "--site", "s"), "got 's'"),
         (("--source", "yes", "--target", "no", "--where", "everywhere"), "where is 'everywhere'"),
         (("--source", "yes", "--target", "no", "--where", "from:now"), "expected from:INDEX"),
-        (("--method", "fine", "--pairs", "0-1"), "--pairs has '0-1'; expected FROM:TO"),
+        (("--method", "fine", "--pairs", "0-1"), "--pairs contains '0-1'; expected FROM:TO"),
         (("--method", "learned", "--target", "no"), "--method learned needs --source"),
         (("--method", "l2s", "--source", "yes", "--target", "no"), "and --model"),
     ],

@@ -160,7 +160,7 @@ def test_a_moved_run_through_the_command_line(xlvlm, here, tmp_path, monkeypatch
     monkeypatch.chdir("/")
     run = tmp_path / "run"
     status, _, errors = xlvlm("ground", run / "concepts", "--model", "embedded")
-    assert (status, "images are not there" in errors) == (0, False)
+    assert (status, "images do not exist" in errors) == (0, False)
     scored = ("score", run / "concepts", "--clip", "embedded", "--output", run)
     assert xlvlm(*scored)[0] == 0
     status, _, errors = xlvlm("report", run)
@@ -177,7 +177,7 @@ def test_a_moved_run_through_the_command_line(xlvlm, here, tmp_path, monkeypatch
     assert "8 of 8 pictures can" in page and str(tmp_path) not in page
     again = ("ground", run / "concepts", "--model", "embedded", "--overwrite")
     status, _, errors = xlvlm(*again)
-    assert status == 0 and "8 of 8 images are not there" in errors.replace("\n", " ")
+    assert status == 0 and "8 of 8 images do not exist" in errors.replace("\n", " ")
     assert (
         xlvlm("score", run / "concepts", "--output", tmp_path / "x", "--clip", "embedded")[0] == 2
     )

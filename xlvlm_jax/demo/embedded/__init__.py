@@ -1,6 +1,6 @@
-"""The embedded model: a small LLaVA, and the CLIP pair it grew from, trained on drawn scenes.
+"""The embedded model: a small LLaVA and the CLIP model it builds on, trained on drawn scenes.
 
-Both ship with the package in the Hugging Face layout. `xlvlm train-demo` makes them again.
+Both ship with the package in the Hugging Face layout. `xlvlm train-demo` trains them again.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from ports.checkpoint import hub
 LLAVA = Path(__file__).parent / "llava"
 CLIP = Path(__file__).parent / "clip"
 
-# Three fine-tuned versions, on captions that name a colour, a place or a mood: LoRA adapters. The
-# README beside them has the commands that make them.
+# Three LoRA adapters, fine-tuned on captions that name a colour, a place or a mood. The README
+# beside them lists the commands that made them.
 ADAPTERS = {name: Path(__file__).parent / "adapters" / name for name in ("color", "place", "mood")}
 
 hub.name_directory("embedded", LLAVA)

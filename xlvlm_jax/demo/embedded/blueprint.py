@@ -1,4 +1,4 @@
-"""What the embedded model is before training: tokenizer, processors, configurations."""
+"""Tokenizer, processors and configurations of the embedded model."""
 
 import json
 import re
@@ -21,12 +21,12 @@ IMAGE_SIZE = 112
 PATCH_SIZE = 14
 TOKENS_PER_IMAGE = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
-# The end token is no 2: CLIP configurations that say 2 mean "the highest id" (see ports.clip).
+# The end token is not 2: in CLIP configurations, 2 means "the highest ID" (see ports.clip).
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<image>")
 PAD, BOS, UNK, EOS, IMAGE = range(len(SPECIAL))
 
-# Words of the prompts, which scenes do not know: those of the chat template, of the reference's
-# two instructions, and of the sentence in which CLIPScore presents words.
+# Words that the scenes do not contain: those of the chat template, of XL-VLMs' two instructions,
+# and of the sentence in which CLIPScore presents words.
 _PROMPT_WORDS = re.findall(
     r"\w+",
     """USER ASSISTANT Provide a one sentence caption for the provided image.
@@ -35,7 +35,7 @@ _PROMPT_WORDS = re.findall(
 _PUNCTUATION = ".,?:;!'\"-()"
 _SUFFIXES = ("s", "es")
 
-# One turn or several; images first, then the text, as LLaVA-1.5 was trained.
+# One or several turns; images before text, as LLaVA-1.5 was trained.
 CHAT_TEMPLATE = """
 {%- for message in messages -%}
 {{ message.role | upper }}: {% for part in message.content if part.type == 'image' -%}
@@ -52,11 +52,11 @@ ASSISTANT:
 
 
 def _pieces(words: Iterable[str]) -> list[tuple[str, float]]:
-    """The vocabulary: whole words, and characters and bytes to spell any other.
+    """Returns the vocabulary: whole words, and characters and bytes to spell any other word.
 
-    The segmentation of highest total score wins, so whole words (-1) come before spelling out
-    (-10 a character). A plural whose singular is a word is that word and a suffix: the state that
-    predicts "dog" then holds how many there are.
+    The segmentation with the highest total score wins, so whole words (-1) win over spelling
+    (-10 per character). A plural whose singular is a word is split into that word and a suffix:
+    the state that predicts "dog" then has to encode how many there are.
     """
     words = set(words)
 
@@ -68,7 +68,7 @@ def _pieces(words: Iterable[str]) -> list[tuple[str, float]]:
     characters = [chr(code) for code in range(33, 127)]
     frequent = set(_PUNCTUATION) | set(_SUFFIXES)
     scores: dict[str, float] = dict.fromkeys(SPECIAL, 0.0)
-    # Bytes for what is no printable ASCII, which has its characters.
+    # Bytes for everything except printable ASCII, which is covered by characters.
     scores |= {f"<0x{byte:02X}>": -20.0 for byte in (9, 10, 13, *range(128, 256))}
     scores |= {"▁": -10.0, "es": -3.0}
     scores |= {character: -3.0 if character in frequent else -10.0 for character in characters}
@@ -80,7 +80,7 @@ def _pieces(words: Iterable[str]) -> list[tuple[str, float]]:
 
 
 def make_tokenizer(end: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer over the scenes' words; `end` also puts the end token behind each text."""
+    """Returns a tokenizer of the scenes' words; with `end`, it appends the end token to texts."""
     pieces = _pieces([*scenes.vocabulary(), *_PROMPT_WORDS])
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=UNK, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -116,7 +116,7 @@ def _image_processor() -> CLIPImageProcessorPil:
 
 
 def make_processor() -> LlavaProcessor:
-    """The processor of the LLaVA, with its chat template."""
+    """Returns the processor of the LLaVA, with its chat template."""
     return LlavaProcessor(
         image_processor=_image_processor(),
         tokenizer=make_tokenizer(),
@@ -142,7 +142,7 @@ def _vision() -> dict:
 
 
 def clip_config(vocab_size: int) -> CLIPConfig:
-    """The CLIP pair: the LLaVA's vision tower beside a text tower of two layers."""
+    """Returns the configuration of the CLIP model: the LLaVA's vision tower and a text tower."""
     text = {
         "vocab_size": vocab_size,
         "hidden_size": 96,
@@ -159,7 +159,7 @@ def clip_config(vocab_size: int) -> CLIPConfig:
 
 
 def llava_config(vocab_size: int) -> LlavaConfig:
-    """The LLaVA: 64 image tokens, 8 decoder layers, grouped queries."""
+    """Returns the configuration of the LLaVA: 64 image tokens, 8 layers, grouped queries."""
     text = {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -189,7 +189,7 @@ def llava_config(vocab_size: int) -> LlavaConfig:
 
 
 def save_llava(directory: Path, config: LlavaConfig) -> None:
-    """Writes all of the LLaVA's directory but its weights."""
+    """Writes the LLaVA's directory except its weights."""
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = "float16"
     config.save_pretrained(directory)
@@ -199,7 +199,7 @@ def save_llava(directory: Path, config: LlavaConfig) -> None:
 
 
 def save_clip(directory: Path, config: CLIPConfig) -> None:
-    """Writes all of the CLIP pair's directory but its weights."""
+    """Writes the CLIP model's directory except its weights."""
     config.architectures = ["CLIPModel"]
     config.dtype = "float16"
     config.save_pretrained(directory)

@@ -14,7 +14,7 @@ import ports
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.scenes.scene import Split
 
-# What the shipped model must reach at least, in percent.
+# Minimum accuracies of the shipped model, in percent.
 FLOORS = {
     "yes/no": 95,
     "number": 92,
@@ -31,7 +31,7 @@ def answer_all(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> Iterator[list[str]]:
-    """The model's greedy answers to (scene, prompt) pairs, batch by batch."""
+    """Yields the model's greedy answers to (scene, prompt) pairs, batch by batch."""
     for start in range(0, len(asked), batch_size):
         batch = list(asked[start : start + batch_size])
         full = batch + batch[:1] * (batch_size - len(batch))
@@ -50,14 +50,22 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Accuracies in percent, and how many answers each is a share of.
+    """Evaluates a model on questions and captions of scenes.
 
-    A question counts when the answer equals the truth to the letter. A caption counts when what it
-    names is right (`scenes.named`); one that does not name it counts as wrong for object and place,
-    and not at all for colour, count and mood, which captions need not name.
+    An answer is correct if it equals the truth exactly. A caption is correct for an attribute if it
+    names its true value (`scenes.named`). A caption that does not name the attribute is wrong for
+    object and place, and is not counted for colour, count and mood, which captions may omit.
 
-    Returns {"yes/no" | "number" | "other" | "other: colour" ... | "caption: place" ...:
-    {"accuracy": percent, "count": n}}.
+    Args:
+        directory: the directory of the model.
+        num_images: the number of scenes.
+        split: the split of the scenes.
+        seed: the random seed of the scenes.
+        progress: called with (scenes done, number of scenes).
+
+    Returns:
+        {"yes/no" | "number" | "other" | "other: colour" ... | "caption: place" ...:
+        {"accuracy": percent, "count": number of answers}}.
     """
     vlm = ports.load(directory)
     pictures = [scenes.sample_scene(split, i, seed) for i in range(num_images)]
@@ -97,8 +105,8 @@ def evaluate(
 
 
 def show(result: dict[str, dict[str, Any]], console: Console) -> None:
-    """Prints the accuracies beside the floors."""
-    table = Table("test split", "accuracy %", "of", "floor %", box=None)
+    """Prints each accuracy and its minimum."""
+    table = Table("test split", "accuracy %", "count", "minimum %", box=None)
     for name, row in result.items():
         floor = FLOORS.get(name)
         table.add_row(name, f"{row['accuracy']:.1f}", str(row["count"]), str(floor or ""))

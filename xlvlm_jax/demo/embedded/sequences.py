@@ -1,8 +1,8 @@
-"""Training sequences: a picture, and behind it captions and questions that do not see each other.
+"""Training sequences: a picture followed by captions and questions that do not see each other.
 
-Each continuation sees the picture and its own prompt and answer, and counts its positions from the
-picture on. So the model trains on exactly what it is asked later, a picture and one prompt, while
-the picture's keys and values are computed once for all of them.
+Each continuation attends to the picture and to itself, and counts its positions from the picture
+on. The model thus trains on exactly what it sees later, a picture and one prompt, while the
+picture's keys and values are computed once for all continuations.
 
 B pictures, G continuations of each, S positions of a continuation, F positions of the prefix.
 """
@@ -23,7 +23,7 @@ from xlvlm_jax.demo.embedded.blueprint import IMAGE, TOKENS_PER_IMAGE
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A prompt, as the user writes it, and the answer to learn."""
+    """A user's prompt and the answer to learn."""
 
     prompt: str
     answer: str
@@ -31,22 +31,32 @@ class Turn:
 
 
 class Continuations(NamedTuple):
-    """What follows a picture; with a further leading axis, a batch of it."""
+    """The continuations of a picture; for a batch, with another leading axis."""
 
     input_ids: np.ndarray  # int32[G, S]
-    target: np.ndarray  # int32[G, S]: the token that this position shall predict
-    weight: np.ndarray  # float32[G, S]: of that prediction in the loss; 0 outside answers
+    target: np.ndarray  # int32[G, S]: the token to predict at this position
+    weight: np.ndarray  # float32[G, S]: weight of the prediction in the loss; 0 outside answers
 
 
 def render(prompt: str) -> str:
-    """The text of one user turn with a picture, as the chat template writes it."""
+    """Returns the text of a user turn with a picture, as the chat template writes it."""
     return f"USER: <image>\n{prompt} ASSISTANT:"
 
 
 def continuations(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], count: int, length: int
 ) -> Continuations:
-    """The first `count` turns whose prompts fit into `length` positions, cut off at `length`."""
+    """Tokenizes the first `count` turns whose prompts fit into `length` positions.
+
+    Args:
+        tokenizer: the tokenizer.
+        turns: prompts and answers.
+        count: G.
+        length: S, at which turns are cut off.
+
+    Returns:
+        The continuations; unused rows have weight 0.
+    """
     prompts = [render(turn.prompt) for turn in turns]
     texts = [f"{prompt} {turn.answer}</s>" for prompt, turn in zip(prompts, turns, strict=True)]
     ids = tokenizer([*prompts, *texts])["input_ids"]
@@ -68,7 +78,7 @@ def continuations(
 
 @functools.cache
 def prefix(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """int32[F]: what every sequence begins with, up to the last image token."""
+    """Returns int32[F], the start of every sequence up to the last image token."""
     ids = tokenizer(render(""))["input_ids"]
     return np.array([*ids[: ids.index(IMAGE)], *[IMAGE] * TOKENS_PER_IMAGE], np.int32)
 
@@ -76,7 +86,18 @@ def prefix(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 def logits(
     model: llava.Llava, params: dict, prefix_ids: np.ndarray, pixels: jax.Array, ids: jax.Array
 ) -> jax.Array:
-    """Logits [B, G, S, V] of the continuations ids[B, G, S] of the pictures [B, 3, H, W]."""
+    """Computes the logits of continuations.
+
+    Args:
+        model: the LLaVA.
+        params: its parameters.
+        prefix_ids: int32[F].
+        pixels: float32[B, 3, H, W], the pictures.
+        ids: int32[B, G, S], the continuations of each.
+
+    Returns:
+        float32[B, G, S, V].
+    """
     batch, count, length = ids.shape
     size = len(prefix_ids)
     cache = model.init_cache(batch, size + length)
@@ -87,7 +108,7 @@ def logits(
     _, variables = model.apply(
         {"params": params, "cache": cache}, inputs, method="states", mutable=["cache"]
     )
-    # Every continuation gets its own copy of the picture's keys and values to go on from.
+    # Each continuation gets its own copy of the picture's keys and values.
     cache = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), variables["cache"])
     position = size + jnp.arange(length)
     visible = position[:, None] >= jnp.arange(size + length)

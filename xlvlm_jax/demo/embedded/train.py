@@ -1,11 +1,11 @@
-"""Trains the embedded model from nothing: `xlvlm train-demo`.
+"""Trains the embedded model from scratch: `xlvlm train-demo`.
 
-Three stages with warm-up and cosine decay, by AdamW (Loshchilov and Hutter 2019) or Muon:
-    contrast   a CLIP pair on pictures and texts; its image tower becomes the LLaVA's
-    align      projector and decoder, the tower frozen (the decoder has no training of its own yet)
-    whole      everything, by Muon
-A stage saves its state every `SAVE_EVERY` steps; started again, training goes on from there. The
-data of a step follow from seed and step, so that an interrupted run ends like an undisturbed one.
+Three stages with warm-up and cosine decay, using AdamW (Loshchilov and Hutter 2019) or Muon:
+    contrast   a CLIP model on pictures and texts; its image tower becomes the LLaVA's
+    align      projector and decoder with the tower frozen (the decoder is untrained before)
+    whole      everything, with Muon
+A stage saves its state every `SAVE_EVERY` steps, from which a restarted training resumes. Seed and
+step determine the data of a step, so an interrupted run ends like an uninterrupted one.
 """
 
 import dataclasses
@@ -35,21 +35,21 @@ from xlvlm_jax.demo.embedded import blueprint, sequences
 
 SAVE_EVERY = 200
 POOL = 40_000  # training pictures; captions and questions are drawn anew each time
-CONTINUATIONS, LENGTH = 8, 28  # captions and questions behind a picture, and their positions
-HALVES_UNTIL = 0.15  # the share of a stage after which questions are asked without bias
+CONTINUATIONS, LENGTH = 8, 28  # captions and questions per picture, and their positions
+HALVES_UNTIL = 0.15  # share of a stage after which questions are asked without bias
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 CLIP_TEXT = "A photo is described by the words"
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How one stage is trained."""
+    """The settings of a stage."""
 
     name: str
     steps: int
     batch: int
     rate: float
-    frozen: tuple[str, ...] = ()  # top-level modules that stay as they are
+    frozen: tuple[str, ...] = ()  # top-level modules that are not trained
     muon: bool = False  # instead of AdamW
 
 
@@ -61,7 +61,7 @@ STAGES = (
 
 
 class Pictures:
-    """The pool of training pictures, drawn when first asked for and then kept (1.5 GB)."""
+    """The pool of training pictures, drawn on first use and then kept in memory (1.5 GB)."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -70,11 +70,11 @@ class Pictures:
         self._drawn = np.zeros(POOL, bool)
 
     def scene(self, index: int) -> scenes.Scene:
-        """Scene number `index` of the training split."""
+        """Returns scene number `index` of the training split."""
         return scenes.sample_scene("train", index, self.seed)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8[112, 112, 3], as a reader of the written files gets it."""
+        """Returns uint8[112, 112, 3], equal to what is read from a written file."""
         if not self._drawn[index]:
             self._pixels[index] = scenes.training_image(self.scene(index))
             self._drawn[index] = True
@@ -84,10 +84,10 @@ class Pictures:
 def contrast_example(
     pictures: Pictures, tokenizer: Any, rng: np.random.Generator, progress: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """A picture and a text: a caption, or words as CLIPScore presents them.
+    """Returns a picture and a text: a caption, or words in CLIPScore's sentence.
 
-    Captions leave out what their writer did not care for, so that many fit several pictures of a
-    batch; the words name all that there is to see.
+    Captions omit attributes, so many fit several pictures of a batch; the words name all
+    attributes.
     """
     index = int(rng.integers(POOL))
     scene = pictures.scene(index)
@@ -107,13 +107,13 @@ def contrast_example(
 
 
 def _shows_a_half(scene: scenes.Scene, question: scenes.Question) -> float:
-    """How readily a question is asked at the beginning.
+    """Returns the probability with which a question is asked at the beginning.
 
-    Whether yes or no is right depends on question and picture together and on neither alone, so
-    that there is no slope to follow until both are looked at: training stays at chance for long.
-    Therefore, at first, one half of the values a question can name, and of those a picture can
-    have, come mostly with yes, the other half mostly with no. Each alone then tells something, both
-    are looked at, and the rest follows when the bias goes.
+    The answer, yes or no, depends on question and picture together and on neither alone. Without a
+    gradient until the model attends to both, training stays at chance for long. At first,
+    therefore, half of the values that a question can name, and half of those that a picture can
+    have, mostly come with yes, the others mostly with no. Each alone is then informative, the model
+    learns to attend to both, and learns the rest once the bias is gone.
     """
     if question.answer_type != "yes/no":
         return 1.0
@@ -135,11 +135,10 @@ def _shows_a_half(scene: scenes.Scene, question: scenes.Question) -> float:
 def answer_example(
     pictures: Pictures, tokenizer: Any, rng: np.random.Generator, progress: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """A picture with a caption, two open questions and a yes/no question on each attribute.
+    """Returns a picture with a caption, two open questions and a yes/no question per attribute.
 
-    Yes/no questions are the hardest to learn, so there are more of them than a scene's own, drawn
-    anew each time, and none of the attributes goes short.
-    progress: how much of the stage is done; see `_shows_a_half`.
+    Yes/no questions are the hardest to learn, so more are drawn than the scene has, with every
+    attribute covered. `progress` is the share of the stage that is done; see `_shows_a_half`.
     """
     index = int(rng.integers(POOL))
     scene = pictures.scene(index)
@@ -153,7 +152,7 @@ def answer_example(
             if draw.random() < _shows_a_half(scene, question) + progress / HALVES_UNTIL:
                 break
         asked.append(question)
-    # An answer is one or two tokens, a caption a dozen: weight brings them level.
+    # An answer has one or two tokens, a caption a dozen: the weight balances them.
     turns += [sequences.Turn(prompts.question(q.question), q.answer, weight=2.0) for q in asked]
     rows = sequences.continuations(tokenizer, turns, CONTINUATIONS, LENGTH)
     return {"pictures": pictures[index], **rows._asdict()}
@@ -162,7 +161,7 @@ def answer_example(
 def batches(
     example: Callable[..., dict[str, np.ndarray]], stage: Stage, seed: int, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The stage's batches from step `start` on, made ahead of the training by two threads."""
+    """Yields the stage's batches from step `start` on, prefetched by two threads."""
     number = [s.name for s in STAGES].index(stage.name)
 
     def make(i: int) -> dict[str, np.ndarray]:
@@ -175,13 +174,13 @@ def batches(
 
 
 def normalise(pictures: jax.Array) -> jax.Array:
-    """uint8[B, H, W, 3] -> pixel_values float32[B, 3, H, W], as the image processor makes them."""
+    """Maps uint8[B, H, W, 3] to float32[B, 3, H, W], as the image processor does."""
     mean, deviation = jnp.array(OPENAI_CLIP_MEAN), jnp.array(OPENAI_CLIP_STD)
     return jnp.moveaxis((pictures / 255.0 - mean) / deviation, -1, 1)
 
 
 def contrast_loss(module: clip.CLIP, params: dict, batch: dict) -> tuple[jax.Array, dict]:
-    """CLIP's symmetric cross-entropy; a picture's caption is to be found among the batch's."""
+    """Returns CLIP's symmetric cross-entropy, and the share of pairs found in the batch."""
     model = module.bind({"params": params})
     logits = model(batch["tokens"], batch["mask"], normalise(batch["pictures"]))
     labels = jnp.arange(len(logits))
@@ -193,13 +192,13 @@ def contrast_loss(module: clip.CLIP, params: dict, batch: dict) -> tuple[jax.Arr
 def answer_loss(
     module: llava.Llava, prefix: np.ndarray, params: dict, batch: dict
 ) -> tuple[jax.Array, dict]:
-    """Cross-entropy of the answers' tokens."""
+    """Returns the weighted cross-entropy of the answers' tokens, and accuracies."""
     pixels = normalise(batch["pictures"])
     logits = sequences.logits(module, params, prefix, pixels, batch["input_ids"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"])
     weight = batch["weight"]
     right = logits.argmax(-1) == batch["target"]
-    # The first token is the answer, the second its end, which is no feat.
+    # The first token is the answer; the second, the end token, is trivial to predict.
     is_answer = (weight > 1) & (batch["target"] != blueprint.EOS)
     figures = {
         "answers": (right & is_answer).sum() / is_answer.sum(),
@@ -209,10 +208,10 @@ def answer_loss(
 
 
 def optimizer(stage: Stage, params: dict) -> optax.GradientTransformation:
-    """AdamW or Muon with clipping, warm-up and cosine decay; frozen modules do not move.
+    """Returns AdamW or Muon with clipping, warm-up and cosine decay; frozen modules do not change.
 
-    Muon (Jordan et al. 2024) takes the kernels inside the networks, scaled so that AdamW's rates
-    fit; embeddings, the head, norms and biases stay with Adam.
+    Muon (Jordan et al. 2024) updates the kernels inside the networks, scaled to suit AdamW's
+    learning rates; Adam updates embeddings, the head, norms and biases.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0,
@@ -260,9 +259,9 @@ def run_stage(
     seed: int,
     log: Callable[[dict], None],
 ) -> dict:
-    """Trains `params` through one stage, going on from what `directory` holds of it."""
+    """Trains `params` through one stage, resuming from the state in `directory`, if any."""
     transform = optimizer(stage, params)
-    # Each update overwrites its state; the caller's parameters are not to go with it.
+    # A copy, because each update donates its state, and the caller keeps the parameters.
     params = jax.tree.map(jnp.copy, params)
     state = {"params": params, "optimizer": transform.init(params)}
 
@@ -305,11 +304,11 @@ def train(
     """Trains both models and writes them, in float16, in the Hugging Face layout.
 
     Args:
-        work: holds the stages' checkpoints and the log; a later call goes on from it.
-        clip_directory, llava_directory: where the trained models are written.
-        seed: of the pictures, the data's order and the initial parameters.
+        work: directory of the stages' states and the log, from which a later call resumes.
+        clip_directory, llava_directory: directories to write the trained models to.
+        seed: random seed of the pictures, the order of the data and the initial parameters.
         stages: the three stages.
-        log: called every 25 steps with a dict of figures; they are also written to work/log.jsonl.
+        log: called every 25 steps with a dict of figures, which work/log.jsonl records too.
     """
     work.mkdir(parents=True, exist_ok=True)
 
@@ -359,7 +358,7 @@ def train(
 
 
 def _initial(module: nn.Module, key: jax.Array, *shapes: Any) -> dict:
-    """Random parameters of a module that takes arguments of these shapes."""
+    """Returns random parameters of a module that takes arguments of these shapes."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.jit(module.init)(key, *zeros)["params"]
 
