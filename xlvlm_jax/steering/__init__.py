@@ -1,11 +1,12 @@
-"""Steering: vectors, maps and networks that shift hidden states, how they are fitted, and on disk.
+"""Steering: fits, saves and loads vectors, maps and networks that shift a model's hidden states.
 
     coarse    mean(target states) - mean(source states)           steering_vector, fit_coarse
     fine      centroid_j - centroid_i of the source states        fine_vectors, fit_fine
-    learned   the shift under which wanted answers are likely     fit_learned
+    learned   the shift that makes the wanted answers likely      fit_learned
     l2s       a network from the prompt's state to the shift      fit_l2s
 
-All of them save, load and give the edits that `ports.steer` and `VLM.generate` take.
+Each has `save` and `load`, and returns the edits (changes of states) that `ports.steer` and
+`VLM.generate` take.
 """
 
 from pathlib import Path
@@ -51,9 +52,19 @@ _KINDS = {"vector": SteeringVector, "low-rank map": LowRankMap, "l2s": L2S}
 
 
 def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
-    """Reads whatever of these was saved. FileNotFoundError, or ValueError for another file.
+    """Reads a saved vector, map or network.
 
     Runs on the host: it does not trace.
+
+    Args:
+        path: the .safetensors file.
+
+    Returns:
+        What was saved there.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds something else.
     """
     kind = files.read(path)[0]
     if kind not in _KINDS:

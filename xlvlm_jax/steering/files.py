@@ -1,4 +1,4 @@
-"""Steering on disk: a safetensors file, whose metadata say what the tensors are and are for."""
+"""Steering on disk: a safetensors file whose metadata describe the tensors and their use."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,14 @@ from xlvlm_jax.storage import atomic, damaged, pictures, same_model
 def save(
     path: str | Path, kind: str, tensors: Mapping[str, ArrayLike], specification: dict[str, Any]
 ) -> None:
-    """Writes tensors in float32 and a specification of JSON values; the directory is made."""
+    """Writes tensors and their specification as a safetensors file.
+
+    Args:
+        path: the file to write; a missing parent directory is created.
+        kind: what the tensors are, such as "vector".
+        tensors: written as float32.
+        specification: JSON values.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     source = pictures.store_features(specification.get("source") or {}, path.parent)
@@ -29,9 +36,17 @@ def save(
 
 
 def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """(kind, tensors, specification) of what `save` wrote.
+    """Reads what `save` wrote.
 
-    Raises FileNotFoundError, or ValueError for another kind of file.
+    Args:
+        path: the file.
+
+    Returns:
+        (kind, tensors, specification).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,18 +62,40 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
 
 
 def assembling(path: str | Path) -> AbstractContextManager[None]:
-    """While a vector is made of what a file holds: a ValueError for one that holds none."""
+    """Returns a context in which errors become a ValueError about a damaged file `path`."""
     return damaged.reported(Path(path), "steering vector", "fit it again")
 
 
 def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """`read`, and ValueError for another kind than that."""
+    """Reads a file that must be of one kind.
+
+    Args:
+        path: the file.
+        kind: the expected kind.
+
+    Returns:
+        (tensors, specification).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another kind.
+    """
     found, tensors, specification = read(path)
     if found != kind:
-        raise ValueError(f"{path} holds {found!r}; expected {kind!r} (see xlvlm_jax.steering.load)")
+        raise ValueError(
+            f"{path} holds {found!r}; expected {kind!r}, use xlvlm_jax.steering.load for any kind"
+        )
     return tensors, specification
 
 
 def require_model(source: dict[str, Any], vlm: VLM) -> None:
-    """ValueError if what was fitted on one model is to steer another; unknown ones pass."""
+    """Checks that `vlm` is the model that a vector was fitted on; an unknown origin passes.
+
+    Args:
+        source: the `source` of the vector.
+        vlm: the model to steer.
+
+    Raises:
+        ValueError: the vector was fitted on another model.
+    """
     same_model.require_model(source, vlm, "the steering vector was fitted on")

@@ -1,5 +1,4 @@
-"""From features to vectors: which samples' states go into a coarse or a fine vector, and which
-samples a learnt one learns from.
+"""Fits coarse and fine steering vectors on features, choosing samples by their answers.
 
 N samples, D width, K concepts.
 """
@@ -30,22 +29,29 @@ def fit_coarse(
     target_features: Features | None = None,
     where: Any = "all",
 ) -> SteeringVector:
-    """The coarse vector from samples answered with the source words to those with the target's.
+    """Fits the coarse vector: mean state of target answers minus mean state of source answers.
 
     Runs on the host: it does not trace.
 
     Args:
         features: states of the samples' answers or captions.
-        site: whose.
-        source, target: words. source None: the samples without a target word.
-        key: where a sample's answer is: "prediction", or "answer" for that of people.
-        match: "equals": the answer, normalised, is one of the words; "contains": one of its words
-            is, as it is for captions.
-        target_features: where the target's states are, if elsewhere; of the same model.
-        where: the positions that the vector is meant for; kept with it.
+        site: the site whose states to use.
+        source: words to steer from; None for all samples without a target word.
+        target: words to steer to.
+        key: the field of a sample that holds its answer: "prediction" (the model's) or "answer"
+            (the data set's).
+        match: "equals" if the normalised answer must be one of the words, "contains" if it must
+            contain one, as for captions.
+        target_features: features of the same model that hold the target's states; None for
+            `features`.
+        where: the token positions that the vector is meant for, stored with it.
 
-    Raises ValueError for a site that is not there, features of different models, samples without
-    that key, or words that no sample was answered with.
+    Returns:
+        The vector.
+
+    Raises:
+        ValueError: the features lack the site, come from different models or have samples without
+            `key`, or no sample was answered with one of the words.
     """
     others = features if target_features is None else target_features
     require_same_model(features, others)
@@ -86,24 +92,25 @@ def fit_fine(
     seed: int = 0,
     where: Any = "all",
 ) -> tuple[list[SteeringVector], FineVectors]:
-    """The fine vectors i -> j of a k-means on the source states, each with its samples.
+    """Fits the fine vectors i -> j between the centroids of k-means on the source states.
 
     Runs on the host: it does not trace.
 
     Args:
         features: states of the samples' answers or captions.
-        site: whose.
+        site: the site whose states to use.
         num_concepts: K.
-        source: words that choose the samples, as for `fit_coarse`; None: all samples.
+        source: words that choose the samples, as for `fit_coarse`; None for all samples.
         key, match, where: as for `fit_coarse`.
-        pairs: the (i, j) to keep; None: every pair of different concepts.
-        seed: of the k-means.
+        pairs: the pairs (i, j) to return; None for every pair of different concepts.
+        seed: random seed of the k-means.
 
     Returns:
-        The vectors, whose `source["samples"]` are the ids of the samples that activate i, and the
-        clustering they come from.
+        The vectors, whose `source["samples"]` holds the IDs of the samples that belong to
+        concept i, and the clustering they come from.
 
-    Raises ValueError as `fit_coarse` and `decompose` do, and for a pair of no two concepts.
+    Raises:
+        ValueError: as `fit_coarse` and `decompose`, or a pair does not name two different concepts.
     """
     chosen = np.ones(len(features.tokens), bool)
     if source is not None:
@@ -114,7 +121,7 @@ def fit_fine(
     for pair in pairs or ():
         if tuple(pair) not in every:
             raise ValueError(
-                f"the pair {pair[0]}:{pair[1]} is no pair of different concepts of "
+                f"the pair {pair[0]}:{pair[1]} is invalid; expected two different concepts from "
                 f"0 to {num_concepts - 1}"
             )
     Z = features.matrix(site)[chosen]
@@ -138,24 +145,40 @@ def fit_fine(
 
 
 def require_same_model(features: Features, others: Features) -> None:
-    """ValueError if two features come from different models."""
+    """Checks that two features come from the same model.
+
+    Raises:
+        ValueError: they come from different models.
+    """
     both = [each.manifest.get("fingerprint") for each in (features, others)]
     names = [each.manifest.get("model") for each in (features, others)]
     if both[0] != both[1] or names[0] != names[1]:
         raise ValueError(
             f"source and target states come from different models: {features.path} from "
             f"{names[0]!r} ({both[0]}), {others.path} from {names[1]!r} ({both[1]}); extract both "
-            "from one"
+            "with the same model"
         )
 
 
 def _matching(features: Features, words: Sequence[str], key: str, match: str) -> np.ndarray:
-    """bool[N]: the rows whose sample was answered with one of the words."""
+    """Returns bool[N], the rows whose sample was answered with one of the words."""
     return words_match(answers_of(features, key), words, match)[features.sample_rows]
 
 
 def words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.ndarray:
-    """Which of the normalised answers are, or contain, one of the words."""
+    """Returns which answers equal or contain one of the words.
+
+    Args:
+        answers: normalised answers.
+        words: words, normalised here.
+        match: "equals" or "contains".
+
+    Returns:
+        bool[len(answers)].
+
+    Raises:
+        ValueError: `match` is neither.
+    """
     if match not in MATCHES:
         raise ValueError(f"match is {match!r}; expected {' or '.join(MATCHES)}")
     wanted = {normalise_answer(word) for word in words} - {""}
@@ -166,18 +189,29 @@ def words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.
 
 
 def none_of(answers: Sequence[str], key: str, what: str, words: Sequence[str] | None) -> str:
-    """Says that no sample was answered with one of the words, and what frequent answers are."""
+    """Returns the message that no sample was answered with one of the words."""
     named = f"{what} words {few(words)}" if words else "answers without a target word"
     distinct, numbers = np.unique(list(answers), return_counts=True)
     frequent = [str(answer) for answer in distinct[np.argsort(-numbers, kind="stable")][:5]]
     return (
         f"none of {len(answers)} samples has a {key} among the {named}; "
-        f"frequent are {', '.join(frequent)}"
+        f"choose frequent ones, such as {', '.join(frequent)}"
     )
 
 
 def answers_of(features: Features, key: str) -> list[str]:
-    """The normalised answers of the samples. ValueError if the features hold none."""
+    """Returns the normalised answers of the samples.
+
+    Args:
+        features: the features.
+        key: the field of a sample that holds its answer.
+
+    Returns:
+        An answer per sample, "" for one that failed.
+
+    Raises:
+        ValueError: a sample does not have `key`.
+    """
     answers = []
     for sample in features.samples:
         if key not in sample and "error" not in sample:

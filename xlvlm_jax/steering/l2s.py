@@ -1,18 +1,18 @@
-"""L2S, learning to steer: a network that gives each prompt its own shift.
+"""L2S, learning to steer: a network that predicts a shift for each prompt.
 
 From "Learning to Steer: Input-dependent Steering for Multimodal LLMs" (Parekh et al. 2025,
-arXiv 2508.12815). For a prompt x, with a positive and a negative counterpart x+ and x-, which are
-x with a completion behind it, or other prompts about the same image:
+arXiv 2508.12815). For a prompt x with a positive and a negative counterpart x+ and x-, which are
+x followed by a completion, or other prompts about the same image:
 
     z(x) = h_site(x+) - h_site(x-)              at their last tokens
     minimise over g   mean over x of |g(h_context(x)) - z(x)|^2 / D
 
 with h_context(x) the state of the prompt's last token; the prompt is then answered with
-alpha g(h_context(x)) added at the site. Where both counterparts are the same, there is nothing to
-shift: such prompts teach the network when to leave an answer alone.
+alpha g(h_context(x)) added at the site. Prompts with equal counterparts teach the network when to
+leave an answer alone.
 
-Prompts suit answers of a word: their last states predict the answer. The state behind a completed
-answer predicts what follows it. N prompts, D width.
+Contrasting prompts suit one-word answers, which the last state of a prompt predicts; the last
+state of a completion predicts what follows the answer. N prompts, D width.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ CONTRASTS = ("completion", "prompt")
 
 
 class ShiftNetwork(nn.Module):
-    """Two layers: states[B, D] -> shifts[B, D], in units in which both are of size one."""
+    """Two dense layers: normalised states[B, D] -> normalised shifts[B, D]."""
 
     hidden: int
     width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x[B, D] -> [B, D]."""
+        """Maps float32[B, D] to float32[B, D]."""
         x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
         return nn.Dense(self.width, name="shift")(x)
 
@@ -58,13 +58,13 @@ class L2S:
     """A network from the state of a prompt's last token to the shift of its answer.
 
     Attributes:
-        params: of `ShiftNetwork`.
-        mean, deviation: float32[D], of the contexts that it was trained on.
-        scale: the root mean square of the shifts that it was trained on.
-        context_site: whose state of the last prompt token goes in.
-        site: to whose states the shift is added.
-        source: how it was fitted and on what, JSON values.
-        where: the positions it is meant for, see `ports.add`.
+        params: parameters of `ShiftNetwork`.
+        mean, deviation: float32[D], mean and standard deviation of the training contexts.
+        scale: root mean square of the training shifts.
+        context_site: the site whose state of the last prompt token is the input.
+        site: the site whose states the shift is added to.
+        source: how and on what it was fitted, as JSON values.
+        where: the token positions it is meant for, see `ports.add`.
     """
 
     params: dict
@@ -77,7 +77,14 @@ class L2S:
     where: Any = "all"
 
     def shift(self, contexts: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        """The shift of each prompt, from the states of the last prompt tokens at context_site."""
+        """Returns the shift for each prompt.
+
+        Args:
+            contexts: float[B, D], states of the last prompt tokens at `context_site`.
+
+        Returns:
+            float32[B, D].
+        """
         hidden, width = self.params["shift"]["kernel"].shape
         x = (jnp.asarray(contexts, jnp.float32) - self.mean) / self.deviation
         return self.scale * ShiftNetwork(hidden, width).bind({"params": self.params})(x)
@@ -85,15 +92,19 @@ class L2S:
     def edits_for(
         self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
     ) -> dict[str, Edit]:
-        """The edits for a batch of prompts: a vector for each row.
+        """Returns the edits for a batch of prompts: a vector per prompt.
 
         Args:
             vlm: the model it was fitted on.
-            inputs: the processor's arrays; the prompts run once up to context_site.
+            inputs: the processor's arrays; the prompts run once up to `context_site`.
             alpha: the strength, a number or float[B].
-            where: None for the positions it is meant for, see `ports.add`.
+            where: the token positions, see `ports.add`; None for those it is meant for.
 
-        Raises ValueError for another model.
+        Returns:
+            {site: edit}.
+
+        Raises:
+            ValueError: it was fitted on another model.
         """
         files.require_model(self.source, vlm)
         states = np.asarray(vlm.states(inputs, sites=[self.context_site])[self.context_site])
@@ -101,7 +112,7 @@ class L2S:
         return {self.site: add(shifts, alpha, self.where if where is None else where)}
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        """Writes a safetensors file; a missing parent directory is created."""
         tensors = {".".join(key): value for key, value in flatten_dict(self.params).items()}
         statistics = {"mean": self.mean, "deviation": self.deviation, "scale": [self.scale]}
         names = ("context_site", "site", "source", "where")
@@ -110,7 +121,12 @@ class L2S:
 
     @classmethod
     def load(cls, path: str | Path) -> "L2S":
-        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file holds something else.
+        """
         tensors, rest = files.read_as(path, "l2s")
         with files.assembling(path):
             mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
@@ -120,7 +136,15 @@ class L2S:
 
 
 def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """states[B, T, D] at the last token of each row of mask[B, T] -> [B, D]."""
+    """Returns the state of the last token in each row.
+
+    Args:
+        states: float[B, T, D].
+        mask: int[B, T], non-zero for tokens.
+
+    Returns:
+        float[B, D].
+    """
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
     return states[np.arange(len(states)), last]
 
@@ -136,18 +160,19 @@ def last_token_states(
     errors: dict[str, str] | None = None,
     progress: teacher_forcing.Progress | None = None,
 ) -> Float[np.ndarray, "N D"]:
-    """States at the last token of each prompt, or of the completion behind it.
+    """Returns the states of the last token of each prompt, or of the completion after it.
 
     Args:
         vlm: the model.
-        samples: images and prompts.
-        site: whose states.
-        completions: one a sample; None: none.
-        batch_size: of the model's runs.
+        samples: N images and prompts.
+        site: the site whose states to return.
+        completions: a completion per sample; None for prompts alone.
+        batch_size: samples per batch.
         strict, errors: see `teacher_forcing.batches`.
-        progress: called with (samples done, samples in all).
+        progress: called with (samples done, number of samples).
 
-    Returns float32[N, D], NaN of a sample that can't be read or processed.
+    Returns:
+        float32[N, D], NaN for a sample that can't be read or processed.
 
     Raises ValueError for another number of completions, an empty one, or no sample that can be
     processed.
@@ -198,23 +223,26 @@ def fit_network(
     patience: int = 20,
     seed: int = 0,
 ) -> tuple[dict, np.ndarray, np.ndarray, float, dict[str, Any]]:
-    """The network from contexts to shifts, by Adam, with early stopping.
+    """Fits the network from contexts to shifts with Adam and early stopping.
 
     Args:
-        contexts: states of the last prompt tokens.
-        shifts: what they are to be mapped to.
+        contexts: float[N, D], states of the last prompt tokens.
+        shifts: float[N, D], the shifts to predict.
         hidden: units of the hidden layer.
-        validation: the share of the rows kept for early stopping.
-        epochs: passes over the other rows, at most.
-        rate, batch_size: of Adam.
-        patience: epochs without a lower validation error after which it ends.
-        seed: of the split, the parameters and the batches.
+        validation: share of the rows held out for early stopping.
+        epochs: maximum number of passes over the training rows.
+        rate: learning rate of Adam.
+        batch_size: rows per step.
+        patience: epochs without a lower validation error after which training stops.
+        seed: random seed of the split, the parameters and the batches.
 
     Returns:
-        `L2S`'s params, mean, deviation and scale, and figures: the best epoch and the share of the
-        shifts' square that it leaves unexplained, on the rows kept and by their mean alone.
+        `params`, `mean`, `deviation` and `scale` of `L2S`, and figures: the best epoch, and the
+        share of the held-out shifts' squared norm left unexplained by the network and by the mean
+        shift.
 
-    Raises ValueError for other shapes, or fewer than two rows.
+    Raises:
+        ValueError: the shapes differ, or there are fewer than two rows.
     """
     contexts, shifts = (np.asarray(rows, np.float32) for rows in (contexts, shifts))
     if contexts.ndim != 2 or shifts.ndim != 2 or len(contexts) != len(shifts) or len(contexts) < 2:
@@ -226,14 +254,14 @@ def fit_network(
     order = rng.permutation(len(contexts))
     held = min(len(contexts) - 1, max(1, round(validation * len(contexts))))
     held_out, train = order[:held], order[held:]
-    # In float64: down a column numpy adds one float32 after another.
+    # In float64, because along columns numpy adds up float32 naively.
     mean = contexts[train].mean(0, dtype=np.float64).astype(np.float32)
     deviation = contexts[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-6)
     scale = float(np.sqrt((shifts[train] ** 2).mean(dtype=np.float64))) or 1.0
     x, z = (contexts - mean) / deviation, shifts / scale
     network = ShiftNetwork(hidden, shifts.shape[1])
     params: Any = network.init(jax.random.key(seed), x[:1])["params"]
-    # It begins as the mean shift, so that the first steps do not go into that.
+    # Starts at the mean shift, so that no steps are spent on learning it.
     params["shift"]["kernel"] = 0.1 * params["shift"]["kernel"]
     params["shift"]["bias"] = jnp.asarray(z[train].mean(0, dtype=np.float64), jnp.float32)
     moments = optax.adam(rate).init(params)
@@ -280,33 +308,38 @@ def fit_l2s(
     progress: teacher_forcing.Progress | None = None,
     **options: Any,
 ) -> L2S:
-    """Learns which shift each prompt needs, from two counterparts of it.
+    """Fits a network that predicts the shift each prompt needs, from two counterparts of it.
 
     Runs on the host: it does not trace.
 
     Args:
         vlm: the model.
         samples: images and prompts.
-        positive, negative: towards, and away from, what is wanted; one of each a sample.
-        site: whose states are shifted.
-        contrast: what they are: "completion", put behind the prompt; "prompt", in its place.
-        context_site: whose state of the last prompt token says which shift; None: the same site.
-        where: the positions that are shifted, see `ports.add`.
-        batch_size: of the model's runs.
-        strict: stop at a sample that can't be read or processed, instead of leaving it out; then
-            `source["skipped"]` says why.
-        progress: called with (runs done, runs in all), three of them a sample.
-        options: of `fit_network`.
+        positive, negative: the counterpart to steer towards and away from, one each per sample.
+        site: the site whose states to shift.
+        contrast: "completion" if the counterparts are appended to the prompt, "prompt" if they
+            replace it.
+        context_site: the site whose state of the last prompt token is the input; None for `site`.
+        where: the token positions to shift, see `ports.add`.
+        batch_size: samples per batch.
+        strict: stop at a sample that can't be read or processed, instead of skipping it;
+            `source["skipped"]` says why samples were skipped.
+        progress: called with (runs done, number of runs); there are three runs per sample.
+        options: further arguments of `fit_network`.
 
-    Raises ValueError for an unknown site or contrast, an empty completion, or another number of
-    counterparts.
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: the site or contrast is unknown, a completion is empty, or the numbers of
+            samples and counterparts differ.
     """
     if contrast not in CONTRASTS:
         raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
     if not len(samples) == len(positive) == len(negative):
         raise ValueError(
             f"there are {len(positive)} positive and {len(negative)} negative counterparts of "
-            f"{len(samples)} samples; expected one of each a sample"
+            f"{len(samples)} samples; expected one of each per sample"
         )
     site = vlm.find_site(site, generated=True)
     context_site = site if context_site is None else vlm.find_site(context_site, generated=True)

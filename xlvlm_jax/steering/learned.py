@@ -1,11 +1,11 @@
-"""Learnt steering: the vector, or low-rank map, under which the model gives the wanted answers.
+"""Learnt steering: optimises a vector or low-rank map so that the model gives the wanted answers.
 
     minimise over v   mean over samples of  w_i * -log p(answer_i | prompt_i, states + shift)
                       + penalty * |v|^2 / mean |states|^2    (of a map: (|A|^2 + |B|^2) / D)
 
 with shift = v, or B A states for a map of rank R (A[R, D], B[D, R]), by Adam (Kingma and Ba 2015)
-and gradients through the layers behind the site. What the model answers elsewhere is kept by
-samples whose wanted answer is the one that it gives anyway. N samples, D width.
+and gradients through the layers after the site. Samples whose wanted answer is the model's own
+keep its other answers as they are. N samples, D width.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class LowRankMap:
     Attributes:
         down: float32[R, D].
         up: float32[D, R].
-        site: whose states it is added to.
-        source: how it was fitted and on what, JSON values.
-        where: the positions it is meant for, see `ports.add`.
+        site: the site whose states it is added to.
+        source: how and on what it was fitted, as JSON values.
+        where: the token positions it is meant for, see `ports.add`.
     """
 
     down: Float[Array, "R D"]
@@ -50,45 +50,70 @@ class LowRankMap:
     where: Any = "all"
 
     def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
-        """What `VLM.generate` takes. where: None for the positions it is meant for."""
+        """Returns the edits that `VLM.generate` takes.
+
+        Args:
+            alpha: the strength, see `ports.add_mapped`.
+            where: the token positions; None for those it is meant for.
+
+        Returns:
+            {site: edit}.
+        """
         where = self.where if where is None else where
         return {self.site: add_mapped(self.down, self.up, alpha, where)}
 
     def edits_for(
         self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
     ) -> dict[str, Edit]:
-        """As `edits`, which do not depend on the inputs here. ValueError for another model."""
+        """Returns `edits` for a model; a map's edits do not depend on the inputs.
+
+        Args:
+            vlm: the model to steer.
+            inputs: not used.
+            alpha, where: as for `edits`.
+
+        Returns:
+            {site: edit}.
+
+        Raises:
+            ValueError: the map was fitted on another model.
+        """
         files.require_model(self.source, vlm)
         return self.edits(alpha, where)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        """Writes a safetensors file; a missing parent directory is created."""
         rest = {"site": self.site, "where": self.where, "source": self.source}
         files.save(path, "low-rank map", {"down": self.down, "up": self.up}, rest)
 
     @classmethod
     def load(cls, path: str | Path) -> "LowRankMap":
-        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file holds something else.
+        """
         tensors, rest = files.read_as(path, "low-rank map")
         with files.assembling(path):
             return cls(tensors["down"], tensors["up"], **rest)
 
 
 class _Program(NamedTuple):
-    """What a compiled step depends on, besides shapes; equal programs compile once."""
+    """What a compiled step depends on besides shapes; equal programs compile once."""
 
     module: VisionLanguageModel
-    begin: str  # the site whose states are kept
-    site: str
-    length: int  # of the longest answer
+    begin: str  # the site whose states are stored and run from
+    site: str  # the site that is shifted
+    length: int  # tokens of the longest answer
 
 
 class _Setting(NamedTuple):
-    """Arguments of the program beside what is learnt."""
+    """Arguments of the program besides what is learnt."""
 
-    kinds: jax.Array  # of the positions, see `Edit`
+    kinds: jax.Array  # kinds of positions to shift, see `Edit`
     start: jax.Array
-    scale: jax.Array  # of the vector: it is learnt in units in which the states are of size one
+    scale: jax.Array  # unit of the vector: the states' root mean square
     rate: jax.Array
     penalty: jax.Array
 
@@ -100,7 +125,7 @@ _adam = optax.scale_by_adam()
 def _losses(
     program: _Program, params: dict, learnt: dict, setting: _Setting, batch: teacher_forcing.Forced
 ) -> jax.Array:
-    """float32[B]: the mean cross-entropy of each answer's tokens."""
+    """Returns float32[B], the mean cross-entropy of each answer's tokens."""
     if "vector" in learnt:
         edit = add(setting.scale * learnt["vector"])
     else:
@@ -122,7 +147,7 @@ def _update(
     batch: teacher_forcing.Forced,
     weights: jax.Array,
 ) -> tuple[dict, Any, jax.Array]:
-    """One step of Adam on a batch: what is learnt, the moments, and the loss before the step."""
+    """Runs a step of Adam; returns what is learnt, the moments and the loss before the step."""
 
     def loss(learnt: dict) -> jax.Array:
         losses = _losses(program, params, learnt, setting, batch)
@@ -155,39 +180,40 @@ def fit_learned(
     seed: int = 0,
     progress: teacher_forcing.Progress | None = None,
 ) -> SteeringVector | LowRankMap:
-    """The vector (or map) that minimises the cross-entropy of the wanted answers.
+    """Fits the vector (or map) that minimises the cross-entropy of the wanted answers.
 
     Runs on the host: it does not trace.
 
     Args:
         vlm: the model.
-        samples: images and prompts.
-        targets: the wanted answer of each; for samples that are to stay as they are, the model's.
-        site: of the decoder, whose states are shifted.
+        samples: N images and prompts.
+        targets: the wanted answer to each; for samples that must stay, the model's own answer.
+        site: a site of the decoder, whose states are shifted.
         rank: None for a vector; R for a low-rank map.
-        where: the positions that are shifted, see `ports.add`.
-        weights: of the samples in the loss, float[N]; None: all one.
-        start: float[D], the vector to begin from; None: zero.
-        validation: the share of the samples that are kept for early stopping.
-        steps: of Adam, at most.
-        rate: of Adam, in units of the states' root mean square (a map's: of one over the root of
-            the width).
-        penalty: see the head of this file.
+        where: the token positions to shift, see `ports.add`.
+        weights: float[N], weights of the samples in the loss; None for equal weights.
+        start: float[D], the initial vector; None for zero.
+        validation: share of the samples held out for early stopping.
+        steps: maximum number of steps of Adam.
+        rate: learning rate of Adam, in units of the states' root mean square (for a map, of
+            1 / sqrt(D)).
+        penalty: see the top of this file.
         batch_size: B.
-        strict: stop at a sample that can't be read or processed, instead of leaving it out.
-        evaluate_every: steps between two looks at the validation samples.
-        patience: looks without a loss lower by 1 % after which it ends.
-        seed: of the split, the batches and a map's first values.
-        progress: called with (steps done, steps at most).
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        evaluate_every: steps between evaluations on the held-out samples.
+        patience: number of evaluations without a 1 % lower loss after which training stops.
+        seed: random seed of the split, the batches and the initial map.
+        progress: called with (steps done, maximum number of steps).
 
     Returns:
-        What had the lowest validation loss; `source["history"]` holds the looks: step, the loss on
-        the batches since the last, and on the validation samples. Step 0 is without any shift.
-        `source["skipped"]` says why samples were left out.
+        The vector or map with the lowest validation loss. `source["history"]` lists the
+        evaluations: step, mean loss on the batches since the previous one, and validation loss;
+        step 0 is without a shift. `source["skipped"]` says why samples were skipped.
 
     Raises:
-        ValueError: another number of answers or weights than samples, too few samples to split, a
-            site that nothing can be learnt at, an answer without tokens, or a `where` of a mask.
+        ValueError: the numbers of samples, answers and weights differ, there are too few samples
+            to split, nothing can be learnt at the site, an answer has no tokens, or `where` is a
+            mask.
     """
     if len(samples) < 2 or not 0 < validation < 1:
         raise ValueError(
@@ -201,10 +227,10 @@ def fit_learned(
             f"expected [{len(samples)}], all positive"
         )
     if rank is not None and (rank < 1 or start is not None):
-        raise ValueError(f"rank is {rank}; expected at least 1, and no vector to start from")
+        raise ValueError(f"rank is {rank}; expected at least 1, and start=None")
     template = add(np.zeros(1), 1.0, where)
     if template.mask is not None:
-        raise ValueError("where is a mask; what is learnt applies to other prompts, name positions")
+        raise ValueError("where is a mask, which does not apply to other prompts; name positions")
     site = vlm.find_site(site)
     begin = teacher_forcing.begin_site(vlm, site)
     forced, kept, skipped = teacher_forcing.force(
@@ -212,8 +238,8 @@ def fit_learned(
     )
     if len(kept) < 2:
         raise ValueError(
-            f"one of {len(samples)} samples can be processed, expected two or more; the first that "
-            f"can't: {next(iter(skipped.values()))}"
+            f"only one of {len(samples)} samples can be processed, expected two or more; the first "
+            f"problem: {next(iter(skipped.values()))}"
         )
     weight, targets = weight[kept], [targets[int(i)] for i in kept]
 
@@ -249,7 +275,7 @@ def fit_learned(
         total = 0.0
         for first in range(0, held, batch_size):
             index = held_out[first : first + batch_size]
-            # Filled up by samples of no weight, so that every batch runs the same program.
+            # Padded with samples that do not count, so that every batch runs the same program.
             fill = np.resize(held_out, batch_size)
             fill[: len(index)] = index
             losses = np.asarray(_losses(program, vlm.params, learnt, setting, rows(fill)[0]))

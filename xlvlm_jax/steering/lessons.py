@@ -1,4 +1,4 @@
-"""Lessons: the prompts and answers that learned steering and L2S are fitted on."""
+"""Lessons: the prompts and answers on which learned steering and L2S are fitted."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from xlvlm_jax.steering.fit import answers_of, none_of, words_match
 
 
 class Lesson(NamedTuple):
-    """What is to be learnt from: prompts, how they are answered, and how they are to be."""
+    """Samples to learn from, with the given and the wanted answer to each."""
 
     samples: list[Sample]
-    given: list[str]
-    wanted: list[str]
+    given: list[str]  # the model's answers
+    wanted: list[str]  # equal to the given answer for samples that must stay
 
 
 def lesson(
@@ -31,20 +31,24 @@ def lesson(
     keep: float = 1.5,
     seed: int = 0,
 ) -> Lesson:
-    """Samples answered with a source word, which want the target, and others, which stay.
+    """Chooses samples to steer (answered with a source word) and samples that must stay.
 
     Runs on the host: it does not trace.
 
     Args:
-        features: whose samples and answers; states are not read.
+        features: provides samples and answers; its states are not read.
         source: words to steer from.
         target: the answer wanted instead.
         key, match: as for `fit_coarse`.
-        num_samples: of those to be steered, at most.
-        keep: for each of these, so many of the others.
-        seed: of the choice.
+        num_samples: maximum number of samples to steer.
+        keep: number of samples that must stay, per sample to steer.
+        seed: random seed of the choice.
 
-    Raises ValueError if no sample was answered with a source word.
+    Returns:
+        The samples with their given and wanted answers, those to steer first.
+
+    Raises:
+        ValueError: no sample was answered with a source word.
     """
     (problems,) = columns(features.samples, "error")
     readable = np.array([problem is None for problem in problems], bool)
@@ -65,15 +69,25 @@ def lesson(
 def contrast_prompts(
     features: Features, lesson: Lesson, target: Sequence[str], *, key: str = "prediction"
 ) -> tuple[list[Sample], list[str], list[str]]:
-    """What `fit_l2s` learns from with prompts as contrast: (samples, positive, negative).
+    """Finds the contrasting prompts that `fit_l2s(contrast="prompt")` learns from.
 
     Runs on the host: it does not trace.
 
-    The positive counterpart of a prompt that wants the target is another prompt about the same
-    image, answered with a target word; the negative one is the prompt itself. Prompts that stay
-    are their own counterparts; those without a counterpart are left out.
+    The positive counterpart of a prompt to steer is another prompt about the same image that was
+    answered with a target word; the negative one is the prompt itself. A prompt that must stay is
+    its own counterpart. Prompts without a counterpart are left out.
 
-    Raises ValueError if none has one.
+    Args:
+        features: provides the prompts and answers about the images.
+        lesson: the samples to learn from.
+        target: words to steer to.
+        key: as for `fit_coarse`.
+
+    Returns:
+        (samples, positive, negative), lists of the same length.
+
+    Raises:
+        ValueError: no prompt to steer has a counterpart.
     """
     answers = answers_of(features, key)
     is_target = words_match(answers, target, "equals")

@@ -1,4 +1,4 @@
-"""The ways to fit steering: one record for each, which is all that the command knows of it."""
+"""The steering methods: a record per method, which is all that `xlvlm steer fit` needs of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,47 +19,47 @@ from xlvlm_jax.steering.learned import fit_learned
 
 @runtime_checkable
 class Steering(Protocol):
-    """What a method fits, and `xlvlm_jax.steering.load` reads: evaluation asks for nothing else."""
+    """What a method fits and `xlvlm_jax.steering.load` reads; evaluation needs nothing else."""
 
     @property
     def site(self) -> str:
-        """Whose states it is for."""
+        """The site whose states it shifts."""
         ...
 
     @property
     def source(self) -> dict[str, Any]:
-        """How it was fitted and on what, JSON values."""
+        """How and on what it was fitted, as JSON values."""
         ...
 
     @property
     def where(self) -> Any:
-        """The positions it is meant for."""
+        """The token positions it is meant for."""
         ...
 
     def edits_for(self, vlm: VLM, inputs: Any, alpha: Any, where: Any) -> dict[str, Edit]:
-        """The edits that `VLM.generate` takes for these prompts."""
+        """Returns the edits that `VLM.generate` takes for these prompts."""
         ...
 
     def save(self, path: str | Path) -> None:
-        """Writes it where `xlvlm_jax.steering.load` reads it."""
+        """Writes a file that `xlvlm_jax.steering.load` can read."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be fitted; a method reads of it what it needs.
+    """What to fit; each method reads the attributes it needs.
 
     Attributes:
         features: states of the samples' answers.
-        site: whose states.
-        source: the answers to steer from; None: all others.
+        site: the site whose states to use.
+        source: the answers to steer from; None for all others.
         target: the answers to steer to.
         key, match: how answers are looked up, see `fit_coarse`.
-        where: the positions that the result is meant for, see `ports.add`.
-        seed: of every random choice.
-        num_samples: of those to be steered that are learnt from, at most.
-        keep: for each of these, so many others that stay.
-        options: what is one method's alone, by the names of its fit function's arguments.
+        where: the token positions that the result is meant for, see `ports.add`.
+        seed: random seed.
+        num_samples: maximum number of samples to steer that are learnt from.
+        keep: number of samples that must stay, per sample to steer.
+        options: options of a single method, by the names of its fit function's arguments.
     """
 
     features: Features
@@ -76,34 +76,35 @@ class Request:
 
 
 class Examples(NamedTuple):
-    """What a method that learns is given."""
+    """The examples that a method learns from."""
 
     samples: list[Sample]
     towards: list[str]  # answers, or prompts in their place
-    away: list[str]  # likewise; equal to `towards` where a sample is to stay
-    steered: int  # of the samples
+    away: list[str]  # likewise; equal to `towards` for samples that must stay
+    steered: int  # number of samples to steer
 
 
 class Fitted(NamedTuple):
-    """What a fit makes."""
+    """The result of a fit."""
 
-    steering: Mapping[str, Steering]  # by the name of its file
-    figures: str  # how it went, in a few words
+    steering: Mapping[str, Steering]  # file name -> what was fitted
+    figures: str  # a short summary of the fit
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fit steering.
+    """A steering method.
 
     Attributes:
-        name: what a user calls it.
-        fit: makes it: of a `Request`, and for what learns also of the examples, the model, and
-            batch_size, strict and progress.
-        options: those of `Request.options` that it takes.
-        needs_target: whether it can't do without `Request.target`.
-        examples: what is learnt from; None for a method that takes states alone, and no model.
-        makes_several: whether it makes several, each a file in a directory.
-        doing: what its progress bar says.
+        name: its name on the command line.
+        fit: takes a `Request` and returns a `Fitted`; a method with `examples` also takes the
+            examples, the model, batch_size, strict and progress.
+        options: the `Request.options` that it takes.
+        needs_target: whether it requires `Request.target`.
+        examples: chooses the examples to learn from; None for a method that reads states only and
+            needs no model.
+        makes_several: whether it fits several vectors, each a file in a directory.
+        doing: the label of its progress bar.
     """
 
     name: str
@@ -152,13 +153,13 @@ def _fit_fine(asked: Request) -> Fitted:
 
 
 def _answers(asked: Request) -> Examples:
-    """Samples with the answers wanted of them, and those that they got."""
+    """Returns samples with their wanted and given answers."""
     lesson = _lesson(asked)
     return Examples(lesson.samples, lesson.wanted, lesson.given, _steered(lesson))
 
 
 def _counterparts(asked: Request) -> Examples:
-    """As `_answers`; with prompts as contrast, other prompts about the same images."""
+    """Returns `_answers`, or with contrast "prompt" other prompts about the same images."""
     if asked.options["contrast"] != "prompt":
         return _answers(asked)
     lesson = _lesson(asked)
@@ -220,7 +221,7 @@ def _fit_l2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> F
 
 
 def _of_samples(asked: Request, fitted: Steering, figures: str) -> Fitted:
-    """With what it was fitted on in its source."""
+    """Adds to its source what it was fitted on, and wraps it as the result."""
     fitted.source.update(
         features=str(asked.features.path.resolve()),
         source=asked.source,
@@ -255,7 +256,11 @@ METHODS = {
 
 
 def method_named(name: str) -> Method:
-    """The method of that name. ValueError for another."""
+    """Returns the method with this name.
+
+    Raises:
+        ValueError: there is no such method.
+    """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
     return METHODS[name]

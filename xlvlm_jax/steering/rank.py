@@ -1,19 +1,18 @@
-"""Ranking of steering vectors by how strongly they move answers to few targets.
+"""Ranks steering vectors by how strongly they move answers to few targets.
 
-After "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (Khayatan et al.,
-ICCV 2025, section 5): among the fine vectors, those are of use that move many answers, and move
-them to the same few. With b_a and c_a the shares of n samples that are answered with a before and
-after steering:
+Following "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (Khayatan et
+al., ICCV 2025, section 5), a fine vector is useful if it moves many answers and moves them to the
+same few. With b_a and c_a the shares of n samples that have the answer a before and after steering:
 
     gain_a     max(0, c_a - b_a)
-    strength   sum of all gains: the share of answers that moved, on balance (the total variation
-               distance of the two distributions)
+    strength   sum of all gains: the net share of answers that moved (the total variation distance
+               of the two distributions)
     score      sum of the m largest gains: the share that moved to the m answers that gained most
-    targets    exp(entropy of gain / strength): how many answers they moved to, effectively
+    targets    exp(entropy of gain / strength): the effective number of answers they moved to
 
-Vectors are ranked by their score, in [0, 1]: the strength of what spreads over many answers counts
-only as far as the m largest of them. One that moves all answers to one has score 1, with m = 1; one
-that moves all of them, each to another answer, 1 / n.
+Vectors are ranked by score, in [0, 1], which counts only the m largest gains of a vector that
+spreads over many answers. With m = 1, a vector that moves all answers to one scores 1; a vector
+that moves each to a different answer scores 1 / n.
 """
 
 from collections import Counter
@@ -31,38 +30,42 @@ from xlvlm_jax.steering.vectors import SteeringVector
 
 
 class AnswerShift(NamedTuple):
-    """How the distribution of answers moved; see the head of this file."""
+    """How the distribution of answers moved; see the top of this file."""
 
     score: float
     strength: float
     targets: float  # 0 if nothing moved
-    gained: dict[str, int]  # answer -> how many samples more, the most first
-    lost: dict[str, int]  # answer -> how many samples fewer, the most first
+    gained: dict[str, int]  # answer -> number of samples gained, the largest first
+    lost: dict[str, int]  # answer -> number of samples lost, the largest first
     samples: int
 
 
 class RankedVector(NamedTuple):
-    """A vector and what it did."""
+    """A vector and the shift of answers that it caused."""
 
     vector: SteeringVector
     shift: AnswerShift
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values, without the vector's numbers."""
+        """Returns JSON values, without the vector's components."""
         names = {name: self.vector.source.get(name) for name in ("method", "from", "to")}
         return {**names, "site": self.vector.site, **self.shift._asdict()}
 
 
 def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int = 1) -> AnswerShift:
-    """How answers to the same questions moved.
+    """Measures how answers to the same questions moved.
 
     Runs on the host: it does not trace.
 
     Args:
         before, after: the answers, compared after normalisation.
-        num_targets: m.
+        num_targets: m, see the top of this file.
 
-    Raises ValueError for lists of different lengths, empty ones, or num_targets below 1.
+    Returns:
+        The gains and losses, and their summary.
+
+    Raises:
+        ValueError: the lists are empty or of different lengths, or num_targets is below 1.
     """
     if len(before) != len(after) or not len(before):
         raise ValueError(
@@ -72,7 +75,7 @@ def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int =
     if num_targets < 1:
         raise ValueError(f"num_targets is {num_targets}; expected at least 1")
     old, new = (Counter(map(normalise_answer, answers)) for answers in (before, after))
-    # Equal numbers in the order of the alphabet: the ranking does not depend on that of samples.
+    # Ties in alphabetical order, so that the ranking does not depend on the order of samples.
     gained = dict(sorted((new - old).items(), key=lambda item: (-item[1], item[0])))
     lost = dict(sorted((old - new).items(), key=lambda item: (-item[1], item[0])))
     gains = np.array(list(gained.values()), float) / len(before)
@@ -104,34 +107,34 @@ def rank_vectors(
 
     Runs on the host: it does not trace.
 
-    Vectors that share their samples run together, as a sweep: images are encoded, and the layers
-    in front of the site computed, once for all of them.
+    Vectors that share their samples run together as a sweep: images are encoded, and the layers
+    before the site computed, once for all of them.
 
     Args:
         vlm: the model.
-        vectors: all for one site; a fine vector (`fit_fine`) is tried on the samples that its
-            `source["samples"]` names, another on all.
+        vectors: vectors for one site; a fine vector (`fit_fine`) is tried on the samples that its
+            `source["samples"]` names, any other vector on all.
         samples: images and prompts.
         alpha: the strength.
-        num_targets: m, see `answer_shift`.
-        num_samples: each vector is tried on at most so many, the first.
-        max_new_tokens: of an answer at most.
-        batch_size: samples a batch.
-        strict: stop at a sample that can't be read or processed, instead of leaving it out; how
-            many were tried stands in each `AnswerShift`.
-        progress: called with (vectors done, vectors in all).
+        num_targets: m, see the top of this file.
+        num_samples: maximum number of samples to try each vector on; the first ones are taken.
+        max_new_tokens: maximum number of tokens per answer.
+        batch_size: samples per batch.
+        strict: stop at a sample that can't be read or processed, instead of skipping it;
+            `AnswerShift.samples` is the number of samples tried.
+        progress: called with (vectors done, number of vectors).
 
     Returns:
-        The vectors, that of the highest score first; among equal scores the stronger one.
+        The vectors, the highest score first; of equal scores, the stronger vector first.
 
     Raises:
-        ValueError: no vectors, vectors of several sites, or a vector none of whose samples is
-            among the given ones.
+        ValueError: there are no vectors, vectors of several sites, or a vector none of whose
+            samples is given.
     """
     if len({vector.site for vector in vectors}) != 1:
         raise ValueError(
             f"there are {len(vectors)} vectors for {len({v.site for v in vectors})} sites; "
-            "expected some, all for one site"
+            "expected at least one vector, and all for one site"
         )
     by_id = {sample.id: sample for sample in samples}
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -144,9 +147,9 @@ def rank_vectors(
         if not chosen:
             raise ValueError(
                 f"none of the {len(ids)} samples of a vector is among the {len(samples)} given "
-                "ones; give the data that it was fitted on"
+                "ones; give the samples that it was fitted on"
             )
-        # The unsteered model runs along, as the first variant.
+        # The first variant is the unsteered model.
         variants = [vectors[numbers[0]].edits(0.0)]
         variants += [vectors[number].edits_for(vlm, None, alpha) for number in numbers]
         plain, *steered = _sweep(vlm, chosen, variants, max_new_tokens, batch_size, strict)
@@ -166,7 +169,7 @@ def _sweep(
     batch_size: int,
     strict: bool,
 ) -> list[list[str]]:
-    """The answers under each variant, to the samples that can be processed."""
+    """Returns the answers under each variant to the samples that can be processed."""
     answers: list[list[str]] = [[] for _ in variants]
     errors: dict[str, str] = {}
     for batch in teacher_forcing.batches(

@@ -1,4 +1,4 @@
-"""Steering vectors from states, and on disk with what they are for; `ports.steer` applies them.
+"""Computes steering vectors from states, and saves and loads them; `ports.steer` applies them.
 
 From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (Khayatan et al.,
 ICCV 2025, section 5). N, M samples, D width, K concepts.
@@ -25,12 +25,20 @@ Array = jax.Array | np.ndarray
 
 
 def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, " D"]:
-    """The coarse vector: mean of the target states minus mean of the source states.
+    """Returns the coarse vector: mean of the target states minus mean of the source states.
 
-    Traces under jit, vmap and grad. Float64 states give a float64 vector where it is switched on,
-    others a float32 one, whose error does not grow with N.
+    Traces under jit, vmap and grad.
 
-    Raises ValueError for no states, or states of different widths.
+    Args:
+        source: float[N, D], states to steer from.
+        target: float[M, D], states to steer to.
+
+    Returns:
+        float32[D], with an error that does not grow with N; float64[D] for float64 states, if x64
+        is enabled.
+
+    Raises:
+        ValueError: there are no states, or their widths differ.
     """
     source, target = jnp.asarray(source), jnp.asarray(target)
     if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
@@ -49,33 +57,37 @@ def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) ->
 @jax.jit
 def _difference_of_means(source: jax.Array, target: jax.Array) -> jax.Array:
     ends, begins = sums.column_means(target), sums.column_means(source)
-    # Of pairs, so that an offset that both have takes nothing from their difference.
+    # High and low parts separately, so that a common offset costs no precision.
     return (ends.high - begins.high) + (ends.low - begins.low)
 
 
 class FineVectors(NamedTuple):
     """Vectors from one concept of the source states to another."""
 
-    vectors: Array  # float32[K, K, D]: vectors[i, j] leads from concept i to concept j
+    vectors: Array  # float32[K, K, D]: vectors[i, j] points from concept i to concept j
     assignment: Int[Array, " N"]  # the concept that each source state belongs to
     concepts: Concepts
 
     def samples(self, concept: int) -> Int[np.ndarray, " n"]:
-        """The source samples to steer with vectors[concept, :]."""
+        """Returns the source samples to steer with vectors[concept, :]."""
         return np.flatnonzero(np.asarray(self.assignment) == concept)
 
 
 def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array) -> FineVectors:
-    """The fine vectors: centroid_j - centroid_i of a k-means on the source states.
+    """Returns the fine vectors: centroid_j - centroid_i of k-means on the source states.
 
     Traces under jit (num_concepts static) and vmap, as `decompose` does.
 
     Args:
-        source: states of the samples to steer.
+        source: float[N, D], states of the samples to steer.
         num_concepts: K.
-        key: of the k-means.
+        key: PRNG key of the k-means.
 
-    Raises ValueError as `decompose` does.
+    Returns:
+        The vectors and the clustering.
+
+    Raises:
+        ValueError: as `decompose`.
     """
     concepts = decompose(source, num_concepts, "kmeans", key=key)
     centroids = jnp.asarray(concepts.components)
@@ -88,14 +100,14 @@ def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Arr
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SteeringVector:
-    """A vector with what it is for. Vectors of one site and model add up, and scale.
+    """A steering vector and how to use it. Vectors of one site and model can be added and scaled.
 
     Attributes:
         vector: float32[D].
-        site: whose states it is added to.
-        source: how it was fitted and on what, JSON values; "model" and "fingerprint" say on which
-            checkpoint.
-        where: the positions it is meant for, see `add`.
+        site: the site whose states it is added to.
+        source: how and on what it was fitted, as JSON values; "model" and "fingerprint" identify
+            the checkpoint.
+        where: the token positions it is meant for, see `ports.add`.
     """
 
     vector: Float[Array, " D"]
@@ -116,13 +128,33 @@ class SteeringVector:
         return html_table(flat(told | {"source": self.source}), title="SteeringVector")
 
     def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
-        """What `VLM.generate` takes; see `add`. where: None for the positions it is meant for."""
+        """Returns the edits that `VLM.generate` takes.
+
+        Args:
+            alpha: the strength, see `ports.add`.
+            where: the token positions; None for those it is meant for.
+
+        Returns:
+            {site: edit}.
+        """
         return {self.site: add(self.vector, alpha, self.where if where is None else where)}
 
     def edits_for(
         self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
     ) -> dict[str, Edit]:
-        """As `edits`, which do not depend on the inputs here. ValueError for another model."""
+        """Returns `edits` for a model; a vector's edits do not depend on the inputs.
+
+        Args:
+            vlm: the model to steer.
+            inputs: not used.
+            alpha, where: as for `edits`.
+
+        Returns:
+            {site: edit}.
+
+        Raises:
+            ValueError: the vector was fitted on another model.
+        """
         files.require_model(self.source, vlm)
         return self.edits(alpha, where)
 
@@ -131,7 +163,7 @@ class SteeringVector:
             ours, theirs = self._what(name), other._what(name)
             if ours != theirs:
                 raise ValueError(
-                    f"vectors of {name} {ours} and {theirs} do not add up; expected the same"
+                    f"cannot add vectors of {name} {ours} and {theirs}; expected the same {name}"
                 )
         shared = {k: v for k, v in self.source.items() if k in ("model", "fingerprint")}
         source = {**shared, "sum of": [self.source, other.source]}
@@ -148,13 +180,18 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file with the rest as metadata; the directory is made."""
+        """Writes a safetensors file; a missing parent directory is created."""
         rest = {"site": self.site, "where": self.where, "source": self.source}
         files.save(path, "vector", {"vector": self.vector}, rest)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
-        """Reads what `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file holds something else.
+        """
         tensors, rest = files.read_as(path, "vector")
         with files.assembling(path):
             return cls(tensors["vector"], **rest)

@@ -62,7 +62,7 @@ class TestCoarse:
 
     def test_messages(self, make):
         features = make()
-        with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; frequent"):
+        with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; choose"):
             steering.fit_coarse(features, "s", ["yes"], ["blue"])
         with pytest.raises(ValueError, match=r"none of 5 samples .* source words , "):
             steering.fit_coarse(features, "s", ["", " "], ["no"])
@@ -97,7 +97,7 @@ class TestFine:
 
     def test_messages(self, make):
         features = make()
-        with pytest.raises(ValueError, match=r"the pair 1:1 is no pair .* of 0 to 1"):
+        with pytest.raises(ValueError, match=r"the pair 1:1 is invalid; .* from 0 to 1"):
             steering.fit_fine(features, "s", 2, pairs=[(1, 1)])
         with pytest.raises(ValueError, match="num_concepts=9 is larger than the 5 rows"):
             steering.fit_fine(features, "s", 9)

@@ -125,7 +125,7 @@ def test_a_refused_sample_is_left_out_with_its_answer(vlm, questions, targets):
     assert (found.source["samples"], found.source["targets"]) == (3, {"no": 3})
     expected = steering.fit_learned(vlm, odd[1:], wanted[1:], SITE, steps=1, **OPTIONS)
     np.testing.assert_allclose(found.vector, expected.vector, atol=1e-4)
-    with pytest.raises(ValueError, match="one of 2 samples can be processed, expected two"):
+    with pytest.raises(ValueError, match="only one of 2 samples can be processed, expected two"):
         steering.fit_learned(vlm, odd[:2], wanted[:2], SITE, **OPTIONS)
     with pytest.raises(ValueError, match=f"sample {questions[0].id}: .* refuses it"):
         steering.fit_learned(vlm, odd, wanted, SITE, strict=True, **OPTIONS)

@@ -91,7 +91,7 @@ class TestVectorOnDisk:
         ids=["site", "width", "where", "model"],
     )
     def test_unlike_ones_do_not_add_up(self, other, what):
-        with pytest.raises(ValueError, match=f"{what}.* do not add up; expected the same"):
+        with pytest.raises(ValueError, match=f"cannot add vectors of {what}.*; expected the same"):
             self.VECTOR + other
 
     def test_becomes_an_edit_at_its_positions(self):
