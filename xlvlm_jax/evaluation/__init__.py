@@ -1,4 +1,4 @@
-"""What steering does to answers and captions: predicted, scored, compared, swept and stored."""
+"""Evaluates what steering does to answers and captions: predicts, scores, compares and stores."""
 
 from xlvlm_jax.evaluation.answer_effects import (
     MEAN_OVER_TYPES,

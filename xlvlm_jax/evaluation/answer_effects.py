@@ -1,4 +1,4 @@
-"""Answers to questions: scored, counted, and compared before and after steering."""
+"""Scores and counts answers to questions, and compares them before and after steering."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,21 +14,31 @@ MEAN_OVER_TYPES = "mean over types"
 
 
 class Accuracy(NamedTuple):
-    """Means over questions, in [0, 1]; see `metrics.vqa_accuracy`."""
+    """Mean accuracies over questions, in [0, 1]; see `metrics.vqa_accuracy`."""
 
     official: float
     reference: float  # by XL-VLMs' protocol
-    # The field that its name promises, in place of a tuple's method.
+    # Number of questions; replaces the method `tuple.count`.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, Accuracy]:
-    """Accuracies over all samples ("all"), by answer type, and the mean over the types.
+    """Returns accuracies over all samples, by answer type, and their mean over the types.
 
-    Raises ValueError for samples without answers, or another number of predictions.
+    Args:
+        samples: questions.
+        predictions: an answer per question.
+
+    Returns:
+        {"all", each answer type, "mean over types": accuracy}.
+
+    Raises:
+        ValueError: a sample has no answers, or the numbers of samples and predictions differ.
     """
     if len(samples) != len(predictions):
-        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(samples)} samples; expected one per sample"
+        )
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):
         if not sample.references:
@@ -53,7 +63,7 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
 
 
 def answer_type(answer: str) -> str:
-    """The type that a predicted answer is of: "yes/no", "number" or "other", as in VQAv2."""
+    """Returns the type of a predicted answer: "yes/no", "number" or "other", as in VQAv2."""
     words = normalise_answer(answer).split()
     if words in (["yes"], ["no"]):
         return "yes/no"
@@ -61,41 +71,41 @@ def answer_type(answer: str) -> str:
 
 
 def count_answers(answers: Sequence[str]) -> dict[str, int]:
-    """How often each answer was given, after normalisation, the most frequent first."""
+    """Counts the normalised answers, the most frequent first."""
     return dict(Counter(map(normalise_answer, answers)).most_common())
 
 
 def count_types(answers: Sequence[str]) -> dict[str, int]:
-    """How many of the answers are of each type (see `answer_type`)."""
+    """Counts the answers of each type (see `answer_type`)."""
     counts = Counter(map(answer_type, answers))
     return {name: counts[name] for name in ("yes/no", "number", "other")}
 
 
 class Changes(NamedTuple):
-    """What steering from source to target answers did. Counts, of all samples unless said."""
+    """What steering from source to target answers changed, as numbers of samples."""
 
     samples: int
     changed: int  # answers that differ
-    source_before: int  # answers that are among the source words
+    source_before: int  # source answers before steering
     source_after: int
     target_before: int
     target_after: int
     moved: int  # from a source answer to a target answer
-    gained: int  # a target answer that was none before; `moved` of them from a source answer
-    gained_from_source_truth: int  # those whose true answer is among the source words
-    lost: int  # a source answer before, and none after; `moved` of them to a target answer
-    lost_with_source_truth: int  # those whose true answer is among the source words
+    gained: int  # target answers that were not target answers before, including `moved`
+    gained_from_source_truth: int  # those whose true answer is a source word
+    lost: int  # source answers that no longer are, including `moved`
+    lost_with_source_truth: int  # those whose true answer is a source word
     others: int  # answers that were neither source nor target
     others_changed: int
 
     @property
     def moved_share(self) -> float:
-        """The share of source answers that became target answers; NaN without any."""
+        """The share of source answers that became target answers; NaN if there were none."""
         return self.moved / self.source_before if self.source_before else float("nan")
 
     @property
     def others_changed_share(self) -> float:
-        """The share of the other answers that changed; NaN without any."""
+        """The share of the other answers that changed; NaN if there were none."""
         return self.others_changed / self.others if self.others else float("nan")
 
 
@@ -110,10 +120,14 @@ def answer_changes(
 
     Args:
         before, after: the model's answers to the same questions, compared after normalisation.
-        source, target: the words steered from and to.
-        truths: the most frequent answer of people, or None where it is not known.
+        source, target: the words to steer from and to.
+        truths: the data set's most frequent answer to each question; None if unknown.
 
-    Raises ValueError for lists of different lengths, or words that are both source and target.
+    Returns:
+        The changes.
+
+    Raises:
+        ValueError: the lists have different lengths, or a word is both source and target.
     """
     if not len(before) == len(after) == len(truths):
         raise ValueError(
@@ -122,7 +136,9 @@ def answer_changes(
         )
     sources, targets = ({normalise_answer(word) for word in words} for words in (source, target))
     if sources & targets:
-        raise ValueError(f"{sorted(sources & targets)} are both source and target words")
+        raise ValueError(
+            f"{sorted(sources & targets)} are both source and target words; expected distinct words"
+        )
     old, new = ([normalise_answer(answer) for answer in answers] for answers in (before, after))
     was_source = np.array([answer in sources for answer in old], bool)
     was_target = np.array([answer in targets for answer in old], bool)
@@ -150,15 +166,22 @@ def answer_changes(
 
 
 def truths(samples: Sequence[Sample]) -> list[str | None]:
-    """The most frequent answer of people to each question, where the data set says."""
+    """Returns the data set's most frequent answer to each question; None if unknown."""
     return [sample.metadata.get("answer") for sample in samples]
 
 
 def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Sequence[str]) -> str:
-    """The answer type of most questions whose true answer is a source word.
+    """Checks that some questions have source and target words as their true answers.
 
-    Raises ValueError if source or target words are the answer to no question: they are then not of
-    this data set.
+    Args:
+        samples: questions.
+        source, target: the words to steer from and to.
+
+    Returns:
+        The most frequent answer type among questions whose true answer is a source word.
+
+    Raises:
+        ValueError: no question has one of the source, or target, words as its answer.
     """
     answered = [
         (normalise_answer(t), s) for s, t in zip(samples, truths(samples), strict=True) if t
@@ -169,9 +192,10 @@ def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Se
         types = [s.metadata.get("answer_type", "other") for t, s in answered if t in wanted]
         if not types:
             frequent = ", ".join(list(count_answers([t for t, _ in answered]))[:5])
+            advice = f"choose frequent ones, such as {frequent}" if frequent else "use VQA samples"
             raise ValueError(
-                f"no question of {len(samples)} has one of the {what} words {few(words)} as "
-                f"its answer; frequent are {frequent or 'none: these are no questions'}"
+                f"none of {len(samples)} questions has one of the {what} words {few(words)} as "
+                f"its answer; {advice}"
             )
         of_source = of_source or types
     return Counter(of_source).most_common(1)[0][0]
@@ -180,7 +204,15 @@ def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Se
 def fall_of_others(
     before: dict[str, Accuracy], after: dict[str, Accuracy], own: str
 ) -> dict[str, float]:
-    """How many points of official accuracy each answer type but `own` lost; negative for a gain."""
+    """Returns the points of official accuracy that each answer type but `own` lost.
+
+    Args:
+        before, after: what `vqa_scores` returns before and after steering.
+        own: the answer type to leave out.
+
+    Returns:
+        {answer type: points}, negative for a gain.
+    """
     return {
         name: 100 * (before[name].official - after[name].official)
         for name in before
@@ -189,5 +221,5 @@ def fall_of_others(
 
 
 def describe(scores: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:
-    """Scores as JSON values."""
+    """Returns the scores as JSON values."""
     return {name: score._asdict() for name, score in scores.items()}

@@ -1,4 +1,4 @@
-"""Captions compared before and after steering towards words of a class."""
+"""Compares captions before and after steering towards words of a class."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from xlvlm_jax.metrics.captions import count_words
 
 
 class CaptionChanges(NamedTuple):
-    """What steering towards words of a class did to captions. Counts, of all unless said."""
+    """What steering towards words of a class changed, as numbers of captions unless noted."""
 
     samples: int
     changed: int  # captions that differ
     holding_before: int  # captions with one of the words
     holding_after: int
-    gained: int  # captions with one of the words that had none before
-    lost: int  # captions without one that had one before
-    words_before: int  # how often one of the words was said
+    gained: int  # captions that had none of the words before and have one now
+    lost: int  # captions that had one of the words before and have none now
+    words_before: int  # occurrences of the words
     words_after: int
-    length_before: float  # mean number of words of a caption
+    length_before: float  # mean number of words per caption
     length_after: float
 
     @property
     def gain(self) -> float:
-        """By how much the share of captions with one of the words rose, in [-1, 1]."""
+        """The increase in the share of captions with one of the words, in [-1, 1]."""
         return (self.holding_after - self.holding_before) / self.samples
 
 
@@ -37,14 +37,18 @@ def caption_changes(
 
     Args:
         before, after: the model's captions.
-        words: those of the class, or any others; whole words, in any capitalisation.
+        words: the words to count, as whole words, ignoring case.
 
-    Raises ValueError for lists of different lengths, no captions, or no words.
+    Returns:
+        The changes.
+
+    Raises:
+        ValueError: the lists are empty or of different lengths, or there are no words.
     """
     if len(before) != len(after) or not before:
         raise ValueError(
-            f"there are {len(before)} captions before and {len(after)} after; expected as many, "
-            "and at least one"
+            f"there are {len(before)} captions before and {len(after)} after; expected the same "
+            "number, at least one"
         )
     old, new = (count_words(captions, words) for captions in (before, after))
     lengths = [np.mean([len(caption_words(text)) for text in texts]) for texts in (before, after)]
@@ -63,5 +67,5 @@ def caption_changes(
 
 
 def count_said(captions: Sequence[str]) -> dict[str, int]:
-    """How often each word is said in all captions together, the most frequent first."""
+    """Counts the words of all captions, the most frequent first."""
     return dict(Counter(word for text in captions for word in caption_words(text)).most_common())

@@ -1,4 +1,4 @@
-"""What answering some samples under some conditions will need, before it starts."""
+"""Estimates what an evaluation will need before it starts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from xlvlm_jax.evaluation.predict import prepare, rows_at_once
 
 
 class Needs(NamedTuple):
-    """What a run will take; bytes are of a device."""
+    """What an evaluation will need; memory is in bytes per device."""
 
     samples: int
-    answers: int  # one a sample and condition
-    missing: tuple[str, ...]  # images that are not there
-    prompt_tokens: int  # of the first batch's longest prompt
-    conditions_at_once: int  # how many share a pass over a batch
+    answers: int  # one per sample and condition
+    missing: tuple[str, ...]  # images that do not exist
+    prompt_tokens: int  # length of the first batch's longest prompt
+    conditions_at_once: int  # conditions that share a pass over a batch
     parameters: int
-    temporaries: int  # of a batch under one condition: cache, states, buffers
+    temporaries: int  # for a batch under one condition: cache, states, buffers
 
 
 def preflight(
@@ -29,15 +29,29 @@ def preflight(
     max_new_tokens: int = 10,
     batch_size: int = 16,
 ) -> Needs:
-    """What `predict` of the samples under so many conditions will need; nothing is answered.
+    """Returns what `predict` will need, without answering anything.
 
-    vlm: of `ports.load_abstract`, or `load`. The first batch is preprocessed and the program that
-    answers it is compiled. Raises ValueError if none of its images can be read.
+    Preprocesses the first batch and compiles the program that answers it.
+
+    Args:
+        vlm: the model, from `ports.load_abstract` or `load`.
+        samples: the samples to answer.
+        num_conditions: number of conditions, including the plain model.
+        max_new_tokens: maximum number of tokens per answer.
+        batch_size: samples per batch.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: no image of the first batch can be read.
     """
     first = list(samples[:batch_size])
     batch = prepare(vlm, first, told=[None], size=batch_size)
     if not len(batch.good):
-        raise ValueError(f"none of the first images can be read; the first: {batch.errors[0]}")
+        raise ValueError(
+            f"none of the first {len(first)} images can be read; the first: {batch.errors[0]}"
+        )
     inputs = batch.inputs[None]
     lowered = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens)
     parameters, temporaries = device_bytes(lowered)

@@ -1,7 +1,7 @@
-"""The stage behind `xlvlm evaluate` and `xlvlm steer apply`: answers, scores, files.
+"""The stage of `xlvlm evaluate` and `xlvlm steer apply`: predicts, scores and writes files.
 
-<output>/summary.json        what was asked how, every figure, and the trials of a sweep
-<output>/predictions.jsonl   a line a sample: question, people's answers, the model's
+<output>/summary.json        the settings, every score, and the trials of a sweep
+<output>/predictions.jsonl   a line per sample: question, the data set's answers, the model's
 """
 
 import json
@@ -35,23 +35,28 @@ def evaluate(
     strict: bool = False,
     stage: Stage | None = None,
 ) -> dict[str, Any]:
-    """Answers under each condition, measured and written; returns the summary.
+    """Predicts under each condition, scores the answers and writes the results.
 
     Args:
         vlm: the model.
-        samples: what is asked.
-        task: what is measured.
-        output: a directory; what an earlier evaluation left there is replaced.
-        conditions: by name, besides "plain", the model as it is.
-        about: where samples and vectors come from, free for the caller; kept in the summary.
-        sweep: what `describe_sweep` made of the trials by which a condition was chosen.
-        max_new_tokens: of an answer at most; None for the task's own.
-        batch_size: samples a batch.
-        strict: stop at a sample that can't be read or processed, instead of passing it over.
-        stage: stage(name) begins a progress bar and returns advance(done, total).
+        samples: the samples to answer.
+        task: what to measure.
+        output: the directory to write; replaces an earlier evaluation there.
+        conditions: {name: condition}, besides "plain", the unsteered model.
+        about: where samples and vectors come from, in any form; stored in the summary.
+        sweep: what `describe_sweep` returns, if a sweep chose a condition.
+        max_new_tokens: maximum number of tokens per answer; None for the task's default.
+        batch_size: samples per batch.
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        stage: stage(name) starts a progress bar and returns advance(done, total).
 
-    Raises ValueError for words that are not of the data set, no readable image, and as `predict`
-    does; OSError if the directory can't be written. Then nothing is written.
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        ValueError: words do not occur in the data set, no image can be read, or as `predict`.
+            Nothing is written.
+        OSError: the directory can't be written.
     """
     task.require(samples)
     conditions = {"plain": PLAIN, **(conditions or {})}
@@ -94,7 +99,7 @@ def evaluate(
         }
         lines.append(json.dumps({k: v for k, v in described.items() if v is not None}) + "\n")
     output.mkdir(parents=True, exist_ok=True)
-    # Without its summary a directory is no evaluation: it goes first and comes last.
+    # A directory without a summary is not an evaluation: removed first, written last.
     (output / "summary.json").unlink(missing_ok=True)
     atomic.write(output / "predictions.jsonl", "".join(lines))
     atomic.write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -112,9 +117,17 @@ def select(
     strict: bool = False,
     stage: Stage | None = None,
 ) -> tuple[Trial, list[Trial]]:
-    """Tries conditions on samples: the one to take, and all of them.
+    """Tries conditions on samples and chooses the best.
 
-    Args are those of `evaluate`. Raises ValueError as `evaluate` and `choose` do.
+    Args:
+        vlm, samples, task, max_new_tokens, batch_size, strict, stage: as for `evaluate`.
+        conditions: the conditions to try.
+
+    Returns:
+        The chosen trial, and all trials.
+
+    Raises:
+        ValueError: as `evaluate` and `choose`.
     """
     task.require(samples)
     predictions = predict(
@@ -135,7 +148,17 @@ def select(
 
 
 def describe_sweep(chosen: Trial, trials: Sequence[Trial], task: Task, **of: Any) -> dict[str, Any]:
-    """Trials as JSON values: what they were tried on, which was chosen, and each."""
+    """Returns the trials as JSON values.
+
+    Args:
+        chosen: the chosen trial.
+        trials: all trials.
+        task: the task that they were tried for.
+        of: further values, such as the split that they were tried on.
+
+    Returns:
+        The further values, the task's limits, the chosen trial and all trials.
+    """
     return {
         **of,
         "wanted": task.wanted,

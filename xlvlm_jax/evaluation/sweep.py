@@ -1,4 +1,4 @@
-"""Which site and strength: every combination tried on one split, and the best of them chosen."""
+"""Sweeps over vectors, strengths and positions: combinations to try, and choosing the best."""
 
 import itertools
 import math
@@ -9,15 +9,15 @@ from xlvlm_jax.evaluation.predict import Condition, Steering
 
 
 class Trial(NamedTuple):
-    """What one condition did; effect and cost as its task defines them."""
+    """The effect and cost of one condition, as its task defines them."""
 
     condition: Condition
-    effect: float  # questions: share of source answers moved; captions: gain of the class's share
-    cost: float  # largest fall of another answer type, in points; captions: relative fall of CIDEr
-    off_target: float  # share of the other answers that changed; of captions: of all
+    effect: float  # share of source answers moved; captions: increase in share with a class word
+    cost: float  # largest drop of another answer type, in points; captions: relative drop of CIDEr
+    off_target: float  # share of other answers that changed; captions: share of all that changed
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values; None for a number that is not known, as when nothing was to be moved."""
+        """Returns JSON values; None for a number that is undefined."""
         values = {name: getattr(self, name) for name in ("effect", "cost", "off_target")}
         known = {name: x if math.isfinite(x) else None for name, x in values.items()}
         return {**self.condition.describe(), **known}
@@ -29,7 +29,17 @@ def grid(
     wheres: Sequence[Any] = (None,),
     edit: str = "add",
 ) -> list[Condition]:
-    """Each vector (or several at once) with each strength at each choice of positions."""
+    """Returns the conditions of a grid: each vector with each strength at each set of positions.
+
+    Args:
+        vectors: vectors, or tuples of vectors that are applied together.
+        alphas: strengths.
+        wheres: token positions, see `ports.add`; None for those each vector is meant for.
+        edit: the kind of edit.
+
+    Returns:
+        A condition per combination.
+    """
     together = [vector if isinstance(vector, tuple) else (vector,) for vector in vectors]
     return [
         Condition(several, alpha, where, edit)
@@ -38,7 +48,7 @@ def grid(
 
 
 def names(conditions: Sequence[Condition]) -> list[str]:
-    """A name for each condition, by what tells them apart; "steered" for one alone."""
+    """Returns a distinct name per condition, made of what differs; "steered" for a single one."""
     if len(conditions) == 1:
         return ["steered"]
     parts = []
@@ -61,19 +71,28 @@ def names(conditions: Sequence[Condition]) -> list[str]:
 
 
 def choose(trials: Sequence[Trial], wanted: float, max_cost: float) -> Trial:
-    """The trial that does what is wanted at the least cost.
+    """Chooses the trial with the wanted effect at the lowest cost.
 
-    Of those whose effect is at least `wanted` and whose cost at most `max_cost`, the one of the
-    least cost; if there is none, the largest effect within that cost; if there is none either,
-    the least cost. Among equals, the weakest strength.
+    Among trials whose effect is at least `wanted` and whose cost is at most `max_cost`, takes the
+    lowest cost; if there are none, the largest effect within `max_cost`; if there are none either,
+    the lowest cost. Ties go to the weakest strength.
 
-    Raises ValueError for no trials, or none whose effect and cost are numbers.
+    Args:
+        trials: the trials to choose from.
+        wanted: the wanted effect.
+        max_cost: the maximum cost.
+
+    Returns:
+        The chosen trial.
+
+    Raises:
+        ValueError: there are no trials with a finite effect and cost.
     """
     usable = [t for t in trials if math.isfinite(t.effect) and math.isfinite(t.cost)]
     if not usable:
         raise ValueError(
-            f"none of {len(trials)} trials has an effect to choose by; the split holds no answer "
-            "to steer from, take a larger one"
+            f"none of {len(trials)} trials has an effect to choose by, because the split has no "
+            "answer to steer from; use a larger one"
         )
     within = [t for t in usable if t.cost <= max_cost]
     good = [t for t in within if t.effect >= wanted]

@@ -1,9 +1,9 @@
-"""What is evaluated: answers to questions, or captions; each does the same four things.
+"""The tasks to evaluate: questions and captions, each with the same four methods.
 
-describe   which task, as JSON values
-measure    everything about one set of answers, as JSON values
-trial      effect and cost of a condition, which `choose` compares
-require    the words are of this data set, said before anything is computed
+describe   returns the task as JSON values
+measure    returns scores and counts of one set of answers as JSON values
+trial      returns effect and cost of a condition, which `choose` compares
+require    checks, before anything is computed, that the words occur in the data set
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
 
-NUM_COUNTED = 30  # answers, or words of captions, whose counts are kept
+NUM_COUNTED = 30  # number of answers, or words of captions, whose counts are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Questions:
     """Answers to questions, steered from source to target answers.
 
     Attributes:
-        source, target: words; none where nothing is steered.
-        wanted: the share of source answers that is to become the target.
-        max_cost: by how many points of accuracy another answer type may fall.
+        source, target: words to steer from and to; empty if nothing is steered.
+        wanted: the wanted effect, the share of source answers that become target answers.
+        max_cost: the maximum cost, in points of accuracy that another answer type loses.
     """
 
     source: tuple[str, ...] = ()
@@ -39,11 +39,15 @@ class Questions:
     max_new_tokens = 10
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the task as JSON values."""
         return {"kind": "vqa", "source": list(self.source), "target": list(self.target)}
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """ValueError for samples that are no questions, or words that answer none of them."""
+        """Checks that the samples are questions, some with a source and some with a target answer.
+
+        Raises:
+            ValueError: the samples have no answers, or no question has one of the words as answer.
+        """
         if samples and not any(truth is not None for truth in answer_effects.truths(samples)):
             raise ValueError("the samples have no answers; evaluate questions on --dataset vqav2")
         if self.source or self.target:
@@ -52,7 +56,7 @@ class Questions:
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
     ) -> dict[str, Any]:
-        """Accuracies, counts, and changes from the plain answers."""
+        """Returns accuracies, counts and changes from the plain answers as JSON values."""
         counts = answer_effects.count_answers(answers)
         measured: dict[str, Any] = {
             "scores": answer_effects.describe(answer_effects.vqa_scores(samples, answers)),
@@ -77,7 +81,7 @@ class Questions:
         condition: Condition,
         answers: Sequence[str],
     ) -> Trial:
-        """How a condition moved source answers, and by how much it broke other answer types."""
+        """Returns how a condition moved source answers and how much other answer types lost."""
         own = answer_effects.require_answers(samples, self.source, self.target)
         changes = answer_effects.answer_changes(
             plain, answers, self.source, self.target, answer_effects.truths(samples)
@@ -96,10 +100,10 @@ class Captions:
     """Captions, steered towards words of a class.
 
     Attributes:
-        words: those of the class; none where nothing is steered.
-        java: run the metrics that need Java.
-        wanted: by how much the share of captions with one of the words is to rise.
-        max_cost: which share of CIDEr may be lost.
+        words: the words to steer towards; empty if nothing is steered.
+        java: whether to compute the metrics that need Java.
+        wanted: the wanted effect, the increase in the share of captions with one of the words.
+        max_cost: the maximum cost, as the share of CIDEr that is lost.
     """
 
     words: tuple[str, ...] = ()
@@ -109,25 +113,29 @@ class Captions:
     max_new_tokens = 32
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the task as JSON values."""
         return {"kind": "captions", "words": list(self.words)}
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """ValueError for samples without captions, or words that are in none of them."""
+        """Checks that the samples have captions that contain one of the words.
+
+        Raises:
+            ValueError: the samples have no captions, or none contains one of the words.
+        """
         texts = [text for sample in samples for text in sample.references]
         if samples and not texts:
             raise ValueError("the samples have no captions; evaluate captions on --dataset coco")
         if self.words and not count_words(texts, self.words).any():
             shown = ", ".join(self.words[:5])
             raise ValueError(
-                f"none of {len(texts)} captions holds one of the {len(self.words)} words {shown}"
-                " ...; choose words, or a class of words, of this data set"
+                f"none of {len(texts)} captions contains one of the {len(self.words)} words {shown}"
+                " ...; choose words, or a class of words, that occur in this data set"
             )
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
     ) -> dict[str, Any]:
-        """Scores, counts of words, and changes from the plain captions."""
+        """Returns scores, word counts and changes from the plain captions as JSON values."""
         references = [sample.references for sample in samples]
         said = caption_changes.count_said(answers)
         measured: dict[str, Any] = {
@@ -148,7 +156,7 @@ class Captions:
         condition: Condition,
         answers: Sequence[str],
     ) -> Trial:
-        """How many more captions hold one of the words, and what it costs in CIDEr."""
+        """Returns how many more captions contain one of the words, and the cost in CIDEr."""
         references = [sample.references for sample in samples]
         before, after = (
             caption_scores(texts, references).values["CIDEr"] for texts in (plain, answers)
@@ -162,5 +170,5 @@ Task = Questions | Captions
 
 
 def _or_none(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """Returns None for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None

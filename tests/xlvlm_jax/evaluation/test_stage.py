@@ -74,7 +74,7 @@ def test_the_trials_are_kept_with_the_chosen_one(run):
 def test_figures_are_drawn_and_old_ones_go(run, tmp_path):
     directory, summary = run[0] / "steering" / "yes-no", run[1]
     assert "source answers moved" in (directory / "sweep.svg").read_text()
-    assert "Types of answers" in (directory / "answers.svg").read_text()
+    assert "Answer types" in (directory / "answers.svg").read_text()
     draw_all(summary, tmp_path)
     plain = {**summary, "conditions": {"plain": summary["conditions"]["plain"]}}
     del plain["sweep"]
@@ -107,7 +107,7 @@ def test_a_damaged_evaluation_is_named(run, tmp_path):
     broken = tmp_path / "steering" / "bad"
     broken.mkdir(parents=True)
     (broken / "summary.json").write_text('{"kind": "vqa"}')
-    with pytest.raises(ValueError, match="bad: no evaluation that can be read"):
+    with pytest.raises(ValueError, match="bad: cannot read the evaluation"):
         write_report(tmp_path)
 
 
@@ -138,6 +138,6 @@ def test_nothing_is_written_for_words_of_another_data_set(vlm, asked, tmp_path):
         Questions().require([dataclasses.replace(asked[0], metadata={})])
     with pytest.raises(ValueError, match="have no captions"):
         Captions().require([dataclasses.replace(asked[0], references=())])
-    with pytest.raises(ValueError, match="captions holds one of the 1 words sphinx"):
+    with pytest.raises(ValueError, match="captions contains one of the 1 words sphinx"):
         Captions(("sphinx",)).require(asked)
     assert list(tmp_path.iterdir()) == []
