@@ -1,16 +1,16 @@
-"""Fine-tuning shift: how concepts move when the model is fine-tuned, and how well that predicts.
+"""Fine-tuning shift: measures how fine-tuning moves concepts and what mean shifts recover.
 
 From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (ICCV 2025).
 
-    vectors     shift vectors, and how alike the samples of a concept move
-    recovery    how near they come to the fine-tuned model's own concepts, overlap, correlation
-    pairs       which rows of two directories of features belong together
-    analyse     all of it for two matrices of states
-    record      the result, saved and read
+    vectors     shift vectors, and how consistently the samples of a concept move
+    recovery    how close shifted concepts come to the fine-tuned model's own; overlap, correlation
+    pairs       matching rows of two directories of features
+    analyse     the whole analysis for two matrices of states
+    record      the result, with `save` and `load`
     grounding   words and images of original, shifted and fine-tuned concepts
-    stage       all of it for two directories of features
+    stage       the whole analysis for two directories of features
 
-Both models run in one program by `paired_states`, from `ports.paired`.
+`paired_states`, from `ports.paired`, runs both models in one program.
 """
 
 from ports.paired import paired_states, share_params

@@ -1,4 +1,4 @@
-"""Two sets of states and two sets of concepts -> how the concepts move, and what that recovers.
+"""Computes how concepts move between two sets of states, and what that recovers.
 
 K concepts, D width, N and M rows of the original and of the fine-tuned features.
 """
@@ -29,23 +29,27 @@ def analyse(
     alpha: float = 1.0,
     reduce: Reduce = "mean",
 ) -> ShiftAnalysis:
-    """Shift vectors of original concepts, and how well they recover the fine-tuned ones.
+    """Computes shift vectors of original concepts and how well they recover the fine-tuned ones.
 
     Runs on the host: it does not trace.
 
     Args:
-        Z_original, Z_finetuned: the states of each model, or what reads them, such as
-            `Features.stored(site)`: one block of rows is then in memory at a time.
-        pairs: which rows of the two belong together.
+        Z_original, Z_finetuned: float[N, D] and float[M, D], the states of each model, or a reader
+            of them such as `Features.stored(site)`, which keeps one block of rows in memory.
+        pairs: the matching rows of the two.
         concepts: learnt on Z_original; their activations assign its rows.
-        finetuned_concepts: learnt on Z_finetuned, as many.
-        alpha: shifted concept = concept + alpha x shift. Both must be of one scale: centroids of
-            k-means, the paper's choice, are means of states; atoms of snmf and components of pca
-            have unit norm and want an alpha of about 1 / a typical activation.
+        finetuned_concepts: learnt on Z_finetuned, as many as `concepts`.
+        alpha: shifted concept = concept + alpha x shift. Both need the same scale: k-means
+            centroids, the paper's choice, are means of states; snmf atoms and pca components have
+            norm 1 and need an alpha of about 1 / (a typical activation).
         reduce: "mean", "median" or "trimmed_mean"; see `concept_shift`.
 
-    Raises ValueError for models of different widths, dictionaries of different sizes, concepts of
-    other rows, or an alpha that is not finite.
+    Returns:
+        The analysis, not yet grounded in words and images.
+
+    Raises:
+        ValueError: the models have different widths, the dictionaries different sizes, the
+            concepts were learnt on other rows, or alpha is not finite.
     """
     (N, D), (_, E) = np.shape(Z_original), np.shape(Z_finetuned)
     if D != E:
@@ -56,20 +60,20 @@ def analyse(
     (K, width), (L, other) = np.shape(concepts.components), np.shape(finetuned_concepts.components)
     if K != L:
         raise ValueError(
-            f"{K} original and {L} fine-tuned concepts; matching needs as many of both,"
-            f" decompose both with the same K"
+            f"{K} original and {L} fine-tuned concepts; matching needs equally many,"
+            f" decompose both with the same number"
         )
     if not width == other == D:
         raise ValueError(
             f"concepts are {width} (original) and {other} (fine-tuned) wide, the states {D};"
-            " give concepts of these states"
+            " give concepts learnt on these states"
         )
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}; expected a finite number")
     if concepts.activations is not None and len(concepts.activations) != N:
         raise ValueError(
-            f"the original concepts have activations of {len(concepts.activations)} rows, the"
-            f" original features {N}; give the features that they were learnt on"
+            f"the original concepts have activations for {len(concepts.activations)} rows, the"
+            f" original features {N}; give the features that the concepts were learnt on"
         )
     assignment = [codes.argmax(axis=1) for _, codes in activations_of(concepts, Z_original)]
     assignment = np.concatenate(assignment)[pairs.original]

@@ -1,10 +1,10 @@
-"""Shift vectors and their spread of rows too many to hold: read block by block, added in float64.
+"""Shift vectors and their spread for too many rows to hold: reads blocks and sums in float64.
 
-The figures of `vectors`, from sums over the samples of each concept. With d_m = b_m - a_m the move
-of a sample, e_m its direction and s the mean move of the concept, one pass gives them all: the mean
-of d_m . s is |s|^2, and the mean cosine of d_m with s that of e_m . s / |s|.
+Computes the figures of `vectors` from sums over the samples of each concept. With d_m = b_m - a_m
+the move of a sample, e_m its direction and s the mean move of the concept, one pass is enough: the
+mean of d_m . s is |s|^2, and the mean cosine of d_m with s is the mean of e_m . s / |s|.
 
-N rows, M pairs of them, B of a block, D width, K concepts.
+N rows, M pairs of rows, B rows of a block, D width, K concepts.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, Reduce, Spread
 from xlvlm_jax.solvers.validation import StoredMatrix, is_stored, read_block
 
-BLOCK_BYTES = 2**25  # of rows in float64 that are held at once
-CENTRED_BYTES = 2**27  # of rows whose medians are taken together
+BLOCK_BYTES = 2**25  # size of a block of rows in float64
+CENTRED_BYTES = 2**27  # size of all rows whose medians are computed together
 Rows = jax.Array | np.ndarray | StoredMatrix
 
 
@@ -43,19 +43,23 @@ def moves(
     num_concepts: int,
     reduce: Reduce = "mean",
 ) -> Moves:
-    """`vectors.concept_shift` and `vectors.spread` of pairs of rows, with one block in memory.
+    """Computes `vectors.concept_shift` and `vectors.spread` with one block of rows in memory.
 
-    "median" and "trimmed_mean" need all rows of a concept at once: they read all rows again for
-    every few concepts.
+    "median" and "trimmed_mean" need all rows of a concept at once, so they read all rows again for
+    every group of concepts that fits into memory.
 
     Args:
-        original, finetuned: the states of each model.
-        pairs: which rows of the two belong together.
-        assignment: the concept of each pair, 0 to K - 1.
+        original, finetuned: float[N, D], the states of each model, or readers of them.
+        pairs: the matching rows of the two.
+        assignment: int[M], the concept of each pair, 0 to K - 1.
         num_concepts: K.
         reduce: see `concept_shift`.
 
-    Raises ValueError for another `reduce`.
+    Returns:
+        Counts, shifts and spread of the concepts.
+
+    Raises:
+        ValueError: `reduce` is unknown.
     """
     if reduce not in ("mean", "median", "trimmed_mean"):
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'median' or 'trimmed_mean'")
@@ -75,7 +79,7 @@ def moves(
     magnitude = np.linalg.norm(mean, axis=1)
 
     def over_pairs(mean: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The mean product of two different rows, from their mean and their mean square."""
+        """Returns the mean product of two different rows, from their mean and mean square."""
         return (counts * np.sum(mean**2, axis=1) - own) / np.maximum(counts - 1, 1)
 
     reach = np.where(magnitude > 0, magnitude, 1)
@@ -96,7 +100,15 @@ def moves(
 
 
 def activations_of(concepts: Concepts, Z: Rows) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:
-    """(first row, activations) of some rows of Z at a time: those learnt, or by projection."""
+    """Yields blocks of activations of the rows of Z.
+
+    Args:
+        concepts: the concepts; without activations, Z is projected on them.
+        Z: float[N, D], the states, or a reader of them.
+
+    Yields:
+        (first row, float32[B, K]).
+    """
     if concepts.activations is not None:
         yield from tiles_of(concepts.activations)
     elif is_stored(Z):
@@ -114,12 +126,12 @@ def _centres(
     counts: Int[np.ndarray, " K"],
     reduce: Reduce,
 ) -> Float[np.ndarray, "K D"]:
-    """The centre of each concept's fine-tuned states minus that of the original ones."""
+    """Returns the centre of each concept's fine-tuned states minus its original states' centre."""
     from scipy import stats
 
     K, D = len(counts), original.shape[1]
     found = np.zeros((K, D))
-    # Concepts that are read together: as many as fit.
+    # Reads as many concepts together as fit.
     group = np.cumsum(counts * 4 * D * 2) // CENTRED_BYTES
     for number in np.unique(group):
         concepts = np.flatnonzero((group == number) & (counts >= MIN_SAMPLES))
@@ -142,7 +154,7 @@ def _centres(
 def _add_up(
     rows: Float[np.ndarray, "B C"], assignment: Int[np.ndarray, " B"], num_concepts: int
 ) -> Float[np.ndarray, "K C"]:
-    """The sum of the rows of each concept."""
+    """Returns the sum of the rows of each concept."""
     B = len(rows)
     members = (np.ones(B), (assignment, np.arange(B)))
     return sparse.csr_array(members, shape=(num_concepts, B)) @ rows
@@ -151,7 +163,7 @@ def _add_up(
 def _blocks(
     original: Rows, finetuned: Rows, pairs: Pairs
 ) -> Iterator[tuple[slice, Float[np.ndarray, "B D"], Float[np.ndarray, "B D"]]]:
-    """(which pairs, their rows in float64) of some pairs at a time."""
+    """Yields blocks of pairs: (slice of the pairs, original rows, fine-tuned rows) in float64."""
     size = max(BLOCK_BYTES // (8 * original.shape[1]), 1)
     for start in range(0, len(pairs.original), size):
         part = slice(start, start + size)
@@ -163,13 +175,13 @@ def _blocks(
 
 
 def _take(Z: Rows, rows: Int[np.ndarray, " B"]) -> np.ndarray:
-    """Some rows; of what reads them all from the first to the last, unless those are far more."""
+    """Returns the given rows; a reader reads the range that spans them, unless it is far larger."""
     if not is_stored(Z):
         return np.asarray(Z[rows])
     first, last = int(rows.min()), int(rows.max()) + 1
     if last - first <= 4 * len(rows):
         return read_block(Z, first, last)[rows - first]
-    # From one end to the other: each chunk of a file is then read once.
+    # In ascending order, so that each chunk of the file is read once.
     order = np.argsort(rows, kind="stable")
     found = np.empty((len(rows), Z.shape[1]), np.float32)
     size = max(BLOCK_BYTES // (4 * Z.shape[1]), 1)

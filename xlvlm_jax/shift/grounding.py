@@ -1,4 +1,4 @@
-"""Words and images of original, shifted and fine-tuned concepts."""
+"""Grounds original, shifted and fine-tuned concepts in words and images."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,19 +26,25 @@ def ground_words(
     num_candidates: int = 200,
     through_norm: bool = False,
 ) -> ShiftAnalysis:
-    """The analysis with the words of its concepts and of its shift vectors.
+    """Adds the words of the concepts and of the shift vectors to an analysis.
 
     Runs on the host: it does not trace.
 
     Args:
-        unembed: the original model's head, which reads the original concepts.
-        finetuned_unembed: the fine-tuned model's, which reads shifted and fine-tuned concepts; by
-            default the original's (LoRA and most fine-tunings leave it as it is).
-        num_words, num_candidates: see `ground_text`; 15 of 200 in the paper.
-        through_norm: read all of them, shift vectors too, through the final norm of the model whose
-            head reads them; see `ground_text`.
+        analysis: the analysis.
+        unembed: the original model's head, which decodes the original concepts.
+        tokenizer: the model's tokenizer.
+        finetuned_unembed: the fine-tuned model's head, which decodes shifted and fine-tuned
+            concepts; None for the original's (LoRA and most fine-tunings do not change it).
+        num_words, num_candidates: see `ground_text`; 15 and 200 in the paper.
+        through_norm: whether to apply the final norm of the same model before each head, to shift
+            vectors too; see `ground_text`.
 
-    A concept without a shift has no words as a shifted one. Raises ValueError as `ground_text`.
+    Returns:
+        The analysis with words; a concept without a shift has no shifted words.
+
+    Raises:
+        ValueError: as `ground_text`.
     """
     after = finetuned_unembed or unembed
 
@@ -71,7 +77,7 @@ def ground_words(
 
 
 def _vocabulary(tokenizer: Any) -> int:
-    """How many different words the tokens are that may stand for a concept."""
+    """Returns the number of different words among the tokens that may describe a concept."""
     texts = (tokenizer.decode([i]).lower().strip() for i in range(len(tokenizer)))
     return sum(map(is_concept_word, set(texts)))
 
@@ -87,22 +93,28 @@ def ground_samples(
     *,
     num_images: int = 50,
 ) -> ShiftAnalysis:
-    """The analysis with the samples that activate its concepts most.
+    """Adds the samples that activate the concepts most to an analysis.
 
     Runs on the host: it does not trace.
 
     Original concepts are grounded in the original model's states, shifted and fine-tuned ones in
-    the fine-tuned model's. Shifted concepts are activated together, so one without a shift takes
-    part as it was, and is then left without images.
+    the fine-tuned model's. The activations of shifted concepts depend on each other, so a concept
+    without a shift takes part unshifted, but gets no images.
 
     Args:
-        Z_original, Z_finetuned: the states, or what reads them; see `analyse`.
-        original_ids, finetuned_ids: the sample of each row of the two matrices.
-        num_images: 50 in the paper; at most as many as there are rows.
+        analysis: the analysis.
+        concepts: the original concepts.
+        finetuned_concepts: the fine-tuned model's concepts.
+        Z_original, Z_finetuned: the states, or readers of them; see `analyse`.
+        original_ids, finetuned_ids: the sample ID of each row of the two matrices.
+        num_images: samples per concept, at most the number of rows; 50 in the paper.
+
+    Returns:
+        The analysis with images.
     """
     count = min(num_images, len(original_ids), len(finetuned_ids))
     moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
-    # As the concepts were learnt; what pca subtracts is the fine-tuned model's.
+    # Encoded as the original concepts are; for pca, with the fine-tuned model's mean.
     given = dataclasses.replace(
         concepts, components=moved, activations=None, mean=finetuned_concepts.mean
     )

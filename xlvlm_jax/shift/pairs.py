@@ -1,7 +1,7 @@
-"""Pairs: the rows that the original and the fine-tuned model made of the same sample.
+"""Pairs the rows that the original and the fine-tuned model produced for the same sample.
 
-Only samples that both models kept count: with a token of interest, those whose answer holds the
-token for both.
+Only samples for which both models have rows count: with a token of interest, those for which both
+models produced the token.
 """
 
 from collections.abc import Mapping
@@ -16,27 +16,35 @@ from ports.messages import few
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import columns, unplaced
 
-# What names a sample beside its id; where both directories have it, it must agree.
+# Fields besides the ID that identify a sample; if both directories have them, they must agree.
 _NAMING = ("image_id", "prompt")
 
 
 class Pairs(NamedTuple):
     """M pairs of rows."""
 
-    original: Int[np.ndarray, " M"]  # the row of the original features
-    finetuned: Int[np.ndarray, " M"]  # the row of the fine-tuned features
-    num_samples: int  # that both directories hold, with or without rows
+    original: Int[np.ndarray, " M"]  # rows of the original features
+    finetuned: Int[np.ndarray, " M"]  # rows of the fine-tuned features
+    num_samples: int  # samples in both directories, with or without rows
 
 
 def match_samples(original: Features, finetuned: Features) -> Pairs:
-    """The rows of two directories that belong together: by sample id, in the original's order.
+    """Matches the rows of two directories by sample ID.
 
     Runs on the host: it does not trace.
 
-    Where a sample has several rows, its n-th row of one belongs to its n-th row of the other.
+    If a sample has several rows, its n-th row in one directory is paired with its n-th row in the
+    other.
 
-    Raises ValueError when the two were selected differently, hold different samples, or have no
-    sample of which both have a row.
+    Args:
+        original, finetuned: features of the same data under both models.
+
+    Returns:
+        The pairs, in the order of the original's rows.
+
+    Raises:
+        ValueError: the two were selected differently, hold different samples, or no sample has
+            rows in both.
     """
     _check_selection(original, finetuned)
     other = _partners(original, finetuned)
@@ -48,7 +56,7 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
         raise ValueError(
             f"{original.path} and {finetuned.path} have no common samples: of the {num_shared}"
             f" that both hold, {len(nth_a)} have rows in one and {len(nth_b)} in the other, none"
-            " in both; take more samples, or a token that both models produce"
+            " in both; use more samples, or a token that both models produce"
         )
     first_b = np.cumsum(counts_b) - counts_b
     theirs = order_b[first_b[sample[paired]] + nth_a[paired]]
@@ -56,12 +64,12 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
 
 
 def name_of(number: int, given: Any) -> str:
-    """What a sample is called: the id that it was given, or else its number."""
+    """Returns the ID that a sample was given, otherwise its number."""
     return str(number if given is None else given)
 
 
 def _partners(original: Features, finetuned: Features) -> Int[np.ndarray, " S"]:
-    """Which sample of the fine-tuned features each of the original ones is; -1 for none."""
+    """Returns the fine-tuned features' sample for each original sample; -1 for none."""
     if _in_one_order(original, finetuned):
         return np.arange(len(original.samples))
     of_a, of_b = _numbers(original), _numbers(finetuned)
@@ -80,9 +88,9 @@ def _partners(original: Features, finetuned: Features) -> Int[np.ndarray, " S"]:
 
 
 def _in_one_order(original: Features, finetuned: Features) -> bool:
-    """Whether both hold the same samples in the same order, as runs on the same data do.
+    """Returns whether both hold the same samples in the same order, as runs on the same data do.
 
-    Nothing of them is kept: names of millions of samples would take more room than their states.
+    Keeps no names in memory: those of millions of samples would take more space than their states.
     """
     if not len(original.samples) == len(finetuned.samples) > 0:
         return False
@@ -93,7 +101,7 @@ def _in_one_order(original: Features, finetuned: Features) -> bool:
         if name != name_of(number, b.get("id")) or any(_differ(a, b, key) for key in _NAMING):
             return False
         seen[number] = hash(name)
-    return len(np.unique(seen)) == len(seen)  # else a name may stand for several samples
+    return len(np.unique(seen)) == len(seen)  # otherwise a name may belong to several samples
 
 
 def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
@@ -101,14 +109,13 @@ def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
 
 
 def _numbers(features: Features) -> dict[str, int]:
-    """{sample id: which sample it is}, of several with one id the last."""
+    """Returns {sample ID: sample number}; of several samples with one ID, the last."""
     (ids,) = columns(features.samples, "id")
     return {name_of(number, given): number for number, given in enumerate(ids)}
 
 
 def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row, which of its sample's rows it is; of each sample, how many rows it has; and
-    rows ordered by sample."""
+    """Returns each row's rank among its sample's rows, rows per sample, and rows by sample."""
     rows = features.sample_rows
     counts = np.bincount(rows, minlength=len(features.samples))
     order = np.argsort(rows, kind="stable")
@@ -118,7 +125,18 @@ def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def common_site(original: Features, finetuned: Features, site: str | None) -> str:
-    """The site asked for, or the only one that both hold. ValueError if there is not that one."""
+    """Returns the requested site, or the only one that both features hold.
+
+    Args:
+        original, finetuned: features.
+        site: a site or pattern; None for the only common site.
+
+    Returns:
+        The site.
+
+    Raises:
+        ValueError: not exactly one common site matches.
+    """
     both = [name for name in original.sites if name in finetuned.sites]
     if site is None and len(both) == 1:
         return both[0]
@@ -138,7 +156,7 @@ def _check_selection(original: Features, finetuned: Features) -> None:
         if None not in (a, b) and a != b:
             raise ValueError(
                 f"{original.path} was extracted with {key} {_short(a)}, {finetuned.path} with"
-                f" {_short(b)}; extract both alike"
+                f" {_short(b)}; extract both with the same options"
             )
 
 
@@ -153,7 +171,7 @@ def _short(value: Any) -> str:
 def _check_samples(
     names: list[str], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
 ) -> None:
-    """ValueError for the first sample that is another one in the other features."""
+    """Raises a ValueError for the first sample that differs between the two features."""
     for key in _NAMING:
         (of_a,), (of_b,) = (columns(each.samples, key) for each in (original, finetuned))
         for name, i, j in zip(names, *both.tolist(), strict=True):

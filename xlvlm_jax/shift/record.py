@@ -1,4 +1,4 @@
-"""`ShiftAnalysis`: the figures of a shift, concept by concept, and how they are saved.
+"""`ShiftAnalysis`: the results of a shift, concept by concept, with `save` and `load`.
 
 K concepts, D width.
 """
@@ -28,32 +28,33 @@ CORRELATED = (
     ("magnitude", "recovery"),
     ("magnitude", "consistency"),
 )
-# Per-concept figures as they stand in shift.json.
+# Figures per concept, by their names in shift.json.
 _FIGURES = ("recovery", "recovery_l2", *Spread._fields)
 
 
 @dataclass(frozen=True)
 class ShiftAnalysis:
-    """How each original concept moves, and how near it comes to the fine-tuned model's own.
+    """How each original concept moves, and how close it comes to the fine-tuned model's own.
 
-    Rows of `finetuned` are in the order of the original concepts that they are matched to. Figures
-    of a concept with fewer than two common samples are NaN: it has no shift.
+    Rows of `finetuned` are in the order of the original concepts that they are matched to. A
+    concept with fewer than two common samples has no shift: its figures are NaN.
 
     Attributes:
         original, shifts, shifted, finetuned: float32[K, D].
-        matching: int[K], which fine-tuned concept each row of `finetuned` is.
-        counts: int[K], common samples of each concept.
-        spread: how alike the samples of a concept move; each field float32[K].
+        matching: int[K], the number of the fine-tuned concept in each row of `finetuned`.
+        counts: int[K], number of common samples of each concept.
+        spread: how consistently the samples of a concept move; all fields are float32[K].
         recovery, recovery_l2: float32[K], see `xlvlm_jax.shift.recovery`.
-        alpha, reduce: the strength of the shift, and the centre that it is the difference of.
-        rows: {"original": N, "finetuned": M, "common": pairs}.
-        words: {"original" | "shifted" | "finetuned" | "shift": K lists}, once grounded; those of
-            "shift" are what the head reads in the shift vectors themselves.
-        images: {"original" | "shifted" | "finetuned": K lists of sample ids}, the strongest first.
-        pictures: {sample id: image file} of the first few of them.
-        num_words, num_images: how many of each were asked for.
-        vocabulary: how many different words the tokenizer has that may stand for a concept.
-        source: where the states came from, free for the caller.
+        alpha, reduce: the strength of the shift, and the kind of centre, see `analyse`.
+        rows: {"original": N, "finetuned": M, "common": number of pairs}.
+        words: {"original" | "shifted" | "finetuned" | "shift": K lists}; those of "shift" are
+            decoded from the shift vectors themselves. None before grounding.
+        images: {"original" | "shifted" | "finetuned": K lists of sample IDs}, the strongest first.
+            None before grounding.
+        pictures: {sample ID: image file} of the first few images.
+        num_words, num_images: number of words and images requested per concept.
+        vocabulary: number of different words in the tokenizer that may describe a concept.
+        source: where the states come from, in any form.
     """
 
     original: Float[np.ndarray, "K D"]
@@ -78,24 +79,30 @@ class ShiftAnalysis:
 
     @property
     def moved(self) -> np.ndarray:
-        """bool[K], which concepts have a shift."""
+        """bool[K], whether each concept has a shift."""
         return self.counts >= MIN_SAMPLES
 
     @property
     def correlations(self) -> dict[str, Correlation]:
-        """Of "consistency-recovery", "magnitude-recovery" and "magnitude-consistency"."""
+        """Correlations "consistency-recovery", "magnitude-recovery", "magnitude-consistency"."""
         return {f"{a}-{b}": correlation(self.figure(a), self.figure(b)) for a, b in CORRELATED}
 
     def figure(self, name: str) -> Float[np.ndarray, " K"]:
-        """A figure of each concept: recovery, recovery_l2, or a field of `spread`."""
+        """Returns float32[K], a figure of each concept: a recovery, or a field of `spread`."""
         return np.asarray(getattr(self if hasattr(self, name) else self.spread, name))
 
     def overlap(self, kind: str, of: str = "words") -> Float[np.ndarray, " K"]:
-        """The share of the fine-tuned concept's words (or "images") that a concept has too.
+        """Returns the share of words (or images) that each concept shares with its match.
 
         Args:
-            kind: "original" or "shifted"; the latter is NaN for concepts without a shift.
-            of: "words" gives T-Overlap, "images" that of the most activating samples.
+            kind: "original" or "shifted" concepts.
+            of: "words" for T-Overlap, "images" for the overlap of the most activating samples.
+
+        Returns:
+            float64[K]; for "shifted", NaN for concepts without a shift.
+
+        Raises:
+            ValueError: the analysis is not grounded in these.
         """
         grounded, size = getattr(self, of), getattr(self, f"num_{of}")
         if grounded is None:
@@ -106,15 +113,22 @@ class ShiftAnalysis:
         return np.where(self.moved, shares, np.nan) if kind == "shifted" else shares
 
     def mean_overlap(self, kind: str, of: str = "words") -> float:
-        """The mean of `overlap` over the concepts that have a shift."""
+        """Returns the mean of `overlap` over the concepts that have a shift."""
         shares = self.overlap(kind, of)[self.moved]
         return float(shares.mean()) if len(shares) else float("nan")
 
     def chance(self, of: str = "words") -> dict[str, float]:
-        """What `overlap` is without any relation, on average.
+        """Returns the mean `overlap` by chance.
 
-        "random": of as many words (images) drawn at random, of all that there are; "mismatched": of
-        original with fine-tuned concepts that they are not matched to.
+        Args:
+            of: "words" or "images".
+
+        Returns:
+            {"random": for equally many words (images) drawn at random, "mismatched": for original
+            concepts and fine-tuned concepts that are not their match}.
+
+        Raises:
+            ValueError: the analysis is not grounded in these.
         """
         grounded, size = getattr(self, of), getattr(self, f"num_{of}")
         if grounded is None:
@@ -129,7 +143,7 @@ class ShiftAnalysis:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Writes shift.safetensors and shift.json, each whole or not at all, tensors first."""
+        """Writes shift.safetensors, then shift.json, each atomically."""
         tensors = save_tensors(
             {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in _ARRAYS}
         )
@@ -149,7 +163,7 @@ class ShiftAnalysis:
         atomic.write(directory / DESCRIPTION, json.dumps(_plain(described), indent=1) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """The means over the concepts with a shift, correlations, and how many have none."""
+        """Returns means over the concepts with a shift, correlations, and concepts without one."""
         means = {
             name: float(np.mean(self.figure(name)[self.moved])) if self.moved.any() else math.nan
             for name in _FIGURES
@@ -183,10 +197,18 @@ class ShiftAnalysis:
     def load(
         cls, directory: str | Path, *, images: str | os.PathLike[str] | None = None
     ) -> "ShiftAnalysis":
-        """Reads what `save` wrote. images: where the pictures lie now, if they were moved.
+        """Reads what `save` wrote.
 
-        Raises FileNotFoundError when the directory holds no shift, ValueError when a file is
-        damaged or the two are not of one save.
+        Args:
+            directory: the directory of the shift.
+            images: directory that holds the pictures now, if they were moved.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            FileNotFoundError: the directory holds no shift.
+            ValueError: a file is damaged, or the two files were not saved together.
         """
         directory = Path(directory)
         for name in (TENSORS, DESCRIPTION):
@@ -215,12 +237,12 @@ class ShiftAnalysis:
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{directory / DESCRIPTION} is no description of a shift ({error});"
+                f"{directory / DESCRIPTION} does not describe a shift ({error});"
                 " run `xlvlm shift` again"
             ) from error
         if digest != hashlib.sha256(content).hexdigest():
             raise ValueError(
-                f"{directory}: {TENSORS} and {DESCRIPTION} are not of one save;"
+                f"{directory}: {TENSORS} and {DESCRIPTION} were not saved together;"
                 " run `xlvlm shift` again"
             )
         moves = Spread(*(figures.pop(name) for name in Spread._fields))
@@ -236,7 +258,7 @@ _DESCRIBED = tuple(
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: NaN and infinities become null."""
+    """Converts a value for JSON: NaN and infinities become None."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Recovery: how near shifted concepts come to the fine-tuned model's own.
+"""Recovery: how close shifted concepts come to the fine-tuned model's own.
 
     recovery    (cos(v, u + s) - cos(v, u)) / cos(v, u), v the fine-tuned concept matched to u
 
-K concepts, D width. A concept without a shift has figures of NaN.
+K concepts, D width. All values of a concept without a shift are NaN.
 """
 
 from collections.abc import Hashable, Sequence
@@ -22,17 +22,22 @@ def recovery(
     destination: Float[Array, "K D"],
     metric: Literal["cosine", "l2"] = "cosine",
 ) -> Float[Array, " K"]:
-    """How much nearer the shifted concepts are to the fine-tuned ones than the original were.
+    """Returns how much closer shifted concepts are to the fine-tuned ones than original ones.
 
     Traces under jit (metric static), vmap and grad.
 
     Args:
-        original, shifted: concepts before and after the shift.
-        destination: the fine-tuned model's own concepts, matched (`destination[match(...)]`).
+        original, shifted: float[K, D], concepts before (u) and after (s) the shift.
+        destination: float[K, D], the fine-tuned model's own concepts (v), matched to `original`
+            (`destination[match(...)]`).
         metric: "cosine": (cos(v, s) - cos(v, u)) / cos(v, u); "l2": (|v - u| - |v - s|) / |v - u|,
-            which is 1 where the shift hits.
+            which is 1 if the shifted concept equals the fine-tuned one.
 
-    Raises ValueError for another metric or shapes that differ.
+    Returns:
+        float32[K].
+
+    Raises:
+        ValueError: the metric is unknown, or the shapes differ.
     """
     u, s, v = map(jnp.asarray, (original, shifted, destination))
     u, s, v = (each.astype(jnp.result_type(u, s, v, jnp.float32)) for each in (u, s, v))
@@ -52,18 +57,26 @@ def recovery(
 def overlap(
     found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]], size: int
 ) -> Float[np.ndarray, " K"]:
-    """The share of `wanted[k]` that is in `found[k]`: their common items / size.
+    """Returns the number of items that `found[k]` and `wanted[k]` share, divided by `size`.
 
     Runs on the host: it does not trace.
 
-    With the words of original (or shifted) and of matched fine-tuned concepts it is T-Overlap, with
-    `size` the number of words that were asked for (15 in the paper; a concept that keeps fewer
-    words can't reach 1); with images, the overlap of the most activating samples.
+    For the words of original (or shifted) concepts and their fine-tuned match this is T-Overlap;
+    for images, the overlap of the most activating samples.
 
-    Raises ValueError for other numbers of concepts or a size below 1.
+    Args:
+        found, wanted: K lists of items each.
+        size: the number of items requested, 15 words in the paper; a concept with fewer items
+            can't reach 1.
+
+    Returns:
+        float64[K].
+
+    Raises:
+        ValueError: the numbers of concepts differ, or `size` is below 1.
     """
     if len(found) != len(wanted):
-        raise ValueError(f"{len(found)} and {len(wanted)} concepts; expected as many of both")
+        raise ValueError(f"{len(found)} and {len(wanted)} concepts; expected equally many")
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     return np.array([len({*a} & {*b}) / size for a, b in zip(found, wanted, strict=True)])
@@ -72,12 +85,18 @@ def overlap(
 def mismatched_overlap(
     found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]], size: int
 ) -> float:
-    """What `overlap` gives for concepts that are not each other's match, on average.
+    """Returns the mean `overlap` of concepts that are not each other's match.
 
     Runs on the host: it does not trace.
 
-    Words that all concepts share, because all samples do, overlap whatever a shift does: this is
-    how much. Needs two concepts or more (else NaN).
+    This is the baseline for `overlap`: words that all concepts share, because all samples do,
+    overlap whatever the shift is.
+
+    Args:
+        found, wanted, size: as for `overlap`.
+
+    Returns:
+        The mean; NaN for fewer than two concepts.
     """
     others = [
         len({*a} & {*b}) / size for i, a in enumerate(found) for j, b in enumerate(wanted) if i != j
@@ -90,20 +109,26 @@ class Correlation(NamedTuple):
 
     r: float
     p_value: float
-    # The field that its name promises, in place of a tuple's method.
+    # Number of concepts; replaces the method `tuple.count`.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
-    """Pearson's r and its p-value, without concepts where either is NaN; NaN for fewer than 3.
+    """Computes Pearson's r and its p-value.
 
     Runs on the host: it does not trace.
+
+    Args:
+        a, b: float[K]; concepts where either is not finite are left out.
+
+    Returns:
+        r and p, NaN for fewer than three concepts or a constant figure, and the concepts counted.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return Correlation(float("nan"), float("nan"), int(both.sum()))
-    from scipy.stats import pearsonr  # which takes a second to import
+    from scipy.stats import pearsonr  # takes a second to import
 
     result: Any = pearsonr(a[both], b[both])
     return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))

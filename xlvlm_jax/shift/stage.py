@@ -1,4 +1,4 @@
-"""The stage behind `xlvlm shift`: features of two models and concepts of one -> shift/."""
+"""The stage of `xlvlm shift`: analyses features of two models and concepts of one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from xlvlm_jax.shift.vectors import Reduce
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
-NUM_PICTURES = 5  # of each concept, whose files are kept for the panels
+NUM_PICTURES = 5  # images per concept whose paths are stored for the panels
 
 
 def shift_features(
@@ -48,29 +48,35 @@ def shift_features(
     through_norm: bool | None = None,
     seed: int = 0,
 ) -> ShiftAnalysis:
-    """Analyses how concepts shift from one directory of features to another, and saves it.
+    """Analyses how concepts move from one directory of features to another, and saves the result.
 
     Runs on the host: it does not trace.
 
     Args:
-        original, finetuned: features of the same data under both models; None for the second reads
-            both from the first, as `extract(..., finetuned=)` writes them.
-        concepts: learnt on the original features.
-        vlm: the original model, whose head reads the original concepts.
-        output: the directory to write: shift.safetensors, shift.json, and finetuned-concepts/ when
+        original, finetuned: features of the same data under both models; with None for the second,
+            both are read from the first, as `extract(..., finetuned=)` writes them.
+        concepts: concepts learnt on the original features.
+        vlm: the original model, whose head decodes the original concepts.
+        output: the directory to write: shift.safetensors, shift.json, and finetuned-concepts/ if
             the fine-tuned model's concepts are learnt here.
-        finetuned_vlm: whose head reads the shifted and fine-tuned concepts, if it is another.
-        finetuned_concepts: the fine-tuned model's own; by default learnt here, with the method and
-            the options of `concepts`.
-        pairs: from `match_samples`, if they are known already.
-        site: by default that of the concepts.
+        finetuned_vlm: the fine-tuned model, whose head decodes shifted and fine-tuned concepts;
+            None if its head does not differ.
+        finetuned_concepts: the fine-tuned model's concepts; None to learn them here, with the
+            method and options of `concepts`.
+        pairs: what `match_samples` returns, if already known.
+        site: the site whose states to use; None for the concepts' site.
         alpha, reduce: see `analyse`.
-        num_words, num_candidates: see `ground_text`. num_images: samples of each concept.
-        through_norm: whether words are read through the final norm; by default as those of
-            `concepts` were, or, where they have none, those of sites before it are.
-        seed: of the decomposition.
+        num_words, num_candidates: see `ground_text`.
+        num_images: samples per concept.
+        through_norm: whether to decode words through the final norm; None for the choice made for
+            `concepts`, or, if they have no words, for sites before the norm.
+        seed: random seed of the decomposition.
 
-    Raises ValueError for features, concepts or models that do not belong together.
+    Returns:
+        The grounded analysis.
+
+    Raises:
+        ValueError: the features, concepts or models do not belong together.
     """
     site = site or concepts.source.get("site")
     if finetuned is None:
@@ -85,7 +91,7 @@ def shift_features(
     _check_width(vlm, finetuned_vlm)
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     if finetuned_concepts is None:
-        if Z_a.shape[1] != Z_b.shape[1]:  # before a decomposition that would be for nothing
+        if Z_a.shape[1] != Z_b.shape[1]:  # `analyse` raises, before a decomposition is wasted
             analyse(Z_a, Z_b, pairs, concepts, concepts)
         source = {
             "features": str(finetuned.path.resolve()),
@@ -132,7 +138,7 @@ def shift_features(
 
 
 def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:
-    """Of a directory with the states of both models: the site, the fine-tuned states, the pairs."""
+    """Returns site, fine-tuned states and pairs of a directory with the states of both models."""
     both = [name for name in features.sites if finetuned_site(name) in features.sites]
     found = both if site is None else match_sites(site, both, hub_names)
     if len(found) != 1:
@@ -163,7 +169,7 @@ def _check_width(vlm: VLM, finetuned_vlm: VLM | None) -> None:
 def _decompose_alike(
     Z: StoredRows, concepts: Concepts, seed: int, source: dict[str, Any], directory: Path
 ) -> Concepts:
-    """Concepts of Z, as many and learnt in the same way, streamed too; written to a directory."""
+    """Learns equally many concepts of Z in the same way (streamed or not) and writes them."""
     options = {name: value for name, value in concepts.options.items() if name != "init"}
     K, key = len(concepts.components), jax.random.key(seed)
     if not isinstance(concepts.activations, StoredRows):
@@ -178,11 +184,11 @@ def _decompose_alike(
 
 
 class _RowIds(Sequence[str]):
-    """The sample of each row, read when it is asked for: a few of millions are.
+    """The sample ID of each row, read on demand, because only few of millions are needed.
 
     Attributes:
-        features: whose rows.
-        samples: {name: which sample it is} of those that were asked for.
+        features: the features.
+        samples: {sample ID: sample number} of the IDs read so far.
     """
 
     def __init__(self, features: Features):
@@ -205,7 +211,7 @@ class _RowIds(Sequence[str]):
 
 
 def _pictures(images: dict[str, list[list[str]]], *asked: _RowIds) -> dict[str, str]:
-    """The image files of the samples that stand first."""
+    """Returns {sample ID: image file} of each concept's first samples."""
     shown = {name for kind in KINDS for names in images[kind] for name in names[:NUM_PICTURES]}
     found = {}
     for each in asked:
@@ -214,7 +220,7 @@ def _pictures(images: dict[str, list[list[str]]], *asked: _RowIds) -> dict[str, 
                 found[name] = str(image)
     if shown <= found.keys():
         return found
-    # A sample may have its picture in the other features alone.
+    # Only one of the two features may know the image of a sample.
     for each in asked:
         for number, (name, image) in enumerate(
             zip(*columns(each.features.samples, "id", "image"), strict=True)

@@ -1,16 +1,16 @@
-"""Shift vectors: how the samples of a concept move, and how alike they move.
+"""Shift vectors: how the samples of a concept move, and how consistently.
 
-Original states a_m and fine-tuned states b_m belong to the same M samples; a sample belongs to the
+Original states a_m and fine-tuned states b_m come from the same samples; a sample belongs to the
 concept that it activates most.
 
     shift of concept k       s_k = mean of b_m - mean of a_m over the samples of k
     shifted concept          u_k + alpha s_k
     consistency              mean cosine of (b_m - a_m) and (b_n - a_n) over pairs m != n of k
 
-N samples, D width, K concepts. A concept with fewer than two samples has no shift: its figures are
-NaN, which `counts` explains. Everything here traces under jit (with num_concepts and reduce
-static), vmap and grad; float64 states give float64 figures where it is switched on. The error of
-the means does not grow with N, nor with an offset of the states (see `solvers.sums`).
+N samples, D width, K concepts. A concept with fewer than two samples (see `counts`) has no shift:
+its values are NaN. Everything here traces under jit (with num_concepts and reduce static), vmap
+and grad; float64 states give float64 results if x64 is enabled. The error of the means does not
+grow with N, nor with an offset of the states (see `solvers.sums`).
 """
 
 import functools
@@ -25,17 +25,17 @@ from xlvlm_jax.solvers import sums
 
 Array = jax.Array | np.ndarray
 Reduce = Literal["mean", "median", "trimmed_mean"]
-MIN_SAMPLES = 2  # of a concept, for it to have a shift
-TRIMMED = 0.1  # the share cut off at each end by "trimmed_mean", as in scipy.stats.trim_mean
+MIN_SAMPLES = 2  # samples that a concept needs to have a shift
+TRIMMED = 0.1  # share that "trimmed_mean" cuts off at each end, as in scipy.stats.trim_mean
 
 
 def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
-    """The most activated concept of each sample. Traces under jit and vmap."""
+    """Returns int32[N], the most activated concept of each sample. Traces under jit and vmap."""
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
 
 
 def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
-    """How many samples each concept has. Traces under jit (num_concepts static) and vmap."""
+    """Counts the samples of each concept. Traces under jit (num_concepts static) and vmap."""
     return jnp.bincount(jnp.asarray(assignment), length=num_concepts)
 
 
@@ -46,19 +46,23 @@ def concept_shift(
     num_concepts: int,
     reduce: Reduce = "mean",
 ) -> Float[Array, "K D"]:
-    """The shift of each concept: the centre of its fine-tuned states minus that of the original.
+    """Returns the centre of each concept's fine-tuned states minus its original states' centre.
 
     Traces under jit (num_concepts and reduce static), vmap and grad.
 
     Args:
-        original, destination: states of the same samples before and after fine-tuning.
-        assignment: the concept of each sample, 0 to K - 1.
+        original, destination: float[N, D], states of the same samples before and after
+            fine-tuning.
+        assignment: int[N], the concept of each sample, 0 to K - 1.
         num_concepts: K.
-        reduce: the centre: "mean", "median" (of every coordinate) or "trimmed_mean" (without the
-            lowest and highest tenth of every coordinate).
+        reduce: the centre: "mean", "median" (of each coordinate) or "trimmed_mean" (without the
+            lowest and highest tenth of each coordinate).
 
-    Returns rows of NaN for concepts with fewer than two samples.
-    Raises ValueError for arrays that do not fit each other, or another `reduce`.
+    Returns:
+        float32[K, D], NaN for concepts with fewer than two samples.
+
+    Raises:
+        ValueError: the shapes do not match, or `reduce` is unknown.
     """
     original, destination, assignment = _paired(original, destination, assignment)
     if reduce not in ("mean", "median", "trimmed_mean"):
@@ -66,7 +70,7 @@ def concept_shift(
     if reduce == "mean":
         sizes, moved = _means(destination - original, assignment, num_concepts)
         return jnp.where(sizes[:, None] >= MIN_SAMPLES, moved, jnp.nan)
-    # From one origin, so that an offset of all states takes no digits from the centres.
+    # Relative to a common origin, so that an offset of all states costs no precision.
     origin = sums.column_means(original).high
     original, destination = original - origin, destination - origin
     sizes = counts(assignment, num_concepts)
@@ -76,7 +80,7 @@ def concept_shift(
         cut = (size - 1) // 2 if reduce == "median" else (TRIMMED * size).astype(int)
         ordered = jnp.sort(jnp.where(members[:, None], states, jnp.inf), axis=0)
         kept = (rank >= cut) & (rank < size - cut)
-        # Of a concept without samples, nothing is finite.
+        # A concept without samples has no finite row.
         middle = jnp.where(size > 0, ordered[size // 2], 0)
         total = sums.add_up(
             lambda first, count: jnp.sum(
@@ -99,15 +103,23 @@ def concept_shift(
 def shifted(
     components: Float[Array, "K D"], shifts: Float[Array, "K D"], alpha: float = 1.0
 ) -> Float[Array, "K D"]:
-    """Concepts moved by alpha times their shift; one without a shift stays NaN.
+    """Returns the concepts moved by alpha times their shift.
 
     Traces under jit, vmap and grad.
+
+    Args:
+        components: float[K, D], the concepts.
+        shifts: float[K, D], their shifts.
+        alpha: the strength.
+
+    Returns:
+        float32[K, D], NaN for a concept without a shift.
     """
     return jnp.asarray(components) + alpha * jnp.asarray(shifts)
 
 
 class Spread(NamedTuple):
-    """How the samples of each concept move, each float32[K]."""
+    """How consistently the samples of each concept move; all fields are float32[K]."""
 
     consistency: Array  # mean cosine of the shifts of two samples
     product: Array  # mean dot product of the shifts of two samples
@@ -122,10 +134,19 @@ def spread(
     assignment: Int[Array, " N"],
     num_concepts: int,
 ) -> Spread:
-    """How alike the shifts of a concept's samples are. NaN for fewer than two samples.
+    """Measures how consistently the samples of each concept move.
 
-    Traces under jit (num_concepts static), vmap and grad. A sample that does not move has no
-    direction and counts with cosine 0.
+    Traces under jit (num_concepts static), vmap and grad.
+
+    Args:
+        original, destination, assignment, num_concepts: as for `concept_shift`. A sample that does
+            not move has no direction and counts with cosine 0.
+
+    Returns:
+        The measures, NaN for a concept with fewer than two samples.
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     original, destination, assignment = _paired(original, destination, assignment)
     moves = destination - original
@@ -137,7 +158,7 @@ def spread(
     magnitude = _norms(mean)
 
     def over_pairs(mean: jax.Array, own: jax.Array) -> jax.Array:
-        """The mean product of two different rows, from their mean and their mean square."""
+        """Returns the mean product of two different rows, from their mean and mean square."""
         return (sizes * jnp.sum(mean**2, axis=1) - own) / (sizes - 1)
 
     toward = jnp.sum(moves * mean[assignment], axis=1)
@@ -161,9 +182,15 @@ def consistency(
     assignment: Int[Array, " N"],
     num_concepts: int,
 ) -> Float[Array, " K"]:
-    """Mean cosine of the shifts of two samples of a concept; see `spread` for the other figures.
+    """Returns the mean cosine between the shifts of two samples of each concept.
 
     Traces under jit (num_concepts static), vmap and grad.
+
+    Args:
+        original, destination, assignment, num_concepts: as for `spread`.
+
+    Returns:
+        float32[K], `spread(...).consistency`.
     """
     return spread(original, destination, assignment, num_concepts).consistency
 
@@ -172,9 +199,9 @@ def consistency(
 def _means(
     rows: jax.Array, assignment: jax.Array, num_concepts: int
 ) -> tuple[Int[Array, " K"], Float[Array, "K D"]]:
-    """How many rows each concept has, and their mean; zeros for a concept without rows."""
+    """Returns the number of rows of each concept and their mean; zeros for one without rows."""
     sizes, near = sums.cluster_means(rows, assignment, num_concepts)
-    # A second pass, over what is left of each row: concepts may lie far from each other.
+    # A second pass over the residuals: concepts may be far apart.
     near = near.value
     nothing = jnp.zeros(rows.shape[1], rows.dtype)
     _, left = sums.cluster_sums(rows - near[assignment], assignment, num_concepts, nothing)
@@ -182,7 +209,7 @@ def _means(
 
 
 def _norms(rows: jax.Array) -> jax.Array:
-    """The norm of each row; one of zeros has the gradient zero."""
+    """Returns the norm of each row, with gradient zero for a row of zeros."""
     squares = jnp.sum(rows**2, axis=1)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
@@ -195,7 +222,7 @@ def _paired(
     if a.shape != b.shape or a.ndim != 2 or assignment.shape != a.shape[:1]:
         raise ValueError(
             f"states have shapes {a.shape} and {b.shape}, the assignment {assignment.shape}; "
-            "expected [N, D] twice, of the same samples, and [N]"
+            "expected [N, D] for both states, of the same samples, and [N]"
         )
     kind = jnp.promote_types(a.dtype, jnp.float32)
     return a.astype(kind), b.astype(kind), assignment

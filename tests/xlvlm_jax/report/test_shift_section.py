@@ -87,7 +87,7 @@ def test_a_damaged_shift_is_named(analysis, write_run, activations):
     run = write_run(activations)
     analysis.save(run / "shift")
     (run / "shift" / "shift.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"shift\.json is no description of a shift"):
+    with pytest.raises(ValueError, match=r"shift\.json does not describe a shift"):
         write_report(run)
 
 

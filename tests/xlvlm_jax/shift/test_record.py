@@ -189,12 +189,12 @@ def test_a_damaged_directory_is_refused(grounded, tmp_path):
     grounded.save(tmp_path)
     text = (tmp_path / "shift.json").read_text()
     (tmp_path / "shift.json").write_text(text.replace('"recovery"', '"other"'))
-    with pytest.raises(ValueError, match=r"is no description of a shift \('recovery'\)"):
+    with pytest.raises(ValueError, match=r"does not describe a shift \('recovery'\)"):
         ShiftAnalysis.load(tmp_path)
     (tmp_path / "shift.json").write_text(text)
     dataclasses.replace(grounded, shifts=grounded.shifts + 1).save(tmp_path / "other")
     (tmp_path / "other" / "shift.safetensors").rename(tmp_path / "shift.safetensors")
-    with pytest.raises(ValueError, match="are not of one save"):
+    with pytest.raises(ValueError, match="were not saved together"):
         ShiftAnalysis.load(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused(states, concepts_of, analysis):
         shift.analyse(before, after[:, 1:], pairs, concepts, concepts)
     with pytest.raises(ValueError, match="3 original and 2 fine-tuned concepts; matching needs"):
         shift.analyse(before, after, pairs, concepts, concepts_of(after, 2))
-    with pytest.raises(ValueError, match="activations of 30 rows, the original features 29"):
+    with pytest.raises(ValueError, match="activations for 30 rows, the original features 29"):
         shift.analyse(before[:29], after, pairs, concepts, concepts)
     with pytest.raises(ValueError, match="alpha is nan; expected a finite number"):
         shift.analyse(before, after, pairs, concepts, concepts, alpha=float("nan"))

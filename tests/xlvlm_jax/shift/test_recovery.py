@@ -63,7 +63,7 @@ def test_messages():
         shift.recovery(A, A, A, metric="angle")
     with pytest.raises(ValueError, match="expected the same"):
         shift.recovery(A, A, A[:3])
-    with pytest.raises(ValueError, match="1 and 2 concepts; expected as many of both"):
+    with pytest.raises(ValueError, match="1 and 2 concepts; expected equally many"):
         shift.overlap([[]], [[], []], 3)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         shift.overlap([[]], [[]], 0)
