@@ -1,4 +1,4 @@
-"""Fine-tuning from samples to a directory: resumable, and there whole or not at all."""
+"""Fine-tunes a model on samples and writes the result atomically; resumable."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ from xlvlm_jax.finetune.training import State, Trainer, initial_adapter
 from xlvlm_jax.storage import atomic
 
 RECORD = "training.json"
-# What a checkpoint needs beside its weights.
+# Files that a checkpoint needs besides its weights.
 _COMPANIONS = (
     "*config*.json",
     "*token*",
@@ -39,13 +39,13 @@ _COMPANIONS = (
 
 
 class Summary(NamedTuple):
-    """What a run did."""
+    """The summary of a run."""
 
     steps: int
-    loss: float  # a token of the answers, the mean of the last updates
+    loss: float  # nats per token of the answers, mean over the last updates
     evaluations: dict[int, float]  # step -> loss on the evaluation split
-    seconds: float  # of this call
-    skipped: dict[str, str]  # sample -> why it taught nothing: it can't be read or processed
+    seconds: float  # duration of this call
+    skipped: dict[str, str]  # sample -> why it can't be read or processed
 
 
 def finetune(
@@ -64,44 +64,48 @@ def finetune(
     strict: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Summary:
-    """Fine-tunes a model on the references of samples; goes on with an interrupted run of the same.
+    """Fine-tunes a model on the references of samples; resumes an interrupted run.
 
-    The loss is the cross-entropy of the answers' tokens, their end among them, behind the prompts.
+    The loss is the cross-entropy of the answers' tokens, including the end token, given the
+    prompts.
 
     Args:
-        vlm: the model, which stays as it is.
-        samples: the data; see `examples.answers_of` for what each teaches.
+        vlm: the model; not changed.
+        samples: the data; see `examples.answers_of` for the answers that each provides.
         output: the directory to write: an adapter in PEFT's format, or, if all parameters are
-            trained, a checkpoint in the Hugging Face layout in the model's dtype. Beside it,
-            `<output>.training` holds the state of a run that is not done.
+            trained, a checkpoint in the Hugging Face layout in the model's dtype.
+            `<output>.training` beside it holds the state of an unfinished run.
         settings: how to train.
-        evaluation: samples to compute the loss on, before, during and after training.
-        evaluate_every: steps between evaluations; None: only before and after.
-        save_every: steps between the saved states.
-        log_every: steps between the figures that are recorded and reported, which are means.
-        base_model: what an adapter says it was made for; default: the checkpoint's directory.
-        source: where the samples come from, free for the caller; recorded.
-        command: the command line, if it was one; recorded.
+        evaluation: samples to compute the loss on before, during and after training.
+        evaluate_every: steps between evaluations; None for only before and after.
+        save_every: steps between saved states.
+        log_every: steps between records of the mean loss, gradient norm and learning rate.
+        base_model: the base model that the adapter names; None for the checkpoint's directory.
+        source: where the samples come from, in any form; recorded.
+        command: the command line, if any; recorded.
         strict: stop at a sample whose image can't be read, or that the processor refuses, instead
             of recording and skipping it.
-        progress: called with (steps done, steps in all, {"loss", "norm", "rate", ...}).
+        progress: called with (steps done, number of steps, {"loss", "norm", "rate", ...}).
+
+    Returns:
+        The summary.
 
     Raises:
-        ValueError: no samples, samples without references, a batch none of whose samples can be
-            processed (if strict, one of them), targets that name no linear layer, or other
-            arguments than the interrupted run's.
-        FileExistsError: the output is there already, and is not that of these arguments.
+        ValueError: there are no samples, a sample has no references, no sample of a batch (if
+            strict, not every sample) can be processed, the targets match no linear layer, or the
+            arguments differ from the interrupted run's.
+        FileExistsError: the output exists and was not made with these arguments.
     """
     began = time.perf_counter()
     output = Path(output)
     if not samples:
         raise ValueError("there are no samples to learn from; check the data and its selection")
     if vlm.adapter is not None:
-        raise ValueError("the model has an adapter merged in; fine-tune the model without it")
+        raise ValueError("the model has an adapter merged in; load it without the adapter")
     if settings.method != "lora" and vlm.directory is None:
         raise ValueError(
-            "the model has no directory, whose configuration and tokenizer go beside the trained "
-            "parameters; save it and load it, or train with LoRA"
+            "the model has no directory to copy the configuration and tokenizer from; load it "
+            "from a saved checkpoint, or train with LoRA"
         )
     for sample in (*samples, *evaluation):
         examples.answers_of(sample)
@@ -117,13 +121,13 @@ def finetune(
         "log every": log_every,
         "source": source or {},
     }
-    # As they come back from the file.
+    # In the form in which they are read back from the file.
     arguments = json.loads(json.dumps(arguments))
     if output.exists():
         log = _finished_log(output, arguments)
         return _summary(log, time.perf_counter() - began)
     if settings.method == "lora":
-        initial_adapter(vlm, settings)  # before anything is written
+        initial_adapter(vlm, settings)  # raises before anything is written
     every = evaluate_every, save_every, log_every
     run = _Run(vlm, samples, settings, evaluation, *every, strict, progress)
     work = output.with_name(output.name + ".training")
@@ -144,7 +148,7 @@ def finetune(
 
 
 class _Run(NamedTuple):
-    """What is the same for every step."""
+    """The arguments that all steps share."""
 
     vlm: VLM
     samples: Sequence[Sample]
@@ -158,7 +162,7 @@ class _Run(NamedTuple):
 
 
 def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]:
-    """Trains to the end, from what `work` holds of it."""
+    """Trains to the end, resuming from the state in `work`, if any."""
     settings = run.settings
     total = settings.num_steps(len(run.samples))
     trainer = Trainer(run.vlm, settings, total)
@@ -170,7 +174,7 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
             run.progress(step, total, figures)
 
     def skipping(step: int, batches: Iterable[examples.Batch]) -> Iterator[examples.Batch]:
-        """The batches that have rows; what they skip is recorded, once a sample."""
+        """Yields the batches that have rows; records each skipped sample once."""
         for batch in batches:
             known = {entry["skipped"] for entry in log if "skipped" in entry}
             new = {name: why for name, why in batch.skipped.items() if name not in known}
@@ -184,7 +188,7 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
         )
         record(step, {"evaluation": trainer.evaluate(state, skipping(step, split))})
 
-    # Whenever a state is saved, all figures up to it have been recorded.
+    # A multiple of log_every: all records up to a saved state are then complete.
     interval = -(-run.save_every // run.log_every) * run.log_every
     options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=interval)
     with ocp.CheckpointManager((work / "states").absolute(), options=options) as manager:
@@ -214,8 +218,8 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
                 evaluate(step)
             if step % interval == 0:
                 saved = ocp.args.StandardSave(_stored(state))
-                # A copy: it is written beside the steps that follow, which add to the log.
-                kept: Any = list(log)  # any JSON value is taken, whatever the annotation says
+                # A copy: it is written in the background while further steps extend the log.
+                kept: Any = list(log)  # JsonSave accepts any JSON value, unlike its annotation
                 args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(kept))
                 manager.save(step, args=args)
         manager.wait_until_finished()
@@ -223,12 +227,12 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
 
 
 def _stored(state: State) -> dict[str, Any]:
-    """What an interrupted run needs; between two updates no gradient is pending."""
+    """Returns what resuming needs; between two updates no gradient is pending."""
     return {"trained": state.trained, "moments": state.moments}
 
 
 def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.Batch]]:
-    """The batches of each update."""
+    """Yields the batches of each update."""
     each = run.settings.accumulate
     row = examples.batches(
         run.vlm,
@@ -244,7 +248,7 @@ def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.Batc
 
 
 def _begin(work: Path, arguments: dict[str, Any]) -> None:
-    """Makes the directory of the run, or checks that what it holds is of the same run."""
+    """Creates the directory of the run, or checks that it holds the same run."""
     file = work / "arguments.json"
     if not any((work / "states").glob("*")):
         work.mkdir(parents=True, exist_ok=True)
@@ -252,7 +256,7 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
         return
     before = files.read_json(file)
     if not isinstance(before, dict):
-        raise ValueError(f"{file}: expected an object; delete {work} and begin again")
+        raise ValueError(f"{file}: expected a JSON object; delete {work} and start over")
     for name in before | arguments:
         if before.get(name) != arguments.get(name):
             raise ValueError(
@@ -262,7 +266,7 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
 
 
 def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The log of a finished run; FileExistsError if it is not one of these arguments."""
+    """Returns the log of a finished run; FileExistsError if its arguments differ."""
     try:
         written = json.loads((output / RECORD).read_text())
         if written["arguments"] == arguments:
@@ -270,7 +274,7 @@ def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise FileExistsError(
-        f"{output} exists, and is not what these arguments give; choose another output or delete it"
+        f"{output} exists and was not made with these arguments; choose another output or delete it"
     )
 
 
@@ -293,7 +297,7 @@ def _write_adapter(
 
 
 def _write_checkpoint(directory: Path, vlm: VLM, params: dict) -> None:
-    """The parameters, and what a checkpoint needs beside them."""
+    """Writes the parameters and the files that a checkpoint needs besides them."""
     assert vlm.directory is not None, "checked before training"
     directory.mkdir(parents=True)
     for pattern in _COMPANIONS:

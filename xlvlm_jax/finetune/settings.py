@@ -1,4 +1,4 @@
-"""How a model is fine-tuned, and the optimizer that follows from it."""
+"""Settings of fine-tuning, and the optimizer made from them."""
 
 import dataclasses
 
@@ -11,25 +11,27 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a model is fine-tuned.
+    """Settings of fine-tuning.
 
     Attributes:
-        method: "lora" (Hu et al. 2021: factors beside frozen kernels) or "full" (all parameters).
-        rank, alpha: of LoRA; the factors' product counts alpha / rank.
-        targets: of LoRA, regular expressions for the names of linear layers, or for the end of the
-            names; none: all of the decoder's, without the language-model head.
-        steps: updates of the parameters; None: as many as `epochs` take.
-        epochs: how often each sample is seen, if `steps` is None.
-        batch_size: samples that pass through the model together.
-        accumulate: batches an update; their gradients are added up.
-        rate: the highest learning rate.
-        schedule: how it decays after the warm-up: "cosine" or "linear" to zero, or "constant".
-        warmup: the share of the steps in which the rate rises from zero.
-        weight_decay: of AdamW (Loshchilov and Hutter 2019), on matrices alone.
-        clip: the largest global norm of a gradient.
-        seed: of the factors, the order of the samples and the choice among their references.
+        method: "lora" (Hu et al. 2021: low-rank factors beside frozen kernels) or "full" (all
+            parameters).
+        rank, alpha: rank of LoRA; the product of the factors is scaled by alpha / rank.
+        targets: regular expressions for the names, or ends of names, of the linear layers that LoRA
+            adapts; empty for all of the decoder except the language-model head.
+        steps: number of updates; None for as many as `epochs` take.
+        epochs: passes over the samples, if `steps` is None.
+        batch_size: samples per batch.
+        accumulate: batches per update; their gradients are added up.
+        rate: peak learning rate.
+        schedule: decay after the warm-up: "cosine" or "linear" to zero, or "constant".
+        warmup: share of the steps in which the rate rises from zero.
+        weight_decay: weight decay of AdamW (Loshchilov and Hutter 2019), on matrices only.
+        clip: maximum global norm of the gradient.
+        seed: random seed of the factors, the order of samples and the choice of references.
 
-    Raises ValueError for a value that can't be.
+    Raises:
+        ValueError: a value is out of range.
     """
 
     method: str = "lora"
@@ -62,20 +64,23 @@ class Settings:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0:
             raise ValueError(
-                f"warmup must be a share of the steps, 0 to 1, and weight_decay at least 0; got "
+                f"warmup must be between 0 and 1 and weight_decay at least 0; got "
                 f"{self.warmup} and {self.weight_decay}"
             )
         if self.method == "full" and self.targets:
-            raise ValueError("targets are for LoRA; the method 'full' trains all parameters")
+            raise ValueError(
+                f"targets are {self.targets}, but method 'full' trains all parameters; leave them "
+                "out or use method 'lora'"
+            )
 
     def num_steps(self, num_samples: int) -> int:
-        """Updates in all."""
+        """Returns the total number of updates."""
         if self.steps is not None:
             return self.steps
         return max(1, round(self.epochs * num_samples / (self.batch_size * self.accumulate)))
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
-        """Step -> learning rate."""
+        """Returns the schedule: step -> learning rate."""
         warmup = round(self.warmup * num_steps)
         rest = max(1, num_steps - warmup)
         decay = {
@@ -83,12 +88,12 @@ class Settings:
             "linear": optax.linear_schedule(self.rate, 0.0, rest),
             "constant": optax.constant_schedule(self.rate),
         }[self.schedule]
-        # The first update is not to be lost to a rate of zero.
+        # Starts above zero, so that the first update is not wasted.
         rise = optax.linear_schedule(self.rate / (warmup + 1), self.rate, warmup)
         return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
-        """AdamW with clipping and the schedule."""
+        """Returns AdamW with clipping and the learning-rate schedule."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
             optax.adamw(

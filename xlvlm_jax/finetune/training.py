@@ -1,7 +1,4 @@
-"""One update of the trained parameters, and the loss on a split.
-
-B batch, T positions, W positions of the window that holds the answers, V vocabulary.
-"""
+"""Training steps, and the loss on a split."""
 
 import functools
 from collections.abc import Iterable
@@ -21,17 +18,28 @@ Array = jax.Array
 
 
 class State(NamedTuple):
-    """What training changes. Each update overwrites it."""
+    """The training state. Each update overwrites its buffers."""
 
     trained: Any  # float32: the LoRA factors by site, or all parameters
-    moments: Any  # of the optimizer
-    gradient: Any  # summed over the batches since the last update; None if each batch is one
-    loss: Array  # float32[]: summed likewise, over the tokens of the answers
-    num_tokens: Array  # int32[]: these tokens
+    moments: Any  # state of the optimizer
+    gradient: Any  # sum over the batches since the last update; None if every batch updates
+    loss: Array  # float32[]: sum over the answers' tokens of the same batches
+    num_tokens: Array  # int32[]: number of these tokens
 
 
 def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ranks]:
-    """The adapter at the beginning. Raises ValueError for targets that name no linear layer."""
+    """Returns the untrained adapter.
+
+    Args:
+        vlm: the model.
+        settings: how to train.
+
+    Returns:
+        The adapter and its ranks.
+
+    Raises:
+        ValueError: the targets match no linear layer.
+    """
     shapes = lora.linear_layers(vlm.params)
     if settings.targets:
         shapes = lora.select_layers(shapes, settings.targets, vlm.module_names)
@@ -45,23 +53,23 @@ def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ra
 
 
 class Trainer:
-    """One run: a state goes in and comes out, and nothing else changes.
+    """The functions of a training run; they change nothing but the state they are given.
 
     Args:
-        vlm: the model; with a mesh, rows of the batches are spread over its axis "data".
+        vlm: the model; with a mesh, the rows of batches are spread over its axis "data".
         settings: how to train.
-        num_steps: updates in all, for the schedule.
+        num_steps: total number of updates, for the schedule.
     """
 
     def __init__(self, vlm: VLM, settings: Settings, num_steps: int):
         self.vlm, self.settings, self.num_steps = vlm, settings, num_steps
         self.rate = settings.learning_rate(num_steps)
         self._begin = initial_adapter(vlm, settings)[0] if settings.method == "lora" else None
-        # What the loss needs beside what is trained.
+        # What the loss needs besides the trained values.
         self._frozen = None if self._begin is None else (vlm.params, self._begin.scale)
 
     def begin(self) -> State:
-        """The state before the first update."""
+        """Returns the state before the first update."""
         if self._begin is not None:
             trained = jax.tree.map(jnp.copy, self._begin.factors)
         else:
@@ -76,9 +84,14 @@ class Trainer:
         )
 
     def update(self, state: State, group: Iterable[Batch]) -> tuple[State, dict[str, Array]]:
-        """One update by the `accumulate` batches of a group. The old state is gone afterwards.
+        """Runs one update on the `accumulate` batches of a group.
 
-        Returns the state, and the loss a token and the gradient's norm, before clipping.
+        Args:
+            state: the state; its buffers are donated, so it can't be used afterwards.
+            group: the batches.
+
+        Returns:
+            The new state and {"loss": nats per token, "norm": of the gradient before clipping}.
         """
         figures: dict[str, Array] = {}
         for i, batch in enumerate(group, 1):
@@ -89,18 +102,31 @@ class Trainer:
         return state, figures
 
     def evaluate(self, state: State, split: Iterable[Batch]) -> float:
-        """The mean loss a token of the answers, in nats. ValueError for no batches."""
+        """Computes the loss on a split.
+
+        Args:
+            state: the state.
+            split: the batches.
+
+        Returns:
+            The mean loss per token of the answers, in nats.
+
+        Raises:
+            ValueError: there are no batches.
+        """
         sums = [
             _loss(self.vlm.module, batch.window, state.trained, self._frozen, *self._place(batch))
             for batch in split
         ]
         if not sums:
-            raise ValueError("no sample of the evaluation split can be read and processed")
+            raise ValueError(
+                "no sample of the evaluation split can be read and processed; check its images"
+            )
         loss, count = (sum(map(float, column)) for column in zip(*sums, strict=True))
         return loss / count
 
     def finished(self, state: State) -> lora.Adapter | dict:
-        """What was trained: the adapter, or the parameters in the model's dtype."""
+        """Returns the trained adapter, or the trained parameters in the model's dtype."""
         if self._begin is not None:
             return lora.Adapter(state.trained, self._begin.scale)
         return jax.tree.map(lambda a, b: a.astype(b.dtype), state.trained, self.vlm.params)
@@ -118,9 +144,9 @@ def _loss(
     inputs: dict[str, Array],
     lengths: Array,
 ) -> tuple[Array, Array]:
-    """Cross-entropy summed over the tokens of the answers, and their number.
+    """Returns the cross-entropy summed over the answers' tokens, and their number.
 
-    frozen: for LoRA, the model's parameters and the adapter's scales.
+    For LoRA, `frozen` holds the model's parameters and the adapter's scales.
     """
 
     def apply(params: dict, x: Any, method: str) -> Array:
@@ -132,7 +158,7 @@ def _loss(
         params, scale = frozen
         adapter = lora.Adapter(trained, scale)
         apply = functools.partial(ports.adapted(apply), adapter=adapter)
-    # The head, the dearest layer, runs only where an answer is predicted.
+    # The head, the most expensive layer, runs only at positions that predict an answer.
     states = apply(params, x=inputs, method="states")[:, -window - 1 : -1]
     logits = apply(params, x=states, method="unembed")
     target = inputs["input_ids"][:, -window:]
@@ -153,10 +179,10 @@ def _step(
     lengths: Array,
     is_last: Array,
 ) -> tuple[State, dict[str, Array]]:
-    """Adds a batch's gradient, and after the last batch of a group updates what is trained."""
+    """Adds a batch's gradient, and after the last batch of a group updates the trained values."""
 
     def update(gradient: Any, loss: Array, count: Array) -> tuple[State, dict[str, Array]]:
-        # The mean over all tokens of the update, however they are spread over batches.
+        # The mean over all tokens of the update, regardless of how batches divide them.
         gradient = jax.tree.map(lambda g: g / count, gradient)
         transform = settings.optimizer(num_steps)
         change, moments = transform.update(gradient, state.moments, state.trained)

@@ -84,7 +84,10 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, 
         finetune(vlm, samples, output, dataclasses.replace(SETTINGS, rate=0.02), **options)
     arguments = output.with_name("adapter.training") / "arguments.json"
     before = arguments.read_text()
-    for damaged, message in (("{", r"arguments.json: line 1, .* not JSON"), ("[]", "an object")):
+    for damaged, message in (
+        ("{", r"arguments.json: line 1, .* not JSON"),
+        ("[]", "a JSON object"),
+    ):
         arguments.write_text(damaged)
         with pytest.raises(ValueError, match=message):
             finetune(vlm, samples, output, SETTINGS, **options)
@@ -117,7 +120,7 @@ def test_the_same_again_is_done_already(vlm, samples, trained):
     assert set(summary.evaluations) == {0, 3, 5}
     assert digests(trained) == before
     other = dataclasses.replace(SETTINGS, seed=2)
-    with pytest.raises(FileExistsError, match="not what these arguments give; choose another"):
+    with pytest.raises(FileExistsError, match="not made with these arguments; choose another"):
         finetune(vlm, samples, trained, other, **evaluation, **OPTIONS)
 
 
@@ -158,7 +161,7 @@ def test_messages(pair, vlm, samples, trained, tmp_path):
         finetune(vlm.with_adapter(trained), samples, output, SETTINGS)
     nameless = copy.copy(vlm)
     nameless.directory = None
-    with pytest.raises(ValueError, match="the model has no directory, whose configuration"):
+    with pytest.raises(ValueError, match="the model has no directory to copy the configuration"):
         finetune(nameless, samples, output, Settings(method="full"))
     lost = [dataclasses.replace(samples[0], image=tmp_path / "lost.png")]
     with pytest.raises(ValueError, match=r"none of 1 samples .*lost\.png: no such image file"):
@@ -229,7 +232,7 @@ class TestCommand:
         [
             (["--containing", "zeppelin"], "no reference of 6 samples has 'zeppelin'"),
             (["--containing", "scenes:smell"], "unknown word class 'scenes:smell'"),
-            (["--containing", ","], "holds no word"),
+            (["--containing", ","], "has no words"),
             (["--method", "dora"], "method must be one of lora, full"),
             (["--target", "w_proj"], "target 'w_proj' matches no linear layer"),
         ],

@@ -39,8 +39,8 @@ def test_weights_decay_and_biases_do_not():
         ({"steps": 0}, "steps must be at least 1"),
         ({"rate": 0.0}, "rate must be above 0"),
         ({"rate": float("nan")}, "rate must be above 0, got nan"),
-        ({"warmup": 2.0}, "warmup must be a share of the steps"),
-        ({"method": "full", "targets": ("q_proj",)}, "targets are for LoRA"),
+        ({"warmup": 2.0}, "warmup must be between 0 and 1"),
+        ({"method": "full", "targets": ("q_proj",)}, "method 'full' trains all parameters; leave"),
     ],
 )
 def test_messages(values, message):
