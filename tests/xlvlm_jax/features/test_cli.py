@@ -76,7 +76,7 @@ def test_what_generation_config_does_is_told_recorded_and_left_out_on_demand(
     status, out, errors = run("ruled")
     assert status == 0, errors
     said = " ".join(out.split())
-    assert f"generation_config.json: suppress_tokens {suppressed}" in said
+    assert f"generation_config.json: applying suppress_tokens {suppressed}" in said
     assert "do_sample is ignored, decoding is greedy" in said
     ruled = Features.open(tmp_path / "ruled")
     assert ruled.manifest["generation_config"] == {"suppress_tokens": suppressed}

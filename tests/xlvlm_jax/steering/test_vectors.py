@@ -112,10 +112,10 @@ class TestVectorOnDisk:
         with pytest.raises(FileNotFoundError, match="expected one that `xlvlm steer fit` wrote"):
             SteeringVector.load(path)
         safetensors.numpy.save_file({"other": np.ones(2)}, path)
-        with pytest.raises(ValueError, match="holds no steering vector that can be read"):
+        with pytest.raises(ValueError, match="has no readable steering vector"):
             SteeringVector.load(path)
         path.write_bytes(b"nothing")
-        with pytest.raises(ValueError, match="holds no steering vector that can be read"):
+        with pytest.raises(ValueError, match="has no readable steering vector"):
             SteeringVector.load(path)
         steering.LowRankMap(np.ones((1, 2)), np.ones((2, 1)), "layers.3").save(path)
         with pytest.raises(ValueError, match="holds 'low-rank map'; expected 'vector'"):
