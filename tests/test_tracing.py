@@ -120,7 +120,7 @@ TRACED = {
     ),
     "metrics.top_concepts": (lambda u: metrics.top_concepts(u, 2), (CODES,), False),
 }
-OTHERS = {"compilation_cache"}  # what takes no arrays
+OTHERS = {"compilation_cache", "method_named"}  # functions that take no arrays
 
 
 def total(function):
@@ -203,9 +203,9 @@ def test_each_function_says_whether_it_traces(package):
     for name, function in functions.items():
         said = " ".join((function.__doc__ or "").split())
         if name in listed:
-            assert "races under jit" in said, name
+            assert "orks under jit" in said, name
         else:
-            assert "does not trace" in said, name
+            assert "cannot be traced" in said, name
 
 
 @pytest.mark.parametrize("package", [metrics, ports], ids=["metrics", "ports"])
@@ -214,6 +214,6 @@ def test_only_what_traces_says_so(package):
     listed = {name.partition(",")[0].rpartition(".")[2] for name in TRACED}
     functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
     said = {
-        n for n in functions if "races under jit" in " ".join(getattr(package, n).__doc__.split())
+        n for n in functions if "orks under jit" in " ".join(getattr(package, n).__doc__.split())
     }
     assert said == listed.intersection(functions)

@@ -89,7 +89,7 @@ def decompose(
             tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
 
-    Traces under jit and vmap (Z and key as arguments). Everything that needs values is then
+    Works under jit and vmap (Z and key as arguments). Everything that needs values is then
     skipped: rows are neither checked nor scaled, stability is not computed, and `history` keeps its
     full length. Not differentiable: `project` is.
 
@@ -453,8 +453,8 @@ def decompose_stored(
 ) -> Concepts:
     """Factors rows that stay on disk, such as `Features.stored(site)`.
 
-    Runs on the host and does not trace. The updates are those of `decompose`, each in one pass over
-    the source; see `solvers.streamed`. Apart from a few tiles of 4 MB, memory holds N (K + 44)
+    Runs on the host and cannot be traced. The updates are those of `decompose`, each in one pass
+    over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB, memory holds N (K + 44)
     numbers for compressed rows and 2 N K for codes.
 
     Args:
@@ -512,7 +512,7 @@ def project(
     the scores of the rows minus its mean. For the rows that the concepts were learnt from, the
     result is `concepts.activations` again.
 
-    Traces under jit, vmap and grad, in Z and in the concepts' arrays (the derivative of snmf codes
+    Works under jit, vmap and grad, in Z and in the concepts' arrays (the derivative of snmf codes
     holds the set of nonzero codes fixed); rows are then not checked.
 
     Args:

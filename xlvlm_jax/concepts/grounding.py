@@ -37,8 +37,8 @@ def ground_text(
 
     The `num_candidates` tokens of highest logit are decoded, lower-cased and stripped. The first
     `num_words` distinct ones that are numbers, or English words of more than two letters and not
-    stop words, are kept. A concept may have fewer words or none. Returns text, so it does not
-    trace.
+    stop words, are kept. A concept may have fewer words or none. Runs on the host and cannot be
+    traced.
 
     Args:
         components: float[K, D]: means of states, atoms, directions or shifts.
@@ -100,7 +100,7 @@ def ground_images(
 ) -> Int[AnyArray, "K {num_images}"]:
     """Returns the samples that activate each concept most, strongest first; ties go to the earlier.
 
-    Traces under jit (num_images static) and vmap; values are only checked outside of them.
+    Works under jit (num_images static) and vmap; values are only checked outside of them.
 
     Args:
         activations: float[N, K]; of `StoredRows`, one tile is in memory at a time.

@@ -52,7 +52,7 @@ def reconstruct(concepts: Concepts, activations: Float[AnyArray, "N K"]) -> Floa
     """Reconstructs states from activations.
 
     Activations times components, plus the mean for pca. For kmeans and simple, whose activations
-    are not coefficients, each row's nearest component. Traces under jit, vmap and grad.
+    are not coefficients, each row's nearest component. Works under jit, vmap and grad.
 
     Args:
         concepts: K concepts.

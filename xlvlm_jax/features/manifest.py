@@ -102,6 +102,6 @@ def array_path(root: Path, site: str) -> Path:
 def finetuned_site(site: str) -> str:
     """Returns the name under which the fine-tuned model's states are stored.
 
-    Runs on the host and does not trace.
+    Runs on the host and cannot be traced.
     """
     return f"finetuned:{site}"

@@ -230,7 +230,7 @@ def choose_site(features: Features, site: str | None) -> str:
 def samples_of(features: Features) -> list[Sample]:
     """Returns the samples that features were extracted from, like the readers of data.
 
-    Runs on the host and does not trace.
+    Runs on the host and cannot be traced.
     """
     return [sample_of(kept) for kept in features.samples]
 

@@ -29,7 +29,7 @@ def find_word(
 ) -> Int[np.ndarray, " B"]:
     """Returns the first position of each row from which the tokens spell one of the words.
 
-    Runs on the host and does not trace.
+    Runs on the host and cannot be traced.
 
         find_word(answer.tokens, vlm.tokenizer, "toaster")    # not "next to a table"
         find_word(answer.tokens, vlm.tokenizer, ["hot dog", "TV", "tv"])

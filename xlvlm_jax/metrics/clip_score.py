@@ -97,7 +97,7 @@ def clip_scores(
 ) -> Float[AnyArray, "N M"]:
     """Returns the CLIPScore of every image with every text.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         images: float[N, E], unit vectors.

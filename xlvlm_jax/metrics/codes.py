@@ -20,7 +20,7 @@ AnyArray = jax.Array | np.ndarray
 def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray, "N D"]) -> Figure:
     """Returns 1 - |Z - reconstruction|^2 / |Z - mean of Z|^2.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         Z: float[N, D].
@@ -66,7 +66,7 @@ def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -
 def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
     """Returns the mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1).
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         activations: float[N, K].
@@ -106,7 +106,7 @@ def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float
 def active_share(activations: Float[AnyArray, "N K"]) -> Figure:
     """Returns the share of nonzero codes.
 
-    Traces under jit and vmap.
+    Works under jit and vmap.
 
     Args:
         activations: float[N, K].
@@ -124,7 +124,7 @@ def dead_concepts(activations: Float[AnyArray, "N K"]) -> Bool[AnyArray, " K"]:
     """Returns which concepts are not the most active one of any sample.
 
     These are concepts with only zero codes, and concepts that are never the strongest: their words
-    are compared to no image. A sample whose codes are all zero has no most active concept. Traces
+    are compared to no image. A sample whose codes are all zero has no most active concept. Works
     under jit and vmap.
 
     Args:

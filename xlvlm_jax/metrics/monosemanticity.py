@@ -26,7 +26,7 @@ def monosemanticity(
 ) -> Float[AnyArray, " K"]:
     """Returns the score of each concept, in [-1, 1]; NaN if fewer than two samples activate it.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         activations: float[N, K], of any sign.
@@ -57,7 +57,7 @@ def monosemanticity(
 def mean_similarity(images: Float[AnyArray, "N E"]) -> Figure:
     """Returns the mean cosine of two images: the score of a concept that all activate equally.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         images: float[N, E], unit vectors.

@@ -20,7 +20,7 @@ def top_concepts(activations: Float[AnyArray, "N K"], count: int) -> Bool[AnyArr
     """Returns which concepts are among the most active ones of each sample.
 
     Only positive activations count, so a sample may have fewer or none; ties go to the first.
-    Traces under jit (count static) and vmap.
+    Works under jit (count static) and vmap.
 
     Args:
         activations: float[N, K].
@@ -63,7 +63,7 @@ def mean_of_top(
 ) -> Float[AnyArray, " N"]:
     """Returns the mean score of each sample over its chosen concepts.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         scores: float[N, K].

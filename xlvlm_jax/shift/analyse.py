@@ -31,7 +31,7 @@ def analyse(
 ) -> ShiftAnalysis:
     """Computes shift vectors of original concepts and how well they recover the fine-tuned ones.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         Z_original, Z_finetuned: float[N, D] and float[M, D], the states of each model, or a reader

@@ -28,7 +28,7 @@ def ground_words(
 ) -> ShiftAnalysis:
     """Adds the words of the concepts and of the shift vectors to an analysis.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         analysis: the analysis.
@@ -95,7 +95,7 @@ def ground_samples(
 ) -> ShiftAnalysis:
     """Adds the samples that activate the concepts most to an analysis.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Original concepts are grounded in the original model's states, shifted and fine-tuned ones in
     the fine-tuned model's. The activations of shifted concepts depend on each other, so a concept

@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
 def match_samples(original: Features, finetuned: Features) -> Pairs:
     """Matches the rows of two directories by sample ID.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     If a sample has several rows, its n-th row in one directory is paired with its n-th row in the
     other.

@@ -24,7 +24,7 @@ def recovery(
 ) -> Float[Array, " K"]:
     """Returns how much closer shifted concepts are to the fine-tuned ones than original ones.
 
-    Traces under jit (metric static), vmap and grad.
+    Works under jit (metric static), vmap and grad.
 
     Args:
         original, shifted: float[K, D], concepts before (u) and after (s) the shift.
@@ -59,7 +59,7 @@ def overlap(
 ) -> Float[np.ndarray, " K"]:
     """Returns the number of items that `found[k]` and `wanted[k]` share, divided by `size`.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     For the words of original (or shifted) concepts and their fine-tuned match this is T-Overlap;
     for images, the overlap of the most activating samples.
@@ -87,7 +87,7 @@ def mismatched_overlap(
 ) -> float:
     """Returns the mean `overlap` of concepts that are not each other's match.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     This is the baseline for `overlap`: words that all concepts share, because all samples do,
     overlap whatever the shift is.
@@ -116,7 +116,7 @@ class Correlation(NamedTuple):
 def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
     """Computes Pearson's r and its p-value.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         a, b: float[K]; concepts where either is not finite are left out.

@@ -50,7 +50,7 @@ def shift_features(
 ) -> ShiftAnalysis:
     """Analyses how concepts move from one directory of features to another, and saves the result.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         original, finetuned: features of the same data under both models; with None for the second,

@@ -8,7 +8,7 @@ concept that it activates most.
     consistency              mean cosine of (b_m - a_m) and (b_n - a_n) over pairs m != n of k
 
 N samples, D width, K concepts. A concept with fewer than two samples (see `counts`) has no shift:
-its values are NaN. Everything here traces under jit (with num_concepts and reduce static), vmap
+its values are NaN. Everything here works under jit (with num_concepts and reduce static), vmap
 and grad; float64 states give float64 results if x64 is enabled. The error of the means does not
 grow with N, nor with an offset of the states (see `solvers.sums`).
 """
@@ -30,12 +30,12 @@ TRIMMED = 0.1  # share that "trimmed_mean" cuts off at each end, as in scipy.sta
 
 
 def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
-    """Returns int32[N], the most activated concept of each sample. Traces under jit and vmap."""
+    """Returns int32[N], the most activated concept of each sample. Works under jit and vmap."""
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
 
 
 def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
-    """Counts the samples of each concept. Traces under jit (num_concepts static) and vmap."""
+    """Counts the samples of each concept. Works under jit (num_concepts static) and vmap."""
     return jnp.bincount(jnp.asarray(assignment), length=num_concepts)
 
 
@@ -48,7 +48,7 @@ def concept_shift(
 ) -> Float[Array, "K D"]:
     """Returns the centre of each concept's fine-tuned states minus its original states' centre.
 
-    Traces under jit (num_concepts and reduce static), vmap and grad.
+    Works under jit (num_concepts and reduce static), vmap and grad.
 
     Args:
         original, destination: float[N, D], states of the same samples before and after
@@ -105,7 +105,7 @@ def shifted(
 ) -> Float[Array, "K D"]:
     """Returns the concepts moved by alpha times their shift.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         components: float[K, D], the concepts.
@@ -136,7 +136,7 @@ def spread(
 ) -> Spread:
     """Measures how consistently the samples of each concept move.
 
-    Traces under jit (num_concepts static), vmap and grad.
+    Works under jit (num_concepts static), vmap and grad.
 
     Args:
         original, destination, assignment, num_concepts: as for `concept_shift`. A sample that does
@@ -184,7 +184,7 @@ def consistency(
 ) -> Float[Array, " K"]:
     """Returns the mean cosine between the shifts of two samples of each concept.
 
-    Traces under jit (num_concepts static), vmap and grad.
+    Works under jit (num_concepts static), vmap and grad.
 
     Args:
         original, destination, assignment, num_concepts: as for `spread`.

@@ -13,7 +13,7 @@ Array = jax.Array | np.ndarray
 def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) -> Int[Array, " K"]:
     """Returns the one-to-one matching of highest total cosine.
 
-    Traces under jit and vmap, as a callback to the host; it has no gradient.
+    Works under jit and vmap, as a callback to the host; it has no gradient.
 
     Args:
         components_a: float[K, D].

@@ -54,7 +54,7 @@ _KINDS = {"vector": SteeringVector, "low-rank map": LowRankMap, "l2s": L2S}
 def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
     """Reads a saved vector, map or network.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         path: the .safetensors file.

@@ -31,7 +31,7 @@ def fit_coarse(
 ) -> SteeringVector:
     """Fits the coarse vector: mean state of target answers minus mean state of source answers.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         features: states of the samples' answers or captions.
@@ -94,7 +94,7 @@ def fit_fine(
 ) -> tuple[list[SteeringVector], FineVectors]:
     """Fits the fine vectors i -> j between the centroids of k-means on the source states.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         features: states of the samples' answers or captions.

@@ -310,7 +310,7 @@ def fit_l2s(
 ) -> L2S:
     """Fits a network that predicts the shift each prompt needs, from two counterparts of it.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         vlm: the model.

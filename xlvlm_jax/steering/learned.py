@@ -182,7 +182,7 @@ def fit_learned(
 ) -> SteeringVector | LowRankMap:
     """Fits the vector (or map) that minimises the cross-entropy of the wanted answers.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         vlm: the model.

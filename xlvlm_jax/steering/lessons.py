@@ -33,7 +33,7 @@ def lesson(
 ) -> Lesson:
     """Chooses samples to steer (answered with a source word) and samples that must stay.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         features: provides samples and answers; its states are not read.
@@ -71,7 +71,7 @@ def contrast_prompts(
 ) -> tuple[list[Sample], list[str], list[str]]:
     """Finds the contrasting prompts that `fit_l2s(contrast="prompt")` learns from.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     The positive counterpart of a prompt to steer is another prompt about the same image that was
     answered with a target word; the negative one is the prompt itself. A prompt that must stay is

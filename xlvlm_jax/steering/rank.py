@@ -55,7 +55,7 @@ class RankedVector(NamedTuple):
 def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int = 1) -> AnswerShift:
     """Measures how answers to the same questions moved.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Args:
         before, after: the answers, compared after normalisation.
@@ -105,7 +105,7 @@ def rank_vectors(
 ) -> list[RankedVector]:
     """Steers samples with each vector and ranks the vectors by how the answers move.
 
-    Runs on the host: it does not trace.
+    Runs on the host and cannot be traced.
 
     Vectors that share their samples run together as a sweep: images are encoded, and the layers
     before the site computed, once for all of them.

@@ -27,7 +27,7 @@ Array = jax.Array | np.ndarray
 def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, " D"]:
     """Returns the coarse vector: mean of the target states minus mean of the source states.
 
-    Traces under jit, vmap and grad.
+    Works under jit, vmap and grad.
 
     Args:
         source: float[N, D], states to steer from.
@@ -76,7 +76,7 @@ class FineVectors(NamedTuple):
 def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array) -> FineVectors:
     """Returns the fine vectors: centroid_j - centroid_i of k-means on the source states.
 
-    Traces under jit (num_concepts static) and vmap, as `decompose` does.
+    Works under jit (num_concepts static) and vmap, as `decompose` does.
 
     Args:
         source: float[N, D], states of the samples to steer.
