@@ -71,8 +71,8 @@ class Card:
     attributes: list[Attribute]
     own: Own
     stability: float | None = None
-    more: list[Picture] = field(default_factory=list)  # those of its own rows that fit on the page
-    has_all: bool = True  # whether these are all of them
+    more: list[Picture] = field(default_factory=list)  # more of its own rows, as many as fit
+    has_all: bool = True  # whether all of its own rows' pictures fit
 
 
 @dataclass(frozen=True)

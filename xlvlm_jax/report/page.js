@@ -1,13 +1,13 @@
-// Without this script the page shows all but the larger pictures; cards and rows stay in order.
+// Without this script the page only lacks searching, sorting and enlarged pictures.
 "use strict";
 
-// Search and order of the cards of a section.
+// Searches and sorts the cards of a section.
 for (const tools of document.querySelectorAll(".tools")) {
   const list = tools.nextElementSibling;
   const cards = [...list.children];
   const [search, select, count] = ["input", "select", "output"].map((tag) => tools.querySelector(tag));
   const texts = new Map();
-  // What a card says: its number, words, attributes, and the captions of its pictures.
+  // The text of a card: its number, words, attributes and the captions of its pictures.
   const textOf = (card) => {
     if (!texts.has(card)) {
       const parts = card.querySelectorAll("h3, .words, .said, .attributes th, .missing, img, .shot");
@@ -31,7 +31,7 @@ for (const tools of document.querySelectorAll(".tools")) {
   tools.hidden = false;
 }
 
-// Numbers in order, and texts where there are none; what has neither comes last.
+// Compares numbers, or texts if there are no numbers; empty cells come last.
 function ordered(items, valueOf, sign) {
   const compare = (a, b) => {
     const [x, y] = [valueOf(a), valueOf(b)];
@@ -42,7 +42,7 @@ function ordered(items, valueOf, sign) {
   return [...items].sort(compare);
 }
 
-// A click on a column's name sorts the table by it, the best first; again the other way, then back.
+// Clicking a column's name sorts the table, best first; then in reverse; then restores the order.
 for (const table of document.querySelectorAll("table.scores")) {
   const body = table.tBodies[0];
   const rows = [...body.rows];
@@ -71,7 +71,7 @@ for (const table of document.querySelectorAll("table.scores")) {
   });
 }
 
-// A picture, enlarged; the arrow keys lead to its neighbours.
+// Enlarges a picture; the arrow keys move to its neighbours.
 const dialog = document.querySelector("dialog");
 let open = null;
 function show(button) {

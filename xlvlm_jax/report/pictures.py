@@ -1,4 +1,4 @@
-"""Which pictures the page shows: as many of each concept's as its size allows."""
+"""Chooses the pictures that the page shows: as many per concept as its size allows."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,16 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.cards import Card, Picture, Section, own_pictures
 from xlvlm_jax.report.thumbnails import SIDES, Thumbnail, thumbnails
 
-ROOM = 0.5  # of the budget: the strongest pictures shrink to leave the rest to further ones
-LEAST = 1000  # bytes: less than a thumbnail of the smallest size takes
+ROOM = 0.5  # share of the budget that the strongest pictures shrink to; the rest is for more
+LEAST = 1000  # bytes, fewer than any thumbnail of the smallest size has
 
 
 class Shown(NamedTuple):
-    """What the page shows."""
+    """The pictures that the page shows."""
 
-    sections: list[Section]  # with the pictures that have a place, and more of them
+    sections: list[Section]  # with the pictures that fit on the page
     thumbnails: dict[str, Thumbnail]  # {image as given: thumbnail}
-    left_out: int  # of the strongest pictures of concepts, those without a place
+    left_out: int  # number of concepts' strongest pictures that did not fit
     asked_for: int
 
 
@@ -32,14 +32,18 @@ def choose_pictures(
 ) -> Shown:
     """Chooses pictures and makes their thumbnails within a budget.
 
-    First come the strongest picture of each concept, then `others`, then the next strongest; what
-    is left of the budget goes to the pictures of the concepts' own rows, in turn and small.
+    Each concept's strongest picture comes first, then `others`, then the next strongest pictures.
+    The rest of the budget goes to small pictures of the concepts' own rows, one concept after the
+    other.
 
     Args:
         sections: each with the features that its concepts were learnt on.
         others: the images of other parts of the page.
         roots: directories in which relative paths are looked up.
         budget: maximum size of all thumbnails, in bytes.
+
+    Returns:
+        The sections and thumbnails.
     """
     wanted = _in_order([section for section, _ in sections], others)
     small = thumbnails(wanted, roots, budget=budget, room=ROOM)
@@ -54,7 +58,7 @@ def choose_pictures(
         most=budget // LEAST,
     )
     new = (p.image for p in turns if p.image and p.image not in small)
-    # Closed details show them: the smallest size does, and lets in the most.
+    # They are folded away at first: the smallest size is enough and fits the most.
     small |= thumbnails(new, roots, budget=left, sides=SIDES[-1:], first=len(small))
     shown = [
         dataclasses.replace(
@@ -91,7 +95,7 @@ Key = tuple[int, int]  # section, card
 
 
 class _InTurn:
-    """Yields a picture of each concept, then another of each; keeps what it yielded, by concept."""
+    """Yields a picture of each concept in turn, and records what it yielded per concept."""
 
     def __init__(self, waiting: dict[Key, Iterator[Picture]], most: int):
         self._waiting, self._most = waiting, most

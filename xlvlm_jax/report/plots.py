@@ -1,4 +1,4 @@
-"""Figures in the page: they take its colours, light or dark, and their place is kept."""
+"""Figures on the page: they adapt to light and dark pages, and have a known size."""
 
 import base64
 import re
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from xlvlm_jax.report.figure import COLOURS, FAINT
 
-# In place of the colours that figures are drawn in. What has no colour of its own is black.
+# Colours on dark pages for the colours that figures are drawn in; the default colour is black.
 _ON_DARK = {
     "#000000": "#e6e4df",
     FAINT: "#68727b",
@@ -25,7 +25,7 @@ _SIZE = re.compile(rb'\s(width|height)="([\d.]+)(pt|px)?"')
 
 
 class Plot(NamedTuple):
-    """A figure of the page."""
+    """A figure on the page."""
 
     uri: str  # data:image/svg+xml;base64,...
     width: int  # CSS pixels
@@ -34,10 +34,16 @@ class Plot(NamedTuple):
 
 
 def read_plot(path: Path, explained: str) -> Plot:
-    """Returns a figure that `figure` wrote as SVG, without its background and with dark colours.
+    """Returns a figure for the page, without its background and with colours for dark pages.
 
-    The file stays as it is: beside other text than the page's, its white ground makes it legible
-    wherever it is shown.
+    The file itself is not changed: with its white background it is legible anywhere else.
+
+    Args:
+        path: an SVG written by `figure`.
+        explained: what the figure shows.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: the file is not such an SVG.
@@ -57,7 +63,7 @@ def read_plot(path: Path, explained: str) -> Plot:
 
 
 def _rules() -> str:
-    """Style rules: no background, and the colours for dark pages in place of those drawn."""
+    """Returns style rules that remove the background and replace colours on dark pages."""
     dark = "".join(
         f'[style*="{what}: {drawn}"]{{{what}:{shown} !important}}'
         for drawn, shown in _ON_DARK.items()
