@@ -201,7 +201,7 @@ def test_a_word_that_no_sample_predicts_is_named(vlm, samples, tmp_path):
         SETTINGS, selection=Selection("token-of-interest", "skyline"), max_new_tokens=1
     )
     output = tmp_path / "features"
-    with pytest.raises(ValueError, match=r"no sample of 2 .* words 'skyline', 'Skyline'; take"):
+    with pytest.raises(ValueError, match=r"no sample of 2 .* words 'skyline', 'Skyline'; use"):
         extract(vlm, samples[:2], output, settings)
     assert not output.exists()
     missing = dataclasses.replace(samples[2], image="nowhere.jpg")
