@@ -1,4 +1,4 @@
-"""`VLM`: a loaded vision-language model with its processor, the same object for every port."""
+"""`VLM`: a loaded vision-language model with its processor, the same class for every port."""
 
 import copy
 import functools
@@ -40,10 +40,10 @@ Array = jax.Array
 
 
 class Output(NamedTuple):
-    """What `VLM.forward` returns."""
+    """Result of `VLM.forward`."""
 
-    logits: Array  # float32[B, T, V], in every dtype of the model
-    states: dict[str, Array]  # site -> [B, T, D]; of a vision site [images, patches, width]
+    logits: Array  # float32[B, T, V], whatever the model's dtype
+    states: dict[str, Array]  # site -> [B, T, D]; for a vision site [images, patches, width]
 
     def __repr__(self) -> str:
         return f"Output(logits: {kind(self.logits)}; states: {few(self.states) or 'none'})"
@@ -53,7 +53,7 @@ class Output(NamedTuple):
         return html_arrays(arrays, title="Output")
 
 
-# The mesh is an argument of every program: what was traced for one is not run on another.
+# The mesh is a static argument of every program: a program traced for one is not run on another.
 @functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
 def _forward(
     model: vision_language.VisionLanguageModel,
@@ -121,18 +121,19 @@ def _generate(
 
 
 class VLM:
-    """A vision-language model with its parameters. `ports.load` makes it.
+    """A vision-language model with its parameters, made by `ports.load`.
 
     Attributes:
         config: the transformers configuration, as read from config.json.
         params: the tree of parameters, as the Linen module takes it under "params".
         module: the Linen module.
-        directory: where the checkpoint lies, or None.
-        generation_config: the values of generation_config.json, by transformers' names. Those that
+        directory: the checkpoint, or None.
+        generation_config: the values of generation_config.json, by transformers' names. Values that
             change logits (repetition_penalty, suppress_tokens ...) apply to every generation;
-            those of sampling where it is asked for, see `sampling`.
-        eos_tokens, pad_token: ids that end a generated row and that fill it up afterwards.
-        adapter: the directory of the LoRA adapter that the parameters include, or None.
+            sampling values only on request, see `sampling`.
+        eos_tokens: ids that end a generated row.
+        pad_token: id that fills a row after its end.
+        adapter: the directory of the LoRA adapter merged into the parameters, or None.
     """
 
     adapter: Path | None = None
@@ -160,19 +161,27 @@ class VLM:
         )
 
     def _use(self, values: dict[str, Any]) -> None:
-        """Takes the values of a generation_config.json. ValueError for ids that can't be."""
+        """Sets the values of a generation_config.json; raises ValueError for invalid ids."""
         self.generation_config = values
         self.eos_tokens, self.pad_token = _special_tokens(
             self.config, values, self.directory, self.module.num_embeddings
         )
 
     def with_adapter(self, directory: str | Path, *, donate: bool = False) -> "VLM":
-        """The model with a PEFT LoRA adapter merged into its linear layers.
+        """Returns the model with a PEFT LoRA adapter merged into its linear layers.
 
-        All other parameters are shared with this model; with `donate`, which gives up this one,
-        the merged kernels take the place of the old ones.
+        All other parameters are shared with this model.
 
-        Raises FileNotFoundError and ValueError as `ports.load` does.
+        Args:
+            directory: a directory or Hub id of the adapter.
+            donate: free the replaced kernels, which makes this model unusable.
+
+        Returns:
+            The adapted model.
+
+        Raises:
+            FileNotFoundError: as for `ports.load`.
+            ValueError: as for `ports.load`.
         """
         directory = hub.find_directory(directory, peft_io.EXPECTED)
         adapter = self.read_adapter(directory)
@@ -182,12 +191,19 @@ class VLM:
         return model
 
     def with_generation_config(self, values: Mapping[str, Any]) -> "VLM":
-        """The model with these values instead of those of generation_config.json.
+        """Returns the model with other values instead of those of generation_config.json.
 
-        All parameters are shared with this model. The tokens that end and fill rows stay, unless
-        the values name others; with {} nothing else is left.
+        All parameters are shared with this model.
 
-        Raises ValueError for a key that transformers does not know.
+        Args:
+            values: the new values, by transformers' names; {} for none. The end-of-sequence and
+                padding tokens are kept unless given here.
+
+        Returns:
+            The model with these values.
+
+        Raises:
+            ValueError: transformers does not know a key.
         """
         model = copy.copy(self)
         model._use(generation_config.given(values, self.generation_config))
@@ -195,23 +211,39 @@ class VLM:
 
     @property
     def logits_options(self) -> dict[str, Any]:
-        """The values of `generation_config` that change greedy tokens.
+        """The values of `generation_config` that change greedy decoding.
 
-        Raises ValueError for one that is not implemented (num_beams, guidance_scale ...).
+        Raises:
+            ValueError: a value is not implemented (num_beams, guidance_scale ...).
         """
         return generation_config.changing_logits(self.generation_config)
 
     def sampling(self, key: Array) -> Sampling:
-        """How the checkpoint's own generation_config.json draws tokens, for `generate(sampling=)`.
+        """Returns the sampling settings in `generation_config`, for `generate(sampling=...)`.
 
-        What it does not say is as in transformers (top_k 50). Raises ValueError as
-        `logits_options`.
+        Args:
+            key: JAX random key.
+
+        Returns:
+            The settings; missing values have transformers' defaults (top_k 50).
+
+        Raises:
+            ValueError: a value is invalid or not implemented.
         """
         return Sampling(key, **generation_config.of_sampling(self.generation_config))
 
     def read_adapter(self, directory: str | Path) -> lora.Adapter:
-        """A PEFT LoRA adapter of this model, from a directory or the hub, not merged (see
-        `ports.adapted`).
+        """Reads a PEFT LoRA adapter of this model without merging it (see `ports.adapted`).
+
+        Args:
+            directory: a directory or Hub id of the adapter.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            FileNotFoundError: as for `ports.load`.
+            ValueError: as for `ports.load`.
         """
         decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
         return peft_io.read(
@@ -223,14 +255,16 @@ class VLM:
         )
 
     def untied(self) -> "VLM":
-        """The model with a head of its own, equal to the embeddings; all else is shared.
+        """Returns the model with a separate head, equal to the embeddings.
 
-        An adapter of head or embeddings then changes the one and leaves the other, as in PEFT.
+        An adapter can then change the head or the embeddings without the other, as in PEFT. All
+        other parameters are shared with this model.
 
-        Raises ValueError if its head is not tied to the embeddings.
+        Raises:
+            ValueError: the head is not tied to the embeddings.
         """
         if not self.module.tied:
-            raise ValueError("the model's head is not tied; use the model as it is")
+            raise ValueError("the model's head is not tied to its embeddings; use it as it is")
         flat = traverse_util.flatten_dict(self.params)
         table = flat[*self.module.decoder_path, "embed_tokens", "embedding"]
         path, kernel = (*self.module.head_path, "kernel"), table.T
@@ -249,41 +283,41 @@ class VLM:
 
     @property
     def architecture(self) -> str | None:
-        """The model's class in PyTorch, if config.json says."""
+        """The model's class in PyTorch, if config.json names it."""
         return next(iter(getattr(self.config, "architectures", None) or ()), None)
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """What tells the checkpoint from others (`checkpoint.fingerprint`); None without one.
-
-        The files are read once: a run may ask before each batch.
+        """A digest that identifies the checkpoint (see `checkpoint.fingerprint`), computed once;
+        None without a directory.
         """
         return None if self.directory is None else checkpoint.fingerprint(self.directory)
 
     @functools.cached_property
     def module_names(self) -> dict[str, str]:
-        """Linear layer -> the module's name in transformers, which adapters' files use."""
+        """{linear layer: the module's name in transformers}, the names in adapter files."""
         sites = lora.linear_layers(self.params)
         return peft_io.module_names(sites, self._port.transformers_name)
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The checkpoint's own processor, from transformers or the port; read when asked for.
+        """The checkpoint's processor, from transformers or the port; loaded on first use.
 
-        Raises ValueError for files that are missing, or do not belong together.
+        Raises:
+            ValueError: files are missing or do not belong together.
         """
         directory = self._with_tokenizer("processor")
         processor = self._port.read_processor(directory)
         self._port.complete_processor(processor, self.module.config, directory)
         if getattr(processor, "chat_template", None) is None:
-            # It may stand in tokenizer_config.json alone.
+            # It may be only in tokenizer_config.json.
             processor.chat_template = processor.tokenizer.chat_template
         self._check_image_token(processor)
         self._warn_of(processor.tokenizer)
         return processor
 
     def _check_image_token(self, processor: Any) -> None:
-        """ValueError if a processor's image token is another one than config.json's."""
+        """Raises ValueError if the processor's image token differs from the one in config.json."""
         token = getattr(processor, "image_token", None)
         if token is None:
             return
@@ -291,18 +325,18 @@ class VLM:
         if number not in self.image_tokens:
             raise ValueError(
                 f"{self.directory}: image token {str(token)!r} has id {number} in the tokenizer, "
-                f"config.json says {self.image_tokens[0]}; take both files from one checkpoint"
+                f"but config.json says {self.image_tokens[0]}; use files from the same checkpoint"
             )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's own tokenizer, from transformers; read when first asked for."""
+        """The checkpoint's tokenizer, from transformers; loaded on first use."""
         tokenizer = self._port.read_tokenizer(self._with_tokenizer("tokenizer"))
         self._warn_of(tokenizer)
         return tokenizer
 
     def _warn_of(self, tokenizer: Any) -> None:
-        """Warns, once per model, of a tokenizer with more tokens than the model."""
+        """Warns, once per model, if the tokenizer has more tokens than the model."""
         if not self._tokenizer_seen:
             self._tokenizer_seen = True
             vocabulary.warn_of_longer_tokenizer(
@@ -310,39 +344,47 @@ class VLM:
             )
 
     def _with_tokenizer(self, what: str) -> Path:
-        """The checkpoint's directory. ValueError if there is none, or none with a tokenizer."""
+        """Returns the checkpoint's directory; raises ValueError if it has no tokenizer."""
         if self.directory is None:
-            raise ValueError(f"the model was made without a directory; load it to have a {what}")
+            raise ValueError(f"the model has no directory and so no {what}; use ports.load")
         with checkpoint.loading(self.directory, what):
             checkpoint.require_tokenizer(self.directory)
         return self.directory
 
     def example_inputs(self, batch: int = 1) -> dict[str, Any]:
-        """Shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image a row."""
+        """Returns shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image per row."""
         return self._port.example_inputs(self.module.config, batch)
 
     @property
     def image_tokens(self) -> tuple[int, ...]:
-        """The ids of the tokens that stand for an image."""
+        """Ids of the tokens that stand for an image."""
         return self.module.config.image_tokens
 
     def apply(self, params: dict, inputs: vision_language.Inputs, **kwargs: Any) -> Any:
-        """Pure: logits[B, T, V] of the processor's arrays. What `capture` and `steer` wrap.
+        """Computes logits; a pure function, for `capture` and `steer` to wrap.
 
-        Keyword arguments go to Linen's `Module.apply`. A token id outside the vocabulary gives NaN
-        at its position and all that see it (under `jax.jit` nothing can be raised).
+        A token id outside the vocabulary gives NaN at its position and at all positions that see
+        it, as no error can be raised under `jax.jit`.
+
+        Args:
+            params: the tree of parameters.
+            inputs: the arrays from `prepare` or `place`, or those of the processor.
+            **kwargs: passed to Linen's `Module.apply`.
+
+        Returns:
+            Logits float32[B, T, V].
         """
         with sharding.on(self._mesh):
             return self.module.apply({"params": params}, inputs, **kwargs)
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names, in network order, of the modules that can be captured or steered."""
+        """Names of the modules that can be captured or steered, in the order of computation."""
         return tuple(self.site_shapes)
 
     @functools.cached_property
     def site_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of the states at each site, for the port's example inputs; the last is D."""
+        """{site: shape of its states} for the port's example inputs; the last axis is D."""
         return list_sites(self.apply, self.params, self.example_inputs())
 
     @functools.cached_property
@@ -356,18 +398,21 @@ class VLM:
         sites: str | Sequence[str] = (),
         edits: Edits | None = None,
     ) -> Output:
-        """One jitted pass over a batch.
+        """Runs one jitted forward pass over a batch.
 
         Args:
-            inputs: the numpy arrays of the checkpoint's processor.
+            inputs: the arrays from the checkpoint's processor.
             sites: names of sites, or patterns such as "layers.*" (see `find_sites`), whose states
                 to return.
             edits: site, or pattern for sites of the decoder -> edit or edits of its states
                 (`ports.add` ...); see `ports.steer`.
 
+        Returns:
+            Logits and states at all T positions.
+
         Raises:
-            ValueError: a token id outside the vocabulary, an unknown site, an edit that does not
-                fit, or images that do not fit the prompt.
+            ValueError: a token id is outside the vocabulary, a site is unknown, an edit does not
+                fit, or images and prompts do not match.
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._place_edits(edits, arrays)
@@ -384,7 +429,19 @@ class VLM:
         sites: str | Sequence[str],
         edits: Edits | None = None,
     ) -> dict[str, Array]:
-        """As `forward`, without logits: what lies behind the last of `sites` is not computed."""
+        """Computes states like `forward`, without logits and without layers after the last site.
+
+        Args:
+            inputs: as for `forward`.
+            sites: as for `forward`.
+            edits: as for `forward`.
+
+        Returns:
+            Site -> states [B, T, D].
+
+        Raises:
+            ValueError: as for `forward`.
+        """
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._place_edits(edits, arrays)
         arguments = (self.module, self.params, self._place(arrays), edits, _distinct(asked))
@@ -404,21 +461,26 @@ class VLM:
         """Answers a batch of prompts; prefill and decoding are one compiled program.
 
         Args:
-            inputs: the numpy arrays of the checkpoint's processor; rows may be padded on either
-                side, and are padded on the left up to one of few lengths.
-            max_new_tokens: M. A row ends by itself with an end-of-sequence token.
+            inputs: the arrays from the checkpoint's processor. Rows may be padded on either side;
+                they are padded on the left to one of a few lengths.
+            max_new_tokens: maximum number of new tokens, M; a row ends earlier at an
+                end-of-sequence token.
             sites: sites of the decoder whose states to return.
-            edits: site -> edit or edits of its states (`ports.add` ...), in the prompt and at every
-                step; see `ports.steer`.
+            edits: site -> edit or edits of its states (`ports.add` ...), applied to the prompt and
+                at every step; see `ports.steer`.
             sampling: `ports.Sampling(key, temperature, top_p)`, or `vlm.sampling(key)` for the
-                checkpoint's own; None decodes greedily, whatever its do_sample says.
-            prompt_states: also return the states at the T prompt positions (of the head, which
-                the prefill applies to the last position only, the state at that one).
+                checkpoint's settings; None decodes greedily, even if the checkpoint's do_sample is
+                true.
+            prompt_states: also return the states at the T prompt positions (for the head, only at
+                the last position, the only one where the prefill computes it).
+
+        Returns:
+            Tokens int32[B, M] and the states that predicted them.
 
         Raises:
-            ValueError: a token id outside the vocabulary, an unknown site, a site outside the
-                decoder, no room for a new token, an edit that does not fit, images that do not fit
-                the prompt, or a value of `generation_config` that is not implemented.
+            ValueError: a token id is outside the vocabulary, a site is unknown or outside the
+                decoder, max_new_tokens is less than 1, an edit does not fit, images and prompts do
+                not match, or a value in `generation_config` is not implemented.
         """
         arguments, options, checked = self._generation(
             inputs, max_new_tokens, sites, edits, sampling, prompt_states
@@ -438,10 +500,22 @@ class VLM:
         max_new_tokens: int | None = None,
         prompt_states: bool = False,
     ) -> jax.stages.Lowered:
-        """The program of `generate`, or with no `max_new_tokens` of `states`, for such a batch.
+        """Lowers the program that a call of `generate` or `states` would run, without running it.
 
-        Nothing is computed, and parameters may be abstract. Compiled, it tells its memory:
-        `vlm.lower(...).compile().memory_analysis()`. Raises as those two.
+        Parameters may be abstract. For the memory of the program, use
+        `vlm.lower(...).compile().memory_analysis()`.
+
+        Args:
+            inputs: a batch, as for `generate`.
+            sites: sites whose states to return.
+            max_new_tokens: as for `generate`; None lowers the program of `states`.
+            prompt_states: as for `generate`.
+
+        Returns:
+            The lowered program.
+
+        Raises:
+            ValueError: as for `generate` or `states`.
         """
         if max_new_tokens is not None:
             arguments, options, _ = self._generation(
@@ -460,7 +534,7 @@ class VLM:
         sampling: Sampling | None,
         prompt_states: bool,
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, np.ndarray]]:
-        """What the compiled generation takes, and the checked inputs before they are filled up."""
+        """Returns the arguments of the compiled generation, and the checked, unpadded inputs."""
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
@@ -478,7 +552,7 @@ class VLM:
         return (self.module, self.params, arrays, sampling, edits, rules), options, checked
 
     def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
-        """What changes logits in a generation from these prompts, as arguments of its program."""
+        """Returns the rules that change logits when generating from these prompts."""
         options = self.logits_options
         if not options:
             return None
@@ -500,21 +574,23 @@ class VLM:
         max_new_tokens: int,
         sites: str | Sequence[str] = (),
     ) -> Generation:
-        """Greedy answers of one batch under each of A variants of the same edits, in one program.
+        """Answers one batch greedily under each of A variants of the same edits, in one program.
 
-        Images are encoded once, and so are the prompts up to the first edited layer.
+        Images are encoded once, and prompts are computed once up to the first edited layer.
 
         Args:
             inputs: as for `generate`.
             variants: A edits with the same sites and kinds; vectors, strengths and positions may
-                differ. Other sites: `ports.stacked` with a strength of zero at all sites but one.
-            max_new_tokens, sites: as for `generate`.
+                differ. To vary the site, use `ports.stacked` with strength zero at all sites but
+                one.
+            max_new_tokens: as for `generate`.
+            sites: as for `generate`.
 
         Returns:
             A Generation whose arrays have a leading axis A.
 
         Raises:
-            ValueError: as `generate`, or variants of another structure.
+            ValueError: as for `generate`, or the variants differ in structure.
         """
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
@@ -523,10 +599,10 @@ class VLM:
         structures = {jax.tree.structure(edits) for edits in placed}
         if len(structures) != 1:
             raise ValueError(
-                f"{len(placed)} variants of edits have {len(structures)} structures; expected one: "
-                "the same sites and kinds of edits, all with a mask or none (see ports.stacked)"
+                f"{len(placed)} variants of edits have {len(structures)} structures; expected the "
+                "same sites and kinds of edits, all with a mask or all without (see ports.stacked)"
             )
-        if not jax.tree.leaves(placed):  # no edits: nothing tells the variants apart
+        if not jax.tree.leaves(placed):  # no edits: all variants are the same
             answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
             return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(placed)), answer)
         result = _generate(
@@ -545,38 +621,48 @@ class VLM:
         return result._replace(states=_by_name(result.states, asked))
 
     def unembed(self, x: Array | np.ndarray, *, through_norm: bool = False) -> Array:
-        """Returns logits[..., V] of x[..., D], in float32: the language-model head alone.
+        """Maps states or directions to logits with the language-model head.
 
         Args:
-            x: states, or directions in their space.
-            through_norm: apply the decoder's final norm first, as the model does to what its last
-                layer puts out (and the logit lens to that of any layer). RMSNorm, the norm of all
-                ports, multiplies by its weight and divides by one positive number, so that of a
-                direction, as of a state, the order of the logits does not depend on its length.
+            x: [..., D], states or directions in their space.
+            through_norm: apply the decoder's final norm first, as the model does after its last
+                layer (and the logit lens after any layer). RMSNorm, the norm of all ports,
+                multiplies by a weight and divides by a positive number, so the order of the logits
+                does not depend on the length of a direction or state.
+
+        Returns:
+            Logits float32[..., V].
         """
         method = "unembed_through_norm" if through_norm else "unembed"
         return _unembed(self.module, self.params, jnp.asarray(x), method, self._mesh)
 
     def is_before_norm(self, site: str) -> bool:
-        """Whether a site's states go through the decoder's final norm before the head reads them.
+        """Returns whether the decoder's final norm is applied between a site and the head.
 
-        True of its layers and what is in them; False of the norm itself, the head, the vision tower
-        and names that are no site. `unembed(states, through_norm=...)` wants to know.
+        Args:
+            site: name of a site.
+
+        Returns:
+            True for the decoder's layers and the modules inside them; False for the norm itself,
+            the head, the vision tower and unknown names. This is the right `through_norm` for
+            `unembed`.
         """
         return any(map(self.module.is_before_norm, (site, *self.hub_names(site))))
 
     def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
-        """The sites that names and patterns mean.
+        """Finds sites by name or pattern.
 
         Args:
-            names: names of sites, as in `sites`, or of modules in today's transformers, or the end
-                of one site's name, or patterns such as "layers.*" (see
-                `ports.intervene.sites.match_sites`); a string alone is one.
-            generated: only sites that have a state for each generated token.
+            names: names as in `sites`, names of modules in today's transformers, the end of a
+                single site's name, or patterns such as "layers.*" (see
+                `ports.intervene.sites.match_sites`); or one of these.
+            generated: only accept sites that have a state for each generated token.
 
-        Returns {name: site}, where a site that a pattern matched has its own name.
+        Returns:
+            {name: site}; sites that a pattern matches appear under their own name.
 
-        Raises ValueError for what means no site, or one without a state for a generated token.
+        Raises:
+            ValueError: a name matches no site, or a site without states for generated tokens.
         """
         inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
         asked: dict[str, str] = {}
@@ -586,49 +672,79 @@ class VLM:
         outside = [name for name, site in asked.items() if site not in inside]
         if outside:
             raise ValueError(
-                f"site {outside[0]!r} has no state a generated token; "
+                f"site {outside[0]!r} has no states for generated tokens; "
                 f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
             )
         return asked
 
     def _is_whole(self, name: str) -> bool:
-        """Whether a name is that of a site; a pattern and the end of a name are not."""
+        """Returns whether a name is the full name of a site, not a pattern or the end of one."""
         known = set(map(normal_name, self.sites))
         return any(normal_name(said) in known for said in (name, *self.hub_names(name)))
 
     def check_sites(
         self, sites: str | Sequence[str], *, generated: bool = False
     ) -> tuple[str, ...]:
-        """The sites that names and patterns mean, each once; raises as `find_sites`."""
+        """Returns the sites found by `find_sites`, each once.
+
+        Args:
+            sites: names and patterns, as for `find_sites`.
+            generated: as for `find_sites`.
+
+        Returns:
+            The sites.
+
+        Raises:
+            ValueError: as for `find_sites`.
+        """
         return _distinct(self.find_sites(sites, generated=generated))
 
     def find_site(self, name: str, *, generated: bool = False) -> str:
-        """The one site that a name or a pattern means; ValueError if it means several, or none."""
+        """Finds the only site that matches a name or pattern.
+
+        Args:
+            name: a name or pattern, as for `find_sites`.
+            generated: as for `find_sites`.
+
+        Returns:
+            The site.
+
+        Raises:
+            ValueError: no site or several sites match.
+        """
         found, *others = self.check_sites([name], generated=generated)
         if others:
             names = (found, *others)
-            raise ValueError(f"{name!r} means {len(names)} sites, {few(names)}; choose one of them")
+            raise ValueError(f"{name!r} matches {len(names)} sites, {few(names)}; choose one")
         return found
 
     def hub_names(self, name: str) -> tuple[str, ...]:
-        """What the port may call a module that today's transformers gives a name."""
+        """Returns the port's names for a module named as in today's transformers."""
         return (self._port.hub_name(name),)
 
     def render(self, prompt: str) -> str:
-        """A user's prompt with one image, in the checkpoint's chat template, ready to be answered.
+        """Renders a user's prompt with one image in the checkpoint's chat template.
 
-        A template for text alone gets the image as text, before the prompt in a line of its own.
+        If the template does not support images, the image is inserted as text, on its own line
+        before the prompt.
 
-        Raises ValueError if it is no string, or the checkpoint has no chat template or one that
-        fails.
+        Args:
+            prompt: the user's text.
+
+        Returns:
+            The prompt for `process`, ending where the answer starts.
+
+        Raises:
+            ValueError: `prompt` is not a string, or the checkpoint has no chat template or one that
+                fails.
         """
         if not isinstance(prompt, str):
             raise ValueError(
-                f"the prompt is a {type(prompt).__name__}; expected a string, one prompt a call"
+                f"the prompt is a {type(prompt).__name__}; expected a string, one prompt per call"
             )
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(
-                f"{self.directory} has no chat template; add the one of its model family as "
+                f"{self.directory} has no chat template; add that of its model family as "
                 "chat_template.jinja"
             )
         token = str(getattr(self.processor, "image_token", ""))
@@ -639,27 +755,33 @@ class VLM:
             message = [{"role": "user", "content": content}]
             try:
                 said = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            except Exception as error:  # Jinja's kinds, and those of what a template does
+            except Exception as error:  # Jinja's errors, and any that the template's code raises
                 reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
                 continue
             if not token or said.count(token) == 1 + prompt.count(token):
                 return said
             reasons.append(f"it renders {said.count(token)} {token} for one image")
         raise ValueError(
-            f"{self.directory}: its chat template fails ({reasons[0]}); replace it by the one of "
+            f"{self.directory}: its chat template fails ({reasons[0]}); replace it with that of "
             "its model family, as chat_template.jinja"
         )
 
     def process(
         self, texts: Sequence[str], images: Sequence[Any] | None = None
     ) -> dict[str, np.ndarray]:
-        """A batch for `forward` and `generate`: rendered prompts with one image each.
+        """Makes a batch for `forward` and `generate`.
 
-        An image is what the checkpoint's processor takes: a PIL image, an array, or the path of a
-        file. Instead of it there may be a list of those of that prompt, an empty one for none.
+        Args:
+            texts: prompts from `render`.
+            images: for each prompt an image, or a list of images, empty for none. An image is a PIL
+                image, an array or a file's path.
 
-        Raises ValueError for one string or one image, another number of images than of prompts, a
-        file that is not there, or a prompt that was not rendered: it holds no token for its image.
+        Returns:
+            The processor's arrays, padded on the left.
+
+        Raises:
+            ValueError: `texts` is a single string or `images` a single image, their numbers differ,
+                a file does not exist, or a prompt has no image token because it was not rendered.
         """
         mark = getattr(self.processor, "image_token", None)
         pairs = model_inputs.pair_prompts(texts, images, mark)
@@ -678,9 +800,9 @@ class VLM:
         arrays: dict[str, np.ndarray],
         max_new_tokens: int = 1,
     ) -> tuple[dict[str, tuple[Edit, ...]], dict[str, np.ndarray]]:
-        """The edits as arguments of a compiled program, and the arrays with what they need.
+        """Returns edits as arguments of a compiled program, and the arrays with their columns.
 
-        max_new_tokens: how many are generated; the last of them enters no model.
+        `max_new_tokens` tokens are generated; the last of them is not fed back to the model.
         """
         given = as_edits({} if edits is None else edits)
         if not given:
@@ -690,15 +812,15 @@ class VLM:
         missing = padding.bucket_length(length) - length
 
         def move(columns: Any) -> Any:
-            """[B, T, ...] by the caller's columns, up to the bucket's length; none are beyond."""
+            """Pads [B, T, ...] on the right, from the caller's columns to the bucket length."""
             xp = np if isinstance(columns, np.ndarray) else jnp
             return xp.pad(columns, ((0, 0), (0, missing), *((0, 0),) * (columns.ndim - 2)))
 
         for name, listed in given.items():
-            # "layers.*" and "layers.1" would fit the layers of a vision tower too.
+            # "layers.*" and "layers.1" would also match layers of a vision tower.
             for site in self.check_sites([name], generated=not self._is_whole(name)):
                 here = listed
-                # In the towers rows and positions are those of images.
+                # In the towers, rows and positions are those of images.
                 if self.module.is_of_decoder(site):
                     for edit in here:
                         check_batch(edit, batch, length)
@@ -710,14 +832,14 @@ class VLM:
                 continue
             if normal_name(site) not in self._token_sites:
                 raise ValueError(
-                    f"site {site!r} comes before image and text are joined, its positions are no "
-                    "tokens: where can only be 'all' there; steer a site below "
-                    f"{'.'.join(self.module.decoder_path)!r} at some of the positions"
+                    f"site {site!r} comes before image and text are joined, so its positions are "
+                    "not tokens; expected where='all', or a site below "
+                    f"{'.'.join(self.module.decoder_path)!r}"
                 )
         return self._everywhere(placed), _with_columns(arrays)
 
     def _everywhere(self, tree: Any) -> Any:
-        """Small arguments of a program, on the devices of all processes."""
+        """Replicates small arguments of a program on the devices of all processes."""
         if self._mesh is None or sharding.replicated(self._mesh).is_fully_addressable:
             return tree
         everywhere = sharding.replicated(self._mesh)
@@ -726,7 +848,7 @@ class VLM:
     def _cut(
         self, states: dict[str, Array], asked: Mapping[str, str], length: int
     ) -> dict[str, Array]:
-        """The states by the names asked for, without the positions that only fill up the bucket."""
+        """Returns the states under the requested names, without the padding to the bucket."""
         cut = {
             site: value[:, -length:] if self.module.is_of_decoder(site) else value
             for site, value in states.items()
@@ -743,22 +865,38 @@ class VLM:
         mask = arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
         if mask.shape != arrays["input_ids"].shape:
             raise ValueError(
-                f"attention_mask has shape {mask.shape}; expected that of input_ids, "
+                f"attention_mask has shape {mask.shape}; expected the shape of input_ids, "
                 f"{arrays['input_ids'].shape}"
             )
         vocabulary.check_ids(arrays["input_ids"], self.module.num_embeddings, self.image_tokens)
         return self._port.prepare_inputs(self.module.config, arrays)
 
     def prepare(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
-        """The processor's arrays as `module` is compiled for them: checked, padded to the bucket.
+        """Checks the processor's arrays and pads them to a compiled length.
 
-        Raises ValueError for a token id outside the vocabulary, or if images and prompts do not fit
-        each other.
+        Args:
+            inputs: the arrays from the checkpoint's processor.
+
+        Returns:
+            The arrays that `module` takes.
+
+        Raises:
+            ValueError: a token id is outside the vocabulary, or images and prompts do not match.
         """
         return self._padded(self._check(inputs))
 
     def place(self, inputs: vision_language.Inputs) -> dict[str, Array]:
-        """As `prepare`, and on the model's devices: rows on the mesh axis "data"."""
+        """Prepares inputs like `prepare` and puts them on the model's devices.
+
+        Args:
+            inputs: the arrays from the checkpoint's processor.
+
+        Returns:
+            The arrays, with rows sharded over the mesh axis "data".
+
+        Raises:
+            ValueError: as for `prepare`.
+        """
         return self._place(self._check(inputs))
 
     def _padded(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -778,14 +916,14 @@ def _warn_of_beyond(site: str, edit: Edit, length: int) -> None:
     if not reaches(edit, length):
         where = f"from {int(edit.start)} on" if edit.at is None else f"{np.ravel(edit.at).tolist()}"
         warnings.warn(
-            f"the edit at {site!r} changes nothing: it is for the tokens {where:.60}, and no row "
+            f"the edit at {site!r} changes nothing: it is for the tokens {where:.60}, but no row "
             f"has more than {length}",
             stacklevel=4,
         )
 
 
 def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays, which remember the caller's columns wherever padding moves them."""
+    """Adds `columns`, which keeps track of the caller's columns when padding moves them."""
     ids = arrays["input_ids"]
     return arrays | {"columns": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)}
 
@@ -801,7 +939,7 @@ def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Ar
 def _special_tokens(
     config: Any, chosen: Mapping[str, Any], directory: Path | None, vocabulary_size: int
 ) -> tuple[tuple[int, ...], int]:
-    """The ids that end a row, and the one that fills it; generation_config.json goes first.
+    """Returns the ids that end a row, and the pad id; generation_config.json takes precedence.
 
     Raises ValueError for an id outside the vocabulary.
     """

@@ -97,7 +97,7 @@ class TestStates:
 
     def test_of_the_vision_tower_belong_to_no_token(self, small, twins):
         with helpers.raises_line(
-            ValueError, "site 'multi_modal_projector' has no state a generated token", "forward"
+            ValueError, "site 'multi_modal_projector' has no states for generated tokens", "forward"
         ):
             small.vlm.generate(twins, max_new_tokens=2, sites=["multi_modal_projector"])
 

@@ -525,7 +525,7 @@ class TestMessages:
     def test_of_tokens_that_no_row_has(self, small, inputs, where, said):
         length = inputs["input_ids"].shape[1]
         edits = {SITE: ports.add(VECTOR, where=where)}
-        message = f"at '{SITE}' changes nothing: it is for the tokens {said}, and no row has more"
+        message = f"at '{SITE}' changes nothing: it is for the tokens {said}, but no row has more"
         with pytest.warns(UserWarning, match=re.escape(f"{message} than {length}")):
             ours = small.vlm.forward(inputs, edits=edits)
         np.testing.assert_array_equal(ours.logits, small.vlm.forward(inputs).logits)
