@@ -156,7 +156,9 @@ class TestForward:
         name = "language_model.model.layers.1"
         assert small.vlm.find_site("model.language_model.layers.1") == name
         assert small.vlm.find_site("model.layers.1.self_attn.q_pr*") == (f"{name}.self_attn.q_proj")
-        with helpers.raises_line(ValueError, "'layers.*' matches 2 sites, language_model.model.lay"):
+        with helpers.raises_line(
+            ValueError, "'layers.*' matches 2 sites, language_model.model.lay"
+        ):
             small.vlm.find_site("layers.*", generated=True)
 
     def test_in_generation_a_pattern_means_sites_of_the_decoder(self, small):
