@@ -14,6 +14,7 @@ from ports.loading import hub_names
 from ports.messages import few
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.grounding import is_before_norm
+from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.reader import Features
@@ -26,6 +27,7 @@ from xlvlm_jax.shift.vectors import Reduce
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
+HELD_BYTES = 2**28  # of states to learn concepts from in memory; larger ones are streamed
 NUM_PICTURES = 5  # images per concept whose paths are stored for the panels
 
 
@@ -173,8 +175,10 @@ def _decompose_alike(
     options = {name: value for name, value in concepts.options.items() if name != "init"}
     K, key = len(concepts.components), jax.random.key(seed)
     if not isinstance(concepts.activations, StoredRows):
-        found = decompose(Z, K, concepts.method, key=key, **options)
-        found = dataclasses.replace(found, source=source)
+        streamed = method_named(concepts.method).streamed is not None
+        many = 4 * Z.shape[0] * Z.shape[1] > HELD_BYTES
+        learn = decompose_stored if many and streamed else decompose
+        found = dataclasses.replace(learn(Z, K, concepts.method, key=key, **options), source=source)
         found.save(directory)
         return found
     with StoredActivations(directory, len(Z), K) as activations:

@@ -6,12 +6,12 @@ with randomness", SIAM Review 2011, section 4.5. It takes three passes over Z, o
 the rows represents all of them. N samples, D width, R compressed width.
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
@@ -86,8 +86,9 @@ def compress_by_sample(
     centre: Centre | None = None,
 ) -> Compressed:
     """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
-    mean = 0.0 if centre is None else centre.mean
-    basis = directions_of_sample(Z, key, width, SAMPLE * width, num_samples, rows, mean)
+    row_key, key = jax.random.split(key)
+    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width))
+    basis = directions_of_sample(X if centre is None else X - centre.mean, key, width)
     return Compressed(basis, _in(Z, basis, centre))
 
 
@@ -99,41 +100,11 @@ def _in(
     return centre.real[:, None] * sums.centred_scores(Z, basis, centre.mean, centre.far)
 
 
-@runtime_checkable
-class Taker(Protocol):
-    """Reads rows of Z by number."""
-
-    def take(self, values: Any, numbers: Int[Array, " R"], /) -> Float[Array, "R ..."]:
-        """Returns the rows with these numbers."""
-        ...
-
-
 def directions_of_sample(
-    Z: Any,
-    key: PRNGKeyArray,
-    width: int,
-    count: int,
-    num_samples: int,
-    rows: Taker = ONE_DEVICE,
-    mean: Float[Array, " D"] | float = 0.0,
+    X: Float[Array, "M D"], key: PRNGKeyArray, width: int
 ) -> Float[Array, "D R"]:
-    """Returns approximate leading directions of `count` rows of Z minus the mean.
-
-    Args:
-        Z: float[N, D], or whatever `rows` reads from.
-        key: random key.
-        width: number of directions R.
-        count: number of rows to sample.
-        num_samples: number of leading rows to sample from.
-        rows: reads rows of Z by number.
-        mean: float[D] to subtract from the rows.
-
-    Returns:
-        float[D, R], orthonormal.
-    """
-    row_key, weight_key = jax.random.split(key)
-    X = rows.take(Z, draw_rows(row_key, num_samples, count)) - mean
-    weights = jax.random.normal(weight_key, (len(X), width), X.dtype)
+    """Returns approximate leading directions of a sample of rows minus their mean; orthonormal."""
+    weights = jax.random.normal(key, (len(X), width), X.dtype)
     drawn = orthonormal(matmul(X.T, weights))
     return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
 

@@ -41,6 +41,10 @@ SLACK = 1e-6  # rounding error relative to the largest terms of a squared distan
 MOVED = 32  # centroids whose scores are renewed together
 MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
 TURN = 16  # scores compared in one pass
+# Scores held at once, if there are many and rows are so narrow that copying a block of them costs
+# less than holding all scores. An accelerator starts few large products faster.
+HELD, ACCELERATOR_HELD = 2**19, 2**26
+MANY, FEW_COLUMNS = 2**23, 8  # scores; columns per centroid
 TINY = 1e-30
 
 
@@ -246,10 +250,29 @@ def _renew_rows(
         # Ties the work to the loop's carry: otherwise XLA hoists it out of the loop and always does
         # it.
         centroids, before = jax.lax.optimization_barrier((offsets, kept.gaps))
-        found = nearest(score(problem.Z, centroids, problem.mean, problem.far, problem.active))
-        gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
-        sums = None if kept.sums is None else sums_of(problem, found.labels)
-        return Bounds(found.labels, gaps, sums)
+
+        def block(first: Array | int, count: int) -> tuple[Array, Array]:
+            Z, real, energy, gaps = (
+                sums_of_rows.block_of(values, first, count)
+                for values in (problem.Z, problem.real, problem.energy, before)
+            )
+            found = nearest(score(Z, centroids, problem.mean, problem.far, problem.active))
+            return found.labels, jnp.where(real > 0, gaps_of(energy, found), gaps)
+
+        def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, ...]:
+            first = jnp.minimum(i * size, N - size)  # the last reaches back
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(all_of, part, first, 0)
+                for all_of, part in zip(found, block(first, size), strict=True)
+            )
+
+        size = _rows_at_once(N, D, K)
+        if size == N:
+            labels, gaps = block(0, N)
+        else:
+            labels, gaps = jax.lax.fori_loop(0, -(-N // size), step, (kept.labels, before))
+        sums = None if kept.sums is None else sums_of(problem, labels)
+        return Bounds(labels, gaps, sums)
 
     def some_rows(i: Array, kept: Bounds) -> Bounds:
         numbers = jax.lax.dynamic_slice_in_dim(doubtful, i * block, block)
@@ -276,6 +299,14 @@ def _renew_rows(
     # Two loops, one of which runs zero times: under vmap, lax.cond would execute both branches.
     kept = jax.lax.fori_loop(0, jnp.where(many, 1, 0), all_rows, kept)
     return jax.lax.fori_loop(0, jnp.where(many, 0, -(-count // block)), some_rows, kept)
+
+
+def _rows_at_once(N: int, D: int, K: int) -> int:
+    """How many rows are given scores together."""
+    if N * K < MANY or D > FEW_COLUMNS * K:
+        return N
+    held = HELD if jax.default_backend() == "cpu" else ACCELERATOR_HELD
+    return min(max(held // K, 1), N)
 
 
 def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:

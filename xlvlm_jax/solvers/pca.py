@@ -35,6 +35,7 @@ from xlvlm_jax.solvers.compression import directions_of_sample
 from xlvlm_jax.solvers.linalg import complement, matmul, orthonormal, real_dtype
 from xlvlm_jax.solvers.loop import Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Phase, at_once
+from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 20
@@ -235,10 +236,9 @@ def first_directions(
     # last directions are drawn from the whole space, so that nothing outside the sample is out of
     # reach.
     sample_key, key = jax.random.split(key)
-    count = SAMPLE * R
-    leading = directions_of_sample(
-        Z, sample_key, R - ANYWHERE, count, num_samples, rows, problem.mean.high
-    )
+    row_key, sample_key = jax.random.split(sample_key)
+    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * R)) - problem.mean.high
+    leading = directions_of_sample(X, sample_key, R - ANYWHERE)
     anywhere = jax.random.normal(key, (D, ANYWHERE), leading.dtype) / D**0.5
     return jnp.concatenate([leading, anywhere], axis=1)
 

@@ -85,6 +85,27 @@ def test_labels_and_sums_after_moves_of_every_size(K, common):
     assert len({tuple(labels) for labels in seen}) > 3
 
 
+def test_scores_of_some_rows_at_a_time_are_those_of_all(monkeypatch):
+    rng = np.random.default_rng(3)
+    problem = problem_of(rng.normal(size=(N, D)).astype(np.float32) + 3)
+    offsets = jnp.asarray(rng.normal(size=(K, D)).astype(np.float32))
+    at_once = kmeans_assignment.renew(problem, *unknown_at(problem, offsets))
+    # Blocks of 16 and of 150 rows: the last one reaches back over what is done.
+    for held in (16 * K, 150 * K):
+        monkeypatch.setattr(kmeans_assignment, "MANY", N * K)
+        monkeypatch.setattr(kmeans_assignment, "HELD", held)
+        assert kmeans_assignment._rows_at_once(N, D, K) == held // K
+        kept, labels, sums = kmeans_assignment.renew(problem, *unknown_at(problem, offsets))
+        np.testing.assert_array_equal(labels, at_once[1])
+        np.testing.assert_allclose(kept.gaps, at_once[0].gaps, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sums.totals.value, at_once[2].totals.value, atol=1e-4)
+
+
+def unknown_at(problem, offsets):
+    kept, shifts = unknown(problem)
+    return kept, offsets, shifts
+
+
 def test_rows_that_cannot_change_are_not_looked_at():
     """A row that was exchanged behind its bound's back keeps its label."""
     Z = np.repeat(np.eye(K, D, dtype=np.float32) * 10, 50, axis=0)

@@ -155,6 +155,36 @@ class Rows:
         return self.Z[np.minimum(numbers, len(self.Z) - 1)]
 
 
+class Counted(Rows):
+    """Counts how often all rows are read."""
+
+    passes = 0
+
+    def tiles(self, count):
+        self.passes += 1
+        yield from super().tiles(count)
+
+
+@pytest.mark.parametrize("method", ["snmf", "kmeans"])
+def test_an_update_is_one_pass_and_is_told(small_tiles, method):
+    source, told = Counted(planted()), []
+    found = decompose_stored(
+        source,
+        K,
+        method,
+        key=KEY,
+        tol=0.0,
+        max_iter=40 if method == "snmf" else 300,
+        progress=lambda at: told.append((at.iteration, source.passes)),
+    )
+    # Two passes compress the rows, whose updates read none; the last pass writes activations.
+    on_rows = [(iteration, passes) for iteration, passes in told if passes > 2]
+    first = 3 - on_rows[0][0]
+    assert on_rows == [(on_rows[0][0] + i, 3 + i) for i in range(len(on_rows))]
+    assert found.iterations == on_rows[-1][0]
+    assert source.passes == first + found.iterations + 1
+
+
 @pytest.mark.parametrize("method", ["kmeans", "pca"])
 def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
     """An offset that float32 adds exactly to these rows: nothing is lost by it."""

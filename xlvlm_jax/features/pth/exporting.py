@@ -3,15 +3,20 @@
 import itertools
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int
 
 from xlvlm_jax.features.pth.sidecar import read_kept
-from xlvlm_jax.features.pth.writer import write_pth
+from xlvlm_jax.features.pth.writer import Numbers, View, write_pth
 from xlvlm_jax.features.reader import Features, choose_sites
+from xlvlm_jax.features.samples import unplaced
+from xlvlm_jax.storage.zarr_rows import StoredRows
+
+_BLOCK_BYTES = 2**24  # of rows that are held at once
 
 
 def export_features(
@@ -34,47 +39,105 @@ def export_features(
     """
     found = (choose_sites(features, site) for site in sites)
     sites = tuple(dict.fromkeys(itertools.chain.from_iterable(found))) or features.sites
-    matrices = {site: features.matrix(site) for site in sites}
     kept = read_kept(features.path) or {}
     dtypes = kept.get("dtypes", {})
     disk = np.dtype(_dtype(features.manifest.get("dtype", "float32")))
-    rows_of: list[list[int]] = [[] for _ in range(len(features.samples))]
-    for row, sample in enumerate(features.sample_rows.tolist()):
-        rows_of[sample].append(row)
+    rows = _BySample.of(features.sample_rows, len(features.samples))
+    lengths, starts = rows.lengths.tolist(), rows.starts.tolist()
+    stored = {site: features.stored(site) for site in sites}
+    numbers = {
+        site: _states(stored[site], rows.states(), np.dtype(_dtype(dtypes.get(site, disk))))
+        for site in sites
+    }
 
-    def states(number: int, site: str) -> np.ndarray:
-        Z = matrices[site]
-        dtype = np.dtype(_dtype(dtypes.get(site, disk.name)))
+    def state(number: int, site: str) -> View | np.ndarray:
         dropped = kept.get("dropped", {}).get(number)
         if dropped is not None and site in dropped:
             return dropped[site]
-        # The reference takes the mean of at least one position.
-        own = Z[rows_of[number]] if rows_of[number] else np.zeros((1, Z.shape[1]), np.float32)
-        return own.astype(dtype) if site in kept.get("flat", ()) else own.astype(dtype)[None]
+        width = stored[site].shape[1]
+        shape = (lengths[number], width)
+        if site not in kept.get("flat", ()):
+            shape = (1, *shape)
+        return View(numbers[site], starts[number] * width, shape)
 
-    hidden = [{site: states(i, site) for site in sites} for i in range(len(features.samples))]
+    hidden = ({site: state(i, site) for site in sites} for i in range(len(features.samples)))
     if "rest" in kept:
         rest = kept["rest"]
         result = {key: hidden if key == "hidden_states" else rest[key] for key in kept["keys"]}
     else:
-        result = {"hidden_states": hidden} | _rest(features, rows_of)
+        result = {"hidden_states": hidden} | _rest(features, rows)
     write_pth(path, result)
 
 
-def _rest(features: Features, rows_of: list[list[int]]) -> dict[str, Any]:
+class _BySample(NamedTuple):
+    """Rows in the order of their samples. The reference has at least one position of each."""
+
+    order: Int[np.ndarray, " N"]  # the rows, sample after sample
+    counts: Int[np.ndarray, " S"]  # of each sample
+
+    @classmethod
+    def of(cls, sample_rows: Int[np.ndarray, " N"], num_samples: int) -> "_BySample":
+        """Sorts rows by their samples."""
+        counts = np.bincount(sample_rows, minlength=num_samples)
+        return cls(np.argsort(sample_rows, kind="stable"), counts)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " S"]:
+        """Number of states to write per sample."""
+        return np.maximum(self.counts, 1)
+
+    @property
+    def starts(self) -> Int[np.ndarray, " S"]:
+        """First state of each sample."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def states(self) -> Int[np.ndarray, " M"]:
+        """Returns the row of each state to write; -1 for that of a sample without rows."""
+        found = np.full(int(self.lengths.sum()), -1)
+        found[np.repeat(self.counts > 0, self.lengths)] = self.order
+        return found
+
+
+def _states(stored: StoredRows, rows: Int[np.ndarray, " M"], dtype: np.dtype) -> Numbers:
+    """Returns the states of rows, read block by block, with zeros for rows of -1."""
+    width = stored.shape[1]
+
+    def blocks() -> Iterator[np.ndarray]:
+        size = max(_BLOCK_BYTES // (4 * width), 1)
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            block = np.zeros((len(some), width), np.float32)
+            if (some >= 0).any():
+                block[some >= 0] = stored.take(some[some >= 0])
+            yield block.astype(dtype)
+
+    return Numbers(dtype, len(rows) * width, blocks)
+
+
+def _rest(features: Features, rows: _BySample) -> dict[str, Any]:
     """Returns the other keys of an export in the reference's form: batches of one."""
-    samples = list(features.samples)
+    samples, counts = features.samples, rows.counts
+    mask = Numbers.of(counts > 0)
+    firsts = np.cumsum(counts) - counts
+
+    def of_rows(values: np.ndarray) -> Iterator[View]:
+        numbers = Numbers.of(values[rows.order])
+        pairs = zip(firsts.tolist(), counts.tolist(), strict=True)
+        return (View(numbers, first, (count,)) for first, count in pairs)
+
     result: dict[str, Any] = {
-        "token_of_interest_mask": [np.array([bool(rows)]) for rows in rows_of],
-        "image": [[str(sample.get("image", ""))] for sample in samples],
+        "token_of_interest_mask": (View(mask, i, (1,)) for i in range(len(samples))),
+        "image": ([str(sample.get("image", ""))] for sample in samples),
     }
-    if any("prediction" in sample for sample in samples):
-        result["model_predictions"] = [[str(sample.get("prediction", ""))] for sample in samples]
+    if any("prediction" in sample for sample in unplaced(samples)):
+        result["model_predictions"] = (
+            [str(sample.get("prediction", ""))] for sample in unplaced(samples)
+        )
     return result | {
         "manifest": json.dumps(features.manifest),
-        "samples": [json.dumps(sample) for sample in samples],
-        "positions": [features.positions[rows] for rows in rows_of],
-        "tokens": [features.tokens[rows] for rows in rows_of],
+        "samples": (json.dumps(sample) for sample in samples),
+        "positions": of_rows(features.positions),
+        "tokens": of_rows(features.tokens),
     }
 
 

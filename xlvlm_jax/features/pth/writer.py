@@ -1,57 +1,101 @@
-"""Writes files for torch.load, also with weights_only: the zip format of torch.save."""
+"""Writes files for torch.load, also with weights_only: the zip format of torch.save.
+
+Neither the pickle nor the numbers need fit into memory: lists may be iterators, and tensors may be
+views of a storage that is read block by block.
+"""
 
 import os
 import struct
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from xlvlm_jax.features.pth.torch_globals import STORAGES
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNMENT = 64  # of storages in the file, as in torch, so that they can be memory-mapped
+_ALIGNMENT = 64  # of storages in the file, as torch has it, so that they can be mapped
+_ZIP64_BYTES = 20  # that zipfile adds to the header of a large part
+_HELD = 2**20  # bytes of the pickle that are written together
+_BATCH = 1000  # items of a list that a reader holds before it appends them, as pickle has it
+
+
+class Numbers(NamedTuple):
+    """A storage that several tensors look into.
+
+    Attributes:
+        dtype: as numpy has it.
+        size: how many numbers.
+        blocks: gives arrays whose numbers, one after another, are those of the storage.
+    """
+
+    dtype: np.dtype
+    size: int
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Numbers":
+        """Returns the storage of an array."""
+        return cls(array.dtype, array.size, lambda: [array])
+
+
+class View(NamedTuple):
+    """A tensor: the numbers of a storage from one on, in rows."""
+
+    numbers: Numbers
+    offset: int
+    shape: tuple[int, ...]
 
 
 def write_pth(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value like torch.save; numpy arrays become tensors.
+    """Writes a value like torch.save; numpy arrays and views become tensors.
 
     Args:
         path: written under a temporary name and renamed.
-        value: dict, list, tuple, str, int, float, bool or None; numpy arrays of the dtypes that
-            torch has a storage class for (bfloat16 from ml_dtypes).
+        value: dict, list, tuple, str, int, float, bool or None; an iterator, which becomes a list;
+            numpy arrays, and `View`s, of the dtypes that torch has a storage class for (bfloat16
+            is that of ml_dtypes).
 
-    Raises:
-        ValueError: the value is anything else; its type or dtype is named.
+    Raises ValueError for anything else, by its type or dtype.
     """
     path = Path(path)
-    pickle = bytearray(b"\x80\x02")  # protocol 2, like torch.save
-    storages: list[np.ndarray] = []
-    _emit(value, pickle, storages)
-    pickle += b"."
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
-            _store(archive, "data.pkl", bytes(pickle))
-            _store(archive, "byteorder", b"little")
-            for number, array in enumerate(storages):
-                _store(archive, f"data/{number}", _little(array))
-            _store(archive, "version", b"3\n")
+            with archive.open(_part(archive, "data.pkl"), "w", force_zip64=True) as file:
+                storages = _Pickle(file).write(value)
+            _store(archive, "byteorder", [b"little"], 6)
+            for number, numbers in enumerate(storages):
+                size = numbers.size * numbers.dtype.itemsize
+                _store(archive, f"data/{number}", map(_little, numbers.blocks()), size)
+            _store(archive, "version", [b"3\n"], 2)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _store(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    # A constant date, so that the same value gives the same bytes.
+def _part(archive: zipfile.ZipFile, name: str, size: int = 0) -> zipfile.ZipInfo:
+    # A constant date: the same value gives the same bytes.
     info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
+    info.file_size = size
     assert archive.fp is not None, "the archive is open"
     begins = archive.fp.tell() + 30 + len(info.filename) + 4
-    # An extra field like torch's, as long as needed.
+    if 1.05 * size > zipfile.ZIP64_LIMIT:  # zipfile's own rule
+        begins += _ZIP64_BYTES
+    # An extra field of torch's own kind, as long as it takes.
     missing = -begins % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", missing) + bytes(missing)
-    archive.writestr(info, content)
+    return info
+
+
+def _store(
+    archive: zipfile.ZipFile, name: str, content: Iterable[bytes | memoryview], size: int
+) -> None:
+    with archive.open(_part(archive, name, size), "w") as file:
+        for block in content:
+            file.write(block)
 
 
 def _little(array: np.ndarray) -> memoryview:
@@ -61,68 +105,131 @@ def _little(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _emit(value: Any, out: bytearray, storages: list[np.ndarray]) -> None:
-    """Appends the opcodes that build a value (see the standard library's pickletools)."""
-    if value is None or isinstance(value, bool):
-        out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
-    elif isinstance(value, int):
-        content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-        if len(content) > 255:
-            raise ValueError("an integer of more than 255 bytes can't be written to a .pth file")
-        out += b"\x8a" + bytes([len(content)]) + content
-    elif isinstance(value, float):
-        out += b"G" + struct.pack(">d", value)
-    elif isinstance(value, str):
-        content = value.encode("utf-8", "surrogatepass")
-        out += b"X" + struct.pack("<I", len(content)) + content
-    elif isinstance(value, list):
-        out += b"]("
-        for item in value:
-            _emit(item, out, storages)
-        out += b"e"
-    elif isinstance(value, tuple):
-        out += b"("
-        for item in value:
-            _emit(item, out, storages)
-        out += b"t"
-    elif isinstance(value, dict):
-        out += b"}("
-        for key, item in value.items():
-            _emit(key, out, storages)
-            _emit(item, out, storages)
-        out += b"u"
-    elif isinstance(value, np.ndarray):
-        _emit_tensor(value, out, storages)
-    elif isinstance(value, np.generic):
-        _emit(value.item(), out, storages)
-    else:
-        raise ValueError(
-            f"a {type(value).__name__} can't be written to a .pth file; use plain values, lists, "
-            "dictionaries and arrays"
+class _Pickle:
+    """Writes the opcodes that build a value (see the standard library's pickletools)."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._out = file, bytearray()
+        self._memo: dict[Any, bytes] = {}  # what a reader remembers -> the opcodes that recall it
+        self._tails: dict[tuple[int, ...], bytes] = {}  # shape -> the end of a tensor
+        self._storages: dict[int, Numbers] = {}  # by id: they stay alive, so that it is theirs
+
+    def write(self, value: Any) -> list[Numbers]:
+        """Writes a value and returns its storages in the order of their keys."""
+        self._out += b"\x80\x02"  # protocol 2, torch.save's own
+        self._emit(value)
+        self._out += b"."
+        self._file.write(self._out)
+        return list(self._storages.values())
+
+    def _emit(self, value: Any) -> None:
+        out = self._out
+        if len(out) > _HELD:
+            self._file.write(out)
+            out.clear()
+        if value is None or isinstance(value, bool):
+            out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
+        elif isinstance(value, int):
+            out += _integer(value)
+        elif isinstance(value, float):
+            out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, str):
+            out += _text(value)
+        elif isinstance(value, View):
+            self._emit_view(value)
+        elif isinstance(value, list | Iterator):
+            self._emit_list(value)
+        elif isinstance(value, tuple):
+            out += b"("
+            for item in value:
+                self._emit(item)
+            out += b"t"
+        elif isinstance(value, dict):
+            out += b"}("
+            for key, item in value.items():
+                if isinstance(key, str):
+                    self._recall(("text", key), lambda key=key: _text(key))
+                else:
+                    self._emit(key)
+                self._emit(item)
+            out += b"u"
+        elif isinstance(value, np.ndarray):
+            self._emit_view(View(Numbers.of(value), 0, value.shape))
+        elif isinstance(value, np.generic):
+            self._emit(value.item())
+        else:
+            raise ValueError(
+                f"a {type(value).__name__} can't be written into a .pth file; give plain values,"
+                " lists, dictionaries and arrays"
+            )
+
+    def _emit_list(self, items: Iterable[Any]) -> None:
+        self._out += b"]"
+        count = 0
+        for count, item in enumerate(items, 1):
+            if count % _BATCH == 1:
+                self._out += b"(" if count == 1 else b"e("
+            self._emit(item)
+        self._out += b"e" if count else b""
+
+    def _recall(self, key: Any, build: Callable[[], bytes]) -> None:
+        """Builds what a reader then remembers, or has it recall that."""
+        if key in self._memo:
+            self._out += self._memo[key]
+            return
+        number = len(self._memo)
+        self._out += build() + b"r" + struct.pack("<I", number)
+        self._memo[key] = (
+            b"h" + bytes([number]) if number < 256 else b"j" + struct.pack("<I", number)
         )
 
+    def _emit_view(self, view: View) -> None:
+        """Appends torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, ...)."""
+        numbers, offset, shape = view
+        self._recall("tensor", lambda: b"ctorch._utils\n_rebuild_tensor_v2\n")
+        self._out += b"("
+        self._recall(id(numbers), lambda: self._storage(numbers))
+        self._out += _integer(offset)
+        if shape not in self._tails:
+            strides = [1]
+            for length in shape[:0:-1]:
+                strides.append(strides[-1] * max(length, 1))
+            steps = tuple(strides[::-1][: len(shape)] if shape else ())
+            hooks = b"ccollections\nOrderedDict\n)R"
+            self._tails[shape] = _integers(shape) + _integers(steps) + b"\x89" + hooks + b"tR"
+        self._out += self._tails[shape]
 
-def _emit_tensor(array: np.ndarray, out: bytearray, storages: list[np.ndarray]) -> None:
-    """Appends torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
-    dtype = array.dtype.newbyteorder("=") if array.dtype.byteorder == ">" else array.dtype
-    if dtype not in _STORAGE_OF:
-        raise ValueError(
-            f"torch has no storage class for dtype {array.dtype}; expected one of "
-            f"{', '.join(str(known) for known in _STORAGE_OF)}"
-        )
-    strides = [1]
-    for length in array.shape[:0:-1]:
-        strides.append(strides[-1] * max(length, 1))
-    key = str(len(storages))
-    storages.append(array)
-    out += b"ctorch._utils\n_rebuild_tensor_v2\n("
-    # The storage is outside; its persistent identifier is ("storage", class, key, device, n).
-    out += b"("
-    _emit("storage", out, storages)
-    out += f"ctorch\n{_STORAGE_OF[dtype]}\n".encode()
-    for part in (key, "cpu", array.size):
-        _emit(part, out, storages)
-    out += b"tQ"
-    for part in (0, array.shape, tuple(strides[::-1][: array.ndim] if array.ndim else ()), False):
-        _emit(part, out, storages)
-    out += b"ccollections\nOrderedDict\n)RtR"
+    def _storage(self, numbers: Numbers) -> bytes:
+        """Refers to a storage outside the pickle, by ("storage", class, key, device, n)."""
+        dtype = numbers.dtype
+        dtype = dtype.newbyteorder("=") if dtype.byteorder == ">" else dtype
+        if dtype not in _STORAGE_OF:
+            raise ValueError(
+                f"torch has no storage class of dtype {numbers.dtype}; expected one of"
+                f" {', '.join(str(known) for known in _STORAGE_OF)}"
+            )
+        key = str(len(self._storages))
+        self._storages[id(numbers)] = numbers
+        kind = f"ctorch\n{_STORAGE_OF[dtype]}\n".encode()
+        described = _text("storage") + kind + _text(key) + _text("cpu") + _integer(numbers.size)
+        return b"(" + described + b"tQ"
+
+
+def _text(value: str) -> bytes:
+    content = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    if len(content) > 255:
+        raise ValueError("an integer of more than 255 bytes can't be written into a .pth file")
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+def _integers(values: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(_integer, values)) + b"t"

@@ -12,10 +12,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers.compression import SAMPLE, directions_of_sample, sketch_directions
 from xlvlm_jax.solvers.linalg import matmul, orthonormal, weighted_sums
-from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, values_of
+from xlvlm_jax.solvers.restarts import draw_rows
+from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, give_back, values_of
 from xlvlm_jax.solvers.sums import Wide, column_sums, total
 
+ALIGNMENT = 64  # bytes; XLA computes on an array where it lies if it begins at a multiple of this
 CANCELS = 0.05  # of its terms: a smaller difference is computed from the residual itself
+
+# Each one program, which is kept.
+_orthonormal = jax.jit(orthonormal)
+_directions_of_sample = jax.jit(directions_of_sample, static_argnames="width")
 
 
 class Compressed(NamedTuple):
@@ -61,18 +67,6 @@ def _project(
     return total(outside), (X, squares)
 
 
-class _Sampled(NamedTuple):
-    """Gives `directions_of_sample` access to the rows of a source."""
-
-    source: Source
-
-    def take(self, _: Source, numbers: Array) -> Array:
-        return jnp.asarray(self.source.take(np.asarray(numbers)), jnp.float32)
-
-    def total(self, value: Array) -> Array:
-        return value
-
-
 def compress(
     source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
 ) -> Compressed:
@@ -87,7 +81,7 @@ def compress(
         return sketch(tile.Z, tile.real, directions, origin)
 
     spanned, _ = values_of(add_up(source, on_tile, check_rows))
-    return _in_columns(source, orthonormal(spanned), origin)
+    return _in_columns(source, _orthonormal(spanned), origin)
 
 
 def compress_by_sample(
@@ -98,8 +92,10 @@ def compress_by_sample(
     Raises:
         ValueError: a row has NaN or Inf; the first such row is named.
     """
-    count, N = SAMPLE * width, source.shape[0]
-    basis = directions_of_sample(source, key, width, count, N, _Sampled(source), origin)
+    row_key, key = jax.random.split(key)
+    numbers = np.asarray(draw_rows(row_key, source.shape[0], SAMPLE * width))
+    X = jnp.asarray(source.take(numbers), jnp.float32) - origin
+    basis = _directions_of_sample(X, key, width)
     return _in_columns(source, basis, origin)
 
 
@@ -108,7 +104,7 @@ def _in_columns(
 ) -> Compressed:
     """Computes the rows in the columns of a basis; one pass."""
     N = source.shape[0]
-    X, energy = np.empty((N, basis.shape[1]), np.float32), np.empty(N, np.float32)
+    X, energy = _aligned(N, basis.shape[1]), np.empty(N, np.float32)
 
     def keep(tile: Tile, kept: tuple[Array, Array]) -> None:
         check_rows(tile, kept[1])
@@ -119,4 +115,12 @@ def _in_columns(
         return _project(tile.Z, tile.real, basis, origin)
 
     outside = float(add_up(source, on_tile, keep).value)
+    give_back()
     return Compressed(basis, X, energy, max(outside, 0.0), origin)
+
+
+def _aligned(N: int, R: int) -> Float[np.ndarray, "N R"]:
+    """An empty matrix that a CPU computes on where it lies, without a copy."""
+    room = np.empty(4 * N * R + ALIGNMENT, np.uint8)
+    first = -room.ctypes.data % ALIGNMENT
+    return room[first : first + 4 * N * R].view(np.float32).reshape(N, R)

@@ -8,13 +8,31 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from xlvlm_jax.solvers import kmeans, kmeans_assignment, phases
+from xlvlm_jax.solvers.collectives import Rows
 from xlvlm_jax.solvers.kmeans_assignment import Sums
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.loop import Result
-from xlvlm_jax.solvers.phases import Standing, Tell
+from xlvlm_jax.solvers.phases import Carry, Standing, Tell
 from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
 from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, origin, write_out
 from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
+
+
+class InColumns(kmeans.Plan):
+    """Ends with the centroids: nothing of N K numbers is made of the compressed rows."""
+
+    def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
+        """The centroids; the history is that of the centroids before each update."""
+        tol, fixed, progress = carry
+        return Result(
+            components=progress.state.offsets + fixed.problem.mean,
+            activations=None,
+            objective=progress.state.objective,
+            iterations=progress.iteration,
+            converged=progress.state.error <= tol,
+            history=progress.history,
+            starts=fixed.starts,
+        )
 
 
 def columns(num_samples: int, width: int, num_concepts: int) -> int:
@@ -40,21 +58,23 @@ def solve(
     _, by_sample = kmeans.columns(N, K)
     mean = jnp.asarray(origin(source))
     small = (compress_by_sample if by_sample else compress)(source, key, columns(N, D, K), mean)
-    begun = phases.solve(
-        kmeans,
-        jnp.asarray(small.X),
+    X, basis, outside = jax.device_put(small.X), small.basis, small.outside
+    del small
+    plan, given = kmeans.plan(
         key,
-        tell,
+        width=X.shape[1],
         num_samples=N,
         num_concepts=(K,),
         tol=tol,
         max_iter=max_iter,
         n_init=n_init,
     )
-    offsets: Array = matmul(begun.components[0], small.basis.T)
+    begun = phases.watched(InColumns(*plan), given, X, None, tell or (lambda standing: None))
+    del X
+    offsets: Array = matmul(begun.components[0], basis.T)
     error = jnp.inf
-    # Without the last value, which the first pass computes again.
-    history = list(np.asarray(begun.history[0])[: int(begun.iterations[0])] + small.outside)
+    # Each update's is that of the centroids before it, and the first pass computes the last.
+    history = list(np.asarray(begun.history[0])[1 : int(begun.iterations[0]) + 1] + outside)
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
         far = Largest(K)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlvlm_jax.features.pth import PthError, read_pth, write_pth
+from xlvlm_jax.features.pth.writer import Numbers, View
 
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
@@ -132,6 +133,32 @@ def test_torch_reads_what_we_write(tmp_path):
     assert again["plain"] == plain
     np.testing.assert_array_equal(again["arrays"]["view"], values.T[1:])
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_views_share_a_storage_that_comes_in_blocks(tmp_path):
+    whole = np.arange(24, dtype=np.float32)
+    numbers = Numbers(whole.dtype, whole.size, lambda: iter((whole[:10], whole[10:])))
+    count = 2500  # of small dictionaries, in an iterator: more than a reader appends at once
+    value = {
+        "views": [View(numbers, 4, (1, 2, 3)), View(numbers, 0, (24,)), View(numbers, 24, (0, 3))],
+        "many": ({"a name": View(numbers, i % 24, ())} for i in range(count)),
+        "none": iter(()),
+    }
+    write_pth(tmp_path / "x.pth", value)
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        names = [name for name in archive.namelist() if "/data/" in name]
+        assert names == ["archive/data/0"]
+        assert archive.read(names[0]) == whole.tobytes()
+    for options in ({}, {"mmap": True}):
+        loaded = torch.load(tmp_path / "x.pth", weights_only=True, **options)
+        assert loaded["views"][0].tolist() == [[[4, 5, 6], [7, 8, 9]]]
+        assert loaded["views"][1].tolist() == whole.tolist()
+        assert loaded["views"][2].shape == (0, 3)
+        assert [each["a name"].item() for each in loaded["many"]] == [i % 24 for i in range(count)]
+        assert loaded["none"] == []
+    again = read_pth(tmp_path / "x.pth")
+    np.testing.assert_array_equal(again["views"][0], whole[4:10].reshape(1, 2, 3))
+    assert len(again["many"]) == count
 
 
 def test_the_same_value_gives_the_same_bytes(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 
 from xlvlm_jax import Features
 from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
-from xlvlm_jax.features.pth import PthError, export_features, import_features, read_pth
+from xlvlm_jax.features.pth import (
+    PthError,
+    export_features,
+    exporting,
+    import_features,
+    read_pth,
+)
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
 
@@ -130,6 +137,33 @@ def test_a_directory_of_ours_comes_back_to_the_bit(tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(ours, name))
     for site in ours.sites:
         np.testing.assert_array_equal(again.matrix(site), ours.matrix(site))
+
+
+def test_an_export_holds_a_block_of_the_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_BLOCK_BYTES", 2**18)
+    count, width = 2000, 2048
+    Z = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+    # The rows of sample i are not in its place, and the last two samples have none.
+    of = np.random.default_rng(1).permutation(count)
+    with FeaturesWriter(tmp_path / "f", {"model": "m"}) as writer:
+        samples = [{"id": str(i), "image": "x.jpg"} for i in range(count + 2)]
+        zeros = np.zeros(count, int)
+        writer.append(samples, {NORM: Z}, of, zeros, zeros)
+        writer.close()
+    features = Features.open(tmp_path / "f")
+    tracemalloc.start()
+    export_features(features, tmp_path / "x.pth")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < Z.nbytes / 4
+    loaded = torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
+    states = [each[NORM] for each in loaded["hidden_states"]]
+    assert {tuple(each.shape) for each in states} == {(1, 1, width)}
+    found = torch.cat([each[0] for each in states]).numpy()
+    np.testing.assert_array_equal(found[of], Z)
+    assert not found[count:].any()
+    mask = torch.cat(loaded["token_of_interest_mask"])
+    assert mask.tolist() == [True] * count + [False] * 2
 
 
 def test_the_reference_can_read_an_export(tmp_path):
