@@ -20,7 +20,8 @@ from xlvlm_jax.concepts.grounding import tiles_of
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, Reduce, Spread
-from xlvlm_jax.solvers.validation import StoredMatrix, is_stored, read_block
+from xlvlm_jax.solvers.streamed import Source
+from xlvlm_jax.solvers.validation import StoredMatrix, check_block, is_stored, read_block
 
 BLOCK_BYTES = 2**25  # size of a block of rows in float64
 CENTRED_BYTES = 2**27  # size of all rows whose medians are computed together
@@ -181,6 +182,8 @@ def _take(Z: Rows, rows: Int[np.ndarray, " B"]) -> np.ndarray:
     first, last = int(rows.min()), int(rows.max()) + 1
     if last - first <= 4 * len(rows):
         return read_block(Z, first, last)[rows - first]
+    if isinstance(Z, Source):  # in random order, the rows of a block lie all over Z
+        return check_block(Z.take(rows), (len(rows), Z.shape[1]), first)
     # In ascending order, so that each chunk of the file is read once.
     order = np.argsort(rows, kind="stable")
     found = np.empty((len(rows), Z.shape[1]), np.float32)

@@ -8,6 +8,7 @@ xarray opens (`xarray.open_zarr(path, consolidated=False)`).
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Int, Shaped
 from xlvlm_jax.storage import atomic
 
 _CHUNK_BYTES = 2**20
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
 def _spec(path: Path) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def create_array(path: Path, dtype: str, shape: tuple[int, ...]) -> ts.TensorSto
         "data_type": dtype,
         "shape": shape,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "codecs": _CODECS,
         # xarray requires one size per dimension name in a group, and sites may differ in width.
         "dimension_names": ["row", *(f"width_{size}" for size in shape[1:])],
     }
@@ -119,6 +121,9 @@ class StoredRows:
         check_chunks(path, self._array, rows)
         self.shape = (rows, self._array.shape[1])
         self.dtype = self._array.dtype.numpy_dtype
+        codecs = self._array.spec().to_json()["metadata"]["codecs"]
+        # As `create_array` writes them: the bytes of a file are those of its rows.
+        self._is_plain = codecs == _CODECS and sys.byteorder == "little"
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -145,10 +150,32 @@ class StoredRows:
         return self._array[start:stop].read().result()
 
     def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
-        """Returns rows by number."""
-        if len(numbers) and np.all(np.diff(numbers) == 1):  # read without looking each one up
+        """Returns rows by number, in any order: reads these rows and not the rest of their chunks.
+
+        Raises:
+            IndexError: there is no row with this number.
+        """
+        numbers = np.asarray(numbers, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {len(self)}")
+        if len(numbers) and np.all(np.diff(numbers) == 1):
             return self.read(int(numbers[0]), int(numbers[-1]) + 1)
-        return self._array[np.asarray(numbers, np.int64)].read().result()
+        if not self._is_plain:
+            return self._array[numbers].read().result()
+        found = np.empty((len(numbers), self.shape[1]), self.dtype)
+        raw = found.view(np.uint8)
+        size, order = _chunk(self._array)[0], np.argsort(numbers, kind="stable")
+        chunks = numbers[order] // size
+        for some in np.split(order, np.flatnonzero(np.diff(chunks)) + 1):
+            if not len(some):
+                continue
+            name = self.path / "c" / str(numbers[some[0]] // size) / "0"
+            with open(name, "rb", buffering=0) as file:
+                for i, row in zip(some.tolist(), (numbers[some] % size).tolist(), strict=True):
+                    file.seek(row * raw.shape[1])
+                    if file.readinto(raw[i].data) != raw.shape[1]:
+                        raise OSError(f"{name}: truncated; extract the features again")
+        return found
 
     def _read(self, start: int, count: int) -> ts.Future:
         return self._array[start : min(start + count, self.shape[0])].read()

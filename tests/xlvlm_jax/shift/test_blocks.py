@@ -75,6 +75,26 @@ def test_blocks_give_what_all_rows_in_memory_give(drawn, stored, monkeypatch, re
     np.testing.assert_array_equal(found.counts, np.bincount(assignment, minlength=K))
 
 
+def test_pairs_in_random_order_read_each_row_once(drawn, stored, monkeypatch):
+    """Reading all rows for each block of pairs would take N^2 time."""
+    before, after, pairs, assignment = drawn
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8 * D * 16)
+    expected = blocks.moves(before, after, pairs, assignment, K)
+    given, read = (stored("a", before), stored("b", after)), []
+    for name in ("read", "take"):
+        plain = getattr(StoredRows, name)
+
+        def counted(self, *rows, plain=plain):
+            found = plain(self, *rows)
+            read.append(len(found))
+            return found
+
+        monkeypatch.setattr(StoredRows, name, counted)
+    found = blocks.moves(*given, pairs, assignment, K)
+    np.testing.assert_allclose(found.shifts, expected.shifts, rtol=1e-6)
+    assert sum(read) <= 4 * 2 * M
+
+
 def test_trimmed_means_are_scipys(drawn):
     before, after, pairs, assignment = drawn
     found = blocks.moves(before, after, pairs, assignment, K, "trimmed_mean").shifts

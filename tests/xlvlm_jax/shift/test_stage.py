@@ -10,7 +10,7 @@ from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.writer import FeaturesWriter
-from xlvlm_jax.shift import ShiftAnalysis, shift_features
+from xlvlm_jax.shift import ShiftAnalysis, shift_features, stage
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 OPTIONS = {"num_words": 2, "num_images": 10}
@@ -72,6 +72,24 @@ def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
     np.testing.assert_allclose(streamed.shifts, held.shifts, atol=1e-5)
     np.testing.assert_allclose(streamed.finetuned, held.finetuned, atol=1e-5)
     assert streamed.images == held.images
+
+
+def test_many_states_are_learnt_of_tile_by_tile(write, states, head, root, monkeypatch):
+    """The result is that in memory; the activations are held, as those of the original are."""
+    features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
+    decompose_features(features[0], root / "concepts", 3, "kmeans")
+    concepts, found = Concepts.load(root / "concepts"), []
+    for held in (stage.HELD_BYTES, 0):
+        monkeypatch.setattr(stage, "HELD_BYTES", held)
+        monkeypatch.setattr(stage, "decompose" if held == 0 else "decompose_stored", None)
+        output = root / f"shift-{held}"
+        found.append(shift_features(*features, concepts, head, output, **OPTIONS))
+        own = Concepts.load(output / "finetuned-concepts")
+        assert own.activations.shape == (30, 3) and isinstance(own.activations, np.ndarray)
+        monkeypatch.undo()
+    np.testing.assert_allclose(found[1].shifts, found[0].shifts, atol=1e-5)
+    np.testing.assert_allclose(found[1].finetuned, found[0].finetuned, atol=1e-5)
+    assert found[1].images == found[0].images
 
 
 def test_concepts_of_the_fine_tuned_model_may_be_given(

@@ -7,6 +7,7 @@ import pytest
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.solvers import kmeans
 from xlvlm_jax.solvers.streamed import tiles
+from xlvlm_jax.storage import zarr_rows
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 KEY = jax.random.key(0)
@@ -41,6 +42,22 @@ def test_rows_come_in_order_and_by_number(tmp_path):
     assert starts == (0, 100, 200, 300)
     np.testing.assert_array_equal(np.concatenate(parts), Z)
     np.testing.assert_array_equal(source.take(np.array([300, 5])), Z[[300, 5]])
+    with pytest.raises(IndexError, match="rows 5 to 301 of 301"):
+        source.take(np.array([301, 5]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_by_number_come_from_their_own_chunks(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(zarr_rows, "_CHUNK_BYTES", 16 * 4 * D)
+    Z = planted()
+    source = store(tmp_path / "Z", Z, dtype)
+    numbers = np.random.default_rng(0).integers(0, N, 200)  # some of them twice
+    expected = Z.astype(source.dtype)[numbers]
+    np.testing.assert_array_equal(source.take(numbers), expected)
+    np.testing.assert_array_equal(source.take(np.arange(7, 40)), Z[7:40].astype(source.dtype))
+    assert source.take(np.zeros(0, int)).shape == (0, D)
+    source._is_plain = False  # what TensorStore finds
+    np.testing.assert_array_equal(source.take(numbers), expected)
 
 
 @pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])

@@ -56,9 +56,10 @@ def write_pth(path: str | os.PathLike[str], value: Any) -> None:
         path: written under a temporary name and renamed.
         value: dict, list, tuple, str, int, float, bool or None; an iterator, which becomes a list;
             numpy arrays, and `View`s, of the dtypes that torch has a storage class for (bfloat16
-            is that of ml_dtypes).
+            from ml_dtypes).
 
-    Raises ValueError for anything else, by its type or dtype.
+    Raises:
+        ValueError: the value is anything else; its type or dtype is named.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
