@@ -17,6 +17,7 @@ from ports.checkpoint import hub, peft_io
 from ports.decoding import generate, generation_config, logits
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
+from ports.decoding.text import decode_tokens
 from ports.inputs import model_inputs, padding, vocabulary
 from ports.intervene import lora, steer
 from ports.intervene.edits import (
@@ -793,6 +794,21 @@ class VLM:
             return_tensors="np",
         )
         return {name: np.asarray(value) for name, value in batch.items()}
+
+    def decode(self, tokens: Any) -> str | list[str]:
+        """Returns the text of token ids, special and pad tokens left out.
+
+        Args:
+            tokens: int[T] or int[N, T], as `generate` returns them or any array or list.
+
+        Returns:
+            One string for [T], N strings for [N, T].
+
+        Raises:
+            ValueError: no integers, another number of axes, or an id outside the vocabulary.
+        """
+        size = max(self.module.num_embeddings, 1 + max(self.image_tokens))
+        return decode_tokens(self.tokenizer, tokens, size, self.eos_tokens, self.pad_token)
 
     def _place_edits(
         self,

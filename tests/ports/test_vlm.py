@@ -307,7 +307,19 @@ class TestProcessor:
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         theirs = helpers.torch_generate(photographed.torch_model, arrays, 32).sequences
         ours = photographed.vlm.generate(inputs, max_new_tokens=32)
-        np.testing.assert_array_equal(ours.tokens, theirs[:, arrays["input_ids"].shape[1] :])
+        new = theirs[:, arrays["input_ids"].shape[1] :]
+        np.testing.assert_array_equal(ours.tokens, new)
+        texts = photographed.vlm.processor.batch_decode(new, skip_special_tokens=True)
+        assert photographed.vlm.decode(ours.tokens) == texts and all(texts)
+
+    def test_decodes_the_tokens_of_a_prompt_without_its_special_ones(self, photographed):
+        vlm = photographed.vlm
+        ids = vlm.tokenizer("what is in the picture <image>")["input_ids"]
+        assert helpers.IMAGE in ids
+        assert vlm.decode(ids) == "what is in the picture"
+        assert vlm.decode(jnp.array([ids, ids])) == ["what is in the picture"] * 2
+        with pytest.raises(ValueError, match=r"token id -1 at \[1\] does not exist"):
+            vlm.decode([4, -1])
 
     def test_renders_a_prompt_in_the_chat_template(self, photographed):
         assert photographed.vlm.render("what is it") == "USER : <image> what is it w0"

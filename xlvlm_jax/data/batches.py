@@ -6,6 +6,8 @@ leaves its batch with the reason; the others are computed as if it had not been 
 B batch.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -13,48 +15,78 @@ import numpy as np
 from PIL import Image
 
 from ports import VLM
+from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
-Group = TypeVar("Group")
-Batch = TypeVar("Batch")
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 Arrays = dict[str, np.ndarray]
+Group = tuple[Sample, ...]  # the samples of one batch
 
 
-class Processed(NamedTuple):
-    """What the processor made of some samples, filled up to a batch."""
+class Batch(NamedTuple):
+    """What one pass of the model takes, and whose it is."""
 
-    rows: np.ndarray  # int[B]: the sample that each row belongs to; int[0] if none is good
-    num_rows: int  # the rows behind only fill the batch up
+    samples: Group
     errors: tuple[str | None, ...]  # a sample: why it has no row, else None
-    inputs: tuple[Arrays, ...]  # one a version of the texts; () if no sample is good
+    rows: np.ndarray  # int[B]: the sample that each row belongs to; int[0] if none has a row
+    num_rows: int  # the rows after these only fill the batch up
+    inputs: tuple[Arrays, ...]  # one per version of the prompts; () if no sample has a row
+    answer_lengths: np.ndarray  # int[B]: how many of a row's last tokens are its answer
 
     @property
     def good(self) -> np.ndarray:
         """int[R]: the samples that have a row, in the order of the rows."""
         return self.rows[: self.num_rows]
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """Sample -> why it has no row."""
+        pairs = zip(self.samples, self.errors, strict=True)
+        return {sample.id: error for sample, error in pairs if error is not None}
 
-def process_samples(
+
+def own_prompt(sample: Sample) -> str:
+    """What a sample is asked, in its data's own words."""
+    return sample.prompt
+
+
+def groups_of(samples: Sequence[Sample], size: int) -> list[Group]:
+    """The samples in order, `size` at a time. Which share a batch depends on nothing else."""
+    return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+
+def make_batch(
     vlm: VLM,
     samples: Sequence[Sample],
-    texts: Sequence[Sequence[str]],
     size: int,
     *,
+    prompts: Sequence[Callable[[Sample], str]] = (own_prompt,),
+    answers: Sequence[str] | None = None,
+    ended: bool = True,
     strict: bool = False,
-) -> Processed:
-    """Reads the pictures of some samples and runs the processor over them.
+) -> Batch:
+    """Reads the pictures of some samples and runs the processor over them and their prompts.
 
     Args:
-        vlm: whose processor.
+        vlm: whose chat template and processor.
         samples: at most `size`.
-        texts: versions of what is asked: of each, a rendered prompt a sample.
         size: B. A batch is filled up by its first row, so that all batches are alike.
+        prompts: versions of what is asked, each of which gives a sample its prompt.
+        answers: what follows the prompt of each sample; of one version only.
+        ended: whether the token that ends an answer follows too.
         strict: stop at a sample that has no row, instead of recording why.
 
     Raises, if strict, OSError or ValueError that names the sample. What the processor raises for a
     batch but for none of its samples passes, and so does a package that it lacks.
     """
+    texts = [[vlm.render(prompt(sample)) for sample in samples] for prompt in prompts]
+    lengths = np.zeros(len(samples), int)
+    if answers is not None:
+        (own,) = texts
+        own, lengths = answered(vlm, own, answers, ended=ended)
+        texts = [own]
     images, errors = _read(samples, strict)
     inputs: tuple[Arrays, ...] = ()
     try:
@@ -72,7 +104,8 @@ def process_samples(
             if strict:
                 raise ValueError(f"sample {samples[i].id}: {errors[i]}") from error
         inputs = _process(vlm, texts, images, size)
-    return Processed(_filled(images, size), len(images), tuple(errors), inputs)
+    rows = _filled(images, size)
+    return Batch(tuple(samples), tuple(errors), rows, len(images), inputs, lengths[rows])
 
 
 def _read(
@@ -126,13 +159,34 @@ def _refused(
     return refused
 
 
-def ahead(
-    groups: Sequence[Group], prepare: Callable[[Group], Batch], workers: int
-) -> Iterator[Batch]:
-    """prepare(group) of each group in order, by threads ahead of who takes them."""
+def read_ahead(
+    asked: Sequence[Asked], make: Callable[[Asked], Made], workers: int | None = None
+) -> Iterator[Made]:
+    """make(each) of what is asked, in order, by threads ahead of the caller.
+
+    workers: how many threads; None: `default_workers`.
+    """
     import grain  # which loads Orbax, so only where a model runs
 
-    dataset = grain.MapDataset.source(list(groups)).map(prepare)
+    begun = threading.Event()
+
+    def made(number: int) -> Made:
+        # What the first reads and sets for all (the processor, its padding) no other may meet
+        # half done.
+        if number > 0:
+            begun.wait()
+        try:
+            return make(asked[number])
+        finally:
+            begun.set()
+
+    workers = workers or default_workers()
+    dataset = grain.MapDataset.source(range(len(asked))).map(made)
     # One more than there are threads: as many batches wait as are being made.
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
     return iter(dataset.to_iter_dataset(options))
+
+
+def default_workers() -> int:
+    """Threads that read images: decoding and resizing let others run, so one a core, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)

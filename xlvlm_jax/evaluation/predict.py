@@ -187,8 +187,7 @@ def predict(
             if error is not None
         }
         for number, tokens in _run(vlm, batch, conditions, max_new_tokens, max_rows):
-            texts = vlm.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
-            for row, text in zip(batch.good, texts, strict=False):
+            for row, text in zip(batch.good, vlm.decode(tokens), strict=False):
                 answers[number][done + row] = text.strip()
         done += len(batch.samples)
         if progress is not None:

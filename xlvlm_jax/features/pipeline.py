@@ -99,7 +99,7 @@ def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, 
     states = {site: value[real] for site, value in states.items()}
     index, position, token = batch.rows[row[real]], position[real], token[real]
     for name, ids in predicted.items():
-        texts = model.vlm.tokenizer.batch_decode(np.asarray(ids), skip_special_tokens=True)
+        texts = model.vlm.decode(ids)
         for sample, text in zip(batch.rows[: batch.num_rows], texts, strict=False):
             described[sample][name] = text.strip()
     if finite is not None:

@@ -177,8 +177,7 @@ def _sweep(
     ):
         result = vlm.sweep(batch.inputs, variants, max_new_tokens=max_new_tokens)
         for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
-            own = tokens[: len(batch.good)]
-            texts = vlm.tokenizer.batch_decode(own, skip_special_tokens=True)
+            texts = vlm.decode(tokens[: len(batch.good)])
             found.extend(text.strip() for text in texts)
     teacher_forcing.require_some(answers[0], samples, errors)
     return answers

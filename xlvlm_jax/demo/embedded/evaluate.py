@@ -38,8 +38,7 @@ def answer_all(
         images = [Image.fromarray(scenes.training_image(scene)) for scene, _ in full]
         inputs = vlm.process([vlm.render(prompt) for _, prompt in full], images)
         tokens = vlm.generate(inputs, max_new_tokens=max_new_tokens).tokens
-        texts = vlm.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
-        yield [text.strip() for text in texts[: len(batch)]]
+        yield [text.strip() for text in vlm.decode(tokens)[: len(batch)]]
 
 
 def evaluate(

@@ -1,0 +1,71 @@
+"""Token ids -> the text that a reader sees.
+
+N rows, T positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ports.intervene.edits import is_traced
+
+
+def decode_tokens(
+    tokenizer: Any, tokens: Any, size: int, end_tokens: Sequence[int], pad_token: int
+) -> str | list[str]:
+    """Returns the text of token ids, without special tokens and what fills a row after its end.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        tokens: int[T] or int[N, T], an array of any library or lists.
+        size: the model has the ids 0 to size - 1; those that the tokenizer lacks have no text.
+        end_tokens, pad_token: ids that end a generated row, and that fill it up afterwards. A
+            checkpoint may fill with a token that its tokenizer does not count among the special
+            ones; elsewhere in a row that token is text.
+
+    Returns:
+        One string for [T], N strings for [N, T].
+
+    Raises:
+        ValueError: no integers, another number of axes, or an id that neither has.
+    """
+    ids = _as_ids(tokens, max(size, len(tokenizer)))
+    rows = [_without_filling(row, end_tokens, pad_token) for row in np.atleast_2d(ids).tolist()]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return texts if ids.ndim == 2 else texts[0]
+
+
+def _as_ids(tokens: Any, size: int) -> np.ndarray:
+    if is_traced(tokens):
+        raise ValueError(
+            "tokens are traced (by jax.jit, vmap or grad); decode what the compiled function "
+            "returns"
+        )
+    expected = "expected token ids, integers of shape [T] or [N, T]"
+    try:
+        ids = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokens are no array ({reason}); {expected}") from error
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"tokens have shape {ids.shape}; {expected}")
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"tokens have dtype {ids.dtype}; {expected}")
+    outside = np.argwhere((ids < 0) | (ids >= size)) if ids.size else ()
+    if len(outside):
+        raise ValueError(
+            f"token id {ids[tuple(outside[0])]} at {outside[0].tolist()} does not exist; expected "
+            f"ids from 0 to {size - 1}, without the -100 that masks labels"
+        )
+    return ids
+
+
+def _without_filling(row: list[int], end_tokens: Sequence[int], pad_token: int) -> list[int]:
+    """The row up to the token that ended it, if all that follows fills it up."""
+    length = len(row)
+    while length and row[length - 1] == pad_token:
+        length -= 1
+    if length and row[length - 1] in end_tokens:
+        return row[:length]
+    return row[: length + 1] if pad_token in end_tokens else row
