@@ -19,7 +19,7 @@ import numpy as np
 from ports import VLM
 from ports.intervene import edits as edit_kinds
 from ports.intervene.edits import Edit
-from xlvlm_jax.data.batches import ahead, process_samples
+from xlvlm_jax.data.batches import Arrays, groups_of, make_batch, read_ahead
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering.methods import Steering
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pandas
 
 MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
-WORKERS = 2  # threads that read images
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 
@@ -136,13 +135,6 @@ class Predictions(NamedTuple):
         return [samples[i] for i in kept], answers
 
 
-class _Batch(NamedTuple):
-    samples: Sequence[Sample]
-    errors: tuple[str | None, ...]  # why a sample has no row
-    good: np.ndarray  # int[R]: those that have one, in the order of the rows
-    inputs: dict[str | None, dict[str, np.ndarray]]  # instruction -> the processor's arrays
-
-
 def predict(
     vlm: VLM,
     samples: Sequence[Sample],
@@ -179,14 +171,15 @@ def predict(
     answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
     errors: dict[str, str] = {}
     done = 0
-    told = list(dict.fromkeys(condition.instruction for condition in conditions))
-    for batch in _batches(vlm, samples, told, batch_size, strict):
-        errors |= {
-            sample.id: error
-            for sample, error in zip(batch.samples, batch.errors, strict=True)
-            if error is not None
-        }
-        for number, tokens in _run(vlm, batch, conditions, max_new_tokens, max_rows):
+    # One condition for each instruction: what the processor makes differs in nothing else.
+    told = {condition.instruction: condition.prompt for condition in conditions}
+    options = {"prompts": list(told.values()), "strict": strict}
+    make = functools.partial(make_batch, vlm, size=batch_size, **options)
+    for batch in read_ahead(groups_of(samples, batch_size), make):
+        errors |= batch.refused
+        # No inputs if none of the samples has a row.
+        inputs = dict(zip(told, batch.inputs, strict=False))
+        for number, tokens in _run(vlm, inputs, conditions, max_new_tokens, max_rows):
             for row, text in zip(batch.good, vlm.decode(tokens), strict=False):
                 answers[number][done + row] = text.strip()
         done += len(batch.samples)
@@ -195,50 +188,24 @@ def predict(
     return Predictions(answers, errors)
 
 
-def _batches(
-    vlm: VLM, samples: Sequence[Sample], told: Sequence[str | None], size: int, strict: bool
-) -> Iterator[_Batch]:
-    """Batches of samples, read and preprocessed by threads ahead of the model."""
-    groups = [samples[start : start + size] for start in range(0, len(samples), size)]
-    # What the processor reads once is read before the threads ask for it.
-    vlm.processor  # noqa: B018
-    prepared = functools.partial(prepare, vlm, told=told, size=size, strict=strict)
-    return ahead(groups, prepared, WORKERS)
-
-
-def prepare(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    *,
-    told: Sequence[str | None],
-    size: int,
-    strict: bool = False,
-) -> _Batch:
-    """A batch of the samples that can be processed, under each of the instructions."""
-    prompts = [
-        [vlm.render(Condition(instruction=words).prompt(sample)) for sample in samples]
-        for words in told
-    ]
-    made = process_samples(vlm, samples, prompts, size, strict=strict)
-    inputs = dict(zip(told, made.inputs, strict=True)) if made.inputs else {}
-    return _Batch(samples, made.errors, made.good, inputs)
-
-
 def _run(
     vlm: VLM,
-    batch: _Batch,
+    batch: Mapping[str | None, Arrays],
     conditions: Sequence[Condition],
     max_new_tokens: int,
     max_rows: int | None,
 ) -> Iterator[tuple[int, jax.Array]]:
-    """(number of a condition, tokens int32[B, M]) for each condition."""
-    if not len(batch.good):
+    """(number of a condition, tokens int32[B, M]) for each condition.
+
+    batch: instruction -> the processor's arrays; nothing of a batch without rows.
+    """
+    if not batch:
         return
     groups: dict[tuple[str | None, bool], list[int]] = defaultdict(list)
     for number, condition in enumerate(conditions):
         groups[condition.instruction, bool(condition.vectors)].append(number)
     for (instruction, steered), numbers in groups.items():
-        inputs = batch.inputs[instruction]
+        inputs = batch[instruction]
         if not steered:
             tokens = vlm.generate(inputs, max_new_tokens=max_new_tokens).tokens
             yield from ((number, tokens) for number in numbers)

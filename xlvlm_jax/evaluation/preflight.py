@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from ports import VLM
 from ports.programs import device_bytes
+from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation.predict import prepare, rows_at_once
+from xlvlm_jax.evaluation.predict import rows_at_once
 
 
 class Needs(NamedTuple):
@@ -46,13 +47,13 @@ def preflight(
     Raises:
         ValueError: no image of the first batch can be read.
     """
-    first = list(samples[:batch_size])
-    batch = prepare(vlm, first, told=[None], size=batch_size)
-    if not len(batch.good):
+    first = samples[:batch_size]
+    batch = make_batch(vlm, first, batch_size)
+    if not batch.inputs:
         raise ValueError(
             f"none of the first {len(first)} images can be read; the first: {batch.errors[0]}"
         )
-    inputs = batch.inputs[None]
+    (inputs,) = batch.inputs
     lowered = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens)
     parameters, temporaries = device_bytes(lowered)
     rows = rows_at_once(vlm, inputs, max_new_tokens)

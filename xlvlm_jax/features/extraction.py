@@ -21,12 +21,12 @@ from ports import VLM
 from ports.checkpoint import hub
 from ports.paired import check_alike, share_params, with_like_heads
 from ports.parallel import hosts
+from xlvlm_jax.data.batches import groups_of
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features import multi_host
-from xlvlm_jax.features.batches import default_workers, groups_of, reference
 from xlvlm_jax.features.compute import Model
 from xlvlm_jax.features.manifest import manifest_of
-from xlvlm_jax.features.pipeline import Clock, run_groups
+from xlvlm_jax.features.pipeline import Clock, reference, run_groups
 from xlvlm_jax.features.preflight import disk_needs, require_disk
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.settings import Settings, Summary
@@ -117,7 +117,7 @@ def extract(
     if finetuned is not None and settings.mode == "teacher-forcing":
         shared = share_params(vlm.params, finetuned.params)
     model = Model(vlm, finetuned, shared, settings, finder)
-    run = _Run(model, samples, Path(output), arguments, strict, workers or default_workers())
+    run = _Run(model, samples, Path(output), arguments, strict, workers)
     several = jax.process_count() > 1 or multi_host.exist(run.output)
     (_over_hosts if several else _alone)(run, progress)
     features = Features.open(output)
@@ -139,7 +139,7 @@ class _Run:
     output: Path
     arguments: dict[str, Any]
     strict: bool
-    workers: int
+    workers: int | None
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def write(self, groups: Sequence[Any], commit: Callable[..., None], root: Path | None) -> None:

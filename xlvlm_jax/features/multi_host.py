@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from ports.parallel import hosts
+from xlvlm_jax.data.batches import Group, groups_of
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.batches import Group, groups_of
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.reader import Features, stored_samples
 from xlvlm_jax.features.writer import FeaturesWriter

@@ -1,6 +1,7 @@
 """The loop over batches, with reading, computing and writing in parallel, and its timings."""
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from xlvlm_jax.features.batches import Batch, Group, batches
+from ports import VLM
+from xlvlm_jax.data.batches import Batch, Group, make_batch, read_ahead
+from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.compute import Computed, Model, Ran, run, select
+from xlvlm_jax.features.settings import Settings
 
 # Takes the number of a group and the arguments of `FeaturesWriter.append`.
 Commit = Callable[..., None]
@@ -32,13 +36,29 @@ class Clock:
             self.seconds[what] += time.perf_counter() - began
 
 
+def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
+    """The batch of a group. Raises OSError or ValueError for a sample without a row if strict."""
+    forced = settings.mode == "teacher-forcing"
+    answers = [reference(sample) for sample in samples] if forced else None
+    return make_batch(vlm, samples, settings.batch_size, answers=answers, strict=strict)
+
+
+def reference(sample: Sample) -> str:
+    """What is forced on a sample. ValueError for one without references."""
+    if not sample.references:
+        raise ValueError(
+            f"sample {sample.id} has no reference to force; use data with captions or answers"
+        )
+    return sample.references[0]
+
+
 def run_groups(
     model: Model,
     groups: Sequence[Group],
     commit: Commit,
     *,
     strict: bool,
-    workers: int,
+    workers: int | None,
     clock: Clock,
 ) -> None:
     """Computes the rows of every group and commits them, in order.
@@ -63,7 +83,8 @@ def run_groups(
             with clock.waiting("write"):
                 commit(number, described, *arrays)
 
-    ready = batches(model.vlm, groups, model.settings, strict=strict, workers=workers)
+    make = functools.partial(prepare, model.vlm, settings=model.settings, strict=strict)
+    ready = read_ahead(groups, make, workers)
     for number in range(len(groups)):
         try:
             with clock.waiting("input"):
@@ -75,8 +96,7 @@ def run_groups(
         # The rows of the previous batch are selected first, or they would wait for this one.
         with clock.waiting("device"):
             done = selected()
-            inputs, lengths = batch.inputs, batch.answer_lengths
-            ran = None if inputs is None else run(model, inputs, lengths)
+            ran = run(model, *batch.inputs, batch.answer_lengths) if batch.inputs else None
             running.append((number, batch, ran))
         finish(done)
     with clock.waiting("device"):
@@ -100,10 +120,10 @@ def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, 
     index, position, token = batch.rows[row[real]], position[real], token[real]
     for name, ids in predicted.items():
         texts = model.vlm.decode(ids)
-        for sample, text in zip(batch.rows[: batch.num_rows], texts, strict=False):
+        for sample, text in zip(batch.good, texts, strict=False):
             described[sample][name] = text.strip()
     if finite is not None:
-        for sample in batch.rows[: batch.num_rows][~np.asarray(finite)[: batch.num_rows]]:
+        for sample in batch.good[~np.asarray(finite)[: batch.num_rows]]:
             described[sample]["error"] = f"NaN or Inf in the logits {_advice(model)}"
     kept = _keep_finite(model, states, index, position, described, strict)
     states = {site: value[kept] for site, value in states.items()}

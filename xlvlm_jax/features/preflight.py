@@ -16,9 +16,10 @@ import numpy as np
 from ports import VLM
 from ports.inputs.padding import bucket_length
 from ports.programs import device_bytes
+from xlvlm_jax.data.batches import groups_of
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.batches import groups_of, prepare
 from xlvlm_jax.features.manifest import manifest_of
+from xlvlm_jax.features.pipeline import prepare
 from xlvlm_jax.features.settings import Settings
 
 _LOOKED_AT = 8  # batches, spread over the samples, to determine the programs
@@ -133,7 +134,7 @@ def _programs(
     groups = groups_of(samples, settings.batch_size)
     chosen = sorted({round(i) for i in np.linspace(0, len(groups) - 1, _LOOKED_AT)})
     ready = [prepare(vlm, groups[i], settings=settings, strict=False) for i in chosen]
-    arrays = [batch.inputs for batch in ready if batch.inputs is not None]
+    arrays = [inputs for batch in ready for inputs in batch.inputs]
     if not arrays:
         reason = next(error for error in ready[0].errors if error)
         raise ValueError(f"none of the examined images can be read; the first: {reason}")

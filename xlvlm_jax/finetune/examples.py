@@ -4,20 +4,18 @@ B batch, T positions.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from ports import VLM
 from ports.inputs.padding import bucket_length
-from xlvlm_jax.data.answers import answered
-from xlvlm_jax.data.batches import process_samples
+from xlvlm_jax.data.batches import Group, groups_of, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """Rows whose last tokens are the answers to learn."""
 
     inputs: dict[str, np.ndarray]  # the processor's arrays, rows padded on the left; {} of no row
@@ -35,7 +33,7 @@ def batches(
     stop: int,
     *,
     strict: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[TrainingBatch]:
     """Training batches number `start` to `stop`, read and preprocessed by threads ahead of need.
 
     Batch i holds the samples from i * batch_size on in an endless row of shuffled epochs, each with
@@ -45,7 +43,7 @@ def batches(
     strict: stop at such a sample. Raises ValueError for samples of which none can be learnt.
     """
 
-    def make(number: int) -> Batch:
+    def make(number: int) -> TrainingBatch:
         skipped: dict[str, str] = {}
         for following in range(number, number + len(samples) + 1):
             batch = draw(following)
@@ -57,7 +55,7 @@ def batches(
             f"none of {len(samples)} samples can be learnt; the first, {name}: {reason}"
         )
 
-    def draw(number: int) -> Batch:
+    def draw(number: int) -> TrainingBatch:
         chosen, answers = [], []
         for place in range(number * batch_size, (number + 1) * batch_size):
             epoch, index = divmod(place, len(samples))
@@ -67,20 +65,19 @@ def batches(
             answers.append(str(choice.choice(answers_of(sample))))
         return _batch(vlm, chosen, answers, batch_size, strict)
 
-    return _ahead(make, start, stop)
+    return read_ahead(range(start, stop), make)
 
 
 def evaluation_batches(
     vlm: VLM, samples: Sequence[Sample], batch_size: int, *, strict: bool = False
-) -> Iterator[Batch]:
+) -> Iterator[TrainingBatch]:
     """All samples in order, each with its first reference; otherwise as `batches`."""
 
-    def make(number: int) -> Batch:
-        chosen = samples[number * batch_size : (number + 1) * batch_size]
+    def make(chosen: Group) -> TrainingBatch:
         first = [answers_of(sample)[0] for sample in chosen]
         return _batch(vlm, chosen, first, batch_size, strict)
 
-    return _ahead(make, 0, -(-len(samples) // batch_size))
+    return read_ahead(groups_of(samples, batch_size), make)
 
 
 def answers_of(sample: Sample) -> tuple[str, ...]:
@@ -97,15 +94,6 @@ def answers_of(sample: Sample) -> tuple[str, ...]:
     return answers
 
 
-def _ahead(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-    if start == stop:
-        return
-    # The first call of a tokenizer changes it: not while another thread uses it.
-    yield make(start)
-    dataset = grain.MapDataset.range(start + 1, stop).map(make)
-    yield from dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-
-
 @functools.lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
@@ -113,16 +101,13 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def _batch(
     vlm: VLM, samples: Sequence[Sample], answers: Sequence[str], batch_size: int, strict: bool
-) -> Batch:
-    prompts = [vlm.render(sample.prompt) for sample in samples]
-    texts, lengths = answered(vlm, prompts, answers)
-    made = process_samples(vlm, samples, [texts], batch_size, strict=strict)
-    skipped = {s.id: e for s, e in zip(samples, made.errors, strict=True) if e is not None}
+) -> TrainingBatch:
+    made = make_batch(vlm, samples, batch_size, answers=answers, strict=strict)
     if not made.inputs:
-        return Batch({}, np.zeros(0, np.int32), 0, skipped)
-    inputs, lengths = made.inputs[0], lengths[made.rows].astype(np.int32)
+        return TrainingBatch({}, np.zeros(0, np.int32), 0, made.refused)
+    (inputs,), lengths = made.inputs, made.answer_lengths.astype(np.int32)
     lengths[made.num_rows :] = 0
     # One length for most data; but the first position predicts and is predicted by none.
     window = max(32, bucket_length(int(lengths.max())))
     window = min(window, bucket_length(inputs["input_ids"].shape[1]) - 1)
-    return Batch(inputs, lengths, window, skipped)
+    return TrainingBatch(inputs, lengths, window, made.refused)

@@ -173,7 +173,9 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
         if run.progress is not None:
             run.progress(step, total, figures)
 
-    def skipping(step: int, batches: Iterable[examples.Batch]) -> Iterator[examples.Batch]:
+    def skipping(
+        step: int, batches: Iterable[examples.TrainingBatch]
+    ) -> Iterator[examples.TrainingBatch]:
         """Yields the batches that have rows; records each skipped sample once."""
         for batch in batches:
             known = {entry["skipped"] for entry in log if "skipped" in entry}
@@ -231,7 +233,7 @@ def _stored(state: State) -> dict[str, Any]:
     return {"trained": state.trained, "moments": state.moments}
 
 
-def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.Batch]]:
+def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.TrainingBatch]]:
     """Yields the batches of each update."""
     each = run.settings.accumulate
     row = examples.batches(

@@ -11,7 +11,7 @@ import optax
 import ports
 from ports import VLM
 from ports.intervene import lora
-from xlvlm_jax.finetune.examples import Batch
+from xlvlm_jax.finetune.examples import TrainingBatch
 from xlvlm_jax.finetune.settings import Settings
 
 Array = jax.Array
@@ -83,7 +83,9 @@ class Trainer:
             jnp.zeros((), jnp.int32),
         )
 
-    def update(self, state: State, group: Iterable[Batch]) -> tuple[State, dict[str, Array]]:
+    def update(
+        self, state: State, group: Iterable[TrainingBatch]
+    ) -> tuple[State, dict[str, Array]]:
         """Runs one update on the `accumulate` batches of a group.
 
         Args:
@@ -101,7 +103,7 @@ class Trainer:
             state, figures = _step(*static, state, self._frozen, *arrays)
         return state, figures
 
-    def evaluate(self, state: State, split: Iterable[Batch]) -> float:
+    def evaluate(self, state: State, split: Iterable[TrainingBatch]) -> float:
         """Computes the loss on a split.
 
         Args:
@@ -131,7 +133,7 @@ class Trainer:
             return lora.Adapter(state.trained, self._begin.scale)
         return jax.tree.map(lambda a, b: a.astype(b.dtype), state.trained, self.vlm.params)
 
-    def _place(self, batch: Batch) -> tuple[dict[str, Array], Array]:
+    def _place(self, batch: TrainingBatch) -> tuple[dict[str, Array], Array]:
         return self.vlm.place(batch.inputs), jnp.asarray(batch.lengths)
 
 

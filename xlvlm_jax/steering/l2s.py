@@ -180,13 +180,14 @@ def last_token_states(
     errors = {} if errors is None else errors
     found, done = None, 0
     options = {"ended": False, "strict": strict, "errors": errors}
-    for batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
-        states = np.asarray(vlm.states(batch.inputs, sites=[site])[site], np.float32)
-        last = last_states(states, batch.inputs["attention_mask"])[: len(batch.good)]
+    for index, batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
+        (inputs,) = batch.inputs
+        states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
+        last = last_states(states, inputs["attention_mask"])[: len(index)]
         if found is None:
             found = np.full((len(samples), last.shape[1]), np.nan, np.float32)
-        found[batch.good] = last
-        done += len(batch.good)
+        found[index] = last
+        done += len(index)
         if progress is not None:
             progress(done, len(samples))
     teacher_forcing.require_some(range(done), samples, errors)

@@ -172,12 +172,12 @@ def _sweep(
     """Returns the answers under each variant to the samples that can be processed."""
     answers: list[list[str]] = [[] for _ in variants]
     errors: dict[str, str] = {}
-    for batch in teacher_forcing.batches(
+    for index, batch in teacher_forcing.batches(
         vlm, samples, None, batch_size, strict=strict, errors=errors
     ):
-        result = vlm.sweep(batch.inputs, variants, max_new_tokens=max_new_tokens)
+        result = vlm.sweep(*batch.inputs, variants, max_new_tokens=max_new_tokens)
         for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
-            texts = vlm.decode(tokens[: len(batch.good)])
+            texts = vlm.decode(tokens[: len(index)])
             found.extend(text.strip() for text in texts)
     teacher_forcing.require_some(answers[0], samples, errors)
     return answers

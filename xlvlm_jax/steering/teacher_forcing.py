@@ -21,8 +21,7 @@ from ports.intervene.edits import GENERATED, LAST_PROMPT, PADDING, Edits
 from ports.intervene.steer import steer, substitute
 from ports.names import normal_name
 from ports.nn.vision_language import VisionLanguageModel
-from xlvlm_jax.data.answers import answered
-from xlvlm_jax.data.batches import process_samples
+from xlvlm_jax.data.batches import Batch, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
 
 Progress = Callable[[int, int], None]
@@ -62,14 +61,6 @@ def begin_site(vlm: VLM, site: str) -> str:
     return before[-1]
 
 
-class Batch(NamedTuple):
-    """Some prompts with their answers, as the processor gives them."""
-
-    good: np.ndarray  # int[R]: the samples of the first R rows; the others fill the batch up
-    inputs: dict[str, np.ndarray]
-    lengths: np.ndarray  # int[B]: tokens of each answer, its end counted
-
-
 def batches(
     vlm: VLM,
     samples: Sequence[Sample],
@@ -79,8 +70,8 @@ def batches(
     ended: bool = True,
     strict: bool = False,
     errors: dict[str, str] | None = None,
-) -> Iterator[Batch]:
-    """Prompts with their answers, in batches of one size.
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Prompts with their answers, in batches of one size, read ahead.
 
     Args:
         vlm: the model.
@@ -91,8 +82,10 @@ def batches(
         strict: stop at a sample that can't be read or processed, instead of leaving it out.
         errors: gets {sample: why it was left out}.
 
+    Returns int[R] and the batch, where it has rows: which of the samples the first R rows are of.
+
     Raises ValueError for another number of answers than samples, or an empty one; if strict, as
-    `process_samples`.
+    `make_batch`.
     """
     if answers is not None and len(samples) != len(answers):
         raise ValueError(
@@ -101,22 +94,18 @@ def batches(
     if answers is not None and not all(answer.strip() for answer in answers):
         empty = next(i for i, answer in enumerate(answers) if not answer.strip())
         raise ValueError(f"the answer to force on sample {samples[empty].id} is empty")
-    for first in range(0, len(samples), batch_size):
-        group = samples[first : first + batch_size]
-        texts = [vlm.render(sample.prompt) for sample in group]
-        lengths = np.zeros(len(group), int)
-        if answers is not None:
-            given = answers[first : first + batch_size]
-            texts, lengths = answered(vlm, texts, given, ended=ended)
-        made = process_samples(vlm, group, [texts], batch_size, strict=strict)
+
+    def make(first: int) -> Batch:
+        here = slice(first, first + batch_size)
+        given = None if answers is None else answers[here]
+        return make_batch(vlm, samples[here], batch_size, answers=given, ended=ended, strict=strict)
+
+    starts = range(0, len(samples), batch_size)
+    for first, batch in zip(starts, read_ahead(starts, make), strict=True):
         if errors is not None:
-            errors |= {
-                sample.id: error
-                for sample, error in zip(group, made.errors, strict=True)
-                if error is not None
-            }
-        if made.inputs:
-            yield Batch(first + made.good, made.inputs[0], lengths[made.rows])
+            errors |= batch.refused
+        if batch.inputs:
+            yield first + batch.good, batch
 
 
 def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:
@@ -159,17 +148,18 @@ def force(
     processed; if strict, OSError or ValueError for the first that can't.
     """
     parts, kept, errors = [], [], {}
-    for batch in batches(vlm, samples, answers, batch_size, strict=strict, errors=errors):
-        states = vlm.states(batch.inputs, sites=[site])[site]
-        prepared = vlm.prepare(batch.inputs)
+    for index, batch in batches(vlm, samples, answers, batch_size, strict=strict, errors=errors):
+        (inputs,) = batch.inputs
+        states = vlm.states(inputs, sites=[site])[site]
+        prepared = vlm.prepare(inputs)
         part = Forced(
             tokens=prepared["input_ids"],
             positions=np.asarray(vlm.module.positions(prepared)),
-            kinds=position_kinds(vlm, prepared, batch.lengths),
+            kinds=position_kinds(vlm, prepared, batch.answer_lengths),
             states=np.asarray(states),
         )
-        parts.append([np.asarray(array)[: len(batch.good)] for array in part])
-        kept += batch.good.tolist()
+        parts.append([np.asarray(array)[: len(index)] for array in part])
+        kept += index.tolist()
         if progress is not None:
             progress(len(kept) + len(errors), len(samples))
     require_some(kept, samples, errors)

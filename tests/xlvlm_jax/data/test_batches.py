@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import ports
-from xlvlm_jax.data.batches import ahead, process_samples
+from xlvlm_jax.data.batches import groups_of, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
 
 from ...test_models import MODELS
@@ -25,12 +25,8 @@ def samples(folder, values):
     return found
 
 
-def processed(vlm, group, size, **options):
-    return process_samples(vlm, group, [[vlm.render(s.prompt) for s in group]], size, **options)
-
-
 def test_a_batch_by_hand(vlm, tmp_path):
-    made = processed(vlm, samples(tmp_path, [None, 10, 20]), 4)
+    made = make_batch(vlm, samples(tmp_path, [None, 10, 20]), 4)
     np.testing.assert_array_equal(made.rows, [1, 2, 1, 1])
     assert made.good.tolist() == [1, 2] and made.num_rows == 2
     assert made.errors[1:] == (None, None) and "no such image file" in made.errors[0]
@@ -42,34 +38,35 @@ def test_a_batch_by_hand(vlm, tmp_path):
 
 
 def test_without_any_picture_there_is_no_batch(vlm, tmp_path):
-    made = processed(vlm, samples(tmp_path, [None, None]), 4)
+    made = make_batch(vlm, samples(tmp_path, [None, None]), 4)
     assert (made.inputs, len(made.rows), made.num_rows) == ((), 0, 0)
-    assert len(made.errors) == 2
+    assert list(made.refused) == ["0", "1"] and len(made.answer_lengths) == 0
 
 
 def test_strict_stops_at_the_first_and_names_it(vlm, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sample 1: .*1\.png: no such image file"):
-        processed(vlm, samples(tmp_path, [5, None, 6]), 4, strict=True)
+        make_batch(vlm, samples(tmp_path, [5, None, 6]), 4, strict=True)
 
 
 def test_a_question_that_holds_the_mark_of_an_image_leaves_the_batch(vlm, tmp_path):
     three = samples(tmp_path, [5, 6, 7])
     asked = [three[0], dataclasses.replace(three[1], prompt="is <image> a dog ?"), three[2]]
-    made = processed(vlm, asked, 4)
+    made = make_batch(vlm, asked, 4)
     assert made.errors[0] is made.errors[2] is None
     assert "1.png: the processor refuses it or its prompt (" in made.errors[1]
-    expected = processed(vlm, [three[0], three[2]], 4)
+    expected = make_batch(vlm, [three[0], three[2]], 4)
     np.testing.assert_array_equal(made.rows, [0, 2, 0, 0])
     for name, array in expected.inputs[0].items():
         np.testing.assert_array_equal(made.inputs[0][name], array)
     with pytest.raises(ValueError, match=r"sample 1: .* the processor refuses it or its prompt"):
-        processed(vlm, asked, 4, strict=True)
+        make_batch(vlm, asked, 4, strict=True)
 
 
 def test_a_sample_is_passed_over_if_one_version_of_its_prompt_is_refused(vlm, tmp_path):
     two = samples(tmp_path, [5, 6])
-    versions = [[vlm.render("dog ?")] * 2, [vlm.render("dog ?"), vlm.render("<image> ?")]]
-    made = process_samples(vlm, two, versions, 2)
+    marked = {"0": "dog ?", "1": "<image> ?"}
+    versions = [lambda sample: "dog ?", lambda sample: marked[sample.id]]
+    made = make_batch(vlm, two, 2, prompts=versions)
     assert made.good.tolist() == [0] and len(made.inputs) == 2
     assert made.errors[1] is not None
 
@@ -86,7 +83,7 @@ def test_a_picture_that_the_processor_refuses(tmp_path, name, size, message):
     vlm = ports.load(tmp_path / name)
     three = samples(tmp_path, [5, 6, 7])
     Image.new("RGB", size).save(three[0].image)
-    made = processed(vlm, three, 3)
+    made = make_batch(vlm, three, 3)
     assert message in made.errors[0] and made.errors[1:] == (None, None)
     assert made.rows.tolist() == [1, 2, 1]
     assert len(made.inputs[0]["input_ids"]) == 3
@@ -99,13 +96,59 @@ def test_what_is_wrong_with_the_checkpoint_is_no_fault_of_a_sample(vlm, tmp_path
 
     monkeypatch.setattr(vlm, "process", lacking)
     with pytest.raises(ImportError, match="needs torchvision"):
-        processed(vlm, samples(tmp_path, [5]), 2)
+        make_batch(vlm, samples(tmp_path, [5]), 2)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+def test_answers_follow_the_prompts_and_their_lengths_the_rows(vlm, tmp_path):
+    three = samples(tmp_path, [5, None, 6])
+    made = make_batch(vlm, three, 4, answers=["yes", "no", "a big dog"])
+    (inputs,) = made.inputs
+    assert made.rows.tolist() == [0, 2, 0, 0]
+    words = ["yes", "a big dog", "yes", "yes"]
+    for row, length, text in zip(inputs["input_ids"], made.answer_lengths, words, strict=True):
+        assert vlm.decode(row[-length:]).strip() == text
+        assert row[-1] in vlm.eos_tokens
+    open_ended = make_batch(vlm, three, 4, answers=["yes", "no", "a big dog"], ended=False)
+    np.testing.assert_array_equal(open_ended.answer_lengths, made.answer_lengths - 1)
+    assert make_batch(vlm, three, 4).answer_lengths.tolist() == [0] * 4
+
+
+def test_groups_by_hand():
+    assert groups_of("abcde", 2) == [("a", "b"), ("c", "d"), ("e",)]
+    assert groups_of("", 2) == []
+
+
+@pytest.mark.parametrize("workers", [1, 3, None])
 def test_in_order_however_long_each_takes(workers):
     def slow(group):
         time.sleep(0.01 * (group % 3))
         return 10 * group
 
-    assert list(ahead(range(7), slow, workers)) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(read_ahead(range(3, 10), slow, workers)) == [30, 40, 50, 60, 70, 80, 90]
+    assert list(read_ahead([], slow, workers)) == []
+
+
+def test_the_first_is_made_alone():
+    running, met = set(), []
+
+    def make(name):
+        running.add(name)
+        time.sleep(0.05)
+        met.append((name, len(running)))
+        running.discard(name)
+        return name
+
+    assert list(read_ahead("abcdef", make, 3)) == list("abcdef")
+    assert met[0] == ("a", 1)
+    assert max(count for _, count in met) > 1
+
+
+def test_what_the_first_raises_stops_none_of_the_threads():
+    def make(number):
+        if number == 0:
+            raise OSError("no such picture")
+        return number
+
+    made = read_ahead(range(5), make, 2)
+    with pytest.raises(OSError, match="no such picture"):
+        next(made)

@@ -13,7 +13,7 @@ from xlvlm_jax.finetune import examples
 from ...test_models import MODELS
 
 
-def answers(vlm, batch: examples.Batch) -> list[str]:
+def answers(vlm, batch: examples.TrainingBatch) -> list[str]:
     """The texts of the tokens that are learnt."""
     ids = batch.inputs["input_ids"]
     return [
