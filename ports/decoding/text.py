@@ -52,7 +52,7 @@ def _as_ids(tokens: Any, size: int) -> np.ndarray:
         raise ValueError(f"tokens have shape {ids.shape}; {expected}")
     if ids.size and ids.dtype.kind not in "iu":
         raise ValueError(f"tokens have dtype {ids.dtype}; {expected}")
-    outside = np.argwhere((ids < 0) | (ids >= size)) if ids.size else ()
+    outside = np.argwhere((ids < 0) | (ids >= size))
     if len(outside):
         raise ValueError(
             f"token id {ids[tuple(outside[0])]} at {outside[0].tolist()} does not exist; expected "

@@ -96,7 +96,7 @@ def run_groups(
         # The rows of the previous batch are selected first, or they would wait for this one.
         with clock.waiting("device"):
             done = selected()
-            ran = run(model, *batch.inputs, batch.answer_lengths) if batch.inputs else None
+            ran = run(model, batch.inputs[0], batch.answer_lengths) if batch.inputs else None
             running.append((number, batch, ran))
         finish(done)
     with clock.waiting("device"):

@@ -175,7 +175,7 @@ def _sweep(
     for index, batch in teacher_forcing.batches(
         vlm, samples, None, batch_size, strict=strict, errors=errors
     ):
-        result = vlm.sweep(*batch.inputs, variants, max_new_tokens=max_new_tokens)
+        result = vlm.sweep(batch.inputs[0], variants, max_new_tokens=max_new_tokens)
         for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
             texts = vlm.decode(tokens[: len(index)])
             found.extend(text.strip() for text in texts)
