@@ -559,8 +559,8 @@ def distances(
 ) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """Returns the nearest component of each row, and its distances to all components.
 
-    Distances distinguish rows whose activations, 1 / (1 + distance), round to one. Traces like
-    `project`.
+    Distances distinguish rows whose activations, 1 / (1 + distance), round to one. Works
+    under the same transformations as `project`.
 
     Args:
         Z: real numbers[N, D], as for `decompose`.
