@@ -17,7 +17,7 @@ from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 NUM_CONCEPTS, NUM_WORDS, NUM_PICTURES = 20, 8, 5
-SIDE = 64  # of a picture, pixels
+SIDE = 64  # maximum side of a picture in pixels
 _TILE_ROWS = 2**14
 
 
@@ -29,13 +29,14 @@ def concepts_html(
     num_concepts: int,
     title: str,
 ) -> Markup:
-    """Returns a table of concepts, those that are the strongest of the most rows first.
+    """Returns a table of concepts, sorted by the share of rows on which each is the strongest.
 
     Args:
-        activations: [N, K], also on disk; None where they are not known.
-        words, images: of each concept; None before grounding.
-        num_concepts: K; the first NUM_CONCEPTS of them are shown.
-        title: stands above it.
+        activations: float[N, K], may be on disk; None if unknown.
+        words: the words of each concept; None before grounding.
+        images: the picture files of each concept; None before grounding.
+        num_concepts: K; the first NUM_CONCEPTS in order are shown.
+        title: title of the table.
     """
     shares = None if activations is None else shares_of(activations)
     order = range(num_concepts) if shares is None else np.argsort(-shares, kind="stable")
@@ -60,9 +61,9 @@ def concepts_html(
 
 
 def shares_of(activations: Any) -> Float[np.ndarray, " K"] | None:
-    """Returns the share of rows of which each concept is the strongest.
+    """Returns the share of rows on which each concept is the strongest.
 
-    None for activations that lie on other hosts too.
+    None if some activations are on other hosts.
     """
     if isinstance(activations, jax.Array) and not activations.is_fully_addressable:
         return None
@@ -79,7 +80,7 @@ def shares_of(activations: Any) -> Float[np.ndarray, " K"] | None:
 
 
 def _strip(files: Sequence[str]) -> Markup:
-    """Small pictures side by side; of a file that can't be read its name."""
+    """Returns small pictures side by side; for a file that can't be read, its name."""
     return Markup(" ").join(map(_picture, files))
 
 

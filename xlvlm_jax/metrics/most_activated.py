@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from xlvlm_jax.metrics.precision import as_real, is_traced
 
 _TILE_ROWS = 2**14  # rows copied at once
-NONE = -1  # in place of a concept: the sample activates none
+NONE = -1  # instead of a concept: the sample activates none
 
 AnyArray = jax.Array | np.ndarray
 

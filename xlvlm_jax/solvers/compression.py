@@ -103,7 +103,16 @@ def _in(
 def directions_of_sample(
     X: Float[Array, "M D"], key: PRNGKeyArray, width: int
 ) -> Float[Array, "D R"]:
-    """Returns approximate leading directions of a sample of rows minus their mean; orthonormal."""
+    """Returns approximate leading directions of a sample of rows.
+
+    Args:
+        X: float[M, D], the rows minus their mean.
+        key: random key.
+        width: number of directions R.
+
+    Returns:
+        float[D, R], orthonormal.
+    """
     weights = jax.random.normal(key, (len(X), width), X.dtype)
     drawn = orthonormal(matmul(X.T, weights))
     return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)

@@ -41,8 +41,8 @@ SLACK = 1e-6  # rounding error relative to the largest terms of a squared distan
 MOVED = 32  # centroids whose scores are renewed together
 MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
 TURN = 16  # scores compared in one pass
-# Scores held at once, if there are many and rows are so narrow that copying a block of them costs
-# less than holding all scores. An accelerator starts few large products faster.
+# Scores held at once if there are many, and rows are so narrow that copying a block of them costs
+# less than holding all scores. An accelerator runs a few large products faster.
 HELD, ACCELERATOR_HELD = 2**19, 2**26
 MANY, FEW_COLUMNS = 2**23, 8  # scores; columns per centroid
 TINY = 1e-30
@@ -260,7 +260,7 @@ def _renew_rows(
             return found.labels, jnp.where(real > 0, gaps_of(energy, found), gaps)
 
         def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, ...]:
-            first = jnp.minimum(i * size, N - size)  # the last reaches back
+            first = jnp.minimum(i * size, N - size)  # the last block overlaps
             return tuple(
                 jax.lax.dynamic_update_slice_in_dim(all_of, part, first, 0)
                 for all_of, part in zip(found, block(first, size), strict=True)
@@ -302,7 +302,7 @@ def _renew_rows(
 
 
 def _rows_at_once(N: int, D: int, K: int) -> int:
-    """How many rows are given scores together."""
+    """Returns how many rows are scored together."""
     if N * K < MANY or D > FEW_COLUMNS * K:
         return N
     held = HELD if jax.default_backend() == "cpu" else ACCELERATOR_HELD

@@ -44,7 +44,7 @@ def solve(
         mesh: devices that hold the rows along "data"; None for one device.
 
     Returns:
-        the result, with a leading axis Q; a smaller number of concepts gives the first of a larger.
+        the result, with a leading axis Q; fewer concepts are the first ones of more.
     """
     K = max(num_concepts)
 

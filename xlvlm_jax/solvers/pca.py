@@ -321,7 +321,7 @@ class Plan(NamedTuple):
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """A single run: a smaller number of components gives the first of a larger."""
+        """A single run: fewer components are the first ones of more."""
         return (max(self.num_concepts),)
 
     @property
@@ -402,8 +402,8 @@ def plan(
         max_iter: maximum number of updates.
 
     Returns:
-        the plan and its inputs. The result of a solve has a leading axis Q; a smaller number of
-        components gives the first of a larger.
+        the plan and its inputs. The result of a solve has a leading axis Q; fewer components are
+        the first ones of more.
     """
     return Plan(width, num_samples, num_concepts, max_iter), Given(key, jnp.float32(tol))
 

@@ -122,7 +122,7 @@ class StoredRows:
         self.shape = (rows, self._array.shape[1])
         self.dtype = self._array.dtype.numpy_dtype
         codecs = self._array.spec().to_json()["metadata"]["codecs"]
-        # As `create_array` writes them: the bytes of a file are those of its rows.
+        # True for arrays of `create_array`: the bytes of a file are those of its rows.
         self._is_plain = codecs == _CODECS and sys.byteorder == "little"
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class StoredRows:
         return self._array[start:stop].read().result()
 
     def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
-        """Returns rows by number, in any order: reads these rows and not the rest of their chunks.
+        """Returns rows by number, in any order, without reading the rest of their chunks.
 
         Raises:
             IndexError: there is no row with this number.

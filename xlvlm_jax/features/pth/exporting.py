@@ -16,7 +16,7 @@ from xlvlm_jax.features.reader import Features, choose_sites
 from xlvlm_jax.features.samples import unplaced
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
-_BLOCK_BYTES = 2**24  # of rows that are held at once
+_BLOCK_BYTES = 2**24  # of rows held at once
 
 
 def export_features(
@@ -70,10 +70,10 @@ def export_features(
 
 
 class _BySample(NamedTuple):
-    """Rows in the order of their samples. The reference has at least one position of each."""
+    """Rows sorted by their samples. The reference has at least one position per sample."""
 
-    order: Int[np.ndarray, " N"]  # the rows, sample after sample
-    counts: Int[np.ndarray, " S"]  # of each sample
+    order: Int[np.ndarray, " N"]  # row numbers, sample by sample
+    counts: Int[np.ndarray, " S"]  # number of rows per sample
 
     @classmethod
     def of(cls, sample_rows: Int[np.ndarray, " N"], num_samples: int) -> "_BySample":
@@ -88,11 +88,11 @@ class _BySample(NamedTuple):
 
     @property
     def starts(self) -> Int[np.ndarray, " S"]:
-        """First state of each sample."""
+        """Index of the first state of each sample."""
         return np.cumsum(self.lengths) - self.lengths
 
     def states(self) -> Int[np.ndarray, " M"]:
-        """Returns the row of each state to write; -1 for that of a sample without rows."""
+        """Returns the row of each state to write; -1 for the state of a sample without rows."""
         found = np.full(int(self.lengths.sum()), -1)
         found[np.repeat(self.counts > 0, self.lengths)] = self.order
         return found

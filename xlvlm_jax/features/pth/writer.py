@@ -16,19 +16,19 @@ import numpy as np
 from xlvlm_jax.features.pth.torch_globals import STORAGES
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNMENT = 64  # of storages in the file, as torch has it, so that they can be mapped
+_ALIGNMENT = 64  # of storages in the file, as in torch, so that they can be memory-mapped
 _ZIP64_BYTES = 20  # that zipfile adds to the header of a large part
-_HELD = 2**20  # bytes of the pickle that are written together
-_BATCH = 1000  # items of a list that a reader holds before it appends them, as pickle has it
+_HELD = 2**20  # bytes of the pickle written at once
+_BATCH = 1000  # items of a list that a reader appends at once, as in pickle
 
 
 class Numbers(NamedTuple):
-    """A storage that several tensors look into.
+    """A storage that several tensors are views of.
 
     Attributes:
-        dtype: as numpy has it.
-        size: how many numbers.
-        blocks: gives arrays whose numbers, one after another, are those of the storage.
+        dtype: numpy dtype.
+        size: number of elements.
+        blocks: returns arrays with the elements of the storage, in order.
     """
 
     dtype: np.dtype
@@ -42,7 +42,7 @@ class Numbers(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor: the numbers of a storage from one on, in rows."""
+    """A tensor: consecutive elements of a storage, in row-major order."""
 
     numbers: Numbers
     offset: int
@@ -78,14 +78,14 @@ def write_pth(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def _part(archive: zipfile.ZipFile, name: str, size: int = 0) -> zipfile.ZipInfo:
-    # A constant date: the same value gives the same bytes.
+    # A constant date, so that the same value gives the same bytes.
     info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
     info.file_size = size
     assert archive.fp is not None, "the archive is open"
     begins = archive.fp.tell() + 30 + len(info.filename) + 4
     if 1.05 * size > zipfile.ZIP64_LIMIT:  # zipfile's own rule
         begins += _ZIP64_BYTES
-    # An extra field of torch's own kind, as long as it takes.
+    # An extra field like torch's, as long as needed.
     missing = -begins % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", missing) + bytes(missing)
     return info
@@ -111,13 +111,13 @@ class _Pickle:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._out = file, bytearray()
-        self._memo: dict[Any, bytes] = {}  # what a reader remembers -> the opcodes that recall it
+        self._memo: dict[Any, bytes] = {}  # what a reader remembers -> opcodes to recall it
         self._tails: dict[tuple[int, ...], bytes] = {}  # shape -> the end of a tensor
-        self._storages: dict[int, Numbers] = {}  # by id: they stay alive, so that it is theirs
+        self._storages: dict[int, Numbers] = {}  # by id; kept alive, so that ids stay unique
 
     def write(self, value: Any) -> list[Numbers]:
         """Writes a value and returns its storages in the order of their keys."""
-        self._out += b"\x80\x02"  # protocol 2, torch.save's own
+        self._out += b"\x80\x02"  # protocol 2, like torch.save
         self._emit(value)
         self._out += b"."
         self._file.write(self._out)
@@ -160,8 +160,8 @@ class _Pickle:
             self._emit(value.item())
         else:
             raise ValueError(
-                f"a {type(value).__name__} can't be written into a .pth file; give plain values,"
-                " lists, dictionaries and arrays"
+                f"a {type(value).__name__} can't be written to a .pth file; use plain values, "
+                "lists, dictionaries and arrays"
             )
 
     def _emit_list(self, items: Iterable[Any]) -> None:
@@ -174,7 +174,7 @@ class _Pickle:
         self._out += b"e" if count else b""
 
     def _recall(self, key: Any, build: Callable[[], bytes]) -> None:
-        """Builds what a reader then remembers, or has it recall that."""
+        """Builds a value that a reader memoises, or recalls it."""
         if key in self._memo:
             self._out += self._memo[key]
             return
@@ -206,8 +206,8 @@ class _Pickle:
         dtype = dtype.newbyteorder("=") if dtype.byteorder == ">" else dtype
         if dtype not in _STORAGE_OF:
             raise ValueError(
-                f"torch has no storage class of dtype {numbers.dtype}; expected one of"
-                f" {', '.join(str(known) for known in _STORAGE_OF)}"
+                f"torch has no storage class for dtype {numbers.dtype}; expected one of "
+                f"{', '.join(str(known) for known in _STORAGE_OF)}"
             )
         key = str(len(self._storages))
         self._storages[id(numbers)] = numbers
@@ -228,7 +228,7 @@ def _integer(value: int) -> bytes:
         return b"J" + struct.pack("<i", value)
     content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     if len(content) > 255:
-        raise ValueError("an integer of more than 255 bytes can't be written into a .pth file")
+        raise ValueError("an integer of more than 255 bytes can't be written to a .pth file")
     return b"\x8a" + bytes([len(content)]) + content
 
 

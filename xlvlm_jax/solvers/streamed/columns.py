@@ -16,7 +16,7 @@ from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, give_back, values_of
 from xlvlm_jax.solvers.sums import Wide, column_sums, total
 
-ALIGNMENT = 64  # bytes; XLA computes on an array where it lies if it begins at a multiple of this
+ALIGNMENT = 64  # bytes; XLA uses an array in place if it starts at a multiple of this
 CANCELS = 0.05  # of its terms: a smaller difference is computed from the residual itself
 
 # Each one program, which is kept.
@@ -120,7 +120,7 @@ def _in_columns(
 
 
 def _aligned(N: int, R: int) -> Float[np.ndarray, "N R"]:
-    """An empty matrix that a CPU computes on where it lies, without a copy."""
+    """Returns an empty matrix that a CPU uses in place, without a copy."""
     room = np.empty(4 * N * R + ALIGNMENT, np.uint8)
     first = -room.ctypes.data % ALIGNMENT
     return room[first : first + 4 * N * R].view(np.float32).reshape(N, R)

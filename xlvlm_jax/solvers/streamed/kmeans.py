@@ -19,10 +19,10 @@ from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
 class InColumns(kmeans.Plan):
-    """Ends with the centroids: nothing of N K numbers is made of the compressed rows."""
+    """A plan that ends with the centroids, without arrays of N K numbers for X."""
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
-        """The centroids; the history is that of the centroids before each update."""
+        """Returns the centroids; the history has the inertia before each update."""
         tol, fixed, progress = carry
         return Result(
             components=progress.state.offsets + fixed.problem.mean,
@@ -73,7 +73,7 @@ def solve(
     del X
     offsets: Array = matmul(begun.components[0], basis.T)
     error = jnp.inf
-    # Each update's is that of the centroids before it, and the first pass computes the last.
+    # Each value belongs to the centroids before an update; the first pass computes the last one.
     history = list(np.asarray(begun.history[0])[1 : int(begun.iterations[0]) + 1] + outside)
     labels = np.empty(N, np.int32)
     while len(history) < max_iter and not error <= tol:
