@@ -1,7 +1,7 @@
-"""Samples -> what the model takes, in batches of one size, read ahead of it.
+"""Makes batches of one size from samples, read ahead of the model.
 
 A sample whose picture can't be read, or whose picture or prompt the checkpoint's processor refuses,
-leaves its batch with the reason; the others are computed as if it had not been there.
+is left out of its batch and the reason recorded; the others are unaffected.
 
 B batch.
 """
@@ -26,34 +26,34 @@ Group = tuple[Sample, ...]  # the samples of one batch
 
 
 class Batch(NamedTuple):
-    """What one pass of the model takes, and whose it is."""
+    """Inputs of one pass of the model, and the samples they belong to."""
 
     samples: Group
-    errors: tuple[str | None, ...]  # a sample: why it has no row, else None
-    rows: np.ndarray  # int[B]: the sample that each row belongs to; int[0] if none has a row
-    num_rows: int  # the rows after these only fill the batch up
+    errors: tuple[str | None, ...]  # per sample: why it has no row, else None
+    rows: np.ndarray  # int[B]: index into `samples` of each row; int[0] if none has a row
+    num_rows: int  # the rows after these are padding
     inputs: tuple[Arrays, ...]  # one per version of the prompts; () if no sample has a row
     answer_lengths: np.ndarray  # int[B]: how many of a row's last tokens are its answer
 
     @property
     def good(self) -> np.ndarray:
-        """int[R]: the samples that have a row, in the order of the rows."""
+        """int[R]: indices of the samples that have a row, in row order."""
         return self.rows[: self.num_rows]
 
     @property
     def refused(self) -> dict[str, str]:
-        """Sample -> why it has no row."""
+        """{sample id: why it has no row}."""
         pairs = zip(self.samples, self.errors, strict=True)
         return {sample.id: error for sample, error in pairs if error is not None}
 
 
 def own_prompt(sample: Sample) -> str:
-    """What a sample is asked, in its data's own words."""
+    """Returns the prompt that a sample has in its data set."""
     return sample.prompt
 
 
 def groups_of(samples: Sequence[Sample], size: int) -> list[Group]:
-    """The samples in order, `size` at a time. Which share a batch depends on nothing else."""
+    """Splits the samples, in order, into groups of `size`, independently of anything else."""
     return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
@@ -70,16 +70,18 @@ def make_batch(
     """Reads the pictures of some samples and runs the processor over them and their prompts.
 
     Args:
-        vlm: whose chat template and processor.
-        samples: at most `size`.
-        size: B. A batch is filled up by its first row, so that all batches are alike.
-        prompts: versions of what is asked, each of which gives a sample its prompt.
-        answers: what follows the prompt of each sample; of one version only.
-        ended: whether the token that ends an answer follows too.
+        vlm: the model, for its chat template and processor.
+        samples: at most `size` samples.
+        size: B. A smaller batch is padded with copies of its first row, so that all have one shape.
+        prompts: functions from a sample to its prompt, one per version of the batch.
+        answers: answer to append to the prompt of each sample; only with a single version.
+        ended: whether the end-of-answer token follows too.
         strict: stop at a sample that has no row, instead of recording why.
 
-    Raises, if strict, OSError or ValueError that names the sample. What the processor raises for a
-    batch but for none of its samples passes, and so does a package that it lacks.
+    Raises:
+        OSError: if strict, a picture can't be read; the sample is named.
+        ValueError: if strict, the processor refuses a sample, which is named. An error for the
+            batch that no single sample causes, or for a missing package, is passed on.
     """
     texts = [[vlm.render(prompt(sample)) for sample in samples] for prompt in prompts]
     lengths = np.zeros(len(samples), int)
@@ -93,7 +95,7 @@ def make_batch(
         inputs = _process(vlm, texts, images, size)
     except (ImportError, MemoryError):
         raise
-    # Processors raise whatever an odd picture or a prompt with their own marks leads them to.
+    # Processors may raise any error for an odd picture, or a prompt with their own markers.
     except Exception as error:
         refused = _refused(vlm, texts, images)
         if not refused:
@@ -111,7 +113,7 @@ def make_batch(
 def _read(
     samples: Sequence[Sample], strict: bool
 ) -> tuple[dict[int, Image.Image], list[str | None]]:
-    """{sample: its picture}, of those that can be read, and why each other can't."""
+    """Returns {index: picture} of the samples that can be read, and why each other one can't."""
     images, errors = {}, []
     for i, sample in enumerate(samples):
         try:
@@ -132,8 +134,10 @@ def _filled(images: Mapping[int, Image.Image], size: int) -> np.ndarray:
 def _process(
     vlm: VLM, texts: Sequence[Sequence[str]], images: Mapping[int, Image.Image], size: int
 ) -> tuple[Arrays, ...]:
-    """The processor's arrays of each version. Raises whatever it does, or ValueError if images and
-    prompts do not fit each other (a question may hold the mark that stands for an image).
+    """Returns the processor's arrays of each version.
+
+    Raises whatever the processor raises, or ValueError if images and prompts do not match (a
+    question may contain the image marker).
     """
     rows: list[int] = _filled(images, size).tolist()
     if not rows:
@@ -148,7 +152,7 @@ def _process(
 def _refused(
     vlm: VLM, texts: Sequence[Sequence[str]], images: Mapping[int, Image.Image]
 ) -> dict[int, str]:
-    """{sample: why it can't be processed}, each tried alone."""
+    """Returns {index: why it can't be processed}, trying each sample alone."""
     refused = {}
     for i, image in images.items():
         try:
@@ -162,17 +166,20 @@ def _refused(
 def read_ahead(
     asked: Sequence[Asked], make: Callable[[Asked], Made], workers: int | None = None
 ) -> Iterator[Made]:
-    """make(each) of what is asked, in order, by threads ahead of the caller.
+    """Yields make(x) for each item in order, computed by threads ahead of the caller.
 
-    workers: how many threads; None: `default_workers`.
+    Args:
+        asked: the items.
+        make: called with an item, on any thread.
+        workers: number of threads; None for `default_workers`.
     """
-    import grain  # which loads Orbax, so only where a model runs
+    import grain  # loads Orbax, so only where a model runs
 
     begun = threading.Event()
 
     def made(number: int) -> Made:
-        # What the first reads and sets for all (the processor, its padding) no other may meet
-        # half done.
+        # The first call reads and sets shared state (the processor, its padding), which the others
+        # must not see half done.
         if number > 0:
             begun.wait()
         try:
@@ -188,5 +195,8 @@ def read_ahead(
 
 
 def default_workers() -> int:
-    """Threads that read images: decoding and resizing let others run, so one a core, at most 16."""
+    """Returns the number of threads that read images: one per core, at most 16.
+
+    Decoding and resizing release the interpreter lock.
+    """
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)

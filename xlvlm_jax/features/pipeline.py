@@ -37,14 +37,23 @@ class Clock:
 
 
 def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
-    """The batch of a group. Raises OSError or ValueError for a sample without a row if strict."""
+    """Returns the batch of a group.
+
+    Raises:
+        OSError: if strict, a picture can't be read.
+        ValueError: a sample has no reference to force or, if strict, the processor refuses it.
+    """
     forced = settings.mode == "teacher-forcing"
     answers = [reference(sample) for sample in samples] if forced else None
     return make_batch(vlm, samples, settings.batch_size, answers=answers, strict=strict)
 
 
 def reference(sample: Sample) -> str:
-    """What is forced on a sample. ValueError for one without references."""
+    """Returns the reference that is forced on a sample.
+
+    Raises:
+        ValueError: it has none.
+    """
     if not sample.references:
         raise ValueError(
             f"sample {sample.id} has no reference to force; use data with captions or answers"
