@@ -21,6 +21,10 @@ def report(
         Path | None, typer.Option(help="File to write. Default: RUN/report.html.")
     ] = None,
     images: Images = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="Another run directory, to show its concepts beside those of RUN."),
+    ] = None,
     picture_mb: Annotated[
         float,
         typer.Option(help="Megabytes for pictures; more shows more of each concept's.", min=0),
@@ -33,5 +37,5 @@ def report(
     refuse_existing(output or run / "report.html", overwrite)
     tell = functools.partial(errors.print, style="yellow", markup=False)
     room = round(picture_mb * 1e6)
-    path = write_report(run, output, images=images, picture_bytes=room, tell=tell)
+    path = write_report(run, output, images=images, beside=beside, picture_bytes=room, tell=tell)
     console.print(f"{path}")

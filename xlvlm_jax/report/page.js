@@ -10,7 +10,7 @@ for (const tools of document.querySelectorAll(".tools")) {
   // The text of a card: its number, words, attributes and the captions of its pictures.
   const textOf = (card) => {
     if (!texts.has(card)) {
-      const parts = card.querySelectorAll("h3, .words, .said, .attributes th, .missing, img, .shot");
+      const parts = card.querySelectorAll("h3, .number, .words, .said, .attributes th, .missing, img, .shot");
       const said = [...parts].map((part) => part.alt ?? part.dataset.asked ?? part.textContent);
       texts.set(card, ` ${said.join(" ").toLowerCase().replace(/\s+/g, " ")} `);
     }

@@ -13,6 +13,8 @@ from markupsafe import Markup
 
 from xlvlm_jax.concepts.scores.attributes import known_attributes
 from xlvlm_jax.features.reader import Features
+from xlvlm_jax.report.beside_section import beside as side_by_side
+from xlvlm_jax.report.beside_section import pair_sections, read_other
 from xlvlm_jax.report.cards import Section, read_section
 from xlvlm_jax.report.pictures import choose_pictures
 from xlvlm_jax.report.scores_section import KEYS as SCORES
@@ -35,6 +37,7 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     images: str | os.PathLike[str] | None = None,
+    beside: str | os.PathLike[str] | None = None,
     picture_bytes: int = BUDGET,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
@@ -48,6 +51,8 @@ def write_report(
         run: the run directory.
         output: the file to write; by default report.html in the run directory.
         images: directory that holds the pictures now, if they were moved without the run.
+        beside: another run directory, whose concepts the page shows beside those of this one that
+            they are matched to.
         picture_bytes: maximum size of all thumbnails together. What the most activating pictures of
             the concepts leave goes to further pictures, which the page shows on a click.
         tell: called with a message if pictures can't be shown; the page shows the message too.
@@ -66,13 +71,14 @@ def write_report(
             f"{run}: no such run directory; give one such as `xlvlm demo` writes"
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
-        text = _render(run, images, picture_bytes, tell)
+        text = _render(run, images, None if beside is None else Path(beside), picture_bytes, tell)
     return _store(run / "report.html" if output is None else Path(output), text)
 
 
 def _render(
     run: Path,
     images: str | os.PathLike[str] | None,
+    beside: Path | None,
     picture_bytes: int,
     tell: Callable[[str], None] | None,
 ) -> str:
@@ -91,14 +97,24 @@ def _render(
     if features is not None:
         attributes = known_attributes(features)
         sections = [read_section(directory, features, attributes) for directory in directories]
+    other, pairs = None, []
+    if beside is not None:
+        other = read_other(beside, images)
+        pairs = pair_sections(sections, other.sections)
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     shifts = read_shifts(run, images)
+    owned = [(section, features) for section in sections if features is not None]
+    if other is not None:
+        owned += [(section, other.features) for section in other.sections]
+    roots = [root for each in (run, beside) if each is not None for root in (each, each.parent)]
     shown = choose_pictures(
-        [(section, features) for section in sections if features is not None],
-        [*shown_images(shifts), *shown_steering(steering)],
-        (run, run.parent),
-        picture_bytes,
+        owned, [*shown_images(shifts), *shown_steering(steering)], roots, picture_bytes
     )
+    sections, others = shown.sections[: len(sections)], shown.sections[len(sections) :]
+    besides = []
+    if features is not None and other is not None:
+        names, manifests = _names(run, beside), (features.manifest, other.features.manifest)
+        besides = [side_by_side(sections[i], others[j], names, manifests) for i, j in pairs]
     left_out = None
     if shown.left_out:
         left_out = (
@@ -111,7 +127,8 @@ def _render(
     page = _environment().get_template("page.html.jinja")
     return page.render(
         about=_about(settings, features, sections),
-        sections=shown.sections,
+        sections=sections,
+        besides=besides,
         scores=_attribute_scores(scores),
         dictionaries=read_scores(run, scores),
         shifts=shifts,
@@ -127,6 +144,15 @@ def _render(
         script=_part("page.js"),
         blank=BLANK,
     )
+
+
+def _names(run: Path, beside: Path | None) -> tuple[str, str]:
+    """What the two runs are called: their directories, with those above them where these agree."""
+    ours, theirs = (path.resolve().parts for path in (run, beside or run))
+    for depth in range(1, max(len(ours), len(theirs))):
+        if ours[-depth:] != theirs[-depth:]:
+            return "/".join(ours[-depth:]), "/".join(theirs[-depth:])
+    return ours[-1], theirs[-1]
 
 
 def _part(name: str) -> Markup:

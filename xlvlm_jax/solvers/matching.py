@@ -41,9 +41,25 @@ def match(components_a: Float[Array, "K D"], components_b: Float[Array, "K D"]) 
 
 
 def _hungarian(a: Array, b: Array) -> Int[np.ndarray, " K"]:
-    similarity = unit_rows(a) @ unit_rows(b).T
-    rows, columns = linear_sum_assignment(np.nan_to_num(similarity, nan=-1.0), maximize=True)
+    rows, columns, _ = match_any(a, b)
     return columns[np.argsort(rows)].astype(np.int32)
+
+
+def match_any(
+    components_a: Float[Array, "K D"], components_b: Float[Array, "L D"]
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Returns the matching of highest total cosine of two dictionaries of any sizes.
+
+    Args:
+        components_a: float[K, D].
+        components_b: float[L, D].
+
+    Returns:
+        int[P] rows of a, int[P] rows of b and float64[P] their cosines, P the smaller of K and L.
+    """
+    similarity = unit_rows(components_a) @ unit_rows(components_b).T
+    rows, columns = linear_sum_assignment(np.nan_to_num(similarity, nan=-1.0), maximize=True)
+    return rows, columns, similarity[rows, columns]
 
 
 def matched_cosines(
