@@ -63,6 +63,12 @@ def load(
         ValueError: the model_type or a configuration value is not supported, the parameters do not
             match the model, the checkpoint is quantised or damaged, or the adapter is for another
             model or of an unsupported kind.
+
+    Examples:
+        >>> import ports, xlvlm_jax  # which brings the model "embedded"
+        >>> vlm = ports.load("embedded")
+        >>> vlm.config.model_type, vlm.sites[-1]
+        ('llava', 'language_model.lm_head')
     """
     keep_programs()
     directory = hub.find_directory(path)
@@ -100,6 +106,12 @@ def load_abstract(
     Raises:
         FileNotFoundError: as for `load`, except for missing weights.
         ValueError: as for `load`.
+
+    Examples:
+        >>> import jax, ports, xlvlm_jax  # which brings the model "embedded"
+        >>> vlm = ports.load_abstract("embedded", dtype="bfloat16")
+        >>> vlm.params["language_model"]["model"]["norm"]["scale"]
+        ShapeDtypeStruct(shape=(192,), dtype=bfloat16)
     """
     directory = hub.find_directory(path, weights=False)
     module, port, config, abstract = _build(directory, dtype, video_positions)
@@ -110,7 +122,13 @@ def load_abstract(
 
 
 def hub_names(name: str) -> tuple[str, ...]:
-    """Returns the Hub name that each port gives to a module named as in today's transformers."""
+    """Returns the Hub name that each port gives to a module named as in today's transformers.
+
+    Examples:
+        >>> import ports
+        >>> ports.hub_names("model.language_model.layers.3")[0]
+        'language_model.model.layers.3'
+    """
     return tuple(port.hub_name(name) for port in PORTS.values())
 
 

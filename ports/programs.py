@@ -41,6 +41,10 @@ def compilation_cache(directory: str | Path | None) -> Path | None:
     Returns:
         The directory, or None if nothing is cached: the directory is not writable, or JAX's option
         jax_enable_compilation_cache is off.
+
+    Examples:
+        >>> import ports
+        >>> ports.compilation_cache(None)  # programs are not kept
     """
     global _decided
     _decided = True

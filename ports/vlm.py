@@ -41,7 +41,19 @@ Array = jax.Array
 
 
 class Output(NamedTuple):
-    """Result of `VLM.forward`."""
+    """Result of `VLM.forward`.
+
+    Examples:
+        >>> import ports, xlvlm_jax
+        >>> from PIL import Image
+        >>> vlm = ports.load("embedded")
+        >>> prompt, picture = vlm.render("What is in the picture?"), Image.new("RGB", (64, 64))
+        >>> inputs = vlm.process([prompt], [picture])
+        >>> site = "language_model.model.layers.3"
+        >>> out = vlm.forward(inputs, sites=[site])
+        >>> out.logits.shape[:2] == inputs["input_ids"].shape, out.states[site].shape[-1]
+        (True, 192)
+    """
 
     logits: Array  # float32[B, T, V], whatever the model's dtype
     states: dict[str, Array]  # site -> [B, T, D]; for a vision site [images, patches, width]
@@ -135,6 +147,16 @@ class VLM:
         eos_tokens: ids that end a generated row.
         pad_token: id that fills a row after its end.
         adapter: the directory of the LoRA adapter merged into the parameters, or None.
+
+    Examples:
+        >>> import ports, xlvlm_jax
+        >>> from PIL import Image
+        >>> vlm = ports.load("embedded")
+        >>> prompt, picture = vlm.render("What is in the picture?"), Image.new("RGB", (64, 64))
+        >>> inputs = vlm.process([prompt], [picture])
+        >>> logits = vlm.forward(inputs, sites=["language_model.model.layers.3"]).logits
+        >>> vlm.tokenizer.decode([int(logits[0, -1].argmax())])  # how an answer begins
+        'dog'
     """
 
     adapter: Path | None = None

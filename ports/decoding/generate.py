@@ -26,7 +26,19 @@ Array = jax.Array
 
 
 class Generation(NamedTuple):
-    """Result of `VLM.generate`."""
+    """Result of `VLM.generate`.
+
+    Examples:
+        >>> import ports, xlvlm_jax
+        >>> from PIL import Image
+        >>> vlm = ports.load("embedded")
+        >>> prompt, picture = vlm.render("What is in the picture?"), Image.new("RGB", (64, 64))
+        >>> inputs = vlm.process([prompt], [picture])
+        >>> site = "language_model.model.layers.3"
+        >>> answer = vlm.generate(inputs, max_new_tokens=2, sites=[site])
+        >>> answer.tokens.shape, answer.states[site].shape
+        ((1, 2), (1, 2, 192))
+    """
 
     tokens: Array  # int32[B, M]; pad tokens after the end-of-sequence token
     states: dict[str, Array]  # site -> [B, M, D]; states[site][:, m] predicted tokens[:, m]

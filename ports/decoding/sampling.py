@@ -15,7 +15,15 @@ Number = Array | float
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`."""
+    """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, ports
+        >>> from ports.decoding.sampling import draw
+        >>> sampling = ports.Sampling(jax.random.key(0), temperature=0.7, top_k=1)
+        >>> draw(jnp.array([[0.0, 3.0, 1.0]]), sampling, step=0).tolist()
+        [1]
+    """
 
     key: Array  # JAX random key
     temperature: Number = 1.0  # logits are divided by it

@@ -36,7 +36,15 @@ _WHERE = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Describes the positions of a call; the models set it while their decoder runs."""
+    """Describes the positions of a call; the models set it while their decoder runs.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> row = jnp.arange(2)[None]  # kinds 0 and 1: a position of an image, one of text
+        >>> places = ports.Places(kind=row, index=row, slot=row)
+        >>> ports.add([1.0], where="image")(jnp.zeros((1, 2, 1)), places).tolist()
+        [[[1.0], [0.0]]]
+    """
 
     kind: Array  # int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED
     index: Array  # int32[B, T]: index of the token in its row, not counting padding
@@ -68,6 +76,12 @@ class Edit:
         at: int32[P] or int32[B, P], indices of the edited tokens; or None for all.
         change: (states, vector, alpha, places) -> states; vector and alpha broadcast against the
             states.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> edit = ports.add([1.0, 0.0], alpha=3.0)
+        >>> edit.width, edit(jnp.zeros((1, 2))).tolist()
+        (2, [[3.0, 0.0]])
     """
 
     vector: Any
@@ -347,6 +361,11 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
     Raises:
         ValueError: `where` is invalid, vector or alpha has an unexpected shape, or a value is not
             finite.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.add([0.0, 1.0], alpha=2.0)(jnp.ones((1, 2))).tolist()
+        [[1.0, 3.0]]
     """
     return _edit(_add, vector, alpha, where)
 
@@ -366,6 +385,11 @@ def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
     Raises:
         ValueError: as for `add`.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.add_relative([0.0, 8.0], alpha=0.5)(jnp.array([[2.0, 0.0]])).tolist()
+        [[2.0, 1.0]]
     """
     return _edit(_add_relative, vector, alpha, where)
 
@@ -388,6 +412,11 @@ def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         ValueError: as for `add`.
 
     Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction".
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.ablate([0.0, 4.0])(jnp.array([[3.0, 5.0]])).tolist()
+        [[3.0, 0.0]]
     """
     return _edit(_ablate, vector, alpha, where)
 
@@ -416,6 +445,11 @@ def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         ValueError: as for `add`.
 
     Vig et al. 2020; Meng et al. 2022.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.replace([0.0, 4.0], alpha=0.5)(jnp.array([[2.0, 2.0]])).tolist()
+        [[1.0, 3.0]]
     """
     return _edit(_replace, vector, alpha, where)
 
@@ -441,6 +475,11 @@ def add_mapped(down: Any, up: Any, alpha: Any = 1.0, where: Any = "all") -> Edit
 
     Raises:
         ValueError: as for `add`, or the shapes of the two matrices do not match.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.add_mapped(down=[[1.0, 1.0]], up=[[0.0], [2.0]])(jnp.ones((1, 2))).tolist()
+        [[1.0, 5.0]]
     """
     if np.ndim(down) != 2 or np.shape(up) != np.shape(down)[::-1]:
         raise ValueError(
@@ -514,6 +553,11 @@ def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "al
 
     Raises:
         ValueError: `function` is not callable, or as for `add`.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> ports.edit_with(jnp.tanh, alpha=1.0)(jnp.zeros((1, 2))).tolist()
+        [[0.0, 0.0]]
     """
     if not callable(function):
         raise ValueError(f"edit_with takes a function of the states; got {_described(function)}")
@@ -539,6 +583,12 @@ def stacked(
 
     Raises:
         ValueError: the number of vectors differs from the number of sites, or as for `add`.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> edits = ports.stacked(["layers.0", "layers.1"], jnp.eye(2), alpha=[0.0, 3.0])
+        >>> edits["layers.1"](jnp.zeros((1, 2))).tolist()
+        [[0.0, 3.0]]
     """
     vectors = jnp.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) != len(sites):

@@ -39,7 +39,16 @@ class Factors(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Low-rank factors of a model's linear layers, and their scales. A pytree."""
+    """Low-rank factors of a model's linear layers, and their scales. A pytree.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> from ports.intervene.lora import Factors
+        >>> factors = {"dense": Factors(jnp.ones((4, 1)), jnp.ones((1, 2)))}
+        >>> adapter = ports.Adapter(factors, scale={"dense": 2.0})
+        >>> adapter.scaled(0.5).scale
+        {'dense': 1.0}
+    """
 
     factors: dict[str, Factors]  # site -> factors
     scale: dict[str, float]  # site -> s
@@ -173,6 +182,16 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ValueError: when called, if the adapter replaces whole weights or, in a call of the whole
             model, names a layer that did not run or is not linear. `merge` supports both.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
+        >>> from ports.intervene.lora import Factors
+        >>> x, model = jnp.ones((1, 4)), nn.Sequential([nn.Dense(2)])
+        >>> params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), x))
+        >>> factors = {"layers.0": Factors(jnp.ones((4, 1)), jnp.ones((1, 2)))}
+        >>> adapter = ports.Adapter(factors, {"layers.0": 0.5})
+        >>> ports.adapted(model.apply)(params, adapter, x).tolist()
+        [[2.0, 2.0]]
     """
 
     @functools.wraps(apply)
@@ -237,6 +256,14 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
 
     Raises:
         ValueError: the adapter is for a layer that `params` does not have, or of another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp, ports
+        >>> from ports.intervene.lora import Factors
+        >>> factors = {"dense": Factors(jnp.ones((2, 1)), jnp.ones((1, 2)))}
+        >>> adapter = ports.Adapter(factors, scale={"dense": 0.5})
+        >>> ports.merge({"dense": {"kernel": jnp.eye(2)}}, adapter)["dense"]["kernel"].tolist()
+        [[1.5, 0.5], [0.5, 1.5]]
     """
     check(adapter, mergeable_layers(params))
     flat = traverse_util.flatten_dict(params)

@@ -172,6 +172,14 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
     Raises:
         ValueError: when called, if no module of that name ran (the nearest names are listed), or it
             is below a transform that drops captured states.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
+        >>> x, model = jnp.ones((4, 2)), nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(5)])
+        >>> params = model.init(jax.random.key(0), x)
+        >>> out, states = jax.jit(ports.capture(model.apply, "layers.0"))(params, x)
+        >>> out.shape, states["layers.0"].shape
+        ((4, 5), (4, 3))
     """
     sites = as_sites(sites)
     wanted = {normal_name(site): site for site in sites}
@@ -277,6 +285,12 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
 
     Returns:
         {site: shape}, in the order of computation.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
+        >>> x, model = jnp.ones((4, 2)), nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(5)])
+        >>> ports.list_sites(model.apply, model.init(jax.random.key(0), x), x)
+        {'layers.0': (4, 3), 'layers.2': (4, 5)}
     """
     shapes: dict[str, tuple[int, ...]] = {}
 

@@ -63,6 +63,14 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
         ValueError: something is not an edit; or, when called, no module of that name ran (the
             nearest names are listed), the module's output is not states, an edit does not fit or
             changes their shape, or it selects positions by kind where they have none.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
+        >>> x, model = jnp.ones((1, 2)), nn.Sequential([nn.Dense(3), nn.relu])
+        >>> params = model.init(jax.random.key(0), x)
+        >>> steered = ports.steer(model.apply, {"layers.0": ports.replace([-1.0, 0.0, 2.0])})
+        >>> steered(params, x).tolist()
+        [[0.0, 0.0, 2.0]]
     """
     listed: dict[str, tuple[Edit, ...]] = {}
     named: dict[str, str] = {}  # normal name -> the caller's spelling
@@ -118,6 +126,14 @@ def substitute(
 
     Raises:
         ValueError: when called, if no module of that name ran.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
+        >>> x, model = jnp.ones((1, 2)), nn.Sequential([nn.Dense(3), nn.relu])
+        >>> params = model.init(jax.random.key(0), x)
+        >>> given = {"layers.0": jnp.array([[-1.0, 0.0, 2.0]])}
+        >>> ports.substitute(model.apply, given)(params, x).tolist()
+        [[0.0, 0.0, 2.0]]
     """
 
     @functools.wraps(apply)

@@ -167,7 +167,7 @@ class DualEncoder:
         vocabulary.warn_of_longer_tokenizer(processor.tokenizer, size, (), self.directory)
         return processor
 
-    def embed_text(self, tokens: Array, attention_mask: Array) -> Array:
+    def embed_text(self, tokens: Array | np.ndarray, attention_mask: Array | np.ndarray) -> Array:
         """Embeds texts.
 
         Args:
@@ -181,7 +181,8 @@ class DualEncoder:
             ValueError: a token id is outside the vocabulary.
         """
         vocabulary.check_ids(np.asarray(tokens), self.module.config.text.vocab_size)
-        return _embed_text(self.module, self.params, jnp.asarray(tokens), attention_mask)
+        mask = jnp.asarray(attention_mask)
+        return _embed_text(self.module, self.params, jnp.asarray(tokens), mask)
 
     def embed_images(self, pixels: Array | np.ndarray) -> Array:
         """Maps pixels[I, 3, height, width] to unit vectors float32[I, E]."""

@@ -60,6 +60,11 @@ def make_mesh(
 
     Raises:
         ValueError: a size is less than 1, or there are fewer devices.
+
+    Examples:
+        >>> import ports
+        >>> dict(ports.make_mesh(1).shape)
+        {'data': 1, 'model': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or model < 1:
@@ -87,6 +92,11 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
     Raises:
         ValueError: the text has another form.
+
+    Examples:
+        >>> import ports
+        >>> ports.parse_mesh("2x4")
+        (2, 4)
     """
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip().lower(), re.ASCII)
     if found is None:

@@ -132,6 +132,13 @@ def decompose(
             all zero or not for kmeans, the mesh has no "data" axis, the rows of a source do not
             match its shape, or the objective exceeds float32.
         TypeError: Z is not an array of numbers.
+
+    Examples:
+        >>> import jax, numpy as np, xlvlm_jax
+        >>> Z = np.float32([[0, 1], [0, 2], [3, 0], [5, 0]])
+        >>> concepts = xlvlm_jax.decompose(Z, 2, "kmeans", key=jax.random.key(0))
+        >>> sorted(concepts.components.tolist())
+        [[0.0, 1.5], [4.0, 0.0]]
     """
     keep_programs()
     how = method_named(method)
@@ -472,6 +479,17 @@ def decompose_stored(
 
     Raises:
         ValueError: as for `decompose`; NaN or Inf is found, and the row named, in the first pass.
+
+    Examples:
+        >>> import jax, numpy as np, tempfile, xlvlm_jax
+        >>> from xlvlm_jax.features.writer import FeaturesWriter
+        >>> Z, run, index = np.eye(4, dtype="float32"), tempfile.mkdtemp(), np.arange(4)
+        >>> with FeaturesWriter(run, {}) as writer:
+        ...     writer.append([{"id": str(i)} for i in index], {"norm": Z}, index, index, index)
+        ...     writer.close()
+        >>> stored = xlvlm_jax.Features.open(run).stored("norm")
+        >>> xlvlm_jax.decompose_stored(stored, 4, "kmeans", key=jax.random.key(0)).objective
+        0.0
     """
     keep_programs()
     how, solver = _streamed(method)
@@ -527,6 +545,12 @@ def project(
         TypeError: Z is not an array of numbers.
         ValueError: Z is not a matrix of finite real numbers, its width differs from the concepts',
             or the rows of a source do not match its shape.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> concepts = xlvlm_jax.Concepts.from_components(np.eye(2), alpha=1.0)
+        >>> xlvlm_jax.project(np.float32([[3, 0], [0, 0.5]]), concepts).tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
     """
     keep_programs()
     if not is_stored(Z):

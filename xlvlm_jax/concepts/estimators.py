@@ -140,6 +140,13 @@ class SemiNMF(_Linear):
             None with a single start.
         n_iter_, converged_: number of updates, and whether they were enough.
         n_features_in_: D.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> X = np.float32([[0, 3], [0, 5], [4, 0]])
+        >>> model = xlvlm_jax.SemiNMF(n_components=2, alpha=0.0, random_state=0).fit(X)
+        >>> model.transform(X).shape, bool(model.reconstruction_err_ < 1e-3)
+        ((3, 2), True)
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -253,6 +260,13 @@ class KMeans(ClusterMixin, _Solver):
         counts_: float64[K], the number, or total weight, of the samples of each centre.
         n_iter_, converged_: number of updates, and whether they were enough.
         n_features_in_: D.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> X = np.float32([[0, 1], [0, 2], [3, 0], [5, 0]])
+        >>> model = xlvlm_jax.KMeans(n_clusters=2, random_state=0).fit(X)
+        >>> sorted(model.cluster_centers_.tolist()), model.inertia_
+        ([[0.0, 1.5], [4.0, 0.0]], 2.5)
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -474,6 +488,13 @@ class PCA(_Linear):
         noise_variance_: the mean variance of the other min(N, D) - K directions.
         n_iter_, converged_: number of updates, and whether they were enough.
         n_samples_, n_features_in_: N and D.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> X = np.float32([[1, 0], [2, 0], [3, 0.1], [4, 0]])
+        >>> model = xlvlm_jax.PCA(n_components=1, random_state=0).fit(X)
+        >>> model.explained_variance_ratio_.round(2).tolist(), model.transform(X).shape
+        ([1.0], (4, 1))
     """
 
     _parameter_constraints: ClassVar[dict] = {

@@ -56,6 +56,14 @@ def ground_text(
     Raises:
         ValueError: a count is below one, components are not a matrix of the head's width, or they
             are not finite.
+
+    Examples:
+        >>> import numpy as np, ports, xlvlm_jax
+        >>> vlm = ports.load("embedded")
+        >>> dog = vlm.tokenizer.encode(" dog", add_special_tokens=False)[-1]
+        >>> head = vlm.params["language_model"]["lm_head"]["kernel"]
+        >>> xlvlm_jax.ground_text(head[:, [dog]].T, vlm.unembed, vlm.tokenizer, num_words=2)
+        [['dog', 'pup']]
     """
     for name, count in (("num_words", num_words), ("num_candidates", num_candidates)):
         if count < 1:
@@ -111,6 +119,11 @@ def ground_images(
 
     Raises:
         ValueError: num_images is not in 1..N, or activations are not finite.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> xlvlm_jax.ground_images(np.float32([[0, 7], [5, 1], [2, 8]]), num_images=2).tolist()
+        [[1, 2], [2, 0]]
     """
     N = activations.shape[0]
     if not 1 <= num_images <= N:

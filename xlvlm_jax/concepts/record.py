@@ -74,6 +74,13 @@ class Concepts:
             names are such that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
         source: where Z came from, in any form; its "features" are found after a move too.
+
+    Examples:
+        >>> import numpy as np, tempfile, xlvlm_jax
+        >>> concepts = xlvlm_jax.Concepts.from_components(np.eye(3), "kmeans")
+        >>> concepts.save(folder := tempfile.mkdtemp())
+        >>> xlvlm_jax.Concepts.load(folder).components.shape
+        (3, 3)
     """
 
     components: Matrix

@@ -41,6 +41,17 @@ class Features:
         positions: int32[N], position of each row in its sample, not counting padding.
         tokens: int32[N], the token predicted at each row.
         complete: False if the run was interrupted and not finished.
+
+    Examples:
+        >>> import numpy as np, tempfile, xlvlm_jax
+        >>> from xlvlm_jax.features.writer import FeaturesWriter
+        >>> Z, run, index = np.eye(4, dtype="float32"), tempfile.mkdtemp(), np.arange(4)
+        >>> with FeaturesWriter(run, {}) as writer:
+        ...     writer.append([{"id": str(i)} for i in index], {"norm": Z}, index, index, index)
+        ...     writer.close()
+        >>> features = xlvlm_jax.Features.open(run)
+        >>> features.sites, features.matrix("norm").shape
+        (('norm',), (4, 4))
     """
 
     path: Path

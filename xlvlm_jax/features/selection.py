@@ -45,6 +45,11 @@ class Selection:
 
     Raises:
         ValueError: the mode is unknown, or the argument does not fit it.
+
+    Examples:
+        >>> import xlvlm_jax
+        >>> xlvlm_jax.Selection.parse("token-of-interest:dog").how
+        'first'
     """
 
     mode: str

@@ -52,6 +52,13 @@ def find_word(
 
     Raises:
         ValueError: there are no words, the rule is unknown, or tokens are not int[B, M].
+
+    Examples:
+        >>> import ports, xlvlm_jax
+        >>> tokenizer = ports.load_abstract("embedded").tokenizer
+        >>> tokens = [tokenizer.encode("a small dog", add_special_tokens=False)]
+        >>> tokenizer.decode(tokens[0][xlvlm_jax.find_word(tokens, tokenizer, "dog")[0]]).strip()
+        'dog'
     """
     return WordFinder(tokenizer, words, match)(tokens)[:, 0]
 

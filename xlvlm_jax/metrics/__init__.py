@@ -1,4 +1,12 @@
-"""Metrics of concepts and of steered answers."""
+"""Metrics of concepts and of steered answers.
+
+Examples:
+    >>> import numpy as np, xlvlm_jax
+    >>> xlvlm_jax.metrics.hoyer_sparsity(np.float32([[5, 0, 0, 0], [1, 1, 1, 1]]))
+    0.5
+    >>> xlvlm_jax.metrics.word_overlap([["dog", "puppy"], ["dog", "cat"]])
+    0.5
+"""
 
 from typing import Any
 

@@ -3,13 +3,13 @@
 N samples, K concepts, D width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Num, Shaped
 
 from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means, is_traced
 
@@ -39,7 +39,7 @@ def explained_variance(Z: Float[AnyArray, "N D"], reconstruction: Float[AnyArray
             "the same"
         )
 
-    def mean_square(rows: AnyArray) -> AnyArray:
+    def mean_square(rows: AnyArray) -> Any:  # a scalar of numpy's or of JAX's
         return column_means(xp.sum(rows**2, axis=1, keepdims=True))[0]
 
     variance = mean_square(Z - column_means(Z))
@@ -63,7 +63,7 @@ def squared_deviations(tiles: Iterable[tuple[int, Shaped[np.ndarray, "B D"]]]) -
     return float(total)
 
 
-def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
+def hoyer_sparsity(activations: Float[AnyArray, "N K"] | Sequence[Sequence[float]]) -> Figure:
     """Returns the mean over samples of (sqrt(K) - |u|_1 / |u|_2) / (sqrt(K) - 1).
 
     Works under jit, vmap and grad.
@@ -82,7 +82,7 @@ def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
         return float("nan")
     if not is_traced(activations):
         return _hoyer_of_tiles(np.asarray(activations), root)
-    _, (codes,) = as_real(activations)
+    _, (codes,) = as_real(jnp.asarray(activations))
     used = (codes != 0).any(axis=1)
     norms = jnp.sqrt(jnp.where(used, jnp.sum(codes**2, axis=1), 1))
     sparsity = (root - jnp.abs(codes).sum(axis=1) / norms) / (root - 1)
@@ -91,7 +91,7 @@ def hoyer_sparsity(activations: Float[AnyArray, "N K"]) -> Figure:
     return as_figure(jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan))
 
 
-def _hoyer_of_tiles(activations: Float[np.ndarray, "N K"], root: float) -> float:
+def _hoyer_of_tiles(activations: Num[np.ndarray, "N K"], root: float) -> float:
     """Does `hoyer_sparsity` for some rows at a time, without a float64 copy of all codes."""
     total, count = 0.0, 0
     for start in range(0, len(activations), TILE_ROWS):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Bool, Int, Int32
 
 UNKNOWN = -1
 
@@ -19,8 +19,8 @@ class Labels(NamedTuple):
     codes: Int32[np.ndarray, " N"]  # index into `values` of each row; UNKNOWN if it has none
     values: list[str]  # distinct
 
-    def take(self, rows: Int[np.ndarray, " M"]) -> "Labels":
-        """Returns the labels of some rows, which may repeat."""
+    def take(self, rows: Int[np.ndarray, " M"] | Bool[np.ndarray, " N"]) -> "Labels":
+        """Returns the labels of some rows: their numbers, which may repeat, or a mask."""
         return Labels(self.codes[rows], self.values)
 
     def counts(self) -> Int[np.ndarray, " V"]:

@@ -11,6 +11,13 @@ From "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering" (
     stage       the whole analysis for two directories of features
 
 `paired_states`, from `ports.paired`, runs both models in one program.
+
+Examples:
+    >>> import numpy as np
+    >>> from xlvlm_jax import shift
+    >>> original, finetuned = np.float32([[0, 0], [2, 0]]), np.float32([[0, 3], [2, 3]])
+    >>> shift.concept_shift(original, finetuned, np.array([0, 0]), 1).tolist()
+    [[0.0, 3.0]]
 """
 
 from ports.paired import paired_states, share_params

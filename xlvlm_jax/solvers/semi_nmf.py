@@ -63,13 +63,13 @@ class State(NamedTuple):
     codes: Float[Array, "K N"]
 
     @property
-    def objective(self) -> Float[Array, ""]:
-        """The objective f."""
+    def objective(self) -> Float[Array, "*runs"]:
+        """The objective f, of each run if several are stacked."""
         return self.small.objective
 
     @property
-    def error(self) -> Float[Array, ""]:
-        """What `tol` is compared to."""
+    def error(self) -> Float[Array, "*runs"]:
+        """What `tol` is compared to, of each run if several are stacked."""
         return self.small.error
 
 

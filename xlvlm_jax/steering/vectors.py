@@ -39,6 +39,12 @@ def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) ->
 
     Raises:
         ValueError: there are no states, or their widths differ.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> source, target = np.float32([[0, 0], [2, 0]]), np.float32([[1, 5]])
+        >>> xlvlm_jax.steering_vector(source, target).tolist()
+        [0.0, 5.0]
     """
     source, target = jnp.asarray(source), jnp.asarray(target)
     if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
@@ -88,6 +94,14 @@ def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Arr
 
     Raises:
         ValueError: as `decompose`.
+
+    Examples:
+        >>> import jax, numpy as np, xlvlm_jax
+        >>> states = np.float32([[0, 1], [0, 2], [3, 0], [5, 0]])
+        >>> found = xlvlm_jax.fine_vectors(states, 2, key=jax.random.key(0))
+        >>> i, j = found.assignment[0], found.assignment[2]
+        >>> found.vectors[i, j].tolist()
+        [4.0, -1.5]
     """
     concepts = decompose(source, num_concepts, "kmeans", key=key)
     centroids = jnp.asarray(concepts.components)
@@ -108,6 +122,12 @@ class SteeringVector:
         source: how and on what it was fitted, as JSON values; "model" and "fingerprint" identify
             the checkpoint.
         where: the token positions it is meant for, see `ports.add`.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> vector = 2.0 * xlvlm_jax.SteeringVector(np.float32([0, 1]), "layers.3")
+        >>> vector.edits(alpha=3.0)["layers.3"](np.zeros((1, 2), "float32")).tolist()
+        [[0.0, 6.0]]
     """
 
     vector: Float[Array, " D"]

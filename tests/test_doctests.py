@@ -1,0 +1,38 @@
+"""Every exported name has an example in its docstring, and the examples give what they show."""
+
+import doctest
+import types
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+import ports
+import xlvlm_jax
+
+NAMES = [(package, name) for package in (ports, xlvlm_jax) for name in package.__all__]
+
+
+@pytest.fixture(autouse=True)
+def same_cache():
+    """One of the examples says where compiled programs are kept; the others go on as before."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield
+    if jax.config.values["jax_compilation_cache_dir"] != before:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), NAMES, ids=[f"{package.__name__}.{name}" for package, name in NAMES]
+)
+def test_the_example_of_an_exported_name(package: types.ModuleType, name: str):
+    exported = getattr(package, name)
+    # A reader pastes it: nothing is there that it does not import itself.
+    found = doctest.DocTestParser().get_doctest(
+        exported.__doc__ or "", {}, f"{package.__name__}.{name}", None, None
+    )
+    assert found.examples, "the docstring has no example"
+    said: list[str] = []
+    result = doctest.DocTestRunner().run(found, out=said.append)
+    assert result.failed == 0, "".join(said)
