@@ -1,1 +1,1 @@
-"""What is fast, against what, measured side by side in one process."""
+"""Benchmarks against other libraries, measured side by side in one process."""

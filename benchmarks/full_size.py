@@ -1,4 +1,4 @@
-"""The 7B models in bfloat16 on eight devices that share them: memory and collectives, compiled.
+"""Memory and collectives of the 7B models in bfloat16, compiled for eight devices.
 
     python -m benchmarks.full_size                            # all four, some minutes
     python -m benchmarks.full_size --models llava-1.5-7b
@@ -46,7 +46,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 class Case(NamedTuple):
-    """A model and the shapes of its inputs behind the batch's axis."""
+    """A model and the shapes of its inputs, without the batch axis."""
 
     port: Any
     kind: type[vision_language.VisionLanguageModel]
@@ -83,7 +83,7 @@ _WHOLE = ("input_ids", "attention_mask", "image_grid_thw", "image_input_idx")
 
 
 def module_of(name: str) -> vision_language.VisionLanguageModel:
-    """The Linen module of a real configuration, in bfloat16."""
+    """Returns the Linen module of a real configuration, in bfloat16."""
     case = CASES[name]
     values = json.loads((CHECKPOINTS / f"{name}.json").read_text())["config"]
     if case.port is molmo:
@@ -94,7 +94,7 @@ def module_of(name: str) -> vision_language.VisionLanguageModel:
 
 
 def abstract_params(name: str, module: Any, mesh: jax.sharding.Mesh) -> dict:
-    """Shapes and shardings of the parameters."""
+    """Returns shapes and shardings of the parameters."""
     example = CASES[name].port.example_inputs(module.config)
     params = checkpoint.abstract_params(module, example)
     return jax.tree.map(
@@ -105,7 +105,7 @@ def abstract_params(name: str, module: Any, mesh: jax.sharding.Mesh) -> dict:
 
 
 def abstract_inputs(name: str, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch."""
+    """Returns shapes and shardings of a batch."""
     case = CASES[name]
     shapes = {"input_ids": (case.tokens,), "attention_mask": (case.tokens,), **case.images}
     return {
@@ -119,7 +119,7 @@ def abstract_inputs(name: str, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDt
 
 
 def prefill(module: Any, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """(params, inputs) -> logits of the last position and the filled cache."""
+    """Returns (params, inputs) -> logits of the last position and the filled cache."""
 
     def run(params: dict, inputs: dict) -> tuple[Any, Any]:
         with sharding.on(mesh):
@@ -132,7 +132,7 @@ def prefill(module: Any, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
 
 
 def decode(module: Any, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """(params, cache, tokens, positions, valid, slot) -> logits and the cache, one token more."""
+    """Returns (params, cache, tokens, positions, valid, slot) -> logits and the extended cache."""
 
     def run(params: dict, cache: dict, *step: Any) -> tuple[Any, Any]:
         with sharding.on(mesh):
@@ -144,7 +144,7 @@ def decode(module: Any, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
 
 
 def step_inputs(tokens: int, mesh: jax.sharding.Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of what a decode step takes beside the cache."""
+    """Returns shapes of the other arguments of a decode step."""
     everywhere = sharding.replicated(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -155,7 +155,9 @@ def step_inputs(tokens: int, mesh: jax.sharding.Mesh) -> tuple[jax.ShapeDtypeStr
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Kind -> {count, bytes} of a compiled program's text, bytes of the results on a device."""
+    """Returns {kind: {count, bytes}} of the collectives in a compiled program's text, with the
+    bytes of their results on one device.
+    """
     found: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
     kinds = "|".join(KINDS)
     for line in re.finditer(rf"= (.+?) ({kinds})(?:-start)?\(", program):
@@ -174,14 +176,14 @@ def _bytes(dtype: str, shape: str) -> int:
 def compiled(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> tuple[jax.stages.Compiled, float]:
-    """The program for arguments of these shapes, and seconds that it took to compile."""
+    """Compiles a program for arguments of these shapes; returns it and the seconds it took."""
     start = time.perf_counter()
     program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     return program, time.perf_counter() - start
 
 
 def figures(name: str, stage: str, program: Any, seconds: float, params: dict) -> dict[str, Any]:
-    """A row of the results."""
+    """Returns a row of the results."""
     memory = program.memory_analysis()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     held = sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
@@ -200,7 +202,7 @@ def figures(name: str, stage: str, program: Any, seconds: float, params: dict) -
 
 
 def run(name: str, module: Any, mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
-    """The rows of one model: prefill and decode."""
+    """Returns the rows of one model: prefill and decode."""
     params = abstract_params(name, module, mesh)
     inputs = abstract_inputs(name, mesh)
     function = prefill(module, mesh)

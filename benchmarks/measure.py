@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timing, and results on disk with the machine they came from."""
+"""Shared by the benchmarks: paired timing, and saved results with a description of the machine."""
 
 import json
 import os
@@ -16,18 +16,18 @@ REST = 0.2  # seconds before a measured call
 
 
 class Paired(NamedTuple):
-    """Two sides run in turn, so that a busy moment of the machine meets both."""
+    """Times of two sides that ran alternately, so that other load affects both."""
 
     ours: float  # median seconds
     theirs: float
     ratio: float  # median of theirs / ours, pair by pair
-    first: float  # seconds of our first run, which compiles
+    first: float  # seconds of our first run, which includes compilation
     runs: int
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time of a call until its arrays are ready, and what it returned."""
-    # The other side's threads may still spin, waiting for work.
+    """Returns the wall time of a call until its arrays are ready, and its result."""
+    # The other side's threads may still be spinning.
     time.sleep(REST)
     start = time.perf_counter()
     result = jax.block_until_ready(call())
@@ -35,7 +35,7 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Paired:
-    """Runs both once to warm up, then in turn, `repeats` times."""
+    """Runs both once to warm up, then alternately, `repeats` times."""
     first, _ = seconds(ours)
     seconds(theirs)
     times = np.array([(seconds(ours)[0], seconds(theirs)[0]) for _ in range(repeats)])
@@ -45,7 +45,7 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> 
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Cores, devices and the versions of packages."""
+    """Returns the number of cores, the devices and the versions of packages."""
 
     def installed(name: str) -> str | None:
         try:

@@ -4,11 +4,11 @@
     python -m benchmarks.models --models llava --sizes small --batches 1 --repeats 3
 
 Every case makes a random checkpoint, writes it as safetensors, loads it on both sides (transformers
-in eager mode on all cores; our port in float32) and runs both in turn on the same arrays. The first
-of our runs is counted apart: it compiles. "same" says how many rows got identical tokens; random
-weights make near-ties, so that it need not be all of them. "logits" is the largest difference over
-the largest logit. Molmo is not
-here: transformers has no model to hold it against.
+in eager mode on all cores; our port in float32) and runs both alternately on the same arrays. Our
+first run is reported separately, as it includes compilation. "same" is the number of rows with
+identical tokens; with random weights there are near-ties, so it may not be all of them. "logits" is
+the largest difference over the largest logit. Molmo is not included: transformers has no such
+model.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from benchmarks import measure
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 IMAGE, IMAGE_START = 5, 6  # token ids
-TEXT = 24  # text tokens of a prompt
+TEXT = 24  # text tokens per prompt
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the parts; the same for every model, as far as it has them."""
+    """Sizes of the parts, the same for every model that has them."""
 
     width: int
     mlp: int
@@ -48,7 +48,7 @@ class Size:
 
     @property
     def text(self) -> dict[str, Any]:
-        """A text configuration's sizes."""
+        """Returns the sizes as arguments of a text configuration."""
         return {
             "vocab_size": self.vocabulary,
             "hidden_size": self.width,
@@ -67,7 +67,7 @@ SIZES = {
 
 
 def prompts(batch: int, image: list[int], random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Rows of one image and TEXT text tokens."""
+    """Returns rows with one image and TEXT text tokens."""
     text = random.integers(10, 1000, (batch, TEXT))
     ids = np.concatenate([text[:, :4], np.tile(image, (batch, 1)), text[:, 4:]], axis=1)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -77,7 +77,7 @@ def prompts(batch: int, image: list[int], random: np.random.Generator) -> dict[s
 
 
 def llava(size: Size) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
-    """LLaVA-1.5: every image is one square of patches."""
+    """Makes LLaVA-1.5: every image is one square of patches."""
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**size.text),
         vision_config=transformers.CLIPVisionConfig(
@@ -101,7 +101,7 @@ def llava(size: Size) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
 
 
 def idefics2(size: Size) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
-    """Idefics2: an image not square, padded to the square."""
+    """Makes Idefics2: an image that is not square, padded to a square."""
     latents = 64
     config = transformers.Idefics2Config(
         text_config=transformers.MistralConfig(**size.text, sliding_window=None),
@@ -139,7 +139,7 @@ def idefics2(size: Size) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
 
 
 def qwen2_vl(size: Size) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
-    """Qwen2-VL: an image of 3/4 the height."""
+    """Makes Qwen2-VL: an image with 3/4 of the height."""
     half = size.width // size.heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config = transformers.Qwen2VLConfig(
@@ -183,7 +183,7 @@ MODELS = {"llava": llava, "idefics2": idefics2, "qwen2_vl": qwen2_vl}
 
 
 def measure_case(name: str, size: str, batches: list[int], tokens: int, repeats: int) -> list[dict]:
-    """Rows of one model and size: forward and generation for each batch size."""
+    """Returns the rows of one model and size: forward and generation for each batch size."""
     torch.manual_seed(0)
     peer, make = MODELS[name](SIZES[size])
     peer = peer.eval()
@@ -234,7 +234,7 @@ def measure_case(name: str, size: str, batches: list[int], tokens: int, repeats:
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows for a reader."""
+    """Returns the rows as a printable table."""
     shown = Table(title="Ports against PyTorch eager, float32, medians")
     for heading in ("model", "parameters", "batch", "what", "ours", "PyTorch", "times faster"):
         shown.add_column(heading, justify="left" if heading in ("model", "what") else "right")

@@ -1,13 +1,14 @@
-"""Every command at growing numbers of rows: time, memory, disk, and how fast they grow.
+"""Time, memory and disk space of every command, and their growth with the number of rows.
 
     python -m benchmarks.scale --rows 10000 100000 1000000
 
-States of the embedded model are made up and written in blocks, as extracting a million of them
-takes hours: [N, 192] with the mean at five deviations and two columns a thousand times larger, one
-row per sample, and the same samples again after a fine-tuning that moves each concept. Then each
-command runs in a process of its own. Memory is the largest resident size of that process, disk what
-it left. An exponent is the p of a + b N^p through the three largest numbers of rows: what a process
-takes to begin is in a. Those above 1.1 are marked. Prints a table, writes JSON.
+As extracting a million states takes hours, synthetic states like those of the embedded model are
+written in blocks: [N, 192] with the mean at five deviations and two columns a thousand times
+larger, one row per sample, and the same samples after a fine-tuning that moves each concept. Then
+each command runs in its own process. Memory is the largest resident size of the process, disk the
+size of its output. The exponent is the p of a + b N^p through the three largest numbers of rows,
+where a includes the time to start a process. Exponents above 1.1 are marked. Prints a table, writes
+JSON.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from rich.table import Table
 
 from benchmarks.measure import save
 
-D, CONCEPTS = 192, 20  # width of the embedded model; clusters that the states are made of
+D, CONCEPTS = 192, 20  # width of the embedded model; number of clusters of the states
 SITE = "language_model.model.norm"
-BLOCK = 2**15  # rows that are made at once
-PICTURES = 64  # files that the samples share
+BLOCK = 2**15  # rows made at a time
+PICTURES = 64  # image files, shared by all samples
 METHODS = ("kmeans", "snmf", "pca")
 FIGURES = {
     "seconds": ("s", 1),
@@ -53,7 +54,7 @@ those above 1.1."""
 
 
 def write_features(root: Path, rows: int) -> None:
-    """features/ and tuned/ below `root`: states of the same samples under two models."""
+    """Writes features/ and tuned/ below `root`: states of the same samples under two models."""
     from xlvlm_jax.features.writer import FeaturesWriter
 
     pictures = root / "pictures"
@@ -104,7 +105,7 @@ def _sample(number: int, concept: int) -> dict[str, Any]:
 
 
 class Command(NamedTuple):
-    """A command of `xlvlm` and what it writes."""
+    """A command of `xlvlm` and its output."""
 
     name: str
     arguments: list[str]
@@ -112,7 +113,7 @@ class Command(NamedTuple):
 
 
 def commands(root: Path, num_concepts: int) -> Iterator[Command]:
-    """All of them, in an order in which each finds what it reads."""
+    """Yields all commands, in an order in which the inputs of each exist."""
     features, tuned, run = root / "features", root / "tuned", root / "run"
     for stream in ((), ("--stream",)):
         for method in METHODS:
@@ -132,7 +133,7 @@ def commands(root: Path, num_concepts: int) -> Iterator[Command]:
     arguments = ["shift", str(features), str(tuned), "--concepts", str(root / "kmeans")]
     arguments += ["--model", "embedded", "--output", str(output), "--overwrite"]
     yield Command("shift", arguments, output)
-    # The page is of what lies in one directory.
+    # The report covers one directory.
     run.mkdir(exist_ok=True)
     for link, target in (("features", features), ("concepts", root / "kmeans")):
         if not (run / link).exists():
@@ -145,7 +146,7 @@ def commands(root: Path, num_concepts: int) -> Iterator[Command]:
 
 
 def measure(command: Command) -> dict[str, float]:
-    """Seconds of the clock and of all cores, largest resident bytes and bytes on disk.
+    """Returns wall and CPU seconds, largest resident bytes and bytes on disk.
 
     Of a command in a process of its own.
     """
@@ -166,7 +167,7 @@ def measure(command: Command) -> dict[str, float]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
+    """Returns the bytes of a file, or of all files below a directory."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -175,7 +176,7 @@ def size_of(path: Path) -> int:
 
 
 def exponent(rows: tuple[float, float, float], figures: tuple[float, float, float]) -> float | None:
-    """The p of a + b N^p through three points, whose N grow by the same factor twice.
+    """Returns the p of a + b N^p through three points, whose N grow by the same factor twice.
 
     0 for what does not grow at the end, None for what grows there alone.
     """
@@ -186,7 +187,7 @@ def exponent(rows: tuple[float, float, float], figures: tuple[float, float, floa
 
 
 def growth(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each command: its name, its exponents, and which of them are above `STEEP`."""
+    """Returns a row per command: its name, its exponents, and which of them exceed `STEEP`."""
     found = []
     for name in dict.fromkeys(row["command"] for row in measured):
         own = sorted((r for r in measured if r["command"] == name), key=lambda r: r["rows"])[-3:]
@@ -201,7 +202,7 @@ def growth(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table_of(measured: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and lines of the table: each figure at each number of rows, then its exponent."""
+    """Returns the table's header and lines: each measure by number of rows, then its exponent."""
     sizes = sorted({row["rows"] for row in measured})
     by_name = {(row["command"], row["rows"]): row for row in measured}
     lines = [["command"]]
@@ -220,7 +221,7 @@ def table_of(measured: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def write_page(path: Path, lines: list[list[str]]) -> None:
-    """The table as Markdown."""
+    """Writes the table as Markdown."""
     rules = ["---"] + ["---:"] * (len(lines[0]) - 1)
     rows = "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rules, *lines[1:]))
     path.write_text(f"# The commands, measured\n\n{PAGE}\n\n{rows}\n")

@@ -1,12 +1,11 @@
-"""Factoring a matrix on disk that is larger than the memory it may take.
+"""Factors a matrix on disk that is larger than the memory limit.
 
     python -m benchmarks.streamed --gigabytes 2
 
-Writes a planted matrix (or uses the one that is there), factors it tile by tile in a process of its
-own, and prints peak memory, the objective beside the one in memory, and the speed at which a pass
-goes beside the speed at which the same files are read. Before each reading the files are dropped
-from the page cache, as a matrix larger than memory could not stay there. Prints a table and writes
-JSON.
+Writes a planted matrix (or uses an existing one), factors it tile by tile in its own process, and
+prints peak memory, the objective compared with the one in memory, and the speed of a pass compared
+with that of reading the same files. Before each read, the files are dropped from the page cache, in
+which a matrix larger than memory would not stay. Prints a table and writes JSON.
 """
 
 import argparse
@@ -30,7 +29,7 @@ D, K = 4096, 20
 
 
 def write(path: Path, rows: int) -> None:
-    """A planted matrix, piece by piece."""
+    """Writes a planted matrix, piece by piece."""
     from xlvlm_jax.storage.zarr_rows import create_array, wait
 
     array = create_array(path, "float32", (rows, D))
@@ -45,18 +44,18 @@ def write(path: Path, rows: int) -> None:
 
 
 def forget(path: Path) -> float:
-    """Drops the matrix's files from the page cache; returns the seconds that it took."""
+    """Drops the matrix's files from the page cache; returns the seconds it took."""
     began = time.perf_counter()
     for file in path.rglob("c/*/*"):
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # what is not yet on the disk would stay
+        os.fsync(descriptor)  # pages not written to disk yet would stay
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     return time.perf_counter() - began
 
 
 def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
-    """In a process of its own, whose memory is then the solver's."""
+    """Runs in its own process, whose memory is then that of the solver."""
     from xlvlm_jax.concepts.decomposition import decompose_stored
     from xlvlm_jax.solvers.streamed import tiles
     from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -83,7 +82,7 @@ def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
     found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
     spent = time.perf_counter() - began - passes["forgetting"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Once more: what is compiled is compiled.
+    # Run again, without compilation.
     passes |= {"count": 0, "forgetting": 0.0}
     began = time.perf_counter()
     found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
@@ -103,7 +102,7 @@ def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
 
 
 def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
-    """The same matrix in memory."""
+    """Factors the same matrix in memory."""
     from xlvlm_jax.concepts.decomposition import decompose
     from xlvlm_jax.storage.zarr_rows import StoredRows
 
@@ -114,7 +113,7 @@ def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
 
 
 def alone(function: Any, *arguments: Any) -> dict:
-    """The function's result from a fresh process."""
+    """Returns the function's result from a fresh process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=function, args=(*arguments, queue))

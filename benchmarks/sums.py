@@ -1,11 +1,11 @@
-"""Errors of the solvers' sums against the number of rows, beside adding one row after another.
+"""Rounding errors of the solvers' sums by number of rows, compared with sequential summation.
 
     python -m benchmarks.sums
 
-Rows are [N, 2], normal around an offset, the second column of them in three clusters 3 deviations
-apart. An error is the difference from numpy's float64 on the same float32 rows: of means and
-centroids in deviations of the column, of the others relative. "One after another" is the product
-with a row of ones. Prints a table, writes JSON, a page and a plot.
+Rows are [N, 2], normal around an offset; the second column has three clusters 3 deviations apart.
+An error is the difference from numpy's float64 on the same float32 rows, in deviations of the
+column for means and centroids, otherwise relative. "One after another" is the product with a row of
+ones. Prints a table, writes JSON, a page and a plot.
 """
 
 import argparse
@@ -46,7 +46,7 @@ float32), of the others relative. "One after another" is a product with ones, fo
 
 
 def matrix(N: int, offset: float) -> np.ndarray:
-    """Rows in clusters, float32[N, 2]."""
+    """Makes rows in clusters, float32[N, 2]."""
     rng = np.random.default_rng(0)
     Z = rng.standard_normal((N, 2), np.float32)
     Z[:, 1] += 3 * rng.integers(0, CLUSTERS, N)
@@ -55,7 +55,7 @@ def matrix(N: int, offset: float) -> np.ndarray:
 
 @blas_threads.one_thread()
 def errors(N: int, offset: float) -> dict[str, float]:
-    """The error of each kind."""
+    """Returns the error of each kind."""
     Z = matrix(N, offset)
     rows, truth = jnp.asarray(Z), Z.astype(np.float64)
     mean, deviation = truth.mean(axis=0), truth.std(axis=0)
@@ -93,7 +93,7 @@ def errors(N: int, offset: float) -> dict[str, float]:
 
 
 def least(rows: np.ndarray, centroids: np.ndarray) -> float:
-    """The inertia in float64, some rows at a time."""
+    """Computes the inertia in float64, some rows at a time."""
     total = 0.0
     for start in range(0, len(rows), 10**6):
         some = rows[start : start + 10**6]
@@ -102,7 +102,7 @@ def least(rows: np.ndarray, centroids: np.ndarray) -> float:
 
 
 def table(measured: list[dict]) -> Table:
-    """The rows for a reader."""
+    """Returns the rows as a printable table."""
     shown = Table(title="Errors against float64", box=None)
     for heading in ("N", "offset", *KINDS.values()):
         shown.add_column(heading)
@@ -113,7 +113,7 @@ def table(measured: list[dict]) -> Table:
 
 
 def page(measured: list[dict]) -> str:
-    """The page in Markdown: what is measured, the plot, the table."""
+    """Returns the page in Markdown: the description, the plot, the table."""
     head = ["N", "offset", *KINDS.values()]
     lines = [head, ["---"] * len(head)]
     for row in measured:
@@ -124,7 +124,7 @@ def page(measured: list[dict]) -> str:
 
 
 def plot(measured: list[dict], path: Path) -> None:
-    """The largest error over offsets, by kind, against N."""
+    """Plots the largest error over offsets, by kind, against N."""
     figure, axes = plt.subplots(figsize=(6, 4))
     for kind, name in KINDS.items():
         worst = [max(row[kind] for row in measured if row["N"] == N) for N in ROWS]

@@ -1,1 +1,1 @@
-"""Campaigns against our own robustness: runs that are killed, files that are damaged."""
+"""Robustness tests: killed runs and damaged files."""

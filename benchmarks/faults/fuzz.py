@@ -1,12 +1,12 @@
-"""Fuzzing of every reader: damaged files end in a value, or in an error of one line.
+"""Fuzzes every reader: damaged files must give a value or a one-line error.
 
     python -m benchmarks.faults.fuzz --minutes 60 [--seed 0] [--targets pth coco] [--guided]
 
-An input is accepted, or refused by ValueError or OSError with one line. All else is a finding:
-other errors, more than 10 seconds, more than the memory given, a process that dies, a file made by
-code within the input, markup that stays markup in the report. Findings are kept with their files;
-an input is made again from the seed and its number alone. With `--guided`, the inputs that reach
-new lines are damaged further (guided.py, by atheris); those are kept, but not made again.
+An input must be accepted, or refused with a one-line ValueError or OSError. Anything else is a
+finding: other errors, more than 10 seconds, more than the memory limit, a process that dies, a file
+created by code in the input, markup that is not escaped in the report. Findings are kept with their
+files; an input can be reproduced from the seed and its number. With `--guided`, inputs that reach
+new lines are damaged further (guided.py, with atheris); these are kept, but can't be reproduced.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from rich.table import Table
 from benchmarks.faults import mutate
 from benchmarks.measure import save
 
-SECONDS = 10  # of one input
-KEPT = 2  # inputs of each kind of finding
+SECONDS = 10  # time limit per input
+KEPT = 2  # inputs kept per kind of finding
 
 
 class Child:
-    """Runs the inputs of one target in this process, and writes down what came of them."""
+    """Runs the inputs of one target in this process, and records the results."""
 
     def __init__(self, target: str, seed: int, output: Path, memory: int):
         from benchmarks.faults.targets import TARGETS
@@ -65,7 +65,7 @@ class Child:
         self.findings: Counter[str] = Counter()
 
     def prepare(self, number: int) -> None:
-        """The valid files, some of them damaged."""
+        """Writes the valid files, some of them damaged."""
         rng = random.Random(f"{self.seed}/{self.name}/{number}")
         contents = dict(self.valid)
         for name in rng.sample(self.damaged, min(len(self.damaged), rng.choice((1, 1, 1, 2)))):
@@ -76,18 +76,18 @@ class Child:
             (self.work / rng.choice(self.damaged)).unlink()
 
     def place(self, contents: dict[str, bytes], fitted: bool) -> None:
-        """The files, and no others; `fitted`: what depends on other files is renewed."""
+        """Writes exactly these files; with `fitted`, updates data that depend on other files."""
         shutil.rmtree(self.work, ignore_errors=True)
         for name, content in contents.items():
             (self.work / name).parent.mkdir(parents=True, exist_ok=True)
             (self.work / name).write_bytes(content)
         os.chdir(self.work)
         if fitted:
-            with contextlib.suppress(Exception):  # there may be nothing to renew
+            with contextlib.suppress(Exception):  # there may be nothing to update
                 self.target.fit(self.work)
 
     def judge(self, number: int) -> None:
-        """Reads what was placed, and counts what came of it."""
+        """Reads the files, and counts the result."""
         problem = None
         try:
             self.target.read(self.work)
@@ -108,14 +108,14 @@ class Child:
             self.keep(number, f"{problem[0]} at {_place(problem[1])}", problem[1])
 
     def keep(self, number: int, kind: str, error: BaseException) -> None:
-        """A finding: counted, and the first of its kind with its files."""
+        """Counts a finding, and keeps the files of the first ones of each kind."""
         self.findings[kind] += 1
         if self.findings[kind] <= KEPT:
             details = "".join(traceback.format_exception(error))
             keep_files(self.output, self.name, self.seed, number, kind, self.work, details)
 
     def write(self, tried: int) -> None:
-        """What the parent reads."""
+        """Writes the results for the parent process."""
         state = {"tried": tried, "tally": self.tally, "findings": self.findings}
         file = self.output / "state.json"
         file.with_suffix(".tmp").write_text(json.dumps(state))
@@ -123,7 +123,7 @@ class Child:
 
 
 def _place(error: BaseException) -> str:
-    """The last of our own lines that the error came through."""
+    """Returns the last line of our own code in the error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "/xlvlm_jax/" in f.filename or "/ports/" in f.filename]
     if not ours:
@@ -134,7 +134,7 @@ def _place(error: BaseException) -> str:
 def keep_files(
     output: Path, target: str, seed: int, number: int, kind: str, work: Path, details: str
 ) -> None:
-    """Copies the files of an input, and says why."""
+    """Copies the files of an input, with the reason."""
     place = output / f"{target.replace(' ', '-')}-{seed}-{number}"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(work, place)
@@ -143,7 +143,7 @@ def keep_files(
 
 
 class Watch:
-    """Numbers the inputs: a process that dies or hangs leaves the number that it died of."""
+    """Numbers the inputs: a process that dies or hangs leaves the number of its last input."""
 
     def __init__(self, running: Child, first: int, until: float):
         faulthandler.enable()
@@ -154,7 +154,7 @@ class Watch:
 
     @contextlib.contextmanager
     def input(self) -> Iterator[int]:
-        """The number of one input, while it is placed and judged."""
+        """Records the number of an input while it is written and read."""
         os.pwrite(self.current, b"%-20d" % self.number, 0)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         yield self.number
@@ -166,12 +166,12 @@ class Watch:
 
     @property
     def over(self) -> bool:
-        """Whether the time is spent."""
+        """Returns whether the time is up."""
         return time.time() >= self.until
 
 
 def child(target: str, seed: int, output: Path, memory: int, first: int, until: float) -> None:
-    """Inputs from `first` on, until a time."""
+    """Runs inputs from `first` on, until a time."""
     running = Child(target, seed, output, memory)
     watch = Watch(running, first, until)
     while not watch.over:
@@ -181,7 +181,7 @@ def child(target: str, seed: int, output: Path, memory: int, first: int, until: 
 
 
 def campaign(target: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One target for some seconds, in as many processes as die of it."""
+    """Runs one target for some seconds, with a new process whenever one dies."""
     output, until = arguments.output.absolute(), time.time() + seconds
     tally, findings, first = Counter(), Counter(), arguments.first
     while time.time() < until:
@@ -227,7 +227,7 @@ def campaign(target: str, arguments: argparse.Namespace, seconds: float) -> dict
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A row a target."""
+    """Returns a table with one row per target."""
     shown = Table()
     columns = ("tried", "accepted", "refused")
     for name in ("target", *columns, "findings", "kinds"):
@@ -240,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def child_arguments() -> tuple[str, int, Path, int, int, float]:
-    """Those of `child`, from the command line."""
+    """Parses the arguments of `child` from the command line."""
     target, seed, output, memory, first, until = sys.argv[2:]
     return target, int(seed), Path(output), int(memory), int(first), float(until)
 

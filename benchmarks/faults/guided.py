@@ -1,8 +1,8 @@
-"""Fuzzing led by coverage: the inputs that reach new lines of the readers are damaged further.
+"""Coverage-guided fuzzing: inputs that reach new lines of the readers are damaged further.
 
-Run by `python -m benchmarks.faults.fuzz --guided`; libFuzzer through atheris, which ends the
-process where a reader takes down the interpreter. An input is the number of a file (one byte) and
-its content, the other files staying valid; half of the damage is by the file's build (mutate.py).
+Run by `python -m benchmarks.faults.fuzz --guided`. Uses libFuzzer through atheris, which ends the
+process if a reader crashes the interpreter. An input is the number of a file (one byte) and its
+content, with the other files valid; half of the damage follows the file's structure (mutate.py).
 """
 
 import os
@@ -19,14 +19,14 @@ with atheris.instrument_imports(include=["xlvlm_jax", "ports"]):
 
 
 def child(target: str, seed: int, output: Path, memory: int, first: int, until: float) -> None:
-    """Inputs from `first` on, until a time; does not return."""
+    """Runs inputs from `first` on, until a time; does not return."""
     running = fuzz.Child(target, seed, output, memory)
     watch = fuzz.Watch(running, first, until)
     names = running.damaged
 
     def one(data: bytes) -> None:
         if watch.over:
-            os._exit(0)  # atheris has no other end without a finding; all is written
+            os._exit(0)  # the only way to end atheris without a finding; all output is written
         if not data:
             return
         with watch.input() as number:
@@ -47,7 +47,7 @@ def child(target: str, seed: int, output: Path, memory: int, first: int, until: 
     seeds.mkdir()
     for index, name in enumerate(names[:256]):
         (seeds / str(index)).write_bytes(bytes([index]) + running.valid[name])
-    # libFuzzer's own limits are out of the way: the watch and the limit on memory see to both.
+    # libFuzzer's own limits are disabled: the watch and the memory limit replace them.
     largest = 2 * max(map(len, running.valid.values())) + 2**16
     options = ["-timeout=3600", "-rss_limit_mb=0", "-verbosity=0", f"-max_len={largest}"]
     options += [f"-seed={seed + first + 1}"]

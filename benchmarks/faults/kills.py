@@ -1,10 +1,10 @@
-"""Extractions killed at random moments and started again until they are done: the bytes of one.
+"""Kills extractions at random moments and resumes them: the bytes must equal those of one run.
 
     python -m benchmarks.faults.kills --kills 50            # one process
     python -m benchmarks.faults.kills --kills 20 --hosts 2  # any host of two, then both again
 
-Every run that ends is compared, file by file, with one that nobody disturbed; then a new one
-begins. SIGTERM and SIGINT are sent too, and the seconds until the process ends are measured.
+Every run that completes is compared, file by file, with an uninterrupted one; then a new one
+starts. SIGTERM and SIGINT are also sent, and the seconds until the process ends are measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SITES = ("language_model.model.norm", "language_model.model.layers.4")
 
 
 class Campaign:
-    """The command, where it writes, and what it should leave."""
+    """The command, its output directory, and the expected files."""
 
     def __init__(self, root: Path, hosts: int, pictures: int):
         self.root, self.hosts = root, hosts
@@ -43,16 +43,16 @@ class Campaign:
         began = time.perf_counter()
         self.wait(self.start(root / "whole", 1))
         self.start_seconds = time.perf_counter() - began
-        # Again, with the programs kept: what a run takes that is started a second time.
+        # Again, with cached programs: the time of a run that is started a second time.
         began = time.perf_counter()
         self.wait(self.start(root / "again", 1))
-        # The machine may have been busy during one of them.
+        # The machine may have been busy during one of these runs.
         self.whole_seconds = min(self.start_seconds, time.perf_counter() - began)
         self.expected = digests(root / "whole")
         assert digests(root / "again") == self.expected, "two undisturbed runs differ"
 
     def start(self, output: Path, hosts: int) -> list[subprocess.Popen]:
-        """The processes of one run."""
+        """Starts the processes of one run."""
         command = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()", "extract"]
         command += ["embedded", str(self.root / "scenes"), "--split", "val", "--batch-size", "2"]
         command += ["--output", str(output), "--tokens", "index:-1", "--generated-only"]
@@ -75,7 +75,7 @@ class Campaign:
         ]
 
     def wait(self, processes: list[subprocess.Popen]) -> None:
-        """Until they have ended; each with success."""
+        """Waits until the processes have ended successfully."""
         for process in processes:
             _, errors = process.communicate(timeout=600)
             if process.returncode:
@@ -83,7 +83,7 @@ class Campaign:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Every file of a directory."""
+    """Returns {path: digest} of every file in a directory."""
     return {
         str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.rglob("*"))
@@ -92,12 +92,12 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def kill_until_done(campaign: Campaign, kills: int, rng: random.Random, console: Console) -> dict:
-    """SIGKILL at random moments of runs, each going on where the last was killed."""
+    """Kills runs at random moments, each resuming the one before."""
     killed, completed, committed, unequal = 0, 0, [], 0
     output = campaign.root / "killed"
     while killed < kills or output.exists():
         processes = campaign.start(output, campaign.hosts)
-        # Longer than a whole run at times: some runs end by themselves.
+        # Sometimes longer than a whole run, so that some runs complete.
         delay = rng.uniform(0.4, 1.0) * campaign.whole_seconds * (1.6 if campaign.hosts > 1 else 1)
         deadline = time.monotonic() + delay if killed < kills else float("inf")
         while time.monotonic() < deadline and any(p.poll() is None for p in processes):
@@ -131,7 +131,7 @@ def kill_until_done(campaign: Campaign, kills: int, rng: random.Random, console:
 
 
 def ask_to_end(campaign: Campaign, number: signal.Signals, rng: random.Random) -> dict:
-    """A signal that can be heard: seconds to the end, status and what was said."""
+    """Sends a signal that can be handled; returns seconds to the end, status and output."""
     seconds, said = [], 0
     output = campaign.root / "asked"
     for _ in range(5):

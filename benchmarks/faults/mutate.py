@@ -1,4 +1,4 @@
-"""Damage to valid files: to any bytes, and to JSON, safetensors and torch files by their build."""
+"""Damages valid files: any bytes, or the structure of JSON, safetensors and torch files."""
 
 import io
 import json
@@ -15,7 +15,7 @@ VALUES = (
     *(float("nan"), float("inf"), "", "a\nb", MARKUP, "\x00", "\ud800", "../../etc", "é" * 300),
     *([], {}, [[]], [1, "a", None], {"": ""}, {MARKUP: MARKUP}, "0", "none", "." * 5000),
 )
-# Pickles that run a command, in several protocols' words; none may have an effect.
+# Pickles that run a command, in several protocols; none may have an effect.
 HOSTILE = (
     f"cos\nsystem\n(S'touch {MARKER}'\ntR.".encode(),
     f"(S'touch {MARKER}'\nios\nsystem\n.".encode(),
@@ -30,7 +30,7 @@ HOSTILE = (
 
 
 def mutate(name: str, content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """A damaged copy of a file, by its kind; at times by its bytes alone.
+    """Returns a damaged copy of a file, by its format or sometimes only by its bytes.
 
     Args:
         name: of the file; its suffix tells the kind.
@@ -47,11 +47,11 @@ def mutate(name: str, content: bytes, others: list[bytes], rng: random.Random) -
 
 
 def _bytes(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """Flips, truncation, insertion, splices and changed numbers, one or several."""
+    """Flips, truncates, inserts, splices or changes numbers, once or several times."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         at = rng.randrange(len(data) + 1)
-        # Headers are where the lengths stand.
+        # Lengths are stored in headers.
         at = min(at, rng.choice((len(data), 64, 16)))
         kind = rng.randrange(8)
         if kind == 0 and data:
@@ -78,7 +78,7 @@ def _bytes(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """(container, key) of every entry of a JSON value, at any depth."""
+    """Returns (container, key) of every entry of a JSON value, at any depth."""
     if isinstance(value, dict | list):
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             found.append((value, key))
@@ -87,7 +87,7 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def damaged_value(value: Any, rng: random.Random) -> Any:
-    """Entries dropped, renamed, doubled, or given another type or size."""
+    """Drops, renames or doubles entries, or gives them another type or size."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = _places(value, [])
         if not places or rng.random() < 0.02:
@@ -113,7 +113,7 @@ def damaged_value(value: Any, rng: random.Random) -> Any:
 
 
 def _text(value: Any, rng: random.Random) -> bytes:
-    """JSON as others write it: other encodings, a mark in front, a deep nest."""
+    """Writes JSON as other tools may: other encodings, a byte-order mark, deep nesting."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.7)
     kind = rng.randrange(30)
     if kind < 3:
@@ -140,7 +140,7 @@ def _jsonl(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def _safetensors(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """The header's values changed, and its length with it."""
+    """Changes the header's values, and updates its length."""
     (size,) = struct.unpack_from("<Q", content)
     header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
     kept = header.get("__metadata__")
@@ -159,7 +159,7 @@ def _safetensors(content: bytes, others: list[bytes], rng: random.Random) -> byt
 
 
 def _pth(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """The pickle changed, and the archive made anew around it, so that its checksums hold."""
+    """Changes the pickle, and rebuilds the archive so that its checksums are valid."""
     if not content.startswith(b"PK"):
         return _hostile(content, rng) if rng.random() < 0.3 else _bytes(content, others, rng)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -1,4 +1,4 @@
-"""What the fuzzing damages: valid files of every format that is read, and what reads them."""
+"""Targets of the fuzzing: valid files of every format, and their readers."""
 
 import hashlib
 import json
@@ -99,7 +99,7 @@ def _report(root: Path) -> None:
 
 
 def _steering_run(directory: Path) -> None:
-    """An evaluation with steering, as the report reads it."""
+    """Makes an evaluation with steering, as the report reads it."""
     scores = {"all": {"official": 0.5}}
     changes = {name: 2 for name in ("source_after", "source_before", "target_after")}
     changes |= {"target_before": 1, "moved_share": 0.5, "others_changed_share": 0.1}
@@ -197,7 +197,7 @@ def _pth(root: Path) -> None:
 
 
 def _legacy(root: Path) -> None:
-    """The same value in torch's older format, which has no checksums."""
+    """Writes the same value in torch's older format, which has no checksums."""
     _pth(root)
     with zipfile.ZipFile(root / "states.pth") as archive:
         content = archive.read("archive/data.pkl")
@@ -217,7 +217,7 @@ def _import(root: Path) -> None:
 
 
 def _scenes(root: Path) -> None:
-    """Annotations, without the pictures."""
+    """Writes annotations, without the pictures."""
     scenes.write(root, train=2, seed=0)
     for picture in root.rglob("*.jpg"):
         picture.unlink()

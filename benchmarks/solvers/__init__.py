@@ -1,1 +1,1 @@
-"""Solvers against the libraries that a user would pick instead; see `__main__`."""
+"""Compares the solvers with the libraries that a user might choose instead; see `__main__`."""

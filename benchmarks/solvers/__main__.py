@@ -1,15 +1,15 @@
-"""Solvers against the libraries that a user would pick instead: seconds to the same objective.
+"""Compares the solvers with other libraries: seconds to the same objective.
 
     python -m benchmarks.solvers --quick      # [600, 256], planted and states, a minute or two
     python -m benchmarks.solvers              # the table of benchmarks/README.md, about an hour
     python -m benchmarks.solvers --sizes 5000x512x64 --methods kmeans pca
     python -m benchmarks.solvers --features run/features --concepts 20     # real states
 
-Every case runs both sides in turn, `--repeats` times or until the peer has used `--budget` seconds,
-and gives medians. The first run of ours is counted apart: it compiles. Objectives are computed by
-us in float64, for both sides in the same way; a ratio below 1 says that ours is lower. Then ours
-runs with fewer updates too, as many as it needs to come to the peer's objective. Unset
-OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE, so that numpy picks its own kernels.
+Every case runs both sides alternately, `--repeats` times or until the peer has used `--budget`
+seconds, and reports medians. Our first run is reported separately, as it includes compilation.
+Objectives are computed in float64, in the same way for both sides; a ratio below 1 means that ours
+is lower. Ours also runs with only as many updates as it needs to reach the peer's objective. Unset
+OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE, so that numpy chooses its own kernels.
 """
 
 import argparse
@@ -59,8 +59,8 @@ FULL = {
         (100000, 4096, 20),
     ],
 }
-SAME = 1.0001  # times the other's objective counts as the same
-SLOW = 3000  # rows beyond which DictionaryLearning is left out; on states it takes tens of minutes
+SAME = 1.0001  # objectives within this factor count as the same
+SLOW = 3000  # rows above which DictionaryLearning is omitted; on states it takes tens of minutes
 
 Case = tuple[Callable[[], Concepts], dict[str, peers.Peer], Callable[[Any], float]]
 
@@ -68,7 +68,7 @@ Case = tuple[Callable[[], Concepts], dict[str, peers.Peer], Callable[[Any], floa
 def cases(
     method: str, data: str, Z: np.ndarray, on_device: jax.Array, K: int
 ) -> Iterator[tuple[str, Case]]:
-    """(name, (ours, peers, objective)) of a method."""
+    """Yields (name, (ours, peers, objective)) of a method."""
     if method == "snmf":
         bearable = data == "planted" and len(Z) <= SLOW and K <= 20
         settings = {"snmf": (1.0, peers.snmf(Z, K, bearable or len(Z) < 1000))}
@@ -102,7 +102,7 @@ def _of_components(objective: Callable, Z: np.ndarray, result: Any) -> float:
 def measure(
     method: str, data: str, Z: np.ndarray, K: int, repeats: int, budget: float
 ) -> Iterator[dict]:
-    """The rows of the table for one matrix."""
+    """Yields the rows of the table for one matrix."""
     on_device = jnp.asarray(Z)
     speed = pace(method, on_device, K, repeats)
     for name, (ours, found, objective) in cases(method, data, Z, on_device, K):
@@ -118,7 +118,7 @@ def measure(
                 times.append(seconds(ours)[0])
                 same = updates == result.iterations
                 to_goal.append(times[-1] if same else seconds(shorter)[0])
-                # The peer's first run counts: it is as warm as any.
+                # The peer's first run counts, as it does not compile.
                 peer_times.append(seconds(theirs)[0] if peer_times else spent)
             ours_seconds = float(np.median(times))
             yield {
@@ -147,10 +147,10 @@ def measure(
 def updates_to(
     goal: float, ours: Callable[..., Concepts], result: Concepts, objective: Callable
 ) -> int:
-    """The updates after which ours is within SAME of a peer's objective; all where it never is."""
+    """Returns the updates after which ours is within SAME of a peer's objective, or all of them."""
     if objective(result) > SAME * goal:
         return result.iterations
-    # Where Z is compressed the history starts with what the columns leave out: try and see.
+    # If Z is compressed, the history does not include what the columns omit: try different counts.
     updates = max(int(np.argmax(result.history <= SAME * goal)), 1)
     while updates < result.iterations and objective(ours(max_iter=updates)) > SAME * goal:
         updates = int(1.25 * updates) + 1
@@ -178,7 +178,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows for a reader."""
+    """Returns the rows as a printable table."""
     shown = Table(title="Solvers against other libraries, medians", box=None)
     for heading in COLUMNS:
         shown.add_column(heading)

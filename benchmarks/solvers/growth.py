@@ -1,9 +1,9 @@
-"""How the seconds of an update grow with N and with D: measured, and fitted by a line.
+"""Measures how the time of an update grows with N and D, and fits a line.
 
     python -m benchmarks.solvers.growth
 
-Seconds = a + b x by least squares over x = N, then D. Linear means: the line explains the variance
-(r^2), and the exponent of a fit of log seconds is one.
+Fits seconds = a + b x by least squares over x = N, then D. Growth is linear if the line explains
+the variance (r^2) and the exponent from a fit of log seconds is one.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from benchmarks.solvers.pace import pace
 
 METHODS = ("snmf", "kmeans", "pca")
 ROWS, WIDTHS = (4000, 8000, 16000, 32000), (512, 1024, 2048, 4096)
-WIDTH, COUNT, K = 1024, 8000, 20  # of the matrices whose other side grows
+WIDTH, COUNT, K = 1024, 8000, 20  # D while N grows, N while D grows, K
 
 
 def fit(x: np.ndarray, seconds: np.ndarray) -> dict[str, float]:
-    """The line through (x, seconds), how much of the variance it explains, and the exponent."""
+    """Fits a line to (x, seconds); returns it, its explained variance, and the exponent."""
     slope, start = np.polyfit(x, seconds, 1)
     left = seconds - (start + slope * x)
     exponent = np.polyfit(np.log(x), np.log(seconds), 1)[0]
@@ -33,7 +33,7 @@ def fit(x: np.ndarray, seconds: np.ndarray) -> dict[str, float]:
 
 
 def measure(method: str, repeats: int) -> list[dict]:
-    """One row for the growth with N, one for that with D."""
+    """Returns one row for the growth with N, one for the growth with D."""
     rows = []
     for name, shapes in (
         ("N", [(N, WIDTH) for N in ROWS]),
@@ -56,7 +56,7 @@ def measure(method: str, repeats: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows for a reader."""
+    """Returns the rows as a printable table."""
     shown = Table(title=f"Seconds of an update against N and D, K = {K}", box=None)
     for heading in ("method", "of", "sizes", "ms", "r²", "exponent", "beyond Z"):
         shown.add_column(heading)

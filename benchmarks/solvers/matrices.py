@@ -1,4 +1,4 @@
-"""The matrices that are factored, and what each method minimises, in float64."""
+"""The matrices that are factored, and the objective of each method, in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def planted(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
-    """K unit atoms with sparse non-negative codes, and noise."""
+    """Makes rows from K unit atoms with sparse non-negative codes, plus noise."""
     rng = np.random.default_rng(seed)
     codes = (10 * rng.exponential(size=(N, K)) * (rng.random((N, K)) < 0.3)).astype(np.float32)
     atoms = rng.normal(size=(K, D)).astype(np.float32)
@@ -16,7 +16,9 @@ def planted(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
 
 
 def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
-    """Like a model's states: one large common direction, K clusters, heavy tails, slow decay."""
+    """Makes rows like a model's states: one large common direction, K clusters, heavy tails, slow
+    decay.
+    """
     rng = np.random.default_rng(seed)
     common = rng.standard_t(3, size=D)
     common *= 40 / np.linalg.norm(common)
@@ -30,7 +32,7 @@ def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
 
 
 def of_features(path: Path, site: str | None) -> np.ndarray:
-    """Real states: those of one site of a features directory."""
+    """Reads real states, from one site of a features directory."""
     from xlvlm_jax import Features
     from xlvlm_jax.features.reader import choose_site
 
@@ -39,13 +41,13 @@ def of_features(path: Path, site: str | None) -> np.ndarray:
 
 
 def snmf_objective(Z: np.ndarray, codes: Any, atoms: Any, alpha: float = 1.0) -> float:
-    """1/2 |Z - U V|^2 + alpha |U|_1."""
+    """Computes 1/2 |Z - U V|^2 + alpha |U|_1."""
     codes, atoms = np.asarray(codes, np.float64), np.asarray(atoms, np.float64)
     return float(0.5 * np.sum((Z - codes @ atoms) ** 2) + alpha * np.abs(codes).sum())
 
 
 def inertia(Z: np.ndarray, centroids: Any) -> float:
-    """Sum of squared distances to the nearest centroid."""
+    """Computes the sum of squared distances to the nearest centroid."""
     centroids = np.asarray(centroids, np.float64)
     total = 0.0
     for part in np.array_split(Z, -(-len(Z) // 4096)):
@@ -55,5 +57,5 @@ def inertia(Z: np.ndarray, centroids: Any) -> float:
 
 
 def minus_explained(Z: np.ndarray, components: Any) -> float:
-    """Minus the sum of squares that the orthonormal components explain."""
+    """Computes minus the sum of squares that the orthonormal components explain."""
     return -float(np.sum(((Z - Z.mean(axis=0, dtype=np.float64)) @ np.asarray(components).T) ** 2))

@@ -1,4 +1,4 @@
-"""What one update on the whole of Z costs, beside what the machine can do."""
+"""Measures one update on the whole of Z relative to the machine's limits."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 
 
 def updating(method: str, Z: jax.Array, K: int) -> tuple:
-    """(update, problem, state, columns that Z is multiplied with) of a method."""
+    """Returns (update, problem, state, columns that Z is multiplied with) of a method."""
     active = jnp.ones(K, bool)
     start = Z[:: max(len(Z) // K, 1)][:K]
     if method == "snmf":
@@ -29,7 +29,7 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
         return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
     problem, width = pca.prepare(Z, len(Z)), pca.width(K)
     if pca.is_narrow(*Z.shape, K):
-        # One step, the covariance, of which half is computed, and the scores.
+        # One step, the covariance (only half is computed), and the scores.
         return lambda problem, _: pca.solved(problem, K), problem, None, Z.shape[1] // 2 + K
     state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)
     return partial(pca.update, num_concepts=K), problem, state, 2 * width
@@ -37,7 +37,7 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
 
 @blas_threads.one_thread()
 def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
-    """Seconds of an update, of reading Z, the rate of a large matrix product, and the share.
+    """Measures seconds per update and per read of Z, the rate of a large product, and the share.
 
     The limit is what an update cannot beat: the longer of reading Z once and doing its products
     with Z at the rate of the large product. The bytes are those of the compiled program.
@@ -49,7 +49,7 @@ def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
     def several(problem: Any, state: Any) -> Any:
         if state is None:
             return update(problem, state)
-        # error > -inf always holds, so that all are done.
+        # error > -inf always holds, so all updates run.
         return run(partial(update, problem), begin(state, updates), tol=-jnp.inf, max_iter=updates)
 
     square = jnp.ones((2048, 2048))
@@ -60,7 +60,7 @@ def pace(method: str, Z: jax.Array, K: int, repeats: int) -> dict[str, float]:
     }
     for call in calls.values():
         jax.block_until_ready(call())
-    # In turn, so that a busy moment of the machine meets all three.
+    # Alternately, so that other load affects all three.
     times = [{name: seconds(call)[0] for name, call in calls.items()} for _ in range(repeats)]
     update, read, product = (np.array([each[name] for each in times]) for name in calls)
     update, rate = update / updates, 2 * 2048**3 / product

@@ -1,4 +1,4 @@
-"""The page of results: tables, plots and what they say, from the files that the benchmarks wrote.
+"""Writes the page of results: tables, plots and text, from the files that the benchmarks wrote.
 
     python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/README.md
 
@@ -122,13 +122,13 @@ Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z, o
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-    """The table of `benchmarks.solvers`."""
+    """Returns the table of `benchmarks.solvers`."""
     headings = ["method", "Z, K", "data", "peer", "peer s", "ours s to its objective"]
     headings += ["times faster", "ours s to the end", "objective ours / peer", "update ms"]
     headings += ["share of limit", "beyond Z"]
@@ -155,7 +155,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 
 def growth_table(rows: list[dict[str, Any]]) -> str:
-    """The table of `benchmarks.solvers.growth`."""
+    """Returns the table of `benchmarks.solvers.growth`."""
     return markdown(
         ["method", "grows", "ms", "r²", "exponent", "beyond Z"],
         [
@@ -173,7 +173,7 @@ def growth_table(rows: list[dict[str, Any]]) -> str:
 
 
 def computed_table(N: int = 100_000, D: int = 4096) -> str:
-    """Milliseconds of an update by the formula of the limit."""
+    """Returns a table of milliseconds per update, from the formula of the limit."""
     rows = []
     for method, products in COLUMNS.items():
         for K in (20, 256, 1024):
@@ -189,7 +189,7 @@ def computed_table(N: int = 100_000, D: int = 4096) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Times faster to the peer's objective, a panel a method, a mark a peer."""
+    """Plots times faster to the peer's objective: one panel per method, one mark per peer."""
     methods = [m for m in ("snmf", "kmeans", "pca") if any(_method(r) == m for r in rows)]
     figure, axes = plt.subplots(1, len(methods), figsize=(4.4 * len(methods), 3.6))
     for axis, method in zip(axes if len(methods) > 1 else [axes], methods, strict=True):
@@ -214,7 +214,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.legend(fontsize=6)
     figure.supylabel("times faster (filled: planted, open: states and features)", fontsize=8)
     figure.tight_layout()
-    # The same page twice is the same bytes.
+    # Make the output reproducible.
     plt.rcParams["svg.hashsalt"] = "solvers"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

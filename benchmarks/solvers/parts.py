@@ -1,9 +1,9 @@
-"""Where the time of an update goes: each part by itself, beside the rate of a large product.
+"""Measures the time of each part of an update, and its rate relative to a large product.
 
     python -m benchmarks.solvers.parts
 
-Milliseconds are medians; "of the update" is over the whole update, measured in the same run, so
-that the parts of one may add up to more or less; "rate" is that of the part's products with Z over
+Milliseconds are medians; "of the update" is relative to the whole update, measured in the same run,
+so the parts need not add up to 100 %; "rate" is the rate of the part's products with Z relative to
 that of a large product. Prints a table and writes JSON.
 """
 
@@ -39,7 +39,7 @@ Part = tuple[str, Callable[..., Any], tuple, int]  # what, the call, with what, 
 
 
 def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
-    """The parts of one update, in order."""
+    """Yields the parts of one update, in order."""
     Z = problem.Z
     if method == "snmf":
         small, K = state.small, len(state.small.atoms)
@@ -75,7 +75,7 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
 
 @blas_threads.one_thread()
 def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
-    """A row for each part."""
+    """Returns one row per part."""
     Z = jnp.asarray(matrices.planted(N, D, min(K, 64)))
     update, problem, state, _ = updating(method, Z, K)
     if state is None:
@@ -106,7 +106,7 @@ def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows for a reader."""
+    """Returns the rows as a printable table."""
     shown = Table(title="Parts of an update, planted matrices", box=None)
     for heading in HEADINGS:
         shown.add_column(heading)
@@ -116,7 +116,7 @@ def table(rows: list[dict]) -> Table:
 
 
 def cells(row: dict) -> list[str]:
-    """A row's texts."""
+    """Returns the texts of a row."""
     rate = "" if row["of_rate"] is None else f"{100 * row['of_rate']:.0f} %"
     size = f"[{row['N']}, {row['D']}], {row['K']}"
     shares = f"{1e3 * row['seconds']:.1f}", f"{100 * row['of_update']:.0f} %", rate

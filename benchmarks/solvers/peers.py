@@ -1,4 +1,4 @@
-"""The other libraries, each in its best setting; a call returns what the objective is made of.
+"""The other libraries, each with its best settings; a call returns the arguments of the objective.
 
 snmf      codes and atoms       kmeans    centroids       pca       components
 """
@@ -18,7 +18,9 @@ Peer = Callable[[], Any]
 
 
 def snmf(Z: np.ndarray, K: int, small: bool) -> dict[str, Peer]:
-    """alpha = 1, non-negative codes. `small`: whether DictionaryLearning ends within minutes."""
+    """Returns the peers for alpha = 1 and non-negative codes; `small` includes DictionaryLearning,
+    which then takes minutes.
+    """
     shared = {
         "alpha": 1.0,
         "transform_alpha": 1.0,
@@ -43,12 +45,12 @@ def snmf(Z: np.ndarray, K: int, small: bool) -> dict[str, Peer]:
 
 
 def snmf_without_penalty(Z: np.ndarray, K: int) -> dict[str, Peer]:
-    """alpha = 0: overcomplete's SemiNMF (PyTorch), whose rules are multiplicative."""
+    """Returns the peer for alpha = 0: the multiplicative SemiNMF of overcomplete (PyTorch)."""
     if "overcomplete" not in sys.modules:
         spec = importlib.util.find_spec("overcomplete")
         if spec is None:
             return {}
-        # The package's own start imports vision models; the factorisations need none of them.
+        # The package's __init__ imports vision models, which the factorisations do not need.
         package = sys.modules["overcomplete"] = types.ModuleType("overcomplete")
         package.__path__ = list(spec.submodule_search_locations)
     import torch
@@ -64,7 +66,7 @@ def snmf_without_penalty(Z: np.ndarray, K: int) -> dict[str, Peer]:
 
 
 def kmeans(Z: np.ndarray, K: int, start: np.ndarray) -> dict[str, Peer]:
-    """From the same centroids; faiss does as many updates as scikit-learn needed."""
+    """Returns the peers, from the same centroids; faiss makes as many updates as scikit-learn."""
 
     def lloyd() -> np.ndarray:
         model = KMeans(K, init=start, n_init=1, algorithm="lloyd").fit(Z)
@@ -93,7 +95,7 @@ def kmeans(Z: np.ndarray, K: int, start: np.ndarray) -> dict[str, Peer]:
 
 
 def pca(Z: np.ndarray, K: int) -> dict[str, Peer]:
-    """With the solver that it picks."""
+    """Returns scikit-learn's PCA, with the solver that it chooses."""
 
     def run() -> np.ndarray:
         model = PCA(K, random_state=0)
