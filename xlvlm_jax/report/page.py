@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ports.tables import flat
 from xlvlm_jax.concepts.scores.attributes import known_attributes
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.beside_section import beside as side_by_side
@@ -330,14 +331,9 @@ def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:
             yield Group(key.capitalize(), rows)
 
 
-def _rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (name, value as text) for values that are set; flattens nested mappings."""
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _rows(value, f"{name}: ")
-        elif value is not None and value != "" and value != []:
-            yield name, _plain(value)
+def _rows(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (name, value as text) of values that are set, those of nested mappings too."""
+    return ((name, _plain(value)) for name, value in flat(values))
 
 
 def _plain(value: Any) -> str:

@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from markupsafe import Markup
+
+from ports.tables import html_table
 from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit
+from xlvlm_jax.data.frames import pandas_module
 from xlvlm_jax.report.plots import Plot, read_plot
+
+if TYPE_CHECKING:
+    import pandas
 
 KEYS = ("dictionaries", "scored on")  # keys of scores.json that this section shows
 Figure = Callable[[DictionaryScores], float | None]
@@ -35,6 +42,42 @@ class ScoreTable(NamedTuple):
     title: str
     columns: list[Column]
     rows: list[tuple[DictionaryScores, list[Cell]]]
+
+    def __repr__(self) -> str:
+        names = ", ".join(column.name for column in self.columns)
+        return f"ScoreTable({self.title!r}: {names}; {len(self.rows)} dictionaries)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (row.name, *(Markup("<b>{}</b>").format(c.text) if c.best else c.text for c in cells))
+            for row, cells in self.rows
+        ]
+        return html_table(rows, head=("", *(c.name for c in self.columns)), title=self.title)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns the scores as numbers, a line per dictionary with its method and size.
+
+        A score with a deviation over samples has a second column, such as "CLIP@1 ±"; what belongs
+        to a score is named with it, such as "CLIP@1 noise".
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        dictionaries = [row for row, _ in self.rows]
+        values: dict[str, list[Any]] = {
+            "method": [row.method for row in dictionaries],
+            "num_concepts": [row.num_concepts for row in dictionaries],
+        }
+        fit = ""
+        for column in self.columns:
+            # In the table what random words and noise score stands beside the fit that it is of.
+            fit = column.name if "@" in column.name else fit
+            name = f"{fit} {column.name}" if column.name in ("random", "noise") else column.name
+            values[name] = [column.value(row) for row in dictionaries]
+            if column.deviation is not None:
+                values[f"{name} ±"] = [column.deviation(row) for row in dictionaries]
+        names = [row.name for row in dictionaries]
+        return pandas_module().DataFrame(values, index=names)
 
 
 class ScoresSection(NamedTuple):

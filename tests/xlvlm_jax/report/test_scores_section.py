@@ -56,6 +56,27 @@ def test_the_random_words_of_each_are_shown_where_no_row_has_them():
     assert cells(words)["snmf-5", "random"].text == "0.400"
 
 
+def test_a_notebook_shows_the_tables_and_pandas_has_their_numbers():
+    words, codes = score_tables([*ROWS[:2], row("<i>", 5, 0.2)])
+    assert repr(words) == (
+        "ScoreTable('How well the words fit': CLIP@1, random, noise, overlap; 3 dictionaries)"
+    )
+    shown = words._repr_html_()
+    assert "snmf-5</th><td><b>0.610</b></td><td>0.400</td><td>0.500</td><td><b>0.100</b></td>" in (
+        shown
+    )
+    assert "&lt;i&gt;-5</th><td>0.200</td><td>0.400</td><td>0.500</td><td></td>" in shown
+
+    pytest.importorskip("pandas")
+    table = words.to_pandas()
+    assert list(table.columns) == [
+        "method", "num_concepts", "CLIP@1", "CLIP@1 ±", "CLIP@1 random", "CLIP@1 noise", "overlap",
+    ]  # fmt: skip
+    assert table.loc["snmf-5"].tolist() == ["snmf", 5, 0.61, 0.25, 0.4, 0.5, 0.1]
+    assert table["overlap"].isna().tolist() == [False, False, True]
+    assert codes.to_pandas().loc["kmeans-5", "Hoyer"] == 0.1
+
+
 def test_the_order_of_rows_marks_no_other():
     def marked(rows):
         return {key for table in score_tables(rows) for key, c in cells(table).items() if c.best}
