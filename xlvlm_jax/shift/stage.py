@@ -27,7 +27,7 @@ from xlvlm_jax.shift.vectors import Reduce
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
-HELD_BYTES = 2**28  # of states to learn concepts from in memory; larger ones are streamed
+HELD_BYTES = 2**28  # maximum size of states to decompose in memory; larger ones are streamed
 NUM_PICTURES = 5  # images per concept whose paths are stored for the panels
 
 
