@@ -1,9 +1,9 @@
-"""Greedy answers to the same samples under several conditions: plain, steered, told in words.
+"""Greedy answers to the same samples under several conditions: plain, steered, instructed.
 
 B batch, A conditions, M new tokens.
 
-An image is read, preprocessed and (where conditions differ in their edits alone) encoded once for
-all of them: they are variants of one compiled program, see `VLM.sweep`.
+An image is read and preprocessed once for all conditions, and encoded once for all that differ only
+in their edits: they are variants of one compiled program, see `VLM.sweep`.
 """
 
 import dataclasses
@@ -27,22 +27,23 @@ from xlvlm_jax.steering.methods import Steering
 if TYPE_CHECKING:
     import pandas
 
-MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # of one run
+MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # maximum rows and key-value cache of one run
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """How the model is asked; without arguments, as it is.
+    """A condition to answer under; without arguments, the plain model.
 
     Attributes:
-        vectors: what its states are steered by, all of them at once.
-        alpha: the strength of each.
-        where: the positions, see `ports.add`; None for those that each is meant for.
-        edit: what is done with a vector, one of EDITS: the functions of `ports` of that name.
-        instruction: words behind the prompt, such as "Answer no.".
+        vectors: the vectors to steer with, all at once.
+        alpha: the strength of each vector.
+        where: the token positions, see `ports.add`; None for those each vector is meant for.
+        edit: how a vector changes the states: one of EDITS, the functions of `ports` of that name.
+        instruction: text appended to the prompt, such as "Answer no.".
 
-    Raises ValueError for another edit.
+    Raises:
+        ValueError: the edit is unknown.
     """
 
     vectors: tuple[Steering, ...] = ()
@@ -53,10 +54,21 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.edit not in EDITS:
-            raise ValueError(f"no edit {self.edit!r}; expected one of {', '.join(EDITS)}")
+            raise ValueError(f"unknown edit {self.edit!r}; expected one of {', '.join(EDITS)}")
 
     def edits(self, vlm: VLM, inputs: Any) -> dict[str, tuple[Edit, ...]]:
-        """What `VLM.generate` takes. ValueError for vectors of another model, or maps not added."""
+        """Returns the edits that `VLM.generate` takes.
+
+        Args:
+            vlm: the model.
+            inputs: the processor's arrays.
+
+        Returns:
+            {site: edits}.
+
+        Raises:
+            ValueError: a vector was fitted on another model, or a low-rank map is not added.
+        """
         edits: dict[str, tuple[Edit, ...]] = {}
         for vector in self.vectors:
             for site, added in vector.edits_for(vlm, inputs, self.alpha, self.where).items():
@@ -64,7 +76,7 @@ class Condition:
                 if self.edit != "add":
                     if isinstance(added.vector, tuple):
                         raise ValueError(
-                            f"a low-rank map can't {self.edit} states, but add to them"
+                            f"edit is {self.edit!r}; expected 'add', all a low-rank map can do"
                         )
                     kind = getattr(edit_kinds, self.edit)(added.vector, self.alpha)
                     edit = dataclasses.replace(added, change=kind.change)
@@ -72,11 +84,11 @@ class Condition:
         return edits
 
     def prompt(self, sample: Sample) -> str:
-        """What the sample is asked."""
+        """Returns the prompt of a sample, with the instruction."""
         return sample.prompt if self.instruction is None else f"{sample.prompt} {self.instruction}"
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values, without the vectors' numbers."""
+        """Returns JSON values, without the vectors' components."""
         told = {} if self.instruction is None else {"instruction": self.instruction}
         if not self.vectors:
             return told
@@ -94,10 +106,10 @@ PLAIN = Condition()
 
 
 class Predictions(NamedTuple):
-    """Answers under A conditions to N samples."""
+    """Answers to N samples under A conditions."""
 
-    answers: list[list[str | None]]  # [A][N]; None where there is none
-    errors: dict[str, str]  # sample -> why its image could not be read, or processed
+    answers: list[list[str | None]]  # [A][N]; None for a sample without an answer
+    errors: dict[str, str]  # sample -> why its image could not be read or processed
 
     def to_pandas(self, samples: Sequence[Sample], names: Sequence[str]) -> "pandas.DataFrame":
         """Returns a table with a line per sample and a column "prediction.NAME" per condition.
@@ -123,9 +135,16 @@ class Predictions(NamedTuple):
         return table.assign(error=[self.errors.get(sample.id) for sample in samples])
 
     def readable(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[str]]]:
-        """The samples that could be read and processed, and the answers to them.
+        """Returns the samples that could be read and processed, and the answers to them.
 
-        Raises ValueError if there is none.
+        Args:
+            samples: the N samples.
+
+        Returns:
+            R samples, and [A][R] answers.
+
+        Raises:
+            ValueError: no sample could be read and processed.
         """
         kept = [i for i, sample in enumerate(samples) if sample.id not in self.errors]
         if not kept:
@@ -146,22 +165,28 @@ def predict(
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """The model's greedy answers to each sample under each condition.
+    """Generates greedy answers to each sample under each condition.
+
+    A sample whose image can't be read, or that the processor refuses under one of the conditions,
+    is recorded and skipped.
 
     Args:
         vlm: the model.
-        samples: what is asked.
-        conditions: A of them.
-        max_new_tokens: M, of an answer at most.
-        batch_size: B, of every batch: the last one is filled up.
-        max_rows: A times B of one run, at most; more conditions are run in several. None: 512, or
-            as many as keep the key-value cache within 4 GiB.
-        strict: stop at a sample that can't be read or processed.
-        progress: called after each batch with (samples done, samples in all).
+        samples: N samples.
+        conditions: A conditions.
+        max_new_tokens: M, maximum number of tokens per answer.
+        batch_size: B; the last batch is padded to it.
+        max_rows: maximum number of rows, A times B, per run; more conditions take several runs.
+            None for 512, or fewer to keep the key-value cache within 4 GiB.
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        progress: called after each batch with (samples done, number of samples).
 
-    An image that can't be read, or that the processor refuses, alone or with its prompt under one
-    of the conditions, is recorded and passed over. Raises ValueError for a batch size below one, no
-    conditions, vectors of another model, and as `VLM.generate` does.
+    Returns:
+        The answers, and why samples were skipped.
+
+    Raises:
+        ValueError: the batch size is below one, there are no conditions, a vector was fitted on
+            another model, or as `VLM.generate`.
     """
     if batch_size < 1 or not conditions:
         raise ValueError(
@@ -171,13 +196,13 @@ def predict(
     answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
     errors: dict[str, str] = {}
     done = 0
-    # One condition for each instruction: what the processor makes differs in nothing else.
+    # One prompt per instruction: the processor's arrays depend on nothing else.
     told = {condition.instruction: condition.prompt for condition in conditions}
     options = {"prompts": list(told.values()), "strict": strict}
     make = functools.partial(make_batch, vlm, size=batch_size, **options)
     for batch in read_ahead(groups_of(samples, batch_size), make):
         errors |= batch.refused
-        # No inputs if none of the samples has a row.
+        # There are no inputs if no sample of the batch has a row.
         inputs = dict(zip(told, batch.inputs, strict=False))
         for number, tokens in _run(vlm, inputs, conditions, max_new_tokens, max_rows):
             for row, text in zip(batch.good, vlm.decode(tokens), strict=False):
@@ -195,9 +220,9 @@ def _run(
     max_new_tokens: int,
     max_rows: int | None,
 ) -> Iterator[tuple[int, jax.Array]]:
-    """(number of a condition, tokens int32[B, M]) for each condition.
+    """Yields (number of a condition, tokens int32[B, M]) for each condition.
 
-    batch: instruction -> the processor's arrays; nothing of a batch without rows.
+    `batch` maps each instruction to the processor's arrays; it is empty for a batch without rows.
     """
     if not batch:
         return
@@ -216,14 +241,23 @@ def _run(
         size = -(-len(numbers) // runs)
         for start in range(0, len(numbers), size):
             chunk = variants[start : start + size]
-            # Filled up, so that every run is of the same program.
+            # Padded, so that every run uses the same program.
             chunk += chunk[:1] * (size - len(chunk))
             result = vlm.sweep(inputs, chunk, max_new_tokens=max_new_tokens)
             yield from zip(numbers[start : start + size], result.tokens, strict=False)
 
 
 def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -> int:
-    """How many rows of such inputs, conditions times batch, keep the cache within its bound."""
+    """Returns how many rows, conditions times batch, keep the cache within its bound.
+
+    Args:
+        vlm: the model.
+        inputs: the processor's arrays of a batch.
+        max_new_tokens: maximum number of tokens per answer.
+
+    Returns:
+        The number of rows, at least those of the batch.
+    """
     rows, length = inputs["input_ids"].shape
     make = functools.partial(vlm.module.init_cache, rows, length + max_new_tokens)
     cache = jax.tree.leaves(jax.eval_shape(make))
@@ -234,12 +268,16 @@ def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -
 def aligned(
     variants: Sequence[Mapping[str, Edit | Sequence[Edit]]],
 ) -> list[dict[str, tuple[Edit, ...]]]:
-    """Edits that do the same and have one structure, as `VLM.sweep` wants them.
+    """Returns equivalent edits that all have the same structure, as `VLM.sweep` requires.
 
-    At each site, each variant gets the edits of all, those of the others with a strength of zero:
-    they do nothing. So one program runs variants that edit different sites.
+    At each site, every variant gets the edits of all variants, those of the others with strength
+    zero. One program can thus run variants that edit different sites.
 
-    variants: edits without masks.
+    Args:
+        variants: {site: edits} per variant, without masks.
+
+    Returns:
+        {site: edits} per variant.
     """
     sites = dict.fromkeys(itertools.chain.from_iterable(variants))
     slots: dict[str, list[tuple[Any, Edit]]] = {site: [] for site in sites}

@@ -1,4 +1,4 @@
-"""Samples -> batches to train on: a prompt with its image, and one of the references behind it.
+"""Makes training batches of samples: an image and prompt followed by one of the references.
 
 B batch, T positions.
 """
@@ -16,12 +16,12 @@ from xlvlm_jax.data.sample import Sample
 
 
 class TrainingBatch(NamedTuple):
-    """Rows whose last tokens are the answers to learn."""
+    """Rows that end with the answers to learn."""
 
-    inputs: dict[str, np.ndarray]  # the processor's arrays, rows padded on the left; {} of no row
-    lengths: np.ndarray  # int32[B]: tokens of each answer, its end included; 0 in filled-up rows
-    window: int  # no answer is longer; one of few, so that few programs are compiled
-    skipped: dict[str, str]  # sample -> why it teaches nothing: it can't be read or processed
+    inputs: dict[str, np.ndarray]  # the processor's arrays, padded on the left; {} without rows
+    lengths: np.ndarray  # int32[B]: tokens of each answer, with its end token; 0 in padding rows
+    window: int  # at least the longest answer; takes few values, so that few programs are compiled
+    skipped: dict[str, str]  # sample -> why it can't be read or processed
 
 
 def batches(
@@ -34,13 +34,25 @@ def batches(
     *,
     strict: bool = False,
 ) -> Iterator[TrainingBatch]:
-    """Training batches number `start` to `stop`, read and preprocessed by threads ahead of need.
+    """Yields training batches `start` to `stop`, prefetched by threads.
 
-    Batch i holds the samples from i * batch_size on in an endless row of shuffled epochs, each with
-    one of its references, drawn anew. All follows from seed and number alone. A sample that can't
-    be read or processed has no row; a batch of nothing else is that of the next number.
+    Batch i holds the samples from i * batch_size on in an endless sequence of shuffled epochs, each
+    with a random one of its references. Seed and number determine a batch. A sample that can't be
+    read or processed has no row; a batch without rows is replaced by the next.
 
-    strict: stop at such a sample. Raises ValueError for samples of which none can be learnt.
+    Args:
+        vlm: the model.
+        samples: the samples.
+        batch_size: B.
+        seed: random seed.
+        start, stop: numbers of the first batch and of the one after the last.
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+
+    Yields:
+        Batches.
+
+    Raises:
+        ValueError: no sample can be read and processed; if strict, for the first that can't.
     """
 
     def make(number: int) -> TrainingBatch:
@@ -52,7 +64,7 @@ def batches(
                 return batch._replace(skipped=skipped)
         name, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"none of {len(samples)} samples can be learnt; the first, {name}: {reason}"
+            f"none of {len(samples)} samples can be processed; the first, {name}: {reason}"
         )
 
     def draw(number: int) -> TrainingBatch:
@@ -71,7 +83,14 @@ def batches(
 def evaluation_batches(
     vlm: VLM, samples: Sequence[Sample], batch_size: int, *, strict: bool = False
 ) -> Iterator[TrainingBatch]:
-    """All samples in order, each with its first reference; otherwise as `batches`."""
+    """Yields all samples in order, each with its first reference.
+
+    Args:
+        vlm, samples, batch_size, strict: as for `batches`.
+
+    Yields:
+        Batches; those without rows have no inputs.
+    """
 
     def make(chosen: Group) -> TrainingBatch:
         first = [answers_of(sample)[0] for sample in chosen]
@@ -81,9 +100,16 @@ def evaluation_batches(
 
 
 def answers_of(sample: Sample) -> tuple[str, ...]:
-    """What a sample teaches: its captions; of VQAv2 the answer that was given most often.
+    """Returns the answers to learn from a sample: its captions, or its most frequent VQA answer.
 
-    Raises ValueError for a sample without any.
+    Args:
+        sample: the sample.
+
+    Returns:
+        At least one answer.
+
+    Raises:
+        ValueError: the sample has none.
     """
     answer = sample.metadata.get("answer")
     answers = (answer,) if isinstance(answer, str) else sample.references
@@ -107,7 +133,7 @@ def _batch(
         return TrainingBatch({}, np.zeros(0, np.int32), 0, made.refused)
     (inputs,), lengths = made.inputs, made.answer_lengths.astype(np.int32)
     lengths[made.num_rows :] = 0
-    # One length for most data; but the first position predicts and is predicted by none.
+    # 32 suffices for most data; the first position is excluded, as no position predicts it.
     window = max(32, bucket_length(int(lengths.max())))
     window = min(window, bucket_length(inputs["input_ids"].shape[1]) - 1)
     return TrainingBatch(inputs, lengths, window, made.refused)

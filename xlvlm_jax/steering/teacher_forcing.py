@@ -1,10 +1,10 @@
-"""Answers forced on a model: its states at one layer, computed once, and runs from there on.
+"""Teacher forcing: runs a model over given answers, from stored states of one layer on.
 
 N samples, B batch, T positions, D width, V vocabulary.
 
-What a learnt shift does to answers depends on the layers behind it alone. So the states of the last
-layer before it are kept, in the model's dtype (N T D numbers), and a step of learning neither
-encodes an image nor runs a layer in front of the site again.
+The effect of a learnt shift depends only on the layers after it. The states of the last layer
+before it are therefore computed once and stored in the model's dtype (N T D numbers), and a step of
+learning neither encodes images nor runs the layers before the site again.
 """
 
 import re
@@ -28,35 +28,43 @@ Progress = Callable[[int, int], None]
 
 
 class Forced(NamedTuple):
-    """Prompts with their answers, padded on the left; all begin with the axis N."""
+    """Prompts with their answers, padded on the left; the first axis of all arrays is N."""
 
     tokens: np.ndarray  # int32[N, T]
-    positions: np.ndarray  # int32[N, T] or [N, T, 3], rotary
-    kinds: np.ndarray  # int32[N, T]: of which kind a position is, see `ports.intervene.edits`
-    states: np.ndarray  # [N, T, D] of the site that runs begin from
+    positions: np.ndarray  # int32[N, T] or [N, T, 3], rotary positions
+    kinds: np.ndarray  # int32[N, T]: kinds of positions, see `ports.intervene.edits`
+    states: np.ndarray  # [N, T, D]: states of the site that runs start from
 
     @property
     def answer_length(self) -> int:
-        """Tokens of the longest answer, its end counted."""
+        """Number of tokens of the longest answer, including its end token."""
         return int((self.kinds == GENERATED).sum(1).max())
 
 
 def begin_site(vlm: VLM, site: str) -> str:
-    """The layer whose states determine all that follows, at `site` or before it.
+    """Returns the last layer up to `site` whose states determine everything after it.
 
-    Raises ValueError for an unknown site, or one before the end of the decoder's first layer.
+    Args:
+        vlm: the model.
+        site: a site of the decoder.
+
+    Returns:
+        The site of the layer.
+
+    Raises:
+        ValueError: the site is unknown, or before the end of the decoder's first layer.
     """
     site = vlm.find_site(site)
     decoder = ".".join(vlm.module.decoder_path)
     block = re.compile(re.escape(normal_name(decoder)) + r"\.[a-z]+\.\d+$")
     sites = [normal_name(name) for name in vlm.sites]
     before = [name for name in sites[: sites.index(normal_name(site)) + 1] if block.match(name)]
-    # The head is behind the decoder; what is learnt lies within it.
+    # The head comes after the decoder; shifts are learnt within the decoder.
     if not before or not normal_name(site).startswith(decoder):
         first = next(name for name in sites if block.match(name))
         raise ValueError(
             f"nothing can be learnt at site {site!r}; choose a site of the decoder, {first!r} or "
-            "one behind it"
+            "a later one"
         )
     return before[-1]
 
@@ -71,21 +79,23 @@ def batches(
     strict: bool = False,
     errors: dict[str, str] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Prompts with their answers, in batches of one size, read ahead.
+    """Yields prompts with their answers in batches of one size, read ahead.
 
     Args:
         vlm: the model.
         samples: images and prompts.
-        answers: what follows each prompt; None: nothing.
+        answers: the text that follows each prompt; None for prompts alone.
         batch_size: B.
-        ended: whether the token that ends an answer follows too.
-        strict: stop at a sample that can't be read or processed, instead of leaving it out.
-        errors: gets {sample: why it was left out}.
+        ended: whether to append the end token to each answer.
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        errors: receives {sample: why it was skipped}.
 
-    Returns int[R] and the batch, where it has rows: which of the samples the first R rows are of.
+    Yields:
+        int[R], the samples of the first R rows, and the batch; batches without rows are left out.
 
-    Raises ValueError for another number of answers than samples, or an empty one; if strict, as
-    `make_batch`.
+    Raises:
+        ValueError: the numbers of answers and samples differ, or an answer is empty; if strict, as
+            `make_batch`.
     """
     if answers is not None and len(samples) != len(answers):
         raise ValueError(
@@ -93,7 +103,9 @@ def batches(
         )
     if answers is not None and not all(answer.strip() for answer in answers):
         empty = next(i for i, answer in enumerate(answers) if not answer.strip())
-        raise ValueError(f"the answer to force on sample {samples[empty].id} is empty")
+        raise ValueError(
+            f"the answer to force on sample {samples[empty].id} is empty; expected text"
+        )
 
     def make(first: int) -> Batch:
         here = slice(first, first + batch_size)
@@ -109,7 +121,16 @@ def batches(
 
 
 def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:
-    """int32[B, T]: the kinds of positions when the last counts[B] tokens are an answer."""
+    """Returns the kinds of positions of rows that end with an answer.
+
+    Args:
+        vlm: the model.
+        inputs: the processor's arrays.
+        counts: int[B], number of tokens of each answer.
+
+    Returns:
+        int32[B, T].
+    """
     places = vlm.module.places(inputs)
     kinds, index = np.array(places.kind), np.asarray(places.index)
     first = (index[:, -1:] + 1) - counts[:, None]
@@ -129,23 +150,24 @@ def force(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Forced, np.ndarray, dict[str, str]]:
-    """Runs the model over prompts and answers and keeps the states that a run can begin from.
+    """Runs the model over prompts and answers and stores the states to start later runs from.
 
     Args:
         vlm: the model.
         samples: images and prompts.
-        answers: one a sample; the model's end-of-sequence token is put behind it.
-        site: a layer, of `begin_site`.
+        answers: an answer per sample; the model's end token is appended.
+        site: the layer whose states to store, from `begin_site`.
         batch_size: B.
-        strict: stop at a sample that can't be read or processed, instead of leaving it out.
-        progress: called after each batch with (samples done, samples in all).
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        progress: called after each batch with (samples done, number of samples).
 
     Returns:
-        What is forced, the samples that its rows are of (int[N]), and {sample: why it was left
-        out} of the others.
+        The forced answers, int[N] the sample of each row, and {skipped sample: why}.
 
-    Raises ValueError for an empty answer, another number of them, or no sample that can be
-    processed; if strict, OSError or ValueError for the first that can't.
+    Raises:
+        ValueError: an answer is empty, the numbers of answers and samples differ, or no sample can
+            be processed; if strict, for the first that can't.
+        OSError: if strict, for the first image that can't be read.
     """
     parts, kept, errors = [], [], {}
     for index, batch in batches(vlm, samples, answers, batch_size, strict=strict, errors=errors):
@@ -175,7 +197,16 @@ def force(
 
 
 def require_some(kept: Sequence[Any], samples: Sequence[Sample], errors: dict[str, str]) -> None:
-    """ValueError if no sample is kept; says why the first is not."""
+    """Checks that at least one sample could be processed.
+
+    Args:
+        kept: the samples that could.
+        samples: all samples.
+        errors: {sample: why it was skipped}.
+
+    Raises:
+        ValueError: none could; the message says why the first could not.
+    """
     if not kept:
         first = next(iter(errors.values()), "there are no samples")
         raise ValueError(f"none of {len(samples)} samples can be processed; the first: {first}")
@@ -195,17 +226,17 @@ def answer_losses(
     edits: Edits,
     length: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropies of the answers' tokens, with edits behind the layer that the run begins from.
+    """Computes cross-entropies of the answers' tokens, with edits at or after the stored layer.
 
     Args:
         module, params: the model.
-        batch: of `force`.
-        site: whose states the batch holds.
-        edits: at this site and behind it.
+        batch: rows of what `force` returns.
+        site: the site whose states the batch holds.
+        edits: edits at this site or later ones.
         length: A, at least the batch's `answer_length`.
 
     Returns:
-        Losses float32[B, A], zero outside of answers, and weights float32[B, A], one within.
+        Losses float32[B, A], zero outside answers, and weights float32[B, A], one within answers.
     """
     inputs = {
         "input_ids": batch.tokens,

@@ -127,7 +127,7 @@ def test_aligned_edits_have_one_structure_and_order():
 def test_messages(vlm, asked, vector):
     with pytest.raises(ValueError, match="0 conditions and batches of 16"):
         evaluation.predict(vlm, asked, [], **OPTIONS)
-    with pytest.raises(ValueError, match="no edit 'push'; expected one of add, add_relative"):
+    with pytest.raises(ValueError, match="unknown edit 'push'; expected one of add, add_relative"):
         Condition((vector,), edit="push")
     other = SteeringVector(vector.vector, vector.site, {"model": "other", "fingerprint": "abc"})
     with pytest.raises(ValueError, match="fitted on 'other'"):

@@ -114,5 +114,7 @@ def test_a_batch_of_nothing_else_is_that_of_the_next_number(vlm, samples):
     made = list(examples.batches(vlm, taught, 1, seed=0, start=0, stop=8))
     assert all(batch.inputs and batch.lengths.all() for batch in made)
     assert {name for batch in made for name in batch.skipped} == {"1", "4"}
-    with pytest.raises(ValueError, match=r"none of 1 samples can be learnt; the first, 1: .*ref"):
+    with pytest.raises(
+        ValueError, match=r"none of 1 samples can be processed; the first, 1: .*ref"
+    ):
         list(examples.batches(vlm, taught[1:2], 1, seed=0, start=0, stop=1))
