@@ -23,11 +23,13 @@ def report(
     images: Images = None,
     beside: Annotated[
         Path | None,
-        typer.Option(help="Another run directory, to show its concepts beside those of RUN."),
+        typer.Option(help="Another run directory whose concepts to show next to those of RUN."),
     ] = None,
     picture_mb: Annotated[
         float,
-        typer.Option(help="Megabytes for pictures; more shows more of each concept's.", min=0),
+        typer.Option(
+            help="Maximum size of all pictures in megabytes; more shows more per concept.", min=0
+        ),
     ] = 3.0,
     overwrite: Overwrite = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Two runs side by side: each concept of one beside the concept of the other matched to it."""
+"""Shows two runs side by side: each concept next to its match in the other run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +13,11 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.cards import Card, Section, read_section
 from xlvlm_jax.solvers.matching import match_any
 
-DIGESTS = ("fingerprint", "samples digest")  # settings that say nothing to a reader
+DIGESTS = ("fingerprint", "samples digest")  # settings that mean nothing to a reader
 
 
 class Pair(NamedTuple):
-    """Two concepts that belong together; the concepts left over stand alone."""
+    """Two matched concepts, or one without a match."""
 
     ours: Card | None
     theirs: Card | None
@@ -32,7 +32,7 @@ class BesideSection(NamedTuple):
     names: tuple[str, str]  # of the two runs
     ours: Section
     theirs: Section
-    pairs: list[Pair]  # in the order of our cards; then the concepts of the other that are left
+    pairs: list[Pair]  # in the order of our cards, then unmatched concepts of the other run
     differences: list[tuple[str, str, str]]  # setting, here, there
 
     @property
@@ -42,25 +42,28 @@ class BesideSection(NamedTuple):
 
     @property
     def overlap(self) -> float | None:
-        """The mean share of our words that the other concept of a pair has; None without words."""
+        """The mean share of our words that the matched concept has too; None without words."""
         paired = [p for p in self.pairs if p.ours is not None and p.theirs is not None]
         shares = [len(p.shared) / len(p.ours.words) for p in paired if p.ours and p.ours.words]
         return float(np.mean(shares)) if shares and self.theirs.concepts.words else None
 
 
 class OtherRun(NamedTuple):
-    """What is read of the other run."""
+    """The features and concepts of the other run."""
 
     features: Features
     sections: list[Section]
 
 
 def read_other(run: Path, images: str | os.PathLike[str] | None = None) -> OtherRun:
-    """Returns the features and the concepts of the other run.
+    """Reads the features and concepts of the other run.
 
     Args:
         run: its directory.
         images: directory that holds the pictures now, if they were moved.
+
+    Returns:
+        The features and a section per directory of concepts.
 
     Raises:
         FileNotFoundError: the directory holds no features or no concepts.
@@ -77,12 +80,19 @@ def read_other(run: Path, images: str | os.PathLike[str] | None = None) -> Other
 
 
 def pair_sections(ours: Sequence[Section], theirs: Sequence[Section]) -> list[tuple[int, int]]:
-    """Returns which directories of concepts belong together, as indices of both.
+    """Matches the directories of concepts of two runs.
 
-    Those of the same name and site, then of the same site; if each run has one, these two.
+    First those with the same name and site, then those with the same site. If each run has a single
+    directory, these two are matched.
+
+    Args:
+        ours, theirs: the sections of each run.
+
+    Returns:
+        Pairs of indices into `ours` and `theirs`.
 
     Raises:
-        ValueError: none belong together.
+        ValueError: there is no match.
     """
     pairs: list[tuple[int, int]] = []
     for alike in (lambda a, b: (a.name, a.site) == (b.name, b.site), lambda a, b: a.site == b.site):
@@ -95,7 +105,7 @@ def pair_sections(ours: Sequence[Section], theirs: Sequence[Section]) -> list[tu
         return [(0, 0)]
     if not pairs:
         raise ValueError(
-            f"the runs have no site in common: {few(a.site for a in ours)}, and "
+            f"the runs have no site in common: one has {few(a.site for a in ours)}, the other "
             f"{few(b.site for b in theirs)}; decompose the same site in both"
         )
     return sorted(pairs)
@@ -107,12 +117,15 @@ def beside(
     names: tuple[str, str],
     settings: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> BesideSection:
-    """Returns two dictionaries side by side.
+    """Matches two dictionaries and compares their settings.
 
     Args:
         ours, theirs: the dictionaries; they may have different numbers of concepts.
-        names: of their runs.
+        names: the names of their runs.
         settings: the manifests of their features.
+
+    Returns:
+        The section of the page.
 
     Raises:
         ValueError: their components have different widths.

@@ -52,8 +52,8 @@ def write_report(
         run: the run directory.
         output: the file to write; by default report.html in the run directory.
         images: directory that holds the pictures now, if they were moved without the run.
-        beside: another run directory, whose concepts the page shows beside those of this one that
-            they are matched to.
+        beside: another run directory, whose concepts the page shows next to their match in this
+            run.
         picture_bytes: maximum size of all thumbnails together. What the most activating pictures of
             the concepts leave goes to further pictures, which the page shows on a click.
         tell: called with a message if pictures can't be shown; the page shows the message too.
@@ -148,7 +148,7 @@ def _render(
 
 
 def _names(run: Path, beside: Path | None) -> tuple[str, str]:
-    """What the two runs are called: their directories, with those above them where these agree."""
+    """Returns names of the two runs: the shortest ends of their paths that differ."""
     ours, theirs = (path.resolve().parts for path in (run, beside or run))
     for depth in range(1, max(len(ours), len(theirs))):
         if ours[-depth:] != theirs[-depth:]:

@@ -84,7 +84,9 @@ def test_sections_of_one_name_then_of_one_site_belong_together(two_runs):
     renamed = dataclasses.replace(theirs, name="concepts-c", site="layers.1")
     assert pair_sections([ours, other], [renamed, theirs]) == [(0, 1), (1, 0)]
     assert pair_sections([ours], [dataclasses.replace(theirs, site="layers.2")]) == [(0, 0)]
-    with pytest.raises(ValueError, match=r"no site in common: language_model\.model\.norm, layer"):
+    with pytest.raises(
+        ValueError, match=r"no site in common: one has language_model\.model\.norm, layer"
+    ):
         pair_sections([ours, other], [dataclasses.replace(theirs, site="layers.2")])
 
 
