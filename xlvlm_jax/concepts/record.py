@@ -24,7 +24,7 @@ from xlvlm_jax.solvers.validation import (
     check_finite,
     narrow,
 )
-from xlvlm_jax.storage import atomic, damaged, pictures
+from xlvlm_jax.storage import atomic, damaged, pictures, versions
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
@@ -191,7 +191,8 @@ class Concepts:
                 if array is not None
             }
         )
-        described = {name: getattr(self, name) for name in _DESCRIBED}
+        described: dict[str, Any] = {"version": versions.VERSION}
+        described |= {name: getattr(self, name) for name in _DESCRIBED}
         described["source"] = pictures.store_features(self.source, directory)
         if self.images is not None:
             root = pictures.root_of(path for paths in self.images for path in paths)
@@ -236,8 +237,11 @@ class Concepts:
         tensors = (directory / TENSORS).read_bytes()
         try:
             described = json.loads((directory / DESCRIPTION).read_text())
+            versions.require(directory / DESCRIPTION, described, "decompose again")
             digest = described["tensors_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except versions.UnknownVersionError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{directory / DESCRIPTION} is not a description of concepts ({error}); decompose "
                 "again"

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
-from xlvlm_jax.storage import atomic, pictures
+from xlvlm_jax.storage import atomic, pictures, versions
 
 TENSORS, DESCRIPTION = "shift.safetensors", "shift.json"
 KINDS = ("original", "shifted", "finetuned")
@@ -147,7 +147,8 @@ class ShiftAnalysis:
         tensors = save_tensors(
             {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in _ARRAYS}
         )
-        described: dict[str, Any] = {name: getattr(self, name) for name in _DESCRIBED}
+        described: dict[str, Any] = {"version": versions.VERSION}
+        described |= {name: getattr(self, name) for name in _DESCRIBED}
         described["summary"] = self.summary()
         described["concepts"] = self._concepts()
         described["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
@@ -219,6 +220,7 @@ class ShiftAnalysis:
         content = (directory / TENSORS).read_bytes()
         try:
             described = json.loads((directory / DESCRIPTION).read_text("utf-8"))
+            versions.require(directory / DESCRIPTION, described, "run `xlvlm shift` again")
             digest, concepts = described["tensors_sha256"], described["concepts"]
             known = {name: described[name] for name in _DESCRIBED}
             named = known["pictures"]
@@ -235,6 +237,8 @@ class ShiftAnalysis:
                 "matching": np.array([concept["matched"] for concept in concepts], int),
                 "counts": np.array([concept["samples"] for concept in concepts], int),
             }
+        except versions.UnknownVersionError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{directory / DESCRIPTION} does not describe a shift ({error});"

@@ -12,7 +12,7 @@ import safetensors.numpy
 from numpy.typing import ArrayLike
 
 from ports import VLM
-from xlvlm_jax.storage import atomic, damaged, pictures, same_model
+from xlvlm_jax.storage import atomic, damaged, pictures, same_model, versions
 
 
 def save(
@@ -29,7 +29,7 @@ def save(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     source = pictures.store_features(specification.get("source") or {}, path.parent)
-    specification = specification | {"source": source}
+    specification = specification | {"source": source, "version": versions.VERSION}
     metadata = {name: json.dumps(value) for name, value in specification.items()}
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     atomic.write(path, safetensors.numpy.save(arrays, {"kind": kind, **metadata}))
@@ -55,8 +55,11 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # JSON texts, but for the kind.
         kind = metadata.pop("kind")
         specification = {name: json.loads(value) for name, value in metadata.items()}
+        versions.require(path, specification, "fit it again")
+        specification.pop("version", None)
         source = pictures.restore_features(specification.get("source") or {}, path.parent)
         return kind, tensors, specification | {"source": source}
 
