@@ -1,0 +1,142 @@
+"""What earlier releases wrote loads unchanged; what later ones may write is refused by name.
+
+tests/data/earlier holds files of the release before the layout of today, and what that release's
+own readers gave (see make.py there).
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from xlvlm_jax import Concepts, Features, SteeringVector, steering
+from xlvlm_jax.shift import ShiftAnalysis
+from xlvlm_jax.storage import versions
+
+ARCHIVE = Path(__file__).parents[2] / "data" / "earlier" / "run.tar.gz"
+FINETUNED, SITE = "finetuned:language_model.model.norm", "language_model.model.norm"
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(root, filter="data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(earlier) -> dict:
+    return json.loads((earlier / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def equal(earlier):
+    arrays = np.load(earlier / "expected.npz")
+
+    def check(found, name, **tolerances):
+        np.testing.assert_allclose(
+            np.asarray(found), arrays[name], **{"rtol": 0, "atol": 0} | tolerances
+        )
+
+    return check
+
+
+def file_names(paths):
+    return [Path(path).name for path in paths]
+
+
+def test_features(earlier, expected, equal):
+    features = Features.open(earlier / "features")
+    assert features.complete and features.sites == (FINETUNED, SITE)
+    equal(features.matrix(SITE), "states")
+    equal(features.matrix(FINETUNED), "finetuned")
+    for name in ("sample_rows", "positions", "tokens"):
+        equal(getattr(features, name), name)
+    assert [sample["prediction"] for sample in features.samples] == expected["predictions"]
+    assert file_names(sample["image"] for sample in features.samples) == expected["images"]
+
+
+def test_concepts(earlier, expected, equal):
+    concepts = Concepts.load(earlier / "concepts")
+    equal(concepts.components, "components")
+    equal(concepts.activations, "activations")
+    assert (concepts.method, concepts.objective) == ("kmeans", expected["objective"])
+    assert concepts.words == expected["words"]
+    assert [file_names(paths) for paths in concepts.images] == expected["pictures"]
+    assert Path(concepts.source["features"]).name == "features"
+
+
+def test_a_shift(earlier, expected, equal):
+    shift = ShiftAnalysis.load(earlier / "shift")
+    for name in ("shifts", "recovery", "matching", "counts"):
+        equal(getattr(shift, name), name)
+    equal(shift.spread.consistency, "consistency")
+    assert shift.words == expected["shift words"]
+
+
+def test_vectors_of_each_kind(earlier, expected, equal):
+    vector = steering.load(earlier / "vector.safetensors")
+    equal(vector.vector, "vector")
+    assert (vector.site, vector.where) == (SITE, expected["where"])
+    assert vector.source == expected["source"]
+    low_rank = steering.load(earlier / "map.safetensors")
+    equal(low_rank.down, "down")
+    equal(low_rank.up, "up")
+    network = steering.load(earlier / "network.safetensors")
+    states = Features.open(earlier / "features").matrix(SITE)
+    # Of products, whose last digits are the machine's.
+    equal(network.shift(states[:2]), "network", rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_written_today_says_its_version(tmp_path, earlier, equal):
+    Concepts.load(earlier / "concepts").save(tmp_path / "concepts")
+    ShiftAnalysis.load(earlier / "shift").save(tmp_path / "shift")
+    steering.load(earlier / "vector.safetensors").save(tmp_path / "vector.safetensors")
+    for file in ("concepts/concepts.json", "shift/shift.json"):
+        assert json.loads((tmp_path / file).read_text())["version"] == versions.VERSION
+    with safetensors.safe_open(tmp_path / "vector.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["version"]) == versions.VERSION
+    again = SteeringVector.load(tmp_path / "vector.safetensors")
+    equal(again.vector, "vector")
+    equal(Concepts.load(tmp_path / "concepts").components, "components")
+    equal(ShiftAnalysis.load(tmp_path / "shift").shifts, "shifts")
+
+
+@pytest.mark.parametrize(
+    ("file", "load", "advice"),
+    [
+        ("features/manifest.json", Features.open, "extract the features again"),
+        ("concepts/concepts.json", Concepts.load, "decompose again"),
+        ("shift/shift.json", ShiftAnalysis.load, "run `xlvlm shift` again"),
+    ],
+)
+def test_a_directory_of_a_later_version_is_refused(tmp_path, earlier, file, load, advice):
+    shutil.copytree(earlier, tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(ValueError) as refused:
+        load(path.parent)
+    assert str(refused.value) == (
+        f"{path}: format version 2, expected 1; read it with the release that wrote it, or {advice}"
+    )
+
+
+@pytest.mark.parametrize("name", ["vector", "map", "network"])
+def test_a_vector_of_a_later_version_is_refused(tmp_path, earlier, name):
+    with safetensors.safe_open(earlier / f"{name}.safetensors", "numpy") as file:
+        metadata = file.metadata() | {"version": "2"}
+    tensors = safetensors.numpy.load_file(earlier / f"{name}.safetensors")
+    path = tmp_path / "later.safetensors"
+    safetensors.numpy.save_file(tensors, path, metadata)
+    with pytest.raises(ValueError) as refused:
+        steering.load(path)
+    assert str(refused.value) == (
+        f"{path}: format version 2, expected 1; read it with the release that wrote it, or fit it "
+        "again"
+    )
