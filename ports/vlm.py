@@ -818,16 +818,17 @@ class VLM:
         return {name: np.asarray(value) for name, value in batch.items()}
 
     def decode(self, tokens: Any) -> str | list[str]:
-        """Returns the text of token ids, special and pad tokens left out.
+        """Decodes token ids to text, without special and pad tokens.
 
         Args:
-            tokens: int[T] or int[N, T], as `generate` returns them or any array or list.
+            tokens: int[T] or int[N, T], as returned by `generate`; any array or list.
 
         Returns:
             One string for [T], N strings for [N, T].
 
         Raises:
-            ValueError: no integers, another number of axes, or an id outside the vocabulary.
+            ValueError: the tokens are not integers, have another number of axes, or an id is
+                outside the vocabulary.
         """
         size = max(self.module.num_embeddings, 1 + max(self.image_tokens))
         return decode_tokens(self.tokenizer, tokens, size, self.eos_tokens, self.pad_token)

@@ -1,4 +1,4 @@
-"""Token ids -> the text that a reader sees.
+"""Decodes token ids to text.
 
 N rows, T positions.
 """
@@ -14,21 +14,22 @@ from ports.intervene.edits import is_traced
 def decode_tokens(
     tokenizer: Any, tokens: Any, size: int, end_tokens: Sequence[int], pad_token: int
 ) -> str | list[str]:
-    """Returns the text of token ids, without special tokens and what fills a row after its end.
+    """Decodes token ids to text, without special tokens and the padding after a row's end.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        tokens: int[T] or int[N, T], an array of any library or lists.
-        size: the model has the ids 0 to size - 1; those that the tokenizer lacks have no text.
-        end_tokens, pad_token: ids that end a generated row, and that fill it up afterwards. A
-            checkpoint may fill with a token that its tokenizer does not count among the special
-            ones; elsewhere in a row that token is text.
+        tokens: int[T] or int[N, T], an array from any library, or lists.
+        size: the model has the ids 0 to size - 1; those missing in the tokenizer give no text.
+        end_tokens: ids that end a generated row.
+        pad_token: id that fills a row after its end. The tokenizer may not count it as a special
+            token; elsewhere in a row it is then text.
 
     Returns:
         One string for [T], N strings for [N, T].
 
     Raises:
-        ValueError: no integers, another number of axes, or an id that neither has.
+        ValueError: the tokens are not integers, have another number of axes, or neither the model
+            nor the tokenizer has an id.
     """
     ids = _as_ids(tokens, max(size, len(tokenizer)))
     rows = [_without_filling(row, end_tokens, pad_token) for row in np.atleast_2d(ids).tolist()]
@@ -47,7 +48,7 @@ def _as_ids(tokens: Any, size: int) -> np.ndarray:
         ids = np.asarray(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"tokens are no array ({reason}); {expected}") from error
+        raise ValueError(f"tokens are not an array ({reason}); {expected}") from error
     if ids.ndim not in (1, 2):
         raise ValueError(f"tokens have shape {ids.shape}; {expected}")
     if ids.size and ids.dtype.kind not in "iu":
@@ -62,7 +63,7 @@ def _as_ids(tokens: Any, size: int) -> np.ndarray:
 
 
 def _without_filling(row: list[int], end_tokens: Sequence[int], pad_token: int) -> list[int]:
-    """The row up to the token that ended it, if all that follows fills it up."""
+    """Returns the row up to the token that ended it, if only padding follows."""
     length = len(row)
     while length and row[length - 1] == pad_token:
         length -= 1

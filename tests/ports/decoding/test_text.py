@@ -82,7 +82,7 @@ def test_is_what_transformers_says(kind, request):
         ([[True]], "tokens have dtype bool"),
         (5, r"tokens have shape \(\); expected"),
         (np.zeros((1, 2, 3), int), r"tokens have shape \(1, 2, 3\)"),
-        ([[1], [1, 2]], r"tokens are no array \(.*inhomogeneous"),
+        ([[1], [1, 2]], r"tokens are not an array \(.*inhomogeneous"),
         ([[1, 2], [-100, 3]], r"token id -100 at \[1, 0\] does not exist; expected ids from 0 to"),
         ([1, 10**6], r"token id 1000000 at \[1\] does not exist"),
     ],
