@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
 def _check_samples(
     names: list[str], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
 ) -> None:
-    """Raises a ValueError for the first sample that differs between the two features."""
+    """Checks that samples agree; raises a ValueError for the first that differs."""
     for key in _NAMING:
         (of_a,), (of_b,) = (columns(each.samples, key) for each in (original, finetuned))
         for name, i, j in zip(names, *both.tolist(), strict=True):

@@ -174,8 +174,9 @@ def last_token_states(
     Returns:
         float32[N, D], NaN for a sample that can't be read or processed.
 
-    Raises ValueError for another number of completions, an empty one, or no sample that can be
-    processed.
+    Raises:
+        ValueError: the numbers of samples and completions differ, a completion is empty, or no
+            sample can be processed.
     """
     errors = {} if errors is None else errors
     found, done = None, 0
