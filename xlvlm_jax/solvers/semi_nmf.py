@@ -126,7 +126,9 @@ def collect(
         z = sums_of_rows.block_of(Z, first, count)
         return weighted_sums(some, z), matmul(some, some.T), used
 
-    size = sums_of_rows.rows_of_block(Z.shape[1])
+    # A few thousand rows are added in one product, for which a CPU does not copy blocks of Z.
+    N, D = Z.shape
+    size = N if N <= sums_of_rows.MOST_ROWS else sums_of_rows.rows_of_block(D)
     images, overlap, used = (wide.value for wide in sums_of_rows.add_up(part, len(Z), size))
     return codes, Sums(images, overlap, used, sums_of_rows.total(cost).value), cost
 
@@ -169,16 +171,23 @@ def _cost(
     ones = jnp.ones(len(codes), codes.dtype)
     cost = energy - matmul(ones, codes * gain)
 
-    def from_residual(_: Array, cost: Array) -> Array:
-        # Z may have fewer columns than the energy, which then lacks the same amount at any codes.
-        inside = jnp.sum(jnp.square(Z.astype(codes.dtype)), axis=1)
-        outside = jnp.maximum(energy - 0.5 * inside, 0)
-        squares = residual.of_products(Z, codes.T, atoms)
-        return outside + 0.5 * squares + alpha * matmul(ones, jnp.abs(codes))
+    N, D = Z.shape
+    size = max(min(sums_of_rows.rows_of_block(D, least=1), N), 1)
 
-    # A loop that runs zero times or once: under vmap, lax.cond would execute both branches.
+    def from_residual(i: Array, cost: Array) -> Array:
+        first = jnp.minimum(i * size, N - size)  # the last block reaches back
+        z, part = (sums_of_rows.block_of(values, first, size) for values in (Z, energy))
+        some = jax.lax.dynamic_slice_in_dim(codes, first, size, axis=1)
+        # Z may have fewer columns than the energy, which then lacks the same amount at any codes.
+        outside = jnp.maximum(part - 0.5 * jnp.sum(z**2, axis=1), 0)
+        squares = jnp.sum((z - matmul(some.T, atoms)) ** 2, axis=1)
+        found = outside + 0.5 * squares + alpha * matmul(ones, jnp.abs(some))
+        return jax.lax.dynamic_update_slice_in_dim(cost, found, first, 0)
+
+    # A loop over all blocks or none: under vmap, lax.cond would execute both branches. Each step
+    # depends on its number; XLA moves what does not out of the loop, and would always compute it.
     cancels = jnp.sum(cost) < CANCELS * jnp.sum(energy)
-    return jax.lax.fori_loop(0, jnp.where(cancels, 1, 0), from_residual, cost)
+    return jax.lax.fori_loop(0, jnp.where(cancels, -(-N // size), 0), from_residual, cost)
 
 
 class Given(NamedTuple):
