@@ -35,7 +35,7 @@ one process. Reproduce with
     python -m benchmarks.solvers.page      # this page
 
 `python -m benchmarks.sums` measures the effect of rounding on their sums over 10,000 to 20 million
-rows.
+rows: [sums.md](sums.md).
 
 {machine}
 
