@@ -29,8 +29,9 @@ from ports.intervene.sites import capture, list_sites
 from ports.intervene.steer import steer, substitute
 from ports.loading import hub_names, load, load_abstract
 from ports.parallel.sharding import make_mesh, parse_mesh
+from ports.passes import Output
 from ports.programs import compilation_cache
-from ports.vlm import VLM, Output
+from ports.vlm import VLM
 
 __all__ = [
     "VLM",

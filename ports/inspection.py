@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from PIL import Image
 
 from ports import description
@@ -103,8 +102,7 @@ def inspect(
     known = image_size if prompt is not None else None
     rows, length = inputs["input_ids"].shape
     shapes = list_sites(vlm.apply, vlm.params, inputs)
-    width = jnp.dtype(vlm.module.dtype).itemsize
-    cache = jax.eval_shape(lambda: vlm.module.init_cache(rows, length + new_tokens))
+    width = vlm.dtype.itemsize
     logits, states = jax.eval_shape(capture(vlm.apply, sites), vlm.params, inputs)
     ids = inputs["input_ids"][0] if prompt is not None else None
     image_tokens = _image_tokens(vlm, ids, length)
@@ -116,7 +114,7 @@ def inspect(
         bucket=length,
         new_tokens=new_tokens,
         parameters=_bytes(vlm.params),
-        cache=_bytes(cache),
+        cache=vlm.cache_bytes(rows, length + new_tokens),
         states=_bytes(states),
         logits=_bytes(logits),
         # Logits are float32 in every dtype.
@@ -125,7 +123,7 @@ def inspect(
     devices, memory = _devices()
     return Inspection(
         model_type=vlm.config.model_type,
-        dtype=jnp.dtype(vlm.module.dtype).name,
+        dtype=vlm.dtype.name,
         parts=description.count_by_part(vlm.module, vlm.params),
         sites=description.patterns(shapes),
         prompt=prompt,

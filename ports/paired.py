@@ -108,9 +108,9 @@ def with_like_heads(original: VLM, finetuned: VLM) -> tuple[VLM, VLM]:
 
     Fine-tuning may untie the head and store it; untying the other too makes the trees match.
     """
-    if bool(original.module.tied) == bool(finetuned.module.tied):
+    if original.is_tied == finetuned.is_tied:
         return original, finetuned
-    if original.module.tied:
+    if original.is_tied:
         return original.untied(), finetuned
     return original, finetuned.untied()
 

@@ -2,135 +2,31 @@
 
 import copy
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from ports import checkpoint, description
+from ports import checkpoint, description, passes
 from ports.checkpoint import hub, peft_io
-from ports.decoding import generate, generation_config, logits
+from ports.decoding import generation_config, logits
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
 from ports.decoding.text import decode_tokens
-from ports.inputs import model_inputs, padding, vocabulary
-from ports.intervene import lora, steer
-from ports.intervene.edits import (
-    Edit,
-    Edits,
-    as_edits,
-    check_batch,
-    is_everywhere,
-    lay_out,
-    reaches,
-)
-from ports.intervene.sites import as_sites, capture, find_sites, list_sites
+from ports.inputs import model_inputs, padding, prompts, vocabulary
+from ports.intervene import layout, lora, steer
+from ports.intervene.edits import Edits, as_edits
+from ports.intervene.sites import as_sites, find_sites, list_sites
 from ports.messages import few
 from ports.models.port import Port
-from ports.names import normal_name
-from ports.nn import vision_language
+from ports.nn.vision_language import Inputs, VisionLanguageModel
 from ports.parallel import sharding
-from ports.tables import html_arrays, kind, named_states
+from ports.passes import Output
 
 Array = jax.Array
-
-
-class Output(NamedTuple):
-    """Result of `VLM.forward`.
-
-    Examples:
-        >>> import ports, xlvlm_jax
-        >>> from PIL import Image
-        >>> vlm = ports.load("embedded")
-        >>> prompt, picture = vlm.render("What is in the picture?"), Image.new("RGB", (64, 64))
-        >>> inputs = vlm.process([prompt], [picture])
-        >>> site = "language_model.model.layers.3"
-        >>> out = vlm.forward(inputs, sites=[site])
-        >>> out.logits.shape[:2] == inputs["input_ids"].shape, out.states[site].shape[-1]
-        (True, 192)
-    """
-
-    logits: Array  # float32[B, T, V], whatever the model's dtype
-    states: dict[str, Array]  # site -> [B, T, D]; for a vision site [images, patches, width]
-
-    def __repr__(self) -> str:
-        return f"Output(logits: {kind(self.logits)}; states: {few(self.states) or 'none'})"
-
-    def _repr_html_(self) -> str:
-        arrays = {"logits": self.logits, **named_states("states", self.states)}
-        return html_arrays(arrays, title="Output")
-
-
-# The mesh is a static argument of every program: a program traced for one is not run on another.
-@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
-def _forward(
-    model: vision_language.VisionLanguageModel,
-    params: dict,
-    inputs: dict,
-    edits: Edits,
-    sites: tuple[str, ...],
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    with sharding.on(mesh):
-        return capture(steer.steer(model.apply, edits), sites)({"params": params}, inputs)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
-def _states(
-    model: vision_language.VisionLanguageModel,
-    params: dict,
-    inputs: dict,
-    edits: Edits,
-    sites: tuple[str, ...],
-    mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Array]:
-    with sharding.on(mesh):
-        return capture(steer.steer(model.apply, edits), sites)({"params": params}, inputs)[1]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method", "mesh"))
-def _unembed(
-    model: vision_language.VisionLanguageModel,
-    params: dict,
-    x: Array,
-    method: str,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Array:
-    with sharding.on(mesh):
-        return getattr(model.bind({"params": params}), method)(x)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model",
-        "max_new_tokens",
-        "eos_tokens",
-        "pad_token",
-        "sites",
-        "prompt_states",
-        "variants",
-        "mesh",
-    ),
-)
-def _generate(
-    model: vision_language.VisionLanguageModel,
-    params: dict,
-    inputs: dict,
-    sampling: Sampling | None = None,
-    edits: Edits | None = None,
-    rules: logits.Rules | None = None,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-    **options: Any,
-) -> Generation:
-    with sharding.on(mesh):
-        return generate.generate(model, params, inputs, sampling, edits, rules, **options)
 
 
 class VLM:
@@ -164,7 +60,7 @@ class VLM:
 
     def __init__(
         self,
-        module: vision_language.VisionLanguageModel,
+        module: VisionLanguageModel,
         params: dict,
         config: Any,
         port: Port,
@@ -186,7 +82,7 @@ class VLM:
     def _use(self, values: dict[str, Any]) -> None:
         """Sets the values of a generation_config.json; raises ValueError for invalid ids."""
         self.generation_config = values
-        self.eos_tokens, self.pad_token = _special_tokens(
+        self.eos_tokens, self.pad_token = generation_config.special_tokens(
             self.config, values, self.directory, self.module.num_embeddings
         )
 
@@ -268,13 +164,12 @@ class VLM:
             FileNotFoundError: as for `ports.load`.
             ValueError: as for `ports.load`.
         """
-        decoder, head = (".".join(p) for p in (self.module.decoder_path, self.module.head_path))
         return peft_io.read(
             hub.find_directory(directory, peft_io.EXPECTED),
             self.params,
             self._port.canonical_name,
             architecture=self.architecture,
-            tied=(head, f"{decoder}.embed_tokens") if self.module.tied else (),
+            tied=(self.head, f"{self.decoder}.embed_tokens") if self.is_tied else (),
         )
 
     def untied(self) -> "VLM":
@@ -286,23 +181,39 @@ class VLM:
         Raises:
             ValueError: the head is not tied to the embeddings.
         """
-        if not self.module.tied:
+        if not self.is_tied:
             raise ValueError("the model's head is not tied to its embeddings; use it as it is")
-        flat = traverse_util.flatten_dict(self.params)
-        table = flat[*self.module.decoder_path, "embed_tokens", "embedding"]
-        path, kernel = (*self.module.head_path, "kernel"), table.T
-        if self._mesh is not None:
-            where = sharding.param_sharding(
-                self._mesh, path, kernel.shape, self.module.axes, self.module.kv_heads
-            )
-            kernel = jax.device_put(kernel, where)
-        params = traverse_util.unflatten_dict(flat | {path: kernel})
-        model = VLM(
-            self.module.untied(), params, self.config, self._port, self.directory, self._mesh
-        )
+        params = checkpoint.untie(self.module, self.params, self._mesh)
+        module = self.module.untied()
+        model = VLM(module, params, self.config, self._port, self.directory, self._mesh)
         model._use(self.generation_config)
         model.adapter = self.adapter
         return model
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the parameters and the computation."""
+        return jnp.dtype(self.module.dtype)
+
+    @property
+    def decoder(self) -> str:
+        """Name of the language model's decoder; its layers are below it."""
+        return ".".join(self.module.decoder_path)
+
+    @property
+    def head(self) -> str:
+        """Name of the language-model head."""
+        return ".".join(self.module.head_path)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weights are the embeddings."""
+        return bool(self.module.tied)
+
+    def cache_bytes(self, rows: int, length: int) -> int:
+        """Returns the bytes of the key-value cache of `rows` rows with `length` positions."""
+        cache = jax.eval_shape(lambda: self.module.init_cache(rows, length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     @property
     def architecture(self) -> str | None:
@@ -335,21 +246,9 @@ class VLM:
         if getattr(processor, "chat_template", None) is None:
             # It may be only in tokenizer_config.json.
             processor.chat_template = processor.tokenizer.chat_template
-        self._check_image_token(processor)
+        vocabulary.check_image_token(processor, self.image_tokens, directory)
         self._warn_of(processor.tokenizer)
         return processor
-
-    def _check_image_token(self, processor: Any) -> None:
-        """Raises ValueError if the processor's image token differs from the one in config.json."""
-        token = getattr(processor, "image_token", None)
-        if token is None:
-            return
-        number = processor.tokenizer.convert_tokens_to_ids(str(token))
-        if number not in self.image_tokens:
-            raise ValueError(
-                f"{self.directory}: image token {str(token)!r} has id {number} in the tokenizer, "
-                f"but config.json says {self.image_tokens[0]}; use files from the same checkpoint"
-            )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -383,7 +282,7 @@ class VLM:
         """Ids of the tokens that stand for an image."""
         return self.module.config.image_tokens
 
-    def apply(self, params: dict, inputs: vision_language.Inputs, **kwargs: Any) -> Any:
+    def apply(self, params: dict, inputs: Inputs, **kwargs: Any) -> Any:
         """Computes logits; a pure function, for `capture` and `steer` to wrap.
 
         A token id outside the vocabulary gives NaN at its position and at all positions that see
@@ -416,7 +315,7 @@ class VLM:
 
     def forward(
         self,
-        inputs: vision_language.Inputs,
+        inputs: Inputs,
         *,
         sites: str | Sequence[str] = (),
         edits: Edits | None = None,
@@ -438,8 +337,8 @@ class VLM:
                 fit, or images and prompts do not match.
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
-        edits, arrays = self._place_edits(edits, arrays)
-        logits, states = _forward(
+        edits, arrays = self._lay_out(edits, arrays)
+        logits, states = passes.forward(
             self.module, self.params, self._place(arrays), edits, _distinct(asked), self._mesh
         )
         length = arrays["input_ids"].shape[1]
@@ -447,7 +346,7 @@ class VLM:
 
     def states(
         self,
-        inputs: vision_language.Inputs,
+        inputs: Inputs,
         *,
         sites: str | Sequence[str],
         edits: Edits | None = None,
@@ -466,14 +365,14 @@ class VLM:
             ValueError: as for `forward`.
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
-        edits, arrays = self._place_edits(edits, arrays)
+        edits, arrays = self._lay_out(edits, arrays)
         arguments = (self.module, self.params, self._place(arrays), edits, _distinct(asked))
-        states = _states(*arguments, self._mesh)
+        states = passes.states(*arguments, self._mesh)
         return self._cut(states, asked, arrays["input_ids"].shape[1])
 
     def generate(
         self,
-        inputs: vision_language.Inputs,
+        inputs: Inputs,
         *,
         max_new_tokens: int,
         sites: str | Sequence[str] = (),
@@ -505,11 +404,14 @@ class VLM:
                 decoder, max_new_tokens is less than 1, an edit does not fit, images and prompts do
                 not match, or a value in `generation_config` is not implemented.
         """
-        arguments, options, checked = self._generation(
-            inputs, max_new_tokens, sites, edits, sampling, prompt_states
-        )
-        result = _generate(*arguments, **options)
+        checked = self._check(inputs)
+        model_inputs.check_count(max_new_tokens)
         asked = self.find_sites(sites, generated=True)
+        edits, arrays = self._lay_out(edits, checked, max_new_tokens)
+        arguments, options = self._generation(
+            arrays, edits, max_new_tokens, _distinct(asked), sampling
+        )
+        result = passes.generate(*arguments, **options, prompt_states=prompt_states)
         states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
         return result._replace(
             states=_by_name(result.states, asked), prompt_states=padding.realign(checked, states)
@@ -517,7 +419,7 @@ class VLM:
 
     def lower(
         self,
-        inputs: vision_language.Inputs,
+        inputs: Inputs,
         *,
         sites: str | Sequence[str],
         max_new_tokens: int | None = None,
@@ -540,39 +442,34 @@ class VLM:
         Raises:
             ValueError: as for `generate` or `states`.
         """
-        if max_new_tokens is not None:
-            arguments, options, _ = self._generation(
-                inputs, max_new_tokens, sites, None, None, prompt_states
-            )
-            return _generate.lower(*arguments, **options)
-        arrays, sites = self._place(self._check(inputs)), self.check_sites(sites)
-        return _states.lower(self.module, self.params, arrays, {}, sites, self._mesh)
+        checked = self._check(inputs)
+        if max_new_tokens is None:
+            arrays, sites = self._place(checked), self.check_sites(sites)
+            return passes.states.lower(self.module, self.params, arrays, {}, sites, self._mesh)
+        model_inputs.check_count(max_new_tokens)
+        sites = self.check_sites(sites, generated=True)
+        arguments, options = self._generation(checked, {}, max_new_tokens, sites)
+        return passes.generate.lower(*arguments, **options, prompt_states=prompt_states)
 
     def _generation(
         self,
-        inputs: vision_language.Inputs,
+        arrays: dict[str, np.ndarray],
+        edits: layout.LaidOut,
         max_new_tokens: int,
-        sites: str | Sequence[str],
-        edits: Edits | None,
-        sampling: Sampling | None,
-        prompt_states: bool,
-    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, np.ndarray]]:
-        """Returns the arguments of the compiled generation, and the checked, unpadded inputs."""
-        checked = self._check(inputs)
-        model_inputs.check_count(max_new_tokens)
-        sites = self.check_sites(sites, generated=True)
-        edits, checked = self._place_edits(edits, checked, max_new_tokens)
-        arrays = self._place(padding.align_right(checked, self._port.per_position))
+        sites: tuple[str, ...],
+        sampling: Sampling | None = None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments and options of the compiled generation from checked inputs."""
+        aligned = self._place(padding.align_right(arrays, self._port.per_position))
         options = {
             "max_new_tokens": max_new_tokens,
             "eos_tokens": self.eos_tokens,
             "pad_token": self.pad_token,
             "sites": sites,
-            "prompt_states": prompt_states,
             "mesh": self._mesh,
         }
-        rules = self._rules(checked)
-        return (self.module, self.params, arrays, sampling, edits, rules), options, checked
+        rules = self._rules(arrays)
+        return (self.module, self.params, aligned, sampling, edits, rules), options
 
     def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
         """Returns the rules that change logits when generating from these prompts."""
@@ -587,11 +484,11 @@ class VLM:
             length=length,
             fill=padding.bucket_length(length) - length,
         )
-        return self._everywhere(rules)
+        return sharding.everywhere(rules, self._mesh)
 
     def sweep(
         self,
-        inputs: vision_language.Inputs,
+        inputs: Inputs,
         variants: Sequence[Edits],
         *,
         max_new_tokens: int,
@@ -618,29 +515,15 @@ class VLM:
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
         asked = self.find_sites(sites, generated=True)
-        placed = [self._place_edits(edits, checked, max_new_tokens)[0] for edits in variants]
-        structures = {jax.tree.structure(edits) for edits in placed}
-        if len(structures) != 1:
-            raise ValueError(
-                f"{len(placed)} variants of edits have {len(structures)} structures; expected the "
-                "same sites and kinds of edits, all with a mask or all without (see ports.stacked)"
-            )
-        if not jax.tree.leaves(placed):  # no edits: all variants are the same
+        laid = [self._lay_out(edits, checked, max_new_tokens)[0] for edits in variants]
+        edits = layout.stack_variants(laid)
+        if not jax.tree.leaves(edits):  # no edits: all variants are the same
             answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
-            return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(placed)), answer)
-        result = _generate(
-            self.module,
-            self.params,
-            self._place(padding.align_right(_with_columns(checked), self._port.per_position)),
-            edits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed),
-            rules=self._rules(checked),
-            max_new_tokens=max_new_tokens,
-            eos_tokens=self.eos_tokens,
-            pad_token=self.pad_token,
-            sites=_distinct(asked),
-            variants=True,
-            mesh=self._mesh,
+            return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(laid)), answer)
+        arguments, options = self._generation(
+            padding.with_columns(checked), edits, max_new_tokens, _distinct(asked)
         )
+        result = passes.generate(*arguments, **options, variants=True)
         return result._replace(states=_by_name(result.states, asked))
 
     def unembed(self, x: Array | np.ndarray, *, through_norm: bool = False) -> Array:
@@ -657,7 +540,7 @@ class VLM:
             Logits float32[..., V].
         """
         method = "unembed_through_norm" if through_norm else "unembed"
-        return _unembed(self.module, self.params, jnp.asarray(x), method, self._mesh)
+        return passes.unembed(self.module, self.params, jnp.asarray(x), method, self._mesh)
 
     def is_before_norm(self, site: str) -> bool:
         """Returns whether the decoder's final norm is applied between a site and the head.
@@ -688,22 +571,14 @@ class VLM:
             ValueError: a name matches no site, or a site without states for generated tokens.
         """
         inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
-        asked: dict[str, str] = {}
-        for name in as_sites(names):
-            among = self.sites if self._is_whole(name) else inside
-            asked |= find_sites([name], among, self.hub_names)
+        asked = find_sites(as_sites(names), self.sites, self.hub_names, inside)
         outside = [name for name, site in asked.items() if site not in inside]
         if outside:
             raise ValueError(
                 f"site {outside[0]!r} has no states for generated tokens; "
-                f"choose sites below {'.'.join(self.module.decoder_path)!r}, or use forward"
+                f"choose sites below {self.decoder!r}, or use forward"
             )
         return asked
-
-    def _is_whole(self, name: str) -> bool:
-        """Returns whether a name is the full name of a site, not a pattern or the end of one."""
-        known = set(map(normal_name, self.sites))
-        return any(normal_name(said) in known for said in (name, *self.hub_names(name)))
 
     def check_sites(
         self, sites: str | Sequence[str], *, generated: bool = False
@@ -761,32 +636,8 @@ class VLM:
             ValueError: `prompt` is not a string, or the checkpoint has no chat template or one that
                 fails.
         """
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"the prompt is a {type(prompt).__name__}; expected a string, one prompt per call"
-            )
-        if getattr(self.processor, "chat_template", None) is None:
-            raise ValueError(
-                f"{self.directory} has no chat template; add that of its model family as "
-                "chat_template.jinja"
-            )
-        token = str(getattr(self.processor, "image_token", ""))
-        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = f"{self._port.image_text.format(token)}\n{prompt}"
-        reasons = []
-        for content in (parts, text, [{"type": "text", "text": text}]):
-            message = [{"role": "user", "content": content}]
-            try:
-                said = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            except Exception as error:  # Jinja's errors, and any that the template's code raises
-                reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-                continue
-            if not token or said.count(token) == 1 + prompt.count(token):
-                return said
-            reasons.append(f"it renders {said.count(token)} {token} for one image")
-        raise ValueError(
-            f"{self.directory}: its chat template fails ({reasons[0]}); replace it with that of "
-            "its model family, as chat_template.jinja"
+        return prompts.render(
+            self.processor, prompt, image_text=self._port.image_text, where=self.directory
         )
 
     def process(
@@ -806,16 +657,7 @@ class VLM:
             ValueError: `texts` is a single string or `images` a single image, their numbers differ,
                 a file does not exist, or a prompt has no image token because it was not rendered.
         """
-        mark = getattr(self.processor, "image_token", None)
-        pairs = model_inputs.pair_prompts(texts, images, mark)
-        self.processor.tokenizer.padding_side = "left"
-        batch = self.processor(
-            text=[text for text, _ in pairs],
-            images=[listed for _, listed in pairs],
-            padding=True,
-            return_tensors="np",
-        )
-        return {name: np.asarray(value) for name, value in batch.items()}
+        return prompts.run_processor(self.processor, texts, images)
 
     def decode(self, tokens: Any) -> str | list[str]:
         """Decodes token ids to text, without special and pad tokens.
@@ -833,12 +675,12 @@ class VLM:
         size = max(self.module.num_embeddings, 1 + max(self.image_tokens))
         return decode_tokens(self.tokenizer, tokens, size, self.eos_tokens, self.pad_token)
 
-    def _place_edits(
+    def _lay_out(
         self,
         edits: Edits | None,
         arrays: dict[str, np.ndarray],
         max_new_tokens: int = 1,
-    ) -> tuple[dict[str, tuple[Edit, ...]], dict[str, np.ndarray]]:
+    ) -> tuple[layout.LaidOut, dict[str, np.ndarray]]:
         """Returns edits as arguments of a compiled program, and the arrays with their columns.
 
         `max_new_tokens` tokens are generated; the last of them is not fed back to the model.
@@ -846,43 +688,19 @@ class VLM:
         given = as_edits({} if edits is None else edits)
         if not given:
             return {}, arrays
-        placed: dict[str, tuple[Edit, ...]] = {}
+        # "layers.*" and "layers.1" would also match layers of a vision tower.
+        among = [site for site in self.sites if self.module.is_of_decoder(site)]
         batch, length = arrays["input_ids"].shape
-        missing = padding.bucket_length(length) - length
-
-        def move(columns: Any) -> Any:
-            """Pads [B, T, ...] on the right, from the caller's columns to the bucket length."""
-            xp = np if isinstance(columns, np.ndarray) else jnp
-            return xp.pad(columns, ((0, 0), (0, missing), *((0, 0),) * (columns.ndim - 2)))
-
-        for name, listed in given.items():
-            # "layers.*" and "layers.1" would also match layers of a vision tower.
-            for site in self.check_sites([name], generated=not self._is_whole(name)):
-                here = listed
-                # In the towers, rows and positions are those of images.
-                if self.module.is_of_decoder(site):
-                    for edit in here:
-                        check_batch(edit, batch, length)
-                        _warn_of_beyond(site, edit, length + max_new_tokens - 1)
-                    here = tuple(lay_out(edit, move) for edit in here)
-                placed[site] = (*placed.get(site, ()), *here)
-        for site, listed in placed.items():
-            if all(map(is_everywhere, listed)):
-                continue
-            if normal_name(site) not in self._token_sites:
-                raise ValueError(
-                    f"site {site!r} comes before image and text are joined, so its positions are "
-                    "not tokens; expected where='all', or a site below "
-                    f"{'.'.join(self.module.decoder_path)!r}"
-                )
-        return self._everywhere(placed), _with_columns(arrays)
-
-    def _everywhere(self, tree: Any) -> Any:
-        """Replicates small arguments of a program on the devices of all processes."""
-        if self._mesh is None or sharding.replicated(self._mesh).is_fully_addressable:
-            return tree
-        everywhere = sharding.replicated(self._mesh)
-        return jax.tree.map(lambda leaf: sharding.put(np.asarray(leaf), everywhere), tree)
+        laid = layout.lay_out_edits(
+            given,
+            lambda name: find_sites([name], self.sites, self.hub_names, among).values(),
+            self.module.is_of_decoder,
+            (batch, length),
+            padding.bucket_length(length),
+            length + max_new_tokens - 1,
+        )
+        layout.require_token_sites(laid, lambda: self._token_sites, self.decoder)
+        return sharding.everywhere(laid, self._mesh), padding.with_columns(arrays)
 
     def _cut(
         self, states: dict[str, Array], asked: Mapping[str, str], length: int
@@ -894,23 +712,12 @@ class VLM:
         }
         return _by_name(cut, asked)
 
-    def _check(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
-        arrays = model_inputs.to_numpy(inputs, self._port.inputs)
-        if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
-            raise ValueError(
-                "inputs have no input_ids of shape [batch, positions]; pass what the processor "
-                "returns with return_tensors='np'"
-            )
-        mask = arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
-        if mask.shape != arrays["input_ids"].shape:
-            raise ValueError(
-                f"attention_mask has shape {mask.shape}; expected the shape of input_ids, "
-                f"{arrays['input_ids'].shape}"
-            )
+    def _check(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        arrays = model_inputs.with_mask(model_inputs.to_numpy(inputs, self._port.inputs))
         vocabulary.check_ids(arrays["input_ids"], self.module.num_embeddings, self.image_tokens)
         return self._port.prepare_inputs(self.module.config, arrays)
 
-    def prepare(self, inputs: vision_language.Inputs) -> dict[str, np.ndarray]:
+    def prepare(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Checks the processor's arrays and pads them to a compiled length.
 
         Args:
@@ -924,7 +731,7 @@ class VLM:
         """
         return self._padded(self._check(inputs))
 
-    def place(self, inputs: vision_language.Inputs) -> dict[str, Array]:
+    def place(self, inputs: Inputs) -> dict[str, Array]:
         """Prepares inputs like `prepare` and puts them on the model's devices.
 
         Args:
@@ -942,29 +749,7 @@ class VLM:
         return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position)
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
-        arrays = self._padded(arrays)
-        if self._mesh is None:
-            return {name: jnp.asarray(value) for name, value in arrays.items()}
-        return {
-            name: sharding.put(value, sharding.batch_sharding(self._mesh, value.shape))
-            for name, value in arrays.items()
-        }
-
-
-def _warn_of_beyond(site: str, edit: Edit, length: int) -> None:
-    if not reaches(edit, length):
-        where = f"from {int(edit.start)} on" if edit.at is None else f"{np.ravel(edit.at).tolist()}"
-        warnings.warn(
-            f"the edit at {site!r} changes nothing: it is for the tokens {where:.60}, but no row "
-            f"has more than {length}",
-            stacklevel=4,
-        )
-
-
-def _with_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adds `columns`, which keeps track of the caller's columns when padding moves them."""
-    ids = arrays["input_ids"]
-    return arrays | {"columns": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)}
+        return sharding.put_batch(self._padded(arrays), self._mesh)
 
 
 def _distinct(asked: Mapping[str, str]) -> tuple[str, ...]:
@@ -973,26 +758,3 @@ def _distinct(asked: Mapping[str, str]) -> tuple[str, ...]:
 
 def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Array]:
     return {name: states[site] for name, site in asked.items() if site in states}
-
-
-def _special_tokens(
-    config: Any, chosen: Mapping[str, Any], directory: Path | None, vocabulary_size: int
-) -> tuple[tuple[int, ...], int]:
-    """Returns the ids that end a row, and the pad id; generation_config.json takes precedence.
-
-    Raises ValueError for an id outside the vocabulary.
-    """
-    text = config.get_text_config()
-    eos = chosen.get("eos_token_id", text.eos_token_id)
-    eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
-    candidates = (
-        chosen.get("pad_token_id"),
-        getattr(config, "pad_token_id", None),
-        text.pad_token_id,
-        *eos[:1],
-        0,
-    )
-    pad = next(token for token in candidates if token is not None)
-    named = {"eos_token_id": eos, "pad_token_id": (pad,)}
-    vocabulary.check_special_ids(named, vocabulary_size, directory)
-    return eos, pad

@@ -15,6 +15,7 @@ LAYERS = (
     ("ports.inputs", "ports.nn"),
     ("ports.checkpoint",),
     ("ports.decoding", "ports.description", "ports.models"),
+    ("ports.passes",),
     ("ports.vlm",),
     ("ports.loading",),
     ("ports.inspection", "ports.paired"),

@@ -25,6 +25,7 @@ from ports.checkpoint.params import (
     stored_tensors,
     stores_own_head,
     to_kernel,
+    untie,
 )
 from ports.names import module_name, tensor_name
 
@@ -45,4 +46,5 @@ __all__ = [
     "stores_own_head",
     "tensor_name",
     "to_kernel",
+    "untie",
 ]

@@ -47,6 +47,23 @@ def abstract_params(module: nn.Module, inputs: Mapping[str, Any]) -> dict:
     return jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
 
 
+def untie(module: Any, params: dict, mesh: jax.sharding.Mesh | None) -> dict:
+    """Returns the parameters with a head that equals the embeddings; all others are shared.
+
+    Args:
+        module: a `VisionLanguageModel` whose head is tied.
+        params: its parameters.
+        mesh: where they lie.
+    """
+    flat = traverse_util.flatten_dict(params)
+    table = flat[*module.decoder_path, "embed_tokens", "embedding"]
+    path, kernel = (*module.head_path, "kernel"), table.T
+    if mesh is not None:
+        where = sharding.param_sharding(mesh, path, kernel.shape, module.axes, module.kv_heads)
+        kernel = jax.device_put(kernel, where)
+    return traverse_util.unflatten_dict(flat | {path: kernel})
+
+
 def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
     """Returns {checkpoint name: stored shape} for a tree of (abstract) parameters."""
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ports import checkpoint
+from ports.inputs import vocabulary
 
 NAME = "generation_config.json"
 ENDS = ("eos_token_id", "pad_token_id")  # kept even if the other values are ignored
@@ -126,6 +127,36 @@ def read(directory: Path | None) -> dict[str, Any]:
     text = config.get("text_config")
     values = {**(text if isinstance(text, dict) else {}), **_without_null(config)}
     return {key: values[key] for key in (*_LOGITS, *_SAMPLING, *_REFUSED) if key in values}
+
+
+def special_tokens(
+    config: Any, chosen: Mapping[str, Any], directory: Path | None, vocabulary_size: int
+) -> tuple[tuple[int, ...], int]:
+    """Returns the ids that end a row, and the one that fills it up afterwards.
+
+    Args:
+        config: the configuration of transformers.
+        chosen: the values of generation_config.json, which precede it.
+        directory: the checkpoint's, for the message.
+        vocabulary_size: the ids 0 to this - 1 exist.
+
+    Raises:
+        ValueError: an id outside the vocabulary.
+    """
+    text = config.get_text_config()
+    eos = chosen.get("eos_token_id", text.eos_token_id)
+    eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
+    candidates = (
+        chosen.get("pad_token_id"),
+        getattr(config, "pad_token_id", None),
+        text.pad_token_id,
+        *eos[:1],
+        0,
+    )
+    pad = next(token for token in candidates if token is not None)
+    named = {"eos_token_id": eos, "pad_token_id": (pad,)}
+    vocabulary.check_special_ids(named, vocabulary_size, directory)
+    return eos, pad
 
 
 def given(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

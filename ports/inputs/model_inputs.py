@@ -55,6 +55,26 @@ def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def with_mask(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays with an attention_mask, of ones where there is none.
+
+    Raises:
+        ValueError: no input_ids [B, T], or a mask of another shape.
+    """
+    if "input_ids" not in arrays or arrays["input_ids"].ndim != 2:
+        raise ValueError(
+            "inputs have no input_ids of shape [batch, positions]; pass what the processor "
+            "returns with return_tensors='np'"
+        )
+    mask = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))
+    if mask.shape != arrays["input_ids"].shape:
+        raise ValueError(
+            f"attention_mask has shape {mask.shape}; expected the shape of input_ids, "
+            f"{arrays['input_ids'].shape}"
+        )
+    return arrays | {"attention_mask": mask}
+
+
 def check_count(max_new_tokens: Any) -> None:
     """Checks that `max_new_tokens` is a whole number of at least 1.
 

@@ -58,6 +58,13 @@ def pad_to_bucket(
     }
 
 
+def with_columns(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds `columns`, which keeps track of the caller's columns when padding moves them."""
+    ids = arrays["input_ids"]
+    columns = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    return {**arrays, "columns": columns}
+
+
 def right_order(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns int[B, T], the columns of each row with the padding first."""
     return np.argsort(arrays["attention_mask"] != 0, axis=1, kind="stable")

@@ -55,6 +55,28 @@ def check_special_ids(ids: Mapping[str, Sequence[int]], size: int, where: Any) -
                 )
 
 
+def check_image_token(processor: Any, image_tokens: Sequence[int], where: Any) -> None:
+    """Refuses a processor whose image token is not the model's.
+
+    Args:
+        processor: the checkpoint's; one that names no image token passes.
+        image_tokens: the ids that config.json names.
+        where: the checkpoint's directory, for the message.
+
+    Raises:
+        ValueError: its image token has another id.
+    """
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        return
+    number = processor.tokenizer.convert_tokens_to_ids(str(token))
+    if number not in image_tokens:
+        raise ValueError(
+            f"{where}: image token {str(token)!r} has id {number} in the tokenizer, but "
+            f"config.json says {image_tokens[0]}; use files from the same checkpoint"
+        )
+
+
 def warn_of_longer_tokenizer(
     tokenizer: Any, size: int, image_tokens: Sequence[int], where: Any
 ) -> None:

@@ -121,10 +121,20 @@ def _regular_expression(pattern: str) -> str:
     return "".join(stands_for.get(part) or re.escape(part) for part in parts)
 
 
+def is_full_name(
+    name: str, known: Iterable[str], other_names: Callable[[str], Iterable[str]] | None = None
+) -> bool:
+    """Whether a name is that of a site, in any spelling: no pattern, nor the end of a name."""
+    normal = set(map(normal_name, known))
+    said = (name, *(other_names(name) if other_names else ()))
+    return any(normal_name(each) in normal for each in said)
+
+
 def find_sites(
     names: Iterable[str],
     known: Iterable[str],
     other_names: Callable[[str], Iterable[str]] | None = None,
+    among: Iterable[str] | None = None,
 ) -> dict[str, str]:
     """Finds the sites that match each of several names and patterns (see `match_sites`).
 
@@ -132,6 +142,7 @@ def find_sites(
         names: names and patterns.
         known: all sites.
         other_names: name -> alternative names, tried in order if it matches nothing.
+        among: the known sites that patterns and ends of names may match; None: all.
 
     Returns:
         {name: site}; sites that a pattern matches appear under their own name.
@@ -140,11 +151,13 @@ def find_sites(
         ValueError: a name or pattern matches nothing; the message lists the nearest names.
     """
     known = list(known)
+    among = known if among is None else list(among)
     found: dict[str, str] = {}
     for name in names:
-        matches = match_sites(name, known, other_names)
+        choice = known if is_full_name(name, known, other_names) else among
+        matches = match_sites(name, choice, other_names)
         if not matches:
-            raise _unknown(name, {normal_name(site): site for site in known})
+            raise _unknown(name, {normal_name(site): site for site in choice})
         found |= {site if is_pattern(name) else name: site for site in matches}
     return found
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -244,6 +245,20 @@ def put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     value = np.asarray(value)
     value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     return from_slices(value.shape, sharding, lambda index: value[index])
+
+
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """Returns the inputs of a batch on the devices: rows on the mesh axis "data"."""
+    if mesh is None:
+        return {name: jnp.asarray(value) for name, value in arrays.items()}
+    return {name: put(value, batch_sharding(mesh, value.shape)) for name, value in arrays.items()}
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns small arrays as every process of the mesh holds them; as they are where one is."""
+    if mesh is None or replicated(mesh).is_fully_addressable:
+        return tree
+    return jax.tree.map(lambda leaf: put(np.asarray(leaf), replicated(mesh)), tree)
 
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)

@@ -259,9 +259,7 @@ def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -
         The number of rows, at least those of the batch.
     """
     rows, length = inputs["input_ids"].shape
-    make = functools.partial(vlm.module.init_cache, rows, length + max_new_tokens)
-    cache = jax.tree.leaves(jax.eval_shape(make))
-    row = sum(leaf.size * leaf.dtype.itemsize for leaf in cache) // rows
+    row = vlm.cache_bytes(rows, length + max_new_tokens) // rows
     return max(min(MOST_ROWS, CACHE_BYTES // row), rows)
 
 

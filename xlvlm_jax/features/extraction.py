@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
@@ -100,7 +99,7 @@ def extract(
     finder = settings.selection.finder(vlm.tokenizer)
     arguments = {
         **_described(vlm, settings),
-        "model dtype": jnp.dtype(vlm.module.dtype).name,
+        "model dtype": vlm.dtype.name,
         **dataclasses.asdict(settings),
         "selection": settings.selection.describe(),
         "samples": len(samples),

@@ -178,6 +178,6 @@ def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> st
 
 
 def _advice(model: Model) -> str:
-    dtype = jnp.dtype(model.vlm.module.dtype).name
+    dtype = model.vlm.dtype.name
     advice = "run the model in bfloat16 or float32" if dtype == "float16" else "check the weights"
     return f"of the model in {dtype}; {advice}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -112,7 +111,7 @@ def finetune(
     arguments = {
         "base model": base_model or str(vlm.directory),
         "fingerprint": vlm.fingerprint,
-        "dtype": jnp.dtype(vlm.module.dtype).name,
+        "dtype": vlm.dtype.name,
         **dataclasses.asdict(settings),
         "samples": len(samples),
         "samples digest": _digest(samples),
@@ -306,12 +305,12 @@ def _write_checkpoint(directory: Path, vlm: VLM, params: dict) -> None:
         for file in vlm.directory.glob(pattern):
             shutil.copyfile(file, directory / file.name)
     config = json.loads((directory / "config.json").read_text())
-    name = jnp.dtype(vlm.module.dtype).name
+    name = vlm.dtype.name
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in {"dtype", "torch_dtype"} & set(part):
             part[key] = name
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    checkpoint.save_params(params, directory, dtype=vlm.module.dtype)
+    checkpoint.save_params(params, directory, dtype=vlm.dtype)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -44,9 +44,8 @@ def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ra
     if settings.targets:
         shapes = lora.select_layers(shapes, settings.targets, vlm.module_names)
     else:
-        head = ".".join(vlm.module.head_path)
-        decoder = ".".join(vlm.module.decoder_path) + "."
-        shapes = {s: v for s, v in shapes.items() if s.startswith(decoder) and s != head}
+        inside = f"{vlm.decoder}."
+        shapes = {s: v for s, v in shapes.items() if s.startswith(inside) and s != vlm.head}
     ranks = lora.Ranks(settings.rank, settings.alpha)
     key = jax.random.key(settings.seed)
     return lora.init(shapes, ranks, key, vlm.module_names), ranks

@@ -55,7 +55,7 @@ def begin_site(vlm: VLM, site: str) -> str:
         ValueError: the site is unknown, or before the end of the decoder's first layer.
     """
     site = vlm.find_site(site)
-    decoder = ".".join(vlm.module.decoder_path)
+    decoder = vlm.decoder
     block = re.compile(re.escape(normal_name(decoder)) + r"\.[a-z]+\.\d+$")
     sites = [normal_name(name) for name in vlm.sites]
     before = [name for name in sites[: sites.index(normal_name(site)) + 1] if block.match(name)]

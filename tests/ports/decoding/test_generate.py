@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ports
-from ports import vlm
+from ports import passes
 
 from .. import helpers
 
@@ -156,11 +156,11 @@ class TestLengths:
             small.vlm.generate(twins, max_new_tokens=0)
 
     def test_a_handful_of_programs_serves_prompts_of_all_lengths(self, small):
-        before = vlm._generate._cache_size()
+        before = passes.generate._cache_size()
         for length in range(1, 32):
             small.vlm.generate(helpers.make_inputs([0], [length]), max_new_tokens=2)
         # Buckets of 16 and 32 positions.
-        assert vlm._generate._cache_size() - before == 2
+        assert passes.generate._cache_size() - before == 2
 
 
 class TestSampling:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ports
-from ports import vlm as vlm_module
+from ports import passes
 from ports.decoding import logits
 
 from .. import helpers
@@ -145,8 +145,8 @@ class TestGenerate:
                 "bad_words_ids": [[word, word]],
             }
             small.vlm.with_generation_config(values).generate(inputs, max_new_tokens=2)
-            before = before or vlm_module._generate._cache_size()
-        assert vlm_module._generate._cache_size() == before
+            before = before or passes.generate._cache_size()
+        assert passes.generate._cache_size() == before
 
     def test_values_that_change_nothing_leave_the_program_as_it_is(self, small, inputs):
         neutral = {"repetition_penalty": 1.0, "min_length": 0, "num_beams": 1, "top_k": 5}

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import ports
-from ports import steer
-from ports import vlm as vlm_module
+from ports import passes, steer
 
 from .. import helpers
 
@@ -244,7 +243,7 @@ class TestModels:
             for alpha in ([1.0, 0.0], [0.0, 2.0]):
                 edits = ports.stacked(sites, np.stack([VECTOR, alpha[1] * VECTOR]), alpha, where)
                 small.vlm.generate(inputs, max_new_tokens=5, edits=edits)
-                compiled = vlm_module._generate._cache_size()
+                compiled = passes.generate._cache_size()
                 before = before or compiled
         assert compiled == before
 
@@ -273,7 +272,7 @@ class TestModels:
                 np.testing.assert_array_equal(states, plain.states[SITE])
 
     def test_a_sweep_computes_what_precedes_the_edit_once(self, small, inputs, monkeypatch):
-        program = vlm_module._generate
+        program = passes.generate
 
         def operations(site, count, width=WIDTH):
             def lower(*args, **options):
@@ -281,7 +280,7 @@ class TestModels:
                 return program.eval_shape(*args, **options)
 
             found = []
-            monkeypatch.setattr(vlm_module, "_generate", lower)
+            monkeypatch.setattr(passes, "generate", lower)
             variants = [{site: ports.add(np.zeros(width), alpha)} for alpha in range(count)]
             small.vlm.sweep(inputs, variants, max_new_tokens=2)
             return found[0]
@@ -470,8 +469,8 @@ class TestPatching:
             small.vlm.generate(
                 inputs, max_new_tokens=3, edits={SITE: ports.replace(scale * states)}
             )
-            before = before or vlm_module._generate._cache_size()
-        assert vlm_module._generate._cache_size() == before
+            before = before or passes.generate._cache_size()
+        assert passes.generate._cache_size() == before
 
     def test_a_sweep_is_each_of_its_variants(self, small, inputs):
         states = np.array(small.vlm.forward(inputs, sites=[SITE]).states[SITE])

@@ -1,0 +1,118 @@
+"""The compiled passes of a model: what `VLM` and the rest of the package run under `jax.jit`.
+
+B batch, T positions, D width, V vocabulary.
+
+The mesh is a static argument of every program: a program traced for one is not run on another.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from ports.decoding import generate as decoding
+from ports.decoding import logits as logits_rules
+from ports.decoding.generate import Generation
+from ports.decoding.sampling import Sampling
+from ports.intervene.edits import Edits
+from ports.intervene.sites import capture
+from ports.intervene.steer import steer
+from ports.messages import few
+from ports.nn.vision_language import VisionLanguageModel
+from ports.parallel import sharding
+from ports.tables import html_arrays, kind, named_states
+
+Array = jax.Array
+Mesh = jax.sharding.Mesh
+
+
+class Output(NamedTuple):
+    """Result of `VLM.forward`.
+
+    Examples:
+        >>> import ports, xlvlm_jax
+        >>> from PIL import Image
+        >>> vlm = ports.load("embedded")
+        >>> prompt, picture = vlm.render("What is in the picture?"), Image.new("RGB", (64, 64))
+        >>> inputs = vlm.process([prompt], [picture])
+        >>> site = "language_model.model.layers.3"
+        >>> out = vlm.forward(inputs, sites=[site])
+        >>> out.logits.shape[:2] == inputs["input_ids"].shape, out.states[site].shape[-1]
+        (True, 192)
+    """
+
+    logits: Array  # float32[B, T, V], whatever the model's dtype
+    states: dict[str, Array]  # site -> [B, T, D]; for a vision site [images, patches, width]
+
+    def __repr__(self) -> str:
+        return f"Output(logits: {kind(self.logits)}; states: {few(self.states) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        arrays = {"logits": self.logits, **named_states("states", self.states)}
+        return html_arrays(arrays, title="Output")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
+def forward(
+    model: VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    edits: Edits,
+    sites: tuple[str, ...],
+    mesh: Mesh | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Returns logits[B, T, V] and the states at the sites."""
+    with sharding.on(mesh):
+        return capture(steer(model.apply, edits), sites)({"params": params}, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
+def states(
+    model: VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    edits: Edits,
+    sites: tuple[str, ...],
+    mesh: Mesh | None = None,
+) -> dict[str, Array]:
+    """Returns the states at the sites alone: XLA drops what comes after the last of them."""
+    with sharding.on(mesh):
+        return capture(steer(model.apply, edits), sites)({"params": params}, inputs)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method", "mesh"))
+def unembed(
+    model: VisionLanguageModel, params: dict, x: Array, method: str, mesh: Mesh | None = None
+) -> Array:
+    """Returns logits[..., V] of x[..., D]; method: "unembed" or "unembed_through_norm"."""
+    with sharding.on(mesh):
+        return getattr(model.bind({"params": params}), method)(x)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "eos_tokens",
+        "pad_token",
+        "sites",
+        "prompt_states",
+        "variants",
+        "mesh",
+    ),
+)
+def generate(
+    model: VisionLanguageModel,
+    params: dict,
+    inputs: dict,
+    sampling: Sampling | None = None,
+    edits: Edits | None = None,
+    rules: logits_rules.Rules | None = None,
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> Generation:
+    """Runs `ports.decoding.generate.generate`: prefill and decoding in one program."""
+    with sharding.on(mesh):
+        return decoding.generate(model, params, inputs, sampling, edits, rules, **options)
