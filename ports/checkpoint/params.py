@@ -55,7 +55,7 @@ def untie(module: Any, params: dict, mesh: jax.sharding.Mesh | None) -> dict:
         params: its parameters.
         mesh: where they lie.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     table = flat[*module.decoder_path, "embed_tokens", "embedding"]
     path, kernel = (*module.head_path, "kernel"), table.T
     if mesh is not None:
