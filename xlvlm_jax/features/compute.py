@@ -51,7 +51,7 @@ class Ran(NamedTuple):
 class Computed(NamedTuple):
     """Result of a batch, on the device and perhaps still being computed."""
 
-    rows: token_positions.Rows
+    rows: token_positions.SelectedRows
     predicted: dict[str, jax.Array]
     finite: jax.Array | None = None
 
@@ -152,7 +152,7 @@ def _positions(
     return positions, token_positions.searched(positions, generated_only=generated_only)
 
 
-def _rows(model: Model, made: Pass) -> token_positions.Rows:
+def _rows(model: Model, made: Pass) -> token_positions.SelectedRows:
     found = None if model.finder is None else model.finder(made.searched)
     selection, ends = model.settings.selection, model.vlm.eos_tokens
     return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)
@@ -167,7 +167,7 @@ def _select(
     positions: token_positions.Positions,
     found: jax.Array | None,
     states: dict[str, Any],
-) -> token_positions.Rows:
+) -> token_positions.SelectedRows:
     """Returns the rows of a batch; found: positions of its words, int32[B, 2]."""
     if kind == "sequence":
         # The last prompt state predicted the first token, so it is in both parts.

@@ -187,7 +187,7 @@ class Selection:
         *,
         found: Int[token_positions.AnyArray, "B 2"] | None = None,
         end_ids: token_positions.Ids = (),
-    ) -> token_positions.Rows:
+    ) -> token_positions.SelectedRows:
         """Returns the rows of a batch.
 
         Args:

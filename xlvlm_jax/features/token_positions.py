@@ -272,7 +272,7 @@ def _first(keep: AnyArray) -> AnyArray:
 HOWS = ("first", "last", "mean", "each")
 
 
-class Rows(NamedTuple):
+class SelectedRows(NamedTuple):
     """The rows of Z that a batch gives, R slots per sample.
 
     `states` is the tree of arrays passed to `reduce`, each [B, R, D] here.
@@ -297,7 +297,7 @@ def reduce(
     how: str = "first",
     *,
     max_rows: int | None = None,
-) -> Rows:
+) -> SelectedRows:
     """Converts the kept positions to rows.
 
     Args:
@@ -330,7 +330,7 @@ def reduce(
     def gather(x: AnyArray) -> jax.Array:
         return jnp.take_along_axis(x, where[..., None], axis=1)
 
-    return Rows(
+    return SelectedRows(
         states=jax.tree.map(mean if how == "mean" else gather, states),
         valid=jnp.take_along_axis(keep, where, axis=1),
         position=jnp.take_along_axis(real, where, axis=1),

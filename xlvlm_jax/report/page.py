@@ -30,7 +30,7 @@ from xlvlm_jax.storage.pictures import store_features
 _PACKAGE = __name__.rpartition(".")[0]  # the package that holds the templates
 # One transparent pixel: the source of images that CSS gives a thumbnail as background.
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-Rows = list[tuple[str, str]]
+Facts = list[tuple[str, str]]
 
 
 def write_report(
@@ -206,7 +206,7 @@ class About(NamedTuple):
 
     token: str | None  # token of interest: the word whose states were taken
     model: str | None
-    facts: Rows
+    facts: Facts
 
 
 def _about(
@@ -247,7 +247,7 @@ class Score(NamedTuple):
     random: float | None
 
 
-class ScoreTable(NamedTuple):
+class AttributeTable(NamedTuple):
     """The scores of one site."""
 
     splits: list[str]
@@ -260,7 +260,7 @@ class ScoreTable(NamedTuple):
         return sorted(last, key=lambda row: -row[1].concepts)[:3]
 
 
-def _attribute_scores(scores: Mapping[str, Any]) -> dict[str, ScoreTable]:
+def _attribute_scores(scores: Mapping[str, Any]) -> dict[str, AttributeTable]:
     tables = {}
     for site, by_split in _mapping(scores.get("attributes")).items():
         by_split = _mapping(by_split)
@@ -268,7 +268,7 @@ def _attribute_scores(scores: Mapping[str, Any]) -> dict[str, ScoreTable]:
         names = dict.fromkeys(name for split in splits for name in _mapping(by_split[split]))
         rows = [(name, [_score(_mapping(by_split[s]).get(name)) for s in splits]) for name in names]
         if rows:
-            tables[site] = ScoreTable(splits, rows)
+            tables[site] = AttributeTable(splits, rows)
     return tables
 
 
@@ -290,7 +290,7 @@ class Group(NamedTuple):
     """A table of settings."""
 
     title: str
-    rows: Rows
+    rows: Facts
 
 
 def _settings(
