@@ -74,7 +74,8 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
 
 
 def _plus(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-    return tuple(Wide(*left) + Wide(*right))
+    high, low = Wide(*left) + Wide(*right)
+    return high, low
 
 
 def dot(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
