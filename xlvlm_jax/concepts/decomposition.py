@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from ports.programs import keep_programs
-from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, Rows, method_named
+from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, ScaledRows, method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import blas_threads, kmeans, phases
 from xlvlm_jax.solvers.linalg import real_dtype
@@ -612,7 +612,7 @@ def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> A
     return method.encode(rows, concepts.options)[: len(Z)]
 
 
-def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Rows:
+def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> ScaledRows:
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     D = Z.shape[1]
@@ -649,4 +649,4 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> R
     if unit != 1:
         Z = Z / jnp.asarray(unit, Z.dtype)
     of_rows = method.is_centroids
-    return Rows(Z, components / unit if of_rows else components, mean / unit, unit)
+    return ScaledRows(Z, components / unit if of_rows else components, mean / unit, unit)

@@ -25,7 +25,7 @@ NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_w
 RELATIVE = "relative_alpha"  # whether alpha is in units of the rows' root mean square norm
 
 
-class Rows(NamedTuple):
+class ScaledRows(NamedTuple):
     """Rows and concepts as a solver takes them: in a unit, and centred in float64 if needed."""
 
     Z: Float[Array, "M D"]
@@ -59,7 +59,7 @@ class Method:
 
     name: str
     solver: ModuleType
-    encode: Callable[[Rows, Mapping[str, Any]], Float[Array, "M K"]]
+    encode: Callable[[ScaledRows, Mapping[str, Any]], Float[Array, "M K"]]
     streamed: ModuleType | None = None
     init: str | None = None
     is_centroids: bool = False
@@ -129,17 +129,17 @@ class Method:
         return options
 
 
-def _encode_sparse(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+def _encode_sparse(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
     alpha = options.get("alpha", 1.0) / rows.unit
     nonnegative = options.get("nonnegative", True)
     return rows.unit * semi_nmf.activations(rows.Z, rows.components, alpha, nonnegative)
 
 
-def _encode_by_distance(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+def _encode_by_distance(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
     return kmeans.activations(rows.Z, rows.components, rows.unit)
 
 
-def _encode_as_scores(rows: Rows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
+def _encode_as_scores(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
     return rows.unit * pca.activations(rows.Z, rows.components, rows.mean)
 
 
