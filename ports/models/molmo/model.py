@@ -17,8 +17,7 @@ from flax import linen as nn
 
 from ports import names
 from ports.models.molmo import vision as molmo_vision
-from ports.models.molmo.processor import load as load_processor
-from ports.models.molmo.processor import load_tokenizer
+from ports.models.molmo.processor import load_processor, load_tokenizer
 from ports.models.port import Port
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding

@@ -456,7 +456,7 @@ def load_tokenizer(directory: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
-def load(directory: Path) -> Processor:
+def load_processor(directory: Path) -> Processor:
     """Loads the processor of a checkpoint.
 
     Raises:

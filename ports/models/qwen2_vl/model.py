@@ -22,7 +22,7 @@ from ports import names
 from ports.inputs import padding
 from ports.models.port import Port
 from ports.models.qwen2_vl import vision as qwen2_vision
-from ports.models.qwen2_vl.processor import load as load_processor
+from ports.models.qwen2_vl.processor import load_processor
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
 
