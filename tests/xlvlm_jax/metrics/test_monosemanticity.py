@@ -44,6 +44,7 @@ def test_a_concept_that_all_activate_alike_has_no_score():
     assert np.isnan(metrics.monosemanticity(np.ones((3, 1)), np.eye(3))).all()
 
 
+@pytest.mark.wrong_types
 def test_messages():
     with pytest.raises(ValueError, match="activations of 3 samples but 2 images; expected one per"):
         metrics.monosemanticity(np.ones((3, 1)), np.eye(2))

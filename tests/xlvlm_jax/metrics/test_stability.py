@@ -32,6 +32,7 @@ def test_order_and_scale_do_not_matter():
     assert metrics.stability([a, a[::-1]]) == pytest.approx(1)
 
 
+@pytest.mark.wrong_types
 def test_dictionaries_that_cannot_be_compared():
     a = np.ones((3, 4))
     with pytest.raises(ValueError, match="stability compares two dictionaries or more, got 1"):

@@ -61,6 +61,7 @@ def test_normalising_twice_is_normalising_once(text):
     assert normalise_answer(once) == once
 
 
+@pytest.mark.wrong_types
 def test_messages():
     with pytest.raises(ValueError, match="protocol is 'mine'; expected 'official' or 'xl-vlms'"):
         metrics.vqa_accuracy("a", ["a"], protocol="mine")
