@@ -28,6 +28,9 @@ import matplotlib.pyplot as plt
 ROWS = (10_000, 100_000, 1_000_000, 4_000_000, 20_000_000)
 OFFSETS = (0, 100, 10_000)
 CLUSTERS = 3
+# Between the first centroids: an odd number of last digits of a float32 around each offset, so that
+# no row is as near to two of them.
+APART = 3073 / 2**10 + 1 / 2**17
 KINDS = {
     "plain": "mean, one after another",
     "mean": "mean",
@@ -66,9 +69,8 @@ def errors(N: int, offset: float) -> dict[str, float]:
     of_truth = truth.T @ truth
     scores = decompose(rows, 2, "pca", key=jax.random.key(0)).activations
     variances = np.var(np.asarray(scores, np.float64), axis=0)
-    # One update: labels from these centroids, then means of their rows. No row is as near to two:
-    # halves of 3.0007 lie between the steps of a float32 around the offsets.
-    start = np.array([[0, 3.0007 * k] for k in range(CLUSTERS)]) + offset
+    # One update: labels from these centroids, then means of their rows.
+    start = np.array([[0, APART * k] for k in range(CLUSTERS)]) + offset
     clusters = decompose(
         rows, CLUSTERS, "kmeans", key=jax.random.key(0), init=start, max_iter=1, tol=0.0
     )

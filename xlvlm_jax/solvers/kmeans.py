@@ -313,6 +313,9 @@ class Plan(NamedTuple):
         def one(progress: Progress, active: Array) -> Result:
             problem = fixed.problem._replace(Z=Z, active=active)
             offsets, shifts, kept, _, _ = progress.state
+            # What is measured is what is returned: far from zero the sum is rounded.
+            components = offsets + problem.mean
+            offsets = components - problem.mean
             scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
             squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
             # An update records the inertia it started from: shift by one, and end with the
@@ -321,7 +324,7 @@ class Plan(NamedTuple):
             inertia = rows.total(sums_of_rows.total(least)).value
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
             return Result(
-                components=offsets + problem.mean,
+                components=components,
                 activations=similarity(squared, fixed.unit),
                 objective=inertia,
                 iterations=progress.iteration,

@@ -154,6 +154,20 @@ def test_two_million_rows_far_from_zero(offset):
     np.testing.assert_allclose(found.history[int(found.iterations) - 1], inertia, rtol=1e-6)
 
 
+def test_far_from_zero_the_objective_is_that_of_the_centroids_returned():
+    """After one update, when moving a centroid by its last digit still changes the inertia."""
+    rng = np.random.default_rng(1)
+    Z = (rng.standard_normal((2000, 2)) + 1e4).astype(np.float32)
+    start = np.float32(1e4) + np.array([[-2.0, 0], [0.5, 1], [1, -1]], np.float32)
+    options = {"init_centroids": jnp.asarray(start), "max_iter": 1, "tol": 0.0}
+    found = alone(kmeans)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=3, **options)
+    centroids = np.asarray(found.components, np.float64)
+    squared = ((Z.astype(np.float64)[:, None] - centroids) ** 2).sum(axis=2)
+    inertia = squared.min(axis=1).sum()
+    np.testing.assert_allclose(found.objective, inertia, rtol=1e-7)
+    np.testing.assert_allclose(found.history[1], inertia, rtol=1e-7)
+
+
 def test_half_a_million_wide_rows_trace():
     """N D = 2^31: no product of sizes in 32 bits."""
     Z = jax.ShapeDtypeStruct((524_288, 4096), jnp.float32)
