@@ -23,7 +23,7 @@ from xlvlm_jax import data
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.demo import embedded, pipeline
 from xlvlm_jax.demo.shift_part import describe, run_shift
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.report.shift_figures import plot_overlap, plot_recovery, pooled_correlation
 from xlvlm_jax.shift import ShiftAnalysis
@@ -51,7 +51,7 @@ def run(
     if not (directory / "dataset_coco.json").exists():
         scenes.write(directory, train=pictures, seed=0)
     vlm = ports.load(embedded.LLAVA)
-    settings = Settings(
+    settings = ExtractionSettings(
         sites=(site,), selection=Selection("class", f"{word},{word}s"), batch_size=64
     )
     samples = select.containing(data.load("coco", directory, "train"), (word, f"{word}s"))

@@ -29,7 +29,7 @@ from xlvlm_jax.data import Sample, scenes
 from xlvlm_jax.data.words import class_words
 from xlvlm_jax.demo import embedded
 from xlvlm_jax.evaluation import Captions, Condition, Questions, Trial
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics.captions import holding
 from xlvlm_jax.report.steering_figures import draw_all
@@ -244,7 +244,9 @@ def caption_vectors(
         ("captions", "before-special-tokens"),
         ("positions", f"class:scenes:{name}"),
     ):
-        settings = Settings(LAYERS[1:], Selection.parse(tokens), "teacher-forcing", batch_size=64)
+        settings = ExtractionSettings(
+            LAYERS[1:], Selection.parse(tokens), "teacher-forcing", batch_size=64
+        )
         extract(vlm, forced, directory / what, settings)
         stored[what] = Features.open(directory / what)
     words, whole = class_words(f"scenes:{name}"), stored["captions"]
@@ -342,7 +344,7 @@ def main() -> None:
     # VQAv2's val holds the test pictures too.
     tested = {sample.id for sample in asked["test"]}
     asked["val"] = [sample for sample in asked["val"] if sample.id not in tested]
-    settings = Settings(
+    settings = ExtractionSettings(
         SITES, Selection.parse("before-special-tokens"), max_new_tokens=3, batch_size=64
     )
     extract(vlm, asked["train"], output / "features" / "answers", settings)

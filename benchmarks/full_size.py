@@ -186,7 +186,7 @@ def figures(name: str, stage: str, program: Any, seconds: float, params: dict) -
     """Returns a row of the results."""
     memory = program.memory_analysis()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    held = sharding.device_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    held = sharding.parameter_bytes(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     return {
         "model": name,
         "stage": stage,

@@ -20,7 +20,7 @@ from ports.vlm import VLM
 PROMPT = "Describe the image."
 
 
-class Needs(NamedTuple):
+class BatchNeeds(NamedTuple):
     """Size of one batch, in tokens and bytes."""
 
     batch_size: int
@@ -59,7 +59,7 @@ class Inspection(NamedTuple):
     sites: dict[str, tuple[int, int]]  # pattern such as "layers.{0-31}.mlp" -> (count, width)
     prompt: str | None  # a rendered prompt; None if the processor does not load
     no_prompt: str | None  # why there is no prompt
-    needs: Needs
+    needs: BatchNeeds
     devices: str
     device_bytes: int | None  # memory of all devices together
     placement: Placement | None  # None without a mesh
@@ -106,7 +106,7 @@ def inspect(
     logits, states = jax.eval_shape(capture(vlm.apply, sites), vlm.params, inputs)
     ids = inputs["input_ids"][0] if prompt is not None else None
     image_tokens = _image_tokens(vlm, ids, length)
-    needs = Needs(
+    needs = BatchNeeds(
         batch_size=rows,
         image_size=known,
         prompt_tokens=length if ids is None else int(inputs["attention_mask"][0].sum()),
@@ -138,7 +138,7 @@ def inspect(
 def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
     placed = sharding.abstract_mesh(*mesh)
     shardings = sharding.param_shardings(placed, vlm.params, vlm.module.axes, vlm.module.kv_heads)
-    size = sharding.device_bytes(vlm.params, shardings)
+    size = sharding.parameter_bytes(vlm.params, shardings)
     return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
 
 

@@ -106,7 +106,7 @@ def _writable(directory: Path) -> Path | None:
     return None
 
 
-def device_bytes(lowered: jax.stages.Lowered) -> tuple[int, int]:
+def program_bytes(lowered: jax.stages.Lowered) -> tuple[int, int]:
     """Compiles a program and returns its memory on one device.
 
     Args:

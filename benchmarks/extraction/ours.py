@@ -10,7 +10,7 @@ import numpy as np
 import ports
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
 
@@ -33,10 +33,10 @@ class Rows(NamedTuple):
         return Rows([self.ids[i] for i in kept], self.tokens[kept], self.states[kept])
 
 
-def settings(word: str) -> Settings:
+def settings(word: str) -> ExtractionSettings:
     """What is extracted."""
     selection = Selection("token-of-interest", word, match="first-token")
-    return Settings((SITE,), selection, max_new_tokens=TOKENS, batch_size=BATCH)
+    return ExtractionSettings((SITE,), selection, max_new_tokens=TOKENS, batch_size=BATCH)
 
 
 def groups_of(samples: Sequence[Sample], size: int = BATCH) -> list[Sequence[Sample]]:

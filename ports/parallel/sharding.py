@@ -200,7 +200,7 @@ def param_shardings(
     )
 
 
-def device_bytes(params: dict, shardings: dict) -> int:
+def parameter_bytes(params: dict, shardings: dict) -> int:
     """Returns the bytes of (abstract) parameters on each device."""
 
     def size(leaf: Any, sharding: NamedSharding) -> int:

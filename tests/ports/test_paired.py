@@ -16,13 +16,13 @@ from ports.paired import check_alike, paired_states, share_params, with_like_hea
 from xlvlm_jax import Features, data
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.demo import embedded
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.selection import Selection
 
 NORM, LAYER = "language_model.model.norm", "language_model.model.layers.4"
 FIRST = "language_model.model.layers.0"
-SETTINGS = Settings(
+SETTINGS = ExtractionSettings(
     sites=(NORM,),
     selection=Selection("class", "dog,cat,bird,rabbit"),
     batch_size=8,

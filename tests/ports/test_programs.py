@@ -169,7 +169,7 @@ def test_a_long_compilation_is_told_and_a_short_one_is_not(monkeypatch):
 def test_bytes_of_a_program_on_a_device():
     rows = jax.ShapeDtypeStruct((64, 32), jnp.float32)
     lowered = jax.jit(lambda x: x @ x.T).lower(rows)
-    arguments, others = programs.device_bytes(lowered)
+    arguments, others = programs.program_bytes(lowered)
     assert arguments == 64 * 32 * 4
     assert others >= 64 * 64 * 4
 
@@ -183,4 +183,4 @@ def test_a_compiler_that_does_not_tell_bytes():
             return None
 
     with pytest.raises(ValueError, match="compiler for cpu does not report a program's memory"):
-        programs.device_bytes(Untold())
+        programs.program_bytes(Untold())

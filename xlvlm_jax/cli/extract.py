@@ -135,7 +135,7 @@ def extract(
     from xlvlm_jax.features.selection import Selection
 
     generated_only = None if include_prompt is None else not include_prompt
-    settings = module.Settings(
+    settings = module.ExtractionSettings(
         sites=tuple(site),
         selection=Selection.parse(tokens, generated_only=generated_only, how=rows, match=match),
         mode=mode,

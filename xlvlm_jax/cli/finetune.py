@@ -97,7 +97,7 @@ def finetune(
     from xlvlm_jax import finetune as module
     from xlvlm_jax.data import select
 
-    settings = module.Settings(
+    settings = module.FinetuneSettings(
         method=method,
         rank=rank,
         alpha=alpha,

@@ -181,7 +181,7 @@ def _learn(
 
     examples = how.examples(asked)
     vlm = load_model(model, dtype, abstract=dry_run)
-    steering.files.require_model(asked.features.manifest, vlm)
+    steering.files.require_fitted_model(asked.features.manifest, vlm)
     if dry_run:
         console.print(
             f"{len(examples.samples)} samples to learn from, {examples.steered} of them to "

@@ -21,7 +21,7 @@ from xlvlm_jax.data.scenes.language import caption_words
 from xlvlm_jax.demo import embedded
 from xlvlm_jax.demo.shift_part import run_shift
 from xlvlm_jax.demo.steering_part import run_steering
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics import AttributeScore
@@ -97,7 +97,7 @@ def run(
 
     vlm = ports.load(embedded.LLAVA)
     forms = (word, f"{word}s", f"{word}es")  # the plural counts too
-    settings = Settings(
+    settings = ExtractionSettings(
         sites=(FINAL, MIDDLE),
         selection=Selection("class", ",".join(forms)),
         batch_size=64,

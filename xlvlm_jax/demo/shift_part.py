@@ -9,7 +9,7 @@ from ports import VLM
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.demo import embedded
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.shift_figures import draw_all
 from xlvlm_jax.shift import ShiftAnalysis, shift_features
@@ -19,7 +19,7 @@ def run_shift(
     vlm: VLM,
     run: Path,
     samples: Sequence[Sample],
-    settings: Settings,
+    settings: ExtractionSettings,
     *,
     site: str,
     adapter: str | Path = "color",

@@ -7,7 +7,7 @@ from typing import Any
 from ports import VLM
 from xlvlm_jax import data, evaluation
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.report.steering_figures import draw_all
@@ -56,7 +56,7 @@ def run_steering(
     """
     fitted, tried, tested = num_samples
     asked = data.load("vqav2", pictures, "train")
-    settings = Settings(
+    settings = ExtractionSettings(
         tuple(sites), Selection("before-special-tokens"), max_new_tokens=3, batch_size=64
     )
     directory = run / "steering-features"

@@ -16,10 +16,12 @@ from xlvlm_jax.evaluation.answer_effects import (
 )
 from xlvlm_jax.evaluation.caption_effects import CaptionChanges, caption_changes, count_said
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
-from xlvlm_jax.evaluation.preflight import Needs, preflight
+from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
 from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
 from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
+
+Needs = EvaluationNeeds  # its name in version 0.1
 
 __all__ = [
     "MEAN_OVER_TYPES",
@@ -29,6 +31,7 @@ __all__ = [
     "Captions",
     "Changes",
     "Condition",
+    "EvaluationNeeds",
     "Needs",
     "Predictions",
     "Questions",

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ports import VLM
-from ports.programs import device_bytes
+from ports.programs import program_bytes
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import rows_at_once
 
 
-class Needs(NamedTuple):
+class EvaluationNeeds(NamedTuple):
     """What an evaluation will need; memory is in bytes per device."""
 
     samples: int
@@ -29,7 +29,7 @@ def preflight(
     *,
     max_new_tokens: int = 10,
     batch_size: int = 16,
-) -> Needs:
+) -> EvaluationNeeds:
     """Returns what `predict` will need, without answering anything.
 
     Preprocesses the first batch and compiles the program that answers it.
@@ -55,9 +55,9 @@ def preflight(
         )
     (inputs,) = batch.inputs
     lowered = vlm.lower(inputs, sites=(), max_new_tokens=max_new_tokens)
-    parameters, temporaries = device_bytes(lowered)
+    parameters, temporaries = program_bytes(lowered)
     rows = rows_at_once(vlm, inputs, max_new_tokens)
-    return Needs(
+    return EvaluationNeeds(
         samples=len(samples),
         answers=len(samples) * num_conditions,
         missing=tuple(str(s.image) for s in samples if not s.image.is_file()),

@@ -16,17 +16,17 @@ from xlvlm_jax.data.batches import Arrays
 from xlvlm_jax.features import token_positions
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.selection import Selection
-from xlvlm_jax.features.settings import Settings
+from xlvlm_jax.features.settings import ExtractionSettings
 from xlvlm_jax.features.spelling import WordFinder
 
 
-class Model(NamedTuple):
+class ExtractionModel(NamedTuple):
     """What is the same for every batch."""
 
     vlm: VLM
     finetuned: VLM | None
     shared: Params | None  # of the fine-tuned model under teacher forcing, see share_params
-    settings: Settings
+    settings: ExtractionSettings
     finder: WordFinder | None  # finds the words of interest
 
 
@@ -56,7 +56,7 @@ class Computed(NamedTuple):
     finite: jax.Array | None = None
 
 
-def run(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
+def run(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
     """Runs a batch (see `Batch`) without waiting for the device."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
@@ -69,7 +69,7 @@ def run(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
     return Ran((first, second), both, finite & finite_too)
 
 
-def select(model: Model, ran: Ran) -> Computed:
+def select(model: ExtractionModel, ran: Ran) -> Computed:
     """Selects the rows; waits for the tokens if they are searched for words."""
     first, *others = [_rows(model, each) for each in ran.passes]
     for other in others:
@@ -78,7 +78,7 @@ def select(model: Model, ran: Ran) -> Computed:
     return Computed(first, ran.predicted, ran.finite)
 
 
-def _forced(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
+def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
     vlm, sites = model.vlm, model.settings.sites
     if model.shared is None:
         states = vlm.states(inputs, sites=sites)
@@ -91,7 +91,9 @@ def _forced(model: Model, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
     return _pass(model, vlm, "forced", inputs, answer, states)
 
 
-def _generated(model: Model, vlm: VLM, inputs: Arrays) -> tuple[Pass, jax.Array, jax.Array]:
+def _generated(
+    model: ExtractionModel, vlm: VLM, inputs: Arrays
+) -> tuple[Pass, jax.Array, jax.Array]:
     """Returns the pass, the tokens int32[B, M], and whether all logits are finite, bool[B]."""
     settings = model.settings
     whole = not settings.selection.generated_only
@@ -110,7 +112,7 @@ def _generated(model: Model, vlm: VLM, inputs: Arrays) -> tuple[Pass, jax.Array,
 
 
 def _pass(
-    model: Model,
+    model: ExtractionModel,
     vlm: VLM,
     kind: str,
     inputs: dict[str, np.ndarray],
@@ -152,7 +154,7 @@ def _positions(
     return positions, token_positions.searched(positions, generated_only=generated_only)
 
 
-def _rows(model: Model, made: Pass) -> token_positions.SelectedRows:
+def _rows(model: ExtractionModel, made: Pass) -> token_positions.SelectedRows:
     found = None if model.finder is None else model.finder(made.searched)
     selection, ends = model.settings.selection, model.vlm.eos_tokens
     return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)

@@ -23,12 +23,12 @@ from ports.parallel import hosts
 from xlvlm_jax.data.batches import groups_of
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features import multi_host
-from xlvlm_jax.features.compute import Model
+from xlvlm_jax.features.compute import ExtractionModel
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.pipeline import Clock, reference, run_groups
 from xlvlm_jax.features.preflight import disk_needs, require_disk
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.features.settings import Settings, Summary
+from xlvlm_jax.features.settings import ExtractionSettings, ExtractionSummary
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage.pictures import name_in
 from xlvlm_jax.storage.same_model import model_of
@@ -40,7 +40,7 @@ def extract(
     vlm: VLM,
     samples: Sequence[Sample],
     output: str | Path,
-    settings: Settings,
+    settings: ExtractionSettings,
     *,
     finetuned: VLM | None = None,
     source: dict[str, Any] | None = None,
@@ -48,7 +48,7 @@ def extract(
     workers: int | None = None,
     ignore_disk: bool = False,
     progress: Progress | None = None,
-) -> Summary:
+) -> ExtractionSummary:
     """Extracts features into a directory, resuming an interrupted run with the same arguments.
 
     With several hosts (`jax.distributed`) each calls this with the same arguments and a model on
@@ -115,7 +115,7 @@ def extract(
     shared = None
     if finetuned is not None and settings.mode == "teacher-forcing":
         shared = share_params(vlm.params, finetuned.params)
-    model = Model(vlm, finetuned, shared, settings, finder)
+    model = ExtractionModel(vlm, finetuned, shared, settings, finder)
     run = _Run(model, samples, Path(output), arguments, strict, workers)
     several = jax.process_count() > 1 or multi_host.exist(run.output)
     (_over_hosts if several else _alone)(run, progress)
@@ -124,7 +124,7 @@ def extract(
 
 
 def _require_disk(
-    vlm: VLM, samples: Sequence[Sample], output: Path, settings: Settings, models: int
+    vlm: VLM, samples: Sequence[Sample], output: Path, settings: ExtractionSettings, models: int
 ) -> None:
     state = manifest_of(output)
     left = samples[0 if state is None else state["samples"] :]
@@ -133,7 +133,7 @@ def _require_disk(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    model: Model
+    model: ExtractionModel
     samples: Sequence[Sample]
     output: Path
     arguments: dict[str, Any]
@@ -236,7 +236,7 @@ def _complete(run: _Run, writer: FeaturesWriter) -> None:
     writer.close()
 
 
-def _described(vlm: VLM, settings: Settings) -> dict[str, Any]:
+def _described(vlm: VLM, settings: ExtractionSettings) -> dict[str, Any]:
     """Describes the model, so that a run is only resumed with the same one, by its fingerprint."""
     described: dict[str, Any] = dict(model_of(vlm))
     if settings.mode == "generate" and vlm.logits_options:
@@ -255,7 +255,7 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _why_no_rows(output: Path, model: Model) -> str:
+def _why_no_rows(output: Path, model: ExtractionModel) -> str:
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     errors = [sample["error"] for sample in samples if "error" in sample]
     if len(errors) == len(samples):
@@ -273,10 +273,10 @@ def _why_no_rows(output: Path, model: Model) -> str:
     )
 
 
-def _summary(features: Features, seconds: float, seconds_of: dict[str, float]) -> Summary:
+def _summary(features: Features, seconds: float, seconds_of: dict[str, float]) -> ExtractionSummary:
     failed = tuple((s["id"], s["error"]) for s in features.samples if "error" in s)
     with_rows = len(np.unique(features.sample_rows))
-    return Summary(
+    return ExtractionSummary(
         samples=len(features.samples),
         rows=len(features.tokens),
         without_token=len(features.samples) - len(failed) - with_rows,

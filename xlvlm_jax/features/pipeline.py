@@ -13,8 +13,8 @@ import numpy as np
 from ports import VLM
 from xlvlm_jax.data.batches import Batch, Group, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.compute import Computed, Model, Ran, run, select
-from xlvlm_jax.features.settings import Settings
+from xlvlm_jax.features.compute import Computed, ExtractionModel, Ran, run, select
+from xlvlm_jax.features.settings import ExtractionSettings
 
 # Takes the number of a group and the arguments of `FeaturesWriter.append`.
 Commit = Callable[..., None]
@@ -36,7 +36,7 @@ class Clock:
             self.seconds[what] += time.perf_counter() - began
 
 
-def prepare(vlm: VLM, samples: Group, *, settings: Settings, strict: bool) -> Batch:
+def prepare(vlm: VLM, samples: Group, *, settings: ExtractionSettings, strict: bool) -> Batch:
     """Returns the batch of a group.
 
     Raises:
@@ -62,7 +62,7 @@ def reference(sample: Sample) -> str:
 
 
 def run_groups(
-    model: Model,
+    model: ExtractionModel,
     groups: Sequence[Group],
     commit: Commit,
     *,
@@ -113,7 +113,7 @@ def run_groups(
     finish(done)
 
 
-def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
+def _fetch(model: ExtractionModel, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
     """Returns the arguments of `FeaturesWriter.append` for a batch; waits for the device."""
     described = [sample.to_dict() for sample in batch.samples]
     for entry, error in zip(described, batch.errors, strict=True):
@@ -140,7 +140,7 @@ def _fetch(model: Model, batch: Batch, result: Any, strict: bool) -> tuple[Any, 
 
 
 def _keep_finite(
-    model: Model,
+    model: ExtractionModel,
     states: dict[str, np.ndarray],
     index: np.ndarray,
     position: np.ndarray,
@@ -166,7 +166,7 @@ def _keep_finite(
     return np.array(["error" not in sample for sample in described])[index]
 
 
-def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> str:
+def _not_finite(model: ExtractionModel, site: str, state: np.ndarray, position: int) -> str:
     where = f"at site {site}, position {position}"
     if np.isfinite(state).all():
         return (
@@ -177,7 +177,7 @@ def _not_finite(model: Model, site: str, state: np.ndarray, position: int) -> st
     return f"{kind} in the state {where} {_advice(model)}"
 
 
-def _advice(model: Model) -> str:
+def _advice(model: ExtractionModel) -> str:
     dtype = model.vlm.dtype.name
     advice = "run the model in bfloat16 or float32" if dtype == "float16" else "check the weights"
     return f"of the model in {dtype}; {advice}"

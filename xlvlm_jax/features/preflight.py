@@ -15,18 +15,18 @@ import numpy as np
 
 from ports import VLM
 from ports.inputs.padding import bucket_length
-from ports.programs import device_bytes
+from ports.programs import program_bytes
 from xlvlm_jax.data.batches import groups_of
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.pipeline import prepare
-from xlvlm_jax.features.settings import Settings
+from xlvlm_jax.features.settings import ExtractionSettings
 
 _LOOKED_AT = 8  # batches, spread over the samples, to determine the programs
 _ROW_BYTES = 16  # for a row's sample, position and token
 
 
-class Needs(NamedTuple):
+class ExtractionNeeds(NamedTuple):
     """What a run over some samples will need; sizes in bytes."""
 
     samples: int
@@ -46,7 +46,7 @@ class Needs(NamedTuple):
 
 
 def disk_needs(
-    vlm: VLM, samples: Sequence[Sample], settings: Settings, *, models: int = 1
+    vlm: VLM, samples: Sequence[Sample], settings: ExtractionSettings, *, models: int = 1
 ) -> tuple[int, int]:
     """Returns the maximum number of rows, and of bytes on disk, that the samples give.
 
@@ -91,7 +91,9 @@ def require_disk(output: Path, needed: int) -> None:
         )
 
 
-def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings: Settings) -> Needs:
+def preflight(
+    vlm: VLM, samples: Sequence[Sample], output: str | Path, settings: ExtractionSettings
+) -> ExtractionNeeds:
     """Returns what `extract` with the same arguments will need; writes nothing.
 
     Preprocesses a few batches and compiles the largest program that they need.
@@ -114,7 +116,7 @@ def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings:
     rows, disk = disk_needs(vlm, left, settings)
     programs, largest = _programs(vlm, left or samples, settings)
     memory = _compiled_memory(vlm, largest, settings)
-    return Needs(
+    return ExtractionNeeds(
         samples=len(samples),
         done=done,
         missing=tuple(str(s.image) for s in samples if not s.image.is_file()),
@@ -128,7 +130,7 @@ def preflight(vlm: VLM, samples: Sequence[Sample], output: str | Path, settings:
 
 
 def _programs(
-    vlm: VLM, samples: Sequence[Sample], settings: Settings
+    vlm: VLM, samples: Sequence[Sample], settings: ExtractionSettings
 ) -> tuple[tuple[tuple[int, int], ...], dict[str, np.ndarray]]:
     """Returns the lengths that some of the batches are compiled for, and the longest arrays."""
     groups = groups_of(samples, settings.batch_size)
@@ -144,9 +146,9 @@ def _programs(
 
 
 def _compiled_memory(
-    vlm: VLM, inputs: dict[str, np.ndarray], settings: Settings
+    vlm: VLM, inputs: dict[str, np.ndarray], settings: ExtractionSettings
 ) -> tuple[int, int]:
-    """Returns the `device_bytes` of the program that runs such a batch."""
+    """Returns the `program_bytes` of the program that runs such a batch."""
     generating = settings.mode == "generate"
     lowered = vlm.lower(
         inputs,
@@ -154,4 +156,4 @@ def _compiled_memory(
         max_new_tokens=settings.max_new_tokens if generating else None,
         prompt_states=generating and not settings.selection.generated_only,
     )
-    return device_bytes(lowered)
+    return program_bytes(lowered)

@@ -9,7 +9,7 @@ MODES = ("generate", "teacher-forcing")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ExtractionSettings:
     """What is extracted from each sample.
 
     Attributes:
@@ -44,7 +44,7 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class Summary(NamedTuple):
+class ExtractionSummary(NamedTuple):
     """What a run did; counts are of the whole directory, seconds of this run."""
 
     samples: int

@@ -1,6 +1,9 @@
 """Fine-tunes models on captions or answers: LoRA or all parameters, with optax; resumable."""
 
-from xlvlm_jax.finetune.run import Summary, finetune
-from xlvlm_jax.finetune.settings import Settings
+from xlvlm_jax.finetune.run import FinetuneSummary, finetune
+from xlvlm_jax.finetune.settings import FinetuneSettings
 
-__all__ = ["Settings", "Summary", "finetune"]
+# Their names in version 0.1.
+Settings, Summary = FinetuneSettings, FinetuneSummary
+
+__all__ = ["FinetuneSettings", "FinetuneSummary", "Settings", "Summary", "finetune"]

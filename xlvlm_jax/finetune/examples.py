@@ -74,7 +74,7 @@ def batches(
             sample = samples[_order(len(samples), seed, epoch)[index]]
             choice = np.random.default_rng([seed, 1, place])
             chosen.append(sample)
-            answers.append(str(choice.choice(answers_of(sample))))
+            answers.append(str(choice.choice(training_answers(sample))))
         return _batch(vlm, chosen, answers, batch_size, strict)
 
     return read_ahead(range(start, stop), make)
@@ -93,13 +93,13 @@ def evaluation_batches(
     """
 
     def make(chosen: Group) -> TrainingBatch:
-        first = [answers_of(sample)[0] for sample in chosen]
+        first = [training_answers(sample)[0] for sample in chosen]
         return _batch(vlm, chosen, first, batch_size, strict)
 
     return read_ahead(groups_of(samples, batch_size), make)
 
 
-def answers_of(sample: Sample) -> tuple[str, ...]:
+def training_answers(sample: Sample) -> tuple[str, ...]:
     """Returns the answers to learn from a sample: its captions, or its most frequent VQA answer.
 
     Args:

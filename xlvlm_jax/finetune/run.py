@@ -21,7 +21,7 @@ from ports.intervene import lora
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.finetune import examples
-from xlvlm_jax.finetune.settings import Settings
+from xlvlm_jax.finetune.settings import FinetuneSettings
 from xlvlm_jax.finetune.training import State, Trainer, initial_adapter
 from xlvlm_jax.storage import atomic
 
@@ -37,7 +37,7 @@ _COMPANIONS = (
 )
 
 
-class Summary(NamedTuple):
+class FinetuneSummary(NamedTuple):
     """The summary of a run."""
 
     steps: int
@@ -51,7 +51,7 @@ def finetune(
     vlm: VLM,
     samples: Sequence[Sample],
     output: str | Path,
-    settings: Settings,
+    settings: FinetuneSettings,
     *,
     evaluation: Sequence[Sample] = (),
     evaluate_every: int | None = None,
@@ -62,7 +62,7 @@ def finetune(
     command: str | None = None,
     strict: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> Summary:
+) -> FinetuneSummary:
     """Fine-tunes a model on the references of samples; resumes an interrupted run.
 
     The loss is the cross-entropy of the answers' tokens, including the end token, given the
@@ -70,7 +70,7 @@ def finetune(
 
     Args:
         vlm: the model; not changed.
-        samples: the data; see `examples.answers_of` for the answers that each provides.
+        samples: the data; see `examples.training_answers` for the answers that each provides.
         output: the directory to write: an adapter in PEFT's format, or, if all parameters are
             trained, a checkpoint in the Hugging Face layout in the model's dtype.
             `<output>.training` beside it holds the state of an unfinished run.
@@ -107,7 +107,7 @@ def finetune(
             "from a saved checkpoint, or train with LoRA"
         )
     for sample in (*samples, *evaluation):
-        examples.answers_of(sample)
+        examples.training_answers(sample)
     arguments = {
         "base model": base_model or str(vlm.directory),
         "fingerprint": vlm.fingerprint,
@@ -151,7 +151,7 @@ class _Run(NamedTuple):
 
     vlm: VLM
     samples: Sequence[Sample]
-    settings: Settings
+    settings: FinetuneSettings
     evaluation: Sequence[Sample]
     evaluate_every: int | None
     save_every: int
@@ -320,8 +320,8 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _summary(log: Sequence[dict[str, Any]], seconds: float) -> Summary:
+def _summary(log: Sequence[dict[str, Any]], seconds: float) -> FinetuneSummary:
     losses = [entry for entry in log if "loss" in entry]
     evaluations = {e["step"]: e["evaluation"] for e in log if "evaluation" in e}
     skipped = {entry["skipped"]: entry["why"] for entry in log if "skipped" in entry}
-    return Summary(losses[-1]["step"], losses[-1]["loss"], evaluations, seconds, skipped)
+    return FinetuneSummary(losses[-1]["step"], losses[-1]["loss"], evaluations, seconds, skipped)

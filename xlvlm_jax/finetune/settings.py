@@ -10,7 +10,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class FinetuneSettings:
     """Settings of fine-tuning.
 
     Attributes:

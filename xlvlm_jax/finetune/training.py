@@ -12,7 +12,7 @@ import ports
 from ports import VLM
 from ports.intervene import lora
 from xlvlm_jax.finetune.examples import TrainingBatch
-from xlvlm_jax.finetune.settings import Settings
+from xlvlm_jax.finetune.settings import FinetuneSettings
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ class State(NamedTuple):
     num_tokens: Array  # int32[]: number of these tokens
 
 
-def initial_adapter(vlm: VLM, settings: Settings) -> tuple[lora.Adapter, lora.Ranks]:
+def initial_adapter(vlm: VLM, settings: FinetuneSettings) -> tuple[lora.Adapter, lora.Ranks]:
     """Returns the untrained adapter.
 
     Args:
@@ -60,7 +60,7 @@ class Trainer:
         num_steps: total number of updates, for the schedule.
     """
 
-    def __init__(self, vlm: VLM, settings: Settings, num_steps: int):
+    def __init__(self, vlm: VLM, settings: FinetuneSettings, num_steps: int):
         self.vlm, self.settings, self.num_steps = vlm, settings, num_steps
         self.rate = settings.learning_rate(num_steps)
         self._begin = initial_adapter(vlm, settings)[0] if settings.method == "lora" else None
@@ -171,7 +171,7 @@ def _loss(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def _step(
     model: Any,
-    settings: Settings,
+    settings: FinetuneSettings,
     num_steps: int,
     window: int,
     state: State,

@@ -91,7 +91,7 @@ def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[st
     return tensors, specification
 
 
-def require_model(source: dict[str, Any], vlm: VLM) -> None:
+def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
     """Checks that `vlm` is the model that a vector was fitted on; an unknown origin passes.
 
     Args:

@@ -106,7 +106,7 @@ class L2S:
         Raises:
             ValueError: it was fitted on another model.
         """
-        files.require_model(self.source, vlm)
+        files.require_fitted_model(self.source, vlm)
         states = np.asarray(vlm.states(inputs, sites=[self.context_site])[self.context_site])
         shifts = self.shift(last_states(states, np.asarray(inputs["attention_mask"])))
         return {self.site: add(shifts, alpha, self.where if where is None else where)}

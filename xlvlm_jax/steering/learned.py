@@ -78,7 +78,7 @@ class LowRankMap:
         Raises:
             ValueError: the map was fitted on another model.
         """
-        files.require_model(self.source, vlm)
+        files.require_fitted_model(self.source, vlm)
         return self.edits(alpha, where)
 
     def save(self, path: str | Path) -> None:

@@ -175,7 +175,7 @@ class SteeringVector:
         Raises:
             ValueError: the vector was fitted on another model.
         """
-        files.require_model(self.source, vlm)
+        files.require_fitted_model(self.source, vlm)
         return self.edits(alpha, where)
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":

@@ -38,7 +38,7 @@ DEFAULTS = {
 }
 
 
-class Settings(NamedTuple):
+class ImageSettings(NamedTuple):
     """Settings in preprocessor_config.json: how images are cut into crops."""
 
     crop_size: int  # pixels per side
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
     deviation: tuple[float, float, float]
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Settings":
+    def from_json(cls, values: dict[str, Any]) -> "ImageSettings":
         """Reads the file's values.
 
         Raises:
@@ -148,7 +148,7 @@ def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
 
 
 def resize_and_pad(
-    image: np.ndarray, height: int, width: int, settings: Settings
+    image: np.ndarray, height: int, width: int, settings: ImageSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes an image, keeping its aspect ratio, and centres it on a black canvas.
 
@@ -209,7 +209,7 @@ def _grid_tokens(rows: int, columns: int) -> list[str]:
     return ["start", *(["patch"] * columns + ["col"]) * rows, "end"]
 
 
-def cut(image: np.ndarray, settings: Settings) -> Crops:
+def cut(image: np.ndarray, settings: ImageSettings) -> Crops:
     """Cuts an image into crops and lays out its tokens.
 
     Args:
@@ -271,7 +271,7 @@ def cut(image: np.ndarray, settings: Settings) -> Crops:
     )
 
 
-def _kept(number: int, count: int, settings: Settings) -> tuple[int, int, int]:
+def _kept(number: int, count: int, settings: ImageSettings) -> tuple[int, int, int]:
     """Returns which features of a crop are kept along one axis.
 
     The first and last crop also keep the features of the outer margin.
@@ -330,7 +330,7 @@ class Processor:
     chat_template = " User: {prompt} Assistant:"
 
     def __init__(
-        self, settings: Settings, tokenizer: Any, token_ids: dict[str, int], start_token: int
+        self, settings: ImageSettings, tokenizer: Any, token_ids: dict[str, int], start_token: int
     ):
         self.settings, self.tokenizer = settings, tokenizer
         self.token_ids, self.start_token = token_ids, start_token
@@ -477,4 +477,4 @@ def load_processor(directory: Path) -> Processor:
     # Qwen2 has no beginning-of-sequence token: the end-of-sequence token is used.
     start = config.get("bos_token_id", tokenizer.bos_token_id)
     start = tokenizer.eos_token_id if start is None else start
-    return Processor(Settings.from_json(values), tokenizer, ids, start)
+    return Processor(ImageSettings.from_json(values), tokenizer, ids, start)

@@ -54,7 +54,7 @@ def main() -> None:
             placed = sharding.param_shardings(
                 mesh, vlm.params, vlm.module.axes, vlm.module.kv_heads
             )
-            assert held(vlm) == sharding.device_bytes(vlm.params, placed)
+            assert held(vlm) == sharding.parameter_bytes(vlm.params, placed)
         np.savez(f"{results}/{name or '1'}.npz", **out)
 
 

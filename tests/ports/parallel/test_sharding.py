@@ -182,7 +182,7 @@ def test_a_device_of_eight_holds_an_eighth_of_a_real_model(name, share):
         sharding.abstract_mesh(1, 8), params, module.axes, module.kv_heads
     )
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert sharding.device_bytes(params, placed) * 8 / total == pytest.approx(share, abs=1e-3)
+    assert sharding.parameter_bytes(params, placed) * 8 / total == pytest.approx(share, abs=1e-3)
 
 
 # Small checkpoints of one layer. Eight devices divide none of the numbers of key-value heads, four

@@ -7,12 +7,12 @@ from xlvlm_jax import Features, data
 from xlvlm_jax.data import scenes, select
 from xlvlm_jax.demo import embedded
 from xlvlm_jax.demo.shift_part import describe, run_shift
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.shift import ShiftAnalysis
 
 NORM = "language_model.model.norm"
-SETTINGS = Settings(
+SETTINGS = ExtractionSettings(
     sites=(NORM,), selection=Selection("class", "dog,dogs"), batch_size=16, max_new_tokens=20
 )
 

@@ -73,10 +73,10 @@ def test_full_on_the_way(namespaces, pictures, tmp_path):
 @pytest.mark.slow
 def test_the_preflight_says_what_a_run_then_takes(vlm, samples, tmp_path):
     """Rows and bytes are bounds, and close where a sample has one row."""
-    from xlvlm_jax.features import Settings, extract
+    from xlvlm_jax.features import ExtractionSettings, extract
     from xlvlm_jax.features.selection import Selection
 
-    settings = Settings(
+    settings = ExtractionSettings(
         ("language_model.model.norm",), Selection.parse("index:-1"), batch_size=4, max_new_tokens=2
     )
     output = tmp_path / "features"

@@ -9,14 +9,14 @@ from PIL import Image
 
 from xlvlm_jax import Features, find_word
 from xlvlm_jax.data.words import COLOURS, word_pattern
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 
 from .conftest import digests
 
 NORM = "language_model.model.norm"
 LAYER = "language_model.model.layers.4"
-SETTINGS = Settings(
+SETTINGS = ExtractionSettings(
     sites=(NORM, LAYER),
     selection=Selection("class", "dog,cat,bird,rabbit"),
     batch_size=4,
@@ -151,7 +151,7 @@ def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_p
     inputs = vlm.process([vlm.render(samples[0].prompt)], [Image.open(samples[0].image)])
     expected = find_word(inputs["input_ids"], vlm.tokenizer, "caption") - 1
     for mode in ("generate", "teacher-forcing"):
-        settings = Settings((NORM,), selection, mode=mode, batch_size=2, max_new_tokens=2)
+        settings = ExtractionSettings((NORM,), selection, mode=mode, batch_size=2, max_new_tokens=2)
         extract(vlm, samples[:2], tmp_path / mode, settings)
         features = Features.open(tmp_path / mode)
         assert features.positions.tolist() == [expected[0]] * 2

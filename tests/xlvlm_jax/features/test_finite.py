@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Features
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 
 LAYER = "language_model.model.layers.4"
@@ -16,7 +16,7 @@ NORM = "language_model.model.norm"
 
 
 def settings(dtype="float32", sites=(LAYER, NORM)):
-    return Settings(
+    return ExtractionSettings(
         sites, Selection("index", "-1"), batch_size=4, mode="teacher-forcing", dtype=dtype
     )
 
@@ -80,7 +80,9 @@ def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
 
 def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
     """The states are fine, and the tokens that they were chosen by are not."""
-    settings = Settings((LAYER,), Selection("index", "-1"), batch_size=4, max_new_tokens=2)
+    settings = ExtractionSettings(
+        (LAYER,), Selection("index", "-1"), batch_size=4, max_new_tokens=2
+    )
     with pytest.raises(ValueError, match="NaN or Inf in the logits of the model in float32"):
         extract(scaled(vlm, np.nan), samples[:2], tmp_path / "features", settings)
 

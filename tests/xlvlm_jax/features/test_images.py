@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from xlvlm_jax import Features, data
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 
 NORM = "language_model.model.norm"
@@ -63,7 +63,9 @@ def folder(pictures, tmp_path_factory) -> Path:
 def test_odd_pictures_have_rows_and_bad_ones_a_reason(vlm, folder, tmp_path):
     samples = data.load("folder", folder)
     selection = Selection.parse("index:-1")
-    settings = Settings(sites=(NORM,), selection=selection, batch_size=4, max_new_tokens=8)
+    settings = ExtractionSettings(
+        sites=(NORM,), selection=selection, batch_size=4, max_new_tokens=8
+    )
     summary = extract(vlm, samples, tmp_path / "features", settings)
     features = Features.open(tmp_path / "features")
     assert {name for name, _ in summary.failed} == set(BAD)

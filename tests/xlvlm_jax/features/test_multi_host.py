@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlvlm_jax.features import Settings, extract, multi_host
+from xlvlm_jax.features import ExtractionSettings, extract, multi_host
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
@@ -13,7 +13,7 @@ from xlvlm_jax.features.writer import FeaturesWriter
 
 from .conftest import digests
 
-SETTINGS = Settings(
+SETTINGS = ExtractionSettings(
     ("language_model.model.norm",),
     Selection("class", "dog,cat,bird,rabbit"),
     batch_size=2,

@@ -8,13 +8,13 @@ from PIL import Image
 
 import ports
 from xlvlm_jax.data import Sample
-from xlvlm_jax.finetune import Settings
+from xlvlm_jax.finetune import FinetuneSettings
 
 from ...ports import helpers
 from ...ports.test_vlm import make_processor
 
 # One program for most tests.
-SETTINGS = Settings(
+SETTINGS = FinetuneSettings(
     rank=3,
     alpha=6,
     steps=5,

@@ -80,11 +80,11 @@ def test_batches_follow_from_seed_and_number(vlm, samples):
 
 
 def test_what_a_sample_teaches(samples):
-    assert examples.answers_of(samples[0]) == samples[0].references
+    assert examples.training_answers(samples[0]) == samples[0].references
     question = Sample("1", samples[0].image, "1", "?", ("yes", "no"), {"answer": "no"})
-    assert examples.answers_of(question) == ("no",)
+    assert examples.training_answers(question) == ("no",)
     with pytest.raises(ValueError, match="sample 1 has no reference to learn"):
-        examples.answers_of(dataclasses.replace(question, references=(), metadata={}))
+        examples.training_answers(dataclasses.replace(question, references=(), metadata={}))
 
 
 def odd(samples):

@@ -15,7 +15,7 @@ import torch
 
 import ports
 from xlvlm_jax.data import scenes
-from xlvlm_jax.finetune import Settings, finetune
+from xlvlm_jax.finetune import FinetuneSettings, finetune
 
 from ...ports import helpers
 from .conftest import SETTINGS
@@ -126,7 +126,7 @@ def test_the_same_again_is_done_already(vlm, samples, trained):
 
 @pytest.mark.slow
 def test_all_parameters(pair, vlm, samples, tmp_path):
-    settings = Settings(method="full", batch_size=4, steps=2, rate=1e-3, warmup=0.0)
+    settings = FinetuneSettings(method="full", batch_size=4, steps=2, rate=1e-3, warmup=0.0)
     output = tmp_path / "full"
     finetune(vlm, samples, output, settings)
     tuned = ports.load(output)
@@ -162,7 +162,7 @@ def test_messages(pair, vlm, samples, trained, tmp_path):
     nameless = copy.copy(vlm)
     nameless.directory = None
     with pytest.raises(ValueError, match="the model has no directory to copy the configuration"):
-        finetune(nameless, samples, output, Settings(method="full"))
+        finetune(nameless, samples, output, FinetuneSettings(method="full"))
     lost = [dataclasses.replace(samples[0], image=tmp_path / "lost.png")]
     with pytest.raises(ValueError, match=r"none of 1 samples .*lost\.png: no such image file"):
         finetune(vlm, lost, tmp_path / "lost", SETTINGS)

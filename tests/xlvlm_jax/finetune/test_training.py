@@ -12,7 +12,7 @@ import torch
 
 import ports
 from ports.checkpoint import peft_io
-from xlvlm_jax.finetune import Settings, examples, training
+from xlvlm_jax.finetune import FinetuneSettings, examples, training
 from xlvlm_jax.finetune.training import Trainer, initial_adapter
 
 from ...ports import helpers
@@ -128,7 +128,7 @@ def test_half_precision_trains_in_single(pair, vlm, batches):
         *(state, frozen, inputs, lengths, True),
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(after.trained)} == {np.dtype("float32")}
-    trainer = Trainer(half, Settings(method="full"), 5)
+    trainer = Trainer(half, FinetuneSettings(method="full"), 5)
     state = trainer.begin()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {np.dtype("float32")}
     finished = jax.tree.leaves(trainer.finished(state))
@@ -145,7 +145,7 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
         import sys, jax, numpy as np, ports
         from pathlib import Path
         from xlvlm_jax.data import Sample
-        from xlvlm_jax.finetune import Settings, examples
+        from xlvlm_jax.finetune import FinetuneSettings, examples
         from xlvlm_jax.finetune.training import Trainer
         jax.config.update("jax_default_matmul_precision", "highest")
         base, *images = sys.argv[1:]
@@ -155,7 +155,8 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
             ends = []
             for mesh in (None, ports.make_mesh(2, 2)):
                 vlm = ports.load(base, mesh=mesh)
-                settings = Settings(method=method, rank=2, batch_size=4, rate=0.01, warmup=0.0)
+                options = {"batch_size": 4, "rate": 0.01, "warmup": 0.0}
+                settings = FinetuneSettings(method=method, rank=2, **options)
                 trainer = Trainer(vlm, settings, 2)
                 state = trainer.begin()
                 for batch in examples.batches(vlm, samples, 4, 0, 0, 2):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from xlvlm_jax import data, steering
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 
 SITE = "language_model.model.layers.6"
@@ -16,7 +16,7 @@ def features(vlm, pictures, tmp_path_factory):
     """States of the answers to 48 questions."""
     path = tmp_path_factory.mktemp("run") / "features"
     samples = data.load("vqav2", pictures, "train")[:48]
-    settings = Settings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
+    settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
     extract(vlm, samples, path, settings)
     return path
 

@@ -11,7 +11,7 @@ from PIL import Image
 from xlvlm_jax import Concepts, Features, data
 from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
 from xlvlm_jax.evaluation import Questions, evaluate
-from xlvlm_jax.features import Settings, extract
+from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
@@ -211,7 +211,7 @@ def test_a_resumed_run_records_where_its_pictures_lie_now(vlm, here, tmp_path, m
 
     scenes.write(here / "scenes", train=4, seed=3)
     selection = Selection.parse("index:-1")
-    settings = Settings((NORM,), selection, batch_size=2, max_new_tokens=1)
+    settings = ExtractionSettings((NORM,), selection, batch_size=2, max_new_tokens=1)
     run = tmp_path / "run"
     with pytest.raises(StopHereError):
         extract(vlm, data.load("coco", "scenes", "train"), run, settings, progress=stop)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ports.models.molmo import processor as molmo_processor
-from ports.models.molmo.processor import Processor, Settings, choose_tiling, cut
+from ports.models.molmo.processor import ImageSettings, Processor, choose_tiling, cut
 
 from ... import helpers
 
 DATA = Path(__file__).parents[3] / "data" / "molmo"
-SMALL = Settings.from_json(json.loads((DATA / "preprocessor_config.json").read_text()))
+SMALL = ImageSettings.from_json(json.loads((DATA / "preprocessor_config.json").read_text()))
 # The real checkpoint's.
 REAL = SMALL._replace(crop_size=336, max_crops=12, margins=(4, 4))
 IDS = {"patch": 512, "col": 513, "start": 514, "end": 515}
@@ -180,7 +180,7 @@ class TestBatch:
 
 
 def test_settings_that_are_left_out_are_the_real_checkpoints():
-    assert Settings.from_json({}) == REAL
+    assert ImageSettings.from_json({}) == REAL
 
 
 class TestMessages:
@@ -217,7 +217,7 @@ class TestMessages:
     def test_settings_that_are_not_implemented(self, change, part):
         values = json.loads((DATA / "preprocessor_config.json").read_text())
         with helpers.raises_line(ValueError, part):
-            Settings.from_json({**values, **change})
+            ImageSettings.from_json({**values, **change})
 
     def test_a_directory_without_settings(self, tmp_path):
         with helpers.raises_line(ValueError, f"{tmp_path}: cannot load the processor"):
