@@ -74,11 +74,12 @@ def prepare(
     return Problem(Z, real, weights, mean, energy, spread, variance, active, far)
 
 
-def init(problem: Problem, offsets: Float[Array, "K D"]) -> State:
-    """Returns the state at centroids m + offsets, with nothing known about the rows yet."""
+def init(problem: Problem, offsets: Float[Array, "K D"], kept: Kept | None = None) -> State:
+    """Returns the state at centroids m + offsets, and what is known of the rows, if anything."""
     inf = jnp.full((), jnp.inf, offsets.dtype)
-    shifts = jnp.full(len(offsets), inf)
-    return State(offsets, shifts, kmeans_assignment.nothing(problem), inf, inf)
+    shifts = jnp.full(len(offsets), inf if kept is None else 0, offsets.dtype)
+    kept = kmeans_assignment.nothing(problem) if kept is None else kept
+    return State(offsets, shifts, kept, inf, inf)
 
 
 def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
@@ -285,9 +286,10 @@ class Plan(NamedTuple):
         tol, fixed, progress = carry
 
         def raise_one(progress: Progress, active: Array) -> Progress:
-            offsets = matmul(progress.state.offsets + fixed.problem.mean, fixed.basis.T)
+            inside = progress.state.offsets + fixed.problem.mean
             problem = fixed.whole._replace(Z=Z, active=active)
-            return progress._replace(state=init(problem, offsets))
+            kept = kmeans_assignment.of_columns(problem, fixed.X, inside)
+            return progress._replace(state=init(problem, matmul(inside, fixed.basis.T), kept))
 
         progress = each(raise_one)(progress, self.active)
         fixed = fixed._replace(problem=fixed.whole, basis=None, X=None, whole=None)

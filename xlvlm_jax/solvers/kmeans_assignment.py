@@ -111,6 +111,32 @@ def nothing(problem: Problem) -> Kept:
     return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), sums)
 
 
+def of_columns(
+    problem: Problem, X: Float[Array, "N R"], inside: Float[Array, "K R"]
+) -> Bounds | None:
+    """Returns what is known of centroids that lie in few columns, without a product with Z.
+
+    Args:
+        problem: constants of the run on Z.
+        X: float[N, R], the rows minus m in orthonormal columns.
+        inside: float[K, R], the centroids minus m in these columns.
+
+    Returns:
+        what `renew` of centroids that have not moved takes; None where scores would be kept.
+    """
+    if len(inside) > LARGE:
+        # Those are not looked at again, and the basis is orthonormal only up to rounding.
+        return None
+    N, R = X.shape
+    # With the energy of the whole rows.
+    in_columns = problem._replace(Z=X, mean=jnp.zeros(R, X.dtype), far=jnp.zeros((), bool))
+    unknown = Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, X.dtype), None)
+    kept = _renew_rows(in_columns, unknown, inside, jnp.full(len(inside), jnp.inf, X.dtype))
+    return kept._replace(
+        sums=None if problem.weights is not None else sums_of(problem, kept.labels)
+    )
+
+
 def renew(
     problem: Problem, kept: Kept, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> tuple[Kept, Int[Array, " N"], Sums]:

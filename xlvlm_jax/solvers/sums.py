@@ -24,6 +24,7 @@ LEAST_ROWS, MOST_ROWS = 256, 4096  # per block of a wide Z: each block adds to a
 PER_CLUSTER = 16  # rows per cluster in a block, up to MOST_ROWS
 # An accelerator has no such cache and runs a few large products faster than many small ones.
 ACCELERATOR_BLOCK = 2**26
+CHAINS = 4  # of pairs that are added side by side
 LANES = 512  # numbers that are added side by side
 NEAR = 64  # rows whose mean is the origin that means are measured from
 # Ratio of |m|^2 to a column's variance. Above it, rounding in a product with Z loses more of the
@@ -66,11 +67,16 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     """Returns the sum of all values as a pair."""
     if not isinstance(values, Wide):
         values = Wide(values, jnp.zeros_like(values))
-    # One instruction, which every backend runs in one pass. Adding halves until one number is left
-    # takes ten times as long to compile, and XLA may compute the values again for each half.
+    # One reduction, which every backend runs in one pass. Adding halves until one number is left
+    # takes ten times as long to compile, and XLA may compute the values again for each half. Four
+    # chains side by side: in one alone a CPU waits for each addition.
+    missing = -values.high.size % CHAINS
+    parts = (jnp.pad(part.reshape(-1), (0, missing)).reshape(CHAINS, -1) for part in values)
+    first, second, third, fourth = (Wide(*chain) for chain in zip(*parts, strict=True))
     zero = jnp.zeros((), values.high.dtype)
-    every = tuple(range(values.high.ndim))
-    return Wide(*jax.lax.reduce(tuple(values), (zero, zero), _plus, every))
+    return Wide(
+        *jax.lax.reduce(tuple(first + second + (third + fourth)), (zero, zero), _plus, (0,))
+    )
 
 
 def _plus(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -162,3 +162,37 @@ def test_heavy_rows_that_leave_a_cluster_leave_nothing_there(K):
         np.testing.assert_array_equal(sums.counts.high == 0, expected == 0)
         step = size * rng.normal(size=(K, D)).astype(np.float32)
         offsets, shifts = offsets + step, jnp.linalg.norm(jnp.asarray(step), axis=1)
+
+
+@pytest.mark.parametrize("common", [0.0, 100.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_tell_what_all_of_z_would(common, weighted):
+    """Centroids in orthonormal columns: labels, sums and gaps of all rows, from the columns."""
+    rng = np.random.default_rng(3)
+    Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
+    weights = jnp.asarray(rng.uniform(1, 3, N), jnp.float32) if weighted else None
+    active = jnp.ones(K, bool)
+    problem = kmeans.prepare(jnp.asarray(Z), N, active, weights=weights)
+    basis = np.linalg.qr(rng.normal(size=(D, 9)))[0].astype(np.float32)
+    inside = rng.normal(size=(K, 9)).astype(np.float32)
+    X = ((Z - np.asarray(problem.mean, np.float64)) @ basis).astype(np.float32)
+    found = kmeans_assignment.of_columns(problem, jnp.asarray(X), jnp.asarray(inside))
+    centroids = inside.astype(np.float64) @ basis.T + np.asarray(problem.mean, np.float64)
+    distances = np.sort(pairwise_distances(Z.astype(np.float64), centroids), axis=1)
+    nearest = pairwise_distances(Z.astype(np.float64), centroids).argmin(axis=1)
+    np.testing.assert_array_equal(found.labels, nearest)
+    apart = distances[:, 1] - distances[:, 0]
+    assert np.all(found.gaps <= apart + 1e-6)
+    np.testing.assert_allclose(found.gaps, apart, atol=1e-4)
+    if weighted:
+        assert found.sums is None
+    else:
+        totals = [(Z - np.asarray(problem.mean))[nearest == k].sum(axis=0) for k in range(K)]
+        np.testing.assert_allclose(found.sums.totals.value, totals, atol=1e-3)
+        np.testing.assert_array_equal(found.sums.counts.value, np.bincount(nearest, minlength=K))
+
+
+def test_columns_tell_nothing_of_many_centroids():
+    many = kmeans_assignment.LARGE + 1
+    problem = problem_of(np.zeros((many, 2), np.float32), many)
+    assert kmeans_assignment.of_columns(problem, problem.Z, jnp.zeros((many, 2))) is None
