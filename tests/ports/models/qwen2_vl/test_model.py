@@ -158,7 +158,8 @@ class TestPositions:
 
     def test_a_rule_for_a_model_without_videos(self, llava_pair):
         directory = llava_pair("grouped queries").directory
-        with helpers.raises_line(ValueError, "is for qwen2_vl", f"{directory} is a llava"):
+        line = (f"{directory} has model_type llava", "which only qwen2_vl supports")
+        with helpers.raises_line(ValueError, *line):
             ports.load(directory, video_positions="transformers-5")
 
     def test_of_text_are_its_indices(self, small):
