@@ -141,7 +141,7 @@ class Predictions(NamedTuple):
             samples: the N samples.
 
         Returns:
-            R samples, and [A][R] answers.
+            R samples, and A lists of R answers.
 
         Raises:
             ValueError: no sample could be read and processed.
