@@ -89,12 +89,12 @@ def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
 
 def test_half_precision_is_named_as_the_cause(vlm):
     """This CPU multiplies no float16; what is said of such a model needs none."""
-    from xlvlm_jax.features.compute import Model
+    from xlvlm_jax.features.compute import ExtractionModel
     from xlvlm_jax.features.pipeline import _not_finite
 
     half = copy.copy(vlm)
     half.module = vlm.module.clone(dtype=jnp.dtype("float16"))
-    model = Model(half, None, None, settings(), None)
+    model = ExtractionModel(half, None, None, settings(), None)
     said = _not_finite(model, NORM, np.array([1, np.inf]), 7)
     assert said == (
         f"Inf in the state at site {NORM}, position 7 of the model in float16; "
