@@ -8,7 +8,7 @@ larger, one row per sample, and the same samples after a fine-tuning that moves 
 each command runs in its own process. Memory is the largest resident size of the process, disk the
 size of its output. The exponent is the p of a + b N^p through the three largest numbers of rows,
 where a includes the time to start a process. Exponents above 1.1 are marked. Prints a table, writes
-JSON.
+JSON and, if asked, a page, both after every command.
 """
 
 import argparse
@@ -47,7 +47,7 @@ of the embedded model, 20 concepts, each command in a process of its own, in whi
 compiled too. "CPU s" are of all cores. "GB" is the largest resident size of the process, of which
 loading JAX and the model and compiling take 0.4 to 1 GB; the matrix of a million rows is 0.77 GB,
 and `shift` reads two. An exponent is the p of a + b N^p through the three sizes; "steep" marks
-those above 1.1."""
+those above 1.1. Cells are empty where a run was ended before."""
 
 
 # Features.
@@ -255,14 +255,15 @@ def main() -> None:
             row = {"command": command.name, "rows": size, "width": D, "K": arguments.num_concepts}
             measured.append(row | measure(command))
             print(json.dumps(measured[-1]), flush=True)
+            # After each command: what was measured is kept if the next takes too long.
+            save(arguments.output, measured)
+            if arguments.page:
+                write_page(arguments.page, table_of(measured))
     lines = table_of(measured)
     table = Table(*lines[0])
     for line in lines[1:]:
         table.add_row(*line)
     Console().print(table)
-    save(arguments.output, measured)
-    if arguments.page:
-        write_page(arguments.page, lines)
 
 
 if __name__ == "__main__":
