@@ -35,7 +35,9 @@ def main() -> None:
         draw(result.concepts[pipeline.FINAL], PICTURES / "concepts.png")
         said = io.StringIO()
         summary.show(result, Console(file=said, width=80))
-    lines = [line.rstrip() for line in said.getvalue().strip().splitlines()]
+    # The last sentence names a temporary file.
+    text = said.getvalue().rpartition("Open ")[0].strip("\n")
+    lines = [line.rstrip() for line in text.splitlines()]
     page = PAGE.read_text("utf-8")
     shown = "```console\n" + "\n".join(lines) + "\n```"
     PAGE.write_text(_CONSOLE.sub(lambda _: shown, page, count=1), "utf-8")
