@@ -340,7 +340,7 @@ class KMeans(ClusterMixin, _Solver):
             sample_weight: float[N], as for `fit`.
 
         Raises:
-            ValueError: as for `fit`.
+            ValueError: as for `fit`, or n_clusters has changed.
 
         Source: Sculley, "Web-scale k-means clustering", 2010.
         """
@@ -351,6 +351,8 @@ class KMeans(ClusterMixin, _Solver):
             concepts, origin = self._found(X, weights, 1, max_iter=0)
             self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
             self.counts_ = np.zeros(self.n_clusters)
+        else:
+            _require_unchanged("n_clusters", self.n_clusters, len(self.cluster_centers_))
         labels, N = self._labels_and_distances(X)[0], len(X)
         weights = np.ones(N) if weights is None else weights
         counts = self.counts_ + np.bincount(labels, weights, self.n_clusters)
@@ -464,6 +466,15 @@ class KMeans(ClusterMixin, _Solver):
         return -_inertia(self._labels_and_distances(X)[1], 1 if weights is None else weights)
 
 
+def _require_unchanged(name: str, asked: int, fitted: int) -> None:
+    """Raises ValueError if a number of components is not that of earlier batches."""
+    if asked != fitted:
+        raise ValueError(
+            f"{name}={asked}, but earlier batches were fitted with {fitted}; call fit to start "
+            f"again, or set {name}={fitted}"
+        )
+
+
 def _inertia(apart: Float[np.ndarray, "N K"], weights: Any) -> float:
     return float(np.sum(weights * apart.min(axis=1).astype(np.float64) ** 2))
 
@@ -560,12 +571,15 @@ class PCA(_Linear):
 
         Raises:
             ValueError: a parameter is invalid, the first batch has fewer samples than components,
-                or n_components is a share of the variance, which a first batch cannot determine.
+                n_components is a share of the variance, which a first batch cannot determine, or
+                it has changed.
 
         Source: Ross, Lim, Lin and Yang, "Incremental learning for robust visual tracking", 2008.
         """
         first = not hasattr(self, "components_")
         X = self._begin(X, least=2 if first else 1, reset=first)
+        if not first and isinstance(self.n_components, Integral):
+            _require_unchanged("n_components", int(self.n_components), self.n_components_)
         rows, N = X.astype(np.float64), len(X)
         mean = rows.mean(axis=0)
         rows -= mean

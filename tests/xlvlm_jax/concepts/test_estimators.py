@@ -188,6 +188,9 @@ def test_first_batch_of_kmeans():
         KMeans(3).partial_fit(X[:2])
     with pytest.raises(ValueError, match="X has 4 features, but KMeans is expecting 5"):
         ours.partial_fit(X[:, :4])
+    for asked in (2, 4):
+        with pytest.raises(ValueError, match=f"n_clusters={asked}, but earlier batches were .* 3"):
+            ours.set_params(n_clusters=asked).partial_fit(X)
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -220,6 +223,8 @@ def test_all_components_in_batches_are_those_of_fit():
         xlvlm_jax.PCA(0.9).partial_fit(X)
     with pytest.raises(ValueError, match=r"n_components=4 must be between 1 and min.*=3"):
         xlvlm_jax.PCA(4).partial_fit(X[:3])
+    with pytest.raises(ValueError, match="n_components=2, but earlier batches were fitted with 5"):
+        ours.set_params(n_components=2).partial_fit(X)
 
 
 def test_float64_centres_hold_what_float32_does_not():
