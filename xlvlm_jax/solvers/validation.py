@@ -157,6 +157,8 @@ def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
         hint = "load it first"
     elif hasattr(Z, "toarray"):
         hint = "call its toarray()"
+    elif callable(getattr(Z, "matrix", None)):  # features
+        hint = "pass its matrix(site) or stored(site)"
     elif isinstance(Z, np.ma.MaskedArray):
         hint = "fill the masked values, or drop their rows"
     if not hint:

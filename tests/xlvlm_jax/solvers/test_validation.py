@@ -22,6 +22,13 @@ class Labelled:
         return np.asarray(self.values, dtype)
 
 
+class Opened:
+    """Gives a matrix per site, as `Features` does."""
+
+    def matrix(self, site):
+        return Z
+
+
 def numbers(given):
     found = validation.as_matrix(given, "Z", row="sample")
     assert isinstance(found, jnp.ndarray) or found.dtype == np.float64
@@ -79,10 +86,11 @@ def test_an_array_of_tensorstore_is_read(dtype):
         ("states.npy", "got str: load it first"),
         (scipy.sparse.eye(3), r"got scipy\.dia_matrix: call its toarray\(\)"),
         (np.ma.masked_array(Z, Z > 2), "got numpy.MaskedArray: fill the masked values"),
+        (Opened(), r"Opened: pass its matrix\(site\) or stored\(site\)"),
         ({"a": 1}, "got dict: "),
         ([[1.0, 2.0], [3.0]], "got list: numpy.asarray says: "),
     ],
-    ids=["None", "path", "sparse", "masked", "dict", "ragged"],
+    ids=["None", "path", "sparse", "masked", "features", "dict", "ragged"],
 )
 def test_what_is_no_array_is_named(given, message):
     with pytest.raises(TypeError, match="Z must be an array of numbers.*" + message) as caught:
