@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ports.tables import kind
+from ports.tables import html_table, kind
 from xlvlm_jax.concepts.display import concepts_html
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.solvers.linalg import real_dtype
@@ -102,8 +102,11 @@ class Concepts:
         return f"Concepts({self._in_short()})"
 
     def _repr_html_(self) -> str:
+        title = self._in_short()
+        if np.ndim(self.components) != 2:  # several solutions, from vmap
+            return html_table([], title=title)
         shown = (self.activations, self.words, self.images)
-        return concepts_html(*shown, num_concepts=len(self.components), title=self._in_short())
+        return concepts_html(*shown, num_concepts=len(self.components), title=title)
 
     def _in_short(self) -> str:
         rows = "" if self.activations is None else f" of {np.shape(self.activations)[-2]:,} rows"

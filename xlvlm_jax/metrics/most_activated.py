@@ -55,6 +55,8 @@ def _top_by_rounds(activations: Float[np.ndarray, "N K"], count: int) -> Bool[np
 
 def strongest_concept(activations: Float[np.ndarray, "N K"]) -> Int[np.ndarray, " N"]:
     """Returns the most activated concept of each sample; NONE for a sample of zeros alone."""
+    if activations.shape[1] == 0:
+        return np.full(len(activations), NONE)
     return np.where(activations.any(axis=1), activations.argmax(axis=1), NONE)
 
 

@@ -32,6 +32,14 @@ def test_before_grounding_there_are_numbers_and_shares():
     assert rows(given._repr_html_()) == [["0"], ["1"]]
 
 
+def test_several_solutions_at_once_and_no_concepts():
+    several = Concepts(np.zeros((2, 3, 4), np.float32), np.stack([CODES, CODES]))
+    assert repr(several) == "Concepts(snmf: float32[2, 3, 4] components of 8 rows)"
+    shown = several._repr_html_()
+    assert repr(several)[9:-1] in shown and rows(shown) == []
+    assert rows(Concepts(np.zeros((0, 4), np.float32), CODES[:, :0])._repr_html_()) == []
+
+
 def test_words_and_pictures_and_what_cannot_be_read(tmp_path):
     Image.new("RGB", (200, 100), "red").save(tmp_path / "red.png")
     words = [["dog", "<b>pup</b>"], [], ["sea"]]

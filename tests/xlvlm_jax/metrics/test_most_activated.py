@@ -45,6 +45,7 @@ def test_the_number_is_at_least_one():
 def test_a_row_belongs_to_its_largest_activation_or_to_none():
     activations = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [-1.0, -2.0]])
     assert strongest_concept(activations).tolist() == [1, 0, NONE, 0]
+    assert strongest_concept(activations[:, :0]).tolist() == [NONE] * 4
 
 
 @settings(max_examples=50, deadline=None)

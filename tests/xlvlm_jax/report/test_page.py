@@ -167,6 +167,14 @@ def test_concepts_before_grounding_and_samples_without_pictures(write_run, sampl
     assert "attribute" not in text
 
 
+def test_a_directory_without_concepts_in_it_has_no_cards(write_run, activations):
+    run = write_run(activations)
+    Concepts(np.zeros((0, 4)), activations[:, :0]).save(run / "concepts-none")
+    page = write_report(run).read_text()
+    assert page.count('<article class="card"') == 3
+    assert "0 concepts by snmf from 24 samples" in " ".join(page.split())
+
+
 def test_it_is_written_where_asked_and_whole(write_run, activations, tmp_path):
     run = write_run(activations)
     assert write_report(run) == run / "report.html"
