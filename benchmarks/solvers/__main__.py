@@ -1,7 +1,7 @@
 """Compares the solvers with other libraries: seconds to the same objective.
 
     python -m benchmarks.solvers --quick      # [600, 256], planted and states, a minute or two
-    python -m benchmarks.solvers              # the table of benchmarks/README.md, about an hour
+    python -m benchmarks.solvers              # the table of benchmarks/solvers.md, about an hour
     python -m benchmarks.solvers --sizes 5000x512x64 --methods kmeans pca
     python -m benchmarks.solvers --features run/features --concepts 20     # real states
 

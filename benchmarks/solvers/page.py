@@ -1,6 +1,6 @@
 """Writes the page of results: tables, plots and text, from the files that the benchmarks wrote.
 
-    python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/README.md
+    python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/solvers.md
 
 Figures of a TPU v5e and an H100 are computed, not measured: an update takes the longer of reading Z
 once and doing its products with Z, at the rates that the makers give.
@@ -243,8 +243,8 @@ def main() -> None:
         computed=computed_table(),
     )
     draw(solvers["rows"], arguments.output / "solvers.svg")
-    (arguments.output / "README.md").write_text(page)
-    print(f"wrote {arguments.output / 'README.md'}")
+    (arguments.output / "solvers.md").write_text(page)
+    print(f"wrote {arguments.output / 'solvers.md'}")
 
 
 if __name__ == "__main__":
