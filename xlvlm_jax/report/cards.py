@@ -4,6 +4,7 @@ A row of features belongs to the concept it activates most, or to none if it act
 N rows of the features, K concepts, V values of an attribute.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,13 +205,18 @@ def _own(activations: Float[np.ndarray, " N"], own: Bool[np.ndarray, " N"]) -> O
     return Own(rows, activations[rows])
 
 
-def own_pictures(card: Card, features: Features) -> Iterator[Picture]:
+def own_pictures(card: Card, features: Features, most: int) -> Iterator[Picture]:
     """Yields the pictures of a concept's own rows that are not among its `pictures`, each once.
 
     Samples are read one by one, as they are asked for; the strongest activation comes first.
+
+    Args:
+        card: the concept.
+        features: the features that it was learnt on.
+        most: maximum number of rows to look at; many may show the same few pictures.
     """
     seen = {_key(picture) for picture in card.pictures}
-    for row, activation in zip(*card.own, strict=True):
+    for row, activation in itertools.islice(zip(*card.own, strict=True), most):
         picture = _picture(int(row), float(activation), features)
         if _key(picture) not in seen:
             seen.add(_key(picture))

@@ -48,14 +48,14 @@ def choose_pictures(
     wanted = _in_order([section for section, _ in sections], others)
     small = thumbnails(wanted, roots, budget=budget, room=ROOM)
     shown = [_with_shown(section, small) for section, _ in sections]
-    left = budget - sum(len(thumbnail.uri or "") for thumbnail in small.values())
+    left, most = budget - sum(len(t.uri or "") for t in small.values()), budget // LEAST
     turns = _InTurn(
         {
-            (s, c): own_pictures(card, features)
+            (s, c): own_pictures(card, features, most)
             for s, (_, features) in enumerate(sections)
             for c, card in enumerate(shown[s].cards)
         },
-        most=budget // LEAST,
+        most=most,
     )
     new = (p.image for p in turns if p.image and p.image not in small)
     # They are folded away at first: the smallest size is enough and fits the most.
@@ -63,7 +63,9 @@ def choose_pictures(
     shown = [
         dataclasses.replace(
             section,
-            cards=[_with_more(card, turns, (s, c), small) for c, card in enumerate(section.cards)],
+            cards=[
+                _with_more(card, turns, (s, c), small, most) for c, card in enumerate(section.cards)
+            ],
         )
         for s, section in enumerate(shown)
     ]
@@ -118,9 +120,10 @@ class _InTurn:
                     yield picture
 
 
-def _with_more(card: Card, turns: _InTurn, key: Key, small: Mapping[str, Thumbnail]) -> Card:
+def _with_more(
+    card: Card, turns: _InTurn, key: Key, small: Mapping[str, Thumbnail], most: int
+) -> Card:
     further = turns.yielded[key]
     more = [p for p in further if not p.image or p.image in small]
-    return dataclasses.replace(
-        card, more=more, has_all=key in turns.ended and len(more) == len(further)
-    )
+    looked_at_all = key in turns.ended and len(card.own[0]) <= most
+    return dataclasses.replace(card, more=more, has_all=looked_at_all and len(more) == len(further))

@@ -1,11 +1,13 @@
 """Which pictures the page shows, by hand, and that they keep the budget."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import StoredSamples
-from xlvlm_jax.report.cards import read_section
+from xlvlm_jax.report.cards import own_pictures, read_section
 from xlvlm_jax.report.pictures import choose_pictures
 from xlvlm_jax.report.thumbnails import BUDGET
 
@@ -80,3 +82,14 @@ def test_samples_are_not_read_beyond_the_budget(write_run, activations, monkeypa
     choose(run)
     # The 5 strongest of each of 3 concepts; and of the 23 rows of their own, one or all.
     assert few == 15 + 1 and len(read) == 15 + 23
+
+
+def test_only_so_many_of_a_concept_s_rows_are_looked_at(write_run, activations):
+    """Of a million rows that show the same few pictures, not all are read."""
+    run = write_run(activations)
+    features = Features.open(run / "features")
+    card = read_section(run / "concepts", features, {}).cards[0]
+    card = dataclasses.replace(card, pictures=[])
+    everything = [picture.sample for picture in own_pictures(card, features, len(card.own[0]))]
+    assert [p.sample for p in own_pictures(card, features, 3)] == everything[:3]
+    assert len(everything) > 3
