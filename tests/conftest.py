@@ -124,12 +124,6 @@ class ThreeWords:
 
     directory = fingerprint = None
 
-    @property
-    def __class__(self):  # what isinstance sees
-        import ports
-
-        return ports.VLM
-
     def unembed(self, x):
         return x[:, :3]
 

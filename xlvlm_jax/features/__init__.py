@@ -7,5 +7,14 @@ from xlvlm_jax.features.settings import MODES, ExtractionSettings, ExtractionSum
 # Their names in version 0.1.
 Needs, Settings, Summary = ExtractionNeeds, ExtractionSettings, ExtractionSummary
 
-__all__ = ["MODES", "ExtractionNeeds", "ExtractionSettings", "ExtractionSummary"]
-__all__ += ["Needs", "Settings", "Summary", "extract", "preflight"]
+__all__ = [
+    "MODES",
+    "ExtractionNeeds",
+    "ExtractionSettings",
+    "ExtractionSummary",
+    "Needs",
+    "Settings",
+    "Summary",
+    "extract",
+    "preflight",
+]

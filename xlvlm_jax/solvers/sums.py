@@ -84,11 +84,6 @@ def _plus(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array,
     return high, low
 
 
-def dot(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
-    """Returns the sum of a b over all entries; the products are pairs too."""
-    return total(product(a, b))
-
-
 def product(a: Float[Array, "..."], b: Float[Array, "..."]) -> Wide:
     """Returns a b as a pair, accurate to ten digits in float32."""
     a, b = jnp.broadcast_arrays(a, b)

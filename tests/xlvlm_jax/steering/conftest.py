@@ -4,6 +4,10 @@ import pytest
 
 from xlvlm_jax import data
 from xlvlm_jax.data import scenes
+from xlvlm_jax.features import ExtractionSettings, extract
+from xlvlm_jax.features.selection import Selection
+
+SITE = "language_model.model.layers.6"
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,13 @@ def questions(pictures):
     yes = [s for s in samples if s.metadata["answer"] == "yes"]
     others = [s for s in samples if s.metadata["answer"] != "yes"]
     return yes[:12] + others[:12]
+
+
+@pytest.fixture(scope="session")
+def features(vlm, pictures, tmp_path_factory):
+    """States of the answers to 48 questions."""
+    path = tmp_path_factory.mktemp("run") / "features"
+    samples = data.load("vqav2", pictures, "train")[:48]
+    settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
+    extract(vlm, samples, path, settings)
+    return path

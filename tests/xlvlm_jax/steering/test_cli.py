@@ -4,21 +4,9 @@ import json
 
 import pytest
 
-from xlvlm_jax import data, steering
-from xlvlm_jax.features import ExtractionSettings, extract
-from xlvlm_jax.features.selection import Selection
+from xlvlm_jax import steering
 
-SITE = "language_model.model.layers.6"
-
-
-@pytest.fixture(scope="module")
-def features(vlm, pictures, tmp_path_factory):
-    """States of the answers to 48 questions."""
-    path = tmp_path_factory.mktemp("run") / "features"
-    samples = data.load("vqav2", pictures, "train")[:48]
-    settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
-    extract(vlm, samples, path, settings)
-    return path
+from .conftest import SITE
 
 
 @pytest.fixture

@@ -3,23 +3,11 @@
 import numpy as np
 import pytest
 
-from xlvlm_jax import SteeringVector, data, steering
-from xlvlm_jax.features import ExtractionSettings, extract
+from xlvlm_jax import SteeringVector, steering
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.steering.methods import METHODS, Fitted, Method, Request, method_named
 
-SITE = "language_model.model.layers.6"
-
-
-@pytest.fixture(scope="module")
-def features(vlm, pictures, tmp_path_factory):
-    """States of the answers to 48 questions."""
-    path = tmp_path_factory.mktemp("run") / "features"
-    samples = data.load("vqav2", pictures, "train")[:48]
-    settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
-    extract(vlm, samples, path, settings)
-    return path
+from .conftest import SITE
 
 
 def fit_first(asked):
