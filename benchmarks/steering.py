@@ -61,7 +61,7 @@ class Setting:
         self.inputs = self.vlm.process([self.vlm.render(prompts.CAPTION)] * ROWS, images)
         self.tensors = {name: torch.tensor(value) for name, value in self.inputs.items()}
         self.site = site
-        width = self.vlm.module.config.text.hidden_size
+        width = self.vlm.sizes.text.hidden_size
         random = np.random.default_rng(0)
         self.vector = 0.5 * random.standard_normal(width).astype(np.float32)
 
@@ -101,7 +101,7 @@ class Setting:
                 for path, value in leaves
                 if path[-1].key == "kernel" and "lm_head" not in jax.tree_util.keystr(path)
             )
-        patches = self.vlm.module.config.tokens_per_image
+        patches = self.vlm.sizes.tokens_per_image
         length = self.inputs["input_ids"].shape[1]
         towers = patches * (sizes["vision_tower"] + sizes["multi_modal_projector"])
         return 2.0 * ROWS * (towers + length * sizes["language_model"])

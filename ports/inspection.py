@@ -137,15 +137,15 @@ def inspect(
 
 def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
     placed = sharding.abstract_mesh(*mesh)
-    shardings = sharding.param_shardings(placed, vlm.params, vlm.module.axes, vlm.module.kv_heads)
+    shardings = sharding.param_shardings(placed, vlm.params, vlm.axes, vlm.kv_heads)
     size = sharding.parameter_bytes(vlm.params, shardings)
     return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
 
 
 def _notes(vlm: VLM, devices: int) -> tuple[str, ...]:
     """Returns a line for each dimension that the number of devices does not divide evenly."""
-    text, notes = vlm.module.config.text, []
-    for path, count in vlm.module.kv_heads.items():
+    text, notes = vlm.sizes.text, []
+    for path, count in vlm.kv_heads.items():
         if count % devices:
             what = "" if path == vlm.module.decoder_path else f" of {'.'.join(path)}"
             notes.append(

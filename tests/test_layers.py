@@ -16,6 +16,7 @@ LAYERS = (
     ("ports.checkpoint",),
     ("ports.decoding", "ports.description", "ports.models"),
     ("ports.passes",),
+    ("ports.loaded_model",),
     ("ports.vlm",),
     ("ports.loading",),
     ("ports.inspection", "ports.paired"),

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ports import checkpoint
+from ports.inputs import vocabulary
 from ports.names import Rename, module_name
 from ports.nn.decoder import DecoderConfig
 from ports.nn.vision_language import VisionLanguageModel
@@ -123,3 +124,35 @@ class Port:
     def hub_name(self, module: str) -> str:
         """Returns the port's name of a module named as in a known checkpoint or transformers."""
         return module_name(self.canonical_name, module)
+
+    def load_processor(self, directory: Path, config: Any) -> Any:
+        """Loads a checkpoint's processor, with what its files lack.
+
+        Args:
+            directory: the checkpoint.
+            config: the family's configuration.
+
+        Returns:
+            The processor.
+
+        Raises:
+            ValueError: files are missing, or do not belong together or to the model.
+        """
+        _require_tokenizer(directory, "processor")
+        processor = self.read_processor(directory)
+        self.complete_processor(processor, config, directory)
+        if getattr(processor, "chat_template", None) is None:
+            # It may be only in tokenizer_config.json.
+            processor.chat_template = processor.tokenizer.chat_template
+        vocabulary.check_image_token(processor, config.image_tokens, directory)
+        return processor
+
+    def load_tokenizer(self, directory: Path) -> Any:
+        """Loads a checkpoint's tokenizer; raises ValueError if its files are missing or damaged."""
+        _require_tokenizer(directory, "tokenizer")
+        return self.read_tokenizer(directory)
+
+
+def _require_tokenizer(directory: Path, what: str) -> None:
+    with checkpoint.loading(directory, what):
+        checkpoint.require_tokenizer(directory)

@@ -77,7 +77,7 @@ def test_models_of_seven_billion_parameters(tmp_path, name, parameters, image_to
     assert result.needs.image_tokens == image_tokens
     assert site in result.sites
     # Keys and values of every layer, two bytes each.
-    text = vlm.module.config.text
+    text = vlm.sizes.text
     a_position = text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2
     assert result.needs.cache == (result.needs.bucket + 20) * a_position
 

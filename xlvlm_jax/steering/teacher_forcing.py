@@ -131,7 +131,7 @@ def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:
     Returns:
         int32[B, T].
     """
-    places = vlm.module.places(inputs)
+    places = vlm.places(inputs)
     kinds, index = np.array(places.kind), np.asarray(places.index)
     first = (index[:, -1:] + 1) - counts[:, None]
     real = kinds != PADDING
@@ -176,7 +176,7 @@ def force(
         prepared = vlm.prepare(inputs)
         part = Forced(
             tokens=prepared["input_ids"],
-            positions=np.asarray(vlm.module.positions(prepared)),
+            positions=np.asarray(vlm.positions(prepared)),
             kinds=position_kinds(vlm, prepared, batch.answer_lengths),
             states=np.asarray(states),
         )

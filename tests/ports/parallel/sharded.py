@@ -51,9 +51,7 @@ def main() -> None:
         vlm = ports.load(directory, mesh=mesh)
         out = run(vlm, inputs, **what)
         if mesh is not None:
-            placed = sharding.param_shardings(
-                mesh, vlm.params, vlm.module.axes, vlm.module.kv_heads
-            )
+            placed = sharding.param_shardings(mesh, vlm.params, vlm.axes, vlm.kv_heads)
             assert held(vlm) == sharding.parameter_bytes(vlm.params, placed)
         np.savez(f"{results}/{name or '1'}.npz", **out)
 

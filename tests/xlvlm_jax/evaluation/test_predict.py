@@ -74,7 +74,7 @@ def test_no_more_rows_at_once_than_the_cache_has_room_for(
 ):
     module = importlib.import_module("xlvlm_jax.evaluation.predict")
     inputs = vlm.process([vlm.render("how many?")] * 2, [read_image(asked[0].image)] * 2)
-    config, slots = vlm.module.config.text, inputs["input_ids"].shape[1] + 3
+    config, slots = vlm.sizes.text, inputs["input_ids"].shape[1] + 3
     row = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
     for room, rows in ((9 * row, 9), (row // 2, 2), (10**12, module.MOST_ROWS)):
         monkeypatch.setattr(module, "CACHE_BYTES", room)
