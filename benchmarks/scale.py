@@ -74,7 +74,7 @@ def write_features(root: Path, rows: int) -> None:
         FeaturesWriter(root / "tuned", manifest) as tuned,
     ):
         for writer in (original, tuned):
-            writer.place_pictures([str(path) for path in sorted(pictures.iterdir())])
+            writer.record_pictures([str(path) for path in sorted(pictures.iterdir())])
         for start in range(0, rows, BLOCK):
             count = min(BLOCK, rows - start)
             rng = np.random.default_rng(start + 1)

@@ -73,7 +73,7 @@ def load(
     keep_programs()
     directory = hub.find_directory(path)
     module, port, config, abstract = _build(directory, dtype, video_positions)
-    params = load_params(module, port, directory, abstract, jnp.dtype(dtype), mesh)
+    params = load_sharded(module, port, directory, abstract, jnp.dtype(dtype), mesh)
     vlm = VLM(module, params, config, port, directory, mesh)
     if generation_config is not None:
         vlm = vlm.with_generation_config(generation_config)
@@ -163,7 +163,7 @@ def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port
     return module, port, config, abstract
 
 
-def load_params(
+def load_sharded(
     module: vision_language.VisionLanguageModel,
     port: Port,
     directory: Path,
@@ -192,7 +192,7 @@ def load_params(
     if mesh is not None:
         shardings = sharding.param_shardings(mesh, abstract, module.axes, module.kv_heads)
     if orbax_io.is_saved(directory):
-        return orbax_io.load(directory, abstract, dtype, shardings)
+        return orbax_io.restore(directory, abstract, dtype, shardings)
     return checkpoint.load_params(
         directory,
         abstract,

@@ -116,7 +116,7 @@ def clip():
     from ports.models import clip
     from xlvlm_jax.demo import embedded
 
-    return clip.load(embedded.CLIP)
+    return clip.load_dual_encoder(embedded.CLIP)
 
 
 class ThreeWords:

@@ -9,7 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From what knows nothing to what knows everything. A line's rooms do not know each other.
 LAYERS = (
-    ("ports.messages", "ports.names", "ports.programs", "ports.tables", "ports.torch_notice"),
+    (
+        "ports.messages",
+        "ports.names",
+        "ports.programs",
+        "ports.tables",
+        "ports.torch_notice",
+        "ports.tracing",
+    ),
     ("ports.parallel",),
     ("ports.intervene",),
     ("ports.inputs", "ports.nn"),

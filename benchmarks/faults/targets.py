@@ -161,7 +161,7 @@ def _orbax(root: Path) -> None:
 
 def _read_orbax(root: Path) -> None:
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
-    orbax_io.load(root, abstract, jnp.dtype("float32"), None)
+    orbax_io.restore(root, abstract, jnp.dtype("float32"), None)
 
 
 @cache

@@ -85,7 +85,7 @@ def save(params: dict, directory: Path, fingerprint: str) -> None:
         (directory / RECORD).write_text(json.dumps(record) + "\n")
 
 
-def load(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | None) -> dict:
+def restore(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict | None) -> dict:
     """Reads parameters onto their devices; each host reads only its own shards.
 
     Args:

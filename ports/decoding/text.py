@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ports.intervene.edits import is_traced
+from ports.tracing import is_traced
 
 
 def decode_tokens(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ports.intervene.edits import is_traced
+from ports.tracing import is_traced
 
 
 def to_numpy(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from ports.tracing import is_traced
 
 Array = jax.Array
 Where = Literal["all", "prompt", "generated", "last_prompt", "image", "text"] | dict[str, Any]
@@ -227,11 +228,6 @@ def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
     kind = type(value).__name__
     return f"of type {kind}" if shape is None else f"an array of shape {tuple(shape)}"
-
-
-def is_traced(value: Any) -> bool:
-    """Returns whether a value is a tracer, which has no concrete value yet."""
-    return isinstance(value, Tracer)
 
 
 def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> Edit:

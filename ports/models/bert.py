@@ -266,7 +266,7 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
-def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
+def load_text_encoder(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
     """Loads a checkpoint of model_type bert or roberta, with or without a task's head.
 
     Args:
@@ -288,3 +288,6 @@ def load(directory: str | Path, *, dtype: str = "float32") -> TextEncoder:
     abstract = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     params = checkpoint.load_params(directory, abstract, canonical_name, dtype=jnp.dtype(dtype))
     return TextEncoder(module, params, directory)
+
+
+load = load_text_encoder  # the name in earlier releases

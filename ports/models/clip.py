@@ -204,7 +204,7 @@ def canonical_name(name: str) -> str | None:
     return None if name.endswith("position_ids") else name
 
 
-def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
+def load_dual_encoder(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
     """Loads a checkpoint of model_type clip.
 
     Args:
@@ -227,3 +227,6 @@ def load(directory: str | Path, *, dtype: str = "float32") -> DualEncoder:
         directory, abstract["params"], canonical_name, dtype=jnp.dtype(dtype)
     )
     return DualEncoder(module, params, directory)
+
+
+load = load_dual_encoder  # the name in earlier releases

@@ -187,7 +187,7 @@ def _scorer(
     if bert is not None:
         said = captions(features)  # before anything is loaded
         with console.status(f"loading {bert}"):
-            judge = bert_port.load(bert)
+            judge = bert_port.load_text_encoder(bert)
         layer = metrics.default_layer(judge) if layer is None else layer
         judge = metrics.BertScorer(
             judge,
@@ -197,7 +197,7 @@ def _scorer(
         )
     if clip is not None:
         with console.status(f"loading {clip}"):
-            encoder = clip_port.load(embedded.CLIP if clip == "embedded" else clip)
+            encoder = clip_port.load_dual_encoder(embedded.CLIP if clip == "embedded" else clip)
     with console.status("reading and encoding the samples"):
         return Scorer(features, site, clip=encoder, bert=judge, seed=seed, strict=strict)
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from ports.tracing import is_traced
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
-from xlvlm_jax.metrics.precision import is_traced
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 AnyArray = jax.Array | np.ndarray

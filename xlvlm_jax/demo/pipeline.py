@@ -145,7 +145,7 @@ def run(
     dictionaries = score_run(
         output,
         vlm,
-        clip.load(embedded.CLIP),
+        clip.load_dual_encoder(embedded.CLIP),
         site=FINAL,
         num_concepts=sorted({max(num_concepts // 4, 1), num_concepts}),
         seed=seed,

@@ -158,8 +158,8 @@ class _Run:
             clock=self.clock,
         )
 
-    def place_pictures(self, writer: FeaturesWriter) -> Path | None:
-        return writer.place_pictures([sample.image for sample in self.samples])
+    def record_pictures(self, writer: FeaturesWriter) -> Path | None:
+        return writer.record_pictures([sample.image for sample in self.samples])
 
     def open(self) -> FeaturesWriter:
         return FeaturesWriter(self.output, self.arguments, dtype=self.model.settings.dtype)
@@ -177,7 +177,7 @@ def _alone(run: _Run, progress: Progress | None) -> None:
                 progress(writer.samples_done, len(run.samples), writer.rows_done)
 
         left = run.samples[writer.samples_done :]
-        root = run.place_pictures(writer)
+        root = run.record_pictures(writer)
         run.write(groups_of(left, run.model.settings.batch_size), commit, root)
         _complete(run, writer)
 
@@ -191,7 +191,7 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
             writer = run.open()
             told = {"complete": writer.complete, "done": writer.samples_done}
             if not writer.complete:
-                root = run.place_pictures(writer)
+                root = run.record_pictures(writer)
                 told["root"] = None if root is None else str(root)
         except (OSError, ValueError) as error:
             told = {"error": str(error)}

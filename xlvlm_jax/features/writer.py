@@ -137,7 +137,7 @@ class FeaturesWriter:
         """Whether the run was closed; a complete run takes no more samples."""
         return self._state["complete"]
 
-    def place_pictures(self, paths: Sequence[str | os.PathLike[str]]) -> Path | None:
+    def record_pictures(self, paths: Sequence[str | os.PathLike[str]]) -> Path | None:
         """Records where the pictures of the whole run are, for whoever opens or moves it.
 
         Args:

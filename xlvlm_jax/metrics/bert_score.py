@@ -42,7 +42,7 @@ class BertScorer:
     """Scores many candidates against the same references: each text is encoded once and kept.
 
     Args:
-        encoder: from `ports.models.bert.load`; its tokenizer splits the texts.
+        encoder: from `ports.models.bert.load_text_encoder`; its tokenizer splits the texts.
         layer: layer whose states to use, from 0 to the encoder's depth; default:
             `default_layer(encoder)`.
         idf: the texts that document frequencies are counted in (usually all references): a token in

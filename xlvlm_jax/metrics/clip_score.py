@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from ports.models.clip import DualEncoder
-from xlvlm_jax.metrics.precision import is_traced
+from ports.tracing import is_traced
 from xlvlm_jax.solvers.linalg import matmul
 
 AnyArray = jax.Array | np.ndarray

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 
-from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means, is_traced
+from ports.tracing import is_traced
+from xlvlm_jax.metrics.precision import Figure, as_figure, as_real, column_means
 
 TILE_ROWS = 2**14  # rows converted to float64 at once
 AnyArray = jax.Array | np.ndarray

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from xlvlm_jax.metrics.precision import as_real, is_traced
+from ports.tracing import is_traced
+from xlvlm_jax.metrics.precision import as_real
 
 _TILE_ROWS = 2**14  # rows copied at once
 NONE = -1  # instead of a concept: the sample activates none

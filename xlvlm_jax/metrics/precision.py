@@ -5,18 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float
 
+from ports.tracing import is_traced
 from xlvlm_jax.solvers import sums
 
 AnyArray = jax.Array | np.ndarray
 Figure = float | jax.Array  # a scalar array if the function is traced
-
-
-def is_traced(*values: Any) -> bool:
-    """Returns whether one of the values is traced by a JAX transformation."""
-    return any(isinstance(value, Tracer) for value in values)
 
 
 def as_real(*arrays: AnyArray) -> tuple[Any, tuple[Any, ...]]:

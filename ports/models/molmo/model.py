@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ports import names
 from ports.models.molmo import vision as molmo_vision
-from ports.models.molmo.processor import load_processor, load_tokenizer
+from ports.models.molmo.processor import read_processor, read_tokenizer
 from ports.models.port import Port
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
@@ -512,7 +512,7 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
     read_config=read_config,
-    read_processor=load_processor,
-    read_tokenizer=load_tokenizer,
+    read_processor=read_processor,
+    read_tokenizer=read_tokenizer,
     per_position={"feature_index": -1},
 )

@@ -437,7 +437,7 @@ def _pixels(image: Any) -> np.ndarray:
     return pixels
 
 
-def load_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
     """Loads the tokenizer of a checkpoint.
 
     config.json refers to remote code, so AutoTokenizer would ask to run it. The class is therefore
@@ -456,7 +456,7 @@ def load_tokenizer(directory: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
-def load_processor(directory: Path) -> Processor:
+def read_processor(directory: Path) -> Processor:
     """Loads the processor of a checkpoint.
 
     Raises:
@@ -464,7 +464,7 @@ def load_processor(directory: Path) -> Processor:
     """
     with checkpoint.loading(directory, "processor"):
         values = checkpoint.read_json(directory / "preprocessor_config.json")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     config = checkpoint.read_json(directory / "config.json")
     # Not convert_tokens_to_ids, which may return the id of the unknown token.
     vocabulary = tokenizer.get_vocab()

@@ -22,7 +22,7 @@ from ports import names
 from ports.inputs import padding
 from ports.models.port import Port
 from ports.models.qwen2_vl import vision as qwen2_vision
-from ports.models.qwen2_vl.processor import load_processor
+from ports.models.qwen2_vl.processor import read_processor
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
 
@@ -332,7 +332,7 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
     transformers_name=transformers_name,
-    read_processor=load_processor,
+    read_processor=read_processor,
     image_text="<|vision_start|>{}<|vision_end|>",
     options={"video_positions": VIDEO_POSITIONS},
 )

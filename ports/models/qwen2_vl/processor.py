@@ -112,7 +112,7 @@ class Processor:
         self.tokenizer.save_pretrained(directory)
 
 
-def load_processor(directory: Path) -> Any:
+def read_processor(directory: Path) -> Any:
     """Loads the processor of a checkpoint: transformers' class if torchvision is installed, else
     `Processor`.
 

@@ -82,8 +82,8 @@ def test_without_weights_a_repository_is_described(publish):
 
 def test_judges_by_their_ids(publish, tmp_path):
     publish("some/clip", embedded.CLIP)
-    assert clip.load("some/clip").processor.tokenizer
+    assert clip.load_dual_encoder("some/clip").processor.tokenizer
     bert_helpers.make_bert(tmp_path / "bert", "bert")
     publish("some/bert", tmp_path / "bert")
-    ids = bert.load("some/bert").tokenizer("a")["input_ids"]
-    assert ids == bert.load(tmp_path / "bert").tokenizer("a")["input_ids"]
+    ids = bert.load_text_encoder("some/bert").tokenizer("a")["input_ids"]
+    assert ids == bert.load_text_encoder(tmp_path / "bert").tokenizer("a")["input_ids"]

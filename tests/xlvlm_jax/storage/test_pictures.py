@@ -23,7 +23,7 @@ NORM = "language_model.model.norm"
 def write(path, images, placed=True):
     """Features of one row a sample, that name these images."""
     with FeaturesWriter(path, {}) as writer:
-        root = writer.place_pictures(images) if placed else None
+        root = writer.record_pictures(images) if placed else None
         rows = np.arange(len(images))
         samples = [
             {"id": str(i), "image": pictures.name_in(root, image)} for i, image in enumerate(images)
@@ -107,7 +107,7 @@ def test_folders_of_earlier_versions(here, tmp_path, monkeypatch):
     with FeaturesWriter(tmp_path / "begun", {}) as writer:
         writer.append([{"id": "0", "image": "x"}], {}, *np.zeros((3, 0), int))
     with FeaturesWriter(tmp_path / "begun", {}) as writer:
-        assert writer.place_pictures(["/data/x"]) is None
+        assert writer.record_pictures(["/data/x"]) is None
 
 
 def test_a_damaged_record_is_one_line(here):

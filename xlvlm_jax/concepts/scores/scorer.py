@@ -41,7 +41,8 @@ class Scorer:
     Args:
         features: the samples to score on.
         site: site whose states to use; optional if there is only one.
-        clip: from `ports.models.clip.load`; without it, no CLIPScore and no monosemanticity.
+        clip: from `ports.models.clip.load_dual_encoder`; without it, no CLIPScore and no
+            monosemanticity.
         bert: a `metrics.BertScorer`; without it, no BERTScore.
         tops: the numbers r of most active concepts.
         num_random: number of draws of random words; their scores are means over the draws.

@@ -95,7 +95,7 @@ def import_features(
         with FeaturesWriter(temporary, manifest, dtype=manifest["dtype"]) as writer:
             if images is not None:
                 shown = [sample for sample in described if isinstance(sample.get("image"), str)]
-                root = writer.place_pictures([sample["image"] for sample in shown])
+                root = writer.record_pictures([sample["image"] for sample in shown])
                 for sample in shown:
                     sample["image"] = name_in(root, sample["image"])
             for start in range(0, len(states), BATCH):

@@ -221,4 +221,4 @@ class TestMessages:
 
     def test_a_directory_without_settings(self, tmp_path):
         with helpers.raises_line(ValueError, f"{tmp_path}: cannot load the processor"):
-            molmo_processor.load_processor(tmp_path)
+            molmo_processor.read_processor(tmp_path)

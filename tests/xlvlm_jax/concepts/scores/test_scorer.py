@@ -35,7 +35,7 @@ def named(right, kinds):
 def judge(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bert")
     bert_helpers.make_bert(directory, "bert")
-    return metrics.BertScorer(bert.load(directory), batch_size=8)
+    return metrics.BertScorer(bert.load_text_encoder(directory), batch_size=8)
 
 
 def test_the_right_words_fit_better_than_wrong_random_and_noise(scorer, named):
