@@ -1,4 +1,4 @@
-"""The decoder of the Llama family (Llama, Mistral, Qwen2) and its key-value cache.
+"""The decoder of the Llama family (Llama, Mistral, Qwen, Gemma) and its key-value cache.
 
 B batch, T query positions, S key positions (cache slots), D width, V vocabulary,
 H query heads, N key-value heads, C head width.
@@ -9,18 +9,21 @@ forward pass. A filled cache may also be passed as the collection "prompt_cache"
 and whose slots come first; several continuations of one prompt can share it.
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ports import names
 from ports.nn import layers
+from ports.nn import rope as rotary
+from ports.nn.decoder_config import DecoderConfig
 from ports.parallel import sharding
 
 Array = jax.Array
 
+names.number("deepstack")
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
     "embed_tokens": ("vocab", "embed"),
@@ -33,109 +36,22 @@ AXES: sharding.Axes = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), ()),
+    **dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), ()),
+    **dict.fromkeys(("q_norm", "k_norm"), ()),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and constants of a decoder, from a Hugging Face text configuration."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    norm_eps: float
-    hidden_act: str
-    qkv_bias: bool
-    output_bias: bool  # bias of the attention's output projection
-    mlp_bias: bool
-    tie_embeddings: bool
-    # Number of positions that a query sees, including its own; None for all earlier ones.
-    sliding_window: int | None = None
-    # Multimodal rotary embedding: number of frequencies that rotate with time, height and width.
-    rope_sections: tuple[int, ...] | None = None
-
-    @classmethod
-    def from_hf(cls, text: Any, tie_embeddings: bool, model_type: str) -> "DecoderConfig":
-        """Reads a transformers text configuration.
-
-        Args:
-            text: the text configuration.
-            tie_embeddings: whether the head is tied to the embeddings.
-            model_type: its expected model_type: "llama", "mistral" or "qwen2_vl_text".
-
-        Raises:
-            ValueError: another model_type, or a value that is not implemented.
-        """
-        if text.model_type != model_type:
-            raise ValueError(
-                f"text_config.model_type is {text.model_type!r}; expected {model_type!r}"
-            )
-        rope = dict(text.rope_parameters)
-        # transformers names rotary embedding with sections "default" or, in older files, "mrope".
-        if rope.get("rope_type", "default") not in ("default", "mrope"):
-            raise ValueError(
-                f"text_config has rope_type {rope['rope_type']!r}; "
-                "only 'default' (unscaled) rotary embedding is implemented"
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("text_config.partial_rotary_factor other than 1 is not implemented")
-        sections = rope.get("mrope_section")
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if sections is not None and sum(sections) != head_dim // 2:
-            raise ValueError(
-                f"mrope_section {list(sections)} adds up to {sum(sections)}; expected half the "
-                f"head width, {head_dim // 2}"
-            )
-        layers.activation(text.hidden_act)
-        if text.num_attention_heads % text.num_key_value_heads:
-            raise ValueError(
-                f"text_config has {text.num_attention_heads} attention heads, which is not a "
-                f"multiple of its {text.num_key_value_heads} key-value heads"
-            )
-        return cls(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=head_dim,
-            rope_theta=float(rope["rope_theta"]),
-            norm_eps=text.rms_norm_eps,
-            hidden_act=text.hidden_act,
-            # Qwen2 always has biases for query, key and value; its configuration does not say so.
-            qkv_bias=getattr(text, "attention_bias", model_type == "qwen2_vl_text"),
-            output_bias=getattr(text, "attention_bias", False),
-            mlp_bias=getattr(text, "mlp_bias", False),
-            tie_embeddings=tie_embeddings,
-            sliding_window=_sliding_window(text),
-            rope_sections=None if sections is None else tuple(sections),
-        )
-
-
-def _sliding_window(text: Any) -> int | None:
-    """Returns the window in a text configuration; raises ValueError if layers differ."""
-    window = getattr(text, "sliding_window", None)
-    if window is None or not getattr(text, "use_sliding_window", True):
-        return None
-    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise ValueError(
-            f"text_config.layer_types mixes {' and '.join(sorted(kinds))}; only one kind for all "
-            "layers is implemented"
-        )
-    return window
-
-
 def attend_through_cache(
-    module: nn.Module, query: Array, key: Array, value: Array, mask: Array, start: Array | None
+    module: nn.Module,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    start: Array | None,
+    *,
+    window: int | None = None,
+    scalar: float | None = None,
+    softcap: float | None = None,
 ) -> Array:
     """Computes attention, writing keys and values to the module's cache if it has one.
 
@@ -145,15 +61,21 @@ def attend_through_cache(
         key: [B, T, N, C].
         value: [B, T, N, C].
         mask: bool[B, 1, T, S].
-        start: None in a forward pass or prefill, where queries see the given keys (S = T). In a
-            decode step, the slot of the first new key; queries see the whole cache, after the
-            prompt's cache if that is separate.
+        start: None in a forward pass or prefill, where queries see the given keys. In a decode
+            step, the slot of the first new key; queries see the whole cache, after the prompt's
+            cache if that is separate.
+        window: number of positions that a query sees, including its own; None for all earlier ones.
+        scalar: as for `layers.attend_cached`.
+        softcap: as for `layers.attend_cached`.
 
     Returns:
         [B, T, H, C].
     """
+    if window is not None:
+        mask = mask & within_window(mask.shape, window, start)
+    options = {"scalar": scalar, "softcap": softcap}
     if not module.has_variable("cache", "key"):
-        return layers.attend(query, key, value, mask)
+        return layers.attend(query, key, value, mask, **options)
     keys, values = (module.get_variable("cache", name) for name in ("key", "value"))
     parts, slot = [], 0 if start is None else start
     if module.has_variable("prompt_cache", "key"):
@@ -166,8 +88,8 @@ def attend_through_cache(
     module.put_variable("cache", "key", keys)
     module.put_variable("cache", "value", values)
     if start is None:
-        return layers.attend_cached(query, [(key, value)], mask)
-    return layers.attend_cached(query, [*parts, (keys, values)], mask)
+        return layers.attend_cached(query, [(key, value)], mask, **options)
+    return layers.attend_cached(query, [*parts, (keys, values)], mask, **options)
 
 
 def _constrain_cache(x: Array) -> Array:
@@ -181,6 +103,11 @@ def last_queries(
     """Selects the last position of x[B, T, D], angles [B, T, C] and mask bool[B, 1, T, S]."""
     cos, sin = angles
     return x[:, -1:], (cos[:, -1:], sin[:, -1:]), mask[:, :, -1:]
+
+
+def _norm(config: DecoderConfig, dtype: jnp.dtype, name: str | None = None) -> nn.Module:
+    kind = layers.OffsetRMSNorm if config.offset_norms else nn.RMSNorm
+    return kind(epsilon=config.norm_eps, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -197,6 +124,7 @@ class Attention(nn.Module):
         mask: Array,
         start: Array | None,
         last_only: bool = False,
+        window: int | None = None,
     ) -> Array:
         """Maps x[B, T, D] to [B, T, D], or with `last_only` to [B, 1, D].
 
@@ -207,6 +135,8 @@ class Attention(nn.Module):
             start: None in a forward pass or prefill (keys from x, S = T); in a decode step, the
                 cache slot of x's first position (keys from the whole cache).
             last_only: compute only the last position.
+            window: number of positions that a query sees, including its own; None for all earlier
+                ones.
         """
         cfg = self.config
 
@@ -215,19 +145,38 @@ class Attention(nn.Module):
             y = y.reshape(*x.shape[:2], count, cfg.head_dim)
             return sharding.heads(y, "heads" if name == "q_proj" else "kv_heads")
 
+        def turned(part: str, count: int, x: Array, angles: tuple[Array, Array]) -> Array:
+            y = heads(f"{part}_proj", count, x)
+            if cfg.qk_norm:
+                y = _norm(cfg, self.dtype, f"{part}_norm")(y)
+            return layers.rotate(y, *angles)
+
         asking, asking_angles = x, angles
         if last_only:
             asking, asking_angles, mask = last_queries(x, angles, mask)
-        query = layers.rotate(heads("q_proj", cfg.num_heads, asking), *asking_angles)
-        key = layers.rotate(heads("k_proj", cfg.num_kv_heads, x), *angles)
+        query = turned("q", cfg.num_heads, asking, asking_angles)
+        key = turned("k", cfg.num_kv_heads, x, angles)
         value = heads("v_proj", cfg.num_kv_heads, x)
-        y = sharding.heads(attend_through_cache(self, query, key, value, mask, start))
-        y = y.reshape(*asking.shape[:2], -1)
+        y = attend_through_cache(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            start,
+            window=window,
+            scalar=cfg.score_scalar,
+            softcap=cfg.score_softcap,
+        )
+        y = sharding.heads(y).reshape(*asking.shape[:2], -1)
         return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
 
 class DecoderLayer(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `post_norms`, attention and MLP are each followed by a norm before the sum.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -240,36 +189,63 @@ class DecoderLayer(nn.Module):
         mask: Array,
         start: Array | None,
         last_only: bool = False,
+        window: int | None = None,
     ) -> Array:
         """Maps x[B, T, D] to the residual stream after this layer, of which `last_only` keeps the
         last position: [B, T, D] or [B, 1, D].
         """
         cfg = self.config
 
-        def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+        def norm(name: str, x: Array) -> Array:
+            return _norm(cfg, self.dtype, name)(x)
 
-        y = norm("input_layernorm")(x)
-        y = Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start, last_only)
+        y = norm("input_layernorm", x)
+        y = Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start, last_only, window)
+        if cfg.post_norms:
+            y = norm("post_attention_layernorm", y)
         x = sharding.residual((x[:, -1:] if last_only else x) + y)
-        y = norm("post_attention_layernorm")(x)
+        y = norm("pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm", x)
         mlp = layers.GatedMLP(
             cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias, self.dtype, name="mlp"
         )
-        return sharding.residual(x + mlp(y))
+        y = mlp(y)
+        if cfg.post_norms:
+            y = norm("post_feedforward_layernorm", y)
+        return sharding.residual(x + y)
+
+
+class Injection(nn.Module):
+    """Adds features to the states between two layers (DeepStack); a module to be a site."""
+
+    def __call__(self, x: Array, features: Array | None = None) -> Array:
+        """Maps x[B, T, D] and features[B, T, D], 0 where there are none, to their sum."""
+        if features is None:
+            return x
+        # Of the last layer, there may be only the last position.
+        return sharding.residual(x + features[:, -x.shape[1] :].astype(x.dtype))
 
 
 class Decoder(nn.Module):
-    """Maps embeddings to states after the final norm. Layers are unrolled (see `capture`)."""
+    """Maps embeddings to states after the final norm. Layers are unrolled (see `capture`).
+
+    With injections, the site `layers.N` is the output of layer N before features are added to it,
+    and `deepstack.N` the same states after the addition, which layer N + 1 reads.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         cfg = self.config
-        self.embed_tokens = layers.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype)
+        self.embed_tokens = layers.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=self.dtype,
+            scale=cfg.hidden_size**0.5 if cfg.scale_embeddings else None,
+        )
         self.layers = [DecoderLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
-        self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
+        self.deepstack = [Injection() for _ in range(cfg.num_injections)]
+        self.norm = _norm(cfg, self.dtype)
 
     def __call__(
         self,
@@ -278,29 +254,43 @@ class Decoder(nn.Module):
         mask: Array,
         start: Array | None = None,
         last_only: bool = False,
+        *,
+        blocks: Array | None = None,
+        injections: Sequence[Array] = (),
     ) -> Array:
         """Maps embeddings to states after the final norm.
 
         Args:
             x: [B, T, D].
-            positions: int32[B, T]; or int32[B, T, 3] (time, height, width), if the configuration
-                has `rope_sections`.
+            positions: int32[B, T]; or int32[B, T, 3] (time, height, width), if the configuration's
+                rotary embedding has sections.
             mask: bool[B, 1, T, S].
             start: cache slot of the first position in a decode step; else None.
             last_only: compute only the last position in the last layer.
+            blocks: int[B, T], without `start`; positions with the same number see each other both
+                ways, except for -1.
+            injections: features [B, T, D] to add after each of the first layers.
 
         Returns:
             [B, T, D], or [B, 1, D] with `last_only`.
         """
         cfg = self.config
         x = sharding.residual(x)
-        angles = layers.rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
-        if cfg.sliding_window is not None:
-            mask = mask & within_window(mask.shape, cfg.sliding_window, start)
-        *first, last = self.layers
-        for layer in first:
-            x = layer(x, angles, mask, start)
-        return self.norm(last(x, angles, mask, start, last_only))
+        ropes = [cfg.rope_of(i) for i in range(cfg.num_layers)]
+        angles = {
+            rope: rotary.angles(rope, positions, cfg.head_dim) for rope in dict.fromkeys(ropes)
+        }
+        for i, layer in enumerate(self.layers):
+            window, seen = cfg.window_of(i), mask
+            if blocks is not None:
+                if window is not None and not cfg.window_limits_blocks:
+                    window, seen = None, mask & within_window(mask.shape, window, start)
+                seen = seen | same_block(blocks)
+            last = last_only and i == cfg.num_layers - 1
+            x = layer(x, angles[ropes[i]], seen, start, last, window)
+            if i < cfg.num_injections:
+                x = self.deepstack[i](x, injections[i] if injections else None)
+        return self.norm(x)
 
 
 class CausalLM(nn.Module):
@@ -316,9 +306,8 @@ class CausalLM(nn.Module):
 
     def unembed(self, x: Array) -> Array:
         """Maps x[..., D] to logits float32[..., V] with the head, without the final norm."""
-        if self.config.tie_embeddings:
-            return sharding.logits(self.model.embed_tokens.attend(x))
-        return sharding.logits(self.lm_head(x))
+        head = self.model.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
+        return sharding.logits(layers.limit(head(x), self.config.logit_softcap))
 
 
 def init_cache(
@@ -377,13 +366,19 @@ def within_window(shape: tuple[int, ...], window: int, start: Array | None) -> A
     Args:
         shape: [..., T, S].
         window: number of positions that a query sees, including its own.
-        start: slot of the first query; None for 0.
+        start: slot of the first query; None if the last query is in the last slot.
 
     Returns:
         bool[T, S]; later positions are not masked here.
     """
-    query = (0 if start is None else start) + jnp.arange(shape[-2])
+    query = (shape[-1] - shape[-2] if start is None else start) + jnp.arange(shape[-2])
     return query[:, None] - jnp.arange(shape[-1]) < window
+
+
+def same_block(blocks: Array) -> Array:
+    """Makes the mask bool[B, 1, T, T] of positions with the same number in int[B, T], not -1."""
+    here = blocks[:, None, :, None]
+    return (here == blocks[:, None, None, :]) & (here >= 0)
 
 
 def token_positions(attention_mask: Array) -> Array:

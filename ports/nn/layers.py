@@ -53,6 +53,26 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm that multiplies by 1 + its weight, in float32 (Gemma)."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x[..., D] to [..., D]."""
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (y * (1 + scale)).astype(self.dtype)
+
+
+def limit(x: Array, cap: float | None) -> Array:
+    """Limits values smoothly to -cap ... cap: cap * tanh(x / cap); None leaves them."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def _flat_dot(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
     """Computes x[..., D] @ kernel[D, E] with all positions as rows of one matrix.
 
@@ -114,42 +134,16 @@ def look_up(table: Array, tokens: Array) -> Array:
 class Embed(nn.Embed):
     """Token embeddings, also used as a tied head; ids outside the table give NaN."""
 
+    scale: float | None = None  # factor on the embeddings, but not on the head (Gemma)
+
     def __call__(self, tokens: Array) -> Array:
         """Maps tokens int[...] to [..., D]."""
-        return look_up(self.embedding.astype(self.dtype), tokens)
+        x = look_up(self.embedding.astype(self.dtype), tokens)
+        return x if self.scale is None else x * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, query: Array) -> Array:
         """Maps query[..., D] to logits float32[..., V] (see `head`)."""
         return product_in_float32(query.astype(self.dtype), self.embedding.astype(self.dtype).T)
-
-
-def rotary_angles(
-    positions: Array, head_dim: int, theta: float, sections: tuple[int, ...] | None = None
-) -> tuple[Array, Array]:
-    """Computes the cosines and sines of rotary position embedding.
-
-    Args:
-        positions: int32[B, T], or int32[B, T, len(sections)].
-        head_dim: width of a head, C.
-        theta: base of the frequencies.
-        sections: number of frequencies that rotate with each component of `positions` (M-RoPE);
-            int32[B, T] has the same position in all components.
-
-    Returns:
-        float32[B, T, C] each, laid out for rotating the two halves of a head against each other,
-        as in the Llama family.
-
-    Su et al. 2021; sections: Qwen2-VL, Wang et al. 2024, section 2.1.
-    """
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if positions.ndim == 3:
-        assert sections is not None, "positions with components need sections"
-        component = np.repeat(np.arange(len(sections)), sections)
-        angles = positions[..., component].astype(jnp.float32) * frequencies
-    else:
-        angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -200,7 +194,15 @@ class MLP(nn.Module):
         return dense(width, True, self.dtype, "fc2")(x)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    *,
+    scalar: float | None = None,
+    softcap: float | None = None,
+) -> Array:
     """Computes scaled dot-product attention, with the softmax in float32.
 
     Args:
@@ -208,11 +210,13 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
         key: [B, S, N, C], with H a multiple of N (grouped queries).
         value: [B, S, N, C].
         mask: bool[B, 1, T, S], True where a query sees a key; None for everywhere.
+        scalar: as for `attend_cached`.
+        softcap: as for `attend_cached`.
 
     Returns:
         [B, T, H, C].
     """
-    return attend_cached(query, [cache_layout(key, value)], mask)
+    return attend_cached(query, [cache_layout(key, value)], mask, scalar=scalar, softcap=softcap)
 
 
 def cache_layout(key: Array, value: Array) -> tuple[Array, Array]:
@@ -220,13 +224,22 @@ def cache_layout(key: Array, value: Array) -> tuple[Array, Array]:
     return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
 
 
-def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Array | None) -> Array:
+def attend_cached(
+    query: Array,
+    parts: Sequence[tuple[Array, Array]],
+    mask: Array | None,
+    *,
+    scalar: float | None = None,
+    softcap: float | None = None,
+) -> Array:
     """Computes `attend` over the concatenated parts of a cache.
 
     Args:
         query: [B, T, H, C], with H a multiple of N.
         parts: (key[B, N, C, S], value[B, N, S, C]) of each part.
         mask: bool[B, 1, T, S of all parts]; None for everywhere.
+        scalar: scores are divided by its square root; None for C.
+        softcap: scores are limited to -softcap ... softcap (see `limit`); None for no limit.
 
     Returns:
         [B, T, H, C].
@@ -239,7 +252,8 @@ def attend_cached(query: Array, parts: Sequence[tuple[Array, Array]], mask: Arra
     scores = jnp.concatenate(
         [jnp.matmul(rows, key, preferred_element_type=jnp.float32) for key, _ in parts], axis=-1
     )
-    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1]) / np.sqrt(width)
+    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
+    scores = limit(scores / np.sqrt(scalar or width), softcap)
     if mask is not None:
         # Not -inf, which would give NaN for a position that sees nothing.
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)

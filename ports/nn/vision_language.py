@@ -7,7 +7,7 @@ prefill and decode step are the same for all models and are implemented here.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -102,6 +102,18 @@ class VisionLanguageModel(nn.Module):
         """Maps the processor's arrays to the input of the first decoder layer, [B, T, D]."""
         raise NotImplementedError
 
+    def embed_with_injections(self, inputs: Inputs) -> tuple[Array, Sequence[Array]]:
+        """Maps the processor's arrays to the input of the first decoder layer, [B, T, D], and the
+        features [B, T, D] that are added after each of the first layers (DeepStack).
+        """
+        return self.embed_inputs(inputs), ()
+
+    def blocks(self, inputs: Inputs) -> Array | None:
+        """Returns int[B, T]: positions of a prompt with the same number see each other both ways,
+        except for -1; None if every position sees only earlier ones.
+        """
+        return None
+
     @property
     def kv_heads(self) -> sharding.KVHeads:
         """{module path: number of key-value heads} of modules that are sharded by whole heads."""
@@ -168,10 +180,14 @@ class VisionLanguageModel(nn.Module):
 
     def states(self, inputs: Inputs, last_only: bool = False) -> Array:
         """Maps the processor's arrays to states after the final norm, [B, T, D] or [B, 1, D]."""
-        x = self.embed_inputs(inputs)
-        mask = decoder.causal_mask(attention_mask(inputs))
+        x, injections = self.embed_with_injections(inputs)
+        mask, blocks = decoder.causal_mask(attention_mask(inputs)), self.blocks(inputs)
+        options: dict[str, Any] = {"last_only": last_only}
+        # Decoders without them need not know these arguments.
+        options |= {} if blocks is None else {"blocks": blocks}
+        options |= {"injections": injections} if injections else {}
         with steer.at_places(self.places(inputs)):
-            return self.text_decoder(x, self.positions(inputs), mask, last_only=last_only)
+            return self.text_decoder(x, self.positions(inputs), mask, **options)
 
     def init_cache(self, batch: int, slots: int) -> dict:
         """Makes an empty cache, the variable collection "cache" of this module."""

@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[dict, dict, dict]] = {
         {"tie_word_embeddings": True},
     ),
     "sliding window": (
-        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
         {},
         {},
     ),

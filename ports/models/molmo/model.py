@@ -19,7 +19,7 @@ from ports import names
 from ports.models.molmo import vision as molmo_vision
 from ports.models.molmo.processor import read_processor, read_tokenizer
 from ports.models.port import Port
-from ports.nn import decoder, layers, vision_language
+from ports.nn import decoder, layers, rope, vision_language
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -163,7 +163,7 @@ class Config:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=config.hidden_size // heads,
-            rope_theta=float(config.rope_theta),
+            rope=rope.Rope(float(config.rope_theta)),
             norm_eps=config.layer_norm_eps,
             hidden_act="silu",
             qkv_bias=bool(config.qkv_bias),
@@ -308,7 +308,7 @@ class Transformer(nn.Module):
         """
         text = self.config.text
         x = sharding.residual(x)
-        angles = layers.rotary_angles(positions, text.head_dim, text.rope_theta)
+        angles = rope.angles(text.rope, positions, text.head_dim)
         *first, last = self.blocks
         for block in first:
             x = block(x, angles, mask, start)

@@ -71,7 +71,7 @@ class Config:
         text = decoder.DecoderConfig.from_hf(
             config.text_config, bool(config.tie_word_embeddings), "qwen2_vl_text"
         )
-        if text.rope_sections is None:
+        if text.rope.sections is None:
             raise ValueError(
                 "text_config has no mrope_section; expected the numbers of rotary frequencies for "
                 "time, height and width, such as [16, 24, 24]"

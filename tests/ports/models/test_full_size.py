@@ -156,9 +156,9 @@ def test_the_configuration(model):
     found = {
         "head width": text.head_dim,
         "window": text.sliding_window,
-        "sections": text.rope_sections,
+        "sections": text.rope.sections,
         "biases": (text.qkv_bias, text.output_bias, text.mlp_bias),
-        "theta": text.rope_theta,
+        "theta": text.rope.theta,
         "image tokens": config.image_tokens,
         "tied": text.tie_embeddings,
     }

@@ -137,8 +137,8 @@ class TestConfigurationsThatAreNotImplemented:
             ),
             ({"projector_hidden_act": "swoosh"}, ("activation 'swoosh', which is not", "gelu")),
             (
-                {"text": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
-                ("rope_type 'linear'", "'default'"),
+                {"text": {"rope_scaling": {"rope_type": "swoosh", "factor": 2.0}}},
+                ("rope_type 'swoosh'", "default, linear"),
             ),
             (
                 {"text": {"num_key_value_heads": 4}},

@@ -14,7 +14,7 @@ from flax import traverse_util
 import ports
 from ports import checkpoint, loading
 from ports.models.port import Port
-from ports.nn import decoder, layers, vision_language
+from ports.nn import decoder, layers, rope, vision_language
 
 SIDE, WIDTH, IMAGE = 4, 16, 30
 
@@ -34,7 +34,7 @@ class Config:
             num_heads=2,
             num_kv_heads=2,
             head_dim=8,
-            rope_theta=1e4,
+            rope=rope.Rope(theta=1e4),
             norm_eps=1e-6,
             hidden_act="silu",
             qkv_bias=False,

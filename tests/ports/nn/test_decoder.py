@@ -1,15 +1,19 @@
 """The decoder: masks and positions by hand, its cache against the plain forward pass."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from flax import linen as nn
 
-from ports.nn import decoder
+from ports import checkpoint
+from ports.nn import decoder, rope
 
 from .. import helpers
 
@@ -21,7 +25,7 @@ CONFIG = decoder.DecoderConfig(
     num_heads=3,
     num_kv_heads=1,
     head_dim=6,
-    rope_theta=100.0,
+    rope=rope.Rope(100.0),
     norm_eps=1e-6,
     hidden_act="silu",
     qkv_bias=False,
@@ -176,21 +180,189 @@ def test_the_cache_holds_the_key_value_heads_alone():
     assert {(leaf.shape, str(leaf.dtype)) for leaf in leaves} == shapes
 
 
-@pytest.mark.parametrize(
-    ("rope", "parts"),
-    [
-        ({"rope_type": "linear", "factor": 2.0}, ("rope_type 'linear'", "'default'")),
-        ({"rope_type": "dynamic", "factor": 2.0}, ("rope_type 'dynamic'", "'default'")),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
-    ],
-    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
-)
-def test_scaled_rotary_embedding_is_refused(rope, parts):
-    config = transformers.LlamaConfig(rope_parameters={"rope_theta": 1e4, **rope})
-    with helpers.raises_line(ValueError, *parts):
-        decoder.DecoderConfig.from_hf(config, False, "llama")
-
-
 def test_the_width_of_a_head_follows_from_the_width_when_it_is_not_said():
     config = transformers.LlamaConfig(hidden_size=48, num_attention_heads=4, head_dim=None)
     assert decoder.DecoderConfig.from_hf(config, False, "llama").head_dim == 12
+
+
+# Decoders of transformers, and what is special about each.
+SMALL = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "intermediate_size": 17,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "pad_token_id": 0,
+}
+GEMMA = {"query_pre_attn_scalar": 7, "sliding_window": 4}
+DECODERS = {
+    "qwen2": transformers.Qwen2Config(
+        **{**SMALL, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+        | {"head_dim": 6}
+    ),
+    "qwen3": transformers.Qwen3Config(**SMALL, attention_bias=True),
+    "gemma": transformers.GemmaConfig(**SMALL),
+    "gemma2": transformers.Gemma2Config(
+        **SMALL, **GEMMA, attn_logit_softcapping=1.5, attn_implementation="eager"
+    ),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **SMALL,
+        **GEMMA,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_equals_transformers(tmp_path, name):
+    model = helpers.make_pair(tmp_path, transformers.AutoModel.from_config(DECODERS[name]))
+    cfg = decoder.DecoderConfig.from_hf(DECODERS[name], True, name)
+    tokens = np.random.default_rng(0).integers(1, 31, (2, 9))
+    mask = np.ones_like(tokens)
+    mask[0, :3] = 0
+    positions = decoder.token_positions(jnp.asarray(mask))
+    with torch.no_grad():
+        expected = model.torch_model(
+            input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)
+        ).last_hidden_state.numpy()
+    inputs = (jnp.asarray(tokens), positions, decoder.causal_mask(jnp.asarray(mask)))
+    module = Embedded(cfg)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    params = checkpoint.load_params(
+        tmp_path, abstract, lambda name: f"decoder.{name}", dtype=jnp.dtype("float32"), tied={}
+    )
+    states = np.asarray(jax.jit(module.apply)({"params": params}, *inputs))
+    real = mask == 1
+    assert helpers.relative_error(states, expected, real) < 1e-5
+
+    # The same token by token.
+    cache = {"decoder": decoder.init_cache(cfg, batch=2, slots=9, dtype=jnp.float32)}
+    run = jax.jit(module.apply, static_argnames="mutable")
+    got = []
+    for slot in range(9):
+        valid = (jnp.asarray(mask) != 0) & (jnp.arange(9) <= slot)
+        one, variables = run(
+            {"params": params, "cache": cache},
+            inputs[0][:, slot : slot + 1],
+            positions[:, slot : slot + 1],
+            valid[:, None, None],
+            jnp.int32(slot),
+            mutable=("cache",),
+        )
+        cache = variables["cache"]
+        got.append(one)
+    got = np.concatenate(got, axis=1)
+    np.testing.assert_allclose(got[real], states[real], rtol=0, atol=1e-5)
+
+
+class TestBlocks:
+    """Positions that see each other both ways."""
+
+    def see(self, **changes):
+        """bool[T, T]: whose token changes whose state, of 6 with a block of three."""
+        config = dataclasses.replace(CONFIG, num_layers=1, sliding_window=2, **changes)
+        blocks = jnp.array([[-1, 0, 0, 0, -1, -1]])
+        tokens = jnp.array([[3, 1, 4, 1, 5, 9]])
+        mask = jnp.ones_like(tokens)
+
+        def run(x):
+            lm = decoder.Decoder(config)
+            params = {k: v for k, v in parameters()["params"]["decoder"].items() if k != "layers_1"}
+            return lm.apply(
+                {"params": params},
+                x,
+                decoder.token_positions(mask),
+                decoder.causal_mask(mask),
+                blocks=blocks,
+            )
+
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 12), np.float32))
+        change = jax.jacobian(run)(x)[0, :, :, 0]  # [T, D, S, D]
+        return (np.abs(change).max((1, 3)) > 0).astype(int).tolist()
+
+    def test_within_the_window(self):
+        assert self.see() == [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 1, 1],
+        ]
+
+    def test_beyond_the_window(self):
+        assert self.see(window_limits_blocks=False)[3] == [0, 1, 1, 1, 0, 0]
+
+    def test_in_a_layer_without_window(self):
+        assert self.see(full_layers=(0,))[3] == [1, 1, 1, 1, 0, 0]
+
+
+class TestInjections:
+    """Features added between layers."""
+
+    config = dataclasses.replace(CONFIG, num_injections=2)
+
+    def run(self, features, last_only=False):
+        tokens = jnp.array([[3, 1, 4, 1]])
+        mask = jnp.ones_like(tokens)
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 12), np.float32))
+
+        def apply(variables):
+            return decoder.Decoder(self.config).apply(
+                variables,
+                x,
+                decoder.token_positions(mask),
+                decoder.causal_mask(mask),
+                last_only=last_only,
+                injections=features,
+                capture_intermediates=True,
+            )
+
+        return apply({"params": parameters()["params"]["decoder"]})
+
+    def test_are_added_after_the_site_of_the_layer(self):
+        features = list(np.random.default_rng(1).standard_normal((2, 1, 4, 12), np.float32))
+        _, kept = self.run(features)
+        sites = {
+            name: value["__call__"][0]
+            for name, value in kept["intermediates"].items()
+            if name != "__call__"
+        }
+        for i in range(2):
+            expected = sites[f"layers_{i}"] + features[i]
+            np.testing.assert_array_equal(sites[f"deepstack_{i}"], expected)
+        _, plain = self.run(())
+        first = plain["intermediates"]["layers_0"]["__call__"][0]
+        np.testing.assert_array_equal(sites["layers_0"], first)
+        assert (
+            np.abs(plain["intermediates"]["layers_1"]["__call__"][0] - sites["layers_1"]).max()
+            > 1e-3
+        )
+
+    def test_of_the_last_position_alone(self):
+        features = list(np.random.default_rng(1).standard_normal((2, 1, 4, 12), np.float32))
+        whole, last = self.run(features)[0], self.run(features, last_only=True)[0]
+        np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"layer_types": ["full_attention"]}, ("layer_types is ['full_attention']", "of 3 layers")),
+        ({"num_key_value_heads": 3}, ("4 attention heads", "3 key-value heads")),
+        ({"hidden_act": "swoosh"}, ("activation 'swoosh', which is not",)),
+    ],
+    ids=str,
+)
+def test_what_is_not_implemented_is_refused(changes, parts):
+    text = DECODERS["qwen2"].to_dict() | changes
+    with helpers.raises_line(ValueError, *parts):
+        decoder.DecoderConfig.from_hf(types.SimpleNamespace(**text), False, "qwen2", "llama")
+
+
+def test_another_decoder_is_refused_with_those_that_are_known():
+    with helpers.raises_line(ValueError, "model_type is 'gemma'", "'llama' or 'mistral'"):
+        decoder.DecoderConfig.from_hf(DECODERS["gemma"], False, "llama", "mistral")

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
-from ports.nn import layers
+from ports.nn import layers, rope
 
 from .. import helpers
+
+ROPE = rope.Rope(10000.0)
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
@@ -27,13 +29,6 @@ def test_an_unknown_activation_is_named_with_those_that_are_known():
         layers.activation("swoosh")
 
 
-def test_rotary_angles_by_hand():
-    # Heads of four: frequencies 1 and 100 ** -(2 / 4) = 0.1.
-    cos, sin = layers.rotary_angles(jnp.array([[0, 3]]), head_dim=4, theta=100.0)
-    np.testing.assert_allclose(cos[0, 0], 1)
-    np.testing.assert_allclose(sin[0, 1], np.sin([3, 0.3, 3, 0.3]), rtol=1e-6)
-
-
 def test_rotation_by_a_quarter_turn():
     # The halves of a head turn against each other: (a, b) -> (-b, a).
     x = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
@@ -43,7 +38,7 @@ def test_rotation_by_a_quarter_turn():
 
 def test_rotation_equals_transformers():
     x = np.random.default_rng(0).standard_normal((2, 5, 3, 14), np.float32)
-    cos, sin = layers.rotary_angles(jnp.arange(7, 17).reshape(2, 5), 14, 10000.0)
+    cos, sin = rope.angles(ROPE, jnp.arange(7, 17).reshape(2, 5), 14)
     expected, _ = modeling_llama.apply_rotary_pos_emb(
         *(torch.from_numpy(np.array(y)) for y in (x, x, cos, sin)), unsqueeze_dim=2
     )
@@ -52,7 +47,7 @@ def test_rotation_equals_transformers():
 
 @jax.jit
 def _rotate_to(x, positions):
-    return layers.rotate(x, *layers.rotary_angles(positions, 14, 10000.0))
+    return layers.rotate(x, *rope.angles(ROPE, positions, 14))
 
 
 @given(shift=st.integers(0, 3000))
@@ -67,7 +62,7 @@ def test_rotated_products_depend_on_distances_alone(shift):
 
 
 def test_rotation_keeps_the_dtype():
-    angles = layers.rotary_angles(jnp.array([[5]]), 4, 100.0)
+    angles = rope.angles(ROPE, jnp.array([[5]]), 4)
     assert layers.rotate(jnp.ones((1, 1, 1, 4), jnp.bfloat16), *angles).dtype == jnp.bfloat16
 
 

@@ -321,24 +321,27 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("text", "vision", "parts"),
         [
-            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, {}, ("yarn",)),
+            (
+                {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+                {},
+                ("'longrope'",),
+            ),
             ({}, {"embed_dim": 30}, ("embed_dim is 30", "3 heads")),
             ({}, {"hidden_size": 44}, ("44", "60", "decoder's width")),
             ({}, {"hidden_act": "swoosh"}, ("swoosh",)),
             (
-                {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+                {"sliding_window": 11, "layer_types": ["full_attention", "chunked_attention"]},
                 {},
-                ("layer_types mixes full_attention and sliding_attention",),
+                ("layer_types is ['full_attention', 'chunked_attention']", "'sliding_attention'"),
             ),
         ],
         ids=lambda value: str(value)[:40],
     )
     def test_is_refused_by_name(self, text, vision, parts):
         config = make_config()
+        config.text_config.use_sliding_window = True
         for name, value in text.items():
             setattr(config.text_config, name, value)
-        if "max_window_layers" in text:
-            config.text_config.layer_types = ["full_attention", "sliding_attention"]
         for name, value in vision.items():
             setattr(config.vision_config, name, value)
         with helpers.raises_line(ValueError, *parts):

@@ -1,0 +1,179 @@
+"""The configuration of a decoder, from a Hugging Face text configuration."""
+
+import dataclasses
+from typing import Any
+
+from ports.nn import layers
+from ports.nn.rope import Rope
+
+# What a model_type implies without its configuration saying so.
+_GEMMA: dict[str, Any] = {"offset_norms": True, "scale_embeddings": True}
+_GEMMA2: dict[str, Any] = {**_GEMMA, "post_norms": True}
+_QWEN2: dict[str, Any] = {"qkv_bias": True, "output_bias": False}
+_TRAITS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": _QWEN2,
+    "qwen2_vl_text": _QWEN2,
+    "qwen2_5_vl_text": _QWEN2,
+    "qwen3": {"qk_norm": True},
+    "qwen3_vl_text": {"qk_norm": True},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    # transformers ignores the softcaps of a Gemma 3 configuration.
+    "gemma3_text": {**_GEMMA2, "qk_norm": True, "score_softcap": None, "logit_softcap": None},
+}
+_INTERLEAVED = ("qwen3_vl_text",)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a decoder.
+
+    Attributes:
+        vocab_size: number of embeddings and logits.
+        hidden_size: width of the states, D.
+        intermediate_size: width inside the MLPs.
+        num_layers: number of layers.
+        num_heads: number of query heads.
+        num_kv_heads: number of key-value heads.
+        head_dim: width of a head.
+        rope: rotary embedding.
+        norm_eps: epsilon of the norms.
+        hidden_act: activation of the MLPs.
+        qkv_bias: whether query, key and value have biases.
+        output_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the MLPs have biases.
+        tie_embeddings: whether the head is the transposed embeddings.
+        sliding_window: number of positions that a query sees, including its own; None for all
+            earlier ones.
+        full_layers: layers without the window.
+        sliding_rope: rotary embedding of the layers with the window; None for `rope`.
+        window_limits_blocks: whether positions that see each other both ways (see
+            `Decoder.__call__`) must also be in the window.
+        qk_norm: whether queries and keys are normalised per head, before the rotation.
+        offset_norms: whether norms multiply by 1 + their weight (Gemma).
+        post_norms: whether attention and MLP are also followed by norms (Gemma 2 and 3).
+        scale_embeddings: whether embeddings are multiplied by the square root of the width.
+        score_scalar: attention scores are divided by its square root; None for the head width.
+        score_softcap: softcap of the attention scores; None for none.
+        logit_softcap: softcap of the logits; None for none.
+        num_injections: number of first layers after which features may be added (DeepStack).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    norm_eps: float
+    hidden_act: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tie_embeddings: bool
+    sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    sliding_rope: Rope | None = None
+    window_limits_blocks: bool = True
+    qk_norm: bool = False
+    offset_norms: bool = False
+    post_norms: bool = False
+    scale_embeddings: bool = False
+    score_scalar: float | None = None
+    score_softcap: float | None = None
+    logit_softcap: float | None = None
+    num_injections: int = 0
+
+    @classmethod
+    def from_hf(cls, text: Any, tie_embeddings: bool, *model_types: str) -> "DecoderConfig":
+        """Reads a transformers text configuration.
+
+        Args:
+            text: the text configuration.
+            tie_embeddings: whether the head is tied to the embeddings.
+            *model_types: the model_types that the family may have.
+
+        Raises:
+            ValueError: another model_type, or a value that is not implemented.
+        """
+        if text.model_type not in model_types:
+            raise ValueError(
+                f"text_config.model_type is {text.model_type!r}; expected "
+                f"{' or '.join(map(repr, model_types))}"
+            )
+        hidden_act = getattr(text, "hidden_activation", None) or text.hidden_act
+        layers.activation(hidden_act)
+        if text.num_attention_heads % text.num_key_value_heads:
+            raise ValueError(
+                f"text_config has {text.num_attention_heads} attention heads, which is not a "
+                f"multiple of its {text.num_key_value_heads} key-value heads"
+            )
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        interleaved = text.model_type in _INTERLEAVED
+
+        def rope(parameters: Any) -> Rope:
+            return Rope.from_hf(parameters, head_dim, text.max_position_embeddings, interleaved)
+
+        # Nested by the kind of layers, if they differ (Gemma 3).
+        said = dict(text.rope_parameters)
+        window, full_layers = _windows(text)
+        bias = bool(getattr(text, "attention_bias", False))
+        values: dict[str, Any] = {
+            "rope": rope(said.get("full_attention", said)),
+            "sliding_rope": rope(said["sliding_attention"])
+            if "sliding_attention" in said
+            else None,
+            "qkv_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": bool(getattr(text, "mlp_bias", False)),
+            "score_scalar": getattr(text, "query_pre_attn_scalar", None),
+            "score_softcap": getattr(text, "attn_logit_softcapping", None),
+            "logit_softcap": getattr(text, "final_logit_softcapping", None),
+        }
+        return cls(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=head_dim,
+            norm_eps=text.rms_norm_eps,
+            hidden_act=hidden_act,
+            tie_embeddings=tie_embeddings,
+            sliding_window=window,
+            full_layers=full_layers,
+            **(values | _TRAITS[text.model_type]),
+        )
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the window of a layer; None if it sees all earlier positions."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    def rope_of(self, layer: int) -> Rope:
+        """Returns the rotary embedding of a layer."""
+        if self.sliding_rope is None or self.window_of(layer) is None:
+            return self.rope
+        return self.sliding_rope
+
+
+def _windows(text: Any) -> tuple[int | None, tuple[int, ...]]:
+    """Returns the window in a text configuration, and the layers without it."""
+    window = getattr(text, "sliding_window", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return None, ()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None or text.model_type == "mistral":  # where transformers ignores layer_types
+        return window, ()
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != text.num_hidden_layers:
+        raise ValueError(
+            f"text_config.layer_types is {list(kinds)}; expected 'full_attention' or "
+            f"'sliding_attention' for each of {text.num_hidden_layers} layers"
+        )
+    return (None, ()) if len(full) == len(kinds) else (window, full)
