@@ -12,7 +12,8 @@ from ports.decoding import logits
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
 from ports.decoding.text import decode_tokens
-from ports.inputs import model_inputs, padding, prompts, vocabulary
+from ports.inputs import model_inputs, padding, patch_layout, prompts, vocabulary
+from ports.inputs.patch_layout import Layouts
 from ports.intervene import layout
 from ports.intervene.edits import Edits, as_edits
 from ports.intervene.sites import find_sites
@@ -333,6 +334,42 @@ class VLM(LoadedModel):
         """
         size = max(self.module.num_embeddings, 1 + max(self.image_tokens))
         return decode_tokens(self.tokenizer, tokens, size, self.eos_tokens, self.pad_token)
+
+    def patch_layout(
+        self,
+        inputs: Inputs,
+        *,
+        sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> Layouts:
+        """Tells where in its picture the state of each image token comes from.
+
+        Args:
+            inputs: the arrays from the checkpoint's processor.
+            sizes: (height, width) in pixels of the original pictures of each row. Only processors
+                that cut off edges (LLaVA-1.5's crops the middle) need them; without them, boxes are
+                fractions of the picture that the model saw.
+
+        Returns:
+            For each row its pictures in the order of the prompt (a video frame by frame): their
+            `positions` int[h, w] in T and `boxes` float[h, w, 4].
+
+        Raises:
+            ValueError: a token id is outside the vocabulary, images and prompts do not match, or
+                `sizes` has other pictures than the prompts.
+        """
+        arrays = model_inputs.with_mask(model_inputs.to_numpy(inputs, self._port.inputs))
+        self._check(inputs)
+        if self._port.patch_layout is None:
+            raise ValueError(f"the layout of {self.config.model_type}'s images is not implemented")
+
+        def read_processor() -> Any:
+            return self.processor if prompts.has_processor(self.directory) else None
+
+        layouts = self._port.patch_layout(self.sizes, arrays, read_processor)
+        if sizes is None:
+            return layouts
+        image_processor = getattr(read_processor(), "image_processor", None)
+        return patch_layout.in_original(layouts, sizes, image_processor)
 
     def _lay_out(
         self,

@@ -1,11 +1,18 @@
 """Prompts in the checkpoint's chat template, and the processor's arrays of prompts with images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ports.inputs.model_inputs import pair_prompts
+
+
+def has_processor(directory: Path | None) -> bool:
+    """Returns whether a checkpoint has the settings of a processor."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    return directory is not None and any((directory / name).is_file() for name in names)
 
 
 def render(processor: Any, prompt: Any, *, image_text: str, where: Any) -> str:

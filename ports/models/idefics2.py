@@ -8,7 +8,7 @@ L features. The processor splits images: five crops are five images here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports.inputs import patch_layout as patches
+from ports.inputs.patch_layout import Box, Layouts
 from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, siglip, vision_language
@@ -423,6 +425,49 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
+# Crops of a split picture: left and right at the top, then at the bottom. The whole follows them.
+QUARTERS: tuple[Box, ...] = (
+    (0, 0, 0.5, 0.5),
+    (0.5, 0, 1, 0.5),
+    (0, 0.5, 0.5, 1),
+    (0.5, 0.5, 1, 1),
+)
+
+
+def patch_layout(
+    config: Config, arrays: Mapping[str, np.ndarray], read_processor: Callable[[], Any]
+) -> Layouts:
+    """Lays out the latents of each picture; a latent may see all of its crop.
+
+    Nothing in the arrays tells a split picture from five pictures. The processor's
+    `do_image_splitting` does; without a processor, rows of five pictures each are taken as split.
+    """
+    token, count = config.image_tokens[0], config.tokens_per_image
+    crops = [patches.equal_runs(row, token, count) for row in arrays["input_ids"]]
+    size = len(QUARTERS) + 1
+    image_processor = getattr(read_processor(), "image_processor", None)
+    split = getattr(
+        image_processor, "do_image_splitting", all(len(row) % size == 0 for row in crops)
+    )
+    if not split:
+        return [[patches.latents(each[None], [patches.ALL]) for each in row] for row in crops]
+    if wrong := next((row for row in crops if len(row) % size), None):
+        raise ValueError(
+            f"a prompt has {len(wrong)} crops, but the processor splits every picture into {size}; "
+            "pass arrays of this checkpoint's processor"
+        )
+    return [
+        [
+            dataclasses.replace(
+                patches.latents(np.stack(row[i : i + size - 1]), QUARTERS),
+                whole=patches.latents(row[i + size - 1][None], [patches.ALL]),
+            )
+            for i in range(0, len(row), size)
+        ]
+        for row in crops
+    ]
+
+
 PORT = Port(
     config=Config,
     module=Idefics2,
@@ -430,4 +475,5 @@ PORT = Port(
     example_inputs=example_inputs,
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
+    patch_layout=patch_layout,
 )

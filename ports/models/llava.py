@@ -4,7 +4,8 @@ B batch, T positions, D width, I images, P patches per image.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint
+from ports.inputs import patch_layout as patches
+from ports.inputs.patch_layout import Layouts
 from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, vision_language
@@ -243,6 +246,20 @@ def transformers_name(name: str) -> str:
     return "model." + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
+def patch_layout(
+    config: Config, arrays: Mapping[str, np.ndarray], read_processor: Callable[[], Any]
+) -> Layouts:
+    """Lays out square grids of patches; a class position, where the model keeps it, has no cell."""
+    side = math.isqrt(config.vision.num_patches)
+    return [
+        [
+            patches.grid(places[-(side**2) :], side, side)
+            for places in patches.equal_runs(row, config.image_tokens[0], config.tokens_per_image)
+        ]
+        for row in arrays["input_ids"]
+    ]
+
+
 PORT = Port(
     config=Config,
     module=Llava,
@@ -252,4 +269,5 @@ PORT = Port(
     canonical_name=canonical_name,
     transformers_name=transformers_name,
     complete_processor=complete_processor,
+    patch_layout=patch_layout,
 )

@@ -21,9 +21,12 @@ import numpy as np
 
 from ports import checkpoint
 from ports.inputs import vocabulary
+from ports.inputs.patch_layout import Layouts
 from ports.names import Rename, module_name
 from ports.nn.decoder import DecoderConfig
 from ports.nn.vision_language import VisionLanguageModel
+
+LayOut = Callable[[Any, Mapping[str, np.ndarray], Callable[[], Any]], Layouts]
 
 
 class Sizes(Protocol):
@@ -102,6 +105,9 @@ class Port:
             is the image token.
         per_position: further arrays with one row per sample and one column per position -> their
             fill value for padding.
+        patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
+            from, for each row, with boxes as fractions of what the model saw (see
+            `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.
         options: arguments of `ports.load` that set a field of the configuration -> their allowed
             values, the default first.
     """
@@ -119,6 +125,7 @@ class Port:
     read_tokenizer: Callable[[Path], Any] = read_tokenizer
     image_text: str = "{}"
     per_position: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def hub_name(self, module: str) -> str:

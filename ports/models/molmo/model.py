@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from ports import names
 from ports.models.molmo import vision as molmo_vision
+from ports.models.molmo.patch_layout import patch_layout
 from ports.models.molmo.processor import read_processor, read_tokenizer
 from ports.models.port import Port
 from ports.nn import decoder, layers, rope, vision_language
@@ -515,4 +516,5 @@ PORT = Port(
     read_processor=read_processor,
     read_tokenizer=read_tokenizer,
     per_position={"feature_index": -1},
+    patch_layout=patch_layout,
 )

@@ -11,7 +11,7 @@ for another rule).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ import numpy as np
 
 from ports import names
 from ports.inputs import padding
+from ports.inputs import patch_layout as patches
+from ports.inputs.patch_layout import Layouts
 from ports.models.port import Port
 from ports.models.qwen2_vl import vision as qwen2_vision
 from ports.models.qwen2_vl.processor import read_processor
@@ -324,6 +326,18 @@ def transformers_name(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if "lm_head" not in name else name
 
 
+def patch_layout(
+    config: Config, arrays: Mapping[str, np.ndarray], read_processor: Callable[[], Any]
+) -> Layouts:
+    """Lays out merged patches; the processor only resizes a picture, so that they fill it."""
+    grids = [arrays.get(grid) for _, grid in _KINDS]
+    return patches.of_grids(
+        arrays["input_ids"],
+        dict(zip(config.image_tokens, grids, strict=True)),
+        config.vision.merge_size,
+    )
+
+
 PORT = Port(
     config=Config,
     module=Qwen2VL,
@@ -334,5 +348,6 @@ PORT = Port(
     transformers_name=transformers_name,
     read_processor=read_processor,
     image_text="<|vision_start|>{}<|vision_end|>",
+    patch_layout=patch_layout,
     options={"video_positions": VIDEO_POSITIONS},
 )
