@@ -15,6 +15,7 @@ from ports.programs import compilation_cache
 from xlvlm_jax import metrics, shift
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
 from xlvlm_jax.concepts.grounding import ground_images, ground_text
+from xlvlm_jax.concepts.maps import concept_maps
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.demo import embedded  # noqa: F401  (it names the model)
 from xlvlm_jax.features.reader import Features
@@ -40,6 +41,7 @@ __all__ = [
     "add_relative",
     "capture",
     "compilation_cache",
+    "concept_maps",
     "decompose",
     "decompose_stored",
     "edit_with",

@@ -1,0 +1,99 @@
+"""Concept maps: by hand, beside `project`, and the colour of a drawn picture's cells."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+import xlvlm_jax
+from ports.inputs.patch_layout import PatchLayout, grid, grid_boxes
+from xlvlm_jax.concepts.maps import concept_maps, paint
+
+CONCEPTS = xlvlm_jax.Concepts.from_components(np.eye(3), alpha=1.0)
+STATES = np.random.default_rng(0).normal(size=(3, 7, 3)).astype(np.float32)
+
+
+def test_rows_of_one_two_and_no_pictures():
+    layouts = [[grid(np.arange(1, 7), 2, 3)], [grid([0], 1, 1), grid([2, 3, 4, 5], 4, 1)], []]
+    maps = concept_maps(STATES, CONCEPTS, layouts)
+    assert [[m.shape for m in row] for row in maps] == [[(3, 2, 3)], [(3, 1, 1), (3, 4, 1)], []]
+    whole = np.maximum(STATES - 1, 0)  # codes of unit atoms with alpha 1
+    np.testing.assert_allclose(maps[0][0][:, 1, 2], whole[0, 6], rtol=1e-6)
+    np.testing.assert_allclose(maps[1][1][:, 3, 0], whole[1, 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "pca", "snmf"])
+def test_cells_are_what_project_says(method):
+    concepts = xlvlm_jax.Concepts(np.float32([[1, 0, 0], [0, 0.6, 0.8]]), method=method)
+    (row,) = concept_maps(STATES[:1], concepts, [[grid(np.arange(6), 3, 2)]])
+    expected = np.asarray(xlvlm_jax.project(STATES[0, :6], concepts))
+    np.testing.assert_allclose(row[0].reshape(2, -1).T, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_cell_without_a_state():
+    positions = np.array([[0, -1]])
+    (row,) = concept_maps(STATES[:1], CONCEPTS, [[PatchLayout(positions, grid_boxes(1, 2))]])
+    assert np.isnan(row[0][:, 0, 1]).all() and np.isfinite(row[0][:, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("states", "layouts", "message"),
+    [
+        (STATES, [[], []], r"states have shape \(3, 7, 3\) for layouts of 2 rows"),
+        (STATES, [[], [], []], "no prompt has a picture"),
+        (STATES[:1], [[grid([7], 1, 1)]], "position 7, but the states have 7 positions"),
+        (STATES[:1, :, :2], [[grid([1], 1, 1)]], "2 columns but the concepts have 3"),
+        (STATES[:1] * np.nan, [[grid([1], 1, 1)]], "NaN"),
+    ],
+)
+def test_what_does_not_fit(states, layouts, message):
+    with pytest.raises(ValueError, match=message):
+        concept_maps(states, CONCEPTS, layouts)
+
+
+class TestPaint:
+    def test_overlapping_boxes_are_averaged(self):
+        boxes = np.array([[[0, 0, 0.75, 1], [0.25, 0, 1, 1]]])
+        painted = paint(np.float32([[[2, 4]]]), boxes, 2, 4)
+        np.testing.assert_allclose(painted, [[[2, 3, 3, 4]] * 2])
+
+    def test_cells_without_area_or_value_are_left_out(self):
+        boxes = np.array([[[0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.5, 0, 0.5, 1]]])
+        painted = paint(np.float32([[[1, np.nan, 9]]]), boxes, 1, 2)
+        np.testing.assert_array_equal(painted, [[[1, np.nan]]])
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 40), st.integers(1, 40))
+    def test_every_pixel_once(self, rows, columns, height, width):
+        values = np.arange(rows * columns, dtype=np.float32).reshape(1, rows, columns)
+        painted = paint(values, grid_boxes(rows, columns), height, width)
+        y, x = (np.indices((height, width)) + 0.5) / np.array([height, width])[:, None, None]
+        expected = values[0][(y * rows).astype(int), (x * columns).astype(int)]
+        # A middle on an edge may fall to either side.
+        edge = np.isclose(y * rows % 1, 0) | np.isclose(x * columns % 1, 0)
+        edge |= np.isclose(y * rows % 1, 1) | np.isclose(x * columns % 1, 1)
+        np.testing.assert_array_equal(np.where(edge, 0, painted[0]), np.where(edge, 0, expected))
+
+    def test_another_grid(self):
+        with pytest.raises(ValueError, match=r"maps have shape \(1, 2, 2\) and boxes \(1, 2, 4\)"):
+            paint(np.zeros((1, 2, 2)), grid_boxes(1, 2), 4, 4)
+
+
+def test_a_red_square_on_blue(vlm):
+    """The direction from blue to red, learnt from plain pictures, is where the square is."""
+    square = Image.new("RGB", (96, 96), "blue")
+    ImageDraw.Draw(square).rectangle((48, 0, 95, 47), fill="red")
+    pictures = [Image.new("RGB", (96, 96), colour) for colour in ("red", "blue")] + [square]
+    inputs = vlm.process([vlm.render("what?")] * 3, pictures)
+    layouts = vlm.patch_layout(inputs)
+    site = "multi_modal_projector"
+    states = np.asarray(vlm.forward(inputs, sites=site).states[site])
+    features = np.zeros((3, inputs["input_ids"].shape[1], states.shape[-1]), np.float32)
+    for row, (picture,) in enumerate(layouts):
+        features[row, picture.positions.reshape(-1)] = states[row]
+    red, blue = (features[i, layouts[i][0].positions].mean((0, 1)) for i in (0, 1))
+    nearest = xlvlm_jax.Concepts(np.stack([red, blue]), method="kmeans")
+    is_red, is_blue = concept_maps(features, nearest, layouts)[2][0]
+    painted = paint((is_red - is_blue)[None], layouts[2][0].boxes, 96, 96)[0]
+    assert painted[8:40, 56:88].mean() > 0 > painted[56:88, 8:40].mean()
