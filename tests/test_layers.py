@@ -31,7 +31,7 @@ LAYERS = (
     ("xlvlm_jax.data", "xlvlm_jax.solvers"),
     ("xlvlm_jax.metrics",),
     ("xlvlm_jax.features",),
-    ("xlvlm_jax.concepts", "xlvlm_jax.finetune"),
+    ("xlvlm_jax.concepts", "xlvlm_jax.finetune", "xlvlm_jax.sae"),
     ("xlvlm_jax.shift", "xlvlm_jax.steering"),
     ("xlvlm_jax.evaluation",),
     ("xlvlm_jax.report",),

@@ -24,6 +24,7 @@ from xlvlm_jax.features.spelling import find_word
 from xlvlm_jax.steering import SteeringVector, fine_vectors, steering_vector
 
 if TYPE_CHECKING:
+    from xlvlm_jax import sae
     from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "metrics",
     "project",
     "replace",
+    "sae",
     "shift",
     "stacked",
     "steer",
@@ -60,6 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "sae":
+        return importlib.import_module("xlvlm_jax.sae")
     # scikit-learn, which these are built on, takes as long to import as all the rest.
     if name in ("PCA", "KMeans", "SemiNMF"):
         return getattr(importlib.import_module("xlvlm_jax.concepts.estimators"), name)

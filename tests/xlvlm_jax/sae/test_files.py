@@ -1,0 +1,276 @@
+"""Files of every trainer: SAELens' own numbers, by hand, there and back, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from xlvlm_jax import sae
+from xlvlm_jax.features.pth.writer import write_pth
+
+DATA = Path(__file__).parents[2] / "data" / "sae"
+CASES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
+TRAINED = {"batchtopk-as-trained", "matryoshka-as-trained"}  # which SAELens stores and refuses
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(DATA / "expected.npz") as found:
+        return dict(found)
+
+
+def states_for(name, expected):
+    states = expected["states"]
+    return states.reshape(*states.shape[:-1], 2, 3) if "heads" in name else states
+
+
+@pytest.mark.parametrize("name", [case for case in CASES if case not in TRAINED])
+def test_codes_and_reconstructions_are_those_of_saelens(name, expected):
+    dictionary = sae.load(DATA / name)
+    states = states_for(name, expected)
+    tolerance = 3e-2 if name == "bfloat16" else 1e-5
+    case = name.replace("as-trained", "for-use")
+    codes = expected[f"{case}.codes"]
+    scale = np.abs(codes).max()
+    ours = np.asarray(dictionary.encode(states), np.float32)
+    np.testing.assert_allclose(ours, codes, rtol=0, atol=tolerance * scale)
+    again = np.asarray(dictionary.reconstruct(states), np.float32)
+    largest = np.abs(expected[f"{case}.states"]).max()
+    np.testing.assert_allclose(again, expected[f"{case}.states"], rtol=0, atol=tolerance * largest)
+    assert again.shape[:-1] == states.shape[:-1]
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_dictionaries_as_trained_are_those_for_use(name, expected):
+    """SAELens stores one threshold and does not load it; folded for use it is a jumprelu."""
+    trained, states = sae.load(DATA / name), expected["states"]
+    codes = expected[name.replace("as-trained", "for-use") + ".codes"]
+    np.testing.assert_allclose(trained.encode(states), codes, rtol=0, atol=1e-5 * codes.max())
+    assert trained.method == {"b": "batchtopk-sae", "m": "matryoshka-sae"}[name[0]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back(name, expected, tmp_path):
+    before = sae.load(DATA / name)
+    sae.save(before, tmp_path / "copy")
+    after = sae.load(tmp_path / "copy")
+    states = states_for(name, expected)
+    for ours, theirs in (
+        (after.encode(states), before.encode(states)),
+        (after.reconstruct(states), before.reconstruct(states)),
+    ):
+        largest = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=1e-5 * largest
+        )
+    assert after.site == before.site
+    if name in TRAINED:
+        values = json.loads((tmp_path / "copy" / "cfg.json").read_text())
+        assert values["architecture"] == "jumprelu"
+        assert values["metadata"]["training_architecture"] + "-as-trained" in (
+            name,
+            name.replace("matryoshka", "matryoshka_batchtopk"),
+        )
+
+
+def test_the_dtype_asked_for(expected):
+    """A bfloat16 folder computes in bfloat16, as in SAELens, unless asked otherwise."""
+    wide = sae.load(DATA / "bfloat16", dtype="float32")
+    assert sae.load(DATA / "bfloat16").encode(expected["states"]).dtype == jnp.bfloat16
+    assert wide.encode(expected["states"]).dtype == jnp.float32
+
+
+class TestScopes:
+    @pytest.fixture
+    def weights(self):
+        random = np.random.default_rng(0)
+        shapes = {"w_enc": (4, 7), "w_dec": (7, 4), "b_enc": (7,), "b_dec": (4,), "threshold": (7,)}
+        return {name: random.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+
+    @staticmethod
+    def by_hand(weights, x):
+        hidden = x @ weights["w_enc"] + weights["b_enc"]
+        codes = np.where(hidden > weights["threshold"], np.maximum(hidden, 0), 0)
+        return codes, codes @ weights["w_dec"] + weights["b_dec"]
+
+    X = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+
+    def test_gemma_scope_2(self, weights, tmp_path):
+        folder = tmp_path / "resid_post" / "layer_3_width_16k_l0_small"
+        folder.mkdir(parents=True)
+        save_file(weights, folder / "params.safetensors")
+        values = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.3.output"}
+        (folder / "config.json").write_text(json.dumps({**values, "l0": 10, "width": 7}))
+        dictionary = sae.load(folder)
+        codes, states = self.by_hand(weights, self.X)
+        np.testing.assert_allclose(dictionary.encode(self.X), codes, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dictionary.reconstruct(self.X), states, rtol=1e-5, atol=1e-6)
+        assert (dictionary.method, dictionary.site) == ("jumprelu-sae", "model.layers.3.output")
+        (folder / "config.json").unlink()  # then all is inferred
+        np.testing.assert_array_equal(sae.load(folder).encode(self.X), dictionary.encode(self.X))
+
+    def test_an_affine_transcoder(self, weights, tmp_path):
+        folder = tmp_path / "transcoder_all" / "layer_3_width_16k_l0_small_affine"
+        folder.mkdir(parents=True)
+        skip = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)
+        save_file({**weights, "affine_skip_connection": skip}, folder / "params.safetensors")
+        (folder / "config.json").write_text('{"architecture": "jump_relu", "affine_connection": 1}')
+        dictionary = sae.load(folder)
+        codes, states = self.by_hand(weights, self.X)
+        np.testing.assert_allclose(
+            dictionary.decode(codes, self.X), states + self.X @ skip, rtol=1e-5, atol=1e-5
+        )
+        with pytest.raises(ValueError, match="skip connection adds a product with the input"):
+            dictionary.decode(codes)
+
+    def test_the_first_gemma_scope(self, weights, tmp_path):
+        folder = tmp_path / "layer_12" / "width_16k" / "average_l0_82"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **weights)
+        dictionary = sae.load(folder)
+        np.testing.assert_allclose(
+            dictionary.encode(self.X), self.by_hand(weights, self.X)[0], rtol=1e-5, atol=1e-6
+        )
+        assert dictionary.site == "model.layers.12"
+
+    def test_qwen_scope(self, weights, tmp_path):
+        folder = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3"
+        folder.mkdir()
+        stored = {
+            "W_enc": np.ascontiguousarray(weights["w_enc"].T),
+            "W_dec": np.ascontiguousarray(weights["w_dec"].T),
+            "b_enc": weights["b_enc"],
+            "b_dec": weights["b_dec"],
+        }
+        write_pth(folder / "layer9.sae.pt", stored)
+        dictionary = sae.load(folder / "layer9.sae.pt")
+        hidden = self.X @ weights["w_enc"] + weights["b_enc"]
+        kth = np.sort(hidden, axis=1)[:, -3:-2]
+        codes = np.where(hidden >= kth, np.maximum(hidden, 0), 0)
+        np.testing.assert_allclose(dictionary.encode(self.X), codes, rtol=1e-5, atol=1e-6)
+        assert (dictionary.site, dictionary.settings.k) == ("model.layers.9", 3)
+        other = tmp_path / "elsewhere"
+        other.mkdir()
+        shutil.copy(folder / "layer9.sae.pt", other)
+        with pytest.raises(ValueError, match="SAE-Res-MODEL-WnK-L0_k, which alone says k"):
+            sae.load(other / "layer9.sae.pt")
+
+
+def changed(tmp_path, name="standard", config=None, tensors=None, without=()):
+    """A copy of a directory with other values."""
+    folder = tmp_path / "changed"
+    shutil.copytree(DATA / name, folder)
+    values = json.loads((folder / "cfg.json").read_text()) | (config or {})
+    values = {key: value for key, value in values.items() if key not in without}
+    (folder / "cfg.json").write_text(json.dumps(values))
+    if tensors is not None:
+        stored = load_file(folder / "sae_weights.safetensors") | tensors
+        kept = {key: value for key, value in stored.items() if value is not None}
+        save_file(kept, folder / "sae_weights.safetensors")
+    return folder
+
+
+class TestMissingKeys:
+    def test_defaults(self, tmp_path):
+        without = ("apply_b_dec_to_input", "normalize_activations", "reshape_activations")
+        dictionary = sae.load(changed(tmp_path, without=without))
+        assert dictionary.settings == sae.Settings("standard")
+
+    def test_k_is_a_hundred(self, tmp_path):
+        with pytest.raises(ValueError, match="k is 100; expected 1 to the 8 features"):
+            sae.load(changed(tmp_path, "topk", without=("k",)))
+
+    def test_a_scaling_factor_of_ones_is_dropped(self, tmp_path, expected):
+        ones = {"scaling_factor": np.ones(8, np.float32)}
+        codes = sae.load(changed(tmp_path, tensors=ones)).encode(expected["states"])
+        np.testing.assert_allclose(codes, expected["standard.codes"], atol=1e-5 * codes.max())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("standard", {"config": {"architecture": "crosscoder"}}, "architecture is 'crosscoder'"),
+        ("standard", {"without": ("architecture",)}, "has no architecture"),
+        ("standard", {"without": ("dtype",)}, "has no dtype"),
+        ("standard", {"config": {"dtype": "int8"}}, "dtype is 'int8'; expected one of"),
+        ("standard", {"config": {"normalize_activations": "z"}}, "normalize_activations is 'z'"),
+        ("topk", {"config": {"k": 9}}, "k is 9; expected 1 to the 8 features"),
+        ("transcoder", {"config": {"apply_b_dec_to_input": True}}, "expected false"),
+        ("standard", {"tensors": {"b_enc": None}}, "lacks b_enc"),
+        ("standard", {"tensors": {"x": np.ones(1)}}, "has x too many"),
+        (
+            "standard",
+            {"tensors": {"b_enc": np.ones(3)}},
+            r"b_enc has shape \(3,\); expected",
+        ),
+        ("standard", {"tensors": {"b_dec": np.full(6, np.nan)}}, "b_dec has values that are not"),
+        (
+            "standard",
+            {"tensors": {"scaling_factor": np.full(8, 2.0)}},
+            "factor that is not one",
+        ),
+        ("jumprelu", {"tensors": {"threshold": None}}, "lacks threshold"),
+        ("standard", {"tensors": {"W_dec": np.ones((8, 5))}}, "W_enc is 6 wide and W_dec 5"),
+    ],
+)
+def test_what_is_refused(name, change, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as raised:
+        sae.load(changed(tmp_path, name, **change))
+    assert "\n" not in str(raised.value)
+
+
+def test_paths_that_hold_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; expected a folder with cfg"):
+        sae.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no sparse autoencoder; expected cfg"):
+        sae.load(tmp_path)
+
+
+class TestUse:
+    def test_it_is_a_pytree(self, expected):
+        """Compiled, mapped and differentiated like any function of arrays."""
+        dictionary, states = sae.load(DATA / "standard"), expected["states"]
+        whole = dictionary.reconstruct(states)
+        compiled = jax.jit(lambda d, x: d.reconstruct(x))(dictionary, states)
+        np.testing.assert_allclose(compiled, whole, rtol=1e-5, atol=1e-6)
+        mapped = jax.vmap(dictionary.encode)(states)
+        np.testing.assert_allclose(mapped, dictionary.encode(states), rtol=1e-5, atol=1e-6)
+
+        def loss(d):
+            return ((d.reconstruct(states) - states) ** 2).sum()
+
+        slopes = jax.grad(loss)(dictionary).params
+        assert set(slopes) == set(dictionary.params) and all(map(np.any, slopes.values()))
+
+    def test_decode_is_pure(self, expected):
+        """The input's mean and scale are handed in, so other rows in between change nothing."""
+        dictionary, states = sae.load(DATA / "standard-layer-norm"), expected["states"]
+        codes = dictionary.encode(states[:1])
+        dictionary.encode(states[1:])
+        found = dictionary.decode(codes, states[:1])
+        np.testing.assert_allclose(
+            found, expected["standard-layer-norm.states"][:1], rtol=1e-4, atol=1e-5
+        )
+        with pytest.raises(ValueError, match="layer_norm restores the input's mean and scale"):
+            dictionary.decode(codes)
+
+    def test_components_are_what_one_code_adds(self):
+        for name in ("standard", "topk-rescaled"):
+            dictionary = sae.load(DATA / name)
+            added = dictionary.decode(np.eye(8)) - dictionary.decode(np.zeros((1, 8)))
+            np.testing.assert_allclose(added, dictionary.components, rtol=1e-5, atol=1e-6)
+
+    def test_states_of_another_width(self, expected):
+        dictionary = sae.load(DATA / "standard")
+        with pytest.raises(ValueError, match="learnt on states of width 6; pass states of blocks"):
+            dictionary.encode(expected["states"][..., :5])
+        with pytest.raises(ValueError, match="expected 8 as the last axis"):
+            dictionary.decode(np.zeros((2, 7)))
+        heads = sae.load(DATA / "standard-heads")
+        with pytest.raises(ValueError, match=r"expected \[..., heads, head width\] with 6 values"):
+            heads.encode(expected["states"])

@@ -1,0 +1,18 @@
+"""Sparse autoencoders: dictionaries of thousands of features, from the files of any trainer.
+
+`dictionary` holds what is computed, `saelens` and `scopes` read and write the files.
+
+Examples:
+    >>> import numpy as np
+    >>> from xlvlm_jax import sae
+    >>> params = {"W_enc": np.eye(2), "W_dec": np.eye(2), "b_enc": [-1, -1], "b_dec": [0, 0]}
+    >>> dictionary = sae.Dictionary.of(params, sae.Settings("topk", k=1))
+    >>> dictionary.reconstruct(np.float32([[3, 2]])).tolist()
+    [[2.0, 0.0]]
+"""
+
+from xlvlm_jax.sae.dictionary import Dictionary, Settings
+from xlvlm_jax.sae.reading import load
+from xlvlm_jax.sae.saelens import save
+
+__all__ = ["Dictionary", "Settings", "load", "save"]

@@ -1,0 +1,59 @@
+"""Finds out what a path holds, and reads it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from xlvlm_jax.sae import saelens, scopes
+from xlvlm_jax.sae.dictionary import Dictionary
+
+_READERS: dict[tuple[str, ...], Callable[[Path, str | None], Dictionary]] = {
+    (saelens.CONFIG, saelens.WEIGHTS): saelens.read,
+    (scopes.PARAMS,): scopes.read_gemma_2,
+    (scopes.OLD_PARAMS,): scopes.read_gemma,
+}
+
+
+def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionary:
+    """Loads a sparse autoencoder from the files of its trainer.
+
+    Nothing is executed and PyTorch is not needed.
+
+    Args:
+        path: a directory of SAELens (cfg.json, sae_weights.safetensors; those that `save` writes
+            too), of Gemma Scope 2 (params.safetensors) or the first (params.npz), or a file of
+            Qwen-Scope (layerN.sae.pt) in its folder.
+        dtype: "float32", "bfloat16" or "float16"; None for the dtype that cfg.json names, as in
+            SAELens, and float32 for the others.
+
+    Returns:
+        The dictionary. How many of its features are active on your states can differ from the k in
+        its file: look at `(dictionary.encode(states) != 0).sum(-1)`.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or holds none of these files.
+        ValueError: a value is unknown, or the tensors do not fit together or are not finite.
+
+    Examples:
+        >>> import numpy as np, tempfile
+        >>> from xlvlm_jax import sae
+        >>> params = {"W_enc": np.eye(2), "W_dec": np.eye(2), "b_enc": [-1, -1], "b_dec": [0, 0]}
+        >>> dictionary = sae.Dictionary.of(params, sae.Settings("standard"))
+        >>> sae.save(dictionary, folder := tempfile.mkdtemp())
+        >>> sae.load(folder)
+        Dictionary(relu-sae: 2 features of width 2)
+    """
+    place = Path(path)
+    if place.is_file() and scopes.is_qwen(place):
+        return scopes.read_qwen(place, dtype)
+    if place.is_dir():
+        for names, read in _READERS.items():
+            if all((place / name).is_file() for name in names):
+                return read(place, dtype)
+    expected = (
+        f"{saelens.CONFIG} and {saelens.WEIGHTS} (SAELens), {scopes.PARAMS} or {scopes.OLD_PARAMS} "
+        "(Gemma Scope), or a file layerN.sae.pt (Qwen-Scope)"
+    )
+    if not place.exists():
+        raise FileNotFoundError(f"{place} does not exist; expected a folder with {expected}")
+    raise FileNotFoundError(f"{place} holds no sparse autoencoder; expected {expected}")

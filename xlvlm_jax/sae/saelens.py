@@ -1,0 +1,239 @@
+"""SAELens directories: cfg.json and sae_weights.safetensors, of every age.
+
+What an option does when an SAE runs is in `dictionary`; here is what the files mean. Missing keys
+have SAELens' defaults. Files from before version 6 have no architecture in their own terms: topk is
+an activation function there.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ports import checkpoint
+from ports.checkpoint import safetensors_io
+from xlvlm_jax.sae.dictionary import FOLDED, METHODS, Details, Dictionary, Settings
+from xlvlm_jax.storage import atomic
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+# Architectures as trained that SAELens stores in this form but does not run.
+_TRAINED = ("batchtopk", "matryoshka_batchtopk")
+VERSION = "6.54.12"  # whose form is written
+
+
+def read(directory: Path, dtype: str | None = None) -> Dictionary:
+    """Reads a SAELens directory.
+
+    Args:
+        directory: holds cfg.json and sae_weights.safetensors.
+        dtype: dtype of the parameters and the computation; None for that of cfg.json, as in
+            SAELens.
+
+    Returns:
+        The dictionary.
+
+    Raises:
+        ValueError: a value is unknown, or the tensors do not fit the configuration.
+    """
+    values = checkpoint.read_json(directory / CONFIG)
+    if "dtype" not in values:
+        raise ValueError(f"{directory / CONFIG} has no dtype; add the one of the weights")
+    values = _modern(values, directory / CONFIG)
+    stored = safetensors_io.open_file(directory / WEIGHTS)
+    params = {name: np.asarray(tensor.read()) for name, tensor in stored.items()}
+    _drop_scaling(params, directory)
+    settings = _settings(values, params, directory / CONFIG)
+    site = values.get("hook_name") or values.get("metadata", {}).get("hook_name")
+    return of_tensors(
+        params, settings, directory, site=site, details=values, dtype=dtype or values["dtype"]
+    )
+
+
+def of_tensors(
+    params: Mapping[str, Any],
+    settings: Settings,
+    where: Path,
+    *,
+    site: str | None,
+    details: Mapping[str, Any],
+    dtype: str,
+) -> Dictionary:
+    """Makes a dictionary of a file's tensors; errors name the file.
+
+    Raises:
+        ValueError: as for `Dictionary.of`, or the dtype is unknown.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"{where}: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    try:
+        return Dictionary.of(params, settings, site, Details(dict(details)), jnp.dtype(name))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _modern(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns the values of a configuration in the form of version 6."""
+    version = values.get("sae_lens_version") or (values.get("metadata") or {}).get(
+        "sae_lens_version"
+    )
+    if version and _major(str(version)) >= 6:
+        if "architecture" not in values:
+            raise ValueError(f"{file} has no architecture; expected one of {', '.join(METHODS)}")
+        return values
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
+    values.setdefault("architecture", "standard")
+    k = (values.get("activation_fn_kwargs") or {}).get("k")
+    if values.get("activation_fn") == "topk" and k is not None:
+        values |= {"architecture": "topk", "k": k}
+    normaliser = values.get("normalize_activations")
+    if not normaliser or normaliser is True:
+        values["normalize_activations"] = "expected_average_only_in" if normaliser else "none"
+    if "hook_z" in (values.get("hook_name") or ""):
+        values.setdefault("reshape_activations", "hook_z")
+    return values
+
+
+def _major(version: str) -> int:
+    head = version.split(".", 1)[0]
+    return int(head) if head.isdigit() else 0
+
+
+def _drop_scaling(params: dict[str, np.ndarray], directory: Path) -> None:
+    """Drops a scaling factor of ones, which old versions stored; refuses any other."""
+    factor = params.pop("scaling_factor", None)
+    if factor is not None and not np.allclose(factor.astype(np.float32), 1):
+        raise ValueError(
+            f"{directory / WEIGHTS} has a scaling_factor that is not one; fold it into the decoder "
+            "with the SAELens version that wrote it"
+        )
+
+
+def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Path) -> Settings:
+    """Returns the constants; completes the threshold of what was stored as trained."""
+    architecture = values["architecture"]
+    if architecture not in METHODS:
+        raise ValueError(
+            f"{file}: architecture is {architecture!r}; expected one of {', '.join(METHODS)}"
+        )
+    settings = Settings(
+        architecture,
+        apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
+        rescale_acts_by_decoder_norm=bool(values.get("rescale_acts_by_decoder_norm", False)),
+        hook_z=values.get("reshape_activations", "none") == "hook_z",
+    )
+    if settings.is_transcoder and values.get("apply_b_dec_to_input", True):
+        raise ValueError(
+            f"{file}: apply_b_dec_to_input is true, but a transcoder's b_dec has the width of its "
+            "output; expected false"
+        )
+    normaliser = values.get("normalize_activations") or "none"
+    if normaliser not in FOLDED:
+        settings = dataclasses.replace(settings, normalize_activations=normaliser)
+    if architecture in ("topk", "abstopk"):
+        return dataclasses.replace(settings, k=int(values.get("k", 100)))
+    if architecture in _TRAINED:
+        scalar = params.pop("topk_threshold", None)
+        if scalar is not None and "threshold" not in params and "W_dec" in params:
+            params["threshold"] = np.full(len(params["W_dec"]), float(scalar), np.float32)
+        # Its default there, where it is false elsewhere.
+        rescale = bool(values.get("rescale_acts_by_decoder_norm", True))
+        return dataclasses.replace(settings, rescale_acts_by_decoder_norm=rescale)
+    settings = dataclasses.replace(settings, rescale_acts_by_decoder_norm=False)
+    if architecture == "matching_pursuit":
+        limit = values.get("max_iterations")
+        return dataclasses.replace(
+            settings,
+            residual_threshold=float(values.get("residual_threshold", 1e-2)),
+            max_iterations=None if limit is None else int(limit),
+            stop_on_duplicate_support=bool(values.get("stop_on_duplicate_support", True)),
+        )
+    if architecture == "temporal":
+        k = values.get("kval_topk") if values.get("sae_diff_type", "topk") == "topk" else None
+        return dataclasses.replace(
+            settings,
+            k=None if k is None else int(k),
+            num_heads=int(values.get("n_heads", 8)),
+            tied_weights=bool(values.get("tied_weights", True)),
+            scale=float(values.get("activation_normalization_factor", 1.0)),
+        )
+    return settings
+
+
+def save(dictionary: Dictionary, directory: str | Path) -> None:
+    """Writes a dictionary as a SAELens directory, which SAELens and `load` read.
+
+    A dictionary with one threshold for all is written as jumprelu, which SAELens runs; what it was
+    trained as is in `metadata`.
+
+    Args:
+        dictionary: the dictionary.
+        directory: where to; made if it does not exist.
+
+    Raises:
+        ValueError: a dictionary whose codes are in units of the decoder's norms is of an
+            architecture for which SAELens has no such option.
+    """
+    directory = Path(directory)
+    settings, params = dictionary.settings, dict(dictionary.params)
+    known = dictionary.details.values if isinstance(dictionary.details, Details) else {}
+    metadata = {"sae_lens_version": VERSION, **(known.get("metadata") or {})}
+    if dictionary.site is not None:
+        metadata["hook_name"] = dictionary.site
+    architecture = settings.architecture
+    if architecture in _TRAINED:
+        metadata["training_architecture"] = architecture
+        if settings.rescale_acts_by_decoder_norm:
+            norms = jnp.maximum(jnp.linalg.norm(params["W_dec"], axis=1), 1e-8)
+            params["W_dec"] = params["W_dec"] / norms[:, None]
+            params["W_enc"], params["b_enc"] = params["W_enc"] * norms, params["b_enc"] * norms
+        architecture = "jumprelu"
+    K, out = params["W_dec"].shape
+    values: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": dictionary.width,
+        "d_sae": K,
+        "dtype": str(params["W_dec"].dtype),
+        "device": "cpu",
+        "apply_b_dec_to_input": settings.apply_b_dec_to_input and not settings.is_transcoder,
+        "normalize_activations": settings.normalize_activations,
+        "reshape_activations": "hook_z" if settings.hook_z else "none",
+        "metadata": metadata,
+    }
+    if settings.is_transcoder:
+        values["d_out"] = out
+    if architecture in ("topk", "abstopk"):
+        values |= {
+            "k": settings.k,
+            "rescale_acts_by_decoder_norm": settings.rescale_acts_by_decoder_norm,
+        }
+    if architecture == "matching_pursuit":
+        values |= {
+            name: getattr(settings, name)
+            for name in ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+        }
+    if architecture == "temporal":
+        layers = [name for name in params if name.endswith(".k_ctx.weight")]
+        values |= {
+            "n_heads": settings.num_heads,
+            "n_attn_layers": len(layers),
+            "bottleneck_factor": K // params[layers[0]].shape[0],
+            "sae_diff_type": "relu" if settings.k is None else "topk",
+            "kval_topk": settings.k,
+            "tied_weights": settings.tied_weights,
+            "activation_normalization_factor": settings.scale,
+        }
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(value) for name, value in params.items()}
+    safetensors_io.write_file(directory / WEIGHTS, arrays)
+    atomic.write(directory / CONFIG, json.dumps(values, indent=1) + "\n")

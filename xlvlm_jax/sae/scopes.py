@@ -1,0 +1,123 @@
+"""The official dictionaries of Gemma and Qwen, in the files that they are published as.
+
+    Gemma Scope 2   SITE/layer_N_width_W_l0_S/params.safetensors beside config.json
+    Gemma Scope     layer_N/width_Wk/average_l0_N/params.npz alone
+    Qwen-Scope      SAE-Res-MODEL-WnK-L0_k/layerN.sae.pt, matrices transposed
+
+None of them takes b_dec off its input.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ports import checkpoint
+from ports.checkpoint import safetensors_io
+from xlvlm_jax.features.pth.reader import read_pth
+from xlvlm_jax.sae.dictionary import Dictionary, Settings
+from xlvlm_jax.sae.saelens import of_tensors
+
+PARAMS, OLD_PARAMS, CONFIG = "params.safetensors", "params.npz", "config.json"
+_QWEN_FILE = re.compile(r"layer(\d+)\.sae\.pt$")
+_QWEN_FOLDER = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)")
+
+
+def is_qwen(path: Path) -> bool:
+    """Returns whether a file is named as one of Qwen-Scope's."""
+    return _QWEN_FILE.search(path.name) is not None
+
+
+def read_gemma_2(directory: Path, dtype: str | None = None) -> Dictionary:
+    """Reads a directory of Gemma Scope 2: a dictionary or an (affine) transcoder.
+
+    Raises:
+        ValueError: the tensors or the configuration are not those of Gemma Scope 2.
+    """
+    file = directory / CONFIG
+    values = checkpoint.read_json(file) if file.is_file() else {}
+    if values.get("architecture", "jump_relu") != "jump_relu":
+        raise ValueError(
+            f"{file}: architecture is {values['architecture']!r}; expected 'jump_relu'"
+        )
+    stored = safetensors_io.open_file(directory / PARAMS)
+    params = {_upper(name): np.asarray(tensor.read()) for name, tensor in stored.items()}
+    skip = params.pop("affine_skip_connection", None)
+    if skip is not None:
+        params["W_skip"] = skip.T  # stored [D, out]
+    architecture = "jumprelu"
+    if (
+        "transcoder" in directory.as_posix()
+        or skip is not None
+        or values.get("type")
+        in (
+            "transcoder",
+            "affine_transcoder",
+        )
+    ):
+        architecture = "jumprelu_transcoder" if skip is None else "jumprelu_skip_transcoder"
+    return of_tensors(
+        params,
+        Settings(architecture, apply_b_dec_to_input=False),
+        directory,
+        site=values.get("hf_hook_point_in"),
+        details=values,
+        dtype=dtype or "float32",
+    )
+
+
+def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
+    """Reads a directory of the first Gemma Scope.
+
+    Raises:
+        ValueError: the arrays are not those of Gemma Scope.
+    """
+    with np.load(directory / OLD_PARAMS, allow_pickle=False) as arrays:
+        params = {_upper(name): arrays[name] for name in arrays.files}
+    if "embedding" in directory.as_posix() and "W_enc" in params:
+        # Learnt on embeddings before Gemma scales them by the root of the width.
+        scale = math.sqrt(params["W_enc"].shape[0])
+        params["W_enc"], params["W_dec"] = params["W_enc"] / scale, params["W_dec"] * scale
+    layer = re.search(r"layer_(\d+)", directory.as_posix())
+    return of_tensors(
+        params,
+        Settings("jumprelu", apply_b_dec_to_input=False),
+        directory,
+        site=None if layer is None else f"model.layers.{layer[1]}",
+        details={},
+        dtype=dtype or "float32",
+    )
+
+
+def read_qwen(file: Path, dtype: str | None = None) -> Dictionary:
+    """Reads a file of Qwen-Scope; its folder's name gives k.
+
+    Raises:
+        ValueError: the folder's name has no k, or the tensors are not those of Qwen-Scope.
+    """
+    found = _QWEN_FOLDER.search(file.resolve().parent.name)
+    if found is None:
+        raise ValueError(
+            f"{file} is in a folder named {file.resolve().parent.name!r}; expected the name of its "
+            "repository, SAE-Res-MODEL-WnK-L0_k, which alone says k"
+        )
+    stored: Any = read_pth(file)
+    if not isinstance(stored, dict) or not {"W_enc", "W_dec"} <= set(stored):
+        raise ValueError(f"{file} has no W_enc and W_dec; expected a file of Qwen-Scope")
+    params = {name: np.asarray(value) for name, value in stored.items()}
+    params |= {name: params[name].T for name in ("W_enc", "W_dec")}
+    layer = _QWEN_FILE.search(file.name)
+    return of_tensors(
+        params,
+        Settings("topk", apply_b_dec_to_input=False, k=int(found[2])),
+        file,
+        site=None if layer is None else f"model.layers.{layer[1]}",
+        details={"model_name": found[1]},
+        dtype=dtype or "float32",
+    )
+
+
+def _upper(name: str) -> str:
+    return "W_" + name.removeprefix("w_") if name.startswith("w_") else name
