@@ -323,8 +323,8 @@ class LoadedModel:
 
         Args:
             names: names as in `sites`, names of modules in today's transformers, the end of a
-                single site's name, or patterns such as "layers.*" (see
-                `ports.intervene.sites.match_sites`); or one of these.
+                single site's name ("layers.3" is the decoder's), or patterns such as "layers.*"
+                (see `ports.intervene.sites.match_sites`); or one of these.
             generated: only accept sites that have a state for each generated token.
 
         Returns:
@@ -333,8 +333,9 @@ class LoadedModel:
         Raises:
             ValueError: a name matches no site, or a site without states for generated tokens.
         """
-        inside = [site for site in self.sites if not generated or self.module.is_of_decoder(site)]
-        asked = find_sites(as_sites(names), self.sites, self.hub_names, inside)
+        decoder = [site for site in self.sites if self.module.is_of_decoder(site)]
+        inside = decoder if generated else self.sites
+        asked = find_sites(as_sites(names), self.sites, self.hub_names, inside, decoder)
         outside = [name for name, site in asked.items() if site not in inside]
         if outside:
             raise ValueError(

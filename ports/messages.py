@@ -1,4 +1,4 @@
-"""Helpers for error messages."""
+"""Helpers for messages: lists of names, and counts."""
 
 from collections.abc import Iterable
 
@@ -18,3 +18,14 @@ def few(names: Iterable[object], most: int = 5) -> str:
     listed = [str(name) for name in names]
     rest = len(listed) - most
     return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Returns a count with its noun: "1 row", "2 rows", "1,000 rows".
+
+    Args:
+        count: how many.
+        one: the noun in the singular.
+        several: the plural; "" for one with an s at its end.
+    """
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

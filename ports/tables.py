@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 Rows = Iterable[Sequence[Any]]
 
@@ -13,7 +13,7 @@ def html_table(rows: Rows, *, head: Sequence[Any] = (), title: str = "") -> Mark
 
     Args:
         rows: the cells of each row, of which the first is its name. `Markup` is inserted unchanged,
-            other values as escaped text.
+            other values as escaped text, see `as_text`.
         head: names of the columns; empty for none.
         title: the table's caption.
 
@@ -28,13 +28,26 @@ def html_table(rows: Rows, *, head: Sequence[Any] = (), title: str = "") -> Mark
     top = Markup("<thead><tr>{}</tr></thead>").format(names) if head else ""
     body = Markup().join(
         Markup('<tr><th style="text-align:left">{}</th>{}</tr>').format(
-            first, Markup().join(Markup("<td>{}</td>").format(escape(cell)) for cell in others)
+            as_text(first), Markup().join(Markup("<td>{}</td>").format(as_text(x)) for x in others)
         )
         for first, *others in rows
     )
     return Markup("<table>{}{}<tbody>{}</tbody></table>").format(
         caption if title else "", top, body
     )
+
+
+def as_text(value: Any) -> str:
+    """Returns a value as a reader would write it: lists and mappings without Python's brackets.
+
+    >>> as_text(["yes", 2]), as_text({"rows": 7, "words": ["no", "none"]})
+    ('yes, 2', 'rows: 7, words: no, none')
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {as_text(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(as_text, value))
+    return value if isinstance(value, str) else str(value)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

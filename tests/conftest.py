@@ -80,10 +80,10 @@ def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Compiled programs are dropped between two files before they are too many.
+    """Drops compiled programs between two files before there are too many of them.
 
-    Each holds memory mappings, of which Linux gives a process 65,530; a worker that runs out of
-    them ends with a segmentation fault.
+    Each holds memory mappings, and Linux allows a process 65,530; a worker that runs out of them
+    ends with a segmentation fault.
     """
     yield
     mappings = Path("/proc/self/maps")
@@ -94,7 +94,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real configurations and reference outputs that lies beside a checkout."""
+    """The folder of real configurations and reference outputs next to a checkout."""
     path = Path(__file__).parents[2] / "shared"
     if not path.is_dir():
         pytest.skip("no ../shared beside this checkout")

@@ -90,7 +90,7 @@ def test_nothing_imports_the_command_line():
 
 
 def test_rooms_do_not_go_through_the_front_door():
-    """What the packages themselves give on stands above every room but the commands."""
+    """What the packages themselves export is above every room but the commands."""
     for file, names in FILES.items():
         package = file.split("/")[0]
         if file.count("/") > 1 and not file.startswith("xlvlm_jax/cli/"):

@@ -32,7 +32,7 @@ def molmo(directory: Path) -> None:
     helpers.make_tokenizer(WORDS, {}).save_pretrained(directory)
 
 
-# Maker, the site behind the final norm, its width, and the rendered prompt's beginning.
+# Maker, the site after the final norm, its width, and the rendered prompt's beginning.
 MODELS = {
     "idefics2": (idefics2, "model.text_model.norm", 60, "User:<image>"),
     "qwen2_vl": (qwen2_vl, "model.norm", 60, "user: <|vision_start|><|image_pad|>"),

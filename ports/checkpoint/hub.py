@@ -1,5 +1,6 @@
 """Finds model directories: local ones, and Hugging Face Hub repositories in the local cache."""
 
+import os
 from pathlib import Path
 
 # Other formats of the same weights, which are never read.
@@ -40,7 +41,13 @@ def find_directory(
 
     Raises:
         FileNotFoundError: neither exists.
+        ValueError: `path` is neither a string nor a path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"got {path!r:.80}; expected a directory with {expected}, or a Hub id such "
+            "as 'llava-hf/llava-1.5-7b-hf'"
+        )
     if str(path) in _NAMED:
         return _NAMED[str(path)]
     directory = Path(path).expanduser()

@@ -57,7 +57,8 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has {PARAMS} without {RECORD}; {again}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file} is damaged; {again}") from None
-    if said != (FORMAT, VERSION) or not complete:
+    # In Python, 1.0 and True equal 1.
+    if said != (FORMAT, VERSION) or type(said[1]) is not int or not complete:
         raise ValueError(f"{file} has format {said[0]!r}, version {said[1]!r}; {again}")
     return record
 

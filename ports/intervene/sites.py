@@ -135,6 +135,7 @@ def find_sites(
     known: Iterable[str],
     other_names: Callable[[str], Iterable[str]] | None = None,
     among: Iterable[str] | None = None,
+    first: Iterable[str] = (),
 ) -> dict[str, str]:
     """Finds the sites that match each of several names and patterns (see `match_sites`).
 
@@ -143,6 +144,8 @@ def find_sites(
         known: all sites.
         other_names: name -> alternative names, tried in order if it matches nothing.
         among: the known sites that patterns and ends of names may match; None: all.
+        first: the known sites that ends of names mean if they can: "layers.3" is the layer of these
+            even if a site elsewhere ends in it too, and an error if these have layers but not 3.
 
     Returns:
         {name: site}; sites that a pattern matches appear under their own name.
@@ -150,16 +153,37 @@ def find_sites(
     Raises:
         ValueError: a name or pattern matches nothing; the message lists the nearest names.
     """
-    known = list(known)
+    known, first = list(known), list(first)
     among = known if among is None else list(among)
     found: dict[str, str] = {}
     for name in names:
-        choice = known if is_full_name(name, known, other_names) else among
+        is_full = is_full_name(name, known, other_names)
+        choice = known if is_full else among
         matches = match_sites(name, choice, other_names)
+        if not is_full and not is_pattern(name):
+            if meant := match_sites(name, first, other_names):
+                matches = meant
+            elif matches:
+                _require_no_number(name, matches[0], first, other_names)
         if not matches:
             raise _unknown(name, {normal_name(site): site for site in choice})
         found |= {site if is_pattern(name) else name: site for site in matches}
     return found
+
+
+def _require_no_number(
+    name: str,
+    elsewhere: str,
+    first: Sequence[str],
+    other_names: Callable[[str], Iterable[str]] | None,
+) -> None:
+    """Raises ValueError if the sites `first` have one of this name with another number."""
+    numbered = re.sub(r"\d+", "*", normal_name(name))
+    if is_pattern(numbered) and (like := match_sites(numbered, first, other_names)):
+        raise ValueError(
+            f"{name!r} is not one of {like[0]} to {like[-1]}; if you mean {elsewhere!r}, give its "
+            "full name"
+        )
 
 
 def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[..., Any]:

@@ -24,13 +24,13 @@ def runner():
 
 
 def printed(cell) -> str:
-    """What a cell printed, its numbers left out: they may differ in their last digits."""
+    """What a cell printed, without its numbers, whose last digits may differ."""
     texts = (output.text for output in cell.get("outputs", ()) if output.output_type == "stream")
     return _NUMBER.sub("#", "".join(texts))
 
 
 def pictures(cell) -> int:
-    """How many pictures a cell shows."""
+    """Number of pictures that a cell shows."""
     return sum("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
 
 

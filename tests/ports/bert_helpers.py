@@ -35,7 +35,7 @@ def make_bert(directory: Path, kind: str, head: bool = False, **config: Any) -> 
 
 
 def _save_tokenizer(directory: Path, kind: str) -> int:
-    """Word pieces for BERT, bytes in pairs for RoBERTa; the size of the vocabulary."""
+    """Word pieces for BERT, byte pairs for RoBERTa; returns the size of the vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     if kind == "bert":
         letters = "abcdefghijklmnopqrstuvwxyz0123456789,."

@@ -26,7 +26,7 @@ def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
 
 @pytest.fixture(scope="session")
 def small(llava_pair) -> "Pair":
-    """The small checkpoint for tests that any checkpoint does for."""
+    """The small checkpoint, for tests that need any checkpoint."""
     return llava_pair("grouped queries")
 
 

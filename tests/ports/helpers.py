@@ -126,7 +126,7 @@ class Pair:
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path, str], Pair]
 ) -> Callable[[str], Pair]:
-    """From what makes a variant's checkpoint in a directory to what makes each when first asked."""
+    """Makes each variant's checkpoint when it is first requested."""
 
     @functools.cache
     def pair(variant: str) -> Pair:
@@ -174,7 +174,7 @@ def make_tokenizer(words: Sequence[str], special: Mapping[str, int]) -> Any:
 def make_inputs(
     images: Sequence[int], texts: Sequence[int], *, tokens_per_image: int = PATCHES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """What a processor would return for rows of so many images and text tokens, padded left."""
+    """What a processor would return for these numbers of images and text tokens, padded left."""
     random = np.random.default_rng(seed)
     rows = []
     for count, text in zip(images, texts, strict=True):
@@ -195,7 +195,7 @@ def make_inputs(
 
 
 def pad_right(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same rows with their padding moved behind them."""
+    """The same rows with their padding moved to the end."""
     padding = (inputs["attention_mask"] == 0).sum(1)
     moved = {
         name: np.stack([np.roll(row, -n) for row, n in zip(inputs[name], padding, strict=True)])

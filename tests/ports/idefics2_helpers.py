@@ -111,7 +111,7 @@ def torch_forward(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:
 
 
 def _patches(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """bool[I, P]: which patches of the images that are no padding count."""
+    """bool[I, P]: which patches count, in the images that are not padding."""
     mask = inputs["pixel_attention_mask"]
     mask = mask.reshape(-1, *mask.shape[2:])
     return siglip.patch_mask(mask[mask.any((1, 2))], VISION["patch_size"]).reshape(

@@ -95,7 +95,7 @@ def make_checkpoint(directory: Path, config: Mapping[str, Any]) -> None:
 def make_inputs(
     config: Mapping[str, Any], crops: Sequence[int], texts: Sequence[int], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """What a processor might return: rows of so many crops and text tokens, padded on the left.
+    """What a processor might return for these numbers of crops and text tokens, padded on the left.
 
     Some features go nowhere, the others to the image tokens in any order.
     """

@@ -1,4 +1,4 @@
-"""What a model says of itself: parts that add up, and sites that are those of the model."""
+"""Descriptions of a model: parts add up, and the sites are those of the model."""
 
 import re
 

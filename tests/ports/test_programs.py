@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and who is told of compilations."""
+"""Where compiled programs are cached, and who is notified of compilations."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_comp
 
 @pytest.fixture
 def undecided(monkeypatch, tmp_path):
-    """As in a new process that was told nothing, with a cache directory of its own."""
+    """As in a new process without settings, with its own cache directory."""
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, SECONDS)}
     monkeypatch.setattr(programs, "_decided", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -6,7 +6,7 @@ import pytest
 from markupsafe import Markup
 
 from ports import Generation, Output
-from ports.tables import flat, html_table, kind
+from ports.tables import as_text, flat, html_table, kind
 
 
 def test_a_table_by_hand():
@@ -30,6 +30,14 @@ def test_markup_in_text_is_escaped(place):
 
 def test_pictures_are_taken_as_they_are():
     assert '<td><img src="data:,"/></td>' in html_table([("a", Markup('<img src="data:,"/>'))])
+
+
+def test_lists_and_mappings_read_as_text():
+    assert as_text(["yes", "no"]) == "yes, no" and as_text(("a", [1, 2.5])) == "a, 1, 2.5"
+    assert as_text({"rows": 7, "words": ["no"]}) == "rows: 7, words: no"
+    assert as_text("a") == "a" and as_text(None) == "None" and as_text([]) == ""
+    shown = html_table([("words", ["yes", "<no>"])])
+    assert "<td>yes, &lt;no&gt;</td>" in shown and "[" not in shown
 
 
 def test_settings_in_one_list():

@@ -1,4 +1,4 @@
-"""What transformers says of PyTorch."""
+"""transformers' notice about PyTorch."""
 
 import logging
 import os

@@ -21,7 +21,7 @@ PROMPT = "<image> w3 what is in the picture w4"
 class TestLoading:
     @pytest.fixture
     def directory(self, tmp_path, small):
-        """A copy of a good checkpoint, to be spoilt."""
+        """A copy of a good checkpoint, to be damaged."""
         return shutil.copytree(small.directory, tmp_path / "checkpoint")
 
     def configure(self, directory, **changes):
@@ -185,10 +185,26 @@ class TestForward:
             "lm_head": "language_model.lm_head",
         }
         # Outside of a generation the vision tower has a layer of that name too.
-        with helpers.raises_line(ValueError, "no site matches 'layers.1'; nearest: ", name, "visi"):
-            small.vlm.forward(inputs, sites=["layers.1"])
+        states = small.vlm.forward(inputs, sites=["layers.1", name]).states
+        assert states["layers.1"] is states[name]
         with helpers.raises_line(ValueError, "no site matches 'encoder.layers.1'; nearest: "):
             small.vlm.forward(inputs, edits={"encoder.layers.1": ports.add(vector)})
+
+    def test_a_layer_that_only_the_vision_tower_has_needs_its_full_name(self, small, tmp_path):
+        config = json.loads((small.directory / "config.json").read_text())
+        config["vision_config"]["num_hidden_layers"] = 4
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        vlm = ports.load_abstract(tmp_path)
+        tower, decoder = "vision_tower.vision_model.encoder.layers", "language_model.model.layers"
+        for name in ("layers.3", "layers.3.mlp"):
+            with helpers.raises_line(
+                ValueError, f"'{name}' is not one of {decoder}.0", f"if you mean '{tower}.3"
+            ):
+                vlm.find_sites(name)
+        assert vlm.find_sites("layers.1") == {"layers.1": f"{decoder}.1"}
+        assert vlm.find_site("encoder.layers.3") == vlm.find_site(f"{tower}.3") == f"{tower}.3"
+        # A name that the decoder has with no number at all is the tower's.
+        assert vlm.find_site("post_layernorm") == "vision_tower.vision_model.post_layernorm"
 
     def test_edits_may_be_given_by_pattern_and_by_todays_names(self, small):
         inputs = helpers.make_inputs([1], [5])
@@ -270,7 +286,7 @@ def photographed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """The two that scikit-learn ships: uint8[427, 640, 3]."""
+    """The two pictures in scikit-learn: uint8[427, 640, 3]."""
     return load_sample_images().images
 
 

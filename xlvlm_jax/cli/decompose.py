@@ -44,6 +44,7 @@ def decompose(
 ) -> None:
     """Learn concepts from features; rows are spread over all devices of all hosts."""
     join_hosts(hosts)
+    from ports.messages import counted
     from xlvlm_jax import Features
     from xlvlm_jax.concepts.stage import decompose_features
     from xlvlm_jax.features.reader import choose_sites
@@ -76,8 +77,9 @@ def decompose(
             )
         ended = "converged" if concepts.converged else "not converged: raise --max-iter"
         console.print(
-            f"{concepts.method}: {num_concepts} concepts from {concepts.source['rows']} rows, "
-            f"objective {concepts.objective:.6g} after {concepts.iterations} iterations ({ended}), "
+            f"{concepts.method}: {counted(num_concepts, 'concept')} from "
+            f"{counted(concepts.source['rows'], 'row')}, objective {concepts.objective:.6g} after "
+            f"{counted(concepts.iterations, 'iteration')} ({ended}), "
             f"{concepts.source['seconds']:.1f} s -> {directory}"
         )
 

@@ -135,11 +135,13 @@ def show_preflight(
 
 def finish(summary: dict[str, Any], output: Path) -> None:
     """Draws the figures and prints the tables and a line per skipped sample."""
+    from ports.messages import counted
     from xlvlm_jax.report.steering_figures import draw_all
 
     draw_all(summary, output)
     show_skipped(summary["unreadable"])
     show(summary, console)
     console.print(
-        f"{summary['samples']} samples, {len(summary['unreadable'])} unreadable -> {output}"
+        f"{counted(summary['samples'], 'sample')}, {len(summary['unreadable'])} unreadable -> "
+        f"{output}"
     )

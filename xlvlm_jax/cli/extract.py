@@ -129,6 +129,7 @@ def extract(
     """
     resumes()
     join_hosts(hosts)
+    from ports.messages import counted
     from xlvlm_jax import data as datasets
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select
@@ -182,8 +183,9 @@ def extract(
     spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in summary.seconds_of.items())
     console.print(f"waited for: {spent or 'nothing'}; {programs}", highlight=False)
     console.print(
-        f"{summary.samples} samples, {summary.rows} rows, {summary.seconds:.1f} s, "
-        f"{summary.without_token} samples without the token, {len(summary.failed)} skipped "
+        f"{counted(summary.samples, 'sample')}, {counted(summary.rows, 'row')}, "
+        f"{summary.seconds:.1f} s, {counted(summary.without_token, 'sample')} without the token, "
+        f"{len(summary.failed)} skipped "
         f"-> {output}"
     )
 

@@ -153,10 +153,13 @@ def finetune(
 
 def _show(summary: Any, count: int, output: Path) -> None:
     """Prints the last line."""
+    from ports.messages import counted
+
+    told = f"{counted(summary.steps, 'step')} on {counted(count, 'sample')}"
     evaluations = [f"{loss:.3f} at step {step}" for step, loss in summary.evaluations.items()]
     console.print(
-        f"{summary.steps} steps on {count} samples, {summary.seconds:.1f} s, loss "
-        f"{summary.loss:.3f}{''.join(f', evaluation {text}' for text in evaluations)} -> {output}"
+        f"{told}, {summary.seconds:.1f} s, loss {summary.loss:.3f}"
+        f"{''.join(f', evaluation {text}' for text in evaluations)} -> {output}"
     )
 
 

@@ -31,13 +31,14 @@ def import_pth(
     ] = None,
 ) -> None:
     """Import features saved by XL-VLMs; executes nothing in the file."""
+    from ports.messages import counted
     from xlvlm_jax.features.pth import import_features
 
     features = import_features(
         file, output, sites=site or (), rows=rows, dtype=dtype, images=images, model=model
     )
     console.print(
-        f"{len(features.samples)} samples, {len(features.tokens)} rows of"
+        f"{counted(len(features.samples), 'sample')}, {counted(len(features.tokens), 'row')} of"
         f" {', '.join(features.sites)} -> {output}"
     )
 
@@ -49,10 +50,12 @@ def export_pth(
     overwrite: Overwrite = False,
 ) -> None:
     """Export features to a file that XL-VLMs and torch.load can read."""
+    from ports.messages import counted
     from xlvlm_jax import Features
     from xlvlm_jax.features.pth import export_features
 
     refuse_existing(output, overwrite)
     opened = Features.open(features)
     export_features(opened, output, sites=site or ())
-    console.print(f"{len(opened.samples)} samples, {len(opened.tokens)} rows -> {output}")
+    samples, rows = counted(len(opened.samples), "sample"), counted(len(opened.tokens), "row")
+    console.print(f"{samples}, {rows} -> {output}")

@@ -17,10 +17,11 @@ def scenes(
     seed: Seed = 0,
 ) -> None:
     """Draw the bundled data set of simple scenes, in the file layouts of COCO and VQAv2."""
+    from ports.messages import counted
     from xlvlm_jax.data import scenes as module
 
     refuse_existing(output, overwrite)
     with progress_bars() as progress:
         advance = bars(progress)("drawing")
         module.write(output, train=train, val=val, test=test, seed=seed, progress=advance)
-    console.print(f"{train + val + test} images -> {output}")
+    console.print(f"{counted(train + val + test, 'image')} -> {output}")

@@ -88,6 +88,7 @@ def score(
     seed: Seed = 0,
 ) -> None:
     """Score concepts (CLIPScore, BERTScore, overlap, sparsity, ...) and write scores.json."""
+    from ports.messages import counted
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.scores.comparison import compare, require_no_scores, write_scores
     from xlvlm_jax.features.reader import choose_site
@@ -152,7 +153,8 @@ def score(
     draw_all(rows, output)
     path = write_scores(output, scorer.describe(), rows)
     _show(rows)
-    console.print(f"{len(rows)} dictionaries scored on {len(scorer.stored)} rows -> {path}")
+    scored = counted(len(rows), "dictionary", "dictionaries")
+    console.print(f"{scored} scored on {counted(len(scorer.stored), 'row')} -> {path}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -51,6 +51,7 @@ def rank(
     strict: Strict = False,
 ) -> None:
     """Rank steering vectors: the best move the most answers to the fewest targets."""
+    from ports.messages import counted
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import SteeringVector, steering
     from xlvlm_jax.features import reader
@@ -111,4 +112,4 @@ def rank(
             str(shift.samples),
         )
     console.print(table)
-    console.print(f"{len(ranked)} vectors ranked -> {output}")
+    console.print(f"{counted(len(ranked), 'vector')} ranked -> {output}")

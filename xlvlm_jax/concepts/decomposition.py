@@ -48,7 +48,7 @@ from xlvlm_jax.solvers.validation import (
 
 FEW_CODED = 0.1  # of the rows: if fewer have a nonzero snmf code, alpha is too large for them
 PROJECTED_BYTES = 2**26  # of a source's rows that are projected together
-# Share of a column's standard deviation that rounding to float32 may move a centroid without a
+# Share of the standard deviation that rounding to float32 may move a centroid, or a row, without a
 # warning.
 HELD = 1e-3
 
@@ -176,8 +176,10 @@ def decompose(
             Z = narrow(given)
         if mesh is not None:
             Z = shard_rows(Z, mesh)
-    del given  # frees what Z is a copy of
     unit = unit_of(Z, check_finite(Z, "Z"))
+    if isinstance(given, np.ndarray) and not how.is_centred:
+        _check_rounded(given, how.name)
+    del given  # frees what Z is a copy of
     arguments = {name: value for name, value in options.items() if name != RELATIVE}
     if options.get(RELATIVE):
         # The rows that pad a mesh are zero and do not count.
@@ -313,6 +315,20 @@ def _check_held(components: Float[Array, "K D"], Z: Float[np.ndarray, "N D"]) ->
             f"{deviation[d]:.3g}: clusters were found in the centred rows, but float32 rounds "
             f"centroids there by up to {rounding[d]:.2g}; subtract the column's mean first, or "
             "set JAX_ENABLE_X64=1",
+            stacklevel=4,
+        )
+
+
+def _check_rounded(Z: Float[np.ndarray, "N D"], method: str) -> None:
+    """Warns if float32 is too coarse for float64 rows that are not centred first."""
+    largest = np.maximum(np.abs(Z.max(axis=0)), np.abs(Z.min(axis=0)))
+    rounding, deviation = np.spacing(largest.astype(np.float32)) / 2, Z.std(axis=0)
+    if np.linalg.norm(rounding) > HELD * np.linalg.norm(deviation) > 0:
+        d = int(np.argmax(rounding))
+        warnings.warn(
+            f"column {d} of Z has mean {Z[:, d].mean():.6g} and standard deviation "
+            f"{deviation[d]:.3g}: {method} computes in float32, which rounds values there by up "
+            f"to {rounding[d]:.2g}; subtract the columns' means first, or set JAX_ENABLE_X64=1",
             stacklevel=4,
         )
 

@@ -13,7 +13,8 @@ Not supported, unlike scikit-learn's estimators, and why:
     sample_weight of SemiNMF and PCA: scikit-learn's NMF and PCA have none either.
     SemiNMF.partial_fit: see `decompose_stored` for rows on disk.
 
-Results have the dtype of X, float32 or float64. Computation is in float32, for float64 rows after
+X may be a torch tensor or a JAX array too. Results have the dtype of X, float32 or float64, and
+float32 for 16-bit floats. Computation is in float32, for float64 rows of k-means and PCA after
 subtracting their mean; in JAX's 64-bit mode (JAX_ENABLE_X64=1) it is in float64 throughout.
 
 N samples, D features, K components.
@@ -44,7 +45,7 @@ from xlvlm_jax.concepts.decomposition import decompose, distances, project
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.solvers.residual import of_products
-from xlvlm_jax.solvers.validation import centred
+from xlvlm_jax.solvers.validation import as_array, as_weights, centred
 
 AUTO_COMPONENTS = 20  # of semi-NMF, if there are as many rows
 RANDOM_STARTS = 10  # of k-means with init="random", as in scikit-learn
@@ -53,6 +54,18 @@ _FLOATS: Any = [np.float64, np.float32]  # dtypes of X that are kept
 COUNT = Interval(Integral, 1, None, closed="left")
 NOT_NEGATIVE = Interval(Real, 0, None, closed="left")
 STOPPING = {"tol": [NOT_NEGATIVE], "max_iter": [COUNT], "random_state": ["random_state"]}
+
+
+def _rows(X: Any) -> Any:
+    """Returns what scikit-learn's checks would widen or refuse as an array of numpy's own dtypes.
+
+    Torch tensors (which they make float64) and JAX arrays become numpy arrays, 16-bit floats (of
+    which they know no bfloat16) float32. Everything else is unchanged, such as frames with names.
+    """
+    if isinstance(X, jax.Array) or type(X).__module__.split(".")[0] == "torch":
+        X = np.asarray(as_array(X, "X", row="sample"))
+    is_short = isinstance(X, np.ndarray) and X.dtype.itemsize == 2
+    return X.astype(np.float32) if is_short and jnp.issubdtype(X.dtype, jnp.floating) else X
 
 
 class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -71,7 +84,7 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _begin(self, X: Any, least: int = 1, reset: bool = True) -> np.ndarray:
         """Checks the parameters and X, which needs `least` rows."""
         self._validate_params()
-        X = validate_data(self, X, dtype=_FLOATS, ensure_min_samples=least, reset=reset)
+        X = validate_data(self, _rows(X), dtype=_FLOATS, ensure_min_samples=least, reset=reset)
         return np.asarray(X)
 
     def _solve(self, X: np.ndarray, count: int, method: str, **options: Any) -> Concepts:
@@ -94,7 +107,7 @@ class _Solver(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return np.asarray(validate_data(self, X, dtype=_FLOATS, reset=False))
+        return np.asarray(validate_data(self, _rows(X), dtype=_FLOATS, reset=False))
 
 
 class _Linear(_Solver):
@@ -108,7 +121,7 @@ class _Linear(_Solver):
 
     def _checked_codes(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = check_array(X, dtype=_FLOATS)
+        X = check_array(_rows(X), dtype=_FLOATS)
         if X.shape[1] != self._n_features_out:
             raise ValueError(
                 f"X has {X.shape[1]} columns, but {type(self).__name__} has "
@@ -368,6 +381,7 @@ class KMeans(ClusterMixin, _Solver):
     def _checked_weights(self, X: np.ndarray, given: Any) -> Float[np.ndarray, " N"] | None:
         if given is None:
             return None
+        given = given if isinstance(given, Real) else as_weights(given, len(X))
         return _check_sample_weight(given, X, dtype=np.float64, ensure_non_negative=True)
 
     def _found(
@@ -427,7 +441,7 @@ class KMeans(ClusterMixin, _Solver):
             return X[random.choice(len(X), K, replace=False, p=shares)]
         given = self.init(X, K, random_state=random) if callable(self.init) else self.init
         dtype: Any = X.dtype
-        centers = check_array(given, dtype=dtype, input_name="init")
+        centers = check_array(_rows(given), dtype=dtype, input_name="init")
         for axis, (wanted, what) in enumerate([(K, "clusters"), (D, "features of the data")]):
             if centers.shape[axis] != wanted:
                 raise ValueError(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ports.messages import counted
 from ports.tables import html_table, kind
 from xlvlm_jax.concepts.display import concepts_html
 from xlvlm_jax.concepts.methods import method_named
@@ -109,7 +110,9 @@ class Concepts:
         return concepts_html(*shown, num_concepts=len(self.components), title=title)
 
     def _in_short(self) -> str:
-        rows = "" if self.activations is None else f" of {np.shape(self.activations)[-2]:,} rows"
+        rows = ""
+        if self.activations is not None:
+            rows = f" of {counted(np.shape(self.activations)[-2], 'row')}"
         return f"{self.method}: {kind(self.components)} components{rows}"
 
     @property

@@ -20,7 +20,7 @@ def pandas_module() -> ModuleType:
         import pandas
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "to_pandas needs pandas, which is not installed; run `pip install pandas`"
+            "to_pandas needs pandas, which is not installed; run `pip install 'xlvlm-jax[pandas]'`"
         ) from None
     return pandas
 

@@ -27,7 +27,7 @@ from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics import AttributeScore
 from xlvlm_jax.report import score_figures, write_report
 from xlvlm_jax.shift import ShiftAnalysis
-from xlvlm_jax.storage import atomic
+from xlvlm_jax.storage import atomic, versions
 
 FINAL = "language_model.model.norm"
 MIDDLE = "language_model.model.layers.2"  # the layer, of 8, that separates count and colour best
@@ -141,7 +141,8 @@ def run(
         site: {split: as_json(score) for split, score in splits.items()}
         for site, splits in scores.items()
     }
-    atomic.write(output / "scores.json", json.dumps({"attributes": attributes}, indent=2) + "\n")
+    known = {"version": versions.VERSION, "attributes": attributes}
+    atomic.write(output / "scores.json", json.dumps(known, indent=2) + "\n")
     dictionaries = score_run(
         output,
         vlm,

@@ -16,7 +16,7 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose
 from xlvlm_jax.evaluation.tasks import Task
-from xlvlm_jax.storage import atomic, pictures
+from xlvlm_jax.storage import atomic, pictures, versions
 
 Stage = Callable[[str], Callable[..., None]]
 
@@ -72,6 +72,7 @@ def evaluate(
     kept, answers = predictions.readable(samples)
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
+        "version": versions.VERSION,
         "model": None if vlm.directory is None else hub.name_of(vlm.directory),
         "about": about or {},
         **({"generation_config": options} if (options := vlm.logits_options) else {}),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from xlvlm_jax.storage import versions
 from xlvlm_jax.storage.zarr_rows import reason
 
 FORMAT = "xlvlm-features"
@@ -57,11 +58,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: format {got!r}, expected {FORMAT!r}; extract the features again")
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: format version {state.get('version')!r}, expected {VERSION}; read it with "
-            "the release that wrote it, or extract the features again"
-        )
+    versions.require(path, {"version": None} | state, "extract the features again", VERSION)
     for key in ("arguments", "dtype", "sites", "samples", "rows", "bytes", "complete"):
         if key not in state:
             raise ValueError(f"{path}: key {key!r} is missing; extract the features again")

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32, Int64
 
 from ports.intervene.sites import match_sites
 from ports.loading import hub_names
-from ports.messages import few
+from ports.messages import counted, few
 from ports.tables import flat, html_table
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
@@ -124,7 +124,8 @@ class Features:
 
     def _in_short(self) -> str:
         state = "" if self.complete else ", unfinished"
-        return f"{len(self.tokens):,} rows of {len(self.samples):,} samples{state}"
+        rows, samples = len(self.tokens), len(self.samples)
+        return f"{counted(rows, 'row')} of {counted(samples, 'sample')}{state}"
 
     def _repr_html_(self) -> str:
         widths = {site: open_array(array_path(self.path, site)).shape[1] for site in self.sites}

@@ -16,6 +16,8 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 from jaxtyping import Int64
 
+from ports.messages import counted
+
 _BLOCK_BYTES = 2**22  # searched at once for line ends
 _BLOCK_SAMPLES = 4096  # parsed at once
 _PROBES = 8  # names looked up before a directory is taken as the root of all pictures
@@ -73,7 +75,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
     def __repr__(self) -> str:
-        return f"StoredSamples({str(self._path)!r}, {len(self):,} samples)"
+        return f"StoredSamples({str(self._path)!r}, {counted(len(self), 'sample')})"
 
     @cached_property
     def _starts(self) -> Int64[np.ndarray, " count+1"]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ports.messages import few
-from ports.tables import flat
+from ports.tables import as_text, flat
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.cards import Card, Section, read_section
 from xlvlm_jax.solvers.matching import match_any
@@ -161,4 +161,4 @@ def _differences(
     a, b = (dict(flat(each)) for each in (here, there))
     for name in dict.fromkeys((*a, *b)):
         if a.get(name) != b.get(name) and name not in DIGESTS:
-            yield name, str(a.get(name, "–")), str(b.get(name, "–"))
+            yield name, as_text(a.get(name, "–")), as_text(b.get(name, "–"))

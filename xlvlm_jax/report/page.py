@@ -24,7 +24,7 @@ from xlvlm_jax.report.shift_section import read_shifts, shown_images
 from xlvlm_jax.report.steering_section import read_steering
 from xlvlm_jax.report.steering_section import shown_images as shown_steering
 from xlvlm_jax.report.thumbnails import BUDGET, not_shown
-from xlvlm_jax.storage import atomic, damaged
+from xlvlm_jax.storage import atomic, damaged, versions
 from xlvlm_jax.storage.pictures import store_features
 
 _PACKAGE = __name__.rpartition(".")[0]  # the package that holds the templates
@@ -103,6 +103,7 @@ def _render(
         other = read_other(beside, images)
         pairs = pair_sections(sections, other.sections)
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
+    versions.require(run / "scores.json", scores, "score again")
     shifts = read_shifts(run, images)
     owned = [(section, features) for section in sections if features is not None]
     if other is not None:
@@ -317,7 +318,7 @@ def _settings(
         }
         yield Group(section.name, list(_rows(solver)))
     yield from _groups(
-        "Scores", {k: v for k, v in scores.items() if k not in ("attributes", *SCORES)}
+        "Scores", {k: v for k, v in scores.items() if k not in ("version", "attributes", *SCORES)}
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
+from ports.messages import counted
 from ports.tables import html_table
 from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit
 from xlvlm_jax.data.frames import pandas_module
@@ -45,7 +46,8 @@ class ScoreTable(NamedTuple):
 
     def __repr__(self) -> str:
         names = ", ".join(column.name for column in self.columns)
-        return f"ScoreTable({self.title!r}: {names}; {len(self.rows)} dictionaries)"
+        rows = counted(len(self.rows), "dictionary", "dictionaries")
+        return f"ScoreTable({self.title!r}: {names}; {rows})"
 
     def _repr_html_(self) -> str:
         rows = [

@@ -10,6 +10,7 @@ from xlvlm_jax.evaluation.answer_effects import normalise_answer
 from xlvlm_jax.metrics.captions import holding
 from xlvlm_jax.report.plots import Plot, read_plot
 from xlvlm_jax.report.steering_figures import FIGURES
+from xlvlm_jax.storage import versions
 from xlvlm_jax.storage.pictures import find_all
 
 NUM_EXAMPLES = 6  # of intended changes, and as many of other changes
@@ -65,6 +66,7 @@ def shown_images(sections: Iterable[SteeringSection]) -> Iterator[str]:
 def _section(directory: Path, images: str | os.PathLike[str] | None) -> SteeringSection:
     try:
         summary = json.loads((directory / "summary.json").read_text("utf-8"))
+        versions.require(directory / "summary.json", summary, "evaluate again")
         lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
         samples = [json.loads(line) for line in lines]
         names = [sample.get("image") for sample in samples]
@@ -87,7 +89,9 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
             moved=moved,
             others=others,
         )
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+    except versions.UnknownVersionError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError) as error:
         raise ValueError(
             f"{directory}: cannot read the evaluation ({type(error).__name__}: {error}); "
             "evaluate again or remove it"

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ports.messages import counted
+from ports.tables import html_table, kind
 from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
 from xlvlm_jax.storage import atomic, pictures, versions
@@ -28,11 +30,12 @@ CORRELATED = (
     ("magnitude", "recovery"),
     ("magnitude", "consistency"),
 )
+_SHOWN = ("recovery", "consistency", "magnitude")  # the figures that a notebook shows
 # Figures per concept, by their names in shift.json.
 _FIGURES = ("recovery", "recovery_l2", *Spread._fields)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShiftAnalysis:
     """How each original concept moves, and how close it comes to the fine-tuned model's own.
 
@@ -76,6 +79,26 @@ class ShiftAnalysis:
     num_images: int = 0
     vocabulary: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"ShiftAnalysis({self._in_short()})"
+
+    def _repr_html_(self) -> str:
+        words = (self.words or {}).get("shift")
+        head = ["concept", "matched", "samples", *_SHOWN] + ["words of the shift"] * bool(words)
+        figures = np.stack([self.figure(name) for name in _SHOWN], axis=1)
+        rows = [
+            (str(i), int(self.matching[i]), int(self.counts[i]), *(f"{x:.3g}" for x in figures[i]))
+            + ((words[i],) if words else ())
+            for i in range(len(self.shifts))
+        ]
+        return html_table(rows, head=head, title=self._in_short())
+
+    def _in_short(self) -> str:
+        said = f"{counted(len(self.shifts), 'concept')}: {kind(self.shifts)} shifts"
+        if "common" in self.rows:
+            said += f", {counted(self.rows['common'], 'common row')}"
+        return f"{said}, {self.reduce}, alpha {self.alpha:g}"
 
     @property
     def moved(self) -> np.ndarray:

@@ -88,7 +88,7 @@ def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"]
     """
     if isinstance(weights, Tracer):
         return weights, 1.0
-    weights = np.asarray(weights, np.float64)
+    weights = as_weights(weights, N)
     if weights.shape != (N,):
         raise ValueError(
             f"sample_weight must have shape ({N},), one number per row; got {weights.shape}"
@@ -105,6 +105,20 @@ def check_weights(weights: Any, N: int) -> tuple[Float[Array | np.ndarray, " N"]
         )
     unit = 2.0 ** np.floor(np.log2(weights.max()))
     return weights / unit, float(unit)
+
+
+def as_weights(weights: Any, N: int) -> np.ndarray:
+    """Returns the weights of N rows as float64, of any shape.
+
+    Raises:
+        ValueError: they are not numbers.
+    """
+    try:
+        return np.asarray(as_array(weights, "sample_weight", row="weight"), np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"sample_weight must have shape ({N},), one number per row; got {weights!r:.80}"
+        ) from None
 
 
 def is_stored(Z: Any) -> TypeIs[StoredMatrix]:
@@ -128,7 +142,7 @@ def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
         TypeError: it is not an array of numbers.
         ValueError: it is not a matrix, has no columns, or holds complex or other numbers.
     """
-    Z = _as_array(Z, name, row)
+    Z = as_array(Z, name, row)
     if Z.ndim != 2:
         raise ValueError(f"{name} must be a matrix with one row per {row}; got shape {Z.shape}")
     if Z.shape[1] == 0:
@@ -148,8 +162,17 @@ def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
     return jnp.asarray(wide) if jax.config.values["jax_enable_x64"] else wide
 
 
-def _as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
-    """Returns a JAX or numpy array, in this machine's byte order."""
+def as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
+    """Returns any array as a JAX or numpy array, in this machine's byte order.
+
+    Args:
+        Z: the array, such as a torch tensor or a frame of pandas.
+        name: its name in error messages.
+        row: what a row is, in error messages.
+
+    Raises:
+        TypeError: it is not an array of numbers.
+    """
     if isinstance(Z, jax.Array):
         return Z
     module, hint, given = _module(Z), "", Z

@@ -64,9 +64,10 @@ def load(path: str | Path) -> SteeringVector | LowRankMap | L2S:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or is a directory.
     """
     kind = files.read(path)[0]
     if kind not in _KINDS:
-        raise ValueError(f"{path} holds {kind!r}; expected a {', a '.join(_KINDS)}")
+        *others, last = map(repr, _KINDS)
+        raise ValueError(f"{path} holds {kind!r}; expected {', '.join(others)} or {last}")
     return _KINDS[kind].load(path)

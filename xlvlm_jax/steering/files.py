@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from ports import VLM
+from ports.messages import few
+from ports.tables import flat, html_table, kind
 from xlvlm_jax.storage import atomic, damaged, pictures, same_model, versions
 
 
@@ -46,9 +49,15 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged or of another kind.
+        ValueError: the file is damaged or of another kind, or `path` is a directory.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = few(sorted(file.name for file in path.glob("*.safetensors")), 3)
+        raise ValueError(
+            f"{path} is a directory; expected a file that `xlvlm steer fit` wrote"
+            + (f", such as those in it: {inside}" if inside else "")
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected one that `xlvlm steer fit` wrote")
     with assembling(path):
@@ -102,3 +111,15 @@ def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
         ValueError: the vector was fitted on another model.
     """
     same_model.require_model(source, vlm, "the steering vector was fitted on")
+
+
+def as_html(fitted: Any, **told: Any) -> Markup:
+    """Returns the HTML table by which a vector, map or network shows itself in a notebook.
+
+    Args:
+        fitted: has `site`, `where` and `source`.
+        **told: what else to say of it, such as its width.
+    """
+    where = kind(fitted.where) if hasattr(fitted.where, "shape") else fitted.where
+    rows = {"site": fitted.site, "where": where, **told, "source": fitted.source}
+    return html_table(flat(rows), title=type(fitted).__name__)

@@ -53,7 +53,7 @@ class ShiftNetwork(nn.Module):
         return nn.Dense(self.width, name="shift")(x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class L2S:
     """A network from the state of a prompt's last token to the shift of its answer.
 
@@ -75,6 +75,18 @@ class L2S:
     site: str
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     where: Any = "all"
+
+    def __repr__(self) -> str:
+        hidden, width = self.params["shift"]["kernel"].shape
+        return (
+            f"L2S({hidden} hidden units, width {width}, from {self.context_site!r} to "
+            f"{self.site!r}, where={self.where!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        hidden, width = self.params["shift"]["kernel"].shape
+        told = {"context site": self.context_site, "hidden units": hidden, "width": width}
+        return files.as_html(self, **told)
 
     def shift(self, contexts: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """Returns the shift for each prompt.

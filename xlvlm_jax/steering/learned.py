@@ -31,7 +31,7 @@ from xlvlm_jax.storage.same_model import model_of
 Array = jax.Array | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRankMap:
     """A shift that depends linearly on the state: states + alpha * up down states.
 
@@ -48,6 +48,14 @@ class LowRankMap:
     site: str
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     where: Any = "all"
+
+    def __repr__(self) -> str:
+        rank, width = np.shape(self.down)
+        return f"LowRankMap(rank {rank}, width {width} at {self.site!r}, where={self.where!r})"
+
+    def _repr_html_(self) -> str:
+        rank, width = np.shape(self.down)
+        return files.as_html(self, rank=rank, width=width)
 
     def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
         """Returns the edits that `VLM.generate` takes.

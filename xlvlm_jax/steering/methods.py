@@ -9,6 +9,7 @@ import numpy as np
 
 from ports import VLM
 from ports.intervene.edits import Edit
+from ports.messages import counted
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.steering import lessons
@@ -149,7 +150,9 @@ def _fit_fine(asked: Request) -> Fitted:
     )
     sizes = ", ".join(str(len(fine.samples(i))) for i in range(count))
     named = {f"{v.source['from']}-{v.source['to']}": v for v in vectors}
-    return Fitted(named, f"{len(vectors)} vectors between {count} concepts of {sizes} rows")
+    return Fitted(
+        named, f"{counted(len(vectors), 'vector')} between {count} concepts of {sizes} rows"
+    )
 
 
 def _answers(asked: Request) -> Examples:
@@ -229,7 +232,7 @@ def _of_samples(asked: Request, fitted: Steering, figures: str) -> Fitted:
         key=asked.key,
         match=asked.match,
     )
-    return Fitted({asked.site: fitted}, f"{fitted.source['samples']} samples, {figures}")
+    return Fitted({asked.site: fitted}, f"{counted(fitted.source['samples'], 'sample')}, {figures}")
 
 
 METHODS = {

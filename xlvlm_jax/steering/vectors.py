@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from ports import VLM
 from ports.intervene.edits import Edit, add
-from ports.tables import flat, html_table, kind
+from ports.tables import kind
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import sums
@@ -73,6 +73,9 @@ class FineVectors(NamedTuple):
     vectors: Array  # float32[K, K, D]: vectors[i, j] points from concept i to concept j
     assignment: Int[Array, " N"]  # the concept that each source state belongs to
     concepts: Concepts
+
+    def __repr__(self) -> str:
+        return f"FineVectors({kind(self.vectors)}; {self.concepts})"
 
     def samples(self, concept: int) -> Int[np.ndarray, " n"]:
         """Returns the source samples to steer with vectors[concept, :]."""
@@ -139,13 +142,8 @@ class SteeringVector:
         return f"SteeringVector({kind(self.vector)} at {self.site!r}, where={self.where!r})"
 
     def _repr_html_(self) -> str:
-        told = {
-            "site": self.site,
-            "where": str(self.where),
-            "width": len(self.vector),
-            "norm": f"{float(np.linalg.norm(np.asarray(self.vector))):.4g}",
-        }
-        return html_table(flat(told | {"source": self.source}), title="SteeringVector")
+        norm = float(np.linalg.norm(np.asarray(self.vector)))
+        return files.as_html(self, width=len(self.vector), norm=f"{norm:.4g}")
 
     def edits(self, alpha: Any = 1.0, where: Any = None) -> dict[str, Edit]:
         """Returns the edits that `VLM.generate` takes.

@@ -40,7 +40,7 @@ def test_a_repository_is_found_by_its_id(publish):
 
 
 def test_the_embedded_model_has_a_name(tmp_path, monkeypatch):
-    """Before a directory that is called so, which "./" tells apart."""
+    """It precedes a directory of that name, which "./" selects."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded").mkdir()
     assert hub.find_directory("embedded") == embedded.LLAVA
@@ -87,3 +87,11 @@ def test_judges_by_their_ids(publish, tmp_path):
     publish("some/bert", tmp_path / "bert")
     ids = bert.load_text_encoder("some/bert").tokenizer("a")["input_ids"]
     assert ids == bert.load_text_encoder(tmp_path / "bert").tokenizer("a")["input_ids"]
+
+
+@pytest.mark.parametrize("given", [3, None, ["some/model"], b"some/model"])
+def test_what_is_no_path_is_refused(given):
+    message = f"got {given!r}; expected a directory with config.json and safetensors, or"
+    for load in (ports.load, ports.load_abstract, clip.load_dual_encoder, bert.load_text_encoder):
+        with helpers.raises_line(ValueError, message):
+            load(given)

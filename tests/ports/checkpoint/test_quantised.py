@@ -1,4 +1,4 @@
-"""Quantised checkpoints are refused by name, whether the configuration or the tensors tell."""
+"""Quantised checkpoints are refused by name, whether the configuration or the tensors show it."""
 
 import json
 import shutil

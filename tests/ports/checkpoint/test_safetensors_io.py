@@ -1,4 +1,4 @@
-"""Files in and out, and what a damaged one says."""
+"""Reading and writing files, and the messages for damaged ones."""
 
 import json
 

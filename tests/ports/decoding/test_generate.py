@@ -26,7 +26,7 @@ SITES = (
 
 @pytest.fixture(scope="module")
 def batch():
-    """Rows of unlike length, padded on the left, with two images, none and one."""
+    """Rows of different lengths, padded on the left, with two images, none and one."""
     return helpers.make_inputs([2, 0, 1], [4, 9, 8])
 
 
@@ -37,7 +37,7 @@ def answer(small, batch):
 
 @pytest.fixture(scope="module")
 def twins():
-    """Two rows of one image each, of unlike length, in the same bucket."""
+    """Two rows of different lengths with one image each, in the same bucket."""
     return helpers.make_inputs([1, 1], [3, 6])
 
 

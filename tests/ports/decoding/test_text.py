@@ -36,7 +36,7 @@ def test_arrays_of_any_library(library):
 
 
 class TestFillingThatIsNoSpecialToken:
-    """Where no pad token is named, rows are filled with a token that is text elsewhere."""
+    """Without a pad token, rows are filled with a token that is text elsewhere."""
 
     def test_goes_after_the_end_and_stays_before_it(self):
         assert decode([*WORDS, BANG, END, BANG, BANG], pad=BANG) == "dog cat!"

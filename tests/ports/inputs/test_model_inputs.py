@@ -1,4 +1,4 @@
-"""What callers hand to a model: accepted, or refused in one line that says what was expected."""
+"""Inputs of a model are accepted, or refused in one line that says what was expected."""
 
 from pathlib import Path
 

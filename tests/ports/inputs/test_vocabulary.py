@@ -31,7 +31,7 @@ EVERY_PORT = pytest.mark.parametrize("port", SIZES)
 
 
 def inputs_with(token: int, *, masked: bool = False) -> dict[str, np.ndarray]:
-    """Two rows of text, of which the second begins with the token; masked: as its padding."""
+    """Two rows of text, the second of which begins with the token; masked: as its padding."""
     inputs = helpers.make_inputs([0, 0], [5, 5])
     inputs["input_ids"][1, 0] = token
     inputs["attention_mask"][1, 0] = not masked
@@ -85,7 +85,7 @@ class TestRefusing:
             vlms["llava"].forward(inputs)
 
     def test_an_image_token_needs_no_embedding(self, tmp_path, small):
-        """Its features take its place, as in checkpoints of before 2025."""
+        """Its features replace it, as in checkpoints from before 2025."""
         directory = shutil.copytree(small.directory, tmp_path / "x")
         config = json.loads((directory / "config.json").read_text())
         config["image_token_index"] = 10_000
@@ -191,7 +191,7 @@ class TestTokenizer:
             assert len(ports.load(directory).tokenizer) == V
 
     def test_of_the_image_token_alone_is_fine(self, directory):
-        """Its features take its place."""
+        """Its features replace it."""
         self.save_tokenizer(directory, "<picture>")
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "image_token_index": V}))

@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
 
 class Doubling(nn.Module):
-    """[B, T, 2] -> twice of it, then its sum over D."""
+    """[B, T, 2] -> twice the input, then its sum over D."""
 
     @nn.compact
     def __call__(self, x):
@@ -291,7 +291,7 @@ class TestPatching:
 
 
 class TestModules:
-    """Modules that are called several times, are lifted, or put out several values."""
+    """Modules that are called several times, are lifted, or return several values."""
 
     X = jnp.array([[1.0, 2.0]])
     V = jnp.array([10.0, 20.0])

@@ -1,4 +1,4 @@
-"""Interceptors and what is compiled: `nn.jit` keeps no edit, and gives none that is old."""
+"""Interceptors and compilation: `nn.jit` neither keeps an edit nor applies an old one."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Nested(nn.Module):
 
 
 class SetUp(nn.Module):
-    """As `Nested`, with the part made before it is called."""
+    """Like `Nested`, with the part created before it is called."""
 
     def setup(self):
         self.block = Compiled()

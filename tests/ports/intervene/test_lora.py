@@ -365,7 +365,7 @@ def test_targets(small):
 
 
 class TestRefused:
-    """One clear line for what can't be read, or would be read as another model."""
+    """One clear line for adapters that can't be read, or that belong to another model."""
 
     @pytest.fixture
     def written(self, small, tmp_path):

@@ -41,7 +41,7 @@ VARIABLES = jax.jit(Stack().init)(jax.random.key(0), X)
 
 
 def block(i, x, scale=1.0):
-    """What block i puts out, by its formula."""
+    """The output of block i, by its formula."""
     up = VARIABLES["params"][f"layers_{i}"]["up"]
     return x + scale * (jnp.tanh(x) @ up["kernel"] + up["bias"])
 
@@ -226,7 +226,7 @@ class TestLifted:
 
 
 class Coder(nn.Module):
-    """Called by its methods, of which one sows."""
+    """Called by its methods, one of which sows."""
 
     def setup(self):
         self.up = nn.Dense(4)
@@ -401,6 +401,22 @@ class TestPatterns:
             ("model.layers.0", "model.layers.0"),
             ("model.layers.10", "model.layers.10"),
         ]
+
+    def test_the_end_of_a_name_means_the_first_sites(self):
+        first = ["model.layers.0", "model.layers.1", "model.layers.1.mlp"]
+        known = ["tower.layers.1", "tower.layers.2", "tower.norm", "tower.layers.2.mlp", *first]
+        found = find_sites(["layers.1", "norm", "tower.layers.2"], known, first=first)
+        assert list(found.values()) == ["model.layers.1", "tower.norm", "tower.layers.2"]
+        with helpers.raises_line(
+            ValueError,
+            "'layers.2' is not one of model.layers.0 to model.layers.1; if you mean "
+            "'tower.layers.2', give its full name",
+        ):
+            find_sites(["layers.2"], known, first=first)
+        with helpers.raises_line(ValueError, "'layers.2.mlp' is not one of model.layers.1.mlp to "):
+            find_sites(["layers.2.mlp"], known, first=first)
+        with helpers.raises_line(ValueError, "no site matches 'layers.3'; nearest: "):
+            find_sites(["layers.3"], known, first=first)
 
     def test_that_fit_nothing_lead_to_the_nearest(self):
         with helpers.raises_line(

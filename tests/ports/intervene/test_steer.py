@@ -27,7 +27,7 @@ def inputs():
 
 
 class TestAgainstPyTorch:
-    """Against a researcher's forward hook, in the prefill and in every decode step."""
+    """Compares with a researcher's forward hook, in the prefill and in every decode step."""
 
     @staticmethod
     @contextlib.contextmanager
@@ -351,7 +351,7 @@ class TestModels:
         np.testing.assert_array_equal(changed, [True, True, False])
 
 
-COLUMN, LATER, COUNT = 8, 2, 4  # of the function edits: one in the prompt, one behind it
+COLUMN, LATER, COUNT = 8, 2, 4  # of the function edits: one in the prompt, one after it
 
 
 def add_at_a_column(x, places):

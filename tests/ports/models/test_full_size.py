@@ -166,7 +166,7 @@ def test_the_configuration(model):
     qwen = {"biases": (True, False, False), "theta": 1e6}
     expected = {
         llava: {"theta": 10000.0, "image tokens": (32000,)},
-        # Three rows behind Mistral's 32,000 tokens.
+        # Three rows after Mistral's 32,000 tokens.
         idefics2: {"window": 4096, "theta": 10000.0, "image tokens": (32001,)},
         qwen2_vl: {**qwen, "sections": (16, 24, 24), "image tokens": (151655, 151656)},
         molmo: {**qwen, "image tokens": (152066, 152067, 152064, 152065)},

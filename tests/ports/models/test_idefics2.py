@@ -55,7 +55,7 @@ def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
 
 @pytest.fixture(scope="module")
 def small(pair) -> helpers.Pair:
-    """The small checkpoint for tests that any checkpoint does for."""
+    """The small checkpoint, for tests that need any checkpoint."""
     return pair("grouped queries")
 
 
@@ -339,7 +339,7 @@ class TestNames:
 
 
 class TestPhotographs:
-    """Those that scikit-learn ships, 640 x 427 pixels, through the checkpoint's processor."""
+    """The pictures in scikit-learn, 640 x 427 pixels, through the checkpoint's processor."""
 
     @pytest.fixture(scope="class")
     def photographs(self):

@@ -1,4 +1,4 @@
-"""A head that is said to be tied to the embeddings, and one that is stored: which counts.
+"""A head that config.json ties to the embeddings, and a stored one: which of them counts.
 
 transformers 5 takes what is stored: it ties a head to the embeddings where config.json says so and
 the two do not differ in the file. Held against it through safetensors.
@@ -101,7 +101,7 @@ PORTS = pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
 @PORTS
 @pytest.mark.parametrize("stored", ["different", "absent"])
 def test_all_flags_give_pytorchs_head(tmp_path, families, port, stored):
-    """Absent and not tied PyTorch makes one at random: that is refused."""
+    """If the head is absent and not tied, PyTorch makes a random one; this is refused."""
     family = families(port)
     states = np.random.default_rng(0).standard_normal((3, 60), np.float32)
     for top, text in itertools.product(FLAGS, FLAGS):
@@ -121,7 +121,7 @@ def test_all_flags_give_pytorchs_head(tmp_path, families, port, stored):
 @PORTS
 @pytest.mark.parametrize("stored", ["equal", "different", "absent", "without embeddings"])
 def test_the_logits_of_a_tied_model_are_pytorchs(tmp_path, families, port, stored):
-    """Without embeddings the head is both."""
+    """Without embeddings, the head is used as both."""
     family = families(port)
     directory = write(tmp_path / "x", family, stored, top=True)
     model, report = load_pytorch(directory)

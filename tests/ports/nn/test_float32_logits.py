@@ -47,7 +47,7 @@ def close_pairs(llava_pair):
 
 
 def test_by_hand():
-    """256 and 257 are one number in bfloat16, of which the first would win."""
+    """256 and 257 are the same number in bfloat16, and the first would win."""
     x, kernel = jnp.bfloat16([[256, 1]]), jnp.bfloat16([[1, 1], [0, 1]])
     logits = layers.product_in_float32(x, kernel)
     assert logits.dtype == jnp.float32
@@ -116,7 +116,7 @@ class TestGradients:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
     def test_multiply_in_the_models_dtype(self):
-        """The kernel is not converted, and one that stays as it is costs no product."""
+        """The kernel is not converted, and no product is spent on one that does not change."""
         x, kernel = self.arrays(jnp.bfloat16)
         gradient = jax.grad(self.loss(layers.product_in_float32))
         assert gradient(x, kernel).dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Where parameters lie, and that eight devices compute what one does."""
+"""Where parameters are placed, and that eight devices compute what one does."""
 
 import json
 import shutil
@@ -262,7 +262,7 @@ MESHES = ("8x1", "2x4", "1x8")
 
 
 class Runs:
-    """What one device computed, and eight on each of the meshes."""
+    """The results of one device, and of eight on each of the meshes."""
 
     def __init__(self, name, directory):
         make, layer = PORTS[name]
@@ -478,6 +478,11 @@ class TestOrbax:
                 '{"format": "ports parameters", "version": 2, "dtype": "float32", '
                 '"fingerprint": "0"}',
                 "format 'ports parameters', version 2; convert the checkpoint again",
+            ),
+            (
+                '{"format": "ports parameters", "version": 1.0, "dtype": "float32", '
+                '"fingerprint": "0"}',
+                "format 'ports parameters', version 1.0; convert the checkpoint again",
             ),
         ],
     )

@@ -36,7 +36,7 @@ class TestConvert:
         assert converted.eos_tokens == vlm.eos_tokens
 
     def test_converts_the_dtype_and_what_was_converted(self, xlvlm, tmp_path):
-        """From float32 to bfloat16 and, from there, back: the fingerprint stays."""
+        """Converts float32 to bfloat16 and back; the fingerprint stays."""
         half, back = tmp_path / "half", tmp_path / "back"
         half.mkdir()  # empty
         assert xlvlm("convert", "embedded", "--output", half, "--dtype", "bfloat16")[0] == 0

@@ -1,4 +1,4 @@
-"""Nothing that exists is overwritten unless told: one line and status 2, before the work begins."""
+"""Existing outputs are only replaced on request; otherwise one line and status 2, at once."""
 
 import dataclasses
 import json
@@ -88,7 +88,7 @@ def test_it_is_replaced_when_told(xlvlm, run, tmp_path):
     assert xlvlm(*scored)[0] == 2
     assert xlvlm(*scored, "--overwrite")[0] == 0
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {
-        *("attributes", "scored on", "dictionaries"),
+        *("version", "attributes", "scored on", "dictionaries"),
     }
     fit = ("steer", "fit", run / "features", "--target", "no", "--output", tmp_path / "v.st")
     assert xlvlm(*fit, "--source", "yes")[0] == 0

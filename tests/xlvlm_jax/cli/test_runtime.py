@@ -28,7 +28,7 @@ def test_programs_are_counted():
 
 @pytest.fixture
 def screen(monkeypatch) -> io.StringIO:
-    """What a terminal shows."""
+    """Returns what a terminal shows."""
     text = io.StringIO()
     terminal = Console(force_terminal=True, file=text, width=120)
     monkeypatch.setattr(console, "console", terminal)

@@ -1,6 +1,6 @@
-"""A pytest plugin for scikit-learn's own tests: ours stand in place of its KMeans and PCA.
+"""A pytest plugin that runs scikit-learn's own tests with our KMeans and PCA instead of its own.
 
-Options that ours lack are taken and not looked at; tests of them are left out, with the reason.
+Options that ours do not have are accepted and ignored; their tests are skipped, with the reason.
 """
 
 import re
@@ -39,7 +39,7 @@ LEFT_OUT = {
 
 
 class KMeans(xlvlm_jax.KMeans):
-    """Ours with scikit-learn's options, and the private parts that its tests look at."""
+    """Our KMeans with scikit-learn's options, and the private parts that its tests look at."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class KMeans(xlvlm_jax.KMeans):
 
 
 class PCA(xlvlm_jax.PCA):
-    """Ours with scikit-learn's options."""
+    """Our PCA with scikit-learn's options."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ sklearn.cluster.KMeans, sklearn.decomposition.PCA = KMeans, PCA
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests of the table."""
+    """Skips the tests in the table."""
     kept, left_out = [], []
     for item in items:
         table = LEFT_OUT[item.path.stem]
@@ -117,7 +117,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def in_place(request):
-    """Each module's estimator is ours."""
+    """Replaces the estimators in each test module by ours."""
     for estimator in (KMeans, PCA):
         theirs = getattr(request.module, estimator.__name__, estimator)
         assert theirs is estimator

@@ -1,4 +1,4 @@
-"""From states to concepts and back: every method, every input, every complaint, the files."""
+"""From states to concepts and back: every method, every input, every error, the files."""
 
 import dataclasses
 import json
@@ -230,7 +230,7 @@ def test_bad_input_of_project(Z, message):
 
 @pytest.mark.parametrize("method", ["kmeans", "pca"])
 def test_float64_and_integers_are_centred_before_float32(method):
-    """Unix seconds: float32 tells them apart by 128 of them."""
+    """Unix seconds, which float32 rounds to multiples of 128."""
     rng = np.random.default_rng(0)
     near = np.stack([rng.integers(0, 1000, 500), rng.normal(size=500) * 300], axis=1)
     far = near + np.array([1.7e9, 0])
@@ -260,7 +260,7 @@ def test_centroids_that_float32_rounds_are_said():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-20, 1e9, 1e18])
 def test_the_result_at_any_scale(method, scale):
-    """As at scale one, with alpha in proportion; squares would be beyond float32."""
+    """Gives the result at scale one, with alpha in proportion; squares would exceed float32."""
     unit = 2.0 ** np.floor(np.log2(scale))
     Z, alpha = rows(), {"alpha": 1.0} if method == "snmf" else {}
     plain = quick(Z, method, **alpha)
@@ -392,7 +392,7 @@ def test_decompose_traces_under_jit_and_vmap(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_project_traces_under_jit_vmap_and_grad(method):
-    """The gradient beside differences in float64's place: a step that float32 resolves."""
+    """Compares the gradient with differences whose step float32 resolves."""
     Z, learnt = jnp.asarray(rows(1)), quick(rows(), method)
     expected = project(Z, learnt)
     np.testing.assert_allclose(jax.jit(project)(Z, learnt), expected, atol=1e-5)
@@ -592,3 +592,22 @@ def test_eight_devices_give_the_result_of_one():
         [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
     )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("method", ["snmf", "simple"])
+def test_rows_that_float32_rounds_away_are_named(method):
+    """These methods can't subtract the mean in float64 first, as k-means and pca do."""
+    near = np.random.default_rng(0).normal(size=(50, 3))
+    options = {"max_iter": 2, "n_init": 1} if method == "snmf" else {}
+    expected = (
+        rf"column \d of Z has mean 1e\+08 and standard deviation [01]\.\d+: {method} computes in "
+        r"float32, which rounds values there by up to 4; subtract the columns' means first, or set"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        decompose(1e8 + near, 2, method, key=KEY, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decompose(1e2 + near, 2, method, key=KEY, **options)
+        # A column that is constant but for rounding loses nothing that counts.
+        decompose(np.c_[near[:, :2], 1e3 + 1e-12 * near[:, :1]], 2, method, key=KEY, **options)
+        decompose(np.full((50, 3), 1e8), 2, method, key=KEY, **options)

@@ -1,4 +1,4 @@
-"""Concepts in a notebook: words, shares and pictures by hand, and what is missing left out."""
+"""Concepts in a notebook: words, shares and pictures by hand; missing parts are left out."""
 
 import re
 
@@ -15,7 +15,7 @@ CODES = np.array([[1, 2, 0]] * 5 + [[3, 1, 0]] * 2 + [[0, 0, 0]], np.float32)
 
 
 def rows(html):
-    """The cells of each row of the body, tags within them left out."""
+    """Returns the cells of each row of the body, without the tags inside them."""
     body = html.split("<tbody>")[1]
     return [
         [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]

@@ -1,8 +1,10 @@
 """The estimators: scikit-learn's own checks, its estimators, and decompose."""
 
 import pickle
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import cluster, decomposition
@@ -326,6 +328,48 @@ def test_messages_of_weights():
         KMeans(3).fit(X, sample_weight=-np.ones(60))
     with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3; .* zero weight"):
         KMeans(3).fit(X, sample_weight=np.arange(60) < 2)
+
+
+@pytest.mark.parametrize("given", ["a", ["a"] * 60, {"a": 1}, [None] * 60])
+def test_weights_that_are_no_numbers(given):
+    expected = r"sample_weight must have shape \(60,\), one number per row; got "
+    with pytest.raises(ValueError, match=expected + re.escape(repr(given)[:20])):
+        KMeans(3).fit(X, sample_weight=given)
+    with pytest.raises(ValueError, match=expected + re.escape(repr(given)[:20])):
+        xlvlm_jax.decompose(X, 3, "kmeans", key=jax.random.key(0), sample_weight=given)
+
+
+def test_weights_may_be_torchs_or_one_number():
+    torch = pytest.importorskip("torch")
+    weights = 1 + np.arange(60, dtype=np.float32) % 4
+    ours = KMeans(3, random_state=0).fit(X, sample_weight=torch.tensor(weights).bfloat16())
+    np.testing.assert_array_equal(
+        ours.counts_, KMeans(3, random_state=0).fit(X, sample_weight=weights).counts_
+    )
+    assert KMeans(3, random_state=0).fit(X, sample_weight=2.0).counts_.sum() == 120
+
+
+@pytest.mark.parametrize(
+    "estimator", [SemiNMF(2, n_init=1, tol=1e-3), KMeans(3), xlvlm_jax.PCA(2)], ids=repr
+)
+def test_rows_of_torch_and_jax_keep_their_dtype(estimator):
+    """scikit-learn's checks convert torch tensors to float64, and do not know bfloat16."""
+    torch = pytest.importorskip("torch")
+    estimator.set_params(random_state=0)
+    expected = estimator.fit(X).transform(X)
+    for rows in (torch.tensor(X, requires_grad=True), jnp.asarray(X)):
+        found = estimator.fit(rows).transform(rows)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+    half = np.asarray(torch.tensor(X).bfloat16().float())
+    expected = estimator.fit(half).transform(half)
+    for rows in (torch.tensor(X).bfloat16(), jnp.asarray(half, jnp.bfloat16)):
+        found = estimator.fit(rows).transform(rows)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+    assert estimator.fit(X.astype(np.float16)).transform(X.astype(np.float16)).dtype == np.float32
+    wide = torch.tensor(X).double()
+    assert estimator.fit(wide).transform(wide).dtype == np.float64
 
 
 def test_messages_after_fit():

@@ -1,4 +1,4 @@
-"""scikit-learn's own tests of its estimators, on ours: see `in_place_of_scikit_learns`."""
+"""Runs scikit-learn's own tests on our estimators: see `in_place_of_scikit_learns`."""
 
 import os
 import re

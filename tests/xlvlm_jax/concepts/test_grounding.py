@@ -39,7 +39,7 @@ def test_words_are_limited_by_candidates_and_by_words():
 
 
 def test_words_through_the_final_norm():
-    """A norm that turns the two directions round."""
+    """A norm that swaps the two directions."""
 
     def unembed(x, through_norm=False):
         return head(x[:, ::-1] if through_norm else x)

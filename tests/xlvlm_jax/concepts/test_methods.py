@@ -1,4 +1,4 @@
-"""A method is one record, which says all that the rest of the package asks about it."""
+"""Each method is one record, which holds everything that the rest of the package needs."""
 
 import types
 from functools import partial
@@ -33,7 +33,7 @@ def encode(rows, options):
 
 @pytest.fixture
 def products(monkeypatch):
-    """A method of its own, which is registered."""
+    """A registered method of the test's own."""
     method = Method("products", types.SimpleNamespace(solve=solve), encode, max_per_width=True)
     monkeypatch.setitem(METHODS, "products", method)
 

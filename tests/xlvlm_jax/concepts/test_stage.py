@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def write(path, Z, attributes, sites=("a",), model="m") -> Features:
-    """Features of one row a sample."""
+    """Features with one row per sample."""
     with FeaturesWriter(path, {"model": model, "fingerprint": model}) as writer:
         samples = [{"id": str(i), "image": f"{i}.jpg", "attributes": x} for i, x in attributes]
         index = np.arange(len(Z))

@@ -18,7 +18,7 @@ def test_by_hand(vlm):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_doubled_and_generation_would_stop(name, tmp_path):
-    """No second space behind a template's line break; the end is a token at which rows end."""
+    """No second space after a template's line break; the end is a token that ends rows."""
     MODELS[name][0](tmp_path / name)
     vlm = ports.load(tmp_path / name)
     prompt = vlm.render("the picture")

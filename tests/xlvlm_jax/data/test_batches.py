@@ -1,4 +1,4 @@
-"""Samples in batches of one size: what is read, what fills up, what is passed over."""
+"""Batches of one size: what is read, how they are filled up, what is skipped."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ from ...test_models import MODELS
 
 
 def samples(folder, values):
-    """One sample a value: a grey picture of it, or no picture where it is None."""
+    """One sample per value: a grey picture of that value, or no picture where it is None."""
     found = []
     for i, value in enumerate(values):
         path = folder / f"{i}.png"

@@ -30,5 +30,7 @@ def test_a_line_per_sample():
 
 def test_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs pandas, .*; run `pip install pandas`$"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs pandas, .*; run `pip install .xlvlm-jax\[pandas\]'`$"
+    ):
         data.to_pandas(SAMPLES)

@@ -105,7 +105,7 @@ def test_the_object_has_its_colour():
 
 
 def _moods(kind: str, count: int) -> float:
-    """Share of pixels that change with the mood alone."""
+    """Share of the pixels that change if only the mood changes."""
     happy, sad = (
         scenes.draw(scenes.Scene(kind, "green", count, "street", mood, seed=9)).astype(int)
         for mood in scenes.MOODS
@@ -123,7 +123,7 @@ def test_moods_are_drawn_large(kind, count):
 @settings(max_examples=60, deadline=None)
 @given(any_scene)
 def test_objects_can_be_counted(scene):
-    """Each object shows at least 70 % of itself, inside of the picture."""
+    """At least 70 % of each object is visible and inside the picture."""
     shapes = draw_objects.ANIMAL_SHAPES | draw_objects.THING_SHAPES
     paint = draw_objects.Paint(*[(255, 0, 0)] * 6)
     placed = _places(scene, random.Random(scene.seed))
@@ -289,7 +289,7 @@ def test_yes_and_no_cannot_be_guessed(many):
 
 @pytest.mark.parametrize("attribute", ["exists", "colour", "place", "count", "mood"])
 def test_a_check_is_right_about_its_attribute(attribute):
-    """It names a value of that attribute, and says yes if the picture shows that value."""
+    """Each question names a value of that attribute; the answer is yes if the picture shows it."""
     name = "kind" if attribute == "exists" else attribute
     shown = scenes.attributes(DOGS)[name]
     drawn = [scenes.check(DOGS, attribute, random.Random(i)) for i in range(60)]

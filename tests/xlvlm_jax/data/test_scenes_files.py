@@ -108,7 +108,7 @@ def test_a_negative_number_of_scenes_is_refused(tmp_path):
 
 
 def test_index_files_are_written_as_scenes_are_drawn_and_stand_once_all_are(tmp_path):
-    """No entry is kept: with the last scene most of the annotations are on the disk."""
+    """Annotations are not kept in memory: before the last scene most of them are on disk."""
     indices = []
 
     def look(done, _):

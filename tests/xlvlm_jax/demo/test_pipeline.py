@@ -1,4 +1,4 @@
-"""The demo on a twentieth of its pictures."""
+"""The demo on one twentieth of its pictures."""
 
 import io
 import json

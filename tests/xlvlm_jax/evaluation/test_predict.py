@@ -1,4 +1,4 @@
-"""Answers under several conditions: each as if it were run alone."""
+"""Answers under several conditions are those of separate runs."""
 
 import copy
 import dataclasses
@@ -140,7 +140,7 @@ def test_messages(vlm, asked, vector):
 def test_the_checkpoint_is_read_once_for_all_conditions_and_batches(
     vlm, asked, vector, monkeypatch
 ):
-    """14 strengths beside the plain answers, in four batches."""
+    """14 strengths and the plain answers, in four batches."""
     read, fingerprint = [], checkpoint.fingerprint
     monkeypatch.setattr(checkpoint, "fingerprint", lambda p: read.append(p) or fingerprint(p))
     loaded = copy.copy(vlm)

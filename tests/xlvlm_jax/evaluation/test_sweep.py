@@ -1,4 +1,4 @@
-"""What is tried, and what is chosen of it."""
+"""What is tried, and which of it is chosen."""
 
 import math
 

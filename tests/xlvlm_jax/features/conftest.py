@@ -1,4 +1,4 @@
-"""A few drawn scenes, and the command line in processes of its own."""
+"""A few drawn scenes, and the command line in separate processes."""
 
 import hashlib
 import os
@@ -50,7 +50,7 @@ def kept_programs(cache: Path) -> dict[str, str]:
 
 
 def start(*arguments: object, cache: Path) -> subprocess.Popen:
-    """The command line in a process of its own; compiled programs are kept in `cache`."""
+    """Runs the command line in a separate process; compiled programs are cached in `cache`."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         env=kept_programs(cache),
@@ -61,7 +61,7 @@ def start(*arguments: object, cache: Path) -> subprocess.Popen:
 
 
 def finish(*processes: subprocess.Popen, status: int = 0) -> list[tuple[str, str]]:
-    """Waits for processes that end with a status; (output, errors) of each."""
+    """Waits for processes to end with a status; returns (output, errors) of each."""
     ended = [process.communicate(timeout=300) for process in processes]
     for process, (output, errors) in zip(processes, ended, strict=True):
         assert process.returncode == status, output[-1000:] + errors[-2000:]

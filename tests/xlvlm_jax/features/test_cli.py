@@ -1,4 +1,4 @@
-"""`xlvlm extract`: what it says, and the profile that it writes."""
+"""`xlvlm extract`: its output, and the profile that it writes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A disk that is too small: refused beforehand, or met on the way."""
+"""A disk that is too small is refused in advance, or noticed while writing."""
 
 import shutil
 import subprocess
@@ -43,7 +43,7 @@ def test_too_small_beforehand(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_full_on_the_way(namespaces, pictures, tmp_path):
-    """Room for one chunk of states at both sites, and not for the second."""
+    """Enough room for one chunk of states at both sites, but not for two."""
     arguments = [*COMMAND, "extract", "embedded", str(pictures), "--split", "val"]
     arguments += ["--tokens", "all", "--rows", "each", "--include-prompt", "--max-new-tokens", "3"]
     for site in ("language_model.model.norm", "language_model.model.layers.4"):
@@ -72,7 +72,7 @@ def test_full_on_the_way(namespaces, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_the_preflight_says_what_a_run_then_takes(vlm, samples, tmp_path):
-    """Rows and bytes are bounds, and close where a sample has one row."""
+    """Rows and bytes are upper bounds, and close if every sample has one row."""
     from xlvlm_jax.features import ExtractionSettings, extract
     from xlvlm_jax.features.selection import Selection
 

@@ -49,7 +49,7 @@ def test_every_sample_names_its_site(vlm, samples, tmp_path, factor, dtype, reas
 
 
 def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
-    """The second of five samples: none of its rows is stored, at any site."""
+    """None of the rows of the second of five samples is stored, at any site."""
     from xlvlm_jax.features import pipeline
 
     select = pipeline.select
@@ -79,7 +79,7 @@ def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
 
 
 def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
-    """The states are fine, and the tokens that they were chosen by are not."""
+    """The states are finite, but the logits that chose the tokens are not."""
     settings = ExtractionSettings(
         (LAYER,), Selection("index", "-1"), batch_size=4, max_new_tokens=2
     )
@@ -88,7 +88,7 @@ def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
 
 
 def test_half_precision_is_named_as_the_cause(vlm):
-    """This CPU multiplies no float16; what is said of such a model needs none."""
+    """This CPU does not multiply float16; the message about such a model does not need to."""
     from xlvlm_jax.features.compute import ExtractionModel
     from xlvlm_jax.features.pipeline import _not_finite
 

@@ -1,4 +1,4 @@
-"""Several processes of `jax.distributed` on one machine: the bytes of one."""
+"""Several processes of `jax.distributed` on one machine write the same bytes as one."""
 
 import signal
 import time
@@ -16,7 +16,7 @@ NORM = "language_model.model.norm"
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory):
-    """run(output, hosts): the processes of one extraction, a sample a batch: three blocks."""
+    """run(output, hosts): the processes of one extraction, one sample per batch: three blocks."""
     cache = tmp_path_factory.mktemp("programs")
 
     def start_all(output, hosts=1):
@@ -50,7 +50,7 @@ def test_two_hosts_write_the_bytes_of_one(run, alone, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_dead_host_left_is_used_by_any_number(run, alone, tmp_path):
-    """Three others for the two blocks that are left: one of them has nothing to do."""
+    """Three new processes for the two remaining blocks: one has nothing to do."""
     output = tmp_path / "features"
     first, second = run(output, 2)
     # The second host writes the second block.
@@ -119,7 +119,7 @@ def test_hosts_that_name_none(xlvlm, tmp_path, text, message):
 
 
 def test_auto_where_no_cluster_tells_the_hosts(tmp_path):
-    """In a process of its own: hosts are joined before JAX does anything else."""
+    """Runs in a separate process: hosts are joined before JAX does anything else."""
     output = tmp_path / "c"
     arguments = ("decompose", tmp_path, "--output", output, "--hosts", "auto")
     ((_, errors),) = finish(start(*arguments, cache=tmp_path), status=2)

@@ -1,4 +1,4 @@
-"""Blocks, parts and how they are put together, on one host that goes on with those of others."""
+"""Blocks, parts and how they are merged, on one host that continues the work of others."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_blocks_by_hand(tmp_path):
 def test_a_run_in_parts_ends_with_the_bytes_of_one(
     vlm, samples, whole, tmp_path, monkeypatch, stop
 ):
-    """Killed behind any of its batches, and again behind the next."""
+    """Killed after any of its batches, and again after the next."""
     monkeypatch.setattr(multi_host, "exist", lambda output: True)
     output = tmp_path / "features"
     for count in (stop, 1):
@@ -106,7 +106,7 @@ def test_what_one_host_did_alone_is_gone_on_with_in_parts(vlm, samples, whole, t
 
 @pytest.mark.parametrize("killed", range(3))
 def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, killed):
-    """Rows of made-up states; the whole is committed batch by batch."""
+    """Writes rows of made-up states; they are committed batch by batch."""
     with FeaturesWriter(tmp_path, {}):
         pass
     blocks = multi_host.blocks_of(tmp_path, 10, 0, 2)

@@ -1,4 +1,4 @@
-"""Samples that are read when asked for: right values, and no more read than that."""
+"""Samples are read on demand: the right values, and nothing else is read."""
 
 import json
 
@@ -18,7 +18,7 @@ N = 9000  # more than two blocks
 
 @pytest.fixture
 def features(tmp_path):
-    """A row a sample, of two groups; the samples' lines are of many lengths."""
+    """One row per sample, in two groups; the samples' lines have many lengths."""
     with FeaturesWriter(tmp_path / "features", {}) as writer:
         rows = np.arange(N)
         group = rows % 2

@@ -107,7 +107,7 @@ def test_words_are_not_looked_for_by_the_selection_itself():
 
 
 def test_the_prompt_is_searched_when_asked_for():
-    """The word of the prompt comes first; the padding before it, of the same token, is none."""
+    """The prompt's word comes first; padding before it with the same token does not count."""
     prompt = np.array([[4, 3, 4, 3]])
     positions = token_positions.Positions.of_generation(
         prompt, np.array([[0, 1, 1, 1]]), ANSWER[:1]

@@ -162,7 +162,7 @@ def test_rows_do_not_depend_on_padding(left, seed, end):
         padded = np.concatenate([prompt, generated], axis=1)
         return select_all(padded, ids_, mask, np.pad(answer, behind))
 
-    # on both sides of the prompt, and behind the answer
+    # on both sides of the prompt, and after the answer
     for got, expected in zip(rows(left, 3 - left, 2), rows(0, 0, 0), strict=True):
         for x, y in zip(got.flat(), expected.flat(), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-6)

@@ -104,7 +104,7 @@ def test_samples_without_rows_may_come_without_states(tmp_path):
 
 
 def test_arrays_name_their_dimensions_and_lie_in_groups(tmp_path):
-    """As the Zarr v3 specification has it; xarray wants one length a name, and sites differ."""
+    """Follows the Zarr v3 specification; xarray needs one length per name, and sites differ."""
     write(tmp_path, range(1))
     names = {}
     for group in ("states", "rows"):
@@ -162,7 +162,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, path, step, commit):
-    """A run of five batches that dies in the `commit`-th batch, at one step of committing it."""
+    """A run of five batches that is killed while it commits batch `commit`, at one of the steps."""
     replace, write_rows = store.write_json, FeaturesWriter._write_rows
     calls = []
 

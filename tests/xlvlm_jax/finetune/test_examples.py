@@ -31,7 +31,7 @@ def test_the_end_of_each_row_is_its_answer(vlm, samples):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name, tmp_path, samples):
-    """Whatever a processor puts before the prompt, the answer is what stands behind it."""
+    """Whatever a processor puts before the prompt, the answer is what comes after it."""
     make = MODELS[name][0]
     make(tmp_path / name)
     vlm = ports.load(tmp_path / name)

@@ -100,7 +100,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, 
 
 
 def test_a_saved_log_does_not_grow_with_the_run(vlm, samples, tmp_path, monkeypatch):
-    """It is written beside the steps that follow."""
+    """It is written while the next steps run."""
     saved, save = [], ocp.args.JsonSave
 
     def remembered(log):
@@ -134,7 +134,7 @@ def test_all_parameters(pair, vlm, samples, tmp_path):
         bool(np.any(np.asarray(a) != np.asarray(b)))
         for a, b in zip(jax.tree.leaves(vlm.params), jax.tree.leaves(tuned.params), strict=True)
     ]
-    # A tower's last layers may lie behind the features that are used.
+    # A tower's last layers may come after the features that are used.
     assert np.mean(kinds) > 0.7
     batch = tuned.process([tuned.render("what is")], [_picture(samples[0])])
     theirs = helpers.transformers.LlavaForConditionalGeneration.from_pretrained(output).eval()
@@ -224,7 +224,7 @@ class TestCommand:
             ),
         )
         assert status == 0, err
-        assert "1 steps on 8 samples" in out
+        assert "1 step on 8 samples" in out
         ports.load(pair.directory, adapter=output)
 
     @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_losses_are_pytorchs(pair, vlm, samples):
 
 
 def test_updates_are_those_of_peft_and_torch(pair, vlm, batches, tmp_path):
-    """Three steps of LoRA by AdamW with clipping end at the same factors."""
+    """Three steps of LoRA with AdamW and clipping give the same factors."""
     adapter, ranks = initial_adapter(vlm, SETTINGS)
     # Were the second factor zero, the first would not move.
     random = np.random.default_rng(0)

@@ -62,7 +62,7 @@ def encoders(tmp_path_factory):
 
 
 def score(encoder, candidates, references, **options):
-    """In small batches of one size, so that few programs compile."""
+    """Uses small batches of one size, so that few programs are compiled."""
     return metrics.bert_score(encoder, candidates, references, batch_size=4, **options)
 
 

@@ -81,7 +81,7 @@ class TestScores:
         assert scores.values["CIDEr"] == pytest.approx(10 / 3)
 
     def test_cider_of_captions_that_equal_all_references_grows_up_to_four_words(self):
-        """Against the package itself: 10 / 4 for each length of which there are sequences."""
+        """Compares with the package itself: 10 / 4 for each length that has sequences."""
         from pycocoevalcap.cider.cider import Cider
 
         texts = ["dog", "red cat", "blue old bus", "one green tall tree", "we saw two small boats"]

@@ -1,4 +1,4 @@
-"""Labels as numbers, by hand and beside scikit-learn."""
+"""Labels as numbers: by hand, and compared with scikit-learn."""
 
 import numpy as np
 from sklearn.metrics.cluster import contingency_matrix

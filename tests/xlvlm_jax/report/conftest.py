@@ -40,7 +40,7 @@ def samples(pictures) -> list[dict]:
 
 @pytest.fixture
 def activations() -> np.ndarray:
-    """Of 3 concepts, which own 6, 14 and 3 of the rows; the last row activates none."""
+    """Activations of 3 concepts, which own 6, 14 and 3 of the rows; the last row activates none."""
     assigned = np.array([0] * 6 + [1] * 14 + [2] * 3)
     rng = np.random.default_rng(0)
     codes = rng.uniform(0.1, 0.9, (NUM_SAMPLES, 3)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Two runs side by side: pairs by hand, what is left over, and what can't be compared."""
+"""Two runs side by side: pairs by hand, unmatched concepts, and runs that can't be compared."""
 
 import dataclasses
 import re

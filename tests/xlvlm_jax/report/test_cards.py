@@ -9,7 +9,7 @@ from xlvlm_jax.report.page import number, percent
 
 
 def typical(own, attributes):
-    """Of a concept whose rows are `own`, among another whose rows are the rest."""
+    """Activations of a concept with the rows `own`, and of another with the other rows."""
     labels = {name: factorise(values) for name, values in attributes.items()}
     return typical_attributes(0, count_attributes(np.where(own, 0, 1), 2, labels))
 

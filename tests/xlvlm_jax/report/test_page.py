@@ -246,7 +246,7 @@ def test_every_picture_has_its_place(write_run, activations):
 
 
 def test_search_and_order_have_what_they_ask_for(write_run, samples, activations):
-    """page.js reads these; they are hidden where it does not run."""
+    """page.js reads these; they are hidden if it does not run."""
     samples = [s | {"question": "Is it <b>?", "answer": "yes"} for s in samples]
     page = page_of(write_run(activations, samples=samples))
     (tools,) = page.all("p", **{"class": "tools"})

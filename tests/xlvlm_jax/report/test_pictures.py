@@ -1,4 +1,4 @@
-"""Which pictures the page shows, by hand, and that they keep the budget."""
+"""Which pictures the page shows, by hand, and that they stay within the budget."""
 
 import dataclasses
 
@@ -85,7 +85,7 @@ def test_samples_are_not_read_beyond_the_budget(write_run, activations, monkeypa
 
 
 def test_only_so_many_of_a_concept_s_rows_are_looked_at(write_run, activations):
-    """Of a million rows that show the same few pictures, not all are read."""
+    """Not all of a million rows that show the same few pictures are read."""
     run = write_run(activations)
     features = Features.open(run / "features")
     card = read_section(run / "concepts", features, {}).cards[0]

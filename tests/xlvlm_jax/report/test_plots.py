@@ -1,4 +1,4 @@
-"""Figures in the page: their place, their ground, and their colours on dark pages."""
+"""Figures in the page: their place, their background, and their colours on dark pages."""
 
 import base64
 import re

@@ -38,7 +38,7 @@ def test_the_best_of_every_number_is_marked():
     found = cells(words)
     assert found["snmf-5", "CLIP@1"] == ("0.610", True, "0.25")
     assert found["kmeans-10", "CLIP@1"].best and not found["snmf-10", "CLIP@1"].best
-    # Random words overlap least, which is no merit; where all overlap alike none is best.
+    # Random words overlap least, which is not a merit; where all overlap alike none is best.
     assert found["snmf-5", "overlap"].best and not found["random-5", "overlap"].best
     assert not found["snmf-10", "overlap"].best and not found["kmeans-10", "overlap"].best
 
@@ -114,6 +114,16 @@ def test_a_section_of_the_page(write_run, activations):
     assert text.count('class="group"') == 4  # a rule before each number of concepts
     # They are no settings.
     assert "random_std" not in text and "Scored on" not in text
+
+
+def test_scores_of_a_later_version_are_refused(write_run, activations):
+    run = write_run(activations)
+    file = run / "scores.json"
+    file.write_text(json.dumps({"version": 1, **written(ROWS)}))
+    assert "<strong>0.610</strong>" in write_report(run).read_text()
+    file.write_text(json.dumps({"version": 2, **written(ROWS)}))
+    with pytest.raises(ValueError, match=r"scores.json: format version 2, expected 1; .* score ag"):
+        write_report(run)
 
 
 def test_names_stay_text(write_run, activations):

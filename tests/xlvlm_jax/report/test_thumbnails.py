@@ -1,4 +1,4 @@
-"""Histograms by hand, and thumbnails that keep their budget."""
+"""Histograms by hand, and thumbnails that stay within their budget."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def test_a_weak_concept_fills_its_histogram_beside_a_strong_one():
 
 
 def test_a_few_large_activations_do_not_push_all_others_into_one_bin():
-    """As those of k-means far from its centroids, 1 / (1 + distance), with one row at its own."""
+    """Activations of k-means, 1 / (1 + distance), far from all centroids except for one row."""
     far = 1 / (1 + np.random.default_rng(0).uniform(100, 2000, 1000))
     result = histogram(np.append(far, 1.0), np.arange(1001) == 1000)
     assert result.logarithmic and (result.low, result.high) == (far.min(), 1.0)
@@ -59,7 +59,7 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
 
 
 def test_the_last_pictures_are_left_out_of_a_budget_that_legible_ones_exceed(tmp_path):
-    """As 5 pictures for each of 256 concepts do: none is smaller than 96 pixels."""
+    """With 5 pictures for each of 256 concepts, none is smaller than 96 pixels."""
     random = np.random.default_rng(0)
     names = [str(tmp_path / f"{i}.png") for i in range(12)]
     for name in names:

@@ -17,7 +17,7 @@ NORM = np.array([1, 1, 1, 1, 1, 1, 1, 100])
 
 
 class Head:
-    """A language-model head and a tokenizer of eight words, one a coordinate."""
+    """A language-model head and a tokenizer of eight words, one per coordinate."""
 
     directory = fingerprint = None
 

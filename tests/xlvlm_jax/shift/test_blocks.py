@@ -1,4 +1,4 @@
-"""Shifts read block by block: as those of rows in memory, and right where float32 is not."""
+"""Shifts read block by block equal those of rows in memory, also where float32 is too coarse."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def stored(tmp_path):
 
 @pytest.fixture
 def drawn():
-    """Original and fine-tuned rows, pairs of them in no order, and concepts of the pairs."""
+    """Original and fine-tuned rows, pairs of them in random order, and concepts of the pairs."""
     rng = np.random.default_rng(0)
     before = rng.standard_normal((N, D)).astype("f4")
     after = rng.standard_normal((N, D)).astype("f4") + 2

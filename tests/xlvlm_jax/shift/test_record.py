@@ -119,7 +119,7 @@ def test_a_concept_with_one_common_sample_is_marked_and_not_fatal(states, concep
 
 @pytest.mark.parametrize("method", ["snmf", "pca", "simple"])
 def test_concepts_of_every_method(states, concepts_of, method):
-    """Given as components alone: their activations are then those of the projected states."""
+    """With components only, activations are those of the projected states."""
     before, after = states
     concepts, theirs = (Concepts.from_components(concepts_of(Z).components, method) for Z in states)
     found = shift.analyse(before, after, pairs_of(before), concepts, theirs)
@@ -133,7 +133,7 @@ def test_concepts_of_every_method(states, concepts_of, method):
 
 
 def test_shifted_concepts_are_projected_as_the_originals_were(states):
-    """Codes of any sign: the last of 30 samples is the one of least code, not of the least row."""
+    """Codes of any sign: the last of 30 samples has the smallest code, not the smallest row."""
     before, after = states
     options = {"nonnegative": False, "alpha": 0.0}
     concepts, theirs = (
@@ -214,3 +214,13 @@ def test_what_does_not_fit_is_refused(states, concepts_of, analysis):
         shift.analyse(before, after, pairs, narrow, concepts)
     with pytest.raises(ValueError, match=r"not grounded in words; call shift\.ground_words"):
         analysis.overlap("original")
+
+
+def test_a_notebook_shows_the_figures_of_each_concept(analysis, grounded):
+    assert repr(analysis) == (
+        "ShiftAnalysis(3 concepts: float32[3, 8] shifts, 30 common rows, mean, alpha 1)"
+    )
+    shown = analysis._repr_html_()
+    assert shown.count("<tr>") == 4 and "<th>recovery</th><th>consistency</th>" in shown
+    assert f"<td>{analysis.recovery[0]:.3g}</td>" in shown and "words" not in shown
+    assert f"<td>{', '.join(grounded.words['shift'][0])}</td>" in grounded._repr_html_()

@@ -57,7 +57,7 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
 
 
 def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
-    """What does not fit into memory on one side does not on the other."""
+    """If one side does not fit into memory, neither does the other."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     found = []
     for stream in (False, True):
@@ -75,7 +75,7 @@ def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
 
 
 def test_many_states_are_learnt_of_tile_by_tile(write, states, head, root, monkeypatch):
-    """The result is that in memory; the activations are held, as those of the original are."""
+    """The result equals that in memory; activations are kept, like those of the original."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     decompose_features(features[0], root / "concepts", 3, "kmeans")
     concepts, found = Concepts.load(root / "concepts"), []

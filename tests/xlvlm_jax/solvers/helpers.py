@@ -1,4 +1,4 @@
-"""What the tests of the solvers share."""
+"""Helpers for the tests of the solvers."""
 
 import jax
 

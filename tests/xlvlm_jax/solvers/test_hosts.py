@@ -1,4 +1,4 @@
-"""Two processes of `jax.distributed` on one machine: the result of one."""
+"""Two processes of `jax.distributed` on one machine give the result of one."""
 
 import os
 import socket

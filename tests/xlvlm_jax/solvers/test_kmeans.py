@@ -133,7 +133,7 @@ def test_padding_rows_count_for_nothing():
 
 @pytest.mark.parametrize("offset", [100, 1e4])
 def test_two_million_rows_far_from_zero(offset):
-    """Around the offset, 10 and 20 more: centres and inertia are float64's."""
+    """Clusters at the offset, 10 and 20 above it: centres and inertia equal those in float64."""
     rng = np.random.default_rng(0)
     steps = np.sort(rng.integers(0, 3, 2_000_000))
     Z = rng.standard_normal((2_000_000, 2), np.float32)
@@ -169,14 +169,14 @@ def test_far_from_zero_the_objective_is_that_of_the_centroids_returned():
 
 
 def test_half_a_million_wide_rows_trace():
-    """N D = 2^31: no product of sizes in 32 bits."""
+    """N D = 2^31, which overflows if sizes are multiplied in 32 bits."""
     Z = jax.ShapeDtypeStruct((524_288, 4096), jnp.float32)
     found = jax.eval_shape(partial(kmeans.solve, num_samples=524_288, num_concepts=(5,)), Z, KEY)
     assert found.activations.shape == (1, 524_288, 5)
 
 
 def test_rows_that_are_all_near_each_other_keep_their_labels():
-    """Distances below a float32's last digit of one."""
+    """Distances smaller than the last digit of 1 in float32."""
     Z = jnp.array([[1e-9], [1.2e-9], [5e-9], [9e-9]])
     found, squared = kmeans.assign(Z, jnp.array([[1e-9], [5e-9], [9e-9]]))
     np.testing.assert_array_equal(found, [0, 0, 1, 2])
@@ -197,7 +197,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize("shape", [(300, 90, 6), (300, 4, 140)], ids=str)
 def test_whole_weights_are_as_many_rows(shape):
-    """Also where wide rows are compressed, and where scores are kept; scikit-learn's end too."""
+    """Also with compressed rows and with kept scores, and where scikit-learn ends."""
     n, d, k = shape
     Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
     Z, weights = Z.astype(np.float32), np.random.default_rng(0).integers(0, 4, n)

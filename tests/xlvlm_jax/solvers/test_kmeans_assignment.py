@@ -1,4 +1,4 @@
-"""The nearest centroids: what is kept between updates never changes what is found."""
+"""The nearest centroids: what is kept between updates never changes the result."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_one_centroid_has_no_second():
 @pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
 @pytest.mark.parametrize("common", [0.0, 100.0])
 def test_labels_and_sums_after_moves_of_every_size(K, common):
-    """Against scikit-learn's distances; large moves look at all rows, small ones at few."""
+    """Compares with scikit-learn's distances; large moves look at all rows, small ones at few."""
     rng = np.random.default_rng(0)
     Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
     problem = problem_of(Z, K)
@@ -107,7 +107,7 @@ def unknown_at(problem, offsets):
 
 
 def test_rows_that_cannot_change_are_not_looked_at():
-    """A row that was exchanged behind its bound's back keeps its label."""
+    """A row that was exchanged without its bound noticing keeps its label."""
     Z = np.repeat(np.eye(K, D, dtype=np.float32) * 10, 50, axis=0)
     problem = problem_of(Z)
     offsets = jnp.eye(K, D) * 10 - problem.mean
@@ -145,7 +145,8 @@ def test_sums_of_labels():
 
 @pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
 def test_heavy_rows_that_leave_a_cluster_leave_nothing_there(K):
-    """Beside float64's sums: a weight of 1e6 that was counted and taken back would leave 0.06."""
+    """Compares with sums in float64: a weight of 1e6 that was added and subtracted again would
+    leave 0.06."""
     rng = np.random.default_rng(2)
     Z = rng.normal(size=(N, D)).astype(np.float32)
     weights = np.where(rng.random(N) < 0.5, 0.37, 1e6 * rng.random(N)).astype(np.float32)

@@ -31,7 +31,7 @@ def test_orthonormal_and_of_the_same_span(seed, decades):
 
 @pytest.mark.parametrize("kind", ["dependent", "zero", "nearly dependent"])
 def test_columns_that_span_less(kind):
-    """Still orthonormal, as scikit-learn's components of a matrix of low rank are."""
+    """The basis is still orthonormal, like scikit-learn's components of a low-rank matrix."""
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(30, 4)).astype(np.float32)
     columns[:, 3] = {
@@ -47,7 +47,7 @@ def test_columns_that_span_less(kind):
 
 @pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6, 0])
 def test_a_few_strong_directions_in_many_columns(noise):
-    """What a range finder meets: the image of a matrix with few large singular values."""
+    """The input of a range finder: the image of a matrix with few large singular values."""
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(600, 16)) @ rng.normal(size=(16, 120))
     columns = (columns + noise * rng.normal(size=columns.shape)).astype(np.float32)
@@ -58,7 +58,7 @@ def test_a_few_strong_directions_in_many_columns(noise):
 
 
 def test_without_a_fallback_where_none_is_needed(monkeypatch):
-    """Condition numbers up to 10^5 stay with products."""
+    """Matrices with condition numbers up to 10^5 are handled with products."""
     monkeypatch.setattr(jnp.linalg, "qr", None)
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(n, 20)))[0] for n in (300, 20))
@@ -76,7 +76,7 @@ def test_a_complement_by_hand():
 
 @pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 0.0])
 def test_a_complement_to_columns_that_hardly_leave_the_basis(share):
-    """At 0 not at all: any complement will do, as it does for a column of zeros."""
+    """At 0 it does not matter: any complement will do, as for a column of zeros."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(60, 8)))[0].astype(np.float32)
     columns = basis @ rng.normal(size=(8, 6)) + share * rng.normal(size=(60, 6))

@@ -1,4 +1,4 @@
-"""The shared loop: when it stops, what it records, how it goes on."""
+"""The shared loop: when it stops, what it records, how it continues."""
 
 from typing import NamedTuple
 

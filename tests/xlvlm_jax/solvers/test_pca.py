@@ -52,7 +52,7 @@ def test_components_and_scores_of_scikit_learn(shape, common):
 
 @pytest.mark.parametrize("num_samples", [6000, 5950])
 def test_a_narrow_matrix_by_its_covariance(num_samples):
-    """Far from the origin, in several tiles; rows that fill up a mesh leave no trace."""
+    """Far from the origin, in several tiles; rows that pad a mesh change nothing."""
     assert pca.is_narrow(num_samples, 300, 60)
     Z = correlated(0, num_samples, 300, common=100.0)
     padded = np.concatenate([Z, np.zeros((6000 - num_samples, 300), np.float32)])
@@ -77,7 +77,7 @@ def test_what_is_narrow():
 
 @pytest.mark.parametrize("rank", [12, 300])
 def test_many_updates_keep_the_axes_orthonormal(rank):
-    """Also where Z has fewer directions than an update looks at."""
+    """Also if Z has fewer directions than an update considers."""
     rng = np.random.default_rng(3)
     Z = rng.normal(size=(700, rank)) @ rng.normal(size=(rank, 300)) * 0.99 ** np.arange(300)
     Z = jnp.asarray(Z, jnp.float32)
@@ -133,7 +133,7 @@ def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
 
 @pytest.mark.parametrize("offset", [100, 1e4])
 def test_two_million_rows_far_from_zero(offset):
-    """Added one after another their mean would be off by deviations."""
+    """Added one after another, the error of their mean would be several deviations."""
     rng = np.random.default_rng(0)
     Z = rng.standard_normal((2_000_000, 2), np.float32) * np.float32([1, 2]) + np.float32(offset)
     found = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=1)

@@ -1,4 +1,4 @@
-"""The atoms' step: by hand, against scikit-learn's dictionary update, and what it says of f."""
+"""The atoms' step: by hand, against scikit-learn's dictionary update, and its change of f."""
 
 import jax.numpy as jnp
 import numpy as np

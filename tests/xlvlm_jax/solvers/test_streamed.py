@@ -31,7 +31,7 @@ def store(path, Z, dtype="float32"):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Five tiles, of which the last is short."""
+    """Five tiles, the last of which is short."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 64 * 4 * D)
 
 
@@ -159,7 +159,7 @@ def test_clusters_of_a_sample_s_columns_are_those_in_memory(tmp_path, monkeypatc
 
 
 class Rows:
-    """A source of its own kind."""
+    """A source of another class."""
 
     def __init__(self, Z, shape=None):
         self.Z, self.shape = Z, shape or Z.shape
@@ -204,7 +204,7 @@ def test_an_update_is_one_pass_and_is_told(small_tiles, method):
 
 @pytest.mark.parametrize("method", ["kmeans", "pca"])
 def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
-    """An offset that float32 adds exactly to these rows: nothing is lost by it."""
+    """An offset that float32 adds to these rows exactly, without loss."""
     rng = np.random.default_rng(0)
     Z = rng.integers(-512, 512, size=(N, D)) / 64 + 8 * rng.integers(0, 2, size=(N, 1))
     near = decompose_stored(Rows(Z.astype(np.float32)), K, method, key=KEY)

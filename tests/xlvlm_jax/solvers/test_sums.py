@@ -67,7 +67,7 @@ def test_rows_that_pad_have_no_part_in_the_mean():
 
 @pytest.mark.parametrize("size", [(30, 4), (2_000_000, 2)], ids=str)
 def test_cluster_means_of_numpy(size):
-    """Beside scikit-learn's centres of rows around 100, 110 and 120."""
+    """Compares with scikit-learn's centres of rows around 100, 110 and 120."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, size[0]).astype(np.int32)
     Z = rng.standard_normal(size, np.float32) + np.float32(100) + 10 * labels[:, None]
@@ -115,7 +115,7 @@ def test_products_with_rows_far_from_the_origin(rows):
 
 
 def test_sums_trace_at_any_size():
-    """2^31 numbers and more: no product of sizes in 32 bits."""
+    """2^31 numbers and more, which overflow if sizes are multiplied in 32 bits."""
     Z = jax.ShapeDtypeStruct((2_000_000, 4096), jnp.float32)
     labels = jax.ShapeDtypeStruct((2_000_000,), jnp.int32)
     assert jax.eval_shape(sums.column_means, Z).high.shape == (4096,)

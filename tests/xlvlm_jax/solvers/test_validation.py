@@ -1,4 +1,4 @@
-"""What callers give as a matrix: by type, by number, and what is not one."""
+"""Matrices as callers pass them, by type and dtype; everything else is refused."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +13,7 @@ Z = np.array([[1.5, -2.0], [3.0, 0.25]])
 
 
 class Labelled:
-    """Gives its numbers as xarray, dask and Zarr arrays do."""
+    """Converts to numbers like xarray, dask and Zarr arrays."""
 
     def __init__(self, values):
         self.values = values
@@ -23,7 +23,7 @@ class Labelled:
 
 
 class Opened:
-    """Gives a matrix per site, as `Features` does."""
+    """Returns a matrix per site, like `Features`."""
 
     def matrix(self, site):
         return Z
@@ -120,7 +120,7 @@ def test_a_unit_only_where_squares_leave_float32():
     for largest in (1e-8, 1e12, 3e19):
         unit = validation.unit_of(jnp.full((10, 2), largest), largest)
         assert 1 <= largest / unit < 2 and np.log2(unit) % 1 == 0
-    # One large number of many is no reason.
+    # One large number of many is not a reason.
     few = jnp.zeros((1000, 1000)).at[0, 0].set(2e6)
     assert validation.unit_of(few, 2e6) == 1
 

@@ -1,4 +1,4 @@
-"""What the tests of steering share: the embedded model and questions about drawn pictures."""
+"""Fixtures of the tests of steering: the embedded model and questions about drawn pictures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`xlvlm steer fit` and `xlvlm steer rank`: each method from features to what it leaves on disk."""
+"""`xlvlm steer fit` and `xlvlm steer rank`: each method from features to files."""
 
 import json
 

@@ -69,7 +69,7 @@ def test_the_last_token_by_hand():
 class TestModel:
     @pytest.fixture(scope="class")
     def fitted(self, vlm, questions):
-        """Yes is to be answered as another question about the picture; the rest stays."""
+        """Questions answered yes should get the answer to another question; the rest stays."""
         prompts = [sample.prompt for sample in questions]
         positive = prompts[12:] + prompts[12:]
         return steering.fit_l2s(

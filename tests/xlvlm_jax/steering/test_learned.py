@@ -1,4 +1,4 @@
-"""Learnt shifts on the embedded model: they find what is wanted, and one program does it."""
+"""Learnt shifts on the embedded model: they reach their target, with one compiled program."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ OPTIONS = {"batch_size": 8, "evaluate_every": 6, "validation": 0.25}
 
 @pytest.fixture(scope="module")
 def targets(questions):
-    """Yes is to become no; the other answers stay."""
+    """Yes should become no; the other answers stay."""
     return ["no"] * 12 + [sample.metadata["answer"] for sample in questions[12:]]
 
 
@@ -52,7 +52,7 @@ def test_the_best_look_is_kept(fitted):
 
 
 def test_a_shift_that_only_harms_is_none(vlm, questions):
-    """What the model gives anyway can't be learnt in one leap: step 0 stays the best."""
+    """If the model already gives the answer, a large step harms: step 0 stays the best."""
     targets = [sample.metadata["answer"] for sample in questions]
     found = steering.fit_learned(
         vlm, questions, targets, SITE, steps=6, rate=50.0, patience=1, **OPTIONS

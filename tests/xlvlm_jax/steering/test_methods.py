@@ -1,4 +1,4 @@
-"""A way to fit steering is one record, which is all that the command knows of it."""
+"""Each way to fit steering is one record, which is all that the command uses."""
 
 import numpy as np
 import pytest

@@ -25,7 +25,7 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_the_coarse_vector_of_two_million_rows_is_that_in_float64():
-    """An offset of 10,000 deviations, which both have, takes nothing from their difference."""
+    """An offset of 10,000 deviations that both share does not reduce the difference's precision."""
     random = np.random.default_rng(0)
     source = (random.standard_normal((2_000_000, 2), np.float32) + 1e4).astype(np.float32)
     target = (random.standard_normal((1_500_001, 2), np.float32) + 1e4).astype(np.float32)
@@ -123,10 +123,44 @@ class TestVectorOnDisk:
 
 
 def test_a_notebook_shows_where_a_vector_goes_and_how_long_it_is():
-    source = {"method": "coarse", "from": {"rows": 7}, "words": ["<no>"]}
+    source = {"method": "coarse", "from": {"rows": 7}, "words": ["yes", "<no>"]}
     vector = SteeringVector(np.array([3.0, 4.0], np.float32), "layers.1", source, "last_prompt")
     assert repr(vector) == "SteeringVector(float32[2] at 'layers.1', where='last_prompt')"
     shown = vector._repr_html_()
     for name, value in (("norm", 5), ("width", 2), ("source: from: rows", 7)):
         assert f"{name}</th><td>{value}</td>" in shown
-    assert "<no>" not in shown and "&lt;no&gt;" in shown
+    assert "<td>yes, &lt;no&gt;</td>" in shown
+    placed = SteeringVector(np.ones(2, np.float32), "layers.1", where={"from": 3})
+    assert "where: from</th><td>3</td>" in placed._repr_html_()
+
+
+def test_maps_networks_and_fine_vectors_show_sizes_and_no_numbers():
+    low_rank = steering.LowRankMap(np.ones((2, 5)), np.ones((5, 2)), "layers.1")
+    assert repr(low_rank) == "LowRankMap(rank 2, width 5 at 'layers.1', where='all')"
+    assert "rank</th><td>2</td>" in low_rank._repr_html_()
+    params = {
+        "hidden": {"kernel": np.ones((5, 3)), "bias": np.ones(3)},
+        "shift": {"kernel": np.ones((3, 5)), "bias": np.ones(5)},
+    }
+    network = steering.L2S(params, np.zeros(5), np.ones(5), 1.0, "layers.0", "layers.1")
+    assert repr(network) == (
+        "L2S(3 hidden units, width 5, from 'layers.0' to 'layers.1', where='all')"
+    )
+    assert "hidden units</th><td>3</td>" in network._repr_html_()
+    fine = steering.fine_vectors(np.float32([[0, 1], [0, 2], [3, 0], [5, 0]]), 2, key=KEY)
+    assert repr(fine) == (
+        "FineVectors(float32[2, 2, 2]; Concepts(kmeans: float32[2, 2] components of 4 rows))"
+    )
+
+
+def test_what_is_no_steering_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"is a directory; expected a file that `.*fit` wrote$"):
+        steering.load(tmp_path)
+    SteeringVector(np.ones(2), "layers.3").save(tmp_path / "yes-no.safetensors")
+    with pytest.raises(ValueError, match=r"wrote, such as those in it: yes-no\.safetensors$"):
+        steering.load(tmp_path)
+    other = tmp_path / "other.safetensors"
+    safetensors.numpy.save_file({"x": np.ones(1)}, other, {"kind": "matrix"})
+    expected = "holds 'matrix'; expected 'vector', 'low-rank map' or 'l2s'$"
+    with pytest.raises(ValueError, match=expected):
+        steering.load(other)

@@ -21,7 +21,7 @@ NORM = "language_model.model.norm"
 
 
 def write(path, images, placed=True):
-    """Features of one row a sample, that name these images."""
+    """Features with one row per sample that name these images."""
     with FeaturesWriter(path, {}) as writer:
         root = writer.record_pictures(images) if placed else None
         rows = np.arange(len(images))
@@ -35,7 +35,7 @@ def write(path, images, placed=True):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with data/a/0.png, data/b/1.png ..., in which commands are given."""
+    """A directory with data/a/0.png, data/b/1.png ..., in which commands run."""
     for number, folder in enumerate("ab"):
         file = tmp_path / "here" / "data" / folder / f"{number}.png"
         file.parent.mkdir(parents=True)
@@ -48,7 +48,7 @@ TYPED = ("data/a/0.png", "data/b/1.png")
 
 
 def shown(path, **options):
-    """The values of the pixels, by which the pictures are known."""
+    """Pixel values, by which pictures are identified."""
     samples = Features.open(path, **options).samples
     return [Image.open(sample["image"]).getpixel((0, 0))[0] for sample in samples]
 
@@ -94,7 +94,7 @@ def test_from_another_directory_and_after_a_move(here, tmp_path, monkeypatch):
 
 
 def test_folders_of_earlier_versions(here, tmp_path, monkeypatch):
-    """Names as they were typed, where the command was given or above the run."""
+    """Names as they were typed, relative to the command's directory or one above the run."""
     typed = write(here / "run" / "features", TYPED, placed=False)
     absolute = write(here / "other", [here / name for name in TYPED], placed=False)
     assert shown(typed) == shown(absolute) == [0, 10]

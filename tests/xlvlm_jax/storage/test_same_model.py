@@ -1,4 +1,4 @@
-"""Models told apart by their fingerprints, and how often a checkpoint is read for them."""
+"""Models are distinguished by fingerprint, and how often a checkpoint is read for that."""
 
 import pytest
 

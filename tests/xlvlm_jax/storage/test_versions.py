@@ -5,6 +5,7 @@ own readers gave (see make.py there).
 """
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -127,16 +128,36 @@ def test_a_directory_of_a_later_version_is_refused(tmp_path, earlier, file, load
     )
 
 
+@pytest.mark.parametrize("version", [1.0, True, "1", None, [1]])
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("features/manifest.json", Features.open),
+        ("concepts/concepts.json", Concepts.load),
+        ("shift/shift.json", ShiftAnalysis.load),
+    ],
+)
+def test_a_version_is_a_whole_number(tmp_path, earlier, file, load, version):
+    """In Python 1.0 and True equal 1, but no release wrote them."""
+    folder = tmp_path / Path(file).parent
+    shutil.copytree(earlier / Path(file).parent, folder)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+    with pytest.raises(ValueError, match=re.escape(f"format version {version!r}, expected 1; ")):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["vector", "map", "network"])
 def test_a_vector_of_a_later_version_is_refused(tmp_path, earlier, name):
     with safetensors.safe_open(earlier / f"{name}.safetensors", "numpy") as file:
-        metadata = file.metadata() | {"version": "2"}
+        metadata = file.metadata()
     tensors = safetensors.numpy.load_file(earlier / f"{name}.safetensors")
     path = tmp_path / "later.safetensors"
-    safetensors.numpy.save_file(tensors, path, metadata)
-    with pytest.raises(ValueError) as refused:
-        steering.load(path)
-    assert str(refused.value) == (
-        f"{path}: format version 2, expected 1; read it with the release that wrote it, or fit it "
-        "again"
-    )
+    for version in ("2", "1.0"):  # metadata are JSON texts
+        safetensors.numpy.save_file(tensors, path, metadata | {"version": version})
+        with pytest.raises(ValueError) as refused:
+            steering.load(path)
+        assert str(refused.value) == (
+            f"{path}: format version {version}, expected 1; read it with the release that wrote "
+            "it, or fit it again"
+        )

@@ -23,7 +23,7 @@ from xlvlm_jax.concepts.scores.records import DictionaryScores
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
 from xlvlm_jax.features.reader import Features, choose_site
-from xlvlm_jax.storage import atomic, pictures
+from xlvlm_jax.storage import atomic, pictures, versions
 from xlvlm_jax.storage.same_model import require_model
 
 FILE = "scores.json"
@@ -190,6 +190,7 @@ def _known(directory: Path) -> dict[str, Any]:
     known = files.read_json(path) if path.exists() else {}
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected a JSON object; remove it or choose another output")
+    versions.require(path, known, "choose another output")
     return known
 
 
@@ -203,6 +204,7 @@ def write_scores(
     """
     path, known = directory / FILE, _known(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    known["version"] = versions.VERSION
     known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]
     atomic.write(path, json.dumps(known, indent=2) + "\n")

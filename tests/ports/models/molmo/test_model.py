@@ -120,7 +120,7 @@ def test_apply_takes_the_processors_arrays_as_they_are(vlm, expected):
 
 
 def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
-    """In a batch padded on the left; each token is the likeliest behind those before it."""
+    """In a batch padded on the left; each token is the likeliest after those before it."""
     inputs = batch_of(expected)
     generation = vlm.generate(inputs, max_new_tokens=32, sites=["model.transformer.blocks.1"])
     tokens = np.asarray(generation.tokens)
@@ -137,7 +137,7 @@ def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
 
 
 def test_a_prompt_without_an_image(vlm, expected):
-    """A row of a batch with images, and alone: the same."""
+    """A row gives the same in a batch with images and alone."""
     ids = expected["0.text_ids"][None].astype(int)
     alone = vlm.forward({"input_ids": ids}).logits[0]
     batch = inputs_of(expected, 0)
@@ -176,7 +176,8 @@ def test_steering_knows_the_image_positions(vlm, expected):
 
 
 def test_positions_that_are_given_are_used(vlm, expected):
-    """Rotary embedding knows distances alone: the same logits further on, others further apart."""
+    """Rotary embedding depends on distances only: shifted positions give the same logits, spread
+    ones others."""
     inputs = inputs_of(expected, 2)
     positions = np.arange(inputs["input_ids"].shape[1])[None]
     for factor, same in ((1, True), (3, False)):
@@ -269,7 +270,7 @@ REAL_TOKENIZER = Path(__file__).parents[5] / "shared" / "molmo" / "tokenizer"
 
 @pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="needs the real vocabulary, 4.5 MB")
 class TestRealTokenizer:
-    """The files of Molmo-7B-D beside its configuration, which names remote code."""
+    """The files of Molmo-7B-D with its configuration, which names remote code."""
 
     @pytest.fixture(scope="class")
     def vlm(self, tmp_path_factory):

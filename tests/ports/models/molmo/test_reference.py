@@ -115,7 +115,7 @@ def test_padding_on_either_side_gives_the_same_answers(made):
 
 
 class TestFilesOfTheHub:
-    """config.json and tokenizer_config.json name classes in code beside them, which is not run."""
+    """config.json and tokenizer_config.json name classes in code next to them, which is not run."""
 
     @pytest.fixture(params=["vocab.json and merges.txt", "tokenizer.json"])
     def directory(self, request, tmp_path):

@@ -57,7 +57,7 @@ def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
 
 @pytest.fixture(scope="module")
 def small(pair) -> helpers.Pair:
-    """The small checkpoint for tests that any checkpoint does for."""
+    """The small checkpoint, for tests that need any checkpoint."""
     return pair("grouped queries")
 
 
@@ -103,7 +103,7 @@ def test_the_sites_of_the_references_scripts_are_there(small):
 
 class TestPositions:
     def test_by_hand(self, small):
-        # One token before an image of 2 x 1 tokens, and two behind it.
+        # One token before an image of 2 x 1 tokens, and two after it.
         image = helpers.IMAGE
         inputs = {
             "input_ids": np.array([[0, 7, image, image, 8, 9]]),
@@ -402,7 +402,7 @@ class TestNames:
 
 
 class TestPhotographs:
-    """Those that scikit-learn ships, 640 x 427 pixels, through the checkpoint's processor."""
+    """The pictures in scikit-learn, 640 x 427 pixels, through the checkpoint's processor."""
 
     @pytest.fixture(scope="class")
     def photographs(self):
@@ -426,7 +426,7 @@ class TestPhotographs:
         return photographed.vlm.process(prompts, [[china, upright], flower])
 
     def test_no_tokenizer_is_not_an_empty_one(self, photographed, tmp_path):
-        """transformers makes one that knows no word, and says nothing."""
+        """transformers silently makes one without any words."""
         directory = shutil.copytree(photographed.directory, tmp_path / "copy")
         for file in directory.glob("tokenizer*"):
             file.unlink()
@@ -466,7 +466,7 @@ class TestPhotographs:
         np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
 
     def test_become_the_arrays_of_transformers_class(self, photographed, photographs, inputs):
-        """Its constructor wants torchvision, its text and image half does not."""
+        """Its constructor needs torchvision, but its text and image parts do not."""
         ours = photographed.vlm.processor
         theirs = object.__new__(transformers.Qwen2VLProcessor)
         theirs.image_processor, theirs.tokenizer = ours.image_processor, ours.tokenizer

@@ -49,6 +49,7 @@ def test_the_scores_join_what_the_run_holds(run):
     root, made = run
     held = json.loads((root / "scores.json").read_text())
     assert made.path == root / "scores.json" and held["attributes"] == {"a": 1}
+    assert held["version"] == 1
     assert [DictionaryScores.from_dict(row).name for row in held["dictionaries"]] == [
         row.name for row in made.scores
     ]
@@ -95,6 +96,7 @@ def test_a_damaged_scores_file_is_kept(tmp_path):
     for text, message in (
         ("{", r"scores.json: line 1, column 2: not JSON \("),
         ("[]", "expected a JSON object"),
+        ('{"version": 2}', r"scores.json: format version 2, expected 1; read it with the release"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ def scorer(features, clip):
 
 @pytest.fixture
 def right(kinds):
-    """A concept for each kind, with its name and its plural as words."""
+    """One concept per kind, with its name and its plural as words."""
     return Concepts.from_components(np.eye(WIDTH)[: len(kinds)], alpha=0.1)
 
 

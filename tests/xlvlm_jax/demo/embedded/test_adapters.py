@@ -30,7 +30,7 @@ def captions(vlm):
 
 
 def shares(texts) -> dict[str, float]:
-    """Of the captions, how many name a colour, a place, a mood."""
+    """Share of the captions that name a colour, a place, a mood."""
     said = [scenes.named(text) for text in texts]
     return {name: np.mean([s[name] is not None for s in said]) for name in NAMES.values()}
 

@@ -18,7 +18,7 @@ def test_it_is_small_enough_to_ship():
 
 @pytest.mark.slow
 def test_pytorch_gives_the_same_tokens():
-    """Captions of 60 test pictures, identical token for token but for near-ties."""
+    """Captions of 60 test pictures, identical token for token except for near-ties."""
     torch = pytest.importorskip("torch")
     from PIL import Image
     from transformers import LlavaForConditionalGeneration

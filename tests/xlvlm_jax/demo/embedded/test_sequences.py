@@ -34,7 +34,7 @@ def test_the_text_is_that_of_the_chat_template(vlm):
 
 
 def test_continuations_see_what_single_prompts_see(vlm):
-    """Logits behind a shared picture equal those of a forward pass with each prompt alone."""
+    """Logits after a shared picture equal those of a forward pass with each prompt alone."""
     from PIL import Image
 
     scene = scenes.sample_scene("test", 5)
@@ -58,7 +58,7 @@ def test_continuations_see_what_single_prompts_see(vlm):
 
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """A run that dies after two steps of four and is started again ends like one undisturbed."""
+    """A run that is killed after two of four steps and restarted ends like an uninterrupted one."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     model, params, example = _tiny()
 

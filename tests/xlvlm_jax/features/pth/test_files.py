@@ -1,4 +1,4 @@
-"""The reader and the writer against torch, and against files that mean harm."""
+"""The reader and the writer, against torch and malicious files."""
 
 import collections
 import io
@@ -37,7 +37,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def zipped(pickled: bytes, storages: dict[str, bytes] | None = None, **records: bytes) -> bytes:
-    """A file as torch.save lays it out."""
+    """A file in the layout of torch.save."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -50,7 +50,7 @@ def zipped(pickled: bytes, storages: dict[str, bytes] | None = None, **records: 
 
 @pytest.fixture
 def file(tmp_path):
-    """file(bytes) writes them and gives the path."""
+    """file(bytes) writes a file and returns its path."""
 
     def write(content: bytes) -> pathlib.Path:
         (tmp_path / "x.pth").write_bytes(content)
@@ -258,7 +258,7 @@ def test_pairs_that_make_no_dictionary_are_refused(file, pairs, message):
 
 
 def test_pairs_that_are_named_again_and_again_are_counted(file):
-    """One list of 20,000 pairs, of which 1,000 dictionaries are to be made."""
+    """One list of 20,000 pairs, from which 1,000 dictionaries are made."""
     pairs = b"](" + b"".join(b"](K\x01K\x02e" for _ in range(20_000)) + b"e\x85q\x00"
     one = b"ccollections\nOrderedDict\nh\x00R"
     with pytest.raises(PthError, match="take more than 64 MiB"):
@@ -266,7 +266,7 @@ def test_pairs_that_are_named_again_and_again_are_counted(file):
 
 
 class Harm:
-    """Pickles as a call of what it is given."""
+    """Pickles as a call of the given function."""
 
     def __init__(self, *call):
         self.call = call

@@ -48,7 +48,7 @@ def saved(path, data) -> str:
 
 
 def same(a, b) -> bool:
-    """Equal to the bit, types and order of keys included."""
+    """Compares bit by bit, including types and the order of keys."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, dict):
@@ -116,7 +116,7 @@ def test_several_positions_are_rows_or_their_mean(tmp_path):
 
 
 def write_ours(path) -> Features:
-    """Features of ours: a sample with two rows, one with none."""
+    """Features of our own: one sample with two rows, one with none."""
     random = np.random.default_rng(0)
     manifest = {"model": "m", "dtype": "bfloat16", "selection": {"mode": "all"}, "mode": "generate"}
     states = {site: random.normal(size=(4, 3)).astype(ml_dtypes.bfloat16) for site in (NORM, LAYER)}
@@ -167,7 +167,7 @@ def test_an_export_holds_a_block_of_the_states(tmp_path, monkeypatch):
 
 
 def test_the_reference_can_read_an_export(tmp_path):
-    """As its code does: stack by module, the mean over positions, then the mask."""
+    """As in the reference's code: stack by module, average over positions, then apply the mask."""
     ours = write_ours(tmp_path / "ours")
     export_features(ours, tmp_path / "x.pth", sites=[NORM])
     data = torch.load(tmp_path / "x.pth", weights_only=True)
