@@ -124,14 +124,16 @@ def test_loss_and_gradient_are_pytorchs(vlm, samples, forced):
 def test_where_a_run_begins(vlm, site, begin):
     stem = "language_model.model."
     assert teacher_forcing.begin_site(vlm, stem + site) == stem + begin
+    if site != "norm":
+        assert teacher_forcing.begin_site(vlm, site) == stem + begin
 
 
 def test_messages(vlm, samples):
     for site in ("language_model.model.layers.0.mlp", "multi_modal_projector"):
         with pytest.raises(ValueError, match=rf"nothing can be learnt at site '{site}'.*layers\.0"):
             teacher_forcing.begin_site(vlm, site)
-    with pytest.raises(ValueError, match=r"no site matches 'layers\.3'"):
-        teacher_forcing.begin_site(vlm, "layers.3")
+    with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
+        teacher_forcing.begin_site(vlm, "layers.99")
     with pytest.raises(ValueError, match="1 answers for 4 samples"):
         teacher_forcing.force(vlm, samples, ["no"], SITE)
     with pytest.raises(ValueError, match=r"the answer to force on sample \d+ is empty"):
