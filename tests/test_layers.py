@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # From what knows nothing to what knows everything. A line's rooms do not know each other.
 LAYERS = (
     (
+        "ports.lazy_names",
         "ports.messages",
         "ports.names",
         "ports.programs",
@@ -61,7 +62,8 @@ def imported(file: Path) -> Iterator[str]:
 FILES = {
     str(file.relative_to(ROOT)): sorted(set(imported(file)))
     for package in ("ports", "xlvlm_jax")
-    for file in sorted((ROOT / package).rglob("*.py"))
+    for pattern in ("*.py", "*.pyi")  # a stub imports what its package exports
+    for file in sorted((ROOT / package).rglob(pattern))
 }
 
 

@@ -8,43 +8,6 @@ peft_io                       LoRA adapters in PEFT's format
 hub                           names and Hub repositories -> directories
 """
 
-from ports.checkpoint.config import (
-    loading,
-    making_model,
-    read_config,
-    read_json,
-    require_tokenizer,
-)
-from ports.checkpoint.params import (
-    abstract_params,
-    fingerprint,
-    is_finite,
-    load_params,
-    save_params,
-    stored_shapes,
-    stored_tensors,
-    stores_own_head,
-    to_kernel,
-    untie,
-)
-from ports.names import module_name, tensor_name
+from ports import lazy_names
 
-__all__ = [
-    "abstract_params",
-    "fingerprint",
-    "is_finite",
-    "load_params",
-    "loading",
-    "making_model",
-    "module_name",
-    "read_config",
-    "read_json",
-    "require_tokenizer",
-    "save_params",
-    "stored_shapes",
-    "stored_tensors",
-    "stores_own_head",
-    "tensor_name",
-    "to_kernel",
-    "untie",
-]
+lazy_names.attach(__name__)

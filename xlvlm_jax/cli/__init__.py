@@ -1,4 +1,7 @@
-"""The command line: parses, calls, saves. Every command is a stage that reads and writes files."""
+"""The command line: parses, calls, saves. Every command is a stage that reads and writes files.
+
+Commands import what they run in their bodies, so that help and errors in arguments come at once.
+"""
 
 import contextlib
 import sys
@@ -9,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 import xlvlm_jax
-from ports.programs import keep_programs
 from xlvlm_jax.cli import (
     convert,
     decompose,
@@ -63,7 +65,6 @@ def options(
     """Concept-based explanation and steering of vision-language models."""
     global _debug
     _debug = debug
-    keep_programs()
 
 
 # `xlvlm --help` lists the commands in this order.
@@ -85,7 +86,7 @@ for command in (
     scenes.scenes,
     train_demo.train_demo,
 ):
-    app.command()(into_panels(command))
+    app.command(cls=runtime.Command)(into_panels(command))
 app.add_typer(steer.steer, name="steer")
 
 
@@ -120,6 +121,6 @@ def _one_line_errors() -> Iterator[None]:
 
 def main() -> None:
     """Runs `xlvlm`."""
-    with runtime.ending_on_signals(), _one_line_errors(), runtime.saying_compilations():
+    with runtime.ending_on_signals(), _one_line_errors():
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from xlvlm_jax.solvers.phases import Standing, Tell
+if TYPE_CHECKING:
+    from xlvlm_jax.solvers.phases import Standing, Tell
 
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -254,7 +255,7 @@ def bars(progress: Progress) -> Callable[[str], Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def solver_bar(name: str) -> Iterator[Tell | None]:
+def solver_bar(name: str) -> "Iterator[Tell | None]":
     """Shows a bar with a solver's iterations and objective on a terminal.
 
     Args:
@@ -272,7 +273,7 @@ def solver_bar(name: str) -> Iterator[Tell | None]:
     with progress_bars() as progress:
         task = progress.add_task(name, total=None, note="")
 
-        def tell(at: Standing) -> None:
+        def tell(at: "Standing") -> None:
             note = f"objective {at.objective:.6g}"
             progress.update(task, completed=at.iteration, total=at.max_iter, note=note)
 

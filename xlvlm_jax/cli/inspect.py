@@ -1,16 +1,18 @@
 """`xlvlm inspect`: shows a checkpoint's parts and sites, and the memory a run needs."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ports.inspection import Inspection
 from xlvlm_jax.cli.console import Mesh, Model, console, load_model, parse_mesh
 
+if TYPE_CHECKING:
+    from ports.inspection import Inspection
 
-def show(inspection: Inspection, console: Console) -> None:
+
+def show(inspection: "Inspection", console: Console) -> None:
     """Prints an inspection as tables."""
     needs = inspection.needs
     total = sum(inspection.parts.values())

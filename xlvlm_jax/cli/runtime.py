@@ -9,15 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import jax
 import typer
-from jax import monitoring
 from rich.errors import LiveError
 from rich.status import Status
+from typer.core import TyperCommand
 
-from ports import programs
 from xlvlm_jax.cli.console import console
 from xlvlm_jax.storage import atomic
 
@@ -68,6 +66,8 @@ def saying_compilations() -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
+    from ports import programs
+
     turning: list[Status] = []
 
     def began(name: str) -> None:
@@ -84,6 +84,21 @@ def saying_compilations() -> Iterator[None]:
 
     with programs.telling_compilations(began, ended):
         yield
+
+
+class Command(TyperCommand):
+    """A command that, once its arguments are parsed, caches programs and shows long compilations.
+
+    Parsing and help do not import JAX.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Runs the command."""
+        from ports.programs import keep_programs
+
+        keep_programs()
+        with saying_compilations():
+            return super().invoke(ctx)
 
 
 class Programs:
@@ -108,11 +123,15 @@ class Programs:
             self.seconds += duration_secs
 
     def __enter__(self) -> "Programs":
+        from jax import monitoring
+
         monitoring.register_event_listener(self._event)
         monitoring.register_event_duration_secs_listener(self._duration)
         return self
 
     def __exit__(self, *_: object) -> None:
+        from jax import monitoring
+
         monitoring.unregister_event_listener(self._event)
         monitoring.unregister_event_duration_listener(self._duration)
 
@@ -155,6 +174,8 @@ def profiled(directory: Path | None) -> Iterator[None]:
     if directory is None:
         yield
         return
+    import jax
+
     with jax.profiler.trace(directory):
         yield
 

@@ -43,18 +43,18 @@ from xlvlm_jax.cli.evaluate_options import (
     vectors_at,
 )
 from xlvlm_jax.cli.panels import into_panels
-from xlvlm_jax.cli.runtime import DryRun
+from xlvlm_jax.cli.runtime import Command, DryRun
 
 steer = typer.Typer(
     help="Fit, rank and apply steering vectors: directions that, added to a model's states, change "
     "its answers.",
     no_args_is_help=True,
 )
-steer.command()(into_panels(steer_fit.fit))
-steer.command()(into_panels(steer_rank.rank))
+steer.command(cls=Command)(into_panels(steer_fit.fit))
+steer.command(cls=Command)(into_panels(steer_rank.rank))
 
 
-@steer.command()
+@steer.command(cls=Command)
 @into_panels
 def apply(
     model: Model,

@@ -10,28 +10,6 @@ stage             from one directory to the next, for the command line
 scores            how good concepts are
 """
 
-from xlvlm_jax.concepts.decomposition import (
-    decompose,
-    decompose_stored,
-    distances,
-    memory_needed,
-    project,
-    project_stored,
-)
-from xlvlm_jax.concepts.grounding import ground_images, ground_text
-from xlvlm_jax.concepts.reconstruction import explained_by, reconstruct
-from xlvlm_jax.concepts.record import Concepts
+from ports import lazy_names
 
-__all__ = [
-    "Concepts",
-    "decompose",
-    "decompose_stored",
-    "distances",
-    "explained_by",
-    "ground_images",
-    "ground_text",
-    "memory_needed",
-    "project",
-    "project_stored",
-    "reconstruct",
-]
+lazy_names.attach(__name__)

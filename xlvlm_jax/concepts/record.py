@@ -17,7 +17,6 @@ from safetensors.numpy import save as save_tensors
 
 from ports.messages import counted
 from ports.tables import html_table, kind
-from xlvlm_jax.concepts.display import concepts_html
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.validation import (
@@ -103,6 +102,8 @@ class Concepts:
         return f"Concepts({self._in_short()})"
 
     def _repr_html_(self) -> str:
+        from xlvlm_jax.concepts.display import concepts_html
+
         title = self._in_short()
         if np.ndim(self.components) != 2:  # several solutions, from vmap
             return html_table([], title=title)

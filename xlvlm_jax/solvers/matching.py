@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 Array = jax.Array | np.ndarray
 
@@ -57,6 +56,8 @@ def match_any(
     Returns:
         int[P] rows of a, int[P] rows of b and float64[P] their cosines, P the smaller of K and L.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     similarity = unit_rows(components_a) @ unit_rows(components_b).T
     rows, columns = linear_sum_assignment(np.nan_to_num(similarity, nan=-1.0), maximize=True)
     return rows, columns, similarity[rows, columns]
