@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ VARIABLE = "XLVLM_COMPILATION_CACHE"
 _OFF = ("", "0", "off", "none", "false")
 # JAX caches programs that took over 1 s to compile; many of ours take slightly less.
 _WORTH_KEEPING = 0.5
+_PROGRAM_BYTES = 2**18
 _MINIMUM = "jax_persistent_cache_min_compile_time_secs"
 # JAX records this name as a scalar when a compilation begins, and as a duration when it ends.
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -39,8 +41,8 @@ def compilation_cache(directory: str | Path | None) -> Path | None:
         directory: created if missing; None turns the cache off.
 
     Returns:
-        The directory, or None if nothing is cached: the directory is not writable, or JAX's option
-        jax_enable_compilation_cache is off.
+        The directory, or None if nothing is cached: the directory is not writable, its disk is
+        full, or JAX's option jax_enable_compilation_cache is off.
 
     Examples:
         >>> import ports
@@ -97,13 +99,13 @@ def _chosen_directory() -> Path | None:
 def _writable(directory: Path) -> Path | None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK | os.X_OK):
-            return directory
-        reason = "it is not writable"
+        # Permissions do not tell of a read-only or full disk, a file of a program's size does.
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_PROGRAM_BYTES))
     except OSError as error:
-        reason = str(error)
-    _logger.info("compiled programs are not cached in %s: %s", directory, reason)
-    return None
+        _logger.info("compiled programs are not cached in %s: %s", directory, error)
+        return None
+    return directory
 
 
 def program_bytes(lowered: jax.stages.Lowered) -> tuple[int, int]:

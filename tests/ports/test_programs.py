@@ -109,20 +109,33 @@ import numpy as np
 from jax import monitoring
 hits = []
 monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
-Z = np.random.default_rng(0).normal(size=(40, 300)).astype("float32")
+Z = np.random.default_rng(0).normal(size=(40, 30)).astype("float32")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-concepts = xlvlm_jax.decompose(Z, 3, "pca", key=jax.random.key(0))
+concepts = xlvlm_jax.decompose(Z, 3, "simple", key=jax.random.key(0))
 print(sum(hits) > 0, concepts.objective)
+"""
+SILENT = "import warnings; warnings.simplefilter('ignore')"
+# As on a full disk, the rest of a file that is longer is not written.
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
 """
 
 
-def run(script, **variables):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+def start(script, **variables) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLVLM_"))}
     environment |= {"JAX_PLATFORMS": "cpu", **variables}
     command = [sys.executable, "-W", "error::UserWarning:jax", "-c", script]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.split(), process.stderr
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(script, **variables) -> tuple[list[str], str]:
+    process = start(script, **variables)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output.split(), errors
 
 
 def test_a_second_process_takes_its_programs_from_the_cache(tmp_path):
@@ -131,12 +144,33 @@ def test_a_second_process_takes_its_programs_from_the_cache(tmp_path):
     assert (first[0], second[0]) == ("False", "True")
     assert first[1] == second[1]
     assert errors == ""
-    # A damaged program, such as a full disk leaves, is compiled again.
+    # A damaged program, such as a killed process leaves, is compiled again.
     for file in (tmp_path / "xlvlm-jax" / "programs").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    quiet = "import warnings; warnings.simplefilter('ignore')"
-    damaged, _ = run(quiet + SCRIPT, XDG_CACHE_HOME=str(tmp_path))
+    damaged, _ = run(SILENT + SCRIPT, XDG_CACHE_HOME=str(tmp_path))
     assert damaged == first
+
+
+def test_several_processes_share_the_cache(tmp_path):
+    together = [start(SILENT + SCRIPT, XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
+    objectives = {process.communicate()[0].split()[1] for process in together}
+    assert [process.returncode for process in together] == [0, 0, 0]
+    later, errors = run(SCRIPT, XDG_CACHE_HOME=str(tmp_path))
+    assert later[0] == "True" and {later[1]} == objectives
+    assert errors == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's /proc and limits")
+def test_a_full_or_read_only_disk_is_no_error(tmp_path):
+    fine, _ = run(SCRIPT, XDG_CACHE_HOME=str(tmp_path / "fine"))
+    # Nobody can write into this directory, not even root, whom permissions do not stop.
+    read_only, errors = run(SCRIPT, XLVLM_COMPILATION_CACHE="/proc/self/fdinfo")
+    assert read_only == fine
+    assert "is not writable" in errors
+    full, errors = run(FULL.format(2**10) + SCRIPT, XDG_CACHE_HOME=str(tmp_path / "full"))
+    assert full == fine
+    assert errors == ""
+    assert list((tmp_path / "full" / "xlvlm-jax" / "programs").iterdir()) == []
 
 
 def test_importing_starts_no_backend_and_sets_nothing():

@@ -92,7 +92,7 @@ class Command(TyperCommand):
     Parsing and help do not import JAX.
     """
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         from ports.programs import keep_programs
 
