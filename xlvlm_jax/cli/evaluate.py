@@ -35,6 +35,7 @@ from xlvlm_jax.cli.evaluate_options import (
     Source,
     Split,
     Target,
+    VqaProtocol,
     Words,
     describe_run,
     parse_task,
@@ -66,6 +67,7 @@ def evaluate(
     source: Source = None,
     target: Target = None,
     words: Words = None,
+    vqa_protocol: VqaProtocol = "official",
     num_samples: NumSamples = None,
     max_new_tokens: NewTokens = None,
     batch_size: BatchSize = 16,
@@ -82,7 +84,7 @@ def evaluate(
 
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
-    task = parse_task(dataset, loaded, source, target, words, java)
+    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol)
     samples = read_samples(dataset, data, split, num_samples, seed)
     conditions = {}
     if loaded:

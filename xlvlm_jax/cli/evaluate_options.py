@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -33,6 +33,14 @@ Target = Annotated[
     str | None,
     typer.Option(help="Answers to steer to, separated by commas. Default: the vector's."),
 ]
+VqaProtocol = Annotated[
+    Literal["official", "normalised", "xl-vlms"],
+    typer.Option(
+        help="Questions: accuracy that comes first in tables and that --choose-on compares; all "
+        "three are stored. official: the official script to the letter; normalised: without its "
+        "edges; xl-vlms: as XL-VLMs computes it."
+    ),
+]
 NumSamples = Annotated[int | None, typer.Option(help="Maximum number of samples.")]
 NewTokens = Annotated[
     int | None,
@@ -58,6 +66,7 @@ def parse_task(
     target: str | None,
     words: str | None,
     java: bool,
+    protocol: str,
 ) -> Any:
     """Returns the task to evaluate; words not given are those the first vector was fitted on.
 
@@ -66,6 +75,7 @@ def parse_task(
         vectors: the loaded steering vectors.
         source, target, words: option values, with commas.
         java: whether to compute metrics that need Java.
+        protocol: how the accuracy of answers is computed.
 
     Returns:
         `evaluation.Captions` or `evaluation.Questions`.
@@ -92,7 +102,7 @@ def parse_task(
     if bool(sources) != bool(targets):
         missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
-    return evaluation.Questions(sources, targets)
+    return evaluation.Questions(sources, targets, protocol=cast(Any, protocol))
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

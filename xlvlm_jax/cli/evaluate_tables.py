@@ -1,10 +1,12 @@
 """The tables of `xlvlm evaluate` and `xlvlm steer apply`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from xlvlm_jax.metrics.vqa import PROTOCOLS
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
@@ -12,19 +14,17 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     if "sweep" in summary:
         _show_chosen(summary["sweep"], summary["kind"], console)
     if summary["kind"] == "vqa":
-        _show_questions(summary["conditions"], console)
+        _show_questions(summary["conditions"], summary["protocol"], console)
     else:
         _show_captions(summary["conditions"], console)
 
 
-def _show_questions(conditions: Mapping[str, Any], console: Console) -> None:
+def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Console) -> None:
     kinds = conditions["plain"]["scores"]
-    table = Table("accuracy %, official (XL-VLMs)", *kinds, box=None)
+    first, *others = sorted(PROTOCOLS, key=lambda each: each != protocol)
+    table = Table(f"accuracy %, {first} ({'; '.join(others)})", *kinds, box=None)
     for name, measured in conditions.items():
-        scores = measured["scores"].values()
-        table.add_row(
-            name, *(f"{100 * s['official']:.2f} ({100 * s['reference']:.2f})" for s in scores)
-        )
+        table.add_row(name, *(_accuracies(s, first, others) for s in measured["scores"].values()))
     table.add_row("questions", *(str(score["count"]) for score in kinds.values()))
     console.print(table)
     if "changes" not in conditions["plain"]:
@@ -77,6 +77,11 @@ def _show_chosen(sweep: Mapping[str, Any], kind: str, console: Console) -> None:
             f"maximum cost ({sweep['max_cost']:g}); see sweep.svg",
             style="yellow",
         )
+
+
+def _accuracies(score: Mapping[str, float], first: str, others: Sequence[str]) -> str:
+    figures = (f"{100 * score[name.replace('-', '_')]:.2f}" for name in (first, *others))
+    return f"{next(figures)} ({'; '.join(figures)})"
 
 
 def _change(before: int, after: int) -> str:

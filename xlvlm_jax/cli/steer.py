@@ -36,6 +36,7 @@ from xlvlm_jax.cli.evaluate_options import (
     Source,
     Split,
     Target,
+    VqaProtocol,
     Words,
     describe_run,
     parse_task,
@@ -109,6 +110,7 @@ def apply(
     source: Source = None,
     target: Target = None,
     words: Words = None,
+    vqa_protocol: VqaProtocol = "official",
     num_samples: NumSamples = None,
     num_choose: Annotated[
         int | None, typer.Option(help="--choose-on: maximum number of samples.")
@@ -131,7 +133,7 @@ def apply(
 
     loaded = [steering.load(path) for path in vector]
     meant = [None] if where is None else [parse_where(text) for text in where]
-    task = parse_task(dataset, loaded, source, target, words, java)
+    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol)
     chosen = {"wanted": wanted, "max_cost": max_cost}
     task = dataclasses.replace(task, **{k: v for k, v in chosen.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()

@@ -8,18 +8,28 @@ import numpy as np
 
 from ports.messages import few
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
+from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol, normalise_answer, vqa_accuracy
 
 MEAN_OVER_TYPES = "mean over types"
 
 
 class Accuracy(NamedTuple):
-    """Mean accuracies over questions, in [0, 1]; see `metrics.vqa_accuracy`."""
+    """Mean accuracies over questions by each protocol, in [0, 1]; see `metrics.vqa_accuracy`."""
 
     official: float
-    reference: float  # by XL-VLMs' protocol
+    normalised: float
+    xl_vlms: float
     # Number of questions; replaces the method `tuple.count`.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def by(self, protocol: Protocol) -> float:
+        """Returns the accuracy by a protocol."""
+        return self[PROTOCOLS.index(protocol)]
+
+    @property
+    def reference(self) -> float:
+        """The accuracy by XL-VLMs' protocol; its name in version 0.1."""
+        return self.xl_vlms
 
 
 def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, Accuracy]:
@@ -39,27 +49,28 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
         raise ValueError(
             f"{len(predictions)} predictions for {len(samples)} samples; expected one per sample"
         )
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    found: dict[str, list[list[float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):
         if not sample.references:
             raise ValueError(f"sample {sample.id} has no answers; evaluate on questions")
-        both = (
-            vqa_accuracy(prediction, sample.references),
-            vqa_accuracy(prediction, sample.references, protocol="xl-vlms"),
-        )
+        each = [vqa_accuracy(prediction, sample.references, protocol) for protocol in PROTOCOLS]
         for name in ("all", sample.metadata.get("answer_type")):
             if name is not None:
-                found[name].append(both)
+                found[name].append(each)
     scores = {
         name: Accuracy(*np.mean(rows, axis=0).tolist(), count=len(rows))
         for name, rows in found.items()
     }
     types = [score for name, score in scores.items() if name != "all"]
     if types:
-        official = float(np.mean([score.official for score in types]))
-        reference = float(np.mean([score.reference for score in types]))
-        scores[MEAN_OVER_TYPES] = Accuracy(official, reference, sum(s.count for s in types))
+        scores[MEAN_OVER_TYPES] = _mean(types)
     return scores
+
+
+def _mean(scores: Sequence[Accuracy]) -> Accuracy:
+    """Returns the unweighted mean of accuracies."""
+    means = np.mean([score[:-1] for score in scores], axis=0).tolist()
+    return Accuracy(*means, count=sum(score.count for score in scores))
 
 
 def answer_type(answer: str) -> str:
@@ -202,19 +213,23 @@ def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Se
 
 
 def fall_of_others(
-    before: dict[str, Accuracy], after: dict[str, Accuracy], own: str
+    before: dict[str, Accuracy],
+    after: dict[str, Accuracy],
+    own: str,
+    protocol: Protocol = "official",
 ) -> dict[str, float]:
-    """Returns the points of official accuracy that each answer type but `own` lost.
+    """Returns the points of accuracy that each answer type but `own` lost.
 
     Args:
         before, after: what `vqa_scores` returns before and after steering.
         own: the answer type to leave out.
+        protocol: how accuracy is computed, see `metrics.vqa_accuracy`.
 
     Returns:
         {answer type: points}, negative for a gain.
     """
     return {
-        name: 100 * (before[name].official - after[name].official)
+        name: 100 * (before[name].by(protocol) - after[name].by(protocol))
         for name in before
         if name not in ("all", MEAN_OVER_TYPES, own)
     }

@@ -18,6 +18,7 @@ from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
+from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol
 
 NUM_COUNTED = 30  # number of answers, or words of captions, whose counts are stored
 
@@ -30,17 +31,29 @@ class Questions:
         source, target: words to steer from and to; empty if nothing is steered.
         wanted: the wanted effect, the share of source answers that become target answers.
         max_cost: the maximum cost, in points of accuracy that another answer type loses.
+        protocol: how accuracy is computed where one number counts, see `metrics.vqa_accuracy`; all
+            protocols are stored.
+
+    Raises:
+        ValueError: the protocol is unknown.
     """
 
     source: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
     wanted: float = 0.95
     max_cost: float = 5.0
+    protocol: Protocol = "official"
     max_new_tokens = 10
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            expected = ", ".join(PROTOCOLS)
+            raise ValueError(f"unknown protocol {self.protocol!r}; expected one of {expected}")
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
-        return {"kind": "vqa", "source": list(self.source), "target": list(self.target)}
+        words = {"source": list(self.source), "target": list(self.target)}
+        return {"kind": "vqa", "protocol": self.protocol, **words}
 
     def require(self, samples: Sequence[Sample]) -> None:
         """Checks that the samples are questions, some with a source and some with a target answer.
@@ -90,6 +103,7 @@ class Questions:
             answer_effects.vqa_scores(samples, plain),
             answer_effects.vqa_scores(samples, answers),
             own,
+            self.protocol,
         )
         cost = max(falls.values(), default=0.0)
         return Trial(condition, changes.moved_share, cost, changes.others_changed_share)

@@ -19,6 +19,7 @@ from xlvlm_jax.metrics.bert_score import (
     default_layer,
     read_baseline,
 )
+from xlvlm_jax.metrics.chair import ChairScore, chair, mentioned_objects
 from xlvlm_jax.metrics.clip_score import (
     clip_scores,
     describe,
@@ -31,6 +32,7 @@ from xlvlm_jax.metrics.codes import active_share, dead_concepts, explained_varia
 from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.most_activated import mean_of_top, top_concepts
 from xlvlm_jax.metrics.overlap import word_overlap
+from xlvlm_jax.metrics.pope import PopeScore, pope, read_answer
 from xlvlm_jax.metrics.stability import stability
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
@@ -38,9 +40,12 @@ __all__ = [
     "AttributeScore",
     "BertScore",
     "BertScorer",
+    "ChairScore",
+    "PopeScore",
     "active_share",
     "attribute_scores",
     "bert_score",
+    "chair",
     "clip_scores",
     "dead_concepts",
     "default_layer",
@@ -52,11 +57,14 @@ __all__ = [
     "hoyer_sparsity",
     "mean_of_top",
     "mean_similarity",
+    "mentioned_objects",
     "monosemanticity",
     "noise_images",
     "normalise_answer",
     "pixels_of",
+    "pope",
     "random_words",
+    "read_answer",
     "read_baseline",
     "stability",
     "top_concepts",

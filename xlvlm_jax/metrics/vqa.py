@@ -1,87 +1,73 @@
-"""Accuracy of answers in VQAv2, by the official protocol and by that of XL-VLMs.
+"""Accuracy of answers in VQAv2 by three protocols, which differ in what counts as the same answer.
 
-Official (Antol et al. 2015, section 3.4; Goyal et al. 2017): prediction and answers are normalised;
-for each of the ten people, the prediction scores min(1, matches among the other nine / 3); the mean
-over the ten is the accuracy. So one match gives .3, two .6, three .9, four or more 1.
+official     As the official script computes it since 2021 (GT-Vision-Lab/VQA at a013f00). Where all
+             people give the same answer nothing is normalised: "Yes" against ten "yes" scores 0.
+             Otherwise prediction and answers are normalised by its rules, and the mean over the
+             people of min(1, matches among the others / 3) counts: one match gives .3, two .6,
+             three .9, four or more 1. Before 2021 the script always normalised the prediction
+             alone, took only punctuation from people's answers and kept their number words; most
+             copies in other tools do one or the other.
+normalised   The same mean, with every answer normalised by this project's own rules, which have no
+             such edges. What the papers describe (Antol et al. 2015, section 3.4).
+xl-vlms      min(1, matches / 3) over all people, as XL-VLMs computes it: the prediction is
+             normalised in full, of the people's answers only numbers, articles and contractions.
 """
 
-import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-# Marks that separate words or stand between them; a point inside a number stays.
-_MARKS = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
-_DOT = re.compile(r"\.(?!\d)")
-_ARTICLES = {"a", "an", "the"}
-_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_DIGITS)}}
+from xlvlm_jax.metrics.answer_text import (
+    digits_and_articles,
+    normalise_answer,
+    official_answer,
+    one_line,
+    xl_vlms_answer,
+)
 
-# What people write without an apostrophe. Not "its", "well", "were" ..., which are words too.
-_CONTRACTED = """
-    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't
-    mustn't needn't shan't shouldn't wasn't weren't won't wouldn't could've might've must've
-    should've would've couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've
-    she'd've they'd've we'd've you'd've I'm I've they'd they'll they're they've we've you'd you'll
-    you're you've he's she's that's there's what's what're what've when's where's where've who'd
-    who'll who's who've why's how'd how's how'll let's ma'am o'clock somebody's someone's
-    something's y'all"""
+__all__ = ["PROTOCOLS", "Protocol", "normalise_answer", "vqa_accuracy"]
+
+Protocol = Literal["official", "normalised", "xl-vlms"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
-def _without_an_apostrophe() -> dict[str, str]:
-    """Returns {contraction with one apostrophe omitted: the contraction}."""
-    forms = {}
-    for word in _CONTRACTED.lower().split():
-        for place in (match.start() for match in re.finditer("'", word)):
-            forms[word[:place] + word[place + 1 :]] = word
-    return forms
-
-
-_CONTRACTIONS = _without_an_apostrophe()
-
-
-def normalise_answer(answer: str) -> str:
-    """Normalises an answer like the official evaluation.
-
-    Args:
-        answer: an answer.
-
-    Returns:
-        the answer in lower case, without articles and punctuation, with numbers as digits and
-        contractions with apostrophes.
-    """
-    text = _THOUSANDS.sub("", " ".join(answer.split()))
-    # A mark between two words without a space separates them; other marks are dropped.
-    text = _DOT.sub("", _MARKS.sub(" ", text)).lower()
-    words = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def vqa_accuracy(
-    prediction: str,
-    answers: Sequence[str],
-    protocol: Literal["official", "xl-vlms"] = "official",
-) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: Protocol = "official") -> float:
     """Returns how well a predicted answer agrees with those of (ten) people, in [0, 1].
 
     Args:
         prediction: the model's answer.
         answers: one answer per person.
-        protocol: "official": the mean over leaving one person out, after normalisation. "xl-vlms":
-            min(1, matches / 3) over all people, ignoring case and outer white space.
+        protocol: "official", "normalised" or "xl-vlms", see the module.
 
     Raises:
         ValueError: there are no answers, or the protocol is unknown.
+
+    Examples:
+        >>> from xlvlm_jax import metrics
+        >>> metrics.vqa_accuracy("Yes", ["yes"] * 10)
+        0.0
+        >>> metrics.vqa_accuracy("Yes", ["yes"] * 10, protocol="normalised")
+        1.0
     """
     if isinstance(answers, str) or not answers:
         raise ValueError(f"answers is {answers!r}; expected a list with one answer per person")
+    if protocol == "official":
+        given, said = one_line(prediction), [one_line(answer) for answer in answers]
+        if len(set(said)) > 1:
+            given, said = official_answer(given), [official_answer(answer) for answer in said]
+        return _leaving_one_out(given, said)
+    if protocol == "normalised":
+        return _leaving_one_out(
+            normalise_answer(prediction), [normalise_answer(answer) for answer in answers]
+        )
     if protocol == "xl-vlms":
-        given = prediction.strip().lower()
-        return min(1.0, sum(given == answer.strip().lower() for answer in answers) / 3)
-    if protocol != "official":
-        raise ValueError(f"protocol is {protocol!r}; expected 'official' or 'xl-vlms'")
-    given = normalise_answer(prediction)
-    agreeing = [given == normalise_answer(answer) for answer in answers]
+        given = xl_vlms_answer(prediction)
+        return min(1.0, sum(given == digits_and_articles(answer) for answer in answers) / 3)
+    expected = ", ".join(map(repr, PROTOCOLS))
+    raise ValueError(f"protocol is {protocol!r}; expected one of {expected}")
+
+
+def _leaving_one_out(given: str, said: Sequence[str]) -> float:
+    agreeing = [given == answer for answer in said]
     matches = sum(agreeing)
     # A person who agrees does not count among the others.
-    return sum(min(1.0, (matches - agrees) / 3) for agrees in agreeing) / len(answers)
+    return sum(min(1.0, (matches - agrees) / 3) for agrees in agreeing) / len(said)

@@ -33,6 +33,7 @@ class SteeringSection(NamedTuple):
     name: str
     title: str
     facts: list[str]
+    caption: str  # of the table of scores
     columns: list[str]
     rows: list[tuple[str, list[str]]]  # condition, its scores
     plots: list[Plot]
@@ -72,13 +73,18 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
         names = [sample.get("image") for sample in samples]
         paths = find_all(names, directory, summary.get("pictures"), images)
         samples = [s | {"image": path} for s, path in zip(samples, paths, strict=True)]
+        protocol = summary.get("protocol", "official")  # earlier evaluations do not say
         questions = summary["kind"] == "vqa"
-        columns, rows = (_of_questions if questions else _of_captions)(summary["conditions"])
+        if questions:
+            columns, rows = _of_questions(summary["conditions"], protocol.replace("-", "_"))
+        else:
+            columns, rows = _of_captions(summary["conditions"])
         moved, others = _examples(summary, samples)
         return SteeringSection(
             name=directory.name,
             title=_title(summary),
             facts=list(_facts(summary)),
+            caption=f"VQA accuracy in percent, {protocol} protocol" if questions else "Scores",
             columns=columns,
             rows=rows,
             plots=[
@@ -121,13 +127,15 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"best of {trials} trials on {f'split {split}' if split else 'another split'}"
 
 
-def _of_questions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _of_questions(
+    conditions: Mapping[str, Any], protocol: str
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
     kinds = list(conditions["plain"]["scores"])
     changed = "changes" in conditions["plain"]
     told = ["source", "target", "source to target", "others changed"] if changed else []
     rows = []
     for name, measured in conditions.items():
-        figures = [f"{100 * measured['scores'][kind]['official']:.1f}" for kind in kinds]
+        figures = [f"{100 * measured['scores'][kind][protocol]:.1f}" for kind in kinds]
         if changed:
             c = measured["changes"]
             figures += [

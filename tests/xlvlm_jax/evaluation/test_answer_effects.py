@@ -20,10 +20,14 @@ def test_scores_by_hand():
         asked(2, ["2"] * 2 + ["3"] * 8, "number"),
     ]
     scores = evaluation.vqa_scores(samples, ["Yes.", "no", "two"])
-    assert scores["yes/no"] == pytest.approx((0.5, 0.0, 2))
-    assert scores["number"] == pytest.approx((0.6, 0.0, 1))
-    assert scores["all"] == pytest.approx((1.6 / 3, 0.0, 3))
-    assert scores[evaluation.MEAN_OVER_TYPES] == pytest.approx((0.55, 0.0, 3))
+    assert scores["yes/no"] == pytest.approx((0.0, 0.5, 0.5, 2))
+    assert scores["number"] == pytest.approx((0.6, 0.6, 2 / 3, 1))
+    assert scores["all"] == pytest.approx((0.2, 1.6 / 3, 5 / 9, 3))
+    assert scores[evaluation.MEAN_OVER_TYPES] == pytest.approx((0.3, 0.55, 7 / 12, 3))
+    assert [scores["number"].by(name) for name in ("official", "normalised", "xl-vlms")] == list(
+        scores["number"][:3]
+    )
+    assert scores["number"].reference == scores["number"].xl_vlms
 
 
 def test_changes_by_hand():

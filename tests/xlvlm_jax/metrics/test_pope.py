@@ -1,0 +1,81 @@
+"""POPE: answers as the authors' script reads them, scores by hand and against scikit-learn."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+from xlvlm_jax import metrics
+
+
+@pytest.mark.parametrize(
+    ("answer", "official", "plain"),
+    [
+        ("Yes", "yes", "yes"),
+        ("No", "no", "no"),
+        ("", "yes", ""),
+        ("Nope", "yes", "no"),
+        ("None", "yes", "no"),
+        ("There isn't any", "yes", "no"),
+        ("I don\u2019t see one", "yes", "no"),
+        ("It cannot be seen", "yes", "no"),
+        ("False", "yes", "no"),
+        ("NO", "yes", "no"),
+        ("Not sure", "yes", "no"),
+        ("not sure", "no", "no"),
+        ("No!", "yes", "no"),
+        ("**No**", "yes", "no"),
+        ("no,there is none", "yes", "no"),
+        ("No,No", "yes", "no"),
+        ("No, there is not", "no", "no"),
+        ("No\n", "yes", "no"),
+        ("no\u00a0dog", "yes", "no"),
+        ("The image shows a street. There is no dog.", "yes", "no"),
+        ("At 3.30 there is no dog", "yes", "no"),
+        ("No. Yes, actually.", "no", "no"),
+        ("Yes, no doubt", "no", "yes"),
+        ("Yes, the dog is not moving.", "no", "yes"),
+        ("There is a dog.", "yes", "yes"),
+    ],
+)
+def test_how_answers_are_read(answer, official, plain):
+    assert metrics.read_answer(answer) == official
+    assert metrics.read_answer(answer, "plain") == plain
+
+
+def test_by_hand():
+    predictions = ["yes", "yes", "no", "no", "Nope"]
+    labels = ["yes", "no", "yes", "no", "no"]
+    assert metrics.pope(predictions, labels) == (2 / 5, 1 / 3, 1 / 2, 2 / 5, 3 / 5)
+    assert metrics.pope(predictions, labels, "plain") == (3 / 5, 1 / 2, 1 / 2, 1 / 2, 2 / 5)
+    # An answer that says nothing is wrong, whatever the label.
+    assert metrics.pope(["", ""], ["yes", "no"], "plain")[0] == 0
+
+
+def test_undefined_shares_are_nan():
+    score = metrics.pope(["no", "no"], ["no", "no"])
+    assert score.accuracy == 1 and score.yes_share == 0
+    assert all(math.isnan(value) for value in (score.precision, score.recall, score.f1))
+
+
+@given(st.lists(st.tuples(*[st.sampled_from(["yes", "no"])] * 2), min_size=1, max_size=20))
+def test_against_scikit_learn(pairs):
+    said, labels = zip(("yes", "yes"), *pairs, strict=True)
+    score = metrics.pope(said, labels)
+    named = {"pos_label": "yes"}
+    assert score.accuracy == pytest.approx(accuracy_score(labels, said))
+    assert score.precision == pytest.approx(precision_score(labels, said, **named))
+    assert score.recall == pytest.approx(recall_score(labels, said, **named))
+    assert score.f1 == pytest.approx(f1_score(labels, said, **named))
+
+
+@pytest.mark.wrong_types
+def test_messages():
+    with pytest.raises(ValueError, match="there are 2 answers and 1 labels"):
+        metrics.pope(["yes", "no"], ["yes"])
+    with pytest.raises(ValueError, match="a label is 'No'; expected 'yes' or 'no'"):
+        metrics.pope(["yes"], ["No"])
+    with pytest.raises(ValueError, match="protocol is 'mine'; expected 'official' or 'plain'"):
+        metrics.pope(["yes"], ["no"], "mine")

@@ -1,0 +1,248 @@
+"""CHAIR: how many of the objects that captions name are not in the image (Rohrbach et al. 2018).
+
+    CHAIRi = mentions of objects that are not there / mentions of objects
+    CHAIRs = captions with at least one such mention / captions
+
+over all captions together. Two protocols read the objects in a caption:
+
+official   As the authors' script does (LisaAnne/Hallucination, utils/chair.py at 6e4d33c, with
+           nltk 3.2.5 and pattern 3.6): the plural of every word is undone by rules, plural or not,
+           so "bus" becomes "bu" and is no bus, though "buses" is one; pairs of neighbouring words
+           are joined first, from a short list; and words match, whatever they mean.
+plain      As a person would spell: "bus", "ties" and "hair dryer" count, in any number of words,
+           with or without a hyphen. Words still match whatever they mean.
+
+Recall (Maxlinn/CHAIR-metric-standalone at 471eb75): distinct objects found / objects there.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
+from typing import Literal, NamedTuple, get_args
+
+from xlvlm_jax.metrics.chair_objects import OBJECT_OF, UNMATCHED
+
+Protocol = Literal["official", "plain"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+_JOINED = """air plane, baseball bat, baseball glove, cell phone, fire hydrant, hair drier,
+    home plate, hot dog, laptop computer, mobile phone, motor bike, motor cycle, parking meter,
+    potted plant, sports ball, stop light, stop sign, street light, suit case, teddy bear,
+    tennis racket, traffic light, traffic signal, train track, wine glass"""
+# Pairs that the official script joins, and what each then is; some are no object.
+_ANIMALS = (
+    *("bird", "cat", "dog", "horse", "sheep", "cow"),
+    *("elephant", "bear", "zebra", "giraffe", "animal", "cub"),
+)
+_PAIRS = {
+    **{pair: pair for pair in re.split(r",\s+", _JOINED)},
+    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
+    "passenger jet": "jet",
+    "passenger train": "train",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "wine glas": "wine glass",  # "glass", undone
+}
+_OFFICIAL = {word: name for word, name in OBJECT_OF.items() if word not in UNMATCHED}
+
+# Irregular plurals, as endings: what the official script undoes, and how people write.
+_IRREGULAR = {
+    "man": "men",
+    "child": "children",
+    "goose": "geese",
+    "mouse": "mice",
+    "person": "people",
+    "ox": "oxen",
+    "cow": "kine",
+    "knife": "knives",
+    "calf": "calves",
+}
+_ALWAYS_PLURAL = {"people", "children", "oxen", "cattle", "scissors", "skis"}
+
+
+class ChairScore(NamedTuple):
+    """Shares in [0, 1]; NaN where there is nothing to take a share of."""
+
+    chair_i: float  # of the mentions, those of objects that are not there
+    chair_s: float  # of the captions, those with such a mention
+    recall: float  # of the objects that are there, those mentioned
+
+
+def chair(
+    captions: Sequence[str],
+    objects: Sequence[Collection[str]],
+    protocol: Protocol = "official",
+) -> ChairScore:
+    """Returns how much captions hallucinate objects.
+
+    Args:
+        captions: N captions.
+        objects: the objects in each image, by their names in COCO or another word for them. CHAIR's
+            own also has those that people's captions name, see `mentioned_objects`.
+        protocol: "official" or "plain", see the module.
+
+    Raises:
+        ValueError: the numbers differ, there are no captions, an object is not one of COCO's, or
+            the protocol is unknown.
+
+    Examples:
+        >>> from xlvlm_jax import metrics
+        >>> metrics.chair(["a dog on a bench", "two buses"], [{"dog"}, {"bus"}])
+        ChairScore(chair_i=0.3333333333333333, chair_s=0.5, recall=1.0)
+    """
+    if not captions or len(captions) != len(objects):
+        raise ValueError(
+            f"there are {len(captions)} captions and objects of {len(objects)} images; expected "
+            "one caption per image, at least one"
+        )
+    mentions = absent = hallucinating = found = there = 0
+    for caption, given in zip(captions, objects, strict=True):
+        present = {_object_named(name) for name in given}
+        said = mentioned_objects(caption, protocol)
+        wrong = sum(name not in present for name in said)
+        mentions += len(said)
+        absent += wrong
+        hallucinating += wrong > 0
+        found += len(present & set(said))
+        there += len(present)
+    return ChairScore(_share(absent, mentions), hallucinating / len(captions), _share(found, there))
+
+
+def mentioned_objects(caption: str, protocol: Protocol = "official") -> list[str]:
+    """Returns the objects of COCO that a caption mentions, by name, once per mention.
+
+    Args:
+        caption: a text.
+        protocol: "official" or "plain", see the module.
+
+    Raises:
+        ValueError: the protocol is unknown.
+
+    Examples:
+        >>> from xlvlm_jax.metrics.chair import mentioned_objects
+        >>> mentioned_objects("Two puppies and a baby bear")
+        ['dog', 'bear']
+        >>> mentioned_objects("A bus"), mentioned_objects("A bus", "plain")
+        ([], ['bus'])
+    """
+    if protocol == "official":
+        return _official_objects(caption)
+    if protocol == "plain":
+        return [_plain_phrases()[each] for each in _plain_mentions(caption)]
+    raise ValueError(f"protocol is {protocol!r}; expected {' or '.join(map(repr, PROTOCOLS))}")
+
+
+def _official_objects(caption: str) -> list[str]:
+    words = [_singulars().get(token, "") for token in _tokens(caption)]
+    joined, i = [], 0
+    while i < len(words):
+        pair = " ".join(words[i : i + 2])
+        joined.append(_PAIRS.get(pair, words[i]))
+        i += 2 if pair in _PAIRS else 1
+    if "toilet" in joined:
+        joined = [word for word in joined if word != "seat"]
+    return [_OFFICIAL[word] for word in joined if word in _OFFICIAL]
+
+
+# Marks that nltk's tokenizer splits off, of those that matter to words.
+_MARK = re.compile(
+    r"""[][(){}<>;@#$%&?!"\u201c\u201d\u2018\u2019\u00ab\u00bb]|--|\.{3}|[:,](?!\d)"""
+)
+_LAST_STOP = re.compile(r"""(?<=[^.])\.(?=[\])}>"'\u201d\u2019\u00bb\s]*$)""")
+_ENDING = re.compile(r"(?<=[^'\s])('s|'m|'d|'ll|'re|'ve|n't|')(?=\s|$)")
+_SENTENCE_END = re.compile(r"""(?<=[.?!])[\])}"'\u201d\u2019]*\s+""")
+
+
+def _tokens(caption: str) -> Iterator[str]:
+    """Yields lower-case words and marks, of each sentence in turn."""
+    for sentence in _sentences(caption.lower()):
+        text = _LAST_STOP.sub(" . ", _MARK.sub(r" \g<0> ", sentence))
+        yield from _ENDING.sub(r" \1", text).split()
+
+
+def _sentences(text: str) -> Iterator[str]:
+    start = 0
+    for end in _SENTENCE_END.finditer(text):
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
+
+
+@cache
+def _singulars() -> dict[str, str]:
+    """Returns {form: word} of each form whose plural the official script undoes to a word."""
+    parts = {part for pair in _PAIRS for part in pair.split()}
+    words = {word for word in _OFFICIAL if " " not in word} | parts
+    forms: dict[str, str] = {}
+    for word in sorted(words):
+        forms[f"{word}s"] = word
+        # The rules take "s" from every word but a few such as "scissors".
+        if not word.endswith("s") or word == "scissors":
+            forms.setdefault(word, word)
+        if not word.endswith("s") or word.endswith(("bus", "ss")):
+            forms |= dict.fromkeys(_plurals(word), word)
+        if word.endswith(("a", "o")):
+            forms[f"{word}e" if word.endswith("a") else f"{word}es"] = word
+    for lost in ("canoes", "collies", "doggies", "magpies", "ties", "oxens"):
+        del forms[lost]
+    forms |= {"oxes": "ox", "oxen": "ox", "oxenen": "oxen", "knives": "knife"}
+    return {**forms, "children": "child", "people": "person"}
+
+
+def _plurals(word: str) -> list[str]:
+    """Returns the plural of a word as people write it; both, where there are two."""
+    for ending, plural in _IRREGULAR.items():
+        if word == ending or (word.endswith(ending) and ending not in ("ox", "person", "cow")):
+            return [word[: -len(ending)] + plural]
+    if re.search("[^aeiou]y$", word):
+        return [f"{word[:-1]}ies"]
+    if re.search("(s|x|ch|sh)$", word):
+        return [f"{word}es"]
+    return [f"{word}s", f"{word}es"] if re.search("[^aeiou]o$", word) else [f"{word}s"]
+
+
+@cache
+def _plain_phrases() -> dict[str, str]:
+    """Returns {phrase: object} in lower case, singular and plural; "" for what is no object."""
+    animals = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS}
+    named = {
+        **{word.lower(): name for word, name in OBJECT_OF.items()},
+        **{phrase: OBJECT_OF.get(animal, "") for phrase, animal in animals.items()},
+        **dict.fromkeys(("train track", "home plate", "passenger jet", "passenger train"), ""),
+        "passenger jet": "airplane",
+        "passenger train": "train",
+        "toilet seat": "toilet",
+        "hair dryer": "hair drier",
+        "hairdrier": "hair drier",
+        "television": "tv",
+    }
+    phrases = dict(named)
+    for phrase, name in named.items():
+        if phrase not in _ALWAYS_PLURAL:
+            first, last = phrase.rsplit(" ", 1) if " " in phrase else ("", phrase)
+            phrases |= {f"{first} {plural}".strip(): name for plural in _plurals(last)}
+    return phrases
+
+
+@cache
+def _plain_pattern() -> re.Pattern[str]:
+    longest = sorted(_plain_phrases(), key=len, reverse=True)
+    forms = (re.escape(phrase).replace(r"\ ", r"[\s-]+") for phrase in longest)
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(forms)})(?![^\W_])")
+
+
+def _plain_mentions(caption: str) -> Iterator[str]:
+    for found in _plain_pattern().finditer(caption.lower()):
+        phrase = re.sub(r"[\s-]+", " ", found.group())
+        if _plain_phrases()[phrase]:
+            yield phrase
+
+
+def _object_named(name: str) -> str:
+    if name not in OBJECT_OF:
+        raise ValueError(f"{name!r} is not an object of COCO, such as 'dog' or 'traffic light'")
+    return OBJECT_OF[name]
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
