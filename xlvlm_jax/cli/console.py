@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -45,6 +45,13 @@ ThroughNorm = Annotated[
         "--through-norm/--no-through-norm",
         help="Decode words through the model's final norm and head (logit lens) or through the "
         "head alone (XL-VLMs). Default: through the norm for sites before it.",
+    ),
+]
+WordRules = Annotated[
+    Literal["default", "xl-vlms"],
+    typer.Option(
+        help="Which tokens count as words: English words with plurals and recent ones, without "
+        "names and repeats (default), or as XL-VLMs filters."
     ),
 ]
 Strict = Annotated[

@@ -39,10 +39,18 @@ from xlvlm_jax.cli.evaluate_options import (
     Words,
     describe_run,
     parse_task,
-    read_samples,
 )
 from xlvlm_jax.cli.evaluate_tables import show, show_needs
 from xlvlm_jax.cli.runtime import DryRun
+from xlvlm_jax.cli.sample_options import (
+    Annotations,
+    DatasetSize,
+    Prompt,
+    QuestionsFile,
+    SampleIds,
+    few_samples,
+    read_samples,
+)
 
 
 def evaluate(
@@ -68,6 +76,11 @@ def evaluate(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    prompt: Prompt = None,
+    annotations: Annotations = None,
+    questions: QuestionsFile = None,
+    dataset_size: DatasetSize = None,
+    sample_ids: SampleIds = None,
     num_samples: NumSamples = None,
     max_new_tokens: NewTokens = None,
     batch_size: BatchSize = 16,
@@ -85,7 +98,9 @@ def evaluate(
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
     task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol)
-    samples = read_samples(dataset, data, split, num_samples, seed)
+    told: dict[str, Any] = {"prompt": prompt, "annotations": annotations, "questions": questions}
+    drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
+    samples = few_samples(drawn, num_samples, seed, sample_ids)
     conditions = {}
     if loaded:
         conditions["steered"] = evaluation.Condition(tuple(loaded), alpha, meant, edit)

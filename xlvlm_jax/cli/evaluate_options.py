@@ -116,16 +116,6 @@ def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> 
     return placed
 
 
-def read_samples(
-    dataset: str, data: Path, split: str | None, num_samples: int | None, seed: int
-) -> list[Any]:
-    """Returns the samples of a split, or a random subset of `num_samples`."""
-    from xlvlm_jax import data as datasets
-    from xlvlm_jax.data import select
-
-    return select.subsample(datasets.load(dataset, data, split), num_samples, seed)
-
-
 def describe_run(
     data: Path,
     dataset: str,

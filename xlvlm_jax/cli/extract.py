@@ -22,6 +22,19 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled, resumes
+from xlvlm_jax.cli.sample_options import (
+    Annotations,
+    ContainingIn,
+    ContainingMatch,
+    DatasetSize,
+    First,
+    Prompt,
+    QuestionsFile,
+    SampleIds,
+    few_samples,
+    read_samples,
+    selected,
+)
 
 
 def extract(
@@ -77,17 +90,27 @@ def extract(
     containing: Annotated[
         str | None,
         typer.Option(
-            help="Only samples whose references contain this word, or a word of this class."
+            help="Only samples whose references contain this word, or a word of this class: "
+            "colours, places, sentiments, positive_sentiments, negative_sentiments, "
+            "xl-vlms:colors and so on, scenes:colour and so on."
         ),
     ] = None,
     key: Annotated[
         str, typer.Option(help="Field of a sample that --containing searches.")
     ] = "references",
     any_case: Annotated[bool, typer.Option(help="Ignore case in --containing.")] = False,
+    containing_match: ContainingMatch = "inflected",
+    containing_in: ContainingIn = "any",
+    sample_ids: SampleIds = None,
     image_ids: Annotated[
         Path | None, typer.Option(help="Only images whose IDs this file lists.")
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Maximum number of samples.")] = None,
+    first: First = False,
+    dataset_size: DatasetSize = None,
+    prompt: Prompt = None,
+    annotations: Annotations = None,
+    questions: QuestionsFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
     dtype: Annotated[
@@ -130,7 +153,6 @@ def extract(
     resumes()
     join_hosts(hosts)
     from ports.messages import counted
-    from xlvlm_jax import data as datasets
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select
     from xlvlm_jax.features.selection import Selection
@@ -144,11 +166,25 @@ def extract(
         batch_size=batch_size,
         dtype=states_dtype,
     )
-    samples = datasets.load(dataset, data, split)
-    samples = _containing(samples, containing, key, any_case)
-    if image_ids is not None:
-        samples = select.of_images(samples, select.read_image_ids(image_ids))
-    samples = select.subsample(samples, num_samples, seed)
+    samples = selected(
+        read_samples(
+            dataset,
+            data,
+            split,
+            prompt=prompt,
+            annotations=annotations,
+            questions=questions,
+            dataset_size=dataset_size,
+            seed=seed,
+        ),
+        containing,
+        key=key,
+        any_case=any_case,
+        match=containing_match,
+        which=containing_in,
+        image_ids=image_ids,
+    )
+    samples = few_samples(samples, num_samples, None if first else seed, sample_ids)
     if mode == "teacher-forcing" and settings.selection.words:
         samples = select.leading(samples, settings.selection.words)
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh)}
@@ -188,17 +224,6 @@ def extract(
         f"{len(summary.failed)} skipped "
         f"-> {output}"
     )
-
-
-def _containing(samples: list[Any], words: str | None, key: str, any_case: bool) -> list[Any]:
-    """Returns the samples that contain a word, or a word of a class; all samples for None."""
-    from xlvlm_jax.data import select
-    from xlvlm_jax.data.words import CLASSES, class_words
-
-    if words is None:
-        return samples
-    found = class_words(words) if words in CLASSES else words
-    return select.containing(samples, found, key=key, any_case=any_case)
 
 
 def _show_needs(needs: Any, settings: Any, output: Path) -> None:

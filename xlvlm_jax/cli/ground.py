@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Images, Overwrite, ThroughNorm, console, errors, load_model
+from xlvlm_jax.cli.console import (
+    Images,
+    Overwrite,
+    ThroughNorm,
+    WordRules,
+    console,
+    errors,
+    load_model,
+)
 
 
 def ground(
@@ -22,6 +30,7 @@ def ground(
     ] = 50,
     num_images: Annotated[int, typer.Option(help="Images per concept.")] = 5,
     through_norm: ThroughNorm = None,
+    word_rules: WordRules = "default",
     images: Images = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -42,6 +51,7 @@ def ground(
         num_candidates=num_candidates,
         num_images=num_images,
         through_norm=through_norm,
+        rules=word_rules,
     )
     table = Table("concept", "words", box=None)
     for number, words in enumerate(grounded.words or ()):

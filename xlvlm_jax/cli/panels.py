@@ -11,9 +11,10 @@ from typer.models import OptionInfo
 FEW = 12
 # Panel -> names of the command arguments listed in it.
 PANELS = {
-    "Data": "dataset split images containing excluding key any_case image_ids num_samples test",
+    "Data": "dataset split images prompt annotations questions containing excluding key any_case "
+    "containing_match containing_in image_ids sample_ids dataset_size num_samples first test",
     "Selection": "tokens rows match include_prompt site source target words pairs features "
-    "target_features concepts finetuned_concepts num_words num_candidates num_images",
+    "target_features concepts finetuned_concepts num_words num_candidates num_images word_rules",
     "Method": "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
     "together instruction context_site contrast keep steps rank epochs rate schedule warmup "
     "weight_decay choose_on wanted max_cost num_choose reduce num_targets",

@@ -14,6 +14,7 @@ from xlvlm_jax.cli.console import (
     Site,
     Strict,
     ThroughNorm,
+    WordRules,
     bars,
     console,
     load_model,
@@ -81,6 +82,7 @@ def score(
     ] = None,
     seeds: Annotated[int, typer.Option(help="--methods: seeds per method and number.")] = 2,
     through_norm: ThroughNorm = None,
+    word_rules: WordRules = "default",
     site: Site = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -129,6 +131,7 @@ def score(
                 num_concepts=counts,
                 num_seeds=seeds,
                 through_norm=through_norm,
+                rules=word_rules,
                 seed=seed,
                 progress=bars(progress)("scoring"),
             )

@@ -12,6 +12,7 @@ from xlvlm_jax.cli.console import (
     Seed,
     Site,
     ThroughNorm,
+    WordRules,
     console,
     load_model,
     refuse_existing,
@@ -63,6 +64,7 @@ def shift(
         int, typer.Option(help="Most activating samples per concept to compare.")
     ] = 50,
     through_norm: ThroughNorm = None,
+    word_rules: WordRules = "default",
     images: Images = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -107,6 +109,7 @@ def shift(
             num_candidates=num_candidates,
             num_images=num_images,
             through_norm=through_norm,
+            rules=word_rules,
             seed=seed,
         )
         draw_all(analysis, output)

@@ -40,11 +40,19 @@ from xlvlm_jax.cli.evaluate_options import (
     Words,
     describe_run,
     parse_task,
-    read_samples,
     vectors_at,
 )
 from xlvlm_jax.cli.panels import into_panels
 from xlvlm_jax.cli.runtime import Command, DryRun
+from xlvlm_jax.cli.sample_options import (
+    Annotations,
+    DatasetSize,
+    Prompt,
+    QuestionsFile,
+    SampleIds,
+    few_samples,
+    read_samples,
+)
 
 steer = typer.Typer(
     help="Fit, rank and apply steering vectors: directions that, added to a model's states, change "
@@ -111,6 +119,11 @@ def apply(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    prompt: Prompt = None,
+    annotations: Annotations = None,
+    questions: QuestionsFile = None,
+    dataset_size: DatasetSize = None,
+    sample_ids: SampleIds = None,
     num_samples: NumSamples = None,
     num_choose: Annotated[
         int | None, typer.Option(help="--choose-on: maximum number of samples.")
@@ -143,7 +156,9 @@ def apply(
         for kind in edit or ["add"]
         for condition in evaluation.grid(placed, alpha or [1.0], meant, kind)
     ]
-    samples = read_samples(dataset, data, split, num_samples, seed)
+    told: dict[str, Any] = {"prompt": prompt, "annotations": annotations, "questions": questions}
+    drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
+    samples = few_samples(drawn, num_samples, seed, sample_ids)
     task.require(samples)
     about = describe_run(data, dataset, split, seed, vector, loaded)
     options: dict[str, Any] = {
@@ -153,7 +168,7 @@ def apply(
     }
     others: Sequence[Any] = []
     if choose_on is not None:
-        others = _others(samples, read_samples(dataset, data, choose_on, None, seed))[:num_choose]
+        others = _others(samples, read_samples(dataset, data, choose_on, **told))[:num_choose]
         if not others:
             raise ValueError(
                 f"--choose-on {choose_on}: every sample in it is also evaluated; give another split"

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from ports import VLM
-from xlvlm_jax.data.words import concept_words
+from xlvlm_jax.data.word_rules import Rules, concept_words
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
@@ -32,6 +32,7 @@ def ground_text(
     num_candidates: int = 50,
     *,
     through_norm: bool = False,
+    rules: Rules = "default",
 ) -> list[list[str]]:
     """Returns the words of each concept: the tokens that the language-model head favours along it.
 
@@ -52,10 +53,12 @@ def ground_text(
             norm. A centroid passes through it like a state. For an atom, a component of pca or a
             shift the length cancels: the result is the norm's weight times the direction, which is
             how the logits change along it while the scale of the state is held fixed.
+        rules: which tokens count as words, "default" or "xl-vlms": see
+            `xlvlm_jax.data.word_rules`.
 
     Raises:
-        ValueError: a count is below one, components are not a matrix of the head's width, or they
-            are not finite.
+        ValueError: a count is below one, the rules are unknown, components are not a matrix of
+            the head's width, or they are not finite.
 
     Examples:
         >>> import numpy as np, ports, xlvlm_jax
@@ -84,7 +87,7 @@ def ground_text(
         ) from error
     _, candidates = jax.lax.top_k(logits, min(num_candidates, logits.shape[-1]))
     return [
-        concept_words((tokenizer.decode([int(i)]) for i in ids), num_words)
+        concept_words((tokenizer.decode([int(i)]) for i in ids), num_words, rules)
         for ids in np.asarray(candidates)
     ]
 

@@ -19,6 +19,7 @@ from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm
 from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
+from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage.same_model import require_model
 
@@ -106,6 +107,7 @@ def ground_concepts(
     num_candidates: int = 50,
     num_images: int = 5,
     through_norm: bool | None = None,
+    rules: Rules = "default",
 ) -> Concepts:
     """Finds the words and the images of the concepts in a directory and adds them to it.
 
@@ -118,6 +120,7 @@ def ground_concepts(
         num_images: number of images per concept.
         through_norm: whether words are read through the model's final norm (see `ground_text`); by
             default they are for sites before it. Recorded in concepts.json.
+        rules: which tokens count as words, see `ground_text`. Recorded in concepts.json.
 
     Raises:
         ValueError: the concepts were learnt on other features, or the features come from another
@@ -140,12 +143,19 @@ def ground_concepts(
         num_words,
         num_candidates,
         through_norm=through_norm,
+        rules=rules,
     )
     count = min(num_images, len(features.tokens))
     top = ground_images(concepts.activations, count)
     images = [
         [features.samples[int(features.sample_rows[row])]["image"] for row in rows] for rows in top
     ]
-    concepts = dataclasses.replace(concepts, words=words, images=images, through_norm=through_norm)
+    concepts = dataclasses.replace(
+        concepts,
+        words=words,
+        images=images,
+        through_norm=through_norm,
+        source=concepts.source | {"word rules": rules},
+    )
     concepts.save(directory)
     return concepts

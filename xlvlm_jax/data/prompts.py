@@ -3,6 +3,19 @@
 CAPTION = "\nProvide a one-sentence caption for the provided image."
 
 
-def question(text: str) -> str:
-    """Returns a VQA question with the instruction that asks for a short answer."""
-    return f"{text}\nAnswer the question using a single word or phrase."
+QUESTION = "{question}\nAnswer the question using a single word or phrase."
+
+
+def question(text: str, template: str = QUESTION) -> str:
+    """Returns a VQA question with the instruction that asks for a short answer.
+
+    Args:
+        text: the question.
+        template: the prompt, with {question} in place of the question.
+
+    Raises:
+        ValueError: the template does not hold {question}.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"the prompt is {template!r}; expected a text that holds {{question}}")
+    return template.replace("{question}", text)

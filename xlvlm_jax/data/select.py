@@ -2,13 +2,23 @@
 
 import dataclasses
 import hashlib
+import io
 import os
-from collections.abc import Iterable, Sequence
+import pickle
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.data.words import word_pattern
+from xlvlm_jax.data.words import has_inflected, word_pattern
+
+Match = Literal["inflected", "word", "substring"]
+Which = Literal["any", "first"]
+MATCHES: tuple[Match, ...] = get_args(Match)
 
 
 def containing(
@@ -17,29 +27,50 @@ def containing(
     *,
     key: str = "references",
     any_case: bool = False,
+    match: Match = "inflected",
+    which: Which = "any",
 ) -> list[Sample]:
-    """Returns the samples with one of `words` as a whole word in a text (see `word_pattern`).
+    """Returns the samples with one of `words` in a text.
 
     Args:
         samples: samples to choose from.
         words: one or more words, e.g. `xlvlm_jax.data.words.class_words("colours")`.
-        key: "references" (any of them), "prompt", or a key of the metadata ("answer", "question").
+        key: "references", "prompt", or a key of the metadata ("answer", "question").
         any_case: also look for the capitalised and the lower-case form of each word.
+        match: "word" for whole words (see `word_pattern`), "inflected" for their inflected forms
+            too ("dogs" for "dog"), "substring" for any part of a text, as XL-VLMs does ("dog" in
+            "hotdog").
+        which: whether a word may be in any of the references, or must be in the first one.
 
     Raises:
-        ValueError: no sample has the key, or none has one of the words.
+        ValueError: no sample has the key, none has one of the words, or `match` or `which` is
+            unknown.
     """
+    if which not in get_args(Which):
+        raise ValueError(f"which is {which!r}; expected {' or '.join(get_args(Which))}")
     forms = _forms(words, any_case)
-    pattern = word_pattern(forms)
+    finds = _finder(forms, match)
     if samples and all(key not in _keys(sample) for sample in samples):
         raise ValueError(f"samples have no {key!r}; expected one of {', '.join(_keys(samples[0]))}")
-    kept = [s for s in samples if any(pattern.search(text) for text in _texts(s, key))]
+    end = 1 if which == "first" else None
+    kept = [s for s in samples if any(finds(text) for text in _texts(s, key)[:end])]
     if not kept:
         raise ValueError(
             f"no sample of {len(samples)} has {_listed(forms)} in its {key}; look for other "
             "words, or in another key"
         )
     return kept
+
+
+def _finder(words: Sequence[str], match: Match) -> Callable[[str], bool]:
+    """Returns a function that tells whether a text has one of the words."""
+    if match not in MATCHES:
+        raise ValueError(f"match is {match!r}; expected one of {', '.join(MATCHES)}")
+    if match == "substring":
+        return lambda text: any(word in text for word in words)
+    pattern = word_pattern(words)
+    inflected = match == "inflected"
+    return lambda text: bool(pattern.search(text)) or (inflected and has_inflected(text, words))
 
 
 def leading(samples: Sequence[Sample], words: str | Iterable[str]) -> list[Sample]:
@@ -151,31 +182,101 @@ def of_images(samples: Sequence[Sample], image_ids: Iterable[str | int]) -> list
     return kept
 
 
-def read_image_ids(path: str | os.PathLike[str]) -> list[str]:
-    """Reads image ids from a JSON list, or from a text file with one id per line.
+def of_samples(samples: Sequence[Sample], ids: Iterable[str | int]) -> list[Sample]:
+    """Returns the samples with these ids: for VQAv2, those of questions.
+
+    Args:
+        samples: samples to choose from.
+        ids: ids, as text or numbers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    wanted = {str(sample) for sample in ids}
+    kept = [sample for sample in samples if sample.id in wanted]
+    if not kept:
+        some = samples[0].id if samples else "none"
+        raise ValueError(
+            f"no sample of {len(samples)} has one of the {len(wanted)} ids; the data set's ids "
+            f"look like {some!r}"
+        )
+    return kept
+
+
+# "train2014/COCO_train2014_000000152965.jpg", the form of XL-VLMs' lists
+_COCO_FILE = re.compile(r"(?:.*/)?COCO_\w+?_0*(\d+)(?:\.\w+)?$")
+
+
+class _Plain(pickle.Unpickler):
+    """Reads containers of plain values, and nothing that needs a global."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def read_ids(path: str | os.PathLike[str]) -> list[str]:
+    """Reads ids from a JSON list, a text file with one id per line, or a pickle of a list.
+
+    Names of COCO's image files count as the ids of the images. Executes nothing in a pickle.
+
+    Args:
+        path: the file; .json, .pkl, or else text.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file has no ids, or another format.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".json":
+    found = (_COCO_FILE.sub(r"\1", text) for text in _listed_ids(Path(path)))
+    return list(dict.fromkeys(found))
+
+
+read_image_ids = read_ids  # its name in version 0.1
+
+
+def _listed_ids(path: Path) -> list[str]:
+    if path.suffix.lower() == ".pkl":
+        try:
+            content = _Plain(io.BytesIO(path.read_bytes())).load()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file; expected ids") from None
+        except Exception as error:  # a damaged pickle may raise anything
+            raise ValueError(f"{path}: not a pickle of plain values ({error})") from None
+        if not isinstance(content, list | tuple | set | dict):
+            raise ValueError(f"{path}: expected a list of ids, got {type(content).__name__}")
+    elif path.suffix.lower() == ".json":
         content = files.read_json(path)
         if not isinstance(content, list):
-            raise ValueError(f"{path}: expected a list of image ids")
+            raise ValueError(f"{path}: expected a list of ids")
     else:
         try:
             content = path.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file; expected image ids") from None
+            raise FileNotFoundError(f"{path}: no such file; expected ids") from None
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}: byte {error.start}: not text in UTF-8; expected image ids, one per line"
+                f"{path}: byte {error.start}: not text in UTF-8; expected ids, one per line"
             ) from None
     ids = [text for value in content if (text := str(value).strip())]
     if not ids:
-        raise ValueError(f"{path}: has no image ids; expected a JSON list, or one per line")
+        raise ValueError(f"{path}: has no ids; expected a JSON list, or one per line")
     return ids
+
+
+def drawn_as_xl_vlms(samples: Sequence[Sample], n: int, seed: int = 0) -> list[Sample]:
+    """Draws `n` samples as XL-VLMs does before it selects any: the same ones, in the same order.
+
+    Args:
+        samples: the samples of a split, in the order of the data set's files.
+        n: number of samples.
+        seed: random seed.
+
+    Raises:
+        ValueError: n < 1, or there are fewer samples.
+    """
+    if not 1 <= n <= len(samples):
+        raise ValueError(f"the number of samples to draw is {n}; expected 1 to {len(samples)}")
+    chosen = np.random.default_rng(seed).choice(len(samples), size=n, replace=False)
+    return [samples[i] for i in chosen]
 
 
 def subsample(samples: Sequence[Sample], n: int | None, seed: int | None = 0) -> list[Sample]:

@@ -11,12 +11,13 @@ including those.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xlvlm_jax.data import coco, files, prompts
 from xlvlm_jax.data.sample import Sample
 
 SUBSETS = {"train": "train2014", "val": "val2014", "test": "val2014"}
+SUBSETS |= {name: name for name in ("train2014", "val2014")}  # as XL-VLMs calls them
 
 
 def load(
@@ -26,6 +27,8 @@ def load(
     questions: str | os.PathLike[str] | None = None,
     annotations: str | os.PathLike[str] | None = None,
     karpathy: str | os.PathLike[str] | None = None,
+    prompt: str = prompts.QUESTION,
+    order: Literal["questions", "annotations"] = "questions",
 ) -> list[Sample]:
     """Returns one sample per question; the answers of all annotators are the references.
 
@@ -38,11 +41,14 @@ def load(
         questions: a file to read instead of the one above.
         annotations: a file to read instead of the one above.
         karpathy: a file to read instead of `dataset_coco.json`.
+        prompt: prompt of every sample, with {question} in place of the question.
+        order: the file whose order the samples have. XL-VLMs draws samples in that of the
+            annotations.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not from VQAv2, a question is a duplicate or has no annotation, or the
-            split is unknown.
+        ValueError: a file is not from VQAv2, a question is a duplicate or has no annotation, the
+            split is unknown, or the prompt does not hold {question}.
     """
     if split not in SUBSETS:
         raise ValueError(f"VQAv2 has no split {split!r}; expected one of {', '.join(SUBSETS)}")
@@ -79,13 +85,14 @@ def load(
             id=str(number),
             image=folder / f"COCO_{subset}_{image:012d}.jpg",
             image_id=str(image),
-            prompt=prompts.question(question),
+            prompt=prompts.question(question, prompt),
             references=answers,
             metadata={"split": split, "question": question, **metadata},
         )
     if not samples:
         raise ValueError(f"{path}: no question about an image of Karpathy's test split")
-    return list(samples.values())
+    numbers = samples if order == "questions" else annotated
+    return [samples[number] for number in numbers if number in samples]
 
 
 def _annotations(path: Path) -> dict[int, tuple[str, Any]]:

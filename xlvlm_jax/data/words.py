@@ -1,5 +1,4 @@
-"""Words: classes that select samples and tokens, patterns that find words in texts, and filters for
-concept words.
+"""Words: classes that select samples and tokens, and patterns that find words in texts.
 
 The lists have single lower-case words, with British and American spellings side by side.
 """
@@ -8,6 +7,15 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
+
+from xlvlm_jax.data import xl_vlms_words
+from xlvlm_jax.data.word_rules import (  # their place in version 0.1
+    concept_words as concept_words,
+)
+from xlvlm_jax.data.word_rules import english_words as english_words
+from xlvlm_jax.data.word_rules import is_concept_word as is_concept_word
+from xlvlm_jax.data.word_rules import lemma
+from xlvlm_jax.data.word_rules import stop_words as stop_words
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -32,24 +40,38 @@ PLACES = _words(
     """
 )
 
-SENTIMENTS = _words(
+POSITIVE_SENTIMENTS = _words(
     """
-    afraid amazed amused angry annoyed anxious awful bad beautiful bored brave calm cheerful
-    comfortable confident confused content cozy curious cute delighted depressed disappointed
-    disgusted eager embarrassed excited fearful friendly frightened frustrated funny furious
-    gentle gloomy good grateful great grumpy happy hopeful horrible joyful lonely lovely mad
-    miserable nervous nice peaceful playful pleasant pleased proud relaxed sad scared scary
-    serious shy sleepy surprised terrible tired ugly unhappy upset wonderful worried
+    amused beautiful brave calm cheerful comfortable confident content cozy cute delighted eager
+    excited friendly funny gentle good grateful great happy hopeful joyful lovely nice peaceful
+    playful pleasant pleased proud relaxed wonderful
     """
 )
+NEGATIVE_SENTIMENTS = _words(
+    """
+    afraid angry annoyed anxious awful bad bored confused depressed disappointed disgusted
+    embarrassed fearful frightened frustrated furious gloomy grumpy horrible lonely mad miserable
+    nervous sad scared scary terrible tired ugly unhappy upset worried
+    """
+)
+# Neither good nor bad by themselves.
+_MOODS = _words("amazed curious serious shy sleepy surprised")
+SENTIMENTS = tuple(sorted((*POSITIVE_SENTIMENTS, *NEGATIVE_SENTIMENTS, *_MOODS)))
 
-CLASSES = {"colours": COLOURS, "places": PLACES, "sentiments": SENTIMENTS}
+CLASSES = {
+    "colours": COLOURS,
+    "places": PLACES,
+    "sentiments": SENTIMENTS,
+    "positive_sentiments": POSITIVE_SENTIMENTS,
+    "negative_sentiments": NEGATIVE_SENTIMENTS,
+}
 _ALIASES = {"colors": "colours"}
 
 
 def class_words(name: str) -> tuple[str, ...]:
-    """Returns the words of a class: "colours" (or "colors"), "places", "sentiments".
+    """Returns the words of a class, one of CLASSES; "colors" is "colours" too.
 
+    "xl-vlms:colors" and so on are the lists of XL-VLMs, which have other words.
     "scenes:colour", "scenes:place" and "scenes:mood" are the words that captions of drawn scenes
     use, some rarer than in real captions. Words separated by commas make a class too: "cup, mug,
     glass".
@@ -58,6 +80,8 @@ def class_words(name: str) -> tuple[str, ...]:
         ValueError: a single name is not a class.
     """
     name = _ALIASES.get(name, name)
+    if name.startswith("xl-vlms:"):
+        return _of_xl_vlms(name.removeprefix("xl-vlms:"))
     if name.startswith("scenes:"):
         from xlvlm_jax.data.scenes.language import FAMILIES
 
@@ -74,6 +98,18 @@ def class_words(name: str) -> tuple[str, ...]:
             "words separated by commas"
         )
     return CLASSES[name]
+
+
+def _of_xl_vlms(name: str) -> tuple[str, ...]:
+    if name not in xl_vlms_words.CLASSES:
+        known = ", ".join(f"xl-vlms:{key}" for key in xl_vlms_words.CLASSES)
+        raise ValueError(f"unknown word class 'xl-vlms:{name}'; expected one of {known}")
+    return xl_vlms_words.CLASSES[name]
+
+
+def is_class(name: str) -> bool:
+    """Returns whether `class_words` knows a class of this name."""
+    return _ALIASES.get(name, name) in CLASSES or name.startswith(("scenes:", "xl-vlms:"))
 
 
 # Thai, Lao, Myanmar, Khmer, kana and Han are written without spaces between words.
@@ -123,38 +159,33 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(alternatives) or r"(?!)")  # matches nothing
 
 
-@cache
-def stop_words() -> frozenset[str]:
-    """Returns English stop words (scikit-learn's list)."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    return ENGLISH_STOP_WORDS
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 
-@cache
-def english_words() -> frozenset[str]:
-    """Returns Webster's second edition ("web2"), lower-cased, as the papers filter with."""
-    from english_words import get_english_words_set
-
-    return frozenset(get_english_words_set(["web2"], lower=True))
-
-
-def is_concept_word(word: str) -> bool:
-    """Returns whether a lower-case, stripped word can represent a concept.
-
-    It can if it is a number, or an English word of more than two letters and not a stop word.
-    """
-    if word.isdecimal():
-        return True
-    return len(word) > 2 and word in english_words() and word not in stop_words()
-
-
-def concept_words(candidates: Iterable[str], limit: int) -> list[str]:
-    """Returns the first words that can represent a concept.
+def has_inflected(text: str, words: Iterable[str]) -> bool:
+    """Returns whether a text has one of the words, in any inflected form: "dogs" for "dog".
 
     Args:
-        candidates: texts, lower-cased and stripped before the test.
-        limit: maximum number of words, each of which counts once.
+        text: the text.
+        words: words or phrases; the last word of a phrase may be inflected. A form must begin like
+            the word, with a capital or not.
     """
-    words = dict.fromkeys(text.lower().strip() for text in candidates)
-    return [word for word in words if is_concept_word(word)][:limit]
+    spoken = [found.group() for found in _TOKEN.finditer(text)]
+    for word in words:
+        *before, last = word.split() or [""]
+        if not _TOKEN.fullmatch(last):
+            continue  # a word with signs has no other forms
+        for i in range(len(before), len(spoken)):
+            if spoken[i - len(before) : i] == before and _inflects(spoken[i], last):
+                return True
+    return False
+
+
+def _inflects(spoken: str, word: str) -> bool:
+    spoken = re.sub("['\u2019]s?$", "", spoken)
+    if spoken[:1] != word[:1]:
+        return False
+    return spoken == word or lemma(spoken.lower()).lower() in {
+        word.lower(),
+        lemma(word.lower()).lower(),
+    }

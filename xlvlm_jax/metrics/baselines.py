@@ -6,17 +6,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xlvlm_jax.data.words import concept_words
+from xlvlm_jax.data.word_rules import Rules, concept_words
 
 
-def vocabulary_words(tokenizer: Any) -> list[str]:
+def vocabulary_words(tokenizer: Any, rules: Rules = "default") -> list[str]:
     """Returns the words of a vocabulary that can represent a concept, in the order of their ids.
 
     Each is a single token: the words that a concept could be read as with this tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        rules: which tokens count as words, see `xlvlm_jax.data.word_rules`.
     """
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
-    return concept_words(texts, len(texts))
+    return concept_words(texts, len(texts), rules)
 
 
 def random_words(

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
-from xlvlm_jax.metrics.chair_objects import OBJECT_OF, UNMATCHED
+from xlvlm_jax.data.coco_objects import OBJECT_OF, UNMATCHED
 
 Protocol = Literal["official", "plain"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest_rows
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.data.words import is_concept_word
+from xlvlm_jax.data.word_rules import Rules, is_concept_word
 from xlvlm_jax.shift.blocks import activations_of
 from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.solvers.validation import StoredMatrix
@@ -25,6 +25,7 @@ def ground_words(
     num_words: int = 15,
     num_candidates: int = 200,
     through_norm: bool = False,
+    rules: Rules = "default",
 ) -> ShiftAnalysis:
     """Adds the words of the concepts and of the shift vectors to an analysis.
 
@@ -39,6 +40,7 @@ def ground_words(
         num_words, num_candidates: see `ground_text`; 15 and 200 in the paper.
         through_norm: whether to apply the final norm of the same model before each head, to shift
             vectors too; see `ground_text`.
+        rules: which tokens count as words, see `ground_text`.
 
     Returns:
         The analysis with words; a concept without a shift has no shifted words.
@@ -57,6 +59,7 @@ def ground_words(
                 num_words,
                 num_candidates,
                 through_norm=through_norm,
+                rules=rules,
             )
         )
         return [next(read) if here else [] for here in present]
@@ -72,14 +75,14 @@ def ground_words(
         found["shifted"] = words(analysis.shifted, after)
         found["shift"] = words(analysis.shifts, after)
     return dataclasses.replace(
-        analysis, words=found, num_words=num_words, vocabulary=_vocabulary(tokenizer)
+        analysis, words=found, num_words=num_words, vocabulary=_vocabulary(tokenizer, rules)
     )
 
 
-def _vocabulary(tokenizer: Any) -> int:
+def _vocabulary(tokenizer: Any, rules: Rules) -> int:
     """Returns the number of different words among the tokens that may describe a concept."""
     texts = (tokenizer.decode([i]).lower().strip() for i in range(len(tokenizer)))
-    return sum(map(is_concept_word, set(texts)))
+    return sum(is_concept_word(text, rules) for text in set(texts))
 
 
 def ground_samples(

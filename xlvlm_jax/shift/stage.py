@@ -16,6 +16,7 @@ from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.grounding import is_before_norm
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
+from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import columns
@@ -48,6 +49,7 @@ def shift_features(
     num_candidates: int = 200,
     num_images: int = 50,
     through_norm: bool | None = None,
+    rules: Rules = "default",
     seed: int = 0,
 ) -> ShiftAnalysis:
     """Analyses how concepts move from one directory of features to another, and saves the result.
@@ -72,6 +74,7 @@ def shift_features(
         num_images: samples per concept.
         through_norm: whether to decode words through the final norm; None for the choice made for
             `concepts`, or, if they have no words, for sites before the norm.
+        rules: which tokens count as words, see `ground_text`.
         seed: random seed of the decomposition.
 
     Returns:
@@ -117,6 +120,7 @@ def shift_features(
         num_words=num_words,
         num_candidates=num_candidates,
         through_norm=through_norm,
+        rules=rules,
     )
     analysis = ground_samples(
         analysis, concepts, finetuned_concepts, Z_a, Z_b, *both, num_images=num_images
@@ -132,6 +136,7 @@ def shift_features(
             "model": original.manifest.get("model"),
             "fine-tuned model": _finetuned_name(finetuned.manifest),
             "words through the final norm": through_norm,
+            "word rules": rules,
             "seed": seed,
         },
     )

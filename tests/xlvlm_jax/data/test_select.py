@@ -1,5 +1,7 @@
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,11 +28,61 @@ def ids(samples):
 
 
 def test_words_by_hand():
-    assert ids(select.containing(SAMPLES, "dog")) == [1, 14]  # whole words, as they are written
+    assert ids(select.containing(SAMPLES, "dog", match="word")) == [1, 14]  # as it is written
     assert ids(select.containing(SAMPLES, "dog", any_case=True)) == [1, 3, 14]
     assert ids(select.containing(SAMPLES, ["sea", "hotdogs"])) == [1, 2]
+    assert ids(select.containing(SAMPLES, ["sea", "hotdogs"], which="first")) == [2]
     assert ids(select.containing(SAMPLES, COLOURS, key="answer", any_case=True)) == [2, 3]
     assert ids(select.containing(SAMPLES, "Describe", key="prompt")) == [1, 2, 3, 14]
+
+
+def test_forms_of_words_by_hand():
+    samples = [
+        sample(1, "two dogs", "a cat"),
+        sample(2, "Dogs' toys"),
+        sample(3, "two hotdogs"),
+        sample(4, "children smile at train stations"),
+        sample(5, "she is smiling"),
+        sample(6, "a cat", "the dog's tail"),
+    ]
+    found = {match: ids(select.containing(samples, "dog", match=match)) for match in select.MATCHES}
+    assert found == {"inflected": [1, 6], "word": [6], "substring": [1, 3, 6]}
+    assert ids(select.containing(samples, "dog", any_case=True)) == [1, 2, 6]
+    assert ids(select.containing(samples, ["child"])) == [4]
+    assert ids(select.containing(samples, ["smile"])) == [4, 5]
+    assert ids(select.containing(samples, ["train station"])) == [4]
+    assert ids(select.containing(samples, "dog", match="substring", which="first")) == [1, 3]
+    with pytest.raises(ValueError, match="match is 'fuzzy'; expected one of inflected, word"):
+        select.containing(samples, "dog", match="fuzzy")
+    with pytest.raises(ValueError, match="which is 'last'; expected any or first"):
+        select.containing(samples, "dog", which="last")
+
+
+def test_samples_in_a_list():
+    assert ids(select.of_samples(SAMPLES, [3, "14"])) == [3, 14]
+    with pytest.raises(ValueError, match=r"no sample of 4 has one of the 1 ids; .* like '1'"):
+        select.of_samples(SAMPLES, [99])
+
+
+def test_the_draw_of_xl_vlms():
+    # The draw itself: numpy's generator on the list of samples.
+    drawn = select.drawn_as_xl_vlms(SAMPLES, 3, seed=0)
+    names = np.random.default_rng(0).choice([s.id for s in SAMPLES], size=3, replace=False)
+    assert [s.id for s in drawn] == names.tolist() == ["3", "14", "2"]
+    assert sorted(s.id for s in select.drawn_as_xl_vlms(SAMPLES, 4)) == ["1", "14", "2", "3"]
+    with pytest.raises(ValueError, match="samples to draw is 5; expected 1 to 4"):
+        select.drawn_as_xl_vlms(SAMPLES, 5)
+
+
+def test_lists_of_ids_of_xl_vlms(tmp_path):
+    file = tmp_path / "place.pkl"
+    file.write_bytes(pickle.dumps(["train2014/COCO_train2014_000000152965.jpg", 7]))
+    assert select.read_ids(file) == ["152965", "7"]
+    file.write_bytes(pickle.dumps([print]))
+    with pytest.raises(ValueError, match=r"not a pickle of plain values \(asks for builtins.print"):
+        select.read_ids(file)
+    (tmp_path / "a.txt").write_text("COCO_val2014_000000000042.jpg\ndog.jpg\n")
+    assert select.read_ids(tmp_path / "a.txt") == ["42", "dog.jpg"]
 
 
 def test_words_may_hold_signs_and_spaces():
@@ -87,14 +139,14 @@ def test_read_image_ids(tmp_path, name, text):
 def test_bad_lists_of_image_ids(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"a.json: expected a list of image ids"):
+    with pytest.raises(ValueError, match=r"a.json: expected a list of ids"):
         select.read_image_ids(tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"a.txt: has no image ids; expected a JSON list, or"):
+    with pytest.raises(ValueError, match=r"a.txt: has no ids; expected a JSON list, or"):
         select.read_image_ids(tmp_path / "a.txt")
     (tmp_path / "latin.txt").write_bytes(b"12\ncaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected image"):
         select.read_image_ids(tmp_path / "latin.txt")
-    with pytest.raises(FileNotFoundError, match=r"b.txt: no such file; expected image ids"):
+    with pytest.raises(FileNotFoundError, match=r"b.txt: no such file; expected ids"):
         select.read_image_ids(tmp_path / "b.txt")
 
 

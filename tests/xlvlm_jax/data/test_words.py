@@ -42,7 +42,7 @@ def test_classes_are_lists_of_different_lower_case_words():
 
 
 def test_classes_do_not_overlap():
-    classes = [set(members) for members in words.CLASSES.values()]
+    classes = [set(words.CLASSES[name]) for name in ("colours", "places", "sentiments")]
     assert sum(map(len, classes)) == len(set.union(*classes))
 
 
@@ -67,25 +67,25 @@ def test_class_words_names_the_classes():
         words.class_words("fruit")
 
 
-@pytest.mark.parametrize(
-    ("word", "kept"),
-    [
-        ("dog", True),
-        ("7", True),
-        ("2014", True),
-        ("the", False),  # a stop word
-        ("ox", False),  # English, and too short
-        ("zzxy", False),
-        ("", False),
-        ("7th", False),
-        ("▁dog", False),
-    ],
-)
-def test_concept_words_are_english_or_numbers(word, kept):
-    assert words.is_concept_word(word) == kept
+def test_sentiments_are_positive_negative_or_neither():
+    positive, negative = words.POSITIVE_SENTIMENTS, words.NEGATIVE_SENTIMENTS
+    assert not set(positive) & set(negative)
+    assert {*positive, *negative} < set(words.SENTIMENTS) and len(words.SENTIMENTS) == 69
+    assert words.class_words("negative_sentiments") == negative
 
 
-def test_concept_words_come_once_in_the_order_of_the_candidates():
-    candidates = ["▁", " Dog", "the", "dog", "beach", "3", "xq", " GRASS ", "tree"]
-    assert words.concept_words(candidates, 4) == ["dog", "beach", "3", "grass"]
-    assert words.concept_words(candidates, 99) == ["dog", "beach", "3", "grass", "tree"]
+def test_classes_of_xl_vlms():
+    assert "charcoal" in words.class_words("xl-vlms:colors")
+    assert len(words.class_words("xl-vlms:places")) == 48
+    assert len(words.class_words("xl-vlms:sentiments")) == 145
+    assert "facial expression" in words.class_words("xl-vlms:sentiments")
+    with pytest.raises(ValueError, match="unknown word class 'xl-vlms:moods'; expected one of xl"):
+        words.class_words("xl-vlms:moods")
+
+
+def test_inflected_forms_of_words():
+    assert words.has_inflected("two dogs", ["dog"])
+    assert words.has_inflected("the women\u2019s feet", ["woman"])
+    assert not words.has_inflected("Dogs", ["dog"]) and words.has_inflected("Dogs", ["Dog"])
+    assert not words.has_inflected("a dogma", ["dog"])
+    assert not words.has_inflected("a c book", ["c++", ""])

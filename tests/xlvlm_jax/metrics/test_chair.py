@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlvlm_jax import metrics
-from xlvlm_jax.metrics.chair_objects import OBJECTS, WORDS
+from xlvlm_jax.data.coco_objects import OBJECTS, WORDS
 
 
 # Each as the authors' script gives it, with nltk 3.2.5 and pattern 3.6.

@@ -22,6 +22,7 @@ from xlvlm_jax.concepts.methods import ALIASES, METHODS
 from xlvlm_jax.concepts.scores.records import DictionaryScores
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
+from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage import atomic, pictures, versions
 from xlvlm_jax.storage.same_model import require_model
@@ -42,6 +43,7 @@ def compare(
     num_words: int = 10,
     num_candidates: int = 50,
     through_norm: bool | None = None,
+    rules: Rules = "default",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DictionaryScores]:
@@ -58,6 +60,7 @@ def compare(
         num_candidates: as for `ground_text`.
         through_norm: whether words are read through the final norm; by default they are for sites
             before it.
+        rules: which tokens count as words, see `ground_text`.
         seed: random seed of the first decomposition.
         progress: called after each dictionary with (done, total).
 
@@ -114,6 +117,7 @@ def compare(
                 num_words,
                 num_candidates,
                 through_norm=through_norm,
+                rules=rules,
             )
             concepts = dataclasses.replace(
                 first, words=words, through_norm=through_norm, source=source
