@@ -20,7 +20,10 @@ import numpy as np
 from ports.tracing import is_traced
 
 Array = jax.Array
-Where = Literal["all", "prompt", "generated", "last_prompt", "image", "text"] | dict[str, Any]
+Where = (
+    Literal["all", "prompt", "generated", "last_prompt", "predicting", "image", "text"]
+    | dict[str, Any]
+)
 
 # Kinds of positions; padding is never edited.
 PADDING, IMAGE, TEXT, LAST_PROMPT, GENERATED = -1, 0, 1, 2, 3
@@ -29,6 +32,7 @@ _WHERE = {
     "prompt": (IMAGE, TEXT, LAST_PROMPT),
     "generated": (GENERATED,),
     "last_prompt": (LAST_PROMPT,),
+    "predicting": (LAST_PROMPT, GENERATED),
     "image": (IMAGE,),
     "text": (TEXT, LAST_PROMPT, GENERATED),
 }
@@ -345,7 +349,8 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
             is [N, D], float[N, D] has one vector per row.
         alpha: the strength, a number or float[B].
         where: the positions to edit: "all"; "prompt"; "generated" (generated tokens, when they are
-            fed back to the model); "last_prompt"; "image"; "text" (everything but image tokens);
+            fed back to the model); "last_prompt"; "predicting" (both: the states that predict the
+            answer); "image"; "text" (everything but image tokens);
             {"from": i}, the i-th token of each row and all later ones; {"at": indices}, the tokens
             with these indices, int[P] or int[B, P]; a mask bool[B, T] over the prompt; or bool[B],
             whole rows. Tokens are counted per row from 0, without padding. Rows that end before an

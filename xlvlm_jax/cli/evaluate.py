@@ -66,8 +66,8 @@ def evaluate(
     where: Annotated[
         str | None,
         typer.Option(
-            help="Token positions to steer: all, prompt, generated, last_prompt, image, text or "
-            "from:INDEX. Default: those stored with the vector."
+            help="Token positions to steer: all, prompt, generated, last_prompt, predicting, "
+            "image, text or from:INDEX. Default: those stored with the vector."
         ),
     ] = None,
     edit: Annotated[str, Edit] = "add",

@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     load_finetuned,
     load_model,
     parse_mesh,
+    parse_where,
     progress_bars,
     show_skipped,
 )
@@ -132,6 +133,15 @@ def extract(
             "in one directory."
         ),
     ] = None,
+    vector: Annotated[
+        list[Path] | None,
+        typer.Option(help="Capture states while this vector steers; may be repeated."),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Strength of --vector.")] = 1.0,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Token positions to steer, as in `steer apply`."),
+    ] = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
     mesh: Mesh = None,
     hosts: Hosts = None,
@@ -200,6 +210,7 @@ def extract(
     if finetuned is not None:
         other = load_finetuned(model, finetuned, dtype, **placing)
         other = as_it_generates(other, ignore_generation_config) if generating else other
+    steering = _steering(vector or [], alpha, where)
     source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
     with progress_bars() as progress, profiled(profile), Programs() as programs:
         advance = bars(progress)("extracting")
@@ -210,6 +221,7 @@ def extract(
             settings,
             finetuned=other,
             source=source,
+            **steering,
             strict=strict,
             workers=workers,
             ignore_disk=ignore_disk,
@@ -224,6 +236,19 @@ def extract(
         f"{len(summary.failed)} skipped "
         f"-> {output}"
     )
+
+
+def _steering(vectors: list[Path], alpha: float, where: str | None) -> dict[str, Any]:
+    """Returns what `extract` needs to capture states while vectors steer; {} without vectors."""
+    from xlvlm_jax import evaluation, steering
+
+    if not vectors:
+        return {}
+    loaded = tuple(steering.load(path) for path in vectors)
+    meant = None if where is None else parse_where(where)
+    condition = evaluation.Condition(loaded, alpha, meant)
+    files = {"vectors": [str(path.resolve()) for path in vectors]}
+    return {"edits": condition.edits, "steering": files | condition.describe()}
 
 
 def _show_needs(needs: Any, settings: Any, output: Path) -> None:

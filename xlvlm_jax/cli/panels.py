@@ -15,7 +15,8 @@ PANELS = {
     "containing_match containing_in image_ids sample_ids dataset_size num_samples first test",
     "Selection": "tokens rows match include_prompt site source target words pairs features "
     "target_features concepts finetuned_concepts num_words num_candidates num_images word_rules",
-    "Method": "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
+    "Method": "decomposition between_models matched source_concepts "
+    "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
     "together instruction context_site contrast keep steps rank epochs rate schedule warmup "
     "weight_decay choose_on wanted max_cost num_choose reduce num_targets",
     "Evaluation": "vqa_protocol clip bert bert_layer bert_idf bert_baseline stability seeds java "

@@ -1,25 +1,43 @@
-"""`xlvlm import-pth` and `export-pth`: exchange features with XL-VLMs."""
+"""`xlvlm import-pth` and `export-pth`: exchange features, concepts and vectors with XL-VLMs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Overwrite, console, refuse_existing
+from xlvlm_jax.cli.console import Overwrite, console, parse_where, refuse_existing
 
 Sites = Annotated[
-    list[str] | None, typer.Option(help="Site or pattern; may be repeated. Default: all.")
+    list[str] | None,
+    typer.Option(
+        help="Site or pattern; may be repeated. Default: all. For concepts and vectors, the one "
+        "that they belong to."
+    ),
 ]
 
 
 def import_pth(
-    file: Annotated[Path, typer.Argument(help="Hidden states saved by XL-VLMs (.pth).")],
-    output: Annotated[Path, typer.Option(help="Directory of features to write.")],
+    file: Annotated[
+        Path, typer.Argument(help="Hidden states, concepts or vectors saved by XL-VLMs (.pth).")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="Directory of features or concepts, or file (.safetensors), to write."),
+    ],
     site: Sites = None,
     rows: Annotated[
         str,
-        typer.Option(help="Rows per sample: each of its positions (each) or their mean (mean)."),
+        typer.Option(
+            help="Rows per sample: each of its positions (each), their mean (mean), or the one "
+            "with this number, counted from 0, or from the end if negative."
+        ),
     ] = "each",
+    key: Annotated[
+        str, typer.Option(help="Which vector of a file, such as steering_vector_concept_0_to_1.")
+    ] = "steering_vector",
+    where: Annotated[
+        str, typer.Option(help="Token positions that a vector is meant for, as in `steer fit`.")
+    ] = "all",
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the stored states. Default: that of the file.")
     ] = None,
@@ -27,35 +45,73 @@ def import_pth(
         Path | None, typer.Option(help="Directory that holds the images now, if they were moved.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Name of the model, recorded in the manifest.")
+        str | None, typer.Option(help="Name of the model, recorded with what is written.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Import features saved by XL-VLMs; executes nothing in the file."""
+    """Import what XL-VLMs saved; executes nothing in the file."""
     from ports.messages import counted
+    from xlvlm_jax.concepts.pth import import_concepts
     from xlvlm_jax.features.pth import import_features
+    from xlvlm_jax.features.pth.reader import read_pth
+    from xlvlm_jax.steering.pth import import_vector
 
-    features = import_features(
-        file, output, sites=site or (), rows=rows, dtype=dtype, images=images, model=model
-    )
-    console.print(
-        f"{counted(len(features.samples), 'sample')}, {counted(len(features.tokens), 'row')} of"
-        f" {', '.join(features.sites)} -> {output}"
-    )
+    data = read_pth(file, opaque=True)
+    held = list(data) if isinstance(data, dict) else []
+    if any(str(name).startswith("steering_vector") for name in held):
+        refuse_existing(output, overwrite)
+        chosen = _only(site, "--site names the module that the vector steers")
+        vector = import_vector(file, chosen, key=key, where=parse_where(where), model=model)
+        vector.save(output)
+        console.print(f"{key}, width {len(vector.vector)}, site {chosen} -> {output}")
+    elif "concepts" in held and "hidden_states" not in held:
+        refuse_existing(output, overwrite)
+        concepts = import_concepts(file, site=site[0] if site else None, model=model)
+        concepts.save(output)
+        console.print(f"{concepts!r} -> {output}")
+    else:
+        features = import_features(
+            file, output, sites=site or (), rows=rows, dtype=dtype, images=images, model=model
+        )
+        console.print(
+            f"{counted(len(features.samples), 'sample')}, {counted(len(features.tokens), 'row')} of"
+            f" {', '.join(features.sites)} -> {output}"
+        )
 
 
 def export_pth(
-    features: Annotated[Path, typer.Argument(help="Directory of features.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Directory of features, concepts or fine vectors, or a vector's file."),
+    ],
     output: Annotated[Path, typer.Option(help="File to write (.pth).")],
     site: Sites = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export features to a file that XL-VLMs and torch.load can read."""
+    """Export features, concepts or vectors to a file that XL-VLMs and torch.load can read."""
     from ports.messages import counted
-    from xlvlm_jax import Features
+    from xlvlm_jax import Concepts, Features, SteeringVector
+    from xlvlm_jax.concepts.pth import export_concepts
     from xlvlm_jax.features.pth import export_features
+    from xlvlm_jax.steering.pth import export_vectors
 
     refuse_existing(output, overwrite)
-    opened = Features.open(features)
-    export_features(opened, output, sites=site or ())
-    samples, rows = counted(len(opened.samples), "sample"), counted(len(opened.tokens), "row")
-    console.print(f"{samples}, {rows} -> {output}")
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    if (source / "concepts.json").exists():
+        concepts = Concepts.load(source)
+        export_concepts(concepts, output)
+        console.print(f"{concepts!r} -> {output}")
+    elif files and not (source / "manifest.json").exists():
+        export_vectors([SteeringVector.load(file) for file in files], output)
+        console.print(f"{counted(len(files), 'vector')} -> {output}")
+    else:
+        opened = Features.open(source)
+        export_features(opened, output, sites=site or ())
+        samples, rows = counted(len(opened.samples), "sample"), counted(len(opened.tokens), "row")
+        console.print(f"{samples}, {rows} -> {output}")
+
+
+def _only(site: Any, what: str) -> str:
+    if not site or len(site) != 1:
+        raise ValueError(f"{what}; give it once")
+    return site[0]

@@ -92,8 +92,8 @@ def apply(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="Token positions to steer: all, prompt, generated, last_prompt, image, text or "
-            "from:INDEX; may be repeated. Default: those stored with the vector."
+            help="Token positions to steer: all, prompt, generated, last_prompt, predicting, "
+            "image, text or from:INDEX; may be repeated. Default: those stored with the vector."
         ),
     ] = None,
     edit: Annotated[list[str] | None, Edit] = None,

@@ -24,7 +24,10 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.runtime import DryRun
 
-Features = Annotated[Path, typer.Argument(help="Directory of features: the states of answers.")]
+Features = Annotated[
+    Path,
+    typer.Argument(help="Features, the states of answers; or what `xlvlm shift` wrote, for shift."),
+]
 Words = str | None
 
 
@@ -38,19 +41,21 @@ def fit(
         typer.Option(
             help="coarse: difference of means; fine: differences between k-means centroids; "
             "learned: optimised by gradient descent; l2s: a network that predicts a vector for "
-            "each prompt."
+            "each prompt; shift: the shift of each concept by fine-tuning."
         ),
     ] = "coarse",
     source: Annotated[
         Words,
         typer.Option(
-            help="Answers to steer from, separated by commas; optional for coarse and fine."
+            help="Answers to steer from, separated by commas; optional for coarse and fine. '*' "
+            "for every sample, such as all captions."
         ),
     ] = None,
     target: Annotated[
         Words,
         typer.Option(
-            help="Answers to steer to, separated by commas; learned and l2s use the first."
+            help="Answers to steer to, separated by commas; learned and l2s use the first; "
+            "optional with --target-features or --between-models."
         ),
     ] = None,
     site: Site = None,
@@ -66,13 +71,31 @@ def fit(
         str,
         typer.Option(
             help="Token positions that the vector is meant for: all, prompt, generated, "
-            "last_prompt, image, text or from:INDEX."
+            "last_prompt, predicting, image, text or from:INDEX."
         ),
     ] = "all",
     target_features: Annotated[
         Path | None,
         typer.Option(help="coarse: features with the target's states, if in another directory."),
     ] = None,
+    between_models: Annotated[
+        bool,
+        typer.Option(
+            "--between-models",
+            help="coarse: steer towards the states of another model, such as a fine-tuned one, in "
+            "--target-features, or in the same features (extract --finetuned).",
+        ),
+    ] = False,
+    matched: Annotated[
+        bool, typer.Option("--matched", help="coarse: only samples with rows in both features.")
+    ] = False,
+    source_concepts: Annotated[
+        Path | None,
+        typer.Option(help="coarse: steer from the mean of these concepts, not of the states."),
+    ] = None,
+    decomposition: Annotated[
+        str, typer.Option(help="fine: kmeans, snmf, pca or another method of `decompose`.")
+    ] = "kmeans",
     num_concepts: Annotated[
         int, typer.Option(help="fine: number of clusters of the source states.")
     ] = 5,
@@ -124,16 +147,23 @@ def fit(
     seed: Seed = 0,
 ) -> None:
     """Fit steering vectors from source answers to target answers."""
+    from xlvlm_jax import Concepts, steering
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax import steering
     from xlvlm_jax.features.reader import choose_site
 
     if not dry_run:
         refuse_existing(output, overwrite)
+    if method == "shift":
+        _write_shift(features, output, parse_where(where))
+        return
     opened = StoredFeatures.open(features, images=images)
     how = steering.method_named(method)
     options = {
         "target_features": target_features and StoredFeatures.open(target_features),
+        "between_models": between_models,
+        "matched": matched,
+        "source_concepts": source_concepts and Concepts.load(source_concepts),
+        "decomposition": decomposition,
         "num_concepts": num_concepts,
         "pairs": None if pairs is None else [_pair(text) for text in pairs.split(",")],
         "rank": rank,
@@ -171,6 +201,20 @@ def fit(
         _write(output, fitted.steering, how.makes_several)
     written = "nothing, a dry run" if dry_run else output
     console.print(f"{fitted.figures}, site {asked.site} -> {written}")
+
+
+def _write_shift(shift: Path, output: Path, where: Any) -> None:
+    """Writes the shift vectors of an analysis, one file per concept."""
+    from xlvlm_jax import steering
+    from xlvlm_jax.shift import ShiftAnalysis
+
+    analysis = ShiftAnalysis.load(shift)
+    site = analysis.source.get("site")
+    if site is None:
+        raise ValueError(f"{shift} does not name its site; analyse features with `xlvlm shift`")
+    fitted = steering.shift_vectors(analysis.shifts, analysis.counts, site, analysis.source, where)
+    _write(output, fitted, several=True)
+    console.print(f"{len(fitted)} shifts of concepts, site {site} -> {output}")
 
 
 def _learn(

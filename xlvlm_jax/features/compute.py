@@ -4,6 +4,7 @@ B batch, T prompt positions, M new tokens, P positions of the selection, D width
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
+from ports.intervene.edits import Edit
 from ports.paired import Params, paired_states
 from xlvlm_jax.data.batches import Arrays
 from xlvlm_jax.features import token_positions
@@ -18,6 +20,8 @@ from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.settings import ExtractionSettings
 from xlvlm_jax.features.spelling import WordFinder
+
+EditsFor = Callable[[VLM, Arrays], Mapping[str, Edit]]
 
 
 class ExtractionModel(NamedTuple):
@@ -28,6 +32,7 @@ class ExtractionModel(NamedTuple):
     shared: Params | None  # of the fine-tuned model under teacher forcing, see share_params
     settings: ExtractionSettings
     finder: WordFinder | None  # finds the words of interest
+    edits: EditsFor | None = None  # steers while states are captured
 
 
 class Pass(NamedTuple):
@@ -81,7 +86,7 @@ def select(model: ExtractionModel, ran: Ran) -> Computed:
 def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
     vlm, sites = model.vlm, model.settings.sites
     if model.shared is None:
-        states = vlm.states(inputs, sites=sites)
+        states = vlm.states(inputs, sites=sites, edits=_edits(model, vlm, inputs))
     else:
         states, other = paired_states(vlm, vlm.params, model.shared, inputs, sites)
         states |= {finetuned_site(site): value for site, value in other.items()}
@@ -89,6 +94,10 @@ def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) 
     order = np.cumsum(mask, 1) * mask
     answer = order > order[:, -1:] - answer_lengths[:, None]
     return _pass(model, vlm, "forced", inputs, answer, states)
+
+
+def _edits(model: ExtractionModel, vlm: VLM, inputs: Arrays) -> dict[str, Edit] | None:
+    return None if model.edits is None else dict(model.edits(vlm, inputs))
 
 
 def _generated(
@@ -101,6 +110,7 @@ def _generated(
         inputs,
         max_new_tokens=settings.max_new_tokens,
         sites=settings.sites,
+        edits=_edits(model, vlm, inputs),
         prompt_states=whole,
     )
     kind, states = "generated", generation.states

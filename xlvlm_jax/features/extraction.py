@@ -23,7 +23,7 @@ from ports.parallel import hosts
 from xlvlm_jax.data.batches import groups_of
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features import multi_host
-from xlvlm_jax.features.compute import ExtractionModel
+from xlvlm_jax.features.compute import EditsFor, ExtractionModel
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.pipeline import Clock, reference, run_groups
 from xlvlm_jax.features.preflight import disk_needs, require_disk
@@ -43,6 +43,8 @@ def extract(
     settings: ExtractionSettings,
     *,
     finetuned: VLM | None = None,
+    edits: EditsFor | None = None,
+    steering: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
     strict: bool = False,
     workers: int | None = None,
@@ -65,6 +67,8 @@ def extract(
             row is one that both have. Under teacher forcing, what the two models share is computed
             once; in generation each continues with its own tokens, and `tokens` and `positions` are
             the model's.
+        edits: (vlm, inputs) -> the edits under which states are captured, see `VLM.generate`.
+        steering: what these edits are, as JSON values; kept in the manifest.
         source: where the samples come from, in any form; kept in the manifest.
         strict: stop at an image that can't be read, a sample that the processor refuses, or a state
             that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping the
@@ -85,6 +89,10 @@ def extract(
             samples may give.
     """
     began = time.perf_counter()
+    if edits is not None and finetuned is not None and settings.mode == "teacher-forcing":
+        raise ValueError(
+            "states of two models under teacher forcing can't be steered; extract each by itself"
+        )
     if not samples:
         raise ValueError(
             "there are no samples to extract from; check the data and the options that select "
@@ -105,6 +113,7 @@ def extract(
         "samples": len(samples),
         "samples digest": _digest(samples),
         "source": source or {},
+        **({} if steering is None else {"steering": steering}),
     }
     if finetuned is not None:
         arguments["finetuned"] = _described(finetuned, settings)
@@ -115,7 +124,7 @@ def extract(
     shared = None
     if finetuned is not None and settings.mode == "teacher-forcing":
         shared = share_params(vlm.params, finetuned.params)
-    model = ExtractionModel(vlm, finetuned, shared, settings, finder)
+    model = ExtractionModel(vlm, finetuned, shared, settings, finder, edits)
     run = _Run(model, samples, Path(output), arguments, strict, workers)
     several = jax.process_count() > 1 or multi_host.exist(run.output)
     (_over_hosts if several else _alone)(run, progress)

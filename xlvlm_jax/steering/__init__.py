@@ -18,8 +18,15 @@ from xlvlm_jax.steering.l2s import L2S, fit_l2s
 from xlvlm_jax.steering.learned import LowRankMap, fit_learned
 from xlvlm_jax.steering.lessons import Lesson, contrast_prompts, lesson
 from xlvlm_jax.steering.methods import METHODS, Fitted, Method, Request, Steering, method_named
+from xlvlm_jax.steering.pth import export_vectors, import_vector
 from xlvlm_jax.steering.rank import RankedVector, answer_shift, rank_vectors
-from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
+from xlvlm_jax.steering.vectors import (
+    FineVectors,
+    SteeringVector,
+    fine_vectors,
+    shift_vectors,
+    steering_vector,
+)
 
 __all__ = [
     "L2S",
@@ -35,16 +42,19 @@ __all__ = [
     "SteeringVector",
     "answer_shift",
     "contrast_prompts",
+    "export_vectors",
     "fine_vectors",
     "fit_coarse",
     "fit_fine",
     "fit_l2s",
     "fit_learned",
+    "import_vector",
     "lesson",
     "load",
     "method_named",
     "rank_vectors",
     "samples_of",
+    "shift_vectors",
     "steering_vector",
 ]
 

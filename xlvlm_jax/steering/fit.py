@@ -10,23 +10,30 @@ import jax
 import numpy as np
 
 from ports.messages import few
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.words import word_pattern
+from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.samples import columns
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 
 MATCHES = ("equals", "contains")
+EVERYTHING = ("*",)  # in place of words to steer from: every sample
 
 
 def fit_coarse(
     features: Features,
     site: str,
     source: Sequence[str] | None,
-    target: Sequence[str],
+    target: Sequence[str] | None = None,
     *,
     key: str = "prediction",
     match: str = "equals",
     target_features: Features | None = None,
+    between_models: bool = False,
+    matched: bool = False,
+    source_concepts: Concepts | None = None,
     where: Any = "all",
 ) -> SteeringVector:
     """Fits the coarse vector: mean state of target answers minus mean state of source answers.
@@ -36,14 +43,20 @@ def fit_coarse(
     Args:
         features: states of the samples' answers or captions.
         site: the site whose states to use.
-        source: words to steer from; None for all samples without a target word.
-        target: words to steer to.
+        source: words to steer from; None for all samples without a target word, EVERYTHING for all
+            samples, such as all captions.
+        target: words to steer to; None for all samples of the target's states, which then are not
+            those of `features`.
         key: the field of a sample that holds its answer: "prediction" (the model's) or "answer"
             (the data set's).
         match: "equals" if the normalised answer must be one of the words, "contains" if it must
             contain one, as for captions.
-        target_features: features of the same model that hold the target's states; None for
-            `features`.
+        target_features: features that hold the target's states; None for `features`.
+        between_models: the target's states are those of another model, such as a fine-tuned one;
+            without `target_features`, of the one that `features` hold too. The vector steers the
+            model of `features`.
+        matched: whether only samples with rows in both count.
+        source_concepts: concepts whose mean takes the place of the mean of source states.
         where: the token positions that the vector is meant for, stored with it.
 
     Returns:
@@ -51,15 +64,27 @@ def fit_coarse(
 
     Raises:
         ValueError: the features lack the site, come from different models or have samples without
-            `key`, or no sample was answered with one of the words.
+            `key`, no sample was answered with one of the words, or source and target states are the
+            same.
     """
     others = features if target_features is None else target_features
-    require_same_model(features, others)
-    of_target = _matching(others, target, key, match)
-    if source is None:
-        of_source = ~_matching(features, target, key, match)
-    else:
+    target_site = finetuned_site(site) if between_models and others is features else site
+    if not between_models:
+        require_same_model(features, others)
+    if target is None and target_features is None and not between_models:
+        raise ValueError("there are no target answers; give some, or features of the target")
+    of_target, of_source = (np.ones(len(each.tokens), bool) for each in (others, features))
+    if target is not None:
+        of_target = _matching(others, target, key, match)
+    if source is not None and tuple(source) != EVERYTHING:
         of_source = _matching(features, source, key, match)
+    elif source is None and target is not None:
+        of_source = ~_matching(features, target, key, match)
+    if matched:
+        of_source, of_target = (
+            of_source & _also_in(features, others),
+            of_target & _also_in(others, features),
+        )
     for chosen, of, what, words in (
         (of_source, features, "source", source),
         (of_target, others, "target", target),
@@ -72,11 +97,17 @@ def fit_coarse(
         "target features": str(others.path.resolve()),
         "match": match,
         "source": None if source is None else list(source),
-        "target": list(target),
+        "target": None if target is None else list(target),
         "source rows": int(of_source.sum()),
         "target rows": int(of_target.sum()),
     }
-    vector = steering_vector(features.matrix(site)[of_source], others.matrix(site)[of_target])
+    if between_models:
+        described["target model"] = others.manifest.get("finetuned") or others.manifest.get("model")
+    begins = features.matrix(site)[of_source]
+    if source_concepts is not None:
+        begins = np.asarray(source_concepts.components)
+        described["source concepts"] = len(begins)
+    vector = steering_vector(begins, others.matrix(target_site)[of_target])
     return SteeringVector(np.asarray(vector, np.float32), site, described, where)
 
 
@@ -89,10 +120,13 @@ def fit_fine(
     key: str = "prediction",
     match: str = "equals",
     pairs: Sequence[tuple[int, int]] | None = None,
+    decomposition: str = "kmeans",
     seed: int = 0,
     where: Any = "all",
 ) -> tuple[list[SteeringVector], FineVectors]:
     """Fits the fine vectors i -> j between the centroids of k-means on the source states.
+
+    With another decomposition they point from one of its components to another.
 
     Runs on the host and cannot be traced.
 
@@ -103,7 +137,8 @@ def fit_fine(
         source: words that choose the samples, as for `fit_coarse`; None for all samples.
         key, match, where: as for `fit_coarse`.
         pairs: the pairs (i, j) to return; None for every pair of different concepts.
-        seed: random seed of the k-means.
+        decomposition: a method of `decompose`.
+        seed: random seed of the decomposition.
 
     Returns:
         The vectors, whose `source["samples"]` holds the IDs of the samples that belong to
@@ -125,7 +160,7 @@ def fit_fine(
                 f"0 to {num_concepts - 1}"
             )
     Z = features.matrix(site)[chosen]
-    fine = fine_vectors(Z, num_concepts, key=jax.random.key(seed))
+    fine = fine_vectors(Z, num_concepts, key=jax.random.key(seed), method=decomposition)
     samples = features.sample_rows[chosen]
     common = {
         **_origin(features, key),
@@ -133,6 +168,7 @@ def fit_fine(
         "source": None if source is None else list(source),
         "match": match,
         "concepts": num_concepts,
+        "decomposition": decomposition,
         "seed": seed,
     }
     vectors = []
@@ -158,6 +194,14 @@ def require_same_model(features: Features, others: Features) -> None:
             f"{names[0]!r} ({both[0]}), {others.path} from {names[1]!r} ({both[1]}); extract both "
             "with the same model"
         )
+
+
+def _also_in(features: Features, others: Features) -> np.ndarray:
+    """Returns bool[N], the rows of samples that have rows in `others` too."""
+    (ids,), (other_ids,) = (columns(each.samples, "id") for each in (features, others))
+    shared = {other_ids[row] for row in np.unique(others.sample_rows)}
+    has_rows = np.array([name in shared for name in ids], bool)
+    return has_rows[features.sample_rows]
 
 
 def _matching(features: Features, words: Sequence[str], key: str, match: str) -> np.ndarray:

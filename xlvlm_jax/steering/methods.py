@@ -118,7 +118,6 @@ class Method:
 
 
 def _fit_coarse(asked: Request) -> Fitted:
-    assert asked.target is not None
     vector = fit_coarse(
         asked.features,
         asked.site,
@@ -238,11 +237,16 @@ def _of_samples(asked: Request, fitted: Steering, figures: str) -> Fitted:
 METHODS = {
     method.name: method
     for method in (
-        Method("coarse", _fit_coarse, ("target_features",)),
+        Method(
+            "coarse",
+            _fit_coarse,
+            ("target_features", "between_models", "matched", "source_concepts"),
+            needs_target=False,
+        ),
         Method(
             "fine",
             _fit_fine,
-            ("num_concepts", "pairs"),
+            ("num_concepts", "pairs", "decomposition"),
             needs_target=False,
             makes_several=True,
         ),

@@ -5,6 +5,7 @@ ICCV 2025, section 5). N, M samples, D width, K concepts.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,9 @@ class FineVectors(NamedTuple):
         return np.flatnonzero(np.asarray(self.assignment) == concept)
 
 
-def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array) -> FineVectors:
+def fine_vectors(
+    source: Float[Array, "N D"], num_concepts: int, *, key: jax.Array, method: str = "kmeans"
+) -> FineVectors:
     """Returns the fine vectors: centroid_j - centroid_i of k-means on the source states.
 
     Works under jit (num_concepts static) and vmap, as `decompose` does.
@@ -90,7 +93,9 @@ def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Arr
     Args:
         source: float[N, D], states of the samples to steer.
         num_concepts: K.
-        key: PRNG key of the k-means.
+        key: PRNG key of the decomposition.
+        method: another decomposition, whose components take the centroids' place; a sample belongs
+            to its most active one.
 
     Returns:
         The vectors and the clustering.
@@ -106,7 +111,7 @@ def fine_vectors(source: Float[Array, "N D"], num_concepts: int, *, key: jax.Arr
         >>> found.vectors[i, j].tolist()
         [4.0, -1.5]
     """
-    concepts = decompose(source, num_concepts, "kmeans", key=key)
+    concepts = decompose(source, num_concepts, method, key=key)
     centroids = jnp.asarray(concepts.components)
     return FineVectors(
         vectors=centroids[None] - centroids[:, None],
@@ -213,3 +218,36 @@ class SteeringVector:
         tensors, rest = files.read_as(path, "vector")
         with files.assembling(path):
             return cls(tensors["vector"], **rest)
+
+
+def shift_vectors(
+    shifts: Float[Array, "K D"],
+    counts: Int[Array, " K"],
+    site: str,
+    source: Mapping[str, Any],
+    where: Any = "all",
+) -> dict[str, SteeringVector]:
+    """Returns the shifts of concepts as vectors that steer the original model.
+
+    Args:
+        shifts: float32[K, D], such as `ShiftAnalysis.shifts`.
+        counts: the number of samples that each comes from; a concept with fewer than two has none.
+        site: the site whose states they are of.
+        source: what the shifts come from; "model" and "fingerprint" identify the checkpoint.
+        where: the token positions that the vectors are meant for, see `ports.add`.
+
+    Returns:
+        {"concept-3": vector}.
+
+    Raises:
+        ValueError: no concept has a shift.
+    """
+    common = {name: source[name] for name in ("model", "fingerprint") if name in source}
+    vectors = {}
+    for k, (shift, rows) in enumerate(zip(np.asarray(shifts), counts, strict=True)):
+        if rows >= 2:
+            told = {**common, "method": "shift", "concept": k, "rows": int(rows)}
+            vectors[f"concept-{k}"] = SteeringVector(shift, site, told, where)
+    if not vectors:
+        raise ValueError("no concept has a shift; analyse more samples with `xlvlm shift`")
+    return vectors

@@ -144,7 +144,7 @@ def test_bad_lists_of_image_ids(tmp_path):
     with pytest.raises(ValueError, match=r"a.txt: has no ids; expected a JSON list, or"):
         select.read_image_ids(tmp_path / "a.txt")
     (tmp_path / "latin.txt").write_bytes(b"12\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected image"):
+    with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected ids"):
         select.read_image_ids(tmp_path / "latin.txt")
     with pytest.raises(FileNotFoundError, match=r"b.txt: no such file; expected ids"):
         select.read_image_ids(tmp_path / "b.txt")

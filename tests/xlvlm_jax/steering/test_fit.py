@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlvlm_jax import Features, steering
+from xlvlm_jax import Concepts, Features, steering
 from xlvlm_jax.features.writer import FeaturesWriter
 
 ANSWERS = ["Yes.", "no", "yes", "red", "No"]
@@ -54,6 +54,35 @@ class TestCoarse:
         # Rows 0 and 3 against rows 1 and 2.
         np.testing.assert_array_equal(fitted.vector, [3 - 3, 4 - 4])
         assert (fitted.source["source rows"], fitted.source["target rows"]) == (2, 2)
+
+    def test_from_every_sample(self, make):
+        fitted = steering.fit_coarse(make(), "s", ["*"], ["red"])
+        np.testing.assert_array_equal(
+            fitted.vector, [6 - 4, 7 - 5]
+        )  # row 3 against the mean of all
+        assert fitted.source["source rows"] == 5
+
+    def test_between_two_models(self, make):
+        tuned = make("tuned", model="tuned", answers=["a", "b", "c"])
+        with pytest.raises(ValueError, match="come from different models"):
+            steering.fit_coarse(make(), "s", None, target_features=tuned)
+        between = {"target_features": tuned, "between_models": True}
+        fitted = steering.fit_coarse(make("again"), "s", None, **between)
+        np.testing.assert_array_equal(fitted.vector, [2 - 4, 3 - 5])
+        assert fitted.source["fingerprint"] == "m" and fitted.source["target model"] == "tuned"
+        # The first three samples have rows in both.
+        matched = steering.fit_coarse(make("once more"), "s", None, **between, matched=True)
+        np.testing.assert_array_equal(matched.vector, [0, 0])
+        assert matched.source["source rows"] == 3
+
+    def test_from_the_mean_of_concepts(self, make):
+        concepts = Concepts.from_components(np.float32([[1, 0], [3, 2]]), "kmeans")
+        fitted = steering.fit_coarse(make(), "s", None, ["red"], source_concepts=concepts)
+        np.testing.assert_array_equal(fitted.vector, [6 - 2, 7 - 1])
+
+    def test_a_target_is_needed(self, make):
+        with pytest.raises(ValueError, match="there are no target answers; give some, or feat"):
+            steering.fit_coarse(make(), "s", None)
 
     def test_target_states_from_elsewhere(self, make):
         others = make("others", answers=["x", "no"])

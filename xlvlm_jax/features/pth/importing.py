@@ -61,7 +61,8 @@ def import_features(
         path: the file.
         output: the directory to create; it appears complete or not at all.
         sites: the modules to take, by default all.
-        rows: "each" for one row per position, or "mean" for the mean of a sample's positions.
+        rows: "each" for one row per position, "mean" for the mean of a sample's positions, or the
+            number of one of them, counted from 0, or from the end if negative: "-1" for the last.
         dtype: dtype of the states on disk; by default the file's (the widest, if modules differ).
         images: the directory in which the pictures are now, found by their names (or by the last
             two parts of their paths); by default the paths stay as they are.
@@ -74,8 +75,8 @@ def import_features(
         FileExistsError: `output` already exists.
     """
     path, output = Path(path), Path(output)
-    if rows not in ROWS:
-        raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
+    if rows not in ROWS and _number(rows) is None:
+        raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}, or a number")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: already exists; choose a new directory")
     data = read_pth(path)
@@ -251,14 +252,32 @@ def _rows(
             values = np.asarray(tensor).reshape(lengths, tensor.shape[-1])
             if rows == "mean":
                 values = values.astype(np.float32).mean(0, keepdims=True)
-            blocks[site].append(values)
-        count = 1 if rows == "mean" else lengths
-        index += [number - part.start] * count
+            blocks[site].append(values[_chosen(rows, len(values), number)])
+        here = range(1 if rows == "mean" else lengths)[_chosen(rows, lengths, number)]
+        index += [number - part.start] * len(here)
         own = [data[key][number] if "manifest" in data else None for key in ("positions", "tokens")]
-        positions += range(count) if own[0] is None else np.asarray(own[0]).tolist()
-        tokens += [-1] * count if own[1] is None else np.asarray(own[1]).tolist()
+        positions += here if own[0] is None else np.asarray(own[0])[list(here)].tolist()
+        tokens += [-1] * len(here) if own[1] is None else np.asarray(own[1])[list(here)].tolist()
     stacked = {site: np.concatenate(arrays) for site, arrays in blocks.items() if arrays}
     return stacked, np.array(index, int), np.array(positions, int), np.array(tokens, int)
+
+
+def _number(rows: str) -> int | None:
+    """Returns the number of the position that is asked for; None if it is not one."""
+    return int(rows) if rows.removeprefix("-").isdecimal() else None
+
+
+def _chosen(rows: str, length: int, sample: int) -> slice:
+    """Returns which of a sample's rows are taken."""
+    position = _number(rows)
+    if position is None:
+        return slice(None)
+    if not -length <= position < length:
+        raise PthError(
+            f"sample {sample} has {length} positions, none with the number {position}; take another"
+        )
+    position %= length
+    return slice(position, position + 1)
 
 
 def _keep(

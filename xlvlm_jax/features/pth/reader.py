@@ -27,7 +27,7 @@ class _Map(mmap.mmap):
         return True
 
 
-def read_pth(path: str | os.PathLike[str]) -> Any:
+def read_pth(path: str | os.PathLike[str], *, opaque: bool = False) -> Any:
     """Returns the value that was saved with torch.save; executes nothing in the file.
 
     Tensors and numpy arrays are read by `numpy.asarray` (a tensor is a `StoredTensor`: its numbers
@@ -36,6 +36,8 @@ def read_pth(path: str | os.PathLike[str]) -> Any:
 
     Args:
         path: the file.
+        opaque: whether objects of other classes are passed over (an `unpickle.Opaque` stands for
+            each) instead of refused. Nothing of them is run either way.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -53,7 +55,7 @@ def read_pth(path: str | os.PathLike[str]) -> Any:
             # Views of the map stay valid after the file is closed.
             content = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
         read = _read_zip if content[:2] == b"PK" else _read_legacy
-        return read(content, Globals(max(_EXPANSION * size, _SMALL)))
+        return read(content, Globals(max(_EXPANSION * size, _SMALL), opaque=opaque))
     except PthError as error:
         # A name in the file may contain a newline.
         raise PthError(f"{path}: {' '.join(str(error).split())}") from None

@@ -9,6 +9,7 @@ import numpy as np
 from xlvlm_jax.features.pth.unpickle import (
     Buildable,
     Function,
+    Opaque,
     PthError,
     Storage,
     StoredTensor,
@@ -106,10 +107,13 @@ class Globals:
         limit: maximum number of bytes that all tensors and strings made here may take together.
             With strides of zero, or many tensors on one storage, a short file can describe any
             number of them.
+        opaque: whether an unknown global stands for an object that is not read, instead of being
+            refused.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, *, opaque: bool = False):
         self._left = self._limit = limit
+        self._opaque = opaque
 
     def find(self, module: str, name: str) -> Any:
         """Returns what a pickle may use as `module.name`.
@@ -125,6 +129,8 @@ class Globals:
                 known = StorageType(UNTYPED)
             elif module == "torch" and name in DTYPES:
                 known = StorageType(DTYPES[name])
+        if known is None and self._opaque:
+            return Opaque(f"{module}.{name}")
         if known is None:
             raise PthError(
                 f"asks for {module[:80]}.{name[:80]}, which is neither a tensor nor a plain "

@@ -34,6 +34,16 @@ class Function:
         self.name, self.call = name, call
 
 
+class Opaque(Buildable):
+    """An object of a class that is not known, and its class: nothing of it is read or run."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def build(self, state: Any) -> None:
+        """Takes no state."""
+
+
 _MARK = object()
 
 _CONSTANTS = {
@@ -48,6 +58,7 @@ _LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_BELOW = {"NEWOBJ": 2, "NEWOBJ_EX": 3}  # where the class is on the stack
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 
 
@@ -127,6 +138,10 @@ class Machine:
         elif name == "STACK_GLOBAL":
             attribute, module = self._pop(), self._pop()
             stack.append(self._find(str(module), str(attribute)))
+        elif name in ("NEWOBJ", "NEWOBJ_EX") and isinstance(self._stack[-_BELOW[name]], Opaque):
+            made = stack[-_BELOW[name]]
+            del stack[-_BELOW[name] :]
+            stack.append(Opaque(made.name))
         elif name in ("INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
             if name == "INST":
                 self._find(*argument.split(" ", 1))
@@ -135,6 +150,9 @@ class Machine:
             stack.append(self._persistent(self._pop()))
         elif name == "REDUCE":
             arguments, function = self._pop(), self._pop()
+            if isinstance(function, Opaque):
+                stack.append(Opaque(function.name))
+                return
             if not isinstance(function, Function):
                 raise PthError(f"the pickle calls a {type(function).__name__}")
             stack.append(function.call(*arguments))

@@ -1,0 +1,103 @@
+"""Exchanges steering vectors with XL-VLMs, whose files torch.save writes:
+
+    steering_vector                      float[D], or [K, K, D] between clusters
+    steering_vector_concept_i_to_j       concept i - concept j, as XL-VLMs computes and names it
+    steering_vector_shift_of_means, steering_vector_mean_of_directions, concepts1, activations1
+
+A vector that steers from concept i to concept j is concept j - concept i. So XL-VLMs' "i_to_j" is
+read as it is, and steers from j to i; written files keep its values under its names.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ports.messages import few
+from xlvlm_jax.features.pth.reader import read_pth
+from xlvlm_jax.features.pth.unpickle import PthError
+from xlvlm_jax.features.pth.writer import write_pth
+from xlvlm_jax.steering.vectors import SteeringVector
+
+KEY = "steering_vector"
+
+
+def import_vector(
+    path: str | os.PathLike[str],
+    site: str,
+    *,
+    key: str = KEY,
+    where: Any = "all",
+    model: str | None = None,
+) -> SteeringVector:
+    """Reads a vector of XL-VLMs; executes nothing in the file.
+
+    Args:
+        path: the .pth file.
+        site: the site to steer, which the file does not name.
+        key: which of its vectors.
+        where: the token positions that it is meant for, see `ports.add`.
+        model: the name of the model, for the record.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or has no vector of this name.
+    """
+    data = read_pth(path, opaque=True)
+    if not isinstance(data, dict):
+        raise PthError(f"{path}: holds a {type(data).__name__}; expected steering vectors")
+    vectors = {name: value for name, value in data.items() if len(np.shape(value)) == 1}
+    if key not in vectors:
+        raise PthError(f"{path}: has no vector {key!r}; expected one of {few(vectors)}")
+    vector = np.asarray(vectors[key]).astype(np.float32)
+    source = {"method": "imported", "file": Path(path).name, "key": key}
+    return SteeringVector(vector, site, source | ({"model": model} if model else {}), where)
+
+
+def export_vectors(
+    vectors: Sequence[SteeringVector] | SteeringVector, path: str | os.PathLike[str]
+) -> None:
+    """Writes vectors as a file that XL-VLMs and torch.load can read.
+
+    Args:
+        vectors: one vector, or the fine vectors of a clustering.
+        path: the file to write.
+
+    Raises:
+        ValueError: several vectors are not all fine vectors.
+    """
+    if isinstance(vectors, SteeringVector):
+        vectors = [vectors]
+    if len(vectors) == 1:
+        write_pth(path, {KEY: _float32(vectors[0])})
+        return
+    named: dict[str, Any] = {}
+    for vector in vectors:
+        pair = vector.source.get("from"), vector.source.get("to")
+        if None in pair:
+            raise ValueError(
+                "several vectors of which not all are fine ones have no names in XL-VLMs' files; "
+                "export each by itself"
+            )
+        named[f"{KEY}_concept_{pair[1]}_to_{pair[0]}"] = _float32(vector)
+    write_pth(path, named | _between(named))
+
+
+def _between(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the array of all pairs, if each pair of concepts is there."""
+    pairs = {tuple(map(int, name.split("_concept_")[1].split("_to_"))): name for name in named}
+    K = 1 + max(max(pair) for pair in pairs)
+    if len(pairs) < K * (K - 1):
+        return {}
+    width = len(next(iter(named.values())))
+    between = np.zeros((K, K, width), np.float32)
+    for pair, name in pairs.items():
+        between[pair] = named[name]
+    mean = between.mean((0, 1))
+    return {KEY: between, f"{KEY}_mean_of_directions": mean}
+
+
+def _float32(vector: SteeringVector) -> np.ndarray:
+    return np.asarray(vector.vector, np.float32)
