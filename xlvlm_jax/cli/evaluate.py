@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import (
+    Baseline,
     BatchSize,
     Data,
     Dataset,
@@ -36,6 +37,7 @@ from xlvlm_jax.cli.evaluate_options import (
     Split,
     Target,
     VqaProtocol,
+    Without,
     Words,
     describe_run,
     parse_task,
@@ -76,6 +78,8 @@ def evaluate(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    without: Without = None,
+    baseline: Baseline = None,
     prompt: Prompt = None,
     annotations: Annotations = None,
     questions: QuestionsFile = None,
@@ -97,7 +101,7 @@ def evaluate(
 
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
-    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol)
+    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol, without)
     told: dict[str, Any] = {"prompt": prompt, "annotations": annotations, "questions": questions}
     drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
@@ -120,6 +124,7 @@ def evaluate(
             task,
             output,
             conditions,
+            baseline=baseline,
             about=describe_run(data, dataset, split, seed, [vector] if vector else [], loaded),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

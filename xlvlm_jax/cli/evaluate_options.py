@@ -41,6 +41,20 @@ VqaProtocol = Annotated[
         "edges; xl-vlms: as XL-VLMs computes it."
     ),
 ]
+Without = Annotated[
+    str | None,
+    typer.Option(
+        help="Questions: also the mean accuracy of the answer types without this one, such as "
+        "yes/no."
+    ),
+]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take the plain model's answers from this earlier run (a directory of `evaluate`, or "
+        "predictions of XL-VLMs), instead of running it again."
+    ),
+]
 NumSamples = Annotated[int | None, typer.Option(help="Maximum number of samples.")]
 NewTokens = Annotated[
     int | None,
@@ -67,6 +81,7 @@ def parse_task(
     words: str | None,
     java: bool,
     protocol: str,
+    without: str | None,
 ) -> Any:
     """Returns the task to evaluate; words not given are those the first vector was fitted on.
 
@@ -76,6 +91,7 @@ def parse_task(
         source, target, words: option values, with commas.
         java: whether to compute metrics that need Java.
         protocol: how the accuracy of answers is computed.
+        without: an answer type to leave out of a mean.
 
     Returns:
         `evaluation.Captions` or `evaluation.Questions`.
@@ -102,7 +118,7 @@ def parse_task(
     if bool(sources) != bool(targets):
         missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
-    return evaluation.Questions(sources, targets, protocol=cast(Any, protocol))
+    return evaluation.Questions(sources, targets, protocol=cast(Any, protocol), without=without)
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

@@ -19,7 +19,8 @@ PANELS = {
     "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
     "together instruction context_site contrast keep steps rank epochs rate schedule warmup "
     "weight_decay choose_on wanted max_cost num_choose reduce num_targets",
-    "Evaluation": "vqa_protocol clip bert bert_layer bert_idf bert_baseline stability seeds java "
+    "Evaluation": "vqa_protocol without baseline "
+    "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
     "Model": "model adapter finetuned finetuned_model dtype through_norm max_new_tokens "
     "ignore_generation_config",

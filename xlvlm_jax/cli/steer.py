@@ -23,6 +23,7 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.evaluate import finish, show_preflight
 from xlvlm_jax.cli.evaluate_options import (
+    Baseline,
     BatchSize,
     Data,
     Dataset,
@@ -37,6 +38,7 @@ from xlvlm_jax.cli.evaluate_options import (
     Split,
     Target,
     VqaProtocol,
+    Without,
     Words,
     describe_run,
     parse_task,
@@ -119,6 +121,8 @@ def apply(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    without: Without = None,
+    baseline: Baseline = None,
     prompt: Prompt = None,
     annotations: Annotations = None,
     questions: QuestionsFile = None,
@@ -146,7 +150,7 @@ def apply(
 
     loaded = [steering.load(path) for path in vector]
     meant = [None] if where is None else [parse_where(text) for text in where]
-    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol)
+    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol, without)
     chosen = {"wanted": wanted, "max_cost": max_cost}
     task = dataclasses.replace(task, **{k: v for k, v in chosen.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
@@ -198,7 +202,15 @@ def apply(
         if instruction is not None:
             conditions["instruction"] = evaluation.Condition(instruction=instruction)
         summary = evaluation.evaluate(
-            vlm, samples, task, output, conditions, about=about, sweep=sweep, **options
+            vlm,
+            samples,
+            task,
+            output,
+            conditions,
+            baseline=baseline,
+            about=about,
+            sweep=sweep,
+            **options,
         )
     finish(summary, output)
 

@@ -7,13 +7,17 @@ from xlvlm_jax.evaluation.answer_effects import (
     answer_changes,
     answer_type,
     count_answers,
+    count_by_type,
     count_types,
     describe,
     fall_of_others,
+    question_type_scores,
     require_answers,
+    substring_counts,
     truths,
     vqa_scores,
 )
+from xlvlm_jax.evaluation.baseline import read_baseline
 from xlvlm_jax.evaluation.caption_effects import CaptionChanges, caption_changes, count_said
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
@@ -44,6 +48,7 @@ __all__ = [
     "caption_changes",
     "choose",
     "count_answers",
+    "count_by_type",
     "count_said",
     "count_types",
     "describe",
@@ -54,8 +59,11 @@ __all__ = [
     "names",
     "predict",
     "preflight",
+    "question_type_scores",
+    "read_baseline",
     "require_answers",
     "select",
+    "substring_counts",
     "truths",
     "vqa_scores",
 ]

@@ -11,6 +11,8 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol, normalise_answer, vqa_accuracy
 
 MEAN_OVER_TYPES = "mean over types"
+MEAN_WITHOUT = "mean without "  # and an answer type
+_MEANS = ("all", MEAN_OVER_TYPES)
 
 
 class Accuracy(NamedTuple):
@@ -32,15 +34,18 @@ class Accuracy(NamedTuple):
         return self.xl_vlms
 
 
-def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, Accuracy]:
+def vqa_scores(
+    samples: Sequence[Sample], predictions: Sequence[str], *, without: str | None = None
+) -> dict[str, Accuracy]:
     """Returns accuracies over all samples, by answer type, and their mean over the types.
 
     Args:
         samples: questions.
         predictions: an answer per question.
+        without: an answer type to leave out of a further mean, such as the one that is steered.
 
     Returns:
-        {"all", each answer type, "mean over types": accuracy}.
+        {"all", each answer type, "mean over types", "mean without TYPE": accuracy}.
 
     Raises:
         ValueError: a sample has no answers, or the numbers of samples and predictions differ.
@@ -64,7 +69,34 @@ def vqa_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[st
     types = [score for name, score in scores.items() if name != "all"]
     if types:
         scores[MEAN_OVER_TYPES] = _mean(types)
+    others = [score for name, score in scores.items() if name not in (*_MEANS, without)]
+    if without is not None and others:
+        scores[f"{MEAN_WITHOUT}{without}"] = _mean(others)
     return scores
+
+
+def question_type_scores(
+    samples: Sequence[Sample], predictions: Sequence[str]
+) -> dict[str, Accuracy]:
+    """Returns accuracies by type of question ("what color is the"), the most frequent first.
+
+    Args:
+        samples: questions.
+        predictions: an answer per question.
+
+    Returns:
+        {question type: accuracy}; empty if the types are unknown.
+    """
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for sample, prediction in zip(samples, predictions, strict=True):
+        if (kind := sample.metadata.get("question_type")) is not None:
+            found[kind].append(
+                [vqa_accuracy(prediction, sample.references, each) for each in PROTOCOLS]
+            )
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return {
+        kind: Accuracy(*np.mean(rows, axis=0).tolist(), count=len(rows)) for kind, rows in ordered
+    }
 
 
 def _mean(scores: Sequence[Accuracy]) -> Accuracy:
@@ -84,6 +116,62 @@ def answer_type(answer: str) -> str:
 def count_answers(answers: Sequence[str]) -> dict[str, int]:
     """Counts the normalised answers, the most frequent first."""
     return dict(Counter(map(normalise_answer, answers)).most_common())
+
+
+def count_by_type(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Counts the normalised answers to the questions of each answer type.
+
+    Args:
+        samples: questions.
+        answers: an answer per question.
+
+    Returns:
+        {answer type of the data set: {answer: number}}, the most frequent answers first.
+    """
+    given: dict[str, list[str]] = defaultdict(list)
+    for sample, answer in zip(samples, answers, strict=True):
+        if (kind := sample.metadata.get("answer_type")) is not None:
+            given[kind].append(answer)
+    return {kind: count_answers(texts) for kind, texts in given.items()}
+
+
+class SubstringCounts(NamedTuple):
+    """What XL-VLMs counts of steering, as numbers of samples; words match anywhere in a text."""
+
+    preds_with_toi: int  # answers that hold a target word
+    preds_and_targets_with_toi: int  # of these, a person's answer holds a source word
+    preds_and_baseline_preds_with_toi: int  # of these, the unsteered answer holds a source word
+    preds_changed: int
+
+
+def substring_counts(
+    samples: Sequence[Sample],
+    before: Sequence[str],
+    after: Sequence[str],
+    source: Sequence[str],
+    target: Sequence[str],
+) -> SubstringCounts:
+    """Counts answers as XL-VLMs does (metrics/utils.py at a599fe9); see `answer_changes`.
+
+    Args:
+        samples: questions or captioned images.
+        before, after: the model's answers before and after steering.
+        source, target: the words to steer from and to; source words in lower case.
+
+    Returns:
+        The counts.
+    """
+    sources = [word.lower().strip() for word in source]
+    held = targets = baselines = changed = 0
+    for sample, old, new in zip(samples, before, after, strict=True):
+        old, new = old.lower().strip(), new.lower().strip()
+        changed += old != new
+        if any(word in new for word in target):
+            held += 1
+            said = [text.lower().strip() for text in sample.references]
+            targets += any(word in text for word in sources for text in said)
+            baselines += any(word in old for word in sources)
+    return SubstringCounts(held, targets, baselines, changed)
 
 
 def count_types(answers: Sequence[str]) -> dict[str, int]:
@@ -231,7 +319,7 @@ def fall_of_others(
     return {
         name: 100 * (before[name].by(protocol) - after[name].by(protocol))
         for name in before
-        if name not in ("all", MEAN_OVER_TYPES, own)
+        if name not in (*_MEANS, own) and not name.startswith(MEAN_WITHOUT)
     }
 
 

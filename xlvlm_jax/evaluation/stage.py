@@ -13,7 +13,8 @@ from typing import Any
 from ports import VLM
 from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
+from xlvlm_jax.evaluation.baseline import read_baseline
+from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.storage import atomic, pictures, versions
@@ -28,6 +29,7 @@ def evaluate(
     output: str | Path,
     conditions: Mapping[str, Condition] | None = None,
     *,
+    baseline: str | Path | None = None,
     about: dict[str, Any] | None = None,
     sweep: dict[str, Any] | None = None,
     max_new_tokens: int | None = None,
@@ -43,6 +45,8 @@ def evaluate(
         task: what to measure.
         output: the directory to write; replaces an earlier evaluation there.
         conditions: {name: condition}, besides "plain", the unsteered model.
+        baseline: an earlier run whose plain answers are taken instead of running the plain model,
+            see `read_baseline`.
         about: where samples and vectors come from, in any form; stored in the summary.
         sweep: what `describe_sweep` returns, if a sweep chose a condition.
         max_new_tokens: maximum number of tokens per answer; None for the task's default.
@@ -60,21 +64,26 @@ def evaluate(
     """
     task.require(samples)
     conditions = {"plain": PLAIN, **(conditions or {})}
-    predictions = predict(
-        vlm,
-        samples,
-        list(conditions.values()),
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
-        batch_size=batch_size,
-        strict=strict,
-        progress=None if stage is None else stage("answering"),
-    )
+    known = [] if baseline is None else [read_baseline(baseline, samples)]
+    asked = list(conditions.values())[len(known) :]
+    predictions = Predictions([], {})
+    if asked:
+        predictions = predict(
+            vlm,
+            samples,
+            asked,
+            max_new_tokens=max_new_tokens or task.max_new_tokens,
+            batch_size=batch_size,
+            strict=strict,
+            progress=None if stage is None else stage("answering"),
+        )
+    predictions = predictions._replace(answers=[*known, *predictions.answers])
     kept, answers = predictions.readable(samples)
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
         "version": versions.VERSION,
         "model": None if vlm.directory is None else hub.name_of(vlm.directory),
-        "about": about or {},
+        "about": (about or {}) | ({} if baseline is None else {"baseline": str(baseline)}),
         **({"generation_config": options} if (options := vlm.logits_options) else {}),
         "samples": len(kept),
         "unreadable": predictions.errors,

@@ -33,6 +33,7 @@ class Questions:
         max_cost: the maximum cost, in points of accuracy that another answer type loses.
         protocol: how accuracy is computed where one number counts, see `metrics.vqa_accuracy`; all
             protocols are stored.
+        without: an answer type to leave out of a further mean of accuracies.
 
     Raises:
         ValueError: the protocol is unknown.
@@ -43,6 +44,7 @@ class Questions:
     wanted: float = 0.95
     max_cost: float = 5.0
     protocol: Protocol = "official"
+    without: str | None = None
     max_new_tokens = 10
 
     def __post_init__(self) -> None:
@@ -72,8 +74,14 @@ class Questions:
         """Returns accuracies, counts and changes from the plain answers as JSON values."""
         counts = answer_effects.count_answers(answers)
         measured: dict[str, Any] = {
-            "scores": answer_effects.describe(answer_effects.vqa_scores(samples, answers)),
+            "scores": answer_effects.describe(
+                answer_effects.vqa_scores(samples, answers, without=self.without)
+            ),
+            "question types": answer_effects.describe(
+                answer_effects.question_type_scores(samples, answers)
+            ),
             "answers": dict(list(counts.items())[:NUM_COUNTED]),
+            "answers by type": answer_effects.count_by_type(samples, answers),
             "answer types": answer_effects.count_types(answers),
         }
         if self.source and self.target:
@@ -85,6 +93,9 @@ class Questions:
                 "moved_share": _or_none(changes.moved_share),
                 "others_changed_share": _or_none(changes.others_changed_share),
             }
+            measured["XL-VLMs counts"] = answer_effects.substring_counts(
+                samples, plain, answers, self.source, self.target
+            )._asdict()
         return measured
 
     def trial(
@@ -155,6 +166,7 @@ class Captions:
         measured: dict[str, Any] = {
             "scores": describe_captions(caption_scores(answers, references, java=self.java)),
             "words": dict(list(said.items())[:NUM_COUNTED]),
+            "all words": said,
         }
         if self.words:
             changes = caption_changes.caption_changes(plain, answers, self.words)

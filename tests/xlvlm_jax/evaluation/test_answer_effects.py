@@ -30,6 +30,35 @@ def test_scores_by_hand():
     assert scores["number"].reference == scores["number"].xl_vlms
 
 
+def test_accuracy_without_a_type_and_by_type_of_question():
+    samples = [asked(0, ["yes"] * 10, "yes/no"), asked(1, ["2"] * 10, "number")]
+    samples += [asked(2, ["red"] * 10, "other"), asked(3, ["red"] * 10, "other")]
+    for sample, kind in zip(samples, ["is", "how many", "what", "what"], strict=True):
+        sample.metadata["question_type"] = kind
+    answers = ["no", "2", "red", "blue"]
+    scores = evaluation.vqa_scores(samples, answers, without="yes/no")
+    assert scores["mean without yes/no"] == pytest.approx((0.75, 0.75, 0.75, 3))
+    assert "mean without yes/no" not in evaluation.fall_of_others(scores, scores, "number")
+    by_question = evaluation.question_type_scores(samples, answers)
+    assert list(by_question) == ["what", "is", "how many"]
+    assert by_question["what"] == pytest.approx((0.5, 0.5, 0.5, 2))
+    assert evaluation.count_by_type(samples, answers) == {
+        "yes/no": {"no": 1},
+        "number": {"2": 1},
+        "other": {"red": 1, "blue": 1},
+    }
+
+
+def test_counts_of_substrings_as_in_xl_vlms():
+    samples = [asked(i, ["yes", "a yesterday"], "other") for i in range(3)] + [
+        asked(3, ["red"], "other")
+    ]
+    before, after = ["Yes", "no", "red", "yes"], ["no ", "No", "snow", "not"]
+    # "snow" and "not" hold "no"; "yesterday" holds "yes".
+    counts = evaluation.substring_counts(samples, before, after, ["Yes"], ["no"])
+    assert counts == (4, 3, 2, 3)
+
+
 def test_changes_by_hand():
     before = ["yes", "Yes", "no", "red", "two", "yes"]
     after = ["no", "yes", "no", "no", "two", "maybe"]

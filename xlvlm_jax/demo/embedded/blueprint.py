@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -194,8 +195,40 @@ def save_llava(directory: Path, config: LlavaConfig) -> None:
     config.dtype = "float16"
     config.save_pretrained(directory)
     make_processor().save_pretrained(directory)
+    place_for_transformers_4(directory)
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def place_for_transformers_4(directory: Path) -> None:
+    """Rewrites a processor's directory so that transformers 4.47 loads it too, not only 5.
+
+    Version 4 reads the image processor's settings and the chat template from files of their own,
+    and does not know the class that version 5 names for a tokenizer.
+    """
+    processor = _read(directory / "processor_config.json")
+    images = processor.pop("image_processor", None)
+    if images is not None:
+        images["processor_class"] = processor["processor_class"]
+        _write(directory / "preprocessor_config.json", images)
+        _write(directory / "processor_config.json", processor)
+    tokenizer = _read(directory / "tokenizer_config.json")
+    for name in ("backend", "extra_special_tokens"):
+        tokenizer.pop(name, None)
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Its default adds token types, which the model does not take.
+    tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+    _write(directory / "tokenizer_config.json", tokenizer)
+    template = (directory / "chat_template.jinja").read_text()
+    _write(directory / "chat_template.json", {"chat_template": template})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def save_clip(directory: Path, config: CLIPConfig) -> None:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -65,3 +66,20 @@ def test_the_processor_gives_one_token_a_patch():
     picture = Image.fromarray(np.zeros((112, 112, 3), np.uint8))
     batch = processor(images=[picture], text=["USER: <image>\nHi ASSISTANT:"], return_tensors="np")
     assert (batch["input_ids"] == blueprint.IMAGE).sum() == blueprint.TOKENS_PER_IMAGE == 64
+
+
+def test_the_directory_is_one_that_transformers_4_reads_too(tmp_path):
+    # 4.47.1 loads these files and gives the same tokens and logits.
+    blueprint.save_llava(tmp_path, blueprint.llava_config(len(blueprint.make_tokenizer())))
+    for name in (
+        *("preprocessor_config.json", "processor_config.json"),
+        *("tokenizer_config.json", "chat_template.json"),
+    ):
+        written, shipped = (
+            json.loads((place / name).read_text()) for place in (tmp_path, embedded.LLAVA)
+        )
+        assert written == shipped, name
+    assert "image_processor" not in json.loads((tmp_path / "processor_config.json").read_text())
+    assert written["chat_template"] == blueprint.CHAT_TEMPLATE
+    blueprint.place_for_transformers_4(tmp_path)  # once more changes nothing
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["crop_size"]
