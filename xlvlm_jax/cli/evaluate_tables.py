@@ -6,8 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xlvlm_jax.metrics.vqa import PROTOCOLS
-
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Prints the scores and changes under each condition, and what a sweep chose."""
@@ -20,6 +18,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Console) -> None:
+    from xlvlm_jax.metrics.vqa import PROTOCOLS
+
     kinds = conditions["plain"]["scores"]
     first, *others = sorted(PROTOCOLS, key=lambda each: each != protocol)
     table = Table(f"accuracy %, {first} ({'; '.join(others)})", *kinds, box=None)
