@@ -43,6 +43,7 @@ from xlvlm_jax.cli.evaluate_options import (
     parse_task,
 )
 from xlvlm_jax.cli.evaluate_tables import show, show_needs
+from xlvlm_jax.cli.protocol import Protocol
 from xlvlm_jax.cli.runtime import DryRun
 from xlvlm_jax.cli.sample_options import (
     Annotations,
@@ -78,6 +79,7 @@ def evaluate(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    protocol: Protocol = None,
     without: Without = None,
     baseline: Baseline = None,
     prompt: Prompt = None,

@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     show_skipped,
 )
+from xlvlm_jax.cli.protocol import Protocol
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, Programs, join_hosts, profiled, resumes
 from xlvlm_jax.cli.sample_options import (
     Annotations,
@@ -143,6 +144,7 @@ def extract(
         typer.Option(help="Token positions to steer, as in `steer apply`."),
     ] = None,
     ignore_generation_config: IgnoreGenerationConfig = False,
+    protocol: Protocol = None,
     mesh: Mesh = None,
     hosts: Hosts = None,
     workers: Annotated[
@@ -167,6 +169,8 @@ def extract(
     from xlvlm_jax.data import select
     from xlvlm_jax.features.selection import Selection
 
+    if protocol is not None and match is None and tokens.startswith(("token-of-", "class")):
+        match = "first-token"
     generated_only = None if include_prompt is None else not include_prompt
     settings = module.ExtractionSettings(
         sites=tuple(site),

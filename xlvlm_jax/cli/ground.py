@@ -15,6 +15,7 @@ from xlvlm_jax.cli.console import (
     errors,
     load_model,
 )
+from xlvlm_jax.cli.protocol import Protocol
 
 
 def ground(
@@ -31,6 +32,7 @@ def ground(
     num_images: Annotated[int, typer.Option(help="Images per concept.")] = 5,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    protocol: Protocol = None,
     images: Images = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -21,6 +21,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     show_skipped,
 )
+from xlvlm_jax.cli.protocol import Protocol
 
 Directories = Annotated[
     list[Path] | None,
@@ -80,9 +81,16 @@ def score(
             help="Concepts learnt with another seed, to measure stability; may be repeated."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="--methods: seeds per method and number.")] = 2,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="--methods: seeds per method and number. With more than two, each is scored, and "
+            "scores are means with their spread over the seeds."
+        ),
+    ] = 2,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    protocol: Protocol = None,
     site: Site = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -130,6 +138,7 @@ def score(
                 methods=[name.strip() for name in methods.split(",")],
                 num_concepts=counts,
                 num_seeds=seeds,
+                average=seeds > 2,
                 through_norm=through_norm,
                 rules=word_rules,
                 seed=seed,
@@ -218,3 +227,7 @@ def _show(rows: list[Any]) -> None:
             shown = (f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells)
             table.add_row(row.name, *shown)
         console.print(table)
+    for row in rows:
+        if row.spread:
+            shown = (f"{name} {spread:.3f}" for name, spread in row.spread.items())
+            console.print(f"{row.name}: spread over {row.seeds} seeds: {', '.join(shown)}")

@@ -17,6 +17,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     refuse_existing,
 )
+from xlvlm_jax.cli.protocol import Protocol
 
 
 def shift(
@@ -65,6 +66,7 @@ def shift(
     ] = 50,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    protocol: Protocol = None,
     images: Images = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,

@@ -45,6 +45,7 @@ from xlvlm_jax.cli.evaluate_options import (
     vectors_at,
 )
 from xlvlm_jax.cli.panels import into_panels
+from xlvlm_jax.cli.protocol import Protocol
 from xlvlm_jax.cli.runtime import Command, DryRun
 from xlvlm_jax.cli.sample_options import (
     Annotations,
@@ -121,6 +122,7 @@ def apply(
     target: Target = None,
     words: Words = None,
     vqa_protocol: VqaProtocol = "official",
+    protocol: Protocol = None,
     without: Without = None,
     baseline: Baseline = None,
     prompt: Prompt = None,

@@ -31,7 +31,7 @@ from xlvlm_jax.metrics.clip_score import (
 from xlvlm_jax.metrics.codes import active_share, dead_concepts, explained_variance, hoyer_sparsity
 from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.most_activated import mean_of_top, top_concepts
-from xlvlm_jax.metrics.overlap import word_overlap
+from xlvlm_jax.metrics.overlap import overlap_matrix, word_overlap
 from xlvlm_jax.metrics.pope import PopeScore, pope, read_answer
 from xlvlm_jax.metrics.stability import stability
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
@@ -61,6 +61,7 @@ __all__ = [
     "monosemanticity",
     "noise_images",
     "normalise_answer",
+    "overlap_matrix",
     "pixels_of",
     "pope",
     "random_words",

@@ -1,7 +1,9 @@
 """Overlap: how many of their words concepts share (CoX-LMM, NeurIPS 2024, section 4.1)."""
 
 from collections.abc import Sequence
-from itertools import permutations
+
+import numpy as np
+from jaxtyping import Float
 
 
 def word_overlap(words: Sequence[Sequence[str]]) -> float:
@@ -18,6 +20,22 @@ def word_overlap(words: Sequence[Sequence[str]]) -> float:
     """
     if len(words) < 2:
         raise ValueError(f"overlap needs the words of two concepts or more, got {len(words)}")
+    shares = overlap_matrix(words)
+    return float(shares[~np.eye(len(shares), dtype=bool)].mean())
+
+
+def overlap_matrix(words: Sequence[Sequence[str]]) -> Float[np.ndarray, "K K"]:
+    """Returns the share of the words of concept k that concept l has too.
+
+    Args:
+        words: the words of each concept; repeats count as often as they are there.
+
+    Returns:
+        float64[K, K], row k and column l; the row of a concept without words is 0.
+    """
     sets = [set(concept) for concept in words]
-    shares = [len(a & b) / len(a) if a else 0.0 for a, b in permutations(sets, 2)]
-    return sum(shares) / len(shares)
+
+    def share(own: Sequence[str], other: set[str]) -> float:
+        return sum(word in other for word in own) / len(own) if own else 0.0
+
+    return np.array([[share(own, other) for other in sets] for own in words])

@@ -3,13 +3,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlvlm_jax.metrics import word_overlap
+from xlvlm_jax.metrics import overlap_matrix, word_overlap
 
 
 def test_overlap_by_hand():
     words = [["dog", "grass"], ["dog", "beach", "sand", "sea"], ["train"]]
     # 0 -> 1: 1 / 2, 1 -> 0: 1 / 4, the other four pairs share nothing
     assert word_overlap(words) == pytest.approx((1 / 2 + 1 / 4) / 6)
+
+
+def test_repeats_count_as_often_as_they_are_there():
+    words = [["dog", "dog", "sea"], ["dog"], []]
+    expected = [[1, 2 / 3, 0], [1, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(overlap_matrix(words), expected)
+    assert word_overlap(words) == pytest.approx((2 / 3 + 1) / 6)
 
 
 def test_overlap_against_numpy():

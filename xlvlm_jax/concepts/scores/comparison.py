@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from ports import VLM
 from ports.models.clip import DualEncoder
@@ -19,7 +20,7 @@ from xlvlm_jax import metrics
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.grounding import ground_text, is_before_norm
 from xlvlm_jax.concepts.methods import ALIASES, METHODS
-from xlvlm_jax.concepts.scores.records import DictionaryScores
+from xlvlm_jax.concepts.scores.records import DictionaryScores, mean_over_seeds
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
 from xlvlm_jax.data.word_rules import Rules
@@ -27,7 +28,7 @@ from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage import atomic, pictures, versions
 from xlvlm_jax.storage.same_model import require_model
 
-FILE = "scores.json"
+FILE, ARRAYS = "scores.json", "scores.safetensors"
 RANDOM = "random"
 ALL_METHODS = (*METHODS, RANDOM)
 
@@ -40,6 +41,7 @@ def compare(
     methods: Sequence[str] = ALL_METHODS,
     num_concepts: Sequence[int] = (5, 10, 20, 50),
     num_seeds: int = 2,
+    average: bool = False,
     num_words: int = 10,
     num_candidates: int = 50,
     through_norm: bool | None = None,
@@ -56,6 +58,7 @@ def compare(
         methods: methods of `decompose`, and "random".
         num_concepts: each K.
         num_seeds: number of decompositions per K, for the stability; the first is scored.
+        average: score each of them; scores are means over the seeds, with their spread.
         num_words: as for `ground_text`.
         num_candidates: as for `ground_text`.
         through_norm: whether words are read through the final norm; by default they are for sites
@@ -108,21 +111,24 @@ def compare(
         runs = [
             decompose(Z, counts, method, key=jax.random.key(seed + i)) for i in range(num_seeds)
         ]
-        for K, (first, *others) in zip(counts, zip(*runs, strict=True), strict=True):
-            components = np.asarray(first.components)
-            words = ground_text(
-                components,
-                vlm.unembed,
-                vlm.tokenizer,
-                num_words,
-                num_candidates,
-                through_norm=through_norm,
-                rules=rules,
-            )
-            concepts = dataclasses.replace(
-                first, words=words, through_norm=through_norm, source=source
-            )
-            keep(method, K, scorer.score(concepts, name=f"{method}-{K}", others=others))
+        for K, found_here in zip(counts, zip(*runs, strict=True), strict=True):
+            scored = []
+            for each in found_here if average else found_here[:1]:
+                words = ground_text(
+                    np.asarray(each.components),
+                    vlm.unembed,
+                    vlm.tokenizer,
+                    num_words,
+                    num_candidates,
+                    through_norm=through_norm,
+                    rules=rules,
+                )
+                concepts = dataclasses.replace(
+                    each, words=words, through_norm=through_norm, source=source
+                )
+                others = [other for other in found_here if other is not each]
+                scored.append(scorer.score(concepts, name=f"{method}-{K}", others=others))
+            keep(method, K, mean_over_seeds(scored))
     if RANDOM in methods:
         for K in counts:
             row = scorer.random_words(found[learnt[0], K], name=f"{RANDOM}-{K}")
@@ -203,6 +209,9 @@ def write_scores(
 ) -> Path:
     """Writes the scores as "dictionaries" in scores.json, keeping its other entries.
 
+    Each sample's scores and the overlap of each two concepts go to scores.safetensors, as arrays
+    "NAME/clip top-1", "NAME/overlap" and so on.
+
     Raises:
         ValueError: scores.json is not a JSON object.
     """
@@ -211,5 +220,11 @@ def write_scores(
     known["version"] = versions.VERSION
     known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]
+    arrays = {
+        f"{row.name}/{key}": np.ascontiguousarray(values, np.float32)
+        for row in rows
+        for key, values in row.arrays.items()
+    }
+    atomic.write(directory / ARRAYS, safetensors.numpy.save(arrays))
     atomic.write(path, json.dumps(known, indent=2) + "\n")
     return path

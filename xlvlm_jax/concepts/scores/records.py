@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -40,6 +42,10 @@ class DictionaryScores:
         attributes: {attribute: {"concepts": mutual information, "random": of shuffled concepts}}.
         words: of each concept.
         through_norm: whether they were read through the model's final norm.
+        seeds: the number of decompositions that the scores are means over, each with its own seed.
+        spread: their standard deviation over the seeds, by name: "clip top-1", "overlap", ...
+        arrays: what the means are of: "clip top-1" float[N] and so on, NaN for samples without a
+            score, and "overlap" float[K, K]. Not part of `to_dict`.
     """
 
     name: str
@@ -57,10 +63,17 @@ class DictionaryScores:
     attributes: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     words: Sequence[Sequence[str]] | None = None
     through_norm: bool | None = None
+    seeds: int = 1
+    spread: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values; numbers with six digits, NaN as None."""
-        return plain(dataclasses.asdict(self))
+        described = dataclasses.asdict(dataclasses.replace(self, arrays={}))
+        described.pop("arrays")
+        return plain(described)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryScores":
@@ -74,6 +87,51 @@ class DictionaryScores:
             for name in ("clip", "bert")
         }
         return cls(**{**values, **fits})
+
+
+_AVERAGED = ("overlap", "explained_variance", "hoyer", "active", "monosemanticity")
+
+
+def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
+    """Returns the scores of one method and number of concepts as means over seeds.
+
+    Args:
+        rows: the scores of each seed's dictionary; words, attributes and per-sample scores stay
+            those of the first.
+
+    Returns:
+        The means, with their sample standard deviations as `spread`.
+    """
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    spread: dict[str, float] = {}
+
+    def mean(name: str, values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        if len(known) < len(rows):
+            return None
+        spread[name] = float(np.std(known, ddof=1))
+        return float(np.mean(known))
+
+    fits = {
+        of: {
+            r: dataclasses.replace(
+                fit,
+                **{
+                    name: mean(
+                        f"{of} top-{r}" if name == "mean" else f"{of} top-{r} {name}",
+                        [getattr(getattr(row, of)[r], name) for row in rows],
+                    )
+                    for name in ("mean", "random", "noise")
+                },
+            )
+            for r, fit in getattr(first, of).items()
+        }
+        for of in ("clip", "bert")
+    }
+    means = {name: mean(name, [getattr(row, name) for row in rows]) for name in _AVERAGED}
+    return dataclasses.replace(first, **fits, **means, seeds=len(rows), spread=spread)
 
 
 def plain(value: Any) -> Any:

@@ -266,11 +266,16 @@ class Scorer:
             return {}
         judged = self.clip is not None or self.bert is not None
         chosen = {r: np.asarray(metrics.top_concepts(activations, r)) for r in self.tops if judged}
+        fits = {
+            "clip": self._clip_fits(self.clip, words, chosen) if self.clip else {},
+            "bert": self._bert_fits(self.bert, words, chosen) if self.bert else {},
+        }
+        scores = {f"{of} top-{r}": found[1] for of in fits for r, found in fits[of].items()}
         return {
             "words": words,
             "overlap": metrics.word_overlap(words) if len(words) > 1 else None,
-            "clip": self._clip_fits(self.clip, words, chosen) if self.clip else {},
-            "bert": self._bert_fits(self.bert, words, chosen) if self.bert else {},
+            **{of: {r: found[0] for r, found in each.items()} for of, each in fits.items()},
+            "arrays": {**scores, "overlap": metrics.overlap_matrix(words)},
         }
 
     def _clip_fits(
@@ -278,7 +283,7 @@ class Scorer:
         clip: DualEncoder,
         words: Sequence[Sequence[str]],
         chosen: Mapping[int, Bool[np.ndarray, "N K"]],
-    ) -> dict[int, Fit]:
+    ) -> dict[int, tuple[Fit, np.ndarray]]:
         images = self._seen()
         draws = self._draws(words, self._clip_vocabulary)
         texts = [metrics.describe(concept) for version in (words, *draws) for concept in version]
@@ -302,7 +307,7 @@ class Scorer:
         bert: metrics.BertScorer,
         words: Sequence[Sequence[str]],
         chosen: Mapping[int, Bool[np.ndarray, "N K"]],
-    ) -> dict[int, Fit]:
+    ) -> dict[int, tuple[Fit, np.ndarray]]:
         widest = chosen[max(chosen)]
         rows, columns = np.nonzero(widest)
 
@@ -380,9 +385,10 @@ def _fit(
     drawn: Float[np.ndarray, "N K"],
     chosen: Bool[np.ndarray, "N K"],
     **rest: float,
-) -> Fit:
+) -> tuple[Fit, Float[np.ndarray, " N"]]:
+    """Returns the means and deviations, and each sample's score."""
     scores, random = (metrics.mean_of_top(values, chosen) for values in (own, drawn))
-    return Fit(
+    fit = Fit(
         mean=_mean(scores),
         std=float(np.nanstd(scores)) if np.isfinite(scores).any() else math.nan,
         random=_mean(random),
@@ -390,6 +396,7 @@ def _fit(
         num_samples=int(np.isfinite(scores).sum()),
         **rest,
     )
+    return fit, np.asarray(scores)
 
 
 def _mean(scores: Float[jax.Array | np.ndarray, " N"]) -> float:
