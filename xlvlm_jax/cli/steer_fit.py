@@ -185,7 +185,8 @@ def fit(
         keep=keep,
         options={name: options[name] for name in how.options},
     )
-    if how.needs_target and targets is None:
+    given_as_states = bool(target_features) or between_models
+    if how.needs_target and targets is None and not given_as_states:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
     if how.examples is None:
         fitted = how.fit(asked)

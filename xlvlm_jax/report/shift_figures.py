@@ -10,10 +10,9 @@ from pathlib import Path
 from textwrap import shorten, wrap
 
 import numpy as np
-from PIL import Image
 
-from xlvlm_jax.data.images import read_image
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
+from xlvlm_jax.report.sample_figure import picture_strip
 from xlvlm_jax.shift import Correlation, ShiftAnalysis, correlation
 
 Path_ = str | os.PathLike[str]
@@ -23,7 +22,6 @@ AXES = {
     "recovery": "Concept recovery (cosine)",
 }
 MARKERS = "o^sDvP"
-PANEL_PICTURES, PANEL_SIDE = 5, 96
 PANEL_TITLES = {"original": "original", "shifted": "shifted", "finetuned": "fine-tuned"}
 
 
@@ -141,24 +139,11 @@ def plot_panels(analysis: ShiftAnalysis, path: Path_, num_concepts: int = 8) -> 
         for row, k in zip(grid, order, strict=True):
             wanted = set(analysis.words["finetuned"][k])
             for axis, (kind, title) in zip(row, PANEL_TITLES.items(), strict=True):
-                axis.imshow(_strip(analysis, analysis.images[kind][k]), interpolation="none")
+                paths = [analysis.pictures.get(name) for name in analysis.images[kind][k]]
+                axis.imshow(picture_strip(paths), interpolation="none")
                 axis.set_axis_off()
                 # The fine-tuned concept trivially has all its own words: no dots.
                 marked = wanted if kind != "finetuned" else set()
                 words = [f"·{word}" if word in marked else word for word in analysis.words[kind][k]]
                 said = "\n".join(wrap(shorten(" ".join(words), 90, placeholder=" …"), 56))
                 axis.set_title(f"{k} {title}\n{said or 'no shift'}", fontsize=8)
-
-
-def _strip(analysis: ShiftAnalysis, names: list[str]) -> np.ndarray:
-    """Returns the first pictures side by side, uint8[PANEL_SIDE, width, 3]."""
-    strip = np.full((PANEL_SIDE, PANEL_PICTURES * (PANEL_SIDE + 4), 3), 238, np.uint8)
-    for number, name in enumerate(names[:PANEL_PICTURES]):
-        try:
-            picture = read_image(Path(analysis.pictures[name]))
-        except (KeyError, OSError, ValueError):
-            continue
-        small = picture.convert("RGB").resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
-        left = number * (PANEL_SIDE + 4)
-        strip[:, left : left + PANEL_SIDE] = np.asarray(small)
-    return strip

@@ -241,7 +241,6 @@ METHODS = {
             "coarse",
             _fit_coarse,
             ("target_features", "between_models", "matched", "source_concepts"),
-            needs_target=False,
         ),
         Method(
             "fine",
