@@ -1,6 +1,7 @@
 """Where parameters are placed, and that eight devices compute what one does."""
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -26,11 +27,10 @@ from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 MESH = sharding.abstract_mesh(2, 4)
 # Of all families, of which none has a name for another thing than the others do.
 AXES = {**molmo.AXES, **qwen2_vl.AXES, **idefics2.AXES, **llava.AXES}
-EIGHT_DEVICES = {
-    # Compiling is most of the time: what LLVM makes of the loops does not matter here.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-}
+EIGHT_DEVICES, FOUR_DEVICES = (
+    {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
+    for count in (8, 4)
+)
 
 
 @pytest.mark.parametrize(
@@ -416,8 +416,7 @@ def test_two_processes_share_a_model(even, tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = (even / "checkpoint", even / "inputs.npz", tmp_path, address)
-    flags = EIGHT_DEVICES | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    hosts = [helpers.start_python(HOSTS, *arguments, index, **flags) for index in range(2)]
+    hosts = [helpers.start_python(HOSTS, *arguments, i, **FOUR_DEVICES) for i in range(2)]
     for host in hosts:
         _, errors = host.communicate(timeout=600)
         assert host.returncode == 0, errors[-3000:]

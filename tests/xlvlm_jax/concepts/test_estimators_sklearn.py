@@ -21,12 +21,7 @@ def test_scikit_learns_tests_pass(module, least, tmp_path):
     if find_spec(module) is None:
         pytest.skip(f"this scikit-learn came without {module}")
     paths = [str(TESTS), str(TESTS.parents[2]), os.environ.get("PYTHONPATH", "")]
-    # Most of the time goes into compiling, each small shape for itself.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_ENABLE_X64": "1"}
     plugins = ["-p", "in_place_of_scikit_learns", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, "--pyargs", module],

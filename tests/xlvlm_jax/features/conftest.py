@@ -1,7 +1,6 @@
 """A few drawn scenes, and the command line in separate processes."""
 
 import hashlib
-import os
 import socket
 import subprocess
 import sys
@@ -40,20 +39,10 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-def kept_programs(cache: Path) -> dict[str, str]:
-    """The environment of a process that keeps its compiled programs in a directory."""
-    return os.environ | {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-
-
-def start(*arguments: object, cache: Path) -> subprocess.Popen:
-    """Runs the command line in a separate process; compiled programs are cached in `cache`."""
+def start(*arguments: object) -> subprocess.Popen:
+    """Runs the command line in a separate process."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        env=kept_programs(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,19 +15,18 @@ NORM = "language_model.model.norm"
 
 
 @pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
+def run(pictures):
     """run(output, hosts): the processes of one extraction, one sample per batch: three blocks."""
-    cache = tmp_path_factory.mktemp("programs")
 
     def start_all(output, hosts=1):
         arguments = ["extract", "embedded", pictures, "--split", "val", "--output", output]
         arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
         arguments += ["--max-new-tokens", 3, "--batch-size", 1]
         if hosts == 1:
-            return [start(*arguments, cache=cache)]
+            return [start(*arguments)]
         port = free_port()
         return [
-            start(*arguments, "--hosts", f"127.0.0.1:{port},{hosts},{index}", cache=cache)
+            start(*arguments, "--hosts", f"127.0.0.1:{port},{hosts},{index}")
             for index in range(hosts)
         ]
 
@@ -74,10 +73,7 @@ def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
     arguments = ["extract", "embedded", pictures, "--split", "val", "--output", alone]
     arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
     arguments += ["--max-new-tokens", 3, "--batch-size", 2]
-    hosts = [
-        start(*arguments, "--hosts", f"127.0.0.1:{port},2,{index}", cache=tmp_path)
-        for index in range(2)
-    ]
+    hosts = [start(*arguments, "--hosts", f"127.0.0.1:{port},2,{index}") for index in range(2)]
     for _, errors in finish(*hosts, status=2):
         assert "batch_size: expected 1, got 2" in errors
 
@@ -86,13 +82,12 @@ def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
 def test_hosts_decompose_as_one(alone, tmp_path):
     """Each reads the rows of its devices; 40 rows on two devices, 20 each."""
     arguments = ["decompose", alone, "--num-concepts", 3, "--method", "kmeans"]
-    finish(start(*arguments, "--output", tmp_path / "one", cache=tmp_path / "programs"))
+    finish(start(*arguments, "--output", tmp_path / "one"))
     port = free_port()
     hosts = [
         start(
             *arguments,
             *("--output", tmp_path / "two", "--hosts", f"127.0.0.1:{port},2,{index}"),
-            cache=tmp_path / "programs",
         )
         for index in range(2)
     ]
@@ -122,7 +117,7 @@ def test_auto_where_no_cluster_tells_the_hosts(tmp_path):
     """Runs in a separate process: hosts are joined before JAX does anything else."""
     output = tmp_path / "c"
     arguments = ("decompose", tmp_path, "--output", output, "--hosts", "auto")
-    ((_, errors),) = finish(start(*arguments, cache=tmp_path), status=2)
+    ((_, errors),) = finish(start(*arguments), status=2)
     assert "the cluster does not provide the hosts" in errors
     assert "or give ADDRESS:PORT,COUNT,INDEX" in errors
     assert len(errors.strip().splitlines()) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -138,16 +139,11 @@ def test_half_precision_trains_in_single(pair, vlm, batches):
 @pytest.mark.slow
 def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
     script = """
-        import os
-        os.environ["XLA_FLAGS"] = (
-            "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-        )
         import sys, jax, numpy as np, ports
         from pathlib import Path
         from xlvlm_jax.data import Sample
         from xlvlm_jax.finetune import FinetuneSettings, examples
         from xlvlm_jax.finetune.training import Trainer
-        jax.config.update("jax_default_matmul_precision", "highest")
         base, *images = sys.argv[1:]
         samples = [Sample(str(i), Path(f), str(i), "what is", ("w1 w2", "w3"))
                    for i, f in enumerate(images)]
@@ -174,5 +170,6 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
             assert np.quantile(np.concatenate(apart), 0.8) < 1e-5, method
         print("alike")
     """
-    out = helpers.run_python(script, pair.directory, *[s.image for s in samples])
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    out = helpers.run_python(script, pair.directory, *[s.image for s in samples], XLA_FLAGS=flags)
     assert "alike" in out

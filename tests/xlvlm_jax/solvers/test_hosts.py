@@ -42,7 +42,8 @@ def test_two_hosts_give_the_result_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     paths = [str(tmp_path / "Z.npy"), str(tmp_path)]
     hosts = [
         subprocess.Popen(

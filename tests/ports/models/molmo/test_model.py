@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -225,8 +226,7 @@ class TestSharding:
             DATA,
             tmp_path / "inputs.npz",
             tmp_path / "results.npz",
-            XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-            JAX_DEFAULT_MATMUL_PRECISION="highest",
+            XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         )
         results = np.load(tmp_path / "results.npz")
         assert results["columns"] == 192 // 4
