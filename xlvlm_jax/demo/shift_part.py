@@ -1,6 +1,5 @@
 """The shift part of the demo: compares a fine-tuned embedded model with the original."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,8 @@ def run_shift(
     """
     original = Features.open(run / "features")
     tuned = vlm.with_adapter(embedded.ADAPTERS.get(str(adapter), adapter))
-    settings = dataclasses.replace(settings, sites=(site,))
     advance = None if stage is None else stage("extracting fine-tuned")
+    # At all sites of the original features: the program for them is compiled already.
     extract(tuned, samples, run / f"{name}-features", settings, progress=advance)
     finetuned = Features.open(run / f"{name}-features")
     directory = run / name
