@@ -55,7 +55,8 @@ def extract(
         typer.Option(
             help="Token positions to keep: all, index:-1, range:3:7, token-of-interest:dog (where "
             "that word occurs), class:colours (places, sentiments, or words separated by commas), "
-            "before-special-tokens."
+            "token-id:29871, before-special-tokens (the answer; before-special-tokens:. also ends "
+            "it at a full stop)."
         ),
     ],
     dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
@@ -80,6 +81,13 @@ def extract(
         typer.Option(
             "--include-prompt/--generated-only",
             help="Whether to keep positions of the prompt too, or of generated tokens only.",
+        ),
+    ] = None,
+    search_from: Annotated[
+        int | None,
+        typer.Option(
+            help="Position where the search for a word or token begins, counted from the start of "
+            "the prompt, or from the end of the answer if negative."
         ),
     ] = None,
     mode: Annotated[
@@ -174,7 +182,9 @@ def extract(
     generated_only = None if include_prompt is None else not include_prompt
     settings = module.ExtractionSettings(
         sites=tuple(site),
-        selection=Selection.parse(tokens, generated_only=generated_only, how=rows, match=match),
+        selection=Selection.parse(
+            tokens, generated_only=generated_only, how=rows, match=match, start=search_from
+        ),
         mode=mode,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

@@ -13,8 +13,9 @@ FEW = 12
 PANELS = {
     "Data": "dataset split images prompt annotations questions containing excluding key any_case "
     "containing_match containing_in image_ids sample_ids dataset_size num_samples first test",
-    "Selection": "tokens rows match include_prompt site source target words pairs features "
-    "target_features concepts finetuned_concepts num_words num_candidates num_images word_rules",
+    "Selection": "tokens rows match search_from include_prompt site source target words pairs "
+    "features target_features concepts finetuned_concepts num_words num_candidates num_images "
+    "word_rules",
     "Method": "decomposition between_models matched source_concepts "
     "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
     "together instruction context_site contrast keep steps rank epochs rate schedule warmup "

@@ -130,9 +130,9 @@ def _pass(
     states: dict[str, Any],
 ) -> Pass:
     mask = inputs["attention_mask"]
-    only = model.settings.selection.generated_only
+    selection = model.settings.selection
     positions, searched = _positions(
-        kind, only, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
+        kind, selection, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
     )
     return Pass(kind, mask, positions, searched, states)
 
@@ -140,7 +140,7 @@ def _pass(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _positions(
     kind: str,
-    generated_only: bool,
+    selection: Selection,
     end_ids: tuple[int, ...],
     image_tokens: tuple[int, ...],
     ids: jax.Array,
@@ -161,12 +161,16 @@ def _positions(
         )
     else:
         positions = token_positions.Positions.of_generated(answer, end_ids=end_ids)
-    return positions, token_positions.searched(positions, generated_only=generated_only)
+    only = bool(selection.generated_only)
+    return positions, token_positions.searched(
+        positions, generated_only=only, start=selection.start
+    )
 
 
 def _rows(model: ExtractionModel, made: Pass) -> token_positions.SelectedRows:
     found = None if model.finder is None else model.finder(made.searched)
-    selection, ends = model.settings.selection, model.vlm.eos_tokens
+    selection = model.settings.selection
+    ends = (*model.vlm.eos_tokens, *selection.end_ids(model.vlm.tokenizer))
     return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)
 
 

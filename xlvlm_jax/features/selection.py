@@ -18,10 +18,12 @@ _DEFAULT_HOW = {
     "range": "mean",
     "token-of-interest": "first",
     "class": "first",
+    "token-id": "first",
     "before-special-tokens": "mean",
 }
 MODES = tuple(_DEFAULT_HOW)
 WORD_MODES = ("token-of-interest", "class")  # modes that look for words
+SEARCHES = (*WORD_MODES, "token-id")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Selection:
 
     Selection("token-of-interest", "dog")    Selection("index", "-1")    Selection("all")
     Selection("class", "colours")            Selection("range", "3:7")
-    Selection("before-special-tokens")
+    Selection("before-special-tokens")       Selection("before-special-tokens", ". </s>")
+    Selection("token-id", "29871")
 
     Attributes:
         mode: one of MODES.
-        argument: the word, the class (or words separated by commas), the index or the range.
+        argument: the word, the class (or words separated by commas), the index, the range, the id
+            of a token (or several, separated by commas), or end tokens besides the model's own,
+            separated by spaces.
         generated_only: by default True for token-of-interest, class and before-special-tokens.
         how: one of token_positions.HOWS; by default "mean" for all, range and
             before-special-tokens, else "first". The positions of a word are those of its tokens:
@@ -42,6 +47,8 @@ class Selection:
         match: for the two modes that look for words, one of spelling.MATCHES: "word" (the default),
             the first place where the tokens spell the word; or "first-token", the rule of XL-VLMs,
             the first token that can start the word. None for the other modes.
+        start: where the search for words or a token begins, counted among a sample's positions,
+            prompt and answer together, or from their end if negative; None for the beginning.
 
     Raises:
         ValueError: the mode is unknown, or the argument does not fit it.
@@ -57,6 +64,7 @@ class Selection:
     generated_only: bool | None = None
     how: str | None = None
     match: str | None = None
+    start: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -68,7 +76,7 @@ class Selection:
         if self.how is None:
             fill(self, "how", _DEFAULT_HOW[self.mode])
         if self.generated_only is None:
-            fill(self, "generated_only", self.mode in (*WORD_MODES, "before-special-tokens"))
+            fill(self, "generated_only", self.mode in (*SEARCHES, "before-special-tokens"))
         if self.match is None and self.mode in WORD_MODES:
             fill(self, "match", "word")
         if self.how not in token_positions.HOWS:
@@ -80,15 +88,21 @@ class Selection:
                 f"match must be one of {', '.join(spelling.MATCHES)}, and only for "
                 f"{' or '.join(WORD_MODES)}; got {self.match!r} for {self.mode}"
             )
+        if self.start is not None and self.mode not in SEARCHES:
+            raise ValueError(
+                f"start is {self.start} for {self.mode}; only a search for words or a token has one"
+            )
         if self.mode == "index":
             self._index()
+        elif self.mode == "token-id":
+            self._token_ids()
         elif self.mode == "range":
             self._range()
         elif self.mode == "class":
             class_words(self.argument)
         elif self.mode == "token-of-interest" and not self.argument.strip():
             raise ValueError("token-of-interest needs a word, got none; e.g. token-of-interest:dog")
-        elif self.mode in ("all", "before-special-tokens") and self.argument:
+        elif self.mode == "all" and self.argument:
             raise ValueError(f"{self.mode} takes no argument, got {self.argument!r}")
         if self.mode == "before-special-tokens" and not self.generated_only:
             raise ValueError(
@@ -120,10 +134,25 @@ class Selection:
             raise ValueError(f"range needs start:stop, got {self.argument!r}; e.g. 3:7") from None
         return start, stop
 
+    def _token_ids(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in self.argument.split(","))
+        except ValueError:
+            raise ValueError(
+                f"token-id needs whole numbers, got {self.argument!r}; e.g. token-id:29871"
+            ) from None
+
     def describe(self) -> dict[str, Any]:
-        """Returns JSON values for a manifest, omitting `match` if it does not apply."""
-        described = asdict(self)
-        return described if self.match else {k: v for k, v in described.items() if k != "match"}
+        """Returns JSON values for a manifest, omitting `match` and `start` if they do not apply."""
+        known = asdict(self).items()
+        return {k: v for k, v in known if v is not None or k not in ("match", "start")}
+
+    def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Returns the ids of the end tokens that are given, the first of each as in XL-VLMs."""
+        if self.mode != "before-special-tokens":
+            return ()
+        encoded = (tokenizer.encode(t, add_special_tokens=False) for t in self.argument.split())
+        return tuple(ids[0] for ids in encoded if ids)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -172,6 +201,11 @@ class Selection:
             return token_positions.index(positions, self._index(), generated_only=only)
         if self.mode == "range":
             return token_positions.interval(positions, *self._range(), generated_only=only)
+        if self.mode == "token-id":
+            ids = self._token_ids()
+            return token_positions.token_of_interest(
+                positions, ids, generated_only=only, start=self.start
+            )
         if self.mode == "before-special-tokens":
             return token_positions.before_special_tokens(positions, end_ids)
         if found is None:

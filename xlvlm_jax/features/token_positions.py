@@ -195,17 +195,30 @@ def interval(
     return eligible & (rank >= first) & (rank < end)
 
 
-def searched(positions: Positions, *, generated_only: bool = True) -> Int[AnyArray, "B P"]:
+def searched(
+    positions: Positions, *, generated_only: bool = True, start: int | None = None
+) -> Int[AnyArray, "B P"]:
     """Returns the predicted tokens to search for words.
 
     Args:
         positions: the positions of a batch.
         generated_only: do not search the prompt, whose words would match before the answer's.
+        start: the first position to search, counted among a sample's positions, or from their end
+            if negative; None for all.
 
     Returns:
         int32[B, P], -1 where there is no token.
     """
-    return jnp.where(everything(positions, generated_only=generated_only), positions.predicted, -1)
+    eligible = _searchable(positions, generated_only, start)
+    return jnp.where(eligible, positions.predicted, -1)
+
+
+def _searchable(positions: Positions, generated_only: bool, start: int | None) -> AnyArray:
+    eligible = everything(positions, generated_only=generated_only)
+    if start is None:
+        return eligible
+    rank, total = _rank(everything(positions))
+    return eligible & (rank >= (start if start >= 0 else total + start))
 
 
 def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, "B P"]:
@@ -223,7 +236,11 @@ def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, 
 
 
 def token_of_interest(
-    positions: Positions, token_ids: Ids, *, generated_only: bool = True
+    positions: Positions,
+    token_ids: Ids,
+    *,
+    generated_only: bool = True,
+    start: int | None = None,
 ) -> Bool[AnyArray, "B P"]:
     """Selects the first position whose predicted token is given, whatever it spells.
 
@@ -233,11 +250,12 @@ def token_of_interest(
         positions: the positions of a batch.
         token_ids: one or more token ids.
         generated_only: do not search the prompt.
+        start: the first position to search, as for `searched`.
 
     Returns:
         bool[B, P].
     """
-    eligible = everything(positions, generated_only=generated_only)
+    eligible = _searchable(positions, generated_only, start)
     return _first(eligible & _isin(positions.predicted, token_ids))
 
 

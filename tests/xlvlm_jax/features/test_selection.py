@@ -39,6 +39,7 @@ def test_parse_and_print_are_inverse(text):
         ("class:fruit", "unknown word class 'fruit'; expected one of colours"),
         ("token-of-interest", "token-of-interest needs a word, got none"),
         ("all:3", "all takes no argument, got '3'"),
+        ("token-id:dog", "token-id needs whole numbers, got 'dog'"),
     ],
 )
 def test_selection_says_what_is_wrong(text, message):
@@ -50,6 +51,13 @@ def test_selection_says_what_is_wrong(text, message):
 def test_a_rule_of_match_that_does_not_apply(text, match):
     with pytest.raises(ValueError, match=f"match must be one of word, first-token, .* '{match}'"):
         Selection.parse(text, match=match)
+
+
+def test_a_start_belongs_to_a_search():
+    assert Selection.parse("token-id:4", start=-2).describe()["start"] == -2
+    assert "start" not in Selection.parse("token-id:4").describe()
+    with pytest.raises(ValueError, match="start is 3 for all; only a search"):
+        Selection.parse("all", start=3)
 
 
 def test_a_word_that_the_tokenizer_lacks():
@@ -82,6 +90,10 @@ ANSWER = np.array([[3, 4, 1, 1], [5, 6, 5, 1]])
         ("class:catfish,cat", {"how": "mean"}, [[], [8.5]]),
         ("class:catfish,cat", {"how": "each"}, [[], [8, 9]]),
         ("before-special-tokens", {}, [[2.5], [9]]),
+        ("token-id:4", {}, [[3], []]),
+        ("token-id:5,3", {}, [[2], [8]]),
+        ("token-id:5", {"start": 2}, [[], [10]]),
+        ("token-id:5", {"start": -4}, [[], [8]]),
     ],
 )
 def test_rows_of_each_mode(text, options, expected):
@@ -96,6 +108,17 @@ def test_rows_of_each_mode(text, options, expected):
     )
     rows, sample, _, _ = select(selection, states, positions).flat()
     assert [rows[sample == i, 0].tolist() for i in range(2)] == expected
+
+
+def test_further_end_tokens():
+    selection = Selection("before-special-tokens", "dog fish")
+    # The first token of each: "fish" begins with a space of its own.
+    assert selection.end_ids(PIECES)[0] == 4
+    assert Selection("token-of-interest", "dog").end_ids(PIECES) == ()
+    states = jnp.arange(12.0).reshape(2, 6, 1)
+    positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
+    rows, sample, _, _ = selection.rows(states, positions, end_ids=(1, 4, 6)).flat()
+    assert [rows[sample == i, 0].tolist() for i in range(2)] == [[2], [8]]
 
 
 def test_words_are_not_looked_for_by_the_selection_itself():
@@ -115,3 +138,5 @@ def test_the_prompt_is_searched_when_asked_for():
     finder = Selection("token-of-interest", "dog").finder(PIECES)
     assert finder(token_positions.searched(positions, generated_only=False)).tolist() == [[1, 2]]
     assert finder(token_positions.searched(positions)).tolist() == [[4, 5]]
+    later = token_positions.searched(positions, generated_only=False, start=1)
+    assert finder(later).tolist() == [[4, 5]]
