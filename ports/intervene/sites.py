@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core.scope import in_filter, union_filters
 
+from ports.intervene import nnx_modules
 from ports.intervene.interception import check_not_compiled, marked, split_variables
 from ports.names import called_name, normal_name, site_name
 
@@ -187,20 +188,22 @@ def _require_no_number(
 
 
 def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that it also returns the outputs of the modules at `sites`.
+    """Wraps a model's `apply` so that it also returns the outputs of the modules at `sites`.
 
     The wrapped function works under jit, vmap and grad if `apply` does.
 
     Args:
         apply: `module.apply` of any Linen module, or a function that passes its keyword arguments
-            on to one (as `VLM.apply` does), possibly already wrapped by `capture` or `steer`. Wrap
-            first, then `jit`.
+            on to one (as `VLM.apply` does); an nnx module, a function with one among its arguments,
+            or the GraphDef of one (the wrapped function then takes the state first). Possibly
+            already wrapped by `capture` or `steer`. Wrap first, then `jit`.
         sites: names of modules, such as "language_model.model.layers.19", or a single name. The
             Flax spelling "language_model/model/layers_19" also works. A method m of the module
             "encoder" other than `__call__` is the site "encoder.m".
 
     Returns:
-        A pure function of the same arguments that returns `(out, {site: states})`. States include
+        A function of the same arguments (those of its call for an nnx module), pure if `apply` is,
+        that returns `(out, {site: states})`. States include
         any steering edit. A module that is called several times gives a tuple in call order. Below
         `nn.scan` and `nn.vmap` the states are stacked along the axis that their variable_axes give
         for "intermediates": {"intermediates": 0}. If the output is a tuple with only one value that
@@ -219,6 +222,8 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
         ((4, 5), (4, 3))
     """
     sites = as_sites(sites)
+    if (bound := nnx_modules.bound(apply)) is not None:
+        return bound.wrap(lambda function: capture(function, sites))
     wanted = {normal_name(site): site for site in sites}
     mark = f"captured {', '.join(sorted(wanted))}"
 
@@ -227,6 +232,8 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
         *args: Any, mutable: Any = False, capture_intermediates: Any = False, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         check_not_compiled(apply)
+        if (model := nnx_modules.model_among(args, kwargs)) is not None:
+            return _capture_nnx(model, wanted, apply, args, kwargs)
         ran: dict[str, None] = {}
         lost: dict[str, str] = {}  # normal name of a site -> the module that could not store it
         others: set[tuple[str, ...]] = set()  # captured by the caller
@@ -275,6 +282,29 @@ def capture(apply: Callable[..., Any], sites: str | Sequence[str]) -> Callable[.
     return captured
 
 
+def _capture_nnx(
+    model: Any,
+    wanted: Mapping[str, str],
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """Does `capture` for a function of an nnx module."""
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str, out: Any) -> Any:
+        site = wanted.get(normal_name(name))
+        if site is not None:
+            found[site] = (*found.get(site, ()), _without_none(out))
+        return out
+
+    result, ran = nnx_modules.call(model, wanted, keep, function, args, kwargs, is_edit=False)
+    require_sites(wanted.values(), ran)
+    return result, {
+        site: found[site][0] if len(found[site]) == 1 else found[site] for site in wanted.values()
+    }
+
+
 def _take_outputs(
     tree: Any,
     wanted: set[str],
@@ -317,7 +347,7 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
     `apply(*args)` is traced.
 
     Args:
-        apply: `module.apply`, or a function that calls it.
+        apply: `module.apply`, or a function that calls it; or an nnx module.
         *args: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
 
     Returns:
@@ -330,6 +360,8 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
         {'layers.0': (4, 3), 'layers.2': (4, 5)}
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    if (bound := nnx_modules.bound(apply)) is not None:
+        return _list_nnx(bound.model, *args)
 
     def record(next_method, call_args, call_kwargs, context):
         out = next_method(*call_args, **call_kwargs)
@@ -339,4 +371,24 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
 
     with nn.intercept_methods(record):
         jax.eval_shape(apply, *args)
+    return shapes
+
+
+def _list_nnx(model: Any, *args: Any) -> dict[str, tuple[int, ...]]:
+    """Does `list_sites` for an nnx module, whose state it leaves alone."""
+    from flax import nnx
+
+    graph, state = nnx.split(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, out: Any) -> Any:
+        if is_floating(out):
+            shapes.setdefault(name, out.shape)
+        return out
+
+    def run(state: Any, *args: Any) -> Any:
+        copy = nnx.merge(graph, state, copy=True)
+        return nnx_modules.call(copy, (), note, copy, args, {}, is_edit=False)[0]
+
+    jax.eval_shape(run, state, *args)
     return shapes

@@ -16,8 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports.intervene import nnx_modules
 from ports.intervene.edits import Edit, Edits, Places, as_edits, check_fits
-from ports.intervene.interception import call_intercepted, split_variables
+from ports.intervene.interception import (
+    call_intercepted,
+    check_not_compiled,
+    split_variables,
+)
 from ports.intervene.sites import is_array, is_floating, is_public, require_sites
 from ports.names import called_name, normal_name, site_name
 
@@ -37,14 +42,16 @@ def at_places(places: Places) -> Iterator[None]:
 
 
 def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that it edits the outputs of the modules at these sites.
+    """Wraps a model's `apply` so that it edits the outputs of the modules at these sites.
 
     The wrapped function works under jit, vmap and grad if `apply` does.
 
     Args:
         apply: `module.apply` of any Linen module, or a function that calls it (as `VLM.apply`
-            does), possibly already wrapped by `steer` or `capture`. Captured states include the
-            edit. Wrap first, then `jit`: an edit can't change a program that is already compiled.
+            does); an nnx module, a function with one among its arguments, or the GraphDef of one
+            (the wrapped function then takes the state first). Possibly already wrapped by `steer`
+            or `capture`. Captured states include the edit. Wrap first, then `jit`: an edit can't
+            change a program that is already compiled.
         edits: site -> an edit, a function of the states (see `edit_with`), or a sequence of these,
             applied in order. Outputs are states [B, T, D], or of another rank (see `Edit`). If a
             module returns several values, its states are the only floating-point array among them,
@@ -56,8 +63,9 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
         masks: also return which positions were edited in the module's last call.
 
     Returns:
-        A pure function with the arguments and result of `apply`. With `masks` it returns
-        (result, {site: a tuple with bool[B or 1, T] for each edit}).
+        A function with the arguments and result of `apply` (for an nnx module those of its call),
+        pure if `apply` is. With `masks` it returns (result, {site: a tuple with bool[B or 1, T] for
+        each edit}).
 
     Raises:
         ValueError: something is not an edit; or, when called, no module of that name ran (the
@@ -72,6 +80,8 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
         >>> steered(params, x).tolist()
         [[0.0, 0.0, 2.0]]
     """
+    if (bound := nnx_modules.bound(apply)) is not None:
+        return bound.wrap(lambda function: steer(function, edits, masks=masks))
     listed: dict[str, tuple[Edit, ...]] = {}
     named: dict[str, str] = {}  # normal name -> the caller's spelling
     for site, given in as_edits(edits).items():
@@ -110,7 +120,7 @@ def steer(apply: Callable[..., Any], edits: Edits, *, masks: bool = False) -> Ca
 def substitute(
     apply: Callable[..., Any], states: Mapping[str, Array | np.ndarray]
 ) -> Callable[..., Any]:
-    """Wraps a Linen `apply` so that the modules at these sites output the given states.
+    """Wraps a model's `apply` so that the modules at these sites output the given states.
 
     Under `jit`, nothing that only leads up to these states is computed: with the stored states of a
     layer, a run starts after that layer. Edits of a `steer` around it apply afterwards, so the same
@@ -136,6 +146,9 @@ def substitute(
         [[0.0, 0.0, 2.0]]
     """
 
+    if (bound := nnx_modules.bound(apply)) is not None:
+        return bound.wrap(lambda function: substitute(function, states))
+
     @functools.wraps(apply)
     def substituted(*args: Any, **kwargs: Any) -> Any:
         def change(site: str, _: Any) -> Array:
@@ -158,6 +171,16 @@ def _call_changing(
     Raises ValueError if no module of that name ran.
     """
     wanted, ran = {normal_name(site): site for site in sites}, dict[str, None]()
+    check_not_compiled(apply)
+    if (model := nnx_modules.model_among(args, kwargs)) is not None:
+
+        def of_site(name: str, out: Any) -> Any:
+            site = wanted.get(normal_name(name))
+            return out if site is None else change(site, out)
+
+        result, ran = nnx_modules.call(model, wanted, of_site, apply, args, kwargs, is_edit=True)
+        require_sites(wanted.values(), ran)
+        return result
 
     def intercept(method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         out = method(*args, **kwargs)
