@@ -58,11 +58,11 @@ def english_words(rules: Rules = "default") -> frozenset[str]:
 
 @cache
 def _names() -> frozenset[str]:
-    """Returns what web2 lists in upper case only, in lower case: names of people and places."""
+    """Returns what web2 lists with a capital, in lower case: names of people and places."""
     from english_words import get_english_words_set
 
     listed = get_english_words_set(["web2"], alpha=False)
-    return frozenset(word.lower() for word in listed if word != word.lower()) - english_words()
+    return frozenset(word.lower() for word in listed if word != word.lower())
 
 
 @cache
@@ -92,9 +92,13 @@ def is_english(word: str) -> bool:
     form = lemma(word)
     if word in _objects() or form in _objects():
         return True
-    if word in _names() or form != form.lower() or re.search(r"[\d_]", word):
+    if re.search(r"[\d_]", word):
         return False
-    return word in english_words() or form in english_words() or simplemma.is_known(word, "en")
+    # Two of three witnesses: that web2 has it as a word, as a name, that simplemma has it as one.
+    listed, is_name = word in english_words(), form != form.lower()
+    if word in _names() or is_name:
+        return listed and not (word in _names() and is_name)
+    return listed or form in english_words() or simplemma.is_known(word, "en")
 
 
 def is_concept_word(word: str, rules: Rules = "default") -> bool:
