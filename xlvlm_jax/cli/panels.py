@@ -26,7 +26,7 @@ PANELS = {
     "Model": "model adapter finetuned finetuned_model dtype through_norm max_new_tokens "
     "ignore_generation_config",
     "Scale": "batch_size accumulate states_dtype mesh hosts workers stream save_every",
-    "Run": "protocol output overwrite strict dry_run ignore_disk profile seed",
+    "Run": "protocol beside store_samples output overwrite strict dry_run ignore_disk profile seed",
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 

@@ -64,6 +64,19 @@ def shift(
     num_images: Annotated[
         int, typer.Option(help="Most activating samples per concept to compare.")
     ] = 50,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Other shifts to draw in the same figures (overlap-beside.svg, "
+            "recovery-beside.svg), such as those of other fine-tunings; may be repeated."
+        ),
+    ] = None,
+    store_samples: Annotated[
+        bool,
+        typer.Option(
+            "--store-samples", help="Also write each sample's shift (sample-shifts.safetensors)."
+        ),
+    ] = False,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
     protocol: Protocol = None,
@@ -74,13 +87,14 @@ def shift(
     """Measure how fine-tuning moves concepts, and how well mean shifts explain it."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.methods import method_named
-    from xlvlm_jax.report.shift_figures import draw_all
-    from xlvlm_jax.shift import match_samples, shift_features
+    from xlvlm_jax.report.shift_figures import draw_all, draw_beside
+    from xlvlm_jax.shift import ShiftAnalysis, match_samples, shift_features
     from xlvlm_jax.shift.pairs import common_site
 
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
     refuse_existing(output, overwrite)
+    others = {each.name: ShiftAnalysis.load(each) for each in beside or ()}
     before = Features.open(original, images=images)
     after = None if finetuned is None else Features.open(finetuned, images=images)
     learnt = Concepts.load(concepts)
@@ -112,9 +126,12 @@ def shift(
             num_images=num_images,
             through_norm=through_norm,
             rules=word_rules,
+            store_samples=store_samples,
             seed=seed,
         )
         draw_all(analysis, output)
+        if others:
+            draw_beside({output.name: analysis, **others}, output)
     show(analysis)
     if not method_named(learnt.method).is_centroids:
         norm = analysis.summary()["means"]["magnitude"]

@@ -49,6 +49,22 @@ def draw_all(analysis: ShiftAnalysis, directory: Path, name: str = "fine-tuned")
     return [directory / file for file in drawn]
 
 
+def draw_beside(analyses: Mapping[str, ShiftAnalysis], directory: Path) -> list[Path]:
+    """Draws overlap and recovery of several shifts in the same figures.
+
+    Args:
+        analyses: {name: grounded shift}.
+        directory: where the figures are written.
+
+    Returns:
+        The paths of the figures.
+    """
+    paths = [directory / f"{name}-beside.svg" for name in ("overlap", "recovery")]
+    plot_overlap(analyses, paths[0])
+    plot_recovery(analyses, paths[1])
+    return paths
+
+
 def plot_overlap(analyses: Mapping[str, ShiftAnalysis], path: Path_) -> None:
     """Draws bars of the T-Overlap of original and shifted concepts with their fine-tuned match.
 

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from ports import VLM
 from ports.intervene.sites import match_sites
@@ -25,10 +26,12 @@ from xlvlm_jax.shift.grounding import ground_samples, ground_words
 from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, name_of
 from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import Reduce
+from xlvlm_jax.storage import atomic
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 HELD_BYTES = 2**28  # maximum size of states to decompose in memory; larger ones are streamed
+SAMPLE_SHIFTS = "sample-shifts.safetensors"
 NUM_PICTURES = 5  # images per concept whose paths are stored for the panels
 
 
@@ -50,6 +53,7 @@ def shift_features(
     num_images: int = 50,
     through_norm: bool | None = None,
     rules: Rules = "default",
+    store_samples: bool = False,
     seed: int = 0,
 ) -> ShiftAnalysis:
     """Analyses how concepts move from one directory of features to another, and saves the result.
@@ -75,6 +79,7 @@ def shift_features(
         through_norm: whether to decode words through the final norm; None for the choice made for
             `concepts`, or, if they have no words, for sites before the norm.
         rules: which tokens count as words, see `ground_text`.
+        store_samples: also write the shift of each pair of rows, to sample-shifts.safetensors.
         seed: random seed of the decomposition.
 
     Returns:
@@ -141,7 +146,25 @@ def shift_features(
         },
     )
     analysis.save(output)
+    if store_samples:
+        _store_samples(output, Z_a, Z_b, pairs, concepts)
     return analysis
+
+
+def _store_samples(
+    output: Path, original: StoredRows, finetuned: StoredRows, pairs: Pairs, concepts: Concepts
+) -> None:
+    """Writes the shift of each pair of rows, the rows, and the concept that it counts for."""
+    shifts = finetuned.take(pairs.finetuned) - original.take(pairs.original)
+    tensors = {
+        "shifts": np.ascontiguousarray(shifts, np.float32),
+        "original_rows": np.asarray(pairs.original, np.int64),
+        "finetuned_rows": np.asarray(pairs.finetuned, np.int64),
+    }
+    if concepts.activations is not None:
+        active = np.asarray(concepts.activations)[pairs.original]
+        tensors["concepts"] = np.argmax(active, axis=1).astype(np.int32)
+    atomic.write(output / SAMPLE_SHIFTS, safetensors.numpy.save(tensors))
 
 
 def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.stage import decompose_features
@@ -37,6 +38,20 @@ def test_from_directories_to_a_directory(write, states, concepts, head, root):
     np.testing.assert_array_equal(again.shifted, found.shifted)
     own = Concepts.load(root / "shift" / "finetuned-concepts")
     np.testing.assert_array_equal(own.components[found.matching], found.finetuned)
+
+
+def test_the_shift_of_each_sample_is_stored(write, states, concepts, head, root):
+    before, after = states
+    features = [write(name, Z) for name, Z in zip(("a", "b"), states, strict=True)]
+    options = {**OPTIONS, "store_samples": True}
+    found = shift_features(*features, concepts, head, root / "shift", **options)
+    stored = load_file(root / "shift" / "sample-shifts.safetensors")
+    np.testing.assert_allclose(stored["shifts"], after - before, rtol=1e-6)
+    assert stored["original_rows"].tolist() == stored["finetuned_rows"].tolist() == [*range(30)]
+    # Their means are the shifts of the concepts.
+    for k in range(3):
+        own = stored["shifts"][stored["concepts"] == k]
+        np.testing.assert_allclose(own.mean(axis=0), found.shifts[k], atol=1e-5)
 
 
 def test_one_directory_with_both_models_gives_the_same(write, states, concepts, head, root):
