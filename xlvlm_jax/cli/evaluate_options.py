@@ -10,9 +10,13 @@ import typer
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
 Dataset = Annotated[
-    Literal["vqav2", "coco"], typer.Option(help="vqav2 for questions, coco for captions.")
+    Literal["vqav2", "coco", "pope"],
+    typer.Option(help="vqav2 or pope for questions, coco for captions."),
 ]
-Split = Annotated[str | None, typer.Option(help="train, val or test.")]
+Split = Annotated[
+    str | None,
+    typer.Option(help="train, val or test; for pope random, popular or adversarial."),
+]
 Instruction = Annotated[
     str | None,
     typer.Option(help='Also evaluate with this text appended to the prompt, e.g. "Answer no.".'),

@@ -27,6 +27,8 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
         table.add_row(name, *(_accuracies(s, first, others) for s in measured["scores"].values()))
     table.add_row("questions", *(str(score["count"]) for score in kinds.values()))
     console.print(table)
+    if "POPE" in conditions["plain"]:
+        _show_pope(conditions, console)
     if "changes" not in conditions["plain"]:
         return
     table = Table(
@@ -42,6 +44,17 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
             _share(c["moved"], c["source_before"]),
             _share(c["others_changed"], c["others"]),
         )
+    console.print(table)
+
+
+def _show_pope(conditions: Mapping[str, Any], console: Console) -> None:
+    protocols = conditions["plain"]["POPE"]
+    table = Table("POPE %", *conditions["plain"]["POPE"]["official"], box=None)
+    for name, measured in conditions.items():
+        for protocol in protocols:
+            values = measured["POPE"][protocol].values()
+            shown = ("undefined" if value is None else f"{100 * value:.2f}" for value in values)
+            table.add_row(f"{name}, {protocol}", *shown)
     console.print(table)
 
 

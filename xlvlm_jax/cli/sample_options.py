@@ -69,13 +69,15 @@ def read_samples(
         seed: random seed of the draw.
 
     Raises:
-        ValueError: as `xlvlm_jax.data.load`, or the data set has no questions.
+        ValueError: as `xlvlm_jax.data.load`, or the data set has no such file.
     """
     from xlvlm_jax import data as datasets
     from xlvlm_jax.data import select
 
-    if questions is not None and dataset != "vqav2":
-        raise ValueError(f"--questions belongs to --dataset vqav2, not to {dataset}")
+    if questions is not None and dataset not in ("vqav2", "pope"):
+        raise ValueError(f"--questions belongs to --dataset vqav2 or pope, not to {dataset}")
+    if annotations is not None and dataset == "pope":
+        raise ValueError("--annotations does not belong to --dataset pope; give --questions")
     given = {"prompt": prompt, _ANNOTATIONS.get(dataset, "annotations"): annotations}
     given["questions"] = questions
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -18,6 +18,8 @@ from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
+from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
+from xlvlm_jax.metrics.pope import pope
 from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol
 
 NUM_COUNTED = 30  # number of answers, or words of captions, whose counts are stored
@@ -84,6 +86,15 @@ class Questions:
             "answers by type": answer_effects.count_by_type(samples, answers),
             "answer types": answer_effects.count_types(answers),
         }
+        if samples and all("label" in sample.metadata for sample in samples):
+            labels = [sample.metadata["label"] for sample in samples]
+            measured["POPE"] = {
+                protocol: {
+                    name: _or_none(value)
+                    for name, value in pope(answers, labels, protocol)._asdict().items()
+                }
+                for protocol in POPE_PROTOCOLS
+            }
         if self.source and self.target:
             changes = answer_effects.answer_changes(
                 plain, answers, self.source, self.target, answer_effects.truths(samples)
