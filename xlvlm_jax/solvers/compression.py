@@ -69,11 +69,14 @@ def compress(
     if width >= D and centre is None:
         return Compressed(jnp.eye(D, dtype=dtype), Z.astype(dtype))
     directions = sketch_directions(key, D, width, dtype)
-    sketch, mean = _in(Z, directions, centre), None if centre is None else centre.mean
+    sketch = _in(Z, directions, centre)
     if centre is not None and centre.weights is not None:
         sketch = sketch * centre.weights[:, None]
-    images = rows.total(sums.weighted(sketch.T, Z, mean).value)
-    basis = orthonormal(images.T)
+    if centre is None:
+        images = sums.weighted(sketch.T, Z).value
+    else:
+        images = sums.weighted_directions(sketch.T, Z, centre.mean, centre.far)
+    basis = orthonormal(rows.total(images).T)
     return Compressed(basis, _in(Z, basis, centre))
 
 

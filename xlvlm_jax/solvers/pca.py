@@ -186,7 +186,7 @@ def covariance_image(
     """Returns (Z - 1 m)^T scores."""
     mean, beyond = problem.mean
     # Scores of padding rows are zero.
-    images = sums.weighted(scores.T, problem.Z, mean).value
+    images = sums.weighted_directions(scores.T, problem.Z, mean, problem.far)
     return rows.total(images.T - jnp.outer(beyond, jnp.sum(scores, axis=0)))
 
 

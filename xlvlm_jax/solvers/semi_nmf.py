@@ -122,9 +122,8 @@ def collect(
 
     def part(first: Array | int, count: int) -> tuple[Array, ...]:
         some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
-        used = matmul(jnp.abs(some), jnp.ones(count, some.dtype))
         z = sums_of_rows.block_of(Z, first, count)
-        return weighted_sums(some, z), matmul(some, some.T), used
+        return weighted_sums(some, z), matmul(some, some.T), jnp.sum(jnp.abs(some), axis=1)
 
     # A few thousand rows are added in one product, for which a CPU does not copy blocks of Z.
     N, D = Z.shape

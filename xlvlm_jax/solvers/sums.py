@@ -25,6 +25,7 @@ PER_CLUSTER = 16  # rows per cluster in a block, up to MOST_ROWS
 # An accelerator has no such cache and runs a few large products faster than many small ones.
 ACCELERATOR_BLOCK = 2**26
 CHAINS = 4  # of pairs that are added side by side
+MANY, BESIDE = 2**15, 2**11  # numbers that are first added in vectors, and the sums that are left
 LANES = 512  # numbers that are added side by side
 NEAR = 64  # rows whose mean is the origin that means are measured from
 # Ratio of |m|^2 to a column's variance. Above it, rounding in a product with Z loses more of the
@@ -67,6 +68,8 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     """Returns the sum of all values as a pair."""
     if not isinstance(values, Wide):
         values = Wide(values, jnp.zeros_like(values))
+    if values.high.size > MANY:
+        values = _side_by_side(values)
     # One reduction, which every backend runs in one pass. Adding halves until one number is left
     # takes ten times as long to compile, and XLA may compute the values again for each half. Four
     # chains side by side: in one alone a CPU waits for each addition.
@@ -77,6 +80,14 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     return Wide(
         *jax.lax.reduce(tuple(first + second + (third + fourth)), (zero, zero), _plus, (0,))
     )
+
+
+def _side_by_side(values: Wide) -> Wide:
+    """Adds many numbers to BESIDE sums, in vectors."""
+    missing = -values.high.size % BESIDE
+    high, low = (jnp.pad(part.reshape(-1), (0, missing)).reshape(-1, BESIDE) for part in values)
+    zeros = Wide(*jnp.zeros((2, BESIDE), high.dtype))
+    return jax.lax.fori_loop(0, len(high), lambda i, sums: sums + Wide(high[i], low[i]), zeros)
 
 
 def _plus(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -125,10 +136,14 @@ def add_up(part: Callable[[Array | int, int], Any], N: int, size: int) -> Any:
     def plus(totals: Any, parts: Any) -> Any:
         return jax.tree.map(lambda t, p: t + p, totals, parts, is_leaf=_is_wide)
 
-    first = part(0, size if whole else rest)
-    totals = jax.tree.map(lambda p: Wide(p, jnp.zeros_like(p)), first)
-    if whole > 1:
-        totals = jax.lax.fori_loop(1, whole, lambda i, t: plus(t, part(i * size, size)), totals)
+    if whole <= 1:
+        first = part(0, size if whole else rest)
+        totals = jax.tree.map(lambda p: Wide(p, jnp.zeros_like(p)), first)
+    else:
+        # All whole blocks in the loop: a first one before it would be compiled a second time.
+        shaped = jax.eval_shape(lambda: part(0, size))
+        totals = jax.tree.map(lambda p: Wide(*jnp.zeros((2, *p.shape), p.dtype)), shaped)
+        totals = jax.lax.fori_loop(0, whole, lambda i, t: plus(t, part(i * size, size)), totals)
     return plus(totals, part(whole * size, rest)) if whole and rest else totals
 
 
@@ -206,7 +221,8 @@ def squared_distances(
     Z: Float[Array, "N D"], origin: Float[Array, " D"], beyond: Float[Array, " D"] | float = 0.0
 ) -> Float[Array, " N"]:
     """Returns |z_n - origin - beyond|^2."""
-    return jnp.sum(((Z - origin) - beyond) ** 2, axis=1)
+    # Fused with its uses, the pass over Z takes a CPU five times as long.
+    return jax.lax.optimization_barrier(jnp.sum(((Z - origin) - beyond) ** 2, axis=1))
 
 
 def cluster_sums(
@@ -328,6 +344,34 @@ def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | N
         return weighted_sums(some, z if mean is None else z - mean)
 
     return add_up(part, len(Z), rows_of_block(Z.shape[1]))
+
+
+def weighted_directions(
+    codes: Float[Array, "K N"],
+    Z: Float[Array, "N D"],
+    mean: Float[Array, " D"],
+    far: Bool[Array, ""] | bool,
+) -> Float[Array, "K D"]:
+    """Returns codes (Z - 1 m) like `weighted`, only as accurate as directions need to be.
+
+    A few thousand rows are multiplied at once, which saves a CPU copying them. The sums then keep a
+    rounding error of the mean, as those of `centred_products` do.
+
+    Args:
+        codes: float[K, N].
+        Z: float[N, D].
+        mean: float[D], m.
+        far: whether to subtract the mean from the rows first, see `is_far`.
+    """
+
+    def by_blocks() -> Array:
+        return weighted(codes, Z, mean).value
+
+    def at_once() -> Array:
+        return weighted_sums(codes, Z) - jnp.outer(jnp.sum(codes, axis=1), mean)
+
+    # More rows are multiplied faster in blocks, which are centred on the way.
+    return jax.lax.cond(far, by_blocks, at_once) if len(Z) <= MOST_ROWS else by_blocks()
 
 
 def overlaps(left: Float[Array, "N K"], right: Float[Array, "N L"]) -> Wide:

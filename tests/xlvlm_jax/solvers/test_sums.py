@@ -97,6 +97,18 @@ def test_weighted_sums_and_overlaps_of_many_rows():
     np.testing.assert_allclose(wide(found), long @ long.T, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [300, 5000])
+@pytest.mark.parametrize("offset", [5, 1e4])
+def test_directions_are_weighted_sums_near_and_far_from_the_origin(rows, offset):
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((rows, 70), np.float32) + np.float32(offset)
+    codes = rng.standard_normal((3, rows), np.float32)
+    mean = np.full(70, offset, np.float32)
+    expected = codes.astype(np.float64) @ (Z.astype(np.float64) - offset)
+    found = jax.jit(sums.weighted_directions)(codes, Z, mean, sums.is_far(mean, 1.0))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * rows**0.5)
+
+
 @pytest.mark.parametrize("rows", [5, 4096, 3 * 2**10 + 1])
 def test_products_with_rows_far_from_the_origin(rows):
     rng = np.random.default_rng(0)
