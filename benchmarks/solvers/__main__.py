@@ -187,7 +187,8 @@ def table(rows: list[dict]) -> Table:
     return shown
 
 
-def _size(text: str) -> tuple[int, int, int]:
+def size_of(text: str) -> tuple[int, int, int]:
+    """Returns N, D and K of NxDxK."""
     try:
         N, D, K = map(int, text.split("x"))
     except ValueError:
@@ -201,7 +202,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="[600, 256] alone")
-    parser.add_argument("--sizes", nargs="+", type=_size, help="NxDxK, of your own")
+    parser.add_argument("--sizes", nargs="+", type=size_of, help="NxDxK, of your own")
     parser.add_argument("--features", type=Path, help="a features directory instead")
     parser.add_argument("--site", help="its site, where it has several")
     parser.add_argument("--concepts", type=int, default=20, help="K for --features")

@@ -7,6 +7,7 @@ This file checks the input and calls the method's solver.
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, overload
@@ -36,8 +37,10 @@ from xlvlm_jax.solvers.validation import (
     check_num_concepts,
     check_weights,
     check_whole,
+    deviations,
     is_stored,
     narrow,
+    on_device,
     read_block,
     read_rows,
     root_mean_square,
@@ -101,8 +104,10 @@ def decompose(
             xarray, dask, Zarr, TensorStore. bfloat16 and float16 are kept; everything else becomes
             float32, and all computation is in float32. For kmeans and pca the mean of float64 and
             integer rows is subtracted in float64 first. With JAX's 64-bit mode float64 stays
-            float64. Alternatively an object that reads rows, such as `Features.stored(site)`: each
-            host then reads the rows of its own devices.
+            float64. On a CPU, float32 that is aligned to 64 bytes, like a memory-mapped .npy file,
+            is not copied, and other numpy matrices are copied once. Alternatively an object that
+            reads rows, such as `Features.stored(site)`: each host then reads the rows of its own
+            devices.
         num_concepts: K, from 1 to N (for pca to min(N, D)); or a sequence of them, which are solved
             side by side in one program.
         method: see above.
@@ -143,7 +148,7 @@ def decompose(
     keep_programs()
     how = method_named(method)
     options = how.options(options)
-    given = Z if is_stored(Z) else as_matrix(Z, "Z", row="sample")
+    given = Z if is_stored(Z) else as_matrix(Z, "Z", row="sample", share=True)
     N, D = given.shape
     several = isinstance(num_concepts, Sequence | np.ndarray)
     numbers = tuple(num_concepts) if several else (num_concepts,)
@@ -171,7 +176,7 @@ def decompose(
             # If deviations are small compared to the mean, float32 cannot distinguish the rows.
             wide, origin = given, given.mean(axis=0)
             origin = np.where(np.isfinite(origin), origin, 0)
-            Z = jnp.asarray(centred(wide, origin))
+            Z = on_device(centred(wide, origin), share=True)
         else:
             Z = narrow(given)
         if mesh is not None:
@@ -205,19 +210,19 @@ def decompose(
     result = phases.solve(how.solver, Z, key, tell, verbose or None, mesh=mesh, **arguments)
     found = []
     for i, number in enumerate(numbers):
-        one = jax.tree.map(itemgetter(i), result)
+        one = _one(result, i, number, N)
         if squared_unit != 1:
             one = _in_unit(one, how, unit, squared_unit)
         if origin is not None:
             one = _around(one, how, origin)
-        found.append(_concepts(one, number, N, how.name, dict(options)))
+        found.append(_concepts(one, number, how.name, dict(options)))
     if how.is_sparse and not isinstance(result.objective, Tracer):
         for concepts in found:
-            if (share := _coded(concepts.activations)) < FEW_CODED:
+            if (share := float(_coded(concepts.activations))) < FEW_CODED:
                 scale = float(root_mean_square(Z) * unit * (len(Z) / N) ** 0.5)
                 _check_coded(share, options["alpha"], scale)
-    if wide is not None and how.is_centroids:
-        _check_held(found[0].components, wide)
+    if wide is not None and origin is not None and how.is_centroids:
+        _check_held(found[0].components, wide, origin)
     return found if several else found[0]
 
 
@@ -255,6 +260,17 @@ def _first(
     init = narrow(init)
     check_finite(init, "init")
     return init.astype(dtype) / unit
+
+
+@partial(jax.jit, static_argnames=("index", "num_concepts", "num_samples"))
+def _one(result: Result, index: int, num_concepts: int, num_samples: int) -> Result:
+    """Returns one of several results, without padding."""
+    one = jax.tree.map(itemgetter(index), result)
+    assert one.activations is not None, "a solver in memory returns activations"
+    return one._replace(
+        components=one.components[:num_concepts],
+        activations=one.activations[:num_samples, :num_concepts],
+    )
 
 
 def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:
@@ -297,21 +313,23 @@ def _check_coded(share: float, alpha: float, scale: float | None = None) -> None
         )
 
 
-def _coded(codes: Float[Array | np.ndarray, "N K"]) -> float:
+@jax.jit
+def _coded(codes: Float[Array, "N K"]) -> Float[Array, ""]:
     """Returns the share of rows that have a nonzero code."""
-    xp = jnp if isinstance(codes, jax.Array) else np
-    return float(xp.mean(xp.any(codes != 0, axis=1), dtype=np.float32))
+    return jnp.mean(jnp.any(codes != 0, axis=1), dtype=jnp.float32)
 
 
-def _check_held(components: Float[Array, "K D"], Z: Float[np.ndarray, "N D"]) -> None:
+def _check_held(
+    components: Float[Array, "K D"], Z: Shaped[np.ndarray, "N D"], mean: Float[np.ndarray, " D"]
+) -> None:
     """Warns if float32 is too coarse for the centroids."""
     rounding = np.spacing(np.abs(np.asarray(components, np.float32)).max(axis=0)) / 2
-    deviation = Z.std(axis=0)
+    deviation = deviations(Z, mean)
     lost = rounding > HELD * np.where(deviation > 0, deviation, np.inf)
     if lost.any():
         d = int(np.argmax(lost))
         warnings.warn(
-            f"column {d} of Z has mean {Z[:, d].mean():.6g} and standard deviation "
+            f"column {d} of Z has mean {mean[d]:.6g} and standard deviation "
             f"{deviation[d]:.3g}: clusters were found in the centred rows, but float32 rounds "
             f"centroids there by up to {rounding[d]:.2g}; subtract the column's mean first, or "
             "set JAX_ENABLE_X64=1",
@@ -428,10 +446,8 @@ def _check_key(key: Any) -> None:
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
 
 
-def _concepts(
-    result: Result, num_concepts: int, num_samples: int, method: str, options: dict[str, Any]
-) -> Concepts:
-    """Converts one of the solver's results to concepts, without padding."""
+def _concepts(result: Result, num_concepts: int, method: str, options: dict[str, Any]) -> Concepts:
+    """Converts one of the solver's results to concepts."""
     traced = isinstance(result.objective, Tracer)
 
     def number(kind: type, value: Any) -> Any:
@@ -446,10 +462,8 @@ def _concepts(
         )
     several_starts = not traced and result.starts is not None and len(result.starts) > 1
     return Concepts(
-        components=result.components[:num_concepts],
-        activations=None
-        if result.activations is None
-        else result.activations[:num_samples, :num_concepts],
+        components=result.components,
+        activations=result.activations,
         method=method,
         options=options,
         objective=number(float, result.objective),
@@ -517,11 +531,11 @@ def decompose_stored(
     _check_key(key)
     shape = (source.shape[0], num_concepts)
     activations = np.empty(shape, np.float32) if write is None else None
-    coded = 0.0
+    coded = 0
 
     def keep(start: int, rows: np.ndarray) -> None:
         nonlocal coded
-        coded += len(rows) * _coded(rows)
+        coded += np.count_nonzero(rows.any(axis=1))
         if write is not None:
             write(start, rows)
         if activations is not None:
@@ -531,7 +545,7 @@ def decompose_stored(
     result = result._replace(activations=activations)
     if how.is_sparse:
         _check_coded(coded / source.shape[0], options["alpha"])
-    return _concepts(result, num_concepts, source.shape[0], how.name, options)
+    return _concepts(result, num_concepts, how.name, options)
 
 
 def project(
@@ -641,7 +655,7 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> S
     wide = isinstance(Z, np.ndarray)
     # The mean has more digits than the rows' dtype holds.
     double = isinstance(mean, np.ndarray) and mean.dtype == np.float64
-    longer = double and real_dtype(Z) != np.float64
+    longer = double and not wide and real_dtype(Z) != np.float64
     if method.has_mean and (wide or longer):
         # After subtracting in float64, the difference fits into float32.
         if isinstance(Z, Tracer):
@@ -650,11 +664,11 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> S
             Z, mean = (Z - high) - np.asarray(mean - high, np.float32), None
         else:
             origin = np.zeros(D) if mean is None else np.asarray(mean, np.float64)
-            Z, mean = jnp.asarray(centred(np.asarray(Z, np.float64), origin)), None
+            Z, mean = on_device(centred(np.asarray(Z), origin), share=True), None
     elif wide and method.is_centroids:
         components = np.asarray(components, np.float64)
         origin = components.mean(axis=0)
-        Z, components = (jnp.asarray(centred(x, origin)) for x in (Z, components))
+        Z, components = (on_device(centred(x, origin), share=True) for x in (Z, components))
     Z = narrow(Z)
     dtype = real_dtype(Z)
     components = jnp.asarray(components, dtype)

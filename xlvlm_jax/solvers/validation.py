@@ -3,6 +3,7 @@
 Every message is one line: what was expected, what was given, what to do.
 """
 
+import math
 import os
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,8 @@ from xlvlm_jax.solvers import (
 )
 from xlvlm_jax.solvers.linalg import real_dtype
 
-BLOCK_ROWS = 2**14  # rows of a float64 matrix that are converted together
+BLOCK = 2**18  # numbers of a float64 matrix that are converted together
+ALIGNED = 64  # bytes: a CPU device uses memory at multiples of it as it is
 # With |Z|^2 between these, products of two sums of squares fit into float32.
 LEAST, MOST = 2.0**-20, 2.0**60
 
@@ -126,17 +128,18 @@ def is_stored(Z: Any) -> TypeIs[StoredMatrix]:
     return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"
 
 
-def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
+def as_matrix(Z: Any, name: str, row: str, share: bool = False) -> Array | np.ndarray:
     """Returns the given matrix of real numbers as a JAX or numpy array.
 
     Args:
         Z: [N, D], any array of real numbers.
         name: name of the matrix in error messages.
         row: what a row is, in error messages.
+        share: see `on_device`.
 
     Returns:
-        a JAX array of bfloat16, float16, float32, or float64 if that is enabled. Otherwise
-        numpy.float64 for values that float32 may not hold, see `centred` and `short`.
+        a JAX array of bfloat16, float16, float32, or float64 if that is enabled. Otherwise a numpy
+        array of float64 or integers, which float32 may not hold: see `centred` and `short`.
 
     Raises:
         TypeError: it is not an array of numbers.
@@ -155,11 +158,41 @@ def as_matrix(Z: Any, name: str, row: str) -> Array | np.ndarray:
     if isinstance(Z, Tracer):
         return Z.astype(real_dtype(Z)) if not floating or Z.dtype.itemsize < 2 else Z
     if floating and Z.dtype.itemsize in (2, 4):
-        return jnp.asarray(Z)
+        return on_device(Z, share) if isinstance(Z, np.ndarray) else Z
     if floating and Z.dtype.itemsize < 2:
         return jnp.asarray(Z.astype(np.float32))
-    wide = np.asarray(Z).astype(np.float64, copy=False)
-    return jnp.asarray(wide) if jax.config.values["jax_enable_x64"] else wide
+    wide = np.asarray(Z)
+    if jax.config.values["jax_enable_x64"]:
+        return jnp.asarray(wide, np.float64)
+    # Integers are converted block by block, not copied as float64.
+    return wide.astype(np.float64, copy=False) if floating else wide
+
+
+def on_device(values: Shaped[np.ndarray, "..."], share: bool = False) -> Array:
+    """Returns a numpy array as a JAX array, with at most one copy on a CPU.
+
+    Args:
+        values: the array.
+        share: whether the result may use the memory of `values` if aligned. The caller must have
+            finished computing with it before anyone can write to `values`.
+    """
+    if jax.default_backend() == "cpu":
+        contiguous = values.flags.c_contiguous and values.ctypes.data % ALIGNED == 0
+        if not (share and contiguous):
+            # The memory is numpy's, in large pages: JAX's own copy takes twice as long, and
+            # `jnp.asarray` copies twice.
+            copied = _aligned(values.shape, values.dtype)
+            np.copyto(copied, values)
+            values = copied
+    return jax.device_put(values)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Returns new memory that a CPU device uses as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    first = -memory.ctypes.data % ALIGNED
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
@@ -211,22 +244,32 @@ def _module(value: Any) -> str:
 
 
 def short(Z: Shaped[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Returns a float64 matrix as float32."""
+    """Returns a matrix of float64 or integers as float32."""
+    found = _aligned(Z.shape)
     # A value beyond float32's range becomes Inf, which the check of the rows then reports.
     with np.errstate(over="ignore"):
-        return Z.astype(np.float32)
-
-
-def centred(Z: Float[np.ndarray, "N D"], origin: Float[np.ndarray, " D"]) -> np.ndarray:
-    """Returns Z - 1 origin, subtracted in float64 and rounded to float32."""
-    found = np.empty(Z.shape, np.float32)
-    for start in range(0, len(Z), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        found[block] = short(Z[block] - origin)
-        # A value that float32 cannot hold is marked even if the difference fits, so that the check
-        # reports it.
-        found[block][~(np.abs(Z[block]) <= np.finfo(np.float32).max)] = np.inf
+        np.copyto(found, Z, casting="same_kind")
     return found
+
+
+def centred(Z: Shaped[np.ndarray, "N D"], origin: Float[np.ndarray, " D"]) -> np.ndarray:
+    """Returns Z - 1 origin, subtracted in float64 and rounded to float32."""
+    found, size = _aligned(Z.shape), max(BLOCK // Z.shape[1], 1)
+    with np.errstate(over="ignore"):
+        for start in range(0, len(Z), size):
+            rows, near = Z[start : start + size], found[start : start + size]
+            np.subtract(rows, origin, out=near, dtype=np.float64, casting="same_kind")
+            # A value that float32 cannot hold is marked even if the difference fits, so that the
+            # check reports it.
+            near[~(np.abs(rows) <= np.finfo(np.float32).max)] = np.inf
+    return found
+
+
+def deviations(Z: Shaped[np.ndarray, "N D"], mean: Float[np.ndarray, " D"]) -> np.ndarray:
+    """Returns the standard deviations of the columns in float64, from their means."""
+    size = max(BLOCK // Z.shape[1], 1)
+    blocks = (Z[start : start + size] for start in range(0, len(Z), size))
+    return np.sqrt(sum(np.sum((block - mean) ** 2, axis=0) for block in blocks) / len(Z))
 
 
 def check_finite(Z: Shaped[Array, "N D"], name: str, first_row: int = 0) -> float | None:
@@ -330,7 +373,7 @@ def read_rows(source: StoredMatrix, mesh: Mesh | None) -> Shaped[Array, "M D"]:
     """
     N, D = source.shape
     if mesh is None:
-        return jnp.asarray(read_block(source, 0, N))
+        return on_device(read_block(source, 0, N), share=True)
     rows = N + -N % _data_axis(mesh)
 
     def part(index: Any) -> np.ndarray:
@@ -372,4 +415,4 @@ def _data_axis(mesh: Mesh) -> int:
 
 def narrow(Z: Array | np.ndarray) -> Array:
     """Returns a numpy matrix as a JAX array of at most 32 bits; leaves a JAX array unchanged."""
-    return jnp.asarray(short(Z)) if isinstance(Z, np.ndarray) else Z
+    return on_device(short(Z), share=True) if isinstance(Z, np.ndarray) else Z

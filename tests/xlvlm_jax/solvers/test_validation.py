@@ -31,7 +31,7 @@ class Opened:
 
 def numbers(given):
     found = validation.as_matrix(given, "Z", row="sample")
-    assert isinstance(found, jnp.ndarray) or found.dtype == np.float64
+    assert isinstance(found, jnp.ndarray) or found.dtype.kind in "iu" or found.dtype == np.float64
     return np.asarray(found, np.float64)
 
 
@@ -52,6 +52,35 @@ def test_integers_and_float64_keep_their_digits_until_they_are_centred():
     seconds = np.array([[1_700_000_001], [1_700_000_003]])
     wide = validation.as_matrix(seconds, "Z", row="sample")
     np.testing.assert_array_equal(validation.centred(wide, wide.mean(axis=0)), [[-1], [1]])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i8", "f8"])
+def test_blocks_are_centred_as_the_whole(dtype):
+    """Rows of 400,000 numbers: a block each."""
+    rows = np.random.default_rng(0).integers(0, 200, (3, 400_000)).astype(dtype)
+    origin = rows.mean(axis=0)
+    expected = (rows.astype(np.float64) - origin).astype(np.float32)
+    np.testing.assert_array_equal(validation.centred(rows, origin), expected)
+    np.testing.assert_array_equal(validation.narrow(rows), rows.astype(np.float32))
+    np.testing.assert_allclose(validation.deviations(rows, origin), rows.std(axis=0), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("offset", [0, 16])
+def test_only_aligned_memory_is_shared_and_only_if_asked(dtype, offset):
+    memory = np.zeros(640 + 128, np.uint8)
+    first = -memory.ctypes.data % 64 + offset
+    given = memory[first : first + 640].view(dtype).reshape(-1, 4)
+    given[:] = np.arange(given.size).reshape(given.shape) % 100
+    kept, shared = given.copy(), validation.as_matrix(given, "Z", row="sample", share=True)
+    own = validation.as_matrix(given, "Z", row="sample")
+    assert (shared.unsafe_buffer_pointer() == given.ctypes.data) == (offset == 0)
+    np.testing.assert_array_equal(shared, kept)
+    del shared
+    given[:] = 0
+    np.testing.assert_array_equal(own, kept)
+    columns = validation.as_matrix(kept.T, "Z", row="sample", share=True)
+    np.testing.assert_array_equal(columns, kept.T)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "int64"])
