@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ports import checkpoint
 from ports.checkpoint import hub, orbax_io, quantised, safetensors_io
-from ports.models import idefics2, llava
+from ports.models import gemma3, idefics2, internvl, llava, paligemma
 from ports.models.molmo import model as molmo
 from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
@@ -25,6 +25,9 @@ PORTS: dict[str, Port] = {
     "idefics2": idefics2.PORT,
     "qwen2_vl": qwen2_vl.PORT,
     "molmo": molmo.PORT,
+    "gemma3": gemma3.PORT,
+    "paligemma": paligemma.PORT,
+    "internvl": internvl.PORT,
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 

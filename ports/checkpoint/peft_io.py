@@ -140,7 +140,9 @@ def _read(
             )
     modules = _modules([name for name in stored if name not in copied], directory)
     shapes = lora.mergeable_layers(params)
-    sites = {module_name(canonical_name, module): module for module in modules}
+    # Of what the port leaves out (SigLIP's pooling head), the factors change nothing either.
+    used = [module for module in modules if canonical_name(f"{module}.weight") is not None]
+    sites = {module_name(canonical_name, module): module for module in used}
     of_copies = {module_name(canonical_name, own.rpartition(".")[0]) for own in copied.values()}
     for site in tied:
         if site in sites or site in of_copies:

@@ -34,6 +34,31 @@ def bucket_length(length: int) -> int:
     return -(-length // step) * step
 
 
+# A batch's canvas of patches is padded to multiples of 1 / _CANVAS_STEPS of the tower's own grid.
+_CANVAS_STEPS = 14
+
+
+def canvas_side(grid: int, patches: int) -> int:
+    """Rounds a number of patches in a line up, so that images of all sizes compile few programs.
+
+    Args:
+        grid: patches along a side of the tower's own images.
+        patches: patches along a side of the largest image of a batch.
+
+    Returns:
+        The padded number of patches.
+    """
+    step = max(1, grid // _CANVAS_STEPS)
+    return -(-patches // step) * step
+
+
+def fit_canvas(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts the last two axes to height and width, or pads them with zeros."""
+    x = x[..., :height, :width]
+    missing = (height - x.shape[-2], width - x.shape[-1])
+    return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, side) for side in missing])
+
+
 def pad_to_bucket(
     arrays: Mapping[str, np.ndarray], pad_token: int, own: Mapping[str, int] = _NONE
 ) -> dict[str, np.ndarray]:

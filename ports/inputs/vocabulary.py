@@ -69,6 +69,9 @@ def check_image_token(processor: Any, image_tokens: Sequence[int], where: Any) -
     token = getattr(processor, "image_token", None)
     if token is None:
         return
+    if token == getattr(processor, "boi_token", None):
+        # Prompts of Gemma 3 mark an image by the token that begins it.
+        token = processor.tokenizer.image_token
     number = processor.tokenizer.convert_tokens_to_ids(str(token))
     if number not in image_tokens:
         raise ValueError(

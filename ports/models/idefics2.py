@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Box, Layouts
 from ports.models.port import Port
@@ -317,10 +318,6 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
     }
 
 
-# A batch's grid of patches is padded to multiples of 1 / GRID_STEPS of the tower's own grid.
-GRID_STEPS = 14
-
-
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rearranges the processor's arrays so that images of all sizes compile only a few programs.
 
@@ -364,11 +361,12 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
                 f"patch of {patch} x {patch}; let the processor resize it, or leave it out"
             )
         height, width = (
-            _side(config.vision, int(np.flatnonzero(patches.any(axes))[-1]) + 1)
+            padding.canvas_side(config.vision.side, int(np.flatnonzero(patches.any(axes))[-1]) + 1)
+            * config.vision.patch_size
             for axes in ((0, 2), (0, 1))
         )
-        arrays["pixel_values"] = _fit(pixels, height, width)[:, None]
-        arrays["pixel_attention_mask"] = _fit(mask, height, width)[:, None]
+        arrays["pixel_values"] = padding.fit_canvas(pixels, height, width)[:, None]
+        arrays["pixel_attention_mask"] = padding.fit_canvas(mask, height, width)[:, None]
     return arrays
 
 
@@ -400,19 +398,6 @@ def _real_images(
         )
     real = pixels.any((2, 3, 4))
     return pixels[real], mask[real].astype(bool)
-
-
-def _side(tower: vision.VisionConfig, patches: int) -> int:
-    """Returns the number of pixels to which `patches` patches in a line are padded."""
-    step = max(1, tower.side // GRID_STEPS)
-    return -(-patches // step) * step * tower.patch_size
-
-
-def _fit(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts the last two axes or pads them with zeros."""
-    x = x[..., :height, :width]
-    missing = (height - x.shape[-2], width - x.shape[-1])
-    return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, side) for side in missing])
 
 
 def canonical_name(name: str) -> str | None:

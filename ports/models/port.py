@@ -78,6 +78,25 @@ def read_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
+def read_parts(directory: Path) -> tuple[Any, Any, str | None]:
+    """Loads the parts of a processor: image processor, tokenizer and chat template.
+
+    Raises:
+        ValueError: a part does not load.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    own = {"trust_remote_code": False}
+    with checkpoint.loading(directory, "processor"):
+        # The template has its own file in older checkpoints.
+        file = directory / "chat_template.json"
+        return (
+            AutoImageProcessor.from_pretrained(directory, backend="pil", **own),
+            AutoTokenizer.from_pretrained(directory, **own),
+            checkpoint.read_json(file).get("chat_template") if file.exists() else None,
+        )
+
+
 def leave_processor(processor: Any, config: Any, directory: Path) -> None:
     """Leaves a processor unchanged: the default for `Port.complete_processor`."""
 

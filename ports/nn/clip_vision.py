@@ -71,7 +71,13 @@ class VisionConfig(EncoderConfig):
         return self.side**2
 
 
-def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels: Array) -> Array:
+def embed_patches(
+    config: VisionConfig,
+    use_bias: bool,
+    dtype: jnp.dtype,
+    pixels: Array,
+    name: str = "patch_embedding",
+) -> Array:
     """Embeds pixels[I, 3, height, width] as patches [I, P, D], with a convolution in the caller.
 
     Pixels at the border that do not fill a patch are ignored.
@@ -83,7 +89,7 @@ def embed_patches(config: VisionConfig, use_bias: bool, dtype: jnp.dtype, pixels
         padding="VALID",
         use_bias=use_bias,
         dtype=dtype,
-        name="patch_embedding",
+        name=name,
     )(jnp.moveaxis(pixels, 1, -1).astype(dtype))
     return patches.reshape(len(pixels), -1, config.hidden_size)
 

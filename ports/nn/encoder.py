@@ -58,7 +58,8 @@ class EncoderConfig:
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             hidden_act=config.hidden_act,
-            norm_eps=config.layer_norm_eps,
+            # Pixtral's is not in its configuration.
+            norm_eps=getattr(config, "layer_norm_eps", 1e-5),
         )
 
 

@@ -1,8 +1,8 @@
-"""SigLIP's vision tower (Zhai et al. 2023) for images of any size and shape.
+"""SigLIP's vision tower (Zhai et al. 2023), for squares or for images of any size and shape.
 
 I images, P = h x w patches of the common grid, D width.
 
-The images of a batch are in the upper left corner of a common canvas. A patch is valid if all its
+Images of any size are in the upper left corner of a common canvas. A patch is valid if all its
 pixels belong to the image; other patches are masked and affect nothing. The learnt positions of one
 square grid are spread over every image whatever its size (Dehghani et al. 2023, Patch n' Pack).
 """
@@ -88,13 +88,18 @@ class VisionEmbeddings(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pixels: Array, mask: Array) -> Array:
-        """Maps pixels[I, 3, height, width] and mask bool[I, h, w] to [I, P, D]."""
+    def __call__(self, pixels: Array, mask: Array | None = None) -> Array:
+        """Maps pixels[I, 3, height, width] and mask bool[I, h, w] to [I, P, D].
+
+        Without a mask, images are squares of the tower's own size.
+        """
         cfg = self.config
         patches = clip_vision.embed_patches(cfg, True, self.dtype, pixels)
         table = nn.Embed(
             cfg.num_patches, cfg.hidden_size, dtype=self.dtype, name="position_embedding"
         )
+        if mask is None:
+            return patches + table(jnp.arange(cfg.num_patches))
         return patches + table(position_ids(mask, cfg.side).reshape(len(pixels), -1))
 
 
@@ -110,7 +115,31 @@ class SiglipVisionTransformer(nn.Module):
         self.encoder = encoder.Encoder(cfg, self.dtype)
         self.post_layernorm = layers.layer_norm(cfg.norm_eps, self.dtype)
 
-    def __call__(self, pixels: Array, mask: Array) -> Array:
+    def __call__(self, pixels: Array, mask: Array | None = None) -> Array:
         """Maps pixels[I, 3, height, width], mask bool[I, h, w] to normalised states [I, P, D]."""
-        visible = mask.reshape(len(pixels), 1, 1, -1)
-        return self.post_layernorm(self.encoder(self.embeddings(pixels, mask), visible)[-1])
+        return self.all_states(pixels, mask)[1]
+
+    def all_states(
+        self, pixels: Array, mask: Array | None = None
+    ) -> tuple[tuple[Array, ...], Array]:
+        """Returns the states [I, P, D] before and after each block, and the last ones normalised.
+
+        Without a mask, images are squares of the tower's own size.
+        """
+        visible = None if mask is None else mask.reshape(len(pixels), 1, 1, -1)
+        states = self.encoder(self.embeddings(pixels, mask), visible)
+        return states, self.post_layernorm(states[-1])
+
+
+class SiglipVisionModel(nn.Module):
+    """Wraps the tower, for the extra level in the checkpoints' names."""
+
+    config: clip_vision.VisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.vision_model = SiglipVisionTransformer(self.config, self.dtype)
+
+    def __call__(self, pixels: Array) -> tuple[tuple[Array, ...], Array]:
+        """Maps pixels[I, 3, height, width] to `SiglipVisionTransformer.all_states`."""
+        return self.vision_model.all_states(pixels)

@@ -57,6 +57,8 @@ class VisionLanguageModel(nn.Module):
         axes: sharding rules of the parameters.
         cache_path: path below the decoder of the module in layer {} that holds the cache.
         norm_name: name of the final norm in the decoder.
+        prefix_lm: whether all tokens of a prompt see each other both ways, so that an answer in the
+            same text must be marked (see `blocks`).
     """
 
     config: Any
@@ -66,6 +68,7 @@ class VisionLanguageModel(nn.Module):
     axes: ClassVar[sharding.Axes]
     cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
     norm_name: ClassVar[str] = "norm"
+    prefix_lm: ClassVar[bool] = False
 
     @property
     def text_decoder(self) -> TextDecoder:

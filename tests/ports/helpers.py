@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import ports
-from ports.models import llava
+from ports.models import llava_like
 
 PAD, BOS, EOS, IMAGE, VOCABULARY = 0, 1, 2, 101, 103
 ROOT = Path(__file__).parents[2]
@@ -150,9 +150,9 @@ def make_llava(
     return make_pair(directory, model, **options)
 
 
-def make_tokenizer(words: Sequence[str], special: Mapping[str, int]) -> Any:
+def make_tokenizer(words: Sequence[str], special: Mapping[str, int], **named: str) -> Any:
     """A fast tokenizer of whole words: <pad>, <s>, </s>, <unk>, those given, then w0, w1 ...; at
-    their own ids the special ones.
+    their own ids the special ones, of which some may be attributes of the tokenizer by name.
     """
     words = ["<pad>", "<s>", "</s>", "<unk>", *words]
     words += [f"w{i}" for i in range(VOCABULARY - len(words))]
@@ -166,7 +166,7 @@ def make_tokenizer(words: Sequence[str], special: Mapping[str, int]) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=list(special),
+        extra_special_tokens=named or list(special),
         padding_side="left",
     )
 
@@ -211,7 +211,7 @@ def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def torch_forward(
     model: Any,
     inputs: Mapping[str, np.ndarray],
-    canonical_name: Callable[[str], str | None] = llava.canonical_name,
+    canonical_name: Callable[[str], str | None] = llava_like.canonical_name,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """PyTorch's logits, and the output of each of its modules by the port's name for it."""
     states: dict[str, np.ndarray] = {}
@@ -274,7 +274,12 @@ def site_errors(
         if site.endswith("embed_tokens"):
             # What is looked up where an image goes is overwritten: each model looks up its own.
             where = tokens & (inputs["input_ids"] != IMAGE)
-        errors[site] = relative_error(states, theirs[site], where)
+        expected = theirs[site]
+        if expected.ndim == 4 and site.endswith((".q_norm", ".k_norm")):
+            # Of some decoders, the heads come before the positions.
+            expected = expected if expected.shape == states.shape else expected.swapaxes(1, 2)
+            expected = expected.reshape(*expected.shape[:2], -1)
+        errors[site] = relative_error(states, expected, where)
     return errors
 
 

@@ -20,7 +20,15 @@ def answered(
 
     Returns:
         one text per row, and int[N]: the number of its last tokens that are the answer.
+
+    Raises:
+        ValueError: the model takes prompts and answers apart (a prefix-LM).
     """
+    if vlm.module.prefix_lm:
+        raise ValueError(
+            f"a {vlm.config.model_type} sees its prompt both ways and ends it with a line break: "
+            "an answer can't follow in the same text; use generated answers (--mode generate)"
+        )
     end = end_token(vlm) if ended else ""
     texts = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -4,112 +4,32 @@ transformers' own class requires torchvision, because of its video processor. Th
 the same image processor (with its PIL backend) and tokenizer without it.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ports import checkpoint
+from ports.inputs import processor
+from ports.models import port
 
 
-class Processor:
+class Processor(processor.Processor):
     """Converts texts and images to the arrays that the model takes.
 
-    Attributes:
-        image_processor: the checkpoint's image processor, from transformers.
-        tokenizer: the checkpoint's tokenizer, from transformers.
-        chat_template: a Jinja template, or None.
-        image_token: the text for an image in a prompt.
+    Besides input_ids, attention_mask and mm_token_type_ids, these are pixel_values
+    float32[patches, values] and image_grid_thw int[I, 3].
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
-        self.image_processor, self.tokenizer = image_processor, tokenizer
-        self.chat_template = chat_template or tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, chat_template)
         self.image_token = getattr(tokenizer, "image_token", "<|image_pad|>")
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
-    ) -> str:
-        """Renders the prompt of one conversation."""
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def __call__(
-        self,
-        images: Sequence[Any] | None = None,
-        text: str | Sequence[str] = "",
-        *,
-        padding: bool = False,
-        return_tensors: str = "np",
-    ) -> dict[str, np.ndarray]:
-        """Makes the arrays of a batch.
-
-        Args:
-            images: PIL images in a flat list, or a list of images per text.
-            text: a prompt, or several, with one `image_token` per image.
-            padding: pad texts of different lengths, on the tokenizer's padding side.
-            return_tensors: must be "np".
-
-        Returns:
-            input_ids and attention_mask int[B, T] and mm_token_type_ids int[B, T] (1 at image
-            tokens); if there are images, also pixel_values float32[patches, values] and
-            image_grid_thw int[I, 3].
-
-        Raises:
-            ValueError: the number of image tokens and images differ (per text, if the images are in
-                lists), or the image processor rejects an image.
-        """
-        if return_tensors != "np":
-            raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
-        texts = [text] if isinstance(text, str) else list(text)
-        entries = [] if images is None else list(images)
-        groups = [entry if isinstance(entry, list | tuple) else [entry] for entry in entries]
-        flat = [image for group in groups for image in group]
-        wanted, given = [prompt.count(self.image_token) for prompt in texts], list(map(len, groups))
-        # With a flat list it is not known which text an image belongs to: compare the totals.
-        if not any(isinstance(entry, list | tuple) for entry in entries):
-            wanted, given = [sum(wanted)], [len(flat)]
-        if wanted != given:
-            raise ValueError(
-                f"the texts contain {self.image_token} {', '.join(map(str, wanted))} times, but "
-                f"there are {', '.join(map(str, given))} images; expected it once per image"
-            )
-        arrays: dict[str, np.ndarray] = {}
-        if flat:
-            try:
-                arrays = dict(self.image_processor(images=flat, return_tensors="np"))
-            except ValueError as error:
-                first = str(error).strip().splitlines()[0]
-                raise ValueError(
-                    f"the image processor rejects an image: {first}; crop it or leave it out"
-                ) from error
-            square = self.image_processor.merge_size**2
-            counts = iter(int(count) for count in arrays["image_grid_thw"].prod(axis=1) // square)
-            texts = [self._expand(prompt, counts) for prompt in texts]
-        tokens = self.tokenizer(texts, padding=padding, return_tensors="np")
-        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        ids = np.asarray(tokens["input_ids"])
-        return {
-            "input_ids": ids,
-            "attention_mask": np.asarray(tokens["attention_mask"]),
-            "mm_token_type_ids": (ids == image_id).astype(ids.dtype),
-            **arrays,
-        }
-
-    def _expand(self, prompt: str, counts: Any) -> str:
-        first, *rest = prompt.split(self.image_token)
-        return first + "".join(self.image_token * next(counts) + part for part in rest)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the processor's files, for `load` and transformers."""
-        self.image_processor.save_pretrained(directory)
-        self.tokenizer.chat_template = self.chat_template
-        self.tokenizer.save_pretrained(directory)
+    def expand(self, arrays: dict[str, np.ndarray]) -> list[str]:
+        """Returns an image token for each square of merged patches."""
+        square = self.image_processor.merge_size**2
+        counts = arrays["image_grid_thw"].prod(axis=1) // square
+        return [self.image_token * int(count) for count in counts]
 
 
 def read_processor(directory: Path) -> Any:
@@ -119,22 +39,11 @@ def read_processor(directory: Path) -> Any:
     Raises:
         ValueError: the processor does not load.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor
     from transformers.utils.import_utils import is_torchvision_available
 
-    # Remote code is never run, and the user is not asked to.
-    own = {"trust_remote_code": False}
     with checkpoint.loading(directory, "processor"):
         if is_torchvision_available():
-            return AutoProcessor.from_pretrained(directory, backend="pil", **own)
-        return Processor(
-            AutoImageProcessor.from_pretrained(directory, backend="pil", **own),
-            AutoTokenizer.from_pretrained(directory, **own),
-            _chat_template(directory),
-        )
-
-
-def _chat_template(directory: Path) -> str | None:
-    """Reads the template from its own file, as in older checkpoints; None if there is none."""
-    file = directory / "chat_template.json"
-    return checkpoint.read_json(file).get("chat_template") if file.exists() else None
+            # Remote code is never run, and the user is not asked to.
+            return AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+    return Processor(*port.read_parts(directory))

@@ -16,7 +16,7 @@ import transformers
 
 import ports
 from ports import checkpoint
-from ports.models import llava
+from ports.models import llava, llava_like
 
 from .. import helpers
 
@@ -65,13 +65,13 @@ class TestNames:
         return ports.load(write(tmp_path / "renamed", small, tensors)).params
 
     def test_those_of_the_hub(self, tmp_path, small):
-        params = self.renamed(tmp_path, small, llava.canonical_name)
+        params = self.renamed(tmp_path, small, llava_like.canonical_name)
         assert_same_params(params, small.vlm.params)
 
     def test_those_of_the_modules_in_transformers_5(self, tmp_path, small):
         # What state_dict() has, and save_pretrained(save_original_format=False) writes.
-        names = {llava.canonical_name(name): name for name in small.torch_model.state_dict()}
-        params = self.renamed(tmp_path, small, lambda name: names[llava.canonical_name(name)])
+        names = {llava_like.canonical_name(name): name for name in small.torch_model.state_dict()}
+        params = self.renamed(tmp_path, small, lambda name: names[llava_like.canonical_name(name)])
         assert any(name.startswith("model.language_model.layers.") for name in names.values())
         assert_same_params(params, small.vlm.params)
 

@@ -155,49 +155,21 @@ class TestConfigurationsThatAreNotImplemented:
 
     def test_another_vision_tower(self):
         config = helpers.llava_config()
-        config.vision_config = helpers.transformers.SiglipVisionConfig()
-        with helpers.raises_line(ValueError, "'siglip_vision_model'", "'clip_vision_model'"):
+        config.vision_config = helpers.transformers.Dinov2Config()
+        with helpers.raises_line(ValueError, "'dinov2'; expected one of clip_vision_model, sigl"):
             llava.Config.from_hf(config)
 
     def test_another_decoder(self):
         config = helpers.llava_config()
-        config.text_config = helpers.transformers.MistralConfig()
-        with helpers.raises_line(ValueError, "text_config.model_type is 'mistral'", "'llama'"):
+        config.text_config = helpers.transformers.GemmaConfig()
+        with helpers.raises_line(ValueError, "text_config.model_type is 'gemma'", "'llama' or"):
             llava.Config.from_hf(config)
 
-
-class TestNames:
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "language_model.model.layers.3.mlp.up_proj.weight",
-            "model.language_model.layers.3.mlp.up_proj.weight",
-            "model.language_model.model.layers.3.mlp.up_proj.weight",
-        ],
-    )
-    def test_of_the_decoder(self, name):
-        expected = "language_model.model.layers.3.mlp.up_proj.weight"
-        assert llava.canonical_name(name) == expected
-
-    @pytest.mark.parametrize("prefix", ["vision_tower.", "model.vision_tower."])
-    @pytest.mark.parametrize("level", ["", "vision_model."])
-    def test_of_the_vision_tower(self, prefix, level):
-        name = f"{prefix}{level}post_layernorm.bias"
-        assert llava.canonical_name(name) == "vision_tower.vision_model.post_layernorm.bias"
-
-    def test_of_the_head_and_the_projector(self):
-        head = "language_model.lm_head.weight"
-        assert llava.canonical_name("lm_head.weight") == head
-        assert llava.canonical_name(head) == head
-        projector = "multi_modal_projector.linear_1.bias"
-        assert llava.canonical_name(f"model.{projector}") == projector
-
-    def test_of_buffers_are_left_out(self):
-        for name in (
-            "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
-            "vision_tower.vision_model.embeddings.position_ids",
-        ):
-            assert llava.canonical_name(name) is None
+    def test_a_strategy_that_drops_a_patch_of_pixtral(self):
+        config = helpers.llava_config()
+        config.vision_config = helpers.transformers.PixtralVisionConfig()
+        with helpers.raises_line(ValueError, "'default', which drops a patch", "expected 'full'"):
+            llava.Config.from_hf(config)
 
 
 def test_padding_on_either_side_gives_the_same_logits(small):

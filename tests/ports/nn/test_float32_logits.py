@@ -58,7 +58,7 @@ def test_by_hand():
 @VARIANTS
 def test_the_token_of_the_largest_exact_logit_is_generated(close_pairs, variant):
     vlm = close_pairs(variant)
-    patches = helpers.PATCHES + vlm.module.config.keep_class_position
+    patches = vlm.module.config.tokens_per_image
     inputs = helpers.make_inputs([1, 1, 1], [6, 3, 9], tokens_per_image=patches)
     answer = vlm.generate(inputs, max_new_tokens=8, sites=[NORM])
     exact = np.asarray(answer.states[NORM], np.float64) @ head_of(vlm)[1]
