@@ -33,6 +33,8 @@ class LoadedModel:
 
     adapter: Path | None = None
     _tokenizer_seen = False
+    # Whose processor and tokenizer to use; None for the checkpoint's own.
+    _processor_directory: Path | None = None
 
     def __init__(
         self,
@@ -165,6 +167,7 @@ class LoadedModel:
         model = type(self)(module, params, self.config, self._port, self.directory, self._mesh)
         model._use(self.generation_config)
         model.adapter = self.adapter
+        model._processor_directory = self._processor_directory
         return model
 
     @property
@@ -251,8 +254,23 @@ class LoadedModel:
                 tokenizer, self.module.num_embeddings, self.image_tokens, self.directory
             )
 
+    def with_processor(self, directory: Path) -> Self:
+        """Returns the model with the processor and tokenizer of another checkpoint.
+
+        Args:
+            directory: directory of that checkpoint.
+        """
+        model = copy.copy(self)
+        # Read again where they were read already.
+        for name in ("processor", "tokenizer"):
+            model.__dict__.pop(name, None)
+        model._processor_directory, model._tokenizer_seen = directory, False
+        return model
+
     def _directory_of(self, what: str) -> Path:
-        """Returns the checkpoint's directory; raises ValueError if there is none."""
+        """Returns the directory that holds it; raises ValueError if there is none."""
+        if self._processor_directory is not None:
+            return self._processor_directory
         if self.directory is None:
             raise ValueError(f"the model has no directory and so no {what}; use ports.load")
         return self.directory

@@ -38,6 +38,7 @@ def load(
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     adapter: str | Path | None = None,
+    processor: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
     video_positions: str = "original",
 ) -> VLM:
@@ -51,6 +52,8 @@ def load(
             may span the processes of `jax.distributed`. Default: one device.
         adapter: a directory or Hub id of a LoRA adapter in PEFT's format, to merge into the
             parameters.
+        processor: a directory or Hub id of a checkpoint whose processor and tokenizer to use;
+            default: the checkpoint's own.
         generation_config: values, by transformers' names, that replace the checkpoint's
             generation_config.json, such as {"repetition_penalty": 1.1}; {} uses none of its
             values. The end-of-sequence and padding tokens are kept unless given here.
@@ -80,7 +83,10 @@ def load(
     vlm = VLM(module, params, config, port, directory, mesh)
     if generation_config is not None:
         vlm = vlm.with_generation_config(generation_config)
-    return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
+    vlm = vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
+    if processor is None:
+        return vlm
+    return vlm.with_processor(hub.find_directory(processor, "a processor", weights=False))
 
 
 def load_abstract(

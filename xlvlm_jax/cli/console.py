@@ -103,6 +103,7 @@ def load_model(
     *,
     abstract: bool = False,
     adapter: str | Path | None = None,
+    processor: str | None = None,
     mesh: tuple[int, int] | None = None,
 ) -> Any:
     """Loads a model and shows that it is loading.
@@ -113,6 +114,7 @@ def load_model(
         abstract: whether to load only the shapes of the parameters.
         adapter: the directory or Hub ID of a LoRA adapter to merge in, or the name of one of the
             embedded model's adapters ("color", "place", "mood").
+        processor: a directory or Hub ID of a checkpoint whose processor to use.
         mesh: the number of this host's devices to split each batch over, and the model over.
 
     Returns:
@@ -121,16 +123,20 @@ def load_model(
     import jax
 
     import ports
+    from ports.checkpoint import hub
     from xlvlm_jax.demo import embedded
 
     with console.status(f"loading {model}"):
         # Each host holds the whole model on its own devices.
         placed = None if mesh is None else ports.make_mesh(*mesh, devices=jax.local_devices())
         if abstract:
-            return ports.load_abstract(model, dtype=dtype, mesh=placed)
+            vlm = ports.load_abstract(model, dtype=dtype, mesh=placed)
+            if processor is None:
+                return vlm
+            return vlm.with_processor(hub.find_directory(processor, weights=False))
         if model == "embedded" and adapter is not None:
             adapter = embedded.ADAPTERS.get(str(adapter), adapter)
-        return ports.load(model, dtype=dtype, adapter=adapter, mesh=placed)
+        return ports.load(model, dtype=dtype, adapter=adapter, processor=processor, mesh=placed)
 
 
 def load_finetuned(model: str, finetuned: str, dtype: str, **placing: Any) -> Any:

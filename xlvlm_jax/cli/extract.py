@@ -142,6 +142,10 @@ def extract(
             "in one directory."
         ),
     ] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint (directory or Hub ID) whose processor to use instead."),
+    ] = None,
     vector: Annotated[
         list[Path] | None,
         typer.Option(help="Capture states while this vector steers; may be repeated."),
@@ -211,7 +215,7 @@ def extract(
     samples = few_samples(samples, num_samples, None if first else seed, sample_ids)
     if mode == "teacher-forcing" and settings.selection.words:
         samples = select.leading(samples, settings.selection.words)
-    placing: dict[str, Any] = {"mesh": parse_mesh(mesh)}
+    placing: dict[str, Any] = {"mesh": parse_mesh(mesh), "processor": processor}
     generating = mode == "generate"
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, **placing)

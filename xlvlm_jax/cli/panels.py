@@ -23,7 +23,7 @@ PANELS = {
     "Evaluation": "vqa_protocol without baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
-    "Model": "model adapter finetuned finetuned_model dtype through_norm max_new_tokens "
+    "Model": "model processor adapter finetuned finetuned_model dtype through_norm max_new_tokens "
     "ignore_generation_config",
     "Scale": "batch_size accumulate states_dtype mesh hosts workers stream save_every",
     "Run": "protocol beside store_samples output overwrite strict dry_run ignore_disk profile seed",

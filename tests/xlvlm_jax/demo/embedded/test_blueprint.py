@@ -83,3 +83,22 @@ def test_the_directory_is_one_that_transformers_4_reads_too(tmp_path):
     assert written["chat_template"] == blueprint.CHAT_TEMPLATE
     blueprint.place_for_transformers_4(tmp_path)  # once more changes nothing
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["crop_size"]
+
+
+def test_the_processor_of_another_checkpoint(tmp_path):
+    import ports
+
+    for file in embedded.LLAVA.glob("*.json*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {**json.loads((tmp_path / "tokenizer_config.json").read_text()), "eos_token": "."}
+        )
+    )
+    own = ports.load(embedded.LLAVA)
+    other = ports.load(embedded.LLAVA, processor=tmp_path)
+    assert (own.tokenizer.eos_token, other.tokenizer.eos_token) == ("</s>", ".")
+    assert other.processor.tokenizer.eos_token == "."
+    assert (
+        own.with_processor(tmp_path).tokenizer.eos_token == "." and other.directory == own.directory
+    )
