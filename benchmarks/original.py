@@ -166,9 +166,9 @@ def _rows(ours: Path, theirs: Path) -> str:
 
 
 def _vectors(ours: Path, theirs: Path) -> str:
-    from xlvlm_jax import steering
+    from xlvlm_jax import SteeringVector, steering
 
-    mine = np.asarray(steering.load(ours).vector)
+    mine = np.asarray(SteeringVector.load(ours).vector)
     return _difference(mine, np.asarray(steering.import_vector(theirs, SITE).vector))
 
 

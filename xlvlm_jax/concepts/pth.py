@@ -35,7 +35,7 @@ def import_concepts(
         ValueError: the file is damaged, or has no concepts.
     """
     data = read_pth(path, opaque=True)
-    if not isinstance(data, dict) or len(np.shape(data.get("concepts"))) != 2:
+    if not isinstance(data, dict) or len(np.shape(data.get("concepts", 0))) != 2:
         raise PthError(f"{path}: has no 'concepts' of shape [K, D]")
     components, activations = (
         np.asarray(data[name]).astype(np.float32) if name in data else None
