@@ -10,7 +10,16 @@ import jax.numpy as jnp
 
 from ports import checkpoint
 from ports.checkpoint import hub, orbax_io, quantised, safetensors_io
-from ports.models import gemma3, idefics2, internvl, llava, paligemma
+from ports.models import (
+    gemma3,
+    idefics2,
+    idefics3,
+    internvl,
+    llava,
+    paligemma,
+    qwen2_5_vl,
+    qwen3_vl,
+)
 from ports.models.molmo import model as molmo
 from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
@@ -23,7 +32,11 @@ from ports.vlm import VLM
 PORTS: dict[str, Port] = {
     "llava": llava.PORT,
     "idefics2": idefics2.PORT,
+    "idefics3": idefics3.PORT,
+    "smolvlm": idefics3.SMOLVLM,
     "qwen2_vl": qwen2_vl.PORT,
+    "qwen2_5_vl": qwen2_5_vl.PORT,
+    "qwen3_vl": qwen3_vl.PORT,
     "molmo": molmo.PORT,
     "gemma3": gemma3.PORT,
     "paligemma": paligemma.PORT,
@@ -40,7 +53,7 @@ def load(
     adapter: str | Path | None = None,
     processor: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
-    video_positions: str = "original",
+    video_positions: str | None = None,
 ) -> VLM:
     """Loads a Hugging Face checkpoint.
 
@@ -57,9 +70,9 @@ def load(
         generation_config: values, by transformers' names, that replace the checkpoint's
             generation_config.json, such as {"repetition_penalty": 1.1}; {} uses none of its
             values. The end-of-sequence and padding tokens are kept unless given here.
-        video_positions: for Qwen2-VL, the position of text after a video: "original", as the
-            weights were trained, or "transformers-5" (see
-            `ports.models.qwen2_vl.model.VIDEO_POSITIONS`).
+        video_positions: for Qwen2-VL and Qwen2.5-VL, the position of text after a video:
+            "original", as the weights were trained (the default for Qwen2-VL), or "transformers-5"
+            (for Qwen2.5-VL); see `ports.models.qwen2_vl.config.VIDEO_POSITIONS`.
 
     Returns:
         The model with its parameters, configuration and processor.
@@ -94,7 +107,7 @@ def load_abstract(
     *,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
-    video_positions: str = "original",
+    video_positions: str | None = None,
 ) -> VLM:
     """Loads a checkpoint like `load`, but with a `jax.ShapeDtypeStruct` for every parameter.
 
@@ -141,13 +154,13 @@ def hub_names(name: str) -> tuple[str, ...]:
     return tuple(port.hub_name(name) for port in PORTS.values())
 
 
-def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port, Any, dict]:
+def _build(directory: Path, dtype: str, video_positions: str | None) -> tuple[Any, Port, Any, dict]:
     """Returns a checkpoint's Linen module, port, configuration and abstract parameters."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     known = {name: port.options.get("video_positions", ()) for name, port in PORTS.items()}
     values = dict.fromkeys(value for values in known.values() for value in values)
-    if video_positions not in values:
+    if video_positions not in (None, *values):
         raise ValueError(
             f"video_positions is {video_positions!r}; expected one of {', '.join(values)}"
         )
@@ -158,10 +171,10 @@ def _build(directory: Path, dtype: str, video_positions: str) -> tuple[Any, Port
         sizes: Any = port.config.from_hf(config)
     if video_positions in known[config.model_type]:
         sizes = dataclasses.replace(sizes, video_positions=video_positions)
-    elif video_positions != next(iter(values)):
+    elif video_positions is not None:
         families = ", ".join(name for name, of_it in known.items() if of_it)
         raise ValueError(
-            f"video_positions is {video_positions!r}, which only {families} supports; {directory} "
+            f"video_positions is {video_positions!r}, which only {families} support; {directory} "
             f"has model_type {config.model_type}: leave the argument out"
         )
     module = port.module(sizes, dtype=jnp.dtype(dtype))

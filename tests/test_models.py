@@ -9,7 +9,7 @@ import pytest
 from xlvlm_jax import Concepts, Features
 from xlvlm_jax.data import scenes
 
-from .ports import helpers, idefics2_helpers, qwen2_vl_helpers
+from .ports import helpers, idefics2_helpers, idefics3_helpers, qwen2_vl_helpers
 
 MOLMO = Path(__file__).parent / "data" / "molmo"
 WORDS = ["User:", "Assistant:", "Provide", "a", "one-sentence", "caption"]
@@ -25,6 +25,26 @@ def qwen2_vl(directory: Path) -> None:
     qwen2_vl_helpers.make_processor().save_pretrained(directory)
 
 
+def qwen2_5_vl(directory: Path) -> None:
+    qwen2_vl_helpers.make_qwen2_5_vl(directory)
+    qwen2_vl_helpers.make_processor().save_pretrained(directory)
+
+
+def qwen3_vl(directory: Path) -> None:
+    qwen2_vl_helpers.make_qwen3_vl(directory)
+    qwen2_vl_helpers.make_processor().save_pretrained(directory)
+
+
+def idefics3(directory: Path) -> None:
+    idefics3_helpers.make_idefics3(directory, "idefics3")
+    idefics3_helpers.save_processor("idefics3", directory)
+
+
+def smolvlm(directory: Path) -> None:
+    idefics3_helpers.make_idefics3(directory, "smolvlm")
+    idefics3_helpers.save_processor("smolvlm", directory)
+
+
 def molmo(directory: Path) -> None:
     directory.mkdir()
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
@@ -37,7 +57,13 @@ MODELS = {
     "idefics2": (idefics2, "model.text_model.norm", 60, "User:<image>"),
     "qwen2_vl": (qwen2_vl, "model.norm", 60, "user: <|vision_start|><|image_pad|>"),
     "molmo": (molmo, "model.transformer.ln_f", 64, " User: "),
+    "qwen2_5_vl": (qwen2_5_vl, "model.norm", 60, "user: <|vision_start|><|image_pad|>"),
+    "qwen3_vl": (qwen3_vl, "model.language_model.norm", 60, "user: <|vision_start|>"),
+    "idefics3": (idefics3, "model.text_model.norm", 60, "User: <image>"),
+    "smolvlm": (smolvlm, "model.text_model.norm", 60, "User: <image>"),
 }
+# What differs between families is tested with the first three in full.
+IN_FULL = ("idefics2", "qwen2_vl", "molmo")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +102,7 @@ def test_from_pictures_to_grounded_concepts(xlvlm, checkpoint, pictures, tmp_pat
     assert [len(images) for images in Concepts.load(concepts).images] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("checkpoint", IN_FULL, indirect=True)
 def test_inspecting(xlvlm, checkpoint):
     directory, site, width, prompt = checkpoint
     status, out, errors = xlvlm("inspect", directory, "--batch-size", 2, "--site", site)
@@ -86,6 +113,7 @@ def test_inspecting(xlvlm, checkpoint):
     assert "fits" in out
 
 
+@pytest.mark.parametrize("checkpoint", IN_FULL, indirect=True)
 def test_teacher_forcing_has_the_states_of_the_whole_text(xlvlm, checkpoint, pictures, tmp_path):
     directory, site, width, _ = checkpoint
     features = tmp_path / "features"

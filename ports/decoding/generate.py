@@ -153,7 +153,7 @@ def generate(
         for site, value in prefilled.items()
     }
     column = vision_language.next_column(inputs)
-    next_positions = model.positions(inputs).reshape(batch, -1).max(-1) + 1
+    next_positions = model.next_positions(inputs)
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
 

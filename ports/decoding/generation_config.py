@@ -148,7 +148,8 @@ def special_tokens(
     eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
     candidates = (
         chosen.get("pad_token_id"),
-        getattr(config, "pad_token_id", None),
+        # Idefics3 and SmolVLM have a property of this name, which is not the token that pads.
+        vars(config).get("pad_token_id"),
         text.pad_token_id,
         *eos[:1],
         0,

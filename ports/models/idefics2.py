@@ -9,7 +9,7 @@ L features. The processor splits images: five crops are five images here.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Box, Layouts
 from ports.models.port import Port
 from ports.nn import clip_vision as vision
-from ports.nn import decoder, layers, siglip, vision_language
+from ports.nn import decoder, layers, perceiver, siglip, vision_language
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -30,44 +30,8 @@ Array = jax.Array
 AXES: sharding.Axes = {
     **decoder.AXES,
     **siglip.AXES,
-    **dict.fromkeys(("latents", "input_latents_norm", "input_context_norm"), ()),
+    **perceiver.AXES,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class PerceiverConfig:
-    """Sizes and constants of the resampler, which has the decoder's width."""
-
-    num_latents: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_act: str
-    norm_eps: float
-
-    @classmethod
-    def from_hf(cls, config: Any) -> "PerceiverConfig":
-        """Reads a transformers Idefics2PerceiverConfig.
-
-        Raises:
-            ValueError: a value is invalid.
-        """
-        layers.activation(config.hidden_act)
-        if config.resampler_n_heads % config.num_key_value_heads:
-            raise ValueError(
-                f"perceiver_config has {config.resampler_n_heads} attention heads, which is not a "
-                f"multiple of its {config.num_key_value_heads} key-value heads"
-            )
-        return cls(
-            num_latents=config.resampler_n_latents,
-            num_layers=config.resampler_depth,
-            num_heads=config.resampler_n_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.resampler_head_dim,
-            hidden_act=config.hidden_act,
-            norm_eps=config.rms_norm_eps,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +40,7 @@ class Config:
 
     text: decoder.DecoderConfig
     vision: vision.VisionConfig
-    perceiver: PerceiverConfig
+    perceiver: perceiver.PerceiverConfig
     image_tokens: tuple[int, ...]
 
     @classmethod
@@ -93,7 +57,7 @@ class Config:
                 config.text_config, bool(config.tie_word_embeddings), "mistral"
             ),
             vision=vision.VisionConfig.from_hf(config.vision_config, "idefics2_vision"),
-            perceiver=PerceiverConfig.from_hf(config.perceiver_config),
+            perceiver=perceiver.PerceiverConfig.from_hf(config.perceiver_config),
             image_tokens=(config.image_token_id,),
         )
 
@@ -101,79 +65,6 @@ class Config:
     def tokens_per_image(self) -> int:
         """Image tokens per image (or crop) in a prompt."""
         return self.perceiver.num_latents
-
-
-class PerceiverAttention(nn.Module):
-    """Attention of the latents to the image and to themselves, with grouped queries."""
-
-    config: PerceiverConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
-        """Maps latents[I, L, D], context[I, P, D] and mask bool[I, 1, 1, P + L] to [I, L, D]."""
-        cfg = self.config
-
-        def heads(name: str, x: Array, count: int) -> Array:
-            y = layers.dense(count * cfg.head_dim, False, self.dtype, name)(x)
-            y = y.reshape(*x.shape[:2], count, cfg.head_dim)
-            return sharding.heads(y, "heads" if name == "q_proj" else "kv_heads")
-
-        both = jnp.concatenate([context, latents], axis=1)
-        query = heads("q_proj", latents, cfg.num_heads)
-        key = heads("k_proj", both, cfg.num_kv_heads)
-        value = heads("v_proj", both, cfg.num_kv_heads)
-        y = layers.attend(query, key, value, mask).reshape(*latents.shape[:2], -1)
-        return layers.dense(latents.shape[-1], False, self.dtype, "o_proj")(y)
-
-
-class PerceiverLayer(nn.Module):
-    """A pre-norm block on the latents; the image's features do not change."""
-
-    config: PerceiverConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
-        """Maps latents[I, L, D], context[I, P, D] and mask bool[I, 1, 1, P + L] to [I, L, D]."""
-        cfg = self.config
-
-        def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
-
-        y = norm("input_latents_norm")(latents)
-        context = norm("input_context_norm")(context)
-        y = PerceiverAttention(cfg, self.dtype, name="self_attn")(y, context, mask)
-        latents = sharding.residual(latents + y)
-        y = norm("post_attention_layernorm")(latents)
-        mlp = layers.GatedMLP(4 * y.shape[-1], cfg.hidden_act, dtype=self.dtype, name="mlp")
-        return sharding.residual(latents + mlp(y))
-
-
-class PerceiverResampler(nn.Module):
-    """Learnt latents gather an image of any size into L features (Alayrac et al. 2022)."""
-
-    config: PerceiverConfig
-    width: int  # D
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        cfg = self.config
-        shape = (cfg.num_latents, self.width)
-        self.latents = self.param("latents", nn.initializers.ones, shape)
-        self.layers = [PerceiverLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
-        self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
-
-    def __call__(self, context: Array, mask: Array) -> Array:
-        """Maps context[I, P, D] and mask bool[I, P] to [I, L, D]."""
-        images = len(context)
-        latents = jnp.broadcast_to(
-            self.latents.astype(self.dtype), (images, self.config.num_latents, self.width)
-        )
-        mask = jnp.concatenate([mask, jnp.ones(latents.shape[:2], bool)], axis=1)[:, None, None]
-        for layer in self.layers:
-            latents = layer(latents, context, mask)
-        return self.norm(latents)
 
 
 class Connector(nn.Module):
@@ -190,7 +81,7 @@ class Connector(nn.Module):
             dtype=self.dtype,
             output_size=text.hidden_size,
         )
-        self.perceiver_resampler = PerceiverResampler(
+        self.perceiver_resampler = perceiver.PerceiverResampler(
             self.config.perceiver, text.hidden_size, self.dtype
         )
 
@@ -226,22 +117,25 @@ INPUTS = (
 )
 
 
-class Idefics2(vision_language.VisionLanguageModel):
-    """Replaces image tokens by the features from the resampler."""
+class Idefics(vision_language.VisionLanguageModel):
+    """Replaces image tokens by features; what Idefics2 and Idefics3 have in common.
 
-    config: Config
+    Attributes:
+        backbone: class of the module with everything but the head.
+    """
+
     decoder_path = ("model", "text_model")
     head_path = ("lm_head",)
-    axes = AXES
+    backbone: ClassVar[type[nn.Module]]
 
     def setup(self):
-        self.model = Backbone(self.config, self.dtype)
+        self.model = self.backbone(self.config, self.dtype)
         if not self.config.text.tie_embeddings:
             self.lm_head = layers.head(self.config.text.vocab_size, self.dtype)
 
     @property
     def text_decoder(self) -> decoder.Decoder:
-        """The Mistral decoder."""
+        """The decoder."""
         return self.model.text_model
 
     def unembed(self, x: Array) -> Array:
@@ -249,12 +143,6 @@ class Idefics2(vision_language.VisionLanguageModel):
         if self.config.text.tie_embeddings:
             return sharding.logits(self.text_decoder.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))
-
-    @property
-    def kv_heads(self) -> sharding.KVHeads:
-        """{module path: number of key-value heads} of the decoder and the resampler."""
-        resampler = ("model", "connector", "perceiver_resampler")
-        return {**super().kv_heads, resampler: self.config.perceiver.num_kv_heads}
 
     def image_features(self, pixels: Array, pixel_mask: Array | None = None) -> Array:
         """Computes the decoder's inputs for images.
@@ -298,6 +186,20 @@ class Idefics2(vision_language.VisionLanguageModel):
         )
 
 
+class Idefics2(Idefics):
+    """Replaces image tokens by the features from the resampler."""
+
+    config: Config
+    axes = AXES
+    backbone: ClassVar[type[nn.Module]] = Backbone
+
+    @property
+    def kv_heads(self) -> sharding.KVHeads:
+        """{module path: number of key-value heads} of the decoder and the resampler."""
+        resampler = ("model", "connector", "perceiver_resampler")
+        return {**super().kv_heads, resampler: self.config.perceiver.num_kv_heads}
+
+
 def _flat(x: Array | np.ndarray) -> Array:
     """Merges the first two axes: [B, I, ...] -> [B * I, ...]."""
     return jnp.asarray(x).reshape(-1, *x.shape[2:])
@@ -338,7 +240,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     """
     arrays = dict(inputs)
     pixels, mask = arrays.pop("pixel_values", None), arrays.pop("pixel_attention_mask", None)
-    images = None if pixels is None else _real_images(config, pixels, mask)
+    images = None if pixels is None else real_images(config.vision, pixels, mask)
     num_images = 0 if images is None else len(images[0])
     per_image = config.tokens_per_image
     vision_language.check_image_tokens(
@@ -370,23 +272,23 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     return arrays
 
 
-def _real_images(
-    config: Config, pixels: np.ndarray, mask: np.ndarray | None
+def real_images(
+    tower: vision.VisionConfig, pixels: np.ndarray, mask: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drops padding images.
 
     Args:
-        config: the model's configuration.
+        tower: the tower's configuration.
         pixels: [B, I, 3, height, width].
         mask: [B, I, height, width] or None.
 
     Returns:
         The real images [I, 3, height, width] and their masks bool[I, height, width].
     """
-    if pixels.ndim != 5 or pixels.shape[2] != config.vision.num_channels:
+    if pixels.ndim != 5 or pixels.shape[2] != tower.num_channels:
         raise ValueError(
             f"pixel_values has shape {pixels.shape}; expected [batch, images, "
-            f"{config.vision.num_channels}, height, width], as the processor pads it (do_pad)"
+            f"{tower.num_channels}, height, width], as the processor pads it (do_pad)"
         )
     expected = (*pixels.shape[:2], *pixels.shape[3:])
     if mask is None:

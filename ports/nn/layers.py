@@ -184,14 +184,15 @@ class MLP(nn.Module):
     intermediate_size: int
     hidden_act: str
     dtype: jnp.dtype = jnp.float32
+    prefix: str = ""  # of the names fc1 and fc2
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x[B, T, D] to [B, T, D]."""
         width = x.shape[-1]
-        x = dense(self.intermediate_size, True, self.dtype, "fc1")(x)
+        x = dense(self.intermediate_size, True, self.dtype, f"{self.prefix}fc1")(x)
         x = sharding.constrain(activation(self.hidden_act)(x), "batch", "positions", "mlp")
-        return dense(width, True, self.dtype, "fc2")(x)
+        return dense(width, True, self.dtype, f"{self.prefix}fc2")(x)
 
 
 def attend(

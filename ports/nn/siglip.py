@@ -27,21 +27,24 @@ AXES: sharding.Axes = {
 }
 
 
-def patch_mask(pixel_mask: AnyArray, patch_size: int) -> AnyArray:
+def patch_mask(pixel_mask: AnyArray, patch_size: int, *, whole: bool = True) -> AnyArray:
     """Converts a mask of pixels to a mask of patches.
 
     Args:
         pixel_mask: bool or int[I, height, width], True where a pixel belongs to the image.
         patch_size: pixels per side of a patch.
+        whole: whether all pixels of a valid patch belong to the image (Idefics2), or at least one
+            (Idefics3).
 
     Returns:
-        bool[I, h, w], True where the whole patch does.
+        bool[I, h, w], the valid patches.
     """
     xp: Any = np if isinstance(pixel_mask, np.ndarray) else jnp
     images, height, width = pixel_mask.shape
     h, w = height // patch_size, width // patch_size
-    whole = pixel_mask[:, : h * patch_size, : w * patch_size].astype(bool)
-    return xp.all(whole.reshape(images, h, patch_size, w, patch_size), (2, 4))
+    pixels = pixel_mask[:, : h * patch_size, : w * patch_size].astype(bool)
+    reduce = xp.all if whole else xp.any
+    return reduce(pixels.reshape(images, h, patch_size, w, patch_size), (2, 4))
 
 
 def spread(longest: int, side: int) -> np.ndarray:

@@ -140,8 +140,6 @@ class VisionLanguageModel(nn.Module):
     def positions(self, inputs: Inputs) -> Array:
         """Returns the rotary positions of the tokens; needs no parameters.
 
-        Generated tokens continue after the highest position of their row.
-
         Args:
             inputs: the processor's arrays.
 
@@ -150,6 +148,10 @@ class VisionLanguageModel(nn.Module):
         """
         given = inputs.get("position_ids")
         return decoder.token_positions(attention_mask(inputs)) if given is None else given
+
+    def next_positions(self, inputs: Inputs) -> Array:
+        """Returns int32[B], the rotary position of the first token after each row."""
+        return self.positions(inputs).reshape(len(inputs["input_ids"]), -1).max(-1) + 1
 
     def places(self, inputs: Inputs) -> edits.Places:
         """Describes the positions of a prompt, for edits that select positions by kind.

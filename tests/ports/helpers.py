@@ -27,6 +27,11 @@ from ports.models import llava_like
 
 PAD, BOS, EOS, IMAGE, VOCABULARY = 0, 1, 2, 101, 103
 ROOT = Path(__file__).parents[2]
+# Environments of processes with so many devices.
+EIGHT_DEVICES, FOUR_DEVICES = (
+    {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
+    for count in (8, 4)
+)
 
 torch.set_num_threads(1)
 
@@ -255,7 +260,7 @@ def torch_generate(model: Any, inputs: Mapping[str, np.ndarray], count: int, **o
 def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> float:
     """The largest difference over the largest value, at the positions bool[B, T] `where`."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    if theirs.ndim == 4:
+    if theirs.ndim == 4 and where is None:
         theirs = np.moveaxis(theirs, 1, -1)  # a convolution's channels
     ours = ours.reshape(theirs.shape)
     if where is not None:

@@ -1,5 +1,7 @@
 """Small random Qwen2-VL checkpoints, inputs with images and videos of all sizes, comparisons.
 
+Inputs and comparisons are also those of the later Qwens.
+
 Sizes are odd on purpose: heads of 10, of which time, height and width turn 1, 2 and 2 frequencies.
 """
 
@@ -30,6 +32,38 @@ VISION = {
     "hidden_size": TEXT["hidden_size"],
 }
 PATCH_VALUES = 3 * 2 * 7 * 7
+# Windows of 4 x 4 patches, of which only one image is a multiple; a full block between others.
+VISION_2_5 = {
+    "depth": 3,
+    "hidden_size": 36,
+    "num_heads": 3,
+    "intermediate_size": 50,
+    "out_hidden_size": TEXT["hidden_size"],
+    "patch_size": 7,
+    "window_size": 28,
+    "fullatt_block_indexes": [1],
+}
+TEXT_3 = {
+    **helpers.TEXT,
+    # Time turns three frequencies, height and width two each, in turn.
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [3, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
+# Positions of 5 x 5 for images of 2 to 10 patches; features of two blocks go to both layers.
+VISION_3 = {
+    "depth": 3,
+    "hidden_size": 36,
+    "num_heads": 3,
+    "intermediate_size": 50,
+    "out_hidden_size": TEXT_3["hidden_size"],
+    "patch_size": 7,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 1],
+}
 
 # Name -> changes to (the text configuration, the vision configuration, the whole configuration).
 VARIANTS: dict[str, tuple[dict, dict, dict]] = {
@@ -85,17 +119,59 @@ def make_qwen2_vl(
     return helpers.make_pair(directory, model, **options)
 
 
+def _later(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": helpers.IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+
+
+def qwen2_5_vl_config() -> transformers.Qwen2_5_VLConfig:
+    """The small configuration of Qwen2.5-VL."""
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"}
+    return transformers.Qwen2_5_VLConfig(**_later(text, VISION_2_5))
+
+
+def make_qwen2_5_vl(directory: Path) -> helpers.Pair:
+    """A random Qwen2.5-VL."""
+    model = transformers.Qwen2_5_VLForConditionalGeneration(qwen2_5_vl_config())
+    return helpers.make_pair(directory, model)
+
+
+def qwen3_vl_config() -> transformers.Qwen3VLConfig:
+    """The small configuration of Qwen3-VL."""
+    return transformers.Qwen3VLConfig(**_later(TEXT_3, VISION_3))
+
+
+def make_qwen3_vl(directory: Path) -> helpers.Pair:
+    """A random Qwen3-VL."""
+    model = transformers.Qwen3VLForConditionalGeneration(qwen3_vl_config())
+    return helpers.make_pair(directory, model)
+
+
 def make_inputs(
-    images: Sequence[Sequence[tuple[int, int, int]]], texts: Sequence[int], *, seed: int = 0
+    images: Sequence[Sequence[tuple[int, int, int]]],
+    texts: Sequence[int],
+    *,
+    seed: int = 0,
+    apart: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What the processor would return for rows of such images and text tokens, padded left."""
+    """What the processor would return for rows of such images and text tokens, padded left; with
+    text between the frames of a video, if they are `apart`.
+    """
     random = np.random.default_rng(seed)
     rows = []
     for grids, text in zip(images, texts, strict=True):
         row = [helpers.BOS]
         for t, h, w in grids:
             token = VIDEO if t > 1 else helpers.IMAGE
-            row += [*random.integers(3, END, 2), START, *[token] * (t * h * w // 4), END]
+            for _ in range(t if apart else 1):
+                count = t * h * w // 4 // (t if apart else 1)
+                row += [*random.integers(3, END, 2), START, *[token] * count, END]
         rows.append([*row, *random.integers(3, END, text)])
     length = max(map(len, rows))
     ids = np.array([[helpers.PAD] * (length - len(row)) + row for row in rows])
@@ -159,7 +235,7 @@ def site_errors(
     for site, states in ours.items():
         # PyTorch's tower puts out its states beside what the merger makes of them.
         states, expected = np.asarray(states), theirs["visual.merger" if site == "visual" else site]
-        if site.startswith("visual"):
+        if "visual" in site:
             grids = inputs["image_grid_thw"]
             sizes = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
             expected = expected.reshape(len(expected), -1)
@@ -169,7 +245,7 @@ def site_errors(
             errors[site] = helpers.relative_error(states, expected)
         else:
             tokens = inputs["attention_mask"].astype(bool)
-            if site == "model.embed_tokens":
+            if site.endswith("embed_tokens"):
                 tokens &= ~np.isin(inputs["input_ids"], (helpers.IMAGE, VIDEO))
             errors[site] = helpers.relative_error(states, expected, tokens)
     return errors

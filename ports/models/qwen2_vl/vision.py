@@ -1,5 +1,7 @@
 """The vision transformer of Qwen2-VL (Wang et al. 2024): any image size, rotary positions in 2-D.
 
+Qwen2.5-VL and Qwen3-VL build theirs from the same parts.
+
 F frames (an image has one, a video several), P patches per frame, E width, H heads, M the side of
 the square of patches that becomes one token, D the decoder's width.
 
@@ -8,7 +10,9 @@ row within a square. Every patch attends to the patches of its own frame.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from ports.nn import layers
 from ports.parallel import sharding
 
 Array = jax.Array
+Attend = Callable[[Array, Array, Array], Array]  # query, key and value [F, P, H, C] to [F, P, H, C]
 
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
@@ -48,10 +53,37 @@ class VisionConfig:
     merge_size: int  # M
     output_size: int  # D
     rope_theta: float
+    rms_norm: bool = False  # instead of LayerNorm
+    gated_mlp: bool = False
+    mlp_prefix: str = ""  # of the names of the MLP's layers
+    patch_bias: bool = False
+    output_name: ClassVar[str] = "hidden_size"  # of `output_size` in the configuration
 
     @classmethod
-    def from_hf(cls, config: Any) -> "VisionConfig":
+    def from_hf(cls, config: Any) -> Self:
         """Reads a transformers Qwen2VLVisionConfig.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
+        return cls.read(
+            config,
+            "embed_dim",
+            mlp_width=int(config.embed_dim * config.mlp_ratio),
+            output_size=config.hidden_size,
+        )
+
+    @classmethod
+    def read(cls, config: Any, width: str, **own: Any) -> Self:
+        """Reads what the configurations of all Qwen towers have; `own` are the other fields.
+
+        Args:
+            config: a transformers configuration.
+            width: its name for the tower's width.
+            **own: the fields whose names or rules differ.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: a value is not implemented.
@@ -65,23 +97,22 @@ class VisionConfig:
         rope = dict(getattr(config, "rope_parameters", None) or {})
         if rope.get("rope_type", "axial") != "axial":
             raise ValueError(f"vision_config has rope_type {rope['rope_type']!r}; expected 'axial'")
-        if config.embed_dim % (4 * config.num_heads):
+        if getattr(config, width) % (4 * config.num_heads):
             raise ValueError(
-                f"vision_config.embed_dim is {config.embed_dim}; expected a multiple of 4 x its "
-                f"{config.num_heads} heads, for rotary embedding in 2-D"
+                f"vision_config.{width} is {getattr(config, width)}; expected a multiple of 4 x "
+                f"its {config.num_heads} heads, for rotary embedding in 2-D"
             )
         return cls(
-            width=config.embed_dim,
+            width=getattr(config, width),
             num_layers=config.depth,
             num_heads=config.num_heads,
-            mlp_width=int(config.embed_dim * config.mlp_ratio),
             hidden_act=config.hidden_act,
             num_channels=config.in_channels,
             patch_size=config.patch_size,
             frames_per_patch=config.temporal_patch_size,
             merge_size=config.spatial_merge_size,
-            output_size=config.hidden_size,
             rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            **own,
         )
 
     @property
@@ -90,12 +121,54 @@ class VisionConfig:
         return self.num_channels * self.frames_per_patch * self.patch_size**2
 
 
-def patch_places(index: Array, width: Array, merge: int) -> tuple[Array, Array]:
-    """Returns row and column of the patches at `index`, in a frame that is `width` patches wide."""
+class Places(NamedTuple):
+    """Where the patches of F rows are; patches of several frames may share a row."""
+
+    row: Array  # int[F, P] in the frame
+    column: Array  # int[F, P]
+    height: Array  # int[F or 1, P or 1], rows of the patch's frame
+    width: Array  # int[F or 1, P or 1]
+    frame: Array  # int[F, P], one number per frame in a row; -1 for padding
+
+    @property
+    def mask(self) -> Array:
+        """bool[F, 1, P or 1, P]: patches see those of their own frame."""
+        if self.height.shape[1] == 1:  # a frame per row
+            return (self.frame >= 0)[:, None, None]
+        return (self.frame[:, :, None] == self.frame[:, None])[:, None]
+
+
+def patch_places(index: Array, height: Array, width: Array, frame: Array, merge: int) -> Places:
+    """Returns the places of the patches at `index` in frames of height x width patches."""
     square, inner = index // merge**2, index % merge**2
     row = square // (width // merge) * merge + inner // merge
     column = square % (width // merge) * merge + inner % merge
-    return row, column
+    return Places(row, column, height, width, frame)
+
+
+def axial_angles(config: VisionConfig, places: Places) -> tuple[Array, Array]:
+    """Returns cosines and sines [F, P, C]: half of the frequencies rotate with the row, the other
+    half, the same values, with the column.
+    """
+    half = config.width // config.num_heads // 2
+    frequencies = config.rope_theta ** -(jnp.arange(0, half, 2, dtype=jnp.float32) / half)
+    turns = [
+        place[..., None].astype(jnp.float32) * frequencies for place in (places.row, places.column)
+    ]
+    turns = jnp.concatenate([*turns, *turns], axis=-1)
+    return jnp.cos(turns), jnp.sin(turns)
+
+
+def within_frames(places: Places) -> Attend:
+    """Returns the attention in which every patch sees the patches of its frame."""
+    return functools.partial(layers.attend, mask=places.mask)
+
+
+def norm(config: VisionConfig, dtype: jnp.dtype, name: str) -> nn.Module:
+    """Returns a tower's normalisation."""
+    if config.rms_norm:
+        return nn.RMSNorm(epsilon=NORM_EPS, dtype=dtype, name=name)
+    return layers.layer_norm(NORM_EPS, dtype, name)
 
 
 class PatchProjection(nn.Module):
@@ -112,7 +185,10 @@ class PatchProjection(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2, 3))
         kernel = self.param("kernel", init, (*sides, cfg.width))
         kernel = kernel.reshape(-1, cfg.width).astype(self.dtype)
-        return patches.astype(self.dtype) @ kernel
+        y = patches.astype(self.dtype) @ kernel
+        if cfg.patch_bias:
+            y += self.param("bias", nn.initializers.zeros, (cfg.width,)).astype(self.dtype)
+        return y
 
 
 class PatchEmbed(nn.Module):
@@ -134,14 +210,14 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
-        """Maps x[F, P, E] and mask bool[F, 1, 1 or P, P] to [F, P, E]."""
+    def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend) -> Array:
+        """Maps x[F, P, E] to [F, P, E]."""
         cfg = self.config
         qkv = layers.dense(3 * cfg.width, True, self.dtype, "qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, cfg.num_heads, -1)
         query, key, value = (sharding.heads(qkv[:, :, i]) for i in range(3))
         query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
-        y = sharding.heads(layers.attend(query, key, value, mask))
+        y = sharding.heads(attend(query, key, value))
         return layers.dense(cfg.width, True, self.dtype, "proj")(y.reshape(x.shape))
 
 
@@ -152,13 +228,16 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
+    def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend) -> Array:
         """Maps x[F, P, E] to [F, P, E]."""
         cfg = self.config
-        y = layers.layer_norm(NORM_EPS, self.dtype, "norm1")(x)
-        x = sharding.residual(x + Attention(cfg, self.dtype, name="attn")(y, angles, mask))
-        y = layers.layer_norm(NORM_EPS, self.dtype, "norm2")(x)
-        mlp = layers.MLP(cfg.mlp_width, cfg.hidden_act, self.dtype, name="mlp")
+        y = norm(cfg, self.dtype, "norm1")(x)
+        x = sharding.residual(x + Attention(cfg, self.dtype, name="attn")(y, angles, attend))
+        y = norm(cfg, self.dtype, "norm2")(x)
+        if cfg.gated_mlp:
+            mlp = layers.GatedMLP(cfg.mlp_width, cfg.hidden_act, True, self.dtype, name="mlp")
+        else:
+            mlp = layers.MLP(cfg.mlp_width, cfg.hidden_act, self.dtype, cfg.mlp_prefix, name="mlp")
         return sharding.residual(x + mlp(y))
 
 
@@ -173,7 +252,7 @@ class Merger(nn.Module):
         """Maps x[F, P, E] to [F, P / M^2, D]."""
         cfg = self.config
         joined = cfg.width * cfg.merge_size**2
-        x = layers.layer_norm(NORM_EPS, self.dtype, "ln_q")(x).reshape(len(x), -1, joined)
+        x = norm(cfg, self.dtype, "ln_q")(x).reshape(len(x), -1, joined)
         x = layers.dense(joined, True, self.dtype, "mlp_0")(x)
         x = sharding.constrain(nn.gelu(x, approximate=False), "batch", "positions", "mlp")
         return sharding.residual(layers.dense(cfg.output_size, True, self.dtype, "mlp_2")(x))
@@ -182,35 +261,24 @@ class Merger(nn.Module):
 class Qwen2Vision(nn.Module):
     """The tower and its merger."""
 
-    config: VisionConfig
+    config: Any  # VisionConfig, or that of a later Qwen
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        cfg = self.config
+        cfg: VisionConfig = self.config
         self.patch_embed = PatchEmbed(cfg, self.dtype)
         self.blocks = [Block(cfg, self.dtype) for _ in range(cfg.num_layers)]
         self.merger = Merger(cfg, self.dtype)
 
-    def __call__(self, patches: Array, places: tuple[Array, Array], mask: Array) -> Array:
-        """Computes the features of patches.
-
-        Args:
-            patches: [F, P, values].
-            places: row and column of each patch, int[F, P].
-            mask: bool[F, 1, 1 or P, P], which patches see which.
-
-        Returns:
-            [F, P / M^2, D].
-        """
-        cfg = self.config
-        # Half of the frequencies rotate with the row; the other half, the same values, with the
-        # column.
-        half = cfg.width // cfg.num_heads // 2
-        frequencies = cfg.rope_theta ** -(jnp.arange(0, half, 2, dtype=jnp.float32) / half)
-        turns = [place[..., None].astype(jnp.float32) * frequencies for place in places]
-        turns = jnp.concatenate([*turns, *turns], axis=-1)
-        angles = jnp.cos(turns), jnp.sin(turns)
+    def __call__(self, patches: Array, places: Places) -> Array:
+        """Maps patches[F, P, values] to features [F, P / M^2, D]."""
+        cfg: VisionConfig = self.config
+        angles = axial_angles(cfg, places)
         x = sharding.residual(self.patch_embed(patches))
-        for block in self.blocks:
-            x = block(x, angles, mask)
+        for block, attend in zip(self.blocks, self.attention(places), strict=True):
+            x = block(x, angles, attend)
         return self.merger(x)
+
+    def attention(self, places: Places) -> list[Attend]:
+        """Returns each block's attention."""
+        return [within_frames(places)] * self.config.num_layers

@@ -301,7 +301,7 @@ class TestConfigurationsThatAreNotImplemented:
         with helpers.raises_line(ValueError, "'siglip_vision_model'", "'idefics2_vision'"):
             idefics2.Config.from_hf(config)
 
-    @pytest.mark.parametrize("model_type", ["idefics", "idefics3", "smolvlm"])
+    @pytest.mark.parametrize("model_type", ["idefics", "smolvlm_next"])
     def test_a_related_model(self, tmp_path, model_type):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         with helpers.raises_line(ValueError, f"{model_type!r} is not supported", "idefics2"):

@@ -1,8 +1,9 @@
 """What test_sharding runs in a process of its own with eight devices: one port on several meshes.
 
-    python sharded.py DIRECTORY INPUTS RESULTS JSON   with {"steered": site, "sites": [...]}
+    python sharded.py DIRECTORY INPUTS RESULTS JSON
 
-Writes RESULTS/<mesh>.npz for the meshes 1 (no mesh), 8x1, 2x4 and 1x8.
+with {"steered": site, "sites": [...], "meshes": ["8x1", ...]}. Writes RESULTS/<mesh>.npz for these
+meshes, and RESULTS/1.npz without one.
 """
 
 import json
@@ -46,7 +47,7 @@ def main() -> None:
     """As said above."""
     directory, inputs, results, what = sys.argv[1:]
     inputs, what = dict(np.load(inputs)), json.loads(what)
-    for name in (None, "8x1", "2x4", "1x8"):
+    for name in (None, *what.pop("meshes")):
         mesh = None if name is None else ports.make_mesh(*ports.parse_mesh(name))
         vlm = ports.load(directory, mesh=mesh)
         out = run(vlm, inputs, **what)

@@ -1,7 +1,6 @@
 """Where parameters are placed, and that eight devices compute what one does."""
 
 import json
-import os
 import shutil
 import socket
 from pathlib import Path
@@ -27,10 +26,6 @@ from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 MESH = sharding.abstract_mesh(2, 4)
 # Of all families, of which none has a name for another thing than the others do.
 AXES = {**molmo.AXES, **qwen2_vl.AXES, **idefics2.AXES, **llava.AXES}
-EIGHT_DEVICES, FOUR_DEVICES = (
-    {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
-    for count in (8, 4)
-)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +269,8 @@ class Runs:
             directory / "checkpoint",
             directory / "inputs.npz",
             directory,
-            json.dumps({"steered": self.layer, "sites": [*sites, self.layer]}),
-            **EIGHT_DEVICES,
+            json.dumps({"steered": self.layer, "sites": [*sites, self.layer], "meshes": MESHES}),
+            **helpers.EIGHT_DEVICES,
         )
         self.results = {mesh: np.load(directory / f"{mesh}.npz") for mesh in ("1", *MESHES)}
 
@@ -359,7 +354,9 @@ def even(tmp_path_factory):
 @pytest.mark.slow
 def test_sweeps_gradients_and_orbax_on_eight_devices(even, tmp_path):
     shutil.copy(even / "checkpoint" / "config.json", tmp_path)
-    helpers.run_python(MORE, even / "checkpoint", even / "inputs.npz", tmp_path, **EIGHT_DEVICES)
+    helpers.run_python(
+        MORE, even / "checkpoint", even / "inputs.npz", tmp_path, **helpers.EIGHT_DEVICES
+    )
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_array_equal(found["one tokens"], found["eight tokens"])
     assert (found["one tokens"][0] != found["one tokens"][1]).any()
@@ -416,7 +413,7 @@ def test_two_processes_share_a_model(even, tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = (even / "checkpoint", even / "inputs.npz", tmp_path, address)
-    hosts = [helpers.start_python(HOSTS, *arguments, i, **FOUR_DEVICES) for i in range(2)]
+    hosts = [helpers.start_python(HOSTS, *arguments, i, **helpers.FOUR_DEVICES) for i in range(2)]
     for host in hosts:
         _, errors = host.communicate(timeout=600)
         assert host.returncode == 0, errors[-3000:]

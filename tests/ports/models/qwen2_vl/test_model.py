@@ -158,7 +158,7 @@ class TestPositions:
 
     def test_a_rule_for_a_model_without_videos(self, llava_pair):
         directory = llava_pair("grouped queries").directory
-        line = (f"{directory} has model_type llava", "which only qwen2_vl supports")
+        line = (f"{directory} has model_type llava", "which only qwen2_vl, qwen2_5_vl support")
         with helpers.raises_line(ValueError, *line):
             ports.load(directory, video_positions="transformers-5")
 
@@ -359,8 +359,8 @@ class TestConfiguration:
         assert ports.load_abstract(tmp_path).module.config == small.vlm.module.config
 
     def test_a_related_model(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-        with helpers.raises_line(ValueError, "'qwen2_5_vl' is not supported", "qwen2_vl"):
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
+        with helpers.raises_line(ValueError, "'qwen3_vl_moe' is not supported", "qwen2_vl"):
             ports.load(tmp_path)
 
 

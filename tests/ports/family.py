@@ -1,0 +1,250 @@
+"""What every family must do, against PyTorch: a family's test file calls these with its checkpoint.
+
+Each check runs few programs: give all of them the same inputs and sites where you can.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+import ports
+from ports import checkpoint, inspection
+from ports.checkpoint import peft_io
+from ports.intervene import lora
+from ports.models.port import Port
+from ports.parallel import sharding
+
+from . import helpers
+
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A port and its small checkpoint.
+
+    Attributes:
+        port: the port.
+        pair: the checkpoint, as PyTorch and as the port load it.
+        layer: a layer of the decoder that is not the last.
+        site_errors: (our states, PyTorch's, inputs) -> site -> relative error.
+        functions: ends of the names of PyTorch's modules that are no sites.
+        own: sites that are no modules of PyTorch's.
+    """
+
+    port: Port
+    pair: helpers.Pair
+    layer: str
+    site_errors: Callable[..., dict[str, float]]
+    functions: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+    @property
+    def vlm(self) -> ports.VLM:
+        """The port's model in float32."""
+        return self.pair.vlm
+
+    def torch_forward(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """PyTorch's logits and states by the port's names."""
+        return helpers.torch_forward(self.pair.torch_model, inputs, self.port.canonical_name)
+
+
+def assert_logits(ours: Any, theirs: np.ndarray, inputs: Inputs) -> None:
+    """The logits at the tokens are PyTorch's."""
+    tokens = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(ours)[tokens], theirs[tokens], rtol=0, atol=1e-4)
+
+
+def check_sites(family: Family, inputs: Inputs) -> None:
+    """Every module of PyTorch is a site with its states, and the logits are the same."""
+    vlm = family.vlm
+    logits, states = family.torch_forward(inputs)
+    modules = {site for site in states if not site.endswith(family.functions)}
+    assert {*modules, *family.own} == set(vlm.sites)
+    ours = vlm.forward(inputs, sites=vlm.sites)
+    shared = {site: value for site, value in ours.states.items() if site not in family.own}
+    errors = family.site_errors(shared, states, inputs)
+    assert max(errors.values()) < 1e-5, errors
+    assert_logits(ours.logits, logits, inputs)
+
+
+def check_logits(family: Family, inputs: Inputs) -> None:
+    """The logits are PyTorch's, of prepared inputs and of the processor's as they are."""
+    logits, _ = family.torch_forward(inputs)
+    assert_logits(family.vlm.forward(inputs).logits, logits, inputs)
+    arrays = {name: inputs[name] for name in family.port.inputs if name in inputs}
+    assert_logits(jax.jit(family.vlm.apply)(family.vlm.params, arrays), logits, inputs)
+
+
+def check_generation(family: Family, inputs: Inputs) -> None:
+    """32 greedy tokens, and the states that predicted them, are PyTorch's."""
+    model, vlm = family.pair.torch_model, family.vlm
+    options = {"output_hidden_states": True, "output_logits": True}
+    theirs = helpers.torch_generate(model, inputs, 32, **options)
+    norm = f"{vlm.decoder}.{vlm.module.norm_name}"
+    ours = vlm.generate(inputs, max_new_tokens=32, sites=[norm, vlm.head])
+    expected = theirs.sequences[:, inputs["input_ids"].shape[1] :]
+    np.testing.assert_array_equal(ours.tokens, expected)
+    last = np.stack([step[-1][:, -1] for step in theirs.hidden_states], axis=1)
+    assert helpers.relative_error(ours.states[norm], last) < 1e-5
+    assert helpers.relative_error(ours.states[vlm.head], np.stack(theirs.logits, 1)) < 1e-5
+
+
+def check_steering(family: Family, inputs: Inputs) -> None:
+    """A vector added at image, text, prompt and generated positions is PyTorch's with a hook."""
+    vlm, layer = family.vlm, family.layer
+    vector = np.random.default_rng(3).standard_normal(vlm.site_shapes[layer][-1], np.float32)
+    image = np.isin(inputs["input_ids"], vlm.image_tokens)
+    tokens = inputs["attention_mask"].astype(bool)
+    names = dict(family.pair.torch_model.named_modules())
+    module = next(m for name, m in names.items() if family.port.hub_name(name) == layer)
+
+    def torch_steered(mask: np.ndarray) -> np.ndarray:
+        added = torch.from_numpy(np.where(mask[..., None], vector, 0))
+
+        def hook(_: Any, __: Any, out: Any) -> Any:
+            return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+        handle = module.register_forward_hook(hook)
+        logits, _ = family.torch_forward(inputs)
+        handle.remove()
+        return logits
+
+    for where, mask in (("image", image), ("text", tokens & ~image), ("prompt", tokens)):
+        steered = vlm.forward(inputs, edits={layer: ports.add(vector, where=where)}).logits
+        assert_logits(steered, torch_steered(mask & tokens), inputs)
+    plain, steered = (
+        vlm.generate(inputs, max_new_tokens=4, edits={layer: ports.add(vector, alpha, "generated")})
+        for alpha in (0.0, 9.0)
+    )
+    np.testing.assert_array_equal(steered.tokens[:, 0], plain.tokens[:, 0])
+    assert (np.asarray(steered.tokens) != np.asarray(plain.tokens))[:, 1:].any()
+
+
+def check_adapters(family: Family, inputs: Inputs, directory: Path, targets: str) -> None:
+    """An adapter of PEFT loads here, and one of ours in PEFT, over the layers `targets`."""
+    vlm = family.vlm
+    model = copy.deepcopy(family.pair.torch_model)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        plain = family.pair.torch_model(**helpers.to_torch(inputs)).logits.numpy()
+        expected = theirs.eval()(**helpers.to_torch(inputs)).logits.numpy()
+    theirs.save_pretrained(str(directory / "theirs"))
+    assert np.abs(expected - plain).max() > 0.1
+    adapted = vlm.with_adapter(directory / "theirs")
+    assert_logits(adapted.forward(inputs).logits, expected, inputs)
+
+    shapes = lora.select_layers(lora.linear_layers(vlm.params), [targets])
+    ranks = lora.Ranks(3, 5)
+    adapter = lora.init(shapes, ranks, jax.random.key(0), vlm.module_names)
+    random = np.random.default_rng(2)
+    adapter = adapter._replace(
+        factors=jax.tree.map(
+            lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), adapter.factors
+        )
+    )
+    base = str(family.pair.directory)
+    peft_io.write(directory / "ours", adapter, ranks, vlm.module_names, base_model=base)
+    model = copy.deepcopy(family.pair.torch_model)
+    theirs = peft.PeftModel.from_pretrained(model, directory / "ours").eval()
+    with torch.no_grad():
+        expected = theirs(**helpers.to_torch(inputs)).logits.numpy()
+    adapted = vlm.with_adapter(directory / "ours")
+    assert_logits(adapted.forward(inputs).logits, expected, inputs)
+
+
+def check_files(family: Family, directory: Path) -> None:
+    """Files of transformers load whatever their names, shards and dtype; missing and unknown
+    tensors are refused.
+    """
+    pair, vlm = family.pair, family.vlm
+
+    def same(path: Path, dtype: str = "float32") -> None:
+        loaded = ports.load(path, dtype=dtype).params
+        jax.tree.map(
+            lambda ours, whole: np.testing.assert_array_equal(ours, whole.astype(dtype)),
+            loaded,
+            vlm.params,
+        )
+
+    pair.torch_model.save_pretrained(directory / "shards", max_shard_size="20KB")
+    assert len(list((directory / "shards").glob("*.safetensors"))) > 2
+    same(directory / "shards")
+    today = directory / "today"
+    today.mkdir()
+    config = (pair.directory / "config.json").read_text()
+    (today / "config.json").write_text(config)
+    stored = {k: v.numpy().copy() for k, v in pair.torch_model.state_dict().items()}
+    if vlm.is_tied:
+        stored.pop("lm_head.weight")
+    safetensors.numpy.save_file(stored, today / "model.safetensors")
+    same(today)
+    for dtype in ("bfloat16", "float16"):
+        model = copy.deepcopy(pair.torch_model).to(getattr(torch, dtype))
+        model.save_pretrained(directory / dtype)
+        same(directory / dtype, dtype)
+    first = next(name for name in stored if name.endswith("weight"))
+    for tensors, message in (
+        ({k: v for k, v in stored.items() if k != first}, family.port.canonical_name(first)),
+        ({**stored, "model.stranger.weight": np.ones(3, np.float32)}, "stranger"),
+    ):
+        safetensors.numpy.save_file(tensors, today / "model.safetensors")
+        with helpers.raises_line(ValueError, str(message)):
+            ports.load(today)
+
+
+def check_mesh(family: Family, inputs: Inputs, directory: Path, sites: Sequence[str]) -> None:
+    """Eight devices, 2 x 4, give the states, logits and tokens of one."""
+    np.savez(directory / "inputs.npz", allow_pickle=False, **inputs)
+    script = (Path(__file__).parent / "parallel" / "sharded.py").read_text()
+    what = {"steered": family.layer, "sites": [*sites, family.layer], "meshes": ["2x4"]}
+    arguments = (family.pair.directory, directory / "inputs.npz", directory, json.dumps(what))
+    helpers.run_python(script, *arguments, **helpers.EIGHT_DEVICES)
+    one, ours = (np.load(directory / f"{mesh}.npz") for mesh in ("1", "2x4"))
+    tokens = inputs["attention_mask"].reshape(-1) == 1
+    for name in one:
+        if name.endswith("tokens"):
+            np.testing.assert_array_equal(ours[name], one[name])
+        else:
+            rows = one[name].reshape(-1, one[name].shape[-1])
+            where = tokens if name.endswith(("logits", family.layer)) else None
+            assert helpers.relative_error(ours[name], rows, where) < 1e-5, name
+
+
+def check_full_size(
+    port: Port, values: dict[str, Any], directory: Path, parameters: int, share: float
+) -> None:
+    """From the published config.json alone: names and shapes are those of PyTorch's model,
+    `inspect` counts them, and each of eight devices holds `share` x an eighth of them.
+    """
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(values))
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    expected = {
+        port.canonical_name(name): tuple(value.shape) for name, value in model.named_parameters()
+    }
+    (directory / "config.json").write_text(json.dumps(values))
+    vlm = ports.load_abstract(directory, dtype="bfloat16")
+    assert checkpoint.stored_shapes(vlm.params) == expected
+    result = inspection.inspect(vlm, batch_size=1)
+    assert sum(result.parts.values()) == parameters
+    placed = sharding.param_shardings(
+        sharding.abstract_mesh(1, 8), vlm.params, vlm.module.axes, vlm.module.kv_heads
+    )
+    held = sharding.parameter_bytes(vlm.params, placed) * 8 / (2 * parameters)
+    assert held == pytest.approx(share, abs=1e-3)
