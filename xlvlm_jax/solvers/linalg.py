@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 TINY = 1e-30
@@ -98,7 +99,7 @@ def _by_cholesky(columns: Float[Array, "D R"], shift: float) -> Float[Array, "D 
 FEW, WIDE = 64, 2048
 
 
-def real_dtype(*arrays: Array) -> Any:
+def real_dtype(*arrays: Array | np.ndarray) -> Any:
     """Returns the dtype to compute in: float32, or float64 if enabled and given."""
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
 

@@ -49,7 +49,7 @@ class Wide(NamedTuple):
         lost = (self.high - (high - of_other)) + (other.high - of_other)
         return _nearest_first(high, lost + self.low + other.low)
 
-    def times(self, factor: float) -> "Wide":
+    def times(self, factor: float | Array) -> "Wide":
         """Returns the product with a power of two."""
         return Wide(self.high * factor, self.low * factor)
 

@@ -316,7 +316,7 @@ def unit_of(Z: Shaped[Array, "N D"], largest: float | None) -> float:
 
 
 @jax.jit
-def _energy(Z: Shaped[Array, "N D"], factor: float) -> Float[Array, ""]:
+def _energy(Z: Shaped[Array, "N D"], factor: float | Float[Array, ""]) -> Float[Array, ""]:
     return jnp.sum(jnp.sum((Z * factor) ** 2, axis=1, dtype=real_dtype(Z)))
 
 

@@ -75,7 +75,7 @@ def test_labels_and_sums_after_moves_of_every_size(K, common):
         centred = Z.astype(np.float64) - np.asarray(problem.mean, np.float64)
         np.testing.assert_allclose(sums.totals.value, members.T @ centred, atol=2e-4)
         offsets = centroids.astype(np.float64) - np.asarray(problem.mean, np.float64)
-        inertia = kmeans_assignment.inertia(problem.spread, offsets.astype(np.float32), sums)
+        inertia = kmeans_assignment.inertia(problem.spread, jnp.float32(offsets), sums)
         np.testing.assert_allclose(inertia, np.sum(chosen**2), rtol=1e-6)
         if isinstance(kept, Bounds):
             ordered = np.sort(distances, axis=1)

@@ -66,7 +66,7 @@ def test_objective_is_that_of_scikit_learn_or_lower(Z):
         random_state=0,
     )
     codes = peer.fit_transform(Z)
-    theirs = semi_nmf.objective(Z, jnp.asarray(codes.T), jnp.asarray(peer.components_), 1.0)
+    theirs = semi_nmf.objective(*map(jnp.asarray, (Z, codes.T, peer.components_)), 1.0)
     ours = solve(jnp.asarray(Z), KEY)
     assert ours.objective <= 1.0005 * theirs
 
