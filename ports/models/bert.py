@@ -16,7 +16,7 @@ from flax import linen as nn
 from ports import checkpoint
 from ports.checkpoint import hub
 from ports.inputs import vocabulary
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.nn.encoder import EncoderConfig
 from ports.programs import keep_programs
 
@@ -101,7 +101,7 @@ class SelfAttention(nn.Module):
             y = layers.dense(x.shape[-1], True, self.dtype, name)(x)
             return y.reshape(*x.shape[:2], heads, -1)
 
-        y = layers.attend(project("query"), project("key"), project("value"), mask)
+        y = attention.attend(project("query"), project("key"), project("value"), mask)
         return y.reshape(x.shape)
 
 

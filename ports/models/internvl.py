@@ -20,7 +20,7 @@ from ports import checkpoint
 from ports.inputs import processor
 from ports.models import llava_like, port
 from ports.models.port import Port
-from ports.nn import clip_vision, decoder, encoder, layers
+from ports.nn import attention, clip_vision, decoder, encoder, layers
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -192,7 +192,7 @@ class Attention(nn.Module):
                 y = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{part}_norm")(y)
             return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, width // cfg.num_heads))
 
-        y = sharding.heads(layers.attend(heads("q"), heads("k"), heads("v"), None))
+        y = sharding.heads(attention.attend(heads("q"), heads("k"), heads("v"), None))
         return layers.dense(width, True, self.dtype, "projection_layer")(y.reshape(x.shape))
 
 

@@ -24,7 +24,7 @@ from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
 from ports.models.qwen2_vl import vision as qwen2_vision
 from ports.models.qwen2_vl.processor import read_processor
-from ports.nn import layers
+from ports.nn import attention
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -148,7 +148,7 @@ def attend_in_windows(
     mask = number[..., None] == beside(number, -1)[..., None, :]
     key, value = beside(key), beside(value)
     query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
-    y = layers.attend(query, key, value, mask.reshape(-1, 1, *mask.shape[2:]))
+    y = attention.attend(query, key, value, mask.reshape(-1, 1, *mask.shape[2:]))
     y = y.reshape(rows, -1, *y.shape[2:])
     return jnp.take_along_axis(y, windows.place[..., None, None], axis=1)
 

@@ -10,13 +10,14 @@ and whose slots come first; several continuations of one prompt can share it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ports import names
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.nn import rope as rotary
 from ports.nn.decoder_config import DecoderConfig
 from ports.parallel import sharding
@@ -57,39 +58,40 @@ def attend_through_cache(
 
     Args:
         module: the calling attention module.
-        query: [B, T, H, C].
-        key: [B, T, N, C].
-        value: [B, T, N, C].
-        mask: bool[B, 1, T, S].
+        query: [B, T, H, C]; in a forward pass or prefill also the last T positions alone.
+        key: [B, S, N, C], or in a decode step [B, T, N, C].
+        value: like key.
+        mask: bool[B, 1, T, S], which position sees which. In a forward pass or prefill,
+            bool[B, 1, 1, S] tells which positions are tokens, of which a query sees itself and
+            all earlier ones.
         start: None in a forward pass or prefill, where queries see the given keys. In a decode
             step, the slot of the first new key; queries see the whole cache, after the prompt's
             cache if that is separate.
         window: number of positions that a query sees, including its own; None for all earlier ones.
-        scalar: as for `layers.attend_cached`.
-        softcap: as for `layers.attend_cached`.
+        scalar: as for `attention.attend`.
+        softcap: as for `attention.attend`.
 
     Returns:
         [B, T, H, C].
     """
-    if window is not None:
-        mask = mask & within_window(mask.shape, window, start)
-    options = {"scalar": scalar, "softcap": softcap}
-    if not module.has_variable("cache", "key"):
-        return layers.attend(query, key, value, mask, **options)
-    keys, values = (module.get_variable("cache", name) for name in ("key", "value"))
-    parts, slot = [], 0 if start is None else start
-    if module.has_variable("prompt_cache", "key"):
-        parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
-        slot -= parts[0][0].shape[-1]
-    key, value = layers.cache_layout(key, value)
-    zero = 0 * slot  # has the dtype of `slot`; a plain 0 would not with 64-bit numbers enabled
-    keys = _constrain_cache(jax.lax.dynamic_update_slice(keys, key, (zero, zero, zero, slot)))
-    values = _constrain_cache(jax.lax.dynamic_update_slice(values, value, (zero, zero, slot, zero)))
-    module.put_variable("cache", "key", keys)
-    module.put_variable("cache", "value", values)
+    options: dict[str, Any] = {"window": window, "scalar": scalar, "softcap": softcap}
+    parts = []
+    if module.has_variable("cache", "key"):
+        keys, values = (module.get_variable("cache", name) for name in ("key", "value"))
+        slot = 0 if start is None else start
+        if module.has_variable("prompt_cache", "key"):
+            parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
+            slot -= parts[0][0].shape[-1]
+        new_keys, new_values = attention.cache_layout(key, value)
+        zero = 0 * slot  # has the dtype of `slot`; a plain 0 would not with 64-bit numbers enabled
+        keys = jax.lax.dynamic_update_slice(keys, new_keys, (zero, zero, zero, slot))
+        values = jax.lax.dynamic_update_slice(values, new_values, (zero, zero, slot, zero))
+        parts = [*parts, (_constrain_cache(keys), _constrain_cache(values))]
+        module.put_variable("cache", "key", parts[-1][0])
+        module.put_variable("cache", "value", parts[-1][1])
     if start is None:
-        return layers.attend_cached(query, [(key, value)], mask, **options)
-    return layers.attend_cached(query, [*parts, (keys, values)], mask, **options)
+        return attention.attend(query, key, value, mask, causal=mask.shape[2] == 1, **options)
+    return attention.attend_cached(query, parts, mask, first=start, **options)
 
 
 def _constrain_cache(x: Array) -> Array:
@@ -100,7 +102,7 @@ def _constrain_cache(x: Array) -> Array:
 def last_queries(
     x: Array, angles: tuple[Array, Array], mask: Array
 ) -> tuple[Array, tuple[Array, Array], Array]:
-    """Selects the last position of x[B, T, D], angles [B, T, C] and mask bool[B, 1, T, S]."""
+    """Selects the last of x[B, T, D], angles [B, T, C] and the T or 1 rows of a mask."""
     cos, sin = angles
     return x[:, -1:], (cos[:, -1:], sin[:, -1:]), mask[:, :, -1:]
 
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         Args:
             x: the states.
             angles: cosines and sines [B, T, C].
-            mask: bool[B, 1, T, S].
+            mask: as for `attend_through_cache`.
             start: None in a forward pass or prefill (keys from x, S = T); in a decode step, the
                 cache slot of x's first position (keys from the whole cache).
             last_only: compute only the last position.
@@ -264,7 +266,7 @@ class Decoder(nn.Module):
             x: [B, T, D].
             positions: int32[B, T]; or int32[B, T, 3] (time, height, width), if the configuration's
                 rotary embedding has sections.
-            mask: bool[B, 1, T, S].
+            mask: as for `attend_through_cache`.
             start: cache slot of the first position in a decode step; else None.
             last_only: compute only the last position in the last layer.
             blocks: int[B, T], without `start`; positions with the same number see each other both
@@ -283,8 +285,10 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             window, seen = cfg.window_of(i), mask
             if blocks is not None:
-                if window is not None and not cfg.window_limits_blocks:
-                    window, seen = None, mask & within_window(mask.shape, window, start)
+                length = x.shape[1]
+                limit = None if cfg.window_limits_blocks else window
+                window = window if cfg.window_limits_blocks else None
+                seen = attention.sees(mask, jnp.arange(length), length, mask.shape[2] == 1, limit)
                 seen = seen | same_block(blocks)
             last = last_only and i == cfg.num_layers - 1
             x = layer(x, angles[ropes[i]], seen, start, last, window)
@@ -341,38 +345,6 @@ def init_cache(
     for name in reversed(inner):
         block = {name: block}
     return {layer.format(i): block for i in range(config.num_layers)}
-
-
-def causal_mask(attention_mask: Array) -> Array:
-    """Makes the mask with which each position sees itself and all earlier tokens.
-
-    Args:
-        attention_mask: int[B, T], nonzero at tokens; or bool[B, T, T], which position sees which
-            (packed sequences), which only gains the axis of the heads.
-
-    Returns:
-        bool[B, 1, T, T].
-    """
-    if attention_mask.ndim == 3:
-        return attention_mask.astype(bool)[:, None]
-    length = attention_mask.shape[-1]
-    visible = attention_mask.astype(bool)[:, None, None, :]
-    return visible & jnp.tri(length, dtype=bool)
-
-
-def within_window(shape: tuple[int, ...], window: int, start: Array | None) -> Array:
-    """Makes the mask of a sliding window.
-
-    Args:
-        shape: [..., T, S].
-        window: number of positions that a query sees, including its own.
-        start: slot of the first query; None if the last query is in the last slot.
-
-    Returns:
-        bool[T, S]; later positions are not masked here.
-    """
-    query = (shape[-1] - shape[-2] if start is None else start) + jnp.arange(shape[-2])
-    return query[:, None] - jnp.arange(shape[-1]) < window
 
 
 def same_block(blocks: Array) -> Array:

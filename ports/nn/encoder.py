@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -78,7 +78,7 @@ class EncoderAttention(nn.Module):
             y = layers.dense(width, True, self.dtype, name)(x)
             return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
 
-        y = layers.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
+        y = attention.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
         y = sharding.heads(y)
         return layers.dense(width, True, self.dtype, "out_proj")(y.reshape(x.shape))
 

@@ -1,16 +1,14 @@
 """Layers shared by the decoders and the vision towers.
 
-B batch, T query positions, S key positions, D width,
-H query heads, N key-value heads, C head width.
+B batch, T positions, D width, H heads, C head width.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.custom_derivatives import SymbolicZero
 
@@ -193,78 +191,3 @@ class MLP(nn.Module):
         x = dense(self.intermediate_size, True, self.dtype, f"{self.prefix}fc1")(x)
         x = sharding.constrain(activation(self.hidden_act)(x), "batch", "positions", "mlp")
         return dense(width, True, self.dtype, f"{self.prefix}fc2")(x)
-
-
-def attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-    *,
-    scalar: float | None = None,
-    softcap: float | None = None,
-) -> Array:
-    """Computes scaled dot-product attention, with the softmax in float32.
-
-    Args:
-        query: [B, T, H, C].
-        key: [B, S, N, C], with H a multiple of N (grouped queries).
-        value: [B, S, N, C].
-        mask: bool[B, 1, T, S], True where a query sees a key; None for everywhere.
-        scalar: as for `attend_cached`.
-        softcap: as for `attend_cached`.
-
-    Returns:
-        [B, T, H, C].
-    """
-    return attend_cached(query, [cache_layout(key, value)], mask, scalar=scalar, softcap=softcap)
-
-
-def cache_layout(key: Array, value: Array) -> tuple[Array, Array]:
-    """Transposes [B, S, N, C] to key[B, N, C, S] and value[B, N, S, C], the layout of products."""
-    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
-
-
-def attend_cached(
-    query: Array,
-    parts: Sequence[tuple[Array, Array]],
-    mask: Array | None,
-    *,
-    scalar: float | None = None,
-    softcap: float | None = None,
-) -> Array:
-    """Computes `attend` over the concatenated parts of a cache.
-
-    Args:
-        query: [B, T, H, C], with H a multiple of N.
-        parts: (key[B, N, C, S], value[B, N, S, C]) of each part.
-        mask: bool[B, 1, T, S of all parts]; None for everywhere.
-        scalar: scores are divided by its square root; None for C.
-        softcap: scores are limited to -softcap ... softcap (see `limit`); None for no limit.
-
-    Returns:
-        [B, T, H, C].
-    """
-    batch, length, _, width = query.shape
-    kv_heads = parts[0][0].shape[1]
-    # The queries of one key-value head become rows of one matrix: products batched over (B, N).
-    rows = jnp.moveaxis(query.reshape(batch, length, kv_heads, -1, width), 1, 3)
-    rows = rows.reshape(batch, kv_heads, -1, width)
-    scores = jnp.concatenate(
-        [jnp.matmul(rows, key, preferred_element_type=jnp.float32) for key, _ in parts], axis=-1
-    )
-    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
-    scores = limit(scores / np.sqrt(scalar or width), softcap)
-    if mask is not None:
-        # Not -inf, which would give NaN for a position that sees nothing.
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])
-    ends = np.cumsum([value.shape[2] for _, value in parts])[:-1]
-    products = (
-        part @ value
-        for part, (_, value) in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)
-    )
-    y = functools.reduce(jnp.add, products)
-    y = jnp.moveaxis(y.reshape(batch, kv_heads, -1, length, width), 3, 1)
-    return y.reshape(query.shape)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -75,7 +75,7 @@ class PerceiverAttention(nn.Module):
         query = heads("q_proj", latents, cfg.num_heads)
         key = heads("k_proj", both, cfg.num_kv_heads)
         value = heads("v_proj", both, cfg.num_kv_heads)
-        y = layers.attend(query, key, value, mask).reshape(*latents.shape[:2], -1)
+        y = attention.attend(query, key, value, mask).reshape(*latents.shape[:2], -1)
         return layers.dense(latents.shape[-1], False, self.dtype, "o_proj")(y)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import clip_vision, layers, rope
+from ports.nn import attention, clip_vision, layers, rope
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
 
         query, key = (layers.rotate(heads(name), *angles) for name in ("q_proj", "k_proj"))
-        y = sharding.heads(layers.attend(query, key, heads("v_proj"), mask))
+        y = sharding.heads(attention.attend(query, key, heads("v_proj"), mask))
         return layers.dense(width, False, self.dtype, "o_proj")(y.reshape(x.shape))
 
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ports.intervene import edits, steer
 from ports.names import normal_name
-from ports.nn import decoder
+from ports.nn import attention, decoder
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -186,7 +186,7 @@ class VisionLanguageModel(nn.Module):
     def states(self, inputs: Inputs, last_only: bool = False) -> Array:
         """Maps the processor's arrays to states after the final norm, [B, T, D] or [B, 1, D]."""
         x, injections = self.embed_with_injections(inputs)
-        mask, blocks = decoder.causal_mask(attention_mask(inputs)), self.blocks(inputs)
+        mask, blocks = attention.token_mask(attention_mask(inputs)), self.blocks(inputs)
         options: dict[str, Any] = {"last_only": last_only}
         # Decoders without them need not know these arguments.
         options |= {} if blocks is None else {"blocks": blocks}

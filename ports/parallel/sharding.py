@@ -302,6 +302,40 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
+def is_on_mesh() -> bool:
+    """Returns whether a mesh is set (see `on`)."""
+    return _mesh.get() is not None
+
+
+def by_head(
+    attend: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+) -> jax.Array:
+    """Calls a kernel that the compiler can't divide for the rows and whole heads of each device.
+
+    Args:
+        attend: (query, key, value, visible) -> an array like query.
+        query: [B, T, H, C].
+        key: [B, S, N, C], with H a multiple of N.
+        value: [B, S, N, C].
+        visible: [B, S].
+
+    Returns:
+        The result, with the sharding of `heads`.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return attend(query, key, value, visible)
+    rows = _fits(mesh, RULES["batch"], len(query))
+    spec = PartitionSpec(rows, None, _fits(mesh, RULES["kv_heads"], key.shape[2]))
+    specs = (spec, spec, spec, PartitionSpec(rows))
+    call = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return call(query, key, value, visible)
+
+
 def heads(x: jax.Array, axis: str = "heads") -> jax.Array:
     """Constrains x[B, T, H, C] to be sharded by whole heads; axis: "heads" or "kv_heads"."""
     return constrain(x, "batch", "positions", axis, "embed")

@@ -300,7 +300,7 @@ class Transformer(nn.Module):
         Args:
             x: [B, T, D].
             positions: int32[B, T].
-            mask: bool[B, 1, T, S].
+            mask: as for `decoder.attend_through_cache`.
             start: cache slot of the first position in a decode step; else None.
             last_only: compute only the last position in the last layer.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -72,7 +72,7 @@ class Attention(nn.Module):
             y = layers.dense(cfg.width, True, self.dtype, name)(x)
             return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, -1))
 
-        y = layers.attend(heads("wq", query), heads("wk", states), heads("wv", states), None)
+        y = attention.attend(heads("wq", query), heads("wk", states), heads("wv", states), None)
         y = sharding.heads(y).reshape(*query.shape[:2], cfg.width)
         return layers.dense(cfg.width, True, self.dtype, "wo")(y)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ports.nn import layers
+from ports.nn import attention, layers
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -161,7 +161,7 @@ def axial_angles(config: VisionConfig, places: Places) -> tuple[Array, Array]:
 
 def within_frames(places: Places) -> Attend:
     """Returns the attention in which every patch sees the patches of its frame."""
-    return functools.partial(layers.attend, mask=places.mask)
+    return functools.partial(attention.attend, mask=places.mask)
 
 
 def norm(config: VisionConfig, dtype: jnp.dtype, name: str) -> nn.Module:

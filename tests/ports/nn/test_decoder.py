@@ -13,7 +13,7 @@ import transformers
 from flax import linen as nn
 
 from ports import checkpoint
-from ports.nn import decoder, rope
+from ports.nn import attention, decoder, rope
 
 from .. import helpers
 
@@ -52,7 +52,7 @@ _apply = jax.jit(Embedded(CONFIG).apply, static_argnames=("mutable", "last_only"
 @functools.cache
 def parameters() -> dict:
     tokens = jnp.ones((1, 2), int)
-    mask = decoder.causal_mask(tokens)
+    mask = attention.token_mask(tokens)
     shapes = jax.eval_shape(Embedded(CONFIG).init, jax.random.key(0), tokens, tokens, mask)
     random = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32) / 2, shapes)
@@ -61,7 +61,7 @@ def parameters() -> dict:
 def forward(tokens, attention_mask):
     """A plain forward pass -> states."""
     positions = decoder.token_positions(attention_mask)
-    return _apply(parameters(), tokens, positions, decoder.causal_mask(attention_mask))
+    return _apply(parameters(), tokens, positions, attention.token_mask(attention_mask))
 
 
 def step(cache, *args):
@@ -69,21 +69,6 @@ def step(cache, *args):
     variables = {**parameters(), "cache": cache}
     states, variables = _apply(variables, *args, mutable=("cache",))
     return states, variables["cache"]
-
-
-def test_causal_mask_by_hand():
-    # The second row's first position is padding: nobody sees it.
-    mask = decoder.causal_mask(jnp.array([[1, 1, 1], [0, 1, 1]]))
-    expected = [
-        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
-        [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
-    ]
-    np.testing.assert_array_equal(mask[:, 0], np.array(expected, bool))
-
-
-def test_a_mask_of_pairs_is_taken_as_it_is():
-    pairs = np.random.default_rng(0).random((2, 3, 3)) < 0.5
-    np.testing.assert_array_equal(decoder.causal_mask(jnp.asarray(pairs))[:, 0], pairs)
 
 
 def test_positions_count_tokens_and_not_padding():
@@ -113,7 +98,7 @@ def test_token_by_token_through_the_cache_equals_one_pass():
     cache = {"decoder": decoder.init_cache(CONFIG, batch=2, slots=8, dtype=jnp.float32)}
     positions = decoder.token_positions(mask)
     # The first three at once, which is a prefill, then one at a time.
-    states, cache = step(cache, tokens[:, :3], positions[:, :3], decoder.causal_mask(mask[:, :3]))
+    states, cache = step(cache, tokens[:, :3], positions[:, :3], attention.token_mask(mask[:, :3]))
     got = [states]
     for slot in (3, 4):
         valid = jnp.broadcast_to(jnp.arange(8) <= slot, (2, 1, 1, 8))
@@ -132,7 +117,7 @@ def test_a_cache_behind_that_of_the_prompt_equals_one_cache():
         {"decoder": decoder.init_cache(CONFIG, batch=2, slots=slots, dtype=jnp.float32)}
         for slots in (3, 2)
     )
-    _, prompt = step(prompt, tokens[:, :3], positions[:, :3], decoder.causal_mask(mask[:, :3]))
+    _, prompt = step(prompt, tokens[:, :3], positions[:, :3], attention.token_mask(mask[:, :3]))
     for slot in (3, 4):
         here = slice(slot, slot + 1)
         valid = jnp.broadcast_to(jnp.arange(5) <= slot, (2, 1, 1, 5))
@@ -153,7 +138,7 @@ def test_the_last_position_alone_is_that_of_all():
     tokens = jnp.array([[7, 3, 1, 4], [3, 1, 4, 9]])
     mask = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]])
     cache = {"decoder": decoder.init_cache(CONFIG, batch=2, slots=5, dtype=jnp.float32)}
-    arguments = (tokens, decoder.token_positions(mask), decoder.causal_mask(mask))
+    arguments = (tokens, decoder.token_positions(mask), attention.token_mask(mask))
     both = [
         _apply(
             {**parameters(), "cache": cache},
@@ -228,7 +213,7 @@ def test_every_decoder_equals_transformers(tmp_path, name):
         expected = model.torch_model(
             input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)
         ).last_hidden_state.numpy()
-    inputs = (jnp.asarray(tokens), positions, decoder.causal_mask(jnp.asarray(mask)))
+    inputs = (jnp.asarray(tokens), positions, attention.token_mask(jnp.asarray(mask)))
     module = Embedded(cfg)
     abstract = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     params = checkpoint.load_params(
@@ -275,7 +260,7 @@ class TestBlocks:
                 {"params": params},
                 x,
                 decoder.token_positions(mask),
-                decoder.causal_mask(mask),
+                attention.token_mask(mask),
                 blocks=blocks,
             )
 
@@ -315,7 +300,7 @@ class TestInjections:
                 variables,
                 x,
                 decoder.token_positions(mask),
-                decoder.causal_mask(mask),
+                attention.token_mask(mask),
                 last_only=last_only,
                 injections=features,
                 capture_intermediates=True,

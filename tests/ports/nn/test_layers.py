@@ -66,40 +66,6 @@ def test_rotation_keeps_the_dtype():
     assert layers.rotate(jnp.ones((1, 1, 1, 4), jnp.bfloat16), *angles).dtype == jnp.bfloat16
 
 
-def test_attention_equals_its_formula_with_grouped_queries():
-    random = np.random.default_rng(2)
-    query = random.standard_normal((2, 5, 6, 4))
-    key, value = random.standard_normal((2, 2, 5, 2, 4))
-    mask = np.tril(np.ones((5, 5), bool))[None, None].repeat(2, 0)
-    # Three neighbouring query heads share a key-value head.
-    scores = np.einsum("bthc,bshc->bhts", query, key.repeat(3, 2)) / 2
-    scores = np.where(mask, scores, -np.inf)
-    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    expected = np.einsum("bhts,bshc->bthc", weights, value.repeat(3, 2))
-    query, key, value = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
-    ours = layers.attend(query, key, value, mask)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-    # As a cache lies: keys [B, N, C, S], values [B, N, S, C].
-    lying = jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
-    ours = layers.attend_cached(query, [lying], mask)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-    # And in two parts, of two and of three slots.
-    parts = [
-        (lying[0][..., slots], lying[1][:, :, slots]) for slots in (slice(0, 2), slice(2, None))
-    ]
-    ours = layers.attend_cached(query, parts, mask)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-
-
-def test_a_position_that_sees_nothing_gives_numbers():
-    # Padding on the left sees no key at all; NaN there would spread through the cache.
-    x = jnp.ones((1, 3, 2, 4))
-    nothing = jnp.zeros((1, 1, 3, 3), bool)
-    assert np.isfinite(layers.attend(x, x, x, nothing)).all()
-    lying = jnp.transpose(x, (0, 2, 3, 1)), jnp.transpose(x, (0, 2, 1, 3))
-    assert np.isfinite(layers.attend_cached(x, [lying], nothing)).all()
-
-
 def test_the_gated_mlp_by_hand():
     kernels = {"gate_proj": [[1.0, -1.0]], "up_proj": [[2.0, 5.0]], "down_proj": [[3.0], [1.0]]}
     params = {name: {"kernel": jnp.array(kernel)} for name, kernel in kernels.items()}

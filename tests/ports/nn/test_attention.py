@@ -1,0 +1,240 @@
+"""Attention: masks by hand, and every implementation against the formula in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ports.nn import attention
+
+B, T, S, HEADS, KV_HEADS, WIDTH = 2, 7, 7, 6, 2, 4
+
+
+def arrays(length=T, slots=S, dtype=np.float32):
+    """Returns query, key and value; three neighbouring query heads share a key-value head."""
+    random = np.random.default_rng(2)
+    query = random.standard_normal((B, length, HEADS, WIDTH))
+    key, value = random.standard_normal((2, B, slots, KV_HEADS, WIDTH))
+    return tuple(jnp.asarray(x, dtype) for x in (query, key, value))
+
+
+def formula(query, key, value, mask, scalar=4, softcap=None):
+    """The definition, in float64; mask bool[B, 1, T, S]."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[2] // key.shape[2]
+    scores = np.einsum("bthc,bshc->bhts", query, key.repeat(group, 2)) / scalar**0.5
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    weights = np.exp(np.where(mask, scores, -700.0))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshc->bthc", weights, value.repeat(group, 2))
+
+
+# Rows of 7 tokens and of 5, after padding.
+TOKENS = np.arange(S) >= np.array([[0], [2]])
+CAUSAL = np.tri(S, dtype=bool)
+PAIRS = np.eye(S, dtype=bool) | (np.random.default_rng(3).random((B, 1, S, S)) < 0.4)
+NEAR = np.subtract.outer(np.arange(S), np.arange(S)) < 3
+# Name -> (arguments, which query sees which key).
+KINDS = {
+    "everything": ({}, np.ones((S, S), bool)),
+    "keys of each row": ({"mask": TOKENS[:, None, None]}, TOKENS[:, None, None]),
+    "keys of all rows": ({"mask": TOKENS[1:, None, None]}, TOKENS[1:, None, None]),
+    "pairs": ({"mask": PAIRS}, PAIRS),
+    "causal": ({"causal": True}, CAUSAL),
+    "causal after padding": (
+        {"mask": TOKENS[:, None, None], "causal": True},
+        TOKENS[:, None, None] & CAUSAL,
+    ),
+    "a window of three": ({"causal": True, "window": 3}, CAUSAL & NEAR),
+    "softcap and scalar": ({"causal": True, "softcap": 0.7, "scalar": 0.25}, CAUSAL),
+}
+
+
+def in_whole(monkeypatch):
+    """Scores of all heads at once."""
+
+
+def by_head(monkeypatch):
+    """One head after the other, two of seven queries at a time."""
+    monkeypatch.setattr(attention, "WHOLE", 0)
+    monkeypatch.setattr(attention, "BLOCK", 2 * S * HEADS // KV_HEADS)
+
+
+def by_queries(monkeypatch):
+    """As on accelerators: all heads, two of seven queries at a time."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "another")
+    monkeypatch.setattr(attention, "ACCELERATOR_WHOLE", 2 * S * HEADS * B * 4)
+
+
+@pytest.mark.parametrize("way", [in_whole, by_head, by_queries])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_its_gradients_equal_the_formula(kind, way, monkeypatch):
+    way(monkeypatch)
+    options, visible = KINDS[kind]
+    mask = options.get("mask")
+    options = options | {"mask": None if mask is None else jnp.asarray(mask)}
+    given = arrays()
+    visible = np.broadcast_to(visible, (B, 1, T, S))
+    seen = visible.any(-1)[:, 0, :, None, None]  # padding sees nothing, and gives any number
+    kept = {name: options[name] for name in ("scalar", "softcap") if name in options}
+    expected = np.where(seen, formula(*given, visible, **kept), 0)
+
+    def attend(*given):
+        y = attention.attend(*given, **options)
+        return jnp.where(seen, y, 0)
+
+    np.testing.assert_allclose(jax.jit(attend)(*given), expected, rtol=0, atol=2e-6)
+    # The slope in one direction, of a weighted sum of the outputs.
+    random = np.random.default_rng(4)
+    weights = random.standard_normal(expected.shape)
+    gradients = jax.grad(lambda given: (attend(*given) * weights).sum())(given)
+    step = [random.standard_normal(x.shape) for x in given]
+    ends = (
+        [np.asarray(x, np.float64) + sign * dx for x, dx in zip(given, step, strict=True)]
+        for sign in (1e-5, -1e-5)
+    )
+    up, down = (np.where(seen, formula(*end, visible, **kept), 0) for end in ends)
+    slope = sum(float(np.vdot(g, dx)) for g, dx in zip(gradients, step, strict=True))
+    assert slope == pytest.approx(((up - down) * weights).sum() / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("way", [in_whole, by_head, by_queries])
+def test_fewer_queries_than_keys(way, monkeypatch):
+    way(monkeypatch)
+    query, key, value = arrays(length=3)
+    # A resampler's latents see all; with a rule about order they are the last positions.
+    np.testing.assert_allclose(
+        attention.attend(query, key, value), formula(query, key, value, True), rtol=0, atol=2e-6
+    )
+    got = attention.attend(query, key, value, causal=True, window=3)
+    np.testing.assert_allclose(
+        got, formula(query, key, value, (CAUSAL & NEAR)[-3:]), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("way", [in_whole, by_head, by_queries])
+def test_a_position_that_sees_nothing_gives_numbers(way, monkeypatch):
+    way(monkeypatch)
+    # Padding on the left sees no key at all; NaN there would spread through the cache.
+    given, nothing = arrays(), jnp.zeros((1, 1, T, S), bool)
+    assert np.isfinite(attention.attend(*given, nothing)).all()
+    gradient = jax.grad(lambda q: attention.attend(q, *given[1:], nothing).sum())(given[0])
+    assert np.isfinite(gradient).all()
+
+
+def test_blocks_need_no_scores_of_all_heads():
+    shape = jax.ShapeDtypeStruct((2, 512, 8, 16), np.float32)
+    scores = 4 * 2 * 8 * 512 * 512
+
+    def temporaries(function):
+        compiled = jax.jit(function).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def attend(*given):
+        return attention.attend(*given, causal=True)
+
+    assert scores > attention.WHOLE
+    assert temporaries(attend) < scores / 4
+    assert temporaries(jax.grad(lambda *given: attend(*given).sum(), (0, 1, 2))) < scores / 2
+
+
+def test_a_cache_in_one_or_two_parts_equals_the_formula():
+    query, key, value = arrays(length=2)
+    tokens, first = TOKENS[:, None, None], 5
+    lying = attention.cache_layout(key, value)
+    parts = [
+        (lying[0][..., slots], lying[1][:, :, slots]) for slots in (slice(0, 2), slice(2, None))
+    ]
+    for cache in ([lying], parts):
+        got = attention.attend_cached(query, cache, jnp.asarray(tokens))
+        expected = formula(query, key, value, tokens)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+        got = attention.attend_cached(
+            query, cache, jnp.asarray(tokens), first=first, window=4, softcap=0.7, scalar=0.25
+        )
+        near = np.arange(first, first + 2)[:, None] - np.arange(S) < 4
+        expected = formula(query, key, value, tokens & near, 0.25, 0.7)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("way", [in_whole, by_head, by_queries])
+def test_low_precision_keeps_its_dtype_and_sums_in_float32(way, monkeypatch):
+    way(monkeypatch)
+    given = arrays(dtype=jnp.bfloat16)
+    got = attention.attend(*given, causal=True)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        got.astype(np.float32), formula(*given, CAUSAL), rtol=2**-7, atol=2**-7
+    )
+
+
+def test_masks_by_hand():
+    tokens = attention.token_mask(jnp.array([[0, 1, 1]]))
+    assert tokens.tolist() == [[[[False, True, True]]]]
+    seen = attention.sees(tokens, jnp.arange(1, 3), 3, causal=True, window=1)
+    assert seen is not None
+    assert seen[0, 0].tolist() == [[False, True, False], [False, False, True]]
+    pairs = np.random.default_rng(0).random((2, 3, 3)) < 0.5
+    np.testing.assert_array_equal(attention.token_mask(jnp.asarray(pairs))[:, 0], pairs)
+    assert attention.sees(None, jnp.arange(3), 3, causal=False, window=None) is None
+
+
+# The splash kernel, here interpreted; its lengths are padded to multiples of 128.
+@pytest.mark.parametrize("kind", ["cross", "causal after padding", "window and soft cap"])
+def test_the_kernel_of_tpus_equals_plain_attention(kind, monkeypatch):
+    slots = 150
+    length = 130 if kind == "cross" else slots
+    query, key, value = arrays(length, slots)
+    tokens = jnp.arange(slots) >= jnp.array([[0], [20]])
+    options = {"softcap": None, "window": None, "causal": kind != "cross"}
+    if kind.startswith("window"):
+        options |= {"window": 40, "softcap": 0.7}
+    mask = tokens[:, None, None]
+    seen = 1 if kind == "cross" else tokens[:, :, None, None]
+
+    def total(attend, given, **more):
+        y = attend(*given, mask, **options, **more) * seen
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    given = (query, key, value)
+    (_, expected), slopes = jax.value_and_grad(
+        lambda given: total(attention.attend, given), has_aux=True
+    )(given)
+    (_, got), slopes_too = jax.value_and_grad(
+        lambda given: total(attention._attend_on_tpu, given, scalar=4, interpret=True), has_aux=True
+    )(given)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    for one, other in zip(slopes, slopes_too, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "expected"),
+    [
+        ("cpu", {}, None),
+        ("gpu", {}, attention._attend_on_gpu),
+        ("gpu", {"dtype": jnp.float32}, None),
+        ("gpu", {"softcap": 30.0}, None),
+        ("gpu", {"length": 577, "slots": 577}, None),  # odd, with a mask
+        ("gpu", {"length": 577, "slots": 577, "mask": None}, attention._attend_on_gpu),
+        ("gpu", {"length": 1}, None),
+        ("tpu", {"softcap": 30.0, "dtype": jnp.float32}, attention._attend_on_tpu),
+        ("tpu", {"mask": jax.ShapeDtypeStruct((1, 1, 640, 640), bool)}, None),
+        ("tpu", {"length": 128}, None),  # causal, but not from the first position on
+    ],
+)
+def test_which_kernel_is_used(backend, changes, expected):
+    given = {
+        "length": 640,
+        "slots": 640,
+        "dtype": jnp.bfloat16,
+        "mask": jax.ShapeDtypeStruct((1, 1, 1, 640), bool),
+        "softcap": None,
+    } | changes
+    query, key = (
+        jax.ShapeDtypeStruct((1, given[name], 8, 64), given["dtype"])
+        for name in ("length", "slots")
+    )
+    found = attention._kernel(query, key, given["mask"], backend, True, None, given["softcap"])
+    assert found is expected
