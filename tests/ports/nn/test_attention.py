@@ -7,6 +7,8 @@ import pytest
 
 from ports.nn import attention
 
+from .. import helpers
+
 B, T, S, HEADS, KV_HEADS, WIDTH = 2, 7, 7, 6, 2, 4
 
 
@@ -238,3 +240,47 @@ def test_which_kernel_is_used(backend, changes, expected):
     )
     found = attention._kernel(query, key, given["mask"], backend, True, None, given["softcap"])
     assert found is expected
+
+
+ON_A_MESH = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+import ports
+from ports.nn import attention
+
+from .. import helpers
+from ports.parallel import sharding
+
+random = np.random.default_rng(0)
+query = jnp.asarray(random.standard_normal((2, 130, 8, 4), np.float32))
+key, value = jnp.asarray(random.standard_normal((2, 2, 130, 4, 4), np.float32))
+mask = (jnp.arange(130) >= jnp.array([[0], [20]]))[:, None, None]
+options = {"causal": True, "window": None, "softcap": None}
+expected = attention.attend(query, key, value, mask, **options)
+# The second mesh divides rows, but not the four key-value heads.
+for shape in ((2, 4), (1, 8)):
+    mesh = ports.make_mesh(*shape)
+
+    @jax.jit
+    def kernel(*given):
+        with sharding.on(mesh):
+            given = [sharding.heads(x, "kv_heads") for x in given]
+            return attention._attend_on_tpu(*given, mask, scalar=4, interpret=True, **options)
+
+    @jax.jit
+    def blocks(*given):
+        with sharding.on(mesh):
+            given = [sharding.heads(x, "kv_heads") for x in given]
+            return attention.attend(*given, mask, **options)
+
+    for ours in (kernel, blocks):
+        error = np.abs(ours(query, key, value) - expected)[:, 20:].max()
+        assert error < 1e-5, (shape, error)
+    attention.ACCELERATOR_WHOLE = 1 << 16
+print("done")
+"""
+
+
+def test_a_mesh_changes_nothing():
+    flags = "--xla_force_host_platform_device_count=8"
+    assert helpers.run_python(ON_A_MESH, XLA_FLAGS=flags).strip().endswith("done")
