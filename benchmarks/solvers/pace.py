@@ -27,7 +27,7 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
     if method == "kmeans":
         problem = kmeans.prepare(Z, len(Z), active)
         return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
-    problem, width = pca.prepare(Z, len(Z)), pca.width(K)
+    problem, width = pca.prepare(Z, len(Z)), pca.num_axes(K)
     if pca.is_narrow(*Z.shape, K):
         # One step, the covariance (only half is computed), and the scores.
         return lambda problem, _: pca.solved(problem, K), problem, None, Z.shape[1] // 2 + K

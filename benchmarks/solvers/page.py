@@ -180,7 +180,7 @@ def computed_table(N: int = 100_000, D: int = 4096) -> str:
             cells = []
             for bandwidth, rate in DEVICES.values():
                 read = 4 * N * D / bandwidth
-                width = pca.width(K) if method == "pca" else K
+                width = pca.num_axes(K) if method == "pca" else K
                 multiply = 2 * N * D * products * width / rate
                 bound = "reading" if read > multiply else "products"
                 cells.append(f"{1e3 * max(read, multiply):.1f} ({bound})")

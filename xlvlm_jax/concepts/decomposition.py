@@ -23,6 +23,7 @@ from ports.programs import keep_programs
 from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, ScaledRows, method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import blas_threads, kmeans, phases
+from xlvlm_jax.solvers.buckets import bucket_of_rows
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
@@ -41,6 +42,9 @@ from xlvlm_jax.solvers.validation import (
     is_stored,
     narrow,
     on_device,
+    on_host,
+    padded,
+    padded_concepts,
     read_block,
     read_rows,
     root_mean_square,
@@ -181,6 +185,8 @@ def decompose(
             Z = narrow(given)
         if mesh is not None:
             Z = shard_rows(Z, mesh)
+    if mesh is None:
+        Z = padded(Z)
     unit = unit_of(Z, check_finite(Z, "Z"))
     if isinstance(given, np.ndarray) and not how.is_centred:
         _check_rounded(given, how.name)
@@ -203,22 +209,23 @@ def decompose(
         options["init"] = "given"
     arguments |= {"num_samples": N, "num_concepts": numbers}
     if sample_weight is not None:
-        weights = jnp.pad(jnp.asarray(sample_weight, real_dtype(Z)), (0, len(Z) - N))
+        xp: Any = np if isinstance(sample_weight, np.ndarray) else jnp
+        weights = xp.pad(xp.asarray(sample_weight, real_dtype(Z)), (0, len(Z) - N))
         arguments["sample_weight"] = weights
     squared_unit = unit**2 * heaviest
     tell = _teller(progress, verbose, squared_unit) if verbose or progress else None
     result = phases.solve(how.solver, Z, key, tell, verbose or None, mesh=mesh, **arguments)
-    found = []
+    found, result = [], on_host(result)
     for i, number in enumerate(numbers):
-        one = _one(result, i, number, N)
+        one = _without_padding(jax.tree.map(itemgetter(i), result), number, N)
         if squared_unit != 1:
             one = _in_unit(one, how, unit, squared_unit)
         if origin is not None:
             one = _around(one, how, origin)
-        found.append(_concepts(one, number, how.name, dict(options)))
+        found.append(_concepts(one, how.name, dict(options)))
     if how.is_sparse and not isinstance(result.objective, Tracer):
         for concepts in found:
-            if (share := float(_coded(concepts.activations))) < FEW_CODED:
+            if (share := _coded(concepts.activations)) < FEW_CODED:
                 scale = float(root_mean_square(Z) * unit * (len(Z) / N) ** 0.5)
                 _check_coded(share, options["alpha"], scale)
     if wide is not None and origin is not None and how.is_centroids:
@@ -256,21 +263,10 @@ def _first(
         shape = "for a single K" if others else f"({K}, {D}), one row per concept"
         raise ValueError(f"init must have shape {shape}; got {init.shape}")
     if origin is not None:
-        init = jnp.asarray(centred(np.asarray(init, np.float64), origin))
+        init = jax.device_put(centred(np.asarray(init, np.float64), origin))
     init = narrow(init)
     check_finite(init, "init")
     return init.astype(dtype) / unit
-
-
-@partial(jax.jit, static_argnames=("index", "num_concepts", "num_samples"))
-def _one(result: Result, index: int, num_concepts: int, num_samples: int) -> Result:
-    """Returns one of several results, without padding."""
-    one = jax.tree.map(itemgetter(index), result)
-    assert one.activations is not None, "a solver in memory returns activations"
-    return one._replace(
-        components=one.components[:num_concepts],
-        activations=one.activations[:num_samples, :num_concepts],
-    )
 
 
 def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:
@@ -294,7 +290,7 @@ def _around(result: Result, method: Method, origin: Float[np.ndarray, " D"]) -> 
     if method.has_mean:
         return result._replace(mean=origin + np.asarray(result.mean, np.float64))
     around = origin + np.asarray(result.components, np.float64)
-    return result._replace(components=jnp.asarray(short(around)))
+    return result._replace(components=jax.device_put(short(around)))
 
 
 def _check_coded(share: float, alpha: float, scale: float | None = None) -> None:
@@ -313,10 +309,11 @@ def _check_coded(share: float, alpha: float, scale: float | None = None) -> None
         )
 
 
-@jax.jit
-def _coded(codes: Float[Array, "N K"]) -> Float[Array, ""]:
+def _coded(codes: Float[Array | np.ndarray, "N K"]) -> float:
     """Returns the share of rows that have a nonzero code."""
-    return jnp.mean(jnp.any(codes != 0, axis=1), dtype=jnp.float32)
+    codes = on_host(codes)
+    xp = jnp if isinstance(codes, jax.Array) else np
+    return float(xp.mean(xp.any(codes != 0, axis=1), dtype=np.float32))
 
 
 def _check_held(
@@ -379,14 +376,14 @@ def memory_needed(
     _check_count(num_concepts, *shape, how)
     N, D = shape
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
-    rows = N if mesh is None else N + -N % mesh.shape["data"]
+    rows = bucket_of_rows(N, D) if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
     arguments = how.options(options)
     for name in ("init", RELATIVE):
         arguments.pop(name, None)
-    lowered = how.solver.solve.lower(
-        Z, jax.random.key(0), num_samples=N, num_concepts=(num_concepts,), mesh=mesh, **arguments
-    )
+    counts = {"num_samples": N, "num_concepts": (num_concepts,), "mesh": mesh}
+    solve = jax.jit(partial(how.solver.solve, **counts, **arguments))
+    lowered = solve.lower(Z, jax.random.key(0))
     memory = lowered.compile().memory_analysis()
     sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
     return sum(getattr(memory, size) for size in sizes)
@@ -446,7 +443,19 @@ def _check_key(key: Any) -> None:
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
 
 
-def _concepts(result: Result, num_concepts: int, method: str, options: dict[str, Any]) -> Concepts:
+def _without_padding(result: Result, num_concepts: int, num_samples: int) -> Result:
+    """Returns one of the solver's results without the concepts and the rows that pad it."""
+    activations, starts = result.activations, result.starts
+    if activations is not None:
+        activations = activations[:num_samples, :num_concepts]
+    return result._replace(
+        components=result.components[:num_concepts],
+        activations=activations,
+        starts=None if starts is None else starts[:, :num_concepts],
+    )
+
+
+def _concepts(result: Result, method: str, options: dict[str, Any]) -> Concepts:
     """Converts one of the solver's results to concepts."""
     traced = isinstance(result.objective, Tracer)
 
@@ -455,6 +464,7 @@ def _concepts(result: Result, num_concepts: int, method: str, options: dict[str,
         return value if traced else kind(value)
 
     iterations = number(int, result.iterations)
+    updates = options.get("max_iter", 0) if traced else iterations  # the history has more room
     if not traced and not np.isfinite(result.objective):
         raise ValueError(
             f"the objective of {method} is {float(result.objective)}: squares of Z exceed "
@@ -462,19 +472,30 @@ def _concepts(result: Result, num_concepts: int, method: str, options: dict[str,
         )
     several_starts = not traced and result.starts is not None and len(result.starts) > 1
     return Concepts(
-        components=result.components,
-        activations=result.activations,
+        components=_on_device(result.components),
+        activations=_on_device(result.activations),
         method=method,
         options=options,
         objective=number(float, result.objective),
         iterations=iterations,
         converged=number(bool, result.converged),
-        history=result.history if traced else result.history[: iterations + 1],
-        mean=result.mean,
-        stability=stability(np.asarray(result.starts)[:, :num_concepts])
-        if several_starts
-        else None,
+        history=_on_device(result.history[: updates + 1]),
+        mean=_on_device(result.mean),
+        stability=stability(np.asarray(result.starts)) if several_starts else None,
     )
+
+
+def _in_dtype(values: Array | np.ndarray, dtype: Any) -> Array:
+    """Returns a JAX array of this dtype; values of the host are converted there."""
+    if isinstance(values, np.ndarray):
+        return jax.device_put(values.astype(dtype))
+    return jnp.asarray(values, dtype)
+
+
+def _on_device(values: Any) -> Any:
+    """Returns a float32 array of the host as a JAX array; leaves everything else unchanged."""
+    on_host = isinstance(values, np.ndarray) and values.dtype == np.float32
+    return jax.device_put(values) if on_host else values
 
 
 @blas_threads.one_thread()
@@ -490,9 +511,9 @@ def decompose_stored(
 ) -> Concepts:
     """Factors rows that stay on disk, such as `Features.stored(site)`.
 
-    Runs on the host and cannot be traced. The updates are those of `decompose`, each in one pass
-    over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB, memory holds N (K + 44)
-    numbers for compressed rows and 2 N K for codes.
+    Runs on the host and cannot be traced. The updates are those of `decompose` for a Z that is not
+    small, each in one pass over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB,
+    memory holds N (K + 44) numbers for compressed rows and 2 N K for codes.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).
@@ -545,7 +566,7 @@ def decompose_stored(
     result = result._replace(activations=activations)
     if how.is_sparse:
         _check_coded(coded / source.shape[0], options["alpha"])
-    return _concepts(result, num_concepts, how.name, options)
+    return _concepts(result, how.name, options)
 
 
 def project(
@@ -630,8 +651,10 @@ def distances(
     if not method_named(concepts.method).is_centroids:
         raise ValueError(f"{concepts.method!r} has no distances; use concepts of kmeans or simple")
     rows = _rows_of(Z, concepts, None, 0)
-    labels, squared = kmeans.assign(rows.Z, rows.components)
-    return labels, rows.unit * kmeans.distance(squared)
+    found = on_host(kmeans.nearest_and_distances(rows.Z, rows.components, rows.unit))
+    labels, apart = found
+    N, K = len(Z), len(concepts.components)
+    return jax.device_put(labels[:N]), jax.device_put(apart[:N, :K])
 
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
@@ -639,13 +662,14 @@ def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> A
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
     rows = _rows_of(Z, concepts, mesh, first_row)
-    return method.encode(rows, concepts.options)[: len(Z)]
+    codes = on_host(method.encode(rows, concepts.options))
+    return _on_device(codes[: len(Z), : len(concepts.components)])
 
 
 def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> ScaledRows:
     method = method_named(concepts.method)
     Z = as_matrix(Z, "Z", row="sample")
-    D = Z.shape[1]
+    N, D = Z.shape
     components, mean = concepts.components, concepts.mean
     if components.shape[1] != D:
         raise ValueError(
@@ -671,12 +695,13 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> S
         Z, components = (on_device(centred(x, origin), share=True) for x in (Z, components))
     Z = narrow(Z)
     dtype = real_dtype(Z)
-    components = jnp.asarray(components, dtype)
-    mean = jnp.zeros(D, dtype) if mean is None else jnp.asarray(mean, dtype)
-    if mesh is not None:
-        Z = shard_rows(Z, mesh)
+    components = _in_dtype(components, dtype)
+    mean = _in_dtype(np.zeros(D) if mean is None else mean, dtype)
+    Z = padded(Z) if mesh is None else shard_rows(Z, mesh)
     unit = unit_of(Z, check_finite(Z, "Z", first_row))
     if unit != 1:
         Z = Z / jnp.asarray(unit, Z.dtype)
-    of_rows = method.is_centroids
-    return ScaledRows(Z, components / unit if of_rows else components, mean / unit, unit)
+        mean = mean / unit
+        components = components / unit if method.is_centroids else components
+    components = padded_concepts(components, N, repeat=method.is_centroids)
+    return ScaledRows(Z, components, mean, unit)

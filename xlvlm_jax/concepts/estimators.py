@@ -44,10 +44,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from xlvlm_jax.concepts.decomposition import decompose, distances, project
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import pca
-from xlvlm_jax.solvers.residual import of_products
 from xlvlm_jax.solvers.validation import as_array, as_weights, centred
 
 AUTO_COMPONENTS = 20  # of semi-NMF, if there are as many rows
+BLOCK_ROWS = 2**14  # rows that are reconstructed together
 RANDOM_STARTS = 10  # of k-means with init="random", as in scikit-learn
 
 _FLOATS: Any = [np.float64, np.float32]  # dtypes of X that are kept
@@ -228,10 +228,11 @@ class SemiNMF(_Linear):
         return project(X, Concepts(self.components_, options=options))
 
     def _error(self, X: np.ndarray, codes: Any) -> float:
-        rows, atoms = (jnp.asarray(x, codes.dtype) for x in (X, self.components_))
-        # Sums in numpy's float64: JAX would sum in float32.
-        squares = np.asarray(of_products(rows, codes, atoms))
-        return float(squares.sum(dtype=np.float64)) ** 0.5
+        codes, atoms = np.asarray(codes), self.components_.astype(codes.dtype)
+        blocks = range(0, len(X), BLOCK_ROWS)
+        parts = ((slice(start, start + BLOCK_ROWS)) for start in blocks)
+        # Sums in float64; products in the codes' dtype, as in JAX.
+        return sum(_energy(X[part] - codes[part] @ atoms) for part in parts) ** 0.5
 
     def transform(self, X: Any) -> np.ndarray:
         """Returns the codes[N, K] of the rows of X[N, D]."""
@@ -250,8 +251,12 @@ class SemiNMF(_Linear):
             y: ignored.
         """
         X = self._checked(X)
-        energy = np.einsum("nd,nd->", X, X, dtype=np.float64)
+        energy = _energy(X)
         return 1 - self._error(X, self._codes(X)) ** 2 / energy if energy else 1.0
+
+
+def _energy(rows: Float[np.ndarray, "N D"]) -> float:
+    return float(np.einsum("nd,nd->", rows, rows, dtype=np.float64))
 
 
 class KMeans(ClusterMixin, _Solver):

@@ -132,7 +132,7 @@ class Method:
 def _encode_sparse(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
     alpha = options.get("alpha", 1.0) / rows.unit
     nonnegative = options.get("nonnegative", True)
-    return rows.unit * semi_nmf.activations(rows.Z, rows.components, alpha, nonnegative)
+    return _times(rows.unit, semi_nmf.activations(rows.Z, rows.components, alpha, nonnegative))
 
 
 def _encode_by_distance(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
@@ -140,7 +140,11 @@ def _encode_by_distance(rows: ScaledRows, options: Mapping[str, Any]) -> Float[A
 
 
 def _encode_as_scores(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
-    return rows.unit * pca.activations(rows.Z, rows.components, rows.mean)
+    return _times(rows.unit, pca.activations(rows.Z, rows.components, rows.mean))
+
+
+def _times(unit: float, values: Float[Array, "M K"]) -> Float[Array, "M K"]:
+    return values if unit == 1 else unit * values
 
 
 METHODS = {

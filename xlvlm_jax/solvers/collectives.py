@@ -32,6 +32,10 @@ class Rows(NamedTuple):
         first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * M
         return first + jnp.arange(M)
 
+    def count(self, M: int) -> int:
+        """Returns the number of rows on all devices, those that pad Z included."""
+        return M if self.axis is None else M * jax.lax.axis_size(self.axis)
+
     def take(
         self, values: Float[Array, "M ..."], numbers: Int[Array, " R"]
     ) -> Float[Array, "R ..."]:

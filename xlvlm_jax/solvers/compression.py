@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
@@ -84,13 +84,13 @@ def compress_by_sample(
     Z: Float[Array, "N D"],
     key: PRNGKeyArray,
     width: int,
-    num_samples: int,
+    num_samples: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
     centre: Centre | None = None,
 ) -> Compressed:
     """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
     row_key, key = jax.random.split(key)
-    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width))
+    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width, rows.count(len(Z))))
     basis = directions_of_sample(X if centre is None else X - centre.mean, key, width)
     return Compressed(basis, _in(Z, basis, centre))
 

@@ -8,9 +8,9 @@ distance that the centroids moved in the last update, divided by the mean varian
 with 0 the run ends once no row changes its cluster. Rule and default are scikit-learn's. The
 weights w are 1 unless given.
 
-If Z is wide, the rows are first clustered in the few columns of `compression`, and only the last
-updates read Z itself. This works because centroids are means of rows and so lie in the row space of
-Z.
+If Z is wide and not small, the rows are first clustered in the few columns of `compression`, and
+only the last updates read Z itself. This works because centroids are means of rows and so lie in
+the row space of Z.
 
 An update finds the nearest centroid of the rows whose nearest centroid can have changed
 (`kmeans_assignment`), and moves every centroid to the mean of its rows.
@@ -27,11 +27,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression, kmeans_assignment, residual
 from xlvlm_jax.solvers import sums as sums_of_rows
+from xlvlm_jax.solvers.buckets import bucket_of_concepts, is_small, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, nearest, score
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
-from xlvlm_jax.solvers.phases import Carry, Phase, at_once
+from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample_size
 from xlvlm_jax.solvers.sums import Wide
 
@@ -55,7 +57,7 @@ class State(NamedTuple):
 
 def prepare(
     Z: Float[Array, "N D"],
-    num_samples: int,
+    num_samples: Int[Array, ""] | int,
     active: Any,  # bool[K]; None before the runs are separated
     rows: Rows = ONE_DEVICE,
     weights: Float[Array, " N"] | None = None,
@@ -65,7 +67,7 @@ def prepare(
     mean = sums_of_rows.column_means(Z, num_samples, rows, weights).high
     energy = real * sums_of_rows.squared_distances(Z, mean)
     if weights is None:
-        counted, whole = energy, float(num_samples)
+        counted, whole = energy, jnp.asarray(num_samples, energy.dtype)
     else:
         counted, whole = weights * energy, rows.total(sums_of_rows.total(weights)).value
     spread = rows.total(sums_of_rows.total(counted))
@@ -158,12 +160,21 @@ def _squared(
     return (scores - least + nearest).T
 
 
-@jax.jit
+@jit
 def activations(
     Z: Float[Array, "N D"], centroids: Float[Array, "K D"], unit: Float[Array, ""] | float = 1.0
 ) -> Float[Array, "N K"]:
     """Returns 1 / (1 + distance to each centroid), for Z and centroids in units of `unit`."""
     return similarity(assign(Z, centroids)[1], unit)
+
+
+@jit
+def nearest_and_distances(
+    Z: Float[Array, "N D"], centroids: Float[Array, "K D"], unit: Float[Array, ""] | float
+) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
+    """Returns the nearest centroid of each row, and its distances in multiples of 1 / `unit`."""
+    labels, squared = assign(Z, centroids)
+    return labels, unit * distance(squared)
 
 
 def similarity(
@@ -193,6 +204,7 @@ class Given(NamedTuple):
     unit: Float[Array, ""]
     centroids: Float[Array, "K D"] | None
     weights: Float[Array, " N"] | None  # of all rows, on every device
+    counts: Counts
 
 
 class Fixed(NamedTuple):
@@ -203,17 +215,18 @@ class Fixed(NamedTuple):
     X: Float[Array, "N R"] | None  # Z minus its mean, in the few columns of `compression`
     whole: Problem | None  # the problem of Z, if `problem` is that of X
     unit: Float[Array, ""]
+    active: Bool[Array, "Q K"]  # which centroids are in use, for each number of clusters
     starts: Float[Array, "Q S K R"] | None
 
 
 class Plan(NamedTuple):
     """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # number of columns of Z
-    num_samples: int
-    num_concepts: tuple[int, ...]
-    max_iter: int
+    most: int  # K, the number of centroids of all runs, of which some may not be in use
+    room: int  # number of updates that the history has room for
     n_init: int
+    compressed: int  # number of columns of the compressed Z; 0 if it is not compressed
+    by_sample: bool  # whether a sample of the rows gives these columns
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -224,41 +237,28 @@ class Plan(NamedTuple):
         in_columns = Phase(self.explore), Phase(self.improve_in_columns, repeats=True)
         return *in_columns, Phase(self.lift), repeated, Phase(self.finish)
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """One run per number of concepts."""
-        return self.num_concepts
-
-    @property
-    def active(self) -> Bool[Array, "Q K"]:
-        """Which centroids are in use, for each number of clusters."""
-        return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
-
-    @property
-    def compressed(self) -> bool:
-        """Whether Z is wide enough to be compressed."""
-        K = max(self.num_concepts)
-        few = columns(self.num_samples, K)[0]
-        return self.width >= 4 * (K + OVERSAMPLE) and self.num_samples > few
+    def runs(self, counts: Counts) -> tuple[int, ...]:
+        """Returns the number of clusters of each run."""
+        return one_run_each(counts)
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses wide rows; starts from the given centroids or from the best of several."""
-        key, tol, unit, centroids, of_all = given
-        few, by_sample = columns(self.num_samples, max(self.num_concepts))
+        key, tol, unit, centroids, of_all, (num_samples, num_concepts, max_iter) = given
+        all_active = jnp.arange(self.most) < num_concepts[:, None]
         weights = None if of_all is None else of_all[rows.numbers(len(Z))]
-        whole = prepare(Z, self.num_samples, None, rows, weights)
+        whole = prepare(Z, num_samples, None, rows, weights)
         basis, X, common = None, Z, whole
         if self.compressed:
             centre = compression.Centre(whole.mean, whole.far, whole.real, weights)
             # The directions of a sample would miss heavy rows.
-            if by_sample and weights is None:
-                counts = few, self.num_samples
+            if self.by_sample and weights is None:
+                counts = self.compressed, num_samples
                 basis, X = compression.compress_by_sample(Z, key, *counts, rows, centre)
             else:
-                basis, X = compression.compress(Z, key, few, rows, centre)
+                basis, X = compression.compress(Z, key, self.compressed, rows, centre)
             # Centroids lie in the compressed columns, and so does everything they explain of the
             # full spread.
-            common = prepare(X, self.num_samples, None, rows, weights)
+            common = prepare(X, num_samples, None, rows, weights)
             common = common._replace(spread=whole.spread)
         mean = whole.mean
 
@@ -268,14 +268,15 @@ class Plan(NamedTuple):
                 chosen = centroids - mean
                 chosen = chosen if basis is None else matmul(chosen, basis) - problem.mean
             else:
-                screen, counts = min(SCREEN, self.max_iter), (self.num_samples, self.n_init)
+                screen, counts = jnp.minimum(SCREEN, max_iter), (num_samples, self.n_init)
                 chosen, starts = _best_start(problem, key, *counts, tol, screen, rows, of_all)
-            return begin(init(problem, chosen), self.max_iter), starts
+            return begin(init(problem, chosen), self.room), starts
 
-        progress, starts = each(first)(self.active)
+        progress, starts = each(first)(all_active)
         X, whole = (X, whole._replace(Z=None)) if self.compressed else (None, None)
         unit = unit.astype(real_dtype(Z))
-        return Carry(tol, Fixed(common._replace(Z=None), basis, X, whole, unit, starts), progress)
+        fixed = Fixed(common._replace(Z=None), basis, X, whole, unit, all_active, starts)
+        return Carry(tol, fixed, progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates on the compressed rows."""
@@ -291,7 +292,7 @@ class Plan(NamedTuple):
             kept = kmeans_assignment.of_columns(problem, fixed.X, inside)
             return progress._replace(state=init(problem, matmul(inside, fixed.basis.T), kept))
 
-        progress = each(raise_one)(progress, self.active)
+        progress = each(raise_one)(progress, fixed.active)
         fixed = fixed._replace(problem=fixed.whole, basis=None, X=None, whole=None)
         return Carry(tol, fixed, progress)
 
@@ -306,7 +307,7 @@ class Plan(NamedTuple):
             step = partial(update, fixed.problem._replace(Z=Z, active=active), rows=rows)
             return run(step, progress, tol=tol, max_iter=limit)
 
-        return carry._replace(progress=each(one)(progress, self.active))
+        return carry._replace(progress=each(one)(progress, fixed.active))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
         """Computes all distances to the final centroids."""
@@ -334,7 +335,7 @@ class Plan(NamedTuple):
                 history=history.at[progress.iteration].set(inertia),
             )
 
-        return each(one)(progress, self.active)._replace(starts=fixed.starts)
+        return each(one)(progress, fixed.active)._replace(starts=fixed.starts)
 
 
 def plan(
@@ -368,26 +369,37 @@ def plan(
         the plan and its inputs. The result of a solve has a leading axis Q; its centroids beyond a
         run's own number are meaningless.
     """
-    fixed = Plan(width, num_samples, num_concepts, max_iter, n_init)
-    numbers = jnp.asarray(tol, float), jnp.asarray(unit, float)
-    return fixed, Given(key, *numbers, init_centroids, sample_weight)
+    K = max(num_concepts)
+    most = bucket_of_concepts(K, num_samples, width)
+    few, by_sample = columns(num_samples, K)
+    # A small Z is not compressed: that would save less time than another program takes to compile.
+    wide = width >= 4 * (K + OVERSAMPLE) and num_samples > few
+    compressed = few if wide and not is_small(num_samples, width, most) else 0
+    if init_centroids is not None:
+        missing = most - len(init_centroids)
+        init_centroids = jnp.pad(jnp.asarray(init_centroids), ((0, missing), (0, 0)), mode="edge")
+    numbers = scalar(tol), scalar(unit)
+    counts = Counts.of(num_samples, num_concepts, max_iter)
+    return (
+        Plan(most, room_for(max_iter), n_init, compressed, by_sample),
+        Given(key, *numbers, init_centroids, sample_weight, counts),
+    )
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "n_init", "mesh"))
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
     """Clusters the rows in one compiled program; the options are those of `plan`."""
-    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
+    return run_compiled(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
 def _best_start(
     problem: Problem,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Int[Array, ""],
     n_init: int,
     tol: Float[Array, ""],
-    max_iter: int,
+    max_iter: Int[Array, ""],
     rows: Rows,
     weights: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
@@ -399,18 +411,18 @@ def _best_start(
     row_key, seed_key = jax.random.split(key)
     K = len(problem.active)
     if weights is None:
-        numbers = sample(row_key, num_samples, K)
+        numbers = sample(row_key, num_samples, K, rows.count(len(problem.Z)))
     else:
-        numbers, weights = draw_weighted(row_key, weights[:num_samples], sample_size(K))
+        numbers, weights = draw_weighted(row_key, weights, sample_size(K), num_samples)
     X = rows.take(problem.Z, numbers)
-    sampled = prepare(X, len(X), problem.active, weights=weights)
+    sampled = prepare(X, jnp.minimum(num_samples, len(X)), problem.active, weights=weights)
     seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))
     moved = sampled.mean - problem.mean
     if n_init == 1:
         return seeds[0] + moved, None
 
     def attempt(offsets: Array) -> State:
-        progress = begin(init(sampled, offsets), max_iter)
+        progress = begin(init(sampled, offsets), SCREEN)
         return run(partial(update, sampled), progress, tol=tol, max_iter=max_iter).state
 
     ended = each(attempt)(seeds)
@@ -424,7 +436,8 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
     Greedy: each new centroid is the best of a few rows drawn in proportion to squared distance.
     """
     K, X, counted = len(problem.active), problem.Z - problem.mean, problem.counted
-    trials = 2 + int(log(K))
+    in_use = jnp.sum(problem.active, dtype=jnp.int32)
+    most, trials = 2 + int(log(K)), 2 + jnp.log(in_use).astype(jnp.int32)
     first_key, draw_key = jax.random.split(key)
 
     def squares(candidates: Int[Array, " T"]) -> Float[Array, "T N"]:
@@ -434,8 +447,9 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
 
     def step(k: Array, carry: tuple) -> tuple:
         chosen, closest = carry
-        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (trials,), jnp.float32)
+        uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (most,), jnp.float32)
         candidates = ONE_DEVICE.draw(counted * closest, uniform)
+        candidates = jnp.where(jnp.arange(most) < trials, candidates, candidates[0])
         # If all distinct rows are chosen already, do not pick a row of zero weight.
         candidates = jnp.where(counted[candidates] > 0, candidates, chosen[0])
         closest = jnp.minimum(closest, squares(candidates))
@@ -445,7 +459,7 @@ def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
     # Draws have one dtype: a key gives the same rows in float32 and in float64.
     first = ONE_DEVICE.draw(counted, jax.random.uniform(first_key, (1,), jnp.float32))
     chosen = jnp.zeros(K, first.dtype).at[0].set(first[0])
-    chosen, _ = jax.lax.fori_loop(1, K, step, (chosen, squares(first)[0]))
+    chosen, _ = jax.lax.fori_loop(1, in_use, step, (chosen, squares(first)[0]))
     return X[chosen]
 
 

@@ -11,19 +11,20 @@ NeurIPS 2024.
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from xlvlm_jax.solvers import kmeans
+from xlvlm_jax.solvers.buckets import bucket_of_concepts
 from xlvlm_jax.solvers.collectives import Rows, solve_on
+from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
+from xlvlm_jax.solvers.phases import Counts, scalar
 from xlvlm_jax.solvers.sums import column_sums
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "mesh"))
 def solve(
     Z: Float[Array, "N D"],
     key: PRNGKeyArray,
@@ -46,14 +47,27 @@ def solve(
     Returns:
         the result, with a leading axis Q; fewer concepts are the first ones of more.
     """
-    K = max(num_concepts)
+    most = bucket_of_concepts(max(num_concepts), num_samples, Z.shape[1])
+    counts = Counts.of(num_samples, num_concepts, 0)
+    return _solve(Z, scalar(unit), counts, most=most, mesh=mesh)
 
-    def local(Z: Array, unit: Array, rows: Rows) -> Result:
+
+@partial(jit, static_argnames=("most", "mesh"))
+def _solve(
+    Z: Float[Array, "N D"],
+    unit: Float[Array, ""],
+    counts: Counts,
+    *,
+    most: int,
+    mesh: Mesh | None,
+) -> Result:
+    def local(Z: Array, unit: Array, counts: Counts, rows: Rows) -> Result:
+        num_samples, num_concepts, _ = counts
         real = rows.numbers(len(Z)) < num_samples
         squared_norms = jnp.sum(Z.astype(real_dtype(Z)) ** 2, axis=1)
-        components = rows.take(Z, rows.largest(jnp.where(real, squared_norms, -1), K))
+        components = rows.take(Z, rows.largest(jnp.where(real, squared_norms, -1), most))
         squared = kmeans.assign(Z, components)[1]
-        active = jnp.arange(K) < jnp.array(num_concepts)[:, None, None]
+        active = jnp.arange(len(components)) < num_concepts[:, None, None]
         least = jnp.min(jnp.where(active, squared, jnp.inf), axis=2)
         inertia = rows.total(column_sums((real * least).T).value)
         Q = len(num_concepts)
@@ -66,4 +80,4 @@ def solve(
             history=inertia[:, None],
         )
 
-    return solve_on(mesh, local, Z, (jnp.asarray(unit, real_dtype(Z)),))
+    return solve_on(mesh, local, Z, (unit.astype(real_dtype(Z)), counts))

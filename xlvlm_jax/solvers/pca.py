@@ -26,15 +26,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual, sums
+from xlvlm_jax.solvers.buckets import bucket_of_rows, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.compression import directions_of_sample
 from xlvlm_jax.solvers.linalg import complement, matmul, orthonormal, real_dtype
 from xlvlm_jax.solvers.loop import Result, begin, each, run
-from xlvlm_jax.solvers.phases import Carry, Phase, at_once
+from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled
 from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.sums import Wide
 
@@ -74,17 +77,19 @@ class State(NamedTuple):
     error: Float[Array, ""]
 
 
-def prepare(Z: Float[Array, "N D"], num_samples: int, rows: Rows = ONE_DEVICE) -> Problem:
+def prepare(
+    Z: Float[Array, "N D"], num_samples: Int[Array, ""] | int, rows: Rows = ONE_DEVICE
+) -> Problem:
     """Returns the constants for a Z whose first `num_samples` rows count."""
     real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
     mean = sums.column_means(Z, num_samples, rows)
     squares = sums.total(real * sums.squared_distances(Z, *mean))
     energy = 0.5 * rows.total(squares).value
-    variance = 2 * energy / (float(num_samples) * Z.shape[1])
+    variance = 2 * energy / (jnp.asarray(num_samples, energy.dtype) * Z.shape[1])
     return Problem(Z, real, mean, energy, sums.is_far(mean.high, variance))
 
 
-def width(num_concepts: int) -> int:
+def num_axes(num_concepts: int) -> int:
     """Returns W, the number of axes that are iterated on for K components."""
     return -(-num_concepts // LANES) * LANES
 
@@ -92,16 +97,28 @@ def width(num_concepts: int) -> int:
 def init(
     problem: Problem,
     directions: Float[Array, "D R"],
-    num_concepts: int,
+    num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
+    most: int | None = None,
 ) -> State:
-    """Returns the state at the best axes within the span of the given directions."""
+    """Returns the state at the best axes within the span of the given directions.
+
+    `most` is the largest number of concepts that the program serves; None for `num_concepts`.
+    """
     basis = orthonormal(directions)
-    W = min(width(num_concepts), basis.shape[1])
+    if most is None:
+        assert isinstance(num_concepts, int), "a traced number of concepts needs the largest one"
+        most = num_concepts
+    W = min(num_axes(most), basis.shape[1])
     return best_axes(problem, [basis], [project(problem, basis)], W, num_concepts, rows)
 
 
-def update(problem: Problem, state: State, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
+def update(
+    problem: Problem,
+    state: State,
+    num_concepts: Int[Array, ""] | int,
+    rows: Rows = ONE_DEVICE,
+) -> State:
     """Returns the best axes within the span of the last axes and their images."""
     new = complement(state.basis, state.images)
     bases, scores = [state.basis, new], [state.scores, project(problem, new)]
@@ -113,7 +130,7 @@ def best_axes(
     bases: list[Float[Array, "D _"]],
     scores: list[Float[Array, "N _"]],
     W: int,
-    num_concepts: int,
+    num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
 ) -> State:
     """Returns the state at the W leading axes within a span (Rayleigh-Ritz).
@@ -136,13 +153,13 @@ def best_axes(
     straight = 1.5 * jnp.eye(W, dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
     basis, turned = matmul(basis, straight), _turn(scores, matmul(axes, straight))
     images = covariance_image(problem, turned, rows)
-    objective = problem.energy - 0.5 * jnp.sum(variances[:num_concepts])
+    objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     error = expected_gain(basis, images, variances, num_concepts)
     return State(basis, turned, images, objective, error)
 
 
 def principal(
-    overlaps: Float[Array, "R R"], num_concepts: int
+    overlaps: Float[Array, "R R"], num_concepts: Int[Array, ""] | int
 ) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
     """Returns the eigenvalues of a positive semi-definite matrix, decreasing, and its eigenvectors.
 
@@ -160,7 +177,7 @@ def principal(
         _, lengths, axes = jnp.linalg.svd(root)
         return lengths**2, axes.T
 
-    spread = values[-1] > SPREAD * values[max(len(values) - num_concepts, 0)]
+    spread = values[-1] > SPREAD * values[jnp.maximum(len(values) - num_concepts, 0)]
     return jax.lax.cond(spread, of_root, lambda: (values[::-1], vectors[:, ::-1]))
 
 
@@ -210,26 +227,51 @@ def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]
     return jnp.triu(total) + jnp.triu(total, 1).T
 
 
-def solved(problem: Problem, num_concepts: int, rows: Rows = ONE_DEVICE) -> State:
+def solved(
+    problem: Problem, num_concepts: Int[Array, ""] | int, most: int, rows: Rows = ONE_DEVICE
+) -> State:
     """Returns the state at the optimum, from the covariance; without images, as none follow."""
     variances, axes = jnp.linalg.eigh(covariance(problem, rows))
-    variances, basis = variances[::-1][:num_concepts], axes[:, ::-1][:, :num_concepts]
-    objective = problem.energy - 0.5 * jnp.sum(variances)
+    variances, basis = variances[::-1][:most], axes[:, ::-1][:, :most]
+    objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     images = jnp.zeros_like(basis)
     return State(basis, project(problem, basis), images, objective, jnp.zeros_like(objective))
 
 
+def _sum_of_first(values: Float[Array, " R"], count: Int[Array, ""] | int) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(jnp.arange(len(values)) < count, values, 0))
+
+
 def first_directions(
-    problem: Problem, key: PRNGKeyArray, num_concepts: int, num_samples: int, rows: Rows
+    problem: Problem,
+    key: PRNGKeyArray,
+    most: int,
+    num_samples: Int[Array, ""] | int,
+    rows: Rows,
+    exact: bool,
+    by_sample: bool,
 ) -> Float[Array, "D R"]:
-    """Returns a sketch of the row space, or directions that span all of it if N or D is small."""
+    """Returns a sketch of the row space, or directions that span all of it.
+
+    Args:
+        problem: constants of the run.
+        key: random key.
+        most: K.
+        num_samples: number of leading rows of Z that count.
+        rows: where the rows of Z are.
+        exact: whether the directions are to span all of the row space.
+        by_sample: whether there are enough rows for a sample of them.
+    """
     Z, D = problem.Z, problem.Z.shape[1]
-    if is_small(num_samples, D, num_concepts):
-        if num_samples >= D:
+    if exact:
+        whole = rows.count(len(Z))
+        if whole >= D:
             return jnp.eye(D, dtype=real_dtype(Z))
-        return (rows.take(Z, jnp.arange(num_samples)) - problem.mean.high).T
-    R = width(num_concepts + OVERSAMPLE)
-    if num_samples < 2 * SAMPLE * R:
+        numbers = jnp.arange(whole)
+        real = (numbers < num_samples)[:, None]
+        return (real * (rows.take(Z, numbers) - problem.mean.high)).T
+    R = num_axes(most + OVERSAMPLE)
+    if not by_sample:
         sketch = project(problem, jax.random.normal(key, (D, R), real_dtype(Z)))
         return covariance_image(problem, sketch, rows)
     # With this many rows, a sample says nearly as much as all of them and saves a pass over Z. The
@@ -237,7 +279,8 @@ def first_directions(
     # reach.
     sample_key, key = jax.random.split(key)
     row_key, sample_key = jax.random.split(sample_key)
-    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * R)) - problem.mean.high
+    drawn = draw_rows(row_key, num_samples, SAMPLE * R, rows.count(len(Z)))
+    X = rows.take(Z, drawn) - problem.mean.high
     leading = directions_of_sample(X, sample_key, R - ANYWHERE)
     anywhere = jax.random.normal(key, (D, ANYWHERE), leading.dtype) / D**0.5
     return jnp.concatenate([leading, anywhere], axis=1)
@@ -245,20 +288,20 @@ def first_directions(
 
 def is_small(N: int, D: int, K: int) -> bool:
     """Returns whether the span of one update would be nearly all of the space of Z[N, D]."""
-    return min(N, D) <= max(EXACT, 2 * width(K))
+    return min(N, D) <= max(EXACT, 2 * num_axes(K))
 
 
 def is_narrow(N: int, D: int, K: int) -> bool:
     """Returns whether the covariance of Z[N, D] costs less than updates would."""
     upper = (BLOCKS + 1) / (2 * BLOCKS)
-    return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * width(K)
+    return upper * N * D + EIGH * D**2 < 2 * (2 + UPDATES) * N * num_axes(K)
 
 
 def expected_gain(
     basis: Float[Array, "D R"],
     images: Float[Array, "D R"],
     variances: Float[Array, " R"],
-    num_concepts: int,
+    num_concepts: Int[Array, ""] | int,
 ) -> Float[Array, ""]:
     """Returns the relative gain in variance explained by the first axes that an update would bring.
 
@@ -267,11 +310,12 @@ def expected_gain(
     """
     # Subtracts what already lies in the span: each axis has a trace of a column of huge variance in
     # its last digit, whose image is not a gain.
-    wanted = images[:, :num_concepts]
-    missed = jnp.sum((wanted - matmul(basis, matmul(basis.T, wanted))) ** 2, axis=0)
-    variances = variances[:num_concepts]
+    missed = jnp.sum((images - matmul(basis, matmul(basis.T, images))) ** 2, axis=0)
+    variances = jnp.where(jnp.arange(len(variances)) < num_concepts, variances, 0)
+    # They are in decreasing order.
+    median = 0.5 * (variances[(num_concepts - 1) // 2] + variances[num_concepts // 2])
     gain = jnp.where(variances > TINY, 2 * missed / jnp.maximum(variances, TINY), 0)
-    counted = jnp.minimum(variances, DOMINANT * jnp.median(variances))
+    counted = jnp.minimum(variances, DOMINANT * median)
     share = counted / jnp.maximum(variances, TINY)
     return jnp.sum(share * gain) / jnp.maximum(jnp.sum(counted), TINY)
 
@@ -303,15 +347,24 @@ class Given(NamedTuple):
 
     key: PRNGKeyArray
     tol: Float[Array, ""]
+    counts: Counts
+
+
+class Fixed(NamedTuple):
+    """What no update changes."""
+
+    problem: Problem  # without its matrix
+    num_concepts: Int[Array, " Q"]
 
 
 class Plan(NamedTuple):
     """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # number of columns of Z
-    num_samples: int
-    num_concepts: tuple[int, ...]
-    max_iter: int
+    most: int  # K, of which some may not be asked for
+    room: int  # number of updates that the history has room for
+    narrow: bool  # whether the components come from the covariance
+    exact: bool  # whether the first span is the whole space
+    by_sample: bool  # whether a sample of the rows gives the first span
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -319,57 +372,48 @@ class Plan(NamedTuple):
         repeated = () if self.narrow or self.exact else (Phase(self.improve, repeats=True),)
         return Phase(self.start), *repeated, Phase(self.finish)
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """A single run: fewer components are the first ones of more."""
-        return (max(self.num_concepts),)
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the components come from the covariance."""
-        N, D = self.num_samples, self.width
-        return N >= D and is_narrow(N, D, *self.runs)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the first span is the whole space."""
-        return is_small(self.num_samples, self.width, *self.runs)
+    def runs(self, counts: Counts) -> tuple[int, ...]:
+        """Returns a single run: fewer components are the first ones of more."""
+        return (max(one_run_each(counts)),)
 
     def start(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Finds the best axes in a sketch of the row space."""
-        key, tol = given
-        (K,), N = self.runs, self.num_samples
-        problem = prepare(Z, N, rows)
+        key, tol, (N, num_concepts, _) = given
+        K, problem = jnp.max(num_concepts), prepare(Z, N, rows)
         if self.narrow:
-            state = solved(problem, K, rows)
+            state = solved(problem, K, self.most, rows)
         else:
-            state = init(problem, first_directions(problem, key, K, N, rows), K, rows)
+            how = self.exact, self.by_sample
+            directions = first_directions(problem, key, self.most, N, rows, *how)
+            state = init(problem, directions, K, rows, self.most)
             state = state._replace(error=jnp.zeros_like(state.error)) if self.exact else state
-        progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.max_iter))
-        return Carry(tol, problem._replace(Z=None), progress)
+        progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.room))
+        return Carry(tol, Fixed(problem._replace(Z=None), num_concepts), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates."""
-        problem = carry.fixed._replace(Z=Z)
-        step = partial(update, problem, num_concepts=self.runs[0], rows=rows)
+        problem, K = carry.fixed.problem._replace(Z=Z), jnp.max(carry.fixed.num_concepts)
+        step = partial(update, problem, num_concepts=K, rows=rows)
         goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
         return carry._replace(progress=goes_on(carry.progress))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
         """Computes the components with their signs, and the objective."""
-        problem = carry.fixed._replace(Z=Z)
-        (K,), progress = self.runs, jax.tree.map(lambda leaf: leaf[0], carry.progress)
-        components = progress.state.basis[:, :K].T
-        scores = progress.state.scores[:, :K]
+        problem, num_concepts = carry.fixed.problem._replace(Z=Z), carry.fixed.num_concepts
+        progress = jax.tree.map(lambda leaf: leaf[0], carry.progress)
+        components = progress.state.basis[:, : self.most].T
+        scores = progress.state.scores[:, : self.most]
+        in_use = jnp.arange(len(components)) < jnp.max(num_concepts)
+        components, scores = in_use[:, None] * components, in_use * scores
         sign = _signs(components)
         beyond = rows.total(sums.column_sums(scores**2).value)
         left = remaining(problem, progress.state.objective, scores, components, rows)
         # Corrects the whole history by the rounding error of the energy.
         missed = left - progress.state.objective
-        missing = jnp.arange(K) >= jnp.array(self.num_concepts)[:, None]
+        missing = jnp.arange(len(components)) >= num_concepts[:, None]
 
         def copies(value: Array) -> Array:
-            return jnp.broadcast_to(value, (len(self.num_concepts), *value.shape))
+            return jnp.broadcast_to(value, (len(num_concepts), *value.shape))
 
         return Result(
             components=copies(sign[:, None] * components),
@@ -405,18 +449,24 @@ def plan(
         the plan and its inputs. The result of a solve has a leading axis Q; fewer components are
         the first ones of more.
     """
-    return Plan(width, num_samples, num_concepts, max_iter), Given(key, jnp.float32(tol))
+    # Choices by cost alone: those of all numbers of rows that are padded to one.
+    K, N, D = max(num_concepts), bucket_of_rows(num_samples, width), width
+    most = min(num_axes(K), num_samples, D)
+    narrow, exact = N >= D and is_narrow(N, D, K), is_small(N, D, K)
+    by_sample = 2 * SAMPLE * num_axes(most + OVERSAMPLE) <= N
+    counts = Counts.of(num_samples, num_concepts, max_iter)
+    fixed = Plan(most, room_for(max_iter), narrow, exact, by_sample)
+    return fixed, Given(key, np.float32(tol), counts)  # type: ignore[arg-type]
 
 
-@partial(jax.jit, static_argnames=("num_samples", "num_concepts", "max_iter", "mesh"))
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
     """Finds the components in one compiled program; the options are those of `plan`."""
-    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
+    return run_compiled(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
-@jax.jit
+@jit
 def activations(
     Z: Float[Array, "N D"], components: Float[Array, "K D"], mean: Float[Array, " D"]
 ) -> Float[Array, "N K"]:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, RESULT, Rows, solve_on
+from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.loop import Progress, Result
 
 # Updates between two calls: about this many multiplications, at most MOST updates. Counted rather
@@ -57,39 +58,70 @@ class Carry(NamedTuple):
     progress: Progress  # with a leading axis Q, one run per number of concepts
 
 
+class Counts(NamedTuple):
+    """Numbers that a program takes as arguments, so that one program serves all of them."""
+
+    num_samples: Int[Array, ""]  # leading rows of Z that count; the others pad it
+    num_concepts: Int[Array, " Q"]  # one per run; runs are solved side by side
+    max_iter: Int[Array, ""]  # maximum number of updates per run
+
+    @classmethod
+    def of(cls, num_samples: int, num_concepts: tuple[int, ...], max_iter: int) -> "Counts":
+        """Returns the numbers as arrays on the host."""
+        numbers = np.array(num_concepts, np.int32)
+        return cls(np.int32(num_samples), numbers, np.int32(max_iter))  # type: ignore[arg-type]
+
+
+def one_run_each(counts: Counts) -> tuple[int, ...]:
+    """Returns the number of concepts of each run, if there is one per number."""
+    return tuple(int(number) for number in np.asarray(counts.num_concepts))
+
+
+def scalar(value: Any) -> Any:
+    """Returns a number in JAX's default float; one from the host stays there."""
+    if isinstance(value, jax.Array):
+        return value.astype(float)
+    return np.asarray(value, jax.dtypes.canonicalize_dtype(float))
+
+
 @runtime_checkable
 class Plan(Protocol):
     """Settings of a method that are fixed at compile time."""
-
-    @property
-    def max_iter(self) -> int:
-        """Maximum number of updates per run."""
-        ...
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """Numbers of concepts that are solved side by side."""
-        ...
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Phases in the order they run."""
         ...
 
+    def runs(self, counts: Counts) -> tuple[int, ...]:
+        """Returns the number of concepts of each run."""
+        ...
 
-def at_once(plan: Plan, given: tuple, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
+
+def run_compiled(plan: Plan, given: Any, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
+    """Runs all phases in one program; works on traced arrays too."""
+    return _solve(Z, given, plan=plan, mesh=mesh)
+
+
+def at_once(plan: Plan, given: Any, Z: Float[Array, "N D"], mesh: Mesh | None) -> Result:
     """Runs all phases; traceable."""
+    limit = given.counts.max_iter
 
-    def work(Z: Array, *given: Any, rows: Rows) -> Result:
-        carry: Any = given
+    def work(Z: Array, given: Any, *, rows: Rows) -> Result:
+        carry = given
         for index, phase in enumerate(plan.phases):
             # Compiled separately from the phase before, as in `watched`, so that rounding is the
             # same.
             carry = jax.lax.optimization_barrier(carry) if index else carry
-            carry = phase.work(Z, carry, plan.max_iter, rows)
+            carry = phase.work(Z, carry, limit, rows)
         return carry
 
-    return solve_on(mesh, work, Z, given)
+    return solve_on(mesh, work, Z, (given,))
+
+
+@partial(jit, static_argnames=("plan", "mesh"))
+def _solve(Z: Array, given: Any, *, plan: Plan, mesh: Mesh | None) -> Result:
+    return at_once(plan, given, Z, mesh)
 
 
 def solve(
@@ -122,7 +154,7 @@ def solve(
 
 def watched(
     plan: Plan,
-    given: tuple,
+    given: Any,
     Z: Float[Array, "N D"],
     mesh: Mesh | None,
     tell: Tell,
@@ -139,43 +171,44 @@ def watched(
         every: calls come at multiples of this iteration number; None to choose it by the size of Z.
     """
     N, D = Z.shape
-    every = every or min(max(MULTIPLICATIONS // (N * D * max(plan.runs)), 1), MOST)
+    numbers, max_iter = plan.runs(given.counts), int(given.counts.max_iter)
+    every = every or min(max(MULTIPLICATIONS // (N * D * max(numbers)), 1), MOST)
     carry: Any = given
     for index, phase in enumerate(plan.phases):
         on = {"plan": plan, "index": index, "mesh": mesh}
         if not phase.repeats:
-            carry = _solve_phase(Z, carry, **on)
+            carry = _solve_phase(Z, carry, np.int32(max_iter), **on)
             continue
-        running = _unfinished(plan, carry, mesh)
-        while running:
-            done = min(standing.iteration for standing in running.values())
-            limit = min(done - done % every + every, plan.max_iter)
+        tol = float(_here(carry.tol, mesh))
+
+        def unfinished(standings: list[Standing], tol: float = tol) -> list[int]:
+            runs = enumerate(standings)
+            return [q for q, at in runs if at.error > tol and at.iteration < max_iter]
+
+        now = _standings(carry, numbers, max_iter, mesh)
+        while running := unfinished(now):
+            done = min(now[q].iteration for q in running)
+            limit = min(done - done % every + every, max_iter)
             progress = _solve_updates(
                 Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on
             )
             carry = carry._replace(progress=progress)
-            now = _standings(plan, carry, mesh)
+            now = _standings(carry, numbers, max_iter, mesh)
             for q in running:
                 tell(now[q])
-            running = _unfinished(plan, carry, mesh)
     return carry
 
 
-def _standings(plan: Plan, carry: Carry, mesh: Mesh | None) -> list[Standing]:
+def _standings(
+    carry: Carry, numbers: tuple[int, ...], max_iter: int, mesh: Mesh | None
+) -> list[Standing]:
     state = carry.progress.state
     values = (carry.progress.iteration, state.objective, state.error)
     iterations, objectives, errors = (_here(value, mesh) for value in values)
     return [
-        Standing(K, int(iterations[q]), plan.max_iter, float(objectives[q]), float(errors[q]))
-        for q, K in enumerate(plan.runs)
+        Standing(K, int(iterations[q]), max_iter, float(objectives[q]), float(errors[q]))
+        for q, K in enumerate(numbers)
     ]
-
-
-def _unfinished(plan: Plan, carry: Carry, mesh: Mesh | None) -> dict[int, Standing]:
-    """Returns the unfinished runs, by index."""
-    tol = float(_here(carry.tol, mesh))
-    standings = enumerate(_standings(plan, carry, mesh))
-    return {q: at for q, at in standings if at.error > tol and at.iteration < plan.max_iter}
 
 
 def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
@@ -183,13 +216,15 @@ def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
     return np.asarray(value if mesh is None else value.addressable_data(0)[0])
 
 
-@partial(jax.jit, static_argnames=("plan", "index", "mesh"))
-def _solve_phase(Z: Array, carry: Any, *, plan: Plan, index: int, mesh: Mesh | None) -> Any:
-    return _on_mesh(plan, index, mesh, Z, carry, plan.max_iter)
+@partial(jit, static_argnames=("plan", "index", "mesh"))
+def _solve_phase(
+    Z: Array, carry: Any, limit: Int[Array, ""], *, plan: Plan, index: int, mesh: Mesh | None
+) -> Any:
+    return _on_mesh(plan, index, mesh, Z, carry, limit)
 
 
 # The progress is donated: one copy in memory, not two.
-@partial(jax.jit, static_argnames=("plan", "index", "mesh"), donate_argnames="progress")
+@partial(jit, static_argnames=("plan", "index", "mesh"), donate_argnames="progress")
 def _solve_updates(
     Z: Array,
     tol: Array,
@@ -205,9 +240,7 @@ def _solve_updates(
     return _on_mesh(plan, index, mesh, Z, carry, limit).progress
 
 
-def _on_mesh(
-    plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array | int
-) -> Any:
+def _on_mesh(plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array) -> Any:
     """Runs one phase. On a mesh each device keeps its own carry, on a leading axis."""
     work = plan.phases[index].work
     if mesh is None:

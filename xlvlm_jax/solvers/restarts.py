@@ -11,9 +11,11 @@ SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
 MARGIN = 1e-4  # a later start is better only if its objective is lower by this relative margin
 
 
-def sample(key: PRNGKeyArray, num_samples: int, num_concepts: int) -> Int[Array, " M"]:
-    """Returns the numbers of the rows on which starts are compared; all rows if there are few."""
-    return draw_rows(key, num_samples, sample_size(num_concepts))
+def sample(
+    key: PRNGKeyArray, num_samples: Int[Array, ""] | int, num_concepts: int, rows: int | None = None
+) -> Int[Array, " M"]:
+    """Returns the numbers of the rows on which starts are compared; see `draw_rows`."""
+    return draw_rows(key, num_samples, sample_size(num_concepts), rows)
 
 
 def sample_size(num_concepts: int) -> int:
@@ -21,15 +23,35 @@ def sample_size(num_concepts: int) -> int:
     return max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts)
 
 
-def draw_rows(key: PRNGKeyArray, num_samples: int, count: int) -> Int[Array, " M"]:
-    """Returns the numbers of `count` distinct rows, or of all rows if there are no more."""
-    if count >= num_samples:
-        return jnp.arange(num_samples)
-    return jax.lax.top_k(jax.random.uniform(key, (num_samples,)), count)[1]
+def draw_rows(
+    key: PRNGKeyArray, num_samples: Int[Array, ""] | int, count: int, rows: int | None = None
+) -> Int[Array, " M"]:
+    """Returns the numbers of `count` distinct rows, or of all rows if there are no more.
+
+    Args:
+        key: random key.
+        num_samples: number of leading rows to draw from.
+        count: how many to draw.
+        rows: number of rows, those that pad Z included; None if none does. Rows that pad Z come
+            last, after all others, if `num_samples` is less than `count`.
+    """
+    if rows is None:
+        assert isinstance(num_samples, int), "a traced number of samples needs the number of rows"
+        rows = num_samples
+    numbers = jnp.arange(rows)
+    if count >= rows:
+        return numbers
+    # An element's random number does not depend on how many are drawn.
+    drawn = jax.random.uniform(key, (rows,))
+    drawn = jnp.where(num_samples > count, drawn, -numbers.astype(drawn.dtype))
+    return jax.lax.top_k(jnp.where(numbers < num_samples, drawn, -jnp.inf), count)[1]
 
 
 def draw_weighted(
-    key: PRNGKeyArray, weights: Float[Array, " N"], count: int
+    key: PRNGKeyArray,
+    weights: Float[Array, " N"],
+    count: int,
+    num_samples: Int[Array, ""] | int | None = None,
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
     """Draws rows in proportion to their weights.
 
@@ -40,6 +62,7 @@ def draw_weighted(
         key: random key.
         weights: float[N].
         count: number of distinct rows.
+        num_samples: number of leading rows to draw from; None for all. The others have weight zero.
 
     Returns:
         the numbers of the rows, heaviest priority first, and the weight of each; all rows with
@@ -51,10 +74,15 @@ def draw_weighted(
     if count >= len(weights):
         return jnp.arange(len(weights)), weights
     priorities = weights / (1 - jax.random.uniform(key, weights.shape))
+    rows, all_count = jnp.arange(len(weights)), False
+    if num_samples is not None:
+        all_count = num_samples <= count
+        priorities = jnp.where(rows < num_samples, priorities, -1)
+        priorities = jnp.where(all_count, -rows.astype(priorities.dtype), priorities)
     largest, numbers = jax.lax.top_k(priorities, count + 1)
     chosen = numbers[:count]
     # A row of zero weight keeps zero weight.
-    light = jnp.where(weights[chosen] > 0, largest[-1], 0)
+    light = jnp.where((weights[chosen] > 0) & jnp.logical_not(all_count), largest[-1], 0)
     return chosen, jnp.maximum(weights[chosen], light)
 
 

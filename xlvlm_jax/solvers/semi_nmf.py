@@ -26,23 +26,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import residual
 from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
 from xlvlm_jax.solvers import semi_nmf_codes as coding
 from xlvlm_jax.solvers import sums as sums_of_rows
+from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.compression import compress, turn_to_axes
 from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
-from xlvlm_jax.solvers.phases import Carry, Phase, at_once
+from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
 
 SWEEPS = 2  # improvements of the codes per update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K
 CANCELS = 0.01  # of the energy: smaller costs have lost more than two digits
+ATOMS = 8  # a program for a small Z has a multiple of them: each takes its time
 SCREEN = 120  # updates before the starts are compared
 TINY = 1e-30
 
@@ -132,7 +135,7 @@ def collect(
     return codes, Sums(images, overlap, used, sums_of_rows.total(cost).value), cost
 
 
-@partial(jax.jit, static_argnames="nonnegative")
+@partial(jit, static_argnames="nonnegative")
 def activations(
     Z: Float[Array, "N D"],
     atoms: Float[Array, "K D"],
@@ -196,6 +199,7 @@ class Given(NamedTuple):
     alpha: Float[Array, ""]
     tol: Float[Array, ""]
     atoms: Float[Array, "K D"] | None
+    counts: Counts
 
 
 class Fixed(NamedTuple):
@@ -205,17 +209,17 @@ class Fixed(NamedTuple):
     energy: Float[Array, " N"]
     basis: Float[Array, "D R"] | None
     X: Float[Array, "N R"] | None  # Z in the few columns of `compression`
+    active: Bool[Array, "Q K"]  # which atoms are in use, for each number of concepts
     starts: Float[Array, "Q S K R"] | None
 
 
 class Plan(NamedTuple):
     """Settings that are fixed at compile time, and the phases of the solver."""
 
-    width: int  # number of columns of Z
-    num_samples: int
-    num_concepts: tuple[int, ...]
+    most: int  # K, the number of atoms of all runs, of which some may not be in use
+    columns: int  # of the compressed Z
     nonnegative: bool
-    max_iter: int
+    room: int  # number of updates that the history has room for
     n_init: int
     from_atoms: bool
 
@@ -228,43 +232,39 @@ class Plan(NamedTuple):
         in_columns = Phase(self.explore), Phase(self.improve_in_columns, repeats=True)
         return *in_columns, Phase(self.lift), repeated, Phase(self.finish)
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """One run per number of concepts."""
-        return self.num_concepts
+    def runs(self, counts: Counts) -> tuple[int, ...]:
+        """Returns the number of concepts of each run."""
+        return one_run_each(counts)
 
-    @property
-    def active(self) -> Bool[Array, "Q K"]:
-        """Which atoms are in use, for each number of concepts."""
-        return jnp.arange(max(self.num_concepts)) < jnp.array(self.num_concepts)[:, None]
+    def _active(self, counts: Counts) -> Bool[Array, "Q K"]:
+        return jnp.arange(self.most) < counts.num_concepts[:, None]
 
     def take_atoms(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Starts from the given atoms."""
-        _, alpha, tol, atoms = given
-        alpha, energy = alpha.astype(real_dtype(Z)), _energy(Z)
+        _, alpha, tol, atoms, counts = given
+        alpha, energy, active = alpha.astype(real_dtype(Z)), _energy(Z), self._active(counts)
         atoms = atoms / _length(atoms)
-        problem = Problem(Z, energy, alpha, self.active[0])
+        problem = Problem(Z, energy, alpha, active[0])
         codes = jnp.zeros((len(atoms), len(Z)), energy.dtype)
-        progress = begin(init(problem, codes, atoms, rows), self.max_iter)
+        progress = begin(init(problem, codes, atoms, rows), self.room)
         progress = jax.tree.map(lambda leaf: leaf[None], progress)
-        return Carry(tol, Fixed(alpha, energy, None, None, None), progress)
+        return Carry(tol, Fixed(alpha, energy, None, None, active, None), progress)
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses the rows, and starts from the best of several starts on a sample of them."""
-        key, alpha, tol, _ = given
-        energy, active, alpha = _energy(Z), self.active, alpha.astype(real_dtype(Z))
-        width = min(active.shape[1] + OVERSAMPLE, self.num_samples, self.width)
-        basis, X = turn_to_axes(compress(Z, key, width, rows), rows)
+        key, alpha, tol, _, counts = given
+        energy, active, alpha = _energy(Z), self._active(counts), alpha.astype(real_dtype(Z))
+        basis, X = turn_to_axes(compress(Z, key, self.columns, rows), rows)
 
         def best(active: Array) -> tuple[Progress, Array]:
-            problem, screen = Problem(X, energy, alpha, active), min(SCREEN, self.max_iter)
-            counts = self.num_samples, self.n_init
-            atoms, starts = _best_start(problem, key, *counts, tol, screen, self.nonnegative, rows)
+            problem, screen = Problem(X, energy, alpha, active), counts.max_iter
+            of_starts = counts.num_samples, self.n_init, tol, jnp.minimum(SCREEN, screen)
+            atoms, starts = _best_start(problem, key, *of_starts, self.nonnegative, rows)
             codes = jnp.zeros((len(atoms), len(X)), X.dtype)
-            return begin(init(problem, codes, atoms, rows), self.max_iter), starts
+            return begin(init(problem, codes, atoms, rows), self.room), starts
 
         progress, starts = each(best)(active)
-        return Carry(tol, Fixed(alpha, energy, basis, X, starts), progress)
+        return Carry(tol, Fixed(alpha, energy, basis, X, active, starts), progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates on the compressed rows."""
@@ -281,7 +281,7 @@ class Plan(NamedTuple):
             state = init(problem, small.scale[:, None] * codes, atoms, rows)
             return progress._replace(state=state)
 
-        progress = each(raise_one)(carry.progress, self.active)
+        progress = each(raise_one)(carry.progress, fixed.active)
         return Carry(carry.tol, fixed._replace(basis=None, X=None), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
@@ -296,7 +296,7 @@ class Plan(NamedTuple):
             step = partial(update, problem, rows=rows, nonnegative=self.nonnegative)
             return run(step, progress, tol=tol, max_iter=limit)
 
-        return carry._replace(progress=each(one)(progress, self.active))
+        return carry._replace(progress=each(one)(progress, fixed.active))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
         """Encodes the rows on the final atoms."""
@@ -355,51 +355,58 @@ def plan(
     """
     n_init = n_init or (8 if max(num_concepts) <= 64 else 2)
     from_atoms = init_atoms is not None
-    fixed = Plan(width, num_samples, num_concepts, nonnegative, max_iter, n_init, from_atoms)
-    return fixed, Given(key, jnp.asarray(alpha, float), jnp.asarray(tol, float), init_atoms)
+    most = bucket_of_concepts(max(num_concepts), num_samples, width, ATOMS)
+    if init_atoms is not None:
+        missing = most - len(init_atoms)
+        init_atoms = jnp.pad(jnp.asarray(init_atoms), ((0, missing), (0, 0)))
+    columns = min(most + OVERSAMPLE, bucket_of_rows(num_samples, width), width)
+    fixed = Plan(most, columns, nonnegative, room_for(max_iter), n_init, from_atoms)
+    counts = Counts.of(num_samples, num_concepts, max_iter)
+    return fixed, Given(key, scalar(alpha), scalar(tol), init_atoms, counts)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("num_samples", "num_concepts", "nonnegative", "max_iter", "n_init", "mesh"),
-)
 def solve(
     Z: Float[Array, "N D"], key: PRNGKeyArray, *, mesh: Mesh | None = None, **options: Any
 ) -> Result:
     """Factors Z in one compiled program; the options are those of `plan`."""
-    return at_once(*plan(key, width=Z.shape[1], **options), Z, mesh)
+    return run_compiled(*plan(key, width=Z.shape[1], **options), Z, mesh)
 
 
 def _best_start(
     problem: Problem,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Int[Array, ""],
     n_init: int,
     tol: Float[Array, ""],
-    max_iter: int,
+    max_iter: Int[Array, ""],
     nonnegative: bool,
     rows: Rows,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"]]:
     """Returns the atoms of the best start on a sample of the rows, and where every start ended."""
     K = len(problem.active)
     row_key, start_key = jax.random.split(key)
-    numbers = sample(row_key, num_samples, K)
+    numbers = sample(row_key, num_samples, K, rows.count(len(problem.Z)))
     X, energy = rows.take(problem.Z, numbers), rows.take(problem.energy, numbers)
     sampled = Problem(X, energy, problem.alpha, problem.active)
 
     def attempt(atoms: Array) -> State:
-        progress = begin(init(sampled, jnp.zeros((K, len(X)), X.dtype), atoms), max_iter)
+        progress = begin(init(sampled, jnp.zeros((K, len(X)), X.dtype), atoms), SCREEN)
         step = partial(update, sampled, nonnegative=nonnegative)
         return run(step, progress, tol=tol, max_iter=max_iter).state
 
-    atoms = first_atoms(X, start_key, K, n_init) * problem.active[:, None]
+    count = jnp.minimum(num_samples, len(X))
+    atoms = first_atoms(X, start_key, K, n_init, count) * problem.active[:, None]
     ended = each(attempt)(atoms)
     starts = best_first(ended.small.objective, ended.small.atoms)
     return starts[0], starts
 
 
 def first_atoms(
-    X: Float[Array, "N R"], key: PRNGKeyArray, num_concepts: int, n_init: int
+    X: Float[Array, "N R"],
+    key: PRNGKeyArray,
+    num_concepts: int,
+    n_init: int,
+    num_samples: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "S K R"]:
     """Returns atoms to start from, for rows whose columns are principal axes (see `turn_to_axes`).
 
@@ -412,8 +419,10 @@ def first_atoms(
         key: random key.
         num_concepts: number of atoms K.
         n_init: number of starts S.
+        num_samples: number of leading rows of X that count; None for all.
     """
     K, R = num_concepts, X.shape[1]
+    counted = jnp.arange(len(X)) < (len(X) if num_samples is None else num_samples)
     carried = jnp.concatenate(
         [jnp.sum(jnp.maximum(X, 0) ** 2, axis=0), jnp.sum(jnp.minimum(X, 0) ** 2, axis=0)]
     )
@@ -422,7 +431,7 @@ def first_atoms(
     better = jnp.where((carried[:R] >= carried[R:])[:, None], axes, -axes)
 
     def drawn(key: Array) -> Array:
-        chosen = X[jax.lax.top_k(jax.random.uniform(key, (len(X),)), K)[1]]
+        chosen = X[jax.lax.top_k(jnp.where(counted, jax.random.uniform(key, (len(X),)), -1), K)[1]]
         return chosen / _length(chosen)
 
     # If K exceeds the number of signed axes, rows fill in for the missing atoms.

@@ -159,7 +159,7 @@ def block_of(values: Float[Array, "N ..."], first: Array | int, count: int) -> A
 
 def column_means(
     Z: Float[Array, "N D"],
-    num_samples: int | None = None,
+    num_samples: Int[Array, ""] | int | None = None,
     rows: Rows = ONE_DEVICE,
     weights: Float[Array, " N"] | None = None,
 ) -> Wide:
@@ -179,9 +179,10 @@ def column_means(
     N, D = Z.shape
     if weights is None:
         num_samples = N if num_samples is None else num_samples
-        near = rows.take(Z, jnp.arange(min(NEAR, num_samples)))
-        origin, whole = jnp.mean(near, axis=0), num_samples
-        weights = (rows.numbers(N) < num_samples).astype(near.dtype)
+        first = jnp.arange(min(NEAR, rows.count(N)))
+        counted = (first < num_samples)[:, None] * rows.take(Z, first)
+        origin, whole = jnp.sum(counted, axis=0) / jnp.minimum(len(first), num_samples), num_samples
+        weights = (rows.numbers(N) < num_samples).astype(origin.dtype)
     else:
         heaviest = rows.largest(weights, NEAR)
         shares = rows.take(weights, heaviest)

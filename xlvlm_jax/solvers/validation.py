@@ -15,9 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 from typing_extensions import TypeIs
 
-from xlvlm_jax.solvers import (
-    sums,
-)
+from xlvlm_jax.solvers import sums
+from xlvlm_jax.solvers.buckets import SMALL, bucket_of_concepts, bucket_of_rows
 from xlvlm_jax.solvers.linalg import real_dtype
 
 BLOCK = 2**18  # numbers of a float64 matrix that are converted together
@@ -288,8 +287,10 @@ def check_finite(Z: Shaped[Array, "N D"], name: str, first_row: int = 0) -> floa
     """
     if isinstance(Z, Tracer):
         return None
-    # All hosts have these numbers.
-    found = _bad_rows(Z)
+    # All hosts have these numbers. For a small matrix numpy needs less time than the program to
+    # compile.
+    small = Z.size <= SMALL and _is_cheap_on_host(Z)
+    found = _bad_rows_on_host(np.asarray(Z)) if small else _bad_rows(Z)
     count, first = int(found[0]), int(found[1])
     if count:
         others = f" (and {count - 1} more rows)" if count > 1 else ""
@@ -338,6 +339,12 @@ def _bad_rows(
     bad = ~jnp.isfinite(largest)
     first = jnp.min(jnp.arange(len(Z)), where=bad, initial=len(Z))
     return jnp.sum(bad), first, jnp.max(largest, initial=0).astype(real_dtype(Z))
+
+
+def _bad_rows_on_host(Z: Shaped[np.ndarray, "N D"]) -> tuple[int, int, float]:
+    largest = np.abs(Z).max(axis=1)
+    bad = ~np.isfinite(largest)
+    return int(bad.sum()), int(bad.argmax()), float(largest.max(initial=0))
 
 
 def read_block(source: StoredMatrix, start: int, stop: int) -> Shaped[np.ndarray, "B D"]:
@@ -401,6 +408,62 @@ def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
         Z = jnp.pad(Z, ((0, missing), (0, 0)))
     sharding = NamedSharding(mesh, PartitionSpec("data", None))
     return Z if Z.sharding == sharding else jax.device_put(Z, sharding)
+
+
+def padded(Z: Shaped[Array, "N D"]) -> Shaped[Array, "M D"]:
+    """Returns Z with rows of zeros up to a size that programs are compiled for (see `buckets`)."""
+    N, D = Z.shape
+    missing = 0 if isinstance(Z, Tracer) else bucket_of_rows(N, D) - N
+    if not missing:
+        return Z
+    if not _is_cheap_on_host(Z):
+        return jnp.pad(Z, ((0, missing), (0, 0)))
+    # The host copies, and `device_put` places, without a program for this N (as `asarray` has one).
+    rows = _aligned((N + missing, D), Z.dtype)
+    rows[:N], rows[N:] = np.asarray(Z), 0
+    return jax.device_put(rows)
+
+
+def padded_concepts(
+    components: Float[Array, "K D"], num_samples: int, repeat: bool, step: int | None = None
+) -> Float[Array, "L D"]:
+    """Returns components up to a number that programs are compiled for (see `buckets`).
+
+    Args:
+        components: float[K, D].
+        num_samples: number of rows of Z.
+        repeat: whether the last component is repeated; otherwise zeros are added.
+        step: as for `bucket_of_concepts`.
+    """
+    if isinstance(components, Tracer) or not _is_cheap_on_host(components):
+        return components
+    K, D = components.shape
+    missing = bucket_of_concepts(K, num_samples, D, step) - K
+    if not missing:
+        return components
+    rows = np.asarray(components)
+    last = rows[-1:] if repeat else np.zeros((1, D), rows.dtype)
+    return jax.device_put(np.concatenate([rows, np.repeat(last, missing, axis=0)]))
+
+
+def on_host(values: Any) -> Any:
+    """Returns a pytree with arrays of the host, if they are there already or small.
+
+    Slices of them are then taken without a program per shape. Others, and traced ones, are left
+    unchanged.
+    """
+    whole = all(
+        isinstance(leaf, np.ndarray) or _is_cheap_on_host(leaf) for leaf in jax.tree.leaves(values)
+    )
+    return jax.tree.map(np.asarray, values) if whole else values
+
+
+def _is_cheap_on_host(values: Any) -> bool:
+    """Returns whether an array is on a single device that is the host, or that is soon read."""
+    if isinstance(values, Tracer) or len(values.devices()) > 1:
+        return False
+    (device,) = values.devices()
+    return device.platform == "cpu" or values.size <= SMALL
 
 
 def _data_axis(mesh: Mesh) -> int:

@@ -297,7 +297,7 @@ def test_an_objective_beyond_float32_is_refused():
     )
     one = jax.tree.map(lambda leaf: leaf[0], result)
     with pytest.raises(ValueError, match=r"objective of pca is (inf|nan).*divide Z by its largest"):
-        concepts._concepts(one, 1, 4, "pca", {})
+        concepts._concepts(one, "pca", {})
 
 
 def test_rows_too_short_for_alpha_are_said_and_their_concepts_dead():

@@ -8,6 +8,13 @@ def alone(method):
 
     def solve(Z, key, *, num_concepts, **options):
         result = method.solve(Z, key, num_concepts=(num_concepts,), **options)
-        return jax.tree.map(lambda leaf: leaf[0], result)
+        one = jax.tree.map(lambda leaf: leaf[0], result)
+        # A program may compute more concepts than it is asked for.
+        return one._replace(
+            components=one.components[:num_concepts],
+            activations=one.activations[:, :num_concepts],
+            starts=None if one.starts is None else one.starts[:, :num_concepts],
+            history=one.history[: int(options.get("max_iter", len(one.history) - 1)) + 1],
+        )
 
     return solve

@@ -71,7 +71,7 @@ def solve(
     )
     begun = phases.watched(InColumns(*plan), given, X, None, tell or (lambda standing: None))
     del X
-    offsets: Array = matmul(begun.components[0], basis.T)
+    offsets: Array = matmul(begun.components[0, :K], basis.T)
     error = jnp.inf
     # Each value belongs to the centroids before an update; the first pass computes the last one.
     history = list(np.asarray(begun.history[0])[1 : int(begun.iterations[0]) + 1] + outside)
@@ -114,7 +114,7 @@ def solve(
         iterations=jnp.int32(len(history)),
         converged=jnp.asarray(error <= tol),
         history=jnp.array([*history, float(inertia)], jnp.float32),
-        starts=None if begun.starts is None else begun.starts[0],
+        starts=None if begun.starts is None else begun.starts[0][:, :K],
     )
 
 

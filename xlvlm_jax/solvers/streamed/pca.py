@@ -49,7 +49,7 @@ def solve(
     """Does `pca.solve` for one number of components; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    W = pca.width(K + OVERSAMPLE)
+    W = pca.num_axes(K + OVERSAMPLE)
     exact = 2 * W > D  # no room for as many new directions: use the whole space at once
 
     directions = sketch_directions(key, D, D if exact else W)

@@ -67,11 +67,11 @@ def solve(
         n_init=n_init,
     )
     del X
-    atoms = matmul(begun.components[0], basis.T)
+    atoms = matmul(begun.components[0, :K], basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
     assert begun.activations is not None, "a solver in memory returns activations"
-    codes, lasso = np.array(begun.activations[0]), (jnp.float32(alpha), nonnegative)
+    codes, lasso = np.array(begun.activations[0, :, :K]), (jnp.float32(alpha), nonnegative)
     begun = begun._replace(activations=None)  # frees another N K numbers
     while len(history) <= max_iter and not state.error <= tol:
         state, codes = _update(source, energy, codes, state, *lasso)
