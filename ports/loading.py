@@ -16,6 +16,8 @@ from ports.models import (
     idefics3,
     internvl,
     llava,
+    llava_next,
+    llava_onevision,
     paligemma,
     qwen2_5_vl,
     qwen3_vl,
@@ -41,6 +43,8 @@ PORTS: dict[str, Port] = {
     "gemma3": gemma3.PORT,
     "paligemma": paligemma.PORT,
     "internvl": internvl.PORT,
+    "llava_next": llava_next.PORT,
+    "llava_onevision": llava_onevision.PORT,
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -31,6 +31,10 @@ class Processor:
         """Returns the arrays of the image processor for a flat list of images."""
         return dict(self.image_processor(images=images, return_tensors="np"))
 
+    def process_groups(self, groups: list[list[Any]]) -> dict[str, np.ndarray]:
+        """Returns the arrays of the images of each text; the same as for a flat list."""
+        return self.process_images([image for group in groups for image in group])
+
     def expand(self, arrays: dict[str, np.ndarray]) -> list[str]:
         """Returns the text of each image in a prompt, which replaces its `image_token`.
 
@@ -78,7 +82,7 @@ class Processor:
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'np'")
         texts = [text] if isinstance(text, str) else list(text)
         entries = [] if images is None else list(images)
-        groups = [entry if isinstance(entry, list | tuple) else [entry] for entry in entries]
+        groups = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
         flat = [image for group in groups for image in group]
         wanted, given = [prompt.count(self.image_token) for prompt in texts], list(map(len, groups))
         # With a flat list it is not known which text an image belongs to: compare the totals.
@@ -92,7 +96,7 @@ class Processor:
         arrays: dict[str, np.ndarray] = {}
         if flat:
             try:
-                arrays = self.process_images(flat)
+                arrays = self.process_groups(groups)
             except ValueError as error:
                 first = str(error).strip().splitlines()[0]
                 raise ValueError(

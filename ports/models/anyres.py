@@ -1,0 +1,200 @@
+"""Pictures of any resolution as tiles, for LLaVA-NeXT and LLaVA-OneVision.
+
+A picture is shown twice: whole, resized to one tile, and enlarged on a canvas of tiles, padded at
+two sides. Of the canvas, rows and columns of patches that show only padding are dropped, and each
+row ends in a learnt vector. All this is decided by the pictures' sizes, on the host: each feature
+is a weighted sum of at most four rows of a table, which holds the patches of all tiles and that
+vector, so that pictures of all sizes run in a few programs.
+
+G patches along a side of a tile, F features of a batch, N rows of the table.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ports.inputs import padding
+from ports.inputs.patch_layout import Box, PatchLayout, grid_boxes
+from ports.tracing import is_traced
+
+Array = jax.Array
+Size = tuple[int, int]  # height, width
+
+
+class Features(NamedTuple):
+    """Features as weighted sums of rows of the table."""
+
+    rows: np.ndarray  # int32[F, 4]
+    weights: np.ndarray  # float32[F, 4]
+
+    @classmethod
+    def of_rows(cls, index: np.ndarray) -> "Features":
+        """Returns the rows int[...] of the table themselves."""
+        index = index.reshape(-1, 1)
+        weight = np.zeros((len(index), 4), np.float32)
+        weight[:, 0] = 1
+        return cls(np.repeat(index, 4, axis=1).astype(np.int32), weight)
+
+    @classmethod
+    def joined(cls, parts: Iterable["Features"]) -> "Features":
+        """Returns several in one."""
+        parts = [*parts, cls(np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))]
+        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+    def padded(self) -> "Features":
+        """Returns the features with further ones at the end, up to one of a few numbers."""
+        missing = padding.bucket_length(max(len(self.rows), 1)) - len(self.rows)
+        widths = ((0, missing), (0, 0))
+        return Features(np.pad(self.rows, widths), np.pad(self.weights, widths))
+
+
+def gather(table: Array, index: Array, weight: Array) -> Array:
+    """Returns [F, D], the weighted sums of rows of table[N, D]."""
+    return (table[index] * weight[..., None].astype(table.dtype)).sum(axis=1)
+
+
+def prepared(
+    inputs: Mapping[str, Any],
+    config: Any,
+    prepare: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]],
+) -> Mapping[str, Any]:
+    """Returns inputs as `prepare` makes them, if they are still those of the processor.
+
+    Raises:
+        ValueError: the sizes of the images are traced.
+    """
+    if inputs.get("image_sizes") is None and inputs.get("pixel_values_videos") is None:
+        return inputs
+    if any(is_traced(value) for value in inputs.values()):
+        raise ValueError(
+            "the images' sizes are traced (by jax.jit, vmap or grad), but they decide the shapes; "
+            "pass the arrays of vlm.place(inputs) or vlm.prepare(inputs)"
+        )
+    return prepare(config, {name: np.asarray(value) for name, value in inputs.items()})
+
+
+def best_canvas(size: Size, canvases: Sequence[Size]) -> Size:
+    """Returns the canvas that shows most of a picture, and of these the one with least padding."""
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[1] / size[1], canvas[0] / size[0])
+        shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(canvases, key=merit)  # the first of equal ones
+
+
+def shown_part(size: Size, canvas: Size) -> tuple[slice, slice]:
+    """Returns the rows and columns of a canvas that show the picture; padding has both sides' size.
+
+    Args:
+        size: of the picture, in any unit.
+        canvas: rows and columns of patches.
+    """
+    height, width = canvas
+    if size[1] / size[0] > width / height:
+        kept = int(round(size[0] * (width / size[1]), 7))
+        edge = (height - kept) // 2
+        return slice(edge, height - edge), slice(0, width)
+    kept = int(round(size[1] * (height / size[0]), 7))
+    edge = (width - kept) // 2
+    return slice(0, height), slice(edge, width - edge)
+
+
+def tile_index(tiles: Size, side: int, first: int) -> np.ndarray:
+    """Returns int[rows G, columns G], the rows of the table that hold the patches of a canvas.
+
+    Args:
+        tiles: rows and columns of tiles.
+        side: G.
+        first: row of the table of the first tile's first patch.
+    """
+    rows, columns = tiles
+    index = first + np.arange(rows * columns * side * side).reshape(rows, columns, side, side)
+    return index.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+
+
+def resampled(index: np.ndarray, height: int, width: int) -> Features:
+    """Returns a grid of rows of the table, int[h, w], resized with bilinear interpolation.
+
+    The middles of cells are aligned, as in PyTorch's `interpolate` without antialiasing.
+    """
+
+    def line(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * (old / new) - 0.5, 0)
+        low = np.minimum(place.astype(int), old - 1)
+        return low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
+
+    top, bottom, down = line(index.shape[0], height)
+    left, right, across = line(index.shape[1], width)
+    corners = [index[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)]
+    weights = [np.outer(y, x) for y in (1 - down, down) for x in (1 - across, across)]
+    return Features(
+        np.stack(corners, axis=-1).reshape(-1, 4).astype(np.int32),
+        np.stack(weights, axis=-1).reshape(-1, 4).astype(np.float32),
+    )
+
+
+def with_ends(features: Features, rows: int, end: int) -> Features:
+    """Returns the features of a grid with row `end` of the table after each of its rows."""
+    index = features.rows.reshape(rows, -1, 4)
+    weight = features.weights.reshape(rows, -1, 4)
+    last = Features.of_rows(np.full(rows, end))
+    return Features(
+        np.concatenate([index, last.rows[:, None]], axis=1).reshape(-1, 4),
+        np.concatenate([weight, last.weights[:, None]], axis=1).reshape(-1, 4),
+    )
+
+
+def few(count: int) -> int:
+    """Rounds a number of tiles up to 1 to 8, 10, 12, 14, 16, 20 ...: four numbers per octave."""
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
+
+
+def tiles_of(pixels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Returns the tiles [tiles, 3, height, width] of pictures, padded to one of a few numbers.
+
+    Args:
+        pixels: [I, tiles, 3, height, width], filled up to the picture with most tiles.
+        counts: number of tiles of each picture.
+    """
+    tiles = np.concatenate([each[:count] for each, count in zip(pixels, counts, strict=True)])
+    missing = few(len(tiles)) - len(tiles)
+    return np.pad(tiles, [(0, missing), (0, 0), (0, 0), (0, 0)])
+
+
+def layout_of(size: Size, tiles: Size, side: int, shape: Size, places: np.ndarray) -> PatchLayout:
+    """Returns the layout of one picture.
+
+    Args:
+        size: height and width of the picture in pixels.
+        tiles: rows and columns of tiles.
+        side: G.
+        shape: rows and columns of features that the tiles give, without the rows' ends.
+        places: int[F], the positions of all of the picture's tokens.
+    """
+    whole = places[: side * side].reshape(side, side)
+    kept = places[side * side :].reshape(shape[0], -1)[:, : shape[1]]
+    canvas = (tiles[0] * side, tiles[1] * side)
+    rows, columns = shown_part(size, canvas)
+    # The picture on its canvas: as large as fits, in the middle.
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    margins = [(c - s * scale) / 2 for c, s in zip(canvas, size, strict=True)]
+    inside: Box = (
+        (margins[1] - columns.start) / (columns.stop - columns.start),
+        (margins[0] - rows.start) / (rows.stop - rows.start),
+        (canvas[1] - margins[1] - columns.start) / (columns.stop - columns.start),
+        (canvas[0] - margins[0] - rows.start) / (rows.stop - rows.start),
+    )
+    return PatchLayout(
+        kept, grid_boxes(*shape, inside), whole=PatchLayout(whole, grid_boxes(side, side))
+    )
+
+
+def side_of(num_patches: int) -> int:
+    """Returns G, patches along a side of a tile of so many patches."""
+    return math.isqrt(num_patches)

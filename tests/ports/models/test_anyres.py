@@ -1,0 +1,62 @@
+"""Pictures in tiles: by hand, and against what transformers and PyTorch choose."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next import modeling_llava_next
+
+from ports.models import anyres
+from ports.models.anyres import Features
+
+CANVASES = ((28, 56), (56, 28), (56, 56), (28, 84), (84, 28))
+SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES)
+def test_the_canvas_is_transformers(size):
+    ours = anyres.best_canvas(size, CANVASES)
+    assert ours == select_best_resolution(size, [list(canvas) for canvas in CANVASES])
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
+def test_the_part_that_is_shown_is_transformers(size, rows, columns, side):
+    index = anyres.tile_index((rows, columns), side, 0)
+    kept = modeling_llava_next.unpad_image(torch.from_numpy(index[None]), size)[0].numpy()
+    np.testing.assert_array_equal(index[anyres.shown_part(size, index.shape)], kept)
+
+
+def test_tiles_by_hand():
+    """Two tiles of 2 x 2 patches beside each other, after a whole picture of four."""
+    assert anyres.tile_index((1, 2), 2, 4).tolist() == [[4, 5, 8, 9], [6, 7, 10, 11]]
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (8, 8), (9, 4), (1, 1)])
+def test_resampling_is_pytorchs(shape):
+    table = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    index, weight = anyres.resampled(np.arange(64).reshape(8, 8), *shape)
+    ours = anyres.gather(table, index, weight)
+    grid = torch.from_numpy(table.reshape(1, 8, 8, 3)).movedim(-1, 1)
+    theirs = torch.nn.functional.interpolate(grid, shape, mode="bilinear")[0].movedim(0, -1)
+    np.testing.assert_allclose(ours, theirs.reshape(-1, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_end_in_a_vector():
+    features = anyres.with_ends(Features.of_rows(np.array([[5, 6], [7, 8]])), 2, end=9)
+    assert features.rows[:, 0].tolist() == [5, 6, 9, 7, 8, 9]
+    assert features.weights.sum(axis=1).tolist() == [1] * 6
+
+
+@given(st.integers(1, 400))
+def test_many_tiles_have_few_counts(count):
+    padded = anyres.few(count)
+    assert count <= padded < count * 5 / 4 + 1 and anyres.few(padded) == padded
+
+
+def test_features_beyond_the_last_weigh_nothing():
+    features = Features.of_rows(np.arange(20)).padded()
+    assert len(features.rows) == 32 and not features.weights[20:].any()
