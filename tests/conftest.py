@@ -41,10 +41,10 @@ import jax
 import jaxtyping
 import pytest
 
-# Shapes and types in signatures of these modules are checked at every call, and an error names the
+# In these rooms, shapes and types in signatures are checked at every call, and an error names the
 # argument. An int counts as a float, as for type checkers. Other rooms join once the tests that use
 # them pass with the check.
-CHECKED = ("xlvlm_jax.metrics",)
+CHECKED = ("xlvlm_jax.metrics", "xlvlm_jax.sae", "xlvlm_jax.shift", "xlvlm_jax.solvers")
 jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
@@ -131,6 +131,12 @@ class ThreeWords:
     """A head and tokenizer whose three words are the first three columns of the states."""
 
     directory = fingerprint = None
+
+    @property
+    def __class__(self):  # as far as isinstance sees
+        import ports
+
+        return ports.VLM
 
     def unembed(self, x):
         return x[:, :3]

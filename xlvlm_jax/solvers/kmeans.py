@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -203,7 +204,7 @@ class Given(NamedTuple):
     tol: Float[Array, ""]
     unit: Float[Array, ""]
     centroids: Float[Array, "K D"] | None
-    weights: Float[Array, " N"] | None  # of all rows, on every device
+    weights: Float[Array | np.ndarray, " N"] | None  # of all rows, on every device
     counts: Counts
 
 
@@ -347,9 +348,9 @@ def plan(
     tol: Float[Array, ""] | float = 1e-4,
     max_iter: int = 300,
     n_init: int = 1,
-    init_centroids: Float[Array, "K D"] | None = None,
+    init_centroids: Float[Array | np.ndarray, "K D"] | None = None,
     unit: Float[Array, ""] | float = 1.0,
-    sample_weight: Float[Array, " N"] | None = None,
+    sample_weight: Float[Array | np.ndarray, " N"] | None = None,
 ) -> tuple[Plan, Given]:
     """Returns how to cluster the rows of Z[N, width] for each of Q numbers of clusters.
 

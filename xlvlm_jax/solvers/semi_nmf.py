@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -332,7 +333,7 @@ def plan(
     tol: Float[Array, ""] | float = 1e-6,
     max_iter: int = 1000,
     n_init: int | None = None,
-    init_atoms: Float[Array, "K D"] | None = None,
+    init_atoms: Float[Array | np.ndarray, "K D"] | None = None,
 ) -> tuple[Plan, Given]:
     """Returns how to factor Z[N, width] for each of Q numbers of concepts.
 

@@ -276,7 +276,7 @@ def cluster_means(
     return counts, Wide(*(jnp.where(counts[:, None] > 0, part, 0) for part in means))
 
 
-def is_far(mean: Float[Array, " D"], variance: Float[Array, ""]) -> Array:
+def is_far(mean: Float[Array, " D"], variance: Float[Array, ""]) -> Bool[Array, ""]:
     """Returns whether products with rows around this mean lose the differences between rows.
 
     See FAR.
@@ -305,7 +305,7 @@ def centred_scores(
     Z: Float[Array, "N D"],
     basis: Float[Array, "D R"],
     mean: Float[Array, " D"],
-    far: Array,
+    far: Bool[Array, ""] | bool,
 ) -> Float[Array, "N R"]:
     """Returns (Z - 1 m) basis, like `centred_products`, with each row contiguous."""
     return _of_centred(lambda rows: matmul(rows, basis), Z, mean, far, 0)

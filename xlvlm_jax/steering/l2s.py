@@ -47,7 +47,7 @@ class ShiftNetwork(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B D"]) -> Float[jax.Array, "B D"]:
         """Maps float32[B, D] to float32[B, D]."""
         x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
         return nn.Dense(self.width, name="shift")(x)

@@ -248,6 +248,6 @@ def answer_losses(
     states = apply({"params": params}, inputs, method="states")
     # Rows are padded on the left: answers are at the end.
     logits = module.bind({"params": params}).unembed(states[:, -length - 1 : -1])
-    weights = (batch.kinds[:, -length:] == GENERATED).astype(jnp.float32)
+    weights = jnp.asarray(batch.kinds[:, -length:] == GENERATED, jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, -length:])
     return losses * weights, weights

@@ -114,6 +114,7 @@ def test_the_shift_of_far_rows_is_exact(drawn):
     np.testing.assert_allclose(found.spread.consistency[:-1], 1, rtol=1e-6)
 
 
+@pytest.mark.wrong_types
 def test_an_unknown_centre_is_refused(drawn):
     before, after, pairs, assignment = drawn
     with pytest.raises(ValueError, match="reduce is 'mode'; expected 'mean', 'median' or"):

@@ -198,6 +198,7 @@ def test_a_damaged_directory_is_refused(grounded, tmp_path):
         ShiftAnalysis.load(tmp_path)
 
 
+@pytest.mark.wrong_types
 def test_what_does_not_fit_is_refused(states, concepts_of, analysis):
     before, after = states
     pairs, concepts = pairs_of(before), concepts_of(before)

@@ -55,6 +55,7 @@ def test_permuting_concepts_permutes_the_overlap():
     )
 
 
+@pytest.mark.wrong_types
 def test_messages():
     A = np.ones((4, 7))
     with pytest.raises(ValueError, match=r"\(4, 7\) and \(3, 7\)"):

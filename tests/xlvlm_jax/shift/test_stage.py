@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ports import VLM
 from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features.manifest import finetuned_site
@@ -123,9 +124,12 @@ def test_concepts_of_the_fine_tuned_model_may_be_given(
 def test_a_model_or_features_of_another_width_leave_nothing(write, states, concepts, head, root):
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
 
+    class Model(SimpleNamespace):
+        __class__ = VLM  # as far as isinstance sees
+
     def wide(width):
         sized = SimpleNamespace(hidden_size=width)
-        return SimpleNamespace(
+        return Model(
             config=SimpleNamespace(get_text_config=lambda: sized),
             directory=None,
             fingerprint=None,

@@ -130,6 +130,7 @@ def test_centres_of_many_rows_are_those_in_float64(reduce):
         np.testing.assert_allclose(shifts[k], theirs, rtol=1e-7, atol=1e-6)
 
 
+@pytest.mark.wrong_types
 def test_messages():
     with pytest.raises(ValueError, match=r"shapes \(60, 7\) and \(59, 7\).*expected \[N, D\]"):
         shift.concept_shift(A, B[1:], OF, K)

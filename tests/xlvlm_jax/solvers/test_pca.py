@@ -124,7 +124,7 @@ def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
     Z[:, 7] = 0
     Z[600, 7] = 1000
     for seed in range(4):
-        found = alone(pca)(Z, jax.random.key(seed), num_samples=1200, num_concepts=20)
+        found = alone(pca)(jnp.asarray(Z), jax.random.key(seed), num_samples=1200, num_concepts=20)
         assert abs(found.components[0, 7]) > 0.99
         expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
         explained = np.var(np.asarray(found.activations), axis=0, ddof=1).sum()

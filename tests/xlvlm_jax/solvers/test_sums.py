@@ -105,7 +105,8 @@ def test_directions_are_weighted_sums_near_and_far_from_the_origin(rows, offset)
     codes = rng.standard_normal((3, rows), np.float32)
     mean = np.full(70, offset, np.float32)
     expected = codes.astype(np.float64) @ (Z.astype(np.float64) - offset)
-    found = jax.jit(sums.weighted_directions)(codes, Z, mean, sums.is_far(mean, 1.0))
+    far = sums.is_far(jnp.asarray(mean), jnp.float32(1))
+    found = jax.jit(sums.weighted_directions)(codes, Z, mean, far)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * rows**0.5)
 
 
@@ -114,8 +115,10 @@ def test_products_with_rows_far_from_the_origin(rows):
     rng = np.random.default_rng(0)
     Z = rng.normal(size=(rows, 300)).astype(np.float32) + np.float32(1e4)
     mean, vectors = np.full(300, 1e4, np.float32), rng.normal(size=(2, 300)).astype(np.float32)
-    assert sums.is_far(mean, 1.0) and not sums.is_far(mean / 1e4, 1.0)
     expected = vectors.astype(np.float64) @ (Z.astype(np.float64) - 1e4).T
+    Z, mean, vectors = map(jnp.asarray, (Z, mean, vectors))
+    one = jnp.float32(1)
+    assert sums.is_far(mean, one) and not sums.is_far(mean / 1e4, one)
     found = jax.jit(sums.centred_products)(vectors, Z, mean, True)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert sums.centred_products(vectors, Z[:0], mean, True).shape == (2, 0)

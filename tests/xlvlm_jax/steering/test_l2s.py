@@ -55,6 +55,7 @@ class TestNetwork:
         ours = l2s.L2S(params, mean, deviation, scale, CONTEXT, SITE).shift(contexts)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.wrong_types
     def test_messages(self):
         with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(2, 4\)"):
             l2s.fit_network(np.ones((3, 4)), np.ones((2, 4)))

@@ -51,6 +51,7 @@ def test_fine_vectors_lead_from_centroid_to_centroid():
         np.testing.assert_allclose(moved, fine.concepts.components, atol=1e-4)
 
 
+@pytest.mark.wrong_types
 def test_messages():
     with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(3, 5\)"):
         steering.steering_vector(np.ones((3, 4)), np.ones((3, 5)))
