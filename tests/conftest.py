@@ -44,7 +44,13 @@ import pytest
 # In these rooms, shapes and types in signatures are checked at every call, and an error names the
 # argument. An int counts as a float, as for type checkers. Other rooms join once the tests that use
 # them pass with the check.
-CHECKED = ("xlvlm_jax.metrics", "xlvlm_jax.sae", "xlvlm_jax.shift", "xlvlm_jax.solvers")
+CHECKED = (
+    "xlvlm_jax.metrics",
+    "xlvlm_jax.sae",
+    "xlvlm_jax.shift",
+    "xlvlm_jax.solvers",
+    "xlvlm_jax.steering",
+)
 jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )

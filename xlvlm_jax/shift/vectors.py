@@ -101,7 +101,9 @@ def concept_shift(
 
 
 def shifted(
-    components: Float[Array, "K D"], shifts: Float[Array, "K D"], alpha: float = 1.0
+    components: Float[Array, "K D"],
+    shifts: Float[Array, "K D"],
+    alpha: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "K D"]:
     """Returns the concepts moved by alpha times their shift.
 

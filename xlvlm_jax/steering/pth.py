@@ -34,6 +34,8 @@ def import_vector(
 ) -> SteeringVector:
     """Reads a vector of XL-VLMs; executes nothing in the file.
 
+    Runs on the host and cannot be traced.
+
     Args:
         path: the .pth file.
         site: the site to steer, which the file does not name.
@@ -60,6 +62,8 @@ def export_vectors(
     vectors: Sequence[SteeringVector] | SteeringVector, path: str | os.PathLike[str]
 ) -> None:
     """Writes vectors as a file that XL-VLMs and torch.load can read.
+
+    Runs on the host and cannot be traced.
 
     Args:
         vectors: one vector, or the fine vectors of a clustering.

@@ -229,6 +229,8 @@ def shift_vectors(
 ) -> dict[str, SteeringVector]:
     """Returns the shifts of concepts as vectors that steer the original model.
 
+    Runs on the host and cannot be traced.
+
     Args:
         shifts: float32[K, D], such as `ShiftAnalysis.shifts`.
         counts: the number of samples that each comes from; a concept with fewer than two has none.
