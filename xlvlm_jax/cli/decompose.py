@@ -79,7 +79,7 @@ def decompose(
         console.print(
             f"{concepts.method}: {counted(num_concepts, 'concept')} from "
             f"{counted(concepts.source['rows'], 'row')}, objective {concepts.objective:.6g} after "
-            f"{counted(concepts.iterations, 'iteration')} ({ended}), "
+            f"{counted(int(concepts.iterations), 'iteration')} ({ended}), "
             f"{concepts.source['seconds']:.1f} s -> {directory}"
         )
 

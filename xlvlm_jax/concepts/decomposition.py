@@ -70,8 +70,8 @@ def decompose(
 ) -> list[Concepts]: ...
 @blas_threads.one_thread()
 def decompose(
-    Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
-    num_concepts: int | Sequence[int],
+    Z: Any,
+    num_concepts: int | np.integer | Sequence[int] | np.ndarray,
     method: str = "snmf",
     *,
     key: PRNGKeyArray,
@@ -334,7 +334,7 @@ def _check_held(
         )
 
 
-def _check_rounded(Z: Float[np.ndarray, "N D"], method: str) -> None:
+def _check_rounded(Z: Shaped[np.ndarray, "N D"], method: str) -> None:
     """Warns if float32 is too coarse for float64 rows that are not centred first."""
     largest = np.maximum(np.abs(Z.max(axis=0)), np.abs(Z.min(axis=0)))
     rounding, deviation = np.spacing(largest.astype(np.float32)) / 2, Z.std(axis=0)
@@ -493,9 +493,11 @@ def _in_dtype(values: Array | np.ndarray, dtype: Any) -> Array:
 
 
 def _on_device(values: Any) -> Any:
-    """Returns a float32 array of the host as a JAX array; leaves everything else unchanged."""
-    on_host = isinstance(values, np.ndarray) and values.dtype == np.float32
-    return jax.device_put(values) if on_host else values
+    """Returns an array of the host as a JAX array, if that has its digits; else what is given."""
+    if not isinstance(values, np.ndarray):
+        return values
+    fits = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
+    return jax.device_put(values) if fits else values
 
 
 @blas_threads.one_thread()
@@ -570,7 +572,7 @@ def decompose_stored(
 
 
 def project(
-    Z: Shaped[Array | np.ndarray, "..."] | StoredMatrix,
+    Z: Any,
     concepts: Concepts,
     *,
     mesh: Mesh | None = None,
@@ -629,9 +631,7 @@ def project_stored(
         yield start, rows, _project(rows, concepts, mesh, start)
 
 
-def distances(
-    Z: Shaped[Array | np.ndarray, "..."], concepts: Concepts
-) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
+def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """Returns the nearest component of each row, and its distances to all components.
 
     Distances distinguish rows whose activations, 1 / (1 + distance), round to one. Works

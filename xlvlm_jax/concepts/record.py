@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -61,7 +61,8 @@ class Concepts:
         method: "snmf", "kmeans", "pca" or "simple".
         options: the options of the method, including defaults.
         objective: what the method minimises, at these components and activations (for kmeans and
-            simple the sum of squared distances to the nearest component).
+            simple the sum of squared distances to the nearest component). Under jit or vmap, this
+            and the next two are arrays.
         iterations: number of updates in the run that was kept.
         converged: whether the stopping rule ended it, rather than max_iter.
         history: float32[iterations + 1], the objective at the start and after each update.
@@ -84,12 +85,12 @@ class Concepts:
     """
 
     components: Matrix
-    activations: Matrix | None = None
+    activations: Matrix | StoredRows | None = None
     method: str = "snmf"
     options: dict[str, Any] = field(default_factory=dict)
-    objective: float | None = None
-    iterations: int = 0
-    converged: bool = True
+    objective: float | Float[Array, "..."] | None = None
+    iterations: int | Int[Array, "..."] = 0
+    converged: bool | Bool[Array, "..."] = True
     history: Matrix | None = None
     mean: Matrix | None = None
     stability: Matrix | None = None
@@ -111,9 +112,8 @@ class Concepts:
         return concepts_html(*shown, num_concepts=len(self.components), title=title)
 
     def _in_short(self) -> str:
-        rows = ""
-        if self.activations is not None:
-            rows = f" of {counted(np.shape(self.activations)[-2], 'row')}"
+        shape = getattr(self.activations, "shape", ())
+        rows = f" of {counted(shape[-2], 'row')}" if len(shape) > 1 else ""
         return f"{self.method}: {kind(self.components)} components{rows}"
 
     @property
@@ -134,7 +134,10 @@ class Concepts:
     @classmethod
     def tree_unflatten(cls, described: str, numbers: tuple) -> "Concepts":
         """Inverts `tree_flatten`."""
-        return cls(**dict(zip(_NUMBERS, numbers, strict=True)), **json.loads(described))
+        made = object.__new__(cls)  # not by __init__: JAX also puts in what is not an array
+        for name, value in (*zip(_NUMBERS, numbers, strict=True), *json.loads(described).items()):
+            object.__setattr__(made, name, value)
+        return made
 
     @classmethod
     def from_components(

@@ -195,12 +195,14 @@ def spoilt(row, value):
         (rows(), 2, "snmf", {"init": spoilt(0, np.inf)[:2]}, "init has NaN or Inf in row 0"),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_input(Z, num_concepts, method, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         decompose(Z, num_concepts, method, key=KEY, **options)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.wrong_types
 def test_a_key_that_is_none():
     with pytest.raises(ValueError, match=r"key must come from jax.random.key; got 0"):
         decompose(rows(), 2, key=0)

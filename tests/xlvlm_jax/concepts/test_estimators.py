@@ -38,6 +38,7 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.wrong_types
 @parametrize_with_checks(
     [SemiNMF(), KMeans(), xlvlm_jax.PCA()],
     expected_failed_checks=lambda estimator: FAILS.get(type(estimator), {}),
@@ -302,25 +303,31 @@ def test_warnings():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "message"),
+    ("estimator", "options", "message"),
     [
-        (SemiNMF(70), "n_components=70 must be at most n_samples=60"),
-        (SemiNMF(nonnegative="False"), "'nonnegative' parameter of SemiNMF"),
-        (SemiNMF(max_iter=0), "'max_iter' parameter of SemiNMF"),
-        (KMeans("3"), "'n_clusters' parameter of KMeans"),
-        (KMeans(61), "n_samples=60 should be >= n_clusters=61"),
+        (SemiNMF, {"n_components": 70}, "n_components=70 must be at most n_samples=60"),
+        (SemiNMF, {"nonnegative": "False"}, "'nonnegative' parameter of SemiNMF"),
+        (SemiNMF, {"max_iter": 0}, "'max_iter' parameter of SemiNMF"),
+        (KMeans, {"n_clusters": "3"}, "'n_clusters' parameter of KMeans"),
+        (KMeans, {"n_clusters": 61}, "n_samples=60 should be >= n_clusters=61"),
         (
-            KMeans(3, init=X[:2]),
+            KMeans,
+            {"n_clusters": 3, "init": X[:2]},
             r"centers \(2, 5\) does not match the number of clusters 3",
         ),
-        (KMeans(3, init=X[:3, :2]), "does not match the number of features of the data 5; init mu"),
-        (xlvlm_jax.PCA(0), "'n_components' parameter of PCA"),
-        (xlvlm_jax.PCA(6), "n_components=6 must be between 1 and min.*=5"),
+        (
+            KMeans,
+            {"n_clusters": 3, "init": X[:3, :2]},
+            "does not match the number of features of the data 5; init mu",
+        ),
+        (xlvlm_jax.PCA, {"n_components": 0}, "'n_components' parameter of PCA"),
+        (xlvlm_jax.PCA, {"n_components": 6}, "n_components=6 must be between 1 and min.*=5"),
     ],
 )
-def test_messages(estimator, message):
+@pytest.mark.wrong_types
+def test_messages(estimator, options, message):
     with pytest.raises(ValueError, match=message):
-        estimator.fit(X)
+        estimator(**options).fit(X)
 
 
 def test_messages_of_weights():
@@ -330,6 +337,7 @@ def test_messages_of_weights():
         KMeans(3).fit(X, sample_weight=np.arange(60) < 2)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("given", ["a", ["a"] * 60, {"a": 1}, [None] * 60])
 def test_weights_that_are_no_numbers(given):
     expected = r"sample_weight must have shape \(60,\), one number per row; got "

@@ -78,6 +78,7 @@ def test_words_depend_on_the_direction_alone(scale, order):
         (np.ones((2, 2)), {"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_components_are_one_line(components, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         ground_text(components, head, Decoder(), **options)

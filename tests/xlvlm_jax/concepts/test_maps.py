@@ -75,6 +75,7 @@ class TestPaint:
         edge |= np.isclose(y * rows % 1, 1) | np.isclose(x * columns % 1, 1)
         np.testing.assert_array_equal(np.where(edge, 0, painted[0]), np.where(edge, 0, expected))
 
+    @pytest.mark.wrong_types
     def test_another_grid(self):
         with pytest.raises(ValueError, match=r"maps have shape \(1, 2, 2\) and boxes \(1, 2, 4\)"):
             paint(np.zeros((1, 2, 2)), grid_boxes(1, 2), 4, 4)

@@ -34,7 +34,9 @@ def encode(rows, options):
 @pytest.fixture
 def products(monkeypatch):
     """A registered method of the test's own."""
-    method = Method("products", types.SimpleNamespace(solve=solve), encode, max_per_width=True)
+    solver = types.ModuleType("products")
+    solver.__dict__["solve"] = solve
+    method = Method("products", solver, encode, max_per_width=True)
     monkeypatch.setitem(METHODS, "products", method)
 
 
@@ -51,6 +53,7 @@ def test_a_new_method_is_found_projected_kept_and_put_back(tmp_path):
     assert xlvlm_jax.Concepts.load(tmp_path).method == "products"
 
 
+@pytest.mark.wrong_types
 @pytest.mark.usefixtures("products")
 def test_what_a_new_method_says_is_asked():
     with pytest.raises(ValueError, match=r"has no option 'last'; its options are first"):

@@ -35,7 +35,7 @@ def test_directories_of_concepts(xlvlm, directory, bert, tmp_path):
     again = ("--stability", directory, "--clip", "embedded", "--bert", bert, "--bert-idf")
     status, out, _ = xlvlm("score", directory, *again, "--output", tmp_path / "run")
     assert status == 0
-    assert "1 dictionaries scored on 40 rows" in out.replace("\n", " ")
+    assert "1 dictionary scored on 40 rows" in out.replace("\n", " ")
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     (row,) = scores["dictionaries"]
     assert row["name"] == "kinds" and row["stability"] == 1
@@ -55,6 +55,7 @@ def test_methods_are_compared(xlvlm, features, tmp_path):
     assert (tmp_path / "scores.svg").is_file()
 
 
+@pytest.mark.wrong_types
 def test_bad_input_is_one_line_and_status_2(
     xlvlm,
     directory,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ports.models import bert
-from xlvlm_jax import Concepts, metrics
+from xlvlm_jax import Concepts, Features, metrics
 from xlvlm_jax.concepts.scores.records import DictionaryScores
 from xlvlm_jax.concepts.scores.scorer import Scorer, captions
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array
@@ -140,6 +140,8 @@ def test_an_image_of_several_rows_counts_once(scorer, write_features, clip, name
     ).result()
 
     class Doubled:
+        __class__ = Features  # as far as isinstance sees
+
         def __getattr__(self, name):
             return getattr(doubled, name)
 
@@ -153,6 +155,7 @@ def test_an_image_of_several_rows_counts_once(scorer, write_features, clip, name
     )
 
 
+@pytest.mark.wrong_types
 def test_concepts_and_samples_that_do_not_fit(scorer, named, write_features, judge, clip):
     elsewhere = dataclasses.replace(named, source={"site": "layers.2"})
     with pytest.raises(ValueError, match=r"concepts of site 'layers.2' cannot be scored on states"):
