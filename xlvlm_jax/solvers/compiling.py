@@ -12,7 +12,7 @@ from jax.core import Tracer
 # loops that are as fast: the large products are library calls. An accelerator's compiler keeps its
 # defaults.
 _QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 1}
-if jax.version.__version_info__ < (0, 11):
+if jax.__version_info__ < (0, 11):
     _QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
