@@ -11,6 +11,7 @@ heads. GPUs use cuDNN's kernel and TPUs the splash kernel where these apply.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +210,7 @@ def _attend_plainly(
     # Blocks of all heads: neither rows nor heads are touched, so their sharding stays.
     size = max(1, ACCELERATOR_WHOLE // (4 * batch * heads * slots))
 
-    def block(start: Array, part: Array, mask: Array | None) -> Array:
+    def block(start: Array | int, part: Array, mask: Array | None) -> Array:
         return attend_cached(part, [(keys, values)], masked(start, part.shape[1], mask), **options)
 
     return _in_blocks(block, query, mask, size)
@@ -374,7 +375,7 @@ def _attend_on_tpu(
         # A key in another segment than the query is hidden.
         hides = jnp.pad(visible, ((0, 0), (0, padded_slots - slots))).astype(jnp.int32)
         asks = jnp.ones((len(query), padded), jnp.int32)
-        y = jax.vmap(kernel)(
+        y: Any = jax.vmap(kernel)(
             heads((query / math.sqrt(scalar)).astype(query.dtype), padded),
             heads(key, padded_slots),
             heads(value, padded_slots),

@@ -289,7 +289,8 @@ class Decoder(nn.Module):
                 limit = None if cfg.window_limits_blocks else window
                 window = window if cfg.window_limits_blocks else None
                 seen = attention.sees(mask, jnp.arange(length), length, mask.shape[2] == 1, limit)
-                seen = seen | same_block(blocks)
+                same = same_block(blocks)
+                seen = same if seen is None else seen | same
             last = last_only and i == cfg.num_layers - 1
             x = layer(x, angles[ropes[i]], seen, start, last, window)
             if i < cfg.num_injections:

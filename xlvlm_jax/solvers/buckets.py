@@ -7,7 +7,7 @@ copy would also take as much memory again, which on an accelerator is the scarce
 """
 
 SMALL, PADDED = 2**20, 2**24  # elements of Z: sizes in steps of at most a half; of a sixteenth
-LEAST_ROWS, LEAST_CONCEPTS = 16, 16
+LEAST_ROWS, LEAST_CONCEPTS, CONCEPTS_STEP = 16, 16, 8
 # Multiplications of an update with every row and centroid: up to so many, a fraction of a
 # millisecond, Z is clustered as it is and the concepts are padded too.
 SMALL_UPDATE = 2**24
@@ -33,9 +33,13 @@ def bucket_of_concepts(K: int, N: int, D: int, step: int | None = None) -> int:
         K: number of concepts that is asked for.
         N: number of rows.
         D: number of columns.
-        step: the number is a multiple of it; None for a power of two, where concepts cost little.
+        step: the number is a multiple of it; None for multiples of 8 from 16 on.
     """
-    padded = -(-K // step) * step if step else _rounded(max(K, LEAST_CONCEPTS), 1)
+    if step is None:
+        step, least = CONCEPTS_STEP, LEAST_CONCEPTS
+    else:
+        least = 1
+    padded = -(-max(K, least) // step) * step
     padded = min(padded, N)
     return max(padded, K) if is_small(N, D, padded) else K
 

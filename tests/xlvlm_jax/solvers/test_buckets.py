@@ -41,7 +41,7 @@ def test_rows_are_few_sizes_of_bounded_waste():
 
 def test_concepts():
     assert {bucket_of_concepts(K, 620, 192) for K in range(1, 17)} == {16}
-    assert {bucket_of_concepts(K, 620, 192) for K in range(17, 33)} == {32}
+    assert {bucket_of_concepts(K, 620, 192) for K in range(17, 25)} == {24}
     assert bucket_of_concepts(20, 3000, 4096) == 20  # not is_small
     assert not is_small(3000, 4096, 20)
     assert {bucket_of_concepts(K, 620, 192, 8) for K in range(17, 25)} == {24}
