@@ -7,17 +7,19 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from xlvlm_jax.solvers.buckets import PADDED
+
 # On a CPU a solver's program has some hundred small loops, and compiling them is most of a first
 # call. LLVM's first level, with the emitter that jaxlib had before 0.11, takes half the time for
-# loops that are as fast: the large products are library calls. An accelerator's compiler keeps its
-# defaults.
+# loops that are nearly as fast: the large products are library calls. Beyond `buckets.PADDED`
+# elements the loops count more, and on an accelerator its compiler keeps its defaults.
 _QUICK: dict[str, bool | int | str] = {"xla_backend_optimization_level": 1}
 if jax.__version_info__ < (0, 11):
     _QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Like `jax.jit`, but compiles quickly on a CPU; also works on traced arguments.
+    """Like `jax.jit`, but compiles quickly for small arrays on a CPU; also works when traced.
 
     Options of the compiler that XLA_FLAGS sets are left alone.
     """
@@ -26,9 +28,11 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     plain, quick = jax.jit(function, **options), jax.jit(function, **options, compiler_options=ours)
 
     def call(*arguments: Any, **named: Any) -> Any:
+        leaves = jax.tree.leaves((arguments, named))
         # Only an outermost program takes options.
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((arguments, named)))
-        is_quick = jax.default_backend() == "cpu" and not traced
+        traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        large = any(getattr(leaf, "size", 1) > PADDED for leaf in leaves)
+        is_quick = jax.default_backend() == "cpu" and not traced and not large
         return (quick if is_quick else plain)(*arguments, **named)
 
     return call
