@@ -1,6 +1,7 @@
 """Loads checkpoints: the model_type in config.json selects the port, `load` returns a `VLM`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ports.models import (
     qwen3_vl,
 )
 from ports.models.molmo import model as molmo
+from ports.models.molmo2 import model as molmo2
 from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
 from ports.nn import vision_language
@@ -40,6 +42,7 @@ PORTS: dict[str, Port] = {
     "qwen2_5_vl": qwen2_5_vl.PORT,
     "qwen3_vl": qwen3_vl.PORT,
     "molmo": molmo.PORT,
+    "molmo2": molmo2.PORT,
     "gemma3": gemma3.PORT,
     "paligemma": paligemma.PORT,
     "internvl": internvl.PORT,
@@ -226,6 +229,7 @@ def load_sharded(
         dtype=dtype,
         tied=module.tied,
         shardings=shardings,
+        rearrange=functools.partial(port.rearrange, module.config),
     )
 
 

@@ -4,6 +4,7 @@ config                        config.json, and errors for files that do not load
 params                        tensors <-> Flax parameters
 safetensors_io, orbax_io      the two file formats for parameters
 quantised                     reads fp8 with its scales, refuses other quantised checkpoints
+fused                         stored tensors in other pieces than the parameters
 peft_io                       LoRA adapters in PEFT's format
 hub                           names and Hub repositories -> directories
 """

@@ -10,7 +10,7 @@ and its layout from the last part of the path:
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -158,6 +158,7 @@ def load_params(
     dtype: jnp.dtype,
     tied: Mapping[str, str] = MappingProxyType({}),
     shardings: dict | None = None,
+    rearrange: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> dict:
     """Reads a checkpoint into parameters, placing each tensor on its devices as it is read.
 
@@ -170,6 +171,8 @@ def load_params(
             missing (a tied head -> the embeddings).
         shardings: a tree like `abstract`; every process reads only the rows of its own devices.
             None puts everything on the default device.
+        rearrange: name in the file -> stored tensor, to the same with tensors that are stored in
+            other pieces than the parameters (see `ports.checkpoint.fused`).
 
     Returns:
         A tree like `abstract`.
@@ -180,6 +183,7 @@ def load_params(
             quantised, or a tensor holds NaN or Inf (as stored or in `dtype`).
     """
     stored = quantised.readable(safetensors_io.open_directory(directory), directory)
+    stored = rearrange(stored)
     names = _match(abstract, stored, rename, tied, str(directory))
     placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
     params = {}
@@ -193,7 +197,7 @@ def load_params(
 
 def _read(
     name: str,
-    tensor: quantised.Tensor,
+    tensor: Any,  # a quantised.Tensor, or a piece of some
     stored_axes: tuple[int, ...],
     dtype: jnp.dtype,
     where: jax.sharding.Sharding | None,

@@ -144,13 +144,14 @@ def special_tokens(
         ValueError: an id outside the vocabulary.
     """
     text = config.get_text_config()
-    eos = chosen.get("eos_token_id", text.eos_token_id)
+    # The text configuration of Molmo2 has no such values, unless they are in the file.
+    eos = chosen.get("eos_token_id", getattr(text, "eos_token_id", None))
     eos = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
     candidates = (
         chosen.get("pad_token_id"),
         # Idefics3 and SmolVLM have a property of this name, which is not the token that pads.
         vars(config).get("pad_token_id"),
-        text.pad_token_id,
+        getattr(text, "pad_token_id", None),
         *eos[:1],
         0,
     )

@@ -101,6 +101,11 @@ def leave_processor(processor: Any, config: Any, directory: Path) -> None:
     """Leaves a processor unchanged: the default for `Port.complete_processor`."""
 
 
+def leave_tensors(config: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the stored tensors as they are: the default for `Port.rearrange`."""
+    return dict(stored)
+
+
 @dataclasses.dataclass(frozen=True)
 class Port:
     """Everything that defines a model family.
@@ -122,6 +127,8 @@ class Port:
         read_tokenizer: directory -> tokenizer.
         image_text: text for an image in a prompt whose chat template does not support images; "{}"
             is the image token.
+        rearrange: (config, name in the file -> stored tensor) -> the same with tensors that are
+            stored in other pieces than the module's (see `ports.checkpoint.fused`).
         per_position: further arrays with one row per sample and one column per position -> their
             fill value for padding.
         patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
@@ -143,6 +150,7 @@ class Port:
     complete_processor: Callable[[Any, Any, Path], None] = leave_processor
     read_tokenizer: Callable[[Path], Any] = read_tokenizer
     image_text: str = "{}"
+    rearrange: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = leave_tensors
     per_position: Mapping[str, int] = dataclasses.field(default_factory=dict)
     patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -240,7 +240,7 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.config
         self.embed_tokens = layers.Embed(
-            cfg.vocab_size,
+            cfg.num_embeddings,
             cfg.hidden_size,
             dtype=self.dtype,
             scale=cfg.hidden_size**0.5 if cfg.scale_embeddings else None,

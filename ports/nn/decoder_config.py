@@ -18,6 +18,7 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": _QWEN2,
     "qwen3": {"qk_norm": True},
     "qwen3_vl_text": {"qk_norm": True},
+    "molmo2_text": {"qk_norm": True, "output_bias": False},
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     # transformers ignores the softcaps of a Gemma 3 configuration.
@@ -31,7 +32,7 @@ class DecoderConfig:
     """Sizes and constants of a decoder.
 
     Attributes:
-        vocab_size: number of embeddings and logits.
+        vocab_size: number of logits.
         hidden_size: width of the states, D.
         intermediate_size: width inside the MLPs.
         num_layers: number of layers.
@@ -59,6 +60,7 @@ class DecoderConfig:
         score_softcap: softcap of the attention scores; None for none.
         logit_softcap: softcap of the logits; None for none.
         num_injections: number of first layers after which features may be added (DeepStack).
+        additional_vocab: number of embeddings after the vocabulary, which have no logits (Molmo2).
     """
 
     vocab_size: int
@@ -87,6 +89,7 @@ class DecoderConfig:
     score_softcap: float | None = None
     logit_softcap: float | None = None
     num_injections: int = 0
+    additional_vocab: int = 0
 
     @classmethod
     def from_hf(cls, text: Any, tie_embeddings: bool, *model_types: str) -> "DecoderConfig":
@@ -147,8 +150,14 @@ class DecoderConfig:
             tie_embeddings=tie_embeddings,
             sliding_window=window,
             full_layers=full_layers,
+            additional_vocab=getattr(text, "additional_vocab_size", 0),
             **(values | _TRAITS[text.model_type]),
         )
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of embeddings, with those that have no logits."""
+        return self.vocab_size + self.additional_vocab
 
     def window_of(self, layer: int) -> int | None:
         """Returns the window of a layer; None if it sees all earlier positions."""

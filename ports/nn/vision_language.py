@@ -78,7 +78,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def num_embeddings(self) -> int:
         """Number of embeddings; ids from 0 to this number - 1 are valid."""
-        return self.config.text.vocab_size
+        return self.config.text.num_embeddings
 
     @property
     def tied(self) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Molmo2 (Clark et al. 2026): model, vision tower, and the processor's arrays."""
