@@ -142,13 +142,15 @@ class Attention(nn.Module):
         """
         cfg = self.config
 
-        def heads(name: str, count: int, x: Array) -> Array:
-            y = layers.dense(count * cfg.head_dim, cfg.qkv_bias, self.dtype, name)(x)
+        def heads(part: str, count: int, x: Array) -> Array:
+            y = layers.dense(count * cfg.head_dim, cfg.qkv_bias, self.dtype, f"{part}_proj")(x)
+            if cfg.joint_qk_norm and part != "v":
+                y = _norm(cfg, self.dtype, f"{part}_norm")(y)
             y = y.reshape(*x.shape[:2], count, cfg.head_dim)
-            return sharding.heads(y, "heads" if name == "q_proj" else "kv_heads")
+            return sharding.heads(y, "heads" if part == "q" else "kv_heads")
 
         def turned(part: str, count: int, x: Array, angles: tuple[Array, Array]) -> Array:
-            y = heads(f"{part}_proj", count, x)
+            y = heads(part, count, x)
             if cfg.qk_norm:
                 y = _norm(cfg, self.dtype, f"{part}_norm")(y)
             return layers.rotate(y, *angles)
@@ -158,7 +160,7 @@ class Attention(nn.Module):
             asking, asking_angles, mask = last_queries(x, angles, mask)
         query = turned("q", cfg.num_heads, asking, asking_angles)
         key = turned("k", cfg.num_kv_heads, x, angles)
-        value = heads("v_proj", cfg.num_kv_heads, x)
+        value = heads("v", cfg.num_kv_heads, x)
         y = attend_through_cache(
             self,
             query,
@@ -177,7 +179,8 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With `post_norms`, attention and MLP are each followed by a norm before the sum.
+    With `post_norms`, attention and MLP are each followed by a norm before the sum; with
+    `norms_after`, the norms follow them instead: x + norm(attention(x)), then x + norm(mlp(x)).
     """
 
     config: DecoderConfig
@@ -201,18 +204,20 @@ class DecoderLayer(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return _norm(cfg, self.dtype, name)(x)
 
-        y = norm("input_layernorm", x)
-        y = Attention(cfg, self.dtype, name="self_attn")(y, angles, mask, start, last_only, window)
-        if cfg.post_norms:
-            y = norm("post_attention_layernorm", y)
+        attend = Attention(cfg, self.dtype, name="self_attn")
+        y = x if cfg.norms_after else norm("input_layernorm", x)
+        y = attend(y, angles, mask, start, last_only, window)
+        if cfg.post_norms or cfg.norms_after:
+            y = norm("post_attention_layernorm" if cfg.post_norms else "input_layernorm", y)
         x = sharding.residual((x[:, -1:] if last_only else x) + y)
-        y = norm("pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm", x)
+        of_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+        y = x if cfg.norms_after else norm(of_mlp, x)
         mlp = layers.GatedMLP(
             cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias, self.dtype, name="mlp"
         )
         y = mlp(y)
-        if cfg.post_norms:
-            y = norm("post_feedforward_layernorm", y)
+        if cfg.post_norms or cfg.norms_after:
+            y = norm("post_feedforward_layernorm" if cfg.post_norms else of_mlp, y)
         return sharding.residual(x + y)
 
 

@@ -50,11 +50,14 @@ class DecoderConfig:
             earlier ones.
         full_layers: layers without the window.
         sliding_rope: rotary embedding of the layers with the window; None for `rope`.
+        unscaled_layers: layers whose rotary embedding has the base of `rope`, but no scaling.
         window_limits_blocks: whether positions that see each other both ways (see
             `Decoder.__call__`) must also be in the window.
         qk_norm: whether queries and keys are normalised per head, before the rotation.
+        joint_qk_norm: whether they are normalised over all heads together (OLMo 2).
         offset_norms: whether norms multiply by 1 + their weight (Gemma).
         post_norms: whether attention and MLP are also followed by norms (Gemma 2 and 3).
+        norms_after: whether the two norms of a layer follow attention and MLP (OLMo 2).
         scale_embeddings: whether embeddings are multiplied by the square root of the width.
         score_scalar: attention scores are divided by its square root; None for the head width.
         score_softcap: softcap of the attention scores; None for none.
@@ -80,10 +83,13 @@ class DecoderConfig:
     sliding_window: int | None = None
     full_layers: tuple[int, ...] = ()
     sliding_rope: Rope | None = None
+    unscaled_layers: tuple[int, ...] = ()
     window_limits_blocks: bool = True
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     offset_norms: bool = False
     post_norms: bool = False
+    norms_after: bool = False
     scale_embeddings: bool = False
     score_scalar: float | None = None
     score_softcap: float | None = None
@@ -165,6 +171,8 @@ class DecoderConfig:
 
     def rope_of(self, layer: int) -> Rope:
         """Returns the rotary embedding of a layer."""
+        if layer in self.unscaled_layers:
+            return Rope(self.rope.theta)
         if self.sliding_rope is None or self.window_of(layer) is None:
             return self.rope
         return self.sliding_rope

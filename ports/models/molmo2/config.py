@@ -7,9 +7,7 @@ from ports.nn import decoder, layers
 
 # Options that change the computation, with the only values that this port implements.
 _IMPLEMENTED: dict[tuple[str, str], Any] = {
-    ("text_config", "qk_norm_type"): "qwen3",
     ("text_config", "use_qk_norm"): True,
-    ("text_config", "norm_after"): False,
     ("adapter_config", "mlp_bias"): False,
     ("adapter_config", "pooling_attention_mask"): True,
 }
@@ -68,12 +66,15 @@ class Config:
                 raise ValueError(f"{part}.{name} is {value!r}; expected {implemented!r}")
         # The head has its own weights, whatever the configuration says.
         text = decoder.DecoderConfig.from_hf(config.text_config, False, "molmo2_text")
+        kind = config.text_config.qk_norm_type
         scaled = config.text_config.rope_scaling_layers
-        if text.rope.kind != "default" and set(scaled) != set(range(text.num_layers)):
-            raise ValueError(
-                f"text_config.rope_scaling_layers is {list(scaled)}; expected all "
-                f"{text.num_layers} layers"
-            )
+        text = dataclasses.replace(
+            text,
+            qk_norm=kind == "qwen3",
+            joint_qk_norm=kind == "olmo",
+            norms_after=bool(config.text_config.norm_after),
+            unscaled_layers=tuple(i for i in range(text.num_layers) if i not in scaled),
+        )
         patch = config.image_patch_id
         # transformers' class has no name for the ends of lines: they follow the patch.
         tokens = [patch, getattr(config, "image_col_id", patch + 1)]

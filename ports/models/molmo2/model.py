@@ -1,4 +1,4 @@
-"""Molmo2 (Clark et al. 2026): whole picture and crops, attention pooling, Qwen3 decoder.
+"""Molmo2 (Clark et al. 2026): whole picture and crops, attention pooling, Qwen3 or OLMo decoder.
 
 B batch, T positions, D width, R crops (or frames), P patches per crop, F features, K patches of a
 feature.
@@ -60,7 +60,7 @@ class Molmo2(vision_language.VisionLanguageModel):
 
     @property
     def text_decoder(self) -> decoder.Decoder:
-        """The Qwen3 decoder."""
+        """The decoder, Qwen3's or OLMo's."""
         return self.model.language_model
 
     def unembed(self, x: Array) -> Array:
