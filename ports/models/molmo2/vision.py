@@ -109,7 +109,5 @@ class Projector(nn.Module):
         pooled = jnp.where(real[..., None], pooled, 0)
         count = jnp.maximum(real.sum(-1), 1).astype(pooled.dtype)
         mean = pooled.sum(1, keepdims=True) / count[:, None, None]
-        # Features of padding have no patches: something must be visible, or gradients are NaN.
-        visible = real | ~real.any(-1, keepdims=True)
-        y = self.image_pooling_2d(mean, pooled, visible[:, None, None])
+        y = self.image_pooling_2d(mean, pooled, real[:, None, None])
         return self.image_projector(y)[:, 0]

@@ -145,7 +145,13 @@ OLMO = {
     "qk_norm_type": "olmo",
     "norm_after": True,
     "num_hidden_layers": 3,
-    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3},
+    "max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1e3,
+    },
     "rope_scaling_layers": [1],
 }
 
