@@ -116,6 +116,10 @@ class DecoderConfig:
             )
         hidden_act = getattr(text, "hidden_activation", None) or text.hidden_act
         layers.activation(hidden_act)
+        if text.num_hidden_layers < 1:
+            raise ValueError(
+                f"text_config has num_hidden_layers {text.num_hidden_layers}; expected at least 1"
+            )
         if text.num_attention_heads % text.num_key_value_heads:
             raise ValueError(
                 f"text_config has {text.num_attention_heads} attention heads, which is not a "

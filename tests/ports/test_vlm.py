@@ -52,7 +52,7 @@ class TestLoading:
         with helpers.raises_line(ValueError, "config.json: not a JSON object"):
             ports.load(directory)
 
-    @pytest.mark.parametrize("kind", ["bert", "llava_next", None, 5, ["llava"]])
+    @pytest.mark.parametrize("kind", ["bert", "blip-2", None, 5, ["llava"]])
     def test_a_model_type_without_a_port(self, directory, kind):
         self.configure(directory, model_type=kind)
         with helpers.raises_line(ValueError, f"model_type {kind!r} is not supported"):
@@ -64,11 +64,11 @@ class TestLoading:
             ({"vision_feature_select_strategy": "odd"}, "odd"),
             ({"vision_feature_layer": -9}, "vision_feature_layer is -9"),
             ({"text_config": {"hidden_act": "swoosh"}}, "swoosh"),
-            ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "linear"),
+            ({"text_config": {"rope_scaling": {"type": "longer", "factor": 2.0}}}, "longer"),
             ({"text_config": {"hidden_size": 61}}, "61"),
-            ({"text_config": {"model_type": "mistral"}}, "mistral"),
+            ({"text_config": {"model_type": "gemma"}}, "gemma"),
             ({"text_config": {"model_type": "novel"}}, "novel"),
-            ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+            ({"vision_config": {"model_type": "dinov2"}}, "dinov2"),
         ],
         ids=str,
     )

@@ -134,7 +134,7 @@ def test_all_names_map_back_onto_a_parameter_each(model):
         name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
         for name, shape in model.real["parameters"].items()
     }
-    rename = model.case.port.canonical_name
+    rename = model.case.port.PORT.canonical_name
     paths = params._match(model.abstract, stored, rename, frozenset(), "here")
     assert len(paths) == len(set(paths.values())) == model.case.tensors
 

@@ -247,8 +247,6 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 import ports
 from ports.nn import attention
-
-from .. import helpers
 from ports.parallel import sharding
 
 random = np.random.default_rng(0)
