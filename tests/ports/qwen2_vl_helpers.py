@@ -272,3 +272,23 @@ def make_processor() -> qwen2_vl_processor.Processor:
             "{% if add_generation_prompt %}assistant:{% endif %}"
         ),
     )
+
+
+def check_pictures(qwen: Any) -> None:
+    """A picture becomes as many tokens as its grid says, whose boxes tell where they look."""
+    make_processor().save_pretrained(qwen.pair.directory)
+    vlm = ports.load_abstract(qwen.pair.directory)
+    picture = np.random.default_rng(0).integers(0, 60, (40, 60, 3), np.uint8)
+    picture[3:7, 48:52] = 255
+    inputs = vlm.process([vlm.render("what is it")], [picture])
+    grid = inputs["image_grid_thw"][0]
+    is_image = inputs["input_ids"] == helpers.IMAGE
+    assert is_image.sum() == grid.prod() // 4
+    ((layout,),) = vlm.patch_layout(inputs)
+    np.testing.assert_array_equal(layout.positions.ravel(), np.flatnonzero(is_image[0]))
+    assert layout.positions.shape == (grid[1] // 2, grid[2] // 2)
+    # The white corner is where the brightest token's box is.
+    tokens = inputs["pixel_values"].reshape(layout.positions.size, -1).mean(1)
+    (place,) = np.argwhere(layout.positions == np.flatnonzero(is_image[0])[tokens.argmax()])
+    x0, y0, x1, y1 = layout.boxes[tuple(place)]
+    assert x0 < 50 / 60 < x1 and y0 < 5 / 40 < y1

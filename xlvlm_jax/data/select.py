@@ -171,15 +171,7 @@ def of_images(samples: Sequence[Sample], image_ids: Iterable[str | int]) -> list
     Raises:
         ValueError: there are none.
     """
-    wanted = {str(image) for image in image_ids}
-    kept = [sample for sample in samples if sample.image_id in wanted]
-    if not kept:
-        some = samples[0].image_id if samples else "none"
-        raise ValueError(
-            f"no sample of {len(samples)} has one of the {len(wanted)} image ids; the data set's "
-            f"ids look like {some!r}"
-        )
-    return kept
+    return _with_ids(samples, image_ids, lambda sample: sample.image_id, "image ids")
 
 
 def of_samples(samples: Sequence[Sample], ids: Iterable[str | int]) -> list[Sample]:
@@ -192,12 +184,22 @@ def of_samples(samples: Sequence[Sample], ids: Iterable[str | int]) -> list[Samp
     Raises:
         ValueError: there are none.
     """
-    wanted = {str(sample) for sample in ids}
-    kept = [sample for sample in samples if sample.id in wanted]
+    return _with_ids(samples, ids, lambda sample: sample.id, "ids")
+
+
+def _with_ids(
+    samples: Sequence[Sample],
+    ids: Iterable[str | int],
+    id_of: Callable[[Sample], str | None],
+    what: str,
+) -> list[Sample]:
+    """Returns the samples whose id is among the ids; raises ValueError if there are none."""
+    wanted = {str(each) for each in ids}
+    kept = [sample for sample in samples if id_of(sample) in wanted]
     if not kept:
-        some = samples[0].id if samples else "none"
+        some = id_of(samples[0]) if samples else "none"
         raise ValueError(
-            f"no sample of {len(samples)} has one of the {len(wanted)} ids; the data set's ids "
+            f"no sample of {len(samples)} has one of the {len(wanted)} {what}; the data set's ids "
             f"look like {some!r}"
         )
     return kept
