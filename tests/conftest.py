@@ -45,6 +45,7 @@ import pytest
 # argument. An int counts as a float, as for type checkers. Other rooms join once the tests that use
 # them pass with the check.
 CHECKED = (
+    "xlvlm_jax.concepts",
     "xlvlm_jax.metrics",
     "xlvlm_jax.sae",
     "xlvlm_jax.shift",
