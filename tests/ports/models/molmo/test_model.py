@@ -371,8 +371,8 @@ class TestConfiguration:
         assert molmo.Config.from_hf(molmo.read_config(values)).text.num_kv_heads == 4
 
     def test_a_related_model(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "molmo2"}')
-        with helpers.raises_line(ValueError, "'molmo2' is not supported", "molmo"):
+        (tmp_path / "config.json").write_text('{"model_type": "molmoact"}')
+        with helpers.raises_line(ValueError, "'molmoact' is not supported", "molmo"):
             ports.load(tmp_path)
 
 
