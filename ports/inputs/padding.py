@@ -34,6 +34,16 @@ def bucket_length(length: int) -> int:
     return -(-length // step) * step
 
 
+def bucket_count(count: int) -> int:
+    """Rounds a number of images, crops or tiles up to 1 to 8, 10, 12, 14, 16, 20, 24 ...
+
+    Four numbers per octave: pictures of all sizes, cut into more or fewer pieces, compile only a
+    few programs. A piece costs as much as a picture, so that up to eight none is added.
+    """
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
+
+
 # A batch's canvas of patches is padded to multiples of 1 / _CANVAS_STEPS of the tower's own grid.
 _CANVAS_STEPS = 14
 

@@ -9,7 +9,6 @@ vector, so that pictures of all sizes run in a few programs.
 G patches along a side of a tile, F features of a batch, N rows of the table.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -149,12 +148,6 @@ def with_ends(features: Features, rows: int, end: int) -> Features:
     )
 
 
-def few(count: int) -> int:
-    """Rounds a number of tiles up to 1 to 8, 10, 12, 14, 16, 20 ...: four numbers per octave."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
-    return -(-count // step) * step
-
-
 def tiles_of(pixels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Returns the tiles [tiles, 3, height, width] of pictures, padded to one of a few numbers.
 
@@ -163,7 +156,7 @@ def tiles_of(pixels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         counts: number of tiles of each picture.
     """
     tiles = np.concatenate([each[:count] for each, count in zip(pixels, counts, strict=True)])
-    missing = few(len(tiles)) - len(tiles)
+    missing = padding.bucket_count(len(tiles)) - len(tiles)
     return np.pad(tiles, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 
@@ -193,8 +186,3 @@ def layout_of(size: Size, tiles: Size, side: int, shape: Size, places: np.ndarra
     return PatchLayout(
         kept, grid_boxes(*shape, inside), whole=PatchLayout(whole, grid_boxes(side, side))
     )
-
-
-def side_of(num_patches: int) -> int:
-    """Returns G, patches along a side of a tile of so many patches."""
-    return math.isqrt(num_patches)

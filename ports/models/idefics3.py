@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from ports import checkpoint
+from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
 from ports.models import idefics2
@@ -148,19 +149,12 @@ class Idefics3(idefics2.Idefics):
     backbone: ClassVar[type[nn.Module]] = Backbone
 
 
-def count_images(count: int) -> int:
-    """Rounds a number of images up to 1, 2 ... 8, 10 ... 16, 20 ... 32, 40 ..., so that pictures of
-    all sizes, with more or fewer tiles, compile only a few programs.
-    """
-    step = max(1, 1 << (max(count - 1, 1).bit_length() - 3)) if count > 8 else 1
-    return -(-count // step) * step
-
-
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rearranges the processor's arrays so that few programs are compiled.
 
     Padding images are dropped, which leaves one image per row: pixel_values[I, 1, 3, height,
-    width]; from nine on, images of zeros are added up to `count_images`, which give no features.
+    width]; from nine on, images of zeros, which give no features, are added up to one of a few
+    numbers.
 
     Args:
         config: the model's configuration.
@@ -194,7 +188,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         "(an image whose values are all zero counts as padding)",
     )
     if num_images:
-        missing = count_images(num_images) - num_images
+        missing = padding.bucket_count(num_images) - num_images
         arrays["pixel_values"], arrays["pixel_attention_mask"] = (
             np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))[:, None] for x in images
         )

@@ -73,7 +73,7 @@ class Config(llava.Config):
 
     def shape(self, size: anyres.Size) -> tuple[int, int]:
         """Returns the rows and columns of features that a picture's tiles give."""
-        side = anyres.side_of(self.vision.num_patches)
+        side = self.vision.side
         rows, columns = self.tiles(size)
         kept = anyres.shown_part(size, (rows * side, columns * side))
         return kept[0].stop - kept[0].start, kept[1].stop - kept[1].start
@@ -86,7 +86,7 @@ class Config(llava.Config):
             first: row of the table of its first patch.
             end: row of the table of the vector that ends rows.
         """
-        side = anyres.side_of(self.vision.num_patches)
+        side = self.vision.side
         whole = Features.of_rows(first + np.arange(side * side))
         index = anyres.tile_index(self.tiles(size), side, first + side * side)
         index = index[anyres.shown_part(size, index.shape)]
@@ -132,7 +132,7 @@ class LlavaNext(llava.Llava):
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Returns shapes and dtypes of a batch with one image per row, of one tile and the whole."""
-    side, vision = anyres.side_of(config.vision.num_patches), config.vision
+    side, vision = config.vision.side, config.vision
     count = 2 * side * side + side
     length = length or count + vision_language.EXAMPLE_TEXT
     ids = jax.ShapeDtypeStruct((batch, length), np.int32)
@@ -238,7 +238,7 @@ def patch_layout(
 
 
 def _layout(config: Config, size: anyres.Size, places: np.ndarray) -> patches.PatchLayout:
-    side = anyres.side_of(config.vision.num_patches)
+    side = config.vision.side
     return anyres.layout_of(size, config.tiles(size), side, config.shape(size), places)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ports.inputs import padding, processor
 from ports.inputs import patch_layout as patches
-from ports.inputs import processor
 from ports.inputs.patch_layout import Layouts, PatchLayout
 from ports.models import anyres, llava_like, llava_next, port
 from ports.models.anyres import Features
@@ -69,7 +69,7 @@ class Config(llava_next.Config):
 
     def video(self, frames: int, first: int, end: int) -> Features:
         """Returns the features of a video: a quarter of each frame's patches, and one end."""
-        side = anyres.side_of(self.vision.num_patches)
+        side = self.vision.side
         half = math.ceil(side / 2)
         index = first + np.arange(frames * side * side).reshape(frames, side, side)
         pooled = [anyres.resampled(frame, half, half) for frame in index]
@@ -184,7 +184,7 @@ def _with_videos(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, np.
         )
     count, frames = (0, 0) if videos is None else videos.shape[:2]
     per_video = frames * config.vision.num_patches
-    padded = anyres.few(count * frames) if count else 0
+    padded = padding.bucket_count(count * frames) if count else 0
     end = padded * config.vision.num_patches
     features = Features.joined(config.video(frames, i * per_video, end) for i in range(count))
     vision_language.check_image_tokens(
@@ -262,7 +262,7 @@ def patch_layout(
 ) -> Layouts:
     """Lays out tiles, with the whole as `whole`; whole pictures; and videos, frame by frame."""
     sizes, in_tiles = _pictures(config, arrays)
-    side = anyres.side_of(config.vision.num_patches)
+    side = config.vision.side
     half = math.ceil(side / 2)
     videos = arrays.get("pixel_values_videos")
     pictures = list(zip(sizes, in_tiles, strict=True))

@@ -92,6 +92,17 @@ class Settings:
         return self.architecture.endswith("transcoder")
 
 
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """What a file says about a dictionary. All are equal, so that none makes jit compile again.
+
+    Attributes:
+        values: JSON values by name.
+    """
+
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictionary:
@@ -118,7 +129,7 @@ class Dictionary:
     params: dict[str, Any]
     settings: Settings = dataclasses.field(metadata={"static": True})
     site: str | None = dataclasses.field(default=None, metadata={"static": True})
-    details: Any = dataclasses.field(default=None, metadata={"static": True})
+    details: Details = dataclasses.field(default=Details(), metadata={"static": True})
 
     @classmethod
     def of(
@@ -126,7 +137,7 @@ class Dictionary:
         params: Mapping[str, Any],
         settings: Settings,
         site: str | None = None,
-        details: "Details | None" = None,
+        details: Details = Details(),
         dtype: Any = jnp.float32,
     ) -> "Dictionary":
         """Makes a dictionary from arrays, checked.
@@ -144,7 +155,7 @@ class Dictionary:
         """
         check(params, settings)
         arrays = {name: jnp.asarray(np.asarray(value), dtype) for name, value in params.items()}
-        return cls(arrays, settings, site, details or Details())
+        return cls(arrays, settings, site, details)
 
     def __repr__(self) -> str:
         K, D = self.components.shape
@@ -166,11 +177,6 @@ class Dictionary:
         """D of the states that are encoded."""
         encoder = self.params.get("W_enc")
         return self.params["W_dec"].shape[1] if encoder is None else encoder.shape[0]
-
-    @property
-    def mean(self) -> Float[Array, " D"]:
-        """b_dec, what a state without any code is reconstructed as."""
-        return self.params["b_dec"]
 
     def encode(self, states: Float[AnyArray, "..."]) -> Float[Array, "... K"]:
         """Returns the codes of states.
@@ -271,17 +277,6 @@ class Dictionary:
         if settings.apply_b_dec_to_input and not settings.is_transcoder:
             x = x - self.params["b_dec"]
         return x
-
-
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """What a file says about a dictionary. All are equal, so that none makes jit compile again.
-
-    Attributes:
-        values: JSON values by name.
-    """
-
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 def _normalise(settings: Settings, x: Array) -> Array:

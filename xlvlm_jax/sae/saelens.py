@@ -186,8 +186,8 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
     """
     directory = Path(directory)
     settings, params = dictionary.settings, dict(dictionary.params)
-    known = dictionary.details.values if isinstance(dictionary.details, Details) else {}
-    metadata = {"sae_lens_version": VERSION, **(known.get("metadata") or {})}
+    known = dictionary.details.values.get("metadata") or {}
+    metadata = {"sae_lens_version": VERSION, **known}
     if dictionary.site is not None:
         metadata["hook_name"] = dictionary.site
     architecture = settings.architecture

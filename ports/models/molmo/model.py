@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from ports import names
+from ports.inputs import padding
 from ports.models.molmo import vision as molmo_vision
 from ports.models.molmo.patch_layout import patch_layout
 from ports.models.molmo.processor import read_processor, read_tokenizer
@@ -480,18 +481,12 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
             "pass input_ids and images from the same call of the processor"
         )
     del arrays["image_input_idx"]
-    missing = _few(crops) - crops
+    missing = padding.bucket_count(crops) - crops
     return arrays | {
         "images": _fill(images, missing),
         "image_masks": _fill(masks, missing),
         "feature_index": index,
     }
-
-
-def _few(count: int) -> int:
-    """Rounds a count up to 1 to 8, 10, 12, 14, 16, 20 ...: four numbers per octave."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
-    return -(-count // step) * step
 
 
 def _fill(array: np.ndarray, missing: int) -> np.ndarray:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts
-from ports.models import anyres
 from ports.models.molmo2.config import Config
 from ports.nn import vision_language
 
@@ -95,7 +95,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     expected = f"one per row of {kind[1]}, from one call of the processor"
     ids = arrays["input_ids"]
     vision_language.check_image_tokens(ids, is_patch, count, len(pooling), expected, what)
-    missing = anyres.few(crops) - crops, anyres.few(len(pooling)) - len(pooling)
+    missing = padding.bucket_count(crops) - crops, padding.bucket_count(len(pooling)) - len(pooling)
     return arrays | {
         KINDS[0][0]: np.pad(pixels, [(0, missing[0]), (0, 0), (0, 0)]),
         KINDS[0][1]: np.pad(pooling, [(0, missing[1]), (0, 0)], constant_values=-1),

@@ -18,6 +18,13 @@ def test_buckets_are_few_and_waste_little():
     assert all(n <= b <= max(n + 15, 1.125 * n) for n, b in enumerate(buckets, 1))
 
 
+def test_counts_by_hand():
+    counts = [padding.bucket_count(count) for count in range(1, 34)]
+    assert counts[:14] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14, 14]
+    assert sorted(set(counts[14:])) == [16, 20, 24, 28, 32, 40]
+    assert all(n <= count < n * 5 / 4 + 1 for n, count in enumerate(counts, 1))
+
+
 def test_rows_are_filled_up_on_the_left():
     arrays = {
         "input_ids": np.array([[7, 8]]),

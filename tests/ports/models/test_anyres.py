@@ -51,12 +51,6 @@ def test_rows_end_in_a_vector():
     assert features.weights.sum(axis=1).tolist() == [1] * 6
 
 
-@given(st.integers(1, 400))
-def test_many_tiles_have_few_counts(count):
-    padded = anyres.few(count)
-    assert count <= padded < count * 5 / 4 + 1 and anyres.few(padded) == padded
-
-
 def test_features_beyond_the_last_weigh_nothing():
     features = Features.of_rows(np.arange(20)).padded()
     assert len(features.rows) == 32 and not features.weights[20:].any()

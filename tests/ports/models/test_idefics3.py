@@ -118,12 +118,6 @@ class TestLayout:
         assert prepared["pixel_values"].shape == (3, 1, 3, SIDE, SIDE)
         np.testing.assert_array_equal(prepared["pixel_values"][2, 0], IMAGES["pixel_values"][2, 0])
 
-    def test_many_images_have_few_counts(self):
-        counts = [idefics3.count_images(n) for n in range(1, 34)]
-        assert counts[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 10]
-        assert sorted(set(counts[8:])) == [10, 12, 14, 16, 20, 24, 28, 32, 40]
-        assert all(n <= count for n, count in enumerate(counts, 1))
-
     def test_images_that_fill_up_change_nothing(self, small):
         inputs = make_inputs([[(SIDE, SIDE)] * 9], [4], 4)
         assert len(small.vlm.prepare(inputs)["pixel_values"]) == 10

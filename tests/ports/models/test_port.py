@@ -149,3 +149,12 @@ def test_a_toy_without_a_rule_is_refused_on_a_mesh(directory, monkeypatch):
     ports.load(directory)
     with pytest.raises(ValueError, match=r"no sharding rule for eye\.bias; add .eye. to"):
         ports.load(directory, mesh=ports.make_mesh(1, 1))
+
+
+def test_a_family_without_a_layout_says_so(directory):
+    with pytest.raises(ValueError, match="the layout of toy's images is not implemented"):
+        ports.load(directory).patch_layout(INPUTS)
+
+
+def test_every_family_lays_out_its_images():
+    assert not [name for name, port in loading.PORTS.items() if port.patch_layout is None]

@@ -237,11 +237,6 @@ class TestSharding:
             np.testing.assert_array_equal(results["tokens"][row], expected[f"{case}.generated"])
 
 
-def test_few_numbers_of_crops_are_compiled(vlm):
-    counts = [molmo._few(count) for count in range(1, 14)]
-    assert counts == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14]
-
-
 class TestProcessor:
     """A checkpoint with a tokenizer, from images to an answer."""
 
