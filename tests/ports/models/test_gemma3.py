@@ -38,7 +38,7 @@ def make_config(**text) -> transformers.Gemma3Config:
 
 
 def make_inputs(images: list[int], texts: list[int]) -> dict[str, np.ndarray]:
-    """What the processor would return: longer images than the window, token types."""
+    """Returns what the processor would: images longer than the window, and token types."""
     inputs = helpers.make_inputs(images, texts, tokens_per_image=TOKENS)
     if "pixel_values" in inputs:
         shape = (sum(images), 3, VISION["image_size"], VISION["image_size"])

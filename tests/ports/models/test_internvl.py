@@ -30,7 +30,7 @@ def make_config(kind: str = "qwen3", vision: dict | None = None) -> transformers
 
 
 def make_inputs(tiles: list[int], texts: list[int]) -> dict[str, np.ndarray]:
-    """What the processor would return for rows of so many tiles."""
+    """Returns what the processor would, for rows of these numbers of tiles."""
     inputs = helpers.make_inputs(tiles, texts, tokens_per_image=TOKENS)
     shape = (sum(tiles), 3, VISION["image_size"], VISION["image_size"])
     return {**inputs, "pixel_values": np.random.default_rng(0).standard_normal(shape, np.float32)}

@@ -96,7 +96,7 @@ def test_the_full_size(tmp_path):
 
 
 def test_positions_are_interpolated_as_in_transformers():
-    """Of frames of 6 x 2 and 2 x 8 patches, from 5 x 5 positions."""
+    """Frames of 6 x 2 and 2 x 8 patches, from 5 x 5 positions."""
     grid = torch.tensor([[1, 6, 2], [1, 2, 8]])
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, 5, "bilinear", align_corners=True, spatial_merge_size=2

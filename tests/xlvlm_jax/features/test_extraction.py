@@ -145,8 +145,8 @@ def test_the_words_of_a_class_are_found_whole(vlm, samples, tmp_path):
         assert found[row].group().endswith(vlm.tokenizer.decode([token]).strip())
 
 
-def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_path):
-    """Generated and forced, at the position that predicts its first token."""
+def test_a_word_of_the_prompt_is_found_on_request(vlm, samples, tmp_path):
+    """In generation and teacher forcing, at the position that predicts its first token."""
     selection = Selection("token-of-interest", "caption", generated_only=False)
     inputs = vlm.process([vlm.render(samples[0].prompt)], [Image.open(samples[0].image)])
     expected = find_word(inputs["input_ids"], vlm.tokenizer, "caption") - 1
@@ -160,7 +160,7 @@ def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_p
 
 @pytest.fixture(scope="module")
 def odd(samples):
-    """The seventh asks with the mark that stands for an image."""
+    """Returns samples; the question of the seventh contains the mark for an image."""
     refused = dataclasses.replace(samples[6], prompt="what is <image> ?")
     return [*samples[:6], refused, *samples[7:]]
 
