@@ -12,10 +12,18 @@ from ports.decoding import logits
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
 from ports.decoding.text import decode_tokens
-from ports.inputs import model_inputs, padding, patch_layout, prompts, vocabulary
+from ports.inputs import (
+    common_prefix,
+    model_inputs,
+    padding,
+    patch_layout,
+    prompts,
+    vocabulary,
+)
+from ports.inputs.common_prefix import Shared
 from ports.inputs.patch_layout import Layouts
 from ports.intervene import layout
-from ports.intervene.edits import Edits, as_edits
+from ports.intervene.edits import Edits, as_edits, edits_prompt, is_same_for_rows
 from ports.intervene.sites import find_sites
 from ports.loaded_model import LoadedModel, distinct
 from ports.nn.vision_language import Inputs
@@ -104,9 +112,20 @@ class VLM(LoadedModel):
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._lay_out(edits, arrays)
-        arguments = (self.module, self.params, self._place(arrays), edits, distinct(asked))
-        states = passes.states(*arguments, self._mesh)
-        return self._cut(states, asked, arrays["input_ids"].shape[1])
+        length, chosen, shared = arrays["input_ids"].shape[1], distinct(asked), None
+        # Of what comes before text and pictures are joined there are no states by position, and of
+        # the head only those of the last position.
+        if all(self.module.is_of_decoder(site) and site != self.head for site in chosen):
+            aligned, shared = self._divided(arrays, [edits])
+        if shared is None:
+            states = passes.states(
+                self.module, self.params, self._place(arrays), edits, chosen, self._mesh
+            )
+            return self._cut(states, asked, length)
+        states = passes.states(
+            self.module, self.params, self._place(aligned), edits, chosen, None, shared
+        )
+        return padding.realign(arrays, self._cut(states, asked, length))
 
     def generate(
         self,
@@ -147,7 +166,7 @@ class VLM(LoadedModel):
         asked = self.find_sites(sites, generated=True)
         edits, arrays = self._lay_out(edits, checked, max_new_tokens)
         arguments, options = self._generation(
-            arrays, edits, max_new_tokens, distinct(asked), sampling
+            arrays, edits, max_new_tokens, distinct(asked), sampling, [edits]
         )
         result = passes.generate(*arguments, **options, prompt_states=prompt_states)
         states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
@@ -196,18 +215,52 @@ class VLM(LoadedModel):
         max_new_tokens: int,
         sites: tuple[str, ...],
         sampling: Sampling | None = None,
+        variants: Sequence[layout.LaidOut] = (),
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments and options of the compiled generation from checked inputs."""
-        aligned = self._place(padding.align_right(arrays, self._port.per_position))
+        """Returns the arguments and options of the compiled generation from checked inputs.
+
+        `edits` are those of all `variants`.
+        """
+        aligned, shared = self._divided(arrays, variants, max_new_tokens)
+        given = (edit for laid in variants for listed in laid.values() for edit in listed)
         options = {
             "max_new_tokens": max_new_tokens,
             "eos_tokens": self.eos_tokens,
             "pad_token": self.pad_token,
             "sites": sites,
             "mesh": self._mesh,
+            "edits_prompt": any(map(edits_prompt, given)),
+            "shared": shared,
         }
-        rules = self._rules(arrays)
+        rules, aligned = self._rules(arrays), self._place(aligned)
         return (self.module, self.params, aligned, sampling, edits, rules), options
+
+    def _divided(
+        self,
+        arrays: dict[str, np.ndarray],
+        variants: Sequence[layout.LaidOut],
+        max_new_tokens: int = 0,
+    ) -> tuple[dict[str, np.ndarray], Shared | None]:
+        """Returns the arrays with padding on the left, and the prompts with equal beginnings only
+        once if that saves much and changes nothing.
+        """
+        arrays = padding.align_right(arrays, self._port.per_position)
+        given = (edit for laid in variants for listed in laid.values() for edit in listed)
+        if self._mesh is not None or not all(map(is_same_for_rows, filter(edits_prompt, given))):
+            return arrays, None
+        config, own = self.module.config, self._port.per_position
+        per_image = getattr(config, "tokens_per_image", None)
+        shared = common_prefix.share(arrays, self.image_tokens, self.pad_token, own, per_image)
+        # Positions that see later ones must not be divided from them, and padding between tokens
+        # must not count in a window.
+        if shared is None or self.module.blocks(arrays) is not None:
+            return arrays, None
+        slots = shared.prefix["input_ids"].shape[1] + shared.tokens.shape[1] + max_new_tokens
+        windows = filter(None, map(config.text.window_of, range(config.text.num_layers)))
+        if min(windows, default=slots) < slots:
+            return arrays, None
+        kept = {name: x for name, x in arrays.items() if name in {**padding.FILL, **own}}
+        return kept, jax.tree.map(jnp.asarray, shared)
 
     def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
         """Returns the rules that change logits when generating from these prompts."""
@@ -259,7 +312,7 @@ class VLM(LoadedModel):
             answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
             return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(laid)), answer)
         arguments, options = self._generation(
-            padding.with_columns(checked), edits, max_new_tokens, distinct(asked)
+            padding.with_columns(checked), edits, max_new_tokens, distinct(asked), None, laid
         )
         result = passes.generate(*arguments, **options, variants=True)
         return result._replace(states=_by_name(result.states, asked))
