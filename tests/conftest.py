@@ -35,6 +35,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -132,6 +133,27 @@ def clip():
     from xlvlm_jax.demo import embedded
 
     return clip.load_dual_encoder(embedded.CLIP)
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many pictures each run of a model from now on gives to its vision tower."""
+    from ports import passes
+
+    numbers = []
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            leaves = jax.tree_util.tree_leaves_with_path((args, options))
+            named = ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+            numbers.append(sum(len(leaf) for name, leaf in named if "'pixel_values'" in name))
+            return run(*args, **options)
+
+        return counted
+
+    for name in ("generate", "states"):
+        monkeypatch.setattr(passes, name, counting(getattr(passes, name)))
+    return numbers
 
 
 class ThreeWords:

@@ -35,17 +35,13 @@ def read(
     """Returns where the tokens of a batch lie in the cache, and their positions."""
     if shared is None:
         mask, positions = vision_language.attention_mask(inputs) != 0, model.positions(inputs)
-        return Prompts(inputs, None, mask, positions, _last(positions) + 1)
+        return Prompts(inputs, None, mask, positions, model.next_positions(inputs))
     rest = shared.kinds != PADDING
     mask = jnp.concatenate([shared.prefix["attention_mask"][shared.picture] != 0, rest], axis=1)
-    # Text continues after the highest position, like generated tokens.
-    start = _last(model.positions(shared.prefix))[shared.picture] + 1
+    # What remains is text, and continues as generated tokens do.
+    start = model.next_positions(shared.prefix)[shared.picture]
     positions = start[:, None] + decoder.token_positions(rest)
-    return Prompts(inputs, shared, mask, positions, _last(positions) + 1)
-
-
-def _last(positions: Array) -> Array:
-    return positions.reshape(len(positions), -1).max(-1)
+    return Prompts(inputs, shared, mask, positions, positions[:, -1] + 1)
 
 
 def run(
@@ -117,7 +113,7 @@ def prefill(
         prompts.positions,
         visible,
         jnp.int32(width),
-        Places(shared.kinds, shared.index, shared.columns),
+        Places(*map(jnp.asarray, (shared.kinds, shared.ordinals, shared.columns))),
         last_only,
     )
 

@@ -27,52 +27,84 @@ class Shared(NamedTuple):
     picture: np.ndarray  # int32[B], the beginning of each row
     tokens: np.ndarray  # int32[B, R], the remainders
     kinds: np.ndarray  # int32[B, R], see `edits.Places`
-    index: np.ndarray  # int32[B, R], likewise
+    ordinals: np.ndarray  # int32[B, R], likewise, their `index`
     columns: np.ndarray  # int32[B, R], likewise
     order: np.ndarray  # int32[B, T], where each position of the batch is now, 0 for padding
 
 
+def pictures_of_rows(
+    arrays: Arrays, pictures: Arrays, image_tokens: Sequence[int], tokens_per_image: int | None
+) -> dict[str, np.ndarray] | None:
+    """Divides arrays of pictures, in the order of their tokens, among the rows of a batch.
+
+    Args:
+        arrays: input_ids and attention_mask, [B, T].
+        pictures: the arrays to divide.
+        image_tokens: ids of the tokens that stand for an image.
+        tokens_per_image: how many tokens stand for an image, if that is always the same; rows may
+            then have several.
+
+    Returns:
+        Name -> [B, pictures of a row, ...]; None unless each row surely has the same number of
+        pictures, of the same kinds, and at least one.
+    """
+    ids, real = arrays["input_ids"], arrays["attention_mask"] != 0
+    counts = np.stack([((ids == token) & real).sum(1) for token in image_tokens])
+    kinds = counts[counts.any(1)] > 0
+    if not pictures or not kinds.any() or not kinds.all():
+        return None
+    batch, tokens = len(ids), counts.sum(0)
+    # As many as there are rows, each of which has at least one.
+    count = 1
+    if tokens_per_image is not None and (tokens == tokens[0]).all():
+        count = int(tokens[0]) // tokens_per_image
+    if any(len(x) not in (batch, batch * count) for x in pictures.values()):
+        return None
+    return {name: x.reshape(batch, -1, *x.shape[1:]) for name, x in pictures.items()}
+
+
 def share(
     arrays: Arrays,
+    pictures: Arrays,
     image_tokens: Sequence[int],
     pad_token: int,
     own: Mapping[str, int],
-    tokens_per_image: int | None = None,
+    blocks: np.ndarray | None = None,
     least: int = 16,
 ) -> Shared | None:
     """Divides a batch if at least half of its rows begin like another one and that saves work.
 
     Args:
-        arrays: the model's inputs, with the tokens of each row at its end.
+        arrays: the arrays with a column per position, the tokens of each row at its end.
+        pictures: those of each row, [B, pictures of a row, ...], see `pictures_of_rows`.
         image_tokens: ids of the tokens that stand for an image.
         pad_token: fills input_ids.
         own: the port's own per-position arrays and their fill values (`Port.per_position`).
-        tokens_per_image: how many tokens stand for an image, if that is always the same; rows may
-            then have several.
+        blocks: int[B, T], positions that see each other both ways have the same number, and others
+            -1; None if all positions see only earlier ones.
         least: smallest number of positions that is worth it.
 
     Returns:
         The divided batch, of which P, R and U are rounded up so that a run compiles only a few
-        programs; None if rows do not share pictures, or it is not known whose pictures they are.
+        programs; None if that would not save work.
     """
     ids, real = arrays["input_ids"], arrays["attention_mask"] != 0
     per_position = padding.FILL | {"input_ids": pad_token, **own}
-    pictures = {name: value for name, value in arrays.items() if name not in per_position}
-    if "position_ids" in arrays or not pictures or len(ids) == 1:
+    if "position_ids" in arrays or len(ids) == 1:
         return None
     lengths, is_image = real.sum(1), np.isin(ids, image_tokens) & real
+    # Of what is seen by earlier positions nothing may remain.
+    is_joined = is_image if blocks is None else is_image | (blocks >= 0) & real
     before = ids.shape[1] - lengths
-    owned = _per_row(pictures, is_image.sum(1), tokens_per_image)
-    if owned is None or not is_image.any(1).all():
-        return None
     rows = [row[len(row) - length :] for row, length in zip(ids, lengths, strict=True)]
-    # One past the last image token, counted from the row's first token.
-    heads = lengths - np.argmax(is_image[:, ::-1], axis=1)
+    # One past the last such position, counted from the row's first token.
+    heads = lengths - np.argmax(is_joined[:, ::-1], axis=1)
+    compared = [arrays[name] for name in ("input_ids", *own) if name in arrays]
     begins = [
-        b"".join(arrays[name][i, first : first + head].tobytes() for name in ("input_ids", *own))
+        b"".join(values[i, first : first + head].tobytes() for values in compared)
         for i, (first, head) in enumerate(zip(before, heads, strict=True))
     ]
-    picture, firsts = _group(begins, owned)
+    picture, firsts = _group(begins, pictures)
     count = 1 << (len(firsts) - 1).bit_length()
     if 2 * count > len(ids):
         return None
@@ -102,7 +134,7 @@ def share(
     kinds = np.pad(kinds, ((0, 0), (0, 1)), constant_values=edits.PADDING)
     prefix = {name: taken(name, chosen, prefix_from) for name in arrays if name in per_position}
     prefix["position_kinds"] = kinds[chosen[:, None], prefix_from]
-    for name, parts in owned.items():
+    for name, parts in pictures.items():
         prefix[name] = np.concatenate([parts[row] for row in chosen])
     kinds = np.where(rest_from == ids.shape[1], edits.PADDING, edits.TEXT).astype(np.int32)
     kinds[:, -1] = edits.LAST_PROMPT
@@ -123,24 +155,7 @@ def share(
     )
 
 
-def _per_row(
-    pictures: Arrays, tokens: np.ndarray, tokens_per_image: int | None
-) -> dict[str, np.ndarray] | None:
-    """Divides arrays of pictures, in the order of their tokens, among the rows.
-
-    Returns name -> [B, pictures of a row, ...]; None unless all rows surely have the same number.
-    """
-    batch = len(tokens)
-    # As many as there are rows, each of which has at least one.
-    count = 1
-    if tokens_per_image is not None and (tokens == tokens[0]).all():
-        count = int(tokens[0]) // tokens_per_image
-    if any(len(x) not in (batch, batch * count) for x in pictures.values()):
-        return None
-    return {name: x.reshape(batch, -1, *x.shape[1:]) for name, x in pictures.items()}
-
-
-def _group(begins: Sequence[bytes], owned: Arrays) -> tuple[np.ndarray, list[int]]:
+def _group(begins: Sequence[bytes], pictures: Arrays) -> tuple[np.ndarray, list[int]]:
     """Groups rows that begin alike and have the same pictures.
 
     Returns the group of each row, int[B], and the first row of each group.
@@ -150,12 +165,12 @@ def _group(begins: Sequence[bytes], owned: Arrays) -> tuple[np.ndarray, list[int
     seen: dict[int, list[int]] = defaultdict(list)  # digest -> groups
     for i, begin in enumerate(begins):
         digest = zlib.crc32(begin)
-        for parts in owned.values():
+        for parts in pictures.values():
             digest = zlib.crc32(np.ascontiguousarray(parts[i]).data.cast("B"), digest)
         for group in seen[digest]:
             other = firsts[group]
             if begins[other] == begin and all(
-                np.array_equal(parts[other], parts[i]) for parts in owned.values()
+                np.array_equal(parts[other], parts[i]) for parts in pictures.values()
             ):
                 groups[i] = group
                 break

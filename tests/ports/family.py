@@ -25,7 +25,7 @@ from ports.intervene import lora
 from ports.models.port import Port
 from ports.parallel import sharding
 
-from . import helpers
+from . import helpers, questions
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -134,6 +134,24 @@ def check_steering(family: Family, inputs: Inputs) -> None:
     )
     np.testing.assert_array_equal(steered.tokens[:, 0], plain.tokens[:, 0])
     assert (np.asarray(steered.tokens) != np.asarray(plain.tokens))[:, 1:].any()
+
+
+def check_questions(
+    family: Family, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, pictures: Sequence[int]
+) -> None:
+    """Rows that ask about one picture share it, and have the tokens and states of rows apart."""
+    asked = questions.ask(inputs, pictures)
+    shared, apart = questions.both(family.vlm, asked, monkeypatch, sites=[family.layer])
+    np.testing.assert_array_equal(shared.tokens, apart.tokens)
+    error = helpers.relative_error(shared.states[family.layer], apart.states[family.layer])
+    assert error < 1e-5
+
+
+def check_apart(family: Family, inputs: Inputs) -> None:
+    """Rows that ask about one picture share nothing."""
+    asked = questions.ask(inputs)
+    _, options = family.vlm._generation(asked, family.vlm._check(asked), {}, 4, ())
+    assert options["shared"] is None
 
 
 def check_adapters(family: Family, inputs: Inputs, directory: Path, targets: str) -> None:

@@ -1,48 +1,17 @@
 """Several questions about one picture: tokens and states equal those of rows computed apart."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
 
 import ports
 from ports.inputs import common_prefix
+from ports.intervene.edits import is_same_for_rows
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
+from ..questions import QUESTIONS, ask, both
 
 LAYER = "language_model.model.layers.0"
 KINDS = ("all", "prompt", "generated", "last_prompt", "image", "text")
-QUESTIONS = (0, 1, 1, 0, 1, 0, 0, 1)  # the picture of each row
-LENGTHS = (3, 1, 7, 4, 2, 5, 1, 3)  # of its question
-
-
-def ask(inputs: Mapping[str, np.ndarray], pictures=QUESTIONS, seed=5) -> dict[str, np.ndarray]:
-    """Returns rows that ask questions about the picture of one of the rows of `inputs` each."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for picture, length in zip(pictures, LENGTHS, strict=True):
-        own = inputs["input_ids"][picture][inputs["attention_mask"][picture] == 1]
-        rows.append([*own, *random.integers(3, 20, length)])
-    length = max(map(len, rows))
-    asked = {
-        "input_ids": np.array([[0] * (length - len(row)) + row for row in rows]),
-        "attention_mask": np.array([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
-    }
-    old = inputs["input_ids"].shape[1] - inputs["attention_mask"].sum(1)
-    for name, value in inputs.items():
-        if name in (*asked, "mm_token_type_ids"):
-            continue
-        parts = list(value)
-        if "image_grid_thw" in inputs and name == "pixel_values":
-            parts = np.split(value, np.cumsum(inputs["image_grid_thw"].prod(1))[:-1])
-            asked[name] = np.concatenate([parts[picture] for picture in pictures])
-            continue
-        asked[name] = np.stack([parts[picture] for picture in pictures])
-        if name == "image_input_idx":
-            moved = np.array([length - len(row) for row in rows]) - old[list(pictures)]
-            places = asked[name]
-            asked[name] = np.where(places < 0, places, places + moved[:, None, None])
-    return asked
 
 
 def inputs_of(port: str) -> dict[str, np.ndarray]:
@@ -59,25 +28,6 @@ def inputs_of(port: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def batch():
     return inputs_of("llava")
-
-
-def both(vlm, inputs, monkeypatch, method="generate", *args, **options):
-    """Returns the results with and without shared beginnings; the first did share."""
-    divided = []
-    share = common_prefix.share
-
-    def noted(*args):
-        divided.append(share(*args))
-        return divided[-1]
-
-    monkeypatch.setattr(common_prefix, "share", noted)
-    shared = getattr(vlm, method)(inputs, *args, max_new_tokens=4, **options)
-    assert divided
-    assert divided[-1] is not None
-    monkeypatch.setattr(common_prefix, "share", lambda *_: None)
-    apart = getattr(vlm, method)(inputs, *args, max_new_tokens=4, **options)
-    monkeypatch.undo()
-    return shared, apart
 
 
 @pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl", "molmo"])
@@ -102,16 +52,14 @@ def test_rows_padded_on_the_right(small, batch, monkeypatch):
     assert helpers.relative_error(ours, expected, right["attention_mask"] == 1) < 1e-5
 
 
-WHERES = (
-    "all",
-    "prompt",
-    "generated",
-    "last_prompt",
-    "image",
-    "text",
-    {"from": 20},
-    {"at": [1, 25]},
-)
+def test_states_without_generation(small, batch, encoded):
+    right, sites = helpers.pad_right(batch), [LAYER, "language_model.model.norm"]
+    states, expected = small.vlm.states(right, sites=sites), small.vlm.forward(right, sites=sites)
+    for site in sites:
+        real = right["attention_mask"] == 1
+        assert helpers.relative_error(states[site], expected.states[site], real) < 1e-5
+    small.vlm.states(right, sites=[*sites, small.vlm.head])
+    assert encoded == [2, len(QUESTIONS)]  # of the head, a shared prefill has only the last states
 
 
 @pytest.mark.parametrize("where", [*KINDS, {"from": 20}, {"at": [1, 25]}], ids=str)
@@ -132,7 +80,8 @@ def test_conditions_share_too(small, batch, where, monkeypatch):
     variants = [{LAYER: ports.add(vector.astype(np.float32), a, where)} for a in (0.0, 2.0, 5.0)]
     shared, apart = both(small.vlm, batch, monkeypatch, "sweep", variants, sites=[LAYER])
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
-    assert helpers.relative_error(shared.states[LAYER], apart.states[LAYER]) < 1e-5
+    ours, expected = (np.concatenate(x.states[LAYER]) for x in (shared, apart))
+    assert helpers.relative_error(ours, expected) < 1e-5
     for tokens, edits in zip(shared.tokens, variants, strict=True):
         alone = small.vlm.generate(batch, max_new_tokens=4, edits=edits).tokens
         np.testing.assert_array_equal(tokens, alone)
@@ -147,8 +96,11 @@ def test_rules_count_the_whole_prompt(small, batch, monkeypatch):
 class TestShare:
     """What is divided, and what is not."""
 
-    def share(self, inputs, **options):
-        return common_prefix.share(inputs, (helpers.IMAGE,), 0, {}, **options)
+    def share(self, inputs, blocks=None):
+        pictures = {name: x for name, x in inputs.items() if name == "pixel_values"}
+        tokens = (helpers.IMAGE,)
+        owned = common_prefix.pictures_of_rows(inputs, pictures, tokens, None)
+        return owned and common_prefix.share(inputs, owned, tokens, 0, {}, blocks)
 
     def test_by_hand(self):
         begun = [1, helpers.IMAGE, *range(30, 48)]
@@ -167,10 +119,16 @@ class TestShare:
         assert found.prefix["pixel_values"].shape == (1, 3)
         assert found.tokens[:2, -3:].tolist() == [[0, 0, 5], [0, 6, 7]]
         assert found.kinds[:2, -3:].tolist() == [[-1, -1, 2], [-1, 1, 2]]
-        assert found.index[:2, -1].tolist() == [20, 21]
+        assert found.ordinals[:2, -1].tolist() == [20, 21]
         assert found.columns[:2, -2:].tolist() == [[-1, 21], [20, 21]]
         assert found.order[0].tolist() == [0, *range(12, 32), 47]
         assert found.order[1].tolist() == [*range(12, 32), 46, 47]
+
+    def test_what_earlier_positions_see_stays_in_the_beginning(self, batch):
+        ids = batch["input_ids"]
+        pictures = np.where(ids == helpers.IMAGE, 0, -1)
+        assert self.share(batch, pictures) is not None
+        assert self.share(batch, np.zeros_like(ids)) is None  # as in a prefix language model
 
     def test_pictures_that_differ_in_one_number(self, batch):
         assert self.share(batch) is not None
@@ -195,9 +153,11 @@ class TestShare:
         assert self.share(uneven) is None
 
     def test_edits_of_single_rows_are_not_shared(self, small, batch, monkeypatch):
-        vlm, width = small.vlm, small.vlm.site_shapes[LAYER][-1]
-        monkeypatch.setattr(common_prefix, "share", lambda *_: pytest.fail("divided"))
+        width = small.vlm.site_shapes[LAYER][-1]
         rows = np.random.default_rng(0).standard_normal((len(QUESTIONS), width), np.float32)
         strengths = np.linspace(0, 3, len(rows))
-        for edit in (ports.add(rows), ports.add(rows[0], strengths), ports.edit_with(lambda x: x)):
-            vlm.generate(batch, max_new_tokens=2, edits={LAYER: edit})
+        changed = ports.add(rows), ports.add(rows[0], strengths), ports.edit_with(lambda x: x)
+        assert list(map(is_same_for_rows, changed)) == [False] * 3
+        assert is_same_for_rows(ports.add(rows[0]))
+        monkeypatch.setattr(common_prefix, "share", lambda *_: pytest.fail("divided"))
+        small.vlm.generate(batch, max_new_tokens=2, edits={LAYER: changed[1]})

@@ -77,6 +77,10 @@ def test_32_greedy_tokens_equal_pytorchs(gemma):
     family.check_generation(gemma, INPUTS)
 
 
+def test_questions_share_no_picture_longer_than_the_window(gemma):
+    family.check_apart(gemma, make_inputs([1, 1], [18, 21]))
+
+
 def test_steering_is_a_hook(gemma):
     family.check_steering(gemma, INPUTS)
 

@@ -63,6 +63,11 @@ def test_32_greedy_tokens_equal_pytorchs(small):
     family.check_generation(small, IMAGES)
 
 
+def test_questions_share_a_picture(small, monkeypatch):
+    inputs = make_inputs([[(SIDE, SIDE)], [(30, 40)]], [18, 21], 4)
+    family.check_questions(small, inputs, monkeypatch, (0, 1, 1, 0))
+
+
 def test_no_image(small):
     family.check_logits(small, make_inputs([[], []], [5, 12], 4))
 

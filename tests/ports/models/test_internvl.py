@@ -72,6 +72,11 @@ def test_32_greedy_tokens_equal_pytorchs(intern):
     family.check_generation(intern, INPUTS)
 
 
+def test_questions_share_a_picture(intern, monkeypatch):
+    inputs = make_inputs([2, 2], [18, 21])
+    family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))
+
+
 def test_files(intern, tmp_path):
     family.check_files(intern, tmp_path)
 

@@ -125,6 +125,14 @@ def test_32_greedy_tokens_equal_pytorchs(made, inputs):
     family.check_generation(made, inputs)
 
 
+def test_questions_share_a_picture(made, monkeypatch):
+    inputs = make_inputs(made.vlm.sizes, [[(30, 50)], [(64, 64)]], [18, 21])
+    if made.port is llava_next.PORT:  # the decoder's window is shorter than a picture
+        family.check_apart(made, inputs)
+    else:
+        family.check_questions(made, inputs, monkeypatch, (0, 1, 1, 0))
+
+
 def test_steering_is_a_hook(made, inputs):
     family.check_steering(made, inputs)
 

@@ -66,6 +66,10 @@ def test_32_greedy_tokens_equal_pytorchs(pali):
     family.check_generation(pali, INPUTS)
 
 
+def test_questions_share_no_picture_whose_tokens_see_them(pali):
+    family.check_apart(pali, make_inputs([1, 1], [18, 21]))
+
+
 def test_files(pali, tmp_path):
     family.check_files(pali, tmp_path)
 

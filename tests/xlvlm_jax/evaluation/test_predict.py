@@ -69,6 +69,14 @@ def test_each_condition_answers_as_it_does_alone(vlm, asked, vector, predictions
     assert predictions.errors == {}
 
 
+def test_questions_about_one_picture_share_its_encoding(vlm, asked, predictions, encoded):
+    mixed = np.random.default_rng(0).permutation(len(asked))
+    found = evaluation.predict(vlm, [asked[i] for i in mixed], **OPTIONS)
+    assert found.answers[0] == [predictions.answers[0][i] for i in mixed]
+    assert len(encoded) == 2
+    assert max(encoded) <= 8  # pictures, for 16 questions each
+
+
 def test_no_more_rows_at_once_than_fit_into_the_cache(
     vlm, asked, conditions, predictions, monkeypatch
 ):

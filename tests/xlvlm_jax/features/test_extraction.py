@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xlvlm_jax import Features, find_word
+from xlvlm_jax import Features, data, find_word
 from xlvlm_jax.data.words import COLOURS, word_pattern
 from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
@@ -59,6 +59,19 @@ def test_batch_size_does_not_change_the_rows(vlm, samples, features, tmp_path):
     assert np.array_equal(other.tokens, features.tokens)
     assert np.array_equal(other.positions, features.positions)
     np.testing.assert_allclose(other.matrix(NORM), features.matrix(NORM), atol=1e-4, rtol=1e-4)
+
+
+def test_questions_about_one_picture_share_its_encoding(vlm, pictures, encoded, tmp_path):
+    asked = data.load("vqav2", pictures, "train")[:8]
+    settings = dataclasses.replace(SETTINGS, selection=Selection("index", "-1"), max_new_tokens=3)
+    results = []
+    for size in (8, 1):
+        extract(vlm, asked, tmp_path / str(size), dataclasses.replace(settings, batch_size=size))
+        results.append(Features.open(tmp_path / str(size)))
+    assert encoded[0] <= 4  # pictures, for eight questions
+    together, apart = results
+    assert np.array_equal(together.tokens, apart.tokens)
+    np.testing.assert_allclose(together.matrix(NORM), apart.matrix(NORM), atol=1e-4, rtol=1e-4)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(vlm, samples, features, tmp_path):
