@@ -13,6 +13,11 @@ ends.
     vector     mean state of answers "no" minus that of answers "yes"
     answers    accuracy of answers to questions, by XL-VLMs' protocol
     steered    the same, while XL-VLMs' vector steers both
+    shift      of the concepts of "dog" by fine-tuning to name colours: where they move, how
+               consistently
+
+XL-VLMs' list of English words is nltk's "words", which is web2; without nltk its stand-in reads the
+web2 of english-words.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from english_words import get_english_words_set
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +41,9 @@ STAND_INS = {
     "clip": "",
     "language_evaluation": "",
     "nltk/__init__": "",
-    "nltk/corpus": "words = None",
+    "nltk/corpus": "import json, pathlib\n"
+    "LISTED = json.loads((pathlib.Path(__file__).parent / 'words.json').read_text())\n"
+    "words = type('words', (), {'words': staticmethod(lambda: LISTED)})",
     "torchvision/__init__": "",
     "torchvision/transforms": "CenterCrop = Compose = Normalize = Resize = ToTensor = None\n"
     "InterpolationMode = None",
@@ -53,12 +61,18 @@ class Stage(NamedTuple):
 
 def stages(work: Path, images: int) -> list[Stage]:
     """Draws the data, places the model and returns the stages."""
+    import ports
+    from ports.checkpoint.params import save_params
     from xlvlm_jax.data import scenes
     from xlvlm_jax.demo import embedded
 
     data, model = work / "pictures", work / "llava-1.5-bundled"  # a name that XL-VLMs knows
     scenes.write(data, train=images, test=images)
     shutil.copytree(embedded.LLAVA, model, dirs_exist_ok=True)
+    color = work / "llava-1.5-color"
+    shutil.copytree(embedded.LLAVA, color, dirs_exist_ok=True)
+    merged = ports.load("embedded", adapter=str(embedded.ADAPTERS["color"]))
+    save_params(merged.params, color, dtype=np.float16)
     for name in ("features", "steering"):
         (work / "theirs" / name).mkdir(parents=True, exist_ok=True)
     save = ["src/save_features.py", *_common(model, data, work), "--generation_mode"]
@@ -72,6 +86,9 @@ def stages(work: Path, images: int) -> list[Stage]:
     questions = ["--dataset", "vqav2", "--split", "train2014", "--max-new-tokens", "5"]
     evaluate = [str(model), str(data), "--protocol", "xl-vlms", "--dtype", "float16", *questions]
 
+    dogs = ["--dataset_name", "coco", "--annotation_file", "dataset_coco.json"]
+    dogs += ["--split", "train", "--max_new_tokens", "20"]
+
     def theirs(name: str, *options: str, word: str | None = None) -> list[str]:
         chosen = [] if word is None else ["--select_token_of_interest_samples"]
         chosen += [] if word is None else ["--token_of_interest", word]
@@ -83,6 +100,7 @@ def stages(work: Path, images: int) -> list[Stage]:
 
     hook = ["--hook_names", of_word, "--modules_to_hook", SITE]
     hook += ["--save_only_generated_tokens"]
+    saved = work / "theirs/features" / of_word
     files = {word: work / "theirs/features" / f"{of_word}_{word}.pth" for word in ("yes", "no")}
     vector = work / "theirs/steering/shift_of_means_yes-no.pth"
     fit = ["src/analyse_features.py", *_common(model, data, work)]
@@ -98,13 +116,7 @@ def stages(work: Path, images: int) -> list[Stage]:
         Stage(
             "features",
             [
-                theirs(
-                    "dog",
-                    *hook,
-                    *("--dataset_name", "coco", "--annotation_file", "dataset_coco.json"),
-                    *("--split", "train", "--max_new_tokens", "20"),
-                    word="dog",
-                )
+                theirs("dog", *hook, *dogs, word="dog"),
             ],
             [of("dog", "--max-new-tokens", "20")],
             lambda: _rows(work / "ours/dog", work / f"theirs/features/{of_word}_dog.pth"),
@@ -139,6 +151,55 @@ def stages(work: Path, images: int) -> list[Stage]:
                 ],
             ],
             lambda: _answers(work / "ours/steered", "steered", work / "theirs", "steered"),
+        ),
+        Stage(
+            "shift",
+            [
+                theirs("original", *hook, *dogs, word="dog"),
+                [
+                    *("src/save_features.py", *_common(color, data, work), "--generation_mode"),
+                    *("--select_token_of_interest_samples", "--token_of_interest", "dog"),
+                    *("--save_filename", "color", *hook, *dogs),
+                ],
+                [
+                    *("src/analyse_features.py", *_common(model, data, work)),
+                    *("--analysis_name", "analyse_clusters", "--save_filename", "color"),
+                    *("--origin_model_feature_path", f"{saved}_original.pth"),
+                    *("--dest_model_feature_path", f"{saved}_color.pth"),
+                    *("--origin_model_analysis_path", str(work / "ours/concepts.pth")),
+                    *("--module_to_decompose", SITE, "--decomposition_method", "kmeans"),
+                    *("--num_concepts", "2", "--compute_stat_shift_vectors"),
+                    *("--num_grounded_text_tokens", "15", "--pre_num_top_tokens", "200"),
+                ],
+            ],
+            [
+                [
+                    *("extract", str(color), *extract[2:], "--max-new-tokens", "20"),
+                    *("--containing", "dog", "--tokens", "token-of-interest:dog"),
+                    *("--output", str(work / "ours/color")),
+                ],
+                [
+                    *("decompose", str(work / "ours/dog"), "--method", "kmeans"),
+                    *("--num-concepts", "2", *out, str(work / "ours/concepts")),
+                ],
+                [
+                    *("ground", str(work / "ours/concepts"), "--protocol", "xl-vlms"),
+                    *("--model", str(model), "--overwrite"),
+                ],
+                [
+                    *("export-pth", str(work / "ours/concepts")),
+                    *(*out, str(work / "ours/concepts.pth")),
+                ],
+                [
+                    *("shift", str(work / "ours/dog"), str(work / "ours/color")),
+                    *("--protocol", "xl-vlms", "--model", str(model)),
+                    *("--concepts", str(work / "ours/concepts"), "--num-images", "5"),
+                    *(*out, str(work / "ours/shift")),
+                ],
+            ],
+            lambda: _shift(
+                work / "ours/shift", work / "theirs/analysis/analyse_clusters_color.pth"
+            ),
         ),
     ]
 
@@ -184,6 +245,17 @@ def _answers(ours: Path, condition: str, theirs: Path, name: str) -> str:
     return f"{same} of {len(answers)} answers the same, {own:.2f} and {accuracy:.2f} %"
 
 
+def _shift(ours: Path, theirs: Path) -> str:
+    from xlvlm_jax.features.pth.reader import read_pth
+    from xlvlm_jax.shift import ShiftAnalysis
+
+    mine, saved = ShiftAnalysis.load(ours), read_pth(theirs)
+    concepts = np.asarray(saved["shifted_components"], np.float32)
+    consistent = np.array([float(np.asarray(x)) for x in saved["shift_stats"]["cosine_sim_scores"]])
+    further = np.abs(np.asarray(mine.spread.consistency) - consistent).max()
+    return f"{_difference(mine.shifted, concepts)}; consistency by {further:.1e}"
+
+
 def run_ours(commands: Sequence[Sequence[str]], cache: Path) -> float:
     """Runs commands of this project; returns the seconds they took."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache / "programs")}
@@ -203,6 +275,9 @@ def run_theirs(commands: Sequence[Sequence[str]], python: str, checkout: Path, w
         if subprocess.run([python, "-c", probe, package], check=False).returncode:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / f"{name}.py").write_text(content)
+    if (path / "nltk").is_dir():
+        listed = sorted(get_english_words_set(["web2"], alpha=False))
+        (path / "nltk" / "words.json").write_text(json.dumps(listed))
     known = os.environ.get("PYTHONPATH")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), *filter(None, [known])])}
     return _timed([[python, *each] for each in commands], checkout, environment)

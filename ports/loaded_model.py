@@ -336,6 +336,21 @@ class LoadedModel:
         """
         return any(map(self.module.is_before_norm, (site, *self.hub_names(site))))
 
+    def is_head(self, site: str) -> bool:
+        """Returns whether the states of a site are logits, which `unembed` has been applied to.
+
+        Args:
+            site: name of a site.
+
+        Returns:
+            False for unknown names.
+        """
+        last = self.sites[-1]
+        if not {site, *self.hub_names(site)} & {last, *self.hub_names(last)}:
+            return False
+        # Where the head is tied to the embeddings, the last site is the norm before it.
+        return self.site_shapes[last][-1] != self.config.get_text_config().hidden_size
+
     def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
         """Finds sites by name or pattern.
 

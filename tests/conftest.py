@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: no downloads, exact products, shared compiled programs."""
+"""What all tests share: nothing is fetched from the hub, products are exact, programs are kept."""
 
 import atexit
 import os
@@ -35,7 +35,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import jax
@@ -72,7 +71,7 @@ _TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Skips files and folders that compare with PyTorch if it is not installed."""
+    """Leaves out the files that compare with PyTorch, and folders of them, where there is none."""
     conftest = collection_path / "conftest.py"
     file = conftest if conftest.exists() else collection_path
     if _TORCH_IS_MISSING and file.suffix == ".py" and _USES_TORCH.search(file.read_text()):
@@ -81,14 +80,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves files with slow tests to the front, so that no worker waits for another at the end."""
+    """Files with slow tests come first: at the end a worker would wait for the other."""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
 def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Switches off the check of signatures in tests marked `wrong_types`."""
+    """Switches off the check of signatures in a test that is marked `wrong_types`."""
     jaxtyping.config.update("jaxtyping_disable", "wrong_types" in request.keywords)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -96,7 +95,7 @@ def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Drops compiled programs between two files before they hold too many memory mappings.
+    """Drops compiled programs between two files before there are too many of them.
 
     Each holds memory mappings, and Linux allows a process 65,530; a worker that runs out of them
     ends with a segmentation fault.
@@ -110,7 +109,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Returns the folder of real configurations and reference outputs next to a checkout."""
+    """The folder of real configurations and reference outputs next to a checkout."""
     path = Path(__file__).parents[2] / "shared"
     if not path.is_dir():
         pytest.skip("no ../shared beside this checkout")
@@ -119,7 +118,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def vlm():
-    """Returns the embedded LLaVA, unless a folder overrides it; tests do not change it."""
+    """The embedded LLaVA, where a folder has no other; tests leave it as it is."""
     import ports
     from xlvlm_jax.demo import embedded
 
@@ -128,32 +127,11 @@ def vlm():
 
 @pytest.fixture(scope="session")
 def clip():
-    """Returns the embedded CLIP pair."""
+    """The embedded CLIP pair."""
     from ports.models import clip
     from xlvlm_jax.demo import embedded
 
     return clip.load_dual_encoder(embedded.CLIP)
-
-
-@pytest.fixture
-def encoded(monkeypatch) -> list[int]:
-    """How many pictures each run of a model from now on gives to its vision tower."""
-    from ports import passes
-
-    numbers = []
-
-    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **options: Any) -> Any:
-            leaves = jax.tree_util.tree_leaves_with_path((args, options))
-            named = ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
-            numbers.append(sum(len(leaf) for name, leaf in named if "'pixel_values'" in name))
-            return run(*args, **options)
-
-        return counted
-
-    for name in ("generate", "states"):
-        monkeypatch.setattr(passes, name, counting(getattr(passes, name)))
-    return numbers
 
 
 class ThreeWords:
@@ -173,6 +151,9 @@ class ThreeWords:
     def is_before_norm(self, site):
         return False
 
+    def is_head(self, site):
+        return False
+
     @property
     def tokenizer(self):
         return self
@@ -183,13 +164,13 @@ class ThreeWords:
 
 @pytest.fixture
 def three_words() -> ThreeWords:
-    """Returns the parts of a model that grounding needs."""
+    """What grounding needs of a model."""
     return ThreeWords()
 
 
 @pytest.fixture
 def xlvlm(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """xlvlm(*arguments) runs the command line and returns (status, output, errors)."""
+    """xlvlm(*arguments): status, output and errors of the command line."""
     from xlvlm_jax import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:

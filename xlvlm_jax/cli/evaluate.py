@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import (
+    AnswerTypes,
     Baseline,
     BatchSize,
     Data,
@@ -48,6 +49,7 @@ from xlvlm_jax.cli.runtime import DryRun
 from xlvlm_jax.cli.sample_options import (
     Annotations,
     DatasetSize,
+    Objects,
     Prompt,
     QuestionsFile,
     SampleIds,
@@ -81,10 +83,12 @@ def evaluate(
     vqa_protocol: VqaProtocol = "official",
     protocol: Protocol = None,
     without: Without = None,
+    answer_types: AnswerTypes = None,
     baseline: Baseline = None,
     prompt: Prompt = None,
     annotations: Annotations = None,
     questions: QuestionsFile = None,
+    objects: Objects = None,
     dataset_size: DatasetSize = None,
     sample_ids: SampleIds = None,
     num_samples: NumSamples = None,
@@ -103,8 +107,15 @@ def evaluate(
 
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
-    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol, without)
-    told: dict[str, Any] = {"prompt": prompt, "annotations": annotations, "questions": questions}
+    task = parse_task(
+        dataset, loaded, source, target, words, java, vqa_protocol, without, answer_types
+    )
+    told: dict[str, Any] = {
+        "prompt": prompt,
+        "annotations": annotations,
+        "questions": questions,
+        "objects": objects,
+    }
     drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
     conditions = {}

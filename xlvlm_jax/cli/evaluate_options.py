@@ -10,12 +10,18 @@ import typer
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
 Dataset = Annotated[
-    Literal["vqav2", "coco", "pope"],
-    typer.Option(help="vqav2 or pope for questions, coco for captions."),
+    Literal["vqav2", "coco", "pope", "mmsb"],
+    typer.Option(
+        help="vqav2 or pope for questions, coco for captions, mmsb (MM-SafetyBench) for the words "
+        "of free answers."
+    ),
 ]
 Split = Annotated[
     str | None,
-    typer.Option(help="train, val or test; for pope random, popular or adversarial."),
+    typer.Option(
+        help="train, val or test; for pope random, popular or adversarial; for mmsb all, train "
+        "or test."
+    ),
 ]
 Instruction = Annotated[
     str | None,
@@ -26,7 +32,7 @@ Words = Annotated[
     typer.Option(
         help="Captions: words to count, separated by commas, or the name of a class: colours, "
         "places, sentiments, scenes:colour, scenes:place, scenes:mood. Default: the vector's "
-        "target words."
+        "target words; for mmsb words of refusals."
     ),
 ]
 Source = Annotated[
@@ -50,6 +56,13 @@ Without = Annotated[
     typer.Option(
         help="Questions: also the mean accuracy of the answer types without this one, such as "
         "yes/no."
+    ),
+]
+AnswerTypes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Questions: JSON file of answers by type, as XL-VLMs' --answer_type_to_answer, to "
+        "count the types of answers by."
     ),
 ]
 Baseline = Annotated[
@@ -86,16 +99,18 @@ def parse_task(
     java: bool,
     protocol: str,
     without: str | None,
+    answer_types: Path | None = None,
 ) -> Any:
     """Returns the task to evaluate; words not given are those the first vector was fitted on.
 
     Args:
-        dataset: "coco" for captions, otherwise questions.
+        dataset: "coco" for captions, "mmsb" for free answers, otherwise questions.
         vectors: the loaded steering vectors.
         source, target, words: option values, with commas.
         java: whether to compute metrics that need Java.
         protocol: how the accuracy of answers is computed.
         without: an answer type to leave out of a mean.
+        answer_types: a file of answers by type.
 
     Returns:
         `evaluation.Captions` or `evaluation.Questions`.
@@ -104,15 +119,17 @@ def parse_task(
         ValueError: an option does not belong to this kind of data, or one of a pair is missing.
     """
     from xlvlm_jax import evaluation
+    from xlvlm_jax.data.mmsb import REFUSALS
     from xlvlm_jax.data.words import class_words
 
     fitted = vectors[0].source if vectors else {}
-    if dataset == "coco":
+    if dataset in ("coco", "mmsb"):
         if source is not None or target is not None:
             raise ValueError("--source and --target apply to questions; use --words for captions")
-        return evaluation.Captions(
-            tuple(class_words(words) if words is not None else fitted.get("target") or ()), java
-        )
+        if answer_types is not None:
+            raise ValueError("--answer-types applies to questions; omit it for captions")
+        usual = REFUSALS if dataset == "mmsb" else fitted.get("target") or ()
+        return evaluation.Captions(tuple(usual if words is None else class_words(words)), java)
     if words is not None:
         raise ValueError("--words applies to captions; use --source and --target for questions")
     sources, targets = (
@@ -122,7 +139,10 @@ def parse_task(
     if bool(sources) != bool(targets):
         missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
-    return evaluation.Questions(sources, targets, protocol=cast(Any, protocol), without=without)
+    types = None if answer_types is None else evaluation.read_types(answer_types)
+    return evaluation.Questions(
+        sources, targets, protocol=cast(Any, protocol), without=without, types=types
+    )
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

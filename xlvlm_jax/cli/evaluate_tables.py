@@ -28,7 +28,7 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
     table.add_row("questions", *(str(score["count"]) for score in kinds.values()))
     console.print(table)
     if "POPE" in conditions["plain"]:
-        _show_pope(conditions, console)
+        _show_protocols("POPE", conditions, console)
     if "changes" not in conditions["plain"]:
         return
     table = Table(
@@ -47,15 +47,19 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
     console.print(table)
 
 
-def _show_pope(conditions: Mapping[str, Any], console: Console) -> None:
-    protocols = conditions["plain"]["POPE"]
-    table = Table("POPE %", *conditions["plain"]["POPE"]["official"], box=None)
+def _show_protocols(metric: str, conditions: Mapping[str, Any], console: Console) -> None:
+    """Prints a line per condition and protocol; a protocol may lack some of the figures."""
+    figures = list(conditions["plain"][metric]["official"])
+    table = Table(f"{metric} %", *figures, box=None)
     for name, measured in conditions.items():
-        for protocol in protocols:
-            values = measured["POPE"][protocol].values()
-            shown = ("undefined" if value is None else f"{100 * value:.2f}" for value in values)
+        for protocol, values in measured[metric].items():
+            shown = (_percent(values[figure]) if figure in values else "" for figure in figures)
             table.add_row(f"{name}, {protocol}", *shown)
     console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "undefined" if share is None else f"{100 * share:.2f}"
 
 
 def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
@@ -70,6 +74,8 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
             row += [_share(c["holding_after"], c["samples"]), f"{c['length_after']:.1f}"]
         table.add_row(name, *row)
     console.print(table)
+    if "CHAIR" in conditions["plain"]:
+        _show_protocols("CHAIR", conditions, console)
     if left_out := conditions["plain"]["scores"]["left out"]:
         reasons = "; ".join(f"{name}, {reason}" for name, reason in left_out.items())
         console.print(f"left out: {reasons}", style="dim")

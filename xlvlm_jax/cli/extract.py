@@ -59,7 +59,7 @@ def extract(
             "it at a full stop)."
         ),
     ],
-    dataset: Annotated[str, typer.Option(help="coco, vqav2, pope or folder.")] = "coco",
+    dataset: Annotated[str, typer.Option(help="coco, vqav2, pope, mmsb or folder.")] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     rows: Annotated[
         str | None,

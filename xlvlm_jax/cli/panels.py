@@ -11,16 +11,18 @@ from typer.models import OptionInfo
 FEW = 12
 # Panel -> names of the command arguments listed in it.
 PANELS = {
-    "Data": "dataset split images prompt annotations questions containing excluding key any_case "
-    "containing_match containing_in image_ids sample_ids dataset_size num_samples first test",
+    "Data": "dataset split images prompt annotations questions objects containing excluding key "
+    "any_case containing_match containing_in image_ids sample_ids dataset_size num_samples "
+    "first test",
     "Selection": "tokens rows match search_from include_prompt site source target words pairs "
     "features target_features concepts finetuned_concepts num_words num_candidates num_images "
     "word_rules",
     "Method": "decomposition between_models matched source_concepts "
     "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
-    "together instruction context_site contrast keep steps rank epochs rate schedule warmup "
-    "weight_decay choose_on wanted max_cost num_choose reduce num_targets",
-    "Evaluation": "vqa_protocol without baseline "
+    "together instruction context_site contrast positive negative states keep steps rank epochs "
+    "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
+    "assign_by normalise_shifts normalise_shifted",
+    "Evaluation": "vqa_protocol without answer_types baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
     "Model": "model processor adapter finetuned finetuned_model dtype through_norm max_new_tokens "

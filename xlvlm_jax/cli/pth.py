@@ -18,7 +18,7 @@ Sites = Annotated[
 
 def import_pth(
     file: Annotated[
-        Path, typer.Argument(help="Hidden states, concepts or vectors saved by XL-VLMs (.pth).")
+        Path, typer.Argument(help="Hidden states, concepts, vectors or networks saved by XL-VLMs.")
     ],
     output: Annotated[
         Path,
@@ -47,21 +47,53 @@ def import_pth(
     model: Annotated[
         str | None, typer.Option(help="Name of the model, recorded with what is written.")
     ] = None,
+    sample_ids: Annotated[
+        Path | None,
+        typer.Option(
+            help="Vectors of samples (P2S): file of the samples' IDs, in the order of the vectors."
+        ),
+    ] = None,
+    context_site: Annotated[
+        str | None,
+        typer.Option(
+            help="L2S networks (.pt): site whose state of the last prompt token the network takes. "
+            "Default: --site."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import what XL-VLMs saved; executes nothing in the file."""
     from ports.messages import counted
     from xlvlm_jax.concepts.pth import import_concepts
+    from xlvlm_jax.data.select import read_ids
     from xlvlm_jax.features.pth import import_features
     from xlvlm_jax.features.pth.reader import read_pth
-    from xlvlm_jax.steering.pth import import_vector
+    from xlvlm_jax.steering.pth import (
+        import_l2s,
+        import_sample_vectors,
+        import_vector,
+        network_in,
+    )
 
     data = read_pth(file, opaque=True)
     held = list(data) if isinstance(data, dict) else []
-    if any(str(name).startswith("steering_vector") for name in held):
+    meant: dict[str, Any] = {"where": parse_where(where), "model": model}
+    if network_in(data) is not None:
+        refuse_existing(output, overwrite)
+        chosen = _only(site, "--site names the module that the network steers")
+        network = import_l2s(file, chosen, context_site=context_site, **meant)
+        network.save(output)
+        console.print(f"{network!r} -> {output}")
+    elif sample_ids is not None:
+        refuse_existing(output, overwrite)
+        chosen = _only(site, "--site names the module that the vectors steer")
+        vectors = import_sample_vectors(file, chosen, read_ids(sample_ids), key=key, **meant)
+        vectors.save(output)
+        console.print(f"{vectors!r} -> {output}")
+    elif any(str(name).startswith("steering_vector") for name in held):
         refuse_existing(output, overwrite)
         chosen = _only(site, "--site names the module that the vector steers")
-        vector = import_vector(file, chosen, key=key, where=parse_where(where), model=model)
+        vector = import_vector(file, chosen, key=key, **meant)
         vector.save(output)
         console.print(f"{key}, width {len(vector.vector)}, site {chosen} -> {output}")
     elif "concepts" in held and "hidden_states" not in held:

@@ -22,6 +22,13 @@ Annotations = Annotated[
 QuestionsFile = Annotated[
     Path | None, typer.Option("--questions", help="Questions of vqav2, if not in their place.")
 ]
+Objects = Annotated[
+    Path | None,
+    typer.Option(
+        help="Captions of coco: its file of instances, such as "
+        "annotations/instances_val2014.json, to score hallucination by CHAIR."
+    ),
+]
 DatasetSize = Annotated[
     int | None,
     typer.Option(
@@ -57,6 +64,7 @@ def read_samples(
     prompt: str | None = None,
     annotations: Path | None = None,
     questions: Path | None = None,
+    objects: Path | None = None,
     dataset_size: int | None = None,
     seed: int = 0,
 ) -> list[Any]:
@@ -65,6 +73,7 @@ def read_samples(
     Args:
         dataset, data, split: as for `xlvlm_jax.data.load`.
         prompt, annotations, questions: instead of the data set's own.
+        objects: COCO's file of instances.
         dataset_size: number of samples to draw as XL-VLMs does; None for all.
         seed: random seed of the draw.
 
@@ -78,8 +87,10 @@ def read_samples(
         raise ValueError(f"--questions belongs to --dataset vqav2 or pope, not to {dataset}")
     if annotations is not None and dataset == "pope":
         raise ValueError("--annotations does not belong to --dataset pope; give --questions")
+    if objects is not None and dataset != "coco":
+        raise ValueError(f"--objects belongs to --dataset coco, not to {dataset}")
     given = {"prompt": prompt, _ANNOTATIONS.get(dataset, "annotations"): annotations}
-    given["questions"] = questions
+    given |= {"questions": questions, "objects": objects}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if dataset == "vqav2" and dataset_size is not None:
         options["order"] = "annotations"

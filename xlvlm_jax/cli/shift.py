@@ -57,6 +57,23 @@ def shift(
         str,
         typer.Option(help="How samples' shifts are averaged: mean, median or trimmed_mean."),
     ] = "mean",
+    assign_by: Annotated[
+        str,
+        typer.Option(
+            help="How a sample's concept is found: the most active one (activation), or the most "
+            "similar one to its state (cosine or l2)."
+        ),
+    ] = "activation",
+    normalise_shifts: Annotated[
+        bool,
+        typer.Option(
+            "--normalise-shifts", help="Divide the shifts by the norm of their whole matrix."
+        ),
+    ] = False,
+    normalise_shifted: Annotated[
+        bool,
+        typer.Option("--normalise-shifted", help="Divide each shifted concept by its norm."),
+    ] = False,
     num_words: Annotated[int, typer.Option(help="Maximum number of words per concept.")] = 15,
     num_candidates: Annotated[
         int, typer.Option(help="Tokens with the highest logits to search for words.")
@@ -121,6 +138,9 @@ def shift(
             site=site,
             alpha=alpha,
             reduce=cast(Any, reduce),  # `shift_features` checks it
+            assign_by=cast(Any, assign_by),
+            normalise_shifts=normalise_shifts,
+            normalise_shifted=normalise_shifted,
             num_words=num_words,
             num_candidates=num_candidates,
             num_images=num_images,

@@ -23,6 +23,7 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.evaluate import finish, show_preflight
 from xlvlm_jax.cli.evaluate_options import (
+    AnswerTypes,
     Baseline,
     BatchSize,
     Data,
@@ -50,6 +51,7 @@ from xlvlm_jax.cli.runtime import Command, DryRun
 from xlvlm_jax.cli.sample_options import (
     Annotations,
     DatasetSize,
+    Objects,
     Prompt,
     QuestionsFile,
     SampleIds,
@@ -124,10 +126,12 @@ def apply(
     vqa_protocol: VqaProtocol = "official",
     protocol: Protocol = None,
     without: Without = None,
+    answer_types: AnswerTypes = None,
     baseline: Baseline = None,
     prompt: Prompt = None,
     annotations: Annotations = None,
     questions: QuestionsFile = None,
+    objects: Objects = None,
     dataset_size: DatasetSize = None,
     sample_ids: SampleIds = None,
     num_samples: NumSamples = None,
@@ -152,7 +156,9 @@ def apply(
 
     loaded = [steering.load(path) for path in vector]
     meant = [None] if where is None else [parse_where(text) for text in where]
-    task = parse_task(dataset, loaded, source, target, words, java, vqa_protocol, without)
+    task = parse_task(
+        dataset, loaded, source, target, words, java, vqa_protocol, without, answer_types
+    )
     chosen = {"wanted": wanted, "max_cost": max_cost}
     task = dataclasses.replace(task, **{k: v for k, v in chosen.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
@@ -162,7 +168,12 @@ def apply(
         for kind in edit or ["add"]
         for condition in evaluation.grid(placed, alpha or [1.0], meant, kind)
     ]
-    told: dict[str, Any] = {"prompt": prompt, "annotations": annotations, "questions": questions}
+    told: dict[str, Any] = {
+        "prompt": prompt,
+        "annotations": annotations,
+        "questions": questions,
+        "objects": objects,
+    }
     drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
     task.require(samples)

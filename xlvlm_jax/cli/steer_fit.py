@@ -41,7 +41,8 @@ def fit(
         typer.Option(
             help="coarse: difference of means; fine: differences between k-means centroids; "
             "learned: optimised by gradient descent; l2s: a network that predicts a vector for "
-            "each prompt; shift: the shift of each concept by fine-tuning."
+            "each prompt; p2s: a vector for each sample; shift: the shift of each concept by "
+            "fine-tuning."
         ),
     ] = "coarse",
     source: Annotated[
@@ -120,15 +121,38 @@ def fit(
         ),
     ] = None,
     contrast: Annotated[
-        Literal["prompt", "completion"],
+        Literal["prompt", "completion", "forced"],
         typer.Option(
-            help="l2s: states to contrast with: another prompt about the image that has a target "
-            "answer (prompt), or target and source answers after the same prompt (completion)."
+            help="l2s, p2s: states to contrast with: another prompt about the image that has a "
+            "target answer (prompt), target and source answers after the same prompt (completion), "
+            "or --positive and --negative after the prompt of every sample (forced)."
         ),
     ] = "prompt",
+    positive: Annotated[
+        str | None,
+        typer.Option(
+            help="--contrast forced: beginning of the wanted answer. Default: 'Yes, the image' or "
+            "'No, the image', whichever is right."
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(help="--contrast forced: beginning of the unwanted answer."),
+    ] = None,
+    states: Annotated[
+        Literal["last", "mean"],
+        typer.Option(
+            help="l2s, p2s: state of a completion: that of its last token, or the mean over its "
+            "tokens."
+        ),
+    ] = "last",
     num_samples: Annotated[
-        int, typer.Option(help="learned, l2s: maximum number of samples to steer.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="learned, l2s, p2s: maximum number of samples to steer. Default: 128, or all with "
+            "--contrast forced."
+        ),
+    ] = None,
     keep: Annotated[
         float,
         typer.Option(
@@ -170,6 +194,9 @@ def fit(
         "steps": steps,
         "contrast": contrast,
         "context_site": context_site,
+        "positive": positive,
+        "negative": negative,
+        "states": states,
     }
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
     asked = steering.Request(
@@ -185,16 +212,16 @@ def fit(
         keep=keep,
         options={name: options[name] for name in how.options},
     )
-    given_as_states = bool(target_features) or between_models
-    if how.needs_target and targets is None and not given_as_states:
+    forced = contrast == "forced" and "contrast" in how.options
+    given_otherwise = bool(target_features) or between_models or forced
+    if how.needs_target and targets is None and not given_otherwise:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
     if how.examples is None:
         fitted = how.fit(asked)
     else:
-        if sources is None or model is None:
-            raise ValueError(
-                f"--method {method} needs --source, the answers to steer from, and --model"
-            )
+        if model is None or (sources is None and not forced):
+            missing = "" if forced else "--source, the answers to steer from, and "
+            raise ValueError(f"--method {method} needs {missing}--model")
         fitted = _learn(how, asked, model, dtype, batch_size, strict, dry_run)
         if fitted is None:
             return

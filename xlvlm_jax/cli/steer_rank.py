@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -34,6 +34,14 @@ def rank(
         ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Strength of the vectors.")] = 1.0,
+    by: Annotated[
+        Literal["score", "lead"],
+        typer.Option(
+            help="score: share of samples moved to the answers gained most; lead: as XL-VLMs "
+            "ranks, by the distance of the main answers' gains to others', of vectors with at most "
+            "--num-targets main answers, the best one for each of them."
+        ),
+    ] = "score",
     num_targets: Annotated[
         int, typer.Option(help="Number of answers, those gained most, that count as targets.")
     ] = 1,
@@ -86,6 +94,8 @@ def rank(
             strict=strict,
             progress=bars(progress)("steering"),
         )
+    if by == "lead":
+        ranked = steering.top_by_lead(ranked, num_vectors=len(ranked), num_targets=num_targets)
     files = {id(vector): path for vector, path in zip(loaded, paths, strict=True)}
     described = {
         "alpha": alpha,
@@ -95,7 +105,9 @@ def rank(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(output, json.dumps(described, indent=2) + "\n")
-    table = Table("vector", "score", "strength", "targets", "gained", "lost", "samples", box=None)
+    table = Table("vector", "score", "strength", "targets", "gained", "lost", box=None)
+    for heading in ("samples", "main answers", "lead"):
+        table.add_column(heading)
     for each in ranked:
         shift = each.shift
         gained, lost = (
@@ -110,6 +122,8 @@ def rank(
             gained,
             lost,
             str(shift.samples),
+            ", ".join(shift.main),
+            str(shift.lead),
         )
     console.print(table)
     console.print(f"{counted(len(ranked), 'vector')} ranked -> {output}")

@@ -106,6 +106,16 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
     return bool(site) and vlm.is_before_norm(site.removeprefix(finetuned_site("")))
 
 
+def is_head(vlm: VLM, site: str | None) -> bool:
+    """Returns whether components of a site are logits themselves, which need no head.
+
+    Args:
+        vlm: the model.
+        site: the site of the features; None or empty if unknown.
+    """
+    return bool(site) and vlm.is_head(site.removeprefix(finetuned_site("")))
+
+
 def ground_images(
     activations: Float[AnyArray, "N K"] | StoredRows, num_images: int = 5
 ) -> Int[AnyArray, "K {num_images}"]:

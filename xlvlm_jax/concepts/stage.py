@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from ports import VLM
 from ports.parallel import hosts
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
-from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm
+from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm, is_head
 from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
 from xlvlm_jax.data.word_rules import Rules
@@ -138,7 +138,7 @@ def ground_concepts(
         through_norm = is_before_norm(vlm, concepts.source.get("site"))
     words = ground_text(
         np.asarray(concepts.components),
-        vlm.unembed,
+        (lambda logits: logits) if is_head(vlm, concepts.source.get("site")) else vlm.unembed,
         vlm.tokenizer,
         num_words,
         num_candidates,

@@ -1,4 +1,4 @@
-"""Images with prompts and references: COCO, VQAv2, POPE, a folder of images, drawn scenes."""
+"""Images with prompts and references: COCO, VQAv2, POPE, MM-SafetyBench, folders, drawn scenes."""
 
 import os
 from importlib import import_module
@@ -7,7 +7,7 @@ from typing import Any
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 
-DATASETS = ("coco", "vqav2", "folder", "pope")
+DATASETS = ("coco", "vqav2", "folder", "pope", "mmsb")
 
 __all__ = ["DATASETS", "Sample", "load", "to_pandas"]
 
@@ -20,7 +20,8 @@ def load(
     Args:
         name: one of DATASETS.
         directory: directory of its files; drawn scenes are read as "coco" or "vqav2".
-        split: "train" (the default), "val" or "test"; a folder has none, POPE its own.
+        split: "train" (the default), "val" or "test"; a folder has none, POPE and
+            MM-SafetyBench ("mmsb") their own.
         **options: options of the reader, e.g. the names of files.
 
     Raises:

@@ -22,6 +22,7 @@ def load(
     split: str = "train",
     *,
     file: str | os.PathLike[str] | None = None,
+    objects: str | os.PathLike[str] | None = None,
     prompt: str = prompts.CAPTION,
 ) -> list[Sample]:
     """Returns one sample per image; its captions are the references.
@@ -30,14 +31,18 @@ def load(
         directory: directory of the data set.
         split: as named in the file: "train", "restval", "val" or "test".
         file: a file to read instead of `dataset_coco.json`.
+        objects: COCO's file of instances, such as `annotations/instances_val2014.json`; the names
+            of an image's objects become `metadata["objects"]`, which CHAIR needs.
         prompt: prompt of every sample.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the file is not a Karpathy file, has an image twice, or does not have the split.
+        ValueError: the file is not a Karpathy file, has an image twice, or does not have the split;
+            the file of instances does not have an image of the split.
     """
     directory = Path(directory)
     path = files.resolve(directory, file, FILE)
+    there = None if objects is None else _objects(files.resolve(directory, objects, FILE))
     attributes = files.read_attributes(directory)
     samples: dict[int, Sample] = {}
     splits: dict[str, None] = {}
@@ -55,6 +60,13 @@ def load(
         metadata: dict[str, Any] = {"split": split}
         if str(number) in attributes:
             metadata["attributes"] = attributes[str(number)]
+        if there is not None:
+            if number not in there:
+                raise ValueError(
+                    f"{objects}: does not have image {number} of split {split!r}; give the "
+                    "instances of this split (COCO's 2014 files: train for train, val for others)"
+                )
+            metadata["objects"] = there[number]
         samples[number] = Sample(
             id=str(number),
             image=directory
@@ -80,6 +92,29 @@ def image_ids(path: Path, split: str) -> set[int]:
         for place, image in _images(path)
         if files.get(image, "split", str, path, place) == split
     }
+
+
+def _objects(path: Path) -> dict[int, list[str]]:
+    """Returns {image id: names of its objects, each once} from COCO's file of instances."""
+    content = files.read_json(path)
+    names = {
+        files.get(each, "id", int, path, f"categories[{i}]"): files.get(
+            each, "name", str, path, f"categories[{i}]"
+        )
+        for i, each in enumerate(files.get_records(content, "categories", path))
+    }
+    found: dict[int, set[str]] = {
+        files.get(image, "id", int, path, f"images[{i}]"): set()
+        for i, image in enumerate(files.get_records(content, "images", path))
+    }
+    for i, each in enumerate(files.get(content, "annotations", list, path)):
+        place = f"annotations[{i}]"
+        image = files.get(each, "image_id", int, path, place)
+        category = files.get(each, "category_id", int, path, place)
+        if image not in found or category not in names:
+            raise ValueError(f"{path}: {place}: unknown image {image} or category {category}")
+        found[image].add(names[category])
+    return {image: sorted(objects) for image, objects in found.items()}
 
 
 def _images(path: Path) -> list[tuple[str, Any]]:

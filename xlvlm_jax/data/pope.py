@@ -5,11 +5,21 @@
 
 A line: {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
          "text": "Is there a snowboard in the image?", "label": "yes"}
+
+XL-VLMs keeps the questions of all splits in one list, and the pictures in one folder:
+
+    <directory>/annotations.json    [{"filename": "COCO_val2014_000000310196.jpg",
+                                      "instruction": "Is there ...? Answer with just one word.",
+                                      "response": "yes", "subset": "random"}, ...]
+    <directory>/images/COCO_val2014_000000310196.jpg
+
+A split then has all questions whose answer is yes, and its own of those whose answer is no.
 """
 
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +27,7 @@ from xlvlm_jax.data import files, prompts
 from xlvlm_jax.data.sample import Sample
 
 SPLITS = ("random", "popular", "adversarial")
+_ENDING = "Answer with just one word."  # which XL-VLMs drops from its instructions
 _SUBSET = re.compile(r"COCO_([a-z]+[0-9]{4})_0*([0-9]+)")
 
 
@@ -34,7 +45,7 @@ def load(
     Args:
         directory: directory of the data set.
         split: how absent objects were drawn: "random", "popular" or "adversarial".
-        questions: a file to read instead of the one above.
+        questions: a file to read instead of the one above, in either form.
         prompt: prompt of every sample, with {question} in place of the question.
 
     Raises:
@@ -47,8 +58,8 @@ def load(
     directory = Path(directory)
     path = files.resolve(directory, questions, f"coco_pope_{split}.json")
     samples: dict[int, Sample] = {}
-    for place, record in _lines(path):
-        number = files.get(record, "question_id", int, path, place)
+    listed = _is_list(path)
+    for number, place, record in _listed(path, split) if listed else _asked(path):
         if number in samples:
             raise ValueError(f"{path}: {place}: question_id {number} is a duplicate")
         label = files.get(record, "label", str, path, place)
@@ -57,9 +68,10 @@ def load(
         question = files.get(record, "text", str, path, place)
         image = files.get(record, "image", str, path, place)
         known = _SUBSET.match(image)
+        folder = "images" if listed else known[1] if known else ""
         samples[number] = Sample(
             id=str(number),
-            image=directory / (known[1] if known else "") / image,
+            image=directory / folder / image,
             image_id=known[2] if known else image,
             prompt=prompts.question(question, prompt),
             references=(label,) * 10,  # as in VQAv2, so that its accuracy is defined
@@ -74,6 +86,31 @@ def load(
     if not samples:
         raise ValueError(f"{path}: has no questions")
     return list(samples.values())
+
+
+def _is_list(path: Path) -> bool:
+    """Returns whether a file holds a list, as XL-VLMs keeps the questions."""
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8") as file:
+        return file.read(64).lstrip().startswith("[")
+
+
+def _listed(path: Path, split: str) -> Iterator[tuple[int, str, Any]]:
+    """Yields (number, place, record as in POPE's own files) of a split from XL-VLMs' list."""
+    names = {"filename": "image", "response": "label", "subset": "subset", "instruction": "text"}
+    for number, given in enumerate(files.read_json(path)):
+        place = f"[{number}]"
+        record = {ours: files.get(given, name, str, path, place) for name, ours in names.items()}
+        record["text"] = record["text"].split(_ENDING)[0].strip()
+        if record["label"] == "yes" or record["subset"] == split:
+            yield number, place, record
+
+
+def _asked(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Yields (question ID, place, record) of each line of POPE's own files."""
+    for place, record in _lines(path):
+        yield files.get(record, "question_id", int, path, place), place, record
 
 
 def _lines(path: Path) -> list[tuple[str, Any]]:

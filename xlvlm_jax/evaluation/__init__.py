@@ -17,8 +17,18 @@ from xlvlm_jax.evaluation.answer_effects import (
     truths,
     vqa_scores,
 )
+from xlvlm_jax.evaluation.answer_types import (
+    count_listed_types,
+    read_types,
+    token_of_interest_accuracy,
+)
 from xlvlm_jax.evaluation.baseline import read_baseline
-from xlvlm_jax.evaluation.caption_effects import CaptionChanges, caption_changes, count_said
+from xlvlm_jax.evaluation.caption_effects import (
+    CaptionChanges,
+    caption_changes,
+    count_said,
+    count_valid,
+)
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
@@ -49,8 +59,10 @@ __all__ = [
     "choose",
     "count_answers",
     "count_by_type",
+    "count_listed_types",
     "count_said",
     "count_types",
+    "count_valid",
     "describe",
     "describe_sweep",
     "evaluate",
@@ -61,9 +73,11 @@ __all__ = [
     "preflight",
     "question_type_scores",
     "read_baseline",
+    "read_types",
     "require_answers",
     "select",
     "substring_counts",
+    "token_of_interest_accuracy",
     "truths",
     "vqa_scores",
 ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlvlm_jax.data.word_rules import is_concept_word
 from xlvlm_jax.metrics.caption_tokenizer import caption_words
 from xlvlm_jax.metrics.captions import count_words
 
@@ -69,3 +70,16 @@ def caption_changes(
 def count_said(captions: Sequence[str]) -> dict[str, int]:
     """Counts the words of all captions, the most frequent first."""
     return dict(Counter(word for text in captions for word in caption_words(text)).most_common())
+
+
+def count_valid(captions: Sequence[str]) -> dict[str, int]:
+    """Counts the words of all captions that XL-VLMs counts as valid, the most frequent first.
+
+    XL-VLMs splits at single spaces, so that a word with a mark ("dog.") is not valid.
+
+    Args:
+        captions: the model's captions.
+    """
+    said = (word.lower().strip() for text in captions for word in text.split(" "))
+    valid = (word for word in said if is_concept_word(word, "xl-vlms"))
+    return dict(Counter(valid).most_common())

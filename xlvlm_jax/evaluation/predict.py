@@ -3,8 +3,7 @@
 B batch, A conditions, M new tokens.
 
 An image is read and preprocessed once for all conditions, and encoded once for all that differ only
-in their edits: they are variants of one compiled program, see `VLM.sweep`. Samples are answered
-picture by picture, as questions about one picture share its encoding too.
+in their edits: they are variants of one compiled program, see `VLM.sweep`.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ from xlvlm_jax.data.batches import Arrays, groups_of, make_batch, read_ahead
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering.methods import Steering
+from xlvlm_jax.steering.sample_vectors import SampleVectors
 
 if TYPE_CHECKING:
     import pandas
@@ -57,21 +57,27 @@ class Condition:
         if self.edit not in EDITS:
             raise ValueError(f"unknown edit {self.edit!r}; expected one of {', '.join(EDITS)}")
 
-    def edits(self, vlm: VLM, inputs: Any) -> dict[str, tuple[Edit, ...]]:
+    def edits(
+        self, vlm: VLM, inputs: Any, ids: Sequence[str] | None = None
+    ) -> dict[str, tuple[Edit, ...]]:
         """Returns the edits that `VLM.generate` takes.
 
         Args:
             vlm: the model.
             inputs: the processor's arrays.
+            ids: the sample of each row, for vectors that belong to samples.
 
         Returns:
             {site: edits}.
 
         Raises:
-            ValueError: a vector was fitted on another model, or a low-rank map is not added.
+            ValueError: a vector was fitted on another model, a low-rank map is not added, or a
+                sample has no vector.
         """
         edits: dict[str, tuple[Edit, ...]] = {}
         for vector in self.vectors:
+            if isinstance(vector, SampleVectors) and ids is not None:
+                vector = vector.of(ids)
             for site, added in vector.edits_for(vlm, inputs, self.alpha, self.where).items():
                 edit = added
                 if self.edit != "add":
@@ -197,30 +203,28 @@ def predict(
     answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
     errors: dict[str, str] = {}
     done = 0
-    # Questions about one picture share its encoding if they are in one batch (see `VLM.generate`).
-    places = {sample.image: place for place, sample in reversed(list(enumerate(samples)))}
-    order = sorted(range(len(samples)), key=lambda i: places[samples[i].image])
-    groups = groups_of([samples[i] for i in order], batch_size)
     # One prompt per instruction: the processor's arrays depend on nothing else.
     told = {condition.instruction: condition.prompt for condition in conditions}
     options = {"prompts": list(told.values()), "strict": strict}
     make = functools.partial(make_batch, vlm, size=batch_size, **options)
-    for batch in read_ahead(groups, make):
+    for batch in read_ahead(groups_of(samples, batch_size), make):
         errors |= batch.refused
         # There are no inputs if no sample of the batch has a row.
         inputs = dict(zip(told, batch.inputs, strict=False))
-        for number, tokens in _run(vlm, inputs, conditions, max_new_tokens, max_rows):
+        ids = [batch.samples[row].id for row in batch.rows]
+        for number, tokens in _run(vlm, inputs, ids, conditions, max_new_tokens, max_rows):
             for row, text in zip(batch.good, vlm.decode(tokens), strict=False):
-                answers[number][order[done + row]] = text.strip()
+                answers[number][done + row] = text.strip()
         done += len(batch.samples)
         if progress is not None:
             progress(done, len(samples))
-    return Predictions(answers, {s.id: errors[s.id] for s in samples if s.id in errors})
+    return Predictions(answers, errors)
 
 
 def _run(
     vlm: VLM,
     batch: Mapping[str | None, Arrays],
+    ids: Sequence[str],
     conditions: Sequence[Condition],
     max_new_tokens: int,
     max_rows: int | None,
@@ -228,6 +232,7 @@ def _run(
     """Yields (number of a condition, tokens int32[B, M]) for each condition.
 
     `batch` maps each instruction to the processor's arrays; it is empty for a batch without rows.
+    `ids` names the sample of each row.
     """
     if not batch:
         return
@@ -240,7 +245,7 @@ def _run(
             tokens = vlm.generate(inputs, max_new_tokens=max_new_tokens).tokens
             yield from ((number, tokens) for number in numbers)
             continue
-        variants = aligned([conditions[number].edits(vlm, inputs) for number in numbers])
+        variants = aligned([conditions[number].edits(vlm, inputs, ids) for number in numbers])
         at_once = max_rows or rows_at_once(vlm, inputs, max_new_tokens)
         runs = -(-len(numbers) * len(inputs["input_ids"]) // at_once)
         size = -(-len(numbers) // runs)

@@ -8,18 +8,20 @@ require    checks, before anything is computed, that the words occur in the data
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation import answer_effects
+from xlvlm_jax.evaluation import answer_effects, answer_types
 from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
+from xlvlm_jax.metrics.chair import PROTOCOLS as CHAIR_PROTOCOLS
+from xlvlm_jax.metrics.chair import chair, mentioned_objects
 from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
-from xlvlm_jax.metrics.pope import pope
+from xlvlm_jax.metrics.pope import label_at_start, pope
 from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol
 
 NUM_COUNTED = 30  # number of answers, or words of captions, whose counts are stored
@@ -36,6 +38,7 @@ class Questions:
         protocol: how accuracy is computed where one number counts, see `metrics.vqa_accuracy`; all
             protocols are stored.
         without: an answer type to leave out of a further mean of accuracies.
+        types: answers by type, see `read_types`, to count the types of answers by.
 
     Raises:
         ValueError: the protocol is unknown.
@@ -47,6 +50,7 @@ class Questions:
     max_cost: float = 5.0
     protocol: Protocol = "official"
     without: str | None = None
+    types: Mapping[str, answer_types.TypeOf] | None = None
     max_new_tokens = 10
 
     def __post_init__(self) -> None:
@@ -86,15 +90,13 @@ class Questions:
             "answers by type": answer_effects.count_by_type(samples, answers),
             "answer types": answer_effects.count_types(answers),
         }
+        if self.types is not None:
+            measured["listed types"] = answer_types.count_listed_types(answers, self.types)
         if samples and all("label" in sample.metadata for sample in samples):
             labels = [sample.metadata["label"] for sample in samples]
             measured["POPE"] = {
-                protocol: {
-                    name: _or_none(value)
-                    for name, value in pope(answers, labels, protocol)._asdict().items()
-                }
-                for protocol in POPE_PROTOCOLS
-            }
+                protocol: _described(pope(answers, labels, protocol)) for protocol in POPE_PROTOCOLS
+            } | {"xl-vlms": label_at_start(answers, labels)._asdict()}
         if self.source and self.target:
             changes = answer_effects.answer_changes(
                 plain, answers, self.source, self.target, answer_effects.truths(samples)
@@ -106,7 +108,11 @@ class Questions:
             }
             measured["XL-VLMs counts"] = answer_effects.substring_counts(
                 samples, plain, answers, self.source, self.target
-            )._asdict()
+            )._asdict() | {
+                "token_of_interest_accuracy": answer_types.token_of_interest_accuracy(
+                    samples, answers, self.target[0]
+                )
+            }
         return measured
 
     def trial(
@@ -133,7 +139,9 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """Captions, steered towards words of a class.
+    """Captions and other free texts, steered towards words of a class.
+
+    Of samples without references, only the words are counted.
 
     Attributes:
         words: the words to steer towards; empty if nothing is steered.
@@ -156,12 +164,16 @@ class Captions:
         """Checks that the samples have captions that contain one of the words.
 
         Raises:
-            ValueError: the samples have no captions, or none contains one of the words.
+            ValueError: none of the captions contains one of the words, or there are neither
+                captions nor words.
         """
         texts = [text for sample in samples for text in sample.references]
-        if samples and not texts:
-            raise ValueError("the samples have no captions; evaluate captions on --dataset coco")
-        if self.words and not count_words(texts, self.words).any():
+        if samples and not texts and not self.words:
+            raise ValueError(
+                "the samples have no captions; evaluate captions on --dataset coco, or give "
+                "--words to count"
+            )
+        if texts and self.words and not count_words(texts, self.words).any():
             shown = ", ".join(self.words[:5])
             raise ValueError(
                 f"none of {len(texts)} captions contains one of the {len(self.words)} words {shown}"
@@ -174,11 +186,26 @@ class Captions:
         """Returns scores, word counts and changes from the plain captions as JSON values."""
         references = [sample.references for sample in samples]
         said = caption_changes.count_said(answers)
+        scores: dict[str, Any] = {"left out": {"CIDEr and others": "there are no references"}}
+        if any(references):
+            scores = describe_captions(caption_scores(answers, references, java=self.java))
         measured: dict[str, Any] = {
-            "scores": describe_captions(caption_scores(answers, references, java=self.java)),
+            "scores": scores,
             "words": dict(list(said.items())[:NUM_COUNTED]),
             "all words": said,
+            "valid words": caption_changes.count_valid(answers),
         }
+        if samples and all("objects" in sample.metadata for sample in samples):
+            measured["CHAIR"] = {}
+            for protocol in CHAIR_PROTOCOLS:
+                # CHAIR's truth is the annotated objects and those that people's captions name.
+                there = [
+                    {*sample.metadata["objects"]}.union(
+                        *(mentioned_objects(text, protocol) for text in sample.references)
+                    )
+                    for sample in samples
+                ]
+                measured["CHAIR"][protocol] = _described(chair(answers, there, protocol))
         if self.words:
             changes = caption_changes.caption_changes(plain, answers, self.words)
             measured["changes"] = {**changes._asdict(), "gain": changes.gain}
@@ -193,8 +220,17 @@ class Captions:
         condition: Condition,
         answers: Sequence[str],
     ) -> Trial:
-        """Returns how many more captions contain one of the words, and the cost in CIDEr."""
+        """Returns how many more captions contain one of the words, and the cost in CIDEr.
+
+        Raises:
+            ValueError: the samples have no references.
+        """
         references = [sample.references for sample in samples]
+        if not any(references):
+            raise ValueError(
+                "the samples have no references, which the cost of steering is measured by; choose "
+                "on other samples"
+            )
         before, after = (
             caption_scores(texts, references).values["CIDEr"] for texts in (plain, answers)
         )
@@ -204,6 +240,11 @@ class Captions:
 
 
 Task = Questions | Captions
+
+
+def _described(score: Any) -> dict[str, float | None]:
+    """Returns the fields of a score as JSON values."""
+    return {name: _or_none(value) for name, value in score._asdict().items()}
 
 
 def _or_none(value: float) -> float | None:

@@ -32,7 +32,7 @@ from xlvlm_jax.metrics.codes import active_share, dead_concepts, explained_varia
 from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.most_activated import mean_of_top, top_concepts
 from xlvlm_jax.metrics.overlap import overlap_matrix, word_overlap
-from xlvlm_jax.metrics.pope import PopeScore, pope, read_answer
+from xlvlm_jax.metrics.pope import PopeScore, StartScore, label_at_start, pope, read_answer
 from xlvlm_jax.metrics.stability import stability
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
@@ -42,6 +42,7 @@ __all__ = [
     "BertScorer",
     "ChairScore",
     "PopeScore",
+    "StartScore",
     "active_share",
     "attribute_scores",
     "bert_score",
@@ -55,6 +56,7 @@ __all__ = [
     "embed_texts",
     "explained_variance",
     "hoyer_sparsity",
+    "label_at_start",
     "mean_of_top",
     "mean_similarity",
     "mentioned_objects",

@@ -8,6 +8,9 @@ official   As the authors' script does (RUCAIBox/POPE, evaluate.py at 3df3ba1). 
            answer and "There isn't any" are yes, and "Yes, the dog is not moving" is no.
 plain      As a person would: the first word that says yes or no counts; without one, a negation
            anywhere means no. An empty answer is neither: it is wrong, and not a yes.
+
+XL-VLMs reads no answer: it asks whether the label is in an answer's first 15 characters, see
+`label_at_start`.
 """
 
 import re
@@ -21,6 +24,9 @@ _SAYING = re.compile(
     r"\b(?:(yes|yeah|yep|yup|true|correct|indeed)|(no|nope|nah|false|incorrect))\b"
 )
 _NEGATION = re.compile(r"\b(?:not|none|nothing|never|cannot|neither|without)\b|n['\u2019]t\b")
+
+
+START = 15  # characters of an answer in which XL-VLMs looks for the label
 
 
 class PopeScore(NamedTuple):
@@ -54,11 +60,7 @@ def pope(
         >>> metrics.pope(["Yes.", "No!", "no"], ["yes", "no", "no"], protocol="plain").accuracy
         1.0
     """
-    if not predictions or len(predictions) != len(labels):
-        raise ValueError(
-            f"there are {len(predictions)} answers and {len(labels)} labels; expected one label "
-            "per answer, at least one"
-        )
+    _require_labels(predictions, labels)
     if wrong := [label for label in labels if label not in ("yes", "no")]:
         raise ValueError(f"a label is {wrong[0]!r}; expected 'yes' or 'no'")
     pairs = [
@@ -74,6 +76,41 @@ def pope(
         f1=2 * precision * recall / (precision + recall) if hits else float("nan"),
         yes_share=said_yes / len(pairs),
     )
+
+
+class StartScore(NamedTuple):
+    """Shares in [0, 1] of what XL-VLMs calls accuracy and F1 of hallucination."""
+
+    accuracy: float  # of the answers, those that begin with their label
+    f1: float  # 2 accuracy / (1 + accuracy)
+
+
+def label_at_start(predictions: Sequence[str], labels: Sequence[str]) -> StartScore:
+    """Returns how often answers hold their label in the first 15 characters, as XL-VLMs counts.
+
+    "I do not know" holds "no", and "Yesterday" "yes". F1 is that of answers that hold their label
+    against all answers (hallucination_metrics.py in pull request 16): its precision is always 1, so
+    it says nothing that the accuracy does not.
+
+    Args:
+        predictions: N answers.
+        labels: a text for each, such as "yes" or "no"; compared in lower case.
+
+    Raises:
+        ValueError: there are no answers, or the numbers differ.
+
+    Examples:
+        >>> from xlvlm_jax import metrics
+        >>> metrics.label_at_start(["Yes, it is.", "I do not see one"], ["yes", "no"]).accuracy
+        1.0
+    """
+    _require_labels(predictions, labels)
+    held = sum(
+        label.lower() in answer[:START].lower()
+        for answer, label in zip(predictions, labels, strict=True)
+    )
+    accuracy = held / len(predictions)
+    return StartScore(accuracy, 2 * accuracy / (1 + accuracy))
 
 
 def read_answer(answer: str, protocol: Protocol = "official") -> Literal["yes", "no", ""]:
@@ -97,6 +134,14 @@ def read_answer(answer: str, protocol: Protocol = "official") -> Literal["yes", 
             return "no"
         return "yes" if text.strip() else ""
     raise ValueError(f"protocol is {protocol!r}; expected {' or '.join(map(repr, PROTOCOLS))}")
+
+
+def _require_labels(predictions: Sequence[str], labels: Sequence[str]) -> None:
+    if not predictions or len(predictions) != len(labels):
+        raise ValueError(
+            f"there are {len(predictions)} answers and {len(labels)} labels; expected one label "
+            "per answer, at least one"
+        )
 
 
 def _share(part: int, whole: int) -> float:

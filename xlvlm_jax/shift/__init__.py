@@ -31,12 +31,15 @@ from xlvlm_jax.shift.stage import shift_features
 from xlvlm_jax.shift.vectors import (
     MIN_SAMPLES,
     TRIMMED,
+    AssignBy,
     Reduce,
     Spread,
     assign,
     concept_shift,
     consistency,
     counts,
+    nearest,
+    normalised,
     shifted,
     spread,
 )
@@ -45,6 +48,7 @@ from xlvlm_jax.solvers.matching import match
 __all__ = [
     "MIN_SAMPLES",
     "TRIMMED",
+    "AssignBy",
     "Correlation",
     "Pairs",
     "Reduce",
@@ -62,6 +66,8 @@ __all__ = [
     "match",
     "match_samples",
     "mismatched_overlap",
+    "nearest",
+    "normalised",
     "overlap",
     "paired_states",
     "recovery",

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.shift.blocks import activations_of, moves
+from xlvlm_jax.shift.blocks import assigned, moves
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.shift.recovery import recovery
-from xlvlm_jax.shift.vectors import Reduce, shifted
+from xlvlm_jax.shift.vectors import AssignBy, Reduce, normalised, shifted
 from xlvlm_jax.solvers.matching import match
 from xlvlm_jax.solvers.validation import StoredMatrix
 
@@ -28,6 +28,9 @@ def analyse(
     *,
     alpha: float = 1.0,
     reduce: Reduce = "mean",
+    assign_by: AssignBy = "activation",
+    normalise_shifts: bool = False,
+    normalise_shifted: bool = False,
 ) -> ShiftAnalysis:
     """Computes shift vectors of original concepts and how well they recover the fine-tuned ones.
 
@@ -43,6 +46,10 @@ def analyse(
             centroids, the paper's choice, are means of states; snmf atoms and pca components have
             norm 1 and need an alpha of about 1 / (a typical activation).
         reduce: "mean", "median" or "trimmed_mean"; see `concept_shift`.
+        assign_by: how a sample's concept is found: its most active one ("activation"), or the most
+            similar one to its original state by "cosine" or "l2".
+        normalise_shifts: divide the shifts by the norm of their matrix, see `normalised`.
+        normalise_shifted: divide each shifted concept by its norm.
 
     Returns:
         The analysis, not yet grounded in words and images.
@@ -75,16 +82,16 @@ def analyse(
             f"the original concepts have activations for {len(concepts.activations)} rows, the"
             f" original features {N}; give the features that the concepts were learnt on"
         )
-    assignment = [codes.argmax(axis=1) for _, codes in activations_of(concepts, Z_original)]
-    assignment = np.concatenate(assignment)[pairs.original]
+    assignment = assigned(concepts, Z_original, assign_by)[pairs.original]
     found = moves(Z_original, Z_finetuned, pairs, assignment, K, reduce)
     components = np.asarray(concepts.components, np.float32)
-    moved = shifted(components, found.shifts, alpha)
+    shifts = np.asarray(normalised(found.shifts)) if normalise_shifts else found.shifts
+    moved = shifted(components, shifts, alpha, unit_norm=normalise_shifted)
     matching = match(components, finetuned_concepts.components)
     destination = np.asarray(finetuned_concepts.components, np.float32)[matching]
     return ShiftAnalysis(
         original=components,
-        shifts=found.shifts,
+        shifts=shifts,
         shifted=np.asarray(moved),
         finetuned=destination,
         matching=np.asarray(matching),

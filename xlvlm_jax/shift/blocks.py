@@ -19,7 +19,7 @@ from xlvlm_jax.concepts.decomposition import project, project_stored
 from xlvlm_jax.concepts.grounding import tiles_of
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.shift.pairs import Pairs
-from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, Reduce, Spread
+from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, AssignBy, Reduce, Spread, nearest
 from xlvlm_jax.solvers.streamed import Source
 from xlvlm_jax.solvers.validation import StoredMatrix, check_block, is_stored, read_block
 
@@ -98,6 +98,27 @@ def moves(
         np.where(few[:, None], np.nan, mean).astype(np.float32),
         Spread(*(np.where(few, np.nan, figure).astype(np.float32) for figure in spread)),
     )
+
+
+def assigned(concepts: Concepts, Z: Rows, by: AssignBy = "activation") -> Int[np.ndarray, " N"]:
+    """Returns the concept that each row of Z belongs to.
+
+    Args:
+        concepts: the concepts.
+        Z: float[N, D], the states, or a reader of them.
+        by: "activation" for the most active concept, otherwise see `nearest`.
+
+    Raises:
+        ValueError: `by` is unknown.
+    """
+    if by == "activation":
+        return np.concatenate([codes.argmax(axis=1) for _, codes in activations_of(concepts, Z)])
+    N, D = np.shape(Z)
+    size = max(BLOCK_BYTES // (8 * D), 1)
+    components = np.asarray(concepts.components)
+    starts = range(0, N, size)
+    rows = (_take(Z, np.arange(start, min(start + size, N))) for start in starts)
+    return np.concatenate([np.asarray(nearest(block, components, by)) for block in rows])
 
 
 def activations_of(concepts: Concepts, Z: Rows) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:

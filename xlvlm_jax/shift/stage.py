@@ -8,6 +8,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Int
 
 from ports import VLM
 from ports.intervene.sites import match_sites
@@ -22,10 +23,11 @@ from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.shift.analyse import analyse
+from xlvlm_jax.shift.blocks import assigned
 from xlvlm_jax.shift.grounding import ground_samples, ground_words
 from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, name_of
 from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
-from xlvlm_jax.shift.vectors import Reduce
+from xlvlm_jax.shift.vectors import AssignBy, Reduce
 from xlvlm_jax.storage import atomic
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -48,6 +50,9 @@ def shift_features(
     site: str | None = None,
     alpha: float = 1.0,
     reduce: Reduce = "mean",
+    assign_by: AssignBy = "activation",
+    normalise_shifts: bool = False,
+    normalise_shifted: bool = False,
     num_words: int = 15,
     num_candidates: int = 200,
     num_images: int = 50,
@@ -73,7 +78,7 @@ def shift_features(
             method and options of `concepts`.
         pairs: what `match_samples` returns, if already known.
         site: the site whose states to use; None for the concepts' site.
-        alpha, reduce: see `analyse`.
+        alpha, reduce, assign_by, normalise_shifts, normalise_shifted: see `analyse`.
         num_words, num_candidates: see `ground_text`.
         num_images: samples per concept.
         through_norm: whether to decode words through the final norm; None for the choice made for
@@ -112,7 +117,14 @@ def shift_features(
         directory = output / "finetuned-concepts"
         finetuned_concepts = _decompose_alike(Z_b, concepts, seed, source, directory)
 
-    analysis = analyse(Z_a, Z_b, pairs, concepts, finetuned_concepts, alpha=alpha, reduce=reduce)
+    how: dict[str, Any] = {
+        "assign_by": assign_by,
+        "normalise_shifts": normalise_shifts,
+        "normalise_shifted": normalise_shifted,
+    }
+    analysis = analyse(
+        Z_a, Z_b, pairs, concepts, finetuned_concepts, alpha=alpha, reduce=reduce, **how
+    )
     if through_norm is None:
         through_norm = concepts.through_norm
     if through_norm is None:
@@ -142,17 +154,22 @@ def shift_features(
             "fine-tuned model": _finetuned_name(finetuned.manifest),
             "words through the final norm": through_norm,
             "word rules": rules,
+            **how,
             "seed": seed,
         },
     )
     analysis.save(output)
     if store_samples:
-        _store_samples(output, Z_a, Z_b, pairs, concepts)
+        _store_samples(output, Z_a, Z_b, pairs, assigned(concepts, Z_a, assign_by))
     return analysis
 
 
 def _store_samples(
-    output: Path, original: StoredRows, finetuned: StoredRows, pairs: Pairs, concepts: Concepts
+    output: Path,
+    original: StoredRows,
+    finetuned: StoredRows,
+    pairs: Pairs,
+    assignment: Int[np.ndarray, " N"],
 ) -> None:
     """Writes the shift of each pair of rows, the rows, and the concept that it counts for."""
     shifts = finetuned.take(pairs.finetuned) - original.take(pairs.original)
@@ -160,10 +177,8 @@ def _store_samples(
         "shifts": np.ascontiguousarray(shifts, np.float32),
         "original_rows": np.asarray(pairs.original, np.int64),
         "finetuned_rows": np.asarray(pairs.finetuned, np.int64),
+        "concepts": assignment[pairs.original].astype(np.int32),
     }
-    if concepts.activations is not None:
-        active = np.asarray(concepts.activations)[pairs.original]
-        tensors["concepts"] = np.argmax(active, axis=1).astype(np.int32)
     atomic.write(output / SAMPLE_SHIFTS, safetensors.numpy.save(tensors))
 
 

@@ -25,6 +25,7 @@ from xlvlm_jax.solvers import sums
 
 Array = jax.Array | np.ndarray
 Reduce = Literal["mean", "median", "trimmed_mean"]
+AssignBy = Literal["activation", "cosine", "l2"]
 MIN_SAMPLES = 2  # samples that a concept needs to have a shift
 TRIMMED = 0.1  # share that "trimmed_mean" cuts off at each end, as in scipy.stats.trim_mean
 
@@ -32,6 +33,46 @@ TRIMMED = 0.1  # share that "trimmed_mean" cuts off at each end, as in scipy.sta
 def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
     """Returns int32[N], the most activated concept of each sample. Works under jit and vmap."""
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
+
+
+def nearest(
+    states: Float[Array, "N D"], components: Float[Array, "K D"], by: AssignBy = "cosine"
+) -> Int[Array, " N"]:
+    """Returns int32[N], the concept that each state is most similar to. Works under jit and vmap.
+
+    Args:
+        states: float[N, D].
+        components: float[K, D], the concepts.
+        by: "cosine", or "l2" for the smallest distance.
+
+    Raises:
+        ValueError: `by` is neither.
+    """
+    states, components = (jnp.asarray(rows, jnp.float32) for rows in (states, components))
+    if by == "cosine":
+        # Of zero, the cosine with everything is zero.
+        lengths = _norms(components)
+        scores = states @ (components / jnp.where(lengths > 0, lengths, 1)[:, None]).T
+    elif by == "l2":
+        # Around the concepts' mean, so that an offset of all states costs no precision.
+        centre = jnp.mean(components, axis=0)
+        states, components = states - centre, components - centre
+        scores = states @ components.T - jnp.sum(components**2, axis=1) / 2
+    else:
+        raise ValueError(f"states are assigned by {by!r}; expected 'cosine' or 'l2'")
+    return jnp.argmax(scores, axis=1).astype(jnp.int32)
+
+
+def normalised(shifts: Float[Array, "K D"]) -> Float[Array, "K D"]:
+    """Returns shifts divided by the norm of their whole matrix, as XL-VLMs normalises them.
+
+    Works under jit, vmap and grad.
+
+    Args:
+        shifts: float[K, D]; NaN for a concept without a shift, which does not count.
+    """
+    shifts = jnp.asarray(shifts)
+    return shifts / jnp.sqrt(jnp.nansum(shifts**2))
 
 
 def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
@@ -104,6 +145,8 @@ def shifted(
     components: Float[Array, "K D"],
     shifts: Float[Array, "K D"],
     alpha: float | Float[Array, ""] = 1.0,
+    *,
+    unit_norm: bool = False,
 ) -> Float[Array, "K D"]:
     """Returns the concepts moved by alpha times their shift.
 
@@ -113,11 +156,13 @@ def shifted(
         components: float[K, D], the concepts.
         shifts: float[K, D], their shifts.
         alpha: the strength.
+        unit_norm: divide each moved concept by its norm.
 
     Returns:
         float32[K, D], NaN for a concept without a shift.
     """
-    return jnp.asarray(components) + alpha * jnp.asarray(shifts)
+    moved = jnp.asarray(components) + alpha * jnp.asarray(shifts)
+    return moved / _norms(moved)[:, None] if unit_norm else moved
 
 
 class Spread(NamedTuple):

@@ -5,6 +5,7 @@ arXiv 2508.12815). For a prompt x with a positive and a negative counterpart x+ 
 x followed by a completion, or other prompts about the same image:
 
     z(x) = h_site(x+) - h_site(x-)              at their last tokens
+    or the mean over the completion's tokens
     minimise over g   mean over x of |g(h_context(x)) - z(x)|^2 / D
 
 with h_context(x) the state of the prompt's last token; the prompt is then answered with
@@ -38,6 +39,7 @@ from xlvlm_jax.storage.same_model import model_of
 
 Array = jax.Array | np.ndarray
 CONTRASTS = ("completion", "prompt")
+STATES = ("last", "mean")
 
 
 class ShiftNetwork(nn.Module):
@@ -161,12 +163,29 @@ def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return states[np.arange(len(states)), last]
 
 
+def mean_of_last(states: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns the mean state of the last tokens in each row.
+
+    Args:
+        states: float[B, T, D].
+        mask: int[B, T], non-zero for tokens.
+        lengths: int[B], the number of tokens to average, at least one.
+
+    Returns:
+        float[B, D].
+    """
+    behind = np.cumsum((mask != 0)[:, ::-1], axis=1)[:, ::-1]  # this token and those after it
+    chosen = (mask != 0) & (behind <= lengths[:, None])
+    return np.stack([row[kept].mean(axis=0) for row, kept in zip(states, chosen, strict=True)])
+
+
 def last_token_states(
     vlm: VLM,
     samples: Sequence[Sample],
     site: str,
     completions: Sequence[str] | None = None,
     *,
+    states: str = "last",
     batch_size: int = 16,
     strict: bool = False,
     errors: dict[str, str] | None = None,
@@ -179,6 +198,7 @@ def last_token_states(
         samples: N images and prompts.
         site: the site whose states to return.
         completions: a completion per sample; None for prompts alone.
+        states: "last", or "mean" for the mean over the tokens of each completion.
         batch_size: samples per batch.
         strict, errors: see `teacher_forcing.batches`.
         progress: called with (samples done, number of samples).
@@ -195,8 +215,11 @@ def last_token_states(
     options = {"ended": False, "strict": strict, "errors": errors}
     for index, batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
         (inputs,) = batch.inputs
-        states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
-        last = last_states(states, inputs["attention_mask"])[: len(index)]
+        given = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
+        lengths = np.maximum(batch.answer_lengths, 1)
+        if states == "last":
+            lengths = np.ones_like(lengths)
+        last = mean_of_last(given, inputs["attention_mask"], lengths)[: len(index)]
         if found is None:
             found = np.full((len(samples), last.shape[1]), np.nan, np.float32)
         found[index] = last
@@ -206,6 +229,79 @@ def last_token_states(
     teacher_forcing.require_some(range(done), samples, errors)
     assert found is not None, "some sample is kept"
     return found
+
+
+def contrast_shifts(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    positive: Sequence[str],
+    negative: Sequence[str],
+    site: str,
+    *,
+    contrast: str = "completion",
+    states: str = "last",
+    batch_size: int = 16,
+    strict: bool = False,
+    errors: dict[str, str] | None = None,
+    progress: teacher_forcing.Progress | None = None,
+) -> Float[np.ndarray, "N D"]:
+    """Returns z of each prompt: the states of its positive minus its negative counterpart.
+
+    Args:
+        vlm: the model.
+        samples: N images and prompts.
+        positive, negative: the counterparts, one each per sample.
+        site: the site whose states to take.
+        contrast, states: as for `fit_l2s`.
+        batch_size: samples per batch.
+        strict, errors: see `teacher_forcing.batches`.
+        progress: called with (runs done, number of runs); there are two runs per sample.
+
+    Returns:
+        float32[N, D], NaN for a sample that can't be read or processed.
+
+    Raises:
+        ValueError: the contrast or states are unknown or do not go together, a completion is
+            empty, or the numbers of samples and counterparts differ.
+    """
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
+    if states not in STATES:
+        raise ValueError(f"states is {states!r}; expected {' or '.join(STATES)}")
+    if contrast == "prompt" and states == "mean":
+        raise ValueError("states 'mean' is over the tokens of a completion; contrast completions")
+    if not len(samples) == len(positive) == len(negative):
+        raise ValueError(
+            f"there are {len(positive)} positive and {len(negative)} negative counterparts of "
+            f"{len(samples)} samples; expected one of each per sample"
+        )
+
+    def of(counterparts: Sequence[str], before: int) -> np.ndarray:
+        asked, completions = samples, counterparts
+        if contrast == "prompt":
+            pairs = zip(samples, counterparts, strict=True)
+            asked = [dataclasses.replace(sample, prompt=prompt) for sample, prompt in pairs]
+            completions = None
+        return last_token_states(
+            vlm,
+            asked,
+            site,
+            completions,
+            states=states,
+            batch_size=batch_size,
+            strict=strict,
+            errors=errors,
+            progress=_after(progress, before, 2 * len(samples)),
+        )
+
+    return of(positive, 0) - of(negative, len(samples))
+
+
+def _after(
+    progress: teacher_forcing.Progress | None, before: int, total: int
+) -> teacher_forcing.Progress | None:
+    """Returns the progress of one of several runs, after `before` of the total."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "rate"))
@@ -315,6 +411,7 @@ def fit_l2s(
     site: str,
     *,
     contrast: str = "completion",
+    states: str = "last",
     context_site: str | None = None,
     where: Any = "all",
     batch_size: int = 16,
@@ -333,6 +430,8 @@ def fit_l2s(
         site: the site whose states to shift.
         contrast: "completion" if the counterparts are appended to the prompt, "prompt" if they
             replace it.
+        states: the state of a completion that counts: "last", that of its last token, or "mean",
+            the mean over its tokens.
         context_site: the site whose state of the last prompt token is the input; None for `site`.
         where: the token positions to shift, see `ports.add`.
         batch_size: samples per batch.
@@ -345,45 +444,24 @@ def fit_l2s(
         The network.
 
     Raises:
-        ValueError: the site or contrast is unknown, a completion is empty, or the numbers of
-            samples and counterparts differ.
+        ValueError: as `contrast_shifts`.
     """
-    if contrast not in CONTRASTS:
-        raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
-    if not len(samples) == len(positive) == len(negative):
-        raise ValueError(
-            f"there are {len(positive)} positive and {len(negative)} negative counterparts of "
-            f"{len(samples)} samples; expected one of each per sample"
-        )
     site = vlm.find_site(site, generated=True)
     context_site = site if context_site is None else vlm.find_site(context_site, generated=True)
-
     skipped: dict[str, str] = {}
+    common: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "errors": skipped}
 
-    def states(of: str, turn: int, counterparts: Sequence[str] | None = None) -> np.ndarray:
-        asked, completions = samples, counterparts
-        if contrast == "prompt" and counterparts is not None:
-            pairs = zip(samples, counterparts, strict=True)
-            asked = [dataclasses.replace(sample, prompt=prompt) for sample, prompt in pairs]
-            completions = None
-
-        def advance(done: int, total: int) -> None:
-            if progress is not None:
-                progress(turn * total + done, 3 * total)
-
-        return last_token_states(
-            vlm,
-            asked,
-            of,
-            completions,
-            batch_size=batch_size,
-            strict=strict,
-            errors=skipped,
-            progress=advance,
-        )
-
-    contexts = states(context_site, 0)
-    shifts = states(site, 1, positive) - states(site, 2, negative)
+    contrasted = {"contrast": contrast, "states": states}
+    total = 3 * len(samples)
+    shifts = contrast_shifts(
+        *(vlm, samples, positive, negative, site),
+        **contrasted,
+        **common,
+        progress=_after(progress, 0, total),
+    )
+    contexts = last_token_states(
+        vlm, samples, context_site, **common, progress=_after(progress, 2 * len(samples), total)
+    )
     kept = np.array([sample.id not in skipped for sample in samples], bool)
     params, mean, deviation, scale, figures = fit_network(contexts[kept], shifts[kept], **options)
     shifted = np.array([a != b for a, b in zip(positive, negative, strict=True)], bool)
@@ -392,7 +470,7 @@ def fit_l2s(
         "method": "l2s",
         "samples": int(kept.sum()),
         "skipped": skipped,
-        "contrast": contrast,
+        **contrasted,
         "shifted samples": int((shifted & kept).sum()),
         **options,
         **figures,

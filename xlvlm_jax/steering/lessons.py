@@ -11,6 +11,8 @@ from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.steering.fit import answers_of, none_of, words_match
 
+_OPPOSITE = {"yes": "no", "no": "yes"}
+
 
 class Lesson(NamedTuple):
     """Samples to learn from, with the given and the wanted answer to each."""
@@ -64,6 +66,52 @@ def lesson(
     given = [str(sample[key]) for sample in taken]
     wanted = [target] * len(steered) + given[len(steered) :]
     return Lesson([sample_of(kept) for kept in taken], given, wanted)
+
+
+def forced_answers(
+    features: Features,
+    positive: str | None = None,
+    negative: str | None = None,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Sample], list[str], list[str]]:
+    """Returns samples with an answer to force on each in contrast to another.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        features: provides the samples; their states and answers are not read.
+        positive, negative: the beginning of the wanted and of the unwanted answer. None for "Yes,
+            the image" and "No, the image", whichever of them the sample's label makes right
+            ("label" of POPE, or "answer"), as XL-VLMs forces.
+        num_samples: maximum number of samples; None for all.
+        seed: random seed of the choice.
+
+    Returns:
+        (samples, positive, negative), lists of the same length.
+
+    Raises:
+        ValueError: only one of the two texts is given, or without them a sample's label is neither
+            yes nor no.
+    """
+    if (positive is None) != (negative is None):
+        raise ValueError("give both the positive and the negative answer to force, or neither")
+    rows = np.array([i for i, kept in enumerate(features.samples) if "error" not in kept], int)
+    if num_samples is not None:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
+    kept = [features.samples[row] for row in rows]
+    samples = [sample_of(each) for each in kept]
+    if positive is not None and negative is not None:
+        return samples, [positive] * len(kept), [negative] * len(kept)
+    labels = [str(each.get("label", each.get("answer"))) for each in kept]
+    if wrong := [label for label in labels if label not in _OPPOSITE]:
+        raise ValueError(
+            f"a sample's answer is {wrong[0]!r}, neither yes nor no; give the positive and the "
+            "negative answer to force"
+        )
+    forced = {label: f"{label.capitalize()}, the image" for label in _OPPOSITE}
+    return samples, [forced[x] for x in labels], [forced[_OPPOSITE[x]] for x in labels]
 
 
 def contrast_prompts(

@@ -16,6 +16,9 @@ from xlvlm_jax.steering import lessons
 from xlvlm_jax.steering.fit import fit_coarse, fit_fine
 from xlvlm_jax.steering.l2s import fit_l2s
 from xlvlm_jax.steering.learned import fit_learned
+from xlvlm_jax.steering.sample_vectors import fit_p2s
+
+NUM_SAMPLES = 128  # samples to steer that are learnt from, if not said otherwise
 
 
 @runtime_checkable
@@ -58,7 +61,8 @@ class Request:
         key, match: how answers are looked up, see `fit_coarse`.
         where: the token positions that the result is meant for, see `ports.add`.
         seed: random seed.
-        num_samples: maximum number of samples to steer that are learnt from.
+        num_samples: maximum number of samples to steer that are learnt from; None for all with
+            forced answers, for 128 otherwise.
         keep: number of samples that must stay, per sample to steer.
         options: options of a single method, by the names of its fit function's arguments.
     """
@@ -71,7 +75,7 @@ class Request:
     match: str = "equals"
     where: Any = "all"
     seed: int = 0
-    num_samples: int = 128
+    num_samples: int | None = None
     keep: float = 1.5
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,7 +165,16 @@ def _answers(asked: Request) -> Examples:
 
 
 def _counterparts(asked: Request) -> Examples:
-    """Returns `_answers`, or with contrast "prompt" other prompts about the same images."""
+    """Returns `_answers`, other prompts about the same images, or forced answers, by contrast."""
+    if asked.options["contrast"] == "forced":
+        forced = lessons.forced_answers(
+            asked.features,
+            asked.options.get("positive"),
+            asked.options.get("negative"),
+            num_samples=asked.num_samples,
+            seed=asked.seed,
+        )
+        return Examples(*forced, len(forced[0]))
     if asked.options["contrast"] != "prompt":
         return _answers(asked)
     lesson = _lesson(asked)
@@ -178,7 +191,7 @@ def _lesson(asked: Request) -> lessons.Lesson:
         asked.target[0],
         key=asked.key,
         match=asked.match,
-        num_samples=asked.num_samples,
+        num_samples=asked.num_samples or NUM_SAMPLES,
         keep=asked.keep,
         seed=asked.seed,
     )
@@ -214,12 +227,37 @@ def _fit_l2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> F
         asked.site,
         where=asked.where,
         seed=asked.seed,
-        **asked.options,
+        context_site=asked.options["context_site"],
+        **_contrasted(asked),
         **learning,
     )
     left, mean = (100 * fitted.source[f"unexplained{of}"] for of in ("", " by the mean"))
     figures = f"{left:.0f} % of the shifts unexplained ({mean:.0f} % by their mean)"
     return _of_samples(asked, fitted, figures)
+
+
+def _fit_p2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> Fitted:
+    fitted = fit_p2s(
+        vlm,
+        examples.samples,
+        examples.towards,
+        examples.away,
+        asked.site,
+        where=asked.where,
+        **_contrasted(asked),
+        **learning,
+    )
+    norms = np.linalg.norm(fitted.vectors, axis=1)
+    return _of_samples(asked, fitted, f"norms {norms.min():.3g} to {norms.max():.3g}")
+
+
+def _contrasted(asked: Request) -> dict[str, str]:
+    """Returns how two counterparts are contrasted; forced answers are completions."""
+    contrast = asked.options["contrast"]
+    return {
+        "contrast": "completion" if contrast == "forced" else contrast,
+        "states": asked.options.get("states", "last"),
+    }
 
 
 def _of_samples(asked: Request, fitted: Steering, figures: str) -> Fitted:
@@ -253,7 +291,14 @@ METHODS = {
         Method(
             "l2s",
             _fit_l2s,
-            ("contrast", "context_site"),
+            ("contrast", "context_site", "states", "positive", "negative"),
+            examples=_counterparts,
+            doing="running counterparts",
+        ),
+        Method(
+            "p2s",
+            _fit_p2s,
+            ("contrast", "states", "positive", "negative"),
             examples=_counterparts,
             doing="running counterparts",
         ),

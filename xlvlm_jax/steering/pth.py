@@ -4,6 +4,12 @@
     steering_vector_concept_i_to_j       concept i - concept j, as XL-VLMs computes and names it
     steering_vector_shift_of_means, steering_vector_mean_of_directions, concepts1, activations1
 
+and those of pull request 16:
+
+    steering_vector                      float[N, D] or [N, 1, D], a vector per sample (P2S)
+    encoder.weight [H, D], encoder.bias, decoder.weight [D, H]     a network (L2S), perhaps under
+                                         "steering_model"
+
 A vector that steers from concept i to concept j is concept j - concept i. So XL-VLMs' "i_to_j" is
 read as it is, and steers from j to i; written files keep its values under its names.
 """
@@ -19,9 +25,12 @@ from ports.messages import few
 from xlvlm_jax.features.pth.reader import read_pth
 from xlvlm_jax.features.pth.unpickle import PthError
 from xlvlm_jax.features.pth.writer import write_pth
+from xlvlm_jax.steering.l2s import L2S
+from xlvlm_jax.steering.sample_vectors import SampleVectors
 from xlvlm_jax.steering.vectors import SteeringVector
 
 KEY = "steering_vector"
+_NETWORK = ("encoder.weight", "encoder.bias", "decoder.weight")
 
 
 def import_vector(
@@ -56,6 +65,103 @@ def import_vector(
     vector = np.asarray(vectors[key]).astype(np.float32)
     source = {"method": "imported", "file": Path(path).name, "key": key}
     return SteeringVector(vector, site, source | ({"model": model} if model else {}), where)
+
+
+def import_sample_vectors(
+    path: str | os.PathLike[str],
+    site: str,
+    ids: Sequence[str],
+    *,
+    key: str = KEY,
+    where: Any = "all",
+    model: str | None = None,
+) -> SampleVectors:
+    """Reads vectors of samples (P2S) of XL-VLMs; executes nothing in the file.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        path: the .pth file, which does not name the samples.
+        site, key, where, model: as for `import_vector`.
+        ids: the samples, in the file's order.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or does not have a vector for each sample under this name.
+    """
+    data = read_pth(path, opaque=True)
+    vectors = np.asarray(data[key] if isinstance(data, dict) and key in data else 0.0)
+    if vectors.ndim == 3 and vectors.shape[1] == 1:
+        vectors = vectors[:, 0]
+    if vectors.ndim != 2 or len(vectors) != len(ids):
+        raise PthError(
+            f"{path}: {key!r} has shape {list(vectors.shape)}; expected a vector for each of "
+            f"{len(ids)} samples"
+        )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"of {len(ids)} sample ids some are the same; expected distinct ones")
+    source = {"method": "imported", "file": Path(path).name, "key": key}
+    source |= {"model": model} if model else {}
+    return SampleVectors(vectors.astype(np.float32), tuple(ids), site, source, where)
+
+
+def import_l2s(
+    path: str | os.PathLike[str],
+    site: str,
+    *,
+    context_site: str | None = None,
+    where: Any = "all",
+    model: str | None = None,
+) -> L2S:
+    """Reads a network of XL-VLMs (L2S); executes nothing in the file.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        path: the .pt file.
+        site, where, model: as for `import_vector`.
+        context_site: the site whose state of the last prompt token is the input; None for `site`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or holds no network of two layers.
+    """
+    data = read_pth(path, opaque=True)
+    data = network_in(data)
+    if data is None:
+        raise PthError(f"{path}: has no L2S network; expected {', '.join(_NETWORK)}")
+    weights = {name: np.asarray(value).astype(np.float32) for name, value in data.items()}
+    into, bias, out = (weights[name] for name in _NETWORK)
+    final = weights.get("decoder.bias", np.zeros(len(out), np.float32))
+    if into.shape[:1] != bias.shape or out.shape != (*final.shape, *bias.shape):
+        raise PthError(
+            f"{path}: its layers have shapes {into.shape}, {bias.shape} and {out.shape}; expected "
+            "[H, D], [H] and [D, H]"
+        )
+    # torch keeps (out, in), Flax (in, out).
+    params = {
+        "hidden": {"kernel": into.T.copy(), "bias": bias},
+        "shift": {"kernel": out.T.copy(), "bias": final},
+    }
+    width = into.shape[1]
+    source = {"method": "imported", "file": Path(path).name} | ({"model": model} if model else {})
+    return L2S(
+        params,
+        mean=np.zeros(width, np.float32),
+        deviation=np.ones(width, np.float32),
+        scale=1.0,
+        context_site=context_site or site,
+        site=site,
+        source=source,
+        where=where,
+    )
+
+
+def network_in(data: Any) -> Mapping[str, Any] | None:
+    """Returns the tensors of an L2S network in the content of a file; None if it has none."""
+    if isinstance(data, dict) and isinstance(data.get("steering_model"), dict):
+        data = data["steering_model"]
+    return data if isinstance(data, dict) and all(name in data for name in _NETWORK) else None
 
 
 def export_vectors(

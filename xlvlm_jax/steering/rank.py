@@ -10,13 +10,20 @@ same few. With b_a and c_a the shares of n samples that have the answer a before
     score      sum of the m largest gains: the share that moved to the m answers that gained most
     targets    exp(entropy of gain / strength): the effective number of answers they moved to
 
+XL-VLMs looks at the answers that gain most and cuts them in two groups by 2-means on their gains:
+
+    main       the answers of the upper group
+    lead       the smallest gain of a main answer minus the largest of the others
+
+and takes the vectors with the largest lead among those with few main answers (`top_by_lead`).
+
 Vectors are ranked by score, in [0, 1], which counts only the m largest gains of a vector that
 spreads over many answers. With m = 1, a vector that moves all answers to one scores 1; a vector
 that moves each to a different answer scores 1 / n.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +45,59 @@ class AnswerShift(NamedTuple):
     gained: dict[str, int]  # answer -> number of samples gained, the largest first
     lost: dict[str, int]  # answer -> number of samples lost, the largest first
     samples: int
+    main: tuple[str, ...] = ()  # the answers that gained most, by XL-VLMs' rule
+    lead: int = 0  # by how much their gains exceed those of others
+
+
+class MainAnswers(NamedTuple):
+    """The answers that a vector moves others to, by XL-VLMs' rule."""
+
+    answers: tuple[str, ...]  # the largest gain first
+    lead: int  # in numbers of samples
+
+
+def main_answers(
+    before: Mapping[str, int], after: Mapping[str, int], num_answers: int = 5
+) -> MainAnswers:
+    """Returns which answers gained most, as XL-VLMs finds them (model_steering.py at a599fe9).
+
+    Runs on the host and cannot be traced.
+
+    Of answers only the first word counts, as `keep_first_word` does there (without it, XL-VLMs
+    fails). The two groups are the best ones, where XL-VLMs' k-means starts at random.
+
+    Args:
+        before, after: number of times that each answer was given before and after steering.
+        num_answers: how many answers to consider, those that gain most.
+
+    Raises:
+        ValueError: nothing was answered after steering, or num_answers is below 1.
+    """
+    gains: Counter[str] = Counter()
+    for answer, count in after.items():
+        if answer:
+            # An answer that is no longer given does not count, as there.
+            gains[answer.split(" ")[0]] += count - before.get(answer, 0)
+    if not gains or num_answers < 1:
+        raise ValueError(
+            f"there are {len(gains)} answers after steering and num_answers is {num_answers}; "
+            "expected at least one of each"
+        )
+    # Ties in alphabetical order, so that the order of samples does not count.
+    ordered = sorted(gains.items(), key=lambda item: (-item[1], item[0]))[:num_answers]
+    values = np.array([gain for _, gain in ordered], float)
+    if len(values) == 1:
+        return MainAnswers((ordered[0][0],), int(values[0]))
+
+    def within(cut: int) -> float:
+        return sum(float(((part - part.mean()) ** 2).sum()) for part in np.split(values, [cut]))
+
+    # Groups of numbers in order are cut at one place.
+    cut = min(range(1, len(values)), key=within)
+    if values[0] == values[-1]:
+        cut = len(values)
+    lead = values[cut - 1] - values[cut] if cut < len(values) else 0
+    return MainAnswers(tuple(answer for answer, _ in ordered[:cut]), int(lead))
 
 
 class RankedVector(NamedTuple):
@@ -79,6 +139,8 @@ def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int =
     gained = dict(sorted((new - old).items(), key=lambda item: (-item[1], item[0])))
     lost = dict(sorted((old - new).items(), key=lambda item: (-item[1], item[0])))
     gains = np.array(list(gained.values()), float) / len(before)
+    given = Counter(after)
+    main = main_answers(Counter(before), given) if any(given) else MainAnswers((), 0)
     shares = gains / gains.sum() if len(gains) else gains
     return AnswerShift(
         score=float(gains[:num_targets].sum()),
@@ -87,6 +149,8 @@ def answer_shift(before: Sequence[str], after: Sequence[str], num_targets: int =
         gained=gained,
         lost=lost,
         samples=len(before),
+        main=main.answers,
+        lead=main.lead,
     )
 
 
@@ -159,6 +223,33 @@ def rank_vectors(
             progress(len(shifts), len(vectors))
     ranked = [RankedVector(vector, shifts[number]) for number, vector in enumerate(vectors)]
     return sorted(ranked, key=lambda each: (-each.shift.score, -each.shift.strength))
+
+
+def top_by_lead(
+    ranked: Sequence[RankedVector],
+    *,
+    num_vectors: int = 5,
+    num_targets: int = 1,
+    unique: bool = True,
+) -> list[RankedVector]:
+    """Returns the vectors that XL-VLMs' `get_topk_shift_vectors` takes, the largest lead first.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        ranked: what `rank_vectors` returns.
+        num_vectors: maximum number of vectors.
+        num_targets: maximum number of a vector's main answers.
+        unique: of vectors with the same main answers, only the one with the largest lead.
+
+    Returns:
+        The vectors; none if all move answers to more targets.
+    """
+    few = [each for each in ranked if 0 < len(each.shift.main) <= num_targets]
+    found: dict[Any, RankedVector] = {}
+    for each in sorted(few, key=lambda each: -each.shift.lead):
+        found.setdefault(each.shift.main if unique else len(found), each)
+    return list(found.values())[:num_vectors]
 
 
 def _sweep(

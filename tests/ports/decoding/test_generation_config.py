@@ -1,4 +1,4 @@
-"""generation_config.json: which values apply, which are refused, which are ignored."""
+"""generation_config.json: which values apply, which are refused, which pass."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Filters for sampling: by hand, and against transformers on the same logits."""
+"""Filters of samples: by hand, and against what transformers makes of the same logits."""
 
 import jax
 import jax.numpy as jnp

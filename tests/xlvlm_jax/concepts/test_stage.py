@@ -1,5 +1,3 @@
-"""The stage from features to concepts, words and images on disk."""
-
 import dataclasses
 import json
 import shutil
@@ -20,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def write(path, Z, attributes, sites=("a",), model="m") -> Features:
-    """Writes features with one row per sample."""
+    """Features with one row per sample."""
     with FeaturesWriter(path, {"model": model, "fingerprint": model}) as writer:
         samples = [{"id": str(i), "image": f"{i}.jpg", "attributes": x} for i, x in attributes]
         index = np.arange(len(Z))
@@ -31,7 +29,7 @@ def write(path, Z, attributes, sites=("a",), model="m") -> Features:
 
 @pytest.fixture
 def features(tmp_path) -> Features:
-    """Returns features of two groups of rows along two axes; the colour tells the group."""
+    """Two groups of rows along two axes; the colour says which."""
     group = np.arange(20) % 2
     Z = np.eye(4, dtype="f4")[group] * 10 + RNG.normal(size=(20, 4)).astype("f4") * 0.01
     colours = [(i, {"colour": ("red", "blue")[g], "kind": "dog"}) for i, g in enumerate(group)]

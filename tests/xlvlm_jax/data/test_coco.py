@@ -1,5 +1,3 @@
-"""COCO captions in Karpathy's layout: by hand, and messages."""
-
 import json
 
 import pytest
@@ -9,7 +7,7 @@ from xlvlm_jax.data import coco
 
 
 def image(number=9, split="test", **change):
-    """Returns an entry as in Karpathy's file."""
+    """An entry as in Karpathy's file."""
     folder = "train2014" if split in ("train", "restval") else "val2014"
     sentences = [
         {"tokens": ["a", "dog"], "raw": text, "imgid": 0, "sentid": 5 * number + i}
@@ -59,6 +57,30 @@ def test_attributes_come_with_the_samples(tmp_path):
     assert "attributes" not in second.metadata
 
 
+def instances(directory, images=(9, 42)):
+    content = {
+        "images": [{"id": number} for number in images],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
+        "annotations": [{"image_id": 9, "category_id": kind} for kind in (18, 1, 18)],
+    }
+    (directory / "instances.json").write_text(json.dumps(content))
+
+
+def test_objects_come_with_the_samples(tmp_path):
+    instances(tmp_path)
+    write(tmp_path, image(9), image(42))
+    first, second = coco.load(tmp_path, "test", objects="instances.json")
+    assert (first.metadata["objects"], second.metadata["objects"]) == (["dog", "person"], [])
+    instances(tmp_path, images=[9])
+    with pytest.raises(ValueError, match="does not have image 42 of split 'test'; give the inst"):
+        coco.load(tmp_path, "test", objects="instances.json")
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["annotations"][2]["category_id"] = 2
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"annotations\[2\]: unknown image 9 or category 2"):
+        coco.load(tmp_path, "test", objects="instances.json")
+
+
 def test_image_ids_of_a_split(tmp_path):
     write(tmp_path, image(9), image(25, "train"), image(42))
     assert coco.image_ids(tmp_path / "dataset_coco.json", "test") == {9, 42}
@@ -96,7 +118,7 @@ def test_what_is_wrong_in_the_file_and_where(tmp_path, images, message):
         ('{"images": "caf\xe9"}'.encode("latin-1"), "byte 15: not JSON in UTF-8"),
     ],
 )
-def test_files_in_another_layout(tmp_path, content, message):
+def test_what_is_no_karpathy_file(tmp_path, content, message):
     (tmp_path / "dataset_coco.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"dataset_coco.json: {message}"):
         coco.load(tmp_path, "val")
@@ -114,7 +136,7 @@ def test_an_image_without_captions_has_no_references(tmp_path):
     assert sample.references == ()
 
 
-def test_attributes_that_are_not_objects(tmp_path):
+def test_attributes_that_are_no_objects(tmp_path):
     (tmp_path / "attributes.json").write_text('{"9": "red"}')
     with pytest.raises(ValueError, match=r"attributes.json: '9' must be an object, got \"red\""):
         coco.load(write(tmp_path, image(9)), "test")

@@ -1,5 +1,3 @@
-"""Images as RGB: modes, orientation, damaged and oversized files."""
-
 import io
 
 import numpy as np

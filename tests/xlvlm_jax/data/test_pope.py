@@ -38,7 +38,30 @@ def test_scores_of_both_protocols(tmp_path):
     measured = evaluation.Questions().measure(samples, ["yes", "no"], ["Yes.", "No!"])
     assert measured["POPE"]["official"]["accuracy"] == 0.5
     assert measured["POPE"]["plain"]["accuracy"] == 1
+    assert measured["POPE"]["xl-vlms"] == {"accuracy": 1, "f1": 1}
     assert measured["scores"]["all"]["normalised"] == 1
+
+
+def test_the_list_of_xl_vlms(tmp_path):
+    ending = " Answer with just one word."
+    listed = [
+        {"filename": name, "instruction": f"{text}{ending}", "response": label, "subset": subset}
+        for name, text, label, subset in [
+            ("COCO_val2014_000000310196.jpg", "Is there a dog?", "yes", "random"),
+            ("COCO_val2014_000000310196.jpg", "Is there a cat?", "no", "random"),
+            ("b.jpg", "Is there a car?", "no", "popular"),
+        ]
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps(listed))
+    given = {"questions": "annotations.json", "prompt": "{question}"}
+    first, second = data.load("pope", tmp_path, "popular", **given)
+    assert (first.prompt, first.metadata["label"]) == ("Is there a dog?", "yes")
+    assert first.image == tmp_path / "images" / "COCO_val2014_000000310196.jpg"
+    assert (second.id, second.prompt, second.references[0]) == ("2", "Is there a car?", "no")
+    del listed[1]["subset"]
+    (tmp_path / "annotations.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"\[1\]: key 'subset' missing"):
+        data.load("pope", tmp_path, **given)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""VQAv2 questions and annotations: by hand, and messages."""
-
 import json
 
 import pytest

@@ -1,8 +1,11 @@
 """Captions before and after, by hand."""
 
+from pathlib import Path
+
 import pytest
 
-from xlvlm_jax.evaluation import caption_changes, count_said
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.evaluation import PLAIN, Captions, caption_changes, count_said, count_valid
 
 
 def test_changes_by_hand():
@@ -16,6 +19,41 @@ def test_changes_by_hand():
 
 def test_words_are_counted_over_all_captions():
     assert count_said(["a dog, a cat.", "A cat"]) == {"a": 3, "cat": 2, "dog": 1}
+
+
+def test_valid_words_as_in_xl_vlms():
+    # Stop words (the), names (Paris), plurals (dogs) and words with a mark (cat.) do not count.
+    assert count_valid(["The dog in Paris", "a Dog and 2 dogs, a cat."]) == {"dog": 2, "2": 1}
+
+
+def test_hallucination_where_the_objects_are_known():
+    def captioned(objects):
+        known = {} if objects is None else {"objects": objects}
+        return Sample("1", Path("x"), "1", "?", ("A dog on a bench",), known)
+
+    def measure(*samples):
+        texts = ["a dog and a cat", "a bus"][: len(samples)]
+        return Captions().measure(list(samples), texts, texts)
+
+    # The bench counts as there, because a person names it. "bus" is no object to the official one.
+    scores = measure(captioned(["dog"]), captioned(["bus"]))["CHAIR"]
+    assert scores["official"] == {"chair_i": 0.5, "chair_s": 0.5, "recall": pytest.approx(1 / 5)}
+    assert scores["plain"] == pytest.approx({"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 5})
+    assert "CHAIR" not in measure(captioned(None))
+
+
+def test_texts_without_references():
+    samples = [Sample(str(i), Path("x"), "1", "?") for i in range(3)]
+    task = Captions(("harmful", "not safe"))
+    task.require(samples)
+    before, after = ["Sure."] * 3, ["That is harmful.", "It is not safe!", "Sure."]
+    measured = task.measure(samples, before, after)
+    assert measured["changes"]["holding_after"] == 2
+    assert list(measured["scores"]) == ["left out"]
+    with pytest.raises(ValueError, match="no captions; evaluate captions on --dataset coco, or gi"):
+        Captions().require(samples)
+    with pytest.raises(ValueError, match="no references, which the cost of steering is measured"):
+        task.trial(samples, before, PLAIN, after)
 
 
 def test_messages():

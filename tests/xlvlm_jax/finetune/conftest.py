@@ -1,4 +1,4 @@
-"""A small LLaVA with its processor, and pictures captioned with words in its vocabulary."""
+"""A small LLaVA with its processor, and pictures with captions of words that it knows."""
 
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Settings of fine-tuning: steps, learning rates, weight decay, messages."""
-
 import jax.numpy as jnp
 import pytest
 

@@ -1,5 +1,3 @@
-"""Monosemanticity: by hand, against the definition, properties, messages."""
-
 import numpy as np
 import pytest
 import torch

@@ -71,6 +71,19 @@ def test_against_scikit_learn(pairs):
     assert score.f1 == pytest.approx(f1_score(labels, said, **named))
 
 
+def test_labels_at_the_start_against_scikit_learn():
+    answers = ["Yes, it is.", "There is no", "YES", "The image shows no", "I do not know", "no"]
+    labels = ["yes", "no", "no", "no", "no", "yes"]
+    # "The image shows" is 15 characters long; "not" holds "no".
+    held = [True, True, False, False, True, False]
+    score = metrics.label_at_start(answers, labels)
+    assert score.accuracy == 0.5
+    assert score.f1 == pytest.approx(f1_score([True] * 6, held))
+    assert metrics.label_at_start(["maybe"], ["no"]) == (0, 0)
+    with pytest.raises(ValueError, match="there are 1 answers and 0 labels"):
+        metrics.label_at_start(["yes"], [])
+
+
 @pytest.mark.wrong_types
 def test_messages():
     with pytest.raises(ValueError, match="there are 2 answers and 1 labels"):

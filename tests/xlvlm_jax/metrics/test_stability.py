@@ -1,5 +1,3 @@
-"""Stability of dictionaries: by hand, against scikit-learn, properties, messages."""
-
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment

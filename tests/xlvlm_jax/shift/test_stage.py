@@ -1,4 +1,4 @@
-"""From two directories of features and one of concepts to shift/."""
+"""Two directories of features and one of concepts -> shift/."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -41,6 +41,18 @@ def test_from_directories_to_a_directory(write, states, concepts, head, root):
     np.testing.assert_array_equal(own.components[found.matching], found.finetuned)
 
 
+def test_assignment_and_norms_as_asked_for(write, states, concepts, head, root):
+    features = [write(name, Z) for name, Z in zip(("a", "b"), states, strict=True)]
+    plain = shift_features(*features, concepts, head, root / "plain", **OPTIONS)
+    asked = {"assign_by": "cosine", "normalise_shifts": True, "normalise_shifted": True}
+    found = shift_features(*features, concepts, head, root / "shift", **OPTIONS, **asked)
+    # The groups lie along axes of their own, so the assignment is the same.
+    np.testing.assert_array_equal(found.counts, plain.counts)
+    np.testing.assert_allclose(found.shifts, plain.shifts / np.linalg.norm(plain.shifts), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found.shifted, axis=1), 1, rtol=1e-5)
+    assert asked.items() <= ShiftAnalysis.load(root / "shift").source.items()
+
+
 def test_the_shift_of_each_sample_is_stored(write, states, concepts, head, root):
     before, after = states
     features = [write(name, Z) for name, Z in zip(("a", "b"), states, strict=True)]
@@ -72,7 +84,7 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
         shift_features(original, None, concepts, head, root / "none")
 
 
-def test_streamed_concepts_are_compared_with_streamed_ones(write, states, head, root):
+def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
     """If one side does not fit into memory, neither does the other."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     found = []
@@ -90,7 +102,7 @@ def test_streamed_concepts_are_compared_with_streamed_ones(write, states, head, 
     assert streamed.images == held.images
 
 
-def test_many_states_are_decomposed_tile_by_tile(write, states, head, root, monkeypatch):
+def test_many_states_are_learnt_of_tile_by_tile(write, states, head, root, monkeypatch):
     """The result equals that in memory; activations are kept, like those of the original."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     decompose_features(features[0], root / "concepts", 3, "kmeans")

@@ -35,6 +35,28 @@ def test_by_hand():
     )
 
 
+def test_assignment_by_similarity_and_norms():
+    concepts = np.float32([[1, 0], [0, 10]])
+    states = np.float32([[3, 1], [1, 3], [2, 2.5], [0, 0]])
+    assert shift.nearest(states, concepts, "cosine").tolist() == [0, 1, 1, 0]
+    assert shift.nearest(states, concepts, "l2").tolist() == [0, 0, 0, 0]
+    far, centres = A + 1000, B[:K] + 1000
+    distance = np.linalg.norm(np.float64(far)[:, None] - np.float64(centres)[None], axis=2)
+    np.testing.assert_array_equal(shift.nearest(far, centres, "l2"), distance.argmin(axis=1))
+    moved = np.float32([[3, 0], [np.nan, np.nan], [0, 4]])
+    np.testing.assert_allclose(
+        shift.normalised(moved), [[0.6, 0], [np.nan, np.nan], [0, 0.8]], rtol=1e-6
+    )
+    unit = shift.shifted(np.float32([[0, 4], [0, 1], [0, 0]]), moved, unit_norm=True)
+    np.testing.assert_allclose(unit, [[0.6, 0.8], [np.nan, np.nan], [0, 1]], rtol=1e-6)
+
+
+@pytest.mark.wrong_types
+def test_an_unknown_similarity():
+    with pytest.raises(ValueError, match="assigned by 'norm'; expected 'cosine' or 'l2'"):
+        shift.nearest(A, B[:K], "norm")
+
+
 @pytest.mark.parametrize("reduce", ["mean", "median", "trimmed_mean"])
 def test_the_shift_is_that_of_numpy_and_scipy(reduce):
     centre = {
@@ -82,7 +104,7 @@ def test_equal_shifts_are_consistent_and_hit():
 
 
 def states(N, offset):
-    """Returns two models' states with an offset, of concepts that move by 0, 10 and 1000."""
+    """Two models' states with an offset, of concepts that move by 0, 10 and 1000, and their own."""
     rng = np.random.default_rng(0)
     a = (rng.standard_normal((N, 2), np.float32) + offset).astype(np.float32)
     of = rng.integers(0, 3, N).astype(np.int32)

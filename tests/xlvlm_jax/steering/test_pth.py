@@ -64,3 +64,59 @@ def test_shifts_of_concepts_by_hand():
     assert found["concept-0"].source["fingerprint"] == "f"
     with pytest.raises(ValueError, match="no concept has a shift"):
         steering.shift_vectors(shifts, np.array([0, 1, 0]), "s", source)
+
+
+def test_a_network_that_torch_saved(tmp_path):
+    torch.manual_seed(0)
+    network = torch.nn.ModuleDict(
+        {"encoder": torch.nn.Linear(6, 4), "decoder": torch.nn.Linear(4, 6, bias=False)}
+    )
+    contexts = torch.randn(3, 6)
+    expected = network["decoder"](torch.tanh(network["encoder"](contexts))).detach().numpy()
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    torch.save({"steering_model": network.state_dict(), "epoch": 3}, tmp_path / "in.pt")
+    for name in ("net.pt", "in.pt"):
+        read = steering.import_l2s(tmp_path / name, "layers.15", context_site="layers.30")
+        np.testing.assert_allclose(read.shift(contexts.numpy()), expected, rtol=1e-5, atol=1e-6)
+        assert (read.site, read.context_site) == ("layers.15", "layers.30")
+    read.save(tmp_path / "net.safetensors")
+    again = steering.load(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(again.shift(contexts.numpy()), read.shift(contexts.numpy()))
+    torch.save({"encoder.weight": torch.ones(2, 3)}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"no L2S network; expected encoder\.weight"):
+        steering.import_l2s(tmp_path / "part.pt", "s")
+    odd = {**network.state_dict(), "encoder.bias": torch.ones(5)}
+    torch.save(odd, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"shapes \(4, 6\), \(5,\) and \(6, 4\)"):
+        steering.import_l2s(tmp_path / "odd.pt", "s")
+
+
+def test_vectors_of_samples_that_torch_saved(tmp_path):
+    stacked = torch.arange(6.0).reshape(3, 1, 2)
+    torch.save({"steering_vector": stacked}, tmp_path / "p2s.pth")
+    read = steering.import_sample_vectors(tmp_path / "p2s.pth", "layers.1", ["7", "9", "8"])
+    np.testing.assert_array_equal(read.of(["8", "7"]).vectors, [[4, 5], [0, 1]])
+    with pytest.raises(
+        ValueError, match=r"'steering_vector' has shape \[3, 2\]; expected a vector"
+    ):
+        steering.import_sample_vectors(tmp_path / "p2s.pth", "s", ["7"])
+    with pytest.raises(ValueError, match="3 sample ids some are the same"):
+        steering.import_sample_vectors(tmp_path / "p2s.pth", "s", ["7", "7", "8"])
+
+
+def test_networks_and_vectors_of_samples_from_the_command_line(xlvlm, tmp_path):
+    torch.save({"steering_vector": torch.ones(2, 4)}, tmp_path / "p2s.pth")
+    (tmp_path / "ids.txt").write_text("a\nb\n")
+    command = ("import-pth", tmp_path / "p2s.pth", "--site", "layers.1")
+    options = ("--sample-ids", tmp_path / "ids.txt", "--output", tmp_path / "p2s.safetensors")
+    status, out, errors = xlvlm(*command, *options)
+    assert status == 0, errors
+    assert steering.load(tmp_path / "p2s.safetensors").ids == ("a", "b")
+    layers = {"encoder.weight": torch.ones(2, 4), "encoder.bias": torch.ones(2)}
+    torch.save({**layers, "decoder.weight": torch.ones(4, 2)}, tmp_path / "net.pt")
+    status, out, errors = xlvlm(
+        *("import-pth", tmp_path / "net.pt", "--site", "layers.1", "--context-site", "layers.2"),
+        *("--output", tmp_path / "net.safetensors"),
+    )
+    assert status == 0, errors
+    assert "L2S(2 hidden units, width 4, from 'layers.2' to 'layers.1'" in " ".join(out.split())

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlvlm_jax import SteeringVector, steering
@@ -46,6 +46,50 @@ class TestAnswerShift:
             steering.answer_shift(["a"], ["a", "b"])
         with pytest.raises(ValueError, match="num_targets is 0"):
             steering.answer_shift(["a"], ["b"], num_targets=0)
+
+
+class TestMainAnswers:
+    def test_by_hand(self):
+        before = {"yes": 9, "no": 1, "red car": 2, "blue": 4}
+        after = {"no": 7, "red bus": 4, "red car": 3, "yes": 1, "": 1}
+        # no +6, red +4 + 1, yes -8; blue is no longer given and does not count.
+        assert steering.main_answers(before, after) == (("no", "red"), 13)
+        assert steering.main_answers(before, after, num_answers=1) == (("no",), 6)
+        assert steering.main_answers({}, {"a": 2, "b": 2}) == (("a", "b"), 0)
+        assert steering.main_answers({}, {"a": 2, "b": 2, "c": 1}) == (("a", "b"), 1)
+        with pytest.raises(ValueError, match="there are 0 answers after steering"):
+            steering.main_answers({"yes": 1}, {"": 3})
+
+    @settings(max_examples=25)
+    @given(st.lists(st.integers(-20, 20), min_size=2, max_size=5, unique=True))
+    def test_against_k_means(self, gains):
+        from sklearn.cluster import KMeans
+
+        before, after = ({f"w{i}": 30 for i in range(len(gains))} for _ in range(2))
+        after = {name: 30 + gain for (name, _), gain in zip(after.items(), gains, strict=True)}
+        main = steering.main_answers(before, after).answers
+        model = KMeans(2, n_init=20, random_state=0).fit(np.array(gains)[:, None])
+        upper = {f"w{i}" for i in np.flatnonzero(model.labels_ == model.labels_[np.argmax(gains)])}
+        parts: dict[bool, list[int]] = {True: [], False: []}
+        for i, gain in enumerate(gains):
+            parts[f"w{i}" in main].append(gain)
+        spread = sum(np.var(part) * len(part) for part in parts.values())
+        # Where two cuts are equally good, either counts.
+        assert set(main) == upper or spread == pytest.approx(model.inertia_)
+
+    def test_the_top_vectors(self):
+        def ranked(name, main, lead):
+            vector = SteeringVector(np.zeros(2, np.float32), name)
+            shift = steering.answer_shift(["a"], ["a"])._replace(main=main, lead=lead)
+            return steering.RankedVector(vector, shift)
+
+        some = [ranked("u", ("no",), 3), ranked("v", ("no",), 5), ranked("w", ("red", "no"), 9)]
+        some += [ranked("x", ("red",), 4), ranked("y", (), 0)]
+        names = [each.vector.site for each in steering.top_by_lead(some)]
+        assert names == ["v", "x"]
+        assert len(steering.top_by_lead(some, unique=False)) == 3
+        assert [r.vector.site for r in steering.top_by_lead(some, num_targets=2)] == ["w", "v", "x"]
+        assert len(steering.top_by_lead(some, num_vectors=1)) == 1
 
 
 class TestVectors:
