@@ -25,20 +25,34 @@ class Paired(NamedTuple):
     runs: int
 
 
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the wall time of a call until its arrays are ready, and its result."""
+def seconds(
+    call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
+    """Returns the time of a call until its arrays are ready, and its result.
+
+    Args:
+        call: the call.
+        clock: wall time by default; `time.process_time` for the CPU time of all threads, which
+            depends less on what else runs.
+    """
     # The other side's threads may still be spinning.
     time.sleep(REST)
-    start = time.perf_counter()
+    start = clock()
     result = jax.block_until_ready(call())
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
-def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> Paired:
-    """Runs both once to warm up, then alternately, `repeats` times."""
-    first, _ = seconds(ours)
-    seconds(theirs)
-    times = np.array([(seconds(ours)[0], seconds(theirs)[0]) for _ in range(repeats)])
+def paired(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Paired:
+    """Runs both once to warm up, then alternately, `repeats` times (see `seconds`)."""
+    first, _ = seconds(ours, clock)
+    seconds(theirs, clock)
+    pairs = [(seconds(ours, clock)[0], seconds(theirs, clock)[0]) for _ in range(repeats)]
+    times = np.array(pairs)
     mine, peer = np.median(times, axis=0)
     ratio = np.median(times[:, 1] / times[:, 0])
     return Paired(float(mine), float(peer), float(ratio), first, repeats)

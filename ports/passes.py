@@ -12,8 +12,10 @@ import jax
 
 from ports.decoding import generate as decoding
 from ports.decoding import logits as logits_rules
+from ports.decoding import prefill
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
+from ports.inputs.common_prefix import Shared
 from ports.intervene.edits import Edits
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
@@ -74,9 +76,18 @@ def states(
     edits: Edits,
     sites: tuple[str, ...],
     mesh: Mesh | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Array]:
-    """Returns the states at the sites alone: XLA drops what comes after the last of them."""
+    """Returns the states at the sites alone: XLA drops what comes after the last of them.
+
+    With `shared`, of prompts whose equal beginnings are computed once; the sites are then below
+    the decoder.
+    """
     with sharding.on(mesh):
+        if shared is not None:
+            prompts = prefill.read(model, inputs, shared)
+            slots = prompts.mask.shape[1]
+            return prefill.prefill(model, params, prompts, edits, sites, slots, True)[2]
         return capture(steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
@@ -99,6 +110,7 @@ def unembed(
         "sites",
         "prompt_states",
         "variants",
+        "edits_prompt",
         "mesh",
     ),
 )

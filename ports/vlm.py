@@ -1,6 +1,6 @@
 """`VLM`: a loaded vision-language model that runs, the same class for every port."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,11 @@ from ports.decoding import logits
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
 from ports.decoding.text import decode_tokens
-from ports.inputs import model_inputs, padding, patch_layout, prompts, vocabulary
+from ports.inputs import common_prefix, model_inputs, padding, patch_layout, prompts, vocabulary
+from ports.inputs.common_prefix import Shared
 from ports.inputs.patch_layout import Layouts
 from ports.intervene import layout
-from ports.intervene.edits import Edits, as_edits
+from ports.intervene.edits import Edit, Edits, as_edits, edits_prompt, is_same_for_rows
 from ports.intervene.sites import find_sites
 from ports.loaded_model import LoadedModel, distinct
 from ports.nn.vision_language import Inputs
@@ -104,9 +105,21 @@ class VLM(LoadedModel):
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._lay_out(edits, arrays)
-        arguments = (self.module, self.params, self._place(arrays), edits, distinct(asked))
-        states = passes.states(*arguments, self._mesh)
-        return self._cut(states, asked, arrays["input_ids"].shape[1])
+        length, chosen = arrays["input_ids"].shape[1], distinct(asked)
+        aligned, shared = arrays, None
+        # Of what comes before text and pictures are joined there are no states by position, and of
+        # the head only those of the last position.
+        if all(self.module.is_of_decoder(site) and site != self.head for site in chosen):
+            aligned, shared = self._divided(inputs, arrays, [edits])
+        if shared is None:
+            states = passes.states(
+                self.module, self.params, self._place(arrays), edits, chosen, self._mesh
+            )
+            return self._cut(states, asked, length)
+        states = passes.states(
+            self.module, self.params, self._place(aligned), edits, chosen, None, shared
+        )
+        return padding.realign(arrays, self._cut(states, asked, length))
 
     def generate(
         self,
@@ -122,7 +135,8 @@ class VLM(LoadedModel):
 
         Args:
             inputs: the arrays from the checkpoint's processor. Rows may be padded on either side;
-                they are padded on the left to one of a few lengths.
+                they are padded on the left to one of a few lengths. Of rows that ask about one
+                picture, the picture and what their prompts have in common are computed once.
             max_new_tokens: maximum number of new tokens, M; a row ends earlier at an
                 end-of-sequence token.
             sites: sites of the decoder whose states to return.
@@ -147,7 +161,7 @@ class VLM(LoadedModel):
         asked = self.find_sites(sites, generated=True)
         edits, arrays = self._lay_out(edits, checked, max_new_tokens)
         arguments, options = self._generation(
-            arrays, edits, max_new_tokens, distinct(asked), sampling
+            inputs, arrays, edits, max_new_tokens, distinct(asked), sampling, [edits]
         )
         result = passes.generate(*arguments, **options, prompt_states=prompt_states)
         states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
@@ -186,28 +200,80 @@ class VLM(LoadedModel):
             return passes.states.lower(self.module, self.params, arrays, {}, sites, self._mesh)
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
-        arguments, options = self._generation(checked, {}, max_new_tokens, sites)
+        arguments, options = self._generation(inputs, checked, {}, max_new_tokens, sites)
         return passes.generate.lower(*arguments, **options, prompt_states=prompt_states)
 
     def _generation(
         self,
+        inputs: Inputs,
         arrays: dict[str, np.ndarray],
         edits: layout.LaidOut,
         max_new_tokens: int,
         sites: tuple[str, ...],
         sampling: Sampling | None = None,
+        variants: Sequence[layout.LaidOut] = (),
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments and options of the compiled generation from checked inputs."""
-        aligned = self._place(padding.align_right(arrays, self._port.per_position))
+        """Returns the arguments and options of the compiled generation.
+
+        `arrays` are the checked `inputs`, and `edits` those of all `variants`.
+        """
+        aligned, shared = self._divided(inputs, arrays, variants, max_new_tokens)
         options = {
             "max_new_tokens": max_new_tokens,
             "eos_tokens": self.eos_tokens,
             "pad_token": self.pad_token,
             "sites": sites,
             "mesh": self._mesh,
+            "edits_prompt": any(map(edits_prompt, _edits_of(variants))),
+            "shared": shared,
         }
-        rules = self._rules(arrays)
+        rules, aligned = self._rules(arrays), self._place(aligned)
         return (self.module, self.params, aligned, sampling, edits, rules), options
+
+    def _divided(
+        self,
+        inputs: Inputs,
+        arrays: dict[str, np.ndarray],
+        variants: Sequence[layout.LaidOut],
+        max_new_tokens: int = 0,
+    ) -> tuple[dict[str, np.ndarray], Shared | None]:
+        """Returns the arrays with padding on the left, and the prompts with equal beginnings only
+        once if that saves work and changes nothing; pictures are then only in the latter.
+
+        `arrays` are the checked `inputs`.
+        """
+        own, tokens = self._port.per_position, self.image_tokens
+        arrays = padding.align_right(arrays, own)
+        at_prompt = filter(edits_prompt, _edits_of(variants))
+        if self._mesh is not None or not all(map(is_same_for_rows, at_prompt)):
+            return arrays, None
+        places = padding.FILL.keys() | own.keys()
+        rows = {name: value for name, value in arrays.items() if name in places}
+        pictures = {name: value for name, value in arrays.items() if name not in places}
+        per_image = getattr(self.sizes, "tokens_per_image", None)
+        owned = common_prefix.pictures_of_rows(rows, pictures, tokens, per_image)
+        is_given = owned is None and not own
+        if is_given:
+            # The port has joined the pictures of all rows; what the processor made may be apart.
+            given = model_inputs.to_numpy(inputs, self._port.inputs)
+            given = {name: value for name, value in given.items() if name not in places}
+            owned = common_prefix.pictures_of_rows(rows, given, tokens, None)
+        if owned is None:
+            return arrays, None
+        blocks = self.module.blocks(arrays)
+        blocks = None if blocks is None else np.asarray(blocks)
+        shared = common_prefix.share(rows, owned, tokens, self.pad_token, own, blocks)
+        if shared is None:
+            return arrays, None
+        slots = shared.prefix["input_ids"].shape[1] + shared.tokens.shape[1] + max_new_tokens
+        text = self.sizes.text
+        windows = filter(None, map(text.window_of, range(text.num_layers)))
+        # Padding between tokens must not count in a window.
+        if min(windows, default=slots) < slots:
+            return arrays, None
+        if is_given:
+            shared = shared._replace(prefix=self._port.prepare_inputs(self.sizes, shared.prefix))
+        return rows, jax.tree.map(jnp.asarray, shared)
 
     def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
         """Returns the rules that change logits when generating from these prompts."""
@@ -259,7 +325,13 @@ class VLM(LoadedModel):
             answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
             return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(laid)), answer)
         arguments, options = self._generation(
-            padding.with_columns(checked), edits, max_new_tokens, distinct(asked)
+            inputs,
+            padding.with_columns(checked),
+            edits,
+            max_new_tokens,
+            distinct(asked),
+            None,
+            laid,
         )
         result = passes.generate(*arguments, **options, variants=True)
         return result._replace(states=_by_name(result.states, asked))
@@ -446,6 +518,10 @@ class VLM(LoadedModel):
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         return sharding.put_batch(self._padded(arrays), self._mesh)
+
+
+def _edits_of(variants: Sequence[layout.LaidOut]) -> Iterator[Edit]:
+    return (edit for laid in variants for listed in laid.values() for edit in listed)
 
 
 def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Array]:

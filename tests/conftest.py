@@ -1,4 +1,4 @@
-"""What all tests share: nothing is fetched from the hub, products are exact, programs are kept."""
+"""Settings and fixtures of all tests: no downloads, exact products, shared compiled programs."""
 
 import atexit
 import os
@@ -35,6 +35,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -71,7 +72,7 @@ _TORCH_IS_MISSING = importlib.util.find_spec("torch") is None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leaves out the files that compare with PyTorch, and folders of them, where there is none."""
+    """Skips files and folders that compare with PyTorch if it is not installed."""
     conftest = collection_path / "conftest.py"
     file = conftest if conftest.exists() else collection_path
     if _TORCH_IS_MISSING and file.suffix == ".py" and _USES_TORCH.search(file.read_text()):
@@ -80,14 +81,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: at the end a worker would wait for the other."""
+    """Moves files with slow tests to the front, so that no worker waits for another at the end."""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
 def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Switches off the check of signatures in a test that is marked `wrong_types`."""
+    """Switches off the check of signatures in tests marked `wrong_types`."""
     jaxtyping.config.update("jaxtyping_disable", "wrong_types" in request.keywords)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -95,7 +96,7 @@ def signatures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Drops compiled programs between two files before there are too many of them.
+    """Drops compiled programs between two files before they hold too many memory mappings.
 
     Each holds memory mappings, and Linux allows a process 65,530; a worker that runs out of them
     ends with a segmentation fault.
@@ -109,7 +110,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real configurations and reference outputs next to a checkout."""
+    """Returns the folder of real configurations and reference outputs next to a checkout."""
     path = Path(__file__).parents[2] / "shared"
     if not path.is_dir():
         pytest.skip("no ../shared beside this checkout")
@@ -118,7 +119,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def vlm():
-    """The embedded LLaVA, where a folder has no other; tests leave it as it is."""
+    """Returns the embedded LLaVA, unless a folder overrides it; tests do not change it."""
     import ports
     from xlvlm_jax.demo import embedded
 
@@ -127,11 +128,32 @@ def vlm():
 
 @pytest.fixture(scope="session")
 def clip():
-    """The embedded CLIP pair."""
+    """Returns the embedded CLIP pair."""
     from ports.models import clip
     from xlvlm_jax.demo import embedded
 
     return clip.load_dual_encoder(embedded.CLIP)
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many pictures each run of a model from now on gives to its vision tower."""
+    from ports import passes
+
+    numbers = []
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            leaves = jax.tree_util.tree_leaves_with_path((args, options))
+            named = ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+            numbers.append(sum(len(leaf) for name, leaf in named if "'pixel_values'" in name))
+            return run(*args, **options)
+
+        return counted
+
+    for name in ("generate", "states"):
+        monkeypatch.setattr(passes, name, counting(getattr(passes, name)))
+    return numbers
 
 
 class ThreeWords:
@@ -164,13 +186,13 @@ class ThreeWords:
 
 @pytest.fixture
 def three_words() -> ThreeWords:
-    """What grounding needs of a model."""
+    """Returns the parts of a model that grounding needs."""
     return ThreeWords()
 
 
 @pytest.fixture
 def xlvlm(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """xlvlm(*arguments): status, output and errors of the command line."""
+    """xlvlm(*arguments) runs the command line and returns (status, output, errors)."""
     from xlvlm_jax import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:

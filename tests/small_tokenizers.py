@@ -1,11 +1,11 @@
-"""Tokenizers of a few pieces, of the two kinds that decoders have."""
+"""Tokenizers of a few pieces, of the two kinds that decoders use."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
 def sentencepiece(*pieces):
-    """A unigram tokenizer whose words begin with "▁", as Llama's do."""
+    """Returns a unigram tokenizer whose words begin with "▁", like Llama's."""
     letters = [(letter, -20.0) for letter in "abcdefghijklmnopqrstuvwxyz3DR"]
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -12.0)]
     model = models.Unigram([*vocabulary, *((piece, -1.0) for piece in pieces), *letters], unk_id=0)
@@ -18,7 +18,7 @@ def sentencepiece(*pieces):
 
 
 def byte_level(*words):
-    """A byte-level BPE tokenizer with a merge for each of `words`, as GPT-2's and Qwen2's are."""
+    """Returns a byte-level BPE tokenizer with merges for all `words`, like GPT-2's and Qwen2's."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in words:

@@ -1,4 +1,4 @@
-"""Every exported name has an example in its docstring, and the examples give what they show."""
+"""Every exported name has an example in its docstring, with the output that it shows."""
 
 import doctest
 import types
@@ -15,7 +15,7 @@ NAMES = [(package, name) for package in (ports, xlvlm_jax) for name in package._
 
 @pytest.fixture(autouse=True)
 def same_cache():
-    """One of the examples says where compiled programs are kept; the others go on as before."""
+    """Undoes the example that changes the cache directory, for the examples after it."""
     before = jax.config.values["jax_compilation_cache_dir"]
     yield
     if jax.config.values["jax_compilation_cache_dir"] != before:

@@ -1,4 +1,4 @@
-"""What is not imported before it is used: a first import and the help of a command are cheap."""
+"""Modules are imported when first used: a first import and the help of a command are cheap."""
 
 import json
 import subprocess
@@ -38,11 +38,11 @@ def imported(script: str, modules: tuple[str, ...]) -> list[str]:
     ],
     ids=["the packages", "decompose", "concepts", "models", "features and metrics"],
 )
-def test_what_a_first_use_leaves_out(script, unused):
+def test_a_first_use_does_not_import(script, unused):
     assert imported(script, unused) == []
 
 
-def test_the_module_list_tells_what_was_imported():
+def test_the_module_list_shows_what_was_imported():
     assert imported("import xlvlm_jax; xlvlm_jax.decompose", ("jax", "flax")) == ["jax"]
     assert "sklearn" in imported("from xlvlm_jax import KMeans", HEAVY)
 

@@ -1,4 +1,4 @@
-"""Imports flow one way: each room knows those before it, and none after it."""
+"""Imports go one way: each subpackage imports those before it, and none after it."""
 
 import ast
 from collections.abc import Iterator
@@ -45,13 +45,13 @@ LATE = {("xlvlm_jax/metrics/__init__.py", "xlvlm_jax.concepts")}
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module; None for the packages themselves, which show what is in the rooms."""
+    """Returns a module's subpackage; None for the packages, which export what is in them."""
     room = ".".join(module.split(".")[:2])
     return room if room in LEVEL else None
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Absolute names of what a file of the two packages imports, from anywhere in it."""
+    """Returns the absolute names of everything that a file of the two packages imports."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -92,7 +92,7 @@ def test_nothing_imports_the_command_line():
 
 
 def test_rooms_do_not_go_through_the_front_door():
-    """What the packages themselves export is above every room but the commands."""
+    """Only commands import from the packages themselves, which are above all other rooms."""
     for file, names in FILES.items():
         package = file.split("/")[0]
         if file.count("/") > 1 and not file.startswith("xlvlm_jax/cli/"):

@@ -1,4 +1,4 @@
-"""Signatures are checked in tests (see conftest), except where a test is marked `wrong_types`."""
+"""Signatures are checked in tests (see conftest), unless a test is marked `wrong_types`."""
 
 import jaxtyping
 import numpy as np

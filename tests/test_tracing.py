@@ -1,4 +1,4 @@
-"""What composes: each public function under jit, vmap and grad, in float64, or it says that not."""
+"""Each public function works under jit, vmap and grad, in float64, or says that it does not."""
 
 import dataclasses
 import inspect
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def steered(edit):
-    """x, *arguments -> the output with the edit that `edit` makes of the arguments."""
+    """Returns (x, *arguments) -> the output with the edit `edit(*arguments)`."""
 
     def run(x, *arguments):
         return xlvlm_jax.steer(Model().apply, {"twice": edit(*arguments)})({}, x)
@@ -124,7 +124,7 @@ OTHERS = {"compilation_cache", "method_named"}  # functions that take no arrays
 
 
 def total(function):
-    """A number that depends on all that the function returns."""
+    """Returns a number that depends on everything that the function returns."""
 
     def summed(*arguments):
         leaves = map(jnp.asarray, jax.tree.leaves(function(*arguments)))
@@ -171,7 +171,7 @@ def test_in_float64_under_jit_vmap_and_grad(name):
         np.testing.assert_allclose(found, slope, rtol=1e-5, atol=1e-7)
 
 
-def test_a_model_answers_alike_where_numbers_have_64_bits(vlm):
+def test_a_model_answers_alike_with_64_bit_numbers(vlm):
     image = Image.fromarray(np.arange(3 * 32 * 32, dtype=np.uint8).reshape(32, 32, 3))
     inputs = vlm.process([vlm.render("What is in the picture?")], [image])
     site = "language_model.model.layers.1"
@@ -210,7 +210,7 @@ def test_each_function_says_whether_it_traces(package):
 
 @pytest.mark.parametrize("package", [metrics, ports], ids=["metrics", "ports"])
 def test_only_what_traces_says_so(package):
-    """Most of these take no arrays, and say nothing."""
+    """Most functions take no arrays and say nothing."""
     listed = {name.partition(",")[0].rpartition(".")[2] for name in TRACED}
     functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
     said = {

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ports.decoding.logits import Rules, process, read_prompt
+from ports.decoding.prefill import prefill, read, run
 from ports.decoding.sampling import Sampling, draw
-from ports.intervene import steer
+from ports.inputs.common_prefix import Shared
 from ports.intervene.edits import Edits
-from ports.intervene.sites import capture
 from ports.messages import few
 from ports.nn import vision_language
 from ports.tables import html_arrays, kind, named_states
@@ -65,6 +65,7 @@ def generate(
     sampling: Sampling | None = None,
     edits: Edits | None = None,
     rules: Rules | None = None,
+    shared: Shared | None = None,
     *,
     max_new_tokens: int,
     eos_tokens: tuple[int, ...],
@@ -72,52 +73,52 @@ def generate(
     sites: tuple[str, ...] = (),
     prompt_states: bool = False,
     variants: bool = False,
+    edits_prompt: bool = True,
 ) -> Generation:
     """Prefills the cache with the prompt and decodes until every row has ended. Pure; jit it.
 
     Args:
         model: the Linen module.
         params: its parameters.
-        inputs: the processor's arrays, rows padded on the left to T.
+        inputs: the processor's arrays, rows padded on the left to T. With `shared`, the arrays of
+            pictures are not used.
         sampling: how tokens are drawn; None for greedy decoding.
         edits: edits of the residual stream, applied in the prefill and in every step.
         rules: changes of the logits before a token is chosen.
+        shared: the same prompts, divided so that equal beginnings are computed once. The edits
+            that reach the prompt must be the same for all rows.
         max_new_tokens: maximum number of new tokens per row, M.
         eos_tokens: ids that end a row.
         pad_token: id that fills a row after its end.
         sites: sites whose states are returned.
         prompt_states: also return the states of the prompt.
         variants: the arrays of the edits have a leading axis A, and so do the returned arrays.
+        edits_prompt: False if all edits are for generated tokens alone.
 
     Returns:
         Tokens and states of all rows.
     """
-    mask = vision_language.attention_mask(inputs).astype(bool)
-    batch, length = mask.shape
+    prompts = read(model, inputs, shared)
+    batch, length = prompts.mask.shape
 
-    def run(edits: Edits, caches: dict, method: str, *args: Any) -> tuple[Any, ...]:
-        apply = capture(steer.steer(model.apply, edits), sites)
-        variables = {"params": params, **caches}
-        (logits, variables), states = apply(variables, *args, method=method, mutable=["cache"])
-        return logits, variables["cache"], states
-
-    def prefill(edits: Edits) -> tuple[Any, ...]:
+    def fill(edits: Edits) -> tuple[Array, dict, dict[str, Array]]:
         # Each variant appends to its own cache.
         slots = length if variants else length + max_new_tokens
-        empty = model.init_cache(batch, slots)
-        return run(edits, {"cache": empty}, "prefill", inputs, not prompt_states)
+        return prefill(model, params, prompts, edits, sites, slots, prompt_states)
 
-    def decode_step(edits: Edits, caches: dict, *args: Any) -> tuple[Any, ...]:
-        return run(edits, caches, "decode_step", *args)
+    def decode_step(edits: Edits, caches: dict, *args: Any) -> tuple[Array, dict, dict[str, Array]]:
+        return run(model, params, edits, sites, caches, "decode_step", *args)
 
     edits = edits or {}
+    at_prompt = edits if edits_prompt else {}
     # The vision tower runs only in the prefill.
     later = {site: listed for site, listed in edits.items() if model.is_of_decoder(site)}
     if variants:
         # vmap here, not around the loop: a mapped loop would copy the whole cache at every step.
         # Layers before the first edited one are computed, and their cache stored, only once.
-        axes = model.prompt_cache_axes(edits)
-        prefill = jax.vmap(prefill, out_axes=(0, axes, 0))
+        axes = model.prompt_cache_axes(at_prompt)
+        if at_prompt:
+            fill = jax.vmap(fill, out_axes=(0, axes, 0))
         axes = {"prompt_cache": axes, "cache": 0}
         decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None, None))
 
@@ -132,14 +133,20 @@ def generate(
         # The maximum is NaN or Inf if any logit is.
         return jnp.isfinite(logits.max(-1))
 
-    logits, cache, prefilled = prefill(edits)
+    logits, cache, prefilled = fill(at_prompt)
+    if variants and not at_prompt:
+        count = len(jax.tree.leaves(edits)[0])
+        logits, prefilled = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (count, *x.shape)), (logits, prefilled)
+        )
     rows = logits.shape[:-1]  # [B], or [A, B]
     prompt_cache = {}
     if variants:
         prompt_cache = {"prompt_cache": cache}
         cache = jax.vmap(lambda _: model.init_cache(batch, max_new_tokens))(logits)
     if rules is not None:
-        prompt = read_prompt(rules, jnp.asarray(inputs["input_ids"]), mask, logits.shape[-1])
+        ids, mask = jnp.asarray(inputs["input_ids"]), vision_language.attention_mask(inputs)
+        prompt = read_prompt(rules, ids, mask != 0, logits.shape[-1])
         rule = functools.partial(process, rules, prompt)
         rule = jax.vmap(rule, in_axes=(0, 0, None)) if variants else rule
     tokens = jnp.full((*rows, max_new_tokens), pad_token, jnp.int32)
@@ -153,9 +160,8 @@ def generate(
         for site, value in prefilled.items()
     }
     column = vision_language.next_column(inputs)
-    next_positions = model.next_positions(inputs)
     slots = jnp.arange(length + max_new_tokens)
-    prompt_valid = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
+    prompt_valid = jnp.pad(prompts.mask, ((0, 0), (0, max_new_tokens)))
 
     def go_on(carry: tuple[Any, ...]) -> Array:
         step, _, ended, *_ = carry
@@ -169,7 +175,7 @@ def generate(
             later,
             {**prompt_cache, "cache": cache},
             tokens[..., step - 1],
-            next_positions + step - 1,
+            prompts.next_positions + step - 1,
             valid,
             slot,
             None if column is None else column + step - 1,

@@ -12,7 +12,7 @@ import numpy as np
 
 # Arrays of every port with one row per sample and one column per position, and their fill values;
 # input_ids is filled with the pad token. A port adds its own (`Port.per_position`).
-_FILL = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "columns": -1}
+FILL = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "columns": -1}
 
 _NONE: Mapping[str, int] = MappingProxyType({})
 
@@ -84,7 +84,7 @@ def pad_to_bucket(
     """
     length = arrays["input_ids"].shape[1]
     missing = bucket_length(length) - length
-    fill = _FILL | {"input_ids": pad_token, **own}
+    fill = FILL | {"input_ids": pad_token, **own}
     return {
         name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill[name])
         if name in fill
@@ -119,7 +119,7 @@ def align_right(
     """
     order = right_order(arrays)
     return {
-        name: np.take_along_axis(value, order, axis=1) if name in _FILL or name in own else value
+        name: np.take_along_axis(value, order, axis=1) if name in FILL or name in own else value
         for name, value in arrays.items()
     }
 

@@ -600,6 +600,25 @@ def stacked(
     return {site: add(vectors[i], alpha[i], where) for i, site in enumerate(sites)}
 
 
+def is_same_for_rows(edit: Edit) -> bool:
+    """Returns whether an edit changes equal states at equal positions of all rows alike.
+
+    What a function of the caller depends on is not known.
+    """
+    return (
+        edit.vector_rank < 2
+        and not np.ndim(edit.alpha)
+        and edit.mask is None
+        and np.ndim(edit.at) < 2
+        and not isinstance(edit.change, _Function)
+    )
+
+
+def edits_prompt(edit: Edit) -> bool:
+    """Returns whether an edit is not for generated tokens alone."""
+    return is_traced(edit.kinds) or bool(np.asarray(edit.kinds)[:GENERATED].any())
+
+
 def is_everywhere(edit: Edit) -> bool:
     """Returns whether an edit applies to all positions; traced positions count as all."""
     kinds = is_traced(edit.kinds) or np.all(edit.kinds)

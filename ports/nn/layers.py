@@ -16,6 +16,8 @@ from ports.parallel import sharding
 
 Array = jax.Array
 
+COLUMNS = 256  # of a bfloat16 kernel that are converted at a time on a CPU
+
 
 def quick_gelu(x: Array) -> Array:
     """Computes x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
@@ -71,7 +73,7 @@ def limit(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _flat_dot(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
+def _flat_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
     """Computes x[..., D] @ kernel[D, E] with all positions as rows of one matrix.
 
     This halves the time of its gradients on XLA's CPU backend; on accelerators it makes no
@@ -81,20 +83,58 @@ def _flat_dot(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def _dense_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
+    if _is_widened(x, kernel):
+        return product_in_float32(x, kernel).astype(x.dtype)
+    return _flat_dot(x, kernel, **options)
+
+
 def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:
     """Returns a linear layer; its kernel is (in, out), the transpose of PyTorch's."""
-    return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_flat_dot, name=name)
+    return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
+
+
+def _is_widened(x: Array, kernel: Array) -> bool:
+    """Returns whether XLA would convert the whole kernel to float32 for this product."""
+    return (
+        jax.default_backend() == "cpu"
+        and not sharding.is_on_mesh()
+        and x.dtype == kernel.dtype == jnp.bfloat16
+        and kernel.shape[-1] >= COLUMNS
+    )
+
+
+def _widened_dot(x: Array, kernel: Array) -> Array:
+    """Computes x[..., D] @ kernel[D, E] in float32, converting a few columns at a time.
+
+    Five to ten times as fast as XLA's own product of bfloat16 on a CPU, for a few rows.
+    """
+    rows, (_, width) = x.reshape(-1, x.shape[-1]).astype(jnp.float32), kernel.shape
+    # XLA moves a conversion of bfloat16 out of the loop, to the whole kernel; not that of bits.
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+
+    def step(i: Array, y: Array) -> Array:
+        start = jnp.minimum(i * COLUMNS, width - COLUMNS)
+        columns = jax.lax.dynamic_slice_in_dim(bits, start, COLUMNS, axis=1).astype(jnp.uint32)
+        columns = jax.lax.bitcast_convert_type(columns << 16, jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows @ columns, start, axis=1)
+
+    y = jnp.zeros((len(rows), width), jnp.float32)
+    y = jax.lax.fori_loop(0, -(-width // COLUMNS), step, y)
+    return y.reshape(*x.shape[:-1], width)
 
 
 @jax.custom_jvp
 def product_in_float32(x: Array, kernel: Array) -> Array:
     """Computes x[..., D] @ kernel[D, E] with float32 sums and result, for inputs of any dtype.
 
-    The kernel is not converted (except for some layouts by XLA's CPU backend, with any product).
-    Gradients are computed in the dtype of x, like those of any other layer: a product of float32
-    and bfloat16 would convert the whole kernel.
+    The kernel is not converted as a whole (except for some layouts by XLA's CPU backend, with any
+    product). Gradients are computed in the dtype of x, like those of any other layer: a product of
+    float32 and bfloat16 would convert the whole kernel.
     """
-    return _flat_dot(x, kernel, None, preferred_element_type=jnp.float32)
+    if _is_widened(x, kernel):
+        return _widened_dot(x, kernel)
+    return _flat_dot(x, kernel, preferred_element_type=jnp.float32)
 
 
 @functools.partial(product_in_float32.defjvp, symbolic_zeros=True)
@@ -103,7 +143,7 @@ def _product_in_float32_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Arr
     y = product_in_float32(x, kernel)
     # A frozen kernel has no tangent: skip that product.
     terms = [
-        _flat_dot(a, b, None).astype(y.dtype)
+        _flat_dot(a, b).astype(y.dtype)
         for a, b in ((dx, kernel), (x, dkernel))
         if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
     ]

@@ -252,6 +252,34 @@ class VisionLanguageModel(nn.Module):
         with steer.at_places(jax.tree.map(lambda x: x[..., -1:], self.places(inputs))):
             return self.unembed(states)[:, 0]
 
+    def continue_prefill(
+        self,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        slot: Array,
+        places: edits.Places,
+        last_only: bool = True,
+    ) -> Array:
+        """Continues the prefill of prompts whose beginning is in the cache.
+
+        Args:
+            tokens: int32[B, T], text without images.
+            positions: their rotary positions, int32[B, T].
+            mask: bool[B, 1, T, S], which cache slots each token sees.
+            slot: int32[], cache slot of the first token.
+            places: what the positions are.
+            last_only: compute only the last position in the last layer.
+
+        Returns:
+            Logits of the last position, float32[B, V].
+        """
+        with steer.at_places(places):
+            x = self.text_decoder.embed_tokens(tokens)
+            x = self.text_decoder(x, positions, mask, start=slot, last_only=last_only)
+        with steer.at_places(jax.tree.map(lambda x: x[..., -1:], places)):
+            return self.unembed(x[:, -1:])[:, 0]
+
     def extend(
         self,
         tokens: Array,

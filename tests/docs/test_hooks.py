@@ -1,4 +1,4 @@
-"""The pages that are made when the site is built."""
+"""The pages that are generated when the site is built."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ PATH = Path(__file__).parents[2] / "docs" / "hooks.py"
 
 @pytest.fixture(scope="module")
 def hooks():
-    """docs/hooks.py, which mkdocs reads as a file too."""
+    """Returns docs/hooks.py, loaded as a file, as mkdocs does."""
     specification = importlib.util.spec_from_file_location("docs_hooks", PATH)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -21,7 +21,7 @@ def hooks():
 
 
 def every_command(command, path="xlvlm"):
-    """(path, command) of each command that can be run."""
+    """Yields (path, command) for each command that can be run."""
     below = getattr(command, "commands", {})
     for name, each in below.items():
         yield from every_command(each, f"{path} {name}")
@@ -63,7 +63,7 @@ def test_text_of_an_option_is_the_help_with_its_default(hooks):
         "<style>a{background:url(https://cdn.example/x.png)}</style>",
     ],
 )
-def test_what_comes_from_another_host_is_found(hooks, html):
+def test_files_from_other_hosts_are_found(hooks, html):
     (address,) = set(hooks.loads(html))
     assert "example" in address
 
@@ -78,5 +78,5 @@ def test_what_comes_from_another_host_is_found(hooks, html):
         '<img src="data:image/png;base64,AAAA//AA">',
     ],
 )
-def test_links_and_files_of_the_site_are_not_loads(hooks, html):
+def test_links_and_the_sites_own_files_do_not_count(hooks, html):
     assert hooks.loads(html) == []

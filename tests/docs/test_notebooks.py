@@ -1,4 +1,4 @@
-"""The notebooks run, and print what is stored in them and shown on the site."""
+"""The notebooks run, and print what they store and what the site shows."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def runner():
-    """docs/notebooks.py."""
+    """Returns docs/notebooks.py, loaded as a file."""
     specification = importlib.util.spec_from_file_location("docs_notebooks", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -24,13 +24,13 @@ def runner():
 
 
 def printed(cell) -> str:
-    """What a cell printed, without its numbers, whose last digits may differ."""
+    """Returns what a cell printed, without numbers, because their last digits may differ."""
     texts = (output.text for output in cell.get("outputs", ()) if output.output_type == "stream")
     return _NUMBER.sub("#", "".join(texts))
 
 
 def pictures(cell) -> int:
-    """Number of pictures that a cell shows."""
+    """Counts the pictures that a cell shows."""
     return sum("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
 
 

@@ -11,7 +11,7 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def test_two_commands_of_the_readme_are_what_ci_runs():
+def test_ci_runs_the_two_commands_of_the_readme():
     ran = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     commands = [line for line in README.splitlines() if line.startswith("pip install -e ")]
     assert len(commands) == 2

@@ -1,9 +1,9 @@
 """The README and the documentation do what they show: snippets run, outputs are as printed.
 
 Python blocks of a page run one after the other in one namespace and one directory, as a reader
-would paste them. A block of text right below one is what it prints: "..." stands for anything, as
-in doctest. Commands in blocks of sh are parsed with the options that they have now; those of pages
-in RUN are run too.
+would paste them. A block of text right below one is its expected output: "..." matches anything, as
+in doctest. Commands in sh blocks are parsed by the current command line; those on the pages in RUN
+are also run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _SAME = doctest.OutputChecker()
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, the line it stands in, and what it should print."""
+    """A fenced block: its language, its text, the line it starts on, its expected output."""
 
     language: str
     text: str
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page; one of text right after another is that one's output."""
+    """Returns the fenced blocks of a page; a text block right after another is its output."""
     found: list[Block] = []
     end = -1
     for match in _FENCE.finditer(page):
@@ -51,19 +51,19 @@ def blocks(page: str) -> list[Block]:
 
 
 def name(page: Path) -> str:
-    """A page as the tests call it."""
+    """Returns the name of a page in the names of tests."""
     return page.relative_to(ROOT).as_posix()
 
 
 def require_same(expected: str, got: str, where: str) -> None:
-    """Fails where a page shows another output than was printed."""
+    """Fails if a page shows a different output from what was printed."""
     got = "\n".join(line.rstrip() for line in got.splitlines()) + "\n"
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert _SAME.check_output(expected, got, flags), f"{where} shows\n{expected}\nand prints\n{got}"
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of each `xlvlm` in a block of sh, without comments."""
+    """Returns the arguments of each `xlvlm` command in an sh block, without comments."""
     joined = text.replace("\\\n", " ")
     lines = (shlex.split(line, comments=True) for line in joined.splitlines())
     return [words[1:] for words in lines if words[:1] == ["xlvlm"]]
@@ -71,7 +71,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where snippets run; what one page draws, another finds."""
+    """Returns the directory where snippets run; pages can use the files of earlier ones."""
     return tmp_path_factory.mktemp("docs")
 
 

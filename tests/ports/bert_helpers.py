@@ -19,8 +19,8 @@ SIZES = {
 
 
 def make_bert(directory: Path, kind: str, head: bool = False, **config: Any) -> Any:
-    """A random BertModel or RobertaModel ("bert", "roberta"), or with a masked language model's
-    head, saved with its tokenizer; returns PyTorch's.
+    """Saves a random BertModel or RobertaModel ("bert", "roberta") with its tokenizer, optionally
+    with the head of a masked language model; returns PyTorch's model.
     """
     size = _save_tokenizer(directory, kind)
     pad = 0 if kind == "bert" else 1
@@ -35,7 +35,7 @@ def make_bert(directory: Path, kind: str, head: bool = False, **config: Any) -> 
 
 
 def _save_tokenizer(directory: Path, kind: str) -> int:
-    """Word pieces for BERT, byte pairs for RoBERTa; returns the size of the vocabulary."""
+    """Saves word pieces for BERT, byte pairs for RoBERTa; returns the size of the vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     if kind == "bert":
         letters = "abcdefghijklmnopqrstuvwxyz0123456789,."

@@ -1,4 +1,4 @@
-"""Checkpoints that several files of tests read; each is made once."""
+"""Checkpoints that several test files read; each is created once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
-    """llava_pair(variant): the checkpoint of that name in `helpers.VARIANTS`."""
+    """llava_pair(variant) returns the checkpoint of that name in `helpers.VARIANTS`."""
     from . import helpers  # which need PyTorch, as some of the tests here do not
 
     def make(directory: Path, variant: str) -> "Pair":
@@ -26,13 +26,13 @@ def llava_pair(tmp_path_factory) -> "Callable[[str], Pair]":
 
 @pytest.fixture(scope="session")
 def small(llava_pair) -> "Pair":
-    """The small checkpoint, for tests that need any checkpoint."""
+    """Returns the small checkpoint, for tests that need any checkpoint."""
     return llava_pair("grouped queries")
 
 
 @pytest.fixture(scope="session")
 def vlms(tmp_path_factory, small) -> "dict[str, VLM]":
-    """A small model of every port."""
+    """Returns a small model of every port."""
     import ports
 
     from . import molmo_helpers

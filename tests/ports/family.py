@@ -1,6 +1,6 @@
-"""What every family must do, against PyTorch: a family's test file calls these with its checkpoint.
+"""Checks against PyTorch that every family must pass; its test file calls them with its checkpoint.
 
-Each check runs few programs: give all of them the same inputs and sites where you can.
+To compile few programs, give all checks the same inputs and sites where you can.
 """
 
 import copy
@@ -25,7 +25,7 @@ from ports.intervene import lora
 from ports.models.port import Port
 from ports.parallel import sharding
 
-from . import helpers
+from . import helpers, questions
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -37,10 +37,10 @@ class Family:
     Attributes:
         port: the port.
         pair: the checkpoint, as PyTorch and as the port load it.
-        layer: a layer of the decoder that is not the last.
+        layer: name of a decoder layer other than the last.
         site_errors: (our states, PyTorch's, inputs) -> site -> relative error.
-        functions: ends of the names of PyTorch's modules that are no sites.
-        own: sites that are no modules of PyTorch's.
+        functions: name endings of PyTorch's modules that are not sites.
+        own: sites without a module in PyTorch.
     """
 
     port: Port
@@ -52,22 +52,22 @@ class Family:
 
     @property
     def vlm(self) -> ports.VLM:
-        """The port's model in float32."""
+        """Returns the port's model in float32."""
         return self.pair.vlm
 
     def torch_forward(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """PyTorch's logits and states by the port's names."""
+        """Returns PyTorch's logits, and its states by the port's names."""
         return helpers.torch_forward(self.pair.torch_model, inputs, self.port.canonical_name)
 
 
 def assert_logits(ours: Any, theirs: np.ndarray, inputs: Inputs) -> None:
-    """The logits at the tokens are PyTorch's."""
+    """Checks that the logits at the tokens are PyTorch's."""
     tokens = inputs["attention_mask"].astype(bool)
     np.testing.assert_allclose(np.asarray(ours)[tokens], theirs[tokens], rtol=0, atol=1e-4)
 
 
 def check_sites(family: Family, inputs: Inputs) -> None:
-    """Every module of PyTorch is a site with its states, and the logits are the same."""
+    """Checks that every module of PyTorch is a site with its states, and that logits agree."""
     vlm = family.vlm
     logits, states = family.torch_forward(inputs)
     # A tied head is not a module of the port; what has no name in it is not used.
@@ -82,7 +82,7 @@ def check_sites(family: Family, inputs: Inputs) -> None:
 
 
 def check_logits(family: Family, inputs: Inputs) -> None:
-    """The logits are PyTorch's, of prepared inputs and of the processor's as they are."""
+    """Checks the logits against PyTorch's, for prepared inputs and for those of the processor."""
     logits, _ = family.torch_forward(inputs)
     assert_logits(family.vlm.forward(inputs).logits, logits, inputs)
     arrays = {name: inputs[name] for name in family.port.inputs if name in inputs}
@@ -90,7 +90,7 @@ def check_logits(family: Family, inputs: Inputs) -> None:
 
 
 def check_generation(family: Family, inputs: Inputs) -> None:
-    """32 greedy tokens, and the states that predicted them, are PyTorch's."""
+    """Checks 32 greedy tokens, and the states that predicted them, against PyTorch's."""
     model, vlm = family.pair.torch_model, family.vlm
     options = {"output_hidden_states": True, "output_logits": True}
     theirs = helpers.torch_generate(model, inputs, 32, **options)
@@ -106,7 +106,7 @@ def check_generation(family: Family, inputs: Inputs) -> None:
 
 
 def check_steering(family: Family, inputs: Inputs) -> None:
-    """A vector added at image, text, prompt and generated positions is PyTorch's with a hook."""
+    """Checks a vector added at each kind of position against a hook in PyTorch."""
     vlm, layer = family.vlm, family.layer
     vector = np.random.default_rng(3).standard_normal(vlm.site_shapes[layer][-1], np.float32)
     image = np.isin(inputs["input_ids"], vlm.image_tokens)
@@ -136,8 +136,26 @@ def check_steering(family: Family, inputs: Inputs) -> None:
     assert (np.asarray(steered.tokens) != np.asarray(plain.tokens))[:, 1:].any()
 
 
+def check_questions(
+    family: Family, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, pictures: Sequence[int]
+) -> None:
+    """Rows that ask about one picture share it, and have the tokens and states of rows apart."""
+    asked = questions.ask(inputs, pictures)
+    shared, apart = questions.both(family.vlm, asked, monkeypatch, sites=[family.layer])
+    np.testing.assert_array_equal(shared.tokens, apart.tokens)
+    error = helpers.relative_error(shared.states[family.layer], apart.states[family.layer])
+    assert error < 1e-5
+
+
+def check_apart(family: Family, inputs: Inputs) -> None:
+    """Rows that ask about one picture share nothing."""
+    asked = questions.ask(inputs)
+    _, options = family.vlm._generation(asked, family.vlm._check(asked), {}, 4, ())
+    assert options["shared"] is None
+
+
 def check_adapters(family: Family, inputs: Inputs, directory: Path, targets: str) -> None:
-    """An adapter of PEFT loads here, and one of ours in PEFT, over the layers `targets`."""
+    """Checks that PEFT's adapter of the layers `targets` loads here, and ours loads in PEFT."""
     vlm = family.vlm
     model = copy.deepcopy(family.pair.torch_model)
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
@@ -173,8 +191,8 @@ def check_adapters(family: Family, inputs: Inputs, directory: Path, targets: str
 
 
 def check_files(family: Family, directory: Path) -> None:
-    """Files of transformers load whatever their names, shards and dtype; missing and unknown
-    tensors are refused.
+    """Checks that files of transformers load whatever their names, shards and dtype, and that
+    missing and unknown tensors are refused.
     """
     pair, vlm = family.pair, family.vlm
 
@@ -213,7 +231,7 @@ def check_files(family: Family, directory: Path) -> None:
 
 
 def check_mesh(family: Family, inputs: Inputs, directory: Path, sites: Sequence[str]) -> None:
-    """Eight devices, 2 x 4, give the states, logits and tokens of one."""
+    """Checks that eight devices, 2 x 4, give the states, logits and tokens of one."""
     np.savez(directory / "inputs.npz", allow_pickle=False, **inputs)
     script = (Path(__file__).parent / "parallel" / "sharded.py").read_text()
     what = {"steered": family.layer, "sites": [*sites, family.layer], "meshes": ["2x4"]}
@@ -233,8 +251,8 @@ def check_mesh(family: Family, inputs: Inputs, directory: Path, sites: Sequence[
 def check_full_size(
     port: Port, values: dict[str, Any], directory: Path, parameters: int, share: float
 ) -> None:
-    """From the published config.json alone: names and shapes are those of PyTorch's model,
-    `inspect` counts them, and each of eight devices holds `share` x an eighth of them.
+    """Checks names and shapes against PyTorch's model from the published config.json alone, what
+    `inspect` counts, and that each of eight devices holds `share` x an eighth of them.
     """
     config = transformers.AutoConfig.for_model(**copy.deepcopy(values))
     with torch.device("meta"):

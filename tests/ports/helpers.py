@@ -1,7 +1,7 @@
 """Small random checkpoints, what PyTorch computes with them, and comparisons.
 
 Sizes are odd on purpose: heads of 14 in a width of 60, an image that its patches do not fill, a
-vocabulary that nothing divides.
+vocabulary whose size is prime.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ PROMPTS: dict[str, tuple[list[int], list[int]]] = {
 def llava_config(
     text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None, **top: Any
 ) -> transformers.LlavaConfig:
-    """The small configuration with changes to its parts."""
+    """Returns the small configuration with changes to its parts."""
     # Older text configurations say themselves that the embeddings are tied.
     tied = {"tie_word_embeddings": top.get("tie_word_embeddings", False)}
     return transformers.LlavaConfig(
@@ -100,7 +100,7 @@ def llava_config(
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights under which every layer changes the states by about their own size."""
+    """Draws weights with which every layer changes the states by about their own size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -124,14 +124,14 @@ class Pair:
 
     @functools.cached_property
     def vlm(self) -> ports.VLM:
-        """The port's model in float32."""
+        """Returns the port's model in float32."""
         return ports.load(self.directory)
 
 
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path, str], Pair]
 ) -> Callable[[str], Pair]:
-    """Makes each variant's checkpoint when it is first requested."""
+    """Creates each variant's checkpoint when it is first requested."""
 
     @functools.cache
     def pair(variant: str) -> Pair:
@@ -141,7 +141,7 @@ def made_once(
 
 
 def make_pair(directory: Path, model: torch.nn.Module, **options: Any) -> Pair:
-    """The model with random weights, saved by transformers; options go to save_pretrained."""
+    """Saves the model with random weights; options go to save_pretrained."""
     randomise(model.eval())
     model.save_pretrained(directory, **options)
     return Pair(directory, model)
@@ -150,14 +150,14 @@ def make_pair(directory: Path, model: torch.nn.Module, **options: Any) -> Pair:
 def make_llava(
     directory: Path, config: transformers.LlavaConfig | None = None, **options: Any
 ) -> Pair:
-    """A random LLaVA; options go to save_pretrained."""
+    """Saves a random LLaVA; options go to save_pretrained."""
     model = transformers.LlavaForConditionalGeneration(config or llava_config())
     return make_pair(directory, model, **options)
 
 
 def make_tokenizer(words: Sequence[str], special: Mapping[str, int], **named: str) -> Any:
-    """A fast tokenizer of whole words: <pad>, <s>, </s>, <unk>, those given, then w0, w1 ...; at
-    their own ids the special ones, of which some may be attributes of the tokenizer by name.
+    """Returns a fast tokenizer of words: <pad>, <s>, </s>, <unk>, those given, then w0, w1 ...
+    Special tokens have the given ids; some may also be named attributes of the tokenizer.
     """
     words = ["<pad>", "<s>", "</s>", "<unk>", *words]
     words += [f"w{i}" for i in range(VOCABULARY - len(words))]
@@ -179,7 +179,7 @@ def make_tokenizer(words: Sequence[str], special: Mapping[str, int], **named: st
 def make_inputs(
     images: Sequence[int], texts: Sequence[int], *, tokens_per_image: int = PATCHES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """What a processor would return for these numbers of images and text tokens, padded left."""
+    """Returns what a processor would, for these numbers of images and text tokens, padded left."""
     random = np.random.default_rng(seed)
     rows = []
     for count, text in zip(images, texts, strict=True):
@@ -200,7 +200,7 @@ def make_inputs(
 
 
 def pad_right(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same rows with their padding moved to the end."""
+    """Returns the same rows with their padding moved to the end."""
     padding = (inputs["attention_mask"] == 0).sum(1)
     moved = {
         name: np.stack([np.roll(row, -n) for row, n in zip(inputs[name], padding, strict=True)])
@@ -218,7 +218,7 @@ def torch_forward(
     inputs: Mapping[str, np.ndarray],
     canonical_name: Callable[[str], str | None] = llava_like.canonical_name,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """PyTorch's logits, and the output of each of its modules by the port's name for it."""
+    """Returns PyTorch's logits, and the output of each module by the port's name for it."""
     states: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Any:
@@ -245,7 +245,7 @@ def torch_forward(
 
 
 def torch_generate(model: Any, inputs: Mapping[str, np.ndarray], count: int, **options: Any) -> Any:
-    """PyTorch's greedy generation."""
+    """Returns PyTorch's greedy generation."""
     with torch.no_grad():
         return model.generate(
             **to_torch(inputs),
@@ -258,7 +258,7 @@ def torch_generate(model: Any, inputs: Mapping[str, np.ndarray], count: int, **o
 
 
 def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> float:
-    """The largest difference over the largest value, at the positions bool[B, T] `where`."""
+    """Returns the largest difference over the largest value, at positions bool[B, T] `where`."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     if theirs.ndim == 4 and where is None:
         theirs = np.moveaxis(theirs, 1, -1)  # a convolution's channels
@@ -271,7 +271,7 @@ def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> f
 def site_errors(
     ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Site -> relative error over the positions that mean something in both models."""
+    """Returns site -> relative error, over the positions that both models compute."""
     tokens = inputs["attention_mask"].astype(bool)
     errors = {}
     for site, states in ours.items():
@@ -290,7 +290,7 @@ def site_errors(
 
 @contextlib.contextmanager
 def raises_line(kind: type[Exception], *parts: str) -> Iterator[None]:
-    """Expects an exception whose message is one line and holds all of `parts`."""
+    """Expects an exception whose message is one line and contains all of `parts`."""
     with pytest.raises(kind, match=re.escape(parts[0])) as caught:
         yield
     message = str(caught.value)
@@ -318,7 +318,7 @@ sys.meta_path = [WithoutTorch(finder) for finder in sys.meta_path]
 
 
 def start_python(script: str, *arguments: Any, **environment: str) -> subprocess.Popen:
-    """Starts a script in a process of its own, without torch."""
+    """Starts a script in a separate process, without torch."""
     script = _WITHOUT_TORCH + textwrap.dedent(script)
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -330,7 +330,7 @@ def start_python(script: str, *arguments: Any, **environment: str) -> subprocess
 
 
 def run_python(script: str, *arguments: Any, **environment: str) -> str:
-    """Runs a script in a process of its own, without torch, and returns what it prints."""
+    """Runs a script in a separate process, without torch, and returns what it prints."""
     with start_python(script, *arguments, **environment) as process:
         output, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors[-3000:]
@@ -338,7 +338,7 @@ def run_python(script: str, *arguments: Any, **environment: str) -> str:
 
 
 def check_sweep(vlm: ports.VLM, inputs: dict[str, np.ndarray], site: str) -> None:
-    """A sweep over the strength of a vector at `site` gives the tokens of each run by itself."""
+    """Checks that a sweep over strengths of a vector at `site` gives separate runs' tokens."""
     vector = np.random.default_rng(1).standard_normal(vlm.site_shapes[site][-1]).astype(np.float32)
     variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
     swept = vlm.sweep(inputs, variants, max_new_tokens=4).tokens

@@ -62,7 +62,7 @@ def make_config(
     vision: Mapping[str, Any] | None = None,
     **top: Any,
 ) -> transformers.Idefics2Config:
-    """The small configuration with changes to its parts."""
+    """Returns the small configuration with changes to its parts."""
     return transformers.Idefics2Config(
         text_config=transformers.MistralConfig(**{**helpers.TEXT, **(text or {})}),
         perceiver_config={**PERCEIVER, **(perceiver or {})},
@@ -75,7 +75,7 @@ def make_config(
 def make_idefics2(
     directory: Path, config: transformers.Idefics2Config | None = None, **options: Any
 ) -> helpers.Pair:
-    """A random Idefics2; options go to save_pretrained."""
+    """Saves a random Idefics2; options go to save_pretrained."""
     model = transformers.Idefics2ForConditionalGeneration(config or make_config())
     return helpers.make_pair(directory, model, **options)
 
@@ -87,7 +87,7 @@ def make_inputs(
     tokens_per_image: int = LATENTS,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """What the processor would return for rows of such images and text tokens, padded left."""
+    """Returns what the processor would, for these images and text tokens per row, padded left."""
     counts = [len(row) for row in images]
     inputs = helpers.make_inputs(counts, texts, tokens_per_image=tokens_per_image, seed=seed)
     inputs.pop("pixel_values", None)
@@ -106,12 +106,12 @@ def make_inputs(
 
 
 def torch_forward(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:
-    """As `helpers.torch_forward`, with this port's names."""
+    """Does what `helpers.torch_forward` does, with this port's names."""
     return helpers.torch_forward(model, inputs, idefics2.canonical_name)
 
 
 def _patches(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """bool[I, P]: which patches count, in the images that are not padding."""
+    """Returns bool[I, P]: which patches of the images that are not padding count."""
     mask = inputs["pixel_attention_mask"]
     mask = mask.reshape(-1, *mask.shape[2:])
     return siglip.patch_mask(mask[mask.any((1, 2))], VISION["patch_size"]).reshape(
@@ -120,7 +120,7 @@ def _patches(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _rows(site: str, states: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[rows, width]: a site's states where they mean something, row by row."""
+    """Returns [rows, width]: a site's states at the tokens and patches that count, row by row."""
     states = np.asarray(states)
     if site.startswith(("model.text_model", "lm_head")):
         return states[inputs["attention_mask"].astype(bool)]
@@ -141,9 +141,9 @@ def site_errors(
     theirs: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-    """Site -> relative error at the tokens and at the patches that count.
+    """Returns site -> relative error at the tokens and at the patches that count.
 
-    The port pads the grid of patches further, so that the same patches lie in other rows.
+    The port pads the grid of patches further, so the same patches are in other rows.
     """
     laid_out = {**inputs, **{k: v for k, v in vlm.prepare(inputs).items() if "pixel" in k}}
     errors = {}
@@ -158,7 +158,7 @@ def site_errors(
 
 
 def make_processor(**image_options: Any) -> transformers.Idefics2Processor:
-    """A real processor: images of 30 to 120 pixels a side, a tokenizer of whole words."""
+    """Returns a real processor: images of 30 to 120 pixels per side, a tokenizer of whole words."""
     special = {
         "<end_of_utterance>": UTTERANCE,
         "<fake_token_around_image>": FAKE,

@@ -37,7 +37,7 @@ KINDS = {
 
 
 def make_config(kind: str, **changes: Any) -> Any:
-    """The small configuration of a family with changes."""
+    """Returns the small configuration of a family with changes."""
     config, _, _, scale, _ = KINDS[kind]
     values = {
         "text_config": transformers.LlamaConfig(**helpers.TEXT),
@@ -49,14 +49,14 @@ def make_config(kind: str, **changes: Any) -> Any:
 
 
 def make_idefics3(directory: Path, kind: str) -> helpers.Pair:
-    """A random checkpoint of a family."""
+    """Saves a random checkpoint of a family."""
     return helpers.make_pair(directory, KINDS[kind][1](make_config(kind)))
 
 
 def make_inputs(
     images: Sequence[Sequence[tuple[int, int]]], texts: Sequence[int], tokens: int
 ) -> dict[str, np.ndarray]:
-    """Rows of images whose pixels fill so much of their square, and of so many text tokens."""
+    """Returns rows of images that fill these shares of their squares, and of text tokens."""
     counts = [len(row) for row in images]
     inputs = helpers.make_inputs(counts, texts, tokens_per_image=tokens)
     inputs.pop("pixel_values", None)

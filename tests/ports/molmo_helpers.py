@@ -1,7 +1,7 @@
 """Small random Molmo checkpoints, and Molmo in functional PyTorch, one sample at a time.
 
 transformers has no Molmo. `reference` is written from the equations, without padding, batches or a
-cache, and is itself held against the arrays of the original code in tests/data/molmo. Sizes are odd
+cache, and is itself compared with the original code's arrays in tests/data/molmo. Sizes are odd
 on purpose: crops of 5 x 5 patches, heads of 10 in a width of 60.
 """
 
@@ -74,7 +74,7 @@ PROMPTS: dict[str, tuple[list[int], list[int]]] = {
 
 
 def make_checkpoint(directory: Path, config: Mapping[str, Any]) -> None:
-    """Random weights under which every layer changes the states by about their own size."""
+    """Returns random weights with which every layer changes the states by about their own size."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     sizes = molmo.Config.from_hf(molmo.read_config(config))
@@ -95,9 +95,9 @@ def make_checkpoint(directory: Path, config: Mapping[str, Any]) -> None:
 def make_inputs(
     config: Mapping[str, Any], crops: Sequence[int], texts: Sequence[int], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """What a processor might return for these numbers of crops and text tokens, padded on the left.
+    """Returns what a processor might, for these numbers of crops and text tokens, padded left.
 
-    Some features go nowhere, the others to the image tokens in any order.
+    Some features are unused, the others go to the image tokens in any order.
     """
     random = np.random.default_rng(seed)
     vision = config["vision_config"]
@@ -138,9 +138,9 @@ def reference(
     masks: np.ndarray | None = None,
     places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits and states of one sample: ids[T], images[C, P, values], masks[C, P], places[C, F].
+    """Returns logits and states of a sample: ids[T], images[C, P, ...], masks[C, P], places[C, F].
 
-    Of the pooling's states there are none: it is called for one square of patches after the other.
+    The pooling has no states, because it is called for one square of patches at a time.
     """
     states: dict[str, torch.Tensor] = {}
     # In double precision: what remains is the port's own rounding.
@@ -161,7 +161,7 @@ def reference(
         return states[name]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-        """[..., positions, heads, width]; softmax written out."""
+        """Computes attention over [..., positions, heads, width], with softmax written out."""
         repeat = q.shape[-2] // k.shape[-2]
         k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
         scores = torch.einsum("...qhc,...khc->...hqk", q, k) / q.shape[-1] ** 0.5
@@ -227,7 +227,7 @@ def reference(
     turns = torch.polar(torch.ones_like(angles), angles)
 
     def rotate(heads: torch.Tensor) -> torch.Tensor:
-        """The halves of a head are the real and imaginary parts of what is turned."""
+        """Rotates a head whose halves are the real and imaginary parts."""
         turned = torch.complex(*heads.chunk(2, -1)) * turns[:, None]
         return torch.cat([turned.real, turned.imag], -1)
 
@@ -247,7 +247,7 @@ def reference(
 
 
 def rows(inputs: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The arguments of `reference` for each row: without padding, without crops that fill up."""
+    """Yields the arguments of `reference` for each row, without padding tokens and crops."""
     out = []
     for i, mask in enumerate(np.asarray(inputs["attention_mask"]).astype(bool)):
         row = {"ids": inputs["input_ids"][i][mask]}
@@ -264,7 +264,7 @@ def rows(inputs: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def greedy(config: Mapping[str, Any], weights: Any, row: dict[str, Any], count: int) -> list[int]:
-    """Tokens of `count` whole passes."""
+    """Returns the tokens of `count` whole passes."""
     row = dict(row)
     for _ in range(count):
         logits, _ = reference(config, weights, **row)

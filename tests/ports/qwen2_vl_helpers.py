@@ -1,8 +1,8 @@
 """Small random Qwen2-VL checkpoints, inputs with images and videos of all sizes, comparisons.
 
-Inputs and comparisons are also those of the later Qwens.
+The later Qwens use the same inputs and comparisons.
 
-Sizes are odd on purpose: heads of 10, of which time, height and width turn 1, 2 and 2 frequencies.
+Sizes are odd on purpose: heads of 10, where time, height and width rotate 1, 2 and 2 frequencies.
 """
 
 import functools
@@ -99,7 +99,7 @@ PROMPTS: dict[str, tuple[list[list[tuple[int, int, int]]], list[int]]] = {
 def make_config(
     text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None, **top: Any
 ) -> transformers.Qwen2VLConfig:
-    """The small configuration with changes to its parts."""
+    """Returns the small configuration with changes to its parts."""
     return transformers.Qwen2VLConfig(
         text_config={k: v for k, v in {**TEXT, **(text or {})}.items() if k != "head_dim"},
         vision_config={**VISION, **(vision or {})},
@@ -114,7 +114,7 @@ def make_config(
 def make_qwen2_vl(
     directory: Path, config: transformers.Qwen2VLConfig | None = None, **options: Any
 ) -> helpers.Pair:
-    """A random Qwen2-VL; options go to save_pretrained."""
+    """Saves a random Qwen2-VL; options go to save_pretrained."""
     model = transformers.Qwen2VLForConditionalGeneration(config or make_config())
     return helpers.make_pair(directory, model, **options)
 
@@ -131,24 +131,24 @@ def _later(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]
 
 
 def qwen2_5_vl_config() -> transformers.Qwen2_5_VLConfig:
-    """The small configuration of Qwen2.5-VL."""
+    """Returns the small configuration of Qwen2.5-VL."""
     text = {name: value for name, value in TEXT.items() if name != "head_dim"}
     return transformers.Qwen2_5_VLConfig(**_later(text, VISION_2_5))
 
 
 def make_qwen2_5_vl(directory: Path) -> helpers.Pair:
-    """A random Qwen2.5-VL."""
+    """Saves a random Qwen2.5-VL."""
     model = transformers.Qwen2_5_VLForConditionalGeneration(qwen2_5_vl_config())
     return helpers.make_pair(directory, model)
 
 
 def qwen3_vl_config() -> transformers.Qwen3VLConfig:
-    """The small configuration of Qwen3-VL."""
+    """Returns the small configuration of Qwen3-VL."""
     return transformers.Qwen3VLConfig(**_later(TEXT_3, VISION_3))
 
 
 def make_qwen3_vl(directory: Path) -> helpers.Pair:
-    """A random Qwen3-VL."""
+    """Saves a random Qwen3-VL."""
     model = transformers.Qwen3VLForConditionalGeneration(qwen3_vl_config())
     return helpers.make_pair(directory, model)
 
@@ -160,8 +160,8 @@ def make_inputs(
     seed: int = 0,
     apart: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What the processor would return for rows of such images and text tokens, padded left; with
-    text between the frames of a video, if they are `apart`.
+    """Returns what the processor would, for these images and text tokens per row, padded left; with
+    text between the frames of a video if they are `apart`.
     """
     random = np.random.default_rng(seed)
     rows = []
@@ -193,12 +193,12 @@ def make_inputs(
 
 @functools.cache
 def like_transformers_5(directory: Path) -> ports.VLM:
-    """The port with the positions after videos that the installed transformers gives."""
+    """Returns the port with positions after videos as in the installed transformers."""
     return ports.load(directory, video_positions="transformers-5")
 
 
 def original_positions(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int[3, B, T], the original code's: what follows begins after all that went before."""
+    """Returns the original code's int[3, B, T]: text starts after all positions before it."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     grids = {
         token: iter(inputs.get(name, ()))
@@ -220,16 +220,16 @@ def original_positions(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def torch_forward(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:
-    """As `helpers.torch_forward`, with this port's names."""
+    """Does what `helpers.torch_forward` does, with this port's names."""
     return helpers.torch_forward(model, inputs, qwen2_vl.canonical_name)
 
 
 def site_errors(
     ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Site -> relative error at the tokens, and at the patches of images.
+    """Returns site -> relative error at the tokens, and at the patches of images.
 
-    The port has one row a frame, filled up; PyTorch has all patches one after the other.
+    The port has one padded row per frame; PyTorch has all patches one after the other.
     """
     errors = {}
     for site, states in ours.items():
@@ -252,7 +252,7 @@ def site_errors(
 
 
 def make_processor() -> qwen2_vl_processor.Processor:
-    """A processor: images of 14 x 14 to 56 x 70 pixels, a tokenizer of whole words."""
+    """Returns a processor: images of 14 x 14 to 56 x 70 pixels, a tokenizer of whole words."""
     special = {
         "<|vision_start|>": START,
         "<|vision_end|>": END,
@@ -275,7 +275,7 @@ def make_processor() -> qwen2_vl_processor.Processor:
 
 
 def check_pictures(qwen: Any) -> None:
-    """A picture becomes as many tokens as its grid says, whose boxes tell where they look."""
+    """Checks that a picture becomes as many tokens as its grid says, with the right boxes."""
     make_processor().save_pretrained(qwen.pair.directory)
     vlm = ports.load_abstract(qwen.pair.directory)
     picture = np.random.default_rng(0).integers(0, 60, (40, 60, 3), np.uint8)

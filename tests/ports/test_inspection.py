@@ -1,4 +1,4 @@
-"""`xlvlm inspect`: what it says of the embedded model and of a configuration without weights."""
+"""`xlvlm inspect`: its output for the embedded model and for a configuration without weights."""
 
 import io
 import json
@@ -102,6 +102,6 @@ class TestMesh:
         assert "mesh 2 x 4: parameters 0.00" in out.getvalue()
         assert "2 can't be divided evenly over 4 devices" in out.getvalue()
 
-    def test_what_is_divided_evenly_is_not_told(self, vlm):
+    def test_what_is_divided_evenly_is_not_listed(self, vlm):
         assert inspection.inspect(vlm, batch_size=1, mesh=(8, 1)).placement.notes == ()
         assert inspection.inspect(vlm, batch_size=1).placement is None

@@ -17,7 +17,7 @@ PACKAGES = (ports, ports.checkpoint, xlvlm_jax, xlvlm_jax.concepts)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> types.ModuleType:
-    """A package `lazily` with two modules, of which its stub exports three names."""
+    """Creates a package `lazily` with two modules; its stub exports three names."""
     folder = tmp_path / "lazily"
     folder.mkdir()
     (folder / "__init__.py").write_text(
@@ -83,7 +83,7 @@ def test_every_exported_name_is_there(package):
 
 
 def test_many_threads_at_once():
-    """They import the packages, and other things, at the same time."""
+    """They import the packages and other modules at the same time."""
     script = (
         "from concurrent.futures import ThreadPoolExecutor\n"
         "names = ['xlvlm_jax.decompose', 'ports.load', 'xlvlm_jax.project', 'ports.add'] * 4\n"

@@ -1,4 +1,4 @@
-"""Two sets of parameters in one program, and the features that it gives."""
+"""Two sets of parameters in one program, and the features that it computes."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ SETTINGS = ExtractionSettings(
 
 @pytest.fixture(scope="module")
 def tuned():
-    """Its last four decoder layers changed by matrices of rank one."""
+    """Returns the model with its last four decoder layers changed by matrices of rank one."""
     vlm = ports.load(embedded.LLAVA)
     random = np.random.default_rng(0)
 
@@ -147,7 +147,7 @@ def test_references_that_hold_a_word_come_first(samples):
 
 
 def test_a_head_of_one_checkpoint_and_a_tied_one_of_the_other(vlm, tmp_path):
-    """Fine-tuning may untie a head; all that is not the head is still alike."""
+    """Fine-tuning may untie a head; everything else still matches."""
     shutil.copytree(vlm.directory, tmp_path / "tied")
     file = tmp_path / "tied" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)

@@ -15,7 +15,7 @@ DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_comp
 
 @pytest.fixture
 def undecided(monkeypatch, tmp_path):
-    """As in a new process without settings, with its own cache directory."""
+    """Resets the settings to those of a new process, with its own cache directory."""
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, SECONDS)}
     monkeypatch.setattr(programs, "_decided", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -43,7 +43,7 @@ def test_the_users_cache_directory(undecided):
 
 
 @pytest.mark.parametrize("empty", ["", "relative/path"])
-def test_a_path_that_xdg_does_not_count(undecided, monkeypatch, empty):
+def test_a_path_that_xdg_ignores(undecided, monkeypatch, empty):
     monkeypatch.setenv("XDG_CACHE_HOME", empty)
     monkeypatch.setenv("HOME", str(undecided))
     assert kept() == str(undecided / ".cache" / "xlvlm-jax" / "programs")
@@ -61,7 +61,7 @@ def test_the_variable_moves_it(undecided, monkeypatch):
     assert kept() == str(undecided / "here")
 
 
-def test_what_jax_was_told_stays(undecided):
+def test_jaxs_own_settings_stay(undecided):
     jax.config.update(DIRECTORY, str(undecided / "mine"))
     jax.config.update(SECONDS, 3.0)
     assert kept() == str(undecided / "mine")
@@ -82,7 +82,7 @@ def test_the_call_decides_whatever_comes_later(undecided):
     assert kept() is None
 
 
-def test_a_directory_that_cannot_be_made_is_no_error(undecided, caplog):
+def test_a_directory_that_cannot_be_created_is_not_an_error(undecided, caplog):
     (undecided / "file").write_text("")
     with caplog.at_level("INFO", logger="ports"):
         assert programs.compilation_cache(undecided / "file" / "programs") is None
@@ -90,7 +90,7 @@ def test_a_directory_that_cannot_be_made_is_no_error(undecided, caplog):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_directory_that_was_asked_for_and_cannot_be_made_is_said(undecided, monkeypatch, caplog):
+def test_a_requested_directory_that_cannot_be_created_is_reported(undecided, monkeypatch, caplog):
     (undecided / "file").write_text("")
     monkeypatch.setenv(programs.VARIABLE, str(undecided / "file" / "programs"))
     with caplog.at_level("WARNING", logger="ports"):
@@ -161,7 +161,7 @@ def test_several_processes_share_the_cache(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's /proc and limits")
-def test_a_full_or_read_only_disk_is_no_error(tmp_path):
+def test_a_full_or_read_only_disk_is_not_an_error(tmp_path):
     fine, _ = run(SCRIPT, XDG_CACHE_HOME=str(tmp_path / "fine"))
     # Nobody can write into this directory, not even root, whom permissions do not stop.
     read_only, errors = run(SCRIPT, XLVLM_COMPILATION_CACHE="/proc/self/fdinfo")
@@ -181,7 +181,7 @@ def test_importing_starts_no_backend_and_sets_nothing():
     assert run(script)[0] == ["False", "None"]
 
 
-def test_a_long_compilation_is_told_and_a_short_one_is_not(monkeypatch):
+def test_a_long_compilation_is_reported_and_a_short_one_is_not(monkeypatch):
     told, x = [], jnp.ones(8)
 
     @jax.jit
@@ -208,7 +208,7 @@ def test_bytes_of_a_program_on_a_device():
     assert others >= 64 * 64 * 4
 
 
-def test_a_compiler_that_does_not_tell_bytes():
+def test_a_compiler_that_does_not_report_bytes():
     class Untold:
         def compile(self):
             return self

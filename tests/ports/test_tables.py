@@ -1,4 +1,4 @@
-"""Tables for notebooks by hand: what they say, and that text in them stays text."""
+"""Tables for notebooks, by hand; text in them stays text."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_the_kind_of_an_array():
     assert kind(None) == "None"
 
 
-def test_what_a_model_puts_out_shows_kinds_and_no_numbers():
+def test_a_models_output_shows_kinds_and_no_numbers():
     states = {"layers.<1>": jnp.zeros((2, 5, 4))}
     output = Output(jnp.zeros((2, 5, 7)), states)
     assert repr(output) == "Output(logits: float32[2, 5, 7]; states: layers.<1>)"

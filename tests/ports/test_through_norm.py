@@ -10,14 +10,14 @@ EVERY_PORT = pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl", "
 
 
 def paths(vlm):
-    """The sites of the last layer, of the final norm, and of the head."""
+    """Returns the sites of the last layer, the final norm and the head."""
     decoder, layer = ".".join(vlm.module.decoder_path), vlm.module.cache_path[0].format("1")
     norm = f"{decoder}.{vlm.module.norm_name}"
     return f"{decoder}.{layer.replace('_', '.')}", norm, ".".join(vlm.module.head_path)
 
 
 @EVERY_PORT
-def test_of_what_the_last_layer_puts_out_it_gives_the_models_logits(vlms, port):
+def test_the_output_of_the_last_layer_gives_the_models_logits(vlms, port):
     vlm = vlms[port]
     layer, norm, _ = paths(vlm)
     logits, states = vlm.forward(helpers.make_inputs([0, 0], [5, 3]), sites=[layer, norm])
@@ -35,7 +35,7 @@ def test_it_is_pytorchs_norm_and_head(small):
     assert helpers.relative_error(small.vlm.unembed(x, through_norm=True), theirs) < 1e-5
 
 
-def test_the_length_of_a_direction_does_not_count(small):
+def test_the_length_of_a_direction_does_not_matter(small):
     x = np.random.default_rng(1).standard_normal((4, 60), np.float32)
     order = [
         np.argsort(small.vlm.unembed(scale * x, through_norm=True), axis=-1)

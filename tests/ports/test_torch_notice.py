@@ -10,7 +10,7 @@ import ports  # noqa: F401  (it is what leaves the notice out)
 NOTICE = "PyTorch was not found. Models won't be available and only tokenizers can be used."
 
 
-def test_the_notice_is_left_out_and_other_warnings_are_not():
+def test_the_notice_is_hidden_and_other_warnings_are_not():
     logger, seen = logging.getLogger("transformers"), []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())

@@ -21,7 +21,7 @@ PROMPT = "<image> w3 what is in the picture w4"
 class TestLoading:
     @pytest.fixture
     def directory(self, tmp_path, small):
-        """A copy of a good checkpoint, to be damaged."""
+        """Returns a copy of a good checkpoint that a test may damage."""
         return shutil.copytree(small.directory, tmp_path / "checkpoint")
 
     def configure(self, directory, **changes):
@@ -38,7 +38,7 @@ class TestLoading:
         with helpers.raises_line(FileNotFoundError, "no directory", str(tmp_path / "x"), "Hub id"):
             ports.load(tmp_path / "x")
 
-    def test_a_hub_id_that_cannot_be_had(self):
+    def test_a_hub_id_that_cannot_be_downloaded(self):
         with helpers.raises_line(FileNotFoundError, "'nobody/nothing' is not a local directory"):
             ports.load("nobody/nothing")
 
@@ -47,7 +47,7 @@ class TestLoading:
             ports.load(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "[]", "5", "{", "\udcff"])
-    def test_a_configuration_that_is_no_json_object(self, directory, text):
+    def test_a_configuration_that_is_not_a_json_object(self, directory, text):
         (directory / "config.json").write_bytes(text.encode(errors="surrogateescape"))
         with helpers.raises_line(ValueError, "config.json: not a JSON object"):
             ports.load(directory)
@@ -88,7 +88,7 @@ class TestLoading:
         ],
         ids=str,
     )
-    def test_sizes_that_make_no_model(self, directory, changes):
+    def test_impossible_sizes(self, directory, changes):
         self.configure(directory, **changes)
         with helpers.raises_line(ValueError, str(directory / "config.json")):
             ports.load(directory)
@@ -219,7 +219,7 @@ class TestForward:
         ours = small.vlm.forward(inputs, edits=twice)
         assert helpers.relative_error(ours.logits, expected.logits) < 1e-6
 
-    def test_states_alone_equal_those_beside_logits(self, small):
+    def test_states_alone_equal_those_with_logits(self, small):
         inputs = helpers.make_inputs([1], [5])
         site = "language_model.model.layers.0"
         expected = small.vlm.forward(inputs, sites=[site]).states[site]
@@ -255,7 +255,7 @@ class TestForward:
 
 
 def make_processor(**options) -> transformers.LlavaProcessor:
-    """A real processor: CLIP's images at 28 pixels, a tokenizer of whole words."""
+    """Returns a real processor: CLIP's images at 28 pixels, a tokenizer of whole words."""
     return transformers.LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
@@ -276,7 +276,7 @@ def make_processor(**options) -> transformers.LlavaProcessor:
 
 @pytest.fixture(scope="module")
 def photographed(tmp_path_factory):
-    """A checkpoint with its processor in its directory, as on the hub."""
+    """Returns a checkpoint with its processor in its directory, as on the hub."""
     directory = tmp_path_factory.mktemp("photographed")
     config = helpers.llava_config(vision={"image_size": 28})
     pair = helpers.make_llava(directory, config)
@@ -286,7 +286,7 @@ def photographed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """The two pictures in scikit-learn: uint8[427, 640, 3]."""
+    """Returns the two pictures in scikit-learn: uint8[427, 640, 3]."""
     return load_sample_images().images
 
 
@@ -390,7 +390,7 @@ class TestProcessor:
             )
 
     def changed(self, photographed, tmp_path, **files):
-        """A copy of the checkpoint with other texts in files, or without those that are None."""
+        """Returns a copy of the checkpoint with other texts in files; None leaves one out."""
         directory = shutil.copytree(photographed.directory, tmp_path / "changed")
         for name, text in files.items():
             file = directory / name.replace("__", ".")
@@ -452,7 +452,7 @@ class TestProcessor:
         ):
             _ = vlm.processor
 
-    def test_a_sentencepiece_model_alone_says_what_it_needs(self, photographed, tmp_path):
+    def test_a_sentencepiece_model_alone_names_the_packages_it_needs(self, photographed, tmp_path):
         files = {"tokenizer__json": None, "tokenizer__model": "a model"}
         vlm = self.changed(photographed, tmp_path, **files)
         for what in ("tokenizer", "processor"):

@@ -6,6 +6,7 @@ is left out of its batch and the reason recorded; the others are unaffected.
 B batch.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,9 +116,10 @@ def _read(
 ) -> tuple[dict[int, Image.Image], list[str | None]]:
     """Returns {index: picture} of the samples that can be read, and why each other one can't."""
     images, errors = {}, []
+    read = functools.cache(read_image)
     for i, sample in enumerate(samples):
         try:
-            images[i] = read_image(sample.image)
+            images[i] = read(sample.image)
             errors.append(None)
         except (OSError, ValueError) as error:
             if strict:

@@ -3,7 +3,8 @@
 B batch, A conditions, M new tokens.
 
 An image is read and preprocessed once for all conditions, and encoded once for all that differ only
-in their edits: they are variants of one compiled program, see `VLM.sweep`.
+in their edits: they are variants of one compiled program, see `VLM.sweep`. Samples are answered
+picture by picture, as questions about one picture share its encoding too.
 """
 
 import dataclasses
@@ -203,22 +204,26 @@ def predict(
     answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
     errors: dict[str, str] = {}
     done = 0
+    # Questions about one picture share its encoding if they are in one batch (see `VLM.generate`).
+    places = {sample.image: place for place, sample in reversed(list(enumerate(samples)))}
+    order = sorted(range(len(samples)), key=lambda i: places[samples[i].image])
+    groups = groups_of([samples[i] for i in order], batch_size)
     # One prompt per instruction: the processor's arrays depend on nothing else.
     told = {condition.instruction: condition.prompt for condition in conditions}
     options = {"prompts": list(told.values()), "strict": strict}
     make = functools.partial(make_batch, vlm, size=batch_size, **options)
-    for batch in read_ahead(groups_of(samples, batch_size), make):
+    for batch in read_ahead(groups, make):
         errors |= batch.refused
         # There are no inputs if no sample of the batch has a row.
         inputs = dict(zip(told, batch.inputs, strict=False))
         ids = [batch.samples[row].id for row in batch.rows]
         for number, tokens in _run(vlm, inputs, ids, conditions, max_new_tokens, max_rows):
             for row, text in zip(batch.good, vlm.decode(tokens), strict=False):
-                answers[number][done + row] = text.strip()
+                answers[number][order[done + row]] = text.strip()
         done += len(batch.samples)
         if progress is not None:
             progress(done, len(samples))
-    return Predictions(answers, errors)
+    return Predictions(answers, {s.id: errors[s.id] for s in samples if s.id in errors})
 
 
 def _run(

@@ -350,8 +350,8 @@ def weighted(codes: Float[Array, "K N"], Z: Float[Array, "N D"], mean: Array | N
 def weighted_directions(
     codes: Float[Array, "K N"],
     Z: Float[Array, "N D"],
-    mean: Float[Array, " D"],
-    far: Bool[Array, ""] | bool,
+    mean: Float[Array, " D"] | None = None,
+    far: Bool[Array, ""] | bool = False,
 ) -> Float[Array, "K D"]:
     """Returns codes (Z - 1 m) like `weighted`, only as accurate as directions need to be.
 
@@ -361,7 +361,7 @@ def weighted_directions(
     Args:
         codes: float[K, N].
         Z: float[N, D].
-        mean: float[D], m.
+        mean: float[D], m; None for zero.
         far: whether to subtract the mean from the rows first, see `is_far`.
     """
 
@@ -369,10 +369,13 @@ def weighted_directions(
         return weighted(codes, Z, mean).value
 
     def at_once() -> Array:
-        return weighted_sums(codes, Z) - jnp.outer(jnp.sum(codes, axis=1), mean)
+        images = weighted_sums(codes, Z)
+        return images if mean is None else images - jnp.outer(jnp.sum(codes, axis=1), mean)
 
     # More rows are multiplied faster in blocks, which are centred on the way.
-    return jax.lax.cond(far, by_blocks, at_once) if len(Z) <= MOST_ROWS else by_blocks()
+    if len(Z) > MOST_ROWS:
+        return by_blocks()
+    return at_once() if mean is None else jax.lax.cond(far, by_blocks, at_once)
 
 
 def overlaps(left: Float[Array, "N K"], right: Float[Array, "N L"]) -> Wide:

@@ -1,12 +1,12 @@
-"""Makes the files of this folder with the release that they stand for.
+"""Writes the files of this folder with the release that they represent.
 
     git worktree add --detach ../earlier 557b969
     cd ../earlier && PYTHONPATH=. python THIS/make.py /data/earlier
     tar czf run.tar.gz -C /data/earlier .
 
-The folder that is named may not exist. `expected.npz` and `expected.json` hold what that release's
-own readers gave. Vectors of the kinds "low-rank map" and "l2s" are made up, and written by it. In
-an archive, because most of each Zarr chunk of 1 MB is zeros.
+The named folder must not exist yet. `expected.npz` and `expected.json` contain what that release's
+own readers returned. Vectors of the kinds "low-rank map" and "l2s" have made-up values. The files
+are archived because most of each Zarr chunk of 1 MB is zeros.
 """
 
 import json

@@ -1,9 +1,10 @@
-"""Makes the directories beside this file, and what SAELens computes with them.
+"""Writes the directories next to this file, and what SAELens computes with them.
 
     pip install sae-lens==6.54.12 torch==2.13.0 && python make_expected.py
 
-Small random dictionaries of every architecture and option, written by SAELens; in expected.npz
-their codes and reconstructions of the same states. Not run by the tests, which need no SAELens.
+The directories are small random dictionaries of every architecture and option, written by SAELens;
+expected.npz contains their codes and reconstructions of the same states. Tests do not run this
+script, so they do not need SAELens.
 """
 
 import json

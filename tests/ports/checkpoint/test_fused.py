@@ -22,7 +22,7 @@ def test_parts_of_a_tensor(stored):
     assert (parts[0].dtype, parts[0].file) == (np.float64, tensors["long"].file)
 
 
-def test_a_part_that_is_not_there_has_no_rows(stored):
+def test_a_part_beyond_the_end_has_no_rows(stored):
     assert [part.shape[0] for part in fused.split(stored[1]["short"], 5)] == [5, 0]
 
 

@@ -1,4 +1,4 @@
-"""Repositories of the hub, from a cache as huggingface_hub lays it out; nothing is downloaded."""
+"""Repositories of the hub, from a cache in the layout of huggingface_hub; no downloads."""
 
 import shutil
 
@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
-    """publish(id, directory): the hub's cache then holds a repository of the directory's files."""
+    """publish(id, directory) adds the directory's files to the hub's cache as a repository."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def add(repository, directory):
@@ -40,7 +40,7 @@ def test_a_repository_is_found_by_its_id(publish):
 
 
 def test_the_embedded_model_has_a_name(tmp_path, monkeypatch):
-    """It precedes a directory of that name, which "./" selects."""
+    """It takes precedence over a directory of that name, which "./" selects."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded").mkdir()
     assert hub.find_directory("embedded") == embedded.LLAVA
@@ -54,7 +54,7 @@ def test_a_repository_without_an_owner(publish):
     assert hub.name_of(snapshot) == "roberta-large"
 
 
-def test_what_is_neither_here_nor_there(publish):
+def test_neither_a_directory_nor_a_repository(publish):
     with helpers.raises_line(FileNotFoundError, "'some/model' is not a local directory and could"):
         hub.find_directory("some/model")
     with helpers.raises_line(FileNotFoundError, "no directory './model'; expected one with x, or"):
@@ -90,7 +90,7 @@ def test_judges_by_their_ids(publish, tmp_path):
 
 
 @pytest.mark.parametrize("given", [3, None, ["some/model"], b"some/model"])
-def test_what_is_no_path_is_refused(given):
+def test_invalid_paths_are_refused(given):
     message = f"got {given!r}; expected a directory with config.json and safetensors, or"
     for load in (ports.load, ports.load_abstract, clip.load_dual_encoder, bert.load_text_encoder):
         with helpers.raises_line(ValueError, message):

@@ -26,7 +26,7 @@ def tensors_of(pair) -> dict[str, np.ndarray]:
 
 
 def write(directory: Path, pair, tensors) -> Path:
-    """A checkpoint with the configuration of `pair` and these tensors."""
+    """Writes a checkpoint with the configuration of `pair` and these tensors."""
     directory.mkdir(exist_ok=True)
     shutil.copy(pair.directory / "config.json", directory)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
@@ -262,7 +262,7 @@ LOAD = """
 
 @pytest.fixture(scope="module")
 def sizeable(tmp_path_factory):
-    """sizeable(dtype): a random checkpoint of 33 million parameters."""
+    """sizeable(dtype) returns a random checkpoint of 33 million parameters."""
     config = helpers.llava_config(
         text={"hidden_size": 516, "intermediate_size": 1536, "num_hidden_layers": 13}
     )
@@ -320,7 +320,7 @@ def test_what_is_finite(dtype, bad):
     ("value", "dtype"), [(np.nan, "float32"), (np.inf, "bfloat16"), (1e5, "float16")]
 )
 def test_weights_that_are_not_finite_are_named(tmp_path, small, value, dtype):
-    """The last is finite in the file, and beyond float16."""
+    """The last value is finite in the file, but beyond the range of float16."""
     tensors = tensors_of(small)
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
     tensors[name][3, 5] = value

@@ -1,4 +1,4 @@
-"""Quantised checkpoints are refused by name, whether the configuration or the tensors show it."""
+"""Quantised checkpoints are refused by name, by their configuration or by their tensors."""
 
 import json
 import shutil
@@ -78,12 +78,12 @@ TENSORS = {
 
 @pytest.fixture
 def copy(tmp_path, small):
-    """A copy of the small checkpoint, to be changed."""
+    """Returns a copy of the small checkpoint that a test may change."""
     return shutil.copytree(small.directory, tmp_path / "copy")
 
 
 def write_q_proj(directory, tensors):
-    """The checkpoint's one linear layer as another method stores it."""
+    """Writes one linear layer of the checkpoint as a quantisation method stores it."""
     file = directory / "model.safetensors"
     stored = safetensors.numpy.load_file(file)
     del stored[f"{Q_PROJ}.weight"]
@@ -129,7 +129,7 @@ class TestRefusals:
 
 
 class TestFloat8:
-    """Weights that torch quantised, with the scales of each kind, against torch's product."""
+    """Weights quantised by torch, with each kind of scales, against torch's product."""
 
     BLOCKS = (32, 16)  # of 84 x 60
     FINE_GRAINED = transformers.FineGrainedFP8Config(weight_block_size=BLOCKS).to_dict()
@@ -143,7 +143,7 @@ class TestFloat8:
         }
 
     def write(self, copy, entry, name, shape):
-        """The checkpoint with one weight quantised; torch's float weight, as the port lays it."""
+        """Writes the checkpoint with one quantised weight; returns torch's floats, transposed."""
         generator = torch.Generator().manual_seed(0)
         weight = (100 * torch.randn(84, 60, generator=generator)).to(torch.float8_e4m3fn)
         scales = torch.rand(shape, generator=generator) / 1000
@@ -194,7 +194,7 @@ def test_a_description_needs_no_whole_weights(copy):
     assert Q_PROJ in ports.load_abstract(copy).sites
 
 
-def test_integers_of_the_right_name_and_shape_are_no_parameters(copy):
+def test_integers_of_the_right_name_and_shape_are_refused(copy):
     write_q_proj(copy, {"weight": np.ones((84, 60), np.int32)})
     with helpers.raises_line(ValueError, f"1 not floating-point: {Q_PROJ}.weight (int32)"):
         ports.load(copy)

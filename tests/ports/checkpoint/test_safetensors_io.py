@@ -33,7 +33,7 @@ def file(tmp_path):
 
 
 def with_header(path, header, data=b"\0" * 8):
-    """Writes a file of that header (an object for JSON, or bytes)."""
+    """Writes a file with this header (an object for JSON, or bytes)."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     return path
@@ -123,7 +123,7 @@ def test_a_dtype_without_a_reader_is_named(tmp_path):
     ],
     ids=lambda header: str(header)[:60],
 )
-def test_what_is_no_header_is_refused(tmp_path, header):
+def test_invalid_headers_are_refused(tmp_path, header):
     file = with_header(tmp_path / "model.safetensors", header)
     with helpers.raises_line(ValueError, str(file), "not a valid safetensors header"):
         safetensors_io.open_file(file)
@@ -201,7 +201,7 @@ class TestDirectories:
         ["", "[" * 100_000, "[]", "{}", {"weight_map": []}, {"weight_map": {"x": ["a"]}}],
         ids=lambda index: str(index)[:30],
     )
-    def test_an_index_that_is_none(self, tmp_path, index):
+    def test_an_invalid_index(self, tmp_path, index):
         self.write_index(tmp_path, index)
         with helpers.raises_line(ValueError, "expected a JSON object with a 'weight_map'"):
             safetensors_io.open_directory(tmp_path)

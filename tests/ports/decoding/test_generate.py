@@ -26,7 +26,7 @@ SITES = (
 
 @pytest.fixture(scope="module")
 def batch():
-    """Rows of different lengths, padded on the left, with two images, none and one."""
+    """Returns rows of different lengths, padded on the left, with two images, none and one."""
     return helpers.make_inputs([2, 0, 1], [4, 9, 8])
 
 
@@ -37,7 +37,7 @@ def answer(small, batch):
 
 @pytest.fixture(scope="module")
 def twins():
-    """Two rows of different lengths with one image each, in the same bucket."""
+    """Returns two rows of different lengths with one image each, in the same bucket."""
     return helpers.make_inputs([1, 1], [3, 6])
 
 
@@ -51,7 +51,7 @@ class TestStates:
 
     @pytest.fixture(scope="class")
     def forced(self, small, batch, answer):
-        """A forward pass over the prompt and the generated tokens."""
+        """Returns a forward pass over the prompt and the generated tokens."""
         tokens = np.asarray(answer.tokens)
         extended = {
             **batch,
@@ -92,7 +92,7 @@ class TestStates:
         unembedded = small.vlm.unembed(answer.states["language_model.model.norm"])
         np.testing.assert_allclose(unembedded, logits, rtol=0, atol=1e-4)
 
-    def test_are_returned_for_the_sites_asked_for_alone(self, small, twins, greedy):
+    def test_are_returned_only_for_the_requested_sites(self, small, twins, greedy):
         assert small.vlm.generate(twins, max_new_tokens=COUNT).states == {}
 
     def test_of_the_vision_tower_belong_to_no_token(self, small, twins):
@@ -103,7 +103,7 @@ class TestStates:
 
 
 class TestRows:
-    def test_give_the_same_tokens_alone(self, small, twins, greedy):
+    def test_give_the_same_tokens_one_by_one(self, small, twins, greedy):
         for row in range(2):
             tokens = twins["attention_mask"][row] == 1
             alone = {

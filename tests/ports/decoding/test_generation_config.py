@@ -1,4 +1,4 @@
-"""generation_config.json: which values apply, which are refused, which pass."""
+"""generation_config.json: which values apply, which are refused, which are ignored."""
 
 import json
 import shutil

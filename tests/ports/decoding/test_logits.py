@@ -22,7 +22,7 @@ process = jax.jit(logits.process)
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Rows padded on the left, with one image, two images and none."""
+    """Returns rows padded on the left, with one image, two images and none."""
     return helpers.make_inputs([1, 2, 0], [3, 9, 6])
 
 
@@ -70,7 +70,7 @@ def values_of(case, greedy):
 
 
 def torch_steps(model, inputs, **options):
-    """PyTorch's generation: tokens [B, M], logits and scores [M, B, V] before and after rules."""
+    """Returns PyTorch's tokens [B, M], and logits [M, B, V] before and after the rules."""
     out = helpers.torch_generate(
         model, inputs, COUNT, output_logits=True, output_scores=True, **options
     )
@@ -184,7 +184,7 @@ class TestByHand:
         assert self.run(values, [0, 2], 1) == [4, -np.inf, -2, 1]
         assert self.run({"no_repeat_ngram_size": 1}, [9, 9]) == [-np.inf, -np.inf, -2, 1]
 
-    def test_longer_sequences_than_there_are_ban_nothing(self):
+    def test_sequences_longer_than_the_text_ban_nothing(self):
         for size in (3, 4, 5, 9):
             assert self.run({"no_repeat_ngram_size": size}, [1, 2], 1) == [4, 2, -2, 1]
 

@@ -1,4 +1,4 @@
-"""Filters of samples: by hand, and against what transformers makes of the same logits."""
+"""Filters for sampling: by hand, and against transformers on the same logits."""
 
 import jax
 import jax.numpy as jnp

@@ -35,8 +35,8 @@ def test_arrays_of_any_library(library):
     assert decode(asarray(rows[0])) == "dog cat"
 
 
-class TestFillingThatIsNoSpecialToken:
-    """Without a pad token, rows are filled with a token that is text elsewhere."""
+class TestPaddingWithAnOrdinaryToken:
+    """Without a pad token, rows are padded with a token that is text elsewhere."""
 
     def test_goes_after_the_end_and_stays_before_it(self):
         assert decode([*WORDS, BANG, END, BANG, BANG], pad=BANG) == "dog cat!"
@@ -87,7 +87,7 @@ def test_is_what_transformers_says(kind, request):
         ([1, 10**6], r"token id 1000000 at \[1\] does not exist"),
     ],
 )
-def test_what_is_no_token_id(tokens, message):
+def test_invalid_token_ids(tokens, message):
     with pytest.raises(ValueError, match=message) as caught:
         decode(tokens)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Where image tokens lie in a picture: by hand, and for each family with one marked cell."""
+"""Where image tokens are in a picture: by hand, and for each family with one marked cell."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ class TestGrids:
         assert repr(layout) == "PatchLayout(2 x 3 cells)"
 
     def test_a_picture_in_the_middle_of_its_canvas(self):
-        """Four columns, of which the picture fills the middle two and half of the outer ones."""
+        """Four columns; the picture fills the middle two and half of the outer ones."""
         boxes = patch_layout.grid_boxes(1, 4, (1 / 8, 0, 7 / 8, 1))
         np.testing.assert_allclose(boxes[0, :, 0], [0, 1 / 6, 1 / 2, 5 / 6], atol=1e-12)
         np.testing.assert_allclose(boxes[0, :, 2], [1 / 6, 1 / 2, 5 / 6, 1], atol=1e-12)
@@ -117,7 +117,7 @@ MARKS = ((0.85, 0.2), (0.43, 0.375), (0.57, 0.625))  # in the middle of cells, o
 
 
 def _pictures() -> list[Image.Image]:
-    """A picture without a mark, and one for each mark, a white square around it."""
+    """Returns a picture without a mark, and one per mark with a white square around it."""
     plain = Image.new("RGB", SIZE, (70, 80, 90))
     found = [plain]
     for x, y in MARKS:
@@ -129,13 +129,13 @@ def _pictures() -> list[Image.Image]:
 
 
 def _embedded(vlm: ports.VLM, inputs: dict) -> np.ndarray:
-    """What enters the first decoder layer, [B, T, D] of the caller's positions."""
+    """Returns the input of the first decoder layer, [B, T, D] at the caller's positions."""
     x = vlm.module.apply({"params": vlm.params}, vlm.place(inputs), method="embed_inputs")
     return np.asarray(x)[:, -inputs["input_ids"].shape[1] :]
 
 
 def test_one_marked_cell(family):
-    """The token whose embedding a mark changes most has a box that holds the mark."""
+    """The box of the token whose embedding a mark changes most contains the mark."""
     pictures = _pictures()
     inputs = family.process([family.render("where?")] * len(pictures), [[p] for p in pictures])
     layouts = family.patch_layout(inputs, sizes=[[SIZE[::-1]]] * len(pictures))
@@ -168,7 +168,7 @@ def _holds(boxes: np.ndarray, point: tuple[float, float]) -> np.ndarray:
 
 
 def test_every_image_token_has_one_cell(family):
-    """Of rows with one picture, two pictures and none, padded on the left."""
+    """Rows with one picture, two pictures and none, padded on the left."""
     pictures = [*_pictures()[:2], Image.new("RGB", (64, 200), "red")]
     one = family.render("where?")
     mark = getattr(family.processor, "image_token", None)
@@ -188,7 +188,7 @@ def test_every_image_token_has_one_cell(family):
 
 
 def test_idefics2_without_a_processor(tmp_path):
-    """Five pictures are taken for one that was split; the processor of the checkpoint knows."""
+    """Five pictures are read as one that was split; the checkpoint's processor can tell."""
     _idefics2(tmp_path / "whole")
     vlm = ports.load_abstract(tmp_path / "whole")
     picture = Image.new("RGB", (60, 40))

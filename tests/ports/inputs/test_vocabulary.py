@@ -1,4 +1,4 @@
-"""Token ids outside of a model's vocabulary: refused by every port, NaN in the pure `apply`."""
+"""Token ids outside a model's vocabulary: refused by every port, NaN in the pure `apply`."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ EVERY_PORT = pytest.mark.parametrize("port", SIZES)
 
 
 def inputs_with(token: int, *, masked: bool = False) -> dict[str, np.ndarray]:
-    """Two rows of text, the second of which begins with the token; masked: as its padding."""
+    """Returns two rows of text; the second begins with the token, as padding if masked."""
     inputs = helpers.make_inputs([0, 0], [5, 5])
     inputs["input_ids"][1, 0] = token
     inputs["attention_mask"][1, 0] = not masked
@@ -49,7 +49,7 @@ class TestRefusing:
             vlms[port].forward(inputs_with(token, masked=masked))
 
     @EVERY_PORT
-    def test_by_every_way_in(self, vlms, port):
+    def test_every_entry_point_refuses_them(self, vlms, port):
         vlm, inputs = vlms[port], inputs_with(10_000)
         site = ".".join(vlm.module.decoder_path)
         for call in (
@@ -78,7 +78,7 @@ class TestRefusing:
         with pytest.raises(IndexError, match="out of range"), torch.no_grad():
             model(**helpers.to_torch(inputs_with(V)))
 
-    def test_ids_that_are_no_integers(self, vlms):
+    def test_ids_that_are_not_integers(self, vlms):
         inputs = inputs_with(5)
         inputs["input_ids"] = inputs["input_ids"].astype(np.float32)
         with helpers.raises_line(ValueError, "input_ids have dtype float32; expected integers"):
@@ -148,7 +148,7 @@ class TestSpecialTokens:
             ports.load(directory)
 
     def test_the_real_molmos_tokenizer_fits(self, tmp_path, shared):
-        """It goes beyond embedding_size, into the table of 128 further rows."""
+        """It extends beyond embedding_size, into the table of 128 further rows."""
         shutil.copytree(shared / "molmo/tokenizer", tmp_path / "x")
         config = json.loads((shared / "checkpoints/molmo-7b-d.json").read_text())["config"]
         (tmp_path / "x/config.json").write_text(json.dumps(config))
@@ -161,7 +161,7 @@ class TestSpecialTokens:
 class TestTokenizer:
     @pytest.fixture
     def directory(self, tmp_path, small):
-        """A checkpoint without a tokenizer."""
+        """Returns a checkpoint without a tokenizer."""
         return shutil.copytree(small.directory, tmp_path / "checkpoint")
 
     @staticmethod
@@ -170,7 +170,7 @@ class TestTokenizer:
         tokenizer.add_tokens(list(added))
         tokenizer.save_pretrained(directory)
 
-    def test_of_more_tokens_than_the_model_is_said_once(self, directory):
+    def test_of_more_tokens_than_the_model_warns_once(self, directory):
         self.save_tokenizer(directory, "<new>", "<newer>")
         vlm = ports.load(directory)
         said = (

@@ -132,8 +132,8 @@ def test_padding_is_never_edited():
     np.testing.assert_array_equal(ports.add([1.0]).positions((1, 2, 1), places), [[False, True]])
 
 
-def test_columns_are_the_callers():
-    """Two fillers, then the caller's columns 1 and 0: a row that was padded on the right."""
+def test_columns_are_those_of_the_caller():
+    """Two padding columns, then the caller's columns 1 and 0: a row padded on the right."""
     kind, index = jnp.array([[PADDING, PADDING, PADDING, TEXT]]), jnp.array([[-1, -1, -1, 0]])
     places = Places(kind, index, jnp.array([[-1, -1, 1, 0]]))
     x = jnp.arange(4.0)[None, :, None]
@@ -146,13 +146,13 @@ def test_columns_are_the_callers():
 
 
 class TestRanks:
-    """Outputs of any rank keep it; vectors, strengths and positions are those of their axes."""
+    """Outputs keep their rank; vectors, strengths and positions apply to their own axes."""
 
     V = np.array([1.0, 10.0], np.float32)
     ROWS = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], np.float32)
 
     def change(self, shape, edit):
-        """What the edit adds to zeros of that shape."""
+        """Returns what the edit adds to zeros of this shape."""
         apply = capture(steer(Doubling().apply, {"twice": edit}), "twice")
         _, states = apply({}, jnp.zeros(shape))
         assert states["twice"].shape == shape
@@ -214,7 +214,7 @@ class TestRanks:
 
 
 class TestPatching:
-    """`replace` with a state per position: those of another run."""
+    """`replace` with one state per position, from another run."""
 
     X = jnp.zeros((2, 4, 2))
     GIVEN = np.arange(16, dtype=np.float32).reshape(2, 4, 2) + 1
@@ -291,7 +291,7 @@ class TestPatching:
 
 
 class TestModules:
-    """Modules that are called several times, are lifted, or return several values."""
+    """Modules that are called several times, lifted, or return several values."""
 
     X = jnp.array([[1.0, 2.0]])
     V = jnp.array([10.0, 20.0])
@@ -330,7 +330,7 @@ class TestModules:
         last = out if site == "layers.twice" else out - self.V
         np.testing.assert_allclose(states["layers.twice"][-1], last)
 
-    def test_below_a_vmap_a_row_is_all_there_is(self):
+    def test_under_vmap_there_is_one_row(self):
         mapped = nn.vmap(Twice, in_axes=0)
 
         class Mapped(nn.Module):
@@ -526,7 +526,7 @@ class TestMessages:
         with helpers.raises_line(ValueError, "edit_with takes a function", "shape (2,)"):
             ports.edit_with(np.ones(2))
 
-    def test_of_a_module_that_puts_out_no_states(self):
+    def test_of_a_module_that_outputs_no_states(self):
         class Pair(nn.Module):
             @nn.compact
             def __call__(self, x):

@@ -25,7 +25,7 @@ Compiled = nn.jit(Block)
 
 
 class Nested(nn.Module):
-    """A compiled part, whose program all instances share."""
+    """A compiled part; all instances share one program."""
 
     @nn.compact
     def __call__(self, x):
@@ -33,7 +33,7 @@ class Nested(nn.Module):
 
 
 class SetUp(nn.Module):
-    """Like `Nested`, with the part created before it is called."""
+    """Like `Nested`, with the part created before the call."""
 
     def setup(self):
         self.block = Compiled()

@@ -26,7 +26,7 @@ TARGETS = r".*\.(q_proj|v_proj|down_proj|fc1|linear_2|qkv)"
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, small):
-    """pairs(port): a small checkpoint and a batch of inputs."""
+    """pairs(port) returns a small checkpoint and a batch of inputs."""
     makers = {
         "idefics2": lambda d: (
             idefics2_helpers.make_idefics2(d),
@@ -48,7 +48,7 @@ def pairs(tmp_path_factory, small):
 
 
 def train_peft(model: torch.nn.Module, directory, **options) -> torch.nn.Module:
-    """A peft model whose factors are random, as if trained, saved into a directory."""
+    """Saves a peft model with random factors, as if trained, and returns it."""
     # peft changes the model that it is given.
     model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
@@ -150,7 +150,7 @@ def test_adapters_of_more_than_linear_layers_are_merged(pairs, tmp_path, port, o
     assert_same_logits(pair.vlm.with_adapter(tmp_path).forward(inputs).logits, expected, inputs)
 
 
-def test_base_weights_beside_an_adapter_take_the_place_of_the_models(pairs, tmp_path):
+def test_base_weights_next_to_an_adapter_replace_the_models(pairs, tmp_path):
     pair, inputs = pairs("qwen2_vl")
     train_peft(pair.torch_model, tmp_path, r=3, target_modules=["embed_tokens"])
     file = tmp_path / "adapter_model.safetensors"
@@ -238,7 +238,7 @@ def test_on_and_off_beside_the_kernels(pairs, tmp_path):
 
 
 def write(pair: helpers.Pair, directory) -> None:
-    """An adapter of ours with random factors."""
+    """Writes one of our adapters, with random factors."""
     vlm = pair.vlm
     shapes = lora.select_layers(lora.linear_layers(vlm.params), [TARGETS])
     ranks = lora.Ranks(3, 5, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 7})
@@ -278,7 +278,7 @@ def test_molmo_with_its_fused_layers(tmp_path):
 
 
 def tree_of_linear_layers(weights) -> torch.nn.Module:
-    """Modules of the weights' names; linear layers without biases."""
+    """Returns modules with the weights' names; linear layers without biases."""
     root = torch.nn.Module()
     for name, tensor in weights.items():
         *path, leaf = name.split(".")
@@ -365,7 +365,7 @@ def test_targets(small):
 
 
 class TestRefused:
-    """One clear line for adapters that can't be read, or that belong to another model."""
+    """One clear line for adapters that cannot be read or belong to another model."""
 
     @pytest.fixture
     def written(self, small, tmp_path):

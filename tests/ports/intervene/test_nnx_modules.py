@@ -1,4 +1,4 @@
-"""`capture` and `steer` on `flax.nnx` models: whole, compiled, split, of a published package."""
+"""`capture` and `steer` on `flax.nnx` models: whole, compiled, split, published."""
 
 import threading
 
@@ -59,7 +59,7 @@ def model():
 
 
 def by_hand(model, edit=lambda x: x):
-    """The model with the first layer's output edited, and that output."""
+    """Returns the model's output with the first layer's output edited, and that output."""
     first = edit(model.layers[0](model.embed(TOKENS)))
     return model.head(model.layers[1](first)), first
 
@@ -196,7 +196,7 @@ class TestSteer:
         np.testing.assert_allclose(out, model.head(model.layers[1](given)), rtol=1e-5)
 
     def test_two_threads(self, model):
-        """One edits while the other does not: each has its own calls."""
+        """One thread edits while the other does not; neither affects the other."""
         plain, found = model(TOKENS), []
 
         def run():
@@ -236,7 +236,7 @@ class TestErrors:
 
 
 def test_a_published_model():
-    """Tunix's Llama in nnx, where that package is installed."""
+    """Tunix's Llama in nnx, if that package is installed."""
     llama = pytest.importorskip("tunix.models.llama3.model")
     config = llama.ModelConfig(
         num_layers=2,

@@ -1,4 +1,4 @@
-"""Sites and `capture`, on modules that have nothing to do with vision-language models."""
+"""Sites and `capture`, on modules unrelated to vision-language models."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ VARIABLES = jax.jit(Stack().init)(jax.random.key(0), X)
 
 
 def block(i, x, scale=1.0):
-    """The output of block i, by its formula."""
+    """Returns the output of block i by its formula."""
     up = VARIABLES["params"][f"layers_{i}"]["up"]
     return x + scale * (jnp.tanh(x) @ up["kernel"] + up["bias"])
 
@@ -111,7 +111,7 @@ class TestCapture:
         expected = jax.grad(lambda x: block(0, x).sum())(X)
         np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
-    def test_leaves_nothing_behind(self):
+    def test_leaves_no_trace(self):
         capture(Stack().apply, ["layers.0"])(VARIABLES, X)
         out = Stack().apply(VARIABLES, X)
         assert isinstance(out, jax.Array)
@@ -126,7 +126,7 @@ class Carrying(nn.Module):
 
 
 def lifted(transform, **options):
-    """A module whose part "inner" is a block below a transform."""
+    """Returns a module whose part "inner" is a block inside a transform."""
 
     class Lifted(nn.Module):
         @nn.compact
@@ -181,7 +181,7 @@ class TestLifted:
         ids=["scan", "vmap", "jit"],
     )
     @pytest.mark.parametrize("below", ["", ".block", ".block.up", ".up"])
-    def test_of_what_is_dropped_the_remedy_is_named(self, transform, options, below):
+    def test_the_remedy_for_dropped_states_is_named(self, transform, options, below):
         if ("block" in below) != (transform is nn.scan) and below:
             return
         module = lifted(transform, **options)
@@ -190,7 +190,7 @@ class TestLifted:
         with helpers.raises_line(ValueError, *parts):
             capture(module.apply, ["inner" + below])(variables, X)
 
-    def test_what_a_loop_drops_is_not_taken_for_all(self):
+    def test_states_that_a_loop_drops_are_refused(self):
         class Looping(nn.Module):
             @nn.compact
             def __call__(self, x):
@@ -226,7 +226,7 @@ class TestLifted:
 
 
 class Coder(nn.Module):
-    """Called by its methods, one of which sows."""
+    """A module that is called by its methods, one of which sows."""
 
     def setup(self):
         self.up = nn.Dense(4)
@@ -249,7 +249,7 @@ class Calling(nn.Module):
         return coder.encode(x)["code"], coder.scale(x)[0]
 
 
-class TestWhatModulesPutOut:
+class TestWhatModulesOutput:
     VARIABLES = Calling().init(jax.random.key(0), X)
 
     def test_of_a_method(self):
@@ -418,7 +418,7 @@ class TestPatterns:
         with helpers.raises_line(ValueError, "no site matches 'layers.3'; nearest: "):
             find_sites(["layers.3"], known, first=first)
 
-    def test_that_fit_nothing_lead_to_the_nearest(self):
+    def test_that_match_nothing_lead_to_the_nearest(self):
         with helpers.raises_line(
             ValueError, "no site matches 'model.layer.*'; nearest: model.layers.0"
         ):
@@ -463,7 +463,7 @@ class TestNames:
 
 
 def flops(module, site):
-    """What the compiled program costs that returns the states of `site` alone."""
+    """Returns the cost of the compiled program that returns only the states of `site`."""
     abstract = checkpoint.abstract_params(module, llava.example_inputs(module.config))
     # Text alone: the tower's layers cost nothing here.
     ids = jax.ShapeDtypeStruct((1, 32), jnp.int32)

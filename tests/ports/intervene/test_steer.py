@@ -27,7 +27,7 @@ def inputs():
 
 
 class TestAgainstPyTorch:
-    """Compares with a researcher's forward hook, in the prefill and in every decode step."""
+    """Compares with a forward hook, in the prefill and in every decode step."""
 
     @staticmethod
     @contextlib.contextmanager
@@ -105,7 +105,7 @@ class TestAgainstPyTorch:
     @staticmethod
     @contextlib.contextmanager
     def patch(model, states, mask):
-        """Puts states[B, T, D] in place of layer 0's at the positions bool[B, T] of the prompt."""
+        """Replaces layer 0's states by states[B, T, D] at the prompt's positions bool[B, T]."""
 
         def put(module, args, out):
             found = out[0] if isinstance(out, tuple) else out
@@ -211,7 +211,7 @@ class TestModels:
         np.testing.assert_allclose(plain.states[SITE], same.states[SITE], atol=1e-5)
 
     def test_a_mask_moves_with_the_padding(self, small, inputs):
-        """The same rows padded on the right, with the same positions edited: the same tokens."""
+        """The same rows padded on the right, edited at the same positions, give the same tokens."""
         mask = np.random.default_rng(0).random(inputs["input_ids"].shape) < 0.5
         right = helpers.pad_right(inputs)
         padding = (inputs["attention_mask"] == 0).sum(1)
@@ -355,12 +355,12 @@ COLUMN, LATER, COUNT = 8, 2, 4  # of the function edits: one in the prompt, one 
 
 
 def add_at_a_column(x, places):
-    """The vector added at the caller's column 8, by the states' own index."""
+    """Returns the states with the vector added at the caller's column 8, by their own index."""
     return x if x.shape[1] == 1 else x.at[:, COLUMN].add(VECTOR)
 
 
 def add_from_a_column(length):
-    """The vector added from the second generated token on, by the columns of the places."""
+    """Returns the states with the vector added from the second generated token on, by columns."""
 
     def function(x, places):
         return x + (places.slot >= length + LATER - 1)[..., None] * VECTOR
@@ -369,15 +369,15 @@ def add_from_a_column(length):
 
 
 class TestPositions:
-    """An edit's positions are those of the caller's inputs, wherever padding moves them."""
+    """An edit's positions are those of the caller's inputs, even if padding moves them."""
 
     @pytest.fixture(scope="class", params=["left", "right"])
     def padded(self, request, inputs):
         return inputs if request.param == "left" else helpers.pad_right(inputs)
 
     def check(self, small, padded, edit, mask):
-        """A generation's states are those of an unpadded pass over each row and its tokens, in
-        which the positions bool[B, T + M] `mask` are edited.
+        """Compares a generation's states with an unpadded pass over each row and its tokens, edited
+        at the positions bool[B, T + M] `mask`.
         """
         site = "language_model.model.layers.1"
         answer = small.vlm.generate(
@@ -531,7 +531,7 @@ class TestMessages:
         with pytest.warns(UserWarning, match=re.escape(f"{message} than {length + 2}")):
             small.vlm.generate(inputs, max_new_tokens=3, edits=edits)
 
-    def test_of_the_last_token_that_a_row_has_there_is_no_warning(self, small, inputs):
+    def test_the_last_token_of_a_row_gives_no_warning(self, small, inputs):
         length = inputs["input_ids"].shape[1]
         edits = {SITE: ports.add(100 * VECTOR, where={"from": length})}
         with warnings.catch_warnings():

@@ -31,7 +31,7 @@ def test_the_part_that_is_shown_is_transformers(size, rows, columns, side):
 
 
 def test_tiles_by_hand():
-    """Two tiles of 2 x 2 patches beside each other, after a whole picture of four."""
+    """Two tiles of 2 x 2 patches side by side, after a whole picture of four patches."""
     assert anyres.tile_index((1, 2), 2, 4).tolist() == [[4, 5, 8, 9], [6, 7, 10, 11]]
 
 
@@ -51,6 +51,6 @@ def test_rows_end_in_a_vector():
     assert features.weights.sum(axis=1).tolist() == [1] * 6
 
 
-def test_features_beyond_the_last_weigh_nothing():
+def test_features_beyond_the_last_have_no_weight():
     features = Features.of_rows(np.arange(20)).padded()
     assert len(features.rows) == 32 and not features.weights[20:].any()

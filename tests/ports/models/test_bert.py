@@ -18,7 +18,7 @@ TEXTS = ["two dogs on the beach", "a cat", "the small red bus runs at the statio
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """kind -> (PyTorch's model, ours)."""
+    """Returns kind -> (PyTorch's model, ours)."""
     made = {}
     for kind in KINDS:
         directory = tmp_path_factory.mktemp(kind)

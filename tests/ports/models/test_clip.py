@@ -29,7 +29,7 @@ END = 49
 
 
 def make_clip(directory, eos_token=END):
-    """A small random CLIP on disk -> (PyTorch's model, ours)."""
+    """Saves a small random CLIP; returns (PyTorch's model, ours)."""
     config = transformers.CLIPConfig(
         text_config={**TEXT, "eos_token_id": eos_token},
         vision_config=helpers.VISION,
@@ -48,7 +48,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Two texts, the shorter padded on the right, and three images."""
+    """Returns two texts, the shorter padded on the right, and three images."""
     random = np.random.default_rng(0)
     return {
         "input_ids": np.array([[1, 5, 9, 30, 4, END], [1, 7, END, 0, 0, 0]]),

@@ -1,4 +1,4 @@
-"""The 7B checkpoints of the hub: names, shapes and forward pass. Nothing of them is allocated."""
+"""The 7B checkpoints of the hub: names, shapes and forward pass, without allocating them."""
 
 import json
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_all_names_and_shapes_are_those_of_the_real_checkpoint(model):
     assert total == model.case.parameters
 
 
-def test_all_names_map_back_onto_a_parameter_each(model):
+def test_each_name_maps_back_to_one_parameter(model):
     stored = {
         name: jax.ShapeDtypeStruct(tuple(shape), jnp.float16)
         for name, shape in model.real["parameters"].items()

@@ -38,7 +38,7 @@ def make_config(**text) -> transformers.Gemma3Config:
 
 
 def make_inputs(images: list[int], texts: list[int]) -> dict[str, np.ndarray]:
-    """What the processor would return: longer images than the window, token types."""
+    """Returns what the processor would: images longer than the window, and token types."""
     inputs = helpers.make_inputs(images, texts, tokens_per_image=TOKENS)
     if "pixel_values" in inputs:
         shape = (sum(images), 3, VISION["image_size"], VISION["image_size"])
@@ -75,6 +75,10 @@ def test_the_logits_without_images_equal_pytorchs(gemma):
 
 def test_32_greedy_tokens_equal_pytorchs(gemma):
     family.check_generation(gemma, INPUTS)
+
+
+def test_questions_share_no_picture_longer_than_the_window(gemma):
+    family.check_apart(gemma, make_inputs([1, 1], [18, 21]))
 
 
 def test_steering_is_a_hook(gemma):

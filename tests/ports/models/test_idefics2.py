@@ -44,7 +44,7 @@ parametrize_cases = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
-    """pair(variant): the checkpoint of that name in `VARIANTS`."""
+    """pair(variant) returns the checkpoint of that name in `VARIANTS`."""
 
     def make(directory: Path, variant: str) -> helpers.Pair:
         text, perceiver, top = VARIANTS[variant]
@@ -55,7 +55,7 @@ def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
 
 @pytest.fixture(scope="module")
 def small(pair) -> helpers.Pair:
-    """The small checkpoint, for tests that need any checkpoint."""
+    """Returns the small checkpoint, for tests that need any checkpoint."""
     return pair("grouped queries")
 
 
@@ -227,7 +227,7 @@ class TestInputsThatDoNotFit:
         inputs["input_ids"][inputs["input_ids"] == helpers.IMAGE] = 7
         self.check(small, inputs, "2 images but no image token (id 101)", "put <image> into")
 
-    def test_another_number_of_tokens_an_image(self, small):
+    def test_another_number_of_tokens_per_image(self, small):
         inputs = make_inputs([[(20, 30)]], [6], tokens_per_image=8)
         self.check(
             small,

@@ -30,7 +30,7 @@ IMAGES = make_inputs([[(SIDE, SIDE), (30, 40)], [], [(SIDE, SIDE)]], [4, 9, 8], 
 
 
 def site_errors(ours, theirs, inputs):
-    """Site -> relative error at all patches, and at the tokens."""
+    """Returns site -> relative error at all patches, and at the tokens."""
     tokens = inputs["attention_mask"].astype(bool)
     errors = {}
     for site, states in ours.items():
@@ -41,7 +41,7 @@ def site_errors(ours, theirs, inputs):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """made(kind): the family's small checkpoint."""
+    """made(kind) returns the family's small checkpoint."""
 
     pair = helpers.made_once(tmp_path_factory, make_idefics3)
     functions = (".activation_fn", ".act_fn", ".rotary_emb", ".encoder")
@@ -61,6 +61,11 @@ def test_every_site_and_the_logits_equal_pytorchs(small):
 
 def test_32_greedy_tokens_equal_pytorchs(small):
     family.check_generation(small, IMAGES)
+
+
+def test_questions_share_a_picture(small, monkeypatch):
+    inputs = make_inputs([[(SIDE, SIDE)], [(30, 40)]], [18, 21], 4)
+    family.check_questions(small, inputs, monkeypatch, (0, 1, 1, 0))
 
 
 def test_no_image(small):
@@ -104,21 +109,21 @@ def test_the_full_size(tmp_path, kind, name, parameters, share):
 
 
 def test_the_shuffle_by_hand():
-    """4 x 4 patches numbered row by row: a token holds a square of 2 x 2 of them."""
+    """4 x 4 patches numbered row by row: each token is a square of 2 x 2 of them."""
     patches = jnp.arange(16.0).reshape(1, 16, 1)
     tokens = np.asarray(idefics3.shuffle(patches, 2))[0].tolist()
     assert tokens == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 class TestLayout:
-    """What `VLM.prepare` makes of the processor's arrays."""
+    """What `VLM.prepare` returns for the processor's arrays."""
 
     def test_drops_padding_images(self, small):
         prepared = small.vlm.prepare(IMAGES)
         assert prepared["pixel_values"].shape == (3, 1, 3, SIDE, SIDE)
         np.testing.assert_array_equal(prepared["pixel_values"][2, 0], IMAGES["pixel_values"][2, 0])
 
-    def test_images_that_fill_up_change_nothing(self, small):
+    def test_padding_images_change_nothing(self, small):
         inputs = make_inputs([[(SIDE, SIDE)] * 9], [4], 4)
         assert len(small.vlm.prepare(inputs)["pixel_values"]) == 10
         logits, _ = small.torch_forward(inputs)
@@ -154,7 +159,7 @@ class TestMessages:
 
 
 class TestPhotographs:
-    """Those that scikit-learn ships, through the processor, cut into tiles of 44 x 44 pixels."""
+    """The photographs in scikit-learn, cut by the processor into tiles of 44 x 44 pixels."""
 
     @pytest.fixture(scope="class", params=KINDS)
     def photographed(self, request, made):
@@ -176,7 +181,7 @@ class TestPhotographs:
         family.assert_logits(vlm.forward(inputs).logits, logits, inputs)
 
     def test_have_a_layout_of_tiles_and_of_the_whole(self, photographed):
-        """A white cell on black: the images' bright patches are those whose boxes hold it."""
+        """A white cell on black: the bright patches are those whose boxes contain it."""
         _, vlm = photographed
         picture = np.zeros((80, 160, 3), np.uint8)
         picture[52:56, 70:74] = 255

@@ -30,7 +30,7 @@ def make_config(kind: str = "qwen3", vision: dict | None = None) -> transformers
 
 
 def make_inputs(tiles: list[int], texts: list[int]) -> dict[str, np.ndarray]:
-    """What the processor would return for rows of so many tiles."""
+    """Returns what the processor would, for rows of these numbers of tiles."""
     inputs = helpers.make_inputs(tiles, texts, tokens_per_image=TOKENS)
     shape = (sum(tiles), 3, VISION["image_size"], VISION["image_size"])
     return {**inputs, "pixel_values": np.random.default_rng(0).standard_normal(shape, np.float32)}
@@ -70,6 +70,11 @@ def test_every_site_and_the_logits_equal_pytorchs(intern):
 
 def test_32_greedy_tokens_equal_pytorchs(intern):
     family.check_generation(intern, INPUTS)
+
+
+def test_questions_share_a_picture(intern, monkeypatch):
+    inputs = make_inputs([2, 2], [18, 21])
+    family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))
 
 
 def test_files(intern, tmp_path):

@@ -55,7 +55,7 @@ KINDS = {
 
 
 def site_errors(ours, theirs, inputs):
-    """Site -> relative error over the tiles that are not padding, and over the tokens."""
+    """Returns site -> relative error over the tiles that are not padding, and over the tokens."""
     cut = {}
     for site, states in ours.items():
         of_tiles = not site.startswith("language_model") and states.ndim == theirs[site].ndim
@@ -73,7 +73,7 @@ def made(request, tmp_path_factory) -> family.Family:
 
 
 def make_inputs(config, rows, texts, frames=0):
-    """Rows of pictures of such sizes and, in the last one, a video; padded on the left."""
+    """Returns rows of pictures of these sizes and, in the last row, a video; padded on the left."""
     random = np.random.default_rng(0)
     sizes = [size for row in rows for size in row]
     several = [len(row) > 1 for row in rows for _ in row]
@@ -112,7 +112,7 @@ def make_inputs(config, rows, texts, frames=0):
 
 @pytest.fixture(scope="module")
 def inputs(made):
-    """Two pictures in a row, none, and one, of unequal sizes."""
+    """Returns rows of two pictures, none and one, of different sizes."""
     rows = [[(30, 50), (100, 21)], [], [(64, 64)]]
     return make_inputs(made.vlm.sizes, rows, [4, 9, 5])
 
@@ -123,6 +123,14 @@ def test_every_site_and_the_logits_equal_pytorchs(made, inputs):
 
 def test_32_greedy_tokens_equal_pytorchs(made, inputs):
     family.check_generation(made, inputs)
+
+
+def test_questions_share_a_picture(made, monkeypatch):
+    inputs = make_inputs(made.vlm.sizes, [[(30, 50)], [(64, 64)]], [18, 21])
+    if made.port is llava_next.PORT:  # the decoder's window is shorter than a picture
+        family.check_apart(made, inputs)
+    else:
+        family.check_questions(made, inputs, monkeypatch, (0, 1, 1, 0))
 
 
 def test_steering_is_a_hook(made, inputs):
@@ -149,7 +157,7 @@ def test_no_image(made):
 
 
 def test_the_processors_own_arrays(made, inputs):
-    """`apply` prepares them itself, unless they are traced: then it says so."""
+    """`apply` prepares them itself, or says that it cannot if they are traced."""
     expected, _ = made.torch_forward(inputs)
     arrays = {name: inputs[name] for name in made.port.inputs if name in inputs}
     family.assert_logits(made.vlm.apply(made.vlm.params, arrays), expected, inputs)
@@ -212,7 +220,7 @@ class TestMessages:
 
 
 class TestPhotographs:
-    """Those that scikit-learn ships, through the processor, without torch."""
+    """The photographs in scikit-learn, through the processor, without torch."""
 
     @pytest.fixture(scope="class")
     def vlm(self, made):
@@ -249,7 +257,7 @@ class TestPhotographs:
         family.assert_logits(vlm.forward(inputs).logits, expected, inputs)
 
     def test_have_a_layout(self, vlm):
-        """A white cell on black: the brightest token's box holds it, among tiles and the whole."""
+        """A white cell on black: the brightest token's box contains it, in tiles and overall."""
         picture = Image.new("RGB", (160, 70))
         ImageDraw.Draw(picture).rectangle((104, 40, 112, 46), fill="white")
         inputs = vlm.process([vlm.render("what is it")], [picture])

@@ -30,7 +30,7 @@ ROWS = ([2, 0, 1], [4, 9, 8])
 
 
 def pixtral_inputs(rows: list[list[tuple[int, int]]], texts: list[int]) -> dict[str, np.ndarray]:
-    """What Pixtral's processor would return for images of such heights and widths, padded left."""
+    """Returns what Pixtral's processor would, for images of these sizes, padded left."""
     random = np.random.default_rng(0)
     break_, end = 99, 98  # what ends a row of patches, and an image
     ids = []
@@ -53,7 +53,7 @@ def pixtral_inputs(rows: list[list[tuple[int, int]]], texts: list[int]) -> dict[
 
 
 def pixtral_errors(ours, theirs, inputs):
-    """As `helpers.site_errors`: PyTorch's tower has the patches of all images in one row."""
+    """Does what `helpers.site_errors` does; PyTorch's tower has all images' patches in one row."""
     patches = inputs["image_sizes"] // PATCH
     rows, columns = patches.max(axis=0)
     ours, theirs = dict(ours), dict(theirs)

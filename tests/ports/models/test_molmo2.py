@@ -57,7 +57,7 @@ def make_config(text=(), adapter=(), **changes):
 
 
 def pooled(index: np.ndarray, square: int = 2) -> np.ndarray:
-    """int[rows, columns, patches], the patches of each square of a grid of numbers, -1 outside."""
+    """Returns int[rows, columns, patches], the patches of each square of a grid, -1 outside."""
     widths = [(0, -length % square) for length in index.shape]
     index = np.pad(index, widths, constant_values=-1)
     height, width = (length // square for length in index.shape)
@@ -66,8 +66,8 @@ def pooled(index: np.ndarray, square: int = 2) -> np.ndarray:
 
 
 def tiling(rows: int, columns: int) -> np.ndarray:
-    """The numbers of the patches of overlapping crops: each cell's from the crop that is further
-    from its own edge.
+    """Returns the patch numbers of overlapping crops; in an overlap, a cell takes the crop in which
+    it is further from the edge.
     """
     numbers = np.arange(rows * columns * SIDE**2).reshape(rows, columns, SIDE, SIDE)
     height, width = STEP * rows + 2, STEP * columns + 2
@@ -85,8 +85,8 @@ def tokens_of(grid: np.ndarray, start: int, end: int) -> list[int]:
 
 
 def make_inputs(rows, texts, frames=0):
-    """Rows of pictures in so many rows and columns of crops, or one video in the last row, as
-    the processor would return them; padded on the left.
+    """Returns rows of pictures with these numbers of rows and columns of crops, or a video in the
+    last row, as the processor would; padded on the left.
     """
     random = np.random.default_rng(0)
     ids, pooling, grids, crops = [], [], [], 0
@@ -128,7 +128,7 @@ INPUTS = make_inputs([[(1, 2), (1, 1)], [], [(2, 1)]], [4, 9, 5])
 
 
 def site_errors(ours, theirs, inputs):
-    """Site -> relative error over the crops and features that are not padding, and the tokens."""
+    """Returns site -> relative error over tokens, and crops and features that are not padding."""
 
     def renamed(site):
         return "language_model.lm_head" if site == "lm_head" else site.removeprefix("model.")
@@ -230,7 +230,7 @@ def test_other_inputs(made, inputs):
 
 
 def test_sizes_share_programs():
-    """Crops and features are padded to few numbers of them."""
+    """Numbers of crops and features are padded to a few sizes."""
     sizes = molmo2.Config.from_hf(make_config())
     for tiles, crops, features in (((2, 4), 10, 40), ((3, 3), 10, 48), ((1, 1), 2, 20)):
         given = make_inputs([[tiles]], [3])

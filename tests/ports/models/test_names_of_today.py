@@ -1,4 +1,4 @@
-"""The modules' names in today's transformers mean the sites that the ports name as the hub does."""
+"""Module names in current transformers refer to the sites, which have the hub's names."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ CONTAINERS = ("", "model", "vision_tower", "vision_model", "encoder", "layers", 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, small):
-    """pairs(port): a small checkpoint and a batch of inputs."""
+    """pairs(port) returns a small checkpoint and a batch of inputs."""
     made = {"llava": (small, helpers.make_inputs([1, 1], [4, 9]))}
 
     def get(port: str):

@@ -34,7 +34,7 @@ def make_config(version: int, **top) -> transformers.PaliGemmaConfig:
 
 
 def make_inputs(images: list[int], texts: list[int]) -> dict[str, np.ndarray]:
-    """What the processor would return: all of the prompt has token type 0."""
+    """Returns what the processor would: the whole prompt has token type 0."""
     inputs = helpers.make_inputs(images, texts)
     return {**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])}
 
@@ -66,6 +66,10 @@ def test_32_greedy_tokens_equal_pytorchs(pali):
     family.check_generation(pali, INPUTS)
 
 
+def test_questions_share_no_picture_whose_tokens_see_them(pali):
+    family.check_apart(pali, make_inputs([1, 1], [18, 21]))
+
+
 def test_files(pali, tmp_path):
     family.check_files(pali, tmp_path)
 
@@ -76,7 +80,7 @@ def test_the_full_size(tmp_path):
 
 
 def test_an_answer_in_the_inputs_sees_what_is_before_it(pali):
-    """As the processor returns prompt and suffix, of which the last three tokens are the latter."""
+    """Inputs as the processor returns prompt and suffix; the suffix is the last three tokens."""
     inputs = {**INPUTS, "token_type_ids": INPUTS["token_type_ids"].copy()}
     inputs["token_type_ids"][:, -3:] = 1
     family.check_logits(pali, inputs)

@@ -1,4 +1,4 @@
-"""A family of models in one file and one line of the registry: a toy of one layer."""
+"""A model family in one file and one line of the registry: a toy with one layer."""
 
 import dataclasses
 import json
@@ -96,7 +96,7 @@ PORT = Port(
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """A checkpoint of the toy, which is registered."""
+    """Returns a checkpoint of the toy, which is registered."""
     monkeypatch.setitem(loading.PORTS, "toy", PORT)
     values = {
         "model_type": "toy",
@@ -136,7 +136,7 @@ def test_a_toy_loads_captures_steers_and_generates(directory):
     assert not np.allclose(steered.logits, out.logits, atol=1e-2)
 
 
-def test_a_toy_lies_on_a_mesh_by_its_own_rules(directory):
+def test_a_toy_is_placed_on_a_mesh_by_its_own_rules(directory):
     vlm = ports.load(directory, mesh=ports.make_mesh(1, 1))
     plain = ports.load(directory)
     np.testing.assert_array_equal(vlm.forward(INPUTS).logits, plain.forward(INPUTS).logits)

@@ -1,4 +1,4 @@
-"""Photographs through the processors of the families with LLaVA's layout, without torch."""
+"""Photographs through the processors of families with LLaVA's layout, without torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +123,7 @@ for directory in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, tuple[Any, Path, dict[str, np.ndarray]]]:
-    """Family -> its processor, its directory, and the arrays of two photographs without torch."""
+    """Returns family -> (processor, directory, arrays of two photographs made without torch)."""
     root = tmp_path_factory.mktemp("processors")
     made = {}
     for name, make in MAKERS.items():

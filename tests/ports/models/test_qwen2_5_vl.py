@@ -33,7 +33,7 @@ VIDEOS = make_inputs([[(3, 4, 6), (1, 4, 4)], [(2, 2, 2)]], [5, 19]) | {
 
 
 def errors_in_order(ours, theirs, inputs):
-    """As `site_errors`, with PyTorch's tower put back from the order of its windows."""
+    """Does what `site_errors` does, with the windows of PyTorch's tower put back in order."""
     index, _ = get_vision_window_index(torch.from_numpy(inputs["image_grid_thw"]), 2, 28, 7)
     back = np.argsort(index.numpy())
     for site, states in theirs.items():
@@ -67,6 +67,11 @@ def test_the_logits_equal_pytorchs(qwen, inputs):
 @pytest.mark.parametrize("inputs", [IMAGES, VIDEOS], ids=["images", "videos"])
 def test_32_greedy_tokens_equal_pytorchs(qwen, inputs):
     family.check_generation(qwen, inputs)
+
+
+def test_questions_share_a_picture(qwen, monkeypatch):
+    inputs = make_inputs([[(1, 6, 10)], [(1, 4, 8)]], [18, 21])
+    family.check_questions(qwen, inputs, monkeypatch, (0, 1, 1, 0))
 
 
 def test_steering_is_a_hook(qwen):
@@ -105,7 +110,7 @@ def test_answers_go_on_inside_a_long_video(qwen):
 
 
 def test_positions_of_a_video_by_hand(qwen):
-    """0.6 seconds of 4 positions are 2.4; two tokens of text, 3 frames of 1 x 2, a token."""
+    """Two tokens of text, 3 frames of 1 x 2 tokens 0.6 x 4 = 2.4 positions apart, a token."""
     inputs = {
         "input_ids": np.array([[5, 6, *[VIDEO] * 6, 7]]),
         "video_grid_thw": np.array([[3, 2, 4]]),
@@ -122,7 +127,7 @@ def test_positions_of_a_video_by_hand(qwen):
 
 
 def test_attention_in_windows_is_attention_with_a_mask():
-    """Of two frames of 6 x 10 and 4 x 6 patches in a row, in windows of 4 x 4."""
+    """Two frames of 6 x 10 and 4 x 6 patches in a row, in windows of 4 x 4."""
     random = np.random.default_rng(0)
     index = jnp.arange(84)[None]
     second = index >= 60

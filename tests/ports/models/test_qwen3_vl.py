@@ -55,6 +55,11 @@ def test_32_greedy_tokens_equal_pytorchs(qwen, inputs):
     family.check_generation(qwen, inputs)
 
 
+def test_questions_share_a_picture(qwen, monkeypatch):
+    inputs = make_inputs([[(1, 4, 4)], [(1, 4, 8)]], [18, 21])
+    family.check_questions(qwen, inputs, monkeypatch, (0, 1, 1, 0))
+
+
 def test_layers_are_before_the_addition_of_features_and_deepstack_after_it(qwen):
     sites = [LAYER, "model.language_model.deepstack.0", "model.language_model.layers.1"]
     states = qwen.vlm.forward(IMAGES, sites=qwen.vlm.sites).states
@@ -96,7 +101,7 @@ def test_the_full_size(tmp_path):
 
 
 def test_positions_are_interpolated_as_in_transformers():
-    """Of frames of 6 x 2 and 2 x 8 patches, from 5 x 5 positions."""
+    """Frames of 6 x 2 and 2 x 8 patches, from 5 x 5 positions."""
     grid = torch.tensor([[1, 6, 2], [1, 2, 8]])
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, 5, "bilinear", align_corners=True, spatial_merge_size=2

@@ -1,7 +1,7 @@
-"""A head that config.json ties to the embeddings, and a stored one: which of them counts.
+"""Which head counts if config.json ties it to the embeddings and the file stores one.
 
-transformers 5 takes what is stored: it ties a head to the embeddings where config.json says so and
-the two do not differ in the file. Held against it through safetensors.
+transformers 5 takes what is stored: it ties a head to the embeddings if config.json says so and
+the two do not differ in the file. Compared with it through safetensors.
 """
 
 import itertools
@@ -29,7 +29,7 @@ FLAGS = (None, True, False)
 
 
 class Family(NamedTuple):
-    """A checkpoint whose flags and tensors are changed."""
+    """A checkpoint whose flags and tensors tests change."""
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -71,7 +71,7 @@ def families(tmp_path_factory) -> Callable[[str], Family]:
 def write(
     directory: Path, family: Family, stored: str, *, top: bool | None, text: bool | None = None
 ) -> Path:
-    """The checkpoint with these flags (None: without), its head stored in one of four ways."""
+    """Writes the checkpoint with these flags (None: without) and its head stored as `stored`."""
     config = json.loads(json.dumps(family.config))
     for part, flag in ((config, top), (config["text_config"], text)):
         part.pop("tie_word_embeddings", None)
@@ -89,7 +89,7 @@ def write(
 
 
 def load_pytorch(directory: Path) -> tuple[Any, Mapping[str, Any]]:
-    """PyTorch's model, and what it says about loading it."""
+    """Returns PyTorch's model and its report about loading."""
     kind = transformers.AutoModelForImageTextToText
     model, report = kind.from_pretrained(directory, output_loading_info=True)
     return model.eval(), report
@@ -101,7 +101,7 @@ PORTS = pytest.mark.parametrize("port", ["llava", "idefics2", "qwen2_vl"])
 @PORTS
 @pytest.mark.parametrize("stored", ["different", "absent"])
 def test_all_flags_give_pytorchs_head(tmp_path, families, port, stored):
-    """If the head is absent and not tied, PyTorch makes a random one; this is refused."""
+    """If the head is absent and not tied, PyTorch draws a random one; we refuse the checkpoint."""
     family = families(port)
     states = np.random.default_rng(0).standard_normal((3, 60), np.float32)
     for top, text in itertools.product(FLAGS, FLAGS):
@@ -121,7 +121,7 @@ def test_all_flags_give_pytorchs_head(tmp_path, families, port, stored):
 @PORTS
 @pytest.mark.parametrize("stored", ["equal", "different", "absent", "without embeddings"])
 def test_the_logits_of_a_tied_model_are_pytorchs(tmp_path, families, port, stored):
-    """Without embeddings, the head is used as both."""
+    """Without embeddings, the head serves as both."""
     family = families(port)
     directory = write(tmp_path / "x", family, stored, top=True)
     model, report = load_pytorch(directory)
@@ -137,7 +137,7 @@ def test_the_logits_of_a_tied_model_are_pytorchs(tmp_path, families, port, store
 
 
 def test_molmo_with_a_tied_head_is_refused(tmp_path):
-    """No checkpoint of the family ties it, and the port does not: refused by name."""
+    """No checkpoint of the family ties it, so the port refuses this by name."""
     for name in ("weight_tying", "tie_word_embeddings"):
         config = {**molmo_helpers.CONFIG, name: True}
         molmo_helpers.make_checkpoint(tmp_path, molmo_helpers.CONFIG)
@@ -147,7 +147,7 @@ def test_molmo_with_a_tied_head_is_refused(tmp_path):
 
 
 class TestAStoredHeadStays:
-    """Where config.json says tied and the file holds another head."""
+    """config.json says tied, but the file contains a different head."""
 
     @pytest.fixture
     def vlm(self, tmp_path, families) -> ports.VLM:
@@ -196,7 +196,7 @@ class TestUntied:
         assert "language_model.lm_head" in untied.sites
         assert "lm_head" not in tied.vlm.params["language_model"]
 
-    def test_lies_as_any_head_on_a_mesh(self, tied):
+    def test_is_placed_like_any_head_on_a_mesh(self, tied):
         vlm = ports.load(tied.directory, mesh=ports.make_mesh(1, 1)).untied()
         path = ("language_model", "lm_head", "kernel")
         kernel = vlm.params["language_model"]["lm_head"]["kernel"]
@@ -205,7 +205,7 @@ class TestUntied:
         )
         assert kernel.sharding == expected
 
-    def test_is_refused_of_a_head_that_is_not_tied(self, small):
+    def test_is_refused_for_a_head_that_is_not_tied(self, small):
         with helpers.raises_line(ValueError, "the model's head is not tied"):
             small.vlm.untied()
 

@@ -21,7 +21,7 @@ def arrays(length=T, slots=S, dtype=np.float32):
 
 
 def formula(query, key, value, mask, scalar=4, softcap=None):
-    """The definition, in float64; mask bool[B, 1, T, S]."""
+    """Computes the definition in float64; mask bool[B, 1, T, S]."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     group = query.shape[2] // key.shape[2]
     scores = np.einsum("bthc,bshc->bhts", query, key.repeat(group, 2)) / scalar**0.5
@@ -54,17 +54,17 @@ KINDS = {
 
 
 def in_whole(monkeypatch):
-    """Scores of all heads at once."""
+    """Computes the scores of all heads at once."""
 
 
 def by_head(monkeypatch):
-    """One head after the other, two of seven queries at a time."""
+    """Computes one head after the other, two of seven queries at a time."""
     monkeypatch.setattr(attention, "WHOLE", 0)
     monkeypatch.setattr(attention, "BLOCK", 2 * S * HEADS // KV_HEADS)
 
 
 def by_queries(monkeypatch):
-    """As on accelerators: all heads, two of seven queries at a time."""
+    """Computes all heads, two of seven queries at a time, as on accelerators."""
     monkeypatch.setattr(jax, "default_backend", lambda: "another")
     monkeypatch.setattr(attention, "ACCELERATOR_WHOLE", 2 * S * HEADS * B * 4)
 

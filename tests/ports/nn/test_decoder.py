@@ -36,7 +36,7 @@ CONFIG = decoder.DecoderConfig(
 
 
 class Embedded(nn.Module):
-    """Tokens through the decoder, with or without a cache."""
+    """Passes tokens through the decoder, with or without a cache."""
 
     config: decoder.DecoderConfig
 
@@ -59,13 +59,13 @@ def parameters() -> dict:
 
 
 def forward(tokens, attention_mask):
-    """A plain forward pass -> states."""
+    """Returns the states of a plain forward pass."""
     positions = decoder.token_positions(attention_mask)
     return _apply(parameters(), tokens, positions, attention.token_mask(attention_mask))
 
 
 def step(cache, *args):
-    """One call that fills the cache -> (states, cache)."""
+    """Makes one call that fills the cache; returns (states, cache)."""
     variables = {**parameters(), "cache": cache}
     states, variables = _apply(variables, *args, mutable=("cache",))
     return states, variables["cache"]
@@ -108,7 +108,7 @@ def test_token_by_token_through_the_cache_equals_one_pass():
     np.testing.assert_allclose(jnp.concatenate(got, 1), expected, rtol=0, atol=2e-6)
 
 
-def test_a_cache_behind_that_of_the_prompt_equals_one_cache():
+def test_a_cache_after_that_of_the_prompt_equals_one_cache():
     tokens = jnp.array([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
     mask = jnp.ones_like(tokens)
     expected = forward(tokens, mask)
@@ -165,7 +165,7 @@ def test_the_cache_holds_the_key_value_heads_alone():
     assert {(leaf.shape, str(leaf.dtype)) for leaf in leaves} == shapes
 
 
-def test_the_width_of_a_head_follows_from_the_width_when_it_is_not_said():
+def test_the_width_of_a_head_follows_from_the_width_by_default():
     config = transformers.LlamaConfig(hidden_size=48, num_attention_heads=4, head_dim=None)
     assert decoder.DecoderConfig.from_hf(config, False, "llama").head_dim == 12
 
@@ -244,10 +244,10 @@ def test_every_decoder_equals_transformers(tmp_path, name):
 
 
 class TestBlocks:
-    """Positions that see each other both ways."""
+    """Positions that see each other in both directions."""
 
     def see(self, **changes):
-        """bool[T, T]: whose token changes whose state, of 6 with a block of three."""
+        """Returns bool[T, T]: which token changes which state, of 6 with a block of three."""
         config = dataclasses.replace(CONFIG, num_layers=1, sliding_window=2, **changes)
         blocks = jnp.array([[-1, 0, 0, 0, -1, -1]])
         tokens = jnp.array([[3, 1, 4, 1, 5, 9]])

@@ -1,4 +1,4 @@
-"""Logits are float32 in every dtype: in bfloat16 the largest ones tie and another token wins."""
+"""Logits are float32 in every dtype; in bfloat16 the largest ones tie and another token wins."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ VARIANTS = pytest.mark.parametrize(
 
 
 def head_of(vlm: ports.VLM) -> tuple[tuple[str, ...], np.ndarray]:
-    """Path and values float64[D, V] of what a model's logits are products with."""
+    """Returns the path and values float64[D, V] of the matrix that gives a model's logits."""
     tied = bool(vlm.module.tied)
     last = ("model", "embed_tokens", "embedding") if tied else ("lm_head", "kernel")
     path = ("language_model", *last)
@@ -31,7 +31,7 @@ def head_of(vlm: ports.VLM) -> tuple[tuple[str, ...], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def close_pairs(llava_pair):
-    """close_pairs(variant): in bfloat16, with each two columns of the head nearly the same."""
+    """close_pairs(variant) returns a bfloat16 model; its head has pairs of nearly equal columns."""
 
     def make(variant: str) -> ports.VLM:
         vlm = ports.load(llava_pair(variant).directory, dtype="bfloat16")
@@ -47,7 +47,7 @@ def close_pairs(llava_pair):
 
 
 def test_by_hand():
-    """256 and 257 are the same number in bfloat16, and the first would win."""
+    """256 and 257 are the same number in bfloat16, so the first would win."""
     x, kernel = jnp.bfloat16([[256, 1]]), jnp.bfloat16([[1, 1], [0, 1]])
     logits = layers.product_in_float32(x, kernel)
     assert logits.dtype == jnp.float32
@@ -86,7 +86,7 @@ def test_the_head_alone(llava_pair, variant, dtype):
 
 @VARIANTS
 def test_the_head_is_not_converted(llava_pair, variant):
-    """One product of bfloat16 with a float32 result."""
+    """There is one product of bfloat16 with a float32 result."""
     vlm = ports.load_abstract(llava_pair(variant).directory, dtype="bfloat16")
     x = jax.ShapeDtypeStruct((3, 60), jnp.bfloat16)
     apply = jax.jit(lambda params, x: vlm.module.apply({"params": params}, x, method="unembed"))
@@ -116,7 +116,7 @@ class TestGradients:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
     def test_multiply_in_the_models_dtype(self):
-        """The kernel is not converted, and no product is spent on one that does not change."""
+        """The kernel is not converted, and costs no product if its gradient is not needed."""
         x, kernel = self.arrays(jnp.bfloat16)
         gradient = jax.grad(self.loss(layers.product_in_float32))
         assert gradient(x, kernel).dtype == jnp.bfloat16

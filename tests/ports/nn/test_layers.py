@@ -81,3 +81,45 @@ def test_layer_norm_is_exact_far_from_zero():
     ours = jax.jit(layers.layer_norm(1e-5, jnp.float32).apply)(params, x)
     theirs = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (37,))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-3)
+
+
+class TestProductsInBfloat16:
+    """On a CPU, a few columns of a kernel are converted to float32 at a time."""
+
+    def given(self):
+        random = np.random.default_rng(0)
+        # The last columns are not a whole step.
+        shapes = (2, 3, 40), (40, 2 * layers.COLUMNS + 44)
+        return tuple(jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in shapes)
+
+    def test_equal_those_in_float32(self):
+        x, kernel = self.given()
+        exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+        got = jax.jit(layers.product_in_float32)(x, kernel)
+        np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5)
+        dense = layers.dense(kernel.shape[1], False, jnp.bfloat16)
+        rounded = jax.jit(dense.apply)({"params": {"kernel": kernel}}, x)
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))
+
+    def test_have_the_gradients_of_a_product(self):
+        x, kernel = self.given()
+        dense = layers.dense(kernel.shape[1], False, jnp.bfloat16)
+
+        def loss(multiply):
+            return lambda x, kernel: (multiply(x, kernel).astype(jnp.float32) ** 2).sum()
+
+        def ours(x, kernel):
+            return dense.apply({"params": {"kernel": kernel}}, x)
+
+        got = jax.jit(jax.grad(loss(ours), (0, 1)))(x, kernel)
+        expected = jax.jit(jax.grad(loss(lambda x, kernel: x @ kernel), (0, 1)))(x, kernel)
+        for one, other in zip(got, expected, strict=True):
+            assert helpers.relative_error(one, other) < 2**-7
+
+    def test_convert_no_whole_kernel(self):
+        x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 512), (512, 4096)))
+        compiled = jax.jit(layers.product_in_float32).lower(x, kernel).compile()
+        # A copy of the 16 bits, and a step's columns.
+        bound = 2 * kernel.size + 4 * 512 * layers.COLUMNS + 16 * 4096 * 4
+        assert compiled.memory_analysis().temp_size_in_bytes <= bound

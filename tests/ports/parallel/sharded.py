@@ -1,9 +1,9 @@
-"""What test_sharding runs in a process of its own with eight devices: one port on several meshes.
+"""Runs one port on several meshes, for test_sharding in a separate process with eight devices.
 
     python sharded.py DIRECTORY INPUTS RESULTS JSON
 
 with {"steered": site, "sites": [...], "meshes": ["8x1", ...]}. Writes RESULTS/<mesh>.npz for these
-meshes, and RESULTS/1.npz without one.
+meshes, and RESULTS/1.npz without a mesh.
 """
 
 import json
@@ -17,9 +17,9 @@ from ports.parallel import sharding
 
 
 def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[str, np.ndarray]:
-    """Logits, states and tokens, as they are and steered: each row by its vector and strength.
+    """Returns logits, states and tokens, plain and steered: each row by its vector and strength.
 
-    Strengths are arguments of the program: with zeros it is that of the model as it is.
+    Strengths are arguments of the program; zeros give the plain model.
     """
     rows = len(inputs["input_ids"])
     width = vlm.site_shapes[steered][-1]
@@ -38,13 +38,13 @@ def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[st
 
 
 def held(vlm: ports.VLM) -> int:
-    """Bytes of the parameters on the last device."""
+    """Returns the bytes of the parameters on the last device."""
     shards = [s for leaf in jax.tree.leaves(vlm.params) for s in leaf.addressable_shards]
     return sum(s.data.nbytes for s in shards if s.device == jax.devices()[-1])
 
 
 def main() -> None:
-    """As said above."""
+    """Writes the results as described above."""
     directory, inputs, results, what = sys.argv[1:]
     inputs, what = dict(np.load(inputs)), json.loads(what)
     for name in (None, *what.pop("meshes")):

@@ -117,7 +117,7 @@ def test_meshes_as_text(text, shape):
 
 
 @pytest.mark.parametrize("text", ["", "8", "2x", "2x4x1", "0x8", "-1x8", "axb", "2 x 4", "٢x4"])
-def test_what_is_no_mesh(text):
+def test_invalid_meshes(text):
     with helpers.raises_line(ValueError, "expected DATAxMODEL such as 2x4", repr(text)):
         ports.parse_mesh(text)
 
@@ -131,11 +131,11 @@ def test_more_devices_than_there_are():
 
 
 class TestConstrain:
-    def test_is_nothing_without_a_mesh(self):
+    def test_does_nothing_without_a_mesh(self):
         x = np.ones((2, 3, 4))
         assert sharding.residual(x) is x
 
-    def test_wants_an_axis_for_each_dimension(self):
+    def test_needs_an_axis_for_each_dimension(self):
         with sharding.on(ports.make_mesh(1)), pytest.raises(ValueError, match="argument 2"):
             sharding.constrain(jax.numpy.ones((2, 3)), "batch")
 
@@ -200,7 +200,7 @@ def make_llava(directory):
 
 
 def make_idefics2(directory):
-    """Six query heads, whose projection alone is divided; a vocabulary of 103."""
+    """Saves an Idefics2 with six query heads, whose projection alone is divided, and 103 tokens."""
     text = TEXT | {"num_attention_heads": 6, "vocab_size": 103}
     perceiver = {"hidden_size": 64, "resampler_depth": 1, "resampler_n_heads": 8}
     config = idefics2_helpers.make_config(text, perceiver, TOWER)
@@ -223,7 +223,7 @@ def make_qwen2_vl(directory):
 
 
 def make_molmo(directory):
-    """Six query heads and two tables of embeddings, both divided."""
+    """Saves a Molmo with six query heads and two tables of embeddings, all divided."""
     tower = {
         "hidden_size": 32,
         "num_attention_heads": 4,
@@ -284,7 +284,7 @@ def runs(request, tmp_path_factory):
 @pytest.mark.parametrize("mesh", MESHES)
 class TestEightDevices:
     def test_give_the_states_and_logits_of_one(self, runs, mesh):
-        """As the model is, and with every row steered by a vector and strength of its own."""
+        """Without steering, and with each row steered by its own vector and strength."""
         one, ours = runs.results["1"], runs.results[mesh]
         assert set(one) == set(ours)
         for name in set(one) - {"plain tokens", "steered tokens"}:
@@ -344,7 +344,7 @@ MORE = """
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory):
-    """A checkpoint of LLaVA, and a file of inputs."""
+    """Returns a checkpoint of LLaVA and a file of inputs."""
     directory = tmp_path_factory.mktemp("even")
     inputs, *_ = make_llava(directory / "checkpoint")
     np.savez(directory / "inputs.npz", **inputs)
@@ -407,7 +407,7 @@ HOSTS = """
 
 @pytest.mark.slow
 def test_two_processes_share_a_model(even, tmp_path):
-    """Each reads its own rows of the tensors; inputs, edits and Orbax span both."""
+    """Each process reads its own rows of the tensors; inputs, edits and Orbax span both."""
     shutil.copy(even / "checkpoint" / "config.json", tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -482,7 +482,7 @@ class TestOrbax:
             ),
         ],
     )
-    def test_records_that_are_not_right(self, copy, content, message):
+    def test_invalid_records(self, copy, content, message):
         (copy / "params.json").unlink()
         if content is not None:
             (copy / "params.json").write_text(content)
@@ -490,7 +490,7 @@ class TestOrbax:
             with helpers.raises_line(ValueError, message, "convert the checkpoint again"):
                 read(copy)
 
-    def test_no_parameters_beside_the_record(self, copy):
+    def test_no_parameters_next_to_the_record(self, copy):
         shutil.rmtree(copy / "params")
         with helpers.raises_line(ValueError, "params is damaged or incomplete"):
             ports.load(copy)

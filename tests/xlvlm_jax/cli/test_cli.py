@@ -1,4 +1,4 @@
-"""The command line end to end on a few drawn scenes, and what it says of bad input."""
+"""The command line end to end on a few drawn scenes, and its messages for bad input."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def test_from_pictures_to_a_page(xlvlm, pictures, tmp_path):
-    """extract, decompose, ground and report, each from what the one before left on disk."""
+    """Runs extract, decompose, ground and report, each from the files of the one before."""
     features, concepts = tmp_path / "features", tmp_path / "concepts"
     where = ["--output", features, "--site", NORM, "--batch-size", 8]
     status, out, _ = xlvlm("extract", "embedded", pictures, *where, "--tokens", "index:-1")

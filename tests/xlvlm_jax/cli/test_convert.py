@@ -1,4 +1,4 @@
-"""`xlvlm convert`: the same model in Orbax's format, whole or not at all."""
+"""`xlvlm convert`: the same model in Orbax's format, complete or not written at all."""
 
 import json
 
@@ -71,7 +71,7 @@ class TestConvert:
         assert "No space left" in errors
         assert not list(tmp_path.iterdir())
 
-    def test_takes_the_place_of_what_a_killed_run_left(self, xlvlm, tmp_path):
+    def test_replaces_what_a_killed_run_left(self, xlvlm, tmp_path):
         (tmp_path / ".model.tmp" / "params").mkdir(parents=True)
         assert xlvlm("convert", "embedded", "--output", tmp_path / "model")[0] == 0
 

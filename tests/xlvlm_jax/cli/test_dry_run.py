@@ -1,4 +1,4 @@
-"""--dry-run: says what a command would need, and writes nothing."""
+"""--dry-run: prints what a command would need, and writes nothing."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Features of twelve rows of width eight, answered with yes and no."""
+    """Returns features of twelve rows of width eight, answered with yes and no."""
     path = tmp_path_factory.mktemp("run") / "features"
     samples = [{"id": str(i), "prediction": ("yes", "no")[i % 2]} for i in range(12)]
     states = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)

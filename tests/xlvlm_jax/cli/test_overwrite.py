@@ -15,7 +15,7 @@ SITE = "language_model.model.norm"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run directory: features of eight answers, two concepts with words, a vector."""
+    """Returns a run directory: features of eight answers, two concepts with words, a vector."""
     run = tmp_path_factory.mktemp("run")
     with FeaturesWriter(run / "features", {"model": "m"}) as writer:
         rows = np.arange(8)
@@ -52,7 +52,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_is_there_stays(xlvlm, run, tmp_path, monkeypatch, name):
+def test_existing_outputs_stay(xlvlm, run, tmp_path, monkeypatch, name):
     monkeypatch.chdir(run)
     output = tmp_path / "there"
     if name in ("report", "export-pth", "steer fit", "steer rank"):
@@ -81,7 +81,7 @@ def test_words_and_drawn_scenes_and_a_whole_demo_stay(xlvlm, run, tmp_path):
     assert status == 2 and "run.json exists" in errors
 
 
-def test_it_is_replaced_when_told(xlvlm, run, tmp_path):
+def test_it_is_replaced_on_request(xlvlm, run, tmp_path):
     scored = ("score", run / "concepts", "--output", tmp_path)
     (tmp_path / "scores.json").write_text('{"attributes": {}}')
     assert xlvlm(*scored)[0] == 0  # joins what the file holds of others

@@ -50,7 +50,7 @@ def test_help_of_a_long_command_shows_the_panels(xlvlm, monkeypatch):
         assert f" {panel} " in out
 
 
-def test_commands_do_not_share_what_is_said_of_an_option(monkeypatch):
+def test_commands_do_not_share_the_help_of_an_option(monkeypatch):
     shared = Annotated[int, typer.Option(help="Random seed.")]
 
     def long(seed: shared = 0, other: Annotated[int, typer.Option(rich_help_panel="Own")] = 1):

@@ -1,4 +1,4 @@
-"""`--protocol xl-vlms` sets options that exist, and gives way to those that are given."""
+"""`--protocol xl-vlms` sets existing options; options on the command line take precedence."""
 
 import pytest
 import typer
@@ -30,7 +30,7 @@ def test_each_option_is_set(name):
     assert all(plain.params[key] != value for key, value in XL_VLMS[name].items())
 
 
-def test_an_option_that_is_given_counts():
+def test_an_option_on_the_command_line_takes_precedence():
     arguments = ["c", "--through-norm", "--protocol", "xl-vlms", "--model", "m"]
     params = command("ground").make_context("ground", arguments).params
     assert params["through_norm"] is True and params["word_rules"] == "xl-vlms"

@@ -1,4 +1,4 @@
-"""The count of programs, hosts, and signals that end a command."""
+"""The number of programs, hosts, and signals that end a command."""
 
 import io
 import signal
@@ -36,7 +36,7 @@ def screen(monkeypatch) -> io.StringIO:
     return text
 
 
-def test_a_terminal_shows_what_is_compiled_for_long(screen, monkeypatch):
+def test_a_terminal_shows_long_compilations(screen, monkeypatch):
     monkeypatch.setattr(programs, "_PATIENCE", 0.02)
     x = jnp.ones(8)
 
@@ -58,7 +58,7 @@ def test_a_terminal_shows_the_objective(screen):
     assert "objective 1.25" in screen.getvalue()
 
 
-def test_without_a_terminal_nothing_is_told(capsys):
+def test_without_a_terminal_nothing_is_shown(capsys):
     with runtime.saying_compilations(), console.solver_bar("snmf") as tell:
         assert tell is None
     assert capsys.readouterr().out == ""

@@ -1,6 +1,6 @@
-"""A pytest plugin that runs scikit-learn's own tests with our KMeans and PCA instead of its own.
+"""A pytest plugin that runs scikit-learn's own tests with our KMeans and PCA.
 
-Options that ours do not have are accepted and ignored; their tests are skipped, with the reason.
+Options that ours lack are accepted and ignored; their tests are skipped, with the reason.
 """
 
 import re
@@ -39,7 +39,7 @@ LEFT_OUT = {
 
 
 class KMeans(xlvlm_jax.KMeans):
-    """Our KMeans with scikit-learn's options, and the private parts that its tests look at."""
+    """Our KMeans with scikit-learn's options, and the private parts that its tests read."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def in_place(request):
-    """Replaces the estimators in each test module by ours."""
+    """Replaces the estimators in each test module with ours."""
     for estimator in (KMeans, PCA):
         theirs = getattr(request.module, estimator.__name__, estimator)
         assert theirs is estimator

@@ -203,12 +203,12 @@ def test_bad_input(Z, num_concepts, method, options, message):
 
 
 @pytest.mark.wrong_types
-def test_a_key_that_is_none():
+def test_an_invalid_key():
     with pytest.raises(ValueError, match=r"key must come from jax.random.key; got 0"):
         decompose(rows(), 2, key=0)
 
 
-def test_a_mesh_without_rows_to_shard_on():
+def test_a_mesh_without_an_axis_for_rows():
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="mesh has no axis 'data' to shard rows on, only model"):
         decompose(rows(), 2, key=KEY, mesh=mesh)
@@ -232,7 +232,7 @@ def test_bad_input_of_project(Z, message):
 
 @pytest.mark.parametrize("method", ["kmeans", "pca"])
 def test_float64_and_integers_are_centred_before_float32(method):
-    """Unix seconds, which float32 rounds to multiples of 128."""
+    """The values are Unix seconds, which float32 rounds to multiples of 128."""
     rng = np.random.default_rng(0)
     near = np.stack([rng.integers(0, 1000, 500), rng.normal(size=500) * 300], axis=1)
     far = near + np.array([1.7e9, 0])
@@ -249,7 +249,7 @@ def test_float64_and_integers_are_centred_before_float32(method):
             np.testing.assert_allclose(project(Z, found), found.activations, atol=1e-3)
 
 
-def test_centroids_that_float32_rounds_are_said():
+def test_centroids_that_float32_rounds_are_named():
     Z = np.arange(20.0)[:, None] + [[1e9, 0]]
     with pytest.warns(UserWarning, match="column 0 of Z has mean 1e.09 .* by up to 32") as said:
         quick(Z, "kmeans", 2)
@@ -262,7 +262,7 @@ def test_centroids_that_float32_rounds_are_said():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-20, 1e9, 1e18])
 def test_the_result_at_any_scale(method, scale):
-    """Gives the result at scale one, with alpha in proportion; squares would exceed float32."""
+    """The result is that at scale one, with alpha in proportion; squares would exceed float32."""
     unit = 2.0 ** np.floor(np.log2(scale))
     Z, alpha = rows(), {"alpha": 1.0} if method == "snmf" else {}
     plain = quick(Z, method, **alpha)
@@ -302,7 +302,7 @@ def test_an_objective_beyond_float32_is_refused():
         concepts._concepts(one, "pca", {})
 
 
-def test_rows_too_short_for_alpha_are_said_and_their_concepts_dead():
+def test_rows_too_short_for_alpha_are_named_and_their_concepts_dead():
     Z = rows() / 100
     with pytest.warns(
         UserWarning, match=r"only 0 % of the rows have a nonzero code: alpha is 1, .*norm"
@@ -394,7 +394,7 @@ def test_decompose_traces_under_jit_and_vmap(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_project_traces_under_jit_vmap_and_grad(method):
-    """Compares the gradient with differences whose step float32 resolves."""
+    """Compares the gradient with finite differences whose step float32 resolves."""
     Z, learnt = jnp.asarray(rows(1)), quick(rows(), method)
     expected = project(Z, learnt)
     np.testing.assert_allclose(jax.jit(project)(Z, learnt), expected, atol=1e-5)
@@ -597,7 +597,7 @@ def test_eight_devices_give_the_result_of_one():
 
 @pytest.mark.parametrize("method", ["snmf", "simple"])
 def test_rows_that_float32_rounds_away_are_named(method):
-    """These methods can't subtract the mean in float64 first, as k-means and pca do."""
+    """Unlike k-means and PCA, these methods cannot subtract the mean in float64 first."""
     near = np.random.default_rng(0).normal(size=(50, 3))
     options = {"max_iter": 2, "n_init": 1} if method == "snmf" else {}
     expected = (

@@ -1,4 +1,4 @@
-"""Concepts in a notebook: words, shares and pictures by hand; missing parts are left out."""
+"""Concepts in a notebook: words, shares and pictures, by hand; missing parts are left out."""
 
 import re
 

@@ -32,7 +32,7 @@ FAILS = {
 
 @pytest.fixture
 def quickly_compiled():
-    """Small programs for many shapes: compiling them is all that takes time."""
+    """Compiles without optimisations, because small programs for many shapes take all the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -83,7 +83,7 @@ def test_semi_nmf_is_decompose():
     np.testing.assert_allclose(ours.inverse_transform(codes), codes @ ours.components_)
 
 
-def test_semi_nmf_says_what_it_explains():
+def test_semi_nmf_has_its_explained_variance():
     ours = SemiNMF(3, alpha=0.1, random_state=0).fit(X)
     codes = ours.transform(X)
     squares = float(np.sum((X - codes @ ours.components_).astype(np.float64) ** 2))
@@ -94,7 +94,7 @@ def test_semi_nmf_says_what_it_explains():
     assert SemiNMF(random_state=0).fit(X[:7]).n_components_ == 7
 
 
-def test_pca_says_what_scikit_learns_does():
+def test_pca_has_scikit_learns_attributes():
     ours = xlvlm_jax.PCA(2, whiten=True, random_state=0).fit(X)
     theirs = decomposition.PCA(2, whiten=True).fit(X)
     for name in ("singular_values_", "noise_variance_", "n_components_", "mean_", "n_samples_"):
@@ -339,7 +339,7 @@ def test_messages_of_weights():
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("given", ["a", ["a"] * 60, {"a": 1}, [None] * 60])
-def test_weights_that_are_no_numbers(given):
+def test_weights_that_are_not_numbers(given):
     expected = r"sample_weight must have shape \(60,\), one number per row; got "
     with pytest.raises(ValueError, match=expected + re.escape(repr(given)[:20])):
         KMeans(3).fit(X, sample_weight=given)
@@ -361,7 +361,7 @@ def test_weights_may_be_torchs_or_one_number():
     "estimator", [SemiNMF(2, n_init=1, tol=1e-3), KMeans(3), xlvlm_jax.PCA(2)], ids=repr
 )
 def test_rows_of_torch_and_jax_keep_their_dtype(estimator):
-    """scikit-learn's checks convert torch tensors to float64, and do not know bfloat16."""
+    """scikit-learn's checks convert torch tensors to float64, and do not support bfloat16."""
     torch = pytest.importorskip("torch")
     estimator.set_params(random_state=0)
     expected = estimator.fit(X).transform(X)

@@ -12,7 +12,7 @@ from xlvlm_jax.report.sample_figure import picture_strip, plot_sample
 
 @pytest.fixture
 def run(tmp_path):
-    """Features of three samples, the last without a state, and three grounded centroids."""
+    """Returns features of three samples, the last without a state, and three grounded centroids."""
     states = np.float32([[0, 0], [4, 0], [4, 2]])  # one of sample 0, two of sample 1
     with FeaturesWriter(tmp_path / "features", {"model": "m"}) as writer:
         samples = [{"id": f"s{i}", "image": str(tmp_path / f"{i}.png")} for i in range(3)]

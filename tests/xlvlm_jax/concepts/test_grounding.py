@@ -1,3 +1,5 @@
+"""Grounding of concepts in words and images: by hand, properties, messages."""
+
 import functools
 
 import flax.linen as nn
@@ -20,7 +22,7 @@ class Decoder:
 
 
 def head(x):
-    """V = 9 tokens from D = 2: the first direction reads the list forwards, the other backwards."""
+    """Returns a head of V = 9 tokens, D = 2: one direction ranks them forwards, one backwards."""
     falling = jnp.arange(9.0)[::-1]
     return jnp.asarray(x) @ jnp.stack([falling, falling[::-1]])
 
@@ -39,7 +41,7 @@ def test_words_are_limited_by_candidates_and_by_words():
 
 
 def test_words_through_the_final_norm():
-    """A norm that swaps the two directions."""
+    """The norm swaps the two directions."""
 
     def unembed(x, through_norm=False):
         return head(x[:, ::-1] if through_norm else x)
@@ -85,7 +87,7 @@ def test_bad_components_are_one_line(components, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_components_that_a_linen_head_does_not_take_are_one_line():
+def test_components_of_another_width_than_the_head_are_one_line():
     dense = nn.Dense(9)
     unembed = functools.partial(dense.apply, dense.init(jax.random.key(0), np.ones((1, 2))))
     with pytest.raises(ValueError, match="components are 3 wide, which the language-model head"):
@@ -108,7 +110,7 @@ def test_images_are_those_of_largest_activation(activations, num_images):
 
 
 @pytest.mark.parametrize("num_images", [0, 4])
-def test_images_can_not_be_more_than_samples(num_images):
+def test_images_cannot_be_more_than_samples(num_images):
     with pytest.raises(ValueError, match=rf"must be in 1\.\.3, the number of .* got {num_images}"):
         ground_images(np.ones((3, 2), np.float32), num_images)
 

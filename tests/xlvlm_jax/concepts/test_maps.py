@@ -1,4 +1,4 @@
-"""Concept maps: by hand, beside `project`, and the colour of a drawn picture's cells."""
+"""Concept maps: by hand, against `project`, and the colour of a drawn picture's cells."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_rows_of_one_two_and_no_pictures():
 
 
 @pytest.mark.parametrize("method", ["kmeans", "pca", "snmf"])
-def test_cells_are_what_project_says(method):
+def test_cells_are_the_values_of_project(method):
     concepts = xlvlm_jax.Concepts(np.float32([[1, 0, 0], [0, 0.6, 0.8]]), method=method)
     (row,) = concept_maps(STATES[:1], concepts, [[grid(np.arange(6), 3, 2)]])
     expected = np.asarray(xlvlm_jax.project(STATES[0, :6], concepts))

@@ -1,4 +1,4 @@
-"""Each method is one record, which holds everything that the rest of the package needs."""
+"""Each method is one record that contains everything the rest of the package needs."""
 
 import types
 from functools import partial
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 @partial(jax.jit, static_argnames=("num_samples", "num_concepts", "mesh", "first"))
 def solve(Z, key, *, num_samples, num_concepts, mesh=None, first=0):
-    """Rows from `first` on are the components, products with them the activations."""
+    """Returns the rows from `first` on as components, and products with them as activations."""
     (K,) = num_concepts
     components = Z[first : first + K]
     one = Result(components, Z @ components.T, jnp.sum(Z), jnp.int32(0), jnp.bool_(True), Z[0, :1])
@@ -33,7 +33,7 @@ def encode(rows, options):
 
 @pytest.fixture
 def products(monkeypatch):
-    """A registered method of the test's own."""
+    """Registers a method for the test and returns its name."""
     solver = types.ModuleType("products")
     solver.__dict__["solve"] = solve
     method = Method("products", solver, encode, max_per_width=True)
@@ -41,7 +41,7 @@ def products(monkeypatch):
 
 
 @pytest.mark.usefixtures("products")
-def test_a_new_method_is_found_projected_kept_and_put_back(tmp_path):
+def test_a_new_method_is_found_and_its_concepts_saved_and_projected(tmp_path):
     found = xlvlm_jax.decompose(Z, 2, "products", key=KEY, first=3)
     np.testing.assert_array_equal(found.components, Z[3:5])
     np.testing.assert_allclose(found.activations, Z @ Z[3:5].T, rtol=0, atol=1e-5)
@@ -55,7 +55,7 @@ def test_a_new_method_is_found_projected_kept_and_put_back(tmp_path):
 
 @pytest.mark.wrong_types
 @pytest.mark.usefixtures("products")
-def test_what_a_new_method_says_is_asked():
+def test_a_new_methods_own_rules_apply():
     with pytest.raises(ValueError, match=r"has no option 'last'; its options are first"):
         xlvlm_jax.decompose(Z, 2, "products", key=KEY, last=3)
     with pytest.raises(ValueError, match=r"num_concepts=5 is larger than min\(N, D\) = 4"):

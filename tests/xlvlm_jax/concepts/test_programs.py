@@ -1,4 +1,4 @@
-"""How many programs are compiled, and that rows and concepts which pad them change nothing."""
+"""How many programs are compiled, and that rows and concepts added as padding change nothing."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Concepts in XL-VLMs' files: against torch and scikit-learn, and messages."""
+"""Concepts in the files of XL-VLMs: against torch and scikit-learn, and messages."""
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""The stage from features to concepts, words and images on disk."""
+
 import dataclasses
 import json
 import shutil
@@ -18,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 
 def write(path, Z, attributes, sites=("a",), model="m") -> Features:
-    """Features with one row per sample."""
+    """Writes features with one row per sample."""
     with FeaturesWriter(path, {"model": model, "fingerprint": model}) as writer:
         samples = [{"id": str(i), "image": f"{i}.jpg", "attributes": x} for i, x in attributes]
         index = np.arange(len(Z))
@@ -29,7 +31,7 @@ def write(path, Z, attributes, sites=("a",), model="m") -> Features:
 
 @pytest.fixture
 def features(tmp_path) -> Features:
-    """Two groups of rows along two axes; the colour says which."""
+    """Returns features of two groups of rows along two axes; the colour tells the group."""
     group = np.arange(20) % 2
     Z = np.eye(4, dtype="f4")[group] * 10 + RNG.normal(size=(20, 4)).astype("f4") * 0.01
     colours = [(i, {"colour": ("red", "blue")[g], "kind": "dog"}) for i, g in enumerate(group)]

@@ -1,3 +1,5 @@
+"""Answers as tokens after their prompts, for teacher forcing."""
+
 import pytest
 
 import ports
@@ -17,8 +19,8 @@ def test_by_hand(vlm):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_doubled_and_generation_would_stop(name, tmp_path):
-    """No second space after a template's line break; the end is a token that ends rows."""
+def test_no_second_space_and_an_end_token(name, tmp_path):
+    """There is no second space after a template's line break; the last token ends rows."""
     MODELS[name][0](tmp_path / name)
     vlm = ports.load(tmp_path / name)
     prompt = vlm.render("the picture")

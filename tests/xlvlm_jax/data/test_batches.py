@@ -1,4 +1,4 @@
-"""Batches of one size: what is read, how they are filled up, what is skipped."""
+"""Batches of one size: what is read, how they are padded, what is skipped."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ from ...test_models import MODELS
 
 
 def samples(folder, values):
-    """One sample per value: a grey picture of that value, or no picture where it is None."""
+    """Returns one sample per value: a grey picture of that value, or no picture for None."""
     found = []
     for i, value in enumerate(values):
         path = folder / f"{i}.png"
@@ -48,7 +48,7 @@ def test_strict_stops_at_the_first_and_names_it(vlm, tmp_path):
         make_batch(vlm, samples(tmp_path, [5, None, 6]), 4, strict=True)
 
 
-def test_a_question_that_holds_the_mark_of_an_image_leaves_the_batch(vlm, tmp_path):
+def test_a_question_with_the_mark_of_an_image_leaves_the_batch(vlm, tmp_path):
     three = samples(tmp_path, [5, 6, 7])
     asked = [three[0], dataclasses.replace(three[1], prompt="is <image> a dog ?"), three[2]]
     made = make_batch(vlm, asked, 4)
@@ -90,7 +90,7 @@ def test_a_picture_that_the_processor_refuses(tmp_path, name, size, message):
     assert np.isfinite(vlm.forward(made.inputs[0]).logits).all()
 
 
-def test_what_is_wrong_with_the_checkpoint_is_no_fault_of_a_sample(vlm, tmp_path, monkeypatch):
+def test_errors_of_the_checkpoint_are_not_blamed_on_a_sample(vlm, tmp_path, monkeypatch):
     def lacking(texts, images):
         raise ImportError("this processor needs torchvision")
 

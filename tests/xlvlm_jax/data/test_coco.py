@@ -1,3 +1,5 @@
+"""COCO captions in Karpathy's layout: by hand, and messages."""
+
 import json
 
 import pytest
@@ -7,7 +9,7 @@ from xlvlm_jax.data import coco
 
 
 def image(number=9, split="test", **change):
-    """An entry as in Karpathy's file."""
+    """Returns an entry as in Karpathy's file."""
     folder = "train2014" if split in ("train", "restval") else "val2014"
     sentences = [
         {"tokens": ["a", "dog"], "raw": text, "imgid": 0, "sentid": 5 * number + i}
@@ -118,7 +120,7 @@ def test_what_is_wrong_in_the_file_and_where(tmp_path, images, message):
         ('{"images": "caf\xe9"}'.encode("latin-1"), "byte 15: not JSON in UTF-8"),
     ],
 )
-def test_what_is_no_karpathy_file(tmp_path, content, message):
+def test_files_in_another_layout(tmp_path, content, message):
     (tmp_path / "dataset_coco.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"dataset_coco.json: {message}"):
         coco.load(tmp_path, "val")
@@ -136,7 +138,7 @@ def test_an_image_without_captions_has_no_references(tmp_path):
     assert sample.references == ()
 
 
-def test_attributes_that_are_no_objects(tmp_path):
+def test_attributes_that_are_not_objects(tmp_path):
     (tmp_path / "attributes.json").write_text('{"9": "red"}')
     with pytest.raises(ValueError, match=r"attributes.json: '9' must be an object, got \"red\""):
         coco.load(write(tmp_path, image(9)), "test")

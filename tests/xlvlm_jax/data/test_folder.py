@@ -1,3 +1,5 @@
+"""Folders of images, with and without captions: by hand, and messages."""
+
 import json
 
 import pytest
@@ -77,7 +79,7 @@ def test_what_is_wrong_in_the_captions_and_where(pictures, name, content, messag
 
 
 @pytest.mark.parametrize("name", ["none.json", "none.csv"])
-def test_a_captions_file_that_was_asked_for_must_be_there(pictures, name):
+def test_a_named_captions_file_must_exist(pictures, name):
     with pytest.raises(FileNotFoundError, match=rf"{name}: no such file"):
         folder.load(pictures, captions=name)
 

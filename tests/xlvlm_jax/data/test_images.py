@@ -1,3 +1,5 @@
+"""Images as RGB: modes, orientation, damaged and oversized files."""
+
 import io
 
 import numpy as np

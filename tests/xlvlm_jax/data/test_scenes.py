@@ -1,4 +1,4 @@
-"""Scenes: what is sampled, drawn, said and asked."""
+"""Scenes: how they are sampled and drawn, their captions and their questions."""
 
 import hashlib
 import itertools
@@ -105,7 +105,7 @@ def test_the_object_has_its_colour():
 
 
 def _moods(kind: str, count: int) -> float:
-    """Share of the pixels that change if only the mood changes."""
+    """Returns the share of pixels that change if only the mood changes."""
     happy, sad = (
         scenes.draw(scenes.Scene(kind, "green", count, "street", mood, seed=9)).astype(int)
         for mood in scenes.MOODS
@@ -268,7 +268,7 @@ def test_ten_people_answer_and_most_are_right(scene):
 
 
 def test_yes_and_no_cannot_be_guessed(many):
-    """For every attribute, and every noun asked for, half of the answers are "yes"."""
+    """For every attribute, and every noun in questions, half of the answers are "yes"."""
     yes, total, disagree, questions = Counter(), Counter(), 0, 0
     for scene in many:
         for question in scenes.questions(scene):
@@ -302,7 +302,7 @@ def test_a_check_is_right_about_its_attribute(attribute):
     assert scenes.check(DOGS, attribute, random.Random(7)) == drawn[7]
 
 
-def test_all_colours_are_asked_for(many):
+def test_questions_are_about_all_colours(many):
     answers = Counter(
         question.answer
         for scene in many[:500]

@@ -107,8 +107,8 @@ def test_a_negative_number_of_scenes_is_refused(tmp_path):
         scenes.write(tmp_path, val=-1)
 
 
-def test_index_files_are_written_as_scenes_are_drawn_and_stand_once_all_are(tmp_path):
-    """Annotations are not kept in memory: before the last scene most of them are on disk."""
+def test_index_files_grow_as_scenes_are_drawn_and_appear_at_the_end(tmp_path):
+    """Annotations are not kept in memory: before the last scene, most of them are on disk."""
     indices = []
 
     def look(done, _):

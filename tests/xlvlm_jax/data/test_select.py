@@ -1,3 +1,5 @@
+"""Selection of samples by words, lists of ids and random draws."""
+
 import pickle
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_words_may_hold_signs_and_spaces():
     assert ids(select.containing(samples, "train station")) == [2]
 
 
-def test_words_that_are_nowhere():
+def test_words_in_no_sample():
     with pytest.raises(ValueError, match="no sample of 4 has 'bus' in its references; look for"):
         select.containing(SAMPLES, "bus")
     with pytest.raises(ValueError, match="'0', '1', '2', '3', '4' or 3 more words in its answer"):
@@ -169,11 +171,11 @@ def test_draws_of_different_seeds_differ_and_are_even():
     assert min(counts) >= 8 and max(counts) <= 34  # 20 expected, deviation 3.7
 
 
-def test_without_a_seed_or_a_number_samples_stay_as_they_stand():
+def test_without_a_seed_or_a_number_samples_stay_in_order():
     assert select.subsample(MANY, 3, None) == MANY[:3]
     assert select.subsample(MANY, None, 4) == MANY
 
 
-def test_a_draw_of_none():
+def test_a_draw_of_zero_samples():
     with pytest.raises(ValueError, match="number of samples must be at least 1, got 0"):
         select.subsample(MANY, 0)

@@ -1,3 +1,5 @@
+"""VQAv2 questions and annotations: by hand, and messages."""
+
 import json
 
 import pytest

@@ -55,7 +55,7 @@ def test_everyday_nouns_and_their_plurals_are_words():
     assert not [word for word in objects.split() if not is_concept_word(word)]
 
 
-def test_names_of_people_are_no_words():
+def test_names_of_people_are_not_words():
     names = "john michael robert david james christopher patricia jessica germany chicago"
     assert not [name for name in names.split() if is_concept_word(name)]
     # But names that are words too.

@@ -1,3 +1,5 @@
+"""Words and classes of words in texts."""
+
 import pytest
 
 from xlvlm_jax.data import words
@@ -46,7 +48,7 @@ def test_classes_do_not_overlap():
     assert sum(map(len, classes)) == len(set.union(*classes))
 
 
-def test_class_words_takes_a_name_an_alias_or_words_of_ones_own():
+def test_class_words_accepts_a_name_an_alias_or_a_list_of_words():
     assert words.class_words("colors") == words.class_words("colours") == words.COLOURS
     assert words.class_words("cup, mug,, cup") == ("cup", "mug")
 

@@ -14,7 +14,7 @@ from xlvlm_jax.demo.steering_part import SITES, run_steering
 
 
 @pytest.mark.slow
-def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeypatch):
+def test_the_demo_writes_a_page_and_summarises_the_concepts(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "NUM_TRAIN", 120)
     monkeypatch.setattr(pipeline, "NUM_TEST", 40)
     few = partial(run_steering, sites=SITES[-1:], alphas=(0.7,), num_samples=(100, 24, 20))
@@ -61,7 +61,7 @@ def test_the_demo_makes_a_page_and_says_what_the_concepts_tell(tmp_path, monkeyp
         (("--num-concepts", 0), "number of concepts must be at least 1, got 0"),
     ],
 )
-def test_what_no_scene_can_give_is_refused_before_any_is_drawn(xlvlm, tmp_path, options, message):
+def test_impossible_requests_are_refused_before_scenes_are_drawn(xlvlm, tmp_path, options, message):
     status, out, errors = xlvlm("demo", "--output", tmp_path / "demo", *options)
     assert status == 2 and message in errors
     assert "drawing" not in out

@@ -40,7 +40,7 @@ def test_the_shift_of_the_demo(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_with_an_adapter(xlvlm, pictures, tmp_path):
-    """One extraction of both models, concepts of the original, the shift, the report."""
+    """Runs one extraction of both models, concepts of the original, the shift, the report."""
     run = tmp_path / "run"
     where = ("--site", NORM, "--tokens", "token-of-interest:dog", "--containing", "dog")
     options = (*where, "--finetuned", "color", "--batch-size", 16, "--output", run / "features")

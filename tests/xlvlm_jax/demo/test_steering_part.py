@@ -10,7 +10,7 @@ from xlvlm_jax.report import write_report
 
 
 @pytest.mark.slow
-def test_it_leaves_a_vector_an_evaluation_and_a_page(tmp_path):
+def test_it_writes_a_vector_an_evaluation_and_a_page(tmp_path):
     scenes.write(tmp_path / "scenes", train=16, test=3, seed=4)
     stages = []
 

@@ -27,7 +27,7 @@ def questions(pictures) -> list[data.Sample]:
 
 @pytest.fixture(scope="session")
 def vector(vlm, questions) -> SteeringVector:
-    """From yes to no: the states that predicted the answers of these questions."""
+    """Returns the vector from yes to no, of the states that predicted these answers."""
     asked = [q for q in questions if q.metadata["answer"] in ("yes", "no")][:16]
     inputs = vlm.process(
         [vlm.render(q.prompt) for q in asked], [read_image(q.image) for q in asked]

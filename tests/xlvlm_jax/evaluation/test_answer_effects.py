@@ -99,7 +99,7 @@ def test_counts_of_answers_and_of_their_types():
     assert evaluation.count_types(answers) == {"yes/no": 3, "number": 4, "other": 2}
 
 
-def test_the_fall_of_the_other_types():
+def test_the_decrease_of_the_other_types():
     samples = [asked(0, ["yes"] * 10, "yes/no"), asked(1, ["3"] * 10, "number")]
     samples += [asked(2, ["red"] * 10, "other"), asked(3, ["blue"] * 10, "other")]
     before = evaluation.vqa_scores(samples, ["yes", "2", "red", "blue"])

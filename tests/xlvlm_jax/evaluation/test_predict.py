@@ -1,4 +1,4 @@
-"""Answers under several conditions are those of separate runs."""
+"""Answers under several conditions equal those of separate runs."""
 
 import copy
 import dataclasses
@@ -69,7 +69,15 @@ def test_each_condition_answers_as_it_does_alone(vlm, asked, vector, predictions
     assert predictions.errors == {}
 
 
-def test_no_more_rows_at_once_than_the_cache_has_room_for(
+def test_questions_about_one_picture_share_its_encoding(vlm, asked, predictions, encoded):
+    mixed = np.random.default_rng(0).permutation(len(asked))
+    found = evaluation.predict(vlm, [asked[i] for i in mixed], **OPTIONS)
+    assert found.answers[0] == [predictions.answers[0][i] for i in mixed]
+    assert len(encoded) == 2
+    assert max(encoded) <= 8  # pictures, for 16 questions each
+
+
+def test_no_more_rows_at_once_than_fit_into_the_cache(
     vlm, asked, conditions, predictions, monkeypatch
 ):
     module = importlib.import_module("xlvlm_jax.evaluation.predict")
@@ -90,7 +98,7 @@ def test_the_vector_steers(asked, predictions):
     assert sum(steered[i] == "no" for i in said_yes) > len(said_yes) / 2
 
 
-def test_an_unreadable_image_is_recorded_and_passed_over(vlm, asked, predictions, tmp_path):
+def test_an_unreadable_image_is_recorded_and_skipped(vlm, asked, predictions, tmp_path):
     (tmp_path / "torn.jpg").write_bytes(asked[3].image.read_bytes()[:200])
     broken = list(asked)
     broken[3] = dataclasses.replace(asked[3], image=tmp_path / "torn.jpg")
@@ -140,7 +148,7 @@ def test_messages(vlm, asked, vector):
 def test_the_checkpoint_is_read_once_for_all_conditions_and_batches(
     vlm, asked, vector, monkeypatch
 ):
-    """14 strengths and the plain answers, in four batches."""
+    """Runs 14 strengths and the plain answers, in four batches."""
     read, fingerprint = [], checkpoint.fingerprint
     monkeypatch.setattr(checkpoint, "fingerprint", lambda p: read.append(p) or fingerprint(p))
     loaded = copy.copy(vlm)
@@ -152,7 +160,7 @@ def test_the_checkpoint_is_read_once_for_all_conditions_and_batches(
     assert read == [loaded.directory]
 
 
-def test_a_refused_sample_is_passed_over(vlm, asked, predictions):
+def test_a_refused_sample_is_skipped(vlm, asked, predictions):
     odd = [asked[0], dataclasses.replace(asked[1], prompt="is <image> a dog ?"), *asked[2:16]]
     found = evaluation.predict(vlm, odd, [PLAIN, Condition(instruction="no")], **OPTIONS)
     assert list(found.errors) == [asked[1].id]

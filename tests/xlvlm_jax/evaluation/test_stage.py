@@ -17,7 +17,7 @@ TASK = Questions(("yes",), ("no",))
 
 @pytest.fixture(scope="module")
 def asked(pictures, tmp_path_factory):
-    """Questions on three pictures, and one whose picture is missing."""
+    """Returns questions on three pictures, and one whose picture is missing."""
     samples = data.load("vqav2", pictures, "test")
     missing = tmp_path_factory.mktemp("nothing") / "gone.jpg"
     return [*samples, dataclasses.replace(samples[0], id="gone", image=missing)]
@@ -25,7 +25,7 @@ def asked(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(vlm, asked, vector, questions, tmp_path_factory):
-    """(run directory, summary): site and strength chosen among four."""
+    """Returns (run directory, summary); site and strength are chosen among four."""
     run = tmp_path_factory.mktemp("run")
     tried = evaluation.grid([vector], (0.5, 1.0)) + evaluation.grid([vector], (1.5,), edit="ablate")
     best, trials = evaluation.select(vlm, questions[:24], TASK, tried, **OPTIONS)
@@ -71,7 +71,7 @@ def test_the_trials_are_kept_with_the_chosen_one(run):
     assert {trial["edit"] for trial in sweep["trials"]} == {"add", "ablate"}
 
 
-def test_figures_are_drawn_and_old_ones_go(run, tmp_path):
+def test_figures_are_drawn_and_old_ones_removed(run, tmp_path):
     directory, summary = run[0] / "steering" / "yes-no", run[1]
     assert "source answers moved" in (directory / "sweep.svg").read_text()
     assert "Answer types" in (directory / "answers.svg").read_text()

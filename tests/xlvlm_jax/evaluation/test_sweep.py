@@ -1,4 +1,4 @@
-"""What is tried, and which of it is chosen."""
+"""Which conditions are tried, and which one is chosen."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_names_say_what_tells_conditions_apart():
     assert evaluation.names(both) == ["add", "ablate"]
 
 
-def test_the_least_cost_among_those_that_do_what_is_wanted():
+def test_the_least_cost_among_those_that_reach_the_target():
     trials = [trial(1, 1.0, 9), trial(0.9, 0.97, 3), trial(0.8, 0.95, 1), trial(0.7, 0.8, 0)]
     assert evaluation.choose(trials, 0.95, 5) is trials[2]
     # Nothing is strong enough within the cost: the strongest within it.

@@ -28,9 +28,9 @@ def samples(pictures):
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Every file of a directory, so that two are equal where their bytes are.
+    """Returns a digest of each file in a directory, to compare two directories byte by byte.
 
-    Without the one that says where pictures lie as seen from the directory.
+    Leaves out the file that locates pictures relative to the directory.
     """
     return {
         str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()

@@ -24,7 +24,7 @@ def test_a_run_with_a_profile(xlvlm, pictures, tmp_path):
     assert len(Features.open(tmp_path / "features").tokens) == 6
 
 
-def test_a_rule_of_match_that_is_none(xlvlm, pictures, tmp_path):
+def test_an_unknown_rule_for_matching(xlvlm, pictures, tmp_path):
     status, _, errors = xlvlm(
         *("extract", "embedded", pictures, "--site", NORM, "--tokens", "class:colours"),
         *("--output", tmp_path / "features", "--match", "whole"),
@@ -32,7 +32,7 @@ def test_a_rule_of_match_that_is_none(xlvlm, pictures, tmp_path):
     assert (status, "match must be one of word, first-token" in errors) == (2, True)
 
 
-def test_a_mesh_that_is_none(xlvlm, pictures, tmp_path):
+def test_an_invalid_mesh(xlvlm, pictures, tmp_path):
     status, _, errors = xlvlm(
         *("extract", "embedded", pictures, "--site", NORM, "--tokens", "index:-1"),
         *("--output", tmp_path / "features", "--mesh", "2by4"),
@@ -48,9 +48,7 @@ def test_a_mesh_that_is_none(xlvlm, pictures, tmp_path):
     assert not (tmp_path / "features").exists()
 
 
-def test_what_generation_config_does_is_told_recorded_and_left_out_on_demand(
-    xlvlm, pictures, tmp_path
-):
+def test_effects_of_generation_config_are_shown_recorded_and_optional(xlvlm, pictures, tmp_path):
     model = shutil.copytree(embedded.LLAVA, tmp_path / "model")
     file = model / "generation_config.json"
     ends = json.loads(file.read_text())

@@ -32,7 +32,7 @@ def namespaces():
         pytest.skip("no mount namespaces here")
 
 
-def test_too_small_beforehand(tmp_path, monkeypatch):
+def test_too_small_in_advance(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(
         OSError, match=r"needs up to 6e-09 GB and its disk has 5e-09 GB free; free some"
@@ -42,8 +42,8 @@ def test_too_small_beforehand(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_full_on_the_way(namespaces, pictures, tmp_path):
-    """Enough room for one chunk of states at both sites, but not for two."""
+def test_full_during_the_run(namespaces, pictures, tmp_path):
+    """There is room for one chunk of states at both sites, but not for two."""
     arguments = [*COMMAND, "extract", "embedded", str(pictures), "--split", "val"]
     arguments += ["--tokens", "all", "--rows", "each", "--include-prompt", "--max-new-tokens", "3"]
     for site in ("language_model.model.norm", "language_model.model.layers.4"):
@@ -67,8 +67,8 @@ def test_full_on_the_way(namespaces, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_preflight_says_what_a_run_then_takes(vlm, samples, tmp_path):
-    """Rows and bytes are upper bounds, and close if every sample has one row."""
+def test_the_preflight_predicts_the_size_of_a_run(vlm, samples, tmp_path):
+    """Rows and bytes are upper bounds, and close ones if every sample has one row."""
     from xlvlm_jax.features import ExtractionSettings, extract
     from xlvlm_jax.features.selection import Selection
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xlvlm_jax import Features, find_word
+from xlvlm_jax import Features, data, find_word
 from xlvlm_jax.data.words import COLOURS, word_pattern
 from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.features.selection import Selection
@@ -59,6 +59,19 @@ def test_batch_size_does_not_change_the_rows(vlm, samples, features, tmp_path):
     assert np.array_equal(other.tokens, features.tokens)
     assert np.array_equal(other.positions, features.positions)
     np.testing.assert_allclose(other.matrix(NORM), features.matrix(NORM), atol=1e-4, rtol=1e-4)
+
+
+def test_questions_about_one_picture_share_its_encoding(vlm, pictures, encoded, tmp_path):
+    asked = data.load("vqav2", pictures, "train")[:8]
+    settings = dataclasses.replace(SETTINGS, selection=Selection("index", "-1"), max_new_tokens=3)
+    results = []
+    for size in (8, 1):
+        extract(vlm, asked, tmp_path / str(size), dataclasses.replace(settings, batch_size=size))
+        results.append(Features.open(tmp_path / str(size)))
+    assert encoded[0] <= 4  # pictures, for eight questions
+    together, apart = results
+    assert np.array_equal(together.tokens, apart.tokens)
+    np.testing.assert_allclose(together.matrix(NORM), apart.matrix(NORM), atol=1e-4, rtol=1e-4)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(vlm, samples, features, tmp_path):
@@ -145,8 +158,8 @@ def test_the_words_of_a_class_are_found_whole(vlm, samples, tmp_path):
         assert found[row].group().endswith(vlm.tokenizer.decode([token]).strip())
 
 
-def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_path):
-    """Generated and forced, at the position that predicts its first token."""
+def test_a_word_of_the_prompt_is_found_on_request(vlm, samples, tmp_path):
+    """In generation and teacher forcing, at the position that predicts its first token."""
     selection = Selection("token-of-interest", "caption", generated_only=False)
     inputs = vlm.process([vlm.render(samples[0].prompt)], [Image.open(samples[0].image)])
     expected = find_word(inputs["input_ids"], vlm.tokenizer, "caption") - 1
@@ -160,7 +173,7 @@ def test_a_word_of_the_prompt_is_found_where_it_is_asked_for(vlm, samples, tmp_p
 
 @pytest.fixture(scope="module")
 def odd(samples):
-    """The seventh asks with the mark that stands for an image."""
+    """Returns samples; the question of the seventh contains the mark for an image."""
     refused = dataclasses.replace(samples[6], prompt="what is <image> ?")
     return [*samples[:6], refused, *samples[7:]]
 

@@ -1,4 +1,4 @@
-"""States that are NaN, Inf or beyond what the disk holds: named, and never stored."""
+"""States that are NaN, infinite or too large for the stored dtype: named, and never stored."""
 
 import copy
 
@@ -22,7 +22,7 @@ def settings(dtype="float32", sites=(LAYER, NORM)):
 
 
 def scaled(vlm, factor):
-    """The model with the final norm's scale times a factor."""
+    """Returns the model with the scale of its final norm times a factor."""
     model = copy.copy(vlm)
     path = ("language_model", "model", "norm", "scale")
 
@@ -78,7 +78,7 @@ def test_the_others_are_kept(vlm, samples, tmp_path, monkeypatch):
         extract(vlm, samples[:5], tmp_path / "strict", settings(), strict=True)
 
 
-def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
+def test_logits_that_overflow_after_the_last_site(vlm, samples, tmp_path):
     """The states are finite, but the logits that chose the tokens are not."""
     settings = ExtractionSettings(
         (LAYER,), Selection("index", "-1"), batch_size=4, max_new_tokens=2
@@ -88,7 +88,7 @@ def test_logits_that_overflow_behind_the_last_site(vlm, samples, tmp_path):
 
 
 def test_half_precision_is_named_as_the_cause(vlm):
-    """This CPU does not multiply float16; the message about such a model does not need to."""
+    """Makes the message without running the model, because this CPU does not multiply float16."""
     from xlvlm_jax.features.compute import ExtractionModel
     from xlvlm_jax.features.pipeline import _not_finite
 

@@ -16,7 +16,7 @@ NORM = "language_model.model.norm"
 
 @pytest.fixture(scope="module")
 def run(pictures):
-    """run(output, hosts): the processes of one extraction, one sample per batch: three blocks."""
+    """run(output, hosts) starts the processes of an extraction in three blocks, batches of one."""
 
     def start_all(output, hosts=1):
         arguments = ["extract", "embedded", pictures, "--split", "val", "--output", output]
@@ -68,7 +68,7 @@ def test_what_a_dead_host_left_is_used_by_any_number(run, alone, tmp_path):
 
 @pytest.mark.slow
 def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
-    """Another batch size on the same directory: no host waits for another."""
+    """With another batch size on the same directory, no host waits for another."""
     port = free_port()
     arguments = ["extract", "embedded", pictures, "--split", "val", "--output", alone]
     arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
@@ -80,7 +80,7 @@ def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
 
 @pytest.mark.slow
 def test_hosts_decompose_as_one(alone, tmp_path):
-    """Each reads the rows of its devices; 40 rows on two devices, 20 each."""
+    """Each host reads the rows of its devices; 40 rows on two devices, 20 each."""
     arguments = ["decompose", alone, "--num-concepts", 3, "--method", "kmeans"]
     finish(start(*arguments, "--output", tmp_path / "one"))
     port = free_port()
@@ -107,13 +107,13 @@ def test_hosts_decompose_as_one(alone, tmp_path):
         ("host:1,2,2", "host index is 2; expected 0 to 1 for 2 hosts"),
     ],
 )
-def test_hosts_that_name_none(xlvlm, tmp_path, text, message):
+def test_invalid_hosts(xlvlm, tmp_path, text, message):
     status, _, errors = xlvlm("decompose", tmp_path, "--output", tmp_path / "c", "--hosts", text)
     assert status == 2
     assert message in errors
 
 
-def test_auto_where_no_cluster_tells_the_hosts(tmp_path):
+def test_auto_without_a_cluster(tmp_path):
     """Runs in a separate process: hosts are joined before JAX does anything else."""
     output = tmp_path / "c"
     arguments = ("decompose", tmp_path, "--output", output, "--hosts", "auto")

@@ -24,7 +24,7 @@ BAD = {
 
 
 def huge(path: Path, side: int = 30_000) -> None:
-    """A valid, black PNG with one bit per pixel, small on disk."""
+    """Writes a valid, black PNG with one bit per pixel, small on disk."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)

@@ -1,4 +1,4 @@
-"""Blocks, parts and how they are merged, on one host that continues the work of others."""
+"""Blocks, parts and how they are merged, on one host that resumes the work of others."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def whole(vlm, samples, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Ten samples: blocks of four, four and two."""
+    """Divides ten samples into blocks of four, four and two."""
     monkeypatch.setattr(multi_host, "BATCHES", 2)
 
 
@@ -72,7 +72,7 @@ def test_a_run_in_parts_ends_with_the_bytes_of_one(
     assert digests(output) == digests(whole)
 
 
-def test_a_part_that_was_not_closed_behind_its_last_batch_is_whole(
+def test_a_part_that_was_not_closed_after_its_last_batch_is_complete(
     vlm, samples, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(multi_host, "exist", lambda output: True)
@@ -92,7 +92,7 @@ def test_a_part_that_was_not_closed_behind_its_last_batch_is_whole(
     assert digests(output) == digests(whole)
 
 
-def test_what_one_host_did_alone_is_gone_on_with_in_parts(vlm, samples, whole, tmp_path):
+def test_the_work_of_one_host_is_resumed_in_parts(vlm, samples, whole, tmp_path):
     output = tmp_path / "features"
     with pytest.raises(StopHereError):
         extract(vlm, samples, output, SETTINGS, progress=stop_after(3))
@@ -105,7 +105,7 @@ def test_what_one_host_did_alone_is_gone_on_with_in_parts(vlm, samples, whole, t
 
 
 @pytest.mark.parametrize("killed", range(3))
-def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, killed):
+def test_a_killed_merge_is_resumed(tmp_path, monkeypatch, killed):
     """Writes rows of made-up states; they are committed batch by batch."""
     with FeaturesWriter(tmp_path, {}):
         pass

@@ -1,4 +1,4 @@
-"""Samples are read on demand: the right values, and nothing else is read."""
+"""Samples are read on demand: the right values, and no others."""
 
 import json
 
@@ -18,7 +18,7 @@ N = 9000  # more than two blocks
 
 @pytest.fixture
 def features(tmp_path):
-    """One row per sample, in two groups; the samples' lines have many lengths."""
+    """Returns one row per sample, in two groups; the samples' lines have many lengths."""
     with FeaturesWriter(tmp_path / "features", {}) as writer:
         rows = np.arange(N)
         group = rows % 2
@@ -34,7 +34,7 @@ def features(tmp_path):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The numbers of the lines that were parsed."""
+    """Returns the numbers of the lines that were parsed."""
     numbers, parse = [], StoredSamples._parse
 
     def counted(self, number, line):
@@ -60,7 +60,7 @@ def test_samples_are_those_of_the_file(features):
         features.samples[N]
 
 
-def test_only_what_is_asked_for_is_parsed(features, parsed):
+def test_only_requested_samples_are_parsed(features, parsed):
     opened = Features.open(features.path)
     assert len(opened.samples) == N and parsed == []
     assert opened.samples[8123]["id"] == "s8123"
@@ -68,7 +68,7 @@ def test_only_what_is_asked_for_is_parsed(features, parsed):
     assert parsed == [8123, 3, 4]
 
 
-def test_decomposing_looks_at_no_sample(features, tmp_path, parsed, monkeypatch):
+def test_decomposing_reads_no_sample(features, tmp_path, parsed, monkeypatch):
     monkeypatch.setattr(StoredSamples, "_starts", None)  # not even at where they begin
     opened = Features.open(features.path)
     decompose_features(opened, tmp_path / "whole", 2, "kmeans")
@@ -83,7 +83,7 @@ def test_attributes_are_read_in_one_pass(features, parsed):
     np.testing.assert_array_equal(known["group"].codes, np.arange(N) % 2)
 
 
-def test_pictures_are_looked_for_by_a_few_names(tmp_path, parsed, monkeypatch):
+def test_pictures_are_located_by_a_few_names(tmp_path, parsed, monkeypatch):
     with FeaturesWriter(tmp_path / "run", {}) as writer:
         (tmp_path / "pictures").mkdir()
         images = [tmp_path / "pictures" / f"{i}.png" for i in range(100)]
@@ -108,7 +108,7 @@ def test_the_text_of_features_is_short(features):
     assert len(repr(features.samples)) < len(str(features.path)) + 60
 
 
-def test_a_run_goes_on_only_after_samples_that_can_be_read(tmp_path):
+def test_a_run_resumes_only_after_readable_samples(tmp_path):
     with FeaturesWriter(tmp_path, {}) as writer:
         writer.append([{"id": "0"}, {"id": "1"}], {}, *np.zeros((3, 0), int))
     file = tmp_path / SAMPLES
@@ -118,7 +118,7 @@ def test_a_run_goes_on_only_after_samples_that_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 3, 2**22])
-def test_lines_are_found_whatever_is_read_at_once(tmp_path, monkeypatch, block):
+def test_lines_are_found_for_any_block_size(tmp_path, monkeypatch, block):
     monkeypatch.setattr(module, "_BLOCK_BYTES", block)
     path = tmp_path / "samples.jsonl"
     path.write_bytes(b'{"a":1}\n{}\n{"a":3}rest of an append that failed')
@@ -128,7 +128,7 @@ def test_lines_are_found_whatever_is_read_at_once(tmp_path, monkeypatch, block):
         list(StoredSamples(path, 4, 18))
 
 
-def test_a_notebook_shows_sites_and_what_was_asked_for(tmp_path):
+def test_a_notebook_shows_sites_and_settings(tmp_path):
     manifest = {"model": "<tiny>", "selection": {"mode": "last"}, "sites": ["norm"]}
     with FeaturesWriter(tmp_path / "f", manifest) as writer:
         states = {"norm": np.zeros((3, 4), "f4")}

@@ -1,3 +1,5 @@
+"""Selections of token positions: parsing, defaults, messages, rows of each mode."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from xlvlm_jax.features.selection import MODES, Selection
 from ...small_tokenizers import sentencepiece
 
 
-def test_selection_fills_in_what_the_mode_means():
+def test_selection_fills_in_the_defaults_of_its_mode():
     word = Selection("token-of-interest", "dog")
     assert (word.generated_only, word.how) == (True, "first")
     everything = Selection("all")
@@ -48,7 +50,7 @@ def test_selection_says_what_is_wrong(text, message):
 
 
 @pytest.mark.parametrize(("text", "match"), [("class:colours", "words"), ("all", "word")])
-def test_a_rule_of_match_that_does_not_apply(text, match):
+def test_a_rule_for_matching_that_does_not_apply(text, match):
     with pytest.raises(ValueError, match=f"match must be one of word, first-token, .* '{match}'"):
         Selection.parse(text, match=match)
 
@@ -121,7 +123,7 @@ def test_further_end_tokens():
     assert [rows[sample == i, 0].tolist() for i in range(2)] == [[2], [8]]
 
 
-def test_words_are_not_looked_for_by_the_selection_itself():
+def test_the_selection_itself_does_not_search_for_words():
     positions = token_positions.Positions.of_generation(PROMPT, MASK, ANSWER, end_ids=1)
     with pytest.raises(
         ValueError, match="class:dog,cat needs the positions of its words; pass found"
@@ -129,7 +131,7 @@ def test_words_are_not_looked_for_by_the_selection_itself():
         Selection("class", "dog,cat").keep(positions)
 
 
-def test_the_prompt_is_searched_when_asked_for():
+def test_the_prompt_is_searched_on_request():
     """The prompt's word comes first; padding before it with the same token does not count."""
     prompt = np.array([[4, 3, 4, 3]])
     positions = token_positions.Positions.of_generation(

@@ -1,3 +1,5 @@
+"""Words in sequences of tokens, whatever the tokenizer."""
+
 import functools
 import re
 from pathlib import Path
@@ -53,7 +55,7 @@ def decode(tokenizer, ids):
 
 
 def before_and_in(tokenizer, ids, position):
-    """The text before a position, and up to its token."""
+    """Returns the text before a position, and up to and including its token."""
     texts = (decode(tokenizer, ids[:end]) for end in (position, position + 1))
     return [text.rstrip("\ufffd") for text in texts]
 
@@ -161,7 +163,7 @@ def test_words_whose_first_token_begins_others(name, text, word, position, first
 
 @pytest.mark.parametrize("words", [COLOURS, PLACES, SENTIMENTS])
 def test_every_word_of_a_class_and_no_piece_of_one(tokenizer, words):
-    """As written, with a capital, in brackets, after a line break and at the end of the text."""
+    """As given, capitalised, in brackets, after a line break and at the end of the text."""
     texts = [
         form.format(word, word.capitalize())
         for word in words
@@ -181,8 +183,8 @@ def test_every_word_of_a_class_and_no_piece_of_one(tokenizer, words):
     assert finder([[x for i in alone for x in (i, end)]]).tolist() == [[-1, -1]]
 
 
-def test_accents_as_characters_of_their_own_are_those_of_one(tokenizer):
-    """Some tokenizers compose the text, others leave it as it is."""
+def test_combining_accents_equal_composed_characters(tokenizer):
+    """Some tokenizers compose characters, others do not."""
     for text in ("a caf\u00e9s caf\u00e9 t", "a cafe\u0301s cafe\u0301 t"):
         ids = encode(tokenizer, text)
         places = {int(find_word(ids, tokenizer, w)[0]) for w in ("caf\u00e9", "cafe\u0301")}
@@ -240,7 +242,7 @@ def test_what_is_wrong_is_one_line(tokens, words, match, message):
         find_word(tokens, sentencepiece("▁dog"), words, match)
 
 
-def test_what_is_looked_for_is_named():
+def test_the_word_is_named():
     tokenizer = sentencepiece("▁dog", "▁Dog")
     assert str(WordFinder(tokenizer, "dog")) == "the words 'dog', 'Dog'"
     assert str(WordFinder(tokenizer, list("abcdefgh"))).endswith("'e', 'f' and 10 more")

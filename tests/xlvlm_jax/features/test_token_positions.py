@@ -1,4 +1,4 @@
-"""Token selections, without a model: states are made up so that each says where it comes from."""
+"""Token selections, without a model: each made-up state tells its position."""
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def test_reduce_mean_against_numpy():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_reduce_with_a_bound_gives_so_many_rows():
+def test_reduce_with_a_bound_gives_that_many_rows():
     rows = token_positions.reduce(
         jnp.zeros((2, 8, 1)),
         of_generation(),

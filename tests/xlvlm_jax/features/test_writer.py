@@ -1,4 +1,4 @@
-"""Features on disk: what is written comes back; a run that was killed ends with the same bytes."""
+"""Features on disk: what is written is read; a killed run resumes and ends with the same bytes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SITES = {"language_model.model.layers.1": 5, "language_model.model.norm": 3}
 
 
 def batch(number, rows_of=(1, 0, 2, 1)):
-    """The batch with this number: samples, states, sample_index, positions, tokens."""
+    """Returns the batch with this number: samples, states, sample_index, positions, tokens."""
     rng = np.random.default_rng(number)
     index = np.repeat(np.arange(len(rows_of)), rows_of)
     states = {
@@ -52,7 +52,7 @@ def contents(path):
     }
 
 
-def test_words_were_found_by_their_first_token_before_there_was_a_choice(tmp_path):
+def test_earlier_files_found_words_by_their_first_token(tmp_path):
     selection = {"mode": "class", "argument": "colours"}
     with FeaturesWriter(tmp_path, {"selection": selection}) as writer:
         writer.append(*batch(0))
@@ -162,7 +162,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, path, step, commit):
-    """A run of five batches that is killed while it commits batch `commit`, at one of the steps."""
+    """Runs five batches and kills the run while it commits batch `commit`, at one of the steps."""
     replace, write_rows = store.write_json, FeaturesWriter._write_rows
     calls = []
 
@@ -251,7 +251,7 @@ def test_an_unfinished_run_opens_when_allowed(tmp_path):
     assert (len(features.samples), len(features.tokens), features.complete) == (8, 8, False)
 
 
-def test_a_finished_run_takes_no_more(tmp_path):
+def test_a_finished_run_accepts_no_more_rows(tmp_path):
     write(tmp_path)
     before = contents(tmp_path)
     with FeaturesWriter(tmp_path, ARGUMENTS) as writer:
@@ -305,7 +305,7 @@ def test_a_read_only_directory(tmp_path):
         FeaturesWriter(tmp_path, ARGUMENTS)
 
 
-def test_an_append_that_failed_may_be_tried_again(tmp_path, monkeypatch):
+def test_a_failed_append_may_be_repeated(tmp_path, monkeypatch):
     def full(target, value):
         raise OSError(28, "No space left on device")
 
@@ -354,7 +354,7 @@ def test_a_batch_that_does_not_fit(tmp_path, change, message):
         assert writer.samples_done == 4
 
 
-def test_opening_what_is_not_there(tmp_path):
+def test_opening_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no manifest.json; expected a directory of feat"):
         Features.open(tmp_path)
 

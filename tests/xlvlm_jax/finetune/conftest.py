@@ -1,4 +1,4 @@
-"""A small LLaVA with its processor, and pictures with captions of words that it knows."""
+"""A small LLaVA with its processor, and pictures captioned with words in its vocabulary."""
 
 from pathlib import Path
 

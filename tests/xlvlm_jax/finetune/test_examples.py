@@ -1,3 +1,5 @@
+"""Training examples: masks of answers, batches, skipped samples."""
+
 import dataclasses
 from collections import Counter
 
@@ -14,7 +16,7 @@ from ...test_models import MODELS
 
 
 def answers(vlm, batch: examples.TrainingBatch) -> list[str]:
-    """The texts of the tokens that are learnt."""
+    """Returns the texts of the tokens that are learnt."""
     ids = batch.inputs["input_ids"]
     return [
         vlm.tokenizer.decode(row[len(row) - n :]) for row, n in zip(ids, batch.lengths, strict=True)
@@ -92,13 +94,13 @@ def test_what_a_sample_teaches(samples):
 
 
 def odd(samples):
-    """The second asks with the mark that stands for an image; the fifth has no picture."""
+    """Returns samples: the second question contains an image's mark, the fifth has no picture."""
     refused = dataclasses.replace(samples[1], prompt="what is <image>")
     gone = dataclasses.replace(samples[4], image=samples[4].image.with_name("gone.png"))
     return [samples[0], refused, *samples[2:4], gone, *samples[5:]]
 
 
-def test_samples_that_can_not_be_processed_teach_nothing(vlm, samples):
+def test_samples_that_cannot_be_processed_teach_nothing(vlm, samples):
     taught = odd(samples)
     first, second = examples.evaluation_batches(vlm, taught, 4)
     assert list(first.skipped) == ["1"] and list(second.skipped) == ["4"]
@@ -113,7 +115,7 @@ def test_samples_that_can_not_be_processed_teach_nothing(vlm, samples):
         list(examples.evaluation_batches(vlm, taught, 4, strict=True))
 
 
-def test_a_batch_of_nothing_else_is_that_of_the_next_number(vlm, samples):
+def test_a_batch_of_only_such_samples_is_replaced_by_the_next(vlm, samples):
     taught = odd(samples)
     made = list(examples.batches(vlm, taught, 1, seed=0, start=0, stop=8))
     assert all(batch.inputs and batch.lengths.all() for batch in made)

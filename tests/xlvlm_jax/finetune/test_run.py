@@ -67,7 +67,7 @@ def test_a_record_of_the_run(pair, trained):
     assert [entry["step"] for entry in log if "evaluation" in entry] == [0, 3, 5]
 
 
-def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, tmp_path):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(vlm, samples, trained, tmp_path):
     output = tmp_path / "adapter"
     options = {**OPTIONS, "evaluation": samples[:3]}
     steps = []
@@ -100,7 +100,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(vlm, samples, trained, 
 
 
 def test_a_saved_log_does_not_grow_with_the_run(vlm, samples, tmp_path, monkeypatch):
-    """It is written while the next steps run."""
+    """The log is written while the next steps run."""
     saved, save = [], ocp.args.JsonSave
 
     def remembered(log):
@@ -112,7 +112,7 @@ def test_a_saved_log_does_not_grow_with_the_run(vlm, samples, tmp_path, monkeypa
     assert [log[-1]["step"] for log in saved] == [2, 4]
 
 
-def test_the_same_again_is_done_already(vlm, samples, trained):
+def test_a_finished_run_is_not_repeated(vlm, samples, trained):
     before = digests(trained)
     evaluation = {"evaluation": samples[:3]}
     summary = finetune(vlm, samples, trained, SETTINGS, **evaluation, **OPTIONS)

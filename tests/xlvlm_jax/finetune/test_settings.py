@@ -1,3 +1,5 @@
+"""Settings of fine-tuning: steps, learning rates, weight decay, messages."""
+
 import jax.numpy as jnp
 import pytest
 

@@ -114,7 +114,7 @@ def test_training_learns_and_leaves_the_model_alone(vlm, batches):
 
 
 @pytest.mark.slow
-def test_half_precision_trains_in_single(pair, vlm, batches):
+def test_half_precision_trains_in_single_precision(pair, vlm, batches):
     half = ports.load(pair.directory, dtype="bfloat16")
     trainer = Trainer(half, SETTINGS, 5)
     losses = [t.evaluate(t.begin(), batches[:1]) for t in (trainer, Trainer(vlm, SETTINGS, 5))]

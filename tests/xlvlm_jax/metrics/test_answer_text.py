@@ -56,7 +56,7 @@ def test_official(said, meant):
     assert official_answer(said) == meant
 
 
-def test_official_contractions_leave_out_one_apostrophe():
+def test_official_contractions_omit_one_apostrophe():
     assert len(OFFICIAL_CONTRACTIONS) == 114
     reversed_one = OFFICIAL_CONTRACTIONS["somebody'd"]
     for short, full in OFFICIAL_CONTRACTIONS.items():

@@ -1,3 +1,5 @@
+"""Agreement of concepts with known attributes: by hand, against scikit-learn, properties."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,7 +54,7 @@ def test_scores_do_not_depend_on_the_order_of_samples_or_concepts(samples, conce
     assert again.nmi == pytest.approx(score.nmi)
 
 
-def test_attributes_have_a_value_a_sample():
+def test_attributes_have_one_value_per_sample():
     activations = np.ones((3, 2), np.float32)
     with pytest.raises(ValueError, match="'mood' has 2 values, expected 3, one per sample"):
         attribute_scores(activations, {"mood": ["happy", "sad"]})

@@ -52,7 +52,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """kind -> a small random encoder."""
+    """Returns kind -> a small random encoder."""
     made = {}
     for kind in ("bert", "roberta"):
         directory = tmp_path_factory.mktemp(kind)
@@ -62,7 +62,7 @@ def encoders(tmp_path_factory):
 
 
 def score(encoder, candidates, references, **options):
-    """Uses small batches of one size, so that few programs are compiled."""
+    """Returns scores in small batches of one size, so that few programs are compiled."""
     return metrics.bert_score(encoder, candidates, references, batch_size=4, **options)
 
 
@@ -138,7 +138,7 @@ def test_a_text_matches_itself(encoders):
         np.testing.assert_allclose(figure, 1, rtol=0, atol=1e-5)
 
 
-def test_precision_is_recall_the_other_way_round(encoders):
+def test_precision_is_recall_with_texts_swapped(encoders):
     forth = score(encoders["bert"], TEXTS, TEXTS[::-1])
     back = score(encoders["bert"], TEXTS[::-1], TEXTS)
     np.testing.assert_allclose(forth.precision, back.recall, rtol=0, atol=1e-6)

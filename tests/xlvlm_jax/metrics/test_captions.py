@@ -81,7 +81,7 @@ class TestScores:
         assert scores.values["CIDEr"] == pytest.approx(10 / 3)
 
     def test_cider_of_captions_that_equal_all_references_grows_up_to_four_words(self):
-        """Compares with the package itself: 10 / 4 for each length that has sequences."""
+        """The package itself gives 10 / 4 for each length that has sequences."""
         from pycocoevalcap.cider.cider import Cider
 
         texts = ["dog", "red cat", "blue old bus", "one green tall tree", "we saw two small boats"]
@@ -92,7 +92,7 @@ class TestScores:
         np.testing.assert_allclose(scores.cider, each, atol=1e-9)
         assert scores.values["CIDEr"] == pytest.approx(mean)
 
-    def test_people_agree_with_themselves_best_and_order_does_not_matter(self):
+    def test_references_match_themselves_best_and_order_does_not_matter(self):
         texts = [scenes.captions(scenes.sample_scene("val", i)) for i in range(12)]
         own = captions.caption_scores([t[0] for t in texts], [t[:1] for t in texts])
         # A caption of fewer than four words has no phrase of four to agree in.

@@ -1,4 +1,4 @@
-"""CLIPScore and its baselines, with the pair that ships with the package."""
+"""CLIPScore and its baselines, with the bundled CLIP pair."""
 
 import json
 
@@ -15,7 +15,7 @@ from xlvlm_jax.demo import embedded
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """(images, the kind that each shows)"""
+    """Returns (images, the kind of object in each)."""
     root = tmp_path_factory.mktemp("scenes")
     scenes.write(root, train=24)
     attributes = json.loads((root / "attributes.json").read_text())
@@ -63,7 +63,7 @@ def test_a_long_text_is_cut_off(clip):
     np.testing.assert_allclose(np.linalg.norm(long), 1, rtol=1e-5)
 
 
-def test_words_fit_their_own_pictures_better_than_others_and_noise(clip, pictures):
+def test_words_match_their_own_pictures_better_than_others_and_noise(clip, pictures):
     images, kinds = pictures
     names = sorted(set(kinds))
     texts = metrics.embed_texts(clip, [metrics.describe([name]) for name in names])

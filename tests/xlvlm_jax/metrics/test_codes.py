@@ -74,7 +74,7 @@ def test_hoyer_by_hand():
     st.floats(0.1, 10),
     st.permutations(range(5)),
 )
-def test_sparsity_knows_no_scale_and_no_order(codes, scale, order):
+def test_sparsity_does_not_depend_on_scale_or_order(codes, scale, order):
     hoyer = metrics.hoyer_sparsity(codes)
     assert -1e-9 <= hoyer <= 1
     assert metrics.hoyer_sparsity(scale * codes[:, order]) == pytest.approx(hoyer, abs=1e-9)

@@ -1,3 +1,5 @@
+"""Monosemanticity: by hand, against the definition, properties, messages."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""The most activated concepts of samples: by hand, and properties."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

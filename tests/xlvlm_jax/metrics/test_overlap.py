@@ -1,3 +1,5 @@
+"""Overlap of the words of concepts: by hand, against numpy, properties."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ def test_overlap_by_hand():
     assert word_overlap(words) == pytest.approx((1 / 2 + 1 / 4) / 6)
 
 
-def test_repeats_count_as_often_as_they_are_there():
+def test_repeats_count_each_time():
     words = [["dog", "dog", "sea"], ["dog"], []]
     expected = [[1, 2 / 3, 0], [1, 1, 0], [0, 0, 0]]
     np.testing.assert_allclose(overlap_matrix(words), expected)

@@ -1,3 +1,5 @@
+"""Stability of dictionaries: by hand, against scikit-learn, properties, messages."""
+
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment

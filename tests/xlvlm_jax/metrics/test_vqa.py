@@ -27,7 +27,7 @@ def test_by_hand(matches, official, xl_vlms):
     assert metrics.vqa_accuracy("dog", answers, protocol="xl-vlms") == pytest.approx(xl_vlms)
 
 
-def test_what_the_originals_gave():
+def test_the_originals_values():
     assert len(KNOWN) > 300
     for prediction, people, official, xl_vlms in KNOWN:
         answers = [answer for answer, count in people.items() for _ in range(count)]
@@ -61,7 +61,7 @@ def test_where_the_protocols_differ(prediction, answers, official, normalised, x
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @given(st.lists(st.sampled_from(["red", "blue", "a dog", "three"]), min_size=1, max_size=12))
-def test_the_order_of_people_does_not_matter_and_more_agreement_is_no_worse(protocol, answers):
+def test_the_order_of_people_does_not_matter_and_agreement_does_not_hurt(protocol, answers):
     value = metrics.vqa_accuracy("red", answers, protocol)
     assert 0 <= value <= 1
     assert value == pytest.approx(metrics.vqa_accuracy("red", answers[::-1], protocol))

@@ -1,4 +1,4 @@
-"""A small run directory: drawn scenes, made-up states, and concepts that are given."""
+"""A small run directory: drawn scenes, made-up states, and given concepts."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ NUM_SAMPLES = 24
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> list[tuple[Path, dict]]:
-    """(image, attributes) of some scenes."""
+    """Returns (image, attributes) of some scenes."""
     root = tmp_path_factory.mktemp("scenes")
     scenes.write(root, train=NUM_SAMPLES)
     attributes = json.loads((root / "attributes.json").read_text())
@@ -40,7 +40,7 @@ def samples(pictures) -> list[dict]:
 
 @pytest.fixture
 def activations() -> np.ndarray:
-    """Activations of 3 concepts, which own 6, 14 and 3 of the rows; the last row activates none."""
+    """Returns activations of 3 concepts with 6, 14 and 3 rows; the last row activates none."""
     assigned = np.array([0] * 6 + [1] * 14 + [2] * 3)
     rng = np.random.default_rng(0)
     codes = rng.uniform(0.1, 0.9, (NUM_SAMPLES, 3)).astype(np.float32)

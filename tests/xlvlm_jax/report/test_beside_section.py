@@ -1,4 +1,4 @@
-"""Two runs side by side: pairs by hand, unmatched concepts, and runs that can't be compared."""
+"""Two runs side by side: pairs by hand, unmatched concepts, and runs that cannot be compared."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ AXES = np.eye(4, dtype=np.float32)
 
 @pytest.fixture
 def two_runs(tmp_path, write_run, activations):
-    """Ours has concepts along axes 0, 1, 2; the other along 2, 0, 3 and 1, at other lengths."""
+    """Returns two runs: concepts along axes 0, 1, 2, and along 2, 0, 3, 1 at other lengths."""
     for name, order, codes, words in (
         ("ours", (0, 1, 2), activations, [["dog", "red"], ["cat"], ["sea", "sky"]]),
         (
@@ -111,7 +111,7 @@ def test_the_page(two_runs, xlvlm):
     assert status == 2 and "expected features/ and concepts*/ of another run" in err
 
 
-def test_runs_of_one_name_are_told_apart_by_where_they_are(two_runs, tmp_path):
+def test_runs_of_one_name_are_distinguished_by_their_paths(two_runs, tmp_path):
     ours, theirs = two_runs
     for place, run in (("a", ours), ("b", theirs)):
         (tmp_path / place).mkdir()

@@ -9,7 +9,7 @@ from xlvlm_jax.report.page import number, percent
 
 
 def typical(own, attributes):
-    """Activations of a concept with the rows `own`, and of another with the other rows."""
+    """Returns activations of a concept with the rows `own`, and of another with the other rows."""
     labels = {name: factorise(values) for name, values in attributes.items()}
     return typical_attributes(0, count_attributes(np.where(own, 0, 1), 2, labels))
 
@@ -27,7 +27,7 @@ def test_attributes_that_stand_out():
     assert found[0].lift == pytest.approx(10 / 3)
 
 
-def test_attributes_that_are_not_known_count_nowhere():
+def test_unknown_attributes_are_not_counted():
     own = np.arange(40) < 20
     moods = ["happy"] * 10 + [None] * 10 + ["sad"] * 10 + [None] * 10
     (happy,) = typical(own, {"mood": moods})

@@ -1,3 +1,5 @@
+"""Figures as SVG files: reproducible, with text as text, complete or not written."""
+
 import pytest
 
 from xlvlm_jax.report.figure import figure

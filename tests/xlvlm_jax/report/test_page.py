@@ -1,4 +1,4 @@
-"""The page of a run directory: what is on it, in which order, and that nothing escapes from it."""
+"""The page of a run directory: its content, in which order, and without outside resources."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def page_of(run):
     return Page(write_report(run).read_text("utf-8"))
 
 
-def test_a_card_a_concept_in_order_of_share(write_run, activations):
+def test_a_card_per_concept_in_order_of_share(write_run, activations):
     page = page_of(write_run(activations))
     assert page.cards == [(k, [f"word{k}", f"other{k}"]) for k in (1, 0, 2)]
     shares = [float(card["data-share"]) for card in page.all("article")]
@@ -91,7 +91,7 @@ def test_markup_in_words_captions_and_paths_stays_text(write_run, samples, activ
     assert {image["alt"] for image in page.all("img", width="112")} == {evil}
 
 
-def test_all_is_in_the_page_and_nothing_outside_it(write_run, activations):
+def test_everything_is_in_the_page_and_nothing_outside_it(write_run, activations):
     text = write_report(write_run(activations)).read_text("utf-8")
     page = Page(text)
     shown = page.all("img", width="112")
@@ -120,7 +120,7 @@ def test_one_thumbnail_for_a_picture_that_two_directories_show(write_run, activa
     assert [number for number, _ in Page(twice).cards] == [1, 0, 2] * 2
 
 
-def test_a_picture_that_has_vanished_leaves_its_name(write_run, samples, activations):
+def test_a_missing_picture_leaves_its_name(write_run, samples, activations):
     samples[6]["image"] = "/nowhere/gone.jpg"
     activations[6, 1] = 5
     page = page_of(write_run(activations, samples=samples))
@@ -130,7 +130,7 @@ def test_a_picture_that_has_vanished_leaves_its_name(write_run, samples, activat
     assert len(page.all("img", width="112")) == 14
 
 
-def test_a_relative_path_may_lie_in_the_run(write_run, samples, activations):
+def test_a_relative_path_may_be_in_the_run(write_run, samples, activations):
     run = write_run(activations, samples=[sample | {"image": "one.jpg"} for sample in samples])
     os.link(samples[0]["image"], run / "one.jpg")
     shown = page_of(run).all("img", width="112")
@@ -175,7 +175,7 @@ def test_a_directory_without_concepts_in_it_has_no_cards(write_run, activations)
     assert "0 concepts by snmf from 24 samples" in " ".join(page.split())
 
 
-def test_it_is_written_where_asked_and_whole(write_run, activations, tmp_path):
+def test_it_is_written_completely_to_the_given_path(write_run, activations, tmp_path):
     run = write_run(activations)
     assert write_report(run) == run / "report.html"
     assert write_report(run, tmp_path / "page.html") == tmp_path / "page.html"
@@ -184,7 +184,7 @@ def test_it_is_written_where_asked_and_whole(write_run, activations, tmp_path):
         write_report(run, tmp_path / "missing" / "page.html")
 
 
-def test_a_directory_that_is_no_run(tmp_path, write_run, activations):
+def test_a_directory_that_is_not_a_run(tmp_path, write_run, activations):
     with pytest.raises(FileNotFoundError, match="nowhere: no such run directory"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="has no features/; run `xlvlm extract` first"):
@@ -240,13 +240,13 @@ def test_all_pictures_of_a_concept_open_on_a_click(write_run, activations):
     assert "All 14 pictures" not in text and "xlvlm report --picture-mb lets more in" in text
 
 
-def test_every_picture_has_its_place(write_run, activations):
+def test_space_is_reserved_for_every_picture(write_run, activations):
     for image in page_of(write_run(activations)).all("img"):
         assert int(image["width"]) > 0 and int(image["height"]) > 0
 
 
-def test_search_and_order_have_what_they_ask_for(write_run, samples, activations):
-    """page.js reads these; they are hidden if it does not run."""
+def test_search_and_order_find_their_elements(write_run, samples, activations):
+    """page.js reads these; they stay hidden if it does not run."""
     samples = [s | {"question": "Is it <b>?", "answer": "yes"} for s in samples]
     page = page_of(write_run(activations, samples=samples))
     (tools,) = page.all("p", **{"class": "tools"})

@@ -40,7 +40,7 @@ def test_every_row_of_a_concept_has_its_picture_the_strongest_first(write_run, a
     assert len({t.name for t in shown.thumbnails.values()}) == len(shown.thumbnails)
 
 
-def test_what_the_strongest_pictures_leave_goes_to_each_concept_in_turn(write_run, activations):
+def test_the_rest_of_the_budget_goes_to_each_concept_in_turn(write_run, activations):
     run = write_run(activations)
     everything = choose(run)
     strongest = {p.image for card in everything.sections[0].cards for p in card.pictures}
@@ -55,7 +55,7 @@ def test_what_the_strongest_pictures_leave_goes_to_each_concept_in_turn(write_ru
 
 
 @pytest.mark.parametrize("budget", [0, 5_000, 20_000, 60_000])
-def test_no_budget_is_exceeded_and_all_that_is_shown_has_a_thumbnail(
+def test_no_budget_is_exceeded_and_every_shown_picture_has_a_thumbnail(
     write_run, activations, budget
 ):
     run = write_run(activations)
@@ -70,7 +70,7 @@ def test_no_budget_is_exceeded_and_all_that_is_shown_has_a_thumbnail(
 
 
 def test_samples_are_not_read_beyond_the_budget(write_run, activations, monkeypatch):
-    """A page of a million rows reads as many samples as it shows, or a few more."""
+    """A page of a million rows reads about as many samples as it shows."""
     run = write_run(activations)
     read, get = [], StoredSamples.__getitem__
     monkeypatch.setattr(
@@ -84,8 +84,8 @@ def test_samples_are_not_read_beyond_the_budget(write_run, activations, monkeypa
     assert few == 15 + 1 and len(read) == 15 + 23
 
 
-def test_only_so_many_of_a_concept_s_rows_are_looked_at(write_run, activations):
-    """Not all of a million rows that show the same few pictures are read."""
+def test_a_limited_number_of_a_concepts_rows_is_read(write_run, activations):
+    """Of a million rows with the same few pictures, not all are read."""
     run = write_run(activations)
     features = Features.open(run / "features")
     card = read_section(run / "concepts", features, {}).cards[0]

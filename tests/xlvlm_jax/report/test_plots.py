@@ -1,4 +1,4 @@
-"""Figures in the page: their place, their background, and their colours on dark pages."""
+"""Figures in the page: their size, their background, and their colours on dark pages."""
 
 import base64
 import re
@@ -12,7 +12,7 @@ from xlvlm_jax.report.plots import read_plot
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A figure of 3 by 2 inches with every colour that figures are drawn in."""
+    """Returns a figure of 3 by 2 inches with every colour that figures use."""
     path = tmp_path / "a.svg"
     with figure(path, width=3, height=2) as (_, [[axes]]):
         for height, colour in enumerate((*COLOURS, FAINT, "black")):
@@ -33,7 +33,7 @@ def test_size_in_pixels_by_hand(drawn):
     assert plot.explained == "lines"
 
 
-def test_the_page_has_the_figure_and_the_file_stays_as_it_is(drawn):
+def test_the_page_has_the_figure_and_the_file_is_unchanged(drawn):
     before = drawn.read_bytes()
     svg = shown(read_plot(drawn, "lines"))
     assert drawn.read_bytes() == before
@@ -42,7 +42,7 @@ def test_the_page_has_the_figure_and_the_file_stays_as_it_is(drawn):
     assert ElementTree.fromstring(svg)[0].text in style  # it is the first element of the root
 
 
-def test_the_ground_goes_and_every_colour_has_one_for_dark_pages(drawn):
+def test_the_background_is_removed_and_every_colour_has_a_dark_one(drawn):
     svg = shown(read_plot(drawn, "lines"))
     style, rest = svg.split("</style>", 1)
     always, dark = style.split("@media (prefers-color-scheme:dark)")
@@ -58,7 +58,7 @@ def test_the_ground_goes_and_every_colour_has_one_for_dark_pages(drawn):
 
 
 def luminance(colour):
-    """WCAG 2.2, relative luminance."""
+    """Returns the relative luminance of WCAG 2.2."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -32,7 +32,7 @@ def cells(table):
     }
 
 
-def test_the_best_of_every_number_is_marked():
+def test_the_best_value_of_every_score_is_marked():
     words, codes = score_tables(ROWS)
     assert [column.name for column in words.columns] == ["CLIP@1", "noise", "overlap"]
     found = cells(words)
@@ -50,7 +50,7 @@ def test_the_best_of_every_number_is_marked():
     assert found["snmf-10", "mood"].text == "0.300" and found["snmf-5", "mood"].text == ""
 
 
-def test_the_random_words_of_each_are_shown_where_no_row_has_them():
+def test_random_words_are_shown_per_method_if_no_row_has_them():
     words, _ = score_tables(ROWS[:2])
     assert [column.name for column in words.columns] == ["CLIP@1", "random", "noise", "overlap"]
     assert cells(words)["snmf-5", "random"].text == "0.400"
@@ -77,14 +77,14 @@ def test_a_notebook_shows_the_tables_and_pandas_has_their_numbers():
     assert codes.to_pandas().loc["kmeans-5", "Hoyer"] == 0.1
 
 
-def test_the_order_of_rows_marks_no_other():
+def test_the_order_of_rows_does_not_change_what_is_marked():
     def marked(rows):
         return {key for table in score_tables(rows) for key, c in cells(table).items() if c.best}
 
     assert marked(ROWS) == marked(ROWS[::-1])
 
 
-def test_a_line_a_method(tmp_path):
+def test_a_line_per_method(tmp_path):
     plot(ROWS, tmp_path / "scores.svg")
     drawn = (tmp_path / "scores.svg").read_text()
     for shown in ("CLIPScore", "Word overlap", "snmf", "kmeans", "random", "concepts"):

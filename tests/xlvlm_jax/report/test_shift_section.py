@@ -13,7 +13,7 @@ from xlvlm_jax.shift import ShiftAnalysis, Spread
 
 @pytest.fixture
 def analysis(pictures) -> ShiftAnalysis:
-    """Three concepts, the last without a shift."""
+    """Returns three concepts, the last without a shift."""
     random = np.random.default_rng(0)
     original, shifts, destination = random.normal(size=(3, 3, 4)).astype("f4")
     shifts[2] = np.nan

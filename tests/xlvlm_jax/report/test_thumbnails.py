@@ -1,4 +1,4 @@
-"""Histograms by hand, and thumbnails that stay within their budget."""
+"""Histograms by hand, and thumbnails within their budget."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def test_a_weak_concept_fills_its_histogram_beside_a_strong_one():
 
 
 def test_a_few_large_activations_do_not_push_all_others_into_one_bin():
-    """Activations of k-means, 1 / (1 + distance), far from all centroids except for one row."""
+    """Activations are k-means', 1 / (1 + distance), far from all centroids except for one row."""
     far = 1 / (1 + np.random.default_rng(0).uniform(100, 2000, 1000))
     result = histogram(np.append(far, 1.0), np.arange(1001) == 1000)
     assert result.logarithmic and (result.low, result.high) == (far.min(), 1.0)
@@ -58,7 +58,7 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path):
     assert thumbnails([wide], budget=1) == {}
 
 
-def test_the_last_pictures_are_left_out_of_a_budget_that_legible_ones_exceed(tmp_path):
+def test_the_last_pictures_are_left_out_if_legible_ones_exceed_the_budget(tmp_path):
     """With 5 pictures for each of 256 concepts, none is smaller than 96 pixels."""
     random = np.random.default_rng(0)
     names = [str(tmp_path / f"{i}.png") for i in range(12)]
@@ -71,7 +71,7 @@ def test_the_last_pictures_are_left_out_of_a_budget_that_legible_ones_exceed(tmp
     assert sum(len(thumbnail.uri) for thumbnail in shown.values()) <= whole // 2
 
 
-def test_relative_images_are_looked_for_below_the_roots(tmp_path):
+def test_relative_images_are_searched_below_the_roots(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
     shown = thumbnails(["here.png"], [tmp_path / "absent", tmp_path])
     assert size(shown["here.png"]) == (8, 8)

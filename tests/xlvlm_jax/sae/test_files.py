@@ -1,4 +1,4 @@
-"""Files of every trainer: SAELens' own numbers, by hand, there and back, and what is refused."""
+"""Files of every trainer: SAELens' own values, by hand, saved and loaded, and what is refused."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_codes_and_reconstructions_are_those_of_saelens(name, expected):
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
 def test_dictionaries_as_trained_are_those_for_use(name, expected):
-    """SAELens stores one threshold and does not load it; folded for use it is a jumprelu."""
+    """SAELens stores one threshold and does not load it; folded for inference, it is a jumprelu."""
     trained, states = sae.load(DATA / name), expected["states"]
     codes = expected[name.replace("as-trained", "for-use") + ".codes"]
     np.testing.assert_allclose(trained.encode(states), codes, rtol=0, atol=1e-5 * codes.max())
@@ -55,7 +55,7 @@ def test_dictionaries_as_trained_are_those_for_use(name, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_there_and_back(name, expected, tmp_path):
+def test_saved_dictionaries_load_equal(name, expected, tmp_path):
     before = sae.load(DATA / name)
     sae.save(before, tmp_path / "copy")
     after = sae.load(tmp_path / "copy")
@@ -78,8 +78,8 @@ def test_there_and_back(name, expected, tmp_path):
         )
 
 
-def test_the_dtype_asked_for(expected):
-    """A bfloat16 folder computes in bfloat16, as in SAELens, unless asked otherwise."""
+def test_the_requested_dtype(expected):
+    """A bfloat16 folder computes in bfloat16 by default, as in SAELens."""
     wide = sae.load(DATA / "bfloat16", dtype="float32")
     assert sae.load(DATA / "bfloat16").encode(expected["states"]).dtype == jnp.bfloat16
     assert wide.encode(expected["states"]).dtype == jnp.float32
@@ -162,7 +162,7 @@ class TestScopes:
 
 
 def changed(tmp_path, name="standard", config=None, tensors=None, without=()):
-    """A copy of a directory with other values."""
+    """Returns a copy of a directory with other values."""
     folder = tmp_path / "changed"
     shutil.copytree(DATA / name, folder)
     values = json.loads((folder / "cfg.json").read_text()) | (config or {})
@@ -224,7 +224,7 @@ def test_what_is_refused(name, change, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_paths_that_hold_none(tmp_path):
+def test_paths_without_a_dictionary(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; expected a folder with cfg"):
         sae.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no sparse autoencoder; expected cfg"):
@@ -233,7 +233,7 @@ def test_paths_that_hold_none(tmp_path):
 
 class TestUse:
     def test_it_is_a_pytree(self, expected):
-        """Compiled, mapped and differentiated like any function of arrays."""
+        """It is compiled, mapped and differentiated like any function of arrays."""
         dictionary, states = sae.load(DATA / "standard"), expected["states"]
         whole = dictionary.reconstruct(states)
         compiled = jax.jit(lambda d, x: d.reconstruct(x))(dictionary, states)
@@ -248,7 +248,7 @@ class TestUse:
         assert set(slopes) == set(dictionary.params) and all(map(np.any, slopes.values()))
 
     def test_decode_is_pure(self, expected):
-        """The input's mean and scale are handed in, so other rows in between change nothing."""
+        """The input's mean and scale are arguments, so other rows in between change nothing."""
         dictionary, states = sae.load(DATA / "standard-layer-norm"), expected["states"]
         codes = dictionary.encode(states[:1])
         dictionary.encode(states[1:])

@@ -47,7 +47,7 @@ def head() -> Head:
 
 @pytest.fixture
 def write(tmp_path):
-    """write(name, Z, ids=..., manifest={}, **fields): features with one row for each of `ids`."""
+    """write(name, Z, ids=..., manifest={}, **fields) writes features with one row per id."""
 
     def write_features(name, Z, *, samples=None, rows=None, sites=(SITE,), **manifest) -> Features:
         count = len(Z)
@@ -64,7 +64,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def states() -> tuple[np.ndarray, np.ndarray]:
-    """[30, 8] before and after: three groups along axes 0 to 2; group k moves along axis k + 1.
+    """Returns [30, 8] before and after: three groups along axes 0 to 2; group k moves along k + 1.
 
     The third group does not move.
     """

@@ -15,7 +15,7 @@ N, M, D, K = 300, 250, 6, 4
 
 @pytest.fixture
 def stored(tmp_path):
-    """stored(name, Z): the rows on disk."""
+    """stored(name, Z) returns the rows on disk."""
 
     def write(name, Z):
         array = create_array(tmp_path / name, "float32", Z.shape)
@@ -27,7 +27,7 @@ def stored(tmp_path):
 
 @pytest.fixture
 def drawn():
-    """Original and fine-tuned rows, pairs of them in random order, and concepts of the pairs."""
+    """Returns original and fine-tuned rows, pairs in random order, and concepts of the pairs."""
     rng = np.random.default_rng(0)
     before = rng.standard_normal((N, D)).astype("f4")
     after = rng.standard_normal((N, D)).astype("f4") + 2

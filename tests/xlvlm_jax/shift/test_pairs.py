@@ -26,7 +26,7 @@ def test_several_rows_of_a_sample_are_paired_in_their_order(write):
     assert (pairs.original.tolist(), pairs.finetuned.tolist()) == ([0, 1, 3], [0, 1, 3])
 
 
-def test_matching_the_other_way_round_gives_the_same_pairs(write):
+def test_swapping_the_directories_gives_the_same_pairs(write):
     random = np.random.default_rng(0)
     written = []
     for name in "xy":
@@ -62,7 +62,7 @@ def test_what_does_not_belong_together_is_refused(write):
         match_samples(dog, word)
 
 
-def test_the_site_is_one_that_both_hold(write):
+def test_the_site_is_one_that_both_have(write):
     x, y = write("x", Z, sites=("a", "b")), write("y", Z, sites=("b", "c"))
     assert common_site(x, y, None) == "b"
     for site in ("a", "d"):

@@ -1,4 +1,4 @@
-"""The analysis of two sets of states: where the answer is known, what permutes, what is refused."""
+"""The analysis of two sets of states: planted shifts, permutations, what is refused."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def grounded(analysis, states, concepts_of, head) -> ShiftAnalysis:
 
 
 def group_of(analysis: ShiftAnalysis) -> np.ndarray:
-    """Which of the planted groups each concept is."""
+    """Returns the planted group of each concept."""
     return analysis.original[:, :3].argmax(1)
 
 
@@ -133,7 +133,7 @@ def test_concepts_of_every_method(states, concepts_of, method):
 
 
 def test_shifted_concepts_are_projected_as_the_originals_were(states):
-    """Codes of any sign: the last of 30 samples has the smallest code, not the smallest row."""
+    """Codes have any sign: the last of 30 samples has the smallest code, not the smallest row."""
     before, after = states
     options = {"nonnegative": False, "alpha": 0.0}
     concepts, theirs = (

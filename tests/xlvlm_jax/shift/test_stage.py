@@ -1,4 +1,4 @@
-"""Two directories of features and one of concepts -> shift/."""
+"""From two directories of features and one of concepts to shift/."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
         shift_features(original, None, concepts, head, root / "none")
 
 
-def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
+def test_streamed_concepts_are_compared_with_streamed_ones(write, states, head, root):
     """If one side does not fit into memory, neither does the other."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     found = []
@@ -102,7 +102,7 @@ def test_streamed_concepts_are_met_by_streamed_ones(write, states, head, root):
     assert streamed.images == held.images
 
 
-def test_many_states_are_learnt_of_tile_by_tile(write, states, head, root, monkeypatch):
+def test_many_states_are_decomposed_tile_by_tile(write, states, head, root, monkeypatch):
     """The result equals that in memory; activations are kept, like those of the original."""
     features = [write(name, Z) for name, Z in zip(("x", "y"), states, strict=True)]
     decompose_features(features[0], root / "concepts", 3, "kmeans")

@@ -104,7 +104,7 @@ def test_equal_shifts_are_consistent_and_hit():
 
 
 def states(N, offset):
-    """Two models' states with an offset, of concepts that move by 0, 10 and 1000, and their own."""
+    """Returns two models' states with an offset, of concepts that move by 0, 10 and 1000."""
     rng = np.random.default_rng(0)
     a = (rng.standard_normal((N, 2), np.float32) + offset).astype(np.float32)
     of = rng.integers(0, 3, N).astype(np.int32)

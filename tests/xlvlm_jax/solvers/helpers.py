@@ -4,7 +4,7 @@ import jax
 
 
 def alone(method):
-    """A method's solver for one number of concepts; the solver itself takes several."""
+    """Returns a method's solver for one number of concepts; the solver itself takes several."""
 
     def solve(Z, key, *, num_concepts, **options):
         result = method.solve(Z, key, num_concepts=(num_concepts,), **options)

@@ -1,3 +1,5 @@
+"""The limit on BLAS threads: nested, after errors, as a decorator."""
+
 import pytest
 import scipy.linalg  # noqa: F401 - the library that is limited
 from threadpoolctl import threadpool_info, threadpool_limits

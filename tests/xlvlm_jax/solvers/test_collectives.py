@@ -1,4 +1,4 @@
-"""Rows on one device and on eight, and what an update sends between them."""
+"""Rows on one device and on eight, and what an update sends between devices."""
 
 import os
 import re

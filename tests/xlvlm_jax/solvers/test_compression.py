@@ -17,7 +17,7 @@ def by_sample(Z, key, width):
 
 
 def decaying(seed, N=900, D=60):
-    """Energy that falls along the directions, as that of hidden states does."""
+    """Returns a matrix whose energy falls along the directions, as in hidden states."""
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(D, D)))[0]
     return (rng.normal(size=(N, D)) * 0.8 ** np.arange(D) @ axes).astype(np.float32)

@@ -44,7 +44,7 @@ def test_four_points_by_hand():
 
 @pytest.mark.parametrize("common", [0.0, 300.0])
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
-def test_same_start_as_scikit_learn_same_end(common, tol):
+def test_from_scikit_learns_start_to_its_end(common, tol):
     Z = blobs(3) + np.float32(common)
     theirs = KMeans(K, init=Z[:K], n_init=1, algorithm="lloyd", tol=tol).fit(Z)
     ours = solve(jnp.asarray(Z), KEY, tol=tol, init_centroids=jnp.asarray(Z[:K]))
@@ -123,7 +123,7 @@ def test_a_row_on_its_centroid_has_activation_one():
     assert activations[1, 1] == 1
 
 
-def test_padding_rows_count_for_nothing():
+def test_padding_rows_do_not_count():
     Z = blobs(2) + np.float32(50)
     plain = solve(jnp.asarray(Z), KEY, init_centroids=jnp.asarray(Z[:K]))
     padded = solve(jnp.pad(Z, ((0, 8), (0, 0))), KEY, init_centroids=jnp.asarray(Z[:K]))
@@ -133,7 +133,7 @@ def test_padding_rows_count_for_nothing():
 
 @pytest.mark.parametrize("offset", [100, 1e4])
 def test_two_million_rows_far_from_zero(offset):
-    """Clusters at the offset, 10 and 20 above it: centres and inertia equal those in float64."""
+    """Clusters are at the offset, 10 and 20 above; centres and inertia equal those in float64."""
     rng = np.random.default_rng(0)
     steps = np.sort(rng.integers(0, 3, 2_000_000))
     Z = rng.standard_normal((2_000_000, 2), np.float32)
@@ -155,7 +155,7 @@ def test_two_million_rows_far_from_zero(offset):
 
 
 def test_far_from_zero_the_objective_is_that_of_the_centroids_returned():
-    """After one update, when moving a centroid by its last digit still changes the inertia."""
+    """Stops after one update, when moving a centroid by its last digit changes the inertia."""
     rng = np.random.default_rng(1)
     Z = (rng.standard_normal((2000, 2)) + 1e4).astype(np.float32)
     start = np.float32(1e4) + np.array([[-2.0, 0], [0.5, 1], [1, -1]], np.float32)
@@ -176,7 +176,7 @@ def test_half_a_million_wide_rows_trace():
 
 
 def test_rows_that_are_all_near_each_other_keep_their_labels():
-    """Distances smaller than the last digit of 1 in float32."""
+    """The distances are smaller than the last digit of 1 in float32."""
     Z = jnp.array([[1e-9], [1.2e-9], [5e-9], [9e-9]])
     found, squared = kmeans.assign(Z, jnp.array([[1e-9], [5e-9], [9e-9]]))
     np.testing.assert_array_equal(found, [0, 0, 1, 2])
@@ -197,7 +197,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize("shape", [(300, 90, 6), (300, 4, 140)], ids=str)
 def test_whole_weights_are_as_many_rows(shape):
-    """Also with compressed rows and with kept scores, and where scikit-learn ends."""
+    """Also with compressed rows and with kept scores; the result is scikit-learn's."""
     n, d, k = shape
     Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
     Z, weights = Z.astype(np.float32), np.random.default_rng(0).integers(0, 4, n)
@@ -217,7 +217,7 @@ def test_whole_weights_are_as_many_rows(shape):
     np.testing.assert_allclose(once.objective, theirs.inertia_, rtol=1e-4)
 
 
-def test_rows_without_weight_are_no_seeds():
+def test_rows_without_weight_are_not_seeds():
     Z = jnp.asarray(blobs(6))
     real = np.arange(N) % 4 == 1
     active = jnp.ones(K, bool)

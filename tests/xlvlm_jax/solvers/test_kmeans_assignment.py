@@ -1,4 +1,4 @@
-"""The nearest centroids: what is kept between updates never changes the result."""
+"""The nearest centroids: values kept between updates never change the result."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_one_centroid_has_no_second():
 @pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
 @pytest.mark.parametrize("common", [0.0, 100.0])
 def test_labels_and_sums_after_moves_of_every_size(K, common):
-    """Compares with scikit-learn's distances; large moves look at all rows, small ones at few."""
+    """Compares with scikit-learn's distances; large moves read all rows, small ones few."""
     rng = np.random.default_rng(0)
     Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
     problem = problem_of(Z, K)
@@ -106,8 +106,8 @@ def unknown_at(problem, offsets):
     return kept, offsets, shifts
 
 
-def test_rows_that_cannot_change_are_not_looked_at():
-    """A row that was exchanged without its bound noticing keeps its label."""
+def test_rows_that_cannot_change_are_not_read():
+    """A row that is swapped without updating its bound keeps its label."""
     Z = np.repeat(np.eye(K, D, dtype=np.float32) * 10, 50, axis=0)
     problem = problem_of(Z)
     offsets = jnp.eye(K, D) * 10 - problem.mean
@@ -120,7 +120,7 @@ def test_rows_that_cannot_change_are_not_looked_at():
     assert all_anew[0] == K - 1
 
 
-def test_rows_that_pad_have_no_part_in_the_sums():
+def test_padding_rows_are_not_in_the_sums():
     rng = np.random.default_rng(1)
     Z = np.pad(rng.normal(size=(N, D)), ((0, 8), (0, 0))).astype(np.float32)
     problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
@@ -167,8 +167,8 @@ def test_heavy_rows_that_leave_a_cluster_leave_nothing_there(K):
 
 @pytest.mark.parametrize("common", [0.0, 100.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_columns_tell_what_all_of_z_would(common, weighted):
-    """Centroids in orthonormal columns: labels, sums and gaps of all rows, from the columns."""
+def test_columns_give_the_result_of_all_of_z(common, weighted):
+    """With orthonormal columns, labels, sums and gaps of all rows follow from the columns."""
     rng = np.random.default_rng(3)
     Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
     weights = jnp.asarray(rng.uniform(1, 3, N), jnp.float32) if weighted else None
@@ -193,7 +193,7 @@ def test_columns_tell_what_all_of_z_would(common, weighted):
         np.testing.assert_array_equal(found.sums.counts.value, np.bincount(nearest, minlength=K))
 
 
-def test_columns_tell_nothing_of_many_centroids():
+def test_columns_are_not_used_for_many_centroids():
     many = kmeans_assignment.LARGE + 1
     problem = problem_of(np.zeros((many, 2), np.float32), many)
     assert kmeans_assignment.of_columns(problem, problem.Z, jnp.zeros((many, 2))) is None

@@ -20,7 +20,7 @@ def test_by_hand():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 12))
 def test_orthonormal_and_of_the_same_span(seed, decades):
-    """Also where lengths differ by many orders of magnitude."""
+    """Also if lengths differ by many orders of magnitude."""
     rng = np.random.default_rng(seed)
     columns = (rng.normal(size=(40, 6)) * 10 ** np.linspace(0, -decades, 6)).astype(np.float32)
     basis = np.asarray(orthonormal(jnp.asarray(columns)))
@@ -47,7 +47,7 @@ def test_columns_that_span_less(kind):
 
 @pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6, 0])
 def test_a_few_strong_directions_in_many_columns(noise):
-    """The input of a range finder: the image of a matrix with few large singular values."""
+    """The input is a range finder's: the image of a matrix with few large singular values."""
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(600, 16)) @ rng.normal(size=(16, 120))
     columns = (columns + noise * rng.normal(size=columns.shape)).astype(np.float32)
@@ -57,7 +57,7 @@ def test_a_few_strong_directions_in_many_columns(noise):
     assert np.abs(rest).max() < 1e-4
 
 
-def test_without_a_fallback_where_none_is_needed(monkeypatch):
+def test_without_a_fallback_if_none_is_needed(monkeypatch):
     """Matrices with condition numbers up to 10^5 are handled with products."""
     monkeypatch.setattr(jnp.linalg, "qr", None)
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_a_complement_by_hand():
 
 @pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 0.0])
 def test_a_complement_to_columns_that_hardly_leave_the_basis(share):
-    """At 0 it does not matter: any complement will do, as for a column of zeros."""
+    """At 0, any complement is valid, as for a column of zeros."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(60, 8)))[0].astype(np.float32)
     columns = basis @ rng.normal(size=(8, 6)) + share * rng.normal(size=(60, 6))

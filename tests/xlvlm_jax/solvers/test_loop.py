@@ -29,7 +29,7 @@ def test_stops_at_the_tolerance_and_keeps_the_history():
     np.testing.assert_array_equal(progress.history, [8, 4, 2, 1, np.nan, np.nan, np.nan])
 
 
-def test_stops_at_max_iter_and_goes_on():
+def test_stops_at_max_iter_and_continues():
     progress = run(halve, begin(START, 6), tol=0.0, max_iter=2)
     assert (progress.iteration, progress.state.objective) == (2, 2)
     progress = run(halve, progress, tol=0.0, max_iter=6)

@@ -9,7 +9,7 @@ from xlvlm_jax.solvers import matching
 
 
 @pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (4, 4)])
-def test_dictionaries_of_other_sizes_are_matched_as_far_as_they_go(sizes):
+def test_dictionaries_of_different_sizes_are_matched_in_part(sizes):
     """Compares with every one-to-one matching of the smaller into the larger."""
     random = np.random.default_rng(0)
     a, b = (random.normal(size=(size, 6)) for size in sizes)

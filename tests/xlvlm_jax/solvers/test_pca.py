@@ -52,7 +52,7 @@ def test_components_and_scores_of_scikit_learn(shape, common):
 
 @pytest.mark.parametrize("num_samples", [6000, 5950])
 def test_a_narrow_matrix_by_its_covariance(num_samples):
-    """Far from the origin, in several tiles; rows that pad a mesh change nothing."""
+    """Far from the origin, in several tiles; padding rows change nothing."""
     assert pca.is_narrow(num_samples, 300, 60)
     Z = correlated(0, num_samples, 300, common=100.0)
     padded = np.concatenate([Z, np.zeros((6000 - num_samples, 300), np.float32)])
@@ -93,7 +93,7 @@ def test_many_updates_keep_the_axes_orthonormal(rank):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(-10, 10))
-def test_orthonormal_ordered_and_blind_to_a_shift(seed, shift):
+def test_orthonormal_ordered_and_independent_of_a_shift(seed, shift):
     Z = correlated(seed)
     plain = solve(jnp.asarray(Z), KEY)
     np.testing.assert_allclose(plain.components @ plain.components.T, np.eye(K), atol=1e-5)
@@ -116,7 +116,7 @@ def test_permuting_rows_permutes_scores(seed):
     np.testing.assert_allclose(plain.activations[order], permuted.activations, atol=1e-3)
 
 
-def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
+def test_a_direction_absent_from_the_first_rows_is_found():
     # 1200 rows: the first directions come from 512 of them. One row in 1200 has all of the largest
     # component, alone in its column.
     rng = np.random.default_rng(0)
@@ -133,7 +133,7 @@ def test_a_direction_that_the_first_rows_have_no_part_in_is_found():
 
 @pytest.mark.parametrize("offset", [100, 1e4])
 def test_two_million_rows_far_from_zero(offset):
-    """Added one after another, the error of their mean would be several deviations."""
+    """If rows were added one by one, the error of their mean would be several deviations."""
     rng = np.random.default_rng(0)
     Z = rng.standard_normal((2_000_000, 2), np.float32) * np.float32([1, 2]) + np.float32(offset)
     found = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=1)
@@ -149,7 +149,7 @@ def test_two_million_rows_far_from_zero(offset):
 
 
 def test_columns_of_huge_variance_do_not_end_the_others_early():
-    """Four columns a thousand times larger, as states have: every axis is one, not these alone."""
+    """Four columns are a thousand times larger, as in states; all axes converge, not only these."""
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(300, 300)))[0]
     Z = rng.normal(size=(1500, 300)) * 10 * 0.97 ** np.arange(300) @ axes

@@ -1,4 +1,4 @@
-"""Progress: what is told, and that telling changes nothing."""
+"""Progress: what is reported, and that reporting changes nothing."""
 
 import jax
 import numpy as np
@@ -57,7 +57,7 @@ def test_it_is_written_to_standard_error(capsys):
     assert "objective " in lines[0]
 
 
-def test_several_numbers_of_concepts_are_told_apart():
+def test_several_numbers_of_concepts_are_distinguished():
     told = []
     found = decompose(planted(), [2, 4], "kmeans", key=KEY, progress=told.append)
     for concepts in found:

@@ -18,7 +18,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("numbers", [1, 7 * 16, 20 * 16, 1000 * 16])
-def test_whatever_fits_into_a_tile(numbers, monkeypatch):
+def test_tiles_of_every_size(numbers, monkeypatch):
     """One row per tile, a remainder, whole tiles, all rows in one tile."""
     monkeypatch.setattr(residual, "TILE", numbers)
     rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+"""Several starts and several numbers of concepts: the best start, and stability."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ def test_several_numbers_of_concepts_in_one_program(method):
     assert found[1].objective < found[2].objective < found[0].objective
 
 
-def test_planted_concepts_are_stable_and_more_starts_are_no_worse():
+def test_planted_concepts_are_stable_and_more_starts_do_not_hurt():
     Z = planted()
     eight = decompose(Z, 4, key=KEY)
     np.testing.assert_allclose(eight.stability, 1, atol=1e-2)
@@ -72,7 +74,7 @@ def test_free_signs_fit_better():
     assert free.objective < decompose(Z, 3, key=KEY).objective
 
 
-def test_rows_drawn_by_weight_stand_for_all():
+def test_rows_drawn_by_weight_represent_all():
     rng = np.random.default_rng(0)
     weights = (rng.exponential(size=300) * 10.0 ** rng.integers(-1, 3, 300)).astype(np.float32)
     weights[::3] = 0

@@ -30,7 +30,7 @@ def planted(seed, n=N, d=D, k=K, noise=0.1):
 
 
 def states(seed, n=N, d=D):
-    """Like real states: a large common direction and heavy tails."""
+    """Returns rows like real states, with a large common direction and heavy tails."""
     rng = np.random.default_rng(seed)
     spread = 10 * np.arange(1, d + 1) ** -0.7
     common = 3 * rng.standard_t(3, size=d)

@@ -56,7 +56,7 @@ def test_the_step_of_scikit_learn(K):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_says_f_at_the_new_atoms_and_scaled_codes_and_never_raises_it(seed):
+def test_returns_f_at_the_new_atoms_and_scaled_codes_and_never_raises_it(seed):
     Z, codes, atoms = given(seed)
     new, _ = step(Z, codes, atoms)
     np.testing.assert_allclose(jnp.linalg.norm(new.atoms, axis=1), 1, rtol=1e-6)

@@ -59,7 +59,7 @@ def test_each_improvement_lowers_the_objective(monkeypatch, descent):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_many_atoms_come_to_the_least_error(alpha):
+def test_many_atoms_reach_the_least_error(alpha):
     # More atoms than descent takes: the rules of optimality (no slope downhill, none at all where
     # a code is positive), and Lawson and Hanson's exact answer where there is no penalty.
     rng = np.random.default_rng(4)

@@ -31,7 +31,7 @@ def store(path, Z, dtype="float32"):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Five tiles, the last of which is short."""
+    """Divides the rows into five tiles, the last of which is short."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 64 * 4 * D)
 
 
@@ -114,7 +114,7 @@ def test_a_bad_row_is_named(tmp_path, small_tiles, method):
         decompose_stored(store(tmp_path / "Z", Z), K, method, key=KEY)
 
 
-def test_what_can_not_be_streamed(tmp_path):
+def test_what_cannot_be_streamed(tmp_path):
     source = store(tmp_path / "Z", planted())
     with pytest.raises(ValueError, match="'simple' can't be streamed; expected one of snmf"):
         decompose_stored(source, K, "simple", key=KEY)
@@ -184,7 +184,7 @@ class Counted(Rows):
 
 
 @pytest.mark.parametrize("method", ["snmf", "kmeans"])
-def test_an_update_is_one_pass_and_is_told(small_tiles, method):
+def test_an_update_is_one_pass_and_is_reported(small_tiles, method):
     source, told = Counted(planted()), []
     found = decompose_stored(
         source,
@@ -225,6 +225,6 @@ def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
     ],
     ids=["fewer", "narrower", "ended"],
 )
-def test_a_source_that_gives_other_rows_than_it_says(small_tiles, method, shape, message):
+def test_a_source_with_another_shape_than_it_reports(small_tiles, method, shape, message):
     with pytest.raises(ValueError, match=message):
         decompose_stored(Rows(planted(), shape), K, method, key=KEY)

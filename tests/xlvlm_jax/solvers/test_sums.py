@@ -1,4 +1,4 @@
-"""Sums over rows: by hand, against float64, and at sizes where float32's own chains fail."""
+"""Sums over rows: by hand, against float64, and at sizes where float32 sums fail."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def test_weighted_means_are_numpys():
     np.testing.assert_allclose(wide(found), expected, rtol=0, atol=2e-6)
 
 
-def test_rows_that_pad_have_no_part_in_the_mean():
+def test_padding_rows_are_not_in_the_mean():
     Z = jnp.full((3000, 5), 7.0).at[2000:].set(0)
     found = sums.column_means(Z, 2000)
     np.testing.assert_array_equal(found.high, np.full(5, 7))
@@ -130,7 +130,7 @@ def test_products_with_rows_far_from_the_origin(rows):
 
 
 def test_sums_trace_at_any_size():
-    """2^31 numbers and more, which overflow if sizes are multiplied in 32 bits."""
+    """There are 2^31 numbers and more, which overflow if sizes are multiplied in 32 bits."""
     Z = jax.ShapeDtypeStruct((2_000_000, 4096), jnp.float32)
     labels = jax.ShapeDtypeStruct((2_000_000,), jnp.int32)
     assert jax.eval_shape(sums.column_means, Z).high.shape == (4096,)

@@ -56,7 +56,7 @@ def test_integers_and_float64_keep_their_digits_until_they_are_centred():
 
 @pytest.mark.parametrize("dtype", ["u1", "i8", "f8"])
 def test_blocks_are_centred_as_the_whole(dtype):
-    """Rows of 400,000 numbers: a block each."""
+    """Each row has 400,000 numbers and is one block."""
     rows = np.random.default_rng(0).integers(0, 200, (3, 400_000)).astype(dtype)
     origin = rows.mean(axis=0)
     expected = (rows.astype(np.float64) - origin).astype(np.float32)
@@ -67,7 +67,7 @@ def test_blocks_are_centred_as_the_whole(dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("offset", [0, 16])
-def test_only_aligned_memory_is_shared_and_only_if_asked(dtype, offset):
+def test_only_aligned_memory_is_shared_and_only_on_request(dtype, offset):
     memory = np.zeros(640 + 128, np.uint8)
     first = -memory.ctypes.data % 64 + offset
     given = memory[first : first + 640].view(dtype).reshape(-1, 4)
@@ -121,7 +121,7 @@ def test_an_array_of_tensorstore_is_read(dtype):
     ],
     ids=["None", "path", "sparse", "masked", "features", "dict", "ragged"],
 )
-def test_what_is_no_array_is_named(given, message):
+def test_what_is_not_an_array_is_named(given, message):
     with pytest.raises(TypeError, match="Z must be an array of numbers.*" + message) as caught:
         validation.as_matrix(given, "Z", row="sample")
     assert "\n" not in str(caught.value)
@@ -135,7 +135,7 @@ class Source:
         return self.given
 
 
-def test_a_source_that_gives_other_rows_than_it_says():
+def test_a_source_with_another_shape_than_it_reports():
     assert validation.is_stored(Source((3, 2), Z))
     with pytest.raises(ValueError, match=r"gave \(2, 2\) for the 3 rows from 0 on; expected \(3,"):
         validation.read_rows(Source((3, 2), Z), None)
@@ -175,6 +175,6 @@ def test_weights_in_a_unit_of_their_own():
         ([0, 0, 0], "sample_weight is zero for all rows"),
     ],
 )
-def test_what_are_no_weights(weights, message):
+def test_invalid_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         validation.check_weights(weights, 3)

@@ -12,7 +12,7 @@ SITE = "language_model.model.layers.6"
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A directory of drawn scenes in the layouts of COCO and VQAv2."""
+    """Returns a directory of drawn scenes in the layouts of COCO and VQAv2."""
     directory = tmp_path_factory.mktemp("scenes")
     scenes.write(directory, train=14, seed=5)
     return directory
@@ -20,7 +20,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def questions(pictures):
-    """Twelve questions that are answered with yes, then twelve with anything else."""
+    """Returns twelve questions that are answered with yes, then twelve with anything else."""
     samples = data.load("vqav2", pictures, "train")
     yes = [s for s in samples if s.metadata["answer"] == "yes"]
     others = [s for s in samples if s.metadata["answer"] != "yes"]
@@ -29,7 +29,7 @@ def questions(pictures):
 
 @pytest.fixture(scope="session")
 def features(vlm, pictures, tmp_path_factory):
-    """States of the answers to 48 questions."""
+    """Returns the states of the answers to 48 questions."""
     path = tmp_path_factory.mktemp("run") / "features"
     samples = data.load("vqav2", pictures, "train")[:48]
     settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)

@@ -13,7 +13,7 @@ ANSWERS = ["Yes.", "no", "yes", "red", "No"]
 
 @pytest.fixture
 def make(tmp_path):
-    """make(name, model, answers) -> features of site "s" whose row i is (2 i, 2 i + 1)."""
+    """make(name, model, answers) returns features of site "s" whose row i is (2 i, 2 i + 1)."""
 
     def features(name="features", model="m", answers=ANSWERS):
         states = np.arange(2 * len(answers), dtype=np.float32).reshape(-1, 2)

@@ -18,7 +18,7 @@ def random():
 
 
 class TestNetwork:
-    def test_a_linear_map_is_found(self, random):
+    def test_a_linear_map_is_learnt(self, random):
         contexts = 3 + 2 * random.standard_normal((400, 6))
         shifts = contexts @ random.standard_normal((6, 6))
         *_, figures = l2s.fit_network(contexts, shifts, rate=5e-3)
@@ -70,7 +70,7 @@ def test_the_last_token_by_hand():
 class TestModel:
     @pytest.fixture(scope="class")
     def fitted(self, vlm, questions):
-        """Questions answered yes should get the answer to another question; the rest stays."""
+        """Returns L2S fitted to change yes to the answer of another question; the rest stays."""
         prompts = [sample.prompt for sample in questions]
         positive = prompts[12:] + prompts[12:]
         return steering.fit_l2s(

@@ -1,4 +1,4 @@
-"""Learnt shifts on the embedded model: they reach their target, with one compiled program."""
+"""Learnt shifts on the embedded model reach their target with one compiled program."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ OPTIONS = {"batch_size": 8, "evaluate_every": 6, "validation": 0.25}
 
 @pytest.fixture(scope="module")
 def targets(questions):
-    """Yes should become no; the other answers stay."""
+    """Returns targets: yes becomes no, the other answers stay."""
     return ["no"] * 12 + [sample.metadata["answer"] for sample in questions[12:]]
 
 
@@ -24,7 +24,7 @@ def fitted(vlm, questions, targets):
     return steering.fit_learned(vlm, questions, targets, SITE, steps=24, rate=0.05, **OPTIONS)
 
 
-def test_wanted_answers_are_given(vlm, questions, targets, fitted):
+def test_the_target_answers_are_given(vlm, questions, targets, fitted):
     inputs = vlm.process(
         [vlm.render(sample.prompt) for sample in questions],
         [read_image(sample.image) for sample in questions],
@@ -42,7 +42,7 @@ def test_wanted_answers_are_given(vlm, questions, targets, fitted):
     assert (steered == plain)[12:].sum() >= 10
 
 
-def test_the_best_look_is_kept(fitted):
+def test_the_best_step_is_kept(fitted):
     looks = fitted.source["history"]
     assert looks[0]["step"] == 0
     best = min(looks, key=lambda look: look["validation"])
@@ -51,7 +51,7 @@ def test_the_best_look_is_kept(fitted):
     assert fitted.source["targets"]["no"] >= 12
 
 
-def test_a_shift_that_only_harms_is_none(vlm, questions):
+def test_a_harmful_shift_is_left_at_zero(vlm, questions):
     """If the model already gives the answer, a large step harms: step 0 stays the best."""
     targets = [sample.metadata["answer"] for sample in questions]
     found = steering.fit_learned(

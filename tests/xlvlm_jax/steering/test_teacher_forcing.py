@@ -1,4 +1,4 @@
-"""Runs from stored states equal full runs, and PyTorch's loss and gradient."""
+"""Runs from stored states: equal to full runs, and to PyTorch's loss and gradient."""
 
 import dataclasses
 

@@ -18,14 +18,14 @@ def test_the_coarse_vector_by_hand():
     np.testing.assert_allclose(steering.steering_vector(target, source), [-8, 3])
 
 
-def test_half_precision_is_summed_in_single():
+def test_half_precision_is_summed_in_single_precision():
     source = np.full((5000, 2), 0.1, np.float16)
     found = steering.steering_vector(source, np.zeros((1, 2), np.float16))
     np.testing.assert_allclose(found, -source[0].astype(np.float32), rtol=1e-6)
 
 
 def test_the_coarse_vector_of_two_million_rows_is_that_in_float64():
-    """An offset of 10,000 deviations that both share does not reduce the difference's precision."""
+    """A shared offset of 10,000 deviations does not reduce the precision of the difference."""
     random = np.random.default_rng(0)
     source = (random.standard_normal((2_000_000, 2), np.float32) + 1e4).astype(np.float32)
     target = (random.standard_normal((1_500_001, 2), np.float32) + 1e4).astype(np.float32)
@@ -154,7 +154,7 @@ def test_maps_networks_and_fine_vectors_show_sizes_and_no_numbers():
     )
 
 
-def test_what_is_no_steering_file_is_named(tmp_path):
+def test_what_is_not_a_steering_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"is a directory; expected a file that `.*fit` wrote$"):
         steering.load(tmp_path)
     SteeringVector(np.ones(2), "layers.3").save(tmp_path / "yes-no.safetensors")

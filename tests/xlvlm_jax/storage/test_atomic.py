@@ -1,3 +1,5 @@
+"""Atomic writes: the new content, or the old."""
+
 import os
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from xlvlm_jax.storage import atomic
 
 
-def test_the_new_content_takes_the_place_of_the_old(tmp_path):
+def test_the_new_content_replaces_the_old(tmp_path):
     atomic.write(tmp_path / "a", "old")
     atomic.write(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_text() == "new"

@@ -1,4 +1,4 @@
-"""Runs that are moved, with their data or alone, and opened from anywhere."""
+"""Runs that are moved, with or without their data, and opened from anywhere."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ NORM = "language_model.model.norm"
 
 
 def write(path, images, placed=True):
-    """Features with one row per sample that name these images."""
+    """Writes features with one row per sample that name these images."""
     with FeaturesWriter(path, {}) as writer:
         root = writer.record_pictures(images) if placed else None
         rows = np.arange(len(images))
@@ -35,7 +35,7 @@ def write(path, images, placed=True):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with data/a/0.png, data/b/1.png ..., in which commands run."""
+    """Returns a directory with data/a/0.png, data/b/1.png ..., where commands run."""
     for number, folder in enumerate("ab"):
         file = tmp_path / "here" / "data" / folder / f"{number}.png"
         file.parent.mkdir(parents=True)
@@ -48,7 +48,7 @@ TYPED = ("data/a/0.png", "data/b/1.png")
 
 
 def shown(path, **options):
-    """Pixel values, by which pictures are identified."""
+    """Returns the pixel values that identify pictures."""
     samples = Features.open(path, **options).samples
     return [Image.open(sample["image"]).getpixel((0, 0))[0] for sample in samples]
 
@@ -94,7 +94,7 @@ def test_from_another_directory_and_after_a_move(here, tmp_path, monkeypatch):
 
 
 def test_folders_of_earlier_versions(here, tmp_path, monkeypatch):
-    """Names as they were typed, relative to the command's directory or one above the run."""
+    """Names are as typed, relative to the command's directory or to one above the run."""
     typed = write(here / "run" / "features", TYPED, placed=False)
     absolute = write(here / "other", [here / name for name in TYPED], placed=False)
     assert shown(typed) == shown(absolute) == [0, 10]
@@ -118,7 +118,7 @@ def test_a_damaged_record_is_one_line(here):
             Features.open(features)
 
 
-def test_names_that_no_file_can_have_are_as_they_are(here):
+def test_names_that_no_file_can_have_are_unchanged(here):
     names = ["x" * 5000, "a\0b.png"]
     assert pictures.find_all(names, here, None) == names
     assert pictures.missing(names) == names
@@ -200,7 +200,7 @@ def test_examples_of_steering_are_found_after_a_move(vlm, here, tmp_path, monkey
     assert told == []
 
 
-def test_a_resumed_run_records_where_its_pictures_lie_now(vlm, here, tmp_path, monkeypatch):
+def test_a_resumed_run_records_where_its_pictures_are_now(vlm, here, tmp_path, monkeypatch):
     class StopHereError(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""Models are distinguished by fingerprint, and how often a checkpoint is read for that."""
+"""Models are distinguished by their fingerprints."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from xlvlm_jax.demo import embedded
 from xlvlm_jax.storage.same_model import model_of, require_model
 
 
-def test_what_is_said_of_a_model(vlm):
+def test_the_description_of_a_model(vlm):
     expected = checkpoint.fingerprint(embedded.LLAVA)
     assert model_of(vlm) == {"model": embedded.LLAVA.name, "fingerprint": expected}
 

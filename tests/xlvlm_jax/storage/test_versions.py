@@ -1,7 +1,7 @@
-"""What earlier releases wrote loads unchanged; what later ones may write is refused by name.
+"""Files of earlier releases load unchanged; later versions are refused by name.
 
-tests/data/earlier holds files of the release before the layout of today, and what that release's
-own readers gave (see make.py there).
+tests/data/earlier contains files of the release before the present layout, and what that release's
+own readers returned (see make.py there).
 """
 
 import json
@@ -95,7 +95,7 @@ def test_vectors_of_each_kind(earlier, expected, equal):
     equal(network.shift(states[:2]), "network", rtol=1e-5, atol=1e-4)
 
 
-def test_what_is_written_today_says_its_version(tmp_path, earlier, equal):
+def test_current_files_contain_their_version(tmp_path, earlier, equal):
     Concepts.load(earlier / "concepts").save(tmp_path / "concepts")
     ShiftAnalysis.load(earlier / "shift").save(tmp_path / "shift")
     steering.load(earlier / "vector.safetensors").save(tmp_path / "vector.safetensors")
@@ -138,7 +138,7 @@ def test_a_directory_of_a_later_version_is_refused(tmp_path, earlier, file, load
     ],
 )
 def test_a_version_is_a_whole_number(tmp_path, earlier, file, load, version):
-    """In Python 1.0 and True equal 1, but no release wrote them."""
+    """In Python, 1.0 and True equal 1, but no release wrote them."""
     folder = tmp_path / Path(file).parent
     shutil.copytree(earlier / Path(file).parent, folder)
     path = tmp_path / file

@@ -47,7 +47,7 @@ def inputs_of(expected, case: int) -> dict[str, np.ndarray]:
 
 
 def batch_of(expected, cases=CASES) -> dict[str, np.ndarray]:
-    """The cases in one batch, padded on the left, crops filled up with -1."""
+    """Returns the cases in one batch, padded on the left, missing crops filled with -1."""
     rows = [inputs_of(expected, case) for case in cases]
     length = max(row["input_ids"].shape[1] for row in rows)
     crops = max(row["images"].shape[1] for row in rows)
@@ -121,7 +121,7 @@ def test_apply_takes_the_processors_arrays_as_they_are(vlm, expected):
 
 
 def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
-    """In a batch padded on the left; each token is the likeliest after those before it."""
+    """In a batch padded on the left, each token is the likeliest after those before it."""
     inputs = batch_of(expected)
     generation = vlm.generate(inputs, max_new_tokens=32, sites=["model.transformer.blocks.1"])
     tokens = np.asarray(generation.tokens)
@@ -138,7 +138,7 @@ def test_32_tokens_are_those_of_forward_passes_without_a_cache(vlm, expected):
 
 
 def test_a_prompt_without_an_image(vlm, expected):
-    """A row gives the same in a batch with images and alone."""
+    """A row gives the same result in a batch with images as by itself."""
     ids = expected["0.text_ids"][None].astype(int)
     alone = vlm.forward({"input_ids": ids}).logits[0]
     batch = inputs_of(expected, 0)
@@ -177,8 +177,8 @@ def test_steering_knows_the_image_positions(vlm, expected):
 
 
 def test_positions_that_are_given_are_used(vlm, expected):
-    """Rotary embedding depends on distances only: shifted positions give the same logits, spread
-    ones others."""
+    """Rotary embedding depends only on distances: shifted positions give the same logits, spread
+    ones do not."""
     inputs = inputs_of(expected, 2)
     positions = np.arange(inputs["input_ids"].shape[1])[None]
     for factor, same in ((1, True), (3, False)):
@@ -265,7 +265,7 @@ REAL_TOKENIZER = Path(__file__).parents[5] / "shared" / "molmo" / "tokenizer"
 
 @pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="needs the real vocabulary, 4.5 MB")
 class TestRealTokenizer:
-    """The files of Molmo-7B-D with its configuration, which names remote code."""
+    """The files of Molmo-7B-D with its configuration, which refers to remote code."""
 
     @pytest.fixture(scope="class")
     def vlm(self, tmp_path_factory):
@@ -305,7 +305,7 @@ class TestMessages:
         inputs["input_ids"] = np.roll(inputs["input_ids"], 1, axis=1)
         self.check(vlm, inputs, "image_input_idx has 40 positions", "hold 40 image tokens")
 
-    def test_positions_behind_the_prompt(self, vlm, expected):
+    def test_positions_after_the_prompt(self, vlm, expected):
         inputs = inputs_of(expected, 0)
         inputs["image_input_idx"] = inputs["image_input_idx"] + 500
         self.check(vlm, inputs, "image_input_idx has position", "the prompts have 59 positions")
@@ -353,7 +353,7 @@ class TestConfiguration:
         with helpers.raises_line(ValueError, *parts):
             ports.load(directory)
 
-    def test_without_what_it_must_say(self, directory):
+    def test_missing_values_are_named(self, directory):
         values = json.loads((directory / "config.json").read_text())
         values["d_model"] = values.pop("hidden_size")
         (directory / "config.json").write_text(json.dumps(values))

@@ -99,8 +99,8 @@ def test_every_patch_token_gets_one_feature(height, width, chosen):
     np.testing.assert_array_equal(used, tokens)
 
 
-def test_features_lie_where_they_show():
-    """Of a picture that brightens from left to right and top to bottom, so do the features."""
+def test_features_are_where_their_patches_are():
+    """The features of a picture that brightens from left to right and top to bottom do so too."""
     ramp = np.linspace(0, 120, 300)
     image = (ramp[:, None] + ramp)[..., None].repeat(3, -1).astype(np.uint8)
     crops = cut(image, SMALL)
@@ -123,7 +123,7 @@ def test_features_lie_where_they_show():
 
 
 def test_the_real_settings():
-    """640 x 480 pixels: windows of 16 patches, 2 x 3 of them, and the whole."""
+    """640 x 480 pixels: 2 x 3 windows of 16 patches, and the whole picture."""
     crops = cut(np.zeros((480, 640, 3), np.uint8), REAL)
     assert crops.patches.shape == (7, 576, 588)
     assert crops.positions.shape == (7, 144)
@@ -200,7 +200,7 @@ class TestMessages:
         with helpers.raises_line(ValueError, "padding=True"):
             processor(text=["this", "what is"])
 
-    def test_what_is_no_image(self, processor):
+    def test_invalid_images(self, processor):
         with helpers.raises_line(ValueError, "float64[50, 50, 3]"):
             processor(text=["this"], images=[np.zeros((50, 50, 3))])
 

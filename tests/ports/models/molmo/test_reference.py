@@ -1,5 +1,5 @@
-"""Molmo against functional PyTorch: every site, the logits, 32 greedy tokens; loading from files as
-the hub has them.
+"""Molmo against functional PyTorch: every site, the logits, 32 greedy tokens; loading from files in
+the layout of the hub.
 """
 
 import json
@@ -29,7 +29,7 @@ parametrize_cases = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Callable:
-    """made(variant): the configuration, PyTorch's weights and the port's model."""
+    """made(variant) returns the configuration, PyTorch's weights and the port's model."""
     known = {}
 
     def get(variant: str):
@@ -115,7 +115,7 @@ def test_padding_on_either_side_gives_the_same_answers(made):
 
 
 class TestFilesOfTheHub:
-    """config.json and tokenizer_config.json name classes in code next to them, which is not run."""
+    """config.json and tokenizer_config.json name classes in adjacent code, which is not run."""
 
     @pytest.fixture(params=["vocab.json and merges.txt", "tokenizer.json"])
     def directory(self, request, tmp_path):

@@ -46,7 +46,7 @@ parametrize_cases = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
-    """pair(variant): the checkpoint of that name in `VARIANTS`."""
+    """pair(variant) returns the checkpoint of that name in `VARIANTS`."""
 
     def make(directory: Path, variant: str) -> helpers.Pair:
         text, vision, top = VARIANTS[variant]
@@ -57,7 +57,7 @@ def pair(tmp_path_factory) -> Callable[[str], helpers.Pair]:
 
 @pytest.fixture(scope="module")
 def small(pair) -> helpers.Pair:
-    """The small checkpoint, for tests that need any checkpoint."""
+    """Returns the small checkpoint, for tests that need any checkpoint."""
     return pair("grouped queries")
 
 
@@ -152,7 +152,7 @@ class TestPositions:
         np.testing.assert_array_equal(positions[2:12], frames)
         np.testing.assert_array_equal(positions[12:], [[place] * 3 for place in after])
 
-    def test_a_rule_that_is_not_known(self, small):
+    def test_an_unknown_rule(self, small):
         with helpers.raises_line(ValueError, "video_positions is 'x'; expected one of original"):
             ports.load(small.directory, video_positions="x")
 
@@ -172,7 +172,7 @@ class TestPositions:
 
 
 def test_answers_go_on_after_the_largest_position_of_a_video(small):
-    """PyTorch, given the original's positions of the prompts with their answers, predicts them."""
+    """PyTorch predicts the same answers if it is given the original code's positions."""
     inputs = make_inputs([[(5, 4, 2), (1, 4, 4)], [(6, 2, 2)]], [0, 7])
     tokens = small.vlm.generate(inputs, max_new_tokens=6).tokens
     whole = inputs | {
@@ -192,7 +192,7 @@ def test_answers_go_on_after_the_largest_position_of_a_video(small):
 
 
 def like_transformers_5_last(pair, inputs) -> np.ndarray:
-    """int[B]: the rotary position of the last token by the other rule."""
+    """Returns int[B], the rotary position of the last token by the other rule."""
     arrays = {name: inputs[name] for name in qwen2_vl.INPUTS if name in inputs}
     return np.asarray(like_transformers_5(pair.directory).module.positions(arrays))[:, -1, 0]
 
@@ -249,9 +249,9 @@ def test_padding_on_either_side_gives_the_same_answers(small):
 
 
 class TestLayout:
-    """What `VLM.prepare` makes of the processor's arrays."""
+    """What `VLM.prepare` returns for the processor's arrays."""
 
-    def test_has_a_row_a_frame_and_few_lengths(self, small):
+    def test_has_a_row_per_frame_and_few_lengths(self, small):
         shapes = set()
         for side in (4, 6, 8, 10):
             inputs = make_inputs([[(1, side, 4), (1, 2, 2)]], [5])
@@ -388,7 +388,7 @@ class TestNames:
         assert qwen2_vl.canonical_name(name) == canonical
 
     def test_written_by_transformers_load_as_well(self, small, tmp_path):
-        """A file with the new names in it gives the parameters of the one with the hub's."""
+        """A file with the new names gives the same parameters as one with the hub's names."""
         stored = {k: v.numpy() for k, v in small.torch_model.state_dict().items()}
         assert any(name.startswith("model.language_model.") for name in stored)
         (tmp_path / "config.json").write_text((small.directory / "config.json").read_text())
@@ -466,7 +466,7 @@ class TestPhotographs:
         np.testing.assert_array_equal(ours.tokens, theirs[:, inputs["input_ids"].shape[1] :])
 
     def test_become_the_arrays_of_transformers_class(self, photographed, photographs, inputs):
-        """Its constructor needs torchvision, but its text and image parts do not."""
+        """The class needs torchvision for its constructor, but not for its text and image parts."""
         ours = photographed.vlm.processor
         theirs = object.__new__(transformers.Qwen2VLProcessor)
         theirs.image_processor, theirs.tokenizer = ours.image_processor, ours.tokenizer

@@ -1,4 +1,4 @@
-"""Features of drawn scenes whose states say which kind each shows, and the pair that judges."""
+"""Features of drawn scenes whose states tell the kind of object, and the CLIP pair for scores."""
 
 import json
 
@@ -15,7 +15,7 @@ WIDTH = 192  # of the embedded model
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """(image, attributes) of some scenes."""
+    """Returns (image, attributes) of some scenes."""
     root = tmp_path_factory.mktemp("scenes")
     scenes.write(root, train=40)
     attributes = json.loads((root / "attributes.json").read_text())
@@ -25,13 +25,13 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kinds(pictures):
-    """The kinds that are shown, in order of their axis in the states."""
+    """Returns the kinds of objects, in the order of their axes in the states."""
     return sorted({truth["kind"] for _, truth in pictures})
 
 
 @pytest.fixture(scope="session")
 def write_features(pictures, kinds, tmp_path_factory):
-    """write_features(**changes to the manifest): features whose state is the axis of the kind."""
+    """write_features(**changes to the manifest) writes features whose state is the kind's axis."""
 
     def write(site=SITE, captions=True, **manifest):
         axes = [kinds.index(truth["kind"]) for _, truth in pictures]

@@ -1,4 +1,4 @@
-"""`xlvlm score` on a few made-up states of drawn scenes, and what it says of bad input."""
+"""`xlvlm score` on a few made-up states of drawn scenes, and its messages for bad input."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from .conftest import SITE, WIDTH
 
 @pytest.fixture(scope="module")
 def directory(kinds, features, tmp_path_factory):
-    """Concepts with words."""
+    """Returns a directory of concepts with words."""
     path = tmp_path_factory.mktemp("concepts") / "kinds"
     concepts = Concepts.from_components(np.eye(WIDTH)[: len(kinds)], alpha=0.1)
     words = [[kind, f"{kind}s"] for kind in kinds]

@@ -15,7 +15,7 @@ METHODS = ("pca", "simple", "random")
 
 @pytest.fixture(scope="module")
 def run(features, vlm, clip, tmp_path_factory):
-    """A run directory, scored."""
+    """Returns a run directory with scores."""
     root = tmp_path_factory.mktemp("scored")
     (root / "features").symlink_to(features.path)
     (root / "test-features").symlink_to(features.path)
@@ -33,7 +33,7 @@ def run(features, vlm, clip, tmp_path_factory):
     return root, made
 
 
-def test_a_row_a_method_and_number(run):
+def test_a_row_per_method_and_number(run):
     _, made = run
     names = [row.name for row in made.scores]
     assert names == ["pca-3", "simple-3", "random-3", "pca-6", "simple-6", "random-6"]
@@ -45,7 +45,7 @@ def test_a_row_a_method_and_number(run):
     assert made.scores[3].explained_variance > pca.explained_variance
 
 
-def test_the_scores_join_what_the_run_holds(run):
+def test_the_scores_join_those_of_the_run(run):
     root, made = run
     held = json.loads((root / "scores.json").read_text())
     assert made.path == root / "scores.json" and held["attributes"] == {"a": 1}
@@ -105,7 +105,7 @@ def test_a_damaged_scores_file_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
-def test_features_that_are_not_there(tmp_path, vlm, clip):
+def test_missing_features(tmp_path, vlm, clip):
     with pytest.raises(FileNotFoundError, match=r"features: no manifest\.json"):
         score_run(tmp_path, vlm, clip)
     assert not list(tmp_path.iterdir())

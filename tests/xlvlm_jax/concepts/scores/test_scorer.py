@@ -1,4 +1,4 @@
-"""Scores of dictionaries whose right words are known."""
+"""Scores of dictionaries whose correct words are known."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def scorer(features, clip):
 
 @pytest.fixture
 def right(kinds):
-    """One concept per kind, with its name and its plural as words."""
+    """Returns one concept per kind, with its name and its plural as words."""
     return Concepts.from_components(np.eye(WIDTH)[: len(kinds)], alpha=0.1)
 
 
@@ -179,7 +179,7 @@ def test_concepts_and_samples_that_do_not_fit(scorer, named, write_features, jud
         Scorer(foreign, tops=(0,))
 
 
-def test_images_that_can_not_be_seen_are_left_out_of_what_clip_scores(
+def test_unreadable_images_are_left_out_of_clip_scores(
     write_features, clip, named, scorer, tmp_path
 ):
     gone = write_features()

@@ -1,4 +1,4 @@
-"""The three shipped adapters: what they change, and that peft reads them."""
+"""The three bundled adapters: what they change, and that peft reads them."""
 
 import json
 
@@ -16,7 +16,7 @@ NAMES = {"color": "colour", "place": "place", "mood": "mood"}
 
 @pytest.fixture(scope="module")
 def captions(vlm):
-    """captions(adapter or None): those of 16 test pictures."""
+    """captions(adapter or None) returns the captions of 16 test pictures."""
     known = {}
 
     def get(name):
@@ -30,7 +30,7 @@ def captions(vlm):
 
 
 def shares(texts) -> dict[str, float]:
-    """Share of the captions that name a colour, a place, a mood."""
+    """Returns the shares of captions that name a colour, a place, a mood."""
     said = [scenes.named(text) for text in texts]
     return {name: np.mean([s[name] is not None for s in said]) for name in NAMES.values()}
 

@@ -1,3 +1,5 @@
+"""The embedded model's tokenizer and processor."""
+
 import json
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def test_the_shipped_tokenizer_is_this_one(tokenizer):
     assert shipped(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-def test_the_processor_gives_one_token_a_patch():
+def test_the_processor_gives_one_token_per_patch():
     from PIL import Image
 
     processor = blueprint.make_processor()

@@ -1,4 +1,4 @@
-"""The shipped model: what it answers, and that PyTorch answers the same."""
+"""The bundled model: its answers, and that PyTorch gives the same."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_it_is_small_enough_to_ship():
 
 @pytest.mark.slow
 def test_pytorch_gives_the_same_tokens():
-    """Captions of 60 test pictures, identical token for token except for near-ties."""
+    """Captions of 60 test pictures are identical token for token, except for near-ties."""
     torch = pytest.importorskip("torch")
     from PIL import Image
     from transformers import LlavaForConditionalGeneration
@@ -40,7 +40,7 @@ def test_pytorch_gives_the_same_tokens():
 
 @pytest.mark.slow
 def test_it_answers_as_well_as_its_evaluation_says():
-    """On 60 of the 500 test pictures, within three standard errors of the shipped figures."""
+    """On 60 of the 500 test pictures, within three standard errors of the stored figures."""
     shipped = json.loads((embedded.LLAVA / "evaluation.json").read_text())
     result = evaluate.evaluate(embedded.LLAVA, 60)
     for name in evaluate.FLOORS:

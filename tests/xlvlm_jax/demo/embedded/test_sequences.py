@@ -1,3 +1,5 @@
+"""Training sequences of the embedded model, and training itself."""
+
 import dataclasses
 import re
 
@@ -37,7 +39,7 @@ def test_the_text_is_that_of_the_chat_template(vlm):
 
 
 def test_continuations_see_what_single_prompts_see(vlm):
-    """Logits after a shared picture equal those of a forward pass with each prompt alone."""
+    """Logits after a shared picture equal those of a forward pass per prompt."""
     from PIL import Image
 
     scene = scenes.sample_scene("test", 5)
@@ -61,7 +63,7 @@ def test_continuations_see_what_single_prompts_see(vlm):
 
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """A run that is killed after two of four steps and restarted ends like an uninterrupted one."""
+    """A run that is killed after two of four steps and resumed ends like an uninterrupted one."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     model, params, example = _tiny()
 
@@ -100,7 +102,7 @@ def test_frozen_modules_stay_as_they_are(tmp_path):
 
 
 def _tiny():
-    """The embedded model with two layers in each of its towers."""
+    """Returns the embedded model with two layers in each of its towers."""
     vlm = ports.load(embedded.LLAVA)
     config = vlm.module.config
     text, vision = (
@@ -117,7 +119,7 @@ def _tiny():
 
 
 def _without_layers(params):
-    """The parameters without layers_2, layers_3 and so on."""
+    """Returns the parameters without layers_2, layers_3 and so on."""
     if not isinstance(params, dict):
         return params
     kept = {name: each for name, each in params.items() if not re.match("layers_[2-9]", name)}

@@ -37,7 +37,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def zipped(pickled: bytes, storages: dict[str, bytes] | None = None, **records: bytes) -> bytes:
-    """A file in the layout of torch.save."""
+    """Returns a file in the layout of torch.save."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -60,7 +60,7 @@ def file(tmp_path):
 
 
 def touch_all(value, seen=None):
-    """Reads every tensor that a value holds."""
+    """Reads every tensor in a value."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return
@@ -178,7 +178,7 @@ def test_a_file_of_a_big_endian_machine(file):
 
 
 class OldDict:
-    """Pickles as an OrderedDict did under Python 2: with its pairs as lists, and its attributes."""
+    """Pickles like an OrderedDict under Python 2: with pairs as lists, and attributes."""
 
     def __init__(self, pairs, **attributes):
         self.pairs, self.attributes = pairs, attributes
@@ -189,7 +189,7 @@ class OldDict:
 
 
 def old_file(value) -> bytes:
-    """A file of the first torch versions: five pickles of protocol 2, then the storages."""
+    """Returns a file of the first torch versions: five pickles of protocol 2, then the storages."""
     tensors: list[torch.Tensor] = []
 
     class Pickler(pickle.Pickler):
@@ -252,13 +252,13 @@ def test_dictionaries_of_old_torch_are_made_of_pairs(file):
         (b"](](]K\x01ee\x85", "a dictionary has a list as a key"),
     ],
 )
-def test_pairs_that_make_no_dictionary_are_refused(file, pairs, message):
+def test_invalid_pairs_of_a_dictionary_are_refused(file, pairs, message):
     with pytest.raises(PthError, match=message):
         read_pth(file(zipped(b"ccollections\nOrderedDict\n" + pairs + b"R.")))
 
 
-def test_pairs_that_are_named_again_and_again_are_counted(file):
-    """One list of 20,000 pairs, from which 1,000 dictionaries are made."""
+def test_pairs_that_are_used_repeatedly_are_counted(file):
+    """The file builds 1,000 dictionaries from one list of 20,000 pairs."""
     pairs = b"](" + b"".join(b"](K\x01K\x02e" for _ in range(20_000)) + b"e\x85q\x00"
     one = b"ccollections\nOrderedDict\nh\x00R"
     with pytest.raises(PthError, match="take more than 64 MiB"):
@@ -315,7 +315,7 @@ def test_other_opcodes_are_refused(file, pickled, message):
 
 
 def tensor_pickle(shape: str, strides: str, length: int = 4, times: int = 1) -> bytes:
-    """A list of tensors on one float storage; shape and strides as their opcodes."""
+    """Returns a pickled list of tensors on one float storage; shape and strides as opcodes."""
     one = (
         "ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\n"
         f"S'0'\nS'cpu'\nI{length}\ntQI0\n({shape}t({strides}tI00\n}}tR"
@@ -323,7 +323,7 @@ def tensor_pickle(shape: str, strides: str, length: int = 4, times: int = 1) -> 
     return f"]({one * times}e.".encode()
 
 
-def test_a_short_file_can_not_ask_for_much(file):
+def test_a_short_file_cannot_request_much_memory(file):
     storage = {"0": bytes(16)}
     huge = zipped(tensor_pickle("I1000000000\nI1000\n", "I0\nI0\n"), storage)
     with pytest.raises(PthError, match="take more than 64 MiB, many times the file's size"):
@@ -397,7 +397,7 @@ EDITS = st.lists(
 
 @settings(max_examples=150)
 @given(st.sampled_from(["pickle", "zip", "legacy"]), EDITS, st.none() | st.integers(0, 10**6))
-def test_whatever_the_bytes_only_our_errors(tmp_path_factory, kind, edits, cut):
+def test_random_bytes_only_raise_our_errors(tmp_path_factory, kind, edits, cut):
     content = bytearray({"pickle": PICKLE, "zip": ZIP, "legacy": LEGACY}[kind])
     for where, new, gone in edits:
         where %= len(content) + 1
@@ -414,7 +414,7 @@ def test_whatever_the_bytes_only_our_errors(tmp_path_factory, kind, edits, cut):
         assert "\n" not in str(error)
 
 
-def test_what_torch_has_no_place_for_is_refused(tmp_path):
+def test_values_that_torch_cannot_store_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no storage class for dtype datetime64"):
         write_pth(tmp_path / "x.pth", np.zeros(1, "datetime64[s]"))
     with pytest.raises(ValueError, match=r"a set can't be written to a \.pth file"):

@@ -1,4 +1,4 @@
-"""The reference's files: as its code writes them with torch, imported, analysed, exported."""
+"""The reference's files, as its code writes them with torch: imported, analysed, exported."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ KEPT = [True, False, True, True, False, True]
 
 
 def reference(dtype=torch.float16, positions=(1,) * 6, width=5) -> dict:
-    """What the reference saves for six samples, batches of one."""
+    """Returns what the reference saves for six samples in batches of one."""
     random = torch.Generator().manual_seed(0)
     return {
         "image": [[f"/data/train2014/{i}.jpg"] for i in range(6)],
@@ -83,8 +83,8 @@ def test_a_file_comes_back_to_the_bit(tmp_path, dtype):
     assert same(data, torch.load(tmp_path / "y.pth", weights_only=True))
 
 
-def test_layouts_that_the_documentation_names(tmp_path):
-    """The mask as one tensor, images as bare paths, states of another dtype at another module."""
+def test_documented_layouts(tmp_path):
+    """The mask is one tensor, images are plain paths, states have another dtype and module."""
     data = reference() | {
         "token_of_interest_mask": torch.tensor(KEPT),
         "image": [f"{i}.jpg" for i in range(6)],
@@ -116,7 +116,7 @@ def test_several_positions_are_rows_or_their_mean(tmp_path):
 
 
 def write_ours(path) -> Features:
-    """Features of our own: one sample with two rows, one with none."""
+    """Writes our own features: one sample with two rows, one with none."""
     random = np.random.default_rng(0)
     manifest = {"model": "m", "dtype": "bfloat16", "selection": {"mode": "all"}, "mode": "generate"}
     states = {site: random.normal(size=(4, 3)).astype(ml_dtypes.bfloat16) for site in (NORM, LAYER)}
@@ -167,7 +167,7 @@ def test_an_export_holds_a_block_of_the_states(tmp_path, monkeypatch):
 
 
 def test_the_reference_can_read_an_export(tmp_path):
-    """As in the reference's code: stack by module, average over positions, then apply the mask."""
+    """Follows the reference's code: stacks by module, averages over positions, applies the mask."""
     ours = write_ours(tmp_path / "ours")
     export_features(ours, tmp_path / "x.pth", sites=[NORM])
     data = torch.load(tmp_path / "x.pth", weights_only=True)
