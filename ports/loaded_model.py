@@ -19,6 +19,7 @@ from ports.intervene.edits import Places
 from ports.intervene.sites import as_sites, find_sites, list_sites
 from ports.messages import few
 from ports.models.port import Port, Sizes
+from ports.names import normal_name
 from ports.nn.vision_language import Inputs, VisionLanguageModel
 from ports.parallel import sharding
 
@@ -184,6 +185,19 @@ class LoadedModel:
     def decoder(self) -> str:
         """Name of the language model's decoder; its layers are below it."""
         return ".".join(self.module.decoder_path)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Sites of the residual stream after each decoder layer: what the next one reads.
+
+        Where features are added between two layers (DeepStack), the site after the addition.
+        """
+        text, name = self.sizes.text, self.module.cache_path[0]
+        added = text.num_injections
+        return tuple(
+            f"{self.decoder}.{normal_name(('deepstack_{}' if i < added else name).format(i))}"
+            for i in range(text.num_layers)
+        )
 
     @property
     def head(self) -> str:

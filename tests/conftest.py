@@ -46,7 +46,9 @@ import pytest
 # argument. An int counts as a float, as for type checkers. Other rooms join once the tests that use
 # them pass with the check.
 CHECKED = (
+    "xlvlm_jax.causal",
     "xlvlm_jax.concepts",
+    "xlvlm_jax.lenses",
     "xlvlm_jax.metrics",
     "xlvlm_jax.sae",
     "xlvlm_jax.shift",

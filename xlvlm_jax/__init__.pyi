@@ -3,7 +3,7 @@ from ports.intervene.edits import ablate, add, add_relative, edit_with, replace,
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.programs import compilation_cache
-from xlvlm_jax import metrics, sae, shift
+from xlvlm_jax import causal, lenses, metrics, sae, shift
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
 from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.concepts.grounding import ground_images, ground_text
@@ -28,6 +28,7 @@ __all__ = [
     "add",
     "add_relative",
     "capture",
+    "causal",
     "compilation_cache",
     "concept_maps",
     "decompose",
@@ -37,6 +38,7 @@ __all__ = [
     "fine_vectors",
     "ground_images",
     "ground_text",
+    "lenses",
     "metrics",
     "project",
     "replace",

@@ -79,6 +79,20 @@ def check_sites(family: Family, inputs: Inputs) -> None:
     errors = family.site_errors(shared, states, inputs)
     assert max(errors.values()) < 1e-5, errors
     assert_logits(ours.logits, logits, inputs)
+    check_lens(vlm, ours)
+
+
+def check_lens(vlm: ports.VLM, output: ports.Output) -> None:
+    """The last of the layers' states say, through the final norm and the head, what the model says.
+
+    Args:
+        vlm: the model.
+        output: of a run that captured all sites.
+    """
+    assert len(vlm.layers) == vlm.sizes.text.num_layers
+    assert set(vlm.layers) <= set(vlm.sites)
+    read = vlm.unembed(output.states[vlm.layers[-1]], through_norm=True)
+    assert helpers.relative_error(read, output.logits) < 1e-5
 
 
 def check_logits(family: Family, inputs: Inputs) -> None:

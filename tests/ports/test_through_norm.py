@@ -20,6 +20,7 @@ def paths(vlm):
 def test_the_output_of_the_last_layer_gives_the_models_logits(vlms, port):
     vlm = vlms[port]
     layer, norm, _ = paths(vlm)
+    assert layer == vlm.layers[-1]
     logits, states = vlm.forward(helpers.make_inputs([0, 0], [5, 3]), sites=[layer, norm])
     read = vlm.unembed(states[layer], through_norm=True)
     assert helpers.relative_error(read, logits) < 1e-5

@@ -13,6 +13,7 @@ import typer
 
 import xlvlm_jax
 from xlvlm_jax.cli import (
+    causal,
     convert,
     decompose,
     demo,
@@ -22,6 +23,7 @@ from xlvlm_jax.cli import (
     finetune,
     ground,
     inspect,
+    lens,
     pth,
     report,
     runtime,
@@ -78,6 +80,8 @@ for command in (
     ground.ground,
     explain.explain,
     score.score,
+    causal.causal,
+    lens.lens,
     report.report,
     evaluate.evaluate,
     shift.shift,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ports.messages import few
+from xlvlm_jax.causal.record import read
 from xlvlm_jax.concepts.grounding import largest
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.features.reader import Features
@@ -50,6 +51,16 @@ class Attribute(NamedTuple):
         return self.share / self.base
 
 
+class Causal(NamedTuple):
+    """How much of what a concept changes are its own words (see `xlvlm_jax.causal`)."""
+
+    score: float
+    low: float  # of the interval over samples
+    high: float
+    shuffled: float  # most lists of shuffled words score below this
+    includes_null: bool
+
+
 class Own(NamedTuple):
     """The n rows that activate a concept more than any other, the strongest first."""
 
@@ -72,6 +83,7 @@ class Card:
     attributes: list[Attribute]
     own: Own
     stability: float | None = None
+    causal: Causal | None = None  # None if it was not measured
     more: list[Picture] = field(default_factory=list)  # more of its own rows, as many as fit
     has_all: bool = True  # whether all of its own rows' pictures fit
 
@@ -166,6 +178,7 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
     assignment = strongest_concept(activations)
     tables = count_attributes(assignment, K, attributes)
     stability = concepts.stability
+    causal = _causal_scores(directory, K)
     cards = []
     for k, column in _columns(activations):
         own = assignment == k
@@ -183,11 +196,25 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
                 attributes=typical_attributes(k, tables),
                 own=_own(column, own),
                 stability=None if stability is None else float(stability[k]),
+                causal=causal[k],
             )
         )
     cards.sort(key=lambda card: (-card.count, -card.mean, card.number))
     unassigned = int((assignment == NONE).sum())
     return Section(directory.name, site, concepts, cards, N, unassigned)
+
+
+def _causal_scores(directory: Path, num_concepts: int) -> list[Causal | None]:
+    """Returns the score of each concept; None for those without one."""
+    described = read(directory)
+    if described is None:
+        return [None] * num_concepts
+    names = ("score", "low", "high", "null_high", "includes_null")
+    columns = [described["concepts"][name] for name in names]
+    return [
+        None if any(value is None for value in values) else Causal(*values)
+        for values in zip(*columns, strict=True)
+    ]
 
 
 def _columns(

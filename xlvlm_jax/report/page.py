@@ -73,7 +73,7 @@ def write_report(
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
         text = _render(run, images, None if beside is None else Path(beside), picture_bytes, tell)
-    return _store(run / "report.html" if output is None else Path(output), text)
+    return store(run / "report.html" if output is None else Path(output), text)
 
 
 def _render(
@@ -126,7 +126,7 @@ def _render(
     unseen = not_shown(shown.thumbnails)
     if unseen and tell is not None:
         tell(f"{unseen}; give the directory that holds them (--images)")
-    page = _environment().get_template("page.html.jinja")
+    page = environment().get_template("page.html.jinja")
     return page.render(
         about=_about(settings, features, sections),
         sections=sections,
@@ -142,8 +142,8 @@ def _render(
         unit="samples"
         if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
         else "rows",
-        css=_part("page.css"),
-        script=_part("page.js"),
+        css=part("page.css"),
+        script=part("page.js"),
         blank=BLANK,
     )
 
@@ -157,21 +157,22 @@ def _names(run: Path, beside: Path | None) -> tuple[str, str]:
     return ours[-1], theirs[-1]
 
 
-def _part(name: str) -> Markup:
-    """Returns a file that the page includes as it is."""
+def part(name: str) -> Markup:
+    """Returns a file of this package that a page includes as it is."""
     return Markup((importlib.resources.files(_PACKAGE) / name).read_text("utf-8"))
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Returns the environment of the pages' templates."""
+    made = Environment(
         loader=PackageLoader(_PACKAGE, ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
-    return environment
+    made.filters |= {"number": number, "percent": percent}
+    return made
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -187,13 +188,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _store(path: Path, text: str) -> Path:
+def store(path: Path, text: str) -> Path:
+    """Writes a page atomically.
+
+    Args:
+        path: the file.
+        text: the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     try:
         # A caption may contain a lone surrogate, which UTF-8 cannot encode.
         atomic.write(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise OSError(
-            f"cannot write the report to {path}: {error.strerror};"
+            f"cannot write the page to {path}: {error.strerror};"
             " give a file in a writable directory"
         ) from error
     return path

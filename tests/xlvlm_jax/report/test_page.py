@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from xlvlm_jax.causal import CausalRecord, CausalScores
+from xlvlm_jax.causal.record import save
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.report import write_report
 
@@ -65,6 +67,26 @@ def test_a_card_per_concept_in_order_of_share(write_run, activations):
     for shown in ("The concepts behind “dog”", "14 samples", "objective 123", "1 sample without"):
         assert shown in text
     assert "71 % of the variance explained" in text  # split() takes the narrow space for a space
+
+
+def test_causal_scores_stand_on_the_cards(write_run, activations):
+    run = write_run(activations)
+    scores = CausalScores(
+        **{name: np.array([0.9, 0.5, np.nan]) for name in ("score", "high")},
+        low=np.array([0.8, 0.1, np.nan]),
+        **dict.fromkeys(("null", "null_high", "own", "others"), np.full(3, 0.25)),
+    )
+    rest = np.zeros(3)
+    save(CausalRecord(scores, rest, rest, [[]] * 3, 0.5, 0.6, {}, {}), run / "concepts")
+    page = page_of(run)
+    found = [card.get("data-causal") for card in page.all("article")]
+    assert found == ["0.5", "0.9", None]  # cards are in the order 1, 0, 2
+    text = " ".join(" ".join(page.text).split())
+    assert "causal 0.90 [0.80, 0.90]" in text
+    assert "causal 0.50 [0.10, 0.50], like shuffled words" in text
+    assert page.all("option", value="causal")
+    (run / "concepts" / "causal.json").unlink()
+    assert not page_of(run).all("option", value="causal")
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)])
@@ -180,7 +202,7 @@ def test_it_is_written_completely_to_the_given_path(write_run, activations, tmp_
     assert write_report(run) == run / "report.html"
     assert write_report(run, tmp_path / "page.html") == tmp_path / "page.html"
     assert not [path for path in [*run.iterdir(), *tmp_path.iterdir()] if "partial" in path.name]
-    with pytest.raises(OSError, match=r"cannot write the report to .*page.html: No such file"):
+    with pytest.raises(OSError, match=r"cannot write the page to .*page.html: No such file"):
         write_report(run, tmp_path / "missing" / "page.html")
 
 

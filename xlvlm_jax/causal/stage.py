@@ -1,0 +1,277 @@
+"""Scores the concepts of a dictionary: edits over samples, in batches.
+
+K concepts, N samples, W words, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from ports import VLM
+from ports.intervene.edits import Where
+from xlvlm_jax.causal.changes import (
+    concept_edits,
+    effects,
+    prepare,
+    slopes,
+    spliced_losses,
+)
+from xlvlm_jax.causal.record import CausalRecord
+from xlvlm_jax.causal.scores import (
+    causal_scores,
+    directions,
+    rank_correlation,
+    signs,
+)
+from xlvlm_jax.causal.words import NONE, Vocabulary, filled, own_tokens, vocabulary_of
+from xlvlm_jax.concepts.decomposition import project
+from xlvlm_jax.concepts.methods import method_named
+from xlvlm_jax.concepts.reconstruction import reconstruct
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.data.answers import answered
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.steering.teacher_forcing import batches, require_some
+from xlvlm_jax.storage.same_model import model_of, require_model
+
+Progress = Callable[[int, int], None]
+ADD, ABLATE = (0.05, 0.1, 0.2), (0.5, 1.0)  # strengths
+
+
+def require_concepts_of(concepts: Concepts, vlm: VLM, site: str | None) -> str:
+    """Returns the site at which to edit concepts.
+
+    Args:
+        concepts: the concepts.
+        vlm: the model.
+        site: a name; None for the site that they were learnt at.
+
+    Raises:
+        ValueError: the concepts have no words or were learnt on another model, at another site or
+            with another width, or the site is unknown.
+    """
+    if concepts.words is None or not any(concepts.words):
+        raise ValueError("the concepts have no words to score; run `xlvlm ground` first")
+    require_model(concepts.source, vlm, "the concepts were learnt on the states of")
+    learnt = concepts.source.get("site")
+    if site is None and learnt is None:
+        raise ValueError("the concepts do not name their site; give it (--site)")
+    found = vlm.find_site(site or str(learnt))
+    if learnt is not None and vlm.find_site(learnt) != found:
+        raise ValueError(
+            f"the concepts were learnt at site {learnt!r}, but are to be edited at {found!r}; "
+            "choose the site that they were learnt at"
+        )
+    width, expected = np.shape(concepts.components)[1], vlm.site_shapes[found][-1]
+    if width != expected:
+        raise ValueError(
+            f"the concepts are {width} wide, but the states at {found!r} have width {expected}; "
+            "choose the site and the model that they were learnt on"
+        )
+    return found
+
+
+class Measured(NamedTuple):
+    """What edits of K concepts change in N samples."""
+
+    vocabulary: Vocabulary
+    changes: Float[np.ndarray, "K N W"]  # of each word's log-probability, see `causal_scores`
+    likelihood: Float[np.ndarray, " W"]  # mean log-probability of each word without an edit
+    rest: Float[np.ndarray, "K N"]  # KL divergence of all but the own words, mean over edits
+    # By the removal of the largest fraction; NaN if nothing is removed:
+    own: Float[np.ndarray, "K N"]  # change of the mean log-probability of the own words
+    answer: Float[np.ndarray, "K N"]  # change of the answer's
+    first_order: Float[np.ndarray, "K N"]  # estimate of `own` by gradient x activation
+    integrated: Float[np.ndarray, "K N"]  # and by integrated gradients
+    losses: dict[str, Float[np.ndarray, " N"]]  # see `spliced_losses`; empty without answers
+    kept: list[int]  # the samples that could be processed
+
+
+def measure_concepts(
+    concepts: Concepts,
+    vlm: VLM,
+    samples: Sequence[Sample],
+    answers: Sequence[str] | None,
+    *,
+    site: str | None = None,
+    mean: Float[Any, " D"] | None = None,
+    add: Sequence[float] = ADD,
+    ablate: Sequence[float] = ABLATE,
+    where: Where = "predicting",
+    steps: int = 5,
+    batch_size: int = 16,
+    strict: bool = False,
+    errors: dict[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Adds and removes every concept while the model answers, and measures what changes.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        concepts: K concepts with words.
+        vlm: the model that they were learnt on.
+        samples: images and prompts.
+        answers: the answer to each prompt, such as the model's own; None measures the position
+            after each prompt alone.
+        site: the site to edit; None for that of the concepts.
+        mean: float[D], mean state, for the losses; None leaves them out.
+        add: strengths of additions, as fractions of each state's norm.
+        ablate: fractions of the component to remove.
+        where: positions to edit, see `prepare`.
+        steps: gradients per concept of the integrated gradients.
+        batch_size: samples per batch.
+        strict: stop at a sample that can't be read or processed, instead of skipping it.
+        errors: receives {skipped sample: why}.
+        progress: called after each batch with (samples done, number of samples).
+
+    Returns:
+        The changes.
+
+    Raises:
+        ValueError: as for `require_concepts_of`, `concept_edits` and `prepare`, or no sample can be
+            processed.
+    """
+    site = require_concepts_of(concepts, vlm, site)
+    words = list(concepts.words or ())
+    known = vocabulary_of(words, vlm.tokenizer, vlm.sizes.text.vocab_size)
+    is_centroids = method_named(concepts.method).is_centroids
+    vectors = directions(np.asarray(concepts.components), is_centroids)
+    edits = concept_edits(vectors, add, ablate)
+    K, S = len(vectors), len(add) + len(ablate)
+    weights = signs(add, ablate) / S
+    own_ids, own = own_tokens(known), filled(known.own)
+    counts = np.maximum((own != NONE).sum(1), 1)[:, None]
+    count = None if answers is None else _longest(vlm, samples, answers)
+    refused: dict[str, str] = {} if errors is None else errors
+    kept: list[int] = []
+    parts: list[dict[str, np.ndarray]] = []
+
+    def remade(states: np.ndarray) -> np.ndarray:
+        return np.asarray(reconstruct(concepts, np.asarray(project(states, concepts))))
+
+    for index, batch in batches(
+        vlm, samples, answers, batch_size, ended=False, strict=strict, errors=refused
+    ):
+        (inputs,) = batch.inputs
+        lengths = None if answers is None else batch.answer_lengths
+        asked = prepare(vlm, inputs, site, answer_lengths=lengths, count=count, where=where)
+        found, plain = effects(asked, edits, known.tokens, own_ids)
+        moved = np.asarray(found.words).reshape(K, S, *plain.shape)
+        said, rest = (np.asarray(x).reshape(K, S, -1) for x in (found.answer, found.rest))
+        part = {
+            "changes": np.einsum("s,ksbw->kbw", weights, moved),
+            "likelihood": np.asarray(plain)[None],
+            "rest": rest.mean(1),
+        }
+        if len(ablate):
+            most = int(np.argmax(ablate))
+            removed = moved[:, len(add) + most]
+            spelt = np.where(own[:, None] == NONE, 0, np.take_along_axis(removed, own[:, None], 2))
+            part |= {"own": spelt.sum(2) / counts, "answer": said[:, len(add) + most]}
+            # A gradient estimates the removal of the whole component.
+            for name, number in (("first_order", 1), ("integrated", steps)):
+                estimate = slopes(asked, vectors, known.tokens, own, steps=number).words
+                part[name] = ablate[most] * np.asarray(estimate)
+        if answers is not None and mean is not None:
+            part |= {f"loss {name}": x for name, x in spliced_losses(asked, remade, mean).items()}
+        # The rows after these fill up the batch.
+        parts.append({name: _rows(value, len(index)) for name, value in part.items()})
+        kept += index.tolist()
+        if progress is not None:
+            progress(len(kept) + len(refused), len(samples))
+    require_some(kept, samples, refused)
+    whole = {
+        name: np.concatenate([p[name] for p in parts], axis=min(parts[0][name].ndim - 1, 1))
+        for name in parts[0]
+    }
+    none = np.full((K, len(kept)), np.nan)
+    return Measured(
+        vocabulary=known,
+        changes=whole["changes"],
+        likelihood=whole["likelihood"][0].mean(0),
+        rest=whole["rest"],
+        **{n: whole.get(n, none) for n in ("own", "answer", "first_order", "integrated")},
+        losses={n.removeprefix("loss "): x for n, x in whole.items() if n.startswith("loss ")},
+        kept=kept,
+    )
+
+
+def _rows(values: np.ndarray, count: int) -> np.ndarray:
+    """Returns the first samples of an array [B] or [K, B, ...]."""
+    return values[:count] if values.ndim == 1 else values[:, :count]
+
+
+def score_causally(
+    concepts: Concepts,
+    vlm: VLM,
+    samples: Sequence[Sample],
+    answers: Sequence[str] | None,
+    *,
+    site: str | None = None,
+    add: Sequence[float] = ADD,
+    ablate: Sequence[float] = ABLATE,
+    where: Where = "predicting",
+    num_matched: int = 3,
+    num_shuffles: int = 100,
+    seed: int = 0,
+    **options: Any,
+) -> CausalRecord:
+    """Measures what edits of every concept change, and scores the concepts by it.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        concepts, vlm, samples, answers, site, add, ablate, where: as for `measure_concepts`.
+        num_matched, num_shuffles, seed: as for `causal_scores`.
+        **options: further options of `measure_concepts`.
+
+    Returns:
+        Scores, effects and losses.
+
+    Raises:
+        ValueError: as for `measure_concepts`, or fewer than two samples can be processed.
+    """
+    site = require_concepts_of(concepts, vlm, site)
+    found = measure_concepts(
+        concepts, vlm, samples, answers, site=site, add=add, ablate=ablate, where=where, **options
+    )
+    own = found.vocabulary.own
+    scores = causal_scores(
+        found.changes,
+        own,
+        found.likelihood,
+        num_matched=num_matched,
+        num_shuffles=num_shuffles,
+        seed=seed,
+    )
+    worded = [k for k, words in enumerate(own) if words]
+    return CausalRecord(
+        scores=scores,
+        answer=found.answer.mean(1),
+        rest=found.rest.mean(1),
+        words=list(concepts.words or ()),
+        first_order=rank_correlation(found.first_order[worded], found.own[worded]),
+        integrated=rank_correlation(found.integrated[worded], found.own[worded]),
+        losses={name: float(values.mean()) for name, values in found.losses.items()},
+        settings={
+            **model_of(vlm),
+            "site": site,
+            "where": where,
+            "add": [float(s) for s in add],
+            "ablate": [float(s) for s in ablate],
+            "samples": len(found.kept),
+            "answers": answers is not None,
+            "matched words": num_matched,
+            "shuffles": num_shuffles,
+            "seed": seed,
+            "words without a token": found.vocabulary.unknown,
+        },
+    )
+
+
+def _longest(vlm: VLM, samples: Sequence[Sample], answers: Sequence[str]) -> int:
+    """Returns the number of tokens of the longest answer, so that all batches share a program."""
+    prompts = [vlm.render(sample.prompt) for sample in samples]
+    return int(answered(vlm, prompts, answers, ended=False)[1].max(initial=0))

@@ -1,0 +1,149 @@
+"""`xlvlm causal`: whether concepts cause what their words say."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from xlvlm_jax.cli.console import (
+    Images,
+    Overwrite,
+    Seed,
+    Site,
+    Strict,
+    bars,
+    console,
+    load_model,
+    parse_where,
+    progress_bars,
+    show_skipped,
+)
+
+Strengths = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--add",
+        help="Strength of an addition, as a fraction of each state's norm; may be repeated. "
+        "Default: 0.05, 0.1, 0.2, unless --ablate is given.",
+    ),
+]
+Fractions = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--ablate",
+        help="Fraction of the component to remove; may be repeated. Default: 0.5, 1, "
+        "unless --add is given.",
+    ),
+]
+
+
+def causal(
+    concepts: Annotated[Path, typer.Argument(help="Directory of concepts, grounded.")],
+    model: Annotated[str, typer.Option(help="Model that the features were extracted from.")],
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Features whose samples to ask. Default: those that the concepts come from."
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Maximum number of samples to ask.")] = 64,
+    add: Strengths = None,
+    ablate: Fractions = None,
+    where: Annotated[
+        str,
+        typer.Option(
+            help="Positions to edit: predicting (those that predict the answer), all, prompt, "
+            "generated, last_prompt, image, text or from:INDEX."
+        ),
+    ] = "predicting",
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    site: Site = None,
+    images: Images = None,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    seed: Seed = 0,
+) -> None:
+    """Add and remove every concept while the model answers; writes causal.json beside them."""
+    from xlvlm_jax import Concepts, Features
+    from xlvlm_jax.causal import record as files
+    from xlvlm_jax.causal import stage
+    from xlvlm_jax.data import select
+    from xlvlm_jax.features.reader import samples_of
+
+    learnt = Concepts.load(concepts)
+    if (concepts / files.FILE).exists() and not overwrite:
+        raise FileExistsError(f"{concepts} already holds {files.FILE}; replace it with --overwrite")
+    places = parse_where(where)
+    source = features or learnt.source.get("features")
+    if source is None:
+        raise ValueError(f"{concepts} does not name its features; give --features")
+    opened = Features.open(source, images=images)
+    samples = select.subsample(samples_of(opened), num_samples, seed)
+    said = [_answer(sample) for sample in samples]
+    answers = [text for text in said if text]
+    if len(answers) < len(samples):
+        console.print("samples without an answer: measuring the position after each prompt")
+    vlm = load_model(model)
+    site = stage.require_concepts_of(learnt, vlm, site)
+    mean = None
+    if site in opened.sites:
+        mean = opened.matrix(site).mean(axis=0)
+    errors: dict[str, str] = {}
+    with progress_bars() as progress:
+        record = stage.score_causally(
+            learnt,
+            vlm,
+            samples,
+            answers if len(answers) == len(samples) and not vlm.module.prefix_lm else None,
+            site=site,
+            mean=mean,
+            add=stage.ADD if not add and not ablate else add or (),
+            ablate=stage.ABLATE if not add and not ablate else ablate or (),
+            where=places,
+            batch_size=batch_size,
+            seed=seed,
+            strict=strict,
+            errors=errors,
+            progress=bars(progress)("editing"),
+        )
+    show_skipped(errors)
+    path = files.save(record, concepts)
+    _show(record)
+    console.print(f"{record.settings['samples']} samples -> {path}")
+
+
+def _answer(sample: Any) -> str:
+    """Returns the model's own answer to a sample, else the first reference, else ""."""
+    said = sample.metadata.get("prediction") or next(iter(sample.references), "")
+    return str(said).strip()
+
+
+def _show(record: Any) -> None:
+    scores = record.scores
+    table = Table("concept", "score", "interval", "shuffled", "own", "others", "answer", box=None)
+    table.add_column("words")
+    for k, words in enumerate(record.words):
+        found = [scores.score[k], scores.null_high[k], scores.own[k], scores.others[k]]
+        score, null, own, others = (f"{value:.2f}" for value in found)
+        marked = " *" if scores.includes_null[k] else ""
+        table.add_row(
+            str(k),
+            score + marked,
+            f"{scores.low[k]:.2f} to {scores.high[k]:.2f}",
+            null,
+            own,
+            others,
+            f"{record.answer[k]:.2f}",
+            ", ".join(words[:5]),
+        )
+    console.print(table)
+    console.print(
+        f"* its interval reaches into the scores of shuffled words. {record.first_order:.2f} and "
+        f"{record.integrated:.2f}: rank correlation of gradient x activation and integrated "
+        "gradients with the effect of removing a concept",
+        markup=False,
+    )
+    if record.recovered:
+        shown = ", ".join(f"{share:.3f} ({name})" for name, share in record.recovered.items())
+        console.print(f"loss recovered by the dictionary, relative to ablation: {shown}")

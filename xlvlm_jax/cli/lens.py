@@ -1,0 +1,126 @@
+"""`xlvlm lens`: what every layer would say at every token of a prompt and its answer."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xlvlm_jax.cli.console import (
+    Model,
+    Overwrite,
+    console,
+    load_model,
+    parse_where,
+    refuse_existing,
+)
+
+
+def lens(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    prompt: Annotated[
+        str, typer.Option(help="What to ask about it.")
+    ] = "Provide a one-sentence caption for the provided image.",
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("lens.html"),
+    arrays: Annotated[
+        Path | None, typer.Option(help="Also write the words and probabilities to this .npz file.")
+    ] = None,
+    vector: Annotated[
+        list[Path] | None, typer.Option(help="Steer with this vector; may be repeated.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Strength of --vector.")] = 1.0,
+    where: Annotated[
+        str | None, typer.Option(help="Positions to steer; default: those of the vector.")
+    ] = None,
+    jacobian: Annotated[
+        Path | None,
+        typer.Option(
+            help="Carry states to the last layer by this Jacobian lens: a file of ours, or a "
+            "published .pt file."
+        ),
+    ] = None,
+    neighbours: Annotated[
+        Path | None,
+        typer.Option(help="Also show the nearest states in these features, at their layers."),
+    ] = None,
+    num_words: Annotated[int, typer.Option(help="Words per layer and token.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to answer.")] = 20,
+    dtype: Annotated[str, typer.Option(help="Dtype of the parameters.")] = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Show what every layer would say at every token, as a page (logit lens)."""
+    import numpy as np
+
+    from xlvlm_jax import Features, lenses
+    from xlvlm_jax.data.images import read_image
+    from xlvlm_jax.lenses.neighbours import describe
+    from xlvlm_jax.lenses.run import run_lens
+    from xlvlm_jax.report.lens_page import write_lens_page
+    from xlvlm_jax.storage import atomic
+    from xlvlm_jax.storage.same_model import require_model
+
+    for file in (output, arrays):
+        if file is not None:
+            refuse_existing(file, overwrite)
+    picture = read_image(image)
+    fitted = None if jacobian is None else lenses.load_jacobian_lens(jacobian)
+    index = None if neighbours is None else Features.open(neighbours)
+    vlm = load_model(model, dtype)
+    if index is not None:
+        require_model(index.manifest, vlm, f"{neighbours} holds states of")
+    inputs = vlm.process([vlm.render(prompt)], [picture])
+    edits = _edits(vlm, inputs, vector or [], alpha, where)
+    with console.status("reading the layers"):
+        run = run_lens(
+            vlm,
+            inputs,
+            sizes=[(picture.height, picture.width)],
+            k=num_words,
+            max_new_tokens=max_new_tokens,
+            edits=edits,
+            carried=None if fitted is None else fitted.carried(vlm),
+            index=index,
+        )
+    described = {}
+    if index is not None:
+        rows = np.concatenate([found.rows.ravel() for found in run.neighbours.values()])
+        described = describe(index, rows, vlm.tokenizer)
+    write_lens_page(
+        run,
+        output,
+        decode=vlm.tokenizer.decode,
+        images=[picture],
+        facts={
+            "Model": model,
+            "Prompt": prompt,
+            "Answer": run.prediction,
+            "Steering": f"{', '.join(p.name for p in vector)}, strength {alpha:g}"
+            if vector
+            else "",
+            "Lens": "logit lens"
+            if fitted is None
+            else f"Jacobian lens, {fitted.num_prompts} prompts",
+            "Neighbours": "" if neighbours is None else neighbours.name,
+        },
+        described=described,
+    )
+    if arrays is not None:
+        with atomic.writing(arrays) as file:
+            np.savez(file, allow_pickle=False, **run.arrays())
+        console.print(f"arrays -> {arrays}")
+    console.print(f"{run.prediction}", markup=False)
+    console.print(f"{len(run.tokens)} tokens, {len(run.reading.sites)} layers -> {output}")
+
+
+def _edits(
+    vlm: Any, inputs: Any, vectors: list[Path], alpha: float, where: str | None
+) -> dict[str, Any]:
+    """Returns the edits of all vectors; {} without any."""
+    from xlvlm_jax import steering
+
+    edits: dict[str, list[Any]] = {}
+    places = None if where is None else parse_where(where)
+    for path in vectors:
+        for site, edit in steering.load(path).edits_for(vlm, inputs, alpha, places).items():
+            edits.setdefault(site, []).append(edit)
+    return edits
