@@ -159,8 +159,8 @@ def prepare(
     site = vlm.find_site(site)
     if site == vlm.head or not vlm.module.is_of_decoder(site):
         raise ValueError(
-            f"concepts are edited in the decoder's states, but site {site!r} is not in it; choose a "
-            f"layer, such as {vlm.layers[-1]!r}"
+            f"concepts are edited in the decoder's states, but site {site!r} is not in it; choose "
+            f"a layer, such as {vlm.layers[-1]!r}"
         )
     begin = begin_site(vlm, site)
     prepared = vlm.prepare(inputs)

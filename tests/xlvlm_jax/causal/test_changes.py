@@ -207,9 +207,9 @@ def test_messages(vlm, forced, asked):
         causal.concept_edits(np.ones((1, 7)), ablate=[float("inf")])
     with pytest.raises(ValueError, match="other than 0; there are none"):
         causal.concept_edits(np.ones((1, 7)), add=[], ablate=[])
-    with pytest.raises(ValueError, match="lm_head' is not in it; choose a layer"):
+    with pytest.raises(ValueError, match="lm_head' is not in it; choose"):
         causal.prepare(vlm, inputs, vlm.head, answer_lengths=lengths)
-    with pytest.raises(ValueError, match="layers.1' is not in it; choose a layer, such as"):
+    with pytest.raises(ValueError, match=r"layers.1' is not in it; choose"):
         causal.prepare(vlm, inputs, "vision_tower.vision_model.encoder.layers.1")
     with pytest.raises(ValueError, match="selects no position of the batch"):
         causal.prepare(vlm, inputs, SITE, answer_lengths=lengths, where={"from": 10_000})

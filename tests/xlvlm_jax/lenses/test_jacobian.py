@@ -95,6 +95,7 @@ def test_a_published_file(tmp_path):
         lenses.load_jacobian_lens(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.wrong_types
 def test_messages(vlm, inputs, lens, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a Jacobian lens"):
         lenses.load_jacobian_lens(tmp_path / "none.safetensors")

@@ -17,7 +17,7 @@ LAYER = "language_model.model.layers.4"
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     file = tmp_path_factory.mktemp("picture") / "wide.png"
-    Image.new("RGB", (112, 84), "red").save(file)
+    Image.new("RGB", (168, 112), "red").save(file)
     return file
 
 
@@ -62,7 +62,7 @@ def test_the_arrays(written):
     assert arrays["entropy"].shape == (L, P) and len(arrays["tokens"]) == P
     assert arrays["picture 0 positions"].shape == (8, 8)
     # The processor keeps the middle of a picture that is wider than high.
-    assert arrays["picture 0 boxes"][0, 0, 0] == pytest.approx(1 / 8)
+    assert arrays["picture 0 boxes"][0, 0, 0] == pytest.approx(1 / 6)
     assert arrays[f"neighbours {LAYER}"].shape == (P, 3)
 
 
