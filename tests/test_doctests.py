@@ -1,6 +1,7 @@
 """Every exported name has an example in its docstring, with the output that it shows."""
 
 import doctest
+import importlib
 import types
 
 import jax
@@ -36,3 +37,19 @@ def test_the_example_of_an_exported_name(package: types.ModuleType, name: str):
     said: list[str] = []
     result = doctest.DocTestRunner().run(found, out=said.append)
     assert result.failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("causal.words", "causal.changes", "causal.scores"),
+        *("lenses.reading", "lenses.jacobian", "lenses.neighbours"),
+    ],
+)
+def test_the_examples_in_a_module(module: str):
+    said: list[str] = []
+    runner = doctest.DocTestRunner()
+    found = importlib.import_module(f"xlvlm_jax.{module}")
+    for examples in doctest.DocTestFinder(exclude_empty=True).find(found, globs={}):
+        runner.run(examples, out=said.append)
+    assert runner.tries and not runner.failures, "".join(said)

@@ -117,8 +117,8 @@ def concept_edits(
         got = f"got {wrong[0]}" if wrong else "there are none"
         raise ValueError(f"strengths of edits are finite numbers other than 0; {got}")
     K, count = len(vectors), len(strengths)
-    added = np.float32([*add, *[0] * len(ablate)])
-    removed = np.float32([*[0] * len(add), *ablate])
+    added = np.asarray([*add, *[0.0] * len(ablate)], np.float32)
+    removed = np.asarray([*[0.0] * len(add), *ablate], np.float32)
     return ConceptEdits(
         np.repeat(vectors, count, axis=0),
         np.tile(added, K),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from xlvlm_jax.causal.scores import CausalScores, as_json, loss_recovered
+from xlvlm_jax.causal.scores import CausalScores, as_json, loss_recovered, numbers
 from xlvlm_jax.storage import atomic, versions
 
 FILE = "causal.json"
@@ -60,11 +60,11 @@ class CausalRecord:
         """Returns JSON values; NaN as None."""
         return {
             "concepts": as_json(self.scores)
-            | {"answer": _numbers(self.answer), "rest": _numbers(self.rest), "words": self.words},
+            | {"answer": numbers(self.answer), "rest": numbers(self.rest), "words": self.words},
             "rank correlation": dict(
                 zip(
                     ("first order", "integrated"),
-                    _numbers(np.array([self.first_order, self.integrated])),
+                    numbers(np.array([self.first_order, self.integrated])),
                     strict=True,
                 )
             ),
@@ -72,10 +72,6 @@ class CausalRecord:
             "loss recovered": {name: round(value, 6) for name, value in self.recovered.items()},
             "settings": self.settings,
         }
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [round(float(v), 6) if np.isfinite(v) else None for v in values]
 
 
 def digest_of(directory: Path) -> str:

@@ -11,7 +11,8 @@ K concepts, N samples, W words.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,8 @@ def rank_correlation(cheap: ArrayLike, true: ArrayLike) -> float:
     cheap, true = np.ravel(cheap), np.ravel(true)
     if len(cheap) < 2 or np.ptp(cheap) == 0 or np.ptp(true) == 0:
         return float("nan")
-    return float(stats.spearmanr(cheap, true).statistic)
+    found: Any = stats.spearmanr(cheap, true)
+    return float(found.statistic)
 
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> float:
@@ -295,14 +297,18 @@ def signs(add: Sequence[float], ablate: Sequence[float]) -> Float[np.ndarray, " 
         >>> causal.signs([0.1, -0.1], [1.0]).tolist()
         [1.0, -1.0, -1.0]
     """
-    return np.concatenate([np.sign(np.float32([*add])), -np.sign(np.float32([*ablate]))])
+    return np.sign(np.asarray([*add, *(-fraction for fraction in ablate)], np.float32))
 
 
-def as_json(scores: CausalScores) -> Mapping[str, Any]:
-    """Returns the scores as JSON values: a list per field, with None for NaN."""
+def as_json(scores: CausalScores) -> dict[str, Any]:
+    """Returns the scores as JSON values, a list per field."""
     described: dict[str, Any] = {"confidence": scores.confidence}
     for field in dataclasses.fields(scores):
         if field.name != "confidence":
-            values = getattr(scores, field.name)
-            described[field.name] = [round(float(v), 6) if np.isfinite(v) else None for v in values]
+            described[field.name] = numbers(getattr(scores, field.name))
     return described | {"includes_null": scores.includes_null.tolist()}
+
+
+def numbers(values: Float[np.ndarray, " N"]) -> list[float | None]:
+    """Returns JSON numbers with six digits; None for NaN."""
+    return [round(value, 6) if math.isfinite(value) else None for value in map(float, values)]

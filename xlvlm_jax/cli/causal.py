@@ -74,7 +74,7 @@ def causal(
     learnt = Concepts.load(concepts)
     if (concepts / files.FILE).exists() and not overwrite:
         raise FileExistsError(f"{concepts} already holds {files.FILE}; replace it with --overwrite")
-    places = parse_where(where)
+    places: Any = parse_where(where)
     source = features or learnt.source.get("features")
     if source is None:
         raise ValueError(f"{concepts} does not name its features; give --features")
