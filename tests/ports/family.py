@@ -21,6 +21,7 @@ import transformers
 import ports
 from ports import checkpoint, inspection
 from ports.checkpoint import peft_io
+from ports.decoding import tail
 from ports.intervene import lora
 from ports.models.port import Port
 from ports.parallel import sharding
@@ -147,6 +148,7 @@ def check_steering(family: Family, inputs: Inputs) -> None:
         for alpha in (0.0, 9.0)
     )
     np.testing.assert_array_equal(steered.tokens[:, 0], plain.tokens[:, 0])
+    check_tail(vlm, layer, inputs)
     assert (np.asarray(steered.tokens) != np.asarray(plain.tokens))[:, 1:].any()
 
 
@@ -166,6 +168,31 @@ def check_apart(family: Family, inputs: Inputs) -> None:
     asked = questions.ask(inputs)
     _, options = family.vlm._generation(asked, family.vlm._check(asked), {}, 4, ())
     assert options["shared"] is None
+
+
+def check_tail(vlm: ports.VLM, layer: str, inputs: Inputs, count: int = 3) -> None:
+    """The last positions, run again over the cache of the rest, are those of the whole run.
+
+    Args:
+        vlm: the model.
+        layer: the layer that is edited.
+        inputs: prompts that end with `count` tokens of text.
+        count: number of positions.
+    """
+    vector = np.random.default_rng(5).standard_normal(vlm.site_shapes[layer][-1], np.float32)
+    ids = inputs["input_ids"]
+    last = np.broadcast_to(np.arange(ids.shape[1]) >= ids.shape[1] - count, ids.shape)
+    edits = {layer: ports.add(vector, where=last)}
+    expected = vlm.forward(inputs, edits=edits).logits[:, -count:]
+
+    @jax.jit
+    def run(params: dict, arrays: dict) -> jax.Array:
+        cut = tail.cut_tail(vlm.module, params, arrays, count, layer)
+        states, _ = tail.run_tail(vlm.module, params, cut, {layer: ports.add(vector)})
+        return vlm.module.bind({"params": params}).unembed(states)
+
+    found = run(vlm.params, vlm.place(inputs))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def check_adapters(family: Family, inputs: Inputs, directory: Path, targets: str) -> None:
