@@ -18,6 +18,15 @@ from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
 
 
+def top_k(values: Float[Array, " N"], count: int) -> tuple[Float[Array, " R"], Int[Array, " R"]]:
+    """Returns the `count` largest values, largest first, and their numbers.
+
+    As one row of a matrix: of a vector, a TPU's compiler sorts all.
+    """
+    largest, numbers = jax.lax.top_k(values[None], count)
+    return largest[0], numbers[0]
+
+
 class Rows(NamedTuple):
     """How to reach all rows; `axis` is the mesh axis they are spread over, None for one device."""
 
@@ -53,13 +62,13 @@ class Rows(NamedTuple):
     def largest(self, scores: Float[Array, " M"], count: int) -> Int[Array, " R"]:
         """Returns the numbers of the `count` rows of largest score, or of all rows if fewer."""
         M = scores.shape[0]
-        top, local = jax.lax.top_k(scores, min(count, M))
+        top, local = top_k(scores, min(count, M))
         if self.axis is None:
             return local
         numbers = self.numbers(M)[local]
         top = jax.lax.all_gather(top, self.axis, tiled=True)
         numbers = jax.lax.all_gather(numbers, self.axis, tiled=True)
-        return numbers[jax.lax.top_k(top, min(count, len(top)))[1]]
+        return numbers[top_k(top, min(count, len(top)))[1]]
 
     def draw(self, weights: Float[Array, " M"], uniform: Float[Array, " T"]) -> Int[Array, " T"]:
         """Returns the numbers of T rows drawn in proportion to weights; `uniform` is in [0, 1)."""

@@ -88,7 +88,7 @@ def compress_by_sample(
 ) -> Compressed:
     """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
     row_key, key = jax.random.split(key)
-    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width, rows.count(len(Z))))
+    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width, len(Z), rows))
     basis = directions_of_sample(X if centre is None else X - centre.mean, key, width)
     return Compressed(basis, _in(Z, basis, centre))
 

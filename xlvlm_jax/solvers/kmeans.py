@@ -270,7 +270,7 @@ class Plan(NamedTuple):
                 chosen = chosen if basis is None else matmul(chosen, basis) - problem.mean
             else:
                 screen, counts = jnp.minimum(SCREEN, max_iter), (num_samples, self.n_init)
-                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows, of_all)
+                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows)
             return begin(init(problem, chosen), self.room), starts
 
         progress, starts = each(first)(all_active)
@@ -402,7 +402,6 @@ def _best_start(
     tol: Float[Array, ""],
     max_iter: Int[Array, ""],
     rows: Rows,
-    weights: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
     """Returns initial centroids minus the mean, and with several starts where each one ended.
 
@@ -411,10 +410,11 @@ def _best_start(
     """
     row_key, seed_key = jax.random.split(key)
     K = len(problem.active)
-    if weights is None:
-        numbers = sample(row_key, num_samples, K, rows.count(len(problem.Z)))
+    if problem.weights is None:
+        numbers, weights = sample(row_key, num_samples, K, len(problem.Z), rows), None
     else:
-        numbers, weights = draw_weighted(row_key, weights, sample_size(K), num_samples)
+        own, size = problem.weights, sample_size(K)
+        numbers, weights = draw_weighted(row_key, own, size, num_samples, rows)
     X = rows.take(problem.Z, numbers)
     sampled = prepare(X, jnp.minimum(num_samples, len(X)), problem.active, weights=weights)
     seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))

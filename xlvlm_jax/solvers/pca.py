@@ -279,7 +279,7 @@ def first_directions(
     # reach.
     sample_key, key = jax.random.split(key)
     row_key, sample_key = jax.random.split(sample_key)
-    drawn = draw_rows(row_key, num_samples, SAMPLE * R, rows.count(len(Z)))
+    drawn = draw_rows(row_key, num_samples, SAMPLE * R, len(Z), rows)
     X = rows.take(Z, drawn) - problem.mean.high
     leading = directions_of_sample(X, sample_key, R - ANYWHERE)
     anywhere = jax.random.normal(key, (D, ANYWHERE), leading.dtype) / D**0.5

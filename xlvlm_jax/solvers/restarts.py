@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.matching import matched_cosines
 
 SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
@@ -12,10 +14,14 @@ MARGIN = 1e-4  # a later start is better only if its objective is lower by this 
 
 
 def sample(
-    key: PRNGKeyArray, num_samples: Int[Array, ""] | int, num_concepts: int, rows: int | None = None
-) -> Int[Array, " M"]:
+    key: PRNGKeyArray,
+    num_samples: Int[Array, ""] | int,
+    num_concepts: int,
+    M: int | None = None,
+    rows: Rows = ONE_DEVICE,
+) -> Int[Array, " S"]:
     """Returns the numbers of the rows on which starts are compared; see `draw_rows`."""
-    return draw_rows(key, num_samples, sample_size(num_concepts), rows)
+    return draw_rows(key, num_samples, sample_size(num_concepts), M, rows)
 
 
 def sample_size(num_concepts: int) -> int:
@@ -23,36 +29,64 @@ def sample_size(num_concepts: int) -> int:
     return max(SAMPLE_ROWS, SAMPLE_PER_CONCEPT * num_concepts)
 
 
+def uniforms(key: PRNGKeyArray, numbers: Int[Array, " M"]) -> Float[Array, " M"]:
+    """Returns the elements with these numbers of `jax.random.uniform(key, (N,), float32)`.
+
+    Each is computed from its number alone, so that a device draws for its own rows and no others.
+
+    Args:
+        key: random key. One of another kind than JAX's default gives other numbers than
+            `jax.random.uniform`.
+        numbers: int[M], less than 2^31.
+    """
+    words = jax.random.key_data(key).reshape(-1)
+    counters = numbers.astype(jnp.uint32)
+    high, low = jnp.split(
+        threefry_2x32((words[0], words[1]), jnp.concatenate([jnp.zeros_like(counters), counters])),
+        2,
+    )
+    # 23 random bits behind the point of a number from 1 to 2.
+    bits = ((high ^ low) >> 9) | jnp.float32(1).view(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
+
+
 def draw_rows(
-    key: PRNGKeyArray, num_samples: Int[Array, ""] | int, count: int, rows: int | None = None
-) -> Int[Array, " M"]:
+    key: PRNGKeyArray,
+    num_samples: Int[Array, ""] | int,
+    count: int,
+    M: int | None = None,
+    rows: Rows = ONE_DEVICE,
+) -> Int[Array, " S"]:
     """Returns the numbers of `count` distinct rows, or of all rows if there are no more.
+
+    They are the same however the rows are spread.
 
     Args:
         key: random key.
         num_samples: number of leading rows to draw from.
         count: how many to draw.
-        rows: number of rows, those that pad Z included; None if none does. Rows that pad Z come
-            last, after all others, if `num_samples` is less than `count`.
+        M: number of rows on this device, those that pad Z included; None if none does. Rows that
+            pad Z come last, after all others, if `num_samples` is less than `count`.
+        rows: where the rows are.
     """
-    if rows is None:
+    if M is None:
         assert isinstance(num_samples, int), "a traced number of samples needs the number of rows"
-        rows = num_samples
-    numbers = jnp.arange(rows)
-    if count >= rows:
-        return numbers
-    # An element's random number does not depend on how many are drawn.
-    drawn = jax.random.uniform(key, (rows,))
+        M = num_samples
+    if count >= rows.count(M):
+        return jnp.arange(rows.count(M))
+    numbers = rows.numbers(M)
+    drawn = uniforms(key, numbers)
     drawn = jnp.where(num_samples > count, drawn, -numbers.astype(drawn.dtype))
-    return jax.lax.top_k(jnp.where(numbers < num_samples, drawn, -jnp.inf), count)[1]
+    return rows.largest(jnp.where(numbers < num_samples, drawn, -jnp.inf), count)
 
 
 def draw_weighted(
     key: PRNGKeyArray,
-    weights: Float[Array, " N"],
+    weights: Float[Array, " M"],
     count: int,
     num_samples: Int[Array, ""] | int | None = None,
-) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    rows: Rows = ONE_DEVICE,
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
     """Draws rows in proportion to their weights.
 
     Sums over these rows estimate sums over all rows without bias: each row also represents lighter
@@ -60,9 +94,10 @@ def draw_weighted(
 
     Args:
         key: random key.
-        weights: float[N].
+        weights: float[M], of the rows on this device.
         count: number of distinct rows.
         num_samples: number of leading rows to draw from; None for all. The others have weight zero.
+        rows: where the rows are.
 
     Returns:
         the numbers of the rows, heaviest priority first, and the weight of each; all rows with
@@ -71,19 +106,20 @@ def draw_weighted(
     Source: Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary subset sums",
     2007.
     """
-    if count >= len(weights):
-        return jnp.arange(len(weights)), weights
-    priorities = weights / (1 - jax.random.uniform(key, weights.shape))
-    rows, all_count = jnp.arange(len(weights)), False
+    whole, numbers = rows.count(len(weights)), rows.numbers(len(weights))
+    if count >= whole:
+        return jnp.arange(whole), rows.take(weights, jnp.arange(whole))
+    priorities, all_count = weights / (1 - uniforms(key, numbers)), False
     if num_samples is not None:
         all_count = num_samples <= count
-        priorities = jnp.where(rows < num_samples, priorities, -1)
-        priorities = jnp.where(all_count, -rows.astype(priorities.dtype), priorities)
-    largest, numbers = jax.lax.top_k(priorities, count + 1)
-    chosen = numbers[:count]
+        priorities = jnp.where(numbers < num_samples, priorities, -1)
+        priorities = jnp.where(all_count, -numbers.astype(priorities.dtype), priorities)
+    largest = rows.largest(priorities, count + 1)
+    chosen, next_one = largest[:-1], rows.take(priorities, largest[-1:])[0]
+    own = rows.take(weights, chosen)
     # A row of zero weight keeps zero weight.
-    light = jnp.where((weights[chosen] > 0) & jnp.logical_not(all_count), largest[-1], 0)
-    return chosen, jnp.maximum(weights[chosen], light)
+    light = jnp.where((own > 0) & jnp.logical_not(all_count), next_one, 0)
+    return chosen, jnp.maximum(own, light)
 
 
 def best_first(

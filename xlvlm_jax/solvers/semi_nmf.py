@@ -34,7 +34,7 @@ from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
 from xlvlm_jax.solvers import semi_nmf_codes as coding
 from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, room_for
-from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows, top_k
 from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.compression import compress, turn_to_axes
 from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
@@ -386,7 +386,7 @@ def _best_start(
     """Returns the atoms of the best start on a sample of the rows, and where every start ended."""
     K = len(problem.active)
     row_key, start_key = jax.random.split(key)
-    numbers = sample(row_key, num_samples, K, rows.count(len(problem.Z)))
+    numbers = sample(row_key, num_samples, K, len(problem.Z), rows)
     X, energy = rows.take(problem.Z, numbers), rows.take(problem.energy, numbers)
     sampled = Problem(X, energy, problem.alpha, problem.active)
 
@@ -432,7 +432,7 @@ def first_atoms(
     better = jnp.where((carried[:R] >= carried[R:])[:, None], axes, -axes)
 
     def drawn(key: Array) -> Array:
-        chosen = X[jax.lax.top_k(jnp.where(counted, jax.random.uniform(key, (len(X),)), -1), K)[1]]
+        chosen = X[top_k(jnp.where(counted, jax.random.uniform(key, (len(X),)), -1), K)[1]]
         return chosen / _length(chosen)
 
     # If K exceeds the number of signed axes, rows fill in for the missing atoms.

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from xlvlm_jax.solvers import kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.collectives import Rows
+from xlvlm_jax.solvers.restarts import draw_rows, draw_weighted
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rows = Rows("data")
@@ -40,6 +41,15 @@ draw = spread(rows.draw, in_specs=(P("data"), P()), out_specs=P())
 uniform = np.linspace(0.01, 0.99, 7, dtype=np.float32)
 expected = np.searchsorted(np.cumsum(values[:, 1]), uniform * values[:, 1].sum(), side="right")
 np.testing.assert_array_equal(draw(values[:, 1], uniform), expected)
+key, weights = jax.random.key(1), values[:, 2]
+drawn = spread(lambda w: draw_rows(key, 20, 5, len(w), rows), in_specs=P("data"), out_specs=P())
+np.testing.assert_array_equal(drawn(weights), draw_rows(key, 20, 5, 24))
+# No device draws for the rows of others.
+text = jax.jit(drawn).lower(jax.ShapeDtypeStruct((800,), jnp.float32)).compile().as_text()
+assert "f32[100]" in text and "f32[800]" not in text.partition("ENTRY")[2].partition("\\n")[2]
+drawn = spread(lambda w: draw_weighted(key, w, 5, 20, rows), in_specs=P("data"), out_specs=P())
+for of_eight, of_one in zip(drawn(weights), draw_weighted(key, weights, 5, 20)):
+    np.testing.assert_array_equal(of_eight, of_one)
 print("equal")
 """
 )

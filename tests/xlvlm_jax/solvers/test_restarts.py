@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.concepts.decomposition import decompose
-from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, stability
+from xlvlm_jax.solvers.restarts import (
+    best_first,
+    draw_rows,
+    draw_weighted,
+    sample,
+    stability,
+    uniforms,
+)
 
 KEY = jax.random.key(0)
 
@@ -72,6 +79,23 @@ def test_free_signs_fit_better():
     free = decompose(Z, 3, key=KEY, nonnegative=False)
     assert np.any(np.asarray(free.activations) < 0)
     assert free.objective < decompose(Z, 3, key=KEY).objective
+
+
+def test_uniforms_by_number_are_those_of_jax():
+    expected = jax.random.uniform(KEY, (1001,))
+    np.testing.assert_array_equal(uniforms(KEY, jnp.arange(1001)), expected)
+    np.testing.assert_array_equal(uniforms(KEY, jnp.array([700, 3])), expected[jnp.array([700, 3])])
+    # A key of the older kind, and numbers beyond the 2^24 that a float32 can count.
+    old, far = jax.random.PRNGKey(0), jnp.array([2**31 - 1, 2**24 + 1])
+    np.testing.assert_array_equal(uniforms(old, far), uniforms(KEY, far))
+    assert np.all((uniforms(KEY, far) >= 0) & (uniforms(KEY, far) < 1))
+
+
+def test_the_rows_drawn_are_the_largest_uniforms():
+    drawn = draw_rows(KEY, 90, 7, 100)
+    np.testing.assert_array_equal(drawn, np.argsort(-jax.random.uniform(KEY, (100,))[:90])[:7])
+    # Of fewer rows than are wanted all come first, then those that pad Z.
+    assert set(np.asarray(draw_rows(KEY, 5, 7, 100))[:5].tolist()) == set(range(5))
 
 
 def test_rows_drawn_by_weight_represent_all():
