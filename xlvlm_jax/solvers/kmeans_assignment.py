@@ -16,8 +16,9 @@ With up to LARGE centroids, each row keeps its label and a lower bound on the ga
 nearest and its second nearest centroid. Each move of the centroids shrinks that gap by what the
 triangle inequality allows. A row is examined again when its gap is used up, and the sums are
 corrected for the rows that changed (Hamerly, "Making k-means even faster", SDM 2010). With more
-centroids, most soon stop while a few move far: then the scores are kept, and only those of
-centroids that moved are recomputed.
+centroids, most soon stop while a few move far: a CPU then keeps the scores, and recomputes only
+those of centroids that moved. An accelerator would rather compare than hold K numbers per row: it
+keeps labels and gaps with any number of centroids, but sums over all rows in each update.
 
 N rows, D width, K centroids, B rows per block.
 """
@@ -32,17 +33,19 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
 
-LARGE = 128  # with more centroids, scores are kept; also how many are renewed in one product
+# With more centroids a CPU keeps scores; also how many are renewed in one product.
+LARGE = 128
 FEW = 0.3  # of the rows: up to this share they are examined individually, at a higher cost per row
 NARROW = 128  # number of columns at which that extra cost doubles
 BLOCKS = 32  # number of row blocks to examine, or more if a block would be larger than
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
+ACCELERATOR_BLOCK_NUMBERS = 2**24  # each block takes a step, however small it is
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 MOVED = 32  # centroids whose scores are renewed together
 MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
 TURN = 16  # scores compared in one pass
-# Scores held at once if there are many, and rows are so narrow that copying a block of them costs
-# less than holding all scores. An accelerator runs a few large products faster.
+# Scores held at once if there are many; on a CPU only if rows are so narrow that copying a block of
+# them costs less than holding all scores. An accelerator runs a few large products faster.
 HELD, ACCELERATOR_HELD = 2**19, 2**26
 MANY, FEW_COLUMNS = 2**23, 8  # scores; columns per centroid
 TINY = 1e-30
@@ -77,18 +80,18 @@ class Sums(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What is kept with few centroids."""
+    """What is kept with few centroids, and on accelerators."""
 
     labels: Int[Array, " N"]
     # Lower bounds on the distance to the second nearest centroid minus that to the nearest.
     gaps: Float[Array, " N"]
     # Sums over the rows of this device. None with weights: float32 cannot hold the changes of light
-    # rows next to heavy ones, so the sums are recomputed.
+    # rows next to heavy ones, so the sums are recomputed; and None with more than LARGE centroids.
     sums: Sums | None
 
 
 class Scores(NamedTuple):
-    """What is kept with many centroids."""
+    """What a CPU keeps with many centroids."""
 
     scores: Float[Array, "K N"]
 
@@ -96,18 +99,27 @@ class Scores(NamedTuple):
 Kept = Bounds | Scores
 
 
+def keeps_scores(num_clusters: int) -> bool:
+    """Returns whether the scores of all rows with this many centroids are kept."""
+    return num_clusters > LARGE and jax.default_backend() == "cpu"
+
+
+def _keeps_sums(problem: Problem, num_clusters: int) -> bool:
+    return problem.weights is None and num_clusters <= LARGE
+
+
 def nothing(problem: Problem) -> Kept:
     """Returns an empty record; the first `renew` must get infinite shifts."""
     (K,), (N, D) = problem.active.shape, problem.Z.shape
     dtype = real_dtype(problem.Z)
-    if K > LARGE:
+    if keeps_scores(K):
         return Scores(jnp.zeros((K, N), dtype))
 
     def zeros(*shape: int) -> Wide:
         # Two arrays, because one buffer cannot be donated twice.
         return Wide(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    sums = Sums(zeros(K), zeros(K, D)) if problem.weights is None else None
+    sums = Sums(zeros(K), zeros(K, D)) if _keeps_sums(problem, K) else None
     return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), sums)
 
 
@@ -124,7 +136,7 @@ def of_columns(
     Returns:
         what `renew` of centroids that have not moved takes; None where scores would be kept.
     """
-    if len(inside) > LARGE:
+    if keeps_scores(len(inside)):
         # Those are not looked at again, and the basis is orthonormal only up to rounding.
         return None
     N, R = X.shape
@@ -132,9 +144,8 @@ def of_columns(
     in_columns = problem._replace(Z=X, mean=jnp.zeros(R, X.dtype), far=jnp.zeros((), bool))
     unknown = Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, X.dtype), None)
     kept = _renew_rows(in_columns, unknown, inside, jnp.full(len(inside), jnp.inf, X.dtype))
-    return kept._replace(
-        sums=None if problem.weights is not None else sums_of(problem, kept.labels)
-    )
+    keeps_sums = _keeps_sums(problem, len(inside))
+    return kept._replace(sums=sums_of(problem, kept.labels) if keeps_sums else None)
 
 
 def renew(
@@ -257,9 +268,13 @@ def _renew_rows(
     N, D = problem.Z.shape
     K = len(shifts)
     # A row's second centroid can have come nearer by at most the farthest move of another centroid.
-    others = jnp.max(jnp.where(jnp.eye(K, dtype=bool), 0, shifts), axis=1)
+    is_farthest = jnp.arange(K) == jnp.argmax(shifts)
+    second = jnp.max(jnp.where(is_farthest, 0, shifts))
+    others = jnp.where(is_farthest, second, jnp.max(shifts))
     gaps = kept.gaps - (shifts + others)[kept.labels]
-    block = max(min(BLOCK_NUMBERS // D, BLOCK_ROWS, N // BLOCKS), 1)
+    on_cpu = jax.default_backend() == "cpu"
+    numbers = BLOCK_NUMBERS if on_cpu else ACCELERATOR_BLOCK_NUMBERS
+    block = max(min(numbers // D, BLOCK_ROWS, N // BLOCKS), 1)
     # Negated, so that NaN (Inf - Inf) also counts as unknown.
     count, doubtful = _numbers(~(gaps > 0), block)
     many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
@@ -329,10 +344,11 @@ def _renew_rows(
 
 def _rows_at_once(N: int, D: int, K: int) -> int:
     """Returns how many rows are scored together."""
+    if jax.default_backend() != "cpu":
+        return min(max(ACCELERATOR_HELD // K, 1), N)
     if N * K < MANY or D > FEW_COLUMNS * K:
         return N
-    held = HELD if jax.default_backend() == "cpu" else ACCELERATOR_HELD
-    return min(max(held // K, 1), N)
+    return min(max(HELD // K, 1), N)
 
 
 def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:

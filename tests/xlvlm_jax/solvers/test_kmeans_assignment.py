@@ -10,6 +10,7 @@ from xlvlm_jax.solvers import kmeans, kmeans_assignment
 from xlvlm_jax.solvers.kmeans_assignment import Bounds, Scores, Sums
 
 K, N, D = 6, 400, 20
+MANY = kmeans_assignment.LARGE + 40
 
 
 def problem_of(Z, K=K):
@@ -48,16 +49,22 @@ def test_one_centroid_has_no_second():
     assert kmeans_assignment.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
 
 
-@pytest.mark.parametrize("K", [K, kmeans_assignment.LARGE + 40], ids=["by rows", "by centroids"])
+@pytest.mark.parametrize(
+    ("K", "backend"),
+    [(K, "cpu"), (MANY, "cpu"), (MANY, "tpu")],
+    ids=["by rows", "by centroids", "many by rows"],
+)
 @pytest.mark.parametrize("common", [0.0, 100.0])
-def test_labels_and_sums_after_moves_of_every_size(K, common):
+def test_labels_and_sums_after_moves_of_every_size(K, backend, common, monkeypatch):
     """Compares with scikit-learn's distances; large moves read all rows, small ones few."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(kmeans_assignment, "ACCELERATOR_HELD", 150 * K)  # blocks that overlap
     rng = np.random.default_rng(0)
     Z = (rng.normal(size=(N, D)) + common).astype(np.float32)
     problem = problem_of(Z, K)
     centroids = Z[rng.choice(N, K, replace=False)]
     kept, shifts = unknown(problem, K)
-    assert isinstance(kept, Scores if K > kmeans_assignment.LARGE else Bounds)
+    assert isinstance(kept, Scores if K == MANY and backend == "cpu" else Bounds)
     renew = jax.jit(kmeans_assignment.renew)
     seen = []
     for size in (0, 1.0, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
