@@ -113,14 +113,18 @@ def _update_atoms(
     Each block of new atoms lies in the span of the old atoms and their gradients. The steps are
     taken in those coordinates, with the Gram matrix for lengths, so no step touches D numbers.
     """
-    K, change = atoms.shape[0], jnp.zeros((), atoms.dtype)
-    for first in range(0, K, BLOCK):
-        block = slice(first, min(first + BLOCK, K))
-        size = block.stop - first
-        span = jnp.concatenate([atoms[block], matmul(overlap[block], atoms) - products[block]])
-        gram, within = matmul(span, span.T), overlap[block, block]
+    K = atoms.shape[0]
 
-        def one(k: Array, carry: tuple, gram: Array = gram, within: Array = within) -> tuple:
+    def move(first: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        atoms, change = carry
+        old, wanted, rows = (
+            jax.lax.dynamic_slice_in_dim(x, first, size) for x in (atoms, products, overlap)
+        )
+        within = jax.lax.dynamic_slice_in_dim(rows, first, size, axis=1)
+        span = jnp.concatenate([old, matmul(rows, atoms) - wanted])
+        gram = matmul(span, span.T)
+
+        def one(k: Array, carry: tuple) -> tuple:
             atoms, gradients = carry
             atom = atoms[k] - gradients[k] / jnp.maximum(within[k, k], TINY)
             squared = jnp.sum(atom * matmul(gram, atom))
@@ -134,8 +138,15 @@ def _update_atoms(
         step = moved - identity[:size]
         lengths = matmul(step, gram)
         change += jnp.trace(lengths[:, size:]) + 0.5 * jnp.sum(within * matmul(lengths, step.T))
-        atoms = atoms.at[block].set(matmul(moved, span))
-    return atoms, change
+        new = matmul(moved, span)
+        return jax.lax.dynamic_update_slice_in_dim(atoms, new, first, 0), change
+
+    # All whole blocks are one loop: one after the other in the program, they take minutes to trace.
+    whole, rest = divmod(K, BLOCK)
+    carry = (atoms, jnp.zeros((), atoms.dtype))
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: move(i * BLOCK, BLOCK, carry), carry)
+    return move(whole * BLOCK, rest, carry) if rest else carry
 
 
 def _revive(

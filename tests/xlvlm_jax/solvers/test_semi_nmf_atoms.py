@@ -1,5 +1,6 @@
 """The atoms' step: by hand, against scikit-learn's dictionary update, and its change of f."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_the_step_of_scikit_learn(K):
     _update_dict(expected, Z, codes)
     new, _ = step(Z, codes, atoms)
     np.testing.assert_allclose(new.atoms * new.scale[:, None], expected, atol=1e-5)
+
+
+def test_more_atoms_are_no_longer_program():
+    def lines(K):
+        sums = sums_of(*given(0, K=K, D=12))
+        return str(jax.make_jaxpr(dictionary._update_atoms)(jnp.ones((K, 12)), *sums[:2])).count(
+            "\n"
+        )
+
+    assert lines(2 * dictionary.BLOCK) == lines(8 * dictionary.BLOCK)
 
 
 @pytest.mark.parametrize("seed", range(5))
