@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from xlvlm_jax.solvers.linalg import matmul
 
-TILE = 2**19  # elements of Z per tile
+TILE = 2**19  # elements of Z per tile: two megabytes, which fit into a CPU's cache
+# An accelerator has no such cache and runs a few large products faster than many small ones.
+ACCELERATOR_TILE = 2**26
 
 
 def of_products(
@@ -71,4 +73,5 @@ def _tiles(Z: Array, other: Array) -> tuple[int, Callable[[Array | int, int], tu
     def rows(first: Array | int, count: int) -> tuple[Array, ...]:
         return tuple(jax.lax.dynamic_slice_in_dim(array, first, count) for array in (Z, other))
 
-    return max(min(len(Z), TILE // Z.shape[1]), 1), rows
+    tile = TILE if jax.default_backend() == "cpu" else ACCELERATOR_TILE
+    return max(min(len(Z), tile // Z.shape[1]), 1), rows

@@ -26,6 +26,7 @@ PER_CLUSTER = 16  # rows per cluster in a block, up to MOST_ROWS
 ACCELERATOR_BLOCK = 2**26
 CHAINS = 4  # of pairs that are added side by side
 MANY, BESIDE = 2**15, 2**11  # numbers that are first added in vectors, and the sums that are left
+ACCELERATOR_BESIDE = 2**16  # each step of the loop takes a microsecond, however short the vector
 LANES = 512  # numbers that are added side by side
 NEAR = 64  # rows whose mean is the origin that means are measured from
 # Ratio of |m|^2 to a column's variance. Above it, rounding in a product with Z loses more of the
@@ -68,8 +69,9 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     """Returns the sum of all values as a pair."""
     if not isinstance(values, Wide):
         values = Wide(values, jnp.zeros_like(values))
-    if values.high.size > MANY:
-        values = _side_by_side(values)
+    beside = BESIDE if jax.default_backend() == "cpu" else ACCELERATOR_BESIDE
+    if values.high.size > max(MANY, beside):
+        values = _side_by_side(values, beside)
     # One reduction, which every backend runs in one pass. Adding halves until one number is left
     # takes ten times as long to compile, and XLA may compute the values again for each half. Four
     # chains side by side: in one alone a CPU waits for each addition.
@@ -82,11 +84,11 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     )
 
 
-def _side_by_side(values: Wide) -> Wide:
-    """Adds many numbers to BESIDE sums, in vectors."""
-    missing = -values.high.size % BESIDE
-    high, low = (jnp.pad(part.reshape(-1), (0, missing)).reshape(-1, BESIDE) for part in values)
-    zeros = Wide(*jnp.zeros((2, BESIDE), high.dtype))
+def _side_by_side(values: Wide, beside: int) -> Wide:
+    """Adds many numbers to `beside` sums, in vectors."""
+    missing = -values.high.size % beside
+    high, low = (jnp.pad(part.reshape(-1), (0, missing)).reshape(-1, beside) for part in values)
+    zeros = Wide(*jnp.zeros((2, beside), high.dtype))
     return jax.lax.fori_loop(0, len(high), lambda i, sums: sums + Wide(high[i], low[i]), zeros)
 
 
