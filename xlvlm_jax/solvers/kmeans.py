@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression, kmeans_assignment, residual
 from xlvlm_jax.solvers import sums as sums_of_rows
-from xlvlm_jax.solvers.buckets import bucket_of_concepts, is_small, room_for
+from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, is_small, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, nearest, score
@@ -42,6 +42,9 @@ OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 28  # the same if a row sample gives them: a column then costs a third
 ENOUGH = 2  # a sample is used if Z has this many times its rows
 SCREEN = 100  # updates before starts are compared
+# Rows of which the best becomes the next centroid of a start, if choosing among that many takes at
+# most so many multiplications; otherwise 2 + log K, which is scikit-learn's number.
+CANDIDATES, CHOOSING = 32, 2**28
 CANCELS = 0.05  # of its terms: a smaller squared distance has lost more than a digit
 TINY = 1e-30
 
@@ -228,6 +231,7 @@ class Plan(NamedTuple):
     n_init: int
     compressed: int  # number of columns of the compressed Z; 0 if it is not compressed
     by_sample: bool  # whether a sample of the rows gives these columns
+    candidates: int | None  # of each centroid of a start, see `seed`
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -270,7 +274,9 @@ class Plan(NamedTuple):
                 chosen = chosen if basis is None else matmul(chosen, basis) - problem.mean
             else:
                 screen, counts = jnp.minimum(SCREEN, max_iter), (num_samples, self.n_init)
-                chosen, starts = _best_start(problem, key, *counts, tol, screen, rows)
+                chosen, starts = _best_start(
+                    problem, key, *counts, tol, screen, rows, self.candidates
+                )
             return begin(init(problem, chosen), self.room), starts
 
         progress, starts = each(first)(all_active)
@@ -381,8 +387,11 @@ def plan(
         init_centroids = jnp.pad(jnp.asarray(init_centroids), ((0, missing), (0, 0)), mode="edge")
     numbers = scalar(tol), scalar(unit)
     counts = Counts.of(num_samples, num_concepts, max_iter)
+    compared = min(sample_size(most), bucket_of_rows(num_samples, width))
+    choosing = compared * (compressed or width) * most * CANDIDATES
+    candidates = CANDIDATES if choosing <= CHOOSING else None
     return (
-        Plan(most, room_for(max_iter), n_init, compressed, by_sample),
+        Plan(most, room_for(max_iter), n_init, compressed, by_sample, candidates),
         Given(key, *numbers, init_centroids, sample_weight, counts),
     )
 
@@ -402,6 +411,7 @@ def _best_start(
     tol: Float[Array, ""],
     max_iter: Int[Array, ""],
     rows: Rows,
+    candidates: int | None,
 ) -> tuple[Float[Array, "K R"], Float[Array, "S K R"] | None]:
     """Returns initial centroids minus the mean, and with several starts where each one ended.
 
@@ -417,7 +427,7 @@ def _best_start(
         numbers, weights = draw_weighted(row_key, own, size, num_samples, rows)
     X = rows.take(problem.Z, numbers)
     sampled = prepare(X, jnp.minimum(num_samples, len(X)), problem.active, weights=weights)
-    seeds = each(lambda key: seed(sampled, key))(jax.random.split(seed_key, n_init))
+    seeds = each(lambda key: seed(sampled, key, candidates))(jax.random.split(seed_key, n_init))
     moved = sampled.mean - problem.mean
     if n_init == 1:
         return seeds[0] + moved, None
@@ -431,31 +441,37 @@ def _best_start(
     return starts[0] + moved, starts
 
 
-def seed(problem: Problem, key: PRNGKeyArray) -> Float[Array, "K D"]:
+def seed(problem: Problem, key: PRNGKeyArray, candidates: int | None = None) -> Float[Array, "K D"]:
     """Returns k-means++ centroids minus the mean.
 
     Greedy: each new centroid is the best of a few rows drawn in proportion to squared distance.
+
+    Args:
+        problem: constants of the run.
+        key: random key.
+        candidates: how many rows are drawn for each centroid; None for 2 + log K.
     """
     K, X, counted = len(problem.active), problem.Z - problem.mean, problem.counted
     in_use = jnp.sum(problem.active, dtype=jnp.int32)
-    most, trials = 2 + int(log(K)), 2 + jnp.log(in_use).astype(jnp.int32)
+    most = candidates or 2 + int(log(K))
+    trials = candidates or 2 + jnp.log(in_use).astype(jnp.int32)
     first_key, draw_key = jax.random.split(key)
 
-    def squares(candidates: Int[Array, " T"]) -> Float[Array, "T N"]:
-        crossed = matmul(X[candidates], X.T)
-        squared = problem.energy + problem.energy[candidates][:, None] - 2 * crossed
+    def squares(drawn: Int[Array, " T"]) -> Float[Array, "T N"]:
+        crossed = matmul(X[drawn], X.T)
+        squared = problem.energy + problem.energy[drawn][:, None] - 2 * crossed
         return jnp.maximum(squared, 0)
 
     def step(k: Array, carry: tuple) -> tuple:
         chosen, closest = carry
         uniform = jax.random.uniform(jax.random.fold_in(draw_key, k), (most,), jnp.float32)
-        candidates = ONE_DEVICE.draw(counted * closest, uniform)
-        candidates = jnp.where(jnp.arange(most) < trials, candidates, candidates[0])
+        drawn = ONE_DEVICE.draw(counted * closest, uniform)
+        drawn = jnp.where(jnp.arange(most) < trials, drawn, drawn[0])
         # If all distinct rows are chosen already, do not pick a row of zero weight.
-        candidates = jnp.where(counted[candidates] > 0, candidates, chosen[0])
-        closest = jnp.minimum(closest, squares(candidates))
+        drawn = jnp.where(counted[drawn] > 0, drawn, chosen[0])
+        closest = jnp.minimum(closest, squares(drawn))
         best = jnp.argmin(jnp.sum(counted * closest, axis=1))
-        return chosen.at[k].set(candidates[best]), closest[best]
+        return chosen.at[k].set(drawn[best]), closest[best]
 
     # Draws have one dtype: a key gives the same rows in float32 and in float64.
     first = ONE_DEVICE.draw(counted, jax.random.uniform(first_key, (1,), jnp.float32))

@@ -231,3 +231,17 @@ def test_rows_without_weight_are_not_seeds():
     plain = kmeans.seed(kmeans.prepare(Z, N, active), KEY)
     equal = kmeans.seed(kmeans.prepare(Z, N, active, weights=jnp.full(N, 0.5)), KEY)
     np.testing.assert_allclose(plain, equal, atol=1e-5)
+
+
+def test_one_start_finds_all_clusters_where_scikit_learns_misses_some():
+    rng = np.random.default_rng(3)
+    centres = 3 * rng.standard_normal((20, 10))
+    Z = (centres[rng.integers(0, 20, 300)] + rng.standard_normal((300, 10))).astype(np.float32)
+    solve = partial(alone(kmeans), jnp.asarray(Z), num_samples=300, num_concepts=20)
+    ours = [float(solve(jax.random.key(number)).objective) for number in range(12)]
+    theirs = [KMeans(20, n_init=1, random_state=number).fit(Z).inertia_ for number in range(30)]
+    assert max(ours) < 1.001 * min(theirs) and np.mean(theirs) > 1.05 * min(theirs)
+    # Choosing among many rows takes too long for many centroids of many rows.
+    few = kmeans.plan(KEY, width=10, num_samples=300, num_concepts=(20,))[0]
+    many = kmeans.plan(KEY, width=512, num_samples=20_000, num_concepts=(1024,))[0]
+    assert (few.candidates, many.candidates) == (kmeans.CANDIDATES, None)
