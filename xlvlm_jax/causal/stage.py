@@ -274,4 +274,5 @@ def score_causally(
 def _longest(vlm: VLM, samples: Sequence[Sample], answers: Sequence[str]) -> int:
     """Returns the number of tokens of the longest answer, so that all batches share a program."""
     prompts = [vlm.render(sample.prompt) for sample in samples]
-    return int(answered(vlm, prompts, answers, ended=False)[1].max(initial=0))
+    *_, lengths = answered(vlm, prompts, answers, ended=False)
+    return int(lengths.max(initial=0))

@@ -24,7 +24,7 @@ def forced(vlm):
     images = [
         Image.fromarray(scenes.training_image(scenes.sample_scene("test", i))) for i in range(2)
     ]
-    texts, lengths = answered(
+    texts, *_, lengths = answered(
         vlm, [vlm.render(prompts.CAPTION)] * 2, ["a dog", "two red cats"], ended=False
     )
     return vlm.process(texts, images), lengths
