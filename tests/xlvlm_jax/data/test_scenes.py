@@ -1,5 +1,6 @@
 """Scenes: how they are sampled and drawn, their captions and their questions."""
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -144,6 +145,26 @@ def test_objects_can_be_counted(scene):
         for later in masks[k + 1 :]:
             seen &= ~later
         assert seen.sum() >= 0.7 * mask.sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(any_scene)
+def test_masks_are_where_the_colour_of_the_objects_matters(scene):
+    scene = dataclasses.replace(scene, colour="green")
+    picture, masks = scenes.draw_with_masks(scene)
+    np.testing.assert_array_equal(picture, scenes.draw(scene))
+    assert masks.shape == (scene.count, 112, 112) and masks.any((1, 2)).all()
+    assert masks.sum(0).max() == 1  # a pixel shows the object in front
+    other = dataclasses.replace(scene, colour="purple")
+    changed = np.abs(picture.astype(int) - scenes.draw(other)).max(-1) > 60
+    # Beside an object only the pixels of its outline change, of which it covers less than half.
+    assert (changed & masks.any(0)).sum() > 0.97 * changed.sum()
+
+
+def test_boxes_by_hand():
+    masks = np.zeros((2, 5, 7), bool)
+    masks[0, 1:3, 2:6] = masks[1, 4, 0] = True
+    assert scenes.boxes(masks).tolist() == [[2, 1, 6, 3], [0, 4, 1, 5]]
 
 
 # --- captions ----------------------------------------------------------------------------------

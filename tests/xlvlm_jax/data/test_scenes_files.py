@@ -75,6 +75,21 @@ def test_attributes_are_kept_beside_the_pictures(written):
             assert truths[str(scenes.image_id(split, index))] == scenes.attributes(scene)
 
 
+def test_boxes_are_those_of_the_drawing(written):
+    instances = _json(written / "instances_train2014.json")
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    found = instances["annotations"]
+    assert len({instance["id"] for instance in found}) == len(found)
+    for index in range(4):
+        scene = scenes.sample_scene("train", index)
+        _, masks = scenes.draw_with_masks(scene)
+        here = [each for each in found if each["image_id"] == scenes.image_id("train", index)]
+        assert [names[each["category_id"]] for each in here] == [scene.kind] * scene.count
+        for instance, mask in zip(here, masks, strict=True):
+            x, y, width, height = instance["bbox"]
+            assert instance["area"] == mask.sum() == mask[y : y + height, x : x + width].sum()
+
+
 def test_training_sees_what_the_files_hold(written):
     stored = Image.open(written / "val2014" / f"COCO_val2014_{scenes.image_id('test', 1):012d}.jpg")
     assert stored.mode == "RGB"
@@ -118,7 +133,7 @@ def test_index_files_grow_as_scenes_are_drawn_and_appear_at_the_end(tmp_path):
 
     scenes.write(tmp_path, train=60, progress=look)
     files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 6 and not list(tmp_path.glob("*.tmp"))
+    assert len(files) == 8 and not list(tmp_path.glob("*.tmp"))
     assert indices[1] - indices[0] > 0.5 * sum(path.stat().st_size for path in files)
     for path in files:  # as the whole would be written at once
         assert path.read_text() == json.dumps(json.loads(path.read_text()))

@@ -7,7 +7,7 @@ COCO (Karpathy's splits) and VQAv2. Everything is determined by a seed.
 
 from .ask import Question, check, questions, vocabulary
 from .dataset import image_id, write
-from .draw import draw, training_image
+from .draw import boxes, draw, draw_with_masks, training_image
 from .language import captions, named
 from .scene import ANIMALS, COLOURS, KINDS, MOODS, PLACES, Scene, attributes, sample_scene
 
@@ -20,9 +20,11 @@ __all__ = [
     "Question",
     "Scene",
     "attributes",
+    "boxes",
     "captions",
     "check",
     "draw",
+    "draw_with_masks",
     "image_id",
     "named",
     "questions",

@@ -1,4 +1,4 @@
-"""Scenes on disk, in the layouts of COCO (Karpathy's file) and VQAv2.
+"""Scenes on disk, in the layouts of COCO (Karpathy's file, and boxes of objects) and VQAv2.
 
 Pictures of both the validation and the test split are under val2014, and in the val2014 question
 files, as in the real data; Karpathy's file separates them.
@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xlvlm_jax.storage import atomic
 
 from .ask import Question, questions
-from .draw import encode
+from .draw import boxes, draw_with_masks, encode
 from .language import captions, split_words
-from .scene import SPLITS, Split, attributes, sample_scene
+from .scene import KINDS, SPLITS, Scene, Split, attributes, sample_scene
 
 # First image id of a split; COCO's ids end below 600,000.
 FIRST_ID = {"train": 1, "val": 400_001, "test": 500_001}
 LARGEST = {"train": 400_000, "val": 100_000, "test": 100_000}
 FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
+CATEGORY = {kind: number for number, kind in enumerate(KINDS, 1)}
 
 # VQAv2 classifies a question by its first words; the longest match counts.
 QUESTION_TYPES = (
@@ -87,6 +90,18 @@ def _annotation(question: Question, question_id: int, picture: int) -> dict:
     }
 
 
+def _instances(scene: Scene, masks: np.ndarray, picture: int) -> Iterator[dict[str, Any]]:
+    for k, ((x0, y0, x1, y1), mask) in enumerate(zip(boxes(masks).tolist(), masks, strict=True)):
+        yield {
+            "id": 10 * picture + k,
+            "image_id": picture,
+            "category_id": CATEGORY[scene.kind],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": int(mask.sum()),
+            "iscrowd": 0,
+        }
+
+
 @contextlib.contextmanager
 def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Callable[..., None]]:
     """Writes a JSON file entry by entry, keeping none in memory.
@@ -134,7 +149,8 @@ def write(
 
     Files: `{train,val}2014/COCO_*.jpg`, `dataset_coco.json` (Karpathy),
     `v2_OpenEnded_mscoco_{train,val}2014_questions.json`,
-    `v2_mscoco_{train,val}2014_annotations.json` and `attributes.json`, {image id: attributes}. The
+    `v2_mscoco_{train,val}2014_annotations.json`, `instances_{train,val}2014.json` (COCO's boxes of
+    objects, x, y, width and height in pixels) and `attributes.json`, {image id: attributes}. The
     index files come last: if they exist, so do the pictures.
 
     Args:
@@ -172,7 +188,8 @@ def write(
         # The first file opened is renamed last: without it this is not a data set yet.
         store_image = growing("dataset_coco.json", {"images": [], "dataset": "coco"}, "images")
         store_truth = growing("attributes.json", {})
-        ask, answer = {}, {}
+        categories = [{"id": CATEGORY[kind], "name": kind} for kind in KINDS]
+        ask, answer, locate = {}, {}, {}
         for folder in ("train2014", "val2014"):
             part = about | {"data_subtype": folder}
             questioned = part | {"task_type": "Open-Ended", "questions": []}
@@ -180,13 +197,16 @@ def write(
             ask[folder] = growing(file, questioned, "questions")
             file = f"v2_mscoco_{folder}_annotations.json"
             answer[folder] = growing(file, part | {"annotations": []}, "annotations")
+            boxed = part | {"categories": categories, "annotations": []}
+            locate[folder] = growing(f"instances_{folder}.json", boxed, "annotations")
         total, imgid, sentence = sum(counts.values()), 0, 0
         for split in SPLITS:
             for index in range(counts[split]):
                 scene = sample_scene(split, index, seed)
                 number, folder = image_id(split, index), FOLDER[split]
                 name = f"COCO_{folder}_{number:012d}.jpg"
-                (root / folder / name).write_bytes(encode(scene))
+                picture, masks = draw_with_masks(scene)
+                (root / folder / name).write_bytes(encode(picture))
                 texts = captions(scene)
                 sentence_ids = list(range(sentence, sentence + len(texts)))
                 sentence += len(texts)
@@ -205,6 +225,8 @@ def write(
                     }
                 )
                 store_truth(str(number), attributes(scene))
+                for instance in _instances(scene, masks, number):
+                    locate[folder](instance)
                 for k, question in enumerate(questions(scene)):
                     question_id = 1000 * number + k
                     ask[folder](

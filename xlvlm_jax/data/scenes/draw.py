@@ -75,6 +75,16 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]
 
 def draw(scene: Scene) -> np.ndarray:
     """Returns the picture of a scene: uint8[112, 112, 3], RGB."""
+    return draw_with_masks(scene)[0]
+
+
+def draw_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a scene, and tells which of its pixels show which object.
+
+    Returns:
+        uint8[112, 112, 3], RGB, and bool[count, 112, 112]: for each object, farthest first, the
+        pixels of which at least half show it and not an object in front of it.
+    """
     rng = random.Random(scene.seed)
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER))
     pen = Pen(ImageDraw.Draw(image))
@@ -87,26 +97,50 @@ def draw(scene: Scene) -> np.ndarray:
         int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True)
     )
     paint = Paint.of(scene.colour, (red, green, blue))
-    for x, y, scale in _places(scene, rng):
-        own = Pen(pen.canvas, x, y, scale, mirrored=rng.random() < 0.5)
-        if scene.kind in ANIMAL_SHAPES:
-            ANIMAL_SHAPES[scene.kind][0](own, paint, scene.mood == "happy")
-        else:
-            THING_SHAPES[scene.kind][0](own, paint)
+    shown = np.zeros((scene.count, SIZE, SIZE), bool)
+    for number, (x, y, scale) in enumerate(_places(scene, rng)):
+        mirrored = rng.random() < 0.5
+        alone = Image.new("RGBA", image.size)
+        for canvas in (pen.canvas, ImageDraw.Draw(alone)):
+            own = Pen(canvas, x, y, scale, mirrored)
+            if scene.kind in ANIMAL_SHAPES:
+                ANIMAL_SHAPES[scene.kind][0](own, paint, scene.mood == "happy")
+            else:
+                THING_SHAPES[scene.kind][0](own, paint)
+        # What is not drawn on stays transparent.
+        covered = np.asarray(alone.getchannel("A").reduce(SUPER)) >= 128
+        shown[:number] &= ~covered
+        shown[number] = covered
     if scene.place == "snow":
         snowflakes(pen, rng)
     pixels = np.asarray(image.reduce(SUPER), np.int16)
     noise = np.random.default_rng(scene.seed).integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
-    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8), shown
 
 
-def encode(scene: Scene) -> bytes:
-    """Returns the picture as the JPEG file that `write` stores."""
+def boxes(masks: np.ndarray) -> np.ndarray:
+    """Returns the box around the pixels of each object.
+
+    Args:
+        masks: bool[count, height, width], from `draw_with_masks`.
+
+    Returns:
+        int[count, 4]: x0, y0, x1 and y1 in pixels, where x1 and y1 are the first after the object.
+    """
+    found = []
+    for mask in masks:
+        y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        found.append((x[0], y[0], x[-1] + 1, y[-1] + 1))
+    return np.array(found, int).reshape(-1, 4)
+
+
+def encode(picture: np.ndarray) -> bytes:
+    """Returns a drawn picture as the JPEG file that `write` stores."""
     out = io.BytesIO()
-    Image.fromarray(draw(scene)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    Image.fromarray(picture).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return out.getvalue()
 
 
 def training_image(scene: Scene) -> np.ndarray:
     """Returns the picture as read from the JPEG file: uint8[112, 112, 3]."""
-    return np.asarray(Image.open(io.BytesIO(encode(scene))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(encode(draw(scene)))).convert("RGB"))
