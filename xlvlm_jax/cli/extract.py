@@ -56,7 +56,8 @@ def extract(
             help="Token positions to keep: all, index:-1, range:3:7, token-of-interest:dog (where "
             "that word occurs), class:colours (places, sentiments, or words separated by commas), "
             "token-id:29871, before-special-tokens (the answer; before-special-tokens:. also ends "
-            "it at a full stop)."
+            "it at a full stop), image (every image token, with its cell; image:16 draws 16 per "
+            "sample)."
         ),
     ],
     dataset: Annotated[str, typer.Option(help="coco, vqav2, pope, mmsb or folder.")] = "coco",
@@ -184,10 +185,16 @@ def extract(
     if protocol is not None and match is None and tokens.startswith(("token-of-", "class")):
         match = "first-token"
     generated_only = None if include_prompt is None else not include_prompt
+    drawn = seed if tokens.startswith("image:") else None
     settings = module.ExtractionSettings(
         sites=tuple(site),
         selection=Selection.parse(
-            tokens, generated_only=generated_only, how=rows, match=match, start=search_from
+            tokens,
+            generated_only=generated_only,
+            how=rows,
+            match=match,
+            start=search_from,
+            seed=drawn,
         ),
         mode=mode,
         max_new_tokens=max_new_tokens,

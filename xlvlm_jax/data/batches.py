@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     num_rows: int  # the rows after these are padding
     inputs: tuple[Arrays, ...]  # one per version of the prompts; () if no sample has a row
     answer_lengths: np.ndarray  # int[B]: how many of a row's last tokens are its answer
+    sizes: tuple[tuple[int, int], ...]  # per row: height and width of its picture
 
     @property
     def good(self) -> np.ndarray:
@@ -108,7 +109,8 @@ def make_batch(
                 raise ValueError(f"sample {samples[i].id}: {errors[i]}") from error
         inputs = _process(vlm, texts, images, size)
     rows = _filled(images, size)
-    return Batch(tuple(samples), tuple(errors), rows, len(images), inputs, lengths[rows])
+    sizes = tuple((images[i].height, images[i].width) for i in rows.tolist())
+    return Batch(tuple(samples), tuple(errors), rows, len(images), inputs, lengths[rows], sizes)
 
 
 def _read(

@@ -16,6 +16,7 @@ from ports.intervene.edits import Edit
 from ports.paired import Params, paired_states
 from xlvlm_jax.data.batches import Arrays
 from xlvlm_jax.features import token_positions
+from xlvlm_jax.features.image_cells import BatchCells
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.settings import ExtractionSettings
@@ -51,6 +52,7 @@ class Ran(NamedTuple):
     passes: tuple[Pass, ...]
     predicted: dict[str, jax.Array]  # tokens int32[B, M] by the name under which they are stored
     finite: jax.Array | None = None  # bool[B], whether all logits are finite
+    cells: BatchCells | None = None  # the chosen image tokens; None for other selections
 
 
 class Computed(NamedTuple):
@@ -59,28 +61,35 @@ class Computed(NamedTuple):
     rows: token_positions.SelectedRows
     predicted: dict[str, jax.Array]
     finite: jax.Array | None = None
+    cells: BatchCells | None = None
 
 
-def run(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Ran:
+def run(
+    model: ExtractionModel,
+    inputs: Arrays,
+    answer_lengths: np.ndarray,
+    cells: BatchCells | None = None,
+) -> Ran:
     """Runs a batch (see `Batch`) without waiting for the device."""
     settings = model.settings
     if settings.mode == "teacher-forcing":
-        return Ran((_forced(model, inputs, answer_lengths),), {})
+        return Ran((_forced(model, inputs, answer_lengths),), {}, cells=cells)
     first, predicted, finite = _generated(model, model.vlm, inputs)
     if model.finetuned is None:
-        return Ran((first,), {"prediction": predicted}, finite)
+        return Ran((first,), {"prediction": predicted}, finite, cells)
     second, other, finite_too = _generated(model, model.finetuned, inputs)
     both = {"prediction": predicted, "finetuned prediction": other}
-    return Ran((first, second), both, finite & finite_too)
+    return Ran((first, second), both, finite & finite_too, cells)
 
 
 def select(model: ExtractionModel, ran: Ran) -> Computed:
     """Selects the rows; waits for the tokens if they are searched for words."""
-    first, *others = [_rows(model, each) for each in ran.passes]
+    chosen = None if ran.cells is None else ran.cells.chosen
+    first, *others = [_rows(model, each, chosen) for each in ran.passes]
     for other in others:
         states = {finetuned_site(site): value for site, value in other.states.items()}
         first = first._replace(states=first.states | states, valid=first.valid & other.valid)
-    return Computed(first, ran.predicted, ran.finite)
+    return Computed(first, ran.predicted, ran.finite, ran.cells)
 
 
 def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
@@ -167,11 +176,14 @@ def _positions(
     )
 
 
-def _rows(model: ExtractionModel, made: Pass) -> token_positions.SelectedRows:
+def _rows(
+    model: ExtractionModel, made: Pass, chosen: np.ndarray | None
+) -> token_positions.SelectedRows:
     found = None if model.finder is None else model.finder(made.searched)
     selection = model.settings.selection
     ends = (*model.vlm.eos_tokens, *selection.end_ids(model.vlm.tokenizer))
-    return _select(selection, ends, made.kind, made.mask, made.positions, found, made.states)
+    arrays = made.mask, made.positions, found, chosen, made.states
+    return _select(selection, ends, made.kind, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -182,16 +194,20 @@ def _select(
     mask: jax.Array,
     positions: token_positions.Positions,
     found: jax.Array | None,
+    chosen: jax.Array | None,
     states: dict[str, Any],
 ) -> token_positions.SelectedRows:
-    """Returns the rows of a batch; found: positions of its words, int32[B, 2]."""
+    """Returns the rows of a batch.
+
+    found: positions of its words, int32[B, 2]; chosen: its chosen image tokens, bool[B, T].
+    """
     if kind == "sequence":
         # The last prompt state predicted the first token, so it is in both parts.
         states = {
             site: jnp.concatenate([prompt, generated[:, 1:]], axis=1)
             for site, (prompt, generated) in states.items()
         }
-    rows = selection.rows(states, positions, found=found, end_ids=end_ids)
+    rows = selection.rows(states, positions, found=found, end_ids=end_ids, chosen=chosen)
     if kind == "generated":
         # Counted from the start of the sequence, as in the other two kinds.
         rows = rows._replace(position=rows.position + mask.sum(1, dtype=jnp.int32)[:, None] - 1)

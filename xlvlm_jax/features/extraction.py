@@ -217,7 +217,8 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
     def commit(number: int, *batch: Any) -> None:
         nonlocal done, rows
         mine.commit(number, *batch)
-        done, rows = done + len(batch[0]), rows + len(batch[-1])
+        described, _, index, *_ = batch
+        done, rows = done + len(described), rows + len(index)
         if writer is not None:
             multi_host.merge_ready(writer, blocks, size)
         if progress is not None:

@@ -8,6 +8,8 @@
         rows/sample         Zarr v3, int64[rows], the line in samples.jsonl
         rows/position       Zarr v3, int32[rows]
         rows/token          Zarr v3, int32[rows]
+        rows/cell           Zarr v3, int32[rows, 4], only where rows are image tokens: "cells" in
+        rows/box            Zarr v3, float32[rows, 4], the manifest is then true (`image_cells`)
 
 `states` and `rows` are Zarr groups, which zarr-python and xarray open.
 
@@ -35,6 +37,7 @@ SAMPLES = "samples.jsonl"
 PICTURES = "images.json"
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
+CELL_FIELDS = {"cell": "int32", "box": "float32"}  # of image tokens, [rows, 4]
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: key {key!r} is missing; extract the features again")
         if not _is_sound(key, state[key]):
             raise ValueError(f"{path}: {key!r} has an invalid value; extract the features again")
+    if type(state.setdefault("cells", False)) is not bool:
+        raise ValueError(f"{path}: 'cells' has an invalid value; extract the features again")
     selection = state["arguments"].get("selection")
     if isinstance(selection, dict) and selection.get("mode") in ("token-of-interest", "class"):
         selection.setdefault("match", "first-token")  # the only rule before there was a choice

@@ -185,4 +185,5 @@ def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any,
         first, last = np.searchsorted(part.sample_rows, [start, start + len(samples)])
         states = {site: rows.read(first, last) for site, rows in stored.items()}
         index = part.sample_rows[first:last] - start
-        yield samples, states, index, part.positions[first:last], part.tokens[first:last]
+        cells = None if part.cells is None else part.cells.take(slice(first, last))
+        yield samples, states, index, part.positions[first:last], part.tokens[first:last], cells

@@ -14,6 +14,7 @@ from ports import VLM
 from xlvlm_jax.data.batches import Batch, Group, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.compute import Computed, ExtractionModel, Ran, run, select
+from xlvlm_jax.features.image_cells import BatchCells, Cells, cells_of
 from xlvlm_jax.features.settings import ExtractionSettings
 
 # Takes the number of a group and the arguments of `FeaturesWriter.append`.
@@ -105,12 +106,31 @@ def run_groups(
         # The rows of the previous batch are selected first, or they would wait for this one.
         with clock.waiting("device"):
             done = selected()
-            ran = run(model, batch.inputs[0], batch.answer_lengths) if batch.inputs else None
+            ran = None
+            if batch.inputs:
+                cells = _cells(model, batch)
+                ran = run(model, batch.inputs[0], batch.answer_lengths, cells)
             running.append((number, batch, ran))
         finish(done)
     with clock.waiting("device"):
         done = selected()
     finish(done)
+
+
+def _cells(model: ExtractionModel, batch: Batch) -> BatchCells | None:
+    """Returns the image tokens that the selection chooses; None if it looks for others."""
+    selection = model.settings.selection
+    if selection.mode != "image":
+        return None
+    names = [batch.samples[i].id for i in batch.rows]
+    return cells_of(
+        model.vlm,
+        batch.inputs[0],
+        batch.sizes,
+        names,
+        at_most=selection.at_most,
+        seed=selection.seed or 0,
+    )
 
 
 def _fetch(model: ExtractionModel, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
@@ -119,12 +139,16 @@ def _fetch(model: ExtractionModel, batch: Batch, result: Any, strict: bool) -> t
     for entry, error in zip(described, batch.errors, strict=True):
         if error is not None:
             entry["error"] = error
+    has_cells = model.settings.selection.has_cells
     if result is None:
         none = np.zeros(0, int)
-        return described, {}, none, none, none
-    rows, predicted, finite = result
+        return described, {}, none, none, none, Cells.empty() if has_cells else None
+    rows, predicted, finite, cells = result
     states, row, position, token = rows.flat()
     real = row < batch.num_rows
+    placed = None
+    if cells is not None and has_cells:
+        placed = cells.at(row[real], position[real], batch.inputs[0]["attention_mask"])
     states = {site: value[real] for site, value in states.items()}
     index, position, token = batch.rows[row[real]], position[real], token[real]
     for name, ids in predicted.items():
@@ -136,7 +160,8 @@ def _fetch(model: ExtractionModel, batch: Batch, result: Any, strict: bool) -> t
             described[sample]["error"] = f"NaN or Inf in the logits {_advice(model)}"
     kept = _keep_finite(model, states, index, position, described, strict)
     states = {site: value[kept] for site, value in states.items()}
-    return described, states, index[kept], position[kept], token[kept]
+    placed = None if placed is None else placed.take(kept)
+    return described, states, index[kept], position[kept], token[kept], placed
 
 
 def _keep_finite(

@@ -24,6 +24,7 @@ from xlvlm_jax.features.settings import ExtractionSettings
 
 _LOOKED_AT = 8  # batches, spread over the samples, to determine the programs
 _ROW_BYTES = 16  # for a row's sample, position and token
+_CELL_BYTES = 32  # for the cell and box of an image token
 
 
 class ExtractionNeeds(NamedTuple):
@@ -68,7 +69,8 @@ def disk_needs(
     # An answer's text, in addition to what is known about the sample.
     described = sum(len(json.dumps(sample.to_dict())) for sample in samples)
     described += len(samples) * 8 * settings.max_new_tokens
-    return rows, rows * (state_bytes + _ROW_BYTES) + described
+    row_bytes = state_bytes + _ROW_BYTES + _CELL_BYTES * settings.selection.has_cells
+    return rows, rows * row_bytes + described
 
 
 def free_bytes(output: Path) -> int:

@@ -17,7 +17,15 @@ from ports.messages import counted, few
 from ports.tables import flat, html_table
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.manifest import PICTURES, ROW_FIELDS, SAMPLES, array_path, read_manifest
+from xlvlm_jax.features.image_cells import Cells
+from xlvlm_jax.features.manifest import (
+    CELL_FIELDS,
+    PICTURES,
+    ROW_FIELDS,
+    SAMPLES,
+    array_path,
+    read_manifest,
+)
 from xlvlm_jax.features.samples import StoredSamples
 from xlvlm_jax.storage import pictures
 from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
@@ -41,6 +49,8 @@ class Features:
         positions: int32[N], position of each row in its sample, not counting padding.
         tokens: int32[N], the token predicted at each row.
         complete: False if the run was interrupted and not finished.
+        cells: for rows that are image tokens, where in its picture each lies: `cells.grid`
+            int32[N, 4] (picture, view, row, column) and `cells.box` float32[N, 4]; else None.
 
     Examples:
         >>> import numpy as np, tempfile, xlvlm_jax
@@ -62,6 +72,7 @@ class Features:
     positions: Int32[np.ndarray, " N"]
     tokens: Int32[np.ndarray, " N"]
     complete: bool
+    cells: Cells | None = None
 
     @classmethod
     def open(
@@ -102,6 +113,10 @@ class Features:
         if images is not None:
             samples.find_pictures()
         rows = {field: np.zeros(0, dtype) for field, dtype in ROW_FIELDS.items()}
+        cells = None
+        if state["cells"]:
+            placed = (_read_array(root / "rows" / name, state["rows"]) for name in CELL_FIELDS)
+            cells = Cells(*placed)
         if state["sites"]:
             rows = {name: _read_array(root / "rows" / name, state["rows"]) for name in ROW_FIELDS}
             for site in state["sites"]:
@@ -116,6 +131,7 @@ class Features:
             positions=rows["position"],
             tokens=rows["token"],
             complete=state["complete"],
+            cells=cells,
         )
 
     def __repr__(self) -> str:
@@ -138,7 +154,8 @@ class Features:
     def to_pandas(self) -> "pandas.DataFrame":
         """Returns a table with a line per row: position, token, and the sample it comes from.
 
-        Columns of the sample begin with "sample." ("sample.prediction"). Line n belongs to row n of
+        Rows of image tokens also have picture, view, row, column, x0, y0, x1 and y1. Columns of
+        the sample begin with "sample." ("sample.prediction"). Line n belongs to row n of
         `matrix`, whose states are not in it.
 
         Raises:
@@ -148,6 +165,11 @@ class Features:
         table = table.reset_index(drop=True)
         table.insert(0, "position", self.positions)
         table.insert(1, "token", self.tokens)
+        if self.cells is not None:
+            named = zip(("picture", "view", "row", "column"), self.cells.grid.T, strict=True)
+            boxes = zip(("x0", "y0", "x1", "y1"), self.cells.box.T, strict=True)
+            for place, (name, values) in enumerate((*named, *boxes), 2):
+                table.insert(place, name, values)
         return table
 
     def matrix(self, site: str) -> Float[np.ndarray, "N D"]:

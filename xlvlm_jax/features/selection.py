@@ -20,6 +20,7 @@ _DEFAULT_HOW = {
     "class": "first",
     "token-id": "first",
     "before-special-tokens": "mean",
+    "image": "each",
 }
 MODES = tuple(_DEFAULT_HOW)
 WORD_MODES = ("token-of-interest", "class")  # modes that look for words
@@ -33,22 +34,23 @@ class Selection:
     Selection("token-of-interest", "dog")    Selection("index", "-1")    Selection("all")
     Selection("class", "colours")            Selection("range", "3:7")
     Selection("before-special-tokens")       Selection("before-special-tokens", ". </s>")
-    Selection("token-id", "29871")
+    Selection("token-id", "29871")           Selection("image")    Selection("image", "16")
 
     Attributes:
         mode: one of MODES.
         argument: the word, the class (or words separated by commas), the index, the range, the id
-            of a token (or several, separated by commas), or end tokens besides the model's own,
-            separated by spaces.
+            of a token (or several, separated by commas), end tokens besides the model's own,
+            separated by spaces, or the maximum number of image tokens per sample.
         generated_only: by default True for token-of-interest, class and before-special-tokens.
         how: one of token_positions.HOWS; by default "mean" for all, range and
-            before-special-tokens, else "first". The positions of a word are those of its tokens:
-            "first" is the one from which its first token was predicted.
+            before-special-tokens, "each" for image, else "first". The positions of a word are those
+            of its tokens: "first" is the one from which its first token was predicted.
         match: for the two modes that look for words, one of spelling.MATCHES: "word" (the default),
             the first place where the tokens spell the word; or "first-token", the rule of XL-VLMs,
             the first token that can start the word. None for the other modes.
         start: where the search for words or a token begins, counted among a sample's positions,
             prompt and answer together, or from their end if negative; None for the beginning.
+        seed: for a number of image tokens, the seed of the choice; None for the other modes.
 
     Raises:
         ValueError: the mode is unknown, or the argument does not fit it.
@@ -65,6 +67,7 @@ class Selection:
     how: str | None = None
     match: str | None = None
     start: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -102,8 +105,20 @@ class Selection:
             class_words(self.argument)
         elif self.mode == "token-of-interest" and not self.argument.strip():
             raise ValueError("token-of-interest needs a word, got none; e.g. token-of-interest:dog")
+        elif self.mode == "image":
+            if self.generated_only:
+                raise ValueError(
+                    "image tokens are in the prompt; set generated_only to False, got True"
+                )
+            if self.at_most is not None and self.seed is None:
+                fill(self, "seed", 0)
         elif self.mode == "all" and self.argument:
             raise ValueError(f"{self.mode} takes no argument, got {self.argument!r}")
+        if self.seed is not None and self.at_most is None:
+            raise ValueError(
+                f"seed is {self.seed} for {self}; only a number of image tokens has one, such as "
+                "image:16"
+            )
         if self.mode == "before-special-tokens" and not self.generated_only:
             raise ValueError(
                 "before-special-tokens only selects in the generated part; set generated_only to "
@@ -118,6 +133,22 @@ class Selection:
 
     def __str__(self) -> str:
         return f"{self.mode}:{self.argument}" if self.argument else self.mode
+
+    @property
+    def at_most(self) -> int | None:
+        """The maximum number of image tokens per sample; None for all, and in other modes."""
+        if self.mode != "image" or not self.argument:
+            return None
+        if not self.argument.isdecimal() or not int(self.argument):
+            raise ValueError(
+                f"image takes a number of tokens per sample, got {self.argument!r}; e.g. image:16"
+            )
+        return int(self.argument)
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether each row is one image token, which lies in one cell of its picture."""
+        return self.mode == "image" and self.how != "mean"
 
     def _index(self) -> int:
         try:
@@ -143,9 +174,9 @@ class Selection:
             ) from None
 
     def describe(self) -> dict[str, Any]:
-        """Returns JSON values for a manifest, omitting `match` and `start` if they do not apply."""
+        """Returns JSON values for a manifest, omitting what does not apply to the mode."""
         known = asdict(self).items()
-        return {k: v for k, v in known if v is not None or k not in ("match", "start")}
+        return {k: v for k, v in known if v is not None or k not in ("match", "start", "seed")}
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
         """Returns the ids of the end tokens that are given, the first of each as in XL-VLMs."""
@@ -179,6 +210,7 @@ class Selection:
         *,
         found: Int[token_positions.AnyArray, "B 2"] | None = None,
         end_ids: token_positions.Ids = (),
+        chosen: Bool[token_positions.AnyArray, "B T"] | None = None,
     ) -> Bool[token_positions.AnyArray, "B P"]:
         """Returns which positions are selected.
 
@@ -187,12 +219,15 @@ class Selection:
             found: int32[B, 2], what the finder returns for `token_positions.searched`; only for
                 modes that look for words.
             end_ids: ids of the end-of-sequence tokens.
+            chosen: bool[B, T], which image tokens of the prompt are chosen, from
+                `xlvlm_jax.features.image_cells.batch_cells`; None for all.
 
         Returns:
             bool[B, P].
 
         Raises:
-            ValueError: the mode looks for words, and `found` is missing.
+            ValueError: the mode looks for words, and `found` is missing; or it chooses some of the
+                image tokens, and `chosen` is missing.
         """
         only = bool(self.generated_only)
         if self.mode == "all":
@@ -208,6 +243,10 @@ class Selection:
             )
         if self.mode == "before-special-tokens":
             return token_positions.before_special_tokens(positions, end_ids)
+        if self.mode == "image":
+            if chosen is None and self.at_most is not None:
+                raise ValueError(f"{self} needs the chosen tokens; pass chosen, from batch_cells")
+            return token_positions.image(positions, chosen)
         if found is None:
             raise ValueError(
                 f"{self} needs the positions of its words; pass found, from its finder"
@@ -221,6 +260,7 @@ class Selection:
         *,
         found: Int[token_positions.AnyArray, "B 2"] | None = None,
         end_ids: token_positions.Ids = (),
+        chosen: Bool[token_positions.AnyArray, "B T"] | None = None,
     ) -> token_positions.SelectedRows:
         """Returns the rows of a batch.
 
@@ -229,8 +269,9 @@ class Selection:
             positions: as for `keep`.
             found: as for `keep`.
             end_ids: as for `keep`.
+            chosen: as for `keep`.
         """
-        keep = self.keep(positions, found=found, end_ids=end_ids)
+        keep = self.keep(positions, found=found, end_ids=end_ids, chosen=chosen)
         how = str(self.how)
         return token_positions.reduce(states, positions, keep, how, max_rows=self._max_rows())
 
@@ -243,6 +284,8 @@ class Selection:
 
     def _max_rows(self) -> int | None:
         """Returns a bound on the kept positions per sample; None if only its length bounds them."""
+        if self.mode == "image":
+            return self.at_most
         if self.mode != "range":
             return None
         start, stop = self._range()

@@ -235,6 +235,25 @@ def spans(positions: Positions, places: Int[AnyArray, "B 2"]) -> Bool[AnyArray, 
     return everything(positions) & (p >= places[:, :1]) & (p < places[:, 1:])
 
 
+def image(
+    positions: Positions, chosen: Bool[AnyArray, "B T"] | None = None
+) -> Bool[AnyArray, "B P"]:
+    """Selects the positions of image tokens.
+
+    Args:
+        positions: the positions of a batch.
+        chosen: which prompt positions to select instead; those that are not chosen are left out.
+
+    Returns:
+        bool[B, P].
+    """
+    keep = positions.is_image
+    if chosen is not None:
+        beyond = positions.is_prompt.shape[1] - chosen.shape[1]
+        keep = jnp.pad(jnp.asarray(chosen, bool), ((0, 0), (0, beyond)))
+    return keep & positions.is_prompt & ~positions.is_padding
+
+
 def token_of_interest(
     positions: Positions,
     token_ids: Ids,

@@ -15,7 +15,9 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Shaped
 
+from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.manifest import (
+    CELL_FIELDS,
     FORMAT,
     PICTURES,
     ROW_FIELDS,
@@ -113,6 +115,7 @@ class FeaturesWriter:
                     "samples": 0,
                     "rows": 0,
                     "bytes": 0,
+                    "cells": False,
                     "complete": False,
                 }
                 with _one_line(self.path):
@@ -162,6 +165,7 @@ class FeaturesWriter:
         sample_index: Int[np.ndarray, " _"],
         positions: Int[np.ndarray, " _"],
         tokens: Int[np.ndarray, " _"],
+        cells: Cells | None = None,
     ) -> None:
         """Commits one batch: on return it is on disk; a kill before that leaves no trace of it.
 
@@ -171,6 +175,8 @@ class FeaturesWriter:
             sample_index: int[rows], index into `samples` of each row.
             positions: int[rows].
             tokens: int[rows].
+            cells: for rows that are image tokens, where they lie; in every batch with rows or in
+                none.
 
         Raises:
             ValueError: shapes, sites or an index do not fit.
@@ -179,7 +185,7 @@ class FeaturesWriter:
         if self.complete or self._lock < 0:
             raise ValueError(f"{self.path}: the run is closed and takes no more samples")
         rows = len(tokens)
-        self._check_batch(len(samples), states, rows, sample_index, positions)
+        self._check_batch(len(samples), states, rows, sample_index, positions, cells)
         lines = "".join(json.dumps(_plain(dict(sample))) + "\n" for sample in samples).encode()
         done = self._state
         fields = {
@@ -189,10 +195,13 @@ class FeaturesWriter:
         }
         with _one_line(self.path):
             if states and not done["sites"]:
-                self._create_arrays(states)
+                self._create_arrays(states, has_cells=cells is not None)
             if rows:
                 arrays = {self.path / "rows" / name: values for name, values in fields.items()}
                 arrays |= {array_path(self.path, site): x for site, x in states.items()}
+                if cells is not None:
+                    placed = dict(zip(CELL_FIELDS, cells, strict=True))
+                    arrays |= {self.path / "rows" / name: x for name, x in placed.items()}
                 self._write_rows(arrays, rows)
             with open(self.path / SAMPLES, "rb+") as file:
                 file.truncate(done["bytes"])  # remains of a failed append
@@ -205,6 +214,7 @@ class FeaturesWriter:
                 "samples": done["samples"] + len(samples),
                 "rows": done["rows"] + rows,
                 "bytes": done["bytes"] + len(lines),
+                "cells": done["cells"] or (bool(rows) and cells is not None),
             }
             write_json(self.path / "manifest.json", committed)
         self._state = committed
@@ -305,7 +315,8 @@ class FeaturesWriter:
     # Rows.
 
     def _array_paths(self, sites: Sequence[str]) -> list[Path]:
-        rows = [self.path / "rows" / name for name in ROW_FIELDS]
+        fields = (*ROW_FIELDS, *(CELL_FIELDS if self._state["cells"] else ()))
+        rows = [self.path / "rows" / name for name in fields]
         return rows + [array_path(self.path, site) for site in sites]
 
     def _check_batch(
@@ -315,14 +326,18 @@ class FeaturesWriter:
         rows: int,
         sample_index: np.ndarray,
         positions: np.ndarray,
+        cells: Cells | None,
     ) -> None:
         sites = self._state["sites"]
+        if rows and self._state["rows"] and self._state["cells"] != (cells is not None):
+            raise ValueError("cells are given for some batches only; expected all or none")
         if rows and not states:
             raise ValueError(f"{rows} rows but no states; expected one array per site")
         if states and sites and list(states) != sites:
             raise ValueError(f"expected states of {', '.join(sites)}; got {', '.join(states)}")
         lengths = {"sample_index": len(sample_index), "positions": len(positions)}
         lengths |= {site: len(x) for site, x in states.items()}
+        lengths |= {} if cells is None else {"cells": len(cells.grid), "boxes": len(cells.box)}
         for name, length in lengths.items():
             if length != rows:
                 raise ValueError(f"{name} has {length} rows, expected {rows}, one per token")
@@ -339,7 +354,7 @@ class FeaturesWriter:
             if known is not None and known.shape[1] != x.shape[1]:
                 raise ValueError(f"{site}: width {x.shape[1]}, expected {known.shape[1]}")
 
-    def _create_arrays(self, states: Mapping[str, np.ndarray]) -> None:
+    def _create_arrays(self, states: Mapping[str, np.ndarray], *, has_cells: bool) -> None:
         # remains of an append that failed before the first commit
         shutil.rmtree(self.path / "states", ignore_errors=True)
         shutil.rmtree(self.path / "rows", ignore_errors=True)
@@ -348,6 +363,9 @@ class FeaturesWriter:
         for name, dtype in ROW_FIELDS.items():
             path = self.path / "rows" / name
             self._arrays[path] = create_array(path, dtype, (0,))
+        for name, dtype in CELL_FIELDS.items() if has_cells else ():
+            path = self.path / "rows" / name
+            self._arrays[path] = create_array(path, dtype, (0, 4))
         for site, x in states.items():
             path = array_path(self.path, site)
             self._arrays[path] = create_array(path, self._state["dtype"], (0, x.shape[1]))
