@@ -4,10 +4,11 @@ from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.programs import compilation_cache
 from xlvlm_jax import causal, lenses, metrics, sae, shift
+from xlvlm_jax.concepts.answer_gradients import answer_gradients
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
 from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
 from xlvlm_jax.concepts.grounding import ground_images, ground_text
-from xlvlm_jax.concepts.maps import concept_maps
+from xlvlm_jax.concepts.maps import concept_maps, gradient_maps, vector_maps, word_maps
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.selection import Selection
@@ -27,6 +28,7 @@ __all__ = [
     "ablate",
     "add",
     "add_relative",
+    "answer_gradients",
     "capture",
     "causal",
     "compilation_cache",
@@ -36,6 +38,7 @@ __all__ = [
     "edit_with",
     "find_word",
     "fine_vectors",
+    "gradient_maps",
     "ground_images",
     "ground_text",
     "lenses",
@@ -47,4 +50,6 @@ __all__ = [
     "stacked",
     "steer",
     "steering_vector",
+    "vector_maps",
+    "word_maps",
 ]

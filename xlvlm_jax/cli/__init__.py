@@ -24,6 +24,7 @@ from xlvlm_jax.cli import (
     ground,
     inspect,
     lens,
+    map,
     pth,
     report,
     runtime,
@@ -79,6 +80,7 @@ for command in (
     decompose.decompose,
     ground.ground,
     explain.explain,
+    map.map_,
     score.score,
     causal.causal,
     lens.lens,
@@ -92,7 +94,9 @@ for command in (
     scenes.scenes,
     train_demo.train_demo,
 ):
-    app.command(cls=runtime.Command)(into_panels(command))
+    # `map_` is not called like Python's own function.
+    called = command.__name__.removesuffix("_").replace("_", "-")
+    app.command(called, cls=runtime.Command)(into_panels(command))
 app.add_typer(steer.steer, name="steer")
 
 

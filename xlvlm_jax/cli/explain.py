@@ -1,52 +1,133 @@
-"""`xlvlm explain`: the concepts that are most active in one sample."""
+"""`xlvlm explain`: one sample by the concepts that are active in it, and that its answer needs."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Images, Overwrite, Site, console, refuse_existing
+from xlvlm_jax.cli.console import (
+    Images,
+    Overwrite,
+    Site,
+    console,
+    load_model,
+    refuse_existing,
+)
+
+if TYPE_CHECKING:
+    from xlvlm_jax.concepts.explain import SampleExplanation
+    from xlvlm_jax.concepts.record import Concepts
 
 
 def explain(
-    concepts: Annotated[Path, typer.Argument(help="Directory of concepts, grounded.")],
-    sample: Annotated[str, typer.Argument(help="ID of the sample, or the name of its image file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint directory, Hub ID or 'embedded', with --concepts; or a directory of "
+            "grounded concepts, to explain a sample of their features without running a model.",
+        ),
+    ],
+    sample: Annotated[
+        str, typer.Argument(help="An image file, or the ID or image name of a sample.")
+    ],
+    concepts: Annotated[
+        Path | None, typer.Option(help="Directory of concepts of MODEL, grounded.")
+    ] = None,
     features: Annotated[
         Path | None,
         typer.Option(help="Features of the sample. Default: those that the concepts come from."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Also draw it, in this file (.png, .svg or .pdf).")
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What MODEL is asked. Default: the sample's prompt, or for a caption."),
     ] = None,
-    num_concepts: Annotated[int, typer.Option(help="Maximum number of concepts.")] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page (.html) or draw a figure (.png, .svg or .pdf)."),
+    ] = None,
+    num_concepts: Annotated[
+        int, typer.Option(help="Concepts with the highest activations and with the most effect.")
+    ] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 20,
     site: Site = None,
     images: Images = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Explain one sample by its most active concepts, with their words and pictures."""
+    """Explain one sample by its concepts: words, pictures and, with a model, maps and effects."""
     from xlvlm_jax import Concepts, Features
-    from xlvlm_jax.concepts.explain import explain_sample
+    from xlvlm_jax.concepts.explain import explain_picture, explain_sample, stored_sample
+    from xlvlm_jax.data import prompts
+    from xlvlm_jax.data.sample import Sample
+    from xlvlm_jax.report.explain_page import write_explanation
     from xlvlm_jax.report.sample_figure import plot_sample
 
     if output is not None:
+        if output.suffix not in (".html", ".png", ".svg", ".pdf"):
+            raise ValueError(f"{output}: expected a file ending in .html, .png, .svg or .pdf")
         refuse_existing(output, overwrite)
-    learnt = Concepts.load(concepts)
+    directory = Path(model) if concepts is None else concepts
+    learnt = Concepts.load(directory)
     if learnt.words is None:
-        raise ValueError(f"{concepts} has no words; run `xlvlm ground` first")
+        raise ValueError(f"{directory} has no words; run `xlvlm ground` first")
     source = features or learnt.source.get("features")
-    if source is None:
-        raise ValueError(f"{concepts} does not name its features; give --features")
-    opened = Features.open(source, images=images)
-    explained = explain_sample(opened, learnt, sample, num_concepts=num_concepts, site=site)
-    table = Table("concept", "activation", "words", "images", box=None)
+    # An image file needs no features, but they tell whether the concepts are of image tokens.
+    is_file = concepts is not None and Path(sample).is_file()
+    opened = None
+    if source is not None and (not is_file or Path(source).is_dir()):
+        opened = Features.open(source, images=images)
+    if opened is None and not is_file:
+        raise ValueError(f"{directory} does not name its features; give --features")
+    if concepts is None:
+        assert opened is not None
+        explained = explain_sample(opened, learnt, sample, num_concepts=num_concepts, site=site)
+    else:
+        if is_file:
+            path = Path(sample)
+            asked = Sample(sample, path, path.name, prompts.CAPTION if prompt is None else prompt)
+        else:
+            assert opened is not None
+            asked = stored_sample(opened, sample)
+            asked = asked if prompt is None else dataclasses.replace(asked, prompt=prompt)
+        selection = {} if opened is None else opened.manifest.get("selection") or {}
+        explained = explain_picture(
+            load_model(model, adapter=adapter),
+            learnt,
+            asked,
+            num_concepts=num_concepts,
+            site=site,
+            of_image=selection.get("mode") == "image",
+            max_new_tokens=max_new_tokens,
+        )
+    _show(explained)
+    if output is not None:
+        if output.suffix == ".html":
+            write_explanation(explained, output, _facts(model, learnt, concepts))
+        else:
+            plot_sample(explained, output)
+        console.print(f"-> {output}")
+
+
+def _facts(model: str, learnt: "Concepts", concepts: Path | None) -> list[tuple[str, str]]:
+    ran = model if concepts is not None else learnt.source.get("model")
+    facts = {"Model": ran, "Site": learnt.source.get("site"), "Method": learnt.method}
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def _show(explained: "SampleExplanation") -> None:
+    ran = explained.log_probability is not None
+    columns = ("effect", "without it") if ran else ("images",)
+    table = Table("concept", "activation", "words", *columns, box=None)
     for active in explained.concepts:
-        names = ", ".join(Path(image).name for image in active.images[:5])
         words = ", ".join(active.words)
-        table.add_row(str(active.concept), f"{active.activation:.3g}", words, names)
+        cells = [", ".join(Path(image).name for image in active.images[:5])]
+        if active.effect is not None:
+            cells = [f"{active.effect:.3g}", active.answer_without or ""]
+        table.add_row(str(active.concept), f"{active.activation:.3g}", words, *cells)
     console.print(table)
     said = "" if explained.prediction is None else f": {explained.prediction}"
     console.print(f"{explained.sample}{said}", markup=False)
-    if output is not None:
-        plot_sample(explained, output)
-        console.print(f"-> {output}")

@@ -1,13 +1,25 @@
-"""Explains one sample by the concepts that are most active in it (CoX-LMM, NeurIPS 2024, 4.3)."""
+"""Explains one sample by the concepts that are most active in it (CoX-LMM, NeurIPS 2024, 4.3), and
+by those that its answer depends on most.
+
+K concepts, T positions, D width, h x w cells of a picture.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from ports import VLM
+from ports.inputs.patch_layout import PatchLayout
+from xlvlm_jax.concepts import maps
 from xlvlm_jax.concepts.decomposition import project
+from xlvlm_jax.concepts.picture_maps import concept_site, picture_layouts
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.concepts.removal import answers_without, removal_effects, removed_directions
+from xlvlm_jax.data.batches import make_batch
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.features.reader import Features, choose_site, sample_of
 from xlvlm_jax.features.samples import columns
+from xlvlm_jax.storage.same_model import require_model
 
 
 class ActiveConcept(NamedTuple):
@@ -17,6 +29,10 @@ class ActiveConcept(NamedTuple):
     activation: float
     words: list[str]
     images: list[str]  # files
+    # Only where the model ran:
+    effect: float | None = None  # change of the answer's log-probability when it is removed
+    answer_without: str | None = None  # what the model answers then
+    map: np.ndarray | None = None  # float32[h, w], its activation in each cell of the picture
 
 
 class SampleExplanation(NamedTuple):
@@ -26,6 +42,10 @@ class SampleExplanation(NamedTuple):
     image: str | None
     prediction: str | None
     concepts: list[ActiveConcept]
+    # Only where the model ran:
+    prompt: str | None = None
+    log_probability: float | None = None  # of the answer
+    layout: PatchLayout | None = None  # the cells of the maps
 
 
 def explain_sample(
@@ -78,6 +98,103 @@ def explain_sample(
             if activations[k] > 0
         ],
     )
+
+
+def explain_picture(
+    vlm: VLM,
+    concepts: Concepts,
+    sample: Sample,
+    *,
+    num_concepts: int = 3,
+    site: str | None = None,
+    of_image: bool = False,
+    max_new_tokens: int = 20,
+) -> SampleExplanation:
+    """Runs a model on a picture, and explains its answer by concepts.
+
+    Args:
+        vlm: the model that the concepts were learnt on.
+        concepts: concepts, grounded in words.
+        sample: picture and prompt.
+        num_concepts: number of concepts with the highest activations, and of those whose removal
+            lowers the answer's probability most, to return.
+        site: the site of the concepts, where they do not name it.
+        of_image: whether the concepts were learnt on image tokens: their activation is the highest
+            in a cell of the picture. Otherwise it is the mean over the states that predicted the
+            tokens of the answer.
+        max_new_tokens: maximum number of tokens of an answer.
+
+    Returns:
+        The concepts by activation, the strongest first, each with its map over the picture, its
+        effect, and the answer without it (`removed_directions` says what is removed).
+
+    Raises:
+        ValueError: the concepts are of another site, width or model, or have no words; the answer
+            is empty; or the model's image tokens have no place.
+        OSError: the picture can't be read.
+    """
+    if num_concepts < 1:
+        raise ValueError(f"num_concepts must be at least 1, got {num_concepts}")
+    if concepts.words is None or not any(concepts.words):
+        raise ValueError("the concepts have no words; ground them first with `xlvlm ground`")
+    require_model(concepts.source, vlm, "the concepts were learnt on the states of")
+    site = concept_site(vlm, site, concepts)
+    batch = make_batch(vlm, [sample], 1, strict=True)
+    (inputs,) = batch.inputs
+    ((layout,),) = layouts = picture_layouts(vlm, inputs, batch.sizes)
+    prompt_states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
+    drawn = maps.concept_maps(prompt_states, concepts, layouts)[0][0]
+    made = vlm.generate(inputs, max_new_tokens=max_new_tokens, sites=[site])
+    tokens = np.asarray(made.tokens[0])
+    (text,) = vlm.decode(tokens[None])
+    answer = text.strip()
+    directions = removed_directions(concepts)
+    log_probability, effects = removal_effects(vlm, sample, answer, site, directions)
+    if of_image:
+        activations = np.nanmax(drawn, axis=(1, 2))
+    else:
+        ended = np.isin(tokens, vlm.eos_tokens)
+        length = int(np.argmax(ended)) if ended.any() else len(tokens)
+        states = np.asarray(made.states[site][0, :length], np.float32)
+        activations = np.asarray(project(states, concepts)).mean(axis=0)
+    by_activation = np.argsort(-activations, kind="stable")[:num_concepts]
+    by_effect = np.argsort(effects, kind="stable")[:num_concepts]
+    chosen = list(dict.fromkeys([*by_activation.tolist(), *by_effect.tolist()]))
+    chosen.sort(key=lambda k: -activations[k])
+    without = answers_without(vlm, sample, site, directions[chosen], max_new_tokens=max_new_tokens)
+    return SampleExplanation(
+        sample=sample.id,
+        image=str(sample.image),
+        prediction=answer,
+        concepts=[
+            ActiveConcept(
+                concept=k,
+                activation=float(activations[k]),
+                words=list(concepts.words[k]),
+                images=[] if concepts.images is None else list(concepts.images[k]),
+                effect=float(effects[k]),
+                answer_without=said,
+                map=drawn[k],
+            )
+            for k, said in zip(chosen, without, strict=True)
+        ],
+        prompt=sample.prompt,
+        log_probability=log_probability,
+        layout=layout,
+    )
+
+
+def stored_sample(features: Features, sample: str) -> Sample:
+    """Returns a sample of some features, to run a model on it again.
+
+    Args:
+        features: the features.
+        sample: the ID of the sample, or the name of its image file.
+
+    Raises:
+        ValueError: there is no such sample.
+    """
+    return sample_of(features.samples[_number_of(features, sample)])
 
 
 def _number_of(features: Features, sample: str) -> int:

@@ -145,10 +145,9 @@ def ground_concepts(
         through_norm=through_norm,
         rules=rules,
     )
-    count = min(num_images, len(features.tokens))
-    top = ground_images(concepts.activations, count)
     images = [
-        [features.samples[int(features.sample_rows[row])]["image"] for row in rows] for rows in top
+        [features.samples[sample]["image"] for sample in samples]
+        for samples in top_samples(features, concepts.activations, num_images)
     ]
     concepts = dataclasses.replace(
         concepts,
@@ -159,3 +158,21 @@ def ground_concepts(
     )
     concepts.save(directory)
     return concepts
+
+
+def top_samples(features: Features, activations: Any, count: int) -> list[list[int]]:
+    """Returns the samples whose rows activate each concept most, each once, the strongest first.
+
+    Args:
+        features: the features.
+        activations: float[N, K] of their rows; of `StoredRows`, one tile is in memory at a time.
+        count: maximum number of samples per concept.
+
+    Returns:
+        For each concept the numbers of samples.
+    """
+    # A sample may have many rows, such as its image tokens.
+    most = int(np.bincount(features.sample_rows).max())
+    top = np.asarray(ground_images(activations, min(count * most, len(features.tokens))))
+    found = (dict.fromkeys(features.sample_rows[rows].tolist()) for rows in top)
+    return [list(samples)[:count] for samples in found]

@@ -7,8 +7,10 @@ or captions.csv              dog.jpg,a dog        (one line per caption; may hav
 
 import codecs
 import csv
+import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from xlvlm_jax.data import files, prompts
@@ -61,6 +63,31 @@ def load(
         )
         for name in found
     ]
+
+
+def samples_of(paths: Sequence[str | os.PathLike[str]], prompt: str) -> list[Sample]:
+    """Returns one sample per image of some files and folders, in their order.
+
+    Args:
+        paths: image files, and folders as for `load`.
+        prompt: prompt of every sample.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder has no images.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += [
+                dataclasses.replace(sample, id=str(sample.image))
+                for sample in load(path, prompt=prompt)
+            ]
+        elif path.exists():
+            found.append(Sample(id=str(path), image=path, image_id=path.name, prompt=prompt))
+        else:
+            raise FileNotFoundError(f"{path}: no such image file or folder of images")
+    return found
 
 
 def _captions(

@@ -35,6 +35,8 @@ class Picture(NamedTuple):
     activation: float
     sample: str
     asked: str = ""  # the question and people's answer to it, if there are
+    number: int = -1  # of the sample
+    overlay: str | None = None  # data URI of the concept's map over the picture
 
 
 class Attribute(NamedTuple):
@@ -282,6 +284,7 @@ def _picture(row: int, activation: float, features: Features) -> Picture:
         activation=activation,
         sample=str(sample.get("id", number)),
         asked=" – ".join(str(text) for text in (question, answer) if text),
+        number=number,
     )
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from xlvlm_jax.data.images import data_uri
 from xlvlm_jax.lenses.neighbours import Neighbours
 from xlvlm_jax.lenses.run import LensRun
-from xlvlm_jax.report.page import environment, part, store
+from xlvlm_jax.report.environment import environment, part, store
 
 SIDE = 640  # longest side of a picture, in pixels
 # Bytes of all words and probabilities: the page stays below 5 MB.

@@ -1,6 +1,5 @@
 """Reads a run directory, renders it as a page and writes the page."""
 
-import importlib.resources
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ports.tables import flat
 from xlvlm_jax.concepts.scores.attributes import known_attributes
@@ -17,6 +14,10 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.beside_section import beside as side_by_side
 from xlvlm_jax.report.beside_section import pair_sections, read_other
 from xlvlm_jax.report.cards import Section, read_section
+from xlvlm_jax.report.environment import BLANK, environment, part, store
+from xlvlm_jax.report.heat_maps import gradient_css
+from xlvlm_jax.report.map_overlays import with_overlays
+from xlvlm_jax.report.numbers import number
 from xlvlm_jax.report.pictures import choose_pictures
 from xlvlm_jax.report.scores_section import KEYS as SCORES
 from xlvlm_jax.report.scores_section import read_scores
@@ -24,12 +25,9 @@ from xlvlm_jax.report.shift_section import read_shifts, shown_images
 from xlvlm_jax.report.steering_section import read_steering
 from xlvlm_jax.report.steering_section import shown_images as shown_steering
 from xlvlm_jax.report.thumbnails import BUDGET, not_shown
-from xlvlm_jax.storage import atomic, damaged, versions
+from xlvlm_jax.storage import damaged, versions
 from xlvlm_jax.storage.pictures import store_features
 
-_PACKAGE = __name__.rpartition(".")[0]  # the package that holds the templates
-# One transparent pixel: the source of images that CSS gives a thumbnail as background.
-BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 Facts = list[tuple[str, str]]
 
 
@@ -73,7 +71,7 @@ def write_report(
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
         text = _render(run, images, None if beside is None else Path(beside), picture_bytes, tell)
-    return store(run / "report.html" if output is None else Path(output), text)
+    return store(run / "report.html" if output is None else Path(output), text, "report")
 
 
 def _render(
@@ -113,6 +111,8 @@ def _render(
         owned, [*shown_images(shifts), *shown_steering(steering)], roots, picture_bytes
     )
     sections, others = shown.sections[: len(sections)], shown.sections[len(sections) :]
+    if features is not None:
+        sections = with_overlays(sections, run, features, shown.thumbnails)
     besides = []
     if features is not None and other is not None:
         names, manifests = _names(run, beside), (features.manifest, other.features.manifest)
@@ -137,6 +137,13 @@ def _render(
         steering=steering,
         groups=list(_settings(run, settings, scores, features, sections)),
         attributes_known=bool(attributes),
+        has_maps=any(
+            picture.overlay
+            for section in sections
+            for card in section.cards
+            for picture in card.pictures
+        ),
+        stops=gradient_css(),
         thumbnails=shown.thumbnails,
         unseen="; ".join(filter(None, (unseen, left_out))),
         unit="samples"
@@ -157,24 +164,6 @@ def _names(run: Path, beside: Path | None) -> tuple[str, str]:
     return ours[-1], theirs[-1]
 
 
-def part(name: str) -> Markup:
-    """Returns a file of this package that a page includes as it is."""
-    return Markup((importlib.resources.files(_PACKAGE) / name).read_text("utf-8"))
-
-
-def environment() -> Environment:
-    """Returns the environment of the pages' templates."""
-    made = Environment(
-        loader=PackageLoader(_PACKAGE, ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"number": number, "percent": percent}
-    return made
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; {} if the file does not exist."""
     if not path.exists():
@@ -186,30 +175,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
     return value
-
-
-def store(path: Path, text: str) -> Path:
-    """Writes a page atomically.
-
-    Args:
-        path: the file.
-        text: the page.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    try:
-        # A caption may contain a lone surrogate, which UTF-8 cannot encode.
-        atomic.write(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise OSError(
-            f"cannot write the page to {path}: {error.strerror};"
-            " give a file in a writable directory"
-        ) from error
-    return path
 
 
 # What the run explains.
@@ -358,22 +323,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
     return str(value)
-
-
-# Numbers as text.
-
-
-def number(value: float) -> str:
-    """Formats a number: three significant digits, or all of an integer; thousands separated."""
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{float(f'{value:.3g}'):g}"
-
-
-def percent(share: float) -> str:
-    """Formats a share as a percentage, with two digits below 10 %; only zero is shown as 0."""
-    text = f"{100 * share:.0f}" if not 0 < share < 0.095 else f"{100 * share:.2g}"
-    text = "<0.01" if 0 < share < 1e-4 else text
-    return f"{text}\N{NARROW NO-BREAK SPACE}%"

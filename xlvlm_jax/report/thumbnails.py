@@ -69,6 +69,7 @@ class Thumbnail(NamedTuple):
     name: str  # its CSS class
     uri: str | None  # data:image/jpeg;base64,...
     problem: str | None
+    size: tuple[int, int] | None = None  # width and height of the picture, shrunk
 
 
 def thumbnails(
@@ -122,7 +123,9 @@ def thumbnails(
                 uris = larger
                 break
     return {
-        name: Thumbnail(f"p{number}", uris[name], picture if isinstance(picture, str) else None)
+        name: Thumbnail(f"p{number}", uris[name], picture, None)
+        if isinstance(picture, str)
+        else Thumbnail(f"p{number}", uris[name], None, picture.size)
         for number, (name, picture) in enumerate(small.items(), first)
     }
 

@@ -8,7 +8,14 @@ from PIL import Image, ImageDraw
 
 import xlvlm_jax
 from ports.inputs.patch_layout import PatchLayout, grid, grid_boxes
-from xlvlm_jax.concepts.maps import concept_maps, paint
+from xlvlm_jax.concepts.maps import (
+    concept_maps,
+    gradient_maps,
+    paint,
+    vector_maps,
+    word_maps,
+    word_tokens,
+)
 
 CONCEPTS = xlvlm_jax.Concepts.from_components(np.eye(3), alpha=1.0)
 STATES = np.random.default_rng(0).normal(size=(3, 7, 3)).astype(np.float32)
@@ -41,7 +48,7 @@ def test_a_cell_without_a_state():
     ("states", "layouts", "message"),
     [
         (STATES, [[], []], r"states have shape \(3, 7, 3\) for layouts of 2 rows"),
-        (STATES, [[], [], []], "no prompt has a picture"),
+        (STATES, [[], [], []], "no prompt has a picture; maps need image tokens"),
         (STATES[:1], [[grid([7], 1, 1)]], "position 7, but the states have 7 positions"),
         (STATES[:1, :, :2], [[grid([1], 1, 1)]], "2 columns but the concepts have 3"),
         (STATES[:1] * np.nan, [[grid([1], 1, 1)]], "NaN"),
@@ -50,6 +57,77 @@ def test_a_cell_without_a_state():
 def test_what_does_not_fit(states, layouts, message):
     with pytest.raises(ValueError, match=message):
         concept_maps(states, CONCEPTS, layouts)
+
+
+class TestWordMaps:
+    def test_as_the_head_reads_each_cell(self, vlm):
+        states = np.random.default_rng(1).normal(size=(1, 40, 192)).astype(np.float32)
+        tokens = [word_tokens(vlm.tokenizer, word) for word in ("dog", "red")]
+        layouts = [[grid(np.arange(2, 38), 6, 6)]]
+        (row,) = word_maps(states, vlm.unembed, tokens, layouts, through_norm=True)
+        logits = np.asarray(vlm.unembed(states[0], through_norm=True), np.float64)
+        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        for k, ids in enumerate(tokens):
+            expected = np.log(shares[2:38][:, ids].sum(-1)).reshape(6, 6)
+            np.testing.assert_allclose(row[0][k], expected, rtol=1e-4, atol=1e-4)
+
+    def test_many_cells_in_parts(self, monkeypatch):
+        monkeypatch.setattr("xlvlm_jax.concepts.maps._AT_ONCE", 16)
+        states = np.random.default_rng(2).normal(size=(1, 50, 3)).astype(np.float32)
+        sizes = []
+
+        def unembed(x):
+            sizes.append(len(x))
+            return x
+
+        (row,) = word_maps(states, unembed, [[2]], [[grid(np.arange(50), 5, 10)]])
+        expected = states[0, :, 2] - np.log(np.exp(states[0]).sum(-1))
+        np.testing.assert_allclose(row[0].reshape(-1), expected, rtol=1e-5)
+        assert sizes == [16] * 4
+
+    def test_an_unknown_word(self, vlm):
+        assert word_tokens(vlm.tokenizer, "dog") == word_tokens(vlm.tokenizer, " dog ")
+        # "zebra" begins with the token "z", which is another word.
+        for word in ("éø", "zebra", " "):
+            with pytest.raises(ValueError, match=f"no token of the model spells '{word.strip()}'"):
+                word_tokens(vlm.tokenizer, word)
+        with pytest.raises(ValueError, match="expected one or more token ids per word, got"):
+            word_maps(STATES, lambda x: x, [[]], [[], [], [grid([1], 1, 1)]])
+
+
+class TestVectorMaps:
+    def test_cosines_do_not_depend_on_lengths(self):
+        vectors = np.float32([[1, 2, 2], [0, 0, -3]])
+        layouts = [[grid(np.arange(6), 2, 3)]]
+        (row,) = vector_maps(STATES[:1], vectors, layouts)
+        state = STATES[0, 4]
+        expected = state @ vectors[0] / (3 * np.linalg.norm(state))
+        assert row[0][0, 1, 1] == pytest.approx(expected, rel=1e-5)
+        (again,) = vector_maps(7 * STATES[:1], 0.1 * vectors, layouts)
+        np.testing.assert_allclose(again[0], row[0], rtol=1e-5)
+
+    def test_a_zero_state(self):
+        (row,) = vector_maps(0 * STATES[:1], np.ones((1, 3), np.float32), [[grid([0], 1, 1)]])
+        assert row[0].tolist() == [[[0.0]]]
+
+    @pytest.mark.wrong_types
+    @pytest.mark.parametrize(
+        ("vectors", "message"),
+        [
+            (np.ones((1, 2), np.float32), "vectors are 2 wide and the states 3; use vectors of"),
+            (np.zeros((1, 3), np.float32), "finite and none of them zero"),
+            (np.float32([[np.nan, 0, 1]]), "finite and none of them zero"),
+        ],
+    )
+    def test_messages(self, vectors, message):
+        with pytest.raises(ValueError, match=message):
+            vector_maps(STATES[:1], vectors, [[grid([0], 1, 1)]])
+
+
+@pytest.mark.wrong_types
+def test_gradients_and_states_of_other_sites():
+    with pytest.raises(ValueError, match=r"states have shape \(3, 7, 2\) and gradients \(3, 7, 3"):
+        gradient_maps(STATES, [[], [], [grid([1], 1, 1)]], STATES[..., :2])
 
 
 class TestPaint:

@@ -5,7 +5,7 @@ import pytest
 
 from xlvlm_jax.metrics.labels import factorise
 from xlvlm_jax.report.cards import count_attributes, typical_attributes
-from xlvlm_jax.report.page import number, percent
+from xlvlm_jax.report.numbers import number, percent
 
 
 def typical(own, attributes):

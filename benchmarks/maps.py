@@ -1,0 +1,315 @@
+"""Maps on drawn scenes, whose objects' boxes and pixels are known: do they point at them?
+
+    python -m benchmarks.maps                # 400 pictures to learn on, 300 others to test on
+    python -m benchmarks.maps --method kmeans --concepts 128
+
+At each layer of the embedded model, a dictionary is learnt on image tokens (16 per picture). Each
+value of an attribute ("dog", "red", "beach") is given the concept whose activation ranks the cells
+that show it highest among all cells of the first pictures. On the other pictures, with the value:
+
+    pointing   share of pictures in which the middle of the cell of the highest activation lies in
+               the box of an object (for places: in none)
+    AUC        how well the map ranks the pixels of the objects (for places: of everything else)
+               above all others of their picture; mean over pictures
+    which      how well the concept ranks cells that show the value above cells that show another
+               value of the attribute, over all pictures: .5 if it only finds objects
+
+Beside: as many random directions, chosen in the same way; a random concept; the length of the
+state; the attention of the last position of the prompt (PyTorch's, if it is installed); the word of
+the object by the logit lens; and the gradient of the answer that names it.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+import ports
+from benchmarks import measure
+from ports.inputs import patch_layout
+from xlvlm_jax import answer_gradients, decompose, gradient_maps, project, word_maps
+from xlvlm_jax.concepts.maps import word_tokens
+from xlvlm_jax.data import prompts, scenes
+from xlvlm_jax.data.scenes.scene import Split
+from xlvlm_jax.demo import embedded
+
+GRID, SIDE, BATCH, PER_PICTURE = 8, 112, 50, 16
+PROMPT = prompts.question("What is in the picture?")
+SHOWN = 0.5  # share of a cell's pixels from which on it shows an object
+ATTRIBUTES = ("object", "kind", "colour", "count", "mood", "place")
+
+
+class Pictures(NamedTuple):
+    """Drawn scenes, and their states at each site."""
+
+    attributes: list[dict[str, Any]]
+    inputs: list[dict[str, np.ndarray]]  # batches
+    states: dict[str, np.ndarray]  # site -> float32[N, 64, D], of the image tokens
+    pixels: np.ndarray  # float[N, 64], pixels of objects in each cell
+    in_box: np.ndarray  # bool[N, 64], whether its middle lies in the box of an object
+
+
+def look(vlm: ports.VLM, split: Split, count: int, sites: list[str]) -> Pictures:
+    """Draws scenes and runs the model over them."""
+    drawn = [scenes.sample_scene(split, index) for index in range(count)]
+    masks = [scenes.draw_with_masks(scene)[1] for scene in drawn]
+    step = SIDE // GRID
+    whole = np.stack([mask.any(0) for mask in masks])
+    pixels = whole.reshape(count, GRID, step, GRID, step).sum((2, 4)).reshape(count, -1)
+    middle = (np.arange(GRID) + 0.5) * step
+    in_box = np.zeros((count, GRID, GRID), bool)
+    for n, mask in enumerate(masks):
+        for x0, y0, x1, y1 in scenes.boxes(mask):
+            rows, columns = (middle >= y0) & (middle < y1), (middle >= x0) & (middle < x1)
+            in_box[n] |= rows[:, None] & columns
+    batches, states = [], {site: [] for site in sites}
+    for start in range(0, count, BATCH):
+        images = [Image.fromarray(scenes.training_image(s)) for s in drawn[start : start + BATCH]]
+        inputs = vlm.process([vlm.render(PROMPT)] * len(images), images)
+        batches.append(inputs)
+        cells = np.stack([row[0].positions.reshape(-1) for row in vlm.patch_layout(inputs)])
+        for site, value in vlm.states(inputs, sites=sites).items():
+            states[site].append(np.take_along_axis(np.asarray(value), cells[..., None], axis=1))
+    return Pictures(
+        [scenes.attributes(scene) | {"object": "object"} for scene in drawn],
+        batches,
+        {site: np.concatenate(parts) for site, parts in states.items()},
+        pixels.astype(float),
+        in_box.reshape(count, -1),
+    )
+
+
+def rank_auc(ranks: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each column, from its ranks float[n, K], ties sharing theirs."""
+    p, n = positive.sum(), (~positive).sum()
+    return (ranks[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+
+
+def picture_auc(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """The same within each picture: values[n, 64], with so many positive pixels in each cell."""
+    others = (SIDE // GRID) ** 2 - pixels
+    above = np.sign(values[:, :, None] - values[:, None, :]) / 2 + 0.5
+    return np.einsum("ni,nj,nij->n", pixels, others, above) / (pixels.sum(1) * others.sum(1))
+
+
+class Scored(NamedTuple):
+    """Means over the values of an attribute."""
+
+    pointing: float
+    auc: float
+    which: float
+
+
+def values_of(pictures: Pictures, name: str) -> list[Any]:
+    """The values of an attribute."""
+    return sorted({each[name] for each in pictures.attributes if each[name] is not None}, key=str)
+
+
+def shows(pictures: Pictures, name: str, value: Any) -> tuple[np.ndarray, np.ndarray]:
+    """bool[N], pictures with the value, and bool[N, 64], cells that show objects, or the place."""
+    with_value = np.array([each[name] == value for each in pictures.attributes])
+    share = pictures.pixels / (SIDE // GRID) ** 2
+    return with_value, share < SHOWN if name == "place" else share >= SHOWN
+
+
+def score(maps: Mapping[Any, np.ndarray], test: Pictures, name: str) -> Scored:
+    """Scores one map float[N, 64] per value of an attribute."""
+    found = []
+    for value, values in maps.items():
+        here, cells = shows(test, name, value)
+        pixels, inside = test.pixels, test.in_box
+        if name == "place":
+            pixels, inside = (SIDE // GRID) ** 2 - pixels, ~inside
+        best = values[here].argmax(1)
+        pointing = inside[here][np.arange(here.sum()), best].mean()
+        which = np.nan
+        if len(maps) > 1:
+            positive = (here[:, None] & cells).reshape(-1)
+            known = np.array([each[name] is not None for each in test.attributes])
+            among = (known[:, None] & cells).reshape(-1)
+            ranks = rankdata(values.reshape(-1)[among])
+            which = rank_auc(ranks[:, None], positive[among])[0]
+        found.append((pointing, picture_auc(values[here], pixels[here]).mean(), which))
+    return Scored(*np.array(found).mean(0))
+
+
+def chosen(
+    ranks: np.ndarray, test: np.ndarray, learnt: Pictures, name: str
+) -> dict[Any, np.ndarray]:
+    """{value: the map of its best concept}: ranks float[N 64, K] and activations [N, 64, K]."""
+    found = {}
+    for value in values_of(learnt, name):
+        here, cells = shows(learnt, name, value)
+        positive = (here[:, None] & cells).reshape(-1)
+        found[value] = test[..., rank_auc(ranks, positive).argmax()]
+    return found
+
+
+def same_for_all(values: np.ndarray, pictures: Pictures, name: str) -> dict[Any, np.ndarray]:
+    """One map for every value."""
+    return dict.fromkeys(values_of(pictures, name), values)
+
+
+def of_dictionaries(
+    pictures: tuple[Pictures, Pictures], method: str, count: int
+) -> list[dict[str, Any]]:
+    """The scores of a dictionary and what is beside it, site by site."""
+    learnt, tested = pictures
+    rng, rows = np.random.default_rng(0), []
+    for site, Z in learnt.states.items():
+        some = np.stack([z[rng.choice(64, PER_PICTURE, replace=False)] for z in Z])
+        scale = {"relative_alpha": True, "alpha": 0.1} if method == "snmf" else {}
+        concepts = decompose(
+            some.reshape(-1, Z.shape[-1]), count, method, key=jax.random.key(0), **scale
+        )
+
+        def codes(states: np.ndarray, concepts: Any = concepts) -> np.ndarray:
+            flat = project(states.reshape(-1, states.shape[-1]), concepts)
+            return np.asarray(flat).reshape(*states.shape[:2], -1)
+
+        train, test = codes(Z), codes(tested.states[site])
+        directions = rng.standard_normal((Z.shape[-1], count)).astype(np.float32)
+        mean = some.reshape(-1, Z.shape[-1]).mean(0)
+        drawn = [(each - mean) @ directions for each in (Z, tested.states[site])]
+        ranks = rankdata(train.reshape(-1, count), axis=0)
+        of_drawn = rankdata(drawn[0].reshape(-1, count), axis=0)
+        lengths = np.linalg.norm(tested.states[site], axis=-1)
+        for name in ATTRIBUTES:
+            maps = {
+                "concept": chosen(ranks, test, learnt, name),
+                "random directions": chosen(of_drawn, drawn[1], learnt, name),
+                "random concept": same_for_all(test[..., rng.integers(count)], learnt, name),
+                "length of the state": same_for_all(lengths, learnt, name),
+            }
+            for side, given in maps.items():
+                scored = score(given, tested, name)._asdict()
+                rows.append({"site": site, "attribute": name, "map": side, **scored})
+    return rows
+
+
+def of_the_model(vlm: ports.VLM, tested: Pictures, sites: list[str]) -> list[dict[str, Any]]:
+    """The scores of the word of the object by the logit lens and of gradients of its answer."""
+    rows = []
+    kinds = [each["kind"] for each in tested.attributes]
+    tokens = {kind: word_tokens(vlm.tokenizer, kind) for kind in scenes.KINDS}
+    cells = patch_layout.grid(np.arange(64), GRID, GRID)
+    for site in sites:
+        through = vlm.is_before_norm(site)
+        layouts = [[cells]] * len(kinds)
+        drawn = word_maps(
+            tested.states[site],
+            vlm.unembed,
+            [tokens[kind] for kind in scenes.KINDS],
+            layouts,
+            through_norm=through,
+        )
+        every = np.stack([row[0].reshape(len(scenes.KINDS), -1) for row in drawn], axis=1)
+        words = dict(zip(scenes.KINDS, every, strict=True))
+        known = {kind: words[kind] for kind in values_of(tested, "kind")}
+        scored = score(known, tested, "kind")._asdict()
+        rows.append({"site": site, "attribute": "kind", "map": "word", **scored})
+        if not through or site.endswith("layers.7"):
+            continue
+        lengths, products = [], []
+        for start in range(0, len(kinds), BATCH):
+            here = slice(start, start + BATCH)
+            texts = [f"{vlm.render(PROMPT)} {kind}" for kind in kinds[here]]
+            pixels = tested.inputs[start // BATCH]["pixel_values"]
+            ids = vlm.tokenizer(
+                [text.replace("<image>", "<image>" * 64) for text in texts], return_tensors="np"
+            )
+            inputs = {**ids, "pixel_values": pixels}
+            slopes = answer_gradients(vlm, inputs, np.ones(len(texts), int), site)
+            placed = vlm.patch_layout(inputs)
+            gradients, states = np.asarray(slopes.gradients), np.asarray(slopes.states)
+            lengths += [row[0].reshape(-1) for row in gradient_maps(gradients, placed)]
+            products += [row[0].reshape(-1) for row in gradient_maps(gradients, placed, states)]
+        for side, values in (("gradient", lengths), ("gradient x state", products)):
+            maps = same_for_all(np.stack(values), tested, "kind")
+            scored = score(maps, tested, "kind")._asdict() | {"which": np.nan}
+            rows.append({"site": site, "attribute": "kind", "map": side, **scored})
+    return rows
+
+
+def of_attention(tested: Pictures, directory: Path) -> list[dict[str, Any]]:
+    """The scores of the last position's attention, as PyTorch gives it; none without it."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return []
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    parts: list[list[np.ndarray]] = []
+    for inputs in tested.inputs:
+        with torch.no_grad():
+            out = model(**{k: torch.tensor(v) for k, v in inputs.items()}, output_attentions=True)
+        where = np.stack([np.flatnonzero(row == 4) for row in inputs["input_ids"]])
+        last = [np.asarray(layer[:, :, -1].mean(1)) for layer in out.attentions]
+        parts.append([np.take_along_axis(layer, where, axis=1) for layer in last])
+    rows = []
+    for layer, values in enumerate(map(np.concatenate, zip(*parts, strict=True))):
+        site = f"language_model.model.layers.{layer}"
+        for name in ("object", "kind"):
+            scored = score(same_for_all(values, tested, name), tested, name)._asdict()
+            rows.append({"site": site, "attribute": name, "map": "attention", **scored})
+    return rows
+
+
+def run(train: int, test: int, method: str, count: int) -> list[dict[str, Any]]:
+    """All rows."""
+    vlm = ports.load(embedded.LLAVA)
+    sites = [f"language_model.model.layers.{layer}" for layer in range(8)]
+    sites += ["language_model.model.norm"]
+    pictures = look(vlm, "train", train, sites), look(vlm, "test", test, sites)
+    rows = of_dictionaries(pictures, method, count)
+    rows += of_the_model(vlm, pictures[1], sites)
+    return rows + of_attention(pictures[1], embedded.LLAVA)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Of each attribute and kind of map the site with the highest AUC."""
+    shown = Table(title="Maps on drawn scenes, each at the site of its highest AUC")
+    for heading in ("attribute", "map", "site", "pointing", "AUC", "which"):
+        shown.add_column(heading, justify="left" if heading in ("attribute", "map") else "right")
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["attribute"], row["map"]
+        if key not in best or row["auc"] > best[key]["auc"]:
+            best[key] = row
+    for row in best.values():
+        figures = [row["pointing"], row["auc"], row["which"]]
+        site = row["site"].removeprefix("language_model.model.")
+        told = ["" if np.isnan(x) else f"{x:.3f}" for x in figures]
+        shown.add_row(row["attribute"], row["map"], site, *told)
+    return shown
+
+
+def main() -> None:
+    """Parse, measure, print, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--train", type=int, default=400, help="pictures to learn on")
+    parser.add_argument("--test", type=int, default=300, help="pictures to test on")
+    parser.add_argument("--method", default="snmf", help="how the dictionary is learnt")
+    parser.add_argument("--concepts", type=int, default=64, help="concepts of the dictionary")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/maps.json"))
+    given = parser.parse_args()
+    rows = run(given.train, given.test, given.method, given.concepts)
+    console = Console()
+    console.print(table(rows))
+    measure.save(given.output, rows, "torch", "transformers")
+    console.print(f"saved to {given.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Runs a model over pictures and maps concepts, words, vectors and answers on them.
+
+T positions, D width, h x w cells of a picture.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ports import VLM
+from ports.inputs.patch_layout import PatchLayout
+from xlvlm_jax.concepts import maps
+from xlvlm_jax.concepts.answer_gradients import answer_gradients
+from xlvlm_jax.concepts.grounding import is_before_norm
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.data.batches import groups_of, make_batch
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.storage.same_model import require_model
+
+BATCH = 8  # pictures that run together
+SHOWN = 5  # concepts that are mapped if none is named
+
+
+class MapRow(NamedTuple):
+    """Maps of one thing over all pictures; they share a scale."""
+
+    name: str
+    unit: str  # what a value is
+    maps: list[np.ndarray]  # for each picture float32[h, w]
+
+
+class PictureMaps(NamedTuple):
+    """Pictures, and what is mapped on them."""
+
+    samples: list[Sample]
+    boxes: list[np.ndarray]  # for each picture float[h, w, 4], as in `PatchLayout`
+    rows: list[MapRow]
+
+
+def map_pictures(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    *,
+    site: str | None = None,
+    concepts: Concepts | None = None,
+    numbers: Sequence[int] = (),
+    words: Sequence[str] = (),
+    vectors: Mapping[str, tuple[str, np.ndarray]] | None = None,
+    answers: Sequence[str] = (),
+    through_norm: bool | None = None,
+) -> PictureMaps:
+    """Maps concepts, words, vectors and answers on pictures.
+
+    Args:
+        vlm: the model.
+        samples: the pictures, each with its prompt.
+        site: the site whose states are read as words and that gradients are taken at; None for that
+            of the concepts, or of the only vector.
+        concepts: concepts of this model; they are mapped at their own site.
+        numbers: which of them; () for the five that are most active in these pictures.
+        words: read by the logit lens, see `maps.word_maps`.
+        vectors: name -> (site, float[D]), such as steering vectors; the cosine is mapped.
+        answers: the length of the gradient of each one's log-probability is mapped.
+        through_norm: whether states are read through the model's final norm; None for sites before
+            it.
+
+    Returns:
+        The maps, a row for each concept, word, vector and answer in this order.
+
+    Raises:
+        ValueError: nothing is to be mapped, the site is unknown or missing, the concepts are of
+            another site, width or model, a number or word is unknown, the model's image tokens
+            have no place, or a prompt has no picture.
+        OSError: a picture can't be read.
+    """
+    vectors = vectors or {}
+    own = _site_of(vlm, site, concepts, vectors, needed=bool(words or answers))
+    if not (concepts or words or vectors or answers):
+        raise ValueError("nothing to map; give concepts, a word, a vector or an answer")
+    if concepts is not None:
+        require_model(concepts.source, vlm, "the concepts were learnt on the states of")
+        _check_numbers(numbers, len(concepts.components))
+    tokens = [maps.word_tokens(vlm.tokenizer, word) for word in words]
+    if through_norm is None:
+        through_norm = is_before_norm(vlm, own)
+    at = {name: vlm.find_site(where, generated=True) for name, (where, _) in vectors.items()}
+    asked = [*([own] if concepts or words else []), *at.values()]
+    sites = list(dict.fromkeys(asked))
+    boxes: list[np.ndarray] = []
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def keep(kind: str, names: Sequence[str], drawn: maps.Maps, real: int) -> None:
+        for (picture,) in drawn[:real]:
+            for name, one in zip(names, picture, strict=True):
+                found.setdefault((kind, name), []).append(one)
+
+    size = min(BATCH, len(samples))
+    for group in groups_of(samples, size):
+        batch = make_batch(vlm, group, size, strict=True)
+        (inputs,), real = batch.inputs, batch.num_rows
+        layouts = picture_layouts(vlm, inputs, batch.sizes)
+        boxes += [layout.boxes for (layout,) in layouts[:real]]
+        captured = vlm.states(inputs, sites=sites) if sites else {}
+        states = {name: np.asarray(x, np.float32) for name, x in captured.items()}
+        if concepts is not None:
+            every = maps.concept_maps(states[own], concepts, layouts)
+            keep("activation", list(map(str, range(len(concepts.components)))), every, real)
+        if words:
+            options = {"through_norm": through_norm}
+            drawn = maps.word_maps(states[own], vlm.unembed, tokens, layouts, **options)
+            keep("log-probability", words, drawn, real)
+        for name, (_, vector) in vectors.items():
+            drawn = maps.vector_maps(states[at[name]], np.asarray(vector)[None], layouts)
+            keep("cosine", [name], drawn, real)
+        for answer in answers:
+            told = [answer] * len(group)
+            forced = make_batch(vlm, group, size, answers=told, ended=False, strict=True)
+            (inputs,) = forced.inputs
+            layouts = picture_layouts(vlm, inputs, forced.sizes)
+            slopes = answer_gradients(vlm, inputs, forced.answer_lengths, own).gradients
+            drawn = maps.gradient_maps(np.asarray(slopes, np.float32), layouts)
+            keep("gradient", [answer], drawn, real)
+
+    rows = []
+    if concepts is not None:
+        strongest = [_highest(found["activation", str(k)]) for k in range(len(concepts.components))]
+        some = np.argsort(-np.array(strongest), kind="stable")[:SHOWN].tolist()
+        for k in numbers or some:
+            said = "" if concepts.words is None else " ".join(concepts.words[k][:5])
+            name = f"concept {k}: {said}" if said else f"concept {k}"
+            rows.append(MapRow(name, "activation", found["activation", str(k)]))
+    rows += [MapRow(f"“{w}”", "log-probability", found["log-probability", w]) for w in words]
+    rows += [MapRow(name, "cosine", found["cosine", name]) for name in vectors]
+    rows += [
+        MapRow(f"answer “{answer}”", "length of the gradient", found["gradient", answer])
+        for answer in answers
+    ]
+    return PictureMaps(list(samples), boxes, rows)
+
+
+def picture_layouts(
+    vlm: VLM, inputs: dict[str, np.ndarray], sizes: Sequence[tuple[int, int]]
+) -> list[list[PatchLayout]]:
+    """Returns the layouts of a batch with one picture per row, which must have cells.
+
+    Args:
+        vlm: the model.
+        inputs: the processor's arrays.
+        sizes: (height, width) of the picture of each row.
+
+    Raises:
+        ValueError: a prompt has no picture, or the model's image tokens have no place of their own.
+    """
+    layouts = vlm.patch_layout(inputs, sizes=[[size] for size in sizes])
+    for row in layouts:
+        if len(row) != 1:
+            raise ValueError(
+                f"a prompt has {len(row)} pictures; maps need one, in the place of its image token"
+            )
+        if row[0].latents:
+            raise ValueError(
+                f"the image tokens of a {vlm.config.model_type} are latents that each see the whole"
+                " picture, so they can't be mapped; use a model without a resampler"
+            )
+    return layouts
+
+
+def concept_site(vlm: VLM, site: str | None, concepts: Concepts) -> str:
+    """Returns the site of concepts.
+
+    Args:
+        vlm: the model.
+        site: the name that was asked for; None for that of the concepts.
+        concepts: the concepts.
+
+    Raises:
+        ValueError: the concepts are of another site, neither names one, or the site is unknown or
+            has no states for text tokens.
+    """
+    asked = None if site is None else vlm.find_site(site, generated=True)
+    learnt = concepts.source.get("site") or asked
+    if learnt is None:
+        raise ValueError("the concepts do not name their site; give it with --site")
+    learnt = vlm.find_site(learnt.removeprefix(finetuned_site("")), generated=True)
+    if asked not in (None, learnt):
+        raise ValueError(
+            f"the concepts are of site {learnt!r}, not of {asked!r}; omit --site, or use concepts "
+            "of that site"
+        )
+    return learnt
+
+
+def _highest(found: Sequence[np.ndarray]) -> float:
+    return max(float(np.nanmax(one)) for one in found)
+
+
+def _check_numbers(numbers: Sequence[int], count: int) -> None:
+    wrong = next((k for k in numbers if not 0 <= k < count), None)
+    if wrong is not None:
+        raise ValueError(f"there is no concept {wrong}; expected 0 to {count - 1}")
+
+
+def _site_of(
+    vlm: VLM,
+    site: str | None,
+    concepts: Concepts | None,
+    vectors: Mapping[str, tuple[str, np.ndarray]],
+    *,
+    needed: bool,
+) -> str:
+    """Returns the site of concepts, words and answers; "" if none is needed."""
+    asked = None if site is None else vlm.find_site(site, generated=True)
+    if concepts is not None:
+        return concept_site(vlm, site, concepts)
+    if asked is None and needed:
+        of_vectors = {where for where, _ in vectors.values()}
+        if len(of_vectors) != 1:
+            raise ValueError(
+                "a word or an answer needs a site; name one with --site, such as layers.3"
+            )
+        (only,) = of_vectors
+        return vlm.find_site(only, generated=True)
+    return asked or ""
