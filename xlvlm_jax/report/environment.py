@@ -32,13 +32,12 @@ def part(name: str) -> Markup:
     return Markup((importlib.resources.files(_PACKAGE) / name).read_text("utf-8"))
 
 
-def store(path: Path, text: str, what: str = "page") -> Path:
+def store(path: Path, text: str) -> Path:
     """Writes a page atomically, and returns its path.
 
     Args:
         path: the file to write.
         text: the page.
-        what: what the page is called in an error.
 
     Raises:
         OSError: the page can't be written.
@@ -48,7 +47,7 @@ def store(path: Path, text: str, what: str = "page") -> Path:
         atomic.write(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise OSError(
-            f"cannot write the {what} to {path}: {error.strerror}; give a file in a writable"
+            f"cannot write the page to {path}: {error.strerror}; give a file in a writable"
             " directory"
         ) from error
     return path

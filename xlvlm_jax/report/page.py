@@ -71,7 +71,7 @@ def write_report(
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
         text = _render(run, images, None if beside is None else Path(beside), picture_bytes, tell)
-    return store(run / "report.html" if output is None else Path(output), text, "report")
+    return store(run / "report.html" if output is None else Path(output), text)
 
 
 def _render(

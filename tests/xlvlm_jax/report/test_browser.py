@@ -3,8 +3,6 @@
 Skipped without Playwright, or without Debian's `chromium`, which is driven as it is installed.
 """
 
-import shutil
-
 import numpy as np
 import pytest
 
@@ -14,19 +12,6 @@ from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
 
 from .conftest import SITE
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        # Its own sandbox does not start in most containers; the page comes from this test.
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 Skipped without Playwright, or without Debian's `chromium`, which is driven as it is installed.
 """
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,19 +13,7 @@ from xlvlm_jax.lenses.reading import LensReading
 from xlvlm_jax.lenses.run import LensRun
 from xlvlm_jax.report.lens_page import write_lens_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 WORDS = ("dog", "cat", "red", "sea", "big", "old")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        # Its own sandbox does not start in most containers; the page comes from this test.
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
