@@ -90,10 +90,10 @@ def word_maps(
     Examples:
         >>> import numpy as np, xlvlm_jax
         >>> from ports.inputs.patch_layout import grid
-        >>> states = np.log(np.float32([[[1, 1], [3, 1], [1, 4]]]))
+        >>> states = np.log(np.float32([[[1, 1], [3, 1], [1, 3]]]))
         >>> maps = xlvlm_jax.word_maps(states, lambda x: x, [[0]], [[grid([1, 2], 1, 2)]])
         >>> np.exp(maps[0][0]).round(3).tolist()
-        [[[0.75, 0.2]]]
+        [[[0.75, 0.25]]]
     """
     if not tokens or not all(len(ids) for ids in tokens):
         raise ValueError(f"expected one or more token ids per word, got {list(tokens)}")
@@ -173,10 +173,10 @@ def vector_maps(
     Examples:
         >>> import numpy as np, xlvlm_jax
         >>> from ports.inputs.patch_layout import grid
-        >>> states = np.float32([[[2, 0], [3, 4], [0, -1]]])
-        >>> layouts = [[grid([0, 1, 2], 1, 3)]]
-        >>> xlvlm_jax.vector_maps(states, np.float32([[0, 5]]), layouts)[0][0].round(2).tolist()
-        [[[0.0, 0.8, -1.0]]]
+        >>> states = np.float32([[[2, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, -1]]])
+        >>> layouts, vectors = [[grid([0, 1, 2], 1, 3)]], np.float32([[0, 0, 0, 5]])
+        >>> xlvlm_jax.vector_maps(states, vectors, layouts)[0][0].tolist()
+        [[[0.0, 0.5, -1.0]]]
     """
     vectors = np.asarray(vectors, np.float32)
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
