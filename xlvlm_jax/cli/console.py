@@ -84,9 +84,12 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         overwrite: whether an existing one may be replaced.
 
     Raises:
-        FileExistsError: `output` is a file or a non-empty directory, and `overwrite` is False.
+        FileExistsError: `output` is a file or a directory with more than what a killed run was
+            writing (*.tmp), and `overwrite` is False.
     """
-    if overwrite or not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if overwrite or not output.exists():
+        return
+    if output.is_dir() and all(path.suffix == ".tmp" for path in output.iterdir()):
         return
     raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
 
@@ -287,7 +290,8 @@ def solver_bar(name: str) -> "Iterator[Tell | None]":
         task = progress.add_task(name, total=None, note="")
 
         def tell(at: "Standing") -> None:
-            note = f"objective {at.objective:.6g}"
+            figures = {"objective": at.objective, **at.figures}
+            note = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             progress.update(task, completed=at.iteration, total=at.max_iter, note=note)
 
         yield tell

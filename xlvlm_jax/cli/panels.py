@@ -18,7 +18,8 @@ PANELS = {
     "features target_features concepts finetuned_concepts num_words num_candidates num_images "
     "word_rules",
     "Method": "decomposition between_models matched source_concepts "
-    "method methods num_concepts mode alpha tol max_iter n_init vector where edit "
+    "method methods num_concepts mode alpha k l1 learning_rate products dictionary tol max_iter "
+    "n_init vector where edit "
     "together instruction context_site contrast positive negative states keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
     "assign_by normalise_shifts normalise_shifted",

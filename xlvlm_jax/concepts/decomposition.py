@@ -4,6 +4,7 @@ Z[N, D] ~ activations[N, K] components[K, D]: a row of Z is a sample, a row of c
 This file checks the input and calls the method's solver.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from ports.programs import keep_programs
+from xlvlm_jax.concepts import autoencoders
+from xlvlm_jax.concepts.encoding import encode
 from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, ScaledRows, method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import blas_threads, kmeans, phases
@@ -79,6 +82,7 @@ def decompose(
     mesh: Mesh | None = None,
     progress: Tell | None = None,
     verbose: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Concepts | list[Concepts]:
     """Factors Z[N, D] into K = num_concepts concepts.
@@ -95,6 +99,10 @@ def decompose(
         "pca": orthonormal components of the centred rows; activations are scores of any sign.
             tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
+        "topk-sae", "batchtopk-sae", "matryoshka-sae", "archetypal-sae", "jumprelu-sae" (k=32 active
+            features per row) and "relu-sae" (l1=0.1): sparse autoencoders, trained with
+            max_iter=4000 batches of batch_size=4096 rows. K may be thousands. All options, formulas
+            and sources: solvers/sae. `Concepts.dictionary` is what encodes. Not under jit or vmap.
 
     Works under jit and vmap (Z and key as arguments). Everything that needs values is then
     skipped: rows are neither checked nor scaled, stability is not computed, and `history` keeps its
@@ -129,6 +137,9 @@ def decompose(
             change the updates; with several hosts, either all pass one or none does. "simple" has
             no updates.
         verbose: prints every verbose-th iteration to standard error; 0 is silent.
+        checkpoint: for sparse autoencoders: a directory that keeps states of the run. If it is
+            killed, the same call goes on from the last one and ends with the same bytes. Remove it
+            once the result is saved.
         **options: options of the method, see above.
 
     Returns:
@@ -172,6 +183,26 @@ def decompose(
                 f"{how.name!r} does not take weights; omit sample_weight or use {known}"
             )
         sample_weight, heaviest = check_weights(sample_weight, N)
+    if how.has_encoder:
+        tell = _teller(progress, verbose, 1.0) if verbose or progress else None
+        if checkpoint is not None and len(numbers) > 1:
+            raise ValueError("checkpoint keeps one run; give a single num_concepts")
+        found = [
+            autoencoders.decompose(
+                given,
+                int(number),
+                how,
+                options,
+                key=key,
+                mesh=mesh,
+                tell=tell,
+                every=verbose or None,
+                checkpoint=checkpoint,
+            )
+            for number in numbers
+        ]
+        return found if several else found[0]
+    _check_no_checkpoint(checkpoint, how)
     wide = origin = None
     if is_stored(given):
         Z = read_rows(given, mesh)
@@ -214,6 +245,7 @@ def decompose(
         arguments["sample_weight"] = weights
     squared_unit = unit**2 * heaviest
     tell = _teller(progress, verbose, squared_unit) if verbose or progress else None
+    assert how.solver is not None, "only sparse autoencoders have none"
     result = phases.solve(how.solver, Z, key, tell, verbose or None, mesh=mesh, **arguments)
     found, result = [], on_host(result)
     for i, number in enumerate(numbers):
@@ -241,7 +273,7 @@ def _teller(progress: Tell | None, verbose: int, squared_unit: float) -> Tell:
         if progress is not None:
             progress(standing)
         if verbose and standing.iteration % verbose == 0 and jax.process_index() == 0:
-            _, iteration, _, objective, error = standing
+            _, iteration, _, objective, error, _ = standing
             text = f"iteration {iteration}: objective {objective:.6g}, compared to tol: {error:.2g}"
             print(text, file=sys.stderr)
 
@@ -375,6 +407,10 @@ def memory_needed(
     how = method_named(method)
     _check_count(num_concepts, *shape, how)
     N, D = shape
+    if how.has_encoder:
+        on_data = 1 if mesh is None else mesh.shape.get("data", 1)
+        on_model = 1 if mesh is None else mesh.shape.get("model", 1)
+        return autoencoders.memory_needed(shape, num_concepts, how, options, on_data, on_model)
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
     rows = bucket_of_rows(N, D) if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
@@ -382,6 +418,7 @@ def memory_needed(
     for name in ("init", RELATIVE):
         arguments.pop(name, None)
     counts = {"num_samples": N, "num_concepts": (num_concepts,), "mesh": mesh}
+    assert how.solver is not None, "only sparse autoencoders have none"
     solve = jax.jit(partial(how.solver.solve, **counts, **arguments))
     lowered = solve.lower(Z, jax.random.key(0))
     memory = lowered.compile().memory_analysis()
@@ -403,6 +440,8 @@ def streamed_memory_needed(
     Raises:
         ValueError: as for `decompose_stored`.
     """
+    if method_named(method).has_encoder:
+        return memory_needed(shape, num_concepts, method, **options)
     how, solver = _streamed(method)
     _check_count(num_concepts, *shape, how)
     N, D = shape
@@ -434,6 +473,13 @@ def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
         raise ValueError(
             f"num_concepts={num_concepts} is larger than min(N, D) = {D}, the number of principal "
             "components of Z; use fewer, or 'snmf'"
+        )
+
+
+def _check_no_checkpoint(checkpoint: Any, method: Method) -> None:
+    if checkpoint is not None:
+        raise ValueError(
+            f"{method.name!r} keeps no states of its run; omit checkpoint, or use an autoencoder"
         )
 
 
@@ -509,11 +555,15 @@ def decompose_stored(
     key: PRNGKeyArray,
     write: Callable[[int, Float[np.ndarray, "B K"]], None] | None = None,
     progress: Tell | None = None,
+    mesh: Mesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Concepts:
     """Factors rows that stay on disk, such as `Features.stored(site)`.
 
-    Runs on the host and cannot be traced. The updates are those of `decompose` for a Z that is not
+    Runs on the host and cannot be traced. Sparse autoencoders are trained as by `decompose`, which
+    reads stored rows batch by batch too; here their activations can stay on disk as well. For the
+    others: the updates are those of `decompose` for a Z that is not
     small, each in one pass over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB,
     memory holds N (K + 44) numbers for compressed rows and 2 N K for codes.
 
@@ -525,6 +575,8 @@ def decompose_stored(
         write: called with (first row, activations) during the last pass; None keeps the activations
             in memory and in the result.
         progress: as for `decompose`; called after every pass that is an update.
+        mesh: as for `decompose`; for sparse autoencoders only.
+        checkpoint: as for `decompose`.
         **options: as for `decompose`, except init and relative_alpha.
 
     Returns:
@@ -545,7 +597,23 @@ def decompose_stored(
         0.0
     """
     keep_programs()
+    if (how := method_named(method)).has_encoder:
+        options = how.options(options)
+        _check_count(num_concepts, *source.shape, how)
+        _check_key(key)
+        return autoencoders.decompose(
+            source,
+            int(num_concepts),
+            how,
+            options,
+            key=key,
+            mesh=mesh,
+            write=write,
+            tell=progress,
+            checkpoint=checkpoint,
+        )
     how, solver = _streamed(method)
+    _check_no_checkpoint(checkpoint, how)
     options = how.options(options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
@@ -580,8 +648,8 @@ def project(
     """Returns the activations of rows on concepts.
 
     snmf solves its lasso with fixed atoms, kmeans and simple return 1 / (1 + distance), pca returns
-    the scores of the rows minus its mean. For the rows that the concepts were learnt from, the
-    result is `concepts.activations` again.
+    the scores of the rows minus its mean, a sparse autoencoder its codes. For the rows that the
+    concepts were learnt from, the result is `concepts.activations` again.
 
     Works under jit, vmap and grad, in Z and in the concepts' arrays (the derivative of snmf codes
     holds the set of nonzero codes fixed); rows are then not checked.
@@ -659,7 +727,10 @@ def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
     """Does `project` for rows numbered from `first_row`."""
+    if concepts.dictionary is not None:
+        return encode(concepts.dictionary, Z, mesh, first_row)
     method = method_named(concepts.method)
+    assert method.encode is not None, "only sparse autoencoders have none"
     Z = as_matrix(Z, "Z", row="sample")
     rows = _rows_of(Z, concepts, mesh, first_row)
     codes = on_host(method.encode(rows, concepts.options))

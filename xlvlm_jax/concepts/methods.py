@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from xlvlm_jax.solvers import kmeans, largest_norm, pca, semi_nmf, streamed
+from xlvlm_jax.sae import dictionary
+from xlvlm_jax.solvers import kmeans, largest_norm, pca, sae, semi_nmf, streamed
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.validation import check_number, check_whole
 
@@ -38,11 +39,15 @@ class ScaledRows(NamedTuple):
 class Method:
     """One way to find concepts. A new one needs a solver and one of these records, nothing else.
 
+    Sparse autoencoders have no solver, and their concepts carry what encodes rows.
+
     Attributes:
         name: name of the method for users.
         solver: a module with `solve`, and `plan` if it has updates (see `solvers.phases`). Its
-            keyword arguments, except NOT_OPTIONS, are the method's options.
-        encode: (rows, options) -> activations[M, K] of rows on given components.
+            keyword arguments, except NOT_OPTIONS, are the method's options. None for sparse
+            autoencoders.
+        encode: (rows, options) -> activations[M, K] of rows on given components; None for sparse
+            autoencoders.
         streamed: the module that solves for rows on disk (see `solvers.streamed`); None if there is
             none.
         init: name of the solver's argument for initial components; None if it takes none.
@@ -55,11 +60,13 @@ class Method:
             be dead.
         max_per_width: whether there are at most as many concepts as columns.
         takes_weights: whether rows may have different weights.
+        training: for sparse autoencoders that can be trained here, the class of their options (see
+            `solvers.sae`).
     """
 
     name: str
-    solver: ModuleType
-    encode: Callable[[ScaledRows, Mapping[str, Any]], Float[Array, "M K"]]
+    solver: ModuleType | None = None
+    encode: Callable[[ScaledRows, Mapping[str, Any]], Float[Array, "M K"]] | None = None
     streamed: ModuleType | None = None
     init: str | None = None
     is_centroids: bool = False
@@ -68,6 +75,12 @@ class Method:
     is_sparse: bool = False
     max_per_width: bool = False
     takes_weights: bool = False
+    training: type[sae.Training] | None = None
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is a sparse autoencoder, whose concepts carry what encodes rows."""
+        return self.encode is None
 
     def reconstruct(
         self,
@@ -99,8 +112,13 @@ class Method:
         Raises:
             ValueError: an option is unknown or invalid.
         """
+        if self.has_encoder and self.training is None:
+            if given:
+                raise ValueError(f"method {self.name!r} is read from files and has no options")
+            return {}
         # A method without updates has no plan, only a single program.
-        function = getattr(self.solver, "plan", self.solver.solve)
+        solve = getattr(self.solver, "plan", getattr(self.solver, "solve", None))
+        function: Any = self.training or solve
         options = {
             "init" if parameter.name == self.init else parameter.name: parameter.default
             for parameter in inspect.signature(function).parameters.values()
@@ -126,6 +144,8 @@ class Method:
             if options.get(name) is not None:
                 check_whole(name, options[name], lowest)
                 options[name] = int(options[name])
+        if isinstance(options.get("prefixes"), list):  # as JSON has it
+            options["prefixes"] = tuple(options["prefixes"])
         return options
 
 
@@ -181,6 +201,12 @@ METHODS = {
     )
 }
 ALIASES = {"nndl": "snmf"}
+# Sparse autoencoders: those that can be trained, and others that only files hold.
+AUTOENCODERS = {
+    name: Method(name, training=sae.METHODS.get(name))
+    for name in dict.fromkeys((*sae.METHODS, *dictionary.METHODS.values()))
+}
+TRAINED = tuple(sae.METHODS)
 
 
 def method_named(name: str) -> Method:
@@ -189,12 +215,14 @@ def method_named(name: str) -> Method:
     Raises:
         ValueError: there is none; the message names the closest ones.
     """
-    names = (*METHODS, *ALIASES)
-    if name not in names:
-        raise ValueError(
-            f"unknown method {name!r}; expected one of {', '.join(names)}" + _nearest(name, names)
-        )
-    return METHODS[ALIASES.get(name, name)]
+    if name in AUTOENCODERS:
+        return AUTOENCODERS[name]
+    if name in METHODS or name in ALIASES:
+        return METHODS[ALIASES.get(name, name)]
+    names = (*METHODS, *ALIASES, *sae.METHODS)
+    raise ValueError(
+        f"unknown method {name!r}; expected one of {', '.join(names)}" + _nearest(name, names)
+    )
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from ports.tracing import is_traced
+from xlvlm_jax.concepts.encoding import decode
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
@@ -23,7 +24,7 @@ def squared_residual(
     concepts: Concepts, rows: Shaped[np.ndarray, "B D"], activations: Float[np.ndarray, "B K"]
 ) -> float:
     """Returns the sum of |row - its reconstruction|^2, in float64."""
-    residual = rows.astype(np.float64) - reconstruct(concepts, activations)
+    residual = rows.astype(np.float64) - np.asarray(reconstruct(concepts, activations, rows))
     return float(np.sum(residual**2))
 
 
@@ -48,19 +49,31 @@ def explained_by(
     return 1 - left / total if total > 0 else float("nan")
 
 
-def reconstruct(concepts: Concepts, activations: Float[AnyArray, "N K"]) -> Float[AnyArray, "N D"]:
+def reconstruct(
+    concepts: Concepts,
+    activations: Float[AnyArray, "N K"],
+    states: Shaped[AnyArray, "N D"] | None = None,
+) -> Float[AnyArray, "N D"]:
     """Reconstructs states from activations.
 
     Activations times components, plus the mean for pca. For kmeans and simple, whose activations
-    are not coefficients, each row's nearest component. Works under jit, vmap and grad.
+    are not coefficients, each row's nearest component; for sparse autoencoders what they decode.
+    Works under jit, vmap and grad.
 
     Args:
         concepts: K concepts.
         activations: float[N, K].
+        states: the states that were encoded, whose mean and scale are restored where a sparse
+            autoencoder normalises its input. Others do not need them.
 
     Returns:
         float[N, D].
+
+    Raises:
+        ValueError: `states` are needed and not given.
     """
+    if concepts.dictionary is not None:
+        return decode(concepts.dictionary, activations, states)
     xp: Any = jnp if is_traced(concepts.components, activations) else np
     components, codes = xp.asarray(concepts.components), xp.asarray(activations)
     mean = None if concepts.mean is None else xp.asarray(concepts.mean)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.numpy import save as save_tensors
 
 from ports.messages import counted
 from ports.tables import html_table, kind
+from xlvlm_jax import sae
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.validation import (
@@ -45,7 +47,7 @@ _DESCRIBED = (
     "through_norm",
     "source",
 )
-_NUMBERS = (*_ARRAYS, "objective", "iterations", "converged")
+_NUMBERS = (*_ARRAYS, "objective", "iterations", "converged", "dictionary")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -58,7 +60,7 @@ class Concepts:
             if Z is float64.)
         activations: float32[N, K], or None for concepts that were given. Streamed activations stay
             on disk after `load`: a `StoredRows`, which numpy reads when it needs an array.
-        method: "snmf", "kmeans", "pca" or "simple".
+        method: "snmf", "kmeans", "pca", "simple", or the name of a sparse autoencoder.
         options: the options of the method, including defaults.
         objective: what the method minimises, at these components and activations (for kmeans and
             simple the sum of squared distances to the nearest component). Under jit or vmap, this
@@ -75,6 +77,8 @@ class Concepts:
             names are such that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
         source: where Z came from, in any form; its "features" are found after a move too.
+        dictionary: the sparse autoencoder that encodes rows, whose features the concepts are; None
+            for the other methods. On disk the directory is one of SAELens too.
 
     Examples:
         >>> import numpy as np, tempfile, xlvlm_jax
@@ -98,6 +102,7 @@ class Concepts:
     images: list[list[str]] | None = None
     through_norm: bool | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    dictionary: sae.Dictionary | None = None
 
     def __repr__(self) -> str:
         return f"Concepts({self._in_short()})"
@@ -118,11 +123,13 @@ class Concepts:
 
     @property
     def dead(self) -> Bool[np.ndarray, " K"]:
-        """Whether no row has a nonzero code on a concept of snmf, whose atom is then meaningless.
+        """Whether no row has a nonzero code on a concept, whose atom is then meaningless.
 
-        bool[K]; do not ground these. False for other methods and if the activations are unknown.
+        bool[K], for snmf and sparse autoencoders; do not ground these. False for other methods and
+        if the activations are unknown.
         """
-        if not method_named(self.method).is_sparse or self.activations is None:
+        how = method_named(self.method)
+        if not (how.is_sparse or how.has_encoder) or self.activations is None:
             return np.zeros(len(self.components), bool)
         return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
 
@@ -164,6 +171,10 @@ class Concepts:
                 pca, or the method or an option is unknown.
         """
         how = method_named(method)
+        if how.has_encoder:
+            raise ValueError(
+                f"{how.name!r} encodes with more than its components; use Concepts.from_dictionary"
+            )
         options = how.options(options)
         components = narrow(as_matrix(components, "components", row="concept"))
         check_finite(components, "components")
@@ -179,8 +190,79 @@ class Concepts:
                 )
         return cls(components.astype(real_dtype(components)), None, how.name, options, mean=mean)
 
+    @classmethod
+    def from_dictionary(
+        cls, dictionary: sae.Dictionary, *, source: Mapping[str, Any] | None = None
+    ) -> "Concepts":
+        """Returns the features of a sparse autoencoder as concepts, to `project` on.
+
+        They are grounded, mapped, scored and steered by like any others.
+
+        Args:
+            dictionary: such as `sae.load` reads from files of SAELens, Gemma Scope or Qwen-Scope.
+            source: where it comes from; "site", "model" and "fingerprint" are compared with those
+                of features. The site is the file's own unless it is given.
+
+        Raises:
+            ValueError: its features are not directions of the states that it encodes
+                (transcoders), or codes depend on other positions (temporal).
+
+        Examples:
+            >>> import numpy as np, xlvlm_jax
+            >>> from xlvlm_jax import sae
+            >>> W = {"W_enc": np.eye(2), "W_dec": np.eye(2), "b_enc": [-1, -1], "b_dec": [0, 0]}
+            >>> dictionary = sae.Dictionary.of(W, sae.Settings("standard"))
+            >>> concepts = xlvlm_jax.Concepts.from_dictionary(dictionary)
+            >>> xlvlm_jax.project(np.float32([[3, 0.5]]), concepts).tolist()
+            [[2.0, 0.0]]
+        """
+        settings = dictionary.settings
+        if settings.is_transcoder or settings.architecture == "temporal":
+            why = (
+                "maps states to those of another site"
+                if settings.is_transcoder
+                else "encodes whole sequences"
+            )
+            raise ValueError(
+                f"{dictionary.method!r} {why}, so its features are not concepts of rows; use its "
+                "encode and decode"
+            )
+        site = {} if dictionary.site is None else {"site": dictionary.site}
+        components = jnp.asarray(dictionary.components, jnp.float32)
+        return cls(
+            components,
+            method=dictionary.method,
+            source=site | dict(source or {}),
+            dictionary=dictionary,
+        )
+
+    def with_components(
+        self,
+        components: Float[Array | np.ndarray, "K D"],
+        mean: Float[Array | np.ndarray, " D"] | None = None,
+    ) -> "Concepts":
+        """Returns the same concepts in other directions, which encode as these do.
+
+        Args:
+            components: float[K, D].
+            mean: what pca subtracts.
+
+        Returns:
+            Concepts without activations. Those of a sparse autoencoder encode with columns that
+            moved with the components, in proportion to their lengths.
+        """
+        dictionary = self.dictionary
+        if dictionary is not None:
+            dictionary = dictionary.moved(components)
+        return replace(
+            self, components=components, activations=None, mean=mean, dictionary=dictionary
+        )
+
     def save(self, directory: str | Path) -> None:
         """Writes concepts.safetensors and concepts.json to a directory, created if missing.
+
+        A sparse autoencoder is written there too, as SAELens does: `sae.load` and SAELens read the
+        directory.
 
         Each file is written under a temporary name and renamed, tensors first. The description
         holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
@@ -213,6 +295,10 @@ class Concepts:
         described |= {"num_concepts": len(self.components)}
         digest = hashlib.sha256(tensors).hexdigest()
         described |= {"tensors_sha256": digest}
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.dictionary is not None:
+            sae.save(self.dictionary, directory)
+            described |= {"dictionary_sha256": _digest_of_dictionary(directory)}
         folder = None
         if stored is not None:
             folder = stored.path.name
@@ -222,9 +308,11 @@ class Concepts:
                 stored.path.rename(directory / folder)
             described |= {"rows_on_disk": len(stored), "activations_on_disk": folder}
         description = (json.dumps(described, indent=2) + "\n").encode()
-        directory.mkdir(parents=True, exist_ok=True)
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, description)
+        if self.dictionary is None:  # of an earlier save
+            for file in _files_of_dictionary(directory):
+                file.unlink(missing_ok=True)
         before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
         for other in before:  # folders that an earlier description named
             if other.is_dir() and other.name != folder:
@@ -277,6 +365,10 @@ class Concepts:
                 paths = iter(found)
                 known["images"] = [[next(paths) for _ in names] for names in known["images"]]
             known["source"] = pictures.restore_features(known.get("source") or {}, directory)
+            if (digest := described.get("dictionary_sha256")) is not None:
+                if digest != _digest_of_dictionary(directory):
+                    raise ValueError("its sparse autoencoder comes from another save")
+                known["dictionary"] = sae.load(directory)
             return cls(**arrays, **known)
 
 
@@ -294,6 +386,20 @@ def on_host(concepts: Concepts) -> Concepts:
         if value is not None
     }
     return replace(concepts, **gathered)
+
+
+def _digest_of_dictionary(directory: Path) -> str:
+    """Returns the digest of the files of the sparse autoencoder in a directory."""
+    digest = hashlib.sha256()
+    for file in _files_of_dictionary(directory):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _files_of_dictionary(directory: Path) -> list[Path]:
+    from xlvlm_jax.sae.saelens import CONFIG, WEIGHTS  # imports Flax
+
+    return [directory / name for name in (CONFIG, WEIGHTS)]
 
 
 def _stored(array: np.ndarray) -> np.ndarray:

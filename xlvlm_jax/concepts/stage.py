@@ -4,7 +4,9 @@ The command line and the demo call them; to work with arrays, call `decompose`, 
 `ground_text` and `ground_images` directly.
 """
 
+import contextlib
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from jax.sharding import AxisType, Mesh
 
 from ports import VLM
 from ports.parallel import hosts
+from xlvlm_jax import sae
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
+from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm, is_head
+from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
 from xlvlm_jax.data.word_rules import Rules
@@ -39,11 +44,14 @@ def decompose_features(
     site: str | None = None,
     seed: int = 0,
     stream: bool = False,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Concepts:
     """Factors the matrix of one site into concepts and writes them to a directory.
 
-    With several hosts (`jax.distributed`) each reads the rows of its devices and host 0 writes.
+    With several hosts (`jax.distributed`) each reads the rows of its devices and host 0 writes. The
+    training of a sparse autoencoder can be killed: `<output>.training` beside the directory holds
+    its last state, and the same call goes on from there.
 
     Args:
         features: the features to read.
@@ -54,6 +62,8 @@ def decompose_features(
         seed: random seed.
         stream: for a matrix larger than memory. Its tiles are read again for every update, and the
             activations are written during the last pass; the result does not hold them.
+        mesh: for sparse autoencoders: devices that hold the rows of a batch along "data" and
+            features along "model"; None for all on "data".
         **options: as for `decompose`.
 
     Raises:
@@ -65,33 +75,96 @@ def decompose_features(
         raise ValueError("--stream works on a single host; omit it, or use one host")
     began, key = time.perf_counter(), jax.random.key(seed)
     stored = features.stored(site)
-    source = {
-        "features": str(features.path.resolve()),
-        "site": site,
-        "seed": seed,
-        "rows": len(features.tokens),
-        "model": features.manifest.get("model"),
-        "fingerprint": features.manifest.get("fingerprint"),
-    }
+    source = _source(features, site) | {"seed": seed}
+    is_autoencoder = method_named(method).has_encoder
+    if is_autoencoder:
+        options |= {"mesh": mesh or rows_mesh(), "checkpoint": training_directory(output)}
     if stream:
         with StoredActivations(output, stored.shape[0], num_concepts) as activations:
             concepts = decompose_stored(
                 stored, num_concepts, method, key=key, write=activations.write, **options
             )
             source |= {"seconds": _since(began), "explained_variance": None}
-            concepts = dataclasses.replace(concepts, source=source)
+            concepts = dataclasses.replace(concepts, source=source | concepts.source)
             dataclasses.replace(concepts, activations=activations.rows()).save(output)
+        shutil.rmtree(training_directory(output), ignore_errors=True)
         return concepts
-    found = decompose(stored, num_concepts, method, key=key, mesh=rows_mesh(), **options)
+    if not is_autoencoder:
+        options |= {"mesh": rows_mesh()}
+    found = decompose(stored, num_concepts, method, key=key, **options)
     concepts = on_host(found)
-    source |= {"seconds": _since(began), "explained_variance": None}
-    if hosts.is_first():
+    source |= {"seconds": _since(began), "explained_variance": None} | concepts.source
+    if hosts.is_first() and not is_autoencoder:
         explained = explained_by(concepts, stored, np.asarray(concepts.activations))
         source["explained_variance"] = None if np.isnan(explained) else explained
     concepts = dataclasses.replace(concepts, source=source)
     if hosts.is_first():
         concepts.save(output)
+        shutil.rmtree(training_directory(output), ignore_errors=True)
     return concepts
+
+
+def training_directory(output: Path) -> Path:
+    """Returns where the states of an unfinished training run are kept, beside its output."""
+    return output.with_name(f"{output.name}.training")
+
+
+def encode_features(
+    features: Features,
+    output: Path,
+    dictionary: sae.Dictionary,
+    *,
+    site: str | None = None,
+    stream: bool = False,
+) -> Concepts:
+    """Encodes the rows of one site with a sparse autoencoder and writes its features as concepts.
+
+    Args:
+        features: the features to read.
+        output: directory to write to.
+        dictionary: such as `sae.load` reads.
+        site: site whose states to use; optional if there is only one.
+        stream: for activations larger than memory.
+
+    Raises:
+        ValueError: the features do not have the site, or states of another width, or the dictionary
+            has no concepts of rows.
+    """
+    site = choose_site(features, site)
+    began, stored = time.perf_counter(), features.stored(site)
+    concepts = Concepts.from_dictionary(dictionary, source=_source(features, site))
+    shape = stored.shape[0], len(concepts.components)
+    with contextlib.ExitStack() as stack:
+        if stream:
+            kept = stack.enter_context(StoredActivations(output, *shape))
+            quality = encode_all(dictionary, stored, kept.write)
+            activations: Any = kept.rows()
+        else:
+            activations = np.empty(shape, np.float32)
+
+            def write(start: int, codes: np.ndarray) -> None:
+                activations[start : start + len(codes)] = codes
+
+            quality = encode_all(dictionary, stored, write)
+        concepts = dataclasses.replace(
+            concepts,
+            activations=activations,
+            objective=quality.error,
+            source=concepts.source | {"seconds": _since(began)} | quality.as_source(),
+        )
+        concepts.save(output)
+    return concepts
+
+
+def _source(features: Features, site: str) -> dict[str, Any]:
+    """Returns where the rows of a site come from."""
+    return {
+        "features": str(features.path.resolve()),
+        "site": site,
+        "rows": len(features.tokens),
+        "model": features.manifest.get("model"),
+        "fingerprint": features.manifest.get("fingerprint"),
+    }
 
 
 def _since(began: float) -> float:

@@ -11,8 +11,6 @@ Examples:
     [[2.0, 0.0]]
 """
 
-from xlvlm_jax.sae.dictionary import Dictionary, Settings
-from xlvlm_jax.sae.reading import load
-from xlvlm_jax.sae.saelens import save
+from ports import lazy_names
 
-__all__ = ["Dictionary", "Settings", "load", "save"]
+lazy_names.attach(__name__)

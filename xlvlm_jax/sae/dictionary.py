@@ -244,6 +244,24 @@ class Dictionary:
         """
         return self.decode(self.encode(states), states)
 
+    def moved(self, components: Float[AnyArray, "K D"]) -> "Dictionary":
+        """Returns the dictionary with other components, towards which the encoder's columns moved.
+
+        A column moves by as much as its component, in proportion to their lengths.
+
+        Args:
+            components: float[K, D].
+        """
+        params, units = self.params, _units(self)[:, None]
+        before = self.components
+        after = jnp.asarray(components, before.dtype)
+        changed = {"W_dec": after * units}
+        if "W_enc" in params:
+            lengths = jnp.linalg.norm(before, axis=1)
+            ratio = jnp.linalg.norm(params["W_enc"], axis=0) / jnp.where(lengths > 0, lengths, 1)
+            changed["W_enc"] = params["W_enc"] + (after - before).T * ratio
+        return dataclasses.replace(self, params=params | changed)
+
     def _why_states(self) -> str | None:
         if self.settings.architecture == "temporal":
             return "a temporal dictionary predicts part of a state from earlier positions"

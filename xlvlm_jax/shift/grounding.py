@@ -118,9 +118,7 @@ def ground_samples(
     count = min(num_images, len(original_ids), len(finetuned_ids))
     moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
     # Encoded as the original concepts are; for pca, with the fine-tuned model's mean.
-    given = dataclasses.replace(
-        concepts, components=moved, activations=None, mean=finetuned_concepts.mean
-    )
+    given = concepts.with_components(moved, finetuned_concepts.mean)
 
     def top(learnt: Concepts, Z: Any, ids: Sequence[str]) -> list[list[str]]:
         best = strongest_rows(activations_of(learnt, Z), len(learnt.components), count)

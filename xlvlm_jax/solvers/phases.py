@@ -10,9 +10,9 @@ or until iteration `limit`, and can be continued from there. So `watched` does t
 `at_once`, a few at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -38,6 +38,7 @@ class Standing(NamedTuple):
     max_iter: int
     objective: float  # after the last update; for kmeans, after the one before it
     error: float  # what `tol` is compared to
+    figures: Mapping[str, float] = MappingProxyType({})  # what else a method tells, by name
 
 
 Tell = Callable[[Standing], None]

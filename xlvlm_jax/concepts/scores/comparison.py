@@ -19,7 +19,7 @@ from ports.models.clip import DualEncoder
 from xlvlm_jax import metrics
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.grounding import ground_text, is_before_norm
-from xlvlm_jax.concepts.methods import ALIASES, METHODS
+from xlvlm_jax.concepts.methods import ALIASES, METHODS, TRAINED
 from xlvlm_jax.concepts.scores.records import DictionaryScores, mean_over_seeds
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
@@ -55,7 +55,7 @@ def compare(
         train: the rows to decompose, from the scorer's site.
         vlm: the model whose head reads the words.
         scorer: holds the rows to score on, preferably not the training rows.
-        methods: methods of `decompose`, and "random".
+        methods: methods of `decompose`, and "random"; sparse autoencoders only if they are named.
         num_concepts: each K.
         num_seeds: number of decompositions per K, for the stability; the first is scored.
         average: score each of them; scores are means over the seeds, with their spread.
@@ -80,7 +80,7 @@ def compare(
             "'random' replaces the words of another method's concepts; add one of "
             f"{', '.join(METHODS)}"
         )
-    if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES)]:
+    if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES, *TRAINED)]:
         raise ValueError(
             f"unknown method {unknown[0]!r}; expected some of {', '.join(ALL_METHODS)}"
         )

@@ -1,0 +1,331 @@
+"""Sparse autoencoders as concepts: learnt or from files, kept, projected, grounded, shifted."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import xlvlm_jax
+from xlvlm_jax import Concepts, Features, sae
+from xlvlm_jax.concepts import autoencoders, reconstruct
+from xlvlm_jax.concepts.encoding import encode_all
+from xlvlm_jax.concepts.methods import TRAINED, method_named
+from xlvlm_jax.concepts.scores.scorer import Scorer
+from xlvlm_jax.concepts.stage import decompose_features, encode_features, ground_concepts
+from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.metrics import explained_variance
+from xlvlm_jax.shift.analyse import analyse
+from xlvlm_jax.shift.grounding import ground_samples
+from xlvlm_jax.shift.pairs import Pairs
+from xlvlm_jax.storage.zarr_rows import StoredRows
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+Z = (RNG.normal(size=(60, 6)) + 3).astype(np.float32)
+SHORT = {"max_iter": 8, "batch_size": 32, "k": 2}
+
+
+def write(path, rows, fingerprint="m"):
+    """Features with one row per sample."""
+    with FeaturesWriter(path, {"model": "m", "fingerprint": fingerprint}) as writer:
+        index = np.arange(len(rows))
+        samples = [{"id": str(i), "image": f"{i}.jpg"} for i in index]
+        writer.append(samples, {"a": rows}, index, index, index)
+        writer.close()
+    return Features.open(path)
+
+
+@pytest.fixture(scope="module")
+def concepts():
+    return xlvlm_jax.decompose(Z, 8, "topk-sae", key=KEY, **SHORT)
+
+
+@pytest.fixture
+def features(tmp_path):
+    return write(tmp_path / "features", Z)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_is_learnt_is_projected_and_put_back(method):
+    options = {name: value for name, value in SHORT.items() if name != "k" or method != "relu-sae"}
+    found = xlvlm_jax.decompose(Z, 8, method, key=KEY, **options)
+    np.testing.assert_array_equal(xlvlm_jax.project(Z, found), found.activations)
+    back = np.asarray(reconstruct(found, found.activations))
+    np.testing.assert_allclose(
+        back, found.activations @ found.components + found.dictionary.params["b_dec"], atol=1e-4
+    )
+    assert found.objective == pytest.approx(((Z - back) ** 2).sum(axis=1).mean(), rel=1e-4)
+    expected = explained_variance(Z, back)
+    assert found.source["explained_variance"] == pytest.approx(expected, abs=1e-5)
+    codes = np.asarray(found.activations)
+    assert found.source["l0"] == np.count_nonzero(codes) / len(Z)
+    assert found.source["dead_share"] == found.dead.mean() == 1 - (codes != 0).any(axis=0).mean()
+    assert found.iterations == len(found.history) == 8 and found.method == method
+    # The options of the result give the result again.
+    again = xlvlm_jax.decompose(Z, 8, method, key=KEY, **found.options)
+    np.testing.assert_array_equal(again.components, found.components)
+
+
+def test_rows_on_disk_give_what_they_give_in_memory(features):
+    """The order differs, but not what is computed: with one block all is the same."""
+    stored = features.stored("a")
+    written = []
+    options = dict(SHORT, method="topk-sae", key=KEY)
+    found = xlvlm_jax.decompose_stored(
+        stored, 8, write=lambda start, rows: written.append((start, rows)), **options
+    )
+    whole = xlvlm_jax.decompose(stored, 8, **options)
+    np.testing.assert_array_equal(found.components, whole.components)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in written]), whole.activations)
+    assert found.activations is None and found.source == whole.source
+    np.testing.assert_array_equal(xlvlm_jax.project(stored, whole), whole.activations)
+
+
+def test_several_numbers_of_features():
+    few, many = xlvlm_jax.decompose(Z, (4, 8), "topk-sae", key=KEY, **SHORT)
+    assert len(few.components) == 4 and len(many.components) == 8
+
+
+@pytest.mark.parametrize("dtype", [np.float64, "bfloat16", np.int32])
+def test_rows_of_other_types(dtype):
+    rows = jax.numpy.asarray(Z, dtype) if dtype == "bfloat16" else Z.astype(dtype)
+    found = xlvlm_jax.decompose(rows, 8, "batchtopk-sae", key=KEY, **SHORT)
+    assert found.components.dtype == found.activations.dtype == np.float32
+    np.testing.assert_array_equal(xlvlm_jax.project(rows, found), found.activations)
+
+
+class TestKept:
+    @pytest.mark.parametrize("method", ["topk-sae", "matryoshka-sae"])
+    def test_a_directory_is_one_of_saelens_too(self, tmp_path, method):
+        found = xlvlm_jax.decompose(Z, 8, method, key=KEY, **SHORT)
+        found.save(tmp_path)
+        assert {"cfg.json", "sae_weights.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+        loaded = Concepts.load(tmp_path)
+        assert loaded.method == method and loaded.options == found.options
+        np.testing.assert_array_equal(xlvlm_jax.project(Z, loaded), found.activations)
+        np.testing.assert_array_equal(sae.load(tmp_path).encode(Z), found.activations)
+        values = json.loads((tmp_path / "cfg.json").read_text())
+        training = values["metadata"]["training"]
+        assert training["method"] == method
+        assert training["input_scale"] == found.options["input_scale"] > 0
+
+    def test_files_of_two_saves_are_refused(self, tmp_path, concepts):
+        concepts.save(tmp_path)
+        other = xlvlm_jax.decompose(Z, 8, "topk-sae", key=jax.random.key(1), **SHORT)
+        sae.save(other.dictionary, tmp_path)
+        with pytest.raises(ValueError, match="its sparse autoencoder comes from another save"):
+            Concepts.load(tmp_path)
+
+    def test_other_concepts_in_its_place_leave_nothing_of_it(self, tmp_path, concepts):
+        concepts.save(tmp_path)
+        xlvlm_jax.decompose(Z, 2, "kmeans", key=KEY).save(tmp_path)
+        assert not (tmp_path / "cfg.json").exists()
+        assert Concepts.load(tmp_path).dictionary is None
+
+    def test_it_passes_through_jit(self, concepts):
+        moved = jax.jit(lambda c: c)(concepts)
+        np.testing.assert_array_equal(
+            moved.dictionary.params["W_enc"], concepts.dictionary.params["W_enc"]
+        )
+        codes = jax.jit(xlvlm_jax.project)(Z, concepts)
+        np.testing.assert_allclose(codes, concepts.activations, rtol=1e-5, atol=1e-5)
+
+
+class TestFromDictionary:
+    def dictionary(self, architecture="jumprelu", **settings):
+        params = {
+            "W_enc": RNG.normal(size=(6, 8)),
+            "W_dec": RNG.normal(size=(8, 6)),
+            "b_enc": RNG.normal(size=8),
+            "b_dec": RNG.normal(size=6),
+        }
+        if architecture == "jumprelu":
+            params["threshold"] = np.full(8, 0.5)
+        return sae.Dictionary.of(params, sae.Settings(architecture, **settings), "blocks.3")
+
+    def test_features_are_encoded_and_kept(self, features, tmp_path):
+        dictionary = self.dictionary()
+        found = encode_features(features, tmp_path / "c", dictionary)
+        np.testing.assert_allclose(found.activations, dictionary.encode(Z), rtol=1e-5, atol=1e-6)
+        assert found.source["site"] == "a" and found.source["fingerprint"] == "m"
+        assert Concepts.from_dictionary(dictionary).source == {"site": "blocks.3"}
+        streamed = encode_features(features, tmp_path / "s", dictionary, stream=True)
+        loaded = Concepts.load(tmp_path / "s")
+        assert isinstance(loaded.activations, StoredRows)
+        np.testing.assert_array_equal(np.asarray(loaded.activations), found.activations)
+        assert streamed.source["l0"] == found.source["l0"]
+
+    def test_a_normaliser_gets_the_states(self, features):
+        dictionary = self.dictionary(normalize_activations="layer_norm")
+        given = Concepts.from_dictionary(dictionary)
+        codes = xlvlm_jax.project(Z, given)
+        back = reconstruct(given, codes, Z)
+        np.testing.assert_allclose(back, dictionary.reconstruct(Z), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="restores the input's mean and scale"):
+            reconstruct(given, codes)
+        kept = []
+        quality = encode_all(dictionary, Z, lambda _, rows: kept.append(rows))
+        assert quality.explained_variance == pytest.approx(
+            explained_variance(Z, np.asarray(back)), abs=1e-5
+        )
+
+    def test_heads(self):
+        dictionary = self.dictionary(hook_z=True)
+        codes = xlvlm_jax.project(Z, Concepts.from_dictionary(dictionary))
+        np.testing.assert_allclose(
+            codes, dictionary.encode(Z.reshape(60, 2, 3)), rtol=1e-5, atol=1e-6
+        )
+
+    def test_what_is_not_of_rows_is_refused(self):
+        dictionary = self.dictionary("transcoder", apply_b_dec_to_input=False)
+        with pytest.raises(ValueError, match="'transcoder' maps states to those of another site"):
+            Concepts.from_dictionary(dictionary)
+
+    def test_states_of_another_width(self, tmp_path):
+        other = write(tmp_path / "f", Z[:, :5])
+        with pytest.raises(ValueError, match="Z has 5 columns but the concepts have 6; project"):
+            encode_features(other, tmp_path / "c", self.dictionary())
+
+
+class TestStages:
+    def test_words_and_pictures(self, features, tmp_path, three_words):
+        decompose_features(features, tmp_path / "c", 8, "topk-sae", **SHORT)
+        assert not (tmp_path / "c.training").exists()
+        found = ground_concepts(tmp_path / "c", three_words, features, num_images=2)
+        assert all(len(images) == 2 for images in found.images) and any(found.words)
+        again = Concepts.load(tmp_path / "c")
+        assert again.images == found.images and again.dictionary is not None
+        scores = Scorer(features).score(again)
+        assert scores.explained_variance == pytest.approx(
+            again.source["explained_variance"], abs=1e-5
+        )
+
+    def test_a_killed_run_goes_on(self, features, tmp_path, monkeypatch):
+        whole = decompose_features(features, tmp_path / "whole", 8, "topk-sae", **SHORT)
+        monkeypatch.setattr(autoencoders, "SAVE_EVERY", 2)
+
+        def kill(at):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            decompose_features(
+                features, tmp_path / "c", 8, "topk-sae", progress=kill, verbose=5, **SHORT
+            )
+        assert (tmp_path / "c.training").exists() and not (tmp_path / "c").exists()
+        decompose_features(features, tmp_path / "c", 8, "topk-sae", **SHORT)
+        for name in ("sae_weights.safetensors", "concepts.safetensors"):
+            again = (tmp_path / "c" / name).read_bytes()
+            assert again == (tmp_path / "whole" / name).read_bytes()
+        assert whole.source["rows"] == 60 and not (tmp_path / "c.training").exists()
+
+    def test_features_that_changed_are_refused(self, features, tmp_path, monkeypatch):
+        monkeypatch.setattr(autoencoders, "SAVE_EVERY", 2)
+
+        def kill(at):
+            raise KeyboardInterrupt
+
+        options = dict(SHORT, progress=kill, verbose=5)
+        with pytest.raises(KeyboardInterrupt):
+            decompose_features(features, tmp_path / "c", 8, "topk-sae", **options)
+        other = write(tmp_path / "other", Z + 1)
+        with pytest.raises(ValueError, match="the rows changed since the checkpoint in"):
+            decompose_features(other, tmp_path / "c", 8, "topk-sae", **SHORT)
+
+    def test_shift(self, concepts):
+        """Shifted features encode with columns that moved as they did."""
+        other = (Z + RNG.normal(size=6)).astype(np.float32)
+        rows = np.arange(60)
+        found = analyse(Z, other, Pairs(rows, rows, 60), concepts, concepts)
+        assert np.isfinite(np.asarray(found.shifts)).all()
+        ids = list(map(str, rows))
+        shown = ground_samples(found, concepts, concepts, Z, other, ids, ids, num_images=2)
+        assert all(len(images) == 2 for images in shown.images["original"])
+        components = np.asarray(concepts.components)
+        same = concepts.with_components(components)
+        np.testing.assert_allclose(xlvlm_jax.project(Z, same), concepts.activations, atol=1e-4)
+        moved = concepts.with_components(components + 0.5).dictionary
+        np.testing.assert_allclose(moved.components, components + 0.5, rtol=1e-5)
+        before = concepts.dictionary.params["W_enc"]
+        scale = np.linalg.norm(before, axis=0) / np.linalg.norm(components, axis=1)
+        np.testing.assert_allclose(
+            moved.params["W_enc"] - before, 0.5 * scale * np.ones((6, 1)), rtol=1e-3
+        )
+
+
+@pytest.mark.wrong_types
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("gated-sae", {}), "'gated-sae' cannot be trained here; expected one of topk-sae"),
+            (("topk-sae", {"k": 9}), "k=9 is larger than num_concepts=8, the number of features"),
+            (
+                ("topk-sae", {"l1": 1.0}),
+                "'topk-sae' has no option 'l1'; its options .*, k",
+            ),
+            (("topk-say", {}), "unknown method 'topk-say'.* did you mean 'topk-sae'"),
+            (("snmf", {"checkpoint": "x"}), "'snmf' keeps no states of its run; omit checkpoint"),
+            (("topk-sae", {"sample_weight": np.ones(60)}), "'topk-sae' does not take weights"),
+            (("gated-sae", {"k": 2}), "'gated-sae' is read from files and has no options"),
+        ],
+    )
+    def test_arguments(self, arguments, message):
+        method, options = arguments
+        with pytest.raises(ValueError, match=message) as raised:
+            xlvlm_jax.decompose(Z, 8, method, key=KEY, **options)
+        assert "\n" not in str(raised.value)
+
+    def test_rows(self):
+        bad = Z.copy()
+        bad[7, 2] = np.nan
+        with pytest.raises(ValueError, match="Z has NaN or Inf in row 7"):
+            xlvlm_jax.decompose(bad, 8, "topk-sae", key=KEY, **SHORT)
+        with pytest.raises(ValueError, match="cannot be traced; call it outside jit and vmap"):
+            jax.jit(lambda z: xlvlm_jax.decompose(z, 8, "topk-sae", key=KEY, **SHORT))(Z)
+
+    def test_components_alone(self):
+        with pytest.raises(ValueError, match=r"use Concepts\.from_dictionary"):
+            Concepts.from_components(np.eye(6), "topk-sae")
+
+
+class TestCommand:
+    def test_it_trains_and_says_how_well(self, xlvlm, features, tmp_path):
+        options = ("--num-concepts", 8, "--k", 2, "--max-iter", 8, "--batch-size", 32)
+        status, out, errors = xlvlm(
+            "decompose", features.path, "--output", tmp_path / "c", "--method", "topk-sae", *options
+        )
+        assert status == 0, errors
+        loaded = Concepts.load(tmp_path / "c")
+        text = " ".join(out.split())
+        assert "topk-sae: 8 features from 60 rows, mean squared error" in text
+        assert f"L0 {loaded.source['l0']:.4g}, dead {loaded.source['dead_share']:.1%}" in text
+        assert loaded.options["k"] == 2 and loaded.options["max_iter"] == 8
+
+    def test_dictionaries_from_files(self, xlvlm, features, tmp_path, concepts):
+        sae.save(concepts.dictionary, tmp_path / "sae")
+        where = ("--output", tmp_path / "c", "--dictionary", tmp_path / "sae")
+        status, _, errors = xlvlm("decompose", features.path, *where)
+        assert status == 0, errors
+        np.testing.assert_array_equal(
+            Concepts.load(tmp_path / "c").activations, concepts.activations
+        )
+        status, _, errors = xlvlm("decompose", features.path, *where, "--overwrite", "--k", 3)
+        assert status == 2 and "has no option k; omit them" in " ".join(errors.split())
+
+    def test_dry_run(self, xlvlm, features, tmp_path):
+        where = ("--output", tmp_path / "c", "--method", "topk-sae", "--dry-run")
+        status, _, errors = xlvlm("decompose", features.path, *where)
+        assert status == 2 and "k=32 is larger than num_concepts=20" in " ".join(errors.split())
+        status, out, errors = xlvlm("decompose", features.path, *where, "--k", 2)
+        assert status == 0 and "memory per device" in out, errors
+        assert not (tmp_path / "c").exists()
+
+
+def test_every_name_of_files_is_known():
+    from xlvlm_jax.sae.dictionary import METHODS
+
+    for name in METHODS.values():
+        assert method_named(name).has_encoder
+    assert dataclasses.is_dataclass(method_named("topk-sae").training)

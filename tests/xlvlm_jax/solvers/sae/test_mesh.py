@@ -1,0 +1,79 @@
+"""On 8 host devices, and on two hosts, training gives what one device gives."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from xlvlm_jax.solvers.sae import METHODS, train
+
+OPTIONS = {"max_iter": 50, "batch_size": 64, "learning_rate": 1e-3, "dead_after": 500}
+ROWS = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32) + 1
+
+RUN = """
+import sys
+import jax, numpy as np
+from xlvlm_jax.solvers.sae import METHODS, train
+if len(sys.argv) > 4:
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[4]}", 2, int(sys.argv[5]))
+rows = np.load(sys.argv[1])
+options = eval(sys.argv[3])
+Auto = jax.sharding.AxisType.Auto
+for method, sizes in [("topk-sae", (8, 1)), ("topk-sae", (2, 4)), ("batchtopk-sae", (2, 4)),
+                      ("matryoshka-sae", (2, 4)), ("jumprelu-sae", (8, 1)),
+                      ("archetypal-sae", (2, 4))]:
+    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(Auto, Auto))
+    found = train(rows, jax.random.key(0), METHODS[method](k=3, **options), 32, mesh=mesh)
+    if jax.process_index() == 0:
+        np.savez(f"{sys.argv[2]}/{method}-{sizes[0]}.npz", **found.params)
+    if len(sys.argv) > 4:
+        break
+"""
+
+
+def start(tmp_path, devices, *more):
+    np.save(tmp_path / "rows.npy", ROWS)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    arguments = [str(tmp_path / "rows.npy"), str(tmp_path), repr(OPTIONS), *more]
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *arguments],
+        env=os.environ | {"XLA_FLAGS": flags},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def compare(tmp_path):
+    for file in sorted(tmp_path.glob("*.npz")):
+        method = file.stem.rsplit("-", 1)[0]
+        one = train(ROWS, jax.random.key(0), METHODS[method](k=3, **OPTIONS), 32)
+        with np.load(file) as found:
+            for name, value in one.params.items():
+                largest = np.abs(value).max()
+                np.testing.assert_allclose(
+                    found[name], value, rtol=0, atol=1e-5 * largest, err_msg=f"{file.stem} {name}"
+                )
+
+
+def test_eight_devices_give_the_result_of_one(tmp_path):
+    process = start(tmp_path, 8)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-2000:]
+    assert len(list(tmp_path.glob("*.npz"))) == 6
+    compare(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_result_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    hosts = [start(tmp_path, 4, port, str(index)) for index in range(2)]
+    for host in hosts:
+        _, errors = host.communicate(timeout=600)
+        assert host.returncode == 0, errors[-2000:]
+    compare(tmp_path)

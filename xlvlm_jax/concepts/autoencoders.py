@@ -1,0 +1,185 @@
+"""Sparse autoencoders as a method of `decompose`: training, and the concepts that it gives."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from xlvlm_jax import sae
+from xlvlm_jax.concepts.encoding import encode_all
+from xlvlm_jax.concepts.methods import TRAINED, Method
+from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.sae.dictionary import Details
+from xlvlm_jax.solvers.phases import Tell
+from xlvlm_jax.solvers.sae import Trained, train
+from xlvlm_jax.solvers.sae.batches import WINDOW_BYTES
+from xlvlm_jax.solvers.sae.checkpoint import Checkpoints, describe_rows
+from xlvlm_jax.solvers.validation import (
+    StoredMatrix,
+    as_matrix,
+    check_finite,
+    is_stored,
+    narrow,
+    on_device,
+)
+
+SAVE_EVERY = 500  # updates between two states of a run that can be resumed
+
+
+def decompose(
+    Z: Any,
+    num_concepts: int,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
+    write: Callable[[int, Float[np.ndarray, "B K"]], None] | None = None,
+    tell: Tell | None = None,
+    every: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Concepts:
+    """Trains a sparse autoencoder on rows, and encodes them.
+
+    Args:
+        Z: real numbers[N, D], or what reads rows; those are read batch by batch.
+        num_concepts: number of features.
+        method: the method.
+        options: its options, checked.
+        key: random key.
+        mesh: shards batches on "data" and features on "model".
+        write: called with (first row, activations); None keeps the activations in the result.
+        tell: called after every few updates.
+        every: number of updates between calls; None for the default.
+        checkpoint: directory for states of the unfinished run, from which it goes on if it was
+            killed; the caller removes it once the result is saved. None for no states.
+
+    Returns:
+        The concepts; source has "explained variance", "L0" and "dead share" of all rows.
+
+    Raises:
+        ValueError: an option is invalid, Z is not a matrix of finite real numbers or is traced, the
+            loss ceases to be finite, or the directory holds another run.
+    """
+    if method.training is None:
+        raise ValueError(
+            f"{method.name!r} cannot be trained here; expected one of "
+            f"{', '.join(TRAINED)}, or read one with sae.load"
+        )
+    if isinstance(Z, Tracer):
+        raise ValueError(
+            f"{method.name} is trained in a loop of programs and cannot be traced; call it outside "
+            "jit and vmap"
+        )
+    rows = Z if is_stored(Z) else checked(Z)
+    settings = method.training(**options)
+    settings.check(num_concepts)
+    told = {} if every is None else {"every": every}
+    with contextlib.ExitStack() as stack:
+        states = None
+        if checkpoint is not None:
+            run = {
+                "method": method.name,
+                "options": dataclasses.asdict(settings),
+                "num_concepts": num_concepts,
+                "key": np.asarray(jax.random.key_data(key)).tolist(),
+                "rows": describe_rows(rows),
+            }
+            states = stack.enter_context(Checkpoints(Path(checkpoint), run, SAVE_EVERY))
+        found = train(
+            rows, key, settings, num_concepts, mesh=mesh, tell=tell, checkpoint=states, **told
+        )
+    return _concepts(found, rows, method, write)
+
+
+def memory_needed(
+    shape: tuple[int, int],
+    num_concepts: int,
+    method: Method,
+    options: Mapping[str, Any],
+    on_data: int = 1,
+    on_model: int = 1,
+) -> int:
+    """Returns about how many bytes per device training takes.
+
+    Four arrays of the size of each matrix (parameters, moments, derivative), what a batch makes of
+    codes and rows, and two windows of rows that are read ahead.
+
+    Args:
+        shape: (N, D).
+        num_concepts: K.
+        method: the method.
+        options: as for `decompose`.
+        on_data: number of devices that the rows of a batch are spread over.
+        on_model: number of devices that the features are spread over.
+
+    Raises:
+        ValueError: an option is invalid.
+    """
+    if method.training is None:
+        return 4 * num_concepts * shape[1] * 2
+    settings = method.training(**method.options(options))
+    settings.check(num_concepts)
+    (N, D), B = shape, min(settings.batch_size, shape[0])
+    parameters = 4 * 4 * 2 * num_concepts * D // on_model
+    batch = 4 * B * (5 * num_concepts // on_model + 6 * D) // on_data
+    return parameters + batch + 2 * min(WINDOW_BYTES, 4 * N * D)
+
+
+def checked(Z: Any) -> Shaped[Array, "N D"]:
+    """Returns rows as an array of at most 32 bits.
+
+    Raises:
+        TypeError: Z is not an array of numbers.
+        ValueError: Z is not a matrix of finite real numbers.
+    """
+    rows = narrow(as_matrix(Z, "Z", row="sample", share=True))
+    check_finite(rows, "Z")
+    return rows
+
+
+def _concepts(
+    found: Trained,
+    rows: Shaped[Array, "N D"] | StoredMatrix,
+    method: Method,
+    write: Callable[[int, np.ndarray], None] | None,
+) -> Concepts:
+    settings = found.settings
+    options = dataclasses.asdict(settings)
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+    k: Any = options["k"] if settings.architecture == "topk" else None
+    dictionary = sae.Dictionary.of(
+        found.params,
+        sae.Settings(settings.architecture, k=k),
+        details=Details({"metadata": {"training": {"method": method.name, **options}}}),
+    )
+    K = len(dictionary.components)
+    kept = np.empty((rows.shape[0], K), np.float32) if write is None else None
+
+    def keep(start: int, codes: np.ndarray) -> None:
+        if write is not None:
+            write(start, codes)
+        if kept is not None:
+            kept[start : start + len(codes)] = codes
+
+    quality = encode_all(dictionary, rows, keep)
+    return Concepts(
+        components=dictionary.components,
+        activations=None if kept is None else on_device(kept, share=True),
+        method=method.name,
+        options=options,
+        objective=quality.error,
+        iterations=settings.max_iter,
+        # L of each update, in the units of Z and summed over columns like the objective.
+        history=found.history * (rows.shape[1] / (settings.input_scale or 1.0) ** 2),
+        source=quality.as_source(),
+        dictionary=dictionary,
+    )

@@ -1,0 +1,480 @@
+"""What the training of every sparse autoencoder shares: loss, constraint, schedule, loop.
+
+    x = s z                          s = sqrt(D) / mean |z|, a constant; z a row of Z
+    h = (x - b_dec) W_enc + b_enc
+    c = codes(h)                     by method
+    y = c W_dec + b_dec
+    L = mean (x - y)^2 + penalty     the mean is over rows and columns; the penalty by method
+      + aux_weight mean (e - c' W_dec)^2
+
+e is x - y, without a derivative. c' are the D / 2 largest h of dead features, those that were zero
+for `dead_after` rows; so what lives leaves to do is what dead features learn (Gao et al. 2024,
+appendix A.2). The last term is left out while none is dead.
+
+Adam (0.9, 0.999) minimises L. Rows of W_dec keep length one: the derivative's part along them is
+taken off, and they are divided by their length after each update (Bricken et al. 2023). Update i of
+T has the learning rate
+
+    learning_rate min((i + 1) / (warm_up T), 1, (T - i) / (decay T))
+
+The start: b_dec is the geometric median of a sample of rows, W_dec random, W_enc its transpose,
+b_enc zero. At the end s is folded into the parameters, so that they take z.
+
+N rows, D width, K features, B rows per batch.
+"""
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from xlvlm_jax.solvers.linalg import matmul
+from xlvlm_jax.solvers.phases import Standing, Tell
+from xlvlm_jax.solvers.sae import batches
+from xlvlm_jax.solvers.sae.products import PRODUCTS, product
+from xlvlm_jax.solvers.sae.selection import cut_above
+from xlvlm_jax.solvers.sae.sharding import spread, spread_state
+from xlvlm_jax.solvers.sae.start import Start, start, unit_directions, unit_length
+from xlvlm_jax.solvers.validation import StoredMatrix, check_number, check_whole
+
+if TYPE_CHECKING:
+    import optax
+
+Params = dict[str, Array]
+SAMPLE_ROWS = 4096  # that the start is computed from
+MOMENTS, EPSILON = (0.9, 0.999), 1e-10
+FORGET = 0.99  # what the running threshold of batchtopk keeps per update
+TELL_EVERY = 16  # updates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train; each method adds its own options and what it computes.
+
+    Attributes:
+        max_iter: T, the number of updates.
+        batch_size: B, rows per update.
+        learning_rate: the highest one; None for a value by the number of features.
+        warm_up: share of the updates over which it rises from zero.
+        decay: share of the updates over which it falls to zero at the end.
+        aux_weight: weight of the term that revives dead features.
+        dead_after: a feature is dead if it was zero for so many rows.
+        input_scale: s; None for sqrt(D) over the mean norm of a sample of rows.
+        products: "float32", or "bfloat16" for products of rounded factors with float32 sums, fast
+            on accelerators.
+    """
+
+    max_iter: int = 4000
+    batch_size: int = 4096
+    learning_rate: float | None = None
+    warm_up: float = 0.05
+    decay: float = 0.2
+    aux_weight: float = 1 / 32
+    dead_after: int = 200_000
+    input_scale: float | None = None
+    products: str = "float32"
+
+    # Name in the files of SAELens.
+    architecture = "standard"
+    # Whether the decoder's rows are kept at length one.
+    unit_norm = True
+
+    def check(self, num_concepts: int) -> None:
+        """Checks the options.
+
+        Raises:
+            ValueError: one is invalid.
+        """
+        for name, lowest in (("max_iter", 0), ("batch_size", 1), ("dead_after", 1)):
+            check_whole(name, getattr(self, name), lowest)
+        for name in ("aux_weight", "warm_up", "decay"):
+            check_number(name, getattr(self, name), 0)
+        if self.warm_up > 1 or self.decay > 1:
+            raise ValueError(
+                f"warm_up and decay are shares of the updates, from 0 to 1; got {self.warm_up} and "
+                f"{self.decay}"
+            )
+        for name in ("learning_rate", "input_scale"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, 0)
+                if value == 0:
+                    raise ValueError(f"{name} must be positive; got 0")
+        if self.products not in PRODUCTS:
+            raise ValueError(
+                f"products is {self.products!r}; expected one of {', '.join(PRODUCTS)}"
+            )
+        if self.batch_size * num_concepts >= 2**31:
+            raise ValueError(
+                f"batch_size={self.batch_size} and num_concepts={num_concepts} make 2^31 codes or "
+                "more per batch; use a smaller batch"
+            )
+
+    def rate(self, iteration: Any) -> Float[Array, ""]:
+        """Returns the learning rate of an update."""
+        assert self.learning_rate is not None, "chosen before training"
+        T = self.max_iter
+        rising = (iteration + 1) / max(self.warm_up * T, 1)
+        falling = (T - iteration) / max(self.decay * T, 1)
+        return self.learning_rate * jnp.minimum(jnp.minimum(rising, 1), falling)
+
+    def optimizer(self) -> "optax.GradientTransformation":
+        """Returns Adam with the schedule."""
+        import optax  # as late as here, so that importing the package is cheap
+
+        return optax.adam(self.rate, *MOMENTS, eps=EPSILON)
+
+    def begin(self, begun: Start, key: PRNGKeyArray, num_concepts: int) -> tuple[Params, Params]:
+        """Returns the parameters before the first update, and those that are not trained."""
+        W_dec = unit_directions(key, num_concepts, len(begun.median))
+        # A copy: states are donated.
+        return {
+            "W_enc": W_dec.T.copy(),
+            "W_dec": W_dec,
+            "b_enc": jnp.zeros(num_concepts, jnp.float32),
+            "b_dec": begun.median.copy(),
+        }, {}
+
+    def codes(
+        self, hidden: Float[Array, "B K"], params: Params
+    ) -> tuple[Float[Array, "B K"], Float[Array, ""]]:
+        """Returns the codes, and the value above which they are nonzero, if it is the same for all.
+
+        Args:
+            hidden: h.
+            params: all parameters.
+        """
+        raise NotImplementedError
+
+    def decoder(self, params: Params) -> Float[Array, "K D"]:
+        """Returns W_dec."""
+        return params["W_dec"]
+
+    def reconstructions(
+        self, codes: Float[Array, "B K"], decoder: Float[Array, "K D"], b_dec: Float[Array, " D"]
+    ) -> Float[Array, "M B D"]:
+        """Returns y for some parts of the codes, whose errors are averaged; the last is of all."""
+        return (product(codes, decoder, self.products) + b_dec)[None]
+
+    def penalty(
+        self, hidden: Float[Array, "B K"], codes: Float[Array, "B K"], params: Params, D: int
+    ) -> Float[Array, ""]:
+        """Returns what is added to the error."""
+        return jnp.zeros((), jnp.float32)
+
+    def constrain(self, params: Params) -> Params:
+        """Returns the parameters after an update as they must be."""
+        return params | {"W_dec": unit_length(params["W_dec"])}
+
+    def finish(self, params: Params, scale: float, threshold: Float[Array, ""]) -> Params:
+        """Returns SAELens' parameters for rows that are not scaled.
+
+        Args:
+            params: all parameters.
+            scale: s.
+            threshold: running mean of the value above which codes are nonzero.
+        """
+        # The codes of s z are s times those of z, for any of the methods.
+        folded = {name: params[name] / scale for name in ("b_enc", "b_dec")}
+        return {"W_enc": params["W_enc"], "W_dec": params["W_dec"], **folded}
+
+
+class State(NamedTuple):
+    """State of training. Each update overwrites its buffers."""
+
+    params: Params
+    moments: Any  # of the optimizer
+    idle: Int[Array, " K"]  # rows since a feature was last active
+    threshold: Float[Array, ""]  # running sum, see `running`
+    history: Float[Array, " T"]  # L of each update
+    iteration: Int[Array, ""]
+
+
+class Given(NamedTuple):
+    """What training does not change."""
+
+    fixed: Params
+    scale: Float[Array, ""]
+
+
+class Figures(NamedTuple):
+    """What is told of an update."""
+
+    loss: Float[Array, ""]
+    l0: Float[Array, ""]  # mean number of active features per row
+    explained: Float[Array, ""]  # share of the batch's variance
+    dead: Float[Array, ""]  # share of features
+
+
+class Trained(NamedTuple):
+    """A trained sparse autoencoder."""
+
+    params: dict[str, Float[np.ndarray, "..."]]  # SAELens' names, for rows that are not scaled
+    settings: Training  # with everything that was chosen
+    history: Float[np.ndarray, " T"]  # L of each update
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Keeps states of an unfinished run."""
+
+    def restore(self, state: State) -> State:
+        """Returns the last kept state, on the devices of this one; this one if there is none."""
+        ...
+
+    def offer(self, iteration: int, state: State) -> None:
+        """Keeps a state, if it is time to."""
+        ...
+
+
+def loss(
+    params: Params,
+    given: Given,
+    x: Float[Array, "B D"],
+    settings: Training,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, ""], tuple[Float[Array, "B K"], Float[Array, "B D"], Float[Array, ""]]]:
+    """Returns L without its last term, and with it the codes, the error and the cut of the codes.
+
+    Args:
+        params: the trained parameters.
+        given: what is not trained.
+        x: scaled rows.
+        settings: the method and its options.
+        mesh: the devices.
+    """
+    params = given.fixed | params
+    hidden = _hidden(params, x, settings, mesh)
+    codes, cut = settings.codes(hidden, params)
+    errors = x - settings.reconstructions(codes, settings.decoder(params), params["b_dec"])
+    total = jnp.mean(errors**2) + settings.penalty(hidden, codes, params, x.shape[1])
+    return total, (codes, errors[-1], cut)
+
+
+def loss_of_dead(
+    params: Params,
+    given: Given,
+    x: Float[Array, "B D"],
+    error: Float[Array, "B D"],
+    dead: Bool[Array, " K"],
+    settings: Training,
+    mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+    """Returns the last term of L.
+
+    Args:
+        params: the trained parameters.
+        given: what is not trained.
+        x: scaled rows.
+        error: e.
+        dead: which features are dead.
+        settings: the method and its options.
+        mesh: the devices.
+    """
+    params = given.fixed | params
+    alone = jnp.where(dead, _hidden(params, x, settings, mesh), -jnp.inf)
+    count = min(max(x.shape[1] // 2, 1), alone.shape[1])
+    chosen = dead & (alone >= cut_above(alone, count))
+    drawn = product(jnp.where(chosen, alone, 0), settings.decoder(params), settings.products)
+    return settings.aux_weight * jnp.mean((error - drawn) ** 2)
+
+
+def _hidden(params: Params, x: Array, settings: Training, mesh: Mesh | None) -> Array:
+    # b_dec by itself: its derivative then needs no product of B rows.
+    offset = params["b_enc"] - matmul(params["b_dec"], params["W_enc"])
+    hidden = product(x, params["W_enc"], settings.products) + offset
+    return spread(hidden, mesh, "data", "model")
+
+
+def slopes(
+    params: Params,
+    given: Given,
+    x: Float[Array, "B D"],
+    dead: Bool[Array, " K"],
+    settings: Training,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, ""], Params, tuple[Array, Array, Array]]:
+    """Returns L, its derivatives, and what `loss` returns with it; arguments as for both terms."""
+    of_rows = jax.value_and_grad(loss, has_aux=True)
+    (total, found), gradient = of_rows(params, given, x, settings, mesh)
+    if settings.aux_weight == 0:
+        return total, gradient, found
+
+    # Differentiated inside: the other way round the two branches would hand on arrays of codes.
+    def of_dead() -> tuple[Array, Params]:
+        both = jax.value_and_grad(loss_of_dead)
+        return both(params, given, x, found[1], dead, settings, mesh)
+
+    def of_none() -> tuple[Array, Params]:
+        return jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+
+    more, change = jax.lax.cond(jnp.any(dead), of_dead, of_none)
+    return total + more, jax.tree.map(jnp.add, gradient, change), found
+
+
+@partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnames="state")
+def update(
+    state: State,
+    given: Given,
+    rows: Shaped[Array, "B D"],
+    *,
+    settings: Training,
+    mesh: Mesh | None = None,
+) -> tuple[State, Figures]:
+    """Returns the state after one more batch, and its figures.
+
+    Args:
+        state: the state; its buffers are donated.
+        given: what is not trained.
+        rows: rows of Z.
+        settings: the method and its options.
+        mesh: the devices.
+    """
+    x = spread(rows.astype(jnp.float32) * given.scale, mesh, "data")
+    dead = state.idle >= settings.dead_after
+    total, gradient, found = slopes(state.params, given, x, dead, settings, mesh)
+    codes, error, cut = found
+    if settings.unit_norm:
+        W_dec = state.params["W_dec"]
+        along = jnp.sum(gradient["W_dec"] * W_dec, axis=1, keepdims=True)
+        gradient = gradient | {"W_dec": gradient["W_dec"] - along * W_dec}
+    change, moments = settings.optimizer().update(gradient, state.moments, state.params)
+    params: Any = jax.tree.map(jnp.add, state.params, change)
+    counts = jnp.sum(codes > 0, axis=0, dtype=jnp.int32)
+    idle = jnp.where(counts > 0, 0, state.idle + len(x))
+    new = State(
+        settings.constrain(params),
+        moments,
+        # Long runs must not overflow.
+        jnp.minimum(idle, settings.dead_after).astype(jnp.int32),
+        FORGET * state.threshold + (1 - FORGET) * cut,
+        state.history.at[state.iteration].set(total),
+        state.iteration + 1,
+    )
+    squares = jnp.sum((x - x.mean(axis=0)) ** 2)
+    figures = Figures(
+        loss=total,
+        l0=jnp.sum(counts) / len(x),
+        explained=1 - jnp.sum(error**2) / jnp.where(squares > 0, squares, jnp.nan),
+        dead=jnp.mean(new.idle >= settings.dead_after, dtype=jnp.float32),
+    )
+    return spread_state(new, mesh), figures
+
+
+def train(
+    Z: Shaped[Array | np.ndarray, "N D"] | StoredMatrix,
+    key: PRNGKeyArray,
+    settings: Training,
+    num_concepts: int,
+    *,
+    mesh: Mesh | None = None,
+    tell: Tell | None = None,
+    every: int = TELL_EVERY,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Trains a sparse autoencoder.
+
+    Args:
+        Z: finite rows [N, D], or an object that reads them, which is never held as a whole.
+        key: random key, of the start and of the order of the rows.
+        settings: the method and its options.
+        num_concepts: K.
+        mesh: devices that hold the rows of a batch along "data" and features along "model"; None
+            for one device.
+        tell: called with the state of the run after every few updates.
+        every: number of updates between calls.
+        checkpoint: keeps states, and gives the one to go on from.
+
+    Returns:
+        The parameters for rows that are not scaled.
+
+    Raises:
+        ValueError: an option is invalid, rows of a source are not finite, or the loss ceases to be.
+    """
+    settings.check(num_concepts)
+    N = Z.shape[0]
+    seed = tuple(int(word) for word in np.asarray(jax.random.key_data(key)).ravel())
+    rows = batches.sample(Z, max(SAMPLE_ROWS, 2 * num_concepts), seed)
+    begun = start(rows.astype(np.float32, copy=False), settings.input_scale)
+    settings = dataclasses.replace(
+        settings,
+        batch_size=min(settings.batch_size, N),
+        learning_rate=settings.learning_rate or learning_rate_for(num_concepts),
+        input_scale=begun.scale,
+    )
+    params, fixed = settings.begin(begun, key, num_concepts)
+    given = Given(fixed, jnp.float32(begun.scale))
+    state = _begin(params, settings=settings, mesh=mesh)
+    if checkpoint is not None:
+        state = checkpoint.restore(state)
+    done = int(state.iteration)
+    order: Any = batches.batches(Z, settings.batch_size, seed, done, mesh)
+    for iteration in range(done + 1, settings.max_iter + 1):
+        state, figures = update(state, given, next(order), settings=settings, mesh=mesh)
+        if tell is not None and (iteration % every == 0 or iteration == settings.max_iter):
+            tell(_standing(figures, num_concepts, iteration, settings.max_iter))
+        if checkpoint is not None:
+            checkpoint.offer(iteration, state)
+    order.close()
+    history = np.asarray(state.history)
+    if not np.isfinite(history).all():
+        bad = int(np.argmin(np.isfinite(history)))
+        raise ValueError(
+            f"the loss is {history[bad]} at update {bad + 1}: training diverged; lower "
+            f"learning_rate, which is {settings.learning_rate:.3g}"
+        )
+    # The mean without what the first value, zero, still weighs.
+    threshold = state.threshold / max(1 - FORGET**settings.max_iter, 1e-30)
+    found = settings.finish(fixed | state.params, begun.scale, threshold)
+    return Trained({name: _whole(value) for name, value in found.items()}, settings, history)
+
+
+def learning_rate_for(num_concepts: int) -> float:
+    """Returns the default learning rate, which falls with the root of the number of features.
+
+    Source: Gao et al. 2024, section 2.2 and appendix B; the constant is measured.
+    """
+    return 2e-4 * (2**14 / num_concepts) ** 0.5
+
+
+@partial(jax.jit, static_argnames=("settings", "mesh"))
+def _begin(params: Params, *, settings: Training, mesh: Mesh | None) -> State:
+    state = State(
+        params,
+        settings.optimizer().init(params),
+        jnp.zeros(len(params["b_enc"]), jnp.int32),
+        jnp.zeros((), jnp.float32),
+        jnp.full(settings.max_iter, jnp.nan, jnp.float32),
+        jnp.zeros((), jnp.int32),
+    )
+    return spread_state(state, mesh)
+
+
+def _standing(figures: Figures, num_concepts: int, iteration: int, max_iter: int) -> Standing:
+    values = {name: float(value) for name, value in figures._asdict().items()}
+    return Standing(
+        num_concepts,
+        iteration,
+        max_iter,
+        values["loss"],
+        float("nan"),
+        {
+            "L0": values["l0"],
+            "explained variance": values["explained"],
+            "dead share": values["dead"],
+        },
+    )
+
+
+def _whole(value: Array) -> Float[np.ndarray, "..."]:
+    """Returns an array of all hosts on this one."""
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
