@@ -373,7 +373,7 @@ class VLM(LoadedModel):
         )
 
     def process(
-        self, texts: Sequence[str], images: Sequence[Any] | None = None
+        self, texts: Sequence[str], images: Sequence[Any] | None = None, **options: Any
     ) -> dict[str, np.ndarray]:
         """Makes a batch for `forward` and `generate`.
 
@@ -381,15 +381,18 @@ class VLM(LoadedModel):
             texts: prompts from `render`.
             images: for each prompt an image, or a list of images, empty for none. An image is a PIL
                 image, an array or a file's path.
+            options: further arguments of the checkpoint's processor: `do_pan_and_scan=True` for the
+                crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos`.
 
         Returns:
             The processor's arrays, padded on the left.
 
         Raises:
             ValueError: `texts` is a single string or `images` a single image, their numbers differ,
-                a file does not exist, or a prompt has no image token because it was not rendered.
+                a file does not exist, a prompt has no image token because it was not rendered, or
+                the processor does not take an option.
         """
-        return prompts.run_processor(self.processor, texts, images)
+        return prompts.run_processor(self.processor, texts, images, options)
 
     def decode(self, tokens: Any) -> str | list[str]:
         """Decodes token ids to text, without special and pad tokens.

@@ -6,7 +6,7 @@ its video processor.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,13 +19,21 @@ class Processor:
         tokenizer: the checkpoint's tokenizer, from transformers.
         chat_template: a Jinja template, or None.
         image_token: the text for an image in a prompt.
+        videos_need: what must be installed for videos, with which transformers' own class is used
+            instead; None for a family without videos.
     """
 
     image_token: str
+    videos_need: ClassVar[str | None] = None
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.chat_template = chat_template or tokenizer.chat_template
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids of all tokens that an image may become, those of its features first."""
+        return [self.tokenizer.convert_tokens_to_ids(self.image_token)]
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
         """Returns the arrays of the image processor for a flat list of images."""
@@ -105,12 +113,11 @@ class Processor:
             written = iter(self.expand(arrays))
             texts = [self._fill(prompt, written) for prompt in texts]
         tokens = self.tokenizer(texts, padding=padding, return_tensors="np")
-        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         ids = np.asarray(tokens["input_ids"])
         return {
             "input_ids": ids,
             "attention_mask": np.asarray(tokens["attention_mask"]),
-            "mm_token_type_ids": (ids == image_id).astype(ids.dtype),
+            "mm_token_type_ids": np.isin(ids, self.image_token_ids).astype(ids.dtype),
             **arrays,
         }
 

@@ -1,6 +1,7 @@
 """Prompts in the checkpoint's chat template, and the processor's arrays of prompts with images."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,46 @@ def render(processor: Any, prompt: Any, *, image_text: str, where: Any) -> str:
 
 
 def run_processor(
-    processor: Any, texts: Sequence[str], images: Sequence[Any] | None
+    processor: Any, texts: Sequence[str], images: Sequence[Any] | None, options: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Returns the processor's arrays of rendered prompts with their images, padded on the left.
 
+    Args:
+        processor: the checkpoint's processor.
+        texts: as for `pair_prompts`.
+        images: as for `pair_prompts`.
+        options: further arguments of the processor.
+
     Raises:
-        ValueError: as for `pair_prompts`.
+        ValueError: as for `pair_prompts`, or the processor does not take an option.
     """
     pairs = pair_prompts(texts, images, getattr(processor, "image_token", None))
+    _check_options(processor, options)
     processor.tokenizer.padding_side = "left"
     batch = processor(
         text=[text for text, _ in pairs],
         images=[listed for _, listed in pairs],
         padding=True,
         return_tensors="np",
+        **options,
     )
     return {name: np.asarray(value) for name, value in batch.items()}
+
+
+def _check_options(processor: Any, options: Mapping[str, Any]) -> None:
+    if "videos" in options and getattr(processor, "video_processor", None) is None:
+        need = getattr(processor, "videos_need", None)
+        raise ValueError(
+            f"videos need transformers' own processor, which requires {need}: install it, or make "
+            "the arrays where it is installed and pass them to vlm.forward or vlm.generate"
+            if need
+            else "videos are not inputs of this model family; pass frames as images, one per "
+            "image token"
+        )
+    # transformers' processors take any option, and warn of those that they do not know.
+    taken = inspect.signature(processor.__call__).parameters
+    unknown = [name for name in options if name not in taken]
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        raise ValueError(
+            f"the processor has no option {', '.join(unknown)}; expected texts and images alone"
+        )

@@ -73,7 +73,9 @@ def check_image_token(processor: Any, image_tokens: Sequence[int], where: Any) -
         # Prompts of Gemma 3 mark an image by the token that begins it.
         token = processor.tokenizer.image_token
     number = processor.tokenizer.convert_tokens_to_ids(str(token))
-    if number not in image_tokens:
+    # Those of Molmo 2 mark an image by a token that none of its tokens is.
+    others = getattr(processor, "image_token_ids", None) or [number]
+    if number not in image_tokens and others[0] not in image_tokens:
         raise ValueError(
             f"{where}: image token {str(token)!r} has id {number} in the tokenizer, but "
             f"config.json says {image_tokens[0]}; use files from the same checkpoint"

@@ -23,7 +23,7 @@ from ports import checkpoint
 from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
-from ports.models import idefics2
+from ports.models import idefics2, port
 from ports.models.port import Port, read_processor
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, siglip, vision_language
@@ -245,8 +245,7 @@ def read_smolvlm_processor(directory: Path) -> Any:
         return read_processor(directory)
     # Remote code is never run, and the user is not asked to.
     own = {"trust_remote_code": False}
-    file = directory / "processor_config.json"
-    stored = checkpoint.read_json(file) if file.exists() else {}
+    stored = port.read_settings(directory, "processor_config.json")
     with checkpoint.loading(directory, "processor"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **own)
         return Idefics3Processor(

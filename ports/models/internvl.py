@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ports import checkpoint
 from ports.inputs import processor
 from ports.models import llava_like, port
 from ports.models.port import Port
@@ -314,6 +313,8 @@ class Processor(processor.Processor):
     3, height, width]. An image of several tiles also has itself, made smaller, as the last one.
     """
 
+    videos_need = "torchvision"
+
     def __init__(
         self,
         image_processor: Any,
@@ -346,8 +347,7 @@ def read_processor(directory: Path) -> Processor:
     Raises:
         ValueError: the processor does not load.
     """
-    file = directory / "processor_config.json"
-    settings = checkpoint.read_json(file) if file.exists() else {}
+    settings = port.read_settings(directory, "processor_config.json")
     return Processor(*port.read_parts(directory), settings.get("image_seq_length", 256))
 
 

@@ -282,8 +282,7 @@ def complete_processor(processor: Any, config: Config, directory: Path) -> None:
     """
     if config.tower == "pixtral":
         return
-    file = directory / "processor_config.json"
-    said = checkpoint.read_json(file) if file.exists() else {}
+    said = port.read_settings(directory, "processor_config.json")
     for name, value in {
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": "full" if config.keep_first_position else "default",

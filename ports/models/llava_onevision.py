@@ -211,6 +211,7 @@ class Processor(processor.Processor):
     width], image_sizes int[I, 2] and batch_num_images, the number of images per text.
     """
 
+    videos_need = "torchvision"
     sizes: Config  # set by `complete_processor`
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
@@ -239,11 +240,7 @@ def read_processor(directory: Path) -> Any:
     Raises:
         ValueError: the processor does not load.
     """
-    from transformers.utils.import_utils import is_torchvision_available
-
-    if is_torchvision_available():
-        return port.read_processor(directory)
-    return Processor(*port.read_parts(directory))
+    return port.read_with_videos(directory, lambda path: Processor(*port.read_parts(path)))
 
 
 def complete_processor(found: Any, config: Config, directory: Path) -> None:

@@ -7,6 +7,7 @@ them.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -110,6 +111,21 @@ class PaliGemma(llava_like.LlavaLike):
         return jnp.where(mask, 0, -1)
 
 
+# Of its checkpoints, which have none: the processor itself adds what marks a prompt's ends.
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def complete_processor(processor: Any, config: Config, directory: Path) -> None:
+    """Gives a processor without a chat template one that writes images and text alone."""
+    if processor.chat_template is None and processor.tokenizer.chat_template is None:
+        processor.chat_template = TEMPLATE
+
+
 PORT = Port(
     config=Config,
     module=PaliGemma,
@@ -118,6 +134,7 @@ PORT = Port(
     prepare_inputs=llava_like.prepare_inputs,
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
+    complete_processor=complete_processor,
     patch_layout=llava_like.patch_layout,
     per_position={"token_type_ids": 0},
 )

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ports import checkpoint
 from ports.inputs import processor
 from ports.models import port
 
@@ -57,6 +56,5 @@ def read_processor(directory: Path) -> Processor:
     Raises:
         ValueError: the processor does not load.
     """
-    file = directory / "processor_config.json"
-    settings = checkpoint.read_json(file) if file.exists() else {}
+    settings = port.read_settings(directory, "processor_config.json")
     return Processor(*port.read_parts(directory), settings)

@@ -88,13 +88,42 @@ def read_parts(directory: Path) -> tuple[Any, Any, str | None]:
 
     own = {"trust_remote_code": False}
     with checkpoint.loading(directory, "processor"):
-        # The template has its own file in older checkpoints.
-        file = directory / "chat_template.json"
         return (
             AutoImageProcessor.from_pretrained(directory, backend="pil", **own),
             AutoTokenizer.from_pretrained(directory, **own),
-            checkpoint.read_json(file).get("chat_template") if file.exists() else None,
+            read_template(directory),
         )
+
+
+def read_template(directory: Path) -> str | None:
+    """Returns the chat template if it has its own file, as in older checkpoints.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return read_settings(directory, "chat_template.json").get("chat_template")
+
+
+def read_settings(directory: Path, name: str) -> dict[str, Any]:
+    """Returns the values of a JSON file of a checkpoint, or none if it does not have the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = directory / name
+    return checkpoint.read_json(file) if file.exists() else {}
+
+
+def read_with_videos(directory: Path, own: Callable[[Path], Any]) -> Any:
+    """Loads the processor of a family with videos: transformers' class, whose video half requires
+    torchvision, if that is installed, else `own`, for texts and images.
+
+    Raises:
+        ValueError: the processor does not load.
+    """
+    from transformers.utils.import_utils import is_torchvision_available
+
+    return read_processor(directory) if is_torchvision_available() else own(directory)
 
 
 def leave_processor(processor: Any, config: Any, directory: Path) -> None:

@@ -21,8 +21,23 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "molmo2_text": {"qk_norm": True, "output_bias": False},
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
-    # transformers ignores the softcaps of a Gemma 3 configuration.
-    "gemma3_text": {**_GEMMA2, "qk_norm": True, "score_softcap": None, "logit_softcap": None},
+    "gemma3_text": {**_GEMMA2, "qk_norm": True},
+}
+# Values of a configuration that not every model_type has. transformers ignores those that a type
+# does not have, even if its config.json has them, as files that were converted sometimes do.
+_GEMMA_READS = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window")
+_READS: dict[str, tuple[str, ...]] = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window",),
+    "qwen2_vl_text": ("sliding_window",),
+    "qwen2_5_vl_text": ("sliding_window",),
+    "qwen3": ("attention_bias", "sliding_window"),
+    "qwen3_vl_text": ("attention_bias",),
+    "molmo2_text": ("attention_bias", "additional_vocab_size"),
+    "gemma": ("attention_bias",),
+    "gemma2": (*_GEMMA_READS, "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": _GEMMA_READS,
 }
 _INTERLEAVED = ("qwen3_vl_text",)
 
@@ -114,7 +129,11 @@ class DecoderConfig:
                 f"text_config.model_type is {text.model_type!r}; expected "
                 f"{' or '.join(map(repr, model_types))}"
             )
-        hidden_act = getattr(text, "hidden_activation", None) or text.hidden_act
+
+        def read(name: str) -> Any:
+            return getattr(text, name, None) if name in _READS[text.model_type] else None
+
+        hidden_act = read("hidden_activation") or text.hidden_act
         layers.activation(hidden_act)
         if text.num_hidden_layers < 1:
             raise ValueError(
@@ -133,8 +152,8 @@ class DecoderConfig:
 
         # Nested by the kind of layers, if they differ (Gemma 3).
         said = dict(text.rope_parameters)
-        window, full_layers = _windows(text)
-        bias = bool(getattr(text, "attention_bias", False))
+        window, full_layers = _windows(text, read("sliding_window"))
+        bias = bool(read("attention_bias"))
         values: dict[str, Any] = {
             "rope": rope(said.get("full_attention", said)),
             "sliding_rope": rope(said["sliding_attention"])
@@ -142,10 +161,10 @@ class DecoderConfig:
             else None,
             "qkv_bias": bias,
             "output_bias": bias,
-            "mlp_bias": bool(getattr(text, "mlp_bias", False)),
-            "score_scalar": getattr(text, "query_pre_attn_scalar", None),
-            "score_softcap": getattr(text, "attn_logit_softcapping", None),
-            "logit_softcap": getattr(text, "final_logit_softcapping", None),
+            "mlp_bias": bool(read("mlp_bias")),
+            "score_scalar": read("query_pre_attn_scalar"),
+            "score_softcap": read("attn_logit_softcapping"),
+            "logit_softcap": read("final_logit_softcapping"),
         }
         return cls(
             vocab_size=text.vocab_size,
@@ -160,7 +179,7 @@ class DecoderConfig:
             tie_embeddings=tie_embeddings,
             sliding_window=window,
             full_layers=full_layers,
-            additional_vocab=getattr(text, "additional_vocab_size", 0),
+            additional_vocab=read("additional_vocab_size") or 0,
             **(values | _TRAITS[text.model_type]),
         )
 
@@ -182,9 +201,8 @@ class DecoderConfig:
         return self.sliding_rope
 
 
-def _windows(text: Any) -> tuple[int | None, tuple[int, ...]]:
-    """Returns the window in a text configuration, and the layers without it."""
-    window = getattr(text, "sliding_window", None)
+def _windows(text: Any, window: int | None) -> tuple[int | None, tuple[int, ...]]:
+    """Returns the window of a text configuration, if it is used, and the layers without it."""
     if window is None or not getattr(text, "use_sliding_window", True):
         return None, ()
     kinds = getattr(text, "layer_types", None)

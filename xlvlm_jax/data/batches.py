@@ -10,13 +10,13 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ports import VLM
-from xlvlm_jax.data.answers import answered
+from xlvlm_jax.data.answers import answered, without_end
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 
@@ -86,20 +86,21 @@ def make_batch(
             batch that no single sample causes, or for a missing package, is passed on.
     """
     texts = [[vlm.render(prompt(sample)) for sample in samples] for prompt in prompts]
-    lengths = np.zeros(len(samples), int)
+    lengths, suffixes = np.zeros(len(samples), int), None
     if answers is not None:
         (own,) = texts
-        own, lengths = answered(vlm, own, answers, ended=ended)
+        own, suffixes, lengths = answered(vlm, own, answers, ended=ended)
         texts = [own]
     images, errors = _read(samples, strict)
+    process = functools.partial(_process, vlm, texts, suffixes)
     inputs: tuple[Arrays, ...] = ()
     try:
-        inputs = _process(vlm, texts, images, size)
+        inputs = process(images, size)
     except (ImportError, MemoryError):
         raise
     # Processors may raise any error for an odd picture, or a prompt with their own markers.
     except Exception as error:
-        refused = _refused(vlm, texts, images)
+        refused = _refused(process, images)
         if not refused:
             raise
         for i, reason in refused.items():
@@ -107,7 +108,9 @@ def make_batch(
             errors[i] = f"{samples[i].image}: the processor refuses it or its prompt ({reason})"
             if strict:
                 raise ValueError(f"sample {samples[i].id}: {errors[i]}") from error
-        inputs = _process(vlm, texts, images, size)
+        inputs = process(images, size)
+    if suffixes is not None and not ended:
+        inputs = tuple(map(without_end, inputs))
     rows = _filled(images, size)
     sizes = tuple((images[i].height, images[i].width) for i in rows.tolist())
     return Batch(tuple(samples), tuple(errors), rows, len(images), inputs, lengths[rows], sizes)
@@ -136,9 +139,13 @@ def _filled(images: Mapping[int, Image.Image], size: int) -> np.ndarray:
 
 
 def _process(
-    vlm: VLM, texts: Sequence[Sequence[str]], images: Mapping[int, Image.Image], size: int
+    vlm: VLM,
+    texts: Sequence[Sequence[str]],
+    suffixes: Sequence[str] | None,
+    images: Mapping[int, Image.Image],
+    size: int,
 ) -> tuple[Arrays, ...]:
-    """Returns the processor's arrays of each version.
+    """Returns the processor's arrays of each version, whose answers may be `suffixes`.
 
     Raises whatever the processor raises, or ValueError if images and prompts do not match (a
     question may contain the image marker).
@@ -147,20 +154,23 @@ def _process(
     if not rows:
         return ()
     pictures = [images[i] for i in rows]
-    inputs = tuple(vlm.process([version[i] for i in rows], pictures) for version in texts)
+    options = {} if suffixes is None else {"suffix": [suffixes[i] for i in rows]}
+    inputs = tuple(
+        vlm.process([version[i] for i in rows], pictures, **options) for version in texts
+    )
     for arrays in inputs:
         vlm.prepare(arrays)
     return inputs
 
 
 def _refused(
-    vlm: VLM, texts: Sequence[Sequence[str]], images: Mapping[int, Image.Image]
+    process: Callable[[Mapping[int, Image.Image], int], Any], images: Mapping[int, Image.Image]
 ) -> dict[int, str]:
     """Returns {index: why it can't be processed}, trying each sample alone."""
     refused = {}
     for i, image in images.items():
         try:
-            _process(vlm, texts, {i: image}, 1)
+            process({i: image}, 1)
         except Exception as error:
             said = " ".join(str(error).split())
             refused[i] = said[:300] or type(error).__name__

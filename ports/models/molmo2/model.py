@@ -7,9 +7,6 @@ Features are added to the embeddings of the patch tokens. All tokens of the pict
 (patches, and those that begin and end pictures and lines) see each other both ways.
 """
 
-from pathlib import Path
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +20,7 @@ from ports.models.molmo2.inputs import (
     patch_layout,
     prepare_inputs,
 )
+from ports.models.molmo2.processor import read_processor
 from ports.models.molmo2.stored import canonical_name, rearrange
 from ports.models.port import Port
 from ports.nn import decoder, layers, vision_language
@@ -90,19 +88,6 @@ class Molmo2(vision_language.VisionLanguageModel):
         """Returns int[B, T], 0 at all tokens of pictures, and -1 elsewhere."""
         tokens = jnp.asarray(inputs["input_ids"])
         return jnp.where(vision_language.is_image(tokens, self.config.image_tokens), 0, -1)
-
-
-def read_processor(directory: Path) -> Any:
-    """Says that there is none.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"{directory}: the processor of Molmo2 is not implemented (transformers' own requires "
-        "torchvision); make the arrays with transformers' Molmo2Processor and pass them to "
-        "vlm.forward or vlm.generate"
-    )
 
 
 PORT = Port(

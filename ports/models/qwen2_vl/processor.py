@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ports import checkpoint
 from ports.inputs import processor
 from ports.models import port
 
@@ -20,6 +19,8 @@ class Processor(processor.Processor):
     Besides input_ids, attention_mask and mm_token_type_ids, these are pixel_values
     float32[patches, values] and image_grid_thw int[I, 3].
     """
+
+    videos_need = "torchvision"
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
         super().__init__(image_processor, tokenizer, chat_template)
@@ -39,11 +40,4 @@ def read_processor(directory: Path) -> Any:
     Raises:
         ValueError: the processor does not load.
     """
-    from transformers import AutoProcessor
-    from transformers.utils.import_utils import is_torchvision_available
-
-    with checkpoint.loading(directory, "processor"):
-        if is_torchvision_available():
-            # Remote code is never run, and the user is not asked to.
-            return AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
-    return Processor(*port.read_parts(directory))
+    return port.read_with_videos(directory, lambda path: Processor(*port.read_parts(path)))

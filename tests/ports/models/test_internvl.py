@@ -77,6 +77,21 @@ def test_questions_share_a_picture(intern, monkeypatch):
     family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))
 
 
+def test_steering_is_a_hook(intern):
+    family.check_steering(intern, INPUTS)
+
+
+@pytest.mark.parametrize("intern", ["qwen3"], indirect=True)
+def test_adapters(intern, tmp_path):
+    family.check_adapters(intern, INPUTS, tmp_path, r".*\.(q_proj|down_proj|linear_1)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("intern", ["qwen3"], indirect=True)
+def test_eight_devices(intern, tmp_path):
+    family.check_mesh(intern, INPUTS, tmp_path, ["multi_modal_projector"])
+
+
 def test_files(intern, tmp_path):
     family.check_files(intern, tmp_path)
 

@@ -63,6 +63,36 @@ def site_errors(ours, theirs, inputs):
     return helpers.site_errors(cut, theirs, inputs)
 
 
+def save_processor(kind: str, directory: Path) -> None:
+    """Writes a processor's files beside a checkpoint."""
+    words = ["User:", "Assistant:", "what", "is", "it"]
+    tokenizer = helpers.make_tokenizer(words, {"<image>": helpers.IMAGE, "<video>": VIDEO})
+    template = (
+        "{% for m in messages %}User: {% for p in m.content %}"
+        "{{ '<image> ' if p.type == 'image' else p.text }}{% endfor %} {% endfor %}Assistant:"
+    )
+    if kind == "onevision":
+        images = LlavaOnevisionImageProcessorPil(
+            size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=CANVASES
+        )
+        llava_onevision.Processor(images, tokenizer, template).save_pretrained(directory)
+        return
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=CANVASES,
+    )
+    transformers.LlavaNextProcessor(
+        images,
+        tokenizer,
+        chat_template=template,
+        patch_size=7,
+        image_token="<image>",
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory) -> family.Family:
     model, module = KINDS[request.param]
@@ -224,31 +254,9 @@ class TestPhotographs:
 
     @pytest.fixture(scope="class")
     def vlm(self, made):
-        words = ["User:", "Assistant:", "what", "is", "it"]
-        tokenizer = helpers.make_tokenizer(words, {"<image>": helpers.IMAGE, "<video>": VIDEO})
-        template = "{% for m in messages %}User: {% for p in m.content %}{{ '<image> ' if p.type == 'image' else p.text }}{% endfor %} {% endfor %}Assistant:"  # noqa: E501
-        directory = made.pair.directory
-        if made.port is llava_next.PORT:
-            images = LlavaNextImageProcessorPil(
-                size={"shortest_edge": SIDE},
-                crop_size={"height": SIDE, "width": SIDE},
-                image_grid_pinpoints=CANVASES,
-            )
-            transformers.LlavaNextProcessor(
-                images,
-                tokenizer,
-                chat_template=template,
-                patch_size=7,
-                image_token="<image>",
-                vision_feature_select_strategy="default",
-                num_additional_image_tokens=1,
-            ).save_pretrained(directory)
-        else:
-            images = LlavaOnevisionImageProcessorPil(
-                size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=CANVASES
-            )
-            llava_onevision.Processor(images, tokenizer, template).save_pretrained(directory)
-        return ports.load(directory)
+        kind = "next" if made.port is llava_next.PORT else "onevision"
+        save_processor(kind, made.pair.directory)
+        return ports.load(made.pair.directory)
 
     def test_become_tiles_and_logits(self, made, vlm):
         picture = load_sample_images().images[0]  # 427 x 640

@@ -1,20 +1,24 @@
 """Molmo2 against PyTorch: whole pictures and their crops, several pictures, videos."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from sklearn.datasets import load_sample_images
 
 import ports
 from ports import checkpoint
 from ports.models.molmo2 import model as molmo2
+from ports.models.molmo2 import processor
 
 from .. import family, helpers
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "configs" / "molmo2-4b.json"
+EXPECTED = Path(__file__).parents[2] / "data" / "molmo2"
 # Patches along a crop, and from a crop to the next; values of a patch.
 SIDE, STEP, VALUES = 5, 3, 147
 START, END, PATCH, COLUMN, LOW_START, FRAME_START, FRAME_END = range(103, 110)
@@ -125,6 +129,39 @@ def make_inputs(rows, texts, frames=0):
 
 # Two pictures in a row, none, and one, of unequal sizes.
 INPUTS = make_inputs([[(1, 2), (1, 1)], [], [(2, 1)]], [4, 9, 5])
+
+
+def save_processor(directory: Path, **changes) -> None:
+    """Writes a processor's files beside a checkpoint: crops of SIDE x SIDE patches."""
+    special = {
+        "<im_start>": START,
+        "<im_end>": END,
+        "<im_patch>": PATCH,
+        "<im_col>": COLUMN,
+        "<low_res_im_start>": LOW_START,
+        "<frame_start>": FRAME_START,
+        "<frame_end>": FRAME_END,
+        "<im_low>": FRAME_END + 1,
+        "<|image|>": 98,
+        "<|video|>": 97,
+    }
+    tokenizer = helpers.make_tokenizer(["User:", "Assistant:", "what", "is", "it"], special)
+    tokenizer.chat_template = (
+        "{% for m in messages %}User: {% for p in m.content %}"
+        "{{ '<|image|> ' if p.type == 'image' else p.text }}{% endfor %} {% endfor %}Assistant:"
+    )
+    tokenizer.save_pretrained(directory)
+    images = {
+        "image_processor_type": "Molmo2ImageProcessor",
+        "size": {"height": 7 * SIDE, "width": 7 * SIDE},
+        "patch_size": 7,
+        "max_crops": 4,
+        "overlap_margins": [1, SIDE - STEP - 1],
+        "pooling_size": [2, 2],
+        **changes,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
+    (directory / "processor_config.json").write_text('{"processor_class": "Molmo2Processor"}')
 
 
 def site_errors(ours, theirs, inputs):
@@ -314,8 +351,80 @@ class TestMessages:
         with helpers.raises_line(ValueError, message):
             molmo2.Config.from_hf(make_config(**changes))
 
-    def test_no_processor(self, made):
-        tokenizer = helpers.make_tokenizer([], {})
-        tokenizer.save_pretrained(made.pair.directory)
-        with helpers.raises_line(ValueError, "processor of Molmo2 is not implemented", "torchvis"):
-            ports.load(made.pair.directory).processor  # noqa: B018
+
+class TestProcessor:
+    @pytest.fixture(scope="class")
+    def vlm(self, made):
+        save_processor(made.pair.directory)
+        return ports.load(made.pair.directory)
+
+    @pytest.fixture(scope="class")
+    def inputs(self, vlm):
+        """Two photographs in one prompt, one in another, none in a third."""
+        china, flower = (photo[::8, ::8] for photo in load_sample_images().images)
+        prompts = ["what <|image|> is <|image|> it", vlm.render("what is it"), "is it"]
+        pictures = [[china, flower.swapaxes(0, 1)], [flower[:, :30]], []]
+        return vlm.process(prompts, pictures)
+
+    def test_makes_the_arrays_of_transformers(self, inputs):
+        """Those that its own class, which needs torchvision, made: see the script beside them."""
+        with np.load(EXPECTED / "expected.npz") as expected:
+            assert set(expected) == set(inputs)
+            for name, value in expected.items():
+                # They were rounded to the 256 values of a pixel.
+                ours = inputs[name] * 127.5 + 127.5 if name == "pixel_values" else inputs[name]
+                np.testing.assert_allclose(ours, value, rtol=0, atol=1e-4, err_msg=name)
+
+    def test_makes_logits(self, made, inputs):
+        expected, _ = made.torch_forward(inputs)
+        family.assert_logits(made.vlm.forward(inputs).logits, expected, inputs)
+
+    def test_crops_by_hand(self, vlm):
+        picture = np.array([[[0, 51, 255]]], np.uint8)
+        crops = processor.cut(picture, vlm.processor.image_processor)
+        # One color: the whole and a single crop, of 3 x 3 features, of which the last are smaller.
+        assert crops.patches.shape == (2, SIDE**2, VALUES)
+        colors = np.unique(crops.patches.reshape(-1, 3), axis=0)
+        np.testing.assert_allclose(colors, [[-1, -0.6, 1]], rtol=1e-6)
+        assert crops.grid == (3, 3, 3, 3)
+        assert crops.pooling[:3].tolist() == [[0, 1, 5, 6], [2, 3, 7, 8], [4, -1, 9, -1]]
+        assert crops.pooling[9].tolist() == [25, 26, 30, 31]
+
+    def test_a_patch_is_taken_from_the_crop_where_it_is_inside(self, vlm):
+        picture = np.zeros((56, 35, 3), np.uint8)
+        crops = processor.cut(picture, vlm.processor.image_processor)
+        expected = pooled(SIDE**2 + tiling(2, 1)).reshape(-1, 4)
+        np.testing.assert_array_equal(crops.pooling[9:], expected)
+
+    @pytest.mark.parametrize("shape", [(40, 23, 3), (1, 3, 3), (90, 64, 3)])
+    def test_resizing_is_pytorchs(self, shape):
+        image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+        values = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        options = {"mode": "bilinear", "align_corners": False}
+        for size in ((35, 35), (60, 91), (7, 120)):
+            theirs = torch.nn.functional.interpolate(values, size, **options).round()
+            ours = processor.resize(image, *size)
+            np.testing.assert_array_equal(ours, theirs[0].permute(1, 2, 0).numpy())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"resample": 3}, "resample is 3; expected 2"),
+            ({"size": {"height": 35, "width": 42}}, "expected a square, a multiple of patch_size"),
+            ({"overlap_margins": [2, 3]}, "overlap_margins is [2, 3]; expected a sum below the 5"),
+        ],
+        ids=str,
+    )
+    def test_values_that_are_not_implemented(self, made, tmp_path, change, message):
+        shutil.copy(made.pair.directory / "config.json", tmp_path)
+        save_processor(tmp_path, **change)
+        with helpers.raises_line(ValueError, "cannot load the processor", message):
+            ports.load_abstract(tmp_path).processor  # noqa: B018
+
+    def test_an_image_of_another_kind(self, vlm):
+        with helpers.raises_line(ValueError, "rejects an image: it is float64[3, 3]"):
+            vlm.process([vlm.render("what")], [np.zeros((3, 3))])
+
+    def test_images_of_another_number(self, vlm):
+        with helpers.raises_line(ValueError, "contains <|image|> 0 times for 1 image"):
+            vlm.process(["what"], [np.zeros((9, 9, 3), np.uint8)])

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+import ports
 from ports.models import paligemma
-from xlvlm_jax.data.answers import answered
 
 from .. import family, helpers
 
@@ -70,6 +71,21 @@ def test_questions_share_no_picture_whose_tokens_see_them(pali):
     family.check_apart(pali, make_inputs([1, 1], [18, 21]))
 
 
+def test_steering_is_a_hook(pali):
+    family.check_steering(pali, INPUTS)
+
+
+@pytest.mark.parametrize("pali", [2], indirect=True)
+def test_adapters(pali, tmp_path):
+    family.check_adapters(pali, INPUTS, tmp_path, r".*\.(q_proj|gate_proj|linear)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pali", [2], indirect=True)
+def test_eight_devices(pali, tmp_path):
+    family.check_mesh(pali, INPUTS, tmp_path, ["multi_modal_projector"])
+
+
 def test_files(pali, tmp_path):
     family.check_files(pali, tmp_path)
 
@@ -86,6 +102,16 @@ def test_an_answer_in_the_inputs_sees_what_is_before_it(pali):
     family.check_logits(pali, inputs)
 
 
-def test_an_answer_does_not_follow_its_prompt_in_one_text(pali):
-    with helpers.raises_line(ValueError, "a paligemma sees its prompt both ways", "--mode generat"):
-        answered(pali.vlm, ["what is it"], ["a cat"])
+def test_a_checkpoint_without_a_template(pali):
+    """As Google's are: an image and the text, to which the processor adds the rest."""
+    tokenizer = helpers.make_tokenizer(
+        ["what", "is"], {"<image>": helpers.IMAGE}, image_token="<image>"
+    )
+    images = SiglipImageProcessorPil(size={"height": 23, "width": 23})
+    images.image_seq_length = helpers.PATCHES
+    transformers.PaliGemmaProcessor(images, tokenizer).save_pretrained(pali.pair.directory)
+    vlm = ports.load_abstract(pali.pair.directory)
+    assert vlm.render("what is") == "<image>what is"
+    (row,) = vlm.process([vlm.render("what is")], [np.zeros((9, 9, 3), np.uint8)])["input_ids"]
+    words = tokenizer.convert_ids_to_tokens(row)
+    assert words == ["<image>"] * helpers.PATCHES + ["<s>", "what", "is"]

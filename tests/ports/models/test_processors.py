@@ -1,5 +1,6 @@
 """Photographs through the processors of families with LLaVA's layout, without torch."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,20 @@ MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "pixtral": pixtral,
     "internvl": intern,
 }
+# What the processor's own files do not say.
+SETTINGS = {"pixtral": {"patch_size": 7}, "internvl": {"image_seq_length": test_internvl.TOKENS}}
+
+
+def save(name: str, directory: Path) -> tuple[Any, Any]:
+    """Writes the configuration and the processor of a family, and returns them."""
+    config, processor = MAKERS[name]()
+    config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    if name in SETTINGS:
+        (directory / "processor_config.json").write_text(json.dumps(SETTINGS[name]))
+    return config, processor
+
+
 SCRIPT = """
 import sys
 import numpy as np
@@ -125,16 +140,7 @@ for directory in sys.argv[1:]:
 def found(tmp_path_factory) -> dict[str, tuple[Any, Path, dict[str, np.ndarray]]]:
     """Returns family -> (processor, directory, arrays of two photographs made without torch)."""
     root = tmp_path_factory.mktemp("processors")
-    made = {}
-    for name, make in MAKERS.items():
-        config, processor = make()
-        config.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-        made[name] = processor
-    (root / "pixtral" / "processor_config.json").write_text('{"patch_size": 7}')
-    (root / "internvl" / "processor_config.json").write_text(
-        f'{{"image_seq_length": {test_internvl.TOKENS}}}'
-    )
+    made = {name: save(name, root / name)[1] for name in MAKERS}
     helpers.run_python(SCRIPT, *(root / name for name in MAKERS))
     return {
         name: (processor, root / name, dict(np.load(root / name / "arrays.npz")))
@@ -153,23 +159,45 @@ def test_the_arrays_are_those_of_transformers(found, name):
         np.testing.assert_array_equal(ours[key], value)
 
 
-def test_crops_are_images_of_gemma(found):
-    processor, directory, arrays = found["gemma3"]
-    # Its files ask for crops, but transformers' processor makes them only if its caller asks.
-    assert len(arrays["pixel_values"]) == 2
-    vlm = ports.load_abstract(directory)
-    images = [[image] for image in load_sample_images().images]
-    cut = processor(
-        text=[vlm.render("what is in the picture")] * 2,
-        images=images,
-        padding=True,
-        return_tensors="np",
-        do_pan_and_scan=True,
-        pan_and_scan_min_crop_size=100,
+class TestCropsOfGemma:
+    def test_are_images(self, found):
+        processor, directory, arrays = found["gemma3"]
+        # Its files ask for crops, but transformers' processor makes them only if its caller asks.
+        assert len(arrays["pixel_values"]) == 2
+        vlm = ports.load_abstract(directory)
+        images = [[image] for image in load_sample_images().images]
+        prompts = [vlm.render("what is in the picture")] * 2
+        options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 100}
+        cut = vlm.process(prompts, images, **options)
+        # 640 x 427 pixels: two crops beside the whole.
+        assert len(vlm.prepare(cut)["pixel_values"]) == 6
+        assert ((cut["input_ids"] == helpers.IMAGE).sum(1) == 3 * test_gemma3.TOKENS).all()
+        given = {"text": prompts, "images": images, "padding": True, "return_tensors": "np"}
+        for name, value in processor(**given, **options).items():
+            np.testing.assert_array_equal(cut[name], value)
+
+    def test_have_layouts(self, found):
+        vlm = ports.load_abstract(found["gemma3"][1])
+        picture = load_sample_images().images[:1]
+        options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 100}
+        (layouts,) = vlm.patch_layout(vlm.process([vlm.render("what")], picture, **options))
+        assert [layout.positions.shape for layout in layouts] == [(4, 4)] * 3
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("internvl", "which requires torchvision: install it"), ("paligemma", "pass frames as")],
     )
-    # 640 x 427 pixels: two crops beside the whole.
-    assert len(vlm.prepare(cut)["pixel_values"]) == 6
-    assert ((cut["input_ids"] == helpers.IMAGE).sum(1) == 3 * test_gemma3.TOKENS).all()
+    def test_videos_are_refused_by_name(self, found, name, message):
+        vlm = ports.load_abstract(found[name][1])
+        with helpers.raises_line(ValueError, "videos", message):
+            vlm.process(["what"], [[]], videos=[np.zeros((2, 9, 9, 3), np.uint8)])
+
+    def test_those_that_our_processors_do_not_know(self, found):
+        vlm = ports.load_abstract(found["internvl"][1])
+        with helpers.raises_line(ValueError, "the processor has no option max_patches"):
+            vlm.process(["what"], [[]], max_patches=2)
 
 
 def test_rows_of_pixtral_by_hand(found):
