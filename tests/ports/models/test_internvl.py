@@ -77,6 +77,7 @@ def test_questions_share_a_picture(intern, monkeypatch):
     family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))
 
 
+@pytest.mark.parametrize("intern", ["qwen3"], indirect=True)
 def test_steering_is_a_hook(intern):
     family.check_steering(intern, INPUTS)
 

@@ -71,6 +71,7 @@ def test_questions_share_no_picture_whose_tokens_see_them(pali):
     family.check_apart(pali, make_inputs([1, 1], [18, 21]))
 
 
+@pytest.mark.parametrize("pali", [2], indirect=True)
 def test_steering_is_a_hook(pali):
     family.check_steering(pali, INPUTS)
 

@@ -182,13 +182,18 @@ SMALL = {
     "pad_token_id": 0,
 }
 GEMMA = {"query_pre_attn_scalar": 7, "sliding_window": 4}
+# Values that these model_types do not have, and transformers ignores.
+IGNORED = {"attention_bias": True, "mlp_bias": True, "hidden_activation": "relu"}
 DECODERS = {
+    "mistral": transformers.MistralConfig(**SMALL, **IGNORED, sliding_window=4),
     "qwen2": transformers.Qwen2Config(
         **{**SMALL, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
         | {"head_dim": 6}
     ),
     "qwen3": transformers.Qwen3Config(**SMALL, attention_bias=True),
-    "gemma": transformers.GemmaConfig(**SMALL),
+    "gemma": transformers.GemmaConfig(
+        **SMALL, hidden_activation="relu", mlp_bias=True, sliding_window=4
+    ),
     "gemma2": transformers.Gemma2Config(
         **SMALL, **GEMMA, attn_logit_softcapping=1.5, attn_implementation="eager"
     ),
