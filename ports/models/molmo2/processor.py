@@ -72,9 +72,9 @@ class ImageSettings(NamedTuple):
                 f"overlap_margins is {list(margins)}; expected a sum below the "
                 f"{size['height'] // patch} patches per side of a crop"
             )
-        unit = 1 / said["rescale_factor"]
+        unit = np.float32(1 / said["rescale_factor"])
         mean, deviation = (
-            tuple((np.float32(said[name]) * np.float32(unit)).tolist())
+            tuple(float(np.float32(value) * unit) for value in said[name])
             for name in ("image_mean", "image_std")
         )
         pool = tuple(said["pooling_size"])
@@ -259,9 +259,9 @@ class Processor(processor.Processor):
             return start + line * rows + "<im_end>"
 
         return [
-            view(self.start, *grid[:2], self.whole_lines)
-            + view("<im_start>", *grid[2:], self.lines)
-            for grid in arrays["image_grids"].tolist()
+            view(self.start, rows, columns, self.whole_lines)
+            + view("<im_start>", all_rows, all_columns, self.lines)
+            for rows, columns, all_rows, all_columns in arrays["image_grids"].tolist()
         ]
 
     def __call__(
