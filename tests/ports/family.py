@@ -290,10 +290,16 @@ def check_mesh(family: Family, inputs: Inputs, directory: Path, sites: Sequence[
 
 
 def check_full_size(
-    port: Port, values: dict[str, Any], directory: Path, parameters: int, share: float
+    port: Port,
+    values: dict[str, Any],
+    directory: Path,
+    parameters: int,
+    share: float,
+    share_of_four: float | None = None,
 ) -> None:
     """Checks names and shapes against PyTorch's model from the published config.json alone, what
-    `inspect` counts, and that each of eight devices holds `share` x an eighth of them.
+    `inspect` counts, and that each of eight devices holds `share` x an eighth of them (and each of
+    four `share_of_four` x a quarter).
     """
     config = transformers.AutoConfig.for_model(**copy.deepcopy(values))
     with torch.device("meta"):
@@ -306,8 +312,9 @@ def check_full_size(
     assert checkpoint.stored_shapes(vlm.params) == expected
     result = inspection.inspect(vlm, batch_size=1)
     assert sum(result.parts.values()) == parameters
-    placed = sharding.param_shardings(
-        sharding.abstract_mesh(1, 8), vlm.params, vlm.module.axes, vlm.module.kv_heads
-    )
-    held = sharding.parameter_bytes(vlm.params, placed) * 8 / (2 * parameters)
-    assert held == pytest.approx(share, abs=1e-3)
+    for devices, held in ((8, share), (4, share_of_four)):
+        mesh = sharding.abstract_mesh(1, devices)
+        axes, kv_heads = vlm.module.axes, vlm.module.kv_heads
+        placed = sharding.param_shardings(mesh, vlm.params, axes, kv_heads)
+        found = sharding.parameter_bytes(vlm.params, placed) * devices / (2 * parameters)
+        assert held is None or found == pytest.approx(held, abs=1e-3)
