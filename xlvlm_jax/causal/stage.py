@@ -149,7 +149,7 @@ def measure_concepts(
     parts: list[dict[str, np.ndarray]] = []
 
     def remade(states: np.ndarray) -> np.ndarray:
-        return np.asarray(reconstruct(concepts, np.asarray(project(states, concepts))))
+        return np.asarray(reconstruct(concepts, np.asarray(project(states, concepts)), states))
 
     for index, batch in batches(
         vlm, samples, answers, batch_size, ended=False, strict=strict, errors=refused
