@@ -5,7 +5,8 @@
 
 Rows are sums of L0 atoms with sizes in [0.5, 1.5], no noise; both sides train TopK with k = L0 and
 as many features as atoms, on the same rows in the same order, each run in a process of its own, in
-turn; on a machine that does other work, pin it to one core (taskset), where CPU time is fair. SAELens runs as its documentation shows, with the better of two learning rates. Printed:
+turn; on a machine that does other work, pin it to one core (taskset), where CPU time is fair.
+SAELens runs as its documentation shows, with the better of two learning rates. Printed:
 
     cosine    mean cosine of planted and found atoms, matched one to one; target 0.95
     seconds   of CPU time until the explained variance of a batch, averaged over 16 updates, reaches
@@ -196,6 +197,7 @@ def saelens(options: argparse.Namespace) -> dict[str, Any]:
             total_training_samples=options.batch * options.updates,
             train_batch_size_samples=options.batch,
             lr=options.rate,
+            lr_end=options.rate / 10,
             lr_warm_up_steps=options.updates // 20,
             lr_decay_steps=options.updates // 5,
             device="cpu",
