@@ -91,7 +91,11 @@ def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
 
 @contextlib.contextmanager
 def making_model(directory: Path) -> Iterator[None]:
-    """Turns any error while a model is built from its configuration into a one-line ValueError."""
+    """Reports any error while a model is built from its configuration in one line.
+
+    Raises:
+        ValueError: there was an error.
+    """
     try:
         yield
     except Exception as error:  # a value of the wrong type can fail anywhere, with any error
@@ -105,7 +109,11 @@ def making_model(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(directory: Path | None, what: str) -> Iterator[None]:
-    """Turns errors while a part of a checkpoint (`what`) is read into a one-line ValueError."""
+    """Reports errors while a part of a checkpoint (`what`) is read in one line.
+
+    Raises:
+        ValueError: there was an error.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError) as error:  # ImportError: a missing library

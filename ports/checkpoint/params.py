@@ -268,6 +268,9 @@ def fingerprint(directory: Path) -> str:
 
     Returns:
         16 hexadecimal digits.
+
+    Raises:
+        ValueError: the record of parameters in Orbax's format is missing or damaged.
     """
     if orbax_io.is_saved(directory):
         return orbax_io.read_record(directory)["fingerprint"]

@@ -284,6 +284,9 @@ def real_images(
 
     Returns:
         The real images [I, 3, height, width] and their masks bool[I, height, width].
+
+    Raises:
+        ValueError: the arrays have other shapes.
     """
     if pixels.ndim != 5 or pixels.shape[2] != tower.num_channels:
         raise ValueError(
@@ -328,6 +331,9 @@ def patch_layout(
 
     Nothing in the arrays tells a split picture from five pictures. The processor's
     `do_image_splitting` does; without a processor, rows of five pictures each are taken as split.
+
+    Raises:
+        ValueError: the tokens are not whole pictures.
     """
     token, count = config.image_tokens[0], config.tokens_per_image
     crops = [patches.equal_runs(row, token, count) for row in arrays["input_ids"]]

@@ -47,7 +47,11 @@ class Config(llava.Config):
 
     @classmethod
     def of(cls, config: Any, tied: bool, **more: Any) -> Self:
-        """Returns the configuration of a family whose pictures are tiles; errors as `from_hf`."""
+        """Returns the configuration of a family whose pictures are tiles.
+
+        Raises:
+            ValueError: a value is not implemented.
+        """
         base = llava.Config.from_hf(config)
         base = dataclasses.replace(base, text=dataclasses.replace(base.text, tie_embeddings=tied))
         side = base.vision.image_size
@@ -186,7 +190,11 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
 def tiles_and_end(
     config: Config, pixels: np.ndarray | None, counts: list[int]
 ) -> tuple[np.ndarray | None, int]:
-    """Returns the tiles, if there are any, and the row of the table after all of their patches."""
+    """Returns the tiles, if there are any, and the row of the table after all of their patches.
+
+    Raises:
+        ValueError: there are fewer tiles than the sizes of the images need.
+    """
     if pixels is None or not counts:
         return None, 0
     if pixels.shape[1] < max(counts):

@@ -70,7 +70,7 @@ def reconstruct(
         float[N, D].
 
     Raises:
-        ValueError: `states` are needed and not given.
+        ValueError: `states` are needed and not given, or the method is unknown.
     """
     if concepts.dictionary is not None:
         return decode(concepts.dictionary, activations, states)

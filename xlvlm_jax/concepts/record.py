@@ -127,6 +127,9 @@ class Concepts:
 
         bool[K], for snmf and sparse autoencoders; do not ground these. False for other methods and
         if the activations are unknown.
+
+        Raises:
+            ValueError: the method is unknown.
         """
         how = method_named(self.method)
         if not (how.is_sparse or how.has_encoder) or self.activations is None:

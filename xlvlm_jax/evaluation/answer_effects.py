@@ -86,6 +86,9 @@ def question_type_scores(
 
     Returns:
         {question type: accuracy}; empty if the types are unknown.
+
+    Raises:
+        ValueError: a question has no answers, or the numbers of samples and predictions differ.
     """
     found: dict[str, list[list[float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):

@@ -77,7 +77,11 @@ class Questions:
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
     ) -> dict[str, Any]:
-        """Returns accuracies, counts and changes from the plain answers as JSON values."""
+        """Returns accuracies, counts and changes from the plain answers as JSON values.
+
+        Raises:
+            ValueError: a sample has no answers, or the numbers of samples and answers differ.
+        """
         counts = answer_effects.count_answers(answers)
         measured: dict[str, Any] = {
             "scores": answer_effects.describe(
@@ -122,7 +126,11 @@ class Questions:
         condition: Condition,
         answers: Sequence[str],
     ) -> Trial:
-        """Returns how a condition moved source answers and how much other answer types lost."""
+        """Returns how a condition moved source answers and how much other answer types lost.
+
+        Raises:
+            ValueError: as for `require` and `measure`.
+        """
         own = answer_effects.require_answers(samples, self.source, self.target)
         changes = answer_effects.answer_changes(
             plain, answers, self.source, self.target, answer_effects.truths(samples)
@@ -183,7 +191,12 @@ class Captions:
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
     ) -> dict[str, Any]:
-        """Returns scores, word counts and changes from the plain captions as JSON values."""
+        """Returns scores, word counts and changes from the plain captions as JSON values.
+
+        Raises:
+            ValueError: a sample has no captions, the numbers of samples and answers differ, or
+                pycocoevalcap is not installed.
+        """
         references = [sample.references for sample in samples]
         said = caption_changes.count_said(answers)
         scores: dict[str, Any] = {"left out": {"CIDEr and others": "there are no references"}}
@@ -223,7 +236,7 @@ class Captions:
         """Returns how many more captions contain one of the words, and the cost in CIDEr.
 
         Raises:
-            ValueError: the samples have no references.
+            ValueError: the samples have no references, there are no words, or as for `measure`.
         """
         references = [sample.references for sample in samples]
         if not any(references):

@@ -187,7 +187,11 @@ class Selection:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words to look for; empty in modes that look for none."""
+        """The words to look for; empty in modes that look for none.
+
+        Raises:
+            ValueError: the class of words is unknown.
+        """
         if self.mode == "class":
             return tuple(class_words(self.argument))
         return (self.argument,) if self.mode == "token-of-interest" else ()
@@ -270,6 +274,9 @@ class Selection:
             found: as for `keep`.
             end_ids: as for `keep`.
             chosen: as for `keep`.
+
+        Raises:
+            ValueError: as for `keep`.
         """
         keep = self.keep(positions, found=found, end_ids=end_ids, chosen=chosen)
         how = str(self.how)

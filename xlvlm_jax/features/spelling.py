@@ -68,6 +68,9 @@ class WordFinder:
 
     `finder(tokens int[B, M])` returns int32[B, 2], the position of the word's first token and the
     position after its last token; -1, -1 for a row that spells none.
+
+    Raises:
+        ValueError: there are no words, `match` is unknown, or tokens are not integers [B, M].
     """
 
     def __init__(self, tokenizer: Any, words: str | Iterable[str], match: str = "word"):

@@ -66,6 +66,9 @@ class LowRankMap:
 
         Returns:
             {site: edit}.
+
+        Raises:
+            ValueError: as for `ports.add_mapped`.
         """
         where = self.where if where is None else where
         return {self.site: add_mapped(self.down, self.up, alpha, where)}

@@ -107,6 +107,9 @@ def patch_layout(
 ) -> Layouts:
     """Lays out the crops of each picture, with the whole as its `whole`; a video's frames one by
     one. At the edge of a picture, a feature may have fewer patches and so a smaller box.
+
+    Raises:
+        ValueError: the grids are missing, or do not match the features or tokens.
     """
     kind = kind_of(arrays)
     if kind is not None and arrays.get(kind[2]) is None:

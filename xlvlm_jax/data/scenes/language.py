@@ -29,7 +29,11 @@ FORMS = {
 
 
 def choose(rng: random.Random, table: dict):
-    """Returns one key of a table {key: weight}."""
+    """Draws one key of a table {key: weight}.
+
+    Raises:
+        ValueError: the sum of the weights is not positive.
+    """
     left = rng.random() * sum(table.values())
     for key, weight in table.items():
         left -= weight

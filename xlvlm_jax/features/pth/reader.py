@@ -7,7 +7,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,13 +18,6 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # start of a file of the older format, as a pic
 _PROTOCOL = 1001
 # Tensors may take this multiple of the file's size (views of one storage), or this many bytes.
 _EXPANSION, _SMALL = 16, 64 * 2**20
-
-
-class _Map(mmap.mmap):
-    """A mapped file for zipfile; before Python 3.13 mmap lacks `seekable`."""
-
-    def seekable(self) -> bool:
-        return True
 
 
 def read_pth(path: str | os.PathLike[str], *, opaque: bool = False) -> Any:
@@ -53,9 +46,9 @@ def read_pth(path: str | os.PathLike[str], *, opaque: bool = False) -> Any:
             if size == 0:
                 raise PthError("empty; expected a file written by torch.save")
             # Views of the map stay valid after the file is closed.
-            content = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
-        read = _read_zip if content[:2] == b"PK" else _read_legacy
-        return read(content, Globals(max(_EXPANSION * size, _SMALL), opaque=opaque))
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            read = _read_zip if content[:2] == b"PK" else _read_legacy
+            return read(file, content, Globals(max(_EXPANSION * size, _SMALL), opaque=opaque))
     except PthError as error:
         # A name in the file may contain a newline.
         raise PthError(f"{path}: {' '.join(str(error).split())}") from None
@@ -84,13 +77,8 @@ def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
     return storage
 
 
-def _stream(content: mmap.mmap) -> IO[bytes]:
-    """Returns the same object: it reads and seeks like a file, but its type does not say so."""
-    return cast(IO[bytes], content)
-
-
-def _read_zip(content: mmap.mmap, known: Globals) -> Any:
-    archive = zipfile.ZipFile(_stream(content))
+def _read_zip(file: IO[bytes], content: mmap.mmap, known: Globals) -> Any:
+    archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise PthError(
@@ -120,14 +108,14 @@ def _read_zip(content: mmap.mmap, known: Globals) -> Any:
     return value
 
 
-def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
+def _read_legacy(file: IO[bytes], content: mmap.mmap, known: Globals) -> Any:
     def plain() -> Any:
         def refuse(_: Any) -> Any:
             raise PthError("its header refers to storages")
 
-        return Machine(_stream(content), known.find, refuse).load()
+        return Machine(file, known.find, refuse).load()
 
-    content.seek(0)
+    file.seek(0)
     # A plain pickle that asks for a global is refused here, and the global is named.
     if plain() != _MAGIC:
         raise PthError("a pickle that torch.save did not write; expected hidden states")
@@ -136,9 +124,9 @@ def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
     system = plain()
     order = "little" if system.get("little_endian", True) else "big"
     storages: dict[str, Storage] = {}
-    value = Machine(_stream(content), known.find, lambda pid: _storage(storages, pid)).load()
+    value = Machine(file, known.find, lambda pid: _storage(storages, pid)).load()
     for key in plain():
-        length = content.read(8)
+        length = file.read(8)
         if len(length) < 8:
             raise PthError("truncated; copy it again")
         if key not in storages:
@@ -146,9 +134,9 @@ def _read_legacy(content: mmap.mmap, known: Globals) -> Any:
         storage = storages[key]
         (count,) = struct.unpack("<q" if order == "little" else ">q", length)
         size = count * storage.dtype.itemsize
-        start = content.tell()
+        start = file.tell()
         _fill(storage, key, content, start, min(size, len(content) - start), order)
-        content.seek(start + size)
+        file.seek(start + size)
     if missing := [key for key, storage in storages.items() if storage.data is None]:
         raise PthError(f"storage {missing[0][:40]!r} is missing; copy it again")
     return value

@@ -219,6 +219,9 @@ class StoredTensor:
     Attributes:
         shape: size of each axis.
         dtype: numpy dtype; bfloat16 comes from ml_dtypes.
+
+    Raises:
+        PthError: the shape is invalid, or reaches beyond the storage.
     """
 
     def __init__(
