@@ -36,6 +36,33 @@ def test_links_to_files_lead_somewhere():
             assert (ROOT / target).exists(), f"{name} links to {target}"
 
 
+def test_files_that_pages_for_contributors_name_exist():
+    for name in ("CONTRIBUTING.md", "ARCHITECTURE.md", "benchmarks/README.md"):
+        text = (ROOT / name).read_text("utf-8")
+        paths = re.findall(r"`((?:\.ci|benchmarks|docs|ports|tests|xlvlm_jax)/[\w/.-]+)`", text)
+        # Results are written there, and not kept.
+        missing = [path for path in paths if not (ROOT / path).exists()]
+        assert missing in ([], ["benchmarks/results/"]), name
+    for row in re.findall(r"^\| (`.*?) \|", text, re.M):
+        for benchmark in re.findall(r"`([\w.]+)`", row):
+            path = ROOT / "benchmarks" / benchmark.removesuffix(".sh").replace(".", "/")
+            assert any(path.with_suffix(end).exists() for end in ("", ".py", ".sh")), benchmark
+
+
+def test_drawing_of_the_architecture_names_only_what_exists():
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    head, *lines = text.partition("```text\n")[2].partition("```")[0].splitlines()
+    found = 0
+    middle = head.index("ports/")
+    for package, start, end in (("xlvlm_jax", 0, middle), ("ports", middle, None)):
+        for line in lines:
+            if room := re.match(r" {2,3}(\w+)/? ", line[start:end]):
+                path = ROOT / package / room[1]
+                assert path.is_dir() or path.with_suffix(".py").exists(), f"{package}/{room[1]}"
+                found += 1
+    assert found > 20
+
+
 def test_drawing_of_the_architecture_names_every_room():
     text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
     for package in ("ports", "xlvlm_jax"):

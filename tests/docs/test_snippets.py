@@ -18,7 +18,10 @@ import pytest
 import typer
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 RUN = ("docs/quickstart.md",)
 _FENCE = re.compile(r"^( *)```(\w+)?[^\n]*\n(.*?)^\1```[ ]*$", re.M | re.S)
 _SAME = doctest.OutputChecker()
@@ -107,6 +110,23 @@ def test_commands_have_the_options_that_the_page_gives_them(page):
                 command.make_context(name, whole, resilient_parsing=shortened)
             except Exception as error:
                 pytest.fail(f"{page}:{block.line}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_options_and_files_in_the_text_exist(page):
+    """XL-VLMs' own options have underscores."""
+    from xlvlm_jax.cli import app
+
+    def options(command) -> set[str]:
+        own = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        return own.union(*map(options, getattr(command, "commands", {}).values()))
+
+    known = {*options(typer.main.get_command(app)), "--help"}
+    for code in re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text("utf-8"))):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert "_" in option or option in known, f"{page}: {option}"
+        for path in re.findall(r"^(?:benchmarks|docs|ports|tests|xlvlm_jax)/[\w/.-]+", code):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page}: {path}"
 
 
 @pytest.mark.slow

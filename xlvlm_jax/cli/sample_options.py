@@ -15,12 +15,13 @@ Prompt = Annotated[
 Annotations = Annotated[
     Path | None,
     typer.Option(
-        help="Annotation file, if it is not in its place: captions of a folder, Karpathy's file of "
-        "coco, the answers of vqav2."
+        help="Annotation file, if not at its default path: captions of a folder, Karpathy's file "
+        "of coco, the answers of vqav2."
     ),
 ]
 QuestionsFile = Annotated[
-    Path | None, typer.Option("--questions", help="Questions of vqav2, if not in their place.")
+    Path | None,
+    typer.Option("--questions", help="Questions of vqav2, if not at their default path."),
 ]
 Objects = Annotated[
     Path | None,
@@ -32,7 +33,7 @@ Objects = Annotated[
 DatasetSize = Annotated[
     int | None,
     typer.Option(
-        help="Draw this many samples before any are selected, the same ones as XL-VLMs draws."
+        help="Draw this many samples before any are selected, the same ones that XL-VLMs draws."
     ),
 ]
 First = Annotated[
@@ -51,7 +52,7 @@ ContainingMatch = Annotated[
 ]
 ContainingIn = Annotated[
     Literal["any", "first"],
-    typer.Option(help="Whether --containing looks in any reference, or in the first one alone."),
+    typer.Option(help="Whether --containing searches all references (any), or only the first."),
 ]
 _ANNOTATIONS = {"coco": "file", "vqav2": "annotations", "folder": "captions"}
 
