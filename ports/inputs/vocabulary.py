@@ -33,7 +33,7 @@ def check_ids(input_ids: np.ndarray, size: int, image_tokens: Sequence[int] = ()
         )
 
 
-def check_special_ids(ids: Mapping[str, Sequence[int]], size: int, where: Any) -> None:
+def check_special_ids(ids: Mapping[str, Sequence[Any]], size: int, where: Any) -> None:
     """Refuses special tokens that the model does not have.
 
     Args:

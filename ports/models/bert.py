@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import checkpoint
 from ports.checkpoint import hub
@@ -69,7 +70,7 @@ class Embeddings(nn.Module):
     """Normalised sum of the embeddings of token, position and the first token type."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -90,7 +91,7 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention without its output projection."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -109,7 +110,7 @@ class Output(nn.Module):
     """The end of both halves of a block: a linear layer, the residual, a norm."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, y: Array, x: Array) -> Array:
@@ -122,7 +123,7 @@ class Attention(nn.Module):
     """The first half of a block."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -135,7 +136,7 @@ class Intermediate(nn.Module):
     """The hidden layer of a block's MLP."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -148,7 +149,7 @@ class Layer(nn.Module):
     """A post-norm transformer block."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -162,7 +163,7 @@ class Encoder(nn.Module):
     """The stack of blocks."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         # Singular, as in the checkpoints.
@@ -180,7 +181,7 @@ class Bert(nn.Module):
     """The encoder, with the parameter names of transformers' BertModel and RobertaModel."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.embeddings = Embeddings(self.config, self.dtype)

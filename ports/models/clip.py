@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import checkpoint
 from ports.checkpoint import hub
@@ -63,7 +64,7 @@ class TextEmbeddings(nn.Module):
     """Token and position embeddings."""
 
     config: TextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -81,7 +82,7 @@ class TextTransformer(nn.Module):
     """CLIP's text tower: a causal encoder, read out at the end-of-text token."""
 
     config: TextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -106,7 +107,7 @@ class CLIP(nn.Module):
     """The dual encoder, with the parameter names of transformers' CLIPModel."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config

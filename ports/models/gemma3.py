@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.models import llava_like
 from ports.models.port import Port
@@ -74,7 +75,7 @@ class Projector(nn.Module):
     """Averages squares of patches, normalises, and maps the tower's width to the decoder's."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

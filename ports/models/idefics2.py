@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.inputs import padding
 from ports.inputs import patch_layout as patches
@@ -71,7 +72,7 @@ class Connector(nn.Module):
     """Maps the tower's width to the decoder's, and P patches to L features."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         text = self.config.text
@@ -94,7 +95,7 @@ class Backbone(nn.Module):
     """Wraps everything but the head, for the extra level in the checkpoints' names."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.vision_model = siglip.SiglipVisionTransformer(self.config.vision, self.dtype)
@@ -205,7 +206,7 @@ def _flat(x: Array | np.ndarray) -> Array:
     return jnp.asarray(x).reshape(-1, *x.shape[2:])
 
 
-def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:
+def example_inputs(config: Any, batch: int = 1, length: int | None = None) -> dict[str, Any]:
     """Returns shapes and dtypes of a batch with one image per row, of the tower's own size."""
     cfg = config.vision
     ids = jax.ShapeDtypeStruct(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import checkpoint
 from ports.inputs import padding
@@ -102,7 +103,7 @@ class Projection(nn.Module):
     """Wraps a linear layer, for the extra level in the checkpoints' names."""
 
     width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -114,7 +115,7 @@ class Connector(nn.Module):
     """Maps the tower's width to the decoder's, and P patches to P / S^2 features."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.modality_projection = Projection(self.config.text.hidden_size, self.dtype)
@@ -128,7 +129,7 @@ class Backbone(nn.Module):
     """Wraps everything but the head, for the extra level in the checkpoints' names."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.vision_model = siglip.SiglipVisionTransformer(self.config.vision, self.dtype)

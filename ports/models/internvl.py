@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.inputs import processor
 from ports.models import llava_like, port
@@ -144,7 +145,7 @@ class PatchEmbeddings(nn.Module):
     """Embeds patches by a strided convolution."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
@@ -156,7 +157,7 @@ class Embeddings(nn.Module):
     """Embeds patches, prepends a class position, adds learnt positions."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
@@ -177,7 +178,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; queries and keys may be normalised over all heads together."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -199,7 +200,7 @@ class Block(nn.Module):
     """A pre-norm block, of which both residuals have a learnt scale."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -225,7 +226,7 @@ class Encoder(nn.Module):
     """A stack of blocks that returns the states before the first block and after each block."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.layer = [Block(self.config, self.dtype) for _ in range(self.config.num_layers)]
@@ -242,7 +243,7 @@ class Tower(nn.Module):
     """The vision tower."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.embeddings = Embeddings(self.config, self.dtype)
@@ -262,7 +263,7 @@ class Projector(nn.Module):
     """A norm and a two-layer perceptron, from squares of patches to the decoder's width."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import checkpoint
 from ports.inputs import padding
@@ -120,7 +121,7 @@ class Projector(nn.Module):
     """Two-layer perceptron from the tower's width to the decoder's."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.intervene import edits
 from ports.models import llava_like
@@ -70,7 +71,7 @@ class Projector(nn.Module):
     """A linear map from the tower's width to the decoder's."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

@@ -15,7 +15,7 @@ head, `axes`, `text_decoder`, `unembed`, `embed_inputs`, and a `setup` with the 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from ports.nn.vision_language import VisionLanguageModel
 LayOut = Callable[[Any, Mapping[str, np.ndarray], Callable[[], Any]], Layouts]
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """A family's configuration: a frozen, hashable dataclass with everything the module needs."""
 
@@ -42,8 +43,12 @@ class Sizes(Protocol):
         """Ids of the tokens that stand for an image."""
         ...
 
-    @classmethod
-    def from_hf(cls, config: Any) -> Self:
+
+@runtime_checkable
+class SizesClass(Protocol):
+    """The class of a configuration, whose class method reads it."""
+
+    def from_hf(self, config: Any) -> Sizes:
         """Reads a transformers configuration.
 
         Raises:
@@ -167,7 +172,7 @@ class Port:
             values, the default first.
     """
 
-    config: type[Sizes]
+    config: SizesClass
     module: type[VisionLanguageModel]
     inputs: tuple[str, ...]
     example_inputs: Callable[..., dict[str, Any]]

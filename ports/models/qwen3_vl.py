@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import names
 from ports.models.port import Port
@@ -140,7 +141,7 @@ class Merger(nn.Module):
 
     config: VisionConfig
     joined_norm: bool  # normalise after joining the patches, not each of them
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -159,7 +160,7 @@ class Qwen3Vision(nn.Module):
     """The tower and its mergers."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -193,7 +194,7 @@ class Backbone(nn.Module):
     """Wraps everything but the head, for the extra level in the checkpoints' names."""
 
     config: Any  # Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.visual = Qwen3Vision(self.config.vision, self.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import encoder, layers
 from ports.nn.encoder import Encoder, EncoderConfig
@@ -74,7 +75,7 @@ class VisionConfig(EncoderConfig):
 def embed_patches(
     config: VisionConfig,
     use_bias: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     pixels: Array,
     name: str = "patch_embedding",
 ) -> Array:
@@ -98,7 +99,7 @@ class VisionEmbeddings(nn.Module):
     """Embeds patches by a strided convolution, prepends a class position, adds learnt positions."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
@@ -125,7 +126,7 @@ class CLIPVisionTransformer(nn.Module):
     """CLIP's vision tower (Radford et al. 2021)."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -145,7 +146,7 @@ class CLIPVisionModel(nn.Module):
     """Wraps the tower, for the extra level in the checkpoints' names."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.vision_model = CLIPVisionTransformer(self.config, self.dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import names
 from ports.nn import attention, layers
@@ -107,7 +108,7 @@ def last_queries(
     return x[:, -1:], (cos[:, -1:], sin[:, -1:]), mask[:, :, -1:]
 
 
-def _norm(config: DecoderConfig, dtype: jnp.dtype, name: str | None = None) -> nn.Module:
+def _norm(config: DecoderConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
     kind = layers.OffsetRMSNorm if config.offset_norms else nn.RMSNorm
     return kind(epsilon=config.norm_eps, dtype=dtype, name=name)
 
@@ -116,7 +117,7 @@ class Attention(nn.Module):
     """Self-attention with rotary positions, grouped queries and an optional cache."""
 
     config: DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -184,7 +185,7 @@ class DecoderLayer(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -307,7 +308,7 @@ class CausalLM(nn.Module):
     """A decoder and its language-model head, with the module names of the checkpoints."""
 
     config: DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.model = Decoder(self.config, self.dtype)
@@ -324,7 +325,7 @@ def init_cache(
     config: DecoderConfig,
     batch: int,
     slots: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     path: tuple[str, ...] = ("layers_{}", "self_attn"),
 ) -> dict:
     """Makes an empty cache.

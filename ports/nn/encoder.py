@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import attention, layers
 from ports.parallel import sharding
@@ -67,7 +68,7 @@ class EncoderAttention(nn.Module):
     """Multi-head self-attention with biases, as in CLIP and SigLIP."""
 
     num_heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
@@ -87,7 +88,7 @@ class EncoderLayer(nn.Module):
     """A pre-norm block of CLIP's and SigLIP's towers."""
 
     config: EncoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
     """A stack of blocks that returns the states before the first block and after each block."""
 
     config: EncoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.layers = [EncoderLayer(self.config, self.dtype) for _ in range(self.config.num_layers)]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from ports.parallel import sharding
 
@@ -48,7 +49,7 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """Returns a LayerNorm with two-pass variance, which matches PyTorch to the last few bits."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -57,7 +58,7 @@ class OffsetRMSNorm(nn.Module):
     """RMSNorm that multiplies by 1 + its weight, in float32 (Gemma)."""
 
     epsilon: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -89,7 +90,7 @@ def _dense_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
     return _flat_dot(x, kernel, **options)
 
 
-def dense(width: int, use_bias: bool, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:
+def dense(width: int, use_bias: bool, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
     """Returns a linear layer; its kernel is (in, out), the transpose of PyTorch's."""
     return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
 
@@ -150,7 +151,7 @@ def _product_in_float32_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Arr
     return y, sum(terms, start=jnp.zeros_like(y))
 
 
-def head(width: int, dtype: jnp.dtype) -> nn.Dense:
+def head(width: int, dtype: DTypeLike) -> nn.Dense:
     """Returns a language-model head: a linear layer without bias, with float32 logits.
 
     Rounded to bfloat16, the largest logits may tie, and the wrong token would be chosen.
@@ -198,7 +199,7 @@ class GatedMLP(nn.Module):
     intermediate_size: int
     hidden_act: str = "silu"
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     output_size: int | None = None  # None: the input's width
 
     @nn.compact
@@ -221,7 +222,7 @@ class MLP(nn.Module):
 
     intermediate_size: int
     hidden_act: str
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     prefix: str = ""  # of the names fc1 and fc2
 
     @nn.compact

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import attention, layers
 from ports.parallel import sharding
@@ -59,7 +60,7 @@ class PerceiverAttention(nn.Module):
     """Attention of the latents to the image and to themselves, with grouped queries."""
 
     config: PerceiverConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
@@ -83,7 +84,7 @@ class PerceiverLayer(nn.Module):
     """A pre-norm block on the latents; the image's features do not change."""
 
     config: PerceiverConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, latents: Array, context: Array, mask: Array) -> Array:
@@ -107,7 +108,7 @@ class PerceiverResampler(nn.Module):
 
     config: PerceiverConfig
     width: int  # D
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import attention, clip_vision, layers, rope
 from ports.parallel import sharding
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with rotary positions and without biases."""
 
     num_heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
@@ -86,7 +87,7 @@ class Block(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], mask: Array) -> Array:
@@ -110,7 +111,7 @@ class Transformer(nn.Module):
     """A stack of blocks that returns the states before the first block and after each block."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.layers = [Block(self.config, self.dtype) for _ in range(self.config.num_layers)]
@@ -127,7 +128,7 @@ class PixtralVisionModel(nn.Module):
     """The tower: patches, a norm, blocks in which all patches of an image see each other."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array, mask: Array) -> tuple[Array, ...]:

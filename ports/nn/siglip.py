@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import clip_vision, encoder, layers
 from ports.parallel import sharding
@@ -88,7 +89,7 @@ class VisionEmbeddings(nn.Module):
     """Embeds patches by a strided convolution and adds learnt positions."""
 
     config: clip_vision.VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: Array, mask: Array | None = None) -> Array:
@@ -110,7 +111,7 @@ class SiglipVisionTransformer(nn.Module):
     """The tower: embeddings, pre-norm blocks in which all patches see each other, a norm."""
 
     config: clip_vision.VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -138,7 +139,7 @@ class SiglipVisionModel(nn.Module):
     """Wraps the tower, for the extra level in the checkpoints' names."""
 
     config: clip_vision.VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.vision_model = SiglipVisionTransformer(self.config, self.dtype)

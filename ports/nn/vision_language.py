@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.intervene import edits, steer
 from ports.names import normal_name
@@ -62,7 +63,7 @@ class VisionLanguageModel(nn.Module):
     """
 
     config: Any
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     decoder_path: ClassVar[tuple[str, ...]]
     head_path: ClassVar[tuple[str, ...]]
     axes: ClassVar[sharding.Axes]

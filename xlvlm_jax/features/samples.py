@@ -78,7 +78,7 @@ class StoredSamples(Sequence[dict[str, Any]]):
         return f"StoredSamples({str(self._path)!r}, {counted(len(self), 'sample')})"
 
     @cached_property
-    def _starts(self) -> Int64[np.ndarray, " count+1"]:
+    def _starts(self) -> Int64[np.ndarray, " {self._count}+1"]:
         """Where each line starts, and where the last one ends."""
         if not self._size and not self._count:
             return np.zeros(1, np.int64)

@@ -19,10 +19,11 @@ from jaxtyping import Int
 from xlvlm_jax.data.words import word_pattern
 
 MATCHES = ("word", "first-token")
+Tokens = Int[Any, "B M"] | Sequence[Sequence[int]]
 
 
 def find_word(
-    tokens: Int[Any, "B M"],
+    tokens: Tokens,
     tokenizer: Any,
     words: str | Iterable[str],
     match: str = "word",
@@ -41,7 +42,7 @@ def find_word(
     vocabulary have no text and end a word, and so does the end of the row.
 
     Args:
-        tokens: int[B, M], token ids, on the host or a device.
+        tokens: int[B, M], token ids, on the host or a device, or lists of them.
         tokenizer: a Hugging Face tokenizer.
         words: a word or several; a word may contain spaces.
         match: "word"; or "first-token", the rule of XL-VLMs: the first token that is the first one
@@ -87,7 +88,7 @@ class WordFinder:
         self._pattern = word_pattern(self._forms)
         self._bytes: dict[int, bytes] = {}
 
-    def __call__(self, tokens: Int[Any, "B M"]) -> Int[np.ndarray, "B 2"]:
+    def __call__(self, tokens: Tokens) -> Int[np.ndarray, "B 2"]:
         """Returns the positions of the words in tokens int[B, M]."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":

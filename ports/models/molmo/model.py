@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports import names
 from ports.inputs import padding
@@ -198,7 +199,7 @@ class Embedding(nn.Module):
     """Token embeddings in two consecutive tables: the vocabulary, then the image tokens."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -221,7 +222,7 @@ class Block(nn.Module):
     """A pre-norm block with fused projections."""
 
     config: decoder.DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -271,7 +272,7 @@ class Transformer(nn.Module):
     """The decoder and its head."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         text = self.config.text
@@ -321,7 +322,7 @@ class Model(nn.Module):
     """Wraps decoder and vision backbone, for the extra level in the checkpoints' names."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.transformer = Transformer(self.config, self.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import attention, layers
 from ports.parallel import sharding
@@ -61,7 +62,7 @@ class Attention(nn.Module):
     """Multi-head attention with biases, from queries to other states."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, query: Array, states: Array) -> Array:
@@ -81,7 +82,7 @@ class FeedForward(nn.Module):
     """w2(act(w1(x))), with OpenAI's approximate GELU."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -95,7 +96,7 @@ class ResidualBlock(nn.Module):
     """A pre-norm block."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -111,7 +112,7 @@ class Blocks(nn.Module):
     """A stack of blocks that returns the states after each block."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.resblocks = [
@@ -131,7 +132,7 @@ class VisionTransformer(nn.Module):
     """CLIP's tower over flat patches, with a class position in front."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -155,7 +156,7 @@ class Projector(nn.Module):
     """w2(silu(w1(x)) * w3(x)), from the tower's width to the decoder's."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -171,7 +172,7 @@ class VisionBackbone(nn.Module):
     """Tower, pooling and projector."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config

@@ -10,6 +10,7 @@ Features are added to the embeddings of the patch tokens. All tokens of the pict
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.models.molmo2 import vision
 from ports.models.molmo2.config import Config
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
     """Wraps everything but the head, for the extra level in transformers' names."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.vision_tower = vision.Tower(self.config, self.dtype)

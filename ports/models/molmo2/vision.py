@@ -7,6 +7,7 @@ the decoder's width.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.models.molmo2.config import Config, HeadSizes
 from ports.nn import attention, encoder, layers
@@ -26,7 +27,7 @@ class Attention(nn.Module):
     """Attention from queries to other states, without positions."""
 
     sizes: HeadSizes
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, query: Array, states: Array, mask: Array | None = None) -> Array:
@@ -49,7 +50,7 @@ class Block(nn.Module):
     """A pre-norm block of the tower."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -66,7 +67,7 @@ class Tower(nn.Module):
     """The vision tower over flat patches."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config
@@ -90,7 +91,7 @@ class Projector(nn.Module):
     """Pools the patches of each feature by attention from their mean, and maps them to D."""
 
     config: Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg = self.config

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from ports.nn import attention, layers
 from ports.parallel import sharding
@@ -164,7 +165,7 @@ def within_frames(places: Places) -> Attend:
     return functools.partial(attention.attend, mask=places.mask)
 
 
-def norm(config: VisionConfig, dtype: jnp.dtype, name: str) -> nn.Module:
+def norm(config: VisionConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """Returns a tower's normalisation."""
     if config.rms_norm:
         return nn.RMSNorm(epsilon=NORM_EPS, dtype=dtype, name=name)
@@ -175,7 +176,7 @@ class PatchProjection(nn.Module):
     """A convolution with strides equal to its kernel's sides, as a product with flat patches."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
@@ -195,7 +196,7 @@ class PatchEmbed(nn.Module):
     """Wraps the projection, for the extra level in the checkpoints' names."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
@@ -207,7 +208,7 @@ class Attention(nn.Module):
     """Self-attention with fused projections."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend) -> Array:
@@ -225,7 +226,7 @@ class Block(nn.Module):
     """A pre-norm block."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend) -> Array:
@@ -245,7 +246,7 @@ class Merger(nn.Module):
     """Merges M x M neighbouring patches, normalised and concatenated, into one decoder token."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -262,7 +263,7 @@ class Qwen2Vision(nn.Module):
     """The tower and its merger."""
 
     config: Any  # VisionConfig, or that of a later Qwen
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         cfg: VisionConfig = self.config

@@ -89,6 +89,7 @@ def test_judges_by_their_ids(publish, tmp_path):
     assert ids == bert.load_text_encoder(tmp_path / "bert").tokenizer("a")["input_ids"]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("given", [3, None, ["some/model"], b"some/model"])
 def test_invalid_paths_are_refused(given):
     message = f"got {given!r}; expected a directory with config.json and safetensors, or"

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 import transformers
 
@@ -92,7 +93,7 @@ def test_samples_that_cannot_be(small):
     with helpers.raises_line(ValueError, "top_h is 0.4, which is not implemented"):
         generation_config.of_sampling({"top_h": 0.4})
     with helpers.raises_line(ValueError, "temperature is 0; expected a number above 0"):
-        small.vlm.with_generation_config({"temperature": 0}).sampling(None)
+        small.vlm.with_generation_config({"temperature": 0}).sampling(jax.random.key(0))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class TestArrays:
         assert list(arrays) == ["input_ids"] and type(arrays["input_ids"]) is np.ndarray
         np.testing.assert_array_equal(arrays["input_ids"].astype(int), [[1, 2], [3, 4]])
 
+    @pytest.mark.wrong_types
     @pytest.mark.parametrize("inputs", ["hi", [[1, 2]], np.ones((1, 2), int), None], ids=str)
     def test_of_no_names(self, small, inputs):
         for run in (small.vlm.forward, lambda x: small.vlm.generate(x, max_new_tokens=1)):
@@ -61,6 +62,7 @@ class TestArrays:
         with helpers.raises_line(ValueError, f"inputs['input_ids'] is a {part}", "return_tensors"):
             small.vlm.forward({"input_ids": value})
 
+    @pytest.mark.wrong_types
     def test_that_are_traced(self, small):
         inputs = helpers.make_inputs([1], [3])
         for run in (small.vlm.forward, small.vlm.generate):
@@ -73,6 +75,7 @@ class TestArrays:
         logits = jax.jit(small.vlm.apply)(small.vlm.params, inputs)
         assert logits.shape[:2] == inputs["input_ids"].shape
 
+    @pytest.mark.wrong_types
     def test_another_number_of_tokens(self, small):
         for number in (2.5, "3", None, 0):
             inputs = helpers.make_inputs([0], [3])
@@ -133,6 +136,7 @@ class TestPrompts:
             ours = vlm.process([text], [path])
             np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
 
+    @pytest.mark.wrong_types
     def test_of_a_model(self, vlm):
         image = np.zeros((30, 40, 3), np.uint8)
         with helpers.raises_line(ValueError, "texts is one string"):

@@ -1,5 +1,6 @@
 """Padding: few lengths, on the left."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from ports.inputs import padding
@@ -52,7 +53,7 @@ def test_states_move_back_to_the_columns_that_their_tokens_came_from():
         "input_ids": np.array([[5, 6, 7, 0], [0, 8, 9, 0]]),
         "attention_mask": np.array([[1, 1, 1, 0], [0, 1, 1, 0]]),
     }
-    moved = padding.align_right(arrays)["input_ids"][..., None]
+    moved = jnp.asarray(padding.align_right(arrays)["input_ids"][..., None])
     states = {"layer": moved, "head": moved[:, -1:]}
     back = padding.realign(arrays, states)
     np.testing.assert_array_equal(back["layer"][..., 0], arrays["input_ids"])

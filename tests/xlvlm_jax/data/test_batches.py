@@ -113,9 +113,10 @@ def test_answers_follow_the_prompts_and_their_lengths_the_rows(vlm, tmp_path):
     assert make_batch(vlm, three, 4).answer_lengths.tolist() == [0] * 4
 
 
-def test_groups_by_hand():
-    assert groups_of("abcde", 2) == [("a", "b"), ("c", "d"), ("e",)]
-    assert groups_of("", 2) == []
+def test_groups_by_hand(tmp_path):
+    a, b, c, d, e = samples(tmp_path, [None] * 5)
+    assert groups_of([a, b, c, d, e], 2) == [(a, b), (c, d), (e,)]
+    assert groups_of([], 2) == []
 
 
 @pytest.mark.parametrize("workers", [1, 3, None])

@@ -62,6 +62,7 @@ def test_kinds_are_uniform_but_for_the_dog(many):
     assert all((scene.mood is None) == (scene.kind not in scenes.ANIMALS) for scene in many)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("split", "index", "message"),
     [

@@ -54,10 +54,14 @@ def test_forms_of_words_by_hand():
     assert ids(select.containing(samples, ["smile"])) == [4, 5]
     assert ids(select.containing(samples, ["train station"])) == [4]
     assert ids(select.containing(samples, "dog", match="substring", which="first")) == [1, 3]
+
+
+@pytest.mark.wrong_types
+def test_unknown_ways_to_search():
     with pytest.raises(ValueError, match="match is 'fuzzy'; expected one of inflected, word"):
-        select.containing(samples, "dog", match="fuzzy")
+        select.containing([sample(1, "a dog")], "dog", match="fuzzy")
     with pytest.raises(ValueError, match="which is 'last'; expected any or first"):
-        select.containing(samples, "dog", which="last")
+        select.containing([sample(1, "a dog")], "dog", which="last")
 
 
 def test_samples_in_a_list():

@@ -115,7 +115,8 @@ def test_a_killed_merge_is_resumed(tmp_path, monkeypatch, killed):
         with FeaturesWriter(block.path, {"part": [block.start, block.stop]}) as part:
             for start in range(block.start, block.stop, 2):
                 states = {"site": rng.normal(size=(3, 4))}
-                part.append([{"id": start}, {"id": start + 1}], states, [0, 1, 1], [7] * 3, [1] * 3)
+                rows = np.array([0, 1, 1]), np.full(3, 7), np.ones(3, int)
+                part.append([{"id": start}, {"id": start + 1}], states, *rows)
             part.close()
     append, calls = FeaturesWriter.append, []
 

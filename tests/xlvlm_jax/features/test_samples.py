@@ -60,6 +60,7 @@ def test_samples_are_those_of_the_file(features):
         features.samples[N]
 
 
+@pytest.mark.wrong_types  # checking `samples` reads one
 def test_only_requested_samples_are_parsed(features, parsed):
     opened = Features.open(features.path)
     assert len(opened.samples) == N and parsed == []
@@ -68,6 +69,7 @@ def test_only_requested_samples_are_parsed(features, parsed):
     assert parsed == [8123, 3, 4]
 
 
+@pytest.mark.wrong_types  # checking `samples` reads one
 def test_decomposing_reads_no_sample(features, tmp_path, parsed, monkeypatch):
     monkeypatch.setattr(StoredSamples, "_starts", None)  # not even at where they begin
     opened = Features.open(features.path)
@@ -76,6 +78,7 @@ def test_decomposing_reads_no_sample(features, tmp_path, parsed, monkeypatch):
     assert parsed == []
 
 
+@pytest.mark.wrong_types  # checking `samples` reads one
 def test_attributes_are_read_in_one_pass(features, parsed):
     known = known_attributes(features)
     assert parsed == list(range(N))
@@ -83,6 +86,7 @@ def test_attributes_are_read_in_one_pass(features, parsed):
     np.testing.assert_array_equal(known["group"].codes, np.arange(N) % 2)
 
 
+@pytest.mark.wrong_types  # checking `samples` reads one
 def test_pictures_are_located_by_a_few_names(tmp_path, parsed, monkeypatch):
     with FeaturesWriter(tmp_path / "run", {}) as writer:
         (tmp_path / "pictures").mkdir()

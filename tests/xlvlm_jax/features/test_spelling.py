@@ -227,6 +227,7 @@ def test_the_bytes_of_tokens_join_to_the_text(tokenizer):
 # Errors.
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("tokens", "words", "match", "message"),
     [

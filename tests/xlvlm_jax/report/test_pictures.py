@@ -69,6 +69,7 @@ def test_no_budget_is_exceeded_and_every_shown_picture_has_a_thumbnail(
     assert shown.left_out == len(strongest - set(shown.thumbnails))
 
 
+@pytest.mark.wrong_types  # checking `samples` reads one
 def test_samples_are_not_read_beyond_the_budget(write_run, activations, monkeypatch):
     """A page of a million rows reads about as many samples as it shows."""
     run = write_run(activations)

@@ -84,7 +84,11 @@ def prefix(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def logits(
-    model: llava.Llava, params: dict, prefix_ids: np.ndarray, pixels: jax.Array, ids: jax.Array
+    model: llava.Llava,
+    params: dict,
+    prefix_ids: np.ndarray,
+    pixels: jax.Array | np.ndarray,
+    ids: jax.Array | np.ndarray,
 ) -> jax.Array:
     """Computes the logits of continuations.
 

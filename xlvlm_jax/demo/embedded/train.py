@@ -173,7 +173,7 @@ def batches(
     return iter(dataset.map(make).to_iter_dataset(options).batch(stage.batch))
 
 
-def normalise(pictures: jax.Array) -> jax.Array:
+def normalise(pictures: jax.Array | np.ndarray) -> jax.Array:
     """Maps uint8[B, H, W, 3] to float32[B, 3, H, W], as the image processor does."""
     mean, deviation = jnp.array(OPENAI_CLIP_MEAN), jnp.array(OPENAI_CLIP_STD)
     return jnp.moveaxis((pictures / 255.0 - mean) / deviation, -1, 1)

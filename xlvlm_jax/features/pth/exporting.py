@@ -141,5 +141,5 @@ def _rest(features: Features, rows: _BySample) -> dict[str, Any]:
     }
 
 
-def _dtype(name: str) -> Any:
+def _dtype(name: str | np.dtype) -> Any:
     return ml_dtypes.bfloat16 if name == "bfloat16" else name

@@ -7,7 +7,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _storage(storages: dict[str, Storage], identifier: Any) -> Storage:
     return storage
 
 
-def _read_zip(file: IO[bytes], content: mmap.mmap, known: Globals) -> Any:
+def _read_zip(file: io.BufferedReader, content: mmap.mmap, known: Globals) -> Any:
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
@@ -108,7 +108,7 @@ def _read_zip(file: IO[bytes], content: mmap.mmap, known: Globals) -> Any:
     return value
 
 
-def _read_legacy(file: IO[bytes], content: mmap.mmap, known: Globals) -> Any:
+def _read_legacy(file: io.BufferedReader, content: mmap.mmap, known: Globals) -> Any:
     def plain() -> Any:
         def refuse(_: Any) -> Any:
             raise PthError("its header refers to storages")

@@ -170,7 +170,7 @@ class Globals:
                 "size; if that is intended, save contiguous tensors (tensor.clone())"
             )
 
-    def _ordered(self, pairs: Sequence[Any] = ()) -> dict[Any, Any]:
+    def _ordered(self, pairs: Any = ()) -> dict[Any, Any]:
         """Returns the OrderedDict of pairs [[name, value]], the form that Python 2 pickled."""
         if not isinstance(pairs, list | tuple):
             raise PthError(f"an OrderedDict is built from a {type(pairs).__name__}, expected pairs")

@@ -7,10 +7,11 @@ Values stay within a small multiple of the file's size: the memo is a dictionary
 and shared values are never traversed (keys are scalars, messages only quote strings).
 """
 
+import io
 import math
 import pickletools
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Machine:
 
     def __init__(
         self,
-        stream: IO[bytes],
+        stream: io.BytesIO | io.BufferedReader,
         find: Callable[[str, str], Any],
         persistent: Callable[[Any], Any],
     ):

@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -106,10 +106,17 @@ def _little(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+@runtime_checkable
+class _Writable(Protocol):
+    """What takes bytes: a file, or an entry of a zip file."""
+
+    def write(self, data: bytearray, /) -> int: ...
+
+
 class _Pickle:
     """Writes the opcodes that build a value (see the standard library's pickletools)."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: _Writable):
         self._file, self._out = file, bytearray()
         self._memo: dict[Any, bytes] = {}  # what a reader remembers -> opcodes to recall it
         self._tails: dict[tuple[int, ...], bytes] = {}  # shape -> the end of a tensor
