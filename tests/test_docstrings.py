@@ -34,6 +34,8 @@ NAMED = {
     "PthError": ("PthError", "ValueError"),
     "ValueError": ("ValueError",),
 }
+# Exported functions that give the called ones valid arguments in any case.
+NEVER = {"xlvlm_jax.evaluation.caption_effects.count_valid"}
 INIT = ("__init__", "__post_init__")
 
 
@@ -127,6 +129,7 @@ def test_errors_of_the_functions_that_an_exported_one_calls():
         for module in MODULES
         for name, function, docstring in public(module)
         if (module, name.partition(".")[0]) in names
+        and f"{module}.{name}" not in NEVER
         and any(map(raised, called(module, function)))
         and "\nRaises:\n" not in docstring
     ]

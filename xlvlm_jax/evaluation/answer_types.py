@@ -89,6 +89,9 @@ def token_of_interest_accuracy(
     Returns:
         {answer type: accuracy in [0, 1 / 3], "overall": the mean over the types}; empty if the
         types are unknown.
+
+    Raises:
+        ValueError: the numbers of samples and answers differ.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for sample, answer in zip(samples, answers, strict=True):

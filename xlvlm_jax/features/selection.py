@@ -136,7 +136,11 @@ class Selection:
 
     @property
     def at_most(self) -> int | None:
-        """The maximum number of image tokens per sample; None for all, and in other modes."""
+        """The maximum number of image tokens per sample; None for all, and in other modes.
+
+        Raises:
+            ValueError: it is not a number above 0.
+        """
         if self.mode != "image" or not self.argument:
             return None
         if not self.argument.isdecimal() or not int(self.argument):

@@ -35,7 +35,11 @@ class Archetypal(TopK):
     unit_norm = False
 
     def check(self, num_concepts: int) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         super().check(num_concepts)
         if self.points is not None:
             check_whole("points", self.points, num_concepts)

@@ -82,7 +82,11 @@ class JumpReLU(Training):
     architecture = "jumprelu"
 
     def check(self, num_concepts: int) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         super().check(num_concepts)
         check_k(self.k, num_concepts)
         check_number("l0_weight", self.l0_weight, 0)

@@ -33,7 +33,11 @@ class Matryoshka(BatchTopK):
     architecture = "matryoshka_batchtopk"
 
     def check(self, num_concepts: int) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         super().check(num_concepts)
         sizes = self.sizes(num_concepts)
         rising = all(a < b for a, b in zip((0, *sizes), sizes, strict=False))

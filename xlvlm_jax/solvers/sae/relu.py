@@ -28,7 +28,11 @@ class ReLU(Training):
     l1: float = 0.1
 
     def check(self, num_concepts: int) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         super().check(num_concepts)
         check_number("l1", self.l1, 0)
 

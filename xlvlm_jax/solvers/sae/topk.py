@@ -43,7 +43,11 @@ class TopK(Training):
     architecture = "topk"
 
     def check(self, num_concepts: int) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: a value is invalid.
+        """
         super().check(num_concepts)
         check_k(self.k, num_concepts)
 
