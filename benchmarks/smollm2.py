@@ -71,6 +71,7 @@ def write_checkpoint(file: Path, directory: Path) -> None:
     text = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=torch.float32, **options
     )
+    del text.config.quantization_config  # the weights are float32 now
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
     small = transformers.LlamaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1)
     tower = transformers.CLIPVisionConfig(

