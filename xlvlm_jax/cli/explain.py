@@ -70,6 +70,11 @@ def explain(
         if output.suffix not in (".html", ".png", ".svg", ".pdf"):
             raise ValueError(f"{output}: expected a file ending in .html, .png, .svg or .pdf")
         refuse_existing(output, overwrite)
+    if concepts is None and not Path(model).is_dir():
+        raise ValueError(
+            f"{model} is not a directory of concepts; name one, or give the concepts of the model "
+            "with --concepts"
+        )
     directory = Path(model) if concepts is None else concepts
     learnt = Concepts.load(directory)
     if learnt.words is None:

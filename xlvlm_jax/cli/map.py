@@ -80,7 +80,7 @@ def map_(
     from xlvlm_jax import Concepts
     from xlvlm_jax.concepts.picture_maps import map_pictures
     from xlvlm_jax.data import folder, prompts
-    from xlvlm_jax.report.heat_maps import plot_maps
+    from xlvlm_jax.report.heat_maps import MOST_COLUMNS, plot_maps
     from xlvlm_jax.report.map_page import write_map_page
     from xlvlm_jax.steering import SteeringVector, files
 
@@ -100,6 +100,11 @@ def map_(
     if concept and concepts is None:
         raise ValueError(f"--concept {concept[0]} needs the directory of concepts; give --concepts")
     samples = folder.samples_of(pictures, prompts.CAPTION if prompt is None else prompt)
+    if output.suffix != ".html" and len(samples) > MOST_COLUMNS:
+        raise ValueError(
+            f"{len(samples)} pictures are too many for a figure; write a page (.html), or give at "
+            f"most {MOST_COLUMNS}"
+        )
     learnt = None if concepts is None else Concepts.load(concepts)
     loaded = {path.stem: SteeringVector.load(path) for path in vector or ()}
     vlm = load_model(model, adapter=adapter)

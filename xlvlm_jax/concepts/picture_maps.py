@@ -70,18 +70,20 @@ def map_pictures(
         The maps, a row for each concept, word, vector and answer in this order.
 
     Raises:
-        ValueError: nothing is to be mapped, the site is unknown or missing, the concepts are of
-            another site, width or model, a number or word is unknown, the model's image tokens
-            have no place, or a prompt has no picture.
+        ValueError: nothing is to be mapped, the site is unknown, missing or, for an answer, after
+            the last layer that reads other positions; the concepts are of another site, width or
+            model, a number or word is unknown, the model's image tokens have no place, or a prompt
+            has no picture.
         OSError: a picture can't be read.
     """
-    vectors = vectors or {}
+    vectors, wanted = vectors or {}, []
     own = _site_of(vlm, site, concepts, vectors, needed=bool(words or answers))
     if not (concepts or words or vectors or answers):
         raise ValueError("nothing to map; give concepts, a word, a vector or an answer")
     if concepts is not None:
         require_model(concepts.source, vlm, "the concepts were learnt on the states of")
         _check_numbers(numbers, len(concepts.components))
+        wanted = list(dict.fromkeys(numbers)) or list(range(len(concepts.components)))
     tokens = [maps.word_tokens(vlm.tokenizer, word) for word in words]
     if through_norm is None:
         through_norm = is_before_norm(vlm, own)
@@ -106,7 +108,8 @@ def map_pictures(
         states = {name: np.asarray(x, np.float32) for name, x in captured.items()}
         if concepts is not None:
             every = maps.concept_maps(states[own], concepts, layouts)
-            keep("activation", list(map(str, range(len(concepts.components)))), every, real)
+            some = [[one[wanted] for one in row] for row in every]
+            keep("activation", list(map(str, wanted)), some, real)
         if words:
             options = {"through_norm": through_norm}
             drawn = maps.word_maps(states[own], vlm.unembed, tokens, layouts, **options)
@@ -121,13 +124,19 @@ def map_pictures(
             layouts = picture_layouts(vlm, inputs, forced.sizes)
             slopes = answer_gradients(vlm, inputs, forced.answer_lengths, own).gradients
             drawn = maps.gradient_maps(np.asarray(slopes, np.float32), layouts)
+            if not any(np.nansum(one) for row in drawn for one in row):
+                raise ValueError(
+                    f"no later layer reads the image tokens at {own!r}, so the answer does not "
+                    "depend on them there; choose an earlier layer"
+                )
             keep("gradient", [answer], drawn, real)
 
     rows = []
     if concepts is not None:
-        strongest = [_highest(found["activation", str(k)]) for k in range(len(concepts.components))]
-        some = np.argsort(-np.array(strongest), kind="stable")[:SHOWN].tolist()
-        for k in numbers or some:
+        if not numbers:
+            strongest = [_highest(found["activation", str(k)]) for k in wanted]
+            wanted = np.argsort(-np.array(strongest), kind="stable")[:SHOWN].tolist()
+        for k in wanted:
             said = "" if concepts.words is None else " ".join(concepts.words[k][:5])
             name = f"concept {k}: {said}" if said else f"concept {k}"
             rows.append(MapRow(name, "activation", found["activation", str(k)]))

@@ -23,6 +23,7 @@ from xlvlm_jax.report.figure import figure
 COLOUR_MAP = "viridis"
 LEVELS = 48  # colours of an overlay
 SIDE = 96  # pixels of its longer side
+MOST_COLUMNS = 40  # pictures of a figure
 
 
 class Scale(NamedTuple):

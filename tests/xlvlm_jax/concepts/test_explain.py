@@ -63,6 +63,11 @@ def test_command(run, xlvlm):
     )
     assert status == 0, errors
     assert "dog, pup" in out and "s1: a dog" in out and (run / "e.png").is_file()
+    status, _, errors = xlvlm("explain", run / "concepts", "s1", "--output", run / "e.html")
+    assert status == 0, errors
+    page = (run / "e.html").read_text()
+    assert "Why “a dog”" in page and page.count("<article") == 3
+    assert "Without it" not in page and 'class="map"' not in page
     status, _, errors = xlvlm("explain", run / "concepts", "s9")
     assert status == 2 and "expected an ID such as s0, s1, s2" in " ".join(errors.split())
 

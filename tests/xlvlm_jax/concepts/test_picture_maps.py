@@ -79,6 +79,7 @@ def test_command(vlm, red_and_blue, squares, tmp_path, xlvlm):
         ([], "nothing to map; give concepts, a word, a vector or an answer"),
         (["--word", "red"], "a word or an answer needs a site; name one with --site"),
         (["--word", "éø", "--site", "layers.1"], "no token of the model spells 'éø'"),
+        (["--answer", "red", "--site", "model.norm"], "no later layer reads the image tokens at"),
         (["--word", "red", "--site", "layers.99"], "no site matches 'layers.99'; nearest"),
         (["--concepts", "C", "--concept", "7"], "there is no concept 7; expected 0 to 1"),
         (["--concepts", "C", "--site", "layers.2"], f"are of site '{SITE}', not of"),
@@ -101,6 +102,8 @@ def test_what_the_command_needs(squares, tmp_path, xlvlm):
     assert status == 2 and "no file to write; give --output" in errors
     status, _, errors = xlvlm("map", "embedded", "--word", "red")
     assert status == 2 and "no pictures given" in errors
+    status, _, errors = xlvlm("map", "embedded", *[squares] * 14, "--output", "m.png")
+    assert status == 2 and "42 pictures are too many for a figure; write a page" in errors
     status, _, errors = xlvlm("map", "embedded", squares / "none.png", "--output", "m.gif")
     assert status == 2 and "expected a file ending in .html, .png, .svg or .pdf" in errors
     status, _, errors = xlvlm("map", "embedded", squares / "none.png", "--output", "m.png")

@@ -132,3 +132,5 @@ def test_a_sample_without_features(concepts, tmp_path, xlvlm):
     concepts.save(tmp_path / "concepts")
     status, _, errors = xlvlm("explain", "embedded", "s1", "--concepts", tmp_path / "concepts")
     assert status == 2 and "does not name its features; give --features" in errors
+    status, _, errors = xlvlm("explain", "embedded", "s1")
+    assert status == 2 and "embedded is not a directory of concepts" in " ".join(errors.split())
