@@ -6,10 +6,16 @@ Skipped without Playwright, or without Debian's `chromium`, which is driven as i
 import numpy as np
 import pytest
 
+from ports.inputs.patch_layout import grid, grid_boxes
+from xlvlm_jax.concepts.explain import ActiveConcept, SampleExplanation
+from xlvlm_jax.concepts.picture_maps import MapRow, PictureMaps
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
+from xlvlm_jax.report.explain_page import write_explanation
+from xlvlm_jax.report.map_page import write_map_page
 
 from .conftest import SITE
 
@@ -32,18 +38,27 @@ def report(tmp_path, samples):
 
 
 @pytest.fixture
-def page(browser, report):
+def open_page(browser):
+    """open_page(path): the page in a browser; it must not fail or ask for anything else."""
     context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
-    opened = context.new_page()
-    asked = []
-    opened.on("request", lambda request: asked.append(request.url))
-    errors = []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.goto(report.as_uri())
-    yield opened
+    asked, errors = [], []
+
+    def open_(path):
+        opened = context.new_page()
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.goto(path.as_uri())
+        return opened
+
+    yield open_
     assert not errors
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
     context.close()
+
+
+@pytest.fixture
+def page(open_page, report):
+    return open_page(report)
 
 
 def opacities(page, card):
@@ -100,3 +115,38 @@ def test_dark_pages_are_dark(page):
 def test_search_hides_other_concepts(page):
     page.locator(".tools input").fill("dog")
     assert page.locator("#s1-0").is_visible() and not page.locator("#s1-1").is_visible()
+
+
+@pytest.fixture
+def sample(pictures):
+    image, _ = pictures[0]
+    return Sample("one", image, "one", "what?")
+
+
+def test_the_pages_of_maps_and_explanations_show_their_pictures(open_page, sample, tmp_path):
+    one = np.arange(4, dtype=np.float32).reshape(2, 2)
+    row = MapRow("dog", "activation", [one])
+    found = PictureMaps([sample], [grid_boxes(2, 2)], [row])
+    layout = grid(np.arange(4), 2, 2)
+    concept = ActiveConcept(3, 1.5, ["dog"], [str(sample.image)], -0.5, "a cat", one)
+    explained = SampleExplanation(
+        "one", str(sample.image), "a dog", [concept], "what?", -0.1, layout
+    )
+    for path in (
+        write_map_page(found, tmp_path / "maps.html"),
+        write_explanation(explained, tmp_path / "why.html"),
+    ):
+        page = open_page(path)
+        under = page.locator(".under").first
+        shown = under.locator("img").first
+        assert "data:image/jpeg" in shown.evaluate("img => getComputedStyle(img).backgroundImage")
+        box = under.bounding_box()
+        for image in (under.locator("img").first, under.locator("img").last):
+            assert image.bounding_box() == pytest.approx(box)
+        drawn = under.locator(".map")
+        assert drawn.evaluate("map => getComputedStyle(map).opacity") == "0.65"
+        under.focus()
+        assert drawn.evaluate("map => getComputedStyle(map).opacity") == "0"
+        for width in (320, 1200):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
