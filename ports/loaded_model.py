@@ -21,7 +21,7 @@ from ports.messages import few
 from ports.models.port import Port, Sizes
 from ports.names import normal_name
 from ports.nn.vision_language import Inputs, VisionLanguageModel
-from ports.parallel import sharding
+from ports.parallel import compiled, sharding
 
 Array = jax.Array
 
@@ -210,6 +210,11 @@ class LoadedModel:
         return bool(self.module.tied)
 
     @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Mesh that the parameters are sharded over; None for one device."""
+        return self._mesh
+
+    @property
     def axes(self) -> sharding.Axes:
         """Sharding rules of the parameters."""
         return self.module.axes
@@ -320,7 +325,7 @@ class LoadedModel:
         Returns:
             Logits float32[B, T, V].
         """
-        with sharding.on(self._mesh):
+        with compiled.tracing(self.module.dtype, self._mesh):
             return self.module.apply({"params": params}, inputs, **kwargs)
 
     @property

@@ -3,7 +3,6 @@
 B batch, T positions, D width.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports.intervene.sites import capture
+from ports.parallel import compiled
 from ports.vlm import VLM
 
 Params = dict[str, Any]
@@ -53,8 +53,9 @@ def paired_states(
         places.setdefault(id(leaf), len(places))
     distinct = list({id(leaf): leaf for leaf in (*leaves_a, *leaves_b)}.values())
     a, b = (tuple(places[id(leaf)] for leaf in leaves) for leaves in (leaves_a, leaves_b))
-    prepared = {name: jnp.asarray(value) for name, value in vlm.prepare(inputs).items()}
-    pair = _paired(vlm.module, distinct, prepared, tree, (a, b), sites)
+    pair = states_of_pair(
+        vlm.module, distinct, vlm.place(inputs), tree, (a, b), sites, mesh=vlm.mesh
+    )
     length = inputs["input_ids"].shape[1]
     # `prepare` pads batches on the left to one of a few lengths.
     first, second = (
@@ -63,8 +64,8 @@ def paired_states(
     return first, second
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def _paired(
+@compiled.program(static=["tree", "places", "sites"])
+def states_of_pair(
     module: Any,
     distinct: list[jax.Array],
     inputs: dict[str, jax.Array],
@@ -72,6 +73,8 @@ def _paired(
     places: tuple[tuple[int, ...], tuple[int, ...]],
     sites: tuple[str, ...],
 ) -> tuple[States, States]:
+    """Returns the states under both trees, given by the places of their leaves in `distinct`."""
+
     def states(places: tuple[int, ...]) -> States:
         params = jax.tree.unflatten(tree, [distinct[place] for place in places])
         return capture(module.apply, sites)({"params": params}, inputs)[1]

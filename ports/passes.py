@@ -1,11 +1,8 @@
 """The compiled passes of a model: what `VLM` and the rest of the package run under `jax.jit`.
 
 B batch, T positions, D width, V vocabulary.
-
-The mesh is a static argument of every program: a program traced for one is not run on another.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +18,10 @@ from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.messages import few
 from ports.nn.vision_language import VisionLanguageModel
-from ports.parallel import sharding
+from ports.parallel import compiled
 from ports.tables import html_arrays, kind, named_states
 
 Array = jax.Array
-Mesh = jax.sharding.Mesh
 
 
 class Output(NamedTuple):
@@ -54,28 +50,25 @@ class Output(NamedTuple):
         return html_arrays(arrays, title="Output")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
+@compiled.program(static=["sites"])
 def forward(
     model: VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
     sites: tuple[str, ...],
-    mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns logits[B, T, V] and the states at the sites."""
-    with sharding.on(mesh):
-        return capture(steer(model.apply, edits), sites)({"params": params}, inputs)
+    return capture(steer(model.apply, edits), sites)({"params": params}, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sites", "mesh"))
+@compiled.program(static=["sites"])
 def states(
     model: VisionLanguageModel,
     params: dict,
     inputs: dict,
     edits: Edits,
     sites: tuple[str, ...],
-    mesh: Mesh | None = None,
     shared: Shared | None = None,
 ) -> dict[str, Array]:
     """Returns the states at the sites alone: XLA drops what comes after the last of them.
@@ -83,27 +76,21 @@ def states(
     With `shared`, of prompts whose equal beginnings are computed once; the sites are then below
     the decoder.
     """
-    with sharding.on(mesh):
-        if shared is not None:
-            prompts = prefill.read(model, inputs, shared)
-            slots = prompts.mask.shape[1]
-            return prefill.prefill(model, params, prompts, edits, sites, slots, True)[2]
-        return capture(steer(model.apply, edits), sites)({"params": params}, inputs)[1]
+    if shared is not None:
+        prompts = prefill.read(model, inputs, shared)
+        slots = prompts.mask.shape[1]
+        return prefill.prefill(model, params, prompts, edits, sites, slots, True)[2]
+    return capture(steer(model.apply, edits), sites)({"params": params}, inputs)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "method", "mesh"))
-def unembed(
-    model: VisionLanguageModel, params: dict, x: Array, method: str, mesh: Mesh | None = None
-) -> Array:
+@compiled.program(static=["method"])
+def unembed(model: VisionLanguageModel, params: dict, x: Array, method: str) -> Array:
     """Returns logits[..., V] of x[..., D]; method: "unembed" or "unembed_through_norm"."""
-    with sharding.on(mesh):
-        return getattr(model.bind({"params": params}), method)(x)
+    return getattr(model.bind({"params": params}), method)(x)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model",
+@compiled.program(
+    static=[
         "max_new_tokens",
         "eos_tokens",
         "pad_token",
@@ -111,8 +98,7 @@ def unembed(
         "prompt_states",
         "variants",
         "edits_prompt",
-        "mesh",
-    ),
+    ]
 )
 def generate(
     model: VisionLanguageModel,
@@ -121,10 +107,7 @@ def generate(
     sampling: Sampling | None = None,
     edits: Edits | None = None,
     rules: logits_rules.Rules | None = None,
-    *,
-    mesh: Mesh | None = None,
     **options: Any,
 ) -> Generation:
     """Runs `ports.decoding.generate.generate`: prefill and decoding in one program."""
-    with sharding.on(mesh):
-        return decoding.generate(model, params, inputs, sampling, edits, rules, **options)
+    return decoding.generate(model, params, inputs, sampling, edits, rules, **options)

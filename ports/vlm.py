@@ -78,7 +78,7 @@ class VLM(LoadedModel):
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._lay_out(edits, arrays)
         logits, states = passes.forward(
-            self.module, self.params, self._place(arrays), edits, distinct(asked), self._mesh
+            self.module, self.params, self._place(arrays), edits, distinct(asked), mesh=self._mesh
         )
         length = arrays["input_ids"].shape[1]
         return Output(logits[:, -length:], self._cut(states, asked, length))
@@ -113,11 +113,11 @@ class VLM(LoadedModel):
             aligned, shared = self._divided(inputs, arrays, [edits])
         if shared is None:
             states = passes.states(
-                self.module, self.params, self._place(arrays), edits, chosen, self._mesh
+                self.module, self.params, self._place(arrays), edits, chosen, mesh=self._mesh
             )
             return self._cut(states, asked, length)
         states = passes.states(
-            self.module, self.params, self._place(aligned), edits, chosen, None, shared
+            self.module, self.params, self._place(aligned), edits, chosen, shared
         )
         return padding.realign(arrays, self._cut(states, asked, length))
 
@@ -197,7 +197,8 @@ class VLM(LoadedModel):
         checked = self._check(inputs)
         if max_new_tokens is None:
             arrays, sites = self._place(checked), self.check_sites(sites)
-            return passes.states.lower(self.module, self.params, arrays, {}, sites, self._mesh)
+            arguments = (self.module, self.params, arrays, {}, sites)
+            return passes.states.lower(*arguments, mesh=self._mesh)
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
         arguments, options = self._generation(inputs, checked, {}, max_new_tokens, sites)
@@ -350,7 +351,7 @@ class VLM(LoadedModel):
             Logits float32[..., V].
         """
         method = "unembed_through_norm" if through_norm else "unembed"
-        return passes.unembed(self.module, self.params, jnp.asarray(x), method, self._mesh)
+        return passes.unembed(self.module, self.params, jnp.asarray(x), method, mesh=self._mesh)
 
     def render(self, prompt: str) -> str:
         """Renders a user's prompt with one image in the checkpoint's chat template.

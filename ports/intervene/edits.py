@@ -457,7 +457,8 @@ def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
 def _add_mapped(x: Array, maps: tuple[Array, Array], alpha: Array, _: Any) -> Array:
     down, up = maps
-    return x + alpha * ((x @ down.T) @ up.T)
+    product = functools.partial(jnp.matmul, precision="highest")
+    return x + alpha * product(product(x, down.T), up.T)
 
 
 def add_mapped(down: Any, up: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:

@@ -216,7 +216,8 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
             ran.add(site)
             down, up = adapter.factors[site]
             rows = args[0].reshape(-1, args[0].shape[-1]).astype(down.dtype)
-            change = adapter.scale[site] * ((rows @ down) @ up)
+            product = functools.partial(jnp.matmul, precision="highest")
+            change = adapter.scale[site] * product(product(rows, down), up)
             return (y + change.reshape(y.shape)).astype(y.dtype)
 
         out = call_intercepted(intercept, apply, (params, *args), kwargs)

@@ -19,6 +19,7 @@ from ports.checkpoint import hub
 from ports.inputs import vocabulary
 from ports.nn import attention, layers
 from ports.nn.encoder import EncoderConfig
+from ports.parallel import compiled
 from ports.programs import keep_programs
 
 Array = jax.Array
@@ -246,7 +247,7 @@ class TextEncoder:
         return _states(self.module, layer, self.params, jnp.asarray(tokens), mask)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled.program(static=["layer"])
 def _states(module: Bert, layer: int, params: dict, tokens: Array, attention_mask: Array) -> Array:
     return module.bind({"params": params})(tokens, attention_mask)[layer]
 

@@ -18,6 +18,7 @@ from ports import checkpoint
 from ports.checkpoint import hub
 from ports.inputs import vocabulary
 from ports.nn import clip_vision, encoder, layers
+from ports.parallel import compiled
 from ports.programs import keep_programs
 
 Array = jax.Array
@@ -190,12 +191,12 @@ class DualEncoder:
         return _embed_images(self.module, self.params, jnp.asarray(pixels))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled.program()
 def _embed_text(module: CLIP, params: dict, tokens: Array, attention_mask: Array) -> Array:
     return module.bind({"params": params}).embed_text(tokens, attention_mask)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled.program()
 def _embed_images(module: CLIP, params: dict, pixels: Array) -> Array:
     return module.bind({"params": params}).embed_images(pixels)
 

@@ -77,14 +77,14 @@ def test_what_is_shared_is_held_and_computed_once(vlm, tuned, inputs, monkeypatc
     shared = share_params(vlm.params, tuned.params)
     kept = [a is b for a, b in zip(*map(jax.tree.leaves, (vlm.params, shared)), strict=True)]
     assert kept.count(False) == 8  # the changed v_proj of eight layers
-    costs, jitted = [], paired._paired
+    costs, jitted = [], paired.states_of_pair
 
-    def costed(module, distinct, arrays, *static):
-        executable = jitted.lower(module, distinct, arrays, *static).compile()
+    def costed(module, distinct, arrays, *static, mesh):
+        executable = jitted.lower(module, distinct, arrays, *static, mesh=mesh).compile()
         costs.append(executable.cost_analysis()["flops"])
         return executable(distinct, arrays)
 
-    monkeypatch.setattr(paired, "_paired", costed)
+    monkeypatch.setattr(paired, "states_of_pair", costed)
     for params in (vlm.params, shared):
         paired_states(vlm, vlm.params, params, inputs, [FIRST])
     one, both = costs  # a model beside itself costs as much as one alone

@@ -246,7 +246,7 @@ Side = tuple[jax.Array, jax.Array, jax.Array]
 def _match(candidate: Side, reference: Side) -> jax.Array:
     """Returns precision, recall and F1 [P, 3] of P pairs; 0 if a side is empty."""
     (c, c_weights, c_there), (r, r_weights, r_there) = candidate, reference
-    cosine = jnp.einsum("ptd,psd->pts", c, r)
+    cosine = jnp.einsum("ptd,psd->pts", c, r, precision="highest")
     cosine = jnp.where(c_there[:, :, None] & r_there[:, None, :], cosine, -jnp.inf)
 
     def weighted(best: jax.Array, weights: jax.Array) -> jax.Array:

@@ -51,8 +51,8 @@ class ShiftNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[jax.Array, "B D"]:
         """Maps float32[B, D] to float32[B, D]."""
-        x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
-        return nn.Dense(self.width, name="shift")(x)
+        x = nn.tanh(nn.Dense(self.hidden, precision="highest", name="hidden")(x))
+        return nn.Dense(self.width, precision="highest", name="shift")(x)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

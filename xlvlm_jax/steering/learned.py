@@ -9,7 +9,6 @@ keep its other answers as they are. N samples, D width.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from jaxtyping import Float
 from ports import VLM
 from ports.intervene.edits import PADDING, Edit, add, add_mapped
 from ports.nn.vision_language import VisionLanguageModel
+from ports.parallel import compiled, sharding
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering import files, teacher_forcing
 from xlvlm_jax.steering.vectors import SteeringVector
@@ -113,7 +113,6 @@ class LowRankMap:
 class _Program(NamedTuple):
     """What a compiled step depends on besides shapes; equal programs compile once."""
 
-    module: VisionLanguageModel
     begin: str  # the site whose states are stored and run from
     site: str  # the site that is shifted
     length: int  # tokens of the longest answer
@@ -132,9 +131,13 @@ class _Setting(NamedTuple):
 _adam = optax.scale_by_adam()
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def _losses(
-    program: _Program, params: dict, learnt: dict, setting: _Setting, batch: teacher_forcing.Forced
+def _losses_of(
+    module: VisionLanguageModel,
+    program: _Program,
+    params: dict,
+    learnt: dict,
+    setting: _Setting,
+    batch: teacher_forcing.Forced,
 ) -> jax.Array:
     """Returns float32[B], the mean cross-entropy of each answer's tokens."""
     if "vector" in learnt:
@@ -143,13 +146,17 @@ def _losses(
         edit = add_mapped(learnt["down"], learnt["up"])
     edits = {program.site: dataclasses.replace(edit, kinds=setting.kinds, start=setting.start)}
     losses, weights = teacher_forcing.answer_losses(
-        program.module, params, batch, program.begin, edits, program.length
+        module, params, batch, program.begin, edits, program.length
     )
     return losses.sum(1) / weights.sum(1)
 
 
-@functools.partial(jax.jit, static_argnames="program")
+_losses = compiled.program(static=["program"])(_losses_of)
+
+
+@compiled.program(static=["program"])
 def _update(
+    module: VisionLanguageModel,
     program: _Program,
     params: dict,
     learnt: dict,
@@ -161,7 +168,7 @@ def _update(
     """Runs a step of Adam; returns what is learnt, the moments and the loss before the step."""
 
     def loss(learnt: dict) -> jax.Array:
-        losses = _losses(program, params, learnt, setting, batch)
+        losses = _losses_of(module, program, params, learnt, setting, batch)
         size = sum(jnp.sum(value**2) for value in learnt.values())
         return (losses * weights).sum() / weights.sum() + setting.penalty * size
 
@@ -269,7 +276,8 @@ def fit_learned(
         scale = 1.0
         down = rng.standard_normal((rank, width)) / np.sqrt(width)
         learnt = {"down": jnp.asarray(down, jnp.float32), "up": jnp.zeros((width, rank))}
-    program = _Program(vlm.module, begin, site, forced.answer_length)
+    program = _Program(begin, site, forced.answer_length)
+    model, on = (vlm.module, program, vlm.params), {"mesh": vlm.mesh}
     setting = _Setting(
         jnp.asarray(template.kinds),
         template.start,
@@ -280,7 +288,8 @@ def fit_learned(
     moments = _adam.init(learnt)
 
     def rows(index: np.ndarray) -> tuple[teacher_forcing.Forced, np.ndarray]:
-        return teacher_forcing.Forced(*(array[index] for array in forced)), weight[index]
+        placed = sharding.put_batch({k: v[index] for k, v in forced._asdict().items()}, vlm.mesh)
+        return teacher_forcing.Forced(**placed), weight[index]
 
     def validate(learnt: dict) -> float:
         total = 0.0
@@ -289,7 +298,7 @@ def fit_learned(
             # Padded with samples that do not count, so that every batch runs the same program.
             fill = np.resize(held_out, batch_size)
             fill[: len(index)] = index
-            losses = np.asarray(_losses(program, vlm.params, learnt, setting, rows(fill)[0]))
+            losses = np.asarray(_losses(*model, learnt, setting, rows(fill)[0], **on))
             total += float((losses[: len(index)] * weight[index]).sum())
         return total / float(weight[held_out].sum())
 
@@ -302,9 +311,7 @@ def fit_learned(
         while len(queue) < batch_size:
             queue = np.concatenate([queue, rng.permutation(train)])
         index, queue = queue[:batch_size], queue[batch_size:]
-        learnt, moments, value = _update(
-            program, vlm.params, learnt, moments, setting, *rows(index)
-        )
+        learnt, moments, value = _update(*model, learnt, moments, setting, *rows(index), **on)
         recent.append(value)
         if progress is not None:
             progress(step, steps)
