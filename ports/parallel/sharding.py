@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Path = tuple[str, ...]
@@ -341,9 +342,15 @@ def heads(x: jax.Array, axis: str = "heads") -> jax.Array:
     return constrain(x, "batch", "positions", axis, "embed")
 
 
+RESIDUAL = "residual"
+
+
 def residual(x: jax.Array) -> jax.Array:
-    """Constrains the residual stream x[B, T, D] to be sharded by rows only."""
-    return constrain(x, "batch", "positions", "embed")
+    """Constrains the residual stream x[B, T, D] to be sharded by rows only.
+
+    It also names it RESIDUAL, for policies of `jax.checkpoint`.
+    """
+    return checkpoint_name(constrain(x, "batch", "positions", "embed"), RESIDUAL)
 
 
 def logits(x: jax.Array) -> jax.Array:

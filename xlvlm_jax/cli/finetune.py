@@ -86,6 +86,14 @@ def finetune(
         str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
     ] = "float32",
     strict: Strict = False,
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compute layers again for gradients instead of keeping their activations. "
+            "Default: on accelerators.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a model, by default as a LoRA adapter in PEFT's format.
@@ -112,6 +120,7 @@ def finetune(
         weight_decay=weight_decay,
         clip=clip,
         seed=seed,
+        recompute=recompute,
     )
 
     def read(split: str | None, count: int | None) -> list[datasets.Sample]:

@@ -108,11 +108,13 @@ def finetune(
         )
     for sample in (*samples, *evaluation):
         examples.training_answers(sample)
+    # A run may be continued with another value of what does not change its result.
+    given = dataclasses.asdict(settings)
     arguments = {
         "base model": base_model or str(vlm.directory),
         "fingerprint": vlm.fingerprint,
         "dtype": vlm.dtype.name,
-        **dataclasses.asdict(settings),
+        **{name: value for name, value in given.items() if name != "recompute"},
         "samples": len(samples),
         "samples digest": _digest(samples),
         "evaluation digest": _digest(evaluation),

@@ -29,6 +29,9 @@ class FinetuneSettings:
         weight_decay: weight decay of AdamW (Loshchilov and Hutter 2019), on matrices only.
         clip: maximum global norm of the gradient.
         seed: random seed of the factors, the order of samples and the choice of references.
+        recompute: keep only the residual stream for gradients and compute the layers' insides
+            again: a fraction of the memory, a third more time, the same results. None: on
+            accelerators.
 
     Raises:
         ValueError: a value is out of range.
@@ -48,6 +51,7 @@ class FinetuneSettings:
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
+    recompute: bool | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("method", METHODS), ("schedule", SCHEDULES)):
@@ -72,6 +76,11 @@ class FinetuneSettings:
                 f"targets are {self.targets}, but method 'full' trains all parameters; leave them "
                 "out or use method 'lora'"
             )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again for gradients, on this backend."""
+        return jax.default_backend() != "cpu" if self.recompute is None else self.recompute
 
     def num_steps(self, num_samples: int) -> int:
         """Returns the total number of updates."""

@@ -11,10 +11,12 @@ import optax
 import ports
 from ports import VLM
 from ports.intervene import lora
+from ports.parallel import compiled, sharding
 from xlvlm_jax.finetune.examples import TrainingBatch
 from xlvlm_jax.finetune.settings import FinetuneSettings
 
 Array = jax.Array
+_ONLY_RESIDUALS = jax.checkpoint_policies.save_only_these_names(sharding.RESIDUAL)
 
 
 class State(NamedTuple):
@@ -99,7 +101,7 @@ class Trainer:
             is_last = i == self.settings.accumulate
             arrays = (*self._place(batch), is_last)
             static = (self.vlm.module, self.settings, self.num_steps, batch.window)
-            state, figures = _step(*static, state, self._frozen, *arrays)
+            state, figures = train_step(*static, state, self._frozen, *arrays, mesh=self.vlm.mesh)
         return state, figures
 
     def evaluate(self, state: State, split: Iterable[TrainingBatch]) -> float:
@@ -115,8 +117,9 @@ class Trainer:
         Raises:
             ValueError: there are no batches.
         """
+        vlm, given = self.vlm, (state.trained, self._frozen)
         sums = [
-            _loss(self.vlm.module, batch.window, state.trained, self._frozen, *self._place(batch))
+            _loss(vlm.module, batch.window, *given, *self._place(batch), mesh=vlm.mesh)
             for batch in split
         ]
         if not sums:
@@ -136,14 +139,14 @@ class Trainer:
         return self.vlm.place(batch.inputs), jnp.asarray(batch.lengths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _loss(
+def _loss_of(
     model: Any,
     window: int,
     trained: Any,
     frozen: tuple[dict, dict[str, float]] | None,
     inputs: dict[str, Array],
     lengths: Array,
+    recompute: bool = False,
 ) -> tuple[Array, Array]:
     """Returns the cross-entropy summed over the answers' tokens, and their number.
 
@@ -159,8 +162,11 @@ def _loss(
         params, scale = frozen
         adapter = lora.Adapter(trained, scale)
         apply = functools.partial(ports.adapted(apply), adapter=adapter)
+    run = functools.partial(apply, x=inputs, method="states")
+    if recompute:
+        run = jax.checkpoint(run, policy=_ONLY_RESIDUALS)
     # The head, the most expensive layer, runs only at positions that predict an answer.
-    states = apply(params, x=inputs, method="states")[:, -window - 1 : -1]
+    states = run(params)[:, -window - 1 : -1]
     logits = apply(params, x=states, method="unembed")
     target = inputs["input_ids"][:, -window:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
@@ -168,8 +174,11 @@ def _loss(
     return jnp.where(is_answer, losses, 0).sum(), lengths.sum()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _step(
+_loss = compiled.program(static=["window"])(_loss_of)
+
+
+@compiled.program(static=["settings", "num_steps", "window"], donate=["state"])
+def train_step(
     model: Any,
     settings: FinetuneSettings,
     num_steps: int,
@@ -197,7 +206,8 @@ def _step(
         return new, {"loss": loss / count, "norm": optax.global_norm(gradient)}
 
     def loss_of(trained: Any) -> tuple[Array, Array]:
-        return _loss(model, window, trained, frozen, inputs, lengths)
+        given = trained, frozen, inputs, lengths
+        return _loss_of(model, window, *given, settings.recomputes)
 
     (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
     if state.gradient is None:

@@ -125,7 +125,7 @@ def test_half_precision_trains_in_single_precision(pair, vlm, batches):
     inputs, lengths = half.place(batches[0].inputs), jnp.asarray(batches[0].lengths)
     frozen = half.params, trainer.finished(state).scale
     after, _ = jax.eval_shape(
-        functools.partial(training._step, half.module, SETTINGS, 5, batches[0].window),
+        functools.partial(training.train_step, half.module, SETTINGS, 5, batches[0].window),
         *(state, frozen, inputs, lengths, True),
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(after.trained)} == {np.dtype("float32")}
