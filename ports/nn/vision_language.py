@@ -409,8 +409,32 @@ def place_images(x: Array, is_image: Array, features: Array, valid: Array | None
     Returns:
         [B, T, D].
     """
-    index = jnp.cumsum(is_image.reshape(-1)) - 1
-    if valid is not None:
-        features = features[jnp.argsort(~valid, stable=True)]
-    features = features[jnp.clip(index, 0, len(features) - 1)].reshape(x.shape)
-    return jnp.where(is_image[..., None], features.astype(x.dtype), x)
+
+    def placed(x: Array, is_image: Array, features: Array, valid: Array | None) -> Array:
+        index = jnp.cumsum(is_image.reshape(-1)) - 1
+        if valid is not None:
+            features = features[jnp.argsort(~valid, stable=True)]
+        features = features[jnp.clip(index, 0, len(features) - 1)].reshape(x.shape)
+        return jnp.where(is_image[..., None], features.astype(x.dtype), x)
+
+    rows = len(x)
+    if not sharding.is_on_mesh() or not len(features) or len(features) % rows:
+        return placed(x, is_image, features, valid)
+    # If every row has its share of the features, as with one image per prompt, each device places
+    # those of its own rows. Else the features cross the devices.
+    own = features.reshape(rows, -1, features.shape[-1])
+    own = sharding.constrain(own, "batch", "positions", "embed")
+    real = jnp.ones(len(features), bool) if valid is None else valid
+    real = sharding.constrain(real.reshape(rows, -1), "batch", "positions")
+    is_even = jnp.all(real.sum(1) == is_image.sum(1))
+
+    def by_row() -> Array:
+        # Constrained here too: what is inside a conditional is divided by itself.
+        order = jnp.argsort(~real, axis=1, stable=True)
+        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, own.shape[1] - 1)
+        index = jnp.take_along_axis(order, index, axis=1) if valid is not None else index
+        chosen = jnp.take_along_axis(own, index[..., None], axis=1)
+        chosen = jnp.where(is_image[..., None], chosen.astype(x.dtype), x)
+        return sharding.constrain(chosen, "batch", "positions", "embed")
+
+    return jax.lax.cond(is_even, by_row, lambda: placed(x, is_image, features, valid))
