@@ -99,6 +99,29 @@ def test_accumulated_batches_are_one_large_batch(vlm, samples):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_layers_computed_again_give_the_same_update(vlm, batches):
+    ends, room = [], []
+    for recompute in (False, True):
+        settings = dataclasses.replace(SETTINGS, recompute=recompute)
+        trainer = Trainer(vlm, settings, 5)
+        batch = batches[0]
+        lowered = training.train_step.lower(
+            *(vlm.module, settings, 5, batch.window, trainer.begin(), trainer._frozen),
+            *(vlm.place(batch.inputs), jnp.asarray(batch.lengths), True),
+        )
+        room.append(
+            "checkpoint" in lowered.as_text() or "optimization_barrier" in lowered.as_text()
+        )
+        ends.append(trainer.update(trainer.begin(), [batch]))
+    assert room == [False, True]
+    (plain, figures), (again, others) = ends
+    assert float(figures["norm"]) == pytest.approx(float(others["norm"]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(plain.trained), jax.tree.leaves(again.trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # On a CPU nothing is computed again unless asked for.
+    assert not SETTINGS.recomputes
+
+
 def test_training_learns_and_leaves_the_model_alone(vlm, batches):
     before = jax.tree.map(np.asarray, vlm.params)
     trainer = Trainer(vlm, SETTINGS, 5)
