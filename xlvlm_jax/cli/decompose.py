@@ -74,8 +74,8 @@ def decompose(
         str | None,
         typer.Option(
             metavar="DATAxMODEL",
-            help="Sparse autoencoders: numbers of devices to split each batch over, and the "
-            "features over. Default: all devices over the batch.",
+            help="Numbers of devices to spread rows over and, for sparse autoencoders, features "
+            "over. Default: rows over all devices.",
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -62,8 +62,8 @@ def decompose_features(
         seed: random seed.
         stream: for a matrix larger than memory. Its tiles are read again for every update, and the
             activations are written during the last pass; the result does not hold them.
-        mesh: for sparse autoencoders: devices that hold the rows of a batch along "data" and
-            features along "model"; None for all on "data".
+        mesh: devices that hold rows along "data" and, for sparse autoencoders, features along
+            "model"; None for all on "data".
         **options: as for `decompose`.
 
     Raises:
@@ -90,7 +90,7 @@ def decompose_features(
         shutil.rmtree(training_directory(output), ignore_errors=True)
         return concepts
     if not is_autoencoder:
-        options |= {"mesh": rows_mesh()}
+        options |= {"mesh": mesh or rows_mesh()}
     found = decompose(stored, num_concepts, method, key=key, **options)
     concepts = on_host(found)
     source |= {"seconds": _since(began), "explained_variance": None} | concepts.source
