@@ -79,7 +79,7 @@ CASES = {
     ),
 }
 DEVICES = 8
-_WHOLE = ("input_ids", "attention_mask", "image_grid_thw", "image_input_idx")
+WHOLE = ("input_ids", "attention_mask", "image_grid_thw", "image_input_idx")
 
 
 def module_of(name: str) -> vision_language.VisionLanguageModel:
@@ -111,7 +111,7 @@ def abstract_inputs(name: str, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDt
     return {
         key: jax.ShapeDtypeStruct(
             (BATCH, *shape),
-            np.int32 if key in _WHOLE else np.float32,
+            np.int32 if key in WHOLE else np.float32,
             sharding=sharding.batch_sharding(mesh, (BATCH, *shape)),
         )
         for key, shape in shapes.items()

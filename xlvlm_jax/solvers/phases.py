@@ -221,7 +221,7 @@ def _here(value: Array, mesh: Mesh | None) -> np.ndarray:
 def _solve_phase(
     Z: Array, carry: Any, limit: Int[Array, ""], *, plan: Plan, index: int, mesh: Mesh | None
 ) -> Any:
-    return _on_mesh(plan, index, mesh, Z, carry, limit)
+    return run_phase(plan, index, mesh, Z, carry, limit)
 
 
 # The progress is donated: one copy in memory, not two.
@@ -238,11 +238,11 @@ def _solve_updates(
     mesh: Mesh | None,
 ) -> Progress:
     carry = Carry(tol, fixed, progress)
-    return _on_mesh(plan, index, mesh, Z, carry, limit).progress
+    return run_phase(plan, index, mesh, Z, carry, limit).progress
 
 
-def _on_mesh(plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array) -> Any:
-    """Runs one phase. On a mesh each device keeps its own carry, on a leading axis."""
+def run_phase(plan: Plan, index: int, mesh: Mesh | None, Z: Array, carry: Any, limit: Array) -> Any:
+    """Runs one phase; traceable. On a mesh each device keeps its own carry, on a leading axis."""
     work = plan.phases[index].work
     if mesh is None:
         return work(Z, carry, limit, ONE_DEVICE)

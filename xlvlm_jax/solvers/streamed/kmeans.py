@@ -84,7 +84,7 @@ def solve(
             far.add(tile.start, np.asarray(kept[1][: tile.num_rows]))
 
         def on_tile(tile: Tile, offsets: Array = offsets) -> tuple:
-            return _collect(tile.Z, tile.real, mean, offsets)
+            return collect(tile.Z, tile.real, mean, offsets)
 
         sums, energy, moment = add_up(source, on_tile, keep)
         inertia = kmeans_assignment.inertia(energy, offsets, sums)
@@ -119,7 +119,8 @@ def solve(
 
 
 @jax.jit
-def _collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, Any]:
+def collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, Any]:
+    """Returns a tile's share of an update: sums over its rows, and what is kept of each row."""
     Z = real[:, None] * (Z.astype(jnp.float32) - mean)
     energy, zero = jnp.sum(Z**2, axis=1), jnp.zeros_like(mean)
     labels, least, _ = kmeans_assignment.nearest(kmeans_assignment.score(Z, offsets, zero, False))

@@ -69,7 +69,7 @@ def solve(
     while True:
 
         def on_tile(tile: Tile, new: Array = new) -> tuple:
-            return _collect(tile.Z, tile.real, mean, new), ()
+            return collect(tile.Z, tile.real, mean, new), ()
 
         new_images, energy = values_of(add_up(source, on_tile))
         basis, images, variances = _best_axes(basis, images, new, new_images, min(W, D))
@@ -111,7 +111,8 @@ def _best_axes(
 
 
 @jax.jit
-def _collect(Z: Array, real: Array, mean: Wide, basis: Array) -> tuple[Array, Wide]:
+def collect(Z: Array, real: Array, mean: Wide, basis: Array) -> tuple[Array, Wide]:
+    """Returns a tile's share of the images of the basis, and its energy."""
     Z = _centred(Z, real, mean)
     squares = total(jnp.sum(Z**2, axis=1)).times(0.5)
     return weighted_sums(matmul(Z, basis).T, Z).T, squares

@@ -106,7 +106,7 @@ def _update(
 
     def on_tile(tile: Tile) -> tuple:
         parts = _part(energy, tile), _part(codes, tile)
-        return _collect(tile.Z, *parts, state, alpha, nonnegative)
+        return collect(tile.Z, *parts, state, alpha, nonnegative)
 
     def keep(tile: Tile, kept: tuple) -> None:
         new_codes[tile.start : tile.start + tile.num_rows] = kept[0][: tile.num_rows]
@@ -133,9 +133,10 @@ def _part(values: Float[np.ndarray, "N ..."], tile: Tile) -> Float[np.ndarray, "
 
 
 @partial(jax.jit, static_argnames="nonnegative")
-def _collect(
+def collect(
     Z: Array, energy: Array, codes: Array, state: Atoms, alpha: Array, nonnegative: bool
 ) -> tuple[Sums, tuple[Array, Array]]:
+    """Returns a tile's share of an update: its sums, and its codes and squared residuals."""
     ahead, _ = dictionary.extrapolate(state)
     codes, sums, cost = semi_nmf.collect(
         Z.astype(jnp.float32), energy, (codes * state.scale).T, ahead, alpha, nonnegative
