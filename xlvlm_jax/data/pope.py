@@ -13,7 +13,8 @@ XL-VLMs keeps the questions of all splits in one list, and the pictures in one f
                                       "response": "yes", "subset": "random"}, ...]
     <directory>/images/COCO_val2014_000000310196.jpg
 
-A split then has all questions whose answer is yes, and its own of those whose answer is no.
+A split then has all questions whose answer is yes, and its own of those whose answer is no; "all"
+has every question.
 """
 
 import json
@@ -44,7 +45,8 @@ def load(
 
     Args:
         directory: directory of the data set.
-        split: how absent objects were drawn: "random", "popular" or "adversarial".
+        split: how absent objects were drawn: "random", "popular" or "adversarial"; "all" of
+            XL-VLMs' list.
         questions: a file to read instead of the one above, in either form.
         prompt: prompt of every sample, with {question} in place of the question.
 
@@ -53,12 +55,12 @@ def load(
         ValueError: the split is unknown, a line has another form, a label is neither yes nor no, a
             question is a duplicate, or the prompt does not hold {question}.
     """
-    if split not in SPLITS:
-        raise ValueError(f"POPE has no split {split!r}; expected one of {', '.join(SPLITS)}")
     directory = Path(directory)
     path = files.resolve(directory, questions, f"coco_pope_{split}.json")
-    samples: dict[int, Sample] = {}
     listed = _is_list(path)
+    if split not in SPLITS and not (listed and split == "all"):
+        raise ValueError(f"POPE has no split {split!r}; expected one of {', '.join(SPLITS)}")
+    samples: dict[int, Sample] = {}
     for number, place, record in _listed(path, split) if listed else _asked(path):
         if number in samples:
             raise ValueError(f"{path}: {place}: question_id {number} is a duplicate")
@@ -103,7 +105,7 @@ def _listed(path: Path, split: str) -> Iterator[tuple[int, str, Any]]:
         place = f"[{number}]"
         record = {ours: files.get(given, name, str, path, place) for name, ours in names.items()}
         record["text"] = record["text"].split(_ENDING)[0].strip()
-        if record["label"] == "yes" or record["subset"] == split:
+        if split == "all" or record["label"] == "yes" or record["subset"] == split:
             yield number, place, record
 
 

@@ -58,6 +58,7 @@ def test_the_list_of_xl_vlms(tmp_path):
     assert (first.prompt, first.metadata["label"]) == ("Is there a dog?", "yes")
     assert first.image == tmp_path / "images" / "COCO_val2014_000000310196.jpg"
     assert (second.id, second.prompt, second.references[0]) == ("2", "Is there a car?", "no")
+    assert len(data.load("pope", tmp_path, "all", **given)) == 3
     del listed[1]["subset"]
     (tmp_path / "annotations.json").write_text(json.dumps(listed))
     with pytest.raises(ValueError, match=r"\[1\]: key 'subset' missing"):
