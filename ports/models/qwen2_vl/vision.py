@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from ports.nn import attention, layers
+from ports.nn import attention, layers, rope
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -95,9 +95,9 @@ class VisionConfig:
                 raise ValueError(
                     f"vision_config.{name} is {getattr(config, name)!r}; expected one number"
                 )
-        rope = dict(getattr(config, "rope_parameters", None) or {})
-        if rope.get("rope_type", "axial") != "axial":
-            raise ValueError(f"vision_config has rope_type {rope['rope_type']!r}; expected 'axial'")
+        said = dict(getattr(config, "rope_parameters", None) or {})
+        if said.get("rope_type", "axial") != "axial":
+            raise ValueError(f"vision_config has rope_type {said['rope_type']!r}; expected 'axial'")
         if getattr(config, width) % (4 * config.num_heads):
             raise ValueError(
                 f"vision_config.{width} is {getattr(config, width)}; expected a multiple of 4 x "
@@ -112,7 +112,7 @@ class VisionConfig:
             patch_size=config.patch_size,
             frames_per_patch=config.temporal_patch_size,
             merge_size=config.spatial_merge_size,
-            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            rope_theta=float(said.get("rope_theta", 10_000.0)),
             **own,
         )
 
@@ -152,7 +152,7 @@ def axial_angles(config: VisionConfig, places: Places) -> tuple[Array, Array]:
     half, the same values, with the column.
     """
     half = config.width // config.num_heads // 2
-    frequencies = config.rope_theta ** -(jnp.arange(0, half, 2, dtype=jnp.float32) / half)
+    frequencies = rope.frequencies(rope.Rope(config.rope_theta), half)
     turns = [
         place[..., None].astype(jnp.float32) * frequencies for place in (places.row, places.column)
     ]

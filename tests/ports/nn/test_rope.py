@@ -84,6 +84,20 @@ def test_every_scaling_equals_transformers(name, length):
         np.testing.assert_allclose(got, there, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("head_dim", "theta"), [(80, 1e4), (128, 5e5), (256, 1e6)])
+def test_frequencies_are_rounded_as_pytorchs_are(head_dim, theta):
+    """All but those where the two libraries' powers differ in their last bit."""
+    config = transformers.LlamaConfig(
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    ours = rope.frequencies(rope.Rope(theta), head_dim)
+    np.testing.assert_allclose(ours, expected, rtol=1.2e-7)
+    assert (ours == expected).mean() > 0.95
+
+
 def test_interleaved_components_equal_transformers():
     parameters = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [6, 5, 5]}
     config = transformers.Qwen3VLTextConfig(
