@@ -259,6 +259,15 @@ class LoadedModel:
         return processor
 
     @functools.cached_property
+    def video_processor(self) -> Any:
+        """transformers' own processor of the checkpoint, for videos; loaded on first use.
+
+        Raises:
+            ValueError: the family has no videos, a package is missing, or files are.
+        """
+        return self._port.load_video_processor(self._directory_of("processor"), self.sizes)
+
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, from transformers; loaded on first use."""
         tokenizer = self._port.load_tokenizer(self._directory_of("tokenizer"))
@@ -281,7 +290,7 @@ class LoadedModel:
         """
         model = copy.copy(self)
         # Read again where they were read already.
-        for name in ("processor", "tokenizer"):
+        for name in ("processor", "video_processor", "tokenizer"):
             model.__dict__.pop(name, None)
         model._processor_directory, model._tokenizer_seen = directory, False
         return model

@@ -383,7 +383,8 @@ class VLM(LoadedModel):
             images: for each prompt an image, or a list of images, empty for none. An image is a PIL
                 image, an array or a file's path.
             options: further arguments of the checkpoint's processor: `do_pan_and_scan=True` for the
-                crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos`.
+                crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos` (a flat
+                list of arrays [frames, height, width, 3]), which need torchvision.
 
         Returns:
             The processor's arrays, padded on the left.
@@ -391,9 +392,10 @@ class VLM(LoadedModel):
         Raises:
             ValueError: `texts` is a single string or `images` a single image, their numbers differ,
                 a file does not exist, a prompt has no image token because it was not rendered, or
-                the processor does not take an option.
+                the processor does not take an option, or not here.
         """
-        return prompts.run_processor(self.processor, texts, images, options)
+        processor = self.video_processor if "videos" in options else self.processor
+        return prompts.run_processor(processor, texts, images, options)
 
     def decode(self, tokens: Any) -> str | list[str]:
         """Decodes token ids to text, without special and pad tokens.

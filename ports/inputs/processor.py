@@ -6,7 +6,7 @@ its video processor.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +19,9 @@ class Processor:
         tokenizer: the checkpoint's tokenizer, from transformers.
         chat_template: a Jinja template, or None.
         image_token: the text for an image in a prompt.
-        videos_need: what must be installed for videos, with which transformers' own class is used
-            instead; None for a family without videos.
     """
 
     image_token: str
-    videos_need: ClassVar[str | None] = None
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
         self.image_processor, self.tokenizer = image_processor, tokenizer

@@ -79,9 +79,11 @@ def run_processor(
     pairs = pair_prompts(texts, images, getattr(processor, "image_token", None))
     _check_options(processor, options)
     processor.tokenizer.padding_side = "left"
+    listed = [images for _, images in pairs]
     batch = processor(
         text=[text for text, _ in pairs],
-        images=[listed for _, listed in pairs],
+        # Beside videos, transformers' processors take no empty lists of images.
+        images=listed if any(listed) or "videos" not in options else None,
         padding=True,
         return_tensors="np",
         **options,
@@ -90,15 +92,6 @@ def run_processor(
 
 
 def _check_options(processor: Any, options: Mapping[str, Any]) -> None:
-    if "videos" in options and getattr(processor, "video_processor", None) is None:
-        need = getattr(processor, "videos_need", None)
-        raise ValueError(
-            f"videos need transformers' own processor, which requires {need}: install it, or make "
-            "the arrays where it is installed and pass them to vlm.forward or vlm.generate"
-            if need
-            else "videos are not inputs of this model family; pass frames as images, one per "
-            "image token"
-        )
     # transformers' processors take any option, and warn of those that they do not know.
     taken = inspect.signature(processor.__call__).parameters
     unknown = [name for name in options if name not in taken]

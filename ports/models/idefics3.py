@@ -25,7 +25,7 @@ from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
 from ports.models import idefics2, port
-from ports.models.port import Port, read_processor
+from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, siglip, vision_language
 from ports.parallel import sharding
@@ -233,17 +233,14 @@ def _pictures(ids: np.ndarray, token: int, side: int, tokenizer: Any) -> list[Pa
 
 
 def read_smolvlm_processor(directory: Path) -> Any:
-    """Loads the processor of a SmolVLM: transformers' class if torchvision is installed, which its
-    video half needs, else Idefics3's, which gives the same arrays for images.
+    """Loads the processor of a SmolVLM: Idefics3's, which gives the same arrays for images, as
+    transformers' class requires torchvision.
 
     Raises:
         ValueError: the processor does not load.
     """
     from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
-    from transformers.utils.import_utils import is_num2words_available, is_torchvision_available
 
-    if is_torchvision_available() and is_num2words_available():
-        return read_processor(directory)
     # Remote code is never run, and the user is not asked to.
     own = {"trust_remote_code": False}
     stored = port.read_settings(directory, "processor_config.json")
@@ -266,4 +263,9 @@ PORT = Port(
     canonical_name=idefics2.canonical_name,
     patch_layout=patch_layout,
 )
-SMOLVLM = dataclasses.replace(PORT, config=SmolConfig, read_processor=read_smolvlm_processor)
+SMOLVLM = dataclasses.replace(
+    PORT,
+    config=SmolConfig,
+    read_processor=read_smolvlm_processor,
+    videos_need=("torchvision", "num2words"),
+)

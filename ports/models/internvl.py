@@ -314,8 +314,6 @@ class Processor(processor.Processor):
     3, height, width]. An image of several tiles also has itself, made smaller, as the last one.
     """
 
-    videos_need = "torchvision"
-
     def __init__(
         self,
         image_processor: Any,
@@ -362,4 +360,5 @@ PORT = Port(
     transformers_name=llava_like.transformers_name,
     patch_layout=llava_like.patch_layout,
     read_processor=read_processor,
+    videos_need=("torchvision",),
 )

@@ -211,7 +211,6 @@ class Processor(processor.Processor):
     width], image_sizes int[I, 2] and batch_num_images, the number of images per text.
     """
 
-    videos_need = "torchvision"
     sizes: Config  # set by `complete_processor`
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
@@ -233,14 +232,13 @@ class Processor(processor.Processor):
         ]
 
 
-def read_processor(directory: Path) -> Any:
-    """Loads the processor of a checkpoint: transformers' class if torchvision is installed, else
-    `Processor`.
+def read_processor(directory: Path) -> Processor:
+    """Loads the processor of a checkpoint.
 
     Raises:
         ValueError: the processor does not load.
     """
-    return port.read_with_videos(directory, lambda path: Processor(*port.read_parts(path)))
+    return Processor(*port.read_parts(directory))
 
 
 def complete_processor(found: Any, config: Config, directory: Path) -> None:
@@ -297,6 +295,7 @@ PORT = Port(
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
     read_processor=read_processor,
+    videos_need=("torchvision",),
     complete_processor=complete_processor,
     patch_layout=patch_layout,
 )

@@ -13,6 +13,7 @@ head, `axes`, `text_decoder`, `unembed`, `embed_inputs`, and a `setup` with the 
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -71,6 +72,13 @@ def read_processor(directory: Path) -> Any:
         return AutoProcessor.from_pretrained(directory, trust_remote_code=False, backend="pil")
 
 
+def _read_default_processor(directory: Path) -> Any:
+    from transformers import AutoProcessor
+
+    with checkpoint.loading(directory, "processor for videos"):
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+
+
 def read_tokenizer(directory: Path) -> Any:
     """Loads the tokenizer of a family that transformers supports.
 
@@ -119,18 +127,6 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
     return checkpoint.read_json(file) if file.exists() else {}
 
 
-def read_with_videos(directory: Path, own: Callable[[Path], Any]) -> Any:
-    """Loads the processor of a family with videos: transformers' class, whose video half requires
-    torchvision, if that is installed, else `own`, for texts and images.
-
-    Raises:
-        ValueError: the processor does not load.
-    """
-    from transformers.utils.import_utils import is_torchvision_available
-
-    return read_processor(directory) if is_torchvision_available() else own(directory)
-
-
 def leave_processor(processor: Any, config: Any, directory: Path) -> None:
     """Leaves a processor unchanged: the default for `Port.complete_processor`."""
 
@@ -168,6 +164,8 @@ class Port:
         patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
             from, for each row, with boxes as fractions of what the model saw (see
             `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.
+        videos_need: packages that transformers' processor needs for videos; () for a family without
+            them. Images are processed without these packages.
         options: arguments of `ports.load` that set a field of the configuration -> their allowed
             values, the default first.
     """
@@ -188,6 +186,7 @@ class Port:
     per_position: Mapping[str, int] = dataclasses.field(default_factory=dict)
     patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    videos_need: tuple[str, ...] = ()
 
     def hub_name(self, module: str) -> str:
         """Returns the port's name of a module named as in a known checkpoint or transformers."""
@@ -207,13 +206,43 @@ class Port:
             ValueError: files are missing, or do not belong together or to the model.
         """
         _require_tokenizer(directory, "processor")
-        processor = self.read_processor(directory)
+        return self._complete(self.read_processor(directory), config, directory)
+
+    def _complete(self, processor: Any, config: Any, directory: Path) -> Any:
         self.complete_processor(processor, config, directory)
         if getattr(processor, "chat_template", None) is None:
             # It may be only in tokenizer_config.json.
             processor.chat_template = processor.tokenizer.chat_template
         vocabulary.check_image_token(processor, config.image_tokens, directory)
         return processor
+
+    def load_video_processor(self, directory: Path, config: Any) -> Any:
+        """Loads transformers' own processor, the only one that makes arrays of videos.
+
+        Args:
+            directory: the checkpoint.
+            config: the family's configuration.
+
+        Returns:
+            The processor.
+
+        Raises:
+            ValueError: the family has no videos, a package is missing, or files are.
+        """
+        if not self.videos_need:
+            raise ValueError(
+                "videos are not inputs of this model family; pass frames as images, one per image "
+                "token"
+            )
+        missing = [name for name in self.videos_need if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"videos need transformers' own processor, which requires {' and '.join(missing)}: "
+                "install it, or make the arrays where it is installed and pass them to vlm.forward "
+                "or vlm.generate"
+            )
+        # Without `backend="pil"`, which AutoProcessor also asks of videos, where there is none.
+        return self._complete(_read_default_processor(directory), config, directory)
 
     def load_tokenizer(self, directory: Path) -> Any:
         """Loads a checkpoint's tokenizer; raises ValueError if its files are missing or damaged."""

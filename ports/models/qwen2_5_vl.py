@@ -197,6 +197,7 @@ PORT = Port(
     canonical_name=qwen2_vl.canonical_name,
     transformers_name=qwen2_vl.transformers_name,
     read_processor=read_processor,
+    videos_need=("torchvision",),
     image_text=qwen2_vl.PORT.image_text,
     patch_layout=qwen2_vl.patch_layout,
     options={"video_positions": VIDEO_POSITIONS},

@@ -99,6 +99,7 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
     read_processor=read_processor,
+    videos_need=("torchvision",),
     patch_layout=patch_layout,
     rearrange=rearrange,
 )

@@ -212,8 +212,6 @@ class Processor(processor.Processor):
         start: the token before the whole.
     """
 
-    videos_need = "torchvision"
-
     def __init__(
         self,
         image_processor: ImageSettings,
@@ -304,17 +302,12 @@ def _pixels(image: Any) -> np.ndarray:
     return pixels
 
 
-def read_processor(directory: Path) -> Any:
-    """Loads the processor of a checkpoint: transformers' class if torchvision is installed, else
-    `Processor`.
+def read_processor(directory: Path) -> Processor:
+    """Loads the processor of a checkpoint.
 
     Raises:
         ValueError: a file is missing, can't be read, or has a value that is not implemented.
     """
-    return port.read_with_videos(directory, _read_own)
-
-
-def _read_own(directory: Path) -> Processor:
     with checkpoint.loading(directory, "processor"):
         options = port.read_settings(directory, "processor_config.json")
         # Newer checkpoints have one file for everything.

@@ -240,6 +240,7 @@ PORT = Port(
     canonical_name=canonical_name,
     transformers_name=transformers_name,
     read_processor=read_processor,
+    videos_need=("torchvision",),
     image_text="<|vision_start|>{}<|vision_end|>",
     patch_layout=patch_layout,
     options={"video_positions": VIDEO_POSITIONS},

@@ -20,8 +20,6 @@ class Processor(processor.Processor):
     float32[patches, values] and image_grid_thw int[I, 3].
     """
 
-    videos_need = "torchvision"
-
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
         super().__init__(image_processor, tokenizer, chat_template)
         self.image_token = getattr(tokenizer, "image_token", "<|image_pad|>")
@@ -33,11 +31,10 @@ class Processor(processor.Processor):
         return [self.image_token * int(count) for count in counts]
 
 
-def read_processor(directory: Path) -> Any:
-    """Loads the processor of a checkpoint: transformers' class if torchvision is installed, else
-    `Processor`.
+def read_processor(directory: Path) -> Processor:
+    """Loads the processor of a checkpoint.
 
     Raises:
         ValueError: the processor does not load.
     """
-    return port.read_with_videos(directory, lambda path: Processor(*port.read_parts(path)))
+    return Processor(*port.read_parts(directory))
