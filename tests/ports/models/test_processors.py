@@ -189,7 +189,8 @@ class TestOptions:
         ("name", "message"),
         [("internvl", "which requires torchvision: install it"), ("paligemma", "pass frames as")],
     )
-    def test_videos_are_refused_by_name(self, found, name, message):
+    def test_videos_are_refused_by_name(self, found, name, message, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         vlm = ports.load_abstract(found[name][1])
         with helpers.raises_line(ValueError, "videos", message):
             vlm.process(["what"], [[]], videos=[np.zeros((2, 9, 9, 3), np.uint8)])
