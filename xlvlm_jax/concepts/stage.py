@@ -6,8 +6,10 @@ The command line and the demo call them; to work with arrays, call `decompose`, 
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,13 @@ def encode_features(
             has no concepts of rows.
     """
     site = choose_site(features, site)
+    layers = layer_of(dictionary.site or ""), layer_of(site)
+    if None not in layers and layers[0] != layers[1]:
+        warnings.warn(
+            f"the dictionary was learnt at {dictionary.site}, but the states are of {site}; choose "
+            "the site of the same layer",
+            stacklevel=2,
+        )
     began, stored = time.perf_counter(), features.stored(site)
     concepts = Concepts.from_dictionary(dictionary, source=_source(features, site))
     shape = stored.shape[0], len(concepts.components)
@@ -154,6 +163,13 @@ def encode_features(
         )
         concepts.save(output)
     return concepts
+
+
+def layer_of(site: str) -> int | None:
+    """Returns the number of the layer whose output a site's name tells, by any library's names."""
+    found = re.search(r"(?:layers?|blocks|h)[._](\d+)", site)
+    # What enters a layer is what the one before it puts out.
+    return None if found is None else int(found[1]) - ("resid_pre" in site)
 
 
 def _source(features: Features, site: str) -> dict[str, Any]:

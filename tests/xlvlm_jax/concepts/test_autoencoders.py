@@ -13,7 +13,12 @@ from xlvlm_jax.concepts import autoencoders, reconstruct
 from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.methods import TRAINED, method_named
 from xlvlm_jax.concepts.scores.scorer import Scorer
-from xlvlm_jax.concepts.stage import decompose_features, encode_features, ground_concepts
+from xlvlm_jax.concepts.stage import (
+    decompose_features,
+    encode_features,
+    ground_concepts,
+    layer_of,
+)
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.metrics import explained_variance
 from xlvlm_jax.shift.analyse import analyse
@@ -47,10 +52,9 @@ def features(tmp_path):
     return write(tmp_path / "features", Z)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ["topk-sae", "jumprelu-sae", "archetypal-sae"])
 def test_what_is_learnt_is_projected_and_put_back(method):
-    options = {name: value for name, value in SHORT.items() if name != "k" or method != "relu-sae"}
-    found = xlvlm_jax.decompose(Z, 8, method, key=KEY, **options)
+    found = xlvlm_jax.decompose(Z, 8, method, key=KEY, **SHORT)
     np.testing.assert_array_equal(xlvlm_jax.project(Z, found), found.activations)
     back = np.asarray(reconstruct(found, found.activations))
     np.testing.assert_allclose(
@@ -84,7 +88,7 @@ def test_rows_on_disk_give_what_they_give_in_memory(features):
 
 
 def test_several_numbers_of_features():
-    few, many = xlvlm_jax.decompose(Z, (4, 8), "topk-sae", key=KEY, **SHORT)
+    few, many = xlvlm_jax.decompose(Z, (4, 8), "topk-sae", key=KEY, k=1, max_iter=0)
     assert len(few.components) == 4 and len(many.components) == 8
 
 
@@ -182,6 +186,24 @@ class TestFromDictionary:
         dictionary = self.dictionary("transcoder", apply_b_dec_to_input=False)
         with pytest.raises(ValueError, match="'transcoder' maps states to those of another site"):
             Concepts.from_dictionary(dictionary)
+
+    def test_states_of_another_layer(self, tmp_path):
+        """Which the names of layers tell, whoever gave them."""
+        with FeaturesWriter(tmp_path / "f", {}) as writer:
+            index = np.arange(60)
+            samples = [{"id": str(i)} for i in index]
+            states = dict.fromkeys(("model.layers.3", "model.layers.4"), Z)
+            writer.append(samples, states, index, index, index)
+            writer.close()
+        other = Features.open(tmp_path / "f")
+        encode_features(other, tmp_path / "c", self.dictionary(), site="model.layers.3")
+        with pytest.warns(UserWarning, match=r"learnt at blocks\.3, but .* of model\.layers\.4"):
+            encode_features(other, tmp_path / "c", self.dictionary(), site="model.layers.4")
+        assert [layer_of(name) for name in ("blocks.7.hook_resid_pre", "norm", "layer_2")] == [
+            6,
+            None,
+            2,
+        ]
 
     def test_states_of_another_width(self, tmp_path):
         other = write(tmp_path / "f", Z[:, :5])
@@ -326,6 +348,6 @@ class TestCommand:
 def test_every_name_of_files_is_known():
     from xlvlm_jax.sae.dictionary import METHODS
 
-    for name in METHODS.values():
+    for name in (*METHODS.values(), *TRAINED):
         assert method_named(name).has_encoder
     assert dataclasses.is_dataclass(method_named("topk-sae").training)
