@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 AVERAGED = 16  # updates
-RATES = (3e-4, 1e-3)  # SAELens'
+RATES = (1e-3, 3e-3)  # SAELens'
 
 
 def planted(rows: int, width: int, atoms: int, active: int) -> tuple[np.ndarray, np.ndarray]:
