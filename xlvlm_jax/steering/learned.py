@@ -289,7 +289,7 @@ def fit_learned(
 
     def rows(index: np.ndarray) -> tuple[teacher_forcing.Forced, np.ndarray]:
         placed = sharding.put_batch({k: v[index] for k, v in forced._asdict().items()}, vlm.mesh)
-        return teacher_forcing.Forced(**placed), weight[index]
+        return forced._replace(**placed), weight[index]
 
     def validate(learnt: dict) -> float:
         total = 0.0
