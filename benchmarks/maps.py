@@ -1,7 +1,7 @@
 """Maps on drawn scenes, whose objects' boxes and pixels are known: do they point at them?
 
-    python -m benchmarks.maps                # 400 pictures to learn on, 300 others to test on
-    python -m benchmarks.maps --method kmeans --concepts 128
+    python -m benchmarks.maps                # 200 pictures to learn on, 150 others to test on
+    python -m benchmarks.maps --method kmeans --layer 0 --layer 1
 
 At each layer of the embedded model, a dictionary is learnt on image tokens (16 per picture). Each
 value of an attribute ("dog", "red", "beach") is given the concept whose activation ranks the cells
@@ -42,6 +42,7 @@ from xlvlm_jax.demo import embedded
 
 GRID, SIDE, BATCH, PER_PICTURE = 8, 112, 50, 16
 PROMPT = prompts.question("What is in the picture?")
+SNMF = {"relative_alpha": True, "alpha": 0.1, "n_init": 1, "max_iter": 100}
 SHOWN = 0.5  # share of a cell's pixels from which on it shows an object
 ATTRIBUTES = ("object", "kind", "colour", "count", "mood", "place")
 
@@ -165,9 +166,9 @@ def of_dictionaries(
     rng, rows = np.random.default_rng(0), []
     for site, Z in learnt.states.items():
         some = np.stack([z[rng.choice(64, PER_PICTURE, replace=False)] for z in Z])
-        scale = {"relative_alpha": True, "alpha": 0.1} if method == "snmf" else {}
+        options = {"snmf": SNMF}.get(method, {})
         concepts = decompose(
-            some.reshape(-1, Z.shape[-1]), count, method, key=jax.random.key(0), **scale
+            some.reshape(-1, Z.shape[-1]), count, method, key=jax.random.key(0), **options
         )
 
         def codes(states: np.ndarray, concepts: Any = concepts) -> np.ndarray:
@@ -264,11 +265,10 @@ def of_attention(tested: Pictures, directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def run(train: int, test: int, method: str, count: int) -> list[dict[str, Any]]:
+def run(train: int, test: int, method: str, count: int, layers: list[int]) -> list[dict[str, Any]]:
     """All rows."""
     vlm = ports.load(embedded.LLAVA)
-    sites = [f"language_model.model.layers.{layer}" for layer in range(8)]
-    sites += ["language_model.model.norm"]
+    sites = [f"language_model.model.layers.{layer}" for layer in layers]
     pictures = look(vlm, "train", train, sites), look(vlm, "test", test, sites)
     rows = of_dictionaries(pictures, method, count)
     rows += of_the_model(vlm, pictures[1], sites)
@@ -298,13 +298,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--train", type=int, default=400, help="pictures to learn on")
-    parser.add_argument("--test", type=int, default=300, help="pictures to test on")
+    parser.add_argument("--train", type=int, default=200, help="pictures to learn on")
+    parser.add_argument("--test", type=int, default=150, help="pictures to test on")
     parser.add_argument("--method", default="snmf", help="how the dictionary is learnt")
     parser.add_argument("--concepts", type=int, default=64, help="concepts of the dictionary")
+    parser.add_argument("--layer", type=int, action="append", help="layers (default: 0 2 4 6)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/maps.json"))
     given = parser.parse_args()
-    rows = run(given.train, given.test, given.method, given.concepts)
+    layers = given.layer or [0, 2, 4, 6]
+    rows = run(given.train, given.test, given.method, given.concepts, layers)
     console = Console()
     console.print(table(rows))
     measure.save(given.output, rows, "torch", "transformers")

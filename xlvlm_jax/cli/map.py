@@ -123,7 +123,8 @@ def map_(
     )
     if output.suffix == ".html":
         asked = samples[0].prompt.strip()
-        facts = {"Model": model, "Concepts": concepts and concepts.name, "Site": site}
+        own = None if learnt is None else learnt.source.get("site")
+        facts = {"Model": model, "Concepts": concepts and concepts.name, "Site": own or site}
         told = [(name, str(value)) for name, value in facts.items() if value]
         write_map_page(found, output, [*told, ("Prompt", asked)])
     else:
