@@ -95,7 +95,7 @@ def causal(
             learnt,
             vlm,
             samples,
-            answers if len(answers) == len(samples) and not vlm.module.prefix_lm else None,
+            answers if len(answers) == len(samples) else None,
             site=site,
             mean=mean,
             add=stage.ADD if not add and not ablate else add or (),

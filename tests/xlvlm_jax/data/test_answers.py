@@ -8,6 +8,7 @@ import transformers
 from PIL import Image
 
 import ports
+from xlvlm_jax.causal import changes
 from xlvlm_jax.data.answers import answered, end_token
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
@@ -112,6 +113,14 @@ class TestPrefixLM:
             vlm.module, vlm.params, forced, site, {}, forced.answer_length
         )
         assert float(losses.sum() / weights.sum()) == pytest.approx(loss, rel=1e-5)
+
+    def test_losses_of_causal_scores_are_pytorchs(self, vlm, samples, loss):
+        batch = make_batch(vlm, samples, 2, answers=self.ANSWERS)
+        site, counts = "language_model.model.layers.0", batch.answer_lengths
+        asked = changes.prepare(vlm, batch.inputs[0], site, answer_lengths=counts)
+        losses = changes.spliced_losses(asked, lambda states: states, np.zeros(60))
+        for name in ("own", "spliced"):
+            assert np.average(losses[name], weights=counts) == pytest.approx(loss, rel=1e-5)
 
     def test_an_answer_for_each_prompt(self, vlm):
         with pytest.raises(ValueError, match="shorter"):
