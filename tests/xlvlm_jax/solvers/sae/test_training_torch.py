@@ -12,7 +12,7 @@ from xlvlm_jax.solvers.sae import METHODS
 from xlvlm_jax.solvers.sae.start import start
 from xlvlm_jax.solvers.sae.training import Given, _begin, slopes, update
 
-B, D, K = 12, 6, 10
+B, D, K = 24, 6, 10
 ROWS = np.random.default_rng(0).normal(size=(B, D)).astype(np.float32) * 3 + 1
 OPTIONS = {
     "topk-sae": {"k": 3},
@@ -81,11 +81,12 @@ def in_torch(method, options, params, fixed, x, dead):
     errors = [x - c[:, :m] @ W_dec[:m] - both["b_dec"] for m in sizes]
     total = sum((e**2).mean() for e in errors) / len(sizes) + penalty
     if dead.any():
+        h, error = h[: B // 8], errors[-1][: B // 8].detach()
         alone = h.masked_fill(~dead, -torch.inf)
         values, at = alone.topk(D // 2, dim=1)
         of_dead = torch.zeros_like(h).scatter(1, at, values.clamp(min=-1e30))
         of_dead = of_dead * dead
-        total = total + ((errors[-1].detach() - of_dead @ W_dec) ** 2).mean() / 32
+        total = total + ((error - of_dead @ W_dec) ** 2).mean() / 32
     return total
 
 
