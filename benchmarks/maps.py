@@ -1,9 +1,9 @@
 """Maps on drawn scenes, whose objects' boxes and pixels are known: do they point at them?
 
     python -m benchmarks.maps                # 200 pictures to learn on, 150 others to test on
-    python -m benchmarks.maps --method kmeans --layer 0 --layer 1
+    python -m benchmarks.maps --method kmeans --layer 0 --layer 2 --dictionaries-only
 
-At each layer of the embedded model, a dictionary is learnt on image tokens (16 per picture). Each
+At some layers of the embedded model, dictionaries are learnt on image tokens (16 per picture). Each
 value of an attribute ("dog", "red", "beach") is given the concept whose activation ranks the cells
 that show it highest among all cells of the first pictures. On the other pictures, with the value:
 
@@ -34,7 +34,7 @@ from scipy.stats import rankdata
 import ports
 from benchmarks import measure
 from ports.inputs import patch_layout
-from xlvlm_jax import answer_gradients, decompose, gradient_maps, project, word_maps
+from xlvlm_jax import Concepts, answer_gradients, decompose, gradient_maps, project, word_maps
 from xlvlm_jax.concepts.maps import word_tokens
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.scenes.scene import Split
@@ -158,40 +158,43 @@ def same_for_all(values: np.ndarray, pictures: Pictures, name: str) -> dict[Any,
     return dict.fromkeys(values_of(pictures, name), values)
 
 
+def codes(states: np.ndarray, concepts: Concepts) -> np.ndarray:
+    """Activations float[N, 64, K]; of pca, whose components have two signs, both: [N, 64, 2 K]."""
+    flat = np.asarray(project(states.reshape(-1, states.shape[-1]), concepts))
+    flat = np.concatenate([flat, -flat], axis=1) if concepts.method == "pca" else flat
+    return flat.reshape(*states.shape[:2], -1)
+
+
 def of_dictionaries(
-    pictures: tuple[Pictures, Pictures], method: str, count: int
+    pictures: tuple[Pictures, Pictures], methods: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """The scores of a dictionary and what is beside it, site by site."""
+    """The scores of dictionaries and what is beside them, site by site."""
     learnt, tested = pictures
     rng, rows = np.random.default_rng(0), []
+
+    def add(site: str, name: str, side: str, given: Mapping[Any, np.ndarray]) -> None:
+        scored = score(given, tested, name)._asdict()
+        rows.append({"site": site, "attribute": name, "map": side, **scored})
+
     for site, Z in learnt.states.items():
         some = np.stack([z[rng.choice(64, PER_PICTURE, replace=False)] for z in Z])
-        options = {"snmf": SNMF}.get(method, {})
-        concepts = decompose(
-            some.reshape(-1, Z.shape[-1]), count, method, key=jax.random.key(0), **options
-        )
-
-        def codes(states: np.ndarray, concepts: Any = concepts) -> np.ndarray:
-            flat = project(states.reshape(-1, states.shape[-1]), concepts)
-            return np.asarray(flat).reshape(*states.shape[:2], -1)
-
-        train, test = codes(Z), codes(tested.states[site])
+        some = some.reshape(-1, Z.shape[-1])
+        for method in methods:
+            options = {"snmf": SNMF}.get(method, {})
+            concepts = decompose(some, count, method, key=jax.random.key(0), **options)
+            train, test = codes(Z, concepts), codes(tested.states[site], concepts)
+            ranks = rankdata(train.reshape(-1, train.shape[-1]), axis=0)
+            for name in ATTRIBUTES:
+                add(site, name, f"concept, {method}", chosen(ranks, test, learnt, name))
+                one = same_for_all(test[..., rng.integers(count)], learnt, name)
+                add(site, name, f"random concept, {method}", one)
         directions = rng.standard_normal((Z.shape[-1], count)).astype(np.float32)
-        mean = some.reshape(-1, Z.shape[-1]).mean(0)
-        drawn = [(each - mean) @ directions for each in (Z, tested.states[site])]
-        ranks = rankdata(train.reshape(-1, count), axis=0)
-        of_drawn = rankdata(drawn[0].reshape(-1, count), axis=0)
+        drawn = [(each - some.mean(0)) @ directions for each in (Z, tested.states[site])]
+        ranks = rankdata(drawn[0].reshape(-1, count), axis=0)
         lengths = np.linalg.norm(tested.states[site], axis=-1)
         for name in ATTRIBUTES:
-            maps = {
-                "concept": chosen(ranks, test, learnt, name),
-                "random directions": chosen(of_drawn, drawn[1], learnt, name),
-                "random concept": same_for_all(test[..., rng.integers(count)], learnt, name),
-                "length of the state": same_for_all(lengths, learnt, name),
-            }
-            for side, given in maps.items():
-                scored = score(given, tested, name)._asdict()
-                rows.append({"site": site, "attribute": name, "map": side, **scored})
+            add(site, name, "random directions", chosen(ranks, drawn[1], learnt, name))
+            add(site, name, "length of the state", same_for_all(lengths, learnt, name))
     return rows
 
 
@@ -265,12 +268,16 @@ def of_attention(tested: Pictures, directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def run(train: int, test: int, method: str, count: int, layers: list[int]) -> list[dict[str, Any]]:
+def run(
+    train: int, test: int, methods: list[str], count: int, layers: list[int], others: bool
+) -> list[dict[str, Any]]:
     """All rows."""
     vlm = ports.load(embedded.LLAVA)
     sites = [f"language_model.model.layers.{layer}" for layer in layers]
     pictures = look(vlm, "train", train, sites), look(vlm, "test", test, sites)
-    rows = of_dictionaries(pictures, method, count)
+    rows = of_dictionaries(pictures, methods, count)
+    if not others:
+        return rows
     rows += of_the_model(vlm, pictures[1], sites)
     return rows + of_attention(pictures[1], embedded.LLAVA)
 
@@ -300,13 +307,18 @@ def main() -> None:
     )
     parser.add_argument("--train", type=int, default=200, help="pictures to learn on")
     parser.add_argument("--test", type=int, default=150, help="pictures to test on")
-    parser.add_argument("--method", default="snmf", help="how the dictionary is learnt")
+    parser.add_argument("--method", action="append", help="dictionaries (default: snmf kmeans pca)")
     parser.add_argument("--concepts", type=int, default=64, help="concepts of the dictionary")
     parser.add_argument("--layer", type=int, action="append", help="layers (default: 0 2 4 6)")
+    parser.add_argument(
+        "--dictionaries-only", action="store_true", help="leave out words, gradients and attention"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/maps.json"))
     given = parser.parse_args()
     layers = given.layer or [0, 2, 4, 6]
-    rows = run(given.train, given.test, given.method, given.concepts, layers)
+    methods = given.method or ["snmf", "kmeans", "pca"]
+    others = not given.dictionaries_only
+    rows = run(given.train, given.test, methods, given.concepts, layers, others)
     console = Console()
     console.print(table(rows))
     measure.save(given.output, rows, "torch", "transformers")
