@@ -160,8 +160,9 @@ class VLM(LoadedModel):
         model_inputs.check_count(max_new_tokens)
         asked = self.find_sites(sites, generated=True)
         edits, arrays = self._lay_out(edits, checked, max_new_tokens)
+        divided = self._divided(inputs, arrays, [edits], max_new_tokens)
         arguments, options = self._generation(
-            inputs, arrays, edits, max_new_tokens, distinct(asked), sampling, [edits]
+            arrays, divided, edits, max_new_tokens, distinct(asked), sampling, [edits]
         )
         result = passes.generate(*arguments, **options, prompt_states=prompt_states)
         states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
@@ -180,7 +181,8 @@ class VLM(LoadedModel):
         """Lowers the program that a call of `generate` or `states` would run, without running it.
 
         Parameters may be abstract. For the memory of the program, use
-        `vlm.lower(...).compile().memory_analysis()`.
+        `vlm.lower(...).compile().memory_analysis()`. It is the program for rows that share no
+        picture, which needs the most.
 
         Args:
             inputs: a batch, as for `generate`.
@@ -201,13 +203,14 @@ class VLM(LoadedModel):
             return passes.states.lower(*arguments, mesh=self._mesh)
         model_inputs.check_count(max_new_tokens)
         sites = self.check_sites(sites, generated=True)
-        arguments, options = self._generation(inputs, checked, {}, max_new_tokens, sites)
+        apart = padding.align_right(checked, self._port.per_position), None
+        arguments, options = self._generation(checked, apart, {}, max_new_tokens, sites)
         return passes.generate.lower(*arguments, **options, prompt_states=prompt_states)
 
     def _generation(
         self,
-        inputs: Inputs,
         arrays: dict[str, np.ndarray],
+        divided: tuple[dict[str, np.ndarray], Shared | None],
         edits: layout.LaidOut,
         max_new_tokens: int,
         sites: tuple[str, ...],
@@ -216,9 +219,9 @@ class VLM(LoadedModel):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments and options of the compiled generation.
 
-        `arrays` are the checked `inputs`, and `edits` those of all `variants`.
+        `divided` comes from `_divided`, and `edits` are those of all `variants`.
         """
-        aligned, shared = self._divided(inputs, arrays, variants, max_new_tokens)
+        aligned, shared = divided
         options = {
             "max_new_tokens": max_new_tokens,
             "eos_tokens": self.eos_tokens,
@@ -325,14 +328,10 @@ class VLM(LoadedModel):
         if not jax.tree.leaves(edits):  # no edits: all variants are the same
             answer = self.generate(inputs, max_new_tokens=max_new_tokens, sites=sites)
             return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(laid)), answer)
+        arrays = padding.with_columns(checked)
+        divided = self._divided(inputs, arrays, laid, max_new_tokens)
         arguments, options = self._generation(
-            inputs,
-            padding.with_columns(checked),
-            edits,
-            max_new_tokens,
-            distinct(asked),
-            None,
-            laid,
+            arrays, divided, edits, max_new_tokens, distinct(asked), None, laid
         )
         result = passes.generate(*arguments, **options, variants=True)
         return result._replace(states=_by_name(result.states, asked))

@@ -72,7 +72,7 @@ def share(
     blocks: np.ndarray | None = None,
     least: int = 16,
 ) -> Shared | None:
-    """Divides a batch if at least half of its rows begin like another one and that saves work.
+    """Divides a batch if it has at least two questions per picture and that saves work.
 
     Args:
         arrays: the arrays with a column per position, the tokens of each row at its end.
@@ -106,7 +106,9 @@ def share(
     ]
     picture, firsts = _group(begins, pictures)
     count = 1 << (len(firsts) - 1).bit_length()
-    if 2 * count > len(ids):
+    # Copies that fill a batch do not count: a last batch would need a program of its own.
+    distinct = {(group, row.tobytes()) for group, row in zip(picture, rows, strict=True)}
+    if 2 * count > len(distinct):
         return None
     starts = _common_lengths(rows, heads, picture, len(firsts))
     ends = lengths - starts[picture]

@@ -166,8 +166,7 @@ def check_questions(
 def check_apart(family: Family, inputs: Inputs) -> None:
     """Rows that ask about one picture share nothing."""
     asked = questions.ask(inputs)
-    _, options = family.vlm._generation(asked, family.vlm._check(asked), {}, 4, ())
-    assert options["shared"] is None
+    assert family.vlm._divided(asked, family.vlm._check(asked), [], 4)[1] is None
 
 
 def check_tail(vlm: ports.VLM, layer: str, inputs: Inputs, count: int = 3) -> None:

@@ -139,6 +139,10 @@ class TestShare:
         changed["pixel_values"][[3, 4], 0, 0, 0] += 2e-3
         assert self.share(changed) is None  # more than half of the rows begin on their own
 
+    def test_copies_that_fill_a_batch(self, batch):
+        kept = [0, 1, *[0] * (len(QUESTIONS) - 2)]
+        assert self.share({name: x[kept] for name, x in batch.items()}) is None
+
     def test_tokens_before_the_picture_that_differ(self, batch):
         ids = batch["input_ids"].copy()
         first = (batch["attention_mask"] == 1).argmax(1)
