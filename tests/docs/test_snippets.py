@@ -121,10 +121,11 @@ def test_options_and_files_in_the_text_exist(page):
         own = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         return own.union(*map(options, getattr(command, "commands", {}).values()))
 
-    known = {*options(typer.main.get_command(app)), "--help"}
+    benchmarks = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").rglob("*.py"))
+    known = options(typer.main.get_command(app)).union(re.findall(r'"(--[a-z-]+)"', benchmarks))
     for code in re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text("utf-8"))):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
-            assert "_" in option or option in known, f"{page}: {option}"
+            assert "_" in option or option in known | {"--help"}, f"{page}: {option}"
         for path in re.findall(r"^(?:benchmarks|docs|ports|tests|xlvlm_jax)/[\w/.-]+", code):
             assert "NAME" in path or (ROOT / path).exists(), f"{page}: {path}"
 
