@@ -1,11 +1,12 @@
 """Scores of concepts from what their edits change: does a concept cause what its words say?
 
-    score = own / (|own| + |others|)
+    score = own / (|own| + others)
 
-`own` is the mean change of the log-probabilities of a concept's own words, `others` that of other
-words that are as likely without the edit. Changes by an ablation count with the opposite sign. The
-score is 1 if only the own words move, and in the direction of the edit; 1/2 if all words move
-alike; and about 0, on average, for words that have nothing to do with the concept.
+`own` is the mean change of the log-probabilities of a concept's own words, where changes by an
+ablation count with the opposite sign; `others` is the mean size of the changes of other words that
+are as likely without the edit. Sizes do not cancel: a word list that is off the concept scores near
+0, however its few changes add up. The score is 1 if only the own words move, and in the direction
+of the edit, and 1/2 if all words move alike.
 
 K concepts, N samples, W words.
 """
@@ -33,7 +34,7 @@ class CausalScores:
         null: float[K], mean score of shuffled words.
         null_high: float[K], the score that `confidence` of the lists of shuffled words stay below.
         own: float[K], mean change of the own words' log-probabilities, in nats.
-        others: float[K], that of the matched other words.
+        others: float[K], mean size of the changes of the matched other words, in nats.
         confidence: of interval and null.
 
     Examples:
@@ -64,13 +65,13 @@ class CausalScores:
 
 
 def share(own: ArrayLike, others: ArrayLike) -> np.ndarray:
-    """Returns own / (|own| + |others|), elementwise; 0 where nothing changes.
+    """Returns own / (|own| + others), elementwise; 0 where nothing changes.
 
     Runs on the host and cannot be traced.
 
     Args:
         own: mean changes of the own words.
-        others: mean changes of the other words, of the same shape.
+        others: mean sizes of the changes of other words, of the same shape.
 
     Examples:
         >>> from xlvlm_jax import causal
@@ -78,7 +79,7 @@ def share(own: ArrayLike, others: ArrayLike) -> np.ndarray:
         [0.75, -1.0, 0.0]
     """
     own, others = np.asarray(own, np.float64), np.asarray(others, np.float64)
-    total = np.abs(own) + np.abs(others)
+    total = np.abs(own) + others
     return np.divide(own, total, out=np.zeros_like(total), where=total > 0)
 
 
@@ -146,7 +147,7 @@ def causal_scores(
         others = matched_words(likelihood, mine, num_matched=num_matched)
         if not len(mine) or not others:
             continue
-        pairs = changes[k][:, mine].mean(1), changes[k][:, others].mean(1)
+        pairs = changes[k][:, mine].mean(1), np.abs(changes[k][:, others]).mean(1)
         means = [float(values.mean()) for values in pairs]
         interval = stats.bootstrap(
             pairs,
@@ -158,7 +159,7 @@ def causal_scores(
             method="percentile",
             rng=random,
         ).confidence_interval
-        null = _null(changes[k].mean(0), mine, likelihood, num_matched, num_shuffles, random)
+        null = _null(changes[k], mine, likelihood, num_matched, num_shuffles, random)
         found = {
             "score": float(share(*means)),
             "low": interval.low,
@@ -174,7 +175,7 @@ def causal_scores(
 
 
 def _null(
-    changes: Float[np.ndarray, " W"],
+    changes: Float[np.ndarray, "N W"],
     own: Sequence[int],
     likelihood: Float[np.ndarray, " W"],
     num_matched: int,
@@ -182,13 +183,14 @@ def _null(
     random: np.random.Generator,
 ) -> Float[np.ndarray, " S"]:
     """Returns the scores of lists of words that are not the concept's."""
-    pool = np.setdiff1d(np.arange(len(changes)), own)
+    means, sizes = changes.mean(0), np.abs(changes).mean(0)
+    pool = np.setdiff1d(np.arange(len(means)), own)
     count = min(len(own), len(pool) // 2)  # some are left to compare with
     scores = []
     for _ in range(num_shuffles if count else 0):
         drawn = random.choice(pool, count, replace=False)
         others = matched_words(likelihood, drawn.tolist(), without=own, num_matched=num_matched)
-        scores.append(share(changes[drawn].mean(), changes[others].mean()))
+        scores.append(share(means[drawn].mean(), sizes[others].mean()))
     return np.array(scores)
 
 

@@ -12,9 +12,9 @@ def test_by_hand():
     # Words 0 and 1 belong to the concept; 2 and 3 are the only others.
     changes = np.array([[[3.0, 1.0, 1.0, 0.0], [1.0, 1.0, -1.0, -2.0]]])
     found = causal.causal_scores(changes, [[0, 1]], np.zeros(4), num_matched=2)
-    own, others = (2.0 + 1.0) / 2, (0.5 - 1.5) / 2
+    own, others = (2.0 + 1.0) / 2, (0.5 + 1.5) / 2
     assert found.own[0] == own and found.others[0] == others
-    assert found.score[0] == pytest.approx(own / (own + abs(others)))
+    assert found.score[0] == pytest.approx(own / (own + others))
     # The resamples are the first sample twice, both, or the second twice.
     assert found.low[0] == pytest.approx(1 / (1 + 1.5))
     assert found.high[0] == pytest.approx(2 / (2 + 0.5))
