@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.demo import embedded
 
-SITES = tuple(f"language_model.model.layers.{i}" for i in (3, 5, 7))
+SITES = ("layers.3", "layers.5", "layers.7")
 NUM_WORDS = 40
 
 
@@ -115,10 +115,10 @@ class Setting:
         return torch.stack(words_moved).numpy(), torch.stack(said).numpy()
 
 
-def speed(vlm: ports.VLM, count: int, repeats: int) -> list[dict[str, Any]]:
+def speed(vlm: ports.VLM, sites: Sequence[str], count: int, repeats: int) -> list[dict[str, Any]]:
     """Both sides at each site."""
     rows = []
-    for site in SITES:
+    for site in sites:
         setting = Setting(vlm, site, count)
         worst = max(
             float(np.abs(ours - theirs).max())
@@ -140,24 +140,24 @@ def cpu(call: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def dictionaries(vlm: ports.VLM, count: int) -> list[dict[str, Any]]:
+def dictionaries(vlm: ports.VLM, sites: Sequence[str], count: int) -> list[dict[str, Any]]:
     """Scores of true and shuffled words, per site and method."""
     with tempfile.TemporaryDirectory() as directory:
         scenes.write(Path(directory), train=160)
         samples = data.load("coco", directory, "train")
-        said, Z = [], {site: [] for site in SITES}
+        said, Z = [], {site: [] for site in sites}
         for first in range(0, len(samples), 32):
             group = samples[first : first + 32]
             inputs = vlm.process(
                 [vlm.render(s.prompt) for s in group], [read_image(s.image) for s in group]
             )
-            answer = vlm.generate(inputs, max_new_tokens=20, sites=SITES)
+            answer = vlm.generate(inputs, max_new_tokens=20, sites=sites)
             ended = np.isin(answer.tokens, vlm.eos_tokens).cumsum(1) > 0
             said += [text.strip() for text in vlm.decode(answer.tokens)]
-            for site in SITES:
+            for site in sites:
                 Z[site].append(np.asarray(answer.states[site])[~ended])
         rows = []
-        for site in SITES:
+        for site in sites:
             states = np.concatenate(Z[site])
             for method in ("snmf", "kmeans"):
                 found = xlvlm_jax.decompose(states, 20, method, key=jax.random.key(0))
@@ -224,14 +224,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--site", nargs="+", default=SITES, help="sites to edit")
     parser.add_argument("--edits", type=int, default=1000, help="edits of the speed part")
     parser.add_argument("--repeats", type=int, default=3, help="paired runs")
     parser.add_argument("--samples", type=int, default=48, help="pictures of the words part")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/causal.json"))
     arguments = parser.parse_args()
     vlm = ports.load("embedded")
-    rows = speed(vlm, arguments.edits, arguments.repeats) if arguments.edits else []
-    rows += dictionaries(vlm, arguments.samples) if arguments.samples else []
+    sites, rows = vlm.check_sites(arguments.site), []
+    if arguments.edits:
+        rows += speed(vlm, sites, arguments.edits, arguments.repeats)
+    if arguments.samples:
+        rows += dictionaries(vlm, sites, arguments.samples)
     console = Console(width=130)
     figures = {"ours": ".2f", "theirs": ".2f", "ratio": ".1f", "worst": ".1e"}
     console.print(table(rows, "speed", {"site": "", "edits": "", **figures}))
