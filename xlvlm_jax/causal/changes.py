@@ -8,7 +8,6 @@ E edits, K concepts, B batch, T positions, n of them that predict, W words, R sp
 P words of a concept, V vocabulary, D width.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from ports.intervene.edits import (
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer, substitute
 from ports.nn.vision_language import VisionLanguageModel
+from ports.parallel import compiled
 from xlvlm_jax.causal.words import NONE
 from xlvlm_jax.steering.teacher_forcing import begin_site, position_kinds
 
@@ -186,13 +186,12 @@ def prepare(
     placed = vlm.place(inputs) | {"position_kinds": jnp.asarray(kinds)}
     # The tail's positions see the prompt's cache; a prefix-LM's prompt sees its own end.
     tail = not mask[:, : length - n].any() and not vlm.module.prefix_lm
-    static = (vlm.module, n, begin)
     return Questions(
         vlm=vlm,
         site=site,
         inputs=placed,
-        tail=_cut(static, vlm.params, placed) if tail else None,
-        begun={} if tail else _begun(static, vlm.params, placed),
+        tail=_cut(vlm.module, n, begin, vlm.params, placed, mesh=vlm.mesh) if tail else None,
+        begun={} if tail else _begun(vlm.module, begin, vlm.params, placed, mesh=vlm.mesh),
         mask=jnp.asarray(mask[:, length - n :] if tail else mask),
         weights=jnp.asarray(predicts[:, length - n :], jnp.float32),
         targets=None
@@ -208,17 +207,13 @@ def _padded(where: Any, prepared: Mapping[str, np.ndarray], length: int) -> Any:
     return np.pad(np.asarray(where), ((0, 0), (length - np.shape(where)[1], 0)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _cut(static: tuple[VisionLanguageModel, int, str], params: dict, inputs: dict) -> Tail:
-    model, n, begin = static
+@compiled.program(static=["n", "begin"])
+def _cut(model: VisionLanguageModel, n: int, begin: str, params: dict, inputs: dict) -> Tail:
     return cut_tail(model, params, inputs, n, begin)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _begun(
-    static: tuple[VisionLanguageModel, int, str], params: dict, inputs: dict
-) -> dict[str, Array]:
-    model, _, begin = static
+@compiled.program(static=["begin"])
+def _begun(model: VisionLanguageModel, begin: str, params: dict, inputs: dict) -> dict[str, Array]:
     return capture(model.apply, (begin,))({"params": params}, inputs, method="states")[1]
 
 
@@ -311,7 +306,7 @@ def _in_groups(function: Callable[..., Any], size: int, edits: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:])[:count], grouped)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled.program(static=["site", "size"])
 def _effects(
     model: VisionLanguageModel,
     site: str,
@@ -375,6 +370,7 @@ def effects(
         jnp.asarray(words),
         jnp.asarray(own),
         jax.tree.map(jnp.asarray, edits),
+        mesh=asked.vlm.mesh,
     )
 
 
@@ -392,7 +388,7 @@ def _at_once(asked: Questions) -> int:
     return max(1, limit // (asked.weights.size * asked.vlm.sizes.text.vocab_size))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled.program(static=["site", "size"])
 def _slopes(
     model: VisionLanguageModel,
     site: str,
@@ -476,13 +472,14 @@ def slopes(
         jnp.asarray(words),
         jnp.asarray(own_words),
         jax.tree.map(jnp.asarray, edits),
+        mesh=asked.vlm.mesh,
     )
     return jax.tree.map(
         lambda x: jnp.einsum("ksb,s->kb", x.reshape(K, steps, -1), jnp.float32(weights)), found
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled.program(static=["site"])
 def _losses(
     model: VisionLanguageModel,
     site: str,
@@ -522,7 +519,7 @@ def spliced_losses(
     if asked.targets is None:
         raise ValueError("the loss is that of answers; prepare the batch with answer_lengths")
     vlm, site = asked.vlm, asked.site
-    states = _site_states(vlm.module, site, vlm.params, _arrays(asked))
+    states = _site_states(vlm.module, site, vlm.params, _arrays(asked), mesh=vlm.mesh)
     mask = np.asarray(asked.mask)
     chosen = np.asarray(states, np.float32)[mask]
     made = np.asarray(reconstruct(chosen), np.float32)
@@ -547,12 +544,13 @@ def spliced_losses(
         _arrays(asked),
         jnp.asarray(others),
         jnp.float32([0, 1, 1, 1]),
+        mesh=vlm.mesh,
     )
     names = ("own", "spliced", "zero", "mean")
     return dict(zip(names, np.asarray(losses), strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled.program(static=["site"])
 def _site_states(model: VisionLanguageModel, site: str, params: dict, asked: _Arrays) -> Array:
     """Returns the states of the site at the positions of the mask, [B, n or T, D]."""
     if asked.tail is None:

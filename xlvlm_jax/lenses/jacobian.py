@@ -12,7 +12,6 @@ Language Models".
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from ports.intervene.edits import add
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.nn.vision_language import VisionLanguageModel
+from ports.parallel import compiled
 from xlvlm_jax.features.pth.reader import read_pth
 from xlvlm_jax.storage import atomic, damaged, versions
 from xlvlm_jax.storage.same_model import model_of, require_model
@@ -82,7 +82,7 @@ def average_jacobian(
     return jax.lax.map(row, jnp.arange(D), batch_size=min(size, D))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@compiled.program(static=["sites", "last", "at_once"])
 def _jacobians(
     model: VisionLanguageModel,
     sites: tuple[str, ...],
@@ -273,7 +273,14 @@ def fit_jacobian_lens(
                 "prompts or a smaller skip"
             )
         found = _jacobians(
-            vlm.module, sites, last, at_once, vlm.params, placed, jnp.float32(weights)
+            vlm.module,
+            sites,
+            last,
+            at_once,
+            vlm.params,
+            placed,
+            jnp.float32(weights),
+            mesh=vlm.mesh,
         )
         for site, matrix in found.items():
             total[site] = total.get(site, 0) + len(weights) * np.asarray(matrix, np.float64)

@@ -5,7 +5,6 @@ L layers, B batch, T positions, D width, V vocabulary, k words.
 nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from ports import VLM
 from ports.intervene.edits import Edits
 from ports.nn.vision_language import VisionLanguageModel
+from ports.parallel import compiled
 from ports.tables import html_arrays, kind
 
 Array = jax.Array
@@ -41,7 +41,7 @@ class LensReading(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@compiled.program(static=["through_norm", "k"])
 def _top(
     model: VisionLanguageModel,
     params: dict,
@@ -115,7 +115,7 @@ def read_states(
             # The last block has the size of the others: one program.
             rows = jnp.pad(rows, ((0, size - len(rows)), (0, 0)))
             carry_array = None if carry is None else jnp.asarray(carry)
-            parts.append(_top(vlm.module, vlm.params, rows, carry_array, *static))
+            parts.append(_top(vlm.module, vlm.params, rows, carry_array, *static, mesh=vlm.mesh))
         found.append(
             [
                 np.concatenate([np.asarray(part) for part in column])[: len(flat)]
