@@ -1,5 +1,6 @@
 """Effects of edits: against runs of the whole model, PyTorch's hooks, and differences."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -150,7 +151,7 @@ def test_gradients_estimate_the_removal(asked, vectors):
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 9])
 def test_groups_do_not_count(size):
-    edits = {"a": np.arange(7.0), "b": np.arange(14.0).reshape(7, 2)}
+    edits = {"a": jnp.arange(7.0), "b": jnp.arange(14.0).reshape(7, 2)}
     found = _in_groups(lambda e: (e["a"] + e["b"].sum(), e["b"]), size, edits)
     np.testing.assert_array_equal(found[0], edits["a"] + edits["b"].sum(1))
     np.testing.assert_array_equal(found[1], edits["b"])
