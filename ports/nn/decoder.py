@@ -9,7 +9,9 @@ forward pass. A filled cache may also be passed as the collection "prompt_cache"
 and whose slots come first; several continuations of one prompt can share it.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +43,22 @@ AXES: sharding.Axes = {
     **dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), ()),
     **dict.fromkeys(("q_norm", "k_norm"), ()),
 }
+
+
+_recomputes: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=False)
+
+
+@contextlib.contextmanager
+def recomputing(is_on: bool) -> Iterator[None]:
+    """While open, decoders are traced so that gradients keep the states between layers alone.
+
+    What is inside a layer is computed again for its gradients: `nn.remat` of each layer.
+    """
+    token = _recomputes.set(is_on)
+    try:
+        yield
+    finally:
+        _recomputes.reset(token)
 
 
 def attend_through_cache(
@@ -251,7 +269,10 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             scale=cfg.hidden_size**0.5 if cfg.scale_embeddings else None,
         )
-        self.layers = [DecoderLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
+        kind: Any = DecoderLayer
+        if _recomputes.get():
+            kind = nn.remat(DecoderLayer, static_argnums=(5, 6))  # last_only and window
+        self.layers = [kind(cfg, self.dtype) for _ in range(cfg.num_layers)]
         self.deepstack = [Injection() for _ in range(cfg.num_injections)]
         self.norm = _norm(cfg, self.dtype)
 

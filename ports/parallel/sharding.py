@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Path = tuple[str, ...]
@@ -342,15 +341,9 @@ def heads(x: jax.Array, axis: str = "heads") -> jax.Array:
     return constrain(x, "batch", "positions", axis, "embed")
 
 
-RESIDUAL = "residual"
-
-
 def residual(x: jax.Array) -> jax.Array:
-    """Constrains the residual stream x[B, T, D] to be sharded by rows only.
-
-    It also names it RESIDUAL, for policies of `jax.checkpoint`.
-    """
-    return checkpoint_name(constrain(x, "batch", "positions", "embed"), RESIDUAL)
+    """Constrains the residual stream x[B, T, D] to be sharded by rows only."""
+    return constrain(x, "batch", "positions", "embed")
 
 
 def logits(x: jax.Array) -> jax.Array:

@@ -29,9 +29,9 @@ class FinetuneSettings:
         weight_decay: weight decay of AdamW (Loshchilov and Hutter 2019), on matrices only.
         clip: maximum global norm of the gradient.
         seed: random seed of the factors, the order of samples and the choice of references.
-        recompute: keep only the residual stream for gradients and compute the layers' insides
-            again: a fraction of the memory, a third more time, the same results. None: on
-            accelerators.
+        recompute: keep only the states between the decoder's layers for gradients and compute
+            what is inside of them again: less memory, a third more time, the same results. Without
+            effect for Molmo. None: on accelerators.
 
     Raises:
         ValueError: a value is out of range.

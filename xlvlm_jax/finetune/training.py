@@ -11,12 +11,12 @@ import optax
 import ports
 from ports import VLM
 from ports.intervene import lora
-from ports.parallel import compiled, sharding
+from ports.nn import decoder
+from ports.parallel import compiled
 from xlvlm_jax.finetune.examples import TrainingBatch
 from xlvlm_jax.finetune.settings import FinetuneSettings
 
 Array = jax.Array
-_ONLY_RESIDUALS = jax.checkpoint_policies.save_only_these_names(sharding.RESIDUAL)
 
 
 class State(NamedTuple):
@@ -162,11 +162,9 @@ def _loss_of(
         params, scale = frozen
         adapter = lora.Adapter(trained, scale)
         apply = functools.partial(ports.adapted(apply), adapter=adapter)
-    run = functools.partial(apply, x=inputs, method="states")
-    if recompute:
-        run = jax.checkpoint(run, policy=_ONLY_RESIDUALS)
     # The head, the most expensive layer, runs only at positions that predict an answer.
-    states = run(params)[:, -window - 1 : -1]
+    with decoder.recomputing(recompute):
+        states = apply(params, x=inputs, method="states")[:, -window - 1 : -1]
     logits = apply(params, x=states, method="unembed")
     target = inputs["input_ids"][:, -window:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
