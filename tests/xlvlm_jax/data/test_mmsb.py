@@ -55,6 +55,7 @@ def test_the_split_of_xl_vlms(tmp_path):
     assert parts[1] == {everything[i] for i in numbers[20:]}
 
 
+@pytest.mark.wrong_types
 def test_messages(tmp_path):
     with pytest.raises(FileNotFoundError, match="01-Illegal_Activitiy"):
         data.load("mmsb", tmp_path)
