@@ -160,7 +160,7 @@ def from_disk(options: argparse.Namespace) -> dict[str, Any]:
         array = create_array(Path(folder) / "states", "float32", Z.shape)
         wait(array.write(Z))
         stored = StoredRows(Path(folder) / "states", len(Z))
-        for name, rows in (("memory", Z), ("disk", stored)):
+        for name, rows in (("from memory", Z), ("from disk", stored)):
             marks: list[float] = []
             train(
                 rows,
@@ -278,7 +278,8 @@ def main() -> None:
             print(f"saelens   {_line(theirs)}, learning rate {rate}")
             rows[-1][f"saelens {rate}"] = theirs
     disk = run(sys.executable, "disk", options, None)
-    print(f"from disk {disk['disk'] / disk['memory']:.1%} of the rate from memory")
+    share = disk["from disk"] / disk["from memory"]
+    print(f"from disk {share:.1%} of the rate from memory")
     measure.save(options.output, [*rows, disk], "optax")
 
 
