@@ -95,6 +95,13 @@ class PaliGemma(llava_like.LlavaLike):
         """Maps pixels[I, 3, height, width] to the decoder's inputs [I, P, D]."""
         return self.multi_modal_projector(self.vision_tower.vision_model(pixels))
 
+    def positions(self, inputs: vision_language.Inputs) -> Array:
+        """Returns the rotary positions of the tokens, int32[B, T]: they count from one.
+
+        Only differences matter, but rounding then is that of transformers.
+        """
+        return super().positions(inputs) + (inputs.get("position_ids") is None)
+
     def blocks(self, inputs: vision_language.Inputs) -> Array:
         """Returns int[B, T]: 0 at the tokens of the prompt, -1 at padding and in the answer.
 

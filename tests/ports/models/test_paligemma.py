@@ -103,6 +103,15 @@ def test_an_answer_in_the_inputs_sees_what_is_before_it(pali):
     family.check_logits(pali, inputs)
 
 
+def test_positions_count_from_one(pali):
+    positions = np.asarray(pali.vlm.positions(INPUTS))
+    tokens = INPUTS["attention_mask"] == 1
+    for row, real in zip(positions, tokens, strict=True):
+        assert row[real].tolist() == list(range(1, 1 + real.sum()))
+    given = {**INPUTS, "position_ids": positions - 1}
+    np.testing.assert_array_equal(pali.vlm.positions(given), positions - 1)
+
+
 def test_a_checkpoint_without_a_template(pali):
     """As Google's are: an image and the text, to which the processor adds the rest."""
     tokenizer = helpers.make_tokenizer(
