@@ -14,7 +14,7 @@ from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.answers import answered
 from xlvlm_jax.demo import embedded
 
-SITE = "language_model.model.layers.5"
+SITE = "language_model.model.layers.6"
 WORDS = np.int32([[40, NONE], [200, 201], [9, NONE], [300, NONE]])
 OWN = np.int32([[40, NONE], [200, 201]])  # tokens of each of two concepts
 
@@ -121,7 +121,7 @@ def test_effects_are_those_of_hooks_in_pytorch(vlm, forced, vectors, asked):
 
     with torch.no_grad():
         plain = model(**tensors).logits.numpy()
-        handle = model.model.language_model.layers[5].register_forward_hook(hook)
+        handle = model.model.language_model.layers[6].register_forward_hook(hook)
         edited = model(**tensors).logits.numpy()
         handle.remove()
     words, said, _ = measures(plain, inputs, lengths)
