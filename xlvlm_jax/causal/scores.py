@@ -262,26 +262,6 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     return float(np.mean((positive > negative) + 0.5 * (positive == negative)))
 
 
-def directions(components: Float[Any, "K D"], is_centroids: bool) -> Float[np.ndarray, "K D"]:
-    """Returns the directions along which concepts are added and removed.
-
-    Components themselves; for centroids, which all lie near the mean state, their differences from
-    the mean of the centroids. Runs on the host and cannot be traced.
-
-    Args:
-        components: float[K, D].
-        is_centroids: whether they are points among the states (kmeans, simple).
-
-    Examples:
-        >>> import numpy as np
-        >>> from xlvlm_jax import causal
-        >>> causal.directions(np.float32([[9, 1], [9, -1]]), is_centroids=True).tolist()
-        [[0.0, 1.0], [0.0, -1.0]]
-    """
-    components = np.asarray(components, np.float32)
-    return components - components.mean(0) if is_centroids else components
-
-
 def signs(add: Sequence[float], ablate: Sequence[float]) -> Float[np.ndarray, " S"]:
     """Returns the sign with which each edit of a concept should move its own words.
 

@@ -21,15 +21,15 @@ from xlvlm_jax.causal.changes import (
 from xlvlm_jax.causal.record import CausalRecord
 from xlvlm_jax.causal.scores import (
     causal_scores,
-    directions,
     rank_correlation,
     signs,
 )
 from xlvlm_jax.causal.words import NONE, Vocabulary, filled, own_tokens, vocabulary_of
 from xlvlm_jax.concepts.decomposition import project
-from xlvlm_jax.concepts.methods import method_named
+from xlvlm_jax.concepts.picture_maps import concept_site
 from xlvlm_jax.concepts.reconstruction import reconstruct
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering.teacher_forcing import batches, require_some
@@ -54,15 +54,7 @@ def require_concepts_of(concepts: Concepts, vlm: VLM, site: str | None) -> str:
     if concepts.words is None or not any(concepts.words):
         raise ValueError("the concepts have no words to score; run `xlvlm ground` first")
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
-    learnt = concepts.source.get("site")
-    if site is None and learnt is None:
-        raise ValueError("the concepts do not name their site; give it (--site)")
-    found = vlm.find_site(site or str(learnt))
-    if learnt is not None and vlm.find_site(learnt) != found:
-        raise ValueError(
-            f"the concepts were learnt at site {learnt!r}, but are to be edited at {found!r}; "
-            "choose the site that they were learnt at"
-        )
+    found = concept_site(vlm, site, concepts)
     width, expected = np.shape(concepts.components)[1], vlm.site_shapes[found][-1]
     if width != expected:
         raise ValueError(
@@ -136,8 +128,7 @@ def measure_concepts(
     site = require_concepts_of(concepts, vlm, site)
     words = list(concepts.words or ())
     known = vocabulary_of(words, vlm.tokenizer, vlm.sizes.text.vocab_size)
-    is_centroids = method_named(concepts.method).is_centroids
-    vectors = directions(np.asarray(concepts.components), is_centroids)
+    vectors = concept_directions(concepts)
     edits = concept_edits(vectors, add, ablate)
     K, S = len(vectors), len(add) + len(ablate)
     weights = signs(add, ablate) / S

@@ -14,7 +14,7 @@ from xlvlm_jax.concepts import maps
 from xlvlm_jax.concepts.decomposition import project
 from xlvlm_jax.concepts.picture_maps import concept_site, picture_layouts
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.concepts.removal import answers_without, removal_effects, removed_directions
+from xlvlm_jax.concepts.removal import answers_without, concept_directions, removal_effects
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.reader import Features, choose_site, sample_of
@@ -126,7 +126,7 @@ def explain_picture(
 
     Returns:
         The concepts by activation, the strongest first, each with its map over the picture, its
-        effect, and the answer without it (`removed_directions` says what is removed).
+        effect, and the answer without it (`concept_directions` says what is removed).
 
     Raises:
         ValueError: the concepts are of another site, width or model, or have no words; the answer
@@ -148,7 +148,7 @@ def explain_picture(
     tokens = np.asarray(made.tokens[0])
     (text,) = vlm.decode(tokens[None])
     answer = text.strip()
-    directions = removed_directions(concepts)
+    directions = concept_directions(concepts)
     log_probability, effects = removal_effects(vlm, sample, answer, site, directions)
     if of_image:
         activations = np.nanmax(drawn, axis=(1, 2))

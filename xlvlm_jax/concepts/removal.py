@@ -20,8 +20,8 @@ from xlvlm_jax.data.sample import Sample
 BATCH = 8  # concepts that are removed side by side
 
 
-def removed_directions(concepts: Concepts) -> Float[np.ndarray, "K D"]:
-    """Returns the direction that is taken out of the states to remove each concept.
+def concept_directions(concepts: Concepts) -> Float[np.ndarray, "K D"]:
+    """Returns the direction along which each concept is added to states or removed from them.
 
     Args:
         concepts: the concepts.

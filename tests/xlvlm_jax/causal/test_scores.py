@@ -66,11 +66,8 @@ def test_rank_correlation():
     assert np.isnan(causal.rank_correlation([1, 1], [2, 3]))
 
 
-def test_signs_and_directions():
+def test_signs():
     assert causal.signs([0.1], [1.0, -1.0]).tolist() == [1, -1, 1]
-    components = np.float32([[1, 0], [3, 2]])
-    np.testing.assert_array_equal(causal.directions(components, False), components)
-    np.testing.assert_array_equal(causal.directions(components, True), [[-1, -1], [1, 1]])
 
 
 def test_messages():

@@ -107,7 +107,7 @@ def test_concepts_that_do_not_belong_to_the_model(vlm, concepts):
 
     refused("have no words to score; run `xlvlm ground`", words=None)
     refused("have no words to score", words=[[], [], [], []])
-    refused("learnt at site .*layers.6', but are to be edited at .*layers.2'", site="layers.2")
+    refused("concepts are of site .*layers.6', not of .*layers.2'", site="layers.2")
     refused("do not name their site", source={})
     refused("another model", source=concepts.source | {"fingerprint": "other"})
     refused("are 5 wide, but the states .* have width 192", components=np.ones((4, 5), "float32"))
@@ -131,4 +131,4 @@ def test_command(xlvlm, concepts, samples, tmp_path):
     status, _, errors = xlvlm(*arguments, "--overwrite", "--add", "nan")
     assert status == 2 and "finite numbers other than 0; got nan" in errors
     status, _, errors = xlvlm(*arguments, "--overwrite", "--site", "layers.1")
-    assert status == 2 and "choose the site that they were learnt at" in errors
+    assert status == 2 and "omit --site, or use concepts of that site" in errors

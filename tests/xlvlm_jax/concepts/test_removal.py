@@ -7,7 +7,7 @@ from PIL import Image
 import ports
 from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.explain import explain_picture
-from xlvlm_jax.concepts.removal import answers_without, removal_effects, removed_directions
+from xlvlm_jax.concepts.removal import answers_without, concept_directions, removal_effects
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.storage.same_model import model_of
@@ -62,8 +62,8 @@ def test_answers_are_those_of_single_generations(vlm, sample, directions):
 
 def test_what_is_removed():
     atoms = np.float32([[1, 0], [0, 2]])
-    np.testing.assert_array_equal(removed_directions(Concepts(atoms)), atoms)
-    centred = removed_directions(Concepts(atoms, method="kmeans"))
+    np.testing.assert_array_equal(concept_directions(Concepts(atoms)), atoms)
+    centred = concept_directions(Concepts(atoms, method="kmeans"))
     np.testing.assert_array_equal(centred, [[0.5, -1], [-0.5, 1]])
 
 
