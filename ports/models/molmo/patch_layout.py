@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ports.inputs.patch_layout import ALL, Box, Layouts, PatchLayout, grid_boxes
-from ports.models.molmo.processor import POOL
+from ports.models.molmo.crops import POOL
 
 
 def patch_layout(

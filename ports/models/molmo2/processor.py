@@ -19,7 +19,7 @@ from PIL import Image
 from ports import checkpoint
 from ports.inputs import processor
 from ports.models import port
-from ports.models.molmo.processor import choose_tiling
+from ports.models.molmo.crops import choose_tiling
 
 # Of transformers' class, for values missing in the files.
 DEFAULTS = {

@@ -14,6 +14,7 @@ import ports
 from ports import checkpoint
 from ports.checkpoint import params
 from ports.models import idefics2, llava
+from ports.models.molmo import configuration as molmo_configuration
 from ports.models.molmo import model as molmo
 from ports.models.qwen2_vl import model as qwen2_vl
 
@@ -177,4 +178,4 @@ def test_the_configuration(model):
 def test_the_defaults_of_molmo_are_those_of_the_real_tower():
     config = json.loads((DATA / "molmo-7b-d.json").read_text())["config"]
     for name in ("vision_config", "additional_vocab_size"):
-        assert molmo.DEFAULTS[name] == config[name]
+        assert molmo_configuration.DEFAULTS[name] == config[name]

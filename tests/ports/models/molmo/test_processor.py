@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ports.models.molmo import processor as molmo_processor
-from ports.models.molmo.processor import ImageSettings, Processor, choose_tiling, cut
+from ports.models.molmo import crops as molmo_crops
+from ports.models.molmo.crops import ImageSettings, choose_tiling, cut
+from ports.models.molmo.processor import Processor, read_processor
 
 from ... import helpers
 
@@ -61,14 +62,14 @@ def test_crops_are_the_originals(expected, case):
     np.testing.assert_allclose(crops.patches, expected[f"{case}.images"], rtol=0, atol=2e-5)
     theirs = expected[f"{case}.image_input_idx"]
     # One more for the start token in front.
-    ours = np.where(crops.positions >= 0, crops.positions + 1, molmo_processor.UNUSED)
+    ours = np.where(crops.positions >= 0, crops.positions + 1, molmo_crops.UNUSED)
     np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 170), (40, 90), (337, 336)])
 def test_resizing_is_pytorchs(height, width):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    ours, picture = molmo_processor.resize_and_pad(image, 112, 112, SMALL)
+    ours, picture = molmo_crops.resize_and_pad(image, 112, 112, SMALL)
     scale = min(112 / height, 112 / width)
     size = [int(np.float32(side) * np.float32(scale)) for side in (height, width)]
     theirs = torch.nn.functional.interpolate(
@@ -221,4 +222,4 @@ class TestMessages:
 
     def test_a_directory_without_settings(self, tmp_path):
         with helpers.raises_line(ValueError, f"{tmp_path}: cannot load the processor"):
-            molmo_processor.read_processor(tmp_path)
+            read_processor(tmp_path)
