@@ -260,11 +260,13 @@ class LoadedModel:
 
     @functools.cached_property
     def video_processor(self) -> Any:
-        """transformers' own processor of the checkpoint, for videos; loaded on first use.
+        """The processor for videos, from transformers or the port; loaded on first use.
 
         Raises:
             ValueError: the family has no videos, a package is missing, or files are.
         """
+        if self._port.has_own_videos:
+            return self.processor
         return self._port.load_video_processor(self._directory_of("processor"), self.sizes)
 
     @functools.cached_property

@@ -383,7 +383,9 @@ class VLM(LoadedModel):
                 image, an array or a file's path.
             options: further arguments of the checkpoint's processor: `do_pan_and_scan=True` for the
                 crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos` (a flat
-                list of arrays [frames, height, width, 3]), which need torchvision.
+                list, each of PIL images or uint8[frames, height, width, 3]) with `video_metadata`
+                and more (see `ports.inputs.processor.VideoProcessor`). The videos of families other
+                than the Qwens need torchvision.
 
         Returns:
             The processor's arrays, padded on the left.

@@ -127,6 +127,20 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
     return checkpoint.read_json(file) if file.exists() else {}
 
 
+def read_video_settings(directory: Path) -> dict[str, Any]:
+    """Returns the values of a checkpoint's video processor, from the first file that has them.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    nested = read_settings(directory, "processor_config.json").get("video_processor")
+    return (
+        nested
+        or read_settings(directory, "video_preprocessor_config.json")
+        or read_settings(directory, "preprocessor_config.json")
+    )
+
+
 def leave_processor(processor: Any, config: Any, directory: Path) -> None:
     """Leaves a processor unchanged: the default for `Port.complete_processor`."""
 
@@ -165,7 +179,8 @@ class Port:
             from, for each row, with boxes as fractions of what the model saw (see
             `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.
         videos_need: packages that transformers' processor needs for videos; () for a family without
-            them. Images are processed without these packages.
+            them, or whose own processor makes their arrays. Images are processed without these.
+        has_own_videos: whether `read_processor` returns a `ports.inputs.processor.VideoProcessor`.
         options: arguments of `ports.load` that set a field of the configuration -> their allowed
             values, the default first.
     """
@@ -187,6 +202,7 @@ class Port:
     patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     videos_need: tuple[str, ...] = ()
+    has_own_videos: bool = False
 
     def hub_name(self, module: str) -> str:
         """Returns the port's name of a module named as in a known checkpoint or transformers."""
@@ -217,7 +233,7 @@ class Port:
         return processor
 
     def load_video_processor(self, directory: Path, config: Any) -> Any:
-        """Loads transformers' own processor, the only one that makes arrays of videos.
+        """Loads transformers' own processor, for a family whose videos are not processed here.
 
         Args:
             directory: the checkpoint.

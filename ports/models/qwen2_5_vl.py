@@ -13,17 +13,18 @@ a still image has no such distance.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ports.inputs.videos import Clip
 from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
+from ports.models.qwen2_vl import processor as qwen2_processor
 from ports.models.qwen2_vl import vision as qwen2_vision
-from ports.models.qwen2_vl.processor import read_processor
 from ports.nn import attention
 from ports.parallel import sharding
 
@@ -172,6 +173,21 @@ class Qwen25VL(qwen2_vl.Qwen2VL):
     tower: ClassVar[type[qwen2_vision.Qwen2Vision]] = Qwen25Vision
 
 
+class Processor(qwen2_processor.Processor):
+    """Converts texts, images and videos to the arrays that the model takes.
+
+    These are Qwen2-VL's, and for videos also second_per_grid_ts float[videos], the seconds from a
+    patch to the next in time.
+    """
+
+    def process_videos(self, videos: Sequence[Clip]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Returns the arrays of a flat list of videos, and the tokens of each."""
+        arrays, written = super().process_videos(videos)
+        frames = self.video_settings.temporal_patch_size
+        seconds = np.array([frames / clip.frame_rate for clip in videos])
+        return arrays | {"second_per_grid_ts": seconds}, written
+
+
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Checks the processor's arrays and prepares them for the module, as for Qwen2-VL.
 
@@ -196,8 +212,8 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=qwen2_vl.canonical_name,
     transformers_name=qwen2_vl.transformers_name,
-    read_processor=read_processor,
-    videos_need=("torchvision",),
+    read_processor=Processor.read,
+    has_own_videos=True,
     image_text=qwen2_vl.PORT.image_text,
     patch_layout=qwen2_vl.patch_layout,
     options={"video_positions": VIDEO_POSITIONS},

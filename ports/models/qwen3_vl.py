@@ -25,7 +25,7 @@ from ports import names
 from ports.models.port import Port
 from ports.models.qwen2_vl import model as qwen2_vl
 from ports.models.qwen2_vl import vision as qwen2_vision
-from ports.models.qwen2_vl.processor import read_processor
+from ports.models.qwen3_vl_processor import Processor
 from ports.nn import decoder, layers
 from ports.parallel import sharding
 
@@ -237,8 +237,8 @@ PORT = Port(
     example_inputs=qwen2_vl.example_inputs,
     prepare_inputs=qwen2_vl.prepare_inputs,
     canonical_name=canonical_name,
-    read_processor=read_processor,
-    videos_need=("torchvision",),
+    read_processor=Processor.read,
+    has_own_videos=True,
     image_text=qwen2_vl.PORT.image_text,
     patch_layout=qwen2_vl.patch_layout,
 )

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ports import checkpoint
-from ports.inputs import processor
+from ports.inputs import processor, resizing
 from ports.models import port
 from ports.models.molmo.crops import choose_tiling
 
@@ -94,47 +94,6 @@ class Crops(NamedTuple):
     grid: tuple[int, int, int, int]  # rows and columns of features: of the whole, of the tiling
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes by bilinear interpolation between the four nearest pixels, without antialiasing.
-
-    Args:
-        image: uint8[h, w, 3].
-        height: pixels of the result.
-        width: pixels of the result.
-
-    Returns:
-        uint8[height, width, 3], rounded to the nearest value, half to even.
-    """
-    top, bottom, down = _neighbours(image.shape[0], height)
-    left, right, across = _neighbours(image.shape[1], width)
-    down, across = down[:, None, None], across[:, None]
-    up, back = 1 - down, 1 - across
-    pixels = image.astype(np.float32)
-    above, below = pixels[top], pixels[bottom]
-    # In the order in which PyTorch adds them, or halves would be rounded elsewhere.
-    values = (down * back, below[:, left]), (down * across, below[:, right])
-    total = up * across * above[:, right]
-    for weight, value in ((up * back, above[:, left]), *values):
-        total = _add_product(total, weight, value)
-    return np.clip(np.rint(total), 0, 255).astype(np.uint8)
-
-
-def _add_product(total: np.ndarray, weight: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Returns the sum in float32, rounded once, as processors compute it in one instruction."""
-    return (weight.astype(np.float64) * value + total).astype(np.float32)
-
-
-def _neighbours(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each of the wanted pixels in a line the given ones before and after its centre,
-    and the weight of the latter.
-    """
-    # The scale and the result are float32, as in PyTorch.
-    scale = float(np.float32(given) / np.float32(wanted))
-    place = np.maximum(scale * (np.arange(wanted) + 0.5) - 0.5, 0).astype(np.float32)
-    before = np.minimum(place.astype(int), given - 1)
-    return before, np.minimum(before + 1, given - 1), place - before.astype(np.float32)
-
-
 def cut(image: np.ndarray, settings: ImageSettings) -> Crops:
     """Cuts a picture into crops and lists the patches of its features.
 
@@ -153,8 +112,10 @@ def cut(image: np.ndarray, settings: ImageSettings) -> Crops:
         step * patch,
         settings.max_crops,
     )
-    tiled = resize(image, (rows * step + margin) * patch, (columns * step + margin) * patch)
-    crops = [resize(image, size, size)]
+    tiled = resizing.bilinear(
+        image, (rows * step + margin) * patch, (columns * step + margin) * patch
+    )
+    crops = [resizing.bilinear(image, size, size)]
     for top in range(0, rows * step * patch, step * patch):
         for left in range(0, columns * step * patch, step * patch):
             crops.append(tiled[top : top + size, left : left + size])

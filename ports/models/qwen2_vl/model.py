@@ -30,7 +30,7 @@ from ports.models.qwen2_vl.inputs import (
     patch_layout,
     prepare_inputs,
 )
-from ports.models.qwen2_vl.processor import read_processor
+from ports.models.qwen2_vl.processor import Processor
 from ports.nn import decoder, layers, vision_language
 from ports.parallel import sharding
 
@@ -239,8 +239,8 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
     transformers_name=transformers_name,
-    read_processor=read_processor,
-    videos_need=("torchvision",),
+    read_processor=Processor.read,
+    has_own_videos=True,
     image_text="<|vision_start|>{}<|vision_end|>",
     patch_layout=patch_layout,
     options={"video_positions": VIDEO_POSITIONS},

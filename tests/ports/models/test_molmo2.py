@@ -396,16 +396,6 @@ class TestProcessor:
         expected = pooled(SIDE**2 + tiling(2, 1)).reshape(-1, 4)
         np.testing.assert_array_equal(crops.pooling[9:], expected)
 
-    @pytest.mark.parametrize("shape", [(40, 23, 3), (1, 3, 3), (90, 64, 3)])
-    def test_resizing_is_pytorchs(self, shape):
-        image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-        values = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        options = {"mode": "bilinear", "align_corners": False}
-        for size in ((35, 35), (60, 91), (7, 120)):
-            theirs = torch.nn.functional.interpolate(values, size, **options).round()
-            ours = processor.resize(image, *size)
-            np.testing.assert_array_equal(ours, theirs[0].permute(1, 2, 0).numpy())
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [

@@ -1,0 +1,33 @@
+"""Makes expected.npz, the arrays of transformers' processors for two drawn videos.
+
+    pip install '.[test]' torchvision==0.28.0
+    XLA_FLAGS= python -m tests.data.videos.make_expected
+
+Not run by the tests, which need no torchvision. Run it from the root of the repository.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.ports import video_cases
+
+arrays, different = {}, []
+for family in video_cases.FAMILIES:
+    processor = video_cases.theirs(family)
+    for case, options in video_cases.CASES.items():
+        # The same image processor makes pixel_values here and there.
+        made = video_cases.process(processor, **options)
+        del made["pixel_values"]
+        # The values of pixels are whole numbers.
+        pixels = made["pixel_values_videos"] * 127.5 + 127.5
+        assert np.abs(pixels - pixels.round()).max() < 1e-4
+        pixels = pixels.round().astype(np.uint8)
+        # Several cases have the same pixels: store them once, and their number.
+        numbers = [i for i, each in enumerate(different) if np.array_equal(each, pixels)]
+        if not numbers:
+            different.append(pixels)
+        made["pixel_values_videos"] = np.array((numbers or [len(different) - 1])[0])
+        arrays |= {f"{family}/{case}/{name}": value for name, value in made.items()}
+arrays |= {f"pixels/{i}": pixels for i, pixels in enumerate(different)}
+np.savez_compressed(Path(__file__).parent / "expected.npz", allow_pickle=False, **arrays)
