@@ -182,7 +182,8 @@ def _batches_of(block: Block, done: int, batch_size: int) -> Iterator[tuple[Any,
     described = stored_samples(block.path)
     for start in range(done - block.start, len(described), batch_size):
         samples = described[start : start + batch_size]
-        first, last = np.searchsorted(part.sample_rows, [start, start + len(samples)])
+        ends = [start, start + len(samples)]
+        first, last = np.searchsorted(part.sample_rows, ends).tolist()
         states = {site: rows.read(first, last) for site, rows in stored.items()}
         index = part.sample_rows[first:last] - start
         cells = None if part.cells is None else part.cells.take(slice(first, last))

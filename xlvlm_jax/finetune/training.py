@@ -143,7 +143,7 @@ def _loss_of(
     model: Any,
     window: int,
     trained: Any,
-    frozen: tuple[dict, dict[str, float]] | None,
+    frozen: tuple[dict, dict[str, Any]] | None,
     inputs: dict[str, Array],
     lengths: Array,
     recompute: bool = False,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_a_word_that_no_sample_predicts_is_named(vlm, samples, tmp_path):
     with pytest.raises(ValueError, match=r"no sample of 2 .* words 'skyline', 'Skyline'; use"):
         extract(vlm, samples[:2], output, settings)
     assert not output.exists()
-    missing = dataclasses.replace(samples[2], image="nowhere.jpg")
+    missing = dataclasses.replace(samples[2], image=Path("nowhere.jpg"))
     with pytest.raises(
         ValueError, match=r"no sample of 2 pred.* \(1 more gave no state, the first: .*nowhere.jpg"
     ):

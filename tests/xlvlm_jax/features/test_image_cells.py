@@ -174,6 +174,7 @@ def test_cells_of_some_batches_only(tmp_path):
             writer.append([{"id": "b"}], state, one, one, one, Cells.empty())
 
 
+@pytest.mark.wrong_types  # of a model it has what counts
 def test_a_prompt_without_a_picture():
     model = SimpleNamespace(patch_layout=lambda inputs, sizes: [[]])
     with pytest.raises(ValueError, match="the prompt of sample s1 has no picture"):

@@ -134,7 +134,9 @@ def test_what_it_was_scored_on(scorer):
 def test_an_image_of_several_rows_counts_once(scorer, write_features, clip, named, tmp_path):
     features = write_features()
     rows = np.repeat(np.arange(40), 2)
-    doubled = dataclasses.replace(features, sample_rows=rows, tokens=rows, positions=rows)
+    doubled = dataclasses.replace(
+        features, sample_rows=rows, tokens=np.int32(rows), positions=np.int32(rows)
+    )
     create_array(tmp_path / "twice", "float32", (80, WIDTH)).write(
         np.asarray(scorer.stored)[rows]
     ).result()
