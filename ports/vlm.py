@@ -384,8 +384,8 @@ class VLM(LoadedModel):
             options: further arguments of the checkpoint's processor: `do_pan_and_scan=True` for the
                 crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos` (a flat
                 list, each of PIL images or uint8[frames, height, width, 3]) with `video_metadata`
-                and more (see `ports.inputs.processor.VideoProcessor`). The videos of families other
-                than the Qwens need torchvision.
+                and more (see `ports.inputs.processor.VideoProcessor`). The videos of SmolVLM and
+                Molmo2 need torchvision.
 
         Returns:
             The processor's arrays, padded on the left.

@@ -236,7 +236,16 @@ class VideoProcessor(Processor):
             of_videos, written = self.process_videos(chosen)
             texts = _filled(texts, self.video_token, written)
             arrays = arrays | of_videos
-        return self._tokenised(texts, arrays, padding)
+        prompts = [text] if isinstance(text, str) else list(text)
+        return self._tokenised(texts, self.join(prompts, arrays), padding)
+
+    def join(
+        self, prompts: Sequence[str], arrays: dict[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Returns the arrays of images and videos as the model takes them; they may be joined in
+        the order of the prompts.
+        """
+        return arrays
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the processor's files, for `load` and transformers."""

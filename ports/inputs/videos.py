@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from ports.inputs import resizing
 from ports.messages import counted
 
 # Frames per second of a video whose rate is not known.
@@ -245,7 +246,58 @@ class Settings:
         return (frames.astype(np.float32) - mean) / deviation
 
 
-def sampled_evenly(total: int, count: int) -> np.ndarray:
+def sampled_evenly(total: int, count: int, first: float = 0.0) -> np.ndarray:
     """Returns the numbers of `count` of `total` frames, rounded down, as torch.arange does."""
     step = total / count
-    return (np.arange(math.ceil(total / step)) * step).astype(np.float32).astype(int)
+    steps = np.arange(math.ceil((total - first) / step))
+    return (first + steps * step).astype(np.float32).astype(int)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareSettings(Settings):
+    """The frames of all videos are resized to one size, without keeping their ratio."""
+
+    height: int  # pixels
+    width: int
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **Settings.defaults,
+        "size": {"height": 384, "width": 384},
+    }
+
+    @classmethod
+    def fields(cls, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of this class, from the values of a file and the defaults.
+
+        Raises:
+            ValueError: `size` is not a height and a width.
+        """
+        size = said["size"]
+        if set(size) != {"height", "width"}:
+            raise ValueError(
+                f"size of the video processor is {size}; expected the height and width of a frame"
+            )
+        return super().fields(said) | size
+
+    def pixels(self, clips: Sequence[Clip]) -> np.ndarray:
+        """Resizes the frames of videos and scales their values.
+
+        Args:
+            clips: V videos of F frames each.
+
+        Returns:
+            float32[V, F, 3, height, width].
+
+        Raises:
+            ValueError: the videos have different numbers of frames.
+        """
+        counts = sorted({len(clip.frames) for clip in clips})
+        if len(counts) > 1:
+            raise ValueError(
+                f"videos have {counts[0]} and {counts[-1]} frames; expected as many of each: pass "
+                "num_frames and do_sample_frames=True"
+            )
+        resized = [
+            [resizing.bicubic(frame, self.height, self.width) for frame in clip.frames]
+            for clip in clips
+        ]
+        return self.scale(np.array(resized)).transpose(0, 1, 4, 2, 3)

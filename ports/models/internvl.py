@@ -8,17 +8,15 @@ The names are those of transformers' own checkpoints (whose names on the Hub end
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from ports.inputs import processor
-from ports.models import llava_like, port
+from ports.models import llava_like
+from ports.models.internvl_processor import Processor
 from ports.models.port import Port
 from ports.nn import attention, clip_vision, decoder, encoder, layers
 from ports.parallel import sharding
@@ -305,51 +303,6 @@ class InternVL(llava_like.LlavaLike):
         return self.multi_modal_projector(shuffle(features[:, 1:], cfg.vision.side, cfg.shuffle))
 
 
-class Processor(processor.Processor):
-    """Converts texts and images to the arrays that the model takes.
-
-    transformers' own class requires torchvision, because of its video processor.
-
-    Besides input_ids, attention_mask and mm_token_type_ids, these are pixel_values float32[tiles,
-    3, height, width]. An image of several tiles also has itself, made smaller, as the last one.
-    """
-
-    def __init__(
-        self,
-        image_processor: Any,
-        tokenizer: Any,
-        chat_template: str | None = None,
-        tokens_per_tile: int = 256,
-    ):
-        super().__init__(image_processor, tokenizer, chat_template)
-        self.image_token = getattr(tokenizer, "context_image_token", "<IMG_CONTEXT>")
-        self.start_token = getattr(tokenizer, "start_image_token", "<img>")
-        self.end_token = getattr(tokenizer, "end_image_token", "</img>")
-        self.tokens_per_tile = tokens_per_tile
-
-    def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
-        """Returns pixel_values and num_patches, the tiles of each image, for a flat list."""
-        options = {"crop_to_patches": True, "return_tensors": "np"}
-        return dict(self.image_processor(images=images, **options))
-
-    def expand(self, arrays: dict[str, np.ndarray]) -> list[str]:
-        """Returns the tokens of all tiles of an image, between start and end."""
-        return [
-            self.start_token + self.image_token * self.tokens_per_tile * int(tiles) + self.end_token
-            for tiles in arrays.pop("num_patches")
-        ]
-
-
-def read_processor(directory: Path) -> Processor:
-    """Loads the processor of a checkpoint.
-
-    Raises:
-        ValueError: the processor does not load.
-    """
-    settings = port.read_settings(directory, "processor_config.json")
-    return Processor(*port.read_parts(directory), settings.get("image_seq_length", 256))
-
-
 PORT = Port(
     config=Config,
     module=InternVL,
@@ -359,6 +312,6 @@ PORT = Port(
     canonical_name=functools.partial(llava_like.canonical_name, level=""),
     transformers_name=llava_like.transformers_name,
     patch_layout=llava_like.patch_layout,
-    read_processor=read_processor,
-    videos_need=("torchvision",),
+    read_processor=Processor.read,
+    has_own_videos=True,
 )

@@ -11,9 +11,9 @@ each video.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from ports.inputs import padding, processor
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
+from ports.inputs.videos import Clip, SquareSettings
 from ports.models import anyres, llava_like, llava_next, port
 from ports.models.anyres import Features
 from ports.models.port import Port
@@ -203,19 +204,37 @@ def _with_videos(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, np.
     return arrays | {"frames": flat, "video_rows": index, "video_weights": weight}
 
 
-class Processor(processor.Processor):
-    """Converts texts and images to the arrays that the model takes.
+class Processor(processor.VideoProcessor):
+    """Converts texts, images and videos to the arrays that the model takes.
 
-    transformers' own class requires torchvision, because of its video processor; this one has none.
+    transformers' own class requires torchvision, because of its video processor.
     Besides input_ids and attention_mask, the arrays are pixel_values float32[I, tiles, 3, height,
-    width], image_sizes int[I, 2] and batch_num_images, the number of images per text.
+    width], image_sizes int[I, 2] and batch_num_images, the number of images per text, and
+    pixel_values_videos float32[V, frames, 3, height, width].
     """
 
     sizes: Config  # set by `complete_processor`
+    settings_class = SquareSettings
 
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
-        super().__init__(image_processor, tokenizer, chat_template)
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        video_values: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template, video_values)
         self.image_token = getattr(tokenizer, "image_token", "<image>")
+        self.video_token = getattr(tokenizer, "video_token", "<video>")
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Loads the processor of a checkpoint.
+
+        Raises:
+            ValueError: the processor does not load.
+        """
+        return cls(*port.read_parts(directory), port.read_video_settings(directory))
 
     def process_groups(self, groups: list[list[Any]]) -> dict[str, np.ndarray]:
         """Returns the arrays of the images of each text; several of one text are shown whole."""
@@ -231,14 +250,11 @@ class Processor(processor.Processor):
             for size, tiled in zip(sizes, in_tiles, strict=True)
         ]
 
-
-def read_processor(directory: Path) -> Processor:
-    """Loads the processor of a checkpoint.
-
-    Raises:
-        ValueError: the processor does not load.
-    """
-    return Processor(*port.read_parts(directory))
+    def process_videos(self, videos: Sequence[Clip]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Returns the frames of a flat list of videos, and a video token for each feature."""
+        pixels = self.video_settings.pixels(videos)
+        count = len(self.sizes.video(pixels.shape[1], 0, 0).rows)
+        return {"pixel_values_videos": pixels}, [self.video_token * count] * len(videos)
 
 
 def complete_processor(found: Any, config: Config, directory: Path) -> None:
@@ -294,8 +310,8 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
-    read_processor=read_processor,
-    videos_need=("torchvision",),
+    read_processor=Processor.read,
+    has_own_videos=True,
     complete_processor=complete_processor,
     patch_layout=patch_layout,
 )

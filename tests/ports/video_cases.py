@@ -4,30 +4,28 @@ Shared by the tests and by `tests.data.videos.make_expected`, which writes what 
 of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ports.inputs.processor import VideoProcessor
-from ports.models import qwen2_5_vl, qwen3_vl_processor
+from ports.models import internvl_processor, llava_onevision, qwen2_5_vl, qwen3_vl_processor
 from ports.models.qwen2_vl import processor as qwen2_vl_processor
 
 from . import helpers, qwen2_vl_helpers
+from .models import test_internvl, test_llava_next
 
-SPECIAL = {
-    "<|vision_start|>": qwen2_vl_helpers.START,
-    "<|vision_end|>": qwen2_vl_helpers.END,
-    "<|video_pad|>": qwen2_vl_helpers.VIDEO,
-    "<|image_pad|>": helpers.IMAGE,
-}
 TIMES = [f"<{tenths / 10:.1f}" for tenths in range(40)]
-WORDS = ["what", "is", "in", "the", "picture", "seconds>", *TIMES]
-SMALL = {"patch_size": 7, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-VIDEO, IMAGE = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
-TEXTS = [f"what {VIDEO} is {IMAGE}", f"in {VIDEO} the picture"]
+FRAMES = [f"Frame{i + 1}:" for i in range(8)]
+WORDS = ["what", "is", "in", "the", "picture", "seconds>", *TIMES, *FRAMES]
+SMALL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 RATES = [
     {"total_num_frames": 5, "fps": 2.0, "frames_indices": [0, 1, 2, 3, 4]},
     {"total_num_frames": 8, "fps": 3.0, "frames_indices": [0, 1, 2, 3, 4, 5, 6, 7]},
@@ -54,25 +52,66 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Family(NamedTuple):
-    """Our processor of a family, and transformers' class names for it and its videos."""
+    """The processors of a family."""
 
     ours: type[VideoProcessor]
-    theirs: str
+    theirs: str  # name of transformers' class, and of that for videos
     theirs_of_videos: str
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # of the video processor
+    image: str  # in a prompt
+    video: str
+    # Cases in which transformers makes arrays: where videos have one number of frames for some.
+    cases: Sequence[str] = tuple(CASES)
+
+    @property
+    def texts(self) -> list[str]:
+        """A prompt with a video and a picture, and one with a video."""
+        return [f"what {self.video} is {self.image}", f"in {self.video} the picture"]
 
 
-PER_FRAME = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 42}, **SMALL}
-TOGETHER = {"size": {"shortest_edge": 8 * 28 * 28, "longest_edge": 6 * 28 * 42}, **SMALL}
+PER_FRAME = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 42}, "patch_size": 7, **SMALL}
+TOGETHER = {**PER_FRAME, "size": {"shortest_edge": 8 * 28 * 28, "longest_edge": 6 * 28 * 42}}
+QWEN = [f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")]
+SAMPLED = ("per second", "counted")
 FAMILIES = {
     "qwen2_vl": Family(
-        qwen2_vl_processor.Processor, "Qwen2VLProcessor", "Qwen2VLVideoProcessor", PER_FRAME
+        qwen2_vl_processor.Processor,
+        "Qwen2VLProcessor",
+        "Qwen2VLVideoProcessor",
+        PER_FRAME,
+        *QWEN,
     ),
     "qwen2_5_vl": Family(
-        qwen2_5_vl.Processor, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", PER_FRAME
+        qwen2_5_vl.Processor,
+        "Qwen2_5_VLProcessor",
+        "Qwen2VLVideoProcessor",
+        PER_FRAME,
+        *QWEN,
     ),
     "qwen3_vl": Family(
-        qwen3_vl_processor.Processor, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", TOGETHER
+        qwen3_vl_processor.Processor,
+        "Qwen3VLProcessor",
+        "Qwen3VLVideoProcessor",
+        TOGETHER,
+        *QWEN,
+    ),
+    "llava_onevision": Family(
+        llava_onevision.Processor,
+        "LlavaOnevisionProcessor",
+        "LlavaOnevisionVideoProcessor",
+        {"size": {"height": 28, "width": 28}, **SMALL},
+        "<image>",
+        "<video>",
+        SAMPLED,
+    ),
+    "internvl": Family(
+        internvl_processor.Processor,
+        "InternVLProcessor",
+        "InternVLVideoProcessor",
+        {"size": {"height": 29, "width": 29}, **SMALL},
+        "<image>",
+        "<video>",
+        SAMPLED,
     ),
 }
 
@@ -93,29 +132,69 @@ VIDEOS = [draw(5, 37, 23), draw(8, 30, 61)]
 
 
 def make_processor(name: str) -> VideoProcessor:
-    """Returns our processor of a family: images of 14 x 14 to 56 x 70 pixels, words and times."""
-    family = FAMILIES[name]
-    return family.ours(
-        Qwen2VLImageProcessorPil(
-            patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 70}
-        ),
-        helpers.make_tokenizer(WORDS, SPECIAL),
-        None,
-        family.values,
+    """Returns our small processor of a family, with words and times."""
+    values = FAMILIES[name].values
+    if name == "llava_onevision":
+        special = {"<image>": helpers.IMAGE, "<video>": qwen2_vl_helpers.VIDEO}
+        images = LlavaOnevisionImageProcessorPil(
+            **values, image_grid_pinpoints=test_llava_next.CANVASES
+        )
+        tokenizer = helpers.make_tokenizer(WORDS, special)
+        made = llava_onevision.Processor(images, tokenizer, None, values)
+        made.sizes = llava_onevision.Config.from_hf(test_llava_next.make_config("onevision"))
+        return made
+    if name == "internvl":
+        special = {"<image>": helpers.IMAGE, "<video>": 100, "<a>": 99, "<b>": 98}
+        tokenizer = helpers.make_tokenizer(
+            WORDS,
+            special,
+            context_image_token="<image>",
+            video_token="<video>",
+            start_image_token="<a>",
+            end_image_token="<b>",
+        )
+        images = GotOcr2ImageProcessorPil(**values, min_patches=1, max_patches=6)
+        tokens = test_internvl.TOKENS
+        return internvl_processor.Processor(images, tokenizer, None, tokens, values)
+    special = {
+        "<|vision_start|>": qwen2_vl_helpers.START,
+        "<|vision_end|>": qwen2_vl_helpers.END,
+        "<|video_pad|>": qwen2_vl_helpers.VIDEO,
+        "<|image_pad|>": helpers.IMAGE,
+    }
+    images = Qwen2VLImageProcessorPil(
+        patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 70}
     )
+    return FAMILIES[name].ours(images, helpers.make_tokenizer(WORDS, special), None, values)
 
 
-def process(processor: Any, **options: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of the prompts with both videos and a picture, of any processor."""
-    given = {"text": list(TEXTS), "images": [[VIDEOS[1][0]], []], "videos": list(VIDEOS)}
-    made = processor(**given, padding=True, return_tensors="np", **options)
+def process(name: str, processor: Any, **options: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of a family's prompts, by our processor or transformers'."""
+    given = {"images": [[VIDEOS[1][0]], []], "videos": list(VIDEOS)}
+    # transformers' class of InternVL fails with "np", ours with anything else.
+    kind = "np" if isinstance(processor, VideoProcessor) or name != "internvl" else "pt"
+    texts = FAMILIES[name].texts
+    made = processor(text=texts, **given, padding=True, return_tensors=kind, **options)
     return {name: np.asarray(value) for name, value in made.items()}
+
+
+# What transformers' classes are told besides.
+SETTINGS = {
+    "llava_onevision": {
+        "num_image_tokens": 16,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_2",
+    },
+    "internvl": {"image_seq_length": test_internvl.TOKENS},
+}
 
 
 def theirs(name: str) -> Any:
     """Returns transformers' processor of a family, which needs torchvision."""
     family, ours = FAMILIES[name], make_processor(name)
-    of_videos = getattr(transformers, family.theirs_of_videos)(**family.values)
     return getattr(transformers, family.theirs)(
-        image_processor=ours.image_processor, tokenizer=ours.tokenizer, video_processor=of_videos
+        image_processor=ours.image_processor,
+        tokenizer=ours.tokenizer,
+        video_processor=getattr(transformers, family.theirs_of_videos)(**family.values),
+        **SETTINGS.get(name, {}),
     )

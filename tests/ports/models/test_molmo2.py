@@ -379,6 +379,11 @@ class TestProcessor:
         expected, _ = made.torch_forward(inputs)
         family.assert_logits(made.vlm.forward(inputs).logits, expected, inputs)
 
+    def test_videos_need_torchvision(self, vlm, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with helpers.raises_line(ValueError, "videos", "which requires torchvision: install it"):
+            vlm.process(["what"], [[]], videos=[np.zeros((2, 9, 9, 3), np.uint8)])
+
     def test_crops_by_hand(self, vlm):
         picture = np.array([[[0, 51, 255]]], np.uint8)
         crops = processor.cut(picture, vlm.processor.image_processor)

@@ -1,5 +1,6 @@
 """Videos given as frames: the arrays of transformers' processors, which need torchvision."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from PIL import Image
 import ports
 
 from .. import helpers, qwen2_vl_helpers, video_cases
+from . import test_internvl, test_llava_next
 
 EXPECTED = Path(__file__).parents[2] / "data" / "videos" / "expected.npz"
-CASES = [(name, case) for name in video_cases.FAMILIES for case in video_cases.CASES]
+CASES = [(name, case) for name, each in video_cases.FAMILIES.items() for case in each.cases]
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +21,26 @@ def made():
     """(family, case) -> our arrays."""
     return {
         (name, case): video_cases.process(
-            video_cases.make_processor(name), **video_cases.CASES[case]
+            name, video_cases.make_processor(name), **video_cases.CASES[case]
         )
         for name, case in CASES
     }
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("name", "case"), CASES)
 def test_arrays_are_those_of_transformers(made, name, case):
     ours = made[name, case]
     with np.load(EXPECTED) as file:
         start = f"{name}/{case}/"
         expected = {key[len(start) :]: file[key] for key in file if key.startswith(start)}
-        number = int(expected["pixel_values_videos"])
-        expected["pixel_values_videos"] = file[f"pixels/{number}"]
-    assert {*expected, "pixel_values"} == set(ours)
+        # InternVL's frames are images.
+        kind = "pixel_values" if name == "internvl" else "pixel_values_videos"
+        expected[kind] = file[f"pixels/{expected[kind]}"]
+    # Of some families, transformers returns no types of tokens.
+    assert {*expected, "pixel_values", "mm_token_type_ids"} == set(ours)
     for key, value in expected.items():
         # Pixels were rounded to their 256 values.
-        given = ours[key] * 127.5 + 127.5 if key == "pixel_values_videos" else ours[key]
+        given = ours[key] * 127.5 + 127.5 if key == kind else ours[key]
         np.testing.assert_allclose(given, value, rtol=0, atol=1e-4, err_msg=key)
 
 
@@ -46,7 +50,7 @@ def test_frames_in_any_form_are_the_same_video(made):
     first, second = video_cases.VIDEOS
     pictures = [Image.fromarray(frame) for frame in first]
     arrays = processor(
-        text=video_cases.TEXTS,
+        text=video_cases.FAMILIES["qwen2_vl"].texts,
         images=[[second[0]], []],
         videos=[pictures, list(second)],
         padding=True,
@@ -90,7 +94,10 @@ class TestFromACheckpoint:
         vlm = ports.load(pair.directory, **positions(name))
         second = video_cases.VIDEOS[1]
         inputs = vlm.process(
-            video_cases.TEXTS, [[second[0]], []], videos=video_cases.VIDEOS, **options
+            video_cases.FAMILIES[name].texts,
+            [[second[0]], []],
+            videos=video_cases.VIDEOS,
+            **options,
         )
         for key, value in made[name, "all"].items():
             np.testing.assert_array_equal(inputs[key], value, err_msg=key)
@@ -101,9 +108,50 @@ class TestFromACheckpoint:
         layouts = vlm.patch_layout(inputs)
         assert [len(row) for row in layouts] == [4, 4]  # three frames and a picture, four frames
 
+    @pytest.mark.parametrize("name", ["llava_onevision", "internvl"])
+    def test_files_are_read_and_arrays_fit_the_model(self, made, name, tmp_path):
+        config = {
+            "llava_onevision": lambda: test_llava_next.make_config("onevision"),
+            "internvl": test_internvl.make_config,
+        }[name]()
+        config.save_pretrained(tmp_path)
+        video_cases.make_processor(name).save_pretrained(tmp_path)
+        if name == "internvl":
+            settings = {"image_seq_length": test_internvl.TOKENS}
+            (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+        vlm = ports.load_abstract(tmp_path)
+        inputs = vlm.process(
+            video_cases.FAMILIES[name].texts,
+            [[video_cases.VIDEOS[1][0]], []],
+            videos=video_cases.VIDEOS,
+            **video_cases.CASES["counted"],
+        )
+        for key, value in made[name, "counted"].items():
+            np.testing.assert_array_equal(inputs[key], value, err_msg=key)
+        vlm.prepare(inputs)  # which checks that tokens, frames and pictures match
+        # Four frames each; to InternVL, the picture is two tiles and the whole.
+        pictures = {"llava_onevision": 1, "internvl": 3}[name]
+        assert [len(row) for row in vlm.patch_layout(inputs)] == [4 + pictures, 4]
+
 
 def positions(name: str) -> dict[str, str]:
     return {"video_positions": "transformers-5"} if name == "qwen2_vl" else {}
+
+
+def test_frames_of_internvl_are_in_the_order_of_the_prompts():
+    """A picture after one video and before another, of different lengths."""
+    processor = video_cases.make_processor("internvl")
+    first, second = video_cases.VIDEOS
+    text = "<video> <image> <video>"
+    pixels = processor(images=[second[0]], text=text, videos=[first, second])["pixel_values"]
+    alone = [
+        processor(text="<video>", videos=[first]),
+        processor(images=[second[0]], text="<image>"),
+        processor(text="<video>", videos=[second]),
+    ]
+    np.testing.assert_array_equal(pixels, np.concatenate([each["pixel_values"] for each in alone]))
+    assert [len(each["pixel_values"]) for each in alone] == [5, 3, 8]
+    assert set(processor(text="what")) == {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
 class TestErrors:
@@ -159,6 +207,11 @@ class TestErrors:
             self.process(thin)
         with helpers.raises_line(ValueError, "1 of the 2 frames of a patch", "or an image"):
             self.process(video_cases.VIDEOS[0][:1], name="qwen3_vl")
+
+    def test_sizes_of_one_family(self):
+        video = video_cases.VIDEOS[0]
+        with helpers.raises_line(ValueError, "videos have 2 and 5 frames; expected as many of"):
+            self.process(video, video[:2], name="llava_onevision", text="<video> <video>")
 
     def test_values_that_are_not_implemented(self):
         processor = video_cases.make_processor("qwen2_vl")
