@@ -33,7 +33,7 @@ class VideoSettings(Qwen2Settings):
 
     def numbers(self, clip: Clip, num_frames: int | None, fps: float | None) -> np.ndarray:
         """Returns the numbers of the chosen frames, int[F]: an even spacing from the first to the
-        last.
+        last, with some frames repeated if more are asked for than there are.
         """
         most = min(self.max_frames, clip.total)
         if num_frames is None:
@@ -41,7 +41,6 @@ class VideoSettings(Qwen2Settings):
             if fps is not None:
                 wanted = int(clip.total / (clip.rate or videos.DEFAULT_RATE) * fps)
             num_frames = min(max(wanted, self.min_frames), most)
-        self.check_count(clip, num_frames)
         return np.linspace(0, clip.total - 1, num_frames).round().astype(int)
 
     def fit(self, frames: int, height: int, width: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 import ports
+from ports.inputs.videos import Clip
+from ports.models import port
 
 from .. import helpers, qwen2_vl_helpers, video_cases
 from . import test_internvl, test_llava_next
@@ -70,6 +72,39 @@ def test_times_of_qwen3_by_hand(made):
         "<2.2",
         "<3.6",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen2_vl", [0, 2, 4, 6]),
+        ("qwen2_5_vl", [0, 2, 4, 6]),
+        ("qwen3_vl", [0, 2, 5, 7]),  # to the last
+        ("llava_onevision", [0, 2, 4, 6]),
+        ("internvl", [1, 3, 5, 7]),  # in the middle
+    ],
+)
+def test_chosen_frames_by_hand(name, expected):
+    """Four of eight frames; and two per second of a recording with four per second."""
+    settings = video_cases.make_processor(name).video_settings
+    clip = Clip(video_cases.VIDEOS[1], 8, 4.0, range(8))
+    for options in ({"num_frames": 4}, {"fps": 2.0}):
+        chosen = settings.choose(clip, True, **options)
+        assert chosen.numbers == expected
+        np.testing.assert_array_equal(chosen.frames, clip.frames[expected])
+        assert chosen.frame_rate == 2
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_settings_are_read_from_the_first_file_that_has_them(tmp_path, files):
+    contents = {
+        "preprocessor_config.json": {"patch_size": 1},
+        "video_preprocessor_config.json": {"patch_size": 2},
+        "processor_config.json": {"video_processor": {"patch_size": 3}},
+    }
+    for name in list(contents)[:files]:
+        (tmp_path / name).write_text(json.dumps(contents[name]))
+    assert port.read_video_settings(tmp_path) == {"patch_size": files}
 
 
 def test_a_last_patch_repeats_the_last_frame(made):
@@ -159,24 +194,6 @@ class TestErrors:
         processor = video_cases.make_processor(name)
         text = "<|video_pad|>" * len(videos) if text is None else text
         return processor(text=text, videos=list(videos), **options)
-
-    @pytest.mark.parametrize(
-        ("video", "message"),
-        [
-            ([], "it has no frames; pass at least one, or leave the video out"),
-            (np.zeros((0, 9, 9, 3), np.uint8), "it has no frames"),
-            (
-                [np.zeros((9, 5, 3), np.uint8), Image.new("RGB", (5, 7))],
-                "it has frames of 9 x 5 and 7 x 5 pixels; resize them to one",
-            ),
-            (np.zeros((2, 3, 9, 9), np.uint8), "it is uint8[2, 3, 9, 9]; expected a list of PIL"),
-            (np.zeros((2, 9, 9, 3)), "it is float64[2, 9, 9, 3]; expected a list of PIL images"),
-        ],
-        ids=str,
-    )
-    def test_other_frames(self, video, message):
-        with helpers.raises_line(ValueError, "video 1: ", message):
-            self.process(video_cases.VIDEOS[0], video)
 
     def test_other_numbers_of_videos(self):
         with helpers.raises_line(ValueError, "<|video_pad|> 2 times", "there are 1 videos"):
