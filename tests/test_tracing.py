@@ -86,6 +86,8 @@ TRACED = {
     "ground_images": (lambda u: xlvlm_jax.ground_images(u, 3), (CODES,), False),
     "steering_vector": (xlvlm_jax.steering_vector, (A, B[:9]), True),
     "shift.assign": (shift.assign, (CODES,), False),
+    "shift.nearest": (shift.nearest, (A, B[:4]), False),
+    "shift.normalised": (shift.normalised, (A,), True),
     "shift.counts": (lambda of: shift.counts(of, 3), (OF,), False),
     "shift.concept_shift": (lambda a, b: shift.concept_shift(a, b, OF, 3), (A, B), True),
     "shift.concept_shift, median": (
