@@ -70,7 +70,8 @@ def run_steering(
     others: list[Sample] = asked[fitted : fitted + tried]
     best, trials = evaluation.select(vlm, others, task, evaluation.grid(vectors, alphas), **options)
     name = f"{source}-{target}"
-    best.condition.vectors[0].save(run / "steering" / f"{name}.safetensors")
+    chosen = {vector.site: vector for vector in vectors}[best.condition.vectors[0].site]
+    chosen.save(run / "steering" / f"{name}.safetensors")
     conditions = {
         "steered": best.condition,
         "instruction": evaluation.Condition(instruction=f"Answer {target}."),

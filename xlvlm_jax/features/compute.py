@@ -4,7 +4,7 @@ B batch, T prompt positions, M new tokens, P positions of the selection, D width
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
-from ports.intervene.edits import Edit
+from ports.intervene.edits import Edits
 from ports.paired import Params, paired_states
 from xlvlm_jax.data.batches import Arrays
 from xlvlm_jax.features import token_positions
@@ -22,7 +22,7 @@ from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.features.settings import ExtractionSettings
 from xlvlm_jax.features.spelling import WordFinder
 
-EditsFor = Callable[[VLM, Arrays], Mapping[str, Edit]]
+EditsFor = Callable[[VLM, Arrays], Edits]
 
 
 class ExtractionModel(NamedTuple):
@@ -105,7 +105,7 @@ def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) 
     return _pass(model, vlm, "forced", inputs, answer, states)
 
 
-def _edits(model: ExtractionModel, vlm: VLM, inputs: Arrays) -> dict[str, Edit] | None:
+def _edits(model: ExtractionModel, vlm: VLM, inputs: Arrays) -> Edits | None:
     return None if model.edits is None else dict(model.edits(vlm, inputs))
 
 

@@ -23,7 +23,7 @@ NUM_SAMPLES = 128  # samples to steer that are learnt from, if not said otherwis
 
 @runtime_checkable
 class Steering(Protocol):
-    """What a method fits and `xlvlm_jax.steering.load` reads; evaluation needs nothing else."""
+    """What evaluation and extraction need of a vector, map or network."""
 
     @property
     def site(self) -> str:
@@ -43,6 +43,11 @@ class Steering(Protocol):
     def edits_for(self, vlm: VLM, inputs: Any, alpha: Any, where: Any) -> dict[str, Edit]:
         """Returns the edits that `VLM.generate` takes for these prompts."""
         ...
+
+
+@runtime_checkable
+class Savable(Steering, Protocol):
+    """What a method of `xlvlm steer fit` fits and `xlvlm_jax.steering.load` reads."""
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `xlvlm_jax.steering.load` can read."""
@@ -92,7 +97,7 @@ class Examples(NamedTuple):
 class Fitted(NamedTuple):
     """The result of a fit."""
 
-    steering: Mapping[str, Steering]  # file name -> what was fitted
+    steering: Mapping[str, Savable]  # file name -> what was fitted
     figures: str  # a short summary of the fit
 
 
@@ -260,7 +265,7 @@ def _contrasted(asked: Request) -> dict[str, str]:
     }
 
 
-def _of_samples(asked: Request, fitted: Steering, figures: str) -> Fitted:
+def _of_samples(asked: Request, fitted: Savable, figures: str) -> Fitted:
     """Adds to its source what it was fitted on, and wraps it as the result."""
     fitted.source.update(
         features=str(asked.features.path.resolve()),
