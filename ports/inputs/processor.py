@@ -145,6 +145,8 @@ class Processor:
 class VideoProcessor(Processor):
     """A processor that also takes videos. Subclasses define `process_videos`, too.
 
+    A tokenizer's own `image_token` and `video_token` replace those of the class.
+
     Attributes:
         video_token: the text for a video in a prompt.
         video_values: the values of the video processor's file.
@@ -161,6 +163,8 @@ class VideoProcessor(Processor):
         video_values: Mapping[str, Any] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template)
+        self.image_token = getattr(tokenizer, "image_token", type(self).image_token)
+        self.video_token = getattr(tokenizer, "video_token", type(self).video_token)
         self.video_values = dict(video_values or {})
 
     @functools.cached_property

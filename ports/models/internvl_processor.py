@@ -52,6 +52,7 @@ class Processor(processor.VideoProcessor):
     frames of a video are one tile each, in the order of the prompts.
     """
 
+    image_token, video_token = "<IMG_CONTEXT>", "<video>"
     settings_class = VideoSettings
 
     def __init__(
@@ -63,8 +64,7 @@ class Processor(processor.VideoProcessor):
         video_values: Mapping[str, Any] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template, video_values)
-        self.image_token = getattr(tokenizer, "context_image_token", "<IMG_CONTEXT>")
-        self.video_token = getattr(tokenizer, "video_token", "<video>")
+        self.image_token = getattr(tokenizer, "context_image_token", type(self).image_token)
         self.start_token = getattr(tokenizer, "start_image_token", "<img>")
         self.end_token = getattr(tokenizer, "end_image_token", "</img>")
         self.tokens_per_tile = tokens_per_tile

@@ -214,18 +214,8 @@ class Processor(processor.VideoProcessor):
     """
 
     sizes: Config  # set by `complete_processor`
+    image_token, video_token = "<image>", "<video>"
     settings_class = SquareSettings
-
-    def __init__(
-        self,
-        image_processor: Any,
-        tokenizer: Any,
-        chat_template: str | None = None,
-        video_values: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(image_processor, tokenizer, chat_template, video_values)
-        self.image_token = getattr(tokenizer, "image_token", "<image>")
-        self.video_token = getattr(tokenizer, "video_token", "<video>")
 
     @classmethod
     def read(cls, directory: Path) -> Self:

@@ -4,9 +4,9 @@ transformers' own class requires torchvision, because of its video processor. Th
 the same image processor (with its PIL backend) and tokenizer with videos in numpy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -24,18 +24,8 @@ class Processor(processor.VideoProcessor):
     video_grid_thw.
     """
 
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
     settings_class = VideoSettings
-
-    def __init__(
-        self,
-        image_processor: Any,
-        tokenizer: Any,
-        chat_template: str | None = None,
-        video_values: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(image_processor, tokenizer, chat_template, video_values)
-        self.image_token = getattr(tokenizer, "image_token", "<|image_pad|>")
-        self.video_token = getattr(tokenizer, "video_token", "<|video_pad|>")
 
     @classmethod
     def read(cls, directory: Path) -> Self:
