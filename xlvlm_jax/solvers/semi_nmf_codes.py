@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from xlvlm_jax.solvers.linalg import matmul
 
@@ -28,12 +28,18 @@ DESCENT = 128
 # as atom by atom.
 FEW, BLOCK = 32, 8
 # If atoms hardly differ, many codes are equally good and a run never settles.
-MAX_SWEEPS, MAX_GRADIENT_STEPS = 1000, 300
+MAX_STEPS, MAX_GRADIENT_STEPS = 500, 300
+FIRST_SPAN = 4  # steps before the codes are first measured from where they are
+PER_STEP = 2  # sweeps: for few atoms, whether a code moved takes as long to see as a sweep
 STILL = 1e-7
 POWER_STEPS = 12
 SAFETY = 1.05  # the power method approaches the largest eigenvalue from below
 RIDGE = 1e-6  # relative to the longest atom's square
 SOLVED = 256  # samples whose [K, K] systems are solved together in a derivative
+# Samples that are encoded together, until none of them moves: few enough that their codes stay in a
+# CPU's cache, and that a slow sample keeps few others at work. An accelerator runs few large steps
+# faster than many small ones, so there all samples go together.
+TOGETHER = 4096
 TINY = 1e-30
 
 
@@ -44,8 +50,20 @@ def improve(
     alpha: Float[Array, ""] | float,
     sweeps: int,
     nonnegative: bool = True,
+    base: Float[Array, "K N"] | None = None,
 ) -> Float[Array, "K N"]:
-    """Returns improved codes: each is set `sweeps` times. `products` are V Z^T."""
+    """Returns improved codes: each is set `sweeps` times.
+
+    Args:
+        codes: float[K, N], the codes, or by how much they differ from `base`.
+        products: float[K, N], V Z^T; with a base, V (Z - base^T V)^T.
+        gram: float[K, K], V V^T.
+        alpha: weight of the l1 penalty.
+        sweeps: number of times that each code is set.
+        nonnegative: whether codes must be >= 0.
+        base: float[K, N], what the codes are measured from; None for zeros. Rounding is relative to
+            the differences, so that codes that are far from zero come to rest.
+    """
     K = gram.shape[0]
     size = BLOCK if K > FEW else 1
     blocks = -(-K // size)
@@ -62,8 +80,13 @@ def improve(
             for k in range(j):
                 gradient = gradient - within[j, k] * (new[k] - old[k])
             curvature = jnp.maximum(within[j, j], TINY)
-            best = shrink(old[j] + gradient / curvature, alpha / curvature, nonnegative)
-            new.append(jnp.where(within[j, j] > 0, best, 0))
+            step, threshold = old[j] + gradient / curvature, alpha / curvature
+            if base is None:
+                best, zero = shrink(step, threshold, nonnegative), 0
+            else:
+                zero = -jax.lax.dynamic_index_in_dim(base, first + j, keepdims=False)
+                best = _shrink_to(zero, step, threshold, nonnegative)
+            new.append(jnp.where(within[j, j] > 0, best, zero))
         return jax.lax.dynamic_update_slice_in_dim(codes, jnp.stack(new), first, 0)
 
     return jax.lax.fori_loop(0, sweeps * blocks, block, codes)
@@ -78,6 +101,8 @@ def encode(
     nonnegative: bool = True,
 ) -> Float[Array, "K N"]:
     """Returns the optimal codes: iterates until no step moves one by STILL times the largest.
+
+    On a CPU the largest is that of TOGETHER samples.
 
     Differentiable in everything except the initial codes: at the optimal codes U of the atoms S
     that are used, G_SS U_S = P_S - alpha sign(U_S), which is differentiated directly.
@@ -102,15 +127,62 @@ def _encode(
     codes: Float[Array, "K N"],
     nonnegative: bool,
 ) -> Float[Array, "K N"]:
-    if gram.shape[0] <= DESCENT:
-        return _until_still(
-            lambda codes: improve(codes, products, gram, alpha, 1, nonnegative),
-            lambda codes: codes,
-            codes,
-            MAX_SWEEPS,
+    N = codes.shape[1]
+    if N <= TOGETHER or jax.default_backend() != "cpu":
+        return _encode_together(products, gram, alpha, codes, nonnegative)
+
+    def block(i: Array, codes: Array) -> Array:
+        first = jnp.minimum(i * TOGETHER, N - TOGETHER)  # the last block reaches back
+        given, start = (
+            jax.lax.dynamic_slice_in_dim(x, first, TOGETHER, axis=1) for x in (products, codes)
         )
+        found = _encode_together(given, gram, alpha, start, nonnegative)
+        return jax.lax.dynamic_update_slice_in_dim(codes, found, first, 1)
+
+    return jax.lax.fori_loop(0, -(-N // TOGETHER), block, codes)
+
+
+def _encode_together(
+    products: Float[Array, "K N"],
+    gram: Float[Array, "K K"],
+    alpha: Float[Array, ""],
+    codes: Float[Array, "K N"],
+    nonnegative: bool,
+) -> Float[Array, "K N"]:
+    if gram.shape[0] <= DESCENT:
+        return _descend(products, gram, alpha, codes, nonnegative)
     step = _accelerated_step(products, gram, alpha, nonnegative)
-    return _until_still(step, lambda run: run.codes, _standing(codes), MAX_GRADIENT_STEPS)
+    begun = _started(_standing(codes), codes.dtype)
+    return _until_still(step, lambda run: run.codes, begun, MAX_GRADIENT_STEPS)[0].codes
+
+
+def _descend(
+    products: Float[Array, "K N"],
+    gram: Float[Array, "K K"],
+    alpha: Float[Array, ""],
+    codes: Float[Array, "K N"],
+    nonnegative: bool,
+) -> Float[Array, "K N"]:
+    """Runs coordinate descent in spans, each twice as long as all before it.
+
+    A span measures codes from where it starts: gradients of long codes are rounded to more than
+    STILL, and computed from the codes themselves they keep ill-conditioned ones moving for ever.
+    """
+
+    def span(run: _Run) -> _Run:
+        base, left = run.at, products - matmul(gram, run.at)
+        found = _until_still(
+            lambda moved: improve(moved, left, gram, alpha, PER_STEP, nonnegative, base),
+            lambda moved: base + moved,
+            run._replace(at=jnp.zeros_like(base)),
+            jnp.minimum(jnp.maximum(2 * run.steps, FIRST_SPAN), MAX_STEPS),
+        )
+        return found._replace(at=base + found.at)
+
+    def unfinished(run: _Run) -> Array:
+        return (run.change > STILL) & (run.steps < MAX_STEPS)
+
+    return jax.lax.while_loop(unfinished, span, _started(codes, codes.dtype)).at
 
 
 def _encode_forward(
@@ -141,22 +213,31 @@ def _encode_backward(_: bool, kept: tuple[Array, Array], change: Array) -> tuple
 _encode.defvjp(_encode_forward, _encode_backward)
 
 
+class _Run(NamedTuple):
+    """Codes on their way, whatever they are kept as."""
+
+    at: Any
+    change: Float[Array, ""]  # largest of the last step, relative to the largest code
+    steps: Int[Array, ""]
+
+
+def _started(at: Any, dtype: Any) -> _Run:
+    return _Run(at, jnp.full((), jnp.inf, dtype), jnp.int32(0))
+
+
 def _until_still(
-    step: Callable[[Any], Any], codes_of: Callable[[Any], Array], start: Any, max_steps: int
-) -> Float[Array, "K N"]:
-    def unfinished(carry: tuple) -> Array:
-        _, change, steps = carry
-        return (change > STILL) & (steps < max_steps)
+    step: Callable[[Any], Any], codes_of: Callable[[Any], Array], begun: _Run, max_steps: Any
+) -> _Run:
+    def unfinished(run: _Run) -> Array:
+        return (run.change > STILL) & (run.steps < max_steps)
 
-    def one(carry: tuple) -> tuple:
-        old, _, steps = carry
-        new = step(old)
+    def one(run: _Run) -> _Run:
+        new = step(run.at)
         largest = jnp.max(jnp.abs(codes_of(new)), initial=TINY)
-        change = jnp.max(jnp.abs(codes_of(new) - codes_of(old)), initial=0) / largest
-        return new, change, steps + 1
+        change = jnp.max(jnp.abs(codes_of(new) - codes_of(run.at)), initial=0) / largest
+        return _Run(new, change, run.steps + 1)
 
-    carry = (start, jnp.full((), jnp.inf, codes_of(start).dtype), jnp.int32(0))
-    return codes_of(jax.lax.while_loop(unfinished, one, carry)[0])
+    return jax.lax.while_loop(unfinished, one, begun)
 
 
 def shrink(
@@ -166,6 +247,12 @@ def shrink(
     if nonnegative:
         return jnp.maximum(x - threshold, 0)
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
+
+
+def _shrink_to(zero: Array, x: Array, threshold: Array, nonnegative: bool) -> Array:
+    """Returns shrink(x - zero) + zero without rounding to the digits of `zero`."""
+    above = jnp.maximum(x - threshold, zero)
+    return above if nonnegative else jnp.where(x < zero, jnp.minimum(x + threshold, zero), above)
 
 
 class Accelerated(NamedTuple):

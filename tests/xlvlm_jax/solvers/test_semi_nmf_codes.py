@@ -91,3 +91,49 @@ def test_the_same_under_jit():
     np.testing.assert_allclose(
         jax.jit(semi_nmf_codes.encode)(products, gram, 1.0), eager, atol=1e-5
     )
+
+
+def nearly_parallel():
+    """Atoms with cosines around .9, as of states whose mean is several deviations, and long codes."""
+    rng = np.random.default_rng(5)
+    atoms = rng.normal(size=(K, D)) + 3
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    Z = 1000 * (rng.uniform(0.5, 1, size=(64, K)) @ atoms) + rng.normal(size=(64, D))
+    return jnp.asarray(atoms @ Z.T, jnp.float32), jnp.asarray(atoms @ atoms.T, jnp.float32)
+
+
+def test_codes_measured_from_a_base_come_to_rest():
+    # From zeros, the rounding of long codes moves ill-conditioned ones for ever.
+    products, gram = nearly_parallel()
+    base = semi_nmf_codes.improve(jnp.zeros_like(products), products, gram, 1.0, 500)
+    left = products - gram @ base
+
+    def largest_step(start, goal, of):
+        before = semi_nmf_codes.improve(start, goal, gram, 1.0, 500, base=of)
+        after = semi_nmf_codes.improve(before, goal, gram, 1.0, 1, base=of)
+        return float(jnp.max(jnp.abs(after - before)) / jnp.max(base))
+
+    assert largest_step(base, products, None) > semi_nmf_codes.STILL
+    assert largest_step(jnp.zeros_like(base), left, base) < semi_nmf_codes.STILL / 10
+
+
+def test_long_codes_of_nearly_parallel_atoms_reach_the_least_objective():
+    products, gram = nearly_parallel()
+    u = np.asarray(semi_nmf_codes.encode(products, gram, 1.0), np.float64)
+    P, G = np.asarray(products, np.float64), np.asarray(gram, np.float64)
+
+    def objective(u):
+        return np.sum(0.5 * u * (G @ u) - u * (P - 1))
+
+    factor = np.linalg.cholesky(G)
+    goal = np.linalg.solve(factor, P - 1)
+    exact = np.stack([nnls(factor.T, column, maxiter=1000)[0] for column in goal.T], axis=1)
+    assert np.all(u >= 0)
+    assert objective(u) <= objective(exact) + 1e-10 * abs(objective(exact))
+
+
+def test_many_samples_have_the_codes_that_each_would_have_alone(monkeypatch):
+    _, _, products, gram = problem(6)
+    alone = semi_nmf_codes.encode(products, gram, 0.5)
+    monkeypatch.setattr(semi_nmf_codes, "TOGETHER", 16)  # of 40: the last block reaches back
+    np.testing.assert_allclose(semi_nmf_codes.encode(products, gram, 0.5), alone, atol=2e-5)
