@@ -158,6 +158,22 @@ def unplaced(samples: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]
     return samples
 
 
+def unplaced_pairs(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Yields the n-th samples of both for a reader that does not need "image".
+
+    Parses lines that are equal once: most are, if two models ran on the same data.
+    """
+    if not (isinstance(first, StoredSamples) and isinstance(second, StoredSamples)):
+        yield from zip(unplaced(first), unplaced(second), strict=True)
+        return
+    both = zip(first._lines(0, len(first)), second._lines(0, len(second)), strict=True)
+    for (number, ours), (_, theirs) in both:
+        sample = first._parse(number, ours)
+        yield sample, sample if theirs == ours else second._parse(number, theirs)
+
+
 def columns(samples: Iterable[Mapping[str, Any]], *keys: str) -> tuple[list[Any], ...]:
     """Returns the values of each key in the samples, None where it is missing; in one pass."""
     found: tuple[list[Any], ...] = tuple([] for _ in keys)

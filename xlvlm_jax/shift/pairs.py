@@ -14,7 +14,7 @@ from ports.intervene.sites import match_sites
 from ports.loading import hub_names
 from ports.messages import few
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.features.samples import columns, unplaced
+from xlvlm_jax.features.samples import columns, unplaced_pairs
 
 # Fields besides the ID that identify a sample; if both directories have them, they must agree.
 _NAMING = ("image_id", "prompt")
@@ -95,10 +95,12 @@ def _in_one_order(original: Features, finetuned: Features) -> bool:
     if not len(original.samples) == len(finetuned.samples) > 0:
         return False
     seen = np.empty(len(original.samples), np.int64)
-    pairs = zip(unplaced(original.samples), unplaced(finetuned.samples), strict=True)
-    for number, (a, b) in enumerate(pairs):
+    for number, (a, b) in enumerate(unplaced_pairs(original.samples, finetuned.samples)):
         name = name_of(number, a.get("id"))
-        if name != name_of(number, b.get("id")) or any(_differ(a, b, key) for key in _NAMING):
+        # The same object stands for equal lines.
+        if a is not b and (
+            name != name_of(number, b.get("id")) or any(_differ(a, b, key) for key in _NAMING)
+        ):
             return False
         seen[number] = hash(name)
     return len(np.unique(seen)) == len(seen)  # otherwise a name may belong to several samples

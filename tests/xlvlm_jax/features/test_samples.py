@@ -10,7 +10,7 @@ from xlvlm_jax.concepts.scores.attributes import known_attributes
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features import samples as module
 from xlvlm_jax.features.manifest import SAMPLES
-from xlvlm_jax.features.samples import StoredSamples, columns
+from xlvlm_jax.features.samples import StoredSamples, columns, unplaced_pairs
 from xlvlm_jax.features.writer import FeaturesWriter
 
 N = 9000  # more than two blocks
@@ -87,6 +87,22 @@ def test_attributes_are_read_in_one_pass(features, parsed):
 
 
 @pytest.mark.wrong_types  # checking `samples` reads one
+def test_lines_that_two_models_share_are_parsed_once(tmp_path, parsed):
+    def stored(name, texts):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in texts))
+        return StoredSamples(path, len(texts), path.stat().st_size)
+
+    ours = stored("a", [(0, "cat"), (1, "dog"), (2, "bird")])
+    theirs = stored("b", [(0, "cat"), (1, "a dog"), (2, "bird")])
+    pairs = list(unplaced_pairs(ours, theirs))
+    assert parsed == [0, 1, 1, 2]
+    assert pairs == list(zip(ours, theirs, strict=True))
+    assert pairs == list(unplaced_pairs(list(ours), list(theirs)))
+    with pytest.raises(ValueError, match="longer than"):
+        list(unplaced_pairs(ours, stored("c", [(0, "cat")])))
+
+
 def test_pictures_are_located_by_a_few_names(tmp_path, parsed, monkeypatch):
     with FeaturesWriter(tmp_path / "run", {}) as writer:
         (tmp_path / "pictures").mkdir()

@@ -94,7 +94,7 @@ def test_the_same_under_jit():
 
 
 def nearly_parallel():
-    """Atoms with cosines around .9, as of states whose mean is several deviations, and long codes."""
+    """Atoms with cosines around .9, as states far from the origin have, and long codes."""
     rng = np.random.default_rng(5)
     atoms = rng.normal(size=(K, D)) + 3
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)

@@ -228,3 +228,15 @@ def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
 def test_a_source_with_another_shape_than_it_reports(small_tiles, method, shape, message):
     with pytest.raises(ValueError, match=message):
         decompose_stored(Rows(planted(), shape), K, method, key=KEY)
+
+
+def test_the_largest_scores_are_those_of_one_sort():
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 50, 1000).astype(np.float32)  # with ties: earlier rows come first
+    largest = tiles.Largest(30)
+    for start in range(0, 1000, 64):
+        largest.add(start, scores[start : start + 64])
+    np.testing.assert_array_equal(largest.numbers, np.argsort(-scores, kind="stable")[:30])
+    none = tiles.Largest(0)
+    none.add(0, scores)
+    assert len(none.numbers) == 0

@@ -179,7 +179,12 @@ class Largest:
 
     def add(self, start: int, scores: Float[np.ndarray, " B"]) -> None:
         """Adds the scores of one tile."""
+        numbers = start + np.arange(len(scores))
+        if len(self.scores) == self.count > 0:
+            # Few rows of a tile are larger than all that were kept; sorting the tile takes longer.
+            larger = np.flatnonzero(scores > self.scores[-1])
+            scores, numbers = scores[larger], numbers[larger]
         scores = np.concatenate([self.scores, scores])
-        numbers = np.concatenate([self.numbers, start + np.arange(len(scores) - len(self.scores))])
+        numbers = np.concatenate([self.numbers, numbers])
         kept = np.argsort(-scores, kind="stable")[: self.count]
         self.numbers, self.scores = numbers[kept], scores[kept]
