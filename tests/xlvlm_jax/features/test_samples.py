@@ -86,6 +86,7 @@ def test_attributes_are_read_in_one_pass(features, parsed):
     np.testing.assert_array_equal(known["group"].codes, np.arange(N) % 2)
 
 
+@pytest.mark.wrong_types  # checking the samples reads one
 def test_lines_that_two_models_share_are_parsed_once(tmp_path, parsed):
     def stored(name, texts):
         path = tmp_path / name
