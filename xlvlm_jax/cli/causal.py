@@ -15,6 +15,7 @@ from xlvlm_jax.cli.console import (
     bars,
     console,
     load_model,
+    named_features,
     parse_where,
     progress_bars,
     show_skipped,
@@ -75,10 +76,7 @@ def causal(
     if (concepts / files.FILE).exists() and not overwrite:
         raise FileExistsError(f"{concepts} already holds {files.FILE}; replace it with --overwrite")
     places: Any = parse_where(where)
-    source = features or learnt.source.get("features")
-    if source is None:
-        raise ValueError(f"{concepts} does not name its features; give --features")
-    opened = Features.open(source, images=images)
+    opened = Features.open(named_features(features, learnt.source, concepts), images=images)
     samples = select.subsample(samples_of(opened), num_samples, seed)
     said = [_answer(sample) for sample in samples]
     answers = [text for text in said if text]

@@ -94,6 +94,26 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
 
 
+def named_features(
+    given: Path | None, source: Mapping[str, Any], made: Path, option: str = "--features"
+) -> Path:
+    """Returns the features that an option names, or else those that something was made from.
+
+    Args:
+        given: the value of the option.
+        source: what concepts or a vector record of their origin.
+        made: where these are, for the message.
+        option: what to give instead.
+
+    Raises:
+        ValueError: neither names features.
+    """
+    named = given or source.get("features")
+    if named is None:
+        raise ValueError(f"{made} does not name its features; give {option}")
+    return Path(named)
+
+
 def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
     """Prints a line per skipped sample, with the reason."""
     for name, reason in dict(skipped).items():

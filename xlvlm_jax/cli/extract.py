@@ -177,41 +177,20 @@ def extract(
     """
     resumes()
     join_hosts(hosts)
-    from ports.messages import counted
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select
-    from xlvlm_jax.features.selection import Selection
 
-    if protocol is not None and match is None and tokens.startswith(("token-of-", "class")):
-        match = "first-token"
-    generated_only = None if include_prompt is None else not include_prompt
-    drawn = seed if tokens.startswith("image:") else None
     settings = module.ExtractionSettings(
         sites=tuple(site),
-        selection=Selection.parse(
-            tokens,
-            generated_only=generated_only,
-            how=rows,
-            match=match,
-            start=search_from,
-            seed=drawn,
-        ),
+        selection=_selection(tokens, rows, match, include_prompt, search_from, protocol, seed),
         mode=mode,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         dtype=states_dtype,
     )
+    told: Any = dict(prompt=prompt, annotations=annotations, questions=questions)
     samples = selected(
-        read_samples(
-            dataset,
-            data,
-            split,
-            prompt=prompt,
-            annotations=annotations,
-            questions=questions,
-            dataset_size=dataset_size,
-            seed=seed,
-        ),
+        read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told),
         containing,
         key=key,
         any_case=any_case,
@@ -223,35 +202,72 @@ def extract(
     if mode == "teacher-forcing" and settings.selection.words:
         samples = select.leading(samples, settings.selection.words)
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh), "processor": processor}
-    generating = mode == "generate"
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, **placing)
-        vlm = as_it_generates(vlm, ignore_generation_config) if generating else vlm
+        (vlm,) = _as_run([vlm], mode, ignore_generation_config)
         _show_needs(module.preflight(vlm, samples, output, settings), settings, output)
         return
-    vlm = load_model(model, dtype, adapter=adapter, **placing)
-    vlm = as_it_generates(vlm, ignore_generation_config) if generating else vlm
-    other = None
-    if finetuned is not None:
-        other = load_finetuned(model, finetuned, dtype, **placing)
-        other = as_it_generates(other, ignore_generation_config) if generating else other
     steering = _steering(vector or [], alpha, where)
-    source = {"dataset": dataset, "split": split, "containing": containing, "seed": seed}
+    models = [load_model(model, dtype, adapter=adapter, **placing)]
+    if finetuned is not None:
+        models.append(load_finetuned(model, finetuned, dtype, **placing))
+    vlm, *others = _as_run(models, mode, ignore_generation_config)
     with progress_bars() as progress, profiled(profile), Programs() as programs:
-        advance = bars(progress)("extracting")
         summary = module.extract(
             vlm,
             samples,
             output,
             settings,
-            finetuned=other,
-            source=source,
+            finetuned=next(iter(others), None),
+            source={"dataset": dataset, "split": split, "containing": containing, "seed": seed},
             **steering,
             strict=strict,
             workers=workers,
             ignore_disk=ignore_disk,
-            progress=advance,
+            progress=bars(progress)("extracting"),
         )
+    _show(summary, programs, output)
+
+
+def _selection(
+    tokens: str,
+    rows: str | None,
+    match: str | None,
+    include_prompt: bool | None,
+    search_from: int | None,
+    protocol: str | None,
+    seed: int,
+) -> Any:
+    """Returns the selection that --tokens and the options beside it name.
+
+    The protocol's rule for words, and the seed, only apply to selections that have one.
+    """
+    from xlvlm_jax.features.selection import WORD_MODES, Selection
+
+    mode, _, argument = tokens.partition(":")
+    if protocol is not None and match is None and mode.strip() in WORD_MODES:
+        match = "first-token"
+    return Selection.parse(
+        tokens,
+        generated_only=None if include_prompt is None else not include_prompt,
+        how=rows,
+        match=match,
+        start=search_from,
+        seed=seed if mode.strip() == "image" and argument.strip() else None,
+    )
+
+
+def _as_run(models: list[Any], mode: str, ignore_generation_config: bool) -> list[Any]:
+    """Returns the models as the mode runs them: only generation heeds generation_config.json."""
+    if mode != "generate":
+        return models
+    return [as_it_generates(vlm, ignore_generation_config) for vlm in models]
+
+
+def _show(summary: Any, programs: Programs, output: Path) -> None:
+    """Prints what was skipped, what the run waited for, and what the directory holds."""
+    from ports.messages import counted
+
     show_skipped(summary.failed)
     spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in summary.seconds_of.items())
     console.print(f"waited for: {spent or 'nothing'}; {programs}", highlight=False)

@@ -1,7 +1,7 @@
 """`xlvlm lens`: what every layer would say at every token of a prompt and its answer."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -51,13 +51,11 @@ def lens(
     """Show what every layer would say at every token, as a page (logit lens)."""
     import numpy as np
 
-    from xlvlm_jax import Features, lenses
+    from xlvlm_jax import Features, evaluation, lenses, steering
     from xlvlm_jax.data.images import read_image
-    from xlvlm_jax.lenses.neighbours import describe
     from xlvlm_jax.lenses.run import run_lens
     from xlvlm_jax.report.lens_page import write_lens_page
     from xlvlm_jax.storage import atomic
-    from xlvlm_jax.storage.same_model import require_model
 
     for file in (output, arrays):
         if file is not None:
@@ -65,11 +63,14 @@ def lens(
     picture = read_image(image)
     fitted = None if jacobian is None else lenses.load_jacobian_lens(jacobian)
     index = None if neighbours is None else Features.open(neighbours)
+    steered = evaluation.Condition(
+        tuple(steering.load(path) for path in vector or ()),
+        alpha,
+        None if where is None else parse_where(where),
+    )
     vlm = load_model(model, dtype)
-    if index is not None:
-        require_model(index.manifest, vlm, f"{neighbours} holds states of")
     inputs = vlm.process([vlm.render(prompt)], [picture])
-    edits = _edits(vlm, inputs, vector or [], alpha, where)
+    edits = steered.edits(vlm, inputs)
     with console.status("reading the layers"):
         run = run_lens(
             vlm,
@@ -81,46 +82,19 @@ def lens(
             carried=None if fitted is None else fitted.carried(vlm),
             index=index,
         )
-    described = {}
-    if index is not None:
-        rows = np.concatenate([found.rows.ravel() for found in run.neighbours.values()])
-        described = describe(index, rows, vlm.tokenizer)
-    write_lens_page(
-        run,
-        output,
-        decode=vlm.tokenizer.decode,
-        images=[picture],
-        facts={
-            "Model": model,
-            "Prompt": prompt,
-            "Answer": run.prediction,
-            "Steering": f"{', '.join(p.name for p in vector)}, strength {alpha:g}"
-            if vector
-            else "",
-            "Lens": "logit lens"
-            if fitted is None
-            else f"Jacobian lens, {fitted.num_prompts} prompts",
-            "Neighbours": "" if neighbours is None else neighbours.name,
-        },
-        described=described,
-    )
+    names = ", ".join(path.name for path in vector or ())
+    facts = {
+        "Model": model,
+        "Prompt": prompt,
+        "Answer": run.prediction,
+        "Steering": f"{names}, strength {alpha:g}" if names else "",
+        "Lens": f"Jacobian lens, {fitted.num_prompts} prompts" if fitted else "logit lens",
+        "Neighbours": "" if neighbours is None else neighbours.name,
+    }
+    write_lens_page(run, output, decode=vlm.tokenizer.decode, images=[picture], facts=facts)
     if arrays is not None:
         with atomic.writing(arrays) as file:
             np.savez(file, allow_pickle=False, **run.arrays())
         console.print(f"arrays -> {arrays}")
     console.print(f"{run.prediction}", markup=False)
     console.print(f"{len(run.tokens)} tokens, {len(run.reading.sites)} layers -> {output}")
-
-
-def _edits(
-    vlm: Any, inputs: Any, vectors: list[Path], alpha: float, where: str | None
-) -> dict[str, Any]:
-    """Returns the edits of all vectors; {} without any."""
-    from xlvlm_jax import steering
-
-    edits: dict[str, list[Any]] = {}
-    places = None if where is None else parse_where(where)
-    for path in vectors:
-        for site, edit in steering.load(path).edits_for(vlm, inputs, alpha, places).items():
-            edits.setdefault(site, []).append(edit)
-    return edits

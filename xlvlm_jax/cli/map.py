@@ -12,6 +12,7 @@ from xlvlm_jax.cli.console import (
     bars,
     console,
     load_model,
+    named_features,
     progress_bars,
     refuse_existing,
 )
@@ -141,9 +142,7 @@ def _store(model: str, directory: Path, adapter: str | None, overwrite: bool) ->
 
     refuse_existing(directory / FILE, overwrite)
     learnt = Concepts.load(directory)
-    source = learnt.source.get("features")
-    if source is None:
-        raise ValueError(f"{directory} does not name its features; name pictures to map")
+    source = named_features(None, learnt.source, directory, "pictures to map")
     vlm = load_model(model, adapter=adapter)
     with progress_bars() as progress:
         advance = bars(progress)("mapping")

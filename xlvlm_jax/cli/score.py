@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     bars,
     console,
     load_model,
+    named_features,
     progress_bars,
     show_skipped,
 )
@@ -99,8 +100,13 @@ def score(
 ) -> None:
     """Score concepts (CLIPScore, BERTScore, overlap, sparsity, ...) and write scores.json."""
     from ports.messages import counted
-    from xlvlm_jax import Concepts, Features
-    from xlvlm_jax.concepts.scores.comparison import compare, require_no_scores, write_scores
+    from xlvlm_jax import Features
+    from xlvlm_jax.concepts.scores.comparison import (
+        compare,
+        load_dictionaries,
+        require_no_scores,
+        write_scores,
+    )
     from xlvlm_jax.features.reader import choose_site
     from xlvlm_jax.report.score_figures import draw_all
 
@@ -112,24 +118,16 @@ def score(
             f"--stability needs exactly one directory of concepts, got {len(directories)}; give one"
         )
     require_no_scores(output, overwrite)
-    scorer_of = functools.partial(
-        _scorer,
-        clip=clip,
-        bert=bert,
-        layer=bert_layer,
-        idf=bert_idf,
-        baseline=bert_baseline,
-        seed=seed,
-        strict=strict,
-    )
+    of_bert: dict[str, Any] = {"layer": bert_layer, "idf": bert_idf, "baseline": bert_baseline}
+    scorer_of = functools.partial(_scorer, clip=clip, bert=bert, seed=seed, strict=strict)
     if methods:
         if features is None or model is None:
             missing = "--features" if features is None else "--model"
             raise ValueError(f"--methods needs {missing}; give it too")
         counts = _numbers(num_concepts)
         train = Features.open(features)
-        site = choose_site(train, site)
-        scorer = scorer_of(Features.open(test or features, images=images), site)
+        stored = Features.open(test or features, images=images)
+        scorer = scorer_of(stored, choose_site(train, site), **of_bert)
         with progress_bars() as progress:
             rows = compare(
                 train,
@@ -145,21 +143,15 @@ def score(
                 progress=bars(progress)("scoring"),
             )
     else:
-        loaded = [Concepts.load(directory) for directory in directories]
-        others = [Concepts.load(directory) for directory in stability or ()]
-        for directory, each in zip(directories, loaded, strict=True):
-            if each.words is None and (clip or bert):
-                raise ValueError(f"{directory} has no words to score; run `xlvlm ground` first")
-        site = site or loaded[0].source.get("site")
-        test = test or loaded[0].source.get("features")
-        if test is None:
-            raise ValueError(
-                f"{directories[0]} does not name the features it was learnt on; give --test"
-            )
-        scorer = scorer_of(Features.open(test, images=images), site)
+        learnt = load_dictionaries(directories, with_words=bool(clip or bert))
+        source = learnt[0].source
+        test = named_features(test, source, directories[0], "--test")
+        stored = Features.open(test, images=images)
+        scorer = scorer_of(stored, site or source.get("site"), **of_bert)
+        others = load_dictionaries(stability or (), with_words=False)
         rows = [
             scorer.score(each, name=directory.name, others=others)
-            for directory, each in zip(directories, loaded, strict=True)
+            for directory, each in zip(directories, learnt, strict=True)
         ]
     show_skipped(scorer.skipped)
     draw_all(rows, output)
@@ -181,6 +173,7 @@ def _numbers(text: str) -> list[int]:
 def _scorer(
     features: Any,
     site: str | None,
+    *,
     clip: str | None,
     bert: str | None,
     layer: int | None,

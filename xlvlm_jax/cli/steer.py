@@ -159,8 +159,8 @@ def apply(
     task = parse_task(
         dataset, loaded, source, target, words, java, vqa_protocol, without, answer_types
     )
-    chosen = {"wanted": wanted, "max_cost": max_cost}
-    task = dataclasses.replace(task, **{k: v for k, v in chosen.items() if v is not None})
+    limits = {"wanted": wanted, "max_cost": max_cost}
+    task = dataclasses.replace(task, **{k: v for k, v in limits.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
     placed = vectors_at(loaded, sites, together)
     tried = [
@@ -168,67 +168,53 @@ def apply(
         for kind in edit or ["add"]
         for condition in evaluation.grid(placed, alpha or [1.0], meant, kind)
     ]
-    told: dict[str, Any] = {
-        "prompt": prompt,
-        "annotations": annotations,
-        "questions": questions,
-        "objects": objects,
-    }
+    told: Any = dict(prompt=prompt, annotations=annotations, questions=questions, objects=objects)
     drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
     task.require(samples)
-    about = describe_run(data, dataset, split, seed, vector, loaded)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "strict": strict,
-    }
     others: Sequence[Any] = []
     if choose_on is not None:
-        others = _others(samples, read_samples(dataset, data, choose_on, **told))[:num_choose]
-        if not others:
-            raise ValueError(
-                f"--choose-on {choose_on}: every sample in it is also evaluated; give another split"
-            )
+        of = read_samples(dataset, data, choose_on, **told)
+        others = _others(samples, of, choose_on, num_choose)
         task.require(others)
-    if not dry_run:
-        refuse_existing(output, overwrite)
     if dry_run:
         # With --choose-on, only one condition is applied besides plain answers and an instruction.
-        applied = 1 if choose_on is not None else len(tried)
-        count = 1 + applied + (instruction is not None)
+        count = (1 if others else len(tried)) + 1 + (instruction is not None)
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
         show_preflight(vlm, samples, count, task, max_new_tokens, batch_size)
         if others:
             show_preflight(vlm, others, 1 + len(tried), task, max_new_tokens, batch_size)
         return
+    refuse_existing(output, overwrite)
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
-        options["stage"] = bars(progress)
-        sweep = None
-        if choose_on is not None:
-            best, trials = evaluation.select(vlm, others, task, tried, **options)
-            of = {"split": choose_on, "samples": len(others)}
-            sweep = evaluation.describe_sweep(best, trials, task, **of)
-            tried = [best.condition]
-        conditions = dict(zip(evaluation.names(tried), tried, strict=True))
-        if instruction is not None:
-            conditions["instruction"] = evaluation.Condition(instruction=instruction)
-        summary = evaluation.evaluate(
+        summary = evaluation.evaluate_steering(
             vlm,
             samples,
             task,
             output,
-            conditions,
+            tried,
+            others=others,
+            split=choose_on,
+            instruction=instruction,
             baseline=baseline,
-            about=about,
-            sweep=sweep,
-            **options,
+            about=describe_run(data, dataset, split, seed, vector, loaded),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            strict=strict,
+            stage=bars(progress),
         )
     finish(summary, output)
 
 
-def _others(samples: Sequence[Any], of: Sequence[Any]) -> list[Any]:
-    """Returns the samples in `of` that are not in `samples`."""
+def _others(
+    samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None
+) -> list[Any]:
+    """Returns the samples of a split to choose on: some of those that are not evaluated too."""
     held_out = {sample.id for sample in samples}
-    return [sample for sample in of if sample.id not in held_out]
+    others = [sample for sample in of if sample.id not in held_out][:num_choose]
+    if not others:
+        raise ValueError(
+            f"--choose-on {split}: every sample in it is also evaluated; give another split"
+        )
+    return others

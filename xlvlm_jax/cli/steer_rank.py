@@ -1,8 +1,8 @@
 """`xlvlm steer rank`: ranks steering vectors by how well they steer."""
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from xlvlm_jax.cli.console import (
     bars,
     console,
     load_model,
+    named_features,
     progress_bars,
     refuse_existing,
 )
@@ -61,30 +62,21 @@ def rank(
     """Rank steering vectors: the best move the most answers to the fewest targets."""
     from ports.messages import counted
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax import SteeringVector, steering
+    from xlvlm_jax import steering
     from xlvlm_jax.features import reader
-    from xlvlm_jax.storage import atomic
+    from xlvlm_jax.steering.rank import save_ranking
+    from xlvlm_jax.steering.vectors import load_vectors
 
     refuse_existing(output, overwrite)
-    paths = sorted(vectors.glob("*.safetensors")) if vectors.is_dir() else []
-    if not paths:
-        raise ValueError(
-            f"{vectors} holds no vectors; fit some with `xlvlm steer fit --method fine`"
-        )
-    loaded = [SteeringVector.load(path) for path in paths]
-    if features is None:
-        named = loaded[0].source.get("features")
-        if named is None:
-            raise ValueError(
-                f"{paths[0]} does not name the features it was fitted on; give --features"
-            )
-        features = Path(named)
-    samples = reader.samples_of(StoredFeatures.open(features, images=images))
+    loaded = load_vectors(vectors)
+    first, vector = next(iter(loaded.items()))
+    source = named_features(features, vector.source, first)
+    samples = reader.samples_of(StoredFeatures.open(source, images=images))
     vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
     with progress_bars() as progress:
         ranked = steering.rank_vectors(
             vlm,
-            loaded,
+            list(loaded.values()),
             samples,
             alpha=alpha,
             num_targets=num_targets,
@@ -96,15 +88,15 @@ def rank(
         )
     if by == "lead":
         ranked = steering.top_by_lead(ranked, num_vectors=len(ranked), num_targets=num_targets)
-    files = {id(vector): path for vector, path in zip(loaded, paths, strict=True)}
-    described = {
-        "alpha": alpha,
-        "num_targets": num_targets,
-        **({"generation_config": options} if (options := vlm.logits_options) else {}),
-        "vectors": [{"file": str(files[id(r.vector)]), **r.describe()} for r in ranked],
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(output, json.dumps(described, indent=2) + "\n")
+    settings: dict[str, Any] = {"alpha": alpha, "num_targets": num_targets}
+    if vlm.logits_options:
+        settings["generation_config"] = vlm.logits_options
+    save_ranking(output, ranked, loaded, **settings)
+    _show(ranked, {id(each): file.stem for file, each in loaded.items()})
+    console.print(f"{counted(len(ranked), 'vector')} ranked -> {output}")
+
+
+def _show(ranked: Sequence[Any], names: Mapping[int, str]) -> None:
     table = Table("vector", "score", "strength", "targets", "gained", "lost", box=None)
     for heading in ("samples", "main answers", "lead"):
         table.add_column(heading)
@@ -115,7 +107,7 @@ def rank(
             for words in (shift.gained, shift.lost)
         )
         table.add_row(
-            files[id(each.vector)].stem,
+            names[id(each.vector)],
             f"{shift.score:.2f}",
             f"{shift.strength:.2f}",
             f"{shift.targets:.1f}",
@@ -126,4 +118,3 @@ def rank(
             str(shift.lead),
         )
     console.print(table)
-    console.print(f"{counted(len(ranked), 'vector')} ranked -> {output}")

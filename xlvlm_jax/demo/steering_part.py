@@ -68,23 +68,21 @@ def run_steering(
     task = evaluation.Questions((source,), (target,))
     options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 32, "stage": stage}
     others: list[Sample] = asked[fitted : fitted + tried]
-    best, trials = evaluation.select(vlm, others, task, evaluation.grid(vectors, alphas), **options)
     name = f"{source}-{target}"
-    chosen = {vector.site: vector for vector in vectors}[best.condition.vectors[0].site]
-    chosen.save(run / "steering" / f"{name}.safetensors")
-    conditions = {
-        "steered": best.condition,
-        "instruction": evaluation.Condition(instruction=f"Answer {target}."),
-    }
-    summary = evaluation.evaluate(
+    summary = evaluation.evaluate_steering(
         vlm,
         data.load("vqav2", pictures, "test")[:tested],
         task,
         run / "steering" / name,
-        conditions,
-        sweep=evaluation.describe_sweep(best, trials, task, split="train", samples=len(others)),
+        evaluation.grid(vectors, alphas),
+        others=others,
+        split="train",
+        instruction=f"Answer {target}.",
         **options,
     )
+    (site,) = summary["sweep"]["chosen"]["sites"]
+    chosen = next(vector for vector in vectors if vector.site == site)
+    chosen.save(run / "steering" / f"{name}.safetensors")
     draw_all(summary, run / "steering" / name)
     return summary
 

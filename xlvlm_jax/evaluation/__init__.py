@@ -31,7 +31,7 @@ from xlvlm_jax.evaluation.caption_effects import (
 )
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
-from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, select
+from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, evaluate_steering, select
 from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
 from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
 
@@ -66,6 +66,7 @@ __all__ = [
     "describe",
     "describe_sweep",
     "evaluate",
+    "evaluate_steering",
     "fall_of_others",
     "grid",
     "names",

@@ -15,7 +15,7 @@ from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.baseline import read_baseline
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
-from xlvlm_jax.evaluation.sweep import Trial, choose
+from xlvlm_jax.evaluation.sweep import Trial, choose, names
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.storage import atomic, pictures, versions
 
@@ -155,6 +155,58 @@ def select(
         for condition, given in zip(conditions, answers, strict=True)
     ]
     return choose(trials, task.wanted, task.max_cost), trials
+
+
+def evaluate_steering(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    task: Task,
+    output: str | Path,
+    conditions: Sequence[Condition],
+    *,
+    others: Sequence[Sample] = (),
+    split: str | None = None,
+    instruction: str | None = None,
+    baseline: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates steered conditions, or only the one that does best on other samples.
+
+    Args:
+        vlm, samples, task, output, baseline, about: as for `evaluate`.
+        conditions: the conditions to evaluate, named after what tells them apart.
+        others: samples to choose one of the conditions on; none to evaluate all of them.
+        split: name of the split that these samples come from, for the summary.
+        instruction: also evaluate the unsteered model with this text appended to the prompt.
+        options: `max_new_tokens`, `batch_size`, `strict` and `stage`, as for `evaluate`.
+
+    Returns:
+        The content of summary.json; with `others`, its "sweep" holds the choice and all trials.
+
+    Raises:
+        ValueError: as `evaluate` and `select`.
+        OSError: the directory can't be written.
+    """
+    sweep = None
+    if others:
+        best, trials = select(vlm, others, task, conditions, **options)
+        sweep = describe_sweep(best, trials, task, split=split, samples=len(others))
+        conditions = [best.condition]
+    named = dict(zip(names(conditions), conditions, strict=True))
+    if instruction is not None:
+        named["instruction"] = Condition(instruction=instruction)
+    return evaluate(
+        vlm,
+        samples,
+        task,
+        output,
+        named,
+        baseline=baseline,
+        about=about,
+        sweep=sweep,
+        **options,
+    )
 
 
 def describe_sweep(chosen: Trial, trials: Sequence[Trial], task: Task, **of: Any) -> dict[str, Any]:

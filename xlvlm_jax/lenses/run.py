@@ -14,8 +14,9 @@ from ports import VLM
 from ports.inputs.patch_layout import PatchLayout
 from ports.intervene.edits import Edits
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.lenses.neighbours import Neighbours, nearest
+from xlvlm_jax.lenses.neighbours import Neighbours, describe, nearest
 from xlvlm_jax.lenses.reading import LensReading, read_states
+from xlvlm_jax.storage.same_model import require_model
 
 
 class LensRun(NamedTuple):
@@ -28,6 +29,7 @@ class LensRun(NamedTuple):
     pictures: list[PatchLayout]  # `positions` count from the first of the P
     prediction: str
     neighbours: dict[str, Neighbours]  # site -> of each position [P, k]; of sites in the index
+    resembled: dict[int, tuple[str, str]]  # row of the index -> its token, and its text
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns everything as arrays, for `numpy.savez`."""
@@ -79,12 +81,15 @@ def run_lens(
         Words, probabilities and pictures.
 
     Raises:
-        ValueError: there are several prompts, or as for `VLM.generate` and `read_states`.
+        ValueError: there are several prompts, the index has states of another model or of none of
+            the layers, or as for `VLM.generate` and `read_states`.
     """
     ids = np.asarray(inputs["input_ids"])
     if len(ids) != 1:
         raise ValueError(f"a lens page shows one prompt; got {len(ids)}")
     layers = vlm.layers
+    if index is not None:
+        require_model(index.manifest, vlm, f"{index.path} holds states of")
     answer = vlm.generate(
         inputs,
         max_new_tokens=max_new_tokens,
@@ -107,7 +112,7 @@ def run_lens(
         is_image[layout.positions[layout.positions >= 0]] = True
     kinds = np.where(is_image, "image", "text").tolist()
     kinds[ids.shape[1] :] = ["answer"] * (count - 1)
-    found = {}
+    found, resembled = {}, {}
     if index is not None:
         held = [site for site in layers if site in index.sites]
         if not held:
@@ -116,6 +121,8 @@ def run_lens(
                 "extract a layer, such as " + layers[len(layers) // 2]
             )
         found = {site: nearest(states[site], index.stored(site), k) for site in held}
+        rows = np.concatenate([each.rows.ravel() for each in found.values()])
+        resembled = describe(index, rows, vlm.tokenizer)
     return LensRun(
         tokens=tokens,
         texts=[vlm.tokenizer.decode([int(t)]) for t in tokens],
@@ -124,4 +131,5 @@ def run_lens(
         pictures=layouts,
         prediction=str(vlm.decode(said)).strip(),
         neighbours=found,
+        resembled=resembled,
     )

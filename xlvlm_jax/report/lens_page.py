@@ -49,7 +49,6 @@ def write_lens_page(
     decode: Any,
     images: Sequence[Image.Image],
     facts: Mapping[str, str],
-    described: Mapping[int, tuple[str, str]] | None = None,
 ) -> Path:
     """Writes a lens on one prompt as a self-contained page.
 
@@ -62,7 +61,6 @@ def write_lens_page(
         decode: [id] -> the text of a token.
         images: the prompt's pictures.
         facts: what the page says of the run, by name.
-        described: row of the index -> (its token, the text that it comes from).
 
     Returns:
         The path.
@@ -83,7 +81,7 @@ def write_lens_page(
         "layers": [str(i) for i in range(len(reading.sites))],
         "texts": run.texts,
         "kinds": run.kinds,
-        "neighbours": _neighbours(run, described or {}),
+        "neighbours": _neighbours(run),
     }
     pictures = [
         _picture(image, layout)
@@ -133,7 +131,7 @@ def _picture(image: Image.Image, layout: Any) -> Picture:
     return Picture(data_uri(image, SIDE), image.width / image.height, cells)
 
 
-def _neighbours(run: LensRun, described: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
+def _neighbours(run: LensRun) -> dict[str, Any]:
     """Returns {layer: [P, k] of (row, cosine in per cent)} and the rows' texts."""
     layers: dict[str, Any] = {}
     for site, found in run.neighbours.items():
@@ -142,7 +140,7 @@ def _neighbours(run: LensRun, described: Mapping[int, tuple[str, str]]) -> dict[
             "rows": shown.rows.tolist(),
             "cosines": np.round(100 * shown.cosine).astype(int).tolist(),
         }
-    return {"layers": layers, "rows": {str(row): text for row, text in described.items()}}
+    return {"layers": layers, "rows": {str(row): text for row, text in run.resembled.items()}}
 
 
 def _packed(values: np.ndarray) -> str:

@@ -22,8 +22,10 @@ spreads over many answers. With m = 1, a vector that moves all answers to one sc
 that moves each to a different answer scores 1 / n.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,7 @@ from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering import teacher_forcing
 from xlvlm_jax.steering.teacher_forcing import Progress
 from xlvlm_jax.steering.vectors import SteeringVector
+from xlvlm_jax.storage import atomic
 
 
 class AnswerShift(NamedTuple):
@@ -250,6 +253,31 @@ def top_by_lead(
     for each in sorted(few, key=lambda each: -each.shift.lead):
         found.setdefault(each.shift.main if unique else len(found), each)
     return list(found.values())[:num_vectors]
+
+
+def save_ranking(
+    path: Path,
+    ranked: Sequence[RankedVector],
+    files: Mapping[Path, SteeringVector],
+    **settings: Any,
+) -> None:
+    """Writes a ranking as JSON: the settings, and a record per vector, the best first.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        path: the file to write; a missing parent directory is created.
+        ranked: what `rank_vectors` or `top_by_lead` returns.
+        files: the vectors by the files that they come from.
+        settings: JSON values, such as the strength.
+
+    Raises:
+        KeyError: a vector is not among the files'.
+    """
+    names = {id(vector): str(file) for file, vector in files.items()}
+    records = [{"file": names[id(each.vector)], **each.describe()} for each in ranked]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, json.dumps({**settings, "vectors": records}, indent=2) + "\n")
 
 
 def _sweep(

@@ -220,6 +220,26 @@ class SteeringVector:
             return cls(tensors["vector"], **rest)
 
 
+def load_vectors(directory: Path) -> dict[Path, SteeringVector]:
+    """Reads the vectors of a directory, such as `xlvlm steer fit --method fine` writes.
+
+    Args:
+        directory: the directory.
+
+    Returns:
+        {file: vector}, in the order of the files' names.
+
+    Raises:
+        ValueError: there are none, or a file holds something else.
+    """
+    paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    if not paths:
+        raise ValueError(
+            f"{directory} holds no vectors; fit some with `xlvlm steer fit --method fine`"
+        )
+    return {path: SteeringVector.load(path) for path in paths}
+
+
 def shift_vectors(
     shifts: Float[Array, "K D"],
     counts: Int[Array, " K"],

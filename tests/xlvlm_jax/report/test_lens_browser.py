@@ -31,6 +31,7 @@ def lens(tmp_path_factory):
         pictures=[grid(np.arange(1, 5), 2, 2)],
         prediction="dog",
         neighbours={"layers.1": Neighbours(np.full((6, 1), 7), np.full((6, 1), 0.9))},
+        resembled={7: ("pup", "a small pup")},
     )
     return write_lens_page(
         run,
@@ -38,7 +39,6 @@ def lens(tmp_path_factory):
         decode=lambda ids: WORDS[ids[0]],
         images=[Image.new("RGB", (60, 60), "red")],
         facts={"Prompt": "What is it?"},
-        described={7: ("pup", "a small pup")},
     )
 
 

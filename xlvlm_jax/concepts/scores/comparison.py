@@ -20,6 +20,7 @@ from xlvlm_jax import metrics
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.grounding import ground_text, is_before_norm
 from xlvlm_jax.concepts.methods import ALIASES, METHODS, TRAINED
+from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.scores.records import DictionaryScores, mean_over_seeds
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
@@ -134,6 +135,23 @@ def compare(
             row = scorer.random_words(found[learnt[0], K], name=f"{RANDOM}-{K}")
             keep(RANDOM, K, row)
     return [found[method, K] for K in counts for method in dict.fromkeys(methods)]
+
+
+def load_dictionaries(directories: Sequence[Path], *, with_words: bool) -> list[Concepts]:
+    """Loads the concepts to score.
+
+    Args:
+        directories: directories of concepts.
+        with_words: whether words are scored, so that each concept needs them.
+
+    Raises:
+        ValueError: concepts that need words have none, or as `Concepts.load`.
+    """
+    loaded = [Concepts.load(directory) for directory in directories]
+    for directory, each in zip(directories, loaded, strict=True):
+        if with_words and each.words is None:
+            raise ValueError(f"{directory} has no words to score; run `xlvlm ground` first")
+    return loaded
 
 
 class Run(NamedTuple):

@@ -90,7 +90,7 @@ def test_bad_input_is_one_line_and_status_2(
             "--stability needs exactly one directory of concepts, got 2",
         ),
         ([fewer, "--clip", "embedded"], "has no words to score; run `xlvlm ground` first"),
-        ([silent], "does not name the features it was learnt on; give"),
+        ([silent], "does not name its features; give --test"),
         ([directory, "--bert-idf"], "need --bert; give it too"),
         ([directory, "--bert", bert, "--bert-layer", "4"], "layer is 4;"),
         ([directory, "--bert", bert, "--bert-baseline", "none"], "none: no such baseline"),
