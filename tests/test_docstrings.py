@@ -34,7 +34,7 @@ NAMED = {
     "PthError": ("PthError", "ValueError"),
     "ValueError": ("ValueError",),
 }
-# Exported functions that give the called ones valid arguments in any case.
+# Exported functions that always call the others with valid arguments.
 NEVER = {"xlvlm_jax.evaluation.caption_effects.count_valid"}
 INIT = ("__init__", "__post_init__")
 
@@ -121,7 +121,7 @@ def test_errors_that_a_function_raises():
 
 
 def test_errors_of_the_functions_that_an_exported_one_calls():
-    """At least one error is named, and the docstrings of the called functions describe all."""
+    """At least one error is named; the docstrings of the called functions describe all of them."""
     names = exported()
     assert ("xlvlm_jax.concepts.decomposition", "decompose") in names
     assert not [

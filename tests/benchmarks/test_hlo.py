@@ -101,7 +101,7 @@ def test_cycles_count_the_steps_of_loops_and_the_cheaper_branch(program):
 
 
 def test_reads_of_an_input(program):
-    # Four quarters, one whole by its bitcast, and one whole for a copy on the chip, read there.
+    # Four quarters, the whole through its bitcast, and the whole for a copy on the chip.
     assert program.reads(Array("f32", (64, 512))) == 4 / 4 + 1 + 1
     assert program.reads(Array("f32", (64, 511))) == 0
 

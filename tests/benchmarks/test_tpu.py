@@ -1,4 +1,4 @@
-"""Programs for TPU, compiled by the TPU's own compiler; left out where it is not installed."""
+"""Programs for TPU, compiled by the TPU's own compiler; skipped where it is not installed."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ ONE = Place("v5e:1", CHIPS["v5e"], (), None)
 
 
 def benchmark(*arguments):
-    """In a process of its own: traced for a TPU, functions are no use here."""
+    """Runs in a separate process: functions traced for a TPU cannot run here."""
     command = [sys.executable, "-m", "benchmarks.tpu", *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_DEFAULT_MATMUL_PRECISION"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -49,7 +49,7 @@ def test_a_program_that_does_not_fit():
     )
 
 
-def test_a_chip_that_is_none():
+def test_an_unknown_chip():
     with pytest.raises(ValueError, match=r"topology 'v9x:2x2' is of no chip in v5e, v5p, v6e;"):
         place("v9x:2x2")
 

@@ -11,7 +11,7 @@ from ports import passes
 from ports.inputs import common_prefix
 
 QUESTIONS = (0, 1, 1, 0, 1, 0, 0, 1)  # the picture of each row
-LENGTHS = (3, 1, 7, 4, 2, 5, 1, 3)  # of its question
+LENGTHS = (3, 1, 7, 4, 2, 5, 1, 3)  # of each row's question
 
 
 def ask(

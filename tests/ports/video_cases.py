@@ -30,7 +30,7 @@ RATES = [
     {"total_num_frames": 5, "fps": 2.0, "frames_indices": [0, 1, 2, 3, 4]},
     {"total_num_frames": 8, "fps": 3.0, "frames_indices": [0, 1, 2, 3, 4, 5, 6, 7]},
 ]
-# Name -> options of the processor. The frames of "apart" are chosen from longer recordings before.
+# Name -> options of the processor. The frames of "apart" were chosen from longer recordings.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"video_metadata": RATES, "do_sample_frames": False},
@@ -60,7 +60,7 @@ class Family(NamedTuple):
     values: Mapping[str, Any]  # of the video processor
     image: str  # in a prompt
     video: str
-    # Cases in which transformers makes arrays: where videos have one number of frames for some.
+    # Cases in which transformers makes arrays; some families need videos of one length.
     cases: Sequence[str] = tuple(CASES)
 
     @property
@@ -178,7 +178,7 @@ def process(name: str, processor: Any, **options: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in made.items()}
 
 
-# What transformers' classes are told besides.
+# Further options of transformers' classes.
 SETTINGS = {
     "llava_onevision": {
         "num_image_tokens": 16,

@@ -36,7 +36,7 @@ def test_bicubic_is_pytorchs(shape):
 
 
 def test_bicubic_by_hand():
-    """Halved, a pixel is made of eight with Keys' cubic at 1/4, 3/4, 5/4 and 7/4 on both sides."""
+    """At half the size, a pixel is a sum of eight, by Keys' cubic at 1/4 to 7/4 each way."""
     line = np.zeros((1, 16, 3), np.uint8)
     line[0, 7] = 200
     cubic = np.array([111, 29, -9, -3]) / 128

@@ -22,7 +22,7 @@ def test_frames_in_any_form_are_the_same(kind):
 def test_rates_by_hand():
     (plain,) = videos.read_clips([VIDEO])
     (known,) = videos.read_clips([VIDEO], {"fps": 5.0})
-    # Three of 30 frames, at 20 a second.
+    # Three of 30 frames, at 20 per second.
     said = {"total_num_frames": 30, "fps": 20.0, "frames_indices": [0, 10, 20]}
     (apart,) = videos.read_clips([VIDEO], [said])
     assert [clip.frame_rate for clip in (plain, known, apart)] == [24, 5, 2]

@@ -38,7 +38,7 @@ def test_arrays_are_those_of_transformers(made, name, case):
         # InternVL's frames are images.
         kind = "pixel_values" if name == "internvl" else "pixel_values_videos"
         expected[kind] = file[f"pixels/{expected[kind]}"]
-    # Of some families, transformers returns no types of tokens.
+    # For some families, transformers returns no token types.
     assert {*expected, "pixel_values", "mm_token_type_ids"} == set(ours)
     for key, value in expected.items():
         # Pixels were rounded to their 256 values.
@@ -64,7 +64,7 @@ def test_frames_in_any_form_are_the_same_video(made):
 
 
 def test_times_of_qwen3_by_hand(made):
-    """Five frames at 10 a second, 9 apart: patches of the frames 0 and 9, 18 and 27, 36 twice."""
+    """Five frames, 9 apart, at 10 per second: patches of frames 0 and 9, 18 and 27, 36 twice."""
     ids = made["qwen3_vl", "apart"]["input_ids"][0]
     said = video_cases.make_processor("qwen3_vl").tokenizer.convert_ids_to_tokens(ids)
     assert [word for word in said if word.startswith("<") and word[1].isdigit()] == [
@@ -79,9 +79,9 @@ def test_times_of_qwen3_by_hand(made):
     [
         ("qwen2_vl", [0, 2, 4, 6]),
         ("qwen2_5_vl", [0, 2, 4, 6]),
-        ("qwen3_vl", [0, 2, 5, 7]),  # to the last
+        ("qwen3_vl", [0, 2, 5, 7]),  # up to the last frame
         ("llava_onevision", [0, 2, 4, 6]),
-        ("internvl", [1, 3, 5, 7]),  # in the middle
+        ("internvl", [1, 3, 5, 7]),  # in the middle of each part
     ],
 )
 def test_chosen_frames_by_hand(name, expected):
@@ -164,7 +164,7 @@ class TestFromACheckpoint:
         for key, value in made[name, "counted"].items():
             np.testing.assert_array_equal(inputs[key], value, err_msg=key)
         vlm.prepare(inputs)  # which checks that tokens, frames and pictures match
-        # Four frames each; to InternVL, the picture is two tiles and the whole.
+        # Four frames each; for InternVL, the picture is two tiles and the whole.
         pictures = {"llava_onevision": 1, "internvl": 3}[name]
         assert [len(row) for row in vlm.patch_layout(inputs)] == [4 + pictures, 4]
 

@@ -15,8 +15,8 @@ X, FEATURES = jnp.zeros((2, 4, 1)), jnp.arange(1.0, 5)[:, None]
 @pytest.mark.parametrize(
     ("is_image", "valid", "expected"),
     [
-        # Two features a row; the first row has one and the second three; four of which one is
-        # padding in each row, and both in the first.
+        # Two features per row; one in the first row and three in the second; two per row of which
+        # one is padding; and both of the first row are padding.
         ([[0, 1, 1, 0], [1, 0, 0, 1]], None, [[0, 1, 2, 0], [3, 0, 0, 4]]),
         ([[0, 1, 0, 0], [1, 1, 0, 1]], None, [[0, 1, 0, 0], [2, 3, 0, 4]]),
         ([[0, 1, 0, 0], [1, 0, 0, 0]], [0, 1, 1, 0], [[0, 2, 0, 0], [3, 0, 0, 0]]),

@@ -64,14 +64,14 @@ def sent():
 def test_states_and_pairs_are_added_up_and_nothing_else(sent):
     for name in ("states", "pair"):
         assert {kind for kind, _ in sent[name]} == {"all-reduce"}
-    # Of the second model what depends on its parameters, and not more.
+    # For the second model, only what depends on its parameters.
     assert len(sent["states"]) < len(sent["pair"]) <= 2 * len(sent["states"])
 
 
 @pytest.mark.slow
 def test_generation_gathers_the_largest_logits_alone(sent):
     gathered = [shape for kind, shape in sent["generation"] if kind != "all-reduce"]
-    # Two rows a device, the largest logit and its number of both halves of the vocabulary; at the
+    # Two rows per device: the largest logit of each half of the vocabulary and its index, at the
     # end of the prompt and in each step.
     assert sorted(gathered) == ["f32[2,2]", "f32[2,2]", "s32[2,2]", "s32[2,2]"]
 

@@ -26,7 +26,7 @@ def backends_own_precision(monkeypatch):
 
 
 def rounded(lowered):
-    """Products of float32 whose factors a TPU would round."""
+    """Returns the products of float32 whose factors a TPU would round."""
     lines = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     assert lines
     is_float32 = [re.search(r"\(tensor<[\dx]*f32>", line) for line in lines]

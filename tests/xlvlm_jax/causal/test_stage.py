@@ -25,7 +25,7 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def concepts(vlm):
-    """What the head writes for three words, and a concept without any."""
+    """Returns concepts that write three words through the head, and one without words."""
     head = np.asarray(vlm.params["language_model"]["lm_head"]["kernel"]).T
     encode = vlm.tokenizer.encode
     ids = [encode(f" {word}", add_special_tokens=False)[-1] for (word,) in WORDS[:3]]
@@ -60,7 +60,7 @@ def test_directions_that_write_words_cause_them(record):
     assert record.settings["samples"] == 4
     assert (record.rest > 0).all()
     assert record.first_order > 0.5 and record.integrated > record.first_order - 0.2
-    # Three directions hardly explain states: zero and what is left of them are alike.
+    # Three directions explain little: zero in place of the states does as much as their mean.
     assert set(record.losses) == {"own", "spliced", "zero", "mean"}
     assert record.losses["mean"] == pytest.approx(record.losses["zero"])
     share = causal.loss_recovered(*(record.losses[n] for n in ("own", "spliced", "zero")))
@@ -92,7 +92,7 @@ def test_the_file(record, concepts, tmp_path):
     assert described["concepts"]["own"][0] == pytest.approx(record.scores.own[0], abs=1e-6)
     assert json.loads(path.read_text())["settings"]["site"] == SITE
     dataclasses.replace(concepts, words=[["pup"], [], [], []]).save(tmp_path)
-    assert files.read(tmp_path) is None  # of words that are gone
+    assert files.read(tmp_path) is None  # the words it was computed for have changed
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"causal.json holds no causal scores.*xlvlm causal"):
         files.read(tmp_path)

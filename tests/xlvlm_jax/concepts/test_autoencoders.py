@@ -1,4 +1,4 @@
-"""Sparse autoencoders as concepts: learnt or from files, kept, projected, grounded, shifted."""
+"""Sparse autoencoders as concepts: learnt or read, stored, projected, grounded, shifted."""
 
 import dataclasses
 import json
@@ -188,7 +188,7 @@ class TestFromDictionary:
             Concepts.from_dictionary(dictionary)
 
     def test_states_of_another_layer(self, tmp_path):
-        """Which the names of layers tell, whoever gave them."""
+        """The names of layers tell, in any naming convention."""
         with FeaturesWriter(tmp_path / "f", {}) as writer:
             index = np.arange(60)
             samples = [{"id": str(i)} for i in index]

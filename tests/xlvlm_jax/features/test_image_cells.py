@@ -174,7 +174,7 @@ def test_cells_of_some_batches_only(tmp_path):
             writer.append([{"id": "b"}], state, one, one, one, Cells.empty())
 
 
-@pytest.mark.wrong_types  # of a model it has what counts
+@pytest.mark.wrong_types  # a stand-in has the one method that is needed
 def test_a_prompt_without_a_picture():
     model = SimpleNamespace(patch_layout=lambda inputs, sizes: [[]])
     with pytest.raises(ValueError, match="the prompt of sample s1 has no picture"):

@@ -72,7 +72,7 @@ def test_messages(vlm, questions, fitted):
         steering.fit_p2s(vlm, questions[:1], ["a"], ["b"], SITE, states="first")
 
 
-@pytest.mark.wrong_types  # what is not a Features stands for one
+@pytest.mark.wrong_types  # a stand-in takes the place of Features
 class TestForcedAnswers:
     def test_by_label(self, stored):
         samples, right, wrong = forced_answers(stored({"answer": "yes"}, {"answer": "no"}))

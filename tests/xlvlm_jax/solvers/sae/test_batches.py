@@ -1,3 +1,5 @@
+"""Batches of rows for training: epochs, resuming, windows of blocks, and rows that are refused."""
+
 import itertools
 
 import jax

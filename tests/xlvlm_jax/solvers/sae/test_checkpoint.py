@@ -1,3 +1,5 @@
+"""States of training on disk: a killed run ends with the same bytes; other states are refused."""
+
 import json
 
 import jax

@@ -1,3 +1,5 @@
+"""Products of factors rounded to bfloat16: values, derivatives, and products of columns."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

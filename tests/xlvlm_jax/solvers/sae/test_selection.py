@@ -1,3 +1,5 @@
+"""The threshold that separates the k largest values: by hand, against top_k, and extremes."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def test_it_parts_what_top_k_finds(k, width):
 
 
 def test_extremes():
-    """Zeros of both signs are equal; the largest and the smallest floats are parted."""
+    """Zeros of both signs are equal; the largest and the smallest floats are separated."""
     values = jnp.float32([[0.0, -0.0, jnp.inf, -jnp.inf, 1e-30, -3e38]])
     counts = [int((values >= cut_above(values, k)).sum()) for k in range(1, 7)]
     assert counts == [1, 2, 4, 4, 5, 6]

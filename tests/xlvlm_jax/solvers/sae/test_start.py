@@ -1,3 +1,5 @@
+"""Where training starts: the geometric median and the scale of the rows."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

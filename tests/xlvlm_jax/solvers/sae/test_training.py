@@ -1,3 +1,5 @@
+"""Training of sparse autoencoders: planted atoms, updates by hand, and the methods' parts."""
+
 import dataclasses
 
 import jax
@@ -20,7 +22,7 @@ N, D, K, ACTIVE = 2000, 16, 24, 2
 
 
 def planted(seed=0):
-    """Rows of few unit atoms, off a centre, in units far from one."""
+    """Returns rows that are sums of two unit atoms, shifted and scaled, and the atoms."""
     rng = np.random.default_rng(seed)
     atoms = rng.normal(size=(K, D))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
@@ -33,7 +35,7 @@ def planted(seed=0):
 
 ROWS, ATOMS = planted()
 SHORT = {"max_iter": 300, "batch_size": 256, "learning_rate": 1e-2}
-# What is explained at least, and the least mean cosine of planted and found atoms.
+# Minimum explained variance, and minimum mean cosine between planted and found atoms.
 LEAST = {
     "topk-sae": (0.9, 0.85),
     "batchtopk-sae": (0.85, 0.75),
@@ -45,7 +47,7 @@ LEAST = {
 
 
 def codes_of(params, rows, k=None):
-    """Codes for rows that are not scaled, by SAELens' names; see sae.dictionary."""
+    """Returns codes for rows that are not scaled, by SAELens' names; see sae.dictionary."""
     h = (rows - params["b_dec"]) @ params["W_enc"] + params["b_enc"]
     if "threshold" in params:
         return np.where(h > params["threshold"], np.maximum(h, 0), 0)

@@ -55,7 +55,7 @@ class Step(torch.autograd.Function):
 
 
 def in_torch(method, options, params, fixed, x, dead):
-    """L as the heads of the files give it."""
+    """Returns L, as the docstrings of the methods' files define it."""
     both = {**fixed, **params}
     h = (x - both["b_dec"]) @ both["W_enc"] + both["b_enc"]
     W_dec = both.get("W_dec")
