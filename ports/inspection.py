@@ -12,7 +12,7 @@ import jax
 from PIL import Image
 
 from ports import description
-from ports.intervene.sites import capture, list_sites
+from ports.intervene.sites import capture, trace_sites
 from ports.nn.vision_language import EXAMPLE_TEXT
 from ports.parallel import sharding
 from ports.vlm import VLM
@@ -101,9 +101,8 @@ def inspect(
     prompt, no_prompt, inputs = _batch(vlm, batch_size, image_size)
     known = image_size if prompt is not None else None
     rows, length = inputs["input_ids"].shape
-    shapes = list_sites(vlm.apply, vlm.params, inputs)
+    (logits, states), shapes = trace_sites(capture(vlm.apply, sites), vlm.params, inputs)
     width = vlm.dtype.itemsize
-    logits, states = jax.eval_shape(capture(vlm.apply, sites), vlm.params, inputs)
     ids = inputs["input_ids"][0] if prompt is not None else None
     image_tokens = _image_tokens(vlm, ids, length)
     needs = BatchNeeds(

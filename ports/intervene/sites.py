@@ -359,9 +359,22 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
         >>> ports.list_sites(model.apply, model.init(jax.random.key(0), x), x)
         {'layers.0': (4, 3), 'layers.2': (4, 5)}
     """
-    shapes: dict[str, tuple[int, ...]] = {}
     if (bound := nnx_modules.bound(apply)) is not None:
         return _list_nnx(bound.model, *args)
+    return trace_sites(apply, *args)[1]
+
+
+def trace_sites(apply: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """Traces a call once, for its result and its sites.
+
+    Args:
+        apply: `module.apply`, or a function that calls it, possibly wrapped by `capture`.
+        *args: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        The result as `jax.ShapeDtypeStruct`s, and {site: shape} as `list_sites` returns it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def record(next_method, call_args, call_kwargs, context):
         out = next_method(*call_args, **call_kwargs)
@@ -370,8 +383,7 @@ def list_sites(apply: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ..
         return out
 
     with nn.intercept_methods(record):
-        jax.eval_shape(apply, *args)
-    return shapes
+        return jax.eval_shape(apply, *args), shapes
 
 
 def _list_nnx(model: Any, *args: Any) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import ports
-from ports import checkpoint, inspection
+from ports import checkpoint, description
 from ports.checkpoint import peft_io
 from ports.decoding import tail
 from ports.intervene import lora
@@ -297,9 +297,9 @@ def check_full_size(
     share: float,
     share_of_four: float | None = None,
 ) -> None:
-    """Checks names and shapes against PyTorch's model from the published config.json alone, what
-    `inspect` counts, and that each of eight devices holds `share` x an eighth of them (and each of
-    four `share_of_four` x a quarter).
+    """Checks names and shapes against PyTorch's model from the published config.json alone, the
+    count by part, and that each of eight devices holds `share` x an eighth of them (and each of
+    four `share_of_four` x a quarter). Loading traces the forward pass at its full size.
     """
     config = transformers.AutoConfig.for_model(**copy.deepcopy(values))
     with torch.device("meta"):
@@ -310,8 +310,7 @@ def check_full_size(
     (directory / "config.json").write_text(json.dumps(values))
     vlm = ports.load_abstract(directory, dtype="bfloat16")
     assert checkpoint.stored_shapes(vlm.params) == expected
-    result = inspection.inspect(vlm, batch_size=1)
-    assert sum(result.parts.values()) == parameters
+    assert sum(description.count_by_part(vlm.module, vlm.params).values()) == parameters
     for devices, held in ((8, share), (4, share_of_four)):
         mesh = sharding.abstract_mesh(1, devices)
         axes, kv_heads = vlm.module.axes, vlm.module.kv_heads
