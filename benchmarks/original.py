@@ -2,12 +2,13 @@
 
     python -m benchmarks.original DIR                          # DIR: a checkout of mshukor/xl-vlms
     python -m benchmarks.original DIR --python ENV/bin/python  # the Python that XL-VLMs runs in
+    python -m benchmarks.original DIR --images 24 --questions 60
 
 XL-VLMs needs torch and transformers 4.47; packages that it imports but that these stages do not
 use (clip, nltk, language_evaluation) are replaced by empty ones where they are not installed. Both
 sides run in float16, as XL-VLMs always does, each stage twice: the first run of this project
-compiles, the second reads its programs from the cache. Without a checkout the benchmark says so and
-ends.
+compiles, the second reads its programs from the cache. Times are CPU seconds of whole processes,
+imports included. Without a checkout the benchmark says so and ends.
 
     features   states of "dog" in the captions of images whose first caption has it
     vector     mean state of answers "no" minus that of answers "yes"
@@ -23,10 +24,10 @@ web2 of english-words.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,10 @@ from english_words import get_english_words_set
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import measure
+
 SITE = "language_model.model.layers.6"
+TIMES = ("ours cold", "ours warm", "XL-VLMs cold", "XL-VLMs warm")
 STAND_INS = {
     "clip": "",
     "language_evaluation": "",
@@ -59,7 +63,7 @@ class Stage(NamedTuple):
     compare: Callable[[], str]
 
 
-def stages(work: Path, images: int) -> list[Stage]:
+def stages(work: Path, images: int, questions: int) -> list[Stage]:
     """Draws the data, places the model and returns the stages."""
     import ports
     from ports.checkpoint.params import save_params
@@ -77,14 +81,16 @@ def stages(work: Path, images: int) -> list[Stage]:
         (work / "theirs" / name).mkdir(parents=True, exist_ok=True)
     save = ["src/save_features.py", *_common(model, data, work), "--generation_mode"]
     asked = ["--dataset_name", "vqav2", "--split", "train2014", "--max_new_tokens", "5"]
+    asked += ["--dataset_size", str(questions)]
     for kind, name in (("annotation", "mscoco"), ("questions", "OpenEnded_mscoco")):
         ending = "annotations" if kind == "annotation" else "questions"
         asked += [f"--{kind}_file", f"v2_{name}_train2014_{ending}.json"]
     of_word = "save_hidden_states_for_token_of_interest"
     extract = ["extract", str(model), str(data), "--protocol", "xl-vlms", "--site", SITE]
     extract += ["--dtype", "float16", "--states-dtype", "float16"]
-    questions = ["--dataset", "vqav2", "--split", "train2014", "--max-new-tokens", "5"]
-    evaluate = [str(model), str(data), "--protocol", "xl-vlms", "--dtype", "float16", *questions]
+    about = ["--dataset", "vqav2", "--split", "train2014", "--max-new-tokens", "5"]
+    about += ["--dataset-size", str(questions)]
+    evaluate = [str(model), str(data), "--protocol", "xl-vlms", "--dtype", "float16", *about]
 
     dogs = ["--dataset_name", "coco", "--annotation_file", "dataset_coco.json"]
     dogs += ["--split", "train", "--max_new_tokens", "20"]
@@ -125,7 +131,7 @@ def stages(work: Path, images: int) -> list[Stage]:
             "vector",
             [*(theirs(word, *hook, *asked, word=word) for word in files), fit],
             [
-                *(of(word, "--key", "answer", *questions) for word in files),
+                *(of(word, "--key", "answer", *about) for word in files),
                 [
                     *("steer", "fit", str(work / "ours/yes"), "--overwrite"),
                     *("--target-features", str(work / "ours/no")),
@@ -257,7 +263,7 @@ def _shift(ours: Path, theirs: Path) -> str:
 
 
 def run_ours(commands: Sequence[Sequence[str]], cache: Path) -> float:
-    """Runs commands of this project; returns the seconds they took."""
+    """Runs commands of this project; returns the CPU seconds they took."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache / "programs")}
     call = "from xlvlm_jax.cli import main; main()"
     for arguments in commands:  # an extraction that is there would only be found complete
@@ -267,7 +273,7 @@ def run_ours(commands: Sequence[Sequence[str]], cache: Path) -> float:
 
 
 def run_theirs(commands: Sequence[Sequence[str]], python: str, checkout: Path, work: Path) -> float:
-    """Runs scripts of XL-VLMs; returns the seconds they took."""
+    """Runs scripts of XL-VLMs; returns the CPU seconds they took."""
     path = work / "stand-ins"
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
     for name, content in STAND_INS.items():
@@ -286,7 +292,7 @@ def run_theirs(commands: Sequence[Sequence[str]], python: str, checkout: Path, w
 def _timed(
     commands: Sequence[Sequence[str]], directory: Path | None, environment: dict[str, str]
 ) -> float:
-    began = time.perf_counter()
+    before = _spent()
     for command in commands:
         done = subprocess.run(
             command, cwd=directory, env=environment, capture_output=True, text=True, check=False
@@ -294,7 +300,13 @@ def _timed(
         if done.returncode:
             shown = " ".join(command[:4])
             raise SystemExit(f"{shown} ... failed:\n{done.stdout[-500:]}{done.stderr[-2000:]}")
-    return time.perf_counter() - began
+    return _spent() - before
+
+
+def _spent() -> float:
+    """Returns the CPU seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -304,6 +316,10 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="Python that XL-VLMs runs in")
     parser.add_argument("--work", type=Path, default=Path("original-run"), help="new directory")
     parser.add_argument("--images", type=int, default=60, help="drawn images per split")
+    parser.add_argument("--questions", type=int, default=200, help="questions, drawn by XL-VLMs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/original.json"), help="JSON file"
+    )
     options = parser.parse_args()
     console = Console()
     checkout, work = options.directory.resolve(), options.work.resolve()
@@ -312,12 +328,15 @@ def main() -> None:
         return
     if work.exists():
         raise SystemExit(f"{options.work} exists; name a new directory with --work")
-    table = Table("stage", "agreement", "ours cold", "warm", "XL-VLMs cold", "warm", box=None)
-    for stage in stages(work, options.images):
+    table = Table("stage", "agreement", *TIMES, box=None)
+    rows = []
+    for stage in stages(work, options.images, options.questions):
         ours = [run_ours(stage.ours, work) for _ in range(2)]
         theirs = [run_theirs(stage.theirs, options.python, checkout, work) for _ in range(2)]
-        seconds = (f"{value:.1f} s" for value in (*ours, *theirs))
-        table.add_row(stage.name, stage.compare(), *seconds)
+        seconds = dict(zip(TIMES, (*ours, *theirs), strict=True))
+        rows.append({"stage": stage.name, "agreement": stage.compare(), **seconds})
+        table.add_row(stage.name, rows[-1]["agreement"], *(f"{x:.1f} s" for x in seconds.values()))
+        measure.save(options.output, rows, "torch", "transformers")
     console.print(table)
 
 
