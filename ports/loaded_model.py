@@ -20,6 +20,7 @@ from ports.intervene.sites import as_sites, find_sites, list_sites
 from ports.messages import few
 from ports.models.port import Port, Sizes
 from ports.names import normal_name
+from ports.nn import attention
 from ports.nn.vision_language import Inputs, VisionLanguageModel
 from ports.parallel import compiled, sharding
 
@@ -344,10 +345,24 @@ class LoadedModel:
         """Names of the modules that can be captured or steered, in the order of computation."""
         return tuple(self.site_shapes)
 
-    @functools.cached_property
+    @property
     def site_shapes(self) -> dict[str, tuple[int, ...]]:
         """{site: shape of its states} for the port's example inputs; the last axis is D."""
-        return list_sites(self.apply, self.params, self.example_inputs())
+        return self._traced[0]
+
+    @property
+    def attention_heads(self) -> dict[str, int]:
+        """{site: number of heads H} of the sites whose states are the outputs of heads.
+
+        These states [B, T, H * C], the input of the output projection, hold the C numbers of one
+        head after those of another.
+        """
+        return self._traced[1]
+
+    @functools.cached_property
+    def _traced(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+        with attention.counting_heads() as heads:
+            return list_sites(self.apply, self.params, self.example_inputs()), heads
 
     @functools.cached_property
     def _token_sites(self) -> frozenset[str]:

@@ -190,8 +190,9 @@ class Attention(nn.Module):
                 y = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{part}_norm")(y)
             return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, width // cfg.num_heads))
 
-        y = sharding.heads(attention.attend(heads("q"), heads("k"), heads("v"), None))
-        return layers.dense(width, True, self.dtype, "projection_layer")(y.reshape(x.shape))
+        y = attention.attend(heads("q"), heads("k"), heads("v"), None)
+        y = attention.Heads(name="heads")(y)
+        return layers.dense(width, True, self.dtype, "projection_layer")(y)
 
 
 class Block(nn.Module):

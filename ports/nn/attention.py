@@ -8,15 +8,18 @@ time, whose scores stay in its cache; on accelerators and meshes for a block of 
 heads. GPUs use cuDNN's kernel and TPUs the splash kernel where these apply.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from ports.names import site_name
 from ports.nn import layers
 from ports.parallel import sharding
 
@@ -28,6 +31,36 @@ WHOLE = 8 << 20
 ACCELERATOR_WHOLE = 256 << 20
 BLOCK = 1 << 19  # scores in a block of one head: 2 MB, the second-level cache of a core
 LANES = 128  # the splash kernel's lengths are multiples of this
+
+
+class Heads(nn.Module):
+    """Joins what the heads put out, for the output projection; a module to be a site.
+
+    Every attention module calls it, by the name "heads": its site is where single heads are read
+    and edited, the input of `o_proj` in PyTorch.
+    """
+
+    def __call__(self, y: Array) -> Array:
+        """Maps y[B, T, H, C] to [B, T, H * C], head after head."""
+        return sharding.heads(y).reshape(*y.shape[:2], -1)
+
+
+@contextlib.contextmanager
+def counting_heads() -> Iterator[dict[str, int]]:
+    """Notes the number of heads H of each `Heads` that runs or is traced inside the context.
+
+    Yields:
+        {site: H}, filled while modules run.
+    """
+    found: dict[str, int] = {}
+
+    def note(method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Heads):
+            found[site_name(context.module.path)] = args[0].shape[-2]
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        yield found
 
 
 def token_mask(attention_mask: Array) -> Array:

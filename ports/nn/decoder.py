@@ -191,7 +191,7 @@ class Attention(nn.Module):
             scalar=cfg.score_scalar,
             softcap=cfg.score_softcap,
         )
-        y = sharding.heads(y).reshape(*asking.shape[:2], -1)
+        y = attention.Heads(name="heads")(y)
         return layers.dense(x.shape[-1], cfg.output_bias, self.dtype, "o_proj")(y)
 
 

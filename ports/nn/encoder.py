@@ -80,8 +80,8 @@ class EncoderAttention(nn.Module):
             return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
 
         y = attention.attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
-        y = sharding.heads(y)
-        return layers.dense(width, True, self.dtype, "out_proj")(y.reshape(x.shape))
+        y = attention.Heads(name="heads")(y)
+        return layers.dense(width, True, self.dtype, "out_proj")(y)
 
 
 class EncoderLayer(nn.Module):

@@ -76,7 +76,7 @@ class PerceiverAttention(nn.Module):
         query = heads("q_proj", latents, cfg.num_heads)
         key = heads("k_proj", both, cfg.num_kv_heads)
         value = heads("v_proj", both, cfg.num_kv_heads)
-        y = attention.attend(query, key, value, mask).reshape(*latents.shape[:2], -1)
+        y = attention.Heads(name="heads")(attention.attend(query, key, value, mask))
         return layers.dense(latents.shape[-1], False, self.dtype, "o_proj")(y)
 
 

@@ -79,8 +79,9 @@ class Attention(nn.Module):
             return sharding.heads(y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
 
         query, key = (layers.rotate(heads(name), *angles) for name in ("q_proj", "k_proj"))
-        y = sharding.heads(attention.attend(query, key, heads("v_proj"), mask))
-        return layers.dense(width, False, self.dtype, "o_proj")(y.reshape(x.shape))
+        y = attention.attend(query, key, heads("v_proj"), mask)
+        y = attention.Heads(name="heads")(y)
+        return layers.dense(width, False, self.dtype, "o_proj")(y)
 
 
 class Block(nn.Module):

@@ -121,9 +121,15 @@ def check_generation(family: Family, inputs: Inputs) -> None:
 
 
 def check_steering(family: Family, inputs: Inputs) -> None:
-    """Checks a vector added at each kind of position against a hook in PyTorch."""
+    """Checks vectors added to a layer, and to the heads inside it, at each kind of position against
+    hooks in PyTorch.
+    """
     vlm, layer = family.vlm, family.layer
-    vector = np.random.default_rng(3).standard_normal(vlm.site_shapes[layer][-1], np.float32)
+    heads = f"{layer}.self_attn.heads"
+    vector, of_heads = (
+        np.random.default_rng(3).standard_normal(vlm.site_shapes[site][-1], np.float32)
+        for site in (layer, heads)
+    )
     image = np.isin(inputs["input_ids"], vlm.image_tokens)
     tokens = inputs["attention_mask"].astype(bool)
     names = dict(family.pair.torch_model.named_modules())
@@ -135,13 +141,20 @@ def check_steering(family: Family, inputs: Inputs) -> None:
         def hook(_: Any, __: Any, out: Any) -> Any:
             return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
 
-        handle = module.register_forward_hook(hook)
+        model, to_heads = family.pair.torch_model, np.where(mask[..., None], of_heads, 0)
+        handles = (
+            module.register_forward_hook(hook),
+            helpers.add_to_heads(model, heads, to_heads, family.port.hub_name),
+        )
         logits, _ = family.torch_forward(inputs)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         return logits
 
     for where, mask in (("image", image), ("text", tokens & ~image), ("prompt", tokens)):
-        steered = vlm.forward(inputs, edits={layer: ports.add(vector, where=where)}).logits
+        added = {layer: vector, heads: of_heads}
+        edits = {site: ports.add(each, where=where) for site, each in added.items()}
+        steered = vlm.forward(inputs, edits=edits).logits
         assert_logits(steered, torch_steered(mask & tokens), inputs)
     plain, steered = (
         vlm.generate(inputs, max_new_tokens=4, edits={layer: ports.add(vector, alpha, "generated")})

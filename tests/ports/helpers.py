@@ -213,16 +213,77 @@ def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
+def heads_before(site: str) -> str | None:
+    """Returns the site of the heads that an output projection reads; None for other modules."""
+    ends = ("o_proj", "out_proj", "attn_out", "wo", "projection_layer", "attn.proj")
+    if not site.endswith(tuple(f".{end}" for end in ends)):
+        return None
+    return f"{site.rpartition('.')[0]}.heads"
+
+
+def add_to_heads(
+    model: Any, heads: str, added: np.ndarray, port_name: Callable[[str], str | None]
+) -> Any:
+    """Adds an array to the outputs of heads in PyTorch, by a forward pre-hook.
+
+    Args:
+        model: PyTorch's model.
+        heads: the port's site.
+        added: broadcasts against the outputs of the heads.
+        port_name: PyTorch's name of a module -> the port's.
+
+    Returns:
+        The handle of the hook.
+    """
+    (projection,) = (
+        module
+        for name, module in model.named_modules()
+        if heads_before(port_name(name) or "") == heads
+    )
+    tensor = torch.from_numpy(np.asarray(added, np.float32))
+    return projection.register_forward_pre_hook(lambda _, args: (args[0] + tensor, *args[1:]))
+
+
+def check_edit_of_heads(
+    vlm: ports.VLM, model: Any, inputs: Mapping[str, np.ndarray], layer: str
+) -> None:
+    """Checks a vector added to the second head of a layer's attention against a pre-hook."""
+    heads = f"{layer}.self_attn.heads"
+    width = vlm.site_shapes[heads][-1] // vlm.attention_heads[heads]
+    vector = np.zeros(vlm.site_shapes[heads][-1], np.float32)
+    vector[width : 2 * width] = np.random.default_rng(4).standard_normal(width)
+
+    def logits() -> np.ndarray:
+        with torch.no_grad():
+            return model(**to_torch(inputs)).logits.numpy()
+
+    plain = logits()
+    handle = add_to_heads(model, heads, vector, lambda name: vlm.hub_names(name)[0])
+    expected = logits()
+    handle.remove()
+    steered = vlm.forward(inputs, edits={heads: ports.add(vector)}).logits
+    tokens = inputs["attention_mask"].astype(bool)
+    assert np.abs(expected - plain)[tokens].max() > 0.1
+    np.testing.assert_allclose(np.asarray(steered)[tokens], expected[tokens], rtol=0, atol=1e-4)
+
+
 def torch_forward(
     model: Any,
     inputs: Mapping[str, np.ndarray],
     canonical_name: Callable[[str], str | None] = llava_like.canonical_name,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns PyTorch's logits, and the output of each module by the port's name for it."""
+    """Returns PyTorch's logits, and the output of each module by the port's name for it.
+
+    What the heads of an attention put out is the input of its output projection.
+    """
     states: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Any:
+        heads = heads_before(name)
+
         def hook(module: Any, args: Any, out: Any) -> None:
+            if heads is not None:
+                states[heads] = args[0].numpy()
             if hasattr(out, "last_hidden_state"):
                 out = out.last_hidden_state
             out = out[0] if isinstance(out, tuple) else out

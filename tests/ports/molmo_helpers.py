@@ -19,6 +19,7 @@ from torch.nn import functional
 from ports import checkpoint
 from ports.models.molmo import model as molmo
 
+POOLING = ("", ".wq", ".wk", ".wv", ".wo", ".heads")
 CONFIG = {
     "model_type": "molmo",
     "vocab_size": 101,
@@ -137,8 +138,11 @@ def reference(
     images: np.ndarray | None = None,
     masks: np.ndarray | None = None,
     places: np.ndarray | None = None,
+    to_heads: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Returns logits and states of a sample: ids[T], images[C, P, ...], masks[C, P], places[C, F].
+
+    `to_heads` is added to the outputs of heads at these sites.
 
     The pooling has no states, because it is called for one square of patches at a time.
     """
@@ -168,11 +172,16 @@ def reference(
         scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
         return torch.einsum("...hqk,...khc->...qhc", scores.softmax(-1), v).flatten(-2)
 
+    def joined(name: str, x: torch.Tensor) -> torch.Tensor:
+        """Keeps what the heads put out, edited."""
+        states[name] = x + torch.from_numpy(np.asarray((to_heads or {}).get(name, 0.0)))
+        return states[name]
+
     def tower_attention(name: str, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         heads = (config["vision_config"]["num_attention_heads"], -1)
         q = linear(f"{name}.wq", query).unflatten(-1, heads)
         k, v = (linear(f"{name}.{n}", context).unflatten(-1, heads) for n in ("wk", "wv"))
-        states[name] = linear(f"{name}.wo", attend(q, k, v, None))
+        states[name] = linear(f"{name}.wo", joined(f"{name}.heads", attend(q, k, v, None)))
         return states[name]
 
     def backbone(crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -207,7 +216,7 @@ def reference(
         x, projector = torch.cat(pooled, 1), f"{name}.image_projector"
         y = functional.silu(linear(f"{projector}.w1", x)) * linear(f"{projector}.w3", x)
         states[name] = states[projector] = linear(f"{projector}.w2", y)
-        for each in [f"{name}.image_pooling_2d{part}" for part in ("", ".wq", ".wk", ".wv", ".wo")]:
+        for each in [f"{name}.image_pooling_2d{part}" for part in POOLING]:
             del states[each]  # of the last square alone
         return states[name]
 
@@ -238,7 +247,8 @@ def reference(
             -1, (-1, width)
         )
         q, k, v = y.split((heads, groups, groups), -2)
-        x = x + linear(f"{block}.attn_out", attend(rotate(q), rotate(k), v, causal))
+        y = joined(f"{block}.heads", attend(rotate(q), rotate(k), v, causal))
+        x = x + linear(f"{block}.attn_out", y)
         up, gate = linear(f"{block}.ff_proj", rms_norm(f"{block}.ff_norm", x)).chunk(2, -1)
         x = states[block] = x + linear(f"{block}.ff_out", functional.silu(gate) * up)
     logits = linear(f"{decoder}.ff_out", rms_norm(f"{decoder}.ln_f", x))

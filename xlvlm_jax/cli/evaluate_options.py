@@ -146,7 +146,18 @@ def parse_task(
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:
-    """Returns the combinations to try: each vector at each site, or all vectors together."""
+    """Returns the combinations to try: each vector at each site, or all vectors together.
+
+    Raises:
+        ValueError: sites are given for vectors that have several of their own.
+    """
+    from xlvlm_jax.steering import SiteVectors
+
+    if sites and (fixed := [v for v in vectors if isinstance(v, SiteVectors)]):
+        raise ValueError(
+            f"--site does not apply to vectors of {len(fixed[0].vectors)} sites ({fixed[0].site}); "
+            "omit it"
+        )
     if not sites:
         placed = [tuple(vectors)] if together else [(vector,) for vector in vectors]
     elif together:

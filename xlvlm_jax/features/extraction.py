@@ -115,6 +115,8 @@ def extract(
         "source": source or {},
         **({} if steering is None else {"steering": steering}),
     }
+    if heads := {site: n for site, n in vlm.attention_heads.items() if site in sites}:
+        arguments["attention heads"] = heads
     if finetuned is not None:
         arguments["finetuned"] = _described(finetuned, settings)
         vlm, finetuned = with_like_heads(vlm, finetuned)

@@ -34,9 +34,11 @@ from xlvlm_jax.steering.rank import (
     top_by_lead,
 )
 from xlvlm_jax.steering.sample_vectors import SampleVectors, fit_p2s
+from xlvlm_jax.steering.site_vectors import SiteVectors
 from xlvlm_jax.steering.vectors import (
     FineVectors,
     SteeringVector,
+    concept_vectors,
     fine_vectors,
     shift_vectors,
     steering_vector,
@@ -54,9 +56,11 @@ __all__ = [
     "RankedVector",
     "Request",
     "SampleVectors",
+    "SiteVectors",
     "Steering",
     "SteeringVector",
     "answer_shift",
+    "concept_vectors",
     "contrast_prompts",
     "export_vectors",
     "fine_vectors",
@@ -85,11 +89,12 @@ _KINDS = {
     "low-rank map": LowRankMap,
     "l2s": L2S,
     "sample vectors": SampleVectors,
+    "site vectors": SiteVectors,
 }
 
 
-def load(path: str | Path) -> SteeringVector | LowRankMap | L2S | SampleVectors:
-    """Reads a saved vector, map, network, or vectors of samples.
+def load(path: str | Path) -> SteeringVector | LowRankMap | L2S | SampleVectors | SiteVectors:
+    """Reads a saved vector, map, network, or vectors of samples or sites.
 
     Runs on the host and cannot be traced.
 

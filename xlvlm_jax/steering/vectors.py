@@ -5,7 +5,7 @@ ICCV 2025, section 5). N, M samples, D width, K concepts.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,12 @@ from ports.intervene.edits import Edit, add
 from ports.tables import kind
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
 
 Array = jax.Array | np.ndarray
+MANY = 1000  # concepts, more than which are not written unless they are named
 
 
 def steering_vector(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[Array, " D"]:
@@ -272,4 +274,64 @@ def shift_vectors(
             vectors[f"concept-{k}"] = SteeringVector(shift, site, told, where)
     if not vectors:
         raise ValueError("no concept has a shift; analyse more samples with `xlvlm shift`")
+    return vectors
+
+
+def concept_vectors(
+    concepts: Concepts,
+    chosen: Sequence[int | tuple[int, int]] | None = None,
+    *,
+    site: str | None = None,
+    where: Any = "all",
+) -> dict[str, SteeringVector]:
+    """Returns concepts of any dictionary as steering vectors, and vectors from one to another.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        concepts: found by any method of `decompose`, or the features of a sparse autoencoder.
+        chosen: numbers of concepts, and pairs (i, j) for the way from concept i to concept j; None
+            for every concept that is not dead.
+        site: the site to steer; None for that of the concepts.
+        where: the token positions that the vectors are meant for, see `ports.add`.
+
+    Returns:
+        {"concept-3": the direction of concept 3, "concept-3-5": component 5 minus component 3}.
+        Directions are components; of centroids, their difference from the mean centroid.
+
+    Raises:
+        ValueError: the site is unknown, there is no such concept, a pair is of one concept, or
+            there are too many concepts to write every one.
+
+    Examples:
+        >>> import numpy as np, xlvlm_jax
+        >>> concepts = xlvlm_jax.Concepts.from_components(np.float32([[1, 0], [0, 3]]), "snmf")
+        >>> found = xlvlm_jax.steering.concept_vectors(concepts, [1, (0, 1)], site="layers.3")
+        >>> {name: vector.vector.tolist() for name, vector in found.items()}
+        {'concept-1': [0.0, 3.0], 'concept-0-1': [-1.0, 3.0]}
+    """
+    site = site or concepts.source.get("site")
+    if site is None:
+        raise ValueError("the concepts do not name their site; give the one to steer")
+    components, count = np.asarray(concepts.components, np.float32), len(concepts.components)
+    if chosen is None:
+        if count > MANY:
+            raise ValueError(f"there are {count} concepts; name those to steer with")
+        chosen = [int(k) for k in np.flatnonzero(~concepts.dead)]
+    common = {name: concepts.source.get(name) for name in ("model", "fingerprint")}
+    common = {name: value for name, value in common.items() if value is not None}
+    common |= {"method": "concept", "decomposition": concepts.method}
+    directions = concept_directions(concepts)
+    vectors = {}
+    for each in chosen:
+        pair = each if isinstance(each, tuple) else (each,)
+        if len(set(pair)) < len(pair) or not all(0 <= k < count for k in pair):
+            raise ValueError(
+                f"got concept {':'.join(map(str, pair))}; expected a number from 0 to {count - 1}, "
+                "or two different ones"
+            )
+        told = {"from": pair[0], "to": pair[1]} if len(pair) > 1 else {"concept": pair[0]}
+        vector = directions[pair[0]] if len(pair) < 2 else components[pair[1]] - components[pair[0]]
+        name = f"concept-{'-'.join(map(str, pair))}"
+        vectors[name] = SteeringVector(vector, site, common | told, where)
     return vectors

@@ -22,7 +22,7 @@ from ports.models.molmo.configuration import Config, read_config
 from ports.models.molmo.patch_layout import patch_layout
 from ports.models.molmo.processor import read_processor, read_tokenizer
 from ports.models.port import Port
-from ports.nn import decoder, layers, rope, vision_language
+from ports.nn import attention, decoder, layers, rope, vision_language
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -114,8 +114,8 @@ class Block(nn.Module):
             query = query[:, -1:]
             x, angles, mask = decoder.last_queries(x, angles, mask)
         query = layers.rotate(sharding.heads(query), *angles)
-        y = sharding.heads(decoder.attend_through_cache(self, query, key, value, mask, start))
-        y = y.reshape(*x.shape[:2], -1)
+        y = decoder.attend_through_cache(self, query, key, value, mask, start)
+        y = attention.Heads(name="heads")(y)
         x = sharding.residual(x + linear(x.shape[-1], False, "attn_out")(y))
         y = linear(2 * cfg.intermediate_size, False, "ff_proj")(norm("ff_norm")(x))
         up, gate = (

@@ -74,7 +74,7 @@ class Attention(nn.Module):
             return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, -1))
 
         y = attention.attend(heads("wq", query), heads("wk", states), heads("wv", states), None)
-        y = sharding.heads(y).reshape(*query.shape[:2], cfg.width)
+        y = attention.Heads(name="heads")(y)
         return layers.dense(cfg.width, True, self.dtype, "wo")(y)
 
 

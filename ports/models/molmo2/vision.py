@@ -41,8 +41,7 @@ class Attention(nn.Module):
         asked = heads("q_proj", cfg.num_heads, query)
         key = heads("k_proj", cfg.num_kv_heads, states)
         value = heads("v_proj", cfg.num_kv_heads, states)
-        y = sharding.heads(attention.attend(asked, key, value, mask))
-        y = y.reshape(*query.shape[:2], -1)
+        y = attention.Heads(name="heads")(attention.attend(asked, key, value, mask))
         return layers.dense(cfg.width, cfg.use_bias, self.dtype, "o_proj")(y)
 
 

@@ -218,8 +218,8 @@ class Attention(nn.Module):
         qkv = qkv.reshape(*x.shape[:2], 3, cfg.num_heads, -1)
         query, key, value = (sharding.heads(qkv[:, :, i]) for i in range(3))
         query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
-        y = sharding.heads(attend(query, key, value))
-        return layers.dense(cfg.width, True, self.dtype, "proj")(y.reshape(x.shape))
+        y = attention.Heads(name="heads")(attend(query, key, value))
+        return layers.dense(cfg.width, True, self.dtype, "proj")(y)
 
 
 class Block(nn.Module):

@@ -109,6 +109,12 @@ def test_apply_takes_the_processors_arrays_as_they_are(small):
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=1e-4)
 
 
+def test_edits_of_heads_are_hooks_before_the_projection(small):
+    inputs = make_inputs([[(20, 30)]], [4])
+    layer = "model.text_model.layers.0"
+    helpers.check_edit_of_heads(small.vlm, small.torch_model, inputs, layer)
+
+
 def test_without_a_pixel_mask_all_pixels_are_the_images(small):
     inputs = make_inputs([[(37, 64)]], [5])
     masked = small.vlm.prepare(inputs)

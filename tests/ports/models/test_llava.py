@@ -63,6 +63,12 @@ def test_the_sites_are_pytorchs_modules_but_for_activations_and_containers(small
     assert modules == set(small.vlm.sites)
 
 
+def test_edits_of_heads_are_hooks_before_the_projection(small):
+    inputs = inputs_of(small, "two images")
+    layer = "language_model.model.layers.0"
+    helpers.check_edit_of_heads(small.vlm, small.torch_model, inputs, layer)
+
+
 def test_image_features_enter_the_decoder_where_the_image_tokens_are(small):
     inputs = helpers.make_inputs([1, 2], [6, 4])
 

@@ -32,6 +32,14 @@ def formula(query, key, value, mask, scalar=4, softcap=None):
     return np.einsum("bhts,bshc->bthc", weights, value.repeat(group, 2))
 
 
+def test_heads_follow_each_other():
+    y = jnp.arange(24.0).reshape(1, 2, 3, 4)
+    with attention.counting_heads() as found:
+        joined = attention.Heads().apply({}, y)
+    assert joined.shape == (1, 2, 12) and found == {"": 3}
+    np.testing.assert_array_equal(joined[0, 1, 4:8], y[0, 1, 1])  # the second head
+
+
 # Rows of 7 tokens and of 5, after padding.
 TOKENS = np.arange(S) >= np.array([[0], [2]])
 CAUSAL = np.tri(S, dtype=bool)

@@ -64,6 +64,9 @@ def test_sites_need_no_weights(xlvlm, tmp_path):
     assert out.split() == [f"language_model.model.layers.{i}" for i in range(8)]
     status, out, _ = xlvlm("sites", tmp_path, "--pattern", "model.language_model.layers.1")
     assert (status, out.split()) == (0, ["language_model.model.layers.1"])
+    status, out, _ = xlvlm("sites", tmp_path, "--pattern", "language_model.**.heads")
+    assert status == 0
+    assert out.split() == [f"language_model.model.layers.{i}.self_attn.heads" for i in range(8)]
 
 
 def test_a_pattern_of_sites_from_pictures_to_concepts(xlvlm, pictures, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 from sklearn.cluster import KMeans
 
-from xlvlm_jax import SteeringVector, steering
+from xlvlm_jax import Concepts, SteeringVector, steering
 from xlvlm_jax.storage.same_model import model_of
 
 KEY = jax.random.key(0)
@@ -59,6 +59,42 @@ def test_messages():
         steering.steering_vector(np.ones((0, 4)), np.ones((2, 4)))
     with pytest.raises(ValueError, match="num_concepts=9 is larger than the 3 rows"):
         steering.fine_vectors(np.ones((3, 4)), 9, key=KEY)
+
+
+class TestConceptsAsVectors:
+    CENTROIDS = np.float32([[1, 0], [3, 0], [2, 3]])
+
+    def test_of_centroids_what_they_share_is_left_out(self):
+        concepts = Concepts.from_components(self.CENTROIDS, "kmeans")
+        found = steering.concept_vectors(concepts, [0, (0, 2)], site="s", where="generated")
+        assert list(found) == ["concept-0", "concept-0-2"]
+        np.testing.assert_array_equal(found["concept-0"].vector, [1 - 2, 0 - 1])
+        np.testing.assert_array_equal(found["concept-0-2"].vector, [1, 3])
+        assert (found["concept-0"].site, found["concept-0"].where) == ("s", "generated")
+        assert found["concept-0-2"].source["from"] == 0 and found["concept-0-2"].source["to"] == 2
+
+    def test_those_of_a_decomposition_know_their_site_and_model(self):
+        source = {"site": "layers.3", "model": "m", "fingerprint": "f", "rows": 3}
+        concepts = Concepts(self.CENTROIDS, np.float32([[1, 0, 0], [0, 0, 2]]), source=source)
+        found = steering.concept_vectors(concepts)
+        assert list(found) == ["concept-0", "concept-2"]  # the other is dead
+        np.testing.assert_array_equal(found["concept-2"].vector, self.CENTROIDS[2])
+        assert found["concept-2"].site == "layers.3"
+        assert found["concept-2"].source == {
+            **{"model": "m", "fingerprint": "f", "method": "concept", "decomposition": "snmf"},
+            "concept": 2,
+        }
+
+    def test_messages(self):
+        concepts = Concepts.from_components(self.CENTROIDS, "snmf")
+        with pytest.raises(ValueError, match="do not name their site; give the one to steer"):
+            steering.concept_vectors(concepts)
+        for wrong in (3, (1, 1), (0, -1)):
+            with pytest.raises(ValueError, match=r"got concept .*; expected a number from 0 to 2"):
+                steering.concept_vectors(concepts, [wrong], site="s")
+        many = Concepts.from_components(np.ones((1001, 2)), "snmf")
+        with pytest.raises(ValueError, match="there are 1001 concepts; name those to steer with"):
+            steering.concept_vectors(many, site="s")
 
 
 SOURCE = {"method": "coarse", "fingerprint": "f", "model": "m"}

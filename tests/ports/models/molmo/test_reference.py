@@ -85,6 +85,17 @@ def test_every_site_and_the_logits_equal_pytorchs(made, variant, prompt):
             assert error < 1e-5, site
 
 
+def test_edits_of_heads_equal_pytorchs(made):
+    config, weights, vlm = made("grouped queries")
+    inputs = make_inputs(config, *PROMPTS[MIXED])
+    heads = "model.transformer.blocks.0.heads"
+    vector = np.random.default_rng(4).standard_normal(vlm.site_shapes[heads][-1], np.float32)
+    ours = vlm.forward(inputs, edits={heads: ports.add(vector)}).logits
+    for i, row in enumerate(rows(inputs)):
+        logits, _ = reference(config, weights, **row, to_heads={heads: vector})
+        np.testing.assert_allclose(ours[i, -len(logits) :], logits, rtol=0, atol=1e-4)
+
+
 def test_apply_takes_the_processors_arrays_as_they_are(made):
     config, weights, vlm = made("grouped queries")
     inputs = make_inputs(config, *PROMPTS[MIXED])

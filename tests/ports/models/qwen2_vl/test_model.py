@@ -208,6 +208,11 @@ def test_apply_takes_the_processors_arrays_as_they_are(small, prompt):
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=1e-4)
 
 
+def test_edits_of_heads_are_hooks_before_the_projection(small):
+    inputs, vlm = make_inputs([[(1, 4, 4)]], [4]), like_transformers_5(small.directory)
+    helpers.check_edit_of_heads(vlm, small.torch_model, inputs, "model.layers.0")
+
+
 def test_states_of_generated_tokens_are_those_that_predicted_them(small):
     inputs = make_inputs(*PROMPTS[LEFT])
     options = {"output_hidden_states": True, "output_logits": True}
