@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from ports import checkpoint, description
 from ports.checkpoint import hub, peft_io
@@ -19,7 +21,7 @@ from ports.intervene.edits import Places
 from ports.intervene.sites import as_sites, find_sites, list_sites
 from ports.messages import few
 from ports.models.port import Port, Sizes
-from ports.names import normal_name
+from ports.names import normal_name, site_name
 from ports.nn import attention
 from ports.nn.vision_language import Inputs, VisionLanguageModel
 from ports.parallel import compiled, sharding
@@ -358,6 +360,30 @@ class LoadedModel:
         head after those of another.
         """
         return self._traced[1]
+
+    def project_heads(self, x: Array | np.ndarray, site: str) -> Array:
+        """Maps outputs of attention heads to what they add to the stream that attention writes to.
+
+        Args:
+            x: [..., H * C], states or directions; zero for heads to leave out.
+            site: which heads, one of `attention_heads`.
+
+        Returns:
+            [..., D], the output projection without its bias.
+
+        Raises:
+            ValueError: the site is not one of heads.
+        """
+        if site not in self.attention_heads:
+            raise ValueError(f"got site {site!r}; expected heads: {few(self.attention_heads)}")
+        (kernel,) = (
+            leaf
+            for path, leaf in traverse_util.flatten_dict(self.params).items()
+            if path[-1] == "kernel"
+            and site_name(path[:-2]) == site.removesuffix(".heads")
+            and sharding.logical_axes(path, leaf.ndim, self.axes) == ("heads", "embed")
+        )
+        return jnp.matmul(jnp.asarray(x, kernel.dtype), kernel, precision="highest")
 
     @functools.cached_property
     def _traced(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:

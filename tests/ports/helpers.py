@@ -221,6 +221,16 @@ def heads_before(site: str) -> str | None:
     return f"{site.rpartition('.')[0]}.heads"
 
 
+def projection_of(model: Any, heads: str, port_name: Callable[[str], str | None]) -> Any:
+    """Returns PyTorch's module that reads the outputs of the heads of a site."""
+    (projection,) = (
+        module
+        for name, module in model.named_modules()
+        if heads_before(port_name(name) or "") == heads
+    )
+    return projection
+
+
 def add_to_heads(
     model: Any, heads: str, added: np.ndarray, port_name: Callable[[str], str | None]
 ) -> Any:
@@ -235,11 +245,7 @@ def add_to_heads(
     Returns:
         The handle of the hook.
     """
-    (projection,) = (
-        module
-        for name, module in model.named_modules()
-        if heads_before(port_name(name) or "") == heads
-    )
+    projection = projection_of(model, heads, port_name)
     tensor = torch.from_numpy(np.asarray(added, np.float32))
     return projection.register_forward_pre_hook(lambda _, args: (args[0] + tensor, *args[1:]))
 
@@ -265,6 +271,9 @@ def check_edit_of_heads(
     tokens = inputs["attention_mask"].astype(bool)
     assert np.abs(expected - plain)[tokens].max() > 0.1
     np.testing.assert_allclose(np.asarray(steered)[tokens], expected[tokens], rtol=0, atol=1e-4)
+    weight = projection_of(model, heads, lambda name: vlm.hub_names(name)[0]).weight
+    written = weight.detach().numpy() @ vector
+    np.testing.assert_allclose(vlm.project_heads(vector, heads), written, rtol=0, atol=1e-4)
 
 
 def torch_forward(

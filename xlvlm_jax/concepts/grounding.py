@@ -106,14 +106,23 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
     return bool(site) and vlm.is_before_norm(site.removeprefix(finetuned_site("")))
 
 
-def is_head(vlm: VLM, site: str | None) -> bool:
-    """Returns whether components of a site are logits themselves, which need no head.
+def unembed_of(vlm: VLM, site: str | None) -> Unembed:
+    """Returns the function that reads components of a site as logits.
 
     Args:
         vlm: the model.
         site: the site of the features; None or empty if unknown.
+
+    Returns:
+        The language-model head; after an attention's output projection for the outputs of its
+        heads; nothing for logits.
     """
-    return bool(site) and vlm.is_head(site.removeprefix(finetuned_site("")))
+    own = (site or "").removeprefix(finetuned_site(""))
+    if own and vlm.is_head(own):
+        return lambda logits: logits
+    if own in vlm.attention_heads:
+        return lambda x, **options: vlm.unembed(vlm.project_heads(x, own), **options)
+    return vlm.unembed
 
 
 def ground_images(

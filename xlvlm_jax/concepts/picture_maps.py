@@ -12,7 +12,7 @@ from ports import VLM
 from ports.inputs.patch_layout import PatchLayout
 from xlvlm_jax.concepts import maps
 from xlvlm_jax.concepts.answer_gradients import answer_gradients
-from xlvlm_jax.concepts.grounding import is_before_norm
+from xlvlm_jax.concepts.grounding import is_before_norm, unembed_of
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.batches import groups_of, make_batch
 from xlvlm_jax.data.sample import Sample
@@ -112,7 +112,7 @@ def map_pictures(
             keep("activation", list(map(str, wanted)), some, real)
         if words:
             options = {"through_norm": through_norm}
-            drawn = maps.word_maps(states[own], vlm.unembed, tokens, layouts, **options)
+            drawn = maps.word_maps(states[own], unembed_of(vlm, own), tokens, layouts, **options)
             keep("log-probability", words, drawn, real)
         for name, (_, vector) in vectors.items():
             drawn = maps.vector_maps(states[at[name]], np.asarray(vector)[None], layouts)

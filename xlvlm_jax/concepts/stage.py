@@ -22,7 +22,7 @@ from ports.parallel import hosts
 from xlvlm_jax import sae
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.encoding import encode_all
-from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm, is_head
+from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm, unembed_of
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
@@ -227,7 +227,7 @@ def ground_concepts(
         through_norm = is_before_norm(vlm, concepts.source.get("site"))
     words = ground_text(
         np.asarray(concepts.components),
-        (lambda logits: logits) if is_head(vlm, concepts.source.get("site")) else vlm.unembed,
+        unembed_of(vlm, concepts.source.get("site")),
         vlm.tokenizer,
         num_words,
         num_candidates,

@@ -15,7 +15,7 @@ from ports.intervene.sites import match_sites
 from ports.loading import hub_names
 from ports.messages import few
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
-from xlvlm_jax.concepts.grounding import is_before_norm
+from xlvlm_jax.concepts.grounding import is_before_norm, unembed_of
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.data.word_rules import Rules
@@ -131,9 +131,9 @@ def shift_features(
         through_norm = is_before_norm(vlm, site)
     analysis = ground_words(
         analysis,
-        vlm.unembed,
+        unembed_of(vlm, site),
         vlm.tokenizer,
-        finetuned_unembed=None if finetuned_vlm is None else finetuned_vlm.unembed,
+        finetuned_unembed=None if finetuned_vlm is None else unembed_of(finetuned_vlm, site),
         num_words=num_words,
         num_candidates=num_candidates,
         through_norm=through_norm,

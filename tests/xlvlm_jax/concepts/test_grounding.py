@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from xlvlm_jax.concepts.grounding import ground_images, ground_text
+from xlvlm_jax.concepts.grounding import ground_images, ground_text, unembed_of
 
 VOCABULARY = ["▁Dog", "▁the", "dog", "ab", "▁grass ", "xqz", "12", "tree", "cat"]
 
@@ -49,6 +49,21 @@ def test_words_through_the_final_norm():
     components = np.eye(2, dtype=np.float32)
     plain = ground_text(components, unembed, Decoder())
     assert ground_text(components, unembed, Decoder(), through_norm=True) == plain[::-1]
+
+
+def test_concepts_of_heads_are_read_after_the_output_projection(vlm):
+    layer = "language_model.model.layers.3.self_attn"
+    width = vlm.site_shapes[f"{layer}.heads"][-1]
+    x = np.random.default_rng(0).standard_normal((2, width)).astype(np.float32)
+    kernel = vlm.params["language_model"]["model"]["layers_3"]["self_attn"]["o_proj"]["kernel"]
+    expected = vlm.unembed(x @ np.asarray(kernel), through_norm=True)
+    for site in (f"{layer}.heads", f"finetuned:{layer}.heads"):
+        found = unembed_of(vlm, site)(x, through_norm=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert unembed_of(vlm, vlm.head)(x) is x  # logits already
+    assert unembed_of(vlm, layer) == unembed_of(vlm, None) == vlm.unembed
+    with pytest.raises(ValueError, match=r"got site .*o_proj'; expected heads: vision_tower"):
+        vlm.project_heads(x, f"{layer}.o_proj")
 
 
 def test_a_concept_may_have_no_words():

@@ -16,7 +16,7 @@ def test_edits_by_hand():
     edits = SiteVectors.of([FIRST, SECOND]).edits(alpha=2.0, where="all")
     states = np.ones((1, 2), np.float32)
     np.testing.assert_array_equal(edits["layers.10"](states), [[3, 5]])
-    np.testing.assert_array_equal(edits["layers.9.heads"](np.ones((1, 3))), [[1, 7, 1]])
+    np.testing.assert_array_equal(edits["layers.9.heads"](np.ones((1, 3), np.float32)), [[1, 7, 1]])
 
 
 def test_what_all_say_is_kept():
@@ -45,8 +45,7 @@ def test_together_they_are_the_vectors_one_by_one(vlm):
     drawn = np.random.default_rng(0).standard_normal((2, 192)).astype(np.float32)
     apart = [SteeringVector(v, site) for v, site in zip(drawn, sites, strict=True)]
     conditions = [evaluation.Condition(v, 2.0) for v in ((SiteVectors.of(apart),), tuple(apart))]
-    inputs = vlm.process([vlm.render("what is it?")])
-    one, other = (c.edits(vlm, inputs) for c in conditions)
+    one, other = (condition.edits(vlm, {}) for condition in conditions)
     assert list(one) == list(other) == sites
     states = np.ones((1, 3, 192), np.float32)
     for site in sites:

@@ -18,7 +18,7 @@ from ports import VLM
 from ports.models.clip import DualEncoder
 from xlvlm_jax import metrics
 from xlvlm_jax.concepts.decomposition import decompose
-from xlvlm_jax.concepts.grounding import ground_text, is_before_norm
+from xlvlm_jax.concepts.grounding import ground_text, is_before_norm, unembed_of
 from xlvlm_jax.concepts.methods import ALIASES, METHODS, TRAINED
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.scores.records import DictionaryScores, mean_over_seeds
@@ -117,7 +117,7 @@ def compare(
             for each in found_here if average else found_here[:1]:
                 words = ground_text(
                     np.asarray(each.components),
-                    vlm.unembed,
+                    unembed_of(vlm, scorer.site),
                     vlm.tokenizer,
                     num_words,
                     num_candidates,
