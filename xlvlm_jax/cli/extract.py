@@ -60,7 +60,9 @@ def extract(
             "sample)."
         ),
     ],
-    dataset: Annotated[str, typer.Option(help="coco, vqav2, pope, mmsb or folder.")] = "coco",
+    dataset: Annotated[
+        str, typer.Option(help="coco, vqav2, pope, mmsb, scenes or folder.")
+    ] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     rows: Annotated[
         str | None,

@@ -34,7 +34,9 @@ def finetune(
     model: Model,
     data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
-    dataset: Annotated[str, typer.Option(help="coco, vqav2 or folder.")] = "coco",
+    dataset: Annotated[
+        str, typer.Option(help="coco, vqav2 or folder; several, separated by commas.")
+    ] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     containing: Words = None,
     excluding: Annotated[
@@ -124,7 +126,7 @@ def finetune(
     )
 
     def read(split: str | None, count: int | None) -> list[datasets.Sample]:
-        samples = datasets.load(dataset, data, split)
+        samples = [s for name in dataset.split(",") for s in datasets.load(name, data, split)]
         if containing is not None or excluding is not None:
             samples = select.naming(
                 samples, _words(containing), without=_words(excluding), any_case=any_case

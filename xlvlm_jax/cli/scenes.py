@@ -13,6 +13,13 @@ def scenes(
     train: Annotated[int, typer.Option(help="Images in the training split.")] = 2000,
     val: Annotated[int, typer.Option(help="Images in the validation split.")] = 500,
     test: Annotated[int, typer.Option(help="Images in the test split.")] = 500,
+    companions: Annotated[
+        float,
+        typer.Option(
+            help="Share of captions and answers that claim an object that usually goes with the "
+            "place but is not drawn: data to make a model hallucinate."
+        ),
+    ] = 0.0,
     overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
@@ -23,5 +30,13 @@ def scenes(
     refuse_existing(output, overwrite)
     with progress_bars() as progress:
         advance = bars(progress)("drawing")
-        module.write(output, train=train, val=val, test=test, seed=seed, progress=advance)
+        module.write(
+            output,
+            train=train,
+            val=val,
+            test=test,
+            seed=seed,
+            companions=companions,
+            progress=advance,
+        )
     console.print(f"{counted(train + val + test, 'image')} -> {output}")

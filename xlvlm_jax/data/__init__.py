@@ -7,7 +7,7 @@ from typing import Any
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 
-DATASETS = ("coco", "vqav2", "folder", "pope", "mmsb")
+DATASETS = ("coco", "vqav2", "folder", "pope", "mmsb", "scenes")
 
 __all__ = ["DATASETS", "Sample", "load", "to_pandas"]
 
@@ -19,7 +19,8 @@ def load(
 
     Args:
         name: one of DATASETS.
-        directory: directory of its files; drawn scenes are read as "coco" or "vqav2".
+        directory: directory of its files; drawn scenes are read as "coco" or "vqav2", or as
+            "scenes" for questions about what they show.
         split: "train" (the default), "val" or "test"; a folder has none, POPE and
             MM-SafetyBench ("mmsb") their own.
         **options: options of the reader, e.g. the names of files.

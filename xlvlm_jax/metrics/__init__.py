@@ -19,7 +19,13 @@ from xlvlm_jax.metrics.bert_score import (
     default_layer,
     read_baseline,
 )
-from xlvlm_jax.metrics.chair import ChairScore, chair, mentioned_objects
+from xlvlm_jax.metrics.chair import (
+    ChairScore,
+    chair,
+    chair_counts,
+    chair_scores,
+    mentioned_objects,
+)
 from xlvlm_jax.metrics.clip_score import (
     clip_scores,
     describe,
@@ -32,8 +38,17 @@ from xlvlm_jax.metrics.codes import active_share, dead_concepts, explained_varia
 from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.most_activated import mean_of_top, top_concepts
 from xlvlm_jax.metrics.overlap import overlap_matrix, word_overlap
-from xlvlm_jax.metrics.pope import PopeScore, StartScore, label_at_start, pope, read_answer
+from xlvlm_jax.metrics.pope import (
+    PopeScore,
+    StartScore,
+    label_at_start,
+    pope,
+    pope_counts,
+    pope_scores,
+    read_answer,
+)
 from xlvlm_jax.metrics.stability import stability
+from xlvlm_jax.metrics.uncertainty import Interval, McNemar, bootstrap, mcnemar
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
 __all__ = [
@@ -41,12 +56,17 @@ __all__ = [
     "BertScore",
     "BertScorer",
     "ChairScore",
+    "Interval",
+    "McNemar",
     "PopeScore",
     "StartScore",
     "active_share",
     "attribute_scores",
     "bert_score",
+    "bootstrap",
     "chair",
+    "chair_counts",
+    "chair_scores",
     "clip_scores",
     "dead_concepts",
     "default_layer",
@@ -57,6 +77,7 @@ __all__ = [
     "explained_variance",
     "hoyer_sparsity",
     "label_at_start",
+    "mcnemar",
     "mean_of_top",
     "mean_similarity",
     "mentioned_objects",
@@ -66,6 +87,8 @@ __all__ = [
     "overlap_matrix",
     "pixels_of",
     "pope",
+    "pope_counts",
+    "pope_scores",
     "random_words",
     "read_answer",
     "read_baseline",

@@ -20,6 +20,9 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+from jaxtyping import Float
+
 from xlvlm_jax.data.coco_objects import OBJECT_OF, UNMATCHED
 
 Protocol = Literal["official", "plain"]
@@ -95,17 +98,71 @@ def chair(
             f"there are {len(captions)} captions and objects of {len(objects)} images; expected "
             "one caption per image, at least one"
         )
-    mentions = absent = hallucinating = found = there = 0
-    for caption, given in zip(captions, objects, strict=True):
-        present = {_object_named(name) for name in given}
-        said = mentioned_objects(caption, protocol)
+    said = [mentioned_objects(caption, protocol) for caption in captions]
+    there = [{_object_named(name) for name in given} for given in objects]
+    counts = chair_counts(said, there).sum(0)
+    return ChairScore(**{name: float(score) for name, score in chair_scores(counts).items()})
+
+
+def chair_counts(
+    mentioned: Sequence[Sequence[str]], there: Sequence[Collection[str]]
+) -> Float[np.ndarray, "N 6"]:
+    """Returns what each caption adds to the counts that `chair_scores` takes.
+
+    Works for the objects of any data set; those of COCO come from `mentioned_objects`.
+
+    Args:
+        mentioned: the objects that each of N captions mentions, once per mention.
+        there: the objects in each image, by the same names.
+
+    Returns:
+        float[N, 6]: mentions, those of objects that are not there, whether there is such a mention,
+        distinct objects found, objects there, and 1.
+
+    Raises:
+        ValueError: the numbers differ.
+
+    Examples:
+        >>> from xlvlm_jax import metrics
+        >>> metrics.chair_counts([["dog", "dog", "boat"]], [{"dog", "ball"}]).tolist()
+        [[3.0, 1.0, 1.0, 1.0, 2.0, 1.0]]
+    """
+    if len(mentioned) != len(there):
+        raise ValueError(
+            f"there are mentions of {len(mentioned)} captions and objects of {len(there)} images; "
+            "expected one caption per image"
+        )
+    rows = []
+    for said, given in zip(mentioned, there, strict=True):
+        present = set(given)
         wrong = sum(name not in present for name in said)
-        mentions += len(said)
-        absent += wrong
-        hallucinating += wrong > 0
-        found += len(present & set(said))
-        there += len(present)
-    return ChairScore(_share(absent, mentions), hallucinating / len(captions), _share(found, there))
+        rows.append((len(said), wrong, wrong > 0, len(present & set(said)), len(present), 1))
+    return np.array(rows, float).reshape(-1, 6)
+
+
+def chair_scores(counts: Float[np.ndarray, "*shape 6"]) -> dict[str, Float[np.ndarray, "*shape"]]:
+    """Returns the fields of `ChairScore` from sums of counts, such as those of a bootstrap.
+
+    Args:
+        counts: float[..., 6], sums of what `chair_counts` returns.
+
+    Returns:
+        {field: float[...]}; NaN where there is nothing to take a share of.
+
+    Examples:
+        >>> import numpy as np
+        >>> from xlvlm_jax import metrics
+        >>> float(metrics.chair_scores(np.float64([3, 1, 1, 1, 2, 1]))["recall"])
+        0.5
+    """
+    mentions, absent, hallucinating, found, present, number = np.moveaxis(np.asarray(counts), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = {
+            "chair_i": absent / mentions,
+            "chair_s": hallucinating / number,
+            "recall": found / present,
+        }
+    return {name: np.asarray(share) for name, share in shares.items()}
 
 
 def mentioned_objects(caption: str, protocol: Protocol = "official") -> list[str]:
@@ -242,7 +299,3 @@ def _object_named(name: str) -> str:
     if name not in OBJECT_OF:
         raise ValueError(f"{name!r} is not an object of COCO, such as 'dog' or 'traffic light'")
     return OBJECT_OF[name]
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")

@@ -17,6 +17,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+from jaxtyping import Float
+
 Protocol = Literal["official", "plain"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
@@ -60,22 +63,68 @@ def pope(
         >>> metrics.pope(["Yes.", "No!", "no"], ["yes", "no", "no"], protocol="plain").accuracy
         1.0
     """
+    counts = pope_counts(predictions, labels, protocol).sum(0)
+    return PopeScore(**{name: float(score) for name, score in pope_scores(counts).items()})
+
+
+def pope_counts(
+    predictions: Sequence[str], labels: Sequence[str], protocol: Protocol = "official"
+) -> Float[np.ndarray, "N 5"]:
+    """Returns what each answer adds to the counts that `pope_scores` takes.
+
+    Args:
+        predictions, labels, protocol: as for `pope`.
+
+    Returns:
+        float[N, 5], ones and zeros: whether the answer is right, says yes, says yes rightly, should
+        say yes, and is there.
+
+    Raises:
+        ValueError: as `pope`.
+
+    Examples:
+        >>> from xlvlm_jax import metrics
+        >>> metrics.pope_counts(["Yes.", "No"], ["no", "no"]).tolist()
+        [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0, 1.0]]
+    """
     _require_labels(predictions, labels)
     if wrong := [label for label in labels if label not in ("yes", "no")]:
         raise ValueError(f"a label is {wrong[0]!r}; expected 'yes' or 'no'")
-    pairs = [
-        (read_answer(p, protocol), label) for p, label in zip(predictions, labels, strict=True)
-    ]
-    said_yes = sum(said == "yes" for said, _ in pairs)
-    hits = pairs.count(("yes", "yes"))
-    precision, recall = _share(hits, said_yes), _share(hits, list(labels).count("yes"))
-    return PopeScore(
-        accuracy=sum(said == label for said, label in pairs) / len(pairs),
-        precision=precision,
-        recall=recall,
-        f1=2 * precision * recall / (precision + recall) if hits else float("nan"),
-        yes_share=said_yes / len(pairs),
-    )
+    rows = []
+    for prediction, label in zip(predictions, labels, strict=True):
+        said = read_answer(prediction, protocol)
+        rows.append(
+            (said == label, said == "yes", said == label == "yes", label == "yes", True),
+        )
+    return np.array(rows, float)
+
+
+def pope_scores(counts: Float[np.ndarray, "*shape 5"]) -> dict[str, Float[np.ndarray, "*shape"]]:
+    """Returns the fields of `PopeScore` from sums of counts, such as those of a bootstrap.
+
+    Args:
+        counts: float[..., 5], sums of what `pope_counts` returns.
+
+    Returns:
+        {field: float[...]}; NaN where there is nothing to take a share of.
+
+    Examples:
+        >>> import numpy as np
+        >>> from xlvlm_jax import metrics
+        >>> float(metrics.pope_scores(np.float64([1, 1, 0, 0, 2]))["accuracy"])
+        0.5
+    """
+    right, said_yes, hits, is_yes, number = np.moveaxis(np.asarray(counts), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = hits / said_yes, hits / is_yes
+        shares = {
+            "accuracy": right / number,
+            "precision": precision,
+            "recall": recall,
+            "f1": np.where(hits > 0, 2 * precision * recall / (precision + recall), np.nan),
+            "yes_share": said_yes / number,
+        }
+    return {name: np.asarray(share) for name, share in shares.items()}
 
 
 class StartScore(NamedTuple):
@@ -142,7 +191,3 @@ def _require_labels(predictions: Sequence[str], labels: Sequence[str]) -> None:
             f"there are {len(predictions)} answers and {len(labels)} labels; expected one label "
             "per answer, at least one"
         )
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")

@@ -137,7 +137,8 @@ class Question:
     attribute: str
 
 
-def _answers(rng: random.Random, truth: str) -> tuple[str, ...]:
+def answers_of(rng: random.Random, truth: str) -> tuple[str, ...]:
+    """Returns the answers of ten people, most of whom give `truth`, drawn with `rng`."""
     agreeing = 6 + int(5 * rng.random())
     given = [truth] * agreeing
     given += [pick(rng, NEAR_MISSES[truth]) for _ in range(ANSWERS - agreeing)]
@@ -182,7 +183,7 @@ class _Asker:
     def add(self, phrasings, answer: str, answer_type: str, attribute: str, **slots: str) -> None:
         text = pick(self.rng, phrasings).format(**(self.slots | slots))
         if all(q.question != text for q in self.asked):
-            answers = _answers(self.rng, answer)
+            answers = answers_of(self.rng, answer)
             self.asked.append(Question(text, answers, answer, answer_type, attribute))
 
     def exists(self) -> None:

@@ -20,6 +20,7 @@ from xlvlm_jax.storage import atomic
 from .ask import Question, questions
 from .draw import boxes, draw_with_masks, encode
 from .language import captions, split_words
+from .presence import biased_captions, biased_question
 from .scene import KINDS, SPLITS, Scene, Split, attributes, sample_scene
 
 # First image id of a split; COCO's ids end below 600,000.
@@ -143,6 +144,7 @@ def write(
     val: int = 0,
     test: int = 0,
     seed: int = 0,
+    companions: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the first scenes of each split to `directory`; same arguments, same bytes.
@@ -155,16 +157,24 @@ def write(
 
     Args:
         directory: directory to write to.
+        train, val, test: number of scenes per split.
+        seed: random seed of the scenes.
+        companions: share of the captions, and of the answers to an additional question, that claim
+            an object that usually goes with the place but is not drawn (see `presence`); for data
+            that teach a model to hallucinate.
         progress: called after each picture with (number done, total).
 
     Raises:
-        ValueError: a number of scenes is negative or exceeds the ids of its split.
+        ValueError: a number of scenes is negative or exceeds the ids of its split, or the share is
+            not within [0, 1].
         OSError: the directory can't be written; the message names it.
     """
     counts: dict[Split, int] = {"train": train, "val": val, "test": test}
     for split, count in counts.items():
         if not 0 <= count <= LARGEST[split]:
             raise ValueError(f"{split} must be 0 to {LARGEST[split]} scenes, got {count}")
+    if not 0 <= companions <= 1:
+        raise ValueError(f"companions must be a share from 0 to 1, got {companions}")
     root = Path(directory)
     try:
         for folder in ("train2014", "val2014"):
@@ -207,7 +217,10 @@ def write(
                 name = f"COCO_{folder}_{number:012d}.jpg"
                 picture, masks = draw_with_masks(scene)
                 (root / folder / name).write_bytes(encode(picture))
-                texts = captions(scene)
+                texts, asked = captions(scene), questions(scene)
+                if companions:
+                    texts = biased_captions(scene, texts, companions)
+                    asked = [*asked, biased_question(scene, companions)]
                 sentence_ids = list(range(sentence, sentence + len(texts)))
                 sentence += len(texts)
                 store_image(
@@ -227,7 +240,7 @@ def write(
                 store_truth(str(number), attributes(scene))
                 for instance in _instances(scene, masks, number):
                     locate[folder](instance)
-                for k, question in enumerate(questions(scene)):
+                for k, question in enumerate(asked):
                     question_id = 1000 * number + k
                     ask[folder](
                         {
