@@ -43,7 +43,13 @@ def test_the_example_of_an_exported_name(package: types.ModuleType, name: str):
     "module",
     [
         *("causal.words", "causal.changes", "causal.scores"),
-        *("metrics.chair", "metrics.pope", "metrics.uncertainty", "data.scenes.presence"),
+        *(
+            "metrics.amber",
+            "metrics.chair",
+            "metrics.pope",
+            "metrics.uncertainty",
+            "data.scenes.presence",
+        ),
         *("lenses.reading", "lenses.jacobian", "lenses.neighbours"),
     ],
 )

@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import (
+    Adapter,
     AnswerTypes,
     Baseline,
     BatchSize,
@@ -31,17 +32,21 @@ from xlvlm_jax.cli.evaluate_options import (
     Edit,
     Instruction,
     Java,
+    Negatives,
     NewTokens,
     NumSamples,
     Output,
     Source,
     Split,
     Target,
+    TaskName,
     VqaProtocol,
     Without,
     Words,
+    dataset_of,
     describe_run,
     parse_task,
+    reading_of,
 )
 from xlvlm_jax.cli.evaluate_tables import show, show_needs
 from xlvlm_jax.cli.protocol import Protocol
@@ -62,8 +67,11 @@ def evaluate(
     model: Model,
     data: Data,
     output: Output,
-    dataset: Dataset = "vqav2",
+    task: TaskName = None,
+    dataset: Dataset = None,
     split: Split = None,
+    negatives: Negatives = "all",
+    adapter: Adapter = None,
     vector: Annotated[
         Path | None, typer.Option(help="Steering vector: also evaluate with it applied.")
     ] = None,
@@ -107,8 +115,10 @@ def evaluate(
 
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
-    task = parse_task(
-        dataset, loaded, source, target, words, java, vqa_protocol, without, answer_types
+    dataset_name = dataset_of(task, dataset)
+    measured = parse_task(
+        *(dataset_name, loaded, source, target, words, java, vqa_protocol, without, answer_types),
+        task=task,
     )
     told: dict[str, Any] = {
         "prompt": prompt,
@@ -116,29 +126,32 @@ def evaluate(
         "questions": questions,
         "objects": objects,
     }
-    drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
+    told |= reading_of(task, dataset_name, split, negatives)
+    drawn = read_samples(dataset_name, data, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
     conditions = {}
     if loaded:
         conditions["steered"] = evaluation.Condition(tuple(loaded), alpha, meant, edit)
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
-    task.require(samples)
+    measured.require(samples)
     if dry_run:
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
-        show_preflight(vlm, samples, 1 + len(conditions), task, max_new_tokens, batch_size)
+        show_preflight(vlm, samples, 1 + len(conditions), measured, max_new_tokens, batch_size)
         return
     refuse_existing(output, overwrite)
-    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
+    vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate(
             vlm,
             samples,
-            task,
+            measured,
             output,
             conditions,
             baseline=baseline,
-            about=describe_run(data, dataset, split, seed, [vector] if vector else [], loaded),
+            about=describe_run(
+                data, dataset_name, told["split"], seed, [vector] if vector else [], loaded
+            ),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             strict=strict,

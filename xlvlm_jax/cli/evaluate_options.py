@@ -9,18 +9,38 @@ import typer
 
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
-Dataset = Annotated[
-    Literal["vqav2", "coco", "pope", "mmsb"],
+TaskName = Annotated[
+    Literal["pope", "chair", "vqa", "captions"] | None,
     typer.Option(
-        help="vqav2 or pope for questions, coco for captions, mmsb (MM-SafetyBench) for the words "
-        "of free answers."
+        "--task",
+        help="What to measure: pope (whether objects are there), chair (objects in captions that "
+        "are not there), vqa or captions. Default: what belongs to --dataset.",
+    ),
+]
+Dataset = Annotated[
+    Literal["vqav2", "coco", "pope", "amber", "mmsb", "scenes"] | None,
+    typer.Option(
+        help="vqav2, pope or amber for questions, coco for captions, scenes (of `xlvlm scenes`) "
+        "for either, mmsb (MM-SafetyBench) for the words of free answers. Default: that of --task, "
+        "or vqav2."
     ),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
-        help="train, val or test; for pope random, popular or adversarial; for mmsb all, train "
-        "or test."
+        help="train, val or test; for pope random, popular, adversarial or all; for amber "
+        "existence, attribute, relation or all; for mmsb all, train or test."
+    ),
+]
+Negatives = Annotated[
+    Literal["random", "popular", "adversarial", "all"],
+    typer.Option(help="Questions of scenes: how objects that are not there are drawn."),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="LoRA adapter (directory or Hub ID) to merge into the model; for the embedded model "
+        "also color, place, mood or companions."
     ),
 ]
 Instruction = Annotated[
@@ -90,6 +110,50 @@ Java = Annotated[
 ]
 
 
+# Task -> the data sets it can be measured on, the usual one first.
+DATASETS = {
+    "pope": ("pope", "amber", "scenes"),
+    "chair": ("coco", "scenes"),
+    "vqa": ("vqav2", "pope", "amber", "scenes"),
+    "captions": ("coco", "mmsb", "scenes"),
+}
+
+
+def dataset_of(task: str | None, dataset: str | None) -> str:
+    """Returns the data set to evaluate on.
+
+    Args:
+        task: value of --task.
+        dataset: value of --dataset; None for the usual one of the task.
+
+    Raises:
+        ValueError: the task can't be measured on the data set.
+    """
+    if task is None:
+        return dataset or "vqav2"
+    if dataset is not None and dataset not in DATASETS[task]:
+        raise ValueError(
+            f"--task {task} can't be measured on --dataset {dataset}; expected one of "
+            f"{', '.join(DATASETS[task])}"
+        )
+    return dataset or DATASETS[task][0]
+
+
+def reading_of(task: str | None, dataset: str, split: str | None, negatives: str) -> dict[str, Any]:
+    """Returns the options of `read_samples` that depend on the task.
+
+    Args:
+        task, split, negatives: values of the options.
+        dataset: what `dataset_of` returns.
+    """
+    if dataset == "pope" and task == "pope" and split is None:
+        return {"split": "all"}
+    if dataset == "scenes":
+        asked = "captions" if task in ("chair", "captions") else "all"
+        return {"split": split, "ask": asked, "negatives": negatives}
+    return {"split": split}
+
+
 def parse_task(
     dataset: str,
     vectors: Sequence[Any],
@@ -100,20 +164,24 @@ def parse_task(
     protocol: str,
     without: str | None,
     answer_types: Path | None = None,
+    *,
+    task: str | None = None,
 ) -> Any:
     """Returns the task to evaluate; words not given are those the first vector was fitted on.
 
     Args:
-        dataset: "coco" for captions, "mmsb" for free answers, otherwise questions.
+        dataset: "coco" for captions, "mmsb" for free answers, otherwise questions if the task says
+            nothing else.
         vectors: the loaded steering vectors.
         source, target, words: option values, with commas.
         java: whether to compute metrics that need Java.
         protocol: how the accuracy of answers is computed.
         without: an answer type to leave out of a mean.
         answer_types: a file of answers by type.
+        task: value of --task.
 
     Returns:
-        `evaluation.Captions` or `evaluation.Questions`.
+        `evaluation.Captions` or `evaluation.Questions`, or those of the hallucination bench.
 
     Raises:
         ValueError: an option does not belong to this kind of data, or one of a pair is missing.
@@ -123,13 +191,15 @@ def parse_task(
     from xlvlm_jax.data.words import class_words
 
     fitted = vectors[0].source if vectors else {}
-    if dataset in ("coco", "mmsb"):
+    if task in ("chair", "captions") or (task is None and dataset in ("coco", "mmsb")):
         if source is not None or target is not None:
             raise ValueError("--source and --target apply to questions; use --words for captions")
         if answer_types is not None:
             raise ValueError("--answer-types applies to questions; omit it for captions")
         usual = REFUSALS if dataset == "mmsb" else fitted.get("target") or ()
-        return evaluation.Captions(tuple(usual if words is None else class_words(words)), java)
+        kind = evaluation.ObjectCaptions if task == "chair" else evaluation.Captions
+        counted = tuple(usual if words is None else class_words(words))
+        return kind(counted, java, "scenes" if dataset == "scenes" else "coco")
     if words is not None:
         raise ValueError("--words applies to captions; use --source and --target for questions")
     sources, targets = (
@@ -140,9 +210,8 @@ def parse_task(
         missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
     types = None if answer_types is None else evaluation.read_types(answer_types)
-    return evaluation.Questions(
-        sources, targets, protocol=cast(Any, protocol), without=without, types=types
-    )
+    kind = evaluation.Presence if task == "pope" else evaluation.Questions
+    return kind(sources, targets, protocol=cast(Any, protocol), without=without, types=types)
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

@@ -15,6 +15,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         _show_questions(summary["conditions"], summary["protocol"], console)
     else:
         _show_captions(summary["conditions"], console)
+    if "paired" in summary:
+        _show_paired(summary["paired"], console)
 
 
 def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Console) -> None:
@@ -29,6 +31,10 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
     console.print(table)
     if "POPE" in conditions["plain"]:
         _show_protocols("POPE", conditions, console)
+    if "AMBER" in conditions["plain"]:
+        _show_protocols("AMBER", conditions, console)
+    if "false yes" in conditions["plain"]:
+        _show_presence(conditions, console)
     if "changes" not in conditions["plain"]:
         return
     table = Table(
@@ -48,14 +54,72 @@ def _show_questions(conditions: Mapping[str, Any], protocol: str, console: Conso
 
 
 def _show_protocols(metric: str, conditions: Mapping[str, Any], console: Console) -> None:
-    """Prints a line per condition and protocol; a protocol may lack some of the figures."""
-    figures = list(conditions["plain"][metric]["official"])
+    """Prints a line per condition, kind of negatives and protocol, and where protocols differ.
+
+    A protocol may lack some of the figures. Scores of all samples come with their intervals.
+    """
+    figures = list(next(iter(conditions["plain"][metric].values())))
     table = Table(f"{metric} %", *figures, box=None)
     for name, measured in conditions.items():
+        intervals = measured.get(f"{metric} intervals", {})
         for protocol, values in measured[metric].items():
-            shown = (_percent(values[figure]) if figure in values else "" for figure in figures)
+            shown = (_figure(figure, values) for figure in figures)
             table.add_row(f"{name}, {protocol}", *shown)
+            if known := intervals.get(protocol):
+                table.add_row("95 %", *(_interval(known.get(figure)) for figure in figures))
+        for kind, scores in measured.get(f"{metric} by negatives", {}).items():
+            for protocol, values in scores.items():
+                shown = (_figure(figure, values) for figure in figures)
+                table.add_row(f"{name}, {protocol}, {kind}", *shown)
     console.print(table)
+    for name, measured in conditions.items():
+        if (differ := measured.get("read differently")) and differ["count"]:
+            examples = "; ".join(repr(text) for text in differ["examples"][:3])
+            console.print(
+                f"{name}: the protocols read {differ['count']} answers differently, such as "
+                f"{examples}",
+                style="dim",
+                markup=False,
+            )
+
+
+def _show_presence(conditions: Mapping[str, Any], console: Console) -> None:
+    """Prints how often what is not there was seen, and how right the other answers are."""
+    table = Table("hallucination", "false yes", "accuracy on the rest %", box=None)
+    for name, measured in conditions.items():
+        rest = measured["rest"]
+        table.add_row(
+            name,
+            _share(measured["false yes"]["count"], measured["false yes"]["of"]),
+            f"{_percent(rest['accuracy'])} ({_interval(rest['interval'])}) of {rest['count']}",
+        )
+    console.print(table)
+
+
+def _show_paired(tests: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints the paired tests of conditions."""
+    table = Table("McNemar", "right answers of", "lost", "gained", "p", box=None)
+    for test in tests:
+        table.add_row(
+            f"{test['first']} -> {test['second']}",
+            test["what"],
+            str(test["lost"]),
+            str(test["gained"]),
+            f"{test['p_value']:.3g}",
+        )
+    console.print(table)
+
+
+def _figure(name: str, values: Mapping[str, float | None]) -> str:
+    """Returns a score in percent, a length as it is, nothing for what is not among the values."""
+    if name not in values:
+        return ""
+    value = values[name]
+    return f"{value:.1f}" if name == "length" else _percent(value)
+
+
+def _interval(ends: Sequence[float | None] | None) -> str:
+    return "" if ends is None or None in ends else "-".join(f"{100 * (e or 0):.1f}" for e in ends)
 
 
 def _percent(share: float | None) -> str:

@@ -11,9 +11,9 @@ from typer.models import OptionInfo
 FEW = 12
 # Panel -> names of the command arguments listed in it.
 PANELS = {
-    "Data": "dataset split images prompt annotations questions objects containing excluding key "
-    "any_case containing_match containing_in image_ids sample_ids dataset_size num_samples "
-    "first test",
+    "Data": "task dataset split negatives images prompt annotations questions objects containing "
+    "excluding key any_case containing_match containing_in image_ids sample_ids dataset_size "
+    "num_samples first test",
     "Selection": "tokens rows match search_from include_prompt site source target words pairs "
     "features target_features concepts finetuned_concepts num_words num_candidates num_images "
     "word_rules",

@@ -68,6 +68,7 @@ def read_samples(
     objects: Path | None = None,
     dataset_size: int | None = None,
     seed: int = 0,
+    **reading: Any,
 ) -> list[Any]:
     """Returns the samples of a split.
 
@@ -77,6 +78,7 @@ def read_samples(
         objects: COCO's file of instances.
         dataset_size: number of samples to draw as XL-VLMs does; None for all.
         seed: random seed of the draw.
+        **reading: further options of the data set's reader.
 
     Raises:
         ValueError: as `xlvlm_jax.data.load`, or the data set has no such file.
@@ -84,15 +86,18 @@ def read_samples(
     from xlvlm_jax import data as datasets
     from xlvlm_jax.data import select
 
-    if questions is not None and dataset not in ("vqav2", "pope"):
-        raise ValueError(f"--questions belongs to --dataset vqav2 or pope, not to {dataset}")
-    if annotations is not None and dataset == "pope":
-        raise ValueError("--annotations does not belong to --dataset pope; give --questions")
+    if questions is not None and dataset not in ("vqav2", "pope", "amber"):
+        raise ValueError(f"--questions belongs to --dataset vqav2, pope or amber, not to {dataset}")
+    if annotations is not None and dataset in ("pope", "scenes"):
+        raise ValueError(
+            f"--annotations does not belong to --dataset {dataset}; "
+            + ("give --questions" if dataset == "pope" else "omit it")
+        )
     if objects is not None and dataset != "coco":
         raise ValueError(f"--objects belongs to --dataset coco, not to {dataset}")
     given = {"prompt": prompt, _ANNOTATIONS.get(dataset, "annotations"): annotations}
     given |= {"questions": questions, "objects": objects}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = reading | {name: value for name, value in given.items() if value is not None}
     if dataset == "vqav2" and dataset_size is not None:
         options["order"] = "annotations"
     samples = datasets.load(dataset, data, split, **options)

@@ -23,6 +23,7 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.evaluate import finish, show_preflight
 from xlvlm_jax.cli.evaluate_options import (
+    Adapter,
     AnswerTypes,
     Baseline,
     BatchSize,
@@ -32,17 +33,21 @@ from xlvlm_jax.cli.evaluate_options import (
     Edit,
     Instruction,
     Java,
+    Negatives,
     NewTokens,
     NumSamples,
     Output,
     Source,
     Split,
     Target,
+    TaskName,
     VqaProtocol,
     Without,
     Words,
+    dataset_of,
     describe_run,
     parse_task,
+    reading_of,
     vectors_at,
 )
 from xlvlm_jax.cli.panels import into_panels
@@ -75,8 +80,11 @@ def apply(
     data: Data,
     output: Output,
     vector: Annotated[list[Path], typer.Option(help="Steering vector; may be repeated.")],
-    dataset: Dataset = "vqav2",
+    task: TaskName = None,
+    dataset: Dataset = None,
     split: Split = None,
+    negatives: Negatives = "all",
+    adapter: Adapter = None,
     choose_on: Annotated[
         str | None,
         typer.Option(
@@ -156,11 +164,13 @@ def apply(
 
     loaded = [steering.load(path) for path in vector]
     meant = [None] if where is None else [parse_where(text) for text in where]
-    task = parse_task(
-        dataset, loaded, source, target, words, java, vqa_protocol, without, answer_types
+    dataset_name = dataset_of(task, dataset)
+    measured = parse_task(
+        *(dataset_name, loaded, source, target, words, java, vqa_protocol, without, answer_types),
+        task=task,
     )
     limits = {"wanted": wanted, "max_cost": max_cost}
-    task = dataclasses.replace(task, **{k: v for k, v in limits.items() if v is not None})
+    measured = dataclasses.replace(measured, **{k: v for k, v in limits.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
     placed = vectors_at(loaded, sites, together)
     tried = [
@@ -169,36 +179,37 @@ def apply(
         for condition in evaluation.grid(placed, alpha or [1.0], meant, kind)
     ]
     told: Any = dict(prompt=prompt, annotations=annotations, questions=questions, objects=objects)
-    drawn = read_samples(dataset, data, split, dataset_size=dataset_size, seed=seed, **told)
+    told |= reading_of(task, dataset_name, split, negatives)
+    drawn = read_samples(dataset_name, data, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
-    task.require(samples)
+    measured.require(samples)
     others: Sequence[Any] = []
     if choose_on is not None:
-        of = read_samples(dataset, data, choose_on, **told)
+        of = read_samples(dataset_name, data, **{**told, "split": choose_on})
         others = _others(samples, of, choose_on, num_choose)
-        task.require(others)
+        measured.require(others)
     if dry_run:
         # With --choose-on, only one condition is applied besides plain answers and an instruction.
         count = (1 if others else len(tried)) + 1 + (instruction is not None)
         vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
-        show_preflight(vlm, samples, count, task, max_new_tokens, batch_size)
+        show_preflight(vlm, samples, count, measured, max_new_tokens, batch_size)
         if others:
-            show_preflight(vlm, others, 1 + len(tried), task, max_new_tokens, batch_size)
+            show_preflight(vlm, others, 1 + len(tried), measured, max_new_tokens, batch_size)
         return
     refuse_existing(output, overwrite)
-    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
+    vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate_steering(
             vlm,
             samples,
-            task,
+            measured,
             output,
             tried,
             others=others,
             split=choose_on,
             instruction=instruction,
             baseline=baseline,
-            about=describe_run(data, dataset, split, seed, vector, loaded),
+            about=describe_run(data, dataset_name, told["split"], seed, vector, loaded),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             strict=strict,

@@ -15,6 +15,8 @@ from xlvlm_jax.data import files, prompts
 from xlvlm_jax.data.sample import Sample
 
 FILE = "dataset_coco.json"
+_KARPATHY = f"Karpathy's split file ({FILE})"
+_INSTANCES = "COCO's file of instances (instances_val2014.json)"
 
 
 def load(
@@ -47,7 +49,7 @@ def load(
     samples: dict[int, Sample] = {}
     splits: dict[str, None] = {}
     for place, image in _images(path):
-        its_split = files.get(image, "split", str, path, place)
+        its_split = files.get(image, "split", str, path, place, _KARPATHY)
         splits[its_split] = None
         if its_split != split:
             continue
@@ -101,16 +103,16 @@ def _objects(path: Path) -> dict[int, list[str]]:
         files.get(each, "id", int, path, f"categories[{i}]"): files.get(
             each, "name", str, path, f"categories[{i}]"
         )
-        for i, each in enumerate(files.get_records(content, "categories", path))
+        for i, each in enumerate(files.get_records(content, "categories", path, _INSTANCES))
     }
     found: dict[int, set[str]] = {
         files.get(image, "id", int, path, f"images[{i}]"): set()
-        for i, image in enumerate(files.get_records(content, "images", path))
+        for i, image in enumerate(files.get_records(content, "images", path, _INSTANCES))
     }
-    for i, each in enumerate(files.get(content, "annotations", list, path)):
+    for i, each in enumerate(files.get(content, "annotations", list, path, "", _INSTANCES)):
         place = f"annotations[{i}]"
-        image = files.get(each, "image_id", int, path, place)
-        category = files.get(each, "category_id", int, path, place)
+        image = files.get(each, "image_id", int, path, place, _INSTANCES)
+        category = files.get(each, "category_id", int, path, place, _INSTANCES)
         if image not in found or category not in names:
             raise ValueError(f"{path}: {place}: unknown image {image} or category {category}")
         found[image].add(names[category])
@@ -118,5 +120,5 @@ def _objects(path: Path) -> dict[int, list[str]]:
 
 
 def _images(path: Path) -> list[tuple[str, Any]]:
-    images = files.get_records(files.read_json(path), "images", path)
+    images = files.get_records(files.read_json(path), "images", path, _KARPATHY)
     return [(f"images[{i}]", image) for i, image in enumerate(images)]

@@ -38,15 +38,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not readable JSON ({error})") from None
 
 
-def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:
+def get(
+    record: Any,
+    key: str,
+    kind: type | tuple[type, ...],
+    path: Path,
+    place: str = "",
+    expected: str | None = None,
+) -> Any:
     """Returns a value of a JSON object.
 
     Args:
         record: the object.
         key: the key.
-        kind: expected type: dict, list, str or int.
+        kind: expected type: dict, list, str or int; or several of them.
         path: the file, for error messages.
         place: the place in it, for error messages.
+        expected: the kind of file, for error messages: what another one is taken for.
 
     Raises:
         ValueError: the key is missing or the type differs; names the file and the place:
@@ -56,10 +64,14 @@ def get(record: Any, key: str, kind: type, path: Path, place: str = "") -> Any:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {_shown(record)}")
     if key not in record:
-        raise ValueError(f"{where}: key {key!r} missing; it has {', '.join(record) or 'none'}")
+        hint = "" if expected is None else f"; expected {expected}"
+        has = ", ".join(list(record)[:8]) or "none"
+        raise ValueError(f"{where}: key {key!r} missing; it has {has}{hint}")
     value = record[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where}: {key!r} must be {_NAMES[kind]}, got {_shown(value)}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        named = " or ".join(_NAMES[each] for each in kinds)
+        raise ValueError(f"{where}: {key!r} must be {named}, got {_shown(value)}")
     return value
 
 
@@ -74,13 +86,13 @@ def get_texts(records: list[Any], key: str, path: Path, place: str) -> tuple[str
     return tuple(get(r, key, str, path, f"{place}[{i}]") for i, r in enumerate(records))
 
 
-def get_records(content: Any, key: str, path: Path) -> list[Any]:
-    """Returns the list under `key` of a file's content.
+def get_records(content: Any, key: str, path: Path, expected: str | None = None) -> list[Any]:
+    """Returns the list under `key` of a file's content; `expected` is as for `get`.
 
     Raises:
         ValueError: it is missing, not a list, or empty.
     """
-    records = get(content, key, list, path)
+    records = get(content, key, list, path, expected=expected)
     if not records:
         raise ValueError(f"{path}: {key!r} is empty; expected one or more samples")
     return records

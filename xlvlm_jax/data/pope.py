@@ -3,8 +3,10 @@
     <directory>/coco_pope_{random,popular,adversarial}.json    a JSON object per line
     <directory>/val2014/COCO_val2014_000000310196.jpg
 
-A line: {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
-         "text": "Is there a snowboard in the image?", "label": "yes"}
+The questions whose answer is yes are the same in each file. A line:
+
+    {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+     "text": "Is there a snowboard in the image?", "label": "yes"}
 
 XL-VLMs keeps the questions of all splits in one list, and the pictures in one folder:
 
@@ -29,6 +31,7 @@ from xlvlm_jax.data.sample import Sample
 
 SPLITS = ("random", "popular", "adversarial")
 _ENDING = "Answer with just one word."  # which XL-VLMs drops from its instructions
+_FORM = "a line of POPE, with question_id, image, text and label"
 _SUBSET = re.compile(r"COCO_([a-z]+[0-9]{4})_0*([0-9]+)")
 
 
@@ -41,12 +44,13 @@ def load(
 ) -> list[Sample]:
     """Returns one sample per question; its label is each of ten references.
 
-    The metadata has `question`, `label` and, as for VQAv2, `answer` and `answer_type`.
+    The metadata has `question`, `label`, `negatives` (how absent objects were drawn) and, as for
+    VQAv2, `answer` and `answer_type`.
 
     Args:
         directory: directory of the data set.
-        split: how absent objects were drawn: "random", "popular" or "adversarial"; "all" of
-            XL-VLMs' list.
+        split: how absent objects were drawn: "random", "popular" or "adversarial"; or "all" of
+            them, whose ids are then such as "random/1" for POPE's own files.
         questions: a file to read instead of the one above, in either form.
         prompt: prompt of every sample, with {question} in place of the question.
 
@@ -56,29 +60,39 @@ def load(
             question is a duplicate, or the prompt does not hold {question}.
     """
     directory = Path(directory)
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"POPE has no split {split!r}; expected one of {', '.join(SPLITS)}, all")
     path = files.resolve(directory, questions, f"coco_pope_{split}.json")
-    listed = _is_list(path)
-    if split not in SPLITS and not (listed and split == "all"):
-        raise ValueError(f"POPE has no split {split!r}; expected one of {', '.join(SPLITS)}")
-    samples: dict[int, Sample] = {}
-    for number, place, record in _listed(path, split) if listed else _asked(path):
+    if _is_list(path):
+        folder, asked = "images", _listed(path, split)
+    else:
+        folder, asked = None, _asked(path, split)
+        if split == "all" and questions is None:
+            each = [(directory / f"coco_pope_{name}.json", name) for name in SPLITS]
+            asked = (
+                (f"{name}/{number}", place, record)
+                for path, name in each
+                for number, place, record in _asked(path, name)
+            )
+    samples: dict[str, Sample] = {}
+    for number, place, record in asked:
         if number in samples:
             raise ValueError(f"{path}: {place}: question_id {number} is a duplicate")
-        label = files.get(record, "label", str, path, place)
+        label = files.get(record, "label", str, path, place, _FORM)
         if label not in ("yes", "no"):
             raise ValueError(f"{path}: {place}: 'label' is {label!r}; expected 'yes' or 'no'")
-        question = files.get(record, "text", str, path, place)
-        image = files.get(record, "image", str, path, place)
+        question = files.get(record, "text", str, path, place, _FORM)
+        image = files.get(record, "image", str, path, place, _FORM)
         known = _SUBSET.match(image)
-        folder = "images" if listed else known[1] if known else ""
         samples[number] = Sample(
-            id=str(number),
-            image=directory / folder / image,
+            id=number,
+            image=directory / (folder or (known[1] if known else "")) / image,
             image_id=known[2] if known else image,
             prompt=prompts.question(question, prompt),
             references=(label,) * 10,  # as in VQAv2, so that its accuracy is defined
             metadata={
                 "split": split,
+                "negatives": record["subset"],
                 "question": question,
                 "label": label,
                 "answer": label,
@@ -98,21 +112,22 @@ def _is_list(path: Path) -> bool:
         return file.read(64).lstrip().startswith("[")
 
 
-def _listed(path: Path, split: str) -> Iterator[tuple[int, str, Any]]:
-    """Yields (number, place, record as in POPE's own files) of a split from XL-VLMs' list."""
+def _listed(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields (ID, place, record as in POPE's own files) of a split from XL-VLMs' list."""
     names = {"filename": "image", "response": "label", "subset": "subset", "instruction": "text"}
     for number, given in enumerate(files.read_json(path)):
         place = f"[{number}]"
         record = {ours: files.get(given, name, str, path, place) for name, ours in names.items()}
         record["text"] = record["text"].split(_ENDING)[0].strip()
         if split == "all" or record["label"] == "yes" or record["subset"] == split:
-            yield number, place, record
+            yield str(number), place, record
 
 
-def _asked(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yields (question ID, place, record) of each line of POPE's own files."""
+def _asked(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields (ID, place, record) of each line of one of POPE's own files."""
     for place, record in _lines(path):
-        yield files.get(record, "question_id", int, path, place), place, record
+        number = files.get(record, "question_id", int, path, place, _FORM)
+        yield str(number), place, {**record, "subset": split}
 
 
 def _lines(path: Path) -> list[tuple[str, Any]]:

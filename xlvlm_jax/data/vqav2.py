@@ -19,6 +19,9 @@ from xlvlm_jax.data.sample import Sample
 SUBSETS = {"train": "train2014", "val": "val2014", "test": "val2014"}
 SUBSETS |= {name: name for name in ("train2014", "val2014")}  # as XL-VLMs calls them
 
+_QUESTIONS = "VQAv2's questions (v2_OpenEnded_mscoco_*_questions.json)"
+_ANNOTATIONS = "VQAv2's annotations (v2_mscoco_*_annotations.json)"
+
 
 def load(
     directory: str | os.PathLike[str],
@@ -55,7 +58,7 @@ def load(
     directory, subset = Path(directory), SUBSETS[split]
     path = files.resolve(directory, questions, f"v2_OpenEnded_mscoco_{subset}_questions.json")
     content = files.read_json(path)
-    records = files.get_records(content, "questions", path)
+    records = files.get_records(content, "questions", path, _QUESTIONS)
     answers_path = files.resolve(directory, annotations, f"v2_mscoco_{subset}_annotations.json")
     annotated = _annotations(answers_path)
     if "data_subtype" in content:  # names the folder, whatever the file is called
@@ -98,10 +101,10 @@ def load(
 def _annotations(path: Path) -> dict[int, tuple[str, Any]]:
     """Returns {question id: (place in the file, annotation)}."""
     annotated: dict[int, tuple[str, Any]] = {}
-    records = files.get_records(files.read_json(path), "annotations", path)
+    records = files.get_records(files.read_json(path), "annotations", path, _ANNOTATIONS)
     for i, record in enumerate(records):
         place = f"annotations[{i}]"
-        number = files.get(record, "question_id", int, path, place)
+        number = files.get(record, "question_id", int, path, place, _ANNOTATIONS)
         if number in annotated:
             raise ValueError(
                 f"{path}: {place}: question_id {number} is a duplicate; expected each question once"

@@ -29,6 +29,8 @@ from xlvlm_jax.evaluation.caption_effects import (
     count_said,
     count_valid,
 )
+from xlvlm_jax.evaluation.hallucination import chair_figures, paired_tests, pope_figures
+from xlvlm_jax.evaluation.hallucination_tasks import ObjectCaptions, Presence
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, evaluate_steering, select
@@ -47,7 +49,9 @@ __all__ = [
     "Condition",
     "EvaluationNeeds",
     "Needs",
+    "ObjectCaptions",
     "Predictions",
+    "Presence",
     "Questions",
     "Steering",
     "Task",
@@ -56,6 +60,7 @@ __all__ = [
     "answer_changes",
     "answer_type",
     "caption_changes",
+    "chair_figures",
     "choose",
     "count_answers",
     "count_by_type",
@@ -70,6 +75,8 @@ __all__ = [
     "fall_of_others",
     "grid",
     "names",
+    "paired_tests",
+    "pope_figures",
     "predict",
     "preflight",
     "question_type_scores",

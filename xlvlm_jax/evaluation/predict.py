@@ -176,7 +176,8 @@ def predict(
     """Generates greedy answers to each sample under each condition.
 
     A sample whose image can't be read, or that the processor refuses under one of the conditions,
-    is recorded and skipped.
+    is recorded and skipped. Samples with the same image and prompt, such as those that the files of
+    POPE share, are answered once.
 
     Args:
         vlm: the model.
@@ -201,6 +202,23 @@ def predict(
             f"there are {len(conditions)} conditions and batches of {batch_size}; expected at "
             "least one of each"
         )
+    own = any(isinstance(v, SampleVectors) for condition in conditions for v in condition.vectors)
+    equal: dict[Any, list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        equal[sample.image, sample.prompt, sample.id if own else None].append(i)
+    if len(equal) < len(samples):
+        once = [samples[first] for first, *_ in equal.values()]
+        found = predict(
+            vlm,
+            once,
+            conditions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_rows=max_rows,
+            strict=strict,
+            progress=progress,
+        )
+        return _repeated(found, once, list(equal.values()), samples)
     answers: list[list[str | None]] = [[None] * len(samples) for _ in conditions]
     errors: dict[str, str] = {}
     done = 0
@@ -223,6 +241,24 @@ def predict(
         done += len(batch.samples)
         if progress is not None:
             progress(done, len(samples))
+    return Predictions(answers, {s.id: errors[s.id] for s in samples if s.id in errors})
+
+
+def _repeated(
+    found: Predictions,
+    once: Sequence[Sample],
+    equal: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+) -> Predictions:
+    """Returns the answers to all samples from those to one of each set of equal ones."""
+    answers: list[list[str | None]] = [[None] * len(samples) for _ in found.answers]
+    errors = {}
+    for number, (sample, places) in enumerate(zip(once, equal, strict=True)):
+        for place in places:
+            for every, given in zip(answers, found.answers, strict=True):
+                every[place] = given[number]
+            if sample.id in found.errors:
+                errors[samples[place].id] = found.errors[sample.id]
     return Predictions(answers, {s.id: errors[s.id] for s in samples if s.id in errors})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ports import VLM
 from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.evaluation import hallucination
 from xlvlm_jax.evaluation.baseline import read_baseline
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose, names
@@ -92,6 +93,7 @@ def evaluate(
             name: {**condition.describe(), **task.measure(kept, given["plain"], given[name])}
             for name, condition in conditions.items()
         },
+        **_paired(task, kept, given),
         **({} if sweep is None else {"sweep": sweep}),
     }
     output = Path(output)
@@ -114,6 +116,15 @@ def evaluate(
     atomic.write(output / "predictions.jsonl", "".join(lines))
     atomic.write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _paired(
+    task: Task, samples: Sequence[Sample], given: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Returns {"paired": tests of the conditions against the plain model and the instruction}."""
+    judged = {name: task.judged(samples, answers) for name, answers in given.items()}
+    tests = hallucination.paired_tests(judged, ("plain", "instruction"))
+    return {"paired": tests} if tests else {}
 
 
 def select(

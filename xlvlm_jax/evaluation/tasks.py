@@ -1,8 +1,9 @@
-"""The tasks to evaluate: questions and captions, each with the same four methods.
+"""The tasks to evaluate: questions and captions, each with the same five methods.
 
 describe   returns the task as JSON values
 measure    returns scores and counts of one set of answers as JSON values
 trial      returns effect and cost of a condition, which `choose` compares
+judged     returns which answers are right, for tests of paired answers
 require    checks, before anything is computed, that the words occur in the data set
 """
 
@@ -12,17 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation import answer_effects, answer_types
+from xlvlm_jax.evaluation import answer_effects, answer_types, hallucination
 from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
-from xlvlm_jax.metrics.chair import PROTOCOLS as CHAIR_PROTOCOLS
-from xlvlm_jax.metrics.chair import chair, mentioned_objects
 from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
-from xlvlm_jax.metrics.pope import label_at_start, pope
-from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol
+from xlvlm_jax.metrics.pope import read_answer
+from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol, normalise_answer
 
 NUM_COUNTED = 30  # number of answers, or words of captions, whose counts are stored
 
@@ -97,10 +96,7 @@ class Questions:
         if self.types is not None:
             measured["listed types"] = answer_types.count_listed_types(answers, self.types)
         if samples and all("label" in sample.metadata for sample in samples):
-            labels = [sample.metadata["label"] for sample in samples]
-            measured["POPE"] = {
-                protocol: _described(pope(answers, labels, protocol)) for protocol in POPE_PROTOCOLS
-            } | {"xl-vlms": label_at_start(answers, labels)._asdict()}
+            measured |= hallucination.pope_figures(samples, answers)
         if self.source and self.target:
             changes = answer_effects.answer_changes(
                 plain, answers, self.source, self.target, answer_effects.truths(samples)
@@ -118,6 +114,31 @@ class Questions:
                 )
             }
         return measured
+
+    def judged(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[bool]]:
+        """Returns whether each answer is the data set's most frequent one.
+
+        Of questions with a label, as POPE's, also whether each protocol reads the answer as it, and
+        whether answers to questions about what is not there avoid a false yes.
+        """
+        judged = {
+            "answers": [
+                truth is not None and normalise_answer(answer) == normalise_answer(truth)
+                for answer, truth in zip(answers, answer_effects.truths(samples), strict=True)
+            ]
+        }
+        for protocol in POPE_PROTOCOLS:
+            labelled = [
+                (read_answer(answer, protocol), sample.metadata["label"])
+                for answer, sample in zip(answers, samples, strict=True)
+                if "label" in sample.metadata
+            ]
+            if labelled:
+                judged[f"POPE, {protocol}"] = [said == label for said, label in labelled]
+                judged[f"no false yes, {protocol}"] = [
+                    said != "yes" for said, label in labelled if label == "no"
+                ]
+        return judged
 
     def trial(
         self,
@@ -154,12 +175,14 @@ class Captions:
     Attributes:
         words: the words to steer towards; empty if nothing is steered.
         java: whether to compute the metrics that need Java.
+        vocabulary: whose words name the objects that CHAIR counts: "coco" or "scenes".
         wanted: the wanted effect, the increase in the share of captions with one of the words.
         max_cost: the maximum cost, as the share of CIDEr that is lost.
     """
 
     words: tuple[str, ...] = ()
     java: bool = False
+    vocabulary: hallucination.Vocabulary = "coco"
     wanted: float = 0.5
     max_cost: float = 0.25
     max_new_tokens = 32
@@ -209,22 +232,29 @@ class Captions:
             "valid words": caption_changes.count_valid(answers),
         }
         if samples and all("objects" in sample.metadata for sample in samples):
-            measured["CHAIR"] = {}
-            for protocol in CHAIR_PROTOCOLS:
-                # CHAIR's truth is the annotated objects and those that people's captions name.
-                there = [
-                    {*sample.metadata["objects"]}.union(
-                        *(mentioned_objects(text, protocol) for text in sample.references)
-                    )
-                    for sample in samples
-                ]
-                measured["CHAIR"][protocol] = _described(chair(answers, there, protocol))
+            measured |= hallucination.chair_figures(samples, answers, self.vocabulary)
         if self.words:
             changes = caption_changes.caption_changes(plain, answers, self.words)
             measured["changes"] = {**changes._asdict(), "gain": changes.gain}
             wanted = {word: said[word] for word in said if count_words([word], self.words)[0]}
             measured["class words"] = dict(list(wanted.items())[:NUM_COUNTED])
         return measured
+
+    def judged(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[bool]]:
+        """Returns whether each caption names only objects that are there; {} if they are unknown.
+
+        Args:
+            samples: captioned images, with `objects` in their metadata.
+            answers: a caption per image.
+        """
+        if not samples or not all("objects" in sample.metadata for sample in samples):
+            return {}
+        return {
+            f"no absent object, {protocol}": hallucination.without_absent(
+                samples, answers, self.vocabulary, protocol
+            )
+            for protocol in hallucination.READERS[self.vocabulary]
+        }
 
     def trial(
         self,
@@ -253,11 +283,6 @@ class Captions:
 
 
 Task = Questions | Captions
-
-
-def _described(score: Any) -> dict[str, float | None]:
-    """Returns the fields of a score as JSON values."""
-    return {name: _or_none(value) for name, value in score._asdict().items()}
 
 
 def _or_none(value: float) -> float | None:

@@ -10,6 +10,7 @@ Examples:
 
 from typing import Any
 
+from xlvlm_jax.metrics.amber import AmberScore, amber
 from xlvlm_jax.metrics.attributes import AttributeScore, attribute_scores
 from xlvlm_jax.metrics.baselines import noise_images, random_words, vocabulary_words
 from xlvlm_jax.metrics.bert_score import (
@@ -52,6 +53,7 @@ from xlvlm_jax.metrics.uncertainty import Interval, McNemar, bootstrap, mcnemar
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
 __all__ = [
+    "AmberScore",
     "AttributeScore",
     "BertScore",
     "BertScorer",
@@ -61,6 +63,7 @@ __all__ = [
     "PopeScore",
     "StartScore",
     "active_share",
+    "amber",
     "attribute_scores",
     "bert_score",
     "bootstrap",

@@ -99,7 +99,7 @@ def chair(
             "one caption per image, at least one"
         )
     said = [mentioned_objects(caption, protocol) for caption in captions]
-    there = [{_object_named(name) for name in given} for given in objects]
+    there = [{object_named(name) for name in given} for given in objects]
     counts = chair_counts(said, there).sum(0)
     return ChairScore(**{name: float(score) for name, score in chair_scores(counts).items()})
 
@@ -295,7 +295,17 @@ def _plain_mentions(caption: str) -> Iterator[str]:
             yield phrase
 
 
-def _object_named(name: str) -> str:
+def object_named(name: str) -> str:
+    """Returns the object of COCO that a name or another word for it stands for.
+
+    Raises:
+        ValueError: there is none.
+
+    Examples:
+        >>> from xlvlm_jax.metrics.chair import object_named
+        >>> object_named("puppy")
+        'dog'
+    """
     if name not in OBJECT_OF:
         raise ValueError(f"{name!r} is not an object of COCO, such as 'dog' or 'traffic light'")
     return OBJECT_OF[name]

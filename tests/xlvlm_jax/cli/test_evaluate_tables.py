@@ -21,7 +21,8 @@ def evaluate(xlvlm, pictures, tmp_path):
         (tmp_path / "answers.json").write_text(json.dumps(answers))
         output = tmp_path / "run"
         status, out, errors = xlvlm(
-            *("evaluate", "embedded", pictures, "--dataset", dataset, *options),
+            *("evaluate", "embedded", pictures, "--overwrite", *options),
+            *(() if dataset is None else ("--dataset", dataset)),
             *("--baseline", tmp_path / "answers.json", "--output", output),
         )
         assert status == 0, errors
@@ -57,6 +58,84 @@ def test_hallucination_of_pope(evaluate, pictures):
     out, measured = evaluate("pope", {"1": "Yes.", "2": "I do not know"})
     assert measured["POPE"]["xl-vlms"] == {"accuracy": 1, "f1": 1}
     assert "plain, xl-vlms 100.00 100.00" in out
+
+
+def test_the_task_pope_on_its_own_files(evaluate, pictures):
+    """All three files, both protocols, their difference, and the rest."""
+    (image,) = {sample.image.name for sample in data.load("coco", pictures, "train")[:1]}
+    answers = {}
+    for split in ("random", "popular", "adversarial"):
+        lines = [
+            {"question_id": 1, "image": image, "text": "Is it there?", "label": "yes"},
+            {"question_id": 2, "image": image, "text": f"Is the {split} one?", "label": "no"},
+        ]
+        (pictures / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
+        answers |= {f"{split}/1": "yes", f"{split}/2": "Yes." if split == "popular" else "No!"}
+    out, measured = evaluate(None, answers, "--task", "pope")
+    assert measured["false yes"] == {"count": 1, "of": 3}
+    assert measured["POPE by negatives"]["popular"]["plain"]["accuracy"] == 0.5
+    assert "plain, plain 83.33" in out and "plain, official 50.00" in out
+    assert "plain: the protocols read 2 answers differently, such as 'No!'" in out
+    assert "plain 1 of 3 (33.3 %) 100.00 (100.0-100.0) of 3" in out
+
+
+def test_drawn_scenes_as_a_task(evaluate, pictures):
+    samples = data.load("scenes", pictures, "train", ask="all")
+    said = {sample.id: sample.metadata["answer"] for sample in samples}
+    first = next(s for s in samples if s.metadata.get("label") == "no")
+    said[first.id] = "yes"
+    out, measured = evaluate("scenes", said, "--task", "pope", "--split", "train")
+    assert measured["false yes"] == {"count": 1, "of": 6}
+    assert measured["rest"]["accuracy"] == 1
+    only = {k: v for k, v in said.items() if not k.startswith(("random", "popular"))}
+    options = ("--task", "pope", "--split", "train", "--negatives", "adversarial")
+    _, measured = evaluate("scenes", only, *options)
+    assert measured["false yes"] == {"count": 0, "of": 2}
+    captions = {s.id: "a dog and a boat" for s in data.load("coco", pictures, "train")}
+    out, measured = evaluate("scenes", captions, "--task", "chair", "--split", "train")
+    assert list(measured["CHAIR"]) == ["scenes"] and "plain, scenes" in out
+    assert measured["CHAIR"]["scenes"]["length"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--task", "pope", "--dataset", "coco"),
+            "--task pope can't be measured on --dataset coco",
+        ),
+        (("--task", "pope"), "coco_pope_random.json: no such file"),
+        (("--task", "chair", "--split", "train"), "--task chair needs --objects"),
+        (("--task", "chair", "--dataset", "scenes", "--annotations", "x"), "omit it"),
+        (
+            ("--task", "chair", "--split", "train", "--objects", "attributes.json"),
+            "expected COCO's file of instances",
+        ),
+        (
+            ("--task", "pope", "--split", "random", "--questions", "dataset_coco.json"),
+            "expected a line of POPE",
+        ),
+    ],
+)
+def test_input_of_another_task_is_one_line(xlvlm, tmp_path, options, message):
+    directory = tmp_path / "scenes"
+    scenes.write(directory, train=1)
+    run = ("evaluate", "embedded", directory, "--output", tmp_path / "run", *options)
+    status, _, errors = xlvlm(*run)
+    assert status == 2 and message in " ".join(errors.split())
+    assert len(errors.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_questions_whose_image_is_missing(xlvlm, tmp_path):
+    lines = [
+        {"question_id": i, "image": "gone.jpg", "text": "Is it?", "label": label}
+        for i, label in enumerate(("yes", "no"))
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, lines)))
+    run = ("evaluate", "embedded", tmp_path, "--task", "pope", "--split", "random")
+    status, _, errors = xlvlm(*run, "--output", tmp_path / "run")
+    assert status == 2 and len(errors.strip().splitlines()) == 1
+    assert "none of the 2 images could be read" in errors and "gone.jpg" in errors
 
 
 def test_words_of_refusals(evaluate, pictures):

@@ -88,3 +88,49 @@ def test_messages(tmp_path):
     (tmp_path / "coco_pope_random.json").write_text("{")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         data.load("pope", tmp_path)
+
+
+def test_all_files_at_once(tmp_path):
+    for split in ("random", "popular", "adversarial"):
+        write(tmp_path, LINES[:1] if split == "random" else LINES, split)
+    samples = data.load("pope", tmp_path, "all")
+    assert [sample.id for sample in samples] == [
+        *("random/1", "popular/1", "popular/2", "adversarial/1", "adversarial/2")
+    ]
+    kinds = [sample.metadata["negatives"] for sample in samples]
+    assert kinds == ["random"] + ["popular"] * 2 + ["adversarial"] * 2
+    (tmp_path / "coco_pope_popular.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"coco_pope_popular\.json: no such file"):
+        data.load("pope", tmp_path, "all")
+
+
+def test_files_of_another_task(tmp_path):
+    """One line, which says what was expected."""
+    karpathy = {"images": [{"cocoid": 1, "split": "test"}], "dataset": "coco"}
+    (tmp_path / "coco_pope_random.json").write_text(json.dumps(karpathy))
+    expected = r"line 1: key 'question_id' missing; it has images, dataset; expected a line of POPE"
+    with pytest.raises(ValueError, match=expected):
+        data.load("pope", tmp_path)
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"line 2, column 1: not JSON"):
+        data.load("coco", tmp_path, file="coco_pope_random.json")
+    (tmp_path / "one.json").write_text(json.dumps(LINES[0]))
+    with pytest.raises(ValueError, match=r"it has question_id, image.*expected Karpathy's split"):
+        data.load("coco", tmp_path, file="one.json")
+    with pytest.raises(ValueError, match=r"'questions' missing; .*; expected VQAv2's questions"):
+        data.load("vqav2", tmp_path, questions="one.json")
+    (tmp_path / "karpathy.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {
+                        **{"cocoid": 1, "split": "test", "filepath": "", "filename": "a.jpg"},
+                        "sentences": [{"raw": "a dog"}],
+                    }
+                ]
+            }
+        )
+    )
+    (tmp_path / "captions.json").write_text('{"images": [{"id": 1}], "annotations": []}')
+    with pytest.raises(ValueError, match=r"'categories' missing; .*; expected COCO's file of inst"):
+        data.load("coco", tmp_path, "test", file="karpathy.json", objects="captions.json")

@@ -118,6 +118,21 @@ def test_questions_of_pope_about_scenes(written):
     assert only == [s for s in samples if s.metadata["negatives"] == "popular"]
 
 
+def test_other_questions_about_the_same_pictures(written):
+    samples = data.load("scenes", written, "val", ask="all")
+    presence = data.load("scenes", written, "val")
+    assert samples[: len(presence)] == presence
+    others = samples[len(presence) :]
+    every = data.load("vqav2", written, "val")
+    assert {sample.image_id for sample in others} == {sample.image_id for sample in presence}
+    for sample in others:
+        assert sample in every and "label" not in sample.metadata
+        # The kind that a question names is there: it does not ask whether it is.
+        kinds = scenes.mentioned_kinds(sample.metadata["question"])
+        assert kinds in ([], [sample.metadata["attributes"]["kind"]])
+    assert 5 <= len(others) / 6 <= 8
+
+
 def test_captions_of_scenes_know_the_objects(written):
     for sample in data.load("scenes", written, "test", ask="captions"):
         assert sample.metadata["objects"] == [sample.metadata["attributes"]["kind"]]
@@ -127,7 +142,7 @@ def test_captions_of_scenes_know_the_objects(written):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ask": "colours"}, "ask is 'colours'; expected 'presence' or 'captions'"),
+        ({"ask": "colours"}, "ask is 'colours'; expected one of presence, all, captions"),
         ({"negatives": "rare"}, "unknown negatives 'rare'; expected one of random, popular"),
         ({"split": "dev"}, "no split 'dev'; expected one of val, test"),
     ],

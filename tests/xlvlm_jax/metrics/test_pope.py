@@ -1,6 +1,7 @@
 """POPE: answers as the authors' script reads them, scores by hand and against scikit-learn."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -92,3 +93,24 @@ def test_messages():
         metrics.pope(["yes"], ["No"])
     with pytest.raises(ValueError, match="protocol is 'mine'; expected 'official' or 'plain'"):
         metrics.pope(["yes"], ["no"], "mine")
+
+
+def test_as_the_official_script():
+    """Values that POPE's evaluate.py at 3df3ba1 prints for these answers."""
+    forms = ["Yes", "No", "NO", "Nope", "", "I see a street. No dog is there."]
+    forms += ["No, there is not.", "not sure", "Yes, no doubt", "There isn't any"]
+    rng = random.Random(11)
+    labels = [rng.choice(["yes", "no"]) for _ in range(300)]
+    answers = [rng.choice(forms) if rng.random() < 0.5 else x.capitalize() for x in labels]
+    assert metrics.pope(answers, labels) == pytest.approx(
+        (
+            0.7533333333333333,
+            0.7430167597765364,
+            0.8260869565217391,
+            0.7823529411764706,
+            0.5966666666666667,
+        ),
+        abs=1e-12,
+    )
+    counts = metrics.pope_counts(answers, labels).sum(0)
+    assert counts.tolist() == [133 + 93, 133 + 46, 133, 133 + 28, 300]

@@ -8,15 +8,17 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from xlvlm_jax.data import coco, prompts
+from xlvlm_jax.data import coco, prompts, vqav2
 from xlvlm_jax.data.sample import Sample
 
+from .ask import EXISTS
 from .presence import NEGATIVES, Negatives, absent_kind, presence_question
 from .scene import KINDS, PLACES
 
-Ask = Literal["presence", "captions"]
+_ABOUT_PRESENCE = tuple(form.split(" {")[0] for form in EXISTS)
+Ask = Literal["presence", "all", "captions"]
 
 
 def load(
@@ -37,7 +39,9 @@ def load(
     Args:
         directory: directory that `write` wrote.
         split: "train", "val" or "test".
-        ask: "presence" for the questions, "captions" for a sample per picture.
+        ask: "presence" for the questions; "all" for these and the other questions about the same
+            pictures (`xlvlm_jax.data.vqav2`), except those about presence, which have no label and
+            show what steering costs elsewhere; "captions" for a sample per picture.
         negatives: how the absent kinds are drawn: "random", "popular" (the most frequent one of
             the split), "adversarial" (what usually goes with the place), or "all".
         prompt: prompt of every sample; for questions with {question} in place of the question.
@@ -47,8 +51,8 @@ def load(
         ValueError: the files are not of drawn scenes, the split or the negatives are unknown, or
             the prompt does not hold {question}.
     """
-    if ask not in ("presence", "captions"):
-        raise ValueError(f"ask is {ask!r}; expected 'presence' or 'captions'")
+    if ask not in get_args(Ask):
+        raise ValueError(f"ask is {ask!r}; expected one of {', '.join(get_args(Ask))}")
     if negatives not in (*NEGATIVES, "all"):
         raise ValueError(
             f"unknown negatives {negatives!r}; expected one of {', '.join(NEGATIVES)}, all"
@@ -76,12 +80,22 @@ def load(
     counts = Counter(sample.metadata["attributes"]["kind"] for sample in pictures)
     template = prompts.QUESTION if prompt is None else prompt
     kinds = NEGATIVES if negatives == "all" else (negatives,)
-    return [
+    asked = [
         question
         for kind in kinds
         for sample in pictures
         for question in _questions(sample, kind, counts, template)
     ]
+    if ask == "all":
+        others = vqav2.load(directory, split, prompt=template)
+        shown = {sample.image_id for sample in pictures}  # val2014's include those of test
+        asked += [
+            sample
+            for sample in others
+            if sample.image_id in shown
+            and not sample.metadata["question"].startswith(_ABOUT_PRESENCE)
+        ]
+    return asked
 
 
 def _questions(

@@ -1,0 +1,138 @@
+"""The hallucination bench: scores, paired tests and trials by hand, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xlvlm_jax import evaluation
+from xlvlm_jax.data import Sample
+from xlvlm_jax.evaluation import Condition, ObjectCaptions, Presence, hallucination
+
+
+def question(number, label, negatives="random", **more) -> Sample:
+    metadata = {"label": label, "answer": label, "answer_type": "yes/no", "negatives": negatives}
+    return Sample(
+        f"{negatives}/{number}",
+        Path(f"{number}.jpg"),
+        str(number),
+        "?",
+        (label,) * 10,
+        metadata | more,
+    )
+
+
+def other(number, answer) -> Sample:
+    metadata = {"answer": answer, "answer_type": "other"}
+    return Sample(f"o{number}", Path(f"{number}.jpg"), str(number), "?", (answer,) * 10, metadata)
+
+
+# Two pictures; of each a yes, a no of either kind, and another question.
+SAMPLES = [
+    *(question(1, "yes"), question(2, "yes")),
+    *(question(1, "no"), question(2, "no")),
+    *(question(1, "no", "popular"), question(2, "no", "popular")),
+    *(other(1, "red"), other(2, "blue")),
+]
+PLAIN = ["yes", "yes", "yes", "no", "yes", "Yes.", "red", "blue"]
+STEERED = ["yes", "no", "no", "NO", "no", "yes", "red", "blue"]
+
+
+def test_presence_by_hand():
+    measured = Presence().measure(SAMPLES, PLAIN, STEERED)
+    # The official script reads "NO" as yes.
+    assert measured["POPE"]["official"]["accuracy"] == 3 / 6
+    assert measured["POPE"]["plain"]["accuracy"] == 4 / 6
+    assert measured["POPE"]["plain"]["yes_share"] == 2 / 6
+    assert measured["read differently"] == {"count": 1, "examples": ["NO"]}
+    by = measured["POPE by negatives"]
+    assert by["random"]["plain"]["accuracy"] == 3 / 4
+    assert by["popular"]["plain"]["accuracy"] == 1 / 2
+    assert measured["false yes"] == {"count": 1, "of": 4}
+    assert measured["rest"]["accuracy"] == 3 / 4 and measured["rest"]["count"] == 4
+    # Both pictures are drawn whole: three of four right, all, or half of the rest.
+    assert measured["rest"]["interval"] == [0.5, 1.0]
+    low, high = measured["POPE intervals"]["plain"]["accuracy"]
+    assert low <= 4 / 6 <= high
+    assert Presence().measure(SAMPLES, PLAIN, PLAIN)["false yes"] == {"count": 3, "of": 4}
+
+
+def test_trials_of_presence_by_hand():
+    trial = Presence().trial(SAMPLES, PLAIN, Condition(), STEERED)
+    assert trial.effect == pytest.approx(2 / 3)  # three false yes, one left
+    assert trial.cost == pytest.approx(100 / 4)  # one of four of the rest
+    assert trial.off_target == 1 / 4
+    good = ["yes", "yes", "no", "no", "no", "no", "red", "blue"]
+    assert np.isnan(Presence().trial(SAMPLES, good, Condition(), STEERED).effect)
+
+
+def test_paired_tests_by_hand():
+    judged = {
+        name: Presence().judged(SAMPLES, answers)
+        for name, answers in {"plain": PLAIN, "a": STEERED, "instruction": PLAIN}.items()
+    }
+    assert judged["a"]["no false yes, plain"] == [True, True, True, False]
+    assert judged["a"]["no false yes, official"] == [True, False, True, False]
+    tests = hallucination.paired_tests(judged, ("plain", "instruction"))
+    assert {(test["first"], test["second"]) for test in tests} == {
+        *(("plain", "a"), ("plain", "instruction"), ("instruction", "a"))
+    }
+    by = {(t["first"], t["second"], t["what"]): (t["lost"], t["gained"]) for t in tests}
+    assert by["plain", "a", "no false yes, plain"] == (0, 2)
+    assert by["plain", "a", "POPE, plain"] == (1, 2)
+    assert by["plain", "instruction", "answers"] == (0, 0)
+    assert hallucination.paired_tests({"plain": judged["plain"]}, ("plain",)) == []
+
+
+def test_questions_of_amber_have_their_own_score():
+    samples = [question(i, label, amber_type="relation") for i, label in enumerate(("yes", "no"))]
+    measured = Presence().measure(samples, ["Yes", "No"], ["Yes", "no"])
+    assert measured["AMBER"]["official"]["accuracy"] == 0.5
+    assert measured["AMBER"]["plain"]["accuracy"] == 1
+
+
+def captioned(number, objects, *texts) -> Sample:
+    metadata = {"objects": objects}
+    return Sample(str(number), Path(f"{number}.jpg"), str(number), "?", texts, metadata)
+
+
+def test_captions_by_hand():
+    samples = [captioned(1, ["bus"], "a bus and a dog"), captioned(2, ["puppy"], "a dog")]
+    plain = ["a bus and a dog near a boat", "a cat"]
+    steered = ["a bus with a dog", "two dogs"]
+    task = ObjectCaptions()
+    measured = task.measure(samples, plain, plain)
+    # A bus is none to the official script; the dog of the first picture is in people's caption.
+    official, read = measured["CHAIR"]["official"], measured["CHAIR"]["plain"]
+    assert official["chair_i"] == 2 / 3 and official["recall"] == 1 / 3
+    assert read["chair_i"] == 2 / 4 and read["recall"] == 2 / 3
+    assert official["chair_s"] == read["chair_s"] == 1
+    assert official["length"] == read["length"] == 5
+    assert measured["read differently"] == {"count": 1, "examples": [plain[0]]}
+    assert measured["CHAIR intervals"]["plain"]["chair_s"] == [1, 1]
+    trial = task.trial(samples, plain, Condition(), steered)
+    assert trial.effect == 1 and trial.cost == pytest.approx(100 * (2 / 3 - 1))
+    assert task.judged(samples, plain)["no absent object, plain"] == [False, False]
+    assert task.judged(samples, steered)["no absent object, official"] == [True, True]
+
+
+def test_captions_of_scenes_know_their_contents():
+    task = ObjectCaptions(vocabulary="scenes")
+    samples = [captioned(1, ["rabbit"], "a rabbit and a boat"), captioned(2, ["dog"], "a dog")]
+    measured = task.measure(samples, [], ["a bunny near a boat", "a dog"])
+    assert list(measured["CHAIR"]) == ["scenes"]
+    # What people claim is not there for that.
+    assert measured["CHAIR"]["scenes"]["chair_i"] == 1 / 3
+    assert task.judged(samples, ["a bunny", "a car"]) == {"no absent object, scenes": [True, False]}
+
+
+def test_the_bench_needs_what_it_measures():
+    with pytest.raises(ValueError, match="no labels yes and no; --task pope needs questions of"):
+        Presence().require([other(1, "red")])
+    with pytest.raises(ValueError, match="no labels yes and no"):
+        Presence().require([question(1, "no")])
+    Presence().require(SAMPLES)
+    with pytest.raises(ValueError, match="objects in the pictures are unknown; --task chair needs"):
+        ObjectCaptions().require([other(1, "red")])
+    with pytest.raises(ValueError, match="'lion' is not an object of COCO"):
+        evaluation.chair_figures([captioned(1, ["lion"])], ["a lion"])

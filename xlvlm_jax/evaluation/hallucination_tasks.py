@@ -1,0 +1,210 @@
+"""The tasks of the hallucination bench: questions whether objects are there, and captions.
+
+They are `Questions` and `Captions` whose wanted effect is less hallucination, at a bounded cost on
+everything else.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.evaluation import hallucination
+from xlvlm_jax.evaluation.predict import Condition
+from xlvlm_jax.evaluation.sweep import Trial
+from xlvlm_jax.evaluation.tasks import Captions, Questions
+from xlvlm_jax.metrics.chair import chair_counts, chair_scores
+from xlvlm_jax.metrics.pope import read_answer
+from xlvlm_jax.metrics.uncertainty import bootstrap
+from xlvlm_jax.metrics.vqa import vqa_accuracy
+
+
+@dataclasses.dataclass(frozen=True)
+class Presence(Questions):
+    """Questions whether objects are in the picture, as POPE's, and others about the same pictures.
+
+    A false yes is a yes to a question whose label is no. The rest are the questions whose label is
+    yes and those without a label; their accuracy is what less hallucination must not cost.
+
+    Attributes:
+        wanted: the wanted effect, the share of false yes that are gone.
+        max_cost: the maximum cost, in points of accuracy that the rest loses.
+    """
+
+    wanted: float = 0.5
+    max_cost: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return {**super().describe(), "task": "pope"}
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Checks that the samples are questions, and that some have the label no, some yes.
+
+        Raises:
+            ValueError: they are not.
+        """
+        labels = {sample.metadata.get("label") for sample in samples}
+        if samples and not {"yes", "no"} <= labels:
+            raise ValueError(
+                "the samples have no labels yes and no; --task pope needs questions of --dataset "
+                "pope, amber or scenes"
+            )
+        super().require(samples)
+
+    def measure(
+        self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns what `Questions` measures, POPE's scores, false yes and the rest as JSON values.
+
+        Raises:
+            ValueError: as `Questions.measure`.
+        """
+        measured = super().measure(samples, plain, answers)
+        labelled = [i for i, sample in enumerate(samples) if "label" in sample.metadata]
+        if len(labelled) < len(samples):
+            measured |= hallucination.pope_figures(
+                [samples[i] for i in labelled], [answers[i] for i in labelled]
+            )
+        false = self.false_yes(samples, answers)
+        rest = self.rest(samples, answers)
+        known = ~np.isnan(rest)
+        counts = np.stack([rest[known], np.ones(known.sum())], axis=1)
+        groups = [
+            sample.image_id for sample, is_known in zip(samples, known, strict=True) if is_known
+        ]
+        interval = bootstrap(counts, groups, lambda x: {"accuracy": x[:, 0] / x[:, 1]})
+        measured["false yes"] = {
+            "count": int(np.nansum(false)),
+            "of": int((~np.isnan(false)).sum()),
+        }
+        measured["rest"] = {
+            "accuracy": float(rest[known].mean()),
+            "interval": list(interval["accuracy"]),
+            "count": int(known.sum()),
+        }
+        return measured
+
+    def false_yes(self, samples: Sequence[Sample], answers: Sequence[str]) -> np.ndarray:
+        """Returns float[N], whether a person reads a yes to a question whose label is no, or NaN.
+
+        Args:
+            samples: N questions.
+            answers: an answer per question.
+        """
+        return np.array(
+            [
+                float(read_answer(answer, "plain") == "yes")
+                if sample.metadata.get("label") == "no"
+                else np.nan
+                for sample, answer in zip(samples, answers, strict=True)
+            ]
+        )
+
+    def rest(self, samples: Sequence[Sample], answers: Sequence[str]) -> np.ndarray:
+        """Returns float[N], how right the answers to the rest are, in [0, 1]; NaN for the others.
+
+        Args:
+            samples: N questions.
+            answers: an answer per question.
+        """
+        found = []
+        for sample, answer in zip(samples, answers, strict=True):
+            label = sample.metadata.get("label")
+            if label is None:
+                found.append(vqa_accuracy(answer, sample.references, self.protocol))
+            elif label == "yes":
+                found.append(float(read_answer(answer, "plain") == "yes"))
+            else:
+                found.append(np.nan)
+        return np.array(found)
+
+    def trial(
+        self,
+        samples: Sequence[Sample],
+        plain: Sequence[str],
+        condition: Condition,
+        answers: Sequence[str],
+    ) -> Trial:
+        """Returns the share of false yes that are gone, and the accuracy that the rest loses.
+
+        Args:
+            samples: N questions.
+            plain: the unsteered answers.
+            condition: what `answers` were given under.
+            answers: the steered answers.
+
+        Returns:
+            The trial; its effect is NaN if there was no false yes.
+        """
+        before, after = (np.nansum(self.false_yes(samples, each)) for each in (plain, answers))
+        rest = [self.rest(samples, each) for each in (plain, answers)]
+        cost = 100 * float(np.nanmean(rest[0]) - np.nanmean(rest[1]))
+        changed = [
+            old.strip().lower() != new.strip().lower()
+            for old, new, score in zip(plain, answers, rest[0], strict=True)
+            if not np.isnan(score)
+        ]
+        effect = float(1 - after / before) if before else float("nan")
+        return Trial(condition, effect, cost, float(np.mean(changed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectCaptions(Captions):
+    """Captions of pictures whose objects are known, as CHAIR's.
+
+    Attributes:
+        wanted: the wanted effect, the share of mentions of absent objects (CHAIRi) that is gone.
+        max_cost: the maximum cost, in points of the recall of objects.
+    """
+
+    wanted: float = 0.5
+    max_cost: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return {**super().describe(), "task": "chair"}
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Checks that the objects in the pictures are known.
+
+        Raises:
+            ValueError: they are not, or as `Captions.require`.
+        """
+        if not all("objects" in sample.metadata for sample in samples):
+            raise ValueError(
+                "the objects in the pictures are unknown; --task chair needs --objects, COCO's "
+                "file of instances, or --dataset scenes"
+            )
+        super().require(samples)
+
+    def trial(
+        self,
+        samples: Sequence[Sample],
+        plain: Sequence[str],
+        condition: Condition,
+        answers: Sequence[str],
+    ) -> Trial:
+        """Returns the share of CHAIRi that is gone, and the recall of objects that is lost.
+
+        Args:
+            samples: N captioned images.
+            plain: the unsteered captions.
+            condition: what `answers` were given under.
+            answers: the steered captions.
+
+        Returns:
+            The trial; its effect is NaN if no absent object was mentioned.
+        """
+        protocol, reads = list(hallucination.READERS[self.vocabulary].items())[-1]
+        there = hallucination.objects_there(samples, self.vocabulary, protocol)
+        before, after = (
+            chair_scores(chair_counts([reads(text) for text in texts], there).sum(0))
+            for texts in (plain, answers)
+        )
+        effect = float(1 - after["chair_i"] / before["chair_i"]) if before["chair_i"] else np.nan
+        cost = 100 * float(before["recall"] - after["recall"])
+        changed = np.mean([old != new for old, new in zip(plain, answers, strict=True)])
+        return Trial(condition, float(effect), cost, float(changed))
