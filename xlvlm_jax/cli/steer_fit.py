@@ -62,7 +62,10 @@ def fit(
     site: Site = None,
     key: Annotated[
         str,
-        typer.Option(help="Answers to match: the model's (prediction) or the data set's (answer)."),
+        typer.Option(
+            help="Answers to match: the model's (prediction), the data set's (answer), or both "
+            "(outcome), such as 'yes for no', a false yes."
+        ),
     ] = "prediction",
     match: Annotated[
         Literal["equals", "contains"],

@@ -47,6 +47,9 @@ def pope_figures(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str,
         JSON values: "POPE" {protocol: scores}; "POPE intervals" {protocol: {score: [low, high]}};
         "POPE by negatives" {kind: {protocol: scores}} if there are several kinds; "read
         differently", in how many answers the protocols differ; for AMBER's questions also "AMBER".
+
+    Raises:
+        ValueError: there are no questions, or the numbers of questions and answers differ.
     """
     labels = [sample.metadata["label"] for sample in samples]
     kinds = [sample.metadata.get("negatives") for sample in samples]
@@ -162,6 +165,9 @@ def without_absent(
     Args:
         samples, answers, vocabulary: as for `chair_figures`.
         protocol: what reads the objects.
+
+    Raises:
+        ValueError: as `objects_there`.
     """
     reads = READERS[vocabulary][protocol]
     there = objects_there(samples, vocabulary, protocol)
@@ -182,6 +188,9 @@ def paired_tests(
     Returns:
         JSON values: for each pair and each thing judged, how many answers only the first ("lost")
         or only the second ("gained") has right, and the p value.
+
+    Raises:
+        ValueError: conditions judge different numbers of answers.
     """
     pairs = [
         (first, second)

@@ -93,6 +93,9 @@ class Presence(Questions):
         Args:
             samples: N questions.
             answers: an answer per question.
+
+        Raises:
+            ValueError: the numbers differ.
         """
         return np.array(
             [
@@ -109,6 +112,9 @@ class Presence(Questions):
         Args:
             samples: N questions.
             answers: an answer per question.
+
+        Raises:
+            ValueError: the numbers differ, or a question has no answers.
         """
         found = []
         for sample, answer in zip(samples, answers, strict=True):
@@ -138,6 +144,9 @@ class Presence(Questions):
 
         Returns:
             The trial; its effect is NaN if there was no false yes.
+
+        Raises:
+            ValueError: as `rest`.
         """
         before, after = (np.nansum(self.false_yes(samples, each)) for each in (plain, answers))
         rest = [self.rest(samples, each) for each in (plain, answers)]
@@ -197,6 +206,9 @@ class ObjectCaptions(Captions):
 
         Returns:
             The trial; its effect is NaN if no absent object was mentioned.
+
+        Raises:
+            ValueError: an object is not in the vocabulary, or the numbers differ.
         """
         protocol, reads = list(hallucination.READERS[self.vocabulary].items())[-1]
         there = hallucination.objects_there(samples, self.vocabulary, protocol)

@@ -120,6 +120,9 @@ class Questions:
 
         Of questions with a label, as POPE's, also whether each protocol reads the answer as it, and
         whether answers to questions about what is not there avoid a false yes.
+
+        Raises:
+            ValueError: the numbers of samples and answers differ.
         """
         judged = {
             "answers": [
@@ -246,6 +249,9 @@ class Captions:
         Args:
             samples: captioned images, with `objects` in their metadata.
             answers: a caption per image.
+
+        Raises:
+            ValueError: an object is not in the vocabulary.
         """
         if not samples or not all("objects" in sample.metadata for sample in samples):
             return {}

@@ -19,6 +19,7 @@ from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 
 MATCHES = ("equals", "contains")
+OUTCOME = "outcome"  # in place of a field: prediction and answer, such as "yes for no"
 EVERYTHING = ("*",)  # in place of words to steer from: every sample
 
 
@@ -48,7 +49,7 @@ def fit_coarse(
         target: words to steer to; None for all samples of the target's states, which then are not
             those of `features`.
         key: the field of a sample that holds its answer: "prediction" (the model's) or "answer"
-            (the data set's).
+            (the data set's); or "outcome" for both, such as "yes for no", a false yes.
         match: "equals" if the normalised answer must be one of the words, "contains" if it must
             contain one, as for captions.
         target_features: features that hold the target's states; None for `features`.
@@ -248,14 +249,18 @@ def answers_of(features: Features, key: str) -> list[str]:
 
     Args:
         features: the features.
-        key: the field of a sample that holds its answer.
+        key: the field of a sample that holds its answer, or OUTCOME.
 
     Returns:
-        An answer per sample, "" for one that failed.
+        An answer per sample, "" for one that failed; for OUTCOME, what the model said and what the
+        data set says, such as "yes for no".
 
     Raises:
         ValueError: a sample does not have `key`.
     """
+    if key == OUTCOME:
+        both = [answers_of(features, each) for each in ("prediction", "answer")]
+        return [f"{said} for {true}" for said, true in zip(*both, strict=True)]
     answers = []
     for sample in features.samples:
         if key not in sample and "error" not in sample:

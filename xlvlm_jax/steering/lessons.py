@@ -9,7 +9,7 @@ from ports.messages import few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.features.samples import columns
-from xlvlm_jax.steering.fit import answers_of, none_of, words_match
+from xlvlm_jax.steering.fit import OUTCOME, answers_of, none_of, words_match
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -63,7 +63,7 @@ def lesson(
     others = rng.permutation(np.flatnonzero(~chosen & readable))[: round(keep * len(steered))]
     rows = [*steered, *others]
     taken = [features.samples[row] for row in rows]
-    given = [str(sample[key]) for sample in taken]
+    given = [str(sample["prediction" if key == OUTCOME else key]) for sample in taken]
     wanted = [target] * len(steered) + given[len(steered) :]
     return Lesson([sample_of(kept) for kept in taken], given, wanted)
 
