@@ -56,6 +56,7 @@ CHECKED = (
     "xlvlm_jax.finetune",
     "xlvlm_jax.lenses",
     "xlvlm_jax.metrics",
+    "xlvlm_jax.playground",
     "xlvlm_jax.report",
     "xlvlm_jax.sae",
     "xlvlm_jax.shift",

@@ -58,6 +58,29 @@ class Generation(NamedTuple):
         return html_arrays(arrays, title="Generation")
 
 
+def choose(
+    logits: Array,
+    ended: Array,
+    eos_tokens: tuple[int, ...],
+    pad_token: int,
+    sampling: Sampling | None = None,
+    step: Any = 0,
+) -> tuple[Array, Array]:
+    """Returns the next token of each row, and which rows have ended with it or before.
+
+    Args:
+        logits: float[..., V].
+        ended: bool[...], rows that have ended; they get the pad token.
+        eos_tokens: ids that end a row.
+        pad_token: id that fills a row after its end.
+        sampling: how tokens are drawn; None for the most likely one.
+        step: int32[], index of the token; only for sampling.
+    """
+    tokens = jnp.argmax(logits, -1) if sampling is None else draw(logits, sampling, step)
+    tokens = jnp.where(ended, pad_token, tokens.astype(jnp.int32))
+    return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
+
+
 def generate(
     model: vision_language.VisionLanguageModel,
     params: dict,
@@ -125,9 +148,7 @@ def generate(
     def pick(logits: Array, tokens: Array, step: Array, ended: Array) -> tuple[Array, Array]:
         if rules is not None:
             logits = rule(logits, tokens, step)
-        tokens = jnp.argmax(logits, -1) if sampling is None else draw(logits, sampling, step)
-        tokens = jnp.where(ended, pad_token, tokens.astype(jnp.int32))
-        return tokens, ended | jnp.isin(tokens, jnp.array(eos_tokens, jnp.int32))
+        return choose(logits, ended, eos_tokens, pad_token, sampling, step)
 
     def is_finite(logits: Array) -> Array:
         # The maximum is NaN or Inf if any logit is.

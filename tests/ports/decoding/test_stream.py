@@ -1,0 +1,81 @@
+"""Answers token by token are those of `generate`, and end where the caller leaves."""
+
+import numpy as np
+import pytest
+
+import ports
+from ports.decoding import stream
+
+from .. import helpers
+
+COUNT = 6
+SITE = "language_model.model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Returns rows of different lengths, padded on the left, with two images, none and one."""
+    return helpers.make_inputs([2, 0, 1], [4, 9, 8])
+
+
+def answered(vlm, batch, **options):
+    steps = list(vlm.stream(batch, max_new_tokens=COUNT, **options))
+    return np.stack([step.tokens for step in steps], axis=1), steps
+
+
+def added(vlm, alpha):
+    vector = np.random.default_rng(0).standard_normal(vlm.config.get_text_config().hidden_size)
+    return {SITE: ports.add(vector, alpha, where="predicting")}
+
+
+def test_tokens_are_those_of_generate(small, batch):
+    edits = added(small.vlm, 3.0)
+    tokens, steps = answered(small.vlm, batch, edits=edits)
+    expected = small.vlm.generate(batch, max_new_tokens=COUNT, edits=edits).tokens
+    np.testing.assert_array_equal(tokens, np.asarray(expected)[:, : tokens.shape[1]])
+    plain, _ = answered(small.vlm, batch, edits=added(small.vlm, 0.0))
+    assert (tokens != plain).any()
+    # The logits of each step are those that its token was chosen from.
+    for m, step in enumerate(steps):
+        np.testing.assert_array_equal(np.argmax(step.logits, -1), tokens[:, m])
+
+
+def test_rules_and_ends_are_those_of_the_checkpoint(small, batch):
+    """A third of all tokens end a row; without its rules, the small model repeats itself."""
+    ends = list(range(0, small.vlm.module.num_embeddings, 3))
+    values = {"eos_token_id": ends, "pad_token_id": 1, "repetition_penalty": 3.0}
+    vlm = small.vlm.with_generation_config(values | {"no_repeat_ngram_size": 1})
+    tokens, _ = answered(vlm, batch)
+    expected = np.asarray(vlm.generate(batch, max_new_tokens=COUNT).tokens)
+    np.testing.assert_array_equal(tokens, expected[:, : tokens.shape[1]])
+    lengths = [next((m for m, t in enumerate(r) if t in ends), COUNT) + 1 for r in tokens.tolist()]
+    assert tokens.shape[1] == min(max(lengths), COUNT) and min(lengths) < tokens.shape[1]
+
+
+def test_leaving_the_loop_computes_no_further_token(small, batch, monkeypatch):
+    calls = []
+    proceed = stream.proceed
+    monkeypatch.setattr(
+        stream, "proceed", lambda *a, **named: calls.append(1) or proceed(*a, **named)
+    )
+    edits = added(small.vlm, 1.0)
+    for number, _ in enumerate(small.vlm.stream(batch, max_new_tokens=COUNT, edits=edits)):
+        if number == 2:
+            break
+    assert len(calls) == 2
+
+
+def test_strengths_and_positions_compile_nothing_new(small, batch):
+    width = small.vlm.config.get_text_config().hidden_size
+    for where in ("all", "image", "generated"):
+        edits = {SITE: ports.add(np.ones(width), alpha=float(len(where)), where=where)}
+        list(small.vlm.stream(batch, max_new_tokens=COUNT, edits=edits))
+        sizes = stream.begin._cache_size(), stream.proceed._cache_size()
+        if where == "all":
+            first = sizes
+    assert sizes == first
+
+
+def test_a_count_of_zero_is_refused(small, batch):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        next(small.vlm.stream(batch, max_new_tokens=0))

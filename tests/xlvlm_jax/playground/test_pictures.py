@@ -1,0 +1,54 @@
+"""Uploaded pictures: kept as long as they are used, refused if they are none."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from xlvlm_jax.playground import pictures as module
+from xlvlm_jax.playground.pictures import Pictures
+
+
+def png(colour: str, size: tuple[int, int] = (3, 2)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_picture_is_kept_once_and_deleted_in_the_end():
+    with Pictures() as kept:
+        first = kept.add(png("red"), "a.png")
+        again = kept.add(png("red"), "b.png")
+        assert first.id == again.id and again.name == "b.png" and first.size == (3, 2)
+        assert kept.get(first.id) == again
+        assert Image.open(first.path).getpixel((0, 0)) == (255, 0, 0)
+    assert not first.path.exists()
+
+
+def test_the_one_used_longest_ago_goes_first(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    with Pictures() as kept:
+        red, green = (kept.add(png(colour), colour) for colour in ("red", "green"))
+        kept.get(red.id)
+        kept.add(png("blue"), "blue")
+        assert kept.get(red.id) == red
+        with pytest.raises(LookupError, match="no longer here; choose it again"):
+            kept.get(green.id)
+        assert not green.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "x.png: the file is empty"),
+        (b"hello", "x.png: not an image in a known format; choose a picture"),
+        (png("red", (40, 40))[:60], "x.png: cannot be decoded"),
+        (png("red", (12_001, 1)), "x.png: 12001 x 1 pixels"),
+    ],
+)
+def test_what_is_no_picture_is_refused_and_leaves_nothing(content, said):
+    with Pictures() as kept:
+        with pytest.raises(ValueError, match=said) as refused:
+            kept.add(content, "x.png")
+        assert str(kept.folder) not in str(refused.value)
+        assert not list(kept.folder.iterdir())

@@ -1,0 +1,40 @@
+"""The program that the page shows runs, and prints what the page shows."""
+
+import pytest
+
+import ports
+from xlvlm_jax.playground.edits import settings_of
+from xlvlm_jax.playground.python_code import as_python
+from xlvlm_jax.playground.settings import Slider
+
+
+@pytest.fixture
+def write(answers, made):
+    def write(*sliders):
+        found = settings_of(answers.vlm, answers.items, sliders)
+        return as_python("embedded", None, made.picture.name, made.question, found, 8)
+
+    return write
+
+
+def test_the_program_prints_both_answers(write, made, vlm, monkeypatch, capsys):
+    code = write(
+        Slider("vectors/yes-no", 1.0, None, None), Slider("concepts/0", -0.01, "predicting", None)
+    )
+    monkeypatch.chdir(made.picture.parent)
+    monkeypatch.setattr(ports, "load", {"embedded": vlm}.__getitem__)  # it is loaded already
+    exec(compile(code, "play.py", "exec"), {})
+    assert capsys.readouterr().out == "plain: yes\nsteered: no\n"
+
+
+def test_programs_import_what_they_use(write):
+    code = write(Slider("vectors/yes-no", 2.0, "image", "layers.2"))
+    assert "numpy" not in code and "concept_directions" not in code
+    assert "steer(SteeringVector(steering.load(" in code and "alpha=2.0, where='image')" in code
+
+
+def test_what_people_type_stays_text(answers, made):
+    nasty = "a\"\n'); import os #"
+    code = as_python("embedded", None, nasty, nasty, (), 8)
+    compile(code, "play.py", "exec")
+    assert code.count("import os") == 2 and "\nimport os" not in code

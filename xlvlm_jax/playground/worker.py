@@ -1,0 +1,88 @@
+"""One thread that runs the model: jobs wait in a queue, and can be cancelled between two events."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Event = dict[str, Any]  # JSON values
+Work = Callable[[], Iterator[Event]]
+
+
+class Job:
+    """Work that waits, runs or has ended.
+
+    Attributes:
+        ahead: how many jobs were waiting or running when it was submitted.
+    """
+
+    def __init__(self, work: Work, deliver: Callable[[Event | None], None], ahead: int):
+        self._work, self._deliver, self.ahead = work, deliver, ahead
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ends the job before its next event; what it has not begun it never does."""
+        self._cancelled.set()
+
+    def run(self) -> None:
+        """Delivers the job's events, then None. An error becomes the last event, one line."""
+        try:
+            if not self._cancelled.is_set():
+                self._run()
+        except Exception as error:
+            text = " ".join(str(error).split())[:500] or type(error).__name__
+            self._tell({"error": text})
+        self._tell(None)
+
+    def _run(self) -> None:
+        events = self._work()
+        try:
+            for event in events:
+                if self._cancelled.is_set():
+                    return
+                self._tell(event)
+        finally:
+            if (close := getattr(events, "close", None)) is not None:
+                close()
+
+    def _tell(self, event: Event | None) -> None:
+        if not self._cancelled.is_set():
+            self._deliver(event)
+
+
+class Worker:
+    """Runs jobs one after the other on a thread of its own, in the order they were submitted."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting, self._lock = 0, threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="playground", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, deliver: Callable[[Event | None], None]) -> Job:
+        """Adds work to the queue.
+
+        Args:
+            work: called on the worker's thread; returns the events of the job.
+            deliver: called there with each event, and with None at the end, until the job is
+                cancelled.
+
+        Returns:
+            The job.
+        """
+        with self._lock:
+            job = Job(work, deliver, self._waiting)
+            self._waiting += 1
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        """Ends the thread after the jobs that were submitted."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            with self._lock:
+                self._waiting -= 1
