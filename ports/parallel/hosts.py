@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -49,6 +50,37 @@ def join(address: str | None = None, count: int | None = None, index: int | None
 def is_first() -> bool:
     """Returns whether this is host 0, or the only host."""
     return jax.process_index() == 0
+
+
+def span(mesh: Mesh | None) -> bool:
+    """Returns whether the mesh has devices of several hosts, which then compute in step."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Makes what was computed on a mesh of several hosts readable on each of them.
+
+    All hosts must call it. It does not wait for the arrays to be computed.
+
+    Args:
+        tree: arrays; those of the mesh are copied to each of its devices, those of this host alone
+            become numpy arrays, which a program on the mesh takes too.
+        mesh: the mesh; if it is within one host, nothing changes.
+
+    Returns:
+        A tree like `tree`.
+    """
+    if not span(mesh):
+        return tree
+    assert mesh is not None, "no mesh is within one host"
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        return jax.jit(lambda x: x, out_shardings=whole)(leaf)
+
+    return jax.tree.map(one, tree)
 
 
 def tell(value: Any) -> Any:

@@ -36,7 +36,7 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         help="DATAxMODEL, such as 2x4: split each batch over 2 and the model over 4 of this host's "
-        "devices."
+        "devices, or of all hosts' if it has fewer."
     ),
 ]
 ThroughNorm = Annotated[
@@ -138,7 +138,8 @@ def load_model(
         adapter: the directory or Hub ID of a LoRA adapter to merge in, or the name of one of the
             embedded model's adapters ("color", "place", "mood").
         processor: a directory or Hub ID of a checkpoint whose processor to use.
-        mesh: the number of this host's devices to split each batch over, and the model over.
+        mesh: the number of devices to split each batch over, and the model over: this host's, or,
+            if it has fewer, those of all hosts.
 
     Returns:
         The `ports.VLM`.
@@ -150,8 +151,11 @@ def load_model(
     from xlvlm_jax.demo import embedded
 
     with console.status(f"loading {model}"):
-        # Each host holds the whole model on its own devices.
-        placed = None if mesh is None else ports.make_mesh(*mesh, devices=jax.local_devices())
+        placed = None
+        if mesh is not None:
+            # Hosts that hold the whole model need not wait for each other.
+            needed, here = mesh[0] * mesh[1], jax.local_devices()
+            placed = ports.make_mesh(*mesh, devices=here if needed <= len(here) else jax.devices())
         if abstract:
             vlm = ports.load_abstract(model, dtype=dtype, mesh=placed)
             if processor is None:

@@ -14,6 +14,7 @@ import numpy as np
 from ports import VLM
 from ports.intervene.edits import Edits
 from ports.paired import Params, paired_states
+from ports.parallel import hosts
 from xlvlm_jax.data.batches import Arrays
 from xlvlm_jax.features import token_positions
 from xlvlm_jax.features.image_cells import BatchCells
@@ -89,7 +90,8 @@ def select(model: ExtractionModel, ran: Ran) -> Computed:
     for other in others:
         states = {finetuned_site(site): value for site, value in other.states.items()}
         first = first._replace(states=first.states | states, valid=first.valid & other.valid)
-    return Computed(first, ran.predicted, ran.finite, ran.cells)
+    found = hosts.everywhere((first, ran.predicted, ran.finite), model.vlm.mesh)
+    return Computed(*found, ran.cells)
 
 
 def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
@@ -143,6 +145,8 @@ def _pass(
     positions, searched = _positions(
         kind, selection, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
     )
+    # The host looks for words in these, and arrays of one device do not mix with global ones.
+    positions, searched = hosts.everywhere((positions, searched), vlm.mesh)
     return Pass(kind, mask, positions, searched, states)
 
 

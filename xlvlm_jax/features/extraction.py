@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,9 +53,10 @@ def extract(
 ) -> ExtractionSummary:
     """Extracts features into a directory, resuming an interrupted run with the same arguments.
 
-    With several hosts (`jax.distributed`) each calls this with the same arguments and a model on
-    its own devices; `output` is on a disk that all of them see. See
-    `xlvlm_jax.features.multi_host`.
+    With several hosts (`jax.distributed`) each calls this with the same arguments; `output` is on a
+    disk that all of them see. If the model is on each host's own devices, the hosts divide the
+    samples (see `xlvlm_jax.features.multi_host`); if it is split over the devices of all hosts,
+    they compute every batch together, and host 0 writes.
 
     Args:
         vlm: the model.
@@ -129,7 +130,10 @@ def extract(
     model = ExtractionModel(vlm, finetuned, shared, settings, finder, edits)
     run = _Run(model, samples, Path(output), arguments, strict, workers)
     several = jax.process_count() > 1 or multi_host.exist(run.output)
-    (_over_hosts if several else _alone)(run, progress)
+    if hosts.span(vlm.mesh):
+        _together(run, progress)
+    else:
+        (_over_hosts if several else _alone)(run, progress)
     features = Features.open(output)
     return _summary(features, time.perf_counter() - began, dict(run.clock.seconds))
 
@@ -193,11 +197,53 @@ def _alone(run: _Run, progress: Progress | None) -> None:
         _complete(run, writer)
 
 
-def _over_hosts(run: _Run, progress: Progress | None) -> None:
-    """Writes this host's blocks as parts, which host 0 merges."""
+def _together(run: _Run, progress: Progress | None) -> None:
+    """Computes every batch on all hosts in step; host 0 writes."""
+    writer, begun = _begin_on_host_0(run)
+    if begun.complete:
+        return
+    done, rows = begun.done, 0
+
+    def commit(number: int, *batch: Any) -> None:
+        nonlocal done, rows
+        if writer is not None:
+            writer.append(*batch)
+        described, _, index, *_ = batch
+        done, rows = done + len(described), rows + len(index)
+        if progress is not None:
+            progress(done, len(run.samples), rows)
+
+    # Parts are of a run whose hosts each had the whole model; these samples are computed again.
+    if writer is not None:
+        shutil.rmtree(run.output / multi_host.FOLDER, ignore_errors=True)
+    try:
+        left = run.samples[begun.done :]
+        run.write(groups_of(left, run.model.settings.batch_size), commit, begun.root)
+        if writer is None:
+            multi_host.await_whole(run.output)
+        else:
+            _complete(run, writer)
+    finally:
+        if writer is not None:
+            writer.release()
+
+
+class _Begun(NamedTuple):
+    """What host 0 found in the output directory."""
+
+    complete: bool
+    done: int  # number of samples
+    root: Path | None  # what the names of pictures are relative to
+
+
+def _begin_on_host_0(run: _Run) -> tuple[FeaturesWriter | None, _Begun]:
+    """Opens the output on host 0 alone, and tells all hosts what is there.
+
+    Raises:
+        ValueError: it can't be opened. Raised on every host, so that none waits for another.
+    """
     writer, told = None, {}
     if hosts.is_first():
-        # Errors are raised on every host, so that none waits for another.
         try:
             writer = run.open()
             told = {"complete": writer.complete, "done": writer.samples_done}
@@ -209,10 +255,17 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
     told = hosts.tell(told)
     if "error" in told:
         raise ValueError(told["error"])
-    if told["complete"]:
+    root = told.get("root")
+    return writer, _Begun(told["complete"], told["done"], None if root is None else Path(root))
+
+
+def _over_hosts(run: _Run, progress: Progress | None) -> None:
+    """Writes this host's blocks as parts, which host 0 merges."""
+    writer, begun = _begin_on_host_0(run)
+    if begun.complete:
         return
     size = run.model.settings.batch_size
-    blocks = multi_host.blocks_of(run.output, len(run.samples), told["done"], size)
+    blocks = multi_host.blocks_of(run.output, len(run.samples), begun.done, size)
     mine = multi_host.Parts(blocks, run.samples, run.arguments, run.model.settings.dtype, size)
     total, done, rows = sum(map(len, mine.groups)), 0, 0
 
@@ -227,7 +280,7 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
             progress(done, total, rows)
 
     try:
-        run.write(mine.groups, commit, None if told["root"] is None else Path(told["root"]))
+        run.write(mine.groups, commit, begun.root)
         if writer is None:
             multi_host.await_whole(run.output)
             return

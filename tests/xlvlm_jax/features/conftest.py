@@ -1,10 +1,13 @@
 """A few drawn scenes, and the command line in separate processes."""
 
 import hashlib
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -12,6 +15,9 @@ from xlvlm_jax import data
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.manifest import PICTURES
 
+FOUR_DEVICES = MappingProxyType(
+    {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
+)
 COMMAND = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()"]
 
 
@@ -39,10 +45,13 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """Runs the command line in a separate process."""
+def start(
+    *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen:
+    """Runs the command line in a separate process, with more in its environment."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,7 @@ import pytest
 from xlvlm_jax import Concepts, Features
 from xlvlm_jax.features.manifest import manifest_of
 
-from .conftest import digests, finish, free_port, start
+from .conftest import FOUR_DEVICES, digests, finish, free_port, start
 
 NORM = "language_model.model.norm"
 
@@ -64,6 +64,38 @@ def test_what_a_dead_host_left_is_used_by_any_number(run, alone, tmp_path):
     assert not (manifest_of(output) or {"complete": False})["complete"]
     finish(*run(output, 3))
     assert digests(output) == digests(alone)
+
+
+@pytest.mark.slow
+def test_two_hosts_of_four_devices_split_one_model(alone, pictures, tmp_path):
+    """The features of one device to 1e-5, and a run that continues after host 0 was killed."""
+    port, output = free_port(), tmp_path / "features"
+    arguments = ["extract", "embedded", pictures, "--split", "val", "--output", output]
+    arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only", "--mesh", "2x4"]
+    arguments += ["--max-new-tokens", 3, "--batch-size", 2, "--num-samples", 8, "--first"]
+
+    def both():
+        text = f"127.0.0.1:{port},2,{{}}"
+        return [
+            start(*arguments, "--hosts", text.format(i), environment=FOUR_DEVICES) for i in range(2)
+        ]
+
+    first, second = both()
+    deadline = time.monotonic() + 250
+    while (manifest_of(output) or {"samples": 0})["samples"] < 2:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.02)
+    for host in (first, second):
+        host.send_signal(signal.SIGKILL)
+        host.communicate()
+    port = free_port()
+    finish(*both())
+    ours, theirs = Features.open(output), Features.open(alone)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens[:8])
+    np.testing.assert_array_equal(ours.sample_rows, theirs.sample_rows[:8])
+    assert list(ours.samples) == theirs.samples[:8]
+    largest = np.abs(theirs.matrix(NORM)).max()
+    np.testing.assert_allclose(ours.matrix(NORM), theirs.matrix(NORM)[:8], atol=1e-5 * largest)
 
 
 @pytest.mark.slow
