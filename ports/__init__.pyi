@@ -1,6 +1,7 @@
 # What `ports` exports, imported at first use (see ports/lazy_names.py).
 from ports.decoding.generate import Generation
 from ports.decoding.sampling import Sampling
+from ports.intervene.adaptive_edits import add_adaptive, add_if_similar
 from ports.intervene.edits import (
     Edit,
     Places,
@@ -32,6 +33,8 @@ __all__ = [
     "ablate",
     "adapted",
     "add",
+    "add_adaptive",
+    "add_if_similar",
     "add_mapped",
     "add_relative",
     "capture",

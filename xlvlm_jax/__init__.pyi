@@ -1,4 +1,5 @@
 # What `xlvlm_jax` exports, imported at first use (see ports/lazy_names.py).
+from ports.intervene.adaptive_edits import add_adaptive, add_if_similar
 from ports.intervene.edits import ablate, add, add_relative, edit_with, replace, stacked
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
@@ -27,6 +28,8 @@ __all__ = [
     "SteeringVector",
     "ablate",
     "add",
+    "add_adaptive",
+    "add_if_similar",
     "add_relative",
     "answer_gradients",
     "capture",

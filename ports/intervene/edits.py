@@ -72,7 +72,7 @@ class Edit:
 
     Attributes:
         vector: float[D], float[B, D] or float[B, T, D], see `add`; a pair (down[R, D], up[D, R])
-            for a linear map; None if `change` needs none.
+            for a linear map, or other arrays that `change` takes; None if it needs none.
         alpha: float[] or float[B], the strength.
         kinds: bool[4], which kinds of positions are edited.
         start: int32[], index of the first edited token.
@@ -178,7 +178,7 @@ class Edit:
     def _spread(self, x: Array, places: Places | None) -> Any:
         """Returns the vector or map in the dtype of the states x, broadcasting against them."""
         if isinstance(self.vector, tuple):
-            return tuple(jnp.asarray(matrix, x.dtype) for matrix in self.vector)
+            return jax.tree.map(lambda array: jnp.asarray(array, x.dtype), self.vector)
         if self.vector is None:
             return None
         vector = jnp.asarray(self.vector, x.dtype)
@@ -234,12 +234,25 @@ def _described(value: Any) -> str:
     return f"of type {kind}" if shape is None else f"an array of shape {tuple(shape)}"
 
 
-def _edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> Edit:
+def make_edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any) -> Edit:
+    """Returns an edit of a new kind.
+
+    Args:
+        change: see `Edit`; a function of its own, since equal ones share a compiled program. With
+            alpha 0 it must return the states.
+        vector: float[D], float[B, D] or float[B, T, D] (see `add`), which broadcasts against the
+            states; or a tuple of arrays, or of pytrees of them, handed over as they are, the first
+            one [..., D].
+        alpha, where: as for `add`.
+
+    Raises:
+        ValueError: as for `add`.
+    """
     if not (vector is None or isinstance(vector, tuple | jax.Array)):
         traced = any(map(is_traced, jax.tree.leaves(vector)))
         vector = jnp.asarray(vector) if traced else np.asarray(vector)
     for name, values in (("alpha", alpha), ("the steering vector", vector)):
-        for value in values if isinstance(values, tuple) else (values,):
+        for value in jax.tree.leaves(values):
             _check_numbers(name, value)
     if not (vector is None or isinstance(vector, tuple) or np.ndim(vector)):
         raise ValueError(
@@ -319,20 +332,20 @@ def _add(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
 
 
 def _add_relative(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
-    return x + alpha * jnp.linalg.norm(x, axis=-1, keepdims=True) * _unit(vector)
+    return x + alpha * jnp.linalg.norm(x, axis=-1, keepdims=True) * unit(vector)
 
 
 def _ablate(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
-    unit = _unit(vector)
-    return x - alpha * jnp.sum(x * unit, axis=-1, keepdims=True) * unit
+    direction = unit(vector)
+    return x - alpha * jnp.sum(x * direction, axis=-1, keepdims=True) * direction
 
 
 def _replace(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
     return (1 - alpha) * x + alpha * vector
 
 
-def _unit(vector: Array) -> Array:
-    # A zero vector has no direction: it edits nothing.
+def unit(vector: Array) -> Array:
+    """Returns vectors [..., D] at unit length; a zero vector, without a direction, stays zero."""
     square = jnp.sum(vector**2, axis=-1, keepdims=True)
     return vector * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
@@ -368,7 +381,7 @@ def add(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         >>> ports.add([0.0, 1.0], alpha=2.0)(jnp.ones((1, 2))).tolist()
         [[1.0, 3.0]]
     """
-    return _edit(_add, vector, alpha, where)
+    return make_edit(_add, vector, alpha, where)
 
 
 def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
@@ -392,7 +405,7 @@ def add_relative(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         >>> ports.add_relative([0.0, 8.0], alpha=0.5)(jnp.array([[2.0, 0.0]])).tolist()
         [[2.0, 1.0]]
     """
-    return _edit(_add_relative, vector, alpha, where)
+    return make_edit(_add_relative, vector, alpha, where)
 
 
 def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
@@ -419,7 +432,7 @@ def ablate(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         >>> ports.ablate([0.0, 4.0])(jnp.array([[3.0, 5.0]])).tolist()
         [[3.0, 0.0]]
     """
-    return _edit(_ablate, vector, alpha, where)
+    return make_edit(_ablate, vector, alpha, where)
 
 
 def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
@@ -452,7 +465,7 @@ def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
         >>> ports.replace([0.0, 4.0], alpha=0.5)(jnp.array([[2.0, 2.0]])).tolist()
         [[1.0, 3.0]]
     """
-    return _edit(_replace, vector, alpha, where)
+    return make_edit(_replace, vector, alpha, where)
 
 
 def _add_mapped(x: Array, maps: tuple[Array, Array], alpha: Array, _: Any) -> Array:
@@ -488,7 +501,7 @@ def add_mapped(down: Any, up: Any, alpha: Any = 1.0, where: Any = "all") -> Edit
             f"down and up have shapes {np.shape(down)} and {np.shape(up)}; expected [R, D] and "
             "[D, R]"
         )
-    return _edit(_add_mapped, (down, up), alpha, where)
+    return make_edit(_add_mapped, (jnp.asarray(down), jnp.asarray(up)), alpha, where)
 
 
 class _Function(NamedTuple):
@@ -563,7 +576,7 @@ def edit_with(function: Callable[..., Array], alpha: Any = 1.0, where: Any = "al
     """
     if not callable(function):
         raise ValueError(f"edit_with takes a function of the states; got {_described(function)}")
-    return _edit(_Function(function), None, alpha, where)
+    return make_edit(_Function(function), None, alpha, where)
 
 
 def stacked(

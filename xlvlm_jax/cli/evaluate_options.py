@@ -236,6 +236,19 @@ def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> 
     return placed
 
 
+def samples_to_choose_on(
+    samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None
+) -> list[Any]:
+    """Returns the samples of a split to choose on: some of those that are not evaluated too."""
+    held_out = {sample.id for sample in samples}
+    others = [sample for sample in of if sample.id not in held_out][:num_choose]
+    if not others:
+        raise ValueError(
+            f"--choose-on {split}: every sample in it is also evaluated; give another split"
+        )
+    return others
+
+
 def describe_run(
     data: Path,
     dataset: str,

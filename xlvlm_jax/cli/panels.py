@@ -22,13 +22,14 @@ PANELS = {
     "n_init vector where edit "
     "together instruction context_site contrast positive negative states keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
-    "assign_by normalise_shifts normalise_shifted",
+    "assign_by normalise_shifts normalise_shifted penalty threshold num_keys "
+    "num_features feature_ids share num_masks fit_source fit_target budget budget_of",
     "Evaluation": "vqa_protocol without answer_types baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
     "Model": "model processor adapter finetuned finetuned_model dtype through_norm max_new_tokens "
     "ignore_generation_config",
-    "Scale": "batch_size accumulate states_dtype mesh hosts workers stream save_every",
+    "Scale": "batch_size at_once accumulate states_dtype mesh hosts workers stream save_every",
     "Run": "protocol beside store_samples output overwrite strict dry_run ignore_disk profile seed",
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""`xlvlm steer`: fits, ranks and applies steering vectors."""
+"""`xlvlm steer`: fits, ranks, sweeps over and applies steering vectors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli import steer_fit, steer_rank
+from xlvlm_jax.cli import steer_fit, steer_rank, steer_sweep
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
@@ -48,6 +48,7 @@ from xlvlm_jax.cli.evaluate_options import (
     describe_run,
     parse_task,
     reading_of,
+    samples_to_choose_on,
     vectors_at,
 )
 from xlvlm_jax.cli.panels import into_panels
@@ -65,12 +66,13 @@ from xlvlm_jax.cli.sample_options import (
 )
 
 steer = typer.Typer(
-    help="Fit, rank and apply steering vectors: directions that, added to a model's states, change "
-    "its answers.",
+    help="Fit, rank, compare and apply steering vectors: directions that, added to a model's "
+    "states, change its answers.",
     no_args_is_help=True,
 )
 steer.command(cls=Command)(into_panels(steer_fit.fit))
 steer.command(cls=Command)(into_panels(steer_rank.rank))
+steer.command(cls=Command)(into_panels(steer_sweep.sweep))
 
 
 @steer.command(cls=Command)
@@ -186,7 +188,7 @@ def apply(
     others: Sequence[Any] = []
     if choose_on is not None:
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})
-        others = _others(samples, of, choose_on, num_choose)
+        others = samples_to_choose_on(samples, of, choose_on, num_choose)
         measured.require(others)
     if dry_run:
         # With --choose-on, only one condition is applied besides plain answers and an instruction.
@@ -216,16 +218,3 @@ def apply(
             stage=bars(progress),
         )
     finish(summary, output)
-
-
-def _others(
-    samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None
-) -> list[Any]:
-    """Returns the samples of a split to choose on: some of those that are not evaluated too."""
-    held_out = {sample.id for sample in samples}
-    others = [sample for sample in of if sample.id not in held_out][:num_choose]
-    if not others:
-        raise ValueError(
-            f"--choose-on {split}: every sample in it is also evaluated; give another split"
-        )
-    return others

@@ -1,8 +1,9 @@
 """`xlvlm steer fit`: fits steering vectors on features."""
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,6 @@ from xlvlm_jax.cli.console import (
     Images,
     Overwrite,
     Seed,
-    Site,
     Strict,
     bars,
     console,
@@ -39,17 +39,23 @@ def fit(
     method: Annotated[
         str,
         typer.Option(
-            help="coarse: difference of means; fine: differences between k-means centroids; "
+            help="coarse: difference of means; pca, lat, probe: its part along the principal "
+            "direction of differences, that of random pairs, or the normal of a linear probe; "
+            "adaptive: coarse, up to the mean target state; conditional: coarse, where a state is "
+            "like source states; memory: the difference within the state's cluster; "
+            "sae, sae-clamp: features of a sparse autoencoder, added or set; "
+            "fine: differences between k-means centroids; "
             "learned: optimised by gradient descent; l2s: a network that predicts a vector for "
-            "each prompt; p2s: a vector for each sample; shift: the shift of each concept by "
-            "fine-tuning."
+            "each prompt; p2s: a vector for each sample; vti-image, vti-text: what masked "
+            "pictures, or the counterparts of p2s, share, per layer; shift: the shift of each "
+            "concept by fine-tuning."
         ),
     ] = "coarse",
     source: Annotated[
         Words,
         typer.Option(
-            help="Answers to steer from, separated by commas; optional for coarse and fine. '*' "
-            "for every sample, such as all captions."
+            help="Answers to steer from, separated by commas; optional for methods that need no "
+            "model. '*' for every sample, such as all captions."
         ),
     ] = None,
     target: Annotated[
@@ -59,7 +65,14 @@ def fit(
             "optional with --target-features or --between-models."
         ),
     ] = None,
-    site: Site = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Site whose states to use, optional if there is only one; methods without a model "
+            "also take a pattern ('layers.*') and write a directory, a file per site; vti: any "
+            "sites of the model. Default for vti: the decoder's layers."
+        ),
+    ] = None,
     key: Annotated[
         str,
         typer.Option(
@@ -80,19 +93,44 @@ def fit(
     ] = "all",
     target_features: Annotated[
         Path | None,
-        typer.Option(help="coarse: features with the target's states, if in another directory."),
+        typer.Option(
+            help="Without --model: features with the target's states, if in another directory."
+        ),
     ] = None,
     between_models: Annotated[
         bool,
         typer.Option(
             "--between-models",
-            help="coarse: steer towards the states of another model, such as a fine-tuned one, in "
-            "--target-features, or in the same features (extract --finetuned).",
+            help="Methods without a model: steer towards the states of another model, such as a "
+            "fine-tuned one, in --target-features, or in the same features (extract --finetuned).",
         ),
     ] = False,
     matched: Annotated[
-        bool, typer.Option("--matched", help="coarse: only samples with rows in both features.")
+        bool,
+        typer.Option("--matched", help="Without --model: only samples with rows in both features."),
     ] = False,
+    penalty: Annotated[
+        float, typer.Option(help="probe: weight of the squared norm; larger is closer to coarse.")
+    ] = 1.0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="conditional, memory: least cosine for which a vector is added. Default: what "
+            "separates source states best; memory: always."
+        ),
+    ] = None,
+    num_keys: Annotated[int, typer.Option(help="memory: number of clusters.")] = 8,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(help="sae, sae-clamp: sparse autoencoder of the site, as for `decompose`."),
+    ] = None,
+    num_features: Annotated[
+        int, typer.Option(help="sae, sae-clamp: number of features, those that differ most.")
+    ] = 8,
+    feature_ids: Annotated[
+        str | None,
+        typer.Option(help="sae, sae-clamp: the features instead, separated by commas."),
+    ] = None,
     source_concepts: Annotated[
         Path | None,
         typer.Option(help="coarse: steer from the mean of these concepts, not of the states."),
@@ -111,8 +149,14 @@ def fit(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="learned, l2s: model that the features were extracted from."),
+        typer.Option(help="learned, l2s, p2s, vti: model that the features were extracted from."),
     ] = None,
+    share: Annotated[
+        float, typer.Option(help="vti-image: share of each picture's cells to mask.")
+    ] = 0.99,
+    num_masks: Annotated[
+        int, typer.Option(help="vti-image: masked versions of each picture, which are averaged.")
+    ] = 10,
     rank: Annotated[
         int | None,
         typer.Option(help="learned: fit a low-rank map of this rank instead of a vector."),
@@ -126,9 +170,9 @@ def fit(
     contrast: Annotated[
         Literal["prompt", "completion", "forced"],
         typer.Option(
-            help="l2s, p2s: states to contrast with: another prompt about the image that has a "
-            "target answer (prompt), target and source answers after the same prompt (completion), "
-            "or --positive and --negative after the prompt of every sample (forced)."
+            help="l2s, p2s, vti-text: states to contrast with: another prompt about the image that "
+            "has a target answer (prompt), target and source answers after the same prompt "
+            "(completion), or --positive and --negative after the prompt of every sample (forced)."
         ),
     ] = "prompt",
     positive: Annotated[
@@ -145,15 +189,15 @@ def fit(
     states: Annotated[
         Literal["last", "mean"],
         typer.Option(
-            help="l2s, p2s: state of a completion: that of its last token, or the mean over its "
-            "tokens."
+            help="l2s, p2s, vti-text: state of a completion: that of its last token, or the mean "
+            "over its tokens."
         ),
     ] = "last",
     num_samples: Annotated[
         int | None,
         typer.Option(
-            help="learned, l2s, p2s: maximum number of samples to steer. Default: 128, or all with "
-            "--contrast forced."
+            help="learned, l2s, p2s, vti: maximum number of samples to steer. Default: 128, or all "
+            "with --contrast forced."
         ),
     ] = None,
     keep: Annotated[
@@ -174,9 +218,10 @@ def fit(
     seed: Seed = 0,
 ) -> None:
     """Fit steering vectors from source answers to target answers."""
-    from xlvlm_jax import Concepts, steering
+    from ports.messages import few
+    from xlvlm_jax import Concepts, sae, steering
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax.features.reader import choose_site
+    from xlvlm_jax.features.reader import choose_site, choose_sites
 
     if not dry_run:
         refuse_existing(output, overwrite)
@@ -189,10 +234,18 @@ def fit(
         "target_features": target_features and StoredFeatures.open(target_features),
         "between_models": between_models,
         "matched": matched,
+        "penalty": penalty,
+        "dictionary": dictionary and sae.load(dictionary),
+        "num_features": num_features,
+        "feature_ids": None if feature_ids is None else _whole_numbers(feature_ids),
+        "threshold": threshold,
+        "num_keys": num_keys,
         "source_concepts": source_concepts and Concepts.load(source_concepts),
         "decomposition": decomposition,
         "num_concepts": num_concepts,
         "pairs": None if pairs is None else [_pair(text) for text in pairs.split(",")],
+        "share": share,
+        "num_masks": num_masks,
         "rank": rank,
         "steps": steps,
         "contrast": contrast,
@@ -202,9 +255,14 @@ def fit(
         "states": states,
     }
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
+    alone = how.examples is not None or how.makes_several
+    if how.sites_of_model:
+        sites = ["layers.*" if site is None else site]
+    else:
+        sites = [choose_site(opened, site)] if alone else choose_sites(opened, site)
     asked = steering.Request(
         opened,
-        choose_site(opened, site),
+        sites[0],
         sources,
         targets,
         key=key,
@@ -220,18 +278,30 @@ def fit(
     if how.needs_target and targets is None and not given_otherwise:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
     if how.examples is None:
-        fitted = how.fit(asked)
+        fitted = _of_sites(how, asked, sites)
     else:
-        if model is None or (sources is None and not forced):
-            missing = "" if forced else "--source, the answers to steer from, and "
+        answers_given = sources is not None or forced or not how.needs_target
+        if model is None or not answers_given:
+            missing = "" if answers_given else "--source, the answers to steer from, and "
             raise ValueError(f"--method {method} needs {missing}--model")
         fitted = _learn(how, asked, model, dtype, batch_size, strict, dry_run)
         if fitted is None:
             return
     if not dry_run:
-        _write(output, fitted.steering, how.makes_several)
+        _write(output, fitted.steering, how.makes_several or len(sites) > 1)
     written = "nothing, a dry run" if dry_run else output
-    console.print(f"{fitted.figures}, site {asked.site} -> {written}")
+    console.print(
+        f"{fitted.figures}, {'sites' if len(sites) > 1 else 'site'} {few(sites)} -> {written}"
+    )
+
+
+def _of_sites(how: Any, asked: Any, sites: Sequence[str]) -> Any:
+    """Fits a method that needs no model at each site."""
+    fitted = [how.fit(dataclasses.replace(asked, site=site)) for site in sites]
+    if len(fitted) == 1:
+        return fitted[0]
+    every = {name: one for each in fitted for name, one in each.steering.items()}
+    return fitted[0]._replace(steering=every, figures=f"{len(every)} vectors")
 
 
 def _write_shift(shift: Path, output: Path, where: Any) -> None:
@@ -252,16 +322,18 @@ def _learn(
     how: Any, asked: Any, model: str, dtype: str, batch_size: int, strict: bool, dry_run: bool
 ) -> Any:
     """Fits a method that runs the model; for a dry run, prints what it would do, returns None."""
+    from ports.messages import few
     from xlvlm_jax import steering
 
     examples = how.examples(asked)
     vlm = load_model(model, dtype, abstract=dry_run)
     steering.files.require_fitted_model(asked.features.manifest, vlm)
     if dry_run:
+        sites = vlm.check_sites(asked.site)
         console.print(
             f"{len(examples.samples)} samples to learn from, {examples.steered} of them to "
-            f"steer, in batches of {batch_size}, site {asked.site} of width "
-            f"{vlm.site_shapes[asked.site][-1]}; nothing written"
+            f"steer, in batches of {batch_size}, site {few(sites)} of width "
+            f"{vlm.site_shapes[sites[0]][-1]}; nothing written"
         )
         return None
     with progress_bars() as progress:
@@ -273,9 +345,19 @@ def _learn(
             strict=strict,
             progress=bars(progress)(how.doing),
         )
-    for each in fitted.steering.values():
-        show_skipped(each.source["skipped"])
+    show_skipped(
+        {k: v for each in fitted.steering.values() for k, v in each.source["skipped"].items()}
+    )
     return fitted
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--feature-ids is {text!r}; expected whole numbers separated by commas, such as 3,17"
+        ) from None
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -31,6 +31,14 @@ from xlvlm_jax.evaluation.caption_effects import (
 )
 from xlvlm_jax.evaluation.hallucination import chair_figures, paired_tests, pope_figures
 from xlvlm_jax.evaluation.hallucination_tasks import ObjectCaptions, Presence
+from xlvlm_jax.evaluation.method_sweep import (
+    Attempt,
+    Sweep,
+    attempts,
+    best_within,
+    pareto_front,
+    run_sweep,
+)
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, evaluate_steering, select
@@ -43,6 +51,7 @@ __all__ = [
     "MEAN_OVER_TYPES",
     "PLAIN",
     "Accuracy",
+    "Attempt",
     "CaptionChanges",
     "Captions",
     "Changes",
@@ -54,11 +63,14 @@ __all__ = [
     "Presence",
     "Questions",
     "Steering",
+    "Sweep",
     "Task",
     "Trial",
     "aligned",
     "answer_changes",
     "answer_type",
+    "attempts",
+    "best_within",
     "caption_changes",
     "chair_figures",
     "choose",
@@ -76,6 +88,7 @@ __all__ = [
     "grid",
     "names",
     "paired_tests",
+    "pareto_front",
     "pope_figures",
     "predict",
     "preflight",
@@ -83,6 +96,7 @@ __all__ = [
     "read_baseline",
     "read_types",
     "require_answers",
+    "run_sweep",
     "select",
     "substring_counts",
     "token_of_interest_accuracy",

@@ -72,8 +72,8 @@ class Condition:
             {site: edits}.
 
         Raises:
-            ValueError: a vector was fitted on another model, a low-rank map is not added, or a
-                sample has no vector.
+            ValueError: a vector was fitted on another model, a sample has no vector, or the edit is
+                not "add" for what is not a vector, such as a map.
         """
         edits: dict[str, tuple[Edit, ...]] = {}
         for vector in self.vectors:
@@ -84,7 +84,8 @@ class Condition:
                 if self.edit != "add":
                     if isinstance(added.vector, tuple):
                         raise ValueError(
-                            f"edit is {self.edit!r}; expected 'add', all a low-rank map can do"
+                            f"edit is {self.edit!r}; expected 'add', all that a "
+                            f"{type(vector).__name__} can do"
                         )
                     kind = getattr(edit_kinds, self.edit)(added.vector, self.alpha)
                     edit = dataclasses.replace(added, change=kind.change)

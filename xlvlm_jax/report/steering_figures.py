@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
+from xlvlm_jax.evaluation.method_sweep import pareto_front
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
 FIGURES = {
     "answers.svg": "Answers before and after steering",
     "sweep.svg": "Effect and cost of steering by strength and layer",
+    "tradeoff.svg": "Effect and side effect of every trial, by method",
 }
 NUM_BARS = 12
+_AXES = {"off_target": "share of other answers that changed", "cost": "cost"}
 
 
 def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
@@ -34,6 +38,7 @@ def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
     for name, draw, wanted in (
         ("answers.svg", plot_answers, len(summary["conditions"]) > 1),
         ("sweep.svg", plot_sweep, "sweep" in summary),
+        ("tradeoff.svg", plot_tradeoff, "axis" in summary.get("sweep", {})),
     ):
         path = directory / name
         if wanted:
@@ -91,7 +96,7 @@ def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[
 def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     """Plots effect and cost against strength (a line per site) and site (a line per strength).
 
-    If trials differ in the positions they steer, only those with the chosen positions are drawn.
+    If trials differ in method or in the positions they steer, only the chosen ones are drawn.
     The dashed lines mark the wanted effect and the maximum cost, the ring marks the chosen trial.
 
     Args:
@@ -100,7 +105,12 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     """
     sweep, questions = summary["sweep"], summary["kind"] == "vqa"
     chosen = sweep["chosen"]
-    trials = [trial for trial in sweep["trials"] if trial["where"] == chosen["where"]]
+    alike = ("where", "method")
+    trials = [
+        trial
+        for trial in sweep["trials"]
+        if all(trial.get(name) == chosen.get(name) for name in alike)
+    ]
     sites = list(dict.fromkeys(", ".join(trial["sites"]) for trial in trials))
     alphas = sorted({trial["alpha"] for trial in trials})
     by = {(", ".join(trial["sites"]), trial["alpha"]): trial for trial in trials}
@@ -136,6 +146,43 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
             right.set_xlabel("site")
         grid[0][0].legend(title="site", fontsize="small")
         grid[0][1].legend(title="alpha", fontsize="small")
+
+
+def plot_tradeoff(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Plots the effect of every trial against its side effect, with each method's Pareto front.
+
+    The dashed line marks the budget, the ring marks the chosen trial.
+
+    Args:
+        summary: its "sweep" is what `evaluation.Sweep.describe` returns.
+        path: the file to write (.svg, .png or .pdf).
+    """
+    sweep = summary["sweep"]
+    axis, chosen = sweep["axis"], sweep["chosen"]
+    usable = [t for t in sweep["trials"] if None not in (t["effect"], t[axis])]
+    with figure(path, width=5.2, height=3.6) as (_, [[axes]]):
+        for number, method in enumerate(dict.fromkeys(trial["method"] for trial in usable)):
+            own = [trial for trial in usable if trial["method"] == method]
+            x, y = (np.array([trial[name] for trial in own]) for name in (axis, "effect"))
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(x, y, "o", ms=3, color=colour, alpha=0.4)
+            on_front = np.flatnonzero(pareto_front(y, x))
+            order = on_front[np.argsort(x[on_front], kind="stable")]
+            axes.plot(
+                x[order],
+                y[order],
+                drawstyle="steps-post",
+                marker="o",
+                ms=3,
+                color=colour,
+                ls=("-", "--", ":")[number // len(COLOURS) % 3],
+                label=method,
+            )
+        axes.plot(chosen[axis], chosen["effect"], "o", ms=10, mfc="none", color="black")
+        if sweep["budget"] is not None:
+            axes.axvline(sweep["budget"], color="black", lw=0.8, ls="--")
+        axes.set(xlabel=_AXES[axis], ylabel="effect")
+        axes.legend(title="method", fontsize="small")
 
 
 def short_names(sites: Sequence[str]) -> list[str]:

@@ -1,13 +1,14 @@
-"""Fits coarse and fine steering vectors on features, choosing samples by their answers.
+"""Fits steering vectors on features, choosing samples by their answers.
 
 N samples, D width, K concepts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from ports.messages import few
 from xlvlm_jax.concepts.record import Concepts
@@ -16,14 +17,29 @@ from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.metrics.vqa import normalise_answer
+from xlvlm_jax.steering import directions
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
 
+Array = jax.Array | np.ndarray
 MATCHES = ("equals", "contains")
+DIRECTIONS = ("pca", "lat", "probe")
 OUTCOME = "outcome"  # in place of a field: prediction and answer, such as "yes for no"
 EVERYTHING = ("*",)  # in place of words to steer from: every sample
 
 
-def fit_coarse(
+class AnswerStates(NamedTuple):
+    """The states of source and of target answers."""
+
+    source: Float[Array, "N D"]
+    target: Float[Array, "M D"]
+    source_rows: Int[np.ndarray, " n"]  # rows of the features; not N if `source` are concepts
+    target_rows: Int[np.ndarray, " M"]  # rows of the target's features
+    # Differences of the mean target and source states of each sample, if these are matched.
+    pairs: Float[np.ndarray, "P D"] | None
+    described: dict[str, Any]  # what they are, as JSON values
+
+
+def answer_states(
     features: Features,
     site: str,
     source: Sequence[str] | None,
@@ -35,9 +51,8 @@ def fit_coarse(
     between_models: bool = False,
     matched: bool = False,
     source_concepts: Concepts | None = None,
-    where: Any = "all",
-) -> SteeringVector:
-    """Fits the coarse vector: mean state of target answers minus mean state of source answers.
+) -> AnswerStates:
+    """Returns the states of source and target answers, which the methods contrast.
 
     Runs on the host and cannot be traced.
 
@@ -57,11 +72,10 @@ def fit_coarse(
             without `target_features`, of the one that `features` hold too. The vector steers the
             model of `features`.
         matched: whether only samples with rows in both count.
-        source_concepts: concepts whose mean takes the place of the mean of source states.
-        where: the token positions that the vector is meant for, stored with it.
+        source_concepts: concepts that take the place of the source states.
 
     Returns:
-        The vector.
+        The states, and what they are.
 
     Raises:
         ValueError: the features lack the site, come from different models or have samples without
@@ -94,7 +108,6 @@ def fit_coarse(
             raise ValueError(none_of(answers_of(of, key), key, what, words))
     described = {
         **_origin(features, key),
-        "method": "coarse",
         "target features": str(others.path.resolve()),
         "match": match,
         "source": None if source is None else list(source),
@@ -108,7 +121,101 @@ def fit_coarse(
     if source_concepts is not None:
         begins = np.asarray(source_concepts.components)
         described["source concepts"] = len(begins)
-    vector = steering_vector(begins, others.matrix(target_site)[of_target])
+    ends = others.matrix(target_site)[of_target]
+    pairs = None
+    if matched and source_concepts is None:
+        pairs = _by_sample(others, of_target, ends) - _by_sample(features, of_source, begins)
+    rows = np.flatnonzero(of_source), np.flatnonzero(of_target)
+    return AnswerStates(begins, ends, *rows, pairs, described)
+
+
+def _by_sample(
+    features: Features, chosen: Bool[np.ndarray, " R"], states: Float[np.ndarray, "N D"]
+) -> Float[np.ndarray, "P D"]:
+    """Returns the mean of the chosen rows' states for each sample, in the order of their IDs."""
+    (ids,) = columns(features.samples, "id")
+    names = np.array([ids[row] for row in features.sample_rows[chosen]])
+    _, sample, counts = np.unique(names, return_inverse=True, return_counts=True)
+    means = np.zeros((len(counts), states.shape[1]))
+    np.add.at(means, sample, states)
+    return (means / counts[:, None]).astype(np.float32)
+
+
+def fit_coarse(
+    features: Features,
+    site: str,
+    source: Sequence[str] | None,
+    target: Sequence[str] | None = None,
+    *,
+    where: Any = "all",
+    **chosen: Any,
+) -> SteeringVector:
+    """Fits the coarse vector: mean state of target answers minus mean state of source answers.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        features, site, source, target: as for `answer_states`.
+        where: the token positions that the vector is meant for, stored with it.
+        chosen: further arguments of `answer_states`.
+
+    Returns:
+        The vector.
+
+    Raises:
+        ValueError: as `answer_states`.
+    """
+    states = answer_states(features, site, source, target, **chosen)
+    vector = steering_vector(states.source, states.target)
+    described = states.described | {"method": "coarse"}
+    return SteeringVector(np.asarray(vector, np.float32), site, described, where)
+
+
+def fit_direction(
+    features: Features,
+    site: str,
+    source: Sequence[str] | None,
+    target: Sequence[str] | None = None,
+    *,
+    method: str = "lat",
+    seed: int = 0,
+    penalty: float = 1.0,
+    where: Any = "all",
+    **chosen: Any,
+) -> SteeringVector:
+    """Fits the vector along a direction that tells source from target answers.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        features, site, source, target: as for `answer_states`.
+        method: "pca" (with matched samples the differences are theirs, otherwise those of every
+            source with every target state), "lat" or "probe", see `pca_vector`, `lat_vector` and
+            `probe_vector`.
+        seed: lat: random seed of the pairs.
+        penalty: probe: weight of the squared norm.
+        where: the token positions that the vector is meant for, stored with it.
+        chosen: further arguments of `answer_states`.
+
+    Returns:
+        The vector.
+
+    Raises:
+        ValueError: the method is unknown, or as `answer_states` and the method.
+    """
+    if method not in DIRECTIONS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(DIRECTIONS)}")
+    states = answer_states(features, site, source, target, **chosen)
+    begins, ends = states.source, states.target
+    if method == "pca":
+        vector, options = directions.pca_vector(begins, ends, states.pairs), {}
+        options["pairs"] = "all" if states.pairs is None else len(states.pairs)
+    elif method == "lat":
+        vector, options = directions.lat_vector(begins, ends, seed=seed), {"seed": seed}
+    else:
+        vector = directions.probe_vector(begins, ends, penalty=penalty)
+        options = {"penalty": penalty}
+    described = states.described | {"method": method, **options}
     return SteeringVector(np.asarray(vector, np.float32), site, described, where)
 
 
@@ -135,8 +242,9 @@ def fit_fine(
         features: states of the samples' answers or captions.
         site: the site whose states to use.
         num_concepts: K.
-        source: words that choose the samples, as for `fit_coarse`; None for all samples.
-        key, match, where: as for `fit_coarse`.
+        source: words that choose the samples, as for `answer_states`; None for all samples.
+        key, match: as for `answer_states`.
+        where: as for `fit_coarse`.
         pairs: the pairs (i, j) to return; None for every pair of different concepts.
         decomposition: a method of `decompose`.
         seed: random seed of the decomposition.

@@ -182,7 +182,7 @@ def mean_of_last(states: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> n
 def last_token_states(
     vlm: VLM,
     samples: Sequence[Sample],
-    site: str,
+    sites: Sequence[str],
     completions: Sequence[str] | None = None,
     *,
     states: str = "last",
@@ -190,13 +190,13 @@ def last_token_states(
     strict: bool = False,
     errors: dict[str, str] | None = None,
     progress: teacher_forcing.Progress | None = None,
-) -> Float[np.ndarray, "N D"]:
+) -> dict[str, Float[np.ndarray, "N D"]]:
     """Returns the states of the last token of each prompt, or of the completion after it.
 
     Args:
         vlm: the model.
         samples: N images and prompts.
-        site: the site whose states to return.
+        sites: the sites whose states to return.
         completions: a completion per sample; None for prompts alone.
         states: "last", or "mean" for the mean over the tokens of each completion.
         batch_size: samples per batch.
@@ -204,30 +204,31 @@ def last_token_states(
         progress: called with (samples done, number of samples).
 
     Returns:
-        float32[N, D], NaN for a sample that can't be read or processed.
+        {site: float32[N, D]}, NaN for a sample that can't be read or processed.
 
     Raises:
         ValueError: the numbers of samples and completions differ, a completion is empty, or no
             sample can be processed.
     """
     errors = {} if errors is None else errors
-    found, done = None, 0
+    found: dict[str, np.ndarray] = {}
+    done = 0
     options = {"ended": False, "strict": strict, "errors": errors}
     for index, batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
         (inputs,) = batch.inputs
-        given = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
         lengths = np.maximum(batch.answer_lengths, 1)
         if states == "last":
             lengths = np.ones_like(lengths)
-        last = mean_of_last(given, inputs["attention_mask"], lengths)[: len(index)]
-        if found is None:
-            found = np.full((len(samples), last.shape[1]), np.nan, np.float32)
-        found[index] = last
+        for site, given in vlm.states(inputs, sites=sites).items():
+            given = np.asarray(given, np.float32)
+            last = mean_of_last(given, inputs["attention_mask"], lengths)[: len(index)]
+            if site not in found:
+                found[site] = np.full((len(samples), last.shape[1]), np.nan, np.float32)
+            found[site][index] = last
         done += len(index)
         if progress is not None:
             progress(done, len(samples))
     teacher_forcing.require_some(range(done), samples, errors)
-    assert found is not None, "some sample is kept"
     return found
 
 
@@ -236,7 +237,7 @@ def contrast_shifts(
     samples: Sequence[Sample],
     positive: Sequence[str],
     negative: Sequence[str],
-    site: str,
+    sites: Sequence[str],
     *,
     contrast: str = "completion",
     states: str = "last",
@@ -244,21 +245,21 @@ def contrast_shifts(
     strict: bool = False,
     errors: dict[str, str] | None = None,
     progress: teacher_forcing.Progress | None = None,
-) -> Float[np.ndarray, "N D"]:
+) -> dict[str, Float[np.ndarray, "N D"]]:
     """Returns z of each prompt: the states of its positive minus its negative counterpart.
 
     Args:
         vlm: the model.
         samples: N images and prompts.
         positive, negative: the counterparts, one each per sample.
-        site: the site whose states to take.
+        sites: the sites whose states to take.
         contrast, states: as for `fit_l2s`.
         batch_size: samples per batch.
         strict, errors: see `teacher_forcing.batches`.
         progress: called with (runs done, number of runs); there are two runs per sample.
 
     Returns:
-        float32[N, D], NaN for a sample that can't be read or processed.
+        {site: float32[N, D]}, NaN for a sample that can't be read or processed.
 
     Raises:
         ValueError: the contrast or states are unknown or do not go together, a completion is
@@ -276,7 +277,7 @@ def contrast_shifts(
             f"{len(samples)} samples; expected one of each per sample"
         )
 
-    def of(counterparts: Sequence[str], before: int) -> np.ndarray:
+    def of(counterparts: Sequence[str], before: int) -> dict[str, np.ndarray]:
         asked, completions = samples, counterparts
         if contrast == "prompt":
             pairs = zip(samples, counterparts, strict=True)
@@ -285,7 +286,7 @@ def contrast_shifts(
         return last_token_states(
             vlm,
             asked,
-            site,
+            sites,
             completions,
             states=states,
             batch_size=batch_size,
@@ -294,7 +295,8 @@ def contrast_shifts(
             progress=_after(progress, before, 2 * len(samples)),
         )
 
-    return of(positive, 0) - of(negative, len(samples))
+    towards, away = of(positive, 0), of(negative, len(samples))
+    return {site: towards[site] - away[site] for site in towards}
 
 
 def _after(
@@ -454,14 +456,14 @@ def fit_l2s(
     contrasted = {"contrast": contrast, "states": states}
     total = 3 * len(samples)
     shifts = contrast_shifts(
-        *(vlm, samples, positive, negative, site),
+        *(vlm, samples, positive, negative, [site]),
         **contrasted,
         **common,
         progress=_after(progress, 0, total),
-    )
+    )[site]
     contexts = last_token_states(
-        vlm, samples, context_site, **common, progress=_after(progress, 2 * len(samples), total)
-    )
+        vlm, samples, [context_site], **common, progress=_after(progress, 2 * len(samples), total)
+    )[context_site]
     kept = np.array([sample.id not in skipped for sample in samples], bool)
     params, mean, deviation, scale, figures = fit_network(contexts[kept], shifts[kept], **options)
     shifted = np.array([a != b for a, b in zip(positive, negative, strict=True)], bool)

@@ -10,7 +10,6 @@ keep its other answers as they are. N samples, D width.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from ports.nn.vision_language import VisionLanguageModel
 from ports.parallel import compiled, sharding
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering import files, teacher_forcing
+from xlvlm_jax.steering.site_steering import SiteSteering
 from xlvlm_jax.steering.vectors import SteeringVector
 from xlvlm_jax.storage.same_model import model_of
 
@@ -32,7 +32,7 @@ Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LowRankMap:
+class LowRankMap(SiteSteering):
     """A shift that depends linearly on the state: states + alpha * up down states.
 
     Attributes:
@@ -42,6 +42,9 @@ class LowRankMap:
         source: how and on what it was fitted, as JSON values.
         where: the token positions it is meant for, see `ports.add`.
     """
+
+    KIND = "low-rank map"
+    TENSORS = ("down", "up")
 
     down: Float[Array, "R D"]
     up: Float[Array, "D R"]
@@ -72,42 +75,6 @@ class LowRankMap:
         """
         where = self.where if where is None else where
         return {self.site: add_mapped(self.down, self.up, alpha, where)}
-
-    def edits_for(
-        self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
-    ) -> dict[str, Edit]:
-        """Returns `edits` for a model; a map's edits do not depend on the inputs.
-
-        Args:
-            vlm: the model to steer.
-            inputs: not used.
-            alpha, where: as for `edits`.
-
-        Returns:
-            {site: edit}.
-
-        Raises:
-            ValueError: the map was fitted on another model.
-        """
-        files.require_fitted_model(self.source, vlm)
-        return self.edits(alpha, where)
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file; a missing parent directory is created."""
-        rest = {"site": self.site, "where": self.where, "source": self.source}
-        files.save(path, "low-rank map", {"down": self.down, "up": self.up}, rest)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LowRankMap":
-        """Reads what `save` wrote.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
-        """
-        tensors, rest = files.read_as(path, "low-rank map")
-        with files.assembling(path):
-            return cls(tensors["down"], tensors["up"], **rest)
 
 
 class _Program(NamedTuple):

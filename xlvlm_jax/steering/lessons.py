@@ -41,7 +41,7 @@ def lesson(
         features: provides samples and answers; its states are not read.
         source: words to steer from.
         target: the answer wanted instead.
-        key, match: as for `fit_coarse`.
+        key, match: as for `answer_states`.
         num_samples: maximum number of samples to steer.
         keep: number of samples that must stay, per sample to steer.
         seed: random seed of the choice.
@@ -129,7 +129,7 @@ def contrast_prompts(
         features: provides the prompts and answers about the images.
         lesson: the samples to learn from.
         target: words to steer to.
-        key: as for `fit_coarse`.
+        key: as for `answer_states`.
 
     Returns:
         (samples, positive, negative), lists of the same length.

@@ -9,15 +9,28 @@ import numpy as np
 
 from ports import VLM
 from ports.intervene.edits import Edit
-from ports.messages import counted
+from ports.messages import counted, few
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.steering import lessons
-from xlvlm_jax.steering.fit import fit_coarse, fit_fine
+from xlvlm_jax.steering.adaptive import (
+    AdaptiveVector,
+    VectorMemory,
+    fit_adaptive,
+    fit_conditional,
+    fit_memory,
+)
+from xlvlm_jax.steering.fit import fit_coarse, fit_direction, fit_fine
 from xlvlm_jax.steering.l2s import fit_l2s
 from xlvlm_jax.steering.learned import fit_learned
+from xlvlm_jax.steering.sae_features import FeatureClamp, fit_sae_clamp, fit_sae_vector
 from xlvlm_jax.steering.sample_vectors import fit_p2s
+from xlvlm_jax.steering.vectors import SteeringVector
+from xlvlm_jax.steering.vti import fit_vti_image, fit_vti_text
 
+# Options that choose the states which methods without a model contrast.
+OF_STATES = ("target_features", "between_models", "matched")
+OF_FEATURES = ("dictionary", "num_features", "feature_ids")
 NUM_SAMPLES = 128  # samples to steer that are learnt from, if not said otherwise
 
 
@@ -63,7 +76,7 @@ class Request:
         site: the site whose states to use.
         source: the answers to steer from; None for all others.
         target: the answers to steer to.
-        key, match: how answers are looked up, see `fit_coarse`.
+        key, match: how answers are looked up, see `answer_states`.
         where: the token positions that the result is meant for, see `ports.add`.
         seed: random seed.
         num_samples: maximum number of samples to steer that are learnt from; None for all with
@@ -114,6 +127,8 @@ class Method:
         examples: chooses the examples to learn from; None for a method that reads states only and
             needs no model.
         makes_several: whether it fits several vectors, each a file in a directory.
+        sites_of_model: whether `Request.site` is a name or pattern of the model's sites, instead of
+            a site of the features.
         doing: the label of its progress bar.
     """
 
@@ -123,23 +138,84 @@ class Method:
     needs_target: bool = True
     examples: Callable[[Request], Examples] | None = None
     makes_several: bool = False
+    sites_of_model: bool = False
     doing: str = "fitting"
 
 
 def _fit_coarse(asked: Request) -> Fitted:
-    vector = fit_coarse(
-        asked.features,
-        asked.site,
-        asked.source,
-        asked.target,
-        key=asked.key,
-        match=asked.match,
-        where=asked.where,
-        **asked.options,
-    )
-    rows, norm = vector.source, float(np.linalg.norm(vector.vector))
+    return _of_rows(asked, fit_coarse(*_answered(asked), **_looked_up(asked)))
+
+
+def _fit_pca(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_direction(*_answered(asked), method="pca", **_looked_up(asked)))
+
+
+def _fit_lat(asked: Request) -> Fitted:
+    options = {"method": "lat", "seed": asked.seed}
+    return _of_rows(asked, fit_direction(*_answered(asked), **options, **_looked_up(asked)))
+
+
+def _fit_probe(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_direction(*_answered(asked), method="probe", **_looked_up(asked)))
+
+
+def _fit_adaptive(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_adaptive(*_answered(asked), **_looked_up(asked)))
+
+
+def _fit_conditional(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_conditional(*_answered(asked), **_looked_up(asked)))
+
+
+def _fit_memory(asked: Request) -> Fitted:
+    options = _looked_up(asked)
+    if options.get("threshold") is None:
+        options.pop("threshold", None)
+    return _of_rows(asked, fit_memory(*_answered(asked), seed=asked.seed, **options))
+
+
+def _fit_sae(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_sae_vector(*_answered(asked), **_with_dictionary(asked)))
+
+
+def _fit_sae_clamp(asked: Request) -> Fitted:
+    return _of_rows(asked, fit_sae_clamp(*_answered(asked), **_with_dictionary(asked)))
+
+
+def _with_dictionary(asked: Request) -> dict[str, Any]:
+    options = _looked_up(asked)
+    if options.get("dictionary") is None:
+        raise ValueError("there is no dictionary; give a sparse autoencoder of the site")
+    return options
+
+
+def _answered(asked: Request) -> tuple[Any, ...]:
+    """Returns the positional arguments of the fits that contrast states of answers."""
+    return asked.features, asked.site, asked.source, asked.target
+
+
+def _looked_up(asked: Request) -> dict[str, Any]:
+    """Returns their other arguments."""
+    common = {"key": asked.key, "match": asked.match, "where": asked.where}
+    return {**common, **asked.options}
+
+
+def _of_rows(
+    asked: Request, fitted: SteeringVector | AdaptiveVector | VectorMemory | FeatureClamp
+) -> Fitted:
+    """Wraps what was fitted on states as the result."""
+    rows = fitted.source
     figures = f"{rows['source rows']} source and {rows['target rows']} target rows"
-    return Fitted({asked.site: vector}, f"{figures}, norm {norm:.3g}")
+    if isinstance(fitted, VectorMemory):
+        norms = np.linalg.norm(fitted.vectors, axis=1)
+        figures += f", {counted(len(norms), 'key')}, norms {norms.min():.3g} to {norms.max():.3g}"
+    elif isinstance(fitted, FeatureClamp):
+        figures += f", features {few(fitted.features)}"
+    else:
+        figures += f", norm {np.linalg.norm(fitted.vector):.3g}"
+    if "gate accuracy" in rows:
+        figures += f", gate right for {100 * rows['gate accuracy']:.0f} %"
+    return Fitted({asked.site: fitted}, figures)
 
 
 def _fit_fine(asked: Request) -> Fitted:
@@ -256,6 +332,53 @@ def _fit_p2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> F
     return _of_samples(asked, fitted, f"norms {norms.min():.3g} to {norms.max():.3g}")
 
 
+def _fit_vti_image(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> Fitted:
+    del learning["batch_size"]  # a batch is one picture and its masked versions
+    vectors = fit_vti_image(
+        vlm,
+        examples.samples,
+        asked.site,
+        where=None if asked.where == "all" else asked.where,
+        seed=asked.seed,
+        **asked.options,
+        **learning,
+    )
+    return _of_layers(asked, vectors)
+
+
+def _fit_vti_text(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> Fitted:
+    vectors = fit_vti_text(
+        vlm,
+        examples.samples,
+        examples.towards,
+        examples.away,
+        asked.site,
+        where=asked.where,
+        **_contrasted(asked),
+        **learning,
+    )
+    return _of_layers(asked, vectors)
+
+
+def _of_layers(asked: Request, vectors: Mapping[str, SteeringVector]) -> Fitted:
+    """Wraps a vector per site as the result."""
+    for vector in vectors.values():
+        vector.source["features"] = str(asked.features.path.resolve())
+    norms = [np.linalg.norm(vector.vector) for vector in vectors.values()]
+    samples = counted(next(iter(vectors.values())).source["samples"], "sample")
+    figures = f"{counted(len(norms), 'vector')}, norms {min(norms):.3g} to {max(norms):.3g}"
+    return Fitted(vectors, f"{samples}, {figures}")
+
+
+def _pictures(asked: Request) -> Examples:
+    """Returns readable samples, whose answers do not matter."""
+    some = [sample for sample in asked.features.samples if "error" not in sample]
+    count = min(asked.num_samples or NUM_SAMPLES, len(some))
+    rows = np.sort(np.random.default_rng(asked.seed).permutation(len(some))[:count])
+    samples = [sample_of(some[row]) for row in rows]
+    return Examples(samples, [], [], len(samples))
+
+
 def _contrasted(asked: Request) -> dict[str, str]:
     """Returns how two counterparts are contrasted; forced answers are completions."""
     contrast = asked.options["contrast"]
@@ -280,11 +403,15 @@ def _of_samples(asked: Request, fitted: Savable, figures: str) -> Fitted:
 METHODS = {
     method.name: method
     for method in (
-        Method(
-            "coarse",
-            _fit_coarse,
-            ("target_features", "between_models", "matched", "source_concepts"),
-        ),
+        Method("coarse", _fit_coarse, (*OF_STATES, "source_concepts")),
+        Method("pca", _fit_pca, OF_STATES),
+        Method("lat", _fit_lat, OF_STATES),
+        Method("probe", _fit_probe, (*OF_STATES, "penalty")),
+        Method("adaptive", _fit_adaptive, OF_STATES),
+        Method("conditional", _fit_conditional, (*OF_STATES, "threshold")),
+        Method("memory", _fit_memory, (*OF_STATES, "threshold", "num_keys")),
+        Method("sae", _fit_sae, (*OF_STATES, *OF_FEATURES)),
+        Method("sae-clamp", _fit_sae_clamp, (*OF_STATES, *OF_FEATURES)),
         Method(
             "fine",
             _fit_fine,
@@ -305,6 +432,25 @@ METHODS = {
             _fit_p2s,
             ("contrast", "states", "positive", "negative"),
             examples=_counterparts,
+            doing="running counterparts",
+        ),
+        Method(
+            "vti-image",
+            _fit_vti_image,
+            ("share", "num_masks"),
+            needs_target=False,
+            examples=_pictures,
+            makes_several=True,
+            sites_of_model=True,
+            doing="masking pictures",
+        ),
+        Method(
+            "vti-text",
+            _fit_vti_text,
+            ("contrast", "states", "positive", "negative"),
+            examples=_counterparts,
+            makes_several=True,
+            sites_of_model=True,
             doing="running counterparts",
         ),
     )

@@ -147,19 +147,20 @@ def fit_p2s(
         ValueError: as `fit_l2s`.
     """
     skipped: dict[str, str] = {}
+    site = vlm.find_site(site, generated=True)
     shifts = contrast_shifts(
         vlm,
         samples,
         positive,
         negative,
-        vlm.find_site(site, generated=True),
+        [site],
         contrast=contrast,
         states=states,
         batch_size=batch_size,
         strict=strict,
         errors=skipped,
         progress=progress,
-    )
+    )[site]
     kept = [i for i, sample in enumerate(samples) if sample.id not in skipped]
     source = {
         **model_of(vlm),
@@ -170,4 +171,4 @@ def fit_p2s(
         "states": states,
     }
     ids = tuple(samples[i].id for i in kept)
-    return SampleVectors(shifts[kept], ids, vlm.find_site(site, generated=True), source, where)
+    return SampleVectors(shifts[kept], ids, site, source, where)

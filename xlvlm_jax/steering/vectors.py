@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ports import VLM
 from ports.intervene.edits import Edit, add
 from ports.tables import kind
 from xlvlm_jax.concepts.decomposition import decompose
@@ -22,6 +21,7 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
+from xlvlm_jax.steering.site_steering import SiteSteering
 
 Array = jax.Array | np.ndarray
 MANY = 1000  # concepts, more than which are not written unless they are named
@@ -123,7 +123,7 @@ def fine_vectors(
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SteeringVector:
+class SteeringVector(SiteSteering):
     """A steering vector and how to use it. Vectors of one site and model can be added and scaled.
 
     Attributes:
@@ -139,6 +139,9 @@ class SteeringVector:
         >>> vector.edits(alpha=3.0)["layers.3"](np.zeros((1, 2), "float32")).tolist()
         [[0.0, 6.0]]
     """
+
+    KIND = "vector"
+    TENSORS = ("vector",)
 
     vector: Float[Array, " D"]
     site: str
@@ -164,25 +167,6 @@ class SteeringVector:
         """
         return {self.site: add(self.vector, alpha, self.where if where is None else where)}
 
-    def edits_for(
-        self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
-    ) -> dict[str, Edit]:
-        """Returns `edits` for a model; a vector's edits do not depend on the inputs.
-
-        Args:
-            vlm: the model to steer.
-            inputs: not used.
-            alpha, where: as for `edits`.
-
-        Returns:
-            {site: edit}.
-
-        Raises:
-            ValueError: the vector was fitted on another model.
-        """
-        files.require_fitted_model(self.source, vlm)
-        return self.edits(alpha, where)
-
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         for name in ("site", "where", "width", "fingerprint"):
             ours, theirs = self._what(name), other._what(name)
@@ -203,23 +187,6 @@ class SteeringVector:
         return dataclasses.replace(self, vector=np.float32(factor) * self.vector, source=source)
 
     __rmul__ = __mul__
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file; a missing parent directory is created."""
-        rest = {"site": self.site, "where": self.where, "source": self.source}
-        files.save(path, "vector", {"vector": self.vector}, rest)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SteeringVector":
-        """Reads what `save` wrote.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
-        """
-        tensors, rest = files.read_as(path, "vector")
-        with files.assembling(path):
-            return cls(tensors["vector"], **rest)
 
 
 def load_vectors(directory: Path) -> dict[Path, SteeringVector]:

@@ -38,6 +38,27 @@ def make(tmp_path):
     return features
 
 
+class TestDirections:
+    @pytest.mark.parametrize("method", ["pca", "lat", "probe"])
+    def test_rows_are_those_of_coarse(self, make, method):
+        # All rows lie on the diagonal, so that each direction is the diagonal.
+        fitted = steering.fit_direction(make(), "s", ["yes"], ["no"], method=method, where="image")
+        np.testing.assert_allclose(fitted.vector, [3, 3], rtol=1e-5)
+        assert (fitted.source["method"], fitted.where) == (method, "image")
+        assert fitted.source["source rows"] == 2
+
+    def test_pairs_are_the_samples_in_both(self, make):
+        tuned = make("tuned", model="tuned", answers=["a", "b", "c"])
+        between = {"target_features": tuned, "between_models": True, "matched": True}
+        states = steering.answer_states(make(), "s", None, **between)
+        np.testing.assert_array_equal(states.pairs, np.zeros((3, 2)))
+        assert states.source_rows.tolist() == [0, 1, 2]
+
+    def test_unknown(self, make):
+        with pytest.raises(ValueError, match="method is 'ica'; expected one of pca, lat, probe"):
+            steering.fit_direction(make(), "s", ["yes"], ["no"], method="ica")
+
+
 class TestCoarse:
     def test_by_hand(self, make):
         fitted = steering.fit_coarse(make(), "s", ["yes"], ["no"], where="generated")

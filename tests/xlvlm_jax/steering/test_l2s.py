@@ -85,7 +85,7 @@ class TestModel:
         )
 
     def test_shifts_are_differences_of_states(self, vlm, questions):
-        ours = l2s.last_token_states(vlm, questions[:2], SITE, ["a dog", "no"])
+        ours = l2s.last_token_states(vlm, questions[:2], [SITE], ["a dog", "no"])[SITE]
         # Each row by itself, without padding.
         for row, completion in enumerate(("a dog", "no")):
             text = f"{vlm.render(questions[row].prompt)} {completion}"
@@ -138,4 +138,4 @@ class TestModel:
         with pytest.raises(ValueError, match=r"no site matches 'layers\.30'"):
             steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.30")
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
-            l2s.last_token_states(vlm, questions[:1], SITE, [" "])
+            l2s.last_token_states(vlm, questions[:1], [SITE], [" "])

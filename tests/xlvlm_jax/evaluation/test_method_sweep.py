@@ -1,0 +1,126 @@
+"""Sweeps over methods: the front and the choice by hand, tables, runs that resume, messages."""
+
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pandas
+import pytest
+
+from xlvlm_jax import SteeringVector, evaluation
+from xlvlm_jax.evaluation import Condition, Questions, Sweep, Trial
+from xlvlm_jax.report.steering_figures import plot_tradeoff
+
+VECTOR = SteeringVector(np.ones(4, np.float32), "model.layers.3", where={"from": 2})
+TASK = Questions(("yes",), ("no",))
+
+
+def trial(alpha: float, effect: float, off_target: float, cost: float = 0.0) -> Trial:
+    return Trial(Condition((VECTOR,), alpha), effect, cost, off_target)
+
+
+def test_the_front_by_hand():
+    effects = np.array([0.9, 0.5, 0.4, 0.9, 0.5, math.nan, 0.1])
+    costs = np.array([0.3, 0.1, 0.2, 0.3, 0.4, 0.0, 0.0])
+    expected = [True, True, False, True, False, False, True]
+    assert evaluation.pareto_front(effects, costs).tolist() == expected
+
+
+def test_the_front_beats_everything_else():
+    effects, costs = np.random.default_rng(0).normal(size=(2, 60)).round(1)
+    front = evaluation.pareto_front(effects, costs)
+    for i in range(60):
+        beaten = any(
+            effects[j] >= effects[i]
+            and costs[j] <= costs[i]
+            and (effects[j], costs[j]) != (effects[i], costs[i])
+            for j in range(60)
+        )
+        assert front[i] == (not beaten)
+
+
+def test_the_largest_effect_within_the_budget():
+    trials = [trial(1, 0.9, 0.3), trial(0.5, 0.6, 0.1), trial(0.4, 0.6, 0.05), trial(2, 0.1, 0.01)]
+    assert evaluation.best_within(trials, 1.0) is trials[0]
+    assert evaluation.best_within(trials, 0.2) is trials[2]
+    assert evaluation.best_within(trials, 0.0) is trials[3]  # nothing is within: the least
+    unknown = trial(3, 1.0, math.nan)
+    assert evaluation.best_within([*trials, unknown], math.inf) is trials[0]
+    costly = [trial(1, 0.9, 0.0, cost=9), trial(2, 0.5, 0.9, cost=1)]
+    assert evaluation.best_within(costly, 5, "cost") is costly[1]
+    with pytest.raises(ValueError, match="none of 1 trials has an effect and off_target"):
+        evaluation.best_within([unknown], 1.0)
+
+
+def test_tables_and_the_figure(tmp_path):
+    trials = (trial(1, 0.9, 0.3), trial(0.5, 0.6, 0.1), trial(2, math.nan, 0.5), trial(1, 0.7, 0.2))
+    sweep = Sweep(("coarse", "coarse", "lat", "lat"), trials, budget=0.25)
+    assert sweep.chosen() is trials[3] and sweep.chosen("coarse") is trials[1]
+    table = pandas.read_csv(io.StringIO(sweep.to_csv()))
+    pandas.testing.assert_frame_equal(table, sweep.to_pandas(), check_dtype=False)
+    assert table["method"].tolist() == list(sweep.methods)
+    assert table["on_front"].tolist() == [True, True, False, True]
+    assert table["chosen"].tolist() == [False, False, False, True]
+    assert table["effect"].isna().tolist() == [False, False, True, False]
+    assert json.loads(table["where"][0]) == {"from": 2}
+    described = json.loads(json.dumps(sweep.describe(TASK, split="val")))
+    assert described["chosen"]["method"] == "lat" and described["split"] == "val"
+    plot_tradeoff({"sweep": described}, tmp_path / "tradeoff.svg")
+    drawn = (tmp_path / "tradeoff.svg").read_text()
+    assert "coarse" in drawn and "share of other answers that changed" in drawn
+
+
+@pytest.fixture(scope="module")
+def tried(vector):
+    other = dataclasses.replace(vector, vector=-np.asarray(vector.vector))
+    return evaluation.attempts([("coarse", vector), ("back", other)], [0.5, 1.0])
+
+
+def test_a_killed_sweep_resumes(vlm, questions, tried, tmp_path, encoded):
+    asked, options = questions[:24], {"max_new_tokens": 2, "batch_size": 24, "at_once": 2}
+
+    def stage(_):
+        def advance(done, total):
+            assert total == 4
+            if done == 2:
+                raise KeyboardInterrupt
+
+        return advance
+
+    def run(**more):
+        return evaluation.run_sweep(vlm, asked, TASK, tried, tmp_path / "s", **options, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stage=stage)
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "s" / "trials.csv").exists()
+    before = len(encoded)
+    sweep = run()
+    assert len(encoded) == before + 1  # only the second group
+    assert [t.condition.alpha for t in sweep.trials] == [0.5, 1.0, 0.5, 1.0]
+    # The trials are those of one pass.
+    _, trials = evaluation.select(
+        vlm, asked, TASK, [a.condition for a in tried], max_new_tokens=2, batch_size=24
+    )
+    assert list(sweep.trials) == trials
+    assert sweep.chosen("coarse").effect > sweep.chosen("back").effect
+    files = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    before = len(encoded)
+    assert run() == sweep and len(encoded) == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == files
+    with pytest.raises(ValueError, match="holds a sweep with another samples; give another output"):
+        evaluation.run_sweep(vlm, questions[:23], TASK, tried, tmp_path / "s", **options)
+    with pytest.raises(ValueError, match="holds a sweep with another task"):
+        evaluation.run_sweep(
+            vlm, asked, Questions(("no",), ("yes",)), tried, tmp_path / "s", **options
+        )
+
+
+@pytest.mark.wrong_types
+def test_nothing_to_try(vlm, questions, tried, tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to try"):
+        evaluation.run_sweep(vlm, questions, TASK, [], tmp_path)
+    with pytest.raises(ValueError, match="axis is 'harm'; expected one of off_target, cost"):
+        evaluation.run_sweep(vlm, questions, TASK, tried, tmp_path, axis="harm")

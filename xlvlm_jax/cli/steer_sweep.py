@@ -1,0 +1,271 @@
+"""`xlvlm steer sweep`: methods x sites x strengths, the best within a budget, and its curve."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from xlvlm_jax.cli import runtime
+from xlvlm_jax.cli.console import (
+    IgnoreGenerationConfig,
+    Model,
+    Overwrite,
+    Seed,
+    Strict,
+    as_it_generates,
+    bars,
+    console,
+    load_model,
+    parse_where,
+    progress_bars,
+    refuse_existing,
+)
+from xlvlm_jax.cli.evaluate import finish
+from xlvlm_jax.cli.evaluate_options import (
+    Adapter,
+    BatchSize,
+    Data,
+    Dataset,
+    Dtype,
+    Edit,
+    Instruction,
+    Negatives,
+    NewTokens,
+    NumSamples,
+    Output,
+    Source,
+    Split,
+    Target,
+    TaskName,
+    VqaProtocol,
+    Words,
+    dataset_of,
+    describe_run,
+    parse_task,
+    reading_of,
+    samples_to_choose_on,
+)
+from xlvlm_jax.cli.sample_options import Objects, few_samples, read_samples
+
+
+def sweep(
+    model: Model,
+    data: Data,
+    output: Output,
+    choose_on: Annotated[
+        str, typer.Option(help="Split to try all combinations on; the best one is chosen there.")
+    ],
+    features: Annotated[
+        Path | None, typer.Option(help="Features to fit the methods on, the states of answers.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method of `xlvlm steer fit` that needs no more than answers; may be repeated. "
+            "Default: coarse."
+        ),
+    ] = None,
+    vector: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Also a vector that is fitted already (a file, or a directory of them); may be "
+            "repeated."
+        ),
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Site to fit and steer at, or a pattern ('layers.*'); may be repeated. Default: "
+            "all in --features."
+        ),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Strength; may be repeated. Default: 1.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Token positions, see `xlvlm steer apply`; may be repeated."),
+    ] = None,
+    edit: Annotated[str, Edit] = "add",
+    budget: Annotated[
+        float,
+        typer.Option(help="Maximum of --budget-of; the largest effect within it is chosen."),
+    ] = math.inf,
+    budget_of: Annotated[
+        Literal["off_target", "cost"],
+        typer.Option(
+            help="off_target: share of other answers (captions: of all) that change; cost: points "
+            "of accuracy that another answer type loses (captions: share of CIDEr)."
+        ),
+    ] = "off_target",
+    task: TaskName = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    negatives: Negatives = "all",
+    adapter: Adapter = None,
+    instruction: Instruction = None,
+    source: Source = None,
+    target: Target = None,
+    key: Annotated[
+        str, typer.Option(help="Answers to fit on, as for `xlvlm steer fit`.")
+    ] = "prediction",
+    fit_source: Annotated[
+        str | None,
+        typer.Option(help="Answers to fit on, if other than --source, such as 'yes for no'."),
+    ] = None,
+    fit_target: Annotated[
+        str | None, typer.Option(help="Answers to fit on, if other than --target.")
+    ] = None,
+    words: Words = None,
+    vqa_protocol: VqaProtocol = "official",
+    objects: Objects = None,
+    num_samples: NumSamples = None,
+    num_choose: Annotated[
+        int | None, typer.Option(help="Maximum number of samples of --choose-on.")
+    ] = None,
+    max_new_tokens: NewTokens = None,
+    batch_size: BatchSize = 16,
+    at_once: Annotated[
+        int, typer.Option(help="Combinations per group; each finished group is saved.")
+    ] = 32,
+    dtype: Dtype = "float32",
+    ignore_generation_config: IgnoreGenerationConfig = False,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    seed: Seed = 0,
+) -> None:
+    """Try methods, sites and strengths on one split, and apply each method's best to another.
+
+    Run again with the same output to resume, or to add methods, sites and strengths. Without
+    --split only the trials are written.
+    """
+    from xlvlm_jax import evaluation
+    from xlvlm_jax.report.steering_figures import plot_tradeoff
+    from xlvlm_jax.steering.methods import Savable
+
+    runtime.resumes()
+    if not (output / "sweep.json").is_file():
+        refuse_existing(output, overwrite)
+    if features is None and not vector:
+        raise ValueError("there is nothing to try; give --features to fit methods on, or --vector")
+    wheres = [None] if where is None else [parse_where(text) for text in where]
+    fitted: list[tuple[str, Any]] = []
+    if features is not None:
+        words_fitted = (fit_source or source, fit_target or target)
+        fitted += _fit(features, method or ["coarse"], site, words_fitted, key, seed)
+    files = [file for path in vector or () for file in _files(path)]
+    loaded = _load(files)
+    fitted += loaded
+    of_vectors = [one for _, one in fitted if key == "prediction"]
+    dataset_name = dataset_of(task, dataset)
+    measured = parse_task(
+        *(dataset_name, of_vectors, source, target, words, False, vqa_protocol, None), task=task
+    )
+    tried = evaluation.attempts(fitted, alpha or [1.0], wheres, edit)
+    told = {"objects": objects, **reading_of(task, dataset_name, split, negatives)}
+    drawn = [] if split is None else read_samples(dataset_name, data, **told)
+    samples = few_samples(drawn, num_samples, seed)
+    of = read_samples(dataset_name, data, **{**told, "split": choose_on})
+    others = samples_to_choose_on(samples, of, choose_on, num_choose)
+    if overwrite and output.is_dir():
+        shutil.rmtree(output)
+    vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
+    with progress_bars() as progress:
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "strict": strict,
+            "stage": bars(progress),
+        }
+        limits: dict[str, Any] = {"budget": budget, "axis": budget_of, "at_once": at_once}
+        found = evaluation.run_sweep(vlm, others, measured, tried, output, **limits, **options)
+        _show(found)
+        conditions = {name: found.chosen(name).condition for name in dict.fromkeys(found.methods)}
+        for name, condition in conditions.items():
+            (best,) = condition.vectors
+            if isinstance(best, Savable):
+                best.save(output / "vectors" / f"{name}.safetensors")
+        tried_on = found.describe(measured, split=choose_on, samples=len(others))
+        if split is None:
+            plot_tradeoff({"sweep": tried_on}, output / "tradeoff.svg")
+            console.print(f"{len(found.trials)} trials -> {output}")
+            return
+        if instruction is not None:
+            conditions["instruction"] = evaluation.Condition(instruction=instruction)
+        about = describe_run(data, dataset_name, split, seed, files, [one for _, one in loaded])
+        summary = evaluation.evaluate(
+            *(vlm, samples, measured, output, conditions), about=about, sweep=tried_on, **options
+        )
+    finish(summary, output)
+
+
+def _fit(
+    path: Path,
+    methods: Sequence[str],
+    sites: Sequence[str] | None,
+    words: tuple[str | None, str | None],
+    key: str,
+    seed: int,
+) -> list[tuple[str, Any]]:
+    """Returns each method fitted at each site of features, the methods of one site side by side."""
+    from xlvlm_jax import Features, steering
+    from xlvlm_jax.features.reader import choose_sites
+
+    hows = [steering.method_named(name) for name in methods]
+    unfit = [how for how in hows if how.examples is not None or how.makes_several]
+    if unfit := [*unfit, *(how for how in hows if "dictionary" in how.options)]:
+        raise ValueError(
+            f"--method {unfit[0].name} needs more than answers; fit it with `xlvlm steer fit` and "
+            "give the result as --vector"
+        )
+    source, target = (None if text is None else text.split(",") for text in words)
+    if source is None or target is None:
+        raise ValueError("--features needs --source and --target, the answers to steer from and to")
+    features = Features.open(path)
+    named = [found for each in sites or () for found in choose_sites(features, each)]
+    fitted = []
+    for site in dict.fromkeys(named or features.sites):
+        for how in hows:
+            asked = steering.Request(features, site, source, target, key=key, seed=seed)
+            (one,) = how.fit(asked).steering.values()
+            fitted.append((how.name, one))
+    return fitted
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns a file, or the vectors in a directory."""
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"{path} holds no vectors; expected what `xlvlm steer fit` wrote")
+    return found
+
+
+def _load(files: Sequence[Path]) -> list[tuple[str, Any]]:
+    """Returns vectors with the names of their methods."""
+    from xlvlm_jax import steering
+
+    loaded = [(file, steering.load(file)) for file in files]
+    return [(str(one.source.get("method", file.stem)), one) for file, one in loaded]
+
+
+def _show(found: Any) -> None:
+    """Prints each method's best trial."""
+    from rich.table import Table
+
+    limit = "" if math.isinf(found.budget) else f", {found.axis} at most {found.budget:g}"
+    table = Table("method", "site", "alpha", "effect", "off target", "cost")
+    table.title = f"best of each method{limit}"
+    for name in dict.fromkeys(found.methods):
+        trial = found.chosen(name)
+        told = trial.describe()
+        mark = " *" if trial is found.chosen() else ""
+        table.add_row(
+            name + mark,
+            " + ".join(told["sites"]),
+            f"{trial.condition.alpha:g}",
+            *(f"{getattr(trial, each):.3f}" for each in ("effect", "off_target", "cost")),
+        )
+    console.print(table)
