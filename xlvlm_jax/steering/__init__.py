@@ -134,13 +134,11 @@ __all__ = [
 ]
 
 _KINDS: dict[str, Any] = {
+    **{kind.KIND: kind for kind in (SteeringVector, LowRankMap)},
     "l2s": L2S,
     "sample vectors": SampleVectors,
     "site vectors": SiteVectors,
-    **{
-        kind.KIND: kind
-        for kind in (SteeringVector, LowRankMap, AdaptiveVector, VectorMemory, FeatureClamp)
-    },
+    **{kind.KIND: kind for kind in (AdaptiveVector, VectorMemory, FeatureClamp)},
 }
 
 

@@ -28,7 +28,7 @@ def test_a_new_method_is_a_method_of_the_command(xlvlm, features, monkeypatch, t
 
 
 def test_an_unknown_method(xlvlm, features, tmp_path):
-    expected = "unknown method 'coarce'; expected one of coarse, fine, learned, l2s"
+    expected = "unknown method 'coarce'; expected one of coarse, pca, lat, probe, adaptive"
     with pytest.raises(ValueError, match=expected):
         method_named("coarce")
     arguments = ("steer", "fit", features, "--method", "coarce", "--output", tmp_path / "v")
@@ -57,4 +57,5 @@ def test_examples_say_how_many_are_steered(features):
 
 def test_records_name_themselves():
     assert list(METHODS) == [method.name for method in METHODS.values()]
-    assert [name for name, method in METHODS.items() if method.makes_several] == ["fine"]
+    several = [name for name, method in METHODS.items() if method.makes_several]
+    assert several == ["fine", "vti-image", "vti-text"]
