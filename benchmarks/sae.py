@@ -1,12 +1,14 @@
-"""Training of sparse autoencoders against SAELens, on planted dictionaries.
+"""Training of sparse autoencoders against SAELens and overcomplete, on planted dictionaries.
 
     python -m benchmarks.sae --peer /path/to/python-with-sae-lens
+    python -m benchmarks.sae --overcomplete /path/to/python-with-overcomplete
     python -m benchmarks.sae --rows 20000 --width 64 --atoms 128 --runs 1      # a minute
 
 Rows are sums of L0 atoms with sizes in [0.5, 1.5], no noise; both sides train TopK with k = L0 and
 as many features as atoms, on the same rows in the same order, each run in a process of its own, in
 turn; on a machine that does other work, pin it to one core (taskset), where CPU time is fair.
-SAELens runs as its documentation shows, with the better of two learning rates. Printed:
+SAELens and overcomplete run as their documentation shows, with the better of two learning rates.
+Printed:
 
     cosine    mean cosine of planted and found atoms, matched one to one; target 0.95
     seconds   of CPU time until the explained variance of a batch, averaged over 16 updates, reaches
@@ -14,7 +16,8 @@ SAELens runs as its documentation shows, with the better of two learning rates. 
     memory    the largest that the process held
     rate      rows a second, and as a share of the rate of the five matrix products that an update
               must do, in a program of nothing else, target 50 %
-    disk      rows a second from features on disk over those from memory, target 95 %
+    disk      rows a second from features on disk over those from memory, target 95 %; and the share
+              of the time in which training waits for rows, target below 5 %
 """
 
 import argparse
@@ -31,7 +34,7 @@ from typing import Any
 import numpy as np
 
 AVERAGED = 16  # updates
-RATES = (1e-3, 3e-3)  # SAELens'
+RATES = (1e-3, 3e-3)  # of the others
 
 
 def planted(rows: int, width: int, atoms: int, active: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,29 +152,42 @@ def from_disk(options: argparse.Namespace) -> dict[str, Any]:
     """Trains from memory and from features on disk, and returns rows a second of both."""
     import jax
 
-    from xlvlm_jax.solvers.sae import train
+    from xlvlm_jax.solvers.sae import batches, train
     from xlvlm_jax.solvers.sae.topk import TopK
     from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
     Z, _ = planted(options.rows, options.width, options.atoms, options.active)
     settings = TopK(k=options.active, max_iter=100, batch_size=options.batch)
-    found = {}
+    found, waited = {}, [0.0]
+    given = batches.batches
+
+    def waiting(*arguments: Any) -> Iterator[Any]:
+        """Yields the batches, and adds up how long each is waited for."""
+        source = given(*arguments)
+        while True:
+            began = time.perf_counter()
+            batch = next(source)
+            waited[0] += time.perf_counter() - began
+            yield batch
+
+    batches.batches = waiting
     with tempfile.TemporaryDirectory() as folder:
         array = create_array(Path(folder) / "states", "float32", Z.shape)
         wait(array.write(Z))
         stored = StoredRows(Path(folder) / "states", len(Z))
         for name, rows in (("from memory", Z), ("from disk", stored)):
-            marks: list[float] = []
+            marks: list[tuple[float, float]] = []
             train(
                 rows,
                 jax.random.key(0),
                 settings,
                 options.atoms,
-                tell=lambda _, marks=marks: marks.append(time.perf_counter()),
+                tell=lambda _, marks=marks: marks.append((time.perf_counter(), waited[0])),
                 every=10,
             )
             # The first ten updates include compiling and reading the first window.
-            found[name] = 90 * options.batch / (marks[-1] - marks[0])
+            seconds, waits = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
+            found |= {name: 90 * options.batch / seconds, f"waits {name}": waits / seconds}
     return found
 
 
@@ -229,7 +245,56 @@ def saelens(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"cosine": float(cosines[pairs].mean()), "rate": rate}
 
 
-SIDES = {"ours": ours, "saelens": saelens, "disk": from_disk}
+def overcomplete(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains with overcomplete's `train_sae`."""
+    import torch
+    from overcomplete.sae import TopKSAE, train_sae
+
+    torch.manual_seed(0)
+    Z, V = planted(options.rows, options.width, options.atoms, options.active)
+    sae = TopKSAE(options.width, nb_concepts=options.atoms, top_k=options.active)
+    values: list[tuple[float, float]] = []  # time without our own part, explained variance
+    own, source = [0.0], batches(Z, options.batch)
+
+    def rows() -> Iterator[Any]:
+        for _ in range(options.updates):
+            began = time.process_time()
+            batch = torch.from_numpy(next(source))
+            own[0] += time.process_time() - began
+            yield batch
+
+    def loss(x: Any, y: Any, *_: Any) -> Any:
+        began = time.process_time()
+        left = ((x - y.detach()) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+        values.append((began - own[0], 1 - float(left)))
+        own[0] += time.process_time() - began
+        return ((x - y) ** 2).mean()
+
+    start = time.process_time()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=options.rate)
+    train_sae(sae, rows(), loss, optimizer, nb_epochs=1, monitoring=0)
+    seconds = time.process_time() - start - own[0]
+    reached, curve = None, []
+    for number in range(AVERAGED, len(values) + 1):
+        mean = float(np.mean([value for _, value in values[number - AVERAGED : number]]))
+        if mean >= options.target and reached is None:
+            reached = {"seconds": values[number - 1][0] - start, "updates": number}
+        if number % 50 == 0:
+            curve.append((number, round(values[number - 1][0] - start, 2), round(mean, 4)))
+    from scipy.optimize import linear_sum_assignment
+
+    W = sae.get_dictionary().detach().numpy()
+    cosines = V @ (W / np.linalg.norm(W, axis=1, keepdims=True)).T
+    return {
+        "reached": reached,
+        "seconds": seconds,
+        "curve": curve,
+        "cosine": float(cosines[linear_sum_assignment(cosines, maximize=True)].mean()),
+        "rate": options.batch * options.updates / seconds,
+    }
+
+
+SIDES = {"ours": ours, "saelens": saelens, "overcomplete": overcomplete, "disk": from_disk}
 
 
 def run(python: str, side: str, options: argparse.Namespace, rate: float | None) -> dict[str, Any]:
@@ -258,6 +323,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate; for SAELens the better of two")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer", help="a Python that has sae-lens")
+    parser.add_argument("--overcomplete", help="a Python that has overcomplete")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sae.json"))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -273,13 +339,14 @@ def main() -> None:
         mine = run(sys.executable, "ours", options, options.rate)
         print(f"ours      {_line(mine)}, {mine['rate'] / mine['limit']:.0%} of the products' rate")
         rows.append({"run": number, "ours": mine})
-        for rate in RATES if options.peer else ():
-            theirs = run(options.peer, "saelens", options, rate)
-            print(f"saelens   {_line(theirs)}, learning rate {rate}")
-            rows[-1][f"saelens {rate}"] = theirs
+        for side, python in (("saelens", options.peer), ("overcomplete", options.overcomplete)):
+            for rate in RATES if python else ():
+                theirs = run(python, side, options, rate)
+                print(f"{side:9} {_line(theirs)}, learning rate {rate}")
+                rows[-1][f"{side} {rate}"] = theirs
     disk = run(sys.executable, "disk", options, None)
     share = disk["from disk"] / disk["from memory"]
-    print(f"from disk {share:.1%} of the rate from memory")
+    print(f"from disk {share:.1%} of the rate from memory, waits {disk['waits from disk']:.1%}")
     measure.save(options.output, [*rows, disk], "optax")
 
 

@@ -337,7 +337,7 @@ def effects(
     asked: Questions,
     edits: ConceptEdits,
     words: Int[Any, "W R"],
-    own: Int[Any, "K R"],
+    own: Int[Any, "K P"],
     *,
     at_once: int | None = None,
 ) -> tuple[Effects, Float[Array, "B W"]]:

@@ -3,6 +3,7 @@
 K concepts, N samples, W words, D width.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from xlvlm_jax.causal.scores import (
 )
 from xlvlm_jax.causal.words import NONE, Vocabulary, filled, own_tokens, vocabulary_of
 from xlvlm_jax.concepts.decomposition import project
-from xlvlm_jax.concepts.picture_maps import concept_site
+from xlvlm_jax.concepts.picture_maps import check_concepts, concept_site
 from xlvlm_jax.concepts.reconstruction import reconstruct
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
@@ -53,8 +54,8 @@ def require_concepts_of(concepts: Concepts, vlm: VLM, site: str | None) -> str:
     """
     if concepts.words is None or not any(concepts.words):
         raise ValueError("the concepts have no words to score; run `xlvlm ground` first")
-    require_model(concepts.source, vlm, "the concepts were learnt on the states of")
-    found = concept_site(vlm, site, concepts)
+    require_model(concepts.written, vlm, "the concepts were learnt on the states of")
+    found = concept_site(vlm, site, concepts, written=True)
     width, expected = np.shape(concepts.components)[1], vlm.site_shapes[found][-1]
     if width != expected:
         raise ValueError(
@@ -96,6 +97,7 @@ def measure_concepts(
     strict: bool = False,
     errors: dict[str, str] | None = None,
     progress: Progress | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Measured:
     """Adds and removes every concept while the model answers, and measures what changes.
 
@@ -108,7 +110,8 @@ def measure_concepts(
         answers: the answer to each prompt, such as the model's own; None measures the position
             after each prompt alone.
         site: the site to edit; None for that of the concepts.
-        mean: float[D], mean state, for the losses; None leaves them out.
+        mean: float[D], mean state, for the losses; None leaves them out, which transcoders and
+            crosscoders need: no state of the site alone is put back by them.
         add: strengths of additions, as fractions of each state's norm.
         ablate: fractions of the component to remove.
         where: positions to edit, see `prepare`.
@@ -117,6 +120,7 @@ def measure_concepts(
         strict: stop at a sample that can't be read or processed, instead of skipping it.
         errors: receives {skipped sample: why}.
         progress: called after each batch with (samples done, number of samples).
+        numbers: the concepts to edit, which are the K of the result; None for all.
 
     Returns:
         The changes.
@@ -126,9 +130,12 @@ def measure_concepts(
             processed.
     """
     site = require_concepts_of(concepts, vlm, site)
-    words = list(concepts.words or ())
+    if mean is not None:
+        concepts.require_one_site("a loss by reconstructed states")
+    chosen = list(range(len(concepts.components)) if numbers is None else numbers)
+    words = [(concepts.words or ())[k] for k in chosen]
     known = vocabulary_of(words, vlm.tokenizer, vlm.sizes.text.vocab_size)
-    vectors = concept_directions(concepts)
+    vectors = concept_directions(concepts)[chosen]
     edits = concept_edits(vectors, add, ablate)
     K, S = len(vectors), len(add) + len(ablate)
     weights = signs(add, ablate) / S
@@ -207,6 +214,7 @@ def score_causally(
     num_matched: int = 3,
     num_shuffles: int = 100,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     **options: Any,
 ) -> CausalRecord:
     """Measures what edits of every concept change, and scores the concepts by it.
@@ -216,6 +224,7 @@ def score_causally(
     Args:
         concepts, vlm, samples, answers, site, add, ablate, where: as for `measure_concepts`.
         num_matched, num_shuffles, seed: as for `causal_scores`.
+        numbers: the concepts to score; the others have NaN in their place. None for all.
         **options: further options of `measure_concepts`.
 
     Returns:
@@ -225,8 +234,20 @@ def score_causally(
         ValueError: as for `measure_concepts`, or fewer than two samples can be processed.
     """
     site = require_concepts_of(concepts, vlm, site)
+    K = len(concepts.components)
+    chosen = list(range(K) if numbers is None else dict.fromkeys(numbers))
+    check_concepts(chosen, K)
     found = measure_concepts(
-        concepts, vlm, samples, answers, site=site, add=add, ablate=ablate, where=where, **options
+        concepts,
+        vlm,
+        samples,
+        answers,
+        site=site,
+        add=add,
+        ablate=ablate,
+        where=where,
+        numbers=chosen,
+        **options,
     )
     own = found.vocabulary.own
     scores = causal_scores(
@@ -238,10 +259,21 @@ def score_causally(
         seed=seed,
     )
     worded = [k for k, words in enumerate(own) if words]
+
+    def among_all(values: np.ndarray) -> np.ndarray:
+        every = np.full(K, np.nan)
+        every[chosen] = values
+        return every
+
+    columns: dict[str, Any] = {
+        name: among_all(value)
+        for name, value in dataclasses.asdict(scores).items()
+        if name != "confidence"
+    }
     return CausalRecord(
-        scores=scores,
-        answer=found.answer.mean(1),
-        rest=found.rest.mean(1),
+        scores=dataclasses.replace(scores, **columns),
+        answer=among_all(found.answer.mean(1)),
+        rest=among_all(found.rest.mean(1)),
         words=list(concepts.words or ()),
         first_order=rank_correlation(found.first_order[worded], found.own[worded]),
         integrated=rank_correlation(found.integrated[worded], found.own[worded]),
@@ -257,6 +289,7 @@ def score_causally(
             "matched words": num_matched,
             "shuffles": num_shuffles,
             "seed": seed,
+            **({} if numbers is None else {"concepts": chosen}),
             "words without a token": found.vocabulary.unknown,
         },
     )

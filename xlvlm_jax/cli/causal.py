@@ -49,6 +49,14 @@ def causal(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Maximum number of samples to ask.")] = 64,
+    concept: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of a concept to score; may be repeated. Default: the --num-concepts that "
+            "are active in most states."
+        ),
+    ] = None,
+    num_concepts: Annotated[int, typer.Option(help="Maximum number of concepts to score.")] = 64,
     add: Strengths = None,
     ablate: Fractions = None,
     where: Annotated[
@@ -69,6 +77,8 @@ def causal(
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.causal import record as files
     from xlvlm_jax.causal import stage
+    from xlvlm_jax.concepts.methods import method_named
+    from xlvlm_jax.concepts.stage import most_active
     from xlvlm_jax.data import select
     from xlvlm_jax.features.reader import samples_of
 
@@ -85,8 +95,12 @@ def causal(
     vlm = load_model(model)
     site = stage.require_concepts_of(learnt, vlm, site)
     mean = None
-    if site in opened.sites:
+    if site in opened.sites and not method_named(learnt.method).takes_target:
         mean = opened.matrix(site).mean(axis=0)
+    K, numbers = len(learnt.components), concept or None
+    if numbers is None and num_concepts < K:
+        numbers = most_active(learnt, num_concepts)
+        console.print(f"scoring {num_concepts} of {K} concepts, those active in most states")
     errors: dict[str, str] = {}
     with progress_bars() as progress:
         record = stage.score_causally(
@@ -104,6 +118,7 @@ def causal(
             strict=strict,
             errors=errors,
             progress=bars(progress)("editing"),
+            numbers=numbers,
         )
     show_skipped(errors)
     path = files.save(record, concepts)
@@ -122,6 +137,8 @@ def _show(record: Any) -> None:
     table = Table("concept", "score", "interval", "shuffled", "own", "others", "answer", box=None)
     table.add_column("words")
     for k, words in enumerate(record.words):
+        if k not in record.settings.get("concepts", [k]):
+            continue
         found = [scores.score[k], scores.null_high[k], scores.own[k], scores.others[k]]
         score, null, own, others = (f"{value:.2f}" for value in found)
         marked = " *" if scores.includes_null[k] else ""

@@ -21,7 +21,8 @@ def decompose(
         typer.Option(
             help="snmf (semi-NMF, also called nndl), kmeans, pca or simple; or a sparse "
             "autoencoder: topk-sae, batchtopk-sae, matryoshka-sae, archetypal-sae, jumprelu-sae or "
-            "relu-sae."
+            "relu-sae; or of two sites or models: transcoder, crosscoder, or either with topk- or "
+            "batchtopk- before it."
         ),
     ] = "snmf",
     site: Annotated[
@@ -61,6 +62,22 @@ def decompose(
             "Scope, or a file of Qwen-Scope) instead of learning concepts."
         ),
     ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Transcoders and crosscoders: features of the other model. Default: the same "
+            "features."
+        ),
+    ] = None,
+    target_site: Annotated[
+        str | None,
+        typer.Option(
+            help="Transcoders: site to predict; crosscoders: the second site. Default: --site."
+        ),
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Transcoders: add a linear map of the states.")
+    ] = False,
     tol: Annotated[float | None, typer.Option(help="Tolerance of the stopping criterion.")] = None,
     max_iter: Annotated[int | None, typer.Option(help="Maximum number of iterations.")] = None,
     n_init: Annotated[
@@ -89,7 +106,8 @@ def decompose(
     import ports
     from ports.messages import counted
     from xlvlm_jax import Features
-    from xlvlm_jax.concepts.stage import decompose_features
+    from xlvlm_jax.concepts.methods import method_named
+    from xlvlm_jax.concepts.stage import decompose_features, paired_with, target_directory
     from xlvlm_jax.features.reader import choose_sites
 
     options = {
@@ -104,7 +122,13 @@ def decompose(
         "n_init": n_init,
     }
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    if skip:
+        given["skip"] = True
     opened = Features.open(features)
+    other: dict[str, Any] = {
+        "target": None if target is None else Features.open(target),
+        "target_site": target_site,
+    }
     sites = choose_sites(opened, site)
     places = {name: output.with_name(f"{output.name}-{name}") for name in sites}
     if len(sites) == 1:
@@ -112,14 +136,25 @@ def decompose(
     if not dry_run:
         for directory in places.values():
             refuse_existing(directory, overwrite)
+            if method.endswith("crosscoder") and dictionary is None:
+                refuse_existing(target_directory(directory), overwrite)
     if dictionary is not None:
-        _encode(opened, places, dictionary, stream, given)
+        _encode(opened, places, dictionary, stream, given, other)
         return
     if (counts := parse_mesh(mesh)) is not None:
         given["mesh"] = ports.make_mesh(*counts)
     for name, directory in places.items():
         if dry_run:
-            _show_needs(opened.stored(name), num_concepts, method, directory, stream, given)
+            paired = paired_with(method_named(method), opened, name, *other.values())
+            _show_needs(
+                opened.stored(name),
+                0 if paired is None else paired.stored.shape[1],
+                num_concepts,
+                method,
+                directory,
+                stream,
+                given,
+            )
             continue
         with profiled(profile), solver_bar(method) as told:
             concepts = decompose_features(
@@ -131,6 +166,7 @@ def decompose(
                 seed=seed,
                 stream=stream,
                 progress=told,
+                **other,
                 **given,
             )
         if concepts.dictionary is not None:
@@ -151,6 +187,7 @@ def _encode(
     dictionary: Path,
     stream: bool,
     options: dict[str, Any],
+    other: dict[str, Any],
 ) -> None:
     """Writes the features of a sparse autoencoder from files as concepts of each site."""
     from xlvlm_jax import sae
@@ -162,7 +199,7 @@ def _encode(
         )
     loaded = sae.load(dictionary)
     for name, directory in places.items():
-        concepts = encode_features(features, directory, loaded, site=name, stream=stream)
+        concepts = encode_features(features, directory, loaded, site=name, stream=stream, **other)
         _show_autoencoder(concepts, directory)
 
 
@@ -173,40 +210,47 @@ def _show_autoencoder(concepts: "Concepts", directory: Path) -> None:
     source, K = concepts.source, len(concepts.components)
     explained = source["explained_variance"]
     shown = "unknown" if explained is None else f"{explained:.4f}"
+    error = "" if concepts.objective is None else f"mean squared error {concepts.objective:.6g}"
     trained = f" after {counted(int(concepts.iterations), 'update')}" * bool(concepts.iterations)
     console.print(
-        f"{concepts.method}: {counted(K, 'feature')} from {counted(source['rows'], 'row')}, mean "
-        f"squared error {concepts.objective:.6g}{trained}, explained variance {shown}, L0 "
-        f"{source['l0']:.4g}, dead {source['dead_share']:.1%}, {source['seconds']:.1f} s -> "
-        f"{directory}"
+        f"{concepts.method}: {counted(K, 'feature')} from {counted(source['rows'], 'row')}, "
+        f"{error}{trained}, explained variance {shown}, L0 {source['l0']:.4g}, dead "
+        f"{source['dead_share']:.1%}, {source['seconds']:.1f} s -> {directory}"
     )
+    if concepts.dictionary is not None and concepts.dictionary.settings.is_crosscoder:
+        from xlvlm_jax import sae
+
+        dead, names = concepts.dead, sae.whose(concepts.dictionary)
+        counts = {name: (names[~dead] == name).sum() for name in ("first", "second", "shared")}
+        console.print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def _show_needs(
     stored: Any,
+    others: int,
     num_concepts: int,
     method: str,
     output: Path,
     stream: bool,
     options: dict[str, Any],
 ) -> None:
-    """Prints what --dry-run says about one site's matrix."""
+    """Prints what --dry-run says about one site's matrix, and the columns of another beside it."""
     import jax
 
     from xlvlm_jax.concepts.decomposition import memory_needed, streamed_memory_needed
     from xlvlm_jax.concepts.stage import rows_mesh
 
-    N, D = stored.shape
+    N, D = stored.shape[0], stored.shape[1] + others
     matrix, activations = N * D * stored.dtype.itemsize, 4 * N * num_concepts
     if stream:
         options = {name: value for name, value in options.items() if name != "mesh"}
-        needed = streamed_memory_needed(stored.shape, num_concepts, method, **options)
+        needed = streamed_memory_needed((N, D), num_concepts, method, **options)
         # What the solver needs includes the columns of rows that are kept on the host.
         on_host, how = needed, "streamed: a few tiles and some columns of every row"
     else:
         mesh = options.pop("mesh", None) or rows_mesh()
         needed = memory_needed(
-            stored.shape, num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
+            (N, D), num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
         )
         # On CPU, device memory is process memory, and rows stay where they were read.
         on_cpu = jax.default_backend() == "cpu"

@@ -15,11 +15,12 @@ PANELS = {
     "excluding key any_case containing_match containing_in image_ids sample_ids dataset_size "
     "num_samples first test",
     "Selection": "tokens rows match search_from include_prompt site source target words pairs "
-    "features target_features concepts finetuned_concepts num_words num_candidates num_images "
+    "features target_features target_site concepts concept finetuned_concepts num_words "
+    "num_candidates num_images "
     "word_rules",
     "Method": "decomposition between_models matched source_concepts "
-    "method methods num_concepts mode alpha k l1 learning_rate products dictionary tol max_iter "
-    "n_init vector where edit "
+    "method methods num_concepts mode alpha k l1 learning_rate products dictionary skip "
+    "tol max_iter n_init vector where edit add ablate "
     "together instruction context_site contrast positive negative states keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
     "assign_by normalise_shifts normalise_shifted penalty threshold num_keys "

@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from xlvlm_jax import sae
 from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.methods import TRAINED, Method
-from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.record import Concepts, components_of
 from xlvlm_jax.sae.dictionary import Details
 from xlvlm_jax.solvers.phases import Tell
 from xlvlm_jax.solvers.sae import Trained, train
 from xlvlm_jax.solvers.sae.batches import WINDOW_BYTES
 from xlvlm_jax.solvers.sae.checkpoint import Checkpoints, describe_rows
+from xlvlm_jax.solvers.sae.side_by_side import side_by_side
 from xlvlm_jax.solvers.validation import (
     StoredMatrix,
     as_matrix,
@@ -46,8 +47,9 @@ def decompose(
     tell: Tell | None = None,
     every: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    target: Any = None,
 ) -> Concepts:
-    """Trains a sparse autoencoder on rows, and encodes them.
+    """Trains a sparse autoencoder, transcoder or crosscoder on rows, and encodes them.
 
     Args:
         Z: real numbers[N, D], or what reads rows; those are read batch by batch.
@@ -61,9 +63,11 @@ def decompose(
         every: number of updates between calls; None for the default.
         checkpoint: directory for states of the unfinished run, from which it goes on if it was
             killed; the caller removes it once the result is saved. None for no states.
+        target: for transcoders and crosscoders, like Z: the rows of the other site or model.
 
     Returns:
         The concepts; source has "explained variance", "L0" and "dead share" of all rows.
+        Components of a transcoder are of `target`, those of a crosscoder of Z.
 
     Raises:
         ValueError: an option is invalid, Z is not a matrix of finite real numbers or is traced, the
@@ -79,7 +83,10 @@ def decompose(
             f"{method.name} is trained in a loop of programs and cannot be traced; call it outside "
             "jit and vmap"
         )
-    rows = Z if is_stored(Z) else checked(Z)
+    rows, widths = Z if is_stored(Z) else checked(Z), None
+    if target is not None:
+        other = target if is_stored(target) else checked(target, "target")
+        rows, widths = side_by_side(rows, other)
     settings = method.training(**options)
     settings.check(num_concepts)
     told = {} if every is None else {"every": every}
@@ -95,9 +102,17 @@ def decompose(
             }
             states = stack.enter_context(Checkpoints(Path(checkpoint), run, SAVE_EVERY))
         found = train(
-            rows, key, settings, num_concepts, mesh=mesh, tell=tell, checkpoint=states, **told
+            rows,
+            key,
+            settings,
+            num_concepts,
+            mesh=mesh,
+            tell=tell,
+            checkpoint=states,
+            widths=widths,
+            **told,
         )
-    return _concepts(found, rows, method, write)
+    return _concepts(found, rows, method, write, widths)
 
 
 def memory_needed(
@@ -114,7 +129,7 @@ def memory_needed(
     codes and rows, and two windows of rows that are read ahead.
 
     Args:
-        shape: (N, D).
+        shape: (N, D), of two sources with D of both together.
         num_concepts: K.
         method: the method.
         options: as for `decompose`.
@@ -134,31 +149,42 @@ def memory_needed(
     return parameters + batch + 2 * min(WINDOW_BYTES, 4 * N * D)
 
 
-def checked(Z: Any) -> Shaped[Array, "N D"]:
+def checked(Z: Any, name: str = "Z") -> Shaped[Array, "N D"]:
     """Returns rows as an array of at most 32 bits.
+
+    Args:
+        Z: the rows.
+        name: their name in error messages.
 
     Raises:
         TypeError: Z is not an array of numbers.
         ValueError: Z is not a matrix of finite real numbers.
     """
-    rows = narrow(as_matrix(Z, "Z", row="sample", share=True))
-    check_finite(rows, "Z")
+    rows = narrow(as_matrix(Z, name, row="sample", share=True))
+    check_finite(rows, name)
     return rows
 
 
 def _concepts(
     found: Trained,
-    rows: Shaped[Array, "N D"] | StoredMatrix,
+    rows: Shaped[Array | np.ndarray, "N D"] | StoredMatrix,
     method: Method,
     write: Callable[[int, np.ndarray], None] | None,
+    widths: tuple[int, ...] | None,
 ) -> Concepts:
     settings = found.settings
     options = dataclasses.asdict(settings)
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
-    k: Any = options["k"] if settings.architecture == "topk" else None
+    architecture = settings.architecture
+    if "W_skip" in found.params:
+        architecture = architecture.replace("transcoder", "skip_transcoder")
+    constants: Any = {"k": options["k"]} if architecture.startswith("topk") else {}
+    scales: Any = settings.input_scale
+    if architecture.endswith("crosscoder"):
+        constants |= {"widths": widths, "scales": scales}
     dictionary = sae.Dictionary.of(
         found.params,
-        sae.Settings(settings.architecture, k=k),
+        sae.Settings(architecture, **constants),
         details=Details({"metadata": {"training": {"method": method.name, **options}}}),
     )
     K = len(dictionary.components)
@@ -172,14 +198,21 @@ def _concepts(
 
     quality = encode_all(dictionary, rows, keep)
     return Concepts(
-        components=dictionary.components,
+        components=components_of(dictionary),
         activations=None if kept is None else on_device(kept, share=True),
         method=method.name,
         options=options,
         objective=quality.error,
         iterations=settings.max_iter,
-        # L of each update, in the units of Z and summed over columns like the objective.
-        history=found.history * (rows.shape[1] / (settings.input_scale or 1.0) ** 2),
+        history=found.history * _per_loss(dictionary, scales),
         source=quality.as_source(),
         dictionary=dictionary,
     )
+
+
+def _per_loss(dictionary: sae.Dictionary, scales: Any) -> float:
+    """Returns what L times makes it a sum over columns, in the units of the objective."""
+    columns = dictionary.params["W_dec"].shape[1]
+    if dictionary.settings.is_crosscoder:  # whose objective is in scaled units too
+        return columns
+    return columns / (scales[-1] if isinstance(scales, tuple) else scales or 1.0) ** 2

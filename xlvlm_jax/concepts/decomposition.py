@@ -83,6 +83,7 @@ def decompose(
     progress: Tell | None = None,
     verbose: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    target: Any = None,
     **options: Any,
 ) -> Concepts | list[Concepts]:
     """Factors Z[N, D] into K = num_concepts concepts.
@@ -103,6 +104,12 @@ def decompose(
             features per row) and "relu-sae" (l1=0.1): sparse autoencoders, trained with
             max_iter=4000 batches of batch_size=4096 rows. K may be thousands. All options, formulas
             and sources: solvers/sae. `Concepts.dictionary` is what encodes. Not under jit or vmap.
+        "transcoder", "topk-transcoder", "batchtopk-transcoder": the same from the states of one
+            site, Z, to those of another, `target`, whose directions the components are.
+            skip=False: whether to add a linear map.
+        "crosscoder", "topk-crosscoder", "batchtopk-crosscoder": the same of two sites, or of two
+            models, at once. Components are of Z; `sae.decoders` has both, and `sae.whose` tells
+            what they share. Encode rows of both side by side.
 
     Works under jit and vmap (Z and key as arguments). Everything that needs values is then
     skipped: rows are neither checked nor scaled, stability is not computed, and `history` keeps its
@@ -140,6 +147,8 @@ def decompose(
         checkpoint: for sparse autoencoders: a directory that keeps states of the run. If it is
             killed, the same call goes on from the last one and ends with the same bytes. Remove it
             once the result is saved.
+        target: for transcoders and crosscoders, like Z: states of the other site or model for the
+            same tokens, row for row.
         **options: options of the method, see above.
 
     Returns:
@@ -162,6 +171,7 @@ def decompose(
     """
     keep_programs()
     how = method_named(method)
+    how.check_target(target is not None)
     options = how.options(options)
     given = Z if is_stored(Z) else as_matrix(Z, "Z", row="sample", share=True)
     N, D = given.shape
@@ -198,6 +208,7 @@ def decompose(
                 tell=tell,
                 every=verbose or None,
                 checkpoint=checkpoint,
+                target=target,
             )
             for number in numbers
         ]
@@ -557,6 +568,7 @@ def decompose_stored(
     progress: Tell | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    target: Source | None = None,
     **options: Any,
 ) -> Concepts:
     """Factors rows that stay on disk, such as `Features.stored(site)`.
@@ -577,6 +589,7 @@ def decompose_stored(
         progress: as for `decompose`; called after every pass that is an update.
         mesh: as for `decompose`; for sparse autoencoders only.
         checkpoint: as for `decompose`.
+        target: as for `decompose`.
         **options: as for `decompose`, except init and relative_alpha.
 
     Returns:
@@ -597,7 +610,9 @@ def decompose_stored(
         0.0
     """
     keep_programs()
-    if (how := method_named(method)).has_encoder:
+    how = method_named(method)
+    how.check_target(target is not None)
+    if how.has_encoder:
         options = how.options(options)
         _check_count(num_concepts, *source.shape, how)
         _check_key(key)
@@ -611,6 +626,7 @@ def decompose_stored(
             write=write,
             tell=progress,
             checkpoint=checkpoint,
+            target=target,
         )
     how, solver = _streamed(method)
     _check_no_checkpoint(checkpoint, how)

@@ -32,7 +32,7 @@ CODE_BYTES = 2**26  # codes that are computed together
 class Quality(NamedTuple):
     """How well a sparse autoencoder describes rows."""
 
-    error: float  # mean over rows of |row - reconstruction|^2
+    error: float  # mean over rows of |row - reconstruction|^2; NaN if what is meant is not known
     explained_variance: float  # 1 - |Z - reconstruction|^2 / |Z - mean|^2; NaN for equal rows
     l0: float  # mean number of active features per row
     dead_share: float  # of the features, those that no row activates
@@ -65,9 +65,11 @@ def encode(
     Z = narrow(as_matrix(Z, "Z", row="sample"))
     N, D = Z.shape
     if dictionary.width != D:
+        both = dictionary.settings.widths
         raise ValueError(
             f"Z has {D} columns but the concepts have {dictionary.width}; project states from the "
             "site and model that the concepts were learnt on"
+            + (f": of both sources side by side, {both[0]} and {both[1]} wide" if both else "")
         )
     if isinstance(Z, Tracer):
         return _encode(dictionary, Z)
@@ -86,8 +88,8 @@ def decode(
     dictionary: Dictionary,
     codes: Float[AnyArray, "N K"],
     states: Shaped[AnyArray, "N D"] | None = None,
-) -> Float[Array, "N D"]:
-    """Returns the reconstructions of rows, in float32.
+) -> Float[Array, "N E"]:
+    """Returns the reconstructions of rows, in float32; of a transcoder of width E.
 
     Args:
         dictionary: of width D.
@@ -111,29 +113,42 @@ def encode_all(
 
     Args:
         dictionary: of width D.
-        Z: rows, or what reads them.
+        Z: rows, or what reads them; of a crosscoder those of both sources side by side, whose
+            errors are in units of its scales. Of a transcoder those of the second site may follow
+            those of the first; without them only the codes' figures are known.
         write: called with (first row, codes) in order.
 
     Raises:
-        ValueError: a row is not finite.
+        ValueError: a row is not finite, or of another width.
     """
     N, K = Z.shape[0], len(dictionary.components)
+    settings, D, E = dictionary.settings, dictionary.width, dictionary.params["W_dec"].shape[1]
+    known = not settings.is_transcoder or Z.shape[1] != D
+    if settings.is_transcoder and known and Z.shape[1] != D + E:
+        raise ValueError(
+            f"the states of both sites have {Z.shape[1]} columns; expected {D} to encode and {E} "
+            "to compare with"
+        )
     centre = np.asarray(dictionary.params["b_dec"], np.float64)
+    unit = np.repeat(settings.scales, settings.widths) if settings.is_crosscoder else 1.0
     left = squares = active = 0.0
     moment, alive = np.zeros_like(centre), np.zeros(K, bool)
     for start, rows in _blocks(Z, max(CODE_BYTES // (4 * K), 1)):
-        codes = encode(dictionary, rows, first_row=start)
-        wide = np.asarray(rows, np.float64)
-        left += np.sum((wide - np.asarray(decode(dictionary, codes, rows))) ** 2)
-        off = wide - centre
-        squares, moment = squares + np.sum(off**2), moment + off.sum(axis=0)
+        states, meant = (rows[:, :D], rows[:, D:]) if settings.is_transcoder else (rows, rows)
+        codes = encode(dictionary, states, first_row=start)
+        if known:
+            wide = np.asarray(meant, np.float64)
+            error = (wide - np.asarray(decode(dictionary, codes, states))) * unit
+            off = (wide - centre) * unit
+            left += np.sum(error**2)
+            squares, moment = squares + np.sum(off**2), moment + off.sum(axis=0)
         found = np.asarray(codes, np.float32)
         active += np.count_nonzero(found)
         alive |= (found != 0).any(axis=0)
         write(start, found)
     variance = squares - np.sum(moment**2) / N
     return Quality(
-        error=float(left / N),
+        error=float(left / N) if known else math.nan,
         explained_variance=float(1 - left / variance) if variance > 0 else math.nan,
         l0=active / N,
         dead_share=float(1 - alive.mean()),

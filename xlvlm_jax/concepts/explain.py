@@ -137,6 +137,7 @@ def explain_picture(
         raise ValueError(f"num_concepts must be at least 1, got {num_concepts}")
     if concepts.words is None or not any(concepts.words):
         raise ValueError("the concepts have no words; ground them first with `xlvlm ground`")
+    concepts.require_one_site("an explanation by effects")
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     site = concept_site(vlm, site, concepts)
     batch = make_batch(vlm, [sample], 1, strict=True)

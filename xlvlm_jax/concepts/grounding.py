@@ -4,6 +4,7 @@ Axes: K concepts, D width, V vocabulary, N samples.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ from xlvlm_jax.data.word_rules import Rules, concept_words
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
-_TILE_ROWS = 2**16  # rows of activations examined at once
+# Rows of activations examined at once, and their numbers: features may be thousands.
+_TILE_ROWS, _TILE_NUMBERS = 2**16, 2**24
+_AT_ONCE = 256  # concepts whose logits are in memory together: V numbers each
 AnyArray = jax.Array | np.ndarray
 Unembed = Callable[..., AnyArray]  # (components[K, D], *, through_norm) -> logits[K, V]
 
@@ -77,19 +80,31 @@ def ground_text(
     if not finite.all():
         raise ValueError(f"concept {int(np.argmin(finite))} contains NaN or Inf; factor Z again")
     try:
-        logits = jnp.asarray(
-            unembed(components, through_norm=True) if through_norm else unembed(components)
-        )
+        candidates = _candidates(components, unembed, num_candidates, through_norm)
     except (TypeError, ValueError, FlaxError) as error:
         raise ValueError(
             f"components are {components.shape[1]} wide, which the language-model head does not "
             f"accept ({str(error).splitlines()[0]}); use the model that the states came from"
         ) from error
-    _, candidates = jax.lax.top_k(logits, min(num_candidates, logits.shape[-1]))
-    return [
-        concept_words((tokenizer.decode([int(i)]) for i in ids), num_words, rules)
-        for ids in np.asarray(candidates)
-    ]
+    # Thousands of features share their candidates.
+    text = functools.cache(lambda i: tokenizer.decode([i]))
+    return [concept_words(map(text, ids), num_words, rules) for ids in candidates]
+
+
+def _candidates(
+    components: Float[AnyArray, "K D"], unembed: Unembed, count: int, through_norm: bool
+) -> list[list[int]]:
+    """Returns the ids of the tokens of highest logit of each concept."""
+    found: list[list[int]] = []
+    for start in range(0, len(components), _AT_ONCE):
+        some = components[start : start + _AT_ONCE]
+        real = len(some)
+        if start:  # one shape, so that one program is compiled
+            some = np.pad(np.asarray(some), ((0, _AT_ONCE - real), (0, 0)))
+        logits = jnp.asarray(unembed(some, through_norm=True) if through_norm else unembed(some))
+        _, best = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+        found += np.asarray(best)[:real].tolist()
+    return found
 
 
 def is_before_norm(vlm: VLM, site: str | None) -> bool:
@@ -162,28 +177,46 @@ def strongest_rows(
     tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
 ) -> Int[np.ndarray, "K {num_images}"]:
     """Does `ground_images` for activations that arrive as (first row, some rows), in order."""
+    return strongest(tiles, num_concepts, num_images)[1]
+
+
+def strongest(
+    tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
+) -> tuple[Float[np.ndarray, "K {num_images}"], Int[np.ndarray, "K {num_images}"]]:
+    """Returns the largest activations of each concept, and the rows that have them."""
     values = np.empty((num_concepts, 0), np.float32)
     rows = np.empty(values.shape, np.int64)
     for start, tile in _finite(tiles):
         # Earlier finds come first, so that ties go to the earlier sample.
+        if values.shape[1] == num_images:
+            # Most rows activate few of many features.
+            above = tile > values[:, -1]
+            for k in np.flatnonzero(above.any(axis=0)):
+                new = np.flatnonzero(above[:, k])
+                both = np.concatenate([values[k], tile[new, k]])
+                numbers = np.concatenate([rows[k], start + new])
+                best = largest(both, num_images)
+                values[k], rows[k] = both[best], numbers[best]
+            continue
         values = np.concatenate([values, tile.T], axis=1)
         numbers = np.broadcast_to(start + np.arange(len(tile)), tile.T.shape)
         rows = np.concatenate([rows, numbers], axis=1)
         best = np.stack([largest(column, min(num_images, len(column))) for column in values])
         values, rows = (np.take_along_axis(each, best, axis=1) for each in (values, rows))
-    return rows
+    return values, rows
 
 
 def tiles_of(
     activations: Float[AnyArray, "N K"] | StoredRows,
 ) -> Iterator[tuple[int, Float[np.ndarray, "B K"]]]:
     """Yields (first row, rows) of an array or from disk, a tile at a time."""
+    size = max(min(_TILE_ROWS, _TILE_NUMBERS // activations.shape[1]), 1)
     if isinstance(activations, StoredRows):
-        yield from activations.tiles(_TILE_ROWS)
+        yield from activations.tiles(size)
         return
     activations = np.asarray(activations)
-    for start in range(0, len(activations), _TILE_ROWS):
-        yield start, activations[start : start + _TILE_ROWS]
+    for start in range(0, len(activations), size):
+        yield start, activations[start : start + size]
 
 
 def _finite(tiles: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:

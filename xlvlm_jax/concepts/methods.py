@@ -82,6 +82,28 @@ class Method:
         """Whether it is a sparse autoencoder, whose concepts carry what encodes rows."""
         return self.encode is None
 
+    @property
+    def takes_target(self) -> bool:
+        """Whether it learns from the states of two sites or models."""
+        return self.name.endswith(("transcoder", "crosscoder"))
+
+    def check_target(self, given: bool) -> None:
+        """Checks that there are states of another site or model where it learns from two.
+
+        Raises:
+            ValueError: it is otherwise.
+        """
+        if given and not self.takes_target:
+            raise ValueError(
+                f"{self.name!r} learns from one matrix; omit target, or use a transcoder or "
+                "crosscoder"
+            )
+        if self.takes_target and not given:
+            raise ValueError(
+                f"{self.name!r} learns from two matrices; give the states of the other site or "
+                "model as target"
+            )
+
     def reconstruct(
         self,
         activations: Float[AnyArray, "N K"],
@@ -144,8 +166,9 @@ class Method:
             if options.get(name) is not None:
                 check_whole(name, options[name], lowest)
                 options[name] = int(options[name])
-        if isinstance(options.get("prefixes"), list):  # as JSON has it
-            options["prefixes"] = tuple(options["prefixes"])
+        for name in ("prefixes", "input_scale"):
+            if isinstance(options.get(name), list):  # as JSON has it
+                options[name] = tuple(options[name])
         return options
 
 

@@ -82,7 +82,7 @@ def map_pictures(
         raise ValueError("nothing to map; give concepts, a word, a vector or an answer")
     if concepts is not None:
         require_model(concepts.source, vlm, "the concepts were learnt on the states of")
-        _check_numbers(numbers, len(concepts.components))
+        check_concepts(numbers, len(concepts.components))
         wanted = list(dict.fromkeys(numbers)) or list(range(len(concepts.components)))
     tokens = [maps.word_tokens(vlm.tokenizer, word) for word in words]
     if through_norm is None:
@@ -176,20 +176,22 @@ def picture_layouts(
     return layouts
 
 
-def concept_site(vlm: VLM, site: str | None, concepts: Concepts) -> str:
+def concept_site(vlm: VLM, site: str | None, concepts: Concepts, *, written: bool = False) -> str:
     """Returns the site of concepts.
 
     Args:
         vlm: the model.
         site: the name that was asked for; None for that of the concepts.
         concepts: the concepts.
+        written: whether the site that components are directions of is meant, which for transcoders
+            is another than the one that they encode.
 
     Raises:
         ValueError: the concepts are of another site, neither names one, or the site is unknown or
             has no states for text tokens.
     """
     asked = None if site is None else vlm.find_site(site, generated=True)
-    learnt = concepts.source.get("site") or asked
+    learnt = (concepts.written if written else concepts.source).get("site") or asked
     if learnt is None:
         raise ValueError("the concepts do not name their site; give it with --site")
     learnt = vlm.find_site(learnt.removeprefix(finetuned_site("")), generated=True)
@@ -205,7 +207,12 @@ def _highest(found: Sequence[np.ndarray]) -> float:
     return max(float(np.nanmax(one)) for one in found)
 
 
-def _check_numbers(numbers: Sequence[int], count: int) -> None:
+def check_concepts(numbers: Sequence[int], count: int) -> None:
+    """Checks that there are concepts of these numbers.
+
+    Raises:
+        ValueError: there are not.
+    """
     wrong = next((k for k in numbers if not 0 <= k < count), None)
     if wrong is not None:
         raise ValueError(f"there is no concept {wrong}; expected 0 to {count - 1}")

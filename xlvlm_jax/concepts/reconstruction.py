@@ -53,7 +53,7 @@ def reconstruct(
     concepts: Concepts,
     activations: Float[AnyArray, "N K"],
     states: Shaped[AnyArray, "N D"] | None = None,
-) -> Float[AnyArray, "N D"]:
+) -> Float[AnyArray, "N E"]:
     """Reconstructs states from activations.
 
     Activations times components, plus the mean for pca. For kmeans and simple, whose activations
@@ -67,7 +67,7 @@ def reconstruct(
             autoencoder normalises its input. Others do not need them.
 
     Returns:
-        float[N, D].
+        float[N, E]; E is D, but for transcoders the width of the site that they write.
 
     Raises:
         ValueError: `states` are needed and not given, or the method is unknown.

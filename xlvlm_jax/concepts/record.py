@@ -76,7 +76,9 @@ class Concepts:
         images: for each concept the files of the images that show it, once grounded. On disk their
             names are such that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
-        source: where Z came from, in any form; its "features" are found after a move too.
+        source: where Z came from, in any form; its "features" are found after a move too. Of a
+            transcoder, "target" is the same of the states that its components are directions of; of
+            a crosscoder, "other" is that of the source whose components these are not.
         dictionary: the sparse autoencoder that encodes rows, whose features the concepts are; None
             for the other methods. On disk the directory is one of SAELens too.
 
@@ -195,7 +197,11 @@ class Concepts:
 
     @classmethod
     def from_dictionary(
-        cls, dictionary: sae.Dictionary, *, source: Mapping[str, Any] | None = None
+        cls,
+        dictionary: sae.Dictionary,
+        *,
+        source: Mapping[str, Any] | None = None,
+        side: int = 0,
     ) -> "Concepts":
         """Returns the features of a sparse autoencoder as concepts, to `project` on.
 
@@ -204,11 +210,12 @@ class Concepts:
         Args:
             dictionary: such as `sae.load` reads from files of SAELens, Gemma Scope or Qwen-Scope.
             source: where it comes from; "site", "model" and "fingerprint" are compared with those
-                of features. The site is the file's own unless it is given.
+                of features. The site is the file's own unless it is given. Components of a
+                transcoder are directions at the site that it writes, "target" in `source`.
+            side: of a crosscoder, the source whose decoder gives the components: 0 or 1.
 
         Raises:
-            ValueError: its features are not directions of the states that it encodes
-                (transcoders), or codes depend on other positions (temporal).
+            ValueError: codes depend on other positions (temporal).
 
         Examples:
             >>> import numpy as np, xlvlm_jax
@@ -220,24 +227,41 @@ class Concepts:
             [[2.0, 0.0]]
         """
         settings = dictionary.settings
-        if settings.is_transcoder or settings.architecture == "temporal":
-            why = (
-                "maps states to those of another site"
-                if settings.is_transcoder
-                else "encodes whole sequences"
-            )
+        if settings.architecture == "temporal":
             raise ValueError(
-                f"{dictionary.method!r} {why}, so its features are not concepts of rows; use its "
-                "encode and decode"
+                f"{dictionary.method!r} encodes whole sequences, so its features are not concepts "
+                "of rows; use its encode and decode"
             )
-        site = {} if dictionary.site is None else {"site": dictionary.site}
-        components = jnp.asarray(dictionary.components, jnp.float32)
+        site: dict[str, Any] = {} if dictionary.site is None else {"site": dictionary.site}
+        if settings.is_transcoder and (target := dictionary.target_site) is not None:
+            site["target"] = {"site": target}
         return cls(
-            components,
+            jnp.asarray(components_of(dictionary, side), jnp.float32),
             method=dictionary.method,
             source=site | dict(source or {}),
             dictionary=dictionary,
         )
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """Where components are directions: `source`, but of a transcoder its "target"."""
+        return self.source.get("target") or self.source
+
+    def require_one_site(self, what: str) -> None:
+        """Checks that the concepts encode and describe states of the same site and model.
+
+        Args:
+            what: needs such concepts, for the message.
+
+        Raises:
+            ValueError: they do not, as those of transcoders and crosscoders.
+        """
+        settings = self.dictionary and self.dictionary.settings
+        if settings and (settings.is_transcoder or settings.is_crosscoder):
+            raise ValueError(
+                f"{self.method!r} has features of two sites or models; {what} needs concepts of "
+                "one, such as topk-sae"
+            )
 
     def with_components(
         self,
@@ -253,7 +277,11 @@ class Concepts:
         Returns:
             Concepts without activations. Those of a sparse autoencoder encode with columns that
             moved with the components, in proportion to their lengths.
+
+        Raises:
+            ValueError: the concepts are of a transcoder or crosscoder.
         """
+        self.require_one_site("moving components")
         dictionary = self.dictionary
         if dictionary is not None:
             dictionary = dictionary.moved(components)
@@ -373,6 +401,13 @@ class Concepts:
                     raise ValueError("its sparse autoencoder comes from another save")
                 known["dictionary"] = sae.load(directory)
             return cls(**arrays, **known)
+
+
+def components_of(dictionary: sae.Dictionary, side: int = 0) -> Float[Array, "K D"]:
+    """Returns the directions of a dictionary's features, of a crosscoder those of one source."""
+    if dictionary.settings.is_crosscoder:
+        return sae.decoders(dictionary)[side]
+    return dictionary.components
 
 
 def on_host(concepts: Concepts) -> Concepts:

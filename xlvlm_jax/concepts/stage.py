@@ -6,29 +6,40 @@ The command line and the demo call them; to work with arrays, call `decompose`, 
 
 import contextlib
 import dataclasses
+import math
 import re
 import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ports import VLM
+from ports.messages import counted
 from ports.parallel import hosts
 from xlvlm_jax import sae
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.encoding import encode_all
-from xlvlm_jax.concepts.grounding import ground_images, ground_text, is_before_norm, unembed_of
-from xlvlm_jax.concepts.methods import method_named
+from xlvlm_jax.concepts.grounding import (
+    ground_text,
+    is_before_norm,
+    strongest,
+    tiles_of,
+    unembed_of,
+)
+from xlvlm_jax.concepts.methods import Method, method_named
 from xlvlm_jax.concepts.reconstruction import explained_by
-from xlvlm_jax.concepts.record import Concepts, StoredActivations, on_host
+from xlvlm_jax.concepts.record import Concepts, StoredActivations, components_of, on_host
 from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.features.samples import columns
+from xlvlm_jax.solvers.sae.side_by_side import side_by_side
 from xlvlm_jax.storage.same_model import require_model
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 
 def rows_mesh() -> Mesh | None:
@@ -47,6 +58,8 @@ def decompose_features(
     seed: int = 0,
     stream: bool = False,
     mesh: Mesh | None = None,
+    target: Features | None = None,
+    target_site: str | None = None,
     **options: Any,
 ) -> Concepts:
     """Factors the matrix of one site into concepts and writes them to a directory.
@@ -66,19 +79,33 @@ def decompose_features(
             activations are written during the last pass; the result does not hold them.
         mesh: devices that hold rows along "data" and, for sparse autoencoders, features along
             "model"; None for all on "data".
+        target: for transcoders and crosscoders, the features of the other site or model; None for
+            the same features. The components of a crosscoder in `target` are written to
+            `<output>-target`.
+        target_site: site of `target`; None for `site` or the only one.
         **options: as for `decompose`.
 
+    Returns:
+        The concepts, of a crosscoder with the components in `features`.
+
     Raises:
-        ValueError: as for `decompose`, the features do not have the site, or `stream` is used with
-            several hosts.
+        ValueError: as for `decompose`, the features do not have the site or hold other rows than
+            `target`, or `stream` is used with several hosts or a crosscoder.
     """
     site = choose_site(features, site)
+    how = method_named(method)
+    paired = paired_with(how, features, site, target, target_site)
     if stream and jax.process_count() > 1:
         raise ValueError("--stream works on a single host; omit it, or use one host")
     began, key = time.perf_counter(), jax.random.key(seed)
     stored = features.stored(site)
     source = _source(features, site) | {"seed": seed}
-    is_autoencoder = method_named(method).has_encoder
+    if paired is not None:
+        options |= {"target": paired.stored}
+        source |= {("target" if paired.writes else "other"): paired.source}
+        if stream and not paired.writes:
+            raise ValueError("--stream writes one directory, but a crosscoder has two; omit it")
+    is_autoencoder = how.has_encoder
     if is_autoencoder:
         options |= {"mesh": mesh or rows_mesh(), "checkpoint": training_directory(output)}
     if stream:
@@ -102,8 +129,91 @@ def decompose_features(
     concepts = dataclasses.replace(concepts, source=source)
     if hosts.is_first():
         concepts.save(output)
+        if paired is not None and not paired.writes:
+            of_target = _of_target(concepts)
+            of_target.save(target_directory(output))
         shutil.rmtree(training_directory(output), ignore_errors=True)
     return concepts
+
+
+class Paired(NamedTuple):
+    """The other states that a transcoder or crosscoder learns from."""
+
+    stored: StoredRows
+    source: dict[str, Any]
+    writes: bool  # whether components are directions of these states, as those of a transcoder
+
+
+def paired_with(
+    method: Method,
+    features: Features,
+    site: str,
+    target: Features | None,
+    target_site: str | None,
+) -> Paired | None:
+    """Returns the other states that a method learns from; None for methods of one matrix.
+
+    Args:
+        method: the method.
+        features: the features of the first states.
+        site: their site.
+        target, target_site: as for `decompose_features`.
+
+    Raises:
+        ValueError: they are missing, the same or of other tokens, or the method takes none.
+    """
+    if not method.takes_target:
+        method.check_target(target is not None or target_site is not None)
+        return None
+    other = target or features
+    other_site = choose_site(other, target_site or site)
+    if other is features and other_site == site:
+        raise ValueError(
+            f"{method.name!r} learns from two sites or models, but both are {site!r} of "
+            f"{features.path}; name the other with --target-site or --target"
+        )
+    _check_same_rows(features, other)
+    writes = not method.name.endswith("crosscoder")
+    return Paired(other.stored(other_site), _source(other, other_site), writes)
+
+
+def _check_same_rows(features: Features, other: Features) -> None:
+    """Raises ValueError unless both hold states of the same tokens of the same samples."""
+    if other is features:
+        return
+    counts = len(features.tokens), len(other.tokens)
+    named = []
+    for each in (features, other):
+        (ids,) = columns(each.samples, "id")
+        names = np.array([str(name) for name in ids])
+        named.append((names[each.sample_rows], each.positions))
+    least = min(counts)
+    (names, places), (their_names, their_places) = named
+    differ = (names[:least] != their_names[:least]) | (places[:least] != their_places[:least])
+    if differ.any() or counts[0] != counts[1]:
+        row = int(differ.argmax()) if differ.any() else least
+        raise ValueError(
+            f"{features.path} ({counted(counts[0], 'row')}) and {other.path} "
+            f"({counted(counts[1], 'row')}) differ in row {row}; extract both from the same data "
+            "with the same selection of tokens"
+        )
+
+
+def _of_target(concepts: Concepts) -> Concepts:
+    """Returns the concepts of a crosscoder with the components of its second source."""
+    assert concepts.dictionary is not None, "a crosscoder has one"
+    facts = {name: value for name, value in concepts.source.items() if name != "other"}
+    other = concepts.source["other"]
+    return dataclasses.replace(
+        concepts,
+        components=np.asarray(components_of(concepts.dictionary, 1)),
+        source=facts | other | {"other": {name: facts.get(name) for name in other}},
+    )
+
+
+def target_directory(output: Path) -> Path:
+    """Returns where the components of a crosscoder's second source are written."""
+    return output.with_name(f"{output.name}-target")
 
 
 def training_directory(output: Path) -> Path:
@@ -118,6 +228,8 @@ def encode_features(
     *,
     site: str | None = None,
     stream: bool = False,
+    target: Features | None = None,
+    target_site: str | None = None,
 ) -> Concepts:
     """Encodes the rows of one site with a sparse autoencoder and writes its features as concepts.
 
@@ -127,6 +239,9 @@ def encode_features(
         dictionary: such as `sae.load` reads.
         site: site whose states to use; optional if there is only one.
         stream: for activations larger than memory.
+        target: for crosscoders, and for transcoders whose output is to be compared: features of the
+            other site or model; None for the same features.
+        target_site: site of `target`; None for `site` or the only one.
 
     Raises:
         ValueError: the features do not have the site, or states of another width, or the dictionary
@@ -141,12 +256,18 @@ def encode_features(
             stacklevel=2,
         )
     began, stored = time.perf_counter(), features.stored(site)
-    concepts = Concepts.from_dictionary(dictionary, source=_source(features, site))
+    source, rows = _source(features, site), stored
+    if target is not None or target_site is not None or dictionary.settings.is_crosscoder:
+        how = method_named(dictionary.method)
+        if (paired := paired_with(how, features, site, target, target_site)) is not None:
+            rows, _ = side_by_side(stored, paired.stored)
+            source |= {("target" if paired.writes else "other"): paired.source}
+    concepts = Concepts.from_dictionary(dictionary, source=source)
     shape = stored.shape[0], len(concepts.components)
     with contextlib.ExitStack() as stack:
         if stream:
             kept = stack.enter_context(StoredActivations(output, *shape))
-            quality = encode_all(dictionary, stored, kept.write)
+            quality = encode_all(dictionary, rows, kept.write)
             activations: Any = kept.rows()
         else:
             activations = np.empty(shape, np.float32)
@@ -154,11 +275,11 @@ def encode_features(
             def write(start: int, codes: np.ndarray) -> None:
                 activations[start : start + len(codes)] = codes
 
-            quality = encode_all(dictionary, stored, write)
+            quality = encode_all(dictionary, rows, write)
         concepts = dataclasses.replace(
             concepts,
             activations=activations,
-            objective=quality.error,
+            objective=None if math.isnan(quality.error) else quality.error,
             source=concepts.source | {"seconds": _since(began)} | quality.as_source(),
         )
         concepts.save(output)
@@ -222,12 +343,13 @@ def ground_concepts(
             f"{directory} has activations of {count} rows but {features.path} has "
             f"{len(features.tokens)}; ground concepts with the features they were learnt on"
         )
-    require_model(concepts.source, vlm, f"{directory} was learnt on the states of")
+    where = concepts.written
+    require_model(where, vlm, f"{directory} was learnt on the states of")
     if through_norm is None:
-        through_norm = is_before_norm(vlm, concepts.source.get("site"))
+        through_norm = is_before_norm(vlm, where.get("site"))
     words = ground_text(
         np.asarray(concepts.components),
-        unembed_of(vlm, concepts.source.get("site")),
+        unembed_of(vlm, where.get("site")),
         vlm.tokenizer,
         num_words,
         num_candidates,
@@ -249,8 +371,26 @@ def ground_concepts(
     return concepts
 
 
+def most_active(concepts: Concepts, count: int) -> list[int]:
+    """Returns the concepts with words that are active in most rows, by number.
+
+    Args:
+        concepts: concepts, grounded; the first ones of them if activations are unknown.
+        count: maximum number of concepts.
+    """
+    K = len(concepts.components)
+    active = np.zeros(K, np.int64)
+    if concepts.activations is not None:
+        for _, tile in tiles_of(concepts.activations):
+            active += np.count_nonzero(tile, axis=0)
+    worded = [k for k in range(K) if concepts.words is None or concepts.words[k]]
+    return sorted(sorted(worded, key=lambda k: -active[k])[:count])
+
+
 def top_samples(features: Features, activations: Any, count: int) -> list[list[int]]:
     """Returns the samples whose rows activate each concept most, each once, the strongest first.
+
+    Samples that do not activate it at all are left out: many features are active in few.
 
     Args:
         features: the features.
@@ -262,6 +402,10 @@ def top_samples(features: Features, activations: Any, count: int) -> list[list[i
     """
     # A sample may have many rows, such as its image tokens.
     most = int(np.bincount(features.sample_rows).max())
-    top = np.asarray(ground_images(activations, min(count * most, len(features.tokens))))
-    found = (dict.fromkeys(features.sample_rows[rows].tolist()) for rows in top)
-    return [list(samples)[:count] for samples in found]
+    rows = min(count * most, len(features.tokens))
+    values, top = strongest(tiles_of(activations), activations.shape[1], rows)
+    samples = features.sample_rows[top]
+    found = (
+        dict.fromkeys(each[of != 0].tolist()) for each, of in zip(samples, values, strict=True)
+    )
+    return [list(each)[:count] for each in found]

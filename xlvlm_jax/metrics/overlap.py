@@ -1,5 +1,6 @@
 """Overlap: how many of their words concepts share (CoX-LMM, NeurIPS 2024, section 4.1)."""
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,8 +21,11 @@ def word_overlap(words: Sequence[Sequence[str]]) -> float:
     """
     if len(words) < 2:
         raise ValueError(f"overlap needs the words of two concepts or more, got {len(words)}")
-    shares = overlap_matrix(words)
-    return float(shares[~np.eye(len(shares), dtype=bool)].mean())
+    # How many concepts have a word gives all pairs at once: of thousands there are millions.
+    having = collections.Counter(word for concept in words for word in set(concept))
+    K = len(words)
+    shares = (sum(having[w] - 1 for w in own) / len(own) for own in words if own)
+    return sum(shares) / (K * (K - 1))
 
 
 def overlap_matrix(words: Sequence[Sequence[str]]) -> Float[np.ndarray, "K K"]:

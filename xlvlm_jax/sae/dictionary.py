@@ -14,9 +14,10 @@ with act by architecture:
     gated              relu(x' (W_enc exp(r_mag)) + b_mag) where x' W_enc + b_gate > 0
     matching_pursuit   one atom of largest product after the other, each taken off the residual
     temporal           topk or relu of what attention to earlier positions does not predict
-    transcoders        as standard or jumprelu, from one site to another, plus W_skip x
+    transcoders        as standard, topk or jumprelu, from one site to another, plus W_skip x
+    crosscoders        the same of two sources whose states stand side by side, [x_1, x_2]
 
-D width of the states, K codes.
+SAELens has no crosscoders, and transcoders without topk. D width of the states, K codes.
 """
 
 import dataclasses
@@ -46,6 +47,13 @@ METHODS = {
     "skip_transcoder": "skip-transcoder",
     "jumprelu_transcoder": "jumprelu-transcoder",
     "jumprelu_skip_transcoder": "jumprelu-skip-transcoder",
+    "topk_transcoder": "topk-transcoder",
+    "topk_skip_transcoder": "topk-skip-transcoder",
+    "batchtopk_transcoder": "batchtopk-transcoder",
+    "batchtopk_skip_transcoder": "batchtopk-skip-transcoder",
+    "crosscoder": "crosscoder",
+    "topk_crosscoder": "topk-crosscoder",
+    "batchtopk_crosscoder": "batchtopk-crosscoder",
 }
 NORMALISERS = ("none", "layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
 # Scaling that is folded into the weights, so that it does nothing when the SAE runs.
@@ -71,6 +79,8 @@ class Settings:
         num_heads: attention heads of temporal.
         tied_weights: whether temporal encodes with the decoder.
         scale: factor of "constant_scalar_rescale".
+        widths: of crosscoders, the width of each source.
+        scales: of crosscoders, the factor of each source in whose units norms are compared.
     """
 
     architecture: str
@@ -85,11 +95,18 @@ class Settings:
     num_heads: int = 8
     tied_weights: bool = True
     scale: float = 1.0
+    widths: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @property
     def is_transcoder(self) -> bool:
         """Whether it maps states of one site to another."""
         return self.architecture.endswith("transcoder")
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether it encodes states of two sources side by side."""
+        return self.architecture.endswith("crosscoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +188,14 @@ class Dictionary:
     def components(self) -> Float[Array, "K D"]:
         """The decoder's rows: what one unit of each code adds."""
         return self.params["W_dec"] / _units(self)[:, None]
+
+    @property
+    def target_site(self) -> str | None:
+        """Name of the site that a transcoder writes, as the file gives it; None if it does not."""
+        values = self.details.values
+        return (values.get("metadata") or {}).get("hook_name_out") or values.get(
+            "hf_hook_point_out"
+        )
 
     @property
     def width(self) -> int:
@@ -282,6 +307,12 @@ class Dictionary:
                 )
             return x.reshape(*x.shape[:-2], self.width)
         if x.shape[-1:] != (self.width,):
+            if self.settings.is_crosscoder:
+                first, second = self.settings.widths
+                raise ValueError(
+                    f"states have shape {x.shape}; expected {self.width} columns: those of both "
+                    f"sources side by side, {first} and {second}"
+                )
             raise ValueError(
                 f"states have shape {x.shape}, but the dictionary was learnt on states of width "
                 f"{self.width}; pass states of {self.site or 'its site'}"
@@ -464,6 +495,13 @@ _ENCODERS: dict[str, Encoder] = {
     "skip_transcoder": _relu,
     "jumprelu_transcoder": _jumprelu,
     "jumprelu_skip_transcoder": _jumprelu,
+    "topk_transcoder": _topk,
+    "topk_skip_transcoder": _topk,
+    "batchtopk_transcoder": _jumprelu,
+    "batchtopk_skip_transcoder": _jumprelu,
+    "crosscoder": _relu,
+    "topk_crosscoder": _topk,
+    "batchtopk_crosscoder": _jumprelu,
 }
 
 
@@ -539,7 +577,13 @@ def check(params: Mapping[str, Any], settings: Settings) -> None:
             raise ValueError(f"{name} has shape {value.shape}; expected {shape}")
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{name} has values that are not finite")
-    if settings.architecture in ("topk", "abstopk") and settings.k is None:
+    if settings.is_crosscoder and not sum(settings.widths) == D == sum(settings.widths[:2]):
+        raise ValueError(
+            f"widths are {settings.widths}; expected those of two sources that add up to {D}"
+        )
+    if settings.is_crosscoder and len(settings.scales) != 2:
+        raise ValueError(f"scales are {settings.scales}; expected one per source")
+    if _ENCODERS[settings.architecture] in (_topk, _abstopk) and settings.k is None:
         raise ValueError(f"{settings.architecture} has no k, the number of codes per state")
     if settings.k is not None and not 1 <= settings.k <= K:
         raise ValueError(f"k is {settings.k}; expected 1 to the {K} features")

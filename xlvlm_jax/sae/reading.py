@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from xlvlm_jax.sae import saelens, scopes
+from xlvlm_jax.sae import dictionary_learning, saelens, scopes
 from xlvlm_jax.sae.dictionary import Dictionary
 
 _READERS: dict[tuple[str, ...], Callable[[Path, str | None], Dictionary]] = {
     (saelens.CONFIG, saelens.WEIGHTS): saelens.read,
     (scopes.PARAMS,): scopes.read_gemma_2,
     (scopes.OLD_PARAMS,): scopes.read_gemma,
+    (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG): dictionary_learning.read,
 }
 
 
@@ -21,8 +22,9 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
 
     Args:
         path: a directory of SAELens (cfg.json, sae_weights.safetensors; those that `save` writes
-            too), of Gemma Scope 2 (params.safetensors) or the first (params.npz), or a file of
-            Qwen-Scope (layerN.sae.pt) in its folder.
+            too), of Gemma Scope 2 (params.safetensors) or the first (params.npz), of
+            dictionary_learning (ae.pt, config.json), or a file of Qwen-Scope (layerN.sae.pt) in its
+            folder.
         dtype: "float32", "bfloat16" or "float16"; None for the dtype that cfg.json names, as in
             SAELens, and float32 for the others.
 
@@ -52,7 +54,8 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
                 return read(place, dtype)
     expected = (
         f"{saelens.CONFIG} and {saelens.WEIGHTS} (SAELens), {scopes.PARAMS} or {scopes.OLD_PARAMS} "
-        "(Gemma Scope), or a file layerN.sae.pt (Qwen-Scope)"
+        f"(Gemma Scope), {dictionary_learning.WEIGHTS} and {dictionary_learning.CONFIG} "
+        "(dictionary_learning), or a file layerN.sae.pt (Qwen-Scope)"
     )
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist; expected a folder with {expected}")

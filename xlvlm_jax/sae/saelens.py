@@ -26,8 +26,13 @@ _RENAMED = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
-# Architectures as trained that SAELens stores in this form but does not run.
-_TRAINED = ("batchtopk", "matryoshka_batchtopk")
+# Architectures as trained that SAELens does not run, and as what they are written.
+_TRAINED = {
+    "batchtopk": "jumprelu",
+    "matryoshka_batchtopk": "jumprelu",
+    "batchtopk_transcoder": "jumprelu_transcoder",
+    "batchtopk_skip_transcoder": "jumprelu_skip_transcoder",
+}
 VERSION = "6.54.12"  # whose form is written
 
 
@@ -140,7 +145,13 @@ def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Pa
     normaliser = values.get("normalize_activations") or "none"
     if normaliser not in FOLDED:
         settings = dataclasses.replace(settings, normalize_activations=normaliser)
-    if architecture in ("topk", "abstopk"):
+    if settings.is_crosscoder:
+        settings = dataclasses.replace(
+            settings,
+            widths=tuple(int(width) for width in values.get("widths", ())),
+            scales=tuple(float(scale) for scale in values.get("scales", ())),
+        )
+    if architecture.startswith(("topk", "abstopk")):
         return dataclasses.replace(settings, k=int(values.get("k", 100)))
     if architecture in _TRAINED:
         scalar = params.pop("topk_threshold", None)
@@ -174,7 +185,8 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
     """Writes a dictionary as a SAELens directory, which SAELens and `load` read.
 
     A dictionary with one threshold for all is written as jumprelu, which SAELens runs; what it was
-    trained as is in `metadata`.
+    trained as is in `metadata`. Crosscoders and topk transcoders are written in the same form, but
+    only `load` reads them: SAELens has none.
 
     Args:
         dictionary: the dictionary.
@@ -197,7 +209,7 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
             norms = jnp.maximum(jnp.linalg.norm(params["W_dec"], axis=1), 1e-8)
             params["W_dec"] = params["W_dec"] / norms[:, None]
             params["W_enc"], params["b_enc"] = params["W_enc"] * norms, params["b_enc"] * norms
-        architecture = "jumprelu"
+        architecture = _TRAINED[architecture]
     K, out = params["W_dec"].shape
     values: dict[str, Any] = {
         "architecture": architecture,
@@ -212,7 +224,9 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
     }
     if settings.is_transcoder:
         values["d_out"] = out
-    if architecture in ("topk", "abstopk"):
+    if settings.is_crosscoder:
+        values |= {"widths": list(settings.widths), "scales": list(settings.scales)}
+    if architecture.startswith(("topk", "abstopk")):
         values |= {
             "k": settings.k,
             "rescale_acts_by_decoder_norm": settings.rescale_acts_by_decoder_norm,

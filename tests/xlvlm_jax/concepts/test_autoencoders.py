@@ -12,6 +12,7 @@ from xlvlm_jax import Concepts, Features, sae
 from xlvlm_jax.concepts import autoencoders, reconstruct
 from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.methods import TRAINED, method_named
+from xlvlm_jax.concepts.picture_maps import concept_site
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.concepts.stage import (
     decompose_features,
@@ -182,10 +183,24 @@ class TestFromDictionary:
             codes, dictionary.encode(Z.reshape(60, 2, 3)), rtol=1e-5, atol=1e-6
         )
 
-    def test_what_is_not_of_rows_is_refused(self):
+    def test_a_transcoder_writes_another_site(self, features, tmp_path):
+        """Its states are encoded; with those of the other site, what is explained is known."""
         dictionary = self.dictionary("transcoder", apply_b_dec_to_input=False)
-        with pytest.raises(ValueError, match="'transcoder' maps states to those of another site"):
-            Concepts.from_dictionary(dictionary)
+        found = encode_features(features, tmp_path / "c", dictionary)
+        np.testing.assert_allclose(found.activations, dictionary.encode(Z), rtol=1e-5, atol=1e-5)
+        assert found.objective is None and found.source["explained_variance"] is None
+        written = write(tmp_path / "other", np.asarray(dictionary.reconstruct(Z)) + np.float32(2))
+        found = encode_features(features, tmp_path / "c", dictionary, target=written)
+        assert found.objective == pytest.approx(6 * 2**2, rel=1e-4)
+        assert found.written["features"] == str((tmp_path / "other").resolve())
+        for use in (found.require_one_site, lambda _: found.with_components(found.components)):
+            with pytest.raises(ValueError, match="'transcoder' has features of two sites"):
+                use("this")
+
+    def test_a_hook_point_that_the_model_does_not_have(self, vlm):
+        dictionary = dataclasses.replace(self.dictionary(), site="blocks.90.hook_resid_post")
+        with pytest.raises(ValueError, match=r"no site matches 'blocks\.90\.\S+'; nearest"):
+            concept_site(vlm, None, Concepts.from_dictionary(dictionary))
 
     def test_states_of_another_layer(self, tmp_path):
         """The names of layers tell, in any naming convention."""
@@ -216,7 +231,9 @@ class TestStages:
         decompose_features(features, tmp_path / "c", 8, "topk-sae", **SHORT)
         assert not (tmp_path / "c.training").exists()
         found = ground_concepts(tmp_path / "c", three_words, features, num_images=2)
-        assert all(len(images) == 2 for images in found.images) and any(found.words)
+        active = np.count_nonzero(found.activations, axis=0)
+        assert [len(images) for images in found.images] == np.minimum(active, 2).tolist()
+        assert any(found.words)
         again = Concepts.load(tmp_path / "c")
         assert again.images == found.images and again.dictionary is not None
         scores = Scorer(features).score(again)
@@ -278,6 +295,113 @@ class TestStages:
         np.testing.assert_allclose(
             moved.params["W_enc"] - before, 0.5 * scale * np.ones((6, 1)), rtol=1e-3
         )
+
+
+OTHER = (np.tanh(Z) @ RNG.normal(size=(6, 5)) + 1).astype(np.float32)
+
+
+class TestTwoSites:
+    """Transcoders and crosscoders, from arrays, from disk and by the command."""
+
+    @pytest.fixture
+    def other(self, tmp_path):
+        return write(tmp_path / "target", OTHER, "n")
+
+    @pytest.mark.parametrize("method", ["batchtopk-transcoder", "topk-crosscoder"])
+    def test_arrays(self, method):
+        found = xlvlm_jax.decompose(Z, 8, method, target=OTHER, key=KEY, **SHORT)
+        is_coder = method == "batchtopk-transcoder"
+        rows = Z if is_coder else np.concatenate([Z, OTHER], axis=1)
+        np.testing.assert_array_equal(xlvlm_jax.project(rows, found), found.activations)
+        back = np.asarray(found.dictionary.reconstruct(rows))
+        assert back.shape == (60, 5 if is_coder else 11)
+        if is_coder:
+            assert found.components.shape == (8, 5)
+            expected, error = explained_variance(OTHER, back), (OTHER - back) ** 2
+        else:  # each source in its own units
+            np.testing.assert_array_equal(found.components, sae.decoders(found.dictionary)[0])
+            unit = np.repeat(found.options["input_scale"], (6, 5))
+            expected = explained_variance(rows * unit, back * unit)
+            error = ((rows - back) * unit) ** 2
+        assert found.source["explained_variance"] == pytest.approx(expected, abs=1e-5)
+        assert found.objective == pytest.approx(error.sum(axis=1).mean(), rel=1e-4)
+        again = xlvlm_jax.decompose(Z, 8, method, target=OTHER, key=KEY, **found.options)
+        np.testing.assert_array_equal(again.components, found.components)
+
+    def test_a_crosscoder_has_a_directory_per_model(self, features, other, tmp_path, three_words):
+        whole = decompose_features(
+            features, tmp_path / "c", 8, "batchtopk-crosscoder", target=other, **SHORT
+        )
+        first, second = Concepts.load(tmp_path / "c"), Concepts.load(tmp_path / "c-target")
+        both = sae.decoders(whole.dictionary)
+        for found, mine, theirs, components in (
+            (first, features, other, both[0]),
+            (second, other, features, both[1]),
+        ):
+            assert found.source["features"] == str(mine.path.resolve())
+            assert found.source["other"]["features"] == str(theirs.path.resolve())
+            assert found.written == found.source
+            np.testing.assert_array_equal(found.components, components)
+            np.testing.assert_array_equal(found.activations, whole.activations)
+        rows = np.concatenate([Z, OTHER], axis=1)
+        np.testing.assert_array_equal(xlvlm_jax.project(rows, first), whole.activations)
+        with pytest.raises(ValueError, match="of both sources side by side, 6 and 5 wide"):
+            xlvlm_jax.project(Z, first)
+        assert any(ground_concepts(tmp_path / "c-target", three_words, other).words)
+
+    def test_disk_gives_what_memory_gives(self, features, other, tmp_path, monkeypatch):
+        """And a killed run goes on."""
+        options = dict(SHORT, target=other)
+        whole = decompose_features(features, tmp_path / "w", 8, "topk-transcoder", **options)
+        stored = {"target": other.stored("a"), "key": jax.random.key(0)}
+        memory = xlvlm_jax.decompose(features.stored("a"), 8, "topk-transcoder", **SHORT, **stored)
+        np.testing.assert_array_equal(memory.components, whole.components)
+        monkeypatch.setattr(autoencoders, "SAVE_EVERY", 2)
+
+        def kill(at):
+            raise KeyboardInterrupt
+
+        killed = dict(options, progress=kill, verbose=5)
+        with pytest.raises(KeyboardInterrupt):
+            decompose_features(features, tmp_path / "c", 8, "topk-transcoder", **killed)
+        decompose_features(features, tmp_path / "c", 8, "topk-transcoder", **options)
+        again, before = (tmp_path / name / "sae_weights.safetensors" for name in "cw")
+        assert again.read_bytes() == before.read_bytes()
+        assert Concepts.load(tmp_path / "c").written["fingerprint"] == "n"
+
+    def test_command(self, xlvlm, features, other, tmp_path):
+        where = ("decompose", features.path, "--output", tmp_path / "c", "--num-concepts", 8)
+        options = ("--max-iter", 8, "--batch-size", 32, "--target", other.path)
+        status, out, errors = xlvlm(*where, *options, "--method", "crosscoder", "--l1", 0.01)
+        assert status == 0, errors
+        counts = [int(word) for word in out.splitlines()[-1].split() if word.isdigit()]
+        assert len(counts) == 3 and sum(counts) == 8 - Concepts.load(tmp_path / "c").dead.sum()
+        status, _, errors = xlvlm(*where, *options, "--method", "crosscoder")
+        assert status == 2 and "exists; name another output" in errors
+        more = ("--method", "transcoder", "--skip", "--overwrite")
+        status, _, errors = xlvlm(*where, *options, *more)
+        assert status == 0, errors
+        assert sae.load(tmp_path / "c").method == "skip-transcoder"
+
+    def test_states_that_do_not_fit(self, features, other, tmp_path):
+        def refused(message, method="topk-transcoder", **given):
+            with pytest.raises(ValueError, match=message):
+                decompose_features(features, tmp_path / "c", 8, method, **SHORT, **given)
+
+        refused("learns from two sites or models, but both are 'a' of .*; name the other")
+        refused("'topk-sae' learns from one matrix; omit target", "topk-sae", target=other)
+        refused(
+            r"f\w* \(60 rows\) and .* \(59 rows\) differ in row 59; extract both from the same",
+            target=write(tmp_path / "short", OTHER[:59]),
+        )
+        refused("--stream writes one directory", "crosscoder", target=other, stream=True)
+        with pytest.raises(ValueError, match="learns from two matrices; give the states"):
+            xlvlm_jax.decompose(Z, 8, "crosscoder", key=KEY)
+        with pytest.raises(ValueError, match="target has NaN or Inf in row 0"):
+            xlvlm_jax.decompose(Z, 8, "crosscoder", target=np.full_like(OTHER, np.nan), key=KEY)
+        dictionary = TestFromDictionary().dictionary("transcoder", apply_b_dec_to_input=False)
+        with pytest.raises(ValueError, match="have 11 columns; expected 6 to encode and 6 to comp"):
+            encode_features(features, tmp_path / "c", dictionary, target=other)
 
 
 @pytest.mark.wrong_types

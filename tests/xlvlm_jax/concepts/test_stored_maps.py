@@ -50,17 +50,17 @@ def test_grounding_names_each_picture_once(run, vlm):
     grounded = ground_concepts(run / "concepts", vlm, Features.open(run / "features"))
     assert [[image.rsplit("/")[-1] for image in images] for images in grounded.images] == [
         ["under.png", "top.png", "without.png"],
-        ["without.png", "under.png", "top.png"],
+        ["without.png", "under.png"],  # the third does not activate it
     ]
 
 
 def test_written_by_the_command_and_shown_in_the_report(run, vlm, xlvlm):
     status, out, errors = xlvlm("map", "embedded", "--concepts", run / "concepts")
     assert status == 0, errors
-    assert "6 maps of 3 pictures" in out
+    assert "5 maps of 3 pictures" in out
     concepts, features = Concepts.load(run / "concepts"), Features.open(run / "features")
     stored = load_maps(run / "concepts", concepts)
-    assert sorted(stored) == [(k, s) for k in (0, 1) for s in (0, 1, 2)]
+    assert sorted(stored) == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
     first = stored[0, 0]  # red, at the top right
     there, elsewhere = corners(first.values)
     assert there > elsewhere

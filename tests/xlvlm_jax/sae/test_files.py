@@ -161,6 +161,110 @@ class TestScopes:
             sae.load(other / "layer9.sae.pt")
 
 
+class TestDictionaryLearning:
+    """By the formulas of the classes' own `encode`, in torch's layout."""
+
+    X = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(name, **stored):
+            (tmp_path / "config.json").write_text(
+                json.dumps({"trainer": {"dict_class": name, "layer": 3}})
+            )
+            write_pth(tmp_path / "ae.pt", {key: np.asarray(value) for key, value in stored.items()})
+            return sae.load(tmp_path)
+
+        return write
+
+    @pytest.fixture
+    def linear(self):
+        random = np.random.default_rng(0)
+        shapes = {"encoder.weight": (7, 4), "decoder.weight": (4, 7), "encoder.bias": (7,)}
+        return {key: random.normal(size=s).astype(np.float32) for key, s in shapes.items()}
+
+    @pytest.mark.parametrize("name", ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"])
+    def test_linear_layers(self, write, linear, name):
+        b = np.float32([0.5, -1, 0.2, 1])
+        bias = {"bias": b} if name == "AutoEncoder" else {"b_dec": b}
+        more = {} if name == "AutoEncoder" else {"k": np.int32(2), "threshold": np.float32(0.7)}
+        found = write(name, **linear, **bias, **more)
+        codes = np.maximum((self.X - b) @ linear["encoder.weight"].T + linear["encoder.bias"], 0)
+        if name == "AutoEncoderTopK":
+            codes = np.where(codes >= np.sort(codes, axis=1)[:, -2:-1], codes, 0)
+        if name == "BatchTopKSAE":
+            codes = np.where(codes > 0.7, codes, 0)
+        states = codes @ linear["decoder.weight"].T + b
+        if name == "AutoEncoder":  # as its loader scales features
+            codes = codes * np.linalg.norm(linear["decoder.weight"], axis=0)
+        np.testing.assert_allclose(found.encode(self.X), codes, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.reconstruct(self.X), states, rtol=1e-5, atol=1e-5)
+        assert found.site == "model.layers.3"
+
+    def test_matrices_of_their_own(self, write, linear):
+        W, b = linear["encoder.weight"].T, np.float32([0.5, -1, 0.2, 1])
+        stored = {"W_enc": W, "W_dec": W.T, "b_enc": linear["encoder.bias"], "b_dec": b}
+        found = write("JumpReluAutoEncoder", **stored, threshold=np.full(7, 0.4, np.float32))
+        h = self.X @ W + linear["encoder.bias"]  # b_dec is not taken off
+        np.testing.assert_allclose(
+            found.encode(self.X), np.where(h > 0.4, h, 0), rtol=1e-5, atol=1e-5
+        )
+        # Before training sets a threshold, it is -1.
+        found = write("MatryoshkaBatchTopKSAE", **stored, threshold=np.float32(-1))
+        expected = np.maximum((self.X - b) @ W + linear["encoder.bias"], 0)
+        np.testing.assert_allclose(found.encode(self.X), expected, rtol=1e-5, atol=1e-5)
+
+    def test_messages(self, write, linear):
+        with pytest.raises(ValueError, match="dict_class is 'Other'; expected one of AutoEncoder"):
+            write("Other", **linear)
+        with pytest.raises(ValueError, match="has no 'b_dec'; expected the tensors of AutoEncoder"):
+            write("AutoEncoderTopK", **linear)
+
+
+class TestCrosscoders:
+    def crosscoder(self, architecture="topk_crosscoder", **settings):
+        random = np.random.default_rng(0)
+        W = random.normal(size=(7, 5)).astype(np.float32)
+        params = {"W_enc": W.T, "W_dec": W, "b_enc": np.zeros(7), "b_dec": np.ones(5)}
+        return sae.Dictionary.of(
+            params,
+            sae.Settings(
+                architecture, **({"k": 2, "widths": (2, 3), "scales": (4.0, 0.5)} | settings)
+            ),
+        )
+
+    def test_saved_ones_load_equal(self, tmp_path):
+        before = self.crosscoder()
+        sae.save(before, tmp_path)
+        after = sae.load(tmp_path)
+        assert after.settings == before.settings and after.method == "topk-crosscoder"
+        x = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
+        np.testing.assert_array_equal(after.encode(x), before.encode(x))
+
+    def test_which_source_has_a_feature(self):
+        """Norms are compared in each source's units."""
+        W = np.float32([[1, 0, 0, 0, 0], [0, 0.1, 0, 0.8, 0], [0, 0, 3, 4, 0]])
+        params = {"W_enc": W.T, "W_dec": W, "b_enc": np.zeros(3), "b_dec": np.ones(5)}
+        settings = sae.Settings("crosscoder", widths=(2, 3), scales=(4.0, 0.5))
+        found = sae.Dictionary.of(params, settings)
+        np.testing.assert_allclose(sae.relative_norms(found), [0, 0.5, 1])
+        assert sae.whose(found).tolist() == ["first", "shared", "second"]
+        first, second = sae.decoders(found)
+        np.testing.assert_array_equal(np.concatenate([first, second], axis=1), W)
+
+    def test_messages(self, expected):
+        with pytest.raises(ValueError, match=r"shape \(4, 3\); expected 5 columns: .* 3$"):
+            self.crosscoder().encode(np.ones((4, 3), np.float32))
+        with pytest.raises(ValueError, match=r"widths are \(2, 2\); expected those of two sources"):
+            self.crosscoder(widths=(2, 2))
+        with pytest.raises(ValueError, match=r"scales are \(1.0,\); expected one per source"):
+            self.crosscoder(scales=(1.0,))
+        with pytest.raises(ValueError, match="'relu-sae' has one decoder; expected a crosscoder"):
+            sae.whose(sae.load(DATA / "standard"))
+        with pytest.raises(ValueError, match=r"exclusive must be from 0 to 0\.5; got 0\.7"):
+            sae.whose(self.crosscoder(), 0.7)
+
+
 def changed(tmp_path, name="standard", config=None, tensors=None, without=()):
     """Returns a copy of a directory with other values."""
     folder = tmp_path / "changed"
@@ -194,7 +298,16 @@ class TestMissingKeys:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("standard", {"config": {"architecture": "crosscoder"}}, "architecture is 'crosscoder'"),
+        (
+            "standard",
+            {"config": {"architecture": "stacked"}},
+            "architecture is 'stacked'",
+        ),
+        (
+            "topk",
+            {"config": {"architecture": "crosscoder"}},
+            r"widths are \(\); expected",
+        ),
         ("standard", {"without": ("architecture",)}, "has no architecture"),
         ("standard", {"without": ("dtype",)}, "has no dtype"),
         ("standard", {"config": {"dtype": "int8"}}, "dtype is 'int8'; expected one of"),

@@ -154,6 +154,7 @@ class Scorer:
             ValueError: the concepts are of another site, model or width, or others have another
                 shape.
         """
+        concepts.require_one_site("scoring")
         self.check_source(concepts.source)
         K = len(concepts.components)
         activations, explained = self._encode(concepts)

@@ -10,6 +10,7 @@ concept extraction in large vision models", without relaxation.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class Archetypal(TopK):
         A = jax.nn.relu(params["weights"])
         return params | {"weights": A / jnp.maximum(A.sum(axis=1, keepdims=True), TINY)}
 
-    def finish(self, params: Params, scale: float, threshold: Float[Array, ""]) -> Params:
+    def finish(self, params: Params, scale: Any, threshold: Float[Array, ""]) -> Params:
         """Returns the parameters with atoms in the hull of the rows that are not scaled."""
         return {
             "W_enc": params["W_enc"] * scale,

@@ -8,6 +8,7 @@ Nanda 2024, "BatchTopK sparse autoencoders".
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -36,7 +37,7 @@ class BatchTopK(TopK):
         smallest = jnp.min(hidden, where=kept, initial=jnp.inf)
         return jnp.where(kept, hidden, 0), jnp.where(smallest < jnp.inf, smallest, 0)
 
-    def finish(self, params: Params, scale: float, threshold: Float[Array, ""]) -> Params:
+    def finish(self, params: Params, scale: Any, threshold: Float[Array, ""]) -> Params:
         """Returns the parameters with one threshold for all features."""
         folded = super().finish(params, scale, threshold)
         return folded | {"threshold": jnp.full_like(folded["b_enc"], threshold / scale)}

@@ -16,6 +16,7 @@ mean number of active features like that of the other methods.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ class JumpReLU(Training):
         active = exceeds(hidden, theta, jnp.float32(self.bandwidth))
         return self.l0_weight * (jnp.mean(jnp.sum(active, axis=1)) / self.k - 1) ** 2
 
-    def finish(self, params: Params, scale: float, threshold: Float[Array, ""]) -> Params:
+    def finish(self, params: Params, scale: Any, threshold: Float[Array, ""]) -> Params:
         """Returns the parameters with the thresholds."""
         thresholds = jnp.exp(params["log_threshold"]) / scale
         return super().finish(params, scale, threshold) | {"threshold": thresholds}

@@ -1,9 +1,9 @@
 """Where training starts: the scale of the rows, their median, and the first features.
 
-S sampled rows, D width, K features.
+S sampled rows, D width, K features, M sources whose rows stand side by side.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +18,50 @@ MEDIAN_TOLERANCE, MEDIAN_ITERATIONS = 1e-5, 100
 class Start(NamedTuple):
     """What is known of the rows before training."""
 
-    scale: float  # rows are multiplied by it
+    scale: float | tuple[float, ...]  # rows are multiplied by it; of several sources one for each
+    widths: tuple[int, ...]  # of the sources, which add up to D
     median: Float[Array, " D"]  # geometric median of the scaled rows
     rows: Float[Array, "S D"]  # scaled rows
 
 
-def start(rows: Float[np.ndarray, "S D"], scale: float | None) -> Start:
+def start(
+    rows: Float[np.ndarray, "S D"],
+    scale: float | tuple[float, ...] | None,
+    widths: tuple[int, ...] | None = None,
+) -> Start:
     """Returns the start for a sample of rows.
 
     Args:
         rows: float32[S, D].
-        scale: factor of the rows; None for sqrt(D) over their mean norm, so that the loss and the
-            penalties mean the same for every site.
+        scale: factor of the rows, of several sources one for each; None for sqrt(D) over their mean
+            norm, so that the loss and the penalties mean the same for every site. Of several
+            sources it is the norm of what differs from their means, so that each varies as much.
+        widths: widths of the sources; None for one.
     """
-    if scale is None:
-        # In float64: squares may exceed float32.
-        norm = float(np.mean(np.linalg.norm(rows.astype(np.float64), axis=1)))
-        scale = rows.shape[1] ** 0.5 / norm if norm > 0 else 1.0
-    factor: Any = scale
+    widths = widths or (rows.shape[1],)
+    chosen = _scales(rows, widths) if scale is None else scale
+    factor = per_column(chosen, widths)
     scaled = jax.device_put((rows.astype(np.float64) * factor).astype(np.float32))
-    return Start(factor, geometric_median(scaled), scaled)
+    return Start(chosen, widths, geometric_median(scaled), scaled)
+
+
+def _scales(rows: Float[np.ndarray, "S D"], widths: tuple[int, ...]) -> float | tuple[float, ...]:
+    # In float64: squares may exceed float32.
+    parts = np.split(rows.astype(np.float64), np.cumsum(widths)[:-1], axis=1)
+    if len(parts) > 1:
+        parts = [part - part.mean(axis=0) for part in parts]
+    norms = [float(np.mean(np.linalg.norm(part, axis=1))) for part in parts]
+    first, *others = (
+        width**0.5 / norm if norm > 0 else 1.0 for width, norm in zip(widths, norms, strict=True)
+    )
+    return (first, *others) if others else first
+
+
+def per_column(
+    scale: float | tuple[float, ...], widths: tuple[int, ...]
+) -> float | Float[np.ndarray, " D"]:
+    """Returns the factor of the rows: a number, or of several sources one per column."""
+    return np.repeat(scale, widths) if isinstance(scale, tuple) else scale
 
 
 @jax.jit

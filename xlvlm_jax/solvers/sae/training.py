@@ -21,6 +21,9 @@ T has the learning rate
 The start: b_dec is the geometric median of a sample of rows, W_dec random, W_enc its transpose,
 b_enc zero. At the end s is folded into the parameters, so that they take z.
 
+Transcoders and crosscoders (see there) learn from rows of two sources that stand side by side; each
+source has its own s, of the mean norm of z - mean z, so that none outweighs the other.
+
 N rows, D width, K features, B rows per batch.
 """
 
@@ -40,7 +43,13 @@ from xlvlm_jax.solvers.sae import batches
 from xlvlm_jax.solvers.sae.products import PRODUCTS, product
 from xlvlm_jax.solvers.sae.selection import cut_above
 from xlvlm_jax.solvers.sae.sharding import spread, spread_state
-from xlvlm_jax.solvers.sae.start import Start, start, unit_directions, unit_length
+from xlvlm_jax.solvers.sae.start import (
+    Start,
+    per_column,
+    start,
+    unit_directions,
+    unit_length,
+)
 from xlvlm_jax.solvers.validation import StoredMatrix, check_number, check_whole
 
 if TYPE_CHECKING:
@@ -66,7 +75,8 @@ class Training:
         decay: share of the updates over which it falls to zero at the end.
         aux_weight: weight of the term that revives dead features.
         dead_after: a feature is dead if it was zero for so many rows.
-        input_scale: s; None for sqrt(D) over the mean norm of a sample of rows.
+        input_scale: s, of two sources one for each; None for sqrt(D) over the mean norm of a
+            sample of rows.
         products: "float32", or "bfloat16" for products of rounded factors with float32 sums, fast
             on accelerators.
     """
@@ -78,13 +88,15 @@ class Training:
     decay: float = 0.2
     aux_weight: float = 1 / 32
     dead_after: int = 200_000
-    input_scale: float | None = None
+    input_scale: float | tuple[float, ...] | None = None
     products: str = "float32"
 
     # Name in the files of SAELens.
     architecture = "standard"
     # Whether the decoder's rows are kept at length one.
     unit_norm = True
+    # Number of sources whose rows stand side by side.
+    num_sources = 1
 
     def check(self, num_concepts: int) -> None:
         """Checks the options.
@@ -101,8 +113,14 @@ class Training:
                 f"warm_up and decay are shares of the updates, from 0 to 1; got {self.warm_up} and "
                 f"{self.decay}"
             )
-        for name in ("learning_rate", "input_scale"):
-            value = getattr(self, name)
+        scales = self.input_scale if isinstance(self.input_scale, tuple) else (self.input_scale,)
+        if self.input_scale is not None and len(scales) != self.num_sources:
+            raise ValueError(
+                f"input_scale is {self.input_scale}; expected {self.num_sources} of them, one per "
+                "source of the rows"
+            )
+        named = ("learning_rate", self.learning_rate), *(("input_scale", each) for each in scales)
+        for name, value in named:
             if value is not None:
                 check_number(name, value, 0)
                 if value == 0:
@@ -142,6 +160,15 @@ class Training:
             "b_dec": begun.median.copy(),
         }, {}
 
+    def columns(self, params: Params) -> tuple[slice, slice]:
+        """Returns which columns of the rows are encoded, and which are explained: here all."""
+        return slice(None), slice(None)
+
+    def offset(self, params: Params) -> Float[Array, " K"]:
+        """Returns what is added to x W_enc."""
+        # b_dec by itself: its derivative then needs no product of B rows.
+        return params["b_enc"] - matmul(params["b_dec"], params["W_enc"])
+
     def codes(
         self, hidden: Float[Array, "B K"], params: Params
     ) -> tuple[Float[Array, "B K"], Float[Array, ""]]:
@@ -173,12 +200,12 @@ class Training:
         """Returns the parameters after an update as they must be."""
         return params | {"W_dec": unit_length(params["W_dec"])}
 
-    def finish(self, params: Params, scale: float, threshold: Float[Array, ""]) -> Params:
+    def finish(self, params: Params, scale: Any, threshold: Float[Array, ""]) -> Params:
         """Returns SAELens' parameters for rows that are not scaled.
 
         Args:
             params: all parameters.
-            scale: s.
+            scale: s, of two sources one for each.
             threshold: running mean of the value above which codes are nonzero.
         """
         # The codes of s z are s times those of z, for any of the methods.
@@ -201,7 +228,7 @@ class Given(NamedTuple):
     """What training does not change."""
 
     fixed: Params
-    scale: Float[Array, ""]
+    scale: Float[Array, "*D"]  # a number, or one per column
 
 
 class Figures(NamedTuple):
@@ -240,7 +267,7 @@ def loss(
     x: Float[Array, "B D"],
     settings: Training,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], tuple[Float[Array, "B K"], Float[Array, "B D"], Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], tuple[Float[Array, "B K"], Float[Array, "B E"], Float[Array, ""]]]:
     """Returns L without its last term, and with it the codes, the error and the cut of the codes.
 
     Args:
@@ -251,10 +278,14 @@ def loss(
         mesh: the devices.
     """
     params = given.fixed | params
-    hidden = _hidden(params, x, settings, mesh)
+    encoded, explained = settings.columns(params)
+    hidden = _hidden(params, x[:, encoded], settings, mesh)
     codes, cut = settings.codes(hidden, params)
-    errors = x - settings.reconstructions(codes, settings.decoder(params), params["b_dec"])
-    total = jnp.mean(errors**2) + settings.penalty(hidden, codes, params, x.shape[1])
+    y = settings.reconstructions(codes, settings.decoder(params), params["b_dec"])
+    errors = x[:, explained] - y
+    if "W_skip" in params:
+        errors = errors - product(x[:, encoded], params["W_skip"].T, settings.products)
+    total = jnp.mean(errors**2) + settings.penalty(hidden, codes, params, errors.shape[-1])
     return total, (codes, errors[-1], cut)
 
 
@@ -262,7 +293,7 @@ def loss_of_dead(
     params: Params,
     given: Given,
     x: Float[Array, "B D"],
-    error: Float[Array, "B D"],
+    error: Float[Array, "B E"],
     dead: Bool[Array, " K"],
     settings: Training,
     mesh: Mesh | None = None,
@@ -279,17 +310,16 @@ def loss_of_dead(
         mesh: the devices.
     """
     params = given.fixed | params
-    alone = jnp.where(dead, _hidden(params, x, settings, mesh), -jnp.inf)
-    count = min(max(x.shape[1] // 2, 1), alone.shape[1])
+    encoded, _ = settings.columns(params)
+    alone = jnp.where(dead, _hidden(params, x[:, encoded], settings, mesh), -jnp.inf)
+    count = min(max(error.shape[1] // 2, 1), alone.shape[1])
     chosen = dead & (alone >= cut_above(alone, count))
     drawn = product(jnp.where(chosen, alone, 0), settings.decoder(params), settings.products)
     return settings.aux_weight * jnp.mean((error - drawn) ** 2)
 
 
 def _hidden(params: Params, x: Array, settings: Training, mesh: Mesh | None) -> Array:
-    # b_dec by itself: its derivative then needs no product of B rows.
-    offset = params["b_enc"] - matmul(params["b_dec"], params["W_enc"])
-    hidden = product(x, params["W_enc"], settings.products) + offset
+    hidden = product(x, params["W_enc"], settings.products) + settings.offset(params)
     return spread(hidden, mesh, "data", "model")
 
 
@@ -359,7 +389,8 @@ def update(
         state.history.at[state.iteration].set(total),
         state.iteration + 1,
     )
-    squares = jnp.sum((x - x.mean(axis=0)) ** 2)
+    meant = x[:, settings.columns(given.fixed | state.params)[1]]
+    squares = jnp.sum((meant - meant.mean(axis=0)) ** 2)
     figures = Figures(
         loss=total,
         l0=jnp.sum(counts) / len(x),
@@ -379,8 +410,9 @@ def train(
     tell: Tell | None = None,
     every: int = TELL_EVERY,
     checkpoint: Checkpoint | None = None,
+    widths: tuple[int, ...] | None = None,
 ) -> Trained:
-    """Trains a sparse autoencoder.
+    """Trains a sparse autoencoder, transcoder or crosscoder.
 
     Args:
         Z: finite rows [N, D], or an object that reads them, which is never held as a whole.
@@ -392,6 +424,8 @@ def train(
         tell: called with the state of the run after every few updates.
         every: number of updates between calls.
         checkpoint: keeps states, and gives the one to go on from.
+        widths: widths of the sources whose rows stand side by side in Z (see `side_by_side`); None
+            for one source.
 
     Returns:
         The parameters for rows that are not scaled.
@@ -400,10 +434,15 @@ def train(
         ValueError: an option is invalid, rows of a source are not finite, or the loss ceases to be.
     """
     settings.check(num_concepts)
-    N = Z.shape[0]
+    N, D = Z.shape
+    if len(widths or (D,)) != settings.num_sources:
+        raise ValueError(
+            f"rows have {len(widths or (D,))} sources; expected {settings.num_sources} for "
+            f"{settings.architecture}"
+        )
     seed = tuple(int(word) for word in np.asarray(jax.random.key_data(key)).ravel())
     rows = batches.sample(Z, max(SAMPLE_ROWS, 2 * num_concepts), seed)
-    begun = start(rows.astype(np.float32, copy=False), settings.input_scale)
+    begun = start(rows.astype(np.float32, copy=False), settings.input_scale, widths)
     settings = dataclasses.replace(
         settings,
         batch_size=min(settings.batch_size, N),
@@ -411,7 +450,7 @@ def train(
         input_scale=begun.scale,
     )
     params, fixed = settings.begin(begun, key, num_concepts)
-    given = Given(fixed, jnp.float32(begun.scale))
+    given = Given(fixed, jnp.float32(per_column(begun.scale, begun.widths)))
     state = _begin(params, settings=settings, mesh=mesh)
     if checkpoint is not None:
         state = checkpoint.restore(state)

@@ -25,7 +25,9 @@ options = eval(sys.argv[3])
 Auto = jax.sharding.AxisType.Auto
 for method, sizes in eval(sys.argv[4]):
     mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(Auto, Auto))
-    found = train(rows, jax.random.key(0), METHODS[method](k=3, **options), 32, mesh=mesh)
+    widths = (7, 9) if METHODS[method].num_sources == 2 else None
+    settings = METHODS[method](k=3, **options)
+    found = train(rows, jax.random.key(0), settings, 32, mesh=mesh, widths=widths)
     if jax.process_index() == 0:
         np.savez(f"{sys.argv[2]}/{method}-{sizes[0]}.npz", **found.params)
 """
@@ -37,6 +39,8 @@ OTHERS = [
     ("matryoshka-sae", (2, 4)),
     ("jumprelu-sae", (8, 1)),
     ("archetypal-sae", (2, 4)),
+    ("topk-transcoder", (8, 1)),
+    ("batchtopk-crosscoder", (2, 4)),
 ]
 
 
@@ -55,7 +59,9 @@ def start(tmp_path, devices, cases, *more):
 def compare(tmp_path):
     for file in sorted(tmp_path.glob("*.npz")):
         method = file.stem.rsplit("-", 1)[0]
-        one = train(ROWS, jax.random.key(0), METHODS[method](k=3, **OPTIONS), 32)
+        settings = METHODS[method](k=3, **OPTIONS)
+        widths = (7, 9) if settings.num_sources == 2 else None
+        one = train(ROWS, jax.random.key(0), settings, 32, widths=widths)
         with np.load(file) as found:
             for name, value in one.params.items():
                 largest = np.abs(value).max()

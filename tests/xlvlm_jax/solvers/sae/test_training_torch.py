@@ -115,7 +115,7 @@ def as_tensors(params, grad=False):
 
 
 @pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OPTIONS)
 def test_loss_and_derivatives(method, with_dead):
     settings, params, fixed, begun = prepared(method)
     dead = np.arange(K) % 3 == 0 if with_dead else np.zeros(K, bool)
