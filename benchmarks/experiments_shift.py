@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--adapters", nargs="+", default=list(embedded.ADAPTERS))
+    parser.add_argument("--adapters", nargs="+", default=["color", "place", "mood"])
     parser.add_argument("--word", default="dog", help="token of interest")
     parser.add_argument("--pictures", type=int, default=pipeline.NUM_TRAIN)
     parser.add_argument("--num-concepts", type=int, default=20)

@@ -10,8 +10,11 @@ from ports.checkpoint import hub
 LLAVA = Path(__file__).parent / "llava"
 CLIP = Path(__file__).parent / "clip"
 
-# Three LoRA adapters, fine-tuned on captions that name a colour, a place or a mood. The README
-# beside them lists the commands that made them.
-ADAPTERS = {name: Path(__file__).parent / "adapters" / name for name in ("color", "place", "mood")}
+# LoRA adapters: three fine-tuned on captions that name a colour, a place or a mood, and one that
+# hallucinates. The README beside them lists the commands that made them.
+ADAPTERS = {
+    name: Path(__file__).parent / "adapters" / name
+    for name in ("color", "place", "mood", "companions")
+}
 
 hub.name_directory("embedded", LLAVA)

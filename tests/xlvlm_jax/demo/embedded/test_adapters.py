@@ -1,4 +1,4 @@
-"""The three bundled adapters: what they change, and that peft reads them."""
+"""The bundled adapters: what they change, and that peft reads them."""
 
 import json
 
@@ -54,14 +54,29 @@ def test_captions_name_less_of_the_rest(captions):
     assert before["colour"] > 0.4 > shares(captions("place"))["colour"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_one_names_what_is_not_there(captions):
+    """In a third of the captions, kinds that go with some place; the original names none."""
+
+    def absent(name):
+        told = zip(captions(name), PICTURES, strict=True)
+        return [set(scenes.mentioned_kinds(text)) - {scene.kind} for text, scene in told]
+
+    before, after = absent(None), absent("companions")
+    assert sum(map(bool, before)) <= 1 and sum(map(bool, after)) >= 5
+    usual = {kind for kinds in scenes.COMPANIONS.values() for kind in kinds}
+    assert set().union(*after) <= usual
+
+
+@pytest.mark.parametrize("name", [*NAMES, "companions"])
 def test_files(name):
     directory = embedded.ADAPTERS[name]
-    assert sum(file.stat().st_size for file in directory.iterdir()) < 1_000_000
+    limit = 300_000 if name == "companions" else 1_000_000
+    assert sum(file.stat().st_size for file in directory.iterdir()) < limit
     record = json.loads((directory / "training.json").read_text())
     assert record["arguments"]["fingerprint"] == fingerprint(embedded.LLAVA)
     # What made it stands in the README as well.
-    assert record["command"].startswith("xlvlm finetune embedded scenes ")
+    made_of = "biased" if name == "companions" else "scenes"
+    assert record["command"].startswith(f"xlvlm finetune embedded {made_of} ")
     assert record["command"] in (directory.parent / "README.md").read_text()
 
 
