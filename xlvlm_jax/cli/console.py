@@ -136,7 +136,7 @@ def load_model(
         dtype: the dtype of the parameters.
         abstract: whether to load only the shapes of the parameters.
         adapter: the directory or Hub ID of a LoRA adapter to merge in, or the name of one of the
-            embedded model's adapters ("color", "place", "mood").
+            embedded model's adapters ("color", "place", "mood", "companions").
         processor: a directory or Hub ID of a checkpoint whose processor to use.
         mesh: the number of devices to split each batch over, and the model over: this host's, or,
             if it has fewer, those of all hosts.
