@@ -23,7 +23,7 @@ PANELS = {
     "tol max_iter n_init vector where edit add ablate "
     "together instruction context_site contrast positive negative states keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
-    "assign_by normalise_shifts normalise_shifted penalty threshold num_keys "
+    "assign_by normalise_shifts normalise_shifted penalty threshold num_keys num_heads direction "
     "num_features feature_ids share num_masks fit_source fit_target budget budget_of",
     "Evaluation": "vqa_protocol without answer_types baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "

@@ -26,7 +26,10 @@ from xlvlm_jax.cli.runtime import DryRun
 
 Features = Annotated[
     Path,
-    typer.Argument(help="Features, the states of answers; or what `xlvlm shift` wrote, for shift."),
+    typer.Argument(
+        help="Features, the states of answers; for shift what `xlvlm shift` wrote, for concept "
+        "what `xlvlm decompose` wrote."
+    ),
 ]
 Words = str | None
 
@@ -34,7 +37,11 @@ Words = str | None
 def fit(
     features: Features,
     output: Annotated[
-        Path, typer.Option(help="File to write (.safetensors); for fine, a new directory.")
+        Path,
+        typer.Option(
+            help="File to write (.safetensors). Several vectors: a new directory, a file per "
+            "vector; or, if they are of different sites, a file (.safetensors) for all."
+        ),
     ],
     method: Annotated[
         str,
@@ -43,12 +50,13 @@ def fit(
             "direction of differences, that of random pairs, or the normal of a linear probe; "
             "adaptive: coarse, up to the mean target state; conditional: coarse, where a state is "
             "like source states; memory: the difference within the state's cluster; "
+            "iti: the attention heads that tell answers apart best; "
             "sae, sae-clamp: features of a sparse autoencoder, added or set; "
             "fine: differences between k-means centroids; "
             "learned: optimised by gradient descent; l2s: a network that predicts a vector for "
             "each prompt; p2s: a vector for each sample; vti-image, vti-text: what masked "
             "pictures, or the counterparts of p2s, share, per layer; shift: the shift of each "
-            "concept by fine-tuning."
+            "concept by fine-tuning; concept: concepts themselves."
         ),
     ] = "coarse",
     source: Annotated[
@@ -69,8 +77,9 @@ def fit(
         str | None,
         typer.Option(
             help="Site whose states to use, optional if there is only one; methods without a model "
-            "also take a pattern ('layers.*') and write a directory, a file per site; vti: any "
-            "sites of the model. Default for vti: the decoder's layers."
+            "also take a pattern ('layers.*') and write a directory, a file per site, or one file "
+            "for all; vti: any sites of the model. Default for vti: the decoder's layers; for iti: "
+            "every site of heads."
         ),
     ] = None,
     key: Annotated[
@@ -85,12 +94,12 @@ def fit(
         typer.Option(help="Whether an answer has to equal or contain one of the words."),
     ] = "equals",
     where: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Token positions that the vector is meant for: all, prompt, generated, "
-            "last_prompt, predicting, image, text or from:INDEX."
+            "last_prompt, predicting, image, text or from:INDEX. Default: all; for iti predicting."
         ),
-    ] = "all",
+    ] = None,
     target_features: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +121,11 @@ def fit(
     penalty: Annotated[
         float, typer.Option(help="probe: weight of the squared norm; larger is closer to coarse.")
     ] = 1.0,
+    num_heads: Annotated[int, typer.Option(help="iti: maximum number of heads to steer.")] = 48,
+    direction: Annotated[
+        Literal["mean", "probe"],
+        typer.Option(help="iti: along the difference of means, or the weights of the probe."),
+    ] = "mean",
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -144,8 +158,13 @@ def fit(
     pairs: Annotated[
         str | None,
         typer.Option(
-            help="fine: pairs of clusters FROM:TO, separated by commas. Default: every pair."
+            help="fine: pairs of clusters FROM:TO, separated by commas. Default: every pair. "
+            "concept: pairs of concepts."
         ),
+    ] = None,
+    concepts: Annotated[
+        str | None,
+        typer.Option(help="concept: numbers, separated by commas. Default: every concept."),
     ] = None,
     model: Annotated[
         str | None,
@@ -226,7 +245,10 @@ def fit(
     if not dry_run:
         refuse_existing(output, overwrite)
     if method == "shift":
-        _write_shift(features, output, parse_where(where))
+        _write_shift(features, output, parse_where(where or "all"))
+        return
+    if method == "concept":
+        _write_concepts(features, output, concepts, pairs, site, parse_where(where or "all"))
         return
     opened = StoredFeatures.open(features, images=images)
     how = steering.method_named(method)
@@ -237,7 +259,9 @@ def fit(
         "penalty": penalty,
         "dictionary": dictionary and sae.load(dictionary),
         "num_features": num_features,
-        "feature_ids": None if feature_ids is None else _whole_numbers(feature_ids),
+        "feature_ids": _whole_numbers(feature_ids, "--feature-ids"),
+        "num_heads": num_heads,
+        "direction": direction,
         "threshold": threshold,
         "num_keys": num_keys,
         "source_concepts": source_concepts and Concepts.load(source_concepts),
@@ -259,6 +283,7 @@ def fit(
     if how.sites_of_model:
         sites = ["layers.*" if site is None else site]
     else:
+        site = how.sites if site is None and how.sites else site
         sites = [choose_site(opened, site)] if alone else choose_sites(opened, site)
     asked = steering.Request(
         opened,
@@ -267,7 +292,7 @@ def fit(
         targets,
         key=key,
         match=match,
-        where=parse_where(where),
+        where=parse_where(where or how.where),
         seed=seed,
         num_samples=num_samples,
         keep=keep,
@@ -288,7 +313,7 @@ def fit(
         if fitted is None:
             return
     if not dry_run:
-        _write(output, fitted.steering, how.makes_several or len(sites) > 1)
+        _write(output, fitted.steering, how.makes_several or (len(sites) > 1 and not how.sites))
     written = "nothing, a dry run" if dry_run else output
     console.print(
         f"{fitted.figures}, {'sites' if len(sites) > 1 else 'site'} {few(sites)} -> {written}"
@@ -296,7 +321,9 @@ def fit(
 
 
 def _of_sites(how: Any, asked: Any, sites: Sequence[str]) -> Any:
-    """Fits a method that needs no model at each site."""
+    """Fits a method that needs no model at each site, or at all of them at once."""
+    if how.sites:
+        return how.fit(dataclasses.replace(asked, sites=sites))
     fitted = [how.fit(dataclasses.replace(asked, site=site)) for site in sites]
     if len(fitted) == 1:
         return fitted[0]
@@ -316,6 +343,26 @@ def _write_shift(shift: Path, output: Path, where: Any) -> None:
     fitted = steering.shift_vectors(analysis.shifts, analysis.counts, site, analysis.source, where)
     _write(output, fitted, several=True)
     console.print(f"{len(fitted)} shifts of concepts, site {site} -> {output}")
+
+
+def _write_concepts(
+    directory: Path,
+    output: Path,
+    concepts: str | None,
+    pairs: str | None,
+    site: str | None,
+    where: Any,
+) -> None:
+    """Writes concepts as vectors, one file per concept or pair."""
+    from xlvlm_jax import Concepts, steering
+
+    chosen: list[Any] = _whole_numbers(concepts, "--concepts") or []
+    chosen += [] if pairs is None else [_pair(text) for text in pairs.split(",")]
+    loaded = Concepts.load(directory)
+    fitted = steering.concept_vectors(loaded, chosen or None, site=site, where=where)
+    _write(output, fitted, several=True)
+    first = next(iter(fitted.values()))
+    console.print(f"{len(fitted)} concepts as vectors, site {first.site} -> {output}")
 
 
 def _learn(
@@ -351,12 +398,12 @@ def _learn(
     return fitted
 
 
-def _whole_numbers(text: str) -> list[int]:
+def _whole_numbers(text: str | None, option: str) -> list[int] | None:
     try:
-        return [int(each) for each in text.split(",")]
+        return None if text is None else [int(each) for each in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--feature-ids is {text!r}; expected whole numbers separated by commas, such as 3,17"
+            f"{option} is {text!r}; expected whole numbers separated by commas, such as 3,17"
         ) from None
 
 
@@ -371,7 +418,17 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
-    """Writes one vector as a file, or several as a directory, all or none."""
+    """Writes one vector as a file, or several as a directory, all or none.
+
+    Vectors of different sites may also be one file.
+    """
+    from xlvlm_jax.steering import SiteVectors, SteeringVector
+
+    if several and output.suffix == ".safetensors":
+        if not all(isinstance(each, SteeringVector) for each in fitted.values()):
+            raise ValueError(f"--output {output} can hold plain vectors only; name a directory")
+        SiteVectors.of(list(fitted.values())).save(output)
+        return
     if not several:
         (one,) = fitted.values()
         one.save(output)

@@ -4,6 +4,7 @@
     pca       along the first principal direction of differences    fit_direction, pca_vector
     lat       linear artificial tomography                        fit_direction, lat_vector
     probe     along the normal of a linear probe                  fit_direction, probe_vector
+    iti       outputs of the heads that tell answers apart best   fit_iti
     adaptive  up to the mean target state along coarse (ASTRA)    fit_adaptive
     conditional  coarse, where states are like source states     fit_conditional
     memory    the difference within the state's cluster           fit_memory
@@ -39,6 +40,7 @@ from xlvlm_jax.steering.directions import (
     probe_vector,
 )
 from xlvlm_jax.steering.fit import AnswerStates, answer_states, fit_coarse, fit_direction, fit_fine
+from xlvlm_jax.steering.iti import fit_iti
 from xlvlm_jax.steering.l2s import L2S, fit_l2s
 from xlvlm_jax.steering.learned import LowRankMap, fit_learned
 from xlvlm_jax.steering.lessons import Lesson, contrast_prompts, forced_answers, lesson
@@ -106,6 +108,7 @@ __all__ = [
     "fit_conditional",
     "fit_direction",
     "fit_fine",
+    "fit_iti",
     "fit_l2s",
     "fit_learned",
     "fit_memory",

@@ -21,6 +21,7 @@ from xlvlm_jax.steering.adaptive import (
     fit_memory,
 )
 from xlvlm_jax.steering.fit import fit_coarse, fit_direction, fit_fine
+from xlvlm_jax.steering.iti import fit_iti
 from xlvlm_jax.steering.l2s import fit_l2s
 from xlvlm_jax.steering.learned import fit_learned
 from xlvlm_jax.steering.sae_features import FeatureClamp, fit_sae_clamp, fit_sae_vector
@@ -74,6 +75,7 @@ class Request:
     Attributes:
         features: states of the samples' answers.
         site: the site whose states to use.
+        sites: all of them, for a method that fits several sites at once.
         source: the answers to steer from; None for all others.
         target: the answers to steer to.
         key, match: how answers are looked up, see `answer_states`.
@@ -96,6 +98,7 @@ class Request:
     num_samples: int | None = None
     keep: float = 1.5
     options: Mapping[str, Any] = field(default_factory=dict)
+    sites: Sequence[str] = ()
 
 
 class Examples(NamedTuple):
@@ -127,6 +130,8 @@ class Method:
         examples: chooses the examples to learn from; None for a method that reads states only and
             needs no model.
         makes_several: whether it fits several vectors, each a file in a directory.
+        sites: pattern of the features' sites that it fits at once; None for a method that fits one.
+        where: the token positions that its result is meant for, if not said otherwise.
         sites_of_model: whether `Request.site` is a name or pattern of the model's sites, instead of
             a site of the features.
         doing: the label of its progress bar.
@@ -138,6 +143,8 @@ class Method:
     needs_target: bool = True
     examples: Callable[[Request], Examples] | None = None
     makes_several: bool = False
+    sites: str | None = None
+    where: str = "all"
     sites_of_model: bool = False
     doing: str = "fitting"
 
@@ -157,6 +164,18 @@ def _fit_lat(asked: Request) -> Fitted:
 
 def _fit_probe(asked: Request) -> Fitted:
     return _of_rows(asked, fit_direction(*_answered(asked), method="probe", **_looked_up(asked)))
+
+
+def _fit_iti(asked: Request) -> Fitted:
+    options = {"seed": asked.seed, **_looked_up(asked)}
+    sites = asked.sites or (asked.site,)
+    fitted = fit_iti(asked.features, sites, asked.source, asked.target, **options)
+    heads = fitted.source["heads"]
+    figures = (
+        f"{counted(len(heads), 'head')} at {counted(len(fitted.vectors), 'site')}, validation "
+        f"accuracy {heads[-1][-1]:.2f} to {heads[0][-1]:.2f}"
+    )
+    return Fitted({"iti": fitted}, figures)
 
 
 def _fit_adaptive(asked: Request) -> Fitted:
@@ -407,6 +426,13 @@ METHODS = {
         Method("pca", _fit_pca, OF_STATES),
         Method("lat", _fit_lat, OF_STATES),
         Method("probe", _fit_probe, (*OF_STATES, "penalty")),
+        Method(
+            "iti",
+            _fit_iti,
+            (*OF_STATES, "num_heads", "direction"),
+            sites="**.heads",
+            where="predicting",
+        ),
         Method("adaptive", _fit_adaptive, OF_STATES),
         Method("conditional", _fit_conditional, (*OF_STATES, "threshold")),
         Method("memory", _fit_memory, (*OF_STATES, "threshold", "num_keys")),

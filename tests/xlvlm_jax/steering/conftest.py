@@ -35,3 +35,14 @@ def features(vlm, pictures, tmp_path_factory):
     settings = ExtractionSettings((SITE,), Selection("before-special-tokens"), max_new_tokens=3)
     extract(vlm, samples, path, settings)
     return path
+
+
+@pytest.fixture(scope="session")
+def head_features(vlm, pictures, tmp_path_factory):
+    """Returns what the decoder's heads put out where they predict the answers to 48 questions."""
+    path = tmp_path_factory.mktemp("heads") / "features"
+    samples = data.load("vqav2", pictures, "train")[:48]
+    heads = ("language_model.**.heads",)
+    settings = ExtractionSettings(heads, Selection("before-special-tokens"), max_new_tokens=3)
+    extract(vlm, samples, path, settings)
+    return path

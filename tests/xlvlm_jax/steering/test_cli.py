@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from xlvlm_jax import steering
+from xlvlm_jax import Concepts, Features, steering
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.writer import FeaturesWriter
 
@@ -129,6 +129,89 @@ def test_several_sites(xlvlm, tmp_path):
     np.testing.assert_allclose([vector.vector for vector in found], [[0.5, -0.5], [-0.5, 0.5]])
     status, _, errors = xlvlm(*asked, "--method", "fine", "--site", "layers.*", "--output", path)
     assert status == 2 and "matches 2 sites" in errors
+
+
+class TestSeveralSites:
+    ANSWERS = ("--source", "yes", "--target", "no")
+
+    def test_the_heads_that_know_most_steer_together(
+        self, vlm, xlvlm, head_features, questions, tmp_path
+    ):
+        path = tmp_path / "iti.safetensors"
+        status, out, errors = xlvlm(
+            *("steer", "fit", head_features, "--method", "iti", *self.ANSWERS),
+            *("--num-heads", 6, "--output", path),
+        )
+        assert status == 0, errors
+        assert "6 heads at " in out and "validation accuracy" in out
+        fitted = steering.load(path)
+        assert fitted.where == "predicting" and len(fitted.source["heads"]) == 6
+        assert set(fitted.vectors) == {site for site, *_ in fitted.source["heads"]}
+        steered = {
+            (site, head)
+            for site, vector in fitted.vectors.items()
+            for head, part in enumerate(vector.reshape(vlm.attention_heads[site], -1))
+            if part.any()
+        }
+        assert steered == {(site, head) for site, head, _ in fitted.source["heads"]}
+        inputs = vlm.process(
+            [vlm.render(sample.prompt) for sample in questions[:12]],
+            [sample.image for sample in questions[:12]],
+        )
+        said = [
+            vlm.decode(vlm.generate(inputs, max_new_tokens=2, edits=edits).tokens)
+            for edits in (fitted.edits_for(vlm, inputs, alpha) for alpha in (0.0, 15.0))
+        ]
+        assert said[0].count("yes") > said[1].count("yes")
+
+    def test_one_file_of_every_site(self, xlvlm, head_features, tmp_path):
+        path, site = tmp_path / "v.safetensors", "language_model.model.layers.5.self_attn.heads"
+        fit = ("steer", "fit", head_features, *self.ANSWERS, "--site", "layers.?.self_attn.heads")
+        status, _, errors = xlvlm(*fit, "--output", path)
+        assert status == 0, errors
+        fitted = steering.load(path)
+        assert len(fitted.vectors) == 8 and fitted.source["method"] == "coarse"
+        alone = steering.fit_coarse(Features.open(head_features), site, ["yes"], ["no"])
+        np.testing.assert_array_equal(fitted.vectors[site], alone.vector)
+        other = "--method", "adaptive", "--output", tmp_path / "adaptive.safetensors"
+        status, _, errors = xlvlm(*fit, *other)
+        assert status == 2 and "can hold plain vectors only; name a directory" in errors
+
+    def test_sites_of_heads_are_needed(self, fit, tmp_path):
+        output = "--output", tmp_path / "v.safetensors"
+        status, _, errors = fit("--method", "iti", *self.ANSWERS, *output)
+        assert status == 2 and "choose one of them with --site, got '**.heads'" in errors
+        status, _, errors = fit("--method", "iti", *self.ANSWERS, "--site", SITE, *output)
+        assert status == 2 and "does not tell the number of heads at" in errors
+
+    def test_their_sites_stay(self, xlvlm, tmp_path):
+        both = steering.SiteVectors({"layers.1": np.float32([1]), "layers.2": np.float32([2])})
+        both.save(tmp_path / "v.safetensors")
+        status, _, errors = xlvlm(
+            *("steer", "apply", "embedded", tmp_path, "--vector", tmp_path / "v.safetensors"),
+            *("--site", "layers.3", "--source", "a", "--target", "b", "--output", tmp_path / "out"),
+        )
+        assert status == 2 and "--site does not apply to vectors of 2 sites" in errors
+
+
+def test_concepts_are_vectors(xlvlm, tmp_path):
+    source = {"site": SITE, "model": "m", "fingerprint": "f"}
+    components = np.float32([[1, 0], [0, 3], [2, 2]])
+    Concepts(components, np.eye(3, dtype=np.float32), source=source).save(tmp_path / "concepts")
+    fit = ("steer", "fit", tmp_path / "concepts", "--method", "concept")
+    status, _, errors = xlvlm(
+        *(*fit, "--concepts", "1", "--pairs", "0:2", "--where", "generated"),
+        *("--output", tmp_path / "vectors"),
+    )
+    assert status == 0, errors
+    names = sorted(path.name for path in (tmp_path / "vectors").iterdir())
+    assert names == ["concept-0-2.safetensors", "concept-1.safetensors"]
+    one, two = (steering.load(tmp_path / "vectors" / name) for name in names)
+    np.testing.assert_array_equal(one.vector, [1, 2])
+    np.testing.assert_array_equal(two.vector, [0, 3])
+    assert (two.site, two.where, two.source["fingerprint"]) == (SITE, "generated", "f")
+    status, _, errors = xlvlm(*fit, "--concepts", "1,x", "--output", tmp_path / "others")
+    assert status == 2 and "--concepts is '1,x'; expected whole numbers" in errors
 
 
 def test_fine_and_their_ranking(fit, xlvlm, tmp_path):
