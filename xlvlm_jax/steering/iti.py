@@ -37,7 +37,7 @@ class Head(NamedTuple):
     """A head, its vector, and how well its probe does on the held-out samples."""
 
     site: str
-    index: int
+    number: int
     vector: Float[np.ndarray, " C"]  # sigma theta
     accuracy: float
     loss: float  # mean negative log-likelihood, natural logarithm
@@ -100,8 +100,9 @@ def fit_iti(
             others.sample_rows[states.target_rows],
         )
         held_out = [_hold_out(group, validation, seed) for group in groups]
-        heads = _fit_heads(states.source, states.target, held_out, count, direction)
-        found += [Head(site, index, *each) for index, each in enumerate(heads)]
+        both = np.asarray(states.source), np.asarray(states.target)
+        heads = _fit_heads(*both, held_out, count, direction)
+        found += [Head(site, number, *each) for number, each in enumerate(heads)]
     best = sorted(found, key=lambda head: (-head.accuracy, head.loss))[:num_heads]
     vectors = {
         site: _in_place(site, best, found) for site in sites if site in {h.site for h in best}
@@ -109,7 +110,7 @@ def fit_iti(
     told = {
         "method": "iti",
         "direction": direction,
-        "heads": [[head.site, head.index, round(head.accuracy, 4)] for head in best],
+        "heads": [[head.site, head.number, round(head.accuracy, 4)] for head in best],
         "validation": validation,
         "seed": seed,
     }
@@ -184,10 +185,10 @@ def _fit_head(
 
 def _in_place(site: str, best: Sequence[Head], found: Sequence[Head]) -> Float[np.ndarray, " D"]:
     """Returns the vector of a site: those of its chosen heads in place, zero elsewhere."""
-    chosen = {head.index for head in best if head.site == site}
+    chosen = {head.number for head in best if head.site == site}
     return np.concatenate(
         [
-            h.vector if h.index in chosen else np.zeros_like(h.vector)
+            h.vector if h.number in chosen else np.zeros_like(h.vector)
             for h in found
             if h.site == site
         ]

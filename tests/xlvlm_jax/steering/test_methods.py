@@ -28,7 +28,7 @@ def test_a_new_method_is_a_method_of_the_command(xlvlm, features, monkeypatch, t
 
 
 def test_an_unknown_method(xlvlm, features, tmp_path):
-    expected = "unknown method 'coarce'; expected one of coarse, pca, lat, probe, adaptive"
+    expected = "unknown method 'coarce'; expected one of coarse, pca, lat, probe, iti"
     with pytest.raises(ValueError, match=expected):
         method_named("coarce")
     arguments = ("steer", "fit", features, "--method", "coarce", "--output", tmp_path / "v")
