@@ -2,6 +2,7 @@
 
     python -m benchmarks.causal                 # 1,000 edits; then 20 concepts at three sites
     python -m benchmarks.causal --edits 100 --samples 16
+    python -m benchmarks.causal --edits 0 --seed 1 2 3     # scenes that no choice was made on
 
 Two parts:
 
@@ -9,9 +10,10 @@ Two parts:
              answer and on 40 words: our compiled program, and transformers' forward pass with a
              hook per edit, run in turn; CPU seconds. "worst" is the largest difference of an
              effect, in nats.
-    words    concepts of states that predict the words of captions of drawn scenes; "AUC" is how
-             often the score of a concept's own words exceeds one of another concept's words. Beside
-             it, how gradients rank the effects, and the loss that the dictionary recovers.
+    words    concepts of states that predict the words of captions of 160 drawn scenes, edited while
+             the model answers about others; "AUC" is how often the score of a concept's own words
+             exceeds one of another concept's words. Beside it, how gradients rank the effects, and
+             the loss that the dictionary recovers.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from xlvlm_jax.data.images import read_image
 from xlvlm_jax.demo import embedded
 
 SITES = ("layers.3", "layers.5", "layers.7")
+LEARNT = 160  # pictures
 NUM_WORDS = 40
 
 
@@ -140,10 +143,12 @@ def cpu(call: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def dictionaries(vlm: ports.VLM, sites: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Scores of true and shuffled words, per site and method."""
+def dictionaries(
+    vlm: ports.VLM, sites: Sequence[str], count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Scores of true and shuffled words, per site and method, in `count` pictures."""
     with tempfile.TemporaryDirectory() as directory:
-        scenes.write(Path(directory), train=160)
+        scenes.write(Path(directory), train=LEARNT + count, val=0, test=0, seed=seed)
         samples = data.load("coco", directory, "train")
         said, Z = [], {site: [] for site in sites}
         for first in range(0, len(samples), 32):
@@ -154,21 +159,22 @@ def dictionaries(vlm: ports.VLM, sites: Sequence[str], count: int) -> list[dict[
             answer = vlm.generate(inputs, max_new_tokens=20, sites=sites)
             ended = np.isin(answer.tokens, vlm.eos_tokens).cumsum(1) > 0
             said += [text.strip() for text in vlm.decode(answer.tokens)]
+            learnt = ~ended & (np.arange(first, first + len(group)) < LEARNT)[:, None]
             for site in sites:
-                Z[site].append(np.asarray(answer.states[site])[~ended])
+                Z[site].append(np.asarray(answer.states[site])[learnt])
         rows = []
         for site in sites:
             states = np.concatenate(Z[site])
             for method in ("snmf", "kmeans"):
-                found = xlvlm_jax.decompose(states, 20, method, key=jax.random.key(0))
+                found = xlvlm_jax.decompose(states, 20, method, key=jax.random.key(seed))
                 words = ground_text(
                     np.asarray(found.components), vlm.unembed, vlm.tokenizer, 5, through_norm=True
                 )
                 source = {"site": site, "fingerprint": vlm.fingerprint}
                 found = dataclasses.replace(found, words=words, source=source)
-                asked, answers = samples[:count], said[:count]
+                asked, answers = samples[LEARNT:], said[LEARNT:]
                 rows.append(
-                    {"part": "words", "site": site, "method": method}
+                    {"part": "words", "seed": seed, "site": site, "method": method}
                     | one(found, vlm, asked, answers, states.mean(0))
                 )
     return rows
@@ -228,20 +234,21 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000, help="edits of the speed part")
     parser.add_argument("--repeats", type=int, default=3, help="paired runs")
     parser.add_argument("--samples", type=int, default=48, help="pictures of the words part")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the scenes")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/causal.json"))
     arguments = parser.parse_args()
     vlm = ports.load("embedded")
     sites, rows = vlm.check_sites(arguments.site), []
     if arguments.edits:
         rows += speed(vlm, sites, arguments.edits, arguments.repeats)
-    if arguments.samples:
-        rows += dictionaries(vlm, sites, arguments.samples)
+    for seed in arguments.seed if arguments.samples else ():
+        rows += dictionaries(vlm, sites, arguments.samples, seed)
     console = Console(width=130)
     figures = {"ours": ".2f", "theirs": ".2f", "ratio": ".1f", "worst": ".1e"}
     console.print(table(rows, "speed", {"site": "", "edits": "", **figures}))
     names = ("auc", "median", "shuffled", "marked", "first order", "integrated", "recovered")
     scores = dict.fromkeys((*names, "recovered of the mean"), ".3g")
-    console.print(table(rows, "words", {"site": "", "method": "", **scores}))
+    console.print(table(rows, "words", {"seed": "", "site": "", "method": "", **scores}))
     measure.save(arguments.output, rows, "torch", "transformers")
     console.print(f"saved to {arguments.output}")
 

@@ -3,9 +3,10 @@
     python -m benchmarks.maps                # 200 pictures to learn on, 150 others to test on
     python -m benchmarks.maps --method kmeans --layer 0 --layer 2 --dictionaries-only
 
-At some layers of the embedded model, dictionaries are learnt on image tokens (16 per picture). Each
-value of an attribute ("dog", "red", "beach") is given the concept whose activation ranks the cells
-that show it highest among all cells of the first pictures. On the other pictures, with the value:
+At all layers but the last of the embedded model, dictionaries are learnt on image tokens (16 per
+picture). Each value of an attribute ("dog", "red", "beach") is given the concept whose activation
+ranks the cells that show it highest among all cells of the first pictures. On the other pictures,
+with the value:
 
     pointing   share of pictures in which the middle of the cell of the highest activation lies in
                the box of an object (for places: in none)
@@ -13,10 +14,13 @@ that show it highest among all cells of the first pictures. On the other picture
                above all others of their picture; mean over pictures
     which      how well the concept ranks cells that show the value above cells that show another
                value of the attribute, over all pictures: .5 if it only finds objects
+    own, apart in pictures of two objects, whether it finds the one with the value, not the other:
+               .5 if it only finds objects (see `benchmarks.pairs`)
 
-Beside: as many random directions, chosen in the same way; a random concept; the length of the
-state; the attention of the last position of the prompt (PyTorch's, if it is installed); the word of
-the object by the logit lens; and the gradient of the answer that names it.
+Beside: as many random directions, chosen in the same way; the difference between the mean states of
+cells that show the value and of those that show others, which knows all labels; a random concept;
+the length of the state; the attention of the last position of the prompt (PyTorch's, if it is
+installed); the word of the object by the logit lens; and the gradient of the answer that names it.
 """
 
 import argparse
@@ -33,6 +37,14 @@ from scipy.stats import rankdata
 
 import ports
 from benchmarks import measure
+from benchmarks.pairs import (
+    Pairs,
+    cells_in_boxes,
+    look_at_pairs,
+    pixels_in_cells,
+    score_pairs,
+    states_of_cells,
+)
 from ports.inputs import patch_layout
 from xlvlm_jax import Concepts, answer_gradients, decompose, gradient_maps, project, word_maps
 from xlvlm_jax.concepts.maps import word_tokens
@@ -61,29 +73,19 @@ def look(vlm: ports.VLM, split: Split, count: int, sites: list[str]) -> Pictures
     """Draws scenes and runs the model over them."""
     drawn = [scenes.sample_scene(split, index) for index in range(count)]
     masks = [scenes.draw_with_masks(scene)[1] for scene in drawn]
-    step = SIDE // GRID
-    whole = np.stack([mask.any(0) for mask in masks])
-    pixels = whole.reshape(count, GRID, step, GRID, step).sum((2, 4)).reshape(count, -1)
-    middle = (np.arange(GRID) + 0.5) * step
-    in_box = np.zeros((count, GRID, GRID), bool)
-    for n, mask in enumerate(masks):
-        for x0, y0, x1, y1 in scenes.boxes(mask):
-            rows, columns = (middle >= y0) & (middle < y1), (middle >= x0) & (middle < x1)
-            in_box[n] |= rows[:, None] & columns
     batches, states = [], {site: [] for site in sites}
     for start in range(0, count, BATCH):
         images = [Image.fromarray(scenes.training_image(s)) for s in drawn[start : start + BATCH]]
-        inputs = vlm.process([vlm.render(PROMPT)] * len(images), images)
+        inputs, found = states_of_cells(vlm, PROMPT, images, sites)
         batches.append(inputs)
-        cells = np.stack([row[0].positions.reshape(-1) for row in vlm.patch_layout(inputs)])
-        for site, value in vlm.states(inputs, sites=sites).items():
-            states[site].append(np.take_along_axis(np.asarray(value), cells[..., None], axis=1))
+        for site, value in found.items():
+            states[site].append(value)
     return Pictures(
         [scenes.attributes(scene) | {"object": "object"} for scene in drawn],
         batches,
         {site: np.concatenate(parts) for site, parts in states.items()},
-        pixels.astype(float),
-        in_box.reshape(count, -1),
+        np.concatenate([pixels_in_cells(mask.any(0)) for mask in masks]),
+        np.stack([cells_in_boxes(mask).any(0) for mask in masks]),
     )
 
 
@@ -141,16 +143,32 @@ def score(maps: Mapping[Any, np.ndarray], test: Pictures, name: str) -> Scored:
     return Scored(*np.array(found).mean(0))
 
 
-def chosen(
-    ranks: np.ndarray, test: np.ndarray, learnt: Pictures, name: str
-) -> dict[Any, np.ndarray]:
-    """{value: the map of its best concept}: ranks float[N 64, K] and activations [N, 64, K]."""
+def chosen(ranks: np.ndarray, learnt: Pictures, name: str) -> dict[Any, int]:
+    """{value: the number of its best concept}, from the ranks float[N 64, K] of activations."""
     found = {}
     for value in values_of(learnt, name):
         here, cells = shows(learnt, name, value)
         positive = (here[:, None] & cells).reshape(-1)
-        found[value] = test[..., rank_auc(ranks, positive).argmax()]
+        found[value] = int(rank_auc(ranks, positive).argmax())
     return found
+
+
+def differences(states: np.ndarray, learnt: Pictures, name: str) -> dict[Any, np.ndarray]:
+    """{value: float[D]}, mean state of the cells that show it, less that of those that show others;
+    of "object", of all others.
+    """
+    found = {}
+    known = np.array([each[name] is not None for each in learnt.attributes])
+    for value in values_of(learnt, name):
+        here, cells = shows(learnt, name, value)
+        others = ~cells if name == "object" else cells & (known & ~here)[:, None]
+        found[value] = states[here[:, None] & cells].mean(0) - states[others].mean(0)
+    return found
+
+
+def maps_of(numbers: Mapping[Any, int], activations: np.ndarray) -> dict[Any, np.ndarray]:
+    """{value: float[N, 64]}, the maps of these concepts, from activations [N, 64, K]."""
+    return {value: activations[..., k] for value, k in numbers.items()}
 
 
 def same_for_all(values: np.ndarray, pictures: Pictures, name: str) -> dict[Any, np.ndarray]:
@@ -166,14 +184,21 @@ def codes(states: np.ndarray, concepts: Concepts) -> np.ndarray:
 
 
 def of_dictionaries(
-    pictures: tuple[Pictures, Pictures], methods: list[str], count: int
+    pictures: tuple[Pictures, Pictures], pairs: Pairs, methods: list[str], count: int
 ) -> list[dict[str, Any]]:
     """The scores of dictionaries and what is beside them, site by site."""
     learnt, tested = pictures
     rng, rows = np.random.default_rng(0), []
 
-    def add(site: str, name: str, side: str, given: Mapping[Any, np.ndarray]) -> None:
+    def add(
+        site: str,
+        name: str,
+        side: str,
+        given: Mapping[Any, np.ndarray],
+        of_pairs: Mapping[Any, np.ndarray],
+    ) -> None:
         scored = score(given, tested, name)._asdict()
+        scored |= zip(("own", "apart"), score_pairs(of_pairs, pairs, name), strict=True)
         rows.append({"site": site, "attribute": name, "map": side, **scored})
 
     for site, Z in learnt.states.items():
@@ -182,44 +207,63 @@ def of_dictionaries(
         for method in methods:
             options = {"snmf": SNMF}.get(method, {})
             concepts = decompose(some, count, method, key=jax.random.key(0), **options)
-            train, test = codes(Z, concepts), codes(tested.states[site], concepts)
+            of_states = (Z, tested.states[site], pairs.states[site])
+            train, test, both = (codes(each, concepts) for each in of_states)
             ranks = rankdata(train.reshape(-1, train.shape[-1]), axis=0)
             for name in ATTRIBUTES:
-                add(site, name, f"concept, {method}", chosen(ranks, test, learnt, name))
-                one = same_for_all(test[..., rng.integers(count)], learnt, name)
-                add(site, name, f"random concept, {method}", one)
+                best = chosen(ranks, learnt, name)
+                add(site, name, f"concept, {method}", maps_of(best, test), maps_of(best, both))
+                any_one = dict.fromkeys(best, rng.integers(count))
+                side = f"random concept, {method}"
+                add(site, name, side, maps_of(any_one, test), maps_of(any_one, both))
         directions = rng.standard_normal((Z.shape[-1], count)).astype(np.float32)
-        drawn = [(each - some.mean(0)) @ directions for each in (Z, tested.states[site])]
-        ranks = rankdata(drawn[0].reshape(-1, count), axis=0)
-        lengths = np.linalg.norm(tested.states[site], axis=-1)
+        of_states = (Z, tested.states[site], pairs.states[site])
+        train, test, both = ((each - some.mean(0)) @ directions for each in of_states)
+        ranks = rankdata(train.reshape(-1, count), axis=0)
+        lengths, of_pairs = (np.linalg.norm(each, axis=-1) for each in of_states[1:])
         for name in ATTRIBUTES:
-            add(site, name, "random directions", chosen(ranks, drawn[1], learnt, name))
-            add(site, name, "length of the state", same_for_all(lengths, learnt, name))
+            best = chosen(ranks, learnt, name)
+            add(site, name, "random directions", maps_of(best, test), maps_of(best, both))
+            length = dict.fromkeys(best, lengths), dict.fromkeys(best, of_pairs)
+            add(site, name, "length of the state", *length)
+            means = differences(Z, learnt, name)
+            known = (
+                {value: states @ vector for value, vector in means.items()}
+                for states in of_states[1:]
+            )
+            add(site, name, "difference of means", *known)
     return rows
 
 
-def of_the_model(vlm: ports.VLM, tested: Pictures, sites: list[str]) -> list[dict[str, Any]]:
+def of_words(
+    vlm: ports.VLM, states: np.ndarray, site: str, kinds: list[str]
+) -> dict[str, np.ndarray]:
+    """{kind: float[N, 64]}, its word's map by the logit lens, of states [N, 64, D]."""
+    drawn = word_maps(
+        states,
+        vlm.unembed,
+        [word_tokens(vlm.tokenizer, kind) for kind in kinds],
+        [[patch_layout.grid(np.arange(64), GRID, GRID)]] * len(states),
+        through_norm=vlm.is_before_norm(site),
+    )
+    every = np.stack([row[0].reshape(len(kinds), -1) for row in drawn], axis=1)
+    return dict(zip(kinds, every, strict=True))
+
+
+def of_the_model(
+    vlm: ports.VLM, tested: Pictures, pairs: Pairs, sites: list[str]
+) -> list[dict[str, Any]]:
     """The scores of the word of the object by the logit lens and of gradients of its answer."""
     rows = []
     kinds = [each["kind"] for each in tested.attributes]
-    tokens = {kind: word_tokens(vlm.tokenizer, kind) for kind in scenes.KINDS}
-    cells = patch_layout.grid(np.arange(64), GRID, GRID)
+    asked = values_of(tested, "kind")
     for site in sites:
-        through = vlm.is_before_norm(site)
-        layouts = [[cells]] * len(kinds)
-        drawn = word_maps(
-            tested.states[site],
-            vlm.unembed,
-            [tokens[kind] for kind in scenes.KINDS],
-            layouts,
-            through_norm=through,
-        )
-        every = np.stack([row[0].reshape(len(scenes.KINDS), -1) for row in drawn], axis=1)
-        words = dict(zip(scenes.KINDS, every, strict=True))
-        known = {kind: words[kind] for kind in values_of(tested, "kind")}
-        scored = score(known, tested, "kind")._asdict()
+        words = of_words(vlm, tested.states[site], site, asked)
+        scored = score(words, tested, "kind")._asdict()
+        of_pairs = of_words(vlm, pairs.states[site], site, asked)
+        scored |= zip(("own", "apart"), score_pairs(of_pairs, pairs, "kind"), strict=True)
         rows.append({"site": site, "attribute": "kind", "map": "word", **scored})
-        if not through or site.endswith("layers.7"):
+        if site.endswith("layers.7"):
             continue
         lengths, products = [], []
         for start in range(0, len(kinds), BATCH):
@@ -275,25 +319,30 @@ def run(
     vlm = ports.load(embedded.LLAVA)
     sites = [f"language_model.model.layers.{layer}" for layer in layers]
     pictures = look(vlm, "train", train, sites), look(vlm, "test", test, sites)
-    rows = of_dictionaries(pictures, methods, count)
+    pairs = look_at_pairs(vlm, PROMPT, test, sites, BATCH)
+    rows = of_dictionaries(pictures, pairs, methods, count)
     if not others:
         return rows
-    rows += of_the_model(vlm, pictures[1], sites)
+    rows += of_the_model(vlm, pictures[1], pairs, sites)
     return rows + of_attention(pictures[1], embedded.LLAVA)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Of each attribute and kind of map the site with the highest AUC."""
-    shown = Table(title="Maps on drawn scenes, each at the site of its highest AUC")
-    for heading in ("attribute", "map", "site", "pointing", "AUC", "which"):
+    """Of each attribute and kind of map the site with the highest AUC, or that finds its own object
+    best.
+    """
+    shown = Table(title="Maps on drawn scenes, each at the site of its highest AUC, and own, apart")
+    for heading in ("attribute", "map", "site", "pointing", "AUC", "which", "own", "apart"):
         shown.add_column(heading, justify="left" if heading in ("attribute", "map") else "right")
-    best: dict[tuple[str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
-        key = row["attribute"], row["map"]
-        if key not in best or row["auc"] > best[key]["auc"]:
+        for measure_of in ("auc", "apart"):
+            key = row["attribute"], row["map"], measure_of
+            if not row.get(measure_of, np.nan) >= best.get(key, {}).get(measure_of, -np.inf):
+                continue
             best[key] = row
-    for row in best.values():
-        figures = [row["pointing"], row["auc"], row["which"]]
+    for row in {id(row): row for row in best.values()}.values():
+        figures = [row.get(name, np.nan) for name in ("pointing", "auc", "which", "own", "apart")]
         site = row["site"].removeprefix("language_model.model.")
         told = ["" if np.isnan(x) else f"{x:.3f}" for x in figures]
         shown.add_row(row["attribute"], row["map"], site, *told)
@@ -309,13 +358,13 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=150, help="pictures to test on")
     parser.add_argument("--method", action="append", help="dictionaries (default: snmf kmeans pca)")
     parser.add_argument("--concepts", type=int, default=64, help="concepts of the dictionary")
-    parser.add_argument("--layer", type=int, action="append", help="layers (default: 0 2 4 6)")
+    parser.add_argument("--layer", type=int, action="append", help="layers (default: 0 to 6)")
     parser.add_argument(
         "--dictionaries-only", action="store_true", help="leave out words, gradients and attention"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/maps.json"))
     given = parser.parse_args()
-    layers = given.layer or [0, 2, 4, 6]
+    layers = given.layer or list(range(7))
     methods = given.method or ["snmf", "kmeans", "pca"]
     others = not given.dictionaries_only
     rows = run(given.train, given.test, methods, given.concepts, layers, others)

@@ -262,17 +262,6 @@ class LoadedModel:
         return processor
 
     @functools.cached_property
-    def video_processor(self) -> Any:
-        """The processor for videos, from transformers or the port; loaded on first use.
-
-        Raises:
-            ValueError: the family has no videos, a package is missing, or files are.
-        """
-        if self._port.has_own_videos:
-            return self.processor
-        return self._port.load_video_processor(self._directory_of("processor"), self.sizes)
-
-    @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, from transformers; loaded on first use."""
         tokenizer = self._port.load_tokenizer(self._directory_of("tokenizer"))
@@ -295,7 +284,7 @@ class LoadedModel:
         """
         model = copy.copy(self)
         # Read again where they were read already.
-        for name in ("processor", "video_processor", "tokenizer"):
+        for name in ("processor", "tokenizer"):
             model.__dict__.pop(name, None)
         model._processor_directory, model._tokenizer_seen = directory, False
         return model

@@ -434,8 +434,7 @@ class VLM(LoadedModel):
             options: further arguments of the checkpoint's processor: `do_pan_and_scan=True` for the
                 crops of Gemma 3, `suffix` (texts) for the answers of PaliGemma, `videos` (a flat
                 list, each of PIL images or uint8[frames, height, width, 3]) with `video_metadata`
-                and more (see `ports.inputs.processor.VideoProcessor`). The videos of SmolVLM and
-                Molmo2 need torchvision.
+                and more (see `ports.inputs.processor.VideoProcessor`).
 
         Returns:
             The processor's arrays, padded on the left.
@@ -445,8 +444,12 @@ class VLM(LoadedModel):
                 a file does not exist, a prompt has no image token because it was not rendered, or
                 the processor does not take an option, or not here.
         """
-        processor = self.video_processor if "videos" in options else self.processor
-        return prompts.run_processor(processor, texts, images, options)
+        if "videos" in options and not self._port.takes_videos:
+            raise ValueError(
+                "videos are not inputs of this model family; pass frames as images, one per image "
+                "token"
+            )
+        return prompts.run_processor(self.processor, texts, images, options)
 
     def decode(self, tokens: Any) -> str | list[str]:
         """Decodes token ids to text, without special and pad tokens.

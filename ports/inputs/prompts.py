@@ -79,11 +79,9 @@ def run_processor(
     pairs = pair_prompts(texts, images, getattr(processor, "image_token", None))
     _check_options(processor, options)
     processor.tokenizer.padding_side = "left"
-    listed = [images for _, images in pairs]
     batch = processor(
         text=[text for text, _ in pairs],
-        # Beside videos, transformers' processors take no empty lists of images.
-        images=listed if any(listed) or "videos" not in options else None,
+        images=[images for _, images in pairs],
         padding=True,
         return_tensors="np",
         **options,
@@ -92,10 +90,13 @@ def run_processor(
 
 
 def _check_options(processor: Any, options: Mapping[str, Any]) -> None:
-    # transformers' processors take any option, and warn of those that they do not know.
-    taken = inspect.signature(processor.__call__).parameters
-    unknown = [name for name in options if name not in taken]
-    if unknown and not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+    # A class passes what it does not know on to its base. transformers' processors take any option,
+    # and warn of those that they do not know.
+    calls = [vars(each)["__call__"] for each in type(processor).__mro__ if "__call__" in vars(each)]
+    taken = [inspect.signature(call).parameters for call in calls]
+    unknown = [name for name in options if not any(name in each for each in taken)]
+    is_open = all(any(p.kind is p.VAR_KEYWORD for p in each.values()) for each in taken)
+    if unknown and not is_open:
         raise ValueError(
             f"the processor has no option {', '.join(unknown)}; expected texts and images alone"
         )

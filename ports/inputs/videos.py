@@ -16,15 +16,6 @@ from ports.messages import counted
 
 # Frames per second of a video whose rate is not known.
 DEFAULT_RATE = 24.0
-# Options that change the arrays, with the only values that are implemented.
-_IMPLEMENTED = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_center_crop": False,
-    "cap_pixels_per_frame": False,
-    "resample": int(Image.Resampling.BICUBIC),
-}
 
 
 class Clip(NamedTuple):
@@ -34,6 +25,7 @@ class Clip(NamedTuple):
     total: int  # frames of the recording
     rate: float | None = None  # frames per second of the recording; None where not known
     numbers: Sequence[int] | None = None  # of the frames in the recording; None where not known
+    duration: float | None = None  # seconds of the recording; None where it follows from the rate
 
     @property
     def frame_rate(self) -> float:
@@ -49,8 +41,9 @@ def read_clips(videos: Any, metadata: Any = None) -> list[Clip]:
     Args:
         videos: a list of videos, or one. A video is uint8[F, height, width, 3], or a list of PIL
             images or of uint8[height, width, 3]. Transparency is left out.
-        metadata: for each video a mapping with `total_num_frames`, `fps` and `frames_indices`, or
-            one mapping for one video; transformers' VideoMetadata is such a mapping.
+        metadata: for each video a mapping with `total_num_frames`, `fps`, `frames_indices` and
+            `duration` (seconds), or one mapping for one video; transformers' VideoMetadata is such
+            a mapping.
 
     Returns:
         The clips.
@@ -86,7 +79,7 @@ def _clip(i: int, video: Any, metadata: Mapping[str, Any] | None) -> Clip:
     said = {name: metadata[name] for name in metadata}
     total = said.get("total_num_frames")
     total = len(frames) if total is None else total
-    return Clip(frames, total, said.get("fps"), said.get("frames_indices"))
+    return Clip(frames, total, *map(said.get, ("fps", "frames_indices", "duration")))
 
 
 def read_frames(video: Any) -> np.ndarray:
@@ -137,6 +130,16 @@ class Settings:
         "num_frames": None,
         "fps": None,
     }
+    # Options that change the arrays, with the only values that are implemented.
+    implemented: ClassVar[Mapping[str, Any]] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_center_crop": False,
+        "cap_pixels_per_frame": False,
+        "resample": int(Image.Resampling.BICUBIC),
+    }
+    takes_both: ClassVar[bool] = False  # num_frames as the maximum, and fps
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -146,7 +149,7 @@ class Settings:
             ValueError: a value is not implemented.
         """
         said = {name: value for name, value in values.items() if value is not None}
-        for name, implemented in _IMPLEMENTED.items():
+        for name, implemented in cls.implemented.items():
             if said.get(name, implemented) != implemented:
                 raise ValueError(
                     f"{name} of the video processor is {said[name]!r}; expected {implemented!r}"
@@ -185,7 +188,7 @@ class Settings:
         Raises:
             ValueError: both numbers are given, frames are missing, or the rate is not known.
         """
-        if num_frames is not None and fps is not None:
+        if num_frames is not None and fps is not None and not self.takes_both:
             raise ValueError("num_frames and fps are given; pass one of them")
         if not (self.do_sample_frames if do_sample_frames is None else do_sample_frames):
             return clip

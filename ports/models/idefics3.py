@@ -11,7 +11,6 @@ precedes each tile. To SmolVLM a video is a series of images, with the time of e
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax
@@ -20,11 +19,10 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from ports import checkpoint
 from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
-from ports.models import idefics2, port
+from ports.models import idefics2, smolvlm_processor
 from ports.models.port import Port
 from ports.nn import clip_vision as vision
 from ports.nn import decoder, layers, siglip, vision_language
@@ -232,28 +230,6 @@ def _pictures(ids: np.ndarray, token: int, side: int, tokenizer: Any) -> list[Pa
     return found
 
 
-def read_smolvlm_processor(directory: Path) -> Any:
-    """Loads the processor of a SmolVLM: Idefics3's, which gives the same arrays for images, as
-    transformers' class requires torchvision.
-
-    Raises:
-        ValueError: the processor does not load.
-    """
-    from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
-
-    # Remote code is never run, and the user is not asked to.
-    own = {"trust_remote_code": False}
-    stored = port.read_settings(directory, "processor_config.json")
-    with checkpoint.loading(directory, "processor"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, **own)
-        return Idefics3Processor(
-            AutoImageProcessor.from_pretrained(directory, backend="pil", **own),
-            tokenizer,
-            image_seq_len=stored.get("image_seq_len", 169),
-            chat_template=stored.get("chat_template") or tokenizer.chat_template,
-        )
-
-
 PORT = Port(
     config=Config,
     module=Idefics3,
@@ -266,6 +242,6 @@ PORT = Port(
 SMOLVLM = dataclasses.replace(
     PORT,
     config=SmolConfig,
-    read_processor=read_smolvlm_processor,
-    videos_need=("torchvision", "num2words"),
+    read_processor=smolvlm_processor.Processor.read,
+    takes_videos=True,
 )

@@ -8,13 +8,18 @@ The names are those of transformers' own checkpoints (whose names on the Hub end
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from ports.inputs import patch_layout as patches
+from ports.inputs.patch_layout import Layouts
 from ports.models import llava_like
 from ports.models.internvl_processor import Processor
 from ports.models.port import Port
@@ -304,15 +309,62 @@ class InternVL(llava_like.LlavaLike):
         return self.multi_modal_projector(shuffle(features[:, 1:], cfg.vision.side, cfg.shuffle))
 
 
+def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Checks the processor's arrays, of which the module takes all but tile_grids.
+
+    Raises:
+        ValueError: as for `llava_like.prepare_inputs`.
+    """
+    arrays = llava_like.prepare_inputs(config, inputs)
+    arrays.pop("tile_grids", None)
+    return arrays
+
+
+def patch_layout(
+    config: Config, arrays: Mapping[str, np.ndarray], read_processor: Callable[[], Any]
+) -> Layouts:
+    """Lays out the tiles of each picture, with the whole as its `whole`, and frames one by one.
+
+    Without tile_grids, which transformers' processor does not make, every tile is taken for a
+    picture.
+
+    Raises:
+        ValueError: tile_grids is of other pictures than the prompts.
+    """
+    grids = arrays.get("tile_grids")
+    if grids is None:
+        return llava_like.patch_layout(config, arrays, read_processor)
+    count = config.tokens_per_image
+    side = math.isqrt(count)
+    inside = llava_like.on_cells(config.vision, side)
+    shapes = np.asarray(grids).tolist()
+    given = iter(shapes)
+    lengths = iter([count * (r * c + (r * c > 1)) for r, c in shapes])
+
+    def of_picture(places: np.ndarray) -> patches.PatchLayout:
+        rows, columns = next(given)
+        whole = patches.grid(places[-count:], side, side, inside)
+        if rows * columns == 1:
+            return whole
+        tiles = places[:-count].reshape(rows, columns, side, side).swapaxes(1, 2)
+        tiled = patches.grid(tiles.reshape(-1), rows * side, columns * side)
+        return dataclasses.replace(tiled, whole=whole)
+
+    return [
+        [of_picture(places) for places in patches.runs(row, config.image_tokens[0], lengths)]
+        for row in arrays["input_ids"]
+    ]
+
+
 PORT = Port(
     config=Config,
     module=InternVL,
-    inputs=("input_ids", "attention_mask", "position_ids", "pixel_values"),
+    inputs=("input_ids", "attention_mask", "position_ids", "pixel_values", "tile_grids"),
     example_inputs=llava_like.example_inputs,
-    prepare_inputs=llava_like.prepare_inputs,
+    prepare_inputs=prepare_inputs,
     canonical_name=functools.partial(llava_like.canonical_name, level=""),
     transformers_name=llava_like.transformers_name,
-    patch_layout=llava_like.patch_layout,
+    patch_layout=patch_layout,
     read_processor=Processor.read,
-    has_own_videos=True,
+    takes_videos=True,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from PIL import Image
 
 from ports.inputs import processor
 from ports.inputs import videos as clips
@@ -48,8 +49,10 @@ class Processor(processor.VideoProcessor):
     transformers' own class requires torchvision, because of its video processor.
 
     Besides input_ids, attention_mask and mm_token_type_ids, these are pixel_values float32[tiles,
-    3, height, width]. An image of several tiles also has itself, made smaller, as the last one; the
-    frames of a video are one tile each, in the order of the prompts.
+    3, height, width], and tile_grids int[N, 2], the rows and columns of tiles of each image. An
+    image of several tiles also has itself, made smaller, as the last one; the frames of a video are
+    images of one tile each, in the order of the prompts. transformers' class makes no tile_grids,
+    by which `VLM.patch_layout` knows where in its image a tile is.
     """
 
     image_token, video_token = "<IMG_CONTEXT>", "<video>"
@@ -89,9 +92,12 @@ class Processor(processor.VideoProcessor):
         return []
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
-        """Returns pixel_values and num_patches, the tiles of each image, for a flat list."""
+        """Returns pixel_values, num_patches, the tiles of each image, and tile_grids of a list."""
         options = {"crop_to_patches": True, "return_tensors": "np"}
-        return dict(self.image_processor(images=images, **options))
+        arrays = dict(self.image_processor(images=images, **options))
+        counts = np.asarray(arrays["num_patches"]).tolist()
+        grids = [tile_grid(n, _size(image)) for n, image in zip(counts, images, strict=True)]
+        return arrays | {"tile_grids": np.array(grids)}
 
     def expand(self, arrays: dict[str, np.ndarray]) -> list[str]:
         """Returns the tokens of all tiles of an image, between start and end."""
@@ -120,7 +126,39 @@ class Processor(processor.VideoProcessor):
         either = f"({re.escape(self.image_token)})|{re.escape(self.video_token)}"
         order = [match[1] for prompt in prompts for match in re.finditer(either, prompt)]
         parts = [next(tiles if is_image else frames) for is_image in order]
-        return {"pixel_values": np.concatenate(parts)} if parts else {}
+        of_images = iter(arrays.get("tile_grids", ()))
+        grids = [
+            next(of_images)[None] if is_image else np.ones((len(part), 2), int)
+            for is_image, part in zip(order, parts, strict=True)
+        ]
+        if not parts:
+            return {}
+        return {"pixel_values": np.concatenate(parts), "tile_grids": np.concatenate(grids)}
+
+
+def tile_grid(count: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the rows and columns of an image's tiles, whose ratio is nearest to the image's.
+
+    Args:
+        count: tiles of the image, with the whole if there are several.
+        size: height and width of the image.
+    """
+    tiles, (height, width) = count - (count > 1), size
+    divisors = (n for n in range(1, tiles + 1) if tiles % n == 0)
+    columns = min(divisors, key=lambda n: abs(width / height - n * n / tiles))
+    return tiles // columns, columns
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Returns the height and width of a PIL image, an array or a file's image."""
+    if isinstance(image, str):
+        from transformers.image_utils import load_image
+
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = np.shape(image)[:2]
+    return height, width
 
 
 def _parts(arrays: Mapping[str, np.ndarray], pixels: str, counts: str) -> Iterator[np.ndarray]:

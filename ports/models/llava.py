@@ -303,10 +303,24 @@ def patch_layout(
     pixels, sizes = arrays.get("pixel_values"), arrays.get("image_sizes")
     if sizes is None:
         sizes = np.zeros((0, 2)) if pixels is None else [pixels.shape[2:]] * len(pixels)
-    grids = (np.asarray(sizes, int) // config.vision.patch_size).tolist()
-    per_image, shapes = (height * width for height, width in grids), iter(grids)
+    side = config.vision.patch_size
+    grids = [(height // side, width // side) for height, width in np.asarray(sizes, int).tolist()]
+    # A picture reaches beyond its last whole patches.
+    inside = [
+        (0.0, 0.0, width / (columns * side), height / (rows * side))
+        for (height, width), (rows, columns) in zip(sizes, grids, strict=True)
+    ]
+    lengths, given = (
+        (rows * columns for rows, columns in grids),
+        iter(zip(grids, inside, strict=True)),
+    )
+
+    def of_picture(places: np.ndarray) -> patches.PatchLayout:
+        (rows, columns), picture = next(given)
+        return patches.grid(places, rows, columns, picture)
+
     return [
-        [patches.grid(places, *next(shapes)) for places in patches.runs(row, token, per_image)]
+        [of_picture(places) for places in patches.runs(row, token, lengths)]
         for row in arrays["input_ids"]
     ]
 

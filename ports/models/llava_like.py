@@ -119,17 +119,30 @@ def patch_layout(
     count = config.tokens_per_image
     side = math.isqrt(count + 1)  # the square of patches, of which the first may be missing
     missing = max(side**2 - count, 0)
+    inside = on_cells(config.vision, side)
 
     def cells(places: np.ndarray) -> np.ndarray:
         return np.concatenate([np.full(missing, -1), places[max(count - side**2, 0) :]])
 
     return [
         [
-            patches.grid(cells(places), side, side)
+            patches.grid(cells(places), side, side, inside)
             for places in patches.equal_runs(row, config.image_tokens[0], count)
         ]
         for row in arrays["input_ids"]
     ]
+
+
+def on_cells(vision: Any, side: int) -> patches.Box:
+    """Returns where a picture is on its side x side cells: it reaches beyond them if they do not
+    cover all of its pixels.
+
+    Args:
+        vision: configuration of the tower, with its image_size, its patch_size and its `side`.
+        side: cells along a side, each of one or several patches.
+    """
+    covered = side * (vision.side // side) * vision.patch_size
+    return 0.0, 0.0, vision.image_size / covered, vision.image_size / covered
 
 
 def canonical_name(name: str, level: str = "vision_model.") -> str | None:

@@ -301,7 +301,7 @@ PORT = Port(
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
     read_processor=Processor.read,
-    has_own_videos=True,
+    takes_videos=True,
     complete_processor=complete_processor,
     patch_layout=patch_layout,
 )

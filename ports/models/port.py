@@ -13,7 +13,6 @@ head, `axes`, `text_decoder`, `unembed`, `embed_inputs`, and a `setup` with the 
 """
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -70,13 +69,6 @@ def read_processor(directory: Path) -> Any:
     # Remote code is never run, and the user is not asked to.
     with checkpoint.loading(directory, "processor"):
         return AutoProcessor.from_pretrained(directory, trust_remote_code=False, backend="pil")
-
-
-def _read_default_processor(directory: Path) -> Any:
-    from transformers import AutoProcessor
-
-    with checkpoint.loading(directory, "processor for videos"):
-        return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
 
 
 def read_tokenizer(directory: Path) -> Any:
@@ -178,9 +170,7 @@ class Port:
         patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
             from, for each row, with boxes as fractions of what the model saw (see
             `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.
-        videos_need: packages that transformers' processor needs for videos; () for a family without
-            them, or whose own processor makes their arrays. Images are processed without these.
-        has_own_videos: whether `read_processor` returns a `ports.inputs.processor.VideoProcessor`.
+        takes_videos: whether `read_processor` returns a `ports.inputs.processor.VideoProcessor`.
         options: arguments of `ports.load` that set a field of the configuration -> their allowed
             values, the default first.
     """
@@ -201,8 +191,7 @@ class Port:
     per_position: Mapping[str, int] = dataclasses.field(default_factory=dict)
     patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    videos_need: tuple[str, ...] = ()
-    has_own_videos: bool = False
+    takes_videos: bool = False
 
     def hub_name(self, module: str) -> str:
         """Returns the port's name of a module named as in a known checkpoint or transformers."""
@@ -222,43 +211,13 @@ class Port:
             ValueError: files are missing, or do not belong together or to the model.
         """
         _require_tokenizer(directory, "processor")
-        return self._complete(self.read_processor(directory), config, directory)
-
-    def _complete(self, processor: Any, config: Any, directory: Path) -> Any:
+        processor = self.read_processor(directory)
         self.complete_processor(processor, config, directory)
         if getattr(processor, "chat_template", None) is None:
             # It may be only in tokenizer_config.json.
             processor.chat_template = processor.tokenizer.chat_template
         vocabulary.check_image_token(processor, config.image_tokens, directory)
         return processor
-
-    def load_video_processor(self, directory: Path, config: Any) -> Any:
-        """Loads transformers' own processor, for a family whose videos are not processed here.
-
-        Args:
-            directory: the checkpoint.
-            config: the family's configuration.
-
-        Returns:
-            The processor.
-
-        Raises:
-            ValueError: the family has no videos, a package is missing, or files are.
-        """
-        if not self.videos_need:
-            raise ValueError(
-                "videos are not inputs of this model family; pass frames as images, one per image "
-                "token"
-            )
-        missing = [name for name in self.videos_need if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(
-                f"videos need transformers' own processor, which requires {' and '.join(missing)}: "
-                "install it, or make the arrays where it is installed and pass them to vlm.forward "
-                "or vlm.generate"
-            )
-        # Without `backend="pil"`, which AutoProcessor also asks of videos, where there is none.
-        return self._complete(_read_default_processor(directory), config, directory)
 
     def load_tokenizer(self, directory: Path) -> Any:
         """Loads a checkpoint's tokenizer; raises ValueError if its files are missing or damaged."""

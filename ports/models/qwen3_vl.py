@@ -238,7 +238,7 @@ PORT = Port(
     prepare_inputs=qwen2_vl.prepare_inputs,
     canonical_name=canonical_name,
     read_processor=Processor.read,
-    has_own_videos=True,
+    takes_videos=True,
     image_text=qwen2_vl.PORT.image_text,
     patch_layout=qwen2_vl.patch_layout,
 )

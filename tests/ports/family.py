@@ -88,7 +88,7 @@ def check_lens(vlm: ports.VLM, output: ports.Output) -> None:
 
     Args:
         vlm: the model.
-        output: of a run that captured all sites.
+        output: of a run, steered or not, that captured the last layer.
     """
     assert len(vlm.layers) == vlm.sizes.text.num_layers
     assert set(vlm.layers) <= set(vlm.sites)
@@ -102,6 +102,42 @@ def check_logits(family: Family, inputs: Inputs) -> None:
     assert_logits(family.vlm.forward(inputs).logits, logits, inputs)
     arrays = {name: inputs[name] for name in family.port.inputs if name in inputs}
     assert_logits(jax.jit(family.vlm.apply)(family.vlm.params, arrays), logits, inputs)
+
+
+def check_marked_cells(family: Family, inputs: Inputs) -> None:
+    """Checks that pixels that change within a cell change the image token there, and no other.
+
+    Where no attention adds anything, a token depends on its own patches alone.
+
+    Args:
+        family: a family whose images are pixel_values float[I, 3, height, width].
+        inputs: those of `check_sites`, whose program exists.
+    """
+    mixing = {"o_proj", "out_proj", "projection_layer"}
+
+    def without_attention(path: tuple[Any, ...], leaf: Any) -> Any:
+        return 0 * leaf if mixing & {each.key for each in path} else leaf
+
+    vlm = copy.copy(family.vlm)
+    vlm.params = jax.tree_util.tree_map_with_path(without_attention, vlm.params)
+    layer, pixels = vlm.layers[0], inputs["pixel_values"]
+    layouts = [(row, each) for row, found in enumerate(vlm.patch_layout(inputs)) for each in found]
+    assert len(layouts) == len(pixels)
+
+    def states(pixels: np.ndarray, row: int) -> np.ndarray:
+        output = vlm.forward({**inputs, "pixel_values": pixels}, sites=vlm.sites)
+        return np.asarray(output.states[layer])[row]
+
+    for number, (row, layout) in enumerate(layouts):
+        # Images of different sizes are padded.
+        height, width = inputs.get("image_sizes", [pixels.shape[2:]] * len(pixels))[number]
+        for cell in ((0, 0), tuple(np.array(layout.positions.shape) - 1), (-1, 0)):
+            box = layout.boxes[cell] * [width, height, width, height]
+            x0, y0, x1, y1 = np.rint(box).astype(int)
+            marked = pixels.copy()
+            marked[number, :, y0:y1, x0:x1] += 2.0
+            changed = (states(marked, row) != states(pixels, row)).any(-1)
+            assert np.flatnonzero(changed).tolist() == [layout.positions[cell]]
 
 
 def check_generation(family: Family, inputs: Inputs) -> None:
@@ -154,8 +190,9 @@ def check_steering(family: Family, inputs: Inputs) -> None:
     for where, mask in (("image", image), ("text", tokens & ~image), ("prompt", tokens)):
         added = {layer: vector, heads: of_heads}
         edits = {site: ports.add(each, where=where) for site, each in added.items()}
-        steered = vlm.forward(inputs, edits=edits).logits
-        assert_logits(steered, torch_steered(mask & tokens), inputs)
+        output = vlm.forward(inputs, sites=vlm.layers[-1:], edits=edits)
+        assert_logits(output.logits, torch_steered(mask & tokens), inputs)
+        check_lens(vlm, output)
     plain, steered = (
         vlm.generate(inputs, max_new_tokens=4, edits={layer: ports.add(vector, alpha, "generated")})
         for alpha in (0.0, 9.0)

@@ -408,11 +408,19 @@ def run_python(script: str, *arguments: Any, **environment: str) -> str:
 
 
 def check_sweep(vlm: ports.VLM, inputs: dict[str, np.ndarray], site: str) -> None:
-    """Checks that a sweep over strengths of a vector at `site` gives separate runs' tokens."""
+    """Checks that a sweep over strengths of a vector at `site` gives separate runs' tokens, which
+    the logit lens reads from the last layer of these runs, if the vector is added before.
+    """
     vector = np.random.default_rng(1).standard_normal(vlm.site_shapes[site][-1]).astype(np.float32)
     variants = [{site: ports.add(vector, alpha)} for alpha in (0.0, 3.0)]
     swept = vlm.sweep(inputs, variants, max_new_tokens=4).tokens
     assert not np.array_equal(swept[0], swept[1])  # the vector does something
     for tokens, edits in zip(swept, variants, strict=True):
-        alone = vlm.generate(inputs, max_new_tokens=4, edits=edits).tokens
-        np.testing.assert_array_equal(tokens, alone)
+        alone = vlm.generate(inputs, max_new_tokens=4, edits=edits, sites=vlm.layers[-1:])
+        np.testing.assert_array_equal(tokens, alone.tokens)
+        if not vlm.is_before_norm(site):
+            continue
+        read = vlm.unembed(alone.states[vlm.layers[-1]], through_norm=True).argmax(-1)
+        is_end = np.isin(tokens, vlm.eos_tokens)
+        said = is_end.cumsum(1) - is_end == 0
+        np.testing.assert_array_equal(np.asarray(read)[said], np.asarray(tokens)[said])

@@ -36,6 +36,15 @@ KINDS = {
 }
 
 
+TAGS = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+SPECIAL = {tag: 90 + i for i, tag in enumerate(TAGS)} | {
+    "<end_of_utterance>": UTTERANCE,
+    "<global-img>": WHOLE,
+    "<fake_token_around_image>": FAKE,
+    "<image>": helpers.IMAGE,
+}
+
+
 def make_config(kind: str, **changes: Any) -> Any:
     """Returns the small configuration of a family with changes."""
     config, _, _, scale, _ = KINDS[kind]
@@ -74,14 +83,7 @@ def make_inputs(
 
 def save_processor(kind: str, directory: Path) -> None:
     """Writes the files of a processor that cuts pictures into up to 2 x 2 tiles."""
-    tags = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
-    special = {tag: 90 + i for i, tag in enumerate(tags)} | {
-        "<end_of_utterance>": UTTERANCE,
-        "<global-img>": WHOLE,
-        "<fake_token_around_image>": FAKE,
-        "<image>": helpers.IMAGE,
-    }
-    tokenizer = helpers.make_tokenizer(["User:", "Assistant:", "what", "is", "it"], special)
+    tokenizer = helpers.make_tokenizer(["User:", "Assistant:", "what", "is", "it"], SPECIAL)
     tokenizer.chat_template = (
         "{% for m in messages %}User: {% for part in m.content %}"
         "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %} "

@@ -14,21 +14,37 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from ports.inputs.processor import VideoProcessor
-from ports.models import internvl_processor, llava_onevision, qwen2_5_vl, qwen3_vl_processor
+from ports.models import (
+    internvl_processor,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen3_vl_processor,
+    smolvlm_processor,
+)
+from ports.models.molmo2 import processor as molmo2_processor
 from ports.models.qwen2_vl import processor as qwen2_vl_processor
 
-from . import helpers, qwen2_vl_helpers
-from .models import test_internvl, test_llava_next
+from . import helpers, idefics3_helpers, qwen2_vl_helpers
+from .models import test_internvl, test_llava_next, test_molmo2
 
 TIMES = [f"<{tenths / 10:.1f}" for tenths in range(40)]
 FRAMES = [f"Frame{i + 1}:" for i in range(8)]
 WORDS = ["what", "is", "in", "the", "picture", "seconds>", *TIMES, *FRAMES]
+# Words of SmolVLM's and Molmo2's texts of videos.
+SMOL = [
+    *("You", "are", "provided", "the", "following", "series", "frames", "from", "a"),
+    *("[H:MM:SS]", "video.", "Frame", *map(smolvlm_processor.in_words, range(9))),
+    *(f"0:00:{seconds:02d}" for seconds in range(5)),
+    *(f"00:{seconds:02d}:" for seconds in range(5)),
+]
+SECONDS = [f"{tenths / 10:.1f}" for tenths in range(40)]
 SMALL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 RATES = [
-    {"total_num_frames": 5, "fps": 2.0, "frames_indices": [0, 1, 2, 3, 4]},
-    {"total_num_frames": 8, "fps": 3.0, "frames_indices": [0, 1, 2, 3, 4, 5, 6, 7]},
+    {"total_num_frames": 5, "fps": 2.0, "frames_indices": [0, 1, 2, 3, 4], "duration": 2.5},
+    {"total_num_frames": 8, "fps": 3.0, "frames_indices": [*range(8)], "duration": 8 / 3},
 ]
 # Name -> options of the processor. The frames of "apart" were chosen from longer recordings.
 CASES: dict[str, dict[str, Any]] = {
@@ -41,7 +57,12 @@ CASES: dict[str, dict[str, Any]] = {
         ],
         "do_sample_frames": False,
     },
-    "per second": {"video_metadata": RATES, "do_sample_frames": True, "fps": 1.8},
+    "per second": {
+        "video_metadata": RATES,
+        "do_sample_frames": True,
+        "fps": 1.8,
+        "num_frames": None,
+    },
     "counted": {
         "video_metadata": RATES,
         "do_sample_frames": True,
@@ -58,7 +79,7 @@ class Family(NamedTuple):
     theirs: str  # name of transformers' class, and of that for videos
     theirs_of_videos: str
     values: Mapping[str, Any]  # of the video processor
-    image: str  # in a prompt
+    image: str  # in a prompt; "" without an image
     video: str
     # Cases in which transformers makes arrays; some families need videos of one length.
     cases: Sequence[str] = tuple(CASES)
@@ -113,6 +134,35 @@ FAMILIES = {
         "<video>",
         SAMPLED,
     ),
+    # Beside a video, transformers loses the image.
+    "smolvlm": Family(
+        smolvlm_processor.Processor,
+        "SmolVLMProcessor",
+        "SmolVLMVideoProcessor",
+        {
+            "size": {"longest_edge": 70},
+            "max_image_size": {"longest_edge": idefics3_helpers.SIDE},
+            "video_sampling": {"max_frames": 6, "fps": 1, "video_size": {"longest_edge": 70}},
+        },
+        "",
+        "<video>",
+    ),
+    "molmo2": Family(
+        molmo2_processor.Processor,
+        "Molmo2Processor",
+        "Molmo2VideoProcessor",
+        {
+            "size": {"height": 35, "width": 35},
+            "patch_size": 7,
+            "num_frames": 7,
+            # Without these, transformers gives whole numbers from 0 to 255.
+            "do_rescale": True,
+            "do_normalize": True,
+            **SMALL,
+        },
+        "<|image|>",
+        "<|video|>",
+    ),
 }
 
 
@@ -156,6 +206,18 @@ def make_processor(name: str) -> VideoProcessor:
         images = GotOcr2ImageProcessorPil(**values, min_patches=1, max_patches=6)
         tokens = test_internvl.TOKENS
         return internvl_processor.Processor(images, tokenizer, None, tokens, values)
+    if name == "smolvlm":
+        images = SmolVLMImageProcessorPil(
+            size={"longest_edge": 2 * idefics3_helpers.SIDE},
+            max_image_size={"longest_edge": idefics3_helpers.SIDE},
+        )
+        # A "<video>" is replaced before there are tokens.
+        tokenizer = helpers.make_tokenizer([*WORDS[:5], *SMOL], idefics3_helpers.SPECIAL)
+        return smolvlm_processor.Processor(images, tokenizer, None, 9, values)
+    if name == "molmo2":
+        cutting = molmo2_processor.ImageSettings.from_json(test_molmo2.IMAGES)
+        tokenizer = helpers.make_tokenizer([*WORDS[:5], *SECONDS], test_molmo2.SPECIAL)
+        return molmo2_processor.Processor(cutting, tokenizer, None, None, values)
     special = {
         "<|vision_start|>": qwen2_vl_helpers.START,
         "<|vision_end|>": qwen2_vl_helpers.END,
@@ -170,9 +232,13 @@ def make_processor(name: str) -> VideoProcessor:
 
 def process(name: str, processor: Any, **options: Any) -> dict[str, np.ndarray]:
     """Returns the arrays of a family's prompts, by our processor or transformers'."""
-    given = {"images": [[VIDEOS[1][0]], []], "videos": list(VIDEOS)}
+    given: dict[str, Any] = {"videos": list(VIDEOS)}
+    if FAMILIES[name].image:
+        given["images"] = [[VIDEOS[1][0]], []]
     # transformers' class of InternVL fails with "np", ours with anything else.
     kind = "np" if isinstance(processor, VideoProcessor) or name != "internvl" else "pt"
+    if name == "molmo2" and not isinstance(processor, VideoProcessor):
+        given["images"] = [VIDEOS[1][0]]
     texts = FAMILIES[name].texts
     made = processor(text=texts, **given, padding=True, return_tensors=kind, **options)
     return {name: np.asarray(value) for name, value in made.items()}
@@ -186,12 +252,16 @@ SETTINGS = {
         "vision_aspect_ratio": "anyres_max_2",
     },
     "internvl": {"image_seq_length": test_internvl.TOKENS},
+    "smolvlm": {"image_seq_len": 9},
 }
 
 
 def theirs(name: str) -> Any:
     """Returns transformers' processor of a family, which needs torchvision."""
     family, ours = FAMILIES[name], make_processor(name)
+    if name == "molmo2":
+        # Our class of images is not transformers'.
+        ours.image_processor = transformers.Molmo2ImageProcessor(**test_molmo2.IMAGES)
     return getattr(transformers, family.theirs)(
         image_processor=ours.image_processor,
         tokenizer=ours.tokenizer,

@@ -219,7 +219,7 @@ def load_jacobian_lens(path: str | Path) -> JacobianLens:
 
 def fit_jacobian_lens(
     vlm: VLM,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any] | tuple[Mapping[str, Any], int]],
     *,
     layers: Iterable[int] | None = None,
     skip: int = 16,
@@ -233,7 +233,8 @@ def fit_jacobian_lens(
 
     Args:
         vlm: the model.
-        batches: the processor's arrays of each batch.
+        batches: the processor's arrays of each batch, or these and the number of its rows that
+            count; the rows after them fill it up.
         layers: numbers of the layers to fit; None for all but the last.
         skip: number of positions at the beginning of each row to leave out, as the authors do.
         at_once: as for `average_jacobian`.
@@ -263,7 +264,8 @@ def fit_jacobian_lens(
     sites = tuple(before[number] for number in numbers)
     total: dict[str, np.ndarray] = {}
     rows = 0
-    for inputs in batches:
+    for given in batches:
+        inputs, count = given if isinstance(given, tuple) else (given, None)
         placed = vlm.place(inputs)
         index = np.asarray(vlm.places(placed).index)
         weights = (np.asarray(placed["attention_mask"]) != 0) & (index >= skip)
@@ -272,6 +274,8 @@ def fit_jacobian_lens(
                 f"a prompt has no more than {skip} tokens, which are all left out; give longer "
                 "prompts or a smaller skip"
             )
+        count = len(weights) if count is None else count
+        weights[count:] = False
         found = _jacobians(
             vlm.module,
             sites,
@@ -284,7 +288,7 @@ def fit_jacobian_lens(
         )
         for site, matrix in found.items():
             total[site] = total.get(site, 0) + len(weights) * np.asarray(matrix, np.float64)
-        rows += len(weights)
+        rows += count
         if progress is not None:
             progress(rows)
     if not rows:

@@ -99,7 +99,7 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=canonical_name,
     read_processor=read_processor,
-    videos_need=("torchvision",),
+    takes_videos=True,
     patch_layout=patch_layout,
     rearrange=rearrange,
 )

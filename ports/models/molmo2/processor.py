@@ -1,4 +1,4 @@
-"""Molmo2's processor for text and pictures, in numpy: crops, tokens and the patches of features.
+"""Molmo2's processor for text, pictures and videos, in numpy: crops, tokens, patches of features.
 
 transformers' own class requires torch and torchvision; this one gives the same arrays.
 
@@ -6,18 +6,20 @@ C crops, P patches per crop, F features, K patches of a feature.
 
 A picture becomes one crop with the whole of it and a tiling of overlapping crops. Both are resized
 without keeping the aspect ratio. Each patch of the tiling is taken from one crop, the one in which
-it is not in a margin.
+it is not in a margin. A frame of a video is one crop, with the whole of it.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ports import checkpoint
 from ports.inputs import processor, resizing
+from ports.inputs import videos as clips
 from ports.models import port
 from ports.models.molmo.crops import choose_tiling
 
@@ -86,6 +88,90 @@ class ImageSettings(NamedTuple):
         return self.crop_size // self.patch_size
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoSettings(clips.SquareSettings):
+    """How the frames of a video are chosen and become patches.
+
+    Values are scaled, as published files ask for; transformers leaves them at 0 to 255 if a file
+    has neither do_rescale nor do_normalize.
+    """
+
+    patch_size: int  # pixels per side
+    pool: tuple[int, int]  # rows and columns of the patches of a feature
+    max_fps: float  # most frames per second
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **clips.SquareSettings.defaults,
+        "size": {"height": 378, "width": 378},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": 14,
+        "pooling_size": [3, 3],
+        "do_sample_frames": True,
+        "num_frames": 64,
+        "max_fps": 2,
+    }
+    implemented: ClassVar[Mapping[str, Any]] = {
+        **clips.SquareSettings.implemented,
+        "resample": int(Image.Resampling.BILINEAR),
+    }
+
+    @classmethod
+    def fields(cls, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of this class, from the values of a file and the defaults.
+
+        Raises:
+            ValueError: `size` is not a square, or not a multiple of the patches.
+        """
+        found = super().fields(said) | {name: said[name] for name in ("patch_size", "max_fps")}
+        if found["height"] != found["width"] or found["height"] % found["patch_size"]:
+            raise ValueError(
+                f"size of the video processor is {said['size']}; expected a square, a multiple of "
+                f"patch_size {found['patch_size']}"
+            )
+        return found | {"pool": tuple(said["pooling_size"])}
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a frame."""
+        return self.height // self.patch_size
+
+    def choose(
+        self,
+        clip: clips.Clip,
+        do_sample_frames: bool | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+    ) -> clips.Clip:
+        """Chooses frames of a clip, whose rate is `fps` or the maximum if it is not known."""
+        is_chosen = self.do_sample_frames if do_sample_frames is None else do_sample_frames
+        if clip.rate is None:
+            rate = fps if is_chosen and fps is not None else self.max_fps
+            clip = clip._replace(rate=rate)
+        if not is_chosen:
+            return clip
+        chosen = super().choose(clip, True, num_frames, fps)
+        # transformers has their numbers, and so their times, in float32.
+        return chosen._replace(numbers=list(np.asarray(chosen.numbers, np.float32)))
+
+    def numbers(self, clip: clips.Clip, num_frames: int | None, fps: float | None) -> np.ndarray:
+        """Returns the numbers of the chosen frames, int[F]: at most as many as there are, and
+        without `fps` no more per second than the maximum.
+        """
+        seconds = self.seconds(clip) if clip.duration is None else clip.duration
+        if fps is not None:
+            wanted = int(seconds * fps)
+        else:
+            wanted = num_frames or clip.total
+            if clip.rate is not None and clip.rate > self.max_fps:
+                wanted = min(wanted, int(seconds * self.max_fps))
+        return clips.sampled_evenly(clip.total, max(min(wanted, clip.total), 1))
+
+    def cut(self, frames: np.ndarray) -> np.ndarray:
+        """Resizes frames uint8[F, height, width, 3] and cuts them to float32[F, P, values]."""
+        resized = [resizing.bilinear(frame, self.height, self.width) for frame in frames]
+        return _patches(self.scale(np.stack(resized)), self.patch_size)
+
+
 class Crops(NamedTuple):
     """One picture in the form that the model takes."""
 
@@ -120,17 +206,21 @@ def cut(image: np.ndarray, settings: ImageSettings) -> Crops:
         for left in range(0, columns * step * patch, step * patch):
             crops.append(tiled[top : top + size, left : left + size])
     mean, deviation = np.array([settings.mean, settings.deviation], np.float32)
-    pixels = (np.stack(crops).astype(np.float32) - mean) / deviation
-    cells = pixels.reshape(len(crops), side, patch, side, patch, 3).swapaxes(2, 3)
+    patches = _patches((np.stack(crops).astype(np.float32) - mean) / deviation, patch)
     numbers = np.arange(side**2, dtype=np.int32).reshape(side, side)
     whole, views = (
         _pooled(index, settings.pool)
         for index in (numbers, _tiling(rows, columns, settings) + side**2)
     )
     pooling = np.concatenate([view.reshape(-1, view.shape[-1]) for view in (whole, views)])
-    return Crops(
-        cells.reshape(len(crops), side**2, -1), pooling, (*whole.shape[:2], *views.shape[:2])
-    )
+    return Crops(patches, pooling, (*whole.shape[:2], *views.shape[:2]))
+
+
+def _patches(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Cuts squares float32[C, pixels, pixels, 3] into float32[C, P, values]."""
+    crops, side = len(pixels), pixels.shape[1] // size
+    cells = pixels.reshape(crops, side, size, side, size, 3).swapaxes(2, 3)
+    return cells.reshape(crops, side**2, -1)
 
 
 def _tiling(rows: int, columns: int, settings: ImageSettings) -> np.ndarray:
@@ -160,18 +250,24 @@ def _pooled(index: np.ndarray, pool: tuple[int, int]) -> np.ndarray:
     return cells.reshape(rows, columns, pool[0] * pool[1])
 
 
-class Processor(processor.Processor):
-    """Converts texts and pictures to the arrays that the model takes.
+class Processor(processor.VideoProcessor):
+    """Converts texts, pictures and videos to the arrays that the model takes.
 
-    Besides input_ids, attention_mask and mm_token_type_ids (1 at all tokens of pictures), these are
-    pixel_values float32[crops, P, values], image_token_pooling int32[F, K], image_grids int64[I, 4]
-    and image_num_crops int64[I].
+    Besides input_ids, attention_mask and mm_token_type_ids (1 at all tokens of pictures and
+    frames), these are pixel_values float32[crops, P, values], image_token_pooling int32[F, K],
+    image_grids int64[I, 4] and image_num_crops int64[I]; of videos pixel_values_videos,
+    video_token_pooling and video_grids int64[V, 3], the frames and the rows and columns of each.
 
     Attributes:
         image_processor: how pictures are cut.
         whole_lines, lines: whether a token ends each row of features of the whole, of the tiling.
+        frame_lines: whether one ends each row of a frame's features.
         start: the token before the whole.
+        frame: the tokens around the features of a frame.
     """
+
+    image_token, video_token = "<|image|>", "<|video|>"
+    settings_class = VideoSettings
 
     def __init__(
         self,
@@ -179,20 +275,28 @@ class Processor(processor.Processor):
         tokenizer: Any,
         chat_template: str | None = None,
         options: dict[str, Any] | None = None,
+        video_values: Mapping[str, Any] | None = None,
     ):
-        super().__init__(image_processor, tokenizer, chat_template)
-        self.image_token = getattr(tokenizer, "image_token", "<|image|>")
+        super().__init__(image_processor, tokenizer, chat_template, video_values)
         said = options or {}
         self.lines = said.get("image_use_col_tokens", True)
         whole_lines = said.get("use_single_crop_col_tokens")
         self.whole_lines = self.lines if whole_lines is None else whole_lines
         own_start = said.get("use_single_crop_start_token", True)
         self.start = "<low_res_im_start>" if own_start else "<im_start>"
+        self.frame_lines = said.get("video_use_col_tokens", False)
+        kind = "frame" if said.get("use_frame_special_tokens", True) else "im"
+        self.frame = f"<{kind}_start>", f"<{kind}_end>"
 
     @property
     def image_token_ids(self) -> list[int]:
         """Ids of all tokens that a picture may become, those of its features first."""
         return self.tokenizer.convert_tokens_to_ids(list(PICTURE_TOKENS))
+
+    @property
+    def video_token_ids(self) -> list[int]:
+        """None: videos become tokens of pictures."""
+        return []
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
         """Returns the crops of a flat list of pictures, with the patches of their features."""
@@ -212,40 +316,64 @@ class Processor(processor.Processor):
 
     def expand(self, arrays: dict[str, np.ndarray]) -> list[str]:
         """Returns the tokens of a picture: features in rows, of the whole and of the tiling."""
-
-        def view(start: str, rows: int, columns: int, has_ends: bool) -> str:
-            line = "<im_patch>" * columns + "<im_col>" * has_ends
-            return start + line * rows + "<im_end>"
-
         return [
-            view(self.start, rows, columns, self.whole_lines)
-            + view("<im_start>", all_rows, all_columns, self.lines)
+            _view((self.start, "<im_end>"), rows, columns, self.whole_lines)
+            + _view(("<im_start>", "<im_end>"), all_rows, all_columns, self.lines)
             for rows, columns, all_rows, all_columns in arrays["image_grids"].tolist()
         ]
 
-    def __call__(
-        self,
-        images: Sequence[Any] | None = None,
-        text: str | Sequence[str] = "",
-        *,
-        padding: bool = False,
-        return_tensors: str = "np",
-    ) -> dict[str, np.ndarray]:
-        """Makes the arrays of a batch; each text begins with the tokenizer's first token.
+    def process_videos(
+        self, videos: Sequence[clips.Clip]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Returns the frames of videos with the patches of their features, and the text of each:
+        the features of a frame come after its time in seconds.
+        """
+        settings = self.video_settings
+        square = np.arange(settings.side**2, dtype=np.int32).reshape(settings.side, -1)
+        pooled = _pooled(square, settings.pool)
+        rows, columns = pooled.shape[:2]
+        cuts = [settings.cut(clip.frames) for clip in videos]
+        starts = settings.side**2 * np.arange(sum(map(len, cuts)), dtype=np.int32)[:, None, None]
+        pooled = pooled.reshape(-1, pooled.shape[-1])
+        arrays = {
+            "pixel_values_videos": np.concatenate(cuts),
+            "video_token_pooling": np.where(pooled >= 0, pooled + starts, -1).reshape(
+                -1, pooled.shape[-1]
+            ),
+            "video_grids": np.array([[len(frames), rows, columns] for frames in cuts]),
+        }
+        frame = _view(self.frame, rows, columns, self.frame_lines)
+        return arrays, [" ".join(f"{time:.1f} {frame}" for time in _times(clip)) for clip in videos]
 
-        Args:
-            images, text, padding, return_tensors: as for the base class.
-
-        Returns:
-            The arrays.
+    def _with_images(
+        self, text: str | Sequence[str], images: Sequence[Any] | None
+    ) -> tuple[list[str], dict[str, np.ndarray]]:
+        """As the base class, with texts that begin with the tokenizer's first token.
 
         Raises:
-            ValueError: as for the base class.
+            ValueError: as for the base class, or a text has several videos.
         """
-        first = self.tokenizer.bos_token or self.tokenizer.eos_token
         texts = [text] if isinstance(text, str) else text
+        most = max((prompt.count(self.video_token) for prompt in texts), default=0)
+        if most > 1:
+            raise ValueError(
+                f"a text contains {self.video_token} {most} times; expected one video per text"
+            )
+        first = self.tokenizer.bos_token or self.tokenizer.eos_token
         texts = [prompt if prompt.startswith(first) else first + prompt for prompt in texts]
-        return super().__call__(images, texts, padding=padding, return_tensors=return_tensors)
+        return super()._with_images(texts, images)
+
+
+def _view(around: tuple[str, str], rows: int, columns: int, has_ends: bool) -> str:
+    """Returns the tokens of a grid of features, with one at the end of each row if it has ends."""
+    line = "<im_patch>" * columns + "<im_col>" * has_ends
+    return around[0] + line * rows + around[1]
+
+
+def _times(clip: clips.Clip) -> list[float]:
+    """Returns the seconds of each frame; without their numbers, they are the first."""
+    numbers = range(len(clip.frames)) if clip.numbers is None else clip.numbers
+    return [number / (clip.rate or clips.DEFAULT_RATE) for number in numbers]
 
 
 def _pixels(image: Any) -> np.ndarray:
@@ -277,4 +405,5 @@ def read_processor(directory: Path) -> Processor:
         )
         cutting = ImageSettings.from_json(settings)
         template = port.read_template(directory)
-    return Processor(cutting, port.read_tokenizer(directory), template, options)
+        of_videos = port.read_video_settings(directory)
+    return Processor(cutting, port.read_tokenizer(directory), template, options, of_videos)

@@ -1,6 +1,6 @@
 """Makes expected.npz, the arrays of transformers' processors for two drawn videos.
 
-    pip install '.[test]' torchvision==0.28.0
+    pip install '.[test]' torchvision==0.28.0 num2words==0.5.14
     XLA_FLAGS= python -m tests.data.videos.make_expected
 
 Not run by the tests, which need no torchvision. Run it from the root of the repository.
@@ -21,6 +21,9 @@ for name, family in video_cases.FAMILIES.items():
             # The same image processor makes pixel_values here and there.
             del made["pixel_values"]
         kind = "pixel_values_videos" if "pixel_values_videos" in made else "pixel_values"
+        if name == "smolvlm":
+            # Without the frames of zeros that fill up videos.
+            made[kind] = made[kind][made[kind].any((2, 3, 4))]
         # The values of pixels are whole numbers.
         pixels = made[kind] * 127.5 + 127.5
         assert np.abs(pixels - pixels.round()).max() < 1e-4

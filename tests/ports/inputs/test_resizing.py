@@ -25,13 +25,15 @@ def test_bilinear_is_pytorchs(shape):
         np.testing.assert_array_equal(ours, theirs[0].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.parametrize("resize", [resizing.bicubic, resizing.lanczos])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bicubic_is_pytorchs(shape):
+def test_filters_are_pytorchs(shape, resize):
     image, tensor = image_and_tensor(shape)
     # The last has the height of the image, which is left as it is.
     for size in (*SIZES, (shape[0], 17)):
-        theirs = torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True)
-        ours = resizing.bicubic(image, *size)
+        mode = resize.__name__
+        theirs = torch.nn.functional.interpolate(tensor, size, mode=mode, antialias=True)
+        ours = resize(image, *size)
         np.testing.assert_array_equal(ours, theirs[0].permute(1, 2, 0).numpy())
 
 
@@ -47,7 +49,7 @@ def test_bicubic_by_hand():
     np.testing.assert_array_equal(resizing.bicubic(line, 1, 8)[0, :, 0], expected)
 
 
-@pytest.mark.parametrize("resize", [resizing.bilinear, resizing.bicubic])
+@pytest.mark.parametrize("resize", [resizing.bilinear, resizing.bicubic, resizing.lanczos])
 @pytest.mark.parametrize("value", [0, 77, 255])
 def test_one_colour_stays(resize, value):
     image = np.full((9, 14, 3), value, np.uint8)

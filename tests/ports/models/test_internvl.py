@@ -66,6 +66,7 @@ def intern(request, tmp_path_factory) -> family.Family:
 
 def test_every_site_and_the_logits_equal_pytorchs(intern):
     family.check_sites(intern, INPUTS)
+    family.check_marked_cells(intern, INPUTS)
 
 
 def test_32_greedy_tokens_equal_pytorchs(intern):

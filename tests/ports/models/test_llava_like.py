@@ -68,8 +68,11 @@ class TestNames:
 
 @pytest.mark.parametrize(("tokens", "first"), [(4, 1), (5, 2), (3, -1)])
 def test_cells_with_a_class_position_or_without_the_first_patch(tokens, first):
-    config = types.SimpleNamespace(tokens_per_image=tokens, image_tokens=(9,))
+    vision = types.SimpleNamespace(side=2, patch_size=14, image_size=30)
+    config = types.SimpleNamespace(tokens_per_image=tokens, image_tokens=(9,), vision=vision)
     ids = np.array([[0, *[9] * tokens, 0]])
     ((layout,),) = llava_like.patch_layout(config, {"input_ids": ids}, lambda: None)
     assert layout.positions[0, 0] == first
     assert layout.positions[1].tolist() == [tokens - 1, tokens]
+    # The patches leave out 2 of 30 pixels at the right and at the bottom.
+    np.testing.assert_allclose(layout.boxes[1, 0], [0, 14 / 30, 14 / 30, 28 / 30])

@@ -114,6 +114,7 @@ def case(request, tmp_path_factory) -> tuple[family.Family, dict[str, np.ndarray
 
 def test_every_site_and_the_logits_equal_pytorchs(case):
     family.check_sites(*case)
+    family.check_marked_cells(*case)
 
 
 def test_32_greedy_tokens_equal_pytorchs(case):

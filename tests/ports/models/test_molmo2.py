@@ -131,35 +131,37 @@ def make_inputs(rows, texts, frames=0):
 INPUTS = make_inputs([[(1, 2), (1, 1)], [], [(2, 1)]], [4, 9, 5])
 
 
+SPECIAL = {
+    "<im_start>": START,
+    "<im_end>": END,
+    "<im_patch>": PATCH,
+    "<im_col>": COLUMN,
+    "<low_res_im_start>": LOW_START,
+    "<frame_start>": FRAME_START,
+    "<frame_end>": FRAME_END,
+    "<im_low>": FRAME_END + 1,
+    "<|image|>": 98,
+    "<|video|>": 97,
+}
+# Crops of SIDE x SIDE patches.
+IMAGES = {
+    "size": {"height": 7 * SIDE, "width": 7 * SIDE},
+    "patch_size": 7,
+    "max_crops": 4,
+    "overlap_margins": [1, SIDE - STEP - 1],
+    "pooling_size": [2, 2],
+}
+
+
 def save_processor(directory: Path, **changes) -> None:
-    """Writes a processor's files beside a checkpoint: crops of SIDE x SIDE patches."""
-    special = {
-        "<im_start>": START,
-        "<im_end>": END,
-        "<im_patch>": PATCH,
-        "<im_col>": COLUMN,
-        "<low_res_im_start>": LOW_START,
-        "<frame_start>": FRAME_START,
-        "<frame_end>": FRAME_END,
-        "<im_low>": FRAME_END + 1,
-        "<|image|>": 98,
-        "<|video|>": 97,
-    }
-    tokenizer = helpers.make_tokenizer(["User:", "Assistant:", "what", "is", "it"], special)
+    """Writes a processor's files beside a checkpoint."""
+    tokenizer = helpers.make_tokenizer(["User:", "Assistant:", "what", "is", "it"], SPECIAL)
     tokenizer.chat_template = (
         "{% for m in messages %}User: {% for p in m.content %}"
         "{{ '<|image|> ' if p.type == 'image' else p.text }}{% endfor %} {% endfor %}Assistant:"
     )
     tokenizer.save_pretrained(directory)
-    images = {
-        "image_processor_type": "Molmo2ImageProcessor",
-        "size": {"height": 7 * SIDE, "width": 7 * SIDE},
-        "patch_size": 7,
-        "max_crops": 4,
-        "overlap_margins": [1, SIDE - STEP - 1],
-        "pooling_size": [2, 2],
-        **changes,
-    }
+    images = {"image_processor_type": "Molmo2ImageProcessor", **IMAGES, **changes}
     (directory / "preprocessor_config.json").write_text(json.dumps(images))
     (directory / "processor_config.json").write_text('{"processor_class": "Molmo2Processor"}')
 
@@ -375,14 +377,40 @@ class TestProcessor:
                 ours = inputs[name] * 127.5 + 127.5 if name == "pixel_values" else inputs[name]
                 np.testing.assert_allclose(ours, value, rtol=0, atol=1e-4, err_msg=name)
 
+    def test_a_marked_cell(self, vlm):
+        """A white spot on black: the brightest feature's box contains it, in crops and overall."""
+        picture = np.zeros((70, 160, 3), np.uint8)
+        picture[38:44, 104:112] = 255
+        inputs = vlm.process([vlm.render("what is it")], [picture])
+        ((layout,),) = vlm.patch_layout(inputs)
+        patches = np.append(inputs["pixel_values"].mean(-1).ravel(), -1)
+        bright = patches[inputs["image_token_pooling"]].mean(-1)
+        places = np.flatnonzero(inputs["input_ids"][0] == PATCH)
+        assert layout.positions.shape == (3, 7)  # two crops beside each other
+        for view in (layout, layout.whole):
+            values = bright[np.searchsorted(places, view.positions)]
+            x0, y0, x1, y1 = view.boxes[np.unravel_index(values.argmax(), values.shape)]
+            assert x0 <= 108 / 160 <= x1 and y0 <= 41 / 70 <= y1, view
+
     def test_makes_logits(self, made, inputs):
         expected, _ = made.torch_forward(inputs)
         family.assert_logits(made.vlm.forward(inputs).logits, expected, inputs)
 
-    def test_videos_need_torchvision(self, vlm, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with helpers.raises_line(ValueError, "videos", "which requires torchvision: install it"):
-            vlm.process(["what"], [[]], videos=[np.zeros((2, 9, 9, 3), np.uint8)])
+    def test_makes_logits_of_a_video(self, made, vlm):
+        """Of frames that are chosen, which fit the model."""
+        video = np.random.default_rng(0).integers(0, 256, (6, 20, 30, 3), np.uint8)
+        rates = {"total_num_frames": 6, "fps": 4.0}
+        prompts = ["what <|video|> is it", "is it"]
+        inputs = vlm.process(prompts, [[], []], videos=[video], video_metadata=rates)
+        assert inputs["video_grids"].tolist() == [[3, 3, 3]]  # two per second
+        expected, _ = made.torch_forward(inputs)
+        family.assert_logits(made.vlm.forward(inputs).logits, expected, inputs)
+
+    def test_two_videos_in_a_text(self, vlm):
+        with helpers.raises_line(ValueError, "contains <|video|> 2 times; expected one video per"):
+            vlm.process(
+                ["<|video|> <|video|>"], [[]], videos=[np.zeros((2, 9, 9, 3), np.uint8)] * 2
+            )
 
     def test_crops_by_hand(self, vlm):
         picture = np.array([[[0, 51, 255]]], np.uint8)

@@ -196,6 +196,34 @@ class TestOptions:
             vlm.process(["what"], [[]], max_patches=2)
 
 
+def test_cells_of_internvls_tiles(found):
+    """White spots on black: the brightest tokens' boxes hold them, in the tiles and the whole."""
+    vlm = ports.load_abstract(found["internvl"][1])
+    marks = [(0.72, 0.3), (0.2, 0.9)]  # of a wide picture and of a tall one
+    pictures = []
+    for (x, y), (width, height) in zip(marks, [(300, 200), (90, 260)], strict=True):
+        picture = np.zeros((height, width, 3), np.uint8)
+        column, row = int(x * width), int(y * height)
+        picture[row - 4 : row + 4, column - 4 : column + 4] = 255
+        pictures.append(picture)
+    inputs = vlm.process([vlm.render("what")] * 2, pictures)
+    assert inputs["tile_grids"].tolist() == [[2, 3], [3, 1]]
+    side, config = round(test_internvl.TOKENS**0.5), test_internvl.VISION
+    cut = config["image_size"] // config["patch_size"] * config["patch_size"]
+    tiles = inputs["pixel_values"].mean(1)[:, :cut, :cut]
+    bright = tiles.reshape(len(tiles), side, cut // side, side, cut // side).mean((2, 4)).ravel()
+    places = np.flatnonzero(inputs["input_ids"].ravel() == helpers.IMAGE)
+    for number, ((x, y), (layout,)) in enumerate(zip(marks, vlm.patch_layout(inputs), strict=True)):
+        for view in (layout, layout.whole):
+            row = number * inputs["input_ids"].shape[1]
+            values = bright[np.searchsorted(places, view.positions + row)]
+            x0, y0, x1, y1 = view.boxes[np.unravel_index(values.argmax(), values.shape)]
+            assert x0 <= x <= x1 and y0 <= y <= y1, view
+    # The arrays of transformers say no more than that there are tiles.
+    del inputs["tile_grids"]
+    assert [len(row) for row in vlm.patch_layout(inputs)] == [7, 4]
+
+
 def test_rows_of_pixtral_by_hand(found):
     _, _, arrays = found["pixtral"]
     # 60 x 40 pixels: 9 x 6 patches, and the same upright.

@@ -9,9 +9,9 @@ from PIL import Image
 
 import ports
 from ports.inputs.videos import Clip
-from ports.models import port
+from ports.models import port, smolvlm_processor
 
-from .. import helpers, qwen2_vl_helpers, video_cases
+from .. import helpers, idefics3_helpers, qwen2_vl_helpers, video_cases
 from . import test_internvl, test_llava_next
 
 EXPECTED = Path(__file__).parents[2] / "data" / "videos" / "expected.npz"
@@ -35,14 +35,18 @@ def test_arrays_are_those_of_transformers(made, name, case):
     with np.load(EXPECTED) as file:
         start = f"{name}/{case}/"
         expected = {key[len(start) :]: file[key] for key in file if key.startswith(start)}
-        # InternVL's frames are images.
-        kind = "pixel_values" if name == "internvl" else "pixel_values_videos"
+        # InternVL's and SmolVLM's frames are images.
+        kind = "pixel_values_videos" if "pixel_values_videos" in expected else "pixel_values"
         expected[kind] = file[f"pixels/{expected[kind]}"]
     # For some families, transformers returns no token types.
-    assert {*expected, "pixel_values", "mm_token_type_ids"} == set(ours)
+    own = {"tile_grids"} if name == "internvl" else set()
+    assert {*expected, *own, "pixel_values", "mm_token_type_ids"} == set(ours)
     for key, value in expected.items():
-        # Pixels were rounded to their 256 values.
-        given = ours[key] * 127.5 + 127.5 if key == kind else ours[key]
+        given = ours[key]
+        if key == kind:
+            # Without frames of zeros, which fill up videos of SmolVLM.
+            given = given[given.any((2, 3, 4))] if name == "smolvlm" else given
+            given = given * 127.5 + 127.5  # pixels were rounded to their 256 values
         np.testing.assert_allclose(given, value, rtol=0, atol=1e-4, err_msg=key)
 
 
@@ -82,17 +86,97 @@ def test_times_of_qwen3_by_hand(made):
         ("qwen3_vl", [0, 2, 5, 7]),  # up to the last frame
         ("llava_onevision", [0, 2, 4, 6]),
         ("internvl", [1, 3, 5, 7]),  # in the middle of each part
+        ("molmo2", [0, 2, 4, 6]),
+        ("smolvlm", [0, 2, 4, 7]),  # rounded down
     ],
 )
 def test_chosen_frames_by_hand(name, expected):
     """Four of eight frames; and two per second of a recording with four per second."""
     settings = video_cases.make_processor(name).video_settings
     clip = Clip(video_cases.VIDEOS[1], 8, 4.0, range(8))
-    for options in ({"num_frames": 4}, {"fps": 2.0}):
+    both = [{"num_frames": 4, "fps": 2.0}] if settings.takes_both else []
+    for options in both or ({"num_frames": 4}, {"fps": 2.0}):
         chosen = settings.choose(clip, True, **options)
         assert chosen.numbers == expected
         np.testing.assert_array_equal(chosen.frames, clip.frames[expected])
         assert chosen.frame_rate == 2
+
+
+def test_molmo2_takes_no_more_per_second_than_the_checkpoint_says():
+    """Of 18 frames in 0.9 s, one; at another rate, 9; and up to 7, if the rate is not known."""
+    settings = video_cases.make_processor("molmo2").video_settings
+    clip = Clip(np.zeros((18, 1, 1, 3), np.uint8), 18, 20.0, range(18))
+    assert settings.choose(clip).numbers == [0]
+    assert settings.choose(clip, fps=10.0).numbers == [*range(0, 18, 2)]
+    assert settings.choose(clip._replace(duration=1.6)).numbers == [0, 6, 12]
+    unknown = settings.choose(clip._replace(rate=None))
+    assert (unknown.rate, len(unknown.numbers)) == (2, 7)
+
+
+def test_times_of_molmo2_by_hand():
+    """0.45 s is rounded to 0.5 or, of chosen frames, to 0.4, as in transformers: there float32."""
+    processor = video_cases.make_processor("molmo2")
+    video = np.zeros((18, 35, 35, 3), np.uint8)
+    rates = {"total_num_frames": 18, "fps": 20.0, "frames_indices": [*range(18)]}
+    times = []
+    for options in ({"fps": 2.3}, {"do_sample_frames": False}):
+        arrays = processor(text="<|video|>", videos=[video], video_metadata=rates, **options)
+        said = processor.tokenizer.convert_ids_to_tokens(arrays["input_ids"][0])
+        times.append([word for word in said if word[0].isdigit()])
+    assert times[0] == ["0.0", "0.4"] and times[1][9] == "0.5"
+
+
+def test_smolvlm_leaves_out_a_second_at_both_ends_of_long_videos():
+    """Of ten seconds, four frames from the second to the ninth; all, where two are asked for per
+    second.
+    """
+    settings = video_cases.make_processor("smolvlm").video_settings
+    clip = Clip(np.zeros((100, 1, 1, 3), np.uint8), 100, 10.0, range(100))
+    assert settings.choose(clip, True, 4, 1.0).numbers == [10, 36, 63, 90]
+    assert settings.choose(clip, True, 4, 2.0).numbers == [0, 33, 66, 99]
+    # Those of the checkpoint: six, one per second.
+    assert settings.choose(clip, True).numbers == [10, 26, 42, 58, 74, 90]
+
+
+def test_frames_of_smolvlm_are_in_the_order_of_the_prompts():
+    """A picture of one tile and of four beside videos of different lengths."""
+    processor = video_cases.make_processor("smolvlm")
+    first, second = video_cases.VIDEOS
+    small, large = first[0], second[0].repeat(2, 0).repeat(2, 1)
+    arrays = processor(
+        images=[[small], [large]],
+        text=["<video> <image>", "<image> <video>"],
+        videos=[second, first],
+        padding=True,
+    )
+    alone = [
+        processor(text="<video>", videos=[second]),
+        processor(images=[[small]], text="<image>"),
+        processor(images=[[large]], text="<image>"),
+        processor(text="<video>", videos=[first]),
+    ]
+    pixels = [each["pixel_values"][0] for each in alone]
+    np.testing.assert_array_equal(arrays["pixel_values"][0], np.concatenate(pixels))
+    assert arrays["pixel_attention_mask"].shape == arrays["pixel_values"][:, :, 0].shape
+    frames = [(arrays["input_ids"] == 101).sum() // 9, sum(map(len, pixels))]
+    assert frames[0] == frames[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (0, "zero"),
+        (19, "nineteen"),
+        (64, "sixty-four"),
+        (100, "one hundred"),
+        (128, "one hundred and twenty-eight"),
+        (1000, "one thousand"),
+        (2005, "two thousand and five"),
+        (12_345, "twelve thousand, three hundred and forty-five"),
+    ],
+)
+def test_numbers_in_words(number, expected):
+    assert smolvlm_processor.in_words(number) == expected
 
 
 @pytest.mark.parametrize("files", [1, 2, 3])
@@ -143,11 +227,12 @@ class TestFromACheckpoint:
         layouts = vlm.patch_layout(inputs)
         assert [len(row) for row in layouts] == [4, 4]  # three frames and a picture, four frames
 
-    @pytest.mark.parametrize("name", ["llava_onevision", "internvl"])
+    @pytest.mark.parametrize("name", ["llava_onevision", "internvl", "smolvlm"])
     def test_files_are_read_and_arrays_fit_the_model(self, made, name, tmp_path):
         config = {
             "llava_onevision": lambda: test_llava_next.make_config("onevision"),
             "internvl": test_internvl.make_config,
+            "smolvlm": lambda: idefics3_helpers.make_config("smolvlm"),
         }[name]()
         config.save_pretrained(tmp_path)
         video_cases.make_processor(name).save_pretrained(tmp_path)
@@ -155,18 +240,22 @@ class TestFromACheckpoint:
             settings = {"image_seq_length": test_internvl.TOKENS}
             (tmp_path / "processor_config.json").write_text(json.dumps(settings))
         vlm = ports.load_abstract(tmp_path)
+        if name == "smolvlm":
+            (tmp_path / "processor_config.json").write_text('{"image_seq_len": 9}')
+        given = video_cases.FAMILIES[name]
         inputs = vlm.process(
-            video_cases.FAMILIES[name].texts,
-            [[video_cases.VIDEOS[1][0]], []],
+            given.texts,
+            [[video_cases.VIDEOS[1][0]] if given.image else [], []],
             videos=video_cases.VIDEOS,
             **video_cases.CASES["counted"],
         )
         for key, value in made[name, "counted"].items():
             np.testing.assert_array_equal(inputs[key], value, err_msg=key)
         vlm.prepare(inputs)  # which checks that tokens, frames and pictures match
-        # Four frames each; for InternVL, the picture is two tiles and the whole.
-        pictures = {"llava_onevision": 1, "internvl": 3}[name]
-        assert [len(row) for row in vlm.patch_layout(inputs)] == [4 + pictures, 4]
+        pictures = 0 if name == "smolvlm" else 1
+        # Four frames each, or one per second.
+        first, second = (2, 3) if name == "smolvlm" else (4, 4)
+        assert [len(row) for row in vlm.patch_layout(inputs)] == [first + pictures, second]
 
 
 def positions(name: str) -> dict[str, str]:
@@ -186,6 +275,8 @@ def test_frames_of_internvl_are_in_the_order_of_the_prompts():
     ]
     np.testing.assert_array_equal(pixels, np.concatenate([each["pixel_values"] for each in alone]))
     assert [len(each["pixel_values"]) for each in alone] == [5, 3, 8]
+    grids = processor(images=[second[0]], text=text, videos=[first, second])["tile_grids"]
+    assert grids.tolist() == [[1, 1]] * 5 + [[1, 2]] + [[1, 1]] * 8
     assert set(processor(text="what")) == {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
@@ -229,6 +320,39 @@ class TestErrors:
         video = video_cases.VIDEOS[0]
         with helpers.raises_line(ValueError, "videos have 2 and 5 frames; expected as many of"):
             self.process(video, video[:2], name="llava_onevision", text="<video> <video>")
+
+    def test_frames_of_smolvlm_without_numbers(self):
+        processor = video_cases.make_processor("smolvlm")
+        processor.video_values["video_sampling"] = None
+        with helpers.raises_line(ValueError, "up to a number, which", "pass fps and num_frames"):
+            processor(text="<video>", videos=[video_cases.VIDEOS[0]], do_sample_frames=True)
+
+    def test_pictures_and_videos_of_other_sizes(self):
+        processor = video_cases.make_processor("smolvlm")
+        processor.video_values["max_image_size"] = {"longest_edge": 20}
+        video = video_cases.VIDEOS[0]
+        with helpers.raises_line(ValueError, "images become 44 x 44 pixels", "videos 20 x 20"):
+            processor(images=[[video[0]]], text="<image> <video>", videos=[video])
+
+    @pytest.mark.parametrize(
+        ("name", "values", "message"),
+        [
+            ("smolvlm", {"do_pad": False}, "do_pad of the video processor is False; expected True"),
+            ("smolvlm", {"resample": 2}, "resample of the video processor is 2; expected 3 or 1"),
+            (
+                "smolvlm",
+                {"size": {"height": 9, "width": 9}},
+                "'width': 9}; expected a longest_edge",
+            ),
+            ("molmo2", {"size": {"height": 35, "width": 42}}, "expected a square, a multiple of"),
+            ("molmo2", {"resample": 3}, "resample of the video processor is 3; expected 2"),
+        ],
+        ids=str,
+    )
+    def test_values_of_one_family(self, name, values, message):
+        settings = video_cases.make_processor(name).settings_class
+        with helpers.raises_line(ValueError, message):
+            settings.from_json(values)
 
     def test_values_that_are_not_implemented(self):
         processor = video_cases.make_processor("qwen2_vl")

@@ -162,6 +162,21 @@ def test_masks_are_where_the_colour_of_the_objects_matters(scene):
     assert (changed & masks.any(0)).sum() > 0.97 * changed.sum()
 
 
+@settings(max_examples=20, deadline=None)
+@given(any_scene, any_scene)
+def test_the_objects_of_a_pair_are_apart(left, right):
+    """Another colour on the right changes pixels of the object there alone."""
+    right = dataclasses.replace(right, colour="green")
+    picture, masks = scenes.draw_pair(left, right)
+    (first, second) = scenes.boxes(masks)
+    assert masks.shape == (2, 112, 112) and first[2] <= second[0]
+    other, same = scenes.draw_pair(left, dataclasses.replace(right, colour="purple"))
+    np.testing.assert_array_equal(same, masks)
+    changed = np.abs(picture.astype(int) - other).max(-1) > 60
+    assert (changed & masks[1]).sum() > 0.97 * changed.sum() > 0
+    assert not (changed & masks[0]).any()
+
+
 def test_boxes_by_hand():
     masks = np.zeros((2, 5, 7), bool)
     masks[0, 1:3, 2:6] = masks[1, 4, 0] = True

@@ -8,7 +8,7 @@ determined by a seed.
 
 from .ask import Question, check, questions, vocabulary
 from .dataset import image_id, write
-from .draw import boxes, draw, draw_with_masks, training_image
+from .draw import boxes, draw, draw_pair, draw_with_masks, training_image
 from .language import captions, named
 from .presence import COMPANIONS, NEGATIVES, companion, mentioned_kinds
 from .reader import load
@@ -30,6 +30,7 @@ __all__ = [
     "check",
     "companion",
     "draw",
+    "draw_pair",
     "draw_with_masks",
     "image_id",
     "load",

@@ -86,9 +86,48 @@ def draw_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         pixels of which at least half show it and not an object in front of it.
     """
     rng = random.Random(scene.seed)
+    image, pen = _begin(scene, rng)
+    paint = _paint(scene, rng)
+    objects = [(scene, paint, place) for place in _places(scene, rng)]
+    shown = _draw_objects(image, pen, objects, rng)
+    return _finish(image, pen, scene, rng), shown
+
+
+def draw_pair(left: Scene, right: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one object of each of two scenes beside each other, where the left one is.
+
+    Such pictures tell the map of an attribute from one of any object. Models are not trained on
+    them.
+
+    Args:
+        left: kind, colour and mood of the object on the left, and everything else.
+        right: kind, colour and mood of the object on the right.
+
+    Returns:
+        uint8[112, 112, 3], RGB, and bool[2, 112, 112], the pixels that show the left and the right
+        object.
+    """
+    rng = random.Random(left.seed)
+    image, pen = _begin(left, rng)
+    objects = []
+    for scene, x in ((left, SIZE / 4), (right, 3 * SIZE / 4)):
+        _, width, height = (ANIMAL_SHAPES | THING_SHAPES)[scene.kind]
+        scale = min((SIZE / 2 - 4) / width, 1.25) * (1 - 0.1 * rng.random())
+        y = max(92 + 12 * rng.random(), height * scale + 2)
+        objects.append((scene, _paint(scene, rng), (x, y, scale)))
+    shown = _draw_objects(image, pen, objects, rng)
+    return _finish(image, pen, left, rng), shown
+
+
+def _begin(scene: Scene, rng: random.Random) -> tuple[Image.Image, Pen]:
+    """Returns a picture of a place, larger than it will be."""
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER))
     pen = Pen(ImageDraw.Draw(image))
     PLACE_DRAWERS[scene.place](pen, rng, scene.weather)
+    return image, pen
+
+
+def _paint(scene: Scene, rng: random.Random) -> Paint:
     # Greys stay grey: one shift for all channels.
     grey = scene.colour in ("black", "white")
     shift = 8 * (2 * rng.random() - 1)
@@ -96,9 +135,18 @@ def draw_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     red, green, blue = (
         int(min(255, max(0, c + d))) for c, d in zip(PAINT[scene.colour], shade, strict=True)
     )
-    paint = Paint.of(scene.colour, (red, green, blue))
-    shown = np.zeros((scene.count, SIZE, SIZE), bool)
-    for number, (x, y, scale) in enumerate(_places(scene, rng)):
+    return Paint.of(scene.colour, (red, green, blue))
+
+
+def _draw_objects(
+    image: Image.Image,
+    pen: Pen,
+    objects: list[tuple[Scene, Paint, tuple[float, float, float]]],
+    rng: random.Random,
+) -> np.ndarray:
+    """Draws objects at (x, y, scale), farthest first; bool[count, 112, 112], what shows each."""
+    shown = np.zeros((len(objects), SIZE, SIZE), bool)
+    for number, (scene, paint, (x, y, scale)) in enumerate(objects):
         mirrored = rng.random() < 0.5
         alone = Image.new("RGBA", image.size)
         for canvas in (pen.canvas, ImageDraw.Draw(alone)):
@@ -111,11 +159,16 @@ def draw_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         covered = np.asarray(alone.getchannel("A").reduce(SUPER)) >= 128
         shown[:number] &= ~covered
         shown[number] = covered
+    return shown
+
+
+def _finish(image: Image.Image, pen: Pen, scene: Scene, rng: random.Random) -> np.ndarray:
+    """Returns the picture in its size, with snowflakes and noise, uint8[112, 112, 3]."""
     if scene.place == "snow":
         snowflakes(pen, rng)
     pixels = np.asarray(image.reduce(SUPER), np.int16)
     noise = np.random.default_rng(scene.seed).integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
-    return np.clip(pixels + noise, 0, 255).astype(np.uint8), shown
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
 def boxes(masks: np.ndarray) -> np.ndarray:
