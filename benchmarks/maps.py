@@ -51,8 +51,10 @@ from xlvlm_jax.concepts.maps import word_tokens
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.scenes.scene import Split
 from xlvlm_jax.demo import embedded
+from xlvlm_jax.metrics.localisation import picture_auc, rank_auc
 
 GRID, SIDE, BATCH, PER_PICTURE = 8, 112, 50, 16
+CELL = (SIDE // GRID) ** 2  # pixels
 PROMPT = prompts.question("What is in the picture?")
 SNMF = {"relative_alpha": True, "alpha": 0.1, "n_init": 1, "max_iter": 100}
 SHOWN = 0.5  # share of a cell's pixels from which on it shows an object
@@ -89,19 +91,6 @@ def look(vlm: ports.VLM, split: Split, count: int, sites: list[str]) -> Pictures
     )
 
 
-def rank_auc(ranks: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of each column, from its ranks float[n, K], ties sharing theirs."""
-    p, n = positive.sum(), (~positive).sum()
-    return (ranks[positive].sum(0) - p * (p + 1) / 2) / (p * n)
-
-
-def picture_auc(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The same within each picture: values[n, 64], with so many positive pixels in each cell."""
-    others = (SIDE // GRID) ** 2 - pixels
-    above = np.sign(values[:, :, None] - values[:, None, :]) / 2 + 0.5
-    return np.einsum("ni,nj,nij->n", pixels, others, above) / (pixels.sum(1) * others.sum(1))
-
-
 class Scored(NamedTuple):
     """Means over the values of an attribute."""
 
@@ -118,7 +107,7 @@ def values_of(pictures: Pictures, name: str) -> list[Any]:
 def shows(pictures: Pictures, name: str, value: Any) -> tuple[np.ndarray, np.ndarray]:
     """bool[N], pictures with the value, and bool[N, 64], cells that show objects, or the place."""
     with_value = np.array([each[name] == value for each in pictures.attributes])
-    share = pictures.pixels / (SIDE // GRID) ** 2
+    share = pictures.pixels / CELL
     return with_value, share < SHOWN if name == "place" else share >= SHOWN
 
 
@@ -129,7 +118,7 @@ def score(maps: Mapping[Any, np.ndarray], test: Pictures, name: str) -> Scored:
         here, cells = shows(test, name, value)
         pixels, inside = test.pixels, test.in_box
         if name == "place":
-            pixels, inside = (SIDE // GRID) ** 2 - pixels, ~inside
+            pixels, inside = CELL - pixels, ~inside
         best = values[here].argmax(1)
         pointing = inside[here][np.arange(here.sum()), best].mean()
         which = np.nan
@@ -139,7 +128,8 @@ def score(maps: Mapping[Any, np.ndarray], test: Pictures, name: str) -> Scored:
             among = (known[:, None] & cells).reshape(-1)
             ranks = rankdata(values.reshape(-1)[among])
             which = rank_auc(ranks[:, None], positive[among])[0]
-        found.append((pointing, picture_auc(values[here], pixels[here]).mean(), which))
+        auc = picture_auc(values[here], pixels[here], CELL - pixels[here]).mean()
+        found.append((pointing, auc, which))
     return Scored(*np.array(found).mean(0))
 
 

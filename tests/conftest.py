@@ -48,6 +48,7 @@ import pytest
 DATA = Path(__file__).parents[1] / "xlvlm_jax" / "data"
 CHECKED = (
     "xlvlm_jax.causal",
+    "xlvlm_jax.concept_benchmark",
     "xlvlm_jax.concepts",
     *(f"xlvlm_jax.data.{file.stem}" for file in DATA.glob("[a-z]*.py")),
     "xlvlm_jax.demo",

@@ -37,7 +37,7 @@ LAYERS = (
     ("xlvlm_jax.lenses", "xlvlm_jax.shift", "xlvlm_jax.steering"),
     ("xlvlm_jax.causal", "xlvlm_jax.evaluation"),
     ("xlvlm_jax.report",),
-    ("xlvlm_jax.demo", "xlvlm_jax.playground"),
+    ("xlvlm_jax.concept_benchmark", "xlvlm_jax.demo", "xlvlm_jax.playground"),
     ("xlvlm_jax.cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -4,7 +4,7 @@ from ports.intervene.edits import ablate, add, add_relative, edit_with, replace,
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.programs import compilation_cache
-from xlvlm_jax import causal, lenses, metrics, sae, shift
+from xlvlm_jax import causal, concept_benchmark, lenses, metrics, sae, shift
 from xlvlm_jax.concepts.answer_gradients import answer_gradients
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored, project
 from xlvlm_jax.concepts.estimators import PCA, KMeans, SemiNMF
@@ -35,6 +35,7 @@ __all__ = [
     "capture",
     "causal",
     "compilation_cache",
+    "concept_benchmark",
     "concept_maps",
     "decompose",
     "decompose_stored",

@@ -13,6 +13,7 @@ import typer
 
 import xlvlm_jax
 from xlvlm_jax.cli import (
+    bench_concepts,
     causal,
     convert,
     decompose,
@@ -85,6 +86,7 @@ for command in (
     map.map_,
     score.score,
     causal.causal,
+    bench_concepts.bench_concepts,
     lens.lens,
     fit_lens.fit_lens,
     report.report,

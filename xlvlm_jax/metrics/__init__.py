@@ -10,6 +10,7 @@ Examples:
 
 from typing import Any
 
+from xlvlm_jax.metrics.absorption import absorption
 from xlvlm_jax.metrics.amber import AmberScore, amber
 from xlvlm_jax.metrics.attributes import AttributeScore, attribute_scores
 from xlvlm_jax.metrics.baselines import noise_images, random_words, vocabulary_words
@@ -36,9 +37,17 @@ from xlvlm_jax.metrics.clip_score import (
     pixels_of,
 )
 from xlvlm_jax.metrics.codes import active_share, dead_concepts, explained_variance, hoyer_sparsity
+from xlvlm_jax.metrics.information import (
+    attribute_information,
+    completeness,
+    disentanglement,
+)
+from xlvlm_jax.metrics.localisation import picture_auc, pointing
 from xlvlm_jax.metrics.monosemanticity import mean_similarity, monosemanticity
 from xlvlm_jax.metrics.most_activated import mean_of_top, top_concepts
+from xlvlm_jax.metrics.naming import Naming, naming_accuracy
 from xlvlm_jax.metrics.overlap import overlap_matrix, word_overlap
+from xlvlm_jax.metrics.perturbation import accuracy_losses, targeted_perturbation
 from xlvlm_jax.metrics.pope import (
     PopeScore,
     StartScore,
@@ -48,6 +57,7 @@ from xlvlm_jax.metrics.pope import (
     pope_scores,
     read_answer,
 )
+from xlvlm_jax.metrics.probing import sparse_probing, split_concepts
 from xlvlm_jax.metrics.stability import stability
 from xlvlm_jax.metrics.uncertainty import Interval, McNemar, bootstrap, mcnemar
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
@@ -60,10 +70,14 @@ __all__ = [
     "ChairScore",
     "Interval",
     "McNemar",
+    "Naming",
     "PopeScore",
     "StartScore",
+    "absorption",
+    "accuracy_losses",
     "active_share",
     "amber",
+    "attribute_information",
     "attribute_scores",
     "bert_score",
     "bootstrap",
@@ -71,9 +85,11 @@ __all__ = [
     "chair_counts",
     "chair_scores",
     "clip_scores",
+    "completeness",
     "dead_concepts",
     "default_layer",
     "describe",
+    "disentanglement",
     "embed_images",
     "embed_pixels",
     "embed_texts",
@@ -85,17 +101,23 @@ __all__ = [
     "mean_similarity",
     "mentioned_objects",
     "monosemanticity",
+    "naming_accuracy",
     "noise_images",
     "normalise_answer",
     "overlap_matrix",
+    "picture_auc",
     "pixels_of",
+    "pointing",
     "pope",
     "pope_counts",
     "pope_scores",
     "random_words",
     "read_answer",
     "read_baseline",
+    "sparse_probing",
+    "split_concepts",
     "stability",
+    "targeted_perturbation",
     "top_concepts",
     "vocabulary_words",
     "vqa_accuracy",

@@ -1,0 +1,351 @@
+"""The whole benchmark: learns or reads dictionaries, scores them for several seeds, ranks them.
+
+A run directory holds, for each seed, the pictures and a directory per dictionary, with its concepts
+if it was learnt here, and its scores. What is there already is not computed again.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ports import VLM
+from ports.models.clip import DualEncoder
+from xlvlm_jax import metrics
+from xlvlm_jax.concept_benchmark import known_pictures
+from xlvlm_jax.concept_benchmark.dictionaries import (
+    Entry,
+    check,
+    digest_of,
+    learn,
+    names_differ,
+    read,
+)
+from xlvlm_jax.concept_benchmark.measures import MEASURES, RANKED
+from xlvlm_jax.concept_benchmark.ranking import agreement, rank
+from xlvlm_jax.concept_benchmark.scoring import ASKED, Scores, prepare_ground, score_dictionary
+from xlvlm_jax.concepts.record import TENSORS, Concepts
+from xlvlm_jax.concepts.removal import concept_directions
+from xlvlm_jax.data import files
+from xlvlm_jax.storage import atomic, versions
+from xlvlm_jax.storage.same_model import model_of
+
+FILE, TABLE = "benchmark.json", "leaderboard.md"
+SCORES = "known-scores.json"
+METHODS = ("snmf", "kmeans", "pca", "topk-sae", "random")
+
+
+class Settings(NamedTuple):
+    """What a run of the benchmark is made of."""
+
+    site: str
+    num_concepts: int = 128
+    k: int = 8  # active concepts per state
+    encode_as: str = "snmf"  # how states are encoded on bare components
+    counts: tuple[int, int, int] = known_pictures.COUNTS
+    num_asked: int = ASKED
+
+
+class Line(NamedTuple):
+    """A dictionary in the leaderboard: means over the seeds."""
+
+    name: str
+    method: str
+    num_concepts: int
+    values: dict[str, float]
+    spread: dict[str, float]  # sample standard deviation over seeds; empty for one seed
+    nulls: dict[str, float]
+    rank: float  # mean place over the measures that are ranked
+
+
+class Benchmark(NamedTuple):
+    """The result, best dictionary first."""
+
+    lines: list[Line]
+    agreement: dict[str, float]  # Kendall's tau over seeds, by measure, and of "rank"
+    probe_accuracy: float  # of probes on the model's own states
+    settings: dict[str, Any]
+
+
+def run_benchmark(
+    output: Path,
+    vlm: VLM,
+    clip: DualEncoder,
+    entries: Sequence[Entry],
+    settings: Settings,
+    *,
+    seeds: Sequence[int] = (0,),
+    progress: Callable[[str], Callable[..., None]] | None = None,
+) -> Benchmark:
+    """Scores dictionaries on drawn pictures, anew for each seed, and ranks them.
+
+    Args:
+        output: the run directory; what it holds is used.
+        vlm: the model whose states the dictionaries are of.
+        clip: embeds pictures, for the monosemanticity.
+        entries: the dictionaries.
+        settings: site, sizes, and so on.
+        seeds: of pictures, and of the dictionaries that are learnt.
+        progress: progress(name) starts a bar and returns advance(done, total).
+
+    Returns:
+        The leaderboard, which is also written as benchmark.json and leaderboard.md.
+
+    Raises:
+        FileNotFoundError: a path holds no dictionary.
+        ValueError: an entry is unknown, given twice, or does not fit the site; or settings do not
+            fit.
+    """
+    if not entries or not seeds:
+        raise ValueError(f"got {len(entries)} dictionaries and {len(seeds)} seeds; expected some")
+    names_differ(entries)
+    if not 1 <= settings.k <= settings.num_concepts:
+        raise ValueError(
+            f"k is {settings.k}; expected 1 to the {settings.num_concepts} concepts (--k, "
+            "--num-concepts)"
+        )
+    settings = settings._replace(site=vlm.find_site(settings.site))
+    # Before any work: what is given must fit.
+    given = {
+        entry.name: [_read(path, entry, vlm, settings) for path in entry.paths]
+        for entry in entries
+        if entry.method is None
+    }
+    start = progress or (lambda name: lambda done, total: None)
+    scored: dict[str, list[Scores]] = {entry.name: [] for entry in entries}
+    found: dict[str, list[Concepts]] = {entry.name: [] for entry in entries}
+    accuracies: list[float] = []
+    for number, seed in enumerate(seeds):
+        directory = output / f"seed-{seed}"
+        pictures = known_pictures.load_or_make(
+            directory,
+            vlm,
+            clip,
+            settings.site,
+            seed=seed,
+            counts=settings.counts,
+            progress=start(f"seed {seed}: drawing, running the model"),
+        )
+        ground = prepare_ground(pictures, vlm, num_asked=settings.num_asked)
+        accuracies.append(ground.probe_accuracy)
+        advance = start(f"seed {seed}: learning, scoring")
+        for done, entry in enumerate(entries, start=1):
+            place = directory / entry.name
+            if entry.method is None:
+                dictionaries = given[entry.name]
+                concepts = dictionaries[min(number, len(dictionaries) - 1)]
+            else:
+                concepts = _learnt(place, entry.method, pictures, vlm, settings)
+            described = _described(concepts, settings, vlm, seed)
+            scores = _known(place / SCORES, described)
+            if scores is None:
+                kept = settings.k
+                scores = score_dictionary(concepts, ground, name=entry.name, kept=kept)
+                place.mkdir(parents=True, exist_ok=True)
+                text = described | {"scores": plain(dataclasses.asdict(scores))}
+                atomic.write(place / SCORES, json.dumps(text, indent=1) + "\n")
+            scored[entry.name].append(scores)
+            found[entry.name].append(concepts)
+            advance(done, len(entries))
+    stable = {entry.name: _stability(found[entry.name], entry) for entry in entries}
+    result = summarise(scored, stable, float(np.mean(accuracies)), _settings(settings, seeds, vlm))
+    described = {"version": versions.VERSION, **plain(as_json(result))}
+    atomic.write(output / FILE, json.dumps(described, indent=1) + "\n")
+    atomic.write(output / TABLE, as_markdown(result))
+    return result
+
+
+def _read(path: Path, entry: Entry, vlm: VLM, settings: Settings) -> Concepts:
+    concepts = read(path, settings.encode_as)
+    check(concepts, vlm, settings.site, entry.name)
+    return concepts
+
+
+def _learnt(
+    place: Path,
+    method: str,
+    pictures: known_pictures.KnownPictures,
+    vlm: VLM,
+    settings: Settings,
+) -> Concepts:
+    """Returns the dictionary that a directory holds; learns it if there is none or another."""
+    asked = {
+        "entry": method,
+        "site": pictures.site,
+        "seed": pictures.seed,
+        "pictures": list(settings.counts),
+        "num_concepts": settings.num_concepts,
+        "k": settings.k,
+        **model_of(vlm),
+    }
+    if (place / TENSORS).is_file():
+        known = Concepts.load(place)
+        if all(known.source.get(name) == value for name, value in asked.items()):
+            return known
+    made = learn(method, pictures.rows, settings.num_concepts, settings.k, seed=pictures.seed)
+    concepts = dataclasses.replace(made, activations=None, source=made.source | asked)
+    concepts.save(place)
+    return Concepts.load(place)
+
+
+def _settings(settings: Settings, seeds: Sequence[int], vlm: VLM) -> dict[str, Any]:
+    return settings._asdict() | {"seeds": list(seeds), **model_of(vlm)}
+
+
+def _described(concepts: Concepts, settings: Settings, vlm: VLM, seed: int) -> dict[str, Any]:
+    """Returns what scores depend on, as JSON values."""
+    described = _settings(settings, [seed], vlm) | {"words": concepts.words}
+    described |= {"version": versions.VERSION, "of": digest_of(concepts)}
+    return json.loads(json.dumps(described))
+
+
+def _known(path: Path, described: Mapping[str, Any]) -> Scores | None:
+    """Returns the scores in a file, if they are of the same dictionary and settings."""
+    if not path.is_file():
+        return None
+    known = files.read_json(path)
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: expected a JSON object; remove it")
+    if {name: value for name, value in known.items() if name != "scores"} != described:
+        return None
+    try:
+        scores = Scores(**known["scores"])
+        numbers = {
+            field: {
+                name: math.nan if value is None else float(value)
+                for name, value in getattr(scores, field).items()
+            }
+            for field in ("values", "nulls")
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds no scores ({error}); remove it") from None
+    return dataclasses.replace(scores, **numbers)
+
+
+def _stability(found: Sequence[Concepts], entry: Entry) -> float:
+    distinct = found if entry.method is not None else found[: len(entry.paths)]
+    directions = [concept_directions(concepts) for concepts in distinct]
+    if len(directions) < 2 or len({each.shape for each in directions}) > 1:
+        return math.nan
+    return metrics.stability(directions)
+
+
+def summarise(
+    scored: Mapping[str, Sequence[Scores]],
+    stable: Mapping[str, float],
+    probe_accuracy: float,
+    settings: Mapping[str, Any],
+) -> Benchmark:
+    """Returns the leaderboard of scores.
+
+    A dictionary's rank is its mean place over all ranked measures that some dictionary has.
+
+    Args:
+        scored: {name: its scores, one per seed}.
+        stable: {name: its stability}.
+        probe_accuracy: of probes on the model's own states.
+        settings: JSON values.
+
+    Raises:
+        ValueError: there are no dictionaries, or they have scores for different numbers of seeds.
+    """
+    counts = {len(scores) for scores in scored.values()}
+    if len(counts) != 1 or not min(counts):
+        raise ValueError(
+            f"dictionaries have scores for {sorted(counts)} seeds; expected the same number for "
+            "all, one or more"
+        )
+    names = list(scored)
+    columns = [measure.name for measure in MEASURES if measure.name != "stability"]
+    cube = np.array(
+        [[[each.values.get(c, math.nan) for c in columns] for each in scored[n]] for n in names]
+    )  # [dictionaries, seeds, measures]
+    ranked = {m.name: bool(m.higher) for m in RANKED if m.name in columns}
+    used = [
+        j
+        for j, column in enumerate(columns)
+        if column in ranked and np.isfinite(cube[:, :, j]).any()
+    ]
+    higher = [ranked[columns[j]] for j in used]
+    agreed = {
+        columns[j]: agreement(cube[:, :, j].T) for j in used if np.isfinite(cube[:, :, j]).all()
+    }
+    places = [rank(cube[:, s][:, used], higher).mean(axis=1) for s in range(cube.shape[1])]
+    agreed["rank"] = agreement(np.array(places))
+    mean = cube.mean(axis=1)
+    overall = np.column_stack([mean[:, used], [stable[name] for name in names]])
+    if np.isfinite(overall[:, -1]).any():
+        higher = [*higher, True]
+    else:
+        overall = overall[:, :-1]
+    final = rank(overall, higher).mean(axis=1)
+    lines = []
+    for e, name in enumerate(names):
+        first = scored[name][0]
+        values = dict(zip(columns, mean[e].tolist(), strict=True)) | {"stability": stable[name]}
+        spread = {}
+        if cube.shape[1] > 1:
+            spread = dict(zip(columns, cube[e].std(axis=0, ddof=1).tolist(), strict=True))
+        nulls = {
+            key: float(np.mean([each.nulls[key] for each in scored[name]])) for key in first.nulls
+        }
+        lines.append(
+            Line(name, first.method, first.num_concepts, values, spread, nulls, float(final[e]))
+        )
+    lines.sort(key=lambda line: line.rank)
+    return Benchmark(lines, agreed, probe_accuracy, dict(settings))
+
+
+def as_json(result: Benchmark) -> dict[str, Any]:
+    """Returns a result as JSON values, except that NaN stays."""
+    return {
+        "settings": result.settings,
+        "probes on states": result.probe_accuracy,
+        "dictionaries": [line._asdict() for line in result.lines],
+        "agreement of seeds": result.agreement,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Returns JSON values: NaN as None, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def as_rows(result: Benchmark) -> tuple[list[str], list[list[str]]]:
+    """Returns the headings and the lines of the table, its last line Kendall's tau over seeds."""
+    shown = [m for m in MEASURES if any(np.isfinite(x.values[m.name]) for x in result.lines)]
+
+    def text(value: float | None) -> str:
+        return "" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+    head = ["dictionary", "K", *(measure.title for measure in shown), "rank"]
+    rows = [
+        [
+            line.name,
+            str(line.num_concepts),
+            *(text(line.values[measure.name]) for measure in shown),
+            f"{line.rank:.1f}",
+        ]
+        for line in result.lines
+    ]
+    if any(np.isfinite(value) for value in result.agreement.values()):
+        taus = (text(result.agreement.get(measure.name)) for measure in shown)
+        rows.append(["tau over seeds", "", *taus, text(result.agreement["rank"])])
+    return head, rows
+
+
+def as_markdown(result: Benchmark) -> str:
+    """Returns the table in Markdown."""
+    head, rows = as_rows(result)
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
