@@ -103,12 +103,12 @@ def test_messages(tmp_path, vlm):
     wide = np.ones((2, 192))
     refused("mine was learnt at 'blocks.2", *check(wide, site="blocks.2.hook_resid_post"))
     refused("mine was learnt on the states of 'x' ", *check(wide, model="x", fingerprint="other"))
-    dictionaries.check(*check(wide, site="blocks.5.hook_resid_post")[1:])
+    dictionaries.check(*check(wide, site="blocks.7.hook_resid_post")[1:])
 
 
 def test_learning_by_name():
     rows = RNG.normal(size=(60, 4)).astype(np.float32)
-    assert dictionaries.learn("kmeans", rows, 3, 1).method == "kmeans"
+    assert dictionaries.learn("simple", rows, 3, 1).method == "simple"
     assert dictionaries.learn("random", rows, 3, 1).method == "topk-sae"
     with pytest.raises(ValueError, match="unknown method 'lda'"):
         dictionaries.learn("lda", rows, 3, 1)

