@@ -24,7 +24,8 @@ from xlvlm_jax.concepts.stage import layer_of
 from xlvlm_jax.storage.same_model import require_model
 
 RANDOM = "random"
-LEARNT = (*METHODS, *TRAINED, RANDOM)
+# Transcoders and crosscoders learn from two matrices, of which there is one here.
+LEARNT = (*METHODS, *(name for name in TRAINED if not method_named(name).takes_target), RANDOM)
 # How each method is trained, besides its number of concepts.
 SNMF = {"relative_alpha": True, "alpha": 0.1, "n_init": 1, "max_iter": 100}
 AUTOENCODER = {"max_iter": 1000, "batch_size": 512, "learning_rate": 2e-3, "dead_after": 50_000}
@@ -191,9 +192,10 @@ def check(concepts: Concepts, vlm: VLM, site: str, name: str) -> None:
         name: its name, for the message.
 
     Raises:
-        ValueError: it has another width, is not finite, or was learnt on another model or at
-            another layer.
+        ValueError: it has another width, is not finite, has features of two sites, or was learnt on
+            another model or at another layer.
     """
+    concepts.require_one_site("the benchmark")
     components = np.asarray(concepts.components)
     width = vlm.site_shapes[site][-1]
     if components.ndim != 2 or components.shape[1] != width:

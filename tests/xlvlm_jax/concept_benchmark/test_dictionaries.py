@@ -103,6 +103,10 @@ def test_messages(tmp_path, vlm):
     wide = np.ones((2, 192))
     refused("mine was learnt at 'blocks.2", *check(wide, site="blocks.2.hook_resid_post"))
     refused("mine was learnt on the states of 'x' ", *check(wide, model="x", fingerprint="other"))
+    skipping = sae.Dictionary.of(WEIGHTS, sae.Settings("transcoder"))
+    given = (dictionaries.check, Concepts.from_dictionary(skipping), vlm, SITE, "mine")
+    refused("has features of two sites or models; the benchmark needs concepts of one", *given)
+    refused("'crosscoder' is not a method", parse_entry, "crosscoder")
     dictionaries.check(*check(wide, site="blocks.7.hook_resid_post")[1:])
 
 
