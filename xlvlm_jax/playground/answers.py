@@ -66,7 +66,9 @@ class Answers:
     @property
     def sites(self) -> tuple[str, ...]:
         """Sites at which the page may add vectors: all layers, and those of the items."""
-        own = (item.site for item in self.items.values())
+        # Vectors of several sites name these in short, and steer there alone.
+        known = self.vlm.site_shapes
+        own = (item.site for item in self.items.values() if item.site in known)
         return tuple(dict.fromkeys((*self.vlm.layers, *own)))
 
     def add_item(self, item: Item) -> Item:

@@ -17,7 +17,7 @@ from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.picture_maps import concept_site
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
-from xlvlm_jax.steering import SampleVectors, SteeringVector, files
+from xlvlm_jax.steering import SampleVectors, SiteVectors, SteeringVector, files
 from xlvlm_jax.steering.methods import Steering
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -176,7 +176,12 @@ def read_vector(vlm: VLM, path: Path, name: str | None = None) -> Item:
 
 def _item_of(vlm: VLM, path: Path, fitted: Steering, name: str | None = None) -> Item:
     files.require_fitted_model(fitted.source, vlm)
-    site = vlm.find_site(fitted.site, generated=True)
+    if isinstance(fitted, SiteVectors):
+        site = fitted.site
+        for name_of, found in vlm.find_sites(list(fitted.vectors), generated=True).items():
+            _require_width(vlm, path, found, len(fitted.vectors[name_of]))
+    else:
+        site = vlm.find_site(fitted.site, generated=True)
     if isinstance(fitted, SteeringVector):
         _require_width(vlm, path, site, len(fitted.vector))
     name = path.stem if name is None else Path(name).stem

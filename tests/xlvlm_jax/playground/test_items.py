@@ -7,7 +7,10 @@ import pytest
 
 from xlvlm_jax import steering
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.playground.answers import Answers
+from xlvlm_jax.playground.edits import edits_of, settings_of
 from xlvlm_jax.playground.items import find_items, read_vector, typical_activations
+from xlvlm_jax.playground.settings import Slider
 
 from .conftest import NORM
 
@@ -59,6 +62,24 @@ def test_vectors_of_samples_have_no_slider(vlm, tmp_path):
     said = []
     assert find_items(vlm, tmp_path, tell=said.append) == []
     assert len(said) == 1 and "no slider" in said[0]
+
+
+def test_vectors_of_several_sites_are_one_slider(vlm, tmp_path):
+    sites = [f"language_model.model.layers.{i}" for i in (2, 5)]
+    vectors = {site: np.full(192, i, np.float32) for i, site in enumerate(sites, start=1)}
+    path = tmp_path / "heads.safetensors"
+    steering.SiteVectors(vectors, where="generated").save(path)
+    item = read_vector(vlm, path)
+    assert item.site == ", ".join(sites) and item.vector is None
+    assert Answers(vlm, [item], max_new_tokens=8).sites == vlm.layers
+    (setting,) = settings_of(vlm, {item.id: item}, [Slider(item.id, 2.0, "all", None)])
+    edits = edits_of(vlm, {}, [setting], vlm.layers)
+    for i, site in enumerate(sites, start=1):
+        steered = edits[site][-1](np.zeros((1, 192), np.float32))
+        np.testing.assert_array_equal(steered, np.full((1, 192), 2 * i))
+    steering.SiteVectors({sites[0]: np.ones(7, np.float32)}).save(path)
+    with pytest.raises(ValueError, match="has width 7; the states of this model at"):
+        read_vector(vlm, path)
 
 
 def test_an_empty_run_is_refused(vlm, tmp_path):
