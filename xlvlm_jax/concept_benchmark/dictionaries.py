@@ -38,10 +38,6 @@ class Entry(NamedTuple):
     paths: tuple[Path, ...] = ()  # of the dictionary, one per seed or a single one
     method: str | None = None  # None if it is read
 
-    def path(self, number: int) -> Path:
-        """Returns the file of a seed: of the last one if there are fewer."""
-        return self.paths[min(number, len(self.paths) - 1)]
-
 
 def parse_entry(text: str) -> Entry:
     """Parses a method's name, PATH, or NAME=PATH,PATH of dictionaries with different seeds.
@@ -50,7 +46,8 @@ def parse_entry(text: str) -> Entry:
         text: as a user writes it.
 
     Raises:
-        ValueError: it is neither the name of a method nor a path that exists.
+        ValueError: it is neither the name of a method nor a path that exists, or the name cannot be
+            that of a directory.
 
     Examples:
         >>> from xlvlm_jax.concept_benchmark import parse_entry
@@ -68,7 +65,13 @@ def parse_entry(text: str) -> Entry:
             f"{text!r} is not a method and {what}; expected one of {', '.join(LEARNT)}, or "
             "[NAME=]PATH[,PATH] of dictionaries"
         )
-    return Entry(name or found[0].stem or str(found[0]), found)
+    first = found[0].resolve()
+    name = name or (first.name if first.is_dir() else first.stem)
+    if name in ("", ".", "..") or name != Path(name).name:
+        raise ValueError(
+            f"{name!r} names a dictionary and its directory; expected a name without slashes"
+        )
+    return Entry(name, found)
 
 
 def learn(
@@ -129,16 +132,15 @@ def random_dictionary(
     return Concepts.from_dictionary(made(scale))
 
 
-def read(path: Path, encode_as: str = "snmf", k: int | None = None) -> Concepts:
+def read(path: Path, encode_as: str = "snmf") -> Concepts:
     """Reads a dictionary: concepts, a sparse autoencoder, or arrays.
 
     Args:
         path: a directory of concepts, one of SAELens or Gemma Scope, a file of Qwen-Scope, a .npy
             matrix float[K, D] of components, or a .safetensors file with `components` (and `mean`)
-            or with `W_enc`, `W_dec`, `b_enc`, `b_dec` (and `threshold`).
+            or with `W_enc`, `W_dec`, `b_enc`, `b_dec`; codes that count are those above
+            `threshold`, the `k` largest, or all that are positive.
         encode_as: how states are encoded on bare components: "snmf", "kmeans", "simple" or "pca".
-        k: for encoders without a threshold, the number of active features; None for all positive
-            ones.
 
     Raises:
         FileNotFoundError: there is no dictionary.
@@ -156,8 +158,10 @@ def read(path: Path, encode_as: str = "snmf", k: int | None = None) -> Concepts:
         arrays = {name: np.asarray(tensor.read()) for name, tensor in stored.items()}
         if "W_dec" not in arrays:
             return _of_components(path, arrays, encode_as)
-        architecture = "standard" if k is None else "topk"
-        settings = sae.Settings("jumprelu" if "threshold" in arrays else architecture, k=k)
+        k = arrays.pop("k", None)
+        k = None if k is None else int(k.reshape(-1)[0])
+        architecture = "topk" if k else "jumprelu" if "threshold" in arrays else "standard"
+        settings = sae.Settings(architecture, k=k)
         try:
             return Concepts.from_dictionary(sae.Dictionary.of(arrays, settings))
         except ValueError as error:
@@ -236,7 +240,7 @@ def remade(
     return np.asarray(reconstruct(concepts, codes, rows), np.float32)
 
 
-def names_differ(entries: Sequence[Entry]) -> None:
+def check_names(entries: Sequence[Entry]) -> None:
     """Checks that no two entries share a name.
 
     Raises:

@@ -20,9 +20,9 @@ from xlvlm_jax.concept_benchmark import known_pictures
 from xlvlm_jax.concept_benchmark.dictionaries import (
     Entry,
     check,
+    check_names,
     digest_of,
     learn,
-    names_differ,
     read,
 )
 from xlvlm_jax.concept_benchmark.measures import MEASURES, RANKED
@@ -102,7 +102,7 @@ def run_benchmark(
     """
     if not entries or not seeds:
         raise ValueError(f"got {len(entries)} dictionaries and {len(seeds)} seeds; expected some")
-    names_differ(entries)
+    check_names(entries)
     if not 1 <= settings.k <= settings.num_concepts:
         raise ValueError(
             f"k is {settings.k}; expected 1 to the {settings.num_concepts} concepts (--k, "
@@ -307,6 +307,7 @@ def as_json(result: Benchmark) -> dict[str, Any]:
         "probes on states": result.probe_accuracy,
         "dictionaries": [line._asdict() for line in result.lines],
         "agreement of seeds": result.agreement,
+        "measures": {each.name: each._asdict() for each in MEASURES},
     }
 
 

@@ -30,9 +30,10 @@ def test_entries(tmp_path):
         np.save(tmp_path / name, ATOMS)
     one, two = tmp_path / "a.npy", tmp_path / "b.npy"
     assert parse_entry(str(one)) == ("a", (one,), None)
+    (tmp_path / "layer_1.v2").mkdir()
+    assert parse_entry(str(tmp_path / "layer_1.v2")).name == "layer_1.v2"
     both = parse_entry(f"mine={one},{two}")
     assert both == ("mine", (one, two), None)
-    assert [both.path(number) for number in range(3)] == [one, two, two]
 
 
 def test_every_form_encodes_alike(tmp_path):
@@ -55,7 +56,10 @@ def test_every_form_encodes_alike(tmp_path):
     ):
         found = read(tmp_path / name, "pca" if name.startswith("pca") else "snmf")
         np.testing.assert_allclose(project(ROWS, found), expected, atol=2e-6)
-    two = np.asarray(project(ROWS, read(tmp_path / "sae.safetensors", k=2)))
+    save_file(WEIGHTS | {"k": np.array([2])}, tmp_path / "topk.safetensors")
+    two = np.asarray(project(ROWS, read(tmp_path / "topk.safetensors")))
+    kept = np.sort(np.maximum(hidden, 0), axis=1)[:, -2:]
+    np.testing.assert_allclose(np.sort(two, axis=1)[:, -2:], kept, atol=2e-6)
     assert ((two != 0).sum(1) <= 2).all()
 
 
@@ -80,6 +84,7 @@ def test_messages(tmp_path, vlm):
         assert "\n" not in str(error.value)
 
     refused("'topk' is not a method and there is no file or directory topk", parse_entry, "topk")
+    refused("'a/b' names a dictionary and its directory", parse_entry, f"a/b={tmp_path}")
     refused("'mine=' is not a method and there is no path", parse_entry, "mine=")
     np.save(tmp_path / "odd.npy", np.array([["a"]]))
     refused("odd.npy: .*numbers", read, tmp_path / "odd.npy")
@@ -91,7 +96,7 @@ def test_messages(tmp_path, vlm):
     refused("inf.safetensors: W_dec .* not finite", read, tmp_path / "inf.safetensors")
     refused("holds no sparse autoencoder", read, tmp_path)
     entry = parse_entry("kmeans")
-    refused("two dictionaries are called 'kmeans'", dictionaries.names_differ, [entry, entry])
+    refused("two dictionaries are called 'kmeans'", dictionaries.check_names, [entry, entry])
 
     def check(components, **source):
         concepts = Concepts(np.asarray(components, np.float32), source=source)
