@@ -21,7 +21,7 @@ SAELens has no crosscoders, and transcoders without topk. D width of the states,
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,8 +95,13 @@ class Settings:
     num_heads: int = 8
     tied_weights: bool = True
     scale: float = 1.0
-    widths: tuple[int, ...] = ()
-    scales: tuple[float, ...] = ()
+    widths: Sequence[int] = ()
+    scales: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has lists, which cannot be constants of compiled programs.
+        for name in ("widths", "scales"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def is_transcoder(self) -> bool:

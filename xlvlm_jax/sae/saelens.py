@@ -148,8 +148,8 @@ def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Pa
     if settings.is_crosscoder:
         settings = dataclasses.replace(
             settings,
-            widths=tuple(int(width) for width in values.get("widths", ())),
-            scales=tuple(float(scale) for scale in values.get("scales", ())),
+            widths=values.get("widths") or (),
+            scales=values.get("scales") or (),
         )
     if architecture.startswith(("topk", "abstopk")):
         return dataclasses.replace(settings, k=int(values.get("k", 100)))

@@ -146,7 +146,8 @@ def clamp_features(
         [[3.0, 6.0]]
     """
     settings, K = dictionary.settings, len(dictionary.params["W_dec"])
-    if settings.is_transcoder or settings.hook_z or settings.architecture == "temporal":
+    of_two = settings.is_transcoder or settings.is_crosscoder
+    if of_two or settings.hook_z or settings.architecture == "temporal":
         raise ValueError(
             f"features of a {dictionary.method} can't be clamped; expected an autoencoder that "
             "reconstructs the states of one site, position by position"
