@@ -50,6 +50,8 @@ def test_the_example_of_an_exported_name(package: types.ModuleType, name: str):
             "metrics.uncertainty",
             "data.scenes.presence",
         ),
+        *("steering.directions", "steering.adaptive", "steering.sae_features"),
+        "evaluation.method_sweep",
         *("lenses.reading", "lenses.jacobian", "lenses.neighbours"),
     ],
 )

@@ -68,6 +68,8 @@ def projected(Z, components):
 TRACED = {
     "add": (steered(xlvlm_jax.add), (A, A[0], 0.5), True),
     "add_relative": (steered(xlvlm_jax.add_relative), (A, A[0], 0.5), True),
+    "add_adaptive": (steered(xlvlm_jax.add_adaptive), (A, A[0], B[1]), True),
+    "add_if_similar": (steered(xlvlm_jax.add_if_similar), (A, A[:2], B[:2]), True),
     "ablate": (steered(xlvlm_jax.ablate), (A, A[0], 0.5), True),
     "replace": (steered(xlvlm_jax.replace), (A[None], B[None], 0.5), True),
     "edit_with": (steered(lambda: xlvlm_jax.edit_with(jnp.sin)), (A,), True),

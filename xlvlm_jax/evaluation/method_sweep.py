@@ -68,7 +68,14 @@ class Sweep(NamedTuple):
         )
 
     def chosen(self, method: str | None = None) -> Trial:
-        """Returns the best trial within the budget, of one method or of all, see `best_within`."""
+        """Returns the best trial within the budget, see `best_within`.
+
+        Args:
+            method: the method whose trials to choose from; None for all.
+
+        Raises:
+            ValueError: as `best_within`.
+        """
         kept = [
             trial
             for name, trial in zip(self.methods, self.trials, strict=True)

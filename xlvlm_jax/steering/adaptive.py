@@ -67,6 +67,9 @@ class AdaptiveVector(SiteSteering):
 
         Returns:
             {site: edit}.
+
+        Raises:
+            ValueError: as for `ports.add_adaptive`.
         """
         where = self.where if where is None else where
         return {self.site: add_adaptive(self.vector, self.reference, alpha, where)}
@@ -112,6 +115,9 @@ class VectorMemory(SiteSteering):
 
         Returns:
             {site: edit}.
+
+        Raises:
+            ValueError: as for `ports.add_if_similar`.
         """
         where = self.where if where is None else where
         options: dict[str, Any] = {"center": self.center, "alpha": alpha, "where": where}

@@ -85,8 +85,8 @@ def pca_vector(
     Examples:
         >>> import numpy as np
         >>> from xlvlm_jax import steering
-        >>> source, target = np.float32([[0, 0], [0, 1]]), np.float32([[4, 0], [6, 1]])
-        >>> np.round(steering.pca_vector(source, target), 3).tolist()
+        >>> source, target = np.float32([[0, -1], [0, 1]]), np.float32([[5, -1], [5, 1]])
+        >>> abs(steering.pca_vector(source, target)).round(3).tolist()
         [5.0, 0.0]
     """
     delta = np.asarray(steering_vector(source, target))
@@ -127,8 +127,8 @@ def lat_vector(
     Examples:
         >>> import numpy as np
         >>> from xlvlm_jax import steering
-        >>> source, target = np.float32([[0, 0], [0, 1]] * 8), np.float32([[4, 0], [6, 1]] * 8)
-        >>> steering.lat_vector(source, target).round(0).tolist()
+        >>> source, target = np.float32([[0, -1], [0, 1]] * 8), np.float32([[5, -1], [5, 1]] * 8)
+        >>> abs(steering.lat_vector(source, target)).round(0).tolist()
         [5.0, 0.0]
     """
     delta = np.asarray(steering_vector(source, target))
@@ -187,8 +187,8 @@ def probe_vector(
     Examples:
         >>> import numpy as np
         >>> from xlvlm_jax import steering
-        >>> source, target = np.float32([[0, 0], [0, 1]]), np.float32([[4, 0], [6, 1]])
-        >>> steering.probe_vector(source, target).round(1).tolist()
+        >>> source, target = np.float32([[0, -1], [0, 1]]), np.float32([[5, -1], [5, 1]])
+        >>> abs(steering.probe_vector(source, target)).round(3).tolist()
         [5.0, 0.0]
     """
     from sklearn.linear_model import LogisticRegression

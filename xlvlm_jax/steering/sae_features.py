@@ -84,6 +84,9 @@ class FeatureClamp(SiteSteering):
 
         Returns:
             {site: edit}.
+
+        Raises:
+            ValueError: as for `ports.add`.
         """
         rows = self.dictionary.params["W_dec"][: len(self.values)]
         edit = make_edit(_clamp, (rows,), alpha, self.where if where is None else where)
@@ -122,6 +125,8 @@ def clamp_features(
     where: Any = "all",
 ) -> FeatureClamp:
     """Returns steering that sets the codes of some features.
+
+    Runs on the host and cannot be traced.
 
     Args:
         dictionary: a sparse autoencoder of the site.

@@ -17,7 +17,8 @@ from ports.parallel import sharding
 
 
 def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[str, np.ndarray]:
-    """Returns logits, states and tokens, plain and steered: each row by its vector and strength.
+    """Returns logits, states and tokens, plain and steered: each row by its vector and strength,
+    and all by edits that depend on the states.
 
     Strengths are arguments of the program; zeros give the plain model.
     """
@@ -27,7 +28,10 @@ def run(vlm: ports.VLM, inputs: dict, steered: str, sites: list[str]) -> dict[st
     out = {}
     for name, strength in (("plain", 0.0), ("steered", 1.0)):
         alpha = strength * np.arange(rows, dtype="float32")
-        edits = {steered: ports.add(vectors, alpha, where="text")}
+        own = ports.add(vectors, alpha, where="text")
+        adaptive = ports.add_adaptive(vectors[0], vectors[-1], 0.5 * strength, "text")
+        nearest = ports.add_if_similar(vectors[:2], vectors[:2], -1.0, alpha=0.5 * strength)
+        edits = {steered: [own, adaptive, nearest]}
         forward = vlm.forward(inputs, sites=sites, edits=edits)
         generation = vlm.generate(inputs, max_new_tokens=4, sites=[steered], edits=edits)
         out |= {f"{name} state of {site}": state for site, state in forward.states.items()}
