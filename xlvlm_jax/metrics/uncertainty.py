@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 LEVEL, RESAMPLES = 0.95, 1000
 
@@ -110,11 +109,13 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
         >>> mcnemar([True, False, False, False, True], [True, True, True, True, True])
         McNemar(lost=0, gained=3, p_value=0.25)
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     if len(first) != len(second):
         raise ValueError(
             f"there are {len(first)} and {len(second)} answers; expected the same questions"
         )
     pairs = list(zip(map(bool, first), map(bool, second), strict=True))
     lost, gained = pairs.count((True, False)), pairs.count((False, True))
-    p_value = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     return McNemar(lost, gained, float(p_value))
