@@ -11,9 +11,10 @@ Two parts:
              hook per edit, run in turn; CPU seconds. "worst" is the largest difference of an
              effect, in nats.
     words    concepts of states that predict the words of captions of 160 drawn scenes, edited while
-             the model answers about others; "AUC" is how often the score of a concept's own words
-             exceeds one of another concept's words. Beside it, how gradients rank the effects, and
-             the loss that the dictionary recovers.
+             the model answers about others; "auc" is how often the score of a concept's own words
+             exceeds one of another concept's words. The words of centroids are read from the
+             component, the centroid itself, and from the direction that is edited. Beside it, how
+             gradients rank the effects, and the loss that the dictionary recovers.
 """
 
 import argparse
@@ -37,6 +38,7 @@ import xlvlm_jax
 from benchmarks import measure
 from xlvlm_jax import causal, data
 from xlvlm_jax.concepts.grounding import ground_text
+from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.images import read_image
@@ -167,25 +169,56 @@ def dictionaries(
             states = np.concatenate(Z[site])
             for method in ("snmf", "kmeans"):
                 found = xlvlm_jax.decompose(states, 20, method, key=jax.random.key(seed))
-                words = ground_text(
-                    np.asarray(found.components), vlm.unembed, vlm.tokenizer, 5, through_norm=True
-                )
+                read_from = {"component": np.asarray(found.components)}
+                if method == "kmeans":
+                    read_from["direction"] = concept_directions(found)
+                lists = {
+                    name: ground_text(vectors, vlm.unembed, vlm.tokenizer, 5, through_norm=True)
+                    for name, vectors in read_from.items()
+                }
                 source = {"site": site, "fingerprint": vlm.fingerprint}
-                found = dataclasses.replace(found, words=words, source=source)
+                found = dataclasses.replace(found, source=source)
                 asked, answers = samples[LEARNT:], said[LEARNT:]
                 rows.append(
                     {"part": "words", "seed": seed, "site": site, "method": method}
-                    | one(found, vlm, asked, answers, states.mean(0))
+                    | one(found, lists, vlm, asked, answers, states.mean(0))
                 )
     return rows
 
 
 def one(
-    concepts: Any, vlm: ports.VLM, samples: Any, answers: list[str], mean: np.ndarray
+    concepts: Any,
+    lists: dict[str, list[list[str]]],
+    vlm: ports.VLM,
+    samples: Any,
+    answers: list[str],
+    mean: np.ndarray,
 ) -> dict[str, Any]:
-    """The scores of a dictionary with its words and with shuffled ones."""
-    found = causal.measure_concepts(concepts, vlm, samples, answers, mean=mean)
-    own = found.vocabulary.own
+    """The scores of a dictionary with each of its lists of words, and with shuffled ones."""
+    every = [
+        [word for words in each for word in words] for each in zip(*lists.values(), strict=True)
+    ]
+    found = causal.measure_concepts(
+        dataclasses.replace(concepts, words=every), vlm, samples, answers, mean=mean
+    )
+    index = {word: i for i, word in enumerate(found.vocabulary.words)}
+    scores: dict[str, Any] = {}
+    for name, words in lists.items():
+        own = [[index[word] for word in mine if word in index] for mine in words]
+        scores |= {f"{key}, {name}": value for key, value in separation(found, own).items()}
+    losses = {name: float(values.mean()) for name, values in found.losses.items()}
+    return scores | {
+        "first order": causal.rank_correlation(found.first_order, found.own),
+        "integrated": causal.rank_correlation(found.integrated, found.own),
+        "recovered": float(causal.loss_recovered(losses["own"], losses["spliced"], losses["zero"])),
+        "recovered of the mean": float(
+            causal.loss_recovered(losses["own"], losses["spliced"], losses["mean"])
+        ),
+    }
+
+
+def separation(found: Any, own: list[list[int]]) -> dict[str, float]:
+    """How well the scores of concepts' own words are told from those of other concepts' words."""
     true = causal.causal_scores(found.changes, own, found.likelihood, num_shuffles=100)
     shuffled = []
     for shift in range(1, len(own)):
@@ -199,18 +232,11 @@ def one(
         )
         shuffled.append(moved.score)
     wrong = np.concatenate(shuffled)
-    losses = {name: float(values.mean()) for name, values in found.losses.items()}
     return {
         "auc": causal.auc(true.score[np.isfinite(true.score)], wrong[np.isfinite(wrong)]),
         "median": float(np.nanmedian(true.score)),
         "shuffled": float(np.nanmedian(wrong)),
         "marked": int(true.includes_null.sum()),
-        "first order": causal.rank_correlation(found.first_order, found.own),
-        "integrated": causal.rank_correlation(found.integrated, found.own),
-        "recovered": float(causal.loss_recovered(losses["own"], losses["spliced"], losses["zero"])),
-        "recovered of the mean": float(
-            causal.loss_recovered(losses["own"], losses["spliced"], losses["mean"])
-        ),
     }
 
 
@@ -221,7 +247,8 @@ def table(rows: list[dict[str, Any]], part: str, columns: dict[str, str]) -> Tab
         shown.add_column(name, justify="right")
     for row in rows:
         if row["part"] == part:
-            shown.add_row(*(format(row[name], form) for name, form in columns.items()))
+            told = [(row.get(name), form) for name, form in columns.items()]
+            shown.add_row(*("" if value is None else format(value, form) for value, form in told))
     return shown
 
 
@@ -246,7 +273,8 @@ def main() -> None:
     console = Console(width=130)
     figures = {"ours": ".2f", "theirs": ".2f", "ratio": ".1f", "worst": ".1e"}
     console.print(table(rows, "speed", {"site": "", "edits": "", **figures}))
-    names = ("auc", "median", "shuffled", "marked", "first order", "integrated", "recovered")
+    kinds = [f"{key}, component" for key in ("auc", "median", "shuffled", "marked")]
+    names = (*kinds, "auc, direction", "first order", "integrated", "recovered")
     scores = dict.fromkeys((*names, "recovered of the mean"), ".3g")
     console.print(table(rows, "words", {"seed": "", "site": "", "method": "", **scores}))
     measure.save(arguments.output, rows, "torch", "transformers")

@@ -32,6 +32,14 @@ def ground(
     num_images: Annotated[int, typer.Option(help="Images per concept.")] = 5,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    centred: Annotated[
+        bool,
+        typer.Option(
+            "--centred",
+            help="Read the words of centroids from their difference from the mean of centroids, "
+            "along which `causal` and `explain` edit, instead of from the centroids.",
+        ),
+    ] = False,
     protocol: Protocol = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -54,6 +62,7 @@ def ground(
         num_images=num_images,
         through_norm=through_norm,
         rules=word_rules,
+        centred=centred,
     )
     table = Table("concept", "words", box=None)
     for number, words in enumerate(grounded.words or ()):

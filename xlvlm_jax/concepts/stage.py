@@ -34,6 +34,7 @@ from xlvlm_jax.concepts.grounding import (
 from xlvlm_jax.concepts.methods import Method, method_named
 from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, components_of, on_host
+from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.features.samples import columns
@@ -318,6 +319,7 @@ def ground_concepts(
     num_images: int = 5,
     through_norm: bool | None = None,
     rules: Rules = "default",
+    centred: bool = False,
 ) -> Concepts:
     """Finds the words and the images of the concepts in a directory and adds them to it.
 
@@ -331,6 +333,9 @@ def ground_concepts(
         through_norm: whether words are read through the model's final norm (see `ground_text`); by
             default they are for sites before it. Recorded in concepts.json.
         rules: which tokens count as words, see `ground_text`. Recorded in concepts.json.
+        centred: read the words of centroids from their difference from the mean of all centroids,
+            which is the direction that edits take (see `concept_directions`), instead of from the
+            centroids themselves. Recorded in concepts.json.
 
     Raises:
         ValueError: the concepts were learnt on other features, or the features come from another
@@ -348,7 +353,7 @@ def ground_concepts(
     if through_norm is None:
         through_norm = is_before_norm(vlm, where.get("site"))
     words = ground_text(
-        np.asarray(concepts.components),
+        concept_directions(concepts) if centred else np.asarray(concepts.components),
         unembed_of(vlm, where.get("site")),
         vlm.tokenizer,
         num_words,
@@ -365,7 +370,7 @@ def ground_concepts(
         words=words,
         images=images,
         through_norm=through_norm,
-        source=concepts.source | {"word rules": rules},
+        source=concepts.source | {"word rules": rules, "centred words": centred},
     )
     concepts.save(directory)
     return concepts

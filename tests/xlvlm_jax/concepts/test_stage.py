@@ -87,6 +87,23 @@ def test_grounding_writes_words_and_images(features, tmp_path, three_words):
         assert parity == {0 if words[0] == "dog" else 1}
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_words_of_centroids_or_of_what_tells_them_apart(tmp_path, three_words, centred):
+    """What all states share, the second axis, decides the words unless they are centred."""
+    shared = np.eye(3, dtype="f4")[[0, 2] * 4] + np.float32([0, 9, 0])
+    features = write(tmp_path / "features", shared, [(i, {}) for i in range(8)])
+    concepts = decompose_features(features, tmp_path / "concepts", 2, "kmeans")
+    grounded = ground_concepts(
+        tmp_path / "concepts", three_words, features, num_words=1, centred=centred
+    )
+    vectors = np.asarray(concepts.components)
+    vectors = vectors - vectors.mean(0) if centred else vectors
+    expected = ground_text(vectors, three_words.unembed, three_words.tokenizer, 1)
+    assert grounded.words == expected
+    assert (grounded.words[0] != grounded.words[1]) == centred
+    assert Concepts.load(tmp_path / "concepts").source["centred words"] is centred
+
+
 @pytest.mark.parametrize("option", [None, "--through-norm", "--no-through-norm"])
 def test_words_of_a_layer_are_read_through_the_final_norm(xlvlm, vlm, tmp_path, option):
     for site, through in (("layers.2", True), ("norm", False)):
