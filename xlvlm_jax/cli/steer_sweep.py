@@ -210,7 +210,10 @@ def _fit(
     key: str,
     seed: int,
 ) -> list[tuple[str, Any]]:
-    """Returns each method fitted at each site of features, the methods of one site side by side."""
+    """Returns each method fitted at each site of features, the methods of one site side by side.
+
+    A method of several sites, such as ITI, is fitted once, at those of them that it takes.
+    """
     from xlvlm_jax import Features, steering
     from xlvlm_jax.features.reader import choose_sites
 
@@ -226,12 +229,18 @@ def _fit(
         raise ValueError("--features needs --source and --target, the answers to steer from and to")
     features = Features.open(path)
     named = [found for each in sites or () for found in choose_sites(features, each)]
+    chosen = list(dict.fromkeys(named or features.sites))
+    places = [(how, [site]) for site in chosen for how in hows if not how.sites]
+    for how in hows:
+        if how.sites:
+            taken = choose_sites(features, how.sites)
+            places.append((how, [site for site in taken if site in chosen] or taken))
     fitted = []
-    for site in dict.fromkeys(named or features.sites):
-        for how in hows:
-            asked = steering.Request(features, site, source, target, key=key, seed=seed)
-            (one,) = how.fit(asked).steering.values()
-            fitted.append((how.name, one))
+    for how, at in places:
+        options: dict[str, Any] = {"key": key, "where": how.where, "seed": seed, "sites": at}
+        asked = steering.Request(features, at[0], source, target, **options)
+        (one,) = how.fit(asked).steering.values()
+        fitted.append((how.name, one))
     return fitted
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Concepts, Features, steering
+from xlvlm_jax.cli import steer_sweep
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.writer import FeaturesWriter
 
@@ -176,6 +177,15 @@ class TestSeveralSites:
         other = "--method", "adaptive", "--output", tmp_path / "adaptive.safetensors"
         status, _, errors = xlvlm(*fit, *other)
         assert status == 2 and "can hold plain vectors only; name a directory" in errors
+
+    def test_a_sweep_fits_heads_at_once(self, head_features):
+        sites = [f"language_model.model.layers.{i}.self_attn.heads" for i in (5, 6)]
+        words, methods = ("yes", "no"), ["coarse", "iti"]
+        fitted = steer_sweep._fit(head_features, methods, sites, words, "prediction", 0)
+        assert [name for name, _ in fitted] == ["coarse", "coarse", "iti"]
+        (_, first), (_, second), (_, heads) = fitted
+        assert [first.site, second.site] == list(heads.vectors) == sites
+        assert (first.where, heads.where) == ("all", "predicting")
 
     def test_sites_of_heads_are_needed(self, fit, tmp_path):
         output = "--output", tmp_path / "v.safetensors"
