@@ -233,6 +233,7 @@ class TestCommand:
             (["--containing", "zeppelin"], "no reference of 6 samples has 'zeppelin'"),
             (["--containing", "scenes:smell"], "unknown word class 'scenes:smell'"),
             (["--containing", ","], "has no words"),
+            (["--dataset", "coco,flickr"], "unknown data set 'flickr'"),
             (["--method", "dora"], "method must be one of lora, full"),
             (["--target", "w_proj"], "target 'w_proj' matches no linear layer"),
         ],

@@ -15,7 +15,7 @@ ANSWERS = ["Yes.", "no", "yes", "red", "No"]
 def make(tmp_path):
     """make(name, model, answers) returns features of site "s" whose row i is (2 i, 2 i + 1)."""
 
-    def features(name="features", model="m", answers=ANSWERS):
+    def features(name="features", model="m", answers=ANSWERS, truths=None):
         states = np.arange(2 * len(answers), dtype=np.float32).reshape(-1, 2)
         number = np.arange(len(answers))
         arguments = {"model": model, "fingerprint": model}
@@ -28,6 +28,7 @@ def make(tmp_path):
                     "prompt": "?",
                     "references": ["a"],
                     "prediction": answer,
+                    **({} if truths is None else {"answer": truths[i]}),
                 }
                 for i, answer in enumerate(answers)
             ]
@@ -67,6 +68,22 @@ class TestCoarse:
         assert (fitted.site, fitted.where) == ("s", "generated")
         assert (fitted.source["source rows"], fitted.source["target rows"]) == (2, 2)
         assert (fitted.source["model"], fitted.source["fingerprint"]) == ("m", "m")
+
+    def test_by_outcome(self, make):
+        """False yes (rows 0 and 2) against right no (rows 1 and 4)."""
+        features = make(truths=["no", "no", "No", "red", "no"])
+        outcomes = ["yes for no", "no for no", "yes for no", "red for red", "no for no"]
+        assert steering.fit.answers_of(features, "outcome") == outcomes
+        fitted = steering.fit_coarse(features, "s", ["yes for no"], ["no for no"], key="outcome")
+        np.testing.assert_array_equal(fitted.vector, [3, 3])
+        assert (fitted.source["source rows"], fitted.source["key"]) == (2, "outcome")
+        lesson = steering.lessons.lesson(features, ["yes for no"], "no", key="outcome", keep=1)
+        assert set(zip(lesson.given[:2], lesson.wanted[:2], strict=True)) == {
+            *(("Yes.", "no"), ("yes", "no"))
+        }
+        assert lesson.given[2:] == lesson.wanted[2:]
+        with pytest.raises(ValueError, match="its samples have no 'answer'"):
+            steering.fit_coarse(make("bare"), "s", ["yes for no"], ["no for no"], key="outcome")
 
     def test_captions_with_a_word_against_those_without(self, make):
         captions = ["a red dog", "a dog", "Two reddish dogs.", "dogs in red"]
