@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     refuse_existing,
     show_skipped,
 )
+from xlvlm_jax.cli.evaluate_options import Adapter
 from xlvlm_jax.cli.runtime import DryRun
 
 Features = Annotated[
@@ -170,6 +171,7 @@ def fit(
         str | None,
         typer.Option(help="learned, l2s, p2s, vti: model that the features were extracted from."),
     ] = None,
+    adapter: Adapter = None,
     share: Annotated[
         float, typer.Option(help="vti-image: share of each picture's cells to mask.")
     ] = 0.99,
@@ -309,7 +311,7 @@ def fit(
         if model is None or not answers_given:
             missing = "" if answers_given else "--source, the answers to steer from, and "
             raise ValueError(f"--method {method} needs {missing}--model")
-        fitted = _learn(how, asked, model, dtype, batch_size, strict, dry_run)
+        fitted = _learn(how, asked, model, adapter, dtype, batch_size, strict, dry_run)
         if fitted is None:
             return
     if not dry_run:
@@ -366,15 +368,23 @@ def _write_concepts(
 
 
 def _learn(
-    how: Any, asked: Any, model: str, dtype: str, batch_size: int, strict: bool, dry_run: bool
+    how: Any,
+    asked: Any,
+    model: str,
+    adapter: str | None,
+    dtype: str,
+    batch_size: int,
+    strict: bool,
+    dry_run: bool,
 ) -> Any:
     """Fits a method that runs the model; for a dry run, prints what it would do, returns None."""
     from ports.messages import few
     from xlvlm_jax import steering
 
     examples = how.examples(asked)
-    vlm = load_model(model, dtype, abstract=dry_run)
-    steering.files.require_fitted_model(asked.features.manifest, vlm)
+    vlm = load_model(model, dtype, adapter=adapter, abstract=dry_run)
+    if not (dry_run and adapter):  # without weights, nothing is merged in
+        steering.files.require_fitted_model(asked.features.manifest, vlm)
     if dry_run:
         sites = vlm.check_sites(asked.site)
         console.print(

@@ -20,6 +20,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     refuse_existing,
 )
+from xlvlm_jax.cli.evaluate_options import Adapter
 
 
 def rank(
@@ -51,6 +52,7 @@ def rank(
     ] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    adapter: Adapter = None,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
     ] = "float32",
@@ -72,7 +74,7 @@ def rank(
     first, vector = next(iter(loaded.items()))
     source = named_features(features, vector.source, first)
     samples = reader.samples_of(StoredFeatures.open(source, images=images))
-    vlm = as_it_generates(load_model(model, dtype), ignore_generation_config)
+    vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     with progress_bars() as progress:
         ranked = steering.rank_vectors(
             vlm,
