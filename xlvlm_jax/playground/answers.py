@@ -25,6 +25,7 @@ from xlvlm_jax.report.map_page import mapped
 
 PLAIN, STEERED, INSTRUCTED = "plain", "steered", "instructed"
 NUM_WORDS = 10  # words whose probability moved most
+SEEN = 0.0005  # changes of probabilities below this are not shown
 _KEPT = 32  # prompts and unsteered answers
 
 Value = TypeVar("Value")
@@ -65,10 +66,8 @@ class Answers:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Sites at which the page may add vectors: all layers, and those of the items."""
-        # Vectors of several sites name these in short, and steer there alone.
-        known = self.vlm.site_shapes
-        own = (item.site for item in self.items.values() if item.site in known)
+        """Sites at which the page may add vectors: all layers, and those of its vectors."""
+        own = (item.site for item in self.items.values() if item.is_vector)
         return tuple(dict.fromkeys((*self.vlm.layers, *own)))
 
     def add_item(self, item: Item) -> Item:
@@ -141,12 +140,17 @@ class Answers:
 
     def _moved_words(self, before: np.ndarray, after: np.ndarray) -> list[dict[str, Any]]:
         most = np.argsort(-np.abs(after - before), kind="stable")[:NUM_WORDS]
-        words = self.vlm.decode(most[:, None])
+        most = most[np.abs(after - before)[most] >= SEEN]
+        words = self.vlm.decode(most[:, None]) if len(most) else []
         return [
-            {"word": word.strip() or f"token {k}", "before": float(b), "after": float(a)}
-            for k, word, b, a in zip(most, words, before[most], after[most], strict=True)
-            if a != b
+            {"word": self._named(k, word), "before": float(before[k]), "after": float(after[k])}
+            for k, word in zip(most.tolist(), words, strict=True)
         ]
+
+    def _named(self, token: int, word: str) -> str:
+        if token in self.vlm.eos_tokens:
+            return "(end)"
+        return word.strip() or f"token {token}"
 
     def map_of(self, item: Item, picture: Picture, question: str) -> Event:
         """Draws where in a picture an item is.

@@ -35,7 +35,7 @@ class Item:
         name: what the page calls it.
         group: the name of the directory of a concept, or `VECTORS`.
         path: the file or directory that it was read from.
-        site: the site it is meant for.
+        site: the site it is meant for; only said of what is not one vector.
         where: the token positions it is meant for, see `ports.add`.
         words: what a concept is read as.
         pictures: files of the pictures that show a concept.
@@ -59,8 +59,13 @@ class Item:
     steering: Steering | None = None
 
     @property
+    def is_vector(self) -> bool:
+        """Whether it adds one vector, the same for all prompts, at one site."""
+        return self.concepts is not None or isinstance(self.steering, SteeringVector)
+
+    @property
     def vector(self) -> Float[np.ndarray, " D"] | None:
-        """The vector that strength 1 adds; None for what is not one vector for all prompts."""
+        """The vector that strength 1 adds; None for what is not one vector."""
         if self.concepts is not None:
             return np.float32(self.scale) * concept_directions(self.concepts)[self.number]
         if isinstance(self.steering, SteeringVector):
@@ -176,14 +181,13 @@ def read_vector(vlm: VLM, path: Path, name: str | None = None) -> Item:
 
 def _item_of(vlm: VLM, path: Path, fitted: Steering, name: str | None = None) -> Item:
     files.require_fitted_model(fitted.source, vlm)
-    if isinstance(fitted, SiteVectors):
-        site = fitted.site
-        for name_of, found in vlm.find_sites(list(fitted.vectors), generated=True).items():
-            _require_width(vlm, path, found, len(fitted.vectors[name_of]))
-    else:
-        site = vlm.find_site(fitted.site, generated=True)
+    site = fitted.site
     if isinstance(fitted, SteeringVector):
+        site = vlm.find_site(site, generated=True)
         _require_width(vlm, path, site, len(fitted.vector))
+    if isinstance(fitted, SiteVectors):  # of the vision tower too
+        for called, found in vlm.find_sites(list(fitted.vectors)).items():
+            _require_width(vlm, path, found, len(fitted.vectors[called]))
     name = path.stem if name is None else Path(name).stem
     return Item(f"{VECTORS}/{name}", name, VECTORS, path, site, fitted.where, steering=fitted)
 

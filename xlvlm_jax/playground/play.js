@@ -365,7 +365,7 @@ function row(item) {
   reset.addEventListener("click", () => commit());
   const control = element("div", { className: "control" });
   control.append(range, exact, reset);
-  if (item.moves) {
+  if (item.is_vector) {
     const mapper = element("button", { type: "button", className: "mapper", textContent: "Map" });
     mapper.setAttribute("aria-label", `Map of ${called}`);
     mapper.setAttribute("aria-pressed", String(state.map === item.id));
@@ -387,7 +387,7 @@ function row(item) {
   choices.append(
     choice("where", where, slider.where ?? item.where ?? "", (value) => changed({ where: value || null })),
   );
-  if (item.moves) {
+  if (item.is_vector) {
     const sites = known.sites.map((site) => [site, site]);
     choices.append(choice("at", sites, slider.site ?? item.site, (site) => changed({ site })));
   }

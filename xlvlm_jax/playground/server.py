@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.playground.answers import Answers
 from xlvlm_jax.playground.edits import settings_of, summed
-from xlvlm_jax.playground.items import VECTORS, Item, read_vector
+from xlvlm_jax.playground.items import Item, read_vector
 from xlvlm_jax.playground.pictures import LARGEST, Pictures
 from xlvlm_jax.playground.python_code import as_python
 from xlvlm_jax.playground.settings import WHERE, Settings, read_settings
@@ -317,12 +317,11 @@ def _described(item: Item) -> dict[str, Any]:
         "id": item.id,
         "name": item.name,
         "group": item.group,
-        "is_vector": item.group == VECTORS,
         "site": item.site,
         "where": item.where if isinstance(item.where, str) else None,
         "words": item.words,
         "pictures": len(item.pictures),
-        "moves": item.concepts is not None or item.vector is not None,
+        "is_vector": item.is_vector,
     }
 
 

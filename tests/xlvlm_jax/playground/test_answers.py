@@ -37,6 +37,7 @@ def test_the_vector_turns_yes_into_no(answers, picture, made, vlm):
     (yes,) = vlm.tokenizer.encode("yes", add_special_tokens=False)
     expected = np.exp(logits[yes] - logits.max()) / np.exp(logits - logits.max()).sum()
     assert found["yes"]["before"] == pytest.approx(expected, rel=1e-4)
+    assert all(abs(word["after"] - word["before"]) >= 0.0005 for word in words)
     assert "seconds" in events[-1]
 
 
