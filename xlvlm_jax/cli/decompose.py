@@ -58,8 +58,8 @@ def decompose(
     dictionary: Annotated[
         Path | None,
         typer.Option(
-            help="Encode the states with this sparse autoencoder (a directory of SAELens or Gemma "
-            "Scope, or a file of Qwen-Scope) instead of learning concepts."
+            help="Encode the states with this sparse autoencoder (a directory of SAELens, Gemma "
+            "Scope or dictionary_learning, or a file of Qwen-Scope) instead of learning concepts."
         ),
     ] = None,
     target: Annotated[
