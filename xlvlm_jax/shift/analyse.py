@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.metrics.most_activated import NONE
 from xlvlm_jax.shift.blocks import assigned, moves
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.record import ShiftAnalysis
@@ -40,7 +41,8 @@ def analyse(
         Z_original, Z_finetuned: float[N, D] and float[M, D], the states of each model, or a reader
             of them such as `Features.stored(site)`, which keeps one block of rows in memory.
         pairs: the matching rows of the two.
-        concepts: learnt on Z_original; their activations assign its rows.
+        concepts: learnt on Z_original; their activations assign its rows, except those that
+            activate none.
         finetuned_concepts: learnt on Z_finetuned, as many as `concepts`.
         alpha: shifted concept = concept + alpha x shift. Both need the same scale: k-means
             centroids, the paper's choice, are means of states; snmf atoms and pca components have
@@ -83,6 +85,10 @@ def analyse(
             f" original features {N}; give the features that the concepts were learnt on"
         )
     assignment = assigned(concepts, Z_original, assign_by)[pairs.original]
+    common = len(assignment)
+    if (idle := assignment == NONE).any():  # sparse codes may all be zero
+        pairs = Pairs(pairs.original[~idle], pairs.finetuned[~idle], pairs.num_samples)
+        assignment = assignment[~idle]
     found = moves(Z_original, Z_finetuned, pairs, assignment, K, reduce)
     components = np.asarray(concepts.components, np.float32)
     shifts = np.asarray(normalised(found.shifts)) if normalise_shifts else found.shifts
@@ -101,5 +107,5 @@ def analyse(
         recovery_l2=np.asarray(recovery(components, moved, destination, "l2")),
         alpha=float(alpha),
         reduce=reduce,
-        rows={"original": N, "finetuned": Z_finetuned.shape[0], "common": len(assignment)},
+        rows={"original": N, "finetuned": Z_finetuned.shape[0], "common": common},
     )

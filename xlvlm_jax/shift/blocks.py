@@ -18,6 +18,7 @@ from scipy import sparse
 from xlvlm_jax.concepts.decomposition import project, project_stored
 from xlvlm_jax.concepts.grounding import tiles_of
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.metrics.most_activated import strongest_concept
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, TRIMMED, AssignBy, Reduce, Spread, nearest
 from xlvlm_jax.solvers.streamed import Source
@@ -108,11 +109,16 @@ def assigned(concepts: Concepts, Z: Rows, by: AssignBy = "activation") -> Int[np
         Z: float[N, D], the states, or a reader of them.
         by: "activation" for the most active concept, otherwise see `nearest`.
 
+    Returns:
+        int[N]; NONE, -1, for a row that activates no concept.
+
     Raises:
         ValueError: `by` is unknown.
     """
     if by == "activation":
-        return np.concatenate([codes.argmax(axis=1) for _, codes in activations_of(concepts, Z)])
+        return np.concatenate(
+            [strongest_concept(codes) for _, codes in activations_of(concepts, Z)]
+        )
     N, D = np.shape(Z)
     size = max(BLOCK_BYTES // (8 * D), 1)
     components = np.asarray(concepts.components)

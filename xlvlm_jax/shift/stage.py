@@ -171,7 +171,7 @@ def _store_samples(
     pairs: Pairs,
     assignment: Int[np.ndarray, " N"],
 ) -> None:
-    """Writes the shift of each pair of rows, the rows, and the concept that it counts for."""
+    """Writes the shift of each pair of rows, the rows, and its concept, -1 for none."""
     shifts = finetuned.take(pairs.finetuned) - original.take(pairs.original)
     tensors = {
         "shifts": np.ascontiguousarray(shifts, np.float32),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from xlvlm_jax import decompose, project
+from xlvlm_jax import Concepts, decompose, project
 from xlvlm_jax.shift import Pairs, analyse, blocks, ground_samples, vectors
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
@@ -56,6 +56,17 @@ def test_two_samples_of_one_concept_by_hand():
         figure = getattr(found.spread, name)
         np.testing.assert_allclose(figure[0], value, atol=1e-6)
         assert np.isnan(figure[1])
+
+
+def test_rows_that_activate_no_concept_shift_none():
+    before, rows = np.zeros((5, 2), "f4"), np.arange(5)
+    after = np.array([[1, 0], [3, 0], [9, 9], [0, 2], [0, 6]], "f4")
+    codes = np.float32([[1, 0], [2, 0], [0, 0], [0, 1], [0, 3]])
+    concepts = Concepts(np.eye(2, dtype="f4"), codes)
+    assert blocks.assigned(concepts, before).tolist() == [0, 0, -1, 1, 1]
+    found = analyse(before, after, Pairs(rows, rows, 5), concepts, concepts)
+    assert found.counts.tolist() == [2, 2] and found.rows["common"] == 5
+    np.testing.assert_allclose(found.shifts, [[2, 0], [0, 4]])
 
 
 @pytest.mark.parametrize("reduce", ["mean", "median", "trimmed_mean"])
