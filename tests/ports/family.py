@@ -83,6 +83,25 @@ def check_sites(family: Family, inputs: Inputs) -> None:
     check_lens(vlm, ours)
 
 
+def check_rounding(family: Family, inputs: Inputs) -> None:
+    """Checks that the logits are as near to PyTorch's in float64 as PyTorch's are in float32.
+
+    Args:
+        family: the family.
+        inputs: those of `check_sites`, whose program exists.
+    """
+    with helpers.float64():
+        exact = {k: v.astype("f8") if v.dtype == "f4" else v for k, v in inputs.items()}
+        model = copy.deepcopy(family.pair.torch_model).double()
+        truth, _ = helpers.torch_forward(model, exact)
+    assert truth.dtype == np.float64
+    theirs, _ = family.torch_forward(inputs)
+    ours = np.asarray(family.vlm.forward(inputs, sites=family.vlm.sites).logits)
+    tokens = inputs["attention_mask"] == 1
+    errors = [np.sqrt(np.mean((x - truth)[tokens] ** 2)) for x in (ours, theirs)]
+    assert 0 < errors[0] < 2 * errors[1], errors
+
+
 def check_lens(vlm: ports.VLM, output: ports.Output) -> None:
     """The last of the layers' states say, through the final norm and the head, what the model says.
 

@@ -314,6 +314,17 @@ def torch_forward(
     return logits, states
 
 
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Makes what PyTorch's models compute in float32, whatever their dtype, float64."""
+    kept = torch.float32, torch.Tensor.float
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, torch.Tensor.float = kept
+
+
 def torch_generate(model: Any, inputs: Mapping[str, np.ndarray], count: int, **options: Any) -> Any:
     """Returns PyTorch's greedy generation."""
     with torch.no_grad():

@@ -68,6 +68,7 @@ def gemma(tmp_path_factory) -> family.Family:
 def test_every_site_and_the_logits_equal_pytorchs(gemma):
     family.check_sites(gemma, INPUTS)
     family.check_marked_cells(gemma, INPUTS)
+    family.check_rounding(gemma, INPUTS)
 
 
 def test_the_logits_without_images_equal_pytorchs(gemma):

@@ -62,6 +62,7 @@ def pali(request, tmp_path_factory) -> family.Family:
 def test_every_site_and_the_logits_equal_pytorchs(pali):
     family.check_sites(pali, INPUTS)
     family.check_marked_cells(pali, INPUTS)
+    family.check_rounding(pali, INPUTS)
 
 
 def test_32_greedy_tokens_equal_pytorchs(pali):
