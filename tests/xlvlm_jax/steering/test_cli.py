@@ -63,6 +63,29 @@ def test_what_depends_on_the_state(fit, tmp_path, method, kind):
         assert len(fitted.keys) == 3
 
 
+@pytest.mark.parametrize(
+    "options", [("vti-image", "--num-masks", 2), ("vti-text", "--contrast", "forced")], ids=str
+)
+def test_vectors_of_layers(fit, tmp_path, options):
+    learning = ("--model", "embedded", "--num-samples", 2, "--batch-size", 2)
+    if options[0] == "vti-text":
+        learning = (*learning, "--positive", "yes", "--negative", "no")
+    asked = ("--method", *options, *learning, "--output", tmp_path / "v")
+    status, out, errors = fit(*asked)
+    assert status == 0, errors
+    count = 13 if options[0] == "vti-image" else 8  # five layers of the vision tower
+    assert f"2 samples, {count} vectors, norms" in out
+    found = [steering.load(path) for path in sorted((tmp_path / "v").iterdir())]
+    # By default at every layer.
+    assert [vector.site for vector in found[:8]] == [SITE.replace("6", str(i)) for i in range(8)]
+    assert len(found) == count and all(v.site.startswith("vision_tower") for v in found[8:])
+    assert all(vector.source["method"] == options[0] for vector in found)
+    assert found[0].where == ("image" if options[0] == "vti-image" else "all")
+    assert found[-1].where == "all"
+    status, out, _ = fit(*asked, "--dry-run")
+    assert status == 0 and "2 samples to learn from" in out and "of width" in out
+
+
 def test_sweep(xlvlm, features, encoded, tmp_path):
     scenes.write(tmp_path / "scenes", train=2, val=2, seed=3)
     directory = tmp_path / "run" / "steering" / "methods"
