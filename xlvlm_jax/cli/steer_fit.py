@@ -79,7 +79,7 @@ def fit(
         typer.Option(
             help="Site whose states to use, optional if there is only one; methods without a model "
             "also take a pattern ('layers.*') and write a directory, a file per site, or one file "
-            "for all; vti: any sites of the model. Default for vti: the decoder's layers; for iti: "
+            "for all; vti: any sites of the model. Default for vti: 'layers.*'; for iti: "
             "every site of heads."
         ),
     ] = None,
