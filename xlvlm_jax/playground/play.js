@@ -505,6 +505,8 @@ document.addEventListener("keydown", (event) => {
 
 attempt(async () => {
   known = await (await request("state")).json();
+  // Vectors, of which there are few, come before concepts.
+  known.items.sort((a, b) => (b.group === "vectors") - (a.group === "vectors"));
   byId("model").textContent = known.model;
   const kept = sessionStorage.getItem(KEPT);
   if (kept) {
