@@ -81,8 +81,13 @@ class VideoSettings(clips.Settings):
         return super().fields(said) | own
 
     def numbers(self, clip: clips.Clip, num_frames: int | None, fps: float | None) -> np.ndarray:
-        """Returns the numbers of the chosen frames, int[F], evenly spaced to the last: `fps` per
-        second, but at most `num_frames`. A second at both ends of a long video is left out.
+        """Returns the numbers of the chosen frames, int[F], evenly spaced.
+
+        They are `fps` per second, but at most `num_frames`. A second at both ends of a long video
+        is left out.
+
+        Raises:
+            ValueError: neither the checkpoint nor the caller says how many.
         """
         most = self.num_frames if num_frames is None else num_frames
         fps = self.fps if fps is None else fps

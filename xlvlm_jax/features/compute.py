@@ -90,8 +90,9 @@ def select(model: ExtractionModel, ran: Ran) -> Computed:
     for other in others:
         states = {finetuned_site(site): value for site, value in other.states.items()}
         first = first._replace(states=first.states | states, valid=first.valid & other.valid)
-    found = hosts.everywhere((first, ran.predicted, ran.finite), model.vlm.mesh)
-    return Computed(*found, ran.cells)
+    computed = (first, ran.predicted, ran.finite)
+    first, predicted, finite = hosts.everywhere(computed, model.vlm.mesh)
+    return Computed(first, predicted, finite, ran.cells)
 
 
 def _forced(model: ExtractionModel, inputs: Arrays, answer_lengths: np.ndarray) -> Pass:
