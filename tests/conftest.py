@@ -43,8 +43,9 @@ import jaxtyping
 import pytest
 
 # In these rooms, shapes and types in signatures are checked at every call, and an error names the
-# argument. An int counts as a float, as for type checkers. Other rooms join once the tests that use
-# them pass with the check; drawing scenes would take 2.6 times as long.
+# argument. An int counts as a float, as for type checkers. `ports` and the command line have no
+# shapes in their signatures, and the type checker checks their types. Drawing scenes would take 2.6
+# times as long.
 DATA = Path(__file__).parents[1] / "xlvlm_jax" / "data"
 CHECKED = (
     "xlvlm_jax.causal",

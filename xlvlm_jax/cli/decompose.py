@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from xlvlm_jax import Concepts, Features
 
 
+# Options of methods; what is not given has the method's own default.
+OPTIONS = (
+    *("alpha", "k", "l1", "batch_size", "learning_rate", "products"),
+    *("tol", "max_iter", "n_init", "skip"),
+)
+
+
 def decompose(
+    context: typer.Context,
     features: Annotated[Path, typer.Argument(help="Directory of features.")],
     output: Annotated[Path, typer.Option(help="Directory of concepts to write.")],
     num_concepts: Annotated[int, typer.Option(help="Number of concepts, K.")] = 20,
@@ -104,26 +112,14 @@ def decompose(
     """Learn concepts from features; rows are spread over all devices of all hosts."""
     join_hosts(hosts)
     import ports
-    from ports.messages import counted
     from xlvlm_jax import Features
     from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.concepts.stage import decompose_features, paired_with, target_directory
     from xlvlm_jax.features.reader import choose_sites
 
-    options = {
-        "alpha": alpha,
-        "k": k,
-        "l1": l1,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "products": products,
-        "tol": tol,
-        "max_iter": max_iter,
-        "n_init": n_init,
-    }
-    given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-    if skip:
-        given["skip"] = True
+    options = {name: context.params[name] for name in OPTIONS}
+    # A zero is given, too.
+    given = {name: v for name, v in options.items() if v is not None and v is not False}
     opened = Features.open(features)
     other: dict[str, Any] = {
         "target": None if target is None else Features.open(target),
@@ -169,16 +165,23 @@ def decompose(
                 **other,
                 **given,
             )
-        if concepts.dictionary is not None:
-            _show_autoencoder(concepts, directory)
-            continue
-        ended = "converged" if concepts.converged else "not converged: raise --max-iter"
-        console.print(
-            f"{concepts.method}: {counted(num_concepts, 'concept')} from "
-            f"{counted(concepts.source['rows'], 'row')}, objective {concepts.objective:.6g} after "
-            f"{counted(int(concepts.iterations), 'iteration')} ({ended}), "
-            f"{concepts.source['seconds']:.1f} s -> {directory}"
-        )
+        _show(concepts, directory)
+
+
+def _show(concepts: "Concepts", directory: Path) -> None:
+    """Prints how a decomposition ended, and where it is."""
+    from ports.messages import counted
+
+    if concepts.dictionary is not None:
+        _show_autoencoder(concepts, directory)
+        return
+    ended = "converged" if concepts.converged else "not converged: raise --max-iter"
+    console.print(
+        f"{concepts.method}: {counted(len(concepts.components), 'concept')} from "
+        f"{counted(concepts.source['rows'], 'row')}, objective {concepts.objective:.6g} after "
+        f"{counted(int(concepts.iterations), 'iteration')} ({ended}), "
+        f"{concepts.source['seconds']:.1f} s -> {directory}"
+    )
 
 
 def _encode(

@@ -19,6 +19,7 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import resumes
+from xlvlm_jax.cli.sample_options import Annotations, Prompt, QuestionsFile, read_samples
 
 Words = Annotated[
     str | None,
@@ -47,6 +48,9 @@ def finetune(
         bool, typer.Option(help="Ignore case in --containing and --excluding.")
     ] = False,
     num_samples: Annotated[int | None, typer.Option(help="Maximum number of samples.")] = None,
+    prompt: Prompt = None,
+    annotations: Annotations = None,
+    questions: QuestionsFile = None,
     method: Annotated[str, typer.Option(help="lora, or full to train all parameters.")] = "lora",
     rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA updates are scaled by alpha / rank.")] = 16.0,
@@ -103,7 +107,6 @@ def finetune(
     Run the same command again to resume an interrupted run.
     """
     resumes()
-    from xlvlm_jax import data as datasets
     from xlvlm_jax import finetune as module
     from xlvlm_jax.data import select
 
@@ -125,8 +128,11 @@ def finetune(
         recompute=recompute,
     )
 
-    def read(split: str | None, count: int | None) -> list[datasets.Sample]:
-        samples = [s for name in dataset.split(",") for s in datasets.load(name, data, split)]
+    told: Any = dict(prompt=prompt, annotations=annotations, questions=questions)
+
+    def read(split: str | None, count: int | None) -> list[Any]:
+        names = dataset.split(",")
+        samples = [s for name in names for s in read_samples(name, data, split, **told)]
         if containing is not None or excluding is not None:
             samples = select.naming(
                 samples, _words(containing), without=_words(excluding), any_case=any_case

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +36,7 @@ Words = str | None
 
 
 def fit(
+    context: typer.Context,
     features: Features,
     output: Annotated[
         Path,
@@ -240,9 +241,8 @@ def fit(
 ) -> None:
     """Fit steering vectors from source answers to target answers."""
     from ports.messages import few
-    from xlvlm_jax import Concepts, sae, steering
     from xlvlm_jax import Features as StoredFeatures
-    from xlvlm_jax.features.reader import choose_site, choose_sites
+    from xlvlm_jax import steering
 
     if not dry_run:
         refuse_existing(output, overwrite)
@@ -254,39 +254,8 @@ def fit(
         return
     opened = StoredFeatures.open(features, images=images)
     how = steering.method_named(method)
-    options = {
-        "target_features": target_features and StoredFeatures.open(target_features),
-        "between_models": between_models,
-        "matched": matched,
-        "penalty": penalty,
-        "dictionary": dictionary and sae.load(dictionary),
-        "num_features": num_features,
-        "feature_ids": _whole_numbers(feature_ids, "--feature-ids"),
-        "num_heads": num_heads,
-        "direction": direction,
-        "threshold": threshold,
-        "num_keys": num_keys,
-        "source_concepts": source_concepts and Concepts.load(source_concepts),
-        "decomposition": decomposition,
-        "num_concepts": num_concepts,
-        "pairs": None if pairs is None else [_pair(text) for text in pairs.split(",")],
-        "share": share,
-        "num_masks": num_masks,
-        "rank": rank,
-        "steps": steps,
-        "contrast": contrast,
-        "context_site": context_site,
-        "positive": positive,
-        "negative": negative,
-        "states": states,
-    }
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
-    alone = how.examples is not None or how.makes_several
-    if how.sites_of_model:
-        sites = ["layers.*" if site is None else site]
-    else:
-        site = how.sites if site is None and how.sites else site
-        sites = [choose_site(opened, site)] if alone else choose_sites(opened, site)
+    sites = how.sites_in(opened, site)
     asked = steering.Request(
         opened,
         sites[0],
@@ -298,7 +267,7 @@ def fit(
         seed=seed,
         num_samples=num_samples,
         keep=keep,
-        options={name: options[name] for name in how.options},
+        options=_options(how.options, context.params),
     )
     forced = contrast == "forced" and "contrast" in how.options
     given_otherwise = bool(target_features) or between_models or forced
@@ -320,6 +289,23 @@ def fit(
     console.print(
         f"{fitted.figures}, {'sites' if len(sites) > 1 else 'site'} {few(sites)} -> {written}"
     )
+
+
+def _options(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a method's options from those of the command, with files read and lists parsed."""
+    from xlvlm_jax import Concepts, Features, sae
+
+    read: dict[str, Callable[[str], Any]] = {
+        "target_features": lambda path: Features.open(Path(path)),
+        "source_concepts": lambda path: Concepts.load(Path(path)),
+        "dictionary": lambda path: sae.load(Path(path)),
+        "feature_ids": lambda text: _whole_numbers(text, "--feature-ids"),
+        "pairs": lambda text: [_pair(each) for each in text.split(",")],
+    }
+    return {
+        name: read[name](given[name]) if name in read and given[name] else given[name]
+        for name in names
+    }
 
 
 def _of_sites(how: Any, asked: Any, sites: Sequence[str]) -> Any:

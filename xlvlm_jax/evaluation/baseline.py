@@ -5,7 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.storage import versions
 
 
 def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> list[str]:
@@ -18,7 +20,8 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: the file has another form, or lacks a sample.
+        ValueError: the file has another form, or lacks a sample, or the evaluation is of another
+            format version.
     """
     path = Path(path)
     file = path / "predictions.jsonl" if path.is_dir() else path
@@ -28,10 +31,14 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
             "XL-VLMs (.json)"
         )
     try:
+        if (summary := path / "summary.json").is_file():
+            versions.require(summary, files.read_json(summary), "evaluate again")
         answers = _own(file) if file.suffix == ".jsonl" else json.loads(file.read_text("utf-8"))
         if not isinstance(answers, dict):
             raise TypeError(f"a {type(answers).__name__}")
-    except (KeyError, TypeError, ValueError) as error:
+    except versions.UnknownVersionError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file}: not answers of an earlier run ({error}); evaluate again"
         ) from None

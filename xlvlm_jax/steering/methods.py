@@ -11,7 +11,7 @@ from ports import VLM
 from ports.intervene.edits import Edit
 from ports.messages import counted, few
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.reader import Features, sample_of
+from xlvlm_jax.features.reader import Features, choose_site, choose_sites, sample_of
 from xlvlm_jax.steering import lessons
 from xlvlm_jax.steering.adaptive import (
     AdaptiveVector,
@@ -147,6 +147,22 @@ class Method:
     where: str = "all"
     sites_of_model: bool = False
     doing: str = "fitting"
+
+    def sites_in(self, features: Features, site: str | None) -> list[str]:
+        """Returns the sites that the method fits.
+
+        Args:
+            features: the features.
+            site: a name or a pattern; None for the method's own, or the only site of the features.
+
+        Raises:
+            ValueError: no site of the features matches, or several for a method that fits one.
+        """
+        if self.sites_of_model:
+            return ["layers.*" if site is None else site]
+        if self.examples is not None or self.makes_several:
+            return [choose_site(features, self.sites if site is None else site)]
+        return choose_sites(features, self.sites if site is None else site)
 
 
 def _fit_coarse(asked: Request) -> Fitted:

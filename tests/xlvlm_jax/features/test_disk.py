@@ -8,7 +8,7 @@ import pytest
 from xlvlm_jax.features import preflight
 from xlvlm_jax.features.preflight import require_disk
 
-from .conftest import COMMAND, digests
+from .conftest import COMMAND, digests, run_here
 
 # In a mount namespace of its own: a small tmpfs, the command, the same command with more room.
 SMALL_DISK = """
@@ -44,17 +44,17 @@ def test_too_small_in_advance(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_full_during_the_run(namespaces, pictures, tmp_path):
     """There is room for one chunk of states at both sites, but not for two."""
-    arguments = [*COMMAND, "extract", "embedded", str(pictures), "--split", "val"]
+    arguments = ["extract", "embedded", str(pictures), "--split", "val"]
     arguments += ["--tokens", "all", "--rows", "each", "--include-prompt", "--max-new-tokens", "3"]
     for site in ("language_model.model.norm", "language_model.model.layers.4"):
         arguments += ["--site", site]
-    whole = subprocess.run([*arguments, "--output", tmp_path / "whole"], capture_output=True)
-    assert whole.returncode == 0, whole.stderr[-2000:]
+    run_here(*arguments, "--output", tmp_path / "whole")
     size = sum(f.stat().st_size for f in (tmp_path / "whole").rglob("*") if f.is_file())
     script = tmp_path / "script.sh"
     script.write_text(SMALL_DISK)
+    limited = ("unshare", "-rm", "sh", script, "disk", str(size - 2**19))
     run = subprocess.run(
-        [*("unshare", "-rm", "sh", script, "disk", str(size - 2**19)), *arguments, "--ignore-disk"],
+        [*limited, *COMMAND, *arguments, "--ignore-disk"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

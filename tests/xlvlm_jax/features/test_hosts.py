@@ -9,24 +9,33 @@ import pytest
 from xlvlm_jax import Concepts, Features
 from xlvlm_jax.features.manifest import manifest_of
 
-from .conftest import FOUR_DEVICES, digests, finish, free_port, start
+from .conftest import FOUR_DEVICES, digests, finish, free_port, run_here, start
 
 NORM = "language_model.model.norm"
 
 
 @pytest.fixture(scope="module")
-def run(pictures):
-    """run(output, hosts) starts the processes of an extraction in three blocks, batches of one."""
+def extraction(pictures):
+    """extraction(output): the command of an extraction in three blocks, batches of one."""
 
-    def start_all(output, hosts=1):
-        arguments = ["extract", "embedded", pictures, "--split", "val", "--output", output]
-        arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
-        arguments += ["--max-new-tokens", 3, "--batch-size", 1]
-        if hosts == 1:
-            return [start(*arguments)]
+    def arguments(output, batch_size=1):
+        return (
+            *("extract", "embedded", pictures, "--split", "val", "--output", output),
+            *("--site", NORM, "--tokens", "index:-1", "--generated-only"),
+            *("--max-new-tokens", 3, "--batch-size", batch_size),
+        )
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def run(extraction):
+    """run(output, hosts) starts the processes of an extraction."""
+
+    def start_all(output, hosts, **options):
         port = free_port()
         return [
-            start(*arguments, "--hosts", f"127.0.0.1:{port},{hosts},{index}")
+            start(*extraction(output, **options), "--hosts", f"127.0.0.1:{port},{hosts},{index}")
             for index in range(hosts)
         ]
 
@@ -34,9 +43,9 @@ def run(pictures):
 
 
 @pytest.fixture(scope="module")
-def alone(run, tmp_path_factory):
+def alone(extraction, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "features"
-    finish(*run(output))
+    run_here(*extraction(output))
     return output
 
 
@@ -94,14 +103,9 @@ def test_two_hosts_of_four_devices_split_one_model(alone, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
+def test_every_host_says_what_is_wrong(run, alone):
     """With another batch size on the same directory, no host waits for another."""
-    port = free_port()
-    arguments = ["extract", "embedded", pictures, "--split", "val", "--output", alone]
-    arguments += ["--site", NORM, "--tokens", "index:-1", "--generated-only"]
-    arguments += ["--max-new-tokens", 3, "--batch-size", 2]
-    hosts = [start(*arguments, "--hosts", f"127.0.0.1:{port},2,{index}") for index in range(2)]
-    for _, errors in finish(*hosts, status=2):
+    for _, errors in finish(*run(alone, 2, batch_size=2), status=2):
         assert "batch_size: expected 1, got 2" in errors
 
 
@@ -109,7 +113,7 @@ def test_every_host_says_what_is_wrong(run, alone, tmp_path, pictures):
 def test_hosts_decompose_as_one(alone, tmp_path):
     """Each host reads the rows of its devices; 40 rows on two devices, 20 each."""
     arguments = ["decompose", alone, "--num-concepts", 3, "--method", "kmeans"]
-    finish(start(*arguments, "--output", tmp_path / "one"))
+    run_here(*arguments, "--output", tmp_path / "one")
     port = free_port()
     hosts = [
         start(

@@ -236,6 +236,9 @@ class TestCommand:
             (["--dataset", "coco,flickr"], "unknown data set 'flickr'"),
             (["--method", "dora"], "method must be one of lora, full"),
             (["--target", "w_proj"], "target 'w_proj' matches no linear layer"),
+            (["--prompt", "what is <image>"], "refuses"),
+            (["--annotations", "none.json"], "none.json: no such file"),
+            (["--questions", "q.json"], "--questions belongs to --dataset vqav2 or pope, not "),
         ],
     )
     def test_messages(self, xlvlm, pair, pictures, tmp_path, options, message):

@@ -16,10 +16,15 @@ import safetensors
 import safetensors.numpy
 
 from xlvlm_jax import Concepts, Features, SteeringVector, steering
+from xlvlm_jax.causal import record as causal_files
+from xlvlm_jax.concepts import stored_maps
+from xlvlm_jax.evaluation import read_baseline
+from xlvlm_jax.lenses import jacobian
 from xlvlm_jax.shift import ShiftAnalysis
 from xlvlm_jax.storage import versions
 
 ARCHIVE = Path(__file__).parents[2] / "data" / "earlier" / "run.tar.gz"
+CONCEPTS = Concepts(np.eye(2, dtype=np.float32))
 FINETUNED, SITE = "finetuned:language_model.model.norm", "language_model.model.norm"
 
 
@@ -125,6 +130,41 @@ def test_a_directory_of_a_later_version_is_refused(tmp_path, earlier, file, load
         load(path.parent)
     assert str(refused.value) == (
         f"{path}: format version 2, expected 1; read it with the release that wrote it, or {advice}"
+    )
+
+
+def write_later(directory):
+    """Writes a file of each further kind with version 2."""
+    (directory / "causal.json").write_text('{"version": 2}')
+    (directory / "summary.json").write_text('{"version": 2}')
+    (directory / "predictions.jsonl").write_text("")
+    maps = {name: np.zeros(1) for name in ("concept", "sample", "start", "values", "boxes")}
+    file = directory / stored_maps.FILE
+    safetensors.numpy.save_file(maps, file, {"version": "2", "digest": ""})
+    described = {"kind": jacobian.KIND, "described": '{"version": 2}'}
+    safetensors.numpy.save_file({"J.0": np.eye(2)}, directory / "lens.safetensors", described)
+
+
+@pytest.mark.parametrize(
+    ("file", "load", "advice"),
+    [
+        ("causal.json", causal_files.read, "score again"),
+        (stored_maps.FILE, lambda path: stored_maps.load_maps(path, CONCEPTS), "map again"),
+        ("summary.json", lambda path: read_baseline(path, []), "evaluate again"),
+        (
+            "lens.safetensors",
+            lambda path: jacobian.load_jacobian_lens(path / "lens.safetensors"),
+            "fit it again",
+        ),
+    ],
+)
+def test_a_further_file_of_a_later_version_is_refused(tmp_path, file, load, advice):
+    write_later(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        load(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / file}: format version 2, expected 1; read it with the release that wrote it, "
+        f"or {advice}"
     )
 
 

@@ -41,15 +41,15 @@ def test_the_vocabulary_does_not_depend_on_the_hash_seed(tokenizer):
         "from xlvlm_jax.demo.embedded import blueprint;"
         "print(blueprint.make_tokenizer().backend_tokenizer.to_str())"
     )
-    for seed in ("1", "2"):
-        out = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PATH": "", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert out.stdout.strip() == tokenizer.backend_tokenizer.to_str()
+    # This process has a seed of its own.
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "1", "PATH": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout.strip() == tokenizer.backend_tokenizer.to_str()
 
 
 def test_the_shipped_tokenizer_is_this_one(tokenizer):
