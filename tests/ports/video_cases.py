@@ -24,6 +24,7 @@ from ports.models import (
     qwen3_vl_processor,
     smolvlm_processor,
 )
+from ports.models.molmo2 import crops as molmo2_crops
 from ports.models.molmo2 import processor as molmo2_processor
 from ports.models.qwen2_vl import processor as qwen2_vl_processor
 
@@ -215,7 +216,7 @@ def make_processor(name: str) -> VideoProcessor:
         tokenizer = helpers.make_tokenizer([*WORDS[:5], *SMOL], idefics3_helpers.SPECIAL)
         return smolvlm_processor.Processor(images, tokenizer, None, 9, values)
     if name == "molmo2":
-        cutting = molmo2_processor.ImageSettings.from_json(test_molmo2.IMAGES)
+        cutting = molmo2_crops.ImageSettings.from_json(test_molmo2.IMAGES)
         tokenizer = helpers.make_tokenizer([*WORDS[:5], *SECONDS], test_molmo2.SPECIAL)
         return molmo2_processor.Processor(cutting, tokenizer, None, None, values)
     special = {

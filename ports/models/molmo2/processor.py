@@ -1,253 +1,31 @@
-"""Molmo2's processor for text, pictures and videos, in numpy: crops, tokens, patches of features.
+"""Molmo2's processor for text, pictures and videos: the arrays and the tokens.
 
 transformers' own class requires torch and torchvision; this one gives the same arrays.
 
-C crops, P patches per crop, F features, K patches of a feature.
+P patches per crop, F features, K patches of a feature, I pictures, V videos.
 
-A picture becomes one crop with the whole of it and a tiling of overlapping crops. Both are resized
-without keeping the aspect ratio. Each patch of the tiling is taken from one crop, the one in which
-it is not in a margin. A frame of a video is one crop, with the whole of it.
+A picture becomes crops (see `crops`), a frame of a video one crop with the whole of it.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ports import checkpoint
-from ports.inputs import processor, resizing
+from ports.inputs import processor
 from ports.inputs import videos as clips
 from ports.models import port
-from ports.models.molmo.crops import choose_tiling
+from ports.models.molmo2 import crops
+from ports.models.molmo2.videos import VideoSettings
 
-# Of transformers' class, for values missing in the files.
-DEFAULTS = {
-    "size": {"height": 378, "width": 378},
-    "patch_size": 14,
-    "max_crops": 8,
-    "overlap_margins": [4, 4],
-    "pooling_size": [2, 2],
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "rescale_factor": 1 / 255,
-}
-# Options that change the arrays, with the only values that are implemented.
-_IMPLEMENTED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
 # Tokens whose type in mm_token_type_ids is 1.
 PICTURE_TOKENS = (
     *("<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>"),
     *("<frame_start>", "<im_end>", "<frame_end>", "<im_low>"),
 )
-
-
-class ImageSettings(NamedTuple):
-    """How pictures are cut into crops."""
-
-    crop_size: int  # pixels per side
-    patch_size: int  # pixels per side
-    max_crops: int  # maximum number of crops in the tiling
-    margins: tuple[int, int]  # patches: at left and top, at right and bottom
-    pool: tuple[int, int]  # rows and columns of the patches of a feature
-    mean: tuple[float, ...]  # of the values 0 to 255
-    deviation: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "ImageSettings":
-        """Reads the values of a file.
-
-        Raises:
-            ValueError: a value is not implemented.
-        """
-        said = {name: value for name, value in values.items() if value is not None}
-        for name, implemented in _IMPLEMENTED.items():
-            if said.get(name, implemented) != implemented:
-                raise ValueError(f"{name} is {said[name]!r}; expected {implemented!r}")
-        said = {**DEFAULTS, **said}
-        size, patch, margins = said["size"], said["patch_size"], tuple(said["overlap_margins"])
-        if size.get("height") != size.get("width") or size["height"] % patch:
-            raise ValueError(f"size is {size}; expected a square, a multiple of patch_size {patch}")
-        if min(margins) < 0 or sum(margins) >= size["height"] // patch:
-            raise ValueError(
-                f"overlap_margins is {list(margins)}; expected a sum below the "
-                f"{size['height'] // patch} patches per side of a crop"
-            )
-        unit = np.float32(1 / said["rescale_factor"])
-        mean, deviation = (
-            tuple(float(np.float32(value) * unit) for value in said[name])
-            for name in ("image_mean", "image_std")
-        )
-        pool = tuple(said["pooling_size"])
-        return cls(size["height"], patch, said["max_crops"], margins, pool, mean, deviation)
-
-    @property
-    def side(self) -> int:
-        """Patches along a side of a crop."""
-        return self.crop_size // self.patch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSettings(clips.SquareSettings):
-    """How the frames of a video are chosen and become patches.
-
-    Values are scaled, as published files ask for; transformers leaves them at 0 to 255 if a file
-    has neither do_rescale nor do_normalize.
-    """
-
-    patch_size: int  # pixels per side
-    pool: tuple[int, int]  # rows and columns of the patches of a feature
-    max_fps: float  # most frames per second
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **clips.SquareSettings.defaults,
-        "size": {"height": 378, "width": 378},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "patch_size": 14,
-        "pooling_size": [3, 3],
-        "do_sample_frames": True,
-        "num_frames": 64,
-        "max_fps": 2,
-    }
-    implemented: ClassVar[Mapping[str, Any]] = {
-        **clips.SquareSettings.implemented,
-        "resample": int(Image.Resampling.BILINEAR),
-    }
-
-    @classmethod
-    def fields(cls, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields of this class, from the values of a file and the defaults.
-
-        Raises:
-            ValueError: `size` is not a square, or not a multiple of the patches.
-        """
-        found = super().fields(said) | {name: said[name] for name in ("patch_size", "max_fps")}
-        if found["height"] != found["width"] or found["height"] % found["patch_size"]:
-            raise ValueError(
-                f"size of the video processor is {said['size']}; expected a square, a multiple of "
-                f"patch_size {found['patch_size']}"
-            )
-        return found | {"pool": tuple(said["pooling_size"])}
-
-    @property
-    def side(self) -> int:
-        """Patches along a side of a frame."""
-        return self.height // self.patch_size
-
-    def choose(
-        self,
-        clip: clips.Clip,
-        do_sample_frames: bool | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-    ) -> clips.Clip:
-        """Chooses frames of a clip, whose rate is `fps` or the maximum if it is not known."""
-        is_chosen = self.do_sample_frames if do_sample_frames is None else do_sample_frames
-        if clip.rate is None:
-            rate = fps if is_chosen and fps is not None else self.max_fps
-            clip = clip._replace(rate=rate)
-        if not is_chosen:
-            return clip
-        chosen = super().choose(clip, True, num_frames, fps)
-        # transformers has their numbers, and so their times, in float32.
-        return chosen._replace(numbers=list(np.asarray(chosen.numbers, np.float32)))
-
-    def numbers(self, clip: clips.Clip, num_frames: int | None, fps: float | None) -> np.ndarray:
-        """Returns the numbers of the chosen frames, int[F]: at most as many as there are, and
-        without `fps` no more per second than the maximum.
-        """
-        seconds = self.seconds(clip) if clip.duration is None else clip.duration
-        if fps is not None:
-            wanted = int(seconds * fps)
-        else:
-            wanted = num_frames or clip.total
-            if clip.rate is not None and clip.rate > self.max_fps:
-                wanted = min(wanted, int(seconds * self.max_fps))
-        return clips.sampled_evenly(clip.total, max(min(wanted, clip.total), 1))
-
-    def cut(self, frames: np.ndarray) -> np.ndarray:
-        """Resizes frames uint8[F, height, width, 3] and cuts them to float32[F, P, values]."""
-        resized = [resizing.bilinear(frame, self.height, self.width) for frame in frames]
-        return _patches(self.scale(np.stack(resized)), self.patch_size)
-
-
-class Crops(NamedTuple):
-    """One picture in the form that the model takes."""
-
-    patches: np.ndarray  # float32[C, P, values]; the first crop shows the whole
-    pooling: np.ndarray  # int32[F, K]: numbers of the patches of each feature, -1 for none
-    grid: tuple[int, int, int, int]  # rows and columns of features: of the whole, of the tiling
-
-
-def cut(image: np.ndarray, settings: ImageSettings) -> Crops:
-    """Cuts a picture into crops and lists the patches of its features.
-
-    Args:
-        image: uint8[height, width, 3].
-        settings: how to cut it.
-
-    Returns:
-        The crops.
-    """
-    size, patch, side = settings.crop_size, settings.patch_size, settings.side
-    step, margin = side - sum(settings.margins), sum(settings.margins)
-    rows, columns = choose_tiling(
-        image.shape[0] - margin * patch,
-        image.shape[1] - margin * patch,
-        step * patch,
-        settings.max_crops,
-    )
-    tiled = resizing.bilinear(
-        image, (rows * step + margin) * patch, (columns * step + margin) * patch
-    )
-    crops = [resizing.bilinear(image, size, size)]
-    for top in range(0, rows * step * patch, step * patch):
-        for left in range(0, columns * step * patch, step * patch):
-            crops.append(tiled[top : top + size, left : left + size])
-    mean, deviation = np.array([settings.mean, settings.deviation], np.float32)
-    patches = _patches((np.stack(crops).astype(np.float32) - mean) / deviation, patch)
-    numbers = np.arange(side**2, dtype=np.int32).reshape(side, side)
-    whole, views = (
-        _pooled(index, settings.pool)
-        for index in (numbers, _tiling(rows, columns, settings) + side**2)
-    )
-    pooling = np.concatenate([view.reshape(-1, view.shape[-1]) for view in (whole, views)])
-    return Crops(patches, pooling, (*whole.shape[:2], *views.shape[:2]))
-
-
-def _patches(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Cuts squares float32[C, pixels, pixels, 3] into float32[C, P, values]."""
-    crops, side = len(pixels), pixels.shape[1] // size
-    cells = pixels.reshape(crops, side, size, side, size, 3).swapaxes(2, 3)
-    return cells.reshape(crops, side**2, -1)
-
-
-def _tiling(rows: int, columns: int, settings: ImageSettings) -> np.ndarray:
-    """Returns the numbers of the patches in the tiling, int32[rows of patches, columns]."""
-    side, (before, after) = settings.side, settings.margins
-    step = side - before - after
-
-    def line(count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns for each patch along an axis its crop, and its place in the crop."""
-        place = np.arange(count * step + before + after, dtype=np.int32)
-        # The outer margins are in the first and last crop.
-        crop = np.clip((place - before) // step, 0, count - 1)
-        return crop, place - crop * step
-
-    (row, y), (column, x) = line(rows), line(columns)
-    crop = row[:, None] * columns + column
-    return (crop * side + y[:, None]) * side + x
-
-
-def _pooled(index: np.ndarray, pool: tuple[int, int]) -> np.ndarray:
-    """Groups a grid of patches, with -1 around it, to int32[rows, columns, K]."""
-    # Of an odd number of missing patches, one more is after the grid.
-    missing = [-length % side for length, side in zip(index.shape, pool, strict=True)]
-    index = np.pad(index, [(n // 2, n - n // 2) for n in missing], constant_values=-1)
-    rows, columns = (length // side for length, side in zip(index.shape, pool, strict=True))
-    cells = index.reshape(rows, pool[0], columns, pool[1]).swapaxes(1, 2)
-    return cells.reshape(rows, columns, pool[0] * pool[1])
 
 
 class Processor(processor.VideoProcessor):
@@ -271,7 +49,7 @@ class Processor(processor.VideoProcessor):
 
     def __init__(
         self,
-        image_processor: ImageSettings,
+        image_processor: crops.ImageSettings,
         tokenizer: Any,
         chat_template: str | None = None,
         options: dict[str, Any] | None = None,
@@ -300,17 +78,17 @@ class Processor(processor.VideoProcessor):
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
         """Returns the crops of a flat list of pictures, with the patches of their features."""
-        cuts = [cut(_pixels(image), self.image_processor) for image in images]
-        counts = np.array([len(crops.patches) for crops in cuts])
+        cuts = [crops.cut(_pixels(image), self.image_processor) for image in images]
+        counts = np.array([len(each.patches) for each in cuts])
         starts = self.image_processor.side**2 * np.cumsum([0, *counts[:-1]])
         pooling = [
-            np.where(crops.pooling >= 0, crops.pooling + start, -1)
-            for crops, start in zip(cuts, starts, strict=True)
+            np.where(each.pooling >= 0, each.pooling + start, -1)
+            for each, start in zip(cuts, starts, strict=True)
         ]
         return {
-            "pixel_values": np.concatenate([crops.patches for crops in cuts]),
+            "pixel_values": np.concatenate([each.patches for each in cuts]),
             "image_token_pooling": np.concatenate(pooling).astype(np.int32),
-            "image_grids": np.array([crops.grid for crops in cuts]),
+            "image_grids": np.array([each.grid for each in cuts]),
             "image_num_crops": counts,
         }
 
@@ -330,7 +108,7 @@ class Processor(processor.VideoProcessor):
         """
         settings = self.video_settings
         square = np.arange(settings.side**2, dtype=np.int32).reshape(settings.side, -1)
-        pooled = _pooled(square, settings.pool)
+        pooled = crops.pooled(square, settings.pool)
         rows, columns = pooled.shape[:2]
         cuts = [settings.cut(clip.frames) for clip in videos]
         starts = settings.side**2 * np.arange(sum(map(len, cuts)), dtype=np.int32)[:, None, None]
@@ -403,7 +181,7 @@ def read_processor(directory: Path) -> Processor:
         settings = options.get("image_processor") or checkpoint.read_json(
             directory / "preprocessor_config.json"
         )
-        cutting = ImageSettings.from_json(settings)
+        cutting = crops.ImageSettings.from_json(settings)
         template = port.read_template(directory)
         of_videos = port.read_video_settings(directory)
     return Processor(cutting, port.read_tokenizer(directory), template, options, of_videos)

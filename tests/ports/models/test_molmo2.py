@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 import ports
 from ports import checkpoint
 from ports.models.molmo2 import model as molmo2
-from ports.models.molmo2 import processor
+from ports.models.molmo2.crops import cut
 
 from .. import family, helpers
 
@@ -386,7 +386,7 @@ class TestProcessor:
         patches = np.append(inputs["pixel_values"].mean(-1).ravel(), -1)
         bright = patches[inputs["image_token_pooling"]].mean(-1)
         places = np.flatnonzero(inputs["input_ids"][0] == PATCH)
-        assert layout.positions.shape == (3, 7)  # two crops beside each other
+        assert layout.positions.shape == (3, 6)  # three crops beside each other
         for view in (layout, layout.whole):
             values = bright[np.searchsorted(places, view.positions)]
             x0, y0, x1, y1 = view.boxes[np.unravel_index(values.argmax(), values.shape)]
@@ -414,20 +414,20 @@ class TestProcessor:
 
     def test_crops_by_hand(self, vlm):
         picture = np.array([[[0, 51, 255]]], np.uint8)
-        crops = processor.cut(picture, vlm.processor.image_processor)
+        made_of = cut(picture, vlm.processor.image_processor)
         # One color: the whole and a single crop, of 3 x 3 features, of which the last are smaller.
-        assert crops.patches.shape == (2, SIDE**2, VALUES)
-        colors = np.unique(crops.patches.reshape(-1, 3), axis=0)
+        assert made_of.patches.shape == (2, SIDE**2, VALUES)
+        colors = np.unique(made_of.patches.reshape(-1, 3), axis=0)
         np.testing.assert_allclose(colors, [[-1, -0.6, 1]], rtol=1e-6)
-        assert crops.grid == (3, 3, 3, 3)
-        assert crops.pooling[:3].tolist() == [[0, 1, 5, 6], [2, 3, 7, 8], [4, -1, 9, -1]]
-        assert crops.pooling[9].tolist() == [25, 26, 30, 31]
+        assert made_of.grid == (3, 3, 3, 3)
+        assert made_of.pooling[:3].tolist() == [[0, 1, 5, 6], [2, 3, 7, 8], [4, -1, 9, -1]]
+        assert made_of.pooling[9].tolist() == [25, 26, 30, 31]
 
     def test_a_patch_is_taken_from_the_crop_where_it_is_inside(self, vlm):
         picture = np.zeros((56, 35, 3), np.uint8)
-        crops = processor.cut(picture, vlm.processor.image_processor)
+        made_of = cut(picture, vlm.processor.image_processor)
         expected = pooled(SIDE**2 + tiling(2, 1)).reshape(-1, 4)
-        np.testing.assert_array_equal(crops.pooling[9:], expected)
+        np.testing.assert_array_equal(made_of.pooling[9:], expected)
 
     @pytest.mark.parametrize(
         ("change", "message"),
