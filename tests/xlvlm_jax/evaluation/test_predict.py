@@ -58,6 +58,18 @@ def alone(vlm, samples, edits=None, words=""):
     return texts
 
 
+def test_equal_questions_are_answered_once(vlm, asked, tmp_path, encoded):
+    """As those that POPE's files share; the answers are those of each, and so are the errors."""
+    gone = dataclasses.replace(asked[1], id="gone", image=tmp_path / "gone.jpg")
+    own = [*asked[:12], gone]
+    again = [dataclasses.replace(sample, id=f"{sample.id} again") for sample in own]
+    found = evaluation.predict(vlm, [*own, *again], **OPTIONS)
+    assert len(encoded) == 1  # 26 questions in one batch of 16
+    (answers,) = found.answers
+    assert answers[:12] == alone(vlm, asked[:12]) and answers[:13] == answers[13:]
+    assert list(found.errors) == ["gone", "gone again"] and answers[12] is None
+
+
 def test_each_condition_answers_as_it_does_alone(vlm, asked, vector, predictions):
     v = vector.vector
     site, answers = vector.site, predictions.answers
