@@ -19,9 +19,6 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ports", "xlvlm_jax")
 SITE = "language_model.model.norm"
@@ -29,8 +26,8 @@ SITE = "language_model.model.norm"
 
 def room_of(file: str) -> str:
     """Returns the room of a file, given relative to the root."""
-    package, *rest = file.split("/")
-    return package if package == "ports" or len(rest) < 2 else f"{package}/{rest[0]}"
+    package, room, *_ = file.split("/")
+    return package if package == "ports" else f"{package}/{room}"
 
 
 class Journey:
@@ -145,8 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="also list the files and hand-overs")
     options = parser.parse_args()
-    console = Console()
-    table = Table("journey", "files", "rooms", "hand-overs", box=None)
+    line = "{:<44}{:>6}{:>7}{:>12}"
+    print(line.format("journey", "files", "rooms", "hand-overs"))
     with tempfile.TemporaryDirectory() as work:
         for name, run in journeys(Path(work)).items():
             with Journey() as journey:
@@ -155,12 +152,10 @@ def main() -> None:
                 continue
             rooms = {room_of(file) for file in journey.files}
             figures = (len(journey.files), len(rooms), len(journey.hand_overs))
-            table.add_row(name, *map(str, figures))
+            print(line.format(name, *figures), flush=True)
             if options.list:
-                console.print(f"[bold]{name}[/bold]: {', '.join(sorted(rooms))}")
-                console.print("\n".join(sorted(journey.files)))
-                console.print("\n".join(f"{a} -> {b}" for a, b in sorted(journey.hand_overs)))
-    console.print(table)
+                shown = (f"{a} -> {b}" for a, b in sorted(journey.hand_overs))
+                print(*sorted(rooms), *sorted(journey.files), *shown, sep="\n")
 
 
 if __name__ == "__main__":

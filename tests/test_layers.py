@@ -113,3 +113,13 @@ def test_no_import_runs_up_the_layers(room):
         and (file, other) not in LATE
     ]
     assert not found
+
+
+def test_commands_are_short():
+    """A command parses, calls and prints: what it does is in the rooms below."""
+    for file in sorted((ROOT / "xlvlm_jax" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{file.name}: {node.name} has {lines} lines"
