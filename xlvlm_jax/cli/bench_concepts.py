@@ -75,9 +75,10 @@ def bench_concepts(
             progress=bars(progress),
         )
     head, rows = stage.as_rows(result)
-    table = Table(*head, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*row)
+    # A terminal has room for a line per measure, not for a column.
+    table = Table("", *(name for name, *_ in rows), box=None)
+    for number, title in enumerate(head[1:], start=1):
+        table.add_row(title, *(row[number] for row in rows))
     console.print(table)
     console.print(f"probes on the states themselves: {result.probe_accuracy:.2f}", highlight=False)
     console.print(f"{len(result.lines)} dictionaries, {seeds} seeds -> {output / stage.FILE}")

@@ -49,6 +49,7 @@ LOCATED = ("kind", "colour", "place")  # attributes that cells of a picture show
 SHOWN = 0.5  # share of a cell's pixels from which on it shows an object
 TARGETED = 5  # concepts that are removed for a value
 ASKED = 12  # pictures that concepts are edited on
+ENCODED = 512  # rows that are encoded together
 ADD, ABLATE = (0.1,), (1.0,)
 OWN_TOKENS = 32  # room for the tokens of a concept's words, so that dictionaries share a program
 
@@ -224,7 +225,10 @@ def encode(
     Raises:
         ValueError: as for `project`.
     """
-    codes = np.array(project(rows, concepts), np.float32)
+    # Codes of snmf take as many steps as the slowest row needs: of fewer rows, fewer.
+    size = ENCODED if concepts.dictionary is None else max(len(rows), 1)
+    parts = [project(rows[at : at + size], concepts) for at in range(0, len(rows), size)]
+    codes = np.concatenate([np.asarray(part, np.float32) for part in parts])
     if kept is None or concepts.dictionary is not None or kept >= codes.shape[1]:
         return codes
     left = np.argpartition(-np.abs(codes), kept, axis=1)[:, kept:]

@@ -30,6 +30,8 @@ def test_codes_are_cut_to_the_largest():
     codes = scoring.encode(centroids, rows, 2)
     assert scoring.coefficients_of(centroids, codes).tolist() == [[0, 0, 1], [1, 0, 0]]
     np.testing.assert_array_equal(scoring.coefficients_of(concepts, codes), codes)
+    many = np.random.default_rng(0).normal(size=(scoring.ENCODED + 9, 3)).astype(np.float32)
+    np.testing.assert_allclose(scoring.encode(concepts, many, 3), many, atol=1e-6)
 
 
 def test_truth_by_hand():
