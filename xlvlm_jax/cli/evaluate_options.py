@@ -189,14 +189,18 @@ def parse_task(
     from xlvlm_jax import evaluation
     from xlvlm_jax.data.mmsb import REFUSALS
     from xlvlm_jax.data.words import class_words
+    from xlvlm_jax.steering.fit import OUTCOME
 
     fitted = vectors[0].source if vectors else {}
+    if fitted.get("key") == OUTCOME:
+        fitted = {}  # "yes for no" is no answer to count
     if task in ("chair", "captions") or (task is None and dataset in ("coco", "mmsb")):
         if source is not None or target is not None:
             raise ValueError("--source and --target apply to questions; use --words for captions")
         if answer_types is not None:
             raise ValueError("--answer-types applies to questions; omit it for captions")
-        usual = REFUSALS if dataset == "mmsb" else fitted.get("target") or ()
+        of_vector = () if task == "chair" else fitted.get("target") or ()
+        usual = REFUSALS if dataset == "mmsb" else of_vector
         kind = evaluation.ObjectCaptions if task == "chair" else evaluation.Captions
         counted = tuple(usual if words is None else class_words(words))
         return kind(counted, java, "scenes" if dataset == "scenes" else "coco")

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from xlvlm_jax import data
+from xlvlm_jax import SteeringVector, data
+from xlvlm_jax.cli.evaluate_options import parse_task
 from xlvlm_jax.data import mmsb, scenes
 
 
@@ -157,3 +159,22 @@ def test_types_of_answers_by_a_dictionary(evaluate, pictures, tmp_path):
     answers = {sample.id: "red" for sample in data.load("vqav2", pictures, "train")}
     _, measured = evaluate("vqav2", answers, "--answer-types", tmp_path / "types.json")
     assert measured["listed types"]["answer_type"] == {"other": len(answers)}
+
+
+def test_words_of_a_vector_that_are_counted():
+    """Those of answers; not outcomes ("yes for no"), and not in captions scored by CHAIR."""
+
+    def parsed(dataset, task, **source):
+        words = {"source": ["yes"], "target": ["no"], **source}
+        vector = SteeringVector(np.zeros(2, np.float32), "layers.3", words)
+        return parse_task(
+            *(dataset, [vector], None, None, None, False, "official", None), task=task
+        )
+
+    assert parsed("vqav2", None).target == parsed("pope", "pope").target == ("no",)
+    outcome = {"key": "outcome", "source": ["yes for no"], "target": ["no for no"]}
+    assert (
+        parsed("scenes", "pope", **outcome).target == parsed("vqav2", None, **outcome).source == ()
+    )
+    assert parsed("coco", None).words == parsed("coco", "captions").words == ("no",)
+    assert parsed("scenes", "chair").words == parsed("coco", None, **outcome).words == ()
