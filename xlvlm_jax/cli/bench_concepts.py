@@ -45,6 +45,7 @@ def bench_concepts(
     seed: Seed = 0,
 ) -> None:
     """Score and rank dictionaries on drawn pictures whose contents are known."""
+    from ports.messages import counted
     from ports.models import clip
     from xlvlm_jax.concept_benchmark import stage
     from xlvlm_jax.concept_benchmark.dictionaries import parse_entry
@@ -81,4 +82,5 @@ def bench_concepts(
         table.add_row(title, *(row[number] for row in rows))
     console.print(table)
     console.print(f"probes on the states themselves: {result.probe_accuracy:.2f}", highlight=False)
-    console.print(f"{len(result.lines)} dictionaries, {seeds} seeds -> {output / stage.FILE}")
+    done = counted(len(result.lines), "dictionary", "dictionaries"), counted(seeds, "seed")
+    console.print(f"{', '.join(done)} -> {output / stage.FILE}")

@@ -175,7 +175,7 @@ def show_preflight(
         vlm,
         samples,
         count,
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         batch_size=batch_size,
     )
     show_needs(needs, console)

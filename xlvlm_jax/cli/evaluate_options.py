@@ -145,7 +145,15 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
     Args:
         task, split, negatives: values of the options.
         dataset: what `dataset_of` returns.
+
+    Raises:
+        ValueError: negatives are chosen for another data set than drawn scenes.
     """
+    if negatives != "all" and dataset != "scenes":
+        raise ValueError(
+            f"--negatives belongs to --dataset scenes, not to {dataset}; omit it"
+            + ("; --split chooses the file" if dataset == "pope" else "")
+        )
     if dataset == "pope" and task == "pope" and split is None:
         return {"split": "all"}
     if dataset == "scenes":

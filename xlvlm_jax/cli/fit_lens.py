@@ -23,7 +23,9 @@ def fit_lens(
     model: Model,
     data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("lens.safetensors"),
-    dataset: Annotated[str, typer.Option(help="coco, vqav2, pope, mmsb or folder.")] = "coco",
+    dataset: Annotated[
+        str, typer.Option(help="coco, vqav2, pope, amber, mmsb, scenes or folder.")
+    ] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     references: Annotated[
         bool,

@@ -1,6 +1,7 @@
 """`xlvlm steer fit`: fits steering vectors on features."""
 
 import dataclasses
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -244,6 +245,7 @@ def fit(
     from xlvlm_jax import Features as StoredFeatures
     from xlvlm_jax import steering
 
+    _refuse_options_of_others(method, context.params)
     if not dry_run:
         refuse_existing(output, overwrite)
     if method == "shift":
@@ -283,6 +285,8 @@ def fit(
         fitted = _learn(how, asked, model, adapter, dtype, batch_size, strict, dry_run)
         if fitted is None:
             return
+    if how.sites:  # those of the features that it chose
+        sites = [name for each in fitted.steering.values() for name in each.vectors]
     if not dry_run:
         _write(output, fitted.steering, how.makes_several or (len(sites) > 1 and not how.sites))
     written = "nothing, a dry run" if dry_run else output
@@ -306,6 +310,25 @@ def _options(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
         name: read[name](given[name]) if name in read and given[name] else given[name]
         for name in names
     }
+
+
+def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option was given that only other methods take."""
+    from xlvlm_jax.steering.methods import METHODS
+
+    takes = {name: how.options for name, how in METHODS.items()}
+    takes |= {"concept": ("concepts", "pairs"), "shift": ()}
+    if method not in takes:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(takes)}")
+    usual = inspect.signature(fit).parameters
+    for option in sorted({name for names in takes.values() for name in names}):
+        if option in takes[method] or given[option] == usual[option].default:
+            continue
+        takers = ", ".join(name for name, names in takes.items() if option in names)
+        raise ValueError(
+            f"--{option.replace('_', '-')} has no effect on --method {method}; omit it, or choose "
+            f"one of {takers}"
+        )
 
 
 def _of_sites(how: Any, asked: Any, sites: Sequence[str]) -> Any:
@@ -342,6 +365,7 @@ def _write_concepts(
     where: Any,
 ) -> None:
     """Writes concepts as vectors, one file per concept or pair."""
+    from ports.messages import counted
     from xlvlm_jax import Concepts, steering
 
     chosen: list[Any] = _whole_numbers(concepts, "--concepts") or []
@@ -350,7 +374,8 @@ def _write_concepts(
     fitted = steering.concept_vectors(loaded, chosen or None, site=site, where=where)
     _write(output, fitted, several=True)
     first = next(iter(fitted.values()))
-    console.print(f"{len(fitted)} concepts as vectors, site {first.site} -> {output}")
+    made = counted(len(fitted), "concept as a vector", "concepts as vectors")
+    console.print(f"{made}, site {first.site} -> {output}")
 
 
 def _learn(

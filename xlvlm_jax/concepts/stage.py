@@ -167,7 +167,7 @@ def paired_with(
         method.check_target(target is not None or target_site is not None)
         return None
     other = target or features
-    other_site = choose_site(other, target_site or site)
+    other_site = choose_site(other, target_site or site, "--target-site")
     if other is features and other_site == site:
         raise ValueError(
             f"{method.name!r} learns from two sites or models, but both are {site!r} of "

@@ -256,7 +256,7 @@ def run_sweep(
     if axis not in AXES:
         raise ValueError(f"axis is {axis!r}; expected one of {', '.join(AXES)}")
     directory = Path(directory)
-    new_tokens = max_new_tokens or task.max_new_tokens
+    new_tokens = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     settings = {
         "version": versions.VERSION,
         **model_of(vlm),

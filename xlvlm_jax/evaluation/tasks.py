@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ports.messages import few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import answer_effects, answer_types, hallucination
 from xlvlm_jax.evaluation import caption_effects as caption_changes
@@ -208,10 +209,9 @@ class Captions:
                 "--words to count"
             )
         if texts and self.words and not count_words(texts, self.words).any():
-            shown = ", ".join(self.words[:5])
             raise ValueError(
-                f"none of {len(texts)} captions contains one of the {len(self.words)} words {shown}"
-                " ...; choose words, or a class of words, that occur in this data set"
+                f"none of {len(texts)} captions contains one of the words {few(self.words)}; give "
+                "--words, or a class of words, that occur in this data set"
             )
 
     def measure(

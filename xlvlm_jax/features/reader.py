@@ -228,12 +228,13 @@ def _read_pictures(path: Path) -> dict[str, str] | None:
         ) from None
 
 
-def choose_sites(features: Features, site: str | None) -> list[str]:
+def choose_sites(features: Features, site: str | None, option: str = "--site") -> list[str]:
     """Returns the sites that a name or a pattern matches; without one, the only site.
 
     Args:
         features: the features.
         site: a name or pattern (see `ports.intervene.sites.match_sites`); None for the only site.
+        option: the option of the command line that names it, for messages.
 
     Raises:
         ValueError: no site matches, or there are several and none was named.
@@ -244,18 +245,18 @@ def choose_sites(features: Features, site: str | None) -> list[str]:
     if not found:
         raise ValueError(
             f"{features.path} has the sites {few(features.sites)}; choose one of them with "
-            f"--site, got {site!r}"
+            f"{option}" + (f", got {site!r}" if site is not None else "")
         )
     return found
 
 
-def choose_site(features: Features, site: str | None) -> str:
+def choose_site(features: Features, site: str | None, option: str = "--site") -> str:
     """Returns the only site that a name or a pattern matches; as `choose_sites`.
 
     Raises:
         ValueError: none or several match.
     """
-    found = choose_sites(features, site)
+    found = choose_sites(features, site, option)
     if len(found) > 1:
         raise ValueError(f"{site!r} matches {len(found)} sites, {few(found)}; choose one of them")
     return found[0]

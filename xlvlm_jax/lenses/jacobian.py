@@ -244,8 +244,8 @@ def fit_jacobian_lens(
         The lens.
 
     Raises:
-        ValueError: there are no batches, a layer does not exist, or a row has no more than `skip`
-            tokens.
+        ValueError: there are no batches, a layer does not exist, `skip` is negative, or a row has
+            no more than `skip` tokens.
 
     Examples:
         >>> import ports
@@ -257,6 +257,8 @@ def fit_jacobian_lens(
         >>> lenses.fit_jacobian_lens(vlm, [inputs], layers=[6])
         JacobianLens(1 layer of width 192, 1 prompts)
     """
+    if skip < 0:
+        raise ValueError(f"skip is {skip}; expected a number of positions, 0 or more")
     *before, last = vlm.layers
     numbers = list(range(len(before))) if layers is None else sorted(set(layers))
     if not numbers or min(numbers) < 0 or max(numbers) >= len(before):

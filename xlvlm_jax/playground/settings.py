@@ -1,6 +1,5 @@
 """What a page asks for: a picture, a question and the sliders, read from JSON."""
 
-import math
 from typing import Any, NamedTuple
 
 from ports.intervene.edits import add
@@ -72,9 +71,10 @@ def _slider(data: dict[str, Any]) -> Slider:
     strength = data.get("strength")
     if isinstance(strength, bool) or not isinstance(strength, int | float):
         raise ValueError(f"the strength of a slider is {strength!r}; expected a number")
-    if not math.isfinite(strength) or abs(strength) > STRONGEST:
+    # NaN is not in the range either, and whole numbers may be too large for a float.
+    if not -STRONGEST <= strength <= STRONGEST:
         raise ValueError(
-            f"the strength of a slider is {strength}; expected a number from {-STRONGEST:g} to "
+            f"the strength of a slider is {strength!r:.40}; expected a number from {-STRONGEST:g} to "
             f"{STRONGEST:g}"
         )
     where = _text(data, "where") if data.get("where") is not None else None
@@ -94,6 +94,8 @@ def _text(data: dict[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.40}; expected a text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} holds half a character (a lone surrogate); expected a text")
     if len(value) > LONGEST:
         raise ValueError(f"{name} has {len(value)} characters; expected at most {LONGEST}")
     return value

@@ -187,8 +187,11 @@ def fit_conditional(
         A memory with one key; `source["gate accuracy"]` is the mean of the two shares.
 
     Raises:
-        ValueError: as `answer_states`, or the features hold source states only.
+        ValueError: as `answer_states`, the features hold source states only, or the threshold is
+            not a cosine.
     """
+    if threshold is not None:
+        _require_cosine(threshold)
     states = answer_states(features, site, source, target, **chosen)
     every = features.matrix(site)
     is_source = np.isin(np.arange(len(every)), states.source_rows)
@@ -268,10 +271,17 @@ def fit_memory(
         The memory; `source["states per key"]` holds the numbers of source and target states.
 
     Raises:
-        ValueError: as `answer_states`, or there are fewer states than clusters.
+        ValueError: as `answer_states`, there are fewer states than clusters, or the threshold is
+            not a cosine.
     """
+    _require_cosine(threshold)
     states = answer_states(features, site, source, target, **chosen)
     both = np.concatenate([states.source, states.target])
+    if not 1 <= num_keys <= len(both):
+        raise ValueError(
+            f"num_keys is {num_keys}; expected 1 to {len(both)}, the number of source and target "
+            "states"
+        )
     is_target = np.arange(len(both)) >= len(states.source)
     found = decompose(both, num_keys, "kmeans", key=jax.random.key(seed))
     cluster = np.asarray(found.activations).argmax(axis=1)
@@ -292,6 +302,11 @@ def fit_memory(
         states.described | told,
         where,
     )
+
+
+def _require_cosine(threshold: float) -> None:
+    if not -1 <= threshold <= 1:  # NaN, too, would let no state pass
+        raise ValueError(f"threshold is {threshold}; expected a cosine, from -1 to 1")
 
 
 def _mean(states: Float[Array, "N D"]) -> Float[np.ndarray, " D"]:

@@ -100,6 +100,15 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     sites: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Checks the number of samples.
+
+        Raises:
+            ValueError: it is less than 1.
+        """
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"the number of samples must be at least 1, got {self.num_samples}")
+
 
 class Examples(NamedTuple):
     """The examples that a method learns from."""
@@ -220,7 +229,9 @@ def _fit_sae_clamp(asked: Request) -> Fitted:
 def _with_dictionary(asked: Request) -> dict[str, Any]:
     options = _looked_up(asked)
     if options.get("dictionary") is None:
-        raise ValueError("there is no dictionary; give a sparse autoencoder of the site")
+        raise ValueError(
+            "there is no dictionary; give a sparse autoencoder of the site with --dictionary"
+        )
     return options
 
 

@@ -94,9 +94,11 @@ def batches(
         int[R], the samples of the first R rows, and the batch; batches without rows are left out.
 
     Raises:
-        ValueError: the numbers of answers and samples differ, or an answer is empty; if strict, as
-            `make_batch`.
+        ValueError: the batch size is less than 1, the numbers of answers and samples differ, or an
+            answer is empty; if strict, as `make_batch`.
     """
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}; expected 1 sample or more per batch")
     if answers is not None and len(samples) != len(answers):
         raise ValueError(
             f"there are {len(answers)} answers for {len(samples)} samples; expected one each"

@@ -107,6 +107,11 @@ def test_drawn_scenes_as_a_task(evaluate, pictures):
             "--task pope can't be measured on --dataset coco",
         ),
         (("--task", "pope"), "coco_pope_random.json: no such file"),
+        (("--task", "pope", "--negatives", "random"), "--split chooses the file"),
+        (
+            ("--task", "pope", "--dataset", "scenes", "--max-new-tokens", 0),
+            "max_new_tokens is 0; expected a whole number",
+        ),
         (("--task", "chair", "--split", "train"), "--task chair needs --objects"),
         (("--task", "chair", "--dataset", "scenes", "--annotations", "x"), "omit it"),
         (

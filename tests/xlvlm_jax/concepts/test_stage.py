@@ -71,10 +71,10 @@ def test_a_site_must_be_chosen_among_several(tmp_path):
     layers = [f"language_model.model.layers.{i}" for i in (3, 13)]
     decoder = write(tmp_path / "d", Z, [(i, {}) for i in range(3)], sites=layers)
     assert choose_site(decoder, "layers.3") == layers[0]
-    with pytest.raises(
-        ValueError, match="has the sites a, b; choose one of them with --site, got None"
-    ):
+    with pytest.raises(ValueError, match=r"has the sites a, b; choose one of them with --site$"):
         choose_site(features, None)
+    with pytest.raises(ValueError, match="choose one of them with --target-site, got 'c'"):
+        choose_site(features, "c", "--target-site")
 
 
 def test_grounding_writes_words_and_images(features, tmp_path, three_words):

@@ -138,6 +138,6 @@ def test_nothing_is_written_for_words_of_another_data_set(vlm, asked, tmp_path):
         Questions().require([dataclasses.replace(asked[0], metadata={})])
     with pytest.raises(ValueError, match="have no captions"):
         Captions().require([dataclasses.replace(asked[0], references=())])
-    with pytest.raises(ValueError, match="captions contains one of the 1 words sphinx"):
+    with pytest.raises(ValueError, match="captions contains one of the words sphinx; give --words"):
         Captions(("sphinx",)).require(asked)
     assert list(tmp_path.iterdir()) == []

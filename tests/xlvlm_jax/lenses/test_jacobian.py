@@ -116,6 +116,8 @@ def test_messages(vlm, inputs, lens, tmp_path):
         lenses.JacobianLens(lens.jacobians, 1, {"fingerprint": "other"}).carried(vlm)
     with pytest.raises(ValueError, match="expected some of 0 to 6"):
         lenses.fit_jacobian_lens(vlm, [inputs], layers=[7])
+    with pytest.raises(ValueError, match="skip is -1; expected a number of positions, 0 or more"):
+        lenses.fit_jacobian_lens(vlm, [inputs], skip=-1)
     with pytest.raises(ValueError, match="no more than 500 tokens"):
         lenses.fit_jacobian_lens(vlm, [inputs], skip=500)
     with pytest.raises(ValueError, match="no batches"):

@@ -45,6 +45,8 @@ def test_every_named_place_is_one_that_edits_know(where):
         ({"sliders": [{"item": "a", "strength": True}]}, "strength of a slider is True"),
         ({"sliders": [{"item": "a", "strength": float("nan")}]}, "is nan; expected a number from"),
         ({"sliders": [{"item": "a", "strength": 1e9}]}, "-1000 to 1000"),
+        ({"sliders": [{"item": "a", "strength": 10**400}]}, "-1000 to 1000"),
+        ({"question": "\ud800"}, "question holds half a character"),
         ({"sliders": [{"item": 3, "strength": 1}]}, "item is 3"),
         ({"sliders": [{"item": "a", "strength": 1, "where": "left"}]}, "where is 'left'"),
     ],

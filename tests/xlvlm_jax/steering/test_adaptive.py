@@ -124,3 +124,10 @@ def test_messages(features):
         steering.fit_conditional(features, "s", ["*"], ["no"])
     with pytest.raises(ValueError, match="none of 10 samples has a prediction among"):
         steering.fit_memory(features, "s", ["yes"], ["blue"])
+    for threshold in (float("nan"), 1.5):
+        for fit in (steering.fit_conditional, steering.fit_memory):
+            with pytest.raises(ValueError, match=f"threshold is {threshold}; expected a cosine"):
+                fit(features, "s", ["yes"], ["no"], threshold=threshold)
+    for number in (0, 99):
+        with pytest.raises(ValueError, match=f"num_keys is {number}; expected 1 to "):
+            steering.fit_memory(features, "s", ["yes"], ["no"], num_keys=number)

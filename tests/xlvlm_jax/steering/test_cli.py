@@ -310,6 +310,9 @@ def test_what_learns(fit, tmp_path, options, kind, said):
         (("--method", "vti-image"), "--method vti-image needs --model"),
         (("--method", "sae", "--source", "yes", "--target", "no"), "there is no dictionary"),
         (("--method", "sae", "--feature-ids", "1;2"), "--feature-ids is '1;2'; expected whole"),
+        (("--method", "pca", "--num-heads", 3), "--num-heads has no effect on --method pca; omit"),
+        (("--method", "concept", "--penalty", 2), "or choose one of probe"),
+        (("--method", "nope"), "unknown method 'nope'; expected one of coarse, pca"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -138,6 +138,8 @@ def test_messages(vlm, samples):
         teacher_forcing.force(vlm, samples, ["no"], SITE)
     with pytest.raises(ValueError, match=r"the answer to force on sample \d+ is empty"):
         list(teacher_forcing.batches(vlm, samples[:1], [""], 1))
+    with pytest.raises(ValueError, match="batch size is 0; expected 1 sample or more"):
+        list(teacher_forcing.batches(vlm, samples[:1], None, 0))
 
 
 def test_refused_samples_are_left_out(vlm, samples, forced):
