@@ -74,8 +74,8 @@ def _slider(data: dict[str, Any]) -> Slider:
     # NaN is not in the range either, and whole numbers may be too large for a float.
     if not -STRONGEST <= strength <= STRONGEST:
         raise ValueError(
-            f"the strength of a slider is {strength!r:.40}; expected a number from {-STRONGEST:g} to "
-            f"{STRONGEST:g}"
+            f"the strength of a slider is {strength!r:.40}; expected a number from "
+            f"{-STRONGEST:g} to {STRONGEST:g}"
         )
     where = _text(data, "where") if data.get("where") is not None else None
     if where is not None:
