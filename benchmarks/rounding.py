@@ -26,7 +26,7 @@ import ports
 from benchmarks import measure
 
 IMAGE, VOCABULARY, SIDE = 500, 512, 112
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 144,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -34,8 +34,9 @@ TOWER = {
     "patch_size": 14,
     "image_size": SIDE,
     "vision_use_head": False,
+    "projection_dim": 448,  # of PaliGemma, its decoder's width
 }
-TEXT = {"vocab_size": VOCABULARY, "head_dim": 32, "query_pre_attn_scalar": 32}
+TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "head_dim": 32, "query_pre_attn_scalar": 32}
 TOKENS = {"gemma3": 16, "paligemma": (SIDE // 14) ** 2}  # per image
 
 
@@ -73,7 +74,7 @@ def paligemma() -> torch.nn.Module:
     )
     config = transformers.PaliGemmaConfig(
         text_config=text,
-        vision_config=transformers.SiglipVisionConfig(**TOWER, projection_dim=448),
+        vision_config=transformers.SiglipVisionConfig(**TOWER),
         image_token_index=IMAGE,
         projection_dim=448,
     )
