@@ -49,11 +49,16 @@ def bench_concepts(
     from ports.models import clip
     from xlvlm_jax.concept_benchmark import stage
     from xlvlm_jax.concept_benchmark.dictionaries import parse_entry
+    from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.demo import embedded
 
-    for name, value in (("seeds", seeds), ("pictures", pictures)):
+    counts = {"seeds": seeds, "pictures": pictures, "num-concepts": num_concepts, "k": k}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {seed}")
+    method_named(encode_as)
     tested = max(round(0.4 * pictures), 1)
     entries = [parse_entry(text) for text in dictionaries or stage.METHODS]
     vlm = load_model(model)

@@ -127,6 +127,8 @@ def test_command(xlvlm, result, benchmarked, tmp_path):
     assert status == 2 and "'topk' is not a method and there is no file" in errors
     status, _, errors = xlvlm("bench-concepts", "--seeds", 0, "--output", tmp_path / "run")
     assert status == 2 and "--seeds must be at least 1, got 0" in errors
+    status, _, errors = xlvlm("bench-concepts", "--encode-as", "no", "--output", tmp_path / "run")
+    assert status == 2 and "unknown method 'no'; expected one of snmf" in errors
     np.save(tmp_path / "narrow.npy", np.eye(3))
     arguments = ("bench-concepts", tmp_path / "narrow.npy", "--output", tmp_path / "run")
     status, _, errors = xlvlm(*arguments)
