@@ -91,7 +91,7 @@ def load(
             model or of an unsupported kind.
 
     Examples:
-        >>> import ports, xlvlm_jax  # which brings the model "embedded"
+        >>> import ports
         >>> vlm = ports.load("embedded")
         >>> vlm.config.model_type, vlm.sites[-1]
         ('llava', 'language_model.lm_head')
@@ -137,7 +137,7 @@ def load_abstract(
         ValueError: as for `load`.
 
     Examples:
-        >>> import jax, ports, xlvlm_jax  # which brings the model "embedded"
+        >>> import jax, ports
         >>> vlm = ports.load_abstract("embedded", dtype="bfloat16")
         >>> vlm.params["language_model"]["model"]["norm"]["scale"]
         ShapeDtypeStruct(shape=(192,), dtype=bfloat16)

@@ -1,5 +1,6 @@
 """Finds model directories: local ones, and Hugging Face Hub repositories in the local cache."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ _NOT_READ = (
     *("onnx/*", "openvino/*", "coreml/*", "original/*"),
 )
 _PREFIX = "models--"
+# Installed packages name directories by entry points of this group, each the place of a Path.
+_GROUP = "ports.directories"
 _NAMED: dict[str, Path] = {}
 
 
@@ -16,6 +19,8 @@ def name_directory(name: str, directory: Path) -> None:
     """Registers a name for a directory, for `find_directory` and so for every function that loads.
 
     The name takes precedence over a local directory with that name; use "./NAME" for the latter.
+    A package can also name a directory by an entry point of the group "ports.directories", which
+    needs no import.
 
     Args:
         name: the name, such as "embedded".
@@ -30,7 +35,7 @@ def find_directory(
     """Finds a local directory or, if there is none, downloads the Hub repository with that id.
 
     Args:
-        path: a directory, a name registered with `name_directory`, or a repository id such as
+        path: a directory, a name (see `name_directory`), or a repository id such as
             "llava-hf/llava-1.5-7b-hf", which is downloaded to the Hub's cache (offline, it is read
             from there).
         expected: what the directory should hold, for the error message.
@@ -48,8 +53,9 @@ def find_directory(
             f"got {path!r:.80}; expected a directory with {expected}, or a Hub id such "
             "as 'llava-hf/llava-1.5-7b-hf'"
         )
-    if str(path) in _NAMED:
-        return _NAMED[str(path)]
+    named = _directory_named(str(path))
+    if named is not None:
+        return named
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
@@ -69,6 +75,13 @@ def find_directory(
             f"{str(path)!r} is not a local directory and could not be downloaded from the Hub: "
             f"{first}"
         ) from error
+
+
+def _directory_named(name: str) -> Path | None:
+    if name not in _NAMED and name.isidentifier():  # as names are, and few paths
+        for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
+            _NAMED[name] = entry.load()
+    return _NAMED.get(name)
 
 
 def name_of(directory: Path) -> str:

@@ -1,6 +1,8 @@
 """Repositories of the hub, from a cache in the layout of huggingface_hub; no downloads."""
 
+import importlib.metadata
 import shutil
+import tomllib
 
 import huggingface_hub
 import jax
@@ -13,6 +15,7 @@ from ports.models import bert, clip
 from xlvlm_jax.demo import embedded
 
 from .. import bert_helpers, helpers
+from ..helpers import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,6 +49,26 @@ def test_the_embedded_model_has_a_name(tmp_path, monkeypatch):
     assert hub.find_directory("embedded") == embedded.LLAVA
     assert hub.find_directory("./embedded").samefile(tmp_path / "embedded")
     assert ports.load_abstract("embedded").config == ports.load_abstract(embedded.LLAVA).config
+
+
+def test_an_installed_package_names_a_directory(monkeypatch):
+    monkeypatch.setattr(hub, "_NAMED", {})
+    entry = importlib.metadata.EntryPoint(
+        "bundled", "xlvlm_jax.demo.embedded:LLAVA", "ports.directories"
+    )
+    found = {("ports.directories", "bundled"): [entry]}
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group, name: found.get((group, name), [])
+    )
+    assert hub.find_directory("bundled") == embedded.LLAVA
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        hub.find_directory("other")
+
+
+def test_the_project_names_the_embedded_model():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (entry,) = project["entry-points"]["ports.directories"].items()
+    assert entry == ("embedded", "xlvlm_jax.demo.embedded:LLAVA")
 
 
 def test_a_repository_without_an_owner(publish):

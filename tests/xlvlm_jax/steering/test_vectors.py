@@ -157,6 +157,9 @@ class TestVectorOnDisk:
         steering.LowRankMap(np.ones((1, 2)), np.ones((2, 1)), "layers.3").save(path)
         with pytest.raises(ValueError, match="holds 'low-rank map'; expected 'vector'"):
             SteeringVector.load(path)
+        SteeringVector(np.float32([1, np.nan]), "layers.3").save(path)
+        with pytest.raises(ValueError, match="vector has NaN; fit it again, on states"):
+            steering.load(path)
 
 
 def test_a_notebook_shows_where_a_vector_goes_and_how_long_it_is():
