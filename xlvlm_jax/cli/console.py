@@ -162,7 +162,7 @@ def load_model(
                 return vlm
             return vlm.with_processor(hub.find_directory(processor, weights=False))
         if model == "embedded" and adapter is not None:
-            adapter = embedded.ADAPTERS.get(str(adapter), adapter)
+            adapter = embedded.find_adapter(adapter)
         return ports.load(model, dtype=dtype, adapter=adapter, processor=processor, mesh=placed)
 
 

@@ -46,7 +46,7 @@ def run_shift(
         The analysis.
     """
     original = Features.open(run / "features")
-    tuned = vlm.with_adapter(embedded.ADAPTERS.get(str(adapter), adapter))
+    tuned = vlm.with_adapter(embedded.find_adapter(adapter))
     advance = None if stage is None else stage("extracting fine-tuned")
     # At all sites of the original features: the program for them is compiled already.
     extract(tuned, samples, run / f"{name}-features", settings, progress=advance)

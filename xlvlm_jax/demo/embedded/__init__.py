@@ -18,3 +18,22 @@ ADAPTERS = {
 }
 
 hub.name_directory("embedded", LLAVA)
+
+
+def find_adapter(name: str | Path) -> Path:
+    """Returns the directory of one of the embedded model's adapters, or of another one.
+
+    Args:
+        name: a name in `ADAPTERS`, a directory, or a repository id on the Hub.
+
+    Raises:
+        ValueError: it is neither; the names are listed.
+    """
+    if str(name) in ADAPTERS:
+        return ADAPTERS[str(name)]
+    if "/" not in str(name) and not Path(name).is_dir():
+        raise ValueError(
+            f"the embedded model has no adapter {str(name)!r}; expected {', '.join(ADAPTERS)}, or "
+            "the directory of one"
+        )
+    return hub.find_directory(name)

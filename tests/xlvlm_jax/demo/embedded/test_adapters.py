@@ -80,6 +80,13 @@ def test_files(name):
     assert record["command"] in (directory.parent / "README.md").read_text()
 
 
+def test_adapters_are_found_by_name_or_directory(tmp_path):
+    assert embedded.find_adapter("mood") == embedded.ADAPTERS["mood"]
+    assert embedded.find_adapter(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="has no adapter 'nope'; expected color, place, mood"):
+        embedded.find_adapter("nope")
+
+
 def test_peft_computes_the_same(vlm):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
