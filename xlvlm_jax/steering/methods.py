@@ -85,6 +85,9 @@ class Request:
             forced answers, for 128 otherwise.
         keep: number of samples that must stay, per sample to steer.
         options: options of a single method, by the names of its fit function's arguments.
+
+    Raises:
+        ValueError: `num_samples` is less than 1.
     """
 
     features: Features
@@ -101,11 +104,7 @@ class Request:
     sites: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Checks the number of samples.
-
-        Raises:
-            ValueError: it is less than 1.
-        """
+        """Checks the number of samples."""
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"the number of samples must be at least 1, got {self.num_samples}")
 

@@ -37,8 +37,12 @@ def test_hallucination_where_the_objects_are_known():
 
     # The bench counts as there, because a person names it. "bus" is no object to the official one.
     scores = measure(captioned(["dog"]), captioned(["bus"]))["CHAIR"]
-    assert scores["official"] == {"chair_i": 0.5, "chair_s": 0.5, "recall": pytest.approx(1 / 5)}
-    assert scores["plain"] == pytest.approx({"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 5})
+    assert scores["official"] == pytest.approx(
+        {"chair_i": 0.5, "chair_s": 0.5, "recall": 1 / 5, "length": 3.5}
+    )
+    assert scores["plain"] == pytest.approx(
+        {"chair_i": 1 / 3, "chair_s": 0.5, "recall": 2 / 5, "length": 3.5}
+    )
     assert "CHAIR" not in measure(captioned(None))
 
 

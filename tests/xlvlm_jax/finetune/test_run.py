@@ -238,7 +238,10 @@ class TestCommand:
             (["--target", "w_proj"], "target 'w_proj' matches no linear layer"),
             (["--prompt", "what is <image>"], "refuses"),
             (["--annotations", "none.json"], "none.json: no such file"),
-            (["--questions", "q.json"], "--questions belongs to --dataset vqav2 or pope, not "),
+            (
+                ["--questions", "q.json"],
+                "--questions belongs to --dataset vqav2, pope or amber, not ",
+            ),
         ],
     )
     def test_messages(self, xlvlm, pair, pictures, tmp_path, options, message):

@@ -1,6 +1,7 @@
 """Features of two made-up models on the same samples, whose states move in a known way."""
 
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -22,9 +23,13 @@ class Head:
 
     __class__ = VLM  # as far as isinstance sees
     directory = fingerprint = None
+    attention_heads = MappingProxyType({})
 
     def unembed(self, x, through_norm=False):
         return np.asarray(x) * (NORM if through_norm else 1)
+
+    def is_head(self, site):
+        return False
 
     def is_before_norm(self, site):
         return site == "layers.3"
