@@ -3,13 +3,17 @@
 Every host runs the same command. Hosts are numbered from 0; host 0 reports for all.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+
+from ports.parallel import sharding
 
 
 def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -54,10 +58,10 @@ def is_first() -> bool:
 
 def span(mesh: Mesh | None) -> bool:
     """Returns whether the mesh has devices of several hosts, which then compute in step."""
-    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+    return mesh is not None and not sharding.replicated(mesh).is_fully_addressable
 
 
-def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+def readable(tree: Any, mesh: Mesh | None) -> Any:
     """Makes what was computed on a mesh of several hosts readable on each of them.
 
     All hosts must call it. It does not wait for the arrays to be computed.
@@ -70,17 +74,20 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     Returns:
         A tree like `tree`.
     """
-    if not span(mesh):
+    if mesh is None or not span(mesh):
         return tree
-    assert mesh is not None, "no mesh is within one host"
-    whole = NamedSharding(mesh, PartitionSpec())
+    copy = _copier(sharding.replicated(mesh))
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return np.asarray(leaf)
-        return jax.jit(lambda x: x, out_shardings=whole)(leaf)
+        is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return copy(leaf) if is_global else np.asarray(leaf)
 
     return jax.tree.map(one, tree)
+
+
+@functools.cache  # so that a shape is compiled once, and not in every batch
+def _copier(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 def tell(value: Any) -> Any:

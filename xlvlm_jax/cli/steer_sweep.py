@@ -170,9 +170,9 @@ def sweep(
     samples = few_samples(drawn, num_samples, seed)
     of = read_samples(dataset_name, data, **{**told, "split": choose_on})
     others = samples_to_choose_on(samples, of, choose_on, num_choose)
-    if overwrite and output.is_dir():
-        shutil.rmtree(output)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
+    if overwrite and output.is_dir():  # after all that may be wrong with the arguments
+        shutil.rmtree(output)
     with progress_bars() as progress:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -218,8 +218,12 @@ def _fit(
     from xlvlm_jax.features.reader import choose_sites
 
     hows = [steering.method_named(name) for name in methods]
-    unfit = [how for how in hows if how.examples is not None or how.makes_several]
-    if unfit := [*unfit, *(how for how in hows if "dictionary" in how.options)]:
+    unfit = [
+        how
+        for how in hows
+        if how.examples is not None or how.makes_several or "dictionary" in how.options
+    ]
+    if unfit:
         raise ValueError(
             f"--method {unfit[0].name} needs more than answers; fit it with `xlvlm steer fit` and "
             "give the result as --vector"

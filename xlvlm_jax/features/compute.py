@@ -91,7 +91,7 @@ def select(model: ExtractionModel, ran: Ran) -> Computed:
         states = {finetuned_site(site): value for site, value in other.states.items()}
         first = first._replace(states=first.states | states, valid=first.valid & other.valid)
     computed = (first, ran.predicted, ran.finite)
-    first, predicted, finite = hosts.everywhere(computed, model.vlm.mesh)
+    first, predicted, finite = hosts.readable(computed, model.vlm.mesh)
     return Computed(first, predicted, finite, ran.cells)
 
 
@@ -147,7 +147,7 @@ def _pass(
         kind, selection, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
     )
     # The host looks for words in these, and arrays of one device do not mix with global ones.
-    positions, searched = hosts.everywhere((positions, searched), vlm.mesh)
+    positions, searched = hosts.readable((positions, searched), vlm.mesh)
     return Pass(kind, mask, positions, searched, states)
 
 

@@ -100,6 +100,19 @@ def read_as(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[st
     return tensors, specification
 
 
+def require_numbers(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Checks that the tensors of a file have no NaN.
+
+    Inf can be meant, as the threshold of a feature that is never active.
+
+    Raises:
+        ValueError: a tensor has NaN; it is named.
+    """
+    for name, values in tensors.items():
+        if np.isnan(values).any():
+            raise ValueError(f"{path}: {name} has NaN; fit it again, on states that are finite")
+
+
 def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
     """Checks that `vlm` is the model that a vector was fitted on; an unknown origin passes.
 

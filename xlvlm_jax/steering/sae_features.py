@@ -106,9 +106,10 @@ class FeatureClamp(SiteSteering):
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or NaN.
         """
         tensors, rest = files.read_as(path, cls.KIND)
+        files.require_numbers(path, tensors)
         with files.assembling(path):
             values, settings = tensors.pop("values"), Settings(**rest.pop("sae"))
             params = {name.removeprefix("dictionary."): tensors[name] for name in tensors}

@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from ports import VLM
 from ports.intervene.edits import Edit
 from ports.tables import kind
@@ -86,9 +84,6 @@ class SiteSteering:
             ValueError: the file holds something else, or NaN.
         """
         tensors, rest = files.read_as(path, cls.KIND)
-        for name, values in tensors.items():
-            # Inf can be meant, as the threshold of a feature that is never active.
-            if np.isnan(values).any():
-                raise ValueError(f"{path}: {name} has NaN; fit it again, on states that are finite")
+        files.require_numbers(path, tensors)
         with files.assembling(path):
             return cls(**tensors, **rest)

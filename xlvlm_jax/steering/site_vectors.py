@@ -145,9 +145,10 @@ class SiteVectors:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or NaN.
         """
         tensors, rest = files.read_as(path, "site vectors")
+        files.require_numbers(path, tensors)
         with files.assembling(path):
             # safetensors sorts by name.
             vectors = {site: tensors[site] for site in rest.pop("sites")}

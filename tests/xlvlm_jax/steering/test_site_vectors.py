@@ -38,6 +38,9 @@ def test_they_come_back_in_order(tmp_path):
         assert (loaded.source, loaded.where) == (SOURCE, "generated")
     with pytest.raises(ValueError, match=r"holds 'site vectors'; expected 'vector', use"):
         SteeringVector.load(path)
+    SiteVectors({"layers.1": np.float32([np.nan, 1])}).save(path)
+    with pytest.raises(ValueError, match=r"layers\.1 has NaN; fit it again"):
+        steering.load(path)
 
 
 def test_together_they_are_the_vectors_one_by_one(vlm):
