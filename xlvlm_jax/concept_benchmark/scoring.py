@@ -293,7 +293,8 @@ def score_dictionary(
         )
         concepts = dataclasses.replace(concepts, words=words)
     fit, test = (_coded(concepts, part, kept) for part in (pictures.fit, pictures.test))
-    values, nulls = _fidelity(concepts, ground, fit, test, kept)
+    values = _fidelity(concepts, ground, fit, test, kept)
+    nulls: dict[str, float] = {}
     for found in (
         _probing(ground, fit, test),
         _perturbation(concepts, ground, fit, test),
@@ -339,7 +340,7 @@ def _names_of(task: Task) -> set[str]:
 
 def _fidelity(
     concepts: Concepts, ground: Ground, fit: Coded, test: Coded, kept: int | None
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> dict[str, float]:
     pictures = ground.pictures
     K = len(concepts.components)
     rows = [pictures.test.cells.reshape(-1, pictures.rows.shape[1]), pictures.test.said]
@@ -359,7 +360,7 @@ def _fidelity(
         "l0": float(np.count_nonzero(codes) / len(codes)),
         "dead_share": float(1 - alive.mean()),
         "loss_recovered": float(loss_recovered(own, spliced, mean)) if mean != own else np.nan,
-    }, {}
+    }
 
 
 def _probing(ground: Ground, fit: Coded, test: Coded) -> dict[str, float]:

@@ -105,7 +105,7 @@ def test_all_states_lose_nothing(ground):
     fit, test = (
         scoring._coded(whole, part, None) for part in (ground.pictures.fit, ground.pictures.test)
     )
-    values, _ = scoring._fidelity(whole, ground, fit, test, None)
+    values = scoring._fidelity(whole, ground, fit, test, None)
     assert values["explained_variance"] == pytest.approx(1, abs=1e-5)
     assert values["loss_recovered"] == pytest.approx(1, abs=1e-3)
     assert values["l0"] == D and values["dead_share"] == 0
@@ -113,7 +113,7 @@ def test_all_states_lose_nothing(ground):
     fit, test = (
         scoring._coded(nothing, part, None) for part in (ground.pictures.fit, ground.pictures.test)
     )
-    values, _ = scoring._fidelity(nothing, ground, fit, test, None)
+    values = scoring._fidelity(nothing, ground, fit, test, None)
     assert values["loss_recovered"] == pytest.approx(0, abs=1e-4)
     assert values["explained_variance"] == pytest.approx(0, abs=0.2) and values["l0"] == 0
 
