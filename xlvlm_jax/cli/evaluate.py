@@ -119,6 +119,7 @@ def evaluate(
     measured = parse_task(
         *(dataset_name, loaded, source, target, words, java, vqa_protocol, without, answer_types),
         task=task,
+        data=data,
     )
     told: dict[str, Any] = {
         "prompt": prompt,

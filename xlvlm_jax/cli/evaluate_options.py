@@ -18,18 +18,19 @@ TaskName = Annotated[
     ),
 ]
 Dataset = Annotated[
-    Literal["vqav2", "coco", "pope", "amber", "mmsb", "scenes"] | None,
+    Literal["vqav2", "coco", "pope", "amber", "mmsb", "scenes", "questions"] | None,
     typer.Option(
-        help="vqav2, pope or amber for questions, coco for captions, scenes (of `xlvlm scenes`) "
-        "for either, mmsb (MM-SafetyBench) for the words of free answers. Default: that of --task, "
-        "or vqav2."
+        help="vqav2, pope or questions (questions.jsonl) for questions, coco for captions, amber "
+        "and scenes (of `xlvlm scenes`) for either, mmsb (MM-SafetyBench) for the words of free "
+        "answers. Default: that of --task, or vqav2."
     ),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
         help="train, val or test; for pope random, popular, adversarial or all; for amber "
-        "existence, attribute, relation or all; for mmsb all, train or test."
+        "existence, attribute, relation or all, or generative (descriptions); for questions a type "
+        "or all; for mmsb all, train or test."
     ),
 ]
 Negatives = Annotated[
@@ -112,9 +113,9 @@ Java = Annotated[
 
 # Task -> the data sets it can be measured on, the usual one first.
 DATASETS = {
-    "pope": ("pope", "amber", "scenes"),
-    "chair": ("coco", "scenes"),
-    "vqa": ("vqav2", "pope", "amber", "scenes"),
+    "pope": ("pope", "amber", "scenes", "questions"),
+    "chair": ("coco", "amber", "scenes"),
+    "vqa": ("vqav2", "pope", "amber", "scenes", "questions"),
     "captions": ("coco", "mmsb", "scenes"),
 }
 
@@ -156,6 +157,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
         )
     if dataset == "pope" and task == "pope" and split is None:
         return {"split": "all"}
+    if dataset == "amber" and task == "chair":
+        return {"split": "generative"}
     if dataset == "scenes":
         asked = "captions" if task in ("chair", "captions") else "all"
         return {"split": split, "ask": asked, "negatives": negatives}
@@ -174,6 +177,7 @@ def parse_task(
     answer_types: Path | None = None,
     *,
     task: str | None = None,
+    data: Path | None = None,
 ) -> Any:
     """Returns the task to evaluate; words not given are those the first vector was fitted on.
 
@@ -187,6 +191,7 @@ def parse_task(
         without: an answer type to leave out of a mean.
         answer_types: a file of answers by type.
         task: value of --task.
+        data: the data set's directory, which holds AMBER's words.
 
     Returns:
         `evaluation.Captions` or `evaluation.Questions`, or those of the hallucination bench.
@@ -195,6 +200,7 @@ def parse_task(
         ValueError: an option does not belong to this kind of data, or one of a pair is missing.
     """
     from xlvlm_jax import evaluation
+    from xlvlm_jax.data.amber import word_lists
     from xlvlm_jax.data.mmsb import REFUSALS
     from xlvlm_jax.data.words import class_words
     from xlvlm_jax.steering.fit import OUTCOME
@@ -211,6 +217,9 @@ def parse_task(
         usual = REFUSALS if dataset == "mmsb" else of_vector
         kind = evaluation.ObjectCaptions if task == "chair" else evaluation.Captions
         counted = tuple(usual if words is None else class_words(words))
+        if dataset == "amber":
+            assert data is not None
+            return evaluation.Descriptions(counted, java, lists=word_lists(data))
         return kind(counted, java, "scenes" if dataset == "scenes" else "coco")
     if words is not None:
         raise ValueError("--words applies to captions; use --source and --target for questions")

@@ -138,8 +138,9 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
             row += [_share(c["holding_after"], c["samples"]), f"{c['length_after']:.1f}"]
         table.add_row(name, *row)
     console.print(table)
-    if "CHAIR" in conditions["plain"]:
-        _show_protocols("CHAIR", conditions, console)
+    for metric in ("CHAIR", "AMBER"):
+        if metric in conditions["plain"]:
+            _show_protocols(metric, conditions, console)
     if left_out := conditions["plain"]["scores"]["left out"]:
         reasons = "; ".join(f"{name}, {reason}" for name, reason in left_out.items())
         console.print(f"left out: {reasons}", style="dim")

@@ -61,7 +61,7 @@ def extract(
         ),
     ],
     dataset: Annotated[
-        str, typer.Option(help="coco, vqav2, pope, amber, mmsb, scenes or folder.")
+        str, typer.Option(help="coco, vqav2, pope, amber, mmsb, scenes, questions or folder.")
     ] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     rows: Annotated[

@@ -24,7 +24,7 @@ def fit_lens(
     data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("lens.safetensors"),
     dataset: Annotated[
-        str, typer.Option(help="coco, vqav2, pope, amber, mmsb, scenes or folder.")
+        str, typer.Option(help="coco, vqav2, pope, amber, mmsb, scenes, questions or folder.")
     ] = "coco",
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     references: Annotated[

@@ -86,12 +86,14 @@ def read_samples(
     from xlvlm_jax import data as datasets
     from xlvlm_jax.data import select
 
-    if questions is not None and dataset not in ("vqav2", "pope", "amber"):
-        raise ValueError(f"--questions belongs to --dataset vqav2, pope or amber, not to {dataset}")
-    if annotations is not None and dataset in ("pope", "scenes"):
+    if questions is not None and dataset not in ("vqav2", "pope", "amber", "questions"):
+        raise ValueError(
+            f"--questions belongs to --dataset vqav2, pope, amber or questions, not to {dataset}"
+        )
+    if annotations is not None and dataset in ("pope", "questions", "scenes"):
         raise ValueError(
             f"--annotations does not belong to --dataset {dataset}; "
-            + ("give --questions" if dataset == "pope" else "omit it")
+            + ("omit it" if dataset == "scenes" else "give --questions")
         )
     if objects is not None and dataset != "coco":
         raise ValueError(f"--objects belongs to --dataset coco, not to {dataset}")

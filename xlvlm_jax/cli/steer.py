@@ -170,6 +170,7 @@ def apply(
     measured = parse_task(
         *(dataset_name, loaded, source, target, words, java, vqa_protocol, without, answer_types),
         task=task,
+        data=data,
     )
     limits = {"wanted": wanted, "max_cost": max_cost}
     measured = dataclasses.replace(measured, **{k: v for k, v in limits.items() if v is not None})

@@ -162,7 +162,9 @@ def sweep(
     of_vectors = [one for _, one in fitted if key == "prediction"]
     dataset_name = dataset_of(task, dataset)
     measured = parse_task(
-        *(dataset_name, of_vectors, source, target, words, False, vqa_protocol, None), task=task
+        *(dataset_name, of_vectors, source, target, words, False, vqa_protocol, None),
+        task=task,
+        data=data,
     )
     tried = evaluation.attempts(fitted, alpha or [1.0], wheres, edit)
     told = {"objects": objects, **reading_of(task, dataset_name, split, negatives)}

@@ -7,7 +7,7 @@ from typing import Any
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 
-DATASETS = ("coco", "vqav2", "folder", "pope", "mmsb", "amber", "scenes")
+DATASETS = ("coco", "vqav2", "folder", "pope", "mmsb", "amber", "scenes", "questions")
 
 __all__ = ["DATASETS", "Sample", "load", "to_pandas"]
 
@@ -21,8 +21,8 @@ def load(
         name: one of DATASETS.
         directory: directory of its files; drawn scenes are read as "coco" or "vqav2", or as
             "scenes" for questions about what they show.
-        split: "train" (the default), "val" or "test"; a folder has none; POPE, AMBER
-            and MM-SafetyBench ("mmsb") have their own.
+        split: "train" (the default), "val" or "test"; a folder has none; POPE, AMBER,
+            MM-SafetyBench ("mmsb") and "questions" have their own.
         **options: options of the reader, e.g. the names of files.
 
     Raises:

@@ -1,23 +1,45 @@
-"""AMBER's yes-or-no questions about what is in a picture (Wang et al. 2023).
+"""AMBER: yes-or-no questions about what is in a picture, and descriptions (Wang et al. 2023).
 
     <directory>/data/query/query_discriminative-existence.json     ... -attribute, -relation
+    <directory>/data/query/query_generative.json                   "Describe this image."
     <directory>/data/annotations.json
+    <directory>/data/relation.json, <directory>/data/safe_words.txt     words, for descriptions
     <directory>/image/AMBER_1.jpg       (or images/, or the directory itself)
 
 A query: {"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"}
 Its annotation: {"id": 1005, "type": "discriminative-attribute-state", "truth": "yes"}
 
-Descriptions (AMBER's "generative" part) are not read: scoring them needs its word vectors.
+That of a description: {"id": 1, "type": "generative", "truth": ["sky", "dog"], "hallu": ["sun"]}
 """
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xlvlm_jax.data import files, prompts
 from xlvlm_jax.data.sample import Sample
 
 SPLITS = ("existence", "attribute", "relation")
+DESCRIPTIONS = "generative"
+
+
+class WordLists(NamedTuple):
+    """AMBER's words.
+
+    Attributes:
+        associations: {object: words for it, or for its parts}, of relation.json.
+        safe: words that are never wrong, of safe_words.txt.
+    """
+
+    associations: Mapping[str, Sequence[str]]
+    safe: Collection[str] = ()
+
+    @property
+    def words(self) -> frozenset[str]:
+        """All words that can be mentions."""
+        listed = self.associations.values()
+        return frozenset(self.associations) | {word for words in listed for word in words}
 
 
 def load(
@@ -26,26 +48,34 @@ def load(
     *,
     questions: str | os.PathLike[str] | None = None,
     annotations: str | os.PathLike[str] | None = None,
-    prompt: str = prompts.QUESTION,
+    prompt: str | None = None,
 ) -> list[Sample]:
     """Returns one sample per question; its label is each of ten references.
 
     The metadata has `question`, `label`, `amber_type` (as in the annotations) and, as for VQAv2,
-    `answer` and `answer_type`.
+    `answer` and `answer_type`. Samples to describe have no references, and `there` and `imagined`,
+    the objects in the picture and those that people imagine there, in place of a label.
 
     Args:
         directory: directory of the data set.
-        split: "existence", "attribute", "relation" or "all".
+        split: "existence", "attribute" or "relation"; "all" for all questions; "generative" for
+            descriptions.
         questions, annotations: files to read instead of the ones above.
-        prompt: prompt of every sample, with {question} in place of the question.
+        prompt: prompt of every sample, with {question} in place of the question; None for
+            `prompts.QUESTION`, and for descriptions for the question itself.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the split is unknown, a file is not AMBER's, a question has no annotation, is a
-            duplicate or is about a description, or the prompt does not hold {question}.
+            duplicate or is of the other kind, or the prompt does not hold {question}.
     """
-    if split not in (*SPLITS, "all"):
-        raise ValueError(f"AMBER has no split {split!r}; expected one of {', '.join(SPLITS)}, all")
+    if split not in (*SPLITS, "all", DESCRIPTIONS):
+        raise ValueError(
+            f"AMBER has no split {split!r}; expected one of {', '.join(SPLITS)}, all, "
+            f"{DESCRIPTIONS}"
+        )
+    describes = split == DESCRIPTIONS
+    template = ("{question}" if describes else prompts.QUESTION) if prompt is None else prompt
     directory = Path(directory)
     truth_path = files.resolve(directory, annotations, "data/annotations.json")
     truths = {
@@ -57,7 +87,8 @@ def load(
     dimensions = SPLITS if split == "all" and questions is None else (split,)
     samples: dict[int, Sample] = {}
     for dimension in dimensions:
-        file = f"data/query/query_discriminative-{dimension}.json"
+        name = dimension if describes else f"discriminative-{dimension}"
+        file = f"data/query/query_{name}.json"
         path = files.resolve(directory, questions, file)
         for place, record in _records(path, _QUERIES):
             number = files.get(record, "id", int, path, place, _QUERIES)
@@ -67,19 +98,45 @@ def load(
                 raise ValueError(f"{truth_path}: no annotation for id {number} of {path}")
             question = files.get(record, "query", str, path, place, _QUERIES)
             image = files.get(record, "image", str, path, place, _QUERIES)
-            metadata = _truth(*truths[number], truth_path)
+            metadata = (_objects if describes else _truth)(*truths[number], truth_path)
             samples[number] = Sample(
                 id=str(number),
                 image=folder / image,
                 image_id=Path(image).stem,
-                prompt=prompts.question(question, prompt),
-                references=(metadata["label"],) * 10,  # as in VQAv2: its accuracy is defined
+                prompt=prompts.question(question, template),
+                # Ten, as in VQAv2: its accuracy is defined.
+                references=() if describes else (metadata["label"],) * 10,
                 metadata={"split": split, "question": question, **metadata},
             )
     return list(samples.values())
 
 
-_QUERIES = "AMBER's queries (query_discriminative-*.json)"
+def word_lists(directory: str | os.PathLike[str]) -> WordLists:
+    """Returns the words that count as mentions in descriptions.
+
+    Args:
+        directory: directory of the data set.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not AMBER's.
+    """
+    path = Path(directory) / "data/relation.json"
+    content = files.read_json(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(words, list) and all(isinstance(word, str) for word in words)
+        for words in content.values()
+    ):
+        raise ValueError(f"{path}: expected an object of lists of words, as AMBER's relation.json")
+    safe = Path(directory) / "data/safe_words.txt"
+    try:
+        lines = safe.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{safe}: no such file; it is part of AMBER's data") from None
+    return WordLists({name: tuple(words) for name, words in content.items()}, tuple(lines))
+
+
+_QUERIES = "AMBER's queries (query_*.json)"
 _ANNOTATIONS = "AMBER's annotations.json"
 
 
@@ -99,3 +156,18 @@ def _truth(place: str, record: Any, path: Path) -> dict[str, Any]:
             "question and not of a description"
         )
     return {"label": label, "amber_type": kind, "answer": label, "answer_type": "yes/no"}
+
+
+def _objects(place: str, record: Any, path: Path) -> dict[str, Any]:
+    kind = files.get(record, "type", str, path, place, _ANNOTATIONS)
+    if kind != DESCRIPTIONS:
+        raise ValueError(
+            f"{path}: {place}: 'type' is {kind!r}; expected {DESCRIPTIONS!r}, that of a description"
+        )
+    found: dict[str, Any] = {"amber_type": kind}
+    for ours, theirs in (("there", "truth"), ("imagined", "hallu")):
+        listed = files.get(record, theirs, list, path, place, _ANNOTATIONS)
+        if not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"{path}: {place}: {theirs!r} must be a list of strings")
+        found[ours] = tuple(listed)
+    return found

@@ -38,6 +38,32 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not readable JSON ({error})") from None
 
 
+def read_lines(path: Path) -> list[tuple[str, Any]]:
+    """Reads a file with a JSON value per line; empty lines do not count.
+
+    Returns:
+        (place for error messages, value) of each line.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not JSON.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such file; pass its name or another directory"
+        ) from None
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                records.append((f"line {number}", json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: not JSON ({error})") from None
+    return records
+
+
 def get(
     record: Any,
     key: str,

@@ -19,7 +19,6 @@ A split then has all questions whose answer is yes, and its own of those whose a
 has every question.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -125,24 +124,6 @@ def _listed(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
 
 def _asked(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
     """Yields (ID, place, record) of each line of one of POPE's own files."""
-    for place, record in _lines(path):
+    for place, record in files.read_lines(path):
         number = files.get(record, "question_id", int, path, place, _FORM)
         yield str(number), place, {**record, "subset": split}
-
-
-def _lines(path: Path) -> list[tuple[str, Any]]:
-    """Returns (place, object) of each line."""
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such file; pass its name or another directory"
-        ) from None
-    records = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                records.append((f"line {number}", json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number}: not JSON ({error})") from None
-    return records

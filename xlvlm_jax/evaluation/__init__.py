@@ -30,7 +30,7 @@ from xlvlm_jax.evaluation.caption_effects import (
     count_valid,
 )
 from xlvlm_jax.evaluation.hallucination import chair_figures, paired_tests, pope_figures
-from xlvlm_jax.evaluation.hallucination_tasks import ObjectCaptions, Presence
+from xlvlm_jax.evaluation.hallucination_tasks import Descriptions, ObjectCaptions, Presence
 from xlvlm_jax.evaluation.method_sweep import (
     Attempt,
     Sweep,
@@ -56,6 +56,7 @@ __all__ = [
     "Captions",
     "Changes",
     "Condition",
+    "Descriptions",
     "EvaluationNeeds",
     "Needs",
     "ObjectCaptions",

@@ -12,10 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
+from xlvlm_jax.data.amber import WordLists
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.data.scenes import mentioned_kinds
 from xlvlm_jax.metrics.amber import amber
+from xlvlm_jax.metrics.amber_descriptions import (
+    amber_counts,
+    amber_description_scores,
+    listed_words,
+    nltk_nouns,
+    spacy_alike,
+)
 from xlvlm_jax.metrics.caption_tokenizer import caption_words
 from xlvlm_jax.metrics.chair import PROTOCOLS as CHAIR_PROTOCOLS
 from xlvlm_jax.metrics.chair import chair_counts, chair_scores, mentioned_objects, object_named
@@ -132,6 +141,57 @@ def chair_figures(
         "CHAIR intervals": intervals,
         "read differently": {"count": len(differ), "examples": differ[:NUM_EXAMPLES]},
     }
+
+
+def description_counts(
+    samples: Sequence[Sample], answers: Sequence[str], lists: WordLists, protocol: str
+) -> Float[np.ndarray, "N 8"]:
+    """Returns what each description adds to AMBER's counts, see `metrics.amber_counts`.
+
+    Args:
+        samples: images with `there` and `imagined` in their metadata.
+        answers: a description per image.
+        lists: AMBER's words.
+        protocol: "plain", or "official", which needs nltk and spaCy with their data.
+
+    Raises:
+        ModuleNotFoundError: they are not installed.
+        ValueError: their data are not, the numbers differ, or an annotated object is not in the
+            lists.
+    """
+    there, imagined = ([s.metadata[name] for s in samples] for name in ("there", "imagined"))
+    if protocol == "official":
+        nouns = [nltk_nouns(answer) for answer in answers]
+        return amber_counts(nouns, there, imagined, lists, alike=spacy_alike())
+    nouns = [listed_words(answer, lists) for answer in answers]
+    return amber_counts(nouns, there, imagined, lists)
+
+
+def description_figures(
+    samples: Sequence[Sample], answers: Sequence[str], lists: WordLists, protocols: Sequence[str]
+) -> dict[str, Any]:
+    """Returns AMBER's scores of descriptions by some protocols, with intervals.
+
+    Args:
+        samples, answers, lists: as for `description_counts`.
+        protocols: "official", "plain" or both.
+
+    Returns:
+        JSON values: "AMBER" {protocol: scores and the mean length in words}; "AMBER intervals"
+        {protocol: {score: [low, high]}}.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as `description_counts`.
+    """
+    length = float(np.mean([len(caption_words(answer)) for answer in answers]))
+    scores, intervals = {}, {}
+    for protocol in protocols:
+        counts = description_counts(samples, answers, lists, protocol)
+        sums = amber_description_scores(counts.sum(0))
+        scores[protocol] = {name: _or_none(float(x)) for name, x in sums.items()}
+        scores[protocol]["length"] = length
+        intervals[protocol] = _intervals(counts, samples, amber_description_scores)
+    return {"AMBER": scores, "AMBER intervals": intervals}
 
 
 def objects_there(

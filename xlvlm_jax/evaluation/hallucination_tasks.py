@@ -5,16 +5,19 @@ everything else.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from xlvlm_jax.data.amber import WordLists
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import hallucination
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.evaluation.tasks import Captions, Questions
+from xlvlm_jax.metrics.amber_descriptions import amber_description_scores
 from xlvlm_jax.metrics.chair import chair_counts, chair_scores
 from xlvlm_jax.metrics.pope import read_answer
 from xlvlm_jax.metrics.uncertainty import bootstrap
@@ -50,7 +53,7 @@ class Presence(Questions):
         if samples and not {"yes", "no"} <= labels:
             raise ValueError(
                 "the samples have no labels yes and no; --task pope needs questions of --dataset "
-                "pope, amber or scenes"
+                "pope, amber, scenes or questions"
             )
         super().require(samples)
 
@@ -218,5 +221,100 @@ class ObjectCaptions(Captions):
         )
         effect = float(1 - after["chair_i"] / before["chair_i"]) if before["chair_i"] else np.nan
         cost = 100 * float(before["recall"] - after["recall"])
+        changed = np.mean([old != new for old, new in zip(plain, answers, strict=True)])
+        return Trial(condition, float(effect), cost, float(changed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptions(Captions):
+    """AMBER's descriptions, scored by its own words.
+
+    Attributes:
+        lists: AMBER's words.
+        wanted: the wanted effect, the share of AMBER's CHAIR that is gone.
+        max_cost: the maximum cost, in points of Cover.
+    """
+
+    wanted: float = 0.5
+    max_cost: float = 1.0
+    lists: WordLists = dataclasses.field(default_factory=lambda: WordLists({}))
+    max_new_tokens = 256
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Those that are computed: the official one only where nltk and spaCy are installed."""
+        installed = all(importlib.util.find_spec(name) for name in ("nltk", "spacy"))
+        return ("official", "plain") if installed else ("plain",)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return {**super().describe(), "task": "chair", "protocols": list(self.protocols)}
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Checks that the samples are AMBER's descriptions.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if not all("imagined" in sample.metadata for sample in samples):
+            raise ValueError(
+                "the samples are not to be described; expected AMBER's split 'generative'"
+            )
+
+    def measure(
+        self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns what `Captions` measures and AMBER's scores as JSON values.
+
+        Raises:
+            ValueError: as `Captions.measure`, the data of nltk or spaCy are missing, or an
+                annotated object is not in the lists.
+        """
+        figures = hallucination.description_figures(samples, answers, self.lists, self.protocols)
+        return {**super().measure(samples, plain, answers), **figures}
+
+    def judged(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[bool]]:
+        """Returns whether each description names only what is there, by each protocol.
+
+        Raises:
+            ValueError: as `measure`.
+        """
+        return {
+            f"nothing absent, {protocol}": [
+                not row[4]
+                for row in hallucination.description_counts(samples, answers, self.lists, protocol)
+            ]
+            for protocol in self.protocols
+        }
+
+    def trial(
+        self,
+        samples: Sequence[Sample],
+        plain: Sequence[str],
+        condition: Condition,
+        answers: Sequence[str],
+    ) -> Trial:
+        """Returns the share of AMBER's CHAIR that is gone, and the points of Cover that are lost.
+
+        Args:
+            samples: N images to describe.
+            plain: the unsteered descriptions.
+            condition: what `answers` were given under.
+            answers: the steered descriptions.
+
+        Returns:
+            The trial, by the plain protocol; its effect is NaN if nothing absent was named.
+
+        Raises:
+            ValueError: the numbers differ, or an annotated object is not in the lists.
+        """
+        before, after = (
+            amber_description_scores(
+                hallucination.description_counts(samples, texts, self.lists, "plain").sum(0)
+            )
+            for texts in (plain, answers)
+        )
+        effect = float(1 - after["chair"] / before["chair"]) if before["chair"] else np.nan
+        cost = 100 * float(before["cover"] - after["cover"])
         changed = np.mean([old != new for old, new in zip(plain, answers, strict=True)])
         return Trial(condition, float(effect), cost, float(changed))

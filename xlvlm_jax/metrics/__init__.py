@@ -10,8 +10,18 @@ Examples:
 
 from typing import Any
 
+from xlvlm_jax.data.amber import WordLists
 from xlvlm_jax.metrics.absorption import absorption
 from xlvlm_jax.metrics.amber import AmberScore, amber
+from xlvlm_jax.metrics.amber_descriptions import (
+    AmberDescriptionScore,
+    amber_counts,
+    amber_description_scores,
+    amber_descriptions,
+    listed_words,
+    nltk_nouns,
+    spacy_alike,
+)
 from xlvlm_jax.metrics.attributes import AttributeScore, attribute_scores
 from xlvlm_jax.metrics.baselines import noise_images, random_words, vocabulary_words
 from xlvlm_jax.metrics.bert_score import (
@@ -63,6 +73,7 @@ from xlvlm_jax.metrics.uncertainty import Interval, McNemar, bootstrap, mcnemar
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
 
 __all__ = [
+    "AmberDescriptionScore",
     "AmberScore",
     "AttributeScore",
     "BertScore",
@@ -73,10 +84,14 @@ __all__ = [
     "Naming",
     "PopeScore",
     "StartScore",
+    "WordLists",
     "absorption",
     "accuracy_losses",
     "active_share",
     "amber",
+    "amber_counts",
+    "amber_description_scores",
+    "amber_descriptions",
     "attribute_information",
     "attribute_scores",
     "bert_score",
@@ -96,12 +111,14 @@ __all__ = [
     "explained_variance",
     "hoyer_sparsity",
     "label_at_start",
+    "listed_words",
     "mcnemar",
     "mean_of_top",
     "mean_similarity",
     "mentioned_objects",
     "monosemanticity",
     "naming_accuracy",
+    "nltk_nouns",
     "noise_images",
     "normalise_answer",
     "overlap_matrix",
@@ -114,6 +131,7 @@ __all__ = [
     "random_words",
     "read_answer",
     "read_baseline",
+    "spacy_alike",
     "sparse_probing",
     "split_concepts",
     "stability",

@@ -237,7 +237,7 @@ def _singulars() -> dict[str, str]:
         if not word.endswith("s") or word == "scissors":
             forms.setdefault(word, word)
         if not word.endswith("s") or word.endswith(("bus", "ss")):
-            forms |= dict.fromkeys(_plurals(word), word)
+            forms |= dict.fromkeys(plurals(word), word)
         if word.endswith(("a", "o")):
             forms[f"{word}e" if word.endswith("a") else f"{word}es"] = word
     for lost in ("canoes", "collies", "doggies", "magpies", "ties", "oxens"):
@@ -246,7 +246,7 @@ def _singulars() -> dict[str, str]:
     return {**forms, "children": "child", "people": "person"}
 
 
-def _plurals(word: str) -> list[str]:
+def plurals(word: str) -> list[str]:
     """Returns the plural of a word as people write it; both, where there are two."""
     for ending, plural in _IRREGULAR.items():
         if word == ending or (word.endswith(ending) and ending not in ("ox", "person", "cow")):
@@ -277,7 +277,7 @@ def _plain_phrases() -> dict[str, str]:
     for phrase, name in named.items():
         if phrase not in _ALWAYS_PLURAL:
             first, last = phrase.rsplit(" ", 1) if " " in phrase else ("", phrase)
-            phrases |= {f"{first} {plural}".strip(): name for plural in _plurals(last)}
+            phrases |= {f"{first} {plural}".strip(): name for plural in plurals(last)}
     return phrases
 
 

@@ -1,10 +1,11 @@
-"""AMBER's questions: by hand, and messages."""
+"""AMBER's questions and descriptions: by hand, and messages."""
 
 import json
 
 import pytest
 
 from xlvlm_jax import data
+from xlvlm_jax.data.amber import word_lists
 
 QUERIES = {
     "existence": [{"id": 2, "image": "AMBER_1.jpg", "query": "Is there a cloud in this image?"}],
@@ -26,6 +27,9 @@ def amber(tmp_path):
         for name, listed in queries.items():
             path = tmp_path / "data" / "query" / f"query_discriminative-{name}.json"
             path.write_text(json.dumps(listed))
+        described = [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}]
+        path = tmp_path / "data" / "query" / "query_generative.json"
+        path.write_text(json.dumps(described))
         (tmp_path / "data" / "annotations.json").write_text(json.dumps(truths))
         return tmp_path
 
@@ -71,3 +75,31 @@ def test_bad_files(amber, change, message):
 def test_unknown_split(amber):
     with pytest.raises(ValueError, match="AMBER has no split 'val'; expected one of existence"):
         data.load("amber", amber(), "val")
+
+
+def test_descriptions_by_hand(amber):
+    (sample,) = data.load("amber", amber(), "generative")
+    assert (sample.id, sample.prompt, sample.references) == ("1", "Describe this image.", ())
+    assert sample.metadata["there"] == ("sky",) and sample.metadata["imagined"] == ("sun",)
+    assert "label" not in sample.metadata
+
+
+def test_bad_descriptions(amber):
+    with pytest.raises(ValueError, match=r"\[0\]: 'type' is 'relation'; expected 'generative'"):
+        data.load("amber", amber(truths=[TRUTHS[3] | {"id": 1}]), "generative")
+    with pytest.raises(ValueError, match="'hallu' must be a list of strings"):
+        data.load("amber", amber(truths=[TRUTHS[0] | {"hallu": [1]}]), "generative")
+
+
+def test_word_lists(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "relation.json"
+    path.write_text('{"dog": ["puppy"], "sky": []}')
+    with pytest.raises(FileNotFoundError, match=r"safe_words\.txt: no such file"):
+        word_lists(tmp_path)
+    (tmp_path / "data" / "safe_words.txt").write_text("orange\nlight\n")
+    lists = word_lists(tmp_path)
+    assert lists.safe == ("orange", "light") and lists.words == {"dog", "puppy", "sky"}
+    path.write_text('{"dog": "puppy"}')
+    with pytest.raises(ValueError, match="expected an object of lists of words, as AMBER"):
+        word_lists(tmp_path)

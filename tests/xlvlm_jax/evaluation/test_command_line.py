@@ -49,6 +49,33 @@ def test_evaluate_without_a_vector(xlvlm, pictures, tmp_path):
     assert "changes" not in summary["conditions"]["plain"]
 
 
+def test_descriptions_of_amber(xlvlm, pictures, tmp_path):
+    written = {
+        "query/query_generative.json": [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe."}],
+        "annotations.json": [{"id": 1, "type": "generative", "truth": ["dog"], "hallu": ["sea"]}],
+        "relation.json": {"dog": ["puppy"], "sea": []},
+    }
+    (tmp_path / "amber" / "data" / "query").mkdir(parents=True)
+    for name, content in written.items():
+        (tmp_path / "amber" / "data" / name).write_text(json.dumps(content))
+    (tmp_path / "amber" / "data" / "safe_words.txt").write_text("light\n")
+    shutil.copy(next((pictures / "val2014").iterdir()), tmp_path / "amber" / "AMBER_1.jpg")
+    (tmp_path / "earlier.json").write_text('{"1": "Two puppies by the sea."}')
+    arguments = ("evaluate", "embedded", tmp_path / "amber", "--dataset", "amber")
+    status, out, errors = xlvlm(
+        *(*arguments, "--task", "chair", "--baseline", tmp_path / "earlier.json"),
+        *("--output", tmp_path / "out"),
+    )
+    assert status == 0, errors
+    assert "AMBER %" in out and "cover" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    scores = summary["conditions"]["plain"]["AMBER"]["plain"]
+    assert scores == {"chair": 0.5, "cover": 1, "hal": 1, "cog": 1, "length": 5}
+    (tmp_path / "amber" / "data" / "relation.json").unlink()
+    status, _, errors = xlvlm(*arguments, "--task", "chair", "--output", tmp_path / "none")
+    assert status == 2 and "relation.json: no such file" in " ".join(errors.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,7 +7,14 @@ import pytest
 
 from xlvlm_jax import evaluation
 from xlvlm_jax.data import Sample
-from xlvlm_jax.evaluation import Condition, ObjectCaptions, Presence, hallucination
+from xlvlm_jax.data.amber import WordLists
+from xlvlm_jax.evaluation import (
+    Condition,
+    Descriptions,
+    ObjectCaptions,
+    Presence,
+    hallucination,
+)
 
 
 def question(number, label, negatives="random", **more) -> Sample:
@@ -114,6 +121,31 @@ def test_captions_by_hand():
     assert trial.effect == 1 and trial.cost == pytest.approx(100 * (2 / 3 - 1))
     assert task.judged(samples, plain)["no absent object, plain"] == [False, False]
     assert task.judged(samples, steered)["no absent object, official"] == [True, True]
+
+
+def described(number, there, imagined) -> Sample:
+    metadata = {"there": there, "imagined": imagined}
+    return Sample(str(number), Path(f"{number}.jpg"), str(number), "?", (), metadata)
+
+
+def test_descriptions_by_hand(monkeypatch):
+    task = Descriptions(lists=WordLists({"dog": ["puppy"], "sea": [], "boat": [], "sky": []}))
+    monkeypatch.setattr(Descriptions, "protocols", ("plain",))
+    samples = [described(1, ("dog", "sea"), ("boat",)), described(2, ("sky",), ("boat",))]
+    plain = ["Puppies by the sea and a boat.", "A boat."]
+    steered = ["A dog by the sea.", "The sky, a boat."]
+    task.require(samples)
+    measured = task.measure(samples, plain, plain)
+    assert measured["AMBER"]["plain"] == {
+        **{"chair": 2 / 4, "cover": 2 / 3, "hal": 1, "cog": 1, "length": 4.5}
+    }
+    assert measured["AMBER intervals"]["plain"]["hal"] == [1, 1]
+    trial = task.trial(samples, plain, Condition(), steered)
+    assert trial.effect == pytest.approx(1 - (1 / 4) / (2 / 4))
+    assert trial.cost == pytest.approx(100 * (2 / 3 - 1)) and trial.off_target == 1
+    assert task.judged(samples, steered) == {"nothing absent, plain": [True, False]}
+    with pytest.raises(ValueError, match="expected AMBER's split 'generative'"):
+        task.require([captioned(1, ["dog"])])
 
 
 def test_captions_of_scenes_know_their_contents():

@@ -240,7 +240,7 @@ class TestCommand:
             (["--annotations", "none.json"], "none.json: no such file"),
             (
                 ["--questions", "q.json"],
-                "--questions belongs to --dataset vqav2, pope or amber, not ",
+                "--questions belongs to --dataset vqav2, pope, amber or questions, not ",
             ),
         ],
     )
