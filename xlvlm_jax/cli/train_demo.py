@@ -20,7 +20,7 @@ def train_demo(
     seed: Seed = 0,
     num_test: Annotated[int, typer.Option(help="Number of test images to evaluate on.")] = 500,
 ) -> None:
-    """Train the bundled model from scratch: up to two hours on two cores."""
+    """Train the bundled model from scratch: about an hour on two cores."""
     resumes()
     from xlvlm_jax.demo.embedded import evaluate, train
 
