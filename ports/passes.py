@@ -17,7 +17,7 @@ from ports.intervene.edits import Edits
 from ports.intervene.sites import capture
 from ports.intervene.steer import steer
 from ports.messages import few
-from ports.nn.vision_language import VisionLanguageModel
+from ports.nn.vision_language import ImageStates, VisionLanguageModel
 from ports.parallel import compiled
 from ports.tables import html_arrays, kind, named_states
 
@@ -81,6 +81,12 @@ def states(
         slots = prompts.mask.shape[1]
         return prefill.prefill(model, params, prompts, edits, sites, slots, True)[2]
     return capture(steer(model.apply, edits), sites)({"params": params}, inputs)[1]
+
+
+@compiled.program()
+def encode_images(model: VisionLanguageModel, params: dict, inputs: dict) -> ImageStates:
+    """Returns what the decoder reads at image tokens."""
+    return model.apply({"params": params}, inputs, method="encode_images")
 
 
 @compiled.program(static=["method"])

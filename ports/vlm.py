@@ -1,7 +1,7 @@
 """`VLM`: a loaded vision-language model that runs, the same class for every port."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,18 @@ from ports.intervene import layout
 from ports.intervene.edits import Edit, Edits, as_edits, edits_prompt, is_same_for_rows
 from ports.intervene.sites import find_sites
 from ports.loaded_model import LoadedModel, distinct
-from ports.nn.vision_language import Inputs
+from ports.nn.vision_language import ImageStates, Inputs
 from ports.parallel import sharding
 from ports.passes import Output
 
 Array = jax.Array
+
+
+class EncodedImages(NamedTuple):
+    """Result of `VLM.encode_images`."""
+
+    count: int  # image tokens that it is for
+    states: ImageStates
 
 
 class VLM(LoadedModel):
@@ -170,8 +177,37 @@ class VLM(LoadedModel):
             states=_by_name(result.states, asked), prompt_states=padding.realign(checked, states)
         )
 
+    def encode_images(self, inputs: Inputs) -> EncodedImages:
+        """Computes what the decoder reads at image tokens, to ask several things about the same
+        images with `stream`.
+
+        Args:
+            inputs: the arrays from the checkpoint's processor; what else the prompts say does not
+                matter.
+
+        Returns:
+            The states, for `stream(images=...)`.
+
+        Raises:
+            ValueError: as for `forward`.
+        """
+        arrays = self._check(inputs)
+        states = passes.encode_images(
+            self.module, self.params, self._place(arrays), mesh=self._mesh
+        )
+        return EncodedImages(self._count_image_tokens(arrays), states)
+
+    def _count_image_tokens(self, arrays: Mapping[str, np.ndarray]) -> int:
+        return int(np.isin(arrays["input_ids"], self.image_tokens).sum())
+
     def stream(
-        self, inputs: Inputs, *, max_new_tokens: int, edits: Edits | None = None
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int,
+        edits: Edits | None = None,
+        images: EncodedImages | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> Iterator[stream.Step]:
         """Answers a batch of prompts token by token, as `generate` does without sampling.
 
@@ -183,13 +219,17 @@ class VLM(LoadedModel):
             max_new_tokens: as for `generate`.
             edits: as for `generate`; all reach the prompt and every step, where their positions
                 decide what they change.
+            images: of `encode_images`, for the same images: the vision tower does not run again,
+                unless an edit changes what it or the token embeddings put out.
+            pad_to_multiple_of: pad prompts to a multiple of this number of positions, so that those
+                of different lengths compile fewer programs.
 
         Yields:
             Tokens int32[B] and the logits float32[B, V] that they were chosen from, until every
             row has ended.
 
         Raises:
-            ValueError: as for `generate`.
+            ValueError: as for `generate`, or `images` are of other prompts.
 
         Examples:
             >>> import numpy as np, ports
@@ -205,8 +245,18 @@ class VLM(LoadedModel):
         model_inputs.check_count(max_new_tokens)
         laid, arrays = self._lay_out(edits, checked, max_new_tokens)
         # Once, not at every step.
-        laid, rules = jax.device_put((laid, self._rules(arrays)))
-        aligned = self._place(padding.align_right(arrays, self._port.per_position))
+        laid, rules = jax.device_put((laid, self._rules(arrays, pad_to_multiple_of)))
+        aligned = padding.align_right(arrays, self._port.per_position)
+        aligned: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
+        if images is not None:
+            count = self._count_image_tokens(arrays)
+            if count != images.count:
+                raise ValueError(
+                    f"images are encoded for {images.count} image tokens, but the prompts hold "
+                    f"{count}; encode the images of these prompts"
+                )
+            if all(map(self.module.is_after_images, laid)):
+                aligned["image_states"] = images.states.resized(aligned["input_ids"].size)
         ends = {"eos_tokens": self.eos_tokens, "pad_token": self.pad_token, "mesh": self._mesh}
         unfinished, step = stream.begin(
             self.module, self.params, aligned, laid, rules, max_new_tokens, **ends
@@ -329,7 +379,7 @@ class VLM(LoadedModel):
             shared = shared._replace(prefix=self._port.prepare_inputs(self.sizes, shared.prefix))
         return rows, jax.tree.map(jnp.asarray, shared)
 
-    def _rules(self, arrays: Mapping[str, np.ndarray]) -> logits.Rules | None:
+    def _rules(self, arrays: Mapping[str, np.ndarray], multiple: int = 1) -> logits.Rules | None:
         """Returns the rules that change logits when generating from these prompts."""
         options = self.logits_options
         if not options:
@@ -340,7 +390,7 @@ class VLM(LoadedModel):
             vocabulary=self.sizes.text.vocab_size,
             end_tokens=self.eos_tokens,
             length=length,
-            fill=padding.bucket_length(length) - length,
+            fill=padding.bucket_length(length, multiple) - length,
         )
         return sharding.everywhere(rules, self._mesh)
 
@@ -573,11 +623,11 @@ class VLM(LoadedModel):
         """
         return self._place(self._check(inputs))
 
-    def _padded(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position)
+    def _padded(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, np.ndarray]:
+        return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position, multiple)
 
-    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
-        return sharding.put_batch(self._padded(arrays), self._mesh)
+    def _place(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, Array]:
+        return sharding.put_batch(self._padded(arrays, multiple), self._mesh)
 
 
 def _edits_of(variants: Sequence[layout.LaidOut]) -> Iterator[Edit]:

@@ -17,7 +17,7 @@ FILL = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "columns": -1}
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
-def bucket_length(length: int) -> int:
+def bucket_length(length: int, multiple: int = 1) -> int:
     """Rounds a length up to 16, 32, 48, 64, 72, 80 ... 128, 144, 160 ... 256, 288 ...
 
     Eight lengths per octave: a run over prompts of any length compiles only a handful of programs,
@@ -26,10 +26,13 @@ def bucket_length(length: int) -> int:
 
     Args:
         length: number of positions.
+        multiple: round up to a multiple of this first, so that short prompts compile fewer programs
+            still.
 
     Returns:
         The padded number of positions.
     """
+    length = -(-length // multiple) * multiple
     step = 16 if length <= 64 else 1 << ((length - 1).bit_length() - 4)
     return -(-length // step) * step
 
@@ -70,7 +73,10 @@ def fit_canvas(x: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def pad_to_bucket(
-    arrays: Mapping[str, np.ndarray], pad_token: int, own: Mapping[str, int] = _NONE
+    arrays: Mapping[str, np.ndarray],
+    pad_token: int,
+    own: Mapping[str, int] = _NONE,
+    multiple: int = 1,
 ) -> dict[str, np.ndarray]:
     """Pads all per-position arrays on the left, up to the bucket length.
 
@@ -78,12 +84,13 @@ def pad_to_bucket(
         arrays: the processor's arrays.
         pad_token: fills input_ids.
         own: the port's own per-position arrays and their fill values.
+        multiple: as for `bucket_length`.
 
     Returns:
         The arrays; those without positions are unchanged.
     """
     length = arrays["input_ids"].shape[1]
-    missing = bucket_length(length) - length
+    missing = bucket_length(length, multiple) - length
     fill = FILL | {"input_ids": pad_token, **own}
     return {
         name: np.pad(value, ((0, 0), (missing, 0)), constant_values=fill[name])

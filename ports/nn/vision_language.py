@@ -8,7 +8,7 @@ prefill and decode step are the same for all models and are implemented here.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,22 @@ from ports.parallel import sharding
 Array = jax.Array
 Inputs = Mapping[str, Any]
 EXAMPLE_TEXT = 8  # text tokens in the ports' example inputs, in addition to the image's tokens
+EMBEDDINGS = ("embed_tokens", "wte")  # what decoders call the module that embeds tokens
+
+
+class ImageStates(NamedTuple):
+    """What the decoder reads at image tokens: N states in their order, and then others."""
+
+    embedded: Array  # float[N or more, D], the input of the first layer
+    injected: tuple[Array, ...] = ()  # likewise, what is added after each of the first layers
+
+    def resized(self, size: int) -> "ImageStates":
+        """Returns the first `size` states, padded with zeros; there must be at least N."""
+
+        def fit(states: Array) -> Array:
+            return jnp.pad(states[:size], ((0, max(size - len(states), 0)), (0, 0)))
+
+        return jax.tree.map(fit, self)
 
 
 @runtime_checkable
@@ -112,6 +128,43 @@ class VisionLanguageModel(nn.Module):
         """
         return self.embed_inputs(inputs), ()
 
+    def encode_images(self, inputs: Inputs) -> ImageStates:
+        """Computes what the decoder reads at image tokens; inputs with it skip the vision tower.
+
+        Args:
+            inputs: the processor's arrays.
+
+        Returns:
+            The states, for the key "image_states" of inputs with the same images.
+        """
+        x, injections = self.embed_with_injections(inputs)
+        found = is_image(jnp.asarray(inputs["input_ids"]), self.config.image_tokens).reshape(-1)
+        order = jnp.argsort(~found, stable=True)
+        embedded, *injected = (
+            states.reshape(-1, states.shape[-1])[order] for states in (x, *injections)
+        )
+        return ImageStates(embedded, tuple(injected))
+
+    def _embedded(self, inputs: Inputs) -> tuple[Array, Sequence[Array]]:
+        """Does `embed_with_injections`, without the vision tower if it has run already."""
+        images: ImageStates | None = inputs.get("image_states")
+        if images is None:
+            return self.embed_with_injections(inputs)
+        tokens = jnp.asarray(inputs["input_ids"])
+        found = is_image(tokens, self.config.image_tokens)
+        # The image token may be outside the embedding table.
+        x = self.text_decoder.embed_tokens(jnp.where(found, 0, tokens))
+        none = jnp.zeros_like(x)
+        added = [place_images(none, found, states) for states in images.injected]
+        return place_images(x, found, images.embedded), added
+
+    def is_after_images(self, site: str) -> bool:
+        """Returns whether a site comes after text and images are joined, and so does not change
+        what `encode_images` returns.
+        """
+        before = {normal_name(".".join((*self.decoder_path, name))) for name in EMBEDDINGS}
+        return self.is_of_decoder(site) and normal_name(site) not in before
+
     def blocks(self, inputs: Inputs) -> Array | None:
         """Returns int[B, T]: positions of a prompt with the same number see each other both ways,
         except for -1; None if every position sees only earlier ones.
@@ -186,7 +239,7 @@ class VisionLanguageModel(nn.Module):
 
     def states(self, inputs: Inputs, last_only: bool = False) -> Array:
         """Maps the processor's arrays to states after the final norm, [B, T, D] or [B, 1, D]."""
-        x, injections = self.embed_with_injections(inputs)
+        x, injections = self._embedded(inputs)
         mask, blocks = attention.token_mask(attention_mask(inputs)), self.blocks(inputs)
         options: dict[str, Any] = {"last_only": last_only}
         # Decoders without them need not know these arguments.

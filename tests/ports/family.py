@@ -73,6 +73,7 @@ def check_sites(family: Family, inputs: Inputs) -> None:
     logits, states = family.torch_forward(inputs)
     # A tied head is not a module of the port; what has no name in it is not used.
     functions = (*family.functions, vlm.head) if vlm.is_tied else family.functions
+    check_encoded_images(family, inputs)
     modules = {site for site in states if site and not site.endswith(functions)}
     assert {*modules, *family.own} == set(vlm.sites)
     ours = vlm.forward(inputs, sites=vlm.sites)
@@ -81,6 +82,27 @@ def check_sites(family: Family, inputs: Inputs) -> None:
     assert max(errors.values()) < 1e-5, errors
     assert_logits(ours.logits, logits, inputs)
     check_lens(vlm, ours)
+
+
+def check_encoded_images(family: Family, inputs: Inputs) -> None:
+    """Checks that kept states of images give the decoder what running the vision tower does."""
+    vlm = family.vlm
+    module, arrays = vlm.module, vlm.place(inputs)
+
+    @jax.jit
+    def embed(params: dict, arrays: dict) -> tuple[Any, Any]:
+        def run(method: str, arrays: dict) -> Any:
+            return module.apply({"params": params}, arrays, method=method)
+
+        images = run("encode_images", arrays)
+        kept = arrays | {"image_states": images}
+        return run("embed_with_injections", arrays), run("_embedded", kept)
+
+    expected, got = embed(vlm.params, arrays)
+    real = np.asarray(arrays["attention_mask"]) != 0
+    assert len(expected[1]) == len(got[1])
+    for theirs, ours in zip((expected[0], *expected[1]), (got[0], *got[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours)[real], np.asarray(theirs)[real])
 
 
 def check_rounding(family: Family, inputs: Inputs) -> None:

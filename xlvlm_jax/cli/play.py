@@ -70,7 +70,8 @@ def play(
         items = find_items(vlm, run, concepts or (), vector or (), tell)
         token = server.new_token()
         loaded = server.Model(model, None if vlm.adapter is None else str(vlm.adapter))
-        app = server.create_app(Answers(vlm, items, max_new_tokens), loaded, pictures, token)
+        answers = Answers(vlm, items, max_new_tokens)
+        app = server.create_app(answers, loaded, pictures, token, prepares=True)
         address = f"http://{server.HOST}:{listener.getsockname()[1]}/{token}/"
         shown = counted(len(items), "concept or vector", "concepts and vectors")
         console.print(f"{shown}; Ctrl-C ends the server", highlight=False)

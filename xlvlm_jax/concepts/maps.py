@@ -4,7 +4,7 @@ B rows, T positions, D width, K concepts (or words, or vectors), V vocabulary, h
 picture, n cells of all pictures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from xlvlm_jax.concepts.record import Concepts
 
 Layouts = Sequence[Sequence[PatchLayout]]
 Maps = list[list[np.ndarray]]  # for each row and picture float32[K, h, w]
+_VALUES_AT_ONCE = 2**24  # activations of cells that are in memory together
 _AT_ONCE = 256  # cells whose logits are in memory together: V numbers each
 
 
@@ -53,6 +54,32 @@ def concept_maps(
         [[[2.0, 0.0]], [[0.0, 4.0]]]
     """
     return _on_cells(states, layouts, lambda cells: np.asarray(project(cells, concepts)))
+
+
+def concept_maps_by_row(
+    states: Float[np.ndarray, "B T D"], concepts: Concepts, layouts: Layouts
+) -> Iterator[list[Float[np.ndarray, "K h w"]]]:
+    """Yields what `concept_maps` returns, row by row.
+
+    With thousands of concepts, the maps of a batch need gigabytes; here only those of a few rows
+    are in memory together. Runs on the host and cannot be traced.
+
+    Args:
+        states: as for `concept_maps`.
+        concepts: as for `concept_maps`.
+        layouts: as for `concept_maps`.
+
+    Yields:
+        For each row a list of float32[K, h, w], one per picture.
+
+    Raises:
+        ValueError: as for `concept_maps`; each row needs a picture.
+    """
+    cells = max((sum(one.positions.size for one in row) for row in layouts), default=1)
+    size = max(1, _VALUES_AT_ONCE // (max(cells, 1) * len(concepts.components)))
+    for start in range(0, len(layouts), size):
+        some = slice(start, start + size)
+        yield from concept_maps(states[some], concepts, layouts[some])
 
 
 def word_maps(

@@ -3,10 +3,12 @@
 T positions, D width, h x w cells of a picture.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from ports import VLM
 from ports.inputs.patch_layout import PatchLayout
@@ -76,14 +78,13 @@ def map_pictures(
             has no picture.
         OSError: a picture can't be read.
     """
-    vectors, wanted = vectors or {}, []
+    vectors = vectors or {}
     own = _site_of(vlm, site, concepts, vectors, needed=bool(words or answers))
     if not (concepts or words or vectors or answers):
         raise ValueError("nothing to map; give concepts, a word, a vector or an answer")
     if concepts is not None:
         require_model(concepts.source, vlm, "the concepts were learnt on the states of")
         check_concepts(numbers, len(concepts.components))
-        wanted = list(dict.fromkeys(numbers)) or list(range(len(concepts.components)))
     tokens = [maps.word_tokens(vlm.tokenizer, word) for word in words]
     if through_norm is None:
         through_norm = is_before_norm(vlm, own)
@@ -91,6 +92,7 @@ def map_pictures(
     asked = [*([own] if concepts or words else []), *at.values()]
     sites = list(dict.fromkeys(asked))
     boxes: list[np.ndarray] = []
+    activations = _Activations(numbers)
     found: dict[tuple[str, str], list[np.ndarray]] = {}
 
     def keep(kind: str, names: Sequence[str], drawn: maps.Maps, real: int) -> None:
@@ -107,9 +109,9 @@ def map_pictures(
         captured = vlm.states(inputs, sites=sites) if sites else {}
         states = {name: np.asarray(x, np.float32) for name, x in captured.items()}
         if concepts is not None:
-            every = maps.concept_maps(states[own], concepts, layouts)
-            some = [[one[wanted] for one in row] for row in every]
-            keep("activation", list(map(str, wanted)), some, real)
+            drawn = maps.concept_maps_by_row(states[own], concepts, layouts)
+            for (picture,) in itertools.islice(drawn, real):
+                activations.add(picture)
         if words:
             options = {"through_norm": through_norm}
             drawn = maps.word_maps(states[own], unembed_of(vlm, own), tokens, layouts, **options)
@@ -133,13 +135,10 @@ def map_pictures(
 
     rows = []
     if concepts is not None:
-        if not numbers:
-            strongest = [_highest(found["activation", str(k)]) for k in wanted]
-            wanted = np.argsort(-np.array(strongest), kind="stable")[:SHOWN].tolist()
-        for k in wanted:
+        for k in activations.chosen(SHOWN):
             said = "" if concepts.words is None else " ".join(concepts.words[k][:5])
             name = f"concept {k}: {said}" if said else f"concept {k}"
-            rows.append(MapRow(name, "activation", found["activation", str(k)]))
+            rows.append(MapRow(name, "activation", activations.maps_of(k)))
     rows += [MapRow(f"“{w}”", "log-probability", found["log-probability", w]) for w in words]
     rows += [MapRow(name, "cosine", found["cosine", name]) for name in vectors]
     rows += [
@@ -203,8 +202,41 @@ def concept_site(vlm: VLM, site: str | None, concepts: Concepts, *, written: boo
     return learnt
 
 
-def _highest(found: Sequence[np.ndarray]) -> float:
-    return max(float(np.nanmax(one)) for one in found)
+class _Activations:
+    """Maps of the wanted concepts, or of all while it is not known which are the most active.
+
+    All are kept sparse where they are: few features of an autoencoder are active in a cell.
+    """
+
+    def __init__(self, numbers: Sequence[int]):
+        self._wanted = list(dict.fromkeys(numbers))
+        self._pictures: list[tuple[tuple[int, ...], np.ndarray | sparse.csr_array]] = []
+        self._highest = np.float32(-np.inf)  # [K] once there is a picture
+
+    def add(self, maps: np.ndarray) -> None:
+        """Adds the maps of one picture, float32[K, h, w]."""
+        flat = maps.reshape(len(maps), -1)
+        if self._wanted:
+            kept = flat[self._wanted]
+        else:
+            self._highest = np.fmax(self._highest, np.nanmax(flat, axis=1))
+            # A sparse entry needs its value and its place.
+            few = np.count_nonzero(flat) < flat.size / 3
+            kept = sparse.csr_array(flat) if few else flat
+        self._pictures.append((maps.shape[1:], kept))
+
+    def chosen(self, most: int) -> list[int]:
+        """Returns the wanted concepts, or those whose highest value in any cell is highest."""
+        return self._wanted or np.argsort(-self._highest, kind="stable")[:most].tolist()
+
+    def maps_of(self, concept: int) -> list[np.ndarray]:
+        """Returns the maps of a chosen concept, float32[h, w] per picture."""
+        row = self._wanted.index(concept) if self._wanted else concept
+        found = []
+        for shape, kept in self._pictures:
+            one = kept[[row]]
+            found.append((one if isinstance(one, np.ndarray) else one.toarray()).reshape(shape))
+        return found
 
 
 def check_concepts(numbers: Sequence[int], count: int) -> None:

@@ -84,13 +84,14 @@ def map_top_pictures(
         (inputs,) = batch.inputs
         layouts = picture_layouts(vlm, inputs, batch.sizes)
         states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
-        drawn = maps.concept_maps(states, concepts, layouts)
+        drawn = maps.concept_maps_by_row(states, concepts, layouts)
         for number, (layout,), (every,) in zip(
             numbers[done : done + len(group)], layouts, drawn, strict=False
         ):
             boxes = np.asarray(layout.boxes, np.float32).reshape(-1, 4)
             for k in wanted[number]:
-                found[k, number] = CellValues(every[k].reshape(-1), boxes)
+                # A view would keep the maps of all concepts.
+                found[k, number] = CellValues(every[k].reshape(-1).copy(), boxes)
         done += len(group)
         if progress is not None:
             progress(done, len(numbers))

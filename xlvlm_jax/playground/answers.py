@@ -3,6 +3,7 @@
 V vocabulary.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -12,8 +13,11 @@ import numpy as np
 from scipy.special import softmax
 
 from ports import VLM
+from ports.inputs.padding import bucket_length
 from ports.intervene.edits import Edits
+from ports.vlm import EncodedImages
 from xlvlm_jax.concepts.picture_maps import MapRow, map_pictures
+from xlvlm_jax.data import prompts
 from xlvlm_jax.data.batches import Arrays, make_batch
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.playground.edits import Setting, edits_of, settings_of
@@ -27,6 +31,15 @@ PLAIN, STEERED, INSTRUCTED = "plain", "steered", "instructed"
 NUM_WORDS = 10  # words whose probability moved most
 SEEN = 0.0005  # changes of probabilities below this are not shown
 _KEPT = 32  # prompts and unsteered answers
+_PICTURES = 8  # whose encoding is kept
+# Short prompts are padded, so that those of a question and of a caption need two programs at most.
+_MULTIPLE = 32
+_NOTHING = "."  # a prompt
+_PREPARED = (
+    prompts.question("Is there a red ball in the picture?"),
+    "What is in the picture?",
+    prompts.question("What is in the picture, " + "and what is beside that, " * 2 + "if anything?"),
+)
 
 Value = TypeVar("Value")
 
@@ -41,10 +54,10 @@ class Answer(NamedTuple):
 class _Recent(OrderedDict[Any, Value]):
     """The last few values that were put in or asked for."""
 
-    def keep(self, key: Any, value: Value) -> Value:
+    def keep(self, key: Any, value: Value, most: int = _KEPT) -> Value:
         self[key] = value
         self.move_to_end(key)
-        while len(self) > _KEPT:
+        while len(self) > most:
             self.popitem(last=False)
         return value
 
@@ -63,6 +76,7 @@ class Answers:
         self.items = {item.id: item for item in items}
         self._inputs: _Recent[Arrays] = _Recent()
         self._unsteered: _Recent[Answer] = _Recent()
+        self._encoded: _Recent[EncodedImages] = _Recent()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -102,6 +116,34 @@ class Answers:
             yield from self._unsteered_answer(INSTRUCTED, picture, told)
         yield {"seconds": round(time.perf_counter() - began, 3)}
 
+    def prepare(self, picture: Picture) -> Iterator[Event]:
+        """Compiles the programs of a question, of a caption and of a long question.
+
+        The sliders are arguments of these programs, so that steered answers need no others.
+
+        Args:
+            picture: any picture.
+
+        Yields:
+            {} after each step, of which one compiles at most one program.
+        """
+        seen = set()
+        for prompt in _PREPARED:
+            inputs = self._inputs_of(picture, prompt)
+            yield {}
+            length = bucket_length(inputs["input_ids"].shape[1], _MULTIPLE)
+            if length in seen:
+                continue
+            seen.add(length)
+            self._encoding_of(picture)
+            yield {}
+            edits = edits_of(self.vlm, inputs, (), self.sites)
+            events = self._streamed(PLAIN, picture, inputs, edits)
+            # The second token compiles the second program.
+            for _ in itertools.islice(events, 2):
+                yield {}
+            events.close()
+
     def _unsteered_answer(
         self, run: str, picture: Picture, prompt: str
     ) -> Generator[Event, None, Answer]:
@@ -111,7 +153,7 @@ class Answers:
             return self._unsteered.keep(key, known)
         inputs = self._inputs_of(picture, prompt)
         edits = edits_of(self.vlm, inputs, (), self.sites)
-        answer = yield from self._streamed(run, inputs, edits)
+        answer = yield from self._streamed(run, picture, inputs, edits)
         return self._unsteered.keep(key, answer)
 
     def _steered_answer(
@@ -119,12 +161,20 @@ class Answers:
     ) -> Iterator[Event]:
         inputs = self._inputs_of(picture, prompt)
         edits = edits_of(self.vlm, inputs, moved, self.sites)
-        answer = yield from self._streamed(STEERED, inputs, edits)
+        answer = yield from self._streamed(STEERED, picture, inputs, edits)
         yield {"words": self._moved_words(plain.first, answer.first)}
 
-    def _streamed(self, run: str, inputs: Arrays, edits: Edits) -> Generator[Event, None, Answer]:
+    def _streamed(
+        self, run: str, picture: Picture, inputs: Arrays, edits: Edits
+    ) -> Generator[Event, None, Answer]:
         tokens, first, text = [], np.zeros(0, np.float32), ""
-        steps = self.vlm.stream(inputs, max_new_tokens=self.max_new_tokens, edits=edits)
+        steps = self.vlm.stream(
+            inputs,
+            max_new_tokens=self.max_new_tokens,
+            edits=edits,
+            images=self._encoding_of(picture),
+            pad_to_multiple_of=_MULTIPLE,
+        )
         for step in steps:
             if not tokens:
                 logits = np.asarray(step.logits[0], np.float32)
@@ -181,6 +231,12 @@ class Answers:
         drawn = mapped(row, found.boxes, [picture.size], among=[zero, *row.maps])
         low, high = drawn.scale
         return {"overlay": drawn.overlays[0], "low": low, "high": high, "unit": drawn.unit}
+
+    def _encoding_of(self, picture: Picture) -> EncodedImages:
+        """Runs the vision tower, once per picture: what is asked about it does not matter."""
+        if (known := self._encoded.get(picture.id)) is None:
+            known = self.vlm.encode_images(self._inputs_of(picture, _NOTHING))
+        return self._encoded.keep(picture.id, known, _PICTURES)
 
     def _inputs_of(self, picture: Picture, prompt: str) -> Arrays:
         key = (picture.id, prompt)

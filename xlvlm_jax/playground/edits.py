@@ -3,14 +3,15 @@
 D width.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ports import VLM
-from ports.intervene.edits import Edit, add
+from ports.intervene.edits import Edit, Places, add, make_edit
 from xlvlm_jax.playground.items import Item
 from xlvlm_jax.playground.settings import WHERE, Slider
 from xlvlm_jax.steering import SteeringVector
@@ -64,9 +65,9 @@ def edits_of(
 ) -> dict[str, tuple[Edit, ...]]:
     """Returns the edits that sliders mean.
 
-    All vectors together are four edits at each site, one per kind of position, whether a slider is
-    at zero or not: the program that they are arguments of is always the same. What is not a vector
-    adds edits of its own, once its slider has left zero.
+    All vectors together are one edit at each site, a vector per kind of position, whether a slider
+    is at zero or not: the program that they are arguments of is always the same. What is not a
+    vector adds edits of its own, once its slider has left zero.
 
     Args:
         vlm: the model.
@@ -89,7 +90,7 @@ def edits_of(
             others.append({site: add(vector, strength, where)})
         elif item.steering is not None:
             others.append(item.steering.edits_for(vlm, inputs, strength, where))
-    edits = {site: _by_kind(vectors) for site, vectors in sums.items()}
+    edits = {site: (make_edit(_add_by_kind, (sum_,), 1.0, "all"),) for site, sum_ in sums.items()}
     for each in others:
         for site, given in each.items():
             listed = given if isinstance(given, Sequence) else (given,)
@@ -97,11 +98,13 @@ def edits_of(
     return edits
 
 
-def _by_kind(vectors: np.ndarray) -> tuple[Edit, ...]:
-    return tuple(
-        dataclasses.replace(add(vector), kinds=np.arange(KINDS) == kind)
-        for kind, vector in enumerate(vectors)
-    )
+def _add_by_kind(
+    x: jax.Array, arrays: tuple[jax.Array], alpha: jax.Array, places: Places | None
+) -> jax.Array:
+    """Adds to each position the vector of its kind; the arrays are one float[KINDS, D]."""
+    if places is None:
+        raise ValueError("the positions at this site are not tokens; choose another site")
+    return x + alpha * arrays[0][jnp.maximum(places.kind, 0)]
 
 
 def summed(vlm: VLM, settings: Sequence[Setting]) -> SteeringVector:

@@ -64,6 +64,12 @@ class Pictures:
         image.save(path)
         return self._keep(Picture(key, name, path, image.size))
 
+    def blank(self) -> Picture:
+        """Returns a picture of nothing, of a usual size, which is not among those added."""
+        path, size = self.folder / "blank.png", (640, 480)
+        Image.new("RGB", size).save(path)
+        return Picture("blank", path.name, path, size)
+
     def get(self, key: str) -> Picture:
         """Returns a picture.
 

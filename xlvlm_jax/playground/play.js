@@ -97,6 +97,7 @@ function askSoon() {
 
 function stop() {
   clearTimeout(waiting);
+  if (running) byId("status").textContent = "";
   running?.abort();
   running = null;
   byId("stop").hidden = true;
@@ -118,6 +119,8 @@ async function* lines(body) {
 
 async function ask() {
   stop();
+  const missing = state.picture ? "type a question" : "choose a picture";
+  byId("status").textContent = missing;
   if (!state.picture || !state.question.trim()) return;
   const control = new AbortController();
   running = control;
@@ -125,7 +128,7 @@ async function ask() {
   const isSteered = asked.sliders.some((slider) => slider.strength !== 0);
   byId("told").hidden = !state.instruction.trim();
   byId("stop").hidden = false;
-  byId("status").textContent = "working";
+  byId("status").textContent = byId("prepared").hidden ? "working" : "preparing";
   if (!isSteered) {
     say("steered", "");
     byId("words").hidden = true;
@@ -135,8 +138,9 @@ async function ask() {
     const response = await post("answers", asked, control.signal);
     for await (const event of lines(response.body)) receive(event);
   });
-  if (running === control) stop();
-  if (byId("status").textContent === "working") byId("status").textContent = "";
+  if (running !== control) return; // Another began, or this one was stopped.
+  stop();
+  if (["preparing", "working"].includes(byId("status").textContent)) byId("status").textContent = "";
 }
 
 function receive(event) {
@@ -221,8 +225,14 @@ async function showMap() {
 }
 
 async function usePicture(file) {
-  const name = encodeURIComponent(file.name);
-  state.picture = await (await post(`pictures?name=${name}`, file)).json();
+  state.picture = await (await post(`pictures?name=${encodeURIComponent(file.name)}`, file)).json();
+  commit();
+  showPicture();
+  ask();
+}
+
+async function useConceptPicture(address) {
+  state.picture = await (await post(address, {})).json();
   commit();
   showPicture();
   ask();
@@ -233,6 +243,10 @@ async function usePicture(file) {
 async function take(file) {
   if (!file) return;
   await attempt(async () => {
+    // Refused here: a browser that sends more than the server reads sees no answer.
+    if (file.size > known.largest) {
+      throw new Error(`${file.name} is larger than ${known.largest / 2 ** 20} MB; choose a smaller one`);
+    }
     if (/\.safetensors$/i.test(file.name)) await useVector(file);
     else if (/\.json$/i.test(file.name)) await openShared(file);
     else await usePicture(file);
@@ -256,6 +270,12 @@ async function openShared(file) {
   if (shared?.kind !== SHARED || typeof shared.state !== "object" || !shared.state) {
     throw new Error(`${file.name} is not a file that this page has shared`);
   }
+  let content = null;
+  try {
+    content = shared.picture && Uint8Array.from(atob(shared.picture.content), (c) => c.charCodeAt(0));
+  } catch {
+    throw new Error(`the picture in ${file.name} is damaged; share it again`);
+  }
   if (shared.fingerprint !== known.fingerprint) {
     throw new Error(`${file.name} was shared from ${shared.model}, this page has another model: ${known.model}`);
   }
@@ -265,10 +285,7 @@ async function openShared(file) {
   state = { ...state, question: String(question ?? ""), instruction: String(instruction ?? ""), map: null };
   state.short = Boolean(short);
   state.sliders = Object.fromEntries(here);
-  if (shared.picture) {
-    const content = Uint8Array.from(atob(shared.picture.content), (c) => c.charCodeAt(0));
-    await usePicture(new File([content], shared.picture.name));
-  }
+  if (content) await usePicture(new File([content], shared.picture.name));
   commit();
   show();
   ask();
@@ -404,8 +421,11 @@ function row(item) {
     const shots = element("div", { className: "shots" });
     for (let number = 0; number < Math.min(item.pictures, 5); number++) {
       const src = `concepts/${item.id.split("/").map(encodeURIComponent).join("/")}/pictures/${number}`;
-      const shot = element("img", { alt: "", loading: "lazy", src });
-      shot.addEventListener("error", () => shot.remove());
+      const shot = element("button", { type: "button", className: "shot", title: "Ask about this picture" });
+      shot.setAttribute("aria-label", `Ask about picture ${number + 1} of ${called}`);
+      shot.append(element("img", { alt: "", loading: "lazy", src }));
+      shot.firstChild.addEventListener("error", () => shot.remove());
+      shot.addEventListener("click", () => attempt(() => useConceptPicture(src)));
       shots.append(shot);
     }
     line.append(shots);
@@ -503,8 +523,16 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// Programs are compiled when the server starts; whoever asks before waits for them.
+async function waitUntilPrepared() {
+  byId("prepared").hidden = false;
+  await request("prepared").catch(() => {});
+  byId("prepared").hidden = true;
+}
+
 attempt(async () => {
   known = await (await request("state")).json();
+  if (!known.prepared) waitUntilPrepared();
   // Vectors, of which there are few, come before concepts.
   known.items.sort((a, b) => (b.group === "vectors") - (a.group === "vectors"));
   byId("model").textContent = known.model;

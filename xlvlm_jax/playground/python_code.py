@@ -1,6 +1,7 @@
 """Writes what a page shows as a Python program."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from xlvlm_jax.playground.edits import Setting
 from xlvlm_jax.playground.items import Item
@@ -13,6 +14,7 @@ def as_python(
     question: str,
     settings: Sequence[Setting],
     max_new_tokens: int,
+    uploads: Path | None = None,
 ) -> str:
     """Returns a program that prints the plain and the steered answer.
 
@@ -23,10 +25,11 @@ def as_python(
         question: what the model is asked.
         settings: the sliders that are not at zero.
         max_new_tokens: maximum number of tokens of an answer.
+        uploads: the directory of files that were uploaded, which ends with the server.
 
     Returns:
-        Source text. It reads the picture from the working directory, and concepts and vectors from
-        where the page has them.
+        Source text. It reads the picture and uploaded vectors from the working directory, and other
+        concepts and vectors from where the page has them.
     """
     given = "" if adapter is None else f", adapter={adapter!r}"
     lines = [
@@ -48,7 +51,7 @@ def as_python(
         "        edits.setdefault(site, []).append(edit)",
         "",
         "",
-        *(line for setting in settings for line in _steering(setting)),
+        *(line for setting in settings for line in _steering(setting, uploads)),
         'for name, chosen in {"plain": None, "steered": edits}.items():',
         f"    answer = vlm.generate(inputs, max_new_tokens={max_new_tokens}, edits=chosen)",
         '    print(f"{name}: {vlm.decode(answer.tokens)[0].strip()}")',
@@ -61,10 +64,11 @@ def as_python(
     return text
 
 
-def _steering(setting: Setting) -> Iterator[str]:
+def _steering(setting: Setting, uploads: Path | None) -> Iterator[str]:
     item, strength, where, site = setting
     yield f"# {_described(item)}"
-    path = str(item.path.absolute())
+    is_uploaded = uploads is not None and item.path.is_relative_to(uploads)
+    path = item.path.name if is_uploaded else str(item.path.absolute())
     if item.concepts is not None:
         yield f"direction = concept_directions(Concepts.load({path!r}))[{item.number}]"
         fitted = f"SteeringVector(np.float32({item.scale!r}) * direction, {site!r})"

@@ -23,7 +23,7 @@ from xlvlm_jax.data.images import read_image
 from xlvlm_jax.playground.answers import Answers
 from xlvlm_jax.playground.edits import settings_of, summed
 from xlvlm_jax.playground.items import Item, read_vector
-from xlvlm_jax.playground.pictures import LARGEST, Pictures
+from xlvlm_jax.playground.pictures import LARGEST, Picture, Pictures
 from xlvlm_jax.playground.python_code import as_python
 from xlvlm_jax.playground.settings import WHERE, Settings, read_settings
 from xlvlm_jax.playground.worker import Event, Job, Work, Worker
@@ -57,7 +57,9 @@ class Model(NamedTuple):
     adapter: str | None
 
 
-def create_app(answers: Answers, model: Model, pictures: Pictures, token: str) -> Starlette:
+def create_app(
+    answers: Answers, model: Model, pictures: Pictures, token: str, *, prepares: bool = False
+) -> Starlette:
     """Returns the ASGI application.
 
     Args:
@@ -65,16 +67,24 @@ def create_app(answers: Answers, model: Model, pictures: Pictures, token: str) -
         model: how the model is loaded.
         pictures: where uploaded pictures are kept.
         token: the first part of every path; whoever does not send it gets the status 403.
+        prepares: whether to compile programs while nobody asks, see `Answers.prepare`.
 
     Returns:
         The application. Its model runs on one thread, which ends with the process.
     """
-    handlers = _Handlers(answers, model, pictures, Worker())
+    spare = (lambda: answers.prepare(pictures.blank())) if prepares else None
+    handlers = _Handlers(answers, model, pictures, Worker(spare))
     routes = [
         *(Route(f"/{name}", handlers.file) for name in _FILES),
         Route("/report.css", handlers.report_css),
         Route("/state", handlers.state),
+        Route("/prepared", handlers.prepared),
         Route("/concepts/{item:path}/pictures/{number:int}", handlers.concept_picture),
+        Route(
+            "/concepts/{item:path}/pictures/{number:int}",
+            handlers.use_concept_picture,
+            methods=["POST"],
+        ),
         Route("/pictures", handlers.add_picture, methods=["POST"]),
         Route("/pictures/{key}", handlers.picture),
         Route("/vectors", handlers.add_vector, methods=["POST"]),
@@ -170,20 +180,40 @@ class _Handlers:
                 "fingerprint": vlm.fingerprint,
                 "sites": self._answers.sites,
                 "where": WHERE,
+                "largest": LARGEST,
+                "prepared": not self._worker.has_spare_work,
                 "items": [_described(item) for item in self._answers.items.values()],
             }
         )
 
+    async def prepared(self, _: Request) -> Response:
+        """Answers once the programs are compiled."""
+        while self._worker.has_spare_work:
+            await asyncio.sleep(0.1)
+        return JSONResponse({"prepared": True})
+
     async def concept_picture(self, request: Request) -> Response:
+        content = await self._of_concept_picture(request, _thumbnail)
+        return Response(content, media_type="image/jpeg")
+
+    async def use_concept_picture(self, request: Request) -> Response:
+        """Makes a picture that shows a concept one to ask about."""
+
+        def add(path: str) -> Picture:
+            return self._pictures.add(Path(path).read_bytes(), Path(path).name)
+
+        picture = await self._of_concept_picture(request, add)
+        return JSONResponse({"id": picture.id, "name": picture.name})
+
+    async def _of_concept_picture(self, request: Request, read: Callable[[str], Value]) -> Value:
         pictures = self._item(request.path_params["item"]).pictures
         number = request.path_params["number"]
         if number >= len(pictures):
             raise HTTPException(404, f"there is no picture {number} of this concept")
         try:
-            content = await run_in_threadpool(_thumbnail, pictures[number])
+            return await run_in_threadpool(read, pictures[number])
         except (OSError, ValueError) as error:
             raise HTTPException(404, str(error)) from None
-        return Response(content, media_type="image/jpeg")
 
     async def add_picture(self, request: Request) -> Response:
         name, content = _name(request, "picture"), await _body(request)
@@ -232,7 +262,7 @@ class _Handlers:
         def write() -> Event:
             found = settings_of(self._answers.vlm, self._answers.items, settings.sliders)
             asked = (picture.name, settings.question, found, self._answers.max_new_tokens)
-            return {"code": as_python(*self._model, *asked)}
+            return {"code": as_python(*self._model, *asked, self._pictures.folder)}
 
         return JSONResponse(await self._done(write))
 

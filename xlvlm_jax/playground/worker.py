@@ -1,9 +1,15 @@
-"""One thread that runs the model: jobs wait in a queue, and can be cancelled between two events."""
+"""One thread that runs the model: jobs wait in a queue, and can be cancelled between two events.
 
+While none waits, the thread does spare work, a step at a time.
+"""
+
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]  # JSON values
 Work = Callable[[], Iterator[Event]]
@@ -51,13 +57,24 @@ class Job:
 
 
 class Worker:
-    """Runs jobs one after the other on a thread of its own, in the order they were submitted."""
+    """Runs jobs one after the other on a thread of its own, in the order they were submitted.
 
-    def __init__(self) -> None:
+    Args:
+        spare: work that is done between two of its events whenever no job waits. Its events are
+            dropped, and its errors end it alone.
+    """
+
+    def __init__(self, spare: Work | None = None) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._spare = None if spare is None else spare()
         self._waiting, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="playground", daemon=True)
         self._thread.start()
+
+    @property
+    def has_spare_work(self) -> bool:
+        """Whether the spare work goes on."""
+        return self._spare is not None
 
     def submit(self, work: Work, deliver: Callable[[Event | None], None]) -> Job:
         """Adds work to the queue.
@@ -82,7 +99,24 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(block=self._spare is None)
+            except queue.Empty:
+                self._do_spare_work()
+                continue
+            if job is None:
+                return
             job.run()
             with self._lock:
                 self._waiting -= 1
+
+    def _do_spare_work(self) -> None:
+        assert self._spare is not None
+        try:
+            next(self._spare)
+        except StopIteration:
+            self._spare = None
+        except Exception as error:
+            _logger.info("spare work ended: %s", error)
+            self._spare = None

@@ -34,6 +34,7 @@ class BesideSection(NamedTuple):
     theirs: Section
     pairs: list[Pair]  # in the order of our cards, then unmatched concepts of the other run
     differences: list[tuple[str, str, str]]  # setting, here, there
+    anchor: str = ""  # of our section on the page; its cards are {anchor}-{number}
 
     @property
     def cosine(self) -> float:
@@ -116,6 +117,7 @@ def beside(
     theirs: Section,
     names: tuple[str, str],
     settings: tuple[Mapping[str, Any], Mapping[str, Any]],
+    anchor: str = "",
 ) -> BesideSection:
     """Matches two dictionaries and compares their settings.
 
@@ -123,6 +125,7 @@ def beside(
         ours, theirs: the dictionaries; they may have different numbers of concepts.
         names: the names of their runs.
         settings: the manifests of their features.
+        anchor: what the page calls our section.
 
     Returns:
         The section of the page.
@@ -152,7 +155,7 @@ def beside(
         for s, manifest in zip((ours, theirs), settings, strict=True)
     ]
     site = ours.site or ours.name
-    return BesideSection(site, names, ours, theirs, pairs, list(_differences(*described)))
+    return BesideSection(site, names, ours, theirs, pairs, list(_differences(*described)), anchor)
 
 
 def _differences(

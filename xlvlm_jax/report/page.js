@@ -31,6 +31,21 @@ for (const tools of document.querySelectorAll(".tools")) {
   tools.hidden = false;
 }
 
+// A link to a card that a search has hidden ends that search.
+function reveal() {
+  const card = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (!card?.hidden) return;
+  const search = card.parentElement.previousElementSibling.querySelector("input");
+  search.value = "";
+  search.dispatchEvent(new Event("input"));
+  card.scrollIntoView();
+}
+addEventListener("hashchange", reveal);
+document.addEventListener("click", (event) => {
+  // The same link again changes nothing in the address.
+  if (event.target.closest?.(`a[href="${location.hash}"]`)) reveal();
+});
+
 // Compares numbers, or texts if there are no numbers; empty cells come last.
 function ordered(items, valueOf, sign) {
   const compare = (a, b) => {

@@ -116,7 +116,9 @@ def _render(
     besides = []
     if features is not None and other is not None:
         names, manifests = _names(run, beside), (features.manifest, other.features.manifest)
-        besides = [side_by_side(sections[i], others[j], names, manifests) for i, j in pairs]
+        besides = [
+            side_by_side(sections[i], others[j], names, manifests, f"s{i + 1}") for i, j in pairs
+        ]
     left_out = None
     if shown.left_out:
         left_out = (

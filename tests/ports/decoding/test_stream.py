@@ -76,6 +76,47 @@ def test_strengths_and_positions_compile_nothing_new(small, batch):
     assert sizes == first
 
 
+def test_encoded_images_give_the_same_answer_and_spare_the_tower(small, batch):
+    vlm, edits = small.vlm, added(small.vlm, 3.0)
+    shown = {"pixel_values": batch["pixel_values"]}
+    encoded = vlm.encode_images(helpers.make_inputs([2, 0, 1], [1, 1, 1]) | shown)
+    tokens, steps = answered(vlm, batch, edits=edits)
+    ours, same = answered(vlm, batch, edits=edits, images=encoded)
+    np.testing.assert_array_equal(ours, tokens)
+    for mine, theirs in zip(same, steps, strict=True):
+        np.testing.assert_array_equal(mine.logits, theirs.logits)
+    # The tower does not run: other pixels change nothing.
+    other = batch | {"pixel_values": batch["pixel_values"][::-1]}
+    assert (answered(vlm, other, edits=edits)[1][0].logits != steps[0].logits).any()
+    again = answered(vlm, other, edits=edits, images=encoded)[1]
+    np.testing.assert_array_equal(again[0].logits, steps[0].logits)
+    with pytest.raises(ValueError, match=r"for \d+ image tokens, but the prompts hold"):
+        next(vlm.stream(helpers.make_inputs([1], [4]), max_new_tokens=1, images=encoded))
+
+
+def test_an_edit_of_the_tower_encodes_the_images_again(small, batch):
+    vlm, site = small.vlm, "multi_modal_projector"
+    encoded = vlm.encode_images(batch)
+    edits = {site: ports.add(np.ones(vlm.site_shapes[site][-1]), 2.0)}
+    _, steps = answered(vlm, batch, edits=edits)
+    _, same = answered(vlm, batch, edits=edits, images=encoded)
+    np.testing.assert_array_equal(same[0].logits, steps[0].logits)
+    _, without = answered(vlm, batch)
+    assert np.abs(without[0].logits - steps[0].logits).max() > 1e-3
+
+
+def test_padding_further_compiles_fewer_programs(small):
+    vlm = small.vlm.with_generation_config({"repetition_penalty": 3.0, "no_repeat_ngram_size": 2})
+    sizes = []
+    for text in (4, 30):
+        inputs, edits = helpers.make_inputs([1], [text]), added(vlm, 2.0)
+        tokens, _ = answered(vlm, inputs, edits=edits, pad_to_multiple_of=64)
+        sizes.append((stream.begin._cache_size(), stream.proceed._cache_size()))
+    expected = vlm.generate(inputs, max_new_tokens=COUNT, edits=edits).tokens
+    np.testing.assert_array_equal(tokens, np.asarray(expected)[:, : tokens.shape[1]])
+    assert sizes[0] == sizes[1]
+
+
 def test_a_count_of_zero_is_refused(small, batch):
     with pytest.raises(ValueError, match="max_new_tokens"):
         next(small.vlm.stream(batch, max_new_tokens=0))

@@ -10,6 +10,8 @@ def test_buckets_by_hand():
     expected = {1: 16, 16: 16, 17: 32, 64: 64, 65: 72, 97: 104, 128: 128, 129: 144, 257: 288}
     expected |= {600: 640, 641: 704}
     assert {length: padding.bucket_length(length) for length in expected} == expected
+    further = {1: 32, 65: 96, 96: 96, 97: 128, 129: 160, 600: 640}
+    assert {length: padding.bucket_length(length, 32) for length in further} == further
 
 
 def test_buckets_are_few_and_waste_little():

@@ -8,8 +8,10 @@ from PIL import Image, ImageDraw
 
 import xlvlm_jax
 from ports.inputs.patch_layout import PatchLayout, grid, grid_boxes
+from xlvlm_jax.concepts import maps as module
 from xlvlm_jax.concepts.maps import (
     concept_maps,
+    concept_maps_by_row,
     gradient_maps,
     paint,
     vector_maps,
@@ -28,6 +30,18 @@ def test_rows_of_one_two_and_no_pictures():
     whole = np.maximum(STATES - 1, 0)  # codes of unit atoms with alpha 1
     np.testing.assert_allclose(maps[0][0][:, 1, 2], whole[0, 6], rtol=1e-6)
     np.testing.assert_allclose(maps[1][1][:, 3, 0], whole[1, 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [1, 30, 2**24])
+def test_row_by_row_are_the_same_maps(values, monkeypatch):
+    monkeypatch.setattr(module, "_VALUES_AT_ONCE", values)
+    layouts = [[grid(np.arange(1, 5), 2, 2)], [grid([0], 1, 1), grid([2], 1, 1)], [grid([3], 1, 1)]]
+    rows = list(concept_maps_by_row(STATES, CONCEPTS, layouts))
+    expected = concept_maps(STATES, CONCEPTS, layouts)
+    assert [len(row) for row in rows] == [1, 2, 1]
+    for row, other in zip(rows, expected, strict=True):
+        for one, same in zip(row, other, strict=True):
+            np.testing.assert_allclose(one, same, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "pca", "snmf"])

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import sparse
 
 from ports.inputs.patch_layout import grid, latents
 from xlvlm_jax import Concepts, SteeringVector
-from xlvlm_jax.concepts.picture_maps import map_pictures, picture_layouts
+from xlvlm_jax.concepts.picture_maps import _Activations, map_pictures, picture_layouts
 from xlvlm_jax.data import folder, prompts
 
 from .conftest import SITE
@@ -46,6 +47,28 @@ def test_rows_in_order_each_where_it_should_be(vlm, red_and_blue, squares):
         assert first[0] > first[1] and second[1] > second[0]
     assert (found.rows[2].maps[0] <= 0).all() and (found.rows[4].maps[0] >= 0).all()
     np.testing.assert_allclose(found.boxes[0][0, 0], [0, 0, 1 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize("active", [0.02, 0.9])
+def test_the_most_active_of_many_concepts(active):
+    rng = np.random.default_rng(0)
+    maps = [rng.random((200, *shape), np.float32) for shape in ((3, 4), (5, 2), (3, 4))]
+    maps = [np.where(rng.random(one.shape) < active, one, 0).astype(np.float32) for one in maps]
+    maps[1][7, 4, 1], maps[0][11, 0, 0], maps[2][3, 1, 1] = 9, 8, np.nan
+    kept, some = _Activations(()), _Activations([5, 11])
+    for one in maps:
+        kept.add(one)
+        some.add(one)
+    highest = np.max([np.nanmax(one, axis=(1, 2)) for one in maps], axis=0)
+    assert kept.chosen(2) == [7, 11] and kept.chosen(5) == np.argsort(-highest)[:5].tolist()
+    assert some.chosen(1) == [5, 11]
+    for k in (7, 11, 3):
+        for mine, theirs in zip(kept.maps_of(k), maps, strict=True):
+            np.testing.assert_array_equal(mine, theirs[k])
+    for mine, theirs in zip(some.maps_of(11), maps, strict=True):
+        np.testing.assert_array_equal(mine, theirs[11])
+    held = [stored for _, stored in kept._pictures]
+    assert all(sparse.issparse(one) == (active < 0.3) for one in held)
 
 
 def test_command(vlm, red_and_blue, squares, tmp_path, xlvlm):

@@ -46,6 +46,13 @@ def test_each_sample_once(run):
     assert top_samples(features, concepts.activations, 2) == [[1, 0], [2, 1]]
 
 
+def test_each_map_is_kept_alone(run, vlm):
+    found = map_top_pictures(vlm, Concepts.load(run / "concepts"), Features.open(run / "features"))
+    assert len(found) == 5
+    # Views would keep the maps of all concepts in memory.
+    assert all(cells.values.base is None for cells in found.values())
+
+
 def test_grounding_names_each_picture_once(run, vlm):
     grounded = ground_concepts(run / "concepts", vlm, Features.open(run / "features"))
     assert [[image.rsplit("/")[-1] for image in images] for images in grounded.images] == [

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from ports import VLM, passes
 from ports.decoding import stream
 from xlvlm_jax.concepts.picture_maps import map_pictures
+from xlvlm_jax.data import prompts
+from xlvlm_jax.playground.answers import Answers
+from xlvlm_jax.playground.items import find_items
 from xlvlm_jax.playground.settings import Settings, Slider
 
 from .conftest import NORM
@@ -65,6 +69,36 @@ def test_moving_sliders_compiles_nothing(answers, picture, made):
     assert sizes(Slider("concepts/0", -3.0, "image", layer)) == first
     both = Slider("concepts/1", 1.0, "generated", None), Slider("vectors/yes-no", 0.1, None, layer)
     assert sizes(*both) == first
+
+
+def test_after_preparing_questions_and_captions_compile_nothing(answers, pictures, picture, made):
+    steps = list(answers.prepare(pictures.blank()))
+    assert not any(steps)
+
+    def sizes():
+        programs = stream.begin, stream.proceed, passes.encode_images
+        return [program._cache_size() for program in programs]
+
+    before = sizes()
+    caption = "Is anything else in it? " + prompts.CAPTION
+    slider = Slider("concepts/1", 0.2, "image", "language_model.model.layers.1")
+    for question in (made.question, "What is in the picture?", caption):
+        list(answers.answer(asked(picture, question, slider), picture))
+    assert sizes() == before
+
+
+def test_the_vision_tower_runs_once_per_picture(vlm, made, pictures, picture, monkeypatch):
+    fresh = Answers(vlm, find_items(vlm, made.run), max_new_tokens=8)
+    other = pictures.add(pictures.blank().path.read_bytes(), "other.png")
+    encoded, encode = [], VLM.encode_images
+    monkeypatch.setattr(
+        VLM, "encode_images", lambda vlm, inputs: encoded.append(1) or encode(vlm, inputs)
+    )
+    slider = Slider("vectors/yes-no", 1.0, None, None)
+    for shown in (picture, other, picture):
+        for question in (made.question, "What is in the picture?"):
+            list(fresh.answer(asked(shown, question, slider), shown))
+    assert len(encoded) == 2
 
 
 def test_leaving_ends_the_work_between_two_tokens(answers, picture, made, monkeypatch):

@@ -104,6 +104,22 @@ def test_files_that_are_none_are_refused_and_the_page_goes_on(page, made, foreig
     assert not page.locator("#problem").is_visible()
 
 
+def test_what_is_missing_is_said_and_a_picture_of_a_concept_serves(page, made, tmp_path):
+    page.locator("#ask").click()
+    page.locator("#status", has_text="choose a picture").wait_for()
+    page.get_by_label("Ask about picture 1 of concept 0 yes right").click()
+    page.locator("#status", has_text="type a question").wait_for()
+    page.locator("#question").fill(made.question.partition("\n")[0])
+    page.keyboard.press("Enter")
+    expect(page, "#plain", "yes")
+    page.locator("#undo").click()
+    page.evaluate("known.largest = 2 ** 20")
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(2**20 + 1))
+    page.locator("#file").set_input_files(large)
+    page.locator("#problem", has_text="large.png is larger than 1 MB; choose a smaller").wait_for()
+
+
 def test_a_reload_and_a_second_tab(page, open_page, made):
     ask(page, made)
     slide(page, 10)

@@ -33,6 +33,16 @@ def test_programs_import_what_they_use(write):
     assert "steer(SteeringVector(steering.load(" in code and "alpha=2.0, where='image')" in code
 
 
+def test_files_that_were_uploaded_are_read_from_the_working_directory(answers, made):
+    """The server deletes its own when it ends."""
+    found = settings_of(answers.vlm, answers.items, [Slider("vectors/yes-no", 1.0, None, None)])
+    given = ("embedded", None, "a.jpg", "what?", found, 8)
+    assert "steering.load('yes-no.safetensors')" in as_python(*given, made.run)
+    assert f"steering.load({str(made.run / 'steering' / 'yes-no.safetensors')!r})" in as_python(
+        *given, made.run.parent / "other"
+    )
+
+
 def test_what_people_type_stays_text(answers, made):
     nasty = "a\"\n'); import os #"
     code = as_python("embedded", None, nasty, nasty, (), 8)

@@ -81,6 +81,29 @@ def test_the_state_lists_what_steers(client, made, vlm):
     assert client.get("concepts/none/0/pictures/0").status_code == 404
 
 
+def test_who_waits_is_told_when_the_programs_are_compiled(answers, pictures, monkeypatch):
+    go_on = threading.Event()
+
+    def prepare(picture):
+        go_on.wait(10)
+        yield {}
+
+    monkeypatch.setattr(answers, "prepare", prepare)
+    model = server.Model("embedded", None)
+    preparing = server.create_app(answers, model, pictures, TOKEN, prepares=True)
+    with TestClient(preparing, base_url=f"http://127.0.0.1/{TOKEN}/") as opened:
+        assert opened.get("state").json()["prepared"] is False
+        threading.Timer(0.3, go_on.set).start()
+        assert opened.get("prepared").json() == {"prepared": True}
+        assert opened.get("state").json()["prepared"] is True
+
+
+def test_a_picture_of_a_concept_can_be_asked_about(client, made, uploaded):
+    found = client.post("concepts/concepts/0/pictures/0").json()
+    assert found == {"id": uploaded, "name": made.picture.name}
+    assert client.post("concepts/concepts/0/pictures/1").status_code == 404
+
+
 def test_answers_are_streamed_word_by_word(client, asked):
     events = lines(client.post("answers", json=asked))
     assert events[0] == {"ahead": 0}

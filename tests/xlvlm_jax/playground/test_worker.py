@@ -78,6 +78,45 @@ def test_a_job_cancelled_in_the_queue_never_begins(worker):
     assert collect(after) == [] and not ran
 
 
+def test_spare_work_goes_on_while_no_job_waits():
+    steps, begun, go_on, done = [], threading.Event(), threading.Event(), queue.Queue()
+
+    def spare():
+        for step in range(3):
+            steps.append(step)
+            begun.set()
+            go_on.wait(10)
+            yield {}
+        done.put(None)
+
+    worker = Worker(spare)
+    begun.wait(10)
+    events = queue.Queue()
+    job = worker.submit(lambda: iter([{"steps": len(steps)}]), events.put)
+    assert worker.has_spare_work and job.ahead == 0
+    go_on.set()
+    # The job came between the first step and the second.
+    assert collect(events) == [{"steps": 1}]
+    done.get(timeout=10)
+    worker.close()
+    assert steps == [0, 1, 2] and not worker.has_spare_work
+
+
+def test_spare_work_that_fails_ends_alone():
+    def fail():
+        yield {}
+        raise ValueError("too much")
+
+    worker, events = Worker(fail), queue.Queue()
+    worker.submit(lambda: iter([{"a": 1}]), events.put)
+    assert collect(events) == [{"a": 1}]
+    while worker.has_spare_work:
+        threading.Event().wait(0.01)
+    worker.submit(lambda: iter([{"b": 2}]), events.put)
+    assert collect(events) == [{"b": 2}]
+    worker.close()
+
+
 def test_an_error_is_one_line_and_the_next_job_runs(worker):
     events = queue.Queue()
 

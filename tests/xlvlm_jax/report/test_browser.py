@@ -117,6 +117,17 @@ def test_search_hides_other_concepts(page):
     assert page.locator("#s1-0").is_visible() and not page.locator("#s1-1").is_visible()
 
 
+def test_a_pair_leads_to_all_of_its_concept(open_page, report, tmp_path):
+    page = open_page(write_report(tmp_path, tmp_path / "two.html", beside=tmp_path))
+    page.locator("#s1 .tools input").fill("sea")
+    assert not page.locator("#s1-0").is_visible()
+    for _ in range(2):
+        page.locator("#beside-1 a.number", has_text="0").click()
+        assert page.locator("#s1-0").is_visible()
+        page.locator("#s1 .tools input").fill("sea")
+    assert page.locator("#s1 .card:visible").count() == 1
+
+
 @pytest.fixture
 def sample(pictures):
     image, _ = pictures[0]
