@@ -9,6 +9,7 @@ vector, so that pictures of all sizes run in a few programs.
 G patches along a side of a tile, F features of a batch, N rows of the table.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import jax
 import numpy as np
 
 from ports.inputs import padding
-from ports.inputs.patch_layout import Box, PatchLayout, grid_boxes
+from ports.inputs.patch_layout import PatchLayout, grid
+from ports.models import llava_like
 from ports.tracing import is_traced
 
 Array = jax.Array
@@ -160,29 +162,54 @@ def tiles_of(pixels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     return np.pad(tiles, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 
-def layout_of(size: Size, tiles: Size, side: int, shape: Size, places: np.ndarray) -> PatchLayout:
+def layout_of(size: Size, tiles: Size, vision: Any, shape: Size, places: np.ndarray) -> PatchLayout:
     """Returns the layout of one picture.
+
+    The processor resizes the picture to as many whole pixels as fit on the canvas, and pads it on
+    both sides, by one pixel less before it if their number is odd. A tile may be a few pixels
+    larger than its cells.
 
     Args:
         size: height and width of the picture in pixels.
         tiles: rows and columns of tiles.
-        side: G.
+        vision: configuration of the tower, with its image_size, patch_size and `side`, G.
         shape: rows and columns of features that the tiles give, without the rows' ends.
         places: int[F], the positions of all of the picture's tokens.
     """
-    whole = places[: side * side].reshape(side, side)
+    side = vision.side
+    whole = grid(places[: side * side], side, side, llava_like.on_cells(vision, side))
     kept = places[side * side :].reshape(shape[0], -1)[:, : shape[1]]
-    canvas = (tiles[0] * side, tiles[1] * side)
-    rows, columns = shown_part(size, canvas)
-    # The picture on its canvas: as large as fits, in the middle.
-    scale = min(canvas[0] / size[0], canvas[1] / size[1])
-    margins = [(c - s * scale) / 2 for c, s in zip(canvas, size, strict=True)]
-    inside: Box = (
-        (margins[1] - columns.start) / (columns.stop - columns.start),
-        (margins[0] - rows.start) / (rows.stop - rows.start),
-        (canvas[1] - margins[1] - columns.start) / (columns.stop - columns.start),
-        (canvas[0] - margins[0] - rows.start) / (rows.stop - rows.start),
-    )
-    return PatchLayout(
-        kept, grid_boxes(*shape, inside), whole=PatchLayout(whole, grid_boxes(side, side))
-    )
+    shown = shown_part(size, (tiles[0] * side, tiles[1] * side))
+    canvas = [count * vision.image_size for count in tiles]
+    scale = min(full / length for full, length in zip(canvas, size, strict=True))
+    edges = []
+    for part, count, full, length, number in zip(shown, tiles, canvas, size, shape, strict=True):
+        resized = min(math.ceil(length * scale), full)
+        first = (full - resized) // 2
+        edges.append(((cell_edges(count, vision, part, number) - first) / resized).clip(0, 1))
+    rows, columns = edges
+    boxes = np.empty((*shape, 4))
+    boxes[..., [1, 3]], boxes[..., [0, 2]] = rows[:, None], columns[None]
+    return PatchLayout(kept, boxes, whole=whole)
+
+
+def cell_edges(tiles: int, vision: Any, part: slice, count: int) -> np.ndarray:
+    """Returns float[count, 2], the first and last edge of cells along one side of a canvas.
+
+    Args:
+        tiles: tiles along the side.
+        vision: as for `layout_of`.
+        part: the cells of the canvas that show the picture.
+        count: number of cells that these are resized to.
+
+    Returns:
+        Pixels of the canvas.
+    """
+    tile, cell = np.divmod(np.arange(tiles * vision.side)[part], vision.side)
+    first = tile * vision.image_size + cell * vision.patch_size
+    # In cells; integers divide without a rest where nothing is resized.
+    begin = np.arange(count) * len(first) / count
+    end = np.arange(1, count + 1) * len(first) / count
+    low, high = np.floor(begin).astype(int), np.ceil(end).astype(int) - 1
+    side = vision.patch_size
+    return np.stack([first[low] + (begin - low) * side, first[high] + (end - high) * side], axis=-1)

@@ -246,8 +246,7 @@ def patch_layout(
 
 
 def _layout(config: Config, size: anyres.Size, places: np.ndarray) -> patches.PatchLayout:
-    side = config.vision.side
-    return anyres.layout_of(size, config.tiles(size), side, config.shape(size), places)
+    return anyres.layout_of(size, config.tiles(size), config.vision, config.shape(size), places)
 
 
 PORT = Port(

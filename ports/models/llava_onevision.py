@@ -264,7 +264,7 @@ def patch_layout(
     """Lays out tiles, with the whole as `whole`; whole pictures; and videos, frame by frame."""
     sizes, in_tiles = _pictures(config, arrays)
     side = config.vision.side
-    half = math.ceil(side / 2)
+    half, inside = math.ceil(side / 2), llava_like.on_cells(config.vision, side)
     videos = arrays.get("pixel_values_videos")
     pictures = list(zip(sizes, in_tiles, strict=True))
     lengths = (_length(config, size, tiled) for size, tiled in pictures)
@@ -276,14 +276,15 @@ def patch_layout(
     def of_picture(places: np.ndarray) -> PatchLayout:
         size, tiled = next(given)
         if not tiled:
-            return patches.grid(places[:-1], side, side)
-        return anyres.layout_of(size, config.tiles(size), side, config.shape(size), places)
+            return patches.grid(places[:-1], side, side, inside)
+        return anyres.layout_of(size, config.tiles(size), config.vision, config.shape(size), places)
 
     rows = []
     for ids in arrays["input_ids"]:
         found = [of_picture(places) for places in patches.runs(ids, image, lengths)]
         for places in patches.runs(ids, video, of_videos):
-            found += [patches.grid(each, half, half) for each in np.split(places[:-1], frames)]
+            each_frame = np.split(places[:-1], frames)
+            found += [patches.grid(each, half, half, inside) for each in each_frame]
         rows.append(sorted(found, key=_first))
     return rows
 

@@ -1,5 +1,7 @@
 """Pictures in tiles: by hand, and against what transformers and PyTorch choose."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -54,3 +56,36 @@ def test_rows_end_in_a_vector():
 def test_features_beyond_the_last_have_no_weight():
     features = Features.of_rows(np.arange(20)).padded()
     assert len(features.rows) == 32 and not features.weights[20:].any()
+
+
+# Of a tile's 30 pixels, two cells of 14 cover 28.
+VISION = types.SimpleNamespace(side=2, patch_size=14, image_size=30)
+
+
+def test_boxes_are_the_pixels_that_cells_see():
+    """A picture of 10 x 40 on two tiles side by side: resized to 15 x 60, from row 7 on."""
+    layout = anyres.layout_of((10, 40), (1, 2), VISION, (2, 4), np.arange(4 + 2 * 5))
+    assert layout.positions.tolist() == [[4, 5, 6, 7], [9, 10, 11, 12]]
+    columns = np.array([[0, 14], [14, 28], [30, 44], [44, 58]]) / 60
+    np.testing.assert_allclose(layout.boxes[0][:, [0, 2]], columns)
+    np.testing.assert_allclose(layout.boxes[:, 3][:, [1, 3]], [[0, 7 / 15], [7 / 15, 1]])
+    np.testing.assert_allclose(layout.whole.boxes[1, 1], np.array([14, 14, 28, 28]) / 30)
+
+
+def test_boxes_of_an_odd_number_of_pixels():
+    """30 x 19 pixels on one tile of 30 x 30: five columns of padding before, six after."""
+    layout = anyres.layout_of((30, 19), (1, 1), VISION, (2, 2), np.arange(4 + 2 * 3))
+    found = layout.boxes[0][:, [0, 2]]
+    np.testing.assert_allclose(found, np.array([[0, 14 - 5], [14 - 5, 19]]) / 19)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (2, [[0, 28], [30, 58]]),
+        (3, [[0, 14 + 14 / 3], [14 + 14 / 3, 30 + 28 / 3], [30 + 28 / 3, 58]]),
+        (4, [[0, 14], [14, 28], [30, 44], [44, 58]]),
+    ],
+)
+def test_edges_of_cells_that_are_resized(count, expected):
+    np.testing.assert_allclose(anyres.cell_edges(2, VISION, slice(0, 4), count), expected)
