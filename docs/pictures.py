@@ -1,13 +1,17 @@
 """Regenerates the pictures and the console output of the quick start: `python docs/pictures.py`.
 
-Runs the demo (about two minutes on two cores) and keeps what the pages show.
+Runs the demo (about two minutes on two cores) and keeps what the pages show. The picture of the
+playground needs Playwright and Debian's chromium, and stays as it is without them.
 """
 
 import io
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +37,7 @@ def main() -> None:
         for name in KEPT:
             shutil.copyfile(run / name, PICTURES / Path(name).name)
         draw(result.concepts[pipeline.FINAL], PICTURES / "concepts.png")
+        photograph(run, PICTURES / "play.png")
         said = io.StringIO()
         summary.show(result, Console(file=said, width=80))
     # The last sentence names a temporary file.
@@ -71,6 +76,49 @@ def draw(concepts: Concepts, path: Path) -> None:
     figure.savefig(path)
     # 64 colours are enough for drawn scenes and save two thirds of the bytes.
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def photograph(run: Path, path: Path) -> None:
+    """Draws the playground as a person sees it who has turned yes into no."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        chromium = None
+    if chromium is None:
+        print(f"no Playwright or chromium: {path} stays as it is", file=sys.stderr)
+        return
+    vector = "yes-no"
+    with _served(run) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1120, "height": 640})
+        page.goto(address)
+        page.get_by_label(re.compile("Ask about picture 1 of")).first.click()
+        page.locator("#question").fill("Is there a dog in the picture?")
+        page.keyboard.press("Enter")
+        page.locator("#plain", has_text="yes").wait_for(timeout=120_000)
+        page.get_by_label(f"Strength of {vector}, as a number").fill("1")
+        page.keyboard.press("Tab")
+        page.locator("#steered", has_text="no").wait_for()
+        page.get_by_label(re.compile("Map of concept")).first.click()
+        page.locator("#map").wait_for()
+        page.locator("h1").hover()
+        page.screenshot(path=path)
+        browser.close()
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+@contextmanager
+def _served(run: Path) -> Iterator[str]:
+    """Serves the playground of a run and yields its address."""
+    said = [sys.executable, "-u", "-c", "from xlvlm_jax.cli import main; main()"]
+    options = ["play", "embedded", "--run", str(run), "--port", "0"]
+    with subprocess.Popen([*said, *options], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield next(line.strip() for line in server.stdout if line.startswith("http"))
+        finally:
+            server.terminate()
 
 
 def _silent(_: str) -> Callable[..., None]:
