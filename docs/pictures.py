@@ -4,6 +4,7 @@ Runs the demo (about two minutes on two cores) and keeps what the pages show. Th
 playground needs Playwright and Debian's chromium, and stays as it is without them.
 """
 
+import importlib.util
 import io
 import re
 import shutil
@@ -81,13 +82,11 @@ def draw(concepts: Concepts, path: Path) -> None:
 def photograph(run: Path, path: Path) -> None:
     """Draws the playground as a person sees it who has turned yes into no."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        chromium = None
-    if chromium is None:
+    if chromium is None or importlib.util.find_spec("playwright") is None:
         print(f"no Playwright or chromium: {path} stays as it is", file=sys.stderr)
         return
+    from playwright.sync_api import sync_playwright
+
     vector = "yes-no"
     with _served(run) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

@@ -86,7 +86,7 @@ def states(
 @compiled.program()
 def encode_images(model: VisionLanguageModel, params: dict, inputs: dict) -> ImageStates:
     """Returns what the decoder reads at image tokens."""
-    return model.apply({"params": params}, inputs, method="encode_images")
+    return model.bind({"params": params}).encode_images(inputs)
 
 
 @compiled.program(static=["method"])

@@ -29,7 +29,7 @@ Array = jax.Array
 class EncodedImages(NamedTuple):
     """Result of `VLM.encode_images`."""
 
-    count: int  # image tokens that it is for
+    num_tokens: int  # image tokens that it is for
     states: ImageStates
 
 
@@ -250,10 +250,10 @@ class VLM(LoadedModel):
         aligned: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
         if images is not None:
             count = self._count_image_tokens(arrays)
-            if count != images.count:
+            if count != images.num_tokens:
                 raise ValueError(
-                    f"images are encoded for {images.count} image tokens, but the prompts hold "
-                    f"{count}; encode the images of these prompts"
+                    f"images are encoded for {images.num_tokens} image tokens, but the prompts "
+                    f"hold {count}; encode the images of these prompts"
                 )
             if all(map(self.module.is_after_images, laid)):
                 aligned["image_states"] = images.states.resized(aligned["input_ids"].size)

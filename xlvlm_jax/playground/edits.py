@@ -90,7 +90,9 @@ def edits_of(
             others.append({site: add(vector, strength, where)})
         elif item.steering is not None:
             others.append(item.steering.edits_for(vlm, inputs, strength, where))
-    edits = {site: (make_edit(_add_by_kind, (sum_,), 1.0, "all"),) for site, sum_ in sums.items()}
+    edits: dict[str, tuple[Edit, ...]] = {
+        site: (make_edit(_add_by_kind, (vectors,), 1.0, "all"),) for site, vectors in sums.items()
+    }
     for each in others:
         for site, given in each.items():
             listed = given if isinstance(given, Sequence) else (given,)
