@@ -192,7 +192,7 @@ class Attention(nn.Module):
         def heads(part: str) -> Array:
             y = layers.dense(width, cfg.qkv_bias, self.dtype, f"{part}_proj")(x)
             if cfg.qk_norm and part != "v":
-                y = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{part}_norm")(y)
+                y = layers.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{part}_norm")(y)
             return sharding.heads(y.reshape(*x.shape[:2], cfg.num_heads, width // cfg.num_heads))
 
         y = attention.attend(heads("q"), heads("k"), heads("v"), None)
@@ -213,7 +213,7 @@ class Block(nn.Module):
 
         def norm(name: str, x: Array) -> Array:
             if cfg.norm_type == "rms_norm":
-                return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)(x)
+                return layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)(x)
             return layers.layer_norm(cfg.norm_eps, self.dtype, name)(x)
 
         def scaled(name: str, y: Array) -> Array:

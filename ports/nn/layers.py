@@ -49,9 +49,37 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+class _Given:
+    """Reads parameters that exist, for Flax's own layers, without tracing their initializers.
+
+    Flax traces them at every call to learn the shapes, which takes a third of the time to trace a
+    program. Here, an unexpected shape is left to Flax and its error.
+    """
+
+    def param(self: Any, name: str, init_fn: Callable, *args: Any, **options: Any) -> Any:
+        """Returns a parameter, of which `args` begins with the shape, as `nn.Module.param` does."""
+        if self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            if isinstance(value, jax.Array) and value.shape == tuple(args[0]):
+                return value
+        return super().param(name, init_fn, *args, **options)  # type: ignore[misc]
+
+
+class Dense(_Given, nn.Dense):
+    """`nn.Dense` that is quicker to trace."""
+
+
+class RMSNorm(_Given, nn.RMSNorm):
+    """`nn.RMSNorm` that is quicker to trace."""
+
+
+class LayerNorm(_Given, nn.LayerNorm):
+    """`nn.LayerNorm` that is quicker to trace."""
+
+
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """Returns a LayerNorm with two-pass variance, which matches PyTorch to the last few bits."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    return LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class OffsetRMSNorm(nn.Module):
@@ -92,7 +120,7 @@ def _dense_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
 
 def dense(width: int, use_bias: bool, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
     """Returns a linear layer; its kernel is (in, out), the transpose of PyTorch's."""
-    return nn.Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
+    return Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
 
 
 def _is_widened(x: Array, kernel: Array) -> bool:
@@ -156,7 +184,7 @@ def head(width: int, dtype: DTypeLike) -> nn.Dense:
 
     Rounded to bfloat16, the largest logits may tie, and the wrong token would be chosen.
     """
-    return nn.Dense(width, use_bias=False, dtype=dtype, dot_general=_head_dot)
+    return Dense(width, use_bias=False, dtype=dtype, dot_general=_head_dot)
 
 
 def _head_dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
@@ -170,7 +198,7 @@ def look_up(table: Array, tokens: Array) -> Array:
     return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
-class Embed(nn.Embed):
+class Embed(_Given, nn.Embed):
     """Token embeddings, also used as a tied head; ids outside the table give NaN."""
 
     scale: float | None = None  # factor on the embeddings, but not on the head (Gemma)

@@ -92,7 +92,7 @@ class PerceiverLayer(nn.Module):
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+            return layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
 
         y = norm("input_latents_norm")(latents)
         context = norm("input_context_norm")(context)
@@ -115,7 +115,7 @@ class PerceiverResampler(nn.Module):
         shape = (cfg.num_latents, self.width)
         self.latents = self.param("latents", nn.initializers.ones, shape)
         self.layers = [PerceiverLayer(cfg, self.dtype) for _ in range(cfg.num_layers)]
-        self.norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
+        self.norm = layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype)
 
     def __call__(self, context: Array, mask: Array) -> Array:
         """Maps context[I, P, D] and mask bool[I, P] to [I, L, D]."""

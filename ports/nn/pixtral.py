@@ -96,7 +96,7 @@ class Block(nn.Module):
         cfg = self.config
 
         def norm(name: str, x: Array) -> Array:
-            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)(x)
+            return layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)(x)
 
         y = norm("attention_norm", x)
         y = Attention(cfg.num_heads, self.dtype, name="attention")(y, angles, mask)
@@ -138,7 +138,7 @@ class PixtralVisionModel(nn.Module):
         """
         cfg = self.config
         x = clip_vision.embed_patches(cfg, False, self.dtype, pixels, "patch_conv")
-        x = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name="ln_pre")(x)
+        x = layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name="ln_pre")(x)
         width = cfg.hidden_size // cfg.num_heads
         angles = axial_angles(cfg.rope_theta, width, *mask.shape[1:])
         visible = mask.reshape(len(pixels), 1, 1, -1)

@@ -94,7 +94,7 @@ class Block(nn.Module):
         cfg = self.config
 
         def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
+            return layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
 
         def linear(width: int, bias: bool, name: str) -> nn.Dense:
             return layers.dense(width, bias, self.dtype, name)
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         text = self.config.text
         self.wte = Embedding(self.config, self.dtype)
         self.blocks = [Block(text, self.dtype) for _ in range(text.num_layers)]
-        self.ln_f = nn.RMSNorm(epsilon=text.norm_eps, dtype=self.dtype)
+        self.ln_f = layers.RMSNorm(epsilon=text.norm_eps, dtype=self.dtype)
         self.ff_out = layers.head(text.vocab_size, self.dtype)
 
     def embed_tokens(self, tokens: Array) -> Array:

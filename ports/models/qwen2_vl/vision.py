@@ -168,7 +168,7 @@ def within_frames(places: Places) -> Attend:
 def norm(config: VisionConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """Returns a tower's normalisation."""
     if config.rms_norm:
-        return nn.RMSNorm(epsilon=NORM_EPS, dtype=dtype, name=name)
+        return layers.RMSNorm(epsilon=NORM_EPS, dtype=dtype, name=name)
     return layers.layer_norm(NORM_EPS, dtype, name)
 
 

@@ -1,10 +1,12 @@
 """The shared layers: by hand, and against transformers' modules."""
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
@@ -123,3 +125,30 @@ class TestProductsInBfloat16:
         # A copy of the 16 bits, and a step's columns.
         bound = 2 * kernel.size + 4 * 512 * layers.COLUMNS + 16 * 4096 * 4
         assert compiled.memory_analysis().temp_size_in_bytes <= bound
+
+
+def never(*_):
+    raise AssertionError("an initializer ran")
+
+
+@pytest.mark.parametrize("name", ["Dense", "RMSNorm", "LayerNorm", "Embed"])
+def test_given_parameters_are_read_without_their_initializers(name):
+    sizes = {"Dense": [4], "Embed": [5, 3]}.get(name, [])
+    x = jnp.arange(3) if name == "Embed" else jnp.linspace(-1, 2, 6).reshape(2, 3)
+    params = getattr(nn, name)(*sizes).init(jax.random.key(0), x)
+    kinds = ("kernel", "bias", "scale", "embedding")
+    fields = getattr(layers, name).__dataclass_fields__
+    ours = getattr(layers, name)(
+        *sizes, **{f"{k}_init": never for k in kinds if f"{k}_init" in fields}
+    )
+    expected = getattr(nn, name)(*sizes).apply(params, x)
+    np.testing.assert_array_equal(ours.apply(params, x), expected)
+    with pytest.raises(AssertionError, match="an initializer ran"):
+        ours.init(jax.random.key(0), x)
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    module = layers.dense(4, True, jnp.float32, None)
+    params = {"params": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(1)}}
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"\"bias\".*\(4,\).*\(1,\)"):
+        module.apply(params, jnp.ones((2, 3)))
