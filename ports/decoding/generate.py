@@ -19,7 +19,7 @@ from ports.decoding.sampling import Sampling, draw
 from ports.inputs.common_prefix import Shared
 from ports.intervene.edits import Edits
 from ports.messages import few
-from ports.nn import vision_language
+from ports.nn import decoder, vision_language
 from ports.tables import html_arrays, kind, named_states
 
 Array = jax.Array
@@ -184,6 +184,14 @@ def generate(
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(prompts.mask, ((0, 0), (0, max_new_tokens)))
 
+    squeezed = not variants and decoder.is_squeezed(batch)
+
+    def carried(cache: dict) -> dict:
+        return jax.tree.map(lambda x: x[0], cache) if squeezed else cache
+
+    def unpacked(cache: dict) -> dict:
+        return jax.tree.map(lambda x: x[None], cache) if squeezed else cache
+
     def go_on(carry: tuple[Any, ...]) -> Array:
         step, _, ended, *_ = carry
         return (step < max_new_tokens) & ~ended.all()
@@ -194,7 +202,7 @@ def generate(
         valid = prompt_valid | ((slots >= length) & (slots <= slot))
         logits, cache, new = decode_step(
             later,
-            {**prompt_cache, "cache": cache},
+            {**prompt_cache, "cache": unpacked(cache)},
             tokens[..., step - 1],
             prompts.next_positions + step - 1,
             valid,
@@ -210,8 +218,9 @@ def generate(
         }
         finite = finite & (ended | is_finite(logits))
         chosen, ended = pick(logits, tokens, step, ended)
-        return step + 1, tokens.at[..., step].set(chosen), ended, finite, states, cache
+        tokens = tokens.at[..., step].set(chosen)
+        return step + 1, tokens, ended, finite, states, carried(cache)
 
-    carry = (jnp.int32(1), tokens, ended, finite, states, cache)
+    carry = (jnp.int32(1), tokens, ended, finite, states, carried(cache))
     _, tokens, _, finite, states, _ = jax.lax.while_loop(go_on, body, carry)
     return Generation(tokens, states, prefilled if prompt_states else {}, finite)

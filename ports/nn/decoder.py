@@ -102,15 +102,40 @@ def attend_through_cache(
             parts = [tuple(module.get_variable("prompt_cache", name) for name in ("key", "value"))]
             slot -= parts[0][0].shape[-1]
         new_keys, new_values = attention.cache_layout(key, value)
-        zero = 0 * slot  # has the dtype of `slot`; a plain 0 would not with 64-bit numbers enabled
-        keys = jax.lax.dynamic_update_slice(keys, new_keys, (zero, zero, zero, slot))
-        values = jax.lax.dynamic_update_slice(values, new_values, (zero, zero, slot, zero))
+        keys, values = _with_new(keys, values, new_keys, new_values, slot)
         parts = [*parts, (_constrain_cache(keys), _constrain_cache(values))]
         module.put_variable("cache", "key", parts[-1][0])
         module.put_variable("cache", "value", parts[-1][1])
     if start is None:
         return attention.attend(query, key, value, mask, causal=mask.shape[2] == 1, **options)
     return attention.attend_cached(query, parts, mask, first=start, **options)
+
+
+def _with_new(
+    keys: Array, values: Array, new_keys: Array, new_values: Array, slot: Array | int
+) -> tuple[Array, Array]:
+    """Writes new keys [B, N, C, T] and values [B, N, T, C] to a cache, from a slot on."""
+    zero = 0 * slot  # has the dtype of `slot`; a plain 0 would not with 64-bit numbers enabled
+    starts = (zero, zero, zero, slot), (zero, zero, slot, zero)
+    given = ((keys, new_keys), (values, new_values))
+    if is_squeezed(len(keys)):
+        given = tuple((cache[0], new[0]) for cache, new in given)
+        starts = starts[0][1:], starts[1][1:]
+    written = [
+        jax.lax.dynamic_update_slice(cache, new, start)
+        for (cache, new), start in zip(given, starts, strict=True)
+    ]
+    keys, values = (x[None] for x in written) if is_squeezed(len(keys)) else written
+    return keys, values
+
+
+def is_squeezed(batch: int) -> bool:
+    """Returns whether a loop should carry caches without their axis of rows.
+
+    XLA multiplies a single row without this axis. On a CPU it would write such a cache twice at
+    every step, with and without the axis, and copy it four times.
+    """
+    return batch == 1 and jax.default_backend() == "cpu" and not sharding.is_on_mesh()
 
 
 def _constrain_cache(x: Array) -> Array:
@@ -127,7 +152,7 @@ def last_queries(
 
 
 def _norm(config: DecoderConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
-    kind = layers.OffsetRMSNorm if config.offset_norms else nn.RMSNorm
+    kind = layers.OffsetRMSNorm if config.offset_norms else layers.RMSNorm
     return kind(epsilon=config.norm_eps, dtype=dtype, name=name)
 
 

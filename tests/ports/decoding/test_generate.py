@@ -1,6 +1,7 @@
 """Generation: which state belongs to which token, how rows end, sampling, compiled programs."""
 
 import copy
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import ports
 from ports import passes
+from ports.inputs import padding
 
 from .. import helpers
 
@@ -113,6 +115,17 @@ class TestRows:
             }
             ours = small.vlm.generate(alone, max_new_tokens=COUNT).tokens
             np.testing.assert_array_equal(ours[0], greedy[row])
+
+    def test_one_alone_copies_no_cache_at_each_step(self, small, twins):
+        alone = {name: value[:1] for name, value in twins.items()}
+        text = small.vlm.lower(alone, sites=(), max_new_tokens=COUNT).compile().as_text()
+        sizes = small.vlm.sizes.text
+        slots = padding.bucket_length(alone["input_ids"].shape[1]) + COUNT
+        shapes = f"{sizes.head_dim},{slots}|{slots},{sizes.head_dim}"
+        cache = rf"\[(?:1,)?{sizes.num_kv_heads},(?:{shapes})\]"
+        assert re.search(cache, text)
+        copies = re.findall(rf"{cache}\S* copy\(", text)
+        assert len(copies) <= 2 * sizes.num_layers  # keys and values, once before the loop
 
     def test_may_be_padded_on_either_side(self, small, twins, greedy):
         right = helpers.pad_right(twins)
