@@ -29,7 +29,8 @@ class Shared(NamedTuple):
     kinds: np.ndarray  # int32[B, R], see `edits.Places`
     ordinals: np.ndarray  # int32[B, R], likewise, their `index`
     columns: np.ndarray  # int32[B, R], likewise
-    order: np.ndarray  # int32[B, T], where each position of the batch is now, 0 for padding
+    # int32[B, T up to its bucket's length], where each position of the batch is now, 0 for padding.
+    order: np.ndarray
 
 
 def pictures_of_rows(
@@ -146,6 +147,8 @@ def share(
         column + (width - begun)[:, None],
         column + (width + rest - lengths)[:, None],
     )
+    order = np.where(column >= 0, order, 0).astype(np.int32)
+    missing = padding.bucket_length(ids.shape[1]) - ids.shape[1]
     return Shared(
         prefix,
         picture.astype(np.int32),
@@ -153,7 +156,7 @@ def share(
         kinds,
         (begun[:, None] + place).astype(np.int32),
         taken("columns", np.arange(len(ids)), rest_from),
-        np.where(column >= 0, order, 0).astype(np.int32),
+        np.pad(order, ((0, 0), (missing, 0))),
     )
 
 

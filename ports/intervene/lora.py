@@ -276,7 +276,8 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
             flat[path] = leaf = sharding.put(np.asarray(own).astype(leaf.dtype), placed)
         if path[-1] in _MERGEABLE and site in adapter.factors:
             merged = add(leaf, adapter.factors[site], adapter.scale[site])
-            flat[path] = jax.device_put(merged, placed)
+            # Where it is already, it stays uncommitted if the leaf was: programs are shared.
+            flat[path] = merged if merged.sharding == placed else jax.device_put(merged, placed)
     return traverse_util.unflatten_dict(flat)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import ports
-from ports.inputs import common_prefix
+from ports import passes
+from ports.inputs import common_prefix, padding
 from ports.intervene.edits import is_same_for_rows
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
@@ -50,6 +51,21 @@ def test_rows_padded_on_the_right(small, batch, monkeypatch):
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
     ours, expected = (x.prompt_states[LAYER] for x in (shared, apart))
     assert helpers.relative_error(ours, expected, right["attention_mask"] == 1) < 1e-5
+
+
+def test_longer_prompts_of_the_same_bucket_share_the_program(small, batch):
+    options = {"max_new_tokens": 4, "sites": [LAYER], "prompt_states": True}
+    first = small.vlm.generate(batch, **options)
+    before = passes.generate._cache_size()
+    wider = {
+        name: np.pad(value, ((0, 0), (1, 0))) if name in padding.FILL else value
+        for name, value in batch.items()
+    }
+    again = small.vlm.generate(wider, **options)
+    assert passes.generate._cache_size() == before
+    np.testing.assert_array_equal(again.tokens, first.tokens)
+    ours, expected = (x.prompt_states[LAYER] for x in (again, first))
+    assert helpers.relative_error(ours[:, 1:], expected, batch["attention_mask"] == 1) < 1e-5
 
 
 def test_states_without_generation(small, batch, encoded):
@@ -120,8 +136,9 @@ class TestShare:
         assert found.kinds[:2, -3:].tolist() == [[-1, -1, 2], [-1, 1, 2]]
         assert found.ordinals[:2, -1].tolist() == [20, 21]
         assert found.columns[:2, -2:].tolist() == [[-1, 21], [20, 21]]
-        assert found.order[0].tolist() == [0, *range(12, 32), 47]
-        assert found.order[1].tolist() == [*range(12, 32), 46, 47]
+        # The 22 positions of the batch are rounded up to 32.
+        assert found.order[0].tolist() == [0] * 10 + [0, *range(12, 32), 47]
+        assert found.order[1].tolist() == [0] * 10 + [*range(12, 32), 46, 47]
 
     def test_what_earlier_positions_see_stays_in_the_beginning(self, batch):
         ids = batch["input_ids"]

@@ -83,6 +83,10 @@ class TestByHand:
         merged = lora.merge(tree, adapter)["layer"]["kernel"]
         np.testing.assert_array_equal(merged, [[1, 0.5, 1], [0, 1.5, 1]])
         np.testing.assert_array_equal(tree["layer"]["kernel"], self.KERNEL)
+        # Placed like the kernel: the programs of the base model are used for it too.
+        assert not merged.committed
+        placed = {"layer": {"kernel": jax.device_put(self.KERNEL, jax.devices()[0])}}
+        assert lora.merge(placed, adapter)["layer"]["kernel"].committed
 
     def test_beside_the_kernel(self):
         module, params = nn.Dense(3, use_bias=False), {"kernel": self.KERNEL}
