@@ -6,7 +6,9 @@ is left out of its batch and the reason recorded; the others are unaffected.
 B batch.
 """
 
+import bisect
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 Arrays = dict[str, np.ndarray]
 Group = tuple[Sample, ...]  # the samples of one batch
+PICTURE_ROWS = 4  # a picture and its part of a prompt cost as much as this many questions, or more
 
 
 class Batch(NamedTuple):
@@ -57,6 +60,44 @@ def own_prompt(sample: Sample) -> str:
 def groups_of(samples: Sequence[Sample], size: int) -> list[Group]:
     """Splits the samples, in order, into groups of `size`, independently of anything else."""
     return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+
+def groups_by_picture(samples: Sequence[Sample], size: int) -> list[Group]:
+    """Splits samples, ordered by picture, into groups of nearly equal size with few pictures each.
+
+    Questions about one picture share its encoding, and programs are compiled for 1, 2, 4 ...
+    pictures (see `ports.inputs.common_prefix`). A group therefore ends early where one more picture
+    would double what is computed, and no group is much smaller than the others, as it would need a
+    program of its own.
+
+    Args:
+        samples: the samples; those with the same picture follow each other.
+        size: maximum number of samples in a group, to which its batch is padded.
+
+    Returns:
+        The groups, in order; those of `groups_of` for fewer than two samples per picture.
+    """
+    names: dict[Any, int] = {}
+    pictures = [names.setdefault(sample.image, len(names)) for sample in samples]
+    if not samples or 2 * len(names) > len(samples):
+        return groups_of(samples, size)
+
+    def starts(rows: int, most: int) -> list[int]:
+        """Returns where groups of at most so many rows and pictures start."""
+        found, first = [0], 0
+        for i, picture in enumerate(pictures):
+            if i - first == rows or picture - pictures[first] >= most:
+                found.append(first := i)
+        return found
+
+    def cost(most: int) -> int:
+        return len(starts(size, most)) * (most * PICTURE_ROWS + size)
+
+    most = min((2**power for power in range((size - 1).bit_length() + 1)), key=cost)
+    count = len(starts(size, most))
+    rows = bisect.bisect_left(range(size), -count, key=lambda rows: -len(starts(rows + 1, most)))
+    ends = [*starts(rows + 1, most), len(samples)]
+    return [tuple(samples[first:last]) for first, last in itertools.pairwise(ends)]
 
 
 def make_batch(

@@ -20,7 +20,7 @@ import numpy as np
 from ports import VLM
 from ports.intervene import edits as edit_kinds
 from ports.intervene.edits import Edit
-from xlvlm_jax.data.batches import Arrays, groups_of, make_batch, read_ahead
+from xlvlm_jax.data.batches import Arrays, groups_by_picture, make_batch, read_ahead
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.steering.methods import Steering
@@ -185,7 +185,7 @@ def predict(
         samples: N samples.
         conditions: A conditions.
         max_new_tokens: M, maximum number of tokens per answer.
-        batch_size: B; the last batch is padded to it.
+        batch_size: B; smaller batches are padded to it, see `groups_by_picture`.
         max_rows: maximum number of rows, A times B, per run; more conditions take several runs.
             None for 512, or fewer to keep the key-value cache within 4 GiB.
         strict: stop at a sample that can't be read or processed, instead of skipping it.
@@ -226,7 +226,7 @@ def predict(
     # Questions about one picture share its encoding if they are in one batch (see `VLM.generate`).
     places = {sample.image: place for place, sample in reversed(list(enumerate(samples)))}
     order = sorted(range(len(samples)), key=lambda i: places[samples[i].image])
-    groups = groups_of([samples[i] for i in order], batch_size)
+    groups = groups_by_picture([samples[i] for i in order], batch_size)
     # One prompt per instruction: the processor's arrays depend on nothing else.
     told = {condition.instruction: condition.prompt for condition in conditions}
     options = {"prompts": list(told.values()), "strict": strict}

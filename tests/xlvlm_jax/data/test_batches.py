@@ -2,13 +2,22 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import ports
-from xlvlm_jax.data.batches import groups_of, make_batch, read_ahead
+from xlvlm_jax.data.batches import (
+    PICTURE_ROWS,
+    groups_by_picture,
+    groups_of,
+    make_batch,
+    read_ahead,
+)
 from xlvlm_jax.data.sample import Sample
 
 from ...test_models import MODELS
@@ -117,6 +126,43 @@ def test_groups_by_hand(tmp_path):
     a, b, c, d, e = samples(tmp_path, [None] * 5)
     assert groups_of([a, b, c, d, e], 2) == [(a, b), (c, d), (e,)]
     assert groups_of([], 2) == []
+
+
+def asked_about(counts):
+    """Samples of which so many ask about each picture."""
+    return [
+        Sample(f"{picture}-{number}", Path(f"{picture}.png"), image_id="", prompt="")
+        for picture, count in enumerate(counts)
+        for number in range(count)
+    ]
+
+
+def test_groups_by_picture_by_hand():
+    # At most two pictures in a group: 3 * (2 * 4 + 7) is less than 2 * (4 * 4 + 7), the cost of
+    # groups of four. Six, six and two questions would also be three groups, but uneven ones.
+    groups = groups_by_picture(asked_about([3, 3, 3, 3, 2]), 7)
+    assert [[sample.id for sample in group] for group in groups] == [
+        ["0-0", "0-1", "0-2", "1-0", "1-1"],
+        ["1-2", "2-0", "2-1", "2-2"],
+        ["3-0", "3-1", "3-2", "4-0", "4-1"],
+    ]
+    assert groups_by_picture([], 7) == []
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=30), size=st.integers(1, 20))
+def test_groups_by_picture_hold_every_sample_in_order(counts, size):
+    samples = asked_about(counts)
+    groups = groups_by_picture(samples, size)
+    assert [sample for group in groups for sample in group] == samples
+    assert all(0 < len(group) <= size for group in groups)
+    computed = [1 << (len({s.image for s in group}) - 1).bit_length() for group in groups]
+    plain = groups_of(samples, size)
+    plainly = [1 << (len({s.image for s in group}) - 1).bit_length() for group in plain]
+    if 2 * len(counts) > len(samples):
+        assert groups == plain
+    else:  # never more work than the largest number of pictures for every group
+        bound = len(plain) * (PICTURE_ROWS * max(plainly) + size)
+        assert len(groups) * (PICTURE_ROWS * max(computed) + size) <= bound
 
 
 @pytest.mark.parametrize("workers", [1, 3, None])
