@@ -89,7 +89,7 @@ def draw_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     image, pen = _begin(scene, rng)
     paint = _paint(scene, rng)
     objects = [(scene, paint, place) for place in _places(scene, rng)]
-    shown = _draw_objects(image, pen, objects, rng)
+    shown = _draw_objects(image, objects, rng)
     return _finish(image, pen, scene, rng), shown
 
 
@@ -115,7 +115,7 @@ def draw_pair(left: Scene, right: Scene) -> tuple[np.ndarray, np.ndarray]:
         scale = min((SIZE / 2 - 4) / width, 1.25) * (1 - 0.1 * rng.random())
         y = max(92 + 12 * rng.random(), height * scale + 2)
         objects.append((scene, _paint(scene, rng), (x, y, scale)))
-    shown = _draw_objects(image, pen, objects, rng)
+    shown = _draw_objects(image, objects, rng)
     return _finish(image, pen, left, rng), shown
 
 
@@ -140,23 +140,28 @@ def _paint(scene: Scene, rng: random.Random) -> Paint:
 
 def _draw_objects(
     image: Image.Image,
-    pen: Pen,
     objects: list[tuple[Scene, Paint, tuple[float, float, float]]],
     rng: random.Random,
 ) -> np.ndarray:
     """Draws objects at (x, y, scale), farthest first; bool[count, 112, 112], what shows each."""
     shown = np.zeros((len(objects), SIZE, SIZE), bool)
+    alone = Image.new("RGBA", image.size)
+    canvas = ImageDraw.Draw(alone)
     for number, (scene, paint, (x, y, scale)) in enumerate(objects):
-        mirrored = rng.random() < 0.5
-        alone = Image.new("RGBA", image.size)
-        for canvas in (pen.canvas, ImageDraw.Draw(alone)):
-            own = Pen(canvas, x, y, scale, mirrored)
-            if scene.kind in ANIMAL_SHAPES:
-                ANIMAL_SHAPES[scene.kind][0](own, paint, scene.mood == "happy")
-            else:
-                THING_SHAPES[scene.kind][0](own, paint)
-        # What is not drawn on stays transparent.
-        covered = np.asarray(alone.getchannel("A").reduce(SUPER)) >= 128
+        own = Pen(canvas, x, y, scale, mirrored=rng.random() < 0.5)
+        if scene.kind in ANIMAL_SHAPES:
+            ANIMAL_SHAPES[scene.kind][0](own, paint, scene.mood == "happy")
+        else:
+            THING_SHAPES[scene.kind][0](own, paint)
+        # What is not drawn on stays transparent, and nothing is half transparent.
+        left, top, right, bottom = alone.getbbox() or (0, 0, 0, 0)
+        x0, y0, x1, y1 = left // SUPER, top // SUPER, -(-right // SUPER), -(-bottom // SUPER)
+        box = (SUPER * x0, SUPER * y0, SUPER * x1, SUPER * y1)
+        drawn = alone.crop(box)
+        image.paste(drawn, box, drawn)
+        alone.paste((0, 0, 0, 0), box)
+        covered = np.zeros((SIZE, SIZE), bool)
+        covered[y0:y1, x0:x1] = np.asarray(drawn.getchannel("A").reduce(SUPER)) >= 128
         shown[:number] &= ~covered
         shown[number] = covered
     return shown
