@@ -337,8 +337,8 @@ def aligned(
         for site, listed in variant.items():
             after = 0
             for edit in (listed,) if isinstance(listed, Edit) else listed:
-                shapes = jax.tree.map(np.shape, (edit.vector, edit.alpha))
-                key = (edit.change, jax.tree.structure(edit), str(shapes))
+                shapes = [np.shape(leaf) for leaf in jax.tree.leaves((edit.vector, edit.alpha))]
+                key = (edit.change, jax.tree.structure(edit), shapes)
                 fitting = (i for i in range(after, len(slots[site])) if slots[site][i][0] == key)
                 slot = next(fitting, None)
                 if slot is None:

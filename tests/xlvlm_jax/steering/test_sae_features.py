@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xlvlm_jax import Features, sae, steering
+from xlvlm_jax import Features, evaluation, sae, steering
 from xlvlm_jax.features.writer import FeaturesWriter
 
 D, K = 6, 10
@@ -115,3 +115,20 @@ def test_messages(features, less_one):
         steering.fit_sae_vector(*answers, dictionary=less_one, num_features=4)
     with pytest.raises(ValueError, match="was learnt on states of width 6"):
         steering.fit_sae_vector(*answers, dictionary=dictionary("standard"))
+
+
+def test_clamps_are_aligned_as_variants_of_one_program(states):
+    """Clamps of one shape share a slot; one of another number of features has its own."""
+    jumps = dictionary("jumprelu")
+    clamps = [
+        steering.clamp_features(jumps, ids, [1.5] * len(ids), "s") for ids in ([7], [2], [3, 4])
+    ]
+    variants = [clamp.edits(0.5) for clamp in clamps]
+    found = evaluation.aligned(variants)
+    assert [[float(edit.alpha) for edit in each["s"]] for each in found] == [
+        [0.5, 0],
+        [0.5, 0],
+        [0, 0.5],
+    ]
+    for variant, (first, second) in zip(variants, (each["s"] for each in found), strict=True):
+        np.testing.assert_allclose(second(first(states)), variant["s"](states), atol=1e-5)
