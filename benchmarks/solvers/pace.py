@@ -25,12 +25,12 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
         state = semi_nmf.init(problem, jnp.zeros((K, len(Z))), atoms)
         return semi_nmf.update, problem, state, 2 * K
     if method == "kmeans":
-        problem = kmeans.prepare(Z, len(Z), active)
+        problem = kmeans.with_leading(kmeans.prepare(Z, len(Z), active), K, KEY, len(Z))
         return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
     problem, width = pca.prepare(Z, len(Z)), pca.num_axes(K)
     if pca.is_narrow(*Z.shape, K):
         # One step, the covariance (only half is computed), and the scores.
-        return lambda problem, _: pca.solved(problem, K), problem, None, Z.shape[1] // 2 + K
+        return lambda problem, _: pca.solved(problem, K, K), problem, None, Z.shape[1] // 2 + K
     state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)
     return partial(pca.update, num_concepts=K), problem, state, 2 * width
 

@@ -26,12 +26,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from xlvlm_jax.solvers import compression, kmeans_assignment, residual
+from xlvlm_jax.solvers import compression, kmeans_assignment, kmeans_leading, residual
 from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, is_small, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compiling import jit
 from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, nearest, score
+from xlvlm_jax.solvers.kmeans_leading import Known, Leading
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
@@ -78,6 +79,24 @@ def prepare(
     variance = spread.value / (whole * Z.shape[1])
     far = sums_of_rows.is_far(mean, variance)
     return Problem(Z, real, weights, mean, energy, spread, variance, active, far)
+
+
+def with_leading(
+    problem: Problem,
+    num_clusters: int,
+    key: PRNGKeyArray,
+    num_samples: Int[Array, ""] | int,
+    rows: Rows = ONE_DEVICE,
+) -> Problem:
+    """Returns the problem with its rows in leading columns, if these pay: see `kmeans_leading`."""
+    N, D = problem.Z.shape
+    if not kmeans_leading.pays(N, D, num_clusters):
+        return problem
+    centre = compression.Centre(problem.mean, problem.far, problem.real)
+    of_mean = kmeans_assignment.terms_of_mean(problem)
+    given = jax.random.fold_in(key, 0), num_samples, rows, centre
+    leading = kmeans_leading.of_sample(problem.Z, problem.energy, of_mean, *given)
+    return problem._replace(leading=leading)
 
 
 def init(problem: Problem, offsets: Float[Array, "K D"], kept: Kept | None = None) -> State:
@@ -162,6 +181,40 @@ def _squared(
     # Only differences between centroids come from a product. The smallest distance, which would
     # suffer from cancellation, is passed in.
     return (scores - least + nearest).T
+
+
+def _similarities(
+    problem: Problem, offsets: Float[Array, "K D"], unit: Float[Array, ""]
+) -> tuple[Float[Array, "N K"], Float[Array, " N"]]:
+    """Returns what `similarity` does of all distances, and the lowest square of each row.
+
+    By blocks of rows: with many centroids, a CPU would read and write [N, K] several times.
+    """
+    N, K = len(problem.Z), len(offsets)
+    size = max(min(kmeans_leading.HELD // K, N), 1)
+
+    def block(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = jnp.minimum(i * size, N - size)  # the last block overlaps
+        z = sums_of_rows.block_of(problem.Z, first, size)
+        scores = score(z, offsets, problem.mean, problem.far, problem.active)
+        scores = jax.lax.optimization_barrier(scores)
+        labels, least, _ = nearest(scores)
+        own = residual.of_labels(z, labels, offsets, problem.mean)
+        similar, lowest = found
+        some = similarity(_squared(scores, least, own), unit)
+        similar = jax.lax.dynamic_update_slice_in_dim(similar, some, first, 0)
+        return similar, jax.lax.dynamic_update_slice_in_dim(lowest, own, first, 0)
+
+    found = jnp.zeros((N, K), offsets.dtype), jnp.zeros(N, offsets.dtype)
+    return jax.lax.fori_loop(0, -(-N // size), block, found)
+
+
+def _of_whole(leading: Leading, inside: Problem, whole: Problem, basis: Array) -> Problem:
+    """Returns the whole problem, its rows in the leading ones of the columns of `basis`."""
+    X = leading.rows[:, :-1] + matmul(inside.mean, leading.basis)
+    of_mean = kmeans_assignment.terms_of_mean(whole)
+    given = matmul(basis, leading.basis), X, whole.energy, of_mean
+    return whole._replace(leading=kmeans_leading.of_basis(*given))
 
 
 @jit
@@ -265,6 +318,7 @@ class Plan(NamedTuple):
             # full spread.
             common = prepare(X, num_samples, None, rows, weights)
             common = common._replace(spread=whole.spread)
+        common = with_leading(common, self.most, key, num_samples, rows)
         mean = whole.mean
 
         def first(active: Array) -> tuple[Progress, Array | None]:
@@ -292,6 +346,10 @@ class Plan(NamedTuple):
     def lift(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Maps the centroids back to all columns."""
         tol, fixed, progress = carry
+        leading = fixed.problem.leading
+        if leading is not None:
+            whole = _of_whole(leading, fixed.problem, fixed.whole, fixed.basis)
+            fixed = fixed._replace(whole=whole)
 
         def raise_one(progress: Progress, active: Array) -> Progress:
             inside = progress.state.offsets + fixed.problem.mean
@@ -326,16 +384,19 @@ class Plan(NamedTuple):
             # What is measured is what is returned: far from zero the sum is rounded.
             components = offsets + problem.mean
             offsets = components - problem.mean
-            scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
-            squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
+            if isinstance(kept, Known):
+                similar, least = _similarities(problem, offsets, fixed.unit)
+            else:
+                scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
+                squared = jnp.where(active, distances(problem, offsets, scores), jnp.inf)
+                similar, least = similarity(squared, fixed.unit), jnp.min(squared, axis=1)
             # An update records the inertia it started from: shift by one, and end with the
             # result's.
-            least = problem.counted * jnp.min(squared, axis=1)
-            inertia = rows.total(sums_of_rows.total(least)).value
+            inertia = rows.total(sums_of_rows.total(problem.counted * least)).value
             history = jnp.roll(progress.history, -1).at[-1].set(jnp.nan)
             return Result(
                 components=components,
-                activations=similarity(squared, fixed.unit),
+                activations=similar,
                 objective=inertia,
                 iterations=progress.iteration,
                 converged=progress.state.error <= tol,

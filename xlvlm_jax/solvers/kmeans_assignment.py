@@ -17,8 +17,10 @@ nearest and its second nearest centroid. Each move of the centroids shrinks that
 triangle inequality allows. A row is examined again when its gap is used up, and the sums are
 corrected for the rows that changed (Hamerly, "Making k-means even faster", SDM 2010). With more
 centroids, most soon stop while a few move far: a CPU then keeps the scores, and recomputes only
-those of centroids that moved. An accelerator would rather compare than hold K numbers per row: it
-keeps labels and gaps with any number of centroids, but sums over all rows in each update.
+those of centroids that moved; if Z is wide and large, it keeps one bound per row instead, and
+multiplies a few leading columns first (`kmeans_leading`). An accelerator would rather compare than
+hold K numbers per row: it keeps labels and gaps with any number of centroids, but sums over all
+rows in each update.
 
 N rows, D width, K centroids, B rows per block.
 """
@@ -29,7 +31,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from xlvlm_jax.solvers import kmeans_leading
 from xlvlm_jax.solvers import sums as sums_of_rows
+from xlvlm_jax.solvers.kmeans_leading import SLACK, Known, Leading, numbers_of
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
 
@@ -40,7 +44,6 @@ NARROW = 128  # number of columns at which that extra cost doubles
 BLOCKS = 32  # number of row blocks to examine, or more if a block would be larger than
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
 ACCELERATOR_BLOCK_NUMBERS = 2**24  # each block takes a step, however small it is
-SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 MOVED = 32  # centroids whose scores are renewed together
 MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
 TURN = 16  # scores compared in one pass
@@ -63,6 +66,7 @@ class Problem(NamedTuple):
     variance: Float[Array, ""]  # mean variance of the columns
     active: Bool[Array, " K"]  # an inactive centroid gets no rows
     far: Bool[Array, ""]  # whether m is so far from zero that products with Z lose digits
+    leading: Leading | None = None  # the rows in a few columns, if these rule centroids out
 
     @property
     def counted(self) -> Float[Array, " N"]:
@@ -96,7 +100,7 @@ class Scores(NamedTuple):
     scores: Float[Array, "K N"]
 
 
-Kept = Bounds | Scores
+Kept = Bounds | Scores | Known
 
 
 def keeps_scores(num_clusters: int) -> bool:
@@ -112,6 +116,8 @@ def nothing(problem: Problem) -> Kept:
     """Returns an empty record; the first `renew` must get infinite shifts."""
     (K,), (N, D) = problem.active.shape, problem.Z.shape
     dtype = real_dtype(problem.Z)
+    if problem.leading is not None:
+        return kmeans_leading.nothing(N, dtype)
     if keeps_scores(K):
         return Scores(jnp.zeros((K, N), dtype))
 
@@ -166,6 +172,13 @@ def renew(
         kept = _renew_rows(problem, kept, offsets, shifts)
         sums = sums_of(problem, kept.labels) if kept.sums is None else kept.sums
         return kept, kept.labels, sums
+    if isinstance(kept, Known):
+        assert problem.leading is not None
+        largest = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
+        rounding = jnp.where(problem.real > 0, SLACK * (problem.energy + largest), -jnp.inf)
+        of_rows = problem.Z, problem.mean, rounding, problem.leading
+        kept = kmeans_leading.renew(*of_rows, kept, offsets, shifts, problem.active)
+        return kept, kept.labels, sums_of(problem, kept.labels)
     kept = _renew_centroids(problem, kept, offsets, shifts)
     labels = nearest(kept.scores)[0]
     return kept, labels, sums_of(problem, labels)
@@ -276,7 +289,7 @@ def _renew_rows(
     numbers = BLOCK_NUMBERS if on_cpu else ACCELERATOR_BLOCK_NUMBERS
     block = max(min(numbers // D, BLOCK_ROWS, N // BLOCKS), 1)
     # Negated, so that NaN (Inf - Inf) also counts as unknown.
-    count, doubtful = _numbers(~(gaps > 0), block)
+    count, doubtful = numbers_of(~(gaps > 0), block)
     many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
     kept = kept._replace(gaps=gaps)
     floor = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
@@ -349,18 +362,6 @@ def _rows_at_once(N: int, D: int, K: int) -> int:
     if N * K < MANY or D > FEW_COLUMNS * K:
         return N
     return min(max(HELD // K, 1), N)
-
-
-def _numbers(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:
-    """Returns how many rows are chosen, and int32[N + spare]: their numbers, then N."""
-    N = len(chosen)
-    place = jnp.cumsum(chosen, dtype=jnp.int32)
-    # Rows that are not chosen get an index out of range, which the scatter drops.
-    place = jnp.where(chosen, place - 1, N + spare)
-    numbers = jnp.full(N + spare, N, jnp.int32)
-    return jnp.sum(chosen, dtype=jnp.int32), numbers.at[place].set(
-        jnp.arange(N, dtype=jnp.int32), mode="drop"
-    )
 
 
 def _renew_centroids(

@@ -1,0 +1,163 @@
+"""Leading columns rule centroids out, and never the nearest one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from sklearn.metrics import pairwise_distances
+
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading
+from xlvlm_jax.solvers.kmeans_assignment import Scores
+from xlvlm_jax.solvers.kmeans_leading import Known
+from xlvlm_jax.solvers.phases import at_once
+
+K, N, D = 140, 704, 40
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Sizes with several blocks, of which the last ones overlap or are filled up."""
+    sizes = {"COLUMNS": 9, "LEAST_SCORES": 1, "CHUNK": 48, "ROWS": 256, "HELD": 64 * K, "TURN": 7}
+    for name, value in sizes.items():
+        monkeypatch.setattr(kmeans_leading, name, value)
+
+
+def states(rng, decay=2.0, common=0.0):
+    """Rows whose variance decays over the columns of a random basis."""
+    basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    spread = 3 * np.arange(1, D + 1) ** -decay
+    return (common + (rng.normal(size=(N, D)) * spread) @ basis).astype(np.float32)
+
+
+def test_bound_by_hand(few):
+    """One column of two: lengths outside it are 4 and 2, so the score is at least 4 - 2 (3 + 8)."""
+    basis, z, c = jnp.array([[1.0], [0.0]]), jnp.array([[3.0, 4.0]]), jnp.array([[1.0, 2.0]])
+    found = kmeans_leading.of_basis(basis, z @ basis, jnp.array([25.0]), jnp.float32(0))
+    np.testing.assert_allclose(found.rows, [[3, 4]], rtol=1e-5)
+    # One centroid is the nearest of every row, and there is no other.
+    known = kmeans_leading.nothing(1, jnp.float32)._replace(share=jnp.float32(0))
+    given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, c
+    known = kmeans_leading.renew(*given, jnp.array([jnp.inf]), jnp.array([True]))
+    assert (known.labels.tolist(), known.floors.tolist()) == ([0], [jnp.inf])
+    # A second one at 3, 3 moves. Its score is 18 - 2 (9 + 12) = -24, that of the first 5 - 22.
+    both, moved = jnp.array([[1.0, 2.0], [3.0, 3.0]]), jnp.array([0.0, jnp.inf])
+    given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, both
+    known = kmeans_leading.renew(*given, moved, jnp.array([True, True]))
+    assert (known.labels.tolist(), float(known.share)) == ([1], 0)
+    np.testing.assert_allclose(known.floors, [-17], rtol=1e-5)
+
+
+@pytest.mark.parametrize("common", [0.0, 100.0])
+def test_labels_and_bounds_after_moves_of_every_size(few, common):
+    """Compares with scikit-learn's distances."""
+    rng = np.random.default_rng(0)
+    Z = states(rng, common=common)
+    active = jnp.arange(K) < K - 3
+    problem = kmeans.prepare(jnp.asarray(Z), N, active)
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    centroids = Z[rng.choice(N, K, replace=False)]
+    kept, shifts = kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf, jnp.float32)
+    assert isinstance(kept, Known)
+    renew = jax.jit(kmeans_assignment.renew)
+    opened, seen = [], []
+    for size in (0, 1.0, 0.3, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
+        moved = rng.random(K) < (0.9 if size == 1 else 0.3)
+        step = size * moved[:, None] * rng.normal(size=(K, D)) / np.sqrt(D)
+        before, centroids = centroids, (centroids + step).astype(np.float32)
+        if seen:
+            shifts = jnp.linalg.norm(jnp.asarray(centroids - before), axis=1)
+        offsets = jnp.asarray(centroids) - problem.mean
+        kept, labels, sums = renew(problem, kept, offsets, shifts)
+        assert max(labels) < K - 3
+        distances = pairwise_distances(Z.astype(np.float64), centroids[: K - 3])
+        chosen = distances[np.arange(N), labels]
+        np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=3e-5)
+        np.testing.assert_array_equal(sums.counts.value, np.bincount(labels, minlength=K))
+        others = np.where(np.arange(K - 3) == np.asarray(labels)[:, None], np.inf, distances)
+        scores = others.min(axis=1) ** 2 - np.asarray(problem.energy)
+        assert np.all(kept.floors <= scores + 1e-3)
+        opened.append(float(kept.share))
+        seen.append(np.asarray(labels))
+    assert len({tuple(labels) for labels in seen}) > 3
+    # The first update compares all rows, later ones few: the columns do rule centroids out.
+    assert opened[0] > kmeans_leading.HOPELESS * kmeans_leading.AGAIN
+    assert max(opened[4:8]) < 0.1
+
+
+def test_columns_that_rule_out_nothing_are_left_alone_for_a_while(few):
+    """In white noise no column leads: most rows are compared with all centroids anyway."""
+    rng = np.random.default_rng(1)
+    Z = states(rng, decay=0.0)
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    offsets = jnp.asarray(Z[:K]) - problem.mean
+    kept = kmeans_assignment.nothing(problem)
+    renew, shifts = jax.jit(kmeans_assignment.renew), jnp.full(K, jnp.inf, jnp.float32)
+    shares = []
+    for step in range(5):
+        kept, labels, _ = renew(problem, kept, offsets, shifts)
+        shares.append(round(float(kept.share), 2))
+        nearest = pairwise_distances(Z, offsets + problem.mean).argmin(axis=1)
+        np.testing.assert_array_equal(labels, nearest)
+        offsets = offsets + 0.1 * jax.random.normal(jax.random.key(step), offsets.shape)
+    tried = shares[1]
+    assert (shares[0], tried > kmeans_leading.HOPELESS) == (0.56, True)
+    np.testing.assert_allclose(shares[2], 0.8 * min(tried, 0.7), atol=0.01)
+
+
+WIDE = 4 * (K + kmeans.OVERSAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("width", "weighted"),
+    [(D, False), (D, True), (WIDE, True)],
+    ids=["two numbers", "weighted", "compressed"],
+)
+def test_the_result_is_that_of_all_scores(few, width, weighted, monkeypatch):
+    rng = np.random.default_rng(2)
+    Z = states(rng)
+    Z = jnp.asarray(Z @ np.linalg.qr(rng.normal(size=(width, D)))[0].T.astype(np.float32) + 2)
+    monkeypatch.setattr(kmeans, "is_small", lambda *_: False)
+    numbers = (K,) if weighted else (K, K - 9)
+    given = {"num_samples": N, "num_concepts": numbers, "tol": 0.0, "init_centroids": Z[:K]}
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)) if weighted else None
+    weights = jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32) if weighted else None
+    fixed, inputs = kmeans.plan(KEY, width=width, sample_weight=weights, **given)
+    assert bool(fixed.compressed) == (width > D)
+    found = jax.jit(lambda inputs, Z: at_once(fixed, inputs, Z, mesh))(inputs, Z)
+    monkeypatch.setattr(kmeans_leading, "pays", lambda *_: False)
+    expected = jax.jit(lambda inputs, Z: at_once(fixed, inputs, Z, None))(inputs, Z)
+    assert found.iterations.tolist() == expected.iterations.tolist()
+    for q, number in enumerate(numbers):  # others are meaningless
+        ours, theirs = found.components[q, :number], expected.components[q, :number]
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    # A distance of a row to its centroid is rounded to 1e-5: rows are ten times as long.
+    np.testing.assert_allclose(found.activations, expected.activations, atol=2e-5)
+    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-6)
+    np.testing.assert_allclose(found.history, expected.history, rtol=1e-5)
+
+
+def test_chosen_by_backend_and_size(few, monkeypatch):
+    assert kmeans_leading.pays(N, D, K)
+    assert not kmeans_leading.pays(N, 30, K)  # fewer columns than four times COLUMNS
+    problem = kmeans.prepare(jnp.ones((N, D)), N, jnp.ones(K, bool))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not kmeans_leading.pays(N, D, K)
+    assert kmeans.with_leading(problem, K, KEY, N) is problem
+    monkeypatch.undo()
+    assert not kmeans_leading.pays(N, D, K)  # too few scores
+    assert isinstance(kmeans_assignment.nothing(problem), Scores)
+
+
+def test_rows_that_pad_z_are_not_compared(few):
+    rng = np.random.default_rng(3)
+    Z = np.pad(states(rng), ((0, 8), (0, 0)))
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    kept, shifts = kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf, jnp.float32)
+    offsets = jnp.asarray(Z[:K]) - problem.mean
+    kept, labels, sums = kmeans_assignment.renew(problem, kept, offsets, shifts)
+    assert labels[N:].tolist() == [0] * 8  # never looked at
+    np.testing.assert_array_equal(sums.counts.value, np.bincount(labels[:N], minlength=K))
