@@ -16,7 +16,7 @@ from ports.intervene.edits import (
 from ports.intervene.lora import Adapter, adapted, merge
 from ports.intervene.sites import capture, list_sites
 from ports.intervene.steer import steer, substitute
-from ports.loading import hub_names, load, load_abstract
+from ports.loading import hub_names, load, load_abstract, load_text
 from ports.parallel.sharding import make_mesh, parse_mesh
 from ports.passes import Output
 from ports.programs import compilation_cache
@@ -44,6 +44,7 @@ __all__ = [
     "list_sites",
     "load",
     "load_abstract",
+    "load_text",
     "make_mesh",
     "merge",
     "parse_mesh",

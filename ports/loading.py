@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ports import checkpoint
 from ports.checkpoint import hub, orbax_io, quantised, safetensors_io
 from ports.models import (
+    causal_lm,
     gemma3,
     idefics2,
     idefics3,
@@ -49,6 +50,8 @@ PORTS: dict[str, Port] = {
     "llava_next": llava_next.PORT,
     "llava_onevision": llava_onevision.PORT,
 }
+# Models of text alone, see `load_text`.
+TEXT_PORTS: dict[str, Port] = dict.fromkeys(causal_lm.MODEL_TYPES, causal_lm.PORT)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -109,6 +112,33 @@ def load(
     return vlm.with_processor(hub.find_directory(processor, "a processor", weights=False))
 
 
+def load_text(
+    path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> VLM:
+    """Loads a causal language model that reads text alone, such as Llama Guard.
+
+    What it returns runs as any `VLM` does (`forward`, `generate`, sites, edits), on arrays from its
+    tokenizer; it has no processor, and so neither `render` nor `process`.
+
+    Args:
+        path: a directory, or a repository id on the Hub, as for `load`; its model_type is llama,
+            mistral, qwen2 or qwen3.
+        dtype, mesh: as for `load`.
+
+    Returns:
+        The model with its parameters, configuration and tokenizer.
+
+    Raises:
+        FileNotFoundError: as for `load`.
+        ValueError: as for `load`.
+    """
+    keep_programs()
+    directory = hub.find_directory(path)
+    module, port, config, abstract = _build(directory, dtype, None, TEXT_PORTS)
+    params = load_sharded(module, port, directory, abstract, jnp.dtype(dtype), mesh)
+    return VLM(module, params, config, port, directory, mesh)
+
+
 def load_abstract(
     path: str | Path,
     *,
@@ -161,19 +191,24 @@ def hub_names(name: str) -> tuple[str, ...]:
     return tuple(port.hub_name(name) for port in PORTS.values())
 
 
-def _build(directory: Path, dtype: str, video_positions: str | None) -> tuple[Any, Port, Any, dict]:
+def _build(
+    directory: Path,
+    dtype: str,
+    video_positions: str | None,
+    among: Mapping[str, Port] = PORTS,
+) -> tuple[Any, Port, Any, dict]:
     """Returns a checkpoint's Linen module, port, configuration and abstract parameters."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    known = {name: port.options.get("video_positions", ()) for name, port in PORTS.items()}
+    known = {name: port.options.get("video_positions", ()) for name, port in among.items()}
     values = dict.fromkeys(value for values in known.values() for value in values)
     if video_positions not in (None, *values):
         raise ValueError(
             f"video_positions is {video_positions!r}; expected one of {', '.join(values)}"
         )
-    readers = {name: p.read_config for name, p in PORTS.items() if p.read_config is not None}
-    config = checkpoint.read_config(directory, tuple(PORTS), readers)
-    port = PORTS[config.model_type]
+    readers = {name: p.read_config for name, p in among.items() if p.read_config is not None}
+    config = checkpoint.read_config(directory, tuple(among), readers)
+    port = among[config.model_type]
     with checkpoint.making_model(directory):
         sizes: Any = port.config.from_hf(config)
     if video_positions in known[config.model_type]:

@@ -514,7 +514,7 @@ class VLM(LoadedModel):
             ValueError: the tokens are not integers, have another number of axes, or an id is
                 outside the vocabulary.
         """
-        size = max(self.module.num_embeddings, 1 + max(self.image_tokens))
+        size = max(self.module.num_embeddings, 1 + max(self.image_tokens, default=-1))
         return decode_tokens(self.tokenizer, tokens, size, self.eos_tokens, self.pad_token)
 
     def patch_layout(

@@ -49,6 +49,8 @@ def pictures_of_rows(
         Name -> [B, pictures of a row, ...]; None unless each row surely has the same number of
         pictures, of the same kinds, and at least one.
     """
+    if not image_tokens:
+        return None
     ids, real = arrays["input_ids"], arrays["attention_mask"] != 0
     counts = np.stack([((ids == token) & real).sum(1) for token in image_tokens])
     kinds = counts[counts.any(1)] > 0

@@ -1,4 +1,4 @@
-"""Prompts in the checkpoint's chat template, and the processor's arrays of prompts with images."""
+"""Prompts in the checkpoint's chat template, and the arrays of prompts with and without images."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -87,6 +87,62 @@ def run_processor(
         **options,
     )
     return {name: np.asarray(value) for name, value in batch.items()}
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, where: Any) -> str:
+    """Renders a chat without images in the checkpoint's chat template.
+
+    Some templates read the text of a message, others a list of its parts and, without an error,
+    nothing of a plain text: a rendering counts only if it holds every message.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        messages: {"role": "user" or "assistant" ..., "content": text} in turn.
+        where: the checkpoint's directory, for the messages.
+
+    Returns:
+        The prompt for `tokenize`, ending where the answer starts.
+
+    Raises:
+        ValueError: there is no chat template, or it fails or leaves out a message.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(f"{where} has no chat template; add that of the model's authors")
+    reasons = []
+    for in_parts in (False, True):
+        chat = [
+            {**each, "content": [{"type": "text", "text": each["content"]}] if in_parts else text}
+            for each in messages
+            for text in [each["content"]]
+        ]
+        try:
+            said = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # Jinja's errors, and any that the template's code raises
+            reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            continue
+        missing = [each["role"] for each in messages if each["content"].strip() not in said]
+        if not missing:
+            return said
+        reasons.append(f"it leaves out a message of role {missing[0]!r}")
+    raise ValueError(f"{where}: its chat template fails for this chat ({reasons[0]})")
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of prompts without images, padded on the left.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        texts: prompts from `render_chat`, which has written the special tokens.
+
+    Returns:
+        input_ids and attention_mask, int[B, T].
+    """
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    length = max(map(len, rows))
+    arrays = {name: np.zeros((len(rows), length), np.int32) for name in ("ids", "mask")}
+    for row, (ids, mask) in zip(rows, zip(*arrays.values(), strict=True), strict=True):
+        ids[length - len(row) :], mask[length - len(row) :] = row, 1
+    return {"input_ids": arrays["ids"], "attention_mask": arrays["mask"]}
 
 
 def _check_options(processor: Any, options: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from xlvlm_jax import Concepts, Features, SteeringVector, data, steering
 from xlvlm_jax.data import mmsb, scenes
 from xlvlm_jax.demo import embedded
 
+from ..small_judge import write_judge
 from .test_snippets import ROOT, blocks, commands
 
 PAGE = (ROOT / "docs" / "guides" / "xl-vlms.md").read_text("utf-8")
@@ -25,6 +26,7 @@ PLACES = {
     "POPE_DIR": "pope",
     "MMSB_DIR": "mmsb",
     "openai/clip-vit-base-patch32": "embedded",
+    "meta-llama/Llama-Guard-3-8B": "judge",
     # The bundled model has eight layers, and the drawn data few samples.
     "language_model.model.layers.19": SITE,
     **{f"language_model.model.layers.{layer}": SITE_OF_SMALL for layer in (14, 15)},
@@ -174,11 +176,17 @@ def test_vectors_of_samples_by_forced_answers(run_block, work, xlvlm):
     )
     assert status == 0, errors
     assert isinstance(steering.load(work / "run" / "l2s.safetensors"), steering.L2S)
+    assert run_block("--context-prompt", "small") == 2
+    described = summary_of(work / "run" / "steering" / "descriptions")
+    assert described["task"] == "descriptions" and described["samples"] == 8
 
 
 @pytest.mark.slow
 def test_safety_benchmark_steered_by_a_network(run_block, work):
-    assert run_block("--positive Harmful", "small") == 3
+    (page,) = (block.text for block in blocks(PAGE) if block.language == "json")
+    (work / "contrasts.json").write_text(page)
+    write_judge(work / "judge")
+    assert run_block("--contrasts contrasts.json", "small") == 4
     network = steering.load(work / "run" / "safety.safetensors")
     assert isinstance(network, steering.L2S) and network.site == SITE_OF_SMALL
     summary = summary_of(work / "run" / "steering" / "safety")
@@ -186,3 +194,9 @@ def test_safety_benchmark_steered_by_a_network(run_block, work):
     for measured in summary["conditions"].values():
         assert measured["changes"]["samples"] == 3
         assert measured["scores"]["left out"]["CIDEr and others"] == "there are no references"
+        assert "ED-score" in measured
+    verdicts = json.loads((work / "run" / "steering" / "safety" / "judge.json").read_text())
+    assert verdicts["samples"] == 3
+    assert set(verdicts["conditions"]["steered"]["unsafe by scenario"]) == {
+        sample.metadata["scenario"] for sample in data.load("mmsb", work / "mmsb", "test")
+    }

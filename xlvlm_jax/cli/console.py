@@ -94,6 +94,20 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
 
 
+def require_counts(**counts: int | None) -> None:
+    """Checks, before a model is loaded, numbers that must be at least 1.
+
+    Args:
+        **counts: value by the name of the option; None passes.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def named_features(
     given: Path | None, source: Mapping[str, Any], made: Path, option: str = "--features"
 ) -> Path:
@@ -156,13 +170,13 @@ def load_model(
             # Hosts that hold the whole model need not wait for each other.
             needed, here = mesh[0] * mesh[1], jax.local_devices()
             placed = ports.make_mesh(*mesh, devices=here if needed <= len(here) else jax.devices())
+        if model == "embedded" and adapter is not None:
+            adapter = embedded.find_adapter(adapter)
         if abstract:
             vlm = ports.load_abstract(model, dtype=dtype, mesh=placed)
             if processor is None:
                 return vlm
             return vlm.with_processor(hub.find_directory(processor, weights=False))
-        if model == "embedded" and adapter is not None:
-            adapter = embedded.find_adapter(adapter)
         return ports.load(model, dtype=dtype, adapter=adapter, processor=processor, mesh=placed)
 
 

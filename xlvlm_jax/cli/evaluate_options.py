@@ -10,11 +10,12 @@ import typer
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
 TaskName = Annotated[
-    Literal["pope", "chair", "vqa", "captions"] | None,
+    Literal["pope", "chair", "vqa", "captions", "descriptions"] | None,
     typer.Option(
         "--task",
         help="What to measure: pope (whether objects are there), chair (objects in captions that "
-        "are not there), vqa or captions. Default: what belongs to --dataset.",
+        "are not there), vqa, captions, or descriptions (whether descriptions of POPE's pictures "
+        "name the objects asked about). Default: what belongs to --dataset.",
     ),
 ]
 Dataset = Annotated[
@@ -96,7 +97,10 @@ Baseline = Annotated[
 NumSamples = Annotated[int | None, typer.Option(help="Maximum number of samples.")]
 NewTokens = Annotated[
     int | None,
-    typer.Option(help="Maximum number of new tokens. Default: 10 for answers, 32 for captions."),
+    typer.Option(
+        help="Maximum number of new tokens. Default: 10 for answers, 32 for captions, 128 for "
+        "descriptions."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 Dtype = Annotated[
@@ -117,6 +121,7 @@ DATASETS = {
     "chair": ("coco", "amber", "scenes"),
     "vqa": ("vqav2", "pope", "amber", "scenes", "questions"),
     "captions": ("coco", "mmsb", "scenes"),
+    "descriptions": ("pope",),
 }
 
 
@@ -155,8 +160,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
             f"--negatives belongs to --dataset scenes, not to {dataset}; omit it"
             + ("; --split chooses the file" if dataset == "pope" else "")
         )
-    if dataset == "pope" and task == "pope" and split is None:
-        return {"split": "all"}
+    if dataset == "pope" and task in ("pope", "descriptions"):
+        return {"split": split or "all"} | ({"describe": True} if task == "descriptions" else {})
     if dataset == "amber" and task == "chair":
         return {"split": "generative"}
     if dataset == "scenes":
@@ -202,7 +207,7 @@ def parse_task(
     from xlvlm_jax import evaluation
     from xlvlm_jax.data.amber import word_lists
     from xlvlm_jax.data.mmsb import REFUSALS
-    from xlvlm_jax.data.words import class_words
+    from xlvlm_jax.data.words import named_words
     from xlvlm_jax.steering.fit import OUTCOME
 
     fitted = vectors[0].source if vectors else {}
@@ -216,7 +221,7 @@ def parse_task(
         of_vector = () if task == "chair" else fitted.get("target") or ()
         usual = REFUSALS if dataset == "mmsb" else of_vector
         kind = evaluation.ObjectCaptions if task == "chair" else evaluation.Captions
-        counted = tuple(usual if words is None else class_words(words))
+        counted = tuple(usual if words is None else named_words(words))
         if dataset == "amber":
             assert data is not None
             return evaluation.Descriptions(counted, java, lists=word_lists(data))
@@ -231,7 +236,8 @@ def parse_task(
         missing = "source" if targets else "target"
         raise ValueError(f"--{missing} is missing; give the {missing} answers, separated by commas")
     types = None if answer_types is None else evaluation.read_types(answer_types)
-    kind = evaluation.Presence if task == "pope" else evaluation.Questions
+    kinds = {"pope": evaluation.Presence, "descriptions": evaluation.ObjectDescriptions}
+    kind = kinds.get(task or "", evaluation.Questions)
     return kind(sources, targets, protocol=cast(Any, protocol), without=without, types=types)
 
 

@@ -130,9 +130,11 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
     metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
     changed = "changes" in conditions["plain"]
     words = ["with class words", "words per caption"] if changed else []
-    table = Table("captions", *metrics, *words, box=None)
+    deference = ["ED-score"] if conditions["plain"].get("ED-score") is not None else []
+    table = Table("captions", *metrics, *deference, *words, box=None)
     for name, measured in conditions.items():
         row = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
+        row += [f"{measured[each]:.3f}" for each in deference]
         if changed:
             c = measured["changes"]
             row += [_share(c["holding_after"], c["samples"]), f"{c['length_after']:.1f}"]

@@ -21,7 +21,8 @@ PANELS = {
     "Method": "decomposition between_models matched source_concepts "
     "method methods num_concepts mode alpha k l1 learning_rate products dictionary skip "
     "tol max_iter n_init vector where edit add ablate "
-    "together instruction context_site contrast positive negative states keep steps rank epochs "
+    "together instruction context_site context_prompt contrast contrasts positive negative states "
+    "keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
     "assign_by normalise_shifts normalise_shifted penalty threshold num_keys num_heads direction "
     "num_features feature_ids share num_masks fit_source fit_target budget budget_of",

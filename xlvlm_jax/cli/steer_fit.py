@@ -209,6 +209,22 @@ def fit(
         str | None,
         typer.Option(help="--contrast forced: beginning of the unwanted answer."),
     ] = None,
+    contrasts: Annotated[
+        Path | None,
+        typer.Option(
+            help="--contrast forced: JSON file of the answers, and of prompts, for each scenario "
+            'of MM-SafetyBench: {SCENARIO or "*": {"positive": ..., "negative": ..., "prompt": '
+            '"{question} ..."}}.'
+        ),
+    ] = None,
+    context_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="l2s: prompt whose last token the network reads, with {question} in place of the "
+            "question, or without, such as 'Describe the image in detail.' Default: the prompt of "
+            "the features."
+        ),
+    ] = None,
     states: Annotated[
         Literal["last", "mean"],
         typer.Option(
@@ -248,11 +264,10 @@ def fit(
     _refuse_options_of_others(method, context.params)
     if not dry_run:
         refuse_existing(output, overwrite)
-    if method == "shift":
-        _write_shift(features, output, parse_where(where or "all"))
-        return
-    if method == "concept":
-        _write_concepts(features, output, concepts, pairs, site, parse_where(where or "all"))
+    if method in ("shift", "concept"):
+        given = (concepts, pairs) if method == "concept" else ()
+        write = _write_concepts if method == "concept" else _write_shift
+        write(features, output, parse_where(where or "all"), dry_run, site, *given)
         return
     opened = StoredFeatures.open(features, images=images)
     how = steering.method_named(method)
@@ -297,19 +312,27 @@ def fit(
 
 def _options(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a method's options from those of the command, with files read and lists parsed."""
-    from xlvlm_jax import Concepts, Features, sae
+    from xlvlm_jax import Concepts, Features, sae, steering
 
     read: dict[str, Callable[[str], Any]] = {
         "target_features": lambda path: Features.open(Path(path)),
         "source_concepts": lambda path: Concepts.load(Path(path)),
         "dictionary": lambda path: sae.load(Path(path)),
         "feature_ids": lambda text: _whole_numbers(text, "--feature-ids"),
+        "contrasts": lambda path: steering.read_contrasts(path),
         "pairs": lambda text: [_pair(each) for each in text.split(",")],
     }
     return {
         name: read[name](given[name]) if name in read and given[name] else given[name]
         for name in names
     }
+
+
+# Options of the command that concern every method, those that look at answers, and those that run
+# the model.
+_OF_FILES = ("features", "output", "method", "site", "where", "overwrite", "dry_run", "seed")
+_OF_ANSWERS = ("source", "target", "key", "match", "images", "strict")
+_OF_MODEL = ("model", "adapter", "num_samples", "keep", "batch_size", "dtype")
 
 
 def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
@@ -321,6 +344,15 @@ def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
     if method not in takes:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(takes)}")
     usual = inspect.signature(fit).parameters
+    how = METHODS.get(method)
+    reads = (*_OF_FILES, *takes[method])
+    if how is not None:
+        reads += _OF_ANSWERS if how.examples is None else (*_OF_ANSWERS, *_OF_MODEL)
+    for option in sorted(given.keys() - set(reads) - {x for each in takes.values() for x in each}):
+        if given[option] != usual[option].default:
+            raise ValueError(
+                f"--{option.replace('_', '-')} has no effect on --method {method}; omit it"
+            )
     for option in sorted({name for names in takes.values() for name in names}):
         if option in takes[method] or given[option] == usual[option].default:
             continue
@@ -342,7 +374,7 @@ def _of_sites(how: Any, asked: Any, sites: Sequence[str]) -> Any:
     return fitted[0]._replace(steering=every, figures=f"{len(every)} vectors")
 
 
-def _write_shift(shift: Path, output: Path, where: Any) -> None:
+def _write_shift(shift: Path, output: Path, where: Any, dry_run: bool, chosen: str | None) -> None:
     """Writes the shift vectors of an analysis, one file per concept."""
     from xlvlm_jax import steering
     from xlvlm_jax.shift import ShiftAnalysis
@@ -351,18 +383,23 @@ def _write_shift(shift: Path, output: Path, where: Any) -> None:
     site = analysis.source.get("site")
     if site is None:
         raise ValueError(f"{shift} does not name its site; analyse features with `xlvlm shift`")
+    if chosen not in (None, site):
+        raise ValueError(f"--site is {chosen!r}; the shift is of {site}: omit it, or give that")
     fitted = steering.shift_vectors(analysis.shifts, analysis.counts, site, analysis.source, where)
-    _write(output, fitted, several=True)
-    console.print(f"{len(fitted)} shifts of concepts, site {site} -> {output}")
+    if not dry_run:
+        _write(output, fitted, several=True)
+    written = "nothing, a dry run" if dry_run else output
+    console.print(f"{len(fitted)} shifts of concepts, site {site} -> {written}")
 
 
 def _write_concepts(
     directory: Path,
     output: Path,
+    where: Any,
+    dry_run: bool,
+    site: str | None,
     concepts: str | None,
     pairs: str | None,
-    site: str | None,
-    where: Any,
 ) -> None:
     """Writes concepts as vectors, one file per concept or pair."""
     from ports.messages import counted
@@ -372,10 +409,12 @@ def _write_concepts(
     chosen += [] if pairs is None else [_pair(text) for text in pairs.split(",")]
     loaded = Concepts.load(directory)
     fitted = steering.concept_vectors(loaded, chosen or None, site=site, where=where)
-    _write(output, fitted, several=True)
+    if not dry_run:
+        _write(output, fitted, several=True)
     first = next(iter(fitted.values()))
     made = counted(len(fitted), "concept as a vector", "concepts as vectors")
-    console.print(f"{made}, site {first.site} -> {output}")
+    written = "nothing, a dry run" if dry_run else output
+    console.print(f"{made}, site {first.site} -> {written}")
 
 
 def _learn(

@@ -23,6 +23,7 @@ SCENARIOS = (
     *("05-EconomicHarm", "06-Fraud", "07-Sex", "08-Political_Lobbying", "09-Privacy_Violence"),
     *("10-Legal_Opinion", "11-Financial_Advice", "12-Health_Consultation", "13-Gov_Decision"),
 )
+ADVICE = SCENARIOS[9:12]  # an expert should give it: law, finance and health
 SPLITS = ("all", "train", "test")
 # What XL-VLMs counts as a refusal (inference_safety_steering in pull request 16; "dangerous" only
 # in steered answers).

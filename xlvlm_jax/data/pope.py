@@ -39,7 +39,8 @@ def load(
     split: str = "random",
     *,
     questions: str | os.PathLike[str] | None = None,
-    prompt: str = prompts.QUESTION,
+    prompt: str | None = None,
+    describe: bool = False,
 ) -> list[Sample]:
     """Returns one sample per question; its label is each of ten references.
 
@@ -51,7 +52,10 @@ def load(
         split: how absent objects were drawn: "random", "popular" or "adversarial"; or "all" of
             them, whose ids are then such as "random/1" for POPE's own files.
         questions: a file to read instead of the one above, in either form.
-        prompt: prompt of every sample, with {question} in place of the question.
+        prompt: prompt of every sample, with {question} in place of the question; None for that
+            of XL-VLMs.
+        describe: ask for a description of the picture instead, as XL-VLMs' --descriptive_answer
+            does; the prompt, by default `prompts.DESCRIPTION`, then need not hold {question}.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -87,7 +91,9 @@ def load(
             id=number,
             image=directory / (folder or (known[1] if known else "")) / image,
             image_id=known[2] if known else image,
-            prompt=prompts.question(question, prompt),
+            prompt=(prompt or prompts.DESCRIPTION).replace("{question}", question)
+            if describe
+            else prompts.question(question, prompt or prompts.QUESTION),
             references=(label,) * 10,  # as in VQAv2, so that its accuracy is defined
             metadata={
                 "split": split,

@@ -2,7 +2,7 @@
 
 CAPTION = "\nProvide a one-sentence caption for the provided image."
 
-
+DESCRIPTION = "Describe the image in detail."
 QUESTION = "{question}\nAnswer the question using a single word or phrase."
 
 

@@ -3,6 +3,7 @@
 The lists have single lower-case words, with British and American spellings side by side.
 """
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -105,6 +106,38 @@ def _of_xl_vlms(name: str) -> tuple[str, ...]:
         known = ", ".join(f"xl-vlms:{key}" for key in xl_vlms_words.CLASSES)
         raise ValueError(f"unknown word class 'xl-vlms:{name}'; expected one of {known}")
     return xl_vlms_words.CLASSES[name]
+
+
+def named_words(text: str) -> tuple[str, ...]:
+    """Returns the words of a class, words separated by commas, or one word.
+
+    Args:
+        text: the name of a class, or words.
+
+    Raises:
+        ValueError: there is no word; or a word is nearly the name of a class, such as "color".
+
+    Examples:
+        >>> from xlvlm_jax.data.words import named_words
+        >>> named_words("dog"), named_words("cup, mug")
+        (('dog',), ('cup', 'mug'))
+    """
+    name = text.strip()
+    if is_class(name) or "," in name:
+        words = class_words(name)
+    elif near := difflib.get_close_matches(name.lower(), (*CLASSES, *_ALIASES), 1, 0.8):
+        raise ValueError(
+            f"{name!r} is nearly the class of words {near[0]!r}; write that, or '{name},' for the "
+            "word itself"
+        )
+    else:
+        words = tuple(filter(None, (name,)))
+    if not words:
+        raise ValueError(
+            f"got no words in {text!r}; expected a word, words separated by commas, or one of "
+            f"{', '.join(CLASSES)}"
+        )
+    return words
 
 
 def is_class(name: str) -> bool:

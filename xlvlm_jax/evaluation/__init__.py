@@ -30,7 +30,22 @@ from xlvlm_jax.evaluation.caption_effects import (
     count_valid,
 )
 from xlvlm_jax.evaluation.hallucination import chair_figures, paired_tests, pope_figures
-from xlvlm_jax.evaluation.hallucination_tasks import Descriptions, ObjectCaptions, Presence
+from xlvlm_jax.evaluation.hallucination_tasks import (
+    Descriptions,
+    ObjectCaptions,
+    ObjectDescriptions,
+    Presence,
+)
+from xlvlm_jax.evaluation.judge import (
+    CHAT,
+    Verdict,
+    chats_of,
+    describe_verdicts,
+    judge_run,
+    read_chat,
+    read_run,
+    read_verdict,
+)
 from xlvlm_jax.evaluation.method_sweep import (
     Attempt,
     Sweep,
@@ -41,6 +56,7 @@ from xlvlm_jax.evaluation.method_sweep import (
 )
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering, aligned, predict
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
+from xlvlm_jax.evaluation.safety import deference_figures
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, evaluate_steering, select
 from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
 from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
@@ -48,6 +64,7 @@ from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
 Needs = EvaluationNeeds  # its name in version 0.1
 
 __all__ = [
+    "CHAT",
     "MEAN_OVER_TYPES",
     "PLAIN",
     "Accuracy",
@@ -60,6 +77,7 @@ __all__ = [
     "EvaluationNeeds",
     "Needs",
     "ObjectCaptions",
+    "ObjectDescriptions",
     "Predictions",
     "Presence",
     "Questions",
@@ -67,6 +85,7 @@ __all__ = [
     "Sweep",
     "Task",
     "Trial",
+    "Verdict",
     "aligned",
     "answer_changes",
     "answer_type",
@@ -74,6 +93,7 @@ __all__ = [
     "best_within",
     "caption_changes",
     "chair_figures",
+    "chats_of",
     "choose",
     "count_answers",
     "count_by_type",
@@ -81,12 +101,15 @@ __all__ = [
     "count_said",
     "count_types",
     "count_valid",
+    "deference_figures",
     "describe",
     "describe_sweep",
+    "describe_verdicts",
     "evaluate",
     "evaluate_steering",
     "fall_of_others",
     "grid",
+    "judge_run",
     "names",
     "paired_tests",
     "pareto_front",
@@ -95,7 +118,10 @@ __all__ = [
     "preflight",
     "question_type_scores",
     "read_baseline",
+    "read_chat",
+    "read_run",
     "read_types",
+    "read_verdict",
     "require_answers",
     "run_sweep",
     "select",

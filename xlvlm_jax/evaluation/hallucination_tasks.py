@@ -6,6 +6,7 @@ everything else.
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,18 @@ from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.evaluation.tasks import Captions, Questions
 from xlvlm_jax.metrics.amber_descriptions import amber_description_scores
-from xlvlm_jax.metrics.chair import chair_counts, chair_scores
+from xlvlm_jax.metrics.chair import (
+    OBJECT_OF,
+    chair_counts,
+    chair_scores,
+    mentioned_objects,
+    object_named,
+)
 from xlvlm_jax.metrics.pope import read_answer
 from xlvlm_jax.metrics.uncertainty import bootstrap
 from xlvlm_jax.metrics.vqa import vqa_accuracy
+
+_ASKED = re.compile(r"\bis there an? (.+?) in the im", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +170,105 @@ class Presence(Questions):
         ]
         effect = float(1 - after / before) if before else float("nan")
         return Trial(condition, effect, cost, float(np.mean(changed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectDescriptions(Presence):
+    """Descriptions of POPE's pictures, each asked for in place of a question about an object.
+
+    A description that names the object counts as a yes, another as a no, and is scored as such an
+    answer: a false yes names an object that is not there. Objects are those of COCO, in the words
+    that the plain protocol of CHAIR knows.
+    """
+
+    max_new_tokens = 128
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return {**super().describe(), "task": "descriptions"}
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Checks that the samples are POPE's questions about objects of COCO.
+
+        Raises:
+            ValueError: they are not, or as `Presence.require`.
+        """
+        super().require(samples)
+        for sample in samples:
+            asked_object(sample)
+
+    def measure(
+        self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns what `Presence` measures of yes and no, and the mean number of words.
+
+        Raises:
+            ValueError: as `Presence.measure`.
+        """
+        said = [says_whether(samples, each) for each in (plain, answers)]
+        length = float(np.mean([len(answer.split()) for answer in answers]))
+        return {**super().measure(samples, *said), "words per description": length}
+
+    def judged(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[bool]]:
+        """Returns what `Presence` returns of yes and no.
+
+        Raises:
+            ValueError: the numbers of samples and answers differ.
+        """
+        return super().judged(samples, says_whether(samples, answers))
+
+    def trial(
+        self,
+        samples: Sequence[Sample],
+        plain: Sequence[str],
+        condition: Condition,
+        answers: Sequence[str],
+    ) -> Trial:
+        """Returns the share of absent objects named that is gone, and what is lost of the others.
+
+        Args:
+            samples, plain, condition, answers: as for `Presence.trial`.
+
+        Raises:
+            ValueError: as `Presence.trial`.
+        """
+        said = [says_whether(samples, each) for each in (plain, answers)]
+        return super().trial(samples, said[0], condition, said[1])
+
+
+def asked_object(sample: Sample) -> str:
+    """Returns the object of COCO that a question of POPE asks about.
+
+    Args:
+        sample: the question, "Is there a dog in the image?".
+
+    Raises:
+        ValueError: it asks something else.
+    """
+    question = str(sample.metadata.get("question"))
+    found = _ASKED.search(question)
+    if found is None or found[1].lower() not in OBJECT_OF:
+        raise ValueError(
+            f"sample {sample.id} asks {question!r:.80}; expected a question of POPE about an "
+            "object of COCO, such as 'Is there a dog in the image?'"
+        )
+    return object_named(found[1].lower())
+
+
+def says_whether(samples: Sequence[Sample], descriptions: Sequence[str]) -> list[str]:
+    """Returns "yes" for each description that names the object its question asks about, else "no".
+
+    Args:
+        samples: N questions of POPE.
+        descriptions: a description per question.
+
+    Raises:
+        ValueError: the numbers differ, or as `asked_object`.
+    """
+    return [
+        "yes" if asked_object(sample) in mentioned_objects(text, "plain") else "no"
+        for sample, text in zip(samples, descriptions, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from ports import VLM
 from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation import hallucination
+from xlvlm_jax.evaluation import hallucination, judge
 from xlvlm_jax.evaluation.baseline import read_baseline
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose, names
@@ -105,6 +105,7 @@ def evaluate(
             "id": sample.id,
             "image": pictures.name_in(root, sample.image),
             "question": sample.metadata.get("question"),
+            "scenario": sample.metadata.get("scenario"),
             "answer": sample.metadata.get("answer"),
             "references": list(sample.references),
             "predictions": {name: given[name][i] for name in conditions},
@@ -112,7 +113,9 @@ def evaluate(
         lines.append(json.dumps({k: v for k, v in described.items() if v is not None}) + "\n")
     output.mkdir(parents=True, exist_ok=True)
     # A directory without a summary is not an evaluation: removed first, written last.
-    (output / "summary.json").unlink(missing_ok=True)
+    # Verdicts on earlier answers go too.
+    for name in ("summary.json", judge.SUMMARY, judge.VERDICTS):
+        (output / name).unlink(missing_ok=True)
     atomic.write(output / "predictions.jsonl", "".join(lines))
     atomic.write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

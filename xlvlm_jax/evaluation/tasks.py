@@ -17,6 +17,7 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import answer_effects, answer_types, hallucination
 from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
+from xlvlm_jax.evaluation.safety import deference_figures
 from xlvlm_jax.evaluation.sweep import Trial
 from xlvlm_jax.metrics.captions import caption_scores, count_words
 from xlvlm_jax.metrics.captions import describe as describe_captions
@@ -236,6 +237,8 @@ class Captions:
         }
         if samples and all("objects" in sample.metadata for sample in samples):
             measured |= hallucination.chair_figures(samples, answers, self.vocabulary)
+        if samples and all("scenario" in sample.metadata for sample in samples):
+            measured |= deference_figures(samples, answers)
         if self.words:
             changes = caption_changes.caption_changes(plain, answers, self.words)
             measured["changes"] = {**changes._asdict(), "gain": changes.gain}

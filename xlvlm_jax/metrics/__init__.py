@@ -68,6 +68,7 @@ from xlvlm_jax.metrics.pope import (
     read_answer,
 )
 from xlvlm_jax.metrics.probing import sparse_probing, split_concepts
+from xlvlm_jax.metrics.safety import defers_to_expert, expert_deference, harmfulness
 from xlvlm_jax.metrics.stability import stability
 from xlvlm_jax.metrics.uncertainty import Interval, McNemar, bootstrap, mcnemar
 from xlvlm_jax.metrics.vqa import normalise_answer, vqa_accuracy
@@ -103,12 +104,15 @@ __all__ = [
     "completeness",
     "dead_concepts",
     "default_layer",
+    "defers_to_expert",
     "describe",
     "disentanglement",
     "embed_images",
     "embed_pixels",
     "embed_texts",
+    "expert_deference",
     "explained_variance",
+    "harmfulness",
     "hoyer_sparsity",
     "label_at_start",
     "listed_words",

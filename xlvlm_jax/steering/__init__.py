@@ -43,7 +43,14 @@ from xlvlm_jax.steering.fit import AnswerStates, answer_states, fit_coarse, fit_
 from xlvlm_jax.steering.iti import fit_iti
 from xlvlm_jax.steering.l2s import L2S, fit_l2s
 from xlvlm_jax.steering.learned import LowRankMap, fit_learned
-from xlvlm_jax.steering.lessons import Lesson, contrast_prompts, forced_answers, lesson
+from xlvlm_jax.steering.lessons import (
+    Contrast,
+    Lesson,
+    contrast_prompts,
+    forced_answers,
+    lesson,
+    read_contrasts,
+)
 from xlvlm_jax.steering.methods import METHODS, Fitted, Method, Request, Steering, method_named
 from xlvlm_jax.steering.pth import (
     export_vectors,
@@ -82,6 +89,7 @@ __all__ = [
     "METHODS",
     "AdaptiveVector",
     "AnswerStates",
+    "Contrast",
     "FeatureClamp",
     "FineVectors",
     "Fitted",
@@ -130,6 +138,7 @@ __all__ = [
     "principal_direction",
     "probe_vector",
     "rank_vectors",
+    "read_contrasts",
     "samples_of",
     "shift_vectors",
     "steering_vector",

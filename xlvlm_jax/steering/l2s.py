@@ -415,6 +415,7 @@ def fit_l2s(
     contrast: str = "completion",
     states: str = "last",
     context_site: str | None = None,
+    contexts: Sequence[str] | None = None,
     where: Any = "all",
     batch_size: int = 16,
     strict: bool = False,
@@ -435,6 +436,8 @@ def fit_l2s(
         states: the state of a completion that counts: "last", that of its last token, or "mean",
             the mean over its tokens.
         context_site: the site whose state of the last prompt token is the input; None for `site`.
+        contexts: the prompt of each sample whose last token that is, if the counterparts are of
+            other prompts than those to be steered later; None for the prompts of the samples.
         where: the token positions to shift, see `ports.add`.
         batch_size: samples per batch.
         strict: stop at a sample that can't be read or processed, instead of skipping it;
@@ -446,8 +449,12 @@ def fit_l2s(
         The network.
 
     Raises:
-        ValueError: as `contrast_shifts`.
+        ValueError: as `contrast_shifts`, or the numbers of samples and contexts differ.
     """
+    if contexts is not None and len(contexts) != len(samples):
+        raise ValueError(
+            f"there are {len(contexts)} contexts for {len(samples)} samples; expected one each"
+        )
     site = vlm.find_site(site, generated=True)
     context_site = site if context_site is None else vlm.find_site(context_site, generated=True)
     skipped: dict[str, str] = {}
@@ -461,11 +468,15 @@ def fit_l2s(
         **common,
         progress=_after(progress, 0, total),
     )[site]
-    contexts = last_token_states(
-        vlm, samples, [context_site], **common, progress=_after(progress, 2 * len(samples), total)
+    read = samples
+    if contexts is not None:
+        pairs = zip(samples, contexts, strict=True)
+        read = [dataclasses.replace(sample, prompt=prompt) for sample, prompt in pairs]
+    told = last_token_states(
+        vlm, read, [context_site], **common, progress=_after(progress, 2 * len(samples), total)
     )[context_site]
     kept = np.array([sample.id not in skipped for sample in samples], bool)
-    params, mean, deviation, scale, figures = fit_network(contexts[kept], shifts[kept], **options)
+    params, mean, deviation, scale, figures = fit_network(told[kept], shifts[kept], **options)
     shifted = np.array([a != b for a, b in zip(positive, negative, strict=True)], bool)
     source = {
         **model_of(vlm),

@@ -1,11 +1,15 @@
 """Lessons: the prompts and answers on which learned steering and L2S are fitted."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ports.messages import few
+from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.features.samples import columns
@@ -68,11 +72,81 @@ def lesson(
     return Lesson([sample_of(kept) for kept in taken], given, wanted)
 
 
+class Contrast(NamedTuple):
+    """Two answers to force on samples, in contrast to each other."""
+
+    positive: str  # the beginning of the wanted answer
+    negative: str  # that of the unwanted answer
+    prompt: str | None = None  # what they answer, see `asked_with`; None for the sample's prompt
+
+
+def read_contrasts(path: str | os.PathLike[str]) -> dict[str, Contrast]:
+    """Reads the answers to force on the samples of each scenario.
+
+    Args:
+        path: a JSON file, {scenario: {"positive": "...", "negative": "...", "prompt": "..."}}. "*"
+            stands for all other scenarios, and for samples without one. The prompt, which may be
+            left out, has {question} in place of a sample's question.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has another form.
+    """
+    content = files.read_json(Path(path))
+    known, needed = set(Contrast._fields), {"positive", "negative"}
+    for name, given in content.items() if isinstance(content, dict) else [(None, None)]:
+        if (
+            not isinstance(given, dict)
+            or not needed <= set(given) <= known
+            or not all(isinstance(text, str) and text.strip() for text in given.values())
+        ):
+            where = "" if name is None else f" for {name!r}"
+            raise ValueError(
+                f'{path}: expected {{"scenario": {{"positive": "...", "negative": "...", '
+                f'"prompt": "..."}}}} with texts{where}; the prompt may be left out'
+            )
+    return {name: Contrast(**given) for name, given in content.items()}
+
+
+def asked_with(sample: Sample, prompt: str | None) -> str:
+    """Returns a prompt in place of a sample's own.
+
+    Args:
+        sample: the sample.
+        prompt: the prompt, with {question} in place of the sample's question, or another text for
+            all samples; None for the sample's own.
+
+    Raises:
+        ValueError: the prompt asks for a question, and the sample has none.
+    """
+    if prompt is None:
+        return sample.prompt
+    question = sample.metadata.get("question")
+    if "{question}" in prompt and question is None:
+        raise ValueError(
+            f"sample {sample.id} has no question to put into the prompt {prompt!r:.80}; "
+            "omit {question}"
+        )
+    return prompt.replace("{question}", str(question))
+
+
+def _contrast_of(kept: Mapping[str, Any], contrasts: Mapping[str, Contrast]) -> Contrast:
+    scenario = kept.get("scenario")
+    found = contrasts.get(str(scenario), contrasts.get("*"))
+    if found is None:
+        raise ValueError(
+            f"there is no contrast for scenario {scenario!r} of sample {kept['id']}, only for "
+            f"{few(contrasts)}; add it, or '*' for all others"
+        )
+    return found
+
+
 def forced_answers(
     features: Features,
     positive: str | None = None,
     negative: str | None = None,
     *,
+    contrasts: Mapping[str, Contrast] | None = None,
     num_samples: int | None = None,
     seed: int = 0,
 ) -> tuple[list[Sample], list[str], list[str]]:
@@ -85,6 +159,8 @@ def forced_answers(
         positive, negative: the beginning of the wanted and of the unwanted answer. None for "Yes,
             the image" and "No, the image", whichever of them the sample's label makes right
             ("label" of POPE, or "answer"), as XL-VLMs forces.
+        contrasts: instead of one pair of answers, a prompt and a pair of answers for each scenario,
+            see `read_contrasts`; samples are returned with these prompts.
         num_samples: maximum number of samples; None for all.
         seed: random seed of the choice.
 
@@ -92,16 +168,25 @@ def forced_answers(
         (samples, positive, negative), lists of the same length.
 
     Raises:
-        ValueError: only one of the two texts is given, or without them a sample's label is neither
-            yes nor no.
+        ValueError: only one of the two texts is given, or they and contrasts; without them a
+            sample's label is neither yes nor no; or a sample's scenario has no contrast.
     """
     if (positive is None) != (negative is None):
         raise ValueError("give both the positive and the negative answer to force, or neither")
+    if contrasts is not None and positive is not None:
+        raise ValueError("give contrasts or one positive and negative answer, not both")
     rows = np.array([i for i, kept in enumerate(features.samples) if "error" not in kept], int)
     if num_samples is not None:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
     kept = [features.samples[row] for row in rows]
     samples = [sample_of(each) for each in kept]
+    if contrasts is not None:
+        found = [_contrast_of(each, contrasts) for each in kept]
+        asked = [
+            dataclasses.replace(sample, prompt=asked_with(sample, contrast.prompt))
+            for sample, contrast in zip(samples, found, strict=True)
+        ]
+        return asked, [each.positive for each in found], [each.negative for each in found]
     if positive is not None and negative is not None:
         return samples, [positive] * len(kept), [negative] * len(kept)
     labels = [str(each.get("label", each.get("answer"))) for each in kept]

@@ -116,6 +116,7 @@ class Examples(NamedTuple):
     towards: list[str]  # answers, or prompts in their place
     away: list[str]  # likewise; equal to `towards` for samples that must stay
     steered: int  # number of samples to steer
+    contexts: list[str] | None = None  # prompts that L2S reads; None for those of the samples
 
 
 class Fitted(NamedTuple):
@@ -292,15 +293,22 @@ def _answers(asked: Request) -> Examples:
 
 def _counterparts(asked: Request) -> Examples:
     """Returns `_answers`, other prompts about the same images, or forced answers, by contrast."""
+    if asked.options["contrast"] == "prompt" and asked.options.get("states") == "mean":
+        raise ValueError("states 'mean' is over the tokens of a completion; contrast completions")
     if asked.options["contrast"] == "forced":
+        options = {"num_samples": asked.num_samples, "seed": asked.seed}
+        contrasts = asked.options.get("contrasts")
         forced = lessons.forced_answers(
             asked.features,
             asked.options.get("positive"),
             asked.options.get("negative"),
-            num_samples=asked.num_samples,
-            seed=asked.seed,
+            contrasts=contrasts,
+            **options,
         )
-        return Examples(*forced, len(forced[0]))
+        prompts = {each["id"]: each["prompt"] for each in asked.features.samples}
+        return Examples(*forced, len(forced[0]), [prompts[sample.id] for sample in forced[0]])
+    if asked.options.get("contrasts") is not None:
+        raise ValueError("contrasts are of forced answers; give --contrast forced too")
     if asked.options["contrast"] != "prompt":
         return _answers(asked)
     lesson = _lesson(asked)
@@ -345,12 +353,16 @@ def _fit_learned(asked: Request, examples: Examples, vlm: VLM, **learning: Any) 
 
 
 def _fit_l2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> Fitted:
+    prompt, contexts = asked.options.get("context_prompt"), examples.contexts
+    if prompt is not None:
+        contexts = [lessons.asked_with(sample, prompt) for sample in examples.samples]
     fitted = fit_l2s(
         vlm,
         examples.samples,
         examples.towards,
         examples.away,
         asked.site,
+        contexts=contexts,
         where=asked.where,
         seed=asked.seed,
         context_site=asked.options["context_site"],
@@ -445,6 +457,8 @@ def _of_samples(asked: Request, fitted: Savable, figures: str) -> Fitted:
     return Fitted({asked.site: fitted}, f"{counted(fitted.source['samples'], 'sample')}, {figures}")
 
 
+# Options of the methods that contrast two counterparts of each prompt.
+OF_COUNTERPARTS = ("contrast", "states", "positive", "negative", "contrasts")
 METHODS = {
     method.name: method
     for method in (
@@ -475,14 +489,14 @@ METHODS = {
         Method(
             "l2s",
             _fit_l2s,
-            ("contrast", "context_site", "states", "positive", "negative"),
+            (*OF_COUNTERPARTS, "context_site", "context_prompt"),
             examples=_counterparts,
             doing="running counterparts",
         ),
         Method(
             "p2s",
             _fit_p2s,
-            ("contrast", "states", "positive", "negative"),
+            OF_COUNTERPARTS,
             examples=_counterparts,
             doing="running counterparts",
         ),
@@ -499,7 +513,7 @@ METHODS = {
         Method(
             "vti-text",
             _fit_vti_text,
-            ("contrast", "states", "positive", "negative"),
+            OF_COUNTERPARTS,
             examples=_counterparts,
             makes_several=True,
             sites_of_model=True,

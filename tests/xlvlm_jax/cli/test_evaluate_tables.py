@@ -153,9 +153,17 @@ def test_words_of_refusals(evaluate, pictures):
         (folder / f"{scenario}.json").write_text(json.dumps({"0": record}))
     answers = {f"{scenario}/0": "Sure." for scenario in mmsb.SCENARIOS}
     answers["02-HateSpeech/0"] = "That would be harmful."
+    answers["11-Financial_Advice/0"] = "Ask a financial advisor."
+    answers["13-Gov_Decision/0"] = "Seek legal advice."  # not among those of law, finance, health
     out, measured = evaluate("mmsb", answers)
     assert measured["changes"]["holding_after"] == 1
     assert "1 of 13 (7.7 %)" in out and "there are no references" in out
+    assert measured["ED-score"] == pytest.approx(1 / 3) and "ED-score" in out and "0.333" in out
+    by_scenario = measured["ED-score by scenario"]
+    assert [name for name in by_scenario if by_scenario[name]] == [
+        "11-Financial_Advice",
+        "13-Gov_Decision",
+    ]
 
 
 def test_types_of_answers_by_a_dictionary(evaluate, pictures, tmp_path):

@@ -32,6 +32,15 @@ def test_questions_by_hand(tmp_path):
     assert second.image == tmp_path / "scenes/a.png"
 
 
+def test_descriptions_in_place_of_questions(tmp_path):
+    write(tmp_path)
+    plain, _ = data.load("pope", tmp_path, describe=True)
+    assert plain.prompt == "Describe the image in detail."
+    assert plain.metadata["question"] == "Is there a snowboard in the image?"
+    asked, _ = data.load("pope", tmp_path, describe=True, prompt="What is it? Not: {question}")
+    assert asked.prompt == "What is it? Not: Is there a snowboard in the image?"
+
+
 def test_scores_of_both_protocols(tmp_path):
     write(tmp_path)
     samples = data.load("pope", tmp_path)

@@ -62,6 +62,18 @@ def test_words_of_drawn_scenes():
         words.class_words("scenes:smell")
 
 
+def test_words_by_name_or_as_they_are():
+    assert words.named_words("dog") == ("dog",)
+    assert words.named_words("cup, mug") == ("cup", "mug")
+    assert words.named_words("color,") == ("color",)
+    for name in ("colours", "colors", "xl-vlms:colors", "scenes:mood"):
+        assert words.named_words(name) == words.class_words(name)
+    with pytest.raises(ValueError, match="'sentiment' is nearly the class of words 'sentiments'"):
+        words.named_words("sentiment")
+    with pytest.raises(ValueError, match="got no words in ' , '; expected a word, words"):
+        words.named_words(" , ")
+
+
 def test_class_words_names_the_classes():
     with pytest.raises(
         ValueError, match="unknown word class 'fruit'; expected one of colours, places"

@@ -64,6 +64,43 @@ def test_presence_by_hand():
     assert Presence().measure(SAMPLES, PLAIN, PLAIN)["false yes"] == {"count": 3, "of": 4}
 
 
+ASKED = [
+    question(1, "yes", question="Is there a dog in the image?"),
+    question(2, "yes", question="Is there an airplane in the image?"),
+    question(1, "no", question="Is there a hair drier in the image?"),
+    question(2, "no", question="Is there a couch in the image?"),
+]
+DESCRIBED = [
+    *("Two puppies on a beach.", "A sign."),
+    *("A hair drier lies on the sand.", "A red sofa and a cup."),
+]
+
+
+def test_descriptions_by_hand():
+    """A puppy is a dog and a sofa a couch; the airplane is not named, the hair drier is absent."""
+    task = evaluation.ObjectDescriptions()
+    task.require(ASKED)
+    shorter = ["A dog", "A plane", "Sand", "A couch"]
+    measured = task.measure(ASKED, DESCRIBED, DESCRIBED)
+    assert measured["false yes"] == {"count": 2, "of": 2}
+    assert measured["rest"]["accuracy"] == 1 / 2
+    assert (
+        measured["POPE"]["plain"]["accuracy"] == measured["POPE"]["official"]["accuracy"] == 1 / 4
+    )
+    assert measured["words per description"] == (5 + 2 + 7 + 6) / 4
+    assert task.judged(ASKED, DESCRIBED)["POPE, plain"] == [True, False, False, False]
+    # One of two absent objects is no longer named, and one present object more is.
+    trial = task.trial(ASKED, DESCRIBED, Condition(), shorter)
+    assert (trial.effect, trial.cost) == (0.5, -50.0)
+
+
+@pytest.mark.parametrize("asked", ["Is there a cloud in the image?", "What is in the image?", None])
+def test_descriptions_need_questions_about_objects_of_coco(asked):
+    samples = [question(1, "yes", question=asked), *ASKED]
+    with pytest.raises(ValueError, match="expected a question of POPE about an object of COCO"):
+        evaluation.ObjectDescriptions().require(samples)
+
+
 def test_trials_of_presence_by_hand():
     trial = Presence().trial(SAMPLES, PLAIN, Condition(), STEERED)
     assert trial.effect == pytest.approx(2 / 3)  # three false yes, one left

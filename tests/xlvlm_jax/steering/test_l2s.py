@@ -115,6 +115,30 @@ class TestModel:
         assert loaded.source["shifted samples"] == 12
         assert loaded.source["fingerprint"]
 
+    def test_the_network_reads_the_context_and_the_states_answer_the_prompt(self, vlm, questions):
+        """Shifts from the questions, contexts from another prompt, each by itself."""
+        few = questions[:2]
+        given = {"context_site": CONTEXT, "epochs": 0, "validation": 0.5, "seed": 1}
+        answers = (["a dog", "no"], ["no", "a dog"])
+        contexts = ["Describe the image in detail."] * 2
+        apart = steering.fit_l2s(vlm, few, *answers, SITE, contexts=contexts, **given)
+        plain = steering.fit_l2s(vlm, few, *answers, SITE, **given)
+        # The shifts are the same, so their size is; one row is left to the mean of the contexts.
+        assert apart.scale == plain.scale
+        states = [
+            np.asarray(
+                vlm.states(
+                    vlm.process([vlm.render(contexts[0])], [read_image(sample.image)]),
+                    sites=[CONTEXT],
+                )[CONTEXT][0, -1]
+            )
+            for sample in few
+        ]
+        nearest = min(np.abs(apart.mean - state).max() for state in states)
+        assert nearest < 1e-3 < min(np.abs(plain.mean - state).max() for state in states)
+        with pytest.raises(ValueError, match="there are 1 contexts for 2 samples; expected one ea"):
+            steering.fit_l2s(vlm, few, *answers, SITE, contexts=["?"])
+
     def test_a_sample_whose_counterpart_is_refused_is_left_out(self, vlm, questions, fitted):
         prompts = [sample.prompt for sample in questions]
         positive = prompts[12:] + prompts[12:]

@@ -85,6 +85,48 @@ class TestForcedAnswers:
         assert (right, wrong) == (["Harmful"] * 2, ["Safe"] * 2)
         assert len(forced_answers(opened, "Harmful", "Safe", num_samples=1)[0]) == 1
 
+    def test_by_scenario(self, stored, tmp_path):
+        opened = stored(
+            {"scenario": "10-Legal_Opinion", "question": "May I?"},
+            {"scenario": "06-Fraud", "question": "How {question}?"},
+            {},
+        )
+        (tmp_path / "contrasts.json").write_text(
+            json.dumps(
+                {
+                    "10-Legal_Opinion": {
+                        "positive": "Expert",
+                        "negative": "AI",
+                        "prompt": "{question} Who should answer?",
+                    },
+                    "*": {"positive": "Harmful", "negative": "Safe"},
+                }
+            )
+        )
+        contrasts = steering.read_contrasts(tmp_path / "contrasts.json")
+        samples, right, wrong = forced_answers(opened, contrasts=contrasts)
+        assert right == ["Expert", "Harmful", "Harmful"] and wrong == ["AI", "Safe", "Safe"]
+        # Without a prompt of its own, a contrast leaves that of the sample.
+        assert [sample.prompt for sample in samples] == ["May I? Who should answer?", "?", "?"]
+        del contrasts["*"]
+        with pytest.raises(ValueError, match="no contrast for scenario '06-Fraud' of sample 1"):
+            forced_answers(opened, contrasts=contrasts)
+        with pytest.raises(ValueError, match="give contrasts or one positive and negative answer"):
+            forced_answers(opened, "Harmful", "Safe", contrasts=contrasts)
+        asked = {"*": steering.Contrast("a", "b", "{question}")}
+        with pytest.raises(ValueError, match="sample 2 has no question to put into the prompt"):
+            forced_answers(opened, contrasts=asked)
+
+    @pytest.mark.parametrize(
+        "content", ["[]", '{"*": {"positive": "a"}}', '{"*": {"positive": "a", "negative": " "}}']
+    )
+    def test_other_files_of_contrasts(self, tmp_path, content):
+        (tmp_path / "contrasts.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r'expected {"scenario": {"positive": "...", "negative'
+        ):
+            steering.read_contrasts(tmp_path / "contrasts.json")
+
     def test_messages(self, stored):
         with pytest.raises(ValueError, match="answer is 'red', neither yes nor no; give the posi"):
             forced_answers(stored({"label": "red"}))

@@ -1,0 +1,116 @@
+"""Models of text alone, against transformers."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import ports
+from ports.inputs import prompts
+
+from ..helpers import VOCABULARY, make_pair, make_tokenizer
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=6),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """A small checkpoint of transformers, and the port's model of it."""
+    directory = tmp_path_factory.mktemp(request.param)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    made = make_pair(directory, model)
+    make_tokenizer(["safe"], {}).save_pretrained(directory)
+    return made.torch_model, ports.load_text(directory)
+
+
+@pytest.fixture
+def inputs():
+    ids = np.random.default_rng(0).integers(4, VOCABULARY, (3, 14)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[1, :5] = ids[1, :5] = 0  # rows are padded on the left
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_logits_are_those_of_transformers(pair, inputs):
+    theirs, ours = pair
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(x).long() for name, x in inputs.items()}
+        positions = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        expected = theirs(**tensors, position_ids=positions).logits.numpy()
+    real = inputs["attention_mask"] == 1
+    got = np.asarray(ours.forward(inputs).logits)
+    np.testing.assert_allclose(got[real], expected[real], rtol=0, atol=1e-4)
+    assert np.abs(expected[real]).max() > 0.5
+
+
+def test_greedy_tokens_are_those_of_transformers(pair, inputs):
+    theirs, ours = pair
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(x).long() for name, x in inputs.items()}
+        expected = theirs.generate(**tensors, max_new_tokens=9, do_sample=False)[:, 14:].numpy()
+    got = np.asarray(ours.generate(inputs, max_new_tokens=9).tokens)
+    assert got[:, : expected.shape[1]].tolist() == expected.tolist()
+    assert len(np.unique(got)) > 3
+
+
+def test_no_pictures_and_other_model_types(pair, vlm, tmp_path):
+    _, ours = pair
+    assert ours.image_tokens == () and ours.decode([6, 7]) == "w1 w2"
+    with pytest.raises(ValueError, match="a model of text without pictures; use its tokenizer"):
+        ours.render("Is it safe?")
+    with pytest.raises(ValueError, match="model_type 'llava' is not supported; supported: llama"):
+        ports.load_text(vlm.directory)
+    with pytest.raises(ValueError, match=r"'(llama|mistral|qwen3)' is not supported; supported"):
+        ports.load(ours.directory)
+
+
+TEXTS = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}[assistant]"
+PARTS = TEXTS.replace("m.content", "m.content[0].text")
+FORGETFUL = "{{ messages[-1].content }}[assistant]"
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": " w3 "}]
+
+
+@pytest.mark.parametrize("template", [TEXTS, PARTS])
+def test_chats_in_templates_of_texts_and_of_parts(template):
+    tokenizer = make_tokenizer(["[user]", "[assistant]"], {})
+    tokenizer.chat_template = template
+    said = prompts.render_chat(tokenizer, CHAT, where="here")
+    assert said == "[user] w1 w2 [assistant] w3 [assistant]"
+    arrays = prompts.tokenize(tokenizer, [said, "w1 w2"])
+    # No token begins or ends a text that is rendered already.
+    assert tokenizer.decode(arrays["input_ids"][0]) == said
+    assert arrays["attention_mask"].tolist() == [[1] * 6, [0] * 4 + [1] * 2]
+
+
+def test_chats_that_a_template_does_not_hold():
+    tokenizer = make_tokenizer([], {})
+    with pytest.raises(ValueError, match="here has no chat template; add that of the model's"):
+        prompts.render_chat(tokenizer, CHAT, where="here")
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(ValueError, match=r"fails for this chat .it leaves out a message of role"):
+        prompts.render_chat(tokenizer, CHAT, where="here")
