@@ -10,6 +10,7 @@ from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import Seed, bars, console, load_model, progress_bars
 
 DEFAULT_SITE = "layers.5"
+ENCODERS = ("snmf", "kmeans", "simple", "pca")  # methods that encode on components alone
 
 
 def bench_concepts(
@@ -49,7 +50,6 @@ def bench_concepts(
     from ports.models import clip
     from xlvlm_jax.concept_benchmark import stage
     from xlvlm_jax.concept_benchmark.dictionaries import parse_entry
-    from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.demo import embedded
 
     counts = {"seeds": seeds, "pictures": pictures, "num-concepts": num_concepts, "k": k}
@@ -58,7 +58,8 @@ def bench_concepts(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, got {seed}")
-    method_named(encode_as)
+    if encode_as not in ENCODERS:
+        raise ValueError(f"--encode-as is {encode_as!r}; expected one of {', '.join(ENCODERS)}")
     tested = max(round(0.4 * pictures), 1)
     entries = [parse_entry(text) for text in dictionaries or stage.METHODS]
     vlm = load_model(model)

@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     named_features,
     parse_where,
     progress_bars,
+    require_counts,
     show_skipped,
 )
 
@@ -82,10 +83,14 @@ def causal(
     from xlvlm_jax.data import select
     from xlvlm_jax.features.reader import samples_of
 
+    require_counts(batch_size=batch_size, num_samples=num_samples, num_concepts=num_concepts)
     learnt = Concepts.load(concepts)
     if (concepts / files.FILE).exists() and not overwrite:
         raise FileExistsError(f"{concepts} already holds {files.FILE}; replace it with --overwrite")
     places: Any = parse_where(where)
+    K = len(learnt.components)
+    if wrong := [number for number in concept or () if not 0 <= number < K]:
+        raise ValueError(f"--concept is {wrong[0]}; {concepts} has concepts 0 to {K - 1}")
     opened = Features.open(named_features(features, learnt.source, concepts), images=images)
     samples = select.subsample(samples_of(opened), num_samples, seed)
     said = [_answer(sample) for sample in samples]
@@ -97,7 +102,7 @@ def causal(
     mean = None
     if site in opened.sites and not method_named(learnt.method).takes_target:
         mean = opened.matrix(site).mean(axis=0)
-    K, numbers = len(learnt.components), concept or None
+    numbers = concept or None
     if numbers is None and num_concepts < K:
         numbers = most_active(learnt, num_concepts)
         console.print(f"scoring {num_concepts} of {K} concepts, those active in most states")

@@ -19,6 +19,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
     refuse_existing,
+    require_counts,
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import (
@@ -113,6 +114,7 @@ def evaluate(
     """Score answers or captions; with a vector, before and after steering."""
     from xlvlm_jax import evaluation, steering
 
+    require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
     loaded = [] if vector is None else [steering.load(vector)]
     meant = None if where is None else parse_where(where)
     dataset_name = dataset_of(task, dataset)
@@ -136,8 +138,11 @@ def evaluate(
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
     measured.require(samples)
+    if baseline is not None:
+        evaluation.read_baseline(baseline, samples)  # checked before the model is loaded
     if dry_run:
-        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
+        vlm = load_model(model, dtype, abstract=True, adapter=adapter)
+        vlm = as_it_generates(vlm, ignore_generation_config)
         show_preflight(vlm, samples, 1 + len(conditions), measured, max_new_tokens, batch_size)
         return
     refuse_existing(output, overwrite)

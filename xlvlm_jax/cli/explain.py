@@ -14,6 +14,7 @@ from xlvlm_jax.cli.console import (
     console,
     load_model,
     refuse_existing,
+    require_counts,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def explain(
             "with --concepts"
         )
     directory = Path(model) if concepts is None else concepts
+    require_counts(num_concepts=num_concepts, max_new_tokens=max_new_tokens)
     learnt = Concepts.load(directory)
     if learnt.words is None:
         raise ValueError(f"{directory} has no words; run `xlvlm ground` first")

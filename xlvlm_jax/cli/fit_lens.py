@@ -15,6 +15,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     progress_bars,
     refuse_existing,
+    require_counts,
     show_skipped,
 )
 
@@ -55,6 +56,7 @@ def fit_lens(
     from xlvlm_jax.steering.teacher_forcing import batches
 
     refuse_existing(output, overwrite)
+    require_counts(num_samples=num_samples, batch_size=batch_size)
     samples = few_samples(read_samples(dataset, data, split), num_samples, seed)
     answers = _first_references(samples) if references else None
     vlm = load_model(model, dtype)

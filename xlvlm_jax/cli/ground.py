@@ -14,6 +14,7 @@ from xlvlm_jax.cli.console import (
     console,
     errors,
     load_model,
+    require_counts,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -49,14 +50,16 @@ def ground(
     from xlvlm_jax.concepts.stage import ground_concepts
     from xlvlm_jax.storage import pictures
 
+    require_counts(num_words=num_words, num_candidates=num_candidates, num_images=num_images)
     learnt = Concepts.load(concepts)
     if learnt.words is not None and not overwrite:
         raise FileExistsError(f"{concepts} already holds words; replace them with --overwrite")
     source = features or Path(learnt.source.get("features", ""))
+    opened = Features.open(source, images=images)
     grounded = ground_concepts(
         concepts,
         load_model(model),
-        Features.open(source, images=images),
+        opened,
         num_words=num_words,
         num_candidates=num_candidates,
         num_images=num_images,

@@ -12,6 +12,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     parse_where,
     refuse_existing,
+    require_counts,
 )
 
 
@@ -60,6 +61,7 @@ def lens(
     for file in (output, arrays):
         if file is not None:
             refuse_existing(file, overwrite)
+    require_counts(num_words=num_words, max_new_tokens=max_new_tokens)
     picture = read_image(image)
     fitted = None if jacobian is None else lenses.load_jacobian_lens(jacobian)
     index = None if neighbours is None else Features.open(neighbours)

@@ -124,7 +124,7 @@ def score(
         if features is None or model is None:
             missing = "--features" if features is None else "--model"
             raise ValueError(f"--methods needs {missing}; give it too")
-        counts = _numbers(num_concepts)
+        names, counts = _compared(methods, num_concepts, seeds)
         train = Features.open(features)
         stored = Features.open(test or features, images=images)
         scorer = scorer_of(stored, choose_site(train, site), **of_bert)
@@ -133,7 +133,7 @@ def score(
                 train,
                 load_model(model),
                 scorer,
-                methods=[name.strip() for name in methods.split(",")],
+                methods=names,
                 num_concepts=counts,
                 num_seeds=seeds,
                 average=seeds > 2,
@@ -159,6 +159,15 @@ def score(
     _show(rows)
     scored = counted(len(rows), "dictionary", "dictionaries")
     console.print(f"{scored} scored on {counted(len(scorer.stored), 'row')} -> {path}")
+
+
+def _compared(methods: str, num_concepts: str, seeds: int) -> tuple[list[str], list[int]]:
+    """Returns the methods and numbers of concepts, checked before a model is loaded."""
+    from xlvlm_jax.concepts.scores.comparison import require_methods
+
+    names, counts = [name.strip() for name in methods.split(",")], _numbers(num_concepts)
+    require_methods(names, counts, seeds)
+    return names, counts
 
 
 def _numbers(text: str) -> list[int]:

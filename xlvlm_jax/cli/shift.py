@@ -1,7 +1,7 @@
 """`xlvlm shift`: measures how fine-tuning moves concepts."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from xlvlm_jax.cli.console import (
     console,
     load_model,
     refuse_existing,
+    require_counts,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -111,6 +112,7 @@ def shift(
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
     refuse_existing(output, overwrite)
+    _require(reduce, assign_by, num_words, num_candidates, num_images)
     others = {each.name: ShiftAnalysis.load(each) for each in beside or ()}
     before = Features.open(original, images=images)
     after = None if finetuned is None else Features.open(finetuned, images=images)
@@ -161,6 +163,16 @@ def shift(
             style="yellow",
         )
     console.print(f"-> {output}")
+
+
+def _require(reduce: str, assign_by: str, words: int, candidates: int, images: int) -> None:
+    """Checks options that need no model, before one is loaded."""
+    from xlvlm_jax.shift.vectors import AssignBy, Reduce
+
+    require_counts(num_words=words, num_candidates=candidates, num_images=images)
+    for name, value, kind in (("reduce", reduce, Reduce), ("assign-by", assign_by, AssignBy)):
+        if value not in get_args(kind):
+            raise ValueError(f"--{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
 
 
 def show(analysis) -> None:

@@ -20,6 +20,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
     refuse_existing,
+    require_counts,
 )
 from xlvlm_jax.cli.evaluate import finish, show_preflight
 from xlvlm_jax.cli.evaluate_options import (
@@ -164,6 +165,7 @@ def apply(
     """
     from xlvlm_jax import evaluation, steering
 
+    require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
     loaded = [steering.load(path) for path in vector]
     meant = [None] if where is None else [parse_where(text) for text in where]
     dataset_name = dataset_of(task, dataset)
@@ -186,6 +188,8 @@ def apply(
     drawn = read_samples(dataset_name, data, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
     measured.require(samples)
+    if baseline is not None:
+        evaluation.read_baseline(baseline, samples)
     others: Sequence[Any] = []
     if choose_on is not None:
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})

@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
     refuse_existing,
+    require_counts,
 )
 from xlvlm_jax.cli.evaluate import finish
 from xlvlm_jax.cli.evaluate_options import (
@@ -147,18 +148,18 @@ def sweep(
     from xlvlm_jax.steering.methods import Savable
 
     runtime.resumes()
+    require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
     if not (output / "sweep.json").is_file():
         refuse_existing(output, overwrite)
     if features is None and not vector:
         raise ValueError("there is nothing to try; give --features to fit methods on, or --vector")
     wheres = [None] if where is None else [parse_where(text) for text in where]
     fitted: list[tuple[str, Any]] = []
+    words_fitted = (fit_source or source, fit_target or target)
     if features is not None:
-        words_fitted = (fit_source or source, fit_target or target)
         fitted += _fit(features, method or ["coarse"], site, words_fitted, key, seed)
     files = [file for path in vector or () for file in _files(path)]
-    loaded = _load(files)
-    fitted += loaded
+    fitted += (loaded := _load(files))
     of_vectors = [one for _, one in fitted if key == "prediction"]
     dataset_name = dataset_of(task, dataset)
     measured = parse_task(

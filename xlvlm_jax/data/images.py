@@ -23,7 +23,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         FileNotFoundError: the file does not exist.
         ValueError: the image has more than MAX_SIDE pixels on a side, which is checked before
             decoding, or its pixels have no 8-bit meaning.
-        OSError: the file can't be decoded.
+        OSError: the file can't be read, or not decoded; for a damaged file, an error that is also a
+            ValueError.
     """
     path = Path(path)
     try:
@@ -43,10 +44,13 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except UnidentifiedImageError:
         empty = path.is_file() and path.stat().st_size == 0
         reason = "the file is empty" if empty else "not an image in a known format"
-        raise OSError(f"{path}: {reason}") from None
+        raise _DamagedError(f"{path}: {reason}") from None
     except Exception as error:  # decoders of damaged files may raise any error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OSError(f"{path}: cannot be decoded ({reason.splitlines()[0]})") from error
+        # Other errors with a number are the file system's.
+        damaged = getattr(error, "errno", None) is None or isinstance(error, IsADirectoryError)
+        kind = _DamagedError if damaged else OSError
+        raise kind(f"{path}: cannot be decoded ({reason.splitlines()[0]})") from error
 
 
 def data_uri(picture: Image.Image, side: int) -> str:
@@ -57,6 +61,10 @@ def data_uri(picture: Image.Image, side: int) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+class _DamagedError(OSError, ValueError):
+    pass
 
 
 class _TooLargeError(Exception):

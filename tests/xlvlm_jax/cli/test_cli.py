@@ -188,3 +188,54 @@ def test_every_command_explains_itself():
         "    assert result.exit_code == 0 and 'Usage' in result.output, command\n"
     )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("ground gone --num-words 0", "--num-words must be at least 1, got 0"),
+        ("causal gone --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("lens gone gone.png --num-words 0", "--num-words must be at least 1, got 0"),
+        (
+            "fit-lens gone gone --output x --batch-size -1",
+            "--batch-size must be at least 1",
+        ),
+        ("evaluate gone gone --output x --max-new-tokens 0", "--max-new-tokens must be at least 1"),
+        ("explain gone 1 --concepts gone --num-concepts 0", "--num-concepts must be at least 1"),
+        ("judge gone gone --batch-size 0", "--batch-size must be at least 1, got 0"),
+        (
+            "steer apply gone gone --vector v --output x --num-samples 0",
+            "--num-samples must be at least 1, got 0",
+        ),
+        (
+            "shift gone gone --concepts gone --output x --reduce mode",
+            "--reduce is 'mode'; expected one of mean, median, trimmed_mean",
+        ),
+        (
+            "score --methods snmf,nope --features gone --output x",
+            "unknown method 'nope'; expected some of",
+        ),
+        (
+            "score --methods snmf --num-concepts 5,0 --features gone --output x",
+            "the numbers of concepts must be at least 1, got 5, 0",
+        ),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(
+    xlvlm, tmp_path, monkeypatch, command, message
+):
+    """No such directory or model exists, and none is asked for."""
+    monkeypatch.chdir(tmp_path)
+    words = command.split()
+    needs_model = words[0] in ("ground", "causal", "shift", "score")
+    status, _, errors = xlvlm(*words, *(("--model", "gone") if needs_model else ()))
+    assert status == 2 and message in errors, errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_damaged_picture_is_bad_input(xlvlm, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    page = ("--output", tmp_path / "lens.html")
+    status, _, errors = xlvlm("lens", "gone", tmp_path / "broken.png", *page)
+    assert status == 2 and "broken.png: not an image in a known format" in errors
+    assert len(errors.strip().splitlines()) == 1

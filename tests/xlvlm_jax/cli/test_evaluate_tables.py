@@ -110,7 +110,7 @@ def test_drawn_scenes_as_a_task(evaluate, pictures):
         (("--task", "pope", "--negatives", "random"), "--split chooses the file"),
         (
             ("--task", "pope", "--dataset", "scenes", "--max-new-tokens", 0),
-            "max_new_tokens is 0; expected a whole number",
+            "--max-new-tokens must be at least 1, got 0",
         ),
         (("--task", "chair", "--split", "train"), "--task chair needs --objects"),
         (("--task", "chair", "--dataset", "scenes", "--annotations", "x"), "omit it"),

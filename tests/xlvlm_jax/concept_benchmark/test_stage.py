@@ -128,7 +128,7 @@ def test_command(xlvlm, result, benchmarked, tmp_path):
     status, _, errors = xlvlm("bench-concepts", "--seeds", 0, "--output", tmp_path / "run")
     assert status == 2 and "--seeds must be at least 1, got 0" in errors
     status, _, errors = xlvlm("bench-concepts", "--encode-as", "no", "--output", tmp_path / "run")
-    assert status == 2 and "unknown method 'no'; expected one of snmf" in errors
+    assert status == 2 and "is 'no'; expected one of snmf, kmeans, simple, pca" in errors
     np.save(tmp_path / "narrow.npy", np.eye(3))
     arguments = ("bench-concepts", tmp_path / "narrow.npy", "--output", tmp_path / "run")
     status, _, errors = xlvlm(*arguments)

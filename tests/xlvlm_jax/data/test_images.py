@@ -120,6 +120,7 @@ def test_unreadable_files_say_why(tmp_path, content, message):
     with pytest.raises(OSError, match=rf"a.jpg: {message}") as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)  # the file is wrong, not the disk
 
 
 def test_missing_files_and_folders(tmp_path):

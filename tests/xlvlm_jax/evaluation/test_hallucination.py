@@ -76,7 +76,7 @@ DESCRIBED = [
 ]
 
 
-def test_descriptions_by_hand():
+def test_objects_of_descriptions_by_hand():
     """A puppy is a dog and a sofa a couch; the airplane is not named, the hair drier is absent."""
     task = evaluation.ObjectDescriptions()
     task.require(ASKED)

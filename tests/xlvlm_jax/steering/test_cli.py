@@ -296,6 +296,9 @@ def test_what_learns(fit, tmp_path, options, kind, said):
     assert found.source["fingerprint"]
 
 
+YES_TO_NO = ("--source", "yes", "--target", "no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -312,6 +315,19 @@ def test_what_learns(fit, tmp_path, options, kind, said):
         (("--method", "sae", "--feature-ids", "1;2"), "--feature-ids is '1;2'; expected whole"),
         (("--method", "pca", "--num-heads", 3), "--num-heads has no effect on --method pca; omit"),
         (("--method", "concept", "--penalty", 2), "or choose one of probe"),
+        (("--num-samples", 3), "--num-samples has no effect on --method coarse; omit it"),
+        (("--method", "concept", "--source", "yes"), "--source has no effect on --method concept"),
+        (("--method", "shift", "--target", "no"), "--target has no effect on --method shift; omit"),
+        (("--method", "shift", "--num-samples", 3), "--num-samples has no effect on --method shif"),
+        (
+            (*("--method", "p2s", "--model", "gone"), *YES_TO_NO, *("--states", "mean")),
+            "is over the tokens of a completion; contrast completions",
+        ),
+        (
+            (*("--method", "p2s", "--model", "gone"), *YES_TO_NO, *("--contrasts", "gone.json")),
+            "gone.json: no such file",
+        ),
+        (("--context-prompt", "?"), "--context-prompt has no effect on --method coarse; omit it"),
         (("--method", "nope"), "unknown method 'nope'; expected one of coarse, pca"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

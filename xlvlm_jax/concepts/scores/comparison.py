@@ -34,6 +34,38 @@ RANDOM = "random"
 ALL_METHODS = (*METHODS, RANDOM)
 
 
+def require_methods(
+    methods: Sequence[str], num_concepts: Sequence[int], num_seeds: int
+) -> list[str]:
+    """Checks what `compare` is asked for, which needs no model.
+
+    Args:
+        methods, num_concepts, num_seeds: as for `compare`.
+
+    Returns:
+        The methods to learn, without "random".
+
+    Raises:
+        ValueError: a method is unknown, "random" is the only one, or a number is less than 1.
+    """
+    learnt = [method for method in dict.fromkeys(methods) if method != RANDOM]
+    if not learnt:
+        raise ValueError(
+            "'random' replaces the words of another method's concepts; add one of "
+            f"{', '.join(METHODS)}"
+        )
+    if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES, *TRAINED)]:
+        raise ValueError(
+            f"unknown method {unknown[0]!r}; expected some of {', '.join(ALL_METHODS)}"
+        )
+    if num_seeds < 1:
+        raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
+    if not num_concepts or min(num_concepts) < 1:
+        given = ", ".join(map(str, num_concepts)) or "none"
+        raise ValueError(f"the numbers of concepts must be at least 1, got {given}")
+    return learnt
+
+
 def compare(
     train: Features,
     vlm: VLM,
@@ -75,18 +107,7 @@ def compare(
         ValueError: as for `decompose`, the rows come from another model or have another width, or
             "random" is the only method.
     """
-    learnt = [method for method in dict.fromkeys(methods) if method != RANDOM]
-    if not learnt:
-        raise ValueError(
-            "'random' replaces the words of another method's concepts; add one of "
-            f"{', '.join(METHODS)}"
-        )
-    if unknown := [name for name in learnt if name not in (*METHODS, *ALIASES, *TRAINED)]:
-        raise ValueError(
-            f"unknown method {unknown[0]!r}; expected some of {', '.join(ALL_METHODS)}"
-        )
-    if num_seeds < 1:
-        raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
+    learnt = require_methods(methods, num_concepts, num_seeds)
     if RANDOM in methods and scorer.clip is None and scorer.bert is None:
         raise ValueError("random words are scored by CLIP or BERT; provide one, or omit 'random'")
     Z = train.matrix(choose_site(train, scorer.site))
