@@ -101,6 +101,7 @@ def photograph(run: Path, path: Path) -> None:
         page.locator("#steered", has_text="no").wait_for()
         page.get_by_label(re.compile("Map of concept")).first.click()
         page.locator("#map").wait_for()
+        page.locator("#prepared").wait_for(state="hidden", timeout=120_000)
         page.locator("h1").hover()
         page.screenshot(path=path)
         browser.close()

@@ -1,6 +1,7 @@
 """`xlvlm play`: a local page on which a person steers a model and watches its answers change."""
 
 import errno
+import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ from xlvlm_jax.cli.console import (
     errors,
     load_model,
 )
+
+_PATIENCE = 5.0  # seconds that a compilation may take once the server has ended
 
 
 def play(
@@ -80,7 +83,13 @@ def play(
             typer.launch(address)
         # Tabs that are open keep their connections; they need not be waited for.
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run(sockets=[listener])
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            if not app.state.worker.end(_PATIENCE):
+                # A long compilation can't be ended, and Python must not end before it.
+                pictures.close()
+                os._exit(130)
 
 
 def _listening(host: str, port: int) -> socket.socket:

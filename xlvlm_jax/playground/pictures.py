@@ -38,6 +38,10 @@ class Pictures:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Deletes them all."""
         self._folder.cleanup()
 
     def add(self, content: bytes, name: str) -> Picture:

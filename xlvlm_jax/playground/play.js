@@ -139,6 +139,7 @@ async function ask() {
     for await (const event of lines(response.body)) receive(event);
   });
   if (running !== control) return; // Another began, or this one was stopped.
+  running = null;
   stop();
   if (["preparing", "working"].includes(byId("status").textContent)) byId("status").textContent = "";
 }
@@ -421,7 +422,7 @@ function row(item) {
     const shots = element("div", { className: "shots" });
     for (let number = 0; number < Math.min(item.pictures, 5); number++) {
       const src = `concepts/${item.id.split("/").map(encodeURIComponent).join("/")}/pictures/${number}`;
-      const shot = element("button", { type: "button", className: "shot", title: "Ask about this picture" });
+      const shot = element("button", { type: "button", className: "example", title: "Ask about this picture" });
       shot.setAttribute("aria-label", `Ask about picture ${number + 1} of ${called}`);
       shot.append(element("img", { alt: "", loading: "lazy", src }));
       shot.firstChild.addEventListener("error", () => shot.remove());
@@ -526,7 +527,11 @@ document.addEventListener("keydown", (event) => {
 // Programs are compiled when the server starts; whoever asks before waits for them.
 async function waitUntilPrepared() {
   byId("prepared").hidden = false;
-  await request("prepared").catch(() => {});
+  try {
+    while (!(await (await request("prepared")).json()).prepared);
+  } catch {
+    // The server has ended.
+  }
   byId("prepared").hidden = true;
 }
 

@@ -70,10 +70,12 @@ def create_app(
         prepares: whether to compile programs while nobody asks, see `Answers.prepare`.
 
     Returns:
-        The application. Its model runs on one thread, which ends with the process.
+        The application. Its model runs on one thread, `app.state.worker`, to be ended before the
+        process ends.
     """
     spare = (lambda: answers.prepare(pictures.blank())) if prepares else None
-    handlers = _Handlers(answers, model, pictures, Worker(spare))
+    worker = Worker(spare)
+    handlers = _Handlers(answers, model, pictures, worker)
     routes = [
         *(Route(f"/{name}", handlers.file) for name in _FILES),
         Route("/report.css", handlers.report_css),
@@ -93,7 +95,7 @@ def create_app(
         Route("/python", handlers.python, methods=["POST"]),
         Route("/vector", handlers.vector, methods=["POST"]),
     ]
-    return Starlette(
+    app = Starlette(
         routes=[Mount(f"/{token}", routes=routes)],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
@@ -101,6 +103,8 @@ def create_app(
         ],
         exception_handlers={HTTPException: _as_json},
     )
+    app.state.worker = worker
+    return app
 
 
 def new_token() -> str:
@@ -187,10 +191,12 @@ class _Handlers:
         )
 
     async def prepared(self, _: Request) -> Response:
-        """Answers once the programs are compiled."""
-        while self._worker.has_spare_work:
+        """Answers once the programs are compiled, or soon: no request outlives the server."""
+        for _ in range(5):
+            if not self._worker.has_spare_work:
+                break
             await asyncio.sleep(0.1)
-        return JSONResponse({"prepared": True})
+        return JSONResponse({"prepared": not self._worker.has_spare_work})
 
     async def concept_picture(self, request: Request) -> Response:
         content = await self._of_concept_picture(request, _thumbnail)

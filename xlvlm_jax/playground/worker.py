@@ -68,6 +68,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._spare = None if spare is None else spare()
         self._waiting, self._lock = 0, threading.Lock()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="playground", daemon=True)
         self._thread.start()
 
@@ -98,6 +99,21 @@ class Worker:
         self._jobs.put(None)
         self._thread.join()
 
+    def end(self, patience: float) -> bool:
+        """Ends the thread after what it does now; jobs that wait are never done.
+
+        Args:
+            patience: seconds to wait.
+
+        Returns:
+            Whether it has ended. Python must not end before it: a thread that compiles would take
+            the process down with it.
+        """
+        self._ended.set()
+        self._jobs.put(None)
+        self._thread.join(patience)
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
         while True:
             try:
@@ -105,7 +121,7 @@ class Worker:
             except queue.Empty:
                 self._do_spare_work()
                 continue
-            if job is None:
+            if job is None or self._ended.is_set():
                 return
             job.run()
             with self._lock:

@@ -93,7 +93,8 @@ def test_who_waits_is_told_when_the_programs_are_compiled(answers, pictures, mon
     preparing = server.create_app(answers, model, pictures, TOKEN, prepares=True)
     with TestClient(preparing, base_url=f"http://127.0.0.1/{TOKEN}/") as opened:
         assert opened.get("state").json()["prepared"] is False
-        threading.Timer(0.3, go_on.set).start()
+        assert opened.get("prepared").json() == {"prepared": False}
+        threading.Timer(0.1, go_on.set).start()
         assert opened.get("prepared").json() == {"prepared": True}
         assert opened.get("state").json()["prepared"] is True
 

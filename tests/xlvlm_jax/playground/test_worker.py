@@ -102,6 +102,24 @@ def test_spare_work_goes_on_while_no_job_waits():
     assert steps == [0, 1, 2] and not worker.has_spare_work
 
 
+def test_ending_waits_for_what_is_done_now_and_for_nothing_else():
+    begun, go_on, ran = threading.Event(), threading.Event(), []
+
+    def spare():
+        begun.set()
+        go_on.wait(10)
+        yield {}
+        ran.append("spare")
+        yield {}
+
+    worker = Worker(spare)
+    begun.wait(10)
+    worker.submit(lambda: iter([ran.append("job") or {}]), lambda _: None)
+    assert not worker.end(0.05)
+    go_on.set()
+    assert worker.end(10) and not ran
+
+
 def test_spare_work_that_fails_ends_alone():
     def fail():
         yield {}
