@@ -112,7 +112,7 @@ def test_what_is_missing_is_said_and_a_picture_of_a_concept_serves(page, made, t
     page.locator("#question").fill(made.question.partition("\n")[0])
     page.keyboard.press("Enter")
     expect(page, "#plain", "yes")
-    page.locator("#undo").click()
+    page.wait_for_function("/^[0-9.]+ s$/.test(document.querySelector('#status').textContent)")
     page.evaluate("known.largest = 2 ** 20")
     large = tmp_path / "large.png"
     large.write_bytes(bytes(2**20 + 1))
