@@ -3,6 +3,7 @@
     python -m benchmarks.tpu                                   # solvers on one v5e and on 2x2
     python -m benchmarks.tpu --programs models --mesh 1x4      # models over four devices
     python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --programs "kmeans update"
+    python -m benchmarks.tpu --kernels --topologies v5e:1 v5p:1 v6e:1
 
 Needs libtpu, in an environment of its own: pip install -e '.[tpu-compile]'. Of each program:
 
@@ -11,7 +12,8 @@ Needs libtpu, in an environment of its own: pip install -e '.[tpu-compile]'. Of 
     collectives      kinds, how many and bytes of their results on each device. Those in a loop
                      whose length is not known before are counted per step: an update, a new token
     reads            how often a solver's program reads Z from main memory, per update
-    cycles           the compiler's estimate, loops counted; and the cycles of reading Z once
+    cycles           the compiler's estimate, loops counted; and the cycles of reading Z once.
+                     Those of kernels are not in it: --kernels counts them
     arrays           what is written to main memory in 20 MB and more
     broken           rules that it breaks: it fits; products of float32 are exact; Z is read no more
                      often than promised; no collective or temporary grows with the rows; no
@@ -22,6 +24,7 @@ The status is 1 if a rule is broken. What of the compiler's answers can be trust
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure
-from benchmarks.tpu import chips
+from benchmarks.tpu import bundles, chips, kernel_cases
 from benchmarks.tpu.cases import Case
 from benchmarks.tpu.measured import growth
 from benchmarks.tpu.measured import measure as measured
@@ -110,9 +113,26 @@ def table(rows: list[dict[str, Any]]) -> Table:
             sent or "none",
             f"{row['reads']:.1f}" if "reads" in row else "",
             f"{row['cycles'] / 1e6:.1f}"
+            + "".join(f" + {kernel}" for kernel in row["kernels"])
             + (f" ({row['cycles of one read'] / 1e6:.1f} a read)" if "reads" in row else ""),
         )
     return shown
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        # Before libtpu is loaded, which describing a place does.
+        bundles.dump_to(Path(folder))
+        try:
+            places = [chips.place(topology) for topology in arguments.topologies]
+            with chips.as_on_tpu():
+                rows = list(kernel_cases.measure(places, Path(folder)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    Console().print(kernel_cases.table(rows))
+    measure.save(arguments.output, rows, "libtpu", "flax")
+    return int(any(row["broken"] for row in rows))
 
 
 def main() -> int:
@@ -123,6 +143,7 @@ def main() -> int:
         "--topologies", nargs="+", default=["v5e:1", "v5e:2x2"], metavar="CHIP:SHAPE"
     )
     parser.add_argument("--mesh", metavar="DATAxMODEL", help="of the devices; default: all on data")
+    parser.add_argument("--kernels", action="store_true", help="the solvers' kernels alone")
     parser.add_argument("--whole", action="store_true", help="models in full depth")
     parser.add_argument(
         "--growth", action="store_true", help="compile solvers for twice the rows too"
@@ -134,6 +155,8 @@ def main() -> int:
         print("libtpu is not installed: pip install -e '.[tpu-compile]', in an own environment")
         return 0
     jax.config.update("jax_platforms", "cpu")
+    if arguments.kernels:
+        return _kernels(arguments)
     try:
         cases = chosen(arguments.programs, arguments.whole)
         mesh = parse_mesh(arguments.mesh) if arguments.mesh else (None, 1)

@@ -157,6 +157,17 @@ class Program:
         """Returns the compiler's estimate of cycles; operations without one count nothing."""
         return sum(step.times * step.operation.cycles for step in self.steps())
 
+    def kernels(self) -> list[str]:
+        """Returns the names of the kernels that run, of which the compiler estimates no cycles."""
+        target = 'custom_call_target="tpu_custom_call"'
+        return sorted(
+            {
+                step.operation.name.split(".")[0]
+                for step in self.steps()
+                if step.operation.kind == "custom-call" and target in step.operation.rest
+            }
+        )
+
     def collectives(self) -> list[Step]:
         """Returns the collectives that run, those within fusions too."""
         found = []

@@ -47,6 +47,7 @@ def measure(case: Case, place: Place) -> dict[str, Any]:
         "collectives": _collectives(program),
         "arrays": _arrays(program),
         "cycles": program.cycles(),
+        "kernels": program.kernels(),
     }
     if built.matrix is not None:
         row["reads"] = program.reads(built.matrix)

@@ -19,16 +19,25 @@ from xlvlm_jax.solvers.streamed import pca as streamed_pca
 from xlvlm_jax.solvers.streamed import semi_nmf as streamed_semi_nmf
 from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
 from xlvlm_jax.solvers.sums import Wide
+from xlvlm_jax.solvers.tpu import clusters, codes
 
 M, D, K = 100_352, 4096, 20
 MANY, ROWS_OF_MANY = 16_384, 262_144
 METHODS: dict[str, Any] = {"semi-nmf": semi_nmf, "kmeans": kmeans, "pca": pca}
-# How often an update reads Z: once for the assignment or codes, once for the sums.
-READS = 2.0
+# How often an update reads Z: once for the assignment or codes, once for the sums; or a kernel does
+# both.
+READS, READS_OF_KERNEL = 2.0, 1.0
+KERNELS: dict[str, Any] = {"semi-nmf": codes, "kmeans": clusters}
 
 
 def _matrix(place: Place, rows: int) -> jax.ShapeDtypeStruct:
     return place.abstract((rows * place.data, D), jnp.float32, "data")
+
+
+def _reads(method: str, rows: int, num_concepts: int) -> float:
+    local = jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    takes = method in KERNELS and KERNELS[method].takes(local, num_concepts)
+    return READS_OF_KERNEL if takes else READS
 
 
 def _planned(method: str, place: Place, N: int, num_concepts: int) -> tuple[Any, Any]:
@@ -64,7 +73,8 @@ def update(method: str, num_concepts: int, rows: int, place: Place, times: int) 
     def improve(Z: jax.Array, carry: Any, limit: jax.Array) -> Any:
         return phases.run_phase(plan, repeated, place.mesh, Z, carry, limit).progress
 
-    return Built(improve, (Z, carry, limit), matrix=Array("f32", (rows * times, D)), reads=READS)
+    reads = _reads(method, rows * times, num_concepts)
+    return Built(improve, (Z, carry, limit), matrix=Array("f32", (rows * times, D)), reads=reads)
 
 
 def tile_update(method: str, place: Place, times: int) -> Built:
@@ -86,7 +96,9 @@ def tile_update(method: str, place: Place, times: int) -> Built:
     else:
         arguments = (Z, real, Wide(mean, mean), array(D, pca.num_axes(K)))
         run = streamed_pca.collect
-    return Built(run, arguments, matrix=Array("f32", (B, D)), reads=READS)
+    # K-means' tiles are centred before, and their energy is needed too.
+    reads = _reads(method, B, K) if method == "semi-nmf" else READS
+    return Built(run, arguments, matrix=Array("f32", (B, D)), reads=reads)
 
 
 SOLVER_CASES = [

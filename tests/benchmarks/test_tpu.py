@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu import measured
+from benchmarks.tpu import bundles, measured
 from benchmarks.tpu.chips import CHIPS, Place, place
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,37 @@ def test_a_program_that_does_not_fit():
     )
 
 
+# A loop of 18 steps with one of 8 in it. A branch back has places after it, which hold what belongs
+# to the outer loop; and bundles of the outer loop are moved into the inner one.
+BUNDLES = """
+     0   :  { %s1 = inlined_call_operand.hbm }
+   0x1 LB: > { %s2 = smov 0 }
+   0x2   : > { %v1 = vld [vmem:[%s2]] }
+   0x3   :  {}
+   0x4 LB: >> { %v2 = vadd.f32 %v1, %v1 }
+   0x5   : >> { %p1 = scmp.ge.s32.totalorder %s3, 8 /* loop exit test */ }
+   0x6   : > { %v3 = vmul.f32 %v1, %v1 }
+   0x7   : >> { %9 = sbr.rel (!%p1) target = $region2 }
+   0x8   : > { %p2 = scmp.ge.s32.totalorder %s4, 18 /* loop exit test */ }
+   0x9   : > { %8 = sbr.rel (!%p2) target = $region1 }
+   0xa   :  { %7 = vsyncpa [#allocation4], 1 }
+"""
+
+
+def test_cycles_of_bundles():
+    outer = bundles.read(BUNDLES)
+    inner = bundles.Loop(8, 4, [])
+    assert outer == bundles.Loop(18, 5, [inner])
+    assert outer.of_step == 5 + 8 * 4 and outer.cycles == 18 * (5 + 8 * 4)
+    with pytest.raises(ValueError, match="expected the bundles of one loop over blocks, got 0"):
+        bundles.read("   0   :  { %s1 = smov 0 }")
+
+
+def test_no_bundles(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no bundles of a kernel 'nearest'"):
+        bundles.of_kernel(tmp_path, "nearest")
+
+
 def test_an_unknown_chip():
     with pytest.raises(ValueError, match=r"topology 'v9x:2x2' is of no chip in v5e, v5p, v6e;"):
         place("v9x:2x2")
@@ -62,6 +93,10 @@ def test_an_unknown_chip():
         (["--topologies", "v5e:3x5"], "error: libtpu does not know topology 'v5e:3x5': "),
         (["--mesh", "3x1", "--topologies", "v5e:2x2"], "error: mesh 3x1 has 3 devices, v5e:2x2"),
         (["--programs", "kmeens"], "error: no program 'kmeens'; choose solvers, models, or of "),
+        (
+            ["--kernels", "--topologies", "v5e:2x2"],
+            "error: a kernel runs on each device alone, v5e:2x2 has 4; choose v5e:1",
+        ),
     ],
 )
 def test_bad_arguments(arguments, line):
@@ -88,3 +123,17 @@ def test_small_programs_keep_all_rules(tmp_path):
     assert done.returncode == 0, done.stdout
     rows = json.loads((tmp_path / "four.json").read_text())["rows"]
     assert all({each["kind"] for each in row["collectives"]} == {"all-reduce"} for row in rows)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_kernels_fit_and_read_fast(tmp_path):
+    """K = 20: within 1.3 times what reading Z once takes, on v5e."""
+    done = benchmark(
+        "--kernels", "--topologies", "v5e:1", "v5p:1", "v6e:1", "--output", tmp_path / "k.json"
+    )
+    assert done.returncode == 0, done.stdout
+    for row in json.loads((tmp_path / "k.json").read_text())["rows"]:
+        assert not row["broken"]
+        if row["K"] == 20 and row["devices"] == "v5e:1":
+            assert row["cycles"] <= 1.3 * row["cycles of one read"]

@@ -20,7 +20,8 @@ centroids, most soon stop while a few move far: a CPU then keeps the scores, and
 those of centroids that moved; if Z is wide and large, it keeps one bound per row instead, and
 multiplies a few leading columns first (`kmeans_leading`). An accelerator would rather compare than
 hold K numbers per row: it keeps labels and gaps with any number of centroids, but sums over all
-rows in each update.
+rows in each update. On a TPU the kernel of `tpu.clusters` examines and sums all rows with one read
+of Z, where it takes them.
 
 N rows, D width, K centroids, B rows per block.
 """
@@ -36,6 +37,7 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.kmeans_leading import SLACK, Known, Leading, numbers_of
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
+from xlvlm_jax.solvers.tpu import clusters
 
 # With more centroids a CPU keeps scores; also how many are renewed in one product.
 LARGE = 128
@@ -90,7 +92,7 @@ class Bounds(NamedTuple):
     # Lower bounds on the distance to the second nearest centroid minus that to the nearest.
     gaps: Float[Array, " N"]
     # Sums over the rows of this device. None with weights: float32 cannot hold the changes of light
-    # rows next to heavy ones, so the sums are recomputed; and None with more than LARGE centroids.
+    # rows next to heavy ones, so the sums are recomputed; and None with too many centroids.
     sums: Sums | None
 
 
@@ -109,7 +111,8 @@ def keeps_scores(num_clusters: int) -> bool:
 
 
 def _keeps_sums(problem: Problem, num_clusters: int) -> bool:
-    return problem.weights is None and num_clusters <= LARGE
+    few = num_clusters <= LARGE or clusters.takes(problem.Z, num_clusters)
+    return problem.weights is None and few
 
 
 def nothing(problem: Problem) -> Kept:
@@ -169,6 +172,11 @@ def renew(
         what is known now, the labels int[N], and the sums of the clusters.
     """
     if isinstance(kept, Bounds):
+        if kept.sums is None and clusters.takes(problem.Z, len(offsets)):
+            # The sums need a read of all rows in any case, and it gives the labels too.
+            found = _on_tpu(problem, offsets)
+            sums = Sums(found.counts, found.totals)
+            return kept._replace(labels=found.labels), found.labels, sums
         kept = _renew_rows(problem, kept, offsets, shifts)
         sums = sums_of(problem, kept.labels) if kept.sums is None else kept.sums
         return kept, kept.labels, sums
@@ -201,8 +209,11 @@ def score(
     active: Bool[Array, " K"] | bool = True,
 ) -> Float[Array, "K N"]:
     """Returns |z - c|^2 - |z - m|^2, the part of a squared distance that depends on c."""
-    bias = jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
-    return bias[:, None] - 2 * centred_products(offsets, Z, mean, far)
+    return _bias(offsets, active)[:, None] - 2 * centred_products(offsets, Z, mean, far)
+
+
+def _bias(offsets: Float[Array, "K D"], active: Bool[Array, " K"] | bool) -> Float[Array, " K"]:
+    return jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
 
 
 class Nearest(NamedTuple):
@@ -274,6 +285,12 @@ def terms_of_mean(problem: Problem) -> Float[Array, ""]:
     return jnp.where(problem.far, 0, jnp.sum(problem.mean**2))
 
 
+def _on_tpu(problem: Problem, offsets: Float[Array, "K D"]) -> clusters.Assigned:
+    bias = _bias(offsets, problem.active)
+    weights, ones = problem.counted, problem.weights is None
+    return clusters.assign(problem.Z, offsets, problem.mean, bias, weights, ones)
+
+
 def _renew_rows(
     problem: Problem, kept: Bounds, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
 ) -> Bounds:
@@ -294,7 +311,7 @@ def _renew_rows(
     kept = kept._replace(gaps=gaps)
     floor = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
 
-    def gaps_of(energy: Array, found: Nearest) -> Array:
+    def gaps_of(energy: Array, found: Nearest | clusters.Assigned) -> Array:
         near, far = (jnp.maximum(energy + found.least, 0), jnp.maximum(energy + found.second, 0))
         rounding = SLACK * (energy + floor)
         apart = (far - near - rounding) / (jnp.sqrt(far) + jnp.sqrt(near) + TINY)
@@ -304,6 +321,10 @@ def _renew_rows(
         # Ties the work to the loop's carry: otherwise XLA hoists it out of the loop and always does
         # it.
         centroids, before = jax.lax.optimization_barrier((offsets, kept.gaps))
+        if kept.sums is not None and clusters.takes(problem.Z, K):
+            found = _on_tpu(problem, centroids)
+            gaps = jnp.where(problem.real > 0, gaps_of(problem.energy, found), before)
+            return Bounds(found.labels, gaps, Sums(found.counts, found.totals))
 
         def block(first: Array | int, count: int) -> tuple[Array, Array]:
             Z, real, energy, gaps = (

@@ -42,6 +42,7 @@ from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
+from xlvlm_jax.solvers.tpu import codes as on_tpu
 
 SWEEPS = 2  # improvements of the codes per update; they are exact only in the limit
 OVERSAMPLE = 44  # columns of the compressed Z beyond K
@@ -120,7 +121,13 @@ def collect(
     nonnegative: bool = True,
 ) -> tuple[Float[Array, "K N"], Sums, Float[Array, " N"]]:
     """Returns new codes of some rows on given atoms, their sums, and each row's share of f."""
-    products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
+    gram = matmul(atoms, atoms.T)
+    if on_tpu.takes(Z, len(atoms)):
+        found = on_tpu.improve(Z, energy, codes, atoms, gram, alpha, SWEEPS, nonnegative)
+        cost = _where_it_cancels(Z, energy, found.codes, atoms, alpha, found.cost)
+        totals = (wide.value for wide in (found.images, found.overlap, found.used))
+        return found.codes, Sums(*totals, sums_of_rows.total(cost).value), cost
+    products = inner_products(atoms, Z)
     codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
     cost = _cost(Z, energy, codes, atoms, products, gram, alpha)
 
@@ -173,8 +180,20 @@ def _cost(
     # Uses a product: a CPU adds along the first axis several times slower.
     ones = jnp.ones(len(codes), codes.dtype)
     cost = energy - matmul(ones, codes * gain)
+    return _where_it_cancels(Z, energy, codes, atoms, alpha, cost)
 
+
+def _where_it_cancels(
+    Z: Float[Array, "N D"],
+    energy: Float[Array, " N"],
+    codes: Float[Array, "K N"],
+    atoms: Float[Array, "K D"],
+    alpha: Float[Array, ""],
+    cost: Float[Array, " N"],
+) -> Float[Array, " N"]:
+    """Returns the cost, from the residual where differences have lost its digits."""
     N, D = Z.shape
+    ones = jnp.ones(len(codes), codes.dtype)
     size = max(min(sums_of_rows.rows_of_block(D, least=1), N), 1)
 
     def from_residual(i: Array, cost: Array) -> Array:
