@@ -92,7 +92,7 @@ def read(text: str) -> Loop:
         inside = loops(first + 1, end, depth + 1)
         inner = [loop(*place, depth + 1) for place in inside]
         own = [i for i in range(first, end) if not any(a <= i < b for a, b in inside)]
-        steps = next((int(lines[i][2][1]) for i in own if lines[i][2]), 1)
+        steps = next((int(bound[1]) for i in own if (bound := lines[i][2])), 1)
         return Loop(steps, len(own), inner)
 
     outer = loops(0, len(lines), 1)

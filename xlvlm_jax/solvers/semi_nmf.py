@@ -125,8 +125,9 @@ def collect(
     if on_tpu.takes(Z, len(atoms)):
         found = on_tpu.improve(Z, energy, codes, atoms, gram, alpha, SWEEPS, nonnegative)
         cost = _where_it_cancels(Z, energy, found.codes, atoms, alpha, found.cost)
-        totals = (wide.value for wide in (found.images, found.overlap, found.used))
-        return found.codes, Sums(*totals, sums_of_rows.total(cost).value), cost
+        images, overlap, used = found.images.value, found.overlap.value, found.used.value
+        sums = Sums(images, overlap, used, sums_of_rows.total(cost).value)
+        return found.codes, sums, cost
     products = inner_products(atoms, Z)
     codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
     cost = _cost(Z, energy, codes, atoms, products, gram, alpha)

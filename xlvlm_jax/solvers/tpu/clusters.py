@@ -127,7 +127,7 @@ def _kernel(
     from jax.experimental import pallas as pl
 
     counts, totals, split, (scores, members) = rest[:2], rest[2:4], rest[4:7], rest[7:]
-    B, _, G, groups = sizes
+    B, G, groups = sizes.rows, sizes.group, sizes.groups
     first, counts_here, step = blocks.place(num_rows, B)
 
     @pl.when(step == 0)
