@@ -24,6 +24,7 @@ from xlvlm_jax.report.thumbnails import Histogram, histogram
 
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4
+SPARSE = 0.2  # a concept that is active in no larger share of rows is sparse
 COLUMNS = 16  # concepts copied at a time: one cache line of float32, so each row is read once
 
 
@@ -64,7 +65,9 @@ class Causal(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The n rows that activate a concept more than any other, the strongest first."""
+    """The n rows that activate a concept more than any other, the strongest first; of a sparse
+    concept, all rows that activate it.
+    """
 
     rows: Int[np.ndarray, " n"]
     activations: Float[np.ndarray, " n"]
@@ -229,7 +232,14 @@ def _columns(
 
 
 def _own(activations: Float[np.ndarray, " N"], own: Bool[np.ndarray, " N"]) -> Own:
-    rows = np.flatnonzero(own & (activations > 0))
+    """Returns the rows whose pictures a click shows.
+
+    A dense concept is active nearly everywhere: its own rows are those that activate it most. A
+    sparse one, as of autoencoders, may be the strongest nowhere: its rows are all that activate it.
+    """
+    active = activations > 0
+    is_sparse = np.count_nonzero(active) <= SPARSE * len(active)
+    rows = np.flatnonzero(active if is_sparse else own & active)
     rows = rows[np.argsort(-activations[rows], kind="stable")]
     return Own(rows, activations[rows])
 

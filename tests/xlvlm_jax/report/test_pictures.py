@@ -7,7 +7,7 @@ import pytest
 
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import StoredSamples
-from xlvlm_jax.report.cards import own_pictures, read_section
+from xlvlm_jax.report.cards import _own, own_pictures, read_section
 from xlvlm_jax.report.pictures import choose_pictures
 from xlvlm_jax.report.thumbnails import BUDGET
 
@@ -38,6 +38,19 @@ def test_every_row_of_a_concept_has_its_picture_the_strongest_first(write_run, a
         p.image for card in shown.sections[0].cards for p in (*card.pictures, *card.more)
     }
     assert len({t.name for t in shown.thumbnails.values()}) == len(shown.thumbnails)
+
+
+def test_a_sparse_feature_has_all_rows_that_activate_it():
+    """It is the strongest nowhere; a dense concept has its own rows alone."""
+    sparse, dense, own = np.zeros(40, np.float32), np.ones(40, np.float32), np.zeros(40, bool)
+    sparse[3:11] = [1, 2, 3, 4, 8, 7, 6, 5]
+    own[[5, 20]] = True
+    found = _own(sparse, own)
+    assert found.rows.tolist() == [7, 8, 9, 10, 6, 5, 4, 3]
+    assert found.activations.tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert _own(dense, own).rows.tolist() == [5, 20]
+    sparse[11] = 1  # more than a fifth
+    assert _own(sparse, own).rows.tolist() == [5]
 
 
 def test_the_rest_of_the_budget_goes_to_each_concept_in_turn(write_run, activations):
