@@ -67,7 +67,8 @@ def decompose(
         Path | None,
         typer.Option(
             help="Encode the states with this sparse autoencoder (a directory of SAELens, Gemma "
-            "Scope or dictionary_learning, or a file of Qwen-Scope) instead of learning concepts."
+            "Scope or dictionary_learning, or a file of Qwen-Scope or overcomplete) instead of "
+            "learning concepts."
         ),
     ] = None,
     target: Annotated[

@@ -1,7 +1,7 @@
 """Sparse autoencoders: dictionaries of thousands of features, from the files of any trainer.
 
-`dictionary` holds what is computed, `saelens`, `scopes` and `dictionary_learning` read the files,
-`sharing` says what the two sources of a crosscoder share.
+`dictionary` holds what is computed, `saelens`, `scopes`, `dictionary_learning` and `overcomplete`
+read the files, `sharing` says what the two sources of a crosscoder share.
 
 Examples:
     >>> import numpy as np

@@ -56,6 +56,7 @@ METHODS = {
     "batchtopk_crosscoder": "batchtopk-crosscoder",
 }
 NORMALISERS = ("none", "layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
+OF_TEMPORAL = ("constant_scalar_rescale",)
 # Scaling that is folded into the weights, so that it does nothing when the SAE runs.
 FOLDED = ("expected_average_only_in", "covariance_whitening")
 LAYER_NORM_EPS = 1e-5
@@ -76,6 +77,8 @@ class Settings:
         residual_threshold: norm of the residual below which matching pursuit ends a row.
         max_iterations: most atoms of matching pursuit; None for D.
         stop_on_duplicate_support: whether matching pursuit ends at a repeated choice.
+        signed: whether matching pursuit takes the atom of largest product even if that is negative,
+            as overcomplete does; SAELens then takes none.
         num_heads: attention heads of temporal.
         tied_weights: whether temporal encodes with the decoder.
         scale: factor of "constant_scalar_rescale".
@@ -92,6 +95,7 @@ class Settings:
     residual_threshold: float = 1e-2
     max_iterations: int | None = None
     stop_on_duplicate_support: bool = True
+    signed: bool = False
     num_heads: int = 8
     tied_weights: bool = True
     scale: float = 1.0
@@ -418,11 +422,14 @@ def _matching_pursuit(dictionary: Dictionary, x: Array) -> Array:
     most = D if settings.max_iterations is None else settings.max_iterations
     rows = x.reshape(-1, D)
 
+    def positive(values: Array) -> Array:
+        return values if settings.signed else jax.nn.relu(values)
+
     def choose(_: Any, state: tuple) -> tuple:
         residual, codes, done = state
-        chosen = jax.nn.relu(matmul(residual, atoms.T)).argmax(axis=1)
+        chosen = positive(matmul(residual, atoms.T)).argmax(axis=1)
         atom = atoms[chosen]
-        value = jax.nn.relu((residual * atom).sum(axis=1))
+        value = positive((residual * atom).sum(axis=1))
         value = jnp.where(done, 0, value).astype(codes.dtype)
         support = codes != 0
         codes = codes.at[jnp.arange(len(codes)), chosen].add(value)
@@ -561,6 +568,11 @@ def check(params: Mapping[str, Any], settings: Settings) -> None:
         raise ValueError(
             f"normalize_activations is {settings.normalize_activations!r}; expected one of "
             f"{', '.join((*NORMALISERS, *FOLDED))}"
+        )
+    if settings.normalize_activations in OF_TEMPORAL and settings.architecture != "temporal":
+        raise ValueError(
+            f"normalize_activations is {settings.normalize_activations!r}, which only architecture "
+            f"'temporal' has, not {settings.architecture!r}; expected another"
         )
     if "W_dec" not in params or np.ndim(params["W_dec"]) != 2:
         raise ValueError(f"there is no matrix W_dec among {', '.join(sorted(params)) or 'nothing'}")

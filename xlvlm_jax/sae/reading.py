@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from xlvlm_jax.sae import dictionary_learning, saelens, scopes
+from xlvlm_jax.sae import dictionary_learning, overcomplete, saelens, scopes
 from xlvlm_jax.sae.dictionary import Dictionary
 
 _READERS: dict[tuple[str, ...], Callable[[Path, str | None], Dictionary]] = {
@@ -23,8 +23,9 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
     Args:
         path: a directory of SAELens (cfg.json, sae_weights.safetensors; those that `save` writes
             too), of Gemma Scope 2 (params.safetensors) or the first (params.npz), of
-            dictionary_learning (ae.pt, config.json), or a file of Qwen-Scope (layerN.sae.pt) in its
-            folder.
+            dictionary_learning (ae.pt, config.json), a file of Qwen-Scope (layerN.sae.pt) in its
+            folder, or one of overcomplete (.pt or .pth): a model, or a state dict with its class
+            and k in a JSON file of the same name, such as {"class": "TopKSAE", "top_k": 32}.
         dtype: "float32", "bfloat16" or "float16"; None for the dtype that cfg.json names, as in
             SAELens, and float32 for the others.
 
@@ -48,6 +49,8 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
     place = Path(path)
     if place.is_file() and scopes.is_qwen(place):
         return scopes.read_qwen(place, dtype)
+    if place.is_file() and place.suffix in overcomplete.SUFFIXES:
+        return overcomplete.read(place, dtype)
     if place.is_dir():
         for names, read in _READERS.items():
             if all((place / name).is_file() for name in names):
@@ -55,7 +58,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
     expected = (
         f"{saelens.CONFIG} and {saelens.WEIGHTS} (SAELens), {scopes.PARAMS} or {scopes.OLD_PARAMS} "
         f"(Gemma Scope), {dictionary_learning.WEIGHTS} and {dictionary_learning.CONFIG} "
-        "(dictionary_learning), or a file layerN.sae.pt (Qwen-Scope)"
+        "(dictionary_learning), or a file layerN.sae.pt (Qwen-Scope), .pt or .pth (overcomplete)"
     )
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist; expected a folder with {expected}")

@@ -168,6 +168,7 @@ def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Pa
             residual_threshold=float(values.get("residual_threshold", 1e-2)),
             max_iterations=None if limit is None else int(limit),
             stop_on_duplicate_support=bool(values.get("stop_on_duplicate_support", True)),
+            signed=bool(values.get("signed", False)),
         )
     if architecture == "temporal":
         k = values.get("kval_topk") if values.get("sae_diff_type", "topk") == "topk" else None
@@ -236,6 +237,8 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
             name: getattr(settings, name)
             for name in ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
         }
+        if settings.signed:
+            values["signed"] = True  # SAELens ignores it, as it does all keys that it lacks
     if architecture == "temporal":
         layers = [name for name in params if name.endswith(".k_ctx.weight")]
         values |= {

@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 import xlvlm_jax
 from xlvlm_jax import Concepts, Features, sae
@@ -463,6 +465,74 @@ class TestCommand:
         )
         status, _, errors = xlvlm("decompose", features.path, *where, "--overwrite", "--k", 3)
         assert status == 2 and "has no option k; omit them" in " ".join(errors.split())
+
+    def test_what_is_refused(self, xlvlm, features, tmp_path, concepts, monkeypatch):
+        """One line each, and nothing is written."""
+
+        def refused(message, *arguments):
+            where = (features.path, "--output", tmp_path / "c")
+            status, out, errors = xlvlm("decompose", *where, *arguments)
+            assert (status, out) == (2, "") and message in " ".join(errors.split())
+            assert "Traceback" not in errors and not (tmp_path / "c").exists()
+
+        def stored(name, **changes):
+            sae.save(concepts.dictionary, tmp_path / name)
+            file = tmp_path / name / "cfg.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+            return "--dictionary", tmp_path / name
+
+        learnt = ("--method", "topk-sae", "--num-concepts", 8)
+        refused("k=9 is larger than num_concepts=8, the number of features", *learnt, "--k", 9)
+        refused("k is 9; expected 1 to the 8 features", *stored("k", k=9))
+        refused(
+            "architecture is 'stacked'; expected one of standard, ",
+            *stored("a", architecture="stacked"),
+        )
+        nan = dict(concepts.dictionary.params)
+        nan = {name: np.asarray(value) for name, value in nan.items()}
+        nan["b_enc"] = np.full(8, np.nan, np.float32)
+        given = stored("nan")
+        save_file(nan, tmp_path / "nan" / "sae_weights.safetensors")
+        refused("b_enc has values that are not finite", *given)
+        params = {
+            "W_enc": np.eye(5),
+            "W_dec": np.eye(5),
+            "b_enc": np.zeros(5),
+            "b_dec": np.zeros(5),
+        }
+        narrow = sae.Dictionary.of(params, sae.Settings("standard"))
+        sae.save(narrow, tmp_path / "narrow")
+        refused("Z has 6 columns but the concepts have 5", "--dictionary", tmp_path / "narrow")
+        monkeypatch.setattr(autoencoders, "SAVE_EVERY", 2)
+
+        def kill(at):
+            raise KeyboardInterrupt
+
+        other = write(tmp_path / "other", Z + 1)
+        with pytest.raises(KeyboardInterrupt):
+            decompose_features(
+                other, tmp_path / "c", 8, "topk-sae", progress=kill, verbose=5, **SHORT
+            )
+        short = ("--k", 2, "--max-iter", 8, "--batch-size", 32)
+        refused("the rows changed since the checkpoint in", *learnt, *short)
+
+    @pytest.mark.parametrize(
+        ("site", "D", "message"),
+        [
+            ("blocks.90.hook_resid_post", 192, "no site matches 'blocks.90.hook_resid_post'; near"),
+            ("layers.3", 6, "Z has 192 columns but the concepts have 6; project states from the"),
+        ],
+    )
+    def test_sites_that_the_model_does_not_have(self, xlvlm, tmp_path, site, D, message):
+        params = {"W_enc": np.eye(D), "W_dec": np.eye(D), "b_enc": np.zeros(D)}
+        params["b_dec"] = np.zeros(D)
+        made = sae.Dictionary.of(params, sae.Settings("standard"), site)
+        Concepts.from_dictionary(made).save(tmp_path / "c")
+        Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+        where = (tmp_path / "a.png", "--concepts", tmp_path / "c")
+        status, _, errors = xlvlm("map", "embedded", *where, "--output", tmp_path / "m.html")
+        assert status == 2 and message in " ".join(errors.split()), errors
+        assert not (tmp_path / "m.html").exists()
 
     def test_dry_run(self, xlvlm, features, tmp_path):
         where = ("--output", tmp_path / "c", "--method", "topk-sae", "--dry-run")

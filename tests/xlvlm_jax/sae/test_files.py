@@ -265,9 +265,14 @@ class TestCrosscoders:
             sae.whose(self.crosscoder(), 0.7)
 
 
+RESCALE = ("rescale_acts_by_decoder_norm",)
+OLD = {"metadata": {"sae_lens_version": "5.9.1"}}
+
+
 def changed(tmp_path, name="standard", config=None, tensors=None, without=()):
     """Returns a copy of a directory with other values."""
     folder = tmp_path / "changed"
+    folder.parent.mkdir(exist_ok=True)
     shutil.copytree(DATA / name, folder)
     values = json.loads((folder / "cfg.json").read_text()) | (config or {})
     values = {key: value for key, value in values.items() if key not in without}
@@ -289,15 +294,142 @@ class TestMissingKeys:
         with pytest.raises(ValueError, match="k is 100; expected 1 to the 8 features"):
             sae.load(changed(tmp_path, "topk", without=("k",)))
 
+    @pytest.mark.parametrize(
+        ("name", "key", "value"),
+        [("topk-rescaled", "rescale_acts_by_decoder_norm", False), ("transcoder", "d_out", 5)],
+    )
+    def test_other_defaults(self, tmp_path, expected, name, key, value):
+        """SAELens' default d_out is 768; the tensors say what it is."""
+        without = sae.load(changed(tmp_path, name, without=(key,)))
+        given = sae.load(changed(tmp_path / "given", name, {key: value}))
+        codes = given.encode(expected["states"])
+        np.testing.assert_array_equal(without.encode(expected["states"]), codes)
+
+    def test_codes_of_a_batch_are_in_units_of_the_decoder(self, tmp_path, expected):
+        """As trained, where the default is the other one."""
+        without = changed(tmp_path, "batchtopk-as-trained", None, None, RESCALE)
+        codes = expected["batchtopk-for-use.codes"]
+        found = sae.load(without).encode(expected["states"])
+        np.testing.assert_allclose(found, codes, rtol=0, atol=1e-5 * codes.max())
+
+    def test_unknown_keys_are_ignored(self, tmp_path, expected):
+        found = sae.load(changed(tmp_path, config={"a_key": {"of": "tomorrow"}}))
+        codes = expected["standard.codes"]
+        np.testing.assert_allclose(
+            found.encode(expected["states"]), codes, rtol=0, atol=1e-5 * codes.max()
+        )
+
     def test_a_scaling_factor_of_ones_is_dropped(self, tmp_path, expected):
         ones = {"scaling_factor": np.ones(8, np.float32)}
         codes = sae.load(changed(tmp_path, tensors=ones)).encode(expected["states"])
         np.testing.assert_allclose(codes, expected["standard.codes"], atol=1e-5 * codes.max())
 
 
+class TestAges:
+    def test_the_old_name_of_the_site(self):
+        assert sae.load(DATA / "old-standard").site == "blocks.1.hook"
+
+    @pytest.mark.parametrize(
+        ("version", "architecture"),
+        [("6.0.0rc0", "standard"), ("5.10.2", "topk"), ("4.0", "topk"), (None, "topk")],
+    )
+    def test_where_the_new_form_begins(self, tmp_path, version, architecture):
+        """An activation of topk counts in the old form alone, whatever its architecture says."""
+        old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
+        config = {**old, "metadata": {"sae_lens_version": version}}
+        found = sae.load(changed(tmp_path, config=config)).settings
+        assert found.architecture == architecture
+        at_the_top = {**old, "sae_lens_version": version, "metadata": {}}
+        again = sae.load(changed(tmp_path / "top", config=at_the_top)).settings
+        assert again == found
+
+    @pytest.mark.parametrize(
+        ("given", "meant"),
+        [(False, "none"), (None, "none"), (True, "none"), ("layer_norm", "layer_norm")],
+    )
+    def test_normalisers_of_the_old_form(self, tmp_path, given, meant):
+        """True is the scaling that does nothing when it runs."""
+        found = sae.load(changed(tmp_path, config={**OLD, "normalize_activations": given}))
+        assert found.settings.normalize_activations == meant
+
+
+class TestByHand:
+    """What random dictionaries may not meet."""
+
+    def made(self, architecture, b_enc=(0, 0), settings=None, **more):
+        params = {"W_enc": np.eye(2), "W_dec": np.eye(2), "b_enc": b_enc, "b_dec": [0, 0], **more}
+        return sae.Dictionary.of(params, sae.Settings(architecture, **(settings or {})))
+
+    def test_jumprelu(self):
+        """A value at its threshold is off; below a negative one nothing negative passes."""
+        found = self.made("jumprelu", threshold=[1, -2])
+        assert found.encode(np.float32([[1, -1], [1.5, 0.5]])).tolist() == [[0, 0], [1.5, 0.5]]
+
+    def test_topk_has_fewer_codes_where_fewer_are_positive(self):
+        found = self.made("topk", settings={"k": 2})
+        assert found.encode(np.float32([[3, -1], [-2, -1]])).tolist() == [[3, 0], [0, 0]]
+
+    def test_abstopk_keeps_the_sign(self):
+        found = self.made("abstopk", settings={"k": 1})
+        assert found.encode(np.float32([[3, -4], [2, -1]])).tolist() == [[0, -4], [2, 0]]
+
+    def test_layer_norm_adds_its_epsilon_to_the_deviation(self):
+        found = self.made("standard", settings={"normalize_activations": "layer_norm"})
+        x = np.float32([[3e-5, 1e-5]])  # whose deviation of n - 1 is 2e-5 / sqrt 2
+        deviation = 2e-5 / 2**0.5
+        expected = np.maximum((x - 2e-5) / (deviation + 1e-5), 0)
+        np.testing.assert_allclose(found.encode(x), expected, rtol=1e-3)
+        back = expected * deviation + 2e-5  # without it
+        np.testing.assert_allclose(found.reconstruct(x), back, rtol=1e-3)
+
+    def test_a_row_of_zeros_has_no_constant_norm(self):
+        found = self.made("standard", settings={"normalize_activations": "constant_norm_rescale"})
+        codes = np.asarray(found.encode(np.float32([[0, 0], [3, 4]])))
+        assert np.isnan(codes[0]).all()
+        np.testing.assert_allclose(codes[1], np.float32([3, 4]) * 2**0.5 / 5, rtol=1e-6)
+
+    def test_pursuit_gives_a_row_below_the_threshold_one_code(self):
+        settings = sae.Settings("matching_pursuit", residual_threshold=10.0)
+        found = sae.Dictionary.of({"W_dec": np.eye(2), "b_dec": [0, 0]}, settings)
+        assert found.encode(np.float32([[2, 1]])).tolist() == [[2, 0]]
+
+    def test_a_skip_connection_takes_the_states_as_they_are(self):
+        dictionary = sae.load(DATA / "skip-transcoder")
+        with pytest.raises(ValueError, match="the skip connection adds a product with the input"):
+            dictionary.decode(np.zeros((1, 8)))
+
+    def test_temporal_states_have_positions(self, expected):
+        with pytest.raises(ValueError, match=r"temporal dictionary takes \[B, T, D\]"):
+            sae.load(DATA / "temporal").encode(expected["states"][0])
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
+        (
+            "jumprelu",
+            {
+                "config": {
+                    **OLD,
+                    "activation_fn_str": "topk",
+                    "activation_fn_kwargs": {"k": 2},
+                }
+            },
+            "'topk' has threshold too many",
+        ),
+        (
+            "standard",
+            {
+                "config": {"finetuning_scaling_factor": True},
+                "tensors": {"scaling_factor": np.full(8, 2.0)},
+            },
+            "factor that is not one",
+        ),
+        (
+            "standard",
+            {"config": {"normalize_activations": "constant_scalar_rescale"}},
+            "'constant_scalar_rescale', which only architecture 'temporal' has, not 'standard'",
+        ),
         (
             "standard",
             {"config": {"architecture": "stacked"}},

@@ -36,13 +36,18 @@ class Function:
 
 
 class Opaque(Buildable):
-    """An object of a class that is not known, and its class: nothing of it is read or run."""
+    """An object of a class that is not known: its class's name, and its state as plain values.
+
+    Nothing of the class is run.
+    """
 
     def __init__(self, name: str):
         self.name = name
+        self.state: Any = None
 
     def build(self, state: Any) -> None:
-        """Takes no state."""
+        """Takes the state, such as the dict of an object's attributes."""
+        self.state = state
 
 
 _MARK = object()
