@@ -2,6 +2,7 @@
 
     known_pictures   pictures, what they show, and a model's states on them
     dictionaries     learnt here by a method's name, or read from the files of any tool
+    sparsity         the same number of active concepts for all
     measures         names, ranges, and which direction is better
     scoring          the scores of one dictionary
     ranking          places, and whether they hold over seeds

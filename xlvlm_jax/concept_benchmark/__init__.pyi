@@ -15,6 +15,7 @@ from xlvlm_jax.concept_benchmark.known_pictures import (
 from xlvlm_jax.concept_benchmark.measures import MEASURES, Measure
 from xlvlm_jax.concept_benchmark.ranking import agreement, rank
 from xlvlm_jax.concept_benchmark.scoring import Ground, Scores, prepare_ground, score_dictionary
+from xlvlm_jax.concept_benchmark.sparsity import with_mean_l0
 from xlvlm_jax.concept_benchmark.stage import Benchmark, Line, Settings, run_benchmark
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "read",
     "run_benchmark",
     "score_dictionary",
+    "with_mean_l0",
 ]

@@ -41,6 +41,11 @@ class Pictures(NamedTuple):
     area: Int[np.ndarray, "N C"]  # all pixels of it
     in_box: Bool[np.ndarray, "N C"]  # whether its middle lies in the box of an object
 
+    @property
+    def states(self) -> Float[np.ndarray, "M D"]:
+        """All states: those of the image tokens, picture by picture, then those of captions."""
+        return np.concatenate([self.cells.reshape(-1, self.cells.shape[-1]), self.said])
+
 
 class KnownPictures(NamedTuple):
     """What dictionaries of one site are learnt from and scored on."""

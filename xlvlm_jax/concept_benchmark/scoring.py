@@ -1,7 +1,8 @@
 """Scores one dictionary on pictures whose contents are known.
 
 A picture's code is the mean over its rows: image tokens, and states that predict its caption, both
-halves alike. Probes and choices are made on some pictures ("fit"), and scored on others ("test").
+halves alike. Probes and choices are made on some pictures ("fit") and scored on others ("test"),
+and the other way round; a score is the mean of both, which depends less on the pictures drawn.
 
 N pictures, C cells of a picture, M rows, K concepts, D width, V values of attributes.
 """
@@ -78,12 +79,24 @@ class Ground(NamedTuple):
     tasks: list[Task]
     fit: Truth
     test: Truth
-    probes: list[Probe]  # on the model's own states, one per task
+    probes: list[Probe]  # on the model's own states of "fit", one per task
+    test_probes: list[Probe]  # the same of "test"
     probe_accuracy: float  # their mean balanced accuracy
     vlm: VLM
     spliced: Questions  # all image tokens and predicting positions
     edited: Questions  # predicting positions
     vocabulary: Vocabulary  # of all words of captions
+
+    def swapped(self) -> "Ground":
+        """Returns the ground with "fit" and "test" exchanged."""
+        pictures = self.pictures
+        return self._replace(
+            pictures=pictures._replace(fit=pictures.test, test=pictures.fit),
+            fit=self.test,
+            test=self.fit,
+            probes=self.test_probes,
+            test_probes=self.probes,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +149,12 @@ def prepare_ground(pictures: KnownPictures, vlm: VLM, *, num_asked: int = ASKED)
     tasks = [task for task, told in zip(every, can, strict=True) if told]
     fit_truth, test_truth = (truth_of(part.attributes, tasks) for part in (fit, test))
     fit_states, test_states = (pooled(part.cells, part.said, part.picture) for part in (fit, test))
-    probes, accuracies = [], []
-    for j in range(len(tasks)):
-        here, there = fit_truth.known[:, j], test_truth.known[:, j]
-        probe = fit_probe(fit_states[here], fit_truth.positive[here, j])
-        said = probe.says(test_states[there])
-        accuracies.append(balanced_accuracy(test_truth.positive[there, j], said))
-        probes.append(probe)
+    probes = _probes(fit_states, fit_truth)
+    test_probes = _probes(test_states, test_truth)
+    accuracies = [
+        *_accuracies(probes, test_states, test_truth),
+        *_accuracies(test_probes, fit_states, fit_truth),
+    ]
     spliced, edited = _questions(pictures, vlm, num_asked)
     vocabulary = vocabulary_of([sorted(caption_words())], vlm.tokenizer, vlm.sizes.text.vocab_size)
     return Ground(
@@ -151,12 +163,29 @@ def prepare_ground(pictures: KnownPictures, vlm: VLM, *, num_asked: int = ASKED)
         fit_truth,
         test_truth,
         probes,
+        test_probes,
         float(np.mean(accuracies)),
         vlm,
         spliced,
         edited,
         vocabulary,
     )
+
+
+def _probes(states: Float[np.ndarray, "N D"], truth: Truth) -> list[Probe]:
+    return [
+        fit_probe(states[known], positive[known])
+        for known, positive in zip(truth.known.T, truth.positive.T, strict=True)
+    ]
+
+
+def _accuracies(
+    probes: Sequence[Probe], states: Float[np.ndarray, "N D"], truth: Truth
+) -> list[float]:
+    return [
+        balanced_accuracy(positive[known], probe.says(states[known]))
+        for probe, known, positive in zip(probes, truth.known.T, truth.positive.T, strict=True)
+    ]
 
 
 def _questions(pictures: KnownPictures, vlm: VLM, count: int) -> tuple[Questions, Questions]:
@@ -219,8 +248,8 @@ def encode(
     Args:
         concepts: the dictionary.
         rows: float[M, D].
-        kept: of methods other than sparse autoencoders, how many codes of largest size each row
-            keeps; None for all.
+        kept: of methods other than sparse autoencoders and snmf, how many codes of largest size
+            each row keeps; None for all.
 
     Raises:
         ValueError: as for `project`.
@@ -229,7 +258,8 @@ def encode(
     size = ENCODED if concepts.dictionary is None else max(len(rows), 1)
     parts = [project(rows[at : at + size], concepts) for at in range(0, len(rows), size)]
     codes = np.concatenate([np.asarray(part, np.float32) for part in parts])
-    if kept is None or concepts.dictionary is not None or kept >= codes.shape[1]:
+    how = method_named(concepts.method)
+    if kept is None or how.has_encoder or how.is_sparse or kept >= codes.shape[1]:
         return codes
     left = np.argpartition(-np.abs(codes), kept, axis=1)[:, kept:]
     np.put_along_axis(codes, left, 0, axis=1)
@@ -254,8 +284,8 @@ def coefficients_of(
 
 
 def _coded(concepts: Concepts, part: Pictures, kept: int | None) -> Coded:
-    N, C, D = part.cells.shape
-    flat = encode(concepts, np.concatenate([part.cells.reshape(-1, D), part.said]), kept)
+    N, C, _ = part.cells.shape
+    flat = encode(concepts, part.states, kept)
     split = N * C
 
     def apart(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,26 +325,14 @@ def score_dictionary(
     fit, test = (_coded(concepts, part, kept) for part in (pictures.fit, pictures.test))
     values = _fidelity(concepts, ground, fit, test, kept)
     nulls: dict[str, float] = {}
-    for found in (
-        _probing(ground, fit, test),
-        _perturbation(concepts, ground, fit, test),
-        _localisation(ground, fit, test),
-    ):
-        values |= found
+    values |= _both_ways(concepts, ground, fit, test)
     alike = metrics.monosemanticity(test.picture, pictures.embeddings)
     values["monosemanticity"] = _mean(np.asarray(alike))
     nulls["monosemanticity"] = float(metrics.mean_similarity(pictures.embeddings))
     told = _information(ground, fit, test)
     values |= told.values
     nulls |= told.nulls
-    best = [
-        int(separation(fit.picture[known], positive[known]).argmax())
-        for known, positive in zip(ground.fit.known.T, ground.fit.positive.T, strict=True)
-    ]
-    named = metrics.naming_accuracy(
-        list(concepts.words or ()), np.array(best), [_names_of(task) for task in ground.tasks]
-    )
-    values["naming"], nulls["naming"] = named
+    nulls["naming"] = values.pop("shuffled")
     values["causal"], nulls["causal"] = _causal(concepts, ground)
     return Scores(
         name=name or concepts.method,
@@ -326,6 +344,29 @@ def score_dictionary(
         best_concept=told.best_concept,
         best_attribute=told.best_attribute,
     )
+
+
+def _both_ways(concepts: Concepts, ground: Ground, fit: Coded, test: Coded) -> dict[str, float]:
+    """Returns the measures that choose concepts on some pictures and score them on others."""
+    found = [
+        _probing(way, chosen, tested)
+        | _perturbation(concepts, way, chosen, tested)
+        | _localisation(way, chosen, tested)
+        | _naming(concepts, way, chosen)
+        for way, chosen, tested in ((ground, fit, test), (ground.swapped(), test, fit))
+    ]
+    return {name: _mean(np.array([each[name] for each in found])) for name in found[0]}
+
+
+def _naming(concepts: Concepts, ground: Ground, fit: Coded) -> dict[str, float]:
+    best = [
+        int(separation(fit.picture[known], positive[known]).argmax())
+        for known, positive in zip(ground.fit.known.T, ground.fit.positive.T, strict=True)
+    ]
+    named = metrics.naming_accuracy(
+        list(concepts.words or ()), np.array(best), [_names_of(task) for task in ground.tasks]
+    )
+    return {"naming": named.accuracy, "shuffled": named.shuffled}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -343,8 +384,7 @@ def _fidelity(
 ) -> dict[str, float]:
     pictures = ground.pictures
     K = len(concepts.components)
-    rows = [pictures.test.cells.reshape(-1, pictures.rows.shape[1]), pictures.test.said]
-    states = np.concatenate(rows)
+    states = pictures.test.states
     codes = np.concatenate([test.cells.reshape(-1, K), test.said])
     alive = (codes != 0).any(axis=0) | (fit.picture != 0).any(axis=0)
     losses = spliced_losses(

@@ -28,6 +28,7 @@ from xlvlm_jax.concept_benchmark.dictionaries import (
 from xlvlm_jax.concept_benchmark.measures import MEASURES, RANKED
 from xlvlm_jax.concept_benchmark.ranking import agreement, rank
 from xlvlm_jax.concept_benchmark.scoring import ASKED, Scores, prepare_ground, score_dictionary
+from xlvlm_jax.concept_benchmark.sparsity import with_mean_l0
 from xlvlm_jax.concepts.record import TENSORS, Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data import files
@@ -37,6 +38,7 @@ from xlvlm_jax.storage.same_model import model_of
 FILE, TABLE = "benchmark.json", "leaderboard.md"
 SCORES = "known-scores.json"
 METHODS = ("snmf", "kmeans", "pca", "topk-sae", "random")
+PROTOCOL = 2  # raised where the same settings mean other dictionaries or measures
 
 
 class Settings(NamedTuple):
@@ -138,6 +140,8 @@ def run_benchmark(
             if entry.method is None:
                 dictionaries = given[entry.name]
                 concepts = dictionaries[min(number, len(dictionaries) - 1)]
+                if concepts.dictionary is None:  # those with an encoder come as they are
+                    concepts = with_mean_l0(concepts, pictures.fit.states, settings.k)
             else:
                 concepts = _learnt(place, entry.method, pictures, vlm, settings)
             described = _described(concepts, settings, vlm, seed)
@@ -175,6 +179,7 @@ def _learnt(
     """Returns the dictionary that a directory holds; learns it if there is none or another."""
     asked = {
         "entry": method,
+        "protocol": PROTOCOL,
         "site": pictures.site,
         "seed": pictures.seed,
         "pictures": list(settings.counts),
@@ -187,6 +192,7 @@ def _learnt(
         if all(known.source.get(name) == value for name, value in asked.items()):
             return known
     made = learn(method, pictures.rows, settings.num_concepts, settings.k, seed=pictures.seed)
+    made = with_mean_l0(made, pictures.fit.states, settings.k)
     concepts = dataclasses.replace(made, activations=None, source=made.source | asked)
     concepts.save(place)
     return Concepts.load(place)
@@ -199,7 +205,7 @@ def _settings(settings: Settings, seeds: Sequence[int], vlm: VLM) -> dict[str, A
 def _described(concepts: Concepts, settings: Settings, vlm: VLM, seed: int) -> dict[str, Any]:
     """Returns what scores depend on, as JSON values."""
     described = _settings(settings, [seed], vlm) | {"words": concepts.words}
-    described |= {"version": versions.VERSION, "of": digest_of(concepts)}
+    described |= {"version": versions.VERSION, "protocol": PROTOCOL, "of": digest_of(concepts)}
     return json.loads(json.dumps(described))
 
 
