@@ -87,10 +87,11 @@ def test_every_measure_is_in_its_range(ground, scored):
 def test_known_words_name_and_cause(ground, supervised, scored):
     known, random = (scores.values for scores in scored)
     assert known["naming"] > random["naming"]
-    # Chosen on the pictures that the concepts were made of.
+    # Chosen on the pictures that the concepts were made of, each names its value.
     fit = scoring._coded(supervised, ground.pictures.fit, 4)
     named = scoring._naming(supervised, ground, fit)["naming"]
-    assert named > random["naming"] + 0.2 and named > scored[0].nulls["naming"] + 0.2
+    assert named == pytest.approx(K / len(ground.tasks)) and named > random["naming"]
+    assert named > scored[0].nulls["naming"] + 0.2
     assert known["causal"] > scored[0].nulls["causal"]
     assert ground.probe_accuracy > 0.7
 
