@@ -149,7 +149,7 @@ def _notes(vlm: VLM, devices: int) -> tuple[str, ...]:
             what = "" if path == vlm.module.decoder_path else f" of {'.'.join(path)}"
             notes.append(
                 f"key-value heads{what}: {count} can't be divided evenly over {devices} devices; "
-                "their cache, and their projections unless fused with the queries', are replicated"
+                "their cache and their projections are replicated"
             )
     for what, count, then in (
         ("query heads", text.num_heads, "every device computes attention for all of them"),

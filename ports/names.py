@@ -2,11 +2,18 @@
 
 Modules are named as in the checkpoints: the Flax path ("language_model", "model", "layers_19") is
 "language_model.model.layers.19", and its parameter "kernel" is that name with ".weight".
+
+A linear layer that is fused in the checkpoints, such as query, key and value in one, has a kernel
+and a bias per part, so that each part can be divided among devices by itself (`layers.fused`):
+("blocks_0", "attn", "qkv", "key", "kernel") is a part of "blocks.0.attn.qkv.weight".
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
+Path = tuple[str, ...]
+T = TypeVar("T")
 Rename = Callable[[str], str | None]
 _LEAVES = {
     "kernel": "weight",
@@ -16,6 +23,8 @@ _LEAVES = {
 }
 # Containers of numbered blocks. Other names may end in a number too (linear_1, layer_norm2).
 _CONTAINERS = {"layer", "layers", "blocks"}
+# Fused linear layers -> their parts, in the order of the stored rows.
+_FUSED: dict[str, Path] = {}
 _NUMBER = re.compile(r"^(.+)_(\d+)$")
 
 
@@ -24,8 +33,50 @@ def number(*containers: str) -> None:
     _CONTAINERS.update(containers)
 
 
-def tensor_name(path: tuple[str, ...]) -> str:
-    """Returns the checkpoint name of the parameter at a Flax path."""
+def fuse(layer: str, *parts: str) -> None:
+    """Registers a linear layer that is one in checkpoints and has a kernel per part here.
+
+    Args:
+        layer: its name.
+        *parts: names of its parts, in the order of the rows of the stored weight.
+    """
+    _FUSED[layer] = parts
+
+
+def parts_of(layer: str) -> Path:
+    """Returns the parts of a fused layer, in the order of the stored rows; none of any other."""
+    return _FUSED.get(layer, ())
+
+
+def stored_path(path: Path) -> Path:
+    """Returns a parameter's path without the part of a fused layer: that of the stored tensor."""
+    is_part = len(path) > 2 and path[-2] in parts_of(path[-3])
+    return (*path[:-2], path[-1]) if is_part else path
+
+
+def by_tensor(parameters: Mapping[Path, T]) -> dict[Path, dict[Path, T]]:
+    """Groups parameters that are stored in one tensor.
+
+    Args:
+        parameters: Flax path -> anything.
+
+    Returns:
+        Path of the tensor (`stored_path`) -> its parameters, in the order of the stored rows. All
+        but the parts of fused layers have a tensor of their own.
+    """
+    found: dict[Path, dict[Path, T]] = {}
+    for path, value in parameters.items():
+        found.setdefault(stored_path(path), {})[path] = value
+    for path, group in found.items():
+        if len(group) > 1:
+            order = parts_of(path[-2])
+            found[path] = dict(sorted(group.items(), key=lambda item: order.index(item[0][-2])))
+    return found
+
+
+def tensor_name(path: Path) -> str:
+    """Returns the checkpoint name of the tensor that holds the parameter at a Flax path."""
+    path = stored_path(path)
     return site_name((*path[:-1], _LEAVES.get(path[-1], path[-1])))
 
 

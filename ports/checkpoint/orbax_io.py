@@ -7,18 +7,20 @@ In addition to config.json and the processor's files, the model's directory then
                  checkpoint that was converted
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
 from ports.messages import few
+from ports.names import by_tensor
 
 FORMAT, VERSION = "ports parameters", 1
 PARAMS, RECORD = "params", "params.json"
@@ -107,25 +109,62 @@ def restore(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict |
     where = directory.absolute() / PARAMS
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda leaf: first, abstract) if shardings is None else shardings
-    arguments = jax.tree.map(
-        lambda leaf, sharding: ocp.ArrayRestoreArgs(
-            dtype=dtype, sharding=sharding, global_shape=leaf.shape
-        ),
-        abstract,
-        shardings,
-    )
+    placed = _flat(shardings)
+    wanted = {path: _Wanted(tuple(x.shape), placed[path]) for path, x in _flat(abstract).items()}
     found = shapes(directory)
-    wanted = {path: tuple(leaf.shape) for path, leaf in _flat(abstract).items()}
-    if found != wanted:
-        wrong = sorted({path for path, _ in set(found.items()) ^ set(wanted.items())})
+    # Version 0.1.0 wrote fused layers whole.
+    groups = {path: parts for path, parts in by_tensor(wanted).items() if len(parts) > 1}
+    split = {path: parts for path, parts in groups.items() if path in found}
+    for path, parts in split.items():
+        wanted = {name: each for name, each in wanted.items() if name not in parts}
+        wanted[path] = _whole(list(parts.values()))
+    expected = {path: each.shape for path, each in wanted.items()}
+    if found != expected:
+        wrong = sorted({path for path, _ in set(found.items()) ^ set(expected.items())})
         raise ValueError(
             f"{where} does not hold this model's parameters; missing, unexpected or wrong shape: "
             f"{few('.'.join(path) for path in wrong)}; convert the checkpoint again"
         )
+    tree = {path: jax.ShapeDtypeStruct(each.shape, dtype) for path, each in wanted.items()}
+    arguments = {
+        path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=each.sharding, global_shape=each.shape)
+        for path, each in wanted.items()
+    }
     with _quiet(), ocp.Checkpointer(_handler()) as checkpointer, _one_line(where):
-        return checkpointer.restore(
-            where, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+        restored = checkpointer.restore(
+            where,
+            args=ocp.args.PyTreeRestore(
+                traverse_util.unflatten_dict(tree),
+                restore_args=traverse_util.unflatten_dict(arguments),
+            ),
         )
+    flat = _flat(restored)
+    for path, parts in split.items():
+        flat |= zip(parts, _split(flat.pop(path), list(parts.values())), strict=True)
+    return traverse_util.unflatten_dict(flat)
+
+
+class _Wanted(NamedTuple):
+    """Shape and place of a parameter."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+
+
+def _whole(parts: list[_Wanted]) -> _Wanted:
+    """Returns shape and place of a fused layer's kernel or bias, from its parts."""
+    *before, _ = parts[0].shape
+    shape = (*before, sum(part.shape[-1] for part in parts))
+    # By columns if the devices divide those of all parts.
+    where = next((x for _, x in parts if x.is_fully_replicated), parts[0].sharding)
+    return _Wanted(shape, where)
+
+
+def _split(array: jax.Array, parts: list[_Wanted]) -> list[jax.Array]:
+    """Splits a fused layer's kernel or bias by columns, each part to its place."""
+    ends = tuple(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
+    places = [part.sharding for part in parts]
+    return jax.jit(lambda array: jnp.split(array, ends, axis=-1), out_shardings=places)(array)
 
 
 def shapes(directory: Path) -> dict[tuple[str, ...], tuple[int, ...]]:

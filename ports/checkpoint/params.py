@@ -7,6 +7,7 @@ and its layout from the last part of the path:
     kernel of a convolution        weight (out, in, height, width) -> (height, width, in, out)
     kernel over flattened patches  weight (out, in, time, height, width) -> the same with out last
     embedding, scale, bias, other  as stored
+Layers that are fused in checkpoints are split and joined (see `ports.names`).
 """
 
 import hashlib
@@ -21,9 +22,9 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from ports.checkpoint import orbax_io, quantised, safetensors_io
+from ports.checkpoint import fused, orbax_io, quantised, safetensors_io
 from ports.messages import few
-from ports.names import Rename, tensor_name
+from ports.names import Rename, by_tensor, tensor_name
 from ports.parallel import sharding
 
 _CHECKED_AT_ONCE = 1 << 18  # numbers; small enough for the CPU's cache
@@ -66,10 +67,14 @@ def untie(module: Any, params: dict, mesh: jax.sharding.Mesh | None) -> dict:
 
 def stored_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
     """Returns {checkpoint name: stored shape} for a tree of (abstract) parameters."""
-    return {
-        tensor_name(path): tuple(leaf.shape[axis] for axis in _stored_axes(path, leaf.ndim))
-        for path, leaf in traverse_util.flatten_dict(abstract).items()
-    }
+    shapes = {}
+    for path, parts in by_tensor(traverse_util.flatten_dict(abstract)).items():
+        leaf, *others = parts.values()
+        shape = tuple(leaf.shape[axis] for axis in _stored_axes(path, leaf.ndim))
+        if others:  # of a fused layer, whose parts are rows of what is stored
+            shape = (shape[0] + sum(part.shape[-1] for part in others), *shape[1:])
+        shapes[tensor_name(path)] = shape
+    return shapes
 
 
 def stores_own_head(directory: Path, rename: Rename, tied: Mapping[str, str]) -> bool:
@@ -186,12 +191,16 @@ def load_params(
     stored = rearrange(stored)
     names = _match(abstract, stored, rename, tied, str(directory))
     placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
-    params = {}
-    for path, name in names.items():
-        axes = _stored_axes(path, len(stored[name].shape))
-        # Wait, so that only one host copy is alive at a time.
-        value = _read(name, stored[name], axes, dtype, placed.get(path))
-        params[path] = value.block_until_ready()
+    params = dict.fromkeys(names)  # in the module's order
+    for group in by_tensor(traverse_util.flatten_dict(abstract)).values():
+        name = names[next(iter(group))]
+        widths = [leaf.shape[-1] for leaf in group.values()] if len(group) > 1 else []
+        pieces = fused.split(stored[name], *widths[:-1]) if widths else [stored[name]]
+        for path, piece in zip(group, pieces, strict=True):
+            axes = _stored_axes(path, len(piece.shape))
+            # Wait, so that only one host copy is alive at a time.
+            value = _read(name, piece, axes, dtype, placed.get(path))
+            params[path] = value.block_until_ready()
     return traverse_util.unflatten_dict(params)
 
 
@@ -287,11 +296,12 @@ def fingerprint(directory: Path) -> str:
 
 def stored_tensors(params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (checkpoint name, tensor in the stored layout) for each parameter."""
-    for path, leaf in traverse_util.flatten_dict(params).items():
-        yield (
-            tensor_name(path),
-            np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim)).astype(dtype),
-        )
+    for path, parts in by_tensor(traverse_util.flatten_dict(params)).items():
+        arrays = [
+            np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim)).astype(dtype)
+            for leaf in parts.values()
+        ]
+        yield tensor_name(path), arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def save_params(params: dict, directory: Path, *, dtype: Any = np.float32) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from ports.intervene.interception import call_intercepted
 from ports.intervene.sites import is_pattern, match_sites
 from ports.messages import few
-from ports.names import site_name, tensor_name
+from ports.names import by_tensor, site_name, tensor_name
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -121,10 +121,16 @@ def _fits_pattern(module: str, pattern: str) -> bool:
 def linear_layers(params: Any) -> dict[str, tuple[int, int]]:
     """Returns {site: (I, O)} of the linear layers in a tree of (abstract) parameters."""
     return {
-        site_name(path[:-1]): leaf.shape
-        for path, leaf in traverse_util.flatten_dict(params).items()
-        if path[-1] == "kernel" and leaf.ndim == 2
+        site_name(path[:-1]): (parts[0].shape[0], sum(part.shape[1] for part in parts))
+        for path, parts in _layers(params).items()
+        if path[-1] == "kernel" and parts[0].ndim == 2
     }
+
+
+def _layers(params: Any) -> dict[tuple[str, ...], list[Any]]:
+    """Returns {path: leaves}: one leaf, or of a fused layer those of its parts in order."""
+    grouped = by_tensor(traverse_util.flatten_dict(params))
+    return {path: list(parts.values()) for path, parts in grouped.items()}
 
 
 def mergeable_layers(params: Any) -> dict[str, tuple[int, int]]:
@@ -132,8 +138,11 @@ def mergeable_layers(params: Any) -> dict[str, tuple[int, int]]:
     embedding.
     """
     return {
-        site_name(path[:-1]): (math.prod(leaf.shape[:-1]), leaf.shape[-1])
-        for path, leaf in traverse_util.flatten_dict(params).items()
+        site_name(path[:-1]): (
+            math.prod(parts[0].shape[:-1]),
+            sum(part.shape[-1] for part in parts),
+        )
+        for path, parts in _layers(params).items()
         if path[-1] in _MERGEABLE
     }
 
@@ -217,8 +226,16 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
             down, up = adapter.factors[site]
             rows = args[0].reshape(-1, args[0].shape[-1]).astype(down.dtype)
             product = functools.partial(jnp.matmul, precision="highest")
-            change = adapter.scale[site] * product(product(rows, down), up)
-            return (y + change.reshape(y.shape)).astype(y.dtype)
+            inner = product(rows, down)
+
+            def added(y: Array, up: Array) -> Array:
+                change = adapter.scale[site] * product(inner, up)
+                return (y + change.reshape(y.shape)).astype(y.dtype)
+
+            # To each part of a fused layer by itself, as each is divided among devices by itself.
+            ends = getattr(context.module, "ends", ())
+            parts = zip(jnp.split(y, ends, axis=-1), jnp.split(up, ends, axis=-1), strict=True)
+            return jnp.concatenate([added(*part) for part in parts], axis=-1)
 
         out = call_intercepted(intercept, apply, (params, *args), kwargs)
         missed = sorted(set(adapter.factors) - ran)
@@ -269,15 +286,22 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
     check(adapter, mergeable_layers(params))
     flat = traverse_util.flatten_dict(params)
     add = _add_in_place if donate else _add
-    for path, leaf in list(flat.items()):
-        site, own = site_name(path[:-1]), (adapter.weights or {}).get(tensor_name(path))
-        placed = leaf.sharding
-        if own is not None:
-            flat[path] = leaf = sharding.put(np.asarray(own).astype(leaf.dtype), placed)
-        if path[-1] in _MERGEABLE and site in adapter.factors:
-            merged = add(leaf, adapter.factors[site], adapter.scale[site])
-            # Where it is already, it stays uncommitted if the leaf was: programs are shared.
-            flat[path] = merged if merged.sharding == placed else jax.device_put(merged, placed)
+    for stored, parts in by_tensor(flat).items():
+        site, own = site_name(stored[:-1]), (adapter.weights or {}).get(tensor_name(stored))
+        end = 0
+        for path, leaf in parts.items():
+            placed, width = leaf.sharding, leaf.shape[-1] if leaf.ndim else 0
+            # Columns of the stored tensor: all of them, but for a part of a fused layer.
+            columns, end = slice(end, end + width), end + width
+            if own is not None:
+                value = own[..., columns] if leaf.ndim else own
+                flat[path] = leaf = sharding.put(np.asarray(value).astype(leaf.dtype), placed)
+            if path[-1] in _MERGEABLE and site in adapter.factors:
+                down, up = adapter.factors[site]
+                merged = add(leaf, Factors(down, up[:, columns]), adapter.scale[site])
+                # Where it is already, it stays uncommitted if the leaf was: programs are shared.
+                is_there = merged.sharding == placed
+                flat[path] = merged if is_there else jax.device_put(merged, placed)
     return traverse_util.unflatten_dict(flat)
 
 

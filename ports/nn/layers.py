@@ -4,7 +4,8 @@ B batch, T positions, D width, H heads, C head width.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import linen as nn
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from ports import names
 from ports.parallel import sharding
 
 Array = jax.Array
@@ -121,6 +123,60 @@ def _dense_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
 def dense(width: int, use_bias: bool, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
     """Returns a linear layer; its kernel is (in, out), the transpose of PyTorch's."""
     return Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
+
+
+class FusedDense(nn.Dense):
+    """A linear layer that is one in checkpoints, with a kernel and a bias per part here.
+
+    Its site, its output and its adapters are those of the fused layer. In memory the parts are
+    apart: columns of one kernel are divided among devices where no part begins, and every split of
+    the output would send it around. XLA drops the concatenation if the output is split again.
+    """
+
+    widths: tuple[int, ...] = ()  # columns of each part; the parts are those of `names.fuse`
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Columns at which the output is split: the end of every part but the last."""
+        return tuple(itertools.accumulate(self.widths))[:-1]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x[..., D] to [..., features]: all parts, one after the other."""
+
+        def init(key: Array, width: int) -> dict[str, Array]:
+            kernel = self.kernel_init(key, (x.shape[-1], width), self.param_dtype)
+            bias = {"bias": self.bias_init(key, (width,), self.param_dtype)}
+            return {"kernel": kernel} | (bias if self.use_bias else {})
+
+        outputs = []
+        for name, width in zip(names.parts_of(self.name or ""), self.widths, strict=True):
+            weights = self.param(name, init, width)
+            y, kernel, bias = self.promote_dtype(
+                x, weights["kernel"], weights.get("bias"), dtype=self.dtype
+            )
+            y = _dense_dot(y, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+            outputs.append(y if bias is None else y + bias)
+        return jnp.concatenate(outputs, axis=-1)
+
+
+def fused(
+    x: Array, widths: Sequence[int], use_bias: bool, dtype: DTypeLike, name: str
+) -> list[Array]:
+    """Adds a fused linear layer to the module that calls this, and calls it.
+
+    Args:
+        x: [..., D].
+        widths: number of columns of each part.
+        use_bias: whether the parts have biases.
+        dtype: dtype of the computation.
+        name: the layer's name, registered with `names.fuse`.
+
+    Returns:
+        The [..., width] of each part.
+    """
+    layer = FusedDense(sum(widths), use_bias=use_bias, dtype=dtype, widths=tuple(widths), name=name)
+    return jnp.split(layer(x), layer.ends, axis=-1)
 
 
 def _is_widened(x: Array, kernel: Array) -> bool:

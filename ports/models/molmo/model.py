@@ -2,8 +2,9 @@
 
 B batch, T positions, D width, C crops per row, P patches per crop, K features per crop.
 
-The decoder has fused projections. Features are added to the embeddings of the image tokens; the
-processor's `image_input_idx` gives the position of each feature.
+The decoder's projections are fused in checkpoints: att_proj is query, key and value, ff_proj is
+values and gate. Features are added to the embeddings of the image tokens; the processor's
+`image_input_idx` gives the position of each feature.
 """
 
 from collections.abc import Mapping
@@ -28,15 +29,17 @@ from ports.parallel import sharding
 Array = jax.Array
 
 names.number("resblocks")  # in the tower
+names.fuse("att_proj", "query", "key", "value")
+names.fuse("ff_proj", "up", "gate")
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
     **molmo_vision.AXES,
     "wte": ("vocab", "embed"),
     "transformer.ff_out": ("embed", "vocab"),
-    # Fused query, key and value: stored sharded by columns, resharded after the product.
-    "att_proj": ("embed", "heads"),
+    "att_proj.query": ("embed", "heads"),
+    **dict.fromkeys(("att_proj.key", "att_proj.value"), ("embed", "kv_heads")),
     "attn_out": ("heads", "embed"),
-    "ff_proj": ("embed", "mlp"),
+    **dict.fromkeys(("ff_proj.up", "ff_proj.gate"), ("embed", "mlp")),
     "ff_out": ("mlp", "embed"),
     **dict.fromkeys(("attn_norm", "ff_norm", "ln_f"), ()),
 }
@@ -96,17 +99,14 @@ class Block(nn.Module):
         def norm(name: str) -> nn.RMSNorm:
             return layers.RMSNorm(epsilon=cfg.norm_eps, dtype=self.dtype, name=name)
 
-        def linear(width: int, bias: bool, name: str) -> nn.Dense:
-            return layers.dense(width, bias, self.dtype, name)
+        def linear(width: int, name: str) -> nn.Dense:
+            return layers.dense(width, False, self.dtype, name)
 
         queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        y = linear(queries + 2 * keys, cfg.qkv_bias, "att_proj")(norm("attn_norm")(x))
-        # The parts of a fused projection do not start at device boundaries: gather them once, then
-        # split by heads without further communication.
-        y = sharding.residual(y)
+        y = norm("attn_norm")(x)
         query, key, value = (
             part.reshape(*x.shape[:2], -1, cfg.head_dim)
-            for part in jnp.split(y, (queries, queries + keys), axis=-1)
+            for part in layers.fused(y, (queries, keys, keys), cfg.qkv_bias, self.dtype, "att_proj")
         )
         key, value = sharding.heads(key, "kv_heads"), sharding.heads(value, "kv_heads")
         key = layers.rotate(key, *angles)
@@ -116,13 +116,13 @@ class Block(nn.Module):
         query = layers.rotate(sharding.heads(query), *angles)
         y = decoder.attend_through_cache(self, query, key, value, mask, start)
         y = attention.Heads(name="heads")(y)
-        x = sharding.residual(x + linear(x.shape[-1], False, "attn_out")(y))
-        y = linear(2 * cfg.intermediate_size, False, "ff_proj")(norm("ff_norm")(x))
+        x = sharding.residual(x + linear(x.shape[-1], "attn_out")(y))
+        y = norm("ff_norm")(x)
         up, gate = (
             sharding.constrain(part, "batch", "positions", "mlp")
-            for part in jnp.split(y, 2, axis=-1)
+            for part in layers.fused(y, (cfg.intermediate_size,) * 2, False, self.dtype, "ff_proj")
         )
-        return sharding.residual(x + linear(x.shape[-1], False, "ff_out")(nn.silu(gate) * up))
+        return sharding.residual(x + linear(x.shape[-1], "ff_out")(nn.silu(gate) * up))
 
 
 class Transformer(nn.Module):

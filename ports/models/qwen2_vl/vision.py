@@ -19,16 +19,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from ports import names
 from ports.nn import attention, layers, rope
 from ports.parallel import sharding
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]  # query, key and value [F, P, H, C] to [F, P, H, C]
 
+names.fuse("qkv", "query", "key", "value")
 # Sharding rules of the parameters.
 AXES: sharding.Axes = {
-    # Fused query, key and value: stored sharded by columns, resharded after the product.
-    "attn.qkv": ("embed", "heads"),
+    **dict.fromkeys(("qkv.query", "qkv.key", "qkv.value"), ("embed", "heads")),
     "attn.proj": ("heads", "embed"),
     "fc1": ("embed", "mlp"),
     "fc2": ("mlp", "embed"),
@@ -205,7 +206,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with fused projections."""
+    """Self-attention, with projections that are fused in checkpoints."""
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
@@ -214,9 +215,10 @@ class Attention(nn.Module):
     def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend) -> Array:
         """Maps x[F, P, E] to [F, P, E]."""
         cfg = self.config
-        qkv = layers.dense(3 * cfg.width, True, self.dtype, "qkv")(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, cfg.num_heads, -1)
-        query, key, value = (sharding.heads(qkv[:, :, i]) for i in range(3))
+        query, key, value = (
+            sharding.heads(part.reshape(*x.shape[:2], cfg.num_heads, -1))
+            for part in layers.fused(x, (cfg.width,) * 3, True, self.dtype, "qkv")
+        )
         query, key = layers.rotate(query, *angles), layers.rotate(key, *angles)
         y = attention.Heads(name="heads")(attend(query, key, value))
         return layers.dense(cfg.width, True, self.dtype, "proj")(y)

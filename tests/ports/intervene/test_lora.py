@@ -13,6 +13,7 @@ import torch
 from flax import linen as nn
 
 import ports
+from ports import checkpoint
 from ports.checkpoint import peft_io
 from ports.intervene import lora
 
@@ -259,26 +260,82 @@ def randomised(adapter: lora.Adapter) -> lora.Adapter:
     )
 
 
-def test_molmo_with_its_fused_layers(tmp_path):
-    config, base = molmo_helpers.CONFIG, tmp_path / "base"
-    molmo_helpers.make_checkpoint(base, config)
-    weights = molmo_helpers.read_weights(base)
-    # The original's modules are remote code: what peft needs of them is their names and weights.
-    theirs = train_peft(
-        tree_of_linear_layers(weights),
-        tmp_path / "adapter",
-        r=3,
-        lora_alpha=5,
-        target_modules=["att_proj", "ff_proj", "transformer.ff_out", "wq"],
-        rank_pattern={"blocks.1.ff_proj": 5},
-    )
-    merged = {name: tensor for name, tensor in theirs.merge_and_unload().state_dict().items()}
-    vlm = ports.load(base, adapter=tmp_path / "adapter")
-    inputs = molmo_helpers.make_inputs(config, *molmo_helpers.PROMPTS["no image"])
-    ours = np.asarray(vlm.forward(inputs).logits)
-    for i, row in enumerate(molmo_helpers.rows(inputs)):
-        expected = molmo_helpers.reference(config, {**weights, **merged}, *row.values())[0]
-        np.testing.assert_allclose(ours[i, -len(expected) :], expected, rtol=0, atol=1e-4)
+class TestFusedLayers:
+    """Molmo's att_proj and ff_proj, which the port keeps in parts: adapters are of the whole."""
+
+    TARGETS = ("att_proj", "ff_proj", "transformer.ff_out", "wq")
+
+    @pytest.fixture(scope="class")
+    def base(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("molmo")
+        molmo_helpers.make_checkpoint(directory, molmo_helpers.CONFIG)
+        return directory
+
+    @pytest.fixture(scope="class")
+    def weights(self, base):
+        return molmo_helpers.read_weights(base)
+
+    @pytest.fixture(scope="class")
+    def inputs(self):
+        return molmo_helpers.make_inputs(molmo_helpers.CONFIG, *molmo_helpers.PROMPTS["no image"])
+
+    def check(self, ours, weights, inputs):
+        """Compares logits with those of the original's equations with these weights."""
+        for i, row in enumerate(molmo_helpers.rows(inputs)):
+            expected = molmo_helpers.reference(molmo_helpers.CONFIG, weights, *row.values())[0]
+            last = np.asarray(ours)[i, -len(expected) :]
+            np.testing.assert_allclose(last, expected, rtol=0, atol=1e-4)
+
+    def test_an_adapter_of_peft_loads_here(self, base, weights, inputs, tmp_path):
+        # The original's modules are remote code: what peft needs of them is names and weights.
+        theirs = train_peft(
+            tree_of_linear_layers(weights),
+            tmp_path / "adapter",
+            r=3,
+            lora_alpha=5,
+            target_modules=list(self.TARGETS),
+            rank_pattern={"blocks.1.ff_proj": 5},
+            modules_to_save=["blocks.0.attn_out"],
+        )
+        merged = {name: tensor for name, tensor in theirs.merge_and_unload().state_dict().items()}
+        vlm = ports.load(base, adapter=tmp_path / "adapter")
+        self.check(vlm.forward(inputs).logits, {**weights, **merged}, inputs)
+
+    def test_a_fused_layer_is_replaced_as_a_whole(self, base, weights, inputs, tmp_path):
+        train_peft(
+            tree_of_linear_layers(weights),
+            tmp_path / "adapter",
+            r=2,
+            target_modules=["wq"],
+            modules_to_save=["ff_proj"],
+        )
+        name = "model.transformer.blocks.1.ff_proj.weight"
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        kept = safetensors.numpy.load_file(file)[f"base_model.model.{name}"]
+        assert kept.shape == (154, 60) and not np.array_equal(kept, weights[name].numpy())
+        merged = ports.load(base, adapter=tmp_path / "adapter").params
+        written = dict(checkpoint.stored_tensors(merged, np.float32))
+        np.testing.assert_array_equal(written[name], kept)
+
+    def test_an_adapter_of_ours_loads_in_peft(self, base, weights, inputs, tmp_path):
+        vlm = ports.load(base)
+        shapes = lora.select_layers(lora.linear_layers(vlm.params), ["att_proj", "ff_proj"])
+        # 6 + 2 x 2 heads of 10; 77 values and as many gates.
+        assert set(shapes.values()) == {(60, 100), (60, 154)}
+        ranks = lora.Ranks(3, 5)
+        adapter = randomised(lora.init(shapes, ranks, KEY, vlm.module_names))
+        peft_io.write(tmp_path, adapter, ranks, vlm.module_names, base_model=str(base))
+        theirs = peft.PeftModel.from_pretrained(tree_of_linear_layers(weights), tmp_path)
+        merged = theirs.merge_and_unload().state_dict()
+        ours = vlm.with_adapter(tmp_path)
+        written = dict(checkpoint.stored_tensors(ours.params, np.float32))
+        for name, tensor in merged.items():
+            np.testing.assert_allclose(written[name], tensor, rtol=0, atol=1e-6)
+        # Beside the kernels, and merged.
+        apply = jax.jit(lora.adapted(vlm.apply))
+        logits = apply(vlm.params, vlm.read_adapter(tmp_path), vlm.place(inputs))
+        self.check(logits[:, -inputs["input_ids"].shape[1] :], {**weights, **merged}, inputs)
+        self.check(ours.forward(inputs).logits, {**weights, **merged}, inputs)
 
 
 def tree_of_linear_layers(weights) -> torch.nn.Module:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
+from ports import names
+from ports.intervene.sites import capture
 from ports.nn import layers, rope
 
 from .. import helpers
@@ -152,3 +154,43 @@ def test_a_parameter_of_another_shape_is_refused():
     params = {"params": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(1)}}
     with pytest.raises(flax.errors.ScopeParamShapeError, match=r"\"bias\".*\(4,\).*\(1,\)"):
         module.apply(params, jnp.ones((2, 3)))
+
+
+class Joint(nn.Module):
+    """The parts of a fused layer."""
+
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        return tuple(layers.fused(x, (3, 5), self.use_bias, jnp.float32, "joint"))
+
+
+class TestFused:
+    @pytest.fixture(autouse=True)
+    def registered(self, monkeypatch):
+        monkeypatch.setitem(names._FUSED, "joint", ("left", "right"))
+
+    @pytest.mark.parametrize("use_bias", [True, False])
+    def test_is_one_linear_layer(self, use_bias):
+        x = jax.random.normal(jax.random.key(0), (2, 4, 6))
+        module = Joint(use_bias)
+        params = module.init(jax.random.key(1), x)["params"]
+        bias = np.arange(8.0, dtype=np.float32)
+        if use_bias:
+            params["joint"]["left"]["bias"], params["joint"]["right"]["bias"] = bias[:3], bias[3:]
+        kernel = np.concatenate([params["joint"][part]["kernel"] for part in ("left", "right")], 1)
+        whole = nn.Dense(8, use_bias=use_bias).apply(
+            {"params": {"kernel": kernel} | ({"bias": bias} if use_bias else {})}, x
+        )
+        (left, right), states = capture(module.apply, ["joint"])({"params": params}, x)
+        np.testing.assert_allclose(states["joint"], whole, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(np.concatenate([left, right], -1), states["joint"])
+
+    def test_parts_are_not_joined_where_nothing_reads_the_whole(self):
+        x = jnp.ones((2, 4, 6))
+        params = Joint().init(jax.random.key(1), x)
+        text = jax.jit(Joint().apply).lower(params, x).compile().as_text()
+        assert "concatenate" not in text
+        read = jax.jit(capture(Joint().apply, ["joint"])).lower(params, x).compile().as_text()
+        assert "concatenate" in read or "dynamic-update-slice" in read

@@ -53,8 +53,9 @@ AXES = {**molmo.AXES, **qwen2_vl.AXES, **idefics2.AXES, **llava.AXES}
         (("language_model", "self_attn", "v_proj", "bias"), (28,), P(None)),
         (("resampler", "self_attn", "k_proj", "kernel"), (60, 32), P(None, "model")),
         (("vision_tower", "self_attn", "k_proj", "kernel"), (36, 36), P(None, "model")),
-        # The tower of Qwen2-VL; the other "proj" is a convolution.
-        (("visual", "blocks_0", "attn", "qkv", "kernel"), (32, 96), P(None, "model")),
+        # The tower of Qwen2-VL, by the parts of a fused layer; the other "proj" is a convolution.
+        (("visual", "blocks_0", "attn", "qkv", "key", "kernel"), (32, 32), P(None, "model")),
+        (("visual", "blocks_0", "attn", "qkv", "value", "bias"), (32,), P("model")),
         (("visual", "blocks_0", "attn", "proj", "kernel"), (32, 32), P("model", None)),
         (("visual", "merger", "mlp_0", "kernel"), (128, 128), P(None, "model")),
         (("visual", "merger", "mlp_2", "bias"), (60,), P(None)),
@@ -93,7 +94,7 @@ def test_a_mesh_without_a_model_axis_replicates():
 def test_every_sharding_divides_its_parameter(module, leaf, sizes, mesh, groups):
     sizes = sizes[-1:] if leaf == "bias" else sizes
     # As in every model, the width of key-value heads is a multiple of their number.
-    sizes = [size * groups if module[-1] in ("k_proj", "v_proj") else size for size in sizes]
+    sizes = [size * groups if "kv_heads" in AXES[".".join(module[1:])] else size for size in sizes]
     placed = sharding.abstract_mesh(*mesh)
     found = sharding.param_sharding(placed, (*module, leaf), tuple(sizes), AXES, {("a",): groups})
     parts = [size // own for size, own in zip(sizes, found.shard_shape(tuple(sizes)), strict=True)]
@@ -156,7 +157,7 @@ REAL = {
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    # Qwen2-VL: four key-value heads are held by every device.
+    # Qwen2-VL and Molmo: four key-value heads are held by every device.
     [
         ("llava-1.5-7b", 1.002),
         ("idefics2-8b", 1.014),

@@ -3,16 +3,20 @@
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 from PIL import Image
 
 import ports
-from ports import checkpoint
+from ports import checkpoint, names
+from ports.checkpoint import orbax_io
 from ports.models.molmo import model as molmo
 from ports.parallel import sharding
 
@@ -192,11 +196,15 @@ class TestSharding:
 
         def spec(*path: str) -> tuple:
             shape = functools.reduce(lambda tree, key: tree[key], path, vlm.params).shape
-            return tuple(sharding.param_sharding(mesh, path, shape, molmo.AXES).spec)
+            placed = sharding.param_sharding(mesh, path, shape, molmo.AXES, vlm.kv_heads)
+            return tuple(placed.spec)
 
         decoder = ("model", "transformer")
-        for module in ("att_proj", "ff_proj"):
-            assert spec(*decoder, "blocks_0", module, "kernel") == (None, "model")
+        # The parts of fused layers, each by itself.
+        for parts in (("att_proj", "query"), ("ff_proj", "up"), ("ff_proj", "gate")):
+            assert spec(*decoder, "blocks_0", *parts, "kernel") == (None, "model")
+        for part in ("key", "value"):  # two heads, four devices
+            assert spec(*decoder, "blocks_0", "att_proj", part, "kernel") == (None, None)
         for module in ("attn_out", "ff_out"):
             assert spec(*decoder, "blocks_0", module, "kernel") == ("model", None)
         assert spec(*decoder, "ff_out", "kernel") == (None, "model")
@@ -209,15 +217,21 @@ class TestSharding:
         np.savez(tmp_path / "inputs.npz", **batch_of(expected, cases))
         helpers.run_python(
             """
+            import re
             import numpy as np
             import ports
 
             directory, inputs, results = sys.argv[1:]
             inputs = dict(np.load(inputs))
             vlm = ports.load(directory, mesh=ports.make_mesh(2, 4))
-            kernel = vlm.params["model"]["transformer"]["blocks_0"]["ff_proj"]["kernel"]
+            layer = vlm.params["model"]["transformer"]["blocks_0"]["ff_proj"]
+            kernel = layer["up"]["kernel"]
+            program = vlm.lower(inputs, sites=[], max_new_tokens=8).compile().as_text()
             np.savez(
                 results,
+                gathered=re.findall(
+                    r"= (.+?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program
+                ),
                 logits=vlm.forward(inputs).logits,
                 tokens=vlm.generate(inputs, max_new_tokens=8).tokens,
                 columns=kernel.sharding.shard_shape(kernel.shape)[1],
@@ -229,7 +243,10 @@ class TestSharding:
             XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         )
         results = np.load(tmp_path / "results.npz")
-        assert results["columns"] == 192 // 4
+        assert results["columns"] == 96 // 4
+        # Of all activations, only the largest logits of two rows and their indices, twice.
+        shapes = sorted(re.sub(r"\{.*?\}", "", shape) for shape in results["gathered"])
+        assert shapes == ["f32[2,4]", "f32[2,4]", "s32[2,4]", "s32[2,4]"]
         for row, case in enumerate(cases):
             theirs = expected[f"{case}.logits"]
             ours = results["logits"][row, -len(theirs) :]
@@ -375,3 +392,60 @@ def test_parameters_survive_saving(vlm, tmp_path):
     checkpoint.save_params(vlm.params, tmp_path)
     shutil.copy(DATA / "config.json", tmp_path)
     jax.tree.map(np.testing.assert_array_equal, ports.load(tmp_path).params, vlm.params)
+    # Fused layers are written as the original has them.
+    ours, theirs = (
+        safetensors.numpy.load_file(directory / "model.safetensors")
+        for directory in (tmp_path, DATA)
+    )
+    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
+
+
+class TestFusedLayers:
+    """Layers that the checkpoint has in one, and the port in parts."""
+
+    LAYER = "model.transformer.blocks.1"
+
+    def test_are_the_rows_of_the_checkpoint(self, vlm):
+        stored = safetensors.numpy.load_file(DATA / "model.safetensors")
+        block = vlm.params["model"]["transformer"]["blocks_1"]
+        whole = stored[f"{self.LAYER}.att_proj.weight"]
+        assert whole.shape == (128, 64)  # 4 heads and twice 2 of 16
+        for part, rows in (("query", (0, 64)), ("key", (64, 96)), ("value", (96, 128))):
+            kernel = block["att_proj"][part]["kernel"]
+            np.testing.assert_array_equal(kernel, whole[slice(*rows)].T)
+        gate = block["ff_proj"]["gate"]["kernel"]
+        np.testing.assert_array_equal(gate, stored[f"{self.LAYER}.ff_proj.weight"][96:].T)
+
+    def test_are_one_site_each(self, vlm, expected):
+        inputs = inputs_of(expected, 0)
+        sites = [f"{self.LAYER}.{name}" for name in ("attn_norm", "att_proj", "ff_norm", "ff_proj")]
+        normed, joint, ff_normed, feed = vlm.forward(inputs, sites=sites).states.values()
+        stored = safetensors.numpy.load_file(DATA / "model.safetensors")
+        weight, bias = (stored[f"{sites[1]}.{leaf}"] for leaf in ("weight", "bias"))
+        np.testing.assert_allclose(joint, normed @ weight.T + bias, rtol=0, atol=1e-4)
+        weight = stored[f"{sites[3]}.weight"]
+        np.testing.assert_allclose(feed, ff_normed @ weight.T, rtol=0, atol=1e-4)
+        below = {name for name in vlm.sites if name.startswith((f"{sites[1]}.", f"{sites[3]}."))}
+        assert not below
+
+    def test_are_steered_as_one(self, vlm, expected):
+        # Without its first half, the values, the layer adds nothing.
+        inputs, site = inputs_of(expected, 2), f"{self.LAYER}.ff_proj"
+        zeroed = np.concatenate([np.zeros(96), np.ones(96)]).astype(np.float32)
+        edits = {site: ports.edit_with(lambda x: x * zeroed)}
+        states = vlm.forward(inputs, sites=[f"{self.LAYER}.ff_out"], edits=edits).states
+        assert vlm.site_shapes[site][-1] == 192
+        assert not np.any(states[f"{self.LAYER}.ff_out"])
+
+    def test_are_read_whole_from_orbax_of_the_first_release(self, vlm, tmp_path):
+        shutil.copy(DATA / "config.json", tmp_path)
+        groups = names.by_tensor(traverse_util.flatten_dict(vlm.params))
+        tree = {
+            path: np.concatenate(list(parts.values()), axis=-1) if len(parts) > 1 else leaf
+            for path, parts in groups.items()
+            for leaf in list(parts.values())[:1]
+        }
+        orbax_io.save(traverse_util.unflatten_dict(tree), tmp_path, "0123456789abcdef")
+        for mesh in (None, ports.make_mesh(1)):
+            loaded = ports.load(tmp_path, mesh=mesh).params
+            jax.tree.map(np.testing.assert_array_equal, loaded, vlm.params)
