@@ -28,3 +28,5 @@ class Case(NamedTuple):
     name: str
     build: Callable[[Place, int], Built]  # devices, and what the number of rows is multiplied by
     is_solver: bool = True
+    # Raises ValueError if the mesh does not divide the program.
+    check: Callable[[Place], None] | None = None

@@ -9,7 +9,8 @@ import jax
 
 from benchmarks.tpu.cases import Built, Case
 from benchmarks.tpu.chips import Place
-from benchmarks.tpu.hlo import Program
+from benchmarks.tpu.hlo import Array, Program
+from ports.nn.attention import ACCELERATOR_WHOLE
 
 LARGE = 20_000_000  # bytes: arrays of at least so many are listed
 REPLICATED = 64_000_000  # bytes of a parameter that has to be divided
@@ -135,7 +136,26 @@ def broken(built: Built, row: dict[str, Any], program: Program, place: Place) ->
             kind, origin = step.operation.kind, step.operation.origin
             if kind in ("all-gather", "collective-permute") and _LAYER.search(origin):
                 found.append(f"{kind} in a layer: {origin[-100:]}")
+        found += [
+            f"scores of attention, {array} of {array.bytes / 1e6:,.0f} MB, in a layer: {origin}"
+            for array, origin in scores(program)
+        ]
     return found
+
+
+def scores(program: Program) -> list[tuple[Array, str]]:
+    """Returns the float32 arrays [..., T, T] that a layer writes whole, and where.
+
+    Attention makes scores in blocks from `ACCELERATOR_WHOLE` bytes on.
+    """
+    return [
+        (array, step.operation.origin[-100:])
+        for step, array in program.arrays(ACCELERATOR_WHOLE)
+        if array.dtype == "f32"
+        and len(array.shape) > 2
+        and array.shape[-1] == array.shape[-2]
+        and _LAYER.search(step.operation.origin)
+    ]
 
 
 def _replicated(params: Any, place: Place) -> list[tuple[str, int]]:
@@ -149,8 +169,13 @@ def _replicated(params: Any, place: Place) -> list[tuple[str, int]]:
     ]
 
 
-def growth(case: Case, place: Place) -> list[str]:
-    """Compiles a solver's case for twice as many rows; returns what grows and may not."""
+def growth(case: Case, place: Place) -> tuple[dict[str, float], list[str]]:
+    """Compiles a solver's case for twice as many rows.
+
+    Returns:
+        {"sent", "sent for twice": bytes of collectives; "temporaries a row": bytes}, and what grows
+        and may not, each in a line.
+    """
     figures = []
     for times in (1, 2):
         built = case.build(place, times)
@@ -158,13 +183,14 @@ def growth(case: Case, place: Place) -> list[str]:
         sent = sum(each["bytes"] for each in _collectives(Program(compiled.as_text())))
         figures.append((sent, compiled.memory_analysis().temp_size_in_bytes, built.matrix))
     (sent, temporaries, matrix), (sent_twice, temporaries_twice, _) = figures
+    assert matrix is not None and built.row_bytes is not None, "a solver has both"
     found = []
     if sent_twice > sent:
         found.append(f"collectives grow with the rows, from {sent:,} to {sent_twice:,} bytes")
-    if matrix is not None and built.row_bytes is not None:
-        a_row = (temporaries_twice - temporaries) / matrix.shape[0]
-        if a_row > built.row_bytes + SPARE:
-            found.append(
-                f"temporaries grow by {a_row:.0f} bytes a row; {built.row_bytes:.0f} are promised"
-            )
-    return found
+    a_row = (temporaries_twice - temporaries) / matrix.shape[0]
+    if a_row > built.row_bytes + SPARE:
+        found.append(
+            f"temporaries grow by {a_row:.0f} bytes a row; {built.row_bytes:.0f} are promised"
+        )
+    sizes = {"sent": sent, "sent for twice": sent_twice, "temporaries a row": a_row}
+    return sizes, found

@@ -42,30 +42,41 @@ CUT: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str, place: Place, whole: bool) -> VLM:
-    """Returns a model whose parameters are shapes on the described devices.
-
-    Raises:
-        ValueError: the mesh does not divide the model.
-    """
-    case = full_size.CASES[name]
+def config_of(name: str, whole: bool) -> Any:
+    """Returns a model's published configuration, cut unless the whole is asked for."""
     values = json.loads((full_size.CHECKPOINTS / f"{name}.json").read_text())["config"]
     values = values if whole else merged(values, CUT[name])
-    if case.port is molmo:
-        config = molmo.read_config(values)
-    else:
-        config = transformers.AutoConfig.for_model(**values)
+    if full_size.CASES[name].port is molmo:
+        return molmo.read_config(values)
+    return transformers.AutoConfig.for_model(**values)
+
+
+def check_mesh(name: str, place: Place) -> None:
+    """Checks that the mesh axis `model` divides the heads of a model's decoder.
+
+    Raises:
+        ValueError: it does not; with the sizes that do.
+    """
+    if place.mesh is None:
+        return
+    heads = full_size.CASES[name].port.Config.from_hf(config_of(name, False)).text.num_heads
+    size = place.mesh.shape["model"]
+    if heads % size:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"mesh {place.data}x{size} does not divide {name}: {heads} heads over {size} devices; "
+            f"choose a size of `model` among {fitting}"
+        )
+
+
+def model_of(name: str, place: Place, whole: bool) -> VLM:
+    """Returns a model whose parameters are shapes on the described devices."""
+    case, config = full_size.CASES[name], config_of(name, whole)
     module = case.kind(case.port.Config.from_hf(config), dtype=jnp.dtype(jnp.bfloat16))
     shapes = checkpoint.abstract_params(module, case.port.example_inputs(module.config))
     if place.mesh is None:
         params = place.like(shapes)
     else:
-        heads, size = module.config.text.num_heads, place.mesh.shape["model"]
-        if heads % size:
-            raise ValueError(
-                f"mesh {place.data}x{size} does not divide {name}: {heads} heads over {size} "
-                "devices; choose a divisor of the heads for `model`"
-            )
         placed = sharding.param_shardings(place.mesh, shapes, module.axes, module.kv_heads)
         params = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -202,7 +213,7 @@ PROGRAMS: dict[str, Callable[..., Built]] = {
 def model_cases(whole: bool = False) -> list[Case]:
     """Returns the cases of all models."""
     return [
-        Case(f"{name} {what}", partial(build, name, whole), is_solver=False)
+        Case(f"{name} {what}", partial(build, name, whole), False, partial(check_mesh, name))
         for name in full_size.CASES
         for what, build in PROGRAMS.items()
     ]

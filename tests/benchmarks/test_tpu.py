@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu import bundles, measured
+from benchmarks.tpu import bundles, measured, model_cases
 from benchmarks.tpu.chips import CHIPS, Place, place
+from benchmarks.tpu.hlo import Program
+from ports.parallel import sharding
 
 ROOT = Path(__file__).parents[2]
 has_libtpu = importlib.util.find_spec("libtpu") is not None
@@ -85,6 +87,68 @@ def test_an_unknown_chip():
         place("v9x:2x2")
 
 
+def test_a_mesh_that_does_not_divide_the_model():
+    def on(data, model):
+        mesh = sharding.abstract_mesh(data, model)
+        return model_cases.check_mesh("qwen2-vl-7b", ONE._replace(mesh=mesh))
+
+    with pytest.raises(ValueError) as refused:
+        on(2, 8)
+    assert str(refused.value) == (
+        "mesh 2x8 does not divide qwen2-vl-7b: 28 heads over 8 devices; choose a size of `model` "
+        "among 1, 2, 4, 7, 14, 28"
+    )
+    assert on(2, 4) is None and on(16, 1) is None
+
+
+LAYER = """
+HloModule jit_f
+
+ENTRY %main (x: f32[64]) -> f32[8,32,600,600] {
+  %x = f32[64]{0} parameter(0)
+  %small = f32[2,32,600,600]{3,2,1,0} custom-call(%x), metadata={op_name="layers_1/self_attn/dot"}
+  %half = bf16[8,32,600,600]{3,2,1,0} custom-call(%x), metadata={op_name="layers_1/self_attn/dot"}
+  %wide = f32[8,32,600,900]{3,2,1,0} custom-call(%x), metadata={op_name="layers_1/mlp/dot"}
+  %apart = f32[8,32,600,600]{3,2,1,0} custom-call(%x), metadata={op_name="lm_head/dot"}
+  ROOT %scores = f32[8,32,600,600]{3,2,1,0} custom-call(%x), metadata={op_name="layers_1/self_attn/dot"}
+}
+"""  # noqa: E501
+
+
+def test_large_scores_of_attention_are_found():
+    ((array, origin),) = measured.scores(Program(LAYER))
+    assert (str(array), origin) == ("f32[8,32,600,600]", "layers_1/self_attn/dot")
+
+
+# 32 GiB, twice what one chip holds and more.
+TOO_LARGE = """
+import jax, jax.numpy as jnp
+from benchmarks.tpu import chips, measured
+from benchmarks.tpu.cases import Built, Case
+
+jax.config.update("jax_platforms", "cpu")
+def build(place, times):
+    Z = place.abstract((1 << 21, 4096), jnp.float32)
+    return Built(lambda Z: Z.T @ Z, (Z,))
+
+try:
+    measured.measure(Case("products", build), chips.place("v5e:1"))
+except ValueError as error:
+    print(error)
+"""
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_libtpu_says_by_how_much_a_program_is_too_large():
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_LARGE], cwd=ROOT, capture_output=True, text=True
+    )
+    line = done.stdout.strip()
+    assert line.startswith("products does not fit v5e:1: it needs 32."), done.stderr[-500:]
+    assert "of 15.75G hbm" in line and line.endswith("3 times as many devices, or 1/3 of the rows")
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -96,6 +160,10 @@ def test_an_unknown_chip():
         (
             ["--kernels", "--topologies", "v5e:2x2"],
             "error: a kernel runs on each device alone, v5e:2x2 has 4; choose v5e:1",
+        ),
+        (
+            ["--programs", "models", "--mesh", "1x16", "--topologies", "v5e:4x4"],
+            "error: mesh 1x16 does not divide qwen2-vl-7b: 28 heads over 16 devices; choose ",
         ),
     ],
 )
@@ -137,3 +205,15 @@ def test_kernels_fit_and_read_fast(tmp_path):
         assert not row["broken"]
         if row["K"] == 20 and row["devices"] == "v5e:1":
             assert row["cycles"] <= 1.3 * row["cycles of one read"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_models_whose_checkpoints_have_fused_layers_send_sums_alone(tmp_path):
+    done = benchmark(
+        "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction",
+        "--topologies", "v5e:2x2", "--mesh", "1x4", "--output", tmp_path / "models.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    assert all({each["kind"] for each in row["collectives"]} == {"all-reduce"} for row in rows)
