@@ -50,8 +50,10 @@ def parts_of(layer: str) -> Path:
 
 def stored_path(path: Path) -> Path:
     """Returns a parameter's path without the part of a fused layer: that of the stored tensor."""
-    is_part = len(path) > 2 and path[-2] in parts_of(path[-3])
-    return (*path[:-2], path[-1]) if is_part else path
+    if len(path) < 3:
+        return path
+    *above, part, leaf = path
+    return (*above, leaf) if part in parts_of(above[-1]) else path
 
 
 def by_tensor(parameters: Mapping[Path, T]) -> dict[Path, dict[Path, T]]:

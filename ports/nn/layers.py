@@ -149,12 +149,12 @@ class FusedDense(nn.Dense):
             bias = {"bias": self.bias_init(key, (width,), self.param_dtype)}
             return {"kernel": kernel} | (bias if self.use_bias else {})
 
-        outputs = []
+        outputs: list[Array] = []
+        promote: Callable[..., Any] = self.promote_dtype
         for name, width in zip(names.parts_of(self.name or ""), self.widths, strict=True):
             weights = self.param(name, init, width)
-            y, kernel, bias = self.promote_dtype(
-                x, weights["kernel"], weights.get("bias"), dtype=self.dtype
-            )
+            given = x, weights["kernel"], weights.get("bias")
+            y, kernel, bias = promote(*given, dtype=self.dtype)
             y = _dense_dot(y, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
             outputs.append(y if bias is None else y + bias)
         return jnp.concatenate(outputs, axis=-1)
