@@ -183,12 +183,12 @@ def growth(case: Case, place: Place) -> tuple[dict[str, float], list[str]]:
         sent = sum(each["bytes"] for each in _collectives(Program(compiled.as_text())))
         figures.append((sent, compiled.memory_analysis().temp_size_in_bytes, built.matrix))
     (sent, temporaries, matrix), (sent_twice, temporaries_twice, _) = figures
-    assert matrix is not None and built.row_bytes is not None, "a solver has both"
+    assert matrix is not None, "a solver has a matrix"
     found = []
     if sent_twice > sent:
         found.append(f"collectives grow with the rows, from {sent:,} to {sent_twice:,} bytes")
     a_row = (temporaries_twice - temporaries) / matrix.shape[0]
-    if a_row > built.row_bytes + SPARE:
+    if built.row_bytes is not None and a_row > built.row_bytes + SPARE:
         found.append(
             f"temporaries grow by {a_row:.0f} bytes a row; {built.row_bytes:.0f} are promised"
         )

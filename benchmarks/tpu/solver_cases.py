@@ -28,6 +28,13 @@ METHODS: dict[str, Any] = {"semi-nmf": semi_nmf, "kmeans": kmeans, "pca": pca}
 # both.
 READS, READS_OF_KERNEL = 2.0, 1.0
 KERNELS: dict[str, Any] = {"semi-nmf": codes, "kmeans": clusters}
+# Bytes per row and concept that may come and go in an update: semi-NMF's codes, three times.
+ROW_BYTES = {"semi-nmf": 12.0, "kmeans": 0.0}
+
+
+def _row_bytes(method: str, num_concepts: int) -> float | None:
+    each = ROW_BYTES.get(method)
+    return None if each is None else each * num_concepts
 
 
 def _matrix(place: Place, rows: int) -> jax.ShapeDtypeStruct:
@@ -56,7 +63,8 @@ def solve(method: str, num_concepts: int, rows: int, place: Place, times: int) -
     def run(Z: jax.Array, given: Any) -> Any:
         return phases.at_once(plan, given, Z, place.mesh)
 
-    return Built(run, (Z, given), matrix=Array("f32", (rows * times, D)))
+    shape = Array("f32", (rows * times, D))
+    return Built(run, (Z, given), matrix=shape)
 
 
 def update(method: str, num_concepts: int, rows: int, place: Place, times: int) -> Built:
@@ -74,7 +82,8 @@ def update(method: str, num_concepts: int, rows: int, place: Place, times: int) 
         return phases.run_phase(plan, repeated, place.mesh, Z, carry, limit).progress
 
     reads = _reads(method, rows * times, num_concepts)
-    return Built(improve, (Z, carry, limit), matrix=Array("f32", (rows * times, D)), reads=reads)
+    shape, row_bytes = Array("f32", (rows * times, D)), _row_bytes(method, num_concepts)
+    return Built(improve, (Z, carry, limit), matrix=shape, reads=reads, row_bytes=row_bytes)
 
 
 def tile_update(method: str, place: Place, times: int) -> Built:
