@@ -125,7 +125,7 @@ def dense(width: int, use_bias: bool, dtype: DTypeLike, name: str | None = None)
     return Dense(width, use_bias=use_bias, dtype=dtype, dot_general=_dense_dot, name=name)
 
 
-class FusedDense(nn.Dense):
+class FusedDense(Dense):
     """A linear layer that is one in checkpoints, with a kernel and a bias per part here.
 
     Its site, its output and its adapters are those of the fused layer. In memory the parts are
@@ -152,7 +152,13 @@ class FusedDense(nn.Dense):
         outputs: list[Array] = []
         promote: Callable[..., Any] = self.promote_dtype
         for name, width in zip(names.parts_of(self.name or ""), self.widths, strict=True):
-            weights = self.param(name, init, width)
+            weights = self.get_variable("params", name, {})
+            shapes = {"kernel": (x.shape[-1], width)} | (
+                {"bias": (width,)} if self.use_bias else {}
+            )
+            # As in `_Given`: of other shapes, Flax says which.
+            if {key: value.shape for key, value in weights.items()} != shapes:
+                weights = self.param(name, init, width)
             given = x, weights["kernel"], weights.get("bias")
             y, kernel, bias = promote(*given, dtype=self.dtype)
             y = _dense_dot(y, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
