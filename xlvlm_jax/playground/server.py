@@ -192,7 +192,7 @@ class _Handlers:
 
     async def prepared(self, _: Request) -> Response:
         """Answers once the programs are compiled, or soon: no request outlives the server."""
-        for _ in range(5):
+        for _attempt in range(5):
             if not self._worker.has_spare_work:
                 break
             await asyncio.sleep(0.1)
