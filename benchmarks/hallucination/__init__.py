@@ -1,0 +1,1 @@
+"""Every steering method against hallucination: one trade-off curve."""
