@@ -8,7 +8,9 @@
     tower     a layer of CLIP's ViT-L at 336 pixels: 577 positions of two pictures
 
 Both sides run in turn in float32 with all cores; "ratio" is the median of transformers' seconds
-over ours, pair by pair, and "error" the largest difference over the largest state.
+over ours, pair by pair, and "error" the largest difference over the largest state. "share" is the
+share of the machine's limit that we reach: the least time for a case's operations at the best rate
+of a product of this width, or for reading its weights at the best rate of reading, over ours.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,57 @@ CACHE = (
     else "past_key_values"
 )
 Sides = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+class Work(NamedTuple):
+    """What a case can't do without."""
+
+    operations: int  # of floating point; a multiplication and an addition are two
+    bytes: int  # of weights and cache, read once
+
+
+def work() -> dict[str, Work]:
+    """Returns the work of each case; attention of the decoder sees earlier positions alone."""
+    width, positions = LLAMA.hidden_size, PICTURES * PATCHES
+    decoder_weights = width * (4 * width + 3 * LLAMA.intermediate_size)
+    tower_weights = CLIP.hidden_size * (4 * CLIP.hidden_size + 2 * CLIP.intermediate_size)
+    seen = LENGTH * (LENGTH + 1) // 2
+    return {
+        "prefill": Work(2 * decoder_weights * LENGTH + 4 * width * seen, 4 * decoder_weights),
+        "decode": Work(
+            2 * decoder_weights + 4 * width * LENGTH, 4 * decoder_weights + 8 * width * LENGTH
+        ),
+        "tower": Work(
+            2 * tower_weights * positions + 4 * CLIP.hidden_size * positions * PATCHES,
+            4 * tower_weights,
+        ),
+    }
+
+
+def limits(repeats: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """Returns the best rates of a product, in operations per second, and of reading, in bytes.
+
+    Both by JAX and by PyTorch, whichever is faster.
+    """
+    random = np.random.default_rng(0)
+    width, wide = LLAMA.hidden_size, LLAMA.intermediate_size
+    x = random.standard_normal((LENGTH, width), np.float32)
+    kernel = random.standard_normal((width, wide), np.float32)
+    ours, theirs = (jnp.asarray(x), jnp.asarray(kernel)), (torch.tensor(x), torch.tensor(kernel))
+    product, one = jax.jit(jnp.matmul), theirs[0][0]
+
+    def best(*calls: Callable[[], Any]) -> float:
+        for call in calls:
+            call()
+        return min(measure.seconds(call, clock)[0] for call in calls for _ in range(repeats))
+
+    multiplied = best(lambda: product(*ours), lambda: (theirs[0] @ theirs[1]).numpy())
+    read = best(
+        lambda: product(ours[0][:1], ours[1]),
+        lambda: theirs[1].sum().numpy(),
+        lambda: (one @ theirs[1]).numpy(),
+    )
+    return 2 * LENGTH * width * wide / multiplied, kernel.nbytes / read
 
 
 def params_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -151,15 +204,20 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu else time.perf_counter
     torch.manual_seed(0)
-    rows, shown = [], Table("what", "ours", "transformers", "ratio", "error")
+    rows, shown = [], Table("what", "ours", "transformers", "ratio", "share", "error")
+    rate, stream = limits(arguments.repeats, clock)
+    required = work()
     for what, (ours, theirs) in {**decoder_sides(), "tower": tower_sides()}.items():
         got, expected = np.asarray(ours()), theirs()
         error = float(np.abs(got - expected).max() / np.abs(expected).max())
         times = measure.paired(ours, theirs, arguments.repeats, clock)
-        rows.append({"what": what, **times._asdict(), "error": error})
+        least = max(required[what].operations / rate, required[what].bytes / stream)
+        share = least / times.ours
+        rows.append({"what": what, **times._asdict(), "share": share, "error": error})
         milliseconds = (f"{1e3 * each:.1f} ms" for each in (times.ours, times.theirs))
-        shown.add_row(what, *milliseconds, f"{times.ratio:.2f}", f"{error:.0e}")
+        shown.add_row(what, *milliseconds, f"{times.ratio:.2f}", f"{share:.2f}", f"{error:.0e}")
     console = Console(width=100)
+    console.print(f"products {rate / 1e9:.0f} GFLOP/s, reading {stream / 1e9:.1f} GB/s")
     console.print(shown)
     measure.save(arguments.output, rows, "torch", "transformers")
     console.print(f"saved to {arguments.output}")
