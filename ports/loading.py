@@ -131,6 +131,14 @@ def load_text(
     Raises:
         FileNotFoundError: as for `load`.
         ValueError: as for `load`.
+
+    Examples:
+        >>> import ports
+        >>> try:
+        ...     ports.load_text("embedded")
+        ... except ValueError as error:
+        ...     print(str(error).partition("config.json: ")[2])
+        model_type 'llava' is not supported; supported: llama, mistral, qwen2, qwen3
     """
     keep_programs()
     directory = hub.find_directory(path)

@@ -47,6 +47,7 @@ def test_the_example_of_an_exported_name(package: types.ModuleType, name: str):
             "metrics.amber",
             "metrics.chair",
             "metrics.pope",
+            "metrics.safety",
             "metrics.uncertainty",
             "data.scenes.presence",
         ),
