@@ -74,9 +74,17 @@ def too_large(message: str, program: str, place: Place) -> str:
     found = re.search(
         r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)\. Exceeded \w+ capacity by ([\d.]+\w)", message
     )
-    if found is None:
+    # Of arrays that are too large by themselves, the compiler says it in another way.
+    array = re.search(
+        r"memory required for .+? \(([\d.]+\w)\) exceeds available (\w+) \(([\d.]+\w)\)", message
+    )
+    if found is not None:
+        used, room, kind, excess = found.groups()
+    elif array is not None:
+        used, kind, room = array.groups()
+        kind, excess = kind.lower(), f"{(_bytes(used) - _bytes(room)) / 2**30:.2f}G"
+    else:
         return f"{program} does not compile for {place.name}: {message.strip().splitlines()[0]}"
-    used, room, kind, excess = found.groups()
     factor = math.ceil(_bytes(used) / _bytes(room))
     return (
         f"{program} does not fit {place.name}: it needs {used} of {room} {kind}, "

@@ -46,6 +46,14 @@ def test_a_program_that_does_not_fit():
         "kmeans solve does not fit v5e:1: it needs 33.00G of 15.75G hbm, 17.25G too many; use 3 "
         "times as many devices, or 1/3 of the rows"
     )
+    refusal = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (32.06G) exceeds available HBM (15.75G)."
+    )
+    assert measured.too_large(refusal, "x", ONE) == (
+        "x does not fit v5e:1: it needs 32.06G of 15.75G hbm, 16.31G too many; use 3 times as many "
+        "devices, or 1/3 of the rows"
+    )
     assert measured.too_large("INTERNAL: no\nmore", "x", ONE) == (
         "x does not compile for v5e:1: INTERNAL: no"
     )
