@@ -46,6 +46,7 @@ SCREEN = 100  # updates before starts are compared
 # Rows of which the best becomes the next centroid of a start, if choosing among that many takes at
 # most so many multiplications; otherwise 2 + log K, which is scikit-learn's number.
 CANDIDATES, CHOOSING = 32, 2**28
+LONG = 2**23  # scores of an update that take longer to compare than faster loops to compile
 CANCELS = 0.05  # of its terms: a smaller squared distance has lost more than a digit
 TINY = 1e-30
 
@@ -285,6 +286,7 @@ class Plan(NamedTuple):
     compressed: int  # number of columns of the compressed Z; 0 if it is not compressed
     by_sample: bool  # whether a sample of the rows gives these columns
     candidates: int | None  # of each centroid of a start, see `seed`
+    has_long_loops: bool = False  # see `compiling`
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -447,12 +449,13 @@ def plan(
         missing = most - len(init_centroids)
         init_centroids = jnp.pad(jnp.asarray(init_centroids), ((0, missing), (0, 0)), mode="edge")
     numbers = scalar(tol), scalar(unit)
+    is_long = bucket_of_rows(num_samples, width) * most >= LONG
     counts = Counts.of(num_samples, num_concepts, max_iter)
     compared = min(sample_size(most), bucket_of_rows(num_samples, width))
     choosing = compared * (compressed or width) * most * CANDIDATES
     candidates = CANDIDATES if choosing <= CHOOSING else None
     return (
-        Plan(most, room_for(max_iter), n_init, compressed, by_sample, candidates),
+        Plan(most, room_for(max_iter), n_init, compressed, by_sample, candidates, is_long),
         Given(key, *numbers, init_centroids, sample_weight, counts),
     )
 

@@ -161,3 +161,9 @@ def test_rows_that_pad_z_are_not_compared(few):
     kept, labels, sums = kmeans_assignment.renew(problem, kept, offsets, shifts)
     assert labels[N:].tolist() == [0] * 8  # never looked at
     np.testing.assert_array_equal(sums.counts.value, np.bincount(labels[:N], minlength=K))
+
+
+@pytest.mark.parametrize(("n", "k", "long"), [(20000, 1024, True), (620, 20, False)])
+def test_long_loops_are_compiled_with_more_care(n, k, long):
+    fixed, _ = kmeans.plan(KEY, width=512, num_samples=n, num_concepts=(k,))
+    assert fixed.has_long_loops == long
