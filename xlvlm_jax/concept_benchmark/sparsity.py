@@ -26,9 +26,9 @@ def with_mean_l0(concepts: Concepts, rows: Float[np.ndarray, "M D"], k: int) -> 
     """Returns a dictionary that uses k concepts per row on average.
 
     Its components and its encoder stay. The thresholds of a sparse autoencoder are multiplied by
-    one factor, and the penalty that snmf encodes with is found by regula falsi. Other dictionaries
-    are returned as they are. Where fewer than k codes per row are positive without any threshold or
-    penalty, there is none.
+    one factor (one that is not positive first gets the least positive one), and the penalty that
+    snmf encodes with is found by regula falsi. Other dictionaries are returned as they are. Where
+    fewer than k codes per row are positive without any threshold or penalty, there is none.
 
     Args:
         concepts: the dictionary.
@@ -68,7 +68,9 @@ def _with_thresholds(
     dictionary: sae.Dictionary, rows: Float[np.ndarray, "M D"], k: int
 ) -> sae.Dictionary:
     given = np.asarray(dictionary.params["threshold"], np.float32)
-    unit = given if (given > 0).all() else np.ones_like(given)
+    # Zero times a factor stays zero.
+    positive = given[given > 0]
+    unit = np.where(given > 0, given, positive.min() if positive.size else 1).astype(np.float32)
 
     def scaled(factor: float) -> sae.Dictionary:
         params = dictionary.params | {

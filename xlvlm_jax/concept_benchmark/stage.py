@@ -141,7 +141,8 @@ def run_benchmark(
                 dictionaries = given[entry.name]
                 concepts = dictionaries[min(number, len(dictionaries) - 1)]
                 if concepts.dictionary is None:  # those with an encoder come as they are
-                    concepts = with_mean_l0(concepts, pictures.fit.states, settings.k)
+                    k = min(settings.k, len(concepts.components))  # theirs may be few
+                    concepts = with_mean_l0(concepts, pictures.fit.states, k)
             else:
                 concepts = _learnt(place, entry.method, pictures, vlm, settings)
             described = _described(concepts, settings, vlm, seed)

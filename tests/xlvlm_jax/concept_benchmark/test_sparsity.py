@@ -22,15 +22,24 @@ def autoencoder(architecture, **more):
     return sae.Dictionary.of(params | more, sae.Settings(architecture, **constants))
 
 
-@pytest.mark.parametrize("threshold", [np.full(12, 50.0), np.linspace(0.1, 3, 12), np.zeros(12)])
+THRESHOLDS = {
+    "above all": np.full(12, 50.0),
+    "all positive": np.linspace(0.1, 3, 12),
+    "none": np.zeros(12),
+    "one missing": np.linspace(0, 5.5, 12),
+}
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS.values(), ids=THRESHOLDS.keys())
 def test_thresholds_give_exactly_k(threshold):
     """Whatever they were; those of features keep their ratios."""
     given = Concepts.from_dictionary(autoencoder("jumprelu", threshold=threshold))
     found = with_mean_l0(given, ROWS, 3)
     assert l0(found) == 3
     changed = np.asarray(found.dictionary.params["threshold"])
-    if threshold.all():
-        np.testing.assert_allclose(changed / changed[0], threshold / threshold[0], rtol=1e-5)
+    if threshold.any():
+        expected = np.maximum(threshold, threshold[threshold > 0].min())
+        np.testing.assert_allclose(changed / changed[0], expected / expected[0], rtol=1e-5)
     kept, before = (np.asarray(project(ROWS, each)) for each in (found, with_none(given)))
     np.testing.assert_array_equal(kept[kept != 0], before[kept != 0])
 

@@ -49,20 +49,22 @@ def test_summary_needs_scores():
 
 @pytest.fixture(scope="module")
 def given(benchmarked, pictures):
-    """A file of components: some rows, as another tool would write it."""
-    path = benchmarked / "theirs.npy"
-    np.save(path, pictures.rows[:: len(pictures.rows) // 12][:12])
-    return path
+    """Files of components: some rows, as another tool would write them, and fewer than k."""
+    paths = benchmarked / "theirs.npy", benchmarked / "two.npy"
+    rows = pictures.rows[:: len(pictures.rows) // 12][:12]
+    np.save(paths[0], rows)
+    np.save(paths[1], rows[:2])
+    return [parse_entry(str(path)) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def result(vlm, clip, benchmarked, given, pictures):
-    entries = [parse_entry(text) for text in ("random", str(given))]
+    entries = [parse_entry("random"), *given]
     return stage.run_benchmark(benchmarked, vlm, clip, entries, SETTINGS)
 
 
 def test_a_run_ranks_and_writes(result, benchmarked):
-    assert {line.name for line in result.lines} == {"random", "theirs"}
+    assert {line.name for line in result.lines} == {"random", "theirs", "two"}
     assert [line.rank for line in result.lines] == sorted(line.rank for line in result.lines)
     described = json.loads((benchmarked / stage.FILE).read_text())
     names = [measure.name for measure in MEASURES]
@@ -72,6 +74,7 @@ def test_a_run_ranks_and_writes(result, benchmarked):
     by_name = {line.name: line for line in result.lines}
     assert by_name["random"].values["l0"] <= 3 and by_name["theirs"].method == "pca"
     assert by_name["theirs"].values["l0"] == 3  # of twelve scores
+    assert by_name["two"].values["l0"] <= 2 and by_name["two"].num_concepts == 2
     assert described["settings"]["seeds"] == [0]
     assert (benchmarked / stage.TABLE).read_text().startswith("| dictionary | K | explained |")
 
@@ -86,7 +89,7 @@ def test_a_run_goes_on(result, vlm, clip, benchmarked, given, monkeypatch):
         lambda c, *a, **kw: learnt.append(kw["name"]) or kept(c, *a, **kw),
     )
     (benchmarked / "seed-0" / "random" / stage.SCORES).unlink()
-    entries = [parse_entry(text) for text in ("random", str(given))]
+    entries = [parse_entry("random"), *given]
     again = stage.run_benchmark(benchmarked, vlm, clip, entries, SETTINGS)
     assert learnt == ["random"]
     for before, after in zip(result.lines, again.lines, strict=True):
