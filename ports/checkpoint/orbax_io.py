@@ -7,10 +7,11 @@ In addition to config.json and the processor's files, the model's directory then
                  checkpoint that was converted
 """
 
+import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ def restore(directory: Path, abstract: dict, dtype: jnp.dtype, shardings: dict |
             ),
         )
     flat = _flat(restored)
+    del restored  # the tree would keep every fused array until all are split
     for path, parts in split.items():
         flat |= zip(parts, _split(flat.pop(path), list(parts.values())), strict=True)
     return traverse_util.unflatten_dict(flat)
@@ -163,8 +165,18 @@ def _whole(parts: list[_Wanted]) -> _Wanted:
 def _split(array: jax.Array, parts: list[_Wanted]) -> list[jax.Array]:
     """Splits a fused layer's kernel or bias by columns, each part to its place."""
     ends = tuple(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
-    places = [part.sharding for part in parts]
-    return jax.jit(lambda array: jnp.split(array, ends, axis=-1), out_shardings=places)(array)
+    return _splitter(ends, tuple(part.sharding for part in parts))(array)
+
+
+# One function for all layers, so that jit compiles it once for each shape.
+@functools.lru_cache
+def _splitter(
+    ends: tuple[int, ...], places: tuple[jax.sharding.Sharding, ...]
+) -> Callable[[jax.Array], list[jax.Array]]:
+    def split(array: jax.Array) -> list[jax.Array]:
+        return jnp.split(array, ends, axis=-1)
+
+    return jax.jit(split, out_shardings=list(places))
 
 
 def shapes(directory: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
