@@ -57,8 +57,8 @@ def render(processor: Any, prompt: Any, *, image_text: str, where: Any) -> str:
             return said
         reasons.append(f"it renders {said.count(token)} {token} for one image")
     raise ValueError(
-        f"{where}: its chat template fails ({reasons[0]}); replace it with that of its "
-        "model family, as chat_template.jinja"
+        f"{where}: its chat template fails ({'; '.join(dict.fromkeys(reasons))}); replace it "
+        "with that of its model family, as chat_template.jinja"
     )
 
 
@@ -93,7 +93,9 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, where:
     """Renders a chat without images in the checkpoint's chat template.
 
     Some templates read the text of a message, others a list of its parts and, without an error,
-    nothing of a plain text: a rendering counts only if it holds every message.
+    nothing of a plain text. Which form a template reads is tried with a mark in place of every
+    message's text: all marks must be in the result. The text itself may be changed, as by templates
+    that leave out the reasoning of earlier turns.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -108,23 +110,31 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, where:
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(f"{where} has no chat template; add that of the model's authors")
+
+    def rendered(texts: Sequence[str], in_parts: bool) -> str:
+        chat = [
+            {**each, "content": [{"type": "text", "text": text}] if in_parts else text}
+            for each, text in zip(messages, texts, strict=True)
+        ]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    # Unlike a message, a mark is in no template.
+    marks = [f"message-{i}-f3b1" for i in range(len(messages))]
     reasons = []
     for in_parts in (False, True):
-        chat = [
-            {**each, "content": [{"type": "text", "text": each["content"]}] if in_parts else text}
-            for each in messages
-            for text in [each["content"]]
-        ]
         try:
-            said = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            said = rendered(marks, in_parts)
+            missing = [
+                each["role"] for each, mark in zip(messages, marks, strict=True) if mark not in said
+            ]
+            if not missing:
+                return rendered([each["content"] for each in messages], in_parts)
+            reasons.append(f"it leaves out a message of role {missing[0]!r}")
         except Exception as error:  # Jinja's errors, and any that the template's code raises
             reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-            continue
-        missing = [each["role"] for each in messages if each["content"].strip() not in said]
-        if not missing:
-            return said
-        reasons.append(f"it leaves out a message of role {missing[0]!r}")
-    raise ValueError(f"{where}: its chat template fails for this chat ({reasons[0]})")
+    raise ValueError(
+        f"{where}: its chat template fails for this chat ({'; '.join(dict.fromkeys(reasons))})"
+    )
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -136,7 +146,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
     Returns:
         input_ids and attention_mask, int[B, T].
+
+    Raises:
+        ValueError: there are no prompts.
     """
+    if not len(texts):
+        raise ValueError("got no prompts; expected one or more")
     rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     length = max(map(len, rows))
     arrays = {name: np.zeros((len(rows), length), np.int32) for name in ("ids", "mask")}

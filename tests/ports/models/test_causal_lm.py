@@ -107,10 +107,35 @@ def test_chats_in_templates_of_texts_and_of_parts(template):
     assert arrays["attention_mask"].tolist() == [[1] * 6, [0] * 4 + [1] * 2]
 
 
+def test_a_message_that_is_also_a_word_of_the_template():
+    tokenizer = make_tokenizer([], {})
+    loop = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = f"No tools. {loop}[assistant]"
+    said = prompts.render_chat(tokenizer, [{"role": "user", "content": "No"}], where="here")
+    assert said == "No tools. No[assistant]"
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out():
+    tokenizer = make_tokenizer([], {})
+    tokenizer.chat_template = TEXTS.replace("m.content", "m.content.split('</think>')[-1]")
+    earlier = {"role": "assistant", "content": "<think>w4</think> w3"}
+    said = prompts.render_chat(tokenizer, [CHAT[0], earlier, CHAT[0]], where="here")
+    assert said == "[user] w1 w2 [assistant] w3 [user] w1 w2 [assistant]"
+
+
+def test_no_prompts():
+    with pytest.raises(ValueError, match="got no prompts; expected one or more"):
+        prompts.tokenize(make_tokenizer([], {}), [])
+
+
 def test_chats_that_a_template_does_not_hold():
     tokenizer = make_tokenizer([], {})
     with pytest.raises(ValueError, match="here has no chat template; add that of the model's"):
         prompts.render_chat(tokenizer, CHAT, where="here")
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(ValueError, match=r"fails for this chat .it leaves out a message of role"):
+        prompts.render_chat(tokenizer, CHAT, where="here")
+    # Every reason, once.
+    tokenizer.chat_template = "{{ messages[0].content.strip() }}"
+    with pytest.raises(ValueError, match=r"role 'assistant'; UndefinedError: [^;]*$"):
         prompts.render_chat(tokenizer, CHAT, where="here")
