@@ -229,7 +229,8 @@ class VLM(LoadedModel):
             row has ended.
 
         Raises:
-            ValueError: as for `generate`, or `images` are of other prompts.
+            ValueError: as for `generate`, or `images` are for another number of image tokens.
+                Which pictures they show is not checked.
 
         Examples:
             >>> import numpy as np, ports
@@ -247,7 +248,7 @@ class VLM(LoadedModel):
         # Once, not at every step.
         laid, rules = jax.device_put((laid, self._rules(arrays, pad_to_multiple_of)))
         aligned = padding.align_right(arrays, self._port.per_position)
-        aligned: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
+        kept: ImageStates | None = None
         if images is not None:
             count = self._count_image_tokens(arrays)
             if count != images.num_tokens:
@@ -256,10 +257,15 @@ class VLM(LoadedModel):
                     f"hold {count}; encode the images of these prompts"
                 )
             if all(map(self.module.is_after_images, laid)):
-                aligned["image_states"] = images.states.resized(aligned["input_ids"].size)
+                kept = images.states
+                # Only the vision tower reads pixels. Grids stay: M-RoPE's positions need them.
+                aligned = {k: v for k, v in aligned.items() if not k.startswith("pixel_")}
+        placed: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
+        if kept is not None:
+            placed["image_states"] = kept.resized(placed["input_ids"].size)
         ends = {"eos_tokens": self.eos_tokens, "pad_token": self.pad_token, "mesh": self._mesh}
         unfinished, step = stream.begin(
-            self.module, self.params, aligned, laid, rules, max_new_tokens, **ends
+            self.module, self.params, placed, laid, rules, max_new_tokens, **ends
         )
         yield step
         for _ in range(max_new_tokens - 1):

@@ -94,6 +94,17 @@ def test_encoded_images_give_the_same_answer_and_spare_the_tower(small, batch):
         next(vlm.stream(helpers.make_inputs([1], [4]), max_new_tokens=1, images=encoded))
 
 
+def test_pixels_of_encoded_images_are_not_arguments_of_the_program(small, batch, monkeypatch):
+    given, begin = [], stream.begin
+    monkeypatch.setattr(
+        stream, "begin", lambda *a, **more: given.append(set(a[2])) or begin(*a, **more)
+    )
+    for images in (None, small.vlm.encode_images(batch)):
+        answered(small.vlm, batch, images=images)
+    assert given[0] - given[1] == {"pixel_values"}
+    assert given[1] - given[0] == {"image_states"}
+
+
 def test_an_edit_of_the_tower_encodes_the_images_again(small, batch):
     vlm, site = small.vlm, "multi_modal_projector"
     encoded = vlm.encode_images(batch)
