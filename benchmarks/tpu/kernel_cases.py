@@ -81,12 +81,12 @@ def _measured(kernel: Kernel, K: int, place: Place, folder: Path) -> dict[str, A
         return place.abstract(shape, jnp.float32)
 
     function, arguments = kernel.build(array, K)
+    bundles.clear(folder)  # of what was compiled before, even if that failed
     try:
         jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"broken": [str(error).strip().splitlines()[0]]}
     outer = bundles.of_kernel(folder, kernel.name)
-    bundles.clear(folder)
     return {
         "cycles of a block": outer.of_step,
         "cycles": outer.cycles,

@@ -34,7 +34,11 @@ class Assigned(NamedTuple):
 
 
 def takes(Z: Array | jax.ShapeDtypeStruct, num_clusters: int) -> bool:
-    """Returns whether `assign` is used for these rows and so many clusters."""
+    """Returns whether `assign` is used for these rows and so many clusters.
+
+    Raises:
+        ValueError: the variable XLVLM_TPU_KERNELS is neither "on" nor "off".
+    """
     return blocks.is_on() and blocks.sizes(Z, num_clusters, COPIES) is not None
 
 

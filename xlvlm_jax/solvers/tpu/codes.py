@@ -38,7 +38,11 @@ class Collected(NamedTuple):
 
 
 def takes(Z: Array | jax.ShapeDtypeStruct, num_concepts: int) -> bool:
-    """Returns whether `improve` is used for these rows and so many atoms."""
+    """Returns whether `improve` is used for these rows and so many atoms.
+
+    Raises:
+        ValueError: the variable XLVLM_TPU_KERNELS is neither "on" nor "off".
+    """
     few = num_concepts <= MOST
     return blocks.is_on() and few and blocks.sizes(Z, num_concepts, COPIES) is not None
 
