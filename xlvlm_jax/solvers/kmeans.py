@@ -91,7 +91,9 @@ def with_leading(
 ) -> Problem:
     """Returns the problem with its rows in leading columns, if these pay: see `kmeans_leading`."""
     N, D = problem.Z.shape
-    if not kmeans_leading.pays(N, D, num_clusters):
+    # With fewer centroids, bounds on distances rule out more.
+    many = kmeans_assignment.keeps_scores(num_clusters)
+    if not (many and kmeans_leading.pays(N, D, num_clusters)):
         return problem
     centre = compression.Centre(problem.mean, problem.far, problem.real)
     of_mean = kmeans_assignment.terms_of_mean(problem)

@@ -129,7 +129,7 @@ def of_basis(
 
 def nothing(N: int, dtype: DTypeLike) -> Known:
     """Returns an empty record; the first `renew` must get infinite shifts."""
-    return Known(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), jnp.ones((), dtype))
+    return Known(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), jnp.full((), FIRST, dtype))
 
 
 def renew(
@@ -223,7 +223,7 @@ def renew(
         )
 
     labels, floors = jax.lax.fori_loop(0, -(-opened // together), compare_all, (labels, floors))
-    again = AGAIN * jnp.minimum(known.share, FIRST)
+    again = AGAIN * known.share
     return Known(labels, floors, jnp.where(hopeless, again, (opened / N).astype(dtype)))
 
 

@@ -104,7 +104,8 @@ def test_columns_that_rule_out_nothing_are_left_alone_for_a_while(few):
         offsets = offsets + 0.1 * jax.random.normal(jax.random.key(step), offsets.shape)
     tried = shares[1]
     assert (shares[0], tried > kmeans_leading.HOPELESS) == (0.56, True)
-    np.testing.assert_allclose(shares[2], 0.8 * min(tried, 0.7), atol=0.01)
+    # The more rows it was that had to be compared, the longer.
+    np.testing.assert_allclose(shares[2:4], [0.8 * tried, 0.64 * tried], atol=0.01)
 
 
 WIDE = 4 * (K + kmeans.OVERSAMPLE)
