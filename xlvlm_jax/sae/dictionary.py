@@ -422,14 +422,14 @@ def _matching_pursuit(dictionary: Dictionary, x: Array) -> Array:
     most = D if settings.max_iterations is None else settings.max_iterations
     rows = x.reshape(-1, D)
 
-    def positive(values: Array) -> Array:
+    def allowed(values: Array) -> Array:
         return values if settings.signed else jax.nn.relu(values)
 
     def choose(_: Any, state: tuple) -> tuple:
         residual, codes, done = state
-        chosen = positive(matmul(residual, atoms.T)).argmax(axis=1)
+        chosen = allowed(matmul(residual, atoms.T)).argmax(axis=1)
         atom = atoms[chosen]
-        value = positive((residual * atom).sum(axis=1))
+        value = allowed((residual * atom).sum(axis=1))
         value = jnp.where(done, 0, value).astype(codes.dtype)
         support = codes != 0
         codes = codes.at[jnp.arange(len(codes)), chosen].add(value)
