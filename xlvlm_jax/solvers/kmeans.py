@@ -91,7 +91,7 @@ def with_leading(
 ) -> Problem:
     """Returns the problem with its rows in leading columns, if these pay: see `kmeans_leading`."""
     N, D = problem.Z.shape
-    # With fewer centroids, bounds on distances rule out more.
+    # They replace kept scores; with fewer centroids, bounds on distances are kept instead.
     many = kmeans_assignment.keeps_scores(num_clusters)
     if not (many and kmeans_leading.pays(N, D, num_clusters)):
         return problem

@@ -144,6 +144,8 @@ def test_chosen_by_backend_and_size(few, monkeypatch):
     assert kmeans_leading.pays(N, D, K)
     assert not kmeans_leading.pays(N, 30, K)  # fewer columns than four times COLUMNS
     problem = kmeans.prepare(jnp.ones((N, D)), N, jnp.ones(K, bool))
+    fewer = problem._replace(active=jnp.ones(128, bool))  # no scores of these are kept
+    assert kmeans.with_leading(fewer, 128, KEY, N) is fewer
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert not kmeans_leading.pays(N, D, K)
     assert kmeans.with_leading(problem, K, KEY, N) is problem
