@@ -14,6 +14,7 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import Attempt, Condition, Sweep, Trial
 from xlvlm_jax.features import ExtractionSettings, extract
 from xlvlm_jax.metrics.uncertainty import bootstrap, mcnemar
+from xlvlm_jax.storage import atomic
 
 HEADS = "language_model.model.layers.*.self_attn.heads"
 BATCH = 32
@@ -107,7 +108,7 @@ def plain_answers(
         )
         (answers,) = found.answers
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(answers), "utf-8")
+        atomic.write(path, json.dumps(answers))
     return json.loads(path.read_text("utf-8"))
 
 

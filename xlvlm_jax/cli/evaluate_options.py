@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from xlvlm_jax.cli.console import require_counts
+
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
 TaskName = Annotated[
@@ -99,7 +101,7 @@ NewTokens = Annotated[
     int | None,
     typer.Option(
         help="Maximum number of new tokens. Default: 10 for answers, 32 for captions, 128 for "
-        "descriptions."
+        "descriptions of POPE's pictures, 256 for those of AMBER."
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
@@ -153,7 +155,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
         dataset: what `dataset_of` returns.
 
     Raises:
-        ValueError: negatives are chosen for another data set than drawn scenes.
+        ValueError: negatives are chosen for another data set than drawn scenes, or a split of AMBER
+            that the task can't be measured on.
     """
     if negatives != "all" and dataset != "scenes":
         raise ValueError(
@@ -163,7 +166,13 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
     if dataset == "pope" and task in ("pope", "descriptions"):
         return {"split": split or "all"} | ({"describe": True} if task == "descriptions" else {})
     if dataset == "amber" and task == "chair":
+        if split not in (None, "generative"):
+            raise ValueError(
+                f"--task chair describes AMBER's split generative, not {split}; omit --split"
+            )
         return {"split": "generative"}
+    if dataset == "amber" and split == "generative":
+        raise ValueError("AMBER's split generative has no questions; give --task chair too")
     if dataset == "scenes":
         asked = "captions" if task in ("chair", "captions") else "all"
         return {"split": split, "ask": asked, "negatives": negatives}
@@ -266,7 +275,12 @@ def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> 
 def samples_to_choose_on(
     samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None
 ) -> list[Any]:
-    """Returns the samples of a split to choose on: some of those that are not evaluated too."""
+    """Returns the samples of a split to choose on: some of those that are not evaluated too.
+
+    Raises:
+        ValueError: there are none, or `num_choose` is less than 1.
+    """
+    require_counts(num_choose=num_choose)
     held_out = {sample.id for sample in samples}
     others = [sample for sample in of if sample.id not in held_out][:num_choose]
     if not others:

@@ -3,11 +3,14 @@
 import errno
 import os
 import socket
+import sys
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import (
     IgnoreGenerationConfig,
     Model,
@@ -17,7 +20,9 @@ from xlvlm_jax.cli.console import (
     load_model,
 )
 
-_PATIENCE = 5.0  # seconds that a compilation may take once the server has ended
+# Seconds that a compilation may take once the server has ended. With the second that open tabs get,
+# this is less than what `runtime` gives a command until it ends the process without clearing up.
+_PATIENCE = 3.0
 
 
 def play(
@@ -75,21 +80,35 @@ def play(
         loaded = server.Model(model, None if vlm.adapter is None else str(vlm.adapter))
         answers = Answers(vlm, items, max_new_tokens)
         app = server.create_app(answers, loaded, pictures, token, prepares=True)
-        address = f"http://{server.HOST}:{listener.getsockname()[1]}/{token}/"
-        shown = counted(len(items), "concept or vector", "concepts and vectors")
-        console.print(f"{shown}; Ctrl-C ends the server", highlight=False)
-        console.print(address, highlight=False, soft_wrap=True)
-        if browser:
-            typer.launch(address)
-        # Tabs that are open keep their connections; they need not be waited for.
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         try:
+            address = f"http://{server.HOST}:{listener.getsockname()[1]}/{token}/"
+            shown = counted(len(items), "concept or vector", "concepts and vectors")
+            console.print(f"{shown}; Ctrl-C ends the server", highlight=False)
+            console.print(address, highlight=False, soft_wrap=True)
+            if browser:
+                typer.launch(address)
+            # Tabs that are open keep their connections; they need not be waited for.
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
             uvicorn.Server(config).run(sockets=[listener])
         finally:
-            if not app.state.worker.end(_PATIENCE):
-                # A long compilation can't be ended, and Python must not end before it.
-                pictures.close()
-                os._exit(130)
+            _end(app.state.worker, pictures, sys.exception())
+
+
+def _end(worker: Any, pictures: Any, error: BaseException | None) -> None:
+    """Ends the worker, or the process with the exit status of an error if it can't be ended."""
+    try:
+        ended = worker.end(_PATIENCE)
+    except BaseException:  # another Ctrl-C
+        ended = False
+    if ended:
+        return
+    # A long compilation can't be ended, and Python must not end before it.
+    try:
+        pictures.close()
+        if error is not None and not isinstance(error, runtime.Interrupted):
+            traceback.print_exception(error)
+    finally:
+        os._exit(error.status if isinstance(error, runtime.Interrupted) else 1)
 
 
 def _listening(host: str, port: int) -> socket.socket:

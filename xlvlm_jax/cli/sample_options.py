@@ -21,7 +21,10 @@ Annotations = Annotated[
 ]
 QuestionsFile = Annotated[
     Path | None,
-    typer.Option("--questions", help="Questions of vqav2, if not at their default path."),
+    typer.Option(
+        "--questions",
+        help="Questions of vqav2, pope, amber or questions, if not at their default path.",
+    ),
 ]
 Objects = Annotated[
     Path | None,

@@ -195,10 +195,10 @@ def apply(
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})
         others = samples_to_choose_on(samples, of, choose_on, num_choose)
         measured.require(others)
-    if dry_run:
-        # With --choose-on, only one condition is applied besides plain answers and an instruction.
+    if dry_run:  # with --choose-on of one condition, besides plain answers and an instruction
         count = (1 if others else len(tried)) + 1 + (instruction is not None)
-        vlm = as_it_generates(load_model(model, dtype, abstract=True), ignore_generation_config)
+        shapes = load_model(model, dtype, abstract=True, adapter=adapter)
+        vlm = as_it_generates(shapes, ignore_generation_config)
         show_preflight(vlm, samples, count, measured, max_new_tokens, batch_size)
         if others:
             show_preflight(vlm, others, 1 + len(tried), measured, max_new_tokens, batch_size)

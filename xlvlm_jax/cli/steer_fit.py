@@ -21,6 +21,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
     refuse_existing,
+    require_counts,
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import Adapter
@@ -262,6 +263,7 @@ def fit(
     from xlvlm_jax import steering
 
     _refuse_options_of_others(method, context.params)
+    require_counts(num_samples=num_samples, batch_size=batch_size, steps=steps)
     if not dry_run:
         refuse_existing(output, overwrite)
     if method in ("shift", "concept"):

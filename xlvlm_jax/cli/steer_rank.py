@@ -19,6 +19,7 @@ from xlvlm_jax.cli.console import (
     named_features,
     progress_bars,
     refuse_existing,
+    require_counts,
 )
 from xlvlm_jax.cli.evaluate_options import Adapter
 
@@ -69,6 +70,8 @@ def rank(
     from xlvlm_jax.steering.rank import save_ranking
     from xlvlm_jax.steering.vectors import load_vectors
 
+    require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
+    require_counts(num_targets=num_targets)
     refuse_existing(output, overwrite)
     loaded = load_vectors(vectors)
     first, vector = next(iter(loaded.items()))

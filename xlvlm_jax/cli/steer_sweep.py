@@ -145,10 +145,10 @@ def sweep(
     """
     from xlvlm_jax import evaluation
     from xlvlm_jax.report.steering_figures import plot_tradeoff
-    from xlvlm_jax.steering.methods import Savable
 
     runtime.resumes()
     require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
+    require_counts(at_once=at_once)
     if not (output / "sweep.json").is_file():
         refuse_existing(output, overwrite)
     if features is None and not vector:
@@ -173,6 +173,9 @@ def sweep(
     samples = few_samples(drawn, num_samples, seed)
     of = read_samples(dataset_name, data, **{**told, "split": choose_on})
     others = samples_to_choose_on(samples, of, choose_on, num_choose)
+    measured.require(others)
+    if split is not None:
+        measured.require(samples)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     if overwrite and output.is_dir():  # after all that may be wrong with the arguments
         shutil.rmtree(output)
@@ -186,11 +189,7 @@ def sweep(
         limits: dict[str, Any] = {"budget": budget, "axis": budget_of, "at_once": at_once}
         found = evaluation.run_sweep(vlm, others, measured, tried, output, **limits, **options)
         _show(found)
-        conditions = {name: found.chosen(name).condition for name in dict.fromkeys(found.methods)}
-        for name, condition in conditions.items():
-            (best,) = condition.vectors
-            if isinstance(best, Savable):
-                best.save(output / "vectors" / f"{name}.safetensors")
+        conditions = _save_best(found, output / "vectors")
         tried_on = found.describe(measured, split=choose_on, samples=len(others))
         if split is None:
             plot_tradeoff({"sweep": tried_on}, output / "tradeoff.svg")
@@ -265,6 +264,18 @@ def _load(files: Sequence[Path]) -> list[tuple[str, Any]]:
 
     loaded = [(file, steering.load(file)) for file in files]
     return [(str(one.source.get("method", file.stem)), one) for file, one in loaded]
+
+
+def _save_best(found: Any, directory: Path) -> dict[str, Any]:
+    """Writes the vector of each method's best trial; returns these trials' conditions."""
+    from xlvlm_jax.steering.methods import Savable
+
+    conditions = {name: found.chosen(name).condition for name in dict.fromkeys(found.methods)}
+    for name, condition in conditions.items():
+        (best,) = condition.vectors
+        if isinstance(best, Savable):
+            best.save(directory / f"{name}.safetensors")
+    return conditions
 
 
 def _show(found: Any) -> None:

@@ -46,7 +46,7 @@ def read_lines(path: Path) -> list[tuple[str, Any]]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a line is not JSON.
+        ValueError: the file is not UTF-8, or a line is not JSON.
     """
     try:
         text = path.read_text("utf-8")
@@ -54,8 +54,11 @@ def read_lines(path: Path) -> list[tuple[str, Any]]:
         raise FileNotFoundError(
             f"{path}: no such file; pass its name or another directory"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: not UTF-8") from None
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: strings in JSON may hold other characters that end lines, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 records.append((f"line {number}", json.loads(line)))

@@ -58,7 +58,8 @@ def load(
             number = str(files.get(record, "id", (str, int), path, place))
         if number in samples:
             raise ValueError(f"{path}: {place}: id {number} is a duplicate")
-        types.setdefault(str(kind))
+        if kind is not None:
+            types.setdefault(str(kind))
         samples[number] = Sample(
             id=number,
             image=Path(directory) / image,
@@ -78,7 +79,6 @@ def load(
         raise ValueError(f"{path}: has no questions")
     kept = [each for each in samples.values() if split in ("all", each.metadata["negatives"])]
     if not kept:
-        raise ValueError(
-            f"{path}: has no questions of type {split!r}; expected one of {', '.join(types)}, all"
-        )
+        offered = f"one of {', '.join(types)}, all" if types else "all: none has a type"
+        raise ValueError(f"{path}: has no questions of type {split!r}; expected {offered}")
     return kept

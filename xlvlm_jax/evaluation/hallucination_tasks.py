@@ -43,10 +43,12 @@ class Presence(Questions):
     Attributes:
         wanted: the wanted effect, the share of false yes that are gone.
         max_cost: the maximum cost, in points of accuracy that the rest loses.
+        needed: what samples the task needs, for messages.
     """
 
     wanted: float = 0.5
     max_cost: float = 1.0
+    needed = "--task pope needs questions of --dataset pope, amber, scenes or questions"
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -60,10 +62,7 @@ class Presence(Questions):
         """
         labels = {sample.metadata.get("label") for sample in samples}
         if samples and not {"yes", "no"} <= labels:
-            raise ValueError(
-                "the samples have no labels yes and no; --task pope needs questions of --dataset "
-                "pope, amber, scenes or questions"
-            )
+            raise ValueError(f"the samples have no labels yes and no; {self.needed}")
         super().require(samples)
 
     def measure(
@@ -182,6 +181,7 @@ class ObjectDescriptions(Presence):
     """
 
     max_new_tokens = 128
+    needed = "--task descriptions needs POPE's questions"
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -359,15 +359,20 @@ class Descriptions(Captions):
         return {**super().describe(), "task": "chair", "protocols": list(self.protocols)}
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """Checks that the samples are AMBER's descriptions.
+        """Checks that the samples are AMBER's descriptions, and that descriptions can be scored.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they are not, the data of nltk or spaCy are missing, or an annotated object
+                is not in the lists.
         """
         if not all("imagined" in sample.metadata for sample in samples):
             raise ValueError(
                 "the samples are not to be described; expected AMBER's split 'generative'"
             )
+        if samples:  # what would end `measure` ends here, before a model has described them
+            for protocol in self.protocols:
+                texts = ["A dog."] * len(samples)
+                hallucination.description_counts(samples, texts, self.lists, protocol)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]

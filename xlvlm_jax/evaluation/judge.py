@@ -93,7 +93,7 @@ def read_run(directory: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there are no answers.
-        ValueError: they are damaged, of another format version, or there is not one.
+        ValueError: they are damaged, of another format version, or there are none.
     """
     file, summary = (Path(directory) / name for name in ("predictions.jsonl", "summary.json"))
     if not (file.is_file() and summary.is_file()):

@@ -227,6 +227,7 @@ def nltk_nouns(text: str) -> list[str]:
         ) from None
 
 
+@functools.cache
 def spacy_alike() -> Callable[[str, str], bool]:
     """Returns what says whether two words are alike to the official script, by spaCy's vectors.
 

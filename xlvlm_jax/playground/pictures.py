@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Pictures:
         self._folder = tempfile.TemporaryDirectory(prefix="xlvlm-play-")
         self.folder = Path(self._folder.name)
         self._kept: dict[str, Picture] = {}
+        self._lock = threading.RLock()  # requests of several tabs come from several threads
 
     def __enter__(self) -> "Pictures":
         return self
@@ -55,18 +57,21 @@ class Pictures:
             ValueError: they are no picture, or one that is too large.
         """
         key = hashlib.sha256(content).hexdigest()[:24]
-        if (known := self._kept.get(key)) is not None:
-            return self._keep(known._replace(name=name))
-        path = self.folder / f"{key}.png"
-        path.write_bytes(content)
-        try:
-            image: Image.Image = read_image(path)
-        except (OSError, ValueError) as error:
-            path.unlink()
-            reason = str(error).removeprefix(f"{path}: ")
-            raise ValueError(f"{name}: {reason}; choose a picture, such as JPEG or PNG") from None
-        image.save(path)
-        return self._keep(Picture(key, name, path, image.size))
+        with self._lock:
+            if (known := self._kept.get(key)) is not None:
+                return self._keep(known._replace(name=name))
+            path = self.folder / f"{key}.png"
+            path.write_bytes(content)
+            try:
+                image: Image.Image = read_image(path)
+            except (OSError, ValueError) as error:
+                path.unlink()
+                reason = str(error).removeprefix(f"{path}: ")
+                raise ValueError(
+                    f"{name}: {reason}; choose a picture, such as JPEG or PNG"
+                ) from None
+            image.save(path)
+            return self._keep(Picture(key, name, path, image.size))
 
     def blank(self) -> Picture:
         """Returns a picture of nothing, of a usual size, which is not among those added."""
@@ -80,9 +85,10 @@ class Pictures:
         Raises:
             LookupError: it was never uploaded, or was dropped for newer ones.
         """
-        if key not in self._kept:
-            raise LookupError("the picture is no longer here; choose it again")
-        return self._keep(self._kept[key])
+        with self._lock:
+            if key not in self._kept:
+                raise LookupError("the picture is no longer here; choose it again")
+            return self._keep(self._kept[key])
 
     def _keep(self, picture: Picture) -> Picture:
         self._kept.pop(picture.id, None)

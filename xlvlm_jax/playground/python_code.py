@@ -30,7 +30,11 @@ def as_python(
     Returns:
         Source text. It reads the picture and uploaded vectors from the working directory, and other
         concepts and vectors from where the page has them.
+
+    Raises:
+        ValueError: two uploaded vectors have the same file name.
     """
+    _require_apart(settings, uploads)
     given = "" if adapter is None else f", adapter={adapter!r}"
     lines = [
         "import numpy as np",
@@ -64,11 +68,26 @@ def as_python(
     return text
 
 
+def _is_uploaded(item: Item, uploads: Path | None) -> bool:
+    return uploads is not None and item.path.is_relative_to(uploads)
+
+
+def _require_apart(settings: Sequence[Setting], uploads: Path | None) -> None:
+    """Raises ValueError if the program would read two uploads from the same file."""
+    places: dict[str, Path] = {}
+    uploaded = [each.item.path for each in settings if _is_uploaded(each.item, uploads)]
+    for path in uploaded:
+        if places.setdefault(path.name, path) != path:
+            raise ValueError(
+                f"two dropped vectors are named {path.name}; the program reads both from the "
+                "working directory: rename one and drop it again"
+            )
+
+
 def _steering(setting: Setting, uploads: Path | None) -> Iterator[str]:
     item, strength, where, site = setting
     yield f"# {_described(item)}"
-    is_uploaded = uploads is not None and item.path.is_relative_to(uploads)
-    path = item.path.name if is_uploaded else str(item.path.absolute())
+    path = item.path.name if _is_uploaded(item, uploads) else str(item.path.absolute())
     if item.concepts is not None:
         yield f"direction = concept_directions(Concepts.load({path!r}))[{item.number}]"
         fitted = f"SteeringVector(np.float32({item.scale!r}) * direction, {site!r})"

@@ -317,6 +317,14 @@ def _counterparts(asked: Request) -> Examples:
     return Examples(*pairs, _steered(lesson))
 
 
+def _l2s_examples(asked: Request) -> Examples:
+    """Returns `_counterparts`, with the prompts that the network reads if not those of samples."""
+    found, prompt = _counterparts(asked), asked.options.get("context_prompt")
+    if prompt is None:
+        return found
+    return found._replace(contexts=[lessons.asked_with(each, prompt) for each in found.samples])
+
+
 def _lesson(asked: Request) -> lessons.Lesson:
     assert asked.source is not None and asked.target is not None
     return lessons.lesson(
@@ -353,16 +361,13 @@ def _fit_learned(asked: Request, examples: Examples, vlm: VLM, **learning: Any) 
 
 
 def _fit_l2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> Fitted:
-    prompt, contexts = asked.options.get("context_prompt"), examples.contexts
-    if prompt is not None:
-        contexts = [lessons.asked_with(sample, prompt) for sample in examples.samples]
     fitted = fit_l2s(
         vlm,
         examples.samples,
         examples.towards,
         examples.away,
         asked.site,
-        contexts=contexts,
+        contexts=examples.contexts,
         where=asked.where,
         seed=asked.seed,
         context_site=asked.options["context_site"],
@@ -490,7 +495,7 @@ METHODS = {
             "l2s",
             _fit_l2s,
             (*OF_COUNTERPARTS, "context_site", "context_prompt"),
-            examples=_counterparts,
+            examples=_l2s_examples,
             doing="running counterparts",
         ),
         Method(

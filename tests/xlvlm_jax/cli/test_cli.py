@@ -207,6 +207,20 @@ def test_every_command_explains_itself():
             "steer apply gone gone --vector v --output x --num-samples 0",
             "--num-samples must be at least 1, got 0",
         ),
+        ("steer fit gone --output x --method l2s --batch-size 0", "--batch-size must be at least"),
+        ("steer fit gone --output x --method learned --steps -1", "--steps must be at least 1"),
+        (
+            "steer rank gone --output x --num-targets 0",
+            "--num-targets must be at least 1, got 0",
+        ),
+        (
+            "steer rank gone --output x --max-new-tokens 0",
+            "--max-new-tokens must be at least 1, got 0",
+        ),
+        (
+            "steer sweep gone gone --output x --choose-on train --at-once 0",
+            "--at-once must be at least 1, got 0",
+        ),
         (
             "shift gone gone --concepts gone --output x --reduce mode",
             "--reduce is 'mode'; expected one of mean, median, trimmed_mean",
@@ -227,7 +241,7 @@ def test_options_are_checked_before_anything_is_read(
     """No such directory or model exists, and none is asked for."""
     monkeypatch.chdir(tmp_path)
     words = command.split()
-    needs_model = words[0] in ("ground", "causal", "shift", "score")
+    needs_model = words[0] in ("ground", "causal", "shift", "score") or words[1] == "rank"
     status, _, errors = xlvlm(*words, *(("--model", "gone") if needs_model else ()))
     assert status == 2 and message in errors, errors
     assert len(errors.strip().splitlines()) == 1

@@ -12,6 +12,8 @@ import urllib.request
 import pytest
 
 from xlvlm_jax import playground
+from xlvlm_jax.cli import play, runtime
+from xlvlm_jax.playground.pictures import Pictures
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(xlvlm):
@@ -77,3 +79,36 @@ def test_it_serves_to_who_has_the_address_and_ends(tmp_path):
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) in (0, 130)
+
+
+class StillCompiling:
+    """A worker that does not end; a second Ctrl-C may come while it is waited for."""
+
+    def __init__(self, also: BaseException | None = None):
+        self.also = also
+
+    def end(self, patience: float) -> bool:
+        assert patience + 1 < runtime._GRACE_SECONDS  # with what open tabs get
+        if self.also is not None:
+            raise self.also
+        return False
+
+
+@pytest.mark.parametrize(
+    ("also", "error", "status"),
+    [
+        (None, runtime.Interrupted(signal.SIGINT), 130),
+        (None, runtime.Interrupted(signal.SIGTERM), 143),
+        (runtime.Interrupted(signal.SIGINT), runtime.Interrupted(signal.SIGTERM), 143),
+        (None, OSError("no browser"), 1),
+    ],
+)
+def test_pictures_are_deleted_though_a_program_is_still_compiled(
+    monkeypatch, capsys, also, error, status
+):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    kept = Pictures()
+    play._end(StillCompiling(also), kept, error)
+    assert ended == [status] and not kept.folder.exists()
+    assert ("no browser" in capsys.readouterr().err) == isinstance(error, OSError)

@@ -72,3 +72,22 @@ def test_bad_files(written, tmp_path):
     (tmp_path / "questions.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         data.load("questions", tmp_path)
+    (tmp_path / "questions.jsonl").write_bytes(b'{"image": "caf\xe9.jpg"}')
+    with pytest.raises(ValueError, match=r"questions\.jsonl: byte 14: not UTF-8"):
+        data.load("questions", tmp_path)
+
+
+def test_types_that_are_offered_can_be_chosen(written):
+    with pytest.raises(ValueError, match=r"expected one of real, adversarial, all$"):
+        data.load("questions", written(), "None")
+    with pytest.raises(ValueError, match=r"type 'real'; expected all: none has a type$"):
+        data.load("questions", written(LINES[2:]), "real")
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Strings in JSON may hold what Unicode ends lines with."""
+    asked = "Is there\u2028a\u2029dog\x85?"
+    line = json.dumps(LINES[0] | {"question": asked}, ensure_ascii=False)
+    (tmp_path / "questions.jsonl").write_bytes(f"{line}\r\n\r\n{line}\r\n".encode())
+    found = data.load("questions", tmp_path)
+    assert [(each.id, each.metadata["question"]) for each in found] == [("1", asked), ("3", asked)]

@@ -71,6 +71,13 @@ def test_descriptions_of_amber(xlvlm, pictures, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     scores = summary["conditions"]["plain"]["AMBER"]["plain"]
     assert scores == {"chair": 0.5, "cover": 1, "hal": 1, "cog": 1, "length": 5}
+    for options, message in {
+        ("--task", "chair", "--split", "existence"): "split generative, not existence; omit --spl",
+        ("--split", "generative"): "split generative has no questions; give --task chair too",
+        ("--task", "vqa", "--split", "generative"): "has no questions; give --task chair too",
+    }.items():
+        status, _, errors = xlvlm(*arguments, *options, "--output", tmp_path / "none")
+        assert status == 2 and message in " ".join(errors.split())
     (tmp_path / "amber" / "data" / "relation.json").unlink()
     status, _, errors = xlvlm(*arguments, "--task", "chair", "--output", tmp_path / "none")
     assert status == 2 and "relation.json: no such file" in " ".join(errors.split())

@@ -205,3 +205,27 @@ def test_the_bench_needs_what_it_measures():
         ObjectCaptions().require([other(1, "red")])
     with pytest.raises(ValueError, match="'lion' is not an object of COCO"):
         evaluation.chair_figures([captioned(1, ["lion"])], ["a lion"])
+
+
+def test_descriptions_are_refused_before_a_model_has_written_them(monkeypatch):
+    monkeypatch.setattr(Descriptions, "protocols", ("plain",))
+    task = Descriptions(lists=WordLists({"dog": []}))
+    task.require([described(1, ("dog",), ())])
+    with pytest.raises(ValueError, match="'lion' is not in AMBER's list of words"):
+        task.require([described(1, ("dog",), ()), described(2, ("lion",), ())])
+
+    def no_data(_):
+        raise ValueError("nltk has no data")
+
+    monkeypatch.setattr(hallucination, "nltk_nouns", no_data)
+    monkeypatch.setattr(Descriptions, "protocols", ("plain", "official"))
+    with pytest.raises(ValueError, match="nltk has no data"):
+        task.require([described(1, ("dog",), ())])
+
+
+def test_each_task_says_what_it_needs():
+    samples = [captioned(1, ["dog"])]
+    with pytest.raises(ValueError, match="no labels yes and no; --task descriptions needs POPE's"):
+        evaluation.ObjectDescriptions().require(samples)
+    with pytest.raises(ValueError, match="--task pope needs questions of --dataset pope, amber"):
+        Presence().require(samples)

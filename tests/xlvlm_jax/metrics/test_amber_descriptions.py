@@ -129,7 +129,9 @@ def test_nouns_and_likeness_as_the_script_asks_nltk_and_spacy(monkeypatch):
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert nltk_nouns("dogs run Trees") == ["dog", "Tree"]
+    spacy_alike.cache_clear()
     alike = spacy_alike()
+    assert spacy_alike() is alike  # its vectors are read once
     assert alike("abcde", "edcba") and not alike("abcde", "abcd")  # 0.8 is not enough
 
     def missing(*_):
@@ -139,6 +141,7 @@ def test_nouns_and_likeness_as_the_script_asks_nltk_and_spacy(monkeypatch):
         raise OSError("[E050] Can't find model")
 
     nltk.word_tokenize, spacy.load = missing, no_model
+    spacy_alike.cache_clear()
     with pytest.raises(ValueError, match="nltk has no data to find nouns with; run: python -m nl"):
         nltk_nouns("dogs")
     with pytest.raises(ValueError, match="spaCy has no word vectors; run: python -m spacy downl"):

@@ -1,6 +1,7 @@
 """Uploaded pictures: kept as long as they are used, refused if they are none."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -35,6 +36,15 @@ def test_the_one_used_longest_ago_goes_first(monkeypatch):
         with pytest.raises(LookupError, match="no longer here; choose it again"):
             kept.get(green.id)
         assert not green.path.exists()
+
+
+def test_threads_may_add_the_same_picture_at_once(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    contents = [png(colour) for colour in ("red", "green", "blue")] * 20
+    with Pictures() as kept, ThreadPoolExecutor(8) as threads:
+        added = list(threads.map(lambda content: kept.add(content, "a.png"), contents))
+        assert [each.id for each in added[:3]] * 20 == [each.id for each in added]
+        assert len([*kept.folder.glob("*.png")]) == 2
 
 
 @pytest.mark.parametrize(

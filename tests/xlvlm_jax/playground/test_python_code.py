@@ -1,5 +1,7 @@
 """The program that the page shows runs, and prints what the page shows."""
 
+import dataclasses
+
 import pytest
 
 import ports
@@ -48,3 +50,19 @@ def test_what_people_type_stays_text(answers, made):
     code = as_python("embedded", None, nasty, nasty, (), 8)
     compile(code, "play.py", "exec")
     assert code.count("import os") == 2 and "\nimport os" not in code
+
+
+def test_dropped_vectors_of_the_same_name_are_refused(answers, made):
+    """The program would read both from the same file."""
+    (setting,) = settings_of(
+        answers.vlm, answers.items, [Slider("vectors/yes-no", 1.0, None, None)]
+    )
+    places = [made.run / "vectors" / str(n) / "v.safetensors" for n in range(2)]
+    first, second = (
+        setting._replace(item=dataclasses.replace(setting.item, path=place)) for place in places
+    )
+    given = ("embedded", None, "a.jpg", "what?")
+    with pytest.raises(ValueError, match=r"two dropped vectors are named v\.safetensors; the prog"):
+        as_python(*given, (first, second), 8, made.run)
+    assert as_python(*given, (first, first), 8, made.run).count("load('v.safetensors')") == 2
+    assert str(places[1]) in as_python(*given, (first, second), 8)  # not dropped: read in place

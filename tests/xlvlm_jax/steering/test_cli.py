@@ -116,6 +116,28 @@ def test_sweep(xlvlm, features, encoded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--num-choose", 0), "--num-choose must be at least 1, got 0"),
+        (("--at-once", 0), "--at-once must be at least 1, got 0"),
+        (("--source", "zebra"), "zebra"),
+    ],
+)
+def test_bad_input_does_not_delete_a_finished_sweep(xlvlm, pictures, tmp_path, arguments, message):
+    finished = tmp_path / "out" / "sweep.json"
+    finished.parent.mkdir()
+    finished.write_text("{}")
+    vector = tmp_path / "v.safetensors"
+    steering.SteeringVector(np.ones(4, np.float32), SITE, {}).save(vector)
+    given = ("--vector", vector, "--source", "yes", "--target", "no", *arguments)
+    status, _, errors = xlvlm(
+        *("steer", "sweep", "gone", pictures, "--choose-on", "train", "--overwrite", *given),
+        *("--output", tmp_path / "out"),
+    )
+    assert status == 2 and message in errors and finished.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ((), "there is nothing to try; give --features"),
         (("--method", "l2s"), "--method l2s needs more than answers; fit it with"),
         (("--method", "best"), "unknown method 'best'"),

@@ -1,12 +1,16 @@
 """L2S: its network by hand and against PyTorch, its states against a forward pass."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from xlvlm_jax import steering
+from xlvlm_jax import Features, steering
+from xlvlm_jax.data import Sample
 from xlvlm_jax.data.images import read_image
-from xlvlm_jax.steering import l2s
+from xlvlm_jax.steering import l2s, methods
 
 SITE = "language_model.model.layers.3"
 CONTEXT = "language_model.model.layers.1"
@@ -163,3 +167,24 @@ class TestModel:
             steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.30")
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
             l2s.last_token_states(vlm, questions[:1], [SITE], [" "])
+
+
+def test_prompts_of_contexts_are_made_before_a_model_is_loaded(monkeypatch):
+    asked = Sample("1", Path("a.jpg"), "1", "own", (), {"question": "A dog?"})
+    samples = [asked]
+    monkeypatch.setattr(
+        methods, "_counterparts", lambda _: methods.Examples(samples, ["no"], ["yes"], 1, ["own"])
+    )
+    examples = methods.method_named("l2s").examples
+    assert examples is not None
+
+    def contexts(prompt):
+        features = Features.__new__(Features)  # not read
+        return examples(
+            methods.Request(features, SITE, options={"context_prompt": prompt})
+        ).contexts
+
+    assert contexts(None) == ["own"] and contexts("{question} Why?") == ["A dog? Why?"]
+    samples.append(dataclasses.replace(asked, id="2", metadata={}))
+    with pytest.raises(ValueError, match="sample 2 has no question to put into the prompt"):
+        contexts("{question} Why?")
