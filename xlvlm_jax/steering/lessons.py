@@ -83,6 +83,8 @@ class Contrast(NamedTuple):
 def read_contrasts(path: str | os.PathLike[str]) -> dict[str, Contrast]:
     """Reads the answers to force on the samples of each scenario.
 
+    Runs on the host and cannot be traced.
+
     Args:
         path: a JSON file, {scenario: {"positive": "...", "negative": "...", "prompt": "..."}}. "*"
             stands for all other scenarios, and for samples without one. The prompt, which may be

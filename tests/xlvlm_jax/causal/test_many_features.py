@@ -90,7 +90,7 @@ def test_some_features_are_scored_by_their_effects(run, concepts, xlvlm):
     scored = [k for k, own in enumerate(described["concepts"]["rest"]) if own is not None]
     assert scored == chosen
     status, _, errors = xlvlm(*command, *edits, "--concept", 512)
-    assert status == 2 and "there is no concept 512; expected 0 to 511" in errors
+    assert status == 2 and "--concept is 512" in errors and "has concepts 0 to 511" in errors
 
 
 def test_a_feature_steers(concepts, tmp_path):

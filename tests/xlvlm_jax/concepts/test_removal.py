@@ -115,7 +115,7 @@ def test_command_and_page(vlm, sample, concepts, tmp_path, xlvlm):
         ({}, ["--site", "layers.1"], f"the concepts are of site '{SITE}', not of"),
         ({"source": {"site": SITE, "fingerprint": "other", "model": "m"}}, [], "learnt on the sta"),
         ({"components": np.eye(3, dtype=np.float32)}, [], "192 columns but the concepts have 3"),
-        ({}, ["--num-concepts", "0"], "num_concepts must be at least 1, got 0"),
+        ({}, ["--num-concepts", "0"], "--num-concepts must be at least 1, got 0"),
         ({}, ["--output", "page.gif"], "expected a file ending in .html, .png, .svg or .pdf"),
     ],
 )
