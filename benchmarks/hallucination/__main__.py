@@ -47,20 +47,22 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, 110)
     counts = {name: getattr(arguments, name) for name in ("train", "val", "test")}
-    pictures = arguments.output / "pictures-{train}-{val}-{test}".format(**counts)
+    # Fits and answers belong to these pictures.
+    output = arguments.output / "{train}-{val}-{test}".format(**counts)
+    pictures = output / "pictures"
     if not (pictures / "dataset_coco.json").is_file():
         scenes.write(pictures, **counts)
     vlm = ports.load(embedded.LLAVA, adapter=embedded.ADAPTERS["companions"])
     used = {"val": arguments.num_val, "test": arguments.num_test}
-    setting = Setting(vlm, pictures, arguments.output, arguments.budget, used, console.print)
+    setting = Setting(vlm, pictures, output, arguments.budget, used, console.print)
     found = questions.run(setting, arguments.test_method)
-    directory = arguments.output / "questions"
+    directory = output / "questions"
     measure.save(directory / "results.json", found.rows, "scikit-learn")
     tables.draw(found.sweep, directory / "tradeoff.svg")
     text = tables.markdown(found.rows)
     (directory / "results.md").write_text(text, "utf-8")
     console.print(text, markup=False)
-    console.print(f"saved to {arguments.output}")
+    console.print(f"saved to {output}")
 
 
 if __name__ == "__main__":

@@ -227,24 +227,11 @@ def counterparts(
             the same picture, one with the same label and one with the other.
         among: the questions to choose these two from.
     """
-    asked: dict[str, dict[str, list[str]]] = {}
-    for sample in among:
-        if label := sample.metadata.get("label"):
-            asked.setdefault(sample.image_id, {}).setdefault(label, []).append(sample.prompt)
-    towards, away = [], []
-    for sample in samples:
-        label = sample.metadata.get("label")
-        if label is None:
-            stays = sample.references[0] if contrast == "completion" else sample.prompt
-            towards.append(stays)
-            away.append(stays)
-        elif contrast == "completion":
-            towards.append(label)
-            away.append(OPPOSITE[label])
-        else:
-            others = [text for text in asked[sample.image_id][label] if text != sample.prompt]
-            towards.append(others[0] if others else sample.prompt)
-            away.append(asked[sample.image_id][OPPOSITE[label]][0])
+    if contrast == "prompt":
+        return steering.contrast_labels(samples, among=among)
+    towards = [sample.metadata.get("label") or sample.references[0] for sample in samples]
+    labels = [sample.metadata.get("label") for sample in samples]
+    away = [OPPOSITE.get(label, stays) for label, stays in zip(labels, towards, strict=True)]
     return towards, away
 
 

@@ -25,6 +25,7 @@ from benchmarks.solvers.pace import updating
 from xlvlm_jax.solvers import (
     blas_threads,
     kmeans_assignment,
+    kmeans_nearest,
     pca,
     semi_nmf,
     semi_nmf_atoms,
@@ -56,9 +57,9 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
     elif method == "kmeans":
         scored = Z, state.offsets, problem.mean, problem.far
         scores = kmeans_assignment.score(*scored)
-        labels = kmeans_assignment.nearest(scores).labels
+        labels = kmeans_nearest.nearest(scores).labels
         yield "scores", kmeans_assignment.score, scored, len(scores)
-        yield "nearest", kmeans_assignment.nearest, (scores,), 0
+        yield "nearest", kmeans_nearest.nearest, (scores,), 0
         yield "sums of rows", kmeans_assignment.sums_of, (problem, labels), 0
     else:
         W = state.basis.shape[1]

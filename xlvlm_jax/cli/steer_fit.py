@@ -192,10 +192,11 @@ def fit(
         ),
     ] = None,
     contrast: Annotated[
-        Literal["prompt", "completion", "forced"],
+        Literal["prompt", "label", "completion", "forced"],
         typer.Option(
             help="l2s, p2s, vti-text: states to contrast with: another prompt about the image that "
-            "has a target answer (prompt), target and source answers after the same prompt "
+            "has a target answer (prompt), questions about the image with the sample's label and "
+            "with the other, as POPE's (label), target and source answers after the same prompt "
             "(completion), or --positive and --negative after the prompt of every sample (forced)."
         ),
     ] = "prompt",
@@ -237,7 +238,7 @@ def fit(
         int | None,
         typer.Option(
             help="learned, l2s, p2s, vti: maximum number of samples to steer. Default: 128, or all "
-            "with --contrast forced."
+            "with --contrast forced or label."
         ),
     ] = None,
     keep: Annotated[
@@ -288,14 +289,14 @@ def fit(
         keep=keep,
         options=_options(how.options, context.params),
     )
-    forced = contrast == "forced" and "contrast" in how.options
-    given_otherwise = bool(target_features) or between_models or forced
+    told = contrast in ("forced", "label") and "contrast" in how.options  # without answers
+    given_otherwise = bool(target_features) or between_models or told
     if how.needs_target and targets is None and not given_otherwise:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
     if how.examples is None:
         fitted = _of_sites(how, asked, sites)
     else:
-        answers_given = sources is not None or forced or not how.needs_target
+        answers_given = sources is not None or told or not how.needs_target
         if model is None or not answers_given:
             missing = "" if answers_given else "--source, the answers to steer from, and "
             raise ValueError(f"--method {method} needs {missing}--model")

@@ -167,8 +167,9 @@ class Presence(Questions):
             for old, new, score in zip(plain, answers, rest[0], strict=True)
             if not np.isnan(score)
         ]
-        effect = float(1 - after / before) if before else float("nan")
-        return Trial(condition, effect, cost, float(np.mean(changed)))
+        return Trial(
+            condition, _share_gone(float(before), float(after)), cost, float(np.mean(changed))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,10 +328,9 @@ class ObjectCaptions(Captions):
             chair_scores(chair_counts([reads(text) for text in texts], there).sum(0))
             for texts in (plain, answers)
         )
-        effect = float(1 - after["chair_i"] / before["chair_i"]) if before["chair_i"] else np.nan
         cost = 100 * float(before["recall"] - after["recall"])
-        changed = np.mean([old != new for old, new in zip(plain, answers, strict=True)])
-        return Trial(condition, float(effect), cost, float(changed))
+        effect = _share_gone(float(before["chair_i"]), float(after["chair_i"]))
+        return Trial(condition, effect, cost, _share_changed(plain, answers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +427,15 @@ class Descriptions(Captions):
             )
             for texts in (plain, answers)
         )
-        effect = float(1 - after["chair"] / before["chair"]) if before["chair"] else np.nan
         cost = 100 * float(before["cover"] - after["cover"])
-        changed = np.mean([old != new for old, new in zip(plain, answers, strict=True)])
-        return Trial(condition, float(effect), cost, float(changed))
+        effect = _share_gone(float(before["chair"]), float(after["chair"]))
+        return Trial(condition, effect, cost, _share_changed(plain, answers))
+
+
+def _share_gone(before: float, after: float) -> float:
+    """Returns the share of something unwanted that is gone; NaN if there was none."""
+    return 1 - after / before if before else float("nan")
+
+
+def _share_changed(plain: Sequence[str], answers: Sequence[str]) -> float:
+    return float(np.mean([old != new for old, new in zip(plain, answers, strict=True)]))

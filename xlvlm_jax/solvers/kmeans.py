@@ -31,8 +31,9 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, is_small, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compiling import jit
-from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, nearest, score
+from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, score
 from xlvlm_jax.solvers.kmeans_leading import Known, Leading
+from xlvlm_jax.solvers.kmeans_nearest import HELD, nearest
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
@@ -194,7 +195,7 @@ def _similarities(
     By blocks of rows: with many centroids, a CPU would read and write [N, K] several times.
     """
     N, K = len(problem.Z), len(offsets)
-    size = max(min(kmeans_leading.HELD // K, N), 1)
+    size = max(min(HELD // K, N), 1)
 
     def block(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         first = jnp.minimum(i * size, N - size)  # the last block overlaps

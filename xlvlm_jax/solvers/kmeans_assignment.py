@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xlvlm_jax.solvers import kmeans_leading
 from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.kmeans_leading import SLACK, Known, Leading, numbers_of
+from xlvlm_jax.solvers.kmeans_nearest import HELD, MOST, Nearest, nearest
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.sums import Wide, centred_products
 from xlvlm_jax.solvers.tpu import clusters
@@ -47,11 +48,9 @@ BLOCKS = 32  # number of row blocks to examine, or more if a block would be larg
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
 ACCELERATOR_BLOCK_NUMBERS = 2**24  # each block takes a step, however small it is
 MOVED = 32  # centroids whose scores are renewed together
-MOST = 0.75  # of the centroids: if more have moved, all scores are renewed
-TURN = 16  # scores compared in one pass
-# Scores held at once if there are many; on a CPU only if rows are so narrow that copying a block of
-# them costs less than holding all scores. An accelerator runs a few large products faster.
-HELD, ACCELERATOR_HELD = 2**19, 2**26
+# Scores held at once if there are many; on a CPU, HELD, only if rows are so narrow that copying a
+# block of them costs less than holding all scores. An accelerator runs a few large products faster.
+ACCELERATOR_HELD = 2**26
 MANY, FEW_COLUMNS = 2**23, 8  # scores; columns per centroid
 TINY = 1e-30
 
@@ -214,46 +213,6 @@ def score(
 
 def _bias(offsets: Float[Array, "K D"], active: Bool[Array, " K"] | bool) -> Float[Array, " K"]:
     return jnp.where(active, jnp.sum(offsets**2, axis=1), jnp.inf)
-
-
-class Nearest(NamedTuple):
-    """Nearest centroid of each row; ties go to the first."""
-
-    labels: Int[Array, " N"]
-    least: Float[Array, " N"]  # the scores of those centroids
-    second: Float[Array, " N"]  # lowest score of any other centroid; Inf if there is none
-
-
-def nearest(scores: Float[Array, "K N"]) -> Nearest:
-    """Returns the centroid of lowest score for each row, that score, and the second lowest."""
-
-    def in_one(scores: Array) -> Nearest:
-        labels = jnp.argmin(scores, axis=0).astype(jnp.int32)
-        others = jnp.where(jnp.arange(len(scores))[:, None] == labels, jnp.inf, scores)
-        return Nearest(labels, jnp.min(scores, axis=0), jnp.min(others, axis=0))
-
-    def in_turn(scores: Array) -> Nearest:
-        K, N = scores.shape
-
-        def compare(best: Nearest, first: Array | int, count: int) -> Nearest:
-            rows = jax.lax.dynamic_slice_in_dim(scores, first, count)
-            labels, least, second = best
-            for i in range(count):
-                nearer = rows[i] < least
-                labels = jnp.where(nearer, first + i, labels)
-                second = jnp.minimum(second, jnp.maximum(least, rows[i]))
-                least = jnp.where(nearer, rows[i], least)
-            return Nearest(labels, least, second)
-
-        inf = jnp.full(N, jnp.inf, scores.dtype)
-        best = Nearest(jnp.zeros(N, jnp.int32), inf, inf)
-        whole = K // TURN
-        if whole:
-            best = jax.lax.fori_loop(0, whole, lambda i, b: compare(b, i * TURN, TURN), best)
-        return compare(best, whole * TURN, K % TURN)
-
-    # A CPU reduces along the first axis five times slower than it compares rows.
-    return jax.lax.platform_dependent(scores, cpu=in_turn, default=in_one)
 
 
 def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:

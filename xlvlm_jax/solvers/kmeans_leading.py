@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from xlvlm_jax.solvers import compression
 from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.collectives import Rows
+from xlvlm_jax.solvers.kmeans_nearest import HELD, MOST, Nearest, compare, nearest
 from xlvlm_jax.solvers.linalg import matmul
 
 COLUMNS = 64  # of the product that rules centroids out, R + 1; more cost more than they rule out
@@ -40,9 +41,6 @@ LEAST_WIDTH, LEAST_SCORES = 4, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 CHUNK = 256  # centroids whose bounds are computed together
 ROWS = 1024  # rows per block
-MOST = 0.75  # of the centroids: if more have moved, all bounds are computed anew
-TURN = 16  # scores compared in one pass
-HELD = 2**19  # scores with all centroids that are held at once
 # If more rows than the share HOPELESS had to be compared with all centroids, the next updates
 # compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the first
 # update, whose centroids are rows, with all that rows have outside the span.
@@ -62,20 +60,6 @@ class Known(NamedTuple):
     labels: Int[Array, " N"]
     floors: Float[Array, " N"]  # lower bounds on the scores of all other centroids
     share: Float[Array, ""]  # of the rows that were compared with all centroids
-
-
-class Compared(NamedTuple):
-    """Lowest of the scores, or bounds, of some rows; that of a row's own centroid is left out."""
-
-    labels: Int[Array, " B"]  # the centroid of the lowest
-    least: Float[Array, " B"]
-    second: Float[Array, " B"]  # the next one
-
-    @classmethod
-    def none(cls, count: int, dtype: DTypeLike) -> "Compared":
-        """Returns the result for no centroids."""
-        inf = jnp.full(count, jnp.inf, dtype)
-        return cls(jnp.zeros(count, jnp.int32), inf, inf)
 
 
 def pays(N: int, D: int, K: int) -> bool:
@@ -178,14 +162,15 @@ def renew(
             for values in (*found[:2], leading.rows, slack)
         )
 
-        def chunk(j: Array, best: Compared) -> Compared:
+        def chunk(j: Array, best: Nearest) -> Nearest:
             side, of_side, numbers = (
                 jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK)
                 for values in (sides, of_sides, order)
             )
-            return _compare(of_side[:, None] - 2 * matmul(side, x.T), numbers, own, best)
+            bounds = jax.lax.optimization_barrier(of_side[:, None] - 2 * matmul(side, x.T))
+            return compare(bounds, best, numbers, own)
 
-        start = Compared.none(size, dtype)
+        start = Nearest.none(size, dtype)
         best = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
         z = sums_of_rows.block_of(Z, first, size) - mean
         of_own = scores_of(z, own)
@@ -213,10 +198,8 @@ def renew(
     def compare_all(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         chosen = jax.lax.dynamic_slice_in_dim(numbers, i * together, together)
         z = Z[jnp.minimum(chosen, N - 1)] - mean
-        scores = biases[:, None] - 2 * matmul(offsets, z.T)
-        no_own = jnp.full(together, -1, jnp.int32)
-        every = jnp.arange(K, dtype=jnp.int32)
-        best = _compare(scores, every, no_own, Compared.none(together, dtype))
+        scores = jax.lax.optimization_barrier(biases[:, None] - 2 * matmul(offsets, z.T))
+        best = nearest(scores)
         return tuple(
             values.at[chosen].set(part, mode="drop")
             for values, part in zip(found, (best.labels, best.second), strict=True)
@@ -233,29 +216,6 @@ def _with_rest(
     """Returns X and the length of what it leaves out of squares, no less whatever the rounding."""
     rest = jnp.maximum(squares - jnp.sum(X**2, axis=1), 0) + SLACK * terms
     return jnp.concatenate([X, jnp.sqrt(rest)[:, None]], axis=1)
-
-
-def _compare(
-    scores: Float[Array, "C B"], numbers: Int[Array, " C"], own: Int[Array, " B"], best: Compared
-) -> Compared:
-    """Returns the lowest of the best so far and the scores of the centroids with these numbers."""
-    scores, C = jax.lax.optimization_barrier(scores), len(numbers)
-
-    def several(first: Array | int, count: int, best: Compared) -> Compared:
-        rows, of = (jax.lax.dynamic_slice_in_dim(x, first, count) for x in (scores, numbers))
-        labels, least, second = best
-        for k in range(count):
-            score = jnp.where(of[k] == own, jnp.inf, rows[k])
-            nearer = score < least
-            labels = jnp.where(nearer, of[k], labels)
-            second = jnp.minimum(second, jnp.maximum(least, score))
-            least = jnp.where(nearer, score, least)
-        return Compared(labels, least, second)
-
-    whole = C // TURN
-    if whole:
-        best = jax.lax.fori_loop(0, whole, lambda i, best: several(i * TURN, TURN, best), best)
-    return several(whole * TURN, C % TURN, best) if C % TURN else best
 
 
 def numbers_of(chosen: Bool[Array, " N"], spare: int) -> tuple[Int[Array, ""], Int[Array, " M"]]:

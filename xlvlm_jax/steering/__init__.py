@@ -46,6 +46,7 @@ from xlvlm_jax.steering.learned import LowRankMap, fit_learned
 from xlvlm_jax.steering.lessons import (
     Contrast,
     Lesson,
+    contrast_labels,
     contrast_prompts,
     forced_answers,
     lesson,
@@ -108,6 +109,7 @@ __all__ = [
     "answer_states",
     "clamp_features",
     "concept_vectors",
+    "contrast_labels",
     "contrast_prompts",
     "export_vectors",
     "fine_vectors",

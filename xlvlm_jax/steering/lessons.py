@@ -143,6 +143,24 @@ def _contrast_of(kept: Mapping[str, Any], contrasts: Mapping[str, Contrast]) -> 
     return found
 
 
+def readable(
+    features: Features, num_samples: int | None = None, seed: int = 0
+) -> list[Mapping[str, Any]]:
+    """Returns the stored samples whose pictures could be read, in their order.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        features: provides the samples.
+        num_samples: maximum number of samples, drawn at random; None for all.
+        seed: random seed of the choice.
+    """
+    rows = np.array([i for i, kept in enumerate(features.samples) if "error" not in kept], int)
+    if num_samples is not None:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
+    return [features.samples[row] for row in rows]
+
+
 def forced_answers(
     features: Features,
     positive: str | None = None,
@@ -177,10 +195,7 @@ def forced_answers(
         raise ValueError("give both the positive and the negative answer to force, or neither")
     if contrasts is not None and positive is not None:
         raise ValueError("give contrasts or one positive and negative answer, not both")
-    rows = np.array([i for i, kept in enumerate(features.samples) if "error" not in kept], int)
-    if num_samples is not None:
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
-    kept = [features.samples[row] for row in rows]
+    kept = readable(features, num_samples, seed)
     samples = [sample_of(each) for each in kept]
     if contrasts is not None:
         found = [_contrast_of(each, contrasts) for each in kept]
@@ -243,3 +258,45 @@ def contrast_prompts(
             f"answered with {few(target)}; contrast completions instead"
         )
     return samples, positive, negative
+
+
+def contrast_labels(
+    samples: Sequence[Sample], *, among: Sequence[Sample] | None = None
+) -> tuple[list[str], list[str]]:
+    """Contrasts a question of each image whose label is a sample's own with one of the other label.
+
+    What tells the two apart is whether the object is there, not how it is asked about. A sample
+    without a label, or about whose image no question has the other label, is its own counterpart
+    on both sides and must stay.
+
+    Runs on the host and cannot be traced.
+
+    Args:
+        samples: N questions, some with the label yes or no, as POPE's.
+        among: the questions to choose counterparts from; default: the samples.
+
+    Returns:
+        (positive, negative), N prompts each, for `fit_l2s(contrast="prompt")` and the like. The
+        positive one is another question than the sample's own if there is one.
+
+    Raises:
+        ValueError: no sample has a counterpart.
+    """
+    asked: dict[str, dict[str, list[str]]] = {}
+    for each in samples if among is None else among:
+        if (label := str(each.metadata.get("label"))) in _OPPOSITE:
+            asked.setdefault(each.image_id, {}).setdefault(label, []).append(each.prompt)
+    positive, negative = [], []
+    for sample in samples:
+        label = str(sample.metadata.get("label"))
+        of_image = asked.get(sample.image_id, {})
+        opposite = of_image.get(_OPPOSITE.get(label, ""), [])
+        others = [text for text in of_image.get(label, []) if text != sample.prompt]
+        positive.append(others[0] if opposite and others else sample.prompt)
+        negative.append(opposite[0] if opposite else sample.prompt)
+    if positive == negative:
+        raise ValueError(
+            "no image has a question whose label is yes and one whose label is no; expected "
+            "questions such as POPE's, or contrast completions instead"
+        )
+    return positive, negative

@@ -82,7 +82,7 @@ class Request:
         where: the token positions that the result is meant for, see `ports.add`.
         seed: random seed.
         num_samples: maximum number of samples to steer that are learnt from; None for all with
-            forced answers, for 128 otherwise.
+            forced answers or contrasts of labels, for 128 otherwise.
         keep: number of samples that must stay, per sample to steer.
         options: options of a single method, by the names of its fit function's arguments.
 
@@ -293,7 +293,7 @@ def _answers(asked: Request) -> Examples:
 
 def _counterparts(asked: Request) -> Examples:
     """Returns `_answers`, other prompts about the same images, or forced answers, by contrast."""
-    if asked.options["contrast"] == "prompt" and asked.options.get("states") == "mean":
+    if asked.options["contrast"] in ("prompt", "label") and asked.options.get("states") == "mean":
         raise ValueError("states 'mean' is over the tokens of a completion; contrast completions")
     if asked.options["contrast"] == "forced":
         options = {"num_samples": asked.num_samples, "seed": asked.seed}
@@ -309,6 +309,13 @@ def _counterparts(asked: Request) -> Examples:
         return Examples(*forced, len(forced[0]), [prompts[sample.id] for sample in forced[0]])
     if asked.options.get("contrasts") is not None:
         raise ValueError("contrasts are of forced answers; give --contrast forced too")
+    if asked.options["contrast"] == "label":
+        among = [sample_of(kept) for kept in lessons.readable(asked.features)]
+        chosen = lessons.readable(asked.features, asked.num_samples, asked.seed)
+        samples = [sample_of(kept) for kept in chosen]
+        positive, negative = lessons.contrast_labels(samples, among=among)
+        apart = sum(a != b for a, b in zip(positive, negative, strict=True))
+        return Examples(samples, positive, negative, apart)
     if asked.options["contrast"] != "prompt":
         return _answers(asked)
     lesson = _lesson(asked)
@@ -434,18 +441,16 @@ def _of_layers(asked: Request, vectors: Mapping[str, SteeringVector]) -> Fitted:
 
 def _pictures(asked: Request) -> Examples:
     """Returns readable samples, whose answers do not matter."""
-    some = [sample for sample in asked.features.samples if "error" not in sample]
-    count = min(asked.num_samples or NUM_SAMPLES, len(some))
-    rows = np.sort(np.random.default_rng(asked.seed).permutation(len(some))[:count])
-    samples = [sample_of(some[row]) for row in rows]
+    chosen = lessons.readable(asked.features, asked.num_samples or NUM_SAMPLES, asked.seed)
+    samples = [sample_of(kept) for kept in chosen]
     return Examples(samples, [], [], len(samples))
 
 
 def _contrasted(asked: Request) -> dict[str, str]:
-    """Returns how two counterparts are contrasted; forced answers are completions."""
-    contrast = asked.options["contrast"]
+    """Returns how two counterparts are contrasted: as completions or as prompts."""
+    contrast = str(asked.options["contrast"])
     return {
-        "contrast": "completion" if contrast == "forced" else contrast,
+        "contrast": {"forced": "completion", "label": "prompt"}.get(contrast, contrast),
         "states": asked.options.get("states", "last"),
     }
 

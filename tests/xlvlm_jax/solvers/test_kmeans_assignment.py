@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import pairwise_distances
 
-from xlvlm_jax.solvers import kmeans, kmeans_assignment
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_nearest
 from xlvlm_jax.solvers.kmeans_assignment import Bounds, Scores, Sums
 
 K, N, D = 6, 400, 20
@@ -39,14 +39,14 @@ def test_three_rows_by_hand():
 
 def test_nearest_by_hand():
     scores = jnp.array([[3.0, 1.0, 5.0], [2.0, 1.0, 7.0], [9.0, 4.0, 6.0]])
-    found = kmeans_assignment.nearest(scores)
+    found = kmeans_nearest.nearest(scores)
     np.testing.assert_array_equal(found.labels, [1, 0, 0])  # the first of equal ones
     np.testing.assert_array_equal(found.least, [2, 1, 5])
     np.testing.assert_array_equal(found.second, [3, 1, 6])
 
 
 def test_one_centroid_has_no_second():
-    assert kmeans_assignment.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
+    assert kmeans_nearest.nearest(jnp.ones((1, 3))).second.tolist() == [jnp.inf] * 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from sklearn.metrics import pairwise_distances
 
-from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading, kmeans_nearest
 from xlvlm_jax.solvers.kmeans_assignment import Scores
 from xlvlm_jax.solvers.kmeans_leading import Known
 from xlvlm_jax.solvers.phases import at_once
@@ -19,9 +19,10 @@ KEY = jax.random.key(0)
 @pytest.fixture
 def few(monkeypatch):
     """Sizes with several blocks, of which the last ones overlap or are filled up."""
-    sizes = {"COLUMNS": 9, "LEAST_SCORES": 1, "CHUNK": 48, "ROWS": 256, "HELD": 64 * K, "TURN": 7}
+    sizes = {"COLUMNS": 9, "LEAST_SCORES": 1, "CHUNK": 48, "ROWS": 256, "HELD": 64 * K}
     for name, value in sizes.items():
         monkeypatch.setattr(kmeans_leading, name, value)
+    monkeypatch.setattr(kmeans_nearest, "TURN", 7)
 
 
 def states(rng, decay=2.0, common=0.0):

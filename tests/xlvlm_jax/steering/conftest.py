@@ -46,3 +46,15 @@ def head_features(vlm, pictures, tmp_path_factory):
     settings = ExtractionSettings(heads, Selection("before-special-tokens"), max_new_tokens=3)
     extract(vlm, samples, path, settings)
     return path
+
+
+@pytest.fixture
+def stored():
+    """A stand-in for `Features` that has the given samples alone."""
+
+    class Stored:
+        def __init__(self, *samples):
+            common = {"image": "x.png", "image_id": "1", "prompt": "?", "references": []}
+            self.samples = [{"id": str(i), **common, **s} for i, s in enumerate(samples)]
+
+    return Stored

@@ -134,16 +134,6 @@ class TestForcedAnswers:
             forced_answers(stored({}), "Harmful")
 
 
-@pytest.fixture
-def stored():
-    class Stored:
-        def __init__(self, *samples):
-            common = {"image": "x.png", "image_id": "1", "prompt": "?", "references": []}
-            self.samples = [{"id": str(i), **common, **s} for i, s in enumerate(samples)]
-
-    return Stored
-
-
 def test_from_the_command_line(xlvlm, features, pictures, tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps([*_yes_or_no(features)][:4]))
     fit = ("steer", "fit", features, "--method", "p2s", "--model", "embedded")

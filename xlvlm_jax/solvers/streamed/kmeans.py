@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from xlvlm_jax.solvers import kmeans, kmeans_assignment, phases
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_nearest, phases
 from xlvlm_jax.solvers.collectives import Rows
 from xlvlm_jax.solvers.kmeans_assignment import Sums
 from xlvlm_jax.solvers.linalg import matmul
@@ -123,7 +123,7 @@ def collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, An
     """Returns a tile's share of an update: sums over its rows, and what is kept of each row."""
     Z = real[:, None] * (Z.astype(jnp.float32) - mean)
     energy, zero = jnp.sum(Z**2, axis=1), jnp.zeros_like(mean)
-    labels, least, _ = kmeans_assignment.nearest(kmeans_assignment.score(Z, offsets, zero, False))
+    labels, least, _ = kmeans_nearest.nearest(kmeans_assignment.score(Z, offsets, zero, False))
     far = jnp.where(real > 0, energy + least, -jnp.inf)
     sums = Sums(*cluster_sums(Z, labels, len(offsets), zero, real))
     return (sums, total(energy), column_sums(Z)), (labels, far)
