@@ -15,6 +15,7 @@ from ports.nn import decoder
 from ports.parallel import compiled
 from xlvlm_jax.finetune.examples import TrainingBatch
 from xlvlm_jax.finetune.settings import FinetuneSettings
+from xlvlm_jax.solvers.collectives import keep_pace
 
 Array = jax.Array
 
@@ -101,7 +102,8 @@ class Trainer:
             is_last = i == self.settings.accumulate
             arrays = (*self._place(batch), is_last)
             static = (self.vlm.module, self.settings, self.num_steps, batch.window)
-            state, figures = train_step(*static, state, self._frozen, *arrays, mesh=self.vlm.mesh)
+            stepped = train_step(*static, state, self._frozen, *arrays, mesh=self.vlm.mesh)
+            state, figures = keep_pace(stepped)
         return state, figures
 
     def evaluate(self, state: State, split: Iterable[TrainingBatch]) -> float:
@@ -119,7 +121,7 @@ class Trainer:
         """
         vlm, given = self.vlm, (state.trained, self._frozen)
         sums = [
-            _loss(vlm.module, batch.window, *given, *self._place(batch), mesh=vlm.mesh)
+            keep_pace(_loss(vlm.module, batch.window, *given, *self._place(batch), mesh=vlm.mesh))
             for batch in split
         ]
         if not sums:

@@ -7,7 +7,7 @@ whose size does not depend on N. N rows in all, M on this device.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
+
+T = TypeVar("T")
 
 
 def top_k(values: Float[Array, " N"], count: int) -> tuple[Float[Array, " R"], Int[Array, " R"]]:
@@ -113,3 +115,19 @@ def solve_on(
         out_specs=RESULT,
         check_vma=False,  # a while loop hides that a total is the same on every device
     )(Z, *arguments)
+
+
+def keep_pace(value: T) -> T:
+    """Returns a value, after waiting for it where several devices of a CPU compute it.
+
+    For loops that start one program after the other without looking at a result. XLA's CPU client
+    has a thread per device for all programs, and lets 32 of them be in flight; what comes next
+    waits on these threads. So if a device runs ahead, the others may have no thread left to meet
+    it in a collective, and wait for ever. Other backends queue programs in order, and are left
+    alone; so is one device.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    devices = leaves[0].devices() if leaves else set()
+    if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+        jax.block_until_ready(value)
+    return value

@@ -23,6 +23,7 @@ from ports.intervene.edits import PADDING, Edit, add, add_mapped
 from ports.nn.vision_language import VisionLanguageModel
 from ports.parallel import compiled, sharding
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.solvers.collectives import keep_pace
 from xlvlm_jax.steering import files, teacher_forcing
 from xlvlm_jax.steering.site_steering import SiteSteering
 from xlvlm_jax.steering.vectors import SteeringVector
@@ -278,7 +279,8 @@ def fit_learned(
         while len(queue) < batch_size:
             queue = np.concatenate([queue, rng.permutation(train)])
         index, queue = queue[:batch_size], queue[batch_size:]
-        learnt, moments, value = _update(*model, learnt, moments, setting, *rows(index), **on)
+        changed = _update(*model, learnt, moments, setting, *rows(index), **on)
+        learnt, moments, value = keep_pace(changed)
         recent.append(value)
         if progress is not None:
             progress(step, steps)

@@ -5,10 +5,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlvlm_jax.solvers.collectives import ONE_DEVICE
+from xlvlm_jax.solvers.collectives import ONE_DEVICE, keep_pace
 
 MESH = """
 import re
@@ -17,7 +18,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from xlvlm_jax.solvers import kmeans, pca, semi_nmf
 from xlvlm_jax.solvers.loop import Result
-from xlvlm_jax.solvers.collectives import Rows
+from xlvlm_jax.solvers.collectives import Rows, keep_pace
 from xlvlm_jax.solvers.restarts import draw_rows, draw_weighted
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -50,6 +51,12 @@ assert "f32[100]" in text and "f32[800]" not in text.partition("ENTRY")[2].parti
 drawn = spread(lambda w: draw_weighted(key, w, 5, 20, rows), in_specs=P("data"), out_specs=P())
 for of_eight, of_one in zip(drawn(weights), draw_weighted(key, weights, 5, 20)):
     np.testing.assert_array_equal(of_eight, of_one)
+# A loop that looks at no result has one program in flight.
+step = jax.jit(spread(lambda v: v + rows.total(v.sum()), in_specs=P("data"), out_specs=P("data")))
+value = jnp.ones(8)
+for count in range(50):
+    value, number = keep_pace((step(value), count))
+    assert value.is_ready() and number == count
 print("equal")
 """
 )
@@ -126,6 +133,13 @@ def test_on_one_device():
     # Rounded, the product with the sum of 4.0000005 is that sum: it is not beyond the last weight.
     last = ONE_DEVICE.draw(jnp.array([1.0, 3.0000005, 0]), jnp.array([1 - 2.0**-24]))
     np.testing.assert_array_equal(last, [1])
+
+
+def test_one_device_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(jax, "block_until_ready", None)
+    value = {"a": jnp.ones(3), "b": 2}
+    assert keep_pace(value) is value
+    assert keep_pace(()) == ()
 
 
 def test_on_eight_devices_as_on_one():

@@ -37,6 +37,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from xlvlm_jax.solvers.collectives import keep_pace
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.sae import batches
@@ -457,7 +458,8 @@ def train(
     done = int(state.iteration)
     order: Any = batches.batches(Z, settings.batch_size, seed, done, mesh)
     for iteration in range(done + 1, settings.max_iter + 1):
-        state, figures = update(state, given, next(order), settings=settings, mesh=mesh)
+        rows = next(order)
+        state, figures = keep_pace(update(state, given, rows, settings=settings, mesh=mesh))
         if tell is not None and (iteration % every == 0 or iteration == settings.max_iter):
             tell(_standing(figures, num_concepts, iteration, settings.max_iter))
         if checkpoint is not None:
