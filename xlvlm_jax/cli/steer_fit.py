@@ -289,7 +289,7 @@ def fit(
         keep=keep,
         options=_options(how.options, context.params),
     )
-    told = contrast in ("forced", "label") and "contrast" in how.options  # without answers
+    told = contrast in _TOLD and "contrast" in how.options
     given_otherwise = bool(target_features) or between_models or told
     if how.needs_target and targets is None and not given_otherwise:
         raise ValueError(f"--method {method} needs --target, the answers to steer to")
@@ -331,11 +331,14 @@ def _options(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# Options of the command that concern every method, those that look at answers, and those that run
-# the model.
+# Options of the command that concern every method, those that read samples, those that look at
+# answers, and those that run the model.
 _OF_FILES = ("features", "output", "method", "site", "where", "overwrite", "dry_run", "seed")
-_OF_ANSWERS = ("source", "target", "key", "match", "images", "strict")
-_OF_MODEL = ("model", "adapter", "num_samples", "keep", "batch_size", "dtype")
+_OF_SAMPLES = ("images", "strict")
+_OF_ANSWERS = ("source", "target", "key", "match")
+_OF_MODEL = ("model", "adapter", "num_samples", "batch_size", "dtype")
+# Contrasts that say themselves what is wanted of a sample, whatever was answered.
+_TOLD = ("forced", "label")
 
 
 def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
@@ -348,14 +351,17 @@ def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(takes)}")
     usual = inspect.signature(fit).parameters
     how = METHODS.get(method)
-    reads = (*_OF_FILES, *takes[method])
+    reads, among = (*_OF_FILES, *takes[method]), f"--method {method}"
     if how is not None:
-        reads += _OF_ANSWERS if how.examples is None else (*_OF_ANSWERS, *_OF_MODEL)
+        reads += _OF_SAMPLES if how.examples is None else (*_OF_SAMPLES, *_OF_MODEL)
+        told = "contrast" in how.options and given["contrast"] in _TOLD
+        if told:
+            among += f" --contrast {given['contrast']}"
+        elif how.reads_answers:
+            reads += _OF_ANSWERS if how.examples is None else (*_OF_ANSWERS, "keep")
     for option in sorted(given.keys() - set(reads) - {x for each in takes.values() for x in each}):
         if given[option] != usual[option].default:
-            raise ValueError(
-                f"--{option.replace('_', '-')} has no effect on --method {method}; omit it"
-            )
+            raise ValueError(f"--{option.replace('_', '-')} has no effect on {among}; omit it")
     for option in sorted({name for names in takes.values() for name in names}):
         if option in takes[method] or given[option] == usual[option].default:
             continue

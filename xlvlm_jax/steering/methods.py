@@ -136,6 +136,7 @@ class Method:
             examples, the model, batch_size, strict and progress.
         options: the `Request.options` that it takes.
         needs_target: whether it requires `Request.target`.
+        reads_answers: whether it looks at the answers of samples.
         examples: chooses the examples to learn from; None for a method that reads states only and
             needs no model.
         makes_several: whether it fits several vectors, each a file in a directory.
@@ -150,6 +151,7 @@ class Method:
     fit: Callable[..., Fitted]
     options: tuple[str, ...] = ()
     needs_target: bool = True
+    reads_answers: bool = True
     examples: Callable[[Request], Examples] | None = None
     makes_several: bool = False
     sites: str | None = None
@@ -515,6 +517,7 @@ METHODS = {
             _fit_vti_image,
             ("share", "num_masks"),
             needs_target=False,
+            reads_answers=False,
             examples=_pictures,
             makes_several=True,
             sites_of_model=True,

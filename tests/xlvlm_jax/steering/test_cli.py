@@ -349,6 +349,11 @@ YES_TO_NO = ("--source", "yes", "--target", "no")
             (*("--method", "p2s", "--model", "gone"), *YES_TO_NO, *("--contrasts", "gone.json")),
             "gone.json: no such file",
         ),
+        (("--method", "vti-image", "--source", "yes"), "--source has no effect on --method vti-im"),
+        (
+            ("--method", "l2s", "--contrast", "label", "--keep", 2),
+            "--keep has no effect on --method l2s --contrast label; omit it",
+        ),
         (("--context-prompt", "?"), "--context-prompt has no effect on --method coarse; omit it"),
         (("--method", "nope"), "unknown method 'nope'; expected one of coarse, pca"),
     ],
