@@ -22,6 +22,7 @@ from xlvlm_jax.data.scenes.scene import SPLITS, Split
 from xlvlm_jax.metrics import embed_images
 from xlvlm_jax.storage import atomic, versions
 from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.tensors import as_bytes
 
 Progress = Callable[[int, int], None]
 BATCH = 50  # pictures that run together
@@ -235,7 +236,6 @@ def load_or_make(
         ValueError: as for `make_pictures`, or the file is of another version or damaged.
     """
     from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import save
 
     path, site = directory / FILE, vlm.find_site(site)
     asked = {"version": versions.VERSION, "site": site, "seed": seed, "pictures": list(counts)}
@@ -262,6 +262,5 @@ def load_or_make(
     for part, pictures in (("fit", made.fit), ("test", made.test)):
         arrays |= {f"{part}.{name}": getattr(pictures, name) for name in Pictures._fields[1:]}
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    atomic.write(path, save(arrays, {"pictures": json.dumps(asked)}))
+    atomic.write(path, as_bytes(arrays, {"pictures": json.dumps(asked)}))
     return made

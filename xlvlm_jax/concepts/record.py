@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from ports.messages import counted
 from ports.tables import html_table, kind
@@ -27,6 +26,7 @@ from xlvlm_jax.solvers.validation import (
     narrow,
 )
 from xlvlm_jax.storage import atomic, damaged, pictures, versions
+from xlvlm_jax.storage.tensors import as_bytes
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
@@ -307,7 +307,7 @@ class Concepts:
             arrays["activations"] = None
         else:
             stored = None
-        tensors = save_tensors(
+        tensors = as_bytes(
             {
                 name: _stored(np.asarray(array))
                 for name, array in arrays.items()
@@ -442,7 +442,7 @@ def _files_of_dictionary(directory: Path) -> list[Path]:
 
 def _stored(array: np.ndarray) -> np.ndarray:
     """Returns the array as it is written: in float64 if it is float64, else in float32."""
-    return np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
+    return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)
 
 
 class StoredActivations:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 from jaxtyping import Float, Int
-from safetensors.numpy import save as save_tensors
 
 from ports import VLM
 from xlvlm_jax.concepts import maps
@@ -27,6 +26,7 @@ from xlvlm_jax.data.batches import groups_of, make_batch
 from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.storage import atomic, damaged, versions
 from xlvlm_jax.storage.same_model import require_model
+from xlvlm_jax.storage.tensors import as_bytes
 
 FILE = "maps.safetensors"
 
@@ -116,7 +116,7 @@ def save_maps(directory: Path, concepts: Concepts, found: StoredMaps) -> None:
         "boxes": np.concatenate([each.boxes for each in cells]).astype(np.float32),
     }
     metadata = {"version": str(versions.VERSION), "digest": _digest(concepts)}
-    atomic.write(directory / FILE, save_tensors(tensors, metadata))
+    atomic.write(directory / FILE, as_bytes(tensors, metadata))
 
 
 def load_maps(directory: Path, concepts: Concepts) -> StoredMaps:

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jaxtyping import Float
 
 from ports import VLM
@@ -33,6 +32,7 @@ from ports.parallel import compiled
 from xlvlm_jax.features.pth.reader import read_pth
 from xlvlm_jax.storage import atomic, damaged, versions
 from xlvlm_jax.storage.same_model import model_of, require_model
+from xlvlm_jax.storage.tensors import as_bytes
 
 Array = jax.Array
 KIND, NAME = "jacobian lens", "layers.{}"
@@ -161,10 +161,10 @@ class JacobianLens:
             "described": json.dumps({"version": versions.VERSION} | described),
         }
         tensors = {
-            NAME.format(number): np.ascontiguousarray(matrix, np.float32)
+            NAME.format(number): np.asarray(matrix, np.float32)
             for number, matrix in self.jacobians.items()
         }
-        atomic.write(path, safetensors.numpy.save(tensors, metadata))
+        atomic.write(path, as_bytes(tensors, metadata))
 
 
 def load_jacobian_lens(path: str | Path) -> JacobianLens:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from ports.messages import counted
 from ports.tables import html_table, kind
 from xlvlm_jax.shift.recovery import Correlation, correlation, mismatched_overlap, overlap
 from xlvlm_jax.shift.vectors import MIN_SAMPLES, Reduce, Spread
 from xlvlm_jax.storage import atomic, pictures, versions
+from xlvlm_jax.storage.tensors import as_bytes
 
 TENSORS, DESCRIPTION = "shift.safetensors", "shift.json"
 KINDS = ("original", "shifted", "finetuned")
@@ -167,9 +167,7 @@ class ShiftAnalysis:
 
     def save(self, directory: str | Path) -> None:
         """Writes shift.safetensors, then shift.json, each atomically."""
-        tensors = save_tensors(
-            {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in _ARRAYS}
-        )
+        tensors = as_bytes({name: np.asarray(getattr(self, name), np.float32) for name in _ARRAYS})
         described: dict[str, Any] = {"version": versions.VERSION}
         described |= {name: getattr(self, name) for name in _DESCRIBED}
         described["summary"] = self.summary()

@@ -7,7 +7,6 @@ from typing import Any, overload
 
 import jax
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Int
 
 from ports import VLM
@@ -30,6 +29,7 @@ from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import AssignBy, Reduce
 from xlvlm_jax.storage import atomic
 from xlvlm_jax.storage.same_model import require_model
+from xlvlm_jax.storage.tensors import as_bytes
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 HELD_BYTES = 2**28  # maximum size of states to decompose in memory; larger ones are streamed
@@ -174,12 +174,12 @@ def _store_samples(
     """Writes the shift of each pair of rows, the rows, and its concept, -1 for none."""
     shifts = finetuned.take(pairs.finetuned) - original.take(pairs.original)
     tensors = {
-        "shifts": np.ascontiguousarray(shifts, np.float32),
+        "shifts": np.asarray(shifts, np.float32),
         "original_rows": np.asarray(pairs.original, np.int64),
         "finetuned_rows": np.asarray(pairs.finetuned, np.int64),
         "concepts": assignment[pairs.original].astype(np.int32),
     }
-    atomic.write(output / SAMPLE_SHIFTS, safetensors.numpy.save(tensors))
+    atomic.write(output / SAMPLE_SHIFTS, as_bytes(tensors))
 
 
 def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:

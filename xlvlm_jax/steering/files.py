@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 from markupsafe import Markup
 from numpy.typing import ArrayLike
 
@@ -16,6 +15,7 @@ from ports import VLM
 from ports.messages import few
 from ports.tables import flat, html_table, kind
 from xlvlm_jax.storage import atomic, damaged, pictures, same_model, versions
+from xlvlm_jax.storage.tensors import as_bytes
 
 
 def save(
@@ -34,8 +34,8 @@ def save(
     source = pictures.store_features(specification.get("source") or {}, path.parent)
     specification = specification | {"source": source, "version": versions.VERSION}
     metadata = {name: json.dumps(value) for name, value in specification.items()}
-    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    atomic.write(path, safetensors.numpy.save(arrays, {"kind": kind, **metadata}))
+    arrays = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    atomic.write(path, as_bytes(arrays, {"kind": kind, **metadata}))
 
 
 def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:

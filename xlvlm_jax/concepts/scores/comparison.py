@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from ports import VLM
 from ports.models.clip import DualEncoder
@@ -28,6 +27,7 @@ from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage import atomic, pictures, versions
 from xlvlm_jax.storage.same_model import require_model
+from xlvlm_jax.storage.tensors import as_bytes
 
 FILE, ARRAYS = "scores.json", "scores.safetensors"
 RANDOM = "random"
@@ -260,10 +260,10 @@ def write_scores(
     known["scored on"] = pictures.store_features(description, directory)
     known["dictionaries"] = [row.to_dict() for row in rows]
     arrays = {
-        f"{row.name}/{key}": np.ascontiguousarray(values, np.float32)
+        f"{row.name}/{key}": np.asarray(values, np.float32)
         for row in rows
         for key, values in row.arrays.items()
     }
-    atomic.write(directory / ARRAYS, safetensors.numpy.save(arrays))
+    atomic.write(directory / ARRAYS, as_bytes(arrays))
     atomic.write(path, json.dumps(known, indent=2) + "\n")
     return path

@@ -12,11 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
-from safetensors.numpy import save as save_tensors
 
 from xlvlm_jax.features.pth.torch_globals import StorageType, StoredArray
 from xlvlm_jax.features.pth.unpickle import PthError, StoredTensor
 from xlvlm_jax.storage import atomic
+from xlvlm_jax.storage.tensors import as_bytes
 
 _JSON, _ARRAYS = "foreign.json", "foreign.safetensors"
 _DEPTH = 32
@@ -62,7 +62,7 @@ def write_kept(directory: Path, value: Any, limit: int) -> None:
         raise PthError(f"has a {type(value).__name__}, which is neither a tensor nor a plain value")
 
     text = json.dumps(encode(value)) + "\n"
-    atomic.write(directory / _ARRAYS, save_tensors(arrays))
+    atomic.write(directory / _ARRAYS, as_bytes(arrays))
     atomic.write(directory / _JSON, text)
 
 

@@ -1,0 +1,59 @@
+"""Arrays as a safetensors file."""
+
+import ast
+from pathlib import Path
+
+import hypothesis
+import hypothesis.extra.numpy as drawn
+import numpy as np
+import pytest
+from hypothesis import strategies
+from safetensors.numpy import load
+
+import ports
+import xlvlm_jax
+from xlvlm_jax.storage.tensors import as_bytes
+
+Z = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [Z, Z.T, Z[:, 1], Z[::-1], Z[::2, ::3], np.asfortranarray(Z), np.float32(3), np.zeros((0, 4))],
+    ids=["plain", "transposed", "column", "reversed", "steps", "fortran", "scalar", "empty"],
+)
+def test_values_are_kept_whatever_their_order_in_memory(array):
+    found = load(as_bytes({"a": array}))["a"]
+    assert found.dtype == np.asarray(array).dtype
+    assert found.tolist() == array.tolist()
+
+
+@hypothesis.given(drawn.arrays(np.int32, drawn.array_shapes(max_dims=4)), strategies.booleans())
+def test_axes_in_any_order(array, reverse):
+    turned = array.transpose(np.random.default_rng(0).permutation(array.ndim))
+    turned = turned[::-1] if reverse else turned
+    np.testing.assert_array_equal(load(as_bytes({"a": turned}))["a"], turned)
+
+
+def test_metadata_and_dtypes():
+    content = as_bytes({"a": Z.astype(np.float16), "b": Z > 2}, {"kind": "test"})
+    assert b'"kind":"test"' in content
+    assert {name: str(each.dtype) for name, each in load(content).items()} == {
+        "a": "float16",
+        "b": "bool",
+    }
+
+
+def test_every_file_is_written_through_it():
+    """Only the writers of checkpoints and of tables call safetensors' own, with arrays in order."""
+    writers = {"ports/checkpoint/safetensors_io.py", "xlvlm_jax/storage/tensors.py"}
+    root = Path(xlvlm_jax.__file__).parents[1]
+    for package in (ports, xlvlm_jax):
+        for file in Path(package.__file__).parent.rglob("*.py"):
+            if str(file.relative_to(root)) in writers:
+                continue
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module == "safetensors.numpy":
+                    assert not {each.name for each in node.names} & {"save", "save_file"}, file
+                if isinstance(node, ast.Attribute) and node.attr in ("save", "save_file"):
+                    assert ast.unparse(node.value) != "safetensors.numpy", file

@@ -1,0 +1,21 @@
+"""Arrays as a safetensors file."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import ArrayLike
+
+
+def as_bytes(tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a safetensors file.
+
+    Args:
+        tensors: name -> array, of any layout in memory; its dtype is kept.
+        metadata: of the file.
+    """
+    # safetensors 0.8 writes the bytes as they lie in memory, whatever the strides.
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    # One of a scalar has an axis.
+    shaped = {name: value.reshape(np.shape(tensors[name])) for name, value in contiguous.items()}
+    return safetensors.numpy.save(shaped, None if metadata is None else dict(metadata))
