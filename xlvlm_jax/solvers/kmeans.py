@@ -31,8 +31,8 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.buckets import bucket_of_concepts, bucket_of_rows, is_small, room_for
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.compiling import jit
-from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Sums, inertia, score
-from xlvlm_jax.solvers.kmeans_leading import Known, Leading
+from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Ruled, Sums, inertia, score
+from xlvlm_jax.solvers.kmeans_leading import Leading
 from xlvlm_jax.solvers.kmeans_nearest import HELD, nearest
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
@@ -47,7 +47,7 @@ SCREEN = 100  # updates before starts are compared
 # Rows of which the best becomes the next centroid of a start, if choosing among that many takes at
 # most so many multiplications; otherwise 2 + log K, which is scikit-learn's number.
 CANDIDATES, CHOOSING = 32, 2**28
-LONG = 2**23  # scores of an update that take longer to compare than faster loops to compile
+LONG = 2**22  # scores of an update that take longer to compare than faster loops to compile
 CANCELS = 0.05  # of its terms: a smaller squared distance has lost more than a digit
 TINY = 1e-30
 
@@ -389,7 +389,7 @@ class Plan(NamedTuple):
             # What is measured is what is returned: far from zero the sum is rounded.
             components = offsets + problem.mean
             offsets = components - problem.mean
-            if isinstance(kept, Known):
+            if isinstance(kept, Ruled):
                 similar, least = _similarities(problem, offsets, fixed.unit)
             else:
                 scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)

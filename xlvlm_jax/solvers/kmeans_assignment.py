@@ -17,11 +17,11 @@ nearest and its second nearest centroid. Each move of the centroids shrinks that
 triangle inequality allows. A row is examined again when its gap is used up, and the sums are
 corrected for the rows that changed (Hamerly, "Making k-means even faster", SDM 2010). With more
 centroids, most soon stop while a few move far: a CPU then keeps the scores, and recomputes only
-those of centroids that moved; if Z is wide and large, it keeps one bound per row instead, and
-multiplies a few leading columns first (`kmeans_leading`). An accelerator would rather compare than
-hold K numbers per row: it keeps labels and gaps with any number of centroids, but sums over all
-rows in each update. On a TPU the kernel of `tpu.clusters` examines and sums all rows with one read
-of Z, where it takes them.
+those of centroids that moved; if Z is wide and large, it keeps two bounds per row instead, and
+multiplies a few leading columns first (`kmeans_leading`); it then corrects the sums too. An
+accelerator would rather compare than hold K numbers per row: it keeps labels and gaps with any
+number of centroids, but sums over all rows in each update. On a TPU the kernel of `tpu.clusters`
+examines and sums all rows with one read of Z, where it takes them.
 
 N rows, D width, K centroids, B rows per block.
 """
@@ -52,6 +52,8 @@ MOVED = 32  # centroids whose scores are renewed together
 # block of them costs less than holding all scores. An accelerator runs a few large products faster.
 ACCELERATOR_HELD = 2**26
 MANY, FEW_COLUMNS = 2**23, 8  # scores; columns per centroid
+# If more than this share of the rows changes its cluster, all rows are summed; rows per block.
+MANY_CHANGED, CHANGED_ROWS = 0.2, 1024
 TINY = 1e-30
 
 
@@ -101,7 +103,14 @@ class Scores(NamedTuple):
     scores: Float[Array, "K N"]
 
 
-Kept = Bounds | Scores | Known
+class Ruled(NamedTuple):
+    """What a CPU keeps with many centroids if leading columns rule most of them out."""
+
+    known: Known
+    sums: Sums | None  # as in `Bounds`; None with weights
+
+
+Kept = Bounds | Scores | Ruled
 
 
 def keeps_scores(num_clusters: int) -> bool:
@@ -118,15 +127,16 @@ def nothing(problem: Problem) -> Kept:
     """Returns an empty record; the first `renew` must get infinite shifts."""
     (K,), (N, D) = problem.active.shape, problem.Z.shape
     dtype = real_dtype(problem.Z)
-    if problem.leading is not None:
-        return kmeans_leading.nothing(N, dtype)
-    if keeps_scores(K):
-        return Scores(jnp.zeros((K, N), dtype))
 
     def zeros(*shape: int) -> Wide:
         # Two arrays, because one buffer cannot be donated twice.
         return Wide(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    if problem.leading is not None:
+        sums = Sums(zeros(K), zeros(K, D)) if problem.weights is None else None
+        return Ruled(kmeans_leading.nothing(N, K, D, dtype), sums)
+    if keeps_scores(K):
+        return Scores(jnp.zeros((K, N), dtype))
     sums = Sums(zeros(K), zeros(K, D)) if _keeps_sums(problem, K) else None
     return Bounds(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), sums)
 
@@ -179,13 +189,18 @@ def renew(
         kept = _renew_rows(problem, kept, offsets, shifts)
         sums = sums_of(problem, kept.labels) if kept.sums is None else kept.sums
         return kept, kept.labels, sums
-    if isinstance(kept, Known):
+    if isinstance(kept, Ruled):
         assert problem.leading is not None
         largest = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
         rounding = jnp.where(problem.real > 0, SLACK * (problem.energy + largest), -jnp.inf)
         of_rows = problem.Z, problem.mean, rounding, problem.leading
-        kept = kmeans_leading.renew(*of_rows, kept, offsets, shifts, problem.active)
-        return kept, kept.labels, sums_of(problem, kept.labels)
+        known = kmeans_leading.renew(*of_rows, kept.known, offsets, shifts, problem.active)
+        if kept.sums is None:
+            return Ruled(known, None), known.labels, sums_of(problem, known.labels)
+        # Infinite shifts: what is kept may not be of this run.
+        is_new = jnp.isinf(jnp.max(shifts))
+        sums = _renew_sums(problem, kept.sums, kept.known.labels, known.labels, is_new)
+        return Ruled(known, sums), known.labels, sums
     kept = _renew_centroids(problem, kept, offsets, shifts)
     labels = nearest(kept.scores)[0]
     return kept, labels, sums_of(problem, labels)
@@ -219,6 +234,36 @@ def sums_of(problem: Problem, labels: Int[Array, " N"]) -> Sums:
     """Returns the number of rows of each cluster and the sum of their offsets from the mean."""
     K = len(problem.active)
     return Sums(*sums_of_rows.cluster_sums(problem.Z, labels, K, problem.mean, problem.counted))
+
+
+def _renew_sums(
+    problem: Problem,
+    sums: Sums,
+    before: Int[Array, " N"],
+    labels: Int[Array, " N"],
+    is_new: Bool[Array, ""],
+) -> Sums:
+    """Corrects the sums for the rows whose label has changed, or sums all rows if they are many."""
+    N, K = len(labels), len(problem.active)
+    size = min(CHANGED_ROWS, N)
+    count, changed = numbers_of((labels != before) & (problem.real > 0), size)
+    many = is_new | (count > MANY_CHANGED * N)
+
+    def some_rows(i: Array, sums: Sums) -> Sums:
+        numbers = jax.lax.dynamic_slice_in_dim(changed, i * size, size)
+        rows = jnp.minimum(numbers, N - 1)
+        # Rows that fill up the block get an index out of range, which the scatter drops.
+        to, came_from = (jnp.where(numbers < N, of[rows], K) for of in (labels, before))
+        Z = problem.Z[rows] - problem.mean
+
+        def change(total: Wide, part: Array | float) -> Wide:
+            moved = jnp.zeros_like(total.high).at[to].add(part, mode="drop")
+            return total + moved.at[came_from].add(-part, mode="drop")
+
+        return Sums(change(sums.counts, 1.0), change(sums.totals, Z))
+
+    sums = jax.lax.cond(many, lambda: sums_of(problem, labels), lambda: sums)
+    return jax.lax.fori_loop(0, jnp.where(many, 0, -(-count // size)), some_rows, sums)
 
 
 def inertia(spread: Wide, offsets: Float[Array, "K D"], sums: Sums) -> Float[Array, ""]:

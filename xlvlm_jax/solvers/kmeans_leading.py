@@ -6,13 +6,18 @@ of B is bounded by its lengths s and t there (Cauchy and Schwarz):
     |z - c|^2 - |z - m|^2 = |c'|^2 - 2 (z - m) c' >= |c'|^2 - 2 (x y + s t)
 
 The right side is a product with R + 1 instead of D columns. If B holds the leading directions of
-the rows, it leaves hardly more than one centroid of a thousand for most rows. Two scores of each
-row are then computed from all columns: that of its last centroid, and that of the centroid whose
-bound is the lowest of all others. If the next bound is above the lower of the two, this one is the
-nearest; otherwise the row is compared with all centroids. So the result is Lloyd's, up to rounding.
+the rows, it leaves hardly more than one centroid of a thousand for most rows.
 
-A row keeps its label and a lower bound on the scores of all other centroids. The bound stays true
-for centroids that do not move, so only those that moved are multiplied: few, in late updates.
+A row keeps its label, an upper bound on its own centroid's score, and a lower bound on the scores
+of all others. If its centroid moves by d, its score changes by |c' + d|^2 - |c'|^2 - 2 (z - m) d,
+which is bounded in the same way: the part of d outside the span is short. A row whose upper bound
+is below all lower ones stays where it is. For the others, two scores are computed from all columns:
+that of the last centroid, and that of the centroid whose bound is the lowest of all others. If the
+next bound is above the lower of the two, this one is the nearest; otherwise the row is compared
+with all centroids. So the result is Lloyd's, up to rounding.
+
+Lower bounds stay true for centroids that do not move, so only those that moved are multiplied: few,
+in late updates.
 
 Bounds that last over updates: Hamerly, "Making k-means even faster", SDM 2010. Columns that rule
 centroids out: Gao and Long, "High-dimensional approximate nearest neighbor search", SIGMOD 2023,
@@ -29,7 +34,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression
-from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.collectives import Rows
 from xlvlm_jax.solvers.kmeans_nearest import HELD, MOST, Nearest, compare, nearest
 from xlvlm_jax.solvers.linalg import matmul
@@ -58,7 +62,9 @@ class Known(NamedTuple):
     """What is kept of the rows between updates."""
 
     labels: Int[Array, " N"]
+    uppers: Float[Array, " N"]  # upper bounds on the scores of these centroids
     floors: Float[Array, " N"]  # lower bounds on the scores of all other centroids
+    offsets: Float[Array, "K D"]  # the centroids minus m
     share: Float[Array, ""]  # of the rows that were compared with all centroids
 
 
@@ -111,9 +117,11 @@ def of_basis(
     return Leading(shrunk * basis, _with_rest(shrunk * X, energy, energy + terms_of_mean))
 
 
-def nothing(N: int, dtype: DTypeLike) -> Known:
+def nothing(N: int, K: int, D: int, dtype: DTypeLike) -> Known:
     """Returns an empty record; the first `renew` must get infinite shifts."""
-    return Known(jnp.zeros(N, jnp.int32), jnp.zeros(N, dtype), jnp.full((), FIRST, dtype))
+    # Separate arrays, because one buffer cannot be donated twice.
+    uppers, floors, offsets = jnp.zeros(N, dtype), jnp.zeros(N, dtype), jnp.zeros((K, D), dtype)
+    return Known(jnp.zeros(N, jnp.int32), uppers, floors, offsets, jnp.full((), FIRST, dtype))
 
 
 def renew(
@@ -151,15 +159,22 @@ def renew(
     anew = count > MOST * K
     count = jnp.where(anew, K, count)
 
-    def scores_of(z: Array, labels: Array) -> Array:
-        products = jax.lax.optimization_barrier(z * offsets[labels])
-        return biases[labels] - 2 * matmul(products, jnp.ones(z.shape[1], dtype))
+    # What a centroid's move adds to the score of a row is at most its change of square minus twice
+    # the row's product with this.
+    steps = offsets - known.offsets
+    lengths = jnp.sum(steps**2, axis=1)
+    inward = _with_rest(matmul(steps, leading.basis), lengths, lengths).at[:, -1].multiply(-1)
+    grown = jnp.where(jnp.isinf(shifts), jnp.inf, squares - jnp.sum(known.offsets**2, axis=1))
+
+    def products_of(rows: Array, others: Array) -> Array:
+        products = jax.lax.optimization_barrier(rows * others)
+        return matmul(products, jnp.ones(rows.shape[1], dtype))
 
     def rule_out(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         first = jnp.minimum(i * size, N - size)  # the last block overlaps
-        own, floor, x, error = (
+        own, upper, floor, x, error = (
             jax.lax.dynamic_slice_in_dim(values, first, size)
-            for values in (*found[:2], leading.rows, slack)
+            for values in (known.labels, known.uppers, floors, leading.rows, slack)
         )
 
         def chunk(j: Array, best: Nearest) -> Nearest:
@@ -172,15 +187,16 @@ def renew(
 
         start = Nearest.none(size, dtype)
         best = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
-        z = sums_of_rows.block_of(Z, first, size) - mean
-        of_own = scores_of(z, own)
-        of_other = jnp.where(best.least < jnp.inf, scores_of(z, best.labels), jnp.inf)
-        rest = jnp.minimum(floor, best.second)
+        step = grown[own] - 2 * products_of(x, inward[own])
+        upper = upper + jnp.where(moved[own], step + error, 0)
+        lowest = jnp.minimum(floor, best.least)
+        # NaN is not below anything, so it stays open too.
+        stays = upper + error < lowest
         parts = (
-            jnp.where(of_other < of_own, best.labels, own),
-            jnp.minimum(rest, jnp.maximum(of_own, of_other)),
-            # Negated, so that NaN is open too.
-            ~(jnp.minimum(of_own, of_other) + error < rest),
+            upper,
+            jnp.where(stays, lowest, jnp.minimum(floor, best.second)),
+            jnp.where(stays | (best.least == jnp.inf), own, best.labels),
+            ~stays & (error > -jnp.inf),
         )
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(values, part, first, 0)
@@ -188,26 +204,52 @@ def renew(
         )
 
     size, hopeless = min(ROWS, N), known.share > HOPELESS
-    found = known.labels, jnp.where(anew, jnp.inf, known.floors), jnp.ones(N, bool)
+    floors = jnp.where(anew, jnp.inf, known.floors)
+    found = known.uppers, floors, known.labels, jnp.zeros(N, bool)
     found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, -(-N // size)), rule_out, found)
-    labels, floors, is_open = found
+    uppers, floors, nearest_others, is_open = found
+    opened, numbers = numbers_of(is_open, size)
 
-    together = max(min(HELD // K, N), 1)
-    opened, numbers = numbers_of(is_open & (slack > -jnp.inf), together)
-
-    def compare_all(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        chosen = jax.lax.dynamic_slice_in_dim(numbers, i * together, together)
-        z = Z[jnp.minimum(chosen, N - 1)] - mean
-        scores = jax.lax.optimization_barrier(biases[:, None] - 2 * matmul(offsets, z.T))
-        best = nearest(scores)
+    def compare_two(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        chosen = jax.lax.dynamic_slice_in_dim(numbers, i * size, size)
+        rows = jnp.minimum(chosen, N - 1)
+        z, own, other = Z[rows] - mean, known.labels[rows], nearest_others[rows]
+        of_own = biases[own] - 2 * products_of(z, offsets[own])
+        of_other = biases[other] - 2 * products_of(z, offsets[other])
+        of_other = jnp.where(other == own, jnp.inf, of_other)
+        least, rest = jnp.minimum(of_own, of_other), floors[rows]
+        parts = (
+            jnp.where(of_other < of_own, other, own),
+            least,
+            jnp.minimum(rest, jnp.maximum(of_own, of_other)),
+            # Negated, so that NaN is open too.
+            ~(least + slack[rows] < rest),
+        )
         return tuple(
             values.at[chosen].set(part, mode="drop")
-            for values, part in zip(found, (best.labels, best.second), strict=True)
+            for values, part in zip(found, parts, strict=True)
         )
 
-    labels, floors = jax.lax.fori_loop(0, -(-opened // together), compare_all, (labels, floors))
+    found = known.labels, uppers, floors, jnp.broadcast_to(hopeless, (N,))
+    found = jax.lax.fori_loop(0, -(-opened // size), compare_two, found)
+    *found, is_open = found
+
+    together = max(min(HELD // K, N), 1)
+    opened, remaining = numbers_of(is_open & (slack > -jnp.inf), together)
+
+    def compare_all(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        chosen = jax.lax.dynamic_slice_in_dim(remaining, i * together, together)
+        z = Z[jnp.minimum(chosen, N - 1)] - mean
+        scores = jax.lax.optimization_barrier(biases[:, None] - 2 * matmul(offsets, z.T))
+        return tuple(
+            values.at[chosen].set(part, mode="drop")
+            for values, part in zip(found, nearest(scores), strict=True)
+        )
+
+    found = jax.lax.fori_loop(0, -(-opened // together), compare_all, tuple(found))
     again = AGAIN * known.share
-    return Known(labels, floors, jnp.where(hopeless, again, (opened / N).astype(dtype)))
+    share = jnp.where(hopeless, again, (opened / N).astype(dtype))
+    return Known(*found, offsets=offsets, share=share)
 
 
 def _with_rest(

@@ -8,8 +8,7 @@ from jax.sharding import AxisType
 from sklearn.metrics import pairwise_distances
 
 from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading, kmeans_nearest
-from xlvlm_jax.solvers.kmeans_assignment import Scores
-from xlvlm_jax.solvers.kmeans_leading import Known
+from xlvlm_jax.solvers.kmeans_assignment import Ruled, Scores
 from xlvlm_jax.solvers.phases import at_once
 
 K, N, D = 140, 704, 40
@@ -38,15 +37,23 @@ def test_bound_by_hand(few):
     found = kmeans_leading.of_basis(basis, z @ basis, jnp.array([25.0]), jnp.float32(0))
     np.testing.assert_allclose(found.rows, [[3, 4]], rtol=1e-5)
     # One centroid is the nearest of every row, and there is no other.
-    known = kmeans_leading.nothing(1, jnp.float32)._replace(share=jnp.float32(0))
+    known = kmeans_leading.nothing(1, 1, 2, jnp.float32)._replace(share=jnp.float32(0))
     given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, c
     known = kmeans_leading.renew(*given, jnp.array([jnp.inf]), jnp.array([True]))
     assert (known.labels.tolist(), known.floors.tolist()) == ([0], [jnp.inf])
     # A second one at 3, 3 moves. Its score is 18 - 2 (9 + 12) = -24, that of the first 5 - 22.
     both, moved = jnp.array([[1.0, 2.0], [3.0, 3.0]]), jnp.array([0.0, jnp.inf])
+    known = known._replace(offsets=both)
     given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, both
     known = kmeans_leading.renew(*given, moved, jnp.array([True, True]))
     assert (known.labels.tolist(), float(known.share)) == ([1], 0)
+    np.testing.assert_allclose(known.floors, [-17], rtol=1e-5)
+    # It moves by 0.1 outside the column: its square grows by 0.61, its product with the row falls
+    # by at most 4 * 0.1. That is enough to know that it stays the nearest.
+    both, moved = jnp.array([[1.0, 2.0], [3.0, 3.1]]), jnp.array([0.0, 0.1])
+    given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, both
+    known = kmeans_leading.renew(*given, moved, jnp.array([True, True]))
+    np.testing.assert_allclose(known.uppers, [-24 + 0.61 + 0.8], rtol=1e-3)
     np.testing.assert_allclose(known.floors, [-17], rtol=1e-5)
 
 
@@ -60,7 +67,7 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common):
     problem = kmeans.with_leading(problem, K, KEY, N)
     centroids = Z[rng.choice(N, K, replace=False)]
     kept, shifts = kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf, jnp.float32)
-    assert isinstance(kept, Known)
+    assert isinstance(kept, Ruled)
     renew = jax.jit(kmeans_assignment.renew)
     opened, seen = [], []
     for size in (0, 1.0, 0.3, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
@@ -78,8 +85,12 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common):
         np.testing.assert_array_equal(sums.counts.value, np.bincount(labels, minlength=K))
         others = np.where(np.arange(K - 3) == np.asarray(labels)[:, None], np.inf, distances)
         scores = others.min(axis=1) ** 2 - np.asarray(problem.energy)
-        assert np.all(kept.floors <= scores + 1e-3)
-        opened.append(float(kept.share))
+        assert np.all(kept.known.floors <= scores + 1e-3)
+        assert np.all(kept.known.uppers >= chosen**2 - np.asarray(problem.energy) - 1e-3)
+        members = np.asarray(labels) == np.arange(K)[:, None]
+        totals = members @ (Z.astype(np.float64) - np.asarray(problem.mean))
+        np.testing.assert_allclose(sums.totals.value, totals, atol=3e-4)
+        opened.append(float(kept.known.share))
         seen.append(np.asarray(labels))
     assert len({tuple(labels) for labels in seen}) > 3
     # The first update compares all rows, later ones few: the columns do rule centroids out.
@@ -99,7 +110,7 @@ def test_columns_that_rule_out_nothing_are_left_alone_for_a_while(few):
     shares = []
     for step in range(5):
         kept, labels, _ = renew(problem, kept, offsets, shifts)
-        shares.append(round(float(kept.share), 2))
+        shares.append(round(float(kept.known.share), 2))
         nearest = pairwise_distances(Z, offsets + problem.mean).argmin(axis=1)
         np.testing.assert_array_equal(labels, nearest)
         offsets = offsets + 0.1 * jax.random.normal(jax.random.key(step), offsets.shape)
