@@ -153,6 +153,7 @@ def lora_step(name: str, whole: bool, place: Place, times: int) -> Built:
         lambda key: training.lora.init(inside, ranks, key, {site: site for site in inside}).factors,
         jax.random.key(0),
     )
+    adapter = jax.eval_shape(partial(training.lora.by_part, params=vlm.params), adapter)
     scale = {site: settings.alpha / settings.rank for site in inside}
     optimizer = settings.optimizer(10)
     state = training.State(

@@ -5,6 +5,7 @@ I input width, O output width, R rank of a linear layer.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from jaxtyping import Float
 
 from ports.intervene.interception import call_intercepted
 from ports.intervene.sites import is_pattern, match_sites
-from ports.messages import few
+from ports.messages import counted, few
 from ports.names import by_tensor, site_name, tensor_name
 from ports.parallel import sharding
 
@@ -36,6 +37,17 @@ class Factors(NamedTuple):
 
     down: Float[Array, "I R"]  # the transpose of PEFT's lora_A
     up: Float[Array, "R O"]  # the transpose of PEFT's lora_B
+
+
+class PartFactors(NamedTuple):
+    """Factors of a fused layer (`layers.fused`), with an `up` for each of its parts.
+
+    On several devices each part is divided among them by itself. An `up` for all parts, its
+    gradient and the optimizer's moments would be sent around in each step to be split.
+    """
+
+    down: Float[Array, "I R"]
+    ups: tuple[Float[Array, "R P"], ...]  # columns of `up`
 
 
 class Adapter(NamedTuple):
@@ -171,6 +183,47 @@ def init(
     return Adapter(factors, scale)
 
 
+def by_part(tree: Any, params: Any) -> Any:
+    """Splits the factors of fused layers.
+
+    Args:
+        tree: a pytree that holds {site: Factors}: those of an adapter, or an optimizer's state.
+        params: the model's tree of (abstract) parameters.
+
+    Returns:
+        The tree with `PartFactors` at the sites of fused layers.
+    """
+    widths = {
+        site_name(path[:-1]): [part.shape[-1] for part in parts]
+        for path, parts in _layers(params).items()
+        if path[-1] == "kernel" and len(parts) > 1
+    }
+
+    def split(path: tuple[Any, ...], leaf: Any) -> Any:
+        own = widths.get(getattr(path[-1], "key", "")) if path else None
+        if own is None or not isinstance(leaf, Factors):
+            return leaf
+        ends = tuple(itertools.accumulate(own))[:-1]
+        return PartFactors(leaf.down, tuple(jnp.split(leaf.up, ends, axis=-1)))
+
+    return jax.tree_util.tree_map_with_path(split, tree, is_leaf=_is_factors)
+
+
+def joined(tree: Any) -> Any:
+    """Returns a pytree with `Factors` in place of all `PartFactors`: undoes `by_part`."""
+
+    def join(leaf: Any) -> Any:
+        if not isinstance(leaf, PartFactors):
+            return leaf
+        return Factors(leaf.down, jnp.concatenate(leaf.ups, axis=-1))
+
+    return jax.tree.map(join, tree, is_leaf=_is_factors)
+
+
+def _is_factors(value: Any) -> bool:
+    return isinstance(value, Factors | PartFactors)
+
+
 def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a Linen `apply` so that linear layers also add an adapter's low-rank term.
 
@@ -185,7 +238,8 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
         apply: `module.apply` of a Linen module, or a function that calls it with its arguments.
 
     Returns:
-        A pure function `(params, adapter, *args, **kwargs)`. The term is computed in the factors'
+        A pure function `(params, adapter, *args, **kwargs)`. The adapter's factors may be those of
+        `by_part`. The term is computed in the factors'
         dtype and added in the layer's.
 
     Raises:
@@ -224,6 +278,14 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
                 return y
             ran.add(site)
             down, up = adapter.factors[site]
+            # Each part of a fused layer by itself, as each is divided among devices by itself.
+            ends = getattr(context.module, "ends", ())
+            ups = up if isinstance(up, tuple) else jnp.split(up, ends, axis=-1)
+            if len(ups) != len(ends) + 1:
+                raise ValueError(
+                    f"{site}: factors of {counted(len(ups), 'part')}, the layer has "
+                    f"{len(ends) + 1}; split them with `by_part` and the model's parameters"
+                )
             rows = args[0].reshape(-1, args[0].shape[-1]).astype(down.dtype)
             product = functools.partial(jnp.matmul, precision="highest")
             inner = product(rows, down)
@@ -232,9 +294,7 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
                 change = adapter.scale[site] * product(inner, up)
                 return (y + change.reshape(y.shape)).astype(y.dtype)
 
-            # To each part of a fused layer by itself, as each is divided among devices by itself.
-            ends = getattr(context.module, "ends", ())
-            parts = zip(jnp.split(y, ends, axis=-1), jnp.split(up, ends, axis=-1), strict=True)
+            parts = zip(jnp.split(y, ends, axis=-1), ups, strict=True)
             return jnp.concatenate([added(*part) for part in parts], axis=-1)
 
         out = call_intercepted(intercept, apply, (params, *args), kwargs)

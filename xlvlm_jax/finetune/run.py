@@ -200,11 +200,11 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
             saved = manager.restore(
                 start,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_stored(state)),
+                    state=ocp.args.StandardRestore(stored(state)),
                     log=ocp.args.JsonRestore(),
                 ),
             )
-            state, log = state._replace(**saved["state"]), saved["log"]
+            state, log = resumed(state, saved["state"], run.vlm), saved["log"]
         elif run.evaluation:
             evaluate(0)
         recent: list[dict[str, jax.Array]] = []
@@ -220,7 +220,7 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
             if run.evaluation and (is_due or step == total):
                 evaluate(step)
             if step % interval == 0:
-                saved = ocp.args.StandardSave(_stored(state))
+                saved = ocp.args.StandardSave(stored(state))
                 # A copy: it is written in the background while further steps extend the log.
                 kept: Any = list(log)  # JsonSave accepts any JSON value, unlike its annotation
                 args = ocp.args.Composite(state=saved, log=ocp.args.JsonSave(kept))
@@ -229,9 +229,14 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
     return trainer, state, log
 
 
-def _stored(state: State) -> dict[str, Any]:
+def stored(state: State) -> dict[str, Any]:
     """Returns what resuming needs; between two updates no gradient is pending."""
-    return {"trained": state.trained, "moments": state.moments}
+    return lora.joined({"trained": state.trained, "moments": state.moments})
+
+
+def resumed(state: State, values: dict[str, Any], vlm: VLM) -> State:
+    """Returns the state with the values that `stored` gave."""
+    return state._replace(**lora.by_part(values, vlm.params))
 
 
 def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.TrainingBatch]]:

@@ -23,7 +23,7 @@ Array = jax.Array
 class State(NamedTuple):
     """The training state. Each update overwrites its buffers."""
 
-    trained: Any  # float32: the LoRA factors by site, or all parameters
+    trained: Any  # float32: the LoRA factors by site and part, or all parameters
     moments: Any  # state of the optimizer
     gradient: Any  # sum over the batches since the last update; None if every batch updates
     loss: Array  # float32[]: sum over the answers' tokens of the same batches
@@ -74,6 +74,7 @@ class Trainer:
         """Returns the state before the first update."""
         if self._begin is not None:
             trained = jax.tree.map(jnp.copy, self._begin.factors)
+            trained = lora.by_part(trained, self.vlm.params)
         else:
             trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), self.vlm.params)
         several = self.settings.accumulate > 1
@@ -134,7 +135,7 @@ class Trainer:
     def finished(self, state: State) -> lora.Adapter | dict:
         """Returns the trained adapter, or the trained parameters in the model's dtype."""
         if self._begin is not None:
-            return lora.Adapter(state.trained, self._begin.scale)
+            return lora.Adapter(lora.joined(state.trained), self._begin.scale)
         return jax.tree.map(lambda a, b: a.astype(b.dtype), state.trained, self.vlm.params)
 
     def _place(self, batch: TrainingBatch) -> tuple[dict[str, Array], Array]:

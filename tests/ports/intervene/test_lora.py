@@ -16,6 +16,7 @@ import ports
 from ports import checkpoint
 from ports.checkpoint import peft_io
 from ports.intervene import lora
+from ports.nn import layers
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
@@ -258,6 +259,55 @@ def randomised(adapter: lora.Adapter) -> lora.Adapter:
             lambda leaf: 0.2 * random.standard_normal(leaf.shape, np.float32), adapter.factors
         )
     )
+
+
+class FusedPair(nn.Module):
+    """A layer of two parts, one column and two."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.concatenate(layers.fused(x, (1, 2), False, jnp.float32, "ff_proj"), axis=-1)
+
+
+class TestFactorsByPart:
+    FACTORS = lora.Factors(jnp.array([[1.0], [1.0]]), jnp.array([[0.0, 1.0, 2.0]]))
+
+    @property
+    def params(self):
+        parts = {"up": {"kernel": jnp.ones((2, 1))}, "gate": {"kernel": jnp.ones((2, 2))}}
+        return {"ff_proj": parts}
+
+    def test_by_hand(self):
+        tree = {"count": jnp.int32(3), "mu": {"ff_proj": self.FACTORS, "dense": self.FACTORS}}
+        parts = lora.by_part(tree, self.params)
+        down, ups = parts["mu"]["ff_proj"]
+        assert down is self.FACTORS.down and [up.tolist() for up in ups] == [[[0]], [[1, 2]]]
+        assert parts["mu"]["dense"] is self.FACTORS and parts["count"] is tree["count"]
+        jax.tree.map(np.testing.assert_array_equal, lora.joined(parts), tree)
+        assert isinstance(lora.joined(parts)["mu"]["ff_proj"], lora.Factors)
+
+    def test_they_add_what_the_whole_adds_and_have_its_gradient(self):
+        def total(factors):
+            adapter = lora.Adapter({"ff_proj": factors}, {"ff_proj": 0.5})
+            variables = {"params": self.params}
+            y = lora.adapted(FusedPair().apply)(variables, adapter, jnp.array([[1.0, 2.0]]))
+            return (y * jnp.array([1.0, 10.0, 100.0])).sum(), y
+
+        by_part = lora.by_part({"ff_proj": self.FACTORS}, self.params)["ff_proj"]
+        gradient, y = jax.grad(total, has_aux=True)(by_part)
+        # x W = 3, x A = 3; 0.5 * 3 * (0, 1, 2)
+        np.testing.assert_array_equal(y, [[3, 4.5, 6]])
+        whole, same = jax.grad(total, has_aux=True)(self.FACTORS)
+        np.testing.assert_array_equal(y, same)
+        jax.tree.map(np.testing.assert_array_equal, lora.joined(gradient), whole)
+        # 0.5 * 3 * (1, 10, 100)
+        assert [up.tolist() for up in gradient.ups] == [[[1.5]], [[15, 150]]]
+
+    def test_parts_of_another_layer(self):
+        first, _ = lora.by_part({"ff_proj": self.FACTORS}, self.params)["ff_proj"].ups
+        adapter = lora.Adapter({"ff_proj": lora.PartFactors(self.FACTORS.down, (first,))}, {})
+        with pytest.raises(ValueError, match="ff_proj: factors of 1 part, the layer has 2"):
+            lora.adapted(FusedPair().apply)({"params": self.params}, adapter, jnp.ones((1, 2)))
 
 
 class TestFusedLayers:

@@ -13,10 +13,10 @@ import torch
 
 import ports
 from ports.checkpoint import peft_io
-from xlvlm_jax.finetune import FinetuneSettings, examples, training
+from xlvlm_jax.finetune import FinetuneSettings, examples, run, training
 from xlvlm_jax.finetune.training import Trainer, initial_adapter
 
-from ...ports import helpers
+from ...ports import helpers, molmo_helpers
 from .conftest import SETTINGS
 
 
@@ -134,6 +134,28 @@ def test_training_learns_and_leaves_the_model_alone(vlm, batches):
     # The decoder's linear layers, the head not among them.
     assert all(site.startswith("language_model.model.layers.") for site in state.trained)
     assert len(state.trained) == 2 * 7
+
+
+def test_fused_layers_are_trained_by_part_and_stored_whole(tmp_path):
+    """Molmo: one factor for query, key and value in files, one for each in the training state."""
+    molmo_helpers.make_checkpoint(tmp_path, molmo_helpers.CONFIG)
+    vlm = ports.load(tmp_path)
+    trainer = Trainer(vlm, SETTINGS, 5)
+    state, site = trainer.begin(), "model.transformer.blocks.0.att_proj"
+    assert [up.shape for up in state.trained[site].ups] == [(3, 60), (3, 20), (3, 20)]
+    inputs = vlm.place(molmo_helpers.make_inputs(molmo_helpers.CONFIG, [0, 0], [5, 5]))
+    after, _ = jax.eval_shape(
+        functools.partial(training.train_step, vlm.module, SETTINGS, 5, 3),
+        *(state, trainer._frozen, inputs, jnp.array([3, 3]), True),
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    # Resuming reads what a run stores, of which nothing depends on parts.
+    stored = run.stored(state)
+    assert stored["trained"][site].up.shape == (3, 100)
+    again = run.resumed(state, stored, vlm)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    adapter, _ = initial_adapter(vlm, SETTINGS)
+    jax.tree.map(np.testing.assert_array_equal, trainer.finished(state), adapter)
 
 
 @pytest.mark.slow
