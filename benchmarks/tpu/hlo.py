@@ -169,13 +169,22 @@ class Program:
         )
 
     def collectives(self) -> list[Step]:
-        """Returns the collectives that run, those within fusions too."""
-        found = []
+        """Returns the collectives that run, those within fusions too.
+
+        One that is spread over several fusions, each of which does a part of it beside its own
+        work, stands in each of them with the same channel, and counts once.
+        """
+        found, begun = [], set()
         for step in self.steps():
             for operation in (step.operation, *self._inside(step.operation)):
                 kind = operation.kind.removesuffix("-start")
-                if kind in COLLECTIVES:
-                    found.append(step._replace(operation=operation._replace(kind=kind)))
+                if kind not in COLLECTIVES:
+                    continue
+                spread = re.search(r"\bchannel_id=(\d+).*\bchain_id=", operation.rest)
+                if spread and (step.computation, spread[1]) in begun:
+                    continue
+                begun |= {(step.computation, spread[1])} if spread else set()
+                found.append(step._replace(operation=operation._replace(kind=kind)))
         return found
 
     def _inside(self, operation: Operation) -> Iterator[Operation]:

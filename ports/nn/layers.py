@@ -250,7 +250,7 @@ def head(width: int, dtype: DTypeLike) -> nn.Dense:
 
 
 def _head_dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    return product_in_float32(x, kernel)
+    return product_in_float32(sharding.whole_width(x), kernel)
 
 
 def look_up(table: Array, tokens: Array) -> Array:
@@ -267,12 +267,13 @@ class Embed(_Given, nn.Embed):
 
     def __call__(self, tokens: Array) -> Array:
         """Maps tokens int[...] to [..., D]."""
-        x = look_up(self.embedding.astype(self.dtype), tokens)
+        x = sharding.whole_width(look_up(self.embedding.astype(self.dtype), tokens))
         return x if self.scale is None else x * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, query: Array) -> Array:
         """Maps query[..., D] to logits float32[..., V] (see `head`)."""
-        return product_in_float32(query.astype(self.dtype), self.embedding.astype(self.dtype).T)
+        x = sharding.whole_width(query.astype(self.dtype))
+        return product_in_float32(x, self.embedding.astype(self.dtype).T)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

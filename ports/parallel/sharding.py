@@ -346,6 +346,16 @@ def residual(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "positions", "embed")
 
 
+def whole_width(x: jax.Array) -> jax.Array:
+    """Constrains x[..., D] to have all D on each device, as embeddings and as input of a head.
+
+    A table or head whose vocabulary is not evenly divided is sharded along its width. Left
+    unconstrained, so would be the states beside it and their gradients, and each consumer would
+    gather them for itself.
+    """
+    return constrain(x, *(None,) * (x.ndim - 1), "embed")
+
+
 def logits(x: jax.Array) -> jax.Array:
     """Constrains x[..., V] to be sharded by vocabulary, and by rows if it has a batch axis."""
     first = () if x.ndim == 1 else ("batch", *(None,) * (x.ndim - 2))

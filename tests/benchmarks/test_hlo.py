@@ -133,3 +133,30 @@ def test_a_program_of_this_machine():
 
     text = jax.jit(update).lower(jnp.ones((32, 128))).compile().as_text()
     assert Program(text).reads(Array("f32", (32, 128))) == 1
+
+
+SPREAD = """
+HloModule jit_f
+
+%first (a: f32[128]) -> f32[512] {
+  %a = f32[128]{0} parameter(0)
+  ROOT %gather.1 = f32[512]{0} all-gather(%a), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%second (b: f32[128]) -> f32[512] {
+  %b = f32[128]{0} parameter(0)
+  ROOT %gather.2 = f32[512]{0} all-gather(%b), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (x: f32[128]) -> f32[512] {
+  %x = f32[128]{0} parameter(0)
+  %start = f32[512]{0} fusion(%x), kind=kCustom, calls=%first
+  %end = f32[512]{0} fusion(%x), kind=kCustom, calls=%second
+  ROOT %whole = f32[512]{0} all-gather(%x), channel_id=8, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+    found = Program(SPREAD).collectives()
+    assert [step.operation.name for step in found] == ["gather.1", "whole"]

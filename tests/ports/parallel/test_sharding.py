@@ -140,6 +140,11 @@ class TestConstrain:
         with sharding.on(ports.make_mesh(1)), pytest.raises(ValueError, match="argument 2"):
             sharding.constrain(jax.numpy.ones((2, 3)), "batch")
 
+    def test_a_whole_width_leaves_the_other_dimensions_open(self):
+        with sharding.on(ports.make_mesh(1)):
+            text = jax.jit(sharding.whole_width).lower(np.ones((2, 3, 4))).as_text()
+        assert "sharding_constraint %arg0 <@mesh, [{?}, {?}, {}]>" in text
+
     def test_the_mesh_ends_with_the_context(self):
         with pytest.raises(KeyError), sharding.on(ports.make_mesh(1)):
             raise KeyError
