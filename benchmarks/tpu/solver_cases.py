@@ -28,13 +28,13 @@ METHODS: dict[str, Any] = {"semi-nmf": semi_nmf, "kmeans": kmeans, "pca": pca}
 # both.
 READS, READS_OF_KERNEL = 2.0, 1.0
 KERNELS: dict[str, Any] = {"semi-nmf": codes, "kmeans": clusters}
-# Bytes per row and concept that may come and go in an update: semi-NMF's codes, three times.
-ROW_BYTES = {"semi-nmf": 12.0, "kmeans": 0.0}
 
 
-def _row_bytes(method: str, num_concepts: int) -> float | None:
-    each = ROW_BYTES.get(method)
-    return None if each is None else each * num_concepts
+def _row_bytes(method: str, num_concepts: int) -> float:
+    """Bytes per row that may come and go in an update."""
+    if method == "pca":
+        return 4.0 * pca.num_axes(num_concepts)  # coordinates along the axes
+    return 12.0 * num_concepts if method == "semi-nmf" else 0.0  # the codes, three times
 
 
 def _matrix(place: Place, rows: int) -> jax.ShapeDtypeStruct:
