@@ -16,11 +16,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Most of the time goes into compiling programs that then run for milliseconds. Without LLVM's
-# optimisations, and with the emitters that jaxlib had before 0.11, that takes 0.4 of the time;
-# XLA's own passes stay. With XLA_FLAGS set, even to nothing, the tests compile as users do.
+# optimisations, each program in one piece instead of one for each core, and with the emitters that
+# jaxlib had before 0.11, that takes less than 0.4 of the time; XLA's own passes stay. With
+# XLA_FLAGS set, even to nothing, the tests compile as users do.
 if "XLA_FLAGS" not in os.environ:
     emitters = " --xla_cpu_use_fusion_emitters=false" if jaxlib_version < (0, 11) else ""
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0" + emitters
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" + emitters
+    )
 # A program is compiled once for all workers and the processes that tests start, and kept for this
 # run alone: a test finds nothing that an earlier run left.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -70,6 +73,9 @@ jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+# See `pytest_collection_finish`; imports make as many objects.
+gc.set_threshold(50_000, 20, 20)
+
 # The first example of a test may compile a program; the machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -97,6 +103,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Moves files with slow tests to the front, so that no worker waits for another at the end."""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keeps the collector from scanning, again and again, the modules that were imported.
+
+    Tracing makes many objects that live on: by Python's defaults, a tenth of the time of the tests
+    goes into looking for cycles among them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
