@@ -156,9 +156,18 @@ def lora_step(name: str, whole: bool, place: Place, times: int) -> Built:
     adapter = jax.eval_shape(partial(training.lora.by_part, params=vlm.params), adapter)
     scale = {site: settings.alpha / settings.rank for site in inside}
     optimizer = settings.optimizer(10)
-    state = training.State(
-        adapter, jax.eval_shape(optimizer.init, adapter), None, jnp.zeros(()), jnp.zeros((), int)
-    )
+    adapter = place.like(adapter)
+    if place.mesh is not None:
+        where = training.lora.shardings(adapter, vlm.params, place.mesh)
+        adapter = jax.tree.map(lambda leaf, there: leaf.update(sharding=there), adapter, where)
+    # Moments lie beside the factors.
+    moments = place.like(jax.eval_shape(optimizer.init, adapter))
+    moments = jax.tree.map(
+        lambda leaf: adapter if isinstance(leaf, dict) else leaf,
+        moments, is_leaf=lambda leaf: isinstance(leaf, dict),
+    )  # fmt: skip
+    none = place.like((jnp.zeros(()), jnp.zeros((), jnp.int32)))
+    state = training.State(adapter, moments, None, *none)
     inputs = inputs_of(name, place)
     lengths = place.abstract((B * place.data,), jnp.int32)
 
@@ -168,7 +177,7 @@ def lora_step(name: str, whole: bool, place: Place, times: int) -> Built:
             mesh=place.mesh,
         )  # fmt: skip
 
-    arguments = (place.like(state), vlm.params, inputs, lengths)
+    arguments = (state, vlm.params, inputs, lengths)
     return Built(run, arguments, donate=(0,), params=vlm.params)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from ports.intervene.interception import call_intercepted
@@ -218,6 +219,42 @@ def joined(tree: Any) -> Any:
         return Factors(leaf.down, jnp.concatenate(leaf.ups, axis=-1))
 
     return jax.tree.map(join, tree, is_leaf=_is_factors)
+
+
+def shardings(factors: Mapping[str, Any], params: Any, mesh: Mesh) -> dict[str, Any]:
+    """Divides factors over a mesh: `down` like the rows of a layer's kernel, `up` like its columns.
+
+    This is how the compiler divides what a training step returns; of factors that lie elsewhere,
+    the first step would be compiled by itself.
+
+    Args:
+        factors: {site: Factors or PartFactors} of linear layers, by part as from `by_part`.
+        params: the model's (abstract) parameters on the mesh.
+        mesh: their mesh.
+
+    Returns:
+        The tree of `factors` with their shardings.
+    """
+    kernels = {
+        site_name(path[:-1]): parts
+        for path, parts in _layers(params).items()
+        if path[-1] == "kernel"
+    }
+
+    def one(site: str, own: Factors | PartFactors) -> Any:
+        axes = [(*kernel.sharding.spec, None, None)[:2] for kernel in kernels[site]]
+        rows = axes[0][0]
+        down = NamedSharding(mesh, PartitionSpec(rows) if rows else PartitionSpec())
+        ups = tuple(
+            NamedSharding(mesh, PartitionSpec(None, columns) if columns else PartitionSpec())
+            for _, columns in axes
+        )
+        is_by_part = isinstance(own, PartFactors)
+        return (
+            own._replace(down=down, ups=ups) if is_by_part else own._replace(down=down, up=ups[0])
+        )
+
+    return {site: one(site, own) for site, own in factors.items()}
 
 
 def _is_factors(value: Any) -> bool:

@@ -235,8 +235,12 @@ def stored(state: State) -> dict[str, Any]:
 
 
 def resumed(state: State, values: dict[str, Any], vlm: VLM) -> State:
-    """Returns the state with the values that `stored` gave."""
-    return state._replace(**lora.by_part(values, vlm.params))
+    """Returns the state with the values that `stored` gave, on the devices of the state's own."""
+    values = lora.by_part(values, vlm.params)
+    if vlm.mesh is not None:
+        before = {name: getattr(state, name) for name in values}
+        values = jax.device_put(values, jax.tree.map(lambda leaf: leaf.sharding, before))
+    return state._replace(**values)
 
 
 def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.TrainingBatch]]:

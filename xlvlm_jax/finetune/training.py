@@ -12,7 +12,7 @@ import ports
 from ports import VLM
 from ports.intervene import lora
 from ports.nn import decoder
-from ports.parallel import compiled
+from ports.parallel import compiled, sharding
 from xlvlm_jax.finetune.examples import TrainingBatch
 from xlvlm_jax.finetune.settings import FinetuneSettings
 from xlvlm_jax.solvers.collectives import keep_pace
@@ -71,20 +71,31 @@ class Trainer:
         self._frozen = None if self._begin is None else (vlm.params, self._begin.scale)
 
     def begin(self) -> State:
-        """Returns the state before the first update."""
+        """Returns the state before the first update.
+
+        On a mesh, that of LoRA lies as updates leave it: all of them are then one program.
+        """
+        mesh = self.vlm.mesh
         if self._begin is not None:
             trained = jax.tree.map(jnp.copy, self._begin.factors)
             trained = lora.by_part(trained, self.vlm.params)
+            if mesh is not None:
+                where = lora.shardings(trained, self.vlm.params, mesh)
+                trained = jax.device_put(trained, where)
         else:
             trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), self.vlm.params)
         several = self.settings.accumulate > 1
-        return State(
+        state = State(
             trained,
             self.settings.optimizer(self.num_steps).init(trained),
             jax.tree.map(jnp.zeros_like, trained) if several else None,
             jnp.zeros(()),
             jnp.zeros((), jnp.int32),
         )
+        if mesh is None:
+            return state
+        everywhere = sharding.replicated(mesh)
+        return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
 
     def update(
         self, state: State, group: Iterable[TrainingBatch]

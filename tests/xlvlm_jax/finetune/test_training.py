@@ -188,7 +188,7 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
         from pathlib import Path
         from xlvlm_jax.data import Sample
         from xlvlm_jax.finetune import FinetuneSettings, examples
-        from xlvlm_jax.finetune.training import Trainer
+        from xlvlm_jax.finetune.training import Trainer, train_step
         base, *images = sys.argv[1:]
         samples = [Sample(str(i), Path(f), str(i), "what is", ("w1 w2", "w3"))
                    for i, f in enumerate(images)]
@@ -206,6 +206,9 @@ def test_rows_spread_over_devices_train_alike(pair, samples, tmp_path):
                         assert "data" in str(inputs["input_ids"].sharding.spec)
                     state, figures = trainer.update(state, [batch])
                 ends.append((state.trained, figures))
+                if method == "lora":
+                    assert train_step._cache_size() == 1  # of the first update
+                train_step.clear_cache()
             # Of the second update, and so of the parameters after the first.
             for a, b in zip(*(jax.tree.leaves(figures) for _, figures in ends)):
                 np.testing.assert_allclose(a, b, rtol=1e-4)
