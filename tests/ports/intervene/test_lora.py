@@ -11,12 +11,14 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ports
 from ports import checkpoint
 from ports.checkpoint import peft_io
 from ports.intervene import lora
 from ports.nn import layers
+from ports.parallel import sharding
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
@@ -302,6 +304,24 @@ class TestFactorsByPart:
         jax.tree.map(np.testing.assert_array_equal, lora.joined(gradient), whole)
         # 0.5 * 3 * (1, 10, 100)
         assert [up.tolist() for up in gradient.ups] == [[[1.5]], [[15, 150]]]
+
+    def test_shardings_by_hand(self):
+        mesh = sharding.abstract_mesh(1, 2)
+
+        def kernel(width, *axes):
+            where = NamedSharding(mesh, PartitionSpec(*axes))
+            return {"kernel": jax.ShapeDtypeStruct((2, width), jnp.float32, sharding=where)}
+
+        params = {
+            "ff_proj": {"up": kernel(1), "gate": kernel(2, None, "model")},
+            "ff_out": kernel(3, "model", None),
+        }
+        both = lora.by_part(dict.fromkeys(params, self.FACTORS), params)
+        found = lora.shardings(both, params, mesh)
+        assert jax.tree.map(lambda where: where.spec, found) == {
+            "ff_proj": (PartitionSpec(), (PartitionSpec(), PartitionSpec(None, "model"))),
+            "ff_out": (PartitionSpec("model"), PartitionSpec()),
+        }
 
     def test_parts_of_another_layer(self):
         first, _ = lora.by_part({"ff_proj": self.FACTORS}, self.params)["ff_proj"].ups
