@@ -35,6 +35,7 @@ from xlvlm_jax.solvers.streamed import Source
 from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
 from xlvlm_jax.solvers.validation import (
     StoredMatrix,
+    as_array,
     as_matrix,
     centred,
     check_finite,
@@ -173,8 +174,14 @@ def decompose(
     how = method_named(method)
     how.check_target(target is not None)
     options = how.options(options)
-    given = Z if is_stored(Z) else as_matrix(Z, "Z", row="sample", share=True)
-    N, D = given.shape
+    if is_stored(Z):
+        given, (N, D) = Z, Z.shape
+    else:
+        Z = as_array(Z, "Z", row="sample")
+        # Padded in the only copy, if the rows are copied.
+        pad = mesh is None and not how.has_encoder
+        given = as_matrix(Z, "Z", row="sample", share=True, pad=pad)
+        N, D = Z.shape
     several = isinstance(num_concepts, Sequence | np.ndarray)
     numbers = tuple(num_concepts) if several else (num_concepts,)
     if not numbers:

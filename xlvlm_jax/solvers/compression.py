@@ -123,7 +123,7 @@ def directions_of_sample(
         float[D, R], orthonormal.
     """
     weights = jax.random.normal(key, (len(X), width), X.dtype)
-    drawn = orthonormal(matmul(X.T, weights))
+    drawn = orthonormal(weighted_sums(weights.T, X).T)
     return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
 
 

@@ -13,10 +13,14 @@ stay in the span, explained variance cannot decrease. To first order, axis v wit
 v would gain 2 |A v - l v|^2 / l from its image. The first span is that of the leading directions of
 some rows.
 
-If min(N, D) is at most EXACT or 2 W, the first span is the whole space. If D is so small compared
-to N and K that the covariance costs less than a few updates, the axes are its eigenvectors and
-nothing is iterated. Signs follow scikit-learn: the entry of largest absolute value in a component
-is positive.
+If D is so small compared to N and K that the covariance costs less than a few updates, or at most
+N and at most EXACT or 2 W, the axes are its eigenvectors and nothing is iterated. If N is as small,
+the first span is the whole row space. With more than LANES components, the last of which often
+differ little in variance, the span also has the directions that the last update added, as in
+conjugate gradients (Knyazev, "Toward the optimal preconditioned eigensolver: locally optimal block
+preconditioned conjugate gradient method", 2001): this halves the number of updates.
+
+Signs follow scikit-learn: the entry of largest absolute value in a component is positive.
 """
 
 import functools
@@ -43,7 +47,7 @@ from xlvlm_jax.solvers.sums import Wide
 
 OVERSAMPLE = 20
 LANES = 32  # a product with 32 columns takes hardly longer than one with 20
-SAMPLE = 8  # rows per direction that the first directions are computed from
+SAMPLE = 16  # rows per direction that the first directions are computed from
 ANYWHERE = 8  # how many of the first directions are random
 EXACT = 256
 # Choice between covariance and iteration, in products of Z with one column: the updates that hidden
@@ -53,6 +57,7 @@ EIGH = 10
 BLOCKS = 3  # row blocks of the covariance, so that only two thirds of it are computed
 CANCELS = 0.1  # of the energy: a smaller difference of sums has lost digits
 DOMINANT = 16  # times the median axis's variance
+AT_ONCE = 2**17  # rows that are multiplied at once for images of axes
 SPREAD = 2**12  # first axis's variance over the last one's: more leaves float32 three digits
 TINY = 1e-30
 
@@ -65,6 +70,7 @@ class Problem(NamedTuple):
     mean: Wide  # [D], with the digits that a float32 mean lacks
     energy: Float[Array, ""]  # 1/2 |Z - 1 m|_F^2
     far: Bool[Array, ""]  # whether m is so far from zero that products with Z lose digits
+    far_in_sums: Bool[Array, ""]  # whether they do if they add up all rows
 
 
 class State(NamedTuple):
@@ -73,6 +79,8 @@ class State(NamedTuple):
     basis: Float[Array, "D W"]  # orthonormal, by decreasing variance
     scores: Float[Array, "N W"]  # (Z - 1 m) basis
     images: Float[Array, "D W"]  # A basis
+    moves: Float[Array, "D P"]  # orthonormal, and to the basis: how it moved; zeros at first
+    move_scores: Float[Array, "N P"]  # (Z - 1 m) moves
     objective: Float[Array, ""]
     error: Float[Array, ""]
 
@@ -86,12 +94,19 @@ def prepare(
     squares = sums.total(real * sums.squared_distances(Z, *mean))
     energy = 0.5 * rows.total(squares).value
     variance = 2 * energy / (jnp.asarray(num_samples, energy.dtype) * Z.shape[1])
-    return Problem(Z, real, mean, energy, sums.is_far(mean.high, variance))
+    far = (sums.is_far(mean.high, variance, count) for count in (1, len(Z)))
+    return Problem(Z, real, mean, energy, *far)
 
 
 def num_axes(num_concepts: int) -> int:
     """Returns W, the number of axes that are iterated on for K components."""
     return -(-num_concepts // LANES) * LANES
+
+
+def num_moves(num_concepts: int, N: int, D: int) -> int:
+    """Returns P, the number of directions of the last update that are kept for K components."""
+    W = num_axes(num_concepts)
+    return W if num_concepts > LANES and min(N, D) >= 3 * W else 0
 
 
 def init(
@@ -110,7 +125,9 @@ def init(
         assert isinstance(num_concepts, int), "a traced number of concepts needs the largest one"
         most = num_concepts
     W = min(num_axes(most), basis.shape[1])
-    return best_axes(problem, [basis], [project(problem, basis)], W, num_concepts, rows)
+    bases, scores = [basis], [project(problem, basis)]
+    P = num_moves(most, rows.count(len(problem.Z)), problem.Z.shape[1])
+    return best_axes(problem, bases, scores, W, num_concepts, rows, P)
 
 
 def update(
@@ -119,10 +136,14 @@ def update(
     num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
 ) -> State:
-    """Returns the best axes within the span of the last axes and their images."""
-    new = complement(state.basis, state.images)
-    bases, scores = [state.basis, new], [state.scores, project(problem, new)]
-    return best_axes(problem, bases, scores, state.basis.shape[1], num_concepts, rows)
+    """Returns the best axes within the span of the last axes, their images and their last moves."""
+    W, P = state.basis.shape[1], state.moves.shape[1]
+    known, known_scores = [state.basis], [state.scores]
+    if P:
+        known, known_scores = [*known, state.moves], [*known_scores, state.move_scores]
+    new = complement(jnp.concatenate(known, axis=1), state.images)
+    bases, scores = [*known, new], [*known_scores, project(problem, new)]
+    return best_axes(problem, bases, scores, W, num_concepts, rows, P)
 
 
 def best_axes(
@@ -132,6 +153,7 @@ def best_axes(
     W: int,
     num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
+    P: int = 0,
 ) -> State:
     """Returns the state at the W leading axes within a span (Rayleigh-Ritz).
 
@@ -142,10 +164,18 @@ def best_axes(
         W: number of axes.
         num_concepts: number of axes that count in the objective.
         rows: where the rows of Z are.
+        P: number of moves that are kept.
     """
-    overlaps = rows.total(
-        [[sums.overlaps(left, right).value for right in scores] for left in scores]
+    upper = rows.total(
+        [
+            [sums.overlaps(left, right).value for right in scores[i:]]
+            for i, left in enumerate(scores)
+        ]
     )
+    overlaps = [
+        [upper[i][j - i] if j >= i else upper[j][i - j].T for j in range(len(scores))]
+        for i in range(len(scores))
+    ]
     variances, axes = principal(jnp.block(overlaps), num_concepts)
     variances, axes = variances[:W], axes[:, :W]
     basis = _turn(bases, axes)
@@ -155,7 +185,13 @@ def best_axes(
     images = covariance_image(problem, turned, rows)
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     error = expected_gain(basis, images, variances, num_concepts)
-    return State(basis, turned, images, objective, error)
+    moves, moved = (jnp.zeros((len(x), P), x.dtype) for x in (basis, turned))
+    if P and len(bases) > 1:
+        # What the new axes have of directions other than the last axes, orthogonal to the new ones.
+        # Among orthonormal bases, that is a product of small matrices.
+        turn = complement(axes, axes.at[:W].set(0)[:, -P:])
+        moves, moved = _turn(bases, turn), _turn(scores, turn)
+    return State(basis, turned, images, moves, moved, objective, error)
 
 
 def principal(
@@ -203,7 +239,8 @@ def covariance_image(
     """Returns (Z - 1 m)^T scores."""
     mean, beyond = problem.mean
     # Scores of padding rows are zero.
-    images = sums.weighted_directions(scores.T, problem.Z, mean, problem.far)
+    far = problem.far_in_sums
+    images = sums.weighted_directions(scores.T, problem.Z, mean, far, AT_ONCE)
     return rows.total(images.T - jnp.outer(beyond, jnp.sum(scores, axis=0)))
 
 
@@ -228,14 +265,32 @@ def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]
 
 
 def solved(
-    problem: Problem, num_concepts: Int[Array, ""] | int, most: int, rows: Rows = ONE_DEVICE
+    problem: Problem,
+    num_concepts: Int[Array, ""] | int,
+    most: int,
+    rows: Rows = ONE_DEVICE,
+    careful: bool = False,
 ) -> State:
-    """Returns the state at the optimum, from the covariance; without images, as none follow."""
-    variances, axes = jnp.linalg.eigh(covariance(problem, rows))
-    variances, basis = variances[::-1][:most], axes[:, ::-1][:, :most]
+    """Returns the state at the optimum, from the covariance; without images, as none follow.
+
+    Args:
+        problem: constants of the run.
+        num_concepts: number of axes that count in the objective.
+        most: number of axes.
+        rows: where the rows of Z are.
+        careful: whether to keep the digits of variances far below the first, see `principal`. In
+            the rare case that this matters, it takes an SVD of [D, D].
+    """
+    total = covariance(problem, rows)
+    if careful:
+        variances, axes = principal(total, num_concepts)
+    else:
+        variances, axes = (found[..., ::-1] for found in jnp.linalg.eigh(total))
+    variances, basis = variances[:most], axes[:, :most]
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
-    images = jnp.zeros_like(basis)
-    return State(basis, project(problem, basis), images, objective, jnp.zeros_like(objective))
+    images, none = jnp.zeros_like(basis), jnp.zeros((len(basis), 0), basis.dtype)
+    scores = project(problem, basis)
+    return State(basis, scores, images, none, scores[:, :0], objective, jnp.zeros_like(objective))
 
 
 def _sum_of_first(values: Float[Array, " R"], count: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -381,7 +436,7 @@ class Plan(NamedTuple):
         key, tol, (N, num_concepts, _) = given
         K, problem = jnp.max(num_concepts), prepare(Z, N, rows)
         if self.narrow:
-            state = solved(problem, K, self.most, rows)
+            state = solved(problem, K, self.most, rows, careful=self.exact)
         else:
             how = self.exact, self.by_sample
             directions = first_directions(problem, key, self.most, N, rows, *how)
@@ -452,7 +507,8 @@ def plan(
     # Choices by cost alone: those of all numbers of rows that are padded to one.
     K, N, D = max(num_concepts), bucket_of_rows(num_samples, width), width
     most = min(num_axes(K), num_samples, D)
-    narrow, exact = N >= D and is_narrow(N, D, K), is_small(N, D, K)
+    exact = is_small(N, D, K)
+    narrow = N >= D and (exact or is_narrow(N, D, K))
     by_sample = 2 * SAMPLE * num_axes(most + OVERSAMPLE) <= N
     counts = Counts.of(num_samples, num_concepts, max_iter)
     fixed = Plan(most, room_for(max_iter), narrow, exact, by_sample)

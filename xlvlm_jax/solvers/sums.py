@@ -278,12 +278,18 @@ def cluster_means(
     return counts, Wide(*(jnp.where(counts[:, None] > 0, part, 0) for part in means))
 
 
-def is_far(mean: Float[Array, " D"], variance: Float[Array, ""]) -> Bool[Array, ""]:
+def is_far(mean: Float[Array, " D"], variance: Float[Array, ""], rows: int = 1) -> Bool[Array, ""]:
     """Returns whether products with rows around this mean lose the differences between rows.
 
     See FAR.
+
+    Args:
+        mean: float[D].
+        variance: of a column.
+        rows: number of rows that a product adds up. Rounding grows with its square root, so that
+            beyond MOST_ROWS the mean has to be nearer to zero.
     """
-    return jnp.sum(mean**2) > FAR * variance
+    return jnp.sum(mean**2) > FAR * min(1.0, MOST_ROWS / max(rows, 1)) * variance
 
 
 def centred_products(
@@ -354,17 +360,20 @@ def weighted_directions(
     Z: Float[Array, "N D"],
     mean: Float[Array, " D"] | None = None,
     far: Bool[Array, ""] | bool = False,
+    most: int = MOST_ROWS,
 ) -> Float[Array, "K D"]:
     """Returns codes (Z - 1 m) like `weighted`, only as accurate as directions need to be.
 
-    A few thousand rows are multiplied at once, which saves a CPU copying them. The sums then keep a
-    rounding error of the mean, as those of `centred_products` do.
+    A few thousand rows are multiplied at once, which saves a CPU copying them: it takes two thirds
+    of the time. The sums then keep a rounding error of the mean, as those of `centred_products` do.
 
     Args:
         codes: float[K, N].
         Z: float[N, D].
         mean: float[D], m; None for zero.
         far: whether to subtract the mean from the rows first, see `is_far`.
+        most: number of rows up to which they may be multiplied at once. With more than MOST_ROWS,
+            `far` has to be that of so many rows.
     """
 
     def by_blocks() -> Array:
@@ -374,8 +383,7 @@ def weighted_directions(
         images = weighted_sums(codes, Z)
         return images if mean is None else images - jnp.outer(jnp.sum(codes, axis=1), mean)
 
-    # More rows are multiplied faster in blocks, which are centred on the way.
-    if len(Z) > MOST_ROWS:
+    if len(Z) > most:
         return by_blocks()
     return at_once() if mean is None else jax.lax.cond(far, by_blocks, at_once)
 

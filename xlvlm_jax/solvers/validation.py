@@ -127,7 +127,9 @@ def is_stored(Z: Any) -> TypeIs[StoredMatrix]:
     return isinstance(Z, StoredMatrix) and _module(Z) != "tensorstore"
 
 
-def as_matrix(Z: Any, name: str, row: str, share: bool = False) -> Array | np.ndarray:
+def as_matrix(
+    Z: Any, name: str, row: str, share: bool = False, pad: bool = False
+) -> Array | np.ndarray:
     """Returns the given matrix of real numbers as a JAX or numpy array.
 
     Args:
@@ -135,6 +137,7 @@ def as_matrix(Z: Any, name: str, row: str, share: bool = False) -> Array | np.nd
         name: name of the matrix in error messages.
         row: what a row is, in error messages.
         share: see `on_device`.
+        pad: whether a numpy matrix that is copied anyway may get rows of zeros, see `padded`.
 
     Returns:
         a JAX array of bfloat16, float16, float32, or float64 if that is enabled. Otherwise a numpy
@@ -157,7 +160,7 @@ def as_matrix(Z: Any, name: str, row: str, share: bool = False) -> Array | np.nd
     if isinstance(Z, Tracer):
         return Z.astype(real_dtype(Z)) if not floating or Z.dtype.itemsize < 2 else Z
     if floating and Z.dtype.itemsize in (2, 4):
-        return on_device(Z, share) if isinstance(Z, np.ndarray) else Z
+        return on_device(Z, share, pad) if isinstance(Z, np.ndarray) else Z
     if floating and Z.dtype.itemsize < 2:
         return jnp.asarray(Z.astype(np.float32))
     wide = np.asarray(Z)
@@ -167,21 +170,25 @@ def as_matrix(Z: Any, name: str, row: str, share: bool = False) -> Array | np.nd
     return wide.astype(np.float64, copy=False) if floating else wide
 
 
-def on_device(values: Shaped[np.ndarray, "..."], share: bool = False) -> Array:
+def on_device(values: Shaped[np.ndarray, "..."], share: bool = False, pad: bool = False) -> Array:
     """Returns a numpy array as a JAX array, with at most one copy on a CPU.
 
     Args:
         values: the array.
         share: whether the result may use the memory of `values` if aligned. The caller must have
             finished computing with it before anyone can write to `values`.
+        pad: whether rows of zeros pad a matrix, see `padded`.
     """
     if jax.default_backend() == "cpu":
-        contiguous = values.flags.c_contiguous and values.ctypes.data % ALIGNED == 0
-        if not (share and contiguous):
+        shape = (bucket_of_rows(*values.shape), values.shape[1]) if pad else values.shape
+        aligned = values.flags.c_contiguous and values.ctypes.data % ALIGNED == 0
+        if not (share and aligned and shape == values.shape):
             # The memory is numpy's, in large pages: JAX's own copy takes twice as long, and
             # `jnp.asarray` copies twice.
-            copied = _aligned(values.shape, values.dtype)
-            np.copyto(copied, values)
+            copied = _aligned(shape, values.dtype)
+            if pad:
+                copied[len(values) :] = 0
+            np.copyto(copied[: len(values)] if pad else copied, values)
             values = copied
     return jax.device_put(values)
 

@@ -154,7 +154,7 @@ def test_an_update_sends_no_more_for_more_rows():
         sent[method] = int(count)
     D, K = 48, 5
     # The sums: K x D products, K x K overlaps, K uses, the objective; counts and totals;
-    # images, and the overlaps of the last scores and the new ones.
+    # images, and the overlaps of the last scores and the new ones, three of four symmetric blocks.
     assert sent["snmf"] == K * D + K * K + K + 1
     assert sent["kmeans"] == 2 * K * D + 2 * K  # totals and counts as pairs
-    assert sent["pca"] == K * D + (2 * K) ** 2
+    assert sent["pca"] == K * D + 3 * K * K

@@ -75,20 +75,38 @@ def test_what_is_narrow():
     assert not pca.is_narrow(3000, 4096, 20) and not pca.is_narrow(100000, 512, 20)
 
 
-@pytest.mark.parametrize("rank", [12, 300])
-def test_many_updates_keep_the_axes_orthonormal(rank):
+@pytest.mark.parametrize(("rank", "K"), [(12, 10), (300, 10), (300, 40)])
+def test_many_updates_keep_the_axes_orthonormal(rank, K):
     """Also if Z has fewer directions than an update considers."""
     rng = np.random.default_rng(3)
     Z = rng.normal(size=(700, rank)) @ rng.normal(size=(rank, 300)) * 0.99 ** np.arange(300)
     Z = jnp.asarray(Z, jnp.float32)
-    many = alone(pca)(Z, KEY, num_samples=700, num_concepts=10, tol=-1.0, max_iter=40)
+    many = alone(pca)(Z, KEY, num_samples=700, num_concepts=K, tol=-1.0, max_iter=40)
     assert int(many.iterations) == 40
-    np.testing.assert_allclose(many.components @ many.components.T, np.eye(10), atol=1e-5)
+    np.testing.assert_allclose(many.components @ many.components.T, np.eye(K), atol=1e-5)
     history = np.asarray(many.history)
     assert np.all(np.diff(history) <= 1e-6 * float(jnp.sum(Z**2)))
-    expected = PCA(10, svd_solver="full").fit(np.asarray(Z, np.float64))
+    expected = PCA(K, svd_solver="full").fit(np.asarray(Z, np.float64))
     explained = np.sum(np.var(np.asarray(many.activations), axis=0, ddof=1))
     np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-5)
+
+
+def test_last_moves_halve_the_updates_of_many_components(monkeypatch):
+    """Noise, whose axes differ little in variance."""
+    rng = np.random.default_rng(5)
+    Z = jnp.asarray(rng.normal(size=(600, 320)), jnp.float32)
+    assert pca.num_moves(40, 600, 320) == 64
+    # Few components; more than the space has room for.
+    assert pca.num_moves(20, 600, 320) == pca.num_moves(100, 600, 320) == 0
+    with_moves = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
+    jax.clear_caches()
+    monkeypatch.setattr(pca, "num_moves", lambda *_: 0)
+    without = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
+    assert 0 < 1.5 * int(with_moves.iterations) <= int(without.iterations)
+    assert with_moves.objective <= (1 + 1e-6) * without.objective
+    expected = PCA(40, svd_solver="full").fit(np.asarray(Z, np.float64))
+    explained = np.sum(np.var(np.asarray(with_moves.activations), axis=0, ddof=1))
+    np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)

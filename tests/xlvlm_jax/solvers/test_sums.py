@@ -110,6 +110,18 @@ def test_directions_are_weighted_sums_near_and_far_from_the_origin(rows, offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * rows**0.5)
 
 
+def test_more_rows_at_once_have_to_be_nearer_to_the_origin():
+    mean = jnp.asarray([300.0, 0.0])
+    for rows, far in ((1, False), (sums.MOST_ROWS, False), (2 * sums.MOST_ROWS, True)):
+        assert bool(sums.is_far(mean, jnp.float32(1), rows)) == far
+    Z = jax.random.normal(jax.random.key(0), (20_000, 2))
+    codes = jax.random.normal(jax.random.key(1), (3, 20_000))
+    expected = np.asarray(codes, np.float64) @ np.asarray(Z, np.float64)
+    for far in (False, True):
+        found = sums.weighted_directions(codes, Z, jnp.zeros(2), far, most=20_000)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * 20_000**0.5)
+
+
 @pytest.mark.parametrize("rows", [5, 4096, 3 * 2**10 + 1])
 def test_products_with_rows_far_from_the_origin(rows):
     rng = np.random.default_rng(0)

@@ -83,6 +83,22 @@ def test_only_aligned_memory_is_shared_and_only_on_request(dtype, offset):
     np.testing.assert_array_equal(columns, kept.T)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("N", "rows"), [(16, 16), (17, 24), (5, 16)])
+def test_the_copy_has_the_rows_that_pad_it(dtype, N, rows):
+    """So that `padded` has nothing left to do."""
+    memory = np.zeros(4 * N * dtype(0).itemsize + 128, np.uint8)
+    first = -memory.ctypes.data % 64
+    given = memory[first : first + 4 * N * dtype(0).itemsize].view(dtype).reshape(N, 4)
+    given[:] = np.arange(given.size).reshape(given.shape)
+    for share in (True, False):
+        found = validation.as_matrix(given, "Z", row="sample", share=share, pad=True)
+        np.testing.assert_array_equal(found, validation.padded(jnp.asarray(given)))
+        assert found.shape == (rows, 4) and validation.padded(found) is found
+        is_shared = found.unsafe_buffer_pointer() == given.ctypes.data
+        assert is_shared == (share and rows == N)
+
+
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "int64"])
 def test_tensors_of_torch(name):
     torch = pytest.importorskip("torch")
