@@ -32,6 +32,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import copy
 import gc
 import importlib.util
 import re
@@ -136,6 +137,29 @@ def few_programs() -> Iterator[None]:
     if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Lets modules of equal sizes share the shapes of their parameters, known from tracing.
+
+    Each command that a test runs here loads a model, and would trace the same module again.
+    """
+    from ports import checkpoint
+
+    found: dict[Any, dict] = {}
+    trace = checkpoint.abstract_params
+
+    def once(module: Any, inputs: Any) -> dict:
+        leaves, tree = jax.tree.flatten(inputs)
+        key = module, tree, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in found:
+            found[key] = trace(module, inputs)
+        return copy.deepcopy(found[key])  # callers may change what they get
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "abstract_params", once)
+        yield
 
 
 @pytest.fixture(scope="session")
