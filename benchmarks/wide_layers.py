@@ -144,14 +144,19 @@ def decoder_sides() -> dict[str, Sides]:
         y, new = module.apply(variables, x, jnp.arange(LENGTH)[None], mask, mutable=["cache"])
         return y, new["cache"]
 
+    squeezed = decoder.is_squeezed(1)  # as the loop of `generate` carries its cache
+
     def step(params: dict, cache: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+        cache = jax.tree.map(lambda part: part[None], cache) if squeezed else cache
         variables, slot = {"params": params, "cache": cache}, jnp.int32(LENGTH)
         positions = jnp.full((1, 1), LENGTH)
         y, new = module.apply(variables, x, positions, valid, slot, mutable=["cache"])
-        return y, new["cache"]
+        return y, jax.tree.map(lambda part: part[0], new["cache"]) if squeezed else new["cache"]
 
     step = jax.jit(step, donate_argnums=1)
-    held = {"ours": prefill(params, x[:, :-1])[1], "theirs": transformers.DynamicCache()}
+    filled = prefill(params, x[:, :-1])[1]
+    filled = jax.tree.map(lambda part: part[0], filled) if squeezed else filled
+    held = {"ours": filled, "theirs": transformers.DynamicCache()}
 
     def our_step() -> jax.Array:
         y, held["ours"] = step(params, held["ours"], x[:, -1:])

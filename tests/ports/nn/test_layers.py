@@ -129,6 +129,73 @@ class TestProductsInBfloat16:
         assert compiled.memory_analysis().temp_size_in_bytes <= bound
 
 
+class TestProductsOfFewRows:
+    """Written in another order on a CPU, for large kernels: the same numbers and gradients."""
+
+    width, out = 512, 640
+    dense = layers.dense(out, True, jnp.float32)
+    table = layers.Embed(out, width, dtype=jnp.float32)
+
+    def arrays(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        random = np.random.default_rng(0)
+        x = random.standard_normal((rows, 1, self.width), np.float32)
+        return jnp.asarray(x), random.standard_normal((self.width, self.out), np.float32)
+
+    def layer(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        params = {"kernel": kernel, "bias": jnp.arange(self.out, dtype=jnp.float32)}
+        return self.dense.apply({"params": params}, x)
+
+    def head(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        params = {"embedding": jnp.asarray(kernel).T}
+        return self.table.apply({"params": params}, x, method="attend")
+
+    @pytest.mark.parametrize("rows", [1, 2, 8, layers.FEW_ROWS + 1])
+    def test_equal_those_in_float64(self, rows):
+        x, kernel = self.arrays(rows)
+        expected = np.asarray(x, np.float64) @ kernel
+        options = {"rtol": 0, "atol": 2e-4}  # of sums of 512 terms, up to 100 in size
+        np.testing.assert_allclose(self.head(x, kernel), expected, **options)
+        np.testing.assert_allclose(self.layer(x, kernel), expected + np.arange(self.out), **options)
+
+    @pytest.mark.parametrize("which", ["layer", "head"])
+    def test_have_the_gradients_of_a_product(self, which):
+        x, kernel = self.arrays(3)
+        weight = np.cos(np.arange(self.out))
+
+        def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return (getattr(self, which)(x, kernel) * weight).sum()
+
+        of_x, of_kernel = jax.grad(loss, (0, 1))(x, kernel)
+        np.testing.assert_allclose(of_x[0, 0], kernel @ weight, rtol=0, atol=1e-4)
+        expected = np.outer(x.sum((0, 1)), weight)
+        np.testing.assert_allclose(of_kernel, expected, rtol=0, atol=1e-5)
+
+    def test_of_several_variants_equal_those_of_each(self):
+        x, kernel = self.arrays(6)
+        variants = x.reshape(3, 2, 1, self.width)
+        for product in (self.layer, self.head):
+            together = jax.vmap(product, (0, None))(variants, kernel)
+            np.testing.assert_allclose(together.reshape(6, 1, -1), product(x, kernel), atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("rows", "out", "dtype", "changed"),
+        [
+            (8, 640, jnp.float32, True),
+            (layers.FEW_ROWS, 512, jnp.float32, True),
+            (layers.FEW_ROWS + 1, 640, jnp.float32, False),
+            (1, 640, jnp.float32, False),  # XLA's own loops read the kernel once
+            (8, 511, jnp.float32, False),  # a small kernel
+            (8, 640, jnp.float16, False),
+        ],
+    )
+    def test_are_few_rows_and_large_kernels_alone(self, rows, out, dtype, changed):
+        shaped = jax.ShapeDtypeStruct
+        module = layers.dense(out, False, dtype)
+        params = {"params": {"kernel": shaped((self.width, out), dtype)}}
+        traced = jax.make_jaxpr(module.apply)(params, shaped((rows, 1, self.width), dtype))
+        assert ("optimization_barrier" in str(traced)) == changed
+
+
 def never(*_):
     raise AssertionError("an initializer ran")
 
