@@ -85,6 +85,7 @@ def decompose(
     verbose: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     target: Any = None,
+    activations: bool = True,
     **options: Any,
 ) -> Concepts | list[Concepts]:
     """Factors Z[N, D] into K = num_concepts concepts.
@@ -150,6 +151,8 @@ def decompose(
             once the result is saved.
         target: for transcoders and crosscoders, like Z: states of the other site or model for the
             same tokens, row for row.
+        activations: for kmeans, False to leave them out. With thousands of clusters they take most
+            of the time and memory; `project` computes those of some rows.
         **options: options of the method, see above.
 
     Returns:
@@ -159,8 +162,9 @@ def decompose(
     Raises:
         ValueError: Z is not a matrix of finite real numbers (the first bad row is named), K does
             not fit, the method or an option is unknown, an option is invalid, weights are negative,
-            all zero or not for kmeans, the mesh has no "data" axis, the rows of a source do not
-            match its shape, or the objective exceeds float32.
+            all zero or not for kmeans, activations are left out of another method, the mesh has no
+            "data" axis, the rows of a source do not match its shape, or the objective exceeds
+            float32.
         TypeError: Z is not an array of numbers.
 
     Examples:
@@ -192,6 +196,7 @@ def decompose(
         _check_count(number, N, D, how)
     _check_key(key)
     check_whole("verbose", verbose, 0)
+    _check_activations(activations, how)
     heaviest = 1.0
     if sample_weight is not None:
         if not how.takes_weights:
@@ -261,6 +266,8 @@ def decompose(
         xp: Any = np if isinstance(sample_weight, np.ndarray) else jnp
         weights = xp.pad(xp.asarray(sample_weight, real_dtype(Z)), (0, len(Z) - N))
         arguments["sample_weight"] = weights
+    if not activations:
+        arguments["activations"] = False
     squared_unit = unit**2 * heaviest
     tell = _teller(progress, verbose, squared_unit) if verbose or progress else None
     assert how.solver is not None, "only sparse autoencoders have none"
@@ -405,6 +412,7 @@ def memory_needed(
     *,
     dtype: Any = "float32",
     mesh: Mesh | None = None,
+    activations: bool = True,
     **options: Any,
 ) -> int:
     """Returns how many bytes of device memory `decompose` takes, including Z.
@@ -417,12 +425,14 @@ def memory_needed(
         method: as for `decompose`.
         dtype: of Z.
         mesh: as for `decompose`.
+        activations: as for `decompose`.
         **options: as for `decompose`.
 
     Raises:
         ValueError: as for `decompose`.
     """
     how = method_named(method)
+    _check_activations(activations, how)
     _check_count(num_concepts, *shape, how)
     N, D = shape
     if how.has_encoder:
@@ -435,6 +445,8 @@ def memory_needed(
     arguments = how.options(options)
     for name in ("init", RELATIVE):
         arguments.pop(name, None)
+    if not activations:
+        arguments["activations"] = False
     counts = {"num_samples": N, "num_concepts": (num_concepts,), "mesh": mesh}
     assert how.solver is not None, "only sparse autoencoders have none"
     solve = jax.jit(partial(how.solver.solve, **counts, **arguments))
@@ -491,6 +503,14 @@ def _check_count(num_concepts: Any, N: int, D: int, method: Method) -> None:
         raise ValueError(
             f"num_concepts={num_concepts} is larger than min(N, D) = {D}, the number of principal "
             "components of Z; use fewer, or 'snmf'"
+        )
+
+
+def _check_activations(wanted: bool, method: Method) -> None:
+    if not wanted and not method.can_omit_activations:
+        raise ValueError(
+            f"{method.name!r} computes its activations with its components; omit "
+            "activations=False, or use 'kmeans'"
         )
 
 

@@ -413,6 +413,7 @@ class KMeans(ClusterMixin, _Solver):
             firsts = [
                 {"init": self._first_centers(X, weights, random) - origin} for _ in range(starts)
             ]
+        options["activations"] = False  # labels are enough, and computed later
         found = [
             self._solve(near, self.n_clusters, "kmeans", **options, **first) for first in firsts
         ]

@@ -22,7 +22,10 @@ from xlvlm_jax.solvers.validation import check_number, check_whole
 
 AnyArray = jax.Array | np.ndarray
 # Parameters that are not options of the method.
-NOT_OPTIONS = ("width", "num_samples", "num_concepts", "unit", "mesh", "sample_weight")
+NOT_OPTIONS = (
+    *("width", "num_samples", "num_concepts", "unit"),
+    *("mesh", "sample_weight", "activations"),
+)
 RELATIVE = "relative_alpha"  # whether alpha is in units of the rows' root mean square norm
 
 
@@ -60,6 +63,7 @@ class Method:
             be dead.
         max_per_width: whether there are at most as many concepts as columns.
         takes_weights: whether rows may have different weights.
+        can_omit_activations: whether it saves work if nobody wants the activations.
         training: for sparse autoencoders that can be trained here, the class of their options (see
             `solvers.sae`).
     """
@@ -75,6 +79,7 @@ class Method:
     is_sparse: bool = False
     max_per_width: bool = False
     takes_weights: bool = False
+    can_omit_activations: bool = False
     training: type[sae.Training] | None = None
 
     @property
@@ -210,6 +215,7 @@ METHODS = {
             is_centroids=True,
             is_centred=True,
             takes_weights=True,
+            can_omit_activations=True,
         ),
         Method(
             "pca",

@@ -290,6 +290,7 @@ class Plan(NamedTuple):
     by_sample: bool  # whether a sample of the rows gives these columns
     candidates: int | None  # of each centroid of a start, see `seed`
     has_long_loops: bool = False  # see `compiling`
+    activations: bool = True  # whether the result has them
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -380,7 +381,7 @@ class Plan(NamedTuple):
         return carry._replace(progress=each(one)(progress, fixed.active))
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
-        """Computes all distances to the final centroids."""
+        """Computes all distances to the final centroids, or only those to the nearest ones."""
         tol, fixed, progress = carry
 
         def one(progress: Progress, active: Array) -> Result:
@@ -388,8 +389,13 @@ class Plan(NamedTuple):
             offsets, shifts, kept, _, _ = progress.state
             # What is measured is what is returned: far from zero the sum is rounded.
             components = offsets + problem.mean
-            offsets = components - problem.mean
-            if isinstance(kept, Ruled):
+            exact, offsets = offsets, components - problem.mean
+            if not self.activations:
+                shifts = shifts + jnp.sqrt(jnp.sum((offsets - exact) ** 2, axis=1))
+                labels = kmeans_assignment.renew(problem, kept, offsets, shifts)[1]
+                least = residual.of_labels(Z, labels, offsets, problem.mean)
+                similar = None
+            elif isinstance(kept, Ruled):
                 similar, least = _similarities(problem, offsets, fixed.unit)
             else:
                 scores = kmeans_assignment.scores_of(problem, kept, offsets, shifts)
@@ -423,6 +429,7 @@ def plan(
     init_centroids: Float[Array | np.ndarray, "K D"] | None = None,
     unit: Float[Array, ""] | float = 1.0,
     sample_weight: Float[Array | np.ndarray, " N"] | None = None,
+    activations: bool = True,
 ) -> tuple[Plan, Given]:
     """Returns how to cluster the rows of Z[N, width] for each of Q numbers of clusters.
 
@@ -437,6 +444,8 @@ def plan(
         init_centroids: float[K, D] to start from; None for k-means++.
         unit: Z is in multiples of it; the activations' distances are not.
         sample_weight: float[N], weights of all rows, also on a mesh; zero from `num_samples` on.
+        activations: whether the result has activations, which take N K numbers and multiplications
+            of all rows with all centroids.
 
     Returns:
         the plan and its inputs. The result of a solve has a leading axis Q; its centroids beyond a
@@ -457,8 +466,9 @@ def plan(
     compared = min(sample_size(most), bucket_of_rows(num_samples, width))
     choosing = compared * (compressed or width) * most * CANDIDATES
     candidates = CANDIDATES if choosing <= CHOOSING else None
+    sizes = most, room_for(max_iter), n_init, compressed, by_sample, candidates, is_long
     return (
-        Plan(most, room_for(max_iter), n_init, compressed, by_sample, candidates, is_long),
+        Plan(*sizes, activations),
         Given(key, *numbers, init_centroids, sample_weight, counts),
     )
 

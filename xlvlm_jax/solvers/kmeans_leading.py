@@ -35,16 +35,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression
 from xlvlm_jax.solvers.collectives import Rows
-from xlvlm_jax.solvers.kmeans_nearest import HELD, MOST, Nearest, compare, nearest
+from xlvlm_jax.solvers.kmeans_nearest import MOST, Nearest, compare
 from xlvlm_jax.solvers.linalg import matmul
 
-COLUMNS = 64  # of the product that rules centroids out, R + 1; more cost more than they rule out
-# Least number of columns of Z for each of these, and of scores, with which this is faster than to
-# keep and renew all scores.
-LEAST_WIDTH, LEAST_SCORES = 4, 2**21
+# Columns of the product that rules centroids out, R + 1: more cost more than they rule out. At most
+# this share of the columns of Z.
+COLUMNS, SHARE = 64, 0.375
+# Least numbers of columns of Z, and of scores, with which this is faster than to keep and renew all
+# scores.
+LEAST_WIDTH, LEAST_SCORES = 128, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 CHUNK = 256  # centroids whose bounds are computed together
 ROWS = 1024  # rows per block
+TOGETHER = 256  # rows that are compared with all centroids together
 # If more rows than the share HOPELESS had to be compared with all centroids, the next updates
 # compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the first
 # update, whose centroids are rows, with all that rows have outside the span.
@@ -70,7 +73,7 @@ class Known(NamedTuple):
 
 def pays(N: int, D: int, K: int) -> bool:
     """Returns whether leading columns are worth their cost; an accelerator wants one product."""
-    return jax.default_backend() == "cpu" and D >= LEAST_WIDTH * COLUMNS and N * K >= LEAST_SCORES
+    return jax.default_backend() == "cpu" and D >= LEAST_WIDTH and N * K >= LEAST_SCORES
 
 
 def of_sample(
@@ -93,7 +96,8 @@ def of_sample(
         rows: where the rows of Z are.
         centre: m, and which rows count.
     """
-    found = compression.compress_by_sample(Z, key, COLUMNS - 1, num_samples, rows, centre)
+    R = min(COLUMNS, int(SHARE * Z.shape[1])) - 1
+    found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre)
     return of_basis(found.basis, found.X, energy, terms_of_mean)
 
 
@@ -234,16 +238,28 @@ def renew(
     found = jax.lax.fori_loop(0, -(-opened // size), compare_two, found)
     *found, is_open = found
 
-    together = max(min(HELD // K, N), 1)
+    together = min(TOGETHER, N)
+    every = jnp.pad(offsets, ((0, missing), (0, 0)))
+    of_every = jnp.pad(biases, (0, missing), constant_values=jnp.inf)
     opened, remaining = numbers_of(is_open & (slack > -jnp.inf), together)
 
     def compare_all(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         chosen = jax.lax.dynamic_slice_in_dim(remaining, i * together, together)
         z = Z[jnp.minimum(chosen, N - 1)] - mean
-        scores = jax.lax.optimization_barrier(biases[:, None] - 2 * matmul(offsets, z.T))
+
+        def chunk(j: Array, best: Nearest) -> Nearest:
+            some, bias, numbers = (
+                jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK)
+                for values in (every, of_every, jnp.arange(K + missing, dtype=jnp.int32))
+            )
+            scores = jax.lax.optimization_barrier(bias[:, None] - 2 * matmul(some, z.T))
+            return compare(scores, best, numbers)
+
+        best = Nearest.none(together, dtype)
+        best = jax.lax.fori_loop(0, (K + missing) // CHUNK, chunk, best)
         return tuple(
             values.at[chosen].set(part, mode="drop")
-            for values, part in zip(found, nearest(scores), strict=True)
+            for values, part in zip(found, best, strict=True)
         )
 
     found = jax.lax.fori_loop(0, -(-opened // together), compare_all, tuple(found))

@@ -51,6 +51,18 @@ def test_projecting_the_same_rows_gives_the_activations_again(method):
     assert project(Z[:0], concepts).shape == (0, K)
 
 
+def test_kmeans_without_activations():
+    whole, without = quick(rows(), "kmeans"), quick(rows(), "kmeans", activations=False)
+    assert without.activations is None
+    np.testing.assert_array_equal(without.components, whole.components)
+    np.testing.assert_allclose(without.objective, whole.objective, rtol=1e-6)
+    assert (without.iterations, without.options) == (whole.iterations, whole.options)
+    sizes = [concepts.memory_needed((512, D), 256, "kmeans", activations=a) for a in (True, False)]
+    assert sizes[1] < 0.75 * sizes[0]
+    with pytest.raises(ValueError, match=r"^'pca' computes its activations .*; omit"):
+        quick(rows(), "pca", activations=False)
+
+
 def test_nndl_is_snmf():
     assert quick(rows()).method == "snmf"
     named = decompose(rows(), K, "nndl", key=KEY, **QUICK["snmf"])

@@ -18,7 +18,8 @@ KEY = jax.random.key(0)
 @pytest.fixture
 def few(monkeypatch):
     """Sizes with several blocks, of which the last ones overlap or are filled up."""
-    sizes = {"COLUMNS": 9, "LEAST_SCORES": 1, "CHUNK": 48, "ROWS": 256, "HELD": 64 * K}
+    sizes = {"COLUMNS": 9, "LEAST_WIDTH": 40, "LEAST_SCORES": 1}
+    sizes |= {"CHUNK": 48, "ROWS": 256, "TOGETHER": 64}
     for name, value in sizes.items():
         monkeypatch.setattr(kmeans_leading, name, value)
     monkeypatch.setattr(kmeans_nearest, "TURN", 7)
@@ -152,9 +153,21 @@ def test_the_result_is_that_of_all_scores(few, width, weighted, monkeypatch):
     np.testing.assert_allclose(found.history, expected.history, rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_iter", [2, 50], ids=["stopped", "converged"])
+def test_the_objective_without_activations_is_that_of_the_final_centroids(few, max_iter):
+    Z = states(np.random.default_rng(4), common=100.0)
+    given = {"num_samples": N, "num_concepts": (K,), "init_centroids": Z[:K], "tol": 0.0}
+    found = kmeans.solve(jnp.asarray(Z), KEY, **given, max_iter=max_iter, activations=False)
+    assert found.activations is None
+    apart = pairwise_distances(Z.astype(np.float64), found.components[0, :K])  # others pad it
+    expected = np.sum(apart.min(axis=1) ** 2)
+    np.testing.assert_allclose(found.objective[0], expected, rtol=1e-6)
+    assert bool(found.converged[0]) == (max_iter > 2)
+
+
 def test_chosen_by_backend_and_size(few, monkeypatch):
     assert kmeans_leading.pays(N, D, K)
-    assert not kmeans_leading.pays(N, 30, K)  # fewer columns than four times COLUMNS
+    assert not kmeans_leading.pays(N, 39, K)  # too few columns
     problem = kmeans.prepare(jnp.ones((N, D)), N, jnp.ones(K, bool))
     fewer = problem._replace(active=jnp.ones(128, bool))  # no scores of these are kept
     assert kmeans.with_leading(fewer, 128, KEY, N) is fewer
