@@ -1,5 +1,7 @@
 """Attention: masks by hand, and every implementation against the formula in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +100,7 @@ def test_attention_and_its_gradients_equal_the_formula(kind, way, monkeypatch):
     # The slope in one direction, of a weighted sum of the outputs.
     random = np.random.default_rng(4)
     weights = random.standard_normal(expected.shape)
-    gradients = jax.grad(lambda given: (attend(*given) * weights).sum())(given)
+    gradients = jax.jit(jax.grad(lambda given: (attend(*given) * weights).sum()))(given)
     step = [random.standard_normal(x.shape) for x in given]
     ends = (
         [np.asarray(x, np.float64) + sign * dx for x, dx in zip(given, step, strict=True)]
@@ -203,17 +205,16 @@ def test_the_kernel_of_tpus_equals_plain_attention(kind, monkeypatch):
     mask = tokens[:, None, None]
     seen = 1 if kind == "cross" else tokens[:, :, None, None]
 
-    def total(attend, given, **more):
-        y = attend(*given, mask, **options, **more) * seen
+    def total(attend, given):
+        y = attend(*given, mask, **options) * seen
         return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
 
     given = (query, key, value)
-    (_, expected), slopes = jax.value_and_grad(
-        lambda given: total(attention.attend, given), has_aux=True
+    on_tpus = partial(attention._attend_on_tpu, scalar=4, interpret=True)
+    (_, expected), slopes = jax.jit(
+        jax.value_and_grad(partial(total, attention.attend), has_aux=True)
     )(given)
-    (_, got), slopes_too = jax.value_and_grad(
-        lambda given: total(attention._attend_on_tpu, given, scalar=4, interpret=True), has_aux=True
-    )(given)
+    (_, got), slopes_too = jax.jit(jax.value_and_grad(partial(total, on_tpus), has_aux=True))(given)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
     for one, other in zip(slopes, slopes_too, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
