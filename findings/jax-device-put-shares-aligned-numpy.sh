@@ -8,7 +8,7 @@
 # would suspect of sharing, copies. So writing into the NumPy array afterwards changes a JAX array, and a
 # reader that fills one buffer again and again gives batches that change under way. A float32 matrix in
 # a .npy file always lies at such a multiple, as its header is padded: put from a memory map, the JAX
-# array is the file, and a later write to the file shows in it. `jnp.array` copies.
+# array is the file, and a later write through the map shows in it. `jnp.array` copies.
 #
 # Output seen (the JAX array's first number, 0, after 7 was written into the NumPy array):
 #   at a multiple of 64: array 0, asarray 0, device_put 7, may_alias=False 7
@@ -20,11 +20,14 @@ trap 'rm -rf "$directory"' EXIT
 python3 -m venv "$directory/venv"
 "$directory/venv/bin/pip" install --quiet jax==0.10.2 numpy==2.3.5
 cat > "$directory/run.py" <<'PYTHON'
+import itertools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+numbers = itertools.count()
 
 
 def not_aliased(array):
@@ -38,8 +41,9 @@ def in_memory(offset):
 
 
 def in_a_file():
-    np.save(sys.argv[1], np.zeros((10, 100), np.float32))
-    return np.load(sys.argv[1], mmap_mode="r+").reshape(-1)
+    file = f"{sys.argv[1]}/{next(numbers)}.npy"
+    np.save(file, np.zeros((10, 100), np.float32))
+    return np.load(file, mmap_mode="r+").reshape(-1)
 
 
 ways = {"array": jnp.array, "asarray": jnp.asarray, "device_put": jax.device_put}
@@ -53,10 +57,12 @@ for name, (make, expected) in sources.items():
     found = {}
     for way, put in ways.items():
         given = make()
-        placed = put(given)
+        placed = put(given).block_until_ready()  # no copy is still to be made
         given[0] = 7
         found[way] = int(placed[0])
+        shares = placed.unsafe_buffer_pointer() == given.ctypes.data
+        assert shares == (found[way] == 7)
     print(f"{name:<20}", ", ".join(f"{way} {value}" for way, value in found.items()))
     assert list(found.values()) == expected, found
 PYTHON
-JAX_PLATFORMS=cpu "$directory/venv/bin/python" "$directory/run.py" "$directory/rows.npy"
+JAX_PLATFORMS=cpu "$directory/venv/bin/python" "$directory/run.py" "$directory"

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# orbax-checkpoint 0.12.8: restoring casts numbers to the template's type without a word, and checks the shape
+# orbax-checkpoint 0.12.8: restoring casts numbers to the template's type without an error, and checks the shape
 # only of what was saved from a JAX array.
 #
-# A template says which tree to restore. A missing or further key is an error, and so, it seems,
-# is another shape. So one would guess that another kind of number is one too, or is only ever
-# widened. It is cast as in C: 0.5 comes back as 0 where the template holds the Python number 0 (a default
+# A template says which tree to restore. Another shape than that of a JAX array is an error. So one would
+# guess that another kind of number is one too, or is only ever widened. It is cast without a check: 0.5 comes back as 0 where the template holds the Python number 0 (a default
 # that somebody wrote without a point), floats lose their fraction where it has integers, 2^40 + 3 becomes
 # 3 in int32, and 70000.0 inf in float16. Another shape is refused where a JAX array was saved; the same
 # numbers saved as a NumPy array come back in the stored shape, whatever the template says.

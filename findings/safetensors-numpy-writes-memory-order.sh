@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # safetensors 0.8.0: `safetensors.numpy.save` and `save_file` store a transposed or strided array with wrong values.
 #
-# One would guess that an array is stored by its values, as releases up to 0.7.0 did, or refused if it is
-# not contiguous, as `safetensors.torch` does. 0.8.0 writes the array's shape, but the bytes as they lie in
+# One would guess that an array is stored by its values, as 0.7.0 did, or refused if it is not contiguous.
+# 0.8.0 writes the array's shape, but the bytes as they lie in
 # memory from its first number on. A transposed matrix comes back scrambled, a column comes back as part
 # of a row, with the right shape and dtype and no error. Whoever stores `W.T`, a column of a matrix or
-# what came from Fortran, as results of LAPACK and scikit-learn do, has to make it contiguous first.
-# JAX arrays by way of `safetensors.flax` are stored rightly.
+# what is in Fortran order has to make it contiguous first.
 #
 # Output seen (of a matrix [[0, 1, 2], [3, 4, 5]]):
 #   0.7.0: transposed [[0, 3], [1, 4], [2, 5]], second column [1, 4], Fortran order [[0, 1, 2], [3, 4, 5]]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # safetensors 0.8.0: files that `save_file` writes are readable by their owner alone, and a link is replaced by a file.
 #
-# One would guess what every other writer does and safetensors up to 0.7.0 did: a new file has the mode that
+# One would guess what most writers do and safetensors 0.7.0 did: a new file has the mode that
 # the umask leaves (rw-r--r--), a file that exists keeps its mode, and a symbolic link is written through.
-# 0.8.0 writes a temporary file and renames it, for NumPy and torch alike: every file ends as rw-------,
+# 0.8.0 writes a temporary file and renames it, for NumPy and torch (new files) alike: every file ends as rw-------,
 # even one that its group could write before, so colleagues and the jobs of a shared machine can't read
 # the checkpoint; and a link, such as those in which caches of models hold their files, becomes a
 # file of its own, while the file that it named keeps the old tensors.

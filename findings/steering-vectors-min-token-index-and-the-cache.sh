@@ -4,12 +4,12 @@
 # `SteeringVector.apply(model, min_token_index=n)` says that it steers tokens from index n on. With n the
 # length of the prompt one would guess that it steers what is generated. But its hook counts positions
 # within the forward pass that it sees. In `generate`, every pass after the first holds one position,
-# number 0, because earlier ones are in the cache. So no n but 0 ever reaches a generated token: with n
+# number 0, because earlier ones are in the cache. So no positive n ever reaches a generated token: with n
 # the length of the prompt nothing is steered at all, and with a smaller n only the end of the prompt.
 # Nothing is raised. Without the cache the same call steers every token from n on.
 #
 # Output seen (a prompt of 8 tokens, 12 greedy tokens; how many equal those of the model without steering):
-#   min_token_index 0: with cache 0, without 0
+#   min_token_index 0: with cache 0, without 0; equal to each other 12
 #   min_token_index 7: with cache 0, without 0; equal to each other 1
 #   min_token_index 8: with cache 12, without 1; equal to each other 1
 set -euo pipefail

@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: in Qwen2-VL, text after a video gets rotary positions that lie inside the video.
 #
-# Qwen2-VL numbers patches by time, row and column, and goes on after the largest of the three: in
-# transformers 4.57.6, as in the paper, the text after a video of more frames than rows and columns begins
-# after its last frame. One would guess that a release which runs the same checkpoints keeps their
+# Qwen2-VL numbers patches by time, row and column. In transformers 4.57.6 it goes on after the largest of
+# the three: text after a video of more frames than rows and columns begins after its last frame. One would guess that a release which runs the same checkpoints keeps their
 # positions. In 5.24.0 the text goes on after the rows and columns alone, so that its positions repeat those
 # of later frames: the longer the video, the more of its frames lie at or after the question about it.
-# Nothing warns.
 #
 # Output seen (six frames of 2 x 2 patches, the first at 2; positions in time of the patches' last frame, and
 # of the three tokens that follow):

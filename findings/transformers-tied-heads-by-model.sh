@@ -5,11 +5,12 @@
 # text_config. Whether the language model's head shares the embeddings is its own matter, so one would
 # guess that text_config.tie_word_embeddings decides in all three, or the value beside text_config in all
 # three. In LLaVA the head is tied if either says so: a false beside a true text_config is overruled. In
-# LLaVA-NeXT only the value at the top counts, which is false unless given: a tied language model gets an
-# untied head, random where the checkpoint has none. In InternVL only the value at the top counts, and it
-# is true unless given: an untied language model, such as a larger Qwen, loses its head. Nothing warns.
+# LLaVA-NeXT only the value at the top counts, which is false unless given: a language model whose own
+# configuration ties its head is built with a separate one. In InternVL only the value at the top counts,
+# and it is true unless given: a language model with a head of its own is built without. (Loading a
+# checkpoint that stores a different head keeps that head.)
 #
-# Output seen (t: text_config's value, or the top's; columns: is the head tied?):
+# Output seen (t true, f false, - not given; is the head of the built model tied?):
 #                 LLaVA  LLaVA-NeXT  InternVL
 #   text t, top -   yes          no       yes
 #   text t, top t   yes         yes       yes

@@ -1,7 +1,7 @@
 """What each program needs on a TPU, from the TPU's own compiler; no TPU is needed.
 
     python -m benchmarks.tpu                                   # solvers on one v5e and on 2x2
-    python -m benchmarks.tpu --programs models --mesh 1x4      # models over four devices
+    python -m benchmarks.tpu --programs models --mesh 1x4 --topologies v5e:2x2  # on four devices
     python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --programs "kmeans update"
     python -m benchmarks.tpu --kernels --topologies v5e:1 v5p:1 v6e:1
 

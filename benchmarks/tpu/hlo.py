@@ -171,8 +171,8 @@ class Program:
     def collectives(self) -> list[Step]:
         """Returns the collectives that run, those within fusions too.
 
-        One that is spread over several fusions, each of which does a part of it beside its own
-        work, stands in each of them with the same channel, and counts once.
+        A collective that is spread over several fusions appears in each with the same channel, and
+        counts once.
         """
         found, begun = [], set()
         for step in self.steps():

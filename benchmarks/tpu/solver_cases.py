@@ -31,7 +31,7 @@ KERNELS: dict[str, Any] = {"semi-nmf": codes, "kmeans": clusters}
 
 
 def _row_bytes(method: str, num_concepts: int) -> float:
-    """Bytes per row that may come and go in an update."""
+    """Returns the bytes per row that an update may allocate."""
     if method == "pca":
         return 4.0 * pca.num_axes(num_concepts)  # coordinates along the axes
     return 12.0 * num_concepts if method == "semi-nmf" else 0.0  # the codes, three times

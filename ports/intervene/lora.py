@@ -276,8 +276,7 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         A pure function `(params, adapter, *args, **kwargs)`. The adapter's factors may be those of
-        `by_part`. The term is computed in the factors'
-        dtype and added in the layer's.
+        `by_part`. The term is computed in the factors' dtype and added in the layer's.
 
     Raises:
         ValueError: when called, if the adapter replaces whole weights or, in a call of the whole

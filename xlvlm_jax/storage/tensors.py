@@ -16,6 +16,6 @@ def as_bytes(tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | Non
     """
     # safetensors 0.8 writes the bytes as they lie in memory, whatever the strides.
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    # One of a scalar has an axis.
+    # `ascontiguousarray` gives a scalar an axis; this removes it.
     shaped = {name: value.reshape(np.shape(tensors[name])) for name, value in contiguous.items()}
     return safetensors.numpy.save(shaped, None if metadata is None else dict(metadata))
