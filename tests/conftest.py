@@ -74,7 +74,7 @@ jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
-# See `pytest_collection_finish`; imports make as many objects.
+# See `pytest_collection_finish`. A higher threshold: imports alone create many objects.
 gc.set_threshold(50_000, 20, 20)
 
 # The first example of a test may compile a program; the machine may be busy.

@@ -48,7 +48,7 @@ class PartFactors(NamedTuple):
     """
 
     down: Float[Array, "I R"]
-    ups: tuple[Float[Array, "R P"], ...]  # columns of `up`
+    ups: tuple[Float[Array, "R _"], ...]  # columns of `up`
 
 
 class Adapter(NamedTuple):
@@ -63,7 +63,7 @@ class Adapter(NamedTuple):
         {'dense': 1.0}
     """
 
-    factors: dict[str, Factors]  # site -> factors
+    factors: Mapping[str, Factors | PartFactors]  # site -> factors
     scale: dict[str, float]  # site -> s
     # Tensor name -> replacement of the base model's tensor, laid out like the parameter.
     weights: dict[str, Array] | None = None
@@ -222,10 +222,11 @@ def joined(tree: Any) -> Any:
 
 
 def shardings(factors: Mapping[str, Any], params: Any, mesh: Mesh) -> dict[str, Any]:
-    """Divides factors over a mesh: `down` like the rows of a layer's kernel, `up` like its columns.
+    """Returns how factors are divided over a mesh.
 
-    This is how the compiler divides what a training step returns; of factors that lie elsewhere,
-    the first step would be compiled by itself.
+    `down` is divided like the rows of a layer's kernel, `up` like its columns. So the compiler
+    divides what a training step returns; with factors placed elsewhere, the first step would
+    compile a program of its own.
 
     Args:
         factors: {site: Factors or PartFactors} of linear layers, by part as from `by_part`.
@@ -280,7 +281,8 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         ValueError: when called, if the adapter replaces whole weights or, in a call of the whole
-            model, names a layer that did not run or is not linear. `merge` supports both.
+            model, names a layer that did not run or is not linear (`merge` supports both); or if
+            factors by part are of another number of parts than the layer.
 
     Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, ports
@@ -379,6 +381,7 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
         >>> ports.merge({"dense": {"kernel": jnp.eye(2)}}, adapter)["dense"]["kernel"].tolist()
         [[1.5, 0.5], [0.5, 1.5]]
     """
+    adapter = adapter._replace(factors=joined(adapter.factors))
     check(adapter, mergeable_layers(params))
     flat = traverse_util.flatten_dict(params)
     add = _add_in_place if donate else _add
@@ -411,7 +414,7 @@ def check(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
     Raises:
         ValueError: a layer does not exist or has another shape.
     """
-    for site, (down, up) in adapter.factors.items():
+    for site, (down, up) in joined(adapter.factors).items():
         expected = shapes.get(site)
         if expected is None:
             raise ValueError(

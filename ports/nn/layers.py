@@ -21,8 +21,8 @@ from ports.parallel import sharding
 Array = jax.Array
 
 COLUMNS = 256  # of a bfloat16 kernel that are converted at a time on a CPU
-# On a CPU, float32 products of 2 to so many rows are written in the order that XLA runs faster,
-# with kernels of at least so many elements (1 MB, a core's second-level cache).
+# On a CPU, float32 products with 2 to FEW_ROWS rows and kernels of at least LARGE_KERNEL elements
+# (1 MB, a core's second-level cache) are written in the order that XLA runs faster.
 FEW_ROWS = 64
 LARGE_KERNEL = 1 << 18
 
@@ -120,7 +120,10 @@ def _flat_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
 
 
 def _has_few_rows(x: Array, kernel: Array) -> bool:
-    """Returns whether this is a product of a few rows with a large kernel, as in a decode step."""
+    """Returns whether this is a product of a few rows with a large kernel, as in a decode step.
+
+    Under vmap, the rows are those of one of the mapped calls.
+    """
     return (
         jax.default_backend() == "cpu"
         and not sharding.is_on_mesh()
@@ -134,7 +137,7 @@ def _few_rows_dot(x: Array, kernel: Array, **options: Any) -> Array:
     """Computes x[..., D] @ kernel[D, E] from the transpose of x, for a few rows on a CPU.
 
     XLA passes such a product to Eigen, any other to YNNPACK, which takes 1.2 to 1.3 times as long
-    for 8 or 16 rows. A single row is neither's.
+    for 8 or 16 rows. A single row uses neither.
     """
     # Without the barrier, XLA turns x around again.
     columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)

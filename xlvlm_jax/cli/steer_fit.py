@@ -244,7 +244,8 @@ def fit(
     keep: Annotated[
         float,
         typer.Option(
-            help="learned, l2s: samples whose answers must stay, per sample that is steered."
+            help="learned, l2s, p2s, vti-text: samples whose answers must stay, per sample that is "
+            "steered."
         ),
     ] = 1.5,
     steps: Annotated[int, typer.Option(help="learned: maximum number of optimiser steps.")] = 150,
@@ -351,15 +352,15 @@ def _refuse_options_of_others(method: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(takes)}")
     usual = inspect.signature(fit).parameters
     how = METHODS.get(method)
-    reads, among = (*_OF_FILES, *takes[method]), f"--method {method}"
+    reads, among = {*_OF_FILES, *takes[method]}, f"--method {method}"
     if how is not None:
-        reads += _OF_SAMPLES if how.examples is None else (*_OF_SAMPLES, *_OF_MODEL)
-        told = "contrast" in how.options and given["contrast"] in _TOLD
-        if told:
+        reads |= {*_OF_SAMPLES, *_OF_ANSWERS}
+        reads |= set() if how.examples is None else {*_OF_MODEL, "keep"}
+        reads -= {*how.ignores}
+        if "contrast" in how.options and given["contrast"] in _TOLD:
             among += f" --contrast {given['contrast']}"
-        elif how.reads_answers:
-            reads += _OF_ANSWERS if how.examples is None else (*_OF_ANSWERS, "keep")
-    for option in sorted(given.keys() - set(reads) - {x for each in takes.values() for x in each}):
+            reads -= {*_OF_ANSWERS, "keep"}
+    for option in sorted(given.keys() - reads - {x for each in takes.values() for x in each}):
         if given[option] != usual[option].default:
             raise ValueError(f"--{option.replace('_', '-')} has no effect on {among}; omit it")
     for option in sorted({name for names in takes.values() for name in names}):

@@ -482,7 +482,10 @@ def streamed_memory_needed(
         how.options(options)
         return of_tiles + 4 * D * 6 * num_concepts
     # The columns stay on the host while the device solves for them.
-    return of_tiles + 4 * N * R + memory_needed((N, R), num_concepts, how.name, **options)
+    of_solver = memory_needed(
+        (N, R), num_concepts, how.name, activations=not how.can_omit_activations, **options
+    )
+    return of_tiles + 4 * N * R + of_solver
 
 
 def _streamed(name: str) -> tuple[Method, ModuleType]:

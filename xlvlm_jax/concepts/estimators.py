@@ -48,6 +48,7 @@ from xlvlm_jax.solvers.validation import as_array, as_weights, centred
 
 AUTO_COMPONENTS = 20  # of semi-NMF, if there are as many rows
 BLOCK_ROWS = 2**14  # rows that are reconstructed together
+DISTANCE_BYTES = 2**28  # of a block of rows whose labels are wanted
 RANDOM_STARTS = 10  # of k-means with init="random", as in scikit-learn
 
 _FLOATS: Any = [np.float64, np.float32]  # dtypes of X that are kept
@@ -329,7 +330,7 @@ class KMeans(ClusterMixin, _Solver):
         concepts, origin = self._found(X, weights, self._count_starts())
         self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
         self.inertia_ = concepts.objective
-        self.labels_ = self._labels_and_distances(X)[0]
+        self.labels_ = self._labels(X)
         self.counts_ = np.bincount(self.labels_, weights, self.n_clusters).astype(np.float64)
         self._end(concepts)
         distinct = len(np.unique(self.labels_))
@@ -462,6 +463,12 @@ class KMeans(ClusterMixin, _Solver):
         labels, apart = distances(X, Concepts(self.cluster_centers_, method="kmeans"))
         return np.array(labels, np.int32), np.array(apart, X.dtype)
 
+    def _labels(self, X: np.ndarray) -> Int[np.ndarray, " N"]:
+        # Distances of a block of rows at a time, as of all they may be far larger than the rows.
+        size = max(DISTANCE_BYTES // (8 * self.n_clusters), 1)
+        blocks = range(0, len(X), size)
+        return np.concatenate([self._labels_and_distances(X[at : at + size])[0] for at in blocks])
+
     def transform(self, X: Any) -> np.ndarray:
         """Returns the distances[N, K] of the rows of X[N, D] from the centres, like scikit-learn.
 
@@ -471,7 +478,7 @@ class KMeans(ClusterMixin, _Solver):
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the nearest centre, int32[N], of each row of X[N, D]."""
-        return self._labels_and_distances(self._checked(X))[0]
+        return self._labels(self._checked(X))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Returns minus the sum of squared distances to the nearest centres.

@@ -73,7 +73,8 @@ class Trainer:
     def begin(self) -> State:
         """Returns the state before the first update.
 
-        On a mesh, that of LoRA lies as updates leave it: all of them are then one program.
+        On a mesh, LoRA's state is placed as updates leave it, so that all updates share one
+        program.
         """
         mesh = self.vlm.mesh
         if self._begin is not None:

@@ -79,7 +79,7 @@ class State(NamedTuple):
     basis: Float[Array, "D W"]  # orthonormal, by decreasing variance
     scores: Float[Array, "N W"]  # (Z - 1 m) basis
     images: Float[Array, "D W"]  # A basis
-    moves: Float[Array, "D P"]  # orthonormal, and to the basis: how it moved; zeros at first
+    moves: Float[Array, "D P"]  # orthonormal, and to the basis: how it moved; at first any
     move_scores: Float[Array, "N P"]  # (Z - 1 m) moves
     objective: Float[Array, ""]
     error: Float[Array, ""]
@@ -106,7 +106,8 @@ def num_axes(num_concepts: int) -> int:
 def num_moves(num_concepts: int, N: int, D: int) -> int:
     """Returns P, the number of directions of the last update that are kept for K components."""
     W = num_axes(num_concepts)
-    return W if num_concepts > LANES and min(N, D) >= 3 * W else 0
+    # In smaller spaces, eigenvectors of three times as many directions cost more than updates.
+    return W if num_concepts > LANES and min(N, D) >= 6 * W else 0
 
 
 def init(
@@ -185,11 +186,14 @@ def best_axes(
     images = covariance_image(problem, turned, rows)
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     error = expected_gain(basis, images, variances, num_concepts)
-    moves, moved = (jnp.zeros((len(x), P), x.dtype) for x in (basis, turned))
-    if P and len(bases) > 1:
+    if len(bases) == 1:
+        # Zeros would not do: where Z has fewer directions than W, axes would be made of them.
+        moves = complement(basis, jnp.eye(len(basis), P, dtype=basis.dtype))
+        moved = project(problem, moves)
+    else:
         # What the new axes have of directions other than the last axes, orthogonal to the new ones.
         # Among orthonormal bases, that is a product of small matrices.
-        turn = complement(axes, axes.at[:W].set(0)[:, -P:])
+        turn = complement(axes, axes.at[:W].set(0)[:, axes.shape[1] - P :])
         moves, moved = _turn(bases, turn), _turn(scores, turn)
     return State(basis, turned, images, moves, moved, objective, error)
 

@@ -136,7 +136,8 @@ class Method:
             examples, the model, batch_size, strict and progress.
         options: the `Request.options` that it takes.
         needs_target: whether it requires `Request.target`.
-        reads_answers: whether it looks at the answers of samples.
+        ignores: attributes of `Request`, and batch_size, that it does not read, unlike others of
+            its kind.
         examples: chooses the examples to learn from; None for a method that reads states only and
             needs no model.
         makes_several: whether it fits several vectors, each a file in a directory.
@@ -151,7 +152,7 @@ class Method:
     fit: Callable[..., Fitted]
     options: tuple[str, ...] = ()
     needs_target: bool = True
-    reads_answers: bool = True
+    ignores: tuple[str, ...] = ()
     examples: Callable[[Request], Examples] | None = None
     makes_several: bool = False
     sites: str | None = None
@@ -495,6 +496,7 @@ METHODS = {
             _fit_fine,
             ("num_concepts", "pairs", "decomposition"),
             needs_target=False,
+            ignores=("target",),
             makes_several=True,
         ),
         Method("learned", _fit_learned, ("rank", "steps"), examples=_answers, doing="learning"),
@@ -517,7 +519,7 @@ METHODS = {
             _fit_vti_image,
             ("share", "num_masks"),
             needs_target=False,
-            reads_answers=False,
+            ignores=("source", "target", "key", "match", "keep", "batch_size"),
             examples=_pictures,
             makes_several=True,
             sites_of_model=True,

@@ -12,7 +12,7 @@ def as_bytes(tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | Non
 
     Args:
         tensors: name -> array, of any layout in memory; its dtype is kept.
-        metadata: of the file.
+        metadata: the file's metadata; None for none.
     """
     # safetensors 0.8 writes the bytes as they lie in memory, whatever the strides.
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}

@@ -323,6 +323,14 @@ class TestFactorsByPart:
             "ff_out": (PartitionSpec("model"), PartitionSpec()),
         }
 
+    def test_they_merge_like_the_whole(self):
+        whole = lora.Adapter({"ff_proj": self.FACTORS}, {"ff_proj": 0.5})
+        by_part = whole._replace(factors=lora.by_part(whole.factors, self.params))
+        expected, found = (lora.merge(self.params, each) for each in (whole, by_part))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        # 1 + 0.5 (1, 1)^T (1, 2)
+        np.testing.assert_array_equal(found["ff_proj"]["gate"]["kernel"], [[1.5, 2], [1.5, 2]])
+
     def test_parts_of_another_layer(self):
         first, _ = lora.by_part({"ff_proj": self.FACTORS}, self.params)["ff_proj"].ups
         adapter = lora.Adapter({"ff_proj": lora.PartFactors(self.FACTORS.down, (first,))}, {})

@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 from ports import names
 from ports.intervene.sites import capture
 from ports.nn import layers, rope
+from ports.parallel import sharding
 
 from .. import helpers
 
@@ -194,6 +195,16 @@ class TestProductsOfFewRows:
         params = {"params": {"kernel": shaped((self.width, out), dtype)}}
         traced = jax.make_jaxpr(module.apply)(params, shaped((rows, 1, self.width), dtype))
         assert ("optimization_barrier" in str(traced)) == changed
+
+    def test_the_tied_head_is_written_so_too(self):
+        x, kernel = self.arrays(8)
+        assert "optimization_barrier" in str(jax.make_jaxpr(self.head)(x, kernel))
+
+    def test_not_on_a_mesh(self):
+        x, kernel = self.arrays(8)
+        with sharding.on(sharding.make_mesh(1)):
+            for product in (self.layer, self.head):
+                assert "optimization_barrier" not in str(jax.make_jaxpr(product)(x, kernel))
 
 
 def never(*_):

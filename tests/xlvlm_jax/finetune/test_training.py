@@ -150,12 +150,19 @@ def test_fused_layers_are_trained_by_part_and_stored_whole(tmp_path):
     )
     assert jax.tree.structure(after) == jax.tree.structure(state)
     # Resuming reads what a run stores, of which nothing depends on parts.
+    random = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), state.trained)
+    state = state._replace(trained=drawn)
     stored = run.stored(state)
     assert stored["trained"][site].up.shape == (3, 100)
+    moments = SETTINGS.optimizer(5).init(stored["trained"])
+    assert jax.tree.structure(stored["moments"]) == jax.tree.structure(moments)
     again = run.resumed(state, stored, vlm)
     jax.tree.map(np.testing.assert_array_equal, again, state)
     adapter, _ = initial_adapter(vlm, SETTINGS)
+    adapter = adapter._replace(factors=stored["trained"])
     jax.tree.map(np.testing.assert_array_equal, trainer.finished(state), adapter)
+    np.testing.assert_array_equal(stored["trained"][site].up[:, 60:80], drawn[site].ups[1])
 
 
 @pytest.mark.slow

@@ -91,17 +91,28 @@ def test_many_updates_keep_the_axes_orthonormal(rank, K):
     np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_iter", [1, 2, 3])
+def test_few_updates_of_few_directions_give_orthonormal_axes(max_iter):
+    rng = np.random.default_rng(4)
+    Z = jnp.asarray(rng.integers(-3, 4, (600, 12)) @ rng.integers(-3, 4, (12, 400)), jnp.float32)
+    assert pca.num_moves(40, 600, 400) == 64
+    found = alone(pca)(Z, KEY, num_samples=600, num_concepts=40, tol=-1.0, max_iter=max_iter)
+    assert int(found.iterations) == max_iter
+    np.testing.assert_allclose(found.components @ found.components.T, np.eye(40), atol=1e-5)
+
+
 def test_last_moves_halve_the_updates_of_many_components(monkeypatch):
     """Noise, whose axes differ little in variance."""
     rng = np.random.default_rng(5)
-    Z = jnp.asarray(rng.normal(size=(600, 320)), jnp.float32)
-    assert pca.num_moves(40, 600, 320) == 64
-    # Few components; more than the space has room for.
-    assert pca.num_moves(20, 600, 320) == pca.num_moves(100, 600, 320) == 0
+    Z = jnp.asarray(rng.normal(size=(600, 400)), jnp.float32)
+    assert pca.num_moves(40, 600, 400) == 64
+    # Few components; too many for the space.
+    assert pca.num_moves(20, 600, 400) == pca.num_moves(100, 600, 400) == 0
     with_moves = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
     jax.clear_caches()
     monkeypatch.setattr(pca, "num_moves", lambda *_: 0)
     without = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
+    jax.clear_caches()  # the same plan has another program now
     assert 0 < 1.5 * int(with_moves.iterations) <= int(without.iterations)
     assert with_moves.objective <= (1 + 1e-6) * without.objective
     expected = PCA(40, svd_solver="full").fit(np.asarray(Z, np.float64))
@@ -135,14 +146,16 @@ def test_permuting_rows_permutes_scores(seed):
 
 
 def test_a_direction_absent_from_the_first_rows_is_found():
-    # 1200 rows: the first directions come from 512 of them. One row in 1200 has all of the largest
+    # 2400 rows: the first directions come from 1024 of them. One row in 2400 has all of the largest
     # component, alone in its column.
     rng = np.random.default_rng(0)
-    Z = rng.normal(size=(1200, 300)).astype(np.float32)
+    Z = rng.normal(size=(2400, 300)).astype(np.float32)
     Z[:, 7] = 0
-    Z[600, 7] = 1000
+    Z[1200, 7] = 1000
+    plan, _ = pca.plan(KEY, width=300, num_samples=2400, num_concepts=(20,))
+    assert plan.by_sample
     for seed in range(4):
-        found = alone(pca)(jnp.asarray(Z), jax.random.key(seed), num_samples=1200, num_concepts=20)
+        found = alone(pca)(jnp.asarray(Z), jax.random.key(seed), num_samples=2400, num_concepts=20)
         assert abs(found.components[0, 7]) > 0.99
         expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
         explained = np.var(np.asarray(found.activations), axis=0, ddof=1).sum()

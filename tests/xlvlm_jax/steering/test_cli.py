@@ -349,6 +349,14 @@ YES_TO_NO = ("--source", "yes", "--target", "no")
             (*("--method", "p2s", "--model", "gone"), *YES_TO_NO, *("--contrasts", "gone.json")),
             "gone.json: no such file",
         ),
+        (
+            ("--method", "fine", "--target", "no"),
+            "--target has no effect on --method fine; omit it",
+        ),
+        (
+            ("--method", "vti-image", "--batch-size", 4),
+            "--batch-size has no effect on --method vti",
+        ),
         (("--method", "vti-image", "--source", "yes"), "--source has no effect on --method vti-im"),
         (
             ("--method", "l2s", "--contrast", "label", "--keep", 2),
