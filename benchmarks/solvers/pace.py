@@ -28,7 +28,8 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
         problem = kmeans.with_leading(kmeans.prepare(Z, len(Z), active), K, KEY, len(Z))
         return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
     problem, width = pca.prepare(Z, len(Z)), pca.num_axes(K)
-    if pca.is_narrow(*Z.shape, K):
+    plan, _ = pca.plan(KEY, width=Z.shape[1], num_samples=len(Z), num_concepts=(K,))
+    if plan.narrow:
         # One step, the covariance (only half is computed), and the scores.
         return lambda problem, _: pca.solved(problem, K, K), problem, None, Z.shape[1] // 2 + K
     state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)

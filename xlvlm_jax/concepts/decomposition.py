@@ -151,8 +151,8 @@ def decompose(
             once the result is saved.
         target: for transcoders and crosscoders, like Z: states of the other site or model for the
             same tokens, row for row.
-        activations: for kmeans, False to leave them out. With thousands of clusters they take most
-            of the time and memory; `project` computes those of some rows.
+        activations: for kmeans, False to leave them out. With thousands of clusters they may
+            take most of the time and memory; `project` computes those of some rows.
         **options: options of the method, see above.
 
     Returns:

@@ -1,6 +1,7 @@
 """Principal components of a source of rows, with one pass over the source per update.
 
-The updates are those of `solvers.pca`: the best axes in the span of the last axes and their images.
+The updates are those of `solvers.pca` without directions of the last update: the best axes in the
+span of the last axes and their images.
 The covariance is linear, so images of the new axes are sums of images from earlier passes, and a
 pass multiplies the rows only with the new directions.
 """
