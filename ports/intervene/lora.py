@@ -312,7 +312,7 @@ def adapted(apply: Callable[..., Any]) -> Callable[..., Any]:
             y = call(*args, **kwargs)
             is_linear = isinstance(context.module, nn.Dense) and context.method_name == "__call__"
             site = site_name(context.module.path) if is_linear else None
-            if site not in adapter.factors:
+            if site is None or site not in adapter.factors:
                 return y
             ran.add(site)
             down, up = adapter.factors[site]
@@ -381,8 +381,8 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
         >>> ports.merge({"dense": {"kernel": jnp.eye(2)}}, adapter)["dense"]["kernel"].tolist()
         [[1.5, 0.5], [0.5, 1.5]]
     """
-    adapter = adapter._replace(factors=joined(adapter.factors))
     check(adapter, mergeable_layers(params))
+    factors = joined(adapter.factors)
     flat = traverse_util.flatten_dict(params)
     add = _add_in_place if donate else _add
     for stored, parts in by_tensor(flat).items():
@@ -395,8 +395,8 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
             if own is not None:
                 value = own[..., columns] if leaf.ndim else own
                 flat[path] = leaf = sharding.put(np.asarray(value).astype(leaf.dtype), placed)
-            if path[-1] in _MERGEABLE and site in adapter.factors:
-                down, up = adapter.factors[site]
+            if path[-1] in _MERGEABLE and site in factors:
+                down, up = factors[site]
                 merged = add(leaf, Factors(down, up[:, columns]), adapter.scale[site])
                 # Where it is already, it stays uncommitted if the leaf was: programs are shared.
                 is_there = merged.sharding == placed
