@@ -67,9 +67,9 @@ def test_what_depends_on_the_state(fit, tmp_path, method, kind):
     "options", [("vti-image", "--num-masks", 2), ("vti-text", "--contrast", "forced")], ids=str
 )
 def test_vectors_of_layers(fit, tmp_path, options):
-    learning = ("--model", "embedded", "--num-samples", 2, "--batch-size", 2)
+    learning = ("--model", "embedded", "--num-samples", 2)
     if options[0] == "vti-text":
-        learning = (*learning, "--positive", "yes", "--negative", "no")
+        learning = (*learning, "--batch-size", 2, "--positive", "yes", "--negative", "no")
     asked = ("--method", *options, *learning, "--output", tmp_path / "v")
     status, out, errors = fit(*asked)
     assert status == 0, errors
@@ -173,7 +173,8 @@ def test_several_sites(xlvlm, tmp_path):
     found = [steering.load(out / f"{site}.safetensors") for site in layers]
     assert [vector.site for vector in found] == layers
     np.testing.assert_allclose([vector.vector for vector in found], [[0.5, -0.5], [-0.5, 0.5]])
-    status, _, errors = xlvlm(*asked, "--method", "fine", "--site", "layers.*", "--output", path)
+    fine = ("--method", "fine", "--site", "layers.*", "--output", path)
+    status, _, errors = xlvlm(*asked[:-2], *fine)
     assert status == 2 and "matches 2 sites" in errors
 
 
