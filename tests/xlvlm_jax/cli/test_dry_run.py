@@ -83,11 +83,13 @@ def test_decompose_streamed(xlvlm, features, tmp_path):
     assert not (tmp_path / "concepts").exists()
 
 
-@pytest.mark.parametrize("method", [("coarse",), ("fine", "--num-concepts", 2)], ids=lambda m: m[0])
+@pytest.mark.parametrize(
+    "method", [("coarse", "--target", "no"), ("fine", "--num-concepts", 2)], ids=lambda m: m[0]
+)
 def test_steer_fit(xlvlm, features, tmp_path, method):
     status, out, errors = xlvlm(
         *("steer", "fit", features, "--output", tmp_path / "vector", "--method", *method),
-        *("--source", "yes", "--target", "no", "--dry-run"),
+        *("--source", "yes", "--dry-run"),
     )
     assert status == 0, errors
     assert "nothing, a dry run" in out
