@@ -250,10 +250,8 @@ def shardings(factors: Mapping[str, Any], params: Any, mesh: Mesh) -> dict[str, 
             NamedSharding(mesh, PartitionSpec(None, columns) if columns else PartitionSpec())
             for _, columns in axes
         )
-        is_by_part = isinstance(own, PartFactors)
-        return (
-            own._replace(down=down, ups=ups) if is_by_part else own._replace(down=down, up=ups[0])
-        )
+        kind: Any = type(own)  # of shardings, here
+        return kind(down, ups if kind is PartFactors else ups[0])
 
     return {site: one(site, own) for site, own in factors.items()}
 

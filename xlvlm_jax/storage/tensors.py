@@ -15,7 +15,5 @@ def as_bytes(tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | Non
         metadata: the file's metadata; None for none.
     """
     # safetensors 0.8 writes the bytes as they lie in memory, whatever the strides.
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    # `ascontiguousarray` gives a scalar an axis; this removes it.
-    shaped = {name: value.reshape(np.shape(tensors[name])) for name, value in contiguous.items()}
-    return safetensors.numpy.save(shaped, None if metadata is None else dict(metadata))
+    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    return safetensors.numpy.save(contiguous, None if metadata is None else dict(metadata))
