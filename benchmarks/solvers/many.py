@@ -2,12 +2,15 @@
 
     python -m benchmarks.solvers.many
     taskset -c 1 python -m benchmarks.solvers.many --sizes 20000x512x1024 --cpu
+    python -m benchmarks.solvers.many --sizes 1000000x128x65536 --updates 1 --repeats 1
 
 faiss and sklearnex start from the same rows as ours and make as many updates. SuperKMeans chooses
 its own rows and makes `--updates` updates of all rows; ours then makes as many as it needs to be
 within 1.0001 of its inertia; if it never is, because it ends in another optimum, as many updates.
-Inertia is computed in float64. Both sides alternate; medians. The others compute no activations, so
-ours leaves them out too; --activations adds those of all rows and concepts.
+SuperKMeans-sq8, -lvq4 and -rabitq are its quantized modes, with final centroids from the rows
+themselves; SuperKMeans-hierarchical makes its own number of updates, in three stages. Inertia is
+computed in float64. Both sides alternate; medians. The others compute no activations, so ours
+leaves them out too; --activations adds those of all rows and concepts.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks.measure import paired, save
+from benchmarks.measure import alternately, save
 from benchmarks.solvers import matrices
 from benchmarks.solvers.__main__ import KEY, SAME, size_of
 from xlvlm_jax.concepts.decomposition import decompose
@@ -36,16 +39,30 @@ SIZES = [
     (10000, 4096, 1024),
     (20000, 128, 1024),
 ]
+# Modes of SuperKMeans, with their options.
+MODES: dict[str, dict[str, Any]] = {
+    "SuperKMeans": {"hierarchical": False},
+    **{
+        f"SuperKMeans-{quantizer}": {
+            "hierarchical": False,
+            "quantizer": quantizer,
+            "full_precision_final_centroids": True,
+        }
+        for quantizer in ("sq8", "lvq4", "rabitq")
+    },
+    "SuperKMeans-hierarchical": {"hierarchical": True},
+}
+PEERS = (*MODES, "faiss", "sklearnex")
 
 
-def super_kmeans(Z: np.ndarray, K: int, updates: int, threads: int) -> np.ndarray:
+def super_kmeans(Z: np.ndarray, K: int, updates: int, threads: int, mode: str) -> np.ndarray:
     """Returns SuperKMeans's centroids after so many updates of all rows."""
     import superkmeans
 
     model = superkmeans.SuperKMeans(
         K,
         Z.shape[1],
-        hierarchical=False,
+        **MODES[mode],
         iters=updates,
         sampling_fraction=1.0,
         max_points_per_cluster=len(Z),
@@ -84,24 +101,23 @@ def measure(
     ours = partial(decompose, jnp.asarray(Z), K, "kmeans", **settings)
     clock = time.process_time if arguments.cpu else time.perf_counter
     most = arguments.updates
+    history = cache(lambda: np.asarray(ours(max_iter=4 * most).history))
+    threads = len(os.sched_getaffinity(0))
     peers: dict[str, tuple[str, Callable[[], np.ndarray]]] = {
-        "SuperKMeans": (
-            "superkmeans",
-            partial(super_kmeans, Z, K, most, len(os.sched_getaffinity(0))),
-        ),
-        "faiss": ("faiss", partial(faiss_kmeans, Z, start, most)),
-        "sklearnex": ("sklearnex", partial(sklearnex_kmeans, Z, start, most)),
+        mode: ("superkmeans", partial(super_kmeans, Z, K, most, threads, mode)) for mode in MODES
     }
+    peers["faiss"] = "faiss", partial(faiss_kmeans, Z, start, most)
+    peers["sklearnex"] = "sklearnex", partial(sklearnex_kmeans, Z, start, most)
     for name, (module, theirs) in peers.items():
         if name not in arguments.peers or importlib.util.find_spec(module) is None:
             continue
         goal, updates = matrices.inertia(Z, theirs()), most
-        if name == "SuperKMeans":
-            reached = np.asarray(ours(max_iter=4 * most).history) <= SAME * goal
+        if name in MODES:
+            reached = history() <= SAME * goal
             updates = max(int(np.argmax(reached)), 1) if reached.any() else most
         mine = partial(ours, max_iter=updates)
         found = matrices.inertia(Z, mine().components)
-        times = paired(mine, theirs, arguments.repeats, clock)
+        times = alternately(mine, theirs, arguments.repeats, clock)
         yield {
             "data": data,
             "shape": shape,
@@ -122,8 +138,8 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", type=size_of, default=SIZES, help="NxDxK")
     parser.add_argument("--data", nargs="+", choices=("planted", "states"), default=["states"])
-    peers = ("SuperKMeans", "faiss", "sklearnex")
-    parser.add_argument("--peers", nargs="+", choices=peers, default=list(peers))
+    usual = ["SuperKMeans", "faiss", "sklearnex"]
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=usual)
     parser.add_argument("--updates", type=int, default=25, help="updates of the others")
     parser.add_argument("--repeats", type=int, default=5, help="paired runs of each case")
     parser.add_argument("--cpu", action="store_true", help="CPU seconds; one thread if pinned")
