@@ -4,43 +4,40 @@
 
 Writes a planted matrix (or uses an existing one), factors it tile by tile in its own process, and
 prints peak memory, the objective compared with the one in memory, and the speed of a pass compared
-with that of reading the same files. Before each read, the files are dropped from the page cache, in
-which a matrix larger than memory would not stay. Prints a table and writes JSON.
+with that of reading the same files. Of the memory, "anonymous" was allocated, and "file" are pages
+of mapped files, such as libraries; each at its own peak. Before each read, the files are dropped
+from the page cache, in which a matrix larger than memory would not stay. Prints a table and writes
+JSON.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import resource
+import queue
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import memory
 from benchmarks.measure import save
+from benchmarks.solvers import matrices
 
 D, K = 4096, 20
 
 
-def write(path: Path, rows: int) -> None:
+def write(path: Path, rows: int, width: int = D) -> None:
     """Writes a planted matrix, piece by piece."""
     from xlvlm_jax.storage.zarr_rows import create_array, wait
 
-    array = create_array(path, "float32", (rows, D))
-    atoms = np.random.default_rng(0).normal(size=(K, D)).astype(np.float32)
-    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
-    for start in range(0, rows, 4096):
-        rng = np.random.default_rng(start + 1)
-        count = min(4096, rows - start)
-        codes = 10 * rng.exponential(size=(count, K)) * (rng.random((count, K)) < 0.3)
-        noise = 0.1 * rng.standard_normal((count, D), dtype=np.float32)
-        wait(array[start : start + count].write(codes.astype(np.float32) @ atoms + noise))
+    array = create_array(path, "float32", (rows, width))
+    for start, values in matrices.planted_blocks(rows, width, K):
+        wait(array[start : start + len(values)].write(values))
 
 
 def forget(path: Path) -> float:
@@ -54,18 +51,18 @@ def forget(path: Path) -> float:
     return time.perf_counter() - began
 
 
-def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
+def streamed(path: Path, rows: int, method: str, results: Any) -> None:
     """Runs in its own process, whose memory is then that of the solver."""
     from xlvlm_jax.concepts.decomposition import decompose_stored
     from xlvlm_jax.solvers.streamed import tiles
     from xlvlm_jax.storage.zarr_rows import StoredRows
 
     source = StoredRows(path, rows)
-    readings = []
+    count, readings = tiles.TILE_BYTES // (4 * source.shape[1]), []
     for _ in range(3):
         forget(path)
         began = time.perf_counter()
-        for _, values in source.tiles(tiles.TILE_BYTES // (4 * D)):
+        for _, values in source.tiles(count):
             values[:: 4096 // values.itemsize].sum()
         readings.append(time.perf_counter() - began)
     reading = statistics.median(readings)
@@ -79,15 +76,15 @@ def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
 
     source.tiles = counted
     began = time.perf_counter()
-    found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
+    with memory.watched() as peaks:
+        decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
     spent = time.perf_counter() - began - passes["forgetting"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Run again, without compilation.
     passes |= {"count": 0, "forgetting": 0.0}
     began = time.perf_counter()
     found = decompose_stored(source, K, method, key=jax.random.key(0), write=lambda *_: None)
     again = time.perf_counter() - began - passes["forgetting"]
-    queue.put(
+    results.put(
         {
             "objective": found.objective,
             "iterations": found.iterations,
@@ -96,12 +93,12 @@ def streamed(path: Path, rows: int, method: str, queue: Any) -> None:
             "passes": passes["count"],
             "read_seconds": reading,
             "share_of_reading": reading * passes["count"] / again,
-            "peak_gigabytes": peak * 1024 / 1e9,
+            **{f"{name}_gigabytes": size / 1e9 for name, size in peaks.items()},
         }
     )
 
 
-def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
+def in_memory(path: Path, rows: int, method: str, results: Any) -> None:
     """Factors the same matrix in memory."""
     from xlvlm_jax.concepts.decomposition import decompose
     from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -109,16 +106,26 @@ def in_memory(path: Path, rows: int, method: str, queue: Any) -> None:
     Z = next(StoredRows(path, rows).tiles(rows))[1]
     began = time.perf_counter()
     found = decompose(Z, K, method, key=jax.random.key(0))
-    queue.put({"objective": found.objective, "seconds": time.perf_counter() - began})
+    results.put({"objective": found.objective, "seconds": time.perf_counter() - began})
 
 
-def alone(function: Any, *arguments: Any) -> dict:
-    """Returns the function's result from a fresh process."""
+def alone(function: Any, *arguments: Any) -> dict[str, Any]:
+    """Returns the function's result from a fresh process.
+
+    Raises:
+        RuntimeError: the process ended without one.
+    """
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
+    results = context.Queue()
+    process = context.Process(target=function, args=(*arguments, results))
     process.start()
-    result = queue.get()
+    while True:
+        try:
+            result = results.get(timeout=1)
+            break
+        except queue.Empty:
+            if process.exitcode:
+                raise RuntimeError(f"{function.__name__} ended with {process.exitcode}") from None
     process.join()
     return result
 
@@ -143,11 +150,12 @@ def main() -> None:
         row["objective_ratio"] = row["objective"] / other["objective"]
         measured.append(row)
         print(json.dumps(row))
-    table = Table("method", "peak GB", "objective / in memory", "passes", "s", "share of reading")
+    headings = ("method", "peak GB", "anonymous", "file", "objective / in memory", "passes", "s")
+    table = Table(*headings, "share of reading")
     for row in measured:
         table.add_row(
             row["method"],
-            f"{row['peak_gigabytes']:.2f}",
+            *(f"{row[f'{kind}_gigabytes']:.2f}" for kind in ("peak", "anonymous", "file")),
             f"{row['objective_ratio']:.7f}",
             str(row["passes"]),
             f"{row['seconds']:.1f}",

@@ -1,9 +1,12 @@
 """The matrices that are factored, and the objective of each method, in float64."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+ROWS, SCORES = 2**12, 2**24  # rows, and scores of rows and centroids, that are held at a time
 
 
 def planted(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
@@ -13,6 +16,18 @@ def planted(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
     atoms = rng.normal(size=(K, D)).astype(np.float32)
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
     return codes @ atoms + 0.1 * rng.standard_normal(size=(N, D), dtype=np.float32)
+
+
+def planted_blocks(N: int, D: int, K: int, size: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first row, rows) of such a matrix, `size` rows at a time, each from its own seed."""
+    atoms = np.random.default_rng(0).normal(size=(K, D)).astype(np.float32)
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    for start in range(0, N, size):
+        rng = np.random.default_rng(start + 1)
+        count = min(size, N - start)
+        codes = 10 * rng.exponential(size=(count, K)) * (rng.random((count, K)) < 0.3)
+        noise = 0.1 * rng.standard_normal((count, D), dtype=np.float32)
+        yield start, codes.astype(np.float32) @ atoms + noise
 
 
 def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
@@ -47,12 +62,20 @@ def snmf_objective(Z: np.ndarray, codes: Any, atoms: Any, alpha: float = 1.0) ->
 
 
 def inertia(Z: np.ndarray, centroids: Any) -> float:
-    """Computes the sum of squared distances to the nearest centroid."""
+    """Computes the sum of squared distances to the nearest centroid, in float64.
+
+    Which one is nearest is decided in float32, after a mean is subtracted. Of centroids as near as
+    float32's rounding either gives the same sum.
+    """
     centroids = np.asarray(centroids, np.float64)
-    total = 0.0
-    for part in np.array_split(Z, -(-len(Z) // 4096)):
-        squared = np.sum(centroids**2, axis=1) - 2 * part.astype(np.float64) @ centroids.T
-        total += np.sum((part - centroids[squared.argmin(axis=1)]) ** 2)
+    middle = centroids.mean(axis=0)
+    moved = (centroids - middle).astype(np.float32)
+    half = 0.5 * np.sum(moved**2, axis=1)
+    total, size = 0.0, min(max(SCORES // len(centroids), 1), ROWS)
+    for part in (Z[start : start + size] for start in range(0, len(Z), size)):
+        scores = (part - middle).astype(np.float32) @ moved.T
+        np.subtract(half, scores, out=scores)
+        total += np.sum((part - centroids[scores.argmin(axis=1)]) ** 2)
     return float(total)
 
 

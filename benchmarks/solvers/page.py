@@ -1,22 +1,22 @@
 """Writes the page of results: tables, plots and text, from the files that the benchmarks wrote.
 
     python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/solvers.md
+    python -m benchmarks.solvers.page --results kmeans.json snmf.json pca.json
 
-Figures of a TPU v5e and an H100 are computed, not measured: an update takes the longer of reading Z
-once and doing its products with Z, at the rates that the makers give.
+Several files of `benchmarks.solvers` make one table; a case in two of them is that of the last. A
+table or plot whose results are not there stays as it is on the page. Figures of a TPU v5e and an
+H100 are computed, not measured: an update takes the longer of reading Z once and doing its products
+with Z, at the rates that the makers give.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.solvers import parts
+from benchmarks.solvers import drawing, parts, resources
+from benchmarks.solvers.__main__ import SAME
 from xlvlm_jax.solvers import pca
 
 HERE = Path(__file__).resolve().parents[1]
@@ -24,6 +24,15 @@ HERE = Path(__file__).resolve().parents[1]
 # products on the TPU, the float32 units of the H100 (SXM).
 DEVICES = {"TPU v5e": (819e9, 197e12 / 6), "H100": (3.35e12, 67e12)}
 COLUMNS = {"snmf": 2, "kmeans": 1, "pca": 2}  # products of Z with K columns in an update
+COMPARED = ["method", "Z, K", "data", "peer", "peer s", "ours s to its objective", "times faster"]
+COMPARED += [
+    "ours s to the end",
+    "objective ours / peer",
+    "update ms",
+    "share of limit",
+    "beyond Z",
+]
+GROWN = ["method", "grows", "ms", "r²", "exponent", "beyond Z"]
 READING = """# The solvers, measured
 
 Measured on two cores of a shared x86 machine in float32; medians, with both sides alternating in
@@ -31,8 +40,12 @@ one process. Reproduce with
 
     python -m benchmarks.solvers           # solvers and other libraries
     python -m benchmarks.solvers.growth    # time per update as N and D grow
+    python -m benchmarks.solvers.resources # time, memory, bytes exchanged; rows on disk
     python -m benchmarks.solvers.parts     # time of each part of an update
     python -m benchmarks.solvers.page      # this page
+
+K-means with hundreds of clusters and more is compared with further libraries in
+[many clusters](../docs/measurements.md#many-clusters).
 
 `python -m benchmarks.sums` measures the effect of rounding on their sums over 10,000 to 20 million
 rows: [sums.md](sums.md).
@@ -61,16 +74,21 @@ rows: [sums.md](sums.md).
 "To its objective" is our time to within 1.0001 of the other library's final objective, from the
 same matrix and without compilation (our total time if we never reach it); "times faster" is the
 median ratio of the paired runs. "The end" is where our own stopping rule applies; an objective
-below 1 means that ours is lower. The limit of an update is the longer of reading Z once and
-computing its products with Z at the rate of a large product, both measured in the same run.
+below 1 means that ours is lower (for PCA, that ours explains less). The limit of an update is the
+longer of reading Z once and computing its products with Z at the rate of a large product, both
+measured in the same run.
 
 {table}
 
-DictionaryLearning is omitted for more than 3,000 rows and for states, where it takes minutes to
-tens of minutes. "States" are random, with the decay and the common direction of hidden states;
-"features" are real, from the embedded model's final norm. faiss makes as many updates as
-scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives
-than the others, as the table shows.
+Each library runs with one thread or with all, whichever is faster. "pca" starts from a JAX array,
+with `tol=1e-4`; "pca, from numpy" from a numpy matrix, at our default tolerance. DictionaryLearning
+is omitted for more than 3,000 rows and for states, where it takes minutes to tens of minutes.
+"States" are random, with the decay and the common direction of hidden states; "features" are real,
+from the embedded model's final norm. faiss makes as many updates as scikit-learn needed;
+MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives than the others, as the
+table shows.
+
+{worse}
 
 Limits of an update at K = 20: XLA's products with 20 or 32 columns run at 25 to 60 % of the rate
 of a large product, in whichever form is fastest, and k-means sums the rows in another pass over Z
@@ -89,10 +107,6 @@ product, with half the operations of XLA's product, and without scores, which we
 
 Limits of memory: with hundreds of concepts, the result itself, K / D of Z; with few concepts and
 Z of 16 MB, as in the growth below, two tiles of 2 MB in k-means.
-
-k-means on the [100000, 512] states and on the features ends more than 1.0001 above the other
-libraries, elsewhere below: its first updates see few columns, and may lead to another local optimum
-than scikit-learn's from the same centroids.
 
 semi-NMF with 256 concepts (one run) continues for hundreds of updates after reaching the objectives
 of the other libraries; with 4096 columns, at a minute per run, it was omitted.
@@ -113,6 +127,25 @@ Fit of the time per update = a + b x, K = 20; N grows with D = 1024, D with N = 
 
 {growth}
 
+Each line below is a process of its own, on a planted Z in float32. Time is that of an update once
+compiled; "in columns" of one in the few columns that k-means first works in, after which its
+updates of Z revisit only rows whose nearest centroid may have changed. "One step" is PCA from the
+covariance, which makes no updates. Devices are parts of one CPU and share its cores: their time
+says nothing about that of real ones. "Exchanged" are the bytes of the arrays that collectives sum
+or gather, on each device and update, read from the compiled program: they depend on K and D, but
+not on the rows. "Beyond Z" is the peak of a whole solve beyond Z and what the process took before,
+without activations for k-means (4 N K bytes).
+
+![Time, memory and bytes exchanged](resources.svg)
+
+{resources}
+
+From disk, in files that are dropped from the cache before every pass; memory is that of the whole
+process, Python and the compiler included. "Anonymous" was allocated; "mapped files" are pages of
+libraries. Each is at its own peak.
+
+{on_disk}
+
 ## Time of an update on an accelerator (computed, not measured)
 
 Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z, or products.
@@ -121,19 +154,18 @@ Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z, o
 """
 
 
-def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
+def markdown(headings: Sequence[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown, or nothing if there are no rows."""
+    if not rows:
+        return ""
+    lines = [[*headings], ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
     """Returns the table of `benchmarks.solvers`."""
-    headings = ["method", "Z, K", "data", "peer", "peer s", "ours s to its objective"]
-    headings += ["times faster", "ours s to the end", "objective ours / peer", "update ms"]
-    headings += ["share of limit", "beyond Z"]
     return markdown(
-        headings,
+        COMPARED,
         [
             [
                 row["method"],
@@ -157,7 +189,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 def growth_table(rows: list[dict[str, Any]]) -> str:
     """Returns the table of `benchmarks.solvers.growth`."""
     return markdown(
-        ["method", "grows", "ms", "r²", "exponent", "beyond Z"],
+        GROWN,
         [
             [
                 row["method"],
@@ -188,63 +220,121 @@ def computed_table(N: int = 100_000, D: int = 4096) -> str:
     return markdown(["method", "K", *(f"{name} ms" for name in DEVICES)], rows)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots times faster to the peer's objective: one panel per method, one mark per peer."""
-    methods = [m for m in ("snmf", "kmeans", "pca") if any(_method(r) == m for r in rows)]
-    figure, axes = plt.subplots(1, len(methods), figsize=(4.4 * len(methods), 3.6))
-    for axis, method in zip(axes if len(methods) > 1 else [axes], methods, strict=True):
-        own = [row for row in rows if _method(row) == method]
-        cases = list(dict.fromkeys((row["N"], row["D"], row["K"]) for row in own))
-        for peer in dict.fromkeys(row["peer"] for row in own):
-            for data, filled in (("planted", True), ("states", False), ("features", False)):
-                chosen = [r for r in own if r["peer"] == peer and r["data"] == data]
-                places = [cases.index((r["N"], r["D"], r["K"])) for r in chosen]
-                color = f"C{list(dict.fromkeys(r['peer'] for r in own)).index(peer)}"
-                axis.scatter(
-                    places,
-                    [r["times_faster_to_peer"] for r in chosen],
-                    facecolors=color if filled else "none",
-                    edgecolors=color,
-                    label=peer if filled else None,
-                )
-        axis.axhline(1, color="0.6", linewidth=1)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(cases)), [f"{N:,}x{D}\nK {K}" for N, D, K in cases], fontsize=6)
-        axis.set_title(method)
-        axis.legend(fontsize=6)
-    figure.supylabel("times faster (filled: planted, open: states and features)", fontsize=8)
-    figure.tight_layout()
-    # Make the output reproducible.
-    plt.rcParams["svg.hashsalt"] = "solvers"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+def worse(table: str) -> str:
+    """Returns a sentence on the cases of a table of `comparison` that end at a worse objective."""
+    found = []
+    lines = table.splitlines()[2:]
+    for line in lines:
+        row = dict(zip(COMPARED, line.strip("| ").split(" | "), strict=True))
+        ratio = float(row["objective ours / peer"])
+        # PCA's objective is minus what is explained.
+        if (1 / ratio if row["method"].startswith("pca") else ratio) > SAME:
+            found.append(f"{row['method']} {row['Z, K']}, {row['data']} ({row['peer']})")
+    if not found:
+        return f"In no case does ours end more than {SAME} above the other library's objective."
+    return (
+        f"Ours ends more than {SAME} above the other library's objective, at another local optimum "
+        f"or by its own stopping rule, in {len(found)} of {len(lines)} cases: {'; '.join(found)}."
+    )
 
 
-def _method(row: dict[str, Any]) -> str:
-    return row["method"].split(",")[0]
+# Results.
+
+
+def merged(files: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the machine of several runs of `benchmarks.solvers`, and the last row of each case.
+
+    Raises:
+        SystemExit: a file is not there, or has no such results.
+    """
+    machine: dict[str, Any] = {}
+    rows: dict[tuple, dict[str, Any]] = {}
+    for file in files:
+        try:
+            found = json.loads(file.read_text())
+            machine |= {name: value for name, value in found["machine"].items() if value}
+            for row in found["rows"]:
+                case = (row[name] for name in ("method", "data", "N", "D", "K", "peer"))
+                rows[tuple(case)] = row
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"{file}: no results of benchmarks.solvers ({type(error).__name__}: {error}); give "
+                "files that its --output wrote"
+            ) from None
+    # By method, in the order in which they were measured.
+    ordered = sorted(rows.values(), key=lambda row: drawing.METHODS.index(drawing.method_of(row)))
+    return machine, ordered
+
+
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def standing(page: str, headings: Sequence[str]) -> str:
+    """Returns the table with these headings from a page.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    first, lines = _line(page, "| " + " | ".join(headings) + " |"), page.splitlines()
+    start = end = lines.index(first)
+    while end < len(lines) and lines[end].startswith("|"):
+        end += 1
+    return "\n".join(lines[start:end])
+
+
+def _line(page: str, beginning: str) -> str:
+    """Returns the first line of a page that begins so."""
+    found = next((line for line in page.splitlines() if line.startswith(beginning)), None)
+    if found is None:
+        raise SystemExit(
+            f"no results for {beginning!r}, and the page has no such line to keep; run the "
+            "benchmark that measures it first"
+        )
+    return found
 
 
 def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    results = HERE / "results"
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="of benchmarks.solvers; default solvers*.json"
+    )
+    for name in ("growth", "resources", "parts"):
+        parser.add_argument(f"--{name}", type=Path, default=results / f"{name}.json")
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
-    solvers, growth, of_parts = (
-        json.loads((arguments.results / f"{name}.json").read_text())
-        for name in ("solvers", "growth", "parts")
-    )
-    versions = (f"{k} {v}" for k, v in solvers["machine"].items() if k not in ("cores", "devices"))
+    path = arguments.output / "solvers.md"
+    old = path.read_text() if path.exists() else ""
+    machine, rows = merged(arguments.results or sorted(results.glob("solvers*.json")))
+    measured = {
+        name: _rows_of(getattr(arguments, name)) for name in ("growth", "resources", "parts")
+    }
+    in_memory, on_disk = resources.separated(measured["resources"])
+    made = {
+        "table": comparison(rows) or standing(old, COMPARED),
+        "growth": growth_table(measured["growth"]) or standing(old, GROWN),
+    }
+    for name, headings, texts, own in (
+        ("parts", parts.HEADINGS, parts.cells, measured["parts"]),
+        ("resources", resources.HEADINGS, resources.cells, in_memory),
+        ("on_disk", resources.ON_DISK, resources.cells_on_disk, on_disk),
+    ):
+        made[name] = markdown(headings, [texts(row) for row in own]) or standing(old, headings)
+    versions = [f"{k} {v}" for k, v in machine.items() if k not in ("cores", "devices")]
     page = READING.format(
-        machine=", ".join(versions),
-        table=comparison(solvers["rows"]),
-        parts=markdown(list(parts.HEADINGS), [parts.cells(row) for row in of_parts["rows"]]),
-        growth=growth_table(growth["rows"]),
+        machine=", ".join(versions) if rows else _line(old, "system "),
+        worse=worse(made["table"]),
         computed=computed_table(),
+        **made,
     )
-    draw(solvers["rows"], arguments.output / "solvers.svg")
-    (arguments.output / "solvers.md").write_text(page)
-    print(f"wrote {arguments.output / 'solvers.md'}")
+    if rows:
+        drawing.draw_comparison(rows, arguments.output / "solvers.svg")
+    if in_memory:
+        drawing.draw_resources(in_memory, arguments.output / "resources.svg")
+    path.write_text(page)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

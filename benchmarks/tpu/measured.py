@@ -45,7 +45,7 @@ def measure(case: Case, place: Place) -> dict[str, Any]:
         "temporaries": memory.temp_size_in_bytes,
         "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "share of memory": held / place.chip.memory,
-        "collectives": _collectives(program),
+        "collectives": collectives(program),
         "arrays": _arrays(program),
         "cycles": program.cycles(),
         "kernels": program.kernels(),
@@ -96,7 +96,7 @@ def _bytes(text: str) -> float:
     return float(text[:-1]) * 1024.0 ** "BKMGT".index(text[-1])
 
 
-def _collectives(program: Program) -> list[dict[str, Any]]:
+def collectives(program: Program) -> list[dict[str, Any]]:
     """Returns {kind, in loop, count, bytes} of the collectives, with the bytes of their results."""
     found: dict[tuple[str, bool], list[int]] = {}
     for step in program.collectives():
@@ -188,7 +188,7 @@ def growth(case: Case, place: Place) -> tuple[dict[str, float], list[str]]:
     for times in (1, 2):
         built = case.build(place, times)
         compiled = _compiled(jax.jit(built.function).lower(*built.arguments), case, place)
-        sent = sum(each["bytes"] for each in _collectives(Program(compiled.as_text())))
+        sent = sum(each["bytes"] for each in collectives(Program(compiled.as_text())))
         figures.append((sent, compiled.memory_analysis().temp_size_in_bytes, built.matrix))
     (sent, temporaries, matrix), (sent_twice, temporaries_twice, _) = figures
     assert matrix is not None, "a solver has a matrix"
