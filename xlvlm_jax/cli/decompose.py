@@ -136,7 +136,7 @@ def decompose(
             if method.endswith("crosscoder") and dictionary is None:
                 refuse_existing(target_directory(directory), overwrite)
     if dictionary is not None:
-        _encode(opened, places, dictionary, stream, given, other)
+        _encode(opened, places, dictionary, stream, given, other, dry_run)
         return
     if (counts := parse_mesh(mesh)) is not None:
         given["mesh"] = ports.make_mesh(*counts)
@@ -192,6 +192,7 @@ def _encode(
     stream: bool,
     options: dict[str, Any],
     other: dict[str, Any],
+    dry_run: bool,
 ) -> None:
     """Writes the features of a sparse autoencoder from files as concepts of each site."""
     from xlvlm_jax import sae
@@ -203,8 +204,26 @@ def _encode(
         )
     loaded = sae.load(dictionary)
     for name, directory in places.items():
+        if dry_run:
+            _show_encoding(features.stored(name), loaded, directory, stream)
+            continue
         concepts = encode_features(features, directory, loaded, site=name, stream=stream, **other)
         _show_autoencoder(concepts, directory)
+
+
+def _show_encoding(stored: Any, dictionary: Any, output: Path, stream: bool) -> None:
+    """Prints what --dry-run says about encoding one site's matrix."""
+    from xlvlm_jax import Concepts
+
+    N, D = stored.shape[:2]
+    K = len(Concepts.from_dictionary(dictionary).components)
+    matrix, activations = N * D * stored.dtype.itemsize, 4 * N * K
+    process = peak_memory() + (0 if stream else matrix + activations)
+    console.print(
+        f"\\[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; {K} features; process memory at "
+        f"least {process / 1e9:,.1f} GB; writes {activations / 1e6:,.1f} MB of activations and "
+        f"{4 * D * K / 1e6:,.1f} MB of components to {output}"
+    )
 
 
 def _show_autoencoder(concepts: "Concepts", directory: Path) -> None:

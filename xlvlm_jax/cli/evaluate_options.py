@@ -277,17 +277,28 @@ def samples_to_choose_on(
 ) -> list[Any]:
     """Returns the samples of a split to choose on: some of those that are not evaluated too.
 
+    Samples are the same if picture and prompt are: POPE's splits share questions under other IDs,
+    and give one ID to different questions.
+
     Raises:
-        ValueError: there are none, or `num_choose` is less than 1.
+        ValueError: there are none, or none of a label, or `num_choose` is less than 1.
     """
     require_counts(num_choose=num_choose)
-    held_out = {sample.id for sample in samples}
-    others = [sample for sample in of if sample.id not in held_out][:num_choose]
+    evaluated = {(sample.image_id, sample.prompt) for sample in samples}
+    others = [sample for sample in of if (sample.image_id, sample.prompt) not in evaluated]
     if not others:
         raise ValueError(
-            f"--choose-on {split}: every sample in it is also evaluated; give another split"
+            f"--choose-on {split}: every sample in it is also evaluated; give another split, or "
+            "evaluate fewer samples (--num-samples)"
         )
-    return others
+    before, left = ({str(s.metadata.get("label")) for s in each} for each in (of, others))
+    if lost := before - left:
+        raise ValueError(
+            f"--choose-on {split}: every question of it with the label "
+            f"{', '.join(sorted(lost))} is also evaluated; give another split, or evaluate fewer "
+            "samples (--num-samples)"
+        )
+    return others[:num_choose]
 
 
 def describe_run(

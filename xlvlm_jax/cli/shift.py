@@ -1,5 +1,6 @@
 """`xlvlm shift`: measures how fine-tuning moves concepts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -106,14 +107,14 @@ def shift(
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.report.shift_figures import draw_all, draw_beside
-    from xlvlm_jax.shift import ShiftAnalysis, match_samples, shift_features
+    from xlvlm_jax.shift import match_samples, shift_features
     from xlvlm_jax.shift.pairs import common_site
 
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
     refuse_existing(output, overwrite)
     _require(reduce, assign_by, num_words, num_candidates, num_images)
-    others = {each.name: ShiftAnalysis.load(each) for each in beside or ()}
+    own, others = _named(output, beside or ())
     before = Features.open(original, images=images)
     after = None if finetuned is None else Features.open(finetuned, images=images)
     learnt = Concepts.load(concepts)
@@ -153,7 +154,7 @@ def shift(
         )
         draw_all(analysis, output)
         if others:
-            draw_beside({output.name: analysis, **others}, output)
+            draw_beside({own: analysis, **others}, output)
     show(analysis)
     if not method_named(learnt.method).is_centroids:
         norm = analysis.summary()["means"]["magnitude"]
@@ -163,6 +164,17 @@ def shift(
             style="yellow",
         )
     console.print(f"-> {output}")
+
+
+def _named(output: Path, beside: Sequence[Path]) -> tuple[str, dict[str, Any]]:
+    """Returns a name of the output, and the other shifts by names that tell them all apart."""
+    from xlvlm_jax.shift import ShiftAnalysis
+    from xlvlm_jax.storage.names import distinct_ends
+
+    own, *names = distinct_ends([output, *beside])
+    if len({own, *names}) <= len(beside):
+        raise ValueError("--beside names a shift twice, or the output; give each once")
+    return own, {name: ShiftAnalysis.load(path) for name, path in zip(names, beside, strict=True)}
 
 
 def _require(reduce: str, assign_by: str, words: int, candidates: int, images: int) -> None:

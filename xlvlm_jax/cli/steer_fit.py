@@ -120,7 +120,10 @@ def fit(
     ] = False,
     matched: Annotated[
         bool,
-        typer.Option("--matched", help="Without --model: only samples with rows in both features."),
+        typer.Option(
+            "--matched",
+            help="Without --model: only samples with source and target states, in both features.",
+        ),
     ] = False,
     penalty: Annotated[
         float, typer.Option(help="probe: weight of the squared norm; larger is closer to coarse.")
@@ -494,6 +497,8 @@ def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
     """
     from xlvlm_jax.steering import SiteVectors, SteeringVector
 
+    if not fitted:
+        raise ValueError(f"there is no vector to write to {output}")
     if several and output.suffix == ".safetensors":
         if not all(isinstance(each, SteeringVector) for each in fitted.values()):
             raise ValueError(f"--output {output} can hold plain vectors only; name a directory")

@@ -6,8 +6,10 @@ official   As the authors' script does (RUCAIBox/POPE, evaluate.py at 3df3ba1). 
            the first full stop is split at single spaces, without commas; the answer is no if one of
            these words is exactly "No", "no" or "not", and yes otherwise. So "NO", "No!", an empty
            answer and "There isn't any" are yes, and "Yes, the dog is not moving" is no.
-plain      As a person would: the first word that says yes or no counts; without one, a negation
-           anywhere means no. An empty answer is neither: it is wrong, and not a yes.
+plain      As a person would: the first word that says yes or no counts; "true", "correct" and
+           "indeed" say what a yes or no in their sentence says, and no beside another negation.
+           Without such a word, a negation anywhere means no. An empty answer is neither: it is
+           wrong, and not a yes.
 
 XL-VLMs reads no answer: it asks whether the label is in an answer's first 15 characters, see
 `label_at_start`.
@@ -24,8 +26,10 @@ Protocol = Literal["official", "plain"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 _SAYING = re.compile(
-    r"\b(?:(yes|yeah|yep|yup|true|correct|indeed)|(no|nope|nah|false|incorrect))\b"
+    r"\b(?:(?P<yes>yes|yeah|yep|yup)|(?P<no>no|nope|nah|false|untrue|incorrect)"
+    r"|(?P<agrees>true|correct|indeed))\b"
 )
+_SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|\n")
 _NEGATION = re.compile(r"\b(?:not|none|nothing|never|cannot|neither|without)\b|n['\u2019]t\b")
 
 
@@ -176,13 +180,20 @@ def read_answer(answer: str, protocol: Protocol = "official") -> Literal["yes", 
         words = answer.partition(".")[0].replace(",", "").split(" ")
         return "no" if {"No", "no", "not"} & set(words) else "yes"
     if protocol == "plain":
-        text = answer.lower()
-        if said := _SAYING.search(text):
-            return "yes" if said.group(1) else "no"
-        if _NEGATION.search(text):
-            return "no"
-        return "yes" if text.strip() else ""
+        return _read_plainly(answer.lower())
     raise ValueError(f"protocol is {protocol!r}; expected {' or '.join(map(repr, PROTOCOLS))}")
+
+
+def _read_plainly(text: str) -> Literal["yes", "no", ""]:
+    for sentence in _SENTENCE_END.split(text):
+        said = [found.lastgroup for found in _SAYING.finditer(sentence)]
+        if "yes" in said or "no" in said:
+            return next(word for word in said if word in ("yes", "no"))
+        if said:  # "true" and the like alone
+            return "no" if _NEGATION.search(sentence) else "yes"
+    if _NEGATION.search(text):
+        return "no"
+    return "yes" if text.strip() else ""
 
 
 def _require_labels(predictions: Sequence[str], labels: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from xlvlm_jax.report.steering_section import read_steering
 from xlvlm_jax.report.steering_section import shown_images as shown_steering
 from xlvlm_jax.report.thumbnails import BUDGET, not_shown
 from xlvlm_jax.storage import damaged, versions
+from xlvlm_jax.storage.names import distinct_ends
 from xlvlm_jax.storage.pictures import store_features
 
 Facts = list[tuple[str, str]]
@@ -115,7 +116,8 @@ def _render(
         sections = with_overlays(sections, run, features, shown.thumbnails)
     besides = []
     if features is not None and other is not None:
-        names, manifests = _names(run, beside), (features.manifest, other.features.manifest)
+        first, second = distinct_ends([run, beside or run])
+        names, manifests = (first, second), (features.manifest, other.features.manifest)
         besides = [
             side_by_side(sections[i], others[j], names, manifests, f"s{i + 1}") for i, j in pairs
         ]
@@ -155,15 +157,6 @@ def _render(
         script=part("page.js"),
         blank=BLANK,
     )
-
-
-def _names(run: Path, beside: Path | None) -> tuple[str, str]:
-    """Returns names of the two runs: the shortest ends of their paths that differ."""
-    ours, theirs = (path.resolve().parts for path in (run, beside or run))
-    for depth in range(1, max(len(ours), len(theirs))):
-        if ours[-depth:] != theirs[-depth:]:
-            return "/".join(ours[-depth:]), "/".join(theirs[-depth:])
-    return ours[-1], theirs[-1]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

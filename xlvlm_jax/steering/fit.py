@@ -71,7 +71,8 @@ def answer_states(
         between_models: the target's states are those of another model, such as a fine-tuned one;
             without `target_features`, of the one that `features` hold too. The vector steers the
             model of `features`.
-        matched: whether only samples with rows in both count.
+        matched: whether only samples count that have source and target states, such as the same
+            questions answered by two models.
         source_concepts: concepts that take the place of the source states.
 
     Returns:
@@ -79,8 +80,8 @@ def answer_states(
 
     Raises:
         ValueError: the features lack the site, come from different models or have samples without
-            `key`, no sample was answered with one of the words, or source and target states are the
-            same.
+            `key`, no sample was answered with one of the words, no sample is matched, or source and
+            target states are the same.
     """
     others = features if target_features is None else target_features
     target_site = finetuned_site(site) if between_models and others is features else site
@@ -95,17 +96,22 @@ def answer_states(
         of_source = _matching(features, source, key, match)
     elif source is None and target is not None:
         of_source = ~_matching(features, target, key, match)
-    if matched:
-        of_source, of_target = (
-            of_source & _also_in(features, others),
-            of_target & _also_in(others, features),
-        )
     for chosen, of, what, words in (
         (of_source, features, "source", source),
         (of_target, others, "target", target),
     ):
         if not chosen.any():
             raise ValueError(none_of(answers_of(of, key), key, what, words))
+    if matched:
+        names, other_names = _ids(features), _ids(others)
+        begun, ended = names[of_source], other_names[of_target]
+        of_source = of_source & np.isin(names, ended)
+        of_target = of_target & np.isin(other_names, begun)
+        if not of_source.any():
+            raise ValueError(
+                f"no sample has both source states in {features.path} and target states in "
+                f"{others.path}, which matched states need; choose other answers, or do not match"
+            )
     described = {
         **_origin(features, key),
         "target features": str(others.path.resolve()),
@@ -133,8 +139,7 @@ def _by_sample(
     features: Features, chosen: Bool[np.ndarray, " R"], states: Float[np.ndarray, "N D"]
 ) -> Float[np.ndarray, "P D"]:
     """Returns the mean of the chosen rows' states for each sample, in the order of their IDs."""
-    (ids,) = columns(features.samples, "id")
-    names = np.array([ids[row] for row in features.sample_rows[chosen]])
+    names = _ids(features)[chosen]
     _, sample, counts = np.unique(names, return_inverse=True, return_counts=True)
     means = np.zeros((len(counts), states.shape[1]))
     np.add.at(means, sample, states)
@@ -254,8 +259,11 @@ def fit_fine(
         concept i, and the clustering they come from.
 
     Raises:
-        ValueError: as `fit_coarse` and `decompose`, or a pair does not name two different concepts.
+        ValueError: as `fit_coarse` and `decompose`, there are fewer than two concepts, or a pair
+            does not name two different ones.
     """
+    if num_concepts < 2:
+        raise ValueError(f"num_concepts is {num_concepts}; expected at least 2, to steer between")
     chosen = np.ones(len(features.tokens), bool)
     if source is not None:
         chosen = _matching(features, source, key, match)
@@ -305,12 +313,10 @@ def require_same_model(features: Features, others: Features) -> None:
         )
 
 
-def _also_in(features: Features, others: Features) -> np.ndarray:
-    """Returns bool[N], the rows of samples that have rows in `others` too."""
-    (ids,), (other_ids,) = (columns(each.samples, "id") for each in (features, others))
-    shared = {other_ids[row] for row in np.unique(others.sample_rows)}
-    has_rows = np.array([name in shared for name in ids], bool)
-    return has_rows[features.sample_rows]
+def _ids(features: Features) -> np.ndarray:
+    """Returns str[N], the ID of each row's sample."""
+    (ids,) = columns(features.samples, "id")
+    return np.array(ids, str)[features.sample_rows]
 
 
 def _matching(features: Features, words: Sequence[str], key: str, match: str) -> np.ndarray:

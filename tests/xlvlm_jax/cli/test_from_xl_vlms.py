@@ -6,6 +6,7 @@ once, by the first test that needs it.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from xlvlm_jax import Concepts, Features, SteeringVector, shift
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.metrics.vqa import normalise_answer
+from xlvlm_jax.report import shift_figures
 
 pytestmark = pytest.mark.slow
 SITE, HEAD = "language_model.model.layers.6", "language_model.lm_head"
@@ -145,10 +147,20 @@ class TestNumbersOfXlVlms:
                 assert count == RUN["steered"][f"num_{name}"], name
 
 
-def test_shifts_beside_each_other(run, features, concepts, moved):
+def test_shifts_beside_each_other(run, features, concepts, moved, tmp_path, monkeypatch):
+    drawn, draw = [], shift_figures.draw_beside
+
+    def watched(analyses, directory):
+        drawn.extend(analyses)
+        return draw(analyses, directory)
+
+    monkeypatch.setattr(shift_figures, "draw_beside", watched)
     options = ("--concepts", concepts, "--model", "embedded", "--num-images", 3)
-    beside = ("--beside", moved, "--assign-by", "cosine")
+    # Directories of one name are called by more of their paths.
+    others = [shutil.copytree(moved, tmp_path / name / "again") for name in ("b", "c")]
+    beside = ("--beside", others[0], "--beside", others[1], "--assign-by", "cosine")
     again = run("shift", features, *options, *beside, output="again")
+    assert drawn == [f"{again.parent.name}/again", "b/again", "c/again"]
     names = {path.name for path in again.iterdir()}
     assert {"overlap-beside.svg", "recovery-beside.svg"} <= names
     stored = load_file(moved / "sample-shifts.safetensors")

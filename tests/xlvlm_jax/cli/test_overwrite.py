@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Concepts, SteeringVector
+from xlvlm_jax.cli import steer_fit
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.writer import FeaturesWriter
 
@@ -95,6 +96,21 @@ def test_it_is_replaced_on_request(xlvlm, run, tmp_path):
     first = (tmp_path / "v.st").read_bytes()
     assert xlvlm(*fit)[0] == 2 and (tmp_path / "v.st").read_bytes() == first
     assert xlvlm(*fit, "--overwrite")[0] == 0 and (tmp_path / "v.st").read_bytes() != first
+
+
+def test_the_old_one_stays_where_there_is_no_new_one(xlvlm, run, tmp_path):
+    (tmp_path / "mine").touch()
+    fine = ("steer", "fit", run / "features", "--method", "fine", "--num-concepts", 1)
+    status, _, errors = xlvlm(*fine, "--output", tmp_path, "--overwrite")
+    assert status == 2 and "num_concepts is 1; expected at least 2" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    shift = [*COMMANDS["shift"], "--beside", tmp_path, "--beside", tmp_path]
+    shift = [run / each if each in ("features", "concepts") else each for each in shift]
+    status, _, errors = xlvlm(*shift, "--output", tmp_path / "new")
+    assert status == 2 and "--beside names a shift twice, or the output" in errors
+    with pytest.raises(ValueError, match="there is no vector to write"):
+        steer_fit._write(tmp_path, {}, several=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_dry_run_writes_nothing_and_is_not_refused(xlvlm, run, tmp_path):

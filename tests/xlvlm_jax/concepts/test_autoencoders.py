@@ -463,6 +463,13 @@ class TestCommand:
         np.testing.assert_array_equal(
             Concepts.load(tmp_path / "c").activations, concepts.activations
         )
+        before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
+        status, out, errors = xlvlm("decompose", features.path, *where, "--dry-run")
+        assert status == 0, errors
+        assert "8 features" in out and "0.0 MB of activations" in " ".join(out.split())
+        assert before == {
+            path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()
+        }
         status, _, errors = xlvlm("decompose", features.path, *where, "--overwrite", "--k", 3)
         assert status == 2 and "has no option k; omit them" in " ".join(errors.split())
 

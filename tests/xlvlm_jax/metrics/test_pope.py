@@ -39,6 +39,16 @@ from xlvlm_jax import metrics
         ("Yes, no doubt", "no", "yes"),
         ("Yes, the dog is not moving.", "no", "yes"),
         ("There is a dog.", "yes", "yes"),
+        ("That is not true.", "no", "no"),
+        ("That's not correct.", "no", "no"),
+        ("That isn't correct! There is a cat.", "yes", "no"),
+        ("There is indeed no dog.", "no", "no"),
+        ("It is not true that there is a dog.", "no", "no"),
+        ("None of this is correct", "yes", "no"),
+        ("That is untrue", "yes", "no"),
+        ("Indeed, yes, no doubt", "no", "yes"),
+        ("That is correct. It does not move.", "yes", "yes"),
+        ("True", "yes", "yes"),
     ],
 )
 def test_how_answers_are_read(answer, official, plain):

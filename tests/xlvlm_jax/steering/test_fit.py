@@ -55,6 +55,22 @@ class TestDirections:
         np.testing.assert_array_equal(states.pairs, np.zeros((3, 2)))
         assert states.source_rows.tolist() == [0, 1, 2]
 
+    @pytest.mark.parametrize("method", ["pca", "lat", "probe", "coarse"])
+    def test_matched_answers_are_those_of_the_same_samples(self, make, method):
+        # Sample 0 alone goes from yes to no; 1 and 2 have states on one side.
+        base, tuned = make(answers=["yes", "red", "yes"]), make("tuned", "tuned", ["no", "no", "x"])
+        between = {"target_features": tuned, "between_models": True, "matched": True}
+        states = steering.answer_states(base, "s", ["yes"], ["no"], **between)
+        assert (states.source_rows.tolist(), states.target_rows.tolist()) == ([0], [0])
+        np.testing.assert_array_equal(states.pairs, [[0, 0]])
+        assert states.described["source rows"] == states.described["target rows"] == 1
+        with pytest.raises(ValueError, match=r"no sample has both source states in .* and target"):
+            words = ["red"], ["x"]
+            if method == "coarse":
+                steering.fit_coarse(base, "s", *words, **between)
+            else:
+                steering.fit_direction(base, "s", *words, method=method, **between)
+
     def test_unknown(self, make):
         with pytest.raises(ValueError, match="method is 'ica'; expected one of pca, lat, probe"):
             steering.fit_direction(make(), "s", ["yes"], ["no"], method="ica")
@@ -166,6 +182,8 @@ class TestFine:
         features = make()
         with pytest.raises(ValueError, match=r"the pair 1:1 is invalid; .* from 0 to 1"):
             steering.fit_fine(features, "s", 2, pairs=[(1, 1)])
+        with pytest.raises(ValueError, match="num_concepts is 1; expected at least 2"):
+            steering.fit_fine(features, "s", 1)
         with pytest.raises(ValueError, match="num_concepts=9 is larger than the 5 rows"):
             steering.fit_fine(features, "s", 9)
         with pytest.raises(ValueError, match=r"none of 5 samples .* source words blue"):
