@@ -35,7 +35,7 @@ from xlvlm_jax.solvers.kmeans_assignment import Kept, Problem, Ruled, Sums, iner
 from xlvlm_jax.solvers.kmeans_leading import Leading
 from xlvlm_jax.solvers.kmeans_nearest import HELD, nearest
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
-from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
+from xlvlm_jax.solvers.loop import Progress, Result, begin, each, largest_of_runs, run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample_size
 from xlvlm_jax.solvers.sums import Wide
@@ -126,7 +126,8 @@ def update(problem: Problem, state: State, rows: Rows = ONE_DEVICE) -> State:
         weights = rows.take(problem.counted, far) * (rows.take(squared, far) > 0)
         return relocate(sums, rows.take(problem.Z, far) - problem.mean, weights, of, empty)
 
-    sums = jax.lax.cond(jnp.any(empty), fill_empty, lambda: sums)
+    # Without an empty cluster it changes nothing: runs side by side decide together.
+    sums = jax.lax.cond(largest_of_runs(jnp.any(empty)), fill_empty, lambda: sums)
     offsets, shifts, error = advance(problem.variance, state.offsets, sums)
     return State(offsets, shifts, kept, objective, error)
 

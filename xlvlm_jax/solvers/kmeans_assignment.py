@@ -37,6 +37,7 @@ from xlvlm_jax.solvers import sums as sums_of_rows
 from xlvlm_jax.solvers.kmeans_leading import SLACK, Known, Leading, numbers_of
 from xlvlm_jax.solvers.kmeans_nearest import HELD, MOST, Nearest, nearest
 from xlvlm_jax.solvers.linalg import matmul, real_dtype
+from xlvlm_jax.solvers.loop import largest_of_runs
 from xlvlm_jax.solvers.sums import Wide, centred_products
 from xlvlm_jax.solvers.tpu import clusters
 
@@ -247,6 +248,8 @@ def _renew_sums(
     N, K = len(labels), len(problem.active)
     size = min(CHANGED_ROWS, N)
     count, changed = numbers_of((labels != before) & (problem.real > 0), size)
+    # Runs side by side decide together: alone, each of them would do both.
+    count, is_new = largest_of_runs(count), largest_of_runs(is_new)
     many = is_new | (count > MANY_CHANGED * N)
 
     def some_rows(i: Array, sums: Sums) -> Sums:
@@ -311,7 +314,9 @@ def _renew_rows(
     block = max(min(numbers // D, BLOCK_ROWS, N // BLOCKS), 1)
     # Negated, so that NaN (Inf - Inf) also counts as unknown.
     count, doubtful = numbers_of(~(gaps > 0), block)
-    many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(jnp.max(shifts))
+    # Runs side by side decide together: alone, each of them would do both.
+    count, farthest = largest_of_runs(count), largest_of_runs(jnp.max(shifts))
+    many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(farthest)
     kept = kept._replace(gaps=gaps)
     floor = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
 
@@ -375,7 +380,7 @@ def _renew_rows(
             None if kept.sums is None else changed(kept.sums),
         )
 
-    # Two loops, one of which runs zero times: under vmap, lax.cond would execute both branches.
+    # Two loops, one of which runs zero times, and each of which works in place.
     kept = jax.lax.fori_loop(0, jnp.where(many, 1, 0), all_rows, kept)
     return jax.lax.fori_loop(0, jnp.where(many, 0, -(-count // block)), some_rows, kept)
 
@@ -410,7 +415,8 @@ def _renew_centroids(
         new = score(problem.Z, offsets[chosen], problem.mean, problem.far, of)
         return scores.at[chosen].set(new)
 
-    count = jnp.sum(moved, dtype=jnp.int32)
+    # Of all runs side by side: with lengths of their own, they would copy scores in each step.
+    count = largest_of_runs(jnp.sum(moved, dtype=jnp.int32))
     most = count > MOST * K
     # Two loops, one of which runs zero times: they update the scores in place; lax.cond would copy.
     scores = jax.lax.fori_loop(0, jnp.where(most, -(-K // LARGE), 0), renew_large, kept.scores)

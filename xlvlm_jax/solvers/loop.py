@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Progress(NamedTuple):
@@ -78,3 +78,21 @@ def each(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[None], single)
 
     return mapped
+
+
+@jax.custom_batching.custom_vmap
+def largest_of_runs(value: Shaped[Array, ""]) -> Shaped[Array, ""]:
+    """Returns the largest value of the runs that `each` maps, or the value of a single run.
+
+    It is the same for all runs, so that lax.cond on it stays lazy under vmap, and a loop of that
+    length does not select between old and new values in each of its steps. Traceable.
+    """
+    return value
+
+
+@largest_of_runs.def_vmap
+def _of_mapped_runs(
+    size: int, is_mapped: list[bool], value: Shaped[Array, "..."]
+) -> tuple[Shaped[Array, "..."], bool]:
+    largest = jnp.max(value, axis=0) if is_mapped[0] else value
+    return largest_of_runs(largest), False

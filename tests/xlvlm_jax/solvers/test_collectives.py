@@ -16,7 +16,7 @@ import re
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from xlvlm_jax.solvers import kmeans, pca, semi_nmf
+from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading, pca, semi_nmf
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.collectives import Rows, keep_pace
 from xlvlm_jax.solvers.restarts import draw_rows, draw_weighted
@@ -57,6 +57,45 @@ value = jnp.ones(8)
 for count in range(50):
     value, number = keep_pace((step(value), count))
     assert value.is_ready() and number == count
+# Sums of clusters that follow the rows that change are those of all rows, on each device.
+kmeans_leading.COLUMNS, kmeans_leading.LEAST_WIDTH, kmeans_leading.LEAST_SCORES = 9, 40, 1
+kmeans_assignment.FEW = 2
+N, D = 1600, 40
+rng = np.random.default_rng(0)
+Z = 3 + (rng.normal(size=(N, D)) / np.arange(1, D + 1)).astype(np.float32)
+
+
+def follow(Z, K, kind, size):
+    problem = kmeans.prepare(Z, N, jnp.ones(K, bool), rows)
+    problem = kmeans.with_leading(problem, K, key, N, rows)
+    start, kept = jnp.asarray(centroids) - problem.mean, kmeans_assignment.nothing(problem)
+    assert isinstance(kept, kind)
+
+    def step(carry, move):
+        kept, before, first = carry
+        shifts = jnp.where(first, jnp.inf, jnp.linalg.norm(start + move - before, axis=1))
+        kept, labels, sums = kmeans_assignment.renew(problem, kept, start + move, shifts)
+        # A device that summed all rows once more would lose what is added here.
+        kept = kept._replace(sums=sums._replace(totals=sums.totals + first * jnp.ones((K, D))))
+        return (kept, start + move, False), labels
+
+    moves = size * jax.random.normal(key, (10, K, D))
+    (kept, *_), labels = jax.lax.scan(step, (kept, start, True), moves)
+    return rows.total(kept.sums), labels, problem.mean
+
+
+for K, kind, size in (
+    (6, kmeans_assignment.Bounds, 0.001), (140, kmeans_assignment.Ruled, 0.01)
+):
+    centroids = Z[:K]
+    run = partial(follow, K=K, kind=kind, size=size)
+    run = spread(run, in_specs=P("data"), out_specs=(P(), P(None, "data"), P()))
+    (counts, totals), labels, mean = jax.jit(run)(Z)
+    assert 5 < (labels[1:] != labels[:-1]).sum() < N
+    members = np.asarray(labels[-1]) == np.arange(K)[:, None]
+    np.testing.assert_array_equal(counts.value, members.sum(axis=1))
+    expected = members @ (Z.astype(np.float64) - np.asarray(mean))
+    np.testing.assert_allclose(totals.value - 8, expected, atol=1e-5)
 print("equal")
 """
 )

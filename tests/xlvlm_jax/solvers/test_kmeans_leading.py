@@ -1,5 +1,7 @@
 """Leading columns rule centroids out, and never the nearest one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +165,49 @@ def test_the_objective_without_activations_is_that_of_the_final_centroids(few, m
     expected = np.sum(apart.min(axis=1) ** 2)
     np.testing.assert_allclose(found.objective[0], expected, rtol=1e-6)
     assert bool(found.converged[0]) == (max_iter > 2)
+
+
+@pytest.mark.parametrize("K", [6, K], ids=["gaps", "two numbers"])
+def test_runs_side_by_side_have_no_choice_that_one_run_has_not(few, K):
+    """A choice per run would be computed both ways for all of them."""
+    Z = jnp.asarray(states(np.random.default_rng(5)))
+    problem = kmeans.prepare(Z, N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    step, state = partial(kmeans.update, problem), kmeans.init(problem, Z[:K] - problem.mean)
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    of_one, of_two = jax.make_jaxpr(step)(state), jax.make_jaxpr(jax.vmap(step))(two)
+    assert str(of_two).count("cond[") == str(of_one).count("cond[") > 1
+
+
+@pytest.mark.parametrize(("K", "move"), [(6, 0.004), (K, 0.02)], ids=["gaps", "two numbers"])
+def test_sums_that_follow_the_rows_do_not_drift(few, K, move, monkeypatch):
+    """Rows near a border change to and fro in 300 updates; no update sums all rows."""
+    monkeypatch.setattr(kmeans_assignment, "FEW", 2)
+    rng = np.random.default_rng(6)
+    Z = states(rng, common=10.0)
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    start = Z[rng.choice(N, K, replace=False)] - problem.mean
+
+    def step(carry, key):
+        kept, before, first = carry
+        offsets = start + move * jax.random.normal(key, start.shape)
+        shifts = jnp.where(first, jnp.inf, jnp.linalg.norm(offsets - before, axis=1))
+        kept, labels, sums = kmeans_assignment.renew(problem, kept, offsets, shifts)
+        # An update that summed all rows once more would lose what is added here.
+        marked = sums._replace(totals=sums.totals + first * jnp.ones_like(start))
+        return (kept._replace(sums=marked), offsets, False), labels
+
+    carry = kmeans_assignment.nothing(problem), start, True
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(KEY, 300)))
+    (kept, *_), labels = scan(carry)
+    changes = np.sum(labels[1:] != labels[:-1], axis=1)
+    assert changes.sum() > 200 and changes.max() < kmeans_assignment.MANY_CHANGED * N
+    members = np.asarray(labels[-1]) == np.arange(K)[:, None]
+    centred = Z.astype(np.float64) - np.asarray(problem.mean)
+    drift = np.abs(kept.sums.totals.value - 1 - members @ centred).max(axis=1)
+    assert np.all(drift <= 1e-6 * (members @ np.linalg.norm(centred, axis=1)))
+    np.testing.assert_array_equal(kept.sums.counts.value, members.sum(axis=1))
 
 
 def test_chosen_by_backend_and_size(few, monkeypatch):

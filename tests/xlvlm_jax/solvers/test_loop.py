@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.solvers.linalg import FEW, inner_products, matmul, weighted_sums
-from xlvlm_jax.solvers.loop import begin, run
+from xlvlm_jax.solvers.loop import begin, largest_of_runs, run
 
 
 class Halving(NamedTuple):
@@ -38,6 +38,20 @@ def test_stops_at_max_iter_and_continues():
 
 def test_no_updates_are_allowed():
     assert run(halve, begin(START, 0), tol=0.0, max_iter=0).iteration == 0
+
+
+def test_runs_side_by_side_decide_together():
+    def tenfold_from_two(value):
+        return jax.lax.cond(largest_of_runs(value >= 2), lambda: 10 * value, lambda: value)
+
+    assert tenfold_from_two(jnp.float32(1)) == 1
+    side_by_side = jax.vmap(tenfold_from_two)
+    np.testing.assert_array_equal(side_by_side(jnp.arange(2.0)), [0, 1])
+    np.testing.assert_array_equal(side_by_side(jnp.arange(3.0)), [0, 10, 20])
+    table = jnp.arange(4.0).reshape(2, 2)
+    np.testing.assert_array_equal(jax.vmap(side_by_side)(table), 10 * table)
+    # One branch is computed, and not both to select from.
+    assert "cond[" in str(jax.make_jaxpr(jax.vmap(side_by_side))(table))
 
 
 def test_products_of_narrow_inputs_are_summed_in_float32():
