@@ -212,13 +212,18 @@ def by_part(tree: Any, params: Any) -> Any:
 
 def joined(tree: Any) -> Any:
     """Returns a pytree with `Factors` in place of all `PartFactors`: undoes `by_part`."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_factors)
+    by_part = [leaf.ups for leaf in leaves if isinstance(leaf, PartFactors)]
+    # One program for all layers: on a mesh, each sends its parts around.
+    ups = iter(_concatenated(by_part) if by_part else ())
+    return structure.unflatten(
+        Factors(leaf.down, next(ups)) if isinstance(leaf, PartFactors) else leaf for leaf in leaves
+    )
 
-    def join(leaf: Any) -> Any:
-        if not isinstance(leaf, PartFactors):
-            return leaf
-        return Factors(leaf.down, jnp.concatenate(leaf.ups, axis=-1))
 
-    return jax.tree.map(join, tree, is_leaf=_is_factors)
+@jax.jit
+def _concatenated(parts: list[tuple[Array, ...]]) -> list[Array]:
+    return [jnp.concatenate(each, axis=-1) for each in parts]
 
 
 def shardings(factors: Mapping[str, Any], params: Any, mesh: Mesh) -> dict[str, Any]:

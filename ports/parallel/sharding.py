@@ -220,6 +220,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def as_returned(where: NamedSharding) -> NamedSharding:
+    """Returns the same sharding, written as that of a compiled program's result.
+
+    JAX compiles a program for each way in which the shardings of its arguments are written. So an
+    argument that later is a result is placed by this one: without mesh axes of one device, and
+    without the whole dimensions at its end.
+
+    Args:
+        where: a sharding whose dimensions have one mesh axis or none.
+
+    Returns:
+        The sharding.
+    """
+    sizes = where.mesh.shape
+    spec = [axis if axis and sizes[axis] > 1 else None for axis in where.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(where.mesh, PartitionSpec(*spec))
+
+
 def from_slices(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding,
@@ -300,6 +320,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         for axis, size in zip(axes, x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def replicate(tree: Any) -> Any:
+    """Constrains all arrays of a tree to be whole on each device; without a mesh does nothing."""
+    mesh = _mesh.get()
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def is_on_mesh() -> bool:

@@ -1,8 +1,32 @@
-"""What the tests of pages share."""
+"""What the tests of pages share, and what a loop waits for."""
 
 import shutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def waited_for(monkeypatch) -> Callable[[ModuleType], list[Any]]:
+    """Returns a function: module -> the list of all that its loops will wait for.
+
+    On several devices of a CPU, a loop that starts programs without waiting may hang (see
+    `xlvlm_jax.solvers.collectives.keep_pace`), but not in a test, and not every time.
+    """
+
+    def watch(module: ModuleType) -> list[Any]:
+        values, keep_pace = [], module.keep_pace
+
+        def waiting(value: Any) -> Any:
+            values.append(value)
+            return keep_pace(value)
+
+        monkeypatch.setattr(module, "keep_pace", waiting)
+        return values
+
+    return watch
 
 
 @pytest.fixture(scope="session")

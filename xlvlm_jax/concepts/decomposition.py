@@ -27,6 +27,7 @@ from xlvlm_jax.concepts.methods import METHODS, RELATIVE, Method, ScaledRows, me
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.solvers import blas_threads, kmeans, phases
 from xlvlm_jax.solvers.buckets import bucket_of_rows
+from xlvlm_jax.solvers.collectives import keep_pace
 from xlvlm_jax.solvers.linalg import real_dtype
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
@@ -742,7 +743,7 @@ def project_stored(
     size = max(PROJECTED_BYTES // (4 * D), 1)
     for start in range(0, max(N, 1), size):
         rows = read_block(source, start, min(start + size, N))
-        yield start, rows, _project(rows, concepts, mesh, start)
+        yield start, rows, keep_pace(_project(rows, concepts, mesh, start))
 
 
 def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:

@@ -197,10 +197,11 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
     with ocp.CheckpointManager((work / "states").absolute(), options=options) as manager:
         start = manager.latest_step() or 0
         if start:
+            template, state = without_values(state)
             saved = manager.restore(
                 start,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(stored(state)),
+                    state=ocp.args.StandardRestore(template),
                     log=ocp.args.JsonRestore(),
                 ),
             )
@@ -234,13 +235,39 @@ def stored(state: State) -> dict[str, Any]:
     return lora.joined({"trained": state.trained, "moments": state.moments})
 
 
+def without_values(state: State) -> tuple[dict[str, Any], State]:
+    """Returns shapes and shardings in place of arrays: of what `stored` gives, and the state's own.
+
+    Memory has no room for what is restored beside what it replaces.
+    """
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+        )
+
+    replaced = {"trained": state.trained, "moments": state.moments}
+    return shapes(stored(state)), state._replace(**shapes(replaced))
+
+
 def resumed(state: State, values: dict[str, Any], vlm: VLM) -> State:
-    """Returns the state with the values that `stored` gave, on the devices of the state's own."""
-    values = lora.by_part(values, vlm.params)
-    if vlm.mesh is not None:
-        before = {name: getattr(state, name) for name in values}
-        values = jax.device_put(values, jax.tree.map(lambda leaf: leaf.sharding, before))
-    return state._replace(**values)
+    """Returns the state with the values that `stored` gave, which are donated.
+
+    They are placed as the state's own are, which may be shapes and shardings alone.
+    """
+    if vlm.mesh is None:
+        state = state._replace(**lora.by_part(values, vlm.params))
+        # What is restored is committed to its device. An update commits the rest too, and would be
+        # compiled again.
+        return jax.device_put(state, *state.loss.devices())
+    where = {
+        name: jax.tree.map(lambda leaf: leaf.sharding, getattr(state, name)) for name in values
+    }
+    # One program: by itself, each layer would send its parts around.
+    split = jax.jit(
+        lambda values: lora.by_part(values, vlm.params), out_shardings=where, donate_argnums=0
+    )
+    return state._replace(**split(values))
 
 
 def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.TrainingBatch]]:

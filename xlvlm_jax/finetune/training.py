@@ -73,18 +73,21 @@ class Trainer:
     def begin(self) -> State:
         """Returns the state before the first update.
 
-        On a mesh, LoRA's state is placed as updates leave it, so that all updates share one
-        program.
+        On a mesh, all parameters are divided as the model's are, LoRA's factors like the kernels
+        of their layers, and moments and sums of gradients like what they belong to.
         """
-        mesh = self.vlm.mesh
+        mesh, params = self.vlm.mesh, self.vlm.params
         if self._begin is not None:
-            trained = jax.tree.map(jnp.copy, self._begin.factors)
-            trained = lora.by_part(trained, self.vlm.params)
-            if mesh is not None:
-                where = lora.shardings(trained, self.vlm.params, mesh)
-                trained = jax.device_put(trained, where)
+            trained = lora.by_part(jax.tree.map(jnp.copy, self._begin.factors), params)
         else:
-            trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), self.vlm.params)
+            trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+        if mesh is not None:
+            where = (
+                jax.tree.map(lambda leaf: leaf.sharding, params)
+                if self._begin is None
+                else lora.shardings(trained, params, mesh)
+            )
+            trained = jax.device_put(trained, jax.tree.map(sharding.as_returned, where))
         several = self.settings.accumulate > 1
         state = State(
             trained,
@@ -104,19 +107,23 @@ class Trainer:
         """Runs one update on the `accumulate` batches of a group.
 
         Args:
-            state: the state; its buffers are donated, so it can't be used afterwards.
+            state: the state; its buffers are donated, so it can't be used afterwards. On a mesh,
+                the new one is where it was.
             group: the batches.
 
         Returns:
             The new state and {"loss": nats per token, "norm": of the gradient before clipping}.
         """
         figures: dict[str, Array] = {}
+        where = None
+        if self.vlm.mesh is not None:
+            where = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
         for i, batch in enumerate(group, 1):
             is_last = i == self.settings.accumulate
             arrays = (*self._place(batch), is_last)
             static = (self.vlm.module, self.settings, self.num_steps, batch.window)
-            stepped = train_step(*static, state, self._frozen, *arrays, mesh=self.vlm.mesh)
-            state, figures = keep_pace(stepped)
+            on = {"where": where, "mesh": self.vlm.mesh}
+            state, figures = keep_pace(train_step(*static, state, self._frozen, *arrays, **on))
         return state, figures
 
     def evaluate(self, state: State, split: Iterable[TrainingBatch]) -> float:
@@ -190,7 +197,7 @@ def _loss_of(
 _loss = compiled.program(static=["window"])(_loss_of)
 
 
-@compiled.program(static=["settings", "num_steps", "window"], donate=["state"])
+@compiled.program(static=["settings", "num_steps", "window", "where"], donate=["state"])
 def train_step(
     model: Any,
     settings: FinetuneSettings,
@@ -201,8 +208,13 @@ def train_step(
     inputs: dict[str, Array],
     lengths: Array,
     is_last: Array,
+    where: tuple[jax.sharding.Sharding, ...] | None = None,
 ) -> tuple[State, dict[str, Array]]:
-    """Adds a batch's gradient, and after the last batch of a group updates the trained values."""
+    """Adds a batch's gradient, and after the last batch of a group updates the trained values.
+
+    `where` are the shardings of the state's leaves. Left to the compiler, those of the new state
+    could be others: the next update would be another program, and memory would not be reused.
+    """
 
     def update(gradient: Any, loss: Array, count: Array) -> tuple[State, dict[str, Array]]:
         # The mean over all tokens of the update, regardless of how batches divide them.
@@ -224,7 +236,8 @@ def train_step(
 
     (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
     if state.gradient is None:
-        return update(gradient, loss, count)
+        new, figures = update(gradient, loss, count)
+        return _placed(new, where), figures
     gradient = jax.tree.map(jnp.add, state.gradient, gradient)
     loss, count = state.loss + loss, state.num_tokens + count
 
@@ -233,4 +246,12 @@ def train_step(
         kept = state._replace(gradient=gradient, loss=loss, num_tokens=count)
         return kept, {"loss": loss / count, "norm": jnp.zeros(())}
 
-    return jax.lax.cond(is_last, update, keep, gradient, loss, count)
+    new, figures = jax.lax.cond(is_last, update, keep, gradient, loss, count)
+    return _placed(new, where), figures
+
+
+def _placed(state: State, where: tuple[jax.sharding.Sharding, ...] | None) -> State:
+    if where is None:
+        return state
+    leaves, structure = jax.tree.flatten(state)
+    return structure.unflatten(map(jax.lax.with_sharding_constraint, leaves, where))

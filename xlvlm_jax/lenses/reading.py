@@ -18,6 +18,7 @@ from ports.intervene.edits import Edits
 from ports.nn.vision_language import VisionLanguageModel
 from ports.parallel import compiled
 from ports.tables import html_arrays, kind
+from xlvlm_jax.solvers.collectives import keep_pace
 
 Array = jax.Array
 # Numbers of logits in memory at a time.
@@ -115,7 +116,8 @@ def read_states(
             # The last block has the size of the others: one program.
             rows = jnp.pad(rows, ((0, size - len(rows)), (0, 0)))
             carry_array = None if carry is None else jnp.asarray(carry)
-            parts.append(_top(vlm.module, vlm.params, rows, carry_array, *static, mesh=vlm.mesh))
+            arrays = (vlm.params, rows, carry_array)
+            parts.append(keep_pace(_top(vlm.module, *arrays, *static, mesh=vlm.mesh)))
         found.append(
             [
                 np.concatenate([np.asarray(part) for part in column])[: len(flat)]

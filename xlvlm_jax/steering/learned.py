@@ -142,7 +142,9 @@ def _update(
 
     value, gradient = jax.value_and_grad(loss)(learnt)
     direction, moments = _adam.update(gradient, moments)
-    return jax.tree.map(lambda x, d: x - setting.rate * d, learnt, direction), moments, value
+    learnt = jax.tree.map(lambda x, d: x - setting.rate * d, learnt, direction)
+    # As they were given, so that all steps share one program.
+    return *sharding.replicate((learnt, moments)), value
 
 
 def fit_learned(
@@ -254,6 +256,8 @@ def fit_learned(
         jnp.float32(penalty / width),
     )
     moments = _adam.init(learnt)
+    if vlm.mesh is not None:
+        learnt, moments = jax.device_put((learnt, moments), sharding.replicated(vlm.mesh))
 
     def rows(index: np.ndarray) -> tuple[teacher_forcing.Forced, np.ndarray]:
         placed = sharding.put_batch({k: v[index] for k, v in forced._asdict().items()}, vlm.mesh)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ports
@@ -102,6 +103,25 @@ def test_every_sharding_divides_its_parameter(module, leaf, sizes, mesh, groups)
     assert max(parts) in (1, mesh[1])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "given", "expected"),
+    [
+        ((2, 4), ("data", "model"), ("data", "model")),
+        ((2, 4), ("model", None), ("model",)),
+        ((2, 4), (None, "model", None), (None, "model")),
+        ((2, 1), ("data", "model"), ("data",)),
+        ((1, 1), ("data", "model"), ()),
+        ((2, 4), (None, None), ()),
+    ],
+)
+def test_shardings_as_programs_return_them(sizes, given, expected):
+    mesh = sharding.abstract_mesh(*sizes)
+    where = NamedSharding(mesh, P(*given))
+    found = sharding.as_returned(where)
+    assert found == NamedSharding(mesh, P(*expected))
+    assert found.is_equivalent_to(where, len(given))
+
+
 def test_a_parameter_without_a_rule():
     with helpers.raises_line(ValueError, "no sharding rule for a.gate.kernel; add 'gate' to"):
         sharding.logical_axes(("a", "gate", "kernel"), 2, AXES)
@@ -135,6 +155,13 @@ class TestConstrain:
     def test_does_nothing_without_a_mesh(self):
         x = np.ones((2, 3, 4))
         assert sharding.residual(x) is x
+
+    def test_replicates_a_tree(self):
+        tree = {"a": np.ones(2), "b": (np.ones((3, 4)),)}
+        assert sharding.replicate(tree) is tree
+        with sharding.on(ports.make_mesh(1)):
+            text = jax.jit(sharding.replicate).lower(tree).as_text()
+        assert text.count("sharding_constraint") == 2
 
     def test_needs_an_axis_for_each_dimension(self):
         with sharding.on(ports.make_mesh(1)), pytest.raises(ValueError, match="argument 2"):

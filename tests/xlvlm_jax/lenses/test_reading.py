@@ -6,6 +6,7 @@ from PIL import Image
 
 import ports
 from xlvlm_jax import lenses
+from xlvlm_jax.lenses import reading as lens_reading
 from xlvlm_jax.lenses.run import run_lens
 
 
@@ -47,6 +48,13 @@ def test_blocks_do_not_count(vlm, inputs, reading):
     blocked = lenses.logit_lens(vlm, inputs, sites=sites, k=3, block=23)
     np.testing.assert_allclose(blocked.probabilities, reading.probabilities[2:4], atol=1e-6)
     np.testing.assert_array_equal(blocked.tokens[..., 0], reading.tokens[2:4, ..., 0])
+
+
+def test_each_block_is_waited_for(vlm, reading, waited_for):
+    values = waited_for(lens_reading)
+    states = np.ones((50, 192), np.float32)
+    lenses.read_states(vlm, {vlm.layers[2]: states}, k=3, block=23)
+    assert [tokens.shape for tokens, *_ in values] == 3 * [(23, 3)]
 
 
 def test_a_steered_run(vlm, inputs, reading):

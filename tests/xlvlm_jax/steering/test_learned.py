@@ -79,6 +79,12 @@ def test_other_vectors_targets_and_positions_run_the_same_program(vlm, questions
     assert learned._update._cache_size() == before
 
 
+def test_each_step_is_waited_for(vlm, questions, targets, fitted, waited_for):
+    values = waited_for(learned)
+    steering.fit_learned(vlm, questions, targets, SITE, steps=3, rate=0.05, **OPTIONS)
+    assert [set(learnt) for learnt, *_ in values] == 3 * [{"vector"}]
+
+
 def test_a_map_of_low_rank(vlm, questions, targets, fitted, tmp_path):
     found = steering.fit_learned(
         vlm, questions, targets, SITE, rank=2, steps=18, rate=0.3, **OPTIONS

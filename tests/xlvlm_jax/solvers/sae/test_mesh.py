@@ -18,7 +18,8 @@ ROWS = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32) + 1
 RUN = """
 import sys
 import jax, numpy as np
-from xlvlm_jax.solvers.sae import METHODS, train
+from xlvlm_jax.solvers.collectives import keep_pace
+from xlvlm_jax.solvers.sae import METHODS, train, training
 if len(sys.argv) > 5:
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[5]}", 2, int(sys.argv[6]))
 rows = np.load(sys.argv[1])
@@ -28,7 +29,19 @@ for method, sizes in eval(sys.argv[4]):
     mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(Auto, Auto))
     widths = (7, 9) if METHODS[method].num_sources == 2 else None
     settings = METHODS[method](k=3, **options)
+    taken = []
+
+    def waiting(made):
+        taken.append({shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made[0])
+                      if leaf.ndim for shard in leaf.addressable_shards})
+        return keep_pace(made)
+
+    training.keep_pace = waiting
+    training.update.clear_cache()
     found = train(rows, jax.random.key(0), settings, 32, mesh=mesh, widths=widths)
+    assert training.update._cache_size() == 1, (method, sizes)
+    # States take over the memory of those before them.
+    assert taken[-1] == taken[-2], (method, sizes)
     if jax.process_index() == 0:
         np.savez(f"{sys.argv[2]}/{method}-{sizes[0]}.npz", **found.params)
 """

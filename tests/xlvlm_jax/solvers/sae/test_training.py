@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax.solvers.matching import match_any
-from xlvlm_jax.solvers.sae import METHODS, train
+from xlvlm_jax.solvers.sae import METHODS, train, training
 from xlvlm_jax.solvers.sae.archetypal import Archetypal
 from xlvlm_jax.solvers.sae.batchtopk import BatchTopK
 from xlvlm_jax.solvers.sae.jumprelu import exceeds, jump
@@ -86,6 +86,12 @@ def test_the_same_key_gives_the_same_bytes():
     for name, value in one.params.items():
         np.testing.assert_array_equal(value, two.params[name])
         assert not np.array_equal(value, other.params[name]) or name == "b_enc"
+
+
+def test_each_update_is_waited_for(waited_for):
+    values = waited_for(training)
+    train(ROWS, KEY, TopK(k=2, max_iter=5, batch_size=64), K)
+    assert [int(state.iteration) for state, _ in values[-1:]] == [5] and len(values) == 5
 
 
 def test_one_update_by_hand():
