@@ -481,10 +481,11 @@ class Stored:
         return self.Z[start:stop]
 
 
-def test_stored_rows_are_projected_some_at_a_time(monkeypatch):
-    Z, learnt = rows(1), quick(rows())
+def test_stored_rows_are_projected_some_at_a_time(monkeypatch, waited_for):
+    Z, learnt, values = rows(1), quick(rows()), waited_for(concepts)
     monkeypatch.setattr(concepts, "PROJECTED_BYTES", 7 * 4 * D)
     np.testing.assert_allclose(project(Stored(Z), learnt), project(Z, learnt), atol=1e-5)
+    assert len(values) == -(-len(Z) // 7)
     with pytest.raises(ValueError, match=r"Z has NaN or Inf in row 17 \(and 2 more rows\)"):
         project(Stored(spoilt(17, np.inf)), learnt)
 

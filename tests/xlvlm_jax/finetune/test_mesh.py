@@ -103,6 +103,7 @@ class TestMolmo:
 UPDATES = """
     import sys, jax, jax.numpy as jnp, numpy as np, optax, ports
     from pathlib import Path
+    from ports.parallel import sharding
     from xlvlm_jax import steering
     from xlvlm_jax.data import Sample
     from xlvlm_jax.finetune import FinetuneSettings, examples
@@ -156,6 +157,12 @@ UPDATES = """
     largest = max(np.abs(leaf).max() for leaf in wanted)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * np.abs(b).max(), 1e-7 * largest))
+
+    # An update leaves a state where it is, whatever the compiler would choose.
+    trainer = Trainer(several, FinetuneSettings(rank=2, batch_size=8), 2)
+    state = jax.device_put(trainer.begin(), sharding.replicated(mesh))
+    state, _ = trainer.update(state, list(examples.batches(several, samples, 8, 0, 0, 1)))
+    assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {sharding.replicated(mesh)}
 
     site = several.layers[0]
     for rank in (None, 2):

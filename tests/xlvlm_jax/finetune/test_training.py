@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,13 @@ def test_fused_layers_are_trained_by_part_and_stored_whole(tmp_path):
     moments = SETTINGS.optimizer(5).init(stored["trained"])
     assert jax.tree.structure(stored["moments"]) == jax.tree.structure(moments)
     again = run.resumed(state, stored, vlm)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    # Resuming holds no values that are replaced, only where they were.
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves((again.trained, again.moments))]
+    template, again = run.without_values(again)
+    assert not any(reference() is not None for reference in held)
+    assert jax.tree.map(jnp.shape, template) == jax.tree.map(jnp.shape, stored)
+    again = run.resumed(again, stored, vlm)
     jax.tree.map(np.testing.assert_array_equal, again, state)
     adapter, _ = initial_adapter(vlm, SETTINGS)
     adapter = adapter._replace(factors=stored["trained"])
