@@ -116,4 +116,5 @@ SOLVER_CASES = [
     *(Case(f"{method} tile", partial(tile_update, method)) for method in METHODS),
     Case("kmeans 16384 update", partial(update, "kmeans", MANY, ROWS_OF_MANY)),
     Case("semi-nmf 1024 update", partial(update, "semi-nmf", 1024, M)),
+    Case("pca 50 update", partial(update, "pca", 50, M)),
 ]

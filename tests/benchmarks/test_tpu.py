@@ -184,7 +184,7 @@ def test_bad_arguments(arguments, line):
 @pytest.mark.slow
 def test_small_programs_keep_all_rules(tmp_path):
     names = ["semi-nmf tile", "kmeans tile", "pca tile", "semi-nmf update", "kmeans update"]
-    names += ["pca update", "kmeans 16384 update", "semi-nmf 1024 update"]
+    names += ["pca update", "pca 50 update", "kmeans 16384 update", "semi-nmf 1024 update"]
     done = benchmark(
         "--programs", *names, "--topologies", "v5e:1", "--output", tmp_path / "one.json"
     )
@@ -219,7 +219,7 @@ def test_kernels_fit_and_read_fast(tmp_path):
 @pytest.mark.slow
 def test_models_whose_checkpoints_have_fused_layers_send_sums_alone(tmp_path):
     done = benchmark(
-        "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction",
+        "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction", "molmo-7b-d lora step",
         "--topologies", "v5e:2x2", "--mesh", "1x4", "--output", tmp_path / "models.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

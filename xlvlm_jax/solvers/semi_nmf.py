@@ -195,7 +195,8 @@ def _where_it_cancels(
     """Returns the cost, from the residual where differences have lost its digits."""
     N, D = Z.shape
     ones = jnp.ones(len(codes), codes.dtype)
-    size = max(min(sums_of_rows.rows_of_block(D, least=1), N), 1)
+    size = min(sums_of_rows.rows_of_block(D, least=1), sums_of_rows.MOST_ROWS)
+    size = max(min(size, N), 1)
 
     def from_residual(i: Array, cost: Array) -> Array:
         first = jnp.minimum(i * size, N - size)  # the last block reaches back
@@ -210,7 +211,14 @@ def _where_it_cancels(
     # A loop over all blocks or none: under vmap, lax.cond would execute both branches. Each step
     # depends on its number; XLA moves what does not out of the loop, and would always compute it.
     cancels = jnp.sum(cost) < CANCELS * jnp.sum(energy)
-    return jax.lax.fori_loop(0, jnp.where(cancels, -(-N // size), 0), from_residual, cost)
+
+    def by_blocks() -> Array:
+        return jax.lax.fori_loop(0, jnp.where(cancels, -(-N // size), 0), from_residual, cost)
+
+    if jax.default_backend() == "cpu":
+        return by_blocks()
+    # Without vmap, a branch tells an accelerator's compiler that the loop is for rare cases.
+    return jax.lax.cond(cancels, by_blocks, lambda: cost)
 
 
 class Given(NamedTuple):

@@ -8,7 +8,8 @@ parts: with S = [y1; y2; y3], the products x1 S, x2 S[: 2K] and x3 S[: K] are al
 of a block, the large factor, are loaded into the unit three times instead of six. A factor of zeros
 and ones is its own first part, and three products are exact.
 
-N rows in all, B rows per block, D width, K rows of the small factor. C columns are split at once.
+N rows in all, B rows per block, D width, K rows of the small factor. C columns are split at once,
+many of them: each step of the loop over them waits for the unit to finish.
 """
 
 import os
@@ -28,7 +29,7 @@ FAST, SPARE = 56 * 2**20, 4 * 2**20
 # Numbers and rows per block: copying a block takes many times as long as beginning one.
 BLOCK, ROWS = 2**21, (1024, 512, 256, 128)
 LANES, SUBLANES = 128, 8  # arrays lie in tiles of 8 rows of 128 numbers
-CHUNKS = (512, 256, 128)  # columns
+CHUNKS = (1024, 512, 256, 128)  # columns
 PIECE = (128, 256)  # rows and columns whose parts fit into registers
 LEAST_WIDTH, LEAST_ROWS = 512, 1024  # of a Z that is worth a kernel
 GROUP = 128  # rows of the small factor that are multiplied together

@@ -5,8 +5,13 @@
     images = codes Z,   overlap = codes codes^T,   used = sum of |codes|
 
 A block of rows is copied into fast memory once. There its parts are computed, which give the
-products V Z^T and with the codes the sums. The gradients of all codes of a block stay in fast
-memory too: a step of the descent corrects them by one row of G.
+products V Z^T and with the codes the sums. A step sets one code of every row to where its part of
+the objective is least, given the others:
+
+    u_k = max(w_k - alpha / G_kk, 0),   w_k = (V z_n)_k / G_kk - sum over j != k of u_j G_jk / G_kk
+
+The numbers w of all codes of a block stay in registers: a step corrects them by one column of
+G_jk / G_kk, with a zero for the code itself.
 
 The codes are [K, N], see `semi_nmf_codes`. N rows, D width, K atoms; B rows per block.
 """
@@ -20,7 +25,7 @@ from jaxtyping import Array, Float
 
 from xlvlm_jax.solvers.sums import Wide
 from xlvlm_jax.solvers.tpu import blocks
-from xlvlm_jax.solvers.tpu.blocks import CORES, Sizes
+from xlvlm_jax.solvers.tpu.blocks import CORES, LANES, SUBLANES, Sizes
 
 MOST = 64  # atoms: each takes a few lines of the program
 COPIES = 2 * 2  # of the images: a pair, written while the other core's are computed
@@ -100,6 +105,11 @@ def _improve(
     (N, D), K, (B, _, G, _) = Z.shape, len(atoms), sizes
     stack = blocks.stacked(jnp.pad(atoms, ((0, G - K), (0, 0))))[None]
     gram = jnp.pad(gram, ((0, G - K), (0, G - K)))
+    length = jnp.diagonal(gram)
+    inverse = jnp.where(length > 0, 1 / jnp.maximum(length, TINY), 0)[:, None]
+    others = inverse * (gram - jnp.diag(length))
+    grams = jnp.stack([blocks.stacked(gram), blocks.stacked(others)])
+    columns = jnp.broadcast_to(others.T[:K, :, None], (K, G, LANES))
     specs = blocks.Specs(N, sizes)
     shapes = [(1, G, 1)] * 2 + [(1, G, G)] * 2 + [(1, G, D)] * 2
     codes, cost, *sums = pl.pallas_call(
@@ -109,7 +119,9 @@ def _improve(
             specs.values(),
             specs.values(K),
             specs.whole(*stack.shape),
-            specs.whole(G, G),
+            specs.whole(*grams.shape),
+            specs.whole(*columns.shape),
+            specs.whole(*inverse.shape),
             specs.whole(1, 1),
         ],
         out_specs=[specs.values(K), specs.values(), *(specs.total(*shape) for shape in shapes)],
@@ -120,13 +132,14 @@ def _improve(
         ],
         scratch_shapes=[
             *[pltpu.VMEM((B // 2, D), jnp.int32)] * 3,
-            *[pltpu.VMEM((1, G, B), jnp.float32)] * 2,
+            pltpu.VMEM((1, G, B), jnp.float32),
+            pltpu.VMEM((G, B), jnp.float32),
             pltpu.VMEM((1, 3 * G, B), jnp.bfloat16),
         ],
         interpret=interpret,
         name="codes_and_sums",
         **specs.options,
-    )(Z, energy[None], codes, stack, gram, alpha.reshape(1, 1))  # fmt: skip
+    )(Z, energy[None], codes, stack, grams, columns, inverse, alpha.reshape(1, 1))  # fmt: skip
     used, overlap, images = (
         blocks.both(pair, (K, width))
         for pair, width in ((sums[:2], 1), (sums[2:4], G), (sums[4:], D))
@@ -136,7 +149,7 @@ def _improve(
 
 
 def _kernel(
-    Z: Any, energy: Any, given: Any, stack: Any, gram: Any, alpha: Any,
+    Z: Any, energy: Any, given: Any, stack: Any, grams: Any, columns: Any, inverse: Any, alpha: Any,
     codes: Any, cost: Any, *rest: Any,
     sizes: Sizes, num_rows: int, sweeps: int, nonnegative: bool,
 ) -> None:  # fmt: skip
@@ -144,7 +157,7 @@ def _kernel(
     from jax.experimental import pallas as pl
 
     (used, overlap, images), rest = (rest[:2], rest[2:4], rest[4:6]), rest[6:]
-    split, (products, padded, members) = rest[:3], rest[3:]
+    split, (products, new, members) = rest[:3], rest[3:]
     B, K = sizes.rows, len(given)
     first, counts_here, step = blocks.place(num_rows, B)
 
@@ -156,54 +169,61 @@ def _kernel(
     is_row = first + jax.lax.broadcasted_iota(jnp.int32, (1, B), 1) < num_rows
     products[...] = jnp.zeros_like(products)
     blocks.score(Z, None, stack, split, products, sizes, num_rows - first if num_rows % B else None)
-    padded[...] = jnp.zeros_like(padded)
-    padded[0, :K] = jnp.where(is_row, given[...], 0)
-    new, gains = _descend(padded[0], products[0], gram[...], alpha[...], K, sweeps, nonnegative)
+    new[...] = jnp.zeros_like(new)
+    new[:K] = jnp.where(is_row, given[...], 0)
+    of_others = blocks.product(grams[1], blocks.parts(new[...]), blocks.BY_COLUMNS, False)
+    wanted = inverse[...] * products[0] - of_others
+    _descend(new, wanted, columns, alpha[...] * inverse[...], sweeps, nonnegative)
     codes[...] = new[:K]
-    gained = new * gains - alpha[...] * jnp.abs(new)
+    of_codes, lengths = blocks.parts(new[...]), jnp.abs(new[...])
+    gains = products[0] - 0.5 * blocks.product(grams[0], of_codes, blocks.BY_COLUMNS, False)
+    gained = new[...] * gains - alpha[...] * lengths
     cost[...] = energy[...] - jnp.sum(gained, axis=0, keepdims=True)
+    members[0] = jnp.concatenate(of_codes)
 
-    counted = jnp.where(counts_here, new, 0)
-    blocks.add(used, 0, jnp.sum(jnp.abs(counted), axis=1, keepdims=True))
-    blocks.add(overlap, 0, _multiplied(counted, counted, blocks.BY_ROWS))
-    members[0] = blocks.stacked(counted)
-    blocks.sum_up(members, split, images, sizes, False)
+    @pl.when(counts_here)
+    def _() -> None:
+        blocks.add(used, 0, jnp.sum(lengths, axis=1, keepdims=True))
+        blocks.add(overlap, 0, blocks.product(members[0], of_codes, blocks.BY_ROWS, False))
+        blocks.sum_up(members, split, images, sizes, False)
 
 
 def _descend(
-    codes: Array,
-    products: Array,
-    gram: Array,
-    alpha: Array,
-    num_concepts: int,
-    sweeps: int,
-    nonnegative: bool,
-) -> tuple[Array, Array]:
-    """Returns codes[G, B] after some sweeps, and V z_n - 1/2 G u."""
-    rows = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
+    codes: Any, wanted: Array, columns: Any, thresholds: Array, sweeps: int, nonnegative: bool
+) -> None:
+    """Sets each code of a block `sweeps` times.
 
-    def sweep(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        codes, gradients = carry
-        for k in range(num_concepts):
-            of_atom, length = gram[:, k : k + 1], gram[k : k + 1, k : k + 1]
-            curvature, old = jnp.maximum(length, TINY), codes[k : k + 1]
-            step, threshold = old + gradients[k : k + 1] / curvature, alpha / curvature
-            # Not by sign(), whose lowering asks the machine which TPU it has.
-            best = jnp.maximum(step - threshold, 0)
-            best = best if nonnegative else best + jnp.minimum(step + threshold, 0)
-            new = jnp.where(length > 0, best, 0)
-            gradients = gradients - of_atom * (new - old)
-            codes = jnp.where(rows == k, new, codes)
-        return codes, gradients
+    Args:
+        codes: reference to float32[G, B].
+        wanted: float32[G, B], what each code would become without a penalty while the others stay.
+        columns: reference to float32[K, G, LANES]: by how much `wanted` falls where code k grows.
+        thresholds: float32[G, 1], by how much the penalty reduces each code.
+        sweeps: number of times that each code is set.
+        nonnegative: whether codes must be >= 0.
+    """
+    (G, B), K = codes.shape, len(columns)
+    wanted = wanted - thresholds if nonnegative else wanted
 
-    gradients = products - _multiplied(gram, codes, blocks.BY_COLUMNS)
-    codes, _ = jax.lax.fori_loop(0, sweeps, sweep, (codes, gradients))
-    # Computed again: those of the descent have the rounding of every step.
-    half = 0.5 * _multiplied(gram, codes, blocks.BY_COLUMNS)
-    return codes, products - half
+    def sweep(_: Any, tiles: tuple[Array, ...]) -> tuple[Array, ...]:
+        for k in range(K):
+            tile, row = divmod(k, SUBLANES)
+            # In each row of a tile, so that the change can be multiplied with a column.
+            best = jnp.broadcast_to(tiles[tile][row : row + 1], (SUBLANES, B))
+            old = jnp.broadcast_to(codes[k : k + 1], (SUBLANES, B))
+            if nonnegative:
+                new = jnp.maximum(best, 0)
+            else:
+                # Not by sign(), whose lowering asks the machine which TPU it has.
+                threshold = thresholds[k : k + 1]
+                new = jnp.maximum(best - threshold, 0) + jnp.minimum(best + threshold, 0)
+            codes[k : k + 1] = new[:1]
+            change = new - old
+            of_code = jnp.concatenate([columns[k]] * (B // LANES), axis=1)
+            tiles = tuple(
+                values - of_code[i * SUBLANES : (i + 1) * SUBLANES] * change
+                for i, values in enumerate(tiles)
+            )
+        return tiles
 
-
-def _multiplied(left: Array, right: Array, dimensions: Any) -> Array:
-    return jax.lax.dot_general(
-        left, right, dimensions, precision="highest", preferred_element_type=jnp.float32
-    )
+    tiles = tuple(wanted[i : i + SUBLANES] for i in range(0, G, SUBLANES))
+    jax.lax.fori_loop(0, sweeps, sweep, tiles)
