@@ -204,14 +204,14 @@ def test_small_programs_keep_all_rules(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_kernels_fit_and_read_fast(tmp_path):
-    """K = 20: within 1.3 times what reading Z once takes, on v5e."""
+    """K = 20: within 1.3 times what reading Z once takes."""
     done = benchmark(
         "--kernels", "--topologies", "v5e:1", "v5p:1", "v6e:1", "--output", tmp_path / "k.json"
     )
     assert done.returncode == 0, done.stdout
     for row in json.loads((tmp_path / "k.json").read_text())["rows"]:
         assert not row["broken"]
-        if row["K"] == 20 and row["devices"] == "v5e:1":
+        if row["K"] == 20:
             assert row["cycles"] <= 1.3 * row["cycles of one read"]
 
 

@@ -20,8 +20,9 @@ D = 256
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Takes small matrices, in blocks of 128 rows; and chooses what a TPU would."""
-    for name, value in {"ROWS": (128,), "LEAST_ROWS": 1, "LEAST_WIDTH": 128, "GROUP": 32}.items():
+    """Takes small matrices, in blocks of 128 rows and columns; and chooses what a TPU would."""
+    sizes = {"ROWS": (128,), "CHUNKS": (128,), "LEAST_ROWS": 1, "LEAST_WIDTH": 128, "GROUP": 32}
+    for name, value in sizes.items():
         monkeypatch.setattr(blocks, name, value)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.delenv(blocks.VARIABLE, raising=False)
