@@ -41,9 +41,17 @@ def states(N: int, D: int, K: int, seed: int = 0) -> np.ndarray:
     basis = np.linalg.qr(rng.normal(size=(D, width)))[0].T
     spread = 30 * np.arange(1, width + 1) ** -0.7
     centres = 0.7 * rng.normal(size=(K, width)) * spread
-    within = 0.5 * rng.standard_t(4, size=(N, width)) * spread
-    rows = common + (centres[rng.integers(0, K, N)] + within) @ basis
-    return (rows + 0.2 * rng.standard_t(4, size=(N, D))).astype(np.float32)
+    # In place, as these take most of the memory of a benchmark with many rows.
+    within = rng.standard_t(4, size=(N, width))
+    within *= 0.5 * spread
+    within += centres[rng.integers(0, K, N)]
+    rows = within @ basis
+    del within
+    rows += common
+    noise = rng.standard_t(4, size=(N, D))
+    noise *= 0.2
+    rows += noise
+    return rows.astype(np.float32)
 
 
 def of_features(path: Path, site: str | None) -> np.ndarray:

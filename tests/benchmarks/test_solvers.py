@@ -146,6 +146,7 @@ def test_page_of_several_runs(monkeypatch, tmp_path):
         "D": 5,
         "K": 2,
         "on_disk": True,
+        "iterations": 7,
         "passes": 4,
         "seconds": 2.0,
     }
@@ -181,7 +182,7 @@ def test_page_of_several_runs(monkeypatch, tmp_path):
         "| kmeans | [1000, 512], 20 | 8 | 2.0; in columns 1.0 | 164 kB; in columns 15.5 kB | "
         "1.02 MB | 50 % |" in text
     )
-    assert "| pca | [9, 5], 2 | 0.50 | 0.50 | 0.50 | 4 | 0.50 |" in text
+    assert "| pca | [9, 5], 2 | 0.50 | 0.50 | 0.50 | 7 | 4 | 2.0 |" in text
     for plot in ("solvers.svg", "resources.svg"):
         assert (tmp_path / plot).read_text().startswith("<?xml")
     # Without their results, all other tables stay as they are on the page.
