@@ -216,7 +216,7 @@ def _similarities(
 
 def _of_whole(leading: Leading, inside: Problem, whole: Problem, basis: Array) -> Problem:
     """Returns the whole problem, its rows in the leading ones of the columns of `basis`."""
-    X = leading.rows[:, :-1] + matmul(inside.mean, leading.basis)
+    X = leading.rows[:, :-2] + matmul(inside.mean, leading.basis)
     of_mean = kmeans_assignment.terms_of_mean(whole)
     given = matmul(basis, leading.basis), X, whole.energy, of_mean
     return whole._replace(leading=kmeans_leading.of_basis(*given))

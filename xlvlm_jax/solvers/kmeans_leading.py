@@ -5,8 +5,9 @@ of B is bounded by its lengths s and t there (Cauchy and Schwarz):
 
     |z - c|^2 - |z - m|^2 = |c'|^2 - 2 (z - m) c' >= |c'|^2 - 2 (x y + s t)
 
-The right side is a product with R + 1 instead of D columns. If B holds the leading directions of
-the rows, it leaves hardly more than one centroid of a thousand for most rows.
+The right side is a product with R + 2 instead of D columns: those of B, the lengths, and a column
+of ones, which multiplies |c'|^2. If B holds the leading directions of the rows, it leaves hardly
+more than one centroid of a thousand for most rows.
 
 A row keeps its label, an upper bound on its own centroid's score, and a lower bound on the scores
 of all others. If its centroid moves by d, its score changes by |c' + d|^2 - |c'|^2 - 2 (z - m) d,
@@ -38,7 +39,7 @@ from xlvlm_jax.solvers.collectives import Rows
 from xlvlm_jax.solvers.kmeans_nearest import MOST, Nearest, compare
 from xlvlm_jax.solvers.linalg import matmul
 
-# Columns of the product that rules centroids out, R + 1: more cost more than they rule out. At most
+# Columns of the product that rules centroids out, R + 2: more cost more than they rule out. At most
 # this share of the columns of Z.
 COLUMNS, SHARE = 64, 0.375
 # Least numbers of columns of Z, and of scores, with which this is faster than to keep and renew all
@@ -46,7 +47,7 @@ COLUMNS, SHARE = 64, 0.375
 LEAST_WIDTH, LEAST_SCORES = 128, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 CHUNK = 256  # centroids whose bounds are computed together
-ROWS = 1024  # rows per block
+ROWS = 512  # per block: its bounds of CHUNK centroids, half a megabyte, stay in a CPU's cache
 TOGETHER = 256  # rows that are compared with all centroids together
 # If more rows than the share HOPELESS had to be compared with all centroids, the next updates
 # compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the first
@@ -58,7 +59,7 @@ class Leading(NamedTuple):
     """The rows in the leading columns."""
 
     basis: Float[Array, "D R"]  # B, with singular values of at most one
-    rows: Float[Array, "N S"]  # x of every row, and s: S = R + 1
+    rows: Float[Array, "N S"]  # x of every row, s, and 1: S = R + 2
 
 
 class Known(NamedTuple):
@@ -96,7 +97,7 @@ def of_sample(
         rows: where the rows of Z are.
         centre: m, and which rows count.
     """
-    R = min(COLUMNS, int(SHARE * Z.shape[1])) - 1
+    R = min(COLUMNS, int(SHARE * Z.shape[1])) - 2
     found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre)
     return of_basis(found.basis, found.X, energy, terms_of_mean)
 
@@ -118,7 +119,9 @@ def of_basis(
     # The inequality holds for all B with |B B^T| <= 1.
     rounding = matmul(basis.T, basis) - jnp.eye(basis.shape[1], dtype=basis.dtype)
     shrunk = 1 / jnp.sqrt(1 + jnp.linalg.norm(rounding))
-    return Leading(shrunk * basis, _with_rest(shrunk * X, energy, energy + terms_of_mean))
+    rows = _with_rest(shrunk * X, energy, energy + terms_of_mean)
+    # The last column multiplies the summand of a centroid, so that a product is a whole bound.
+    return Leading(shrunk * basis, jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1))
 
 
 def nothing(N: int, K: int, D: int, dtype: DTypeLike) -> Known:
@@ -156,9 +159,10 @@ def renew(
     # Moved centroids first; those that fill up the last chunk are nearest to nothing.
     moved, missing = shifts > 0, -K % CHUNK
     order = jnp.argsort(~moved).astype(jnp.int32)
-    sides = _with_rest(matmul(offsets, leading.basis), squares, squares)[order]
-    sides, order = jnp.pad(sides, ((0, missing), (0, 0))), jnp.pad(order, (0, missing))
-    of_sides = jnp.where(jnp.arange(K + missing) < K, biases[order], jnp.inf)
+    sides = _with_rest(matmul(offsets, leading.basis), squares, squares)
+    sides = jnp.concatenate([-2 * sides, biases[:, None]], axis=1)[order]
+    sides = jnp.pad(sides, ((0, missing), (0, 0))).at[K:, -1].set(jnp.inf)
+    order = jnp.pad(order, (0, missing))
     count = jnp.sum(moved, dtype=jnp.int32)
     anew = count > MOST * K
     count = jnp.where(anew, K, count)
@@ -169,6 +173,7 @@ def renew(
     lengths = jnp.sum(steps**2, axis=1)
     inward = _with_rest(matmul(steps, leading.basis), lengths, lengths).at[:, -1].multiply(-1)
     grown = jnp.where(jnp.isinf(shifts), jnp.inf, squares - jnp.sum(known.offsets**2, axis=1))
+    growths = jnp.concatenate([-2 * inward, grown[:, None]], axis=1)
 
     def products_of(rows: Array, others: Array) -> Array:
         products = jax.lax.optimization_barrier(rows * others)
@@ -182,16 +187,15 @@ def renew(
         )
 
         def chunk(j: Array, best: Nearest) -> Nearest:
-            side, of_side, numbers = (
-                jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK)
-                for values in (sides, of_sides, order)
+            side, numbers = (
+                jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK) for values in (sides, order)
             )
-            bounds = jax.lax.optimization_barrier(of_side[:, None] - 2 * matmul(side, x.T))
+            bounds = jax.lax.optimization_barrier(matmul(side, x.T))
             return compare(bounds, best, numbers, own)
 
         start = Nearest.none(size, dtype)
         best = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
-        step = grown[own] - 2 * products_of(x, inward[own])
+        step = products_of(x, growths[own])
         upper = upper + jnp.where(moved[own], step + error, 0)
         lowest = jnp.minimum(floor, best.least)
         # NaN is not below anything, so it stays open too.

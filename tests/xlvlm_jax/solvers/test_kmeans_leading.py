@@ -38,7 +38,7 @@ def test_bound_by_hand(few):
     """One column of two: lengths outside it are 4 and 2, so the score is at least 4 - 2 (3 + 8)."""
     basis, z, c = jnp.array([[1.0], [0.0]]), jnp.array([[3.0, 4.0]]), jnp.array([[1.0, 2.0]])
     found = kmeans_leading.of_basis(basis, z @ basis, jnp.array([25.0]), jnp.float32(0))
-    np.testing.assert_allclose(found.rows, [[3, 4]], rtol=1e-5)
+    np.testing.assert_allclose(found.rows, [[3, 4, 1]], rtol=1e-5)
     # One centroid is the nearest of every row, and there is no other.
     known = kmeans_leading.nothing(1, 1, 2, jnp.float32)._replace(share=jnp.float32(0))
     given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, c
