@@ -286,15 +286,33 @@ class Dictionary:
         Args:
             components: float[K, D].
         """
-        params, units = self.params, _units(self)[:, None]
-        before = self.components
+        # Codes in units of the decoder's norms would take the new rows' norms.
+        own = self.folded()
+        params, before = own.params, own.components
         after = jnp.asarray(components, before.dtype)
-        changed = {"W_dec": after * units}
+        changed = {"W_dec": after}
         if "W_enc" in params:
             lengths = jnp.linalg.norm(before, axis=1)
             ratio = jnp.linalg.norm(params["W_enc"], axis=0) / jnp.where(lengths > 0, lengths, 1)
             changed["W_enc"] = params["W_enc"] + (after - before).T * ratio
-        return dataclasses.replace(self, params=params | changed)
+        return dataclasses.replace(own, params=params | changed)
+
+    def folded(self) -> "Dictionary":
+        """Returns the dictionary of equal codes whose rows of the decoder have norm 1.
+
+        Only where codes are in units of their norms (`rescale_acts_by_decoder_norm`), which the
+        weights then contain; any other is returned as it is.
+        """
+        if not self.settings.rescale_acts_by_decoder_norm:
+            return self
+        params, units = self.params, _units(self)
+        folded = {
+            "W_dec": params["W_dec"] / units[:, None],
+            "W_enc": params["W_enc"] * units,
+            "b_enc": params["b_enc"] * units,
+        }
+        settings = dataclasses.replace(self.settings, rescale_acts_by_decoder_norm=False)
+        return dataclasses.replace(self, params=params | folded, settings=settings)
 
     def _why_states(self) -> str | None:
         if self.settings.architecture == "temporal":
@@ -515,6 +533,7 @@ _ENCODERS: dict[str, Encoder] = {
     "topk_crosscoder": _topk,
     "batchtopk_crosscoder": _jumprelu,
 }
+_RESCALED = (_relu, _topk, _abstopk, _jumprelu)  # encoders of `_hidden`
 
 
 def shapes_of(
@@ -568,6 +587,11 @@ def check(params: Mapping[str, Any], settings: Settings) -> None:
         raise ValueError(
             f"normalize_activations is {settings.normalize_activations!r}; expected one of "
             f"{', '.join((*NORMALISERS, *FOLDED))}"
+        )
+    if settings.rescale_acts_by_decoder_norm and _ENCODERS[settings.architecture] not in _RESCALED:
+        raise ValueError(
+            f"rescale_acts_by_decoder_norm is true, but codes of {settings.architecture!r} are not "
+            "in units of the decoder's norms; expected false"
         )
     if settings.normalize_activations in OF_TEMPORAL and settings.architecture != "temporal":
         raise ValueError(

@@ -33,6 +33,7 @@ _TRAINED = {
     "batchtopk_transcoder": "jumprelu_transcoder",
     "batchtopk_skip_transcoder": "jumprelu_skip_transcoder",
 }
+_RESCALING = ("topk", "abstopk")  # codes may be in units of the decoder's norms
 VERSION = "6.54.12"  # whose form is written
 
 
@@ -58,7 +59,7 @@ def read(directory: Path, dtype: str | None = None) -> Dictionary:
     params = {name: np.asarray(tensor.read()) for name, tensor in stored.items()}
     _drop_scaling(params, directory)
     settings = _settings(values, params, directory / CONFIG)
-    site = values.get("hook_name") or values.get("metadata", {}).get("hook_name")
+    site = values.get("hook_name") or (values.get("metadata") or {}).get("hook_name")
     return of_tensors(
         params, settings, directory, site=site, details=values, dtype=dtype or values["dtype"]
     )
@@ -187,17 +188,16 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
 
     A dictionary with one threshold for all is written as jumprelu, which SAELens runs; what it was
     trained as is in `metadata`. Crosscoders and topk transcoders are written in the same form, but
-    only `load` reads them: SAELens has none.
+    only `load` reads them: SAELens has none. Codes in units of the decoder's norms are an option of
+    topk and abstopk in SAELens; elsewhere the norms are folded into the weights.
 
     Args:
         dictionary: the dictionary.
         directory: where to; made if it does not exist.
-
-    Raises:
-        ValueError: a dictionary whose codes are in units of the decoder's norms is of an
-            architecture for which SAELens has no such option.
     """
     directory = Path(directory)
+    if not dictionary.settings.architecture.startswith(_RESCALING):
+        dictionary = dictionary.folded()
     settings, params = dictionary.settings, dict(dictionary.params)
     known = dictionary.details.values.get("metadata") or {}
     metadata = {"sae_lens_version": VERSION, **known}
@@ -206,10 +206,6 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
     architecture = settings.architecture
     if architecture in _TRAINED:
         metadata["training_architecture"] = architecture
-        if settings.rescale_acts_by_decoder_norm:
-            norms = jnp.maximum(jnp.linalg.norm(params["W_dec"], axis=1), 1e-8)
-            params["W_dec"] = params["W_dec"] / norms[:, None]
-            params["W_enc"], params["b_enc"] = params["W_enc"] * norms, params["b_enc"] * norms
         architecture = _TRAINED[architecture]
     K, out = params["W_dec"].shape
     values: dict[str, Any] = {
@@ -227,7 +223,7 @@ def save(dictionary: Dictionary, directory: str | Path) -> None:
         values["d_out"] = out
     if settings.is_crosscoder:
         values |= {"widths": list(settings.widths), "scales": list(settings.scales)}
-    if architecture.startswith(("topk", "abstopk")):
+    if architecture.startswith(_RESCALING):
         values |= {
             "k": settings.k,
             "rescale_acts_by_decoder_norm": settings.rescale_acts_by_decoder_norm,

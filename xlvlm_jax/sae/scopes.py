@@ -1,7 +1,7 @@
 """The official dictionaries of Gemma and Qwen, in the files that they are published as.
 
     Gemma Scope 2   SITE/layer_N_width_W_l0_S/params.safetensors beside config.json
-    Gemma Scope     layer_N/width_Wk/average_l0_N/params.npz alone
+    Gemma Scope     layer_N/width_Wk/average_l0_N/params.npz alone, or "embedding" for layer_N
     Qwen-Scope      SAE-Res-MODEL-WnK-L0_k/layerN.sae.pt, matrices transposed
 
 None of them takes b_dec off its input.
@@ -21,6 +21,8 @@ from xlvlm_jax.sae.dictionary import Dictionary, Settings
 from xlvlm_jax.sae.saelens import of_tensors
 
 PARAMS, OLD_PARAMS, CONFIG = "params.safetensors", "params.npz", "config.json"
+_TRANSCODERS = ("transcoder", "transcoder_all", "affine_transcoder")
+_GEMMA_SITE = re.compile(r"embedding|layer_\d+")
 _QWEN_FILE = re.compile(r"layer(\d+)\.sae\.pt$")
 _QWEN_FOLDER = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)")
 
@@ -48,15 +50,9 @@ def read_gemma_2(directory: Path, dtype: str | None = None) -> Dictionary:
     if skip is not None:
         params["W_skip"] = skip.T  # stored [D, out]
     architecture = "jumprelu"
-    if (
-        "transcoder" in directory.as_posix()
-        or skip is not None
-        or values.get("type")
-        in (
-            "transcoder",
-            "affine_transcoder",
-        )
-    ):
+    # SITE tells it where the configuration does not.
+    kind = values.get("type") or directory.absolute().parent.name
+    if kind in _TRANSCODERS or skip is not None:
         architecture = "jumprelu_transcoder" if skip is None else "jumprelu_skip_transcoder"
     return of_tensors(
         params,
@@ -76,16 +72,17 @@ def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
     """
     with np.load(directory / OLD_PARAMS, allow_pickle=False) as arrays:
         params = {_upper(name): arrays[name] for name in arrays.files}
-    if "embedding" in directory.as_posix() and "W_enc" in params:
-        # Learnt on embeddings before Gemma scales them by the root of the width.
+    named = [part for part in directory.absolute().parts[-3:] if _GEMMA_SITE.fullmatch(part)]
+    site = named[-1] if named else ""
+    if site == "embedding" and "W_enc" in params:
+        # Learnt on embeddings before Gemma scales them by the root of the width; as in SAELens.
         scale = math.sqrt(params["W_enc"].shape[0])
         params["W_enc"], params["W_dec"] = params["W_enc"] / scale, params["W_dec"] * scale
-    layer = re.search(r"layer_(\d+)", directory.as_posix())
     return of_tensors(
         params,
         Settings("jumprelu", apply_b_dec_to_input=False),
         directory,
-        site=None if layer is None else f"model.layers.{layer[1]}",
+        site=f"model.layers.{site.removeprefix('layer_')}" if site.startswith("layer_") else None,
         details={},
         dtype=dtype or "float32",
     )

@@ -138,6 +138,41 @@ class TestScopes:
         )
         assert dictionary.site == "model.layers.12"
 
+    @pytest.mark.parametrize(
+        ("folder", "site", "scale"),
+        [
+            ("embedding/width_4k/average_l0_6", None, 2),  # the root of the width, 4
+            ("embedding-study/layer_7/x/layer_3/width_16k/average_l0_6", "model.layers.3", 1),
+            ("embedding/copies/here/layer_3", "model.layers.3", 1),
+            ("layer_3/of/others/mine", None, 1),
+        ],
+    )
+    def test_only_the_names_of_the_release_count(self, weights, tmp_path, folder, site, scale):
+        folder = tmp_path / folder
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **weights)
+        dictionary = sae.load(folder)
+        codes, _ = self.by_hand(weights, self.X)
+        assert dictionary.site == site
+        np.testing.assert_allclose(dictionary.encode(scale * self.X), codes, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dictionary.components, scale * weights["w_dec"], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("site", "kind", "method"),
+        [
+            ("transcoder_all", None, "jumprelu-transcoder"),
+            ("my-transcoders/resid_post", None, "jumprelu-sae"),
+            ("transcoder", "sae", "jumprelu-sae"),
+            ("mlp_out", "transcoder", "jumprelu-transcoder"),
+        ],
+    )
+    def test_the_configuration_tells_a_transcoder(self, weights, tmp_path, site, kind, method):
+        folder = tmp_path / site / "layer_3_width_16k_l0_small"
+        folder.mkdir(parents=True)
+        save_file(weights, folder / "params.safetensors")
+        (folder / "config.json").write_text(json.dumps({} if kind is None else {"type": kind}))
+        assert sae.load(folder).method == method
+
     def test_qwen_scope(self, weights, tmp_path):
         folder = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3"
         folder.mkdir()
@@ -265,6 +300,53 @@ class TestCrosscoders:
             sae.whose(self.crosscoder(), 0.7)
 
 
+class TestNorms:
+    """Codes in units of the decoder's norms, 3 and 2."""
+
+    X = np.float32([[3, 2], [1, -2]])
+
+    @staticmethod
+    def dictionary(architecture, **options):
+        params = {"W_enc": np.eye(2), "W_dec": np.diag([3, 2]), "b_enc": [0, 0], "b_dec": [0, 0]}
+        if architecture in ("jumprelu", "batchtopk_crosscoder"):
+            params["threshold"] = [5, 4.5]  # of codes; rows of h are 3 and 2
+        if options.get("widths"):
+            options["scales"] = (1.0, 1.0)
+        settings = sae.Settings(architecture, rescale_acts_by_decoder_norm=True, **options)
+        return sae.Dictionary.of(params, settings)
+
+    @pytest.mark.parametrize(
+        ("architecture", "options", "codes"),
+        [
+            ("standard", {}, [[9, 4], [3, 0]]),
+            ("transcoder", {}, [[9, 4], [3, 0]]),
+            ("jumprelu", {}, [[9, 0], [0, 0]]),
+            ("topk", {"k": 1}, [[9, 0], [3, 0]]),
+            ("batchtopk_crosscoder", {"widths": (1, 1)}, [[9, 0], [0, 0]]),
+        ],
+    )
+    def test_they_are_kept_by_every_architecture(self, tmp_path, architecture, options, codes):
+        before = self.dictionary(architecture, **options)
+        sae.save(before, tmp_path)
+        for each in (before, before.folded(), sae.load(tmp_path)):
+            np.testing.assert_allclose(each.encode(self.X), codes, rtol=1e-6)
+            np.testing.assert_allclose(each.components, np.eye(2), rtol=1e-6)
+            np.testing.assert_allclose(each.reconstruct(self.X), codes, rtol=1e-6)
+
+    def test_moved_components_keep_the_scale_of_codes(self):
+        """The second component doubles, and so does the column that encodes it."""
+        moved = self.dictionary("standard").moved(np.float32([[1, 0], [0, 2]]))
+        np.testing.assert_allclose(moved.components, [[1, 0], [0, 2]])
+        np.testing.assert_allclose(moved.encode(self.X), [[9, 8], [3, 0]], rtol=1e-6)
+        same = self.dictionary("standard").moved(np.eye(2, dtype="f4"))
+        np.testing.assert_allclose(same.encode(self.X), [[9, 4], [3, 0]], rtol=1e-6)
+
+    def test_an_encoder_that_ignores_them_is_refused(self):
+        params = sae.load(DATA / "gated").params
+        with pytest.raises(ValueError, match="codes of 'gated' are not in units of the decoder's"):
+            sae.Dictionary.of(params, sae.Settings("gated", rescale_acts_by_decoder_norm=True))
+
+
 RESCALE = ("rescale_acts_by_decoder_norm",)
 OLD = {"metadata": {"sae_lens_version": "5.9.1"}}
 
@@ -311,6 +393,11 @@ class TestMissingKeys:
         codes = expected["batchtopk-for-use.codes"]
         found = sae.load(without).encode(expected["states"])
         np.testing.assert_allclose(found, codes, rtol=0, atol=1e-5 * codes.max())
+
+    def test_metadata_may_be_null(self, tmp_path):
+        values = {"metadata": None, "sae_lens_version": "6.1.0"}
+        folder = changed(tmp_path, config=values, without=("hook_name",))
+        assert sae.load(folder).site is None
 
     def test_unknown_keys_are_ignored(self, tmp_path, expected):
         found = sae.load(changed(tmp_path, config={"a_key": {"of": "tomorrow"}}))
