@@ -17,7 +17,7 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import answers_without, concept_directions, removal_effects
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.reader import Features, choose_site, sample_of
+from xlvlm_jax.features.reader import Features, choose_site, require_states, sample_of
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.storage.same_model import require_model
 
@@ -67,7 +67,8 @@ def explain_sample(
         site: the site of the states; None for that of the concepts.
 
     Raises:
-        ValueError: there is no such sample, it has no rows, or the widths differ.
+        ValueError: there is no such sample, it has no rows, or the concepts are of another site,
+            model or width.
     """
     if num_concepts < 1:
         raise ValueError(f"num_concepts must be at least 1, got {num_concepts}")
@@ -79,6 +80,7 @@ def explain_sample(
             "could not be read; choose another"
         )
     site = choose_site(features, site or concepts.source.get("site"))
+    require_states(concepts.source, features, site, "explained")
     states = np.asarray(features.stored(site).take(rows), np.float32)
     activations = np.asarray(project(states, concepts)).mean(axis=0)
     strongest = np.argsort(-activations, kind="stable")[:num_concepts]

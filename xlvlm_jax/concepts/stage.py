@@ -36,6 +36,7 @@ from xlvlm_jax.concepts.reconstruction import explained_by
 from xlvlm_jax.concepts.record import Concepts, StoredActivations, components_of, on_host
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data.word_rules import Rules
+from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.solvers.sae.side_by_side import side_by_side
@@ -300,8 +301,7 @@ def _source(features: Features, site: str) -> dict[str, Any]:
         "features": str(features.path.resolve()),
         "site": site,
         "rows": len(features.tokens),
-        "model": features.manifest.get("model"),
-        "fingerprint": features.manifest.get("fingerprint"),
+        **model_at(features.manifest, site),
     }
 
 
@@ -362,7 +362,7 @@ def ground_concepts(
         rules=rules,
     )
     images = [
-        [features.samples[sample]["image"] for sample in samples]
+        [image for sample in samples if (image := features.samples[sample].get("image"))]
         for samples in top_samples(features, concepts.activations, num_images)
     ]
     concepts = dataclasses.replace(

@@ -24,6 +24,7 @@ extract with float32 or float16 states.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -107,3 +108,15 @@ def finetuned_site(site: str) -> str:
     Runs on the host and cannot be traced.
     """
     return f"finetuned:{site}"
+
+
+def model_at(manifest: Mapping[str, Any], site: str) -> dict[str, Any]:
+    """Returns name and fingerprint of the model whose states a site holds; None where unknown.
+
+    Args:
+        manifest: arguments of the run.
+        site: the site; that of the fine-tuned model's states names the fine-tuned model.
+    """
+    tuned = site.startswith(finetuned_site(""))
+    of = (manifest.get("finetuned") or {}) if tuned else manifest
+    return {name: of.get(name) for name in ("model", "fingerprint")}

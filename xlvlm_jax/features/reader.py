@@ -24,6 +24,7 @@ from xlvlm_jax.features.manifest import (
     ROW_FIELDS,
     SAMPLES,
     array_path,
+    model_at,
     read_manifest,
 )
 from xlvlm_jax.features.samples import StoredSamples
@@ -260,6 +261,33 @@ def choose_site(features: Features, site: str | None, option: str = "--site") ->
     if len(found) > 1:
         raise ValueError(f"{site!r} matches {len(found)} sites, {few(found)}; choose one of them")
     return found[0]
+
+
+def require_states(source: Mapping[str, Any], features: Features, site: str, what: str) -> None:
+    """Checks that concepts were learnt on states of a site of some features.
+
+    Args:
+        source: where the concepts come from; a missing site or fingerprint passes.
+        features: the features.
+        site: one of their sites.
+        what: what such concepts can't be, for the message: "scored".
+
+    Raises:
+        ValueError: they were learnt on states of another site or model.
+    """
+    learnt = source.get("site")
+    if learnt is not None and site not in match_sites(learnt, features.sites, hub_names):
+        raise ValueError(
+            f"concepts of site {learnt!r} cannot be {what} on states of {site!r}; extract the same "
+            "site for both"
+        )
+    model = model_at(features.manifest, site)
+    models = source.get("fingerprint"), model["fingerprint"]
+    if None not in models and models[0] != models[1]:
+        raise ValueError(
+            f"concepts are from model {source.get('model')!r} ({models[0]}), but {features.path} "
+            f"has states of {model['model']!r} ({models[1]}); extract with the same model"
+        )
 
 
 def samples_of(features: Features) -> list[Sample]:

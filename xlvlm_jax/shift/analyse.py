@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.metrics.most_activated import NONE
-from xlvlm_jax.shift.blocks import assigned, moves
+from xlvlm_jax.shift.blocks import assigned, moves, require_rows
 from xlvlm_jax.shift.pairs import Pairs
 from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.shift.recovery import recovery
@@ -57,7 +57,7 @@ def analyse(
         The analysis, not yet grounded in words and images.
 
     Raises:
-        ValueError: the models have different widths, the dictionaries different sizes, the
+        ValueError: the models have different widths, the dictionaries different sizes,
             concepts were learnt on other rows, or alpha is not finite.
     """
     (N, D), (_, E) = np.shape(Z_original), np.shape(Z_finetuned)
@@ -79,11 +79,8 @@ def analyse(
         )
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}; expected a finite number")
-    if concepts.activations is not None and len(concepts.activations) != N:
-        raise ValueError(
-            f"the original concepts have activations for {len(concepts.activations)} rows, the"
-            f" original features {N}; give the features that the concepts were learnt on"
-        )
+    require_rows(concepts, Z_original, "original ")
+    require_rows(finetuned_concepts, Z_finetuned, "fine-tuned ")
     assignment = assigned(concepts, Z_original, assign_by)[pairs.original]
     common = len(assignment)
     if (idle := assignment == NONE).any():  # sparse codes may all be zero

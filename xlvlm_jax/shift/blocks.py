@@ -53,7 +53,8 @@ def moves(
     Args:
         original, finetuned: float[N, D], the states of each model, or readers of them.
         pairs: the matching rows of the two.
-        assignment: int[M], the concept of each pair, 0 to K - 1.
+        assignment: int[M], the concept of each pair, 0 to K - 1; `analyse` leaves out pairs
+            without one.
         num_concepts: K.
         reduce: see `concept_shift`.
 
@@ -67,7 +68,7 @@ def moves(
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'median' or 'trimmed_mean'")
     K, D = num_concepts, original.shape[1]
     moved, directions, norms = np.zeros((K, D)), np.zeros((K, D)), np.zeros((K, 2))
-    for part, a, b in _blocks(original, finetuned, pairs):
+    for part, a, b in blocks_of_pairs(original, finetuned, pairs):
         moves = b - a
         lengths = np.linalg.norm(moves, axis=1, keepdims=True)
         own = assignment[part]
@@ -113,7 +114,7 @@ def assigned(concepts: Concepts, Z: Rows, by: AssignBy = "activation") -> Int[np
         int[N]; NONE, -1, for a row that activates no concept.
 
     Raises:
-        ValueError: `by` is unknown.
+        ValueError: `by` is unknown, or the concepts have activations of other rows.
     """
     if by == "activation":
         return np.concatenate(
@@ -136,7 +137,11 @@ def activations_of(concepts: Concepts, Z: Rows) -> Iterator[tuple[int, Float[np.
 
     Yields:
         (first row, float32[B, K]).
+
+    Raises:
+        ValueError: the concepts have activations of other rows.
     """
+    require_rows(concepts, Z)
     if concepts.activations is not None:
         yield from tiles_of(concepts.activations)
     elif is_stored(Z):
@@ -144,6 +149,25 @@ def activations_of(concepts: Concepts, Z: Rows) -> Iterator[tuple[int, Float[np.
             yield start, np.asarray(codes)
     else:
         yield 0, np.asarray(project(Z, concepts))
+
+
+def require_rows(concepts: Concepts, Z: Rows, whose: str = "") -> None:
+    """Checks that the activations of concepts, if there are any, are those of the rows of Z.
+
+    Args:
+        concepts: the concepts.
+        Z: float[N, D], the states, or a reader of them.
+        whose: "original " or "fine-tuned ", for the message.
+
+    Raises:
+        ValueError: their numbers differ.
+    """
+    activations, N = concepts.activations, np.shape(Z)[0]
+    if activations is not None and len(activations) != N:
+        raise ValueError(
+            f"the {whose}concepts have activations for {len(activations)} rows, the {whose}features"
+            f" {N}; give the features that the concepts were learnt on"
+        )
 
 
 def _centres(
@@ -166,7 +190,7 @@ def _centres(
         held = np.flatnonzero(np.isin(assignment, concepts))
         some = Pairs(pairs.original[held], pairs.finetuned[held], pairs.num_samples)
         states = np.empty((2, len(held), D), np.float32)
-        for part, a, b in _blocks(original, finetuned, some):
+        for part, a, b in blocks_of_pairs(original, finetuned, some):
             states[0, part], states[1, part] = a, b
         for k in concepts:
             own = states[:, assignment[held] == k].astype(np.float64)
@@ -188,7 +212,7 @@ def _add_up(
     return sparse.csr_array(members, shape=(num_concepts, B)) @ rows
 
 
-def _blocks(
+def blocks_of_pairs(
     original: Rows, finetuned: Rows, pairs: Pairs
 ) -> Iterator[tuple[slice, Float[np.ndarray, "B D"], Float[np.ndarray, "B D"]]]:
     """Yields blocks of pairs: (slice of the pairs, original rows, fine-tuned rows) in float64."""

@@ -1,17 +1,19 @@
 """Grounds original, shifted and fine-tuned concepts in words and images."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest_rows
+from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.word_rules import Rules, is_concept_word
 from xlvlm_jax.shift.blocks import activations_of
+from xlvlm_jax.shift.pairs import RowIds
 from xlvlm_jax.shift.record import ShiftAnalysis
 from xlvlm_jax.solvers.validation import StoredMatrix
 
@@ -102,7 +104,8 @@ def ground_samples(
 
     Original concepts are grounded in the original model's states, shifted and fine-tuned ones in
     the fine-tuned model's. The activations of shifted concepts depend on each other, so a concept
-    without a shift takes part unshifted, but gets no images.
+    without a shift takes part unshifted, but gets no images. A sample counts once for a concept,
+    with its strongest row, and only if it activates the concept.
 
     Args:
         analysis: the analysis.
@@ -110,19 +113,24 @@ def ground_samples(
         finetuned_concepts: the fine-tuned model's concepts.
         Z_original, Z_finetuned: the states, or readers of them; see `analyse`.
         original_ids, finetuned_ids: the sample ID of each row of the two matrices.
-        num_images: samples per concept, at most the number of rows; 50 in the paper.
+        num_images: maximum number of samples per concept; 50 in the paper.
 
     Returns:
         The analysis with images.
+
+    Raises:
+        ValueError: concepts have activations for other numbers of rows than the states.
     """
-    count = min(num_images, len(original_ids), len(finetuned_ids))
+    rows = [_rows_per_sample(ids) for ids in (original_ids, finetuned_ids)]
+    count = min(num_images, *map(len, rows))
     moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
     # Encoded as the original concepts are; for pca, with the fine-tuned model's mean.
     given = concepts.with_components(moved, finetuned_concepts.mean)
 
     def top(learnt: Concepts, Z: Any, ids: Sequence[str]) -> list[list[str]]:
-        best = strongest_rows(activations_of(learnt, Z), len(learnt.components), count)
-        return [[ids[int(row)] for row in rows] for rows in best]
+        most = min(count * max(int(each.max()) for each in rows), len(ids))
+        found = strongest(activations_of(learnt, Z), len(learnt.components), most)
+        return [_first_names(ids, best[of != 0], count) for of, best in zip(*found, strict=True)]
 
     shifted = top(given, Z_finetuned, finetuned_ids)
     finetuned = top(finetuned_concepts, Z_finetuned, finetuned_ids)
@@ -133,4 +141,22 @@ def ground_samples(
         ],
         "finetuned": [finetuned[k] for k in analysis.matching],
     }
-    return dataclasses.replace(analysis, images=images, num_images=count)
+    held = analysis.rows | {"finetuned samples": len(rows[1])}
+    return dataclasses.replace(analysis, images=images, num_images=count, rows=held)
+
+
+def _rows_per_sample(ids: Sequence[str]) -> Int[np.ndarray, " S"]:
+    """Returns the number of rows of each sample."""
+    if isinstance(ids, RowIds):  # read no IDs
+        return ids.rows_per_sample
+    return np.array([*collections.Counter(ids).values()])
+
+
+def _first_names(ids: Sequence[str], rows: Int[np.ndarray, " R"], count: int) -> list[str]:
+    """Returns the samples of the first rows, each once."""
+    found: dict[str, None] = {}
+    for row in map(int, rows):
+        if len(found) == count:
+            break
+        found[ids[row]] = None
+    return list(found)

@@ -4,8 +4,8 @@ Only samples for which both models have rows count: with a token of interest, th
 models produced the token.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from jaxtyping import Int
@@ -124,6 +124,41 @@ def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     nth = np.empty(len(rows), np.int64)
     nth[order] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     return nth, counts, order
+
+
+class RowIds(Sequence[str]):
+    """The sample ID of each row, read on demand, because only few of millions are needed.
+
+    Attributes:
+        features: the features.
+        samples: {sample ID: sample number} of the IDs read so far.
+    """
+
+    def __init__(self, features: Features):
+        self.features, self.samples = features, {}
+        self._names: dict[int, str] = {}
+
+    @property
+    def rows_per_sample(self) -> Int[np.ndarray, " S"]:
+        """Number of rows of each sample that has any."""
+        counts = np.bincount(self.features.sample_rows)
+        return counts[counts > 0]
+
+    def __len__(self) -> int:
+        return len(self.features.sample_rows)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        number = int(self.features.sample_rows[row])
+        if number not in self._names:
+            name = name_of(number, self.features.samples[number].get("id"))
+            self.samples[name], self._names[number] = number, name
+        return self._names[number]
 
 
 def common_site(original: Features, finetuned: Features, site: str | None) -> str:

@@ -49,7 +49,8 @@ class ShiftAnalysis:
         spread: how consistently the samples of a concept move; all fields are float32[K].
         recovery, recovery_l2: float32[K], see `xlvlm_jax.shift.recovery`.
         alpha, reduce: the strength of the shift, and the kind of centre, see `analyse`.
-        rows: {"original": N, "finetuned": M, "common": number of pairs}.
+        rows: {"original": N, "finetuned": M, "common": number of pairs}, and once grounded in
+            images "finetuned samples", the number of samples that have the M rows.
         words: {"original" | "shifted" | "finetuned" | "shift": K lists}; those of "shift" are
             decoded from the shift vectors themselves. None before grounding.
         images: {"original" | "shifted" | "finetuned": K lists of sample IDs}, the strongest first.
@@ -158,7 +159,9 @@ class ShiftAnalysis:
             raise ValueError(
                 f"the shift is not grounded in {of}; call shift.ground_words and ground_samples"
             )
-        whole = self.vocabulary if of == "words" else self.rows["finetuned"]
+        # Analyses of earlier versions counted rows.
+        samples = self.rows.get("finetuned samples", self.rows["finetuned"])
+        whole = self.vocabulary if of == "words" else samples
         drawn = [len(a) * len(b) for a, b in zip(grounded["original"], grounded["finetuned"])]  # noqa: B905
         return {
             "random": float(np.mean(drawn)) / whole / size if whole else float("nan"),
@@ -185,15 +188,21 @@ class ShiftAnalysis:
         atomic.write(directory / DESCRIPTION, json.dumps(_plain(described), indent=1) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """Returns means over the concepts with a shift, correlations, and concepts without one."""
+        """Returns means, correlations, and concepts without a shift.
+
+        Means are over the concepts whose figure is finite; "counted" says how many those are.
+        """
+        figures = {name: self.figure(name)[self.moved] for name in _FIGURES}
+        finite = {name: values[np.isfinite(values)] for name, values in figures.items()}
         means = {
-            name: float(np.mean(self.figure(name)[self.moved])) if self.moved.any() else math.nan
-            for name in _FIGURES
+            name: float(np.mean(values)) if len(values) else math.nan
+            for name, values in finite.items()
         }
         result: dict[str, Any] = {
             "concepts": len(self.counts),
             "without shift": np.flatnonzero(~self.moved).tolist(),
             "means": means,
+            "counted": {name: len(values) for name, values in finite.items()},
             "correlations": {name: c._asdict() for name, c in self.correlations.items()},
         }
         for of in ("words", "images"):

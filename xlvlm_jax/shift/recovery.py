@@ -35,7 +35,8 @@ def recovery(
             which is 1 if the shifted concept equals the fine-tuned one.
 
     Returns:
-        float32[K].
+        float32[K]; NaN where nothing can be recovered: the cosine of v and u is 0 or one of the
+        vectors is, or (l2) v equals u.
 
     Raises:
         ValueError: the metric is unknown, or the shapes differ.
@@ -48,10 +49,10 @@ def recovery(
         )
     if metric == "cosine":
         before, after = _cosine(v, u), _cosine(v, s)
-        return (after - before) / before
+        return _ratio(after - before, before)
     if metric == "l2":
         before = jnp.linalg.norm(v - u, axis=1)
-        return (before - jnp.linalg.norm(v - s, axis=1)) / before
+        return _ratio(before - jnp.linalg.norm(v - s, axis=1), before)
     raise ValueError(f"metric is {metric!r}; expected 'cosine' or 'l2'")
 
 
@@ -138,6 +139,10 @@ def correlation(a: Float[Array, " K"], b: Float[Array, " K"]) -> Correlation:
 
     result: Any = pearsonr(a[both], b[both])
     return Correlation(float(result.statistic), float(result.pvalue), int(both.sum()))
+
+
+def _ratio(gained: jax.Array, before: jax.Array) -> jax.Array:
+    return jnp.where(before != 0, gained / jnp.where(before != 0, before, 1), jnp.nan)
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,9 +1,8 @@
 """The stage of `xlvlm shift`: analyses features of two models and concepts of one."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,18 +17,17 @@ from xlvlm_jax.concepts.grounding import is_before_norm, unembed_of
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.data.word_rules import Rules
-from xlvlm_jax.features.manifest import finetuned_site
-from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.manifest import finetuned_site, model_at
+from xlvlm_jax.features.reader import Features, require_states
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.shift.analyse import analyse
-from xlvlm_jax.shift.blocks import assigned
+from xlvlm_jax.shift.blocks import assigned, blocks_of_pairs
 from xlvlm_jax.shift.grounding import ground_samples, ground_words
-from xlvlm_jax.shift.pairs import Pairs, common_site, match_samples, name_of
+from xlvlm_jax.shift.pairs import Pairs, RowIds, common_site, match_samples, name_of
 from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import AssignBy, Reduce
-from xlvlm_jax.storage import atomic
 from xlvlm_jax.storage.same_model import require_model
-from xlvlm_jax.storage.tensors import as_bytes
+from xlvlm_jax.storage.tensors import write_with_rows
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 HELD_BYTES = 2**28  # maximum size of states to decompose in memory; larger ones are streamed
@@ -76,7 +74,8 @@ def shift_features(
             None if its head does not differ.
         finetuned_concepts: the fine-tuned model's concepts; None to learn them here, with the
             method and options of `concepts`.
-        pairs: what `match_samples` returns, if already known.
+        pairs: what `match_samples` returns, if already known; of one directory with both models,
+            rows are paired as they are.
         site: the site whose states to use; None for the concepts' site.
         alpha, reduce, assign_by, normalise_shifts, normalise_shifted: see `analyse`.
         num_words, num_candidates: see `ground_text`.
@@ -95,13 +94,25 @@ def shift_features(
     """
     site = site or concepts.source.get("site")
     if finetuned is None:
+        if pairs is not None:
+            raise ValueError(
+                "pairs are of two directories, but both models' states are read from one, whose "
+                "rows are paired already; omit pairs"
+            )
         site, Z_b, pairs = _paired_rows(original, site)
-        finetuned = original
-        both = [_RowIds(original)] * 2
+        finetuned, tuned_site = original, finetuned_site(site)
+        both = [RowIds(original)] * 2
     else:
-        site = common_site(original, finetuned, site)
+        site = tuned_site = common_site(original, finetuned, site)
         pairs, Z_b = pairs or match_samples(original, finetuned), finetuned.stored(site)
-        both = [_RowIds(original), _RowIds(finetuned)]
+        both = [RowIds(original), RowIds(finetuned)]
+    require_states(concepts.source, original, site, "moved")
+    if finetuned_concepts is not None:
+        known = dict(finetuned_concepts.source)
+        if known.get("site"):  # may come from a directory of both models, or of one
+            own = known["site"].removeprefix(finetuned_site(""))
+            known["site"] = tuned_site.removesuffix(site) + own
+        require_states(known, finetuned, tuned_site, "compared")
     Z_a = original.stored(site)
     _check_width(vlm, finetuned_vlm)
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
@@ -110,9 +121,10 @@ def shift_features(
             analyse(Z_a, Z_b, pairs, concepts, concepts)
         source = {
             "features": str(finetuned.path.resolve()),
-            "site": site,
+            "site": tuned_site,
             "seed": seed,
             "rows": len(Z_b),
+            **model_at(finetuned.manifest, tuned_site),
         }
         directory = output / "finetuned-concepts"
         finetuned_concepts = _decompose_alike(Z_b, concepts, seed, source, directory)
@@ -172,14 +184,14 @@ def _store_samples(
     assignment: Int[np.ndarray, " N"],
 ) -> None:
     """Writes the shift of each pair of rows, the rows, and its concept, -1 for none."""
-    shifts = finetuned.take(pairs.finetuned) - original.take(pairs.original)
     tensors = {
-        "shifts": np.asarray(shifts, np.float32),
         "original_rows": np.asarray(pairs.original, np.int64),
         "finetuned_rows": np.asarray(pairs.finetuned, np.int64),
         "concepts": assignment[pairs.original].astype(np.int32),
     }
-    atomic.write(output / SAMPLE_SHIFTS, as_bytes(tensors))
+    shape = len(pairs.original), original.shape[1]
+    blocks = ((b - a).astype(np.float32) for _, a, b in blocks_of_pairs(original, finetuned, pairs))
+    write_with_rows(output / SAMPLE_SHIFTS, tensors, "shifts", shape, blocks)
 
 
 def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:
@@ -230,34 +242,7 @@ def _decompose_alike(
     return Concepts.load(directory)
 
 
-class _RowIds(Sequence[str]):
-    """The sample ID of each row, read on demand, because only few of millions are needed.
-
-    Attributes:
-        features: the features.
-        samples: {sample ID: sample number} of the IDs read so far.
-    """
-
-    def __init__(self, features: Features):
-        self.features, self.samples = features, {}
-
-    def __len__(self) -> int:
-        return len(self.features.sample_rows)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        number = int(self.features.sample_rows[row])
-        name = name_of(number, self.features.samples[number].get("id"))
-        self.samples[name] = number
-        return name
-
-
-def _pictures(images: dict[str, list[list[str]]], *asked: _RowIds) -> dict[str, str]:
+def _pictures(images: dict[str, list[list[str]]], *asked: RowIds) -> dict[str, str]:
     """Returns {sample ID: image file} of each concept's first samples."""
     shown = {name for kind in KINDS for names in images[kind] for name in names[:NUM_PICTURES]}
     found = {}

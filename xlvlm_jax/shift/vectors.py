@@ -19,9 +19,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from xlvlm_jax.solvers import sums
+from xlvlm_jax.solvers.linalg import matmul
 
 Array = jax.Array | np.ndarray
 Reduce = Literal["mean", "median", "trimmed_mean"]
@@ -52,12 +54,12 @@ def nearest(
     if by == "cosine":
         # Of zero, the cosine with everything is zero.
         lengths = _norms(components)
-        scores = states @ (components / jnp.where(lengths > 0, lengths, 1)[:, None]).T
+        scores = matmul(states, (components / _nonzero(lengths)[:, None]).T)
     elif by == "l2":
         # Around the concepts' mean, so that an offset of all states costs no precision.
         centre = jnp.mean(components, axis=0)
         states, components = states - centre, components - centre
-        scores = states @ components.T - jnp.sum(components**2, axis=1) / 2
+        scores = matmul(states, components.T) - jnp.sum(components**2, axis=1) / 2
     else:
         raise ValueError(f"states are assigned by {by!r}; expected 'cosine' or 'l2'")
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
@@ -69,15 +71,23 @@ def normalised(shifts: Float[Array, "K D"]) -> Float[Array, "K D"]:
     Works under jit, vmap and grad.
 
     Args:
-        shifts: float[K, D]; NaN for a concept without a shift, which does not count.
+        shifts: float[K, D]; NaN for a concept without a shift, which does not count. Zeros stay.
     """
     shifts = jnp.asarray(shifts)
-    return shifts / jnp.sqrt(jnp.nansum(shifts**2))
+    return shifts / _nonzero(_norms(jnp.where(jnp.isnan(shifts), 0, shifts).reshape(1, -1)))
 
 
 def counts(assignment: Int[Array, " N"], num_concepts: int) -> Int[Array, " K"]:
-    """Counts the samples of each concept. Works under jit (num_concepts static) and vmap."""
-    return jnp.bincount(jnp.asarray(assignment), length=num_concepts)
+    """Counts the samples of each concept. Works under jit (num_concepts static) and vmap.
+
+    Args:
+        assignment: int[N], as for `concept_shift`.
+        num_concepts: K.
+
+    Raises:
+        ValueError: a number is not in -1 to K - 1.
+    """
+    return jnp.bincount(_within(assignment, num_concepts), length=num_concepts)
 
 
 def concept_shift(
@@ -94,7 +104,8 @@ def concept_shift(
     Args:
         original, destination: float[N, D], states of the same samples before and after
             fine-tuning.
-        assignment: int[N], the concept of each sample, 0 to K - 1.
+        assignment: int[N], the concept of each sample, 0 to K - 1; -1 for none. Under a trace,
+            where values can't be checked, larger numbers count as none.
         num_concepts: K.
         reduce: the centre: "mean", "median" (of each coordinate) or "trimmed_mean" (without the
             lowest and highest tenth of each coordinate).
@@ -103,9 +114,10 @@ def concept_shift(
         float32[K, D], NaN for concepts with fewer than two samples.
 
     Raises:
-        ValueError: the shapes do not match, or `reduce` is unknown.
+        ValueError: the shapes do not match, a concept's number is not in -1 to K - 1, or `reduce`
+            is unknown.
     """
-    original, destination, assignment = _paired(original, destination, assignment)
+    original, destination, assignment = _paired(original, destination, assignment, num_concepts)
     if reduce not in ("mean", "median", "trimmed_mean"):
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'median' or 'trimmed_mean'")
     if reduce == "mean":
@@ -114,7 +126,7 @@ def concept_shift(
     # Relative to a common origin, so that an offset of all states costs no precision.
     origin = sums.column_means(original).high
     original, destination = original - origin, destination - origin
-    sizes = counts(assignment, num_concepts)
+    sizes = jnp.bincount(assignment, length=num_concepts)
     rank = jnp.arange(len(assignment))[:, None]
 
     def centre(states: jax.Array, members: jax.Array, size: jax.Array) -> jax.Array:
@@ -156,13 +168,13 @@ def shifted(
         components: float[K, D], the concepts.
         shifts: float[K, D], their shifts.
         alpha: the strength.
-        unit_norm: divide each moved concept by its norm.
+        unit_norm: divide each moved concept by its norm; zeros stay.
 
     Returns:
         float32[K, D], NaN for a concept without a shift.
     """
     moved = jnp.asarray(components) + alpha * jnp.asarray(shifts)
-    return moved / _norms(moved)[:, None] if unit_norm else moved
+    return moved / _nonzero(_norms(moved))[:, None] if unit_norm else moved
 
 
 class Spread(NamedTuple):
@@ -193,12 +205,12 @@ def spread(
         The measures, NaN for a concept with fewer than two samples.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: the shapes do not match, or a concept's number is not in -1 to K - 1.
     """
-    original, destination, assignment = _paired(original, destination, assignment)
+    original, destination, assignment = _paired(original, destination, assignment, num_concepts)
     moves = destination - original
     norms = _norms(moves)
-    units = moves / jnp.where(norms > 0, norms, 1)[:, None]
+    units = moves / _nonzero(norms)[:, None]
     members, mean = _means(moves, assignment, num_concepts)
     _, mean_unit = _means(units, assignment, num_concepts)
     sizes = members.astype(moves.dtype)
@@ -210,7 +222,7 @@ def spread(
 
     toward = jnp.sum(moves * mean[assignment], axis=1)
     reach = norms * magnitude[assignment]
-    cosine = jnp.where(reach > 0, toward / jnp.where(reach > 0, reach, 1), 0)
+    cosine = jnp.where(reach > 0, toward / _nonzero(reach), 0)
     of_rows = jnp.stack([jnp.sum(units**2, axis=1), norms**2, cosine, toward], axis=1)
     own_unit, own, cosine, toward = _means(of_rows, assignment, num_concepts)[1].T
     figures = Spread(
@@ -261,8 +273,30 @@ def _norms(rows: jax.Array) -> jax.Array:
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
+def _nonzero(norms: jax.Array) -> jax.Array:
+    """Returns norms to divide by: 1 for those of zero, whose vectors have no direction."""
+    return jnp.where(norms > 0, norms, 1)
+
+
+def _within(assignment: Array, num_concepts: int) -> jax.Array:
+    """Returns the concept of each sample, K for none, which sums over concepts leave out.
+
+    Indices below zero would count from the end.
+    """
+    if not isinstance(assignment, Tracer) and np.size(assignment):
+        least, most = int(np.min(assignment)), int(np.max(assignment))
+        if not -1 <= least <= most < num_concepts:
+            wrong = least if least < -1 else most
+            raise ValueError(
+                f"a sample is assigned to concept {wrong}; expected 0 to {num_concepts - 1}, or -1 "
+                "for none"
+            )
+    assignment = jnp.asarray(assignment)
+    return jnp.where(assignment < 0, num_concepts, assignment)
+
+
 def _paired(
-    original: Array, destination: Array, assignment: Array
+    original: Array, destination: Array, assignment: Array, num_concepts: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     a, b = jnp.asarray(original), jnp.asarray(destination)
     assignment = jnp.asarray(assignment)
@@ -272,4 +306,4 @@ def _paired(
             "expected [N, D] for both states, of the same samples, and [N]"
         )
     kind = jnp.promote_types(a.dtype, jnp.float32)
-    return a.astype(kind), b.astype(kind), assignment
+    return a.astype(kind), b.astype(kind), _within(assignment, num_concepts)

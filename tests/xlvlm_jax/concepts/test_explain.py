@@ -1,5 +1,7 @@
 """The concepts of one sample: by hand, its figure, the command, and messages."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,5 +78,8 @@ def test_messages(run):
     features, concepts = Features.open(run / "features"), Concepts.load(run / "concepts")
     with pytest.raises(ValueError, match="sample 's2' has no states in"):
         explain_sample(features, concepts, "s2")
+    other = dataclasses.replace(concepts, source={"site": "t"})
+    with pytest.raises(ValueError, match="concepts of site 't' cannot be explained on states of"):
+        explain_sample(features, other, "s1", site="s")
     with pytest.raises(ValueError, match="num_concepts must be at least 1, got 0"):
         explain_sample(features, concepts, "s1", num_concepts=0)

@@ -198,6 +198,39 @@ def test_a_damaged_directory_is_refused(grounded, tmp_path):
         ShiftAnalysis.load(tmp_path)
 
 
+def test_samples_count_once_and_only_where_they_activate_a_concept(states):
+    """Both models' concepts have two active samples of 15, of two rows each, all of them others."""
+    before, after = states
+    codes = np.zeros((2, 30, 3), "f4")
+    for model, k in np.ndindex(2, 3):
+        rows = 12 * model + 4 * k + np.arange(4)
+        codes[model, rows, k] = [2, 2, 1, 1]
+    concepts = [Concepts(np.eye(3, 8, dtype="f4"), each, "kmeans") for each in codes]
+    found = shift.analyse(before, after, pairs_of(before), *concepts)
+    ids = [f"s{i // 2}" for i in range(30)]
+    found = shift.ground_samples(found, *concepts, before, after, ids, ids, num_images=50)
+    assert found.images["original"] == [["s0", "s1"], ["s2", "s3"], ["s4", "s5"]]
+    theirs = found.images["finetuned"]
+    assert theirs == [["s6", "s7"], ["s8", "s9"], ["s10", "s11"]]
+    assert found.num_images == found.rows["finetuned samples"] == 15
+    assert found.mean_overlap("original", "images") == 0
+    # Two of 15 drawn at random hit 4 / 15 of two others, of at most 15.
+    assert found.chance("images") == {"random": pytest.approx(4 / 15 / 15), "mismatched": 0}
+
+
+def test_a_concept_without_figures_leaves_the_means_of_the_others(states, concepts_of):
+    before, _ = states
+    concepts = concepts_of(before)
+    same = shift.analyse(
+        before, before, pairs_of(before), concepts, concepts, normalise_shifts=True
+    )
+    assert not same.shifts.any() and np.isnan(same.recovery_l2).all()
+    figures = np.float32([np.nan, 0.5, -np.inf])
+    summary = dataclasses.replace(same, recovery=figures).summary()
+    assert summary["means"]["recovery"] == 0.5 and np.isnan(summary["means"]["recovery_l2"])
+    assert (summary["counted"]["recovery"], summary["counted"]["recovery_l2"]) == (1, 0)
+
+
 @pytest.mark.wrong_types
 def test_what_does_not_fit_is_refused(states, concepts_of, analysis):
     before, after = states
@@ -208,6 +241,13 @@ def test_what_does_not_fit_is_refused(states, concepts_of, analysis):
         shift.analyse(before, after, pairs, concepts, concepts_of(after, 2))
     with pytest.raises(ValueError, match="activations for 30 rows, the original features 29"):
         shift.analyse(before[:29], after, pairs, concepts, concepts)
+    fewer = dataclasses.replace(concepts, activations=concepts.activations[:29])
+    message = "fine-tuned concepts have activations for 29 rows, the fine-tuned features 30"
+    with pytest.raises(ValueError, match=message):
+        shift.analyse(before, after, pairs, concepts, fewer)
+    ids = [str(i) for i in range(30)]
+    with pytest.raises(ValueError, match="the concepts have activations for 29 rows, the features"):
+        shift.ground_samples(analysis, concepts, fewer, before, after, ids, ids)
     with pytest.raises(ValueError, match="alpha is nan; expected a finite number"):
         shift.analyse(before, after, pairs, concepts, concepts, alpha=float("nan"))
     narrow = Concepts.from_components(jnp.ones((3, 5)), "kmeans")

@@ -7,6 +7,7 @@ from scipy.stats import pearsonr
 from xlvlm_jax import shift
 
 RANDOM = np.random.default_rng(0)
+METRICS = ("cosine", "l2")
 
 
 def test_matching_undoes_a_permutation():
@@ -21,6 +22,13 @@ def test_recovery_by_hand():
     np.testing.assert_allclose(shift.recovery(u, u, v), 0, atol=1e-6)
     np.testing.assert_allclose(shift.recovery(u, v, v), 2**0.5 - 1, rtol=1e-6)
     np.testing.assert_allclose(shift.recovery(u, (u + v) / 2, v, metric="l2"), 0.5, rtol=1e-6)
+
+
+def test_what_can_not_be_recovered_is_nan():
+    """By cosine a zero vector and an orthogonal one, by l2 one that is already there."""
+    u, s, v = np.float32([[0, 0], [0, 1], [1, 0]]), np.ones((3, 2), "f4"), np.float32([[1, 0]] * 3)
+    found = [np.isnan(shift.recovery(u, s, v, metric=metric)).tolist() for metric in METRICS]
+    assert found == [[True, True, False], [False, False, True]]
 
 
 def test_correlation():

@@ -12,7 +12,7 @@ from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.writer import FeaturesWriter
-from xlvlm_jax.shift import ShiftAnalysis, shift_features, stage
+from xlvlm_jax.shift import Pairs, ShiftAnalysis, shift_features, stage
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 OPTIONS = {"num_words": 2, "num_images": 10}
@@ -30,7 +30,8 @@ def test_from_directories_to_a_directory(write, states, concepts, head, root):
     finetuned = write("after", after[1:], samples=samples, rows=range(1, 30), model="tuned")
     original = write("before", before, model="base")
     found = shift_features(original, finetuned, concepts, head, root / "shift", **OPTIONS)
-    assert found.rows == {"original": 30, "finetuned": 29, "common": 29}
+    rows = {"original": 30, "finetuned": 29, "common": 29, "finetuned samples": 29}
+    assert found.rows == rows
     assert sorted(found.counts.tolist()) == [9, 10, 10]
     assert found.mean_overlap("shifted") == 1
     assert found.pictures["s15"] == "15.jpg"
@@ -71,14 +72,28 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
     before, after = states
     original, finetuned = write("before", before), write("after", after)
     two = shift_features(original, finetuned, concepts, head, root / "two", **OPTIONS)
-    with FeaturesWriter(root / "both", {}) as writer:
+    manifest = {"model": "base", "fingerprint": "1", "finetuned": {"model": "tuned"}}
+    manifest["finetuned"]["fingerprint"] = "2"
+    with FeaturesWriter(root / "both", manifest) as writer:
         rows = np.arange(30)
         both = {"norm": before, finetuned_site("norm"): after}
         writer.append(original.samples, both, rows, rows, rows)
         writer.close()
     both = type(original).open(root / "both")
+    with pytest.raises(ValueError, match="from one, whose rows are paired already; omit pairs"):
+        pairs = Pairs(rows, rows, 30)
+        shift_features(both, None, concepts, head, root / "none", pairs=pairs)
     one = shift_features(both, None, concepts, head, root / "one", **OPTIONS)
     np.testing.assert_array_equal(one.shifted, two.shifted)
+    learnt = Concepts.load(root / "one" / "finetuned-concepts")
+    told = {"site": "finetuned:norm", "model": "tuned", "fingerprint": "2"}
+    assert told.items() <= learnt.source.items()
+    decompose_features(both, root / "theirs", 3, "kmeans", site="finetuned:norm")
+    assert told.items() <= Concepts.load(root / "theirs").source.items()
+    given = {"finetuned_concepts": learnt, **OPTIONS}
+    again = shift_features(both, None, concepts, head, root / "again", **given)
+    np.testing.assert_array_equal(again.shifted, one.shifted)
+    shift_features(original, finetuned, concepts, head, root / "again", **given)
     assert (one.words, one.images, one.rows) == (two.words, two.images, two.rows)
     with pytest.raises(ValueError, match="holds the sites norm; expected states of both models"):
         shift_features(original, None, concepts, head, root / "none")
@@ -181,6 +196,25 @@ def test_concepts_of_another_model_are_refused(vlm, write, states, concepts, roo
     other = dataclasses.replace(concepts, source={"fingerprint": "0", "model": "other"})
     with pytest.raises(ValueError, match=r"states of 'other' \(0\); .* is another model"):
         shift_features(*features, other, vlm, root / "no")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"site": "layers.2"}, "concepts of site 'layers.2' cannot be moved on states of 'norm'"),
+        ({"site": "norm", "fingerprint": "0"}, r"concepts are from model None \(0\), but .* \(1\)"),
+    ],
+)
+def test_concepts_of_other_states_are_refused(write, states, concepts, head, root, source, message):
+    manifest = {"model": "base", "fingerprint": "1"}
+    features = [write(name, Z, **manifest) for name, Z in zip(("x", "y"), states, strict=True)]
+    other = dataclasses.replace(concepts, source=source)
+    with pytest.raises(ValueError, match=message):
+        shift_features(*features, other, head, root / "no", site="norm")
+    with pytest.raises(ValueError, match=message.replace("moved", "compared")):
+        given = {"finetuned_concepts": other, "site": "norm"}
+        shift_features(*features, concepts, head, root / "no", **given)
+    assert not (root / "no").exists()
 
 
 def test_the_command_says_what_is_wrong_in_one_line(xlvlm, write, states, concepts, root):

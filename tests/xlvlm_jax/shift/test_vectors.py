@@ -161,6 +161,40 @@ def test_messages():
 
 
 @pytest.mark.parametrize("reduce", ["mean", "median", "trimmed_mean"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_samples_without_a_concept_count_for_none(reduce, traced):
+    """The first of 12 have none, before the rest; under a trace, so has a number beyond K - 1."""
+    of, some = np.where(np.arange(60) < 12, -1, OF % 3), slice(12, None)
+    if traced:
+        of[:6] = 4
+    figures = [shift.counts, lambda of, K: shift.concept_shift(A, B, of, K, reduce)]
+    figures += [lambda of, K: np.stack(shift.spread(A, B, of, K)) if not traced else 0]
+    found = [jax.jit(f, static_argnums=1)(of, 3) if traced else f(of, 3) for f in figures]
+    assert found[0].tolist() == np.bincount(of[some], minlength=3).tolist()
+    rest = shift.concept_shift(A[some], B[some], of[some], 3, reduce)
+    np.testing.assert_allclose(found[1], rest, rtol=1e-5, atol=1e-6)
+    if not traced:
+        rest = np.stack(shift.spread(A[some], B[some], of[some], 3))
+        np.testing.assert_allclose(found[2], rest, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-2, K])
+def test_a_concept_that_is_not_there_is_refused(wrong):
+    of = np.append(OF[1:], wrong)
+    for figure in (shift.concept_shift, shift.spread):
+        with pytest.raises(ValueError, match=f"concept {wrong}; expected 0 to 4, or -1 for none"):
+            figure(A, B, of, K)
+    with pytest.raises(ValueError, match=f"concept {wrong}; expected"):
+        shift.counts(of, K)
+
+
+def test_zeros_stay_where_there_is_no_direction():
+    nothing = np.zeros((2, 3), "f4")
+    assert not shift.normalised(nothing).any()
+    assert not shift.shifted(nothing, nothing, unit_norm=True).any()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "median", "trimmed_mean"])
 def test_many_bfloat16_rows_are_summed_in_float32(reduce):
     # numpy's own mean of them in bfloat16 stops growing at 256 rows, and says 0.73 for 1.49.
     rows = (1 + np.random.default_rng(5).random((2, 700, 3))).astype(ml_dtypes.bfloat16)

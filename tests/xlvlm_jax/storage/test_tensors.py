@@ -12,9 +12,17 @@ from safetensors.numpy import load
 
 import ports
 import xlvlm_jax
-from xlvlm_jax.storage.tensors import as_bytes
+from xlvlm_jax.storage.tensors import as_bytes, write_with_rows
 
 Z = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def test_rows_are_written_in_blocks(tmp_path):
+    others = {"a": np.int32([[1, 2]]), "b": np.int64([3]), "empty": np.zeros((0, 2), "f4")}
+    write_with_rows(tmp_path / "file", others, "rows", (3, 4), iter([Z[:2], Z[2:].T.T]))
+    found, usual = load((tmp_path / "file").read_bytes()), load(as_bytes(others | {"rows": Z}))
+    for name, array in usual.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from xlvlm_jax.concepts.scores.records import DictionaryScores, mean_over_seeds
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.data import files
 from xlvlm_jax.data.word_rules import Rules
+from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage import atomic, pictures, versions
 from xlvlm_jax.storage.same_model import require_model
@@ -111,11 +112,7 @@ def compare(
     if RANDOM in methods and scorer.clip is None and scorer.bert is None:
         raise ValueError("random words are scored by CLIP or BERT; provide one, or omit 'random'")
     Z = train.matrix(choose_site(train, scorer.site))
-    source = {
-        "site": scorer.site,
-        "model": train.manifest.get("model"),
-        "fingerprint": train.manifest.get("fingerprint"),
-    }
+    source = {"site": scorer.site, **model_at(train.manifest, scorer.site)}
     scorer.check_source(source)
     if through_norm is None:
         through_norm = is_before_norm(vlm, scorer.site)

@@ -23,7 +23,7 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.scores.attributes import as_json, known_attributes
 from xlvlm_jax.concepts.scores.records import DictionaryScores, Fit, plain
 from xlvlm_jax.data.images import read_image
-from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.features.reader import Features, choose_site, require_states
 from xlvlm_jax.features.samples import columns
 from xlvlm_jax.metrics.codes import TILE_ROWS, squared_deviations
 from xlvlm_jax.metrics.labels import UNKNOWN, factorise
@@ -203,20 +203,7 @@ class Scorer:
         Raises:
             ValueError: they do not.
         """
-        site = source.get("site", self.site)
-        if site != self.site:
-            raise ValueError(
-                f"concepts of site {site!r} cannot be scored on states of {self.site!r}; extract "
-                "the same site for both"
-            )
-        manifest = self.features.manifest
-        models = source.get("fingerprint"), manifest.get("fingerprint")
-        if None not in models and models[0] != models[1]:
-            raise ValueError(
-                f"concepts are from model {source.get('model')!r} ({models[0]}), but "
-                f"{self.features.path} has states of {manifest.get('model')!r} ({models[1]}); "
-                "extract with the same model"
-            )
+        require_states(source, self.features, self.site, "scored")
 
     def random_words(self, scores: DictionaryScores, *, name: str = "random") -> DictionaryScores:
         """Scores a dictionary with random words instead of its own.
