@@ -27,13 +27,16 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
     if method == "kmeans":
         problem = kmeans.with_leading(kmeans.prepare(Z, len(Z), active), K, KEY, len(Z))
         return kmeans.update, problem, kmeans.init(problem, start - problem.mean), K
-    problem, width = pca.prepare(Z, len(Z)), pca.num_axes(K)
+    problem = pca.prepare(Z, len(Z))
     plan, _ = pca.plan(KEY, width=Z.shape[1], num_samples=len(Z), num_concepts=(K,))
     if plan.narrow:
         # One step, the covariance (only half is computed), and the scores.
         return lambda problem, _: pca.solved(problem, K, K), problem, None, Z.shape[1] // 2 + K
-    state = pca.init(problem, jax.random.normal(KEY, (Z.shape[1], width)), K)
-    return partial(pca.update, num_concepts=K), problem, state, 2 * width
+    blocks = plan.blocks
+    start = jax.random.normal(KEY, (Z.shape[1], blocks.width))
+    state = pca.init(problem, start, K, blocks)
+    update = partial(pca.update, num_concepts=K, blocks=blocks.more)
+    return update, problem, state, 2 * blocks.more * blocks.width
 
 
 @blas_threads.one_thread()

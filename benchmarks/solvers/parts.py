@@ -39,11 +39,11 @@ SIZES = [(3000, 4096, 20), (100_000, 512, 20), (3000, 4096, 256)]
 Part = tuple[str, Callable[..., Any], tuple, int]  # what, the call, with what, columns of Z
 
 
-def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
+def parts(method: str, problem: Any, state: Any, K: int) -> Iterator[Part]:
     """Yields the parts of one update, in order."""
     Z = problem.Z
     if method == "snmf":
-        small, K = state.small, len(state.small.atoms)
+        small = state.small
         products, gram = inner_products(small.atoms, Z), matmul(small.atoms, small.atoms.T)
         U = semi_nmf_codes.improve(state.codes, products, gram, problem.alpha, semi_nmf.SWEEPS)
         _, sums, _ = semi_nmf.collect(Z, problem.energy, U, small.atoms, problem.alpha)
@@ -62,16 +62,19 @@ def parts(method: str, problem: Any, state: Any) -> Iterator[Part]:
         yield "nearest", kmeans_nearest.nearest, (scores,), 0
         yield "sums of rows", kmeans_assignment.sums_of, (problem, labels), 0
     else:
-        W = state.basis.shape[1]
-        new = complement(state.basis, state.images)
-        scores = pca.project(problem, new)
-        turn, wide = jnp.eye(2 * W)[:, :W], jnp.concatenate([state.scores, scores], axis=1)
-        yield "new directions", complement, (state.basis, state.images), 0
-        yield "scores", pca.project, (problem, new), W
-        yield "their overlaps", lambda S: matmul(S.T, S), (wide,), 0
-        yield "axes", jnp.linalg.eigh, (matmul(wide.T, wide),), 0
-        yield "turned", matmul, (wide, turn), 0
-        yield "images", pca.covariance_image, (problem, scores), W
+        blocks = pca.blocks_for(K, *Z.shape)
+        scores = pca.project(problem, state.new)
+        images = pca.covariance_image(problem, scores)
+        span = jax.jit(pca.extend, static_argnums=2)(problem, state, blocks.more)
+        overlaps = pca.overlaps(span.scores)
+        axes = pca.principal(overlaps, K)[1][:, : blocks.kept]
+        yield "a block's scores", pca.project, (problem, state.new), blocks.width
+        yield "a block's images", pca.covariance_image, (problem, scores), blocks.width
+        yield "next block", complement, (span.basis, images), 0
+        yield f"all {blocks.more}", partial(pca.extend, count=blocks.more), (problem, state), 0
+        yield "overlaps", pca.overlaps, (span.scores,), 0
+        yield "axes", partial(pca.principal, num_concepts=K), (overlaps,), 0
+        yield "turned", matmul, (span.scores, axes), 0
 
 
 @blas_threads.one_thread()
@@ -81,7 +84,7 @@ def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
     update, problem, state, _ = updating(method, Z, K)
     if state is None:
         return []
-    found = list(parts(method, problem, state))
+    found = list(parts(method, problem, state, K))
     square = jnp.ones((2048, 2048))
     calls = {name: partial(jax.jit(call), *given) for name, call, given, _ in found}
     calls["update"] = partial(jax.jit(update), problem, state)

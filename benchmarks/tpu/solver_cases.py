@@ -30,10 +30,12 @@ READS, READS_OF_KERNEL = 2.0, 1.0
 KERNELS: dict[str, Any] = {"semi-nmf": codes, "kmeans": clusters}
 
 
-def _row_bytes(method: str, num_concepts: int) -> float:
+def _row_bytes(method: str, num_concepts: int, rows: int) -> float:
     """Returns the bytes per row that an update may allocate."""
     if method == "pca":
-        return 4.0 * pca.num_axes(num_concepts)  # coordinates along the axes
+        # Coordinates along the axes, before and after, and along the blocks; those of one block.
+        blocks = pca.blocks_for(num_concepts, rows, D)
+        return 4.0 * (2 * blocks.kept + (blocks.more + 1) * blocks.width)
     return 12.0 * num_concepts if method == "semi-nmf" else 0.0  # the codes, three times
 
 
@@ -82,7 +84,7 @@ def update(method: str, num_concepts: int, rows: int, place: Place, times: int) 
         return phases.run_phase(plan, repeated, place.mesh, Z, carry, limit).progress
 
     reads = _reads(method, rows * times, num_concepts)
-    shape, row_bytes = Array("f32", (rows * times, D)), _row_bytes(method, num_concepts)
+    shape, row_bytes = Array("f32", (rows * times, D)), _row_bytes(method, num_concepts, rows)
     return Built(improve, (Z, carry, limit), matrix=shape, reads=reads, row_bytes=row_bytes)
 
 

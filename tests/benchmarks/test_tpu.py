@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks.tpu import bundles, measured, model_cases
+from benchmarks.tpu import bundles, measured, model_cases, solver_cases
 from benchmarks.tpu.chips import CHIPS, Place, place
 from benchmarks.tpu.hlo import Program
 from ports.parallel import sharding
+from xlvlm_jax.solvers import pca
 
 ROOT = Path(__file__).parents[2]
 has_libtpu = importlib.util.find_spec("libtpu") is not None
@@ -34,6 +36,22 @@ def test_one_line_where_libtpu_is_missing(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "tpu.json").exists()
     assert done.stdout.startswith("libtpu is not installed: pip install")
     assert done.stdout.count("\n") == 1
+
+
+def test_bytes_per_row_of_many_components():
+    """The compiled update of PCA holds what is promised for each row, and not much less."""
+    here = ONE._replace(devices=tuple(jax.devices()[:1]))
+
+    def temporaries(rows):
+        built = solver_cases.update("pca", 40, rows, here, 1)
+        memory = jax.jit(built.function).lower(*built.arguments).compile().memory_analysis()
+        return memory.temp_size_in_bytes, built.row_bytes
+
+    (few, promised), (more, _) = temporaries(8192), temporaries(16384)
+    blocks = pca.blocks_for(40, 8192, solver_cases.D)
+    # By hand: 96 axes, twice, and two blocks of 32 columns and the one that is multiplied.
+    assert blocks == (32, 5, 2, 96) and promised == 4 * (2 * 96 + 3 * 32)
+    assert 0.5 * promised < (more - few) / 8192 <= promised
 
 
 def test_a_program_that_does_not_fit():

@@ -140,8 +140,9 @@ def decompose(
             objective. An integer weight equals that many copies of the row; a row of zero weight
             only gets activations. None: equal weights.
         mesh: shards the rows of Z on its "data" axis; an iteration then communicates K D + K K + K
-            numbers (kmeans 2 K D + 2 K), whatever N is. If the axis does not divide N, rows that do
-            not count pad it. With several hosts, Z is a global array that the axis divides.
+            numbers (kmeans 2 K D + 2 K; pca up to W D + 5 W W, W the next multiple of 32),
+            whatever N is. If the axis does not divide N, rows that do not count pad it. With
+            several hosts, Z is a global array that the axis divides.
         progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
             objective, error) after every 64 updates, or more often if Z is large. It does not
             change the updates; with several hosts, either all pass one or none does. "simple" has

@@ -50,12 +50,16 @@ def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Floa
         C[D, R] with [B C]^T [B C] = I.
     """
 
+    def in_basis(found: Array) -> Array:
+        # As sums of rows: a CPU takes four times as long for the product with basis^T.
+        return weighted_sums(found.T, basis).T
+
     def better(found: Array, shift: float) -> Array:
-        return _by_cholesky(_unit(found - matmul(basis, matmul(basis.T, found))), shift)
+        return _by_cholesky(_unit(found - matmul(basis, in_basis(found))), shift)
 
     def good(found: Array) -> Array:
         straight = _small(matmul(found.T, found) - jnp.eye(found.shape[1], dtype=found.dtype))
-        return straight & _small(matmul(basis.T, found))
+        return straight & _small(in_basis(found))
 
     def by_householder() -> Array:
         both = jnp.concatenate([basis, _unit(columns)], axis=1)

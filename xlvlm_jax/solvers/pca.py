@@ -5,26 +5,30 @@
 m is the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that
 another update would bring, relative to what is explained.
 
-Block Krylov iteration with restarts (Musco and Musco, "Randomized block Krylov methods for stronger
-and faster approximate singular value decomposition", 2015; Wu and Simon, "Thick-restart Lanczos
-method", 2000): an update takes the best axes in the span of the last W axes and their images under
-A = (Z - 1 m)^T (Z - 1 m). Only the W new directions are multiplied with Z; and since the last axes
-stay in the span, explained variance cannot decrease. To first order, axis v with variance l = v^T A
-v would gain 2 |A v - l v|^2 / l from its image. The first span is that of the leading directions of
-some rows.
+Block Lanczos iteration with thick restarts (Golub and Underwood, "The block Lanczos method for
+computing eigenvalues", 1977; Wu and Simon, "Thick-restart Lanczos method", 2000): the image of a
+block of columns under A = (Z - 1 m)^T (Z - 1 m), made orthogonal to all before it, is the next
+block. An update adds some blocks to the last axes and takes the best axes in their span (Rayleigh
+and Ritz). Only the blocks are multiplied with Z; and since the last axes stay in the span,
+explained variance cannot decrease. A maps the whole span but its last block into itself, so that
+the next block tells what every axis misses: to first order, axis v with variance l = v^T A v would
+gain 2 |A v - l v|^2 / l from its image.
+
+Up to LANES components start from a sketch: the leading directions of some rows, or random sums of
+all. More start from a random block of few columns, and a span of twice as many columns as axes.
+Narrow blocks need fewer columns in all than blocks as wide as there are axes (Meyer, Musco and
+Musco, "On the unreasonable effectiveness of single vector Krylov methods for low-rank
+approximation", 2024): a third at [10000, 4096], K = 256.
 
 If D is so small compared to N and K that the covariance costs less than a few updates, or at most
-N and at most EXACT or 2 W, the axes are its eigenvectors and nothing is iterated. If N is as small,
-the first span is the whole row space. With more than LANES components, the last of which often
-differ little in variance, the span also has the directions that the last update added, as in
-conjugate gradients (Knyazev, "Toward the optimal preconditioned eigensolver: locally optimal block
-preconditioned conjugate gradient method", 2001): this halves the number of updates.
+N and at most EXACT or 2 W, W the number of axes, the axes are its eigenvectors and nothing is
+iterated. If N is as small, the first span is the whole row space.
 
 Signs follow scikit-learn: the entry of largest absolute value in a component is positive.
 """
 
-import functools
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,9 +49,14 @@ from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_com
 from xlvlm_jax.solvers.restarts import draw_rows
 from xlvlm_jax.solvers.sums import Wide
 
-OVERSAMPLE = 20
 LANES = 32  # a product with 32 columns takes hardly longer than one with 20
-SAMPLE = 16  # rows per direction that the first directions are computed from
+# Columns per block: the fewer, the fewer are multiplied with Z until many axes are found. With less
+# than this, a product takes longer per column: a CPU's is too thin, a GPU waits for the memory, a
+# TPU fills 128 lanes.
+WIDTHS = {"cpu": 32, "gpu": 64, "tpu": 128}
+SKETCH = 64  # first directions of at most LANES components
+SAMPLE = 8, 16  # rows per direction that the first directions are computed from: least and most
+SHARE = 8  # of the rows: a larger sample costs more than it saves
 ANYWHERE = 8  # how many of the first directions are random
 EXACT = 256
 # Choice between covariance and iteration, in products of Z with one column: the updates that hidden
@@ -76,13 +85,20 @@ class Problem(NamedTuple):
 class State(NamedTuple):
     """What an update reads and writes."""
 
-    basis: Float[Array, "D W"]  # orthonormal, by decreasing variance
-    scores: Float[Array, "N W"]  # (Z - 1 m) basis
-    images: Float[Array, "D W"]  # A basis
-    moves: Float[Array, "D P"]  # orthonormal, and to the basis: how it moved; at first any
-    move_scores: Float[Array, "N P"]  # (Z - 1 m) moves
+    basis: Float[Array, "D V"]  # orthonormal, by decreasing variance
+    scores: Float[Array, "N V"]  # (Z - 1 m) basis
+    new: Float[Array, "D B"]  # orthonormal, and to the basis: what A adds to its span
     objective: Float[Array, ""]
     error: Float[Array, ""]
+
+
+class Span(NamedTuple):
+    """What the best axes are looked for in."""
+
+    basis: Float[Array, "D M"]  # orthonormal
+    scores: Float[Array, "N M"]  # (Z - 1 m) basis
+    new: Float[Array, "D B"]  # orthonormal, and to the basis: what A adds to the span
+    beyond: Float[Array, "B B"]  # new^T A [the last B columns of the basis]
 
 
 def prepare(
@@ -103,32 +119,76 @@ def num_axes(num_concepts: int) -> int:
     return -(-num_concepts // LANES) * LANES
 
 
-def num_moves(num_concepts: int, N: int, D: int) -> int:
-    """Returns P, the number of directions of the last update that are kept for K components."""
+class Blocks(NamedTuple):
+    """How a span grows: by blocks of few columns, each the image of the last."""
+
+    width: int  # B, columns per block
+    first: int  # number of blocks that the first axes come from; 0 if they come from a sketch
+    more: int  # number of blocks per update
+    kept: int  # V, axes that an update keeps
+
+
+def blocks_for(num_concepts: int, N: int, D: int) -> Blocks:
+    """Returns how a span grows for K components of Z[N, D]."""
     W = num_axes(num_concepts)
-    # In smaller spaces, eigenvectors of three times as many directions cost more than updates.
-    return W if num_concepts > LANES and min(N, D) >= 6 * W else 0
+    if W == LANES:
+        return Blocks(W, 0, 1, W)
+    B = min(W, WIDTHS.get(jax.default_backend(), LANES))
+    kept = -(-W // B) * B + B
+    # The last block's image needs room too.
+    most = min(kept + W, min(N, D) - B) // B * B
+    kept = min(kept, most - B)
+    return Blocks(B, most // B, (most - kept) // B, kept)
 
 
 def init(
     problem: Problem,
     directions: Float[Array, "D R"],
     num_concepts: Int[Array, ""] | int,
+    blocks: Blocks,
     rows: Rows = ONE_DEVICE,
-    most: int | None = None,
 ) -> State:
-    """Returns the state at the best axes within the span of the given directions.
-
-    `most` is the largest number of concepts that the program serves; None for `num_concepts`.
-    """
+    """Returns the state at the best axes in the span of the directions, and of the first blocks."""
     basis = orthonormal(directions)
-    if most is None:
-        assert isinstance(num_concepts, int), "a traced number of concepts needs the largest one"
-        most = num_concepts
-    W = min(num_axes(most), basis.shape[1])
-    bases, scores = [basis], [project(problem, basis)]
-    P = num_moves(most, rows.count(len(problem.Z)), problem.Z.shape[1])
-    return best_axes(problem, bases, scores, W, num_concepts, rows, P)
+    none = basis[:, :0]
+    if blocks.first:
+        empty = State(none, project(problem, none), basis, problem.energy, problem.energy)
+        span = extend(problem, empty, blocks.first, rows)
+        return best_axes(problem, span, blocks.kept, num_concepts, rows)
+    found = best_axes(problem, _whole(problem, basis), blocks.kept, num_concepts, rows)
+    return with_images(problem, found, num_concepts, rows)
+
+
+def best_within(
+    problem: Problem,
+    directions: Float[Array, "D R"],
+    most: int,
+    num_concepts: Int[Array, ""] | int,
+    rows: Rows = ONE_DEVICE,
+) -> State:
+    """Returns the state at the `most` best axes in the span of the directions, without a block."""
+    span = _whole(problem, orthonormal(directions))
+    return best_axes(problem, span, most, num_concepts, rows)
+
+
+def _whole(problem: Problem, basis: Float[Array, "D M"]) -> Span:
+    """Returns a span that nothing is added to."""
+    none = basis[:, :0]
+    return Span(basis, project(problem, basis), none, matmul(none.T, none))
+
+
+def with_images(
+    problem: Problem,
+    state: State,
+    num_concepts: Int[Array, ""] | int,
+    rows: Rows = ONE_DEVICE,
+) -> State:
+    """Returns the state with the images of all of its axes as the next block."""
+    images = covariance_image(problem, state.scores, rows)
+    new = complement(state.basis, images)
+    missed = jnp.sum(matmul(new.T, images) ** 2, axis=0)
+    variances = jnp.sum(state.basis * images, axis=0)
+    return state._replace(new=new, error=expected_gain(missed, variances, num_concepts))
 
 
 def update(
@@ -136,66 +196,60 @@ def update(
     state: State,
     num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
+    blocks: int = 1,
 ) -> State:
-    """Returns the best axes within the span of the last axes, their images and their last moves."""
-    W, P = state.basis.shape[1], state.moves.shape[1]
-    known, known_scores = [state.basis], [state.scores]
-    if P:
-        known, known_scores = [*known, state.moves], [*known_scores, state.move_scores]
-    new = complement(jnp.concatenate(known, axis=1), state.images)
-    bases, scores = [*known, new], [*known_scores, project(problem, new)]
-    return best_axes(problem, bases, scores, W, num_concepts, rows, P)
+    """Returns the best axes in the span of the last axes and of some more blocks."""
+    span = extend(problem, state, blocks, rows)
+    return best_axes(problem, span, state.basis.shape[1], num_concepts, rows)
+
+
+def extend(problem: Problem, state: State, count: int, rows: Rows = ONE_DEVICE) -> Span:
+    """Returns the span of the state's axes and of `count` blocks, each the image of the last."""
+    V, B = state.basis.shape[1], state.new.shape[1]
+
+    def step(i: Array, span: Span) -> Span:
+        at = V + i * B
+        basis = jax.lax.dynamic_update_slice_in_dim(span.basis, span.new, at, axis=1)
+        score = project(problem, span.new)
+        image = covariance_image(problem, score, rows)
+        new = complement(basis, image)
+        scores = jax.lax.dynamic_update_slice_in_dim(span.scores, score, at, axis=1)
+        return Span(basis, scores, new, matmul(new.T, image))
+
+    # Columns that are yet to come are zero, which changes no product.
+    room = ((0, 0), (0, count * B))
+    basis, scores = jnp.pad(state.basis, room), jnp.pad(state.scores, room)
+    first = Span(basis, scores, state.new, jnp.zeros((B, B), basis.dtype))
+    return jax.lax.fori_loop(0, count, step, first)
 
 
 def best_axes(
     problem: Problem,
-    bases: list[Float[Array, "D _"]],
-    scores: list[Float[Array, "N _"]],
-    W: int,
+    span: Span,
+    count: int,
     num_concepts: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
-    P: int = 0,
 ) -> State:
-    """Returns the state at the W leading axes within a span (Rayleigh-Ritz).
-
-    Args:
-        problem: constants of the run.
-        bases: list of float[D, _], together an orthonormal basis of the span.
-        scores: list of float[N, _], the centred rows in each of the bases.
-        W: number of axes.
-        num_concepts: number of axes that count in the objective.
-        rows: where the rows of Z are.
-        P: number of moves that are kept.
-    """
-    upper = rows.total(
-        [
-            [sums.overlaps(left, right).value for right in scores[i:]]
-            for i, left in enumerate(scores)
-        ]
-    )
-    overlaps = [
-        [upper[i][j - i] if j >= i else upper[j][i - j].T for j in range(len(scores))]
-        for i in range(len(scores))
-    ]
-    variances, axes = principal(jnp.block(overlaps), num_concepts)
-    variances, axes = variances[:W], axes[:, :W]
-    basis = _turn(bases, axes)
+    """Returns the state at the `count` leading axes within a span (Rayleigh-Ritz)."""
+    variances, axes = principal(overlaps(span.scores, rows), num_concepts)
+    axes = axes[:, :count]
+    basis = matmul(span.basis, axes)
     # Rounding accumulates over updates: one step of Newton's method restores an orthonormal basis.
-    straight = 1.5 * jnp.eye(W, dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
-    basis, turned = matmul(basis, straight), _turn(scores, matmul(axes, straight))
-    images = covariance_image(problem, turned, rows)
+    straight = 1.5 * jnp.eye(axes.shape[1], dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
+    basis, scores = matmul(basis, straight), matmul(span.scores, matmul(axes, straight))
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
-    error = expected_gain(basis, images, variances, num_concepts)
-    if len(bases) == 1:
-        # Zeros would not do: where Z has fewer directions than W, axes would be made of them.
-        moves = complement(basis, jnp.eye(len(basis), P, dtype=basis.dtype))
-        moved = project(problem, moves)
-    else:
-        # What the new axes have of directions other than the last axes, orthogonal to the new ones.
-        # Among orthonormal bases, that is a product of small matrices.
-        turn = complement(axes, axes.at[:W].set(0)[:, axes.shape[1] - P :])
-        moves, moved = _turn(bases, turn), _turn(scores, turn)
-    return State(basis, turned, images, moves, moved, objective, error)
+    # All of the span but its last block has its image in the span.
+    missed = jnp.sum(matmul(span.beyond, axes[len(axes) - span.new.shape[1] :]) ** 2, axis=0)
+    error = expected_gain(missed, variances[:count], num_concepts)
+    return State(basis, scores, span.new, objective, error)
+
+
+def overlaps(scores: Float[Array, "N M"], rows: Rows = ONE_DEVICE) -> Float[Array, "M M"]:
+    """Returns scores^T scores; the lower triangle is mirrored."""
+    N, M = scores.shape
+    return _products_of_columns(
+        lambda first, count: sums.block_of(scores, first, count), N, M, rows
+    )
 
 
 def principal(
@@ -221,15 +275,6 @@ def principal(
     return jax.lax.cond(spread, of_root, lambda: (values[::-1], vectors[:, ::-1]))
 
 
-def _turn(parts: list[Float[Array, "M _"]], axes: Float[Array, "R W"]) -> Float[Array, "M W"]:
-    """Returns [parts] axes without concatenating the parts, which would double their memory."""
-    ends = list(itertools.accumulate(part.shape[1] for part in parts))
-    products = (
-        matmul(part, axes[end - part.shape[1] : end]) for part, end in zip(parts, ends, strict=True)
-    )
-    return functools.reduce(jnp.add, products)
-
-
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
     """Returns (Z - 1 m) basis, with zeros for rows that pad Z."""
     mean, beyond = problem.mean
@@ -250,21 +295,30 @@ def covariance_image(
 
 def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
     """Returns (Z - 1 m)^T (Z - 1 m), from blocks of its rows; the lower triangle is mirrored."""
-    N, D = problem.Z.shape
-    edges = [round(i * D / BLOCKS) for i in range(BLOCKS + 1)]
-    spans = list(itertools.pairwise(edges))
-    mean, beyond = problem.mean
+    (N, D), (mean, beyond) = problem.Z.shape, problem.mean
 
-    def part(first: Array | int, count: int) -> list[Array]:
+    def centred(first: Array | int, count: int) -> Array:
         # Centred before the product: the energy of a large mean would round away the rest.
         real = sums.block_of(problem.real, first, count)[:, None]
-        z = real * ((sums.block_of(problem.Z, first, count) - mean) - beyond)
-        return [matmul(z[:, start:stop].T, z[:, start:]) for start, stop in spans]
+        return real * ((sums.block_of(problem.Z, first, count) - mean) - beyond)
 
-    totals = sums.add_up(part, N, sums.rows_of_block(D))
-    blocks = rows.total([total.value for total in totals])
-    padded = [jnp.pad(block, ((0, 0), (D - block.shape[1], 0))) for block in blocks]
-    total = jnp.concatenate(padded)
+    return _products_of_columns(centred, N, D, rows)
+
+
+def _products_of_columns(
+    block: Callable[[Array | int, int], Array], N: int, M: int, rows: Rows
+) -> Float[Array, "M M"]:
+    """Returns X^T X of X[N, M] whose rows `block(first, count)` returns."""
+    edges = [round(i * M / BLOCKS) for i in range(BLOCKS + 1)]
+    spans = list(itertools.pairwise(edges))
+
+    def part(first: Array | int, count: int) -> list[Array]:
+        x = block(first, count)
+        return [matmul(x[:, start:stop].T, x[:, start:]) for start, stop in spans]
+
+    totals = sums.add_up(part, N, sums.rows_of_block(M))
+    upper = rows.total([total.value for total in totals])
+    total = jnp.concatenate([jnp.pad(each, ((0, 0), (M - each.shape[1], 0))) for each in upper])
     return jnp.triu(total) + jnp.triu(total, 1).T
 
 
@@ -275,7 +329,7 @@ def solved(
     rows: Rows = ONE_DEVICE,
     careful: bool = False,
 ) -> State:
-    """Returns the state at the optimum, from the covariance; without images, as none follow.
+    """Returns the state at the optimum, from the covariance; without blocks, as none follow.
 
     Args:
         problem: constants of the run.
@@ -292,57 +346,70 @@ def solved(
         variances, axes = (found[..., ::-1] for found in jnp.linalg.eigh(total))
     variances, basis = variances[:most], axes[:, :most]
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
-    images, none = jnp.zeros_like(basis), jnp.zeros((len(basis), 0), basis.dtype)
-    scores = project(problem, basis)
-    return State(basis, scores, images, none, scores[:, :0], objective, jnp.zeros_like(objective))
+    zero = jnp.zeros_like(objective)
+    return State(basis, project(problem, basis), basis[:, :0], objective, zero)
 
 
 def _sum_of_first(values: Float[Array, " R"], count: Int[Array, ""] | int) -> Float[Array, ""]:
     return jnp.sum(jnp.where(jnp.arange(len(values)) < count, values, 0))
 
 
+def whole_space(
+    problem: Problem, num_samples: Int[Array, ""] | int, rows: Rows
+) -> Float[Array, "D R"]:
+    """Returns directions that span the row space of Z[N, D]: R = min(N, D)."""
+    Z, D = problem.Z, problem.Z.shape[1]
+    whole = rows.count(len(Z))
+    if whole >= D:
+        return jnp.eye(D, dtype=real_dtype(Z))
+    numbers = jnp.arange(whole)
+    real = (numbers < num_samples)[:, None]
+    return (real * (rows.take(Z, numbers) - problem.mean.high)).T
+
+
 def first_directions(
     problem: Problem,
     key: PRNGKeyArray,
-    most: int,
+    blocks: Blocks,
     num_samples: Int[Array, ""] | int,
     rows: Rows,
-    exact: bool,
-    by_sample: bool,
+    sample: int,
 ) -> Float[Array, "D R"]:
-    """Returns a sketch of the row space, or directions that span all of it.
+    """Returns directions to start from.
 
     Args:
         problem: constants of the run.
         key: random key.
-        most: K.
+        blocks: how the span grows. If from its first block, that is random.
         num_samples: number of leading rows of Z that count.
         rows: where the rows of Z are.
-        exact: whether the directions are to span all of the row space.
-        by_sample: whether there are enough rows for a sample of them.
+        sample: number of rows whose leading directions to return; 0 for random sums of all rows.
     """
     Z, D = problem.Z, problem.Z.shape[1]
-    if exact:
-        whole = rows.count(len(Z))
-        if whole >= D:
-            return jnp.eye(D, dtype=real_dtype(Z))
-        numbers = jnp.arange(whole)
-        real = (numbers < num_samples)[:, None]
-        return (real * (rows.take(Z, numbers) - problem.mean.high)).T
-    R = num_axes(most + OVERSAMPLE)
-    if not by_sample:
-        sketch = project(problem, jax.random.normal(key, (D, R), real_dtype(Z)))
-        return covariance_image(problem, sketch, rows)
+    if blocks.first:
+        return jax.random.normal(key, (D, blocks.width), real_dtype(Z))
+    if not sample:
+        # Of few rows; the same however they are spread.
+        sums_of = jax.random.uniform(key, (rows.count(len(Z)), SKETCH), real_dtype(Z), -1, 1)
+        mine = problem.real[:, None] * sums_of[rows.numbers(len(Z))]
+        return covariance_image(problem, mine, rows)
     # With this many rows, a sample says nearly as much as all of them and saves a pass over Z. The
     # last directions are drawn from the whole space, so that nothing outside the sample is out of
     # reach.
     sample_key, key = jax.random.split(key)
     row_key, sample_key = jax.random.split(sample_key)
-    drawn = draw_rows(row_key, num_samples, SAMPLE * R, len(Z), rows)
+    drawn = draw_rows(row_key, num_samples, sample, len(Z), rows)
     X = rows.take(Z, drawn) - problem.mean.high
-    leading = directions_of_sample(X, sample_key, R - ANYWHERE)
+    leading = directions_of_sample(X, sample_key, SKETCH - ANYWHERE)
     anywhere = jax.random.normal(key, (D, ANYWHERE), leading.dtype) / D**0.5
     return jnp.concatenate([leading, anywhere], axis=1)
+
+
+def rows_of_sample(N: int) -> int:
+    """Returns how many of N rows the first directions come from; 0 if all."""
+    least, most = (SKETCH * each for each in SAMPLE)
+    count = min(N // SHARE, most)
+    return count if count >= least else 0
 
 
 def is_small(N: int, D: int, K: int) -> bool:
@@ -357,8 +424,7 @@ def is_narrow(N: int, D: int, K: int) -> bool:
 
 
 def expected_gain(
-    basis: Float[Array, "D R"],
-    images: Float[Array, "D R"],
+    missed: Float[Array, " R"],
     variances: Float[Array, " R"],
     num_concepts: Int[Array, ""] | int,
 ) -> Float[Array, ""]:
@@ -366,10 +432,12 @@ def expected_gain(
 
     An axis with more than DOMINANT times the median variance counts as that much, and its gain in
     proportion: a few columns of huge variance say nothing about the other axes.
+
+    Args:
+        missed: float[R], squared lengths of what the axes' images have beyond the span.
+        variances: float[R], decreasing.
+        num_concepts: number of axes that count.
     """
-    # Subtracts what already lies in the span: each axis has a trace of a column of huge variance in
-    # its last digit, whose image is not a gain.
-    missed = jnp.sum((images - matmul(basis, matmul(basis.T, images))) ** 2, axis=0)
     variances = jnp.where(jnp.arange(len(variances)) < num_concepts, variances, 0)
     # They are in decreasing order.
     median = 0.5 * (variances[(num_concepts - 1) // 2] + variances[num_concepts // 2])
@@ -423,7 +491,8 @@ class Plan(NamedTuple):
     room: int  # number of updates that the history has room for
     narrow: bool  # whether the components come from the covariance
     exact: bool  # whether the first span is the whole space
-    by_sample: bool  # whether a sample of the rows gives the first span
+    sample: int  # number of rows that the first directions come from; 0 if all
+    blocks: Blocks  # how a span grows that is neither
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -436,23 +505,24 @@ class Plan(NamedTuple):
         return (max(one_run_each(counts)),)
 
     def start(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
-        """Finds the best axes in a sketch of the row space."""
+        """Finds the best axes in the first span."""
         key, tol, (N, num_concepts, _) = given
         K, problem = jnp.max(num_concepts), prepare(Z, N, rows)
         if self.narrow:
             state = solved(problem, K, self.most, rows, careful=self.exact)
+        elif self.exact:
+            state = best_within(problem, whole_space(problem, N, rows), self.most, K, rows)
         else:
-            how = self.exact, self.by_sample
-            directions = first_directions(problem, key, self.most, N, rows, *how)
-            state = init(problem, directions, K, rows, self.most)
-            state = state._replace(error=jnp.zeros_like(state.error)) if self.exact else state
+            how = N, rows, self.sample
+            directions = first_directions(problem, key, self.blocks, *how)
+            state = init(problem, directions, K, self.blocks, rows)
         progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.room))
         return Carry(tol, Fixed(problem._replace(Z=None), num_concepts), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates."""
         problem, K = carry.fixed.problem._replace(Z=Z), jnp.max(carry.fixed.num_concepts)
-        step = partial(update, problem, num_concepts=K, rows=rows)
+        step = partial(update, problem, num_concepts=K, rows=rows, blocks=self.blocks.more)
         goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
         return carry._replace(progress=goes_on(carry.progress))
 
@@ -513,9 +583,8 @@ def plan(
     most = min(num_axes(K), num_samples, D)
     exact = is_small(N, D, K)
     narrow = N >= D and (exact or is_narrow(N, D, K))
-    by_sample = 2 * SAMPLE * num_axes(most + OVERSAMPLE) <= N
     counts = Counts.of(num_samples, num_concepts, max_iter)
-    fixed = Plan(most, room_for(max_iter), narrow, exact, by_sample)
+    fixed = Plan(most, room_for(max_iter), narrow, exact, rows_of_sample(N), blocks_for(K, N, D))
     return fixed, Given(key, np.float32(tol), counts)  # type: ignore[arg-type]
 
 

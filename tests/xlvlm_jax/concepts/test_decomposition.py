@@ -585,6 +585,18 @@ for method in METHODS:
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method + name)
     a, b = np.asarray(project(Z, one, mesh=mesh)), np.asarray(project(Z, one))
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method)
+# Many components, block by block, with progress.
+wide = rng.normal(size=(645, 300)).astype(np.float32)
+told = []
+one = decompose(wide, 40, "pca", key=jax.random.key(1))
+eight = decompose(wide, 40, "pca", key=jax.random.key(1), mesh=mesh, progress=told.append)
+assert 0 < eight.iterations == one.iterations == told[-1].iteration and eight.converged
+assert [at.iteration for at in told] == sorted({at.iteration for at in told})
+np.testing.assert_allclose(told[-1].objective, eight.objective, rtol=1e-5)
+np.testing.assert_allclose(eight.history, one.history, rtol=1e-5)
+a, b = (np.asarray(each.activations @ each.components) for each in (eight, one))
+np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max())
+np.testing.assert_allclose(eight.components @ eight.components.T, np.eye(40), atol=1e-5)
 weights = np.arange(61) % 5
 one, eight = (
     decompose(Z, 3, "kmeans", key=jax.random.key(1), sample_weight=weights, mesh=on)

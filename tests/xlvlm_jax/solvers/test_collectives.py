@@ -122,7 +122,7 @@ def sent(method, N):
             step = partial(kmeans.update, problem, rows=rows)
         else:
             problem = pca.prepare(Z, N, rows)
-            state = pca.init(problem, jnp.eye(D, K), K, rows)
+            state = pca.init(problem, jnp.eye(D, K), K, pca.Blocks(K, 0, 1, K), rows)
             step = partial(pca.update, problem, num_concepts=K, rows=rows)
         return jax.lax.while_loop(lambda s: s.error > 0, step, state).error
 
@@ -193,7 +193,7 @@ def test_an_update_sends_no_more_for_more_rows():
         sent[method] = int(count)
     D, K = 48, 5
     # The sums: K x D products, K x K overlaps, K uses, the objective; counts and totals;
-    # images, and the overlaps of the last scores and the new ones, three of four symmetric blocks.
+    # images, and the overlaps of the last scores and the new ones, most of them once.
     assert sent["snmf"] == K * D + K * K + K + 1
     assert sent["kmeans"] == 2 * K * D + 2 * K  # totals and counts as pairs
-    assert sent["pca"] == K * D + 3 * K * K
+    assert sent["pca"] == K * D + 3 * 10 + 4 * 7 + 3 * 3

@@ -91,33 +91,83 @@ def test_many_updates_keep_the_axes_orthonormal(rank, K):
     np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("max_iter", [1, 2, 3])
+@pytest.mark.parametrize("max_iter", [0, 1, 2, 3])
 def test_few_updates_of_few_directions_give_orthonormal_axes(max_iter):
+    """The first span is larger than the space that the rows span."""
     rng = np.random.default_rng(4)
     Z = jnp.asarray(rng.integers(-3, 4, (600, 12)) @ rng.integers(-3, 4, (12, 400)), jnp.float32)
-    assert pca.num_moves(40, 600, 400) == 64
     found = alone(pca)(Z, KEY, num_samples=600, num_concepts=40, tol=-1.0, max_iter=max_iter)
     assert int(found.iterations) == max_iter
     np.testing.assert_allclose(found.components @ found.components.T, np.eye(40), atol=1e-5)
 
 
-def test_last_moves_halve_the_updates_of_many_components(monkeypatch):
+def test_blocks_fit_into_the_space():
+    for K, N, D in [(33, 257, 300), (40, 600, 400), (256, 10000, 4096), (256, 513, 4096)]:
+        assert not pca.is_small(N, D, K)
+        width, first, more, kept = pca.blocks_for(K, N, D)
+        # The last block's image is one more.
+        assert K <= kept < kept + more * width <= first * width <= min(N, D) - width
+    assert pca.blocks_for(256, 10000, 4096) == (32, 17, 8, 288)
+    assert pca.blocks_for(20, 3000, 4096) == (32, 0, 1, 32)
+
+
+def test_a_span_is_that_of_powers_of_the_covariance():
+    """Against float64; and what the axes miss is what their images have beyond the span."""
+    rng = np.random.default_rng(5)
+    Z = rng.normal(size=(90, 60)) * 0.9 ** np.arange(60)
+    problem = pca.prepare(jnp.asarray(Z, jnp.float32), 90)
+    start = jnp.asarray(rng.normal(size=(60, 4)), jnp.float32)
+    none = jnp.zeros((60, 0))
+    first = pca.State(none, jnp.zeros((90, 0)), pca.orthonormal(start), problem.energy, none)
+    span = jax.jit(pca.extend, static_argnums=2)(problem, first, 3)
+    centred = Z - Z.mean(axis=0)
+    A = centred.T @ centred
+    powers = np.concatenate([start, A @ start, A @ A @ start], axis=1)
+    expected = np.linalg.qr(powers)[0]
+    basis = np.asarray(span.basis)
+    np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-3)
+    np.testing.assert_allclose(span.scores, centred @ basis, atol=1e-4)
+    state = jax.jit(pca.best_axes, static_argnums=(2, 3))(problem, span, 12, 5)
+    missed = A @ np.asarray(state.basis, np.float64)
+    missed = np.sum((missed - basis @ (basis.T @ missed)) ** 2, axis=0)
+    variances = np.sum(np.asarray(state.scores, np.float64) ** 2, axis=0)
+    error = pca.expected_gain(jnp.asarray(missed), jnp.asarray(variances), 5)
+    np.testing.assert_allclose(state.error, error, rtol=1e-3)
+
+
+def test_narrow_blocks_need_fewer_columns(monkeypatch):
     """Noise, whose axes differ little in variance."""
     rng = np.random.default_rng(5)
-    Z = jnp.asarray(rng.normal(size=(600, 400)), jnp.float32)
-    assert pca.num_moves(40, 600, 400) == 64
-    # Few components; too many for the space.
-    assert pca.num_moves(20, 600, 400) == pca.num_moves(100, 600, 400) == 0
-    with_moves = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
-    jax.clear_caches()
-    monkeypatch.setattr(pca, "num_moves", lambda *_: 0)
-    without = alone(pca)(Z, KEY, num_samples=600, num_concepts=40)
-    jax.clear_caches()  # the same plan has another program now
-    assert 0 < 1.5 * int(with_moves.iterations) <= int(without.iterations)
-    assert with_moves.objective <= (1 + 1e-6) * without.objective
-    expected = PCA(40, svd_solver="full").fit(np.asarray(Z, np.float64))
-    explained = np.sum(np.var(np.asarray(with_moves.activations), axis=0, ddof=1))
+    Z = jnp.asarray(rng.normal(size=(800, 400)), jnp.float32)
+
+    def solved(width):
+        monkeypatch.setitem(pca.WIDTHS, "cpu", width)
+        found = alone(pca)(Z, KEY, num_samples=800, num_concepts=96)
+        blocks = pca.blocks_for(96, 800, 400)
+        return found, blocks.width * (blocks.first + int(found.iterations) * blocks.more)
+
+    (narrow, few), (wide, many) = solved(32), solved(96)
+    assert bool(narrow.converged) and 1.3 * few <= many
+    np.testing.assert_allclose(narrow.objective, wide.objective, rtol=2e-4)
+    expected = PCA(96, svd_solver="full").fit(np.asarray(Z, np.float64))
+    explained = np.sum(np.var(np.asarray(narrow.activations), axis=0, ddof=1))
     np.testing.assert_allclose(explained, expected.explained_variance_.sum(), rtol=1e-4)
+
+
+def test_blocks_under_vmap():
+    """Both matrices in one program, as alone; one needs more updates."""
+    rng = np.random.default_rng(6)
+    Z = jnp.asarray(rng.normal(size=(2, 300, 270)), jnp.float32).at[1].mul(0.97 ** jnp.arange(270))
+    solve = partial(pca.solve, num_samples=300, num_concepts=(40,))
+    both = jax.vmap(solve, in_axes=(0, None))(Z, KEY)
+    iterations = both.iterations[:, 0]
+    assert iterations[0] > iterations[1]
+    for i in range(2):
+        one = solve(Z[i], KEY)
+        assert int(one.iterations[0]) == iterations[i]
+        np.testing.assert_allclose(both.objective[i], one.objective, rtol=1e-5)
+        components = both.components[i, 0, :40]
+        np.testing.assert_allclose(components @ components.T, np.eye(40), atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -146,18 +196,18 @@ def test_permuting_rows_permutes_scores(seed):
 
 
 def test_a_direction_absent_from_the_first_rows_is_found():
-    # 2400 rows: the first directions come from 1024 of them. One row in 2400 has all of the largest
+    # The first directions come from an eighth of the rows. One row in 4200 has all of the largest
     # component, alone in its column.
     rng = np.random.default_rng(0)
-    Z = rng.normal(size=(2400, 300)).astype(np.float32)
+    Z = rng.normal(size=(4200, 300)).astype(np.float32)
     Z[:, 7] = 0
     Z[1200, 7] = 1000
-    plan, _ = pca.plan(KEY, width=300, num_samples=2400, num_concepts=(20,))
-    assert plan.by_sample
+    plan, _ = pca.plan(KEY, width=300, num_samples=4200, num_concepts=(20,))
+    assert 512 <= plan.sample < 600
+    expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
     for seed in range(4):
-        found = alone(pca)(jnp.asarray(Z), jax.random.key(seed), num_samples=2400, num_concepts=20)
+        found = alone(pca)(jnp.asarray(Z), jax.random.key(seed), num_samples=4200, num_concepts=20)
         assert abs(found.components[0, 7]) > 0.99
-        expected = PCA(20, svd_solver="full").fit(Z).explained_variance_.sum()
         explained = np.var(np.asarray(found.activations), axis=0, ddof=1).sum()
         assert explained > 0.999 * expected
 
@@ -179,15 +229,16 @@ def test_two_million_rows_far_from_zero(offset):
     assert float(found.history[0]) == float(found.objective)
 
 
-def test_columns_of_huge_variance_do_not_end_the_others_early():
+@pytest.mark.parametrize("K", [20, 40])
+def test_columns_of_huge_variance_do_not_end_the_others_early(K):
     """Four columns are a thousand times larger, as in states; all axes converge, not only these."""
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(300, 300)))[0]
     Z = rng.normal(size=(1500, 300)) * 10 * 0.97 ** np.arange(300) @ axes
     Z[:, [3, 50, 120, 200]] = 1000 * rng.normal(size=(1500, 4)) * [1, 2, 3, 4]
     Z = (Z + 5).astype(np.float32)
-    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=1500, num_concepts=20)
-    assert bool(found.converged)
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=1500, num_concepts=K)
+    assert bool(found.converged) and int(found.iterations) < 100
     centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
     components = np.asarray(found.components, np.float64)
     images = components @ centred.T @ centred
@@ -195,7 +246,7 @@ def test_columns_of_huge_variance_do_not_end_the_others_early():
     # Beyond the span: a float32 has a part of the huge columns in its last digit.
     beyond = images - images @ components.T @ components
     assert np.max(np.linalg.norm(beyond, axis=1) / variances) < 0.02
-    explained = np.linalg.svd(centred, compute_uv=False)[:20] ** 2
+    explained = np.linalg.svd(centred, compute_uv=False)[:K] ** 2
     np.testing.assert_allclose(variances, explained, rtol=1e-3)
     left = np.sum((centred - centred @ components.T @ components) ** 2) / 2
     np.testing.assert_allclose(found.objective, left, rtol=1e-6)
