@@ -33,8 +33,17 @@ _CONCURRENT_GB = 1
 
 
 def is_saved(directory: Path) -> bool:
-    """Returns whether a directory holds parameters in this format, damaged or not."""
-    return (directory / RECORD).exists() or (directory / PARAMS).is_dir()
+    """Returns whether a directory holds parameters in this format, damaged or not.
+
+    A file params.json alone may be of another format: Mistral's repositories have one.
+    """
+    if (directory / PARAMS).is_dir():
+        return True
+    try:
+        record = json.loads((directory / RECORD).read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("format") == FORMAT
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a checkpoint: of its single file, or of all files in its index.
+    """Lists the tensors of a checkpoint: of its single file or, if there is none, of its index.
 
     Args:
         directory: the checkpoint.
@@ -174,9 +174,9 @@ def equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if not index.exists():
-        return [directory / _SINGLE]
+    index, single = directory / _INDEX, directory / _SINGLE
+    if single.exists() or not index.exists():  # as transformers, which prefers the single file
+        return [single]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

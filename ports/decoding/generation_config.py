@@ -126,7 +126,7 @@ def read(directory: Path | None) -> dict[str, Any]:
     config = checkpoint.read_json(directory / "config.json")
     text = config.get("text_config")
     values = {**(text if isinstance(text, dict) else {}), **_without_null(config)}
-    return {key: values[key] for key in (*_LOGITS, *_SAMPLING, *_REFUSED) if key in values}
+    return {key: values[key] for key in (*ENDS, *_LOGITS, *_SAMPLING, *_REFUSED) if key in values}
 
 
 def special_tokens(

@@ -73,20 +73,27 @@ def run_processor(
         images: as for `pair_prompts`.
         options: further arguments of the processor.
 
+    Returns:
+        Name -> array. The beginning-of-sequence token stands once in a row, whether the template or
+        the tokenizer writes it; without any image, there are no arrays of images.
+
     Raises:
         ValueError: as for `pair_prompts`, or the processor does not take an option.
     """
     pairs = pair_prompts(texts, images, getattr(processor, "image_token", None))
     _check_options(processor, options)
     processor.tokenizer.padding_side = "left"
+    rendered = [text for text, _ in pairs]
     batch = processor(
-        text=[text for text, _ in pairs],
-        images=[images for _, images in pairs],
+        text=rendered,
+        # transformers' image processors refuse a batch without any image.
+        images=[listed for _, listed in pairs] if any(listed for _, listed in pairs) else None,
         padding=True,
         return_tensors="np",
         **options,
     )
-    return {name: np.asarray(value) for name, value in batch.items()}
+    arrays = {name: np.asarray(value) for name, value in batch.items()}
+    return _with_one_start(processor.tokenizer, rendered, arrays)
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, where: Any) -> str:
@@ -158,6 +165,34 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
     for row, (ids, mask) in zip(rows, zip(*arrays.values(), strict=True), strict=True):
         ids[length - len(row) :], mask[length - len(row) :] = row, 1
     return {"input_ids": arrays["ids"], "attention_mask": arrays["mask"]}
+
+
+def _with_one_start(
+    tokenizer: Any, texts: Sequence[str], arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Drops the beginning-of-sequence token of rows whose text and tokenizer both write it.
+
+    It stays in the text until then: without it, some tokenizers begin the first word otherwise.
+    """
+    start = tokenizer.bos_token_id
+    if start is None or tokenizer("")["input_ids"][:1] != [start]:
+        return arrays
+    ids, first = arrays["input_ids"], (arrays["attention_mask"] != 0).argmax(1)
+    twice = [
+        row
+        for row, (text, place) in enumerate(zip(texts, first, strict=True))
+        if text.startswith(tokenizer.bos_token)
+        and ids[row, place : place + 2].tolist() == [start, start]
+    ]
+    if not twice:
+        return arrays
+    moved = {name: value.copy() for name, value in arrays.items() if value.shape == ids.shape}
+    for name, value in moved.items():
+        pad = tokenizer.pad_token_id or 0 if name == "input_ids" else 0
+        for row in twice:
+            value[row, : first[row] + 2] = [pad, *value[row, : first[row] + 1]]
+    begin = (moved["attention_mask"] != 0).any(0).argmax()  # padding in all rows before it
+    return arrays | {name: value[:, begin:] for name, value in moved.items()}
 
 
 def _check_options(processor: Any, options: Mapping[str, Any]) -> None:

@@ -55,7 +55,8 @@ class Processor:
         """Makes the arrays of a batch.
 
         Args:
-            images: a PIL image, a list of images or None for each text; None for no images at all.
+            images: a PIL image, an array or a file's path, a list of them or None for each text;
+                None for no images at all.
             text: a rendered prompt, or several.
             padding: pad rows of different lengths on the left.
             return_tensors: must be "np".
@@ -122,7 +123,11 @@ class Processor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Converts an array, or a PIL image with its EXIF rotation, to uint8[height, width, 3]."""
+    """Converts an array, or a PIL image or file with its rotation, to uint8[height, width, 3]."""
+    if isinstance(image, str):
+        from transformers.image_utils import load_image
+
+        image = load_image(image)
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image.convert("RGB"))
     pixels = np.asarray(image)

@@ -186,6 +186,13 @@ class TestDirectories:
         self.write_shards(tmp_path)
         assert set(safetensors_io.open_directory(tmp_path)) == {"half", "brain", "scalar"}
 
+    def test_a_single_file_counts_before_an_index(self, tmp_path):
+        """As in transformers: the index may be of an earlier state of the directory."""
+        self.write_shards(tmp_path)
+        (tmp_path / "b.safetensors").unlink()
+        safetensors_io.write_file(tmp_path / "model.safetensors", {"single": TENSORS["single"]})
+        assert set(safetensors_io.open_directory(tmp_path)) == {"single"}
+
     def test_a_missing_shard_is_named(self, tmp_path):
         self.write_shards(tmp_path)
         (tmp_path / "b.safetensors").unlink()

@@ -138,6 +138,22 @@ class TestLoading:
         theirs = transformers.LlavaForConditionalGeneration.from_pretrained(directory)
         assert theirs.generation_config.repetition_penalty == 1.3
 
+    def test_ends_that_old_checkpoints_keep_in_the_configuration(self, small, tmp_path):
+        directory = shutil.copytree(small.directory, tmp_path / "checkpoint")
+        (directory / "generation_config.json").unlink()
+        config = json.loads((directory / "config.json").read_text())
+        config["text_config"]["eos_token_id"] = 9
+        for top, expected in (({}, (9,)), ({"eos_token_id": [5, 7], "pad_token_id": 4}, (5, 7))):
+            (directory / "config.json").write_text(json.dumps({**config, **top}))
+            loaded = ports.load_abstract(directory)
+            assert loaded.eos_tokens == expected
+            assert loaded.with_generation_config({"top_k": 3}).eos_tokens == expected
+            theirs = transformers.GenerationConfig.from_pretrained(
+                directory, config_file_name="config.json", _from_model_config=True
+            )
+            assert theirs.eos_token_id == top.get("eos_token_id", 9)
+        assert loaded.pad_token == theirs.pad_token_id == 4
+
     def test_a_misspelt_key(self, small):
         with helpers.raises_line(
             ValueError, "generation_config has no 'repetition_penality'", "repetition_penalty"

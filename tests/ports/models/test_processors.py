@@ -159,6 +159,17 @@ def test_the_arrays_are_those_of_transformers(found, name):
         np.testing.assert_array_equal(ours[key], value)
 
 
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "paligemma"])
+def test_texts_alone(found, name):
+    """PaliGemma's processor requires a picture."""
+    vlm = ports.load_abstract(found[name][1])
+    # This tokenizer does not write <s> itself.
+    arrays = vlm.process(["<s> what is", "what"], [[], []])
+    assert "pixel_values" not in vlm.prepare(arrays)
+    what, is_ = vlm.tokenizer.convert_tokens_to_ids(["what", "is"])
+    assert arrays["input_ids"].tolist() == [[1, what, is_], [0, 0, what]]
+
+
 class TestCropsOfGemma:
     def test_are_images(self, found):
         processor, directory, arrays = found["gemma3"]

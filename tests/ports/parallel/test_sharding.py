@@ -528,6 +528,15 @@ class TestOrbax:
         with helpers.raises_line(ValueError, "params is damaged or incomplete"):
             ports.load(copy)
 
+    def test_a_record_of_another_format_is_not_ours(self, even, tmp_path):
+        """Mistral's repositories hold a params.json of their own."""
+        directory = shutil.copytree(even / "checkpoint", tmp_path / "copy")
+        for content in ('{"dim": 4096, "n_layers": 32}', "[]", "{"):
+            (directory / "params.json").write_text(content)
+            assert not orbax_io.is_saved(directory)
+        assert checkpoint.fingerprint(directory) == checkpoint.fingerprint(even / "checkpoint")
+        assert ports.load(directory).directory == directory
+
     @pytest.mark.parametrize("harm", ["delete", "shorten"])
     def test_damaged_parameters(self, copy, harm):
         file = max((copy / "params").rglob("d/*"), key=lambda file: file.stat().st_size)

@@ -179,6 +179,13 @@ class TestBatch:
         for name, value in upright.items():
             np.testing.assert_array_equal(turned[name], value)
 
+    def test_a_picture_from_a_file(self, processor, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (96, 130, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        read = processor(text=["this"], images=[str(tmp_path / "a.png")])
+        for name, value in processor(text=["this"], images=[pixels]).items():
+            np.testing.assert_array_equal(read[name], value)
+
 
 def test_settings_that_are_left_out_are_the_real_checkpoints():
     assert ImageSettings.from_json({}) == REAL
