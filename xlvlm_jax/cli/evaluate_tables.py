@@ -10,7 +10,7 @@ from rich.table import Table
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Prints the scores and changes under each condition, and what a sweep chose."""
     if "sweep" in summary:
-        _show_chosen(summary["sweep"], summary["kind"], console)
+        _show_chosen(summary["sweep"], console)
     if summary["kind"] == "vqa":
         _show_questions(summary["conditions"], summary["protocol"], console)
     else:
@@ -65,7 +65,7 @@ def _show_protocols(metric: str, conditions: Mapping[str, Any], console: Console
         for protocol, values in measured[metric].items():
             shown = (_figure(figure, values) for figure in figures)
             table.add_row(f"{name}, {protocol}", *shown)
-            if known := intervals.get(protocol):
+            if any(map(_interval, (known := intervals.get(protocol, {})).values())):
                 table.add_row("95 %", *(_interval(known.get(figure)) for figure in figures))
         for kind, scores in measured.get(f"{metric} by negatives", {}).items():
             for protocol, values in scores.items():
@@ -91,7 +91,8 @@ def _show_presence(conditions: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             name,
             _share(measured["false yes"]["count"], measured["false yes"]["of"]),
-            f"{_percent(rest['accuracy'])} ({_interval(rest['interval'])}) of {rest['count']}",
+            f"{_percent(rest['accuracy'])} ({_interval(rest['interval']) or 'one picture'}) of "
+            f"{rest['count']}",
         )
     console.print(table)
 
@@ -148,19 +149,20 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
         console.print(f"left out: {reasons}", style="dim")
 
 
-def _show_chosen(sweep: Mapping[str, Any], kind: str, console: Console) -> None:
+def _show_chosen(sweep: Mapping[str, Any], console: Console) -> None:
+    from xlvlm_jax.evaluation.sweep import Quantity
+
     chosen = sweep["chosen"]
-    effect = "moved" if kind == "vqa" else "gained"
-    cost = f"{chosen['cost']:.1f} points" if kind == "vqa" else f"{100 * chosen['cost']:.0f} %"
+    effect, cost = (Quantity(**sweep["quantities"][name]) for name in ("effect", "cost"))
     console.print(
         f"best of {len(sweep['trials'])} trials on {sweep.get('split', 'another split')}: "
         f"{', '.join(chosen['sites'])}, alpha {chosen['alpha']:g}, where {chosen['where']}: "
-        f"{100 * chosen['effect']:.1f} % {effect} at a cost of {cost}"
+        f"{effect.name} {effect.shown(chosen['effect'])}, {cost.name} {cost.shown(chosen['cost'])}"
     )
     if chosen["effect"] < sweep["wanted"] or chosen["cost"] > sweep["max_cost"]:
         console.print(
-            f"no trial reached the wanted effect ({100 * sweep['wanted']:.0f} %) within the "
-            f"maximum cost ({sweep['max_cost']:g}); see sweep.svg",
+            f"no trial reached the wanted effect ({effect.shown(sweep['wanted'])}) within the "
+            f"maximum cost ({cost.shown(sweep['max_cost'])}); see sweep.svg",
             style="yellow",
         )
 

@@ -120,14 +120,17 @@ def apply(
         float | None,
         typer.Option(
             help="--choose-on: wanted effect, as the share of source answers that move (default "
-            "0.95) or of captions that gain a word (default 0.5)."
+            "0.95), of captions that gain a word, or, for pope, chair and descriptions, of "
+            "hallucinations that are gone (default 0.5)."
         ),
     ] = None,
     max_cost: Annotated[
         float | None,
         typer.Option(
             help="--choose-on: maximum cost, as points of accuracy that any other answer type "
-            "loses (default 5) or the share of CIDEr that is lost (default 0.25)."
+            "loses (default 5), the share of CIDEr that is lost (default 0.25), or points that the "
+            "other questions (pope, descriptions) or the recall of objects (chair) lose (default "
+            "1)."
         ),
     ] = None,
     instruction: Instruction = None,
@@ -194,7 +197,7 @@ def apply(
     if choose_on is not None:
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})
         others = samples_to_choose_on(samples, of, choose_on, num_choose)
-        measured.require(others)
+        measured.require_trial(others)
     if dry_run:  # with --choose-on of one condition, besides plain answers and an instruction
         count = (1 if others else len(tried)) + 1 + (instruction is not None)
         shapes = load_model(model, dtype, abstract=True, adapter=adapter)

@@ -98,8 +98,8 @@ def sweep(
     budget_of: Annotated[
         Literal["off_target", "cost"],
         typer.Option(
-            help="off_target: share of other answers (captions: of all) that change; cost: points "
-            "of accuracy that another answer type loses (captions: share of CIDEr)."
+            help="off_target: share of other answers (captions: of all) that change; cost: as for "
+            "--max-cost of `xlvlm steer apply`."
         ),
     ] = "off_target",
     task: TaskName = None,
@@ -173,7 +173,7 @@ def sweep(
     samples = few_samples(drawn, num_samples, seed)
     of = read_samples(dataset_name, data, **{**told, "split": choose_on})
     others = samples_to_choose_on(samples, of, choose_on, num_choose)
-    measured.require(others)
+    measured.require_trial(others)
     if split is not None:
         measured.require(samples)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)

@@ -58,7 +58,7 @@ from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Steering
 from xlvlm_jax.evaluation.preflight import EvaluationNeeds, preflight
 from xlvlm_jax.evaluation.safety import deference_figures
 from xlvlm_jax.evaluation.stage import describe_sweep, evaluate, evaluate_steering, select
-from xlvlm_jax.evaluation.sweep import Trial, choose, grid, names
+from xlvlm_jax.evaluation.sweep import Quantity, Trial, choose, grid, names
 from xlvlm_jax.evaluation.tasks import Captions, Questions, Task
 
 Needs = EvaluationNeeds  # its name in version 0.1
@@ -80,6 +80,7 @@ __all__ = [
     "ObjectDescriptions",
     "Predictions",
     "Presence",
+    "Quantity",
     "Questions",
     "Steering",
     "Sweep",

@@ -48,12 +48,15 @@ def vqa_scores(
         {"all", each answer type, "mean over types", "mean without TYPE": accuracy}.
 
     Raises:
-        ValueError: a sample has no answers, or the numbers of samples and predictions differ.
+        ValueError: a sample has no answers, the numbers of samples and predictions differ, or no
+            sample is of the type to leave out.
     """
     if len(samples) != len(predictions):
         raise ValueError(
             f"{len(predictions)} predictions for {len(samples)} samples; expected one per sample"
         )
+    if without is not None:
+        require_type(samples, without)
     found: dict[str, list[list[float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):
         if not sample.references:
@@ -73,6 +76,24 @@ def vqa_scores(
     if without is not None and others:
         scores[f"{MEAN_WITHOUT}{without}"] = _mean(others)
     return scores
+
+
+def require_type(samples: Sequence[Sample], name: str) -> None:
+    """Checks that some questions have an answer type.
+
+    Args:
+        samples: questions.
+        name: the answer type.
+
+    Raises:
+        ValueError: none has.
+    """
+    types = {str(sample.metadata.get("answer_type")) for sample in samples} - {"None"}
+    if name not in types:
+        raise ValueError(
+            f"no question has the answer type {name!r}; expected one of "
+            f"{', '.join(sorted(types)) or 'none, as the questions have no types'}"
+        )
 
 
 def question_type_scores(
@@ -236,7 +257,9 @@ def answer_changes(
             f"there are {len(before)} answers before, {len(after)} after and {len(truths)} truths; "
             "expected the same number of each"
         )
-    sources, targets = ({normalise_answer(word) for word in words} for words in (source, target))
+    sources, targets = (
+        {normalise_answer(word) for word in words} - {""} for words in (source, target)
+    )
     if sources & targets:
         raise ValueError(
             f"{sorted(sources & targets)} are both source and target words; expected distinct words"
@@ -290,7 +313,7 @@ def require_answers(samples: Sequence[Sample], source: Sequence[str], target: Se
     ]
     of_source: list[str] = []
     for what, words in (("source", source), ("target", target)):
-        wanted = {normalise_answer(word) for word in words}
+        wanted = {normalise_answer(word) for word in words} - {""}
         types = [s.metadata.get("answer_type", "other") for t, s in answered if t in wanted]
         if not types:
             frequent = ", ".join(list(count_answers([t for t, _ in answered]))[:5])

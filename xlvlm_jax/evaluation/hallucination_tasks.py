@@ -16,7 +16,7 @@ from xlvlm_jax.data.amber import WordLists
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import hallucination
 from xlvlm_jax.evaluation.predict import Condition
-from xlvlm_jax.evaluation.sweep import Trial
+from xlvlm_jax.evaluation.sweep import Quantity, Trial
 from xlvlm_jax.evaluation.tasks import Captions, Questions
 from xlvlm_jax.metrics.amber_descriptions import amber_description_scores
 from xlvlm_jax.metrics.chair import (
@@ -48,6 +48,8 @@ class Presence(Questions):
 
     wanted: float = 0.5
     max_cost: float = 1.0
+    effect = Quantity("false yes gone", "%", 100)
+    cost = Quantity("accuracy of the rest lost", "points")
     needed = "--task pope needs questions of --dataset pope, amber, scenes or questions"
 
     def describe(self) -> dict[str, Any]:
@@ -64,6 +66,14 @@ class Presence(Questions):
         if samples and not {"yes", "no"} <= labels:
             raise ValueError(f"the samples have no labels yes and no; {self.needed}")
         super().require(samples)
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks as `require`; effect and cost need no words.
+
+        Raises:
+            ValueError: as `require`.
+        """
+        self.require(samples)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
@@ -93,7 +103,7 @@ class Presence(Questions):
         }
         measured["rest"] = {
             "accuracy": float(rest[known].mean()),
-            "interval": list(interval["accuracy"]),
+            "interval": [None if np.isnan(end) else end for end in interval["accuracy"]],
             "count": int(known.sum()),
         }
         return measured
@@ -182,6 +192,8 @@ class ObjectDescriptions(Presence):
     """
 
     max_new_tokens = 128
+    effect = Quantity("absent objects no longer named", "%", 100)
+    cost = Quantity("present objects no longer named", "points")
     needed = "--task descriptions needs POPE's questions"
 
     def describe(self) -> dict[str, Any]:
@@ -283,6 +295,8 @@ class ObjectCaptions(Captions):
 
     wanted: float = 0.5
     max_cost: float = 1.0
+    effect = Quantity("CHAIRi gone", "%", 100)
+    cost = Quantity("recall of objects lost", "points")
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -300,6 +314,14 @@ class ObjectCaptions(Captions):
                 "file of instances, or --dataset scenes"
             )
         super().require(samples)
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks as `require`; effect and cost need no words.
+
+        Raises:
+            ValueError: as `require`.
+        """
+        self.require(samples)
 
     def trial(
         self,
@@ -347,6 +369,8 @@ class Descriptions(Captions):
     max_cost: float = 1.0
     lists: WordLists = dataclasses.field(default_factory=lambda: WordLists({}))
     max_new_tokens = 256
+    effect = Quantity("CHAIR gone", "%", 100)
+    cost = Quantity("Cover lost", "points")
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -399,6 +423,14 @@ class Descriptions(Captions):
             ]
             for protocol in self.protocols
         }
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks as `require`; effect and cost need no words.
+
+        Raises:
+            ValueError: as `require`.
+        """
+        self.require(samples)
 
     def trial(
         self,

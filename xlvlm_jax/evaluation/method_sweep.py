@@ -112,6 +112,7 @@ class Sweep(NamedTuple):
         (method,) = (name for name, trial in pairs if trial is best)
         return {
             **of,
+            "quantities": {"effect": task.effect._asdict(), "cost": task.cost._asdict()},
             "wanted": task.wanted,
             "max_cost": task.max_cost,
             "axis": self.axis,
@@ -250,7 +251,7 @@ def run_sweep(
             there is nothing to try; or as `predict` and the task.
         OSError: the directory can't be written.
     """
-    task.require(samples)
+    task.require_trial(samples)
     if not tried:
         raise ValueError("there is nothing to try; give methods, sites and strengths")
     if axis not in AXES:

@@ -153,7 +153,7 @@ def select(
     Raises:
         ValueError: as `evaluate` and `choose`.
     """
-    task.require(samples)
+    task.require_trial(samples)
     predictions = predict(
         vlm,
         samples,
@@ -233,10 +233,12 @@ def describe_sweep(chosen: Trial, trials: Sequence[Trial], task: Task, **of: Any
         of: further values, such as the split that they were tried on.
 
     Returns:
-        The further values, the task's limits, the chosen trial and all trials.
+        The further values, what effect and cost are, the task's limits, the chosen trial and all
+        trials.
     """
     return {
         **of,
+        "quantities": {"effect": task.effect._asdict(), "cost": task.cost._asdict()},
         "wanted": task.wanted,
         "max_cost": task.max_cost,
         "chosen": chosen.describe(),

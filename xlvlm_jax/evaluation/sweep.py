@@ -8,12 +8,24 @@ from typing import Any, NamedTuple
 from xlvlm_jax.evaluation.predict import Condition, Steering
 
 
+class Quantity(NamedTuple):
+    """What effect or cost is of a task."""
+
+    name: str
+    unit: str  # of the value times the scale
+    scale: float = 1.0
+
+    def shown(self, value: float) -> str:
+        """Returns a value with its unit."""
+        return f"{self.scale * value:.1f} {self.unit}"
+
+
 class Trial(NamedTuple):
-    """The effect and cost of one condition, as its task defines them."""
+    """The effect and cost of one condition, as its task defines them (`task.effect`, `.cost`)."""
 
     condition: Condition
-    effect: float  # share of source answers moved; captions: increase in share with a class word
-    cost: float  # largest drop of another answer type, in points; captions: relative drop of CIDEr
+    effect: float
+    cost: float
     off_target: float  # share of other answers that changed; captions: share of all that changed
 
     def describe(self) -> dict[str, Any]:
@@ -74,8 +86,9 @@ def choose(trials: Sequence[Trial], wanted: float, max_cost: float) -> Trial:
     """Chooses the trial with the wanted effect at the lowest cost.
 
     Among trials whose effect is at least `wanted` and whose cost is at most `max_cost`, takes the
-    lowest cost; if there are none, the largest effect within `max_cost`; if there are none either,
-    the lowest cost. Ties go to the weakest strength.
+    lowest cost, then the largest effect, then the weakest strength. If there are none, takes the
+    largest effect within `max_cost`, then the lowest cost; if there are none either, the lowest
+    cost of all.
 
     Args:
         trials: the trials to choose from.

@@ -5,6 +5,9 @@ measure    returns scores and counts of one set of answers as JSON values
 trial      returns effect and cost of a condition, which `choose` compares
 judged     returns which answers are right, for tests of paired answers
 require    checks, before anything is computed, that the words occur in the data set
+require_trial   checks, before anything is computed, that `trial` can compare conditions
+
+`effect` and `cost` say what these are in a trial.
 """
 
 import dataclasses
@@ -18,8 +21,8 @@ from xlvlm_jax.evaluation import answer_effects, answer_types, hallucination
 from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.safety import deference_figures
-from xlvlm_jax.evaluation.sweep import Trial
-from xlvlm_jax.metrics.captions import caption_scores, count_words
+from xlvlm_jax.evaluation.sweep import Quantity, Trial
+from xlvlm_jax.metrics.captions import caption_scores, count_words, require_scorable
 from xlvlm_jax.metrics.captions import describe as describe_captions
 from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
 from xlvlm_jax.metrics.pope import read_answer
@@ -42,7 +45,7 @@ class Questions:
         types: answers by type, see `read_types`, to count the types of answers by.
 
     Raises:
-        ValueError: the protocol is unknown.
+        ValueError: the protocol is unknown, or a word is empty once normalised.
     """
 
     source: tuple[str, ...] = ()
@@ -53,11 +56,19 @@ class Questions:
     without: str | None = None
     types: Mapping[str, answer_types.TypeOf] | None = None
     max_new_tokens = 10
+    effect = Quantity("source answers moved", "%", 100)
+    cost = Quantity("largest loss of accuracy of another type", "points")
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             expected = ", ".join(PROTOCOLS)
             raise ValueError(f"unknown protocol {self.protocol!r}; expected one of {expected}")
+        for name, words in (("source", self.source), ("target", self.target)):
+            if empty := [word for word in words if not normalise_answer(word)]:
+                raise ValueError(
+                    f"the {name} word {empty[0]!r} is empty once normalised, as articles and "
+                    "punctuation are; omit it, or choose other words"
+                )
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -74,6 +85,19 @@ class Questions:
             raise ValueError("the samples have no answers; evaluate questions on --dataset vqav2")
         if self.source or self.target:
             answer_effects.require_answers(samples, self.source, self.target)
+        if self.without is not None:
+            answer_effects.require_type(samples, self.without)
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks that some questions have a source and some a target answer, to choose by.
+
+        Raises:
+            ValueError: none has, or as `require`.
+        """
+        self.require(samples)
+        if not self.source:
+            raise ValueError("there are no answers to choose by; give --source and --target")
+        answer_effects.require_answers(samples, self.source, self.target)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
@@ -191,6 +215,8 @@ class Captions:
     wanted: float = 0.5
     max_cost: float = 0.25
     max_new_tokens = 32
+    effect = Quantity("more captions with class words", "points", 100)
+    cost = Quantity("CIDEr lost", "%", 100)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -200,8 +226,8 @@ class Captions:
         """Checks that the samples have captions that contain one of the words.
 
         Raises:
-            ValueError: none of the captions contains one of the words, or there are neither
-                captions nor words.
+            ValueError: none of the captions contains one of the words, there are neither captions
+                nor words, some samples have none, or pycocoevalcap is not installed.
         """
         texts = [text for sample in samples for text in sample.references]
         if samples and not texts and not self.words:
@@ -213,6 +239,23 @@ class Captions:
             raise ValueError(
                 f"none of {len(texts)} captions contains one of the words {few(self.words)}; give "
                 "--words, or a class of words, that occur in this data set"
+            )
+        if texts:
+            require_scorable([sample.references for sample in samples])
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks that steered captions can be compared: there are words and references.
+
+        Raises:
+            ValueError: they can't, or as `require`.
+        """
+        self.require(samples)
+        if not self.words:
+            raise ValueError("there are no words to choose by; give --words, or a class of words")
+        if not any(sample.references for sample in samples):
+            raise ValueError(
+                "the samples have no references, which the cost of steering is measured by; choose "
+                "on other samples"
             )
 
     def measure(
@@ -277,12 +320,8 @@ class Captions:
         Raises:
             ValueError: the samples have no references, there are no words, or as for `measure`.
         """
+        self.require_trial(samples)
         references = [sample.references for sample in samples]
-        if not any(references):
-            raise ValueError(
-                "the samples have no references, which the cost of steering is measured by; choose "
-                "on other samples"
-            )
         before, after = (
             caption_scores(texts, references).values["CIDEr"] for texts in (plain, answers)
         )

@@ -51,13 +51,7 @@ def caption_scores(
             f"there are {len(captions)} captions and references of {len(references)} images; "
             "expected one caption per image"
         )
-    if bare := [number for number, texts in enumerate(references) if not texts]:
-        raise ValueError(f"image number {bare[0]} has no references; evaluate on captioned images")
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ValueError(
-            "captions are scored by pycocoevalcap, which is not installed; "
-            "pip install 'xlvlm-jax[captions]'"
-        )
+    require_scorable(references)
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -81,6 +75,24 @@ def caption_scores(
         if reason is not None:
             left_out[name] = reason
     return CaptionScores({k: float(v) for k, v in values.items()}, np.asarray(cider), left_out)
+
+
+def require_scorable(references: Sequence[Sequence[str]]) -> None:
+    """Checks that captions of images can be scored, before there are any.
+
+    Args:
+        references: human captions of each image.
+
+    Raises:
+        ValueError: an image has no references, or pycocoevalcap is not installed.
+    """
+    if bare := [number for number, texts in enumerate(references) if not texts]:
+        raise ValueError(f"image number {bare[0]} has no references; evaluate on captioned images")
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise ValueError(
+            "captions are scored by pycocoevalcap, which is not installed; "
+            "pip install 'xlvlm-jax[captions]'"
+        )
 
 
 def _obstacle(name: str) -> str | None:

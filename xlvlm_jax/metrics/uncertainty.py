@@ -44,7 +44,7 @@ def bootstrap(
         seed: random seed of the draws.
 
     Returns:
-        {score: interval}.
+        {score: interval}; NaN if all answers are about one picture, which says nothing of others.
 
     Raises:
         ValueError: there are no answers, the numbers differ, or the level is not within (0, 1).
@@ -70,6 +70,8 @@ def bootstrap(
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), resamples)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = scores(drawn @ sums)
+    if number == 1:
+        return {name: Interval(float("nan"), float("nan")) for name in values}
     ends = [50 * (1 - level), 50 * (1 + level)]
     return {name: _interval(np.asarray(each), ends) for name, each in values.items()}
 

@@ -24,6 +24,7 @@ _LOOK: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "font.size": 9,
     "legend.frameon": False,
+    "text.parse_math": False,  # answers and names may hold dollar signs
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "xlvlm",  # the same figure gives the same bytes
 }

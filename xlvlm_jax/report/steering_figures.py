@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from xlvlm_jax.evaluation.method_sweep import pareto_front
+from xlvlm_jax.evaluation.sweep import Quantity
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
@@ -21,7 +22,6 @@ FIGURES = {
     "tradeoff.svg": "Effect and side effect of every trial, by method",
 }
 NUM_BARS = 12
-_AXES = {"off_target": "share of other answers that changed", "cost": "cost"}
 
 
 def draw_all(summary: Mapping[str, Any], directory: str | Path) -> list[Path]:
@@ -96,16 +96,17 @@ def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[
 def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     """Plots effect and cost against strength (a line per site) and site (a line per strength).
 
-    If trials differ in method or in the positions they steer, only the chosen ones are drawn.
+    If trials differ in method, kind of edit or the positions they steer, only those like the
+    chosen one are drawn.
     The dashed lines mark the wanted effect and the maximum cost, the ring marks the chosen trial.
 
     Args:
         summary: what `evaluation.evaluate` writes, with a sweep.
         path: the file to write (.svg, .png or .pdf).
     """
-    sweep, questions = summary["sweep"], summary["kind"] == "vqa"
+    sweep = summary["sweep"]
     chosen = sweep["chosen"]
-    alike = ("where", "method")
+    alike = ("where", "method", "edit")
     trials = [
         trial
         for trial in sweep["trials"]
@@ -115,12 +116,7 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     alphas = sorted({trial["alpha"] for trial in trials})
     by = {(", ".join(trial["sites"]), trial["alpha"]): trial for trial in trials}
     labels = short_names(sites)
-    quantities = (
-        ("effect", "source answers moved, %" if questions else "captions gained, points", 100),
-        ("cost", "largest drop of another type, points", 1)
-        if questions
-        else ("cost", "CIDEr lost, %", 100),
-    )
+    quantities = {name: Quantity(**told) for name, told in sweep["quantities"].items()}
 
     def value(site: str, alpha: float, name: str) -> float:
         found = by.get((site, alpha), {}).get(name)
@@ -128,8 +124,8 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
 
     limits = {"effect": sweep["wanted"], "cost": sweep["max_cost"]}
     with figure(path, 2, 2, width=8.6, height=5.6) as (_, grid):
-        for row, (name, title, scale) in enumerate(quantities):
-            left, right = grid[row]
+        for (left, right), (name, quantity) in zip(grid, quantities.items(), strict=True):
+            title, scale = f"{quantity.name}, {quantity.unit}", quantity.scale
             for site, label in zip(sites, labels, strict=True):
                 values = [scale * value(site, alpha, name) for alpha in alphas]
                 left.plot(alphas, values, marker="o", ms=3, label=label)
@@ -181,8 +177,17 @@ def plot_tradeoff(summary: Mapping[str, Any], path: str | Path) -> None:
         axes.plot(chosen[axis], chosen["effect"], "o", ms=10, mfc="none", color="black")
         if sweep["budget"] is not None:
             axes.axvline(sweep["budget"], color="black", lw=0.8, ls="--")
-        axes.set(xlabel=_AXES[axis], ylabel="effect")
+        told = {name: Quantity(**each) for name, each in sweep["quantities"].items()}
+        x = "share of other answers that changed"
+        if axis == "cost":
+            x = _share_or_unit(told["cost"])
+        axes.set(xlabel=x, ylabel=_share_or_unit(told["effect"]))
         axes.legend(title="method", fontsize="small")
+
+
+def _share_or_unit(quantity: Quantity) -> str:
+    """Returns the label of a quantity that is drawn without its scale."""
+    return f"{quantity.name}, {'share' if quantity.scale != 1 else quantity.unit}"
 
 
 def short_names(sites: Sequence[str]) -> list[str]:

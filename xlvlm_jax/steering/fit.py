@@ -336,11 +336,16 @@ def words_match(answers: Sequence[str], words: Sequence[str], match: str) -> np.
         bool[len(answers)].
 
     Raises:
-        ValueError: `match` is neither.
+        ValueError: `match` is neither, or a word is empty once normalised.
     """
     if match not in MATCHES:
         raise ValueError(f"match is {match!r}; expected {' or '.join(MATCHES)}")
-    wanted = {normalise_answer(word) for word in words} - {""}
+    wanted = {normalise_answer(word) for word in words}
+    if empty := [word for word in words if not normalise_answer(word)]:
+        raise ValueError(
+            f"the word {empty[0]!r} is empty once normalised, as articles and punctuation are; "
+            "omit it, or choose other words"
+        )
     if match == "equals":
         return np.array([answer in wanted for answer in answers], bool)
     pattern = word_pattern(wanted)

@@ -54,16 +54,21 @@ def lesson(
         The samples with their given and wanted answers, those to steer first.
 
     Raises:
-        ValueError: no sample was answered with a source word.
+        ValueError: no sample was answered with a source word, or `keep` is negative.
     """
-    (problems,) = columns(features.samples, "error")
-    readable = np.array([problem is None for problem in problems], bool)
+    if not keep >= 0:
+        raise ValueError(f"keep is {keep}; expected at least 0 samples per sample to steer")
+    problems, said = columns(features.samples, "error", "prediction" if key == OUTCOME else key)
+    # An empty answer can't be forced, so that such a sample can neither change nor stay.
+    readable = np.array(
+        [p is None and bool(str(t).strip()) for p, t in zip(problems, said, strict=True)]
+    )
     answers = answers_of(features, key)
-    chosen = words_match(answers, source, match)
+    chosen = words_match(answers, source, match) & readable
     if not chosen.any():
         raise ValueError(none_of(answers, key, "source", source))
     rng = np.random.default_rng(seed)
-    steered = rng.permutation(np.flatnonzero(chosen & readable))[:num_samples]
+    steered = rng.permutation(np.flatnonzero(chosen))[:num_samples]
     others = rng.permutation(np.flatnonzero(~chosen & readable))[: round(keep * len(steered))]
     rows = [*steered, *others]
     taken = [features.samples[row] for row in rows]

@@ -87,7 +87,7 @@ class Request:
         options: options of a single method, by the names of its fit function's arguments.
 
     Raises:
-        ValueError: `num_samples` is less than 1.
+        ValueError: `num_samples` is less than 1, or `keep` less than 0.
     """
 
     features: Features
@@ -104,7 +104,9 @@ class Request:
     sites: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Checks the number of samples."""
+        """Checks the numbers of samples."""
+        if not self.keep >= 0:
+            raise ValueError(f"keep is {self.keep}; expected at least 0 samples per steered one")
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"the number of samples must be at least 1, got {self.num_samples}")
 
@@ -310,8 +312,9 @@ def _counterparts(asked: Request) -> Examples:
         )
         prompts = {each["id"]: each["prompt"] for each in asked.features.samples}
         return Examples(*forced, len(forced[0]), [prompts[sample.id] for sample in forced[0]])
-    if asked.options.get("contrasts") is not None:
-        raise ValueError("contrasts are of forced answers; give --contrast forced too")
+    for name in ("positive", "negative", "contrasts"):
+        if asked.options.get(name) is not None:
+            raise ValueError(f"--{name} is of forced answers; give --contrast forced too")
     if asked.options["contrast"] == "label":
         among = [sample_of(kept) for kept in lessons.readable(asked.features)]
         chosen = lessons.readable(asked.features, asked.num_samples, asked.seed)

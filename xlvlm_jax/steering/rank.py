@@ -206,16 +206,17 @@ def rank_vectors(
     by_id = {sample.id: sample for sample in samples}
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, vector in enumerate(vectors):
-        ids = tuple(vector.source.get("samples") or by_id)[:num_samples]
+        named = vector.source.get("samples") or by_id
+        ids = tuple(name for name in named if name in by_id)[:num_samples]
+        if not ids:
+            raise ValueError(
+                f"none of the {len(named)} samples of a vector is among the {len(samples)} given "
+                "ones; give the samples that it was fitted on"
+            )
         groups.setdefault(ids, []).append(number)
     shifts: dict[int, AnswerShift] = {}
     for ids, numbers in groups.items():
-        chosen = [by_id[name] for name in ids if name in by_id]
-        if not chosen:
-            raise ValueError(
-                f"none of the {len(ids)} samples of a vector is among the {len(samples)} given "
-                "ones; give the samples that it was fitted on"
-            )
+        chosen = [by_id[name] for name in ids]
         # The first variant is the unsteered model.
         variants = [vectors[numbers[0]].edits(0.0)]
         variants += [vectors[number].edits_for(vlm, None, alpha) for number in numbers]

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from xlvlm_jax import SteeringVector, data
+from xlvlm_jax import SteeringVector, data, evaluation
+from xlvlm_jax.cli import evaluate_tables
 from xlvlm_jax.cli.evaluate_options import parse_task
 from xlvlm_jax.data import mmsb, scenes
+from xlvlm_jax.report.steering_figures import plot_sweep
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_the_task_pope_on_its_own_files(evaluate, pictures):
     assert measured["POPE by negatives"]["popular"]["plain"]["accuracy"] == 0.5
     assert "plain, plain 83.33" in out and "plain, official 50.00" in out
     assert "plain: the protocols read 2 answers differently, such as 'No!'" in out
-    assert "plain 1 of 3 (33.3 %) 100.00 (100.0-100.0) of 3" in out
+    assert "plain 1 of 3 (33.3 %) 100.00 (one picture) of 3" in out
 
 
 def test_drawn_scenes_as_a_task(evaluate, pictures):
@@ -191,3 +194,34 @@ def test_words_of_a_vector_that_are_counted():
     )
     assert parsed("coco", None).words == parsed("coco", "captions").words == ("no",)
     assert parsed("scenes", "chair").words == parsed("coco", None, **outcome).words == ()
+
+
+@pytest.mark.parametrize(
+    ("task", "cost", "said"),
+    [
+        (evaluation.Questions(), 4.0, "another type 4.0 points"),
+        (evaluation.Captions(), 0.1, "CIDEr lost 10.0 %"),
+        (evaluation.Presence(), 0.8, "accuracy of the rest lost 0.8 points"),
+        (evaluation.ObjectDescriptions(), 0.8, "present objects no longer named 0.8 points"),
+        (evaluation.ObjectCaptions(), 0.8, "recall of objects lost 0.8 points"),
+        (evaluation.Descriptions(), 0.8, "Cover lost 0.8 points"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_effect_and_cost_have_the_names_and_units_of_the_task(tmp_path, capsys, task, cost, said):
+    vector = SteeringVector(np.ones(2, np.float32), "layers.3", {})
+    kinds = ("add", "ablate")
+    trials = [
+        evaluation.Trial(evaluation.Condition((vector,), alpha, None, edit), 0.25, cost, 0.1)
+        for edit in kinds
+        for alpha in (1.0, 2.0)
+    ]
+    sweep = evaluation.describe_sweep(trials[0], trials, task)
+    evaluate_tables._show_chosen(sweep, Console(width=300))
+    out = capsys.readouterr().out
+    assert said in out and f"{task.effect.name} 25.0" in out
+    assert f"maximum cost ({task.cost.shown(task.max_cost)})" in out
+    plot_sweep({"sweep": sweep}, tmp_path / "sweep.svg")
+    text = (tmp_path / "sweep.svg").read_text()
+    assert f"{task.cost.name}, {task.cost.unit}" in text
+    assert f"{task.effect.name}, {task.effect.unit}" in text

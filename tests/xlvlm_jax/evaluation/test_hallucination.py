@@ -1,5 +1,6 @@
 """The hallucination bench: scores, paired tests and trials by hand, and what is refused."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from xlvlm_jax import evaluation
 from xlvlm_jax.data import Sample
 from xlvlm_jax.data.amber import WordLists
 from xlvlm_jax.evaluation import (
+    Captions,
     Condition,
     Descriptions,
     ObjectCaptions,
     Presence,
+    Questions,
     hallucination,
 )
 
@@ -221,6 +224,35 @@ def test_descriptions_are_refused_before_a_model_has_written_them(monkeypatch):
     monkeypatch.setattr(Descriptions, "protocols", ("plain", "official"))
     with pytest.raises(ValueError, match="nltk has no data"):
         task.require([described(1, ("dog",), ())])
+
+
+def test_what_only_fails_is_found_before_answers(monkeypatch):
+    captions = [captioned(1, ["dog"], "a dog"), captioned(2, ["cat"])]
+    for task in (Captions(), ObjectCaptions()):
+        with pytest.raises(ValueError, match="image number 1 has no references"):
+            task.require(captions)
+    with pytest.raises(ValueError, match="no words to choose by"):
+        Captions().require_trial(captions[:1])
+    with pytest.raises(ValueError, match="have no references, which the cost of steering"):
+        Captions(("dog",)).require_trial(captions[1:])
+    ObjectCaptions().require_trial(captions[:1])
+    with pytest.raises(ValueError, match="no answers to choose by; give --source"):
+        Questions().require_trial(SAMPLES)
+    Presence().require_trial(SAMPLES)
+    with pytest.raises(ValueError, match=r"type 'yesno'; expected one of .*yes/no"):
+        Questions(without="yesno").require(SAMPLES)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pycocoevalcap, which is not installed"):
+        Captions().require(captions[:1])
+
+
+@pytest.mark.parametrize("word", ["", "A", ","])
+def test_words_that_are_empty_once_normalised(word):
+    with pytest.raises(ValueError, match=r"the target word .* is empty once normalised"):
+        Questions(("yes",), ("no", word))
+    # An empty answer is neither a source nor a target answer.
+    changes = evaluation.answer_changes(["yes", ""], ["", "yes"], ["yes"], [word], [None, None])
+    assert (changes.target_after, changes.moved, changes.others) == (0, 0, 1)
 
 
 def test_each_task_says_what_it_needs():

@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from matplotlib.axes import Axes
 
 from xlvlm_jax import data, evaluation
 from xlvlm_jax.evaluation import Captions, Condition, Questions
 from xlvlm_jax.report import write_report
-from xlvlm_jax.report.steering_figures import draw_all, short_names
+from xlvlm_jax.report.steering_figures import draw_all, plot_sweep, short_names
 from xlvlm_jax.report.steering_section import read_steering
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 16}
@@ -69,6 +70,20 @@ def test_the_trials_are_kept_with_the_chosen_one(run):
     assert len(sweep["trials"]) == 3
     assert sweep["chosen"] in sweep["trials"]
     assert {trial["edit"] for trial in sweep["trials"]} == {"add", "ablate"}
+
+
+def test_one_kind_of_edit_is_drawn(run, monkeypatch, tmp_path):
+    trials = run[1]["sweep"]["trials"]
+    chosen = trials[0]  # add, at 0.5; the other trial of it is at 1, and ablate is at 1.5
+    alphas, plot = [], Axes.plot
+
+    def watched(axes, x, *arguments, **options):
+        alphas.append(x)
+        return plot(axes, x, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    plot_sweep({"sweep": {**run[1]["sweep"], "chosen": chosen}}, tmp_path / "sweep.svg")
+    assert alphas[0] == [0.5, 1.0]
 
 
 def test_figures_are_drawn_and_old_ones_removed(run, tmp_path):

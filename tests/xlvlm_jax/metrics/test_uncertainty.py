@@ -1,5 +1,7 @@
 """Bootstrap intervals and McNemar's test: by hand, against scipy, and messages."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -76,3 +78,9 @@ def test_mcnemar_by_hand():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_picture_has_no_interval():
+    right = np.float64([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
+    found = bootstrap(right, ["a"] * 3, accuracy)
+    assert all(math.isnan(end) for interval in found.values() for end in interval)

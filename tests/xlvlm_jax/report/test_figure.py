@@ -19,6 +19,12 @@ def test_text_stays_text_and_the_same_figure_gives_the_same_bytes(tmp_path):
     assert b">strength</text>" in first
 
 
+def test_dollar_signs_stay_text(tmp_path):
+    with figure(tmp_path / "a.svg", width=3, height=2) as (_, [[axes]]):
+        axes.set_title(r"$\boxed{3}$ and $x$")
+    assert r"$\boxed{3}$ and $x$" in (tmp_path / "a.svg").read_text()
+
+
 def test_several_axes(tmp_path):
     with figure(tmp_path / "a.png", 1, 2, width=4, height=2) as (_, axes):
         assert axes.shape == (1, 2)

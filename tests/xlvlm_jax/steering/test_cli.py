@@ -245,7 +245,7 @@ class TestSeveralSites:
         both.save(tmp_path / "v.safetensors")
         status, _, errors = xlvlm(
             *("steer", "apply", "embedded", tmp_path, "--vector", tmp_path / "v.safetensors"),
-            *("--site", "layers.3", "--source", "a", "--target", "b", "--output", tmp_path / "out"),
+            *("--site", "layers.3", "--source", "x", "--target", "y", "--output", tmp_path / "out"),
         )
         assert status == 2 and "--site does not apply to vectors of 2 sites" in errors
 
@@ -362,6 +362,14 @@ YES_TO_NO = ("--source", "yes", "--target", "no")
         (
             ("--method", "l2s", "--contrast", "label", "--keep", 2),
             "--keep has no effect on --method l2s --contrast label; omit it",
+        ),
+        (
+            (*("--method", "l2s", "--model", "gone"), *YES_TO_NO, *("--positive", "Yes")),
+            "--positive is of forced answers; give --contrast forced too",
+        ),
+        (
+            (*("--method", "p2s", "--model", "gone"), *YES_TO_NO, *("--keep", -1)),
+            "keep is -1.0; expected at least 0",
         ),
         (("--context-prompt", "?"), "--context-prompt has no effect on --method coarse; omit it"),
         (("--method", "nope"), "unknown method 'nope'; expected one of coarse, pca"),

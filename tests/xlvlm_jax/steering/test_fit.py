@@ -147,8 +147,10 @@ class TestCoarse:
         features = make()
         with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; choose"):
             steering.fit_coarse(features, "s", ["yes"], ["blue"])
-        with pytest.raises(ValueError, match=r"none of 5 samples .* source words , "):
-            steering.fit_coarse(features, "s", ["", " "], ["no"])
+        with pytest.raises(ValueError, match="the word ' ' is empty once normalised"):
+            steering.fit_coarse(features, "s", ["yes", " "], ["no"])
+        with pytest.raises(ValueError, match="the word 'A' is empty once normalised, as articles"):
+            steering.fit_coarse(features, "s", ["A"], ["no"])
         with pytest.raises(ValueError, match="have no 'answer'"):
             steering.fit_coarse(features, "s", ["yes"], ["no"], key="answer")
         with pytest.raises(ValueError, match="no site 't'"):
@@ -201,6 +203,13 @@ class TestLesson:
         kept = found.samples[0]
         assert (kept.image, kept.references) == (Path(f"{kept.id}.png"), ("a",))
 
+    def test_empty_answers_can_neither_change_nor_stay(self, make):
+        found = steering.lesson(make(answers=["yes", " ", "", "red"]), ["yes"], "no", keep=3)
+        assert [sample.id for sample in found.samples] == ["0", "3"]
+        assert found.wanted == ["no", "red"]
+
     def test_messages(self, make):
+        with pytest.raises(ValueError, match="keep is -1; expected at least 0"):
+            steering.lesson(make("kept"), ["yes"], "no", keep=-1)
         with pytest.raises(ValueError, match=r"none of 5 samples .* source words blue"):
             steering.lesson(make(), ["blue"], "no")

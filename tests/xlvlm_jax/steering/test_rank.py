@@ -102,7 +102,8 @@ class TestVectors:
 
         no = [sample for sample in questions if sample.metadata["answer"] == "no"]
         towards = np.asarray(steering.steering_vector(states(questions[:12]), states(no)))
-        ids = [sample.id for sample in questions[:6]]
+        # Samples that are not given do not take the place of those that are.
+        ids = ["gone", "lost", *(sample.id for sample in questions[:6])]
         vectors = [
             SteeringVector(factor * towards, SITE, {"from": 0, "to": j, "samples": ids})
             for j, factor in enumerate((0.0, 1.5))
