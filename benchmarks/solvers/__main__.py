@@ -7,11 +7,11 @@
 
 Every case runs both sides alternately, `--repeats` times or until the peer has used `--budget`
 seconds, and reports medians. Our first run is reported separately, as it includes compilation.
-Peers run with one thread or with all, whichever is faster. Objectives are computed in float64, in
-the same way for both sides; a ratio below 1 means that ours is lower (for PCA, whose objective is
-minus the explained variance, that ours explains less). Ours also runs with only as many updates as
-it needs to reach the peer's objective. Unset OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE, so that numpy
-chooses its own kernels.
+Peers run with one thread or with all, whichever is faster (sklearnex with all). Objectives are
+computed in float64, in the same way for both sides; a ratio below 1 means that ours is lower (for
+PCA, whose objective is minus the explained variance, that ours explains less). Ours also runs with
+only as many updates as it needs to reach the peer's objective. Unset OPENBLAS_CORETYPE and
+OPENBLAS_L2_SIZE, so that numpy chooses its own kernels.
 """
 
 import argparse

@@ -80,13 +80,13 @@ measured in the same run.
 
 {table}
 
-Each library runs with one thread or with all, whichever is faster. "pca" starts from a JAX array,
-with `tol=1e-4`; "pca, from numpy" from a numpy matrix, at our default tolerance. DictionaryLearning
-is omitted for more than 3,000 rows and for states, where it takes minutes to tens of minutes.
-"States" are random, with the decay and the common direction of hidden states; "features" are real,
-from the embedded model's final norm. faiss makes as many updates as scikit-learn needed;
-MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives than the others, as the
-table shows.
+Each library runs with one thread or with all, whichever is faster; sklearnex always with all. "pca"
+starts from a JAX array, with `tol=1e-4`; "pca, from numpy" from a numpy matrix, at our default
+tolerance. DictionaryLearning is omitted for more than 3,000 rows and for states, where it takes
+minutes to tens of minutes. "States" are random, with the decay and the common direction of hidden
+states; "features" are real, from the embedded model's final norm. faiss makes as many updates as
+scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives
+than the others, as the table shows.
 
 {worse}
 

@@ -26,7 +26,8 @@ PATIENCE = 5.0  # seconds: a call that takes longer is not tried with one thread
 def faster(peer: Peer) -> tuple[Peer, float, Any]:
     """Returns the peer with all threads or with one, whichever is faster; its seconds and result.
 
-    Small matrices may take longer with more threads, which wait for each other.
+    Small matrices may take longer with more threads, which wait for each other. Those of sklearnex
+    (TBB) are not limited: it always has all.
     """
     spent, result = seconds(peer)
     if spent > PATIENCE:
