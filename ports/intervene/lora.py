@@ -200,25 +200,35 @@ def by_part(tree: Any, params: Any) -> Any:
         if path[-1] == "kernel" and len(parts) > 1
     }
 
-    def split(path: tuple[Any, ...], leaf: Any) -> Any:
-        own = widths.get(getattr(path[-1], "key", "")) if path else None
-        if own is None or not isinstance(leaf, Factors):
-            return leaf
-        ends = tuple(itertools.accumulate(own))[:-1]
-        return PartFactors(leaf.down, tuple(jnp.split(leaf.up, ends, axis=-1)))
-
-    return jax.tree_util.tree_map_with_path(split, tree, is_leaf=_is_factors)
+    found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_factors)
+    leaves = [leaf for _, leaf in found]
+    fused = {
+        i: tuple(itertools.accumulate(widths[path[-1].key]))[:-1]
+        for i, (path, leaf) in enumerate(found)
+        if isinstance(leaf, Factors) and path and getattr(path[-1], "key", None) in widths
+    }
+    if fused:
+        ups = _split([leaves[i].up for i in fused], tuple(fused.values()))
+        for i, parts in zip(fused, ups, strict=True):
+            leaves[i] = PartFactors(leaves[i].down, parts)
+    return structure.unflatten(leaves)
 
 
 def joined(tree: Any) -> Any:
     """Returns a pytree with `Factors` in place of all `PartFactors`: undoes `by_part`."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_factors)
     by_part = [leaf.ups for leaf in leaves if isinstance(leaf, PartFactors)]
-    # One program for all layers: on a mesh, each sends its parts around.
     ups = iter(_concatenated(by_part) if by_part else ())
     return structure.unflatten(
         Factors(leaf.down, next(ups)) if isinstance(leaf, PartFactors) else leaf for leaf in leaves
     )
+
+
+# One program for the parts of all layers: on a mesh they are sent around, and many small programs
+# that wait for each other may hang on devices of one CPU.
+@functools.partial(jax.jit, static_argnums=1)
+def _split(ups: list[Array], ends: tuple[tuple[int, ...], ...]) -> list[tuple[Array, ...]]:
+    return [tuple(jnp.split(up, own, axis=-1)) for up, own in zip(ups, ends, strict=True)]
 
 
 @jax.jit
@@ -385,13 +395,13 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
         [[1.5, 0.5], [0.5, 1.5]]
     """
     check(adapter, mergeable_layers(params))
-    factors = joined(adapter.factors)
+    factors = by_part(joined(adapter.factors), params)
     flat = traverse_util.flatten_dict(params)
     add = _add_in_place if donate else _add
     for stored, parts in by_tensor(flat).items():
         site, own = site_name(stored[:-1]), (adapter.weights or {}).get(tensor_name(stored))
         end = 0
-        for path, leaf in parts.items():
+        for number, (path, leaf) in enumerate(parts.items()):
             placed, width = leaf.sharding, leaf.shape[-1] if leaf.ndim else 0
             # Columns of the stored tensor: all of them, but for a part of a fused layer.
             columns, end = slice(end, end + width), end + width
@@ -400,7 +410,8 @@ def merge(params: dict, adapter: Adapter, *, donate: bool = False) -> dict:
                 flat[path] = leaf = sharding.put(np.asarray(value).astype(leaf.dtype), placed)
             if path[-1] in _MERGEABLE and site in factors:
                 down, up = factors[site]
-                merged = add(leaf, Factors(down, up[:, columns]), adapter.scale[site])
+                up = up[number] if isinstance(up, tuple) else up
+                merged = add(leaf, Factors(down, up), adapter.scale[site])
                 # Where it is already, it stays uncommitted if the leaf was: programs are shared.
                 is_there = merged.sharding == placed
                 flat[path] = merged if is_there else jax.device_put(merged, placed)

@@ -288,6 +288,15 @@ class TestFactorsByPart:
         jax.tree.map(np.testing.assert_array_equal, lora.joined(parts), tree)
         assert isinstance(lora.joined(parts)["mu"]["ff_proj"], lora.Factors)
 
+    def test_all_layers_are_one_program(self):
+        params = {f"blocks_{i}": self.params for i in range(3)}
+        factors = {f"blocks.{i}.ff_proj": self.FACTORS for i in range(3)}
+        tree = {"mu": factors, "nu": factors}
+        parts = lora.by_part(tree, params)
+        assert isinstance(parts["nu"]["blocks.2.ff_proj"], lora.PartFactors)
+        assert len(jax.make_jaxpr(lambda x: lora.by_part(x, params))(tree).eqns) == 1
+        assert len(jax.make_jaxpr(lora.joined)(parts).eqns) == 1
+
     def test_they_add_what_the_whole_adds_and_have_its_gradient(self):
         def total(factors):
             adapter = lora.Adapter({"ff_proj": factors}, {"ff_proj": 0.5})
