@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
@@ -83,14 +82,20 @@ class Checkpoints:
     def restore(self, state: State) -> State:
         """Returns the kept state, placed as `state` is; `state` itself if none is kept.
 
+        The buffers of `state` are freed before: memory may have room for one of them alone.
+
         Raises:
             ValueError: it is damaged.
         """
         last = self._manager.latest_step()
         if last is None:
             return state
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        jax.tree.map(lambda leaf: leaf.delete(), state)
         try:
-            kept: Any = self._manager.restore(last, args=self._handlers.StandardRestore(state))
+            kept: Any = self._manager.restore(last, args=self._handlers.StandardRestore(template))
             return kept
         except Exception as error:  # Orbax and TensorStore raise many kinds
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -102,9 +107,9 @@ class Checkpoints:
     def offer(self, iteration: int, state: State) -> None:
         """Keeps the state of every `every`-th update, and of the last."""
         if iteration % self._every == 0 or iteration == len(state.history):
-            # A copy: the next update overwrites the buffers, while these are being written.
-            kept = jax.tree.map(jnp.copy, state)
-            self._manager.save(iteration, args=self._handlers.StandardSave(kept))
+            # Written in the background, but from the host's memory. On a CPU, where that is the
+            # buffers, the next update can't take them over.
+            self._manager.save(iteration, args=self._handlers.StandardSave(state))
 
     def close(self) -> None:
         """Waits until the last state is written."""

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from xlvlm_jax.solvers.sae import METHODS, train
@@ -53,6 +54,33 @@ def test_it_goes_on_from_the_last_state(tmp_path):
     assert [at.iteration for at in told] == [5, 6, 7, 8, 9]
     states.remove()
     assert not tmp_path.exists()
+
+
+def test_one_copy_of_the_state_is_held(tmp_path, monkeypatch):
+    saved, restored = [], []
+    offer, restore, save = Checkpoints.offer, Checkpoints.restore, ocp.CheckpointManager.save
+
+    def offering(self, iteration, state):
+        saved.append(state)
+        offer(self, iteration, state)
+
+    def saving(self, step, *, args):
+        assert args.item is saved[-1]
+        return save(self, step, args=args)
+
+    def restoring(self, state):
+        restored.append((state, restore(self, state)))
+        return restored[-1][1]
+
+    monkeypatch.setattr(Checkpoints, "offer", offering)
+    monkeypatch.setattr(Checkpoints, "restore", restoring)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", saving)
+    with pytest.raises(Killed):
+        run(tmp_path, stop=5)
+    run(tmp_path)
+    (given, first), (freed, _) = restored
+    assert first is given
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(freed))
 
 
 def test_another_run_is_refused(tmp_path):
