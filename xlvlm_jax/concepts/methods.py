@@ -5,6 +5,7 @@ N samples, M of them, K concepts, D width.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -145,11 +146,9 @@ class Method:
             return {}
         # A method without updates has no plan, only a single program.
         solve = getattr(self.solver, "plan", getattr(self.solver, "solve", None))
-        function: Any = self.training or solve
         options = {
-            "init" if parameter.name == self.init else parameter.name: parameter.default
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
+            "init" if name == self.init else name: default
+            for name, default in _defaults(self.training or solve).items()
         }
         if self.is_sparse:
             options[RELATIVE] = False
@@ -175,6 +174,16 @@ class Method:
             if isinstance(options.get(name), list):  # as JSON has it
                 options[name] = tuple(options[name])
         return options
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Returns the options of a solver with their defaults."""
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
+    }
 
 
 def _encode_sparse(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
