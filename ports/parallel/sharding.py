@@ -223,9 +223,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def as_returned(where: NamedSharding) -> NamedSharding:
     """Returns the same sharding, written as that of a compiled program's result.
 
-    JAX compiles a program for each way in which the shardings of its arguments are written. So an
-    argument that later is a result is placed by this one: without mesh axes of one device, and
-    without the whole dimensions at its end.
+    Results have shardings without mesh axes of one device and without whole dimensions at the end.
+    Shardings that are written in two ways differ as static arguments, and JAX looks such arrays up
+    as arguments of two programs. What a loop feeds back is therefore placed by this one at first.
 
     Args:
         where: a sharding whose dimensions have one mesh axis or none.
