@@ -240,8 +240,7 @@ def shardings(factors: Mapping[str, Any], params: Any, mesh: Mesh) -> dict[str, 
     """Returns how factors are divided over a mesh.
 
     `down` is divided like the rows of a layer's kernel, `up` like its columns. So the compiler
-    divides what a training step returns; with factors placed elsewhere, the first step would
-    compile a program of its own.
+    divides their gradients; factors that are placed elsewhere would be sent around in each step.
 
     Args:
         factors: {site: Factors or PartFactors} of linear layers, by part as from `by_part`.
