@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[tuple[str, Any]]:
         ValueError: the file is not UTF-8, or a line is not JSON.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; pass its name or another directory"

@@ -73,12 +73,12 @@ def load(
         if split == "all" and questions is None:
             each = [(directory / f"coco_pope_{name}.json", name) for name in SPLITS]
             asked = (
-                (f"{name}/{number}", place, record)
+                (path, f"{name}/{number}", place, record)
                 for path, name in each
-                for number, place, record in _asked(path, name)
+                for _, number, place, record in _asked(path, name)
             )
     samples: dict[str, Sample] = {}
-    for number, place, record in asked:
+    for path, number, place, record in asked:
         if number in samples:
             raise ValueError(f"{path}: {place}: question_id {number} is a duplicate")
         label = files.get(record, "label", str, path, place, _FORM)
@@ -113,23 +113,23 @@ def _is_list(path: Path) -> bool:
     """Returns whether a file holds a list, as XL-VLMs keeps the questions."""
     if not path.is_file():
         return False
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         return file.read(64).lstrip().startswith("[")
 
 
-def _listed(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
-    """Yields (ID, place, record as in POPE's own files) of a split from XL-VLMs' list."""
+def _listed(path: Path, split: str) -> Iterator[tuple[Path, str, str, Any]]:
+    """Yields (file, ID, place, record as in POPE's own files) of a split from XL-VLMs' list."""
     names = {"filename": "image", "response": "label", "subset": "subset", "instruction": "text"}
     for number, given in enumerate(files.read_json(path)):
         place = f"[{number}]"
         record = {ours: files.get(given, name, str, path, place) for name, ours in names.items()}
         record["text"] = record["text"].split(_ENDING)[0].strip()
         if split == "all" or record["label"] == "yes" or record["subset"] == split:
-            yield str(number), place, record
+            yield path, str(number), place, record
 
 
-def _asked(path: Path, split: str) -> Iterator[tuple[str, str, Any]]:
-    """Yields (ID, place, record) of each line of one of POPE's own files."""
+def _asked(path: Path, split: str) -> Iterator[tuple[Path, str, str, Any]]:
+    """Yields (file, ID, place, record) of each line of one of POPE's own files."""
     for place, record in files.read_lines(path):
         number = files.get(record, "question_id", int, path, place, _FORM)
-        yield str(number), place, {**record, "subset": split}
+        yield path, str(number), place, {**record, "subset": split}

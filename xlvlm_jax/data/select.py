@@ -251,7 +251,7 @@ def _listed_ids(path: Path) -> list[str]:
             raise ValueError(f"{path}: expected a list of ids")
     else:
         try:
-            content = path.read_text(encoding="utf-8").split("\n")
+            content = path.read_text(encoding="utf-8-sig").split("\n")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; expected ids") from None
         except UnicodeDecodeError as error:

@@ -91,7 +91,9 @@ def batch_cells(
                 box[b, where] = each.boxes[y, x]
         candidates = np.flatnonzero(chosen[b])
         if at_most is not None and len(candidates) > at_most:
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            # A name may be that of a file, which need not be UTF-8.
+            number = zlib.crc32(name.encode(errors="surrogateescape"))
+            rng = np.random.default_rng([seed, number])
             chosen[b] = False
             chosen[b, rng.choice(candidates, at_most, replace=False)] = True
     return BatchCells(chosen, grid, box)

@@ -104,9 +104,10 @@ class Features:
                 "by running it again with the same arguments, or open it with "
                 "allow_incomplete=True"
             )
+        root = root.absolute()  # samples and states are read later, maybe from elsewhere
         locate = functools.partial(
             pictures.locate,
-            directory=root.absolute(),
+            directory=root,
             recorded=_read_pictures(root / PICTURES),
             images=images,
         )
@@ -294,18 +295,31 @@ def samples_of(features: Features) -> list[Sample]:
     """Returns the samples that features were extracted from, like the readers of data.
 
     Runs on the host and cannot be traced.
+
+    Raises:
+        ValueError: as for `sample_of`.
     """
     return [sample_of(kept) for kept in features.samples]
 
 
 def sample_of(kept: Mapping[str, Any]) -> Sample:
-    """Converts a stored sample to the form that the readers of data return."""
+    """Converts a stored sample to the form that the readers of data return.
+
+    Raises:
+        ValueError: it has no image or prompt, as some imported features.
+    """
+    for name in ("image", "prompt"):
+        if kept.get(name) is None:
+            raise ValueError(
+                f"sample {kept.get('id')!r} has no {name}, so the model can't run on it again; "
+                "extract features from a data set"
+            )
     own = ("id", "image", "image_id", "prompt", "references")
     return Sample(
-        id=kept["id"],
+        id=str(kept.get("id", "")),
         image=Path(kept["image"]),
-        image_id=kept["image_id"],
+        image_id=str(kept.get("image_id") or ""),
         prompt=kept["prompt"],
-        references=tuple(kept["references"]),
+        references=tuple(kept.get("references") or ()),
         metadata={name: value for name, value in kept.items() if name not in own},
     )

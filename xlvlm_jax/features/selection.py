@@ -102,7 +102,10 @@ class Selection:
         elif self.mode == "range":
             self._range()
         elif self.mode == "class":
-            class_words(self.argument)
+            if not class_words(self.argument):
+                raise ValueError(
+                    f"class needs a class or words, got {self.argument!r}; e.g. class:cup, mug"
+                )
         elif self.mode == "token-of-interest" and not self.argument.strip():
             raise ValueError("token-of-interest needs a word, got none; e.g. token-of-interest:dog")
         elif self.mode == "image":

@@ -179,15 +179,17 @@ class FeaturesWriter:
                 none.
 
         Raises:
-            ValueError: shapes, sites or an index do not fit.
+            ValueError: shapes, sites or an index do not fit, or a state is finite but too large for
+                the dtype on disk.
             OSError: writing fails.
         """
         if self.complete or self._lock < 0:
             raise ValueError(f"{self.path}: the run is closed and takes no more samples")
         rows = len(tokens)
         self._check_batch(len(samples), states, rows, sample_index, positions, cells)
+        self._check_range(states)
         lines = "".join(json.dumps(_plain(dict(sample))) + "\n" for sample in samples).encode()
-        done = self._state
+        done, has_cells = self._state, cells is not None
         fields = {
             "sample": np.asarray(sample_index, np.int64) + done["samples"],
             "position": positions,
@@ -195,7 +197,9 @@ class FeaturesWriter:
         }
         with _one_line(self.path):
             if states and not done["sites"]:
-                self._create_arrays(states, has_cells=cells is not None)
+                self._create_arrays(states)
+            if has_cells and not done["cells"] and (states or done["sites"]):
+                self._create_cells()
             if rows:
                 arrays = {self.path / "rows" / name: values for name, values in fields.items()}
                 arrays |= {array_path(self.path, site): x for site, x in states.items()}
@@ -214,7 +218,8 @@ class FeaturesWriter:
                 "samples": done["samples"] + len(samples),
                 "rows": done["rows"] + rows,
                 "bytes": done["bytes"] + len(lines),
-                "cells": done["cells"] or (bool(rows) and cells is not None),
+                # As the arrays are, with or without rows.
+                "cells": done["cells"] or (has_cells and bool(states or done["sites"])),
             }
             write_json(self.path / "manifest.json", committed)
         self._state = committed
@@ -329,7 +334,8 @@ class FeaturesWriter:
         cells: Cells | None,
     ) -> None:
         sites = self._state["sites"]
-        if rows and self._state["rows"] and self._state["cells"] != (cells is not None):
+        has_cells, before = cells is not None, self._state["cells"]
+        if rows and has_cells != before and (before or self._state["rows"]):
             raise ValueError("cells are given for some batches only; expected all or none")
         if rows and not states:
             raise ValueError(f"{rows} rows but no states; expected one array per site")
@@ -354,7 +360,20 @@ class FeaturesWriter:
             if known is not None and known.shape[1] != x.shape[1]:
                 raise ValueError(f"{site}: width {x.shape[1]}, expected {known.shape[1]}")
 
-    def _create_arrays(self, states: Mapping[str, np.ndarray], *, has_cells: bool) -> None:
+    def _check_range(self, states: Mapping[str, np.ndarray]) -> None:
+        kind = ts.dtype(self._state["dtype"]).numpy_dtype
+        for site, x in states.items():
+            if x.dtype == kind:
+                continue
+            lost = np.isfinite(x) & ~np.isfinite(_narrowed(x, kind))
+            if lost.any():
+                row, column = np.argwhere(lost)[0].tolist()
+                raise ValueError(
+                    f"{site}: row {self.rows_done + row} has {x[row, column]:.6g}, too large for "
+                    f"{self._state['dtype']}; store the states as bfloat16 or float32"
+                )
+
+    def _create_arrays(self, states: Mapping[str, np.ndarray]) -> None:
         # remains of an append that failed before the first commit
         shutil.rmtree(self.path / "states", ignore_errors=True)
         shutil.rmtree(self.path / "rows", ignore_errors=True)
@@ -363,12 +382,15 @@ class FeaturesWriter:
         for name, dtype in ROW_FIELDS.items():
             path = self.path / "rows" / name
             self._arrays[path] = create_array(path, dtype, (0,))
-        for name, dtype in CELL_FIELDS.items() if has_cells else ():
-            path = self.path / "rows" / name
-            self._arrays[path] = create_array(path, dtype, (0, 4))
         for site, x in states.items():
             path = array_path(self.path, site)
             self._arrays[path] = create_array(path, self._state["dtype"], (0, x.shape[1]))
+
+    def _create_cells(self) -> None:
+        for name, dtype in CELL_FIELDS.items():
+            path = self.path / "rows" / name
+            shutil.rmtree(path, ignore_errors=True)  # remains of a failed append
+            self._arrays[path] = create_array(path, dtype, (0, 4))
 
     def _write_rows(self, arrays: Mapping[Path, np.ndarray], rows: int) -> None:
         start = self._state["rows"]
@@ -380,10 +402,15 @@ class FeaturesWriter:
         writes = []
         for path, future in resized.items():
             array = self._arrays[path] = wait(future)
-            values = np.asarray(arrays[path]).astype(array.dtype.numpy_dtype)
+            values = _narrowed(np.asarray(arrays[path]), array.dtype.numpy_dtype)
             writes.append(array[start:end].write(values))
         for write in writes:
             wait(write)
+
+
+def _narrowed(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(kind, copy=False)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class StoredRows:
     """
 
     def __init__(self, path: Path, rows: int):
-        self.path = path
+        self.path = path = path.absolute()  # files are opened later
         self._array = open_array(path)
         check_chunks(path, self._array, rows)
         self.shape = (rows, self._array.shape[1])

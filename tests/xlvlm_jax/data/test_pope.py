@@ -108,6 +108,9 @@ def test_all_files_at_once(tmp_path):
     ]
     kinds = [sample.metadata["negatives"] for sample in samples]
     assert kinds == ["random"] + ["popular"] * 2 + ["adversarial"] * 2
+    write(tmp_path, [LINES[0]] * 2, "adversarial")
+    with pytest.raises(ValueError, match=r"coco_pope_adversarial\.json: line 2: question_id"):
+        data.load("pope", tmp_path, "all")
     (tmp_path / "coco_pope_popular.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"coco_pope_popular\.json: no such file"):
         data.load("pope", tmp_path, "all")

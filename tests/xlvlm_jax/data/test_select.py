@@ -137,8 +137,9 @@ def test_images_in_a_list():
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", '[4, "x"]'), ("a.txt", "4\n\n x \n")])
-def test_read_image_ids(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+def test_read_image_ids(tmp_path, name, text, mark):
+    (tmp_path / name).write_text(mark + text, encoding="utf-8")
     assert select.read_image_ids(tmp_path / name) == ["4", "x"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,6 +55,8 @@ class TestBatchCells:
         assert (first.chosen[0] != other.chosen[0]).any()
         assert (first.chosen[0] != first.chosen[1]).any()
         assert batch_cells([layout], 20, ["a"], at_most=9).chosen.sum() == 9
+        named = os.fsdecode(b"caf\xe9.jpg")  # a file's name that is not UTF-8
+        assert batch_cells([layout], 20, [named], at_most=4).chosen.sum() == 4
 
     def test_positions_do_not_count_padding(self):
         cells = batch_cells([[grid([3, 4], 1, 2)]], 5, ["s"])
@@ -172,6 +175,26 @@ def test_cells_of_some_batches_only(tmp_path):
             writer.append([{"id": "b"}], state, one, one, one)
         with pytest.raises(ValueError, match="cells has 0 rows, expected 1"):
             writer.append([{"id": "b"}], state, one, one, one, Cells.empty())
+
+
+@pytest.mark.parametrize("first", [Cells.empty(), None])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_cells_after_a_batch_without_rows(tmp_path, first, resumed):
+    """The first batch has sites, such as one whose samples could not be read, but no rows."""
+    none, one = np.zeros(0, int), np.zeros(1, int)
+    cells = Cells(np.ones((1, 4), np.int32), np.ones((1, 4), np.float32))
+    writer = FeaturesWriter(tmp_path, {})
+    writer.append([{"id": "a"}], {"s": np.zeros((0, 2), np.float32)}, none, none, none, first)
+    if resumed:
+        writer.release()
+        cut_off = Features.open(tmp_path, allow_incomplete=True).cells
+        assert (cut_off is None) == (first is None)
+        writer = FeaturesWriter(tmp_path, {})
+    writer.append([{"id": "b"}], {"s": np.zeros((1, 2), np.float32)}, one, one, one, cells)
+    writer.close()
+    found = Features.open(tmp_path).cells
+    assert found is not None
+    np.testing.assert_array_equal(found.grid, cells.grid)
 
 
 @pytest.mark.wrong_types  # a stand-in has the one method that is needed

@@ -39,6 +39,7 @@ def test_parse_and_print_are_inverse(text):
         ("range:3", "range needs start:stop, got '3'"),
         ("range:a:b", "range needs start:stop, got 'a:b'"),
         ("class:fruit", "unknown word class 'fruit'; expected one of colours"),
+        ("class:,", "class needs a class or words, got ','; e.g. class:cup, mug"),
         ("token-of-interest", "token-of-interest needs a word, got none"),
         ("all:3", "all takes no argument, got '3'"),
         ("token-id:dog", "token-id needs whole numbers, got 'dog'"),

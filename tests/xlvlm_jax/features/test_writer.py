@@ -354,6 +354,18 @@ def test_a_batch_that_does_not_fit(tmp_path, change, message):
         assert writer.samples_done == 4
 
 
+def test_features_are_read_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    features = Features.open(write(Path("run")))
+    (site, _), rows = SITES, np.array([3, 1])
+    stored, whole = features.stored(site), features.matrix(site)
+    monkeypatch.chdir("elsewhere")
+    np.testing.assert_array_equal(stored.take(rows), whole[rows])
+    np.testing.assert_array_equal(features.matrix(site), whole)
+    assert features.samples[0]["id"] == "0-0"
+
+
 def test_opening_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no manifest.json; expected a directory of feat"):
         Features.open(tmp_path)

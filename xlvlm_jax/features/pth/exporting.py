@@ -26,8 +26,9 @@ def export_features(
 
     Imported features become the original file, bit by bit (if all its sites are exported and rows
     were not averaged). For other features, samples without a row are masked out and get a state of
-    zeros, and the keys "manifest", "samples", "positions" and "tokens" hold what the reference has
-    no place for, so that an import restores the same directory.
+    zeros, and the keys "manifest", "samples", "positions" and "tokens" (and, for image tokens,
+    "cells" and "boxes") hold what the reference has no place for, so that an import restores the
+    same directory.
 
     Args:
         features: the features to export.
@@ -123,7 +124,8 @@ def _rest(features: Features, rows: _BySample) -> dict[str, Any]:
     def of_rows(values: np.ndarray) -> Iterator[View]:
         numbers = Numbers.of(values[rows.order])
         pairs = zip(firsts.tolist(), counts.tolist(), strict=True)
-        return (View(numbers, first, (count,)) for first, count in pairs)
+        rest, size = values.shape[1:], int(np.prod(values.shape[1:]))
+        return (View(numbers, first * size, (count, *rest)) for first, count in pairs)
 
     result: dict[str, Any] = {
         "token_of_interest_mask": (View(mask, i, (1,)) for i in range(len(samples))),
@@ -133,11 +135,14 @@ def _rest(features: Features, rows: _BySample) -> dict[str, Any]:
         result["model_predictions"] = (
             [str(sample.get("prediction", ""))] for sample in unplaced(samples)
         )
+    cells = features.cells
+    placed = {} if cells is None else {"cells": of_rows(cells.grid), "boxes": of_rows(cells.box)}
     return result | {
         "manifest": json.dumps(features.manifest),
         "samples": (json.dumps(sample) for sample in samples),
         "positions": of_rows(features.positions),
         "tokens": of_rows(features.tokens),
+        **placed,
     }
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from ports.intervene.sites import find_sites, match_sites
 from ports.messages import few
+from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.manifest import STATE_DTYPES
 from xlvlm_jax.features.pth.reader import read_pth
 from xlvlm_jax.features.pth.sidecar import write_kept
@@ -42,7 +43,8 @@ _NAMES = {
     "response": "answer",
     "img_id": "image_id",
 }
-_OWN = ("manifest", "samples", "positions", "tokens")  # keys that only our own exports have
+# Keys that only our own exports have; those of image tokens have "cells" and "boxes" too.
+_OWN = ("manifest", "samples", "positions", "tokens")
 
 
 def import_features(
@@ -239,10 +241,13 @@ def _rows(
     part: range,
     sites: Sequence[str],
     rows: str,
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the arguments of FeaturesWriter.append: states, sample index, positions, tokens."""
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, Cells | None]:
+    """Returns the arguments of FeaturesWriter.append: states, sample index, positions, tokens and,
+    of our own exports of image tokens, cells; a mean of positions lies in none."""
     blocks: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     index, positions, tokens = [], [], []
+    has_cells = rows != "mean" and all(key in data for key in ("manifest", "cells", "boxes"))
+    cells = [Cells.empty()]
     for number in part:
         lengths = states[number][sites[0]].shape[-2]
         if not kept[number] or not lengths:
@@ -258,8 +263,13 @@ def _rows(
         own = [data[key][number] if "manifest" in data else None for key in ("positions", "tokens")]
         positions += here if own[0] is None else np.asarray(own[0])[list(here)].tolist()
         tokens += [-1] * len(here) if own[1] is None else np.asarray(own[1])[list(here)].tolist()
+        if has_cells:
+            grid, box = (np.asarray(data[key][number]) for key in ("cells", "boxes"))
+            cells.append(Cells(grid, box).take(np.array(here, int)))
     stacked = {site: np.concatenate(arrays) for site, arrays in blocks.items() if arrays}
-    return stacked, np.array(index, int), np.array(positions, int), np.array(tokens, int)
+    placed = Cells(*(np.concatenate(parts) for parts in zip(*cells, strict=True)))
+    index, positions, tokens = (np.array(each, int) for each in (index, positions, tokens))
+    return stacked, index, positions, tokens, placed if has_cells else None
 
 
 def _number(rows: str) -> int | None:

@@ -11,6 +11,7 @@ import torch
 
 from xlvlm_jax import Features
 from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
+from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.pth import (
     PthError,
     export_features,
@@ -18,6 +19,7 @@ from xlvlm_jax.features.pth import (
     import_features,
     read_pth,
 )
+from xlvlm_jax.features.reader import samples_of
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
 
@@ -137,6 +139,45 @@ def test_a_directory_of_ours_comes_back_to_the_bit(tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(ours, name))
     for site in ours.sites:
         np.testing.assert_array_equal(again.matrix(site), ours.matrix(site))
+
+
+def test_cells_of_image_tokens_come_back(tmp_path):
+    cells = Cells(np.arange(12, dtype=np.int32).reshape(3, 4), np.eye(3, 4, dtype=np.float32))
+    index = np.array([2, 0, 2])  # the second sample has none
+    with FeaturesWriter(tmp_path / "ours", {}) as writer:
+        samples = [{"id": f"s{i}"} for i in range(3)]
+        writer.append(samples, {NORM: np.eye(3, dtype="f4")}, index, index, index, cells)
+        writer.close()
+    export_features(Features.open(tmp_path / "ours"), tmp_path / "x.pth")
+    again = import_features(tmp_path / "x.pth", tmp_path / "again")
+    assert again.cells is not None
+    order = np.argsort(index, kind="stable")  # an import is in the order of samples
+    np.testing.assert_array_equal(again.sample_rows, index[order])
+    np.testing.assert_array_equal(again.cells.grid, cells.grid[order])
+    np.testing.assert_array_equal(again.cells.box, cells.box[order])
+    last = import_features(tmp_path / "x.pth", tmp_path / "last", rows="-1")
+    assert last.cells is not None and last.cells.grid.tolist() == cells.grid[1:].tolist()
+    assert import_features(tmp_path / "x.pth", tmp_path / "mean", rows="mean").cells is None
+
+
+@pytest.mark.parametrize("missing", ["image", "prompt"])
+def test_samples_without_a_picture_or_prompt_are_named(tmp_path, missing):
+    data = reference() | {"instruction": ["What is this?"] * 6}
+    assert len(samples_of(import_features(saved(tmp_path / "w.pth", data), tmp_path / "w"))) == 6
+    data.pop({"image": "image", "prompt": "instruction"}[missing])
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "x")
+    with pytest.raises(ValueError, match=f"sample '0' has no {missing}, so the model can't run"):
+        samples_of(features)
+
+
+def test_a_state_too_large_for_the_dtype_is_named(tmp_path):
+    data = reference(torch.float32)
+    data["hidden_states"][3][LAYER][0, 0, 2] = 1e6
+    path = saved(tmp_path / "x.pth", data)
+    message = "layers.31: row 2 has 1e[+]06, too large for float16; store the states as bfloat16"
+    with pytest.raises(ValueError, match=message):
+        import_features(path, tmp_path / "x", dtype="float16")
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_export_holds_a_block_of_the_states(tmp_path, monkeypatch):
