@@ -104,6 +104,7 @@ def score(
     from xlvlm_jax.concepts.scores.comparison import (
         compare,
         load_dictionaries,
+        names_of,
         require_no_scores,
         write_scores,
     )
@@ -150,8 +151,8 @@ def score(
         scorer = scorer_of(stored, site or source.get("site"), **of_bert)
         others = load_dictionaries(stability or (), with_words=False)
         rows = [
-            scorer.score(each, name=directory.name, others=others)
-            for directory, each in zip(directories, learnt, strict=True)
+            scorer.score(each, name=name, others=others)
+            for name, each in zip(names_of(directories), learnt, strict=True)
         ]
     show_skipped(scorer.skipped)
     draw_all(rows, output)

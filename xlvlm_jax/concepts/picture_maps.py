@@ -69,7 +69,8 @@ def map_pictures(
             it.
 
     Returns:
-        The maps, a row for each concept, word, vector and answer in this order.
+        The maps, a row for each concept, word, vector and answer in this order; one for what is
+        named twice.
 
     Raises:
         ValueError: nothing is to be mapped, the site is unknown, missing or, for an answer, after
@@ -79,6 +80,7 @@ def map_pictures(
         OSError: a picture can't be read.
     """
     vectors = vectors or {}
+    words, answers = list(dict.fromkeys(words)), list(dict.fromkeys(answers))
     own = _site_of(vlm, site, concepts, vectors, needed=bool(words or answers))
     if not (concepts or words or vectors or answers):
         raise ValueError("nothing to map; give concepts, a word, a vector or an answer")

@@ -3,11 +3,13 @@
     concepts [K, D], activations [N, K], decomposition_method, text_grounding,
     image_grounding_paths, analysis_model (an estimator of scikit-learn)
 
-The estimator is passed over: nothing of it is read or run, and it is not written. XL-VLMs needs it
-to score concepts on other samples, but for nothing else.
+Of the estimator only a PCA's mean is read; nothing of it is run, and it is not written. XL-VLMs
+needs it to score concepts on other samples, but for nothing else. Our own exports have the mean as
+"mean" [D].
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ def import_concepts(
         site: the site whose states they were learnt on, which the file does not name.
         model: the name of the model, for the record.
 
+    Warns:
+        UserWarning: the file has no mean of its PCA, so that new rows can't be projected.
+
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, or has no concepts.
@@ -47,16 +52,38 @@ def import_concepts(
             f"{path}: 'activations' have shape {activations.shape} for {len(components)} concepts; "
             "expected [N, K]"
         )
+    how = method_named(str(data.get("decomposition_method", "snmf")))
+    mean = _mean(data, path, components.shape[1]) if how.has_mean else None
     source = {"imported from": Path(path).name, "site": site, "model": model}
     return Concepts(
         components=components,
         activations=activations,
-        method=method_named(str(data.get("decomposition_method", "snmf"))).name,
+        method=how.name,
+        mean=mean,
         words=data.get("text_grounding"),
         images=data.get("image_grounding_paths"),
         through_norm=False,
         source={name: value for name, value in source.items() if value is not None},
     )
+
+
+def _mean(data: dict[str, Any], path: str | os.PathLike[str], width: int) -> np.ndarray | None:
+    """Returns float32[D], what a PCA subtracts; None if the file does not tell."""
+    mean = data.get("mean")
+    if mean is None:
+        state = getattr(data.get("analysis_model"), "state", None)
+        mean = state.get("mean_") if isinstance(state, dict) else None
+    if mean is None:
+        warnings.warn(
+            f"{path} has no mean of its PCA: project would subtract nothing, so that only the "
+            "stored activations are right; decompose the features again to project other rows",
+            stacklevel=3,
+        )
+        return None
+    mean = np.asarray(mean)
+    if mean.shape != (width,) or mean.dtype.kind != "f":
+        raise PthError(f"{path}: the mean has shape {mean.shape}; expected ({width},)")
+    return mean.astype(np.float32)
 
 
 def export_concepts(concepts: Concepts, path: str | os.PathLike[str]) -> None:
@@ -72,6 +99,8 @@ def export_concepts(concepts: Concepts, path: str | os.PathLike[str]) -> None:
         "text_grounding": concepts.words,
         "image_grounding_paths": concepts.images,
     }
+    if concepts.mean is not None:
+        described["mean"] = np.asarray(concepts.mean, np.float32)
     if concepts.activations is not None:
         described["activations"] = np.asarray(concepts.activations, np.float32)
     write_pth(path, {name: value for name, value in described.items() if value is not None})

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from safetensors.numpy import load as load_tensors
@@ -34,6 +35,7 @@ TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
 # start of the digest of the components they belong to ("activations" in old directories).
 ACTIVATIONS = "activations"
 Matrix = Float[Array | np.ndarray, "..."]
+MAPS = "maps.safetensors"  # over pictures, see `stored_maps`
 UNFINISHED = f"{ACTIVATIONS}.tmp"
 _ARRAYS = ("components", "activations", "history", "mean", "stability")
 _DESCRIBED = (
@@ -299,6 +301,7 @@ class Concepts:
         holds their digest, so that `load` refuses a pair of which only one was renewed. Streamed
         activations in this directory stay there and are not written again; the description names
         their folder, so that an interrupted save never pairs components with foreign activations.
+        Maps of other concepts that an earlier run left there are removed.
         """
         directory = Path(directory)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -344,6 +347,7 @@ class Concepts:
         if self.dictionary is None:  # of an earlier save
             for file in _files_of_dictionary(directory):
                 file.unlink(missing_ok=True)
+        _remove_other_maps(directory / MAPS, self)
         before = (directory / ACTIVATIONS, *directory.glob(f"{ACTIVATIONS}-*"))
         for other in before:  # folders that an earlier description named
             if other.is_dir() and other.name != folder:
@@ -424,6 +428,24 @@ def on_host(concepts: Concepts) -> Concepts:
         if value is not None
     }
     return replace(concepts, **gathered)
+
+
+def digest_of_components(concepts: Concepts) -> str:
+    """Returns a digest of the components, which maps of the concepts name."""
+    components = np.ascontiguousarray(concepts.components, np.float32)
+    return hashlib.sha256(components.tobytes()).hexdigest()[:16]
+
+
+def _remove_other_maps(path: Path, concepts: Concepts) -> None:
+    if not path.exists():
+        return
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            digest = (file.metadata() or {}).get("digest")
+    except safetensors.SafetensorError:
+        return  # damaged: its reader says so
+    if digest != digest_of_components(concepts):
+        path.unlink()
 
 
 def _digest_of_dictionary(directory: Path) -> str:

@@ -8,7 +8,6 @@ Map m is of concept[m] over the picture of sample[m] of the features that the co
 on; its cells are start[m] to start[m + 1].
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +19,14 @@ from jaxtyping import Float, Int
 from ports import VLM
 from xlvlm_jax.concepts import maps
 from xlvlm_jax.concepts.picture_maps import BATCH, concept_site, picture_layouts
-from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.record import MAPS as FILE
+from xlvlm_jax.concepts.record import Concepts, digest_of_components
 from xlvlm_jax.concepts.stage import top_samples
 from xlvlm_jax.data.batches import groups_of, make_batch
 from xlvlm_jax.features.reader import Features, sample_of
 from xlvlm_jax.storage import atomic, damaged, versions
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.tensors import as_bytes
-
-FILE = "maps.safetensors"
 
 
 class CellValues(NamedTuple):
@@ -115,7 +113,7 @@ def save_maps(directory: Path, concepts: Concepts, found: StoredMaps) -> None:
         "values": np.concatenate([each.values for each in cells]).astype(np.float32),
         "boxes": np.concatenate([each.boxes for each in cells]).astype(np.float32),
     }
-    metadata = {"version": str(versions.VERSION), "digest": _digest(concepts)}
+    metadata = {"version": str(versions.VERSION), "digest": digest_of_components(concepts)}
     atomic.write(directory / FILE, as_bytes(tensors, metadata))
 
 
@@ -139,7 +137,7 @@ def load_maps(directory: Path, concepts: Concepts) -> StoredMaps:
                 file.get_tensor(name) for name in ("concept", "sample", "start", "values", "boxes")
             )
         versions.require(path, {"version": int(metadata["version"])}, "map again")
-        if metadata["digest"] != _digest(concepts):
+        if metadata["digest"] != digest_of_components(concepts):
             raise ValueError(f"{path}: of other concepts than those beside it; map them again")
         return _by_key(concept, sample, start, values, boxes)
 
@@ -155,8 +153,3 @@ def _by_key(
         (int(k), int(s)): CellValues(values[begin:end], boxes[begin:end])
         for k, s, begin, end in zip(concept, sample, start[:-1], start[1:], strict=True)
     }
-
-
-def _digest(concepts: Concepts) -> str:
-    components = np.ascontiguousarray(concepts.components, np.float32)
-    return hashlib.sha256(components.tobytes()).hexdigest()[:16]

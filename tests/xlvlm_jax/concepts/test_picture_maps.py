@@ -27,9 +27,9 @@ def test_rows_in_order_each_where_it_should_be(vlm, red_and_blue, squares):
         vlm,
         samples,
         concepts=red_and_blue,
-        words=["red"],
+        words=["red", "red"],
         vectors={"redder": (SITE, vector)},
-        answers=["a red ball"],
+        answers=["a red ball", "a red ball"],
     )
     assert [row.name for row in found.rows][2:] == ["“red”", "redder", "answer “a red ball”"]
     assert {row.name for row in found.rows[:2]} == {"concept 0: red", "concept 1: blue sea"}

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 
-from xlvlm_jax import Concepts
+from xlvlm_jax import Concepts, project
 from xlvlm_jax.concepts.pth import export_concepts, import_concepts
 
 torch = pytest.importorskip("torch")
@@ -32,8 +33,27 @@ def test_concepts_that_torch_saved_with_an_estimator(tmp_path):
     np.testing.assert_array_equal(Concepts.load(tmp_path / "concepts").components, read.components)
 
 
+def test_the_mean_of_a_pca_is_read_and_kept(tmp_path):
+    Z = np.random.default_rng(0).normal((9, 5, 7), size=(12, 3))
+    model = PCA(2).fit(Z)
+    saved = {"concepts": torch.tensor(model.components_), "decomposition_method": "pca"}
+    torch.save(saved | {"analysis_model": model}, tmp_path / "c.pth")
+    read = import_concepts(tmp_path / "c.pth")
+    np.testing.assert_allclose(project(np.float32(Z), read), model.transform(Z), atol=1e-5)
+    export_concepts(read, tmp_path / "again.pth")
+    np.testing.assert_array_equal(import_concepts(tmp_path / "again.pth").mean, read.mean)
+    torch.save(saved, tmp_path / "without.pth")
+    with pytest.warns(UserWarning, match=r"has no mean of its PCA: project would subtract nothing"):
+        assert import_concepts(tmp_path / "without.pth").mean is None
+    torch.save(saved | {"mean": torch.ones(4)}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"the mean has shape \(4,\); expected \(3,\)"):
+        import_concepts(tmp_path / "wrong.pth")
+
+
 def test_concepts_that_torch_reads(tmp_path):
-    concepts = Concepts.from_components(np.float32([[1, 0], [0, 2]]), "pca")
+    concepts = Concepts.from_components(
+        np.float32([[1, 0], [0, 2]]), "pca", mean=np.float32([1, 2])
+    )
     export_concepts(concepts, tmp_path / "c.pth")
     read = torch.load(tmp_path / "c.pth", weights_only=True)
     assert read["concepts"].tolist() == [[1, 0], [0, 2]]

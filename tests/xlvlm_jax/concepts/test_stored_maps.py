@@ -5,7 +5,7 @@ import pytest
 
 from xlvlm_jax import Concepts, Features
 from xlvlm_jax.concepts.stage import ground_concepts, top_samples
-from xlvlm_jax.concepts.stored_maps import load_maps, map_top_pictures, save_maps
+from xlvlm_jax.concepts.stored_maps import CellValues, load_maps, map_top_pictures, save_maps
 from xlvlm_jax.data import folder, prompts
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report.cards import read_section
@@ -38,6 +38,17 @@ def run(vlm, red_and_blue, squares, tmp_path):
         tmp_path / "concepts"
     )
     return tmp_path
+
+
+def test_maps_of_other_concepts_do_not_stay(run):
+    concepts = Concepts.load(run / "concepts")
+    cells = CellValues(np.ones(1, np.float32), np.ones((1, 4), np.float32))
+    save_maps(run / "concepts", concepts, {(0, 0): cells})
+    concepts.save(run / "concepts")  # as grounding does
+    assert list(load_maps(run / "concepts", concepts)) == [(0, 0)]
+    other = Concepts(2 * concepts.components, concepts.activations, method="kmeans")
+    other.save(run / "concepts")
+    assert load_maps(run / "concepts", other) == {}
 
 
 def test_each_sample_once(run):

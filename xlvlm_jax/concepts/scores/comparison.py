@@ -4,8 +4,10 @@
 many per concept, and only gets scores that depend on words.
 """
 
+import collections
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,6 +174,26 @@ def load_dictionaries(directories: Sequence[Path], *, with_words: bool) -> list[
     return loaded
 
 
+def names_of(directories: Sequence[Path]) -> list[str]:
+    """Returns a name for each directory: the shortest end of its path that no other has.
+
+    Args:
+        directories: directories of concepts.
+
+    Raises:
+        ValueError: a directory is given twice.
+    """
+    paths = [Path(os.path.abspath(directory)).parts for directory in directories]
+
+    def name(parts: tuple[str, ...]) -> str:
+        for length in range(1, len(parts) + 1):
+            if sum(other[-length:] == parts[-length:] for other in paths) == 1:
+                return "/".join(parts[-length:])
+        raise ValueError(f"{Path(*parts)} is given twice; give each directory of concepts once")
+
+    return [name(parts) for parts in paths]
+
+
 class Run(NamedTuple):
     """Result of `score_run`."""
 
@@ -249,8 +271,11 @@ def write_scores(
     "NAME/clip top-1", "NAME/overlap" and so on.
 
     Raises:
-        ValueError: scores.json is not a JSON object.
+        ValueError: scores.json is not a JSON object, or two dictionaries have one name.
     """
+    named = collections.Counter(row.name for row in rows)
+    if twice := [name for name, count in named.items() if count > 1]:
+        raise ValueError(f"several dictionaries are named {twice[0]!r}; give each another name")
     path, known = directory / FILE, _known(directory)
     directory.mkdir(parents=True, exist_ok=True)
     known["version"] = versions.VERSION

@@ -20,7 +20,7 @@ class Fit:
     std: float  # over samples
     random: float  # mean with random words, as many per concept
     random_std: float  # over samples
-    num_samples: int
+    num_samples: float  # a mean over seeds may lie between two numbers
     noise: float | None = None  # mean with noise images (CLIPScore)
     precision: float | None = None  # mean; `mean` is then F1 (BERTScore)
     recall: float | None = None
@@ -57,7 +57,7 @@ class DictionaryScores:
     explained_variance: float | None = None
     hoyer: float | None = None
     active: float | None = None
-    dead: int | None = None
+    dead: float | None = None
     stability: float | None = None
     monosemanticity: float | None = None
     attributes: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -89,7 +89,15 @@ class DictionaryScores:
         return cls(**{**values, **fits})
 
 
-_AVERAGED = ("overlap", "explained_variance", "hoyer", "active", "monosemanticity")
+_AVERAGED = (
+    "overlap",
+    "explained_variance",
+    "hoyer",
+    "active",
+    "dead",
+    "stability",
+    "monosemanticity",
+)
 
 
 def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
@@ -112,7 +120,9 @@ def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
         if len(known) < len(rows):
             return None
         spread[name] = float(np.std(known, ddof=1))
-        return float(np.mean(known))
+        found = float(np.mean(known))
+        whole = all(isinstance(value, int) for value in known) and found.is_integer()
+        return int(found) if whole else found
 
     fits = {
         of: {
@@ -123,7 +133,7 @@ def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
                         f"{of} top-{r}" if name == "mean" else f"{of} top-{r} {name}",
                         [getattr(getattr(row, of)[r], name) for row in rows],
                     )
-                    for name in ("mean", "random", "noise")
+                    for name in (field.name for field in dataclasses.fields(Fit))
                 },
             )
             for r, fit in getattr(first, of).items()

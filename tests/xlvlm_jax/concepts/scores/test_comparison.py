@@ -1,11 +1,12 @@
 """The table over methods and numbers of concepts, with the embedded model's head."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from ports.checkpoint.params import fingerprint
-from xlvlm_jax.concepts.scores.comparison import compare, score_run, write_scores
+from xlvlm_jax.concepts.scores.comparison import compare, names_of, score_run, write_scores
 from xlvlm_jax.concepts.scores.records import DictionaryScores
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.demo import embedded
@@ -89,6 +90,19 @@ def test_messages(features, write_features, vlm, clip, tmp_path):
     own = write_features(fingerprint=fingerprint(embedded.LLAVA))
     with pytest.raises(ValueError, match=r"concepts are from model 'm' \(.*\), but .* \(abc\)"):
         run(train=own, scorer=Scorer(other), methods=["pca"])
+
+
+def test_dictionaries_have_names_of_their_own(tmp_path):
+    paths = [Path(name) for name in ("a/concepts", "b/concepts", "b/other", "c/b/concepts")]
+    assert names_of(paths[:3]) == ["a/concepts", "b/concepts", "other"]
+    assert names_of(paths)[1::2] == [f"{Path.cwd().name}/b/concepts", "c/b/concepts"]
+    assert names_of(paths[:1]) == ["concepts"]
+    with pytest.raises(ValueError, match="a/concepts is given twice"):
+        names_of([*paths, Path("./a/concepts")])
+    row = DictionaryScores("x", "snmf", 3)
+    with pytest.raises(ValueError, match="several dictionaries are named 'x'"):
+        write_scores(tmp_path, {}, [row, row])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_scores_file_is_kept(tmp_path):

@@ -1,5 +1,7 @@
 """Scores as plain records: means over seeds by hand, and what is written."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,21 @@ def test_means_over_seeds_by_hand():
     assert row.spread["overlap"] == pytest.approx(0.2)
     assert row.spread["clip top-1 random"] == pytest.approx(0) and "hoyer" not in row.spread
     assert mean_over_seeds(rows[:1]) is rows[0]
+
+
+def test_all_numbers_are_means_over_seeds():
+    fits = [Fit(0.6, 0.1, 0.2, 0.3, 8, precision=0.5, recall=0.7)]
+    fits += [Fit(0.8, 0.3, 0.4, 0.5, 9, precision=0.7, recall=0.9)]
+    rows = [
+        DictionaryScores("a", "snmf", 3, bert={1: fit}, dead=dead, stability=stability)
+        for fit, dead, stability in zip(fits, (1, 3), (0.5, 1.0), strict=True)
+    ]
+    row = mean_over_seeds(rows)
+    assert dataclasses.astuple(row.bert[1]) == pytest.approx(
+        (0.7, 0.2, 0.3, 0.4, 8.5, None, 0.6, 0.8)
+    )
+    assert (row.dead, row.stability) == (2, 0.75) and isinstance(row.dead, int)
+    assert row.spread["bert top-1 precision"] == pytest.approx(0.02**0.5)
 
 
 def test_per_sample_scores_are_not_part_of_the_json_values():
