@@ -138,7 +138,7 @@ def decoder_sides() -> dict[str, Sides]:
     valid = jnp.arange(slots)[None, None, None] <= LENGTH
 
     @jax.jit
-    def prefill(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def prefill(params: dict, x: np.ndarray) -> tuple[jax.Array, Any]:
         mask = attention.token_mask(jnp.ones((1, LENGTH), int))
         variables = {"params": params, "cache": decoder.init_cache(config, 1, slots, x.dtype)}
         y, new = module.apply(variables, x, jnp.arange(LENGTH)[None], mask, mutable=["cache"])
@@ -146,7 +146,7 @@ def decoder_sides() -> dict[str, Sides]:
 
     squeezed = decoder.is_squeezed(1)  # as the loop of `generate` carries its cache
 
-    def step(params: dict, cache: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def step(params: dict, cache: Any, x: np.ndarray) -> tuple[jax.Array, Any]:
         cache = jax.tree.map(lambda part: part[None], cache) if squeezed else cache
         variables, slot = {"params": params, "cache": cache}, jnp.int32(LENGTH)
         positions = jnp.full((1, 1), LENGTH)

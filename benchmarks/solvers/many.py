@@ -141,7 +141,8 @@ def measure(
 def main() -> None:
     """Parse, measure, print, save."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--sizes", nargs="+", type=size_of, default=SIZES, help="NxDxK")
     parser.add_argument("--data", nargs="+", choices=("planted", "states"), default=["states"])

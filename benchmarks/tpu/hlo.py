@@ -112,6 +112,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Operation]] = {}
         self.entry = ""
+        here: dict[str, Operation] = {}
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
                 here = self.computations.setdefault(found[2], {})

@@ -93,7 +93,7 @@ def tile_update(method: str, place: Place, times: int) -> Built:
     del times
     B, f32 = TILE_BYTES // (4 * D), jnp.float32
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
+    def array(*shape: int) -> Any:
         return place.abstract(shape, f32)
 
     Z, real, mean = array(B, D), array(B), array(D)

@@ -237,7 +237,7 @@ def test_kernels_fit_and_read_fast(tmp_path):
 @pytest.mark.slow
 def test_models_whose_checkpoints_have_fused_layers_send_sums_alone(tmp_path):
     done = benchmark(
-        "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction", "molmo-7b-d lora step",
+        "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction",
         "--topologies", "v5e:2x2", "--mesh", "1x4", "--output", tmp_path / "models.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
