@@ -205,6 +205,19 @@ def test_codes_and_sums_as_on_other_backends(N, K, nonnegative, monkeypatch):
     jax.tree.map(close, found, expected)
 
 
+def test_costs_that_cancel_come_from_the_residuals():
+    """A row that is fitted to four digits costs 1e-8 of its energy, which differences lose."""
+    Z, _, start, atoms, _ = factored(200, 4)
+    fit = start.T @ atoms
+    Z = fit + 1e-4 * Z
+    energy = 0.5 * jnp.sum(Z**2, axis=1)
+    found, _, cost = jax.jit(semi_nmf.collect)(Z, energy, start, atoms, jnp.float32(0))
+    residuals = np.asarray(Z, np.float64) - np.asarray(found, np.float64).T @ np.asarray(atoms)
+    expected = 0.5 * (residuals**2).sum(axis=1)
+    assert (expected < 1e-6 * np.asarray(energy)).mean() > 0.9
+    np.testing.assert_allclose(cost, expected, rtol=0.01)
+
+
 def test_which_matrices_are_taken(monkeypatch):
     def zeros(N, D, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((N, D), dtype)
