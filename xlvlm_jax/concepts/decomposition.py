@@ -325,7 +325,8 @@ def _first(
         init = jax.device_put(centred(np.asarray(init, np.float64), origin))
     init = narrow(init)
     check_finite(init, "init")
-    return init.astype(dtype) / unit
+    init = init if init.dtype == dtype else init.astype(dtype)
+    return init if unit == 1 else init / unit
 
 
 def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -> Result:

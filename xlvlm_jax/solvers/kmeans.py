@@ -39,6 +39,7 @@ from xlvlm_jax.solvers.loop import Progress, Result, begin, each, largest_of_run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, draw_weighted, sample, sample_size
 from xlvlm_jax.solvers.sums import Wide
+from xlvlm_jax.solvers.validation import on_host
 
 OVERSAMPLE = 12  # columns of the compressed Z beyond K
 BY_SAMPLE = 28  # the same if a row sample gives them: a column then costs a third
@@ -264,7 +265,7 @@ class Given(NamedTuple):
     key: PRNGKeyArray
     tol: Float[Array, ""]
     unit: Float[Array, ""]
-    centroids: Float[Array, "K D"] | None
+    centroids: Float[Array | np.ndarray, "K D"] | None
     weights: Float[Array | np.ndarray, " N"] | None  # of all rows, on every device
     counts: Counts
 
@@ -459,8 +460,11 @@ def plan(
     wide = width >= 4 * (K + OVERSAMPLE) and num_samples > few
     compressed = few if wide and not is_small(num_samples, width, most) else 0
     if init_centroids is not None:
-        missing = most - len(init_centroids)
-        init_centroids = jnp.pad(jnp.asarray(init_centroids), ((0, missing), (0, 0)), mode="edge")
+        # On the host if they are there, where it takes no program.
+        centroids = on_host(init_centroids)
+        xp: Any = np if isinstance(centroids, np.ndarray) else jnp
+        last = xp.repeat(centroids[-1:], most - len(centroids), axis=0)
+        init_centroids = xp.concatenate([centroids, last])
     numbers = scalar(tol), scalar(unit)
     is_long = bucket_of_rows(num_samples, width) * most >= LONG
     counts = Counts.of(num_samples, num_concepts, max_iter)

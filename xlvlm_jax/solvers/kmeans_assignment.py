@@ -47,6 +47,7 @@ FEW = 0.3  # of the rows: up to this share they are examined individually, at a 
 NARROW = 128  # number of columns at which that extra cost doubles
 BLOCKS = 32  # number of row blocks to examine, or more if a block would be larger than
 BLOCK_NUMBERS, BLOCK_ROWS = 2**18, 4096
+LEAST_BLOCK = 128  # rows: a smaller block takes no less time than adding its sums
 ACCELERATOR_BLOCK_NUMBERS = 2**24  # each block takes a step, however small it is
 MOVED = 32  # centroids whose scores are renewed together
 # Scores held at once if there are many; on a CPU, HELD, only if rows are so narrow that copying a
@@ -311,9 +312,9 @@ def _renew_rows(
     gaps = kept.gaps - (shifts + others)[kept.labels]
     on_cpu = jax.default_backend() == "cpu"
     numbers = BLOCK_NUMBERS if on_cpu else ACCELERATOR_BLOCK_NUMBERS
-    block = max(min(numbers // D, BLOCK_ROWS, N // BLOCKS), 1)
-    # Negated, so that NaN (Inf - Inf) also counts as unknown.
-    count, doubtful = numbers_of(~(gaps > 0), block)
+    block = max(min(numbers // D, BLOCK_ROWS, max(N // BLOCKS, LEAST_BLOCK)), 1)
+    # Negated, so that NaN (Inf - Inf) also counts as unknown. Rows that pad Z have no gap.
+    count, doubtful = numbers_of(~(gaps > 0) & (problem.real > 0), block)
     # Runs side by side decide together: alone, each of them would do both.
     count, farthest = largest_of_runs(count), largest_of_runs(jnp.max(shifts))
     many = (count > FEW * D / (D + NARROW) * N) | jnp.isinf(farthest)
@@ -341,6 +342,8 @@ def _renew_rows(
                 for values in (problem.Z, problem.real, problem.energy, before)
             )
             found = nearest(score(Z, centroids, problem.mean, problem.far, problem.active))
+            # Fused with its uses, a CPU would compare several times.
+            found = jax.lax.optimization_barrier(found)
             return found.labels, jnp.where(real > 0, gaps_of(energy, found), gaps)
 
         def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, ...]:

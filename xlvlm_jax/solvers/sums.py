@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from xlvlm_jax.solvers.buckets import is_small
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
 from xlvlm_jax.solvers.linalg import inner_products, matmul, real_dtype, weighted_sums
 
@@ -25,7 +26,8 @@ PER_CLUSTER = 16  # rows per cluster in a block, up to MOST_ROWS
 # An accelerator has no such cache and runs a few large products faster than many small ones.
 ACCELERATOR_BLOCK = 2**26
 CHAINS = 4  # of pairs that are added side by side
-MANY, BESIDE = 2**15, 2**11  # numbers that are first added in vectors, and the sums that are left
+# Numbers from which on they are first added in vectors, and the sums that are left.
+FEW, FEW_BESIDE, MANY, BESIDE = 2**10, 2**9, 2**15, 2**11
 ACCELERATOR_BESIDE = 2**16  # each step of the loop takes a microsecond, however short the vector
 LANES = 512  # numbers that are added side by side
 NEAR = 64  # rows whose mean is the origin that means are measured from
@@ -69,8 +71,13 @@ def total(values: Float[Array, "..."] | Wide) -> Wide:
     """Returns the sum of all values as a pair."""
     if not isinstance(values, Wide):
         values = Wide(values, jnp.zeros_like(values))
-    beside = BESIDE if jax.default_backend() == "cpu" else ACCELERATOR_BESIDE
-    if values.high.size > max(MANY, beside):
+    if jax.default_backend() != "cpu":
+        beside = least = ACCELERATOR_BESIDE
+    elif values.high.size > MANY:
+        beside = least = BESIDE
+    else:
+        beside, least = FEW_BESIDE, FEW
+    if values.high.size > least:
         values = _side_by_side(values, beside)
     # One reduction, which every backend runs in one pass. Adding halves until one number is left
     # takes ten times as long to compile, and XLA may compute the values again for each half. Four
@@ -253,8 +260,10 @@ def cluster_sums(
         def by_segment(z: Array) -> Array:
             return jax.ops.segment_sum(of_rows[:, None] * z, of, num_clusters)
 
-        # Accelerators multiply faster than they scatter; a CPU adds rows at memory speed.
-        totals = jax.lax.platform_dependent(z, cpu=by_segment, default=by_product)
+        # Accelerators multiply faster than they scatter; a CPU adds rows at memory speed, but not
+        # in the quickly compiled programs of small problems.
+        on_cpu = by_product if is_small(N, D, num_clusters) else by_segment
+        totals = jax.lax.platform_dependent(z, cpu=on_cpu, default=by_product)
         counts = jax.ops.segment_sum(of_rows, of, num_clusters)
         return counts, totals
 

@@ -352,6 +352,10 @@ def _bad_rows(
 
 
 def _bad_rows_on_host(Z: Shaped[np.ndarray, "N D"]) -> tuple[int, int, float]:
+    # NaN passes through both: a matrix is looked at row by row only if one is bad.
+    largest, least = float(Z.max(initial=0)), float(Z.min(initial=0))
+    if math.isfinite(largest) and math.isfinite(least):
+        return 0, 0, max(largest, -least)
     largest = np.abs(Z).max(axis=1)
     bad = ~np.isfinite(largest)
     return int(bad.sum()), int(bad.argmax()), float(largest.max(initial=0))
