@@ -115,7 +115,7 @@ def _one_line_errors() -> Iterator[None]:
     def fail(message: str, status: int) -> None:
         if _debug:
             traceback.print_exc()
-        errors.print(f"error: {message}", style="red", markup=False)
+        errors.print(f"error: {message}", style="red")
         sys.exit(status)
 
     try:

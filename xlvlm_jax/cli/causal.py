@@ -162,7 +162,6 @@ def _show(record: Any) -> None:
         f"* its interval reaches into the scores of shuffled words. {record.first_order:.2f} and "
         f"{record.integrated:.2f}: rank correlation of gradient x activation and integrated "
         "gradients with the effect of removing a concept",
-        markup=False,
     )
     if record.recovered:
         shown = ", ".join(f"{share:.3f} ({name})" for name, share in record.recovered.items())

@@ -22,8 +22,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from xlvlm_jax.solvers.phases import Standing, Tell
 
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+# Answers, words and file names are text: "[/INST] yes" and "[a dog]" are not markup.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 Model = Annotated[
     str,
@@ -94,6 +95,23 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
 
 
+def refuse_given(context: typer.Context, names: Iterable[str], where: str) -> None:
+    """Refuses options that were given on the command line and have no effect.
+
+    Args:
+        context: of the command.
+        names: its arguments that have none.
+        where: when, such as "without --vector".
+
+    Raises:
+        ValueError: one was given.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {where}; omit it")
+
+
 def require_counts(**counts: int | None) -> None:
     """Checks, before a model is loaded, numbers that must be at least 1.
 
@@ -131,7 +149,7 @@ def named_features(
 def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
     """Prints a line per skipped sample, with the reason."""
     for name, reason in dict(skipped).items():
-        errors.print(f"skipped sample {name}: {reason}", style="yellow", markup=False)
+        errors.print(f"skipped sample {name}: {reason}", style="yellow")
 
 
 def load_model(

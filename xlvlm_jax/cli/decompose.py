@@ -220,7 +220,7 @@ def _show_encoding(stored: Any, dictionary: Any, output: Path, stream: bool) -> 
     matrix, activations = N * D * stored.dtype.itemsize, 4 * N * K
     process = peak_memory() + (0 if stream else matrix + activations)
     console.print(
-        f"\\[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; {K} features; process memory at "
+        f"[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; {K} features; process memory at "
         f"least {process / 1e9:,.1f} GB; writes {activations / 1e6:,.1f} MB of activations and "
         f"{4 * D * K / 1e6:,.1f} MB of components to {output}"
     )
@@ -282,7 +282,7 @@ def _show_needs(
         how = "as compiled"
     process = peak_memory() + on_host
     console.print(
-        f"\\[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; "
+        f"[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; "
         f"memory per device {needed / 1e9:,.3f} GB ({how}); process memory about "
         f"{process / 1e9:,.1f} GB; writes {activations / 1e6:,.1f} MB of activations and "
         f"{4 * D * num_concepts / 1e6:,.1f} MB of components to {output}"

@@ -48,6 +48,8 @@ from xlvlm_jax.cli.evaluate_options import (
     describe_run,
     parse_task,
     reading_of,
+    refuse_ignored,
+    require_before,
 )
 from xlvlm_jax.cli.evaluate_tables import show, show_needs
 from xlvlm_jax.cli.protocol import Protocol
@@ -65,6 +67,7 @@ from xlvlm_jax.cli.sample_options import (
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     data: Data,
     output: Output,
@@ -123,6 +126,7 @@ def evaluate(
         task=task,
         data=data,
     )
+    refuse_ignored(context, measured)
     told: dict[str, Any] = {
         "prompt": prompt,
         "annotations": annotations,
@@ -137,9 +141,7 @@ def evaluate(
         conditions["steered"] = evaluation.Condition(tuple(loaded), alpha, meant, edit)
     if instruction is not None:
         conditions["instruction"] = evaluation.Condition(instruction=instruction)
-    measured.require(samples)
-    if baseline is not None:
-        evaluation.read_baseline(baseline, samples)  # checked before the model is loaded
+    require_before(measured, samples, baseline)
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, adapter=adapter)
         vlm = as_it_generates(vlm, ignore_generation_config)

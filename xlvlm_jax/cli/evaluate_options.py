@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from xlvlm_jax.cli.console import require_counts
+from xlvlm_jax.cli.console import refuse_given, require_counts
 
 Data = Annotated[Path, typer.Argument(help="Directory of the data set.")]
 Output = Annotated[Path, typer.Option(help="Directory to write, such as RUN/steering/NAME.")]
@@ -248,6 +248,43 @@ def parse_task(
     kinds = {"pope": evaluation.Presence, "descriptions": evaluation.ObjectDescriptions}
     kind = kinds.get(task or "", evaluation.Questions)
     return kind(sources, targets, protocol=cast(Any, protocol), without=without, types=types)
+
+
+def refuse_ignored(context: typer.Context, task: Any) -> None:
+    """Refuses options of `evaluate`, `steer apply` or `steer sweep` that this run does not read.
+
+    Args:
+        context: of the command.
+        task: what `parse_task` returns.
+
+    Raises:
+        ValueError: one was given.
+    """
+    from xlvlm_jax import evaluation
+
+    given = context.params
+    if not given.get("vector") and "features" not in given:
+        refuse_given(context, ("alpha", "where", "edit"), "without --vector")
+    if given.get("choose_on", "") is None:
+        refuse_given(context, ("wanted", "max_cost", "num_choose"), "without --choose-on")
+    if isinstance(task, evaluation.Captions):
+        refuse_given(context, ("without", "vqa_protocol"), "on captions")
+    else:
+        refuse_given(context, ("java",), "on questions")
+
+
+def require_before(task: Any, samples: Sequence[Any], baseline: Path | None) -> None:
+    """Checks, before a model is loaded, what the samples and a baseline must hold.
+
+    Raises:
+        FileNotFoundError: there is no such baseline.
+        ValueError: as `task.require` and `read_baseline`.
+    """
+    from xlvlm_jax import evaluation
+
+    task.require(samples)
+    if baseline is not None:
+        evaluation.read_baseline(baseline, samples)
 
 
 def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> list[Any]:

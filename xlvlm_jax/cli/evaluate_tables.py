@@ -79,7 +79,6 @@ def _show_protocols(metric: str, conditions: Mapping[str, Any], console: Console
                 f"{name}: the protocols read {differ['count']} answers differently, such as "
                 f"{examples}",
                 style="dim",
-                markup=False,
             )
 
 
@@ -128,14 +127,16 @@ def _percent(share: float | None) -> str:
 
 
 def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
-    metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
+    # A condition may lack one, whose Java program failed.
+    scores = [each["scores"] for each in conditions.values()]
+    metrics = list(dict.fromkeys(name for each in scores for name in each if name != "left out"))
     changed = "changes" in conditions["plain"]
     words = ["with class words", "words per caption"] if changed else []
     deference = ["ED-score"] if conditions["plain"].get("ED-score") is not None else []
     table = Table("captions", *metrics, *deference, *words, box=None)
     for name, measured in conditions.items():
-        row = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
-        row += [f"{measured[each]:.3f}" for each in deference]
+        row = [_score(measured["scores"].get(metric)) for metric in metrics]
+        row += [_score(measured[each]) for each in deference]
         if changed:
             c = measured["changes"]
             row += [_share(c["holding_after"], c["samples"]), f"{c['length_after']:.1f}"]
@@ -147,6 +148,10 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
     if left_out := conditions["plain"]["scores"]["left out"]:
         reasons = "; ".join(f"{name}, {reason}" for name, reason in left_out.items())
         console.print(f"left out: {reasons}", style="dim")
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _show_chosen(sweep: Mapping[str, Any], console: Console) -> None:

@@ -137,4 +137,4 @@ def _show(explained: "SampleExplanation") -> None:
         table.add_row(str(active.concept), f"{active.activation:.3g}", words, *cells)
     console.print(table)
     said = "" if explained.prediction is None else f": {explained.prediction}"
-    console.print(f"{explained.sample}{said}", markup=False)
+    console.print(f"{explained.sample}{said}")

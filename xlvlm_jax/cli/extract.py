@@ -204,12 +204,15 @@ def extract(
     if mode == "teacher-forcing" and settings.selection.words:
         samples = select.leading(samples, settings.selection.words)
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh), "processor": processor}
+    steering = _steering(vector or [], alpha, where)
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, **placing)
         (vlm,) = _as_run([vlm], mode, ignore_generation_config)
-        _show_needs(module.preflight(vlm, samples, output, settings), settings, output)
+        needs = module.preflight(
+            vlm, samples, output, settings, models=1 if finetuned is None else 2
+        )
+        _show_needs(needs, settings, output)
         return
-    steering = _steering(vector or [], alpha, where)
     models = [load_model(model, dtype, adapter=adapter, **placing)]
     if finetuned is not None:
         models.append(load_finetuned(model, finetuned, dtype, **placing))

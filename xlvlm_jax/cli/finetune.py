@@ -16,6 +16,7 @@ from xlvlm_jax.cli.console import (
     console,
     load_model,
     progress_bars,
+    require_counts,
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import resumes
@@ -110,6 +111,7 @@ def finetune(
     from xlvlm_jax import finetune as module
     from xlvlm_jax.data import select
 
+    require_counts(save_every=save_every, evaluate_every=evaluate_every, num_samples=num_samples)
     settings = module.FinetuneSettings(
         method=method,
         rank=rank,
@@ -127,7 +129,6 @@ def finetune(
         seed=seed,
         recompute=recompute,
     )
-
     told: Any = dict(prompt=prompt, annotations=annotations, questions=questions)
 
     def read(split: str | None, count: int | None) -> list[Any]:

@@ -79,5 +79,4 @@ def ground(
             f"{len(gone)} of {len(set(shown))} images do not exist, for example {gone[0]}; "
             "give the directory that holds them (--images)",
             style="yellow",
-            markup=False,
         )

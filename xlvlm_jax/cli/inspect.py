@@ -31,9 +31,9 @@ def show(inspection: "Inspection", console: Console) -> None:
     console.print(table)
     console.print()
     if inspection.prompt is None:
-        console.print(f"prompt: unknown, {inspection.no_prompt}", markup=False)
+        console.print(f"prompt: unknown, {inspection.no_prompt}")
     else:
-        console.print(f"prompt: {inspection.prompt!r}", markup=False)
+        console.print(f"prompt: {inspection.prompt!r}")
     what = "the port's example image"
     if needs.image_size is not None:
         what = "an image of {} x {} pixels".format(*needs.image_size)

@@ -90,6 +90,5 @@ def _show(summary: Mapping[str, Any], run: Path) -> None:
                 f"{name}: the judge said neither safe nor unsafe of {counts['unclear']} answers, "
                 f"which count as unclear; {VERDICTS} has what it wrote",
                 style="yellow",
-                markup=False,
             )
     console.print(f"{summary['samples']} samples judged -> {run}")

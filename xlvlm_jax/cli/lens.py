@@ -98,5 +98,5 @@ def lens(
         with atomic.writing(arrays) as file:
             np.savez(file, allow_pickle=False, **run.arrays())
         console.print(f"arrays -> {arrays}")
-    console.print(f"{run.prediction}", markup=False)
+    console.print(f"{run.prediction}")
     console.print(f"{len(run.tokens)} tokens, {len(run.reading.sites)} layers -> {output}")

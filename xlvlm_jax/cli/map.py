@@ -84,6 +84,7 @@ def map_(
     from xlvlm_jax.report.heat_maps import MOST_COLUMNS, plot_maps
     from xlvlm_jax.report.map_page import write_map_page
     from xlvlm_jax.steering import SteeringVector, files
+    from xlvlm_jax.storage.names import distinct_ends
 
     if not pictures:
         if concepts is None or word or vector or answer or concept or output is not None:
@@ -107,7 +108,8 @@ def map_(
             f"most {MOST_COLUMNS}"
         )
     learnt = None if concepts is None else Concepts.load(concepts)
-    loaded = {path.stem: SteeringVector.load(path) for path in vector or ()}
+    names = distinct_ends([path.with_suffix("") for path in vector or ()])
+    loaded = {n: SteeringVector.load(path) for n, path in zip(names, vector or (), strict=True)}
     vlm = load_model(model, adapter=adapter)
     for each in loaded.values():
         files.require_fitted_model(each.source, vlm)

@@ -73,7 +73,7 @@ def play(
         vlm = as_it_generates(load_model(model, adapter=adapter), ignore_generation_config)
 
         def tell(message: str) -> None:
-            errors.print(message, style="yellow", markup=False)
+            errors.print(message, style="yellow")
 
         items = find_items(vlm, run, concepts or (), vector or (), tell)
         token = server.new_token()

@@ -103,7 +103,14 @@ def import_pth(
         console.print(f"{concepts!r} -> {output}")
     else:
         features = import_features(
-            file, output, sites=site or (), rows=rows, dtype=dtype, images=images, model=model
+            file,
+            output,
+            sites=site or (),
+            rows=rows,
+            dtype=dtype,
+            images=images,
+            model=model,
+            overwrite=overwrite,
         )
         console.print(
             f"{counted(len(features.samples), 'sample')}, {counted(len(features.tokens), 'row')} of"

@@ -37,7 +37,7 @@ def report(
     from xlvlm_jax.report import write_report
 
     refuse_existing(output or run / "report.html", overwrite)
-    tell = functools.partial(errors.print, style="yellow", markup=False)
+    tell = functools.partial(errors.print, style="yellow")
     room = round(picture_mb * 1e6)
     path = write_report(run, output, images=images, beside=beside, picture_bytes=room, tell=tell)
     console.print(f"{path}")

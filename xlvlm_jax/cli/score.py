@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from xlvlm_jax.cli.console import (
     Images,
@@ -20,6 +21,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     named_features,
     progress_bars,
+    refuse_given,
     show_skipped,
 )
 from xlvlm_jax.cli.protocol import Protocol
@@ -31,6 +33,7 @@ Directories = Annotated[
 
 
 def score(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option(help="Directory to write scores.json to, such as the run directory.")
     ],
@@ -111,8 +114,7 @@ def score(
     from xlvlm_jax.features.reader import choose_site
     from xlvlm_jax.report.score_figures import draw_all
 
-    if bool(concepts) == bool(methods):
-        raise ValueError("give either directories of concepts or --methods to compare")
+    _require_either(context, concepts, methods)
     directories = concepts or []
     if stability and len(directories) != 1:
         raise ValueError(
@@ -219,6 +221,16 @@ def _scorer(
         return Scorer(features, site, clip=encoder, bert=judge, seed=seed, strict=strict)
 
 
+def _require_either(context: typer.Context, concepts: Any, methods: str | None) -> None:
+    """Checks that one of the two is given, and no option that has no effect on it."""
+    if bool(concepts) == bool(methods):
+        raise ValueError("give either directories of concepts or --methods to compare")
+    if not methods:
+        learning = ("features", "num_concepts", "model", "seeds")
+        decoding = ("through_norm", "word_rules", "protocol")
+        refuse_given(context, (*learning, *decoding), "without --methods")
+
+
 def _show(rows: list[Any]) -> None:
     from xlvlm_jax.report.scores_section import score_tables
 
@@ -227,7 +239,7 @@ def _show(rows: list[Any]) -> None:
         table = Table("", *names, title=scores.title, box=None, pad_edge=False)
         table.columns[0].no_wrap = True
         for row, cells in scores.rows:
-            shown = (f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells)
+            shown = (Text(cell.text, style="bold" if cell.best else "") for cell in cells)
             table.add_row(row.name, *shown)
         console.print(table)
     for row in rows:

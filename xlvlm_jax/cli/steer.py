@@ -49,6 +49,8 @@ from xlvlm_jax.cli.evaluate_options import (
     describe_run,
     parse_task,
     reading_of,
+    refuse_ignored,
+    require_before,
     samples_to_choose_on,
     vectors_at,
 )
@@ -79,6 +81,7 @@ steer.command(cls=Command)(into_panels(steer_sweep.sweep))
 @steer.command(cls=Command)
 @into_panels
 def apply(
+    context: typer.Context,
     model: Model,
     data: Data,
     output: Output,
@@ -177,6 +180,7 @@ def apply(
         task=task,
         data=data,
     )
+    refuse_ignored(context, measured)
     limits = {"wanted": wanted, "max_cost": max_cost}
     measured = dataclasses.replace(measured, **{k: v for k, v in limits.items() if v is not None})
     sites = load_model(model, abstract=True).check_sites(site, generated=True) if site else ()
@@ -190,9 +194,7 @@ def apply(
     told |= reading_of(task, dataset_name, split, negatives)
     drawn = read_samples(dataset_name, data, dataset_size=dataset_size, seed=seed, **told)
     samples = few_samples(drawn, num_samples, seed, sample_ids)
-    measured.require(samples)
-    if baseline is not None:
-        evaluation.read_baseline(baseline, samples)
+    require_before(measured, samples, baseline)
     others: Sequence[Any] = []
     if choose_on is not None:
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})

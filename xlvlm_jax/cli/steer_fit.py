@@ -101,7 +101,8 @@ def fit(
         str | None,
         typer.Option(
             help="Token positions that the vector is meant for: all, prompt, generated, "
-            "last_prompt, predicting, image, text or from:INDEX. Default: all; for iti predicting."
+            "last_prompt, predicting, image, text or from:INDEX. Default: all; for iti predicting; "
+            "for vti-image image in the decoder."
         ),
     ] = None,
     target_features: Annotated[
@@ -287,7 +288,7 @@ def fit(
         targets,
         key=key,
         match=match,
-        where=parse_where(where or how.where),
+        where=how.where if where is None else parse_where(where),
         seed=seed,
         num_samples=num_samples,
         keep=keep,

@@ -47,12 +47,14 @@ from xlvlm_jax.cli.evaluate_options import (
     describe_run,
     parse_task,
     reading_of,
+    refuse_ignored,
     samples_to_choose_on,
 )
 from xlvlm_jax.cli.sample_options import Objects, few_samples, read_samples
 
 
 def sweep(
+    context: typer.Context,
     model: Model,
     data: Data,
     output: Output,
@@ -167,6 +169,7 @@ def sweep(
         task=task,
         data=data,
     )
+    refuse_ignored(context, measured)
     tried = evaluation.attempts(fitted, alpha or [1.0], wheres, edit)
     told = {"objects": objects, **reading_of(task, dataset_name, split, negatives)}
     drawn = [] if split is None else read_samples(dataset_name, data, **told)

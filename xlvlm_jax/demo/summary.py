@@ -71,4 +71,4 @@ def show(result: Result, console: Console) -> None:
         f"{result.rows['train']} training rows, {result.rows['test']} test rows; "
         f"{spent}; {sum(result.seconds.values()):.0f} s in total"
     )
-    console.print(f"Open [bold]{result.report}[/bold] in a browser.")
+    console.print(f"Open {result.report} in a browser.", style="bold")

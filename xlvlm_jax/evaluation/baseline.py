@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.storage import versions
 
 
-def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> list[str]:
-    """Returns an earlier run's plain answer to each sample.
+def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> list[str | None]:
+    """Returns an earlier run's plain answer to each sample; None where it could not read the image.
 
     Args:
         path: a directory of `xlvlm evaluate`, or XL-VLMs' file of predictions, {ID: answer}; for
@@ -30,9 +31,12 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
             f"{file}: no such file; expected a directory of `xlvlm evaluate`, or predictions of "
             "XL-VLMs (.json)"
         )
+    unreadable: dict[str, str] = {}
     try:
         if (summary := path / "summary.json").is_file():
-            versions.require(summary, files.read_json(summary), "evaluate again")
+            told = files.read_json(summary)
+            versions.require(summary, told, "evaluate again")
+            unreadable = dict(told.get("unreadable", {}))
         answers = _own(file) if file.suffix == ".jsonl" else json.loads(file.read_text("utf-8"))
         if not isinstance(answers, dict):
             raise TypeError(f"a {type(answers).__name__}")
@@ -43,12 +47,47 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
             f"{file}: not answers of an earlier run ({error}); evaluate again"
         ) from None
     found = [answers.get(sample.id, answers.get(sample.image.stem)) for sample in samples]
-    if None in found:
-        raise ValueError(
-            f"{file}: has no answer to sample {samples[found.index(None)].id!r}; evaluate the same "
-            "samples, or omit the baseline"
+    for sample, answer in zip(samples, found, strict=True):
+        if answer is None and sample.id not in unreadable:
+            raise ValueError(
+                f"{file}: has no answer to sample {sample.id!r}; evaluate the same samples, or "
+                "omit the baseline"
+            )
+    return [None if answer is None else str(answer).strip() for answer in found]
+
+
+def warn_of_others(
+    path: str | os.PathLike[str], samples: Sequence[Sample], **settings: str | int | None
+) -> None:
+    """Warns if an earlier run's plain answers are of other prompts or settings.
+
+    Args:
+        path: as for `read_baseline`; only a directory of `xlvlm evaluate` says what it ran.
+        samples: the samples.
+        **settings: values of its summary.json, such as the model; those that it does not say, or
+            that are None, are not compared.
+    """
+    path = Path(path)
+    if not (path / "summary.json").is_file():
+        return
+    summary = files.read_json(path / "summary.json")
+    lines = (path / "predictions.jsonl").read_text("utf-8").splitlines()
+    asked = {line["id"]: line["prompt"] for line in map(json.loads, lines) if "prompt" in line}
+    differ = [
+        f"{name.replace('_', ' ')} {summary[name]!r} instead of {value!r}"
+        for name, value in settings.items()
+        if None not in (value, summary.get(name)) and summary[name] != value
+    ]
+    for sample in samples:
+        if (prompt := asked.get(sample.id, sample.prompt)) != sample.prompt:
+            differ.append(f"prompt {prompt!r:.80} instead of {sample.prompt!r:.80}")
+            break
+    if differ:
+        warnings.warn(
+            f"the baseline {path} was answered with {'; '.join(differ)}: its answers are compared "
+            "with others than the plain model's",
+            stacklevel=2,
         )
-    return [str(answer).strip() for answer in found]
 
 
 def _own(file: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ports import VLM
 from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import hallucination, judge
-from xlvlm_jax.evaluation.baseline import read_baseline
+from xlvlm_jax.evaluation.baseline import read_baseline, warn_of_others
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose, names
 from xlvlm_jax.evaluation.tasks import Task
@@ -65,7 +65,14 @@ def evaluate(
     """
     task.require(samples)
     conditions = {"plain": PLAIN, **(conditions or {})}
-    known = [] if baseline is None else [read_baseline(baseline, samples)]
+    model = None if vlm.directory is None else hub.name_of(vlm.directory)
+    new_tokens = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    known, unread = [], {}
+    if baseline is not None:
+        known = [read_baseline(baseline, samples)]
+        warn_of_others(baseline, samples, model=model, max_new_tokens=new_tokens)
+        answered = zip(samples, known[0], strict=True)
+        unread = {s.id: "it has no answer in the baseline" for s, text in answered if text is None}
     asked = list(conditions.values())[len(known) :]
     predictions = Predictions([], {})
     if asked:
@@ -73,17 +80,18 @@ def evaluate(
             vlm,
             samples,
             asked,
-            max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=new_tokens,
             batch_size=batch_size,
             strict=strict,
             progress=None if stage is None else stage("answering"),
         )
-    predictions = predictions._replace(answers=[*known, *predictions.answers])
+    predictions = Predictions([*known, *predictions.answers], unread | predictions.errors)
     kept, answers = predictions.readable(samples)
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
         "version": versions.VERSION,
-        "model": None if vlm.directory is None else hub.name_of(vlm.directory),
+        "model": model,
+        "max_new_tokens": new_tokens,
         "about": (about or {}) | ({} if baseline is None else {"baseline": str(baseline)}),
         **({"generation_config": options} if (options := vlm.logits_options) else {}),
         "samples": len(kept),
@@ -104,6 +112,7 @@ def evaluate(
         described = {
             "id": sample.id,
             "image": pictures.name_in(root, sample.image),
+            "prompt": sample.prompt,
             "question": sample.metadata.get("question"),
             "scenario": sample.metadata.get("scenario"),
             "answer": sample.metadata.get("answer"),

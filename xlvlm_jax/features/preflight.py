@@ -94,7 +94,12 @@ def require_disk(output: Path, needed: int) -> None:
 
 
 def preflight(
-    vlm: VLM, samples: Sequence[Sample], output: str | Path, settings: ExtractionSettings
+    vlm: VLM,
+    samples: Sequence[Sample],
+    output: str | Path,
+    settings: ExtractionSettings,
+    *,
+    models: int = 1,
 ) -> ExtractionNeeds:
     """Returns what `extract` with the same arguments will need; writes nothing.
 
@@ -105,6 +110,7 @@ def preflight(
         samples: the samples to extract.
         output: directory of the features.
         settings: what to extract.
+        models: number of models that have states at each site: 2 with a fine-tuned one.
 
     Raises:
         ValueError: as for `extract`, or none of the examined images can be read.
@@ -115,7 +121,7 @@ def preflight(
     state = manifest_of(output)
     done = 0 if state is None else state["samples"]
     left = samples[done:]
-    rows, disk = disk_needs(vlm, left, settings)
+    rows, disk = disk_needs(vlm, left, settings, models=models)
     programs, largest = _programs(vlm, left or samples, settings)
     memory = _compiled_memory(vlm, largest, settings)
     return ExtractionNeeds(
@@ -126,7 +132,7 @@ def preflight(
         disk=disk,
         free=free_bytes(output),
         programs=programs,
-        parameters=memory[0],
+        parameters=models * memory[0],
         temporaries=memory[1],
     )
 

@@ -79,6 +79,9 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
             columns, rows = _of_questions(summary["conditions"], protocol.replace("-", "_"))
         else:
             columns, rows = _of_captions(summary["conditions"])
+        of_bench, figures = _of_bench(summary["conditions"])
+        columns = [*columns, *of_bench]
+        rows = [(name, [*shown, *figures[name]]) for name, shown in rows]
         moved, others = _examples(summary, samples)
         return SteeringSection(
             name=directory.name,
@@ -107,6 +110,8 @@ def _section(directory: Path, images: str | os.PathLike[str] | None) -> Steering
 def _title(summary: Mapping[str, Any]) -> str:
     if summary["kind"] == "captions":
         words = summary["words"]
+        if not words:
+            return "Captions"
         return f"Captions towards {', '.join(words[:4])}{' …' if len(words) > 4 else ''}"
     source, target = (", ".join(summary[name]) for name in ("source", "target"))
     return f"Answers from “{source}” to “{target}”" if source else "Answers"
@@ -149,16 +154,35 @@ def _of_questions(
 
 
 def _of_captions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    metrics = [name for name in conditions["plain"]["scores"] if name != "left out"]
+    # A condition may lack one, whose Java program failed.
+    scores = [each["scores"] for each in conditions.values()]
+    metrics = list(dict.fromkeys(name for each in scores for name in each if name != "left out"))
     changed = "changes" in conditions["plain"]
     rows = []
     for name, measured in conditions.items():
-        figures = [f"{measured['scores'][metric]:.3f}" for metric in metrics]
+        known = [measured["scores"].get(metric) for metric in metrics]
+        figures = ["–" if score is None else f"{score:.3f}" for score in known]
         if changed:
             c = measured["changes"]
             figures += [_percent(c["holding_after"] / c["samples"]), f"{c['length_after']:.1f}"]
         rows.append((name, figures))
     return [*metrics, *(["with class words", "words"] if changed else [])], rows
+
+
+def _of_bench(conditions: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Returns the scores of POPE, CHAIR and AMBER by the last protocol, as a person reads."""
+    columns, figures = [], {name: [] for name in conditions}
+    for metric in ("POPE", "CHAIR", "AMBER"):
+        if metric not in conditions["plain"]:
+            continue
+        protocol, scores = list(conditions["plain"][metric].items())[-1]
+        for score in scores:
+            unit = "" if score == "length" else " %"
+            columns.append(f"{metric} {score.replace('_', ' ')}{unit}, {protocol}")
+            for name, measured in conditions.items():
+                value, scale = measured[metric][protocol][score], 100 if unit else 1
+                figures[name].append("–" if value is None else f"{scale * value:.1f}")
+    return columns, figures
 
 
 def _difference(after: int, before: int) -> str:

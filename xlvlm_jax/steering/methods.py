@@ -144,7 +144,8 @@ class Method:
             needs no model.
         makes_several: whether it fits several vectors, each a file in a directory.
         sites: pattern of the features' sites that it fits at once; None for a method that fits one.
-        where: the token positions that its result is meant for, if not said otherwise.
+        where: the token positions that its result is meant for, if not said otherwise; None for
+            those that its fit function chooses by site.
         sites_of_model: whether `Request.site` is a name or pattern of the model's sites, instead of
             a site of the features.
         doing: the label of its progress bar.
@@ -158,7 +159,7 @@ class Method:
     examples: Callable[[Request], Examples] | None = None
     makes_several: bool = False
     sites: str | None = None
-    where: str = "all"
+    where: str | None = "all"
     sites_of_model: bool = False
     doing: str = "fitting"
 
@@ -413,7 +414,7 @@ def _fit_vti_image(asked: Request, examples: Examples, vlm: VLM, **learning: Any
         vlm,
         examples.samples,
         asked.site,
-        where=None if asked.where == "all" else asked.where,
+        where=asked.where,
         seed=asked.seed,
         **asked.options,
         **learning,
@@ -525,6 +526,7 @@ METHODS = {
             ignores=("source", "target", "key", "match", "keep", "batch_size"),
             examples=_pictures,
             makes_several=True,
+            where=None,
             sites_of_model=True,
             doing="masking pictures",
         ),

@@ -1,5 +1,7 @@
 """--dry-run: prints what a command would need, and writes nothing."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,20 @@ def test_extract(xlvlm, pictures, tmp_path):
     assert "rows: at most 6 for each of 2 sites" in out
     assert "programs: 1 among the batches checked, for prompt lengths" in out
     assert not (tmp_path / "features").exists()
+
+
+def test_extract_of_two_models(xlvlm, pictures, tmp_path, monkeypatch):
+    module = sys.modules["xlvlm_jax.features.preflight"]
+    monkeypatch.setattr(module, "_compiled_memory", lambda *_: (10**9, 0))
+    monkeypatch.setattr(module, "disk_needs", lambda *_, models: (6, models * 10**7))
+    for more, disk, memory in (((), "10.0", "1.000"), (("--finetuned", "color"), "20.0", "2.000")):
+        asked = (*extraction(pictures, tmp_path / "features"), *more, "--dry-run")
+        status, out, errors = xlvlm(*asked)
+        assert status == 0, errors
+        out = " ".join(out.split())
+        assert f" {disk} MB in" in out and f"parameters {memory} GB" in out
+    status, _, errors = xlvlm(*asked, "--vector", tmp_path / "gone.safetensors")
+    assert status == 2 and "gone.safetensors" in errors
 
 
 def test_images_that_are_missing_are_counted(xlvlm, pictures, tmp_path):

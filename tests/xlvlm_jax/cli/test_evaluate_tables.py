@@ -7,10 +7,12 @@ import pytest
 from rich.console import Console
 
 from xlvlm_jax import SteeringVector, data, evaluation
-from xlvlm_jax.cli import evaluate_tables
+from xlvlm_jax.cli import evaluate_tables, steer_rank
 from xlvlm_jax.cli.evaluate_options import parse_task
 from xlvlm_jax.data import mmsb, scenes
+from xlvlm_jax.report import steering_section
 from xlvlm_jax.report.steering_figures import plot_sweep
+from xlvlm_jax.steering import rank
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +227,39 @@ def test_effect_and_cost_have_the_names_and_units_of_the_task(tmp_path, capsys, 
     text = (tmp_path / "sweep.svg").read_text()
     assert f"{task.cost.name}, {task.cost.unit}" in text
     assert f"{task.effect.name}, {task.effect.unit}" in text
+
+
+def test_a_metric_that_one_condition_lacks(capsys):
+    full, bare = {"CIDEr": 1.0, "METEOR": 0.25, "left out": {}}, {"CIDEr": 0.5, "left out": {}}
+    for conditions in (
+        {"plain": {"scores": full}, "steered": {"scores": bare}},
+        {"plain": {"scores": bare}, "steered": {"scores": full}},
+    ):
+        evaluate_tables._show_captions(conditions, Console(width=100))
+        out = " ".join(capsys.readouterr().out.split())
+        assert "CIDEr METEOR" in out and "0.500 -" in out
+        columns, rows = steering_section._of_captions(conditions)
+        assert columns == ["CIDEr", "METEOR"]
+        lacking = next(name for name, each in conditions.items() if each["scores"] is bare)
+        assert dict(rows)[lacking] == ["0.500", "–"]
+
+
+def test_what_models_say_is_no_markup(capsys):
+    shift = rank.AnswerShift(1, 1, 1, {"[/INST] yes": 1}, {"[a dog] :cat:": 1}, 1, ("[red]",), 1)
+    ranked = rank.RankedVector(object(), shift)
+    steer_rank._show([ranked], {id(ranked.vector): "[v]"})
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("[/INST]", "[a dog]", ":cat:", "[red]", "[v]"):
+        assert text in out
+
+
+def test_the_report_shows_the_scores_of_the_bench():
+    measured = {"POPE": {"official": {"accuracy": 1.0}, "plain": {"accuracy": 0.5, "f1": None}}}
+    measured |= {"AMBER": {"plain": {"cover": 0.25, "length": 12.0}}}
+    columns, figures = steering_section._of_bench({"plain": measured})
+    assert columns == [
+        *("POPE accuracy %, plain", "POPE f1 %, plain", "AMBER cover %, plain"),
+        "AMBER length, plain",
+    ]
+    assert figures == {"plain": ["50.0", "–", "25.0", "12.0"]}
+    assert steering_section._title({"kind": "captions", "words": []}) == "Captions"

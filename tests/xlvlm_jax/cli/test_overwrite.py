@@ -113,6 +113,22 @@ def test_the_old_one_stays_where_there_is_no_new_one(xlvlm, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("score", ("--protocol", "xl-vlms")),
+        ("score", ("--no-through-norm",)),
+        ("score", ("--word-rules", "default")),
+        ("score", ("--seeds", 3)),
+    ],
+    ids=str,
+)
+def test_options_without_effect(xlvlm, run, tmp_path, name, option):
+    status, _, errors = xlvlm(name, run / "concepts", *option, "--output", tmp_path)
+    option = option[0].replace("--no-", "--")
+    assert status == 2 and f"{option} has no effect without --methods; omit it" in errors
+
+
 def test_a_dry_run_writes_nothing_and_is_not_refused(xlvlm, run, tmp_path):
     (tmp_path / "mine").touch()
     again = ("decompose", run / "features", "--num-concepts", 2, "--output", tmp_path)

@@ -73,16 +73,18 @@ def test_the_most_active_of_many_concepts(active):
 
 def test_command(vlm, red_and_blue, squares, tmp_path, xlvlm):
     red_and_blue.save(tmp_path / "concepts")
-    SteeringVector(np.ones(192, np.float32), SITE).save(tmp_path / "ones.safetensors")
+    for name in ("a", "b"):
+        SteeringVector(np.ones(192, np.float32), SITE).save(tmp_path / name / "ones.safetensors")
     status, out, errors = xlvlm(
         *("map", "embedded", squares / "top.png", squares / "under.png"),
         *("--concepts", tmp_path / "concepts", "--concept", 1, "--word", "red"),
-        *("--vector", tmp_path / "ones.safetensors", "--output", tmp_path / "maps.html"),
+        *("--vector", tmp_path / "a" / "ones.safetensors", "--output", tmp_path / "maps.html"),
+        *("--vector", tmp_path / "b" / "ones.safetensors"),
     )
     assert status == 0, errors
-    assert "3 maps of 2 pictures" in out
+    assert "4 maps of 2 pictures" in out
     page = (tmp_path / "maps.html").read_text()
-    assert page.count('class="map"') == 6 and "concept 1: blue sea" in page
+    assert page.count('class="map"') == 8 and "b/ones" in page and "concept 1: blue sea" in page
     assert "http" not in page.replace("http-equiv", "")
     status, _, errors = xlvlm(
         *("map", "embedded", squares, "--answer", "yes", "--site", "layers.1"),

@@ -7,6 +7,8 @@ import pytest
 
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import read_baseline
+from xlvlm_jax.evaluation.baseline import warn_of_others
+from xlvlm_jax.storage import versions
 
 SAMPLES = [Sample(str(i), Path(f"COCO_val2014_{i:012d}.jpg"), str(i), "?", ("a",)) for i in (7, 8)]
 
@@ -20,6 +22,28 @@ def test_answers_of_both_kinds_of_runs(tmp_path):
     assert read_baseline(questions, SAMPLES) == ["no", "yes"]
     captions.write_text(json.dumps({sample.image.stem: sample.id for sample in SAMPLES}))
     assert read_baseline(captions, SAMPLES) == ["7", "8"]
+
+
+def test_pictures_that_the_earlier_run_could_not_read(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text('{"id": "7", "predictions": {"plain": "a"}}')
+    summary = {"version": versions.VERSION, "unreadable": {"8": "gone"}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert read_baseline(tmp_path, SAMPLES) == ["a", None]
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "unreadable": {}}))
+    with pytest.raises(ValueError, match="has no answer to sample '8'"):
+        read_baseline(tmp_path, SAMPLES)
+
+
+def test_other_settings_are_told(tmp_path, recwarn):
+    line = {"id": "7", "prompt": "Why?", "predictions": {"plain": "a"}}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(line))
+    (tmp_path / "summary.json").write_text('{"model": "m", "max_new_tokens": 10}')
+    with pytest.warns(UserWarning, match=r"model 'm' instead of 'n'; prompt 'Why\?' instead of"):
+        warn_of_others(tmp_path, SAMPLES, model="n", max_new_tokens=10)
+    (tmp_path / "predictions.jsonl").write_text(json.dumps({**line, "prompt": "?"}))
+    warn_of_others(tmp_path, SAMPLES, model=None, max_new_tokens=10)
+    warn_of_others(tmp_path / "predictions.jsonl", SAMPLES, model="n")
+    assert not recwarn.list
 
 
 def test_messages(tmp_path):

@@ -99,6 +99,11 @@ def test_descriptions_of_amber(xlvlm, pictures, tmp_path):
         (("--dataset", "coco", "--source", "yes"), "use --words for captions"),
         (("--words", "colours"), "use --source and --target for questions"),
         (("--split", "dev"), "no split 'dev'"),
+        (("--java",), "--java has no effect on questions; omit it"),
+        (
+            ("--task", "captions", "--dataset", "scenes", "--words", "dog", "--without", "other"),
+            "--without has no effect on captions; omit it",
+        ),
     ],
 )
 def test_bad_input_is_one_line(xlvlm, pictures, saved, tmp_path, options, message):
@@ -110,6 +115,24 @@ def test_bad_input_is_one_line(xlvlm, pictures, saved, tmp_path, options, messag
     assert message in " ".join(errors.split())
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["alpha", "where", "edit"])
+def test_options_of_a_vector_need_one(xlvlm, pictures, tmp_path, option):
+    value = {"alpha": 1, "where": "all", "edit": "add"}[option]  # also their default
+    status, _, errors = xlvlm(
+        *("evaluate", "embedded", pictures, "--output", tmp_path / "out", f"--{option}", value)
+    )
+    assert status == 2 and f"--{option} has no effect without --vector; omit it" in errors
+
+
+@pytest.mark.parametrize("option", ["wanted", "max-cost", "num-choose"])
+def test_options_of_choosing_need_a_split(xlvlm, pictures, saved, tmp_path, option):
+    status, _, errors = xlvlm(
+        *("steer", "apply", "embedded", pictures, "--vector", saved, f"--{option}", 1),
+        *("--output", tmp_path / "out"),
+    )
+    assert status == 2 and f"--{option} has no effect without --choose-on; omit it" in errors
 
 
 def test_a_split_to_choose_on_must_hold_other_samples(xlvlm, pictures, saved, tmp_path):

@@ -230,6 +230,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (["--save-every", 0], "--save-every must be at least 1, got 0"),
+            (["--evaluate-every", 0], "--evaluate-every must be at least 1, got 0"),
             (["--containing", "zeppelin"], "no reference of 6 samples has 'zeppelin'"),
             (["--containing", "scenes:smell"], "unknown word class 'scenes:smell'"),
             (["--containing", ","], "has no words"),

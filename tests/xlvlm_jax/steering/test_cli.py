@@ -82,6 +82,11 @@ def test_vectors_of_layers(fit, tmp_path, options):
     assert all(vector.source["method"] == options[0] for vector in found)
     assert found[0].where == ("image" if options[0] == "vti-image" else "all")
     assert found[-1].where == "all"
+    if options[0] == "vti-image":  # what is asked for counts, also where it is the usual default
+        everywhere = (*asked[:-1], tmp_path / "all", "--site", "layers.0", "--where", "all")
+        assert fit(*everywhere)[0] == 0
+        (only,) = (tmp_path / "all").iterdir()
+        assert steering.load(only).where == "all"
     status, out, _ = fit(*asked, "--dry-run")
     assert status == 0 and "2 samples to learn from" in out and "of width" in out
 

@@ -56,6 +56,7 @@ def import_features(
     dtype: str | None = None,
     images: str | os.PathLike[str] | None = None,
     model: str | None = None,
+    overwrite: bool = False,
 ) -> Features:
     """Reads the reference's .pth file into a new directory of features; executes nothing in it.
 
@@ -69,18 +70,22 @@ def import_features(
         images: the directory in which the pictures are now, found by their names (or by the last
             two parts of their paths); by default the paths stay as they are.
         model: the name of the model that the states come from, for the record.
+        overwrite: replace an existing directory.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, asks for a forbidden global, or has other contents; modules
             differ in length; a site is unknown; no supported dtype fits the states.
-        FileExistsError: `output` already exists.
+        FileExistsError: `output` already exists and may not be replaced.
     """
     path, output = Path(path), Path(output)
     if rows not in ROWS and _number(rows) is None:
         raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}, or a number")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output}: already exists; choose a new directory")
+        if not overwrite:
+            raise FileExistsError(f"{output}: already exists; choose a new directory")
+        if not output.is_dir() or output.resolve() in path.resolve().parents:
+            raise FileExistsError(f"{output} is a file, or holds {path}; choose a new directory")
     data = read_pth(path)
     try:
         states, sites = _states(data, sites)
@@ -115,7 +120,7 @@ def import_features(
             rest = {key: value for key, value in data.items() if key != "hidden_states"}
             _keep(temporary, data, states, kept, sites, rows, rest, path.stat().st_size)
         if output.exists():
-            output.rmdir()
+            shutil.rmtree(output)  # now that the new one is complete
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

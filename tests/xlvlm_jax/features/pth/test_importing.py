@@ -282,6 +282,12 @@ def test_the_commands(tmp_path, xlvlm):
         2,
         f"error: {tmp_path / 'f'}: already exists; choose a new directory\n",
     )
+    (tmp_path / "f" / "old").touch()
+    status, out, errors = xlvlm(*again, "--overwrite")
+    assert status == 0, errors
+    assert not (tmp_path / "f" / "old").exists()
+    status, _, errors = xlvlm("import-pth", path, "--output", path.parent, "--overwrite")
+    assert status == 2 and "holds" in errors and path.is_file()
     status, _, errors = xlvlm("import-pth", tmp_path / "no.pth", "--output", tmp_path / "g")
     assert (status, "no such file" in errors) == (2, True)
     status, _, errors = xlvlm(*again[:3], tmp_path / "g", "--site", "orm")
