@@ -10,7 +10,7 @@ import numpy as np
 from ports import passes
 from ports.decoding import logits, stream
 from ports.decoding.generate import Generation
-from ports.decoding.sampling import Sampling
+from ports.decoding.sampling import Sampling, check_values
 from ports.decoding.text import decode_tokens
 from ports.inputs import common_prefix, model_inputs, padding, patch_layout, prompts, vocabulary
 from ports.inputs.common_prefix import Shared
@@ -161,10 +161,13 @@ class VLM(LoadedModel):
         Raises:
             ValueError: a token id is outside the vocabulary, a site is unknown or outside the
                 decoder, max_new_tokens is less than 1, an edit does not fit, images and prompts do
-                not match, or a value in `generation_config` is not implemented.
+                not match, a value of `sampling` is outside its range, or a value in
+                `generation_config` is not implemented.
         """
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
+        if sampling is not None:
+            check_values(sampling)
         asked = self.find_sites(sites, generated=True)
         edits, arrays = self._lay_out(edits, checked, max_new_tokens)
         divided = self._divided(inputs, arrays, [edits], max_new_tokens)
@@ -244,7 +247,7 @@ class VLM(LoadedModel):
         """
         checked = self._check(inputs)
         model_inputs.check_count(max_new_tokens)
-        laid, arrays = self._lay_out(edits, checked, max_new_tokens)
+        laid, arrays = self._lay_out(edits, checked, max_new_tokens, pad_to_multiple_of)
         # Once, not at every step.
         laid, rules = jax.device_put((laid, self._rules(arrays, pad_to_multiple_of)))
         aligned = padding.align_right(arrays, self._port.per_position)
@@ -564,10 +567,12 @@ class VLM(LoadedModel):
         edits: Edits | None,
         arrays: dict[str, np.ndarray],
         max_new_tokens: int = 1,
+        multiple: int = 1,
     ) -> tuple[layout.LaidOut, dict[str, np.ndarray]]:
         """Returns edits as arguments of a compiled program, and the arrays with their columns.
 
         `max_new_tokens` tokens are generated; the last of them is not fed back to the model.
+        Prompts are padded to a `multiple`, as in `padding.bucket_length`.
         """
         given = as_edits({} if edits is None else edits)
         if not given:
@@ -580,7 +585,7 @@ class VLM(LoadedModel):
             lambda name: find_sites([name], self.sites, self.hub_names, among).values(),
             self.module.is_of_decoder,
             (batch, length),
-            padding.bucket_length(length),
+            padding.bucket_length(length, multiple),
             length + max_new_tokens - 1,
         )
         layout.require_token_sites(laid, lambda: self._token_sites, self.decoder)

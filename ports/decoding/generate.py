@@ -151,8 +151,7 @@ def generate(
         return choose(logits, ended, eos_tokens, pad_token, sampling, step)
 
     def is_finite(logits: Array) -> Array:
-        # The maximum is NaN or Inf if any logit is.
-        return jnp.isfinite(logits.max(-1))
+        return jnp.isfinite(logits).all(-1)
 
     logits, cache, prefilled = fill(at_prompt)
     if variants and not at_prompt:
@@ -174,12 +173,21 @@ def generate(
     first, ended = pick(logits, tokens, jnp.int32(0), jnp.zeros(rows, bool))
     finite = is_finite(logits)
     tokens = tokens.at[..., 0].set(first)
+
+    def at(position: Any) -> tuple[Any, ...]:
+        return *(slice(None) for _ in rows), position
+
+    # Some states have more axes than the width: heads, and the width of a head.
     states = {
-        site: jnp.zeros((*rows, max_new_tokens, value.shape[-1]), value.dtype)
-        .at[..., 0, :]
-        .set(value[..., -1, :])
+        site: jnp.zeros((*rows, max_new_tokens, *value.shape[len(rows) + 1 :]), value.dtype)
+        .at[at(0)]
+        .set(value[at(-1)])
         for site, value in prefilled.items()
     }
+
+    def going_on(value: Array, ended: Array) -> Array:
+        return jnp.where(ended.reshape(*rows, *[1] * (value.ndim - len(rows))), 0, value)
+
     column = vision_language.next_column(inputs)
     slots = jnp.arange(length + max_new_tokens)
     prompt_valid = jnp.pad(prompts.mask, ((0, 0), (0, max_new_tokens)))
@@ -212,8 +220,8 @@ def generate(
         # Rows that have ended keep zeros: their states predict nothing.
         states = {
             site: states[site]
-            .at[..., step, :]
-            .set(jnp.where(ended[..., None], 0, value[..., 0, :]).astype(states[site].dtype))
+            .at[at(step)]
+            .set(going_on(value[at(0)], ended).astype(states[site].dtype))
             for site, value in new.items()
         }
         finite = finite & (ended | is_finite(logits))

@@ -80,8 +80,8 @@ _SAMPLING = {
     "top_p": _Key((1,), *_SHARE),
     "min_p": _Key((), *_SHARE),
     "typical_p": _Key((1,), *_SHARE),
-    "epsilon_cutoff": _Key((0,), *_SHARE),
-    "eta_cutoff": _Key((0,), *_SHARE),
+    "epsilon_cutoff": _Key((0, 1), *_SHARE),
+    "eta_cutoff": _Key((0, 1), *_SHARE),
 }
 # Not implemented: options that must be null or one of these values.
 _REFUSED = {
@@ -225,6 +225,17 @@ def of_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse(values, _REFUSED_OF_SAMPLES)
     return {"top_p": None} | _chosen({"top_k": _DEFAULT_TOP_K, **_without_null(values)}, _SAMPLING)
+
+
+def check_sampling(name: str, value: Any) -> None:
+    """Checks a value of `Sampling` against the range that it has in a generation configuration.
+
+    Raises:
+        ValueError: it is outside.
+    """
+    _, fits, expected = _SAMPLING[name]
+    if not fits(value):
+        raise ValueError(f"sampling: {name} is {value!r:.80}; expected {expected}")
 
 
 def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:

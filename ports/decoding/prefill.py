@@ -122,7 +122,8 @@ def prefill(
         if rest.shape[1] == 1 < shared.tokens.shape[1]:  # the head's
             return rest
         both = jnp.concatenate([first[shared.picture], rest], axis=1)
-        return jnp.take_along_axis(both, shared.order[..., None], axis=1)
+        order = shared.order.reshape(*shared.order.shape, *[1] * (both.ndim - 2))
+        return jnp.take_along_axis(both, order, axis=1)
 
     if every_position:
         states = {site: joined(first[site], rest) for site, rest in states.items()}

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ports.decoding import generation_config
+from ports.tracing import is_traced
 
 Array = jax.Array
 Number = Array | float
@@ -16,6 +20,9 @@ Number = Array | float
 
 class Sampling(NamedTuple):
     """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`.
+
+    Values have the ranges of transformers' `GenerationConfig`: a temperature above 0, top_k of at
+    least 0 (off), all others from 0 to 1.
 
     Examples:
         >>> import jax, jax.numpy as jnp, ports
@@ -35,6 +42,21 @@ class Sampling(NamedTuple):
     eta_cutoff: Number | None = None  # minimum probability, lowered where the entropy is high
 
 
+def check_values(sampling: Sampling) -> None:
+    """Checks the values of the temperature and the filters, except traced ones.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+    given = sampling._asdict()
+    for name in Sampling._fields[1:]:
+        value = given[name]
+        if is_traced(value) or (value is None and name != "temperature"):
+            continue
+        for each in np.ravel(np.asarray(value)).tolist():
+            generation_config.check_sampling(name, each)
+
+
 def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
     """Draws one token per row.
 
@@ -45,16 +67,24 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
 
     Returns:
         Token ids, int32[B].
+
+    Raises:
+        ValueError: a value of `sampling` is outside its range (of traced ones this is not known).
     """
     key = jax.random.fold_in(sampling.key, step)
     return jax.random.categorical(key, keep_likely(logits, sampling))
 
 
 def keep_likely(logits: Array, sampling: Sampling) -> Array:
-    """Divides logits [B, V] by the temperature and sets those that the filters exclude to -inf."""
+    """Divides logits [B, V] by the temperature and sets those that the filters exclude to -inf.
+
+    Raises:
+        ValueError: as for `draw`.
+    """
+    check_values(sampling)
     logits = logits / sampling.temperature
     if sampling.top_k is not None or sampling.top_p is not None:
-        logits = _keep(logits, logits >= _lowest_kept(logits, sampling.top_k, sampling.top_p))
+        logits = _keep(logits, _is_likely(logits, sampling.top_k, sampling.top_p))
     if sampling.min_p is not None:
         probabilities = jax.nn.softmax(logits)
         likeliest = probabilities.max(-1, keepdims=True)
@@ -62,11 +92,12 @@ def keep_likely(logits: Array, sampling: Sampling) -> Array:
     if sampling.typical_p is not None:
         logits = _keep(logits, _is_typical(logits, sampling.typical_p))
     if sampling.epsilon_cutoff is not None:
-        logits = _cut_off(logits, sampling.epsilon_cutoff)
+        logits = _cut_off(logits, _below_one(sampling.epsilon_cutoff))
     if sampling.eta_cutoff is not None:
         entropy = _entropy(logits)
-        root = jnp.sqrt(sampling.eta_cutoff)
-        logits = _cut_off(logits, jnp.minimum(sampling.eta_cutoff, root * jnp.exp(-entropy)))
+        cutoff = _below_one(sampling.eta_cutoff)
+        least = jnp.minimum(cutoff, jnp.sqrt(cutoff) * jnp.exp(-entropy))
+        logits = _cut_off(logits, least)
     return logits
 
 
@@ -74,22 +105,36 @@ def _keep(logits: Array, kept: Array) -> Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def _lowest_kept(logits: Array, top_k: Array | int | None, top_p: Number | None) -> Array:
-    """Returns [B, 1], the smallest logit kept by top-k and then by nucleus sampling.
+def _is_likely(logits: Array, top_k: Array | int | None, top_p: Number | None) -> Array:
+    """Returns bool[B, V], the tokens kept by top-k and then by nucleus sampling.
 
-    One sort serves both (nucleus: Holtzman et al. 2020).
+    One sort serves both (nucleus: Holtzman et al. 2020). Of equal logits, top-k keeps all or none,
+    and the nucleus as many as it needs, both as in transformers. Which of them it keeps depends on
+    PyTorch's sort there; here they are the last ones.
     """
     ordered = jnp.sort(logits, axis=-1)
     lowest = ordered[..., :1]
     if top_k is not None:
         size = logits.shape[-1]
-        lowest = jnp.take(ordered, size - jnp.clip(top_k, 1, size), axis=-1)[..., None]
+        count = jnp.where(jnp.asarray(top_k) > 0, jnp.minimum(top_k, size), size)
+        lowest = jnp.take(ordered, size - count, axis=-1)[..., None]
         ordered = _keep(ordered, ordered >= lowest)
-    if top_p is not None:
-        reached = jnp.cumsum(jax.nn.softmax(ordered), axis=-1)
-        kept = (reached > 1 - top_p).at[..., -1].set(True)
-        lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return lowest
+    if top_p is None:
+        return logits >= lowest
+    reached = jnp.cumsum(jax.nn.softmax(ordered), axis=-1)
+    kept = (reached > 1 - top_p).at[..., -1].set(True)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    # Numbered from the end; counting is cheaper than sorting with the places.
+    equal = logits == lowest
+    number = jax.lax.cumsum(equal.astype(jnp.int32), axis=logits.ndim - 1, reverse=True)
+    needed = (kept & (ordered == lowest)).sum(-1, keepdims=True)
+    return (logits > lowest) | (equal & (number <= needed))
+
+
+def _below_one(cutoff: Number) -> Array:
+    """Returns a cutoff, or 0 for one of 1, which cuts nothing off in transformers."""
+    cutoff = jnp.asarray(cutoff)
+    return jnp.where(cutoff < 1, cutoff, 0)
 
 
 def _entropy(logits: Array) -> Array:

@@ -136,7 +136,8 @@ def realign(arrays: Mapping[str, np.ndarray], states: dict[str, jax.Array]) -> d
 
     Args:
         arrays: the processor's arrays before `align_right`.
-        states: site -> [B, T, D], or [B, 1, D] for the last position only, which is not moved.
+        states: site -> [B, T, D] or [B, T, H, C], or [B, 1, D] for the last position only, which
+            is not moved.
 
     Returns:
         Site -> states in the columns of `arrays`.
@@ -144,8 +145,10 @@ def realign(arrays: Mapping[str, np.ndarray], states: dict[str, jax.Array]) -> d
     order = right_order(arrays)
     if (order == np.arange(order.shape[1])).all():
         return states
-    back = np.argsort(order, axis=1)[..., None]
-    return {
-        site: value if value.shape[1] == 1 else jnp.take_along_axis(value, back, axis=1)
-        for site, value in states.items()
-    }
+    back = np.argsort(order, axis=1)
+
+    def moved(value: jax.Array) -> jax.Array:
+        index = back.reshape(*back.shape, *[1] * (value.ndim - 2))
+        return jnp.take_along_axis(value, index, axis=1)
+
+    return {site: x if x.shape[1] == 1 else moved(x) for site, x in states.items()}

@@ -249,10 +249,19 @@ def check_questions(
 ) -> None:
     """Rows that ask about one picture share it, and have the tokens and states of rows apart."""
     asked = questions.ask(inputs, pictures)
-    shared, apart = questions.both(family.vlm, asked, monkeypatch, sites=[family.layer])
+    sites = [family.layer]
+    if f"{family.layer}.self_attn.q_norm" in family.vlm.sites:
+        sites.append(f"{family.layer}.self_attn.q_norm")  # whose states may be those of heads
+    shared, apart = questions.both(
+        family.vlm, asked, monkeypatch, sites=sites, prompt_states=len(sites) > 1
+    )
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
-    error = helpers.relative_error(shared.states[family.layer], apart.states[family.layer])
-    assert error < 1e-5
+    everywhere = np.ones(np.shape(apart.tokens), bool)
+    for site in sites:
+        assert helpers.relative_error(shared.states[site], apart.states[site], everywhere) < 1e-5
+    real = asked["attention_mask"] == 1
+    for site, states in shared.prompt_states.items():
+        assert helpers.relative_error(states, apart.prompt_states[site], real) < 1e-5
 
 
 def check_apart(family: Family, inputs: Inputs) -> None:

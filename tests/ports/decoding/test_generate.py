@@ -157,6 +157,22 @@ class TestRows:
         np.testing.assert_array_equal(theirs, expected[:, : theirs.shape[1]])
 
 
+def test_logits_that_overflow_either_way_are_reported(small):
+    """-Inf is no maximum: it must be found too."""
+    inputs, vlm = helpers.make_inputs([0], [3]), copy.copy(small.vlm)
+    layer = vlm.decoder + ".norm"
+    final = np.asarray(vlm.forward(inputs, sites=[layer]).states[layer])[0, -1]
+    head = dict(vlm.params["language_model"]["lm_head"])
+    for sign in (1, -1):
+        overflowing = sign * 3e38 * np.sign(final)
+        kernel = head["kernel"].at[:, 5].set(overflowing)
+        language = {**vlm.params["language_model"], "lm_head": {**head, "kernel": kernel}}
+        vlm.params = {**small.vlm.params, "language_model": language}
+        assert vlm.forward(inputs).logits[0, -1, 5] == sign * np.inf
+        assert not vlm.generate(inputs, max_new_tokens=1).finite[0]
+    assert small.vlm.generate(inputs, max_new_tokens=1).finite[0]
+
+
 class TestLengths:
     def test_one_token_is_the_likeliest_after_the_prompt(self, small, twins):
         ours = small.vlm.generate(twins, max_new_tokens=1).tokens

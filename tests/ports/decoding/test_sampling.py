@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import ports
-from ports.decoding import sampling
+from ports.decoding import generation_config, sampling
 
 from .. import helpers
 
@@ -82,8 +83,53 @@ def test_every_step_draws_anew():
 
 def test_keeps_one_token_at_least():
     logits = jnp.array([[0.0, 2.0, 1.0]])
-    for values in ({"top_p": 0.0}, {"top_k": 0}, {"typical_p": 0.0}, {"epsilon_cutoff": 0.99}):
+    for values in ({"top_p": 0.0}, {"top_k": 1}, {"typical_p": 0.0}, {"epsilon_cutoff": 0.99}):
         assert draw(logits, ports.Sampling(KEY, **values), jnp.int32(0)) == 1
+
+
+@pytest.mark.parametrize("values", [{"top_k": 0}, {"epsilon_cutoff": 1.0}, {"eta_cutoff": 1.0}])
+def test_values_that_turn_a_filter_off(values):
+    logits = jnp.log(jnp.arange(1.0, 5.0))[None]
+    for keep in (keep_likely, sampling.keep_likely):
+        np.testing.assert_array_equal(keep(logits, ports.Sampling(KEY, **values)), logits)
+    assert not generation_config.of_sampling({"top_k": 0, **values}).keys() & values.keys()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.8])
+def test_a_nucleus_keeps_as_many_equal_logits_as_transformers(top_p):
+    """Which of them depends on PyTorch's sort, which keeps no order among equals."""
+    logits = np.random.default_rng(0).integers(0, 3, (20, 40)).astype(np.float32)
+    ours = keep_likely(jnp.asarray(logits), ports.Sampling(KEY, top_p=top_p))
+    theirs = transformers.TopPLogitsWarper(top_p)(None, torch.from_numpy(logits)).numpy()
+    np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
+    assert ((ours == logits) | np.isinf(ours)).all()
+
+
+def test_half_of_the_mass_of_equal_logits_is_half_of_them():
+    kept = keep_likely(jnp.zeros((1, 4)), ports.Sampling(KEY, top_p=0.5))
+    assert kept.tolist() == [[-np.inf, -np.inf, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
+        ({"temperature": jnp.float32(-1)}, "temperature is -1.0; expected a number above 0"),
+        ({"temperature": None}, "temperature is None; expected a number above 0"),
+        ({"top_k": -1}, "top_k is -1; expected a whole number, at least 0"),
+        ({"top_k": 2.5}, "top_k is 2.5; expected a whole number, at least 0"),
+        ({"top_p": 1.5}, "top_p is 1.5; expected a number from 0 to 1"),
+        ({"min_p": np.float64(2)}, "min_p is 2.0; expected a number from 0 to 1"),
+        ({"typical_p": float("nan")}, "typical_p is nan; expected a number from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_values_outside_their_range(small, values, expected):
+    given = ports.Sampling(KEY, **values)
+    with helpers.raises_line(ValueError, f"sampling: {expected}"):
+        sampling.draw(jnp.zeros((1, 4)), given, jnp.int32(0))
+    with helpers.raises_line(ValueError, f"sampling: {expected}"):
+        small.vlm.generate(helpers.make_inputs([0], [3]), max_new_tokens=1, sampling=given)
 
 
 # softmax([0, ln 2, ln 3, ln 4]) = (.1, .2, .3, .4)

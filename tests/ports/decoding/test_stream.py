@@ -128,6 +128,20 @@ def test_padding_further_compiles_fewer_programs(small):
     assert sizes[0] == sizes[1]
 
 
+def test_padding_further_moves_edits_of_positions(small, batch):
+    where = np.zeros(batch["input_ids"].shape, bool)
+    where[:, -3] = True
+    width = small.vlm.config.get_text_config().hidden_size
+    edits = {SITE: ports.add(np.linspace(-9, 9, width), where=where)}
+    plain, moved = (
+        next(small.vlm.stream(batch, max_new_tokens=1, edits=edits, pad_to_multiple_of=multiple))
+        for multiple in (1, 64)
+    )
+    np.testing.assert_allclose(moved.logits, plain.logits, rtol=0, atol=1e-4)
+    without = next(small.vlm.stream(batch, max_new_tokens=1))
+    assert np.abs(without.logits - plain.logits).max() > 1e-2
+
+
 def test_a_count_of_zero_is_refused(small, batch):
     with pytest.raises(ValueError, match="max_new_tokens"):
         next(small.vlm.stream(batch, max_new_tokens=0))

@@ -8,6 +8,7 @@ import transformers
 import ports
 from ports.inputs import prompts
 
+from .. import helpers
 from ..helpers import VOCABULARY, make_pair, make_tokenizer
 
 SIZES = {
@@ -76,6 +77,33 @@ def test_greedy_tokens_are_those_of_transformers(pair, inputs):
     got = np.asarray(ours.generate(inputs, max_new_tokens=9).tokens)
     assert got[:, : expected.shape[1]].tolist() == expected.tolist()
     assert len(np.unique(got)) > 3
+
+
+@pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+def test_states_of_single_heads_while_generating(pair, inputs):
+    """Norms of queries put out [B, T, H, C]."""
+    _, ours = pair
+    site, count = "model.layers.1.self_attn.q_norm", 3
+    right = helpers.pad_right(inputs)
+    answer = ours.generate(right, max_new_tokens=count, sites=[site], prompt_states=True)
+    tokens = np.asarray(answer.tokens)
+    assert (tokens != 2).all()
+    whole = {
+        "input_ids": np.concatenate([inputs["input_ids"], tokens], axis=1),
+        "attention_mask": np.pad(inputs["attention_mask"], ((0, 0), (0, count)), constant_values=1),
+    }
+    expected = np.asarray(ours.forward(whole, sites=[site]).states[site])
+    assert expected.shape == (3, 14 + count, 4, 8)
+    np.testing.assert_allclose(answer.states[site], expected[:, 13:-1], rtol=0, atol=1e-4)
+    got = np.asarray(answer.prompt_states[site])[right["attention_mask"] == 1]
+    real = whole["attention_mask"][:, :14] == 1
+    np.testing.assert_allclose(got, expected[:, :14][real], rtol=0, atol=1e-4)
+    vector = np.zeros(ours.site_shapes[ours.layers[0]][-1])
+    swept = ours.sweep(
+        inputs, [{ours.layers[0]: ports.add(vector)}] * 2, max_new_tokens=count, sites=[site]
+    )
+    assert swept.states[site].shape == (2, *answer.states[site].shape)
+    np.testing.assert_allclose(swept.states[site][1], answer.states[site], rtol=0, atol=1e-4)
 
 
 def test_no_pictures_and_other_model_types(pair, vlm, tmp_path):
