@@ -7,7 +7,7 @@ from pathlib import Path
 # Other formats of the same weights, which are never read.
 _NOT_READ = (
     *("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.tflite"),
-    *("onnx/*", "openvino/*", "coreml/*", "original/*"),
+    *("onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors"),
 )
 _PREFIX = "models--"
 # Installed packages name directories by entry points of this group, each the place of a Path.

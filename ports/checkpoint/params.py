@@ -268,9 +268,9 @@ def is_finite(values: np.ndarray) -> bool:
 def fingerprint(directory: Path) -> str:
     """Returns a digest that identifies a checkpoint.
 
-    It covers config.json and the size, start and end of every weight file, since reading a large
-    checkpoint in full would take as long as loading it. For parameters in Orbax's format
-    (`orbax_io`) it is the fingerprint of the converted checkpoint.
+    It covers config.json and the size, start and end of every weight file that is loaded, since
+    reading a large checkpoint in full would take as long as loading it. For parameters in Orbax's
+    format (`orbax_io`) it is the fingerprint of the converted checkpoint.
 
     Args:
         directory: the checkpoint.
@@ -284,7 +284,7 @@ def fingerprint(directory: Path) -> str:
     if orbax_io.is_saved(directory):
         return orbax_io.read_record(directory)["fingerprint"]
     digest = hashlib.sha256()
-    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    for file in sorted([directory / "config.json", *safetensors_io.available_files(directory)]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

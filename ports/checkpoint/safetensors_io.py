@@ -164,6 +164,14 @@ def open_available(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def available_files(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint that exist; all safetensors if its index is damaged."""
+    try:
+        return list(filter(Path.exists, _files(directory)))
+    except ValueError:
+        return list(directory.glob("*.safetensors"))
+
+
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Returns whether two stored tensors with at least one axis are equal; reads them in parts."""
     if a.shape != b.shape:

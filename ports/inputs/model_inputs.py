@@ -85,6 +85,18 @@ def check_count(max_new_tokens: Any) -> None:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number >= 1")
 
 
+def check_length(tokens: Any, longest: int) -> None:
+    """Checks that tokens int[B, T] have learnt positions.
+
+    Raises:
+        ValueError: T is larger than `longest`.
+    """
+    if tokens.shape[1] > longest:
+        raise ValueError(
+            f"texts have {tokens.shape[1]} tokens; expected at most {longest}: truncate them"
+        )
+
+
 def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, list[Any]]]:
     """Pairs each rendered prompt with the list of its images.
 
@@ -124,7 +136,7 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
     for text, entry in zip(texts, images, strict=True):
         if not isinstance(text, str):
             raise ValueError(f"a prompt is a {type(text).__name__}; expected a string")
-        listed = [_image(each) for each in (entry if isinstance(entry, list) else [entry])]
+        listed = [_image(each) for each in (entry if isinstance(entry, list | tuple) else [entry])]
         if mark is not None and text.count(mark) != len(listed):
             raise ValueError(
                 f"the prompt {text!r:.60} contains {mark} {text.count(mark)} times for "

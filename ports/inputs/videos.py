@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ports.inputs import resizing
+from ports.inputs.pictures import as_rgb
 from ports.messages import counted
 
 # Frames per second of a video whose rate is not known.
@@ -40,7 +41,8 @@ def read_clips(videos: Any, metadata: Any = None) -> list[Clip]:
 
     Args:
         videos: a list of videos, or one. A video is uint8[F, height, width, 3], or a list of PIL
-            images or of uint8[height, width, 3]. Transparency is left out.
+            images or of uint8[height, width, 3]. Transparent PIL images are put on white, and
+            rounded to whole values (transformers' video processors do not round).
         metadata: for each video a mapping with `total_num_frames`, `fps`, `frames_indices` and
             `duration` (seconds), or one mapping for one video; transformers' VideoMetadata is such
             a mapping.
@@ -95,7 +97,7 @@ def read_frames(video: Any) -> np.ndarray:
         ValueError: there are no frames, or they have different sizes or another form.
     """
     if isinstance(video, list | tuple):
-        read = [np.asarray(f.convert("RGB") if isinstance(f, Image.Image) else f) for f in video]
+        read = [as_rgb(f) if isinstance(f, Image.Image) else np.asarray(f) for f in video]
         shapes = list(dict.fromkeys(frame.shape for frame in read))
         if len(shapes) > 1:
             first, other = (" x ".join(map(str, shape[:2])) for shape in shapes[:2])

@@ -141,8 +141,9 @@ def resampled(index: np.ndarray, height: int, width: int) -> Features:
 
 def with_ends(features: Features, rows: int, end: int) -> Features:
     """Returns the features of a grid with row `end` of the table after each of its rows."""
-    index = features.rows.reshape(rows, -1, 4)
-    weight = features.weights.reshape(rows, -1, 4)
+    columns = len(features.rows) // max(rows, 1)  # of very long pictures, either may be 0
+    index = features.rows.reshape(rows, columns, 4)
+    weight = features.weights.reshape(rows, columns, 4)
     last = Features.of_rows(np.full(rows, end))
     return Features(
         np.concatenate([index, last.rows[:, None]], axis=1).reshape(-1, 4),
@@ -178,7 +179,7 @@ def layout_of(size: Size, tiles: Size, vision: Any, shape: Size, places: np.ndar
     """
     side = vision.side
     whole = grid(places[: side * side], side, side, llava_like.on_cells(vision, side))
-    kept = places[side * side :].reshape(shape[0], -1)[:, : shape[1]]
+    kept = places[side * side :].reshape(shape[0], shape[1] + 1)[:, : shape[1]]
     shown = shown_part(size, (tiles[0] * side, tiles[1] * side))
     canvas = [count * vision.image_size for count in tiles]
     scale = min(full / length for full, length in zip(canvas, size, strict=True))

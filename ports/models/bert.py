@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from ports import checkpoint
 from ports.checkpoint import hub
 from ports.inputs import vocabulary
+from ports.inputs.model_inputs import check_length
 from ports.nn import attention, layers
 from ports.nn.encoder import EncoderConfig
 from ports.parallel import compiled
@@ -77,6 +78,7 @@ class Embeddings(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Maps tokens int[B, T], padded on the right, to [B, T, D]."""
         cfg = self.config
+        check_length(tokens, cfg.max_length)
 
         def table(size: int, name: str) -> nn.Embed:
             return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, name=name)
@@ -240,7 +242,7 @@ class TextEncoder:
             [B, T, D].
 
         Raises:
-            ValueError: a token id is outside the vocabulary.
+            ValueError: a token id is outside the vocabulary, or the texts are too long.
         """
         vocabulary.check_ids(np.asarray(tokens), self.config.vocab_size)
         mask = jnp.asarray(attention_mask)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from ports import checkpoint
 from ports.checkpoint import hub
 from ports.inputs import vocabulary
+from ports.inputs.model_inputs import check_length
 from ports.nn import clip_vision, encoder, layers
 from ports.parallel import compiled
 from ports.programs import keep_programs
@@ -71,6 +72,7 @@ class TextEmbeddings(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Maps tokens int[B, T] to [B, T, D]."""
         cfg = self.config
+        check_length(tokens, cfg.max_positions)
 
         def table(size: int, name: str) -> nn.Embed:
             return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, name=name)
@@ -180,14 +182,18 @@ class DualEncoder:
             Unit vectors, float32[B, E].
 
         Raises:
-            ValueError: a token id is outside the vocabulary.
+            ValueError: a token id is outside the vocabulary, or the texts are too long.
         """
         vocabulary.check_ids(np.asarray(tokens), self.module.config.text.vocab_size)
         mask = jnp.asarray(attention_mask)
         return _embed_text(self.module, self.params, jnp.asarray(tokens), mask)
 
     def embed_images(self, pixels: Array | np.ndarray) -> Array:
-        """Maps pixels[I, 3, height, width] to unit vectors float32[I, E]."""
+        """Maps pixels[I, 3, height, width] to unit vectors float32[I, E].
+
+        Raises:
+            ValueError: the images are not of the tower's size.
+        """
         return _embed_images(self.module, self.params, jnp.asarray(pixels))
 
 

@@ -151,14 +151,17 @@ def tile_grid(count: int, size: tuple[int, int]) -> tuple[int, int]:
 
 def _size(image: Any) -> tuple[int, int]:
     """Returns the height and width of a PIL image, an array or a file's image."""
-    if isinstance(image, str):
-        from transformers.image_utils import load_image
+    from transformers import image_utils
 
-        image = load_image(image)
+    if isinstance(image, str):
+        image = image_utils.load_image(image)
     if isinstance(image, Image.Image):
         return image.height, image.width
-    height, width = np.shape(image)[:2]
-    return height, width
+    if np.ndim(image) == 2:
+        return np.shape(image)
+    pixels = np.asarray(image)
+    axis = image_utils.infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+    return image_utils.get_image_size(pixels, axis)
 
 
 def _parts(arrays: Mapping[str, np.ndarray], pixels: str, counts: str) -> Iterator[np.ndarray]:

@@ -103,8 +103,18 @@ class VisionEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """Maps the processor's pixels[I, 3, height, width] to [I, 1 + P, D]."""
+        """Maps the processor's pixels[I, 3, height, width] to [I, 1 + P, D].
+
+        Raises:
+            ValueError: images of another size have no learnt positions.
+        """
         cfg = self.config
+        height, width = pixels.shape[2:]
+        if (height // cfg.patch_size, width // cfg.patch_size) != (cfg.side, cfg.side):
+            raise ValueError(
+                f"images are {height} x {width} pixels; expected {cfg.image_size} x "
+                f"{cfg.image_size}, as the processor makes them"
+            )
         patches = embed_patches(cfg, False, self.dtype, pixels)
         first = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,))
         first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, cfg.hidden_size))

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ports import checkpoint
-from ports.inputs import processor
+from ports.inputs import pictures, processor
 from ports.inputs import videos as clips
 from ports.models import port
 from ports.models.molmo2 import crops
@@ -155,12 +154,15 @@ def _times(clip: clips.Clip) -> list[float]:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Converts an array, a PIL image or a file's path to uint8[height, width, 3]."""
+    """Converts an array, a PIL image or a file's path to uint8[height, width, 3].
+
+    Grey pictures are widened, and transparent ones put on white.
+    """
     if isinstance(image, str):
         from transformers.image_utils import load_image
 
         image = load_image(image)
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = pictures.as_rgb(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(
             f"it is {pixels.dtype}{list(pixels.shape)}; expected a PIL image or "

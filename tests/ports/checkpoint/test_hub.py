@@ -71,6 +71,21 @@ def test_the_project_names_the_embedded_model():
     assert entry == ("embedded", "xlvlm_jax.demo.embedded:LLAVA")
 
 
+def test_weights_in_other_formats_are_not_downloaded(monkeypatch, tmp_path):
+    given = {}
+
+    def download(repository, ignore_patterns):
+        given["files"] = huggingface_hub.utils.filter_repo_objects(
+            ["params.json", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin"],
+            ignore_patterns=ignore_patterns,
+        )
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.find_directory("some/model") == tmp_path
+    assert list(given["files"]) == ["params.json", "model.safetensors"]
+
+
 def test_a_repository_without_an_owner(publish):
     snapshot = publish("roberta-large", embedded.CLIP)
     assert hub.find_directory("roberta-large") == snapshot

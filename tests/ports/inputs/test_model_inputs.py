@@ -96,6 +96,8 @@ class TestPrompts:
         assert [text for text, _ in pairs] == texts
         assert [len(listed) for _, listed in pairs] == [1, 0, 2]
         assert len(model_inputs.pair_prompts(["any"], [self.IMAGE], None)) == 1
+        as_tuples = [entry if isinstance(entry, np.ndarray) else tuple(entry) for entry in images]
+        assert model_inputs.pair_prompts(texts, as_tuples, "<image>") == pairs
         assert len(model_inputs.pair_prompts(["any"] * 2, self.IMAGE[None].repeat(2, 0), None)) == 2
 
     @pytest.mark.parametrize(

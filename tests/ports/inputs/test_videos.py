@@ -19,6 +19,14 @@ def test_frames_in_any_form_are_the_same(kind):
         assert (clip.total, clip.rate, list(clip.numbers)) == (3, None, [0, 1, 2])
 
 
+def test_transparent_frames_are_put_on_white():
+    frames = [Image.new("RGBA", (1, 1), (100, 0, 50, alpha)) for alpha in (0, 51, 255)]
+    # Of an opacity of a fifth: 0.8 * 255 + 0.2 * (100, 0, 50).
+    expected = [[255, 255, 255], [224, 204, 214], [100, 0, 50]]
+    assert videos.read_frames(frames)[:, 0, 0].tolist() == expected
+    assert videos.read_frames([Image.new("L", (1, 1), 9)])[0, 0, 0].tolist() == [9, 9, 9]
+
+
 def test_rates_by_hand():
     (plain,) = videos.read_clips([VIDEO])
     (known,) = videos.read_clips([VIDEO], {"fps": 5.0})

@@ -53,6 +53,12 @@ def test_rows_end_in_a_vector():
     assert features.weights.sum(axis=1).tolist() == [1] * 6
 
 
+def test_a_grid_without_rows_or_columns():
+    none = Features.of_rows(np.zeros((0, 5), int))
+    assert len(anyres.with_ends(none, 0, end=9).rows) == 0
+    assert anyres.with_ends(none, 3, end=9).rows[:, 0].tolist() == [9, 9, 9]
+
+
 def test_features_beyond_the_last_have_no_weight():
     features = Features.of_rows(np.arange(20)).padded()
     assert len(features.rows) == 32 and not features.weights[20:].any()

@@ -68,6 +68,17 @@ def test_padding_changes_no_state(pairs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_texts_without_learnt_positions(pairs, kind):
+    _, ours = pairs[kind]
+    longest = ours.config.max_length
+    ids = np.full((1, longest + 1), 7)
+    with helpers.raises_line(
+        ValueError, f"texts have {longest + 1} tokens; expected at most {longest}: truncate them"
+    ):
+        ours.states(ids, np.ones_like(ids), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_with_a_head_loads_without_it(tmp_path, kind):
     model = bert_helpers.make_bert(tmp_path, kind, head=True)
     ours = bert.load_text_encoder(tmp_path)

@@ -99,6 +99,18 @@ def test_padding_changes_no_embedding(models, inputs):
     np.testing.assert_allclose(short, padded, rtol=0, atol=1e-6)
 
 
+def test_inputs_without_learnt_positions(models):
+    dual = models[1]
+    ids = np.ones((1, 14), int)
+    with helpers.raises_line(ValueError, "texts have 14 tokens; expected at most 13"):
+        dual.embed_text(ids, ids)
+    for height, width in ((7, 7), (30, 23), (23, 20)):
+        with helpers.raises_line(
+            ValueError, f"images are {height} x {width} pixels; expected 23 x 23"
+        ):
+            dual.embed_images(np.zeros((1, 3, height, width), np.float32))
+
+
 def test_buffers_of_old_checkpoints_are_left_out():
     assert clip.canonical_name("text_model.embeddings.position_ids") is None
     assert clip.canonical_name("logit_scale") == "logit_scale"

@@ -147,6 +147,19 @@ def inputs(made):
     return make_inputs(made.vlm.sizes, rows, [4, 9, 5])
 
 
+def test_very_long_pictures(made):
+    """Of a wide one, no row of patches remains; of a tall one, only the rows' ends."""
+    inputs = make_inputs(made.vlm.sizes, [[(3, 1000)], [(1000, 3)]], [4, 9])
+    side = made.vlm.sizes.vision.side
+    wide, tall = (inputs["input_ids"] == helpers.IMAGE).sum(1) - side**2
+    assert wide == 0 < tall
+    expected, _ = made.torch_forward(inputs)
+    family.assert_logits(made.vlm.forward(inputs).logits, expected, inputs)
+    layouts = [layout for row in made.vlm.patch_layout(inputs) for layout in row]
+    assert [layout.positions.size for layout in layouts] == [0, 0]
+    assert [layout.whole.positions.size for layout in layouts] == [side**2] * 2
+
+
 def test_every_site_and_the_logits_equal_pytorchs(made, inputs):
     family.check_sites(made, inputs)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import ports
@@ -443,6 +444,21 @@ class TestProcessor:
         save_processor(tmp_path, **change)
         with helpers.raises_line(ValueError, "cannot load the processor", message):
             ports.load_abstract(tmp_path).processor  # noqa: B018
+
+    def test_grey_and_transparent_pictures(self, vlm):
+        grey = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+        plain = np.repeat(grey[..., None], 3, axis=2)
+        seen = np.concatenate([plain, np.full((20, 30, 1), 255, np.uint8)], axis=2)
+        hidden = np.concatenate([plain, np.zeros((20, 30, 1), np.uint8)], axis=2)
+        white = np.full((20, 30, 3), 255, np.uint8)
+
+        def pixels(picture):
+            return vlm.process([vlm.render("what")], [picture])["pixel_values"]
+
+        for given in (grey, grey[..., None], Image.fromarray(grey), seen, Image.fromarray(seen)):
+            np.testing.assert_array_equal(pixels(given), pixels(plain))
+        for given in (hidden, Image.fromarray(hidden)):
+            np.testing.assert_array_equal(pixels(given), pixels(white))
 
     def test_an_image_of_another_kind(self, vlm):
         with helpers.raises_line(ValueError, "rejects an image: it is float64[3, 3]"):

@@ -235,6 +235,17 @@ def test_cells_of_internvls_tiles(found):
     assert [len(row) for row in vlm.patch_layout(inputs)] == [7, 4]
 
 
+def test_the_channels_of_internvls_arrays_may_come_first(found):
+    vlm = ports.load_abstract(found["internvl"][1])
+    wide = np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8)
+    prompts = [vlm.render("what")]
+    expected = vlm.process(prompts, [wide])
+    assert expected["tile_grids"].tolist() == [[1, 3]]
+    found = vlm.process(prompts, [wide.transpose(2, 0, 1)])
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 def test_rows_of_pixtral_by_hand(found):
     _, _, arrays = found["pixtral"]
     # 60 x 40 pixels: 9 x 6 patches, and the same upright.
