@@ -18,10 +18,11 @@ def as_rgb(image: Any) -> np.ndarray:
     from transformers.image_transforms import convert_to_rgb
 
     if isinstance(image, Image.Image):
-        return convert_to_rgb(image, return_numpy=True)
+        return np.asarray(convert_to_rgb(image, return_numpy=True))
     pixels = np.asarray(image)
     if pixels.dtype == np.uint8 and pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 4):
         return pixels
-    return convert_to_rgb(pixels, return_numpy=True, input_data_format="channels_last")
+    rgb = convert_to_rgb(pixels, return_numpy=True, input_data_format="channels_last")
+    return np.asarray(rgb)
