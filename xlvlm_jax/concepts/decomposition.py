@@ -752,7 +752,8 @@ def project_stored(
         ValueError: as for `project`.
     """
     N, D = source.shape
-    size = max(PROJECTED_BYTES // (4 * D), 1)
+    # Of many concepts, the activations take more than the rows.
+    size = max(PROJECTED_BYTES // (4 * max(D, len(concepts.components))), 1)
     for start in range(0, max(N, 1), size):
         rows = read_block(source, start, min(start + size, N))
         yield start, rows, keep_pace(_project(rows, concepts, mesh, start))

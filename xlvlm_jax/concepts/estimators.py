@@ -148,6 +148,7 @@ class SemiNMF(_Linear):
         components_: float[K, D], the atoms V.
         n_components_: K.
         alpha_: the weight in the units of X, which `transform` uses.
+        nonnegative_: whether the codes of the fit, and so of `transform`, are >= 0.
         objective_: final value of the objective.
         reconstruction_err_: |X - U V|, the Frobenius norm.
         stability_: float[K], how reliably the other starts find each atom again; see `Concepts`.
@@ -218,6 +219,7 @@ class SemiNMF(_Linear):
         self.components_ = np.array(concepts.components, X.dtype)
         self.n_components_ = len(self.components_)
         self.alpha_ = concepts.options["alpha"]
+        self.nonnegative_ = concepts.options["nonnegative"]
         self.objective_ = concepts.objective
         self.reconstruction_err_ = self._error(X, concepts.activations)
         self.stability_ = None if concepts.stability is None else np.array(concepts.stability)
@@ -225,7 +227,7 @@ class SemiNMF(_Linear):
         return self
 
     def _codes(self, X: np.ndarray) -> Float[jax.Array, "N K"]:
-        options = {"alpha": self.alpha_, "nonnegative": bool(self.nonnegative)}
+        options = {"alpha": self.alpha_, "nonnegative": self.nonnegative_}
         return project(X, Concepts(self.components_, options=options))
 
     def _error(self, X: np.ndarray, codes: Any) -> float:
@@ -330,7 +332,7 @@ class KMeans(ClusterMixin, _Solver):
         concepts, origin = self._found(X, weights, self._count_starts())
         self.cluster_centers_ = origin + np.array(concepts.components, X.dtype)
         self.inertia_ = concepts.objective
-        self.labels_ = self._labels(X)
+        self.labels_ = self._nearest(X)[0]
         self.counts_ = np.bincount(self.labels_, weights, self.n_clusters).astype(np.float64)
         self._end(concepts)
         distinct = len(np.unique(self.labels_))
@@ -372,7 +374,7 @@ class KMeans(ClusterMixin, _Solver):
             self.counts_ = np.zeros(self.n_clusters)
         else:
             _require_unchanged("n_clusters", self.n_clusters, len(self.cluster_centers_))
-        labels, N = self._labels_and_distances(X)[0], len(X)
+        labels, N = self._nearest(X)[0], len(X)
         weights = np.ones(N) if weights is None else weights
         counts = self.counts_ + np.bincount(labels, weights, self.n_clusters)
         members = csr_array((weights, (labels, np.arange(N))), (self.n_clusters, N))
@@ -380,7 +382,7 @@ class KMeans(ClusterMixin, _Solver):
         moved = (members @ apart) / np.where(counts > 0, counts, 1)[:, None]
         self.cluster_centers_ = (self.cluster_centers_ + moved).astype(self.cluster_centers_.dtype)
         self.counts_ = counts
-        self.labels_, apart = self._labels_and_distances(X)
+        self.labels_, apart = self._nearest(X)
         self.inertia_ = _inertia(apart, weights)
         return self
 
@@ -463,11 +465,16 @@ class KMeans(ClusterMixin, _Solver):
         labels, apart = distances(X, Concepts(self.cluster_centers_, method="kmeans"))
         return np.array(labels, np.int32), np.array(apart, X.dtype)
 
-    def _labels(self, X: np.ndarray) -> Int[np.ndarray, " N"]:
+    def _nearest(self, X: np.ndarray) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        """Returns the nearest centre of each row, and its distance."""
+        labels, apart = np.empty(len(X), np.int32), np.empty(len(X), X.dtype)
         # Distances of a block of rows at a time, as of all they may be far larger than the rows.
         size = max(DISTANCE_BYTES // (8 * self.n_clusters), 1)
-        blocks = range(0, len(X), size)
-        return np.concatenate([self._labels_and_distances(X[at : at + size])[0] for at in blocks])
+        for start in range(0, len(X), size):
+            part = slice(start, start + size)
+            labels[part], of_all = self._labels_and_distances(X[part])
+            apart[part] = of_all.min(axis=1)
+        return labels, apart
 
     def transform(self, X: Any) -> np.ndarray:
         """Returns the distances[N, K] of the rows of X[N, D] from the centres, like scikit-learn.
@@ -478,7 +485,7 @@ class KMeans(ClusterMixin, _Solver):
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the nearest centre, int32[N], of each row of X[N, D]."""
-        return self._labels(self._checked(X))
+        return self._nearest(self._checked(X))[0]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Returns minus the sum of squared distances to the nearest centres.
@@ -490,7 +497,7 @@ class KMeans(ClusterMixin, _Solver):
         """
         X = self._checked(X)
         weights = self._checked_weights(X, sample_weight)
-        return -_inertia(self._labels_and_distances(X)[1], 1 if weights is None else weights)
+        return -_inertia(self._nearest(X)[1], 1 if weights is None else weights)
 
 
 def _require_unchanged(name: str, asked: int, fitted: int) -> None:
@@ -502,8 +509,8 @@ def _require_unchanged(name: str, asked: int, fitted: int) -> None:
         )
 
 
-def _inertia(apart: Float[np.ndarray, "N K"], weights: Any) -> float:
-    return float(np.sum(weights * apart.min(axis=1).astype(np.float64) ** 2))
+def _inertia(apart: Float[np.ndarray, " N"], weights: Any) -> float:
+    return float(np.sum(weights * apart.astype(np.float64) ** 2))
 
 
 class PCA(_Linear):

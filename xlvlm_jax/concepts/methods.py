@@ -152,6 +152,7 @@ class Method:
         }
         if self.is_sparse:
             options[RELATIVE] = False
+        switches = [name for name, value in options.items() if isinstance(value, bool)]
         for name in given:
             if name not in options:
                 known = f"its options are {', '.join(options)}" if options else "it has no options"
@@ -160,8 +161,10 @@ class Method:
                     + _nearest(name, options)
                 )
         options |= given
-        if not isinstance(options.get(RELATIVE, False), bool):
-            raise ValueError(f"{RELATIVE} must be True or False; got {options[RELATIVE]!r}")
+        for name in switches:
+            if not isinstance(options[name], bool | np.bool_):
+                raise ValueError(f"{name} must be True or False; got {options[name]!r}")
+            options[name] = bool(options[name])
         for name, lowest in {"alpha": 0, "tol": 0}.items():
             if name in options:
                 check_number(name, options[name], lowest)

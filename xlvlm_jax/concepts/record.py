@@ -34,6 +34,7 @@ TENSORS, DESCRIPTION = "concepts.safetensors", "concepts.json"
 # Name of a Zarr array that replaces the tensor for streamed activations: "activations-" and the
 # start of the digest of the components they belong to ("activations" in old directories).
 ACTIVATIONS = "activations"
+TILE_NUMBERS = 2**22  # of activations that are read together
 Matrix = Float[Array | np.ndarray, "..."]
 MAPS = "maps.safetensors"  # over pictures, see `stored_maps`
 UNFINISHED = f"{ACTIVATIONS}.tmp"
@@ -78,7 +79,7 @@ class Concepts:
         images: for each concept the files of the images that show it, once grounded. On disk their
             names are such that they are found after a move (see `pictures`).
         through_norm: whether the words were read through the model's final norm; None if unknown.
-        source: where Z came from, in any form; its "features" are found after a move too. Of a
+        source: where Z came from, JSON values; its "features" are found after a move too. Of a
             transcoder, "target" is the same of the states that its components are directions of; of
             a crosscoder, "other" is that of the source whose components these are not.
         dictionary: the sparse autoencoder that encodes rows, whose features the concepts are; None
@@ -138,6 +139,9 @@ class Concepts:
         how = method_named(self.method)
         if not (how.is_sparse or how.has_encoder) or self.activations is None:
             return np.zeros(len(self.components), bool)
+        if isinstance(self.activations, StoredRows):  # may not fit into memory
+            tiles = self.activations.tiles(max(TILE_NUMBERS // len(self.components), 1))
+            return ~np.logical_or.reduce([np.any(tile != 0, axis=0) for _, tile in tiles])
         return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
 
     def tree_flatten(self) -> tuple[tuple, str]:

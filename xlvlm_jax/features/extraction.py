@@ -70,7 +70,7 @@ def extract(
             the model's.
         edits: (vlm, inputs) -> the edits under which states are captured, see `VLM.generate`.
         steering: what these edits are, as JSON values; kept in the manifest.
-        source: where the samples come from, in any form; kept in the manifest.
+        source: where the samples come from, JSON values; kept in the manifest.
         strict: stop at an image that can't be read, a sample that the processor refuses, or a state
             that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping the
             sample. What was computed before is kept.

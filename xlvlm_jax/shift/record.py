@@ -58,7 +58,7 @@ class ShiftAnalysis:
         pictures: {sample ID: image file} of the first few images.
         num_words, num_images: number of words and images requested per concept.
         vocabulary: number of different words in the tokenizer that may describe a concept.
-        source: where the states come from, in any form.
+        source: where the states come from, JSON values.
     """
 
     original: Float[np.ndarray, "K D"]

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from sklearn import cluster, decomposition
 
 from xlvlm_jax.concepts import decomposition as concepts
+from xlvlm_jax.concepts import record
 from xlvlm_jax.concepts.decomposition import decompose, project
 from xlvlm_jax.concepts.methods import METHODS
-from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.solvers import pca
+from xlvlm_jax.storage.zarr_rows import StoredRows
 
 KEY = jax.random.key(0)
 N, D, K = 20, 6, 3
@@ -330,6 +332,8 @@ def test_rows_too_short_for_alpha_are_named_and_their_concepts_dead():
     )
     with pytest.raises(ValueError, match="relative_alpha must be True or False; got 1"):
         quick(Z, relative_alpha=1)
+    with pytest.raises(ValueError, match="nonnegative must be True or False; got 'no'"):
+        Concepts.from_components(Z[:2], nonnegative="no")
 
 
 # The states of a real model, beside scikit-learn in float64.
@@ -490,7 +494,26 @@ def test_stored_rows_are_projected_some_at_a_time(monkeypatch, waited_for):
         project(Stored(spoilt(17, np.inf)), learnt)
 
 
+def test_many_concepts_are_projected_on_fewer_rows_at_a_time(monkeypatch):
+    """Their activations, not the rows, fill the memory."""
+    Z, learnt = rows(1), Concepts.from_components(np.tile(np.eye(D), (4, 1)), "simple")
+    monkeypatch.setattr(concepts, "PROJECTED_BYTES", 7 * 4 * 4 * D)
+    parts = [len(part) for _, part, _ in concepts.project_stored(Stored(Z), learnt)]
+    assert max(parts) == 7 and sum(parts) == len(Z)
+
+
 # On disk.
+
+
+def test_dead_concepts_of_activations_on_disk(tmp_path, monkeypatch):
+    codes = np.zeros((9, 4), np.float32)
+    codes[8, 1] = codes[2, 3] = 1
+    with StoredActivations(tmp_path, *codes.shape) as activations:
+        activations.write(0, codes)
+        found = Concepts(np.eye(4), activations.rows())
+        monkeypatch.setattr(record, "TILE_NUMBERS", 8)  # two rows
+        monkeypatch.setattr(StoredRows, "__array__", None)  # not as a whole
+        assert found.dead.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("method", METHODS)

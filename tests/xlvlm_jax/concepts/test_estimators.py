@@ -14,6 +14,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import xlvlm_jax
 from xlvlm_jax import KMeans, SemiNMF
+from xlvlm_jax.concepts import estimators
 
 RANDOM = np.random.default_rng(0)
 CENTRES = 10 * RANDOM.standard_normal((3, 5))
@@ -300,6 +301,29 @@ def test_warnings():
         KMeans(3, random_state=0).fit(np.repeat(X[:2], 4, axis=0))
     with pytest.warns(RuntimeWarning, match="performing only one init instead of n_init=4"):
         KMeans(3, init=X[:3], n_init=4).fit(X)
+
+
+def test_distances_of_few_rows_are_in_memory(monkeypatch):
+    ours = KMeans(3, random_state=0).fit(X)
+    score, labels = ours.score(X), ours.predict(X)
+    monkeypatch.setattr(estimators, "DISTANCE_BYTES", 8 * 3 * 7)
+    sizes, whole = [], KMeans._labels_and_distances
+
+    def counted(self, rows):
+        sizes.append(len(rows))
+        return whole(self, rows)
+
+    monkeypatch.setattr(KMeans, "_labels_and_distances", counted)
+    assert ours.score(X) == pytest.approx(score, rel=1e-6)
+    np.testing.assert_array_equal(ours.predict(X), labels)
+    ours.partial_fit(X)
+    assert max(sizes) == 7 and sum(sizes) == 4 * len(X)
+
+
+def test_codes_are_those_of_the_fit_whatever_is_set_later():
+    ours = SemiNMF(3, random_state=0).fit(X)
+    codes = ours.transform(X)
+    np.testing.assert_array_equal(ours.set_params(nonnegative=False).transform(X), codes)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,8 +13,8 @@ from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.writer import FeaturesWriter
-from xlvlm_jax.shift import Pairs, ShiftAnalysis, shift_features, stage
-from xlvlm_jax.storage.zarr_rows import StoredRows
+from xlvlm_jax.shift import Pairs, ShiftAnalysis, blocks, shift_features, stage
+from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 OPTIONS = {"num_words": 2, "num_images": 10}
 
@@ -66,6 +67,20 @@ def test_the_shift_of_each_sample_is_stored(write, states, concepts, head, root)
     for k in range(3):
         own = stored["shifts"][stored["concepts"] == k]
         np.testing.assert_allclose(own.mean(axis=0), found.shifts[k], atol=1e-5)
+
+
+def test_shifts_of_short_floats_are_not_rounded_again(root, monkeypatch):
+    """256 - 1.0078125 has more digits than bfloat16; a block holds two of three pairs."""
+    before, after = (np.full((3, 2), x, "f4").astype(ml_dtypes.bfloat16) for x in (1.0078125, 256))
+    stored = []
+    for name, Z in (("before", before), ("after", after)):
+        wait(create_array(root / name, "bfloat16", Z.shape).write(Z))
+        stored.append(StoredRows(root / name, 3))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8 * 2 * 2)
+    rows = np.arange(3)
+    stage._store_samples(root, *stored, Pairs(rows, rows, 3), np.zeros(3, np.int64))
+    found = load_file(root / "sample-shifts.safetensors")["shifts"]
+    assert found.dtype == np.float32 and found.tolist() == [[254.9921875] * 2] * 3
 
 
 def test_one_directory_with_both_models_gives_the_same(write, states, concepts, head, root):

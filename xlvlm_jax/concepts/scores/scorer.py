@@ -279,8 +279,11 @@ class Scorer:
         worded = np.array([bool(concept) for concept in words])
         K = len(words)
         own = np.asarray(metrics.clip_scores(images, embedded[:K])) * worded
-        drawn = np.asarray(metrics.clip_scores(images, embedded[K:]))
-        drawn = drawn.reshape(len(own), -1, K).mean(1)
+        # One draw in memory at a time.
+        drawn = np.zeros_like(own)
+        for start in range(K, len(texts), K):
+            drawn += np.asarray(metrics.clip_scores(images, embedded[start : start + K]))
+        drawn /= len(draws)
         # Sample n gets noise image n mod NUM_NOISE.
         noise = metrics.clip_scores(self._noise, embedded[:K]) * worded
         noise = noise[np.arange(len(own)) % NUM_NOISE]
@@ -309,7 +312,10 @@ class Scorer:
 
         precision, recall, own = matched(words)
         draws = self._draws(words, self._bert_vocabulary)
-        drawn = np.mean([matched(version)[2] for version in draws], axis=0)
+        drawn = np.zeros(widest.shape)
+        for version in draws:  # one in memory at a time
+            drawn += matched(version)[2]
+        drawn /= len(draws)
         return {
             r: _fit(
                 own,
