@@ -1,5 +1,7 @@
 """Maps over each concept's own pictures: which, on disk, in the report, and messages."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,16 @@ def test_grounding_names_each_picture_once(run, vlm):
         ["under.png", "top.png", "without.png"],
         ["without.png", "under.png"],  # the third does not activate it
     ]
+
+
+def test_samples_without_a_picture_show_none(run, vlm):
+    """As those of an imported file that names no pictures."""
+    index, samples = np.array([0, 0, 1, 1, 2, 2]), [{"id": "a", "image": "a.png"}, {}, {}]
+    with FeaturesWriter(run / "bare", model_of(vlm)) as writer:
+        writer.append(samples, {SITE: np.zeros((6, 192), np.float32)}, index, index, index)
+        writer.close()
+    grounded = ground_concepts(run / "concepts", vlm, Features.open(run / "bare"))
+    assert [[Path(image).name for image in images] for images in grounded.images] == [["a.png"], []]
 
 
 def test_written_by_the_command_and_shown_in_the_report(run, vlm, xlvlm):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,17 @@ def test_directories_of_concepts(xlvlm, directory, bert, tmp_path):
     assert row["clip"]["1"]["mean"] > row["clip"]["1"]["random"]
     assert set(row["bert"]) == {"1", "3"}
     assert scores["scored on"]["bert layer"] == 3
+
+
+def test_directories_of_one_name_are_told_apart(xlvlm, directory, tmp_path):
+    """Without CLIP and BERT, which other tests score with."""
+    paths = [tmp_path / name / "kinds" for name in "ab"]
+    for path in paths:
+        shutil.copytree(directory, path)
+    status, _, errors = xlvlm("score", *paths, "--output", tmp_path / "run")
+    assert status == 0, errors
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert [row["name"] for row in scores["dictionaries"]] == ["a/kinds", "b/kinds"]
 
 
 def test_methods_are_compared(xlvlm, features, tmp_path):
