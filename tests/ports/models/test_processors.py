@@ -237,11 +237,11 @@ def test_cells_of_internvls_tiles(found):
 
 def test_the_channels_of_internvls_arrays_may_come_first(found):
     vlm = ports.load_abstract(found["internvl"][1])
-    wide = np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8)
+    tall = np.random.default_rng(0).integers(0, 256, (90, 30, 3), np.uint8)
     prompts = [vlm.render("what")]
-    expected = vlm.process(prompts, [wide])
-    assert expected["tile_grids"].tolist() == [[1, 3]]
-    found = vlm.process(prompts, [wide.transpose(2, 0, 1)])
+    expected = vlm.process(prompts, [tall])
+    assert expected["tile_grids"].tolist() == [[3, 1]]
+    found = vlm.process(prompts, [tall.transpose(2, 0, 1)])
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
 
