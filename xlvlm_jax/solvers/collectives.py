@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from xlvlm_jax.solvers.linalg import real_dtype
+from xlvlm_jax.solvers.linalg import matmul, real_dtype
 from xlvlm_jax.solvers.loop import Result
 
 T = TypeVar("T")
@@ -60,6 +60,17 @@ class Rows(NamedTuple):
         here = ((local >= 0) & (local < M)).reshape(-1, *(1,) * (values.ndim - 1))
         mine = values[jnp.clip(local, 0, M - 1)].astype(dtype)
         return jax.lax.psum(jnp.where(here, mine, 0), self.axis)
+
+    def take_columns(
+        self, values: Float[Array, "K M"], numbers: Int[Array, " R"]
+    ) -> Float[Array, "R K"]:
+        """Returns the finite values of the rows with these numbers, of an array with rows last."""
+        if jax.default_backend() != "tpu":
+            return self.take(values.T, numbers)
+        # v5p and v6e read single rows of an array from a copy of all, with K padded to 128. A
+        # product with zeros and ones is exact at precision "highest", and reads it as it lies.
+        chosen = numbers[:, None] == self.numbers(values.shape[1])
+        return self.total(matmul(chosen.astype(real_dtype(values)), values.T))
 
     def largest(self, scores: Float[Array, " M"], count: int) -> Int[Array, " R"]:
         """Returns the numbers of the `count` rows of largest score, or of all rows if fewer."""

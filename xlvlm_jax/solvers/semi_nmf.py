@@ -103,7 +103,7 @@ def update(
 
     def residuals() -> Array:
         worst = rows.largest(cost - problem.alpha * jnp.sum(jnp.abs(codes), axis=0), len(ahead))
-        kept = rows.take(codes.T, worst)
+        kept = rows.take_columns(codes, worst)
         found = rows.take(problem.Z, worst) - matmul(kept, ahead)
         return jnp.pad(found, ((0, len(ahead) - len(found)), (0, 0)))
 

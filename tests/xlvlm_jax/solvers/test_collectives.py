@@ -14,6 +14,7 @@ from xlvlm_jax.solvers.collectives import ONE_DEVICE, keep_pace
 MESH = """
 import re
 from functools import partial
+from unittest import mock
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from xlvlm_jax.solvers import kmeans, kmeans_assignment, kmeans_leading, pca, semi_nmf
@@ -33,6 +34,9 @@ values = np.random.default_rng(0).random((24, 3)).astype(np.float32)
 numbers = jnp.array([23, 0, 7, 7])
 take = spread(rows.take, in_specs=(P("data"), P()), out_specs=P())
 np.testing.assert_array_equal(take(values, numbers), values[numbers])
+columns = spread(rows.take_columns, in_specs=(P(None, "data"), P()), out_specs=P())
+with mock.patch("jax.default_backend", return_value="tpu"):
+    np.testing.assert_array_equal(columns(values.T, numbers), values[numbers])
 largest = spread(lambda s: rows.largest(s, 5), in_specs=P("data"), out_specs=P())
 np.testing.assert_array_equal(largest(values[:, 0]), np.argsort(-values[:, 0])[:5])
 np.testing.assert_allclose(
