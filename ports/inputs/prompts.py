@@ -1,6 +1,8 @@
 """Prompts in the checkpoint's chat template, and the arrays of prompts with and without images."""
 
 import inspect
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def run_processor(
         **options,
     )
     arrays = {name: np.asarray(value) for name, value in batch.items()}
-    return _with_one_start(processor.tokenizer, rendered, arrays)
+    return _with_one_start(processor.tokenizer, rendered, arrays, options)
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, where: Any) -> str:
@@ -168,31 +170,41 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _with_one_start(
-    tokenizer: Any, texts: Sequence[str], arrays: dict[str, np.ndarray]
+    tokenizer: Any,
+    texts: Sequence[str],
+    arrays: dict[str, np.ndarray],
+    options: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     """Drops the beginning-of-sequence token of rows whose text and tokenizer both write it.
 
     It stays in the text until then: without it, some tokenizers begin the first word otherwise.
+    Whether the tokenizer writes it is read from the arrays: a call without padding would switch off
+    the padding of a tokenizer that other threads use.
     """
     start = tokenizer.bos_token_id
-    if start is None or tokenizer("")["input_ids"][:1] != [start]:
+    if start is None:
         return arrays
     ids, first = arrays["input_ids"], (arrays["attention_mask"] != 0).argmax(1)
-    twice = [
-        row
-        for row, (text, place) in enumerate(zip(texts, first, strict=True))
-        if text.startswith(tokenizer.bos_token)
-        and ids[row, place : place + 2].tolist() == [start, start]
-    ]
+    twice = []
+    for row, (text, place) in enumerate(zip(texts, first, strict=True)):
+        said = re.match(f"(?:{re.escape(tokenizer.bos_token)})*", text)
+        count = len(said[0]) // len(tokenizer.bos_token) if said else 0
+        if count and ids[row, place : place + count + 1].tolist() == [start] * (count + 1):
+            twice.append(row)
     if not twice:
         return arrays
-    moved = {name: value.copy() for name, value in arrays.items() if value.shape == ids.shape}
-    for name, value in moved.items():
-        pad = tokenizer.pad_token_id or 0 if name == "input_ids" else 0
-        for row in twice:
-            value[row, : first[row] + 2] = [pad, *value[row, : first[row] + 1]]
-    begin = (moved["attention_mask"] != 0).any(0).argmax()  # padding in all rows before it
-    return arrays | {name: value[:, begin:] for name, value in moved.items()}
+    of_tokens = {
+        name: value.copy() for name, value in arrays.items() if value.shape[:2] == ids.shape
+    }
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "special_tokens_mask": 1}
+    for name, value in of_tokens.items():
+        value[twice, first[twice]] = padding.get(name, 0)
+    # Columns that are now padding in all rows, but for those up to the multiple that was asked for.
+    given = {**options, **(options.get("text_kwargs") or {})}
+    multiple = given.get("pad_to_multiple_of") or 1
+    length = ids.shape[1] - (of_tokens["attention_mask"] != 0).any(0).argmax()
+    begin = max(0, ids.shape[1] - math.ceil(length / multiple) * multiple)
+    return arrays | {name: value[:, begin:] for name, value in of_tokens.items()}
 
 
 def _check_options(processor: Any, options: Mapping[str, Any]) -> None:

@@ -119,6 +119,8 @@ class Processor:
         cuts = [cut(_pixels(image), self.settings) for image in entries]
         marks = [self.token_ids[mark] for crops in cuts for mark in crops.tokens]
         words = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if words[:1] == [self.start_token]:  # the prompt says it
+            words = words[1:]
         return [self.start_token, *marks, *words], cuts
 
 

@@ -152,6 +152,11 @@ class TestBatch:
         assert (batch["image_input_idx"][1] == -1).all()
         assert set(text) == {"input_ids", "attention_mask"}
 
+    def test_the_start_token_stands_once(self, processor):
+        own, said = (processor(text=[t], images=[self.IMAGES[0]]) for t in ("this", "<s> this"))
+        for name, value in own.items():
+            np.testing.assert_array_equal(said[name], value)
+
     def test_several_images_follow_each_other(self, processor):
         both = processor(text=[" User: this"], images=[list(self.IMAGES)])
         first, second = (processor(text=[""], images=[[image]]) for image in self.IMAGES)
