@@ -132,7 +132,8 @@ def explain_picture(
 
     Raises:
         ValueError: the concepts are of another site, width or model, or have no words; the answer
-            is empty; or the model's image tokens have no place.
+            is empty; the model's image tokens have no place; or a picture that is too long has no
+            cells, `of_image`.
         OSError: the picture can't be read.
     """
     if num_concepts < 1:
@@ -145,6 +146,10 @@ def explain_picture(
     batch = make_batch(vlm, [sample], 1, strict=True)
     (inputs,) = batch.inputs
     ((layout,),) = layouts = picture_layouts(vlm, inputs, batch.sizes)
+    if of_image and not layout.positions.size:
+        raise ValueError(
+            f"the picture {sample.image} is so long that none of its cells is left; crop it"
+        )
     prompt_states = np.asarray(vlm.states(inputs, sites=[site])[site], np.float32)
     drawn = maps.concept_maps(prompt_states, concepts, layouts)[0][0]
     made = vlm.generate(inputs, max_new_tokens=max_new_tokens, sites=[site])

@@ -287,14 +287,17 @@ def _on_cells(
     cells = [(row, layout.positions) for row, pictures in enumerate(layouts) for layout in pictures]
     if not cells:
         raise ValueError("no prompt has a picture; maps need image tokens")
-    highest = max(int(positions.max()) for _, positions in cells)
+    highest = max(int(positions.max(initial=-1)) for _, positions in cells)
     if highest >= states.shape[1]:
         raise ValueError(
             f"a layout has position {highest}, but the states have {states.shape[1]} positions; "
             "pass the layout of the same inputs"
         )
     chosen = [states[row, positions[positions >= 0]] for row, positions in cells]
-    values = np.asarray(score(np.concatenate(chosen)), np.float32)
+    joined = np.concatenate(chosen)
+    # Very long pictures have no cell: a row of zeros tells how many values there would be.
+    scored = score(joined if len(joined) else np.zeros((1, states.shape[2]), states.dtype))
+    values = np.asarray(scored, np.float32)[: len(joined)]
     parts = np.split(values, np.cumsum([len(part) for part in chosen])[:-1])
     maps: Maps = [[] for _ in layouts]
     for (row, positions), part in zip(cells, parts, strict=True):

@@ -128,7 +128,8 @@ def map_pictures(
             layouts = picture_layouts(vlm, inputs, forced.sizes)
             slopes = answer_gradients(vlm, inputs, forced.answer_lengths, own).gradients
             drawn = maps.gradient_maps(np.asarray(slopes, np.float32), layouts)
-            if not any(np.nansum(one) for row in drawn for one in row):
+            every = [one for row in drawn for one in row if one.size]
+            if every and not any(np.nansum(one) for one in every):
                 raise ValueError(
                     f"no later layer reads the image tokens at {own!r}, so the answer does not "
                     "depend on them there; choose an earlier layer"
@@ -153,7 +154,7 @@ def map_pictures(
 def picture_layouts(
     vlm: VLM, inputs: dict[str, np.ndarray], sizes: Sequence[tuple[int, int]]
 ) -> list[list[PatchLayout]]:
-    """Returns the layouts of a batch with one picture per row, which must have cells.
+    """Returns the layouts of a batch with one picture per row, whose image tokens have places.
 
     Args:
         vlm: the model.
@@ -221,7 +222,7 @@ class _Activations:
         if self._wanted:
             kept = flat[self._wanted]
         else:
-            self._highest = np.fmax(self._highest, np.nanmax(flat, axis=1))
+            self._highest = np.fmax(self._highest, np.nanmax(flat, axis=1, initial=-np.inf))
             # A sparse entry needs its value and its place.
             few = np.count_nonzero(flat) < flat.size / 3
             kept = sparse.csr_array(flat) if few else flat

@@ -58,6 +58,30 @@ def test_a_cell_without_a_state():
     assert np.isnan(row[0][:, 0, 1]).all() and np.isfinite(row[0][:, 0, 0]).all()
 
 
+@pytest.mark.parametrize("values", [1, 2**24])
+def test_pictures_so_long_that_no_cell_is_left(values, monkeypatch):
+    """They take nothing from the others in their batch, and do not fail alone."""
+    monkeypatch.setattr(module, "_VALUES_AT_ONCE", values)
+    wide = PatchLayout(np.zeros((0, 4), int), np.zeros((0, 4, 4)))
+    tall = PatchLayout(np.zeros((4, 0), int), np.zeros((4, 0, 4)))
+    layouts = [[wide], [grid(np.arange(1, 7), 2, 3)], [tall]]
+    vectors = np.eye(3, dtype=np.float32)
+    kinds = {
+        "concepts": lambda rows, some: concept_maps(STATES[rows], CONCEPTS, some),
+        "by row": lambda rows, some: list(concept_maps_by_row(STATES[rows], CONCEPTS, some)),
+        "words": lambda rows, some: word_maps(STATES[rows], lambda x: x, [[0], [1], [2]], some),
+        "vectors": lambda rows, some: vector_maps(STATES[rows], vectors, some),
+        "gradients": lambda rows, some: gradient_maps(STATES[rows], some),
+    }
+    for name, drawn in kinds.items():
+        (of_wide,), (usual,), (of_tall,) = drawn(slice(3), layouts)
+        K = len(usual)
+        assert (of_wide.shape, of_tall.shape) == ((K, 0, 4), (K, 4, 0)), name
+        np.testing.assert_allclose(usual, drawn(slice(1, 2), layouts[1:2])[0][0], rtol=1e-6)
+        assert drawn(slice(1), layouts[:1])[0][0].shape == (K, 0, 4), name
+    assert np.isnan(paint(of_wide, wide.boxes, 3, 9)).all()
+
+
 @pytest.mark.parametrize(
     ("states", "layouts", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import sparse
 
-from ports.inputs.patch_layout import grid, latents
+from ports.inputs.patch_layout import PatchLayout, grid, latents
 from xlvlm_jax import Concepts, SteeringVector
 from xlvlm_jax.concepts.picture_maps import _Activations, map_pictures, picture_layouts
 from xlvlm_jax.data import folder, prompts
@@ -69,6 +69,29 @@ def test_the_most_active_of_many_concepts(active):
         np.testing.assert_array_equal(mine, theirs[11])
     held = [stored for _, stored in kept._pictures]
     assert all(sparse.issparse(one) == (active < 0.3) for one in held)
+
+
+def test_a_picture_without_cells():
+    rng = np.random.default_rng(0)
+    maps = [rng.random((20, *shape), np.float32) for shape in ((0, 4), (3, 2))]
+    kept, some = _Activations(()), _Activations([5])
+    for one in maps:
+        kept.add(one)
+        some.add(one)
+    assert kept.chosen(1) == [maps[1].max(axis=(1, 2)).argmax()]
+    for found in (kept.maps_of(5), some.maps_of(5)):
+        for mine, theirs in zip(found, maps, strict=True):
+            np.testing.assert_array_equal(mine, theirs[5])
+
+
+def test_maps_of_a_picture_without_cells(vlm, red_and_blue, squares, monkeypatch):
+    none = PatchLayout(np.zeros((0, 4), int), np.zeros((0, 4, 4)))
+    monkeypatch.setattr(
+        "xlvlm_jax.concepts.picture_maps.picture_layouts", lambda vlm, inputs, sizes: [[none]] * 3
+    )
+    samples = folder.samples_of([squares], prompts.CAPTION)
+    found = map_pictures(vlm, samples, concepts=red_and_blue, answers=["a red ball"])
+    assert [one.shape for row in found.rows for one in row.maps] == [(0, 4)] * 9
 
 
 def test_command(vlm, red_and_blue, squares, tmp_path, xlvlm):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import ports
+from ports.inputs.patch_layout import PatchLayout
 from xlvlm_jax import Concepts
 from xlvlm_jax.concepts.explain import explain_picture
 from xlvlm_jax.concepts.removal import answers_without, concept_directions, removal_effects
@@ -91,6 +92,18 @@ def test_an_answer_is_explained_by_activation_and_effect(vlm, sample, concepts):
     of_image = explain_picture(vlm, concepts, sample, of_image=True, max_new_tokens=4)
     for each in of_image.concepts:
         assert each.activation == pytest.approx(each.map.max())
+
+
+def test_a_picture_without_cells(vlm, sample, concepts, monkeypatch):
+    """Its concepts can only be those of the answer."""
+    none = PatchLayout(np.zeros((0, 4), int), np.zeros((0, 4, 4)))
+    monkeypatch.setattr("xlvlm_jax.concepts.explain.picture_layouts", lambda *_: [[none]])
+    with pytest.raises(
+        ValueError, match=r"dog\.png is so long that none of its cells is left; crop"
+    ):
+        explain_picture(vlm, concepts, sample, of_image=True)
+    found = explain_picture(vlm, concepts, sample, max_new_tokens=4)
+    assert {each.map.shape for each in found.concepts} == {(0, 4)}
 
 
 def test_command_and_page(vlm, sample, concepts, tmp_path, xlvlm):

@@ -44,6 +44,12 @@ class TestBatchCells:
         cells = batch_cells([[PatchLayout(np.array([[0, 1]]), boxes)]], 2, ["s"])
         assert cells.chosen.tolist() == [[True, False]]
 
+    def test_tiles_of_which_no_cell_is_left(self):
+        tiles = PatchLayout(np.zeros((0, 4), int), np.zeros((0, 4, 4)), whole=grid([1, 2], 1, 2))
+        cells = batch_cells([[tiles], [grid([0], 1, 1)]], 3, ["s", "t"])
+        assert cells.chosen.tolist() == [[False, True, True], [True, False, False]]
+        assert cells.grid[0, 1:].tolist() == [[0, 1, 0, 0], [0, 1, 0, 1]]
+
     def test_the_choice_depends_on_seed_and_name_alone(self):
         layout = [grid(np.arange(3, 12), 3, 3)]
         shifted = [grid(np.arange(5, 14), 3, 3)]

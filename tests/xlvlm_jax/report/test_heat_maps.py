@@ -42,6 +42,13 @@ def test_the_colours_are_matplotlibs_and_grow_brighter():
     assert gradient_css().startswith("#440154, ") and gradient_css().endswith(", #fde725")
 
 
+def test_an_overlay_without_cells_is_transparent():
+    uri = overlay(np.zeros((0, 4)), np.zeros((0, 4, 4)), (1000, 3), shared_scale([]))
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    image = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
+    assert image.shape == (1, 96, 4) and not image[..., 3].any()
+
+
 @pytest.mark.parametrize("size", [(30, 20), (600, 400)])
 def test_an_overlay_has_the_shape_of_its_picture_and_its_cells(size):
     values = np.array([[0.0, 1.0, np.nan]])
