@@ -1,7 +1,7 @@
 """Flax Linen ports of vision-language models.
 
     vlm = ports.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
-    inputs = vlm.processor(images=image, text=prompt, return_tensors="np")
+    inputs = vlm.process([vlm.render("What is in the picture?")], [image])
     answer = vlm.generate(inputs, max_new_tokens=20)
 
 This package does not depend on `xlvlm_jax` and can be used on its own.

@@ -156,7 +156,8 @@ def _times(clip: clips.Clip) -> list[float]:
 def _pixels(image: Any) -> np.ndarray:
     """Converts an array, a PIL image or a file's path to uint8[height, width, 3].
 
-    Grey pictures are widened, and transparent ones put on white.
+    Grey pictures are widened, and transparent ones put on white. As in transformers, a file is
+    turned as its EXIF data say, and loses its transparency without white.
     """
     if isinstance(image, str):
         from transformers.image_utils import load_image

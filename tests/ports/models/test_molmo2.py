@@ -460,6 +460,17 @@ class TestProcessor:
         for given in (hidden, Image.fromarray(hidden)):
             np.testing.assert_array_equal(pixels(given), pixels(white))
 
+    def test_a_transparent_file_is_read_as_in_transformers(self, vlm, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        opened = transformers.image_utils.load_image(str(tmp_path / "a.png"))
+        read, expected = (
+            vlm.process([vlm.render("what")], [each])["pixel_values"]
+            for each in (tmp_path / "a.png", opened)
+        )
+        np.testing.assert_array_equal(read, expected)
+        np.testing.assert_array_equal(np.asarray(opened), pixels[..., :3])
+
     def test_an_image_of_another_kind(self, vlm):
         with helpers.raises_line(ValueError, "rejects an image: it is float64[3, 3]"):
             vlm.process([vlm.render("what")], [np.zeros((3, 3))])
