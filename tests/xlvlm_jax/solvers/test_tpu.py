@@ -103,13 +103,19 @@ def test_three_rows_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("N", "K", "weighted"),
-    [(301, 1, False), (301, 20, False), (384, 128, False), (301, 20, True)],
-    ids=["one", "few", "four groups", "weights"],
+    ("N", "K", "weighted", "D"),
+    [
+        (301, 1, False, D),
+        (301, 20, False, D),
+        (384, 128, False, D),
+        (301, 20, True, D),
+        (301, 20, False, 2 * D),  # two steps to sum up
+    ],
+    ids=["one", "few", "four groups", "weights", "wide"],
 )
-def test_assignment_and_sums_as_without_the_kernel(N, K, weighted):
+def test_assignment_and_sums_as_without_the_kernel(N, K, weighted, D):
     """Rows that do not fill a block, rows that do not count, and an inactive centroid."""
-    Z, offsets, mean = map(jnp.asarray, clustered(N, K))
+    Z, offsets, mean = map(jnp.asarray, clustered(N, K, D=D))
     counted = (jnp.arange(N) < N - 5).astype(jnp.float32)
     if weighted:
         counted *= np.random.default_rng(1).random(N).astype(np.float32) ** 3
@@ -179,7 +185,7 @@ def test_updates_as_on_other_backends(weighted, monkeypatch):
     close(got.objective, expected.objective)
 
 
-def factored(N, K, seed=0):
+def factored(N, K, seed=0, D=D):
     rng = np.random.default_rng(seed)
     atoms = rng.normal(size=(K, D)).astype(np.float32)
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
@@ -192,10 +198,11 @@ def factored(N, K, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("N", "K", "nonnegative"), [(301, 1, True), (301, 20, True), (256, 20, False)]
+    ("N", "K", "nonnegative", "D"),
+    [(301, 1, True, D), (301, 20, True, D), (256, 20, False, D), (301, 20, True, 2 * D)],
 )
-def test_codes_and_sums_as_on_other_backends(N, K, nonnegative, monkeypatch):
-    Z, *others = factored(N, K)
+def test_codes_and_sums_as_on_other_backends(N, K, nonnegative, D, monkeypatch):
+    Z, *others = factored(N, K, D=D)
     assert codes.takes(Z, K)
     collect = jax.jit(semi_nmf.collect, static_argnums=5)
     found = collect(Z, *others, nonnegative)
