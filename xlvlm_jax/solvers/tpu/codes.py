@@ -10,8 +10,8 @@ the objective is least, given the others:
 
     u_k = max(w_k - alpha / G_kk, 0),   w_k = (V z_n)_k / G_kk - sum over j != k of u_j G_jk / G_kk
 
-The numbers w of all codes of a block stay in registers: a step corrects them by one column of
-G_jk / G_kk, with a zero for the code itself.
+The numbers w of all codes of a block stay in registers where they fit (K = 20): a step corrects
+them by one column of G_jk / G_kk, with a zero for the code itself.
 
 The codes are [K, N], see `semi_nmf_codes`. N rows, D width, K atoms; B rows per block.
 """
