@@ -68,6 +68,9 @@ CANCELS = 0.1  # of the energy: a smaller difference of sums has lost digits
 DOMINANT = 16  # times the median axis's variance
 AT_ONCE = 2**17  # rows that are multiplied at once for images of axes
 SPREAD = 2**12  # first axis's variance over the last one's: more leaves float32 three digits
+# The same: with more, the small axes are computed apart, and their images are looked at before they
+# are said to have converged. Rounding hides 2^-24 times this of an image, or 1.5e-5 of a gain.
+HIDES = 2**16
 TINY = 1e-30
 
 
@@ -90,6 +93,7 @@ class State(NamedTuple):
     new: Float[Array, "D B"]  # orthonormal, and to the basis: what A adds to its span
     objective: Float[Array, ""]
     error: Float[Array, ""]
+    spread: Bool[Array, ""]  # whether rounding may hide what the axes miss, see HIDES
 
 
 class Span(NamedTuple):
@@ -133,12 +137,19 @@ def blocks_for(num_concepts: int, N: int, D: int) -> Blocks:
     W = num_axes(num_concepts)
     if W == LANES:
         return Blocks(W, 0, 1, W)
-    B = min(W, WIDTHS.get(jax.default_backend(), LANES))
-    kept = -(-W // B) * B + B
-    # The last block's image needs room too.
-    most = min(kept + W, min(N, D) - B) // B * B
-    kept = min(kept, most - B)
-    return Blocks(B, most // B, (most - kept) // B, kept)
+
+    def of_width(B: int) -> Blocks:
+        kept = -(-W // B) * B + B
+        # The last block's image needs room too.
+        most = min(kept + W, min(N, D) - B) // B * B
+        kept = min(kept, most - B)
+        return Blocks(B, most // B, (most - kept) // B, kept)
+
+    blocks = of_width(min(W, WIDTHS.get(jax.default_backend(), LANES)))
+    # If the space has no room for an update by such blocks. It has by LANES columns, see is_small.
+    while blocks.kept < W and blocks.width > LANES:
+        blocks = of_width(max(blocks.width // 2, LANES))
+    return blocks
 
 
 def init(
@@ -152,7 +163,12 @@ def init(
     basis = orthonormal(directions)
     none = basis[:, :0]
     if blocks.first:
-        empty = State(none, project(problem, none), basis, problem.energy, problem.energy)
+        # Every column of a random block has a share of each direction of huge variance; in its
+        # image, rounding of these would hide all others. An orthonormal basis of that image has
+        # them in its first columns alone, as each is made orthogonal to those before.
+        new = orthonormal(covariance_image(problem, project(problem, basis), rows))
+        energy, scores = problem.energy, project(problem, none)
+        empty = State(none, scores, new, energy, energy, jnp.array(False))
         span = extend(problem, empty, blocks.first, rows)
         return best_axes(problem, span, blocks.kept, num_concepts, rows)
     found = best_axes(problem, _whole(problem, basis), blocks.kept, num_concepts, rows)
@@ -200,7 +216,9 @@ def update(
 ) -> State:
     """Returns the best axes in the span of the last axes and of some more blocks."""
     span = extend(problem, state, blocks, rows)
-    return best_axes(problem, span, state.basis.shape[1], num_concepts, rows)
+    found = best_axes(problem, span, state.basis.shape[1], num_concepts, rows)
+    # The last axes are in the span: more is rounding, a digit of a huge energy.
+    return found._replace(objective=jnp.minimum(found.objective, state.objective))
 
 
 def extend(problem: Problem, state: State, count: int, rows: Rows = ONE_DEVICE) -> Span:
@@ -234,14 +252,61 @@ def best_axes(
     variances, axes = principal(overlaps(span.scores, rows), num_concepts)
     axes = axes[:, :count]
     basis = matmul(span.basis, axes)
-    # Rounding accumulates over updates: one step of Newton's method restores an orthonormal basis.
-    straight = 1.5 * jnp.eye(axes.shape[1], dtype=basis.dtype) - 0.5 * matmul(basis.T, basis)
+    # Rounding accumulates over updates. Each axis is made orthogonal to those of larger variance: a
+    # share of these would change its variance most. Correct to first order.
+    products = matmul(basis.T, basis)
+    straight = jnp.eye(len(products), dtype=basis.dtype) - jnp.triu(products, 1)
+    straight = straight + jnp.diag(0.5 - 0.5 * jnp.diagonal(products))
     basis, scores = matmul(basis, straight), matmul(span.scores, matmul(axes, straight))
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     # All of the span but its last block has its image in the span.
     missed = jnp.sum(matmul(span.beyond, axes[len(axes) - span.new.shape[1] :]) ** 2, axis=0)
     error = expected_gain(missed, variances[:count], num_concepts)
-    return State(basis, scores, span.new, objective, error)
+    spread = _spread(variances, num_concepts) > HIDES
+    return State(basis, scores, span.new, objective, error, spread)
+
+
+def _spread(variances: Float[Array, " R"], num_concepts: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Returns the first variance over the last one that counts; they are decreasing."""
+    last = variances[jnp.minimum(num_concepts, len(variances)) - 1]
+    return variances[0] / jnp.maximum(last, TINY)
+
+
+def confirmed(
+    problem: Problem,
+    state: State,
+    num_concepts: Int[Array, ""] | int,
+    tol: Float[Array, ""] | float,
+    rows: Rows = ONE_DEVICE,
+) -> State:
+    """Returns a state whose error is that of the images of its axes if it seems to be converged.
+
+    The error that an update gives is what the last block misses; the images of the others lie in
+    the span, but for what rounding has hidden. If so much may be hidden, this looks at the images
+    of all axes, one product of Z with each, and the next block is what they miss most.
+    """
+
+    def by_images(state: State) -> State:
+        images = covariance_image(problem, state.scores, rows)
+        missed, variances = _beyond(state.basis, images), jnp.sum(state.basis * images, axis=0)
+        error = expected_gain(jnp.sum(missed**2, axis=0), variances, num_concepts)
+        counts = jnp.arange(len(variances)) < num_concepts
+        scale = jnp.where(counts & (variances > TINY), variances, jnp.inf)
+        missed = missed / scale
+        _, turned = jnp.linalg.eigh(matmul(missed.T, missed))
+        most = turned[:, ::-1][:, : state.new.shape[1]]
+        return state._replace(new=complement(state.basis, matmul(missed, most)), error=error)
+
+    doubtful = state.spread & (state.error <= tol)
+    return jax.lax.cond(doubtful, by_images, lambda state: state, state)
+
+
+def _beyond(basis: Float[Array, "D V"], images: Float[Array, "D V"]) -> Float[Array, "D V"]:
+    """Returns what the images have beyond the span of the basis."""
+    # Twice: a part of an axis of huge variance that rounding has left is not a gain.
+    for _ in range(2):
+        images = images - matmul(basis, matmul(basis.T, images))
+    return images
 
 
 def overlaps(scores: Float[Array, "N M"], rows: Rows = ONE_DEVICE) -> Float[Array, "M M"]:
@@ -259,7 +324,8 @@ def principal(
 
     If the first eigenvalues are far larger than the others, the others would be lost in their
     rounding error. The result then comes from the singular vectors of a square root, which spans
-    half as many digits.
+    half as many digits, and the small ones from their own part of the matrix. This keeps small ones
+    if large ones are along few of the rows and columns.
     """
     values, vectors = jnp.linalg.eigh(overlaps)
 
@@ -269,10 +335,42 @@ def principal(
         angles, turned = jnp.linalg.eigh(overlaps / jnp.outer(scale, scale))
         root = jnp.sqrt(jnp.maximum(angles, 0))[:, None] * turned.T * scale
         _, lengths, axes = jnp.linalg.svd(root)
-        return lengths**2, axes.T
+        found = lengths**2, axes.T
+        better = partial(_apart, overlaps, num_concepts=num_concepts)
+        huge = _spread(found[0], num_concepts) > HIDES
+        return jax.lax.cond(huge, better, lambda *found: found, *found)
 
-    spread = values[-1] > SPREAD * values[jnp.maximum(len(values) - num_concepts, 0)]
+    spread = _spread(values[::-1], num_concepts) > SPREAD
     return jax.lax.cond(spread, of_root, lambda: (values[::-1], vectors[:, ::-1]))
+
+
+def _apart(
+    overlaps: Float[Array, "R R"],
+    values: Float[Array, " R"],
+    vectors: Float[Array, "R R"],
+    num_concepts: Int[Array, ""] | int,
+) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
+    """Returns better eigenvalues and eigenvectors: small ones free of the large ones' rounding.
+
+    A vector's share of another is off by a digit. Of a large one, this is removed to first order;
+    then the small ones are those of what is left.
+    """
+    is_large = values > SPREAD * values[jnp.minimum(num_concepts, len(values)) - 1]
+    turned = matmul(vectors.T, matmul(overlaps, vectors))
+    shared = jnp.where(is_large[:, None] & ~is_large, turned, 0)
+    # Values near each other may keep a share.
+    gaps = jnp.maximum(values[:, None] - values, 0.5 * values[:, None])
+    angles = shared / jnp.maximum(gaps, TINY)
+    vectors = vectors + matmul(vectors, angles.T - angles)
+
+    left = jnp.where(is_large | is_large[:, None], 0, turned - matmul(angles.T, shared))
+    # Large ones are taken out: they come last.
+    beneath = -jnp.max(jnp.diagonal(left)) - TINY
+    small, axes = jnp.linalg.eigh((left + left.T) / 2 + jnp.diag(is_large * beneath))
+    count = jnp.sum(is_large)
+    small, axes = (jnp.roll(found[..., ::-1], count, axis=-1) for found in (small, axes))
+    axes = jnp.where(is_large, jnp.eye(len(axes), dtype=axes.dtype), ~is_large[:, None] * axes)
+    return jnp.where(is_large, values, small), matmul(vectors, axes)
 
 
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
@@ -347,7 +445,7 @@ def solved(
     variances, basis = variances[:most], axes[:, :most]
     objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
     zero = jnp.zeros_like(objective)
-    return State(basis, project(problem, basis), basis[:, :0], objective, zero)
+    return State(basis, project(problem, basis), basis[:, :0], objective, zero, zero > 0)
 
 
 def _sum_of_first(values: Float[Array, " R"], count: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -516,15 +614,27 @@ class Plan(NamedTuple):
             how = N, rows, self.sample
             directions = first_directions(problem, key, self.blocks, *how)
             state = init(problem, directions, K, self.blocks, rows)
+            state = self.checked(problem, state, K, tol, rows)
         progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.room))
         return Carry(tol, Fixed(problem._replace(Z=None), num_concepts), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates."""
         problem, K = carry.fixed.problem._replace(Z=Z), jnp.max(carry.fixed.num_concepts)
-        step = partial(update, problem, num_concepts=K, rows=rows, blocks=self.blocks.more)
+
+        def step(state: State) -> State:
+            state = update(problem, state, K, rows, self.blocks.more)
+            return self.checked(problem, state, K, carry.tol, rows)
+
         goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
         return carry._replace(progress=goes_on(carry.progress))
+
+    def checked(
+        self, problem: Problem, state: State, num_concepts: Array, tol: Array, rows: Rows
+    ) -> State:
+        """Returns a state whose error can be compared to tol."""
+        # The images of a few axes are their next block: nothing is hidden.
+        return confirmed(problem, state, num_concepts, tol, rows) if self.blocks.first else state
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
         """Computes the components with their signs, and the objective."""

@@ -26,6 +26,31 @@ def correlated(seed, n=N, d=D, common=0.0):
     return (rng.normal(size=(n, d)) * scales @ axes + common).astype(np.float32)
 
 
+def of_variances(scales, n=800, seed=0):
+    """Returns a matrix whose column k has these deviations before it is turned."""
+    rng = np.random.default_rng(seed)
+    d = len(scales)
+    axes = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    return (rng.normal(size=(n, d)) * scales @ axes).astype(np.float32)
+
+
+def check_axes(Z, found, K, loss=1e-5, rtol=1e-3):
+    """Compares variances, one by one, and what all axes explain to an SVD in float64.
+
+    Axes of huge variance count as little as to `tol`.
+    """
+    centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
+    expected = np.linalg.svd(centred, compute_uv=False)[:K] ** 2
+    # A digit of an axis may be a share of a huge one: compares what they span.
+    basis = np.linalg.qr(np.asarray(found.components, np.float64).T)[0]
+    explained = np.linalg.svd(centred @ basis, compute_uv=False) ** 2
+    np.testing.assert_allclose(explained, expected, rtol=rtol)
+    scores = np.sum(np.asarray(found.activations, np.float64) ** 2, axis=0)
+    np.testing.assert_allclose(scores, expected, rtol=rtol)
+    counted = np.minimum(expected, pca.DOMINANT * np.median(expected))
+    assert np.sum(expected - explained) <= loss * np.sum(counted)
+
+
 def test_points_on_a_line_by_hand():
     Z = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     result = alone(pca)(Z, KEY, num_samples=3, num_concepts=1)
@@ -111,6 +136,31 @@ def test_blocks_fit_into_the_space():
     assert pca.blocks_for(20, 3000, 4096) == (32, 0, 1, 32)
 
 
+@pytest.mark.parametrize("width", sorted(pca.WIDTHS.values()))
+def test_blocks_fit_into_every_space(monkeypatch, width):
+    """On every backend, in the smallest space that is iterated in and next to multiples of B."""
+    monkeypatch.setitem(pca.WIDTHS, "cpu", width)
+    for W in range(64, 1025, 32):
+        least = max(pca.EXACT, 2 * W) + 1
+        multiples = range(least // 32 * 32, least + 3 * 128, 32)
+        near = {multiple + beside for multiple in multiples for beside in (-1, 0, 1)}
+        for space in {least} | {size for size in near if size > least}:
+            assert not pca.is_small(space, space, W)
+            B, first, more, kept = pca.blocks_for(W, space, 4096)
+            assert W <= kept < kept + more * B <= first * B <= space - B, (W, space)
+            assert pca.LANES <= B <= max(width, pca.LANES)
+
+
+@pytest.mark.parametrize(("shape", "K"), [((600, 300), 100), ((384, 700), 160)], ids=str)
+def test_wide_blocks_in_a_small_space(monkeypatch, shape, K):
+    """As on a TPU, whose blocks have 128 columns: here there is no room for an update by such."""
+    monkeypatch.setitem(pca.WIDTHS, "cpu", 128)
+    Z = of_variances(np.arange(1, shape[1] + 1) ** -0.5, shape[0])
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=len(Z), num_concepts=K)
+    assert bool(found.converged) and found.components.shape == (K, shape[1])
+    check_axes(Z, found, K)
+
+
 def test_a_span_is_that_of_powers_of_the_covariance():
     """Against float64; and what the axes miss is what their images have beyond the span."""
     rng = np.random.default_rng(5)
@@ -118,7 +168,7 @@ def test_a_span_is_that_of_powers_of_the_covariance():
     problem = pca.prepare(jnp.asarray(Z, jnp.float32), 90)
     start = jnp.asarray(rng.normal(size=(60, 4)), jnp.float32)
     none = jnp.zeros((60, 0))
-    first = pca.State(none, jnp.zeros((90, 0)), pca.orthonormal(start), problem.energy, none)
+    first = pca.State(none, jnp.zeros((90, 0)), pca.orthonormal(start), problem.energy, none, none)
     span = jax.jit(pca.extend, static_argnums=2)(problem, first, 3)
     centred = Z - Z.mean(axis=0)
     A = centred.T @ centred
@@ -250,3 +300,58 @@ def test_columns_of_huge_variance_do_not_end_the_others_early(K):
     np.testing.assert_allclose(variances, explained, rtol=1e-3)
     left = np.sum((centred - centred @ components.T @ components) ** 2) / 2
     np.testing.assert_allclose(found.objective, left, rtol=1e-6)
+
+
+@pytest.mark.parametrize("huge", [1e3, 2e3])
+def test_directions_of_huge_variance_hide_no_others(huge):
+    """A float32 image of a column with a share of them has lost the smaller ones."""
+    Z = of_variances(np.r_[[huge] * 4, np.arange(1, 697) ** -0.5])
+    for tol in (1e-5, 1e-6):
+        found = alone(pca)(jnp.asarray(Z), KEY, num_samples=800, num_concepts=250, tol=tol)
+        assert bool(found.converged) and int(found.iterations) <= 2
+        check_axes(Z, found, 250, tol, 2e-3 if tol == 1e-5 else 1e-3)
+
+
+@pytest.mark.parametrize("huge", [100, 1000])
+def test_coordinates_of_huge_variance_hide_no_others(huge):
+    """As in hidden states, with their mean: a few coordinates are that much larger."""
+    Z = of_variances(np.arange(1, 701) ** -0.5)
+    large = np.random.default_rng(1).normal(size=(800, 4)) + np.array([1, -1, 3, 0])
+    Z[:, [3, 50, 120, 200]] = huge * np.std(Z) * large
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=800, num_concepts=250)
+    assert bool(found.converged)
+    check_axes(Z, found, 250)
+
+
+def test_what_rounding_hides_from_an_update_is_found_from_the_images():
+    """A state whose blocks say nothing is missed, although its axes are far from the best."""
+    Z = of_variances(np.r_[[1e3] * 4, np.arange(1, 297) ** -0.5], n=400)
+    problem = pca.prepare(jnp.asarray(Z), 400)
+    blocks = pca.blocks_for(40, 400, 300)
+    random = pca.first_directions(problem, KEY, blocks, 400, pca.ONE_DEVICE, 0)
+    state = jax.jit(pca.init, static_argnums=(2, 3))(problem, random, 40, blocks)
+    order = np.r_[:20, -20:0, 40 : state.basis.shape[1] - 20, 20:40]
+    turned = state.basis[:, order]
+    scores = pca.project(problem, turned)
+    wrong = state._replace(basis=turned, scores=scores, error=jnp.float32(0))
+    assert bool(wrong.spread)
+    seen = pca.confirmed(problem, wrong, 40, 1e-5)
+    assert float(seen.error) > 1e-3
+    both = np.concatenate([turned, seen.new], axis=1)
+    np.testing.assert_allclose(both.T @ both, np.eye(both.shape[1]), atol=1e-4)
+    # Nothing to look for: the error is above tol, or variances are alike.
+    for other in (wrong._replace(error=jnp.float32(1)), wrong._replace(spread=jnp.array(False))):
+        assert float(pca.confirmed(problem, other, 40, 1e-5).error) == float(other.error)
+
+
+def test_small_eigenvalues_beside_huge_ones():
+    """Eight digits between the first and the last: an SVD of [300, 300] in float32 keeps two."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(900, 200)) * np.r_[[1e4] * 3, 0.98 ** np.arange(197)]
+    values, axes = pca.principal(jnp.asarray(scores.T @ scores, jnp.float32), 150)
+    expected = np.linalg.svd(scores, compute_uv=False) ** 2
+    np.testing.assert_allclose(values[:150], expected[:150], rtol=1e-4)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(200), atol=1e-5)
+    axes = np.linalg.qr(np.asarray(axes[:, :150], np.float64))[0]
+    explained = np.linalg.svd(scores @ axes, compute_uv=False) ** 2
+    np.testing.assert_allclose(explained, expected[:150], rtol=1e-4)
