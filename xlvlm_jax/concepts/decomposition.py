@@ -101,7 +101,7 @@ def decompose(
             starts, init=None for k-means++ (or centroids [K, D] to start from). Source: Lloyd
             1982; Arthur and Vassilvitskii 2007.
         "pca": orthonormal components of the centred rows; activations are scores of any sign.
-            tol=1e-5, max_iter=100. Source: Halko, Martinsson and Tropp 2011.
+            tol=1e-5, max_iter=100. Source: Golub and Underwood 1977; see solvers/pca.py.
         "simple": the K rows of largest norm; activations as for kmeans. No options.
         "topk-sae", "batchtopk-sae", "matryoshka-sae", "archetypal-sae", "jumprelu-sae" (k=32 active
             features per row) and "relu-sae" (l1=0.1): sparse autoencoders, trained with
@@ -140,9 +140,11 @@ def decompose(
             objective. An integer weight equals that many copies of the row; a row of zero weight
             only gets activations. None: equal weights.
         mesh: shards the rows of Z on its "data" axis; an iteration then communicates K D + K K + K
-            numbers (kmeans 2 K D + 2 K; pca up to W D + 5 W W, W the next multiple of 32),
-            whatever N is. If the axis does not divide N, rows that do not count pad it. With
-            several hosts, Z is a global array that the axis divides.
+            numbers (kmeans 2 K D + 2 K; pca up to W D + 7 W W, W the next multiple of 32),
+            whatever N is. The start of pca sends up to 1024 D for few concepts and 4 W D for many,
+            or the covariance, D D; beside directions of huge variance a last look sends 3 W D.
+            If the axis does not divide N, rows that do not count pad it. With several hosts, Z is a
+            global array that the axis divides.
         progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
             objective, error) after every 64 updates, or more often if Z is large. It does not
             change the updates; with several hosts, either all pass one or none does. "simple" has

@@ -514,7 +514,7 @@ def _inertia(apart: Float[np.ndarray, " N"], weights: Any) -> float:
 
 
 class PCA(_Linear):
-    """Principal components by randomised subspace iteration.
+    """Principal components by block Lanczos iteration, or from the covariance of few columns.
 
     Parameters:
         n_components: K; None for min(N, D), the maximum; between 0 and 1 for as many as explain

@@ -43,27 +43,36 @@ def complement(basis: Float[Array, "D W"], columns: Float[Array, "D R"]) -> Floa
     others.
 
     Args:
-        basis: float[D, W], orthonormal.
+        basis: float[D, W], orthonormal; some columns may be zero.
         columns: float[D, R], W + R <= D.
 
     Returns:
-        C[D, R] with [B C]^T [B C] = I.
+        C[D, R] with C^T C = I and B^T C = 0.
     """
 
     def in_basis(found: Array) -> Array:
         # As sums of rows: a CPU takes four times as long for the product with basis^T.
         return weighted_sums(found.T, basis).T
 
+    def off_basis(found: Array) -> Array:
+        return _unit(found - matmul(basis, in_basis(found)))
+
     def better(found: Array, shift: float) -> Array:
-        return _by_cholesky(_unit(found - matmul(basis, in_basis(found))), shift)
+        return _by_cholesky(off_basis(found), shift)
 
     def good(found: Array) -> Array:
         straight = _small(matmul(found.T, found) - jnp.eye(found.shape[1], dtype=found.dtype))
         return straight & _small(in_basis(found))
 
     def by_householder() -> Array:
-        both = jnp.concatenate([basis, _unit(columns)], axis=1)
-        return jnp.linalg.qr(both)[0][:, basis.shape[1] :]
+        # Twice: the first time leaves what rounding adds to columns that hardly leave the basis.
+        both = jnp.concatenate([basis, off_basis(off_basis(columns))], axis=1)
+        # For a zero column of the basis, QR would take a direction from the columns: it comes last.
+        W, is_zero = basis.shape[1], ~jnp.any(basis, axis=0)
+        order = jnp.argsort(jnp.append(2 * is_zero, jnp.ones(len(columns.T), int)), stable=True)
+        turned = jnp.linalg.qr(both[:, order])[0]
+        start = W - jnp.sum(is_zero)
+        return jax.lax.dynamic_slice_in_dim(turned, start, columns.shape[1], axis=1)
 
     return _rounds(columns, better, good, by_householder)
 

@@ -2,8 +2,8 @@
 
     minimise   1/2 |Z - 1 m - S C|_F^2   over scores S[N, K] and components C[K, D] with C C^T = I
 
-m is the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that
-another update would bring, relative to what is explained.
+m is the mean row, S = (Z - 1 m) C^T. `tol` is compared to the gain of explained variance that one
+more block would bring (an update has some), relative to what is explained.
 
 Block Lanczos iteration with thick restarts (Golub and Underwood, "The block Lanczos method for
 computing eigenvalues", 1977; Wu and Simon, "Thick-restart Lanczos method", 2000): the image of a
@@ -15,7 +15,9 @@ the next block tells what every axis misses: to first order, axis v with varianc
 gain 2 |A v - l v|^2 / l from its image.
 
 Up to LANES components start from a sketch: the leading directions of some rows, or random sums of
-all. More start from a random block of few columns, and a span of twice as many columns as axes.
+all. More start from the image of a random block of few columns, and a span of about twice as many
+columns as axes, or three times if a block is as wide as they are many. Rounding in images of
+directions of huge variance must not pass for convergence: see HIDES.
 Narrow blocks need fewer columns in all than blocks as wide as there are axes (Meyer, Musco and
 Musco, "On the unreasonable effectiveness of single vector Krylov methods for low-rank
 approximation", 2024): a third at [10000, 4096], K = 256.
@@ -272,9 +274,10 @@ def _spread(variances: Float[Array, " R"], num_concepts: Int[Array, ""] | int) -
     return variances[0] / jnp.maximum(last, TINY)
 
 
-def confirmed(
+def checked(
     problem: Problem,
     state: State,
+    blocks: Blocks,
     num_concepts: Int[Array, ""] | int,
     tol: Float[Array, ""] | float,
     rows: Rows = ONE_DEVICE,
@@ -285,6 +288,8 @@ def confirmed(
     the span, but for what rounding has hidden. If so much may be hidden, this looks at the images
     of all axes, one product of Z with each, and the next block is what they miss most.
     """
+    if not blocks.first:
+        return state  # the images of few axes were their next block
 
     def by_images(state: State) -> State:
         images = covariance_image(problem, state.scores, rows)
@@ -526,7 +531,7 @@ def expected_gain(
     variances: Float[Array, " R"],
     num_concepts: Int[Array, ""] | int,
 ) -> Float[Array, ""]:
-    """Returns the relative gain in variance explained by the first axes that an update would bring.
+    """Returns the relative gain in variance explained by the first axes that a block would bring.
 
     An axis with more than DOMINANT times the median variance counts as that much, and its gain in
     proportion: a few columns of huge variance say nothing about the other axes.
@@ -585,17 +590,17 @@ class Fixed(NamedTuple):
 class Plan(NamedTuple):
     """Settings that are fixed at compile time, and the phases of the solver."""
 
-    most: int  # K, of which some may not be asked for
+    most: int  # number of components, of which some may not be asked for
     room: int  # number of updates that the history has room for
     narrow: bool  # whether the components come from the covariance
     exact: bool  # whether the first span is the whole space
     sample: int  # number of rows that the first directions come from; 0 if all
-    blocks: Blocks  # how a span grows that is neither
+    blocks: Blocks | None  # how a span grows; None if it does not
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Phases in the order they run."""
-        repeated = () if self.narrow or self.exact else (Phase(self.improve, repeats=True),)
+        repeated = () if self.blocks is None else (Phase(self.improve, repeats=True),)
         return Phase(self.start), *repeated, Phase(self.finish)
 
     def runs(self, counts: Counts) -> tuple[int, ...]:
@@ -608,33 +613,28 @@ class Plan(NamedTuple):
         K, problem = jnp.max(num_concepts), prepare(Z, N, rows)
         if self.narrow:
             state = solved(problem, K, self.most, rows, careful=self.exact)
-        elif self.exact:
+        elif self.blocks is None:
             state = best_within(problem, whole_space(problem, N, rows), self.most, K, rows)
         else:
             how = N, rows, self.sample
             directions = first_directions(problem, key, self.blocks, *how)
             state = init(problem, directions, K, self.blocks, rows)
-            state = self.checked(problem, state, K, tol, rows)
+            state = checked(problem, state, self.blocks, K, tol, rows)
         progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.room))
         return Carry(tol, Fixed(problem._replace(Z=None), num_concepts), progress)
 
     def improve(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates."""
         problem, K = carry.fixed.problem._replace(Z=Z), jnp.max(carry.fixed.num_concepts)
+        assert self.blocks is not None  # else this is no phase
+        blocks = self.blocks
 
         def step(state: State) -> State:
-            state = update(problem, state, K, rows, self.blocks.more)
-            return self.checked(problem, state, K, carry.tol, rows)
+            state = update(problem, state, K, rows, blocks.more)
+            return checked(problem, state, blocks, K, carry.tol, rows)
 
         goes_on = each(partial(run, step, tol=carry.tol, max_iter=limit))
         return carry._replace(progress=goes_on(carry.progress))
-
-    def checked(
-        self, problem: Problem, state: State, num_concepts: Array, tol: Array, rows: Rows
-    ) -> State:
-        """Returns a state whose error can be compared to tol."""
-        # The images of a few axes are their next block: nothing is hidden.
-        return confirmed(problem, state, num_concepts, tol, rows) if self.blocks.first else state
 
     def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
         """Computes the components with their signs, and the objective."""
@@ -649,7 +649,9 @@ class Plan(NamedTuple):
         left = remaining(problem, progress.state.objective, scores, components, rows)
         # Corrects the whole history by the rounding error of the energy.
         missed = left - progress.state.objective
+        # Fewer components leave the variance of the others, in the history as much as at the end.
         missing = jnp.arange(len(components)) >= num_concepts[:, None]
+        omitted = 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1)
 
         def copies(value: Array) -> Array:
             return jnp.broadcast_to(value, (len(num_concepts), *value.shape))
@@ -657,10 +659,10 @@ class Plan(NamedTuple):
         return Result(
             components=copies(sign[:, None] * components),
             activations=copies(sign * scores),
-            objective=left + 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1),
+            objective=left + omitted,
             iterations=copies(progress.iteration),
             converged=copies(progress.state.error <= carry.tol),
-            history=copies(progress.history + missed),
+            history=progress.history + missed + omitted[:, None],
             mean=copies(problem.mean.high),
         )
 
@@ -686,15 +688,17 @@ def plan(
 
     Returns:
         the plan and its inputs. The result of a solve has a leading axis Q; fewer components are
-        the first ones of more.
+        the first ones of more, and their history is that of more with the variance that the others
+        have at the end.
     """
     # Choices by cost alone: those of all numbers of rows that are padded to one.
     K, N, D = max(num_concepts), bucket_of_rows(num_samples, width), width
-    most = min(num_axes(K), num_samples, D)
+    most = min(num_axes(K), N, D)
     exact = is_small(N, D, K)
     narrow = N >= D and (exact or is_narrow(N, D, K))
     counts = Counts.of(num_samples, num_concepts, max_iter)
-    fixed = Plan(most, room_for(max_iter), narrow, exact, rows_of_sample(N), blocks_for(K, N, D))
+    blocks = None if exact or narrow else blocks_for(K, N, D)
+    fixed = Plan(most, room_for(max_iter), narrow, exact, rows_of_sample(N), blocks)
     return fixed, Given(key, np.float32(tol), counts)  # type: ignore[arg-type]
 
 

@@ -108,6 +108,7 @@ COMMUNICATION = (
     MESH
     + """
 D, K = 48, 5
+WIDE, MANY = 300, 40
 
 
 def sent(method, N):
@@ -124,10 +125,15 @@ def sent(method, N):
             problem = kmeans.prepare(Z, N, active, rows)
             state = kmeans.init(problem, jnp.eye(K, D))
             step = partial(kmeans.update, problem, rows=rows)
-        else:
+        elif method == "pca":
             problem = pca.prepare(Z, N, rows)
             state = pca.init(problem, jnp.eye(D, K), K, pca.Blocks(K, 0, 1, K), rows)
             step = partial(pca.update, problem, num_concepts=K, rows=rows)
+        else:
+            problem = pca.prepare(jnp.ones((len(Z), WIDE)), N, rows)
+            blocks = pca.blocks_for(MANY, 10 * WIDE, WIDE)
+            state = pca.init(problem, jnp.eye(WIDE, blocks.width), MANY, blocks, rows)
+            step = partial(pca.update, problem, num_concepts=MANY, rows=rows, blocks=blocks.more)
         return jax.lax.while_loop(lambda s: s.error > 0, step, state).error
 
     # The optimiser's passes are run, so that this is what the devices do.
@@ -147,7 +153,7 @@ def sent(method, N):
     return count, other
 
 
-for method in ("snmf", "kmeans", "pca"):
+for method in ("snmf", "kmeans", "pca", "blocks"):
     few, more = sent(method, 80), sent(method, 800)
     print(method, few == more, few[0], sorted(few[1]))
 """
@@ -201,3 +207,6 @@ def test_an_update_sends_no_more_for_more_rows():
     assert sent["snmf"] == K * D + K * K + K + 1
     assert sent["kmeans"] == 2 * K * D + 2 * K  # totals and counts as pairs
     assert sent["pca"] == K * D + 3 * 10 + 4 * 7 + 3 * 3
+    # The images of a block at the start and in an update, which runs this for each of its blocks;
+    # overlaps of 96 axes and two blocks of 32 columns.
+    assert sent["blocks"] == 2 * 32 * 300 + 53 * 160 + 54 * 107 + 53 * 53

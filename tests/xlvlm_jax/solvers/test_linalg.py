@@ -87,3 +87,17 @@ def test_a_complement_to_columns_that_hardly_leave_the_basis(share):
     np.testing.assert_allclose(both.T @ both, np.eye(14), atol=3e-5)
     rest = columns - both @ (both.T @ columns)
     np.testing.assert_allclose(rest, 0, atol=1e-5)
+
+
+def test_a_complement_to_a_basis_with_zeros_keeps_what_columns_add():
+    """One column is zero too, which fails with products alone."""
+    rng = np.random.default_rng(1)
+    basis = np.linalg.qr(rng.normal(size=(40, 6)))[0]
+    basis = np.pad(basis, ((0, 0), (0, 5))).astype(np.float32)
+    columns = (rng.normal(size=(40, 4)) + 10 * basis[:, :4]) * [1, 0, 1, 1]
+    columns = columns.astype(np.float32)
+    new = np.asarray(jax.jit(complement)(jnp.asarray(basis), jnp.asarray(columns)))
+    np.testing.assert_allclose(new.T @ new, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(basis.T @ new, 0, atol=1e-5)
+    both = np.concatenate([basis, new], axis=1).astype(np.float64)
+    np.testing.assert_allclose(columns - both @ (both.T @ columns), 0, atol=1e-4)

@@ -1,7 +1,8 @@
 """Principal components of a source of rows, with one pass over the source per update.
 
-The updates are those of `solvers.pca` without directions of the last update: the best axes in the
-span of the last axes and their images.
+An update finds the best axes in the span of the last axes and their images. For many components
+`solvers.pca` adds narrower blocks one by one, each of which would take a pass here.
+
 The covariance is linear, so images of the new axes are sums of images from earlier passes, and a
 pass multiplies the rows only with the new directions.
 """
