@@ -293,8 +293,8 @@ def solver_rates(sizes: Sizes, limits: Limits) -> Iterator[dict[str, Any]]:
     Z = jax.block_until_ready(jnp.asarray(matrices.planted(sizes.rows, sizes.width, 20)))
     for method, K in (("kmeans", 20), ("snmf", 20), ("pca", 20), ("kmeans", 1024)):
         found = pace.pace(method, Z, K, sizes.repeats)
-        columns = pace.updating(method, Z, K)[-1]
-        limit = max(Z.nbytes / limits.bytes, 2 * Z.size * columns / limits.float32)
+        *_, passes, columns = pace.updating(method, Z, K)
+        limit = max(passes * Z.nbytes / limits.bytes, 2 * Z.size * columns / limits.float32)
         seconds = found["update_seconds"]
         yield {
             "program": f"{method} update, K {K}",

@@ -157,7 +157,8 @@ def updates_to(
     if objective(result) > within:
         return result.iterations
     # If Z is compressed, the history does not include what the columns omit: try different counts.
-    updates = max(int(np.argmax(result.history <= within)), 1)
+    # All of them for PCA, whose history is what is left and whose goal is minus what is explained.
+    updates = 0 if goal < 0 else max(int(np.argmax(result.history <= within)), 1)
     while updates < result.iterations and objective(ours(max_iter=updates)) > within:
         updates = int(1.25 * updates) + 1
     return min(updates, result.iterations)

@@ -5,8 +5,8 @@
 
 Several files of `benchmarks.solvers` make one table; a case in two of them is that of the last. A
 table or plot whose results are not there stays as it is on the page. Figures of a TPU v5e and an
-H100 are computed, not measured: an update takes the longer of reading Z once and doing its products
-with Z, at the rates that the makers give.
+H100 are computed, not measured: an update takes the longer of reading Z once (PCA: once for each of
+its blocks) and doing its products with Z, at the rates that the makers give.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from xlvlm_jax.solvers import pca
 HERE = Path(__file__).resolve().parents[1]
 # Bytes a second, and float32 operations a second at matmul precision "highest": six bfloat16
 # products on the TPU, the float32 units of the H100 (SXM).
-DEVICES = {"TPU v5e": (819e9, 197e12 / 6), "H100": (3.35e12, 67e12)}
+DEVICES = {"TPU v5e": ("tpu", 819e9, 197e12 / 6), "H100": ("gpu", 3.35e12, 67e12)}
 COLUMNS = {"snmf": 2, "kmeans": 1, "pca": 2}  # products of Z with K columns in an update
 COMPARED = ["method", "Z, K", "data", "peer", "peer s", "ours s to its objective", "times faster"]
 COMPARED += [
@@ -75,8 +75,8 @@ rows: [sums.md](sums.md).
 same matrix and without compilation (our total time if we never reach it); "times faster" is the
 median ratio of the paired runs. "The end" is where our own stopping rule applies; an objective
 below 1 means that ours is lower (for PCA, that ours explains less). The limit of an update is the
-longer of reading Z once and computing its products with Z at the rate of a large product, both
-measured in the same run.
+longer of reading Z once (PCA: once for each of its blocks) and computing its products with Z at the
+rate of a large product, both measured in the same run.
 
 {table}
 
@@ -149,7 +149,8 @@ the others in one pass each; seconds are those of a second, compiled solve.
 
 ## Time of an update on an accelerator (computed, not measured)
 
-Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z, or products.
+Z [100000, 4096] in float32, 1.6 GB, with the limit in parentheses: reading Z (PCA: for
+each of its blocks), or products.
 
 {computed}
 """
@@ -211,9 +212,11 @@ def computed_table(N: int = 100_000, D: int = 4096) -> str:
     for method, products in COLUMNS.items():
         for K in (20, 256, 1024):
             cells = []
-            for bandwidth, rate in DEVICES.values():
-                read = 4 * N * D / bandwidth
-                width = pca.num_axes(K) if method == "pca" else K
+            for backend, bandwidth, rate in DEVICES.values():
+                read, width = 4 * N * D / bandwidth, K
+                if method == "pca":
+                    blocks = pca.blocks_for(K, N, D, backend)
+                    read, width = blocks.more * read, blocks.more * blocks.width
                 multiply = 2 * N * D * products * width / rate
                 bound = "reading" if read > multiply else "products"
                 cells.append(f"{1e3 * max(read, multiply):.1f} ({bound})")

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.measure import save, seconds
 from benchmarks.solvers import matrices
-from benchmarks.solvers.pace import updating
+from benchmarks.solvers.pace import KEY, updating
 from xlvlm_jax.solvers import (
     blas_threads,
     kmeans_assignment,
@@ -62,7 +62,8 @@ def parts(method: str, problem: Any, state: Any, K: int) -> Iterator[Part]:
         yield "nearest", kmeans_nearest.nearest, (scores,), 0
         yield "sums of rows", kmeans_assignment.sums_of, (problem, labels), 0
     else:
-        blocks = pca.blocks_for(K, *Z.shape)
+        plan, _ = pca.plan(KEY, width=Z.shape[1], num_samples=len(Z), num_concepts=(K,))
+        blocks = plan.blocks
         scores = pca.project(problem, state.new)
         images = pca.covariance_image(problem, scores)
         span = jax.jit(pca.extend, static_argnums=2)(problem, state, blocks.more)
@@ -81,7 +82,7 @@ def parts(method: str, problem: Any, state: Any, K: int) -> Iterator[Part]:
 def measure(method: str, N: int, D: int, K: int, repeats: int) -> list[dict]:
     """Returns one row per part."""
     Z = jnp.asarray(matrices.planted(N, D, min(K, 64)))
-    update, problem, state, _ = updating(method, Z, K)
+    update, problem, state, *_ = updating(method, Z, K)
     if state is None:
         return []
     found = list(parts(method, problem, state, K))

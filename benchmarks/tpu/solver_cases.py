@@ -45,6 +45,8 @@ def _matrix(place: Place, rows: int) -> jax.ShapeDtypeStruct:
 
 def _reads(method: str, rows: int, num_concepts: int) -> float:
     local = jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    if method == "pca":
+        return READS * pca.blocks_for(num_concepts, rows, D).more  # for each block
     takes = method in KERNELS and KERNELS[method].takes(local, num_concepts)
     return READS_OF_KERNEL if takes else READS
 

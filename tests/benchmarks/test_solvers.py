@@ -2,13 +2,16 @@
 
 import json
 import time
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from benchmarks import memory
-from benchmarks.solvers import matrices, page, peers, resources
+from benchmarks.solvers import __main__ as main
+from benchmarks.solvers import matrices, pace, page, peers, resources
 
 
 def test_bytes_exchanged_in_an_update_of_k_means():
@@ -27,6 +30,36 @@ def test_one_device_exchanges_nothing():
     # The covariance of 48 columns, in one step.
     assert row["one_step"] and row["update_bytes"] == row["other_bytes"] == 0
     assert resources.cells(row)[3].endswith("(one step)") and resources.cells(row)[4] == ""
+
+
+def test_an_update_of_pca_by_its_plan():
+    """A block reads Z once and is multiplied twice; no updates if the first span is everything."""
+    rng = np.random.default_rng(0)
+    for shape, K, expected in (((700, 300), 40, (2, 128)), ((64, 4096), 40, (2, 64))):
+        Z = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        update, problem, state, *counts = pace.updating("pca", Z, K)
+        assert tuple(counts) == expected
+        assert (state is None) == (shape[0] == 64)
+        after = update(problem, state)
+        found = np.sum(np.asarray(after.scores[:, :K], np.float64) ** 2)
+        assert found == pytest.approx(
+            -matrices.minus_explained(np.asarray(Z), after.basis[:, :K].T), rel=1e-4
+        )
+
+
+def test_updates_to_an_objective():
+    """By hand: minus what is explained is within the goal from update 2 on."""
+    reached = {0: -90.0, 1: -95.0, 2: -100.0, 3: -100.0}
+
+    def explained(result):
+        return reached[result.iterations]
+
+    def ours(max_iter):
+        return SimpleNamespace(iterations=max_iter, history=np.arange(max_iter + 1))
+
+    assert main.updates_to(-100.0, ours, ours(3), explained) == 2
+    assert main.updates_to(-89.0, ours, ours(3), explained) == 0
+    assert main.updates_to(-120.0, ours, ours(3), explained) == 3
 
 
 def test_a_case_that_fails_is_named():

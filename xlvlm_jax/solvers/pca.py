@@ -134,8 +134,8 @@ class Blocks(NamedTuple):
     kept: int  # V, axes that an update keeps
 
 
-def blocks_for(num_concepts: int, N: int, D: int) -> Blocks:
-    """Returns how a span grows for K components of Z[N, D]."""
+def blocks_for(num_concepts: int, N: int, D: int, backend: str | None = None) -> Blocks:
+    """Returns how a span grows for K components of Z[N, D], on JAX's backend if none is named."""
     W = num_axes(num_concepts)
     if W == LANES:
         return Blocks(W, 0, 1, W)
@@ -147,7 +147,7 @@ def blocks_for(num_concepts: int, N: int, D: int) -> Blocks:
         kept = min(kept, most - B)
         return Blocks(B, most // B, (most - kept) // B, kept)
 
-    blocks = of_width(min(W, WIDTHS.get(jax.default_backend(), LANES)))
+    blocks = of_width(min(W, WIDTHS.get(backend or jax.default_backend(), LANES)))
     # If the space has no room for an update by such blocks. It has by LANES columns, see is_small.
     while blocks.kept < W and blocks.width > LANES:
         blocks = of_width(max(blocks.width // 2, LANES))

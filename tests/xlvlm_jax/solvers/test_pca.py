@@ -136,19 +136,18 @@ def test_blocks_fit_into_the_space():
     assert pca.blocks_for(20, 3000, 4096) == (32, 0, 1, 32)
 
 
-@pytest.mark.parametrize("width", sorted(pca.WIDTHS.values()))
-def test_blocks_fit_into_every_space(monkeypatch, width):
-    """On every backend, in the smallest space that is iterated in and next to multiples of B."""
-    monkeypatch.setitem(pca.WIDTHS, "cpu", width)
+@pytest.mark.parametrize("backend", pca.WIDTHS)
+def test_blocks_fit_into_every_space(backend):
+    """In the smallest space that is iterated in, and next to multiples of all widths."""
     for W in range(64, 1025, 32):
         least = max(pca.EXACT, 2 * W) + 1
         multiples = range(least // 32 * 32, least + 3 * 128, 32)
         near = {multiple + beside for multiple in multiples for beside in (-1, 0, 1)}
         for space in {least} | {size for size in near if size > least}:
             assert not pca.is_small(space, space, W)
-            B, first, more, kept = pca.blocks_for(W, space, 4096)
+            B, first, more, kept = pca.blocks_for(W, space, 4096, backend)
             assert W <= kept < kept + more * B <= first * B <= space - B, (W, space)
-            assert pca.LANES <= B <= max(width, pca.LANES)
+            assert pca.LANES <= B <= pca.WIDTHS[backend]
 
 
 @pytest.mark.parametrize(("shape", "K"), [((600, 300), 100), ((384, 700), 160)], ids=str)
