@@ -286,7 +286,7 @@ def checked(
 
     The error that an update gives is what the last block misses; the images of the others lie in
     the span, but for what rounding has hidden. If so much may be hidden, this looks at the images
-    of all axes, one product of Z with each, and the next block is what they miss most.
+    of all axes, one product of Z with each. The next block is what those miss that miss most.
     """
     if not blocks.first:
         return state  # the images of few axes were their next block
@@ -294,13 +294,13 @@ def checked(
     def by_images(state: State) -> State:
         images = covariance_image(problem, state.scores, rows)
         missed, variances = _beyond(state.basis, images), jnp.sum(state.basis * images, axis=0)
-        error = expected_gain(jnp.sum(missed**2, axis=0), variances, num_concepts)
-        counts = jnp.arange(len(variances)) < num_concepts
-        scale = jnp.where(counts & (variances > TINY), variances, jnp.inf)
-        missed = missed / scale
-        _, turned = jnp.linalg.eigh(matmul(missed.T, missed))
-        most = turned[:, ::-1][:, : state.new.shape[1]]
-        return state._replace(new=complement(state.basis, matmul(missed, most)), error=error)
+        squares = jnp.sum(missed**2, axis=0)
+        error = expected_gain(squares, variances, num_concepts)
+        # Of the axes that miss most: relative to their variance, as rounding grows with it.
+        counts = (jnp.arange(len(variances)) < num_concepts) & (variances > TINY)
+        share = jnp.where(counts, squares / variances / variances, -1)
+        _, axes = jax.lax.top_k(share, state.new.shape[1])
+        return state._replace(new=complement(state.basis, missed[:, axes]), error=error)
 
     doubtful = state.spread & (state.error <= tol)
     return jax.lax.cond(doubtful, by_images, lambda state: state, state)
