@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ports
+import xlvlm_jax
 from ports.models import clip
 from xlvlm_jax import data
 from xlvlm_jax.concepts.record import Concepts
@@ -166,7 +167,7 @@ def run(
 def _description(
     word: str, num_concepts: int, seed: int, rows: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    packages = ("xlvlm-jax", "jax", "flax", "transformers", "numpy")
+    packages = ("jax", "flax", "transformers", "numpy")
     return {
         "model": "the embedded LLaVA",
         "data": f"{NUM_TRAIN} drawn scenes to learn from, {NUM_TEST} to test on",
@@ -177,6 +178,8 @@ def _description(
         "rows": rows,
         "seed": seed,
         "seconds": dict(seconds),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
+        # Its own version is not in the metadata of a tree that is not installed.
+        "versions": {"xlvlm-jax": xlvlm_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
     }
