@@ -137,8 +137,9 @@ class Features:
         )
 
     def __repr__(self) -> str:
-        sites = few(self.sites) or "none"
-        return f"Features({str(self.path)!r}, sites: {sites}; {self._in_short()})"
+        sites, here = few(self.sites) or "none", Path.cwd()
+        path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
+        return f"Features({str(path)!r}, sites: {sites}; {self._in_short()})"
 
     def _in_short(self) -> str:
         state = "" if self.complete else ", unfinished"

@@ -286,7 +286,9 @@ class TestStages:
         assert has_samples.sum() > 1
         ids = list(map(str, rows))
         shown = ground_samples(found, concepts, concepts, Z, other, ids, ids, num_images=2)
-        assert all(len(images) == 2 for images in shown.images["original"])
+        active = np.count_nonzero(np.asarray(concepts.activations), axis=0)
+        images = [len(images) for images in shown.images["original"]]
+        assert images == np.minimum(active, 2).tolist()
         components = np.asarray(concepts.components)
         same = concepts.with_components(components)
         np.testing.assert_allclose(xlvlm_jax.project(Z, same), concepts.activations, atol=1e-4)
