@@ -23,7 +23,6 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     refuse_given,
     show_skipped,
-    spinner,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -112,7 +111,7 @@ def score(
         require_no_scores,
         write_scores,
     )
-    from xlvlm_jax.features.reader import choose_site
+    from xlvlm_jax.features.reader import choose_site, site_of
     from xlvlm_jax.report.score_figures import draw_all
 
     _require_either(context, concepts, methods)
@@ -151,7 +150,7 @@ def score(
         source = learnt[0].source
         test = named_features(test, source, directories[0], "--test")
         stored = Features.open(test, images=images)
-        scorer = scorer_of(stored, site or source.get("site"), **of_bert)
+        scorer = scorer_of(stored, site or site_of(source, stored), **of_bert)
         others = load_dictionaries(stability or (), with_words=False)
         rows = [
             scorer.score(each, name=name, others=others)
@@ -206,7 +205,7 @@ def _scorer(
     judge, encoder = None, None
     if bert is not None:
         said = captions(features)  # before anything is loaded
-        with spinner(f"loading {bert}"):
+        with console.status(f"loading {bert}"):
             judge = bert_port.load_text_encoder(bert)
         layer = metrics.default_layer(judge) if layer is None else layer
         judge = metrics.BertScorer(
@@ -216,9 +215,9 @@ def _scorer(
             baseline=None if baseline is None else metrics.read_baseline(baseline, layer),
         )
     if clip is not None:
-        with spinner(f"loading {clip}"):
+        with console.status(f"loading {clip}"):
             encoder = clip_port.load_dual_encoder(embedded.CLIP if clip == "embedded" else clip)
-    with spinner("reading and encoding the samples"):
+    with console.status("reading and encoding the samples"):
         return Scorer(features, site, clip=encoder, bert=judge, seed=seed, strict=strict)
 
 

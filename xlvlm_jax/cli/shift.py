@@ -18,7 +18,6 @@ from xlvlm_jax.cli.console import (
     load_model,
     refuse_existing,
     require_counts,
-    spinner,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -129,7 +128,7 @@ def shift(
     other = load_model(finetuned_model) if finetuned_model else None
     if adapter:
         other = load_model(model, adapter=adapter)
-    with spinner("analysing"):
+    with console.status("analysing"):
         analysis = shift_features(
             before,
             after,

@@ -17,8 +17,14 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import answers_without, concept_directions, removal_effects
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.reader import Features, choose_site, require_states, sample_of
-from xlvlm_jax.features.samples import columns
+from xlvlm_jax.features.reader import (
+    Features,
+    choose_site,
+    require_states,
+    sample_of,
+    site_of,
+)
+from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.storage.same_model import require_model
 
 
@@ -79,14 +85,14 @@ def explain_sample(
             f"sample {sample!r} has no states in {features.path}: the token was not found, or it "
             "could not be read; choose another"
         )
-    site = choose_site(features, site or concepts.source.get("site"))
-    require_states(concepts.source, features, site, "explained")
-    states = np.asarray(features.stored(site).take(rows), np.float32)
+    at = choose_site(features, site or site_of(concepts.source, features))
+    require_states(concepts.source, features, at, "explained", named=site is not None)
+    states = np.asarray(features.stored(at).take(rows), np.float32)
     activations = np.asarray(project(states, concepts)).mean(axis=0)
     strongest = np.argsort(-activations, kind="stable")[:num_concepts]
     described = features.samples[number]
     return SampleExplanation(
-        sample=str(described.get("id", number)),
+        sample=name_of(number, described.get("id")),
         image=described.get("image"),
         prediction=described.get("prediction"),
         concepts=[
@@ -202,16 +208,17 @@ def stored_sample(features: Features, sample: str) -> Sample:
     Raises:
         ValueError: there is no such sample.
     """
-    return sample_of(features.samples[_number_of(features, sample)])
+    number = _number_of(features, sample)
+    return sample_of(features.samples[number], number)
 
 
 def _number_of(features: Features, sample: str) -> int:
     ids, images = columns(features.samples, "id", "image")
-    for number, (name, image) in enumerate(zip(ids, images, strict=True)):
-        if sample in (str(name), str(image), str(image).rsplit("/", 1)[-1]):
+    names = [name_of(number, given) for number, given in enumerate(ids)]
+    for number, (name, image) in enumerate(zip(names, images, strict=True)):
+        if sample in (name, str(image), str(image).rsplit("/", 1)[-1]):
             return number
-    some = ", ".join(map(str, ids[:3]))
     raise ValueError(
-        f"no sample {sample!r} in {features.path}; expected an ID such as {some}, or the name of "
-        "an image file"
+        f"no sample {sample!r} in {features.path}; expected an ID such as {', '.join(names[:3])}, "
+        "or the name of an image file"
     )

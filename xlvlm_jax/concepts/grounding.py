@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from ports import VLM
 from xlvlm_jax.data.word_rules import Rules, concept_words
-from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 # Rows of activations examined at once, and their numbers: features may be thousands.
@@ -118,7 +118,7 @@ def is_before_norm(vlm: VLM, site: str | None) -> bool:
     Returns:
         False if the site is unknown.
     """
-    return bool(site) and vlm.is_before_norm(site.removeprefix(finetuned_site("")))
+    return bool(site) and vlm.is_before_norm(module_of(site))
 
 
 def unembed_of(vlm: VLM, site: str | None) -> Unembed:
@@ -132,7 +132,7 @@ def unembed_of(vlm: VLM, site: str | None) -> Unembed:
         The language-model head; after an attention's output projection for the outputs of its
         heads; nothing for logits.
     """
-    own = (site or "").removeprefix(finetuned_site(""))
+    own = module_of(site or "")
     if own and vlm.is_head(own):
         return lambda logits: logits
     if own in vlm.attention_heads:
@@ -177,13 +177,6 @@ def strongest_rows(
     tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
 ) -> Int[np.ndarray, "K {num_images}"]:
     """Does `ground_images` for activations that arrive as (first row, some rows), in order."""
-    return strongest(tiles, num_concepts, num_images)[1]
-
-
-def strongest(
-    tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]], num_concepts: int, num_images: int
-) -> tuple[Float[np.ndarray, "K {num_images}"], Int[np.ndarray, "K {num_images}"]]:
-    """Returns the largest activations of each concept, and the rows that have them."""
     values = np.empty((num_concepts, 0), np.float32)
     rows = np.empty(values.shape, np.int64)
     for start, tile in _finite(tiles):
@@ -203,7 +196,63 @@ def strongest(
         rows = np.concatenate([rows, numbers], axis=1)
         best = np.stack([largest(column, min(num_images, len(column))) for column in values])
         values, rows = (np.take_along_axis(each, best, axis=1) for each in (values, rows))
-    return values, rows
+    return rows
+
+
+def strongest_samples(
+    tiles: Iterable[tuple[int, Float[np.ndarray, "B K"]]],
+    num_concepts: int,
+    samples: Int[np.ndarray, " N"],
+    count: int,
+) -> list[Int[np.ndarray, " _"]]:
+    """Returns a row of each sample that activates a concept most: its strongest one.
+
+    Memory does not grow with the number of rows per sample, as of image tokens.
+
+    Args:
+        tiles: activations as (first row, some rows), in order.
+        num_concepts: K.
+        samples: the sample of each row.
+        count: maximum number of samples per concept.
+
+    Returns:
+        For each concept the rows, each of another sample, the strongest first; ties go to the
+        earlier. Rows that do not activate a concept, whose activation is 0, are left out.
+    """
+    values = np.full((num_concepts, count), -np.inf, np.float32)
+    rows = np.full(values.shape, -1, np.int64)
+    for start, tile in _finite(tiles):
+        own = samples[start : start + len(tile)]
+        most, first = _of_samples(np.where(tile == 0, -np.inf, tile), own)
+        above = most > values[:, -1]  # of most features, few samples
+        for k in np.flatnonzero(above.any(axis=0)):
+            new = np.flatnonzero(above[:, k])
+            new = new[np.argsort(first[new, k])]
+            held = rows[k] >= 0
+            # Earlier finds come first, so that ties go to the earlier row.
+            both = np.concatenate([values[k, held], most[new, k]])
+            numbers = np.concatenate([rows[k, held], start + first[new, k]])
+            # A sample may be among both, so twice as many hold enough samples.
+            best = largest(both, min(2 * count, len(both)))
+            _, once = np.unique(samples[numbers[best]], return_index=True)
+            best = best[np.sort(once)][:count]
+            values[k, : len(best)], rows[k, : len(best)] = both[best], numbers[best]
+    return [each[each >= 0] for each in rows]
+
+
+def _of_samples(
+    tile: Float[np.ndarray, "B K"], samples: Int[np.ndarray, " B"]
+) -> tuple[Float[np.ndarray, "S K"], Int[np.ndarray, "S K"]]:
+    """Returns the largest activation of each sample in a tile, and the first row that has it."""
+    order = np.argsort(samples, kind="stable")
+    begins = np.flatnonzero(np.diff(samples[order], prepend=-1))
+    if len(begins) == len(tile):
+        return tile[order], np.broadcast_to(order[:, None], tile.shape)
+    sorted_tile = tile[order]
+    most = np.maximum.reduceat(sorted_tile, begins, axis=0)
+    repeats = np.diff(begins, append=len(tile))
+    rows = np.where(sorted_tile == np.repeat(most, repeats, axis=0), order[:, None], len(tile))
+    return most, np.minimum.reduceat(rows, begins, axis=0)
 
 
 def tiles_of(

@@ -18,7 +18,7 @@ from xlvlm_jax.concepts.grounding import is_before_norm, unembed_of
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.batches import groups_of, make_batch
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.manifest import is_hook_point, module_of
 from xlvlm_jax.storage.same_model import require_model
 
 BATCH = 8  # pictures that run together
@@ -183,7 +183,8 @@ def concept_site(vlm: VLM, site: str | None, concepts: Concepts, *, written: boo
 
     Args:
         vlm: the model.
-        site: the name that was asked for; None for that of the concepts.
+        site: the name that was asked for; None for that of the concepts. It replaces the name of a
+            hook point, which no module has.
         concepts: the concepts.
         written: whether the site that components are directions of is meant, which for transcoders
             is another than the one that they encode.
@@ -196,7 +197,9 @@ def concept_site(vlm: VLM, site: str | None, concepts: Concepts, *, written: boo
     learnt = (concepts.written if written else concepts.source).get("site") or asked
     if learnt is None:
         raise ValueError("the concepts do not name their site; give it with --site")
-    learnt = vlm.find_site(learnt.removeprefix(finetuned_site("")), generated=True)
+    if asked is not None and is_hook_point(learnt):  # no module of the model
+        return asked
+    learnt = vlm.find_site(module_of(learnt), generated=True)
     if asked not in (None, learnt):
         raise ValueError(
             f"the concepts are of site {learnt!r}, not of {asked!r}; omit --site, or use concepts "

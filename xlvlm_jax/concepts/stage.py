@@ -23,11 +23,11 @@ from ports.messages import counted
 from ports.parallel import hosts
 from xlvlm_jax import sae
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
-from xlvlm_jax.concepts.encoding import check_columns, encode_all
+from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.grounding import (
     ground_text,
     is_before_norm,
-    strongest,
+    strongest_samples,
     tiles_of,
     unembed_of,
 )
@@ -38,7 +38,7 @@ from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features, choose_site
-from xlvlm_jax.features.samples import columns
+from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.solvers.sae.side_by_side import side_by_side
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -187,7 +187,7 @@ def _check_same_rows(features: Features, other: Features) -> None:
     named = []
     for each in (features, other):
         (ids,) = columns(each.samples, "id")
-        names = np.array([str(name) for name in ids])
+        names = np.array([name_of(number, given) for number, given in enumerate(ids)])
         named.append((names[each.sample_rows], each.positions))
     least = min(counts)
     (names, places), (their_names, their_places) = named
@@ -249,10 +249,23 @@ def encode_features(
         ValueError: the features do not have the site, or states of another width, or the dictionary
             has no concepts of rows.
     """
-    began = time.perf_counter()
-    rows, source = rows_to_encode(features, dictionary, site, target, target_site)
+    site = choose_site(features, site)
+    layers = layer_of(dictionary.site or ""), layer_of(site)
+    if None not in layers and layers[0] != layers[1]:
+        warnings.warn(
+            f"the dictionary was learnt at {dictionary.site}, but the states are of {site}; choose "
+            "the site of the same layer",
+            stacklevel=2,
+        )
+    began, stored = time.perf_counter(), features.stored(site)
+    source, rows = _source(features, site), stored
+    if target is not None or target_site is not None or dictionary.settings.is_crosscoder:
+        how = method_named(dictionary.method)
+        if (paired := paired_with(how, features, site, target, target_site)) is not None:
+            rows, _ = side_by_side(stored, paired.stored)
+            source |= {("target" if paired.writes else "other"): paired.source}
     concepts = Concepts.from_dictionary(dictionary, source=source)
-    shape = rows.shape[0], len(concepts.components)
+    shape = stored.shape[0], len(concepts.components)
     with contextlib.ExitStack() as stack:
         if stream:
             kept = stack.enter_context(StoredActivations(output, *shape))
@@ -273,40 +286,6 @@ def encode_features(
         )
         concepts.save(output)
     return concepts
-
-
-def rows_to_encode(
-    features: Features,
-    dictionary: sae.Dictionary,
-    site: str | None = None,
-    target: Features | None = None,
-    target_site: str | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the rows that `encode_features` encodes, not read yet, and where they come from.
-
-    Args:
-        features, dictionary, site, target, target_site: as for `encode_features`.
-
-    Raises:
-        ValueError: as `encode_features`.
-    """
-    site = choose_site(features, site)
-    layers = layer_of(dictionary.site or ""), layer_of(site)
-    if None not in layers and layers[0] != layers[1]:
-        warnings.warn(
-            f"the dictionary was learnt at {dictionary.site}, but the states are of {site}; choose "
-            "the site of the same layer",
-            stacklevel=3,
-        )
-    rows: Any = features.stored(site)
-    source = _source(features, site)
-    if target is not None or target_site is not None or dictionary.settings.is_crosscoder:
-        how = method_named(dictionary.method)
-        if (paired := paired_with(how, features, site, target, target_site)) is not None:
-            rows, _ = side_by_side(rows, paired.stored)
-            source |= {("target" if paired.writes else "other"): paired.source}
-    check_columns(dictionary, rows.shape[1])
-    return rows, source
 
 
 def layer_of(site: str) -> int | None:
@@ -426,12 +405,7 @@ def top_samples(features: Features, activations: Any, count: int) -> list[list[i
     Returns:
         For each concept the numbers of samples.
     """
-    # A sample may have many rows, such as its image tokens.
-    most = int(np.bincount(features.sample_rows).max())
-    rows = min(count * most, len(features.tokens))
-    values, top = strongest(tiles_of(activations), activations.shape[1], rows)
-    samples = features.sample_rows[top]
-    found = (
-        dict.fromkeys(each[of != 0].tolist()) for each, of in zip(samples, values, strict=True)
+    rows = strongest_samples(
+        tiles_of(activations), activations.shape[1], features.sample_rows, count
     )
-    return [list(each)[:count] for each in found]
+    return [features.sample_rows[each].tolist() for each in rows]

@@ -75,7 +75,7 @@ def map_top_pictures(
             wanted.setdefault(sample, []).append(k)
     found: StoredMaps = {}
     numbers = sorted(wanted)
-    asked = [sample_of(features.samples[number]) for number in numbers]
+    asked = [sample_of(features.samples[number], number) for number in numbers]
     done = 0
     for group in groups_of(asked, BATCH):
         batch = make_batch(vlm, group, BATCH, strict=True)

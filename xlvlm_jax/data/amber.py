@@ -130,7 +130,7 @@ def word_lists(directory: str | os.PathLike[str]) -> WordLists:
         raise ValueError(f"{path}: expected an object of lists of words, as AMBER's relation.json")
     safe = Path(directory) / "data/safe_words.txt"
     try:
-        lines = safe.read_text("utf-8").splitlines()
+        lines = safe.read_text("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"{safe}: no such file; it is part of AMBER's data") from None
     return WordLists({name: tuple(words) for name, words in content.items()}, tuple(lines))

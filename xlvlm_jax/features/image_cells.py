@@ -91,12 +91,19 @@ def batch_cells(
                 box[b, where] = each.boxes[y, x]
         candidates = np.flatnonzero(chosen[b])
         if at_most is not None and len(candidates) > at_most:
-            # A name may be that of a file, which need not be UTF-8.
-            number = zlib.crc32(name.encode(errors="surrogateescape"))
+            number = zlib.crc32(_encoded(name))
             rng = np.random.default_rng([seed, number])
             chosen[b] = False
             chosen[b, rng.choice(candidates, at_most, replace=False)] = True
     return BatchCells(chosen, grid, box)
+
+
+def _encoded(name: str) -> bytes:
+    """Returns the bytes of a name, which may be that of a file and need not be UTF-8."""
+    try:
+        return name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # other lone surrogates, such as an ID in JSON may have
+        return name.encode(errors="surrogatepass")
 
 
 def views(layout: PatchLayout) -> tuple[PatchLayout, ...]:

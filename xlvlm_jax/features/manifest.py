@@ -39,6 +39,8 @@ PICTURES = "images.json"
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
 CELL_FIELDS = {"cell": "int32", "box": "float32"}  # of image tokens, [rows, 4]
+ADAPTER = "adapter fingerprint"  # key of a manifest, and of what is made from features
+_FINETUNED = "finetuned:"
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -107,16 +109,39 @@ def finetuned_site(site: str) -> str:
 
     Runs on the host and cannot be traced.
     """
-    return f"finetuned:{site}"
+    return f"{_FINETUNED}{site}"
+
+
+def is_finetuned(site: str) -> bool:
+    """Returns whether a site holds the states of the fine-tuned model of two."""
+    return site.startswith(_FINETUNED)
+
+
+def module_of(site: str) -> str:
+    """Returns the name of the module whose outputs a site holds, in either model."""
+    return site.removeprefix(_FINETUNED)
+
+
+def is_hook_point(site: str) -> bool:
+    """Returns whether a name is that of a hook, as in files of SAELens, and not of a module.
+
+    TransformerLens has hooks such as "blocks.3.hook_resid_post", Gemma Scope 2 names the input or
+    output of a module: "model.layers.3.output".
+    """
+    parts = site.split(".")
+    return parts[-1] in ("input", "output") or any(part.startswith("hook_") for part in parts)
 
 
 def model_at(manifest: Mapping[str, Any], site: str) -> dict[str, Any]:
-    """Returns name and fingerprint of the model whose states a site holds; None where unknown.
+    """Returns the model whose states a site holds.
 
     Args:
         manifest: arguments of the run.
         site: the site; that of the fine-tuned model's states names the fine-tuned model.
+
+    Returns:
+        "model", its name, "fingerprint", that of its checkpoint, and "adapter fingerprint", that of
+        the LoRA adapter that was merged into it; None where unknown, or without an adapter.
     """
-    tuned = site.startswith(finetuned_site(""))
-    of = (manifest.get("finetuned") or {}) if tuned else manifest
-    return {name: of.get(name) for name in ("model", "fingerprint")}
+    of = (manifest.get("finetuned") or {}) if is_finetuned(site) else manifest
+    return {name: of.get(name) for name in ("model", "fingerprint", ADAPTER)}

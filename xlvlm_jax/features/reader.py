@@ -19,15 +19,19 @@ from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.manifest import (
+    ADAPTER,
     CELL_FIELDS,
     PICTURES,
     ROW_FIELDS,
     SAMPLES,
     array_path,
+    is_finetuned,
+    is_hook_point,
     model_at,
+    module_of,
     read_manifest,
 )
-from xlvlm_jax.features.samples import StoredSamples
+from xlvlm_jax.features.samples import StoredSamples, name_of
 from xlvlm_jax.storage import pictures
 from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
 
@@ -231,12 +235,27 @@ def _read_pictures(path: Path) -> dict[str, str] | None:
         ) from None
 
 
+def matching_sites(name: str, sites: Sequence[str]) -> list[str]:
+    """Returns the sites that a name or pattern matches.
+
+    Args:
+        name: a name or pattern (see `ports.intervene.sites.match_sites`). Where there are sites of
+            two models it means those of the model itself, after "finetuned:" those of the other.
+        sites: the sites.
+    """
+    for of_tuned in (True,) if is_finetuned(name) else (False, True):
+        own = {module_of(site): site for site in sites if is_finetuned(site) == of_tuned}
+        if found := match_sites(module_of(name), own, hub_names):
+            return [own[module] for module in found]
+    return []
+
+
 def choose_sites(features: Features, site: str | None, option: str = "--site") -> list[str]:
     """Returns the sites that a name or a pattern matches; without one, the only site.
 
     Args:
         features: the features.
-        site: a name or pattern (see `ports.intervene.sites.match_sites`); None for the only site.
+        site: a name or pattern (see `matching_sites`); None for the only site.
         option: the option of the command line that names it, for messages.
 
     Raises:
@@ -244,7 +263,7 @@ def choose_sites(features: Features, site: str | None, option: str = "--site") -
     """
     if site is None and len(features.sites) == 1:
         return list(features.sites)
-    found = [] if site is None else match_sites(site, features.sites, hub_names)
+    found = [] if site is None else matching_sites(site, features.sites)
     if not found:
         raise ValueError(
             f"{features.path} has the sites {few(features.sites)}; choose one of them with "
@@ -265,31 +284,89 @@ def choose_site(features: Features, site: str | None, option: str = "--site") ->
     return found[0]
 
 
-def require_states(source: Mapping[str, Any], features: Features, site: str, what: str) -> None:
+def site_of(source: Mapping[str, Any], features: Features) -> str | None:
+    """Returns the site of features that holds states as those that concepts were learnt on.
+
+    Concepts of the fine-tuned model, learnt on features of two models, are of the module's own site
+    where the features are of that model alone.
+
+    Args:
+        source: where the concepts come from.
+        features: the features.
+
+    Returns:
+        A name or pattern, as for `choose_site`, which may match nothing; None if the source names
+        none.
+    """
+    site = source.get("site")
+    return site if site is None or matching_sites(site, features.sites) else module_of(site)
+
+
+def require_states(
+    source: Mapping[str, Any], features: Features, site: str, what: str, *, named: bool = False
+) -> None:
     """Checks that concepts were learnt on states of a site of some features.
+
+    Of two models, the fine-tuned one may be called so in one of the two ("finetuned:" before the
+    site) and be the only one in the other: the fingerprints tell which model is meant.
 
     Args:
         source: where the concepts come from; a missing site or fingerprint passes.
         features: the features.
         site: one of their sites.
         what: what such concepts can't be, for the message: "scored".
+        named: whether the caller named the site; a source whose site is a hook point, which no
+            model here has, then passes.
 
     Raises:
         ValueError: they were learnt on states of another site or model.
     """
-    learnt = source.get("site")
-    if learnt is not None and site not in match_sites(learnt, features.sites, hub_names):
-        raise ValueError(
-            f"concepts of site {learnt!r} cannot be {what} on states of {site!r}; extract the same "
-            "site for both"
-        )
-    model = model_at(features.manifest, site)
+    learnt, model = source.get("site"), model_at(features.manifest, site)
     models = source.get("fingerprint"), model["fingerprint"]
-    if None not in models and models[0] != models[1]:
+    if learnt is not None:
+        is_hook = is_hook_point(learnt)
+        alike = match_sites(module_of(learnt), [module_of(site)], hub_names)
+        if not (alike or (named and is_hook)) or _is_of_other_model(source, features, site):
+            todo = "name the site of these states" if is_hook else "extract the same site for both"
+            raise ValueError(
+                f"concepts of site {learnt!r} cannot be {what} on states of {site!r}; {todo}"
+            )
+    if None in models or _is_of_earlier_release(source, features, site):
+        return
+    if models[0] != models[1]:
         raise ValueError(
             f"concepts are from model {source.get('model')!r} ({models[0]}), but {features.path} "
             f"has states of {model['model']!r} ({models[1]}); extract with the same model"
         )
+    if ADAPTER in source and source[ADAPTER] != model[ADAPTER]:
+        raise ValueError(
+            f"concepts are from model {source.get('model')!r} with {_adapter(source)}, but "
+            f"{features.path} has states of it with {_adapter(model)}; extract with the same "
+            "adapter"
+        )
+
+
+def _adapter(model: Mapping[str, Any]) -> str:
+    return "no adapter" if model[ADAPTER] is None else f"adapter {model[ADAPTER]}"
+
+
+def _is_of_other_model(source: Mapping[str, Any], features: Features, site: str) -> bool:
+    """Returns whether concepts are of the other of two models, whatever the fingerprints say."""
+    tuned, known = is_finetuned(source["site"]), source.get("fingerprint") is not None
+    if tuned == is_finetuned(site):
+        return False
+    if source.get("features") == str(features.path.resolve()):
+        # A shift of an earlier release wrote neither the prefix nor a model.
+        return tuned or known
+    # Earlier releases wrote the original's fingerprint.
+    return tuned and known and ADAPTER not in source
+
+
+def _is_of_earlier_release(source: Mapping[str, Any], features: Features, site: str) -> bool:
+    """Returns whether concepts of fine-tuned states have the original's fingerprint, as once."""
+    tuned = is_finetuned(source.get("site") or "") and is_finetuned(site)
+    original = features.manifest.get("fingerprint")
+    return tuned and ADAPTER not in source and source.get("fingerprint") == original
 
 
 def samples_of(features: Features) -> list[Sample]:
@@ -300,26 +377,32 @@ def samples_of(features: Features) -> list[Sample]:
     Raises:
         ValueError: as for `sample_of`.
     """
-    return [sample_of(kept) for kept in features.samples]
+    return [sample_of(kept, number) for number, kept in enumerate(features.samples)]
 
 
-def sample_of(kept: Mapping[str, Any]) -> Sample:
+def sample_of(kept: Mapping[str, Any], number: int | None = None) -> Sample:
     """Converts a stored sample to the form that the readers of data return.
+
+    Args:
+        kept: the stored sample.
+        number: its place among the samples, which names it if it has no ID.
 
     Raises:
         ValueError: it has no image or prompt, as some imported features.
     """
-    for name in ("image", "prompt"):
-        if kept.get(name) is None:
+    name = name_of("" if number is None else number, kept.get("id"))
+    for needed in ("image", "prompt"):
+        if kept.get(needed) is None:
             raise ValueError(
-                f"sample {kept.get('id')!r} has no {name}, so the model can't run on it again; "
+                f"sample {name!r} has no {needed}, so the model can't run on it again; "
                 "extract features from a data set"
             )
     own = ("id", "image", "image_id", "prompt", "references")
+    image_id = kept.get("image_id")
     return Sample(
-        id=str(kept.get("id", "")),
+        id=name,
         image=Path(kept["image"]),
-        image_id=str(kept.get("image_id") or ""),
+        image_id="" if image_id is None else str(image_id),
         prompt=kept["prompt"],
         references=tuple(kept.get("references") or ()),
         metadata={name: value for name, value in kept.items() if name not in own},

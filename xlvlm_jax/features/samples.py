@@ -181,3 +181,8 @@ def columns(samples: Iterable[Mapping[str, Any]], *keys: str) -> tuple[list[Any]
         for key, values in zip(keys, found, strict=True):
             values.append(sample.get(key))
     return found
+
+
+def name_of(number: int | str, given: Any) -> str:
+    """Returns the ID that a sample was given, otherwise its number."""
+    return str(number if given is None else given)

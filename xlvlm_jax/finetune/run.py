@@ -251,7 +251,7 @@ def without_values(state: State) -> tuple[dict[str, Any], State]:
 
 
 def resumed(state: State, values: dict[str, Any], vlm: VLM) -> State:
-    """Returns the state with the values that `stored` gave, which are donated.
+    """Returns the state with the values that `stored` gave; on a mesh their buffers are reused.
 
     They are placed as the state's own are, which may be shapes and shardings alone.
     """
@@ -263,11 +263,24 @@ def resumed(state: State, values: dict[str, Any], vlm: VLM) -> State:
     where = {
         name: jax.tree.map(lambda leaf: leaf.sharding, getattr(state, name)) for name in values
     }
+    structure, leaves, staying = jax.tree.structure(values), _by_name(values), _by_name(where)
+    kept = {name: leaf for name, leaf in leaves.items() if name in staying}
+    # Those of fused layers, whose buffers no part of them can take over.
+    split = {name: leaf for name, leaf in leaves.items() if name not in staying}
+
+    def place(kept: dict[str, jax.Array], split: dict[str, jax.Array]) -> dict[str, Any]:
+        every = kept | split
+        return lora.by_part(structure.unflatten([every[name] for name in leaves]), vlm.params)
+
     # One program: by itself, each layer would send its parts around.
-    split = jax.jit(
-        lambda values: lora.by_part(values, vlm.params), out_shardings=where, donate_argnums=0
-    )
-    return state._replace(**split(values))
+    placed = jax.jit(place, out_shardings=where, donate_argnums=0)(kept, split)
+    return state._replace(**placed)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
 def _groups(run: _Run, start: int, stop: int) -> Iterator[Sequence[examples.TrainingBatch]]:

@@ -201,7 +201,7 @@ def read_baseline(path: str | Path, layer: int) -> tuple[float, float, float]:
         raise FileNotFoundError(f"{path}: no such baseline; expected a file with LAYER,P,R,F lines")
     rows: dict[int, tuple[float, float, float]] = {}
     try:
-        names, *lines = path.read_text().split() or [""]
+        names, *lines = path.read_text("utf-8-sig").split() or [""]
         if names != "LAYER,P,R,F":
             raise ValueError(f"it starts with {names!r}")
         for line in lines:

@@ -1,6 +1,5 @@
 """Grounds original, shifted and fine-tuned concepts in words and images."""
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest
+from xlvlm_jax.concepts.grounding import Unembed, ground_text, strongest_samples
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.word_rules import Rules, is_concept_word
 from xlvlm_jax.shift.blocks import activations_of
@@ -121,42 +120,35 @@ def ground_samples(
     Raises:
         ValueError: concepts have activations for other numbers of rows than the states.
     """
-    rows = [_rows_per_sample(ids) for ids in (original_ids, finetuned_ids)]
-    count = min(num_images, *map(len, rows))
+    of_rows = [_samples_of(ids) for ids in (original_ids, finetuned_ids)]
+    held = [len(np.unique(each)) for each in of_rows]
+    count = min(num_images, *held)
     moved = np.where(analysis.moved[:, None], analysis.shifted, analysis.original)
     # Encoded as the original concepts are; for pca, with the fine-tuned model's mean.
     given = concepts.with_components(moved, finetuned_concepts.mean)
 
-    def top(learnt: Concepts, Z: Any, ids: Sequence[str]) -> list[list[str]]:
-        most = min(count * max(int(each.max()) for each in rows), len(ids))
-        found = strongest(activations_of(learnt, Z), len(learnt.components), most)
-        return [_first_names(ids, best[of != 0], count) for of, best in zip(*found, strict=True)]
+    def top(learnt: Concepts, Z: Any, ids: Sequence[str], samples: np.ndarray) -> list[list[str]]:
+        tiles = activations_of(learnt, Z)
+        found = strongest_samples(tiles, len(learnt.components), samples, count)
+        return [[ids[int(row)] for row in rows] for rows in found]
 
-    shifted = top(given, Z_finetuned, finetuned_ids)
-    finetuned = top(finetuned_concepts, Z_finetuned, finetuned_ids)
+    before, after = (original_ids, of_rows[0]), (finetuned_ids, of_rows[1])
+    shifted = top(given, Z_finetuned, *after)
+    finetuned = top(finetuned_concepts, Z_finetuned, *after)
     images = {
-        "original": top(concepts, Z_original, original_ids),
+        "original": top(concepts, Z_original, *before),
         "shifted": [
             rows if here else [] for rows, here in zip(shifted, analysis.moved, strict=True)
         ],
         "finetuned": [finetuned[k] for k in analysis.matching],
     }
-    held = analysis.rows | {"finetuned samples": len(rows[1])}
-    return dataclasses.replace(analysis, images=images, num_images=count, rows=held)
+    rows = analysis.rows | {"finetuned samples": held[1]}
+    return dataclasses.replace(analysis, images=images, num_images=count, rows=rows)
 
 
-def _rows_per_sample(ids: Sequence[str]) -> Int[np.ndarray, " S"]:
-    """Returns the number of rows of each sample."""
+def _samples_of(ids: Sequence[str]) -> Int[np.ndarray, " N"]:
+    """Returns a number for the sample of each row."""
     if isinstance(ids, RowIds):  # read no IDs
-        return ids.rows_per_sample
-    return np.array([*collections.Counter(ids).values()])
-
-
-def _first_names(ids: Sequence[str], rows: Int[np.ndarray, " R"], count: int) -> list[str]:
-    """Returns the samples of the first rows, each once."""
-    found: dict[str, None] = {}
-    for row in map(int, rows):
-        if len(found) == count:
-            break
-        found[ids[row]] = None
-    return list(found)
+        return ids.samples_of_rows
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from jaxtyping import Int
 
-from ports.intervene.sites import match_sites
-from ports.loading import hub_names
 from ports.messages import few
-from xlvlm_jax.features.reader import Features
-from xlvlm_jax.features.samples import columns, unplaced_pairs
+from xlvlm_jax.features.reader import Features, matching_sites
+from xlvlm_jax.features.samples import columns, name_of, unplaced_pairs
 
 # Fields besides the ID that identify a sample; if both directories have them, they must agree.
 _NAMING = ("image_id", "prompt")
@@ -61,11 +59,6 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
     first_b = np.cumsum(counts_b) - counts_b
     theirs = order_b[first_b[sample[paired]] + nth_a[paired]]
     return Pairs(paired, theirs, int(num_shared))
-
-
-def name_of(number: int, given: Any) -> str:
-    """Returns the ID that a sample was given, otherwise its number."""
-    return str(number if given is None else given)
 
 
 def _partners(original: Features, finetuned: Features) -> Int[np.ndarray, " S"]:
@@ -139,10 +132,9 @@ class RowIds(Sequence[str]):
         self._names: dict[int, str] = {}
 
     @property
-    def rows_per_sample(self) -> Int[np.ndarray, " S"]:
-        """Number of rows of each sample that has any."""
-        counts = np.bincount(self.features.sample_rows)
-        return counts[counts > 0]
+    def samples_of_rows(self) -> Int[np.ndarray, " N"]:
+        """Number of the sample of each row."""
+        return self.features.sample_rows
 
     def __len__(self) -> int:
         return len(self.features.sample_rows)
@@ -177,7 +169,7 @@ def common_site(original: Features, finetuned: Features, site: str | None) -> st
     both = [name for name in original.sites if name in finetuned.sites]
     if site is None and len(both) == 1:
         return both[0]
-    found = [] if site is None else match_sites(site, both, hub_names)
+    found = [] if site is None else matching_sites(site, both)
     if len(found) != 1:
         held = [few(each.sites) or "none" for each in (original, finetuned)]
         raise ValueError(

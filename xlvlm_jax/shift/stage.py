@@ -9,8 +9,6 @@ import numpy as np
 from jaxtyping import Int
 
 from ports import VLM
-from ports.intervene.sites import match_sites
-from ports.loading import hub_names
 from ports.messages import few
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
 from xlvlm_jax.concepts.grounding import is_before_norm, unembed_of
@@ -18,12 +16,12 @@ from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.manifest import finetuned_site, model_at
-from xlvlm_jax.features.reader import Features, require_states
-from xlvlm_jax.features.samples import columns
+from xlvlm_jax.features.reader import Features, matching_sites, require_states
+from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.blocks import assigned, blocks_of_pairs
 from xlvlm_jax.shift.grounding import ground_samples, ground_words
-from xlvlm_jax.shift.pairs import Pairs, RowIds, common_site, match_samples, name_of
+from xlvlm_jax.shift.pairs import Pairs, RowIds, common_site, match_samples
 from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import AssignBy, Reduce
 from xlvlm_jax.storage.same_model import require_model
@@ -92,7 +90,7 @@ def shift_features(
     Raises:
         ValueError: the features, concepts or models do not belong together.
     """
-    site = site or concepts.source.get("site")
+    named, site = site is not None, site or concepts.source.get("site")
     if finetuned is None:
         if pairs is not None:
             raise ValueError(
@@ -106,13 +104,10 @@ def shift_features(
         site = tuned_site = common_site(original, finetuned, site)
         pairs, Z_b = pairs or match_samples(original, finetuned), finetuned.stored(site)
         both = [RowIds(original), RowIds(finetuned)]
-    require_states(concepts.source, original, site, "moved")
+    require_states(concepts.source, original, site, "moved", named=named)
     if finetuned_concepts is not None:
-        known = dict(finetuned_concepts.source)
-        if known.get("site"):  # may come from a directory of both models, or of one
-            own = known["site"].removeprefix(finetuned_site(""))
-            known["site"] = tuned_site.removesuffix(site) + own
-        require_states(known, finetuned, tuned_site, "compared")
+        states = finetuned_concepts.source, finetuned, tuned_site
+        require_states(*states, "compared", named=named)
     Z_a = original.stored(site)
     _check_width(vlm, finetuned_vlm)
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
@@ -197,7 +192,7 @@ def _store_samples(
 def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows, Pairs]:
     """Returns site, fine-tuned states and pairs of a directory with the states of both models."""
     both = [name for name in features.sites if finetuned_site(name) in features.sites]
-    found = both if site is None else match_sites(site, both, hub_names)
+    found = both if site is None else matching_sites(site, both)
     if len(found) != 1:
         raise ValueError(
             f"{features.path} holds the sites {few(features.sites)}; expected states of both"

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from ports.intervene.adaptive_edits import add_adaptive, add_if_similar, similarities
 from ports.intervene.edits import Edit
 from xlvlm_jax.concepts.decomposition import decompose
+from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.steering.fit import answer_states
 from xlvlm_jax.steering.site_steering import SiteSteering
@@ -155,7 +156,7 @@ def fit_adaptive(
     vector = np.asarray(steering_vector(states.source, states.target))
     reference = _mean(states.target)
     described = states.described | {"method": "adaptive"}
-    return AdaptiveVector(vector, reference, site, described, where)
+    return AdaptiveVector(vector, reference, module_of(site), described, where)
 
 
 def fit_conditional(
@@ -209,7 +210,8 @@ def fit_conditional(
     vector = np.asarray(steering_vector(states.source, states.target))
     told = {"method": "conditional", "threshold": float(best), "gate accuracy": float(accuracy)}
     least = np.full(1, best, np.float32)
-    return VectorMemory(vector[None], key, least, center, site, states.described | told, where)
+    at, described = module_of(site), states.described | told
+    return VectorMemory(vector[None], key, least, center, at, described, where)
 
 
 def best_threshold(values: Float[np.ndarray, " N"], wanted: Bool[np.ndarray, " N"]) -> float:
@@ -298,7 +300,7 @@ def fit_memory(
         np.asarray(found.components, np.float32),
         np.full(num_keys, threshold, np.float32),
         _mean(both),
-        site,
+        module_of(site),
         states.described | told,
         where,
     )

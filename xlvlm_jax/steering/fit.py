@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from ports.messages import few
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.words import word_pattern
-from xlvlm_jax.features.manifest import finetuned_site
+from xlvlm_jax.features.manifest import ADAPTER, finetuned_site, model_at, module_of
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.features.samples import columns
+from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering import directions
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
@@ -58,7 +58,7 @@ def answer_states(
 
     Args:
         features: states of the samples' answers or captions.
-        site: the site whose states to use.
+        site: the site whose states to use; of either model, where `features` hold those of two.
         source: words to steer from; None for all samples without a target word, EVERYTHING for all
             samples, such as all captions.
         target: words to steer to; None for all samples of the target's states, which then are not
@@ -86,7 +86,7 @@ def answer_states(
     others = features if target_features is None else target_features
     target_site = finetuned_site(site) if between_models and others is features else site
     if not between_models:
-        require_same_model(features, others)
+        require_same_model(features, others, site)
     if target is None and target_features is None and not between_models:
         raise ValueError("there are no target answers; give some, or features of the target")
     of_target, of_source = (np.ones(len(each.tokens), bool) for each in (others, features))
@@ -113,7 +113,7 @@ def answer_states(
                 f"{others.path}, which matched states need; choose other answers, or do not match"
             )
     described = {
-        **_origin(features, key),
+        **_origin(features, key, site),
         "target features": str(others.path.resolve()),
         "match": match,
         "source": None if source is None else list(source),
@@ -173,7 +173,7 @@ def fit_coarse(
     states = answer_states(features, site, source, target, **chosen)
     vector = steering_vector(states.source, states.target)
     described = states.described | {"method": "coarse"}
-    return SteeringVector(np.asarray(vector, np.float32), site, described, where)
+    return SteeringVector(np.asarray(vector, np.float32), module_of(site), described, where)
 
 
 def fit_direction(
@@ -221,7 +221,7 @@ def fit_direction(
         vector = directions.probe_vector(begins, ends, penalty=penalty)
         options = {"penalty": penalty}
     described = states.described | {"method": method, **options}
-    return SteeringVector(np.asarray(vector, np.float32), site, described, where)
+    return SteeringVector(np.asarray(vector, np.float32), module_of(site), described, where)
 
 
 def fit_fine(
@@ -245,7 +245,7 @@ def fit_fine(
 
     Args:
         features: states of the samples' answers or captions.
-        site: the site whose states to use.
+        site: the site whose states to use; of either model, where `features` hold those of two.
         num_concepts: K.
         source: words that choose the samples, as for `answer_states`; None for all samples.
         key, match: as for `answer_states`.
@@ -278,9 +278,9 @@ def fit_fine(
             )
     Z = features.matrix(site)[chosen]
     fine = fine_vectors(Z, num_concepts, key=jax.random.key(seed), method=decomposition)
-    samples = features.sample_rows[chosen]
+    samples, names = features.sample_rows[chosen], _names(features)
     common = {
-        **_origin(features, key),
+        **_origin(features, key, site),
         "method": "fine",
         "source": None if source is None else list(source),
         "match": match,
@@ -290,33 +290,41 @@ def fit_fine(
     }
     vectors = []
     for i, j in every if pairs is None else pairs:
-        ids = dict.fromkeys(features.samples[row]["id"] for row in samples[fine.samples(i)])
+        ids = dict.fromkeys(names[row] for row in samples[fine.samples(i)])
         described = {**common, "from": i, "to": j, "samples": list(ids)}
         vector = np.asarray(fine.vectors[i, j], np.float32)
-        vectors.append(SteeringVector(vector, site, described, where))
+        vectors.append(SteeringVector(vector, module_of(site), described, where))
     return vectors, fine
 
 
-def require_same_model(features: Features, others: Features) -> None:
-    """Checks that two features come from the same model.
+def require_same_model(features: Features, others: Features, site: str) -> None:
+    """Checks that the states of a site of two features come from the same model.
 
     Raises:
         ValueError: they come from different models.
     """
-    both = [each.manifest.get("fingerprint") for each in (features, others)]
-    names = [each.manifest.get("model") for each in (features, others)]
-    if both[0] != both[1] or names[0] != names[1]:
+    models = [model_at(each.manifest, site) for each in (features, others)]
+    if models[0] != models[1]:
+        names = [
+            f"{each.path} from {model['model']!r} ({model['fingerprint']}"
+            + (f", adapter {model[ADAPTER]})" if model[ADAPTER] else ")")
+            for each, model in zip((features, others), models, strict=True)
+        ]
         raise ValueError(
-            f"source and target states come from different models: {features.path} from "
-            f"{names[0]!r} ({both[0]}), {others.path} from {names[1]!r} ({both[1]}); extract both "
-            "with the same model"
+            f"source and target states come from different models: {', '.join(names)}; extract "
+            "both with the same model"
         )
+
+
+def _names(features: Features) -> list[str]:
+    """Returns the ID of each sample, its number if it has none."""
+    (ids,) = columns(features.samples, "id")
+    return [name_of(number, given) for number, given in enumerate(ids)]
 
 
 def _ids(features: Features) -> np.ndarray:
     """Returns str[N], the ID of each row's sample."""
-    (ids,) = columns(features.samples, "id")
-    return np.array(ids, str)[features.sample_rows]
+    return np.array(_names(features), str)[features.sample_rows]
 
 
 def _matching(features: Features, words: Sequence[str], key: str, match: str) -> np.ndarray:
@@ -390,7 +398,10 @@ def answers_of(features: Features, key: str) -> list[str]:
     return answers
 
 
-def _origin(features: Features, key: str) -> dict[str, Any]:
-    names = ("model", "fingerprint", "selection", "source")
-    known = {f"data {n}" if n == "source" else n: features.manifest.get(n) for n in names}
+def _origin(features: Features, key: str, site: str) -> dict[str, Any]:
+    known = {
+        **model_at(features.manifest, site),
+        "selection": features.manifest.get("selection"),
+        "data source": features.manifest.get("source"),
+    }
     return {"features": str(features.path.resolve()), "key": key, **known}

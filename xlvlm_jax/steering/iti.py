@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ports.messages import counted, few
+from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.solvers.blas_threads import one_thread
 from xlvlm_jax.steering.fit import answer_states
@@ -102,11 +103,10 @@ def fit_iti(
         held_out = [_hold_out(group, validation, seed) for group in groups]
         both = np.asarray(states.source), np.asarray(states.target)
         heads = _fit_heads(*both, held_out, count, direction)
-        found += [Head(site, number, *each) for number, each in enumerate(heads)]
+        found += [Head(module_of(site), number, *each) for number, each in enumerate(heads)]
     best = sorted(found, key=lambda head: (-head.accuracy, head.loss))[:num_heads]
-    vectors = {
-        site: _in_place(site, best, found) for site in sites if site in {h.site for h in best}
-    }
+    at = {head.site for head in best}
+    vectors = {site: _in_place(site, best, found) for site in map(module_of, sites) if site in at}
     told = {
         "method": "iti",
         "direction": direction,
@@ -119,13 +119,13 @@ def fit_iti(
 
 def _count_heads(features: Features, site: str) -> int:
     known = features.manifest.get("attention heads", {})
-    if site not in known:
+    if module_of(site) not in known:
         raise ValueError(
             f"{features.path} does not tell the number of heads at {site}; expected one of "
             f"{few(known) or 'no site'}: extract sites such as 'layers.*.heads', or give "
             "heads_per_site"
         )
-    return known[site]
+    return known[module_of(site)]
 
 
 def _hold_out(samples: Int[np.ndarray, " N"], share: float, seed: int) -> Bool[np.ndarray, " N"]:

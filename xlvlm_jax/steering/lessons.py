@@ -12,7 +12,7 @@ from ports.messages import few
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.reader import Features, sample_of
-from xlvlm_jax.features.samples import columns
+from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.steering.fit import OUTCOME, answers_of, none_of, words_match
 
 _OPPOSITE = {"yes": "no", "no": "yes"}
@@ -74,7 +74,8 @@ def lesson(
     taken = [features.samples[row] for row in rows]
     given = [str(sample["prediction" if key == OUTCOME else key]) for sample in taken]
     wanted = [target] * len(steered) + given[len(steered) :]
-    return Lesson([sample_of(kept) for kept in taken], given, wanted)
+    samples = [sample_of(kept, int(row)) for kept, row in zip(taken, rows, strict=True)]
+    return Lesson(samples, given, wanted)
 
 
 class Contrast(NamedTuple):
@@ -163,7 +164,8 @@ def readable(
     rows = np.array([i for i, kept in enumerate(features.samples) if "error" not in kept], int)
     if num_samples is not None:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
-    return [features.samples[row] for row in rows]
+    found = ((int(row), features.samples[row]) for row in rows)
+    return [{**kept, "id": name_of(row, kept.get("id"))} for row, kept in found]
 
 
 def forced_answers(
@@ -248,8 +250,8 @@ def contrast_prompts(
     is_target = words_match(answers, target, "equals")
     by_image: dict[str, list[str]] = {}
     for row in np.flatnonzero(is_target):
-        sample = features.samples[row]
-        by_image.setdefault(sample["image_id"], []).append(sample["prompt"])
+        sample = sample_of(features.samples[row], int(row))
+        by_image.setdefault(sample.image_id, []).append(sample.prompt)
     samples, positive = [], []
     for number, (sample, given, wanted) in enumerate(zip(*lesson, strict=True)):
         others = by_image.get(sample.image_id, [])

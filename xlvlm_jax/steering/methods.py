@@ -79,8 +79,7 @@ class Request:
         source: the answers to steer from; None for all others.
         target: the answers to steer to.
         key, match: how answers are looked up, see `answer_states`.
-        where: the token positions that the result is meant for, see `ports.add`; None for those
-            that the method chooses by site (`Method.where` is None, as of vti-image).
+        where: the token positions that the result is meant for, see `ports.add`.
         seed: random seed.
         num_samples: maximum number of samples to steer that are learnt from; None for all with
             forced answers or contrasts of labels, for 128 otherwise.
@@ -312,7 +311,7 @@ def _counterparts(asked: Request) -> Examples:
             contrasts=contrasts,
             **options,
         )
-        prompts = {each["id"]: each["prompt"] for each in asked.features.samples}
+        prompts = {each["id"]: each["prompt"] for each in lessons.readable(asked.features)}
         return Examples(*forced, len(forced[0]), [prompts[sample.id] for sample in forced[0]])
     for name in ("positive", "negative", "contrasts"):
         if asked.options.get(name) is not None:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ports.intervene.edits import Edit, make_edit
+from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.sae.dictionary import Dictionary, Settings
 from xlvlm_jax.steering import files
@@ -225,7 +226,7 @@ def fit_sae_vector(
     vector = np.asarray(jnp.mean(jnp.atleast_2d(change), axis=0), np.float32)
     differences = {str(k): float(d) for k, d in zip(ids, moved, strict=True)}
     described = {"method": "sae", "features of the dictionary": differences}
-    return SteeringVector(vector, site, states.described | described, where)
+    return SteeringVector(vector, module_of(site), states.described | described, where)
 
 
 def fit_sae_clamp(
@@ -259,7 +260,7 @@ def fit_sae_clamp(
     states = answer_states(features, site, source, target, **chosen)
     ids, _, after = _chosen_features(dictionary, states, num_features, feature_ids)
     described = states.described | {"method": "sae-clamp"}
-    return clamp_features(dictionary, ids, after, site, described, where)
+    return clamp_features(dictionary, ids, after, module_of(site), described, where)
 
 
 def _chosen_features(

@@ -19,6 +19,7 @@ from ports.tables import kind
 from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
+from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
 from xlvlm_jax.steering.site_steering import SiteSteering
@@ -280,6 +281,7 @@ def concept_vectors(
     site = site or concepts.source.get("site")
     if site is None:
         raise ValueError("the concepts do not name their site; give the one to steer")
+    site = module_of(site)  # that of either model
     components, count = np.asarray(concepts.components, np.float32), len(concepts.components)
     if chosen is None:
         if count > MANY:

@@ -1,26 +1,29 @@
 """Short names of paths."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def distinct_ends(paths: Sequence[Path]) -> list[str]:
-    """Returns names of paths: their ends of the smallest depth at which they differ.
+    """Returns names of paths: of each the shortest end that no other has.
 
     Args:
         paths: the paths; equal ones have equal names.
 
     Examples:
         >>> from pathlib import Path
-        >>> distinct_ends([Path("/a/shift"), Path("/b/shift")])
-        ['a/shift', 'b/shift']
-        >>> distinct_ends([Path("/a/red"), Path("/a/blue")])
-        ['red', 'blue']
+        >>> distinct_ends([Path("/a/shift"), Path("/b/shift"), Path("/b/other")])
+        ['a/shift', 'b/shift', 'other']
+        >>> distinct_ends([Path("/runs/a"), Path("/x/runs/a")])
+        ['/runs/a', 'x/runs/a']
     """
-    parts = [path.resolve().parts for path in paths]
-    different = len(set(parts))
-    for depth in range(1, max(map(len, parts), default=0)):
-        ends = [each[-depth:] for each in parts]
-        if len(set(ends)) == different:
-            return ["/".join(end) for end in ends]
-    return [str(path.resolve()) for path in paths]
+    every = [Path(os.path.abspath(path)).parts for path in paths]
+    count = Counter(parts[-n:] for parts in set(every) for n in range(1, len(parts) + 1))
+    # The whole path, which begins with the root, is the end of no other.
+    names = (
+        next(parts[-n:] for n in range(1, len(parts) + 1) if count[parts[-n:]] == 1)
+        for parts in every
+    )
+    return [Path(*name).as_posix() for name in names]

@@ -1,6 +1,7 @@
 """Grounding of concepts in words and images: by hand, properties, messages."""
 
 import functools
+import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from xlvlm_jax.concepts.grounding import ground_images, ground_text, unembed_of
+from xlvlm_jax.concepts.grounding import (
+    ground_images,
+    ground_text,
+    strongest_samples,
+    unembed_of,
+)
 
 VOCABULARY = ["▁Dog", "▁the", "dog", "ab", "▁grass ", "xqz", "12", "tree", "cat"]
 
@@ -148,3 +154,33 @@ def test_images_of_ties_and_on_the_device_are_those_of_a_full_sort(kind):
 def test_images_in_float64_are_told_apart_beyond_float32():
     values = 1 + 1e-12 * np.array([[0.0], [2.0], [1.0]])
     np.testing.assert_array_equal(ground_images(values, 3), [[1, 2, 0]])
+
+
+class TestStrongestSamples:
+    @settings(max_examples=50, deadline=None)
+    @given(
+        arrays(np.float32, (12, 3), elements=st.integers(-2, 3).map(float)),
+        st.lists(st.integers(0, 4), min_size=12, max_size=12),
+        st.integers(1, 6),
+        st.integers(1, 5),
+    )
+    def test_as_sorting_all_rows_does(self, activations, samples, size, count):
+        """Whatever the tiles, wherever the rows of a sample are, with ties."""
+        of = np.array(samples)
+        tiles = ((start, activations[start : start + size]) for start in range(0, 12, size))
+        found = strongest_samples(tiles, 3, of, count)
+        for column, rows in zip(activations.T, found, strict=True):
+            every = [row for row in np.argsort(-column, kind="stable") if column[row] != 0]
+            firsts = [row for i, row in enumerate(every) if of[row] not in of[every[:i]]]
+            assert rows.tolist() == firsts[:count]
+
+    def test_memory_does_not_grow_with_the_rows_of_a_sample(self):
+        of = np.zeros(2**14, np.int64)
+        rng = np.random.default_rng(0)
+        tiles = ((i, rng.random((256, 32), np.float32)) for i in range(0, 2**14, 256))
+        tracemalloc.start()
+        found = strongest_samples(tiles, 32, of, 5)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert [len(rows) for rows in found] == [1] * 32
+        assert peak < 2**19  # the activations have 2**21 bytes

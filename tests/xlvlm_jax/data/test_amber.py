@@ -97,7 +97,7 @@ def test_word_lists(tmp_path):
     path.write_text('{"dog": ["puppy"], "sky": []}')
     with pytest.raises(FileNotFoundError, match=r"safe_words\.txt: no such file"):
         word_lists(tmp_path)
-    (tmp_path / "data" / "safe_words.txt").write_text("orange\nlight\n")
+    (tmp_path / "data" / "safe_words.txt").write_text("orange\nlight\n", "utf-8-sig")
     lists = word_lists(tmp_path)
     assert lists.safe == ("orange", "light") and lists.words == {"dog", "puppy", "sky"}
     path.write_text('{"dog": "puppy"}')

@@ -63,6 +63,8 @@ class TestBatchCells:
         assert batch_cells([layout], 20, ["a"], at_most=9).chosen.sum() == 9
         named = os.fsdecode(b"caf\xe9.jpg")  # a file's name that is not UTF-8
         assert batch_cells([layout], 20, [named], at_most=4).chosen.sum() == 4
+        for name in ("\ud800", named + "\ud800"):  # as JSON may have them
+            assert batch_cells([layout], 20, [name], at_most=4).chosen.sum() == 4
 
     def test_positions_do_not_count_padding(self):
         cells = batch_cells([[grid([3, 4], 1, 2)]], 5, ["s"])

@@ -13,12 +13,13 @@ from .conftest import make_sample
 DATA = Path(__file__).parents[2] / "data" / "molmo"
 
 RUNS = """
-    import dataclasses, shutil, sys, ports
+    import dataclasses, shutil, sys, warnings, ports
     from pathlib import Path
     from xlvlm_jax.data import Sample
     from xlvlm_jax.finetune import FinetuneSettings, finetune
     from xlvlm_jax.finetune.training import train_step
 
+    warnings.filterwarnings("error", message="Some donated buffers")
     base, output, *images = sys.argv[1:]
     samples = [Sample(str(i), Path(f), str(i), "what is this", ("w1 w2 w3", "w4"))
                for i, f in enumerate(images)]
@@ -148,7 +149,14 @@ UPDATES = """
         apart = [np.abs(np.array(a) - np.array(b)).ravel() for a, b in
                  zip(*(jax.tree.leaves(trained) for _, trained, _ in ends))]
         assert np.quantile(np.concatenate(apart), 0.8) < 1e-5, method
-    # The first moment of the first update is its gradient, but for a factor.
+        # So gradients themselves: the first moment of the first update is one, but for a factor.
+        mu = [[np.array(leaf) for leaf in jax.tree.leaves(optax.tree.get(first[0], "mu"))]
+              for first, *_ in ends]
+        largest = max(np.abs(leaf).max() for leaf in mu[0])
+        for a, b in zip(*mu, strict=True):
+            atol = max(1e-5 * np.abs(a).max(), 1e-7 * largest)
+            np.testing.assert_allclose(b, a, rtol=0, atol=atol, err_msg=method)
+    # Accumulated, too.
     (moments, figures), *_ = updates(several, "full", batch_size=4, accumulate=2)
     (expected, others), *_ = ends[1]
     np.testing.assert_allclose(figures["loss"], others["loss"], rtol=1e-5)

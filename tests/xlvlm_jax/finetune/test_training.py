@@ -183,6 +183,21 @@ def test_fused_layers_are_trained_by_part_and_stored_whole(tmp_path):
     np.testing.assert_array_equal(stored["trained"][site].up[:, 60:80], drawn[site].ups[1])
 
 
+@pytest.mark.filterwarnings("error:Some donated buffers")
+def test_a_state_on_a_mesh_is_resumed_in_the_buffers_it_was_read_into(tmp_path):
+    """But for those of fused layers, which are split."""
+    molmo_helpers.make_checkpoint(tmp_path, molmo_helpers.CONFIG)
+    vlm = ports.load(tmp_path, mesh=ports.make_mesh(1, devices=jax.local_devices()))
+    trainer = Trainer(vlm, SETTINGS, 5)
+    state, site = trainer.begin(), "model.transformer.blocks.0.att_proj"
+    stored = jax.tree.map(jnp.copy, run.stored(state))
+    given, expected = stored["trained"][site], jax.tree.map(np.array, stored)
+    found = run.resumed(run.without_values(state)[1], stored, vlm)
+    assert given.down.is_deleted() and not given.up.is_deleted()
+    assert len(found.trained[site].ups) == 3
+    jax.tree.map(np.testing.assert_array_equal, run.stored(found), expected)
+
+
 @pytest.mark.slow
 def test_half_precision_trains_in_single_precision(pair, vlm, batches):
     half = ports.load(pair.directory, dtype="bfloat16")

@@ -172,7 +172,7 @@ def test_the_layer_is_the_best_known_or_the_last():
 
 def test_a_baseline_is_read_from_the_packages_files(tmp_path):
     file = tmp_path / "model.tsv"
-    file.write_text("LAYER,P,R,F\n0,0.1,0.2,0.3\n1,0.4,0.5,0.6\n")
+    file.write_text("LAYER,P,R,F\n0,0.1,0.2,0.3\n1,0.4,0.5,0.6\n", "utf-8-sig")  # with a mark
     assert metrics.read_baseline(file, 1) == (0.4, 0.5, 0.6)
     with pytest.raises(ValueError, match=r"model.tsv: no layer 2; it has 0, 1"):
         metrics.read_baseline(file, 2)

@@ -14,6 +14,7 @@ from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.features.manifest import finetuned_site
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.shift import Pairs, ShiftAnalysis, blocks, shift_features, stage
+from xlvlm_jax.steering import concept_vectors
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
 
 OPTIONS = {"num_words": 2, "num_images": 10}
@@ -109,9 +110,26 @@ def test_one_directory_with_both_models_gives_the_same(write, states, concepts, 
     again = shift_features(both, None, concepts, head, root / "again", **given)
     np.testing.assert_array_equal(again.shifted, one.shifted)
     shift_features(original, finetuned, concepts, head, root / "again", **given)
+    older = dataclasses.replace(learnt, source={"site": told["site"], "fingerprint": "1"})
+    given = {"finetuned_concepts": older, **OPTIONS}
+    again = shift_features(both, None, concepts, head, root / "older", **given)
+    np.testing.assert_array_equal(again.shifted, one.shifted)
+    vectors = concept_vectors(learnt)
+    assert {each.site for each in vectors.values()} == {"norm"}
+    assert {each.source["fingerprint"] for each in vectors.values()} == {"2"}
     assert (one.words, one.images, one.rows) == (two.words, two.images, two.rows)
     with pytest.raises(ValueError, match="holds the sites norm; expected states of both models"):
         shift_features(original, None, concepts, head, root / "none")
+
+
+def test_the_end_of_a_site_is_that_of_both_models(write, states, concepts, head, root):
+    sites = "model.norm", finetuned_site("model.norm")
+    both = write("both", states[0], sites=sites, finetuned={"model": "tuned", "fingerprint": "2"})
+    short = dataclasses.replace(concepts, source={"site": "norm"})
+    found = shift_features(both, None, short, head, root / "one", **OPTIONS)
+    assert found.source["site"] == "model.norm"
+    found = shift_features(both, both, short, head, root / "two", site="norm", **OPTIONS)
+    assert found.source["site"] == "model.norm"
 
 
 def test_streamed_concepts_are_compared_with_streamed_ones(write, states, head, root):

@@ -203,6 +203,19 @@ class TestLesson:
         kept = found.samples[0]
         assert (kept.image, kept.references) == (Path(f"{kept.id}.png"), ("a",))
 
+    def test_prompts_about_an_image_whose_id_is_a_number(self, tmp_path):
+        asked = {"image": "x.png", "image_id": 3}
+        samples = [{**asked, "prompt": "dog?", "prediction": "yes"}]
+        samples += [{**asked, "prompt": "car?", "prediction": "no"}]
+        with FeaturesWriter(tmp_path / "f", {}) as writer:
+            rows = np.arange(2)
+            writer.append(samples, {"s": np.eye(2, dtype="f4")}, rows, rows, rows)
+            writer.close()
+        features = Features.open(tmp_path / "f")
+        lesson = steering.lesson(features, ["yes"], "no", keep=0)
+        found = steering.lessons.contrast_prompts(features, lesson, ["no"])
+        assert found[1:] == (["car?"], ["dog?"]) and found[0][0].id == "0"
+
     def test_empty_answers_can_neither_change_nor_stay(self, make):
         found = steering.lesson(make(answers=["yes", " ", "", "red"]), ["yes"], "no", keep=3)
         assert [sample.id for sample in found.samples] == ["0", "3"]
@@ -213,3 +226,59 @@ class TestLesson:
             steering.lesson(make("kept"), ["yes"], "no", keep=-1)
         with pytest.raises(ValueError, match=r"none of 5 samples .* source words blue"):
             steering.lesson(make(), ["blue"], "no")
+
+
+class TestTwoModels:
+    @pytest.fixture
+    def both(self, tmp_path):
+        """both(name, fingerprint) returns features of two models; the states of one are doubled."""
+
+        def write(name, fingerprint="2"):
+            told = {"model": "tuned", "fingerprint": fingerprint}
+            manifest = {"model": "m", "fingerprint": "1", "finetuned": told}
+            states, rows = np.arange(10, dtype=np.float32).reshape(5, 2), np.arange(5)
+            with FeaturesWriter(tmp_path / name, manifest) as writer:
+                samples = [{"prediction": answer} for answer in ANSWERS]
+                sites = {"s": states, "finetuned:s": 2 * states}
+                writer.append(samples, sites, rows, rows, rows)
+                writer.close()
+            return Features.open(tmp_path / name)
+
+        return write
+
+    @pytest.mark.parametrize(
+        "fit",
+        [
+            steering.fit_coarse,
+            steering.fit_direction,
+            steering.fit_adaptive,
+            steering.fit_conditional,
+            lambda *asked: steering.fit_memory(*asked, num_keys=1),
+            lambda features, site, *_: steering.fit_fine(features, site, 2)[0][0],
+        ],
+    )
+    def test_a_vector_of_the_fine_tuned_model_is_its_own(self, both, fit):
+        features = both("features")
+        for site, told in (("s", ("m", "1")), ("finetuned:s", ("tuned", "2"))):
+            fitted = fit(features, site, ["yes"], ["no"])
+            assert (fitted.site, fitted.source["model"], fitted.source["fingerprint"]) == (
+                *("s",),
+                *told,
+            )
+
+    def test_features_of_different_fine_tuned_models(self, both):
+        others = {"target_features": both("others", "3")}
+        asked = both("features"), "finetuned:s", ["yes"], ["no"]
+        with pytest.raises(ValueError, match=r"from 'tuned' \(2\), .* from 'tuned' \(3\); extract"):
+            steering.fit_coarse(*asked, **others)
+        fitted = steering.fit_coarse(asked[0], "s", *asked[2:], **others)
+        np.testing.assert_array_equal(fitted.vector, [3, 3])
+
+    def test_samples_without_ids_are_known_by_their_number(self, both):
+        features = both("features")
+        vectors, _ = steering.fit_fine(features, "s", 2)
+        found = [name for vector in vectors for name in vector.source["samples"]]
+        assert sorted(found) == ["0", "1", "2", "3", "4"]
+        between = {"target_features": features, "between_models": True, "matched": True}
+        with pytest.raises(ValueError, match="no sample has both source states in"):
+            steering.answer_states(features, "s", ["yes"], ["no"], **between)

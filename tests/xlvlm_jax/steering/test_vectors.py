@@ -1,5 +1,7 @@
 """Steering vectors: by hand, against scikit-learn, properties, messages."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -80,6 +82,8 @@ class TestConceptsAsVectors:
         assert list(found) == ["concept-0", "concept-2"]  # the other is dead
         np.testing.assert_array_equal(found["concept-2"].vector, self.CENTROIDS[2])
         assert found["concept-2"].site == "layers.3"
+        theirs = dataclasses.replace(concepts, source=source | {"site": "finetuned:layers.3"})
+        assert steering.concept_vectors(theirs)["concept-2"].site == "layers.3"
         assert found["concept-2"].source == {
             **{"model": "m", "fingerprint": "f", "method": "concept", "decomposition": "snmf"},
             "concept": 2,

@@ -6,7 +6,7 @@ import numpy as np
 
 from xlvlm_jax.concepts.decomposition import project
 from xlvlm_jax.concepts.record import Concepts
-from xlvlm_jax.features.reader import Features, choose_site
+from xlvlm_jax.features.reader import Features, choose_site, site_of
 from xlvlm_jax.features.samples import unplaced
 from xlvlm_jax.metrics import AttributeScore, attribute_scores
 from xlvlm_jax.metrics.labels import Labels, factorise_each
@@ -29,7 +29,7 @@ def score_attributes(concepts: Concepts, features: Features) -> dict[str, Attrib
         concepts: the concepts to score.
         features: the features they were learnt on, or others of the same site.
     """
-    site = concepts.source.get("site")
+    site = site_of(concepts.source, features)
     if concepts.source.get("features") == str(features.path.resolve()):
         activations = concepts.activations
     else:

@@ -29,6 +29,7 @@ from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features, choose_site
 from xlvlm_jax.storage import atomic, pictures, versions
+from xlvlm_jax.storage.names import distinct_ends
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.tensors import as_bytes
 
@@ -183,15 +184,12 @@ def names_of(directories: Sequence[Path]) -> list[str]:
     Raises:
         ValueError: a directory is given twice.
     """
-    paths = [Path(os.path.abspath(directory)).parts for directory in directories]
-
-    def name(parts: tuple[str, ...]) -> str:
-        for length in range(1, len(parts) + 1):
-            if sum(other[-length:] == parts[-length:] for other in paths) == 1:
-                return "/".join(parts[-length:])
-        raise ValueError(f"{Path(*parts)} is given twice; give each directory of concepts once")
-
-    return [name(parts) for parts in paths]
+    names = distinct_ends(directories)
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            path = os.path.abspath(directories[names.index(name)])
+            raise ValueError(f"{path} is given twice; give each directory of concepts once")
+    return names
 
 
 class Run(NamedTuple):

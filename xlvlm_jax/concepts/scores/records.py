@@ -104,8 +104,8 @@ def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
     """Returns the scores of one method and number of concepts as means over seeds.
 
     Args:
-        rows: the scores of each seed's dictionary; words, attributes and per-sample scores stay
-            those of the first.
+        rows: the scores of each seed's dictionary; words and per-sample scores stay those of the
+            first.
 
     Returns:
         The means, with their sample standard deviations as `spread`.
@@ -141,7 +141,19 @@ def mean_over_seeds(rows: Sequence[DictionaryScores]) -> DictionaryScores:
         for of in ("clip", "bert")
     }
     means = {name: mean(name, [getattr(row, name) for row in rows]) for name in _AVERAGED}
-    return dataclasses.replace(first, **fits, **means, seeds=len(rows), spread=spread)
+    attributes: dict[str, Any] = {
+        attribute: {
+            of: mean(
+                f"attribute {attribute}" if of == "concepts" else f"attribute {attribute} {of}",
+                [row.attributes.get(attribute, {}).get(of) for row in rows],
+            )
+            for of in scores
+        }
+        for attribute, scores in first.attributes.items()
+    }
+    return dataclasses.replace(
+        first, **fits, **means, attributes=attributes, seeds=len(rows), spread=spread
+    )
 
 
 def plain(value: Any) -> Any:

@@ -73,6 +73,7 @@ class Scorer:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must be at least 1, got {values}")
         self.features, self.site = features, choose_site(features, site)
+        self._named = site is not None
         self.clip, self.bert = clip, bert
         self.tops, self.num_random, self.seed = tuple(tops), num_random, seed
         self.stored = features.stored(self.site)
@@ -203,7 +204,7 @@ class Scorer:
         Raises:
             ValueError: they do not.
         """
-        require_states(source, self.features, self.site, "scored")
+        require_states(source, self.features, self.site, "scored", named=self._named)
 
     def random_words(self, scores: DictionaryScores, *, name: str = "random") -> DictionaryScores:
         """Scores a dictionary with random words instead of its own.

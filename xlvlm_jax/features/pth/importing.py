@@ -12,6 +12,7 @@ is unknown, and is -1. A sample outside the mask has no row: its state in the re
 position where the token was not found.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -21,14 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from ports.intervene.sites import find_sites, match_sites
 from ports.messages import few
 from xlvlm_jax.features.image_cells import Cells
-from xlvlm_jax.features.manifest import STATE_DTYPES
+from xlvlm_jax.features.manifest import STATE_DTYPES, manifest_of
 from xlvlm_jax.features.pth.reader import read_pth
 from xlvlm_jax.features.pth.sidecar import write_kept
 from xlvlm_jax.features.pth.unpickle import PthError
-from xlvlm_jax.features.reader import Features
+from xlvlm_jax.features.reader import Features, matching_sites
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage.pictures import name_in
 
@@ -70,13 +70,14 @@ def import_features(
         images: the directory in which the pictures are now, found by their names (or by the last
             two parts of their paths); by default the paths stay as they are.
         model: the name of the model that the states come from, for the record.
-        overwrite: replace an existing directory.
+        overwrite: replace a directory of features.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, asks for a forbidden global, or has other contents; modules
             differ in length; a site is unknown; no supported dtype fits the states.
-        FileExistsError: `output` already exists and may not be replaced.
+        FileExistsError: `output` already exists and may not be replaced, or holds more than
+            features.
     """
     path, output = Path(path), Path(output)
     if rows not in ROWS and _number(rows) is None:
@@ -84,13 +85,14 @@ def import_features(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{output}: already exists; choose a new directory")
-        if not output.is_dir() or output.resolve() in path.resolve().parents:
-            raise FileExistsError(f"{output} is a file, or holds {path}; choose a new directory")
+        _require_features(output, path, images)
     data = read_pth(path)
     try:
         states, sites = _states(data, sites)
         kept = _mask(data, len(states))
         described, manifest = _described(data, len(states), images)
+        if manifest is not None:
+            _check_rows(data, states, kept, sites[0])
     except PthError as error:
         raise PthError(f"{path}: {error}") from None
     dtypes = {site: states[0][site].dtype for site in sites}
@@ -116,15 +118,55 @@ def import_features(
                     f"{path}: its mask excludes every sample; expected some with the token"
                 )
             writer.close()
-        if "manifest" not in data:
+        if not _is_ours(data):
             rest = {key: value for key, value in data.items() if key != "hidden_states"}
             _keep(temporary, data, states, kept, sites, rows, rest, path.stat().st_size)
-        if output.exists():
-            shutil.rmtree(output)  # now that the new one is complete
-        os.replace(temporary, output)
+        _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Features.open(output)
+
+
+def _require_features(output: Path, path: Path, images: str | os.PathLike[str] | None) -> None:
+    """Checks that a directory holds features alone, so that they may be replaced.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    advice = "choose a new directory"
+    if not output.is_dir() or output.is_symlink():
+        raise FileExistsError(f"{output} is a file or a link; {advice}")
+    for held in [path] if images is None else [path, Path(images)]:
+        if output.resolve() in (held.resolve(), *held.resolve().parents):
+            raise FileExistsError(f"{output} holds {held}; {advice}")
+    try:
+        known = manifest_of(output)
+    except ValueError:
+        known = None
+    if known is None:
+        raise FileExistsError(f"{output} holds no features that could be replaced; {advice}")
+    own = {"states", "rows"}
+    others = sorted(
+        each.name for each in output.iterdir() if each.is_dir() and each.name not in own
+    )
+    if others:
+        raise FileExistsError(f"{output} holds more than features, such as {others[0]!r}; {advice}")
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    """Moves a directory to its place; what was there is removed last, and back if that fails."""
+    if not output.exists():
+        os.replace(temporary, output)
+        return
+    aside = output.with_name(f"{output.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(output, aside)
+    try:
+        os.replace(temporary, output)
+    except BaseException:
+        os.replace(aside, output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -140,10 +182,11 @@ def _states(data: Any, sites: Sequence[str]) -> tuple[list[dict[str, Any]], tupl
     known = tuple(states[0])
     if not all(isinstance(name, str) for name in known):
         raise PthError("'hidden_states' has modules whose names are not text")
-    unknown = [site for site in sites if not match_sites(site, known)]
+    found = [matching_sites(site, known) for site in sites]
+    unknown = [site for site, matches in zip(sites, found, strict=True) if not matches]
     if unknown:
         raise PthError(f"has no module {unknown[0]!r}; expected one of {few(known)}")
-    sites = tuple(find_sites(sites, known).values()) or known
+    sites = tuple(dict.fromkeys(itertools.chain(*found))) or known
     axes, width = {}, {}
     for number, each in enumerate(states):
         lengths = {}
@@ -205,7 +248,7 @@ def _described(
     data: dict, count: int, images: str | os.PathLike[str] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Returns each sample's entry in samples.jsonl, and the manifest if it is our own export."""
-    if all(key in data for key in _OWN):
+    if _is_ours(data):
         try:
             manifest = json.loads(data["manifest"])
             samples = [json.loads(text) for text in data["samples"]]
@@ -239,6 +282,39 @@ def _placed(sample: dict[str, Any], images: str | os.PathLike[str] | None) -> di
     return sample | {"image": str(place)}
 
 
+def _is_ours(data: Mapping[Any, Any]) -> bool:
+    return all(key in data for key in _OWN)
+
+
+def _has_cells(data: Mapping[Any, Any]) -> bool:
+    return _is_ours(data) and "cells" in data and "boxes" in data
+
+
+def _check_rows(
+    data: dict, states: Sequence[Mapping[str, Any]], kept: np.ndarray, site: str
+) -> None:
+    """Checks what an export of ours says of each position of the samples that count.
+
+    Raises:
+        PthError: its lengths are not those of the states.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"positions": (), "tokens": ()}
+    if _has_cells(data):
+        shapes |= {"cells": (4,), "boxes": (4,)}
+    for key, rest in shapes.items():
+        values = data[key]
+        if not isinstance(values, list) or len(values) != len(states):
+            raise PthError(f"{key!r} is not a list with an entry for each of {len(states)} samples")
+        for number in np.flatnonzero(kept):
+            expected = (states[number][site].shape[-2], *rest)
+            shape = getattr(values[number], "shape", None)
+            if shape is None or tuple(shape) != expected:
+                raise PthError(
+                    f"sample {number} has {_short(shape)} in {key!r}; expected a tensor of shape "
+                    f"{list(expected)}, as its states have {expected[0]} positions"
+                )
+
+
 def _rows(
     data: dict,
     states: list[dict[str, Any]],
@@ -251,7 +327,7 @@ def _rows(
     of our own exports of image tokens, cells; a mean of positions lies in none."""
     blocks: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     index, positions, tokens = [], [], []
-    has_cells = rows != "mean" and all(key in data for key in ("manifest", "cells", "boxes"))
+    has_cells = rows != "mean" and _has_cells(data)
     cells = [Cells.empty()]
     for number in part:
         lengths = states[number][sites[0]].shape[-2]
@@ -265,7 +341,7 @@ def _rows(
             blocks[site].append(values[_chosen(rows, len(values), number)])
         here = range(1 if rows == "mean" else lengths)[_chosen(rows, lengths, number)]
         index += [number - part.start] * len(here)
-        own = [data[key][number] if "manifest" in data else None for key in ("positions", "tokens")]
+        own = [data[key][number] if _is_ours(data) else None for key in ("positions", "tokens")]
         positions += here if own[0] is None else np.asarray(own[0])[list(here)].tolist()
         tokens += [-1] * len(here) if own[1] is None else np.asarray(own[1])[list(here)].tolist()
         if has_cells:

@@ -442,17 +442,19 @@ def train(
             f"{settings.architecture}"
         )
     seed = tuple(int(word) for word in np.asarray(jax.random.key_data(key)).ravel())
-    rows = batches.sample(Z, max(SAMPLE_ROWS, 2 * num_concepts), seed)
-    begun = start(rows.astype(np.float32, copy=False), settings.input_scale, widths)
+    sample = batches.sample(Z, max(SAMPLE_ROWS, 2 * num_concepts), seed)
+    begun = start(sample.astype(np.float32, copy=False), settings.input_scale, widths)
+    scale = begun.scale
     settings = dataclasses.replace(
         settings,
         batch_size=min(settings.batch_size, N),
         learning_rate=settings.learning_rate or learning_rate_for(num_concepts),
-        input_scale=begun.scale,
+        input_scale=scale,
     )
     params, fixed = settings.begin(begun, key, num_concepts)
-    given = Given(fixed, jnp.float32(per_column(begun.scale, begun.widths)))
+    given = Given(fixed, jnp.float32(per_column(scale, begun.widths)))
     state = _begin(params, settings=settings, mesh=mesh)
+    del sample, begun, params  # memory may have room for one copy of the parameters
     if checkpoint is not None:
         state = checkpoint.restore(state)
     done = int(state.iteration)
@@ -474,7 +476,7 @@ def train(
         )
     # The mean without what the first value, zero, still weighs.
     threshold = state.threshold / max(1 - FORGET**settings.max_iter, 1e-30)
-    found = settings.finish(fixed | state.params, begun.scale, threshold)
+    found = settings.finish(fixed | state.params, scale, threshold)
     return Trained({name: _whole(value) for name, value in found.items()}, settings, history)
 
 

@@ -10,6 +10,7 @@ from xlvlm_jax.concepts.scores.comparison import compare, names_of, score_run, w
 from xlvlm_jax.concepts.scores.records import DictionaryScores
 from xlvlm_jax.concepts.scores.scorer import Scorer
 from xlvlm_jax.demo import embedded
+from xlvlm_jax.storage.names import distinct_ends
 
 METHODS = ("pca", "simple", "random")
 
@@ -97,6 +98,9 @@ def test_dictionaries_have_names_of_their_own(tmp_path):
     assert names_of(paths[:3]) == ["a/concepts", "b/concepts", "other"]
     assert names_of(paths)[1::2] == [f"{Path.cwd().name}/b/concepts", "c/b/concepts"]
     assert names_of(paths[:1]) == ["concepts"]
+    nested = [Path("/runs/a"), Path("/x/runs/a")]
+    assert names_of(nested) == distinct_ends(nested) == ["/runs/a", "x/runs/a"]
+    assert distinct_ends([*paths[:3], paths[0]])[2:] == ["other", "a/concepts"]
     with pytest.raises(ValueError, match="a/concepts is given twice"):
         names_of([*paths, Path("./a/concepts")])
     row = DictionaryScores("x", "snmf", 3)

@@ -46,3 +46,14 @@ def test_per_sample_scores_are_not_part_of_the_json_values():
     assert "arrays" not in described and described["seeds"] == 2
     again = DictionaryScores.from_dict(described)
     assert again.clip[1].mean == 1.5 and again.spread["overlap"] == pytest.approx(0.141421)
+
+
+def test_attributes_are_means_over_seeds_too():
+    rows = [
+        DictionaryScores("a", "snmf", 3, attributes={"kind": {"concepts": a, "random": b}})
+        for a, b in ((0.2, 0.1), (0.4, 0.1), (0.9, 0.4))
+    ]
+    row = mean_over_seeds(rows)
+    assert row.attributes == {"kind": pytest.approx({"concepts": 0.5, "random": 0.2})}
+    assert row.spread["attribute kind"] == pytest.approx(0.13**0.5)
+    assert row.spread["attribute kind random"] == pytest.approx(0.03**0.5)

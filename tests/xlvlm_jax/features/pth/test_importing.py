@@ -1,6 +1,7 @@
 """The reference's files, as its code writes them with torch: imported, analysed, exported."""
 
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -302,3 +303,87 @@ def test_a_damaged_side_file_is_named(tmp_path):
     (tmp_path / "f" / "foreign.json").write_text(json.dumps({"array": "9", "dtype": "x"}))
     with pytest.raises(ValueError, match=r"foreign\.json: damaged .*; import the \.pth file again"):
         export_features(features, tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize("key", ["positions", "tokens", "cells", "boxes"])
+def test_what_an_export_says_of_positions_has_their_number(tmp_path, key):
+    rows = np.array([0, 0, 1])
+    cells = Cells(np.ones((3, 4), np.int32), np.ones((3, 4), np.float32))
+    with FeaturesWriter(tmp_path / "ours", {}) as writer:
+        samples = [{"id": "a"}, {"id": "b"}, {"id": "without rows"}]
+        writer.append(samples, {NORM: np.eye(3, dtype="f4")}, rows, rows, rows, cells)
+        writer.close()
+    export_features(Features.open(tmp_path / "ours"), tmp_path / "x.pth")
+    data = torch.load(tmp_path / "x.pth", weights_only=True)
+    own = data[key]
+    data[key] = [own[0][:1], *own[1:]]
+    shape = f"{[1, 4][: own[0].ndim]}".replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(PthError, match=rf"x\.pth: sample 0 has {shape} in '{key}'; expected a"):
+        import_features(saved(tmp_path / "x.pth", data), tmp_path / "f")
+    data[key] = own[:2]
+    with pytest.raises(PthError, match=f"'{key}' is not a list with an entry for each of 3"):
+        import_features(saved(tmp_path / "x.pth", data), tmp_path / "f")
+    # In a file of XL-VLMs such a key means nothing.
+    foreign = reference() | {"manifest": "{}", key: 1}
+    assert len(import_features(saved(tmp_path / "y.pth", foreign), tmp_path / "y").tokens) == 4
+
+
+class TestOverwriting:
+    @pytest.fixture
+    def path(self, tmp_path):
+        return saved(tmp_path / "x.pth", reference())
+
+    def test_features_alone_are_replaced(self, tmp_path, path):
+        """Whatever else is in the directory would be lost."""
+        run = tmp_path / "run"
+        import_features(path, run / "features")
+        (run / "concepts").mkdir()
+        with pytest.raises(FileExistsError, match="run holds no features that could be replaced"):
+            import_features(path, run, overwrite=True)
+        (run / "features" / "pictures").mkdir()
+        pictures = {"images": run / "features" / "pictures", "overwrite": True}
+        with pytest.raises(
+            FileExistsError, match=r"features holds .*pictures; choose a new direct"
+        ):
+            import_features(path, run / "features", **pictures)
+        with pytest.raises(FileExistsError, match="holds more than features, such as 'pictures'"):
+            import_features(path, run / "features", overwrite=True)
+        (run / "features" / "pictures").rmdir()
+        (run / "features" / "manifest.json").write_text("{}")
+        with pytest.raises(FileExistsError, match="features holds no features that could be repl"):
+            import_features(path, run / "features", overwrite=True)
+        assert sorted(each.name for each in run.iterdir()) == ["concepts", "features"]
+        (tmp_path / "empty").mkdir()
+        import_features(path, tmp_path / "empty")
+
+    def test_features_stay_where_they_can_not_be_replaced(self, tmp_path, path, monkeypatch):
+        before = import_features(path, tmp_path / "f", model="first")
+        replace = os.replace
+
+        def fails(source, target):
+            if str(source).endswith("importing") and str(target) == str(tmp_path / "f"):
+                raise OSError("no space")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="no space"):
+            import_features(path, tmp_path / "f", model="second", overwrite=True)
+        assert Features.open(tmp_path / "f").manifest == before.manifest
+        monkeypatch.undo()
+        after = import_features(path, tmp_path / "f", model="third", overwrite=True)
+        assert after.manifest["model"] == "third"
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["f", "x.pth"]
+
+
+def test_images_and_samples_without_ids_are_named(tmp_path):
+    data = reference() | {"instruction": ["What is this?"] * 6, "img_id": [*range(6)]}
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "f")
+    assert [sample.image_id for sample in samples_of(features)] == [*"012345"]
+    with FeaturesWriter(tmp_path / "g", {}) as writer:
+        shown = {"image": "x.png", "prompt": "?"}
+        rows = np.arange(3)
+        samples = [shown, shown, {**shown, "id": 7}]
+        writer.append(samples, {NORM: np.eye(3, dtype="f4")}, rows, rows, rows)
+        writer.close()
+    found = samples_of(Features.open(tmp_path / "g"))
+    assert [(sample.id, sample.image_id) for sample in found] == [("0", ""), ("1", ""), ("7", "")]

@@ -1,6 +1,7 @@
 """Training of sparse autoencoders: planted atoms, updates by hand, and the methods' parts."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,24 @@ def test_each_update_is_waited_for(waited_for):
     values = waited_for(training)
     train(ROWS, KEY, TopK(k=2, max_iter=5, batch_size=64), K)
     assert [int(state.iteration) for state, _ in values[-1:]] == [5] and len(values) == 5
+
+
+def test_the_start_is_freed_before_the_first_update(monkeypatch):
+    """Else a second copy of the parameters would be held to the end."""
+    begun, alive = [], []
+    begin = TopK.begin
+
+    def beginning(self, start, key, num_concepts):
+        params, fixed = begin(self, start, key, num_concepts)
+        begun.extend(map(weakref.ref, [*params.values(), start.rows]))
+        return params, fixed
+
+    def tell(_):
+        alive.append(sum(each() is not None for each in begun))
+
+    monkeypatch.setattr(TopK, "begin", beginning)
+    train(ROWS, KEY, TopK(k=2, max_iter=5, batch_size=64), K, tell=tell, every=1)
+    assert len(begun) == 5 and alive == [0] * 5
 
 
 def test_one_update_by_hand():
